@@ -1,0 +1,1 @@
+"""The control plane: verdicts on ranks, placement of experts, publication of maps."""

@@ -1,0 +1,1 @@
+"""The HTTP gateway: admission, choice of rank, stream sessions."""

@@ -1,0 +1,1 @@
+"""One data-parallel rank, and the node agent that starts a host's ranks."""

@@ -1,0 +1,25 @@
+"""Time as the services see it: injected, monotonic, in seconds."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """`now()` for deadlines (monotonic seconds), `wall()` for people (Unix seconds)."""
+
+    def now(self) -> float: ...
+
+    def wall(self) -> float: ...
+
+
+class SystemClock:
+    """The machine's clocks. CLOCK_MONOTONIC is one clock for all processes of a host, so that
+    `now()` values of two processes on one host can be compared."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wall(self) -> float:
+        return time.time()

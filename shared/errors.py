@@ -1,0 +1,84 @@
+"""The tree of errors that services raise and translate at their edges.
+
+    StarfishError
+    ├── ConfigError            a flag, file or environment value is impossible
+    ├── CheckpointError        a model folder is missing, truncated or of an unknown architecture
+    ├── RequestError           the client asked for something that cannot be done (HTTP 400)
+    ├── Overloaded             admission is full; retry later (HTTP 429)
+    ├── Unavailable            no live rank can take the work now (HTTP 503)
+    ├── StoreError             etcd did not do what was asked
+    │   ├── StoreUnavailable   …or did not answer: the outcome is unknown
+    │   ├── TxnConflict        …because a compared key had moved: definitely not done
+    │   └── LeaseLost          …because the lease is gone
+    ├── WireError              a frame or message is malformed
+    └── StepAbandoned          a lockstep step will not complete in this epoch
+        └── PeerLost           …because the new map leaves a peer out
+
+`definitely_not_done` says whether the operation surely had no effect; only then may a caller retry
+blindly. A timeout never says so.
+"""
+
+from __future__ import annotations
+
+
+class StarfishError(Exception):
+    """Base of all our errors. Its text is one sentence that says what to do next."""
+
+    definitely_not_done = False
+
+
+class ConfigError(StarfishError):
+    definitely_not_done = True
+
+
+class CheckpointError(StarfishError):
+    definitely_not_done = True
+
+
+class RequestError(StarfishError):
+    definitely_not_done = True
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class Overloaded(StarfishError):
+    definitely_not_done = True
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(StarfishError):
+    definitely_not_done = True
+
+
+class StoreError(StarfishError):
+    pass
+
+
+class StoreUnavailable(StoreError):
+    pass
+
+
+class TxnConflict(StoreError):
+    definitely_not_done = True
+
+
+class LeaseLost(StoreError):
+    definitely_not_done = True
+
+
+class WireError(StarfishError):
+    definitely_not_done = True
+
+
+class StepAbandoned(StarfishError):
+    pass
+
+
+class PeerLost(StepAbandoned):
+    pass

@@ -1,0 +1,103 @@
+"""The expert map: which expert each slot of each rank holds, in one epoch. Pure data and look-ups;
+placing experts is the control plane's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import WireError
+from shared.types import ABSENT_SLOT, EMPTY_SLOT, Epoch, Incarnation, Member, RankId
+
+Placement = NDArray[np.int16]
+"""`[num_layers, num_ranks, slots_per_rank]`: the expert in each slot, or EMPTY_SLOT, or ABSENT_SLOT."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertMap:
+    """An immutable snapshot of who takes part in steps, and of what their slots hold.
+
+    `placement` counts only for ranks in `members`; rows of other ranks are EMPTY or ABSENT.
+    `cause` says in words why this epoch follows the last one.
+    `published_at` is the publisher's `Clock.now()`, for measurements on one host.
+    """
+
+    epoch: Epoch
+    num_experts: int
+    members: tuple[Member, ...]
+    placement: Placement
+    cause: str = ""
+    published_at: float = 0.0
+    _incarnations: dict[RankId, Incarnation] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.placement.setflags(write=False)
+        object.__setattr__(self, "_incarnations", {m.rank: m.incarnation for m in self.members})
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.placement.shape[0])
+
+    @property
+    def num_ranks(self) -> int:
+        return int(self.placement.shape[1])
+
+    @property
+    def slots_per_rank(self) -> int:
+        return int(self.placement.shape[2])
+
+    def incarnation_of(self, rank: RankId) -> Incarnation | None:
+        """The incarnation that takes part, or None where the rank is no member."""
+        return self._incarnations.get(rank)
+
+    def has(self, member: Member) -> bool:
+        return self._incarnations.get(member.rank) == member.incarnation
+
+    def replica_counts(self) -> NDArray[np.int32]:
+        """`[num_layers, num_experts]`: the number of slots that hold each expert."""
+        flat = self.placement.reshape(self.num_layers, -1).astype(np.int64)
+        counts = np.zeros((self.num_layers, self.num_experts + 2), dtype=np.int32)
+        layers = np.repeat(np.arange(self.num_layers), flat.shape[1])
+        np.add.at(counts, (layers, flat.ravel() - ABSENT_SLOT), 1)
+        return counts[:, -ABSENT_SLOT:]
+
+    def uncovered(self) -> list[tuple[int, int]]:
+        """`(layer, expert)` pairs that no member's slot holds. A published map has none."""
+        return [(int(a), int(b)) for a, b in np.argwhere(self.replica_counts() == 0)]
+
+    def to_wire(self) -> dict[str, object]:
+        return {
+            "epoch": self.epoch,
+            "num_experts": self.num_experts,
+            "members": [[m.rank, m.incarnation] for m in self.members],
+            "shape": list(self.placement.shape),
+            "placement": np.ascontiguousarray(self.placement, dtype="<i2").tobytes(),
+            "cause": self.cause,
+            "published_at": self.published_at,
+        }
+
+    @classmethod
+    def from_wire(cls, raw: dict[str, object]) -> ExpertMap:
+        """Raises WireError where a field is missing or disagrees with another."""
+        try:
+            shape = tuple(int(n) for n in raw["shape"])  # type: ignore[attr-defined]
+            placement = np.frombuffer(raw["placement"], dtype="<i2").reshape(shape)  # type: ignore[call-overload]
+            members = tuple(
+                Member(rank=RankId(int(r)), incarnation=Incarnation(int(i)))
+                for r, i in raw["members"]  # type: ignore[attr-defined]
+            )
+            result = cls(
+                epoch=Epoch(int(raw["epoch"])),  # type: ignore[call-overload]
+                num_experts=int(raw["num_experts"]),  # type: ignore[call-overload]
+                members=members,
+                placement=placement.astype(np.int16),
+                cause=str(raw["cause"]),
+                published_at=float(raw["published_at"]),  # type: ignore[arg-type]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"malformed expert map: {error}") from error
+        if placement.ndim != 3 or int(placement.max(initial=EMPTY_SLOT)) >= result.num_experts:
+            raise WireError("malformed expert map: placement and num_experts disagree")
+        return result

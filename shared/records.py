@@ -1,0 +1,162 @@
+"""What stands in etcd: the values behind `shared.keys`. Rendezvous goes through these, so that no
+rank is special."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.codec import pack, pack_plain, unpack, unpack_plain
+from shared.errors import WireError
+from shared.expert_map import ExpertMap, Placement
+from shared.types import (
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    Step,
+    SuspicionReason,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSpec:
+    """What the instance serves and how large it is meant to be. Written once, by the control plane."""
+
+    model_name: str
+    model_path: str
+    num_moe_layers: int
+    num_experts: int
+    num_ranks: int
+    slots_per_rank: int  # physical places for experts on every rank, spare ones included
+    redundant_experts: int  # slots beyond num_experts that the planner fills per layer in peace
+    context_tokens_max: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRecord:
+    """One incarnation of a rank, registered under its lease."""
+
+    rank: RankId
+    incarnation: Incarnation
+    node: NodeId
+    pid: int
+    lease_id: int
+    state: RankState
+    control_host: str
+    control_port: int  # framed msgpack over TCP: sessions, probes, links (`shared.wire`)
+    transfer_name: str  # the Mooncake segment, `host:port`; never reused by another incarnation
+    slots: int
+    kv_blocks: int
+    kv_block_tokens: int
+    exchange: str  # "local", "transfer" or "ep"
+    links: tuple[Member, ...] = ()  # peers whose transfer path is open in both directions
+    started_at: float = 0.0  # Unix seconds
+
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotContents:
+    """Experts by slot of one rank: what it holds (`residents/`) or shall load (`assignments/`).
+
+    `slots` is `[num_layers, slots_per_rank]` little-endian int16, EMPTY_SLOT where nothing is.
+    """
+
+    rank: RankId
+    incarnation: Incarnation
+    num_layers: int
+    slots: bytes
+
+    def array(self) -> Placement:
+        """`[num_layers, slots_per_rank]`, a fresh writable copy."""
+        flat = np.frombuffer(self.slots, dtype="<i2").astype(np.int16)
+        if self.num_layers <= 0 or flat.size % self.num_layers:
+            raise WireError("malformed slot contents: slots do not divide into layers")
+        return flat.reshape(self.num_layers, -1)
+
+    @classmethod
+    def of(cls, member: Member, slots: Placement) -> SlotContents:
+        return cls(
+            rank=member.rank,
+            incarnation=member.incarnation,
+            num_layers=int(slots.shape[0]),
+            slots=np.ascontiguousarray(slots, dtype="<i2").tobytes(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspicion:
+    """Somebody doubts that a rank lives. `raised_at` is the accuser's `Clock.now()`."""
+
+    rank: RankId
+    incarnation: Incarnation
+    by: str
+    reason: SuspicionReason
+    epoch: Epoch
+    step: Step
+    raised_at: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The control plane's judgement that an incarnation is dead, with the signals it rests on."""
+
+    rank: RankId
+    incarnation: Incarnation
+    cause: SuspicionReason
+    signals: tuple[Suspicion, ...]
+    epoch: Epoch  # of the map that leaves the rank out
+    first_signal_at: float
+    decided_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderRecord:
+    """The active control plane."""
+
+    control_plane: str
+    pid: int
+    term: int  # grows with every election
+    since: float  # Unix seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentRecord:
+    """A node agent and the ranks it owns."""
+
+    node: NodeId
+    pid: int
+    ranks: tuple[RankId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayRecord:
+    """A gateway, for status."""
+
+    gateway: str
+    pid: int
+    host: str
+    port: int
+
+
+def pack_map(expert_map: ExpertMap) -> bytes:
+    return pack_plain(expert_map.to_wire())
+
+
+def unpack_map(data: bytes) -> ExpertMap:
+    plain = unpack_plain(data)
+    if not isinstance(plain, dict):
+        raise WireError("malformed expert map: not a table")
+    return ExpertMap.from_wire(plain)
+
+
+pack_record = pack
+unpack_record = unpack

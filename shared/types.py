@@ -1,0 +1,93 @@
+"""Ids, enums and small value types of the domain. One word, one spelling, everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+RankId = NewType("RankId", int)
+"""A stable number of a data-parallel rank, 0 … num_ranks-1. Survives restarts of the process."""
+
+Incarnation = NewType("Incarnation", int)
+"""One life of a rank's process. Grows by one at each start; comes from a counter in etcd."""
+
+ExpertId = NewType("ExpertId", int)
+"""A logical expert of a layer, 0 … num_experts-1."""
+
+SlotId = NewType("SlotId", int)
+"""A physical place for one expert's weights, local to a rank and layer."""
+
+Epoch = NewType("Epoch", int)
+"""Version of the expert map. Only grows; 0 means that no map was published yet."""
+
+Step = NewType("Step", int)
+"""Index of a lockstep forward within an epoch, from 0."""
+
+SessionId = NewType("SessionId", str)
+"""One client request, named by the gateway."""
+
+Attempt = NewType("Attempt", int)
+"""One placement of a session on a rank, from 0."""
+
+NodeId = NewType("NodeId", str)
+"""A host, as the node agent names it; the unit of correlated failure."""
+
+EMPTY_SLOT = -1
+"""In a placement array: the slot exists and holds no expert."""
+
+ABSENT_SLOT = -2
+"""In a placement array: the rank has no such slot (ranks may own different numbers)."""
+
+
+class RankState(Enum):
+    """Where a rank's incarnation stands, as its own record tells it."""
+
+    STARTING = "starting"  # registered; loads the model, opens links to its peers
+    READY = "ready"  # can load assigned experts and take part in steps once a map names it
+    FENCED = "fenced"  # has learnt that a map left it out; drops its work and exits
+
+
+class FinishReason(Enum):
+    """Why a session's tokens end; the values are OpenAI's `finish_reason`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class SuspicionReason(Enum):
+    """What made somebody doubt that a rank lives. Never a verdict by itself."""
+
+    EXIT = "exit"  # the node agent's pidfd fired
+    LEASE = "lease"  # its lease expired or was revoked
+    EXCHANGE = "exchange"  # a peer waits for its data past the exchange deadline
+    LINK = "link"  # a peer's transfer or control connection to it failed
+    RESET = "reset"  # the gateway's connection to it broke
+    SILENCE = "silence"  # it does not answer the control plane's probes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Member:
+    """A rank in one of its lives."""
+
+    rank: RankId
+    incarnation: Incarnation
+
+    def __str__(self) -> str:
+        return f"{self.rank}.{self.incarnation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to turn logits into tokens. Keyed by `(seed, position)`: a continuation on another
+    rank draws the same numbers. `temperature == 0` is greedy. `top_k == 0` keeps all."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()

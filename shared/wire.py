@@ -1,0 +1,253 @@
+"""Messages between gateway, ranks and control plane, and their framing over TCP.
+
+A frame is a 4-byte big-endian length and a msgpack array `[kind, fields]`. The only place that packs
+messages. Every message carries the ids that make a late copy harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from dataclasses import dataclass
+
+from shared.codec import from_plain, pack_plain, to_plain, unpack_plain
+from shared.errors import WireError
+from shared.types import (
+    Attempt,
+    Epoch,
+    FinishReason,
+    Incarnation,
+    Member,
+    RankId,
+    SamplingParams,
+    SessionId,
+    Step,
+)
+
+FRAME_BYTES_MAX = 16 << 20
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First frame of a connection, by the side that opened it. `role` is "gateway", "control_plane",
+    "rank" or "cli"; `name` is unique per process. The rank answers with Welcome."""
+
+    role: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    rank: RankId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Place attempt `attempt` of a session. `tokens` is the prompt and all tokens already emitted, of
+    which the last `num_emitted` were; the first new token has index `num_emitted`."""
+
+    session: SessionId
+    attempt: Attempt
+    tokens: tuple[int, ...]
+    num_emitted: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """The session needs no more tokens (client gone, stop string found, or moved elsewhere)."""
+
+    session: SessionId
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionTokens:
+    """New tokens of one attempt. `index` is that of the first of `ids`; `finish` is set on the last
+    message of an attempt, whose `ids` may be empty. `error` set means failed, and `retryable` that
+    another rank may take it."""
+
+    session: SessionId
+    attempt: Attempt
+    index: int
+    ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    error: str | None = None
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A rank's load, for the gateway's choice."""
+
+    running: int
+    waiting: int
+    tokens: int  # prompt and generated tokens of running and waiting sessions
+    kv_blocks_free: int
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """All tokens that one committed step made for one gateway."""
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: Step
+    sessions: tuple[SessionTokens, ...]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """A rank vouches for itself by its event loop (it answers) and by its engine thread:
+    `engine_age_ms` is the time since that thread last passed a heartbeat point (it beats while it
+    waits for peers, too). `waiting_for` names the peers it waits for now."""
+
+    nonce: int
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: Step
+    engine_age_ms: float
+    waiting_for: tuple[RankId, ...]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wake:
+    """Rank to rank: step `step` of `epoch` has work; leave the common sleep and take part."""
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenArea:
+    """Rank to rank: give me (`source`) an area of your memory to write my messages into. A higher
+    `generation` asks for a fresh area, after a write into the old one timed out."""
+
+    source: Member
+    transfer_name: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AreaOpened:
+    """The area that the answering rank keeps for `source`: an address in its registered memory."""
+
+    target: Member
+    source: Member
+    generation: int
+    transfer_name: str
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusQuery:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adoption:
+    """One change of epoch as a rank lived it, in its `Clock.now()`; 0 where not reached."""
+
+    epoch: Epoch
+    seen_at: float  # the map arrived
+    adopted_at: float  # the engine runs under it
+    replayed_at: float  # its first step was committed
+    abandoned: bool  # a step of the old epoch was thrown away
+    reprefill_tokens: int = 0  # tokens of moved sessions prefilled since, until the next epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReply:
+    nonce: int
+    rank: RankId
+    incarnation: Incarnation
+    pid: int
+    epoch: Epoch
+    step: Step
+    load: Load
+    engine_age_ms: float
+    steps_committed: int
+    steps_abandoned: int
+    tokens_generated: int
+    adoptions: tuple[Adoption, ...]  # the last few, oldest first
+
+
+Message = (
+    Hello
+    | Welcome
+    | Submit
+    | Cancel
+    | Tokens
+    | Ping
+    | Pong
+    | Wake
+    | OpenArea
+    | AreaOpened
+    | StatusQuery
+    | StatusReply
+)
+
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (
+        Hello,
+        Welcome,
+        Submit,
+        Cancel,
+        Tokens,
+        Ping,
+        Pong,
+        Wake,
+        OpenArea,
+        AreaOpened,
+        StatusQuery,
+        StatusReply,
+    )
+}
+
+
+def encode(message: Message) -> bytes:
+    """The whole frame, length included. Raises WireError where it would exceed FRAME_BYTES_MAX."""
+    body = pack_plain([type(message).__name__, to_plain(message)])
+    if len(body) > FRAME_BYTES_MAX:
+        raise WireError(f"message of {len(body)} bytes exceeds the limit of {FRAME_BYTES_MAX}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes | memoryview) -> Message:
+    """The message of a frame's body. Raises WireError on anything else."""
+    plain = unpack_plain(body)
+    if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[0], str):
+        raise WireError("malformed frame: not [kind, fields]")
+    kind = _KINDS.get(plain[0])
+    if kind is None:
+        raise WireError(f"unknown message kind {plain[0]!r}")
+    return from_plain(plain[1], kind)
+
+
+async def read_message(reader: asyncio.StreamReader) -> Message | None:
+    """The next message, or None at a clean end of the stream. Raises WireError, ConnectionError."""
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        if length > FRAME_BYTES_MAX:
+            raise WireError(f"frame of {length} bytes exceeds the limit of {FRAME_BYTES_MAX}")
+        return decode(await reader.readexactly(length))
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise WireError("the stream ended inside a frame") from error
+        return None
