@@ -1,0 +1,1 @@
+"""Where ranks talk in a forward: the seam, and its implementations."""

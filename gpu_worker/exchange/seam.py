@@ -1,0 +1,77 @@
+"""The seam between a rank's forward and its peers: `dispatch → experts → combine`, the only place where
+ranks talk in a forward.
+
+Shape letters: T tokens of this rank in the step, K top-k, H hidden size, M distinct token rows that this
+rank's experts must see (its own and its peers'), N (row, slot) pairs to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, RankId, Step, SuspicionReason
+
+
+class Dispatched(NamedTuple):
+    """What this rank's experts must compute in one layer of one step."""
+
+    x_MH: NDArray[np.float32]
+    rows_N: NDArray[np.int32]  # index into x_MH
+    slots_N: NDArray[np.int32]  # local slot of the layer
+    any_tokens: bool  # some member has tokens in this step; the same answer on every rank
+    any_work: bool  # some member had work when it began this step; the same answer on every rank
+
+
+class StepMonitor(Protocol):
+    """What an exchange tells and asks the rest of its rank while it waits. Called on the engine
+    thread, often: every call must be cheap."""
+
+    def newest_epoch(self) -> Epoch:
+        """The epoch of the newest map that reached this rank."""
+        ...
+
+    def beat(self, waiting_for: Sequence[RankId]) -> None:
+        """The engine thread lives, and waits for these peers (empty: for none)."""
+        ...
+
+    def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
+        """Raise one suspicion; the exchange calls it at most once per peer and step."""
+        ...
+
+
+class Exchange(Protocol):
+    """One rank's end. All methods run on the engine thread.
+
+    Per step: `begin_step`, then for every MoE layer in order `dispatch` and `combine`. Both raise
+    StepAbandoned as soon as `StepMonitor.newest_epoch()` exceeds the step's epoch, or a peer's
+    message shows that it did: the caller throws the step away, waits for the map, adopts, begins again.
+    """
+
+    def adopt(self, expert_map: ExpertMap) -> None:
+        """Use this map from the next `begin_step` on. The rank itself must be one of its members,
+        and every member's link must be open."""
+        ...
+
+    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
+        """No I/O: fixes what the step's dispatch messages will say."""
+        ...
+
+    def dispatch(
+        self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
+    ) -> Dispatched:
+        """Send each token to the ranks whose slots hold its experts (one replica each); return what
+        arrived for this rank. `layer` counts MoE layers. Row order in the result: by member rank,
+        then by that rank's token; pairs in the order of rows, then k."""
+        ...
+
+    def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`y_NH[n]` is the output of pair n of the matching `dispatch`. Returns `y_TKH`: for each own
+        token the output of its k-th expert, unweighted. Valid until the next `combine`."""
+        ...
+
+    def close(self) -> None: ...

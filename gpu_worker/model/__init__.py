@@ -1,0 +1,1 @@
+"""Models: checkpoints, layers and CPU kernels."""
