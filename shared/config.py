@@ -1,5 +1,5 @@
-"""Fills a service's frozen config dataclass once: defaults, then a TOML table, then the environment,
-then flags. Unknown keys and malformed values stop the process with one sentence."""
+"""Fills a service's frozen config dataclass once: defaults, then a TOML table, then the
+environment, then flags. Unknown keys and malformed values stop the process with one sentence."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Timings:
         """Raises ConfigError where the order does not hold."""
         if not 0 < self.exchange_deadline_ms < self.suspicion_window_ms < self.lease_ttl_s * 1000:
             raise ConfigError(
-                "timings must satisfy 0 < exchange deadline < suspicion window < lease TTL, but are "
-                f"{self.exchange_deadline_ms} ms, {self.suspicion_window_ms} ms, {self.lease_ttl_s} s"
+                "timings must satisfy 0 < exchange deadline < suspicion window < lease TTL, "
+                f"but are {self.exchange_deadline_ms} ms, {self.suspicion_window_ms} ms, "
+                f"{self.lease_ttl_s} s"
             )
 
 
@@ -74,8 +75,8 @@ def load_config(
     environ: Mapping[str, str],
     flags: Mapping[str, Any],
 ) -> C:
-    """`[section]` of the TOML file, `STARFISH_<SECTION>_<FIELD>` of the environment, then `flags` that
-    are not None. Raises ConfigError."""
+    """`[section]` of the TOML file, `STARFISH_<SECTION>_<FIELD>` of the environment, then `flags`
+    that are not None. Raises ConfigError."""
     names = set(_leaf_names(cls))
     raw: dict[str, Any] = {}
     if file is not None:

@@ -12,7 +12,8 @@ from shared.errors import WireError
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, Epoch, Incarnation, Member, RankId
 
 Placement = NDArray[np.int16]
-"""`[num_layers, num_ranks, slots_per_rank]`: the expert in each slot, or EMPTY_SLOT, or ABSENT_SLOT."""
+"""`[num_layers, num_ranks, slots_per_rank]`: the expert in each slot, or EMPTY_SLOT, or
+ABSENT_SLOT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

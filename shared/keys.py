@@ -54,8 +54,8 @@ class Keys:
         return self.root + "assignments/"
 
     def assignment(self, rank: RankId, incarnation: Incarnation) -> str:
-        """SlotContents that the control plane wants a rank to load. Only slots that are empty in the
-        map may differ from what is resident."""
+        """SlotContents that the control plane wants a rank to load. Only slots that are empty in
+        the map may differ from what is resident."""
         return f"{self.assignments}{rank:05d}/{incarnation:08d}"
 
     @property

@@ -11,7 +11,8 @@ import structlog
 def configure_logs(
     *, service: str, level: str = "info", json: bool = False, **context: object
 ) -> None:
-    """Every later `structlog.get_logger()` writes one line per event, with `service` and `context`."""
+    """Every later `structlog.get_logger()` writes one line per event, with `service` and
+    `context`."""
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if json

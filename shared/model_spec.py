@@ -1,5 +1,5 @@
-"""The shape of a model, read from a Hugging Face `config.json`: what the planner, the gateway and the
-rank each need to know before any weight is loaded."""
+"""The shape of a model, read from a Hugging Face `config.json`: what the planner, the gateway and
+the rank each need to know before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from shared.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes of a mixture-of-experts decoder. `moe_layers` are the decoder layers that have experts, in
-    order: the layer axis of a placement indexes this tuple."""
+    """Sizes of a mixture-of-experts decoder. `moe_layers` are the decoder layers that have experts,
+    in order: the layer axis of a placement indexes this tuple."""
 
     architecture: str
     num_layers: int

@@ -24,7 +24,8 @@ from shared.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
-    """What the instance serves and how large it is meant to be. Written once, by the control plane."""
+    """What the instance serves and how large it is meant to be. Written once, by the control
+    plane."""
 
     model_name: str
     model_path: str

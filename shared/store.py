@@ -1,5 +1,5 @@
-"""The seam to etcd: what Starfish asks of it. `shared.etcd_store` is the real one; the simulator has an
-in-memory twin with the same semantics."""
+"""The seam to etcd: what Starfish asks of it. `shared.etcd_store` is the real one; the simulator
+has an in-memory twin with the same semantics."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Delete:
 
 
 class Store(Protocol):
-    """Every method raises StoreUnavailable when etcd does not answer within the store's timeout; the
-    operation may then have happened or not."""
+    """Every method raises StoreUnavailable when etcd does not answer within the store's timeout;
+    the operation may then have happened or not."""
 
     async def get(self, key: str) -> KeyValue | None: ...
 

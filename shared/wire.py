@@ -1,7 +1,7 @@
 """Messages between gateway, ranks and control plane, and their framing over TCP.
 
-A frame is a 4-byte big-endian length and a msgpack array `[kind, fields]`. The only place that packs
-messages. Every message carries the ids that make a late copy harmless.
+A frame is a 4-byte big-endian length and a msgpack array `[kind, fields]`. The only place that
+packs messages. Every message carries the ids that make a late copy harmless.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """First frame of a connection, by the side that opened it. `role` is "gateway", "control_plane",
-    "rank" or "cli"; `name` is unique per process. The rank answers with Welcome."""
+    """First frame of a connection, by the side that opened it. `role` is "gateway",
+    "control_plane", "rank" or "cli"; `name` is unique per process. The rank answers with
+    Welcome."""
 
     role: str
     name: str
@@ -45,8 +46,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """Place attempt `attempt` of a session. `tokens` is the prompt and all tokens already emitted, of
-    which the last `num_emitted` were; the first new token has index `num_emitted`."""
+    """Place attempt `attempt` of a session. `tokens` is the prompt and all tokens already emitted,
+    of which the last `num_emitted` were; the first new token has index `num_emitted`."""
 
     session: SessionId
     attempt: Attempt

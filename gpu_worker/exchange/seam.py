@@ -1,8 +1,8 @@
-"""The seam between a rank's forward and its peers: `dispatch → experts → combine`, the only place where
-ranks talk in a forward.
+"""The seam between a rank's forward and its peers: `dispatch → experts → combine`, the only place
+where ranks talk in a forward.
 
-Shape letters: T tokens of this rank in the step, K top-k, H hidden size, M distinct token rows that this
-rank's experts must see (its own and its peers'), N (row, slot) pairs to compute.
+Shape letters: T tokens of this rank in the step, K top-k, H hidden size, M distinct token rows that
+this rank's experts must see (its own and its peers'), N (row, slot) pairs to compute.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Exchange(Protocol):
 
     Per step: `begin_step`, then for every MoE layer in order `dispatch` and `combine`. Both raise
     StepAbandoned as soon as `StepMonitor.newest_epoch()` exceeds the step's epoch, or a peer's
-    message shows that it did: the caller throws the step away, waits for the map, adopts, begins again.
+    message shows that it did: the caller throws the step away, waits for the map, adopts, begins
+    again.
     """
 
     def adopt(self, expert_map: ExpertMap) -> None:
@@ -70,8 +71,8 @@ class Exchange(Protocol):
         ...
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`y_NH[n]` is the output of pair n of the matching `dispatch`. Returns `y_TKH`: for each own
-        token the output of its k-th expert, unweighted. Valid until the next `combine`."""
+        """`y_NH[n]` is the output of pair n of the matching `dispatch`. Returns `y_TKH`: for each
+        own token the output of its k-th expert, unweighted. Valid until the next `combine`."""
         ...
 
     def close(self) -> None: ...
