@@ -1,0 +1,54 @@
+"""The configuration of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.config import Timings, option
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """Filled from [rank] of the TOML file, STARFISH_RANK_* and flags. The node agent gives the
+    identity (rank, incarnation, lease); started by hand, a rank makes its own lease and
+    incarnation."""
+
+    rank: int = option(0, "stable number of this data-parallel rank")
+    incarnation: int = option(0, "life of this rank; 0 takes the next number from etcd")
+    lease_id: int = option(0, "etcd lease to register under and keep alive; 0 grants one")
+    node: str = option("localhost", "name of this host, the unit of correlated failure")
+    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    model: Path | None = option(None, "checkpoint folder; default: the one in the instance's spec")
+    control_host: str = option("127.0.0.1", "address of the control port (sessions, probes, links)")
+    control_port: int = option(0, "port of the control listener; 0 takes a free one")
+    data_host: str = option("127.0.0.1", "address of the ranks' data network; Mooncake binds to it")
+    transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
+    mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
+    kv_tokens: int = option(65536, "capacity of the KV cache of this rank, in tokens")
+    kv_block_tokens: int = option(16, "tokens in a KV block")
+    step_tokens_max: int = option(128, "most tokens that this rank runs in one step")
+    prefill_chunk_tokens: int = option(64, "most prompt tokens of one sequence in one step")
+    running_max: int = option(64, "most sequences that decode at once")
+    waiting_max: int = option(
+        256, "most sequences that wait; more are refused, the gateway retries"
+    )
+    static: bool = option(False, "no failure detection: the baseline that overhead is measured by")
+    lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
+    log_level: str = option("info", "debug, info, warning or error")
+    log_json: bool = option(False, "one JSON object a line in place of text")
+    timings: Timings = field(default_factory=Timings)
+
+    def check(self) -> None:
+        """Raises ConfigError where values contradict each other."""
+        self.timings.check()
+        if self.transfer_protocol not in ("tcp", "rdma"):
+            raise ConfigError(f"--transfer-protocol {self.transfer_protocol!r}: say tcp or rdma")
+        if self.kv_block_tokens < 1 or self.kv_tokens < self.kv_block_tokens:
+            raise ConfigError("--kv-tokens must hold at least one block of --kv-block-tokens")
+        if not 1 <= self.prefill_chunk_tokens <= self.step_tokens_max:
+            raise ConfigError("--prefill-chunk-tokens must lie between 1 and --step-tokens-max")
+        if not 1 <= self.running_max <= self.step_tokens_max:
+            raise ConfigError("--running-max must lie between 1 and --step-tokens-max")

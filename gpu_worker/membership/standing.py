@@ -1,0 +1,216 @@
+"""Where this incarnation stands in the instance: which links to open, what to load, what to tell
+etcd, when a map may be adopted, and when to leave. Pure: events in, actions out.
+
+Theory of operation. A rank learns of its peers by their records, opens a link to each, and says in
+its own record which are open. It loads what the control plane assigns and says what it holds. The
+control plane puts it into a map only after both, so that adopting a map never waits. A map reaches
+the engine when every member's link is open; until then it is held back, newest first.
+
+    event                  what follows
+    peer's record appears  OpenLink
+    peer's record goes     CloseLink; the link leaves our record
+    link opened            our record again; a held map may go to the engine
+    link broken            SuspectPeer(LINK) if it is a member; our record again
+    assignment             LoadSlots of what differs, one load at a time, and never into a slot that
+                           the map under which the engine runs still names
+    slots loaded           residents again; LoadSlots if the assignment moved meanwhile
+    map                    AdoptMap, or held back
+    engine adopted a map   LoadSlots that waited for it
+    map, verdict or lease  Leave, where it says that this incarnation is dead
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shared.expert_map import ExpertMap, Placement
+from shared.records import RankRecord, SlotContents
+from shared.types import Member, RankState, SuspicionReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLink:
+    peer: RankRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseLink:
+    peer: Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSlots:
+    """Load `wanted[layer, slot]` wherever it differs from what the slots hold."""
+
+    wanted: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutRecord:
+    record: RankRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutResidents:
+    contents: SlotContents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptMap:
+    expert_map: ExpertMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspectPeer:
+    peer: Member
+    reason: SuspicionReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """This incarnation is fenced: drop the work and exit."""
+
+    reason: str
+
+
+Action = (
+    OpenLink | CloseLink | LoadSlots | PutRecord | PutResidents | AdoptMap | SuspectPeer | Leave
+)
+
+
+class Standing:
+    """The state behind the table above."""
+
+    def __init__(self, record: RankRecord, residents: Placement) -> None:
+        self.record = record
+        self._member = record.member
+        self._peers: dict[Member, RankRecord] = {}
+        self._open: set[Member] = set()
+        self._residents = residents
+        self._wanted: Placement | None = None
+        self._loading = False
+        self._map: ExpertMap | None = None
+        self._held: ExpertMap | None = None
+        self._adopted: ExpertMap | None = None
+        self._was_member = False
+
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        """The newest map that was handed to the engine."""
+        return self._map
+
+    @property
+    def peers(self) -> tuple[RankRecord, ...]:
+        return tuple(self._peers.values())
+
+    def on_peer_record(self, record: RankRecord) -> list[Action]:
+        peer = record.member
+        if peer == self._member or peer.rank == self._member.rank:
+            return []
+        known = peer in self._peers
+        self._peers[peer] = record
+        return [] if known else [OpenLink(peer=record)]
+
+    def on_peer_gone(self, peer: Member) -> list[Action]:
+        if self._peers.pop(peer, None) is None:
+            return []
+        actions: list[Action] = [CloseLink(peer=peer)]
+        if peer in self._open:
+            self._open.discard(peer)
+            actions += self._say_links()
+        return actions
+
+    def on_link_opened(self, peer: Member) -> list[Action]:
+        if peer not in self._peers or peer in self._open:
+            return []
+        self._open.add(peer)
+        return self._say_links() + self._adopt_if_linked()
+
+    def on_link_broken(self, peer: Member, detail: str) -> list[Action]:
+        """An open link failed, or could not be opened; the driver keeps trying while the peer's
+        record stands."""
+        if peer not in self._peers:
+            return []
+        actions: list[Action] = []
+        if peer in self._open:
+            self._open.discard(peer)
+            actions += self._say_links()
+        newest = self._held or self._map
+        if newest is not None and newest.has(peer):
+            actions.append(SuspectPeer(peer=peer, reason=SuspicionReason.LINK, detail=detail))
+        return actions
+
+    def on_assignment(self, contents: SlotContents) -> list[Action]:
+        if Member(rank=contents.rank, incarnation=contents.incarnation) != self._member:
+            return []
+        self._wanted = contents.array()
+        return self._load_if_needed()
+
+    def on_slots_loaded(self, residents: Placement) -> list[Action]:
+        """A load ended; `residents` is what the slots hold now."""
+        self._loading = False
+        self._residents = residents
+        put = PutResidents(contents=SlotContents.of(self._member, residents))
+        return [put, *self._load_if_needed()]
+
+    def on_adopted(self, expert_map: ExpertMap) -> list[Action]:
+        """The engine runs under this map from now on."""
+        self._adopted = expert_map
+        return self._load_if_needed()
+
+    def on_map(self, expert_map: ExpertMap) -> list[Action]:
+        newest = self._held or self._map
+        if newest is not None and expert_map.epoch <= newest.epoch:
+            return []
+        if expert_map.has(self._member):
+            self._was_member = True
+            self._held = expert_map
+            return self._adopt_if_linked()
+        successor = expert_map.incarnation_of(self._member.rank)
+        if self._was_member or (successor or 0) > self._member.incarnation:
+            return [Leave(reason=f"the map of epoch {expert_map.epoch} leaves this rank out")]
+        self._map = expert_map
+        return []
+
+    def on_verdict(self, member: Member) -> list[Action]:
+        if member != self._member:
+            return []
+        return [Leave(reason="the control plane declared this rank dead")]
+
+    def on_lease_lost(self) -> list[Action]:
+        return [Leave(reason="the lease is gone though etcd answers")]
+
+    def _adopt_if_linked(self) -> list[Action]:
+        held = self._held
+        if held is None or any(m != self._member and m not in self._open for m in held.members):
+            return []
+        self._held = None
+        self._map = held
+        return [AdoptMap(expert_map=held)]
+
+    def _say_links(self) -> list[Action]:
+        self.record = replace(self.record, links=tuple(sorted(self._open)))
+        return [PutRecord(record=self.record)]
+
+    def _load_if_needed(self) -> list[Action]:
+        wanted = self._wanted
+        if wanted is None or self._loading:
+            return []
+        differs = wanted != self._residents
+        if not differs.any():
+            return self._say_ready()
+        if self._adopted is not None:
+            in_use = self._adopted.placement[:, self._member.rank] >= 0
+            if (differs & in_use).any():
+                return []
+        self._loading = True
+        return [LoadSlots(wanted=wanted)]
+
+    def _say_ready(self) -> list[Action]:
+        if self.record.state is not RankState.STARTING:
+            return []
+        self.record = replace(self.record, state=RankState.READY)
+        return [PutRecord(record=self.record)]
