@@ -23,8 +23,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from shared.expert_map import ExpertMap, Placement
 from shared.records import RankRecord, SlotContents
 from shared.types import Member, RankState, SuspicionReason

@@ -1,0 +1,175 @@
+"""A rank's standing: every event, and what it may and may not lead to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_worker.membership.standing import (
+    AdoptMap,
+    CloseLink,
+    Leave,
+    LoadSlots,
+    OpenLink,
+    PutRecord,
+    PutResidents,
+    Standing,
+    SuspectPeer,
+)
+from shared.expert_map import ExpertMap
+from shared.records import RankRecord, SlotContents
+from shared.types import (
+    EMPTY_SLOT,
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    SuspicionReason,
+)
+
+
+def member(rank: int, incarnation: int = 1) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+
+
+def record(rank: int, incarnation: int = 1) -> RankRecord:
+    return RankRecord(
+        rank=RankId(rank),
+        incarnation=Incarnation(incarnation),
+        node=NodeId("n"),
+        pid=1,
+        lease_id=1,
+        state=RankState.STARTING,
+        control_host="127.0.0.1",
+        control_port=1,
+        transfer_name="127.0.0.1:2",
+        slots=4,
+        kv_blocks=1,
+        kv_block_tokens=16,
+        exchange="transfer",
+    )
+
+
+def expert_map(epoch: int, *members: Member, slots: int = 4) -> ExpertMap:
+    placement = np.full((1, 3, slots), EMPTY_SLOT, dtype=np.int16)
+    for each in members:
+        placement[0, each.rank, :2] = [0, 1]
+    return ExpertMap(epoch=Epoch(epoch), num_experts=2, members=members, placement=placement)
+
+
+def wanted(*experts: int) -> np.ndarray:
+    return np.array([experts], dtype=np.int16)
+
+
+def standing(rank: int = 0, incarnation: int = 1) -> Standing:
+    return Standing(record(rank, incarnation), wanted(-1, -1, -1, -1))
+
+
+def test_a_peer_is_linked_once_and_unlinked_when_its_record_goes() -> None:
+    it = standing()
+    assert it.on_peer_record(record(1)) == [OpenLink(peer=record(1))]
+    assert it.on_peer_record(record(1)) == []
+    (put,) = it.on_link_opened(member(1))
+    assert isinstance(put, PutRecord)
+    assert put.record.links == (member(1),)
+    close, put = it.on_peer_gone(member(1))
+    assert close == CloseLink(peer=member(1))
+    assert isinstance(put, PutRecord)
+    assert put.record.links == ()
+    assert it.on_peer_gone(member(1)) == []
+
+
+def test_own_record_and_other_lives_of_the_own_rank_are_no_peers() -> None:
+    it = standing()
+    assert it.on_peer_record(record(0)) == []
+    assert it.on_peer_record(record(0, 2)) == []
+
+
+def test_a_map_waits_for_the_links_of_all_its_members() -> None:
+    it = standing()
+    for rank in (1, 2):
+        it.on_peer_record(record(rank))
+    it.on_link_opened(member(1))
+    first = expert_map(1, member(0), member(1), member(2))
+    assert it.on_map(first) == []
+    actions = it.on_link_opened(member(2))
+    assert AdoptMap(expert_map=first) in actions
+    assert it.expert_map is first
+
+
+def test_a_newer_map_replaces_a_held_one_and_an_older_one_is_ignored() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    assert it.on_map(expert_map(1, member(0), member(1))) == []
+    second = expert_map(2, member(0))
+    assert it.on_map(second) == [AdoptMap(expert_map=second)]
+    assert it.on_map(expert_map(1, member(0))) == []
+    it.on_link_opened(member(1))
+    assert it.expert_map is second
+
+
+def test_a_broken_link_raises_suspicion_only_of_members() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    (put,) = it.on_link_broken(member(1), "reset")
+    assert isinstance(put, PutRecord)
+    it.on_link_opened(member(1))
+    it.on_map(expert_map(1, member(0), member(1)))
+    actions = it.on_link_broken(member(1), "reset")
+    assert SuspectPeer(peer=member(1), reason=SuspicionReason.LINK, detail="reset") in actions
+
+
+def test_slots_are_loaded_one_load_at_a_time_until_they_are_what_is_wanted() -> None:
+    it = standing()
+    it.on_assignment(SlotContents.of(member(1), wanted(9, 9, 9, 9)))  # somebody else's
+    (load,) = it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1)))
+    assert isinstance(load, LoadSlots)
+    assert it.on_assignment(SlotContents.of(member(0), wanted(0, 1, 1, -1))) == []
+    put, load = it.on_slots_loaded(wanted(0, 1, -1, -1))
+    assert isinstance(put, PutResidents)
+    assert isinstance(load, LoadSlots)
+    assert load.wanted.tolist() == [[0, 1, 1, -1]]
+    put, ready = it.on_slots_loaded(wanted(0, 1, 1, -1))
+    assert isinstance(ready, PutRecord)
+    assert ready.record.state is RankState.READY
+
+
+def test_a_slot_that_the_engine_may_still_use_is_not_overwritten() -> None:
+    it = standing()
+    first = expert_map(1, member(0))
+    it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1)))
+    it.on_slots_loaded(wanted(0, 1, -1, -1))
+    it.on_map(first)
+    it.on_adopted(first)
+    placement = np.array(first.placement)
+    placement[0, 0] = [0, -1, 1, -1]
+    second = ExpertMap(epoch=Epoch(3), num_experts=2, members=(member(0),), placement=placement)
+    it.on_map(second)
+    assert it.on_assignment(SlotContents.of(member(0), wanted(0, 0, -1, -1))) == []
+    (load,) = it.on_adopted(second)
+    assert isinstance(load, LoadSlots)
+
+
+def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> None:
+    it = standing()
+    assert it.on_map(expert_map(1, member(1))) == []
+    mine = expert_map(2, member(0))
+    assert it.on_map(mine) == [AdoptMap(expert_map=mine)]
+    (leave,) = it.on_map(expert_map(3, member(1)))
+    assert isinstance(leave, Leave)
+
+
+def test_it_leaves_when_a_later_life_of_its_rank_is_in_the_map() -> None:
+    (leave,) = standing().on_map(expert_map(1, member(0, 2)))
+    assert isinstance(leave, Leave)
+
+
+def test_it_leaves_on_its_own_verdict_and_on_a_lost_lease() -> None:
+    it = standing()
+    assert it.on_verdict(member(1)) == []
+    (leave,) = it.on_verdict(member(0))
+    assert isinstance(leave, Leave)
+    (leave,) = it.on_lease_lost()
+    assert isinstance(leave, Leave)
