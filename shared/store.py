@@ -3,7 +3,7 @@ has an in-memory twin with the same semantics."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,7 +88,7 @@ class Store(Protocol):
         """Deletes the lease's keys at once. A lease that is gone already is no error."""
         ...
 
-    def watch(self, prefix: str) -> AsyncIterator[Snapshot | WatchEvent]:
+    def watch(self, prefix: str) -> AsyncGenerator[Snapshot | WatchEvent, None]:
         """First a Snapshot, then every event in order, none lost, across restarts of etcd. It keeps
         trying while etcd is away (silence, no exception) and ends only by `aclose()`."""
         ...

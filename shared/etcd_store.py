@@ -1,0 +1,81 @@
+"""`shared.store.Store` over a real etcd: puts together the calls and the watches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from shared.errors import StoreUnavailable
+from shared.etcd_client import EtcdClient
+from shared.etcd_watch import EtcdWatch
+from shared.store import Compare, Delete, KeyValue, Put, Snapshot, WatchEvent
+
+_JOIN_TIMEOUT_S = 2.0
+
+
+async def connect_store(endpoints: Sequence[str], *, timeout_s: float = 2.0) -> EtcdStore:
+    """A store whose etcd has answered once. Raises ConfigError for a malformed endpoint, and
+    StoreUnavailable after `timeout_s` where no etcd answers."""
+    store = EtcdStore(endpoints, timeout_s)
+    try:
+        await store.get("/starfish/")
+    except StoreUnavailable as error:
+        await store.close()
+        raise StoreUnavailable(
+            f"no etcd answers at {','.join(endpoints)}; start one there, or pass the right "
+            "address with --etcd HOST:PORT"
+        ) from error
+    return store
+
+
+class EtcdStore:
+    """See `Store`. One gRPC channel, and a daemon thread per open watch."""
+
+    def __init__(self, endpoints: Sequence[str], timeout_s: float = 2.0) -> None:
+        self._client = EtcdClient(endpoints, timeout_s)
+        self._watches: set[EtcdWatch] = set()
+
+    async def get(self, key: str) -> KeyValue | None:
+        return await self._client.get(key)
+
+    async def get_prefix(self, prefix: str) -> Snapshot:
+        return await self._client.get_prefix(prefix)
+
+    async def put(self, key: str, value: bytes, *, lease_id: int = 0) -> int:
+        return await self._client.put(key, value, lease_id)
+
+    async def delete(self, key: str) -> bool:
+        return await self._client.delete(key)
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Put | Delete]) -> int:
+        return await self._client.txn(compare, then)
+
+    async def grant_lease(self, ttl_s: float) -> int:
+        """etcd counts whole seconds: `ttl_s` is rounded up."""
+        return await self._client.grant_lease(ttl_s)
+
+    async def keep_alive(self, lease_id: int) -> float:
+        return await self._client.keep_alive(lease_id)
+
+    async def revoke_lease(self, lease_id: int) -> None:
+        await self._client.revoke_lease(lease_id)
+
+    async def watch(self, prefix: str) -> AsyncGenerator[Snapshot | WatchEvent, None]:
+        watch = EtcdWatch(self._client, prefix)
+        self._watches.add(watch)
+        try:
+            while (batch := await watch.take()) is not None:
+                for item in batch:
+                    yield item
+        finally:
+            watch.stop()
+            self._watches.discard(watch)
+
+    async def close(self) -> None:
+        """Ends every watch, too."""
+        watches = list(self._watches)
+        for watch in watches:
+            watch.stop()
+        self._client.close()
+        for watch in watches:
+            await asyncio.to_thread(watch.join, _JOIN_TIMEOUT_S)

@@ -1,0 +1,165 @@
+"""One watch on an etcd prefix: a thread of its own that never loses an event, and the bounded hand-
+over to the event loop.
+
+Theory of operation. The thread reads the prefix (a Snapshot at revision r), watches from r+1, and
+remembers the revision up to which it has handed everything over. Whatever goes wrong with the
+stream (etcd restarts, a leader changes, the connection breaks) it watches again from the revision
+after that: etcd replays what was missed. Only where etcd has compacted that revision away, or came
+back with older data, does it read the prefix again and hand over a new Snapshot.
+
+    state     | what happens        | next
+    ----------+---------------------+------------------------------------
+    snapshot  | range answered      | watching, from its revision + 1
+    snapshot  | error               | snapshot, after a jittered backoff
+    watching  | events              | watching; deliver, remember revision
+    watching  | compacted, or older | snapshot
+    watching  | error, stream ended | watching, after a jittered backoff
+    any       | stop()              | end
+
+A consumer that falls behind fills the hand-over; the thread then waits, and gRPC's flow control
+holds the rest back in etcd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from shared.etcd_client import EtcdClient, watch_request
+from shared.store import Snapshot, WatchEvent
+
+_BATCHES_MAX = 256
+_BACKOFF_S = (0.1, 0.5)
+_REQUIRE_LEADER = (("hasleader", "true"),)  # an etcd node cut off from its quorum ends the stream
+_Batch = list[Snapshot | WatchEvent]
+
+
+class _Handover:
+    """Batches from the thread to the event loop, at most `_BATCHES_MAX` under way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._room = threading.Semaphore(_BATCHES_MAX)
+        self._batches: deque[_Batch | None] = deque()
+        self._arrived = asyncio.Event()
+
+    def offer(self, batch: _Batch, stopped: threading.Event) -> None:
+        """Thread side; waits while there is no room."""
+        while not self._room.acquire(timeout=0.5):
+            if stopped.is_set():
+                return
+        self._push(batch)
+
+    def end(self) -> None:
+        self._push(None)
+
+    def _push(self, batch: _Batch | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._append, batch)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            return
+
+    def _append(self, batch: _Batch | None) -> None:
+        self._batches.append(batch)
+        self._arrived.set()
+
+    async def take(self) -> _Batch | None:
+        """Loop side; None once the watch has ended."""
+        while not self._batches:
+            self._arrived.clear()
+            await self._arrived.wait()
+        batch = self._batches.popleft()
+        self._room.release()
+        return batch
+
+
+class EtcdWatch:
+    """The thread behind one `Store.watch`."""
+
+    def __init__(self, client: EtcdClient, prefix: str) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._handover = _Handover(asyncio.get_running_loop())
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._call: Any = None
+        self._revision: int | None = None  # everything up to it is handed over
+        self._thread = threading.Thread(target=self._run, name=f"etcd-watch {prefix}", daemon=True)
+        self._thread.start()
+
+    async def take(self) -> _Batch | None:
+        return await self._handover.take()
+
+    def stop(self) -> None:
+        """Idempotent, does not wait."""
+        self._stopped.set()
+        with self._lock:
+            if self._call is not None:
+                self._call.cancel()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                if self._revision is None:
+                    self._read_snapshot()
+                self._follow()
+            except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
+                self._stopped.wait(random.uniform(*_BACKOFF_S))
+        self._handover.end()
+
+    def _read_snapshot(self) -> None:
+        snapshot = self._client.get_prefix_blocking(self._prefix)
+        self._handover.offer([snapshot], self._stopped)
+        self._revision = snapshot.revision
+
+    def _follow(self) -> None:
+        """Returns or raises when the stream has ended; `_revision` then says how to go on."""
+        assert self._revision is not None
+        requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        requests.put(watch_request(self._prefix, self._revision + 1))
+        call = self._client.watch_stub.Watch(iter(requests.get, None), metadata=_REQUIRE_LEADER)
+        with self._lock:
+            self._call = call
+        try:
+            if not self._stopped.is_set():
+                self._deliver(call)
+        finally:
+            call.cancel()
+            requests.put(None)  # ends the thread in which gRPC reads the requests
+
+    def _deliver(self, responses: Iterator[Any]) -> None:
+        for response in responses:
+            if response.compact_revision or self._has_forgotten(response):
+                self._revision = None
+                return
+            if response.canceled:
+                break
+            if response.events:
+                self._handover.offer([_event(e) for e in response.events], self._stopped)
+                self._revision = response.events[-1].kv.mod_revision
+        self._stopped.wait(random.uniform(*_BACKOFF_S))
+
+    def _has_forgotten(self, response: Any) -> bool:
+        """etcd came back older than what it told us: its data was lost or replaced."""
+        assert self._revision is not None
+        return bool(response.created and response.header.revision < self._revision)
+
+
+def _event(event: Any) -> WatchEvent:
+    deleted = event.type == event.DELETE
+    return WatchEvent(
+        key=event.kv.key.decode(),
+        value=None if deleted else event.kv.value,
+        mod_revision=event.kv.mod_revision,
+        lease_id=event.kv.lease,
+    )
