@@ -8,7 +8,8 @@ the engine when every member's link is open; until then it is held back, newest 
 
     event                  what follows
     peer's record appears  OpenLink
-    peer's record goes     CloseLink; the link leaves our record
+    peer's record goes     CloseLink, and the link leaves our record; for a member only once a map
+                           leaves it out (its lease may have expired though it lives)
     link opened            our record again; a held map may go to the engine
     link broken            SuspectPeer(LINK) if it is a member; our record again
     assignment             LoadSlots of what differs, one load at a time, and never into a slot that
@@ -16,7 +17,9 @@ the engine when every member's link is open; until then it is held back, newest 
     slots loaded           residents again; LoadSlots if the assignment moved meanwhile
     map                    AdoptMap, or held back
     engine adopted a map   LoadSlots that waited for it
-    map, verdict or lease  Leave, where it says that this incarnation is dead
+    map or verdict         Leave, where it says that this incarnation is dead
+    lease lost             RenewLease: a stalled etcd may expire healthy leases; only the control
+                           plane's verdict ends a life
 """
 
 from __future__ import annotations
@@ -68,6 +71,11 @@ class SuspectPeer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RenewLease:
+    """Grant a new lease, then call `on_lease_granted`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
     """This incarnation is fenced: drop the work and exit."""
 
@@ -75,7 +83,15 @@ class Leave:
 
 
 Action = (
-    OpenLink | CloseLink | LoadSlots | PutRecord | PutResidents | AdoptMap | SuspectPeer | Leave
+    OpenLink
+    | CloseLink
+    | LoadSlots
+    | PutRecord
+    | PutResidents
+    | AdoptMap
+    | SuspectPeer
+    | RenewLease
+    | Leave
 )
 
 
@@ -87,6 +103,7 @@ class Standing:
         self._member = record.member
         self._peers: dict[Member, RankRecord] = {}
         self._open: set[Member] = set()
+        self._gone: set[Member] = set()
         self._residents = residents
         self._wanted: Placement | None = None
         self._loading = False
@@ -110,16 +127,14 @@ class Standing:
             return []
         known = peer in self._peers
         self._peers[peer] = record
+        self._gone.discard(peer)
         return [] if known else [OpenLink(peer=record)]
 
     def on_peer_gone(self, peer: Member) -> list[Action]:
-        if self._peers.pop(peer, None) is None:
+        if peer not in self._peers:
             return []
-        actions: list[Action] = [CloseLink(peer=peer)]
-        if peer in self._open:
-            self._open.discard(peer)
-            actions += self._say_links()
-        return actions
+        self._gone.add(peer)
+        return self._drop_gone()
 
     def on_link_opened(self, peer: Member) -> list[Action]:
         if peer not in self._peers or peer in self._open:
@@ -166,12 +181,12 @@ class Standing:
         if expert_map.has(self._member):
             self._was_member = True
             self._held = expert_map
-            return self._adopt_if_linked()
+            return self._drop_gone() + self._adopt_if_linked()
         successor = expert_map.incarnation_of(self._member.rank)
         if self._was_member or (successor or 0) > self._member.incarnation:
             return [Leave(reason=f"the map of epoch {expert_map.epoch} leaves this rank out")]
         self._map = expert_map
-        return []
+        return self._drop_gone()
 
     def on_verdict(self, member: Member) -> list[Action]:
         if member != self._member:
@@ -179,7 +194,29 @@ class Standing:
         return [Leave(reason="the control plane declared this rank dead")]
 
     def on_lease_lost(self) -> list[Action]:
-        return [Leave(reason="the lease is gone though etcd answers")]
+        return [RenewLease()]
+
+    def on_lease_granted(self, lease_id: int) -> list[Action]:
+        """Everything that stood under the old lease stands under this one now."""
+        self.record = replace(self.record, lease_id=lease_id)
+        return [
+            PutRecord(record=self.record),
+            PutResidents(contents=SlotContents.of(self._member, self._residents)),
+        ]
+
+    def _drop_gone(self) -> list[Action]:
+        newest = self._held or self._map
+        dropped = {p for p in self._gone if newest is None or not newest.has(p)}
+        self._gone -= dropped
+        return [action for peer in sorted(dropped) for action in self._drop(peer)]
+
+    def _drop(self, peer: Member) -> list[Action]:
+        del self._peers[peer]
+        actions: list[Action] = [CloseLink(peer=peer)]
+        if peer in self._open:
+            self._open.discard(peer)
+            actions += self._say_links()
+        return actions
 
     def _adopt_if_linked(self) -> list[Action]:
         held = self._held

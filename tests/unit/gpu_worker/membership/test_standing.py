@@ -12,6 +12,7 @@ from gpu_worker.membership.standing import (
     OpenLink,
     PutRecord,
     PutResidents,
+    RenewLease,
     Standing,
     SuspectPeer,
 )
@@ -166,10 +167,37 @@ def test_it_leaves_when_a_later_life_of_its_rank_is_in_the_map() -> None:
     assert isinstance(leave, Leave)
 
 
-def test_it_leaves_on_its_own_verdict_and_on_a_lost_lease() -> None:
+def test_it_leaves_on_its_own_verdict() -> None:
     it = standing()
     assert it.on_verdict(member(1)) == []
     (leave,) = it.on_verdict(member(0))
     assert isinstance(leave, Leave)
-    (leave,) = it.on_lease_lost()
-    assert isinstance(leave, Leave)
+
+
+def test_a_lost_lease_is_replaced_and_all_is_registered_again() -> None:
+    it = standing()
+    assert it.on_lease_lost() == [RenewLease()]
+    put, residents = it.on_lease_granted(77)
+    assert isinstance(put, PutRecord)
+    assert put.record.lease_id == 77
+    assert isinstance(residents, PutResidents)
+
+
+def test_a_member_whose_record_goes_stays_linked_until_a_map_leaves_it_out() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    it.on_map(expert_map(1, member(0), member(1)))
+    assert it.on_peer_gone(member(1)) == []
+    actions = it.on_map(expert_map(2, member(0)))
+    assert CloseLink(peer=member(1)) in actions
+
+
+def test_a_member_whose_record_comes_back_was_never_gone() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    it.on_map(expert_map(1, member(0), member(1)))
+    it.on_peer_gone(member(1))
+    it.on_peer_record(record(1))
+    assert all(not isinstance(a, CloseLink) for a in it.on_map(expert_map(2, member(0))))

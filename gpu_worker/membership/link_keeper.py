@@ -1,0 +1,162 @@
+"""Keeps the outgoing links of this rank open: the control connection to each peer, the proof that
+it lives, the first contact over the data network. What a broken link means is not decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import structlog
+
+from shared.errors import WireError
+from shared.records import RankRecord
+from shared.types import Epoch, Member, Step
+from shared.wire import (
+    AreaOpened,
+    Hello,
+    Message,
+    OpenArea,
+    Ping,
+    Pong,
+    Wake,
+    Welcome,
+    encode,
+    read_message,
+)
+
+log = structlog.get_logger()
+
+M = TypeVar("M", bound=Message)
+
+ANSWER_TIMEOUT_S = 2.0
+CONTACT_TIMEOUT_S = 10.0
+BACKOFF_MIN_S = 0.05
+BACKOFF_MAX_S = 1.0
+
+
+class DataPath(Protocol):
+    """The transfer side of a link: first contact, and forgetting. See `exchange.transfer`."""
+
+    def connect(self, area: AreaOpened) -> None: ...
+
+    def forget(self, peer: Member) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkEvents:
+    """Called on the event loop."""
+
+    opened: Callable[[Member], None]
+    broken: Callable[[Member, str], None]
+
+
+class LinkKeeper:
+    """One task per peer, from its record's appearance until `close`."""
+
+    def __init__(
+        self,
+        *,
+        member: Member,
+        transfer_name: str,
+        data_path: DataPath,
+        events: LinkEvents,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._member = member
+        self._transfer_name = transfer_name
+        self._data_path = data_path
+        self._events = events
+        self._tasks = tasks
+        self._running: dict[Member, asyncio.Task[None]] = {}
+        self._writers: dict[Member, asyncio.StreamWriter] = {}
+        self._generations = itertools.count(1)
+
+    def open(self, peer: RankRecord) -> None:
+        if peer.member not in self._running:
+            self._running[peer.member] = self._tasks.create_task(self._keep(peer))
+
+    def close(self, peer: Member) -> None:
+        task = self._running.pop(peer, None)
+        if task is not None:
+            task.cancel()
+        self._data_path.forget(peer)
+
+    def wake(self, peers: tuple[Member, ...], epoch: Epoch, step: Step) -> None:
+        """Tell the peers that a step has work."""
+        frame = encode(
+            Wake(
+                rank=self._member.rank,
+                incarnation=self._member.incarnation,
+                epoch=epoch,
+                step=step,
+            )
+        )
+        for peer in peers:
+            writer = self._writers.get(peer)
+            if writer is not None:
+                writer.write(frame)
+
+    async def _keep(self, peer: RankRecord) -> None:
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            try:
+                await self._open_and_hold(peer)
+                backoff_s = BACKOFF_MIN_S
+                detail = "the control connection ended"
+            except (OSError, TimeoutError, WireError) as error:
+                detail = str(error) or type(error).__name__
+            log.info("link_broken", peer=str(peer.member), detail=detail)
+            self._events.broken(peer.member, detail)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
+            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+
+    async def _open_and_hold(self, peer: RankRecord) -> None:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(peer.control_host, peer.control_port)
+        try:
+            area = await self._handshake(peer, reader, writer)
+            async with asyncio.timeout(CONTACT_TIMEOUT_S):
+                await asyncio.to_thread(self._data_path.connect, area)
+            self._writers[peer.member] = writer
+            log.info("link_open", peer=str(peer.member))
+            self._events.opened(peer.member)
+            while await read_message(reader) is not None:
+                pass
+        finally:
+            self._writers.pop(peer.member, None)
+            writer.close()
+
+    async def _handshake(
+        self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> AreaOpened:
+        """First contact over the data network only after the peer's own heart has answered: with a
+        hung peer it would block for a minute."""
+        writer.write(encode(Hello(role="rank", name=str(self._member))))
+        welcome = await _expect(reader, Welcome)
+        if (welcome.rank, welcome.incarnation) != (peer.rank, peer.incarnation):
+            raise WireError(f"{peer.control_host}:{peer.control_port} is not rank {peer.member}")
+        writer.write(encode(Ping(nonce=0)))
+        await _expect(reader, Pong)
+        writer.write(
+            encode(
+                OpenArea(
+                    source=self._member,
+                    transfer_name=self._transfer_name,
+                    generation=next(self._generations),
+                )
+            )
+        )
+        return await _expect(reader, AreaOpened)
+
+
+async def _expect(reader: asyncio.StreamReader, kind: type[M]) -> M:
+    async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        message = await read_message(reader)
+    if not isinstance(message, kind):
+        got = "the end of the stream" if message is None else type(message).__name__
+        raise WireError(f"expected {kind.__name__}, got {got}")
+    return message

@@ -1,0 +1,97 @@
+"""What this rank says in etcd: leased keys, the newest value of each, written again under a new
+lease if the old one is lost. It decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import structlog
+
+from shared.errors import LeaseLost, StoreUnavailable
+from shared.store import Store
+
+log = structlog.get_logger()
+
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 1.0
+
+
+class Registrar:
+    """`put` returns at once; `run` writes. A value that is overtaken before it was written is never
+    written."""
+
+    def __init__(self, store: Store, *, lease_id: int, lease_ttl_s: float) -> None:
+        self._store = store
+        self._lease_id = lease_id
+        self._lease_ttl_s = lease_ttl_s
+        self._dirty: dict[str, bytes | None] = {}
+        self._wake = asyncio.Event()
+
+    @property
+    def lease_id(self) -> int:
+        return self._lease_id
+
+    def put(self, key: str, value: bytes) -> None:
+        self._dirty.pop(key, None)
+        self._dirty[key] = value
+        self._wake.set()
+
+    def delete(self, key: str) -> None:
+        self._dirty.pop(key, None)
+        self._dirty[key] = None
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Writes what is dirty, oldest first, for ever."""
+        retry_s = RETRY_MIN_S
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._dirty:
+                key, value = next(iter(self._dirty.items()))
+                if await self._write(key, value):
+                    retry_s = RETRY_MIN_S
+                    if key in self._dirty and self._dirty[key] is value:
+                        del self._dirty[key]
+                else:
+                    await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
+                    retry_s = min(retry_s * 2, RETRY_MAX_S)
+
+    async def keep_alive(self, lost: Callable[[], None]) -> None:
+        """Refreshes the lease three times per TTL; calls `lost` where it is gone though etcd
+        answers."""
+        while True:
+            await asyncio.sleep(self._lease_ttl_s / 3)
+            try:
+                await self._store.keep_alive(self._lease_id)
+            except LeaseLost:
+                log.warning("lease_lost", lease_id=self._lease_id)
+                lost()
+            except StoreUnavailable as error:
+                log.warning("keep_alive_failed", detail=str(error))
+
+    async def renew(self) -> int:
+        """A new lease in place of a lost one; later writes go under it."""
+        retry_s = RETRY_MIN_S
+        while True:
+            try:
+                self._lease_id = await self._store.grant_lease(self._lease_ttl_s)
+                return self._lease_id
+            except StoreUnavailable:
+                await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
+                retry_s = min(retry_s * 2, RETRY_MAX_S)
+
+    async def _write(self, key: str, value: bytes | None) -> bool:
+        try:
+            if value is None:
+                await self._store.delete(key)
+            else:
+                await self._store.put(key, value, lease_id=self._lease_id)
+        except LeaseLost:
+            return False  # `keep_alive` notices, too, and everything is put again
+        except StoreUnavailable as error:
+            log.warning("put_failed", key=key, detail=str(error))
+            return False
+        return True
