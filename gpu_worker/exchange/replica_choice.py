@@ -1,0 +1,63 @@
+"""Which replica of each expert a rank sends its tokens to. Decides only who computes, never what:
+every replica holds the same weights. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.expert_map import ExpertMap
+from shared.types import RankId
+
+UNCOVERED = -1
+_LAYER_STRIDE = 31
+
+
+class ReplicaChoice(NamedTuple):
+    """For every layer L and expert E the rank and its local slot; UNCOVERED where no member holds
+    the expert."""
+
+    rank_LE: NDArray[np.int32]
+    slot_LE: NDArray[np.int32]
+
+
+def choose_replicas(expert_map: ExpertMap, own_rank: RankId) -> ReplicaChoice:
+    """The rank itself where it holds the expert: that costs no message. Else the ranks that lack
+    the expert are dealt over its holders in turn, starting at another holder for each expert, so
+    that holders are loaded evenly."""
+    slot_LRE = _first_slots(expert_map)
+    is_member_R = np.zeros(expert_map.num_ranks, dtype=bool)
+    is_member_R[[m.rank for m in expert_map.members]] = True
+    holds_LRE = (slot_LRE >= 0) & is_member_R[None, :, None]
+    turn_LE = _turns(holds_LRE, is_member_R, own_rank)
+    order_LRE = np.cumsum(holds_LRE, axis=1) - 1
+    chosen_LRE = holds_LRE & (order_LRE == turn_LE[:, None, :])
+    rank_LE = np.where(chosen_LRE.any(axis=1), chosen_LRE.argmax(axis=1), UNCOVERED)
+    rank_LE = np.where(holds_LRE[:, own_rank, :], own_rank, rank_LE).astype(np.int32)
+    slot_LE = np.take_along_axis(slot_LRE, np.maximum(rank_LE, 0)[:, None, :], axis=1)[:, 0, :]
+    slot_LE = np.where(rank_LE == UNCOVERED, UNCOVERED, slot_LE).astype(np.int32)
+    return ReplicaChoice(np.ascontiguousarray(rank_LE), np.ascontiguousarray(slot_LE))
+
+
+def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:
+    """`[L, R, E]`: the lowest slot of the rank that holds the expert, or -1."""
+    layers, ranks, slots = expert_map.placement.shape
+    result = np.full((layers, ranks, expert_map.num_experts), -1, dtype=np.int32)
+    for slot in reversed(range(slots)):
+        layer_N, rank_N = np.nonzero(expert_map.placement[:, :, slot] >= 0)
+        result[layer_N, rank_N, expert_map.placement[layer_N, rank_N, slot]] = slot
+    return result
+
+
+def _turns(
+    holds_LRE: NDArray[np.bool_], is_member_R: NDArray[np.bool_], own_rank: RankId
+) -> NDArray[np.int64]:
+    """`[L, E]`: which of the holders, counted by rank, serves `own_rank`."""
+    layers, _, experts = holds_LRE.shape
+    lacking_before_LE = (~holds_LRE & is_member_R[None, :, None])[:, :own_rank].sum(axis=1)
+    start_LE = _LAYER_STRIDE * np.arange(layers)[:, None] + np.arange(experts)[None, :]
+    num_holders_LE = np.maximum(holds_LRE.sum(axis=1), 1)
+    turn_LE: NDArray[np.int64] = (lacking_before_LE + start_LE) % num_holders_LE
+    return turn_LE
