@@ -1,0 +1,181 @@
+"""The rank's control port: sessions from gateways, probes, links from peers. One framed connection
+each; what a message means to the engine is behind `EnginePort`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping
+from typing import Protocol
+
+import structlog
+
+from shared.errors import WireError
+from shared.types import Epoch, Member, Step
+from shared.wire import (
+    AreaOpened,
+    Cancel,
+    Hello,
+    Load,
+    Message,
+    OpenArea,
+    Ping,
+    Pong,
+    SessionTokens,
+    StatusQuery,
+    StatusReply,
+    Submit,
+    Tokens,
+    Wake,
+    Welcome,
+    encode,
+    read_message,
+)
+
+log = structlog.get_logger()
+
+HELLO_TIMEOUT_S = 5.0
+UNSENT_BYTES_MAX = 8 << 20
+
+
+class EnginePort(Protocol):
+    """What the control port asks of the engine; cheap calls on the event loop."""
+
+    def submit(self, origin: int, submit: Submit) -> bool:
+        """False where the engine's inbox is full."""
+        ...
+
+    def cancel(self, cancel: Cancel) -> None: ...
+
+    def drop_origin(self, origin: int) -> None: ...
+
+    def wake(self, wake: Wake) -> None: ...
+
+    def pong(self, ping: Ping) -> Pong: ...
+
+    def status(self, query: StatusQuery) -> StatusReply: ...
+
+    def load(self) -> Load: ...
+
+
+class AreaKeeper(Protocol):
+    """Gives peers areas of this rank's memory to write into."""
+
+    def open_area(self, request: OpenArea) -> AreaOpened: ...
+
+
+class ControlServer:
+    """Owns the listener and its connections. `origin` numbers a connection for the engine."""
+
+    def __init__(self, *, member: Member, engine: EnginePort, areas: AreaKeeper) -> None:
+        self._member = member
+        self._engine = engine
+        self._areas = areas
+        self._origins = itertools.count(1)
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens; returns the port. Raises OSError where it is taken."""
+        self._server = await asyncio.start_server(self._serve, host, port, backlog=256)
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._writers.values()):
+            writer.close()
+
+    def send_tokens(
+        self,
+        by_origin: Mapping[int, tuple[SessionTokens, ...]],
+        epoch: Epoch,
+        step: Step,
+        load: Load,
+    ) -> None:
+        """The tokens of one committed step, one frame per gateway."""
+        for origin, sessions in by_origin.items():
+            writer = self._writers.get(origin)
+            if writer is None:
+                continue
+            writer.write(self._tokens(sessions, epoch, step, load))
+            if writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+                log.error("gateway_too_slow", origin=origin)
+                writer.transport.abort()
+
+    def _tokens(
+        self, sessions: tuple[SessionTokens, ...], epoch: Epoch, step: Step, load: Load
+    ) -> bytes:
+        return encode(
+            Tokens(
+                rank=self._member.rank,
+                incarnation=self._member.incarnation,
+                epoch=epoch,
+                step=step,
+                sessions=sessions,
+                load=load,
+            )
+        )
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        origin = next(self._origins)
+        self._writers[origin] = writer
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = await read_message(reader)
+            if not isinstance(hello, Hello):
+                raise WireError("the first frame must be Hello")
+            writer.write(
+                encode(Welcome(rank=self._member.rank, incarnation=self._member.incarnation))
+            )
+            while (message := await read_message(reader)) is not None:
+                reply = self._answer(origin, message)
+                if reply is not None:
+                    writer.write(encode(reply))
+                    await writer.drain()
+        except (WireError, TimeoutError) as error:
+            log.warning("bad_peer", origin=origin, detail=str(error) or "no Hello in time")
+        except ConnectionError:
+            pass
+        finally:
+            del self._writers[origin]
+            self._engine.drop_origin(origin)
+            writer.close()
+
+    def _answer(self, origin: int, message: Message) -> Message | None:
+        match message:
+            case Submit():
+                if not self._engine.submit(origin, message):
+                    return self._refusal(message)
+            case Cancel():
+                self._engine.cancel(message)
+            case Wake():
+                self._engine.wake(message)
+            case Ping():
+                return self._engine.pong(message)
+            case OpenArea():
+                return self._areas.open_area(message)
+            case StatusQuery():
+                return self._engine.status(message)
+            case _:
+                raise WireError(f"{type(message).__name__} is not for a rank")
+        return None
+
+    def _refusal(self, submit: Submit) -> Tokens:
+        refused = SessionTokens(
+            session=submit.session,
+            attempt=submit.attempt,
+            index=submit.num_emitted,
+            ids=(),
+            error="the rank's inbox is full",
+            retryable=True,
+        )
+        return Tokens(
+            rank=self._member.rank,
+            incarnation=self._member.incarnation,
+            epoch=Epoch(0),
+            step=Step(0),
+            sessions=(refused,),
+            load=self._engine.load(),
+        )
