@@ -1,1 +1,1 @@
-"""Tests: unit (pure, fast), sim (seeded schedules), integration (real processes), gpu (real CUDA)."""
+"""Tests: unit (pure, fast), sim (seeded schedules), integration (real processes), gpu (CUDA)."""
