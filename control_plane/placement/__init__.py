@@ -1,0 +1,42 @@
+"""Which experts sit in which slots of which ranks: a pure planner over numpy arrays. It decides and
+never loads; the control plane publishes what it answers."""
+
+from control_plane.placement.fault_tolerance import advise, describe, survives
+from control_plane.placement.grow import grow
+from control_plane.placement.heal import heal
+from control_plane.placement.layout import balance, rank_loads, replica_counts
+from control_plane.placement.place import place
+from control_plane.placement.results import (
+    Advice,
+    FaultTolerance,
+    GrowResult,
+    HealStep,
+    LayerExpert,
+    Loads,
+    PlacementPlan,
+    Refill,
+    ShrinkResult,
+)
+from control_plane.placement.shrink import shrink
+
+__all__ = [
+    "Advice",
+    "FaultTolerance",
+    "GrowResult",
+    "HealStep",
+    "LayerExpert",
+    "Loads",
+    "PlacementPlan",
+    "Refill",
+    "ShrinkResult",
+    "advise",
+    "balance",
+    "describe",
+    "grow",
+    "heal",
+    "place",
+    "rank_loads",
+    "replica_counts",
+    "shrink",
+    "survives",
+]

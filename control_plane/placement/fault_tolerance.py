@@ -1,0 +1,102 @@
+"""Which failures a map survives, and what redundancy would survive more. Exact, not estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.layout import Ints, Layout, presence
+from control_plane.placement.results import Advice, FaultTolerance, LayerExpert
+from shared.expert_map import ExpertMap
+from shared.types import ExpertId, NodeId, RankId
+
+
+def survives(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> FaultTolerance:
+    """Any `rank_failures` deaths leave every expert a replica, and some set of one more does not:
+    the least number of distinct ranks that hold an expert, less one. Likewise for nodes."""
+    layout = Layout.of_map(expert_map, nodes)
+    on_rank = presence(expert_map.placement[:, layout.ranks], expert_map.num_experts) > 0
+    on_node = _by_node(on_rank, layout)
+    ranks, rank_nodes = on_rank.sum(axis=2), on_node.sum(axis=2)
+    node_slots = np.bincount(layout.node, weights=layout.slots, minlength=layout.num_nodes)
+    return FaultTolerance(
+        rank_failures=max(0, int(ranks.min(initial=len(layout.ranks))) - 1),
+        node_failures=max(0, int(rank_nodes.min(initial=layout.num_nodes)) - 1),
+        rank_failures_with_reload=_with_reload(layout.slots, expert_map.num_experts),
+        node_failures_with_reload=_with_reload(node_slots.astype(np.int64), expert_map.num_experts),
+        at_risk_of_rank=_pairs(ranks == 1),
+        at_risk_of_node=_pairs(rank_nodes == 1),
+        lost_by_rank={
+            RankId(int(rank)): int(lost)
+            for rank, lost in zip(layout.ranks, _dies_with(on_rank), strict=True)
+        },
+        lost_by_node={
+            name: int(lost)
+            for name, lost in zip(layout.node_names, _dies_with(on_node), strict=True)
+        },
+    )
+
+
+def advise(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> tuple[Advice, ...]:
+    """For each number of rank failures above what the map survives, up to three: the redundancy
+    that survives them with the hot experts keeping the replicas they have."""
+    layout = Layout.of_map(expert_map, nodes)
+    on_rank = presence(expert_map.placement[:, layout.ranks], expert_map.num_experts) > 0
+    counts = on_rank.sum(axis=2)
+    survived = int(counts.min(initial=0)) - 1
+    result = []
+    for failures in range(max(survived, 0) + 1, min(max(survived, 0) + 4, len(layout.ranks))):
+        filled = int(np.maximum(counts, failures + 1).sum(axis=1).max(initial=0))
+        result.append(
+            Advice(
+                rank_failures=failures,
+                node_failures=min(failures, layout.num_nodes - 1),
+                redundant=filled - expert_map.num_experts,
+                slots_per_rank=-(-filled // len(layout.ranks)),
+            )
+        )
+    return tuple(result)
+
+
+def describe(tolerance: FaultTolerance, advice: tuple[Advice, ...]) -> str:
+    """What a start-up log says: a sentence on what is survived, one on what would survive more."""
+    text = (
+        f"The map survives any {tolerance.rank_failures} rank and {tolerance.node_failures} node "
+        f"failures without a reload, {tolerance.rank_failures_with_reload} and "
+        f"{tolerance.node_failures_with_reload} with one."
+    )
+    if advice:
+        more = advice[0]
+        text += (
+            f" {more.redundant} redundant experts ({more.slots_per_rank} slots a rank) would "
+            f"survive any {more.rank_failures} rank failures without a reload."
+        )
+    return text
+
+
+def _by_node(on_rank: NDArray[np.bool_], layout: Layout) -> NDArray[np.bool_]:
+    """`[num_layers, num_experts, num_nodes]`"""
+    result = np.zeros((*on_rank.shape[:2], layout.num_nodes), dtype=bool)
+    for node in range(layout.num_nodes):
+        result[:, :, node] = on_rank[:, :, layout.node == node].any(axis=2)
+    return result
+
+
+def _dies_with(holds: NDArray[np.bool_]) -> Ints:
+    """How many experts each holder (last axis) is the only one to hold."""
+    alone = holds & (holds.sum(axis=2) == 1)[:, :, None]
+    result: Ints = alone.sum(axis=(0, 1)).astype(np.int64)
+    return result
+
+
+def _with_reload(slots: Ints, num_experts: int) -> int:
+    """The most failures after which the remaining slots still hold every expert once. The worst
+    case loses the largest first; a surplus replica's slot counts, for it may be overwritten."""
+    left = int(slots.sum()) - np.cumsum(np.sort(slots)[::-1])
+    return int((left >= num_experts).sum())
+
+
+def _pairs(mask: NDArray[np.bool_]) -> tuple[LayerExpert, ...]:
+    return tuple(LayerExpert(int(a), ExpertId(int(b))) for a, b in np.argwhere(mask))

@@ -1,0 +1,50 @@
+"""Places one layer by a greedy rule that respects any mix of slot counts. Slow and plain: the
+vectorised packing falls back on it where it finds no spread placement."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from control_plane.placement.layout import Floats, Ints, Layout
+
+
+def place_layer(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> list[list[int]]:
+    """Experts by live rank (rows of `layout`), none twice on a rank, at most `quotas` a rank.
+
+    Every expert with a count gets one replica while slots last, then the others follow, hottest
+    first, each to the rank with most slots left among those that lack it (which realises any
+    realisable counts), nodes without it first. Slots still free take what is hottest per replica.
+    """
+    rows: list[list[int]] = [[] for _ in layout.ranks]
+    left = quotas.copy()
+    per_rank = np.zeros(len(rows))
+    holds = np.zeros((len(loads), len(rows)), dtype=bool)
+    share = loads / np.maximum(counts, 1)
+
+    def add(expert: int) -> bool:
+        open_ranks = np.flatnonzero((left > 0) & ~holds[expert])
+        if open_ranks.size == 0:
+            return False
+        seen = np.isin(layout.node[open_ranks], layout.node[holds[expert]])
+        order = np.lexsort((per_rank[open_ranks], -left[open_ranks], seen))
+        rank = open_ranks[order[0]]
+        holds[expert, rank] = True
+        rows[rank].append(expert)
+        left[rank] -= 1
+        per_rank[rank] += share[expert]
+        return True
+
+    hottest_first = np.argsort(-share, kind="stable")
+    for expert in hottest_first:
+        if counts[expert] > 0:
+            add(int(expert))
+    for expert in hottest_first:
+        for _ in range(int(counts[expert]) - 1):
+            add(int(expert))
+    while left.sum() > 0:
+        candidates = np.flatnonzero((counts > 0) & ~holds[:, left > 0].all(axis=1))
+        if candidates.size == 0:
+            break
+        relief = loads[candidates] / holds[candidates].sum(axis=1)
+        add(int(candidates[np.argmax(relief)]))
+    return rows

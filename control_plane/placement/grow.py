@@ -1,0 +1,120 @@
+"""What a joiner's slots shall hold: first what lacks replicas, then its share of the load. No
+member's slot moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.layout import (
+    Floats,
+    Ints,
+    Layout,
+    fill_quotas,
+    loads_or_even,
+    presence,
+)
+from control_plane.placement.results import GrowResult, Loads, Refill
+from control_plane.placement.shrink import without_ranks
+from shared.expert_map import ExpertMap, Placement
+from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, NodeId, RankId, SlotId
+
+
+def grow(
+    expert_map: ExpertMap,
+    joined: Sequence[RankId],
+    nodes: Mapping[RankId, NodeId],
+    slots: Mapping[RankId, int],
+    loads: Loads | None = None,
+    *,
+    redundant: int | None = None,
+) -> GrowResult:
+    """`nodes` and `slots` must know the joiners, `nodes` the members too. A joiner fills as many
+    slots as it would in a fresh placement (`redundant` as in `place`) and keeps the rest spare;
+    what it doubles on members, `heal` gives back. Raises ValueError where a joiner is a member."""
+    members = np.array(sorted(m.rank for m in expert_map.members), dtype=np.int64)
+    joiners = sorted(joined)
+    if set(joiners) & {int(r) for r in members}:
+        raise ValueError(f"rank {min(set(joiners) & set(members.tolist()))} is a member already")
+    exists = (expert_map.placement[0] != ABSENT_SLOT).sum(axis=1)
+    all_slots = {RankId(int(r)): int(exists[r]) for r in members} | {r: slots[r] for r in joiners}
+    layout = Layout.of(list(all_slots), nodes, all_slots)
+    placement = _with_room(without_ranks(expert_map.placement, members), joiners, slots)
+    weights = loads_or_even(loads, expert_map.num_layers, expert_map.num_experts)
+    quotas = dict(
+        zip(
+            layout.ranks.tolist(),
+            fill_quotas(layout, expert_map.num_experts, redundant).tolist(),
+            strict=True,
+        )
+    )
+    refills: list[Refill] = []
+    for rank in joiners:
+        chosen = _choose(placement, weights, layout, rank, quotas[rank])
+        placement[:, rank, : quotas[rank]] = chosen
+        refills += [
+            Refill(layer, rank, SlotId(slot), ExpertId(int(expert)))
+            for (layer, slot), expert in np.ndenumerate(chosen)
+            if expert >= 0
+        ]
+    return GrowResult(placement, tuple(refills))
+
+
+def _with_room(
+    placement: Placement, joiners: Sequence[RankId], slots: Mapping[RankId, int]
+) -> Placement:
+    """A copy that is wide enough for the joiners, their rows empty."""
+    num_layers, num_ranks, width = placement.shape
+    num_ranks = max([num_ranks, *(r + 1 for r in joiners)])
+    wider = max([width, *(slots[r] for r in joiners)])
+    result = np.full((num_layers, num_ranks, wider), ABSENT_SLOT, dtype=np.int16)
+    result[:, : placement.shape[1], :width] = placement
+    for rank in joiners:
+        result[:, rank] = ABSENT_SLOT
+        result[:, rank, : slots[rank]] = EMPTY_SLOT
+    return result
+
+
+def _choose(
+    placement: Placement, loads: Floats, layout: Layout, rank: RankId, quota: int
+) -> Placement:
+    """`[num_layers, quota]` experts for the joiner, all layers at once, one slot after another."""
+    num_layers, num_experts = loads.shape
+    held = presence(placement[:, layout.ranks], num_experts) > 0
+    need = _need(held, layout, layout.ranks.tolist().index(rank))
+    counts = held.sum(axis=2).astype(np.int64)
+    mean = loads.sum(axis=1) / len(layout.ranks)
+    taken = np.zeros((num_layers, num_experts), dtype=bool)
+    mine = np.zeros(num_layers)
+    result = np.full((num_layers, quota), EMPTY_SLOT, dtype=np.int16)
+    layers = np.arange(num_layers)
+    for slot in range(quota):
+        best = _best(need, loads, counts, taken, (mean - mine) / (quota - slot))
+        fits = ~taken[layers, best]
+        result[fits, slot] = best[fits]
+        taken[layers, best] = True
+        mine += np.where(fits, loads[layers, best] / (counts[layers, best] + 1), 0.0)
+    return result
+
+
+def _need(held: NDArray[np.bool_], layout: Layout, joiner: int) -> Ints:
+    """`[num_layers, num_experts]`: 3 uncovered, 2 on one rank, 1 on one node other than ours, 0."""
+    on_ranks = held.sum(axis=2)
+    ours = layout.node == layout.node[joiner]
+    elsewhere = np.zeros(held.shape[:2], dtype=np.int64)
+    for node in range(layout.num_nodes):
+        elsewhere += held[:, :, layout.node == node].any(axis=2)
+    one_foreign_node = (elsewhere == 1) & ~held[:, :, ours].any(axis=2)
+    return np.where(on_ranks == 0, 3, np.where(on_ranks == 1, 2, np.where(one_foreign_node, 1, 0)))
+
+
+def _best(need: Ints, loads: Floats, counts: Ints, taken: NDArray[np.bool_], fair: Floats) -> Ints:
+    """`[num_layers]`: the neediest expert; among equals the one whose share, with us as one more
+    replica, comes closest to `fair`, the load that each of our open slots should still take."""
+    distance = np.abs(loads / (counts + 1) - fair[:, None])
+    scale = distance.max(axis=1, keepdims=True) + 1.0
+    key = np.where(taken, np.inf, distance / scale - need)
+    result: Ints = key.argmin(axis=1)
+    return result

@@ -1,0 +1,163 @@
+"""The machines that a placement is made for, as arrays; and what a placement does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.results import Loads
+from shared.expert_map import ExpertMap, Placement
+from shared.types import ABSENT_SLOT, EMPTY_SLOT, NodeId, RankId
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The taking part ranks, in ascending order: their nodes (as indices from 0) and slots."""
+
+    ranks: Ints  # [num_live]
+    node: Ints  # [num_live]
+    slots: Ints  # [num_live]
+    node_names: tuple[NodeId, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.node_names)
+
+    @classmethod
+    def of(
+        cls, ranks: Sequence[RankId], nodes: Mapping[RankId, NodeId], slots: Mapping[RankId, int]
+    ) -> Layout:
+        """Raises ValueError where a rank is named twice, has no node, or has no slot count."""
+        ordered = sorted(ranks)
+        if not ordered:
+            raise ValueError("placement needs at least one rank")
+        if len(set(ordered)) != len(ordered) or ordered[0] < 0:
+            raise ValueError("ranks must be distinct and not negative")
+        missing = [r for r in ordered if r not in nodes or r not in slots]
+        if missing:
+            raise ValueError(f"rank {missing[0]} has no node or no slot count")
+        if min(slots[r] for r in ordered) < 0:
+            raise ValueError("a slot count is negative")
+        names = tuple(sorted({nodes[r] for r in ordered}))
+        index = {name: i for i, name in enumerate(names)}
+        return cls(
+            ranks=np.array(ordered, dtype=np.int64),
+            node=np.array([index[nodes[r]] for r in ordered], dtype=np.int64),
+            slots=np.array([slots[r] for r in ordered], dtype=np.int64),
+            node_names=names,
+        )
+
+    @classmethod
+    def of_map(cls, expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> Layout:
+        """The members of a map; slots are those that its first layer has."""
+        members = sorted(m.rank for m in expert_map.members)
+        exists = (expert_map.placement[0] != ABSENT_SLOT).sum(axis=1)
+        return cls.of(members, nodes, {r: int(exists[r]) for r in members})
+
+
+def checked_loads(loads: Loads, num_layers: int, num_experts: int) -> Floats:
+    """A float copy of `loads`; a layer without any load counts as evenly loaded."""
+    result = np.array(loads, dtype=np.float64)
+    if result.shape != (num_layers, num_experts):
+        raise ValueError(
+            f"loads have shape {result.shape}, the map needs {(num_layers, num_experts)}"
+        )
+    if not np.isfinite(result).all() or (result < 0).any():
+        raise ValueError("loads must be finite and not negative")
+    result[result.sum(axis=1) == 0] = 1.0
+    return result
+
+
+def loads_or_even(loads: Loads | None, num_layers: int, num_experts: int) -> Floats:
+    if loads is None:
+        return np.ones((num_layers, num_experts))
+    return checked_loads(loads, num_layers, num_experts)
+
+
+def presence(placement: Placement, num_experts: int) -> NDArray[np.int16]:
+    """`[num_layers, num_experts, num_ranks]`: how many slots of the rank hold the expert."""
+    num_layers, num_ranks, _ = placement.shape
+    result = np.zeros((num_layers, num_experts, num_ranks), dtype=np.int16)
+    layer, rank, slot = np.nonzero(placement >= 0)
+    np.add.at(result, (layer, placement[layer, rank, slot], rank), 1)
+    return result
+
+
+def replica_counts(placement: Placement, num_experts: int) -> Ints:
+    """`[num_layers, num_experts]`: slots that hold the expert."""
+    num_layers = placement.shape[0]
+    flat = placement.reshape(num_layers, -1).astype(np.int64)
+    keys = np.where(flat >= 0, flat, num_experts) + np.arange(num_layers)[:, None] * (
+        num_experts + 1
+    )
+    counts = np.bincount(keys.ravel(), minlength=num_layers * (num_experts + 1))
+    return counts.reshape(num_layers, num_experts + 1)[:, :num_experts].astype(np.int64)
+
+
+def rank_loads(placement: Placement, loads: Loads) -> Floats:
+    """`[num_layers, num_ranks]`: the load of each rank when an expert's replicas share evenly."""
+    num_experts = loads.shape[1]
+    counts = np.maximum(replica_counts(placement, num_experts), 1)
+    share = np.zeros((loads.shape[0], num_experts + 1))
+    share[:, :num_experts] = loads / counts
+    held = np.where(placement >= 0, placement, num_experts)
+    layers = np.arange(placement.shape[0])[:, None, None]
+    result: Floats = share[layers, held].sum(axis=2)
+    return result
+
+
+def balance(placement: Placement, loads: Loads, ranks: Sequence[RankId]) -> Floats:
+    """`[num_layers]`: the busiest rank's load over the mean of `ranks`; 1 is perfect."""
+    per_rank = rank_loads(placement, loads)[:, np.array(ranks, dtype=np.int64)]
+    mean = per_rank.mean(axis=1)
+    return np.where(mean > 0, per_rank.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
+
+
+def fill_target(layout: Layout, num_experts: int, redundant: int | None) -> int:
+    """Slots filled in each layer in peace: no rank holds an expert twice, so not more than so."""
+    room = int(np.minimum(layout.slots, num_experts).sum())
+    return room if redundant is None else min(room, num_experts + redundant)
+
+
+def fill_quotas(layout: Layout, num_experts: int, redundant: int | None) -> Ints:
+    """`[num_live]`: how many slots each rank has filled in peace, as even as its slots permit.
+
+    Water-filling: everybody gets the same number, or all it has. The remainder goes round the
+    nodes, so that no node is favoured.
+    """
+    room = np.minimum(layout.slots, num_experts)
+    target = fill_target(layout, num_experts, redundant)
+    level = 0
+    while np.minimum(room, level + 1).sum() <= target and level < room.max(initial=0):
+        level += 1
+    quotas = np.minimum(room, level)
+    order = np.argsort(_place_in_node(layout.node), kind="stable")
+    open_ranks = order[room[order] > level]
+    quotas[open_ranks[: target - int(quotas.sum())]] += 1
+    return quotas
+
+
+def _place_in_node(node: Ints) -> Ints:
+    """0 for each node's first rank, 1 for its second, and so on."""
+    order = np.argsort(node, kind="stable")
+    starts = np.concatenate(([True], np.diff(node[order]) > 0))
+    first = np.maximum.accumulate(np.where(starts, np.arange(len(node)), 0))
+    result = np.empty_like(node)
+    result[order] = np.arange(len(node)) - first
+    return result
+
+
+def empty_placement(
+    layout: Layout, num_layers: int, num_ranks: int, slots_per_rank: int
+) -> Placement:
+    """Every slot of `layout` empty, every other place absent."""
+    result = np.full((num_layers, num_ranks, slots_per_rank), ABSENT_SLOT, dtype=np.int16)
+    for rank, count in zip(layout.ranks, layout.slots, strict=True):
+        result[:, rank, :count] = EMPTY_SLOT
+    return result

@@ -1,0 +1,103 @@
+"""What the planner answers: named results, and the shapes that its functions share."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.expert_map import Placement
+from shared.types import ExpertId, NodeId, RankId, SlotId
+
+Loads = NDArray[np.floating] | NDArray[np.integer]
+"""`[num_layers, num_experts]`: tokens (or any measure of work) that each expert receives."""
+
+
+class LayerExpert(NamedTuple):
+    """An expert of one layer."""
+
+    layer: int
+    expert: ExpertId
+
+
+class Refill(NamedTuple):
+    """An expert to load into a slot."""
+
+    layer: int
+    rank: RankId
+    slot: SlotId
+    expert: ExpertId
+
+
+class PlacementPlan(NamedTuple):
+    """A fresh placement. `in_host_memory` lists, coldest first, the experts that found no slot."""
+
+    placement: Placement  # [num_layers, num_ranks, slots_per_rank]
+    in_host_memory: tuple[LayerExpert, ...]
+
+
+class ShrinkResult(NamedTuple):
+    """The map after a death.
+
+    `placement` has the survivors' slots exactly as they were and the dead ranks' slots empty. Where
+    `refills` is empty it can be published at once. Otherwise all of `refills` must be loaded before
+    serving goes on, and `refilled` is the placement to publish then: it differs from `placement` in
+    the refilled slots alone (empty ones first, then those of surplus replicas). `uncoverable` are
+    the coldest orphans, for which the survivors have no slot left.
+    """
+
+    placement: Placement
+    refills: tuple[Refill, ...]
+    refilled: Placement
+    uncoverable: tuple[LayerExpert, ...]
+
+
+class GrowResult(NamedTuple):
+    """The map with the joiners: members' slots as they were, the joiners' filled by `loads`."""
+
+    placement: Placement
+    loads: tuple[Refill, ...]
+
+
+class HealStep(NamedTuple):
+    """One safe step: publish `emptied`, load `loads`, publish `placement`.
+
+    Both maps cover what the map before covered. `emptied` equals the map before where the slots to
+    fill were empty already (then it need not be published); `loads` is empty where slots are given
+    back as spare ones (then `emptied` equals `placement`).
+    """
+
+    emptied: Placement
+    loads: tuple[Refill, ...]
+    placement: Placement
+    bytes: int
+    reason: Literal["cover", "spread", "spare", "balance"]
+
+
+class FaultTolerance(NamedTuple):
+    """Which failures a map survives, whichever ranks or nodes they hit.
+
+    Without reload: every expert keeps a replica. With reload: the survivors' slots suffice for
+    every expert, but serving waits for weights from host memory or disk. `at_risk_*` are the
+    experts with replicas on one rank (node) only; `lost_by_*` counts, summed over layers, what dies
+    with each.
+    """
+
+    rank_failures: int
+    node_failures: int
+    rank_failures_with_reload: int
+    node_failures_with_reload: int
+    at_risk_of_rank: tuple[LayerExpert, ...]
+    at_risk_of_node: tuple[LayerExpert, ...]
+    lost_by_rank: dict[RankId, int]
+    lost_by_node: dict[NodeId, int]
+
+
+class Advice(NamedTuple):
+    """The redundancy that survives so many failures without a reload, and the room it takes."""
+
+    rank_failures: int
+    node_failures: int
+    redundant: int
+    slots_per_rank: int
