@@ -67,8 +67,9 @@ class Cancel:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionTokens:
     """New tokens of one attempt. `index` is that of the first of `ids`; `finish` is set on the last
-    message of an attempt, whose `ids` may be empty. `error` set means failed, and `retryable` that
-    another rank may take it."""
+    message of an attempt, whose `ids` may be empty. A stop token is sent, too, as the last id
+    beside `finish=STOP`: it counts as a token, and the gateway leaves it out of the text. `error`
+    set means failed, and `retryable` that another rank may take it."""
 
     session: SessionId
     attempt: Attempt
