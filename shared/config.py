@@ -94,10 +94,16 @@ def load_config(
             raw[name] = value
     raw.update({k: v for k, v in flags.items() if k in names and v is not None})
     try:
-        result = msgspec.convert(_nest(cls, raw), type=cls, strict=False)
+        result = msgspec.convert(_nest(cls, raw), type=cls, strict=False, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{section} configuration: {error}") from error
     return result
+
+
+def _decode_path(kind: type[Any], value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(f"no configuration value of type {kind}")
 
 
 def _leaf_names(cls: type[Any]) -> list[str]:

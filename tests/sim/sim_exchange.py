@@ -1,0 +1,64 @@
+"""The ranks' data network of the simulated world: the local exchange, its messages delayed, held
+back by cuts and lost with their sender, its waits parked on virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpu_worker.exchange.local import LocalHub
+from shared.types import Member
+from tests.sim.sim_loop import SimProcess
+from tests.sim.sim_network import SimNetwork
+
+
+class SimHub(LocalHub):
+    """`send` carries a message over the simulated network; whoever was parked there looks again."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        hidden_size: int,
+        top_k: int,
+        *,
+        network: SimNetwork,
+        park: Callable[[], None],
+    ) -> None:
+        super().__init__(num_ranks, hidden_size, top_k, park=park)
+        self._network = network
+        self._process_of: dict[Member, SimProcess] = {}
+        self._arrived: Callable[[Member], None] = lambda member: None
+        self._held: list[tuple[Member, Member, Any, Any]] = []
+
+    def attach(self, member: Member, process: SimProcess) -> None:
+        self._process_of[member] = process
+
+    def on_arrival(self, arrived: Callable[[Member], None]) -> None:
+        self._arrived = arrived
+
+    def send(self, source: Member, target: Member, place: Any, message: Any) -> None:
+        if source == target:
+            super().send(source, target, place, message)
+            return
+        sender, receiver = self._process_of[source], self._process_of.get(target)
+        if receiver is None or receiver.dead:
+            return
+        if not self._network.reachable(sender.host, receiver.host):
+            self._held.append((source, target, place, message))
+            return
+        late_s = self._network.latency_s()
+        if self._network.draw.random() < 0.01:
+            late_s += self._network.draw.uniform(0.005, 0.2)
+        self._network.loop.call_later(late_s, self._deliver, source, target, place, message)
+
+    def heal(self) -> None:
+        """A write that was under way when the link was cut lands late: stale, and to be ignored."""
+        held, self._held = self._held, []
+        for each in held:
+            self.send(*each)
+
+    def _deliver(self, source: Member, target: Member, place: Any, message: Any) -> None:
+        receiver = self._process_of.get(target)
+        if receiver is not None and not receiver.dead:
+            LocalHub.send(self, source, target, place, message)
+            self._arrived(target)

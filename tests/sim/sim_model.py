@@ -1,0 +1,137 @@
+"""A model small enough to run thousands of schedules, and exact: integers in float32. Its next
+token depends on every token before it (through the paged KV cache) and on every expert asked: a
+lost, doubled or foreign contribution changes what the client sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.exchange.seam import Exchange
+from gpu_worker.step_batch import Forward, StepBatch
+from shared.expert_map import Placement
+from shared.types import EMPTY_SLOT
+
+NUM_LAYERS = 2
+NUM_EXPERTS = 6
+TOP_K = 2
+HIDDEN = 2
+VOCAB = 97
+EOS = 96
+PRIME = 65521
+
+
+def key_of(token: int, position: int) -> int:
+    return (token * 31 + position * 17 + 5) % PRIME
+
+
+def experts_of(value: int, layer: int) -> tuple[int, int]:
+    first = (value + layer) % NUM_EXPERTS
+    return first, (first + 1 + value % (NUM_EXPERTS - 1)) % NUM_EXPERTS
+
+
+def expert_output(value: int, layer: int, expert: int) -> int:
+    return (value * (expert + 3) + 7 * layer + expert) % PRIME
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The oracle: what greedy decoding of the model gives, computed without any rank."""
+    value = sum(key_of(t, p) * (p + 1) for p, t in enumerate(tokens)) % PRIME
+    for layer in range(NUM_LAYERS):
+        outputs = [expert_output(value, layer, e) for e in experts_of(value, layer)]
+        value = (value + sum((k + 1) * y for k, y in enumerate(outputs))) % PRIME
+    return value % EOS
+
+
+def oracle(prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tuple(tokens[len(prompt) :])
+
+
+class SimModel:
+    """Implements `step_batch.Model`, and `membership.driver.SlotLoader` for its slots."""
+
+    def __init__(self, *, slots_per_rank: int, kv_blocks: int, block_tokens: int) -> None:
+        self._keys = np.full(kv_blocks * block_tokens, -1, dtype=np.int64)
+        self._block_tokens = block_tokens
+        self.contents: Placement = np.full((NUM_LAYERS, slots_per_rank), EMPTY_SLOT, np.int16)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return NUM_LAYERS
+
+    @property
+    def vocab_size(self) -> int:
+        return VOCAB
+
+    def load(self, wanted: Placement) -> Placement:
+        self.contents = wanted.copy()
+        return self.contents.copy()
+
+    def forward(self, batch: StepBatch, exchange: Exchange) -> Forward:
+        values_T = self._attend(batch)
+        any_work = False
+        for layer in range(NUM_LAYERS):
+            x_TH = np.stack([values_T, values_T], axis=1).astype(np.float32)
+            experts_TK = np.array(
+                [experts_of(int(v), layer) for v in values_T], dtype=np.int32
+            ).reshape(-1, TOP_K)
+            sent = exchange.dispatch(layer, x_TH, experts_TK)
+            any_work = sent.any_work
+            if not sent.any_tokens:
+                break
+            y_TKH = exchange.combine(
+                layer, self._experts(layer, sent.x_MH, sent.rows_N, sent.slots_N)
+            )
+            weighted = y_TKH[:, :, 0].astype(np.int64) * np.arange(1, TOP_K + 1)
+            values_T = (values_T + weighted.sum(axis=1)) % PRIME
+        return Forward(logits_RV=self._logits(values_T[batch.logits_rows_R]), any_work=any_work)
+
+    def _attend(self, batch: StepBatch) -> NDArray[np.int64]:
+        places = [
+            int(batch.block_tables_SB[s, p // self._block_tokens]) * self._block_tokens
+            + p % self._block_tokens
+            for s, p in zip(batch.sequence_T.tolist(), batch.position_T.tolist(), strict=True)
+        ]
+        for place, token, position in zip(
+            places, batch.token_ids_T.tolist(), batch.position_T.tolist(), strict=True
+        ):
+            self._keys[place] = key_of(token, position)
+        return np.array(
+            [
+                self._prefix(batch.block_tables_SB[s], p)
+                for s, p in zip(batch.sequence_T.tolist(), batch.position_T.tolist(), strict=True)
+            ],
+            dtype=np.int64,
+        )
+
+    def _prefix(self, table_B: NDArray[np.int32], position: int) -> int:
+        positions = np.arange(position + 1)
+        places = table_B[positions // self._block_tokens] * self._block_tokens
+        keys = self._keys[places + positions % self._block_tokens]
+        assert (keys >= 0).all(), "attended to KV that was never written"
+        return int((keys * (positions + 1)).sum() % PRIME)
+
+    def _experts(
+        self,
+        layer: int,
+        x_MH: NDArray[np.float32],
+        rows_N: NDArray[np.int32],
+        slots_N: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        experts_N = self.contents[layer][slots_N]
+        assert (experts_N >= 0).all(), "asked for an expert that is not resident"
+        outputs = [
+            expert_output(int(x_MH[row, 0]), layer, int(expert))
+            for row, expert in zip(rows_N.tolist(), experts_N.tolist(), strict=True)
+        ]
+        return np.repeat(np.array(outputs, dtype=np.float32).reshape(-1, 1), HIDDEN, axis=1)
+
+    def _logits(self, values_R: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits_RV = np.zeros((len(values_R), VOCAB), dtype=np.float32)
+        logits_RV[np.arange(len(values_R)), values_R % EOS] = 10.0
+        return logits_RV

@@ -1,0 +1,159 @@
+"""A whole instance for a test: `starfish up` as a user runs it, in a process of its own, and the
+few things a test does to it: send streams, read the status, kill a rank."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+UP_TIMEOUT_S = 90.0
+DOWN_TIMEOUT_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True, slots=True)
+class StreamResult:
+    """What one client saw."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    error: str | None
+
+
+class Cluster:
+    """Handle on a running instance."""
+
+    def __init__(self, run_dir: Path, port: int, http: aiohttp.ClientSession) -> None:
+        self.run_dir = run_dir
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._http = http
+
+    async def status(self) -> dict[str, Any]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cli", "status", "--json", "--run-dir", str(self.run_dir)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        assert process.returncode == 0, err.decode()
+        status: dict[str, Any] = json.loads(out)
+        return status
+
+    async def live_ranks(self) -> dict[int, int]:
+        """pid by rank, of the ranks in the map."""
+        ranks = (await self.status())["ranks"]
+        return {r["rank"]: r["pid"] for r in ranks if r["state"] == "live"}
+
+    async def wait_live(self, num_ranks: int, timeout_s: float = 60.0) -> dict[int, int]:
+        """Until that many ranks are in the map; pid by rank."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                live = await self.live_ranks()
+                if len(live) == num_ranks:
+                    return live
+                await asyncio.sleep(0.2)
+
+    async def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        on_token: Callable[[int], None] = lambda index: None,
+        **sampling: Any,
+    ) -> StreamResult:
+        """One streamed completion by token ids; `on_token` is called with the count so far."""
+        body = {
+            "model": "any",
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "stream": True,
+            "return_token_ids": True,
+            "temperature": 0,
+            "ignore_eos": True,
+            **sampling,
+        }
+        body["model"] = await self.model_name()
+        ids: list[int] = []
+        finish: str | None = None
+        async with self._http.post(f"{self.url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                return StreamResult((), None, await response.text())
+            async for line in response.content:
+                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return StreamResult(tuple(ids), finish, str(event["error"]))
+                for choice in event["choices"]:
+                    ids += choice.get("token_ids") or []
+                    finish = choice["finish_reason"] or finish
+                    on_token(len(ids))
+        return StreamResult(tuple(ids), finish, None)
+
+    async def model_name(self) -> str:
+        async with self._http.get(f"{self.url}/v1/models") as response:
+            name: str = (await response.json())["data"][0]["id"]
+            return name
+
+
+@asynccontextmanager
+async def running_cluster(
+    run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = ()
+) -> AsyncIterator[Cluster]:
+    """Starts `starfish up`, waits until it serves, stops it by SIGINT and checks that it ended
+    well. Its output is in `run_dir/up.log`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with (run_dir / "up.log").open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cli", "up", "--no-demo", "--model", str(model)),
+            *("--ranks", str(ranks), "--port", str(port), "--run-dir", str(run_dir), *flags),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
+            cluster = Cluster(run_dir, port, http)
+            await _wait_ready(cluster, process, http)
+            yield cluster
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(DOWN_TIMEOUT_S):
+            assert await process.wait() == 0, (run_dir / "up.log").read_text()[-4000:]
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _wait_ready(
+    cluster: Cluster, process: asyncio.subprocess.Process, http: aiohttp.ClientSession
+) -> None:
+    async with asyncio.timeout(UP_TIMEOUT_S):
+        while True:
+            if process.returncode is not None:
+                raise AssertionError((cluster.run_dir / "up.log").read_text()[-4000:])
+            try:
+                async with http.get(f"{cluster.url}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.2)

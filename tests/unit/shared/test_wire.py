@@ -1,0 +1,106 @@
+"""Frames: what goes in comes out, and nothing else is believed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import WireError
+from shared.types import Attempt, Incarnation, Member, RankId, SamplingParams, SessionId
+from shared.wire import (
+    FRAME_BYTES_MAX,
+    AreaOpened,
+    Hello,
+    Message,
+    Ping,
+    Submit,
+    decode,
+    encode,
+    read_message,
+)
+
+
+def submit(tokens: tuple[int, ...] = (1, 2, 3)) -> Submit:
+    return Submit(
+        session=SessionId("s"),
+        attempt=Attempt(2),
+        tokens=tokens,
+        num_emitted=1,
+        sampling=SamplingParams(temperature=0.5, seed=2**63, stop_token_ids=(7,)),
+    )
+
+
+def area() -> AreaOpened:
+    return AreaOpened(
+        target=Member(rank=RankId(1), incarnation=Incarnation(2)),
+        source=Member(rank=RankId(0), incarnation=Incarnation(1)),
+        generation=3,
+        transfer_name="127.0.0.1:15000",
+        address=2**63 + 5,
+        nbytes=4096,
+    )
+
+
+async def read_all(data: bytes) -> list[Message | None]:
+    reader = asyncio.StreamReader()
+    reader.feed_data(data)
+    reader.feed_eof()
+    messages: list[Message | None] = []
+    while not messages or messages[-1] is not None:
+        messages.append(await read_message(reader))
+    return messages
+
+
+@pytest.mark.parametrize("message", [submit(), submit(()), area(), Ping(nonce=1)])
+def test_a_message_comes_out_as_it_went_in(message: Message) -> None:
+    assert decode(encode(message)[4:]) == message
+
+
+async def test_a_stream_gives_its_messages_and_then_none() -> None:
+    assert await read_all(encode(Ping(nonce=1)) + encode(submit())) == [
+        Ping(nonce=1),
+        submit(),
+        None,
+    ]
+
+
+async def test_a_stream_that_ends_inside_a_frame_is_an_error() -> None:
+    with pytest.raises(WireError, match="inside a frame"):
+        await read_all(encode(submit())[:-1])
+
+
+async def test_a_frame_that_claims_to_be_huge_is_refused_before_it_is_read() -> None:
+    with pytest.raises(WireError, match="exceeds the limit"):
+        await read_all((FRAME_BYTES_MAX + 1).to_bytes(4, "big"))
+
+
+def test_a_message_too_large_to_send_is_refused() -> None:
+    with pytest.raises(WireError, match="exceeds the limit"):
+        encode(Hello(role="x" * (FRAME_BYTES_MAX + 1), name="n"))
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        None,
+        ["Nothing", {}],
+        ["Ping"],
+        ["Ping", {}],
+        ["Ping", {"nonce": "one"}],
+        ["Submit", {"session": "s", "attempt": 0, "tokens": ["a"], "num_emitted": 0}],
+    ],
+)
+def test_other_msgpack_is_a_wire_error(plain: object) -> None:
+    with pytest.raises(WireError):
+        decode(msgpack.packb(plain))
+
+
+@given(st.binary(max_size=64))
+def test_random_bytes_are_a_message_or_a_wire_error(data: bytes) -> None:
+    with contextlib.suppress(WireError):
+        decode(data)
