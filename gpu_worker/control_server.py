@@ -45,7 +45,9 @@ class EnginePort(Protocol):
         """False where the engine's inbox is full."""
         ...
 
-    def cancel(self, cancel: Cancel) -> None: ...
+    def cancel(self, cancel: Cancel) -> bool:
+        """False where the engine's inbox is full."""
+        ...
 
     def drop_origin(self, origin: int) -> None: ...
 
@@ -149,7 +151,8 @@ class ControlServer:
                 if not self._engine.submit(origin, message):
                     return self._refusal(message)
             case Cancel():
-                self._engine.cancel(message)
+                if not self._engine.cancel(message):
+                    raise WireError("more cancellations than the engine can take")
             case Wake():
                 self._engine.wake(message)
             case Ping():

@@ -1,0 +1,75 @@
+"""The event loop's side of the engine: puts what arrives into its inbox, and tells others what it
+says of itself. Owns no decision and no thread."""
+
+from __future__ import annotations
+
+import os
+
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.mailbox import Arrival, DropOrigin, Inbox, NewMap, Stop
+from gpu_worker.engine.sequence import Origin
+from shared.clock import Clock
+from shared.expert_map import ExpertMap
+from shared.types import Member
+from shared.wire import Cancel, Load, Ping, Pong, StatusQuery, StatusReply, Submit, Wake
+
+
+class EngineGate:
+    """Implements `control_server.EnginePort`."""
+
+    def __init__(self, *, member: Member, engine: Engine, inbox: Inbox, clock: Clock) -> None:
+        self._member = member
+        self._engine = engine
+        self._inbox = inbox
+        self._clock = clock
+
+    def submit(self, origin: int, submit: Submit) -> bool:
+        return self._inbox.put(Arrival(origin=Origin(origin), submit=submit))
+
+    def cancel(self, cancel: Cancel) -> bool:
+        return self._inbox.put(cancel)
+
+    def drop_origin(self, origin: int) -> None:
+        self._inbox.put(DropOrigin(origin=Origin(origin)))
+
+    def wake(self, wake: Wake) -> None:
+        self._inbox.put(wake)
+
+    def hand_map(self, expert_map: ExpertMap) -> None:
+        self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
+
+    def stop(self) -> None:
+        self._inbox.put(Stop())
+
+    def load(self) -> Load:
+        return self._engine.snapshot().load
+
+    def pong(self, ping: Ping) -> Pong:
+        now = self._engine.snapshot()
+        return Pong(
+            nonce=ping.nonce,
+            rank=self._member.rank,
+            incarnation=self._member.incarnation,
+            epoch=now.epoch,
+            step=now.step,
+            engine_age_ms=now.engine_age_ms,
+            waiting_for=now.waiting_for,
+            load=now.load,
+        )
+
+    def status(self, query: StatusQuery) -> StatusReply:
+        now = self._engine.snapshot()
+        return StatusReply(
+            nonce=query.nonce,
+            rank=self._member.rank,
+            incarnation=self._member.incarnation,
+            pid=os.getpid(),
+            epoch=now.epoch,
+            step=now.step,
+            load=now.load,
+            engine_age_ms=now.engine_age_ms,
+            steps_committed=now.steps_committed,
+            steps_abandoned=now.steps_abandoned,
+            tokens_generated=now.tokens_generated,
+            adoptions=now.adoptions,
+        )
