@@ -1,0 +1,236 @@
+"""The engine thread's loop: inbox, map, plan, forward, sample, commit, post. What runs is the
+scheduler's, what is computed the model's; here is only when.
+
+Theory of operation. Before each step the inbox is emptied and the newest map adopted. Then:
+
+    state                           and then
+    in no map yet, or behind it     sleeps until a newer map is here
+    in a map that leaves us out     posts Fenced and returns
+    awake                           runs the next step
+      its peers moved on            forgets the plan; behind its map
+      nobody had work in it         all members see that, and all sleep
+    asleep, own work                posts SendWake, runs the next step
+    asleep, Wake for that step      runs the next step
+    asleep, a newer map             adopts it, runs its step 0
+
+A Wake may come while its step is not yet the next one here; it is kept, not lost. Errors other than
+StepAbandoned leave `run`, and shall take the process down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_worker.engine.adoption_log import AdoptionLog
+from gpu_worker.engine.mailbox import (
+    Adopted,
+    Arrival,
+    DropOrigin,
+    Fenced,
+    Inbox,
+    Item,
+    NewMap,
+    Post,
+    SendWake,
+    StepTokens,
+    Stop,
+)
+from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.sampler import sample
+from gpu_worker.engine.scheduler import Scheduler, StepPlan
+from gpu_worker.engine.sequence import Origin
+from gpu_worker.exchange.seam import Exchange
+from gpu_worker.step_batch import Forward, Model
+from shared.clock import Clock
+from shared.errors import StepAbandoned
+from shared.types import Epoch, Member, RankId, Step
+from shared.wire import Adoption, Cancel, Load, SessionTokens, Wake
+
+_PARK_S = 1.0  # only so that no wait is without end; every reason to go on notifies the inbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSnapshot:
+    """What other threads may know of the engine; each field is true, if not all at one instant.
+    `step` is the one that runs now or comes next."""
+
+    epoch: Epoch
+    step: Step
+    engine_age_ms: float
+    waiting_for: tuple[RankId, ...]
+    load: Load
+    steps_committed: int
+    steps_abandoned: int
+    tokens_generated: int
+    adoptions: tuple[Adoption, ...]
+
+
+class Engine:
+    """One rank's. Everything but `snapshot` runs on the engine thread."""
+
+    def __init__(
+        self,
+        *,
+        member: Member,
+        model: Model,
+        exchange: Exchange,
+        scheduler: Scheduler,
+        inbox: Inbox,
+        monitor: EngineMonitor,
+        post: Post,
+        clock: Clock,
+    ) -> None:
+        self._member = member
+        self._model = model
+        self._exchange = exchange
+        self._scheduler = scheduler
+        self._inbox = inbox
+        self._monitor = monitor
+        self._post = post
+        self._clock = clock
+        self._newest: NewMap | None = None
+        self._epoch = Epoch(0)  # 0: in no map yet
+        self._step = Step(0)
+        self._is_behind = False  # a step of our epoch was abandoned; its next map is not here yet
+        self._asleep = False
+        self._woken_for = (Epoch(0), Step(0))
+        self._adoptions = AdoptionLog()
+        self._load = scheduler.load()
+        self._steps_committed = 0
+        self._steps_abandoned = 0
+        self._tokens_generated = 0
+
+    def snapshot(self) -> EngineSnapshot:
+        return EngineSnapshot(
+            epoch=self._epoch,
+            step=self._step,
+            engine_age_ms=self._monitor.engine_age_ms(),
+            waiting_for=self._monitor.waiting_for,
+            load=self._load,
+            steps_committed=self._steps_committed,
+            steps_abandoned=self._steps_abandoned,
+            tokens_generated=self._tokens_generated,
+            adoptions=self._adoptions.entries,
+        )
+
+    def run(self) -> None:
+        """Until Stop, or until fenced."""
+        while not self._take_in(self._inbox.drain()):
+            if self._is_fenced():
+                self._post(Fenced(epoch=self._newest_epoch()))
+                return
+            self._adopt_newest()
+            if self._may_step():
+                self._run_step()
+            else:
+                self._monitor.park(_PARK_S)
+
+    def _take_in(self, items: list[Item]) -> bool:
+        """True: stop."""
+        replies: dict[Origin, list[SessionTokens]] = {}
+        stop = False
+        for item in items:
+            match item:
+                case Arrival(origin=origin, submit=submit):
+                    if (reply := self._scheduler.submit(origin, submit)) is not None:
+                        replies.setdefault(origin, []).append(reply)
+                case Cancel(session=session, attempt=attempt):
+                    if (ended := self._scheduler.cancel(session, attempt)) is not None:
+                        replies.setdefault(ended[0], []).append(ended[1])
+                case DropOrigin(origin=origin):
+                    self._scheduler.drop_origin(origin)
+                    replies.pop(origin, None)
+                case NewMap(expert_map=expert_map):
+                    if expert_map.epoch > self._newest_epoch():
+                        self._newest = item
+                case Wake(epoch=epoch, step=step):
+                    self._woken_for = max(self._woken_for, (epoch, step))
+                case Stop():
+                    stop = True
+        if items:
+            self._load = self._scheduler.load()
+            self._post_tokens(replies)
+        return stop
+
+    def _newest_epoch(self) -> Epoch:
+        return self._newest.expert_map.epoch if self._newest is not None else Epoch(0)
+
+    def _is_fenced(self) -> bool:
+        """Left out by the newest map, after having been in one."""
+        newest = self._newest
+        return self._epoch > 0 and newest is not None and not newest.expert_map.has(self._member)
+
+    def _adopt_newest(self) -> None:
+        newest = self._newest
+        if newest is None or newest.expert_map.epoch <= self._epoch:
+            return
+        if not newest.expert_map.has(self._member):
+            return
+        self._exchange.adopt(newest.expert_map)
+        self._epoch = newest.expert_map.epoch
+        self._set_step(0)
+        adoption = self._adoptions.adopted(
+            self._epoch,
+            seen_at=newest.seen_at,
+            now=self._clock.now(),
+            abandoned=self._is_behind,
+        )
+        self._is_behind = False
+        self._asleep = False
+        self._post(Adopted(expert_map=newest.expert_map, adoption=adoption))
+
+    def _may_step(self) -> bool:
+        if self._epoch == 0 or self._is_behind:
+            return False
+        if not self._asleep:
+            return True
+        if self._scheduler.has_work:
+            self._post(SendWake(epoch=self._epoch, step=self._step))
+            self._asleep = False
+        else:
+            epoch, step = self._woken_for
+            self._asleep = not (epoch == self._epoch and step >= self._step)
+        return not self._asleep
+
+    def _run_step(self) -> None:
+        has_work = self._scheduler.has_work
+        plan = self._scheduler.plan()
+        self._monitor.beat(())
+        try:
+            self._exchange.begin_step(
+                self._epoch, self._step, num_tokens=plan.batch.num_tokens, has_work=has_work
+            )
+            forward = self._model.forward(plan.batch, self._exchange)
+        except StepAbandoned:
+            self._scheduler.abandon(plan)
+            self._steps_abandoned += 1
+            self._is_behind = True
+            return
+        self._commit(plan, forward)
+
+    def _commit(self, plan: StepPlan, forward: Forward) -> None:
+        self._monitor.beat(())
+        committed = self._scheduler.commit(plan, sample(forward.logits_RV, plan.draws))
+        self._steps_committed += 1
+        self._tokens_generated += committed.num_generated
+        self._load = self._scheduler.load()
+        self._adoptions.committed(now=self._clock.now(), num_reprefilled=committed.num_reprefilled)
+        self._post_tokens(committed.replies)
+        self._set_step(self._step + 1)
+        self._asleep = not forward.any_work
+
+    def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:
+        if replies:
+            self._post(
+                StepTokens(
+                    epoch=self._epoch,
+                    step=self._step,
+                    sessions={origin: tuple(batch) for origin, batch in replies.items()},
+                    load=self._load,
+                )
+            )
+
+    def _set_step(self, step: int) -> None:
+        self._step = Step(step)
+        self._monitor.epoch = self._epoch
+        self._monitor.step = self._step

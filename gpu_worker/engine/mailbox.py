@@ -1,0 +1,187 @@
+"""The two bounded ways between a rank's event loop and its engine thread: the inbox, on which the
+engine also sleeps, and the events that it posts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpu_worker.engine.sequence import Origin
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, RankId, Step, SuspicionReason
+from shared.wire import Adoption, Cancel, Load, SessionTokens, Submit, Wake
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """A Submit, and the connection that it came in by."""
+
+    origin: Origin
+    submit: Submit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropOrigin:
+    """This connection is gone, and its sessions with it."""
+
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewMap:
+    """A map that may be adopted: every member's link is open. `seen_at` is when it reached this
+    rank, in its `Clock.now()`."""
+
+    expert_map: ExpertMap
+    seen_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Leave the loop at the next step boundary."""
+
+
+Item = Arrival | Cancel | DropOrigin | NewMap | Wake | Stop
+
+
+class Waiter(Protocol):
+    """What the engine blocks on, apart from its exchange: a thread's event, or the simulator's fake
+    clock. A `notify` that comes before its `wait` is not lost."""
+
+    def wait(self, timeout_s: float) -> None: ...
+
+    def notify(self) -> None: ...
+
+
+class ThreadWaiter:
+    """For an engine that has a thread of its own."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def wait(self, timeout_s: float) -> None:
+        self._event.wait(timeout_s)
+        # Cleared before the caller looks into its inbox: what is put later sets it again.
+        self._event.clear()
+
+    def notify(self) -> None:
+        self._event.set()
+
+
+class Inbox:
+    """What the event loop has for the engine, first in, first out. `put` from any thread; the rest
+    is the engine's.
+
+    Arrivals are refused beyond a number or beyond a sum of tokens, and cancellations beyond
+    CANCELS_PER_ARRIVAL times the number. The other items are never refused: their number is bounded
+    by that of connections, or they say what nobody may miss.
+    """
+
+    CANCELS_PER_ARRIVAL = 8
+
+    def __init__(
+        self, waiter: Waiter, *, arrivals_max: int = 256, arrival_tokens_max: int = 4_000_000
+    ) -> None:
+        self.newest_epoch = Epoch(0)
+        """That of the newest NewMap. Read without the lock, also while the engine waits for
+        peers."""
+        self._waiter = waiter
+        self._arrivals_max = arrivals_max
+        self._arrival_tokens_max = arrival_tokens_max
+        self._lock = threading.Lock()
+        self._items: list[Item] = []
+        self._num_arrivals = 0
+        self._num_arrival_tokens = 0
+        self._num_cancels = 0
+
+    def put(self, item: Item) -> bool:
+        """False: full, and the item is not taken. For an Arrival the caller answers "retryable";
+        for a Cancel it closes the connection, whose DropOrigin covers it."""
+        with self._lock:
+            if not self._has_room(item):
+                return False
+            self._items.append(item)
+            if isinstance(item, NewMap):
+                self.newest_epoch = max(self.newest_epoch, item.expert_map.epoch)
+        self._waiter.notify()
+        return True
+
+    def drain(self) -> list[Item]:
+        if not self._items:  # the lock is spared at most steps; a racing put is seen at the next
+            return []
+        with self._lock:
+            items, self._items = self._items, []
+            self._num_arrivals = self._num_arrival_tokens = self._num_cancels = 0
+        return items
+
+    def wait(self, timeout_s: float) -> None:
+        """Blocks until something was put since the last `wait`, or the time is over."""
+        self._waiter.wait(timeout_s)
+
+    def _has_room(self, item: Item) -> bool:
+        if isinstance(item, Arrival):
+            num_tokens = self._num_arrival_tokens + len(item.submit.tokens)
+            if self._num_arrivals >= self._arrivals_max or (
+                self._num_arrivals and num_tokens > self._arrival_tokens_max
+            ):
+                return False
+            self._num_arrivals += 1
+            self._num_arrival_tokens = num_tokens
+        elif isinstance(item, Cancel):
+            if self._num_cancels >= self._arrivals_max * self.CANCELS_PER_ARRIVAL:
+                return False
+            self._num_cancels += 1
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTokens:
+    """For each connection what a committed step made, or what became of items of the inbox before
+    the step began."""
+
+    epoch: Epoch
+    step: Step
+    sessions: Mapping[Origin, tuple[SessionTokens, ...]]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """The exchange waits for this rank past the deadline, or its link failed."""
+
+    rank: RankId
+    reason: SuspicionReason
+    epoch: Epoch
+    step: Step
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendWake:
+    """Tell every other member that this step has work."""
+
+    epoch: Epoch
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """The engine runs under this map from now on."""
+
+    expert_map: ExpertMap
+    adoption: Adoption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fenced:
+    """The map of this epoch leaves this rank out; the engine has stopped."""
+
+    epoch: Epoch
+
+
+Event = StepTokens | Suspect | SendWake | Adopted | Fenced
+
+Post = Callable[[Event], None]
+"""Called on the engine thread; must neither block nor raise."""

@@ -1,0 +1,116 @@
+"""Logits to tokens: greedy, or a draw keyed by (seed, position). A row's token depends on that row
+alone, so that a session continues on another rank exactly as it would have here.
+
+V is the vocabulary, R the rows to sample, C the candidates that survive top-k and top-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.types import SamplingParams
+
+NO_TOKEN = -1
+"""In place of an id: the row has no finite maximum, so there is nothing to choose from."""
+
+_GREEDY_BELOW = 1e-5  # a colder softmax is greedy in all but rounding
+_MASK64 = (1 << 64) - 1
+_GOLDEN64 = 0x9E3779B97F4A7C15
+
+
+class Draw(NamedTuple):
+    """What a row's token depends on besides its logits. `position` is the index of the new token
+    in prompt + emitted; `banned` are ids not to draw."""
+
+    sampling: SamplingParams
+    position: int
+    banned: tuple[int, ...]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that is a pure function of its arguments: output `position` of the
+    SplitMix64 generator whose state starts at the mixed seed."""
+    mixed = _mix64((_mix64((seed + _GOLDEN64) & _MASK64) + (position + 1) * _GOLDEN64) & _MASK64)
+    return float(mixed >> 11) * 2.0**-53
+
+
+def sample(logits_RV: NDArray[np.float32], draws: Sequence[Draw]) -> list[int]:
+    """One token id for each row, or NO_TOKEN."""
+    if not draws:
+        return []
+    best_R = logits_RV.argmax(axis=1)  # the first of equals: the lowest id
+    finite_R = np.isfinite(logits_RV[np.arange(len(draws)), best_R]).tolist()
+    ids: list[int] = best_R.tolist()
+    for row, draw in enumerate(draws):
+        if not finite_R[row]:
+            ids[row] = NO_TOKEN
+        elif draw.banned or draw.sampling.temperature >= _GREEDY_BELOW:
+            ids[row] = _sample_row(logits_RV[row], draw)
+    return ids
+
+
+def _mix64(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
+    # In float64 and by itself: vectorised over rows, an element's rounding may depend on where in
+    # a SIMD register its neighbours put it.
+    x_V = logits_V.astype(np.float64)
+    banned = [token for token in draw.banned if 0 <= token < len(x_V)]
+    x_V[banned] = -np.inf
+    peak = x_V.max()
+    if not np.isfinite(peak):
+        return NO_TOKEN
+    sampling = draw.sampling
+    if sampling.temperature < _GREEDY_BELOW:
+        return int(x_V.argmax())
+    x_V -= peak
+    x_V /= sampling.temperature
+    ids_C = _top_k(x_V, sampling.top_k)
+    weights_C = np.exp(x_V if ids_C is None else x_V[ids_C])
+    if sampling.top_p < 1.0:
+        kept = _top_p(weights_C, sampling.top_p)
+        ids_C = kept if ids_C is None else ids_C[kept]
+        weights_C = weights_C[kept]
+    choice = _invert_cdf(weights_C, uniform(sampling.seed, draw.position))
+    return choice if ids_C is None else int(ids_C[choice])
+
+
+def _top_k(x_V: NDArray[np.float64], k: int) -> NDArray[np.intp] | None:
+    """The ids of the k largest, rising; of equals at the edge the lowest ids. None: all."""
+    if not 0 < k < len(x_V):
+        return None
+    edge = np.partition(x_V, len(x_V) - k)[len(x_V) - k]
+    above = np.flatnonzero(x_V > edge)
+    return np.sort(np.concatenate([above, np.flatnonzero(x_V == edge)[: k - len(above)]]))
+
+
+def _top_p(weights_C: NDArray[np.float64], p: float) -> NDArray[np.intp]:
+    """Indices, rising, of the fewest largest weights whose share reaches p; at least one. Sorts no
+    more than it must: the nucleus is small in most rows."""
+    goal = p * weights_C.sum()
+    num = 64
+    while True:
+        top = _top_k(weights_C, num)
+        if top is None:
+            top = np.arange(len(weights_C))
+        order = top[np.argsort(-weights_C[top], kind="stable")]
+        reached = np.cumsum(weights_C[order])
+        if reached[-1] >= goal or num >= len(weights_C):
+            count = min(int(np.searchsorted(reached, goal, side="left")) + 1, len(order))
+            return np.sort(order[:count])
+        num *= 8
+
+
+def _invert_cdf(weights_C: NDArray[np.float64], u: float) -> int:
+    cdf_C = np.cumsum(weights_C)
+    choice = int(np.searchsorted(cdf_C, u * cdf_C[-1], side="right"))
+    # u * total may round up to the total itself: then the last candidate that has any weight.
+    return choice if choice < len(cdf_C) else int(np.searchsorted(cdf_C, cdf_C[-1], side="left"))

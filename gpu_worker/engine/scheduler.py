@@ -1,0 +1,329 @@
+"""Which sequences run in the next step, and what a committed step means for them: continuous
+batching with chunked prefill over a paged KV cache. Pure: no clock, no I/O, deterministic.
+
+Theory of operation. A sequence waits, runs, ends. To run it needs KV blocks for all its known
+tokens; then its prefill is cut into chunks, and once all known tokens are computed each step makes
+one token more. A plan changes nothing that its step's failure would have to explain: `num_computed`
+and tokens move in `commit` alone, and `abandon` takes back blocks and admissions. Only a preemption
+stays (the spoilt step may have written into the freed blocks), and it loses work, never tokens.
+
+    event               waiting               running                     unknown here
+    submit, later       replaced              replaced                    waits, ended, or refused
+    submit, no later    ignored               ignored                     –
+    cancel, drop        ended                 ended, blocks freed         nothing
+    plan                runs, if it fits      decodes or prefills a part, –
+                                              or is preempted → waits
+    commit              –                     a token more, or ended      –
+    abandon             –                     as before the plan;         –
+                                              admitted in it → waits
+
+When blocks run out the sequence of lowest priority gives up its own; it will be recomputed from
+all its known tokens. The first in priority is never preempted for another and always fits alone,
+so everything ends.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu_worker.engine.kv_blocks import KvBlocks
+from gpu_worker.engine.sampler import NO_TOKEN, Draw
+from gpu_worker.engine.sequence import NO_ROW, Origin, Sequence, SequenceState
+from gpu_worker.step_batch import StepBatch
+from shared.types import Attempt, FinishReason, SessionId
+from shared.wire import Load, SessionTokens, Submit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """`kv_blocks` times `kv_block_tokens` is the KV cache. A session ends with LENGTH when prompt
+    and generated tokens reach `context_tokens_max`, or the whole cache. `waiting_max` bounds fresh
+    sessions and continued ones each by itself, so that a crowd at the door refuses nobody who is
+    in mid-stream."""
+
+    vocab_size: int
+    context_tokens_max: int
+    kv_blocks: int
+    kv_block_tokens: int
+    step_tokens_max: int
+    prefill_chunk_tokens: int
+    running_max: int
+    waiting_max: int
+
+    @property
+    def tokens_max(self) -> int:
+        return min(self.context_tokens_max, self.kv_blocks * self.kv_block_tokens)
+
+
+class Chunk(NamedTuple):
+    """The next `num_tokens` uncomputed tokens of a sequence."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """`draws[i]` and `sampled[i]` belong to row i of the wanted logits."""
+
+    batch: StepBatch
+    chunks: tuple[Chunk, ...]
+    sampled: tuple[Sequence, ...]
+    draws: tuple[Draw, ...]
+    grown: tuple[Sequence, ...]  # got one more block for this step
+    admitted: tuple[Sequence, ...]  # in order of priority
+
+
+class Committed(NamedTuple):
+    replies: dict[Origin, list[SessionTokens]]
+    num_generated: int
+    num_reprefilled: int  # given tokens of continued sessions that were prefilled
+
+
+class Scheduler:
+    """Calls alternate: after `plan` comes `commit` or `abandon` of that plan before anything
+    else."""
+
+    def __init__(self, limits: SchedulerLimits, eos_token_ids: tuple[int, ...]) -> None:
+        self._limits = limits
+        self._eos_token_ids = eos_token_ids
+        self._kv = KvBlocks(
+            num_blocks=limits.kv_blocks,
+            block_tokens=limits.kv_block_tokens,
+            rows_max=limits.running_max,
+            row_blocks_max=-(-limits.tokens_max // limits.kv_block_tokens),
+        )
+        self._sequences: dict[SessionId, Sequence] = {}
+        self._waiting: list[Sequence] = []  # sorted by priority
+        self._running: list[Sequence] = []  # sorted by priority when a plan begins
+        self._num_tokens = 0
+        self._arrivals = 0
+        self._plan: StepPlan | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def load(self) -> Load:
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            tokens=self._num_tokens,
+            kv_blocks_free=self._kv.num_free,
+            kv_blocks=self._kv.num_blocks,
+        )
+
+    def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
+        """The reply, where the attempt ends here and now: refused, or nothing left to generate."""
+        assert self._plan is None
+        known = self._sequences.get(submit.session)
+        if known is not None:
+            if submit.attempt <= known.attempt:
+                return None
+            self._end(known)
+        self._arrivals += 1
+        sequence = Sequence(
+            submit,
+            origin=origin,
+            arrival=self._arrivals,
+            eos_token_ids=self._eos_token_ids,
+            tokens_max=self._limits.tokens_max,
+        )
+        reply = self._refuse_or_finish(sequence)
+        if reply is None:
+            self._sequences[sequence.session] = sequence
+            self._num_tokens += len(sequence.tokens)
+            insort(self._waiting, sequence, key=_priority)
+        return reply
+
+    def cancel(self, session: SessionId, attempt: Attempt) -> tuple[Origin, SessionTokens] | None:
+        """Ends this attempt, or an earlier one that is still here; says so to its origin."""
+        assert self._plan is None
+        sequence = self._sequences.get(session)
+        if sequence is None or sequence.attempt > attempt:
+            return None
+        self._end(sequence)
+        reply = sequence.reply(index=sequence.next_index, finish=FinishReason.CANCELLED)
+        return sequence.origin, reply
+
+    def drop_origin(self, origin: Origin) -> None:
+        """Its connection is gone: nobody is left to tell."""
+        assert self._plan is None
+        for sequence in [s for s in self._sequences.values() if s.origin == origin]:
+            self._end(sequence)
+
+    def plan(self) -> StepPlan:
+        """Decodes, then prefill chunks of those that run, then of those newly admitted."""
+        assert self._plan is None
+        self._running.sort(key=_priority)
+        grown, preempted = self._grow_decodes()
+        chunks = [Chunk(s, 1) for s in self._running if s.num_pending == 1]
+        budget = self._limits.step_tokens_max - len(chunks)
+        for sequence in self._running:
+            if sequence.num_pending > 1 and budget > 0:
+                budget -= self._add_prefill(chunks, sequence, budget)
+        admitted: list[Sequence] = []
+        while budget > 0 and not preempted and self._admits_next():
+            admitted.append(self._admit_next())
+            budget -= self._add_prefill(chunks, admitted[-1], budget)
+        self._plan = self._build_plan(chunks, grown, admitted)
+        return self._plan
+
+    def commit(self, plan: StepPlan, sampled_ids: Iterable[int]) -> Committed:
+        """The step took place: `sampled_ids` are the tokens of its wanted rows."""
+        assert plan is self._plan
+        self._plan = None
+        num_reprefilled = 0
+        for sequence, num_tokens in plan.chunks:
+            if sequence.num_emitted:
+                left = sequence.num_given - sequence.num_computed
+                num_reprefilled += min(max(left, 0), num_tokens)
+            sequence.num_computed += num_tokens
+        replies: dict[Origin, list[SessionTokens]] = {}
+        for sequence, token in zip(plan.sampled, sampled_ids, strict=True):
+            replies.setdefault(sequence.origin, []).append(self._take_token(sequence, token))
+        return Committed(replies, len(plan.sampled), num_reprefilled)
+
+    def abandon(self, plan: StepPlan) -> None:
+        """The step did not take place."""
+        assert plan is self._plan
+        self._plan = None
+        for sequence in plan.grown:
+            self._kv.shrink(sequence.row, 1)
+        for sequence in plan.admitted:
+            self._running.remove(sequence)
+            self._stop_running(sequence)
+
+    def _refuse_or_finish(self, sequence: Sequence) -> SessionTokens | None:
+        limits = self._limits
+        index = sequence.next_index
+        if not sequence.tokens:
+            return sequence.reply(index=index, error="the prompt has no tokens")
+        if max(sequence.tokens) >= limits.vocab_size or min(sequence.tokens) < 0:
+            error = f"the prompt has token ids outside of 0 … {limits.vocab_size - 1}"
+            return sequence.reply(index=index, error=error)
+        finish = sequence.ended_before_start()
+        if sequence.num_emitted == 0 and len(sequence.tokens) >= limits.tokens_max:
+            error = (
+                f"the prompt has {len(sequence.tokens)} tokens, but this model serves at most "
+                f"{limits.tokens_max} tokens of prompt and completion together"
+            )
+            return sequence.reply(index=index, error=error)
+        if finish is not None:
+            return sequence.reply(index=index, finish=finish)
+        fresh = sequence.num_emitted == 0
+        if sum((s.num_emitted == 0) == fresh for s in self._waiting) >= limits.waiting_max:
+            reply = sequence.reply(index=index, error="the waiting queue of this rank is full")
+            return replace(reply, retryable=True)
+        return None
+
+    def _grow_decodes(self) -> tuple[list[Sequence], bool]:
+        """Gives each decode the block that its next token needs, the first in priority first, and
+        preempts from the other end. Tells who grew, and whether anybody was preempted."""
+        grown: list[Sequence] = []
+        preempted = False
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            if len(sequence.tokens) > self._kv.capacity_tokens(sequence.row):
+                if not self._kv.num_free:
+                    self._stop_running(self._running.pop())
+                    preempted = True
+                    continue
+                self._kv.extend(sequence.row, 1)
+                grown.append(sequence)
+            position += 1
+        return grown, preempted
+
+    def _add_prefill(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        num_tokens = min(sequence.num_pending, self._limits.prefill_chunk_tokens, budget)
+        chunks.append(Chunk(sequence, num_tokens))
+        return num_tokens
+
+    def _admits_next(self) -> bool:
+        """Room for all its known tokens, and for each running sequence to grow by one block: or it
+        would be preempted soon."""
+        if not self._waiting or len(self._running) >= self._limits.running_max:
+            return False
+        needed = self._kv.blocks_for(len(self._waiting[0].tokens))
+        return needed + len(self._running) <= self._kv.num_free
+
+    def _admit_next(self) -> Sequence:
+        sequence = self._waiting.pop(0)
+        sequence.row = self._kv.open(self._kv.blocks_for(len(sequence.tokens)))
+        sequence.state = SequenceState.RUNNING
+        self._running.append(sequence)
+        return sequence
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """From running, whose list it has left already, back to waiting."""
+        self._kv.close(sequence.row)
+        sequence.row = NO_ROW
+        sequence.num_computed = 0
+        sequence.state = SequenceState.WAITING
+        insort(self._waiting, sequence, key=_priority)
+
+    def _take_token(self, sequence: Sequence, token: int) -> SessionTokens:
+        index = sequence.next_index
+        if token == NO_TOKEN:
+            self._end(sequence)
+            return sequence.reply(index=index, error="the model gave no finite logits")
+        finish = sequence.append(token)
+        self._num_tokens += 1
+        if finish is not None:
+            self._end(sequence)
+        return sequence.reply((token,), index=index, finish=finish)
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.RUNNING:
+            self._running.remove(sequence)
+            self._kv.close(sequence.row)
+            sequence.row = NO_ROW
+        else:
+            self._waiting.remove(sequence)
+        sequence.state = SequenceState.ENDED
+        del self._sequences[sequence.session]
+        self._num_tokens -= len(sequence.tokens)
+
+    def _build_plan(
+        self, chunks: list[Chunk], grown: list[Sequence], admitted: list[Sequence]
+    ) -> StepPlan:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        wanted: list[int] = []
+        sampled: list[Sequence] = []
+        for sequence, num_tokens in chunks:
+            begin = sequence.num_computed
+            end = begin + num_tokens
+            token_ids += sequence.tokens[begin:end]
+            positions += range(begin, end)
+            rows.append(sequence.row)
+            if end == len(sequence.tokens):
+                wanted.append(len(token_ids) - 1)
+                sampled.append(sequence)
+        index_S = np.arange(len(chunks), dtype=np.int32)
+        batch = StepBatch(
+            token_ids_T=np.array(token_ids, dtype=np.int32),
+            position_T=np.array(positions, dtype=np.int32),
+            sequence_T=np.repeat(index_S, [c.num_tokens for c in chunks]),
+            block_tables_SB=self._kv.tables(rows),
+            logits_rows_R=np.array(wanted, dtype=np.int32),
+        )
+        return StepPlan(
+            batch=batch,
+            chunks=tuple(chunks),
+            sampled=tuple(sampled),
+            draws=tuple(Draw(s.sampling, len(s.tokens), s.banned_ids) for s in sampled),
+            grown=tuple(grown),
+            admitted=tuple(admitted),
+        )
+
+
+def _priority(sequence: Sequence) -> tuple[bool, int]:
+    return sequence.priority

@@ -1,0 +1,119 @@
+"""One attempt of a session on this rank: its tokens, how many of them are in the KV cache, and when
+it ends. Deciding when it runs is the scheduler's."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NewType
+
+from shared.types import FinishReason
+from shared.wire import SessionTokens, Submit
+
+Origin = NewType("Origin", int)
+"""The connection that a session came in by and that its tokens go out by; opaque here."""
+
+NO_ROW = -1
+
+
+class SequenceState(Enum):
+    """Where a sequence stands; `scheduler.py` has the transition table."""
+
+    WAITING = "waiting"  # holds no KV blocks
+    RUNNING = "running"  # holds blocks for all its known tokens
+    ENDED = "ended"  # finished, failed or cancelled; the scheduler has forgotten it
+
+
+class Sequence:
+    """Mutable, and the scheduler's alone. `tokens` are all known tokens: those of the Submit, then
+    those generated here; the KV of the first `num_computed` of them is in the cache."""
+
+    __slots__ = (
+        "arrival",
+        "attempt",
+        "num_computed",
+        "num_emitted",
+        "num_given",
+        "origin",
+        "row",
+        "sampling",
+        "session",
+        "state",
+        "stop_ids",
+        "tokens",
+        "tokens_max",
+    )
+
+    def __init__(
+        self,
+        submit: Submit,
+        *,
+        origin: Origin,
+        arrival: int,
+        eos_token_ids: tuple[int, ...],
+        tokens_max: int,
+    ) -> None:
+        self.session = submit.session
+        self.attempt = submit.attempt
+        self.origin = origin
+        self.arrival = arrival
+        self.sampling = submit.sampling
+        self.tokens = list(submit.tokens)
+        self.num_given = len(submit.tokens)
+        self.num_emitted = submit.num_emitted
+        self.num_computed = 0
+        self.state = SequenceState.WAITING
+        self.row = NO_ROW
+        self.tokens_max = tokens_max
+        eos = () if submit.sampling.ignore_eos else eos_token_ids
+        self.stop_ids = tuple(sorted({*submit.sampling.stop_token_ids, *eos}))
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens whose KV is not in the cache; 1 while it decodes, never 0."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def next_index(self) -> int:
+        """The session-wide index of the next token."""
+        return self.num_emitted + len(self.tokens) - self.num_given
+
+    @property
+    def priority(self) -> tuple[bool, int]:
+        """Lower goes first: clients in mid-stream before those who have seen nothing, then by
+        arrival. The highest is preempted first."""
+        return (self.next_index == 0, self.arrival)
+
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """Ids that must not be drawn as the next token: those that would end it too early."""
+        return self.stop_ids if self.next_index < self.sampling.min_tokens else ()
+
+    def ended_before_start(self) -> FinishReason | None:
+        """A continuation may arrive with nothing left to generate."""
+        if self.next_index >= self.sampling.max_tokens or len(self.tokens) >= self.tokens_max:
+            return FinishReason.LENGTH
+        return None
+
+    def append(self, token: int) -> FinishReason | None:
+        """Takes the next token; tells whether it is the last one."""
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            return FinishReason.STOP
+        return self.ended_before_start()
+
+    def reply(
+        self,
+        ids: tuple[int, ...] = (),
+        *,
+        index: int,
+        finish: FinishReason | None = None,
+        error: str | None = None,
+    ) -> SessionTokens:
+        return SessionTokens(
+            session=self.session,
+            attempt=self.attempt,
+            index=index,
+            ids=ids,
+            finish=finish,
+            error=error,
+        )
