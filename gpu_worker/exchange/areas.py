@@ -1,0 +1,88 @@
+"""The memory that a rank gives to its peers: one area per life of a source and generation of its
+link, registered with Mooncake, never given twice, released only when no late write can come."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from gpu_worker.exchange.message import Layout, regions_of
+from shared.types import Member
+
+QUARANTINE_S = 180.0
+"""Longer than any write that Mooncake still has in flight: its longest stall is 61 s."""
+
+
+class Registry(Protocol):
+    """Mooncake's memory registration: 0 is success."""
+
+    def register_memory(self, buffer_addr: int, capacity: int) -> int: ...
+
+    def unregister_memory(self, buffer_addr: int, /) -> int: ...
+
+
+class Area:
+    """Registered anonymous memory in an area's layout; a receive area or a send buffer."""
+
+    def __init__(self, registry: Registry, layout: Layout, generation: int) -> None:
+        self.generation = generation
+        self.nbytes = layout.area_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = np.frombuffer(mmap.mmap(-1, self.nbytes, flags=flags), dtype=np.uint8)
+        self.address = int(self._memory.ctypes.data)
+        self.regions = regions_of(self._memory, layout)
+        self._registry = registry
+        if registry.register_memory(self.address, self.nbytes) != 0:
+            raise MemoryError(f"Mooncake cannot register {self.nbytes} bytes")
+
+    def unregister(self) -> None:
+        """The memory itself goes with the last view of it."""
+        self._registry.unregister_memory(self.address)
+
+
+class Areas:
+    """All receive areas of a rank. Safe to use from several threads."""
+
+    def __init__(self, registry: Registry, layout: Layout) -> None:
+        self._registry = registry
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._given: dict[Member, tuple[Area, ...]] = {}
+        self._retired: list[tuple[float, Area]] = []
+
+    def give(self, source: Member, generation: int) -> Area:
+        """The area of this generation; the same one when asked again. Raises ValueError where a
+        later generation has been given."""
+        with self._lock:
+            areas = self._given.get(source, ())
+            if areas and areas[0].generation == generation:
+                return areas[0]
+            if areas and areas[0].generation > generation:
+                raise ValueError(f"{source} asks for generation {generation} of its area again")
+            area = Area(self._registry, self._layout, generation)
+            self._given[source] = (area, *areas)
+            return area
+
+    def of(self, source: Member) -> tuple[Area, ...]:
+        """Its areas, newest first: a message may have landed before the link was opened anew."""
+        return self._given.get(source, ())
+
+    def retire(self, source: Member, now: float) -> None:
+        """The source's record is gone: nobody reads its areas again."""
+        with self._lock:
+            self._retired += [(now, area) for area in self._given.pop(source, ())]
+
+    def sweep(self, now: float) -> None:
+        """Releases what has been in quarantine long enough."""
+        self._release(lambda retired_at: now - retired_at >= QUARANTINE_S)
+
+    def _release(self, is_due: Callable[[float], bool]) -> None:
+        with self._lock:
+            due = [area for retired_at, area in self._retired if is_due(retired_at)]
+            self._retired = [(at, area) for at, area in self._retired if not is_due(at)]
+        for area in due:
+            area.unregister()

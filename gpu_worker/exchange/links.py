@@ -1,0 +1,156 @@
+"""A rank's Mooncake endpoint: the areas it gives, the links it has opened, and its exchange.
+
+Mooncake's first contact with a stopped process blocks for a minute, and with it writes to healthy
+peers. So a link is opened before the peer is needed, on a thread of its own, and only after the
+peer has answered a Ping on the control connection (the caller's duty). Everything here but the
+exchange itself may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from gpu_worker.exchange.areas import Area, Areas
+from gpu_worker.exchange.message import Layout
+from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
+from gpu_worker.exchange.outbox import Link, Outbox, opening_write
+from gpu_worker.exchange.seam import StepMonitor
+from gpu_worker.exchange.transfer import TransferExchange
+from gpu_worker.exchange.vigil import Vigil
+from shared.clock import Clock
+from shared.types import Member
+from shared.wire import AreaOpened
+
+_OPEN_POLL_S = 0.001
+
+
+class TransferEndpoint:
+    """`name` is the transfer name for the rank's record; never given to a second engine."""
+
+    def __init__(
+        self,
+        host: str,
+        layout: Layout,
+        clock: Clock,
+        *,
+        protocol: Protocols = Protocols.TCP,
+        device: str = "",
+        connect_timeout_s: float = 5.0,
+    ) -> None:
+        """Raises ConfigError."""
+        self._layout = layout
+        self._clock = clock
+        self._protocol = protocol
+        self._connect_timeout_s = connect_timeout_s
+        self._engine, self.name = open_engine(host, protocol, device)
+        self._areas = Areas(self._engine, layout)
+        self._scratch = Area(self._engine, layout, 0)
+        self._lock = threading.Lock()
+        self._links: dict[Member, Link] = {}
+        self._generations: dict[Member, int] = {}
+        self._discarded: list[Outbox] = []
+
+    def next_generation(self, target: Member) -> int:
+        """For the next OpenArea to this peer: never the same twice."""
+        with self._lock:
+            generation = self._generations.get(target, 0) + 1
+            self._generations[target] = generation
+            return generation
+
+    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+        """Address and size of the area for a peer's OpenArea. Raises ValueError, MemoryError."""
+        self._areas.sweep(self._clock.now())
+        area = self._areas.give(source, generation)
+        return area.address, area.nbytes
+
+    def connect(self, area: AreaOpened) -> None:
+        """Opens the link to the area that a peer has given. Blocks; raises ValueError where the
+        peer's layout differs, ConnectionError or TimeoutError where the write did not succeed."""
+        if area.nbytes != self._layout.area_bytes:
+            raise ValueError(
+                f"rank {area.target} keeps areas of {area.nbytes} bytes, not "
+                f"{self._layout.area_bytes}: the ranks' models or limits differ"
+            )
+        link = Link(
+            target=area.target,
+            generation=area.generation,
+            transfer_name=area.transfer_name,
+            address=area.address,
+        )
+        attempt = _Opening(self._clock.now() + self._connect_timeout_s)
+        # A daemon thread: where Mooncake blocks for a minute, nobody has to wait for it.
+        threading.Thread(
+            target=self._open, args=(link, attempt), name=f"open-{area.target}", daemon=True
+        ).start()
+        if not attempt.ended.wait(self._connect_timeout_s):
+            raise TimeoutError(f"the first write to rank {area.target} did not come to an end")
+        if attempt.error:
+            raise ConnectionError(f"the first write to rank {area.target} {attempt.error}")
+        with self._lock:
+            current = self._links.get(link.target)
+            if current is None or current.generation < link.generation:
+                self._links[link.target] = link
+
+    def is_open(self, target: Member) -> bool:
+        """Whether this rank can write to the peer. Turns false when a write fails: then open the
+        link again, with the next generation."""
+        return target in self._links
+
+    def link(self, target: Member) -> Link | None:
+        return self._links.get(target)
+
+    def areas_of(self, source: Member) -> tuple[Area, ...]:
+        return self._areas.of(source)
+
+    def mark_broken(self, link: Link) -> None:
+        with self._lock:
+            if self._links.get(link.target) == link:
+                del self._links[link.target]
+
+    def forget(self, member: Member) -> None:
+        """The member's record is gone. Its areas stay in quarantine for a while."""
+        with self._lock:
+            self._links.pop(member, None)
+            self._generations.pop(member, None)
+        self._areas.retire(member, self._clock.now())
+
+    def outbox(self, link: Link) -> Outbox:
+        return Outbox(self._engine, self._layout, link, self._protocol)
+
+    def discard(self, outbox: Outbox) -> None:
+        """Releases this outbox, and those before it, once no write reads them any more."""
+        with self._lock:
+            self._discarded = [box for box in (*self._discarded, outbox) if not box.release()]
+
+    def exchange(
+        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
+    ) -> TransferExchange:
+        """This rank's exchange; one per endpoint."""
+        vigil = Vigil(monitor, clock, exchange_deadline_ms)
+        return TransferExchange(self, member, self._layout, vigil, clock)
+
+    def close(self) -> None:
+        """Mooncake's engine and the registered memory go with the process: taking an engine down
+        takes a second, and late writes of peers must find their area until then."""
+        with self._lock:
+            self._links.clear()
+
+    def _open(self, link: Link, attempt: _Opening) -> None:
+        batch = opening_write(self._engine, self._scratch, link)
+        status = 0 if batch else -1
+        while status == 0 and self._clock.now() < attempt.until:
+            time.sleep(_OPEN_POLL_S)
+            status = self._engine.transfer_check_status(batch)
+        if status != 1:
+            attempt.error = "timed out" if status in (0, -2) else "failed"
+        attempt.ended.set()
+
+
+class _Opening:
+    """What the opening thread tells the one that waits for it."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.ended = threading.Event()
+        self.error = ""

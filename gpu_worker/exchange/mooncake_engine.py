@@ -1,0 +1,66 @@
+"""The one place that configures, imports and opens Mooncake's TransferEngine."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import Protocol
+
+from shared.errors import ConfigError
+
+_SETTINGS = {
+    # A write to a stopped process must come to an end; the defaults are 30 s.
+    "MC_TCP_STATUS_TIMEOUT_SEC": "1",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
+    # One lane keeps the slices of a write in order, so that its tail arrives last.
+    "MC_TCP_LANES_PER_PEER": "1",
+    "MC_LOG_LEVEL": "ERROR",
+}
+
+
+class Protocols(Enum):
+    """How Mooncake moves bytes."""
+
+    TCP = "tcp"
+    RDMA = "rdma"
+
+
+class TransferEngine(Protocol):
+    """What we use of Mooncake's TransferEngine: codes, no exceptions."""
+
+    def register_memory(self, buffer_addr: int, capacity: int) -> int:
+        """0 is success."""
+        ...
+
+    def unregister_memory(self, buffer_addr: int, /) -> int: ...
+
+    def transfer_submit_write(
+        self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int
+    ) -> int:
+        """A batch to ask for, or 0 where the write cannot even start."""
+        ...
+
+    def transfer_check_status(self, batch: int, /) -> int:
+        """1 done, 0 pending, -1 failed, -2 timed out; a batch is gone after a terminal answer."""
+        ...
+
+    def get_rpc_port(self) -> int: ...
+
+
+def open_engine(host: str, protocol: Protocols, device: str) -> tuple[TransferEngine, str]:
+    """A new engine and the name by which peers reach it. Raises ConfigError."""
+    os.environ.update(_SETTINGS)
+    if protocol is Protocols.TCP:
+        os.environ["MC_FORCE_TCP"] = "1"
+    try:
+        from mooncake.engine import TransferEngine as MooncakeEngine
+    except ImportError as error:
+        raise ConfigError(
+            f"Mooncake cannot be loaded ({error}): on Debian, run "
+            "`apt-get install libibverbs1 libnuma1 libcurl4`"
+        ) from error
+    engine = MooncakeEngine()
+    if engine.initialize(host, "P2PHANDSHAKE", protocol.value, device) != 0:
+        raise ConfigError(f"Mooncake cannot open a {protocol.value} engine on {host}")
+    opened: TransferEngine = engine
+    return opened, f"{host}:{opened.get_rpc_port()}"

@@ -1,0 +1,139 @@
+"""The sending side of one link: a registered copy of the peer's area, written part by part.
+
+A part's memory is not touched while a write from it is under way, and a write that timed out may
+still read its memory at any later time: such an outbox is broken for good, and so is one of which a
+write failed. Whoever owns the link opens it anew; the new outbox takes the unsent messages over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from gpu_worker.exchange.areas import Area
+from gpu_worker.exchange.message import NUM_REGIONS, SCRATCH_BYTES, TAIL_BYTES, Layout, Region
+from gpu_worker.exchange.mooncake_engine import Protocols, TransferEngine
+from shared.types import Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Where this rank may write: the area that `target` keeps for it."""
+
+    target: Member
+    generation: int
+    transfer_name: str
+    address: int
+
+
+class Write(Enum):
+    """Where a part's last write stands."""
+
+    DONE = "done"
+    PENDING = "pending"
+    FAILED = "failed"
+
+
+class Outbox:
+    """Messages to one peer. Engine thread only."""
+
+    def __init__(
+        self, engine: TransferEngine, layout: Layout, link: Link, protocol: Protocols
+    ) -> None:
+        self.link = link
+        self.broken = ""
+        self._engine = engine
+        self._layout = layout
+        self._buffer = Area(engine, layout, link.generation)
+        self._offsets = [layout.region(index)[0] for index in range(NUM_REGIONS)]
+        self._flag_apart = protocol is Protocols.RDMA
+        self._batches = [0] * NUM_REGIONS
+        self._tails = [-1] * NUM_REGIONS  # offset of a tail that waits for its payload's completion
+        self._sizes = [0] * NUM_REGIONS
+        self._failed = [False] * NUM_REGIONS
+        self._timed_out = False
+
+    def region(self, index: int) -> Region:
+        """Where to build the next message; only while its last write is not pending."""
+        assert not self._batches[index], "the buffer of a write under way must not be touched"
+        return self._buffer.regions[index]
+
+    def commit(self, index: int, nbytes: int) -> None:
+        """Makes the peer see the message of `nbytes` that stands in the region: wholly or not."""
+        self._sizes[index] = nbytes
+        self._failed[index] = False
+        if self.broken:
+            self._failed[index] = True
+            return
+        start = self._offsets[index]
+        if self._flag_apart:
+            # RDMA keeps no order within a write: the tail goes when the payload has arrived.
+            self._tails[index] = start + nbytes - TAIL_BYTES
+            nbytes -= TAIL_BYTES
+        self._submit(index, start, nbytes)
+
+    def state(self, index: int) -> Write:
+        batch = self._batches[index]
+        if batch:
+            status = self._engine.transfer_check_status(batch)
+            if status == 0:
+                return Write.PENDING
+            self._batches[index] = 0
+            if status < 0:
+                self._timed_out |= status == -2
+                self._break(index, "a write timed out" if status == -2 else "a write failed")
+            elif self._tails[index] >= 0:
+                offset, self._tails[index] = self._tails[index], -1
+                self._submit(index, offset, TAIL_BYTES)
+                return self.state(index)
+        return Write.FAILED if self._failed[index] else Write.DONE
+
+    def progress(self) -> bool:
+        """Moves every write on. Whether one is still under way."""
+        pending = False
+        for index in range(NUM_REGIONS):
+            if self._batches[index] and self.state(index) is Write.PENDING:
+                pending = True
+        return pending
+
+    def take_over(self, old: Outbox) -> None:
+        """Sends what the broken outbox could not, from memory of our own."""
+        for index in range(NUM_REGIONS):
+            if old._failed[index]:
+                nbytes = old._sizes[index]
+                self.region(index).bytes[:nbytes] = old._buffer.regions[index].bytes[:nbytes]
+                self.commit(index, nbytes)
+
+    def forget_failed(self) -> None:
+        """An epoch's end makes its messages pointless."""
+        self._failed = [False] * NUM_REGIONS
+
+    def release(self) -> bool:
+        """Gives the memory back if no write can read it any more; else call again later."""
+        if self.progress() or self._timed_out:
+            return False
+        self._buffer.unregister()
+        return True
+
+    def _submit(self, index: int, offset: int, nbytes: int) -> None:
+        batch = self._engine.transfer_submit_write(
+            self.link.transfer_name,
+            self._buffer.address + offset,
+            self.link.address + offset,
+            nbytes,
+        )
+        if batch:
+            self._batches[index] = batch
+        else:
+            self._break(index, "a write could not start")
+
+    def _break(self, index: int, why: str) -> None:
+        self._tails[index] = -1
+        self._failed[index] = True
+        self.broken = self.broken or why
+
+
+def opening_write(engine: TransferEngine, buffer: Area, link: Link) -> int:
+    """Submits the small write that makes Mooncake connect; returns its batch, or 0."""
+    return engine.transfer_submit_write(
+        link.transfer_name, buffer.address, link.address, SCRATCH_BYTES
+    )

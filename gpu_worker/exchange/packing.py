@@ -1,0 +1,157 @@
+"""The loops over tokens of an exchange, compiled: which pair goes to which rank, and copying rows
+and pairs into and out of messages. They hold no GIL and trust nothing that a peer wrote."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gpu_worker.exchange.message import HEADER_WORDS
+
+_Ints = NDArray[np.int32]
+_Floats = NDArray[np.float32]
+
+
+class Routes:
+    """Buffers for one layer's routes: for each of R ranks its pairs (N: which token and k, which
+    row of the message, which slot) and its rows (which token)."""
+
+    def __init__(self, num_ranks: int, tokens_max: int, top_k: int) -> None:
+        pairs = (num_ranks, max(1, tokens_max * top_k))
+        self.flat_RN = np.zeros(pairs, dtype=np.int64)  # token * K + k
+        self.row_RN = np.zeros(pairs, dtype=np.int32)
+        self.slot_RN = np.zeros(pairs, dtype=np.int32)
+        self.token_RM = np.zeros((num_ranks, max(1, tokens_max)), dtype=np.int32)
+        self.counts_R2 = np.zeros((num_ranks, 2), dtype=np.int32)  # rows, pairs
+
+
+@njit(nogil=True, cache=True)
+def route(
+    experts_TK: _Ints,
+    rank_E: _Ints,
+    slot_E: _Ints,
+    flat_RN: NDArray[np.int64],
+    row_RN: _Ints,
+    slot_RN: _Ints,
+    token_RM: _Ints,
+    counts_R2: _Ints,
+) -> bool:
+    """Fills the routes in the order of tokens, then k. False where an expert has no replica."""
+    counts_R2[:] = 0
+    num_tokens, top_k = experts_TK.shape
+    for t in range(num_tokens):
+        for k in range(top_k):
+            expert = experts_TK[t, k]
+            if expert < 0 or expert >= rank_E.shape[0]:
+                return False
+            rank = rank_E[expert]
+            if rank < 0:
+                return False
+            rows, pairs = counts_R2[rank, 0], counts_R2[rank, 1]
+            if rows == 0 or token_RM[rank, rows - 1] != t:
+                token_RM[rank, rows] = t
+                rows += 1
+                counts_R2[rank, 0] = rows
+            flat_RN[rank, pairs] = t * top_k + k
+            row_RN[rank, pairs] = rows - 1
+            slot_RN[rank, pairs] = slot_E[expert]
+            counts_R2[rank, 1] = pairs + 1
+    return True
+
+
+@njit(nogil=True, cache=True)
+def write_dispatch(
+    words: _Ints,
+    floats: _Floats,
+    x_TH: _Floats,
+    row_RN: _Ints,
+    slot_RN: _Ints,
+    token_RM: _Ints,
+    rank: int,
+    num_rows: int,
+    num_pairs: int,
+) -> None:
+    """The body of a dispatch message to `rank`."""
+    for i in range(num_pairs):
+        words[HEADER_WORDS + 2 * i] = row_RN[rank, i]
+        words[HEADER_WORDS + 2 * i + 1] = slot_RN[rank, i]
+    hidden = x_TH.shape[1]
+    at = HEADER_WORDS + 2 * num_pairs
+    for i in range(num_rows):
+        floats[at + i * hidden : at + (i + 1) * hidden] = x_TH[token_RM[rank, i]]
+
+
+@njit(nogil=True, cache=True)
+def take_own(
+    x_TH: _Floats,
+    row_RN: _Ints,
+    slot_RN: _Ints,
+    token_RM: _Ints,
+    rank: int,
+    num_rows: int,
+    num_pairs: int,
+    x_MH: _Floats,
+    rows_N: _Ints,
+    slots_N: _Ints,
+    first_row: int,
+    first_pair: int,
+) -> None:
+    """What `rank` would have sent to itself, from `first_row` and `first_pair` on."""
+    for i in range(num_rows):
+        x_MH[first_row + i] = x_TH[token_RM[rank, i]]
+    for i in range(num_pairs):
+        rows_N[first_pair + i] = first_row + row_RN[rank, i]
+        slots_N[first_pair + i] = slot_RN[rank, i]
+
+
+@njit(nogil=True, cache=True)
+def read_dispatch(
+    words: _Ints,
+    floats: _Floats,
+    num_rows: int,
+    num_pairs: int,
+    num_slots: int,
+    x_MH: _Floats,
+    rows_N: _Ints,
+    slots_N: _Ints,
+    first_row: int,
+    first_pair: int,
+) -> bool:
+    """Copies a body out. False where a pair names a row or slot that is not there."""
+    for i in range(num_pairs):
+        row, slot = words[HEADER_WORDS + 2 * i], words[HEADER_WORDS + 2 * i + 1]
+        if row < 0 or row >= num_rows or slot < 0 or slot >= num_slots:
+            return False
+        rows_N[first_pair + i] = first_row + row
+        slots_N[first_pair + i] = slot
+    hidden = x_MH.shape[1]
+    at = HEADER_WORDS + 2 * num_pairs
+    for i in range(num_rows):
+        x_MH[first_row + i] = floats[at + i * hidden : at + (i + 1) * hidden]
+    return True
+
+
+@njit(nogil=True, cache=True)
+def scatter_rows(y_NH: _Floats, flat_RN: NDArray[np.int64], rank: int, y_PH: _Floats) -> None:
+    """Row n of `y_NH` is the output of the n-th pair sent to `rank`; P counts token * K + k."""
+    for i in range(y_NH.shape[0]):
+        y_PH[flat_RN[rank, i]] = y_NH[i]
+
+
+def compile_all(hidden_size: int, top_k: int) -> None:
+    """Compiles every loop (or loads it from the cache), so that no step has to wait for that."""
+    routes = Routes(1, 1, top_k)
+    ints = np.zeros(HEADER_WORDS + 2 * top_k + hidden_size, dtype=np.int32)
+    floats = ints.view(np.float32)
+    experts_TK = np.zeros((1, top_k), dtype=np.int32)
+    zero_E = np.zeros(1, dtype=np.int32)
+    x_TH = np.zeros((1, hidden_size), dtype=np.float32)
+    y_PH = np.zeros((top_k, hidden_size), dtype=np.float32)
+    r = routes
+    route(experts_TK, zero_E, zero_E, r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
+    write_dispatch(ints, floats, x_TH, r.row_RN, r.slot_RN, r.token_RM, 0, 1, top_k)
+    pairs_N = np.zeros((2, top_k), dtype=np.int32)
+    take_own(x_TH, r.row_RN, r.slot_RN, r.token_RM, 0, 1, top_k, x_TH, pairs_N[0], pairs_N[1], 0, 0)
+    read_dispatch(ints, floats, 1, top_k, 1, x_TH, pairs_N[0], pairs_N[1], 0, 0)
+    scatter_rows(y_PH, r.flat_RN, 0, y_PH.copy())
