@@ -28,6 +28,11 @@ class Keys:
         return self.root + "leader"
 
     @property
+    def term(self) -> str:
+        """int: the number of elections so far, written with the leader key. Not leased."""
+        return self.root + "term"
+
+    @property
     def map(self) -> str:
         """ExpertMap. Not leased: it outlives every control plane."""
         return self.root + "map"

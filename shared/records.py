@@ -68,12 +68,15 @@ class SlotContents:
     """Experts by slot of one rank: what it holds (`residents/`) or shall load (`assignments/`).
 
     `slots` is `[num_layers, slots_per_rank]` little-endian int16, EMPTY_SLOT where nothing is.
+    `epoch` of an assignment is that of the newest map when it was decided; 0 in residents. Where a
+    slot to load is named by the map of that very epoch, its expert is given up for an orphan.
     """
 
     rank: RankId
     incarnation: Incarnation
     num_layers: int
     slots: bytes
+    epoch: Epoch = Epoch(0)
 
     def array(self) -> Placement:
         """`[num_layers, slots_per_rank]`, a fresh writable copy."""
@@ -83,12 +86,13 @@ class SlotContents:
         return flat.reshape(self.num_layers, -1)
 
     @classmethod
-    def of(cls, member: Member, slots: Placement) -> SlotContents:
+    def of(cls, member: Member, slots: Placement, epoch: Epoch = Epoch(0)) -> SlotContents:
         return cls(
             rank=member.rank,
             incarnation=member.incarnation,
             num_layers=int(slots.shape[0]),
             slots=np.ascontiguousarray(slots, dtype="<i2").tobytes(),
+            epoch=epoch,
         )
 
 
