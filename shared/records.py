@@ -86,13 +86,13 @@ class SlotContents:
         return flat.reshape(self.num_layers, -1)
 
     @classmethod
-    def of(cls, member: Member, slots: Placement, epoch: Epoch = Epoch(0)) -> SlotContents:
+    def of(cls, member: Member, slots: Placement, *, epoch: int = 0) -> SlotContents:
         return cls(
             rank=member.rank,
             incarnation=member.incarnation,
             num_layers=int(slots.shape[0]),
             slots=np.ascontiguousarray(slots, dtype="<i2").tobytes(),
-            epoch=epoch,
+            epoch=Epoch(epoch),
         )
 
 
