@@ -10,6 +10,7 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.engine.sequence import Origin
 from shared.errors import WireError
 from shared.types import Epoch, Member, Step
 from shared.wire import (
@@ -41,7 +42,7 @@ UNSENT_BYTES_MAX = 8 << 20
 class EnginePort(Protocol):
     """What the control port asks of the engine; cheap calls on the event loop."""
 
-    def submit(self, origin: int, submit: Submit) -> bool:
+    def submit(self, origin: Origin, submit: Submit) -> bool:
         """False where the engine's inbox is full."""
         ...
 
@@ -49,7 +50,7 @@ class EnginePort(Protocol):
         """False where the engine's inbox is full."""
         ...
 
-    def drop_origin(self, origin: int) -> None: ...
+    def drop_origin(self, origin: Origin) -> None: ...
 
     def wake(self, wake: Wake) -> None: ...
 
@@ -74,7 +75,7 @@ class ControlServer:
         self._engine = engine
         self._areas = areas
         self._origins = itertools.count(1)
-        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._writers: dict[Origin, asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -91,7 +92,7 @@ class ControlServer:
 
     def send_tokens(
         self,
-        by_origin: Mapping[int, tuple[SessionTokens, ...]],
+        by_origin: Mapping[Origin, tuple[SessionTokens, ...]],
         epoch: Epoch,
         step: Step,
         load: Load,
@@ -121,7 +122,7 @@ class ControlServer:
         )
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        origin = next(self._origins)
+        origin = Origin(next(self._origins))
         self._writers[origin] = writer
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -145,7 +146,7 @@ class ControlServer:
             self._engine.drop_origin(origin)
             writer.close()
 
-    def _answer(self, origin: int, message: Message) -> Message | None:
+    def _answer(self, origin: Origin, message: Message) -> Message | None:
         match message:
             case Submit():
                 if not self._engine.submit(origin, message):

@@ -23,14 +23,14 @@ class EngineGate:
         self._inbox = inbox
         self._clock = clock
 
-    def submit(self, origin: int, submit: Submit) -> bool:
-        return self._inbox.put(Arrival(origin=Origin(origin), submit=submit))
+    def submit(self, origin: Origin, submit: Submit) -> bool:
+        return self._inbox.put(Arrival(origin=origin, submit=submit))
 
     def cancel(self, cancel: Cancel) -> bool:
         return self._inbox.put(cancel)
 
-    def drop_origin(self, origin: int) -> None:
-        self._inbox.put(DropOrigin(origin=Origin(origin)))
+    def drop_origin(self, origin: Origin) -> None:
+        self._inbox.put(DropOrigin(origin=origin))
 
     def wake(self, wake: Wake) -> None:
         self._inbox.put(wake)

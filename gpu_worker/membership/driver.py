@@ -32,7 +32,7 @@ from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Snapshot, Store, WatchEvent
-from shared.types import Epoch, Member, Step, SuspicionReason
+from shared.types import Epoch, Member, RankId, Step, SuspicionReason
 
 log = structlog.get_logger()
 
@@ -83,6 +83,15 @@ class MembershipDriver:
 
     def attach_links(self, links: LinkKeeper) -> None:
         self._links = links
+
+    @property
+    def other_members(self) -> tuple[Member, ...]:
+        """The peers in the map under which the engine runs."""
+        newest, me = self._standing.expert_map, self._standing.record.member
+        return tuple(m for m in newest.members if m != me) if newest is not None else ()
+
+    def member_of(self, rank: RankId) -> Member | None:
+        return next((m for m in self.other_members if m.rank == rank), None)
 
     async def watch(self) -> None:
         """Follows everything of the instance, for ever."""

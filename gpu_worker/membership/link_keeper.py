@@ -4,9 +4,9 @@ it lives, the first contact over the data network. What a broken link means is n
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -34,16 +34,28 @@ M = TypeVar("M", bound=Message)
 
 ANSWER_TIMEOUT_S = 2.0
 CONTACT_TIMEOUT_S = 10.0
+DATA_PATH_CHECK_S = 0.5
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 1.0
 
 
 class DataPath(Protocol):
-    """The transfer side of a link: first contact, and forgetting. See `exchange.transfer`."""
+    """The transfer side of a link. See `exchange.links.TransferEndpoint`."""
 
-    def connect(self, area: AreaOpened) -> None: ...
+    @property
+    def name(self) -> str: ...
 
-    def forget(self, peer: Member) -> None: ...
+    def next_generation(self, target: Member) -> int: ...
+
+    def connect(self, area: AreaOpened) -> None:
+        """First contact, blocking. Raises ValueError, ConnectionError, TimeoutError."""
+        ...
+
+    def is_open(self, target: Member) -> bool:
+        """Turns false when a later write fails."""
+        ...
+
+    def forget(self, member: Member) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +73,16 @@ class LinkKeeper:
         self,
         *,
         member: Member,
-        transfer_name: str,
-        data_path: DataPath,
+        endpoint: DataPath,
         events: LinkEvents,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._member = member
-        self._transfer_name = transfer_name
-        self._data_path = data_path
+        self._endpoint = endpoint
         self._events = events
         self._tasks = tasks
         self._running: dict[Member, asyncio.Task[None]] = {}
         self._writers: dict[Member, asyncio.StreamWriter] = {}
-        self._generations = itertools.count(1)
 
     def open(self, peer: RankRecord) -> None:
         if peer.member not in self._running:
@@ -83,7 +92,7 @@ class LinkKeeper:
         task = self._running.pop(peer, None)
         if task is not None:
             task.cancel()
-        self._data_path.forget(peer)
+        self._endpoint.forget(peer)
 
     def wake(self, peers: tuple[Member, ...], epoch: Epoch, step: Step) -> None:
         """Tell the peers that a step has work."""
@@ -104,31 +113,45 @@ class LinkKeeper:
         backoff_s = BACKOFF_MIN_S
         while True:
             try:
-                await self._open_and_hold(peer)
-                backoff_s = BACKOFF_MIN_S
-                detail = "the control connection ended"
-            except (OSError, TimeoutError, WireError) as error:
+                async with self._open(peer) as reader:
+                    backoff_s = BACKOFF_MIN_S
+                    detail = await self._hold(peer.member, reader)
+            except (OSError, TimeoutError, ValueError, WireError) as error:
                 detail = str(error) or type(error).__name__
             log.info("link_broken", peer=str(peer.member), detail=detail)
             self._events.broken(peer.member, detail)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
-    async def _open_and_hold(self, peer: RankRecord) -> None:
+    @asynccontextmanager
+    async def _open(self, peer: RankRecord) -> AsyncIterator[asyncio.StreamReader]:
+        """The control connection of a link that is open while this lasts."""
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(peer.control_host, peer.control_port)
         try:
             area = await self._handshake(peer, reader, writer)
             async with asyncio.timeout(CONTACT_TIMEOUT_S):
-                await asyncio.to_thread(self._data_path.connect, area)
+                await asyncio.to_thread(self._endpoint.connect, area)
             self._writers[peer.member] = writer
             log.info("link_open", peer=str(peer.member))
             self._events.opened(peer.member)
-            while await read_message(reader) is not None:
-                pass
+            yield reader
         finally:
             self._writers.pop(peer.member, None)
             writer.close()
+
+    async def _hold(self, peer: Member, reader: asyncio.StreamReader) -> str:
+        """Until the control connection ends or the data path fails; says which."""
+        ended = asyncio.ensure_future(read_message(reader))
+        try:
+            while self._endpoint.is_open(peer):
+                done, _ = await asyncio.wait([ended], timeout=DATA_PATH_CHECK_S)
+                if done:
+                    ended.result()
+                    return "the control connection ended"
+            return "a write over the data network failed"
+        finally:
+            ended.cancel()
 
     async def _handshake(
         self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -145,8 +168,8 @@ class LinkKeeper:
             encode(
                 OpenArea(
                     source=self._member,
-                    transfer_name=self._transfer_name,
-                    generation=next(self._generations),
+                    transfer_name=self._endpoint.name,
+                    generation=self._endpoint.next_generation(peer.member),
                 )
             )
         )

@@ -1,0 +1,254 @@
+"""One rank, wired: its engine, its control port, its membership. The process around it, the
+hardware under it and the store are handed in, so that the simulator runs the very same rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from gpu_worker.config import RankConfig
+from gpu_worker.control_server import ControlServer
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.mailbox import (
+    Adopted,
+    Event,
+    Fenced,
+    Inbox,
+    SendWake,
+    StepTokens,
+    Suspect,
+    Waiter,
+)
+from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine_gate import EngineGate
+from gpu_worker.exchange.seam import Exchange, StepMonitor
+from gpu_worker.membership.driver import EngineDoor, MembershipDriver, SlotLoader
+from gpu_worker.membership.link_keeper import LinkEvents, LinkKeeper
+from gpu_worker.membership.registrar import Registrar
+from gpu_worker.membership.standing import Standing
+from gpu_worker.step_batch import Model
+from shared.clock import Clock
+from shared.expert_map import Placement
+from shared.keys import Keys
+from shared.records import InstanceSpec, RankRecord
+from shared.store import Store
+from shared.types import Member, NodeId, RankState
+from shared.wire import AreaOpened, OpenArea
+
+log = structlog.get_logger()
+
+EXIT_FENCED = 75
+"""The exit code of a rank that was declared dead: the node agent starts a new incarnation at
+once."""
+
+
+class Endpoint(Protocol):
+    """This rank's end of the data network. See `exchange.links.TransferEndpoint`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def next_generation(self, target: Member) -> int: ...
+
+    def open_area(self, source: Member, generation: int) -> tuple[int, int]: ...
+
+    def connect(self, area: AreaOpened) -> None: ...
+
+    def is_open(self, target: Member) -> bool: ...
+
+    def forget(self, member: Member) -> None: ...
+
+    def exchange(
+        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
+    ) -> Exchange: ...
+
+
+class EngineHost(Protocol):
+    """What the engine runs on: a thread, or a greenlet of the simulator."""
+
+    @property
+    def waiter(self) -> Waiter: ...
+
+    def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
+        """Runs it; the future ends with it, or with its exception."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankParts:
+    """What a rank is made of."""
+
+    member: Member
+    lease_id: int
+    config: RankConfig
+    spec: InstanceSpec
+    eos_token_ids: tuple[int, ...]
+    store: Store
+    clock: Clock
+    model: Model
+    loader: SlotLoader
+    residents: Placement  # what the slots hold at the start
+    endpoint: Endpoint
+    engine_host: EngineHost
+
+
+class Rank:
+    """Runs one incarnation from its registration to its end."""
+
+    def __init__(self, parts: RankParts) -> None:
+        self._parts = parts
+        self._keys = Keys(parts.config.instance)
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        config, clock = parts.config, parts.clock
+        inbox = Inbox(parts.engine_host.waiter)
+        monitor = EngineMonitor(inbox, self._post, clock)
+        deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
+        self._engine = Engine(
+            member=parts.member,
+            model=parts.model,
+            exchange=parts.endpoint.exchange(parts.member, monitor, clock, deadline_ms),
+            scheduler=Scheduler(scheduler_limits(config, parts.spec), parts.eos_token_ids),
+            inbox=inbox,
+            monitor=monitor,
+            post=self._post,
+            clock=clock,
+        )
+        self._gate = EngineGate(member=parts.member, engine=self._engine, inbox=inbox, clock=clock)
+        self._server = ControlServer(member=parts.member, engine=self._gate, areas=self)
+
+    def stop(self, exit_code: int = 0) -> None:
+        """Ends `run`."""
+        if not self._ended.done():
+            self._ended.set_result(exit_code)
+
+    async def run(self) -> int:
+        """The exit code: 0 after `stop`, EXIT_FENCED after a verdict. Raises what the engine
+        raised."""
+        config = self._parts.config
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                port = await self._server.start(config.control_host, config.control_port)
+                self._join(tasks, port)
+                engine = self._parts.engine_host.start(self._engine.run)
+                either: list[asyncio.Future[Any]] = [engine, self._ended]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if engine.done():
+                    engine.result()  # raises what it raised
+                    self.stop(EXIT_FENCED)
+                raise _Ended
+        except* _Ended:
+            pass
+        finally:
+            self._gate.stop()
+            await self._server.close()
+        return self._ended.result()
+
+    def open_area(self, request: OpenArea) -> AreaOpened:
+        """Implements `control_server.AreaKeeper`."""
+        endpoint = self._parts.endpoint
+        address, nbytes = endpoint.open_area(request.source, request.generation)
+        return AreaOpened(
+            target=self._parts.member,
+            source=request.source,
+            generation=request.generation,
+            transfer_name=endpoint.name,
+            address=address,
+            nbytes=nbytes,
+        )
+
+    def _join(self, tasks: asyncio.TaskGroup, port: int) -> None:
+        parts, config = self._parts, self._parts.config
+        registrar = Registrar(
+            parts.store, lease_id=parts.lease_id, lease_ttl_s=config.timings.lease_ttl_s
+        )
+        self._membership = MembershipDriver(
+            store=parts.store,
+            keys=self._keys,
+            clock=parts.clock,
+            standing=Standing(self._record(port), parts.residents),
+            registrar=registrar,
+            loader=parts.loader,
+            engine=EngineDoor(hand_map=self._gate.hand_map, leave=self._leave),
+            tasks=tasks,
+            suspicion_interval_s=config.timings.suspicion_window_ms / 1000,
+        )
+        self._links = LinkKeeper(
+            member=parts.member,
+            endpoint=parts.endpoint,
+            events=LinkEvents(
+                opened=self._membership.on_link_opened, broken=self._membership.on_link_broken
+            ),
+            tasks=tasks,
+        )
+        self._membership.attach_links(self._links)
+        self._membership.register()
+        tasks.create_task(registrar.run())
+        tasks.create_task(registrar.keep_alive(self._membership.on_lease_lost))
+        tasks.create_task(self._membership.watch())
+
+    def _record(self, port: int) -> RankRecord:
+        config = self._parts.config
+        return RankRecord(
+            rank=self._parts.member.rank,
+            incarnation=self._parts.member.incarnation,
+            node=NodeId(config.node),
+            pid=os.getpid(),
+            lease_id=self._parts.lease_id,
+            state=RankState.STARTING,
+            control_host=config.control_host,
+            control_port=port,
+            transfer_name=self._parts.endpoint.name,
+            slots=self._parts.spec.slots_per_rank,
+            kv_blocks=config.kv_tokens // config.kv_block_tokens,
+            kv_block_tokens=config.kv_block_tokens,
+            exchange="transfer",
+            started_at=self._parts.clock.wall(),
+        )
+
+    def _leave(self, reason: str) -> None:
+        log.warning("fenced", reason=reason)
+        self.stop(EXIT_FENCED)
+
+    def _post(self, event: Event) -> None:
+        """On the engine thread."""
+        self._loop.call_soon_threadsafe(self._on_engine_event, event)
+
+    def _on_engine_event(self, event: Event) -> None:
+        match event:
+            case StepTokens(sessions=sessions, epoch=epoch, step=step, load=load):
+                self._server.send_tokens(sessions, epoch, step, load)
+            case Suspect(rank=rank, reason=reason, epoch=epoch, step=step, detail=detail):
+                peer = self._membership.member_of(rank)
+                if peer is not None:
+                    self._membership.suspect(peer, reason, epoch, step, detail)
+            case SendWake(epoch=epoch, step=step):
+                self._links.wake(self._membership.other_members, epoch, step)
+            case Adopted(expert_map=expert_map, adoption=adoption):
+                log.info("adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
+                self._membership.on_adopted(expert_map)
+            case Fenced(epoch=epoch):
+                self._leave(f"the map of epoch {epoch} leaves this rank out")
+
+
+class _Ended(Exception):
+    """Takes a task group down without being an error."""
+
+
+def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
+    return SchedulerLimits(
+        vocab_size=spec.vocab_size,
+        context_tokens_max=spec.context_tokens_max,
+        kv_blocks=config.kv_tokens // config.kv_block_tokens,
+        kv_block_tokens=config.kv_block_tokens,
+        step_tokens_max=config.step_tokens_max,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        running_max=config.running_max,
+        waiting_max=config.waiting_max,
+    )
