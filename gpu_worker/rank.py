@@ -122,6 +122,14 @@ class Rank:
         )
         self._gate = EngineGate(member=parts.member, engine=self._engine, inbox=inbox, clock=clock)
         self._server = ControlServer(member=parts.member, engine=self._gate, areas=self)
+        self._registrar = Registrar(
+            parts.store, lease_id=parts.lease_id, lease_ttl_s=config.timings.lease_ttl_s
+        )
+
+    @property
+    def lease_id(self) -> int:
+        """The lease under which it is registered now."""
+        return self._registrar.lease_id
 
     def stop(self, exit_code: int = 0) -> None:
         """Ends `run`."""
@@ -165,15 +173,12 @@ class Rank:
 
     def _join(self, tasks: asyncio.TaskGroup, port: int) -> None:
         parts, config = self._parts, self._parts.config
-        registrar = Registrar(
-            parts.store, lease_id=parts.lease_id, lease_ttl_s=config.timings.lease_ttl_s
-        )
         self._membership = MembershipDriver(
             store=parts.store,
             keys=self._keys,
             clock=parts.clock,
             standing=Standing(self._record(port), parts.residents),
-            registrar=registrar,
+            registrar=self._registrar,
             loader=parts.loader,
             engine=EngineDoor(hand_map=self._gate.hand_map, leave=self._leave),
             tasks=tasks,
@@ -189,8 +194,8 @@ class Rank:
         )
         self._membership.attach_links(self._links)
         self._membership.register()
-        tasks.create_task(registrar.run())
-        tasks.create_task(registrar.keep_alive(self._membership.on_lease_lost))
+        tasks.create_task(self._registrar.run())
+        tasks.create_task(self._registrar.keep_alive(self._membership.on_lease_lost))
         tasks.create_task(self._membership.watch())
 
     def _record(self, port: int) -> RankRecord:

@@ -1,0 +1,41 @@
+"""The thread that an engine runs on in a real rank."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from gpu_worker.engine.mailbox import ThreadWaiter
+
+
+class EngineThread:
+    """Implements `rank.EngineHost`. A daemon: an engine that waits for dead peers must not keep its
+    process from ending."""
+
+    def __init__(self) -> None:
+        self.waiter = ThreadWaiter()
+
+    def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: BaseException | None) -> None:
+            if ended.done():
+                return
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        def body() -> None:
+            error: BaseException | None = None
+            try:
+                run()
+            except BaseException as raised:  # noqa: BLE001 - it is raised again on the event loop
+                error = raised
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, error)
+
+        threading.Thread(target=body, name="engine", daemon=True).start()
+        return ended

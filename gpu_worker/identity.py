@@ -1,0 +1,20 @@
+"""Who this process is: given by the node agent, or taken from etcd where it was started by hand."""
+
+from __future__ import annotations
+
+from gpu_worker.agent.birth import new_life
+from gpu_worker.config import RankConfig
+from shared.errors import ConfigError
+from shared.keys import Keys
+from shared.store import Store
+from shared.types import Incarnation, Member, RankId
+
+
+async def take_identity(config: RankConfig, store: Store, keys: Keys) -> tuple[Member, int]:
+    """The member and its lease. Raises ConfigError where only one of both was given, StoreError."""
+    rank = RankId(config.rank)
+    if bool(config.incarnation) != bool(config.lease_id):
+        raise ConfigError("--incarnation and --lease-id go together: give both or neither")
+    if not config.incarnation:
+        return await new_life(store, keys, rank, config.timings.lease_ttl_s)
+    return Member(rank=rank, incarnation=Incarnation(config.incarnation)), config.lease_id
