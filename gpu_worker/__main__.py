@@ -48,7 +48,7 @@ def main() -> None:
         configure_logs(
             service="rank", level=config.log_level, json=config.log_json, rank=config.rank
         )
-        # The event loop answers probes while the engine computes: it must not wait long for the GIL.
+        # The event loop answers probes while the engine computes: it cannot wait for the GIL.
         sys.setswitchinterval(GIL_SWITCH_S)
         code = asyncio.run(run_rank(config))
     except (StarfishError, OSError) as error:

@@ -3,56 +3,68 @@ back by cuts and lost with their sender, its waits parked on virtual time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from gpu_worker.exchange.local import LocalHub
 from shared.types import Member
-from tests.sim.sim_loop import SimProcess
+from tests.sim.sim_loop import SimProcess, current_process
 from tests.sim.sim_network import SimNetwork
+
+SLOW_MESSAGES = 0.01
+
+
+class EngineSide(Protocol):
+    """What the hub needs of an engine's host."""
+
+    def park_exchange(self) -> None: ...
+
+    def arrived(self) -> None: ...
 
 
 class SimHub(LocalHub):
     """`send` carries a message over the simulated network; whoever was parked there looks again."""
 
     def __init__(
-        self,
-        num_ranks: int,
-        hidden_size: int,
-        top_k: int,
-        *,
-        network: SimNetwork,
-        park: Callable[[], None],
+        self, num_ranks: int, hidden_size: int, top_k: int, *, network: SimNetwork
     ) -> None:
-        super().__init__(num_ranks, hidden_size, top_k, park=park)
+        super().__init__(num_ranks, hidden_size, top_k)
         self._network = network
         self._process_of: dict[Member, SimProcess] = {}
-        self._arrived: Callable[[Member], None] = lambda member: None
+        self._host_of: dict[SimProcess, EngineSide] = {}
         self._held: list[tuple[Member, Member, Any, Any]] = []
 
-    def attach(self, member: Member, process: SimProcess) -> None:
+    def attach(self, member: Member, process: SimProcess, host: EngineSide) -> None:
         self._process_of[member] = process
+        self._host_of[process] = host
 
-    def on_arrival(self, arrived: Callable[[Member], None]) -> None:
-        self._arrived = arrived
+    def can_reach(self, source: Member, target: Member) -> bool:
+        sender, receiver = self._process_of[source], self._process_of.get(target)
+        if receiver is None or receiver.dead:
+            return False
+        return self._network.reachable(sender.host, receiver.host)
+
+    def park(self) -> None:
+        process = current_process.get()
+        assert process is not None
+        self._host_of[process].park_exchange()
 
     def send(self, source: Member, target: Member, place: Any, message: Any) -> None:
         if source == target:
             super().send(source, target, place, message)
             return
-        sender, receiver = self._process_of[source], self._process_of.get(target)
+        receiver = self._process_of.get(target)
         if receiver is None or receiver.dead:
             return
-        if not self._network.reachable(sender.host, receiver.host):
+        if not self.can_reach(source, target):
             self._held.append((source, target, place, message))
             return
         late_s = self._network.latency_s()
-        if self._network.draw.random() < 0.01:
+        if self._network.draw.random() < SLOW_MESSAGES:
             late_s += self._network.draw.uniform(0.005, 0.2)
         self._network.loop.call_later(late_s, self._deliver, source, target, place, message)
 
     def heal(self) -> None:
-        """A write that was under way when the link was cut lands late: stale, and to be ignored."""
+        """A write that was under way when the link was cut lands late: stale, to be ignored."""
         held, self._held = self._held, []
         for each in held:
             self.send(*each)
@@ -61,4 +73,4 @@ class SimHub(LocalHub):
         receiver = self._process_of.get(target)
         if receiver is not None and not receiver.dead:
             LocalHub.send(self, source, target, place, message)
-            self._arrived(target)
+            self._host_of[receiver].arrived()

@@ -1,0 +1,177 @@
+"""A rank of the simulated world: the real one (`gpu_worker.rank.Rank`), on a greenlet in place of a
+thread, the small model in place of a large one, and the simulated data network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import greenlet
+
+from gpu_worker.config import RankConfig
+from gpu_worker.exchange.seam import Exchange, StepMonitor
+from gpu_worker.rank import Rank, RankParts
+from shared.clock import Clock
+from shared.records import InstanceSpec
+from shared.store import Store
+from shared.types import Member
+from shared.wire import AreaOpened
+from tests.sim.sim_exchange import SimHub
+from tests.sim.sim_loop import SimLoop, SimProcess, in_process
+from tests.sim.sim_model import EOS, SimModel
+
+
+class SimClock:
+    """Virtual time as `shared.clock.Clock`."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self._loop = loop
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    def wall(self) -> float:
+        return self._loop.time()
+
+
+class GreenletHost:
+    """Implements `rank.EngineHost` and its Waiter. The engine blocks by switching to the loop."""
+
+    def __init__(self, loop: SimLoop, process: SimProcess) -> None:
+        self._loop = loop
+        self._process = process
+        self._hub = greenlet.getcurrent()
+        self._engine: Any = None
+        self._notified = False
+        self._parked = 0
+        self._parks = 0
+
+    @property
+    def waiter(self) -> GreenletHost:
+        return self
+
+    def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
+        ended: asyncio.Future[None] = self._loop.create_future()
+
+        def body() -> None:
+            try:
+                run()
+            except Exception as error:  # noqa: BLE001 - it is raised again on the loop
+                if not ended.done():
+                    ended.set_exception(error)
+            else:
+                if not ended.done():
+                    ended.set_result(None)
+
+        self._engine = greenlet.greenlet(body, parent=self._hub)
+        self._engine.gr_context = in_process(self._process)
+        self._loop.call_soon(self._engine.switch, context=in_process(self._process))
+        return ended
+
+    def wait(self, timeout_s: float) -> None:
+        if not self._notified:
+            self._park(timeout_s)
+        self._notified = False
+
+    def notify(self) -> None:
+        self._notified = True
+        self._wake_soon()
+
+    def park_exchange(self) -> None:
+        """A wait for peers: looks again after an arrival, a notification, or a while."""
+        self._park(0.005)
+
+    def arrived(self) -> None:
+        self._wake_soon()
+
+    def _park(self, timeout_s: float) -> None:
+        self._parks += 1
+        self._parked = self._parks
+        self._loop.call_later(
+            timeout_s, self._resume, self._parked, context=in_process(self._process)
+        )
+        self._hub.switch()
+
+    def _wake_soon(self) -> None:
+        if self._parked:
+            self._loop.call_soon(self._resume, self._parked, context=in_process(self._process))
+
+    def _resume(self, park: int) -> None:
+        if self._parked == park:
+            self._parked = 0
+            self._engine.switch()
+
+
+class SimEndpoint:
+    """Implements `rank.Endpoint` over the simulated exchange."""
+
+    def __init__(self, hub: SimHub, member: Member) -> None:
+        self._hub = hub
+        self._member = member
+        self._generation = 0
+        self._open: set[Member] = set()
+
+    @property
+    def name(self) -> str:
+        return f"sim-{self._member}"
+
+    def next_generation(self, target: Member) -> int:
+        self._generation += 1
+        return self._generation
+
+    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+        return (generation, 1)
+
+    def connect(self, area: AreaOpened) -> None:
+        if not self._hub.can_reach(self._member, area.target):
+            raise TimeoutError("first contact timed out")
+        self._open.add(area.target)
+
+    def is_open(self, target: Member) -> bool:
+        return target in self._open and self._hub.can_reach(self._member, target)
+
+    def forget(self, member: Member) -> None:
+        self._open.discard(member)
+
+    def exchange(
+        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
+    ) -> Exchange:
+        return self._hub.exchange(member, monitor, clock, exchange_deadline_ms)
+
+
+def build_rank(
+    *,
+    loop: SimLoop,
+    process: SimProcess,
+    hub: SimHub,
+    member: Member,
+    lease_id: int,
+    config: RankConfig,
+    spec: InstanceSpec,
+    store: Store,
+) -> Rank:
+    """In the context of `process`."""
+    host = GreenletHost(loop, process)
+    hub.attach(member, process, host)
+    model = SimModel(
+        slots_per_rank=spec.slots_per_rank,
+        kv_blocks=config.kv_tokens // config.kv_block_tokens,
+        block_tokens=config.kv_block_tokens,
+    )
+    return Rank(
+        RankParts(
+            member=member,
+            lease_id=lease_id,
+            config=config,
+            spec=spec,
+            eos_token_ids=(EOS,),
+            store=store,
+            clock=SimClock(loop),
+            model=model,
+            loader=model,
+            residents=model.contents.copy(),
+            endpoint=SimEndpoint(hub, member),
+            engine_host=host,
+        )
+    )
