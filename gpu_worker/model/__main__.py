@@ -1,0 +1,53 @@
+"""Work on models that comes before any rank runs, one process each, so that ranks started together
+do not all do it: `python -m gpu_worker.model warm-up` compiles the kernels into numba's cache,
+`python -m gpu_worker.model seed FOLDER` writes the default checkpoint. Progress: `done/total`
+lines on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.errors import StarfishError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gpu_worker.model")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("warm-up", help="compile the CPU kernels")
+    seed = commands.add_parser("seed", help="write a seeded-random Qwen3-MoE checkpoint")
+    seed.add_argument("folder", type=Path)
+    seed.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "warm-up":
+            _warm_up()
+        else:
+            _seed(options.folder, options.seed)
+    except (StarfishError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _warm_up() -> None:
+    from gpu_worker.model.kernels import warm_up  # numba is slow to import
+
+    warm_up(_print_progress)
+
+
+def _seed(folder: Path, seed: int) -> None:
+    from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+
+    create_seeded_checkpoint(folder, seed, _print_progress)
+
+
+def _print_progress(done: int, total: int) -> None:
+    if done * 100 // total != (done - 1) * 100 // total:
+        print(f"{done}/{total}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The physical expert slots of one rank: preallocated weights, what each slot holds, and loading
+into them while the engine uses others. Which expert belongs where is the planner's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.types import EMPTY_SLOT
+
+
+class ExpertWeights(NamedTuple):
+    """One expert as checkpoints store it: `gate_IH`, `up_IH`, `down_HI`."""
+
+    gate_IH: NDArray[np.float32]
+    up_IH: NDArray[np.float32]
+    down_HI: NDArray[np.float32]
+
+
+class ExpertSlots:
+    """Layers L (MoE layers only), slots S, hidden H, inner I.
+
+    One thread loads, another computes: `load` touches only the slot's own memory, and no map names
+    a slot before its contents were published. `read_expert(layer, expert)` gives the weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        slots_per_rank: int,
+        hidden_size: int,
+        inner_size: int,
+        read_expert: Callable[[int, int], ExpertWeights],
+    ) -> None:
+        leading = (num_layers, slots_per_rank)
+        self.w_gate_up_LSHJ = np.zeros((*leading, hidden_size, 2 * inner_size), dtype=np.float32)
+        self.w_down_LSIH = np.zeros((*leading, inner_size, hidden_size), dtype=np.float32)
+        self._contents = np.full(leading, EMPTY_SLOT, dtype=np.int16)
+        self._contents_lock = threading.Lock()
+        self._inner_size = inner_size
+        self._read_expert = read_expert
+
+    @property
+    def num_layers(self) -> int:
+        return int(self._contents.shape[0])
+
+    @property
+    def slots_per_rank(self) -> int:
+        return int(self._contents.shape[1])
+
+    @property
+    def contents(self) -> NDArray[np.int16]:
+        """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
+        with self._contents_lock:
+            return self._contents.copy()
+
+    def load(self, layer: int, slot: int, expert: int) -> None:
+        """The slot is EMPTY until the last byte is in."""
+        self._set(layer, slot, EMPTY_SLOT)
+        weights = self._read_expert(layer, expert)
+        gate_up_HJ = self.w_gate_up_LSHJ[layer, slot]
+        gate_up_HJ[:, : self._inner_size] = weights.gate_IH.T
+        gate_up_HJ[:, self._inner_size :] = weights.up_IH.T
+        self.w_down_LSIH[layer, slot] = weights.down_HI.T
+        self._set(layer, slot, expert)
+
+    def load_all(
+        self,
+        desired_LS: NDArray[np.int16],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Makes `contents` equal to `desired_LS`: loads what differs, forgets what is desired
+        EMPTY. `on_progress(loaded, to_load)` after each load."""
+        present_LS = self.contents
+        assert desired_LS.shape == present_LS.shape, "the assignment is for other slots"
+        differs_LS = desired_LS != present_LS
+        for layer, slot in np.argwhere(differs_LS & (desired_LS < 0)):
+            self._set(int(layer), int(slot), EMPTY_SLOT)
+        to_load = np.argwhere(differs_LS & (desired_LS >= 0))
+        for done, (layer, slot) in enumerate(to_load):
+            self.load(int(layer), int(slot), int(desired_LS[layer, slot]))
+            if on_progress is not None:
+                on_progress(done + 1, len(to_load))
+
+    def _set(self, layer: int, slot: int, expert: int) -> None:
+        with self._contents_lock:
+            self._contents[layer, slot] = expert
