@@ -1,4 +1,4 @@
-"""A fresh placement."""
+"""A fresh placement: replica counts, then packing, for a cluster without a map."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from control_plane.placement.greedy_layer import place_layer
 from control_plane.placement.layout import (
+    Floats,
     Layout,
     checked_loads,
     empty_placement,
     fill_quotas,
 )
+from control_plane.placement.packing import pack
+from control_plane.placement.replica_choice import choose_counts
 from control_plane.placement.results import LayerExpert, Loads, PlacementPlan
+from shared.expert_map import Placement
 from shared.types import ExpertId, NodeId, RankId
 
 
@@ -27,25 +30,33 @@ def place(
     num_ranks: int | None = None,
     survive: int = 0,
 ) -> PlacementPlan:
-    weights = checked_loads(loads, *loads.shape)
-    num_layers, num_experts = weights.shape
+    """Fills `num_experts + redundant` slots of each layer (all of them where None) and leaves the
+    others spare, for the orphans of a death. `num_ranks` rows, or as many as the largest rank
+    needs. `survive` rank failures without reload are bought at any cost in balance, as far as
+    slots go; otherwise cover yields to balance, and only for experts too hot for two ranks.
+    Raises ValueError on malformed input."""
+    if loads.ndim != 2 or 0 in loads.shape:
+        raise ValueError("loads must be [num_layers, num_experts], neither of them zero")
+    if (redundant is not None and redundant < 0) or survive < 0:
+        raise ValueError("redundant and survive must not be negative")
+    num_layers, num_experts = loads.shape
+    weights = checked_loads(loads, num_layers, num_experts)
     layout = Layout.of(ranks, nodes, slots)
-    rows = num_ranks or int(layout.ranks[-1]) + 1
+    rows = int(layout.ranks[-1]) + 1 if num_ranks is None else num_ranks
     placement = empty_placement(layout, num_layers, rows, int(layout.slots.max()))
     quotas = fill_quotas(layout, num_experts, redundant)
-    outside: list[tuple[float, LayerExpert]] = []
-    for layer in range(num_layers):
-        hottest = np.argsort(-weights[layer], kind="stable")
-        counts = np.zeros(num_experts, dtype=np.int64)
-        counts[hottest[: int(quotas.sum())]] = 1
-        for _ in range(int(quotas.sum()) - num_experts):
-            share = np.where(counts < len(quotas), weights[layer] / np.maximum(counts, 1), -1.0)
-            counts[np.argmax(share)] += 1
-        chosen = place_layer(weights[layer], counts, layout, quotas)
-        for rank, experts in zip(layout.ranks, chosen, strict=True):
-            placement[layer, rank, : len(experts)] = experts
-        outside += [
-            (float(weights[layer, e]), LayerExpert(layer, ExpertId(int(e))))
-            for e in np.flatnonzero(counts == 0)
-        ]
-    return PlacementPlan(placement, tuple(pair for _, pair in sorted(outside)))
+    if quotas.max() > 0:
+        counts = choose_counts(weights, layout, quotas, survive)
+        chosen = pack(weights, counts, layout, quotas).astype(np.int16)
+        region = placement[:, layout.ranks, : chosen.shape[2]]
+        placement[:, layout.ranks, : chosen.shape[2]] = np.where(chosen >= 0, chosen, region)
+    return PlacementPlan(placement, _outside(placement, weights))
+
+
+def _outside(placement: Placement, loads: Floats) -> tuple[LayerExpert, ...]:
+    """The experts without a slot, coldest first."""
+    inside = np.zeros((loads.shape[0], loads.shape[1] + 1), dtype=bool)
+    inside[np.arange(len(placement))[:, None, None], placement.clip(min=-1)] = True
+    layer, expert = np.nonzero(~inside[:, :-1])
+    order = np.lexsort((expert, layer, loads[layer, expert]))
+    return tuple(LayerExpert(int(layer[i]), ExpertId(int(expert[i]))) for i in order)

@@ -1,0 +1,127 @@
+"""How many replicas each expert gets: enough of the hot ones to balance, then a second one for
+everybody, then the rest to the hottest. All layers at once."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from control_plane.placement.layout import Floats, Ints, Layout
+
+HOT_SHARES = (np.inf, 1.0, 0.6, 0.35, 0.2)
+"""How much of a rank's mean load one replica may carry, the fewest extra replicas first."""
+CROWDING_MAX = 0.95
+FEW_SLOTS = 4
+BISECTIONS = 24
+
+
+def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> Ints:
+    """`[num_layers, num_experts]`, each row summing to the quotas' sum.
+
+    A row takes the first of HOT_SHARES with which a balanced packing seems possible, or as good as
+    the one without any regard to cover. `survive + 1` replicas are held whatever that costs, as
+    far as the slots go. With fewer slots than experts the coldest get none.
+    """
+    total, cap = int(quotas.sum()), int((quotas > 0).sum())
+    num_experts = loads.shape[1]
+    if total <= num_experts:
+        counts = np.zeros(loads.shape, dtype=np.int64)
+        hottest = np.argsort(-loads, axis=1, kind="stable")[:, :total]
+        np.put_along_axis(counts, hottest, 1, axis=1)
+        return counts
+    floor = min(survive + 1, cap, total // num_experts)
+    most = max(2, min(cap, total // num_experts))
+    counts = _covering(loads, np.inf, floor, most, total, cap)
+    open_layers = np.flatnonzero(crowding(loads, counts, layout, quotas) > CROWDING_MAX)
+    if open_layers.size:
+        least = np.full((open_layers.size, num_experts), floor, dtype=np.int64)
+        counts[open_layers] = spread_out(loads[open_layers], least, total, cap)
+    unconcerned = crowding(loads[open_layers], counts[open_layers], layout, quotas)
+    limit = np.maximum(CROWDING_MAX, unconcerned)
+    for level, share in product(sorted({most, max(2, most - 1), 2}, reverse=True), HOT_SHARES):
+        if open_layers.size == 0:
+            break
+        wanted = _covering(loads[open_layers], share, floor, level, total, cap)
+        good = crowding(loads[open_layers], wanted, layout, quotas) <= limit
+        counts[open_layers[good]] = wanted[good]
+        open_layers, limit = open_layers[~good], limit[~good]
+    return counts
+
+
+def cover_floor(num_experts: int, quotas: Ints, survive: int) -> int:
+    """Replicas that every expert should have on distinct ranks, if balance permits."""
+    cap = int((quotas > 0).sum())
+    return min(cap, max(2, survive + 1, int(quotas.sum()) // num_experts))
+
+
+def _covering(
+    loads: Floats, hot_share: float, floor: int, cover_level: int, total: int, cap: int
+) -> Ints:
+    """Replicas for which no one carries more than `hot_share` of a rank's mean load; then levels 2,
+    3, … for all, hottest first; then the rest by load. Where the first does not fit: by load."""
+    mean = loads.sum(axis=1, keepdims=True) / cap
+    counts = np.clip(np.ceil(loads / (hot_share * mean)), floor, cap).astype(np.int64)
+    counts[counts.sum(axis=1) > total] = floor
+    hottest = np.argsort(-loads, axis=1, kind="stable")
+    for level in range(2, cover_level + 1):
+        lacking = np.take_along_axis(np.maximum(level - counts, 0), hottest, axis=1)
+        spare = total - counts.sum(axis=1, keepdims=True)
+        granted = np.where(np.cumsum(lacking, axis=1) <= spare, lacking, 0)
+        np.put_along_axis(
+            counts, hottest, np.take_along_axis(counts, hottest, axis=1) + granted, axis=1
+        )
+    return spread_out(loads, counts, total, cap)
+
+
+def spread_out(loads: Floats, least: Ints, total: int, cap: int) -> Ints:
+    """The counts of at least `least`, at most `cap`, and `total` a row, that minimise the largest
+    load per replica: the greedy choice, found by bisection on that load."""
+    high = loads.max(axis=1, keepdims=True)
+    low: Floats = loads.sum(axis=1, keepdims=True) / total / 2
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        fitting = np.clip(np.ceil(loads / np.maximum(middle, 1e-300)), least, cap)
+        fits = fitting.sum(axis=1, keepdims=True) <= total
+        high, low = np.where(fits, middle, high), np.where(fits, low, middle)
+    result: Ints = np.clip(np.ceil(loads / np.maximum(high, 1e-300)), least, cap).astype(np.int64)
+    while (missing := total - result.sum(axis=1, keepdims=True)).any():
+        order = np.argsort(np.where(result < cap, -loads / result, np.inf), axis=1, kind="stable")
+        room = np.take_along_axis(result, order, axis=1) < cap
+        more = room & (np.arange(loads.shape[1]) < missing)
+        np.put_along_axis(result, order, np.take_along_axis(result, order, axis=1) + more, axis=1)
+    return result
+
+
+def crowding(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Floats:
+    """`[num_layers]`: how balanced a packing can be, as busiest over mean, without packing."""
+    total, slots = int(quotas.sum()), int(quotas.max())
+    shares = np.sort(np.repeat((loads / counts).ravel(), counts.ravel()).reshape(-1, total))
+    mean = loads.sum(axis=1, keepdims=True) / len(layout.ranks)
+    return _folded(shares / mean, quotas) if slots <= FEW_SLOTS else _propped(shares / mean, slots)
+
+
+def _folded(shares: Floats, quotas: Ints) -> Floats:
+    """Of few slots: deal in rounds, the hottest left to the idlest rank. Close to what swaps can
+    reach, for few slots leave them little to choose from."""
+    load = np.zeros((len(shares), len(quotas)))
+    end = shares.shape[1]
+    for slot in range(int(quotas.max())):
+        open_ranks = np.flatnonzero(quotas > slot)
+        load[:, open_ranks] = np.sort(load[:, open_ranks], axis=1)
+        load[:, open_ranks] += shares[:, end - open_ranks.size : end][:, ::-1]
+        end -= open_ranks.size
+    result: Floats = load.max(axis=1)
+    return result
+
+
+def _propped(shares: Floats, slots: int) -> Floats:
+    """Of many slots: the k hottest replicas sit on k ranks, whose other slots hold the coldest ones
+    at best. With more slots than a few, swaps come close to that."""
+    total = shares.shape[1]
+    rising = np.concatenate((np.zeros((len(shares), 1)), np.cumsum(shares, axis=1)), axis=1)
+    k = np.arange(1, max(2, total // slots // 2 + 1))
+    hot = rising[:, -1:] - rising[:, total - k]
+    cold = rising[:, np.minimum(k * (slots - 1), total - k)]
+    result: Floats = ((hot + cold) / k).max(axis=1)
+    return result

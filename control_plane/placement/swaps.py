@@ -1,0 +1,159 @@
+"""A packing that improves by exchanging the contents of two slots, one exchange a layer at a time:
+first to part an expert's replicas, then to level the load."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.layout import Floats, Ints, Layout
+
+LEVEL_ENOUGH = 1.001
+LEVEL_UNEVEN = 1.005
+PARTNERS = 3
+
+
+class Packing:
+    """Edits `rows` (`[num_layers, num_live, width]`, -1 where nothing is) in place."""
+
+    def __init__(self, rows: Ints, share: Floats, counts: Ints, layout: Layout) -> None:
+        self._rows, self._node = rows, layout.node
+        num_layers, num_ranks, width = rows.shape
+        num_experts = share.shape[1]
+        self._share = np.concatenate((share, np.zeros((num_layers, 1))), axis=1)  # [-1] is nothing
+        layer, rank, slot = np.nonzero(rows >= 0)
+        pair = layer * num_experts + rows[layer, rank, slot]
+        self._on_rank = _count_pairs(pair, rank, (num_layers, num_experts, num_ranks))
+        self._on_node = _count_pairs(
+            pair, self._node[rank], (num_layers, num_experts, layout.num_nodes)
+        )
+        used = max(1, len(np.unique(self._node[np.flatnonzero((rows[0] >= 0).any(axis=1))])))
+        self._node_cap = -(-counts // used)  # an even share of an expert's replicas, rounded up
+        weights = np.where(rows >= 0, self._share[np.arange(num_layers)[:, None, None], rows], 0.0)
+        self._load = weights.sum(axis=2)
+        self._slot_rank = np.repeat(np.arange(num_ranks), width)
+
+    def layers_with_doubles(self) -> Ints:
+        return np.flatnonzero((self._on_rank > 1).any(axis=(1, 2)))
+
+    def part_doubles(self) -> None:
+        """Until no rank holds an expert twice and no node too many, or no exchange helps."""
+        flat = self._rows.reshape(len(self._rows), -1)
+        hopeless = np.zeros(flat.shape, dtype=bool)
+        while True:
+            crowded = self._crowded(flat) & ~hopeless
+            layers = np.flatnonzero(crowded.any(axis=1))
+            if layers.size == 0:
+                return
+            slots = crowded[layers].argmax(axis=1)
+            partners, found = self._partners(layers, slots, flat)
+            hopeless[layers[~found], slots[~found]] = True
+            self._exchange(layers[found], slots[found], partners[found])
+
+    def _crowded(self, flat: Ints) -> NDArray[np.bool_]:
+        """`[num_layers, num_live * width]`: slots whose expert should rather sit elsewhere."""
+        at = np.arange(len(flat))[:, None]
+        twice = self._on_rank[at, flat, self._slot_rank] > 1
+        node = self._node[self._slot_rank]
+        many = self._on_node[at, flat, node] > self._node_cap[at, flat]
+        result: NDArray[np.bool_] = (flat >= 0) & (twice | many)
+        return result
+
+    def _partners(self, layers: Ints, slots: Ints, flat: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+        """For one slot of each of `layers`: the slot of most similar load to exchange with."""
+        at = layers[:, None]
+        mine, theirs = flat[layers, slots][:, None], flat[layers]
+        my_rank, their_rank = self._slot_rank[slots][:, None], self._slot_rank[None, :]
+        my_node, their_node = self._node[my_rank], self._node[their_rank]
+        twice = self._on_rank[at, mine, my_rank] > 1
+        valid = (theirs >= 0) & (theirs != mine)
+        valid &= (self._on_rank[at, mine, their_rank] == 0) & (
+            self._on_rank[at, theirs, my_rank] == 0
+        )
+        stays = my_node == their_node
+        valid &= np.where(
+            stays,
+            twice,
+            (self._on_node[at, mine, their_node] < self._node_cap[at, mine])
+            & (self._on_node[at, theirs, my_node] < self._node_cap[at, theirs]),
+        )
+        gap = np.abs(self._share[at, theirs] - self._share[at, mine])
+        gap = np.where(valid, gap, np.inf)
+        return gap.argmin(axis=1), valid.any(axis=1)
+
+    def level(self, rounds: int) -> None:
+        """Exchanges between the busiest rank and one of the idlest; where these don't help, one of
+        the next idlest, and so on while the layer is uneven."""
+        mean, num_ranks = self._load.mean(axis=1), self._load.shape[1]
+        if self._rows.shape[2] < 2:
+            return  # exchanging all that two ranks hold levels nothing
+        layers, skip = np.arange(len(self._rows)), np.zeros(len(self._rows), dtype=np.int64)
+        for _ in range(rounds):
+            peak = self._load[layers].max(axis=1) / mean[layers]
+            going = peak > np.where(skip > 0, LEVEL_UNEVEN, LEVEL_ENOUGH)
+            going &= skip < num_ranks - 1
+            layers, skip = layers[going], skip[going]
+            if layers.size == 0:
+                return
+            order = np.argsort(self._load[layers], axis=1, kind="stable")
+            others = np.minimum(skip[:, None] + np.arange(PARTNERS), num_ranks - 2)
+            others = np.take_along_axis(order, others, axis=1)
+            first, second, found = self._best_exchange(layers, order[:, -1], others)
+            self._exchange(layers[found], first[found], second[found])
+            skip = np.where(found, 0, skip + PARTNERS)
+
+    def _best_exchange(
+        self, layers: Ints, busy: Ints, others: Ints
+    ) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Slots of the busy rank and of one of `others` (`[len(layers), k]`) whose exchange leaves
+        the busier of the two least loaded."""
+        width = self._rows.shape[2]
+        at = layers[:, None]
+        mine = self._rows[layers, busy]
+        theirs = self._rows[at, others].reshape(layers.size, -1)
+        target = np.repeat(others, width, axis=1)
+        gap = (self._load[layers, busy][:, None] - self._load[at, target])[:, None, :]
+        moved = self._share[at, mine][:, :, None] - self._share[at, theirs][:, None, :]
+        valid = (moved > 1e-6 * gap) & (moved < gap * (1 - 1e-6))
+        i_may = self._may_move(
+            at[:, :, None], mine[:, :, None], busy[:, None, None], others[:, None, :]
+        )
+        valid &= np.repeat(i_may, width, axis=2)
+        valid &= self._may_move(at, theirs, target, busy[:, None])[:, None, :]
+        gain = np.where(valid, np.minimum(moved, gap - moved), 0.0).reshape(layers.size, -1)
+        best = gain.argmax(axis=1)
+        found = gain[np.arange(layers.size), best] > 0
+        mine_at, their_at = best // theirs.shape[1], best % theirs.shape[1]
+        second = target[np.arange(layers.size), their_at] * width + their_at % width
+        return busy * width + mine_at, second, found
+
+    def _may_move(self, at: Ints, experts: Ints, source: Ints, target: Ints) -> NDArray[np.bool_]:
+        """Broadcasting: whether an expert may go and neither meet itself nor crowd a node."""
+        here, there = self._node[source], self._node[target]
+        limit = np.maximum(self._node_cap[at, experts], self._on_node[at, experts, here])
+        result: NDArray[np.bool_] = (
+            (experts >= 0)
+            & (self._on_rank[at, experts, target] == 0)
+            & ((here == there) | (self._on_node[at, experts, there] < limit))
+        )
+        return result
+
+    def _exchange(self, layers: Ints, first: Ints, second: Ints) -> None:
+        """Slots are numbered `rank * width + slot`; at most one exchange a layer."""
+        flat = self._rows.reshape(len(self._rows), -1)
+        a, b = flat[layers, first], flat[layers, second]
+        flat[layers, first], flat[layers, second] = b, a
+        rank_a, rank_b = self._slot_rank[first], self._slot_rank[second]
+        for expert, source, target in ((a, rank_a, rank_b), (b, rank_b, rank_a)):
+            self._on_rank[layers, expert, source] -= 1
+            self._on_rank[layers, expert, target] += 1
+            self._on_node[layers, expert, self._node[source]] -= 1
+            self._on_node[layers, expert, self._node[target]] += 1
+            self._load[layers, source] -= self._share[layers, expert]
+            self._load[layers, target] += self._share[layers, expert]
+
+
+def _count_pairs(pair: Ints, place: Ints, shape: tuple[int, int, int]) -> NDArray[np.int16]:
+    """`shape`: how often each (layer and expert, place) occurs."""
+    size = shape[0] * shape[1] * shape[2]
+    return np.bincount(pair * shape[2] + place, minlength=size).astype(np.int16).reshape(shape)
