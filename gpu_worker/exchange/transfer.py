@@ -190,7 +190,7 @@ class TransferExchange:
         self._receive(helpers, Phase.COMBINE, stamp)
         for peer in helpers:
             assert peer.region is not None
-            rows_NH = combine_rows(peer.region, self._layout, peer.header.num_rows)
+            rows_NH = combine_rows(peer.region, self._layout, self._counts[peer.rank][1])
             packing.scatter_rows(rows_NH, self._routes.flat_RN, peer.rank, y_PH)
         return y_TKH
 

@@ -1,0 +1,204 @@
+"""The exchange over real Mooncake between real processes: the same bits as in one process, and what
+death, hanging and late writes of a peer do to the others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from gpu_worker.exchange.local import LocalHub
+from shared.clock import SystemClock
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, RankId, SuspicionReason
+from tests.support.exchange_child import H, K, main, make_map, member, run_step
+
+WAIT_S = 60.0
+FOREVER_MS = 1e9
+ENDLESS = 10**9
+
+
+class Rank:
+    """The parent's end of one child."""
+
+    def __init__(self, rank: int, num_ranks: int, deadline_ms: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.rank = rank
+        self._pipe, theirs = context.Pipe()
+        self._seen: list[tuple[str, Any]] = []
+        self.process = context.Process(
+            target=main, args=(rank, num_ranks, deadline_ms, theirs), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def tell(self, kind: str, value: Any = None) -> None:
+        self._pipe.send((kind, value))
+
+    def expect(self, kind: str, fits: Callable[[Any], bool] = lambda value: True) -> Any:
+        """The next event of this kind, waiting for it; others are kept."""
+        while True:
+            for event in self._seen:
+                if event[0] == kind and fits(event[1]):
+                    self._seen.remove(event)
+                    return event[1]
+            assert self._pipe.poll(WAIT_S), f"rank {self.rank}: no {kind!r}, only {self._seen}"
+            self._seen.append(self._pipe.recv())
+
+    def has_said(self, kind: str) -> bool:
+        while self._pipe.poll():
+            self._seen.append(self._pipe.recv())
+        return any(seen == kind for seen, _ in self._seen)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+
+def open_links(ranks: list[Rank]) -> int:
+    """Opens every link that is not open; returns how many."""
+    count = 0
+    for rank in ranks:
+        rank.tell("wanted")
+        for target, request in rank.expect("wanted"):
+            ranks[target.rank].tell("give", request)
+            rank.tell("connect", ranks[target.rank].expect("given"))
+            rank.expect("connected")
+            count += 1
+    return count
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., list[Rank]]]:
+    started: list[Rank] = []
+
+    def begin(num_ranks: int, deadline_ms: float = FOREVER_MS) -> list[Rank]:
+        started.extend(Rank(r, num_ranks, deadline_ms) for r in range(num_ranks))
+        open_links(started)
+        return started
+
+    yield begin
+    for rank in started:
+        rank.process.kill()
+        rank.process.join()
+
+
+class Deaf:
+    """A monitor for runs without faults."""
+
+    def __init__(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+
+    def newest_epoch(self) -> Epoch:
+        return self._epoch
+
+    def beat(self, waiting_for: object) -> None:
+        pass
+
+    def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
+        raise AssertionError(f"suspected {rank}: {detail}")
+
+
+def oracle(expert_map: ExpertMap, num_steps: int) -> dict[int, list[str]]:
+    """What the same steps give in one process."""
+    hub = LocalHub(expert_map.num_ranks, H, K)
+
+    def live(rank: int) -> list[str]:
+        monitor = Deaf(expert_map.epoch)
+        exchange = hub.exchange(member(rank), monitor, SystemClock(), FOREVER_MS)
+        exchange.adopt(expert_map)
+        return [run_step(exchange, expert_map, rank, step) for step in range(num_steps)]
+
+    ranks = [m.rank for m in expert_map.members]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return dict(zip(ranks, pool.map(live, ranks), strict=True))
+
+
+def run_and_compare(ranks: list[Rank], expert_map: ExpertMap, num_steps: int) -> None:
+    for rank in ranks:
+        rank.tell("epoch", expert_map.epoch)
+        rank.tell("run", (expert_map, num_steps))
+    expected = oracle(expert_map, num_steps)
+    for rank in ranks:
+        assert rank.expect("done") == expected[rank.rank]
+
+
+def test_four_processes_get_the_bits_of_one(start: Callable[..., list[Rank]]) -> None:
+    ranks = start(4)
+    run_and_compare(ranks, make_map(1, range(4), 4), num_steps=40)
+    run_and_compare(ranks, make_map(2, range(4), 4), num_steps=11)
+
+
+def test_death_raises_suspicion_and_only_the_new_epoch_ends_the_wait(
+    start: Callable[..., list[Rank]],
+) -> None:
+    ranks = start(3, deadline_ms=40.0)
+    for rank in ranks:
+        rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
+    for rank in ranks:
+        rank.expect("adopted")
+    ranks[2].signal(signal.SIGKILL)
+    survivors = ranks[:2]
+    for rank in survivors:
+        rank.expect("suspect", lambda value: value[0] == 2)
+    assert not any(rank.has_said("abandoned") for rank in survivors)
+    run_after_verdict(survivors, make_map(2, range(2), 3), num_steps=40)
+
+
+def test_a_stopped_peer_that_wakes_up_after_its_verdict_changes_nothing(
+    start: Callable[..., list[Rank]],
+) -> None:
+    ranks = start(3, deadline_ms=40.0)
+    for rank in ranks:
+        rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
+    for rank in ranks:
+        rank.expect("adopted")
+    ranks[2].signal(signal.SIGSTOP)
+    survivors = ranks[:2]
+    for rank in survivors:
+        rank.expect("suspect", lambda value: value[0] == 2)
+    run_after_verdict(survivors, make_map(2, range(2), 3), num_steps=40)
+    two = make_map(3, range(2), 3)
+    for rank in survivors:
+        rank.tell("epoch", two.epoch)
+        rank.tell("run", (two, 400))
+    ranks[2].signal(signal.SIGCONT)
+    expected = oracle(two, 400)
+    for rank in survivors:
+        assert rank.expect("done") == expected[rank.rank]
+    assert not ranks[2].has_said("done")
+
+
+def test_a_peer_that_hung_beyond_a_writes_patience_is_served_over_a_new_link(
+    start: Callable[..., list[Rank]],
+) -> None:
+    ranks = start(3, deadline_ms=40.0)
+    three = make_map(1, range(3), 3)
+    for rank in ranks:
+        rank.tell("run", (three, 2000))
+    for rank in ranks:
+        rank.expect("adopted")
+    ranks[2].signal(signal.SIGSTOP)
+    reopened = 0
+    while not reopened:
+        for rank in ranks[:2]:
+            rank.tell("wanted")
+            reopened += len(rank.expect("wanted"))
+    ranks[2].signal(signal.SIGCONT)
+    open_links(ranks)
+    expected = oracle(three, 2000)
+    for rank in ranks:
+        assert rank.expect("done") == expected[rank.rank]
+
+
+def run_after_verdict(survivors: list[Rank], expert_map: ExpertMap, num_steps: int) -> None:
+    for rank in survivors:
+        rank.tell("epoch", expert_map.epoch)
+    for rank in survivors:
+        rank.expect("abandoned")
+    run_and_compare(survivors, expert_map, num_steps)

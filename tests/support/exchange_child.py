@@ -1,0 +1,162 @@
+"""A rank's exchange in a process of its own, driven over a pipe: what the tests of the exchange
+start, kill and stop. Its "model" multiplies, so that every result can be computed by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.exchange.links import TransferEndpoint
+from gpu_worker.exchange.message import Layout
+from gpu_worker.exchange.seam import Dispatched, Exchange
+from shared.clock import SystemClock
+from shared.errors import StepAbandoned
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from shared.wire import AreaOpened, OpenArea
+
+H, K, E, L = 32, 2, 8, 3
+TOKENS_MAX = 16
+LAYOUT = Layout(hidden_size=H, top_k=K, step_tokens_max=TOKENS_MAX)
+
+
+def member(rank: int) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(7))
+
+
+def make_map(epoch: int, ranks: Sequence[int], num_ranks: int) -> ExpertMap:
+    """Every expert on two ranks, where there are two."""
+    placement = np.full((L, num_ranks, 2 * E), -1, dtype=np.int16)
+    for layer in range(L):
+        for expert in range(E):
+            for copy in range(min(2, len(ranks))):
+                rank = ranks[(expert + copy + layer) % len(ranks)]
+                placement[layer, rank, int((placement[layer, rank] >= 0).sum())] = expert
+    members = tuple(member(r) for r in ranks)
+    return ExpertMap(epoch=Epoch(epoch), num_experts=E, members=members, placement=placement)
+
+
+def compute(expert_map: ExpertMap, layer: int, rank: int, d: Dispatched) -> NDArray[np.float32]:
+    experts = expert_map.placement[layer, rank, d.slots_N]
+    assert (experts >= 0).all()
+    scale_NH = (1 + experts[:, None]) * np.linspace(0.1, 1.0, H)[None, :] + layer
+    result: NDArray[np.float32] = d.x_MH[d.rows_N] * scale_NH.astype(np.float32)
+    return result
+
+
+def run_step(exchange: Exchange, expert_map: ExpertMap, rank: int, step: int) -> str:
+    """A digest of all that the exchange gave this rank in one step."""
+    rng = np.random.default_rng((rank, expert_map.epoch, step))
+    num_tokens = int(rng.integers(0, TOKENS_MAX + 1)) if step % 5 else int(rank == 0)
+    exchange.begin_step(
+        expert_map.epoch, Step(step), num_tokens=num_tokens, has_work=num_tokens > 0
+    )
+    digest = hashlib.sha256()
+    for layer in range(L):
+        x_TH = rng.standard_normal((num_tokens, H), dtype=np.float32)
+        order_TE = rng.random((num_tokens, E)).argsort(axis=1)
+        d = exchange.dispatch(layer, x_TH, order_TE[:, :K].astype(np.int32))
+        for part in (d.x_MH, d.rows_N, d.slots_N):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        digest.update(bytes([d.any_tokens, d.any_work]))
+        y_TKH = exchange.combine(layer, compute(expert_map, layer, rank, d))
+        assert y_TKH.shape == (num_tokens, K, H)
+        digest.update(np.ascontiguousarray(y_TKH).tobytes())
+    return digest.hexdigest()
+
+
+class _Monitor:
+    def __init__(self, pipe: Connection, lock: threading.Lock) -> None:
+        self.epoch = Epoch(1)
+        self._pipe = pipe
+        self._lock = lock
+
+    def newest_epoch(self) -> Epoch:
+        return self.epoch
+
+    def beat(self, waiting_for: Sequence[RankId]) -> None:
+        pass
+
+    def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
+        with self._lock:
+            self._pipe.send(("suspect", (int(rank), reason)))
+
+
+class _Child:
+    def __init__(self, rank: int, num_ranks: int, deadline_ms: float, pipe: Connection) -> None:
+        self.own = member(rank)
+        self.peers = [member(r) for r in range(num_ranks) if r != rank]
+        self.pipe = pipe
+        self.lock = threading.Lock()
+        self.monitor = _Monitor(pipe, self.lock)
+        self.endpoint = TransferEndpoint("127.0.0.1", LAYOUT, SystemClock())
+        self.exchange = self.endpoint.exchange(self.own, self.monitor, SystemClock(), deadline_ms)
+
+    def send(self, kind: str, value: object) -> None:
+        with self.lock:
+            self.pipe.send((kind, value))
+
+    def wanted(self) -> list[tuple[Member, OpenArea]]:
+        return [
+            (
+                peer,
+                OpenArea(
+                    source=self.own,
+                    transfer_name=self.endpoint.name,
+                    generation=self.endpoint.next_generation(peer),
+                ),
+            )
+            for peer in self.peers
+            if not self.endpoint.is_open(peer)
+        ]
+
+    def give(self, request: OpenArea) -> AreaOpened:
+        address, nbytes = self.endpoint.open_area(request.source, request.generation)
+        return AreaOpened(
+            target=self.own,
+            source=request.source,
+            generation=request.generation,
+            transfer_name=self.endpoint.name,
+            address=address,
+            nbytes=nbytes,
+        )
+
+    def live(self, expert_map: ExpertMap, num_steps: int) -> None:
+        results: list[str] = []
+        try:
+            self.exchange.adopt(expert_map)
+            self.send("adopted", None)
+            for step in range(num_steps):
+                results.append(run_step(self.exchange, expert_map, self.own.rank, step))
+        except StepAbandoned:
+            self.send("abandoned", results)
+        else:
+            self.send("done", results)
+
+    def obey(self, kind: str, value: Any) -> None:
+        if kind == "wanted":
+            self.send("wanted", self.wanted())
+        elif kind == "give":
+            self.send("given", self.give(value))
+        elif kind == "connect":
+            self.endpoint.connect(value)
+            self.send("connected", None)
+        elif kind == "epoch":
+            self.monitor.epoch = value
+        elif kind == "run":
+            threading.Thread(target=self.live, args=value, daemon=True).start()
+
+
+def main(rank: int, num_ranks: int, deadline_ms: float, pipe: Connection) -> None:
+    child = _Child(rank, num_ranks, deadline_ms, pipe)
+    while True:
+        try:
+            child.obey(*pipe.recv())
+        except EOFError:
+            return
