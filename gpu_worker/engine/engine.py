@@ -6,6 +6,7 @@ Theory of operation. Before each step the inbox is emptied and the newest map ad
     state                           and then
     in no map yet, or behind it     sleeps until a newer map is here
     in a map that leaves us out     posts Fenced and returns
+    held                            posts Held; sleeps until a map newer than the hold is here
     awake                           runs the next step
       its peers moved on            forgets the plan; behind its map
       nobody had work in it         all members see that, and all sleep
@@ -27,6 +28,8 @@ from gpu_worker.engine.mailbox import (
     Arrival,
     DropOrigin,
     Fenced,
+    Held,
+    Hold,
     Inbox,
     Item,
     NewMap,
@@ -92,6 +95,7 @@ class Engine:
         self._epoch = Epoch(0)  # 0: in no map yet
         self._step = Step(0)
         self._is_behind = False  # a step of our epoch was abandoned; its next map is not here yet
+        self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
         self._woken_for = (Epoch(0), Step(0))
         self._adoptions = AdoptionLog()
@@ -145,6 +149,9 @@ class Engine:
                         self._newest = item
                 case Wake(epoch=epoch, step=step):
                     self._woken_for = max(self._woken_for, (epoch, step))
+                case Hold(epoch=epoch):
+                    self._held_epoch = max(self._held_epoch, epoch)
+                    self._post(Held(epoch=epoch))
                 case Stop():
                     stop = True
         if items:
@@ -162,7 +169,7 @@ class Engine:
 
     def _adopt_newest(self) -> None:
         newest = self._newest
-        if newest is None or newest.expert_map.epoch <= self._epoch:
+        if newest is None or newest.expert_map.epoch <= max(self._epoch, self._held_epoch):
             return
         if not newest.expert_map.has(self._member):
             return
@@ -180,7 +187,7 @@ class Engine:
         self._post(Adopted(expert_map=newest.expert_map, adoption=adoption))
 
     def _may_step(self) -> bool:
-        if self._epoch == 0 or self._is_behind:
+        if self._epoch <= self._held_epoch or self._is_behind:
             return False
         if not self._asleep:
             return True

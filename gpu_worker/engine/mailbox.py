@@ -39,11 +39,19 @@ class NewMap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Run no step under the map of this epoch or an older one: slots that it names are about to be
+    overwritten. The step that runs is abandoned; `Held` answers."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Leave the loop at the next step boundary."""
 
 
-Item = Arrival | Cancel | DropOrigin | NewMap | Wake | Stop
+Item = Arrival | Cancel | DropOrigin | NewMap | Wake | Hold | Stop
 
 
 class Waiter(Protocol):
@@ -85,8 +93,8 @@ class Inbox:
         self, waiter: Waiter, *, arrivals_max: int = 256, arrival_tokens_max: int = 4_000_000
     ) -> None:
         self.newest_epoch = Epoch(0)
-        """That of the newest NewMap. Read without the lock, also while the engine waits for
-        peers."""
+        """That of the newest NewMap, or the one after a Hold. Read without the lock, also while the
+        engine waits for peers."""
         self._waiter = waiter
         self._arrivals_max = arrivals_max
         self._arrival_tokens_max = arrival_tokens_max
@@ -105,6 +113,8 @@ class Inbox:
             self._items.append(item)
             if isinstance(item, NewMap):
                 self.newest_epoch = max(self.newest_epoch, item.expert_map.epoch)
+            elif isinstance(item, Hold):
+                self.newest_epoch = max(self.newest_epoch, Epoch(item.epoch + 1))
         self._waiter.notify()
         return True
 
@@ -175,13 +185,20 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """The engine runs no step until it adopts a map newer than this epoch."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fenced:
     """The map of this epoch leaves this rank out; the engine has stopped."""
 
     epoch: Epoch
 
 
-Event = StepTokens | Suspect | SendWake | Adopted | Fenced
+Event = StepTokens | Suspect | SendWake | Adopted | Held | Fenced
 
 Post = Callable[[Event], None]
 """Called on the engine thread; must neither block nor raise."""

@@ -87,26 +87,21 @@ def _top_k(x_V: NDArray[np.float64], k: int) -> NDArray[np.intp] | None:
     """The ids of the k largest, rising; of equals at the edge the lowest ids. None: all."""
     if not 0 < k < len(x_V):
         return None
-    edge = np.partition(x_V, len(x_V) - k)[len(x_V) - k]
-    above = np.flatnonzero(x_V > edge)
-    return np.sort(np.concatenate([above, np.flatnonzero(x_V == edge)[: k - len(above)]]))
+    return _at_least(x_V, np.partition(x_V, len(x_V) - k)[len(x_V) - k], k)
 
 
 def _top_p(weights_C: NDArray[np.float64], p: float) -> NDArray[np.intp]:
-    """Indices, rising, of the fewest largest weights whose share reaches p; at least one. Sorts no
-    more than it must: the nucleus is small in most rows."""
-    goal = p * weights_C.sum()
-    num = 64
-    while True:
-        top = _top_k(weights_C, num)
-        if top is None:
-            top = np.arange(len(weights_C))
-        order = top[np.argsort(-weights_C[top], kind="stable")]
-        reached = np.cumsum(weights_C[order])
-        if reached[-1] >= goal or num >= len(weights_C):
-            count = min(int(np.searchsorted(reached, goal, side="left")) + 1, len(order))
-            return np.sort(order[:count])
-        num *= 8
+    """Indices, rising, of the fewest largest weights whose share reaches p; at least one."""
+    falling = np.sort(weights_C)[::-1]
+    share = np.cumsum(falling)
+    count = min(int(np.searchsorted(share, p * share[-1], side="left")) + 1, len(falling))
+    return _at_least(weights_C, falling[count - 1], count)
+
+
+def _at_least(values: NDArray[np.float64], edge: float, count: int) -> NDArray[np.intp]:
+    """The indices of the `count` largest, rising, of which `edge` is the least."""
+    above = np.flatnonzero(values > edge)
+    return np.sort(np.concatenate([above, np.flatnonzero(values == edge)[: count - len(above)]]))
 
 
 def _invert_cdf(weights_C: NDArray[np.float64], u: float) -> int:

@@ -1,0 +1,171 @@
+"""Whatever happens to a session on its way, its tokens are those of running it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_worker.engine.sampler import sample
+from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine.sequence import Origin
+from shared.types import Attempt, FinishReason, SamplingParams, SessionId
+from shared.wire import SessionTokens, Submit
+from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, ToyModel, alone
+
+SAMPLINGS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.8, 3.0]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.7]),
+    seed=st.integers(0, 3),
+    max_tokens=st.integers(1, 14),
+    min_tokens=st.integers(0, 6),
+    ignore_eos=st.booleans(),
+    stop_token_ids=st.sampled_from([(), (7,)]),
+)
+PROMPTS = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12).map(tuple)
+EVENTS = st.lists(
+    st.sampled_from(["arrive", "step", "step", "step", "abandon", "move", "move", "late"]),
+    max_size=60,
+)
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> SchedulerLimits:
+    step_tokens_max = draw(st.integers(4, 12))
+    return SchedulerLimits(
+        vocab_size=VOCAB,
+        context_tokens_max=24,
+        kv_block_tokens=draw(st.sampled_from([1, 2, 3])),
+        kv_blocks=draw(st.integers(24, 40)),
+        step_tokens_max=step_tokens_max,
+        prefill_chunk_tokens=draw(st.integers(1, step_tokens_max)),
+        running_max=draw(st.integers(1, 4)),
+        waiting_max=100,
+    )
+
+
+@dataclass
+class Client:
+    """A gateway's view of one session: accepts the current attempt and the next index."""
+
+    name: SessionId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    attempt: int = 0
+    emitted: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def submit(self) -> Submit:
+        return Submit(
+            session=self.name,
+            attempt=Attempt(self.attempt),
+            tokens=(*self.prompt, *self.emitted),
+            num_emitted=len(self.emitted),
+            sampling=self.sampling,
+        )
+
+    def accept(self, reply: SessionTokens) -> None:
+        if reply.attempt != self.attempt:
+            return
+        assert reply.error is None
+        assert self.finish is None
+        assert reply.index == len(self.emitted)
+        self.emitted += reply.ids
+        self.finish = reply.finish
+
+
+class World:
+    """Two ranks, and clients whose sessions move between them."""
+
+    def __init__(self, given_limits: SchedulerLimits) -> None:
+        self.ranks = [Scheduler(given_limits, (EOS,)) for _ in range(2)]
+        self.models = [
+            ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens) for _ in range(2)
+        ]
+        self.clients: dict[SessionId, Client] = {}
+        self.place: dict[SessionId, int] = {}
+
+    def arrive(self, client: Client) -> None:
+        self.clients[client.name] = client
+        self.send(client, len(self.clients) % 2)
+
+    def send(self, client: Client, rank: int) -> None:
+        self.place[client.name] = rank
+        reply = self.ranks[rank].submit(Origin(1), client.submit())
+        if reply is not None:
+            client.accept(reply)
+
+    def move(self, number: int, tell_the_old_rank: bool) -> None:
+        open_clients = [c for c in self.clients.values() if c.finish is None]
+        if not open_clients:
+            return
+        client = open_clients[number % len(open_clients)]
+        old = self.place[client.name]
+        if tell_the_old_rank:
+            self.ranks[old].cancel(client.name, Attempt(client.attempt))
+        client.attempt += 1
+        self.send(client, (old + number) % 2)
+
+    def step(self, rank: int, abandon: bool = False) -> None:
+        engine, model = self.ranks[rank], self.models[rank]
+        plan = engine.plan()
+        assert plan.batch.num_tokens > 0 or not engine.has_work
+        model.write(plan.batch)
+        if abandon:
+            engine.abandon(plan)
+            return
+        ids = sample(model.logits(plan.batch), plan.draws)
+        for batch in engine.commit(plan, ids).replies.values():
+            for reply in batch:
+                self.clients[reply.session].accept(reply)
+
+    def finish(self) -> None:
+        for _ in range(2000):
+            if not any(rank.has_work for rank in self.ranks):
+                return
+            self.step(0)
+            self.step(1)
+        raise AssertionError("sessions do not end")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    given_limits=limits(),
+    requests=st.lists(st.tuples(PROMPTS, SAMPLINGS), min_size=1, max_size=8),
+    events=EVENTS,
+    numbers=st.lists(st.integers(0, 7), min_size=60, max_size=60),
+)
+def test_tokens_are_those_of_the_undisturbed_run(
+    given_limits: SchedulerLimits,
+    requests: list[tuple[tuple[int, ...], SamplingParams]],
+    events: list[str],
+    numbers: list[int],
+) -> None:
+    world = World(given_limits)
+    left = [
+        Client(name=SessionId(f"s{i}"), prompt=prompt, sampling=sampling)
+        for i, (prompt, sampling) in enumerate(requests)
+    ]
+    for event, number in zip(events, numbers, strict=False):
+        if event == "arrive" and left:
+            world.arrive(left.pop(0))
+        elif event in ("step", "abandon"):
+            world.step(number % 2, abandon=event == "abandon")
+        elif event == "move":
+            world.move(number, tell_the_old_rank=number >= 4)
+        elif event == "late" and world.clients:
+            client = list(world.clients.values())[number % len(world.clients)]
+            if client.attempt:
+                world.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
+    for client in left:
+        world.arrive(client)
+    world.finish()
+    for client in world.clients.values():
+        expected, finish = alone(client.prompt, client.sampling, given_limits.tokens_max)
+        assert (client.emitted, client.finish) == (expected, finish)
+    for rank in world.ranks:
+        load = rank.load()
+        assert (load.tokens, load.kv_blocks_free) == (0, load.kv_blocks)
