@@ -14,7 +14,7 @@ import structlog
 
 from gpu_worker.config import RankConfig
 from gpu_worker.engine_thread import EngineThread
-from gpu_worker.exchange.confine import check_confined
+from gpu_worker.exchange.confine import require_confined
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols
@@ -98,7 +98,7 @@ async def run_rank(config: RankConfig) -> int:
         protocol=Protocols(config.transfer_protocol),
         device=config.mooncake_ib_device,
     )
-    check_confined(config.data_host)
+    require_confined()
     model = await asyncio.to_thread(load, config, spec, folder)
     log.info("model_loaded", folder=str(folder))
     loader = ExpertSlotLoader(model.slots)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.mailbox import Arrival, DropOrigin, Inbox, NewMap, Stop
+from gpu_worker.engine.mailbox import Arrival, DropOrigin, Hold, Inbox, NewMap, Stop
 from gpu_worker.engine.sequence import Origin
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
-from shared.types import Member
+from shared.types import Epoch, Member
 from shared.wire import Cancel, Load, Ping, Pong, StatusQuery, StatusReply, Submit, Wake
 
 
@@ -37,6 +37,9 @@ class EngineGate:
 
     def hand_map(self, expert_map: ExpertMap) -> None:
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
+
+    def hold(self, epoch: Epoch) -> None:
+        self._inbox.put(Hold(epoch=epoch))
 
     def stop(self) -> None:
         self._inbox.put(Stop())

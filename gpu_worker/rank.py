@@ -18,6 +18,7 @@ from gpu_worker.engine.mailbox import (
     Adopted,
     Event,
     Fenced,
+    Held,
     Inbox,
     SendWake,
     StepTokens,
@@ -180,7 +181,9 @@ class Rank:
             standing=Standing(self._record(port), parts.residents),
             registrar=self._registrar,
             loader=parts.loader,
-            engine=EngineDoor(hand_map=self._gate.hand_map, leave=self._leave),
+            engine=EngineDoor(
+                hand_map=self._gate.hand_map, hold=self._gate.hold, leave=self._leave
+            ),
             tasks=tasks,
             suspicion_interval_s=config.timings.suspicion_window_ms / 1000,
         )
@@ -238,6 +241,8 @@ class Rank:
             case Adopted(expert_map=expert_map, adoption=adoption):
                 log.info("adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
                 self._membership.on_adopted(expert_map)
+            case Held(epoch=epoch):
+                self._membership.on_held(epoch)
             case Fenced(epoch=epoch):
                 self._leave(f"the map of epoch {epoch} leaves this rank out")
 

@@ -16,6 +16,7 @@ from gpu_worker.membership.standing import (
     Action,
     AdoptMap,
     CloseLink,
+    HoldEngine,
     Leave,
     LoadSlots,
     OpenLink,
@@ -47,9 +48,10 @@ class SlotLoader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDoor:
-    """How maps reach the engine, and how the rank ends."""
+    """How maps and holds reach the engine, and how the rank ends."""
 
     hand_map: Callable[[ExpertMap], None]
+    hold: Callable[[Epoch], None]
     leave: Callable[[str], None]
 
 
@@ -114,6 +116,9 @@ class MembershipDriver:
     def on_adopted(self, expert_map: ExpertMap) -> None:
         self.perform(self._standing.on_adopted(expert_map))
 
+    def on_held(self, epoch: Epoch) -> None:
+        self.perform(self._standing.on_held(epoch))
+
     def on_lease_lost(self) -> None:
         self.perform(self._standing.on_lease_lost())
 
@@ -154,6 +159,8 @@ class MembershipDriver:
                 self._registrar.delete(self._own_suspicion_key(peer))
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))
+            case HoldEngine(epoch=epoch):
+                self._engine.hold(epoch)
             case PutRecord(record=record):
                 self._registrar.put(self._keys.rank(record.rank, record.incarnation), pack(record))
             case PutResidents(contents=contents):

@@ -12,11 +12,14 @@ the engine when every member's link is open; until then it is held back, newest 
                            leaves it out (its lease may have expired though it lives)
     link opened            our record again; a held map may go to the engine
     link broken            SuspectPeer(LINK) if it is a member; our record again
-    assignment             LoadSlots of what differs, one load at a time, and never into a slot that
-                           the map under which the engine runs still names
+    assignment             LoadSlots of what differs, one load at a time. Where it takes a slot that
+                           the engine's map names: first the newer map that empties it, if the
+                           assignment presumes one; else HoldEngine (an orphan replaces a surplus
+                           replica after a death, and no step can complete anyway)
     slots loaded           residents again; LoadSlots if the assignment moved meanwhile
     map                    AdoptMap, or held back
     engine adopted a map   LoadSlots that waited for it
+    engine held            LoadSlots that waited for it
     map or verdict         Leave, where it says that this incarnation is dead
     lease lost             RenewLease: a stalled etcd may expire healthy leases; only the control
                            plane's verdict ends a life
@@ -26,9 +29,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shared.expert_map import ExpertMap, Placement
 from shared.records import RankRecord, SlotContents
-from shared.types import Member, RankState, SuspicionReason
+from shared.types import Epoch, Member, RankState, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +52,13 @@ class LoadSlots:
     """Load `wanted[layer, slot]` wherever it differs from what the slots hold."""
 
     wanted: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldEngine:
+    """No more steps under the map of `epoch` or an older one; then call `on_held`."""
+
+    epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +99,7 @@ Action = (
     OpenLink
     | CloseLink
     | LoadSlots
+    | HoldEngine
     | PutRecord
     | PutResidents
     | AdoptMap
@@ -106,6 +120,8 @@ class Standing:
         self._gone: set[Member] = set()
         self._residents = residents
         self._wanted: Placement | None = None
+        self._wanted_epoch = Epoch(0)
+        self._held_epoch = Epoch(0)
         self._loading = False
         self._map: ExpertMap | None = None
         self._held: ExpertMap | None = None
@@ -160,6 +176,7 @@ class Standing:
         if Member(rank=contents.rank, incarnation=contents.incarnation) != self._member:
             return []
         self._wanted = contents.array()
+        self._wanted_epoch = contents.epoch
         return self._load_if_needed()
 
     def on_slots_loaded(self, residents: Placement) -> list[Action]:
@@ -174,6 +191,11 @@ class Standing:
         self._adopted = expert_map
         return self._load_if_needed()
 
+    def on_held(self, epoch: Epoch) -> list[Action]:
+        """The engine runs no step until a map newer than `epoch` is adopted."""
+        self._held_epoch = max(self._held_epoch, epoch)
+        return self._load_if_needed()
+
     def on_map(self, expert_map: ExpertMap) -> list[Action]:
         newest = self._held or self._map
         if newest is not None and expert_map.epoch <= newest.epoch:
@@ -181,12 +203,12 @@ class Standing:
         if expert_map.has(self._member):
             self._was_member = True
             self._held = expert_map
-            return self._drop_gone() + self._adopt_if_linked()
+            return self._drop_gone() + self._adopt_if_linked() + self._load_if_needed()
         successor = expert_map.incarnation_of(self._member.rank)
         if self._was_member or (successor or 0) > self._member.incarnation:
             return [Leave(reason=f"the map of epoch {expert_map.epoch} leaves this rank out")]
         self._map = expert_map
-        return self._drop_gone()
+        return self._drop_gone() + self._load_if_needed()
 
     def on_verdict(self, member: Member) -> list[Action]:
         if member != self._member:
@@ -237,12 +259,27 @@ class Standing:
         differs = wanted != self._residents
         if not differs.any():
             return self._say_ready()
-        if self._adopted is not None:
-            in_use = self._adopted.placement[:, self._member.rank] >= 0
-            if (differs & in_use).any():
-                return []
+        newest = self._held or self._map
+        newest_epoch = newest.epoch if newest is not None else Epoch(0)
+        if self._wanted_epoch > newest_epoch:
+            return []
+        if self._takes_from_engine(differs):
+            assert newest is not None, "an engine with a map, and no map"
+            orphaned = self._wanted_epoch == newest_epoch and self._names(newest, differs)
+            return [HoldEngine(epoch=newest_epoch)] if orphaned else []
         self._loading = True
         return [LoadSlots(wanted=wanted)]
+
+    def _takes_from_engine(self, differs: NDArray[np.bool_]) -> bool:
+        """Whether a slot to load may be used by a step that runs now."""
+        adopted = self._adopted
+        if adopted is None or adopted.epoch <= self._held_epoch:
+            return False
+        return self._names(adopted, differs)
+
+    def _names(self, expert_map: ExpertMap, slots: NDArray[np.bool_]) -> bool:
+        """Whether the map says that one of these own slots holds an expert."""
+        return bool((slots & (expert_map.placement[:, self._member.rank] >= 0)).any())
 
     def _say_ready(self) -> list[Action]:
         if self.record.state is not RankState.STARTING:

@@ -7,6 +7,7 @@ import numpy as np
 from gpu_worker.membership.standing import (
     AdoptMap,
     CloseLink,
+    HoldEngine,
     Leave,
     LoadSlots,
     OpenLink,
@@ -137,20 +138,55 @@ def test_slots_are_loaded_one_load_at_a_time_until_they_are_what_is_wanted() -> 
     assert ready.record.state is RankState.READY
 
 
-def test_a_slot_that_the_engine_may_still_use_is_not_overwritten() -> None:
+def serving(*experts: int) -> Standing:
+    """A member under epoch 1, whose engine has adopted it."""
     it = standing()
-    first = expert_map(1, member(0))
-    it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1)))
-    it.on_slots_loaded(wanted(0, 1, -1, -1))
+    it.on_assignment(SlotContents.of(member(0), wanted(*experts)))
+    it.on_slots_loaded(wanted(*experts))
+    first = map_of(1, *experts)
     it.on_map(first)
     it.on_adopted(first)
-    placement = np.array(first.placement)
-    placement[0, 0] = [0, -1, 1, -1]
-    second = ExpertMap(epoch=Epoch(3), num_experts=2, members=(member(0),), placement=placement)
+    return it
+
+
+def map_of(epoch: int, *experts: int) -> ExpertMap:
+    placement = np.full((1, 3, 4), EMPTY_SLOT, dtype=np.int16)
+    placement[0, 0] = experts
+    return ExpertMap(epoch=Epoch(epoch), num_experts=2, members=(member(0),), placement=placement)
+
+
+def test_a_slot_that_the_engine_may_still_use_is_not_overwritten() -> None:
+    it = serving(0, 1, -1, -1)
+    second = map_of(2, 0, -1, -1, -1)
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == []  # its map is not here yet
     it.on_map(second)
-    assert it.on_assignment(SlotContents.of(member(0), wanted(0, 0, -1, -1))) == []
     (load,) = it.on_adopted(second)
     assert isinstance(load, LoadSlots)
+
+
+def test_a_spare_slot_is_loaded_while_the_engine_runs() -> None:
+    it = serving(0, 1, -1, -1)
+    refill = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    (load,) = it.on_assignment(refill)
+    assert isinstance(load, LoadSlots)
+
+
+def test_an_orphan_takes_a_surplus_slot_only_once_the_engine_is_held() -> None:
+    it = serving(0, 1, 1, -1)
+    orphan = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+
+
+def test_an_assignment_that_presumes_an_older_map_takes_no_slot_from_the_engine() -> None:
+    it = serving(0, 1, 1, -1)
+    second = map_of(2, 0, 1, 1, -1)
+    it.on_map(second)
+    it.on_adopted(second)
+    stale = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    assert it.on_assignment(stale) == []
 
 
 def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> None:
