@@ -23,6 +23,7 @@ from shared.types import Member
 from shared.wire import AreaOpened
 
 _OPEN_POLL_S = 0.001
+_RETRY_S = 0.1
 
 
 class TransferEndpoint:
@@ -83,7 +84,7 @@ class TransferEndpoint:
         threading.Thread(
             target=self._open, args=(link, attempt), name=f"open-{area.target}", daemon=True
         ).start()
-        if not attempt.ended.wait(self._connect_timeout_s):
+        if not attempt.ended.wait(self._connect_timeout_s + _OPEN_POLL_S):
             raise TimeoutError(f"the first write to rank {area.target} did not come to an end")
         if attempt.error:
             raise ConnectionError(f"the first write to rank {area.target} {attempt.error}")
@@ -137,14 +138,25 @@ class TransferEndpoint:
             self._links.clear()
 
     def _open(self, link: Link, attempt: _Opening) -> None:
+        """Tries again while there is time: a broken connection is in Mooncake's way for a while."""
+        pause_s = _RETRY_S
+        attempt.error = self._write_once(link, attempt.until)
+        while attempt.error and self._clock.now() + pause_s < attempt.until:
+            time.sleep(pause_s)
+            pause_s *= 2
+            attempt.error = self._write_once(link, attempt.until)
+        attempt.ended.set()
+
+    def _write_once(self, link: Link, until: float) -> str:
+        """What went wrong, or nothing."""
         batch = opening_write(self._engine, self._scratch, link)
         status = 0 if batch else -1
-        while status == 0 and self._clock.now() < attempt.until:
+        while status == 0 and self._clock.now() < until:
             time.sleep(_OPEN_POLL_S)
             status = self._engine.transfer_check_status(batch)
-        if status != 1:
-            attempt.error = "timed out" if status in (0, -2) else "failed"
-        attempt.ended.set()
+        if status == 1:
+            return ""
+        return "failed" if status == -1 else "timed out"
 
 
 class _Opening:
