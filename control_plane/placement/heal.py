@@ -1,12 +1,20 @@
-"""Small safe steps from the present map to a covered, spread and balanced one."""
+"""Small safe steps from the present map to a covered, spread and balanced one, cover first."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping
 
-from control_plane.placement.results import HealStep, Loads
-from shared.expert_map import ExpertMap
-from shared.types import NodeId, RankId
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.layer_repair import Change, LayerRepair, LayerTarget
+from control_plane.placement.layout import Ints, Layout, fill_quotas, loads_or_even
+from control_plane.placement.replica_choice import choose_counts, cover_floor
+from control_plane.placement.results import HealStep, Loads, Refill
+from control_plane.placement.shrink import without_ranks
+from shared.expert_map import ExpertMap, Placement
+from shared.types import EMPTY_SLOT, ExpertId, NodeId, RankId, SlotId
 
 
 def heal(
@@ -20,8 +28,91 @@ def heal(
     survive: int = 0,
     tolerance: float = 0.05,
 ) -> Iterator[HealStep]:
-    """Steps of at most `budget_bytes` of weights each (at least one expert). Lazy: take the first,
-    perform it, and ask again with the new map; the answer goes on where it stopped. Ends at once
-    where nothing is worth a move: every expert as replicated as `redundant` slots allow, and the
-    busiest rank of each layer within `tolerance` of the mean."""
-    yield from ()
+    """Steps of at most `budget_bytes` of weights each (at least one expert; an exchange between two
+    full ranks takes two). Lazy: take the first, perform it, and ask again with the new map; the
+    answer goes on where it stopped. Ends where nothing is worth a move: every expert as replicated
+    as `redundant` and `survive` ask (see `place`), and the busiest rank of each layer within
+    `tolerance` of the mean, or no single change brings it nearer."""
+    if bytes_per_expert <= 0:
+        raise ValueError("bytes_per_expert must be positive")
+    members = np.array(sorted(m.rank for m in expert_map.members), dtype=np.int64)
+    placement = without_ranks(expert_map.placement, members)
+    layout = Layout.of_map(expert_map, nodes)
+    weights = loads_or_even(loads, expert_map.num_layers, expert_map.num_experts)
+    quotas = fill_quotas(layout, expert_map.num_experts, redundant)
+    least = cover_floor(expert_map.num_experts, quotas, survive)
+    counts = choose_counts(weights, layout, quotas, survive)
+    shortfall = np.maximum(least - counts, 0).sum(axis=1)
+    layers = [
+        LayerRepair(
+            placement[layer][members].astype(np.int64),
+            weights[layer],
+            layout,
+            LayerTarget(int(quotas.sum()), least, int(shortfall[layer]), tolerance),
+        )
+        for layer in range(expert_map.num_layers)
+    ]
+    loads_most = max(1, budget_bytes // bytes_per_expert)
+    while changes := _gather(layers, loads_most):
+        step = _step(placement, members, changes, bytes_per_expert)
+        placement = step.placement.copy()
+        yield step
+
+
+def _gather(layers: list[LayerRepair], loads_most: int) -> list[tuple[int, Change]]:
+    """Changes of one step, those of the neediest layer first; applies them to `layers`. No slot is
+    touched twice, and no expert loses the last replica that the step's changes leave in place."""
+    result: list[tuple[int, Change]] = []
+    left = loads_most
+    kept = [layer.flat.copy() for layer in layers]  # -1 once emptied, loads not counted
+    touched = [np.zeros(layer.flat.shape, dtype=bool) for layer in layers]
+    needs = [(layer.urgency(), index) for index, layer in enumerate(layers)]
+    queue = [(need, index) for need, index in needs if need is not None]
+    heapq.heapify(queue)
+    while queue and left > 0:
+        _, index = heapq.heappop(queue)
+        layer = layers[index]
+        change = layer.next_change(left)
+        if change is None or not _is_safe(change, kept[index], touched[index]):
+            continue
+        left -= change.num_loads
+        touched[index][list(change.slots)] = True
+        kept[index][list(change.slots)] = -1
+        layer.apply(change)
+        result.append((index, change))
+        need = layer.urgency()
+        if need is not None:
+            heapq.heappush(queue, (need, index))
+    return result
+
+
+def _is_safe(change: Change, kept: Ints, touched: NDArray[np.bool_]) -> bool:
+    slots = list(change.slots)
+    if touched[slots].any():
+        return False
+    for expert in kept[slots]:
+        emptied = int((kept[slots] == expert).sum())
+        if expert >= 0 and int((kept == expert).sum()) <= emptied:
+            return False
+    return True
+
+
+def _step(
+    before: Placement,
+    members: Ints,
+    changes: list[tuple[int, Change]],
+    bytes_per_expert: int,
+) -> HealStep:
+    emptied, after = before.copy(), before.copy()
+    width = before.shape[2]
+    refills = []
+    for layer, change in changes:
+        for place, expert in zip(change.slots, change.experts, strict=True):
+            rank, slot = int(members[place // width]), place % width
+            emptied[layer, rank, slot] = EMPTY_SLOT
+            after[layer, rank, slot] = expert
+            if expert >= 0:
+                refills.append(Refill(layer, RankId(rank), SlotId(slot), ExpertId(expert)))
+    return HealStep(
+        emptied, tuple(refills), after, len(refills) * bytes_per_expert, changes[0][1].reason
+    )

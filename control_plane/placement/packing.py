@@ -44,6 +44,8 @@ def _deal(share: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Ints:
     for slot in range(int(quotas.max())):
         ranks = _visiting_order(load, layout, quotas > slot)
         end = start + ranks.shape[1]
+        if slot % 2:
+            ranks = np.roll(ranks, -1, axis=1)  # else pairs of ranks would hold the same experts
         rows[at, ranks, slot] = items[:, start:end]
         load[at, ranks] += weights[:, start:end]
         start = end

@@ -14,6 +14,10 @@ Loads = NDArray[np.floating] | NDArray[np.integer]
 """`[num_layers, num_experts]`: tokens (or any measure of work) that each expert receives."""
 
 
+HealReason = Literal["cover", "spread", "spare", "redundancy", "balance"]
+"""Why `heal` changes something; "spare" gives a slot back."""
+
+
 class LayerExpert(NamedTuple):
     """An expert of one layer."""
 
@@ -72,7 +76,7 @@ class HealStep(NamedTuple):
     loads: tuple[Refill, ...]
     placement: Placement
     bytes: int
-    reason: Literal["cover", "spread", "spare", "balance"]
+    reason: HealReason  # of its most urgent change
 
 
 class FaultTolerance(NamedTuple):
