@@ -1,0 +1,129 @@
+"""`python -m control_plane`: the wiring of one control plane process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import structlog
+
+from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
+from control_plane.driver import Driver
+from control_plane.failure_detector import DetectorTimings
+from control_plane.membership import MembershipPolicy
+from control_plane.telemetry import Metrics, http_endpoint
+from shared.clock import SystemClock
+from shared.config import add_flags, load_config
+from shared.errors import StarfishError
+from shared.etcd_store import connect_store
+from shared.keys import Keys
+from shared.logs import configure_logs
+from shared.model_spec import read_model_spec
+
+log = structlog.get_logger()
+
+
+def main() -> int:
+    errors: list[StarfishError] = []
+    try:
+        config = parse(sys.argv[1:])
+        configure_logs(service="control_plane", level=config.log_level, json=config.log_json)
+        asyncio.run(serve(config))
+    except* StarfishError as group:
+        errors = _leaves(group)
+    for error in errors:
+        print(f"starfish control plane: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
+    """Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m control_plane",
+        description="Watches the ranks of a Starfish instance, decides which of them are dead and "
+        "which experts go where, and publishes the map. Run one or more: one leads, the others "
+        "stand by. Serving goes on while none is there.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with [control_plane]")
+    add_flags(parser, ControlPlaneConfig)
+    flags = vars(parser.parse_args(list(arguments)))
+    config = load_config(
+        ControlPlaneConfig,
+        section="control_plane",
+        file=flags.pop("config"),
+        environ=os.environ,
+        flags=flags,
+    )
+    config.check()
+    return config
+
+
+async def serve(config: ControlPlaneConfig) -> None:
+    """Until SIGTERM, SIGINT or the end of the lifeline. Raises StarfishError."""
+    assert config.model is not None
+    model = read_model_spec(config.model)
+    metrics = Metrics()
+    stop = stop_event(config.lifeline_fd)
+    async with AsyncExitStack() as stack:
+        store = await connect_store(config.etcd.split(","))
+        stack.push_async_callback(store.close)
+        driver = Driver(
+            store=store,
+            keys=Keys(config.instance),
+            clock=SystemClock(),
+            name=config.unique_name(os.getpid()),
+            spec=instance_spec(config, model),
+            policy=MembershipPolicy(
+                bytes_per_expert=bytes_per_expert(model),
+                formation_window_s=config.formation_window_s,
+                heal_after_s=config.heal_after_s,
+                heal_budget_bytes=config.heal_budget_mb << 20,
+            ),
+            timings=DetectorTimings(
+                window_s=config.timings.suspicion_window_ms / 1000,
+                quiet_s=2.4 * config.probe_interval_ms / 1000,
+            ),
+            leader_ttl_s=config.leader_ttl_s,
+            probe_interval_s=config.probe_interval_ms / 1000,
+            urgent_probe_interval_s=config.urgent_probe_interval_ms / 1000,
+            metrics=metrics,
+        )
+        if config.port >= 0:
+            endpoint = http_endpoint(metrics, driver.health, host=config.host, port=config.port)
+            port = await stack.enter_async_context(endpoint)
+            log.info("listening", host=config.host, port=port)
+        await driver.run(stop)
+        log.info("stopped")
+
+
+def stop_event(lifeline_fd: int) -> asyncio.Event:
+    """Set by SIGTERM, by SIGINT, and when whoever holds the other end of the lifeline is gone."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    def on_lifeline() -> None:
+        if not os.read(lifeline_fd, 1):
+            loop.remove_reader(lifeline_fd)
+            stop.set()
+
+    if lifeline_fd >= 0:
+        loop.add_reader(lifeline_fd, on_lifeline)
+    return stop
+
+
+def _leaves(group: BaseExceptionGroup[StarfishError]) -> list[StarfishError]:
+    leaves: list[StarfishError] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+if __name__ == "__main__":
+    sys.exit(main())

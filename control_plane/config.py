@@ -1,0 +1,108 @@
+"""The configuration of a control plane, and the instance's spec that follows from it."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.config import Timings, option
+from shared.errors import ConfigError
+from shared.model_spec import ModelSpec
+from shared.records import InstanceSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlPlaneConfig:
+    """Filled from [control_plane] of the TOML file, STARFISH_CONTROL_PLANE_* and flags."""
+
+    model: Path | None = option(None, "checkpoint folder (Hugging Face); required")
+    model_name: str = option("", "the name that clients ask for; default: the folder's name")
+    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    ranks: int = option(4, "how many ranks the instance has")
+    redundant_experts: int = option(
+        -1, "replicas of experts beyond one each, per layer; -1: a second one of every expert"
+    )
+    slots_per_rank: int = option(
+        0, "places for experts on a rank, per layer; 0: enough for half of the ranks to hold all"
+    )
+    name: str = option("", "name of this control plane in etcd; default: host and pid")
+    leader_ttl_s: float = option(2.0, "lease of the leader key; a killed leader is missed so long")
+    formation_window_s: float = option(
+        30.0, "the first map waits so long for all ranks, then takes those that hold all experts"
+    )
+    heal_after_s: float = option(3.0, "quiet time after a change before experts are moved")
+    heal_budget_mb: int = option(256, "weights that one step of healing may move")
+    probe_interval_ms: float = option(500.0, "how often every rank is asked whether it lives")
+    urgent_probe_interval_ms: float = option(20.0, "the same, while anybody is suspected")
+    host: str = option("127.0.0.1", "address of /health and /metrics")
+    port: int = option(-1, "port of /health and /metrics; 0 takes a free one, -1 serves neither")
+    lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
+    log_level: str = option("info", "debug, info, warning or error")
+    log_json: bool = option(False, "one JSON object a line in place of text")
+    timings: Timings = field(default_factory=Timings)
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is impossible."""
+        self.timings.check()
+        if self.model is None:
+            raise ConfigError("--model is missing; pass the folder of a Hugging Face checkpoint")
+        if self.ranks < 1:
+            raise ConfigError(f"--ranks {self.ranks}: an instance has at least one rank")
+        if self.redundant_experts < -1 or self.slots_per_rank < 0:
+            raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
+        if self.leader_ttl_s < 1:
+            raise ConfigError("--leader-ttl-s must be at least 1: etcd grants no shorter lease")
+        if not 0 < self.urgent_probe_interval_ms < self.timings.suspicion_window_ms / 2:
+            raise ConfigError(
+                "--urgent-probe-interval-ms must be under half of the suspicion window "
+                f"({self.timings.suspicion_window_ms} ms)"
+            )
+        if self.probe_interval_ms < self.urgent_probe_interval_ms:
+            raise ConfigError("--probe-interval-ms must not be under the urgent interval")
+
+    def unique_name(self, pid: int) -> str:
+        return self.name or f"{socket.gethostname()}-{pid}"
+
+
+def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
+    """Raises ConfigError where the ranks cannot hold every expert."""
+    assert config.model is not None
+    experts, ranks = model.num_experts, config.ranks
+    redundant = config.redundant_experts
+    if redundant < 0:
+        redundant = experts if ranks > 1 else 0
+    slots = config.slots_per_rank or max(
+        _ceil(experts + redundant, ranks), _ceil(experts, _ceil(ranks, 2))
+    )
+    if slots * ranks < experts:
+        raise ConfigError(
+            f"{ranks} ranks with {slots} slots each hold {slots * ranks} experts of a layer, but "
+            f"the model has {experts}; pass --slots-per-rank {_ceil(experts, ranks)} or more"
+        )
+    if slots * ranks < experts + redundant:
+        raise ConfigError(
+            f"{redundant} redundant experts do not fit into {ranks} ranks with {slots} slots each; "
+            f"pass --slots-per-rank {_ceil(experts + redundant, ranks)} or more, or fewer redundant"
+        )
+    return InstanceSpec(
+        model_name=config.model_name or config.model.resolve().name,
+        model_path=str(config.model.resolve()),
+        num_moe_layers=model.num_moe_layers,
+        num_experts=experts,
+        num_ranks=ranks,
+        slots_per_rank=slots,
+        redundant_experts=redundant,
+        context_tokens_max=model.context_tokens_max,
+        vocab_size=model.vocab_size,
+    )
+
+
+def bytes_per_expert(model: ModelSpec) -> int:
+    """Gate, up and down projections in fp32."""
+    return 3 * model.hidden_size * model.moe_intermediate_size * 4
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

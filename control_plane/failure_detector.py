@@ -1,0 +1,383 @@
+"""Judges which members of the map are dead, by fusing the signals on each incarnation. Pure: it
+neither probes nor publishes.
+
+Theory of operation. A signal alone makes a member *suspected*; the prober then asks all members
+quickly. What a process's own kernel says about it is proof: its exit, a refused connection, a
+broken connection together with somebody else's doubt. Silence is proof only when it lasted the
+whole suspicion window while we were listening and could hear others. A rank vouches for itself by
+its event loop (a Pong came) and its engine thread (the Pong's `engine_age_ms` is small): a wait for
+peers beats the heart, a stuck engine does not.
+
+    state     | signal                                              | next
+    ----------+-----------------------------------------------------+--------------------------
+    trusted   | suspicion; probes unanswered; connection broken     | suspected
+    trusted   | record gone                                         | unleased
+    suspected | a vouching Pong, newer than the last signal         | trusted
+    suspected | connection broken and somebody else's suspicion     | dead
+    suspected | no vouching Pong for the window                     | dead, or held: own link
+    unleased  | registered again                                    | suspected (until a Pong)
+    unleased  | no connection, or silent when the settle time ends  | dead
+    unleased  | answering when the settle time ends                 | dead, or held: mass expiry
+    any       | exit; connection refused; a successor registered    | dead
+    any       | accused, waited for, and no step moves for long     | the most waited for is dead
+
+Held by "own link": more than half of the members are silent, so it may be us who are cut off. Held
+by "mass expiry": more than half of the members lost their leases at once while they answer, so it
+was etcd. Silence is measured in *attentive* time, which does not count our own stalls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from shared.records import Suspicion
+from shared.types import Epoch, Member, Step, SuspicionReason
+from shared.wire import Pong
+
+OWN_NAME = "control-plane"
+SIGNALS_MAX = 16
+_INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReason.EXCHANGE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorTimings:
+    window_s: float = 0.15  # a suspected member silent for so long is dead
+    settle_s: float = 0.1  # time to register again, for one that lost its lease and answers
+    quiet_s: float = 1.2  # unanswered probes of peace that make us suspect by ourselves
+    stuck_s: float = 5.0  # members wait for an accused one and nobody's step moves
+    gap_max_s: float = 0.25  # more time between two events is our own stall
+    gap_max_urgent_s: float = 0.03
+
+
+class Probe(Enum):
+    """The control plane's standing connection to a rank's control port."""
+
+    UNTRIED = "untried"
+    STANDING = "standing"
+    BROKEN = "broken"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dead:
+    """Becomes a Verdict when the map without the member is published."""
+
+    member: Member
+    cause: SuspicionReason
+    signals: tuple[Suspicion, ...]
+    first_signal_at: float
+    decided_at: float
+
+
+class AlarmKind(Enum):
+    MASS_EXPIRY = "mass_expiry"
+    OWN_LINK = "own_link"
+    TOO_FEW_SLOTS = "too_few_slots"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """Something that only a person can mend; said once an episode."""
+
+    kind: AlarmKind
+    detail: str
+
+
+Judgement = Dead | Alarm
+
+
+@dataclass(slots=True)
+class _Watched:
+    """What is known of one member. Times ending in `_a` are attentive."""
+
+    member: Member
+    added_a: float
+    probe: Probe = Probe.UNTRIED
+    exited: bool = False
+    signals: list[Suspicion] = field(default_factory=list)
+    first_signal_at: float = 0.0
+    suspected_a: float | None = None
+    vouched_a: float = float("-inf")
+    pong_a: float = float("-inf")
+    unleased_a: float | None = None
+    pardoned: bool = False  # lost its lease in a mass expiry
+    accusers: set[str] = field(default_factory=set)  # since the last progress
+    waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
+
+
+class FailureDetector:
+    """Feed it every event with `now`; it returns each death once."""
+
+    def __init__(self, timings: DetectorTimings, now: float) -> None:
+        self._timings = timings
+        self._watched: dict[Member, _Watched] = {}
+        self._registered: set[Member] = set()
+        self._now = now
+        self._attentive_s = 0.0
+        self._progress: tuple[int, int] = (0, 0)
+        self._progress_a = 0.0
+        self._alarmed: set[AlarmKind] = set()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether to probe quickly: all members, so that silence can be told from a lost link."""
+        return any(w.suspected_a is not None for w in self._watched.values())
+
+    @property
+    def frozen(self) -> bool:
+        """Leases expired in masses, and not all have come back: leave the map as it is."""
+        return any(w.pardoned for w in self._watched.values())
+
+    @property
+    def suspected(self) -> tuple[Member, ...]:
+        return tuple(m for m, w in self._watched.items() if w.suspected_a is not None)
+
+    def on_members(self, members: Iterable[Member], now: float) -> list[Judgement]:
+        """The members of the newest map, less those found dead already."""
+        self._pass(now)
+        wanted = set(members)
+        self._watched = {m: w for m, w in self._watched.items() if m in wanted}
+        for member in wanted - self._watched.keys():
+            watched = _Watched(member, self._attentive_s, pong_a=self._attentive_s)
+            self._watched[member] = watched
+            if member not in self._registered:
+                self._lose_lease(watched)
+        self._note_progress(0, 0, forget=True)
+        return self._judge_all()
+
+    def on_record(self, member: Member, now: float) -> list[Judgement]:
+        """Registered, or registered anew under another lease."""
+        self._pass(now)
+        self._registered.add(member)
+        watched = self._watched.get(member)
+        if watched is not None and watched.unleased_a is not None:
+            watched.unleased_a, watched.pardoned = None, False
+            if watched.suspected_a is None:
+                watched.signals.clear()
+        return self._judge_all()
+
+    def on_record_gone(self, member: Member, now: float) -> list[Judgement]:
+        self._pass(now)
+        self._registered.discard(member)
+        watched = self._watched.get(member)
+        if watched is None:
+            return []
+        self._lose_lease(watched)
+        return self._judge_all()
+
+    def on_suspicion(self, suspicion: Suspicion, now: float) -> list[Judgement]:
+        self._pass(now)
+        member = Member(rank=suspicion.rank, incarnation=suspicion.incarnation)
+        watched = self._watched.get(member)
+        if watched is None:
+            return []
+        watched.exited |= suspicion.reason is SuspicionReason.EXIT
+        watched.accusers.add(suspicion.by)
+        self._suspect(watched, suspicion)
+        return self._judge_all()
+
+    def on_probe_standing(self, member: Member, now: float) -> list[Judgement]:
+        self._pass(now)
+        watched = self._watched.get(member)
+        if watched is not None:
+            watched.probe = Probe.STANDING
+        return self._judge_all()
+
+    def on_probe_broken(self, member: Member, now: float) -> list[Judgement]:
+        return self._on_probe_failed(member, Probe.BROKEN, "probe connection broken", now)
+
+    def on_probe_refused(self, member: Member, now: float) -> list[Judgement]:
+        return self._on_probe_failed(member, Probe.REFUSED, "probe connection refused", now)
+
+    def on_pong(self, member: Member, pong: Pong, now: float) -> list[Judgement]:
+        self._pass(now)
+        watched = self._watched.get(member)
+        if watched is None:
+            return []
+        self._note_progress(pong.epoch, pong.step)
+        watched.probe = Probe.STANDING
+        watched.waiting_for = frozenset(pong.waiting_for)
+        watched.pong_a = self._attentive_s
+        vouched_a = self._attentive_s - pong.engine_age_ms / 1000
+        watched.vouched_a = max(watched.vouched_a, vouched_a)
+        if watched.suspected_a is not None and watched.vouched_a > watched.suspected_a:
+            self._trust(watched)
+        return self._judge_all()
+
+    def on_tick(self, now: float, *, steps_may_rest: bool = False) -> list[Judgement]:
+        """`steps_may_rest`: steps rightly stand still, while weights are loaded for orphans."""
+        self._pass(now)
+        if steps_may_rest:
+            self._note_progress(0, 0, forget=True)
+        for watched in self._watched.values():
+            quiet_s = self._attentive_s - max(watched.pong_a, watched.added_a)
+            if watched.suspected_a is None and quiet_s > self._timings.quiet_s:
+                self._suspect(watched, self._own(watched, SuspicionReason.SILENCE, "no answer"))
+        return self._judge_all()
+
+    # Attentive time.
+
+    def _pass(self, now: float) -> None:
+        timings = self._timings
+        gap_max_s = timings.gap_max_urgent_s if self.urgent else timings.gap_max_s
+        self._attentive_s += min(max(0.0, now - self._now), gap_max_s)
+        self._now = max(now, self._now)
+
+    # Signals.
+
+    def _suspect(self, watched: _Watched, signal: Suspicion) -> None:
+        if not watched.signals:
+            watched.first_signal_at = self._now
+        if len(watched.signals) < SIGNALS_MAX:
+            watched.signals.append(signal)
+        if watched.suspected_a is None:
+            watched.suspected_a = self._attentive_s
+
+    def _trust(self, watched: _Watched) -> None:
+        watched.suspected_a = None
+        if watched.unleased_a is None:
+            watched.signals.clear()
+
+    def _lose_lease(self, watched: _Watched) -> None:
+        if watched.unleased_a is None:
+            watched.unleased_a = self._attentive_s
+            self._suspect(watched, self._own(watched, SuspicionReason.LEASE, "record gone"))
+
+    def _on_probe_failed(
+        self, member: Member, probe: Probe, detail: str, now: float
+    ) -> list[Judgement]:
+        self._pass(now)
+        watched = self._watched.get(member)
+        if watched is None:
+            return []
+        watched.probe = probe
+        self._suspect(watched, self._own(watched, SuspicionReason.RESET, detail))
+        return self._judge_all()
+
+    def _own(self, watched: _Watched, reason: SuspicionReason, detail: str) -> Suspicion:
+        return Suspicion(
+            rank=watched.member.rank,
+            incarnation=watched.member.incarnation,
+            by=OWN_NAME,
+            reason=reason,
+            epoch=Epoch(0),
+            step=Step(0),
+            raised_at=self._now,
+            detail=detail,
+        )
+
+    def _note_progress(self, epoch: int, step: int, *, forget: bool = False) -> None:
+        if forget or (epoch, step) > self._progress:
+            self._progress = (0, 0) if forget else (epoch, step)
+            self._progress_a = self._attentive_s
+            for watched in self._watched.values():
+                watched.accusers.clear()
+
+    # Judgements.
+
+    def _judge_all(self) -> list[Judgement]:
+        alarms = self._judge_mass_expiry()
+        deaf = self._is_deaf()
+        dead: list[Judgement] = []
+        for watched in list(self._watched.values()):
+            cause = self._cause_of_death(watched)
+            if cause is None and self._is_silent(watched):
+                if deaf:
+                    alarms += self._alarm(
+                        AlarmKind.OWN_LINK, "most members are silent at once; nobody is judged"
+                    )
+                    continue
+                cause = watched.signals[0].reason
+            if cause is not None:
+                dead.append(self._bury(watched, cause))
+        if not deaf:
+            self._alarmed.discard(AlarmKind.OWN_LINK)
+        return alarms + dead + self._judge_stuck()
+
+    def _cause_of_death(self, watched: _Watched) -> SuspicionReason | None:
+        if watched.exited or self._has_successor(watched.member):
+            return SuspicionReason.EXIT
+        if watched.probe is Probe.REFUSED:
+            return watched.signals[0].reason
+        if watched.probe is Probe.BROKEN and any(
+            s.by != OWN_NAME and s.reason in _INSTANT for s in watched.signals
+        ):
+            return watched.signals[0].reason
+        if watched.unleased_a is not None and not watched.pardoned:
+            waited_s = self._attentive_s - watched.unleased_a
+            if watched.probe is Probe.BROKEN or waited_s >= self._timings.settle_s:
+                return SuspicionReason.LEASE
+        return None
+
+    def _is_silent(self, watched: _Watched) -> bool:
+        if watched.suspected_a is None:
+            return False
+        since_a = max(watched.suspected_a, watched.vouched_a)
+        return self._attentive_s - since_a >= self._timings.window_s
+
+    def _is_deaf(self) -> bool:
+        """More than half of the members say nothing, though nothing says that they are gone."""
+        heard_nothing = [
+            w
+            for w in self._watched.values()
+            if w.probe in (Probe.STANDING, Probe.UNTRIED)
+            and self._attentive_s - w.pong_a >= self._timings.window_s
+        ]
+        return self.urgent and 2 * len(heard_nothing) > len(self._watched)
+
+    def _has_successor(self, member: Member) -> bool:
+        return any(
+            other.rank == member.rank and other.incarnation > member.incarnation
+            for other in self._registered
+        )
+
+    def _judge_mass_expiry(self) -> list[Judgement]:
+        held = [w for w in self._watched.values() if self._answers_unleased(w)]
+        if 2 * len(held) <= len(self._watched):
+            if not self.frozen:
+                self._alarmed.discard(AlarmKind.MASS_EXPIRY)
+            return []
+        for watched in held:
+            watched.pardoned = True
+        names = ", ".join(sorted(str(w.member) for w in held))
+        detail = f"leases of ranks {names} expired at once while they answer; the map is frozen"
+        return self._alarm(AlarmKind.MASS_EXPIRY, detail)
+
+    @staticmethod
+    def _answers_unleased(watched: _Watched) -> bool:
+        return (
+            watched.unleased_a is not None
+            and not watched.exited
+            and watched.probe is Probe.STANDING
+            and watched.vouched_a > watched.unleased_a
+        )
+
+    def _judge_stuck(self) -> list[Judgement]:
+        if self._attentive_s - self._progress_a < self._timings.stuck_s:
+            return []
+        waits = Counter(rank for w in self._watched.values() for rank in w.waiting_for)
+        accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
+        if not accused:
+            return []
+        worst = max(accused, key=lambda w: (waits[w.member.rank], w.member.rank))
+        self._note_progress(0, 0, forget=True)
+        return [self._bury(worst, SuspicionReason.LINK)]
+
+    def _bury(self, watched: _Watched, cause: SuspicionReason) -> Dead:
+        del self._watched[watched.member]
+        return Dead(
+            member=watched.member,
+            cause=cause,
+            signals=tuple(watched.signals),
+            first_signal_at=watched.first_signal_at,
+            decided_at=self._now,
+        )
+
+    def _alarm(self, kind: AlarmKind, detail: str) -> list[Judgement]:
+        if kind in self._alarmed:
+            return []
+        self._alarmed.add(kind)
+        return [Alarm(kind=kind, detail=detail)]

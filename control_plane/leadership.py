@@ -1,0 +1,137 @@
+"""Performs what `election` decides: leases, renewals, campaigns. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import structlog
+
+from control_plane.cluster_view import ClusterView
+from control_plane.election import (
+    Action,
+    Campaign,
+    Election,
+    GrantLease,
+    RenewLease,
+    RevokeLease,
+)
+from shared.clock import Clock
+from shared.errors import LeaseLost, StoreUnavailable, TxnConflict
+from shared.records import LeaderRecord, pack_record
+from shared.store import Compare, Put, Store, WatchEvent
+
+log = structlog.get_logger()
+
+_RETRY_S = (0.1, 0.5)
+
+
+class Leadership:
+    """`poke()` after every change of the leader key; `on_change` is called after each action."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        view: ClusterView,
+        election: Election,
+        clock: Clock,
+        name: str,
+        pid: int,
+        ttl_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._view = view
+        self._election = election
+        self._clock = clock
+        self._name = name
+        self._pid = pid
+        self._ttl_s = ttl_s
+        self._on_change = on_change
+        self._poked = asyncio.Event()
+
+    def poke(self) -> None:
+        if self._view.synced:
+            leader = self._view.leader
+            name = leader.control_plane if leader else None
+            self._election.on_key(name, self._view.revision_of(self._view.keys.leader))
+        self._poked.set()
+
+    async def run(self) -> None:
+        while True:
+            self._poked.clear()
+            now = self._clock.now()
+            action = self._election.due(now)
+            if action is None:
+                await self._wait(self._election.next_due_s(now))
+                continue
+            if not await self._perform(action):
+                await asyncio.sleep(random.uniform(*_RETRY_S))
+            self._on_change()
+
+    async def resign(self) -> None:
+        """Gives the key up, so that a standby takes over at once."""
+        self._election.resign()
+        action = self._election.due(self._clock.now())
+        if action is not None:
+            await self._perform(action)
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._poked.wait(), max(seconds, 0.005))
+        except TimeoutError:
+            return
+
+    async def _perform(self, action: Action) -> bool:
+        """False where etcd did not answer."""
+        asked_at = self._clock.now()
+        election = self._election
+        try:
+            match action:
+                case GrantLease():
+                    election.on_granted(await self._store.grant_lease(self._ttl_s), asked_at)
+                case RenewLease():
+                    await self._store.keep_alive(action.lease_id)
+                    election.on_renewed(asked_at)
+                case Campaign():
+                    await self._campaign(action.lease_id)
+                case RevokeLease():
+                    await self._store.revoke_lease(action.lease_id)
+                    election.on_revoked()
+        except LeaseLost:
+            log.warning("leader_lease_lost")
+            election.on_lease_lost()
+        except StoreUnavailable as error:
+            log.warning("etcd_away", doing=type(action).__name__, error=str(error))
+            if isinstance(action, Campaign):
+                election.on_not_won(self._clock.now())
+            return False
+        return True
+
+    async def _campaign(self, lease_id: int) -> None:
+        keys, view = self._view.keys, self._view
+        record = LeaderRecord(
+            control_plane=self._name,
+            pid=self._pid,
+            term=view.term + 1,
+            since=self._clock.wall(),
+        )
+        value, term = pack_record(record), pack_record(record.term)
+        compare = [
+            Compare(key=keys.leader, mod_revision=0),
+            Compare(key=keys.term, mod_revision=view.revision_of(keys.term)),
+        ]
+        puts = [
+            Put(key=keys.leader, value=value, lease_id=lease_id),
+            Put(key=keys.term, value=term),
+        ]
+        try:
+            revision = await self._store.txn(compare, puts)
+        except TxnConflict:
+            self._election.on_not_won(self._clock.now())
+            return
+        for put in puts:
+            view.apply(WatchEvent(key=put.key, value=put.value, mod_revision=revision))
+        self._election.on_won(revision)

@@ -1,0 +1,391 @@
+"""Decides which map, and which loads, the instance needs next. Pure: a view of etcd and the
+detector's deaths in, at most one write out.
+
+Theory of operation. Every decision is made afresh from the view: nothing but the deaths that are
+not yet published is remembered, so that a new leader goes on where the old one stopped. The first
+line that applies decides; each write changes the view, and the next decision follows from that.
+
+    the view shows                             | the write
+    -------------------------------------------+-----------------------------------------------
+    no map, or none of its members alive       | forming: Assign to all who came, then
+                                               | PublishMap when all hold theirs and are linked
+    a dead member, the rest covers all experts | PublishMap without it, with the verdict
+    a dead member, orphans                     | Assign the orphans to spare or surplus slots of
+                                               | survivors; the first line applies once resident
+    a dead member, too few slots for orphans   | forming, with survivors and joiners together
+    a newcomer without assignment              | Assign what `grow` wants
+    a newcomer that is ready and linked        | PublishMap with it
+    members hold more or other than the map    | PublishMap of what they hold (a heal's second half)
+    all quiet for a while                      | the next step of `heal`: PublishMap with the slots
+                                               | emptied, together with the assignment
+    keys of lives that are over                | Forget
+
+A published map names only what is resident, and all experts. It follows the map that was compared
+in its transaction, and leaves out only members with a verdict.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from control_plane.cluster_view import ClusterView, member_of
+from control_plane.failure_detector import Alarm, AlarmKind, Dead
+from control_plane.placement import ShrinkResult, grow, heal, place, shrink
+from control_plane.residency import Residency
+from shared.expert_map import ExpertMap, Placement
+from shared.records import SlotContents, Verdict
+from shared.types import Epoch, Member
+
+_FORGET_MAX = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipPolicy:
+    bytes_per_expert: int
+    survive: int = 1  # rank failures without a reload that placement buys at any cost in balance
+    formation_window_s: float = 30.0  # the first map waits so long for all ranks
+    heal_after_s: float = 3.0  # quiet time before experts are moved
+    joiner_patience_s: float = 30.0  # a newcomer holds heals up for so long
+    heal_budget_bytes: int = 256 << 20  # weights moved by one step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishMap:
+    """One transaction: the map, the verdicts on whom it leaves out, and new assignments."""
+
+    expert_map: ExpertMap
+    verdicts: tuple[Verdict, ...] = ()
+    assignments: tuple[SlotContents, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assign:
+    assignments: tuple[SlotContents, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    keys: tuple[str, ...]
+
+
+Write = PublishMap | Assign | Forget
+
+
+class Membership:
+    """Call `decide` after each change of the view and from time to time, and perform its write
+    before the next call."""
+
+    def __init__(self, policy: MembershipPolicy, view: ClusterView) -> None:
+        self._policy = policy
+        self._view = view
+        self._dead: dict[Member, Dead] = {}
+        self._first_seen: dict[Member, float] = {}
+        self._quiet_since = 0.0
+        self._quiet_state: object = None
+        self._healed_revision = -1
+        self._alarms: list[Alarm] = []
+        self._alarmed: set[AlarmKind] = set()
+
+    @property
+    def dead(self) -> frozenset[Member]:
+        return frozenset(self._dead)
+
+    @property
+    def unburied(self) -> tuple[Member, ...]:
+        """Dead members that the map still names: steps stand still."""
+        expert_map = self._view.expert_map
+        return tuple(m for m in self._dead if expert_map is not None and expert_map.has(m))
+
+    def on_dead(self, dead: Dead) -> None:
+        self._dead[dead.member] = dead
+
+    def take_alarms(self) -> list[Alarm]:
+        alarms, self._alarms = self._alarms, []
+        return alarms
+
+    def decide(self, now: float, *, frozen: bool = False) -> Write | None:
+        """`frozen`: nothing but deaths may change the map."""
+        spec = self._view.spec
+        if spec is None or not self._view.synced:
+            return None
+        self._note_time(now)
+        residency = Residency(self._view, spec)
+        expert_map = residency.expert_map
+        members = expert_map.members if expert_map is not None else ()
+        survivors = [m for m in members if m not in self._dead]
+        if expert_map is None or not survivors:
+            return self._form(residency, [], now) or self._forget(members)
+        if len(survivors) < len(members):
+            return self._bury(residency, expert_map, survivors, now)
+        if frozen:
+            return None
+        return (
+            self._admit(residency, expert_map, now)
+            or self._settle(residency, expert_map, now)
+            or self._heal(residency, expert_map, now)
+            or self._forget(members)
+        )
+
+    # Forming.
+
+    def _form(self, residency: Residency, survivors: Sequence[Member], now: float) -> Write | None:
+        came = sorted({*survivors, *self._newcomers(residency, survivors)})
+        if not came:
+            return None
+        spec = residency.spec
+        waited_s = now - min(self._first_seen[m] for m in came)
+        if len(came) < spec.num_ranks:
+            if waited_s < self._policy.formation_window_s:
+                return None
+            came = self._begun(residency, came, survivors)
+        if not residency.covers(residency.intended_rows(came)) or not all(
+            m in self._view.assignments for m in came
+        ):
+            return self._assign_afresh(residency, came)
+        rows = residency.available_rows(came)
+        if all(residency.is_ready(m) for m in came) and residency.are_linked(came):
+            cause = f"formed by {len(came)} of {spec.num_ranks} ranks"
+            return self._publish(residency, rows, cause, now)
+        return None
+
+    def _begun(
+        self, residency: Residency, came: list[Member], survivors: Sequence[Member]
+    ) -> list[Member]:
+        """Those for whom a partial formation is under way: late-comers join its map later."""
+        begun = [m for m in came if m in survivors or m in self._view.assignments]
+        return begun if residency.covers(residency.intended_rows(begun)) else came
+
+    def _assign_afresh(self, residency: Residency, came: Sequence[Member]) -> Write | None:
+        spec = residency.spec
+        loads = np.ones((spec.num_moe_layers, spec.num_experts))
+        plan = place(
+            loads,
+            [m.rank for m in came],
+            residency.nodes(came),
+            residency.slots(came),
+            redundant=spec.redundant_experts,
+            num_ranks=spec.num_ranks,
+            survive=self._policy.survive,
+        )
+        if plan.in_host_memory:
+            self._alarm_slots(len(plan.in_host_memory), len(came))
+            return None
+        self._alarmed.discard(AlarmKind.TOO_FEW_SLOTS)
+        rows = {m: residency.widen(plan.placement[:, m.rank]) for m in came}
+        return self._assign(residency, rows, force=True)
+
+    # Deaths.
+
+    def _bury(
+        self, residency: Residency, expert_map: ExpertMap, survivors: Sequence[Member], now: float
+    ) -> Write | None:
+        rows = residency.available_rows(survivors)
+        dead = [m for m in expert_map.members if m in self._dead]
+        if residency.covers(rows):
+            names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
+            return self._publish(residency, rows, f"dead: {names}", now)
+        result = self._shrink(residency, expert_map, survivors, dead)
+        if result.uncoverable:
+            return self._form(residency, survivors, now)
+        wanted = {m: result.refilled[:, m.rank] for m in survivors}
+        return self._assign(residency, wanted)
+
+    def _shrink(
+        self,
+        residency: Residency,
+        expert_map: ExpertMap,
+        survivors: Sequence[Member],
+        dead: Sequence[Member],
+    ) -> ShrinkResult:
+        """From what survivors are meant to hold: orphans that load already stay where they are."""
+        rows = residency.intended_rows(survivors)
+        rows |= {m: expert_map.placement[:, m.rank] for m in dead}
+        base = residency.map_of(rows, epoch=expert_map.epoch)
+        return shrink(base, [m.rank for m in dead])
+
+    # Joiners.
+
+    def _admit(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
+        members = expert_map.members
+        newcomers = self._newcomers(residency, members)
+        unassigned = [m for m in newcomers if residency.assigned(m) is None]
+        if unassigned:
+            known = [m for m in newcomers if m not in unassigned]
+            return self._assign_joiners(residency, [*members, *known], unassigned, expert_map)
+        admitted: list[Member] = []
+        for newcomer in newcomers:
+            together = [*members, *admitted, newcomer]
+            if residency.is_ready(newcomer) and residency.are_linked(together):
+                admitted.append(newcomer)
+        if not admitted:
+            return None
+        rows = residency.available_rows([*members, *admitted])
+        cause = "joined: " + ", ".join(str(m) for m in admitted)
+        return self._publish(residency, rows, cause, now) if residency.covers(rows) else None
+
+    def _assign_joiners(
+        self,
+        residency: Residency,
+        known: Sequence[Member],
+        unassigned: Sequence[Member],
+        expert_map: ExpertMap,
+    ) -> Write | None:
+        spec = residency.spec
+        everybody = [*known, *unassigned]
+        result = grow(
+            residency.map_of(residency.intended_rows(known), epoch=expert_map.epoch),
+            [m.rank for m in unassigned],
+            residency.nodes(everybody),
+            residency.slots(everybody),
+            redundant=spec.redundant_experts,
+        )
+        rows = {m: result.placement[:, m.rank] for m in unassigned}
+        return self._assign(residency, rows, force=True)
+
+    # Peace.
+
+    def _settle(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
+        rows = residency.available_rows(expert_map.members)
+        if not all(residency.is_settled(m) for m in expert_map.members):
+            return None
+        changed = residency.placement(rows) != expert_map.placement
+        held = [m for m in expert_map.members if changed[:, m.rank].any()]
+        if not held or not residency.covers(rows):
+            return None
+        cause = "healed: " + ", ".join(str(m) for m in held)
+        return self._publish(residency, rows, cause, now)
+
+    def _heal(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
+        if self._map_revision() == self._healed_revision or not self._is_quiet(residency, now):
+            return None
+        spec = residency.spec
+        steps = heal(
+            expert_map,
+            None,
+            residency.nodes(expert_map.members),
+            budget_bytes=self._policy.heal_budget_bytes,
+            bytes_per_expert=self._policy.bytes_per_expert,
+            redundant=spec.redundant_experts,
+            survive=self._policy.survive,
+        )
+        step = next(iter(steps), None)
+        if step is None:
+            self._healed_revision = self._map_revision()
+            return None
+        wanted = {m: step.placement[:, m.rank] for m in expert_map.members}
+        if np.array_equal(step.emptied, expert_map.placement):
+            return self._assign(residency, wanted)
+        emptied = {m: step.emptied[:, m.rank] for m in expert_map.members}
+        assignments = self._assignments(residency, wanted, epoch=expert_map.epoch + 1)
+        return self._publish(residency, emptied, f"healing: {step.reason}", now, assignments)
+
+    def _is_quiet(self, residency: Residency, now: float) -> bool:
+        expert_map = residency.expert_map
+        assert expert_map is not None
+        waiting = (
+            now - self._first_seen[m] for m in self._newcomers(residency, expert_map.members)
+        )
+        return (
+            now - self._quiet_since >= self._policy.heal_after_s
+            and all(waited_s > self._policy.joiner_patience_s for waited_s in waiting)
+            and all(residency.is_settled(m) for m in expert_map.members)
+        )
+
+    def _forget(self, members: Iterable[Member]) -> Write | None:
+        standing = {*members, *self._view.records}
+        gone = (
+            self._view.keys.assignment(m.rank, m.incarnation)
+            for m in self._view.assignments
+            if m not in standing
+        )
+        doubts = (k for k, s in self._view.suspicions.items() if member_of(s) not in standing)
+        keys = tuple(itertools.islice(itertools.chain(gone, doubts), _FORGET_MAX))
+        return Forget(keys=keys) if keys else None
+
+    # Writes.
+
+    def _publish(
+        self,
+        residency: Residency,
+        rows: dict[Member, Placement],
+        cause: str,
+        now: float,
+        assignments: tuple[SlotContents, ...] = (),
+    ) -> PublishMap | None:
+        current = self._view.expert_map
+        epoch = Epoch((current.epoch if current else 0) + 1)
+        leavers = [m for m in (current.members if current else ()) if m not in rows]
+        if any(m not in self._dead for m in leavers):  # the map of an older spec: judge it first
+            return None
+        return PublishMap(
+            expert_map=residency.map_of(rows, epoch=epoch, cause=cause, published_at=now),
+            verdicts=tuple(_verdict(self._dead[m], epoch) for m in leavers),
+            assignments=assignments,
+        )
+
+    def _assign(
+        self, residency: Residency, wanted: dict[Member, Placement], *, force: bool = False
+    ) -> Write | None:
+        current = self._view.expert_map
+        epoch = current.epoch if current else 0
+        assignments = self._assignments(residency, wanted, epoch=epoch, force=force)
+        return Assign(assignments=assignments) if assignments else None
+
+    def _assignments(
+        self,
+        residency: Residency,
+        wanted: dict[Member, Placement],
+        *,
+        epoch: int,
+        force: bool = False,
+    ) -> tuple[SlotContents, ...]:
+        """Those that differ from what is intended; all of them where `force`."""
+        return tuple(
+            SlotContents.of(m, row[:, : residency.slots([m])[m.rank]], epoch=epoch)
+            for m, row in wanted.items()
+            if force or not np.array_equal(row, residency.intended(m))
+        )
+
+    # Looks.
+
+    def _map_revision(self) -> int:
+        return self._view.revision_of(self._view.keys.map)
+
+    def _note_time(self, now: float) -> None:
+        for member in self._view.records:
+            self._first_seen.setdefault(member, now)
+        state = (self._map_revision(), frozenset(self._view.records))
+        if state != self._quiet_state:
+            self._quiet_state, self._quiet_since = state, now
+        expert_map = self._view.expert_map
+        kept = {*self._view.records, *(expert_map.members if expert_map else ())}
+        self._first_seen = {m: t for m, t in self._first_seen.items() if m in kept}
+        self._dead = {m: d for m, d in self._dead.items() if m in kept}
+
+    def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
+        return [m for m in residency.newcomers(members) if m not in self._dead]
+
+    def _alarm_slots(self, missing: int, num_ranks: int) -> None:
+        if AlarmKind.TOO_FEW_SLOTS not in self._alarmed:
+            self._alarmed.add(AlarmKind.TOO_FEW_SLOTS)
+            detail = (
+                f"{num_ranks} ranks have too few slots: {missing} experts find no place; "
+                "serving waits for more ranks"
+            )
+            self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))
+
+
+def _verdict(dead: Dead, epoch: Epoch) -> Verdict:
+    return Verdict(
+        rank=dead.member.rank,
+        incarnation=dead.member.incarnation,
+        cause=dead.cause,
+        signals=dead.signals,
+        epoch=epoch,
+        first_signal_at=dead.first_signal_at,
+        decided_at=dead.decided_at,
+    )

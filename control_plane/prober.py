@@ -1,0 +1,137 @@
+"""Standing connections to the ranks' control ports, over which every rank is asked whether it
+lives: seldom in peace, often while anybody is suspected. It reports and judges nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable
+
+from control_plane.probe_events import (
+    ProbeBroken,
+    ProbeEvent,
+    ProbePong,
+    ProbeRefused,
+    ProbeStanding,
+)
+from shared.errors import WireError
+from shared.records import RankRecord
+from shared.types import Member
+from shared.wire import Hello, Ping, Pong, Welcome, encode, read_message
+
+_CONNECT_TIMEOUT_S = 1.0
+_WELCOME_TIMEOUT_S = 2.0
+_RECONNECT_S = (0.05, 0.15)
+_UNSENT_BYTES_MAX = 64 << 10
+
+Report = Callable[[ProbeEvent], Awaitable[None]]
+
+
+class Prober:
+    """`watch` names the ranks to ask; `urgent` how eagerly. Run `run()` once."""
+
+    def __init__(
+        self, *, name: str, report: Report, interval_s: float, urgent_interval_s: float
+    ) -> None:
+        self._hello = encode(Hello(role="control_plane", name=name))
+        self._report = report
+        self._intervals_s = (interval_s, urgent_interval_s)
+        self._urgent = False
+        self._hurry = asyncio.Event()
+        self._wanted: dict[Member, RankRecord] = {}
+        self._changed = asyncio.Event()
+
+    def watch(self, records: Iterable[RankRecord]) -> None:
+        wanted = {record.member: record for record in records}
+        if wanted.keys() != self._wanted.keys():
+            self._changed.set()
+        self._wanted = wanted
+
+    def set_urgent(self, urgent: bool) -> None:
+        if urgent == self._urgent:
+            return
+        self._urgent = urgent
+        if urgent:
+            self._hurry.set()
+        else:
+            self._hurry.clear()
+
+    async def run(self) -> None:
+        tasks: dict[Member, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for member in [m for m in tasks if m not in self._wanted]:
+                    tasks.pop(member).cancel()
+                for member, record in self._wanted.items():
+                    if member not in tasks:
+                        tasks[member] = group.create_task(self._probe(record))
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def _probe(self, record: RankRecord) -> None:
+        """A connection that had worked is tried again at once: a refusal would be proof."""
+        while True:
+            worked = False
+            try:
+                worked = await self._converse(record)
+                await self._report(ProbeBroken(member=record.member))
+            except ConnectionRefusedError:
+                await self._report(ProbeRefused(member=record.member))
+            except (ConnectionError, WireError):
+                await self._report(ProbeBroken(member=record.member))
+            except (OSError, TimeoutError):
+                pass  # out of reach: silence, which the detector measures
+            if not worked:
+                await asyncio.sleep(random.uniform(*_RECONNECT_S))
+
+    async def _converse(self, record: RankRecord) -> bool:
+        """Returns when the connection ends, and whether it ever answered. Raises OSError,
+        TimeoutError, WireError."""
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(record.control_host, record.control_port)
+        try:
+            writer.write(self._hello)
+            async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                welcome = await read_message(reader)
+            if not isinstance(welcome, Welcome):
+                return False
+            if Member(rank=welcome.rank, incarnation=welcome.incarnation) != record.member:
+                raise ConnectionRefusedError("somebody else listens at its address")
+            await self._report(ProbeStanding(member=record.member))
+            async with asyncio.TaskGroup() as group:
+                pings = group.create_task(self._ping(writer))
+                answered = await self._listen(reader, record.member)
+                pings.cancel()
+            return answered
+        finally:
+            writer.close()
+
+    async def _listen(self, reader: asyncio.StreamReader, member: Member) -> bool:
+        answered = False
+        try:
+            while (message := await read_message(reader)) is not None:
+                if isinstance(message, Pong):
+                    answered = True
+                    await self._report(ProbePong(member=member, pong=message))
+        except (ConnectionError, WireError):
+            return answered
+        return answered
+
+    async def _ping(self, writer: asyncio.StreamWriter) -> None:
+        nonce = 0
+        while True:
+            if writer.transport.get_write_buffer_size() < _UNSENT_BYTES_MAX:
+                nonce += 1
+                writer.write(encode(Ping(nonce=nonce)))
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """The interval of peace, cut short where hurry begins."""
+        peace_s, urgent_s = self._intervals_s
+        if self._urgent:
+            await asyncio.sleep(urgent_s)
+            return
+        try:
+            await asyncio.wait_for(self._hurry.wait(), peace_s)
+        except TimeoutError:
+            return

@@ -1,0 +1,95 @@
+"""Turns a decision into one fenced transaction, and keeps the lease under which verdicts stand."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+
+from control_plane.membership import Assign, Forget, PublishMap, Write
+from shared.clock import Clock
+from shared.errors import LeaseLost, StoreUnavailable
+from shared.keys import Keys
+from shared.records import SlotContents, pack_map, pack_record
+from shared.store import Compare, Delete, Put, Snapshot, Store, WatchEvent
+
+log = structlog.get_logger()
+
+_VERDICT_TTL_S = 600.0
+_VERDICT_LEASE_AGE_S = 60.0
+_RETRY_S = (0.1, 0.5)
+
+
+class Publisher:
+    """`run()` keeps a young lease at hand, so that a verdict costs no extra round trip."""
+
+    def __init__(self, store: Store, keys: Keys, clock: Clock) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._verdict_lease_id = 0
+
+    async def run(self) -> None:
+        while True:
+            try:
+                self._verdict_lease_id = await self._store.grant_lease(_VERDICT_TTL_S)
+                await asyncio.sleep(_VERDICT_LEASE_AGE_S)
+            except StoreUnavailable:
+                await asyncio.sleep(random.uniform(*_RETRY_S))
+
+    async def write(
+        self, write: Write, leader_revision: int, map_revision: int
+    ) -> tuple[WatchEvent, ...]:
+        """Returns what the watch will show of it. Raises StoreUnavailable (done or not),
+        TxnConflict or LeaseLost (not done)."""
+        compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
+        if isinstance(write, PublishMap):
+            compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
+        operations = self._operations(write)
+        try:
+            revision = await self._store.txn(compare, operations)
+        except LeaseLost:
+            self._verdict_lease_id = await self._store.grant_lease(_VERDICT_TTL_S)
+            raise
+        return tuple(
+            WatchEvent(
+                key=operation.key,
+                value=operation.value if isinstance(operation, Put) else None,
+                mod_revision=revision,
+            )
+            for operation in operations
+        )
+
+    async def reread(self) -> Snapshot:
+        """After a write of unknown outcome; tries until etcd answers."""
+        while True:
+            try:
+                return await self._store.get_prefix(self._keys.root)
+            except StoreUnavailable as error:
+                log.warning("etcd_away", doing="reread", error=str(error))
+                await asyncio.sleep(random.uniform(*_RETRY_S))
+
+    def _operations(self, write: Write) -> list[Put | Delete]:
+        match write:
+            case PublishMap():
+                verdicts: list[Put | Delete] = [
+                    Put(
+                        key=self._keys.verdict(v.rank, v.incarnation),
+                        value=pack_record(v),
+                        lease_id=self._verdict_lease_id,
+                    )
+                    for v in write.verdicts
+                ]
+                published = Put(key=self._keys.map, value=pack_map(write.expert_map))
+                return [published, *verdicts, *self._assign(write.assignments)]
+            case Assign():
+                return self._assign(write.assignments)
+            case Forget():
+                return [Delete(key=key) for key in write.keys]
+
+    def _assign(self, assignments: tuple[SlotContents, ...]) -> list[Put | Delete]:
+        return [
+            Put(key=self._keys.assignment(a.rank, a.incarnation), value=pack_record(a))
+            for a in assignments
+        ]

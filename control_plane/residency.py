@@ -1,0 +1,161 @@
+"""What the slots of the instance's ranks are meant to hold, and what they surely hold: arithmetic
+over a ClusterView, without decisions.
+
+*Intended* is the assignment, or the map's row where there is none yet. *Available* is what is
+intended and resident already; a slot whose load is under way is neither its old expert nor its new
+one, and counts as empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from control_plane.cluster_view import ClusterView
+from shared.errors import WireError
+from shared.expert_map import ExpertMap, Placement
+from shared.records import InstanceSpec, SlotContents
+from shared.types import ABSENT_SLOT, EMPTY_SLOT, Epoch, Member, NodeId, RankId, RankState
+
+_UNKNOWN_NODE = NodeId("?")
+
+
+class Residency:
+    """Looks at one moment of the view. All rows are `[num_layers, slots_per_rank]`."""
+
+    def __init__(self, view: ClusterView, spec: InstanceSpec) -> None:
+        self._view = view
+        self.spec = spec
+        self._shape = (spec.num_moe_layers, spec.slots_per_rank)
+
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        """The map in force, unless it is of another spec."""
+        expert_map = self._view.expert_map
+        if expert_map is None or expert_map.num_experts != self.spec.num_experts:
+            return None
+        wanted = (self.spec.num_moe_layers, self.spec.num_ranks, self.spec.slots_per_rank)
+        return expert_map if expert_map.placement.shape == wanted else None
+
+    def widen(self, row: Placement) -> Placement:
+        """As wide as the widest rank may be; the slots beyond `row` are absent."""
+        result = np.full(self._shape, ABSENT_SLOT, dtype=np.int16)
+        result[:, : row.shape[1]] = row
+        return result
+
+    def assigned(self, member: Member) -> Placement | None:
+        return self._row(self._view.assignments.get(member))
+
+    def resident(self, member: Member) -> Placement | None:
+        return self._row(self._view.residents.get(member))
+
+    def intended(self, member: Member) -> Placement:
+        row = self.assigned(member)
+        if row is not None:
+            return row
+        expert_map = self.expert_map
+        if expert_map is not None and expert_map.has(member):
+            return expert_map.placement[:, member.rank]
+        slots = self.slots([member])[member.rank]
+        return self.widen(np.full((self._shape[0], slots), EMPTY_SLOT, dtype=np.int16))
+
+    def available(self, member: Member) -> Placement:
+        intended, resident = self.intended(member), self.resident(member)
+        expert_map = self.expert_map
+        if resident is None and expert_map is not None and expert_map.has(member):
+            # Its lease expired and took the key along, not the weights.
+            resident = expert_map.placement[:, member.rank]
+        if resident is None:
+            return np.minimum(intended, EMPTY_SLOT)
+        return np.where((intended >= 0) & (intended != resident), EMPTY_SLOT, intended)
+
+    def is_settled(self, member: Member) -> bool:
+        """Whether it holds all that it was assigned."""
+        return bool(np.array_equal(self.available(member), self.intended(member)))
+
+    def is_ready(self, member: Member) -> bool:
+        """Whether a joiner has loaded what it was assigned, and says so."""
+        record = self._view.records.get(member)
+        return (
+            record is not None
+            and record.state is RankState.READY
+            and self.assigned(member) is not None
+            and self.is_settled(member)
+        )
+
+    def are_linked(self, members: Sequence[Member]) -> bool:
+        """Whether each of them can reach each other, as both of them say."""
+        links = {m: frozenset(self._links(m)) for m in members}
+        return all(b in links[a] for a in members for b in members if a != b)
+
+    def placement(self, rows: dict[Member, Placement]) -> Placement:
+        """`[num_layers, num_ranks, slots_per_rank]`; ranks without a row are empty."""
+        layers, width = self._shape
+        result = np.full((layers, self.spec.num_ranks, width), EMPTY_SLOT, dtype=np.int16)
+        for member, row in rows.items():
+            result[:, member.rank] = row
+        return result
+
+    def map_of(
+        self, rows: dict[Member, Placement], *, epoch: int, cause: str = "", published_at: float = 0
+    ) -> ExpertMap:
+        return ExpertMap(
+            epoch=Epoch(epoch),
+            num_experts=self.spec.num_experts,
+            members=tuple(sorted(rows)),
+            placement=self.placement(rows),
+            cause=cause,
+            published_at=published_at,
+        )
+
+    def available_rows(self, members: Iterable[Member]) -> dict[Member, Placement]:
+        return {m: self.available(m) for m in members}
+
+    def intended_rows(self, members: Iterable[Member]) -> dict[Member, Placement]:
+        return {m: self.intended(m) for m in members}
+
+    def covers(self, rows: Mapping[Member, Placement]) -> bool:
+        """Whether every expert of every layer is in one of the rows."""
+        if not rows:
+            return False
+        held = np.concatenate(list(rows.values()), axis=1).astype(np.int64)
+        num_experts = self.spec.num_experts
+        seen = np.zeros((self._shape[0], num_experts + 1), dtype=bool)
+        np.put_along_axis(seen, np.where(held >= 0, held, num_experts), True, axis=1)
+        return bool(seen[:, :num_experts].all())
+
+    def nodes(self, members: Iterable[Member]) -> dict[RankId, NodeId]:
+        records = self._view.records
+        return {m.rank: records[m].node if m in records else _UNKNOWN_NODE for m in members}
+
+    def slots(self, members: Iterable[Member]) -> dict[RankId, int]:
+        records, width = self._view.records, self._shape[1]
+        return {m.rank: records[m].slots if m in records else width for m in members}
+
+    def newcomers(self, members: Iterable[Member]) -> list[Member]:
+        """The newest life of each rank that is not among `members`, unless it has a verdict."""
+        taken = {m.rank for m in members}
+        return [
+            record.member
+            for rank, record in sorted(self._view.newest_records().items())
+            if rank not in taken
+            and 0 <= rank < self.spec.num_ranks
+            and 0 < record.slots <= self.spec.slots_per_rank
+            and record.member not in self._view.verdicts
+        ]
+
+    def _links(self, member: Member) -> Iterable[Member]:
+        record = self._view.records.get(member)
+        return record.links if record else ()
+
+    def _row(self, contents: SlotContents | None) -> Placement | None:
+        if contents is None:
+            return None
+        try:
+            row = contents.array()
+        except WireError:
+            return None
+        if row.shape[0] != self._shape[0] or row.shape[1] > self._shape[1]:
+            return None
+        return self.widen(row)
