@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.exchange.replica_choice import UNCOVERED, choose_replicas
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId
+
+UNTIMED = settings(deadline=None)
 
 
 @st.composite
@@ -31,6 +33,7 @@ def maps(draw: st.DrawFn) -> ExpertMap:
     )
 
 
+@UNTIMED
 @given(maps())
 def test_the_chosen_slot_holds_the_expert_and_only_uncovered_experts_have_none(
     expert_map: ExpertMap,
@@ -45,6 +48,7 @@ def test_the_chosen_slot_holds_the_expert_and_only_uncovered_experts_have_none(
                 assert expert_map.placement[layer, rank, slot] == expert
 
 
+@UNTIMED
 @given(maps())
 def test_a_rank_that_holds_an_expert_computes_it_itself(expert_map: ExpertMap) -> None:
     for member in expert_map.members:
@@ -55,6 +59,7 @@ def test_a_rank_that_holds_an_expert_computes_it_itself(expert_map: ExpertMap) -
                 assert choice.rank_LE[layer, expert] == member.rank
 
 
+@UNTIMED
 @given(maps())
 def test_no_holder_serves_two_more_foreign_ranks_than_another(expert_map: ExpertMap) -> None:
     choices = {m.rank: choose_replicas(expert_map, m.rank) for m in expert_map.members}

@@ -1,0 +1,168 @@
+"""A stranger outside the data network reaches neither a rank's listeners nor its memory. Every
+check is made on an unconfined process too, where it must find the hole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gpu_worker.exchange.confine import confined_environment, listeners_of
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = (sys.executable, "-m", "tests.support.exposed_memory")
+LIMIT_S = 60
+KNOCK = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5).close()
+    print("open")
+except ConnectionRefusedError:
+    print("refused")
+"""
+
+
+class Keeper:
+    """A process with registered memory."""
+
+    def __init__(self, host: str, environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [*PROGRAM, "keep", host],
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        place = self._read()
+        self.port = int(place["name"].rpartition(":")[2])
+        self.address = int(place["address"])
+        self.listeners = listeners_of(self._process.pid)
+
+    def is_intact(self) -> bool:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return bool(self._read()["intact"])
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        result: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return result
+
+
+class Network(NamedTuple):
+    namespace: str
+    host: str  # this host's address on the stranger's network
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[Network]:
+    """A network namespace that is joined to this host by a veth pair."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    tag = f"sf{os.getpid() % 100000}"
+    third = os.getpid() % 250
+    near, far = f"10.213.{third}.1", f"10.213.{third}.2"
+    try:
+        for command in (
+            f"ip netns add {tag}",
+            f"ip link add {tag}a type veth peer name {tag}b netns {tag}",
+            f"ip addr add {near}/30 dev {tag}a",
+            f"ip link set {tag}a up",
+            f"ip -n {tag} addr add {far}/30 dev {tag}b",
+            f"ip -n {tag} link set {tag}b up",
+            f"ip -n {tag} link set lo up",
+        ):
+            subprocess.run(command.split(), check=True, capture_output=True, timeout=LIMIT_S)
+        yield Network(tag, near)
+    finally:
+        subprocess.run(["ip", "link", "del", f"{tag}a"], capture_output=True, timeout=LIMIT_S)
+        subprocess.run(["ip", "netns", "del", tag], capture_output=True, timeout=LIMIT_S)
+
+
+def from_outside(network: Network, *command: str) -> str:
+    done = subprocess.run(
+        ["ip", "netns", "exec", network.namespace, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def knock(host: str, port: int) -> list[str]:
+    return [sys.executable, "-c", KNOCK, host, str(port)]
+
+
+def test_a_stranger_finds_every_port_closed_and_the_memory_stays(stranger: Network) -> None:
+    keeper = Keeper("127.0.0.1", confined_environment(os.environ, "127.0.0.1"))
+    try:
+        assert keeper.listeners
+        assert not any(listener.is_wildcard for listener in keeper.listeners)
+        for listener in keeper.listeners:
+            command = knock(stranger.host, listener.port)
+            assert from_outside(stranger, *command) == "refused"
+            here = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+            assert here.stdout.strip() == "refused"
+            assert subprocess.check_output(knock("127.0.0.1", listener.port)).strip() == b"open"
+        place = (stranger.host, str(keeper.port), str(keeper.address))
+        assert json.loads(from_outside(stranger, *PROGRAM, "attack", *place))["status"] < 0
+        assert keeper.is_intact()
+    finally:
+        keeper.stop()
+
+
+def test_without_confinement_the_same_stranger_connects_and_overwrites(stranger: Network) -> None:
+    keeper = Keeper(stranger.host, os.environ)
+    try:
+        for listener in keeper.listeners:
+            assert listener.is_wildcard
+            assert from_outside(stranger, *knock(stranger.host, listener.port)) == "open"
+        assert keeper.is_intact()
+        place = (stranger.host, str(keeper.port), str(keeper.address))
+        assert json.loads(from_outside(stranger, *PROGRAM, "attack", *place))["status"] == 1
+        assert not keeper.is_intact()
+    finally:
+        keeper.stop()
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_a_process_finds_out_by_itself_whether_it_is_confined(confined: bool) -> None:
+    code = (
+        "import os\n"
+        "from gpu_worker.exchange.confine import require_confined\n"
+        "from gpu_worker.exchange.mooncake_engine import Protocols, open_engine\n"
+        "from shared.errors import ConfigError\n"
+        "engine, _ = open_engine('127.0.0.1', Protocols.TCP, '')\n"
+        "try:\n"
+        "    require_confined()\n"
+        "    print('confined', flush=True)\n"
+        "except ConfigError:\n"
+        "    print('exposed', flush=True)\n"
+        "os._exit(0)\n"
+    )
+    environment = confined_environment(os.environ, "127.0.0.1") if confined else os.environ
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.stdout.strip() == ("confined" if confined else "exposed")

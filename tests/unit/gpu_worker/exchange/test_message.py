@@ -1,0 +1,231 @@
+"""A message survives its trip, and nothing else is ever taken for one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from gpu_worker.exchange import packing
+from gpu_worker.exchange.message import (
+    HEADER_WORDS,
+    Header,
+    Layout,
+    Phase,
+    Region,
+    combine_rows,
+    is_of_later_epoch,
+    make_stamp,
+    read_header,
+    regions_of,
+    seal,
+)
+from shared.types import Epoch, Incarnation, Member, RankId, Step
+
+UNTIMED = settings(deadline=None)
+LAYOUT = Layout(hidden_size=6, top_k=3, step_tokens_max=5)
+SENDER = Member(rank=RankId(2), incarnation=Incarnation(9))
+NUM_RANKS, NUM_EXPERTS = 4, 8
+STAMP = make_stamp(Epoch(3), Step(4), 5, Phase.DISPATCH)
+
+
+def fresh_region(phase: Phase = Phase.DISPATCH) -> Region:
+    memory = np.zeros(LAYOUT.area_bytes, dtype=np.uint8)
+    return regions_of(memory, LAYOUT)[2 * phase]
+
+
+def routed(num_tokens: int, seed: int) -> tuple[packing.Routes, NDArray[np.int32]]:
+    rng = np.random.default_rng(seed)
+    experts_TK = rng.integers(0, NUM_EXPERTS, size=(num_tokens, LAYOUT.top_k)).astype(np.int32)
+    rank_E = (np.arange(NUM_EXPERTS, dtype=np.int32) * 7 + seed % 5) % NUM_RANKS
+    slot_E = np.arange(NUM_EXPERTS, dtype=np.int32)
+    r = packing.Routes(NUM_RANKS, LAYOUT.step_tokens_max, LAYOUT.top_k)
+    args = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
+    assert packing.route(experts_TK, rank_E.astype(np.int32), slot_E, *args)
+    return r, experts_TK
+
+
+def written(num_tokens: int, seed: int, rank: int = 1) -> tuple[Region, NDArray[np.float32], int]:
+    r, _ = routed(num_tokens, seed)
+    rng = np.random.default_rng(seed + 1)
+    x_TH = rng.standard_normal((num_tokens, LAYOUT.hidden_size), dtype=np.float32)
+    region = fresh_region()
+    rows, pairs = r.counts_R2[rank].tolist()
+    packing.write_dispatch(
+        region.words, region.floats, x_TH, r.row_RN, r.slot_RN, r.token_RM, rank, rows, pairs
+    )
+    header = Header(num_tokens, rows, pairs, True)
+    return region, x_TH, seal(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER, header)
+
+
+def unpacked(
+    region: Region, header: Header, num_slots: int
+) -> tuple[bool, NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+    x_MH = np.zeros((header.num_rows, LAYOUT.hidden_size), dtype=np.float32)
+    rows_N = np.zeros(header.num_pairs, dtype=np.int32)
+    slots_N = np.zeros(header.num_pairs, dtype=np.int32)
+    ok = packing.read_dispatch(
+        region.words,
+        region.floats,
+        header.num_rows,
+        header.num_pairs,
+        num_slots,
+        x_MH,
+        rows_N,
+        slots_N,
+        0,
+        0,
+    )
+    return bool(ok), x_MH, rows_N, slots_N
+
+
+@UNTIMED
+@given(st.integers(0, LAYOUT.step_tokens_max), st.integers(0, 1000), st.integers(0, 3))
+def test_a_dispatch_arrives_as_it_was_routed(num_tokens: int, seed: int, rank: int) -> None:
+    r, experts_TK = routed(num_tokens, seed)
+    region, x_TH, _ = written(num_tokens, seed, rank)
+    header = read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER)
+    assert header is not None
+    ok, x_MH, rows_N, slots_N = unpacked(region, header, NUM_EXPERTS)
+    assert ok
+    flat_N = r.flat_RN[rank, : header.num_pairs]
+    assert (np.diff(flat_N) > 0).all()
+    for flat, row, slot in zip(flat_N, rows_N, slots_N, strict=True):
+        assert slot == experts_TK.reshape(-1)[flat]  # slot_E is the identity
+        assert (x_MH[row] == x_TH[flat // LAYOUT.top_k]).all()
+    assert header.num_rows == len(set(flat_N // LAYOUT.top_k))
+
+
+@UNTIMED
+@given(st.integers(0, LAYOUT.step_tokens_max), st.integers(0, 1000))
+def test_every_pair_goes_to_exactly_one_rank(num_tokens: int, seed: int) -> None:
+    r, _ = routed(num_tokens, seed)
+    flats = [int(f) for rank in range(NUM_RANKS) for f in r.flat_RN[rank, : r.counts_R2[rank, 1]]]
+    assert sorted(flats) == list(range(num_tokens * LAYOUT.top_k))
+
+
+@pytest.mark.parametrize("expert", [-1, NUM_EXPERTS, 3])
+def test_an_expert_that_no_rank_holds_is_refused(expert: int) -> None:
+    r = packing.Routes(NUM_RANKS, LAYOUT.step_tokens_max, LAYOUT.top_k)
+    rank_E = np.zeros(NUM_EXPERTS, dtype=np.int32)
+    rank_E[3] = -1
+    experts_TK = np.array([[0, 1, expert]], dtype=np.int32)
+    args = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
+    assert not packing.route(experts_TK, rank_E, np.zeros_like(rank_E), *args)
+
+
+@UNTIMED
+@given(st.integers(1, LAYOUT.step_tokens_max), st.integers(0, 1000), st.data())
+def test_a_prefix_of_a_message_is_not_a_message(
+    num_tokens: int, seed: int, data: st.DataObject
+) -> None:
+    whole, _, nbytes = written(num_tokens, seed)
+    arrived = fresh_region()
+    if data.draw(st.booleans()):  # over the remains of an older message
+        arrived.bytes[:] = written(LAYOUT.step_tokens_max, seed + 7)[0].bytes
+        older = make_stamp(Epoch(3), Step(3), 5, Phase.DISPATCH)
+        header = Header(LAYOUT.step_tokens_max, 1, 1, True)
+        seal(arrived, LAYOUT, Phase.DISPATCH, older, SENDER, header)
+        arrived.stamps[nbytes // 8 - 1] = older
+    cut = data.draw(st.integers(0, nbytes - 1))
+    arrived.bytes[:cut] = whole.bytes[:cut]
+    tail_arrived = arrived.stamps[nbytes // 8 - 1] == STAMP
+    assert tail_arrived or read_header(arrived, LAYOUT, Phase.DISPATCH, STAMP, SENDER) is None
+
+
+def test_a_message_of_another_sender_life_step_layer_or_phase_is_not_ours() -> None:
+    region, _, _ = written(3, 0)
+    others = (
+        Member(rank=RankId(2), incarnation=Incarnation(8)),
+        Member(rank=RankId(1), incarnation=Incarnation(9)),
+    )
+    for sender in others:
+        assert read_header(region, LAYOUT, Phase.DISPATCH, STAMP, sender) is None
+    for stamp in (
+        make_stamp(Epoch(4), Step(4), 5, Phase.DISPATCH),
+        make_stamp(Epoch(3), Step(5), 5, Phase.DISPATCH),
+        make_stamp(Epoch(3), Step(4), 6, Phase.DISPATCH),
+        make_stamp(Epoch(3), Step(4), 5, Phase.COMBINE),
+    ):
+        assert read_header(region, LAYOUT, Phase.DISPATCH, stamp, SENDER) is None
+
+
+@UNTIMED
+@given(st.integers(0, 2**32), st.integers(0, 200), st.booleans())
+def test_any_bytes_at_all_are_read_within_bounds(seed: int, num_bytes: int, sealed: bool) -> None:
+    region = fresh_region()
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, size=len(region.bytes), dtype=np.uint8)
+    if num_bytes % 2:
+        noise = np.full(len(region.bytes), 255, dtype=np.uint8)
+    region.bytes[:] = noise
+    if sealed:  # foreign contents between stamps that fit
+        pairs = seed % (LAYOUT.pairs_max + 1)
+        header = Header(LAYOUT.step_tokens_max, min(pairs, 5), pairs, False)
+        seal(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER, header)
+    found = read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER)
+    assert (found is not None) == sealed
+    if found is not None:
+        ok, _, rows_N, slots_N = unpacked(region, found, num_slots=4)
+        if ok:
+            assert ((rows_N >= 0) & (rows_N < found.num_rows)).all()
+            assert ((slots_N >= 0) & (slots_N < 4)).all()
+
+
+@pytest.mark.parametrize("word", [4, 5, 6, 7, 9])  # rank, tokens, rows, pairs, hidden size
+@pytest.mark.parametrize("value", [-1, -(2**31), 2**31 - 1, 1 << 20])
+def test_a_count_out_of_bounds_makes_it_no_message(word: int, value: int) -> None:
+    region, _, _ = written(3, 0)
+    assert read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER) is not None
+    region.words[word] = value
+    assert read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER) is None
+
+
+@pytest.mark.parametrize(("offset", "value"), [(0, 5), (0, -1), (1, 4), (1, -1)])
+def test_a_row_or_slot_that_is_not_there_is_refused(offset: int, value: int) -> None:
+    region, _, _ = written(5, 0)
+    header = read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER)
+    assert header is not None
+    assert header.num_pairs > 0
+    region.words[HEADER_WORDS : HEADER_WORDS + 2 * header.num_pairs] = 0
+    assert unpacked(region, header, num_slots=4)[0]
+    region.words[HEADER_WORDS + offset] = value
+    assert not unpacked(region, header, num_slots=4)[0]
+
+
+@UNTIMED
+@given(st.integers(0, LAYOUT.pairs_max))
+def test_a_combine_arrives_whole(num_rows: int) -> None:
+    region = fresh_region(Phase.COMBINE)
+    y_NH = np.random.default_rng(num_rows).standard_normal((num_rows, 6), dtype=np.float32)
+    combine_rows(region, LAYOUT, num_rows)[:] = y_NH
+    stamp = make_stamp(Epoch(1), Step(0), 0, Phase.COMBINE)
+    header = Header(0, num_rows, num_rows, False)
+    seal(region, LAYOUT, Phase.COMBINE, stamp, SENDER, header)
+    assert read_header(region, LAYOUT, Phase.COMBINE, stamp, SENDER) == header
+    assert (combine_rows(region, LAYOUT, num_rows) == y_NH).all()
+
+
+@UNTIMED
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 500))
+def test_a_stamp_is_positive_and_tells_a_later_epoch(epoch: int, step: int, layer: int) -> None:
+    stamp = make_stamp(Epoch(epoch), Step(step), layer, Phase.COMBINE)
+    assert 0 < stamp < 2**63
+    assert not is_of_later_epoch(stamp, Epoch(epoch))
+    assert not is_of_later_epoch(stamp, Epoch(epoch + 1))
+    if epoch:
+        assert is_of_later_epoch(stamp, Epoch(epoch - 1))
+
+
+def test_the_regions_of_an_area_hold_the_largest_messages_without_overlap() -> None:
+    ends = 4096
+    for index in range(4):
+        offset, size = LAYOUT.region(index)
+        assert offset == ends
+        ends = offset + size
+        phase = Phase(index // 2)
+        rows = LAYOUT.step_tokens_max if phase is Phase.DISPATCH else LAYOUT.pairs_max
+        assert LAYOUT.message_bytes(phase, rows, LAYOUT.pairs_max) <= size
+    assert ends == LAYOUT.area_bytes

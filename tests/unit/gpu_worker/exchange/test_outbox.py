@@ -1,0 +1,157 @@
+"""When an outbox may touch its memory, and what becomes of messages that no write could carry."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_worker.exchange.areas import QUARANTINE_S, Areas
+from gpu_worker.exchange.message import TAIL_BYTES, Layout
+from gpu_worker.exchange.mooncake_engine import Protocols
+from gpu_worker.exchange.outbox import Link, Outbox, Write
+from shared.types import Incarnation, Member, RankId
+
+LAYOUT = Layout(hidden_size=4, top_k=2, step_tokens_max=4)
+PEER = Member(rank=RankId(1), incarnation=Incarnation(1))
+
+
+class ScriptedEngine:
+    """Stands for the network: each write's status is what the test sets."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, int]] = []  # remote address, length
+        self.status: dict[int, int] = {}
+        self.refuses = False
+        self.registered: set[int] = set()
+
+    def register_memory(self, buffer_addr: int, capacity: int) -> int:
+        self.registered.add(buffer_addr)
+        return 0
+
+    def unregister_memory(self, buffer_addr: int, /) -> int:
+        self.registered.remove(buffer_addr)
+        return 0
+
+    def transfer_submit_write(
+        self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int
+    ) -> int:
+        if self.refuses:
+            return 0
+        self.writes.append((peer_buffer_address, length))
+        self.status[len(self.writes)] = 0
+        return len(self.writes)
+
+    def transfer_check_status(self, batch: int, /) -> int:
+        status = self.status[batch]
+        if status != 0:
+            del self.status[batch]  # a terminal answer comes once
+        return status
+
+    def get_rpc_port(self) -> int:
+        return 0
+
+
+def make(
+    engine: ScriptedEngine, generation: int = 1, protocol: Protocols = Protocols.TCP
+) -> Outbox:
+    link = Link(target=PEER, generation=generation, transfer_name="a:1", address=generation << 32)
+    return Outbox(engine, LAYOUT, link, protocol)
+
+
+def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
+    engine = ScriptedEngine()
+    outbox = make(engine)
+    outbox.commit(0, 128)
+    assert outbox.state(0) is Write.PENDING
+    with pytest.raises(AssertionError):
+        outbox.region(0)
+    outbox.region(1)
+    engine.status[1] = 1
+    assert outbox.state(0) is Write.DONE
+    outbox.region(0)
+
+
+def test_a_message_is_one_write_over_tcp() -> None:
+    engine = ScriptedEngine()
+    make(engine).commit(2, 128)
+    assert engine.writes == [((1 << 32) + LAYOUT.region(2)[0], 128)]
+
+
+def test_over_rdma_the_tail_goes_only_after_the_payload_has_arrived() -> None:
+    engine = ScriptedEngine()
+    outbox = make(engine, protocol=Protocols.RDMA)
+    start = (1 << 32) + LAYOUT.region(0)[0]
+    outbox.commit(0, 128)
+    assert outbox.progress()
+    assert engine.writes == [(start, 128 - TAIL_BYTES)]
+    engine.status[1] = 1
+    assert outbox.progress()
+    assert engine.writes[1:] == [(start + 128 - TAIL_BYTES, TAIL_BYTES)]
+    engine.status[2] = 1
+    assert not outbox.progress()
+    assert outbox.state(0) is Write.DONE
+
+
+@pytest.mark.parametrize("status", [-1, -2])
+def test_a_failed_write_is_not_tried_again_and_its_message_goes_over_the_next_link(
+    status: int,
+) -> None:
+    engine = ScriptedEngine()
+    old = make(engine)
+    old.region(0).bytes[:128] = 5
+    old.commit(0, 128)
+    engine.status[1] = status
+    assert old.state(0) is Write.FAILED
+    assert old.broken
+    old.region(3).bytes[:64] = 6
+    old.commit(3, 64)
+    assert len(engine.writes) == 1
+    new = make(engine, generation=2)
+    new.take_over(old)
+    starts = [(2 << 32) + LAYOUT.region(index)[0] for index in (0, 3)]
+    assert engine.writes[1:] == [(starts[0], 128), (starts[1], 64)]
+
+
+def test_a_write_that_cannot_start_breaks_the_outbox() -> None:
+    engine = ScriptedEngine()
+    engine.refuses = True
+    outbox = make(engine)
+    outbox.commit(0, 128)
+    assert outbox.broken
+    assert outbox.state(0) is Write.FAILED
+
+
+def test_memory_that_a_write_may_still_read_is_never_released() -> None:
+    engine = ScriptedEngine()
+    outbox = make(engine)
+    outbox.commit(0, 128)
+    assert not outbox.release()
+    engine.status[1] = -2
+    assert not outbox.release()
+    assert engine.registered
+
+
+def test_memory_is_released_when_all_writes_have_ended() -> None:
+    engine = ScriptedEngine()
+    outbox = make(engine)
+    outbox.commit(0, 128)
+    engine.status[1] = 1
+    assert outbox.release()
+    assert not engine.registered
+
+
+def test_no_area_is_given_twice_and_none_released_before_its_quarantine() -> None:
+    engine = ScriptedEngine()
+    areas = Areas(engine, LAYOUT)
+    first = areas.give(PEER, 1)
+    assert areas.give(PEER, 1) is first
+    second = areas.give(PEER, 2)
+    assert second.address != first.address
+    with pytest.raises(ValueError, match="generation"):
+        areas.give(PEER, 1)
+    assert areas.of(PEER) == (second, first)
+    areas.retire(PEER, now=100.0)
+    assert areas.of(PEER) == ()
+    areas.sweep(100.0 + QUARANTINE_S - 1)
+    assert engine.registered == {first.address, second.address}
+    areas.sweep(100.0 + QUARANTINE_S)
+    assert not engine.registered
