@@ -1,0 +1,118 @@
+"""`python -m gpu_worker.agent`: the wiring of a node agent."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_worker.agent.config import AgentConfig
+from gpu_worker.agent.driver import AgentDriver, RankSetup, watch_lifeline
+from gpu_worker.agent.obituary import Obituary
+from gpu_worker.agent.presence import Presence
+from gpu_worker.agent.rank_list import parse_ranks
+from gpu_worker.agent.rank_lives import RankLives
+from gpu_worker.agent.rank_process import RankCommand
+from gpu_worker.agent.respawn_policy import RespawnPolicy
+from gpu_worker.exchange.confine import confined_environment
+from shared.clock import SystemClock
+from shared.config import add_flags, load_config
+from shared.errors import StarfishError
+from shared.etcd_store import EtcdStore
+from shared.keys import Keys
+from shared.logs import configure_logs
+from shared.records import AgentRecord
+from shared.types import NodeId
+
+_LIFELINE_GRACE_S = 1.0
+
+
+def main() -> int:
+    try:
+        config, rank_flags = parse(sys.argv[1:])
+        configure_logs(
+            service="agent", level=config.log_level, json=config.log_json, node=config.node_name
+        )
+        setup = RankSetup(
+            command=rank_command(config, rank_flags),
+            environment=confined_environment(os.environ, config.data_host),
+            log_dir=config.log_dir,
+            lease_ttl_s=config.lease_ttl_s,
+            stop_grace_s=config.stop_grace_s,
+        )
+        asyncio.run(run_agent(config, setup))
+    except (StarfishError, OSError) as error:
+        print(f"starfish agent: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
+    """The agent's own configuration, and what stands after `--`. Raises ConfigError."""
+    own, rank_flags = list(arguments), []
+    if "--" in own:
+        split = own.index("--")
+        own, rank_flags = own[:split], own[split + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_worker.agent",
+        description="Starts a host's ranks and tells etcd at once when one exits. What stands "
+        "after -- goes to every rank.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [agent]")
+    add_flags(parser, AgentConfig)
+    flags = vars(parser.parse_args(own))
+    config = load_config(
+        AgentConfig, section="agent", file=flags.pop("config"), environ=os.environ, flags=flags
+    )
+    config.check()
+    return config, tuple(rank_flags)
+
+
+def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
+    model = () if config.model is None else ("--model", str(config.model))
+    logs = ("--log-level", config.log_level, *(("--log-json",) if config.log_json else ()))
+    hosts = ("--control-host", config.control_host, "--data-host", config.data_host)
+    ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
+    return RankCommand(
+        node=NodeId(config.node_name),
+        etcd=config.etcd,
+        instance=config.instance,
+        lifeline_fd=config.lifeline_fd,
+        more=(*model, *hosts, *ttl, *logs, *rank_flags),
+    )
+
+
+async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
+    """Until SIGTERM, SIGINT, or the end of the lifeline."""
+    clock, keys, node = SystemClock(), Keys(config.instance), setup.command.node
+    ranks = parse_ranks(config.ranks)
+    if setup.log_dir is not None:
+        setup.log_dir.mkdir(parents=True, exist_ok=True)
+    store = EtcdStore(config.etcd.split(","))
+    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
+    driver = AgentDriver(
+        store=store,
+        keys=keys,
+        lives=RankLives(ranks, RespawnPolicy(), random.Random(), clock.now()),
+        presence=Presence(store, keys, record, config.lease_ttl_s),
+        obituary=Obituary(store, keys, node, clock),
+        setup=setup,
+        clock=clock,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, driver.stop)
+    if config.lifeline_fd >= 0:
+        watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
+    try:
+        await driver.run()
+    finally:
+        await store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What etcd must hold before a rank's process may start: its next incarnation number and a lease,
+kept alive until the rank has registered and keeps it alive itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import structlog
+
+from gpu_worker.agent.rank_lives import Life
+from shared.errors import LeaseLost, StoreUnavailable, TxnConflict
+from shared.keys import Keys
+from shared.store import Compare, Put, Store
+from shared.types import Incarnation, Member, RankId
+
+log = structlog.get_logger()
+
+_CONFLICTS_MAX = 10
+_REGISTER_TIMEOUT_S = 180.0
+
+
+async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnation:
+    """Counts up in etcd: a number is never given twice, whoever asks. Raises StoreUnavailable, and
+    TxnConflict where others kept counting at the same time."""
+    key = keys.incarnation_counter(rank)
+    for attempt in range(_CONFLICTS_MAX):
+        known = await store.get(key)
+        number = 1 if known is None else int(known.value) + 1
+        revision = 0 if known is None else known.mod_revision
+        with contextlib.suppress(TxnConflict):
+            await store.txn(
+                [Compare(key=key, mod_revision=revision)],
+                [Put(key=key, value=str(number).encode())],
+            )
+            return Incarnation(number)
+        log.info("incarnation_conflict", rank=rank, attempt=attempt)
+    raise TxnConflict(f"{key} kept changing")
+
+
+async def nurse_lease(store: Store, keys: Keys, life: Life, lease_ttl_s: float) -> None:
+    """Reading a model may take longer than a lease lasts. Ends once the rank's record stands, and
+    gives up on a rank that never gets there."""
+    key = keys.rank(life.member.rank, life.member.incarnation)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(contextlib.suppress(LeaseLost, TimeoutError))
+        await stack.enter_async_context(asyncio.timeout(_REGISTER_TIMEOUT_S))
+        while True:
+            await asyncio.sleep(lease_ttl_s / 3)
+            with contextlib.suppress(StoreUnavailable):
+                await store.keep_alive(life.lease_id)
+                if await store.get(key) is not None:
+                    return
+
+
+async def new_life(
+    store: Store, keys: Keys, rank: RankId, lease_ttl_s: float
+) -> tuple[Member, int]:
+    """Raises StoreError."""
+    incarnation = await next_incarnation(store, keys, rank)
+    return Member(rank=rank, incarnation=incarnation), await store.grant_lease(lease_ttl_s)

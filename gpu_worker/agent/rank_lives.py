@@ -1,0 +1,192 @@
+"""Where each rank of this node stands between two lives, and what to do next. Pure: events and
+`now` in, actions out; processes and etcd are the driver's.
+
+A rank waits until it is due, is started (incarnation, lease, process: three steps of the driver,
+any of which may fail), runs until its process exits, is buried (lease revoked), and waits again for
+as long as the respawn policy says. Stopping is one way: nothing leaves STOPPED.
+
+    phase     event         next      action
+    waiting   due           starting  Spawn
+    waiting   adopted       running   –
+    waiting   stop          stopped   –
+    starting  spawned       running   –
+    starting  spawn_failed  waiting   –
+    starting  stop          stopping  –
+    running   exited        waiting   Bury
+    running   stop          stopping  Terminate
+    stopping  spawned       stopping  Terminate
+    stopping  spawn_failed  stopped   –
+    stopping  exited        stopped   Bury
+    stopping  stop          stopping  –
+    stopped   stop          stopped   –
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from gpu_worker.agent.respawn_policy import RespawnPolicy
+from shared.types import Member, RankId
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class Event(Enum):
+    DUE = "due"
+    ADOPTED = "adopted"
+    SPAWNED = "spawned"
+    SPAWN_FAILED = "spawn_failed"
+    EXITED = "exited"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """A running process of a rank, and the lease that stands for it."""
+
+    member: Member
+    lease_id: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawn:
+    rank: RankId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bury:
+    """The process is gone: revoke its lease now."""
+
+    life: Life
+    exit_code: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminate:
+    life: Life
+
+
+Action = Spawn | Bury | Terminate
+
+TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
+    (Phase.WAITING, Event.DUE): Phase.STARTING,
+    (Phase.WAITING, Event.ADOPTED): Phase.RUNNING,
+    (Phase.WAITING, Event.STOP): Phase.STOPPED,
+    (Phase.STARTING, Event.SPAWNED): Phase.RUNNING,
+    (Phase.STARTING, Event.SPAWN_FAILED): Phase.WAITING,
+    (Phase.STARTING, Event.STOP): Phase.STOPPING,
+    (Phase.RUNNING, Event.EXITED): Phase.WAITING,
+    (Phase.RUNNING, Event.STOP): Phase.STOPPING,
+    (Phase.STOPPING, Event.SPAWNED): Phase.STOPPING,
+    (Phase.STOPPING, Event.SPAWN_FAILED): Phase.STOPPED,
+    (Phase.STOPPING, Event.EXITED): Phase.STOPPED,
+    (Phase.STOPPING, Event.STOP): Phase.STOPPING,
+    (Phase.STOPPED, Event.STOP): Phase.STOPPED,
+}
+
+
+@dataclass(slots=True)
+class _Rank:
+    due_at: float
+    phase: Phase = Phase.WAITING
+    life: Life | None = None
+    running_since: float = 0.0
+    failures: int = 0
+
+
+class RankLives:
+    """All ranks of one node. An event that the table does not have is a bug of the driver."""
+
+    def __init__(
+        self, ranks: Iterable[RankId], policy: RespawnPolicy, rng: random.Random, now: float
+    ) -> None:
+        self._policy = policy
+        self._rng = rng
+        self._ranks = {rank: _Rank(due_at=now) for rank in ranks}
+
+    @property
+    def all_stopped(self) -> bool:
+        return all(rank.phase is Phase.STOPPED for rank in self._ranks.values())
+
+    def owns(self, rank: RankId) -> bool:
+        return rank in self._ranks
+
+    def phase_of(self, rank: RankId) -> Phase:
+        return self._ranks[rank].phase
+
+    def running(self) -> list[Life]:
+        return [rank.life for rank in self._ranks.values() if rank.life is not None]
+
+    def next_due_at(self) -> float | None:
+        """When `due` will have something to do; None where no rank waits."""
+        return min(
+            (rank.due_at for rank in self._ranks.values() if rank.phase is Phase.WAITING),
+            default=None,
+        )
+
+    def due(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for rank_id, rank in self._ranks.items():
+            if rank.phase is Phase.WAITING and rank.due_at <= now:
+                self._move(rank, Event.DUE)
+                actions.append(Spawn(rank=rank_id))
+        return actions
+
+    def adopted(self, life: Life, now: float) -> list[Action]:
+        """A process of an earlier agent that still runs."""
+        return self._lives(life, Event.ADOPTED, now)
+
+    def spawned(self, life: Life, now: float) -> list[Action]:
+        return self._lives(life, Event.SPAWNED, now)
+
+    def spawn_failed(self, rank_id: RankId, now: float) -> list[Action]:
+        rank = self._ranks[rank_id]
+        self._move(rank, Event.SPAWN_FAILED)
+        self._wait(rank, lived_s=0.0, exit_code=None, now=now)
+        return []
+
+    def exited(self, rank_id: RankId, exit_code: int | None, now: float) -> list[Action]:
+        """`exit_code` is None for an adopted process, whose parent was another."""
+        rank = self._ranks[rank_id]
+        self._move(rank, Event.EXITED)
+        assert rank.life is not None
+        life, rank.life = rank.life, None
+        self._wait(rank, lived_s=now - rank.running_since, exit_code=exit_code, now=now)
+        return [Bury(life=life, exit_code=exit_code)]
+
+    def stop(self) -> list[Action]:
+        actions: list[Action] = []
+        for rank in self._ranks.values():
+            was_running = rank.phase is Phase.RUNNING
+            self._move(rank, Event.STOP)
+            if was_running and rank.life is not None:
+                actions.append(Terminate(life=rank.life))
+        return actions
+
+    def _lives(self, life: Life, event: Event, now: float) -> list[Action]:
+        rank = self._ranks[life.member.rank]
+        self._move(rank, event)
+        rank.life, rank.running_since = life, now
+        return [Terminate(life=life)] if rank.phase is Phase.STOPPING else []
+
+    def _wait(self, rank: _Rank, *, lived_s: float, exit_code: int | None, now: float) -> None:
+        rank.failures = self._policy.failures_after(
+            rank.failures, lived_s=lived_s, exit_code=exit_code
+        )
+        rank.due_at = now + self._policy.delay_s(
+            rank.failures, exit_code=exit_code, jitter=self._rng.random()
+        )
+
+    @staticmethod
+    def _move(rank: _Rank, event: Event) -> None:
+        rank.phase = TRANSITIONS[rank.phase, event]

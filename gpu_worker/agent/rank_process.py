@@ -1,0 +1,148 @@
+"""Processes of ranks: how one is started, found again by a later agent, watched by a pidfd, and
+signalled without ever hitting a stranger that got its pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_worker.agent.rank_lives import Life
+from shared.types import Incarnation, Member, NodeId, RankId
+
+_MODULE = "gpu_worker"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankCommand:
+    """The command line of this node's ranks, but for what differs from life to life."""
+
+    node: NodeId
+    etcd: str
+    instance: str
+    lifeline_fd: int
+    more: tuple[str, ...]
+    program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
+
+    def argv(self, member: Member, lease_id: int) -> list[str]:
+        return [
+            *self.program,
+            *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
+            *("--lease-id", str(lease_id), "--node", self.node),
+            *("--etcd", self.etcd, "--instance", self.instance),
+            *("--lifeline-fd", str(self.lifeline_fd)),
+            *self.more,
+        ]
+
+    def life_of(self, pid: int, argv: Sequence[str]) -> Life | None:
+        """The life that a process with this command line is, if it is one of this node's ranks."""
+        if tuple(argv[1 : len(self.program)]) != self.program[1:]:
+            return None
+        flags = dict(zip(argv[len(self.program) :], argv[len(self.program) + 1 :], strict=False))
+        if flags.get("--node") != self.node or flags.get("--instance") != self.instance:
+            return None
+        if flags.get("--etcd") != self.etcd:
+            return None
+        try:
+            member = Member(
+                rank=RankId(int(flags["--rank"])),
+                incarnation=Incarnation(int(flags["--incarnation"])),
+            )
+            return Life(member=member, lease_id=int(flags["--lease-id"]), pid=pid)
+        except (KeyError, ValueError):
+            return None
+
+
+class RankProcess:
+    """One process, held by its pidfd: `fileno()` becomes readable when it has exited."""
+
+    def __init__(self, pid: int, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        self._child = child
+
+    def fileno(self) -> int:
+        return self._pidfd
+
+    def exit_code(self) -> int | None:
+        """Of a process that has exited; negative for a signal, None where it was adopted."""
+        return self._child.wait() if self._child is not None else None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int],
+    log_path: Path | None,
+) -> RankProcess:
+    """Raises OSError. Its own session: a terminal's Ctrl-C is for the agent's parent, which stops
+    things in order."""
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log or sys.stderr,
+            stderr=log,
+            env=dict(environment),
+            pass_fds=[fd for fd in pass_fds if fd >= 0],
+            start_new_session=True,
+        )
+    return RankProcess(child.pid, os.pidfd_open(child.pid), child)
+
+
+def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:
+    """Ranks of this node that an earlier agent has left running, newest incarnation first. The
+    process table is the truth: it knows those, too, that have not registered yet."""
+    found: list[tuple[Life, RankProcess]] = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        process = _open(int(entry.name))
+        if process is None:
+            continue
+        # Read after the pidfd is open, the command line is that of the process it holds.
+        life = command.life_of(process.pid, _own_command_line(entry))
+        if life is None or _has_exited(process):
+            process.close()
+        else:
+            found.append((life, process))
+    found.sort(key=lambda pair: pair[0].member.incarnation, reverse=True)
+    return iter(found)
+
+
+def _open(pid: int) -> RankProcess | None:
+    try:
+        return RankProcess(pid, os.pidfd_open(pid), None)
+    except OSError:
+        return None
+
+
+def _own_command_line(entry: Path) -> list[str]:
+    """Empty for other users' processes: nobody can pass for a rank by its arguments alone."""
+    try:
+        if entry.stat().st_uid != os.geteuid():
+            return []
+        return (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _has_exited(process: RankProcess) -> bool:
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(0))

@@ -1,0 +1,217 @@
+"""The node agent with real processes, real signals and a real etcd: how lives begin and end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shared.embedded_etcd import embedded_etcd
+from shared.etcd_store import EtcdStore, connect_store
+from shared.keys import Keys
+from shared.records import AgentRecord, RankRecord, Suspicion, unpack_record
+from shared.types import NodeId, RankId, SuspicionReason
+
+TOY_AGENT = Path(__file__).parents[1] / "support" / "toy_agent.py"
+ROOT = Path(__file__).parents[2]
+WAIT_S = 30.0
+Agent = asyncio.subprocess.Process
+
+
+class Node:
+    """One node's agents, one after the other, and what etcd says of its ranks."""
+
+    def __init__(self, folder: Path, endpoint: str, store: EtcdStore) -> None:
+        self.folder, self.endpoint, self.store = folder, endpoint, store
+        self.keys = Keys(uuid.uuid4().hex[:12])
+        self.pids: set[int] = set()
+        self.agents: list[Agent] = []
+
+    async def start(self, *flags: str, toy: str = "obedient", fds: tuple[int, ...] = ()) -> Agent:
+        with (self.folder / "agent.log").open("ab") as log:
+            agent = await asyncio.create_subprocess_exec(
+                *(sys.executable, str(TOY_AGENT), "--node", "n", "--etcd", self.endpoint),
+                *("--instance", self.keys.instance, "--log-dir", str(self.folder), *flags),
+                *("--", "--toy", toy),
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                pass_fds=fds,
+            )
+        self.agents.append(agent)
+        return agent
+
+    async def records(self) -> dict[int, RankRecord]:
+        found = (await self.store.get_prefix(self.keys.ranks)).values
+        records = [unpack_record(kv.value, RankRecord) for kv in found]
+        self.pids |= {record.pid for record in records}
+        return {record.rank: record for record in records}
+
+    async def until(
+        self, true_of: Callable[[dict[int, RankRecord]], bool]
+    ) -> dict[int, RankRecord]:
+        found: dict[int, RankRecord] = {}
+
+        async def holds() -> bool:
+            nonlocal found
+            found = await self.records()
+            return true_of(found)
+
+        await until(holds)
+        return found
+
+    def alive(self) -> set[int]:
+        return {pid for pid in self.pids if is_running(pid)}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def ended(agent: Agent) -> int:
+    async with asyncio.timeout(WAIT_S):
+        return await agent.wait()
+
+
+@asynccontextmanager
+async def node_of(folder: Path, endpoint: str) -> AsyncIterator[Node]:
+    store = await connect_store([endpoint])
+    node = Node(folder, endpoint, store)
+    try:
+        yield node
+    finally:
+        await store.close()
+        for pid in node.alive() | {agent.pid for agent in node.agents if agent.returncode is None}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+async def node(tmp_path: Path, etcd: str) -> AsyncIterator[Node]:
+    async with node_of(tmp_path, etcd) as running:
+        yield running
+
+
+async def test_each_rank_gets_a_life_and_a_stop_leaves_nothing(node: Node) -> None:
+    agent = await node.start("--ranks", "0-1")
+    records = await node.until(lambda records: len(records) == 2)
+    assert {r.incarnation for r in records.values()} == {1}
+    told = await node.store.get(node.keys.agent(NodeId("n")))
+    assert told is not None
+    assert unpack_record(told.value, AgentRecord) == AgentRecord(
+        node=NodeId("n"), pid=agent.pid, ranks=(RankId(0), RankId(1))
+    )
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+    assert node.alive() == set()
+    left = [kv.key for kv in (await node.store.get_prefix(node.keys.root)).values]
+    assert left == [node.keys.incarnation_counter(RankId(r)) for r in (0, 1)]
+
+
+async def test_a_killed_rank_is_told_of_and_lives_again(node: Node) -> None:
+    agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "60")
+    before = await node.until(lambda records: len(records) == 2)
+    watch = node.store.watch(node.keys.ranks)
+    await anext(watch)
+    os.kill(before[1].pid, signal.SIGKILL)
+    async with asyncio.timeout(WAIT_S):  # far less than the lease would have lasted
+        event = await anext(watch)
+    assert (event.key, event.value) == (node.keys.rank(RankId(1), before[1].incarnation), None)
+    await watch.aclose()
+    after = await node.until(lambda records: len(records) == 2 and records[1] != before[1])
+    assert after[1].incarnation == 2
+    assert after[0] == before[0]
+    (kv,) = (await node.store.get_prefix(node.keys.suspicions)).values
+    said = unpack_record(kv.value, Suspicion)
+    assert (said.rank, said.incarnation, said.reason) == (1, 1, SuspicionReason.EXIT)
+    assert said.detail == "killed by SIGKILL"
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_a_fenced_rank_is_started_again_and_again_without_pause(node: Node) -> None:
+    agent = await node.start("--ranks", "3", toy="exit-75")
+    counter = node.keys.incarnation_counter(RankId(3))
+
+    async def many_lives() -> bool:
+        known = await node.store.get(counter)
+        return known is not None and int(known.value) >= 4
+
+    await until(many_lives)
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_a_rank_deaf_to_sigterm_is_killed_after_the_grace_time(node: Node) -> None:
+    agent = await node.start("--ranks", "0", "--stop-grace-s", "0.3", toy="deaf")
+    await node.until(lambda records: len(records) == 1)
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+    assert node.alive() == set()
+
+
+async def test_a_new_agent_adopts_the_ranks_of_a_killed_one(node: Node) -> None:
+    first = await node.start("--ranks", "0-1", "--lease-ttl-s", "60")
+    before = await node.until(lambda records: len(records) == 2)
+    first.kill()
+    await ended(first)
+    os.kill(before[0].pid, signal.SIGKILL)  # while nobody watches
+    second = await node.start("--ranks", "0-1", "--lease-ttl-s", "60")
+    after = await node.until(
+        lambda records: len(records) == 2 and records[0].incarnation > before[0].incarnation
+    )
+    assert after[1] == before[1]
+    os.kill(after[1].pid, signal.SIGKILL)  # an adopted life's end is seen as well
+    again = await node.until(lambda records: 1 in records and records[1].incarnation == 2)
+    assert again[0] == after[0]
+    second.send_signal(signal.SIGTERM)
+    assert await ended(second) == 0
+    assert node.alive() == set()
+
+
+@pytest.mark.parametrize("toy", ["obedient", "deaf"])
+async def test_the_end_of_the_lifeline_ends_the_agent_and_its_ranks(node: Node, toy: str) -> None:
+    read_end, write_end = os.pipe()
+    agent = await node.start(
+        "--ranks", "0-1", "--lifeline-fd", str(read_end), toy=toy, fds=(read_end,)
+    )
+    os.close(read_end)
+    await node.until(lambda records: len(records) == 2)
+    os.close(write_end)
+    assert await ended(agent) == 0
+    assert node.alive() == set()
+
+
+async def test_with_etcd_away_ranks_run_on_and_deaths_are_told_later(tmp_path: Path) -> None:
+    async with (
+        embedded_etcd(tmp_path / "etcd") as etcd,
+        node_of(tmp_path, etcd.endpoint) as node,
+    ):
+        agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "60")
+        before = await node.until(lambda records: len(records) == 2)
+        await etcd.kill()
+        os.kill(before[1].pid, signal.SIGKILL)
+        await until(lambda: asyncio.to_thread(lambda: not is_running(before[1].pid)))
+        assert is_running(before[0].pid)
+        await etcd.start()
+        after = await node.until(lambda records: len(records) == 2 and records[1].incarnation > 1)
+        assert after[0] == before[0]
+        agent.send_signal(signal.SIGTERM)
+        assert await ended(agent) == 0

@@ -1,0 +1,36 @@
+"""The real node agent, with `toy_rank.py` for its ranks. Takes the agent's own flags."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from gpu_worker.agent.__main__ import parse, rank_command, run_agent
+from gpu_worker.agent.driver import RankSetup
+from shared.logs import configure_logs
+
+TOY_RANK = Path(__file__).with_name("toy_rank.py")
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    config, rank_flags = parse(sys.argv[1:])
+    configure_logs(service="agent", json=True)
+    command = dataclasses.replace(
+        rank_command(config, rank_flags), program=(sys.executable, str(TOY_RANK))
+    )
+    setup = RankSetup(
+        command=command,
+        environment={**os.environ, "PYTHONPATH": str(ROOT)},
+        log_dir=config.log_dir,
+        lease_ttl_s=config.lease_ttl_s,
+        stop_grace_s=config.stop_grace_s,
+    )
+    asyncio.run(run_agent(config, setup))
+
+
+if __name__ == "__main__":
+    main()
