@@ -40,8 +40,9 @@ from gpu_worker.engine.mailbox import (
 )
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.sampler import sample
-from gpu_worker.engine.scheduler import Scheduler, StepPlan
+from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Origin
+from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.exchange.seam import Exchange
 from gpu_worker.step_batch import Forward, Model
 from shared.clock import Clock

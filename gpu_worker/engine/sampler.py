@@ -53,6 +53,18 @@ def sample(logits_RV: NDArray[np.float32], draws: Sequence[Draw]) -> list[int]:
     return ids
 
 
+def nucleus(weights_C: NDArray[np.float64], p: float) -> NDArray[np.intp]:
+    """Indices, rising, of the fewest largest weights whose share reaches p; at least one."""
+    p = max(p, 0.0)
+    total = weights_C.sum()
+    # Whatever is below this sums to less than (1 - p) of the total: it need not be sorted.
+    large = weights_C[weights_C >= (1 - p) * total / len(weights_C)]
+    falling = np.sort(large)[::-1]
+    reached = int(np.searchsorted(np.cumsum(falling), p * total, side="left"))
+    count = min(reached + 1, len(falling))
+    return _at_least(weights_C, falling[count - 1], count)
+
+
 def _mix64(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -76,7 +88,7 @@ def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
     ids_C = _top_k(x_V, sampling.top_k)
     weights_C = np.exp(x_V if ids_C is None else x_V[ids_C])
     if sampling.top_p < 1.0:
-        kept = _top_p(weights_C, sampling.top_p)
+        kept = nucleus(weights_C, sampling.top_p)
         ids_C = kept if ids_C is None else ids_C[kept]
         weights_C = weights_C[kept]
     choice = _invert_cdf(weights_C, uniform(sampling.seed, draw.position))
@@ -88,14 +100,6 @@ def _top_k(x_V: NDArray[np.float64], k: int) -> NDArray[np.intp] | None:
     if not 0 < k < len(x_V):
         return None
     return _at_least(x_V, np.partition(x_V, len(x_V) - k)[len(x_V) - k], k)
-
-
-def _top_p(weights_C: NDArray[np.float64], p: float) -> NDArray[np.intp]:
-    """Indices, rising, of the fewest largest weights whose share reaches p; at least one."""
-    falling = np.sort(weights_C)[::-1]
-    share = np.cumsum(falling)
-    count = min(int(np.searchsorted(share, p * share[-1], side="left")) + 1, len(falling))
-    return _at_least(weights_C, falling[count - 1], count)
 
 
 def _at_least(values: NDArray[np.float64], edge: float, count: int) -> NDArray[np.intp]:

@@ -29,12 +29,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.sampler import NO_TOKEN, Draw
+from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import NO_ROW, Origin, Sequence, SequenceState
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.engine.step_plan import Chunk, StepPlan, build_plan
 from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import Load, SessionTokens, Submit
 
@@ -58,25 +56,6 @@ class SchedulerLimits:
     @property
     def tokens_max(self) -> int:
         return min(self.context_tokens_max, self.kv_blocks * self.kv_block_tokens)
-
-
-class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a sequence."""
-
-    sequence: Sequence
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """`draws[i]` and `sampled[i]` belong to row i of the wanted logits."""
-
-    batch: StepBatch
-    chunks: tuple[Chunk, ...]
-    sampled: tuple[Sequence, ...]
-    draws: tuple[Draw, ...]
-    grown: tuple[Sequence, ...]  # got one more block for this step
-    admitted: tuple[Sequence, ...]  # in order of priority
 
 
 class Committed(NamedTuple):
@@ -171,7 +150,7 @@ class Scheduler:
         while budget > 0 and not preempted and self._admits_next():
             admitted.append(self._admit_next())
             budget -= self._add_prefill(chunks, admitted[-1], budget)
-        self._plan = self._build_plan(chunks, grown, admitted)
+        self._plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
         return self._plan
 
     def commit(self, plan: StepPlan, sampled_ids: Iterable[int]) -> Committed:
@@ -289,40 +268,6 @@ class Scheduler:
         sequence.state = SequenceState.ENDED
         del self._sequences[sequence.session]
         self._num_tokens -= len(sequence.tokens)
-
-    def _build_plan(
-        self, chunks: list[Chunk], grown: list[Sequence], admitted: list[Sequence]
-    ) -> StepPlan:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        wanted: list[int] = []
-        sampled: list[Sequence] = []
-        for sequence, num_tokens in chunks:
-            begin = sequence.num_computed
-            end = begin + num_tokens
-            token_ids += sequence.tokens[begin:end]
-            positions += range(begin, end)
-            rows.append(sequence.row)
-            if end == len(sequence.tokens):
-                wanted.append(len(token_ids) - 1)
-                sampled.append(sequence)
-        index_S = np.arange(len(chunks), dtype=np.int32)
-        batch = StepBatch(
-            token_ids_T=np.array(token_ids, dtype=np.int32),
-            position_T=np.array(positions, dtype=np.int32),
-            sequence_T=np.repeat(index_S, [c.num_tokens for c in chunks]),
-            block_tables_SB=self._kv.tables(rows),
-            logits_rows_R=np.array(wanted, dtype=np.int32),
-        )
-        return StepPlan(
-            batch=batch,
-            chunks=tuple(chunks),
-            sampled=tuple(sampled),
-            draws=tuple(Draw(s.sampling, len(s.tokens), s.banned_ids) for s in sampled),
-            grown=tuple(grown),
-            admitted=tuple(admitted),
-        )
 
 
 def _priority(sequence: Sequence) -> tuple[bool, int]:

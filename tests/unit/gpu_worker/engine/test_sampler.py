@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.engine.sampler import NO_TOKEN, Draw, sample, uniform
+from gpu_worker.engine.sampler import NO_TOKEN, Draw, nucleus, sample, uniform
 from shared.types import SamplingParams
 
 
@@ -60,6 +60,17 @@ def test_a_nucleus_of_equals_takes_the_lowest_ids() -> None:
     seen = {sample(logits, [draw(position, top_p=0.9)])[0] for position in range(1500)}
     assert max(seen) <= 2700
     assert max(seen) > 2500
+
+
+@pytest.mark.parametrize("p", [-1.0, 0.0, 0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_the_nucleus_is_that_of_a_plain_sort(p: float, sharpness: float) -> None:
+    for row in noise(10, 200, seed=3) * sharpness:
+        weights = np.exp(row.astype(np.float64) - row.max())
+        order = np.argsort(-weights, kind="stable")
+        before = np.cumsum(weights[order]) - weights[order]
+        count = max(1, int((before < p * weights.sum() - 1e-9).sum()))
+        assert nucleus(weights, p).tolist() == sorted(order[:count].tolist())
 
 
 def test_top_k_as_wide_as_the_vocabulary_changes_nothing() -> None:
