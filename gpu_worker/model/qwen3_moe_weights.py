@@ -65,10 +65,11 @@ def read_sizes(spec: ModelSpec) -> Qwen3MoeSizes:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json: missing or malformed {error}") from error
-    if sizes.num_heads % sizes.num_kv_heads or sizes.head_dim % 2:
+    if min(num_heads, sizes.num_kv_heads, sizes.head_dim) < 1 or sizes.head_dim % 2:
+        raise CheckpointError("config.json: head counts must be positive and head_dim even")
+    if num_heads % sizes.num_kv_heads:
         raise CheckpointError(
-            "config.json: num_attention_heads must be a multiple of num_key_value_heads, and "
-            "head_dim must be even"
+            "config.json: num_attention_heads must be a multiple of num_key_value_heads"
         )
     return sizes
 
