@@ -1,0 +1,87 @@
+"""`python -m gateway`: reads the configuration, opens the port, reaches etcd, runs the gateway."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvloop
+
+from gateway.config import GatewayConfig
+from gateway.service import Surroundings, run_gateway
+from shared.clock import SystemClock
+from shared.config import add_flags, load_config
+from shared.errors import ConfigError, StarfishError
+from shared.etcd_store import connect_store
+from shared.logs import configure_logs
+
+_ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
+/v1/completions, /v1/models), /health and /metrics. It finds the ranks through etcd, sends each
+request to a live one, and moves it to another, from the next token on, when that one dies. It keeps
+no state: run as many as you like."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m gateway", description=_ABOUT)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a [gateway]")
+    add_flags(parser, GatewayConfig)
+    flags = vars(parser.parse_args())
+    try:
+        config = load_config(
+            GatewayConfig,
+            section="gateway",
+            file=flags.pop("config"),
+            environ=os.environ,
+            flags=flags,
+        )
+        config.check()
+        configure_logs(service="gateway", level=config.log_level, json=config.log_json)
+        with _listen(config.host, config.port) as listener:
+            uvloop.run(_run(config, listener))
+    except* StarfishError as group:
+        sys.exit(f"gateway: {_first(group)}")
+    except* KeyboardInterrupt:
+        sys.exit(130)
+
+
+async def _run(config: GatewayConfig, listener: socket.socket) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if config.lifeline_fd >= 0:
+        loop.add_reader(config.lifeline_fd, stop.set)
+    store = await connect_store([part for part in config.etcd.split(",") if part])
+    try:
+        await run_gateway(
+            config,
+            Surroundings(store=store, clock=SystemClock(), listener=listener, stop=stop),
+        )
+    finally:
+        await store.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from error
+
+
+def _first(group: BaseExceptionGroup[StarfishError]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()

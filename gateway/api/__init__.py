@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: bodies in, answers and event streams out."""

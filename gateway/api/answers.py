@@ -1,0 +1,147 @@
+"""OpenAI's shapes of answers, chunks and errors, as JSON bytes. The parts of a chunk that stay the
+same all through a stream are encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shared.types import FinishReason
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heading:
+    """What every answer and chunk of one request begins with."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A finished choice."""
+
+    text: str
+    token_ids: list[int]
+    prompt_ids: tuple[int, ...]
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def plain(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+def answer(
+    heading: Heading, choices: Sequence[Choice], usage: Usage, *, with_token_ids: bool
+) -> bytes:
+    kind = "chat.completion" if heading.chat else "text_completion"
+    return _encode(
+        {
+            "id": heading.id,
+            "object": kind,
+            "created": heading.created,
+            "model": heading.model,
+            "choices": [
+                _plain_choice(heading.chat, index, choice, with_token_ids)
+                for index, choice in enumerate(choices)
+            ],
+            "usage": usage.plain(),
+        }
+    )
+
+
+def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) -> dict[str, Any]:
+    plain: dict[str, Any] = {"index": index}
+    if chat:
+        plain["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+    else:
+        plain["text"] = choice.text
+    plain["logprobs"] = None
+    plain["finish_reason"] = choice.finish.value
+    if with_token_ids:
+        plain["token_ids"] = choice.token_ids
+        plain["prompt_token_ids"] = choice.prompt_ids
+    return plain
+
+
+class ChunkWriter:
+    """Server-sent events of one stream."""
+
+    def __init__(self, heading: Heading, *, with_token_ids: bool, include_usage: bool) -> None:
+        kind = "chat.completion.chunk" if heading.chat else "text_completion"
+        head = {
+            "id": heading.id,
+            "object": kind,
+            "created": heading.created,
+            "model": heading.model,
+        }
+        self._head = b"data: " + _encode(head)[:-1]
+        self._tail = (b',"usage":null' if include_usage else b"") + b"}\n\n"
+        self._chat = heading.chat
+        self.with_token_ids = with_token_ids
+
+    def opening(self, index: int) -> bytes:
+        """A chat says first who speaks."""
+        if not self._chat:
+            return b""
+        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return b'%b,"choices":[{"index":%d,%b}]%b' % (self._head, index, delta, self._tail)
+
+    def piece(
+        self, index: int, text: str, token_ids: Sequence[int], finish: FinishReason | None
+    ) -> bytes:
+        content = _encode(text)
+        if not self._chat:
+            body = b'"text":' + content
+        elif text or finish is None:
+            body = b'"delta":{"content":' + content + b"}"
+        else:
+            body = b'"delta":{}'
+        reason = b"null" if finish is None else b'"' + finish.value.encode() + b'"'
+        ids = b',"token_ids":' + _encode(token_ids) if self.with_token_ids else b""
+        return b'%b,"choices":[{"index":%d,%b,"logprobs":null,"finish_reason":%b%b}]%b' % (
+            self._head,
+            index,
+            body,
+            reason,
+            ids,
+            self._tail,
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage.plain()))
+
+
+def error_body(message: str, *, kind: str, param: str | None = None, code: str | None) -> bytes:
+    plain = {"message": message, "type": kind, "param": param, "code": code}
+    return _encode({"error": plain})
+
+
+def error_event(body: bytes) -> bytes:
+    return b"data: " + body + b"\n\n"
+
+
+def model_list(names: Sequence[str], created: int) -> bytes:
+    return _encode({"object": "list", "data": [model_entry(name, created) for name in names]})
+
+
+def model_entry(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "starfish"}

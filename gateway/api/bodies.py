@@ -1,0 +1,157 @@
+"""What clients send, as far as it is read. Unknown fields are tolerated: clients send many that
+change nothing here. What would change the answer and is not supported stands in `UNSUPPORTED`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from shared.errors import RequestError
+
+B = TypeVar("B", bound="GenerationBody")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """Fields that both endpoints have."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    # Only looked at to be refused:
+    n: Any = None
+    best_of: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    prompt_logprobs: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    min_p: Any = None
+    logit_bias: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    use_beam_search: Any = None
+    include_stop_str_in_output: Any = None
+    skip_special_tokens: Any = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    prompt: str | list[Any] = msgspec.field()
+    echo: Any = None
+    suffix: Any = None
+
+
+class TextPart(msgspec.Struct, kw_only=True):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "prompt_logprobs": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "echo": (False,),
+    "suffix": ("",),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+}
+"""Field → the values, beside null, that ask for nothing special."""
+
+
+def decode_body(raw: bytes, cls: type[B]) -> B:
+    """Raises RequestError for what is no JSON, has a wrong type, or asks for the unsupported."""
+    try:
+        body = msgspec.json.decode(raw, type=cls)
+    except msgspec.ValidationError as error:
+        raise RequestError(str(error), param=_param(str(error))) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from error
+    refuse_unsupported(body)
+    return body
+
+
+def refuse_unsupported(body: GenerationBody) -> None:
+    for name in body.__struct_fields__:
+        plain = UNSUPPORTED.get(name)
+        if plain is None:
+            continue
+        value = getattr(body, name)
+        if value is None or any(_same(value, allowed) for allowed in plain):
+            continue
+        raise RequestError(f"{name}={value!r:.60} is not supported here", param=name)
+    if isinstance(body, ChatBody) and body.tools and body.tool_choice != "none":
+        raise RequestError(
+            "tool calls are not supported here; leave `tools` out, or say tool_choice='none'",
+            param="tools",
+        )
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """0 is no False: `logprobs=0` asks for one log probability."""
+    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
+
+
+def _param(text: str) -> str | None:
+    """The field that msgspec's message points at: "… - at `$.stop[0]`"."""
+    found = re.search(r"\$\.(\w+)", text) or re.search(r"required field `(\w+)`", text)
+    return found.group(1) if found else None

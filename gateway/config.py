@@ -1,0 +1,50 @@
+"""The configuration of one gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.config import Timings, option
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Filled from [gateway] of the TOML file, STARFISH_GATEWAY_* and flags."""
+
+    host: str = option("127.0.0.1", "address that clients connect to")
+    port: int = option(8000, "port that clients connect to; 0 takes a free one")
+    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    model: Path | None = option(
+        None, "checkpoint folder, for its tokenizer; default: the one in the instance's spec"
+    )
+    served_model_name: str = option("", "name that clients ask for; default: the spec's")
+    tokens_in_flight_max: int = option(
+        2_000_000, "most tokens (prompt + max_tokens) of all requests in flight; more get 429"
+    )
+    sessions_max: int = option(2048, "most requests in flight; more get 429")
+    body_bytes_max: int = option(4 << 20, "largest request body; larger ones get 413")
+    no_rank_timeout_s: float = option(
+        30.0, "a request that no live rank takes for this long fails with 503"
+    )
+    drain_s: float = option(10.0, "how long streams may go on after SIGTERM")
+    lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
+    log_level: str = option("info", "debug, info, warning or error")
+    log_json: bool = option(False, "one JSON object a line in place of text")
+    timings: Timings = field(default_factory=Timings)
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is impossible."""
+        self.timings.check()
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: a port lies in 0 … 65535")
+        if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:
+            raise ConfigError(
+                "--tokens-in-flight-max, --sessions-max, --body-bytes-max: at least 1"
+            )
+        if self.no_rank_timeout_s <= 0 or self.drain_s < 0:
+            raise ConfigError("--no-rank-timeout-s must be above 0, --drain-s not below")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(f"--log-level {self.log_level!r}: debug, info, warning or error")

@@ -1,0 +1,66 @@
+"""Token ids to text as they come, for byte-level BPE: a token is bytes, and a character may be
+split across tokens. Linear in the number of tokens."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+
+class TokenBytes:
+    """The bytes of every token of a vocabulary, and which tokens are special. Shared by all
+    streams."""
+
+    def __init__(self, vocabulary: Mapping[str, int], special_ids: AbstractSet[int]) -> None:
+        byte_of = {char: byte for byte, char in byte_characters().items()}
+        self._bytes: list[bytes] = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for token, token_id in vocabulary.items():
+            if token_id not in special_ids:
+                self._bytes[token_id] = _token_bytes(token, byte_of)
+
+        self.longest = max(map(len, self._bytes), default=0)
+
+    @property
+    def num_ids(self) -> int:
+        return len(self._bytes)
+
+    def join(self, ids: Iterable[int]) -> bytes:
+        """Special tokens, and ids that the tokenizer does not know, have no text."""
+        known = self._bytes
+        return b"".join([known[i] for i in ids if 0 <= i < len(known)])
+
+
+class Detokenizer:
+    """The text of one stream. What it gave out, put together, is what decoding all ids at once
+    gives."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The characters that are complete by now."""
+        return self._utf8.decode(self._token_bytes.join(ids))
+
+    def flush(self) -> str:
+        """At the end: U+FFFD where a character remained incomplete."""
+        return self._utf8.decode(b"", final=True)
+
+
+def byte_characters() -> dict[int, str]:
+    """The printable stand-in of each byte in a byte-level vocabulary: printable Latin-1 characters
+    stand for themselves, the others for code points from 256 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in table]
+    table.update({byte: chr(256 + n) for n, byte in enumerate(others)})
+    return table
+
+
+def _token_bytes(token: str, byte_of: Mapping[str, int]) -> bytes:
+    """A token with any character outside of the table is an added one, and plain text."""
+    try:
+        return bytes([byte_of[char] for char in token])
+    except KeyError:
+        return token.encode()

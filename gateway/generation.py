@@ -1,0 +1,134 @@
+"""One request in progress: its sessions (one per prompt), read as text. Counted in by admission at
+its begin, and gone from everywhere at its end, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+from gateway.admission import Admission
+from gateway.api.errors import SessionFailed
+from gateway.detokenizer import TokenBytes
+from gateway.session_driver import SessionDriver
+from gateway.stream_session import SessionState, StreamSession
+from gateway.text_stream import TextStream
+from shared.clock import Clock
+from shared.types import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTask:
+    """One choice to generate."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stops: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """The most that it may come to hold."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+
+class Delta(NamedTuple):
+    """What is new in a choice."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    finish: FinishReason | None
+
+
+class _Reader:
+    """Reads one session; `num_read` tokens of it so far."""
+
+    def __init__(self, index: int, session: StreamSession, text: TextStream) -> None:
+        self.index = index
+        self.session = session
+        self.num_read = 0
+        self.done = False
+        self._text = text
+
+    def poll(self) -> Delta | None:
+        session = self.session
+        ids = session.emitted[self.num_read :]
+        finished = session.state is SessionState.FINISHED
+        if self.done or not (ids or finished):
+            return None
+        finish = session.finish if finished else None
+        text, num_ids, stopped = self._text.feed(ids, finish)
+        self.num_read += num_ids
+        self.done = stopped or finished
+        return Delta(self.index, text, ids[:num_ids], FinishReason.STOP if stopped else finish)
+
+
+class Generation:
+    """A context manager: admitted and opened on entry (raises Overloaded), cancelled on exit."""
+
+    def __init__(
+        self,
+        *,
+        driver: SessionDriver,
+        admission: Admission,
+        clock: Clock,
+        token_bytes: TokenBytes,
+        tasks: Sequence[PromptTask],
+    ) -> None:
+        self._driver = driver
+        self._admission = admission
+        self._clock = clock
+        self._token_bytes = token_bytes
+        self._tasks = tasks
+        self._tokens = sum(task.tokens for task in tasks)
+        self._began_at = 0.0
+        self._changed = asyncio.Event()
+        self._readers: list[_Reader] = []
+
+    @property
+    def done(self) -> bool:
+        return all(reader.done for reader in self._readers)
+
+    @property
+    def num_generated(self) -> int:
+        return sum(reader.num_read for reader in self._readers)
+
+    def __enter__(self) -> Generation:
+        self._admission.admit(tokens=self._tokens, sessions=len(self._tasks))
+        self._began_at = self._clock.now()
+        for index, task in enumerate(self._tasks):
+            session = self._driver.open(task.prompt, task.sampling, self._changed.set)
+            text = TextStream(
+                self._token_bytes, stops=task.stops, min_tokens=task.sampling.min_tokens
+            )
+            self._readers.append(_Reader(index, session, text))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for reader in self._readers:
+            self._driver.cancel(reader.session)
+        lived_s = self._clock.now() - self._began_at
+        self._admission.release(tokens=self._tokens, sessions=len(self._tasks), lived_s=lived_s)
+
+    async def next_deltas(self) -> list[Delta]:
+        """All that is new, at least one delta. Raises SessionFailed once what came before the
+        failure was read."""
+        while True:
+            self._changed.clear()
+            deltas = [d for reader in self._readers if (d := reader.poll()) is not None]
+            for delta in deltas:
+                if delta.finish is not None:
+                    self._driver.stop(self._readers[delta.choice].session)
+            if deltas:
+                return deltas
+            for reader in self._readers:
+                if reader.session.failure is not None:
+                    raise SessionFailed(reader.session.failure)
+            await self._changed.wait()

@@ -1,0 +1,28 @@
+"""Whether this gateway can serve, and if not, why: for load balancers and for people."""
+
+from __future__ import annotations
+
+from gateway.session_driver import SessionDriver
+
+
+class Health:
+    """Live it is whenever it answers at all; ready when there are no `reasons` against it."""
+
+    def __init__(self, driver: SessionDriver) -> None:
+        self._driver = driver
+        self.draining = False
+
+    def reasons(self, has_model: bool) -> list[str]:
+        reasons = []
+        view = self._driver.view
+        if self.draining:
+            reasons.append("shutting down")
+        if view.spec is None:
+            reasons.append("the control plane has written no spec yet")
+        elif not has_model:
+            reasons.append("the tokenizer is loading")
+        if not view.members:
+            reasons.append("no expert map is published yet")
+        elif not self._driver.live_ranks():
+            reasons.append(f"none of the {len(view.members)} ranks of the map is connected")
+        return reasons

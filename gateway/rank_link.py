@@ -1,0 +1,127 @@
+"""One framed connection to one incarnation of a rank, kept open until closed: Hello, sessions,
+probes. What a broken or silent link means is not decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared.clock import Clock
+from shared.errors import WireError
+from shared.records import RankRecord
+from shared.types import Member, SuspicionReason
+from shared.wire import Cancel, Hello, Ping, Pong, Submit, Tokens, Welcome, encode, read_message
+
+CONNECT_TIMEOUT_S = 1.0
+BACKOFF_MIN_S = 0.02
+BACKOFF_MAX_S = 1.0
+UNSENT_BYTES_MAX = 32 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkEvents:
+    """Called on the event loop. `broken` comes once per failed try to connect, too."""
+
+    opened: Callable[[RankRecord], None]
+    tokens: Callable[[Member, Tokens], None]
+    pong: Callable[[Member, Pong], None]
+    broken: Callable[[Member, SuspicionReason, str], None]
+
+
+class RankLink:
+    """`run` is its only task."""
+
+    def __init__(self, *, record: RankRecord, name: str, events: LinkEvents, clock: Clock) -> None:
+        self.record = record
+        self.member = record.member
+        self._name = name
+        self._events = events
+        self._clock = clock
+        self._writer: asyncio.StreamWriter | None = None
+        self._nonces = itertools.count(1)
+        self._probed_at: float | None = None  # of the probe that is still unanswered
+
+    def send(self, message: Submit | Cancel) -> bool:
+        """False where the link is not open. A rank that reads nothing for so long that its backlog
+        passes UNSENT_BYTES_MAX counts as broken."""
+        if self._writer is None:
+            return False
+        if self._writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            self._writer.transport.abort()
+            return False
+        self._writer.write(encode(message))
+        return True
+
+    def probe(self) -> float:
+        """Asks for a Pong unless one is owed already; returns for how long it has been, in
+        seconds."""
+        if self._writer is None:
+            return 0.0
+        now = self._clock.now()
+        if self._probed_at is None:
+            self._probed_at = now
+            self._writer.write(encode(Ping(nonce=next(self._nonces))))
+        return now - self._probed_at
+
+    async def run(self) -> None:
+        """Connects, reads, and connects again, until cancelled."""
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            try:
+                await self._connect_and_read()
+                reason, detail = SuspicionReason.RESET, "the connection was closed"
+            except TimeoutError:
+                reason, detail = SuspicionReason.SILENCE, "no Welcome in time"
+            except (OSError, WireError) as error:
+                reason, detail = SuspicionReason.RESET, str(error) or type(error).__name__
+            if self._writer is not None:
+                self._writer = None
+                backoff_s = BACKOFF_MIN_S
+            self._events.broken(self.member, reason, detail)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
+            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+
+    async def _connect_and_read(self) -> None:
+        record = self.record
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(
+                    record.control_host, record.control_port
+                )
+                writer.write(encode(Hello(role="gateway", name=self._name)))
+                welcome = await read_message(reader)
+            self._check(welcome)
+            self._writer, self._probed_at = writer, None
+            self._events.opened(record)
+            await self._read(reader)
+        finally:
+            if writer is not None:
+                # Nobody waits for what is still unsent; a hung peer must not hold the socket.
+                writer.transport.abort()
+
+    def _check(self, welcome: object) -> None:
+        """A port may have gone to another process since the record was written."""
+        member = self.member
+        if welcome is None:
+            raise WireError("the connection was closed before Welcome")
+        if (
+            not isinstance(welcome, Welcome)
+            or Member(rank=welcome.rank, incarnation=welcome.incarnation) != member
+        ):
+            where = f"{self.record.control_host}:{self.record.control_port}"
+            raise WireError(f"{where} is not rank {member}")
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while (message := await read_message(reader)) is not None:
+            self._probed_at = None  # whatever it says, it lives
+            match message:
+                case Tokens():
+                    self._events.tokens(self.member, message)
+                case Pong():
+                    self._events.pong(self.member, message)
+                case _:
+                    raise WireError(f"{type(message).__name__} is not for a gateway")

@@ -1,0 +1,42 @@
+"""The model that this gateway serves: its name, tokenizer and limits, known once the spec is."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.api.requests import ModelLimits
+from gateway.cluster_view import ClusterView
+from gateway.tokenizer import ModelTokenizer, load_tokenizer
+from shared.errors import CheckpointError
+from shared.records import InstanceSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str
+    tokenizer: ModelTokenizer
+    spec: InstanceSpec
+    created: int
+
+    def limits(self, view: ClusterView) -> ModelLimits:
+        return ModelLimits(
+            vocab_size=self.spec.vocab_size,
+            context_tokens_max=min(self.spec.context_tokens_max, view.kv_tokens_min),
+        )
+
+
+async def load_served_model(
+    spec: InstanceSpec, *, folder: Path | None, name: str, created: int
+) -> ServedModel:
+    """`folder` and `name`, where given, win over the spec's. Raises CheckpointError."""
+    tokenizer = await asyncio.to_thread(load_tokenizer, folder or Path(spec.model_path))
+    if tokenizer.num_ids > spec.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.num_ids} token ids, but the model only "
+            f"{spec.vocab_size}: they do not belong together"
+        )
+    return ServedModel(
+        name=name or spec.model_name, tokenizer=tokenizer, spec=spec, created=created
+    )

@@ -1,0 +1,154 @@
+"""One gateway's parts, wired: runs until told to stop, then drains. `__main__` gives it the real
+store, clock and socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+
+from gateway.admission import Admission, AdmissionLimits
+from gateway.cluster_view import ClusterView, ClusterWatch
+from gateway.config import GatewayConfig
+from gateway.health import Health
+from gateway.http_app import HttpApp
+from gateway.leased_keys import LeasedKeys
+from gateway.metrics import GatewayMetrics
+from gateway.served_model import load_served_model
+from gateway.session_driver import SessionDriver
+from gateway.stream_session import SessionPolicy
+from shared.clock import Clock
+from shared.codec import pack
+from shared.keys import Keys
+from shared.records import GatewayRecord, InstanceSpec
+from shared.store import Store
+
+log = structlog.get_logger()
+
+CLOSE_TIMEOUT_S = 2.0
+SPEC_REMINDER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a gateway needs of the world. `stop` set means: drain and end."""
+
+    store: Store
+    clock: Clock
+    listener: socket.socket
+    stop: asyncio.Event
+
+
+async def run_gateway(config: GatewayConfig, world: Surroundings) -> None:
+    """Raises CheckpointError where the spec's tokenizer cannot be read."""
+    name = f"gateway-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+    keys = Keys(config.instance)
+    metrics = GatewayMetrics()
+    leased = LeasedKeys(store=world.store, ttl_s=config.timings.lease_ttl_s, clock=world.clock)
+    admission = Admission(
+        AdmissionLimits(tokens_max=config.tokens_in_flight_max, sessions_max=config.sessions_max)
+    )
+    async with asyncio.TaskGroup() as tasks:
+        driver = SessionDriver(
+            name=name,
+            clock=world.clock,
+            keys=keys,
+            leased=leased,
+            metrics=metrics,
+            policy=SessionPolicy(no_rank_timeout_s=config.no_rank_timeout_s),
+            tasks=tasks,
+        )
+        health = Health(driver)
+        app = HttpApp(
+            driver=driver,
+            admission=admission,
+            clock=world.clock,
+            metrics=metrics,
+            health=health,
+            body_bytes_max=config.body_bytes_max,
+        )
+        spec: asyncio.Future[InstanceSpec] = asyncio.get_running_loop().create_future()
+        watch = ClusterWatch(
+            store=world.store, keys=keys, on_view=lambda view: _on_view(driver, spec, view)
+        )
+        _watch_gauges(metrics, driver, admission)
+        leased.put(keys.gateway(name), pack(_record(name, world.listener)))
+        background = [
+            tasks.create_task(watch.run()),
+            tasks.create_task(leased.run()),
+            tasks.create_task(driver.probe()),
+            tasks.create_task(_load_model(config, app, spec, world.clock)),
+        ]
+        runner = web.AppRunner(
+            app.build(),
+            handler_cancellation=True,  # a client that leaves ends its sessions
+            access_log=None,
+            shutdown_timeout=CLOSE_TIMEOUT_S,
+        )
+        await runner.setup()
+        site = web.SockSite(runner, world.listener, backlog=1024)
+        await site.start()
+        host, port = world.listener.getsockname()[:2]
+        log.info("gateway_listens", host=host, port=port, instance=config.instance)
+        await world.stop.wait()
+        await _drain(config, site, health, driver)
+        await runner.cleanup()
+        await leased.release()
+        driver.close()
+        for task in background:
+            task.cancel()
+
+
+async def _drain(
+    config: GatewayConfig, site: web.SockSite, health: Health, driver: SessionDriver
+) -> None:
+    health.draining = True
+    log.info("gateway_drains", sessions=driver.num_sessions, drain_s=config.drain_s)
+    await site.stop()
+    try:
+        async with asyncio.timeout(config.drain_s):
+            await driver.wait_until_idle()
+    except TimeoutError:
+        log.warning("drain_incomplete", sessions=driver.num_sessions)
+        driver.shut_down()
+
+
+def _on_view(driver: SessionDriver, spec: asyncio.Future[InstanceSpec], view: ClusterView) -> None:
+    if view.spec is not None and not spec.done():
+        spec.set_result(view.spec)
+    driver.on_view(view)
+
+
+async def _load_model(
+    config: GatewayConfig, app: HttpApp, spec: asyncio.Future[InstanceSpec], clock: Clock
+) -> None:
+    while not spec.done():
+        done, _ = await asyncio.wait([spec], timeout=SPEC_REMINDER_S)
+        if not done:
+            log.info("waits_for_spec", hint="does the control plane of this instance run?")
+    app.served = await load_served_model(
+        spec.result(),
+        folder=config.model,
+        name=config.served_model_name,
+        created=int(clock.wall()),
+    )
+    log.info("model_ready", model=app.served.name)
+
+
+def _record(name: str, listener: socket.socket) -> GatewayRecord:
+    host, port = listener.getsockname()[:2]
+    return GatewayRecord(gateway=name, pid=os.getpid(), host=str(host), port=int(port))
+
+
+def _watch_gauges(metrics: GatewayMetrics, driver: SessionDriver, admission: Admission) -> None:
+    metrics.watch("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
+    metrics.watch("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
+    metrics.watch("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
+    metrics.watch(
+        "tokens_in_flight", "prompt + max_tokens of admitted requests", lambda: admission.tokens
+    )

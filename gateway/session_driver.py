@@ -1,0 +1,260 @@
+"""Feeds the session table with what the links, etcd and the clock report, and performs its actions:
+frames to ranks, wake-ups of readers, suspicions. It decides nothing about a session."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from gateway.cluster_view import ClusterView
+from gateway.leased_keys import LeasedKeys
+from gateway.metrics import GatewayMetrics
+from gateway.rank_choice import RankBoard
+from gateway.rank_link import LinkEvents, RankLink
+from gateway.session_table import Action, Look, SessionTable
+from gateway.stream_session import Send, SessionPolicy, StreamSession
+from shared.clock import Clock
+from shared.codec import pack
+from shared.keys import Keys
+from shared.records import RankRecord, Suspicion
+from shared.types import Member, SamplingParams, SessionId, Step, SuspicionReason
+from shared.wire import Pong, Tokens
+
+log = structlog.get_logger()
+
+PROBE_BUSY_S = 0.1
+PROBE_IDLE_S = 1.0
+SILENCE_S = 0.3
+"""A probe unanswered for this long keeps new sessions away, and raises a suspicion."""
+
+
+class SessionDriver:
+    """All methods run on the event loop. `name` is unique among all gateways that ever were: it
+    prefixes session ids."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        clock: Clock,
+        keys: Keys,
+        leased: LeasedKeys,
+        metrics: GatewayMetrics,
+        policy: SessionPolicy,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._name = name
+        self._clock = clock
+        self._keys = keys
+        self._leased = leased
+        self._metrics = metrics
+        self._tasks = tasks
+        self._board = RankBoard()
+        self._table = SessionTable(board=self._board, policy=policy)
+        self._links: dict[Member, tuple[RankLink, asyncio.Task[None]]] = {}
+        self._view = ClusterView()
+        self._fenced: set[Member] = set()
+        self._suspected: set[tuple[Member, SuspicionReason]] = set()
+        self._wakers: dict[SessionId, Callable[[], None]] = {}
+        self._numbers = itertools.count(1)
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+        self._ended = asyncio.Event()
+
+    @property
+    def view(self) -> ClusterView:
+        return self._view
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._table.sessions)
+
+    def live_ranks(self) -> list[Member]:
+        return self._board.live()
+
+    def open(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, wake: Callable[[], None]
+    ) -> StreamSession:
+        """`wake` is called whenever the session has new tokens, and when it has ended. End it by
+        `cancel`, which is harmless where it has ended by itself."""
+        session_id = SessionId(f"{self._name}/{next(self._numbers)}")
+        self._wakers[session_id] = wake
+        session, actions = self._table.open(session_id, prompt, sampling, self._clock.now())
+        self._perform(actions)
+        return session
+
+    def stop(self, session: StreamSession) -> None:
+        self._perform(self._table.stop(session))
+
+    def cancel(self, session: StreamSession) -> None:
+        self._perform(self._table.cancel(session))
+
+    def shut_down(self) -> None:
+        """Every session that is left fails, and says so to its client."""
+        self._perform(self._table.shut_down())
+
+    def close(self) -> None:
+        """Closes every link; ranks drop what they still run for this gateway."""
+        for _, task in self._links.values():
+            task.cancel()
+        self._links.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def wait_until_idle(self) -> None:
+        while self._table.sessions:
+            self._ended.clear()
+            await self._ended.wait()
+
+    def on_view(self, view: ClusterView) -> None:
+        old, self._view = self._view, view
+        if view.epoch != old.epoch:
+            self._on_map(old, view)
+        self._match_links()
+
+    async def probe(self) -> None:
+        """Asks every rank now and then whether it is there; more often while clients wait."""
+        while True:
+            interval_s = PROBE_BUSY_S if self._table.sessions else PROBE_IDLE_S
+            before = self._clock.now()
+            await asyncio.sleep(interval_s)
+            if self._clock.now() - before > interval_s + SILENCE_S / 2:
+                continue  # it was us who slept: answers may lie unread
+            for link, _ in list(self._links.values()):
+                if link.probe() > SILENCE_S:
+                    self._on_silence(link.member)
+
+    def _on_map(self, old: ClusterView, view: ClusterView) -> None:
+        log.info("map", epoch=view.epoch, members=[str(m) for m in view.members])
+        # A member that a map leaves out is fenced for ever: a new incarnation will come.
+        self._fenced |= set(old.members) - set(view.members)
+        self._perform(self._table.on_map(view.members, self._clock.now()))
+
+    def _match_links(self) -> None:
+        """A link for every registered incarnation, so that it is open before a map names it; and
+        one to every member that was ever registered: a lease that is gone is only a suspicion."""
+        records = {r.member: r for r in self._view.ranks.values() if r.member not in self._fenced}
+        members = set(self._view.members)
+        for member, record in records.items():
+            if member not in self._links:
+                self._open_link(record)
+        for member in [m for m in self._links if m not in records and m not in members]:
+            self._close_link(member)
+        self._fenced &= {r.member for r in self._view.ranks.values()} | members
+
+    def _open_link(self, record: RankRecord) -> None:
+        events = LinkEvents(
+            opened=self._on_opened,
+            tokens=self._on_tokens,
+            pong=self._on_pong,
+            broken=self._on_broken,
+        )
+        link = RankLink(record=record, name=self._name, events=events, clock=self._clock)
+        self._links[record.member] = (link, self._tasks.create_task(link.run()))
+
+    def _close_link(self, member: Member) -> None:
+        _, task = self._links.pop(member)
+        task.cancel()
+        self._clear_suspicion(member)
+        self._perform(self._table.on_link_broken(member, self._clock.now()))
+        self._board.forget(member)
+
+    def _on_opened(self, record: RankRecord) -> None:
+        member = record.member
+        log.info("rank_linked", rank=member.rank, incarnation=member.incarnation)
+        self._clear_suspicion(member)
+        now = self._clock.now()
+        self._perform(self._table.on_link_opened(member, record.kv_block_tokens, now))
+
+    def _on_broken(self, member: Member, reason: SuspicionReason, detail: str) -> None:
+        if member not in self._links:
+            return
+        self._suspect(member, reason, detail)
+        self._perform(self._table.on_link_broken(member, self._clock.now()))
+
+    def _on_tokens(self, member: Member, frame: Tokens) -> None:
+        self._heard(member)
+        now = self._clock.now()
+        self._perform(self._table.on_tokens(member, frame.sessions, frame.load, now))
+
+    def _on_pong(self, member: Member, pong: Pong) -> None:
+        self._heard(member)
+        self._board.on_load(member, pong.load)
+
+    def _on_silence(self, member: Member) -> None:
+        self._board.on_silence(member, silent=True)
+        self._suspect(member, SuspicionReason.SILENCE, "a probe stays unanswered")
+
+    def _heard(self, member: Member) -> None:
+        if (member, SuspicionReason.SILENCE) in self._suspected:
+            self._board.on_silence(member, silent=False)
+            self._clear_suspicion(member)
+
+    def _suspect(self, member: Member, reason: SuspicionReason, detail: str) -> None:
+        """Once per incarnation and reason, until it is heard of again. Nobody needs to be told of a
+        rank that no map names."""
+        if (member, reason) in self._suspected or member not in self._view.members:
+            return
+        self._suspected.add((member, reason))
+        self._metrics.on_suspicion(reason)
+        log.warning("rank_suspected", rank=member.rank, reason=reason.value, detail=detail)
+        suspicion = Suspicion(
+            rank=member.rank,
+            incarnation=member.incarnation,
+            by=self._name,
+            reason=reason,
+            epoch=self._view.epoch,
+            step=Step(0),
+            raised_at=self._clock.now(),
+            detail=detail,
+        )
+        self._leased.put(self._suspicion_key(member), pack(suspicion))
+
+    def _clear_suspicion(self, member: Member) -> None:
+        held = {entry for entry in self._suspected if entry[0] == member}
+        if held:
+            self._suspected -= held
+            self._leased.delete(self._suspicion_key(member))
+
+    def _suspicion_key(self, member: Member) -> str:
+        return self._keys.suspicion(member.rank, member.incarnation, self._name)
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(member=member, message=message):
+                    entry = self._links.get(member)
+                    if entry is not None:
+                        entry[0].send(message)
+                case Look(session=session):
+                    self._look(session)
+        if self._table.num_waiting or self._timer is not None:
+            self._set_timer()
+
+    def _look(self, session: StreamSession) -> None:
+        if session.ended:
+            wake = self._wakers.pop(session.id)
+            self._metrics.on_session_end(session)
+            self._ended.set()
+        else:
+            wake = self._wakers[session.id]
+            self._metrics.on_tokens(session)
+        wake()
+
+    def _set_timer(self) -> None:
+        wake_at = self._table.wake_at()
+        if wake_at == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_at = None, wake_at
+        if wake_at is not None:
+            delay_s = max(0.0, wake_at - self._clock.now())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = self._timer_at = None
+        self._perform(self._table.on_time(self._clock.now()))

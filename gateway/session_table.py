@@ -1,0 +1,174 @@
+"""All sessions of one gateway over all its ranks: places them, moves them, hands them their tokens.
+Pure; `session_driver` performs its actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from gateway.rank_choice import RankBoard
+from gateway.stream_session import Send, SessionPolicy, SessionState, StreamSession
+from shared.types import Member, SamplingParams, SessionId
+from shared.wire import Load, SessionTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """The session has new tokens or has ended: its reader should look."""
+
+    session: StreamSession
+
+
+Action = Send | Look
+
+
+class SessionTable:
+    """Sessions leave the table when they end; their readers keep them."""
+
+    def __init__(self, *, board: RankBoard, policy: SessionPolicy) -> None:
+        self._board = board
+        self._policy = policy
+        self._sessions: dict[SessionId, StreamSession] = {}
+        self._waiting: dict[SessionId, StreamSession] = {}
+        self._placed: dict[Member, dict[SessionId, StreamSession]] = {}
+        self._refused_by: dict[SessionId, Member] = {}
+
+    @property
+    def sessions(self) -> Collection[StreamSession]:
+        return self._sessions.values()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def wake_at(self) -> float | None:
+        """When `on_time` should be called next, if nothing else happens."""
+        if not self._waiting:
+            return None
+        return min(
+            min(s.ready_at, s.deadline_at) if self._board.live() else s.deadline_at
+            for s in self._waiting.values()
+        )
+
+    def open(
+        self, session: SessionId, prompt: tuple[int, ...], sampling: SamplingParams, now: float
+    ) -> tuple[StreamSession, list[Action]]:
+        assert session not in self._sessions
+        opened = StreamSession(
+            session=session, prompt=prompt, sampling=sampling, policy=self._policy, now=now
+        )
+        self._sessions[session] = opened
+        self._waiting[session] = opened
+        return opened, self._place_waiting(now)
+
+    def stop(self, session: StreamSession) -> list[Action]:
+        return self._apply(session, session.stop)
+
+    def cancel(self, session: StreamSession) -> list[Action]:
+        return self._apply(session, session.cancel)
+
+    def shut_down(self) -> list[Action]:
+        actions: list[Action] = []
+        for session in list(self._sessions.values()):
+            actions += self._apply(session, session.shut_down)
+        return actions
+
+    def on_map(self, members: tuple[Member, ...], now: float) -> list[Action]:
+        """The newest map's members. Ranks that it leaves out lose their sessions."""
+        self._board.on_map(members)
+        left_out = [member for member in self._placed if member not in set(members)]
+        return self._move(left_out, now)
+
+    def on_link_opened(self, member: Member, kv_block_tokens: int, now: float) -> list[Action]:
+        self._board.on_link_opened(member, kv_block_tokens=kv_block_tokens)
+        return self._place_waiting(now)
+
+    def on_link_broken(self, member: Member, now: float) -> list[Action]:
+        self._board.on_link_broken(member)
+        return self._move([member], now)
+
+    def on_tokens(
+        self, member: Member, messages: Iterable[SessionTokens], load: Load, now: float
+    ) -> list[Action]:
+        """One frame of a rank: what a step made for all its sessions."""
+        actions: list[Action] = []
+        for message in messages:
+            session = self._sessions.get(message.session)
+            if session is not None:
+                actions += self._on_message(session, member, message, now)
+        self._board.on_load(member, load)
+        if self._waiting:
+            actions += self._place_waiting(now)
+        return actions
+
+    def on_time(self, now: float) -> list[Action]:
+        """Backoffs and deadlines that are over."""
+        actions = self._place_waiting(now)
+        for session in list(self._waiting.values()):
+            if now >= session.deadline_at:
+                actions += self._apply(session, lambda s=session: s.on_time(now))  # type: ignore[misc]
+        return actions
+
+    def _on_message(
+        self, session: StreamSession, member: Member, message: SessionTokens, now: float
+    ) -> list[Action]:
+        before = len(session.emitted)
+        if message.error is not None and message.retryable:
+            self._refused_by[session.id] = member
+        actions = self._apply(session, lambda: session.on_tokens(member, message, now))
+        grown = len(session.emitted) - before
+        if grown and session.state is SessionState.RUNNING:
+            self._board.add(member, tokens=grown)
+            actions.append(Look(session=session))
+        return actions
+
+    def _move(self, lost: Iterable[Member], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for member in lost:
+            for session in list(self._placed.get(member, {}).values()):
+                actions += self._apply(
+                    session,
+                    lambda s=session, m=member: s.on_rank_lost(m, now),  # type: ignore[misc]
+                )
+        return actions + self._place_waiting(now)
+
+    def _place_waiting(self, now: float) -> list[Action]:
+        """Those in mid-stream first: their clients are waiting for the next token."""
+        if not self._waiting or not self._board.live():
+            return []
+        actions: list[Action] = []
+        ready = [s for s in self._waiting.values() if s.ready_at <= now]
+        for session in sorted(ready, key=lambda s: (not s.emitted, s.opened_at)):
+            refused_by = self._refused_by.get(session.id)
+            member = self._board.choose(session.prompt, avoid=(refused_by,) if refused_by else ())
+            if member is not None:
+                actions += self._place(session, member)
+        return actions
+
+    def _place(self, session: StreamSession, member: Member) -> list[Action]:
+        del self._waiting[session.id]
+        self._placed.setdefault(member, {})[session.id] = session
+        self._board.add(member, sessions=1, tokens=session.num_tokens)
+        return [*session.place(member)]
+
+    def _apply(self, session: StreamSession, event: Callable[[], list[Send]]) -> list[Action]:
+        """Lets the session take the event, and keeps the table true to where it stands then."""
+        if session.id not in self._sessions:
+            return []
+        member = session.member if session.state is SessionState.RUNNING else None
+        num_tokens = session.num_tokens
+        actions: list[Action] = [*event()]
+        if member is not None and session.state is not SessionState.RUNNING:
+            placed = self._placed[member]
+            del placed[session.id]
+            if not placed:
+                del self._placed[member]
+            self._board.add(member, sessions=-1, tokens=-num_tokens)
+            if session.state is SessionState.WAITING:
+                self._waiting[session.id] = session
+        if session.ended:
+            del self._sessions[session.id]
+            self._waiting.pop(session.id, None)
+            self._refused_by.pop(session.id, None)
+            actions.append(Look(session=session))
+        return actions

@@ -1,0 +1,56 @@
+"""Finds stop strings in a text that comes in pieces, and holds back what may yet become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Passed(NamedTuple):
+    text: str  # may be shown
+    stopped: bool
+
+
+class StopStrings:
+    """The result does not depend on how the text is cut: the stop string that is complete first
+    ends the text, of several the longest, and the text before it is what is shown."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def feed(self, text: str) -> Passed:
+        """After `stopped` nothing more may be fed."""
+        if not self._stops:
+            return Passed(text, False)
+        self._held += text
+        found = self._first_match()
+        if found is not None:
+            return Passed(self._held[:found], True)
+        kept = len(self._held) - self._held_back()
+        passed, self._held = self._held[:kept], self._held[kept:]
+        return Passed(passed, False)
+
+    def flush(self) -> str:
+        """The text has ended: what was held back is no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self) -> int | None:
+        """Where the stop string begins whose end comes first."""
+        matches = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := self._held.find(stop)) >= 0
+        ]
+        return min(matches)[1] if matches else None
+
+    def _held_back(self) -> int:
+        """The length of the longest end of the text that begins a stop string."""
+        text = self._held
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        for length in range(longest, 0, -1):
+            tail = text[-length:]
+            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,308 @@
+"""One client request as the gateway sees it: its tokens, its attempt, and where it stands. Pure:
+events and `now` in, actions out. Which rank takes an attempt is `rank_choice`'s.
+
+Theory of operation. A session waits for a rank, runs on one, and ends. Its tokens are the prompt
+and what was emitted so far; whenever it loses its rank it waits again, and its next attempt is
+submitted with all of them, so that the new rank goes on at the next index. A message counts only
+if it comes from the rank and for the attempt that the session has now; of an accepted message only
+the ids from the next index on are taken. So late, repeated and overlapping messages change
+nothing, and a gap (which an ordered connection cannot make) is a reason to move.
+
+    event                   waiting        running
+    PLACED                  → running      –            a rank was chosen; Submit
+    TOKENS                  –              running      new ids
+    ENDED                   –              → finished   the rank said so, or max_tokens is reached
+    REFUSED                 –              → waiting    with backoff: the rank may not take it now
+    RANK_LOST               –              → waiting    at once: link broken, or left out by a map
+    REJECTED                –              → failed     the rank says that no rank can take it
+    GIVEN_UP                → failed       → failed     no rank for long, too many moves, shutdown
+    STOPPED                 → finished     → finished   a stop string was found in the text
+    CLIENT_GONE             → cancelled    → cancelled
+
+Every other pair, and every event in finished, failed and cancelled, is ignored.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from enum import Enum
+
+from shared.types import Attempt, FinishReason, Member, SamplingParams, SessionId
+from shared.wire import Cancel, SessionTokens, Submit
+
+
+class SessionState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class SessionEvent(Enum):
+    PLACED = "placed"
+    TOKENS = "tokens"
+    ENDED = "ended"
+    REFUSED = "refused"
+    RANK_LOST = "rank_lost"
+    REJECTED = "rejected"
+    GIVEN_UP = "given_up"
+    STOPPED = "stopped"
+    CLIENT_GONE = "client_gone"
+
+
+class FailureKind(Enum):
+    """Why a session failed; the HTTP edge has a status for each."""
+
+    NO_RANK = "no_rank"  # no live rank, or all refuse, for too long
+    RANKS_LOST = "ranks_lost"  # rank after rank was lost, and none gave a token
+    REJECTED = "rejected"  # a rank answered that the request cannot be done
+    SHUTDOWN = "shutdown"  # this gateway stops
+
+
+TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
+    (SessionState.WAITING, SessionEvent.PLACED): SessionState.RUNNING,
+    (SessionState.WAITING, SessionEvent.GIVEN_UP): SessionState.FAILED,
+    (SessionState.WAITING, SessionEvent.STOPPED): SessionState.FINISHED,
+    (SessionState.WAITING, SessionEvent.CLIENT_GONE): SessionState.CANCELLED,
+    (SessionState.RUNNING, SessionEvent.TOKENS): SessionState.RUNNING,
+    (SessionState.RUNNING, SessionEvent.ENDED): SessionState.FINISHED,
+    (SessionState.RUNNING, SessionEvent.REFUSED): SessionState.WAITING,
+    (SessionState.RUNNING, SessionEvent.RANK_LOST): SessionState.WAITING,
+    (SessionState.RUNNING, SessionEvent.REJECTED): SessionState.FAILED,
+    (SessionState.RUNNING, SessionEvent.GIVEN_UP): SessionState.FAILED,
+    (SessionState.RUNNING, SessionEvent.STOPPED): SessionState.FINISHED,
+    (SessionState.RUNNING, SessionEvent.CLIENT_GONE): SessionState.CANCELLED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionPolicy:
+    """`losses_max` bounds how many ranks one session may lose in a row without a token between
+    them: a prompt that kills its rank must not kill them all."""
+
+    no_rank_timeout_s: float = 30.0
+    refusals_max: int = 32
+    losses_max: int = 6
+    backoff_min_s: float = 0.02
+    backoff_max_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """To the rank, if its link is open."""
+
+    member: Member
+    message: Submit | Cancel
+
+
+class StreamSession:
+    """Mutable by its own methods only; the HTTP side reads `emitted`, `state`, `finish`,
+    `failure`."""
+
+    __slots__ = (
+        "_losses",
+        "_policy",
+        "_refusals",
+        "_stalled_since",
+        "attempt",
+        "emitted",
+        "failure",
+        "finish",
+        "first_token_at",
+        "id",
+        "last_gap_s",
+        "last_token_at",
+        "longest_gap_s",
+        "member",
+        "moves",
+        "opened_at",
+        "prompt",
+        "ready_at",
+        "sampling",
+        "state",
+    )
+
+    def __init__(
+        self,
+        *,
+        session: SessionId,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        policy: SessionPolicy,
+        now: float,
+    ) -> None:
+        self.id = session
+        self.prompt = prompt
+        self.sampling = sampling
+        self.emitted: list[int] = []
+        self.state = SessionState.WAITING
+        self.attempt = Attempt(-1)  # the first placement is attempt 0
+        self.member: Member | None = None
+        self.finish: FinishReason | None = None
+        self.failure: Failure | None = None
+        self.opened_at = now
+        self.ready_at = now  # waiting: not to be placed before
+        self.first_token_at: float | None = None
+        self.last_token_at = now
+        self.last_gap_s = 0.0
+        self.longest_gap_s = 0.0
+        self.moves = 0
+        self._policy = policy
+        self._stalled_since = now
+        self._refusals = 0
+        self._losses = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.state is not SessionState.RUNNING and self.state is not SessionState.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.emitted)
+
+    @property
+    def deadline_at(self) -> float:
+        """Waiting: when it gives up."""
+        return self._stalled_since + self._policy.no_rank_timeout_s
+
+    def place(self, member: Member) -> list[Send]:
+        """`member` takes the next attempt."""
+        if not self._go(SessionEvent.PLACED):
+            return []
+        self.attempt = Attempt(self.attempt + 1)
+        self.moves += self.attempt > 0
+        self.member = member
+        submit = Submit(
+            session=self.id,
+            attempt=self.attempt,
+            tokens=(*self.prompt, *self.emitted),
+            num_emitted=len(self.emitted),
+            sampling=self.sampling,
+        )
+        return [Send(member=member, message=submit)]
+
+    def on_tokens(self, member: Member, message: SessionTokens, now: float) -> list[Send]:
+        if (
+            self.state is not SessionState.RUNNING
+            or message.attempt != self.attempt
+            or member != self.member
+        ):
+            return []
+        if message.error is not None:
+            return self._on_error(message.error, message.retryable, now)
+        next_index = len(self.emitted)
+        end = message.index + len(message.ids)
+        if message.index > next_index or (end < next_index and message.finish is not None):
+            # This attempt disagrees with us about where it stands: start over from what we have.
+            return self._abandon(SessionEvent.RANK_LOST, now)
+        if end > next_index:
+            self._take(message.ids[next_index - message.index :], now)
+        return self._maybe_end(message.finish, now)
+
+    def on_rank_lost(self, member: Member, now: float) -> list[Send]:
+        """Its link broke, or a map left it out."""
+        if self.member != member or self.state is not SessionState.RUNNING:
+            return []
+        return self._abandon(SessionEvent.RANK_LOST, now)
+
+    def on_time(self, now: float) -> list[Send]:
+        """Gives up where it has waited for too long."""
+        if self.state is not SessionState.WAITING or now < self.deadline_at:
+            return []
+        waited_s = self._policy.no_rank_timeout_s
+        return self._fail(
+            SessionEvent.GIVEN_UP, FailureKind.NO_RANK, f"no rank took it within {waited_s:g} s"
+        )
+
+    def stop(self) -> list[Send]:
+        """Its text is complete: a stop string was found."""
+        self.finish = self.finish if self.ended else FinishReason.STOP
+        return self._leave(SessionEvent.STOPPED)
+
+    def cancel(self) -> list[Send]:
+        """Nobody reads it any more."""
+        return self._leave(SessionEvent.CLIENT_GONE)
+
+    def shut_down(self) -> list[Send]:
+        return self._fail(
+            SessionEvent.GIVEN_UP, FailureKind.SHUTDOWN, "the gateway is shutting down"
+        )
+
+    def _go(self, event: SessionEvent) -> bool:
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            return False
+        self.state = target
+        return True
+
+    def _take(self, ids: tuple[int, ...], now: float) -> None:
+        room = self.sampling.max_tokens - len(self.emitted)
+        self.emitted += ids if len(ids) <= room else ids[:room]
+        if self.first_token_at is None:
+            self.first_token_at = now
+        else:
+            self.last_gap_s = now - self.last_token_at
+            self.longest_gap_s = max(self.longest_gap_s, self.last_gap_s)
+        self.last_token_at = now
+        self._losses = self._refusals = 0
+        self._go(SessionEvent.TOKENS)
+
+    def _maybe_end(self, finish: FinishReason | None, now: float) -> list[Send]:
+        if finish is FinishReason.CANCELLED:
+            # We leave an attempt before we cancel it, so this is the rank's own wish.
+            return self._on_error("the rank gave it up", True, now)
+        if finish is not None:
+            self.finish = finish
+            self._go(SessionEvent.ENDED)
+        elif len(self.emitted) >= self.sampling.max_tokens:
+            self.finish = FinishReason.LENGTH
+            return self._leave(SessionEvent.ENDED)
+        return []
+
+    def _on_error(self, error: str, retryable: bool, now: float) -> list[Send]:
+        if not retryable:
+            self._fail(SessionEvent.REJECTED, FailureKind.REJECTED, error)
+            return []
+        self._refusals += 1
+        if self._refusals > self._policy.refusals_max:
+            message = f"refused by ranks {self._refusals} times, last because {error}"
+            self._fail(SessionEvent.GIVEN_UP, FailureKind.NO_RANK, message)
+            return []
+        self._go(SessionEvent.REFUSED)
+        self.ready_at = now + self._backoff_s()
+        return []
+
+    def _abandon(self, event: SessionEvent, now: float) -> list[Send]:
+        self._losses += 1
+        if self._losses > self._policy.losses_max:
+            message = f"{self._losses} ranks in a row were lost before its next token"
+            return self._fail(SessionEvent.GIVEN_UP, FailureKind.RANKS_LOST, message)
+        self._stalled_since = self.ready_at = now
+        return self._leave(event)
+
+    def _fail(self, event: SessionEvent, kind: FailureKind, message: str) -> list[Send]:
+        if not self.ended:
+            self.failure = Failure(kind=kind, message=message)
+        return self._leave(event)
+
+    def _leave(self, event: SessionEvent) -> list[Send]:
+        """Whatever runs for this session on a rank is not wanted any more."""
+        running = self.state is SessionState.RUNNING
+        if not self._go(event) or not running or self.member is None:
+            return []
+        cancel = Cancel(session=self.id, attempt=self.attempt)
+        return [Send(member=self.member, message=cancel)]
+
+    def _backoff_s(self) -> float:
+        full_s = self._policy.backoff_min_s * 2.0 ** min(self._refusals - 1, 16)
+        # Jitter from the ids: sessions refused together come back apart, and replays agree.
+        spread = zlib.crc32(f"{self.id}/{self.attempt}".encode()) / 2**32
+        return float(min(full_s, self._policy.backoff_max_s) * (0.5 + spread))

@@ -1,0 +1,57 @@
+"""The text of one session: detokenised, ended at a stop string, its end token left out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gateway.detokenizer import Detokenizer, TokenBytes
+from gateway.stop_strings import StopStrings
+from shared.types import FinishReason
+
+
+class Piece(NamedTuple):
+    """The next text of a stream, of `num_ids` of the ids fed (all of them, unless a stop string
+    ended it)."""
+
+    text: str
+    num_ids: int
+    stopped: bool
+
+
+class TextStream:
+    """Stop strings count only in the text after the first `min_tokens` tokens."""
+
+    def __init__(
+        self, token_bytes: TokenBytes, *, stops: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
+        self._detokenizer = Detokenizer(token_bytes)
+        self._has_stops = bool(stops)
+        self._stops = StopStrings(stops)
+        self._free_left = min_tokens if stops else 0
+
+    def feed(self, ids: Sequence[int], finish: FinishReason | None = None) -> Piece:
+        """`finish` is set with the last ids. After `stopped`, or `finish`, feed no more."""
+        # The rank sends a stop token as an id, but it is no text.
+        texted = ids[:-1] if finish is FinishReason.STOP else ids
+        if not self._has_stops:
+            text = self._detokenizer.feed(texted)
+            return Piece(text + self._detokenizer.flush() if finish else text, len(ids), False)
+        text = ""
+        for num_ids, token in enumerate(texted, start=1):
+            passed, stopped = self._feed_one(token)
+            text += passed
+            if stopped:
+                return Piece(text, num_ids, True)
+        if finish:
+            passed, stopped = self._stops.feed(self._detokenizer.flush())
+            text += passed if stopped else passed + self._stops.flush()
+            return Piece(text, len(ids), stopped)
+        return Piece(text, len(ids), False)
+
+    def _feed_one(self, token: int) -> tuple[str, bool]:
+        text = self._detokenizer.feed((token,))
+        if self._free_left > 0:
+            self._free_left -= 1
+            return text, False
+        return self._stops.feed(text)
