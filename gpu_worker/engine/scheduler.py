@@ -140,14 +140,14 @@ class Scheduler:
         """Decodes, then prefill chunks of those that run, then of those newly admitted."""
         assert self._plan is None
         self._running.sort(key=_priority)
-        grown, preempted = self._grow_decodes()
+        grown = self._grow_decodes()
         chunks = [Chunk(s, 1) for s in self._running if s.num_pending == 1]
         budget = self._limits.step_tokens_max - len(chunks)
         for sequence in self._running:
             if sequence.num_pending > 1 and budget > 0:
                 budget -= self._add_prefill(chunks, sequence, budget)
         admitted: list[Sequence] = []
-        while budget > 0 and not preempted and self._admits_next():
+        while budget > 0 and self._admits_next():
             admitted.append(self._admit_next())
             budget -= self._add_prefill(chunks, admitted[-1], budget)
         self._plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
@@ -201,23 +201,21 @@ class Scheduler:
             return replace(reply, retryable=True)
         return None
 
-    def _grow_decodes(self) -> tuple[list[Sequence], bool]:
+    def _grow_decodes(self) -> list[Sequence]:
         """Gives each decode the block that its next token needs, the first in priority first, and
-        preempts from the other end. Tells who grew, and whether anybody was preempted."""
+        preempts from the other end. Returns who grew."""
         grown: list[Sequence] = []
-        preempted = False
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
             if len(sequence.tokens) > self._kv.capacity_tokens(sequence.row):
                 if not self._kv.num_free:
                     self._stop_running(self._running.pop())
-                    preempted = True
                     continue
                 self._kv.extend(sequence.row, 1)
                 grown.append(sequence)
             position += 1
-        return grown, preempted
+        return grown
 
     def _add_prefill(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         num_tokens = min(sequence.num_pending, self._limits.prefill_chunk_tokens, budget)

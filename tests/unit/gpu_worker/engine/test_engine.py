@@ -395,6 +395,7 @@ def test_a_wake_that_comes_during_the_last_step_is_not_lost(member: Rank) -> Non
     def wake_for_the_next() -> None:
         if len(member.exchange.begun) == 2:
             member.wake(1, 2)
+            member.wake(1, 1)  # late
 
     member.exchange.on_dispatch = wake_for_the_next
     member.wake(1, 1)

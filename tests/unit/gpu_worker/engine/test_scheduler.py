@@ -315,6 +315,15 @@ def test_sessions_in_mid_stream_go_first_then_those_that_came_first() -> None:
     assert [session for session, _ in planned(engine)] == ["moved", "moved too", "a", "b"]
 
 
+def test_a_moved_session_overtakes_a_fresh_one_that_runs_already() -> None:
+    engine = scheduler()
+    engine.submit(origin(), submit("fresh", LONG))
+    run_step(engine)
+    engine.submit(origin(), submit("moved", LONG, num_emitted=1))
+    run_step(engine)
+    assert planned(engine) == [("moved", 8), ("fresh", 4)]
+
+
 def test_an_abandoned_admission_lets_a_moved_session_go_first() -> None:
     engine = scheduler(running_max=1)
     engine.submit(origin(), submit("fresh"))
