@@ -45,10 +45,10 @@ def advise(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> tuple[Advic
     layout = Layout.of_map(expert_map, nodes)
     on_rank = presence(expert_map.placement[:, layout.ranks], expert_map.num_experts) > 0
     counts = on_rank.sum(axis=2)
-    survived = int(counts.min(initial=0)) - 1
+    survived = max(0, int(counts.min()) - 1)
     result = []
-    for failures in range(max(survived, 0) + 1, min(max(survived, 0) + 4, len(layout.ranks))):
-        filled = int(np.maximum(counts, failures + 1).sum(axis=1).max(initial=0))
+    for failures in range(survived + 1, min(survived + 4, len(layout.ranks))):
+        filled = int(np.maximum(counts, failures + 1).sum(axis=1).max())
         result.append(
             Advice(
                 rank_failures=failures,
@@ -63,17 +63,22 @@ def advise(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> tuple[Advic
 def describe(tolerance: FaultTolerance, advice: tuple[Advice, ...]) -> str:
     """What a start-up log says: a sentence on what is survived, one on what would survive more."""
     text = (
-        f"The map survives any {tolerance.rank_failures} rank and {tolerance.node_failures} node "
-        f"failures without a reload, {tolerance.rank_failures_with_reload} and "
-        f"{tolerance.node_failures_with_reload} with one."
+        f"The map survives {_any(tolerance.rank_failures, 'rank')} and "
+        f"{_any(tolerance.node_failures, 'node')} without a reload, "
+        f"{_any(tolerance.rank_failures_with_reload, 'rank')} and "
+        f"{_any(tolerance.node_failures_with_reload, 'node')} with one."
     )
     if advice:
         more = advice[0]
         text += (
-            f" {more.redundant} redundant experts ({more.slots_per_rank} slots a rank) would "
-            f"survive any {more.rank_failures} rank failures without a reload."
+            f" {more.redundant} redundant experts ({more.slots_per_rank} filled slots a rank) "
+            f"would survive {_any(more.rank_failures, 'rank')} without a reload."
         )
     return text
+
+
+def _any(count: int, what: str) -> str:
+    return f"{'any ' if count else ''}{count or 'no'} {what} failure{'s' if count > 1 else ''}"
 
 
 def _by_node(on_rank: NDArray[np.bool_], layout: Layout) -> NDArray[np.bool_]:

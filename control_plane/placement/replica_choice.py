@@ -13,7 +13,7 @@ HOT_SHARES = (np.inf, 1.0, 0.6, 0.35, 0.2)
 """How much of a rank's mean load one replica may carry, the fewest extra replicas first."""
 CROWDING_MAX = 0.95
 FEW_SLOTS = 4
-BISECTIONS = 24
+BISECTIONS = 16
 
 
 def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> Ints:

@@ -27,8 +27,9 @@ class Packing:
         self._on_node = _count_pairs(
             pair, self._node[rank], (num_layers, num_experts, layout.num_nodes)
         )
-        used = max(1, len(np.unique(self._node[np.flatnonzero((rows[0] >= 0).any(axis=1))])))
-        self._node_cap = -(-counts // used)  # an even share of an expert's replicas, rounded up
+        used = np.unique(self._node[np.flatnonzero((rows[0] >= 0).any(axis=1))])
+        self._counts, self._num_nodes = counts, max(1, len(used))
+        self._node_cap = -(-counts // self._num_nodes)  # an even share of replicas, rounded up
         weights = np.where(rows >= 0, self._share[np.arange(num_layers)[:, None, None], rows], 0.0)
         self._load = weights.sum(axis=2)
         self._slot_rank = np.repeat(np.arange(num_ranks), width)
@@ -55,8 +56,15 @@ class Packing:
         at = np.arange(len(flat))[:, None]
         twice = self._on_rank[at, flat, self._slot_rank] > 1
         node = self._node[self._slot_rank]
-        many = self._on_node[at, flat, node] > self._node_cap[at, flat]
+        here = self._on_node[at, flat, node]
+        many = (here > self._node_cap[at, flat]) | ((here > 1) & self._misses_nodes()[at, flat])
         result: NDArray[np.bool_] = (flat >= 0) & (twice | many)
+        return result
+
+    def _misses_nodes(self) -> NDArray[np.bool_]:
+        """`[num_layers, num_experts]`: whether the replicas share fewer nodes than they could."""
+        used = (self._on_node > 0).sum(axis=2)
+        result: NDArray[np.bool_] = used < np.minimum(self._counts, self._num_nodes)
         return result
 
     def _partners(self, layers: Ints, slots: Ints, flat: Ints) -> tuple[Ints, NDArray[np.bool_]]:
@@ -70,13 +78,11 @@ class Packing:
         valid &= (self._on_rank[at, mine, their_rank] == 0) & (
             self._on_rank[at, theirs, my_rank] == 0
         )
-        stays = my_node == their_node
-        valid &= np.where(
-            stays,
-            twice,
-            (self._on_node[at, mine, their_node] < self._node_cap[at, mine])
-            & (self._on_node[at, theirs, my_node] < self._node_cap[at, theirs]),
-        )
+        on_theirs, on_mine = self._on_node[at, mine, their_node], self._on_node[at, theirs, my_node]
+        apart = (on_theirs < self._node_cap[at, mine]) & (on_mine < self._node_cap[at, theirs])
+        apart &= (on_theirs == 0) | ~self._misses_nodes()[at, mine]
+        apart &= (on_mine == 0) | (self._on_node[at, theirs, their_node] > 1)
+        valid &= np.where(my_node == their_node, twice, apart)
         gap = np.abs(self._share[at, theirs] - self._share[at, mine])
         gap = np.where(valid, gap, np.inf)
         return gap.argmin(axis=1), valid.any(axis=1)
@@ -130,11 +136,12 @@ class Packing:
     def _may_move(self, at: Ints, experts: Ints, source: Ints, target: Ints) -> NDArray[np.bool_]:
         """Broadcasting: whether an expert may go and neither meet itself nor crowd a node."""
         here, there = self._node[source], self._node[target]
-        limit = np.maximum(self._node_cap[at, experts], self._on_node[at, experts, here])
+        on_here, on_there = self._on_node[at, experts, here], self._on_node[at, experts, there]
+        limit = np.maximum(self._node_cap[at, experts], on_here)
         result: NDArray[np.bool_] = (
             (experts >= 0)
             & (self._on_rank[at, experts, target] == 0)
-            & ((here == there) | (self._on_node[at, experts, there] < limit))
+            & ((here == there) | ((on_there < limit) & ((on_here > 1) | (on_there == 0))))
         )
         return result
 
