@@ -1,0 +1,336 @@
+"""A whole instance in one process: real ranks, control planes and gateway on virtual time, an
+in-memory etcd, and a node agent per rank that does what the real one does with pidfds. Driven by
+one seed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from control_plane.driver import Driver
+from control_plane.failure_detector import DetectorTimings
+from control_plane.membership import MembershipPolicy
+from control_plane.telemetry import Metrics
+from gateway.cluster_view import ClusterWatch
+from gateway.leased_keys import LeasedKeys
+from gateway.metrics import GatewayMetrics
+from gateway.session_driver import SessionDriver
+from gateway.stream_session import SessionPolicy, StreamSession
+from gpu_worker.agent.birth import new_life
+from gpu_worker.config import RankConfig
+from shared.config import Timings
+from shared.errors import StoreUnavailable
+from shared.keys import Keys
+from shared.records import InstanceSpec
+from shared.types import Member, RankId, SamplingParams
+from tests.sim.sim_exchange import SimHub
+from tests.sim.sim_loop import SimLoop, SimProcess, in_process, kill
+from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
+from tests.sim.sim_network import SimNetwork
+from tests.sim.sim_rank import SimClock, build_rank
+from tests.support.memory_store import MemoryEtcd, MemoryStore
+
+ETCD = "etcd"
+LEASE_TTL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldSizes:
+    num_ranks: int = 4
+    slots_per_rank: int = 4
+    redundant_experts: int = 6
+    num_control_planes: int = 2
+
+
+@dataclass(slots=True)
+class ClientSession:
+    """One client's request and what it has seen of it."""
+
+    prompt: tuple[int, ...]
+    num_tokens: int
+    session: StreamSession | None = None
+    longest_gap_s: float = 0.0
+    cancelled: bool = False
+
+    @property
+    def expected(self) -> tuple[int, ...]:
+        return oracle(self.prompt, self.num_tokens)
+
+
+@dataclass(slots=True)
+class RankSlot:
+    """The present life of a rank's process, as its node agent holds it."""
+
+    rank: int
+    process: SimProcess | None = None
+    member: Member | None = None
+    lives: int = 0
+
+
+@dataclass
+class World:
+    """Build it, `await start()`, send sessions, break things, `await quiet()`."""
+
+    seed: int
+    loop: SimLoop
+    sizes: WorldSizes = field(default_factory=WorldSizes)
+
+    def __post_init__(self) -> None:
+        self.draw = random.Random(self.seed)
+        random.seed(self.seed)
+        self.clock = SimClock(self.loop)
+        self.network = SimNetwork(self.loop, random.Random(self.seed + 1))
+        self.loop.network = self.network
+        self.hub = SimHub(self.sizes.num_ranks, HIDDEN, TOP_K, network=self.network)
+        self.etcd = MemoryEtcd(self.clock)
+        self.keys = Keys("sim")
+        self.spec = InstanceSpec(
+            model_name="sim",
+            model_path="",
+            num_moe_layers=NUM_LAYERS,
+            num_experts=NUM_EXPERTS,
+            num_ranks=self.sizes.num_ranks,
+            slots_per_rank=self.sizes.slots_per_rank,
+            redundant_experts=self.sizes.redundant_experts,
+            context_tokens_max=256,
+            vocab_size=VOCAB,
+        )
+        self.ranks = [RankSlot(rank) for rank in range(self.sizes.num_ranks)]
+        self.control_planes: list[SimProcess | None] = [None] * self.sizes.num_control_planes
+        self.gateway: SessionDriver
+        self.clients: list[ClientSession] = []
+        self.crashes: list[BaseException] = []
+        self._stores: list[tuple[str, MemoryStore]] = []
+        self._keep: list[Any] = []  # tasks of dead processes must not be collected half-run
+        self._gateway_process = SimProcess("gateway", "host-gateway")
+
+    # Hosts and their way to etcd.
+
+    def host_of_rank(self, rank: int) -> str:
+        return f"host-{rank}"
+
+    def hosts(self) -> list[str]:
+        ranks = [self.host_of_rank(r) for r in range(self.sizes.num_ranks)]
+        planes = [f"host-plane-{n}" for n in range(self.sizes.num_control_planes)]
+        return [*ranks, *planes, "host-gateway", ETCD]
+
+    def store(self, host: str) -> MemoryStore:
+        store = self.etcd.client()
+        store.reachable = self.network.reachable(host, ETCD)
+        self._stores.append((host, store))
+        return store
+
+    def sever(self, a: str, b: str) -> None:
+        self.network.sever(a, b)
+        self._reconsider_stores()
+
+    def heal(self) -> None:
+        self.network.heal()
+        self.hub.heal()
+        self._reconsider_stores()
+
+    def cut_etcd(self) -> None:
+        for host in self.hosts():
+            if host != ETCD:
+                self.network.sever(host, ETCD)
+        self._reconsider_stores()
+
+    def _reconsider_stores(self) -> None:
+        for host, store in self._stores:
+            store.reachable = self.network.reachable(host, ETCD)
+
+    # Processes.
+
+    async def start(self) -> None:
+        self.spawn(self._expire_leases(), SimProcess("etcd", ETCD))
+        for number in range(self.sizes.num_control_planes):
+            self.start_control_plane(number)
+        self.spawn(self._run_gateway(), self._gateway_process)
+        for slot in self.ranks:
+            agent = SimProcess(f"agent-{slot.rank}", self.host_of_rank(slot.rank))
+            self.spawn(self._run_agent(slot), agent)
+        await self.until(self.all_live, 60.0)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], process: SimProcess) -> asyncio.Task[Any]:
+        task = self.loop.create_task(work, context=in_process(process))
+        self._keep.append(task)
+
+        def on_done(task: asyncio.Task[Any]) -> None:
+            if not process.dead and not task.cancelled() and task.exception() is not None:
+                self.crashes.append(task.exception())  # type: ignore[arg-type]
+
+        task.add_done_callback(on_done)
+        return task
+
+    def kill_rank(self, rank: int) -> None:
+        process = self.ranks[rank].process
+        if process is not None and not process.dead:
+            kill(process)
+
+    def start_control_plane(self, number: int) -> None:
+        process = SimProcess(f"plane-{number}", f"host-plane-{number}")
+        self.control_planes[number] = process
+        store = self.store(process.host)
+        driver = in_process(process).run(
+            lambda: Driver(
+                store=store,
+                keys=self.keys,
+                clock=self.clock,
+                name=f"plane-{number}-{self.clock.now():.6f}",
+                spec=self.spec,
+                policy=MembershipPolicy(
+                    bytes_per_expert=1000, formation_window_s=5.0, heal_after_s=1.0
+                ),
+                timings=DetectorTimings(window_s=0.15, quiet_s=1.2),
+                leader_ttl_s=2.0,
+                probe_interval_s=0.5,
+                urgent_probe_interval_s=0.02,
+                metrics=Metrics(),
+            )
+        )
+        self.spawn(driver.run(asyncio.Event()), process)
+
+    def kill_control_plane(self, number: int) -> None:
+        process = self.control_planes[number]
+        if process is not None and not process.dead:
+            kill(process)
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            self.etcd.expire()
+
+    async def _run_gateway(self) -> None:
+        store = self.store(self._gateway_process.host)
+        async with asyncio.TaskGroup() as tasks:
+            leased = LeasedKeys(store=store, ttl_s=LEASE_TTL_S, clock=self.clock)
+            self.gateway = SessionDriver(
+                name=f"gateway-{self.seed}",
+                clock=self.clock,
+                keys=self.keys,
+                leased=leased,
+                metrics=GatewayMetrics(),
+                policy=SessionPolicy(no_rank_timeout_s=120.0, losses_max=20, refusals_max=200),
+                tasks=tasks,
+            )
+            watch = ClusterWatch(store=store, keys=self.keys, on_view=self.gateway.on_view)
+            tasks.create_task(leased.run())
+            tasks.create_task(watch.run())
+            tasks.create_task(self.gateway.probe())
+
+    async def _run_agent(self, slot: RankSlot) -> None:
+        """Lease, spawn, wait for the exit, revoke, again: the node agent's part."""
+        store = self.store(self.host_of_rank(slot.rank))
+        while True:
+            try:
+                member, lease_id = await new_life(store, self.keys, RankId(slot.rank), LEASE_TTL_S)
+            except StoreUnavailable:
+                await asyncio.sleep(0.1)
+                continue
+            exited = asyncio.Event()
+            self._start_rank(slot, member, lease_id, exited)
+            await exited.wait()
+            await asyncio.sleep(self.draw.uniform(0.001, 0.005))
+            await self._revoke(store, lease_id)
+            await asyncio.sleep(self.draw.uniform(0.2, 1.0))
+
+    def _start_rank(
+        self, slot: RankSlot, member: Member, lease_id: int, exited: asyncio.Event
+    ) -> None:
+        process = SimProcess(f"rank-{member}", self.host_of_rank(slot.rank))
+        process.on_death.append(exited.set)
+        slot.process, slot.member, slot.lives = process, member, slot.lives + 1
+        config = RankConfig(
+            rank=slot.rank,
+            incarnation=member.incarnation,
+            lease_id=lease_id,
+            node=process.host,
+            instance=self.keys.instance,
+            control_host=process.host,
+            kv_tokens=512,
+            kv_block_tokens=4,
+            step_tokens_max=16,
+            prefill_chunk_tokens=8,
+            running_max=8,
+            waiting_max=64,
+            timings=Timings(lease_ttl_s=LEASE_TTL_S),
+        )
+        store = self.store(process.host)
+
+        async def life() -> None:
+            await asyncio.sleep(self.draw.uniform(0.01, 0.3))  # reading the model
+            rank = build_rank(
+                loop=self.loop,
+                process=process,
+                hub=self.hub,
+                member=member,
+                lease_id=lease_id,
+                config=config,
+                spec=self.spec,
+                store=store,
+            )
+            self._keep.append(rank)
+            await rank.run()
+            self.loop.call_soon(kill, process)
+
+        self.spawn(life(), process)
+
+    async def _revoke(self, store: MemoryStore, lease_id: int) -> None:
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await store.revoke_lease(lease_id)
+                return
+            await asyncio.sleep(0.05)
+
+    # Clients.
+
+    def send(self, prompt: tuple[int, ...], num_tokens: int) -> ClientSession:
+        client = ClientSession(prompt=prompt, num_tokens=num_tokens)
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        client.session = in_process(self._gateway_process).run(
+            self.gateway.open, prompt, sampling, lambda: None
+        )
+        self.clients.append(client)
+        return client
+
+    def cancel(self, client: ClientSession) -> None:
+        assert client.session is not None
+        client.cancelled = True
+        in_process(self._gateway_process).run(self.gateway.cancel, client.session)
+
+    # Waiting.
+
+    def all_live(self) -> bool:
+        """Every rank's present life is a member, as the gateway sees it."""
+        if not hasattr(self, "gateway"):
+            return False
+        members = set(self.gateway.view.members)
+        return all(slot.member in members for slot in self.ranks)
+
+    def all_ended(self) -> bool:
+        return all(c.session is not None and c.session.ended for c in self.clients)
+
+    async def until(self, condition: Any, timeout_s: float) -> None:
+        deadline = self.clock.now() + timeout_s
+        while not condition():
+            if self.crashes:
+                raise self.crashes[0]
+            if self.clock.now() > deadline:
+                raise TimeoutError(f"{condition.__name__} does not come true: {self.describe()}")
+            await asyncio.sleep(0.02)
+
+    def describe(self) -> str:
+        sessions = [
+            f"{c.session.id}:{c.session.state.value}:{len(c.session.emitted)}/{c.num_tokens}"
+            f"@{c.session.member}"
+            for c in self.clients
+            if c.session is not None and not c.session.ended
+        ]
+        view = self.gateway.view
+        slots = [f"{s.member}{'†' if s.process and s.process.dead else ''}" for s in self.ranks]
+        members = [str(m) for m in view.members]
+        return f"epoch {view.epoch} members {members} processes {slots} open {sessions}"
