@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.types import Epoch, Incarnation, Member, RankId, Step
+from shared.types import Epoch, Member, Step
 
 SCRATCH_BYTES = 4096
 """Head of every area: takes the write that opens the link."""
@@ -153,7 +153,7 @@ def read_header(
     if region.stamps[0] != stamp:
         return None
     _, incarnation, rank, tokens, rows, pairs, flags, hidden = _HEADER.unpack_from(region.raw)
-    if Member(rank=RankId(rank), incarnation=Incarnation(incarnation)) != sender:
+    if rank != sender.rank or incarnation != sender.incarnation:
         return None
     if not (0 <= tokens <= layout.step_tokens_max and hidden == layout.hidden_size):
         return None

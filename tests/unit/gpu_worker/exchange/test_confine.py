@@ -18,7 +18,7 @@ from gpu_worker.exchange.confine import (
 )
 from shared.errors import ConfigError
 
-TABLE = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt uid timeout inode
+TABLE = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt uid inode
    0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1
    1: 00000000:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12 1
    2: 00000000:1F92 0100007F:0001 01 00000000:00000000 00:00000000 00000000     0        0 13 1
