@@ -69,6 +69,11 @@ class EmbeddedEtcd:
                 on_progress(f"etcd serves at {self.endpoint}")
                 return
 
+    async def wait(self) -> int:
+        """Until the process that runs now has ended; its exit code."""
+        assert self._process is not None, "etcd was never started"
+        return await self._process.wait()
+
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL; idempotent."""
         if self._process is None or self._process.returncode is not None:
