@@ -117,6 +117,7 @@ class FailureDetector:
         self._registered: set[Member] = set()
         self._now = now
         self._attentive_s = 0.0
+        self._deaf_a = float("-inf")
         self._progress: tuple[int, int] = (0, 0)
         self._progress_a = 0.0
         self._alarmed: set[AlarmKind] = set()
@@ -279,22 +280,14 @@ class FailureDetector:
     # Judgements.
 
     def _judge_all(self) -> list[Judgement]:
-        alarms = self._judge_mass_expiry()
-        deaf = self._is_deaf()
+        alarms = self._judge_mass_expiry() + self._judge_own_link()
         dead: list[Judgement] = []
         for watched in list(self._watched.values()):
             cause = self._cause_of_death(watched)
             if cause is None and self._is_silent(watched):
-                if deaf:
-                    alarms += self._alarm(
-                        AlarmKind.OWN_LINK, "most members are silent at once; nobody is judged"
-                    )
-                    continue
                 cause = watched.signals[0].reason
             if cause is not None:
                 dead.append(self._bury(watched, cause))
-        if not deaf:
-            self._alarmed.discard(AlarmKind.OWN_LINK)
         return alarms + dead + self._judge_stuck()
 
     def _cause_of_death(self, watched: _Watched) -> SuspicionReason | None:
@@ -315,7 +308,7 @@ class FailureDetector:
     def _is_silent(self, watched: _Watched) -> bool:
         if watched.suspected_a is None:
             return False
-        since_a = max(watched.suspected_a, watched.vouched_a)
+        since_a = max(watched.suspected_a, watched.vouched_a, self._deaf_a)
         return self._attentive_s - since_a >= self._timings.window_s
 
     def _is_deaf(self) -> bool:
@@ -327,6 +320,15 @@ class FailureDetector:
             and self._attentive_s - w.pong_a >= self._timings.window_s
         ]
         return self.urgent and 2 * len(heard_nothing) > len(self._watched)
+
+    def _judge_own_link(self) -> list[Judgement]:
+        """While we are deaf no silence counts, and none of it once we hear again."""
+        if not self._is_deaf():
+            self._alarmed.discard(AlarmKind.OWN_LINK)
+            return []
+        self._deaf_a = self._attentive_s
+        detail = "most members are silent at once; nobody is judged by silence"
+        return self._alarm(AlarmKind.OWN_LINK, detail)
 
     def _has_successor(self, member: Member) -> bool:
         return any(
