@@ -1,0 +1,1 @@
+"""Looking at a running instance from outside: status, watch, kill."""

@@ -1,0 +1,64 @@
+"""`starfish kill`: a fault for a demo, by a real signal to a rank's process on this host."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from cli.observe.instance_view import InstanceView
+from cli.run_dir import Target
+from shared.errors import ConfigError
+from shared.etcd_store import connect_store
+from shared.keys import Keys
+from shared.records import RankRecord
+
+SIGNALS = {
+    "KILL": signal.SIGKILL,
+    "STOP": signal.SIGSTOP,
+    "CONT": signal.SIGCONT,
+    "TERM": signal.SIGTERM,
+}
+
+
+async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
+    """Raises ConfigError where the rank does not run, or runs on another host."""
+    number = SIGNALS.get(signal_name.upper().removeprefix("SIG"))
+    if number is None:
+        raise ConfigError(f"--signal {signal_name!r}: say one of {', '.join(SIGNALS)}")
+    keys = Keys(target.instance)
+    store = await connect_store(target.etcd.split(","))
+    try:
+        view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
+    finally:
+        await store.close()
+    record = view.record_of(rank)
+    if record is None:
+        raise ConfigError(f"rank {rank} of instance {target.instance!r} does not run")
+    send_to_rank(record, number)
+    print(f"sent {number.name} to rank {record.member} (pid {record.pid})")
+    return 0
+
+
+def send_to_rank(record: RankRecord, number: signal.Signals) -> None:
+    """Never hits a stranger: the process must call itself this rank. Raises ConfigError."""
+    try:
+        pidfd = os.pidfd_open(record.pid)
+    except OSError as error:
+        raise ConfigError(
+            f"pid {record.pid} of rank {record.rank} is not on this host: {error.strerror}"
+        ) from error
+    try:
+        command = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
+        expected = {b"--rank": record.rank, b"--incarnation": record.incarnation}
+        for flag, value in expected.items():
+            at = command.index(flag)
+            if command[at + 1] != str(value).encode():
+                raise ValueError
+        signal.pidfd_send_signal(pidfd, number)
+    except (ValueError, IndexError, OSError) as error:
+        raise ConfigError(
+            f"pid {record.pid} on this host is not rank {record.member}; run this on {record.node}"
+        ) from error
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,207 @@
+"""Turns changes in etcd into one line each. Pure: a watch's items in, lines out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cli.observe.instance_view import Record, decode_value
+from shared.expert_map import ExpertMap
+from shared.keys import Keys
+from shared.records import (
+    AgentRecord,
+    GatewayRecord,
+    LeaderRecord,
+    RankRecord,
+    SlotContents,
+    Suspicion,
+    Verdict,
+)
+from shared.store import Snapshot, WatchEvent
+from shared.types import EMPTY_SLOT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One change: `kind` and `fields` for machines, `text` for people."""
+
+    kind: str
+    text: str
+    fields: dict[str, Any]
+
+
+class Narrator:
+    """Remembers what stood, to say what a deletion took away and what a map changed."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._known: dict[str, Record] = {}
+
+    def lines(self, item: Snapshot | WatchEvent) -> Iterator[Line]:
+        if isinstance(item, WatchEvent):
+            yield from self._change(item.key, item.value)
+            return
+        values = {kv.key: kv.value for kv in item.values}
+        for key in sorted(set(self._known) - set(values)):
+            yield from self._change(key, None)
+        for key, value in values.items():
+            if decode_value(self._keys, key, value) != self._known.get(key):
+                yield from self._change(key, value)
+
+    def _change(self, key: str, value: bytes | None) -> Iterator[Line]:
+        old = self._known.pop(key, None)
+        new = None if value is None else decode_value(self._keys, key, value)
+        if new is not None:
+            self._known[key] = new
+            line = self._came(key, new, old)
+        else:
+            line = None if old is None else _went(old)
+        if line is not None:
+            yield line
+
+    def _came(self, key: str, new: Record, old: Record | None) -> Line | None:
+        match new:
+            case RankRecord():
+                return _rank(new, old if isinstance(old, RankRecord) else None)
+            case ExpertMap():
+                return _map(new, old if isinstance(old, ExpertMap) else None)
+            case SlotContents():
+                return _slots(new, key.startswith(self._keys.assignments))
+            case Suspicion():
+                return _suspicion(new)
+            case Verdict():
+                return _verdict(new)
+            case _:
+                return _presence(new, came=True) if new != old else None
+
+
+def _rank(new: RankRecord, old: RankRecord | None) -> Line:
+    fields = {"rank": new.rank, "incarnation": new.incarnation, "state": new.state.value}
+    if old is None:
+        text = f"rank {new.member} registered on {new.node} (pid {new.pid}, {new.state.value})"
+        return Line(kind="lease_came", text=text, fields=fields | {"pid": new.pid})
+    if new.state is not old.state:
+        return Line(
+            kind="rank_state", text=f"rank {new.member} is {new.state.value}", fields=fields
+        )
+    peers = ", ".join(str(member) for member in new.links) or "nobody"
+    return Line(
+        kind="rank_links",
+        text=f"rank {new.member} has links with {peers}",
+        fields=fields | {"links": [str(member) for member in new.links]},
+    )
+
+
+def _map(new: ExpertMap, old: ExpertMap | None) -> Line:
+    before = set(old.members) if old else set()
+    joined = sorted(str(m) for m in set(new.members) - before)
+    left = sorted(str(m) for m in before - set(new.members))
+    moved = _slots_changed(new, old)
+    parts = [
+        *([f"joined: {', '.join(joined)}"] if joined else []),
+        *([f"left: {', '.join(left)}"] if left else []),
+        f"{moved} slots of survivors changed" if old else f"{len(new.members)} ranks",
+    ]
+    return Line(
+        kind="map",
+        text=f"epoch {new.epoch}: {new.cause or 'published'} ({'; '.join(parts)})",
+        fields={
+            "epoch": new.epoch,
+            "cause": new.cause,
+            "members": [str(member) for member in new.members],
+            "joined": joined,
+            "left": left,
+            "slots_changed": moved,
+        },
+    )
+
+
+def _slots_changed(new: ExpertMap, old: ExpertMap | None) -> int:
+    """Over all layers, on ranks that are members of both."""
+    if old is None or old.placement.shape != new.placement.shape:
+        return 0
+    both = [member.rank for member in new.members if old.has(member)]
+    return int(np.count_nonzero(new.placement[:, both] != old.placement[:, both]))
+
+
+def _slots(new: SlotContents, assigned: bool) -> Line:
+    filled = int(np.count_nonzero(new.array() > EMPTY_SLOT))
+    verb = "is assigned" if assigned else "holds"
+    member = f"{new.rank}.{new.incarnation}"
+    return Line(
+        kind="assignment" if assigned else "residents",
+        text=f"rank {member} {verb} {filled} experts in {new.num_layers} layers",
+        fields={"rank": new.rank, "incarnation": new.incarnation, "experts": filled},
+    )
+
+
+def _suspicion(new: Suspicion) -> Line:
+    detail = f": {new.detail}" if new.detail else ""
+    return Line(
+        kind="suspicion",
+        text=f"{new.by} suspects rank {new.rank}.{new.incarnation} ({new.reason.value}{detail})",
+        fields={
+            "rank": new.rank,
+            "incarnation": new.incarnation,
+            "by": new.by,
+            "reason": new.reason.value,
+            "epoch": new.epoch,
+            "step": new.step,
+            "detail": new.detail,
+        },
+    )
+
+
+def _verdict(new: Verdict) -> Line:
+    took_ms = (new.decided_at - new.first_signal_at) * 1000
+    signals = sorted({signal.by for signal in new.signals})
+    return Line(
+        kind="verdict",
+        text=f"verdict: rank {new.rank}.{new.incarnation} is dead ({new.cause.value}), "
+        f"{took_ms:.0f} ms after the first signal",
+        fields={
+            "rank": new.rank,
+            "incarnation": new.incarnation,
+            "cause": new.cause.value,
+            "epoch": new.epoch,
+            "took_ms": round(took_ms, 3),
+            "by": signals,
+        },
+    )
+
+
+def _went(old: Record) -> Line | None:
+    match old:
+        case RankRecord():
+            return Line(
+                kind="lease_gone",
+                text=f"the lease of rank {old.member} is gone (pid {old.pid})",
+                fields={"rank": old.rank, "incarnation": old.incarnation, "pid": old.pid},
+            )
+        case Suspicion():
+            return Line(
+                kind="suspicion_gone",
+                text=f"{old.by} no longer suspects rank {old.rank}.{old.incarnation}",
+                fields={"rank": old.rank, "incarnation": old.incarnation, "by": old.by},
+            )
+        case _:
+            return _presence(old, came=False)
+
+
+def _presence(record: Record, *, came: bool) -> Line | None:
+    match record:
+        case LeaderRecord():
+            name, who = "leader", f"{record.control_plane} (term {record.term})"
+            text = f"{who} leads" if came else f"{who} leads no longer"
+        case AgentRecord():
+            name, who = "agent", record.node
+            text = f"node agent {who} {'is here' if came else 'is gone'}"
+        case GatewayRecord():
+            name, who = "gateway", record.gateway
+            text = f"gateway {who} {'is here' if came else 'is gone'}"
+        case _:
+            return None
+    return Line(kind=f"{name}_{'came' if came else 'gone'}", text=text, fields={name: who})

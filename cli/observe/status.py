@@ -1,0 +1,183 @@
+"""`starfish status`: the instance at one moment, for people and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from cli.observe.instance_view import InstanceView
+from cli.observe.rank_query import query_ranks
+from cli.run_dir import Target
+from control_plane.placement import survives
+from shared.errors import ConfigError
+from shared.etcd_store import connect_store
+from shared.keys import Keys
+from shared.records import RankRecord
+from shared.types import EMPTY_SLOT, NodeId, RankId, RankState
+from shared.wire import StatusReply
+
+STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting": "cyan"}
+
+
+async def read_status(target: Target) -> dict[str, Any]:
+    """Raises StoreUnavailable, or ConfigError where etcd knows no such instance."""
+    keys = Keys(target.instance)
+    store = await connect_store(target.etcd.split(","))
+    try:
+        view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
+    finally:
+        await store.close()
+    if view.spec is None and not view.ranks and not view.agents:
+        raise ConfigError(
+            f"etcd at {target.etcd} knows no instance named {target.instance!r}; pass --instance"
+        )
+    num_ranks = view.spec.num_ranks if view.spec else 0
+    ranks = sorted({*range(num_ranks), *(record.rank for record in view.ranks)})
+    records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
+    replies = await query_ranks(records.values())
+    return status_of(target, view, [RankId(r) for r in ranks], records, replies)
+
+
+def status_of(
+    target: Target,
+    view: InstanceView,
+    ranks: list[RankId],
+    records: Mapping[RankId, RankRecord],
+    replies: Mapping[RankId, StatusReply | None],
+) -> dict[str, Any]:
+    """Pure: the JSON of `starfish status --json`."""
+    spec = view.spec
+    return {
+        "instance": target.instance,
+        "etcd": target.etcd,
+        "model": spec.model_name if spec else None,
+        "epoch": view.expert_map.epoch if view.expert_map else 0,
+        "cause": view.expert_map.cause if view.expert_map else None,
+        "leader": msgspec.to_builtins(view.leader),
+        "ranks": [rank_status(view, r, records.get(r), replies.get(r)) for r in ranks],
+        "survives": _survives(view),
+        "gateways": [msgspec.to_builtins(g) for g in view.gateways],
+        "agents": [msgspec.to_builtins(a) for a in view.agents],
+    }
+
+
+def rank_status(
+    view: InstanceView, rank: RankId, record: RankRecord | None, reply: StatusReply | None
+) -> dict[str, Any]:
+    if record is None:
+        return {"rank": rank, "state": "dead", "pid": None, "incarnation": None}
+    in_map = view.expert_map is not None and view.expert_map.has(record.member)
+    status: dict[str, Any] = {
+        "rank": rank,
+        "state": _state(record, in_map, reply),
+        "pid": record.pid,
+        "incarnation": record.incarnation,
+        "node": record.node,
+        "address": f"{record.control_host}:{record.control_port}",
+        "transfer": record.transfer_name,
+        "exchange": record.exchange,
+        "slots": record.slots,
+        "slots_filled": _filled(view, rank) if in_map else 0,
+        "links": [str(member) for member in record.links],
+        "started_at": record.started_at,
+        "answers": reply is not None,
+    }
+    if reply is not None:
+        load = reply.load
+        status |= {
+            "epoch": reply.epoch,
+            "step": reply.step,
+            "running": load.running,
+            "waiting": load.waiting,
+            "tokens": load.tokens,
+            "kv_blocks": load.kv_blocks,
+            "kv_blocks_used": load.kv_blocks - load.kv_blocks_free,
+            "engine_age_ms": reply.engine_age_ms,
+            "steps_committed": reply.steps_committed,
+            "steps_abandoned": reply.steps_abandoned,
+            "tokens_generated": reply.tokens_generated,
+        }
+    return status
+
+
+def render_status(status: dict[str, Any], console: Console) -> None:
+    leader = status["leader"]
+    console.print(
+        f"[bold]{status['instance']}[/]  model {status['model']}  epoch {status['epoch']}"
+        + (f" ({status['cause']})" if status["cause"] else "")
+    )
+    console.print(
+        f"leader {leader['control_plane']} (pid {leader['pid']}, term {leader['term']})"
+        if leader
+        else "[yellow]no leader: serving goes on, deaths are not noticed[/]"
+    )
+    for gateway in status["gateways"]:
+        console.print(f"gateway http://{gateway['host']}:{gateway['port']} (pid {gateway['pid']})")
+    console.print(_table(status["ranks"]))
+    if status["survives"]:
+        console.print(survival_sentence(status["survives"]))
+
+
+def survival_sentence(survived: dict[str, int]) -> str:
+    return (
+        f"The present map survives {_count(survived['rank_failures'], 'rank failure')} and "
+        f"{_count(survived['node_failures'], 'node failure')} without loading a weight, and "
+        f"{_count(survived['rank_failures_with_reload'], 'rank failure')} with a reload."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"any {number} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}"
+
+
+def _table(ranks: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "state", "life", "pid", "address", "run", "wait", "KV", "slots", "steps"):
+        table.add_column(name, justify="left" if name in ("state", "address") else "right")
+    for rank in ranks:
+        style = STATE_STYLES.get(rank["state"], "red")
+        kv = f"{rank['kv_blocks_used']}/{rank['kv_blocks']}" if rank.get("answers") else "–"
+        slots = f"{rank['slots_filled']}/{rank['slots']}" if "slots" in rank else "–"
+        cells = [rank.get(k) for k in ("incarnation", "pid", "address", "running", "waiting")]
+        table.add_row(
+            str(rank["rank"]),
+            f"[{style}]{rank['state']}[/]",
+            *("–" if cell is None else str(cell) for cell in cells),
+            kv,
+            slots,
+            str(rank.get("steps_committed", "–")),
+        )
+    return table
+
+
+def _state(record: RankRecord, in_map: bool, reply: StatusReply | None) -> str:
+    """ "live" is in the map and answers; a member that does not answer is "silent"."""
+    if record.state is RankState.FENCED or not in_map:
+        return record.state.value
+    return "live" if reply is not None else "silent"
+
+
+def _filled(view: InstanceView, rank: RankId) -> int:
+    """Slots of a layer that hold an expert, at most over the layers."""
+    assert view.expert_map is not None
+    held = view.expert_map.placement[:, rank] > EMPTY_SLOT
+    return int(held.sum(axis=1).max(initial=0))
+
+
+def _survives(view: InstanceView) -> dict[str, int] | None:
+    if view.expert_map is None:
+        return None
+    nodes = {r.rank: r.node for r in view.ranks if view.expert_map.has(r.member)}
+    for member in view.expert_map.members:  # a member whose lease has just gone still counts
+        nodes.setdefault(member.rank, NodeId("unknown"))
+    found = survives(view.expert_map, nodes)
+    return {
+        "rank_failures": found.rank_failures,
+        "node_failures": found.node_failures,
+        "rank_failures_with_reload": found.rank_failures_with_reload,
+        "node_failures_with_reload": found.node_failures_with_reload,
+    }

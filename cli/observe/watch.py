@@ -1,0 +1,39 @@
+"""`starfish watch`: follows etcd live until interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+
+from cli.observe.narrator import Line, Narrator
+from cli.run_dir import Target
+from shared.clock import Clock
+from shared.etcd_store import connect_store
+from shared.keys import Keys
+
+
+async def watch_instance(target: Target, *, as_json: bool, clock: Clock) -> int:
+    """Raises StoreUnavailable where etcd does not answer at the start; later absences pass in
+    silence, and what was missed follows."""
+    keys = Keys(target.instance)
+    narrator = Narrator(keys)
+    store = await connect_store(target.etcd.split(","))
+    try:
+        async for item in store.watch(keys.root):
+            for line in narrator.lines(item):
+                try:
+                    print(_format(line, clock.wall(), as_json), flush=True)
+                except BrokenPipeError:  # `starfish watch | head`
+                    sys.stderr.close()
+                    return 0
+    finally:
+        await store.close()
+    return 0
+
+
+def _format(line: Line, wall_s: float, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"time": round(wall_s, 6), "kind": line.kind, **line.fields})
+    time = datetime.fromtimestamp(wall_s).strftime("%H:%M:%S.%f")[:-3]
+    return f"{time}  {line.text}"

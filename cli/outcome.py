@@ -1,0 +1,40 @@
+"""How a command ends: its exit code, and one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import typer
+
+from shared.errors import StarfishError
+
+
+def run_command(work: Coroutine[Any, Any, int]) -> None:
+    """Runs the command's coroutine and exits with the code it returns."""
+    try:
+        code = asyncio.run(work)
+    except StarfishError as error:
+        code = _fail(str(error))
+    except ExceptionGroup as group:
+        known, unknown = group.split(StarfishError)
+        if known is None or unknown is not None:
+            raise
+        code = _fail(str(_first(known)))
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
+
+
+def _fail(sentence: str) -> int:
+    print(f"starfish: {sentence}", file=sys.stderr)
+    return 1
+
+
+def _first(group: BaseExceptionGroup[StarfishError]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

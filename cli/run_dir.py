@@ -1,0 +1,99 @@
+"""Where a running instance leaves word of itself on this host, so that `status`, `watch` and `kill`
+find it without flags."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from shared.errors import ConfigError
+
+_STATE_FILE = "starfish.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What `starfish up` writes once its parts have addresses."""
+
+    instance: str
+    etcd: str
+    url: str
+    pid: int  # of `starfish up`
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The instance that a command speaks of."""
+
+    etcd: str
+    instance: str
+    url: str | None = None  # of a gateway, where known
+
+
+def default_run_dir(instance: str) -> Path:
+    """Of this user only, gone with the session or the next boot."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) / "starfish" if runtime else Path(f"/tmp/starfish-{os.geteuid()}")
+    return base / instance
+
+
+def create_run_dir(run_dir: Path) -> None:
+    """Raises ConfigError where it cannot be ours alone."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        owner = run_dir.stat().st_uid
+    except OSError as error:
+        raise ConfigError(f"cannot create {run_dir}: {error.strerror}; pass --run-dir") from error
+    if owner != os.geteuid():
+        raise ConfigError(f"{run_dir} belongs to another user; pass --run-dir with your own")
+
+
+def write_state(run_dir: Path, state: RunState) -> None:
+    """Readers see the old file or the new one, never a part."""
+    fresh = run_dir / f"{_STATE_FILE}.new"
+    fresh.write_text(json.dumps(msgspec.to_builtins(state), indent=2) + "\n")
+    fresh.rename(run_dir / _STATE_FILE)
+
+
+def remove_state(run_dir: Path) -> None:
+    (run_dir / _STATE_FILE).unlink(missing_ok=True)
+
+
+def read_state(run_dir: Path) -> RunState | None:
+    """None where no instance has left word there. Raises ConfigError where the file is garbled."""
+    try:
+        raw = (run_dir / _STATE_FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"cannot read {run_dir / _STATE_FILE}: {error.strerror}") from error
+    try:
+        return msgspec.json.decode(raw, type=RunState)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{run_dir / _STATE_FILE} is malformed: {error}") from error
+
+
+def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
+    """Flags win over the state file. Raises ConfigError where no instance can be found."""
+    name = instance or "default"
+    if etcd:
+        return Target(etcd=etcd, instance=name)
+    folder = run_dir or default_run_dir(name)
+    state = read_state(folder)
+    if state is None:
+        hint = "" if run_dir else _others(folder)
+        raise ConfigError(
+            f"no instance runs from {folder}{hint}; start one by `starfish up`, or pass --etcd "
+            "HOST:PORT and --instance NAME"
+        )
+    return Target(etcd=state.etcd, instance=state.instance, url=state.url)
+
+
+def _others(folder: Path) -> str:
+    names = sorted(path.parent.name for path in folder.parent.glob(f"*/{_STATE_FILE}"))
+    return f" (but --instance {', --instance '.join(names)} does)" if names else ""

@@ -1,0 +1,73 @@
+"""One chat completion, shown as its tokens stream: the proof that the instance serves."""
+
+from __future__ import annotations
+
+import json
+
+import aiohttp
+from rich.console import Console
+
+from shared.clock import Clock
+from shared.errors import Unavailable
+
+PROMPT = "Why does a starfish survive the loss of an arm?"
+_MAX_TOKENS = 48
+_TIMEOUT_S = 60.0
+
+
+async def stream_demo(url: str, console: Console, clock: Clock) -> str:
+    """Returns a sentence on its speed. Raises Unavailable where the answer breaks off."""
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    console.print(f"[bold]>[/] {PROMPT}")
+    started_at, first_at, chunks = clock.now(), 0.0, 0
+    finish: str | None = None
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            async with http.get(f"{url}/v1/models") as response:
+                name = (await response.json())["data"][0]["id"]
+            async with http.post(f"{url}/v1/chat/completions", json=_request(name)) as response:
+                if response.status != 200:
+                    raise Unavailable(f"the gateway answered {response.status}")
+                async for line in response.content:
+                    text, done = _delta(line)
+                    finish = done or finish
+                    if text is not None:
+                        chunks += 1
+                        first_at = first_at or clock.now()
+                        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+        raise Unavailable(f"the first completion failed: {error or 'no answer in time'}") from error
+    console.print()
+    if finish is None:
+        raise Unavailable("the first completion broke off before its end")
+    first_ms, streaming_s = (first_at - started_at) * 1000, clock.now() - first_at
+    rate = (chunks - 1) / streaming_s if chunks > 1 else 0.0
+    return f"first token after {first_ms:.0f} ms, then {rate:.0f} tokens a second"
+
+
+def _request(model: str) -> dict[str, object]:
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": _MAX_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+
+def _delta(line: bytes) -> tuple[str | None, str | None]:
+    """Text and finish reason of an SSE line. A random model's control characters stay harmless to
+    the terminal."""
+    if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+        return None, None
+    event = json.loads(line[6:])
+    if "error" in event:
+        raise Unavailable(f"the first completion failed: {event['error'].get('message')}")
+    if not event["choices"]:
+        return None, None
+    choice = event["choices"][0]
+    text = choice["delta"].get("content")
+    if text is not None:
+        text = "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+    return text, choice.get("finish_reason")

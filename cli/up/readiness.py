@@ -1,0 +1,51 @@
+"""Waits until a starting instance serves, and says on the way where it stands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import aiohttp
+
+from cli.observe.instance_view import InstanceView
+from shared.keys import Keys
+from shared.store import Store
+from shared.types import RankState
+
+_POLL_S = 0.2
+
+
+async def until_map(
+    store: Store,
+    keys: Keys,
+    num_ranks: int,
+    say: Callable[[str], None],
+    require_alive: Callable[[], None],
+) -> str:
+    """Until a map names every rank, in lives that are registered now. Raises whatever
+    `require_alive` does."""
+    while True:
+        require_alive()
+        view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
+        found = view.expert_map
+        if found is not None and sum(found.has(r.member) for r in view.ranks) >= num_ranks:
+            return f"epoch {found.epoch}, {len(found.members)} ranks"
+        ready = sum(record.state is RankState.READY for record in view.ranks)
+        leader = "" if view.leader else "; no control plane leads yet"
+        say(f"{len(view.ranks)} of {num_ranks} registered, {ready} loaded{leader}")
+        await asyncio.sleep(_POLL_S)
+
+
+async def until_healthy(url: str, require_alive: Callable[[], None]) -> None:
+    """Until the gateway takes requests."""
+    timeout = aiohttp.ClientTimeout(total=2.0)
+    async with aiohttp.ClientSession(timeout=timeout) as http:
+        while True:
+            require_alive()
+            try:
+                async with http.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            except (aiohttp.ClientError, TimeoutError):
+                pass
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,72 @@
+"""The command line of every process of an instance, as `starfish up` starts it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli.up.options import UpOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """`argv` lacks the lifeline, whose number is known only at the start."""
+
+    name: str
+    argv: tuple[str, ...]
+    stop_timeout_s: float
+    tail: tuple[str, ...] = ()  # comes after the lifeline
+
+    def command(self, lifeline_fd: int) -> list[str]:
+        return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
+
+
+def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Service:
+    slots = ("--slots-per-rank", str(options.slots_per_rank)) if options.slots_per_rank else ()
+    redundant = options.redundant_experts
+    return Service(
+        name=f"control-plane-{number}",
+        argv=(
+            *(sys.executable, "-m", "control_plane"),
+            *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
+            *("--ranks", str(options.ranks), *slots),
+            *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
+            *("--log-level", options.log_level),
+        ),
+        stop_timeout_s=5.0,
+    )
+
+
+def gateway(options: UpOptions, etcd: str) -> Service:
+    return Service(
+        name="gateway",
+        argv=(
+            *(sys.executable, "-m", "gateway"),
+            *("--etcd", etcd, "--instance", options.instance),
+            *("--host", options.host, "--port", str(options.port)),
+            *("--log-level", options.log_level),
+        ),
+        stop_timeout_s=5.0,
+    )
+
+
+def agent(options: UpOptions, etcd: str, model: Path, log_dir: Path) -> Service:
+    rank_flags = ["--transfer-protocol", options.transfer_protocol]
+    if options.ib_device:
+        rank_flags += ["--mooncake-ib-device", options.ib_device]
+    if options.static:
+        rank_flags.append("--static")
+    if options.kv_tokens is not None:
+        rank_flags += ["--kv-tokens", str(options.kv_tokens)]
+    return Service(
+        name="agent",
+        argv=(
+            *(sys.executable, "-m", "gpu_worker.agent"),
+            *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
+            *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
+            *("--log-level", options.log_level, "--stop-grace-s", "4"),
+        ),
+        stop_timeout_s=8.0,
+        tail=("--", *rank_flags),
+    )
