@@ -1,107 +1,37 @@
 """The exchange over Mooncake: one-sided writes into the peers' areas, and polling of our own.
 
-Peers are served first, then the rank's own part. While a rank waits it yields the CPU, later it
-sleeps, so that a dead peer does not cost a core. A write that fails raises one suspicion; the rank
+Peers are served first, then the rank's own part. A write that fails raises one suspicion; the rank
 goes on waiting, for a newer epoch or for the link to be opened anew, and then sends the message
 again into the fresh area.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange import packing
-from gpu_worker.exchange.areas import Area
 from gpu_worker.exchange.message import (
-    FIRST_OF_EPOCH,
     Header,
     Layout,
     Phase,
-    Region,
     combine_rows,
-    is_of_later_epoch,
     make_stamp,
-    read_header,
     region_index,
     seal,
 )
-from gpu_worker.exchange.outbox import Link, Outbox, Write
+from gpu_worker.exchange.outbox import Outbox, Write
+from gpu_worker.exchange.pause import Pause, sharpen_naps
+from gpu_worker.exchange.peer import Endpoint, Peer
 from gpu_worker.exchange.replica_choice import ReplicaChoice, choose_replicas
 from gpu_worker.exchange.seam import Dispatched
 from gpu_worker.exchange.vigil import Vigil
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Member, RankId, Step, SuspicionReason
-
-_YIELD_S = 100e-6
-"""How long a wait yields the CPU before it starts to sleep. Longer is quicker on idle cores only:
-where ranks share cores, a waiting rank takes them from those it waits for."""
-_NAP_S_MIN, _NAP_S_MAX, _NAP_GROWTH = 30e-6, 200e-6, 1.1
-_PR_SET_TIMERSLACK, _TIMER_SLACK_NS = 29, 1000
-_UPKEEP_S = 0.001
-"""How often a wait looks at its own writes and at links opened anew."""
-
-
-class Endpoint(Protocol):
-    """What the exchange needs of the rank's endpoint."""
-
-    def link(self, target: Member) -> Link | None: ...
-
-    def areas_of(self, source: Member) -> tuple[Area, ...]: ...
-
-    def mark_broken(self, link: Link) -> None: ...
-
-    def outbox(self, link: Link) -> Outbox: ...
-
-    def discard(self, outbox: Outbox) -> None: ...
-
-
-class _Peer:
-    """Both directions of the traffic with one peer."""
-
-    def __init__(self, member: Member) -> None:
-        self.member = member
-        self.rank = member.rank
-        self.outbox: Outbox | None = None
-        self.areas: tuple[Area, ...] = ()
-        self.region: Region | None = None  # of the message found last
-        self.header = Header(0, 0, 0, False)
-
-
-class _Pause:
-    """One wait's way of passing time."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._sleep_from = clock.now() + _YIELD_S
-        self._upkeep_from = 0.0
-        self._nap_s = _NAP_S_MIN
-
-    def rest(self) -> bool:
-        """Whether upkeep is due."""
-        now = self._clock.now()
-        if now < self._sleep_from:
-            os.sched_yield()
-        else:
-            time.sleep(self._nap_s)
-            self._nap_s = min(self._nap_s * _NAP_GROWTH, _NAP_S_MAX)
-        if now < self._upkeep_from:
-            return False
-        self._upkeep_from = now + _UPKEEP_S
-        return True
-
-
-def _sharpen_naps() -> None:
-    """Linux may prolong each sleep of a thread by 50 µs, more than most of ours last."""
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
+from shared.types import Epoch, Member, Step, SuspicionReason
 
 
 class TransferExchange:
@@ -115,8 +45,8 @@ class TransferExchange:
         self._layout = layout
         self._vigil = vigil
         self._clock = clock
-        self._peers: dict[Member, _Peer] = {}
-        self._order: list[_Peer | None] = []  # all members by rank; None is this rank
+        self._peers: dict[Member, Peer] = {}
+        self._order: list[Peer | None] = []  # all members by rank; None is this rank
         self._choice: ReplicaChoice | None = None
         self._routes = packing.Routes(1, 0, 1)
         self._counts: list[list[int]] = []  # per rank: rows and pairs sent to it
@@ -137,17 +67,15 @@ class TransferExchange:
         """Waits until nothing of an earlier epoch is under way to a peer that stays, and until
         every member's link is open. Raises StepAbandoned where a newer map arrives meanwhile."""
         assert expert_map.has(self._member), f"{self._member} is no member of the map"
-        _sharpen_naps()
+        sharpen_naps()
         for member in [m for m in self._peers if not expert_map.has(m)]:
-            outbox = self._peers.pop(member).outbox
-            if outbox is not None:
-                self._endpoint.discard(outbox)
+            self._peers.pop(member).leave()
         others = [m for m in sorted(expert_map.members) if m != self._member]
-        peers = {m: self._peers.get(m) or _Peer(m) for m in others}
+        peers = {m: self._peers.get(m) or Peer(self._endpoint, self._layout, m) for m in others}
         self._peers = peers
         self._epoch = expert_map.epoch
         self._vigil.begin_step(expert_map.epoch, Step(0))
-        self._settle(list(peers.values()))
+        self._wait(list(peers.values()), Peer.settle)
         self._order = [peers.get(m) for m in sorted(expert_map.members)]
         self._choice = choose_replicas(expert_map, self._member.rank)
         self._num_slots = expert_map.slots_per_rank
@@ -175,7 +103,7 @@ class TransferExchange:
         index = region_index(Phase.DISPATCH, self._ordinal)
         for peer in self._peers.values():
             self._send_dispatch(peer, index, stamp, x_TH)
-        self._receive(list(self._peers.values()), Phase.DISPATCH, stamp)
+        self._receive(list(self._peers.values()), lambda peer: peer.find_dispatch(index, stamp))
         return self._gather(x_TH)
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -196,17 +124,16 @@ class TransferExchange:
         own_NH = np.ascontiguousarray(y_NH[own])
         packing.scatter_rows(own_NH, self._routes.flat_RN, self._member.rank, y_PH)
         helpers = [p for p in self._peers.values() if self._counts[p.rank][1]]
-        self._receive(helpers, Phase.COMBINE, stamp)
+        sent = self._counts
+        self._receive(helpers, lambda p: p.find_combine(index, stamp, sent[p.rank][1]))
         for peer in helpers:
-            assert peer.region is not None
             rows_NH = combine_rows(peer.region, self._layout, self._counts[peer.rank][1])
             packing.scatter_rows(rows_NH, self._routes.flat_RN, peer.rank, y_PH)
         return y_TKH
 
     def close(self) -> None:
         for peer in self._peers.values():
-            if peer.outbox is not None:
-                self._endpoint.discard(peer.outbox)
+            peer.leave()
         self._peers = {}
         self._order = []
 
@@ -227,9 +154,7 @@ class TransferExchange:
             raise ValueError(f"a token of layer {layer} asks for an expert that no rank holds")
         self._counts = r.counts_R2.tolist()
 
-    def _send_dispatch(
-        self, peer: _Peer, index: int, stamp: int, x_TH: NDArray[np.float32]
-    ) -> None:
+    def _send_dispatch(self, peer: Peer, index: int, stamp: int, x_TH: NDArray[np.float32]) -> None:
         outbox = self._claim(peer, index)
         region = outbox.region(index)
         rows, pairs = self._counts[peer.rank]
@@ -252,7 +177,7 @@ class TransferExchange:
         )
         self._check(peer)
 
-    def _send_combine(self, peer: _Peer, index: int, stamp: int, y_NH: NDArray[np.float32]) -> None:
+    def _send_combine(self, peer: Peer, index: int, stamp: int, y_NH: NDArray[np.float32]) -> None:
         outbox = self._claim(peer, index)
         region = outbox.region(index)
         count = y_NH.shape[0]
@@ -261,101 +186,45 @@ class TransferExchange:
         outbox.commit(index, seal(region, self._layout, Phase.COMBINE, stamp, self._member, header))
         self._check(peer)
 
-    def _claim(self, peer: _Peer, index: int) -> Outbox:
+    def _claim(self, peer: Peer, index: int) -> Outbox:
         """The outbox, with the part free to be written: it is at once, unless the peer hangs."""
-        assert peer.outbox is not None
-        if peer.outbox.state(index) is Write.PENDING:
-            self._vigil.begin_wait()
-            pause = _Pause(self._clock)
-            while peer.outbox.state(index) is Write.PENDING:
-                self._vigil.watch((peer.rank,))
-                pause.rest()
-        return peer.outbox
+        outbox = peer.outbox
+        if outbox.state(index) is Write.PENDING:
+            self._wait([peer], lambda _: outbox.state(index) is not Write.PENDING)
+        return outbox
 
-    def _receive(self, missing: list[_Peer], phase: Phase, stamp: int) -> None:
-        """Finds each peer's message. Raises StepAbandoned."""
-        index = region_index(phase, self._ordinal)
-        missing = [p for p in missing if not self._find(p, index, phase, stamp)]
+    def _check(self, peer: Peer) -> None:
+        if failure := peer.failure():
+            self._vigil.suspect(peer.rank, SuspicionReason.LINK, failure)
+
+    def _receive(self, peers: Sequence[Peer], is_there: Callable[[Peer], bool]) -> None:
+        """Waits for a message of each peer. Raises StepAbandoned."""
+        self._wait(peers, is_there, self._upkeep)
+
+    def _wait(
+        self,
+        peers: Sequence[Peer],
+        is_done: Callable[[Peer], bool],
+        upkeep: Callable[[], None] | None = None,
+    ) -> None:
+        missing = [peer for peer in peers if not is_done(peer)]
         if not missing:
             return
         self._vigil.begin_wait()
-        pause = _Pause(self._clock)
+        pause = Pause(self._clock)
         while missing:
-            self._vigil.watch([p.rank for p in missing])
-            if pause.rest():
-                self._upkeep()
-            missing = [p for p in missing if not self._find(p, index, phase, stamp)]
+            self._vigil.watch([peer.rank for peer in missing])
+            if pause.rest() and upkeep is not None:
+                upkeep()
+            missing = [peer for peer in missing if not is_done(peer)]
         self._vigil.end_wait()
-
-    def _find(self, peer: _Peer, index: int, phase: Phase, stamp: int) -> bool:
-        for area in peer.areas:
-            region = area.regions[index]
-            if region.stamps[0] != stamp:
-                continue
-            header = read_header(region, self._layout, phase, stamp, peer.member)
-            if header is None or not self._is_expected(peer, phase, header):
-                continue
-            peer.region, peer.header = region, header if phase is Phase.DISPATCH else peer.header
-            return True
-        return False
-
-    def _is_expected(self, peer: _Peer, phase: Phase, header: Header) -> bool:
-        return phase is Phase.DISPATCH or header.num_rows == self._counts[peer.rank][1]
 
     def _upkeep(self) -> None:
-        """Moves own writes on, sends again over links opened anew, and learns of peers that have
-        moved on. Raises StepAbandoned."""
         for peer in self._peers.values():
-            if peer.outbox is not None:
-                peer.outbox.progress()
-                self._check(peer)
-            self._renew(peer, send_again=True)
-            for area in peer.areas:
-                region = area.regions[FIRST_OF_EPOCH]
-                head = region.stamps[0]
-                if is_of_later_epoch(head, self._epoch) and read_header(
-                    region, self._layout, Phase.DISPATCH, head, peer.member
-                ):
-                    raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
-
-    def _check(self, peer: _Peer) -> None:
-        if peer.outbox is not None and peer.outbox.broken:
-            self._endpoint.mark_broken(peer.outbox.link)
-            self._vigil.suspect(peer.rank, SuspicionReason.LINK, peer.outbox.broken)
-
-    def _renew(self, peer: _Peer, *, send_again: bool) -> None:
-        """Takes up what the endpoint has opened since: the peer's areas here, our link there."""
-        peer.areas = self._endpoint.areas_of(peer.member)
-        old = peer.outbox
-        link = self._endpoint.link(peer.member)
-        if link is None or (old is not None and old.link == link):
-            return
-        if old is not None and old.progress():
-            return
-        peer.outbox = self._endpoint.outbox(link)
-        if old is not None:
-            if send_again:
-                peer.outbox.take_over(old)
-            self._endpoint.discard(old)
-
-    def _settle(self, peers: Sequence[_Peer]) -> None:
-        self._vigil.begin_wait()
-        pause = _Pause(self._clock)
-        waiting = [p for p in peers if not self._is_settled(p)]
-        while waiting:
-            self._vigil.watch([p.rank for p in waiting])
-            pause.rest()
-            waiting = [p for p in waiting if not self._is_settled(p)]
-        self._vigil.end_wait()
-
-    def _is_settled(self, peer: _Peer) -> bool:
-        if peer.outbox is not None:
-            if peer.outbox.progress():
-                return False
-            peer.outbox.forget_failed()
+            peer.upkeep()
             self._check(peer)
-        self._renew(peer, send_again=False)
-        return bool(peer.areas) and peer.outbox is not None and not peer.outbox.broken
+            if peer.has_left(self._epoch):
+                raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
 
     def _gather(self, x_TH: NDArray[np.float32]) -> Dispatched:
         """Everything that arrived, by rank. Raises StepAbandoned where a message was overwritten
@@ -390,7 +259,7 @@ class TransferExchange:
 
     def _take_own(self, x_TH: NDArray[np.float32], row: int, pair: int) -> None:
         r = self._routes
-        rank: RankId = self._member.rank
+        rank = self._member.rank
         rows, pairs = self._counts[rank]
         if pairs:
             packing.take_own(
@@ -408,9 +277,8 @@ class TransferExchange:
                 pair,
             )
 
-    def _take(self, peer: _Peer, row: int, pair: int) -> None:
+    def _take(self, peer: Peer, row: int, pair: int) -> None:
         region, header = peer.region, peer.header
-        assert region is not None
         if not header.num_pairs:
             return
         stamp = region.stamps[0]
