@@ -10,7 +10,7 @@ from control_plane.placement.greedy_layer import place_layer
 from control_plane.placement.layout import Floats, Ints, Layout
 from control_plane.placement.swaps import Packing
 
-REFINE_ROUNDS = 64
+REFINE_ROUNDS = 96
 
 
 def pack(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Ints:

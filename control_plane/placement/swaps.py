@@ -10,7 +10,7 @@ from control_plane.placement.layout import Floats, Ints, Layout
 
 LEVEL_ENOUGH = 1.001
 LEVEL_UNEVEN = 1.005
-PARTNERS = 3
+PARTNERS = 1
 
 
 class Packing:
@@ -41,30 +41,33 @@ class Packing:
         """Until no rank holds an expert twice and no node too many, or no exchange helps."""
         flat = self._rows.reshape(len(self._rows), -1)
         hopeless = np.zeros(flat.shape, dtype=bool)
-        while True:
-            crowded = self._crowded(flat) & ~hopeless
-            layers = np.flatnonzero(crowded.any(axis=1))
-            if layers.size == 0:
-                return
-            slots = crowded[layers].argmax(axis=1)
+        layers = np.arange(len(flat))
+        while layers.size:
+            crowded = self._crowded(layers, flat[layers]) & ~hopeless[layers]
+            left = crowded.any(axis=1)
+            layers, slots = layers[left], crowded[left].argmax(axis=1)
             partners, found = self._partners(layers, slots, flat)
             hopeless[layers[~found], slots[~found]] = True
             self._exchange(layers[found], slots[found], partners[found])
 
-    def _crowded(self, flat: Ints) -> NDArray[np.bool_]:
-        """`[num_layers, num_live * width]`: slots whose expert should rather sit elsewhere."""
-        at = np.arange(len(flat))[:, None]
+    def _crowded(self, layers: Ints, flat: Ints) -> NDArray[np.bool_]:
+        """`[len(layers), num_live * width]`: slots whose expert should rather sit elsewhere."""
+        at = layers[:, None]
         twice = self._on_rank[at, flat, self._slot_rank] > 1
-        node = self._node[self._slot_rank]
-        here = self._on_node[at, flat, node]
-        many = (here > self._node_cap[at, flat]) | ((here > 1) & self._misses_nodes()[at, flat])
+        here = self._on_node[at, flat, self._node[self._slot_rank]]
+        many = here > self._node_cap[at, flat]
+        some = (here > 1) & ~many & (flat >= 0)
+        row, slot = np.nonzero(some)
+        many[row, slot] = self._misses_nodes(layers[row], flat[row, slot])
         result: NDArray[np.bool_] = (flat >= 0) & (twice | many)
         return result
 
-    def _misses_nodes(self) -> NDArray[np.bool_]:
-        """`[num_layers, num_experts]`: whether the replicas share fewer nodes than they could."""
-        used = (self._on_node > 0).sum(axis=2)
-        result: NDArray[np.bool_] = used < np.minimum(self._counts, self._num_nodes)
+    def _misses_nodes(self, layers: Ints, experts: Ints) -> NDArray[np.bool_]:
+        """Whether the replicas share fewer nodes than they could."""
+        used = (self._on_node[layers, experts] > 0).sum(axis=-1)
+        result: NDArray[np.bool_] = used < np.minimum(
+            self._counts[layers, experts], self._num_nodes
+        )
         return result
 
     def _partners(self, layers: Ints, slots: Ints, flat: Ints) -> tuple[Ints, NDArray[np.bool_]]:
@@ -80,7 +83,7 @@ class Packing:
         )
         on_theirs, on_mine = self._on_node[at, mine, their_node], self._on_node[at, theirs, my_node]
         apart = (on_theirs < self._node_cap[at, mine]) & (on_mine < self._node_cap[at, theirs])
-        apart &= (on_theirs == 0) | ~self._misses_nodes()[at, mine]
+        apart &= (on_theirs == 0) | ~self._misses_nodes(at, mine)
         apart &= (on_mine == 0) | (self._on_node[at, theirs, their_node] > 1)
         valid &= np.where(my_node == their_node, twice, apart)
         gap = np.abs(self._share[at, theirs] - self._share[at, mine])
