@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from gpu_worker.agent.respawn_policy import RespawnPolicy
 from gpu_worker.exchange.confine import confined_environment
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
-from shared.errors import StarfishError
+from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
 from shared.keys import Keys
 from shared.logs import configure_logs
@@ -76,7 +77,11 @@ def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
 def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     model = () if config.model is None else ("--model", str(config.model))
     logs = ("--log-level", config.log_level, *(("--log-json",) if config.log_json else ()))
-    hosts = ("--control-host", config.control_host, "--data-host", config.data_host)
+    # Addresses, not names: what a name means may differ from where the ranks' peers stand.
+    hosts = (
+        *("--control-host", address_of(config.control_host)),
+        *("--data-host", address_of(config.data_host)),
+    )
     ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
     return RankCommand(
         node=NodeId(config.node_name),
@@ -85,6 +90,14 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
         lifeline_fd=config.lifeline_fd,
         more=(*model, *hosts, *ttl, *logs, *rank_flags),
     )
+
+
+def address_of(host: str) -> str:
+    """Raises ConfigError where the name is unknown."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(f"cannot resolve host {host!r}: {error.strerror}") from error
 
 
 async def run_agent(config: AgentConfig, setup: RankSetup) -> None:

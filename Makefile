@@ -1,0 +1,101 @@
+# Everything a developer or CI does with Starfish, from a bare machine on. `make help` lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+# Mooncake's libraries; a C compiler for the shim that confines its listeners.
+APT_PACKAGES := libibverbs1 libnuma1 libcurl4 gcc libc6-dev
+TORCH := torch==2.13.0
+PYTEST := $(BIN)/python -m pytest -q
+UP_FLAGS ?=
+
+define say
+@printf '\n\033[1m== %s\033[0m\n' "$(1)"
+endef
+
+.PHONY: help install up test lint unit sim integration test-compose clean system-packages
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+install: $(STAMPS)/warm ## Everything that is missing, into .venv (and Debian's libraries, as root)
+
+up: install ## Start a whole instance, stream one completion, serve until Ctrl-C
+	@exec $(BIN)/starfish up $(UP_FLAGS)
+
+test: install lint unit sim integration ## All that CI runs
+	$(call say,all tests passed)
+
+lint: install ## Format, lint, types, container files
+	$(call say,lint: format)
+	$(BIN)/ruff format --check .
+	$(call say,lint: ruff)
+	$(BIN)/ruff check .
+	$(call say,lint: types)
+	$(BIN)/mypy
+	$(call say,lint: container files)
+	tests/compose/lint.sh $(BIN)
+
+unit: install ## Pure logic, in milliseconds
+	$(call say,unit tests)
+	$(PYTEST) tests/unit tests/test_architecture.py
+
+sim: install ## All services on a fake clock, under seeded faults
+	$(call say,simulator)
+	$(PYTEST) tests/sim
+
+integration: install ## Real processes, real etcd, real signals
+	$(call say,integration tests)
+	$(PYTEST) tests/integration
+
+test-compose: install ## The containers on a real engine of its own (root; needs dockerd, mmdebstrap)
+	$(call say,containers)
+	tests/compose/run.sh
+
+clean: ## Remove what the targets above have made here
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stages of the installation, each done once and again when what it depends on has changed.
+
+system-packages:
+	@missing=(); for package in $(APT_PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing+=($$package); \
+	done; \
+	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "install: this is no Debian; install what corresponds to: $${missing[*]}" >&2; exit 1; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then \
+	  echo "install: libraries are missing; run: sudo apt-get install -y $${missing[*]}" >&2; exit 1; fi; \
+	printf '\n\033[1m== install: Debian packages %s\033[0m\n' "$${missing[*]}"; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $${missing[@]}
+
+$(STAMPS)/venv: | system-packages
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "install: $(PYTHON) is not here; install it (Debian 12: apt-get install -y python3.11-venv) or pass PYTHON=…" >&2; exit 1; }
+	$(call say,install: Python environment in $(VENV))
+	test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv $(VENV) || { \
+	    [ "$$(id -u)" -eq 0 ] && apt-get update -qq && apt-get install -y -qq python3.11-venv && $(PYTHON) -m venv $(VENV); }; }
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(call say,install: torch (the largest part))
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
+	touch $@
+
+$(STAMPS)/package: pyproject.toml $(STAMPS)/torch
+	$(call say,install: Starfish and its dependencies)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	touch $@
+
+$(STAMPS)/warm: $(STAMPS)/package gpu_worker/model/kernels.py
+	$(call say,install: compile the CPU kernels)
+	$(BIN)/python -m gpu_worker.model warm-up
+	touch $@
