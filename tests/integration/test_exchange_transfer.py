@@ -151,6 +151,28 @@ def test_death_raises_suspicion_and_only_the_new_epoch_ends_the_wait(
     run_after_verdict(survivors, make_map(2, range(2), 3), num_steps=40)
 
 
+def test_a_peer_that_moved_on_ends_the_wait_of_one_that_has_not_heard_of_the_epoch(
+    start: Callable[..., list[Rank]],
+) -> None:
+    ranks = start(3, deadline_ms=40.0)
+    for rank in ranks:
+        rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
+    for rank in ranks:
+        rank.expect("adopted")
+    ranks[2].signal(signal.SIGKILL)
+    ranks[0].expect("suspect", lambda value: value[0] == 2)
+    two = make_map(2, range(2), 3)
+    ranks[0].tell("epoch", two.epoch)
+    ranks[0].expect("abandoned")
+    ranks[0].tell("run", (two, 20))
+    ranks[1].expect("abandoned")
+    ranks[1].tell("epoch", two.epoch)
+    ranks[1].tell("run", (two, 20))
+    expected = oracle(two, 20)
+    for rank in ranks[:2]:
+        assert rank.expect("done") == expected[rank.rank]
+
+
 def test_a_stopped_peer_that_wakes_up_after_its_verdict_changes_nothing(
     start: Callable[..., list[Rank]],
 ) -> None:
