@@ -85,9 +85,7 @@ class HttpApp:
         self.served: ServedModel | None = None
 
     def build(self) -> web.Application:
-        app = web.Application(
-            middlewares=[web.middleware(self._guard)], client_max_size=self._body_bytes_max
-        )
+        app = web.Application(middlewares=[self._guard], client_max_size=self._body_bytes_max)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
@@ -98,6 +96,7 @@ class HttpApp:
         app.router.add_get("/metrics", self._metrics_page)
         return app
 
+    @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Every failure becomes OpenAI's error shape, and every answer is counted."""
         try:

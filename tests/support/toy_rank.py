@@ -1,57 +1,224 @@
-"""A stand-in for a rank's process: it registers under the lease it was handed and waits for its
-end, as told by `--toy`: obedient to SIGTERM, deaf to it, or exiting at once with a code."""
+"""A rank to a gateway's eyes: the wire protocol over a real socket, with tokens that are a function
+of the prompt and the index. For tests of the gateway alone."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import os
-import signal
-import sys
+import zlib
+from collections.abc import Sequence
 
-from shared.etcd_store import EtcdStore
-from shared.keys import Keys
-from shared.records import RankRecord, pack_record
-from shared.types import Incarnation, NodeId, RankId, RankState
+from shared.records import RankRecord
+from shared.types import (
+    Epoch,
+    FinishReason,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    SessionId,
+    Step,
+)
+from shared.wire import (
+    Cancel,
+    Hello,
+    Load,
+    Ping,
+    Pong,
+    SessionTokens,
+    Submit,
+    Tokens,
+    Welcome,
+    encode,
+    read_message,
+)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("rank", "incarnation", "lease-id", "lifeline-fd"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("node", "etcd", "instance", "toy"):
-        parser.add_argument(f"--{name}")
-    flags, _ = parser.parse_known_args()
-    if flags.toy == "deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if flags.toy.startswith("exit-"):
-        sys.exit(int(flags.toy.removeprefix("exit-")))
-    asyncio.run(register(flags))
-    while True:
-        signal.pause()
-
-
-async def register(flags: argparse.Namespace) -> None:
-    record = RankRecord(
-        rank=RankId(flags.rank),
-        incarnation=Incarnation(flags.incarnation),
-        node=NodeId(flags.node),
-        pid=os.getpid(),
-        lease_id=flags.lease_id,
-        state=RankState.READY,
-        control_host="127.0.0.1",
-        control_port=1,
-        transfer_name="",
-        slots=1,
-        kv_blocks=1,
-        kv_block_tokens=1,
-        exchange="local",
-    )
-    store = EtcdStore([flags.etcd])
-    key = Keys(flags.instance).rank(record.rank, record.incarnation)
-    await store.put(key, pack_record(record), lease_id=record.lease_id)
-    await store.close()
+VOCAB = 420
+EOS = 1
 
 
-if __name__ == "__main__":
-    main()
+def toy_token(prompt: Sequence[int], index: int) -> int:
+    """Never special, so that every token has a text."""
+    return 2 + zlib.crc32(f"{list(prompt)}/{index}".encode()) % (VOCAB - 2)
+
+
+def toy_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    return [toy_token(prompt, index) for index in range(count)]
+
+
+class ToyRank:
+    """`script` replaces the toy function: token `i` of every session. `hold_at` stops every session
+    before that index, until `go` is called. `refuse` answers so many Submits with "retryable"."""
+
+    def __init__(self, rank: int, incarnation: int = 1, *, step_s: float = 0.001) -> None:
+        self.member = Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+        self.step_s = step_s
+        self.script: Sequence[int] | None = None
+        self.hold_at: int | None = None
+        self.refuse = 0
+        self.reject: str | None = None
+        self.mute = False  # reads, never answers
+        self.submits: list[Submit] = []
+        self.cancels: list[Cancel] = []
+        self.gateways: list[str] = []
+        self.cancelled = asyncio.Event()
+        self.submitted = asyncio.Event()
+        self._open: dict[SessionId, Submit] = {}
+        self._next: dict[SessionId, int] = {}
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self._stepper: asyncio.Task[None] | None = None
+        self._steps = 0
+        self.port = 0
+
+    async def start(self, port: int = 0) -> RankRecord:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._stepper = asyncio.create_task(self._step_for_ever())
+        return self.record()
+
+    def record(self) -> RankRecord:
+        return RankRecord(
+            rank=self.member.rank,
+            incarnation=self.member.incarnation,
+            node=NodeId("n"),
+            pid=1,
+            lease_id=0,
+            state=RankState.READY,
+            control_host="127.0.0.1",
+            control_port=self.port,
+            transfer_name="",
+            slots=1,
+            kv_blocks=256,
+            kv_block_tokens=16,
+            exchange="local",
+        )
+
+    def reset_connections(self) -> None:
+        """As a peer's RST would; the listener stays."""
+        self._open.clear()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def kill(self) -> None:
+        """As `kill -9` looks from outside."""
+        if self._server is not None:
+            self._server.close()
+        self.reset_connections()
+        if self._stepper is not None:
+            self._stepper.cancel()
+            await asyncio.gather(self._stepper, return_exceptions=True)
+        await asyncio.sleep(0)
+
+    def go(self) -> None:
+        self.hold_at = None
+
+    def load(self) -> Load:
+        tokens = sum(len(s.tokens) for s in self._open.values())
+        return Load(
+            running=len(self._open), waiting=0, tokens=tokens, kv_blocks_free=200, kv_blocks=256
+        )
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            hello = await read_message(reader)
+            assert isinstance(hello, Hello)
+            self.gateways.append(hello.name)
+            if self.mute:
+                await reader.read()
+                return
+            me = self.member
+            writer.write(encode(Welcome(rank=me.rank, incarnation=me.incarnation)))
+            while (message := await read_message(reader)) is not None:
+                self._answer(message, writer)
+        except ConnectionError:
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    def _answer(self, message: object, writer: asyncio.StreamWriter) -> None:
+        match message:
+            case Submit():
+                self.submits.append(message)
+                self.submitted.set()
+                self._take(message)
+            case Cancel():
+                self.cancels.append(message)
+                self.cancelled.set()
+                self._open.pop(message.session, None)
+            case Ping() if not self.mute:
+                pong = Pong(
+                    nonce=message.nonce,
+                    rank=self.member.rank,
+                    incarnation=self.member.incarnation,
+                    epoch=Epoch(1),
+                    step=Step(0),
+                    engine_age_ms=0.0,
+                    waiting_for=(),
+                    load=self.load(),
+                )
+                writer.write(encode(pong))
+
+    def _take(self, submit: Submit) -> None:
+        error = self.reject
+        if self.refuse:
+            self.refuse -= 1
+            error = "the queue is full"
+        if error is None:
+            self._open[submit.session] = submit
+            self._next[submit.session] = submit.num_emitted
+            return
+        answer = SessionTokens(
+            session=submit.session,
+            attempt=submit.attempt,
+            index=submit.num_emitted,
+            ids=(),
+            error=error,
+            retryable=self.reject is None,
+        )
+        self._send((answer,))
+
+    async def _step_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self.step_s)
+            made = [m for s in list(self._open.values()) if (m := self._token_of(s)) is not None]
+            if made and not self.mute:
+                self._send(tuple(made))
+
+    def _token_of(self, submit: Submit) -> SessionTokens | None:
+        index = self._next[submit.session]
+        if self.hold_at is not None and index >= self.hold_at:
+            return None
+        prompt = submit.tokens[: len(submit.tokens) - submit.num_emitted]
+        token = self.script[index] if self.script is not None else toy_token(prompt, index)
+        self._next[submit.session] = index + 1
+        finish = None
+        stops = {*submit.sampling.stop_token_ids, *(() if submit.sampling.ignore_eos else (EOS,))}
+        if token in stops and index >= submit.sampling.min_tokens:
+            finish = FinishReason.STOP
+        elif index + 1 == submit.sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            del self._open[submit.session]
+        return SessionTokens(
+            session=submit.session,
+            attempt=submit.attempt,
+            index=index,
+            ids=(token,),
+            finish=finish,
+        )
+
+    def _send(self, sessions: tuple[SessionTokens, ...]) -> None:
+        self._steps += 1
+        frame = Tokens(
+            rank=self.member.rank,
+            incarnation=self.member.incarnation,
+            epoch=Epoch(1),
+            step=Step(self._steps),
+            sessions=sessions,
+            load=self.load(),
+        )
+        for writer in self._writers:
+            writer.write(encode(frame))

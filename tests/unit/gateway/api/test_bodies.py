@@ -1,0 +1,228 @@
+"""Bodies: what is tolerated, what is refused, and which field an error names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.api.bodies import ChatBody, CompletionBody, decode_body
+from gateway.api.requests import (
+    COMPLETION_TOKENS_DEFAULT,
+    ModelLimits,
+    Wish,
+    read_messages,
+    read_prompts,
+    read_wish,
+)
+from shared.errors import RequestError
+
+LIMITS = ModelLimits(vocab_size=100, context_tokens_max=50)
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def completion(**fields: Any) -> CompletionBody:
+    return decode_body(json.dumps({"prompt": "x", **fields}).encode(), CompletionBody)
+
+
+def chat(**fields: Any) -> ChatBody:
+    return decode_body(json.dumps({**CHAT, **fields}).encode(), ChatBody)
+
+
+def wish(**fields: Any) -> Wish:
+    return read_wish(completion(**fields), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u", "store": True, "metadata": {"a": 1}, "service_tier": "auto", "new": [1]},
+        {"n": 1, "best_of": 1, "logprobs": None, "echo": False, "suffix": None},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0},
+        {"logit_bias": {}, "response_format": {"type": "text"}, "skip_special_tokens": True},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"temperature": None, "top_p": None, "max_tokens": None, "stop": None, "seed": None},
+    ],
+)
+def test_what_changes_nothing_is_tolerated(fields: dict[str, Any]) -> None:
+    read_wish(completion(**fields), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("n", 2),
+        ("best_of", 3),
+        ("logprobs", 0),
+        ("logprobs", 5),
+        ("echo", True),
+        ("suffix", "end"),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -0.5),
+        ("repetition_penalty", 1.1),
+        ("min_p", 0.1),
+        ("logit_bias", {"5": 1}),
+        ("response_format", {"type": "json_object"}),
+        ("structured_outputs", {"json": {}}),
+        ("use_beam_search", True),
+        ("include_stop_str_in_output", True),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(param: str, value: Any) -> None:
+    with pytest.raises(RequestError, match="not supported") as caught:
+        completion(**{param: value})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+    ],
+)
+def test_chats_refuse_their_own_features(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+
+
+def test_tools_that_may_not_be_called_are_tolerated() -> None:
+    chat(tools=[{"type": "function"}], tool_choice="none")
+    chat(tools=[], tool_choice="auto", parallel_tool_calls=True)
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", "9"),
+        ("max_tokens", 1.5),
+        ("min_tokens", -1),
+        ("min_tokens", COMPLETION_TOKENS_DEFAULT + 1),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "hot"),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("seed", 2**64),
+        ("stop", ["a"] * 17),
+        ("stop", [""]),
+        ("stop", [3]),
+        ("stop_token_ids", [100]),
+        ("stop_token_ids", [-1]),
+        ("stream_options", {"include_usage": True}),
+        ("ignore_eos", "yes"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(param: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        wish(**{param: value})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000, b"nul", b'{"a":}'])
+def test_what_is_no_json_is_refused(raw: bytes) -> None:
+    with pytest.raises(RequestError):
+        decode_body(raw, CompletionBody)
+
+
+@given(raw=st.binary(max_size=60))
+def test_no_bytes_crash_the_decoder(raw: bytes) -> None:
+    with pytest.raises(RequestError):
+        decode_body(raw, ChatBody)
+
+
+def test_sampling_is_taken_as_it_was_asked_for() -> None:
+    asked = wish(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=-1,
+        seed=-1,
+        max_tokens=9,
+        min_tokens=3,
+        ignore_eos=True,
+        stop_token_ids=[7, 5, 7],
+        stop="end",
+        stream=True,
+        return_token_ids=True,
+    )
+    sampling = asked.sampling_for(10, LIMITS)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 0)
+    assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (2**64 - 1, 9, 3)
+    assert (sampling.ignore_eos, sampling.stop_token_ids) == (True, (5, 7))
+    assert (asked.stops, asked.stream, asked.return_token_ids) == (("end",), True, True)
+
+
+def test_without_a_seed_each_request_draws_its_own() -> None:
+    assert len({wish().sampling.seed for _ in range(20)}) == 20
+
+
+def test_completions_default_to_sixteen_tokens_and_chats_to_the_context() -> None:
+    assert wish().sampling_for(10, LIMITS).max_tokens == COMPLETION_TOKENS_DEFAULT
+    assert read_wish(chat(), LIMITS).sampling_for(10, LIMITS).max_tokens == 40
+
+
+def test_max_completion_tokens_wins() -> None:
+    asked = read_wish(chat(max_tokens=3, max_completion_tokens=5), LIMITS)
+    assert asked.sampling_for(10, LIMITS).max_tokens == 5
+
+
+@pytest.mark.parametrize(("num_prompt", "max_tokens"), [(50, None), (60, None), (45, 6)])
+def test_what_does_not_fit_the_context_is_refused(num_prompt: int, max_tokens: int | None) -> None:
+    asked = read_wish(chat(max_tokens=max_tokens), LIMITS)
+    with pytest.raises(RequestError) as caught:
+        asked.sampling_for(num_prompt, LIMITS)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a", ["a"]),
+        ([1, 2], [(1, 2)]),
+        (["a", "b"], ["a", "b"]),
+        ([[1], [2, 3]], [(1,), (2, 3)]),
+    ],
+)
+def test_prompts_are_texts_or_token_ids_or_lists_of_them(prompt: Any, read: list[Any]) -> None:
+    assert read_prompts(completion(prompt=prompt), 100) == read
+
+
+@pytest.mark.parametrize("prompt", [[], [100], [-1], [1, "a"], [[]], [1.5], [True], ["a"] * 65])
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        read_prompts(completion(prompt=prompt), 100)
+    assert caught.value.param == "prompt"
+
+
+def test_content_parts_become_one_text() -> None:
+    body = chat(
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+            {"role": "assistant", "content": None},
+        ]
+    )
+    assert [m["content"] for m in read_messages(body.messages)] == ["ab", ""]
+
+
+def test_content_that_is_no_text_is_refused() -> None:
+    body = chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}])
+    with pytest.raises(RequestError, match="image_url"):
+        read_messages(body.messages)
+
+
+def test_a_chat_needs_a_message() -> None:
+    with pytest.raises(RequestError):
+        read_messages(chat(messages=[]).messages)

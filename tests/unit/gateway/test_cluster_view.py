@@ -1,0 +1,76 @@
+"""The view of the instance: the newest map wins, and what vanishes from etcd does not stop
+serving."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from gateway.cluster_view import ClusterView, ClusterWatch
+from shared.codec import pack
+from shared.keys import Keys
+from shared.records import pack_map
+from shared.store import KeyValue, Snapshot
+from shared.types import Incarnation, Member, RankId
+from tests.support.fake_clock import FakeClock
+from tests.support.gateway_world import toy_map, toy_spec
+from tests.support.memory_store import MemoryEtcd
+from tests.support.toy_rank import ToyRank
+
+KEYS = Keys("i")
+M0 = Member(rank=RankId(0), incarnation=Incarnation(1))
+M1 = Member(rank=RankId(1), incarnation=Incarnation(1))
+
+
+def snapshot(**values: bytes) -> Snapshot:
+    items = [
+        KeyValue(key=KEYS.root + key, value=value, create_revision=1, mod_revision=1)
+        for key, value in values.items()
+    ]
+    return Snapshot(revision=1, values=tuple(items))
+
+
+def test_an_older_map_changes_nothing() -> None:
+    view = ClusterView().with_map(toy_map(5, [M0, M1]))
+    assert view.with_map(toy_map(4, [M0])) is view
+    assert view.with_map(toy_map(6, [M0])).members == (M0,)
+
+
+def test_a_snapshot_without_map_and_spec_keeps_the_known_ones() -> None:
+    known = ClusterView().with_snapshot(
+        KEYS, snapshot(spec=pack(toy_spec(Path("m"))), map=pack_map(toy_map(3, [M0])))
+    )
+    after = known.with_snapshot(KEYS, snapshot())
+    assert (after.spec, after.epoch, after.members) == (known.spec, 3, (M0,))
+
+
+def test_ranks_come_and_go_with_their_keys() -> None:
+    key = KEYS.rank(M0.rank, M0.incarnation)
+    view = ClusterView().with_value(KEYS, key, pack(ToyRank(0).record()))
+    assert [record.member for record in view.ranks.values()] == [M0]
+    assert not view.without(key).ranks
+    assert not view.with_snapshot(KEYS, snapshot()).ranks
+
+
+def test_the_smallest_cache_of_the_members_bounds_a_session() -> None:
+    view = ClusterView().with_value(
+        KEYS, KEYS.rank(M0.rank, M0.incarnation), pack(ToyRank(0).record())
+    )
+    assert view.with_map(toy_map(1, [M0])).kv_tokens_min == 256 * 16
+
+
+async def test_a_malformed_value_is_skipped_and_the_watch_goes_on() -> None:
+    etcd = MemoryEtcd(FakeClock())
+    store = etcd.client()
+    seen: asyncio.Queue[ClusterView] = asyncio.Queue()
+    watch = ClusterWatch(store=store, keys=KEYS, on_view=seen.put_nowait)
+    running = asyncio.create_task(watch.run())
+    await store.put(KEYS.map, b"rubbish")
+    await store.put(KEYS.map, pack_map(toy_map(1, [M0])))
+    async with asyncio.timeout(10):
+        while True:
+            view = await seen.get()
+            if view.members == (M0,):
+                break
+    await store.close()
+    await running

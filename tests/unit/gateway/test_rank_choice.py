@@ -1,0 +1,124 @@
+"""The choice of a rank: where there is least work, and never where there is silence."""
+
+from __future__ import annotations
+
+from gateway.rank_choice import AFFINITY_SLACK_TOKENS, RankBoard
+from shared.types import Incarnation, Member, RankId
+from shared.wire import Load
+
+PROMPT = tuple(range(100))
+
+
+def member(rank: int) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(1))
+
+
+def load(*, tokens: int = 0, running: int = 0, waiting: int = 0, free: int = 1000) -> Load:
+    return Load(
+        running=running, waiting=waiting, tokens=tokens, kv_blocks_free=free, kv_blocks=1000
+    )
+
+
+def board(num_ranks: int = 3) -> RankBoard:
+    result = RankBoard()
+    result.on_map([member(rank) for rank in range(num_ranks)])
+    for rank in range(num_ranks):
+        result.on_link_opened(member(rank), kv_block_tokens=16)
+    return result
+
+
+def place(ranks: RankBoard, prompt: tuple[int, ...]) -> Member:
+    chosen = ranks.choose(prompt)
+    assert chosen is not None
+    ranks.add(chosen, sessions=1, tokens=len(prompt))
+    return chosen
+
+
+def test_nobody_lives_before_a_map_and_a_link() -> None:
+    ranks = RankBoard()
+    ranks.on_link_opened(member(0), kv_block_tokens=16)
+    assert ranks.choose(PROMPT) is None
+    ranks.on_map([member(0), member(1)])
+    assert ranks.live() == [member(0)]
+    ranks.on_link_broken(member(0))
+    assert ranks.choose(PROMPT) is None
+
+
+def test_a_burst_is_spread_before_any_rank_reports() -> None:
+    ranks = board(3)
+    chosen = [place(ranks, (n, *PROMPT)) for n in range(9)]
+    assert {chosen.count(member(rank)) for rank in range(3)} == {3}
+
+
+def test_equal_prompts_are_spread_too() -> None:
+    ranks = board(3)
+    chosen = [place(ranks, PROMPT) for _ in range(9)]
+    assert {chosen.count(member(rank)) for rank in range(3)} == {3}
+
+
+def test_the_load_of_other_gateways_counts() -> None:
+    ranks = board(2)
+    ranks.on_load(member(0), load(tokens=5000, running=9))
+    assert ranks.choose(PROMPT) == member(1)
+
+
+def test_own_sessions_are_not_counted_twice_when_the_rank_reports_them() -> None:
+    ranks = board(2)
+    ranks.add(member(0), sessions=1, tokens=500)
+    ranks.on_load(member(0), load(tokens=500, running=1))
+    ranks.add(member(1), sessions=1, tokens=600)
+    assert ranks.choose(PROMPT) == member(0)
+
+
+def test_a_rank_without_room_for_the_prompt_comes_after_those_with_room() -> None:
+    ranks = board(2)
+    ranks.on_load(member(0), load(free=2))
+    ranks.on_load(member(1), load(tokens=9000, running=50))
+    assert ranks.choose(PROMPT) == member(1)
+    assert ranks.choose(PROMPT[:20]) == member(0)
+
+
+def test_a_silent_rank_attracts_nothing_while_another_lives() -> None:
+    ranks = board(2)
+    ranks.on_silence(member(0), silent=True)
+    ranks.on_load(member(1), load(tokens=10**6, running=1000, free=0))
+    assert ranks.choose(PROMPT) == member(1)
+    ranks.on_silence(member(0), silent=False)
+    assert ranks.choose(PROMPT) == member(0)
+
+
+def test_where_all_are_silent_one_is_taken_all_the_same() -> None:
+    ranks = board(2)
+    for rank in range(2):
+        ranks.on_silence(member(rank), silent=True)
+    assert ranks.choose(PROMPT) is not None
+
+
+def test_who_refused_just_now_comes_last() -> None:
+    ranks = board(2)
+    ranks.add(member(1), sessions=50, tokens=10_000)
+    assert ranks.choose(PROMPT, avoid=(member(0),)) == member(1)
+
+
+def test_a_prefix_returns_to_its_rank_within_bounds_only() -> None:
+    ranks = board(2)
+    assert place(ranks, PROMPT) == member(0)
+    ranks.add(member(0), sessions=-1, tokens=-len(PROMPT))
+    ranks.add(member(0), tokens=AFFINITY_SLACK_TOKENS)
+    assert ranks.choose(PROMPT) == member(0)
+    assert ranks.choose((9, *PROMPT)) == member(1)
+    ranks.add(member(0), tokens=1)
+    assert ranks.choose(PROMPT) == member(1)
+
+
+def test_the_same_history_gives_the_same_choice() -> None:
+    histories = []
+    for _ in range(2):
+        ranks = board(4)
+        chosen = []
+        for n in range(40):
+            chosen.append(place(ranks, (n % 5, *PROMPT[: n + 1])))
+            if n % 7 == 0:
+                ranks.on_load(member(n % 4), load(tokens=n * 10, running=n % 3))
+        histories.append(chosen)
+    assert histories[0] == histories[1]

@@ -1,0 +1,270 @@
+"""Sessions over ranks that come, go, repeat themselves and speak late: clients see the reference
+stream, and nothing ends in silence."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.rank_choice import RankBoard
+from gateway.session_table import Action, Look, SessionTable
+from gateway.stream_session import FailureKind, Send, SessionPolicy, SessionState, StreamSession
+from shared.types import FinishReason, Incarnation, Member, RankId, SamplingParams, SessionId
+from shared.wire import Cancel, Load, SessionTokens, Submit
+
+LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=100, kv_blocks=100)
+BLOCK = 16
+
+
+def member(rank: int, incarnation: int = 1) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+
+
+def new_table(*linked: Member, policy: SessionPolicy | None = None) -> SessionTable:
+    table = SessionTable(board=RankBoard(), policy=policy or SessionPolicy())
+    table.on_map(linked, 0.0)
+    for each in linked:
+        table.on_link_opened(each, BLOCK, 0.0)
+    return table
+
+
+def submits(actions: list[Action]) -> list[tuple[Member, Submit]]:
+    return [
+        (a.member, a.message)
+        for a in actions
+        if isinstance(a, Send) and isinstance(a.message, Submit)
+    ]
+
+
+def open_one(
+    table: SessionTable, name: str = "s", max_tokens: int = 8, now: float = 0.0
+) -> tuple[StreamSession, list[Action]]:
+    return table.open(SessionId(name), (1, 2), SamplingParams(max_tokens=max_tokens), now)
+
+
+def frame(submit: Submit, index: int, *ids: int, **fields: object) -> SessionTokens:
+    return SessionTokens(
+        session=submit.session,
+        attempt=submit.attempt,
+        index=index,
+        ids=ids,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def test_a_session_is_placed_at_once_where_a_rank_lives() -> None:
+    _, actions = open_one(new_table(member(0)))
+    assert [m for m, _ in submits(actions)] == [member(0)]
+
+
+def test_a_rank_must_be_both_linked_and_in_the_map() -> None:
+    table = SessionTable(board=RankBoard(), policy=SessionPolicy())
+    _, actions = open_one(table)
+    actions += table.on_link_opened(member(0), BLOCK, 0.0)
+    assert submits(actions) == []
+    assert [m for m, _ in submits(table.on_map((member(0),), 0.0))] == [member(0)]
+
+
+def test_a_broken_link_moves_its_sessions_in_the_same_call() -> None:
+    table = new_table(member(0), member(1))
+    session, actions = open_one(table)
+    ((first, submit),) = submits(actions)
+    table.on_tokens(first, [frame(submit, 0, 5)], LOAD, 1.0)
+    ((second, again),) = submits(table.on_link_broken(first, 1.0))
+    assert second != first
+    assert (again.tokens, again.num_emitted, again.attempt) == ((1, 2, 5), 1, 1)
+    assert session.member == second
+
+
+def test_a_new_incarnation_of_the_rank_is_another_member() -> None:
+    table = new_table(member(0))
+    open_one(table)
+    assert submits(table.on_map((member(0, 2),), 1.0)) == []
+    assert [m for m, _ in submits(table.on_link_opened(member(0, 2), BLOCK, 1.0))] == [member(0, 2)]
+
+
+def test_those_in_mid_stream_are_placed_before_new_ones() -> None:
+    table = new_table(member(0))
+    _, actions = open_one(table, "old")
+    table.on_tokens(member(0), [frame(submits(actions)[0][1], 0, 5)], LOAD, 1.0)
+    table.on_link_broken(member(0), 1.0)
+    open_one(table, "new", now=0.5)
+    placed = submits(table.on_link_opened(member(0), BLOCK, 2.0))
+    assert [s.session for _, s in placed] == ["old", "new"]
+
+
+def test_a_refusal_goes_to_another_rank_after_the_backoff() -> None:
+    table = new_table(member(0), member(1))
+    session, actions = open_one(table)
+    ((first, submit),) = submits(actions)
+    refusal = frame(submit, 0, error="full", retryable=True)
+    assert submits(table.on_tokens(first, [refusal], LOAD, 1.0)) == []
+    wake_at = table.wake_at()
+    assert wake_at == session.ready_at > 1.0
+    ((second, _),) = submits(table.on_time(wake_at))
+    assert second != first
+
+
+def test_without_a_rank_the_session_fails_at_its_deadline_and_its_reader_is_told() -> None:
+    table = new_table(policy=SessionPolicy(no_rank_timeout_s=5))
+    session, _ = open_one(table)
+    assert table.wake_at() == 5.0
+    assert table.on_time(5.0) == [Look(session=session)]
+    assert session.failure is not None
+    assert session.failure.kind is FailureKind.NO_RANK
+    assert table.wake_at() is None
+
+
+def test_an_ended_session_leaves_no_trace() -> None:
+    table = new_table(member(0))
+    session, actions = open_one(table)
+    ((_, submit),) = submits(actions)
+    done = frame(submit, 0, 5, finish=FinishReason.STOP)
+    assert table.on_tokens(member(0), [done], LOAD, 1.0) == [Look(session=session)]
+    assert table.on_tokens(member(0), [frame(submit, 1, 6)], LOAD, 1.0) == []
+    assert (len(table.sessions), table.cancel(session)) == (0, [])
+    assert session.emitted == [5]
+
+
+def test_cancelling_tells_the_rank() -> None:
+    table = new_table(member(0))
+    session, _ = open_one(table)
+    sent = [a.message for a in table.cancel(session) if isinstance(a, Send)]
+    assert [type(message) for message in sent] == [Cancel]
+
+
+def test_a_shutdown_fails_every_session_with_a_reason() -> None:
+    table = new_table(member(0))
+    sessions = [open_one(table, str(n))[0] for n in range(3)]
+    looks = [a for a in table.shut_down() if isinstance(a, Look)]
+    assert [look.session for look in looks] == sessions
+    assert all(s.failure and s.failure.kind is FailureKind.SHUTDOWN for s in sessions)
+
+
+def reference(submit: Submit, index: int) -> int:
+    """What any rank makes of a session at an index: it depends on the tokens so far alone."""
+    prompt = submit.tokens[: len(submit.tokens) - submit.num_emitted]
+    return (sum(prompt) * 31 + index * 7) % 1000
+
+
+class SloppyWorld:
+    """Ranks that send their sessions' tokens in pieces, twice, late, and after being left."""
+
+    def __init__(self, seed: int, num_ranks: int, lengths: list[int]) -> None:
+        self.random = random.Random(seed)
+        policy = SessionPolicy(no_rank_timeout_s=1e6, losses_max=10**6, refusals_max=10**6)
+        self.table = SessionTable(board=RankBoard(), policy=policy)
+        self.now = 0.0
+        self.live = dict.fromkeys(range(num_ranks), 1)  # incarnation by rank
+        self.linked: set[Member] = set()
+        self.running: list[tuple[Member, Submit, int]] = []  # and the next index there
+        self.on_the_way: deque[tuple[Member, SessionTokens]] = deque()
+        self.publish()
+        self.sessions: list[StreamSession] = []
+        for number, length in enumerate(lengths):
+            sampling = SamplingParams(max_tokens=length)
+            prompt = (number, number + 1)
+            session, actions = self.table.open(SessionId(str(number)), prompt, sampling, self.now)
+            self.sessions.append(session)
+            self.perform(actions)
+
+    def perform(self, actions: list[Action]) -> None:
+        for to, submit in submits(actions):
+            assert to in self.linked
+            self.running.append((to, submit, submit.num_emitted))
+
+    def publish(self) -> None:
+        members = tuple(member(rank, life) for rank, life in self.live.items())
+        self.perform(self.table.on_map(members, self.now))
+        for each in members:
+            if each not in self.linked:
+                self.linked.add(each)
+                self.perform(self.table.on_link_opened(each, BLOCK, self.now))
+
+    def step(self) -> None:
+        self.now += self.random.random()
+        self.random.choice(
+            [self.generate, self.generate, self.deliver, self.deliver, self.kill, self.refuse]
+        )()
+        self.perform(self.table.on_time(self.now))
+
+    def generate(self) -> None:
+        if not self.running:
+            return
+        place = self.random.randrange(len(self.running))
+        to, submit, index = self.running[place]
+        count = min(self.random.randint(1, 3), submit.sampling.max_tokens - index)
+        start = max(0, index - self.random.choice([0, 0, 1, 2]))
+        ids = [reference(submit, i) for i in range(start, index + count)]
+        ended = index + count == submit.sampling.max_tokens
+        message = frame(submit, start, *ids, finish=FinishReason.LENGTH if ended else None)
+        self.on_the_way.extend([(to, message)] * self.random.choice([1, 1, 2]))
+        if ended:
+            del self.running[place]
+        else:
+            self.running[place] = (to, submit, index + count)
+
+    def deliver(self) -> None:
+        """In order, as a connection does; what was on its way may come again much later."""
+        if not self.on_the_way:
+            return
+        to, message = self.on_the_way.popleft()
+        if self.random.random() < 0.1:
+            self.on_the_way.append((to, message))
+        self.perform(self.table.on_tokens(to, [message], LOAD, self.now))
+
+    def refuse(self) -> None:
+        if self.running:
+            to, submit, index = self.running.pop(self.random.randrange(len(self.running)))
+            self.on_the_way.append((to, frame(submit, index, error="full", retryable=True)))
+
+    def kill(self) -> None:
+        """By a broken link, by a map, or by both in either order. It may babble on."""
+        rank = self.random.choice(list(self.live))
+        old = member(rank, self.live[rank])
+        if self.random.random() < 0.5 and old in self.linked:
+            self.linked.discard(old)
+            self.perform(self.table.on_link_broken(old, self.now))
+        if self.random.random() < 0.7:
+            self.live[rank] += 1
+            self.publish()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_ranks=st.integers(1, 4),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+)
+def test_any_interleaving_gives_every_client_exactly_the_reference_stream(
+    seed: int, num_ranks: int, lengths: list[int]
+) -> None:
+    world = SloppyWorld(seed, num_ranks, lengths)
+    for _ in range(150):
+        world.step()
+        for session in world.sessions:
+            probe = Submit(
+                session=session.id,
+                attempt=session.attempt,
+                tokens=session.prompt,
+                num_emitted=0,
+                sampling=session.sampling,
+            )
+            wanted = [reference(probe, i) for i in range(len(session.emitted))]
+            assert session.emitted == wanted
+    for rank in world.live:
+        world.live[rank] += 1
+    world.publish()
+    for _ in range(2000):
+        if all(session.ended for session in world.sessions):
+            break
+        world.now += 10
+        world.perform(world.table.on_time(world.now))
+        world.generate()
+        world.deliver()
+    assert all(s.state is SessionState.FINISHED for s in world.sessions)
+    assert [len(s.emitted) for s in world.sessions] == lengths
+    assert not world.table.sessions

@@ -1,0 +1,249 @@
+"""A session: every event in every state, and exactly-once under whatever order messages come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from gateway.stream_session import (
+    TRANSITIONS,
+    FailureKind,
+    Send,
+    SessionEvent,
+    SessionPolicy,
+    SessionState,
+    StreamSession,
+)
+from shared.types import (
+    Attempt,
+    FinishReason,
+    Incarnation,
+    Member,
+    RankId,
+    SamplingParams,
+    SessionId,
+)
+from shared.wire import Cancel, SessionTokens, Submit
+
+A = Member(rank=RankId(0), incarnation=Incarnation(1))
+B = Member(rank=RankId(1), incarnation=Incarnation(1))
+POLICY = SessionPolicy(no_rank_timeout_s=10, refusals_max=3, losses_max=2)
+
+
+def new_session(max_tokens: int = 8) -> StreamSession:
+    return StreamSession(
+        session=SessionId("g/1"),
+        prompt=(7, 8, 9),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=3),
+        policy=POLICY,
+        now=0.0,
+    )
+
+
+def tokens(
+    index: int,
+    *ids: int,
+    attempt: int = 0,
+    finish: FinishReason | None = None,
+    error: str | None = None,
+    retryable: bool = False,
+) -> SessionTokens:
+    return SessionTokens(
+        session=SessionId("g/1"),
+        attempt=Attempt(attempt),
+        index=index,
+        ids=ids,
+        finish=finish,
+        error=error,
+        retryable=retryable,
+    )
+
+
+def in_state(state: SessionState) -> StreamSession:
+    session = new_session()
+    if state is SessionState.WAITING:
+        return session
+    session.place(A)
+    session.on_tokens(A, tokens(0, 1), 1.0)
+    match state:
+        case SessionState.FINISHED:
+            session.on_tokens(A, tokens(1, 2, finish=FinishReason.STOP), 1.0)
+        case SessionState.FAILED:
+            session.shut_down()
+        case SessionState.CANCELLED:
+            session.cancel()
+    assert session.state is state
+    return session
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    event: SessionEvent
+    fire: Callable[[StreamSession], list[Send]]
+
+
+def reason(error: str, *, retryable: bool) -> SessionTokens:
+    return tokens(1, error=error, retryable=retryable)
+
+
+CASES = [
+    Case(SessionEvent.PLACED, lambda s: s.place(B)),
+    Case(SessionEvent.TOKENS, lambda s: s.on_tokens(A, tokens(1, 2), 2.0)),
+    Case(SessionEvent.ENDED, lambda s: s.on_tokens(A, tokens(1, 2, finish=FinishReason.STOP), 2.0)),
+    Case(SessionEvent.REFUSED, lambda s: s.on_tokens(A, reason("full", retryable=True), 2.0)),
+    Case(SessionEvent.RANK_LOST, lambda s: s.on_rank_lost(A, 2.0)),
+    Case(SessionEvent.REJECTED, lambda s: s.on_tokens(A, reason("bad", retryable=False), 2.0)),
+    Case(SessionEvent.GIVEN_UP, lambda s: s.shut_down()),
+    Case(SessionEvent.STOPPED, lambda s: s.stop()),
+    Case(SessionEvent.CLIENT_GONE, lambda s: s.cancel()),
+]
+
+
+@pytest.mark.parametrize("state", SessionState)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.event.value)
+def test_every_event_in_every_state_goes_where_the_table_says(
+    state: SessionState, case: Case
+) -> None:
+    session = in_state(state)
+    before = (list(session.emitted), session.finish, session.failure)
+    sent = case.fire(session)
+    target = TRANSITIONS.get((state, case.event))
+    assert session.state is (target or state)
+    if target is None:
+        assert sent == []
+        assert (session.emitted, session.finish, session.failure) == before
+
+
+def test_every_event_is_in_the_cases() -> None:
+    assert {case.event for case in CASES} == set(SessionEvent)
+
+
+def test_the_first_submit_carries_the_prompt_and_the_next_all_tokens_so_far() -> None:
+    session = new_session()
+    (first,) = session.place(A)
+    assert first == Send(
+        member=A,
+        message=Submit(
+            session=SessionId("g/1"),
+            attempt=Attempt(0),
+            tokens=(7, 8, 9),
+            num_emitted=0,
+            sampling=session.sampling,
+        ),
+    )
+    session.on_tokens(A, tokens(0, 1, 2), 1.0)
+    session.on_rank_lost(A, 1.0)
+    (second,) = session.place(B)
+    assert isinstance(second.message, Submit)
+    assert (second.message.tokens, second.message.num_emitted) == ((7, 8, 9, 1, 2), 2)
+    assert (second.message.attempt, session.moves) == (1, 1)
+
+
+def test_late_repeated_and_foreign_messages_change_nothing() -> None:
+    session = new_session()
+    session.place(A)
+    session.on_tokens(A, tokens(0, 1, 2), 1.0)
+    session.on_tokens(A, tokens(0, 1, 2), 1.0)
+    session.on_tokens(A, tokens(1, 2), 1.0)
+    session.on_tokens(B, tokens(2, 99), 1.0)
+    session.on_rank_lost(A, 1.0)
+    session.on_tokens(A, tokens(2, 3), 1.0)
+    session.place(B)
+    session.on_tokens(B, tokens(2, 99, attempt=0), 1.0)
+    session.on_tokens(A, tokens(2, 99, attempt=1), 1.0)
+    assert session.emitted == [1, 2]
+
+
+def test_of_an_overlapping_message_only_the_new_part_counts() -> None:
+    session = new_session()
+    session.place(A)
+    session.on_tokens(A, tokens(0, 1, 2), 1.0)
+    session.on_tokens(A, tokens(1, 2, 3, 4), 1.0)
+    assert session.emitted == [1, 2, 3, 4]
+
+
+def test_a_gap_moves_the_session_and_cancels_the_attempt() -> None:
+    session = new_session()
+    session.place(A)
+    sent = session.on_tokens(A, tokens(1, 5), 1.0)
+    assert session.state is SessionState.WAITING
+    assert sent == [Send(member=A, message=Cancel(session=SessionId("g/1"), attempt=Attempt(0)))]
+
+
+def test_it_takes_no_more_than_max_tokens_and_then_ends() -> None:
+    session = new_session(max_tokens=3)
+    session.place(A)
+    sent = session.on_tokens(A, tokens(0, 1, 2, 3, 4), 1.0)
+    assert (session.emitted, session.finish) == ([1, 2, 3], FinishReason.LENGTH)
+    assert session.state is SessionState.FINISHED
+    assert [type(s.message) for s in sent] == [Cancel]
+
+
+def test_a_rank_that_cancels_by_itself_is_left_but_its_tokens_stay() -> None:
+    session = new_session()
+    session.place(A)
+    session.on_tokens(A, tokens(0, 1, finish=FinishReason.CANCELLED), 1.0)
+    assert (session.state, session.emitted) == (SessionState.WAITING, [1])
+
+
+def test_refusals_back_off_and_end_after_their_limit() -> None:
+    session = new_session()
+    waits = []
+    for attempt in range(POLICY.refusals_max):
+        session.place(A)
+        session.on_tokens(A, tokens(0, error="full", retryable=True, attempt=attempt), 1.0)
+        assert session.state is SessionState.WAITING
+        waits.append(session.ready_at - 1.0)
+    assert all(0 < wait <= POLICY.backoff_max_s * 1.5 for wait in waits)
+    assert waits[2] > waits[0]
+    session.place(A)
+    session.on_tokens(A, tokens(0, error="full", retryable=True, attempt=3), 1.0)
+    assert session.failure is not None
+    assert (session.failure.kind, "full" in session.failure.message) == (FailureKind.NO_RANK, True)
+
+
+def test_a_session_that_loses_rank_after_rank_without_a_token_fails() -> None:
+    session = new_session()
+    for _ in range(POLICY.losses_max):
+        session.place(A)
+        session.on_rank_lost(A, 1.0)
+        assert session.state is SessionState.WAITING
+    session.place(A)
+    session.on_rank_lost(A, 1.0)
+    assert session.failure is not None
+    assert session.failure.kind is FailureKind.RANKS_LOST
+
+
+def test_a_token_between_losses_starts_the_count_anew() -> None:
+    session = new_session()
+    for attempt in range(6):
+        session.place(A)
+        session.on_tokens(A, tokens(attempt, 5, attempt=attempt), 1.0)
+        session.on_rank_lost(A, 1.0)
+    assert session.state is SessionState.WAITING
+
+
+def test_it_gives_up_at_its_deadline_and_not_before() -> None:
+    session = new_session()
+    session.on_time(9.9)
+    assert session.state is SessionState.WAITING
+    session.on_time(10.0)
+    assert session.failure is not None
+    assert session.failure.kind is FailureKind.NO_RANK
+
+
+def test_the_deadline_counts_from_the_loss_of_a_rank_that_served() -> None:
+    session = new_session()
+    session.place(A)
+    session.on_rank_lost(A, 100.0)
+    assert session.deadline_at == 110.0
+
+
+def test_it_knows_its_first_token_and_its_longest_gap() -> None:
+    session = new_session()
+    session.place(A)
+    for index, at in enumerate([2.0, 2.5, 4.0, 4.1]):
+        session.on_tokens(A, tokens(index, index), at)
+    assert (session.first_token_at, session.longest_gap_s) == (2.0, 1.5)
