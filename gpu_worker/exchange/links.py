@@ -113,7 +113,6 @@ class TransferEndpoint:
         """The member's record is gone. Its areas stay in quarantine for a while."""
         with self._lock:
             self._links.pop(member, None)
-            self._generations.pop(member, None)
         self._areas.retire(member, self._clock.now())
 
     def outbox(self, link: Link) -> Outbox:
