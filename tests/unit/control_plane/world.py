@@ -1,0 +1,346 @@
+"""A small instance in one thread, for tests of membership: in-memory etcd, leaders that may fall,
+and ranks that load, die, hang and come back. Every published map is checked against what they
+hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from control_plane.cluster_view import ClusterView
+from control_plane.failure_detector import DetectorTimings
+from control_plane.membership import MembershipPolicy, PublishMap, Write
+from control_plane.probe_events import ProbePong, ProbeRefused, ProbeStanding
+from control_plane.publisher import Publisher
+from control_plane.reign import Reign
+from shared.errors import TxnConflict
+from shared.expert_map import ExpertMap, Placement
+from shared.keys import Keys
+from shared.records import (
+    InstanceSpec,
+    LeaderRecord,
+    RankRecord,
+    SlotContents,
+    Suspicion,
+    pack_record,
+    unpack_map,
+    unpack_record,
+)
+from shared.store import Compare, Put, Snapshot, WatchEvent
+from shared.types import (
+    EMPTY_SLOT,
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    Step,
+    SuspicionReason,
+)
+from shared.wire import Load, Pong
+from tests.support.fake_clock import FakeClock
+from tests.support.memory_store import MemoryEtcd
+
+LOADING = -9
+TTL_S = 5.0
+POLICY = MembershipPolicy(
+    bytes_per_expert=1,
+    formation_window_s=2.0,
+    heal_after_s=1.0,
+    joiner_patience_s=3.0,
+    heal_budget_bytes=3,
+)
+LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
+
+
+def spec(
+    *, ranks: int = 4, experts: int = 6, slots: int = 3, redundant: int = 6, layers: int = 2
+) -> InstanceSpec:
+    return InstanceSpec(
+        model_name="tiny",
+        model_path="/tiny",
+        num_moe_layers=layers,
+        num_experts=experts,
+        num_ranks=ranks,
+        slots_per_rank=slots,
+        redundant_experts=redundant,
+        context_tokens_max=64,
+        vocab_size=64,
+    )
+
+
+class Rank:
+    """One incarnation: `truth` is what its memory holds, LOADING while a slot is overwritten."""
+
+    def __init__(self, world: World, member: Member) -> None:
+        self._world = world
+        self.member = member
+        shape = (world.spec.num_moe_layers, world.spec.slots_per_rank)
+        self.truth: Placement = np.full(shape, EMPTY_SLOT, dtype=np.int16)
+        self.loading: Placement | None = None
+        self.answering = True
+        self.registered = False
+        self.lease_id = world.etcd.grant(TTL_S)
+        self.record = RankRecord(
+            rank=member.rank,
+            incarnation=member.incarnation,
+            node=NodeId(f"n{member.rank % 2}"),
+            pid=1,
+            lease_id=self.lease_id,
+            state=RankState.STARTING,
+            control_host="h",
+            control_port=1,
+            transfer_name="t",
+            slots=world.spec.slots_per_rank,
+            kv_blocks=1,
+            kv_block_tokens=1,
+            exchange="local",
+        )
+
+    def say(self, **changes: object) -> None:
+        self.record = replace(self.record, **changes)  # type: ignore[arg-type]
+        self._put(self._world.keys.rank(*self._ids), pack_record(self.record))
+        self.registered = True
+
+    def begin_load(self) -> bool:
+        """As a rank's standing rules: never into a slot in use, unless an orphan needs it."""
+        contents = self._assignment()
+        if contents is None or self.loading is not None:
+            return False
+        wanted, differs = contents.array(), contents.array() != self.truth
+        if not differs.any():
+            if self.record.state is not RankState.READY:
+                self.say(state=RankState.READY)
+            return False
+        expert_map = self._world.expert_map
+        if expert_map is not None and expert_map.has(self.member):
+            in_use = differs & (expert_map.placement[:, self.member.rank] >= 0)
+            if in_use.any() and contents.epoch != expert_map.epoch:
+                return False
+        self.truth = np.where(differs, LOADING, self.truth).astype(np.int16)
+        self.loading = wanted
+        return True
+
+    def finish_load(self) -> None:
+        if self.loading is None:
+            return
+        self.truth, self.loading = self.loading, None
+        contents = SlotContents.of(self.member, self.truth)
+        self._put(self._world.keys.resident(*self._ids), pack_record(contents))
+        self.begin_load()
+
+    def _assignment(self) -> SlotContents | None:
+        found = self._world.etcd.values.get(self._world.keys.assignment(*self._ids))
+        return unpack_record(found.value, SlotContents) if found else None
+
+    def _put(self, key: str, value: bytes) -> None:
+        self._world.etcd.apply([Put(key=key, value=value, lease_id=self.lease_id)])
+
+    @property
+    def _ids(self) -> tuple[RankId, Incarnation]:
+        return self.member.rank, self.member.incarnation
+
+
+class World:
+    def __init__(self, instance: InstanceSpec | None = None) -> None:
+        self.spec = instance or spec()
+        self.clock = FakeClock()
+        self.etcd = MemoryEtcd(self.clock)
+        self.keys = Keys("world")
+        self.ranks: dict[int, Rank] = {}
+        self.lives: dict[int, int] = {}
+        self.published: list[ExpertMap] = []
+        self.writes: list[Write] = []
+        self.buried: set[Member] = set()
+        self._publisher = Publisher(self.etcd.client(), self.keys, self.clock)
+        self.etcd.apply([Put(key=self.keys.spec, value=pack_record(self.spec))])
+        self.take_office()
+
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        found = self.etcd.values.get(self.keys.map)
+        return unpack_map(found.value) if found else None
+
+    # The control plane.
+
+    def take_office(self) -> None:
+        """A new leader, with nothing but what etcd holds."""
+        record = LeaderRecord(control_plane="cp", pid=1, term=1, since=0.0)
+        self.leader_revision = self.etcd.apply(
+            [Put(key=self.keys.leader, value=pack_record(record))]
+        )
+        self.view = ClusterView(self.keys)
+        self.watch = self.etcd.open_watch(self.keys.root)
+        first = self.watch.items.popleft()
+        assert isinstance(first, Snapshot)
+        self.view.apply(first)
+        self.reign = Reign(self.view, POLICY, DetectorTimings(), self.clock.now())
+        for rank in self.ranks.values():
+            self._connect(rank)
+
+    def pass_time(self, seconds: float, *, tick_s: float = 0.02) -> None:
+        for _ in range(max(1, round(seconds / tick_s))):
+            self.clock.advance(tick_s)
+            for rank in self.ranks.values():
+                if rank.answering:
+                    self.etcd.keep_alive(rank.lease_id)
+            self.etcd.expire()
+            self.run()
+
+    def run(self, *, reply_lost: bool = False) -> None:
+        """Events, Pongs, a tick, and writes until there is none."""
+        for _ in range(50):
+            now = self.clock.now()
+            self._deliver()
+            for rank in self.ranks.values():
+                if rank.answering and rank.registered:
+                    pong = self._pong(rank)
+                    self.reign.on_probe(ProbePong(member=rank.member, pong=pong), now)
+            self.reign.on_tick(now)
+            write = self.reign.decide(now)
+            if write is None:
+                return
+            self.perform(write, self.leader_revision, reply_lost=reply_lost)
+        raise AssertionError("the control plane writes without end")
+
+    def perform(self, write: Write, leader_revision: int, *, reply_lost: bool = False) -> None:
+        """One fenced transaction, its effect checked, and told to the leader as the driver does."""
+        compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
+        if isinstance(write, PublishMap):
+            revision = self.view.revision_of(self.keys.map)
+            compare.append(Compare(key=self.keys.map, mod_revision=revision))
+        operations = self._publisher._operations(write)
+        before = self.expert_map
+        self.etcd.check(compare)
+        revision = self.etcd.apply(operations)
+        self.writes.append(write)
+        if isinstance(write, PublishMap):
+            self._check_map(write, before)
+        if reply_lost:
+            for change in self.view.apply(self.etcd.snapshot(self.keys.root)):
+                self.reign.on_change(change, self.clock.now())
+            return
+        for operation in operations:
+            value = operation.value if isinstance(operation, Put) else None
+            event = WatchEvent(key=operation.key, value=value, mod_revision=revision)
+            for change in self.view.apply(event):
+                self.reign.on_change(change, self.clock.now())
+
+    def conflicts(self, write: Write, leader_revision: int) -> bool:
+        try:
+            self.perform(write, leader_revision)
+        except TxnConflict:
+            return True
+        return False
+
+    def _deliver(self) -> None:
+        while self.watch.items:
+            item = self.watch.items.popleft()
+            assert item is not None
+            for change in self.view.apply(item):
+                self.reign.on_change(change, self.clock.now())
+
+    def _check_map(self, write: PublishMap, before: ExpertMap | None) -> None:
+        published = write.expert_map
+        assert published.uncovered() == [], "a published map leaves experts without a slot"
+        assert published.epoch == (before.epoch if before else 0) + 1
+        for member in published.members:
+            rank = self._life(member)
+            row = published.placement[:, member.rank]
+            named = row >= 0
+            if rank is not None:
+                assert (rank.truth[named] == row[named]).all(), "a named expert is not resident"
+        left = set(before.members if before else ()) - set(published.members)
+        verdicts = {Member(rank=v.rank, incarnation=v.incarnation) for v in write.verdicts}
+        assert left == verdicts, "exactly those with a verdict leave"
+        assert all(v.epoch == published.epoch for v in write.verdicts)
+        assert not self.buried & set(published.members), "a dead incarnation is back"
+        if before is not None and write.verdicts:
+            self._check_nothing_moved(before, published)
+        self.buried |= left
+        self.published.append(published)
+
+    def _check_nothing_moved(self, before: ExpertMap, published: ExpertMap) -> None:
+        """A survivor's replica stays, unless its slot was given to an orphan by an assignment."""
+        for member in set(before.members) & set(published.members):
+            old, new = (m.placement[:, member.rank] for m in (before, published))
+            assigned = self.view.assignments.get(member)
+            given = old != assigned.array() if assigned else np.zeros(old.shape, dtype=bool)
+            assert ((old == new) | (old < 0) | given).all(), "a death moved a survivor's replica"
+
+    # The ranks.
+
+    def start(self, rank_id: int) -> Rank:
+        """The next life of a rank whose last one is over."""
+        assert rank_id not in self.ranks
+        self.lives[rank_id] = self.lives.get(rank_id, 0) + 1
+        member = Member(rank=RankId(rank_id), incarnation=Incarnation(self.lives[rank_id]))
+        rank = self.ranks[rank_id] = Rank(self, member)
+        rank.say()
+        self._connect(rank)
+        self.link()
+        return rank
+
+    def link(self) -> None:
+        """Every answering rank opens links to every other."""
+        up = [r for r in self.ranks.values() if r.answering]
+        for rank in up:
+            links = tuple(sorted(r.member for r in up if r is not rank))
+            if rank.record.links != links:
+                rank.say(links=links)
+
+    def kill(self, rank_id: int, *, agent: bool = True) -> None:
+        rank = self.ranks.pop(rank_id)
+        self.reign.on_probe(ProbeRefused(member=rank.member), self.clock.now())
+        if agent:
+            self.etcd.revoke(rank.lease_id)
+
+    def hang(self, rank_id: int) -> None:
+        """It is suspected by a peer, as it would be under load."""
+        rank = self.ranks[rank_id]
+        rank.answering = False
+        suspicion = Suspicion(
+            rank=rank.member.rank,
+            incarnation=rank.member.incarnation,
+            by="a peer",
+            reason=SuspicionReason.EXCHANGE,
+            epoch=Epoch(1),
+            step=Step(0),
+            raised_at=self.clock.now(),
+        )
+        key = self.keys.suspicion(rank.member.rank, rank.member.incarnation, suspicion.by)
+        self.etcd.apply([Put(key=key, value=pack_record(suspicion))])
+
+    def load_all(self) -> None:
+        for rank in self.ranks.values():
+            if rank.answering:
+                rank.begin_load()
+                rank.finish_load()
+
+    def settle(self, seconds: float = 6.0) -> None:
+        for _ in range(round(seconds / 0.2)):
+            self.load_all()
+            self.link()
+            self.pass_time(0.2, tick_s=0.05)
+
+    def _connect(self, rank: Rank) -> None:
+        if rank.answering:
+            self.reign.on_probe(ProbeStanding(member=rank.member), self.clock.now())
+
+    def _life(self, member: Member) -> Rank | None:
+        rank = self.ranks.get(member.rank)
+        return rank if rank is not None and rank.member == member else None
+
+    def _pong(self, rank: Rank) -> Pong:
+        return Pong(
+            nonce=1,
+            rank=rank.member.rank,
+            incarnation=rank.member.incarnation,
+            epoch=self.published[-1].epoch if self.published else Epoch(0),
+            step=Step(0),
+            engine_age_ms=0.0,
+            waiting_for=(),
+            load=LOAD,
+        )
