@@ -118,7 +118,8 @@ class LinkKeeper:
                     detail = await self._hold(peer.member, reader)
             except (OSError, TimeoutError, ValueError, WireError) as error:
                 detail = str(error) or type(error).__name__
-            log.info("link_broken", peer=str(peer.member), detail=detail)
+            say = log.info if backoff_s == BACKOFF_MIN_S else log.debug
+            say("link_broken", peer=str(peer.member), detail=detail)
             self._events.broken(peer.member, detail)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)

@@ -13,9 +13,9 @@ the engine when every member's link is open; until then it is held back, newest 
     link opened            our record again; a held map may go to the engine
     link broken            SuspectPeer(LINK) if it is a member; our record again
     assignment             LoadSlots of what differs, one load at a time. Where it takes a slot that
-                           the engine's map names: first the newer map that empties it, if the
-                           assignment presumes one; else HoldEngine (an orphan replaces a surplus
-                           replica after a death, and no step can complete anyway)
+                           the engine's map names, first HoldEngine: either a newer map empties the
+                           slot, which the engine may not be able to adopt any more, or an orphan
+                           replaces a surplus replica after a death; no step can complete anyway
     slots loaded           residents again; LoadSlots if the assignment moved meanwhile
     map                    AdoptMap, or held back
     engine adopted a map   LoadSlots that waited for it
@@ -163,11 +163,11 @@ class Standing:
         record stands."""
         if peer not in self._peers:
             return []
-        actions: list[Action] = []
-        if peer in self._open:
-            self._open.discard(peer)
-            actions += self._say_links()
-        newest = self._held or self._map
+        newest, was_open = self._held or self._map, peer in self._open
+        if not was_open:
+            return []
+        self._open.discard(peer)
+        actions = self._say_links()
         if newest is not None and newest.has(peer):
             actions.append(SuspectPeer(peer=peer, reason=SuspicionReason.LINK, detail=detail))
         return actions
@@ -265,8 +265,9 @@ class Standing:
             return []
         if self._takes_from_engine(differs):
             assert newest is not None, "an engine with a map, and no map"
-            orphaned = self._wanted_epoch == newest_epoch and self._names(newest, differs)
-            return [HoldEngine(epoch=newest_epoch)] if orphaned else []
+            if not self._names(newest, differs):
+                return [HoldEngine(epoch=Epoch(newest_epoch - 1))]
+            return [HoldEngine(epoch=newest_epoch)] if self._wanted_epoch == newest_epoch else []
         self._loading = True
         return [LoadSlots(wanted=wanted)]
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import random
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+EXECUTOR_S = (0.001, 0.01, 0.3)
+"""What work off the event loop takes, such as reading experts or opening a link."""
 
 
 @dataclass(eq=False)
@@ -84,7 +88,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
-        """Threads do not exist here: the work is done a moment later, in one go."""
+        """Threads do not exist here: the work is done some time later, in one go."""
         future = self.create_future()
 
         def work() -> None:
@@ -95,7 +99,7 @@ class SimLoop(asyncio.SelectorEventLoop):
             except Exception as error:  # noqa: BLE001 - an executor passes on whatever it is
                 future.set_exception(error)
 
-        self.call_later(0.001, work)
+        self.call_later(random.choice(EXECUTOR_S), work)
         return future
 
     async def create_connection(

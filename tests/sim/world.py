@@ -183,7 +183,7 @@ class World:
                 name=f"plane-{number}-{self.clock.now():.6f}",
                 spec=self.spec,
                 policy=MembershipPolicy(
-                    bytes_per_expert=1000, formation_window_s=5.0, heal_after_s=1.0
+                    bytes_per_expert=1000, formation_window_s=5.0, heal_after_s=0.3
                 ),
                 timings=DetectorTimings(window_s=0.15, quiet_s=1.2),
                 leader_ttl_s=2.0,

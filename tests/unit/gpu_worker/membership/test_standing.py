@@ -160,8 +160,22 @@ def test_a_slot_that_the_engine_may_still_use_is_not_overwritten() -> None:
     second = map_of(2, 0, -1, -1, -1)
     refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
     assert it.on_assignment(refill) == []  # its map is not here yet
-    it.on_map(second)
+    assert HoldEngine(epoch=Epoch(1)) in it.on_map(second)
     (load,) = it.on_adopted(second)
+    assert isinstance(load, LoadSlots)
+
+
+def test_a_slot_that_a_newer_map_empties_is_loaded_though_that_map_cannot_be_adopted() -> None:
+    it = serving(0, 1, -1, -1)
+    it.on_peer_record(record(1))
+    placement = np.array(map_of(2, 0, -1, -1, -1).placement)
+    second = ExpertMap(
+        epoch=Epoch(2), num_experts=2, members=(member(0), member(1)), placement=placement
+    )
+    assert it.on_map(second) == []  # no link to rank 1, which has died
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
     assert isinstance(load, LoadSlots)
 
 
