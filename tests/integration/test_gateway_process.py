@@ -1,0 +1,199 @@
+"""`python -m gateway` as a process, with a real etcd: how it starts, what it says where it cannot,
+and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from shared.codec import pack
+from shared.embedded_etcd import embedded_etcd
+from shared.etcd_store import EtcdStore, connect_store
+from shared.keys import Keys
+from tests.support.cluster import free_port
+from tests.support.gateway_world import World, toy_spec
+from tests.support.tiny_tokenizer import write_tokenizer
+from tests.support.toy_rank import ToyRank, toy_tokens
+
+BODY = {"prompt": [3, 4], "max_tokens": 20, "ignore_eos": True, "return_token_ids": True}
+
+
+@asynccontextmanager
+async def gateway(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", *flags),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def fails_to_start(*flags: str) -> str:
+    async with gateway(*flags) as process:
+        async with asyncio.timeout(30):
+            _, said = await process.communicate()
+        assert process.returncode == 1
+        return said.decode()
+
+
+@asynccontextmanager
+async def world_of(
+    etcd: str, keys: Keys, store: EtcdStore, *flags: str
+) -> AsyncIterator[tuple[World, asyncio.subprocess.Process]]:
+    port = free_port()
+    options = ("--etcd", etcd, "--instance", keys.instance, "--port", str(port), *flags)
+    async with aiohttp.ClientSession() as http, gateway(*options) as process:
+        world = World(store, keys, http, port)
+        try:
+            yield world, process
+        finally:
+            for rank in world.ranks:
+                await rank.kill()
+
+
+async def health(world: World, status: int, reason: str = "") -> None:
+    """Until /health answers so."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                async with world.http.get(world.url + "/health") as response:
+                    reasons = (await response.json())["reasons"]
+                    if response.status == status and any(reason in r for r in reasons or [""]):
+                        return
+            except aiohttp.ClientConnectorError:
+                pass
+            await asyncio.sleep(0.02)
+
+
+async def complete(world: World) -> list[int]:
+    async with world.http.post(world.url + "/v1/completions", json=BODY) as response:
+        assert response.status == 200, await response.text()
+        ids: list[int] = (await response.json())["choices"][0]["token_ids"]
+        return ids
+
+
+async def test_it_waits_for_the_spec_then_serves_and_outlives_etcd(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    keys = Keys("i")
+    async with embedded_etcd(tmp_path / "etcd") as etcd:
+        store = await connect_store([etcd.endpoint])
+        async with world_of(etcd.endpoint, keys, store) as (world, _):
+            await health(world, 503, "no spec yet")
+            await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
+            await health(world, 503, "no expert map")
+            await world.publish([await world.add_rank(ToyRank(0))])
+            await health(world, 200)
+            assert await complete(world) == toy_tokens([3, 4], 20)
+            await etcd.kill()
+            assert await complete(world) == toy_tokens([3, 4], 20)
+            await etcd.start()
+            replacement = await world.add_rank(ToyRank(1))
+            await world.publish([replacement])
+            await world.wait_metric("epoch", 2)
+            assert await complete(world) == toy_tokens([3, 4], 20)
+            assert len(replacement.submits) == 1
+        await store.close()
+
+
+async def test_sigterm_lets_a_stream_end_and_leaves_nothing_in_etcd(
+    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    async with world_of(etcd, keys, store) as (world, process):
+        await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
+        rank = await world.add_rank(ToyRank(0))
+        rank.hold_at = 3
+        await world.publish([rank])
+        await health(world, 200)
+        assert (await store.get_prefix(keys.gateways)).values
+        running = asyncio.create_task(complete(world))
+        await asyncio.wait_for(rank.submitted.wait(), 30)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert process.stderr is not None
+            while b"gateway_drains" not in await process.stderr.readline():
+                pass
+        rank.go()
+        assert await running == toy_tokens([3, 4], 20)
+        async with asyncio.timeout(30):
+            await process.communicate()
+        assert process.returncode == 0
+        assert not (await store.get_prefix(keys.gateways)).values
+
+
+async def test_a_stream_that_outlasts_the_drain_ends_with_an_error(
+    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    async with world_of(etcd, keys, store, "--drain-s", "0.1") as (world, process):
+        await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
+        rank = await world.add_rank(ToyRank(0))
+        rank.hold_at = 3
+        await world.publish([rank])
+        await health(world, 200)
+        body = {**BODY, "stream": True}
+        async with world.http.post(world.url + "/v1/completions", json=body) as response:
+            process.send_signal(signal.SIGTERM)
+            text = await response.text()
+        assert "shutting_down" in text
+        async with asyncio.timeout(30):
+            assert (await process.communicate(), process.returncode)[1] == 0
+
+
+async def test_the_end_of_its_lifeline_ends_it(etcd: str, keys: Keys) -> None:
+    read_end, write_end = os.pipe()
+    os.set_inheritable(read_end, True)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "--etcd", etcd, "--instance", keys.instance),
+        *("--port", "0", "--lifeline-fd", str(read_end)),
+        stderr=asyncio.subprocess.DEVNULL,
+        pass_fds=(read_end,),
+    )
+    os.close(read_end)
+    os.close(write_end)
+    async with asyncio.timeout(30):
+        assert await process.wait() == 0
+
+
+async def test_a_taken_port_is_said_in_one_sentence(etcd: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = await fails_to_start("--etcd", etcd, "--port", port)
+    assert len(said.strip().splitlines()) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in said
+
+
+async def test_an_etcd_that_is_not_there_is_said_in_one_sentence() -> None:
+    said = await fails_to_start("--etcd", f"127.0.0.1:{free_port()}", "--port", "0")
+    assert len(said.strip().splitlines()) == 1
+    assert "no etcd answers" in said
+
+
+async def test_a_broken_checkpoint_is_said_in_one_sentence_without_a_traceback(
+    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+) -> None:
+    await store.put(keys.spec, pack(toy_spec(tmp_path)))
+    said = await fails_to_start("--etcd", etcd, "--instance", keys.instance, "--port", "0")
+    assert "cannot read" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_the_gateway_never_imports(module: str) -> None:
+    code = f"import gateway.__main__, sys; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
