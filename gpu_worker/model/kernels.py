@@ -435,9 +435,9 @@ def head_logits(
 
 
 def warm_up(on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Compiles every entry point, or loads it from numba's cache: about half a minute the first
-    time, then well under a second. Afterwards a call with other types fails instead of stalling
-    the engine with a compilation."""
+    """Compiles every entry point (ten seconds of CPU or more), or loads it from numba's cache (half
+    a second). Afterwards a call with other types fails, where it would have stalled the engine with
+    a compilation."""
     signatures = _signatures()
     for done, (kernel, signature) in enumerate(signatures):
         if not kernel.signatures:
