@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.bench.commands import bench
 from cli.outcome import run_command
 from cli.run_dir import Target, default_run_dir, resolve_target
 from shared.clock import SystemClock
@@ -20,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench, name="bench")
 
 Instance = Annotated[
     str | None, typer.Option("--instance", help="Name of the instance (default: default).")

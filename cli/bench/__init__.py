@@ -1,0 +1,1 @@
+"""`starfish bench`: measures a running instance from its clients' side."""

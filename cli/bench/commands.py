@@ -1,0 +1,175 @@
+"""Flags of `starfish bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from cli.outcome import run_command
+from cli.run_dir import Target, resolve_target
+from shared.clock import SystemClock
+from shared.errors import ConfigError
+
+bench = typer.Typer(
+    help="Measure an instance: throughput, faults, the exchange.", no_args_is_help=True
+)
+
+Url = Annotated[str | None, typer.Option(help="Gateway of a running instance.")]
+RunDir = Annotated[Path | None, typer.Option(help="Of a running `starfish up`.")]
+Etcd = Annotated[str | None, typer.Option(help="etcd of a running instance.")]
+Instance = Annotated[str | None, typer.Option(help="Name of a running instance.")]
+Own = Annotated[bool, typer.Option("--own", help="Start an instance for this measurement.")]
+Model = Annotated[Path | None, typer.Option(help="Checkpoint of an own instance.")]
+Ranks = Annotated[int, typer.Option(help="Ranks of an own instance.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
+
+
+@bench.command()
+def serve(
+    url: Url = None,
+    run_dir: RunDir = None,
+    instance: Instance = None,
+    own: Own = False,
+    model: Model = None,
+    ranks: Ranks = 4,
+    concurrency: Annotated[str, typer.Option(help="Clients at once, comma-separated.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 96,
+    rounds: Annotated[int, typer.Option(help="Requests of each client.")] = 2,
+    compare_static: Annotated[
+        bool,
+        typer.Option("--compare-static", help="An elastic against a static instance, in turn."),
+    ] = False,
+    pairs: Annotated[int, typer.Option(help="Measurements of each in the comparison.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second, time to first token, time between tokens."""
+    from cli.bench.own_instance import own_instance
+    from cli.bench.serve import (
+        ServeLoad,
+        comparison_table,
+        measure,
+        serve_table,
+    )
+    from cli.bench.serve import compare_static as compare
+
+    async def work() -> int:
+        console, clock = Console(stderr=as_json), SystemClock()
+        load = ServeLoad(
+            concurrencies=_numbers("--concurrency", concurrency),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+        )
+        flags = _own_flags(model, ranks)
+        if compare_static:
+            compared = await compare(load, clock, pairs=pairs, flags=flags, console=console)
+            _show(compared, comparison_table(compared), console, as_json)
+            return 0
+        async with AsyncExitStack() as stack:
+            if own:
+                url_used = (await stack.enter_async_context(own_instance(flags))).url
+            else:
+                url_used = url or _running(None, instance, run_dir).url
+            if url_used is None:
+                raise ConfigError("which gateway? pass --url or --run-dir, or --own")
+            rows = await measure(url_used, load, clock)
+        _show(rows, serve_table(rows), console, as_json)
+        return 1 if any(row.errors for row in rows) else 0
+
+    run_command(work())
+
+
+@bench.command()
+def fault(
+    url: Url = None,
+    run_dir: RunDir = None,
+    etcd: Etcd = None,
+    instance: Instance = None,
+    own: Own = False,
+    model: Model = None,
+    ranks: Ranks = 4,
+    tries: Annotated[int, typer.Option(help="How many faults.")] = 10,
+    streams: Annotated[int, typer.Option(help="Streams at once.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 96,
+    seed: Annotated[int, typer.Option(help="Chooses prompts, victims and moments.")] = 1,
+    signal: Annotated[str, typer.Option(help="KILL or STOP.")] = "KILL",
+    as_json: AsJson = False,
+) -> None:
+    """Kill ranks under load; the longest gap that each client sees, and where the time went."""
+    from cli.bench.fault import FaultLoad, bench_fault, print_report
+    from cli.bench.own_instance import own_instance
+    from cli.observe.kill import SIGNALS
+
+    async def work() -> int:
+        if signal not in ("KILL", "STOP"):
+            raise ConfigError(f"--signal {signal!r}: say KILL or STOP")
+        console = Console(stderr=as_json)
+        load = FaultLoad(
+            tries=tries,
+            streams=streams,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            seed=seed,
+            number=SIGNALS[signal],
+        )
+        async with AsyncExitStack() as stack:
+            if own:
+                target = await stack.enter_async_context(own_instance(_own_flags(model, ranks)))
+            else:
+                target = _running(etcd, instance, run_dir)
+            if url is not None:
+                target = Target(etcd=target.etcd, instance=target.instance, url=url)
+            report = await bench_fault(target, load, SystemClock(), console)
+        if as_json:
+            print(json.dumps(msgspec.to_builtins(report) | {"added_p99_ms": report.added_p99_ms}))
+        else:
+            print_report(report, console)
+        return 1 if report.wrong else 0
+
+    run_command(work())
+
+
+@bench.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def exchange(context: typer.Context) -> None:
+    """Microseconds per dispatch + combine, by tokens and ranks, between processes of their own."""
+    import subprocess
+
+    command = [sys.executable, "-m", "bench.exchange", *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+def _own_flags(model: Path | None, ranks: int) -> list[str]:
+    return ["--ranks", str(ranks), *(("--model", str(model)) if model else ())]
+
+
+def _running(etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
+    return resolve_target(etcd=etcd, instance=instance, run_dir=run_dir)
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} {text!r}: say numbers such as 1,8,32") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"{flag} {text!r}: numbers of clients are at least 1")
+    return numbers
+
+
+def _show(rows: Any, table: Any, console: Console, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(rows)))
+    else:
+        console.print(table)

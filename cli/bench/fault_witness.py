@@ -1,0 +1,135 @@
+"""What the instance itself says of a fault: verdict, map and adoptions, all in the monotonic time
+that the processes of one host share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from cli.observe.instance_view import InstanceView, decode_value
+from cli.observe.rank_query import query_ranks
+from cli.run_dir import Target
+from shared.errors import Unavailable
+from shared.etcd_store import EtcdStore, connect_store
+from shared.expert_map import ExpertMap
+from shared.keys import Keys
+from shared.records import RankRecord, Verdict
+from shared.store import WatchEvent
+from shared.types import Epoch, Member
+from shared.wire import Adoption
+
+_VERDICT_TIMEOUT_S = 10.0
+_SETTLED_S = 1.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """From the signal on, one after the other; None where nobody said. `adopt` and `replay` are the
+    slowest survivor's; `reprefill` is from there to the first new token of the slowest stream that
+    the dead rank had served."""
+
+    detect_ms: float | None
+    verdict_ms: float | None
+    publish_ms: float | None
+    adopt_ms: float | None
+    replay_ms: float | None
+    reprefill_ms: float | None
+
+
+class Witness:
+    """Follows verdicts and maps for as long as it is open."""
+
+    def __init__(self, store: EtcdStore, keys: Keys) -> None:
+        self._store, self._keys = store, keys
+        self._verdicts: dict[Member, Verdict] = {}
+        self._maps: dict[Epoch, ExpertMap] = {}
+        self._view = InstanceView()
+
+    @classmethod
+    @asynccontextmanager
+    async def watching(cls, target: Target) -> AsyncIterator[Witness]:
+        """Raises StoreUnavailable."""
+        store = await connect_store(target.etcd.split(","))
+        witness = cls(store, Keys(target.instance))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                following = tasks.create_task(witness._follow())
+                yield witness
+                following.cancel()
+        finally:
+            await store.close()
+
+    def members(self) -> list[RankRecord]:
+        """Of the map, as `until_whole` found it."""
+        found = self._view.expert_map
+        return [r for r in self._view.ranks if found is not None and found.has(r.member)]
+
+    async def until_whole(self, timeout_s: float) -> None:
+        """Until every rank is in the map, and has been for a while. Raises Unavailable."""
+        whole_polls = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while whole_polls * _POLL_S < _SETTLED_S:
+                    await asyncio.sleep(_POLL_S)
+                    snapshot = await self._store.get_prefix(self._keys.root)
+                    self._view = InstanceView.of(self._keys, snapshot.values)
+                    spec = self._view.spec
+                    is_whole = spec is not None and len(self.members()) == spec.num_ranks
+                    whole_polls = whole_polls + 1 if is_whole else 0
+        except TimeoutError:
+            raise Unavailable(
+                f"only {len(self.members())} ranks are in the map after {timeout_s:.0f} s"
+            ) from None
+
+    async def phases(
+        self, victim: Member, killed_at: float, first_token_at: float | None
+    ) -> Phases | None:
+        """None where no verdict was given in time."""
+        try:
+            async with asyncio.timeout(_VERDICT_TIMEOUT_S):
+                while victim not in self._verdicts:  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            return None
+        verdict = self._verdicts[victim]
+        published = self._maps.get(verdict.epoch)
+        published_at = published.published_at if published else None
+        adoptions = await self._adoptions(verdict.epoch)
+        adopted_at = max((a.adopted_at for a in adoptions if a.adopted_at), default=None)
+        replayed_at = max((a.replayed_at for a in adoptions if a.replayed_at), default=None)
+        return Phases(
+            detect_ms=_ms(killed_at, verdict.first_signal_at),
+            verdict_ms=_ms(verdict.first_signal_at, verdict.decided_at),
+            publish_ms=_ms(verdict.decided_at, published_at),
+            adopt_ms=_ms(published_at, adopted_at),
+            replay_ms=_ms(adopted_at, replayed_at),
+            reprefill_ms=_ms(replayed_at, first_token_at),
+        )
+
+    async def _adoptions(self, epoch: Epoch) -> list[Adoption]:
+        replies = await query_ranks(self.members())
+        return [
+            adoption
+            for reply in replies.values()
+            if reply is not None
+            for adoption in reply.adoptions
+            if adoption.epoch == epoch
+        ]
+
+    async def _follow(self) -> None:
+        async for item in self._store.watch(self._keys.root):
+            if not isinstance(item, WatchEvent) or item.value is None:
+                continue
+            match decode_value(self._keys, item.key, item.value):
+                case Verdict() as verdict:
+                    member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
+                    self._verdicts[member] = verdict
+                case ExpertMap() as expert_map:
+                    self._maps[expert_map.epoch] = expert_map
+
+
+def _ms(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else (end - start) * 1000

@@ -1,0 +1,132 @@
+"""One client's streamed completion, with the arrival time of every chunk."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from shared.clock import Clock
+from shared.errors import Unavailable
+
+RANK_HEADER = "x-starfish-rank"
+
+
+@dataclass(slots=True, kw_only=True)
+class StreamRecord:
+    """`arrivals` has an entry per chunk that brought tokens; times are `Clock.now()`."""
+
+    sent_at: float
+    rank: int | None = None  # that the gateway chose at the start, where it says so
+    ids: list[int] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    finish: str | None = None
+    error: str | None = None
+
+    @property
+    def ttft_ms(self) -> float:
+        return (self.arrivals[0] - self.sent_at) * 1000
+
+    def gaps_ms(self, since: float = 0.0) -> list[float]:
+        """Between neighbouring chunks, of which the later came after `since`."""
+        pairs = itertools.pairwise(self.arrivals)
+        return [(later - earlier) * 1000 for earlier, later in pairs if later > since]
+
+    def first_after(self, moment: float) -> float | None:
+        return next((at for at in self.arrivals if at > moment), None)
+
+
+class StreamClient:
+    """Greedy completions by token ids, so that runs can be compared token by token."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, model: str, clock: Clock) -> None:
+        self._http, self._url, self._model, self._clock = http, url, model, clock
+
+    async def run(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        on_chunk: Callable[[int], None] = lambda num_tokens: None,
+    ) -> StreamRecord:
+        """Never raises for what a server may do: the record tells."""
+        record = StreamRecord(sent_at=self._clock.now())
+        try:
+            async with self._http.post(
+                f"{self._url}/v1/completions", json=self._body(prompt, max_tokens)
+            ) as response:
+                if response.status != 200:
+                    record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
+                    return record
+                rank = response.headers.get(RANK_HEADER)
+                record.rank = int(rank) if rank is not None and rank.isdigit() else None
+                async for line in response.content:
+                    self._take(line, record, on_chunk)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            record.error = f"{type(error).__name__}: {error}"
+        if record.error is None and record.finish is None:
+            record.error = "the stream broke off"
+        return record
+
+    def _take(self, line: bytes, record: StreamRecord, on_chunk: Callable[[int], None]) -> None:
+        if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+            return
+        now = self._clock.now()
+        event = json.loads(line[6:])
+        if "error" in event:
+            record.error = str(event["error"].get("message"))
+            return
+        for choice in event["choices"]:
+            ids = choice.get("token_ids") or []
+            if ids:
+                record.ids += ids
+                record.arrivals.append(now)
+                on_chunk(len(ids))
+            record.finish = choice.get("finish_reason") or record.finish
+
+    def _body(self, prompt: Sequence[int], max_tokens: int) -> dict[str, object]:
+        return {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+
+
+@asynccontextmanager
+async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
+    """Raises Unavailable where no gateway answers."""
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+        try:
+            async with http.get(f"{url}/v1/models") as response:
+                model = (await response.json())["data"][0]["id"]
+        except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
+            raise Unavailable(f"no gateway serves at {url}: {error}") from error
+        yield StreamClient(http, url, model, clock)
+
+
+def random_prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(300, 4000) for _ in range(num_tokens)] for _ in range(count)]
+
+
+async def run_all(
+    client: StreamClient,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    on_chunk: Callable[[int], None] = lambda num_tokens: None,
+) -> list[StreamRecord]:
+    """All at once."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(client.run(p, max_tokens, on_chunk)) for p in prompts]
+    return [task.result() for task in running]
