@@ -1,0 +1,168 @@
+"""The layering of the packages, checked on their source and on what their processes really load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("shared", "control_plane", "gateway", "gpu_worker", "cli")
+MAY_IMPORT = {
+    "shared": set[str](),
+    "control_plane": {"shared"},
+    "gateway": {"shared"},
+    "gpu_worker": {"shared"},
+    # The command starts the services as processes; of their code it uses the pure planner only.
+    "cli": {"shared", "control_plane.placement"},
+}
+OWNERS = {
+    "msgpack": {"shared/codec.py"},
+    "etcd3": {"shared/etcd_client.py", "shared/etcd_watch.py"},
+    "grpc": {"shared/etcd_client.py", "shared/etcd_watch.py"},
+    "typer": {"cli/"},
+    "rich": {"cli/"},
+    "torch": {"gpu_worker/"},
+    "numba": {"gpu_worker/"},
+    "mooncake": {"gpu_worker/exchange/"},
+    "transformers": set[str](),
+}
+WITHOUT_TORCH = (
+    "shared",
+    "control_plane",
+    "gateway",
+    "cli",
+    "gpu_worker/agent",
+    "gpu_worker/exchange",
+)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+ALL_SOURCES = [path for package in PACKAGES for path in sources(package)]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Absolute names of all imported modules, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            assert node.module is not None
+            yield node.module
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_services_import_shared_and_never_each_other(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path in sources(package)
+        for module in imports_of(path)
+        if any(within(module, other) for other in (*PACKAGES, "tests", "bench"))
+        and not any(within(module, name) for name in allowed)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_library_is_imported_only_by_its_owners(library: str) -> None:
+    wrong = [
+        name_of(path)
+        for path in ALL_SOURCES
+        if any(within(module, library) for module in imports_of(path))
+        and not any(name_of(path).startswith(owner) for owner in OWNERS[library])
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", WITHOUT_TORCH)
+def test_torch_stays_out_of(folder: str) -> None:
+    wrong = [
+        name_of(path)
+        for path in sources(folder)
+        if any(within(module, "torch") for module in imports_of(path))
+    ]
+    assert wrong == []
+
+
+def test_only_keys_spells_an_etcd_key() -> None:
+    """A probe for "is etcd there" may name the root of all instances."""
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in ALL_SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith("/starfish/")
+        and node.value != "/starfish/"
+        and name_of(path) != "shared/keys.py"
+    ]
+    assert wrong == []
+
+
+def test_placement_is_pure() -> None:
+    io = {"asyncio", "socket", "subprocess", "time", "structlog", "aiohttp", "os"}
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path in sources("control_plane/placement")
+        for module in imports_of(path)
+        if module.partition(".")[0] in io
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
+def test_a_file_opens_by_saying_what_it_owns(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
+def test_only_the_clock_and_tools_of_measurement_read_the_time(path: Path) -> None:
+    """Everyone else takes it from the injected Clock."""
+    if name_of(path) in ("shared/clock.py",):
+        return
+    calls = [
+        f"{name_of(path)}:{node.lineno}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (node.value.id, node.attr) == ("time", "time")
+    ]
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["control_plane.__main__", "gateway.__main__", "gpu_worker.agent.__main__", "cli.__main__"],
+)
+def test_a_process_without_a_model_loads_no_torch(module: str) -> None:
+    program = (
+        f"import sys, {module}; "
+        "print(*sorted({'torch', 'numba', 'mooncake', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []

@@ -1,0 +1,119 @@
+"""Impossible flags are one sentence that names the flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.up.options import UpOptions, check_aliases
+from cli.up.services import Service, agent, control_plane, gateway
+from shared.errors import ConfigError
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def options(tmp_path: Path, free_port: int) -> UpOptions:
+    return UpOptions(
+        model=None,
+        model_dir=tmp_path,
+        ranks=4,
+        redundant_experts=16,
+        slots_per_rank=0,
+        host="127.0.0.1",
+        port=free_port,
+        etcd=None,
+        control_planes=1,
+        instance="t",
+        run_dir=tmp_path,
+        demo=False,
+        static=False,
+        transfer_protocol="tcp",
+        ib_device="",
+        kv_tokens=None,
+        timeout_s=10.0,
+        log_level="info",
+    )
+
+
+def test_what_is_possible_passes(options: UpOptions) -> None:
+    options.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"ranks": 0}, "--ranks"),
+        ({"control_planes": 3}, "--control-planes"),
+        ({"redundant_experts": -2}, "--redundant-experts"),
+        ({"slots_per_rank": -1}, "--slots-per-rank"),
+        ({"instance": "a/b"}, "--instance"),
+        ({"ib_device": "mlx5_0"}, "--mooncake-ib-device"),
+        ({"model": Path("/nowhere/at/all")}, "--model"),
+        ({"port": 70000}, "--port"),
+        ({"host": "203.0.113.1"}, "--host"),
+    ],
+)
+def test_what_is_impossible_is_named(options: UpOptions, change: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        dataclasses.replace(options, **change).check()
+
+
+def test_a_port_in_use_is_named(options: UpOptions, taken_port: int) -> None:
+    with pytest.raises(ConfigError, match=str(taken_port)):
+        dataclasses.replace(options, port=taken_port).check()
+
+
+def test_aliases_of_sglang_mean_mooncake() -> None:
+    check_aliases("mooncake", "mooncake")
+    check_aliases(None, None)
+    with pytest.raises(ConfigError, match="--moe-a2a-backend"):
+        check_aliases("mooncake", "deepep")
+    with pytest.raises(ConfigError, match="--elastic-ep-backend"):
+        check_aliases("nccl", None)
+
+
+def pairs(service: Service) -> set[tuple[str, str]]:
+    command = service.command(9)
+    return set(itertools.pairwise(command))
+
+
+def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> None:
+    model = Path("/m")
+    for service in (
+        control_plane(options, "e:1", model, 0),
+        gateway(options, "e:1"),
+        agent(options, "e:1", model, Path("/logs")),
+    ):
+        assert {("--etcd", "e:1"), ("--instance", "t"), ("--lifeline-fd", "9")} <= pairs(service)
+
+
+def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:
+    changed = dataclasses.replace(options, static=True, kv_tokens=4096)
+    command = agent(changed, "e:1", Path("/m"), Path("/logs")).command(9)
+    tail = command[command.index("--") + 1 :]
+    assert tail == ["--transfer-protocol", "tcp", "--static", "--kv-tokens", "4096"]
+
+
+def test_redundancy_is_the_control_planes_choice_unless_given(options: UpOptions) -> None:
+    given = control_plane(options, "e:1", Path("/m"), 0).argv
+    assert given[given.index("--redundant-experts") + 1] == "16"
+    default = dataclasses.replace(options, redundant_experts=-1)
+    assert "--redundant-experts" not in control_plane(default, "e:1", Path("/m"), 0).argv

@@ -1,0 +1,55 @@
+"""How commands find an instance without flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.run_dir import (
+    RunState,
+    Target,
+    default_run_dir,
+    read_state,
+    remove_state,
+    resolve_target,
+    write_state,
+)
+from shared.errors import ConfigError
+
+STATE = RunState(instance="blue", etcd="h:1", url="http://x:2", pid=3, model="/m")
+
+
+def test_what_is_written_is_read_until_it_is_removed(tmp_path: Path) -> None:
+    assert read_state(tmp_path) is None
+    write_state(tmp_path, STATE)
+    assert read_state(tmp_path) == STATE
+    remove_state(tmp_path)
+    remove_state(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_win_over_the_state_file(tmp_path: Path) -> None:
+    write_state(tmp_path, STATE)
+    found = resolve_target(etcd=None, instance=None, run_dir=tmp_path)
+    assert found == Target(etcd="h:1", instance="blue", url="http://x:2")
+    found = resolve_target(etcd="other:2", instance="red", run_dir=tmp_path)
+    assert found == Target(etcd="other:2", instance="red")
+
+
+def test_the_default_folder_is_told_by_the_instances_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = default_run_dir("blue")
+    folder.mkdir(parents=True)
+    write_state(folder, STATE)
+    assert resolve_target(etcd=None, instance="blue", run_dir=None).etcd == "h:1"
+    with pytest.raises(ConfigError, match="--instance blue"):
+        resolve_target(etcd=None, instance=None, run_dir=None)
+
+
+def test_a_garbled_state_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "starfish.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"starfish\.json"):
+        read_state(tmp_path)
