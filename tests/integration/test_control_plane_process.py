@@ -10,13 +10,15 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from shared.etcd_store import EtcdStore
+from shared.embedded_etcd import embedded_etcd
+from shared.errors import StoreUnavailable
+from shared.etcd_store import EtcdStore, connect_store
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
@@ -96,7 +98,7 @@ async def ranks(
 
 async def eventually(look: Callable[[], Awaitable[object]], what: str) -> object:
     for _ in range(int(WAIT_S / 0.02)):
-        found = await look()
+        found = await read_or_none(look)
         if found:
             return found
         await asyncio.sleep(0.02)
@@ -106,6 +108,12 @@ async def eventually(look: Callable[[], Awaitable[object]], what: str) -> object
 async def read_map(store: EtcdStore, keys: Keys) -> ExpertMap | None:
     found = await store.get(keys.map)
     return unpack_map(found.value) if found else None
+
+
+async def read_or_none(look: Callable[[], Awaitable[object]]) -> object:
+    with suppress(StoreUnavailable):
+        return await look()
+    return None
 
 
 async def map_with(store: EtcdStore, keys: Keys, *members: Member) -> ExpertMap:
@@ -280,6 +288,23 @@ async def test_a_new_leader_goes_on_with_a_half_done_join(
         await stack.enter_async_context(control_plane(etcd, keys, model, name="second"))
         await map_with(store, keys, members[0], reborn.member, members[2], members[3])
         assert len(reborn.loads) == 1, "the new leader planned the join anew"
+
+
+async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
+    tmp_path: Path, keys: Keys, model: Path
+) -> None:
+    async with embedded_etcd(tmp_path / "etcd") as server:
+        store = await connect_store([server.endpoint])
+        async with control_plane(server.endpoint, keys, model), ranks(store, keys) as alive:
+            members = [rank.member for rank in alive]
+            await map_with(store, keys, *members)
+            await server.kill()
+            await alive[1].vanish()
+            await asyncio.sleep(3.0)  # longer than the leader's lease
+            await server.start()
+            after = await map_with(store, keys, members[0], members[2], members[3])
+            assert after.epoch == 2
+        await store.close()
 
 
 async def test_the_spec_may_change_only_while_no_rank_lives(

@@ -7,7 +7,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
-from shared.errors import LeaseLost
+from shared.errors import LeaseLost, StoreUnavailable
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
@@ -123,7 +123,7 @@ class FakeRank:
     async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(self._ttl_s / 3)
-            with suppress(LeaseLost):
+            with suppress(LeaseLost, StoreUnavailable):
                 await self._store.keep_alive(self.lease_id)
 
     async def _watch(self) -> None:
