@@ -93,8 +93,8 @@ class LayerRepair:
         return (
             self._cover()
             or self._replicate()
-            or self._spread(budget_loads)
             or self._give_back()
+            or self._spread(budget_loads)
             or self._fill()
             or self._balance(budget_loads)
         )
@@ -143,14 +143,15 @@ class LayerRepair:
         return None
 
     def _give_back(self) -> Change | None:
-        """Empties a surplus slot where more are filled than should be in peace."""
+        """Empties a surplus slot where more are filled than should be in peace; a move's second
+        half, so of doubles on one node first."""
         if (self.flat >= 0).sum() <= self._target.filled:
             return None
-        slots = self._surplus(self._target.replicas_least)
-        if slots.size == 0:
-            slots = self._surplus(1) if self._may_lack_more() else slots
+        slots = self._surplus(1 if self._may_lack_more() else self._target.replicas_least)
         if slots.size == 0:
             return None
+        together = (self._nodes_of < self._nodes_possible())[self.flat[slots]]
+        slots = slots[together] if together.any() else slots
         uneasy = self._uneasiness(self._after(slots, None))
         best = int(uneasy.argmin())
         return Change("spare", 0.0, (int(slots[best]),), (-1,))
@@ -330,13 +331,17 @@ class LayerRepair:
     def _best_load(
         self, reason: HealReason, expert: int, slots: Ints, now: float = 0.0
     ) -> Change | None:
-        """The slot of `slots` for `expert` on a node that lacks it if there is one, then with the
-        least uneasiness."""
+        """The slot of `slots` for `expert` with the least uneasiness, on a node that lacks it if
+        it should be on more; balance alone is no reason to put two on one node."""
         if slots.size == 0:
             return None
-        if reason != "balance" and self._nodes_of[expert] < self._nodes_wanted():
+        possible = min(self._num_ranks[expert] + 1, self._num_nodes, self._nodes_wanted())
+        if self._nodes_of[expert] < possible:
             new_node = self._on_node[expert, self._node[self._rank[slots]]] == 0
-            slots = slots[new_node] if new_node.any() else slots
+            if new_node.any():
+                slots = slots[new_node]
+            elif reason == "balance":
+                return None
         uneasy = self._uneasiness(self._after(slots, expert))
         best = int(uneasy.argmin())
         return Change(reason, now - float(uneasy[best]), (int(slots[best]),), (expert,))

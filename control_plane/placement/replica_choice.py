@@ -12,6 +12,8 @@ from control_plane.placement.layout import Floats, Ints, Layout
 HOT_SHARES = (np.inf, 1.0, 0.6, 0.35, 0.2)
 """How much of a rank's mean load one replica may carry, the fewest extra replicas first."""
 CROWDING_MAX = 0.95
+GUARANTEE_COST_MAX = 0.005
+"""What a second copy of everything may cost the mean layer, before hot experts override it."""
 FEW_SLOTS = 4
 BISECTIONS = 16
 
@@ -19,7 +21,8 @@ BISECTIONS = 16
 def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> Ints:
     """`[num_layers, num_experts]`, each row summing to the quotas' sum.
 
-    A row takes the first of HOT_SHARES with which a balanced packing seems possible, or as good as
+    With room for two copies of everything they are given, if the mean layer hardly suffers. Else
+    a row takes the first of HOT_SHARES with which a balanced packing seems possible, or as good as
     the one without any regard to cover. `survive + 1` replicas are held whatever that costs, as
     far as the slots go. With fewer slots than experts the coldest get none.
     """
@@ -33,12 +36,20 @@ def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> 
     floor = min(survive + 1, cap, total // num_experts)
     most = max(2, min(cap, total // num_experts))
     counts = _covering(loads, np.inf, floor, most, total, cap)
-    open_layers = np.flatnonzero(crowding(loads, counts, layout, quotas) > CROWDING_MAX)
-    if open_layers.size:
-        least = np.full((open_layers.size, num_experts), floor, dtype=np.int64)
-        counts[open_layers] = spread_out(loads[open_layers], least, total, cap)
-    unconcerned = crowding(loads[open_layers], counts[open_layers], layout, quotas)
-    limit = np.maximum(CROWDING_MAX, unconcerned)
+    crowds = crowding(loads, counts, layout, quotas)
+    open_layers = np.flatnonzero(crowds > CROWDING_MAX)
+    if total >= 2 * num_experts and _costs_little(crowds, np.ones_like(crowds)):
+        return counts
+    least = np.full((open_layers.size, num_experts), floor, dtype=np.int64)
+    unconcerned = spread_out(loads[open_layers], least, total, cap)
+    limit = np.full_like(crowds, CROWDING_MAX)
+    limit[open_layers] = crowding(loads[open_layers], unconcerned, layout, quotas)
+    if total >= 2 * num_experts:
+        twice = counts if most == 2 else _covering(loads, np.inf, floor, 2, total, cap)
+        if _costs_little(crowding(loads, twice, layout, quotas), limit):
+            return twice
+    counts[open_layers] = unconcerned
+    limit = np.maximum(CROWDING_MAX, limit[open_layers])
     for level, share in product(sorted({most, max(2, most - 1), 2}, reverse=True), HOT_SHARES):
         if open_layers.size == 0:
             break
@@ -47,6 +58,12 @@ def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> 
         counts[open_layers[good]] = wanted[good]
         open_layers, limit = open_layers[~good], limit[~good]
     return counts
+
+
+def _costs_little(crowds: Floats, reference: Floats) -> bool:
+    """Whether layers take hardly longer, one after another, than with the reference."""
+    cost = np.maximum(crowds, 1.0).sum() / np.maximum(reference, 1.0).sum()
+    return bool(cost <= 1.0 + GUARANTEE_COST_MAX)
 
 
 def cover_floor(num_experts: int, quotas: Ints, survive: int) -> int:

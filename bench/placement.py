@@ -1,0 +1,166 @@
+"""The planner against EPLB as published (`bench.eplb`): balance, replicas moved and experts lost at
+a death, time to plan. Run it as `python -m bench.placement [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.eplb import Grouping, eplb
+from control_plane.placement import balance, place, rank_loads, replica_counts, shrink, survives
+from shared.expert_map import ExpertMap, Placement
+from shared.types import Epoch, Incarnation, Member, NodeId, RankId
+
+REPEATS = 7
+
+
+class Case(NamedTuple):
+    name: str
+    layers: int
+    ranks: int
+    nodes: int
+    slots: int
+    redundant: int
+    draw: Callable[[np.random.Generator], NDArray[np.float64]]
+
+    @property
+    def node_of(self) -> dict[RankId, NodeId]:
+        return {RankId(r): NodeId(f"{r * self.nodes // self.ranks:04}") for r in range(self.ranks)}
+
+
+def lognormal(sigma: float) -> Callable[[np.random.Generator], NDArray[np.float64]]:
+    return lambda random: random.lognormal(0.0, sigma, 256)
+
+
+def zipf(exponent: float) -> Callable[[np.random.Generator], NDArray[np.float64]]:
+    return lambda random: random.permutation(1.0 / np.arange(1, 257) ** exponent)
+
+
+CASES = (
+    *(Case(f"lognormal {s}", 61, 32, 4, 16, 256, lognormal(s)) for s in (0.3, 0.7, 1.0)),
+    *(Case(f"zipf {s}", 61, 32, 4, 16, 256, zipf(s)) for s in (0.5, 1.0)),
+    Case("lognormal 0.7, +32", 61, 32, 4, 9, 32, lognormal(0.7)),
+    Case("lognormal 0.7, +64, a spare slot", 61, 32, 4, 11, 64, lognormal(0.7)),
+    Case("lognormal 0.7, 1024 ranks x 1", 58, 1024, 128, 1, 768, lognormal(0.7)),
+    Case("lognormal 0.7, 1024 ranks x 2", 58, 1024, 128, 2, 1792, lognormal(0.7)),
+)
+
+
+def measure(case: Case) -> Iterator[dict[str, object]]:
+    """One row per planner: ours, ours with a guarantee, EPLB's two policies."""
+    random = np.random.default_rng(7)
+    loads = np.stack([case.draw(random) for _ in range(case.layers)])
+    ranks, nodes = sorted(case.node_of), case.node_of
+    slots = dict.fromkeys(ranks, case.slots)
+
+    def ours(alive: list[RankId], survive: int) -> Placement:
+        kept = {r: slots[r] for r in alive}
+        return place(
+            loads,
+            alive,
+            nodes,
+            kept,
+            redundant=case.redundant,
+            num_ranks=case.ranks,
+            survive=survive,
+        ).placement
+
+    planners: list[tuple[str, Callable[[], Placement]]] = [
+        ("starfish", lambda: ours(ranks, 0)),
+        ("starfish --survive 1", lambda: ours(ranks, 1)),
+    ]
+    filled = (256 + case.redundant) // case.ranks
+    for grouping in (Grouping.GLOBAL, Grouping.HIERARCHICAL):
+        planners.append(
+            (
+                f"EPLB {grouping.value}",
+                lambda grouping=grouping: eplb(loads, case.ranks, case.nodes, filled, grouping),
+            )
+        )
+    for name, planner in planners:
+        times = []
+        for _ in range(REPEATS if name.startswith("starfish") else 1):
+            begin = time.process_time()
+            placement = planner()
+            times.append(time.process_time() - begin)
+        yield {
+            "case": case.name,
+            "planner": name,
+            "plan_ms": round(statistics.median(times) * 1000, 1),
+            **_quality(case, placement, loads),
+            **_death(case, name, placement, loads, filled),
+        }
+
+
+def _quality(case: Case, placement: Placement, loads: NDArray[np.float64]) -> dict[str, object]:
+    ranks = sorted(case.node_of)
+    tolerance = survives(_map_of(case, placement), case.node_of)
+    peak = balance(placement, loads, ranks)
+    # With these replica counts no packing beats the mean, or the hottest replica on its own.
+    hottest = (loads / replica_counts(placement, 256)).max(axis=1)
+    bound = np.maximum(1.0, hottest / (loads.sum(axis=1) / case.ranks))
+    return {
+        "balance_mean": round(float(peak.mean()), 4),
+        "balance_max": round(float(peak.max()), 4),
+        "over_bound": round(float((peak / bound).mean()), 4),
+        "rank_failures": tolerance.rank_failures,
+        "node_failures": tolerance.node_failures,
+        "lost_with_a_rank": max(tolerance.lost_by_rank.values()),
+        "lost_with_a_node": max(tolerance.lost_by_node.values()),
+    }
+
+
+def _death(
+    case: Case, name: str, placement: Placement, loads: NDArray[np.float64], filled: int
+) -> dict[str, object]:
+    """Surviving slots whose content changes when rank 3 dies, and the balance right after it."""
+    dead = RankId(3)
+    alive = [r for r in sorted(case.node_of) if r != dead]
+    before = placement[:, alive]
+    if name.startswith("starfish"):
+        after = shrink(_map_of(case, placement), {dead}, loads).refilled[:, alive]
+    else:
+        after = eplb(loads, len(alive), 1, filled, Grouping.GLOBAL)
+    moved = int((after != before[:, :, : after.shape[2]]).sum())
+    per_rank = rank_loads(after, loads)
+    return {
+        "moved_at_death": moved,
+        "moved_share": round(moved / int((before >= 0).sum()), 4),
+        "balance_after_death": round(float((per_rank.max(1) / per_rank.mean(1)).mean()), 3),
+    }
+
+
+def _map_of(case: Case, placement: Placement) -> ExpertMap:
+    members = tuple(Member(rank=r, incarnation=Incarnation(1)) for r in sorted(case.node_of))
+    return ExpertMap(epoch=Epoch(1), num_experts=256, members=members, placement=placement)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    as_json = parser.parse_args().json
+    for case in CASES:
+        if not as_json:
+            print(
+                f"\n{case.name}: {case.layers} layers x (256 + {case.redundant}), "
+                f"{case.ranks} ranks x {case.slots} slots on {case.nodes} nodes"
+            )
+        for row in measure(case):
+            if as_json:
+                print(json.dumps(row), flush=True)
+                continue
+            columns = [
+                f"{key} {value}" for key, value in row.items() if key not in ("case", "planner")
+            ]
+            print(f"  {row['planner']:22}" + "  ".join(columns), flush=True)
+
+
+if __name__ == "__main__":
+    main()
