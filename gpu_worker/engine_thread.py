@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 
 from gpu_worker.engine.mailbox import ThreadWaiter
@@ -15,6 +16,10 @@ class EngineThread:
 
     def __init__(self) -> None:
         self.waiter = ThreadWaiter()
+        self._cpu_clock: int | None = None
+
+    def cpu_s(self) -> float:
+        return time.clock_gettime(self._cpu_clock) if self._cpu_clock is not None else 0.0
 
     def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
@@ -30,10 +35,12 @@ class EngineThread:
 
         def body() -> None:
             error: BaseException | None = None
+            self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
             try:
                 run()
             except BaseException as raised:  # noqa: BLE001 - it is raised again on the event loop
                 error = raised
+            self._cpu_clock = None
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, error)
 

@@ -76,6 +76,10 @@ class EngineHost(Protocol):
     @property
     def waiter(self) -> Waiter: ...
 
+    def cpu_s(self) -> float:
+        """CPU time that the engine has used; a constant where nobody counts it."""
+        ...
+
     def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
         """Runs it; the future ends with it, or with its exception."""
         ...
@@ -109,7 +113,7 @@ class Rank:
         self._ended: asyncio.Future[int] = self._loop.create_future()
         config, clock = parts.config, parts.clock
         inbox = Inbox(parts.engine_host.waiter)
-        monitor = EngineMonitor(inbox, self._post, clock)
+        monitor = EngineMonitor(inbox, self._post, clock, parts.engine_host.cpu_s)
         deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
         self._engine = Engine(
             member=parts.member,

@@ -32,7 +32,7 @@ class Timings:
         40.0, "a peer's data later than this raises a suspicion (the wait itself goes on)"
     )
     suspicion_window_ms: float = option(
-        150.0, "a suspected rank that answers no probe for this long is declared dead"
+        250.0, "a suspected rank that answers no probe for this long is declared dead"
     )
     lease_ttl_s: float = option(5.0, "etcd lease of every process; the last backstop")
 

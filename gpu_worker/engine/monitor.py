@@ -3,7 +3,7 @@ waits for, whom it suspects. The exchange's StepMonitor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gpu_worker.engine.mailbox import Inbox, Post, Suspect
 from shared.clock import Clock
@@ -14,7 +14,10 @@ class EngineMonitor:
     """Written by the engine thread, read by the event loop: each field is replaced whole, so no
     lock is needed."""
 
-    def __init__(self, inbox: Inbox, post: Post, clock: Clock) -> None:
+    def __init__(
+        self, inbox: Inbox, post: Post, clock: Clock, cpu_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """`cpu_s` is the CPU time that the engine thread has used so far."""
         self.epoch = Epoch(0)
         self.step = Step(0)
         self._inbox = inbox
@@ -23,17 +26,25 @@ class EngineMonitor:
         self._beat_at = clock.now()
         self._waiting_for: Sequence[RankId] = ()
         self._parked = False
+        self._cpu_s = cpu_s
+        self._cpu_seen_s = 0.0
+        self._cpu_at = self._beat_at
 
     @property
     def waiting_for(self) -> tuple[RankId, ...]:
         return tuple(self._waiting_for)
 
     def engine_age_ms(self) -> float:
-        """Since the engine thread last passed a heartbeat point. While it sleeps on the inbox it
-        is 0: any item wakes it, and nothing but the inbox holds it."""
+        """Since the engine thread last showed life. While it sleeps on the inbox it is 0: any item
+        wakes it, and nothing but the inbox holds it. In a long computation it passes no heartbeat
+        point, but uses CPU time; on a crowded host little of it, and still it lives."""
+        now = self._clock.now()
         if self._parked:
             return 0.0
-        return max(0.0, (self._clock.now() - self._beat_at) * 1000)
+        used_s = self._cpu_s()
+        if used_s > self._cpu_seen_s:
+            self._cpu_seen_s, self._cpu_at = used_s, now
+        return max(0.0, (now - max(self._beat_at, self._cpu_at)) * 1000)
 
     def newest_epoch(self) -> Epoch:
         return self._inbox.newest_epoch

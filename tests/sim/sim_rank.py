@@ -51,6 +51,9 @@ class GreenletHost:
     def waiter(self) -> GreenletHost:
         return self
 
+    def cpu_s(self) -> float:
+        return 0.0
+
     def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
         ended: asyncio.Future[None] = self._loop.create_future()
 
