@@ -14,6 +14,7 @@ from control_plane.election import Election
 from control_plane.failure_detector import Dead, DetectorTimings
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy, PublishMap, Write
+from control_plane.placement import advise, describe, survives
 from control_plane.probe_events import ProbeEvent
 from control_plane.prober import Prober
 from control_plane.publisher import Publisher
@@ -22,6 +23,7 @@ from control_plane.spec_keeper import keep_spec
 from control_plane.telemetry import Metrics
 from shared.clock import Clock
 from shared.errors import StoreError
+from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Snapshot, Store, WatchEvent
@@ -194,6 +196,8 @@ class Driver:
                 cause=expert_map.cause,
                 publish_ms=round((now - expert_map.published_at) * 1000, 1),
             )
+            if not written.write.verdicts:  # after a death there is something better to do
+                self._tell_tolerance(expert_map)
 
     def _feed_changes(self, changes: list[Change], now: float) -> None:
         for change in changes:
@@ -268,6 +272,15 @@ class Driver:
             else:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)
+
+    def _tell_tolerance(self, expert_map: ExpertMap) -> None:
+        records = self._view.records
+        if any(m not in records for m in expert_map.members):
+            return
+        nodes = {m.rank: records[m].node for m in expert_map.members}
+        tolerance = survives(expert_map, nodes)
+        self._metrics.survivable.set(tolerance.rank_failures)
+        log.info("fault_tolerance", text=describe(tolerance, advise(expert_map, nodes)))
 
     def _show(self) -> None:
         expert_map, reign = self._view.expert_map, self._reign

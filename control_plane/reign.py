@@ -28,6 +28,8 @@ from control_plane.probe_events import (
 )
 from shared.expert_map import ExpertMap
 
+_LOOK_AGAIN_S = 0.05
+
 
 class Reign:
     """Feed it changes of the view and probe events; then ask for the next write."""
@@ -37,6 +39,9 @@ class Reign:
     ) -> None:
         self.detector = FailureDetector(timings, now)
         self.membership = Membership(policy, view)
+        self._view = view
+        self._decided_on: object = None
+        self._decided_at = now
         self._dead: list[Dead] = []
         self._alarms: list[Alarm] = []
         for record in view.records.values():
@@ -75,6 +80,12 @@ class Reign:
         self._take(self.detector.on_tick(now, steps_may_rest=steps_may_rest))
 
     def decide(self, now: float) -> Write | None:
+        """Pongs come by the hundred and change nothing that membership looks at: then it looks
+        again only for the sake of its own waits."""
+        state = (self._view.version, self.membership.dead, self.detector.frozen)
+        if state == self._decided_on and now - self._decided_at < _LOOK_AGAIN_S:
+            return None
+        self._decided_on, self._decided_at = state, now
         return self.membership.decide(now, frozen=self.detector.frozen)
 
     def take_news(self) -> list[Dead | Alarm]:

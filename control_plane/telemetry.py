@@ -26,6 +26,11 @@ class Metrics:
         self.suspected = Gauge(
             "starfish_suspected", "members under suspicion now", registry=self.registry
         )
+        self.survivable = Gauge(
+            "starfish_survivable_rank_failures",
+            "rank failures that the last map without a death survives without a reload",
+            registry=self.registry,
+        )
         self.verdicts = Counter(
             "starfish_verdicts", "members declared dead", ["cause"], registry=self.registry
         )

@@ -73,7 +73,7 @@ def test_an_expert_is_three_projections_of_fp32() -> None:
         ({"redundant_experts": -2}, "must not be negative"),
         ({"slots_per_rank": -1}, "must not be negative"),
         ({"leader_ttl_s": 0.5}, "at least 1"),
-        ({"urgent_probe_interval_ms": 100.0}, "half of the suspicion window"),
+        ({"urgent_probe_interval_ms": 400.0}, "half of the suspicion window"),
         ({"probe_interval_ms": 10.0}, "under the urgent interval"),
         ({"timings": Timings(suspicion_window_ms=20.0)}, "timings must satisfy"),
     ],
