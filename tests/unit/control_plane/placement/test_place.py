@@ -97,13 +97,6 @@ def test_the_same_input_gives_the_same_placement(cluster: Cluster) -> None:
     assert (cluster.place().placement == cluster.place().placement).all()
 
 
-@bounded
-@given(clusters(roomy=True))
-def test_a_layer_is_placed_alike_whatever_the_other_layers_are(cluster: Cluster) -> None:
-    alone = dataclasses.replace(cluster, loads=cluster.loads[:1])
-    assert (alone.place().placement[0] == cluster.place().placement[0]).all()
-
-
 def test_a_full_second_copy_survives_any_rank_and_any_node_and_still_balances() -> None:
     cluster = bench_cluster()
     placement = cluster.place().placement
