@@ -58,11 +58,10 @@ async def run_up(options: UpOptions, console: Console) -> int:
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     failed = True
     try:
-        started = await unless(stop, up.start())
-        if started:
+        if await unless(stop, up.start()):
             await unless(stop, up.serve())
         failed = False
-        return 0 if started else 130
+        return 0 if up.serves else 130
     finally:
         await up.stop(keep_logs=failed)
 
@@ -108,6 +107,7 @@ class Up:
         self._supervisor: Supervisor | None = None
         self._undertaker: asyncio.subprocess.Process | None = None
         self._services: list[services.Service] = []
+        self.serves = False
 
     @property
     def _is_own_dir(self) -> bool:
@@ -143,9 +143,9 @@ class Up:
                 model=str(model),
             ),
         )
+        self.serves = True
         if options.demo:
-            with contextlib.suppress(asyncio.CancelledError):
-                self._console.print(await stream_demo(self._url, self._console, self._clock))
+            self._console.print(await stream_demo(self._url, self._console, self._clock))
         await self._say_what_next()
 
     async def serve(self) -> None:
