@@ -28,11 +28,14 @@ from shared.model_spec import read_model_spec
 
 log = structlog.get_logger()
 
+_SWITCH_INTERVAL_S = 0.0005  # a heal is planned in a thread; a death must not wait for it
+
 
 def main() -> int:
     errors: list[StarfishError] = []
     try:
         config = parse(sys.argv[1:])
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         configure_logs(service="control_plane", level=config.log_level, json=config.log_json)
         asyncio.run(serve(config))
     except* StarfishError as group:

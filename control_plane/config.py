@@ -32,7 +32,7 @@ class ControlPlaneConfig:
     formation_window_s: float = option(
         30.0, "the first map waits so long for all ranks, then takes those that hold all experts"
     )
-    heal_after_s: float = option(3.0, "quiet time after a change before experts are moved")
+    heal_after_s: float = option(5.0, "quiet time after a change before experts are moved")
     heal_budget_mb: int = option(256, "weights that one step of healing may move")
     probe_interval_ms: float = option(500.0, "how often every rank is asked whether it lives")
     urgent_probe_interval_ms: float = option(20.0, "the same, while anybody is suspected")

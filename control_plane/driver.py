@@ -13,8 +13,8 @@ from control_plane.cluster_view import Change, ClusterView, LeaderGone, LeaderPu
 from control_plane.election import Election
 from control_plane.failure_detector import Dead, DetectorTimings
 from control_plane.leadership import Leadership
-from control_plane.membership import MembershipPolicy, PublishMap, Write
-from control_plane.placement import advise, describe, survives
+from control_plane.membership import MembershipPolicy, PlanHeal, PublishMap, Write
+from control_plane.placement import HealStep, advise, describe, survives
 from control_plane.probe_events import ProbeEvent
 from control_plane.prober import Prober
 from control_plane.publisher import Publisher
@@ -46,11 +46,20 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A heal's next step, for the reign that asked for it."""
+
+    reign: Reign
+    plan: PlanHeal
+    step: HealStep | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Nudge:
     """The election moved; look again."""
 
 
-Event = Snapshot | WatchEvent | ProbeEvent | Written | Nudge
+Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | Nudge
 
 
 class Driver:
@@ -174,6 +183,8 @@ class Driver:
             case Written():
                 self._write_under_way = False
                 self._feed_written(event, now)
+            case Planned():
+                event.reign.membership.on_heal_planned(event.plan, event.step)
             case Nudge():
                 pass
             case _:
@@ -229,10 +240,16 @@ class Driver:
         self._prober.set_urgent(reign.detector.urgent)
         if self._write_under_way or not self._spec_kept:
             return
-        write = reign.decide(now)
-        if write is not None:
+        decision = reign.decide(now)
+        if isinstance(decision, PlanHeal):
+            group.create_task(self._plan(reign, decision))
+        elif decision is not None:
             self._write_under_way = True
-            group.create_task(self._write(write, self._election.leader_revision))
+            group.create_task(self._write(decision, self._election.leader_revision))
+
+    async def _plan(self, reign: Reign, plan: PlanHeal) -> None:
+        step = await asyncio.to_thread(plan.first_step)
+        await self._inbox.put(Planned(reign=reign, plan=plan, step=step))
 
     async def _write(self, write: Write, leader_revision: int) -> None:
         map_revision = self._view.revision_of(self._keys.map)

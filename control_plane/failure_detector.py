@@ -312,14 +312,21 @@ class FailureDetector:
         return self._attentive_s - since_a >= self._timings.window_s
 
     def _is_deaf(self) -> bool:
-        """More than half of the members say nothing, though nothing says that they are gone."""
+        """More than half of the members say nothing, though nothing says that they are gone, and
+        have been asked quickly for the whole window."""
+        asked_a = min(
+            (w.suspected_a for w in self._watched.values() if w.suspected_a is not None),
+            default=None,
+        )
+        if asked_a is None:
+            return False
         heard_nothing = [
             w
             for w in self._watched.values()
             if w.probe in (Probe.STANDING, Probe.UNTRIED)
-            and self._attentive_s - w.pong_a >= self._timings.window_s
+            and self._attentive_s - max(w.pong_a, asked_a) >= self._timings.window_s
         ]
-        return self.urgent and 2 * len(heard_nothing) > len(self._watched)
+        return 2 * len(heard_nothing) > len(self._watched)
 
     def _judge_own_link(self) -> list[Judgement]:
         """While we are deaf no silence counts, and none of it once we hear again."""

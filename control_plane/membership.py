@@ -16,7 +16,7 @@ line that applies decides; each write changes the view, and the next decision fo
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
     members hold more or other than the map    | PublishMap of what they hold (a heal's second half)
-    all quiet for a while                      | the next step of `heal`: PublishMap with the slots
+    all quiet for a while                      | PlanHeal, then its step: PublishMap with the slots
                                                | emptied, together with the assignment
     keys of lives that are over                | Forget
 
@@ -34,11 +34,11 @@ import numpy as np
 
 from control_plane.cluster_view import ClusterView, member_of
 from control_plane.failure_detector import Alarm, AlarmKind, Dead
-from control_plane.placement import ShrinkResult, grow, heal, place, shrink
+from control_plane.placement import HealStep, ShrinkResult, grow, heal, place, shrink
 from control_plane.residency import Residency
 from shared.expert_map import ExpertMap, Placement
 from shared.records import SlotContents, Verdict
-from shared.types import Epoch, Member
+from shared.types import Epoch, Member, NodeId, RankId
 
 _FORGET_MAX = 64
 
@@ -48,7 +48,7 @@ class MembershipPolicy:
     bytes_per_expert: int
     survive: int = 1  # rank failures without a reload that placement buys at any cost in balance
     formation_window_s: float = 30.0  # the first map waits so long for all ranks
-    heal_after_s: float = 3.0  # quiet time before experts are moved
+    heal_after_s: float = 5.0  # quiet time before experts are moved
     joiner_patience_s: float = 30.0  # a newcomer holds heals up for so long
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
 
@@ -72,7 +72,34 @@ class Forget:
     keys: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanHeal:
+    """No write: a computation too long for between two events. Its answer comes back by
+    `on_heal_planned`; deaths are decided meanwhile."""
+
+    expert_map: ExpertMap
+    map_revision: int
+    nodes: dict[RankId, NodeId]
+    budget_bytes: int
+    bytes_per_expert: int
+    redundant: int
+    survive: int
+
+    def first_step(self) -> HealStep | None:
+        steps = heal(
+            self.expert_map,
+            None,
+            self.nodes,
+            budget_bytes=self.budget_bytes,
+            bytes_per_expert=self.bytes_per_expert,
+            redundant=self.redundant,
+            survive=self.survive,
+        )
+        return next(iter(steps), None)
+
+
 Write = PublishMap | Assign | Forget
+Decision = Write | PlanHeal
 
 
 class Membership:
@@ -86,7 +113,8 @@ class Membership:
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
         self._quiet_state: object = None
-        self._healed_revision = -1
+        self._planning_revision = -1
+        self._planned: tuple[int, HealStep | None] | None = None
         self._alarms: list[Alarm] = []
         self._alarmed: set[AlarmKind] = set()
 
@@ -103,11 +131,16 @@ class Membership:
     def on_dead(self, dead: Dead) -> None:
         self._dead[dead.member] = dead
 
+    def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
+        """None: nothing is worth a move under that map."""
+        self._planning_revision = -1
+        self._planned = (plan.map_revision, step)
+
     def take_alarms(self) -> list[Alarm]:
         alarms, self._alarms = self._alarms, []
         return alarms
 
-    def decide(self, now: float, *, frozen: bool = False) -> Write | None:
+    def decide(self, now: float, *, frozen: bool = False) -> Decision | None:
         """`frozen`: nothing but deaths may change the map."""
         spec = self._view.spec
         if spec is None or not self._view.synced:
@@ -259,22 +292,15 @@ class Membership:
         cause = "healed: " + ", ".join(str(m) for m in held)
         return self._publish(residency, rows, cause, now)
 
-    def _heal(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
-        if self._map_revision() == self._healed_revision or not self._is_quiet(residency, now):
+    def _heal(self, residency: Residency, expert_map: ExpertMap, now: float) -> Decision | None:
+        revision = self._map_revision()
+        if not self._is_quiet(residency, now) or self._planning_revision == revision:
             return None
-        spec = residency.spec
-        steps = heal(
-            expert_map,
-            None,
-            residency.nodes(expert_map.members),
-            budget_bytes=self._policy.heal_budget_bytes,
-            bytes_per_expert=self._policy.bytes_per_expert,
-            redundant=spec.redundant_experts,
-            survive=self._policy.survive,
-        )
-        step = next(iter(steps), None)
+        if self._planned is None or self._planned[0] != revision:
+            self._planning_revision = revision
+            return self._plan_heal(residency, expert_map, revision)
+        step = self._planned[1]
         if step is None:
-            self._healed_revision = self._map_revision()
             return None
         wanted = {m: step.placement[:, m.rank] for m in expert_map.members}
         if np.array_equal(step.emptied, expert_map.placement):
@@ -282,6 +308,17 @@ class Membership:
         emptied = {m: step.emptied[:, m.rank] for m in expert_map.members}
         assignments = self._assignments(residency, wanted, epoch=expert_map.epoch + 1)
         return self._publish(residency, emptied, f"healing: {step.reason}", now, assignments)
+
+    def _plan_heal(self, residency: Residency, expert_map: ExpertMap, revision: int) -> PlanHeal:
+        return PlanHeal(
+            expert_map=expert_map,
+            map_revision=revision,
+            nodes=residency.nodes(expert_map.members),
+            budget_bytes=self._policy.heal_budget_bytes,
+            bytes_per_expert=self._policy.bytes_per_expert,
+            redundant=residency.spec.redundant_experts,
+            survive=self._policy.survive,
+        )
 
     def _is_quiet(self, residency: Residency, now: float) -> bool:
         expert_map = residency.expert_map

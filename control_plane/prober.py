@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from control_plane.probe_events import (
     ProbeBroken,
@@ -22,6 +22,7 @@ from shared.wire import Hello, Ping, Pong, Welcome, encode, read_message
 _CONNECT_TIMEOUT_S = 1.0
 _WELCOME_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.05, 0.15)
+_RUSHES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
 _UNSENT_BYTES_MAX = 64 << 10
 
 Report = Callable[[ProbeEvent], Awaitable[None]]
@@ -69,7 +70,9 @@ class Prober:
                 await self._changed.wait()
 
     async def _probe(self, record: RankRecord) -> None:
-        """A connection that had worked is tried again at once: a refusal would be proof."""
+        """A connection that had worked is tried again at once: a refusal would be proof. A process
+        that dies closes its listener last, perhaps, so a few quick tries follow the first."""
+        rushes: Iterator[float] = iter(())
         while True:
             worked = False
             try:
@@ -81,8 +84,9 @@ class Prober:
                 await self._report(ProbeBroken(member=record.member))
             except (OSError, TimeoutError):
                 pass  # out of reach: silence, which the detector measures
-            if not worked:
-                await asyncio.sleep(random.uniform(*_RECONNECT_S))
+            if worked:
+                rushes = iter(_RUSHES_S)
+            await asyncio.sleep(next(rushes, random.uniform(*_RECONNECT_S)))
 
     async def _converse(self, record: RankRecord) -> bool:
         """Returns when the connection ends, and whether it ever answered. Raises OSError,

@@ -18,7 +18,7 @@ from control_plane.failure_detector import (
     FailureDetector,
     Judgement,
 )
-from control_plane.membership import Membership, MembershipPolicy, Write
+from control_plane.membership import Decision, Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
     ProbeEvent,
@@ -79,7 +79,7 @@ class Reign:
         steps_may_rest = bool(self.membership.unburied)
         self._take(self.detector.on_tick(now, steps_may_rest=steps_may_rest))
 
-    def decide(self, now: float) -> Write | None:
+    def decide(self, now: float) -> Decision | None:
         """Pongs come by the hundred and change nothing that membership looks at: then it looks
         again only for the sake of its own waits."""
         state = (self._view.version, self.membership.dead, self.detector.frozen)

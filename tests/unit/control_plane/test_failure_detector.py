@@ -279,6 +279,14 @@ def test_when_most_fall_silent_at_once_it_may_be_us(bench: Bench) -> None:
     assert not bench.detector.urgent
 
 
+def test_pongs_of_peace_that_are_older_than_the_window_are_not_silence(bench: Bench) -> None:
+    bench.pass_time(0.5, tick_s=0.1)
+    bench.suspect(1)
+    bench.pass_time(0.3, 0, 2, 3)
+    assert bench.alarms == []
+    assert set(bench.dead) == {1}
+
+
 def test_half_of_the_members_silent_is_not_most(bench: Bench) -> None:
     bench.suspect(1)
     bench.suspect(2)

@@ -10,7 +10,7 @@ import numpy as np
 
 from control_plane.cluster_view import ClusterView
 from control_plane.failure_detector import DetectorTimings
-from control_plane.membership import MembershipPolicy, PublishMap, Write
+from control_plane.membership import MembershipPolicy, PlanHeal, PublishMap, Write
 from control_plane.probe_events import ProbePong, ProbeRefused, ProbeStanding
 from control_plane.publisher import Publisher
 from control_plane.reign import Reign
@@ -202,6 +202,10 @@ class World:
             write = self.reign.decide(now)
             if write is None:
                 return
+            if isinstance(write, PlanHeal):
+                self.reign.membership.on_heal_planned(write, write.first_step())
+                self.clock.advance(0.06)
+                continue
             self.perform(write, self.leader_revision, reply_lost=reply_lost)
         raise AssertionError("the control plane writes without end")
 
