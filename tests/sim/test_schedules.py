@@ -1,0 +1,126 @@
+"""Thousands of random schedules, and proof that they would notice: bugs planted on purpose must
+fall.
+
+STARFISH_SIM_SCHEDULES sets how many are run; a failing seed is run alone by
+`python -m tests.sim.replay SEED`.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import structlog
+
+from gpu_worker.engine.sequence import Sequence
+from gpu_worker.exchange.vigil import Vigil
+from gpu_worker.membership.standing import Standing
+from tests.sim.schedules import Outcome, run_schedule
+
+NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "600"))
+FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
+
+
+def be_quiet() -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    be_quiet()
+    yield
+    structlog.reset_defaults()
+
+
+def outcome_of(seed: int) -> Outcome | str:
+    be_quiet()
+    try:
+        return run_schedule(seed)
+    except BaseException as error:  # noqa: BLE001 - it crosses a process boundary as text
+        notes = "; ".join(getattr(error, "__notes__", []))
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        return f"seed {seed}: {type(error).__name__}: {error} [{notes}]"
+
+
+@pytest.mark.timeout(1800)
+def test_no_schedule_breaks_an_invariant() -> None:
+    seeds = range(FIRST_SEED, FIRST_SEED + NUM_SCHEDULES)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        outcomes = list(pool.map(outcome_of, seeds, chunksize=10))
+    broken = [each for each in outcomes if isinstance(each, str)]
+    assert not broken, "\n".join(broken)
+    moves = sum(each.moves for each in outcomes if isinstance(each, Outcome))
+    assert moves > NUM_SCHEDULES, "the faults should have moved sessions"
+
+
+def test_a_seed_is_one_schedule() -> None:
+    assert run_schedule(11) == run_schedule(11)
+
+
+def falls(num_seeds: int = 60) -> bool:
+    """Whether one of the first schedules notices."""
+    return any(isinstance(outcome_of(seed), str) for seed in range(num_seeds))
+
+
+def test_a_step_that_goes_on_without_its_peers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 2. A wait that is given up at the deadline sums what is there."""
+    from gpu_worker.exchange import local
+
+    take = local.LocalHub.take
+
+    def take_or_give_up(self, source, target, place):  # type: ignore[no-untyped-def]
+        message = take(self, source, target, place)
+        process = self._process_of[source]
+        if message is None and process.dead:
+            none = local.np.empty(0, dtype=local.np.int32)
+            rows_NH = local.np.zeros((0, self.hidden_size), dtype=local.np.float32)
+            return local._Message(rows_NH=rows_NH, pair_rows=none, pair_slots=none)
+        return message
+
+    monkeypatch.setattr(local.LocalHub, "take", take_or_give_up)
+    assert falls()
+
+
+def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Invariant 1. A rank that starts over from the prompt."""
+    init = Sequence.__init__
+
+    def forget(self, submit, **more):  # type: ignore[no-untyped-def]
+        init(self, submit, **more)
+        if submit.num_emitted:
+            del self.tokens[-1]
+            self.num_given -= 1
+
+    monkeypatch.setattr(Sequence, "__init__", forget)
+    assert falls()
+
+
+def test_a_wait_that_no_epoch_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 9. Survivors that wait for the dead for ever."""
+    monkeypatch.setattr(Vigil, "check_epoch", lambda self: None)
+    assert falls(20)
+
+
+def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 6. One that was declared dead must leave, or its rank never comes back."""
+    monkeypatch.setattr(Standing, "on_map", _ignore_exclusion(Standing.on_map))
+    monkeypatch.setattr(Standing, "on_verdict", lambda self, member: [])
+    assert falls()
+
+
+def _ignore_exclusion(on_map):  # type: ignore[no-untyped-def]
+    def ignoring(self, expert_map):  # type: ignore[no-untyped-def]
+        if self._was_member and not expert_map.has(self.record.member):
+            return []
+        return on_map(self, expert_map)
+
+    return ignoring
