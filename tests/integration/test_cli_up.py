@@ -1,0 +1,229 @@
+"""`starfish up` as a user meets it: what is impossible is one sentence, and nothing is ever left
+behind, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from cli.run_dir import read_state
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from tests.support.cluster import free_port
+
+pytestmark = pytest.mark.timeout(240)
+WAIT_S = 120.0
+ROOT = Path(__file__).parents[2]
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
+Process = asyncio.subprocess.Process
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    create_seeded_checkpoint(folder, moe_intermediate_size=32, **SMALL)
+    return folder
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])
+
+
+async def starfish(*arguments: str) -> Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli", *arguments),
+        cwd=ROOT,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def up(run_dir: Path, port: int, *flags: str) -> Process:
+    return await starfish(
+        *("up", "--no-demo", "--ranks", "2", "--run-dir", str(run_dir), "--port", str(port)),
+        *("--instance", run_dir.name, *flags),
+    )
+
+
+async def started(process: Process, run_dir: Path) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while read_state(run_dir) is None:
+            if process.returncode is not None:
+                _, err = await process.communicate()
+                raise AssertionError(err.decode())
+            await asyncio.sleep(0.1)
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Command lines of all that belongs to the instance, by its unique name or folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if run_dir.name in command and "-m pytest" not in command:
+            found.append(f"{entry.name} {command}")
+    return found
+
+
+async def gone(run_dir: Path) -> None:
+    try:
+        async with asyncio.timeout(20):
+            while processes_of(run_dir):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise AssertionError(processes_of(run_dir)) from None
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return tmp_path / f"up-{abs(hash(request.node.nodeid)) % 10**9}"
+
+
+async def fails(run_dir: Path, port: int, *flags: str) -> str:
+    """The one sentence that it says."""
+    process = await up(run_dir, port, *flags)
+    async with asyncio.timeout(WAIT_S):
+        out, err = await process.communicate()
+    assert process.returncode == 1, (out, err)
+    assert b"Traceback" not in out + err
+    await gone(run_dir)
+    lines = err.decode().strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("starfish: ")
+    return lines[0]
+
+
+def damaged(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder / "damaged"))
+
+
+async def test_a_port_in_use(run_dir: Path, model: Path, taken_port: int) -> None:
+    sentence = await fails(run_dir, taken_port, "--model", str(model))
+    assert str(taken_port) in sentence
+
+
+async def test_a_missing_folder(run_dir: Path) -> None:
+    assert "/nowhere" in await fails(run_dir, free_port(), "--model", "/nowhere")
+
+
+async def test_a_missing_shard(run_dir: Path, model: Path, tmp_path: Path) -> None:
+    folder = damaged(model, tmp_path)
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.unlink()
+    assert shard.name in await fails(run_dir, free_port(), "--model", str(folder))
+
+
+async def test_a_truncated_shard(run_dir: Path, model: Path, tmp_path: Path) -> None:
+    folder = damaged(model, tmp_path)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    os.truncate(shard, shard.stat().st_size - 100)
+    assert shard.name in await fails(run_dir, free_port(), "--model", str(folder))
+
+
+async def test_an_unknown_architecture(run_dir: Path, model: Path, tmp_path: Path) -> None:
+    folder = damaged(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Llama"]}))
+    assert "Llama" in await fails(run_dir, free_port(), "--model", str(folder))
+
+
+async def test_etcd_out_of_reach(run_dir: Path, model: Path) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    sentence = await fails(run_dir, free_port(), "--model", str(model), "--etcd", endpoint)
+    assert endpoint in sentence
+
+
+async def test_too_few_slots(run_dir: Path, model: Path) -> None:
+    flags = ("--model", str(model), "--slots-per-rank", "3")
+    assert "slots" in await fails(run_dir, free_port(), *flags)
+
+
+async def test_an_alias_that_means_something_else(run_dir: Path, model: Path) -> None:
+    flags = ("--model", str(model), "--moe-a2a-backend", "deepep")
+    assert "--moe-a2a-backend" in await fails(run_dir, free_port(), *flags)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+async def test_a_stop_leaves_nothing(run_dir: Path, model: Path, how: signal.Signals) -> None:
+    process = await up(run_dir, free_port(), "--model", str(model))
+    await started(process, run_dir)
+    process.send_signal(how)
+    async with asyncio.timeout(WAIT_S):
+        out, err = await process.communicate()
+    assert process.returncode == 0, (out, err)
+    await gone(run_dir)
+    assert list(run_dir.iterdir()) == []
+
+
+async def test_a_killed_up_takes_all_with_it(run_dir: Path, model: Path) -> None:
+    process = await up(run_dir, free_port(), "--model", str(model))
+    await started(process, run_dir)
+    assert len(processes_of(run_dir)) >= 6
+    process.kill()
+    await process.wait()
+    await gone(run_dir)
+
+
+async def test_a_second_interrupt_ends_even_a_stopped_rank(run_dir: Path, model: Path) -> None:
+    process = await up(run_dir, free_port(), "--model", str(model))
+    await started(process, run_dir)
+    stopping = await starfish("kill", "1", "--signal", "STOP", "--run-dir", str(run_dir))
+    assert await stopping.wait() == 0
+    process.send_signal(signal.SIGINT)
+    await asyncio.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(WAIT_S):
+        await process.communicate()
+    await gone(run_dir)
+
+
+async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) -> None:
+    port = free_port()
+    process = await up(run_dir, port, "--model", str(model))
+    await started(process, run_dir)
+    (gateway,) = [line for line in processes_of(run_dir) if "-m gateway " in line]
+    os.kill(int(gateway.split()[0]), signal.SIGKILL)
+
+    async def serves() -> bool:
+        try:
+            async with http.get(f"http://127.0.0.1:{port}/health") as response:
+                return response.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
+        while not await serves():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode == 0
+    await gone(run_dir)
+
+
+async def test_only_one_instance_of_a_name(run_dir: Path, model: Path) -> None:
+    process = await up(run_dir, free_port(), "--model", str(model))
+    await started(process, run_dir)
+    second = await up(run_dir, free_port(), "--model", str(model))
+    _, err = await second.communicate()
+    assert second.returncode == 1
+    assert "runs already" in err.decode()
+    assert process.returncode is None
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    await gone(run_dir)
