@@ -120,7 +120,8 @@ def _quality(case: Case, placement: Placement, loads: NDArray[np.float64]) -> di
 def _death(
     case: Case, name: str, placement: Placement, loads: NDArray[np.float64], filled: int
 ) -> dict[str, object]:
-    """Surviving slots whose content changes when rank 3 dies, and the balance right after it."""
+    """When rank 3 dies: surviving replicas that leave their rank, experts that survivors load (slot
+    order within a rank is free, to EPLB's favour), and the balance right after."""
     dead = RankId(3)
     alive = [r for r in sorted(case.node_of) if r != dead]
     before = placement[:, alive]
@@ -128,13 +129,23 @@ def _death(
         after = shrink(_map_of(case, placement), {dead}, loads).refilled[:, alive]
     else:
         after = eplb(loads, len(alive), 1, filled, Grouping.GLOBAL)
-    moved = int((after != before[:, :, : after.shape[2]]).sum())
+    held_before, held_after = _held(before), _held(after)
+    kept = int(np.minimum(held_before, held_after).sum())
+    moved = int(held_before.sum()) - kept
     per_rank = rank_loads(after, loads)
     return {
         "moved_at_death": moved,
-        "moved_share": round(moved / int((before >= 0).sum()), 4),
+        "moved_share": round(moved / int(held_before.sum()), 4),
+        "loaded_at_death": int(held_after.sum()) - kept,
         "balance_after_death": round(float((per_rank.max(1) / per_rank.mean(1)).mean()), 3),
     }
+
+
+def _held(rows: Placement) -> NDArray[np.int64]:
+    """`[num_layers * num_ranks, 256]`: how often each rank holds each expert."""
+    flat = rows.reshape(-1, rows.shape[2]).astype(np.int64)
+    keys = np.where(flat >= 0, flat, 256) + np.arange(len(flat))[:, None] * 257
+    return np.bincount(keys.ravel(), minlength=len(flat) * 257).reshape(-1, 257)[:, :256]
 
 
 def _map_of(case: Case, placement: Placement) -> ExpertMap:
