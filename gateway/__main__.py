@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -56,6 +57,9 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
         loop.add_signal_handler(number, stop.set)
     if config.lifeline_fd >= 0:
         loop.add_reader(config.lifeline_fd, stop.set)
+    # What is loaded by now stays; walking through it again and again would stall streams.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     store = await connect_store([part for part in config.etcd.split(",") if part])
     try:
         await run_gateway(

@@ -22,7 +22,7 @@ class GatewayConfig:
     )
     served_model_name: str = option("", "name that clients ask for; default: the spec's")
     tokens_in_flight_max: int = option(
-        2_000_000, "most tokens (prompt + max_tokens) of all requests in flight; more get 429"
+        8_000_000, "most tokens (prompt + max_tokens) of all requests in flight; more get 429"
     )
     sessions_max: int = option(2048, "most requests in flight; more get 429")
     body_bytes_max: int = option(4 << 20, "largest request body; larger ones get 413")

@@ -76,12 +76,15 @@ class Generation:
         clock: Clock,
         token_bytes: TokenBytes,
         tasks: Sequence[PromptTask],
+        streaming: bool,
     ) -> None:
         self._driver = driver
         self._admission = admission
         self._clock = clock
         self._token_bytes = token_bytes
         self._tasks = tasks
+        # A whole answer is read once, at its end, unless its text may end it earlier.
+        self._eager = streaming or any(task.stops for task in tasks)
         self._tokens = sum(task.tokens for task in tasks)
         self._began_at = 0.0
         self._changed = asyncio.Event()
@@ -99,7 +102,7 @@ class Generation:
         self._admission.admit(tokens=self._tokens, sessions=len(self._tasks))
         self._began_at = self._clock.now()
         for index, task in enumerate(self._tasks):
-            session = self._driver.open(task.prompt, task.sampling, self._changed.set)
+            session = self._driver.open(task.prompt, task.sampling, self._wake)
             text = TextStream(
                 self._token_bytes, stops=task.stops, min_tokens=task.sampling.min_tokens
             )
@@ -116,6 +119,10 @@ class Generation:
             self._driver.cancel(reader.session)
         lived_s = self._clock.now() - self._began_at
         self._admission.release(tokens=self._tokens, sessions=len(self._tasks), lived_s=lived_s)
+
+    def _wake(self, session: StreamSession) -> None:
+        if self._eager or session.ended:
+            self._changed.set()
 
     async def next_deltas(self) -> list[Delta]:
         """All that is new, at least one delta. Raises SessionFailed once what came before the

@@ -202,6 +202,7 @@ class HttpApp:
             clock=self._clock,
             token_bytes=served.tokenizer.token_bytes,
             tasks=job.tasks,
+            streaming=job.wish.stream,
         )
         with generation:
             if job.wish.stream:
@@ -245,8 +246,7 @@ class HttpApp:
                     usage = _usage(generation, job)
                     data += (writer.usage(usage) if job.wish.include_usage else b"") + DONE
                 if data:
-                    async with asyncio.timeout(WRITE_TIMEOUT_S):
-                        await response.write(data)
+                    await _write(request, response, data)
                 if generation.done:
                     break
                 data = b""
@@ -295,6 +295,16 @@ def _chunks(writer: ChunkWriter, deltas: list[Delta]) -> bytes:
         for delta in deltas
         if delta.text or delta.finish or writer.with_token_ids
     )
+
+
+async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Raises TimeoutError for a client that reads nothing."""
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size() == 0:
+        await response.write(data)  # cannot wait long, and a timeout costs more than the write
+        return
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
+        await response.write(data)
 
 
 def _usage(generation: Generation, job: _Job) -> Usage:

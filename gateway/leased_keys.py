@@ -10,7 +10,7 @@ import random
 import structlog
 
 from shared.clock import Clock
-from shared.errors import LeaseLost, StoreUnavailable
+from shared.errors import LeaseLost, StoreError
 from shared.store import Store
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ class LeasedKeys:
                 log.warning("lease_lost", lease_id=self._lease_id)
                 self._lease_id = 0
                 retry_s = RETRY_MIN_S
-            except StoreUnavailable as error:
+            except StoreError as error:
                 log.warning("etcd_unavailable", detail=str(error))
                 await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
                 retry_s = min(retry_s * 2, RETRY_MAX_S)
@@ -57,7 +57,7 @@ class LeasedKeys:
     async def release(self) -> None:
         """Takes everything back at once, at the end; best effort."""
         if self._lease_id:
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StoreError):
                 await self._store.revoke_lease(self._lease_id)
 
     def _mark(self, key: str) -> None:

@@ -42,6 +42,7 @@ class RankLink:
         self._clock = clock
         self._writer: asyncio.StreamWriter | None = None
         self._nonces = itertools.count(1)
+        self._heard_at = 0.0
         self._probed_at: float | None = None  # of the probe that is still unanswered
 
     def send(self, message: Submit | Cancel) -> bool:
@@ -55,12 +56,12 @@ class RankLink:
         self._writer.write(encode(message))
         return True
 
-    def probe(self) -> float:
-        """Asks for a Pong unless one is owed already; returns for how long it has been, in
-        seconds."""
-        if self._writer is None:
-            return 0.0
+    def probe(self, quiet_s: float) -> float:
+        """Asks for a Pong where nothing was heard for `quiet_s`, unless one is owed already.
+        Returns for how long it has been owed, in seconds."""
         now = self._clock.now()
+        if self._writer is None or now - self._heard_at < quiet_s:
+            return 0.0
         if self._probed_at is None:
             self._probed_at = now
             self._writer.write(encode(Ping(nonce=next(self._nonces))))
@@ -96,6 +97,7 @@ class RankLink:
                 welcome = await read_message(reader)
             self._check(welcome)
             self._writer, self._probed_at = writer, None
+            self._heard_at = self._clock.now()
             self._events.opened(record)
             await self._read(reader)
         finally:
@@ -117,7 +119,7 @@ class RankLink:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (message := await read_message(reader)) is not None:
-            self._probed_at = None  # whatever it says, it lives
+            self._heard_at, self._probed_at = self._clock.now(), None  # whatever it says, it lives
             match message:
                 case Tokens():
                     self._events.tokens(self.member, message)

@@ -58,7 +58,7 @@ class SessionDriver:
         self._view = ClusterView()
         self._fenced: set[Member] = set()
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
-        self._wakers: dict[SessionId, Callable[[], None]] = {}
+        self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -76,7 +76,10 @@ class SessionDriver:
         return self._board.live()
 
     def open(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, wake: Callable[[], None]
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        wake: Callable[[StreamSession], None],
     ) -> StreamSession:
         """`wake` is called whenever the session has new tokens, and when it has ended. End it by
         `cancel`, which is harmless where it has ended by itself."""
@@ -124,7 +127,7 @@ class SessionDriver:
             if self._clock.now() - before > interval_s + SILENCE_S / 2:
                 continue  # it was us who slept: answers may lie unread
             for link, _ in list(self._links.values()):
-                if link.probe() > SILENCE_S:
+                if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
                     self._on_silence(link.member)
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
@@ -242,7 +245,7 @@ class SessionDriver:
         else:
             wake = self._wakers[session.id]
             self._metrics.on_tokens(session)
-        wake()
+        wake(session)
 
     def _set_timer(self) -> None:
         wake_at = self._table.wake_at()

@@ -112,15 +112,27 @@ class SessionTable:
     def _on_message(
         self, session: StreamSession, member: Member, message: SessionTokens, now: float
     ) -> list[Action]:
-        before = len(session.emitted)
         if message.error is not None and message.retryable:
             self._refused_by[session.id] = member
-        actions = self._apply(session, lambda: session.on_tokens(member, message, now))
+        if message.error is not None or message.finish is not None:
+            return self._apply(session, lambda: session.on_tokens(member, message, now))
+        return self._apply_tokens(session, member, message, now)
+
+    def _apply_tokens(
+        self, session: StreamSession, member: Member, message: SessionTokens, now: float
+    ) -> list[Action]:
+        """As `_apply`, for the one event that is frequent: nearly always it only adds tokens."""
+        before = len(session.emitted)
+        was_there = session.member if session.state is SessionState.RUNNING else None
+        sent = session.on_tokens(member, message, now)
+        if session.state is not SessionState.RUNNING:
+            grown = len(session.emitted) - before
+            return self._settle(session, was_there, session.num_tokens - grown, [*sent])
         grown = len(session.emitted) - before
-        if grown and session.state is SessionState.RUNNING:
-            self._board.add(member, tokens=grown)
-            actions.append(Look(session=session))
-        return actions
+        if not grown:
+            return []
+        self._board.add(member, tokens=grown)
+        return [Look(session=session)]
 
     def _move(self, lost: Iterable[Member], now: float) -> list[Action]:
         actions: list[Action] = []
@@ -157,7 +169,12 @@ class SessionTable:
             return []
         member = session.member if session.state is SessionState.RUNNING else None
         num_tokens = session.num_tokens
-        actions: list[Action] = [*event()]
+        return self._settle(session, member, num_tokens, [*event()])
+
+    def _settle(
+        self, session: StreamSession, member: Member | None, num_tokens: int, actions: list[Action]
+    ) -> list[Action]:
+        """After an event of a session that was on `member`, with `num_tokens` counted there."""
         if member is not None and session.state is not SessionState.RUNNING:
             placed = self._placed[member]
             del placed[session.id]

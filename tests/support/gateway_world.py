@@ -105,8 +105,8 @@ async def running_world(
             world.gateway_store = etcd.client()
             spec = toy_spec(model, context_tokens_max=context_tokens_max, num_ranks=num_ranks)
             await world.store.put(world.keys.spec, pack(spec))
-            for rank in range(num_ranks):
-                await world.add_rank(ToyRank(rank))
+            for number in range(num_ranks):
+                await world.add_rank(ToyRank(number))
             if num_ranks:
                 await world.publish(world.ranks)
             surroundings = Surroundings(
