@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 
 from tests.support.cluster import Cluster, StreamResult, running_cluster
@@ -56,7 +57,7 @@ class AtTotal:
             self.reached.set()
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     folder = tmp_path_factory.mktemp("fault")
     model = folder / "model"
@@ -65,7 +66,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def oracle(cluster: Cluster) -> list[StreamResult]:
     await cluster.wait_live(NUM_RANKS)
     results = await run_streams(cluster, seed=1)
