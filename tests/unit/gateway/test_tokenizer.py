@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -22,6 +23,19 @@ async def test_long_and_short_texts_give_the_tokenizers_ids(tmp_path: Path) -> N
     for text in ("The starfish", "grün 🌊 " * INLINE_CHARS_MAX):
         ids = await loaded.encode(text, tokens_max=10**6)
         assert list(ids) == reference.encode(text).ids
+    loaded.close()
+
+
+async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    await loaded.encode("warm " * INLINE_CHARS_MAX, tokens_max=10**6)
+    encoding = asyncio.ensure_future(loaded.encode("grün 🌊 " * 10_000, tokens_max=10**6))
+    turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 100
     loaded.close()
 
 
