@@ -43,6 +43,8 @@ def place(
     weights = checked_loads(loads, num_layers, num_experts)
     layout = Layout.of(ranks, nodes, slots)
     rows = int(layout.ranks[-1]) + 1 if num_ranks is None else num_ranks
+    if rows <= layout.ranks[-1]:
+        raise ValueError(f"num_ranks is {rows}, but rank {layout.ranks[-1]} takes part")
     placement = empty_placement(layout, num_layers, rows, int(layout.slots.max()))
     quotas = fill_quotas(layout, num_experts, redundant)
     if quotas.max() > 0:
