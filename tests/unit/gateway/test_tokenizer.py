@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models
 
 from gateway.chat_template import ChatTemplate, load_chat_template
 from gateway.tokenizer import INLINE_CHARS_MAX, load_tokenizer
+from shared.clock import SystemClock
 from shared.errors import CheckpointError, RequestError
 from tests.support.tiny_tokenizer import write_tokenizer
 
@@ -30,12 +32,14 @@ async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) ->
     write_tokenizer(tmp_path)
     loaded = load_tokenizer(tmp_path)
     await loaded.encode("warm " * INLINE_CHARS_MAX, tokens_max=10**6)
-    encoding = asyncio.ensure_future(loaded.encode("grün 🌊 " * 10_000, tokens_max=10**6))
-    turns = 0
+    clock = SystemClock()
+    encoding = asyncio.ensure_future(loaded.encode("grün 🌊 " * 40_000, tokens_max=10**6))
+    turns_at = [clock.now()]
     while not encoding.done():
         await asyncio.sleep(0)
-        turns += 1
-    assert turns > 100
+        turns_at.append(clock.now())
+    longest_turn = max(b - a for a, b in itertools.pairwise(turns_at))
+    assert longest_turn < (turns_at[-1] - turns_at[0]) / 2  # held, it is nearly the whole
     loaded.close()
 
 
