@@ -44,7 +44,8 @@ _INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorTimings:
-    window_s: float = 0.15  # a suspected member silent for so long is dead
+    window_s: float = 0.25  # a suspected member silent for so long is dead
+    stopped_s: float = 0.05  # the same, where its node agent saw the process stopped
     settle_s: float = 0.1  # time to register again, for one that lost its lease and answers
     quiet_s: float = 1.2  # unanswered probes of peace that make us suspect by ourselves
     stuck_s: float = 5.0  # members wait for an accused one and nobody's step moves
@@ -309,7 +310,9 @@ class FailureDetector:
         if watched.suspected_a is None:
             return False
         since_a = max(watched.suspected_a, watched.vouched_a, self._deaf_a)
-        return self._attentive_s - since_a >= self._timings.window_s
+        stopped = any(s.reason is SuspicionReason.STOPPED for s in watched.signals)
+        window_s = self._timings.stopped_s if stopped else self._timings.window_s
+        return self._attentive_s - since_a >= window_s
 
     def _is_deaf(self) -> bool:
         """More than half of the members say nothing, though nothing says that they are gone, and

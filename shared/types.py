@@ -60,6 +60,7 @@ class SuspicionReason(Enum):
     """What made somebody doubt that a rank lives. Never a verdict by itself."""
 
     EXIT = "exit"  # the node agent's pidfd fired
+    STOPPED = "stopped"  # the node agent saw the process stopped by a signal
     LEASE = "lease"  # its lease expired or was revoked
     EXCHANGE = "exchange"  # a peer waits for its data past the exchange deadline
     LINK = "link"  # a peer's transfer or control connection to it failed

@@ -15,13 +15,22 @@ import structlog
 from gpu_worker.agent.birth import new_life, nurse_lease
 from gpu_worker.agent.obituary import Obituary, describe_exit, until_done
 from gpu_worker.agent.presence import Presence
-from gpu_worker.agent.rank_lives import Action, Bury, Life, Phase, RankLives, Spawn, Terminate
+from gpu_worker.agent.rank_lives import (
+    Action,
+    Bury,
+    Kill,
+    Life,
+    Phase,
+    RankLives,
+    Spawn,
+    Terminate,
+)
 from gpu_worker.agent.rank_process import RankCommand, RankProcess, find_running, spawn
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
 from shared.keys import Keys
-from shared.records import RankRecord, unpack_record
-from shared.store import Store
+from shared.records import RankRecord, Verdict, unpack_record
+from shared.store import Snapshot, Store
 from shared.types import Member, RankId
 
 log = structlog.get_logger()
@@ -62,12 +71,14 @@ class AgentDriver:
         async with self._tasks:
             adopted = self._adopt()
             keeper = self._tasks.create_task(self._be_present(adopted))
+            executioner = self._tasks.create_task(self._watch_verdicts())
+            asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._look_for_stopped)
             while not self.lives.all_stopped:
                 self._perform(self.lives.due(self.clock.now()))
                 await self._wait()
             if self._burials:
                 await asyncio.wait(self._burials, timeout=_LAST_WORDS_TIMEOUT_S)
-            for task in (keeper, *self._burials):
+            for task in (keeper, executioner, *self._burials):
                 task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
@@ -118,6 +129,26 @@ class AgentDriver:
                 log.info("rank_was_dead", member=str(record.member))
                 await self.store.revoke_lease(record.lease_id)
 
+    async def _watch_verdicts(self) -> None:
+        async for seen in self.store.watch(self.keys.verdicts):
+            values = seen.values if isinstance(seen, Snapshot) else (seen,)
+            for each in values:
+                if each.value is not None:
+                    verdict = unpack_record(each.value, Verdict)
+                    member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
+                    self._perform(self.lives.condemned(member, self.clock.now()))
+            self._changed.set()
+
+    def _look_for_stopped(self) -> None:
+        """SIGCHLD: a child has exited (the pidfds tell), was stopped, or goes on."""
+        for life in self.lives.running():
+            process = self._processes.get(life.member.rank)
+            if process is not None and process.was_stopped():
+                log.warning("rank_stopped", member=str(life.member), pid=life.pid)
+                self._tasks.create_task(
+                    self.obituary.report_stopped(life, agent_lease_id=self._lease_id)
+                )
+
     async def _wait(self) -> None:
         """Until something changed or a rank is due."""
         due_at = self.lives.next_due_at()
@@ -135,6 +166,9 @@ class AgentDriver:
                     self._tasks.create_task(self._spawn(rank))
                 case Terminate(life=life):
                     self._processes[life.member.rank].send_signal(signal.SIGTERM)
+                case Kill(life=life):
+                    log.warning("condemned_rank_killed", member=str(life.member), pid=life.pid)
+                    self._processes[life.member.rank].send_signal(signal.SIGKILL)
 
     async def _spawn(self, rank: RankId) -> None:
         lease_id = 0

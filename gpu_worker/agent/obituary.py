@@ -50,27 +50,39 @@ class Obituary:
         took_ms = round((self._clock.now() - died_at) * 1000, 2)
         log.info("lease_revoked", member=str(life.member), took_ms=took_ms)
 
+    async def report_stopped(self, life: Life, *, agent_lease_id: Callable[[], int]) -> None:
+        """Testifies that the process was stopped: it may go on one day, but nobody should wait."""
+        key, value = self._testimony(
+            life, SuspicionReason.STOPPED, self._clock.now(), "the process was stopped"
+        )
+        await until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
+
     async def _testify(
         self, life: Life, agent_lease_id: Callable[[], int], died_at: float, detail: str
     ) -> None:
-        key = self._keys.suspicion(life.member.rank, life.member.incarnation, self._by)
-        value = pack_record(
-            Suspicion(
-                rank=life.member.rank,
-                incarnation=life.member.incarnation,
-                by=self._by,
-                reason=SuspicionReason.EXIT,
-                epoch=Epoch(0),
-                step=Step(0),
-                raised_at=died_at,
-                detail=detail,
-            )
-        )
+        key, value = self._testimony(life, SuspicionReason.EXIT, died_at, detail)
         await until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
         old = self._standing.get(life.member.rank)
         self._standing[life.member.rank] = key
         if old is not None:
             await until_done(lambda: self._store.delete(old))
+
+    def _testimony(
+        self, life: Life, reason: SuspicionReason, raised_at: float, detail: str
+    ) -> tuple[str, bytes]:
+        """Key and value."""
+        suspicion = Suspicion(
+            rank=life.member.rank,
+            incarnation=life.member.incarnation,
+            by=self._by,
+            reason=reason,
+            epoch=Epoch(0),
+            step=Step(0),
+            raised_at=raised_at,
+            detail=detail,
+        )
+        key = self._keys.suspicion(life.member.rank, life.member.incarnation, self._by)
+        return key, pack_record(suspicion)
 
 
 def describe_exit(exit_code: int | None) -> str:

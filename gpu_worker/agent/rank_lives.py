@@ -3,7 +3,9 @@
 
 A rank waits until it is due, is started (incarnation, lease, process: three steps of the driver,
 any of which may fail), runs until its process exits, is buried (lease revoked), and waits again for
-as long as the respawn policy says. Stopping is one way: nothing leaves STOPPED.
+as long as the respawn policy says. Stopping is one way: nothing leaves STOPPED. A life that the
+control plane declared dead exits by itself as soon as it learns of it; one that cannot (it hangs,
+or is stopped) is killed when its grace is over, so that its rank can live again.
 
     phase     event         next      action
     waiting   due           starting  Spawn
@@ -13,6 +15,7 @@ as long as the respawn policy says. Stopping is one way: nothing leaves STOPPED.
     starting  spawn_failed  waiting   –
     starting  stop          stopping  –
     running   exited        waiting   Bury
+    running   condemned     running   Kill, after the grace
     running   stop          stopping  Terminate
     stopping  spawned       stopping  Terminate
     stopping  spawn_failed  stopped   –
@@ -76,7 +79,14 @@ class Terminate:
     life: Life
 
 
-Action = Spawn | Bury | Terminate
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """The life has a verdict and did not leave."""
+
+    life: Life
+
+
+Action = Spawn | Bury | Terminate | Kill
 
 TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     (Phase.WAITING, Event.DUE): Phase.STARTING,
@@ -101,6 +111,7 @@ class _Rank:
     phase: Phase = Phase.WAITING
     life: Life | None = None
     running_since: float = 0.0
+    kill_at: float | None = None
     failures: int = 0
 
 
@@ -108,9 +119,16 @@ class RankLives:
     """All ranks of one node. An event that the table does not have is a bug of the driver."""
 
     def __init__(
-        self, ranks: Iterable[RankId], policy: RespawnPolicy, rng: random.Random, now: float
+        self,
+        ranks: Iterable[RankId],
+        policy: RespawnPolicy,
+        rng: random.Random,
+        now: float,
+        *,
+        condemned_grace_s: float = 10.0,
     ) -> None:
         self._policy = policy
+        self._condemned_grace_s = condemned_grace_s
         self._rng = rng
         self._ranks = {rank: _Rank(due_at=now) for rank in ranks}
 
@@ -128,11 +146,10 @@ class RankLives:
         return [rank.life for rank in self._ranks.values() if rank.life is not None]
 
     def next_due_at(self) -> float | None:
-        """When `due` will have something to do; None where no rank waits."""
-        return min(
-            (rank.due_at for rank in self._ranks.values() if rank.phase is Phase.WAITING),
-            default=None,
-        )
+        """When `due` will have something to do; None where nothing waits for its time."""
+        waiting = (r.due_at for r in self._ranks.values() if r.phase is Phase.WAITING)
+        condemned = (r.kill_at for r in self._ranks.values() if r.kill_at is not None)
+        return min((*waiting, *condemned), default=None)
 
     def due(self, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -140,7 +157,18 @@ class RankLives:
             if rank.phase is Phase.WAITING and rank.due_at <= now:
                 self._move(rank, Event.DUE)
                 actions.append(Spawn(rank=rank_id))
+            elif rank.kill_at is not None and rank.kill_at <= now:
+                rank.kill_at = None
+                assert rank.life is not None
+                actions.append(Kill(life=rank.life))
         return actions
+
+    def condemned(self, member: Member, now: float) -> list[Action]:
+        """The control plane has declared this life dead."""
+        rank = self._ranks.get(member.rank)
+        if rank is not None and rank.life is not None and rank.life.member == member:
+            rank.kill_at = now + self._condemned_grace_s
+        return []
 
     def adopted(self, life: Life, now: float) -> list[Action]:
         """A process of an earlier agent that still runs."""
@@ -160,7 +188,7 @@ class RankLives:
         rank = self._ranks[rank_id]
         self._move(rank, Event.EXITED)
         assert rank.life is not None
-        life, rank.life = rank.life, None
+        life, rank.life, rank.kill_at = rank.life, None, None
         self._wait(rank, lived_s=now - rank.running_since, exit_code=exit_code, now=now)
         return [Bury(life=life, exit_code=exit_code)]
 

@@ -74,6 +74,16 @@ class RankProcess:
         """Of a process that has exited; negative for a signal, None where it was adopted."""
         return self._child.wait() if self._child is not None else None
 
+    def was_stopped(self) -> bool:
+        """Whether it has been stopped since the last call; never of an adopted process."""
+        if self._child is None:
+            return False
+        try:
+            found = os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED | os.WNOHANG)
+        except ChildProcessError:
+            return False
+        return found is not None and found.si_code == os.CLD_STOPPED
+
     def send_signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)

@@ -144,10 +144,19 @@ def test_a_suspected_member_that_is_silent_for_the_window_is_dead(
 ) -> None:
     bench.suspect(1, reason)
     if reason is not SuspicionReason.EXIT:
-        bench.pass_time(TIMINGS.window_s - 0.02, 0, 2, 3)
+        stopped = reason is SuspicionReason.STOPPED
+        window_s = TIMINGS.stopped_s if stopped else TIMINGS.window_s
+        bench.pass_time(window_s - 0.02, 0, 2, 3)
         assert bench.dead == {}
         bench.pass_time(0.04, 0, 2, 3)
     assert bench.dead == {1: reason}
+
+
+def test_a_stopped_process_that_goes_on_in_time_lives(bench: Bench) -> None:
+    bench.suspect(1, SuspicionReason.STOPPED)
+    bench.pass_time(TIMINGS.stopped_s - 0.02, 0, 2, 3)
+    bench.pass_time(1.0, 0, 1, 2, 3)
+    assert bench.dead == {}
 
 
 def test_a_stuck_engine_is_silence_though_the_event_loop_answers(bench: Bench) -> None:

@@ -13,6 +13,7 @@ from gpu_worker.agent.rank_lives import (
     Action,
     Bury,
     Event,
+    Kill,
     Life,
     Phase,
     RankLives,
@@ -131,3 +132,26 @@ def test_ranks_are_independent() -> None:
     lives.exited(RANK, -9, 1.0)
     assert lives.phase_of(RankId(0)) is Phase.STARTING
     assert lives.running() == []
+
+
+def test_a_condemned_life_is_killed_only_after_its_grace() -> None:
+    lives = in_phase(Phase.RUNNING)
+    lives.condemned(LIFE.member, now=5.0)
+    assert lives.next_due_at() == 15.0
+    assert lives.due(14.9) == []
+    assert lives.due(15.0) == [Kill(life=LIFE)]
+    assert lives.due(99.0) == []
+
+
+def test_a_condemned_life_that_leaves_by_itself_is_not_killed() -> None:
+    lives = in_phase(Phase.RUNNING)
+    lives.condemned(LIFE.member, now=5.0)
+    lives.exited(RANK, EXIT_FENCED, 5.1)
+    assert lives.due(99.0) == [Spawn(rank=RANK)]
+
+
+def test_a_verdict_on_another_life_changes_nothing() -> None:
+    lives = in_phase(Phase.RUNNING)
+    lives.condemned(Member(rank=RANK, incarnation=Incarnation(6)), now=5.0)
+    lives.condemned(Member(rank=RankId(9), incarnation=Incarnation(7)), now=5.0)
+    assert lives.next_due_at() is None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 
 from gpu_worker.agent.rank_lives import Life
-from gpu_worker.agent.rank_process import RankCommand
+from gpu_worker.agent.rank_process import RankCommand, spawn
 from shared.types import Incarnation, Member, NodeId, RankId
 
 COMMAND = RankCommand(
@@ -54,3 +58,19 @@ def test_a_garbled_number_is_no_rank() -> None:
     argv = COMMAND.argv(LIFE.member, LIFE.lease_id)
     argv[argv.index("--rank") + 1] = "three"
     assert COMMAND.life_of(42, argv) is None
+
+
+def test_a_stop_is_seen_once_and_an_exit_is_no_stop(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+    process = spawn(argv, environment=os.environ, pass_fds=(), log_path=tmp_path / "log")
+    try:
+        assert not process.was_stopped()
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PIDFD, process.fileno(), os.WSTOPPED | os.WNOWAIT)
+        assert process.was_stopped()
+        assert not process.was_stopped()
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.exit_code() == -signal.SIGKILL
+    assert not process.was_stopped()
+    process.close()
