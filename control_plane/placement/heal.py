@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layer_repair import Change, LayerRepair, LayerTarget
+from control_plane.placement.layer_repair import Change, next_change, urgency
+from control_plane.placement.layer_state import LayerState, LayerTarget
 from control_plane.placement.layout import Ints, Layout, fill_quotas, loads_or_even
 from control_plane.placement.replica_choice import choose_counts, cover_floor
 from control_plane.placement.results import HealStep, Loads, Refill
@@ -44,7 +45,7 @@ def heal(
     counts = choose_counts(weights, layout, quotas, survive)
     shortfall = np.maximum(least - counts, 0).sum(axis=1)
     layers = [
-        LayerRepair(
+        LayerState(
             placement[layer][members].astype(np.int64),
             weights[layer],
             layout,
@@ -59,28 +60,28 @@ def heal(
         yield step
 
 
-def _gather(layers: list[LayerRepair], loads_most: int) -> list[tuple[int, Change]]:
+def _gather(layers: list[LayerState], loads_most: int) -> list[tuple[int, Change]]:
     """Changes of one step, those of the neediest layer first; applies them to `layers`. No slot is
     touched twice, and no expert loses the last replica that the step's changes leave in place."""
     result: list[tuple[int, Change]] = []
     left = loads_most
     kept = [layer.flat.copy() for layer in layers]  # -1 once emptied, loads not counted
     touched = [np.zeros(layer.flat.shape, dtype=bool) for layer in layers]
-    needs = [(layer.urgency(), index) for index, layer in enumerate(layers)]
+    needs = [(urgency(layer), index) for index, layer in enumerate(layers)]
     queue = [(need, index) for need, index in needs if need is not None]
     heapq.heapify(queue)
     while queue and left > 0:
         _, index = heapq.heappop(queue)
         layer = layers[index]
-        change = layer.next_change(left)
+        change = next_change(layer, left)
         if change is None or not _is_safe(change, kept[index], touched[index]):
             continue
         left -= change.num_loads
         touched[index][list(change.slots)] = True
         kept[index][list(change.slots)] = -1
-        layer.apply(change)
+        layer.fill(change.slots, change.experts)
         result.append((index, change))
-        need = layer.urgency()
+        need = urgency(layer)
         if need is not None:
             heapq.heappush(queue, (need, index))
     return result

@@ -33,7 +33,7 @@ def place(
     """Fills `num_experts + redundant` slots of each layer (all of them where None) and leaves the
     others spare, for the orphans of a death. `num_ranks` rows, or as many as the largest rank
     needs. `survive` rank failures without reload are bought at any cost in balance, as far as
-    slots go; otherwise cover yields to balance, and only for experts too hot for two ranks.
+    slots go; without it second copies are given as far as balance hardly suffers.
     Raises ValueError on malformed input."""
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError("loads must be [num_layers, num_experts], neither of them zero")

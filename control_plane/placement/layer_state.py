@@ -1,0 +1,141 @@
+"""One layer of a live map under repair: who holds what, what may be emptied, how uneasy a change
+would leave the ranks. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.layout import Floats, Ints, Layout
+
+IDLEST_RANKS = 6
+
+
+class LayerTarget(NamedTuple):
+    """What a layer should come to: so many slots filled, `replicas_least` of each expert, of which
+    `shortfall` may lack (balance needs them for hot experts)."""
+
+    filled: int
+    replicas_least: int
+    shortfall: int
+    tolerance: float
+
+
+class LayerState:
+    """Ranks and nodes are live indices; `flat` is `[num_live * width]`: expert, or empty or absent.
+
+    Uneasiness is the sum over ranks of (load / mean) to the fourth: every choice minimises it, and
+    a balance change must lower it, so that repairs cannot go in circles.
+    """
+
+    def __init__(self, rows: Ints, loads: Floats, layout: Layout, target: LayerTarget) -> None:
+        num_ranks, width = rows.shape
+        self.flat = rows.reshape(-1).copy()
+        self.rank = np.repeat(np.arange(num_ranks), width)
+        self.loads, self.node, self.target = loads, layout.node, target
+        self.num_nodes, self.width = layout.num_nodes, width
+        self.mean = loads.sum() / num_ranks
+        self.recount()
+
+    def recount(self) -> None:
+        num_experts, num_ranks = len(self.loads), len(self.node)
+        filled = np.flatnonzero(self.flat >= 0)
+        pair = self.flat[filled] * num_ranks + self.rank[filled]
+        holds = np.bincount(pair, minlength=num_experts * num_ranks)
+        self.holds = holds.reshape(num_experts, num_ranks)
+        pair = self.flat[filled] * self.num_nodes + self.node[self.rank[filled]]
+        on_node = np.bincount(pair, minlength=num_experts * self.num_nodes)
+        self.on_node = on_node.reshape(num_experts, self.num_nodes)
+        self.counts = self.holds.sum(axis=1)
+        self.num_ranks = (self.holds > 0).sum(axis=1)
+        self.nodes_of = (self.on_node > 0).sum(axis=1)
+        self.share = self.loads / np.maximum(self.counts, 1)
+        self.load = self.share @ self.holds
+
+    def fill(self, slots: Sequence[int], experts: Sequence[int]) -> None:
+        """Gives each slot its expert, or -1."""
+        self.flat[list(slots)] = experts
+        self.recount()
+
+    def lacking(self) -> Ints:
+        """Replicas on distinct ranks that each expert is short of."""
+        result: Ints = np.maximum(self.target.replicas_least - self.num_ranks, 0)
+        return result
+
+    def may_lack_more(self) -> bool:
+        return int(self.lacking().sum()) < self.target.shortfall
+
+    def nodes_wanted(self) -> int:
+        return max(2, self.target.replicas_least)
+
+    def nodes_possible(self) -> Ints:
+        result: Ints = np.minimum(np.minimum(self.num_ranks, self.num_nodes), self.nodes_wanted())
+        return result
+
+    def open_slots(self) -> Ints:
+        """Empty slots, while fewer are filled than should be."""
+        if (self.flat >= 0).sum() >= self.target.filled:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(self.flat == -1)
+
+    def lacks(self, slots: Ints, expert: int) -> Ints:
+        result: Ints = slots[self.holds[expert, self.rank[slots]] == 0]
+        return result
+
+    def surplus(self, least: int) -> Ints:
+        """Slots that may be emptied: their expert keeps `least` other replicas on distinct ranks,
+        and as many nodes as these could have."""
+        slots = np.flatnonzero(self.flat >= 0)
+        experts, rank = self.flat[slots], self.rank[slots]
+        twice = self.holds[experts, rank] > 1
+        ranks_left = self.num_ranks[experts] - ~twice
+        nodes_left = self.nodes_of[experts] - (self.on_node[experts, self.node[rank]] == 1)
+        could = np.minimum(np.minimum(ranks_left, self.num_nodes), self.nodes_wanted())
+        keeps = nodes_left >= np.minimum(could, self.nodes_of[experts])
+        result: Ints = slots[twice | ((ranks_left >= least) & keeps)]
+        return result
+
+    def keeps_nodes(self, expert: int, source: int, target: int) -> bool:
+        nodes = self.node[[source, target]]
+        return bool(self.keeps_nodes_each(np.array(expert), nodes[:1], nodes[1:])[0])
+
+    def keeps_nodes_each(self, experts: Ints, source: Ints, target: Ints) -> NDArray[np.bool_]:
+        """Broadcasting: whether a replica may go from node to node without harm to its spread."""
+        now = self.nodes_of[experts]
+        after = now - (self.on_node[experts, source] == 1) + (self.on_node[experts, target] == 0)
+        after = np.where(source == target, now, after)
+        result: NDArray[np.bool_] = after >= np.minimum(now, self.nodes_wanted())
+        return result
+
+    def idlest(self) -> Ints:
+        return np.argsort(self.load, kind="stable")[:IDLEST_RANKS]
+
+    def held_by_busiest(self) -> list[int]:
+        experts = self.flat[self.rank == self.load.argmax()]
+        return [int(e) for e in experts if e >= 0]
+
+    def after(self, slots: Ints, expert: int | None) -> Floats:
+        """`[len(slots), num_live]`: loads when each of `slots` in turn is given to `expert`."""
+        at, rank = np.arange(slots.size), self.rank[slots]
+        result: Floats = np.repeat(self.load[None], slots.size, axis=0)
+        held = np.flatnonzero(self.flat[slots] >= 0)
+        evicted = self.flat[slots[held]]
+        left = self.counts[evicted] - 1
+        inherit = self.loads[evicted] / np.maximum(left, 1)
+        holds = self.holds[evicted].astype(np.float64)
+        result[held] -= holds * self.share[evicted][:, None]
+        holds[np.arange(held.size), rank[held]] -= 1
+        result[held] += holds * inherit[:, None]
+        if expert is not None:
+            share = self.loads[expert] / (self.counts[expert] + 1)
+            result += self.holds[expert] * (share - self.share[expert])
+            result[at, rank] += share
+        return result
+
+    def uneasiness(self, load: Floats) -> Floats:
+        scale = self.mean if self.mean > 0 else 1.0
+        result: Floats = ((load / scale) ** 4).sum(axis=1)
+        return result
