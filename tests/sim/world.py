@@ -292,7 +292,7 @@ class World:
         client = ClientSession(prompt=prompt, num_tokens=num_tokens)
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         client.session = in_process(self._gateway_process).run(
-            self.gateway.open, prompt, sampling, lambda: None
+            self.gateway.open, prompt, sampling, lambda *_: None
         )
         self.clients.append(client)
         return client
