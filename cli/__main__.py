@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cli.bench.commands import bench
 from cli.outcome import run_command
+from cli.plan import plan
 from cli.run_dir import Target, default_run_dir, resolve_target
 from shared.clock import SystemClock
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.command()(plan)
 
 Instance = Annotated[
     str | None, typer.Option("--instance", help="Name of the instance (default: default).")
