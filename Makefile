@@ -11,6 +11,8 @@ STAMPS := $(VENV)/.stamps
 # Mooncake's libraries; a C compiler for the shim that confines its listeners.
 APT_PACKAGES := libibverbs1 libnuma1 libcurl4 gcc libc6-dev
 TORCH := torch==2.13.0
+# A person sees pip's progress; a log only what went wrong.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -qq)
 PYTEST := $(BIN)/python -m pytest -q
 UP_FLAGS ?=
 
@@ -18,6 +20,7 @@ define say
 @printf '\n\033[1m== %s\033[0m\n' "$(1)"
 endef
 
+.SILENT:
 .PHONY: help install up test lint unit sim integration test-compose clean system-packages
 
 help: ## This list
@@ -87,12 +90,12 @@ $(STAMPS)/venv: | system-packages
 
 $(STAMPS)/torch: $(STAMPS)/venv
 	$(call say,install: torch (the largest part))
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
+	$(PIP) $(TORCH)
 	touch $@
 
 $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 	$(call say,install: Starfish and its dependencies)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 $(STAMPS)/warm: $(STAMPS)/package gpu_worker/model/kernels.py
