@@ -29,7 +29,7 @@ class GatewayConfig:
     no_rank_timeout_s: float = option(
         30.0, "a request that no live rank takes for this long fails with 503"
     )
-    drain_s: float = option(10.0, "how long streams may go on after SIGTERM")
+    drain_s: float = option(3.0, "how long streams may go on after SIGTERM")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")

@@ -98,6 +98,12 @@ class Generation:
     def num_generated(self) -> int:
         return sum(reader.num_read for reader in self._readers)
 
+    @property
+    def ranks(self) -> list[int]:
+        """Which rank each choice runs on now, where it has one."""
+        members = [reader.session.member for reader in self._readers]
+        return [member.rank for member in members if member is not None]
+
     def __enter__(self) -> Generation:
         self._admission.admit(tokens=self._tokens, sessions=len(self._tasks))
         self._began_at = self._clock.now()

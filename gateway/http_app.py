@@ -47,6 +47,9 @@ _EVENT_STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
+RANK_HEADER = "x-starfish-rank"
+"""Of a stream: the ranks that its choices began on, for who wants to know what a death hit."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -231,7 +234,8 @@ class HttpApp:
     ) -> web.StreamResponse:
         """One write per batch of tokens. A failure before the first of them is a status still."""
         deltas = await generation.next_deltas()
-        response = web.StreamResponse(headers=_EVENT_STREAM_HEADERS)
+        ranks = ",".join(str(rank) for rank in generation.ranks)
+        response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
         writer = ChunkWriter(
             job.heading,
             with_token_ids=job.wish.return_token_ids,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, StreamResult, running_cluster
 
 NUM_RANKS = 4

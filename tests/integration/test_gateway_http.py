@@ -114,6 +114,7 @@ async def test_a_stream_goes_on_exactly_when_its_rank_is_killed(world: World) ->
         stream = Stream(response)
         await stream.read(5)
         victim = next(r for r in world.ranks if r.submits)
+        assert response.headers["x-starfish-rank"] == str(victim.member.rank)
         survivor = next(r for r in world.ranks if r is not victim)
         survivor.go()
         await victim.kill()
