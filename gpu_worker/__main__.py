@@ -97,6 +97,7 @@ async def run_rank(config: RankConfig) -> int:
         clock,
         protocol=Protocols(config.transfer_protocol),
         device=config.mooncake_ib_device,
+        replica_policy=config.replicas,
     )
     require_confined()
     model = await asyncio.to_thread(load, config, spec, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpu_worker.exchange.replica_choice import ReplicaPolicy
 from shared.config import Timings, option
 from shared.errors import ConfigError
 
@@ -27,10 +28,14 @@ class RankConfig:
     data_host: str = option("127.0.0.1", "address of the ranks' data network; Mooncake binds to it")
     transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
     mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
+    replicas: ReplicaPolicy = option(
+        ReplicaPolicy.GATHER,
+        "gather: one replica of an expert computes for all ranks; spread: all replicas do",
+    )
     kv_tokens: int = option(65536, "capacity of the KV cache of this rank, in tokens")
     kv_block_tokens: int = option(16, "tokens in a KV block")
-    step_tokens_max: int = option(128, "most tokens that this rank runs in one step")
-    prefill_chunk_tokens: int = option(64, "most prompt tokens of one sequence in one step")
+    step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
+    prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")
     running_max: int = option(64, "most sequences that decode at once")
     waiting_max: int = option(
         256, "most sequences that wait; more are refused, the gateway retries"

@@ -9,6 +9,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,8 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         flag = "--" + item.name.replace("_", "-")
         text = str(item.metadata.get("help", "")).replace("%", "%%")
         if item.default is not dataclasses.MISSING and item.default not in (None, "", ()):
-            shown = str(item.default).replace("%", "%%")
-            text += f" (default {shown})"
+            shown = item.default.value if isinstance(item.default, Enum) else item.default
+            text += f" (default {shown})".replace("%", "%%")
         if hint is bool:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=None, help=text

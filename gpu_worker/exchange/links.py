@@ -15,6 +15,7 @@ from gpu_worker.exchange.areas import Area, Areas
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 from gpu_worker.exchange.outbox import Link, Outbox, opening_write
+from gpu_worker.exchange.replica_choice import ReplicaPolicy
 from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.exchange.transfer import TransferExchange
 from gpu_worker.exchange.vigil import Vigil
@@ -37,12 +38,14 @@ class TransferEndpoint:
         *,
         protocol: Protocols = Protocols.TCP,
         device: str = "",
+        replica_policy: ReplicaPolicy = ReplicaPolicy.GATHER,
         connect_timeout_s: float = 5.0,
     ) -> None:
         """Raises ConfigError."""
         self._layout = layout
         self._clock = clock
         self._protocol = protocol
+        self._replica_policy = replica_policy
         self._connect_timeout_s = connect_timeout_s
         self._engine, self.name = open_engine(host, protocol, device)
         self._areas = Areas(self._engine, layout)
@@ -128,7 +131,7 @@ class TransferEndpoint:
     ) -> TransferExchange:
         """This rank's exchange; one per endpoint."""
         vigil = Vigil(monitor, clock, exchange_deadline_ms)
-        return TransferExchange(self, member, self._layout, vigil, clock)
+        return TransferExchange(self, member, self._layout, vigil, clock, self._replica_policy)
 
     def close(self) -> None:
         """Mooncake's engine and the registered memory go with the process: taking an engine down

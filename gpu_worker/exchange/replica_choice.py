@@ -3,6 +3,7 @@ every replica holds the same weights. Pure."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,16 @@ UNCOVERED = -1
 _LAYER_STRIDE = 31
 
 
+class ReplicaPolicy(Enum):
+    """GATHER: all ranks send an expert's tokens to one replica, so that its weights are read once a
+    step; the others are there for deaths. Best where reading weights bounds the step: CPUs, and
+    few tokens an expert. SPREAD: the ranks use all replicas, each the nearest or its share; best
+    where arithmetic bounds the step."""
+
+    GATHER = "gather"
+    SPREAD = "spread"
+
+
 class ReplicaChoice(NamedTuple):
     """For every layer L and expert E the rank and its local slot; UNCOVERED where no member holds
     the expert."""
@@ -23,22 +34,52 @@ class ReplicaChoice(NamedTuple):
     slot_LE: NDArray[np.int32]
 
 
-def choose_replicas(expert_map: ExpertMap, own_rank: RankId) -> ReplicaChoice:
-    """The rank itself where it holds the expert: that costs no message. Else the ranks that lack
-    the expert are dealt over its holders in turn, starting at another holder for each expert, so
-    that holders are loaded evenly."""
+def choose_replicas(
+    expert_map: ExpertMap, own_rank: RankId, policy: ReplicaPolicy = ReplicaPolicy.GATHER
+) -> ReplicaChoice:
     slot_LRE = _first_slots(expert_map)
     is_member_R = np.zeros(expert_map.num_ranks, dtype=bool)
     is_member_R[[m.rank for m in expert_map.members]] = True
     holds_LRE = (slot_LRE >= 0) & is_member_R[None, :, None]
+    if policy is ReplicaPolicy.GATHER:
+        rank_LE = _gather(holds_LRE)
+    else:
+        rank_LE = _spread(holds_LRE, is_member_R, own_rank)
+    slot_LE = np.take_along_axis(slot_LRE, np.maximum(rank_LE, 0)[:, None, :], axis=1)[:, 0, :]
+    slot_LE = np.where(rank_LE == UNCOVERED, UNCOVERED, slot_LE).astype(np.int32)
+    return ReplicaChoice(
+        np.ascontiguousarray(rank_LE, dtype=np.int32), np.ascontiguousarray(slot_LE)
+    )
+
+
+def _gather(holds_LRE: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """`[L, E]`: one holder for each expert, the same seen from every rank. Experts with the fewest
+    holders choose first; each takes the holder that has the fewest so far."""
+    layers, num_ranks, experts = holds_LRE.shape
+    order_LE = np.argsort(holds_LRE.sum(axis=1), axis=1, kind="stable")
+    taken_LR = np.zeros((layers, num_ranks), dtype=np.int64)
+    rank_LE = np.full((layers, experts), UNCOVERED, dtype=np.int64)
+    layer_L = np.arange(layers)
+    for expert_L in order_LE.T:
+        holds_LR = holds_LRE[layer_L, :, expert_L]
+        chosen_L = np.where(holds_LR, taken_LR, np.iinfo(np.int64).max).argmin(axis=1)
+        covered_L = holds_LR.any(axis=1)
+        rank_LE[layer_L, expert_L] = np.where(covered_L, chosen_L, UNCOVERED)
+        taken_LR[layer_L, chosen_L] += covered_L
+    return rank_LE
+
+
+def _spread(
+    holds_LRE: NDArray[np.bool_], is_member_R: NDArray[np.bool_], own_rank: RankId
+) -> NDArray[np.int64]:
+    """`[L, E]`: the rank itself where it holds the expert: that costs no message. Else the ranks
+    that lack the expert are dealt over its holders in turn, starting at another holder for each
+    expert, so that holders are loaded evenly."""
     turn_LE = _turns(holds_LRE, is_member_R, own_rank)
     order_LRE = np.cumsum(holds_LRE, axis=1) - 1
     chosen_LRE = holds_LRE & (order_LRE == turn_LE[:, None, :])
     rank_LE = np.where(chosen_LRE.any(axis=1), chosen_LRE.argmax(axis=1), UNCOVERED)
-    rank_LE = np.where(holds_LRE[:, own_rank, :], own_rank, rank_LE).astype(np.int32)
-    slot_LE = np.take_along_axis(slot_LRE, np.maximum(rank_LE, 0)[:, None, :], axis=1)[:, 0, :]
-    slot_LE = np.where(rank_LE == UNCOVERED, UNCOVERED, slot_LE).astype(np.int32)
-    return ReplicaChoice(np.ascontiguousarray(rank_LE), np.ascontiguousarray(slot_LE))
+    return np.where(holds_LRE[:, own_rank, :], own_rank, rank_LE)
 
 
 def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:

@@ -25,7 +25,11 @@ from gpu_worker.exchange.message import (
 from gpu_worker.exchange.outbox import Outbox, Write
 from gpu_worker.exchange.pause import Pause, sharpen_naps
 from gpu_worker.exchange.peer import Endpoint, Peer
-from gpu_worker.exchange.replica_choice import ReplicaChoice, choose_replicas
+from gpu_worker.exchange.replica_choice import (
+    ReplicaChoice,
+    ReplicaPolicy,
+    choose_replicas,
+)
 from gpu_worker.exchange.seam import Dispatched
 from gpu_worker.exchange.vigil import Vigil
 from shared.clock import Clock
@@ -38,13 +42,20 @@ class TransferExchange:
     """One rank's end. See `seam.Exchange`; results are valid until the next call of their kind."""
 
     def __init__(
-        self, endpoint: Endpoint, member: Member, layout: Layout, vigil: Vigil, clock: Clock
+        self,
+        endpoint: Endpoint,
+        member: Member,
+        layout: Layout,
+        vigil: Vigil,
+        clock: Clock,
+        policy: ReplicaPolicy = ReplicaPolicy.GATHER,
     ) -> None:
         self._endpoint = endpoint
         self._member = member
         self._layout = layout
         self._vigil = vigil
         self._clock = clock
+        self._policy = policy
         self._peers: dict[Member, Peer] = {}
         self._order: list[Peer | None] = []  # all members by rank; None is this rank
         self._choice: ReplicaChoice | None = None
@@ -77,7 +88,7 @@ class TransferExchange:
         self._vigil.begin_step(expert_map.epoch, Step(0))
         self._wait(list(peers.values()), Peer.settle)
         self._order = [peers.get(m) for m in sorted(expert_map.members)]
-        self._choice = choose_replicas(expert_map, self._member.rank)
+        self._choice = choose_replicas(expert_map, self._member.rank, self._policy)
         self._num_slots = expert_map.slots_per_rank
         limits = self._layout
         self._routes = packing.Routes(expert_map.num_ranks, limits.step_tokens_max, limits.top_k)

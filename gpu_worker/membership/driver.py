@@ -191,6 +191,11 @@ class MembershipDriver:
         lease_id = await self._registrar.renew()
         self.perform(self._standing.on_lease_granted(lease_id))
 
+    @property
+    def _own_key(self) -> str:
+        me = self._standing.record.member
+        return self._keys.rank(me.rank, me.incarnation)
+
     def _own_suspicion_key(self, peer: Member) -> str:
         by = f"rank-{self._standing.record.member}"
         return self._keys.suspicion(peer.rank, peer.incarnation, by)
@@ -208,6 +213,8 @@ class MembershipDriver:
     def _on_event(self, event: WatchEvent) -> None:
         if event.value is not None:
             self._on_value(event.key, event.value)
+        elif event.key == self._own_key:
+            self._registrar.doubt_lease()
         elif event.key.startswith(self._keys.ranks):
             for peer in self._standing.peers:
                 if self._keys.rank(peer.rank, peer.incarnation) == event.key:

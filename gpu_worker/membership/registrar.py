@@ -4,6 +4,7 @@ lease if the old one is lost. It decides nothing."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ log = structlog.get_logger()
 
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 1.0
+KEEP_ALIVE_RETRY_S = 0.3
+"""Short: whoever comes back from an outage of etcd without a lease is under suspicion."""
 
 
 class Registrar:
@@ -28,6 +31,7 @@ class Registrar:
         self._lease_ttl_s = lease_ttl_s
         self._dirty: dict[str, bytes | None] = {}
         self._wake = asyncio.Event()
+        self._doubted = asyncio.Event()
 
     @property
     def lease_id(self) -> int:
@@ -59,18 +63,31 @@ class Registrar:
                     await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
                     retry_s = min(retry_s * 2, RETRY_MAX_S)
 
+    def doubt_lease(self) -> None:
+        """Something speaks against it: `keep_alive` asks etcd now."""
+        self._doubted.set()
+
     async def keep_alive(self, lost: Callable[[], None]) -> None:
-        """Refreshes the lease three times per TTL; calls `lost` where it is gone though etcd
-        answers."""
+        """Refreshes the lease three times per TTL; calls `lost` once for each that is gone though
+        etcd answers."""
+        lost_id, wait_s = 0, self._lease_ttl_s / 3
         while True:
-            await asyncio.sleep(self._lease_ttl_s / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._doubted.wait()
+            self._doubted.clear()
+            wait_s = self._lease_ttl_s / 3
+            lease_id = self._lease_id
             try:
-                await self._store.keep_alive(self._lease_id)
+                await self._store.keep_alive(lease_id)
             except LeaseLost:
-                log.warning("lease_lost", lease_id=self._lease_id)
-                lost()
+                if lease_id != lost_id:
+                    log.warning("lease_lost", lease_id=lease_id)
+                    lost_id = lease_id
+                    lost()
             except StoreUnavailable as error:
                 log.warning("keep_alive_failed", detail=str(error))
+                wait_s = min(wait_s, KEEP_ALIVE_RETRY_S)
 
     async def renew(self) -> int:
         """A new lease in place of a lost one; later writes go under it."""
@@ -90,7 +107,8 @@ class Registrar:
             else:
                 await self._store.put(key, value, lease_id=self._lease_id)
         except LeaseLost:
-            return False  # `keep_alive` notices, too, and everything is put again
+            self.doubt_lease()  # everything is put again under the next one
+            return False
         except StoreUnavailable as error:
             log.warning("put_failed", key=key, detail=str(error))
             return False
