@@ -90,6 +90,8 @@ async def serve(config: ControlPlaneConfig) -> None:
             ),
             timings=DetectorTimings(
                 window_s=config.timings.suspicion_window_ms / 1000,
+                settle_s=0.4 * config.timings.lease_ttl_s,
+                patience_s=config.timings.lease_ttl_s,
                 quiet_s=2.4 * config.probe_interval_ms / 1000,
             ),
             leader_ttl_s=config.leader_ttl_s,

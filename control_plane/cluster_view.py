@@ -47,6 +47,11 @@ class MapPut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictPut:
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderPut:
     record: LeaderRecord
 
@@ -64,7 +69,16 @@ class Malformed:
     error: str
 
 
-Change = RecordPut | RecordGone | SuspicionRaised | MapPut | LeaderPut | LeaderGone | Malformed
+Change = (
+    RecordPut
+    | RecordGone
+    | SuspicionRaised
+    | MapPut
+    | VerdictPut
+    | LeaderPut
+    | LeaderGone
+    | Malformed
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +193,7 @@ class ClusterView:
                 return [SuspicionRaised(suspicion=value)]
             case Verdict():
                 self.verdicts[member_of(value)] = value
+                return [VerdictPut(verdict=value)]
             case ExpertMap():
                 return [MapPut(expert_map=value)]
             case LeaderRecord():

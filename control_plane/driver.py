@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import structlog
 
-from control_plane.cluster_view import Change, ClusterView, LeaderGone, LeaderPut, Malformed
+from control_plane.cluster_view import (
+    Change,
+    ClusterView,
+    LeaderGone,
+    LeaderPut,
+    Malformed,
+    MapPut,
+    RecordPut,
+)
 from control_plane.election import Election
 from control_plane.failure_detector import Dead, DetectorTimings
 from control_plane.leadership import Leadership
@@ -166,7 +174,8 @@ class Driver:
         events: list[Event] = []
         try:
             tick_s = _TICK_URGENT_S if urgent else _TICK_S
-            events.append(await asyncio.wait_for(self._inbox.get(), tick_s))
+            async with asyncio.timeout(tick_s):
+                events.append(await self._inbox.get())
         except TimeoutError:
             return events
         while not self._inbox.empty():
@@ -214,6 +223,7 @@ class Driver:
         for change in changes:
             if isinstance(change, Malformed):
                 log.error("malformed_value", key=change.key, error=change.error)
+            self._remember(change)
             if self._reign is not None:
                 self._reign.on_change(change, now)
             if isinstance(change, LeaderPut | LeaderGone):
@@ -264,13 +274,18 @@ class Driver:
     def _targets(self, reign: Reign) -> list[RankRecord]:
         """All that are registered, and members that lost their registration and may live still."""
         records, expert_map = self._view.records, self._view.expert_map
-        self._last_records |= records
         dead = reign.membership.dead
         kept = {m for m in (expert_map.members if expert_map else ()) if m not in dead}
-        self._last_records = {
-            m: r for m, r in self._last_records.items() if m in records or m in kept
-        }
-        return list(self._last_records.values())
+        return [r for m, r in self._last_records.items() if m in records or m in kept]
+
+    def _remember(self, change: Change) -> None:
+        """The last record of every member, on standby too: the next leader may have to ask those
+        whose leases etcd's own trouble made expire."""
+        if isinstance(change, RecordPut):
+            self._last_records[change.record.member] = change.record
+        elif isinstance(change, MapPut):
+            kept = {*self._view.records, *change.expert_map.members}
+            self._last_records = {m: r for m, r in self._last_records.items() if m in kept}
 
     def _tell_news(self, reign: Reign) -> None:
         for item in reign.take_news():

@@ -16,14 +16,15 @@ peers beats the heart, a stuck engine does not.
     suspected | connection broken and somebody else's suspicion     | dead
     suspected | no vouching Pong for the window                     | dead, or held: own link
     unleased  | registered again                                    | suspected (until a Pong)
-    unleased  | no connection, or silent when the settle time ends  | dead
-    unleased  | answering when the settle time ends                 | dead, or held: mass expiry
+    unleased  | connection broken; the settle time ends             | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
     any       | accused, waited for, and no step moves for long     | the most waited for is dead
 
 Held by "own link": more than half of the members are silent, so it may be us who are cut off. Held
-by "mass expiry": more than half of the members lost their leases at once while they answer, so it
-was etcd. Silence is measured in *attentive* time, which does not count our own stalls.
+by "mass expiry": more than half of the members lost their leases at once and nothing says that they
+are gone, so it was etcd. They have as long as a lease lasts; then only those are dead that neither
+registered again nor answer. Whom nobody could ask is not silent: a new leader knows no address of a
+member without a record. Silence is measured in *attentive* time, which leaves out our own stalls.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 from shared.records import Suspicion
 from shared.types import Epoch, Member, Step, SuspicionReason
@@ -46,7 +48,8 @@ _INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReas
 class DetectorTimings:
     window_s: float = 0.25  # a suspected member silent for so long is dead
     stopped_s: float = 0.05  # the same, where its node agent saw the process stopped
-    settle_s: float = 0.1  # time to register again, for one that lost its lease and answers
+    settle_s: float = 2.0  # time to register again: a keep-alive interval, and a little
+    patience_s: float = 5.0  # the same, where most leases went at once: as long as a lease lasts
     quiet_s: float = 1.2  # unanswered probes of peace that make us suspect by ourselves
     stuck_s: float = 5.0  # members wait for an accused one and nobody's step moves
     gap_max_s: float = 0.25  # more time between two events is our own stall
@@ -101,12 +104,20 @@ class _Watched:
     signals: list[Suspicion] = field(default_factory=list)
     first_signal_at: float = 0.0
     suspected_a: float | None = None
-    vouched_a: float = float("-inf")
-    pong_a: float = float("-inf")
+    vouched_a: float = -inf
+    pong_a: float = -inf
     unleased_a: float | None = None
     pardoned: bool = False  # lost its lease in a mass expiry
     accusers: set[str] = field(default_factory=set)  # since the last progress
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
+
+    @property
+    def is_unasked(self) -> bool:
+        return self.unleased_a is not None and self.probe is Probe.UNTRIED
+
+    @property
+    def is_stopped(self) -> bool:
+        return any(s.reason is SuspicionReason.STOPPED for s in self.signals)
 
 
 class FailureDetector:
@@ -118,7 +129,7 @@ class FailureDetector:
         self._registered: set[Member] = set()
         self._now = now
         self._attentive_s = 0.0
-        self._deaf_a = float("-inf")
+        self._deaf_a = -inf
         self._progress: tuple[int, int] = (0, 0)
         self._progress_a = 0.0
         self._alarmed: set[AlarmKind] = set()
@@ -156,6 +167,7 @@ class FailureDetector:
         self._registered.add(member)
         watched = self._watched.get(member)
         if watched is not None and watched.unleased_a is not None:
+            self._begin_to_ask(watched)
             watched.unleased_a, watched.pardoned = None, False
             if watched.suspected_a is None:
                 watched.signals.clear()
@@ -185,6 +197,7 @@ class FailureDetector:
         self._pass(now)
         watched = self._watched.get(member)
         if watched is not None:
+            self._begin_to_ask(watched)
             watched.probe = Probe.STANDING
         return self._judge_all()
 
@@ -237,6 +250,11 @@ class FailureDetector:
             watched.signals.append(signal)
         if watched.suspected_a is None:
             watched.suspected_a = self._attentive_s
+
+    def _begin_to_ask(self, watched: _Watched) -> None:
+        """Its address is known only now: it was not silent before."""
+        if watched.is_unasked:
+            watched.suspected_a = watched.pong_a = self._attentive_s
 
     def _trust(self, watched: _Watched) -> None:
         watched.suspected_a = None
@@ -300,18 +318,23 @@ class FailureDetector:
             s.by != OWN_NAME and s.reason in _INSTANT for s in watched.signals
         ):
             return watched.signals[0].reason
-        if watched.unleased_a is not None and not watched.pardoned:
+        if watched.unleased_a is not None:
             waited_s = self._attentive_s - watched.unleased_a
-            if watched.probe is Probe.BROKEN or waited_s >= self._timings.settle_s:
+            if watched.probe is Probe.BROKEN or waited_s >= self._patience_s(watched):
                 return SuspicionReason.LEASE
         return None
 
+    def _patience_s(self, watched: _Watched) -> float:
+        if not watched.pardoned:
+            return self._timings.settle_s
+        assert watched.unleased_a is not None
+        return inf if watched.vouched_a > watched.unleased_a else self._timings.patience_s
+
     def _is_silent(self, watched: _Watched) -> bool:
-        if watched.suspected_a is None:
+        if watched.suspected_a is None or watched.is_unasked:
             return False
         since_a = max(watched.suspected_a, watched.vouched_a, self._deaf_a)
-        stopped = any(s.reason is SuspicionReason.STOPPED for s in watched.signals)
-        window_s = self._timings.stopped_s if stopped else self._timings.window_s
+        window_s = self._timings.stopped_s if watched.is_stopped else self._timings.window_s
         return self._attentive_s - since_a >= window_s
 
     def _is_deaf(self) -> bool:
@@ -323,13 +346,15 @@ class FailureDetector:
         )
         if asked_a is None:
             return False
+        asked = [w for w in self._watched.values() if not w.is_unasked]
         heard_nothing = [
             w
-            for w in self._watched.values()
+            for w in asked
             if w.probe in (Probe.STANDING, Probe.UNTRIED)
+            and not w.is_stopped
             and self._attentive_s - max(w.pong_a, asked_a) >= self._timings.window_s
         ]
-        return 2 * len(heard_nothing) > len(self._watched)
+        return 2 * len(heard_nothing) > len(asked)
 
     def _judge_own_link(self) -> list[Judgement]:
         """While we are deaf no silence counts, and none of it once we hear again."""
@@ -347,7 +372,7 @@ class FailureDetector:
         )
 
     def _judge_mass_expiry(self) -> list[Judgement]:
-        held = [w for w in self._watched.values() if self._answers_unleased(w)]
+        held = [w for w in self._watched.values() if self._may_live_unleased(w)]
         if 2 * len(held) <= len(self._watched):
             if not self.frozen:
                 self._alarmed.discard(AlarmKind.MASS_EXPIRY)
@@ -355,16 +380,15 @@ class FailureDetector:
         for watched in held:
             watched.pardoned = True
         names = ", ".join(sorted(str(w.member) for w in held))
-        detail = f"leases of ranks {names} expired at once while they answer; the map is frozen"
+        detail = f"leases of ranks {names} expired at once; the map is frozen"
         return self._alarm(AlarmKind.MASS_EXPIRY, detail)
 
     @staticmethod
-    def _answers_unleased(watched: _Watched) -> bool:
+    def _may_live_unleased(watched: _Watched) -> bool:
         return (
             watched.unleased_a is not None
             and not watched.exited
-            and watched.probe is Probe.STANDING
-            and watched.vouched_a > watched.unleased_a
+            and watched.probe in (Probe.STANDING, Probe.UNTRIED)
         )
 
     def _judge_stuck(self) -> list[Judgement]:

@@ -80,7 +80,8 @@ class Leadership:
 
     async def _wait(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self._poked.wait(), max(seconds, 0.005))
+            async with asyncio.timeout(max(seconds, 0.005)):
+                await self._poked.wait()
         except TimeoutError:
             return
 

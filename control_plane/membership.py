@@ -7,6 +7,7 @@ line that applies decides; each write changes the view, and the next decision fo
 
     the view shows                             | the write
     -------------------------------------------+-----------------------------------------------
+    dead members, and no map can leave them out | Condemn: they learn it, and new lives come
     no map, or none of its members alive       | forming: Assign to all who came, then
                                                | PublishMap when all hold theirs and are linked
     a dead member, the rest covers all experts | PublishMap without it, with the verdict
@@ -63,6 +64,14 @@ class PublishMap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Condemn:
+    """Verdicts that no map can carry yet: too few are left to cover all experts. A life that was
+    judged dead and lives learns it by them, and makes room for one that a map can take."""
+
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assign:
     assignments: tuple[SlotContents, ...]
 
@@ -98,7 +107,7 @@ class PlanHeal:
         return next(iter(steps), None)
 
 
-Write = PublishMap | Assign | Forget
+Write = PublishMap | Condemn | Assign | Forget
 Decision = Write | PlanHeal
 
 
@@ -131,6 +140,18 @@ class Membership:
     def on_dead(self, dead: Dead) -> None:
         self._dead[dead.member] = dead
 
+    def on_verdict(self, verdict: Verdict) -> None:
+        """Of an earlier leader, perhaps, whose map still names the dead."""
+        member = member_of(verdict)
+        dead = Dead(
+            member=member,
+            cause=verdict.cause,
+            signals=verdict.signals,
+            first_signal_at=verdict.first_signal_at,
+            decided_at=verdict.decided_at,
+        )
+        self._dead.setdefault(member, dead)
+
     def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
         """None: nothing is worth a move under that map."""
         self._planning_revision = -1
@@ -151,7 +172,7 @@ class Membership:
         members = expert_map.members if expert_map is not None else ()
         survivors = [m for m in members if m not in self._dead]
         if expert_map is None or not survivors:
-            return self._form(residency, [], now) or self._forget(members)
+            return self._condemn(members) or self._form(residency, [], now) or self._forget(members)
         if len(survivors) < len(members):
             return self._bury(residency, expert_map, survivors, now)
         if frozen:
@@ -167,8 +188,8 @@ class Membership:
 
     def _form(self, residency: Residency, survivors: Sequence[Member], now: float) -> Write | None:
         came = sorted({*survivors, *self._newcomers(residency, survivors)})
-        if not came:
-            return None
+        if not came or any(m not in self._view.records for m in survivors):
+            return None  # who lost its record registers again, or is judged
         spec = residency.spec
         waited_s = now - min(self._first_seen[m] for m in came)
         if len(came) < spec.num_ranks:
@@ -223,7 +244,7 @@ class Membership:
             return self._publish(residency, rows, f"dead: {names}", now)
         result = self._shrink(residency, expert_map, survivors, dead)
         if result.uncoverable:
-            return self._form(residency, survivors, now)
+            return self._condemn(dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
         return self._assign(residency, wanted)
 
@@ -239,6 +260,13 @@ class Membership:
         rows |= {m: expert_map.placement[:, m.rank] for m in dead}
         base = residency.map_of(rows, epoch=expert_map.epoch)
         return shrink(base, [m.rank for m in dead])
+
+    def _condemn(self, members: Sequence[Member]) -> Condemn | None:
+        current = self._view.expert_map
+        epoch = Epoch((current.epoch if current else 0) + 1)
+        fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
+        verdicts = tuple(_verdict(self._dead[m], epoch) for m in fresh)
+        return Condemn(verdicts=verdicts) if verdicts else None
 
     # Joiners.
 

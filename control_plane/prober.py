@@ -136,6 +136,7 @@ class Prober:
             await asyncio.sleep(urgent_s)
             return
         try:
-            await asyncio.wait_for(self._hurry.wait(), peace_s)
+            async with asyncio.timeout(peace_s):
+                await self._hurry.wait()
         except TimeoutError:
             return

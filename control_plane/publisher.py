@@ -7,11 +7,11 @@ import random
 
 import structlog
 
-from control_plane.membership import Assign, Forget, PublishMap, Write
+from control_plane.membership import Assign, Condemn, Forget, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys
-from shared.records import SlotContents, pack_map, pack_record
+from shared.records import SlotContents, Verdict, pack_map, pack_record
 from shared.store import Compare, Delete, Put, Snapshot, Store, WatchEvent
 
 log = structlog.get_logger()
@@ -44,7 +44,7 @@ class Publisher:
         """Returns what the watch will show of it. Raises StoreUnavailable (done or not),
         TxnConflict or LeaseLost (not done)."""
         compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
-        if isinstance(write, PublishMap):
+        if isinstance(write, PublishMap | Condemn):
             compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
         operations = self._operations(write)
         try:
@@ -73,20 +73,25 @@ class Publisher:
     def _operations(self, write: Write) -> list[Put | Delete]:
         match write:
             case PublishMap():
-                verdicts: list[Put | Delete] = [
-                    Put(
-                        key=self._keys.verdict(v.rank, v.incarnation),
-                        value=pack_record(v),
-                        lease_id=self._verdict_lease_id,
-                    )
-                    for v in write.verdicts
-                ]
                 published = Put(key=self._keys.map, value=pack_map(write.expert_map))
+                verdicts = self._condemn(write.verdicts)
                 return [published, *verdicts, *self._assign(write.assignments)]
+            case Condemn():
+                return self._condemn(write.verdicts)
             case Assign():
                 return self._assign(write.assignments)
             case Forget():
                 return [Delete(key=key) for key in write.keys]
+
+    def _condemn(self, verdicts: tuple[Verdict, ...]) -> list[Put | Delete]:
+        return [
+            Put(
+                key=self._keys.verdict(v.rank, v.incarnation),
+                value=pack_record(v),
+                lease_id=self._verdict_lease_id,
+            )
+            for v in verdicts
+        ]
 
     def _assign(self, assignments: tuple[SlotContents, ...]) -> list[Put | Delete]:
         return [

@@ -10,6 +10,7 @@ from control_plane.cluster_view import (
     RecordGone,
     RecordPut,
     SuspicionRaised,
+    VerdictPut,
 )
 from control_plane.failure_detector import (
     Alarm,
@@ -46,6 +47,8 @@ class Reign:
         self._alarms: list[Alarm] = []
         for record in view.records.values():
             self.on_change(RecordPut(record=record), now)
+        for verdict in view.verdicts.values():
+            self.membership.on_verdict(verdict)
         if view.expert_map is not None:
             self.on_change(MapPut(expert_map=view.expert_map), now)
         for suspicion in view.suspicions.values():
@@ -62,6 +65,10 @@ class Reign:
                 self._take(detector.on_suspicion(change.suspicion, now))
             case MapPut():
                 self._on_map(change.expert_map, now)
+            case VerdictPut():
+                self.membership.on_verdict(change.verdict)
+                if self._view.expert_map is not None:
+                    self._on_map(self._view.expert_map, now)
 
     def on_probe(self, event: ProbeEvent, now: float) -> None:
         detector = self.detector

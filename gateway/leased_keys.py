@@ -16,7 +16,7 @@ from shared.store import Store
 log = structlog.get_logger()
 
 RETRY_MIN_S = 0.1
-RETRY_MAX_S = 2.0
+RETRY_MAX_S = 0.5
 
 
 class LeasedKeys:

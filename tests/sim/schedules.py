@@ -12,7 +12,7 @@ import numpy as np
 from shared.expert_map import ExpertMap
 from shared.records import unpack_map
 from shared.store import WatchEvent
-from tests.sim.sim_loop import SimLoop, resume, stop
+from tests.sim.sim_loop import SimLoop, resume
 from tests.sim.world import ETCD, World, WorldSizes
 
 FAULTS_WITHIN_S = 2.0
@@ -120,11 +120,11 @@ class Schedule:
 
     async def _stop_rank(self) -> None:
         rank, seconds = self._rank(), self._draw.choice([0.03, 0.1, 0.3, 2.0])
-        process = self._world.ranks[rank].process
-        if process is None or process.dead:
+        process = self._world.process_of(rank)
+        if process is None:
             return
         self._say(f"stop rank {rank} for {seconds} s")
-        stop(process)
+        self._world.agents[rank].stop_rank()
         await asyncio.sleep(seconds)
         if not process.dead:
             resume(process, self._world.loop)

@@ -24,6 +24,7 @@ class SimProcess:
     host: str
     dead: bool = False
     stopped: bool = False
+    exit_code: int | None = None  # None: killed, if it is dead
     parked: list[Callable[[], Any]] = field(default_factory=list)
     on_death: list[Callable[[], None]] = field(default_factory=list)
 

@@ -5,7 +5,6 @@ one seed."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -20,13 +19,12 @@ from gateway.leased_keys import LeasedKeys
 from gateway.metrics import GatewayMetrics
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy, StreamSession
-from gpu_worker.agent.birth import new_life
 from gpu_worker.config import RankConfig
 from shared.config import Timings
-from shared.errors import StoreUnavailable
 from shared.keys import Keys
 from shared.records import InstanceSpec
 from shared.types import Member, RankId, SamplingParams
+from tests.sim.sim_agent import SimAgent
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_loop import SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
@@ -61,16 +59,6 @@ class ClientSession:
         return oracle(self.prompt, self.num_tokens)
 
 
-@dataclass(slots=True)
-class RankSlot:
-    """The present life of a rank's process, as its node agent holds it."""
-
-    rank: int
-    process: SimProcess | None = None
-    member: Member | None = None
-    lives: int = 0
-
-
 @dataclass
 class World:
     """Build it, `await start()`, send sessions, break things, `await quiet()`."""
@@ -99,7 +87,7 @@ class World:
             context_tokens_max=256,
             vocab_size=VOCAB,
         )
-        self.ranks = [RankSlot(rank) for rank in range(self.sizes.num_ranks)]
+        self.agents: dict[int, SimAgent] = {}
         self.control_planes: list[SimProcess | None] = [None] * self.sizes.num_control_planes
         self.gateway: SessionDriver
         self.clients: list[ClientSession] = []
@@ -150,9 +138,9 @@ class World:
         for number in range(self.sizes.num_control_planes):
             self.start_control_plane(number)
         self.spawn(self._run_gateway(), self._gateway_process)
-        for slot in self.ranks:
-            agent = SimProcess(f"agent-{slot.rank}", self.host_of_rank(slot.rank))
-            self.spawn(self._run_agent(slot), agent)
+        for rank in range(self.sizes.num_ranks):
+            agent = SimProcess(f"agent-{rank}", self.host_of_rank(rank))
+            self.spawn(self._run_agent(rank), agent)
         await self.until(self.all_live, 60.0)
 
     def spawn(self, work: Coroutine[Any, Any, Any], process: SimProcess) -> asyncio.Task[Any]:
@@ -166,9 +154,14 @@ class World:
         task.add_done_callback(on_done)
         return task
 
+    def process_of(self, rank: int) -> SimProcess | None:
+        """Of the rank's present life, while it lasts."""
+        process = self.agents[rank].process
+        return None if process is None or process.dead else process
+
     def kill_rank(self, rank: int) -> None:
-        process = self.ranks[rank].process
-        if process is not None and not process.dead:
+        process = self.process_of(rank)
+        if process is not None:
             kill(process)
 
     def start_control_plane(self, number: int) -> None:
@@ -185,7 +178,12 @@ class World:
                 policy=MembershipPolicy(
                     bytes_per_expert=1000, formation_window_s=5.0, heal_after_s=0.3
                 ),
-                timings=DetectorTimings(window_s=0.15, quiet_s=1.2),
+                timings=DetectorTimings(
+                    window_s=0.15,
+                    settle_s=0.4 * LEASE_TTL_S,
+                    patience_s=LEASE_TTL_S,
+                    quiet_s=1.2,
+                ),
                 leader_ttl_s=2.0,
                 probe_interval_s=0.5,
                 urgent_probe_interval_s=0.02,
@@ -222,30 +220,24 @@ class World:
             tasks.create_task(watch.run())
             tasks.create_task(self.gateway.probe())
 
-    async def _run_agent(self, slot: RankSlot) -> None:
-        """Lease, spawn, wait for the exit, revoke, again: the node agent's part."""
-        store = self.store(self.host_of_rank(slot.rank))
-        while True:
-            try:
-                member, lease_id = await new_life(store, self.keys, RankId(slot.rank), LEASE_TTL_S)
-            except StoreUnavailable:
-                await asyncio.sleep(0.1)
-                continue
-            exited = asyncio.Event()
-            self._start_rank(slot, member, lease_id, exited)
-            await exited.wait()
-            await asyncio.sleep(self.draw.uniform(0.001, 0.005))
-            await self._revoke(store, lease_id)
-            await asyncio.sleep(self.draw.uniform(0.2, 1.0))
+    async def _run_agent(self, rank: int) -> None:
+        host = self.host_of_rank(rank)
+        agent = self.agents[rank] = SimAgent(
+            rank=RankId(rank),
+            node=host,
+            store=self.store(host),
+            keys=self.keys,
+            clock=self.clock,
+            lease_ttl_s=LEASE_TTL_S,
+            spawn=self._start_rank,
+            draw=self.draw,
+        )
+        await agent.run()
 
-    def _start_rank(
-        self, slot: RankSlot, member: Member, lease_id: int, exited: asyncio.Event
-    ) -> None:
-        process = SimProcess(f"rank-{member}", self.host_of_rank(slot.rank))
-        process.on_death.append(exited.set)
-        slot.process, slot.member, slot.lives = process, member, slot.lives + 1
+    def _start_rank(self, member: Member, lease_id: int) -> SimProcess:
+        process = SimProcess(f"rank-{member}", self.host_of_rank(member.rank))
         config = RankConfig(
-            rank=slot.rank,
+            rank=member.rank,
             incarnation=member.incarnation,
             lease_id=lease_id,
             node=process.host,
@@ -274,17 +266,11 @@ class World:
                 store=store,
             )
             self._keep.append(rank)
-            await rank.run()
+            process.exit_code = await rank.run()
             self.loop.call_soon(kill, process)
 
         self.spawn(life(), process)
-
-    async def _revoke(self, store: MemoryStore, lease_id: int) -> None:
-        while True:
-            with contextlib.suppress(StoreUnavailable):
-                await store.revoke_lease(lease_id)
-                return
-            await asyncio.sleep(0.05)
+        return process
 
     # Clients.
 
@@ -309,7 +295,9 @@ class World:
         if not hasattr(self, "gateway"):
             return False
         members = set(self.gateway.view.members)
-        return all(slot.member in members for slot in self.ranks)
+        return len(self.agents) == self.sizes.num_ranks and all(
+            agent.member in members for agent in self.agents.values()
+        )
 
     def all_ended(self) -> bool:
         return all(c.session is not None and c.session.ended for c in self.clients)
@@ -331,6 +319,9 @@ class World:
             if c.session is not None and not c.session.ended
         ]
         view = self.gateway.view
-        slots = [f"{s.member}{'†' if s.process and s.process.dead else ''}" for s in self.ranks]
+        lives = [
+            f"{agent.member}{'' if self.process_of(rank) else '†'}"
+            for rank, agent in self.agents.items()
+        ]
         members = [str(m) for m in view.members]
-        return f"epoch {view.epoch} members {members} processes {slots} open {sessions}"
+        return f"epoch {view.epoch} members {members} processes {lives} open {sessions}"

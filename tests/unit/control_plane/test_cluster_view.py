@@ -12,6 +12,7 @@ from control_plane.cluster_view import (
     RecordGone,
     RecordPut,
     SuspicionRaised,
+    VerdictPut,
 )
 from shared.keys import Keys
 from shared.records import (
@@ -162,7 +163,7 @@ def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(view: ClusterV
         KEYS.verdict(*member_ids(member)): verdict,
     }
     changes = [c for key, value in keys.items() for c in view.apply(put(key, value, 5))]
-    assert changes == [SuspicionRaised(suspicion=doubt)]
+    assert changes == [SuspicionRaised(suspicion=doubt), VerdictPut(verdict=verdict)]
     assert view.residents == view.assignments == {member: contents}
     assert view.verdicts == {member: verdict}
     assert list(view.suspicions.values()) == [doubt]

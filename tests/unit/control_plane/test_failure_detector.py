@@ -324,14 +324,59 @@ def test_a_successor_proves_the_death(bench: Bench) -> None:
 
 
 def test_a_new_leader_finds_members_without_a_record_dead() -> None:
-    detector = FailureDetector(TIMINGS, 0.0)
-    detector.on_record(member(1), 0.0)
-    news = detector.on_members([member(0), member(1)], 0.0)
-    now = 0.0
-    for _ in range(15):
-        now += 0.01
-        news += detector.on_tick(now)
-    assert [n.member for n in news if isinstance(n, Dead)] == [member(0)]
+    bench = Bench(1)
+    bench.take(bench.detector.on_members([member(0), member(1)], bench.now))
+    bench.pass_time(TIMINGS.settle_s - 0.02, 0)
+    assert bench.news == [], "nobody can ask it: its silence says nothing"
+    bench.pass_time(0.05, 0)
+    assert bench.dead == {1: SuspicionReason.LEASE}
+
+
+def leader_after_an_outage_of_etcd() -> Bench:
+    """Every lease has expired meanwhile: nobody can be asked before it registers again."""
+    bench = Bench(0)
+    bench.take(bench.detector.on_members([member(rank) for rank in range(4)], bench.now))
+    return bench
+
+
+def test_leases_that_all_expired_before_a_new_leader_came_are_no_deaths() -> None:
+    bench = leader_after_an_outage_of_etcd()
+    bench.pass_time(TIMINGS.patience_s - 1.0)
+    assert bench.detector.frozen
+    for rank in range(4):
+        bench.take(bench.detector.on_record(member(rank), bench.now))
+    bench.pass_time(2.0, 0, 1, 2, 3)
+    assert bench.dead == {}
+    assert bench.alarms == [AlarmKind.MASS_EXPIRY]
+    assert not bench.detector.frozen
+
+
+def test_after_a_mass_expiry_who_neither_registers_nor_answers_is_dead_in_the_end() -> None:
+    bench = leader_after_an_outage_of_etcd()
+    bench.take(bench.detector.on_record(member(0), bench.now))
+    bench.pass_time(TIMINGS.patience_s - 0.1, 0, 1)
+    assert bench.dead == {}
+    bench.pass_time(1.0, 0, 1)
+    assert set(bench.dead) == {2, 3}
+
+
+def test_leases_that_expire_within_a_keep_alive_interval_of_each_other_are_a_mass(
+    bench: Bench,
+) -> None:
+    for rank in range(4):
+        bench.lose_lease(rank)
+        bench.pass_time(TIMINGS.settle_s / 4, 0, 1, 2, 3)
+    bench.pass_time(5.0, 0, 1, 2, 3)
+    assert bench.dead == {}
+    assert bench.detector.frozen
+
+
+def test_processes_that_are_known_to_be_stopped_are_not_our_own_deafness(bench: Bench) -> None:
+    for rank in (0, 1, 2):
+        bench.suspect(rank, SuspicionReason.STOPPED)
+    bench.pass_time(1.0, 3)
+    assert set(bench.dead) == {0, 1, 2}
+    assert bench.alarms == []
 
 
 def test_signals_about_strangers_and_former_lives_are_ignored(bench: Bench) -> None:

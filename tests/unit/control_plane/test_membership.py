@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from control_plane.failure_detector import Alarm, AlarmKind
-from control_plane.membership import Assign, Forget, PublishMap
+from control_plane.failure_detector import Alarm, AlarmKind, Dead, DetectorTimings
+from control_plane.membership import Assign, Condemn, Forget, PublishMap
 from shared.records import SlotContents, pack_record
-from shared.store import Put
-from shared.types import EMPTY_SLOT, Epoch
+from shared.store import Delete, Put
+from shared.types import EMPTY_SLOT, Epoch, SuspicionReason
 from tests.unit.control_plane.world import POLICY, World, spec
 
 
@@ -218,8 +218,83 @@ def test_a_new_leader_goes_on_with_orphans_that_load() -> None:
     world.kill(1)
     world.run()
     world.take_office()
-    world.settle(1.0)
+    world.settle(2 * DetectorTimings().settle_s)
     assert members(world) == ["2.1", "3.1"]
+
+
+def doomed() -> World:
+    """Three of four are judged dead, and the last cannot hold all experts."""
+    world = formed()
+    for rank in (0, 1, 2):
+        dead = Dead(
+            member=world.ranks[rank].member,
+            cause=SuspicionReason.SILENCE,
+            signals=(),
+            first_signal_at=0.0,
+            decided_at=world.clock.now(),
+        )
+        world.reign.membership.on_dead(dead)
+    world.writes.clear()
+    return world
+
+
+def condemned(world: World) -> list[str]:
+    return [f"{v.rank}.{v.incarnation}" for w in condemnations(world) for v in w.verdicts]
+
+
+def condemnations(world: World) -> list[Condemn]:
+    return [w for w in world.writes if isinstance(w, Condemn)]
+
+
+def test_dead_members_that_no_map_can_leave_out_yet_are_told_and_come_back() -> None:
+    world = doomed()
+    world.pass_time(1.0)
+    assert condemned(world) == ["0.1", "1.1", "2.1"]
+    assert len(condemnations(world)) == 1
+    for rank in (0, 1, 2):
+        world.kill(rank)
+        world.start(rank)
+    world.settle(2.0)
+    assert members(world) == ["0.2", "1.2", "2.2", "3.1"]
+
+
+def test_a_new_leader_knows_whom_the_old_one_condemned() -> None:
+    world = doomed()
+    world.pass_time(1.0)
+    world.take_office()
+    world.writes.clear()
+    world.pass_time(1.0)
+    assert world.reign.membership.dead == {world.ranks[r].member for r in (0, 1, 2)}
+    assert condemned(world) == []
+
+
+def test_a_verdict_of_the_former_leader_that_arrives_late_counts() -> None:
+    world = doomed()
+    world.reign.on_tick(world.clock.now())
+    write = world.reign.decide(world.clock.now())
+    assert isinstance(write, Condemn)
+    world.take_office()
+    member = world.ranks[0].member
+    key = world.keys.verdict(member.rank, member.incarnation)
+    world.etcd.apply([Put(key=key, value=pack_record(write.verdicts[0]))])
+    world.run()
+    assert members(world) == ["1.1", "2.1", "3.1"]
+
+
+def test_survivors_that_have_lost_their_records_are_waited_for() -> None:
+    world = doomed()
+    world.pass_time(0.1)
+    survivor = world.ranks[3]
+    for rank in (0, 1, 2):
+        world.kill(rank)
+        world.start(rank)
+    key = world.keys.rank(survivor.member.rank, survivor.member.incarnation)
+    world.etcd.apply([Delete(key=key)])
+    world.settle(0.4)
+    assert len(world.published) == 1
+    survivor.say()
+    world.settle(1.0)
+    assert members(world) == ["0.2", "1.2", "2.2", "3.1"]
 
 
 def test_a_former_leader_can_write_nothing() -> None:
@@ -232,7 +307,7 @@ def test_a_former_leader_can_write_nothing() -> None:
     assert isinstance(write, PublishMap)
     world.take_office()
     assert world.conflicts(write, old)
-    world.pass_time(1.0)
+    world.pass_time(DetectorTimings().settle_s + 1.0)
     assert members(world) == ["0.1", "1.1", "2.1"]
 
 

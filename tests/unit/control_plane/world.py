@@ -10,7 +10,7 @@ import numpy as np
 
 from control_plane.cluster_view import ClusterView
 from control_plane.failure_detector import DetectorTimings
-from control_plane.membership import MembershipPolicy, PlanHeal, PublishMap, Write
+from control_plane.membership import Condemn, MembershipPolicy, PlanHeal, PublishMap, Write
 from control_plane.probe_events import ProbePong, ProbeRefused, ProbeStanding
 from control_plane.publisher import Publisher
 from control_plane.reign import Reign
@@ -212,7 +212,7 @@ class World:
     def perform(self, write: Write, leader_revision: int, *, reply_lost: bool = False) -> None:
         """One fenced transaction, its effect checked, and told to the leader as the driver does."""
         compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
-        if isinstance(write, PublishMap):
+        if isinstance(write, PublishMap | Condemn):
             revision = self.view.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
