@@ -129,9 +129,9 @@ def read_senses(folder: Path) -> dict[str, list[str]]:
             f = line.split()
             letter = f[1].replace("s", "a")
             keys = [letter + offset for offset in f[-int(f[2]) :]]
-            count = frequency[f[0], letter]
-            if f[0] not in best or count > best[f[0]][0]:
-                best[f[0]] = (count, keys)
+            uses = frequency[f[0], letter]
+            if f[0] not in best or uses > best[f[0]][0]:
+                best[f[0]] = (uses, keys)
     return {lemma.replace("_", " "): [str(count), *keys] for lemma, (count, keys) in best.items()}
 
 

@@ -45,7 +45,7 @@ def documents(source: Source, root: Path, seen: set[int]) -> list[str]:
 
 def is_held_out(text: str) -> bool:
     one_in = HELD_OUT_ONE_IN_LONG if len(text) > LONG_CHARS else HELD_OUT_ONE_IN
-    return digest(text) // 4 % one_in == 0
+    return bool(digest(text) // 4 % one_in == 0)
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
