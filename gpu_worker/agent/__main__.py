@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_worker.agent.config import AgentConfig
+from gpu_worker.agent.cpu_share import share_cpus
 from gpu_worker.agent.driver import AgentDriver, RankSetup, watch_lifeline
 from gpu_worker.agent.obituary import Obituary
 from gpu_worker.agent.presence import Presence
@@ -28,7 +29,7 @@ from shared.etcd_store import EtcdStore
 from shared.keys import Keys
 from shared.logs import configure_logs
 from shared.records import AgentRecord
-from shared.types import NodeId
+from shared.types import NodeId, RankId
 
 _LIFELINE_GRACE_S = 1.0
 
@@ -45,6 +46,7 @@ def main() -> int:
             log_dir=config.log_dir,
             lease_ttl_s=config.lease_ttl_s,
             stop_grace_s=config.stop_grace_s,
+            cpus=cpu_shares(config),
         )
         asyncio.run(run_agent(config, setup))
     except (StarfishError, OSError) as error:
@@ -98,6 +100,12 @@ def address_of(host: str) -> str:
         return socket.gethostbyname(host)
     except OSError as error:
         raise ConfigError(f"cannot resolve host {host!r}: {error.strerror}") from error
+
+
+def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
+    if not config.pin_cpus:
+        return {}
+    return share_cpus(sorted(os.sched_getaffinity(0)), parse_ranks(config.ranks))
 
 
 async def run_agent(config: AgentConfig, setup: RankSetup) -> None:

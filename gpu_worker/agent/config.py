@@ -27,6 +27,7 @@ class AgentConfig:
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop, ranks and all")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
     stop_grace_s: float = option(5.0, "how long a rank may take to exit before it is killed")
+    pin_cpus: bool = option(True, "give every rank its share of the CPUs, and no others")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")
 

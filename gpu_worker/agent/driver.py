@@ -47,6 +47,7 @@ class RankSetup:
     log_dir: Path | None
     lease_ttl_s: float
     stop_grace_s: float
+    cpus: Mapping[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -195,6 +196,7 @@ class AgentDriver:
             environment=self.setup.environment,
             pass_fds=[command.lifeline_fd],
             log_path=None if log_dir is None else log_dir / f"rank-{member.rank}.log",
+            cpus=self.setup.cpus.get(member.rank, frozenset()),
         )
 
     def _hold(self, life: Life, process: RankProcess) -> None:

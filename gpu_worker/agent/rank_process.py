@@ -98,8 +98,9 @@ def spawn(
     environment: Mapping[str, str],
     pass_fds: Sequence[int],
     log_path: Path | None,
+    cpus: frozenset[int] = frozenset(),
 ) -> RankProcess:
-    """Raises OSError. Its own session: a terminal's Ctrl-C is for the agent's parent, which stops
+    """Raises OSError. `cpus` where it is pinned. Its own session: a terminal's Ctrl-C is for the agent's parent, which stops
     things in order."""
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
@@ -112,6 +113,8 @@ def spawn(
             pass_fds=[fd for fd in pass_fds if fd >= 0],
             start_new_session=True,
         )
+        if cpus:
+            os.sched_setaffinity(child.pid, cpus)
     return RankProcess(child.pid, os.pidfd_open(child.pid), child)
 
 
