@@ -100,8 +100,8 @@ def spawn(
     log_path: Path | None,
     cpus: frozenset[int] = frozenset(),
 ) -> RankProcess:
-    """Raises OSError. `cpus` where it is pinned. Its own session: a terminal's Ctrl-C is for the agent's parent, which stops
-    things in order."""
+    """Raises OSError. `cpus` where it is pinned. Its own session: a terminal's Ctrl-C is for the
+    agent's parent, which stops things in order."""
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         child = subprocess.Popen(
