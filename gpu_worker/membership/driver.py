@@ -206,6 +206,8 @@ class MembershipDriver:
             self._on_value(item.key, item.value)
             if item.key.startswith(self._keys.ranks):
                 present.add(item.key)
+        if self._own_key not in present:
+            self._registrar.doubt_lease()
         for peer in self._standing.peers:
             if self._keys.rank(peer.rank, peer.incarnation) not in present:
                 self.perform(self._standing.on_peer_gone(peer.member))

@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from shared.expert_map import ExpertMap
 from shared.records import unpack_map
 from shared.store import WatchEvent
-from tests.sim.sim_loop import SimLoop, resume
-from tests.sim.world import ETCD, World, WorldSizes
+from shared.types import Member
+from tests.sim.faults import Faults
+from tests.sim.sim_loop import SimLoop
+from tests.sim.world import ETCD, LEASE_TTL_S, World, WorldSizes
 
-FAULTS_WITHIN_S = 2.0
 SETTLE_S = 90.0
+ALONE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class MapWatcher:
     def __init__(self, world: World) -> None:
         self._world = world
         self._last: ExpertMap | None = None
+        self._left: set[Member] = set()
         self.num_maps = 0
         publish = world.etcd._publish
 
@@ -52,6 +57,8 @@ class MapWatcher:
         assert len({m.rank for m in new.members}) == len(new.members)
         if last is None:
             return
+        self._left |= set(last.members) - set(new.members)
+        assert not self._left & set(new.members), "who was left out is back"
         assert new.epoch == last.epoch + 1, f"epoch {new.epoch} after {last.epoch}"
         if new.cause.startswith("dead"):
             self._check_moves(last, new)
@@ -70,101 +77,10 @@ class MapWatcher:
                 assert orphan < 0 or orphan not in others, "a surviving replica was moved"
 
 
-class Schedule:
-    """Draws faults from the seed and does them."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._draw = random.Random(world.seed * 7919 + 13)
-        self.done: list[str] = []
-
-    async def run(self) -> None:
-        kinds = [
-            self._kill_rank,
-            self._kill_rank,
-            self._kill_two,
-            self._stop_rank,
-            self._cut_pair,
-            self._cut_off_rank,
-            self._kill_leader,
-            self._lose_etcd,
-        ]
-        times = sorted(
-            self._draw.uniform(0.0, FAULTS_WITHIN_S) for _ in range(self._draw.randint(1, 4))
-        )
-        now = 0.0
-        async with asyncio.TaskGroup() as tasks:
-            for at in times:
-                await asyncio.sleep(at - now)
-                now = at
-                tasks.create_task(self._draw.choice(kinds)())
-
-    def _say(self, text: str) -> None:
-        self.done.append(f"{self._world.clock.now() - 1000:.3f} {text}")
-
-    def _rank(self) -> int:
-        return self._draw.randrange(self._world.sizes.num_ranks)
-
-    async def _kill_rank(self) -> None:
-        rank = self._rank()
-        self._say(f"kill rank {rank}")
-        self._world.kill_rank(rank)
-
-    async def _kill_two(self) -> None:
-        first, second = self._draw.sample(range(self._world.sizes.num_ranks), 2)
-        pause_s = self._draw.choice([0.0, self._draw.uniform(0.0, 0.02)])
-        self._say(f"kill ranks {first} and, {pause_s * 1000:.1f} ms later, {second}")
-        self._world.kill_rank(first)
-        await asyncio.sleep(pause_s)
-        self._world.kill_rank(second)
-
-    async def _stop_rank(self) -> None:
-        rank, seconds = self._rank(), self._draw.choice([0.03, 0.1, 0.3, 2.0])
-        process = self._world.process_of(rank)
-        if process is None:
-            return
-        self._say(f"stop rank {rank} for {seconds} s")
-        self._world.agents[rank].stop_rank()
-        await asyncio.sleep(seconds)
-        if not process.dead:
-            resume(process, self._world.loop)
-
-    async def _cut_pair(self) -> None:
-        a, b = self._draw.sample(self._world.hosts(), 2)
-        await self._cut([(a, b)], f"cut {a} from {b}")
-
-    async def _cut_off_rank(self) -> None:
-        alone = self._world.host_of_rank(self._rank())
-        others = [h for h in self._world.hosts() if h != alone]
-        await self._cut([(alone, h) for h in others], f"cut {alone} off")
-
-    async def _cut(self, pairs: list[tuple[str, str]], text: str) -> None:
-        seconds = self._draw.choice([0.05, 0.3, 1.0, 4.0, 8.0])
-        self._say(f"{text} for {seconds} s")
-        for a, b in pairs:
-            self._world.sever(a, b)
-        await asyncio.sleep(seconds)
-        self._world.heal()
-
-    async def _kill_leader(self) -> None:
-        number = self._draw.randrange(self._world.sizes.num_control_planes)
-        self._say(f"kill control plane {number}")
-        self._world.kill_control_plane(number)
-        await asyncio.sleep(self._draw.uniform(0.1, 1.0))
-        self._world.start_control_plane(number)
-
-    async def _lose_etcd(self) -> None:
-        seconds = self._draw.choice([0.1, 1.0, 3.0, 7.0])
-        self._say(f"lose {ETCD} for {seconds} s")
-        self._world.cut_etcd()
-        await asyncio.sleep(seconds)
-        self._world.heal()
-
-
-async def traffic(world: World) -> None:
+async def traffic(world: World, within_s: float) -> None:
     """Sessions that come and go while things break; a few are cancelled."""
     for _ in range(world.draw.randint(6, 12)):
-        await asyncio.sleep(world.draw.uniform(0.0, 0.25))
+        await asyncio.sleep(world.draw.uniform(0.0, within_s / 8))
         prompt = tuple(world.draw.randrange(90) for _ in range(world.draw.randint(1, 24)))
         client = world.send(prompt, world.draw.randint(1, 40))
         if world.draw.random() < 0.1:
@@ -185,32 +101,82 @@ def check_sessions(world: World) -> None:
             assert len(got) == client.num_tokens, f"{session.id} lost tokens"
 
 
+def check_untouched(world: World) -> None:
+    """Invariants 7 and 8: no rank lost its life, and no session its rank."""
+    lives = {agent.member.incarnation for agent in world.agents.values() if agent.member}
+    assert lives == {1}, f"ranks died of what did not touch them: {world.describe()}"
+    moved = [c.session.id for c in world.clients if c.session is not None and c.session.moves]
+    assert not moved, f"sessions moved for nothing: {moved}"
+
+
+def run_alone(seed: int) -> Outcome:
+    """Invariant 8: etcd and every control plane are away for good, and nothing else is wrong."""
+    return run_world(seed, sizes_of(seed), _run_alone)
+
+
+async def _run_alone(world: World) -> Outcome:
+    await world.start()
+    for number in range(world.sizes.num_control_planes):
+        world.kill_control_plane(number)
+    for host in world.hosts():
+        if host != ETCD:
+            world.sever(host, ETCD)
+    await asyncio.sleep(2 * LEASE_TTL_S)
+    await traffic(world, within_s=2.0)
+    await world.until(world.all_ended, ALONE_S)
+    check_sessions(world)
+    check_untouched(world)
+    return Outcome(world.seed, ("etcd and the control planes are away",), 1, 0)
+
+
+def sizes_of(seed: int) -> WorldSizes:
+    """Mostly the common instance; some small, large, tight and slow ones."""
+    draw = random.Random(seed * 104729 + 7)
+    ranks, slots, redundant = draw.choice(
+        [(4, 4, 6), (4, 4, 6), (4, 4, 6), (4, 2, 2), (2, 6, 6), (6, 3, 6)]
+    )
+    return WorldSizes(
+        num_ranks=ranks,
+        slots_per_rank=slots,
+        redundant_experts=redundant,
+        slow=draw.random() < 0.2,
+        heal_after_s=draw.choice([0.05, 0.3]),
+    )
+
+
 def run_schedule(seed: int, sizes: WorldSizes | None = None) -> Outcome:
     """Raises AssertionError, TimeoutError or what a service raised, where an invariant fell."""
+    return run_world(seed, sizes or sizes_of(seed), _run)
+
+
+def run_world(
+    seed: int, sizes: WorldSizes, scenario: Callable[[World], Coroutine[Any, Any, Outcome]]
+) -> Outcome:
     loop = SimLoop()
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(_run(seed, loop, sizes or WorldSizes()))
+        return loop.run_until_complete(scenario(World(seed=seed, loop=loop, sizes=sizes)))
     finally:
         asyncio.set_event_loop(None)
         loop.close()
 
 
-async def _run(seed: int, loop: SimLoop, sizes: WorldSizes) -> Outcome:
-    world = World(seed=seed, loop=loop, sizes=sizes)
+async def _run(world: World) -> Outcome:
     maps = MapWatcher(world)
     await world.start()
-    schedule = Schedule(world)
+    faults = Faults(world)
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(traffic(world))
-            tasks.create_task(schedule.run())
+            tasks.create_task(traffic(world, faults.within_s))
+            tasks.create_task(faults.run())
         world.heal()
         await world.until(world.all_ended, SETTLE_S)
         await world.until(world.all_live, SETTLE_S)
         check_sessions(world)
+        if faults.harmless:
+            check_untouched(world)
     except BaseException as error:
-        error.add_note(f"seed {seed}: " + "; ".join(schedule.done))
+        error.add_note(f"seed {world.seed} {world.sizes}: " + "; ".join(faults.done))
         raise
     moves = sum(c.session.moves for c in world.clients if c.session is not None)
-    return Outcome(seed, tuple(schedule.done), maps.num_maps, moves)
+    return Outcome(world.seed, tuple(faults.done), maps.num_maps, moves)

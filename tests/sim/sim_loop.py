@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXECUTOR_S = (0.001, 0.01, 0.3)
+EXECUTOR_SLOW_S = (0.01, 0.3, 1.5)
 """What work off the event loop takes, such as reading experts or opening a link."""
 
 
@@ -69,6 +70,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._virtual_s = 1000.0
         super().__init__(_NoFiles(self._pass_time))
         self.network: Any = None
+        self.executor_s = EXECUTOR_S
 
     def time(self) -> float:
         return self._virtual_s
@@ -100,7 +102,7 @@ class SimLoop(asyncio.SelectorEventLoop):
             except Exception as error:  # noqa: BLE001 - an executor passes on whatever it is
                 future.set_exception(error)
 
-        self.call_later(random.choice(EXECUTOR_S), work)
+        self.call_later(random.choice(self.executor_s), work)
         return future
 
     async def create_connection(

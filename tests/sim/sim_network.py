@@ -142,6 +142,13 @@ class SimNetwork:
 
     def heal(self) -> None:
         self.cut.clear()
+        self._carry_held()
+
+    def mend(self, a: str, b: str) -> None:
+        self.cut.discard(frozenset((a, b)))
+        self._carry_held()
+
+    def _carry_held(self) -> None:
         held, self._held = self._held, []
         for sender, item in held:
             self.carry(sender, item)

@@ -16,10 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import structlog
 
+from gpu_worker.agent.rank_lives import RankLives
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.exchange.vigil import Vigil
 from gpu_worker.membership.standing import Standing
-from tests.sim.schedules import Outcome, run_schedule
+from tests.sim.schedules import Outcome, run_alone, run_schedule
 
 NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "600"))
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
@@ -62,6 +63,11 @@ def test_no_schedule_breaks_an_invariant() -> None:
 
 def test_a_seed_is_one_schedule() -> None:
     assert run_schedule(11) == run_schedule(11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sessions_finish_while_etcd_and_the_control_planes_are_away(seed: int) -> None:
+    run_alone(seed)
 
 
 def falls(num_seeds: int = 60) -> bool:
@@ -111,7 +117,9 @@ def test_a_wait_that_no_epoch_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 6. One that was declared dead must leave, or its rank never comes back."""
+    """Invariant 6. One that was declared dead must leave, or be made to, or its rank never comes
+    back."""
+    monkeypatch.setattr(RankLives, "condemned", lambda self, member, now: [])
     monkeypatch.setattr(Standing, "on_map", _ignore_exclusion(Standing.on_map))
     monkeypatch.setattr(Standing, "on_verdict", lambda self, member: [])
     assert falls()

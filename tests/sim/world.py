@@ -26,7 +26,7 @@ from shared.records import InstanceSpec
 from shared.types import Member, RankId, SamplingParams
 from tests.sim.sim_agent import SimAgent
 from tests.sim.sim_exchange import SimHub
-from tests.sim.sim_loop import SimLoop, SimProcess, in_process, kill
+from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
 from tests.sim.sim_network import SimNetwork
 from tests.sim.sim_rank import SimClock, build_rank
@@ -42,6 +42,8 @@ class WorldSizes:
     slots_per_rank: int = 4
     redundant_experts: int = 6
     num_control_planes: int = 2
+    slow: bool = False  # loads and first contacts take seconds
+    heal_after_s: float = 0.3
 
 
 @dataclass(slots=True)
@@ -73,6 +75,8 @@ class World:
         self.clock = SimClock(self.loop)
         self.network = SimNetwork(self.loop, random.Random(self.seed + 1))
         self.loop.network = self.network
+        if self.sizes.slow:
+            self.loop.executor_s = EXECUTOR_SLOW_S
         self.hub = SimHub(self.sizes.num_ranks, HIDDEN, TOP_K, network=self.network)
         self.etcd = MemoryEtcd(self.clock)
         self.keys = Keys("sim")
@@ -121,10 +125,9 @@ class World:
         self.hub.heal()
         self._reconsider_stores()
 
-    def cut_etcd(self) -> None:
-        for host in self.hosts():
-            if host != ETCD:
-                self.network.sever(host, ETCD)
+    def mend(self, a: str, b: str) -> None:
+        self.network.mend(a, b)
+        self.hub.heal()
         self._reconsider_stores()
 
     def _reconsider_stores(self) -> None:
@@ -176,7 +179,9 @@ class World:
                 name=f"plane-{number}-{self.clock.now():.6f}",
                 spec=self.spec,
                 policy=MembershipPolicy(
-                    bytes_per_expert=1000, formation_window_s=5.0, heal_after_s=0.3
+                    bytes_per_expert=1000,
+                    formation_window_s=5.0,
+                    heal_after_s=self.sizes.heal_after_s,
                 ),
                 timings=DetectorTimings(
                     window_s=0.15,
@@ -301,6 +306,11 @@ class World:
 
     def all_ended(self) -> bool:
         return all(c.session is not None and c.session.ended for c in self.clients)
+
+    def map_revision(self) -> int:
+        """Of the map that stands in etcd, whoever has seen it."""
+        found = self.etcd.values.get(self.keys.map)
+        return found.mod_revision if found else 0
 
     async def until(self, condition: Any, timeout_s: float) -> None:
         deadline = self.clock.now() + timeout_s
