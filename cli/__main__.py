@@ -41,8 +41,12 @@ def up(
     *,
     model: Annotated[
         Path | None,
-        typer.Option(help="Hugging Face checkpoint; without it a small random one is made."),
+        typer.Option(help="Hugging Face checkpoint; without it the small one that ships."),
     ] = None,
+    seeded: Annotated[
+        bool,
+        typer.Option("--seeded", help="Serve random weights of the reference size: a benchmark."),
+    ] = False,
     model_dir: Annotated[
         Path | None, typer.Option(help="Where the random checkpoint is kept.")
     ] = None,
@@ -99,6 +103,7 @@ def up(
         check_aliases(elastic_ep_backend, moe_a2a_backend)
         options = UpOptions(
             model=model,
+            seeded=seeded,
             model_dir=model_dir or default_model_dir(),
             ranks=ranks,
             redundant_experts=redundant_experts,

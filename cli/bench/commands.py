@@ -151,7 +151,8 @@ def exchange(context: typer.Context) -> None:
 
 
 def _own_flags(model: Path | None, ranks: int) -> list[str]:
-    return ["--ranks", str(ranks), *(("--model", str(model)) if model else ())]
+    """Without a model: the reference size, which the figures in docs/benchmarks.md are of."""
+    return ["--ranks", str(ranks), *(("--model", str(model)) if model else ("--seeded",))]
 
 
 def _running(etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:

@@ -10,8 +10,8 @@ from rich.console import Console
 from shared.clock import Clock
 from shared.errors import Unavailable
 
-PROMPT = "Why does a starfish survive the loss of an arm?"
-_MAX_TOKENS = 48
+PROMPT = "Tell me a story."
+_MAX_TOKENS = 80
 _TIMEOUT_S = 60.0
 
 
@@ -50,8 +50,10 @@ def _request(model: str) -> dict[str, object]:
         "model": model,
         "messages": [{"role": "user", "content": PROMPT}],
         "max_tokens": _MAX_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "seed": 5,
+        "min_tokens": 16,
         "stream": True,
     }
 

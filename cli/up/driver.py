@@ -27,7 +27,7 @@ from cli.run_dir import (
 from cli.up import services
 from cli.up.demo import stream_demo
 from cli.up.leftovers import kill_leftovers
-from cli.up.model import check_model, run_model_tool, seeded_model
+from cli.up.model import check_model, run_model_tool, seeded_model, shipped_model
 from cli.up.options import UpOptions
 from cli.up.readiness import until_healthy, until_map
 from cli.up.stages import Stages
@@ -198,6 +198,8 @@ class Up:
     async def _model(self) -> Path:
         with self._stages.stage("model") as stage:
             folder = self._options.model
+            if folder is None and not self._options.seeded:
+                folder = shipped_model()
             if folder is None:
                 folder = await seeded_model(self._options.model_dir, stage)
             stage.result = await check_model(folder)

@@ -1,4 +1,5 @@
-"""The checkpoint that an instance serves: the one given, or the seeded one, made once and kept."""
+"""The checkpoint that an instance serves: the one given, the one that ships with the project, or a
+seeded one, made once and kept."""
 
 from __future__ import annotations
 
@@ -12,11 +13,17 @@ from shared.errors import CheckpointError
 from shared.model_spec import read_model_spec
 
 SEEDED_NAME = "starfish-seeded-moe"
+SHIPPED = Path(__file__).parents[2] / "models" / "starling-14m"
+"""Beside the packages in a checkout; not part of an installed wheel."""
 
 
 def default_model_dir() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "starfish" / "models"
+
+
+def shipped_model() -> Path | None:
+    return SHIPPED if (SHIPPED / "config.json").exists() else None
 
 
 async def seeded_model(model_dir: Path, stage: Stage) -> Path:

@@ -14,6 +14,7 @@ _RDMA_NOTE = "RDMA devices need a cluster network: pass --transfer-protocol rdma
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions:
     model: Path | None
+    seeded: bool  # random weights in place of a model
     model_dir: Path  # where the seeded model is kept
     ranks: int
     redundant_experts: int  # -1: the control plane's default

@@ -33,6 +33,7 @@ def taken_port() -> Iterator[int]:
 def options(tmp_path: Path, free_port: int) -> UpOptions:
     return UpOptions(
         model=None,
+        seeded=False,
         model_dir=tmp_path,
         ranks=4,
         redundant_experts=16,
