@@ -131,7 +131,7 @@ class FailureDetector:
         self._attentive_s = 0.0
         self._deaf_a = -inf
         self._progress: tuple[int, int] = (0, 0)
-        self._progress_a = 0.0
+        self._progress_a = 0.0  # of the last one, or of the first wait after it: sleep is no wait
         self._alarmed: set[AlarmKind] = set()
 
     @property
@@ -392,6 +392,8 @@ class FailureDetector:
         )
 
     def _judge_stuck(self) -> list[Judgement]:
+        if not any(w.waiting_for for w in self._watched.values()):
+            self._progress_a = self._attentive_s
         if self._attentive_s - self._progress_a < self._timings.stuck_s:
             return []
         waits = Counter(rank for w in self._watched.values() for rank in w.waiting_for)

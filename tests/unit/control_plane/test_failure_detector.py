@@ -408,6 +408,18 @@ def test_two_ranks_that_cannot_reach_each_other_lose_the_more_waited_for(bench: 
     assert bench.dead == {1: SuspicionReason.LINK}
 
 
+def test_a_slow_first_step_after_a_long_sleep_is_not_stuck(bench: Bench) -> None:
+    bench.pass_time(10 * TIMINGS.stuck_s, 0, 1, 2, 3, tick_s=0.1)
+    bench.suspect(1)
+    for _ in range(round(0.5 / 0.02)):
+        bench.now += 0.02
+        for rank in range(4):
+            bench.pong(rank, waiting_for=() if rank == 1 else (1,))
+        bench.take(bench.detector.on_tick(bench.now))
+        bench.suspect(1)
+    assert bench.dead == {}
+
+
 def test_waiting_without_progress_is_fine_while_orphans_load(bench: Bench) -> None:
     bench.suspect(1)
     for _ in range(1000):

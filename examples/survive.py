@@ -1,0 +1,90 @@
+"""Shows on a running instance (`make up`) that a stream outlives its rank.
+
+Streams a story, sends SIGKILL to the rank that serves it after some tokens, lets the story go on,
+then asks for the same story undisturbed, and compares.
+
+    .venv/bin/python examples/survive.py [--url http://127.0.0.1:8000] [--prompt "Once upon a time"]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+
+KILL_AFTER_TOKENS = 40
+NUM_TOKENS = 120
+
+
+def stream(url: str, prompt: str, on_token: Callable[[int, str, int], None]) -> str:
+    """The whole text; `on_token(count, piece, rank)` for each chunk."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as models:
+        name = json.load(models)["data"][0]["id"]
+    body = {
+        "model": name,
+        "prompt": prompt,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "seed": 11,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
+    text = ""
+    with urllib.request.urlopen(request, timeout=60) as response:
+        rank = int(response.headers["x-starfish-rank"])
+        for count, line in enumerate(line for line in response if line.startswith(b"data: {")):
+            piece = json.loads(line[6:])["choices"][0]["text"]
+            text += piece
+            on_token(count, piece, rank)
+    return text
+
+
+class Watcher:
+    """Prints the stream, kills its rank once, and remembers the longest wait after that."""
+
+    def __init__(self, kill: list[str]) -> None:
+        self._kill = kill
+        self._last_at = time.monotonic()
+        self.killed_rank: int | None = None
+        self.longest_gap_s = 0.0
+
+    def __call__(self, count: int, piece: str, rank: int) -> None:
+        now = time.monotonic()
+        if self.killed_rank is not None:
+            self.longest_gap_s = max(self.longest_gap_s, now - self._last_at)
+        print(piece, end="", flush=True)
+        if count == KILL_AFTER_TOKENS:
+            subprocess.run([*self._kill, str(rank)], check=True, capture_output=True)
+            self.killed_rank = rank
+            print(f" ⟨kill -9 rank {rank}⟩", end="", flush=True)
+        self._last_at = time.monotonic()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--prompt", default="Once upon a time")
+    parser.add_argument("--run-dir", help="as given to `starfish up`")
+    options = parser.parse_args()
+    where = ["--run-dir", options.run_dir] if options.run_dir else []
+    watcher = Watcher([sys.executable, "-m", "cli", "kill", *where])
+    print(options.prompt, end="")
+    disturbed = stream(options.url, options.prompt, watcher)
+    print(f"\n\nlongest wait after the kill: {watcher.longest_gap_s * 1000:.0f} ms")
+    undisturbed = stream(options.url, options.prompt, lambda count, piece, rank: None)
+    print(f"same text as without the kill: {disturbed == undisturbed}")
+    return 0 if disturbed == undisturbed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
