@@ -25,6 +25,14 @@ from tests.sim.schedules import Outcome, run_alone, run_schedule
 NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "600"))
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 
+FELL_ONCE = {
+    67: "ranks of a large instance, all judged by their leases after an outage of etcd",
+    136: "after an outage of etcd all were judged by their leases, and never learnt it",
+    143: "the same, and the dead that no map could leave out blocked every joiner",
+    182: "leases expired one by one, just before their owners could have renewed them",
+    299: "a death in an outage of etcd, found by a leader that could ask nobody",
+}
+
 
 def be_quiet() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
@@ -63,6 +71,11 @@ def test_no_schedule_breaks_an_invariant() -> None:
 
 def test_a_seed_is_one_schedule() -> None:
     assert run_schedule(11) == run_schedule(11)
+
+
+@pytest.mark.parametrize("seed", FELL_ONCE)
+def test_a_schedule_that_fell_once_stands(seed: int) -> None:
+    run_schedule(seed)
 
 
 @pytest.mark.parametrize("seed", range(6))
