@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,22 +54,30 @@ def stream(url: str, prompt: str, on_token: Callable[[int, str, int], None]) -> 
 class Watcher:
     """Prints the stream, kills its rank once, and remembers the longest wait after that."""
 
-    def __init__(self, kill: list[str]) -> None:
-        self._kill = kill
+    def __init__(self, pids: dict[int, int]) -> None:
+        self._pids = pids
         self._last_at = time.monotonic()
-        self.killed_rank: int | None = None
+        self._killed = False
         self.longest_gap_s = 0.0
 
     def __call__(self, count: int, piece: str, rank: int) -> None:
         now = time.monotonic()
-        if self.killed_rank is not None:
+        if self._killed:
             self.longest_gap_s = max(self.longest_gap_s, now - self._last_at)
+        self._last_at = now
         print(piece, end="", flush=True)
         if count == KILL_AFTER_TOKENS:
-            subprocess.run([*self._kill, str(rank)], check=True, capture_output=True)
-            self.killed_rank = rank
-            print(f" ⟨kill -9 rank {rank}⟩", end="", flush=True)
-        self._last_at = time.monotonic()
+            os.kill(self._pids[rank], signal.SIGKILL)
+            self._killed = True
+            print(f" [kill -9 rank {rank}] ", end="", flush=True)
+
+
+def pids_of_ranks(run_dir: str | None) -> dict[int, int]:
+    """From `starfish status`."""
+    where = ["--run-dir", run_dir] if run_dir else []
+    command = [sys.executable, "-m", "cli", "status", "--json", *where]
+    status = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return {rank["rank"]: rank["pid"] for rank in status["ranks"]}
 
 
 def main() -> int:
@@ -76,8 +86,7 @@ def main() -> int:
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--run-dir", help="as given to `starfish up`")
     options = parser.parse_args()
-    where = ["--run-dir", options.run_dir] if options.run_dir else []
-    watcher = Watcher([sys.executable, "-m", "cli", "kill", *where])
+    watcher = Watcher(pids_of_ranks(options.run_dir))
     print(options.prompt, end="")
     disturbed = stream(options.url, options.prompt, watcher)
     print(f"\n\nlongest wait after the kill: {watcher.longest_gap_s * 1000:.0f} ms")
