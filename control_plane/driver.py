@@ -21,7 +21,7 @@ from control_plane.cluster_view import (
 from control_plane.election import Election
 from control_plane.failure_detector import Dead, DetectorTimings
 from control_plane.leadership import Leadership
-from control_plane.membership import MembershipPolicy, PlanHeal, PublishMap, Write
+from control_plane.membership import MembershipPolicy
 from control_plane.placement import HealStep, advise, describe, survives
 from control_plane.probe_events import ProbeEvent
 from control_plane.prober import Prober
@@ -29,6 +29,7 @@ from control_plane.publisher import Publisher
 from control_plane.reign import Reign
 from control_plane.spec_keeper import keep_spec
 from control_plane.telemetry import Metrics
+from control_plane.writes import Condemn, PlanHeal, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import StoreError
 from shared.expert_map import ExpertMap
@@ -206,6 +207,9 @@ class Driver:
             self._feed_changes(self._view.apply(item), now)
         if written.error is not None:
             log.warning("write_failed", error=str(written.error))
+        elif isinstance(written.write, Condemn):
+            condemned = [f"{v.rank}.{v.incarnation}" for v in written.write.verdicts]
+            log.warning("condemned_without_a_map", members=condemned)
         elif isinstance(written.write, PublishMap):
             expert_map = written.write.expert_map
             self._metrics.publish_s.observe(now - expert_map.published_at)

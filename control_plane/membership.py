@@ -7,13 +7,13 @@ line that applies decides; each write changes the view, and the next decision fo
 
     the view shows                             | the write
     -------------------------------------------+-----------------------------------------------
-    dead members, and no map can leave them out | Condemn: they learn it, and new lives come
-    no map, or none of its members alive       | forming: Assign to all who came, then
-                                               | PublishMap when all hold theirs and are linked
+    no map, or none of its members alive       | Condemn the dead; then forming: Assign to all
+                                               | who came, PublishMap when they hold it, linked
     a dead member, the rest covers all experts | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
                                                | survivors; the first line applies once resident
-    a dead member, too few slots for orphans   | forming, with survivors and joiners together
+    a dead member, too few slots for orphans   | Condemn it; then forming, with survivors and
+                                               | joiners together
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
     members hold more or other than the map    | PublishMap of what they hold (a heal's second half)
@@ -35,11 +35,12 @@ import numpy as np
 
 from control_plane.cluster_view import ClusterView, member_of
 from control_plane.failure_detector import Alarm, AlarmKind, Dead
-from control_plane.placement import HealStep, ShrinkResult, grow, heal, place, shrink
+from control_plane.placement import HealStep, ShrinkResult, grow, place, shrink
 from control_plane.residency import Residency
+from control_plane.writes import Assign, Condemn, Decision, Forget, PlanHeal, PublishMap, Write
 from shared.expert_map import ExpertMap, Placement
 from shared.records import SlotContents, Verdict
-from shared.types import Epoch, Member, NodeId, RankId
+from shared.types import Epoch, Member
 
 _FORGET_MAX = 64
 
@@ -52,63 +53,6 @@ class MembershipPolicy:
     heal_after_s: float = 5.0  # quiet time before experts are moved
     joiner_patience_s: float = 30.0  # a newcomer holds heals up for so long
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishMap:
-    """One transaction: the map, the verdicts on whom it leaves out, and new assignments."""
-
-    expert_map: ExpertMap
-    verdicts: tuple[Verdict, ...] = ()
-    assignments: tuple[SlotContents, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condemn:
-    """Verdicts that no map can carry yet: too few are left to cover all experts. A life that was
-    judged dead and lives learns it by them, and makes room for one that a map can take."""
-
-    verdicts: tuple[Verdict, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assign:
-    assignments: tuple[SlotContents, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forget:
-    keys: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanHeal:
-    """No write: a computation too long for between two events. Its answer comes back by
-    `on_heal_planned`; deaths are decided meanwhile."""
-
-    expert_map: ExpertMap
-    map_revision: int
-    nodes: dict[RankId, NodeId]
-    budget_bytes: int
-    bytes_per_expert: int
-    redundant: int
-    survive: int
-
-    def first_step(self) -> HealStep | None:
-        steps = heal(
-            self.expert_map,
-            None,
-            self.nodes,
-            budget_bytes=self.budget_bytes,
-            bytes_per_expert=self.bytes_per_expert,
-            redundant=self.redundant,
-            survive=self.survive,
-        )
-        return next(iter(steps), None)
-
-
-Write = PublishMap | Condemn | Assign | Forget
-Decision = Write | PlanHeal
 
 
 class Membership:

@@ -7,7 +7,7 @@ import random
 
 import structlog
 
-from control_plane.membership import Assign, Condemn, Forget, PublishMap, Write
+from control_plane.writes import Assign, Condemn, Forget, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys

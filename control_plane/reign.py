@@ -19,7 +19,7 @@ from control_plane.failure_detector import (
     FailureDetector,
     Judgement,
 )
-from control_plane.membership import Decision, Membership, MembershipPolicy
+from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
     ProbeEvent,
@@ -27,6 +27,7 @@ from control_plane.probe_events import (
     ProbeRefused,
     ProbeStanding,
 )
+from control_plane.writes import Decision
 from shared.expert_map import ExpertMap
 
 _LOOK_AGAIN_S = 0.05

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from control_plane.failure_detector import Alarm, AlarmKind, Dead, DetectorTimings
-from control_plane.membership import Assign, Condemn, Forget, PublishMap
+from control_plane.writes import Assign, Condemn, Forget, PublishMap
 from shared.records import SlotContents, pack_record
 from shared.store import Delete, Put
 from shared.types import EMPTY_SLOT, Epoch, SuspicionReason
