@@ -1,4 +1,4 @@
-"""The real node agent, with `toy_rank.py` for its ranks. Takes the agent's own flags."""
+"""The real node agent, with `toy_process.py` for its ranks. Takes the agent's own flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_worker.agent.__main__ import parse, rank_command, run_agent
 from gpu_worker.agent.driver import RankSetup
 from shared.logs import configure_logs
 
-TOY_RANK = Path(__file__).with_name("toy_rank.py")
+TOY_RANK = Path(__file__).with_name("toy_process.py")
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,57 @@
+"""A stand-in for a rank's process: it registers under the lease it was handed and waits for its
+end, as told by `--toy`: obedient to SIGTERM, deaf to it, or exiting at once with a code."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+
+from shared.etcd_store import EtcdStore
+from shared.keys import Keys
+from shared.records import RankRecord, pack_record
+from shared.types import Incarnation, NodeId, RankId, RankState
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("rank", "incarnation", "lease-id", "lifeline-fd"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("node", "etcd", "instance", "toy"):
+        parser.add_argument(f"--{name}")
+    flags, _ = parser.parse_known_args()
+    if flags.toy == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if flags.toy.startswith("exit-"):
+        sys.exit(int(flags.toy.removeprefix("exit-")))
+    asyncio.run(register(flags))
+    while True:
+        signal.pause()
+
+
+async def register(flags: argparse.Namespace) -> None:
+    record = RankRecord(
+        rank=RankId(flags.rank),
+        incarnation=Incarnation(flags.incarnation),
+        node=NodeId(flags.node),
+        pid=os.getpid(),
+        lease_id=flags.lease_id,
+        state=RankState.READY,
+        control_host="127.0.0.1",
+        control_port=1,
+        transfer_name="",
+        slots=1,
+        kv_blocks=1,
+        kv_block_tokens=1,
+        exchange="local",
+    )
+    store = EtcdStore([flags.etcd])
+    key = Keys(flags.instance).rank(record.rank, record.incarnation)
+    await store.put(key, pack_record(record), lease_id=record.lease_id)
+    await store.close()
+
+
+if __name__ == "__main__":
+    main()
