@@ -78,7 +78,7 @@ class ClusterWatch:
         self.view = ClusterView()
 
     async def run(self) -> None:
-        async for seen in self._store.watch(self._keys.root):
+        async for seen in self._store.watch(self._keys.serving):
             view = self._after(seen)
             if view is not self.view:
                 self.view = view

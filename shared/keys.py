@@ -1,4 +1,6 @@
-"""The only place that spells an etcd key. All keys of one instance live under one prefix."""
+"""The only place that spells an etcd key. All keys of one instance live under one prefix, and those
+that serving follows under one of their own: ranks and gateways watch nothing else, because a death
+makes others write a lot at the very moment that counts."""
 
 from __future__ import annotations
 
@@ -18,9 +20,14 @@ class Keys:
         return f"/starfish/{self.instance}/"
 
     @property
+    def serving(self) -> str:
+        """Prefix of the spec, the map, and what is known of ranks and told to them."""
+        return self.root + "serving/"
+
+    @property
     def spec(self) -> str:
         """InstanceSpec: the model and the number of ranks. Not leased."""
-        return self.root + "spec"
+        return self.serving + "spec"
 
     @property
     def leader(self) -> str:
@@ -35,11 +42,11 @@ class Keys:
     @property
     def map(self) -> str:
         """ExpertMap. Not leased: it outlives every control plane."""
-        return self.root + "map"
+        return self.serving + "map"
 
     @property
     def ranks(self) -> str:
-        return self.root + "ranks/"
+        return self.serving + "ranks/"
 
     def rank(self, rank: RankId, incarnation: Incarnation) -> str:
         """RankRecord under the rank's lease. A key per incarnation: a life that wakes up late can
@@ -56,7 +63,7 @@ class Keys:
 
     @property
     def assignments(self) -> str:
-        return self.root + "assignments/"
+        return self.serving + "assignments/"
 
     def assignment(self, rank: RankId, incarnation: Incarnation) -> str:
         """SlotContents that the control plane wants a rank to load. Only slots that are empty in
@@ -73,7 +80,7 @@ class Keys:
 
     @property
     def verdicts(self) -> str:
-        return self.root + "verdicts/"
+        return self.serving + "verdicts/"
 
     def verdict(self, rank: RankId, incarnation: Incarnation) -> str:
         """Verdict, written in the transaction that publishes the map without the rank."""

@@ -97,7 +97,7 @@ class MembershipDriver:
 
     async def watch(self) -> None:
         """Follows everything of the instance, for ever."""
-        async for seen in self._store.watch(self._keys.root):
+        async for seen in self._store.watch(self._keys.serving):
             if isinstance(seen, Snapshot):
                 self._on_snapshot(seen)
             else:
@@ -161,8 +161,9 @@ class MembershipDriver:
                 self._tasks.create_task(self._load(wanted))
             case HoldEngine(epoch=epoch):
                 self._engine.hold(epoch)
-            case PutRecord(record=record):
-                self._registrar.put(self._keys.rank(record.rank, record.incarnation), pack(record))
+            case PutRecord(record=record, urgent=urgent):
+                key = self._keys.rank(record.rank, record.incarnation)
+                self._registrar.put(key, pack(record), urgent=urgent)
             case PutResidents(contents=contents):
                 self._registrar.put(
                     self._keys.resident(contents.rank, contents.incarnation), pack(contents)

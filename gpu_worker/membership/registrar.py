@@ -17,6 +17,7 @@ log = structlog.get_logger()
 
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 1.0
+LATER_S = 0.2
 KEEP_ALIVE_RETRY_S = 0.3
 """Short: whoever comes back from an outage of etcd without a lease is under suspicion."""
 
@@ -37,15 +38,21 @@ class Registrar:
     def lease_id(self) -> int:
         return self._lease_id
 
-    def put(self, key: str, value: bytes) -> None:
-        self._dirty.pop(key, None)
-        self._dirty[key] = value
-        self._wake.set()
+    def put(self, key: str, value: bytes, *, urgent: bool = True) -> None:
+        """Not urgent: what nobody waits for is written LATER_S later, because at a death all ranks
+        have something to say, and the survivors' next step waits for the same CPUs."""
+        self._mark(key, value, urgent)
 
     def delete(self, key: str) -> None:
+        self._mark(key, None, False)
+
+    def _mark(self, key: str, value: bytes | None, urgent: bool) -> None:
         self._dirty.pop(key, None)
-        self._dirty[key] = None
-        self._wake.set()
+        self._dirty[key] = value
+        if urgent:
+            self._wake.set()
+        else:
+            asyncio.get_running_loop().call_later(LATER_S, self._wake.set)
 
     async def run(self) -> None:
         """Writes what is dirty, oldest first, for ever."""

@@ -63,7 +63,10 @@ class HoldEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutRecord:
+    """`urgent`: somebody waits for it."""
+
     record: RankRecord
+    urgent: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +170,7 @@ class Standing:
         if not was_open:
             return []
         self._open.discard(peer)
-        actions = self._say_links()
+        actions = self._say_links(urgent=False)
         if newest is not None and newest.has(peer):
             actions.append(SuspectPeer(peer=peer, reason=SuspicionReason.LINK, detail=detail))
         return actions
@@ -237,7 +240,7 @@ class Standing:
         actions: list[Action] = [CloseLink(peer=peer)]
         if peer in self._open:
             self._open.discard(peer)
-            actions += self._say_links()
+            actions += self._say_links(urgent=False)
         return actions
 
     def _adopt_if_linked(self) -> list[Action]:
@@ -248,9 +251,9 @@ class Standing:
         self._map = held
         return [AdoptMap(expert_map=held)]
 
-    def _say_links(self) -> list[Action]:
+    def _say_links(self, *, urgent: bool = True) -> list[Action]:
         self.record = replace(self.record, links=tuple(sorted(self._open)))
-        return [PutRecord(record=self.record)]
+        return [PutRecord(record=self.record, urgent=urgent)]
 
     def _load_if_needed(self) -> list[Action]:
         wanted = self._wanted

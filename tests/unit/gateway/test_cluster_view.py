@@ -24,7 +24,7 @@ M1 = Member(rank=RankId(1), incarnation=Incarnation(1))
 
 def snapshot(**values: bytes) -> Snapshot:
     items = [
-        KeyValue(key=KEYS.root + key, value=value, create_revision=1, mod_revision=1)
+        KeyValue(key=KEYS.serving + key, value=value, create_revision=1, mod_revision=1)
         for key, value in values.items()
     ]
     return Snapshot(revision=1, values=tuple(items))
