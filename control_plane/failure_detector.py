@@ -396,7 +396,13 @@ class FailureDetector:
             self._progress_a = self._attentive_s
         if self._attentive_s - self._progress_a < self._timings.stuck_s:
             return []
-        waits = Counter(rank for w in self._watched.values() for rank in w.waiting_for)
+        # What they said long ago says nothing: it may be us who hear no progress.
+        heard = (
+            w
+            for w in self._watched.values()
+            if self._attentive_s - w.pong_a < self._timings.quiet_s
+        )
+        waits = Counter(rank for w in heard for rank in w.waiting_for)
         accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
         if not accused:
             return []

@@ -31,6 +31,7 @@ FELL_ONCE = {
     143: "the same, and the dead that no map could leave out blocked every joiner",
     182: "leases expired one by one, just before their owners could have renewed them",
     299: "a death in an outage of etcd, found by a leader that could ask nobody",
+    100476: "a leader that heard nobody took their last words for a step that stands still",
 }
 
 

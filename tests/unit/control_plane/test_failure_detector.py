@@ -420,6 +420,18 @@ def test_a_slow_first_step_after_a_long_sleep_is_not_stuck(bench: Bench) -> None
     assert bench.dead == {}
 
 
+def test_a_wait_that_was_told_before_we_went_deaf_is_not_a_stuck_step() -> None:
+    bench = Bench(2)
+    bench.suspect(1)
+    bench.pong(0, waiting_for=(1,))
+    bench.pong(1, engine_age_ms=5.0)
+    bench.pass_time(3 * TIMINGS.stuck_s)
+    assert bench.dead == {}
+    bench.step += 1
+    bench.pass_time(1.0, 0, 1)
+    assert bench.dead == {}
+
+
 def test_waiting_without_progress_is_fine_while_orphans_load(bench: Bench) -> None:
     bench.suspect(1)
     for _ in range(1000):
