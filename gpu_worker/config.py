@@ -32,7 +32,7 @@ class RankConfig:
         ReplicaPolicy.GATHER,
         "gather: one replica of an expert computes for all ranks; spread: all replicas do",
     )
-    kv_tokens: int = option(65536, "capacity of the KV cache of this rank, in tokens")
+    kv_tokens: int = option(16384, "capacity of the KV cache of this rank, in tokens")
     kv_block_tokens: int = option(16, "tokens in a KV block")
     step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
     prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")

@@ -202,10 +202,23 @@ class AgentDriver:
     def _hold(self, life: Life, process: RankProcess) -> None:
         rank = life.member.rank
         self._processes[rank] = process
-        self._nurses[rank] = self._tasks.create_task(
-            nurse_lease(self.store, self.keys, life, self.setup.lease_ttl_s)
-        )
+        self._nurses[rank] = self._tasks.create_task(self._nurse(life))
         asyncio.get_running_loop().add_reader(process.fileno(), self._exited, rank)
+
+    async def _nurse(self, life: Life) -> None:
+        await nurse_lease(self.store, self.keys, life, self.setup.lease_ttl_s)
+        if len(self._processes) == len(self.setup.cpus):
+            self._pin(self.setup.cpus)
+
+    def _pin(self, cpus: Mapping[RankId, frozenset[int]]) -> None:
+        for rank, process in self._processes.items():
+            with contextlib.suppress(FileNotFoundError):
+                process.run_on(cpus[rank])
+
+    def _unpin(self) -> None:
+        """While a rank is missing its CPUs are for all: survivors have its work to do, too."""
+        everything = frozenset[int]().union(*self.setup.cpus.values())
+        self._pin(dict.fromkeys(self.setup.cpus, everything))
 
     def _exited(self, rank: RankId) -> None:
         """The pidfd fired. The revocation goes out before anything else is done."""
@@ -214,6 +227,8 @@ class AgentDriver:
         exit_code = process.exit_code()
         process.close()
         self._perform(self.lives.exited(rank, exit_code, self.clock.now()))
+        if self.setup.cpus:
+            self._unpin()
         self._nurses.pop(rank).cancel()
         self._changed.set()
 

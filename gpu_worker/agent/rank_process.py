@@ -84,6 +84,12 @@ class RankProcess:
             return False
         return found is not None and found.si_code == os.CLD_STOPPED
 
+    def run_on(self, cpus: frozenset[int]) -> None:
+        """All its threads, and those that they will start."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), cpus)
+
     def send_signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
@@ -113,9 +119,10 @@ def spawn(
             pass_fds=[fd for fd in pass_fds if fd >= 0],
             start_new_session=True,
         )
-        if cpus:
-            os.sched_setaffinity(child.pid, cpus)
-    return RankProcess(child.pid, os.pidfd_open(child.pid), child)
+    process = RankProcess(child.pid, os.pidfd_open(child.pid), child)
+    if cpus:
+        process.run_on(cpus)
+    return process
 
 
 def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:

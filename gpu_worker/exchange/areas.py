@@ -31,7 +31,8 @@ class Area:
     def __init__(self, registry: Registry, layout: Layout, generation: int) -> None:
         self.generation = generation
         self.nbytes = layout.area_bytes
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        # Populated: no step shall wait for the first touch of a page.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         self._memory = np.frombuffer(mmap.mmap(-1, self.nbytes, flags=flags), dtype=np.uint8)
         self.address = int(self._memory.ctypes.data)
         self.regions = regions_of(self._memory, layout)
