@@ -24,6 +24,7 @@ COPY control_plane control_plane
 COPY gateway gateway
 COPY gpu_worker gpu_worker
 COPY cli cli
+COPY bench bench
 COPY models models
 # In place, and owned by the user: numba keeps its compiled kernels beside their source.
 RUN pip install -e . && chown -R starfish:starfish /opt/starfish

@@ -12,7 +12,7 @@ from rich.table import Table
 from cli.observe.instance_view import InstanceView
 from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
-from control_plane.placement import survives
+from control_plane.placement import advise, describe, survives
 from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
@@ -119,19 +119,7 @@ def render_status(status: dict[str, Any], console: Console) -> None:
         console.print(f"gateway http://{gateway['host']}:{gateway['port']} (pid {gateway['pid']})")
     console.print(_table(status["ranks"]))
     if status["survives"]:
-        console.print(survival_sentence(status["survives"]))
-
-
-def survival_sentence(survived: dict[str, int]) -> str:
-    return (
-        f"The present map survives {_count(survived['rank_failures'], 'rank failure')} and "
-        f"{_count(survived['node_failures'], 'node failure')} without loading a weight, and "
-        f"{_count(survived['rank_failures_with_reload'], 'rank failure')} with a reload."
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"any {number} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}"
+        console.print(status["survives"]["summary"])
 
 
 def _table(ranks: list[dict[str, Any]]) -> Table:
@@ -168,7 +156,7 @@ def _filled(view: InstanceView, rank: RankId) -> int:
     return int(held.sum(axis=1).max(initial=0))
 
 
-def _survives(view: InstanceView) -> dict[str, int] | None:
+def _survives(view: InstanceView) -> dict[str, int | str] | None:
     if view.expert_map is None:
         return None
     nodes = {r.rank: r.node for r in view.ranks if view.expert_map.has(r.member)}
@@ -180,4 +168,5 @@ def _survives(view: InstanceView) -> dict[str, int] | None:
         "node_failures": found.node_failures,
         "rank_failures_with_reload": found.rank_failures_with_reload,
         "node_failures_with_reload": found.node_failures_with_reload,
+        "summary": describe(found, advise(view.expert_map, nodes)),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.observe.status import read_status, survival_sentence
+from cli.observe.status import read_status
 from cli.run_dir import (
     RunState,
     Target,
@@ -293,7 +293,7 @@ class Up:
         target = Target(etcd=self._endpoint, instance=self._options.instance)
         survived = (await read_status(target))["survives"]
         if survived:
-            self._console.print(survival_sentence(survived), highlight=False)
+            self._console.print(survived["summary"], highlight=False)
         name = "" if self._options.instance == "default" else f" --instance {target.instance}"
         folder = "" if self._is_own_dir else f" --run-dir {self._options.run_dir}"
         for text in (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cli.observe.instance_view import InstanceView
-from cli.observe.status import rank_status, status_of, survival_sentence
+from cli.observe.status import rank_status, status_of
 from cli.run_dir import Target
 from shared.expert_map import ExpertMap
 from shared.records import RankRecord
@@ -102,7 +102,7 @@ def test_the_whole_status_says_what_the_map_survives() -> None:
     assert [each["state"] for each in status["ranks"]] == ["live", "live"]
     assert status["survives"]["rank_failures"] == 1
     assert status["survives"]["node_failures"] == 1
-    assert "any 1 rank failure" in survival_sentence(status["survives"])
+    assert "any 1 rank failure" in status["survives"]["summary"]
 
 
 def test_without_a_map_nothing_is_promised() -> None:
