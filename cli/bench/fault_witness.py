@@ -27,9 +27,9 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phases:
-    """From the signal on, one after the other; None where nobody said. `adopt` and `replay` are the
-    slowest survivor's; `reprefill` is from there to the first new token of the slowest stream that
-    the dead rank had served."""
+    """From the signal on, one after the other; None where nobody said, 0 where a phase was over
+    before it could begin. `adopt` and `replay` are the slowest survivor's; `reprefill` is from
+    there to the first new token of the slowest stream that the dead rank had served."""
 
     detect_ms: float | None
     verdict_ms: float | None
@@ -132,4 +132,4 @@ class Witness:
 
 
 def _ms(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else (end - start) * 1000
+    return None if start is None or end is None else max(0.0, end - start) * 1000
