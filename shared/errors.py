@@ -12,7 +12,6 @@
     │   └── LeaseLost          …because the lease is gone
     ├── WireError              a frame or message is malformed
     └── StepAbandoned          a lockstep step will not complete in this epoch
-        └── PeerLost           …because the new map leaves a peer out
 
 `definitely_not_done` says whether the operation surely had no effect; only then may a caller retry
 blindly. A timeout never says so.
@@ -77,8 +76,4 @@ class WireError(StarfishError):
 
 
 class StepAbandoned(StarfishError):
-    pass
-
-
-class PeerLost(StepAbandoned):
     pass

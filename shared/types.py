@@ -45,7 +45,6 @@ class RankState(Enum):
 
     STARTING = "starting"  # registered; loads the model, opens links to its peers
     READY = "ready"  # can load assigned experts and take part in steps once a map names it
-    FENCED = "fenced"  # has learnt that a map left it out; drops its work and exits
 
 
 class FinishReason(Enum):

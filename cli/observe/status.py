@@ -17,7 +17,7 @@ from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
-from shared.types import EMPTY_SLOT, NodeId, RankId, RankState
+from shared.types import EMPTY_SLOT, NodeId, RankId
 from shared.wire import StatusReply
 
 STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting": "cyan"}
@@ -144,7 +144,7 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
 
 def _state(record: RankRecord, in_map: bool, reply: StatusReply | None) -> str:
     """ "live" is in the map and answers; a member that does not answer is "silent"."""
-    if record.state is RankState.FENCED or not in_map:
+    if not in_map:
         return record.state.value
     return "live" if reply is not None else "silent"
 
