@@ -23,6 +23,7 @@ from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
+from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.model_spec import read_model_spec
 
@@ -112,14 +113,7 @@ def stop_event(lifeline_fd: int) -> asyncio.Event:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-
-    def on_lifeline() -> None:
-        if not os.read(lifeline_fd, 1):
-            loop.remove_reader(lifeline_fd)
-            stop.set()
-
-    if lifeline_fd >= 0:
-        loop.add_reader(lifeline_fd, on_lifeline)
+    watch_lifeline(lifeline_fd, stop.set)
     return stop
 
 

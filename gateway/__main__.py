@@ -19,6 +19,7 @@ from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import connect_store
+from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 
 _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
@@ -55,8 +56,7 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if config.lifeline_fd >= 0:
-        loop.add_reader(config.lifeline_fd, stop.set)
+    watch_lifeline(config.lifeline_fd, stop.set)
     # What is loaded by now stays; walking through it again and again would stall streams.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
+from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.model_spec import ModelSpec, read_model_spec
 from shared.records import InstanceSpec
@@ -85,8 +86,7 @@ async def run_rank(config: RankConfig) -> int:
     """The exit code. Raises StarfishError, OSError, and whatever the engine raised."""
     keys, clock = Keys(config.instance), SystemClock()
     store = await connect_store(config.etcd.split(","))
-    if config.lifeline_fd >= 0:
-        end_with_lifeline(config.lifeline_fd)
+    watch_lifeline(config.lifeline_fd, end_at_once)
     member, lease_id = await take_identity(config, store, keys)
     spec = await wait_for_spec(store, keys)
     folder = config.model or Path(spec.model_path)
@@ -165,17 +165,10 @@ async def wait_for_spec(store: Store, keys: Keys) -> InstanceSpec:
     return unpack(found.value, InstanceSpec)
 
 
-def end_with_lifeline(fd: int) -> None:
-    """The process ends when the other end of this pipe is closed, however its owner ended."""
-    loop = asyncio.get_running_loop()
-
-    def on_readable() -> None:
-        if not os.read(fd, 1):
-            log.warning("lifeline_ended")
-            os._exit(0)
-
-    add: Callable[..., None] = loop.add_reader
-    add(fd, on_readable)
+def end_at_once() -> None:
+    """Whoever started this rank is gone: nobody waits for it any more."""
+    log.warning("lifeline_ended")
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from gpu_worker.agent.respawn_policy import EXIT_FENCED
 from gpu_worker.config import RankConfig
 from gpu_worker.control_server import ControlServer
 from gpu_worker.engine.engine import Engine
@@ -43,10 +44,6 @@ from shared.types import Member, NodeId, RankState
 from shared.wire import AreaOpened, OpenArea
 
 log = structlog.get_logger()
-
-EXIT_FENCED = 75
-"""The exit code of a rank that was declared dead: the node agent starts a new incarnation at
-once."""
 
 
 class Endpoint(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpu_worker.agent.config import AgentConfig
 from gpu_worker.agent.cpu_share import share_cpus
-from gpu_worker.agent.driver import AgentDriver, RankSetup, watch_lifeline
+from gpu_worker.agent.driver import AgentDriver, RankSetup
 from gpu_worker.agent.obituary import Obituary
 from gpu_worker.agent.presence import Presence
 from gpu_worker.agent.rank_list import parse_ranks
@@ -27,6 +27,7 @@ from shared.config import add_flags, load_config
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
 from shared.keys import Keys
+from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.records import AgentRecord
 from shared.types import NodeId, RankId
@@ -127,8 +128,7 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, driver.stop)
-    if config.lifeline_fd >= 0:
-        watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
+    watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
     try:
         await driver.run()
     finally:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -244,17 +244,3 @@ class AgentDriver:
 
     def _lease_id(self) -> int:
         return self.presence.lease_id
-
-
-OnLifelineEnd = Callable[[], None]
-
-
-def watch_lifeline(fd: int, on_end: OnLifelineEnd) -> None:
-    """Nobody writes to the pipe: it becomes readable when its last writer is gone."""
-    loop = asyncio.get_running_loop()
-
-    def ended() -> None:
-        loop.remove_reader(fd)
-        on_end()
-
-    loop.add_reader(fd, ended)
