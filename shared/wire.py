@@ -69,7 +69,9 @@ class SessionTokens:
     """New tokens of one attempt. `index` is that of the first of `ids`; `finish` is set on the last
     message of an attempt, whose `ids` may be empty. A stop token is sent, too, as the last id
     beside `finish=STOP`: it counts as a token, and the gateway leaves it out of the text. `error`
-    set means failed, and `retryable` that another rank may take it."""
+    set means failed, and `retryable` that another rank may take it. `cached_tokens` says how many
+    of the tokens given were found in the KV cache when the attempt began; it is set on the first
+    message that has ids."""
 
     session: SessionId
     attempt: Attempt
@@ -78,6 +80,7 @@ class SessionTokens:
     finish: FinishReason | None = None
     error: str | None = None
     retryable: bool = False
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +90,11 @@ class Load:
     running: int
     waiting: int
     tokens: int  # prompt and generated tokens of running and waiting sessions
-    kv_blocks_free: int
+    kv_blocks_free: int  # cached ones that nobody uses among them
     kv_blocks: int
+    kv_blocks_cached: int = 0  # named: a later prompt may begin with them
+    prefix_tokens: int = 0  # known tokens of all sequences that began to run, since the start
+    prefix_tokens_cached: int = 0  # … of which the KV cache had these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
