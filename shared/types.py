@@ -81,7 +81,12 @@ class Member:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to turn logits into tokens. Keyed by `(seed, position)`: a continuation on another
-    rank draws the same numbers. `temperature == 0` is greedy. `top_k == 0` keeps all."""
+    rank draws the same numbers. `temperature == 0` is greedy. `top_k == 0` keeps all.
+
+    `logprobs` asks for the log-probability of each new token and of so many of the likeliest (0:
+    the token's alone); `prompt_logprobs` for those of the prompt's tokens, which with `max_tokens
+    == 0` are all that is computed. Penalties count what the session generated;
+    `repetition_penalty` its prompt, too."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -91,3 +96,10 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None

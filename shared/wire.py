@@ -65,13 +65,28 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """How likely the model alone (before penalties, bias, temperature) found a token at its place:
+    the natural logarithm of its probability, its rank among all (1 is the likeliest), and the
+    likeliest ids with theirs, falling, as many as were asked for."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionTokens:
     """New tokens of one attempt. `index` is that of the first of `ids`; `finish` is set on the last
     message of an attempt, whose `ids` may be empty. A stop token is sent, too, as the last id
     beside `finish=STOP`: it counts as a token, and the gateway leaves it out of the text. `error`
     set means failed, and `retryable` that another rank may take it. `cached_tokens` says how many
     of the tokens given were found in the KV cache when the attempt began; it is set on the first
-    message that has ids."""
+    message that has ids.
+
+    Where the sampling asks for them, `logprobs` holds one for each of `ids`, and `prompt_logprobs`
+    come chunk by chunk before the first id: the first of them is that of the prompt's token
+    `prompt_index`. The prompt's token 0 has none."""
 
     session: SessionId
     attempt: Attempt
@@ -81,6 +96,9 @@ class SessionTokens:
     error: str | None = None
     retryable: bool = False
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

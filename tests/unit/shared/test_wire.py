@@ -11,14 +11,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import WireError
-from shared.types import Attempt, Incarnation, Member, RankId, SamplingParams, SessionId
+from shared.types import (
+    Attempt,
+    Epoch,
+    Incarnation,
+    Member,
+    RankId,
+    SamplingParams,
+    SessionId,
+    Step,
+)
 from shared.wire import (
     FRAME_BYTES_MAX,
     AreaOpened,
     Hello,
+    Load,
     Message,
     Ping,
+    SessionTokens,
     Submit,
+    TokenLogprob,
+    Tokens,
     decode,
     encode,
     read_message,
@@ -31,7 +44,9 @@ def submit(tokens: tuple[int, ...] = (1, 2, 3)) -> Submit:
         attempt=Attempt(2),
         tokens=tokens,
         num_emitted=1,
-        sampling=SamplingParams(temperature=0.5, seed=2**63, stop_token_ids=(7,)),
+        sampling=SamplingParams(
+            temperature=0.5, seed=2**63, stop_token_ids=(7,), logit_bias=((3, -1.5),)
+        ),
     )
 
 
@@ -56,7 +71,30 @@ async def read_all(data: bytes) -> list[Message | None]:
     return messages
 
 
-@pytest.mark.parametrize("message", [submit(), submit(()), area(), Ping(nonce=1)])
+def tokens() -> Tokens:
+    """Log-probabilities as they may be: exact to the last bit, and of what cannot be."""
+    scored = TokenLogprob(logprob=-0.1 - 2**-55, rank=1, top=((7, -0.1), (9, float("-inf"))))
+    session = SessionTokens(
+        session=SessionId("s"),
+        attempt=Attempt(0),
+        index=4,
+        ids=(7,),
+        logprobs=(scored,),
+        prompt_logprobs=(TokenLogprob(logprob=-1e-17, rank=2), scored),
+        prompt_index=1,
+    )
+    load = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
+    return Tokens(
+        rank=RankId(0),
+        incarnation=Incarnation(1),
+        epoch=Epoch(1),
+        step=Step(2),
+        sessions=(session,),
+        load=load,
+    )
+
+
+@pytest.mark.parametrize("message", [submit(), submit(()), area(), Ping(nonce=1), tokens()])
 def test_a_message_comes_out_as_it_went_in(message: Message) -> None:
     assert decode(encode(message)[4:]) == message
 
