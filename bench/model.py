@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_worker.exchange.local import LocalExchange, LocalHub
-from gpu_worker.model.qwen3_moe import Qwen3Moe
+from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.registry import load_model
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 from gpu_worker.step_batch import StepBatch
@@ -41,7 +41,7 @@ class Bench:
     """One rank that holds every expert."""
 
     def __init__(self, folder: Path) -> None:
-        self.model: Qwen3Moe = load_model(
+        self.model: Decoder = load_model(
             folder, slots_per_rank=64, kv_blocks=1024, block_tokens=BLOCK_TOKENS
         )
         spec = self.model.spec
@@ -104,7 +104,7 @@ def reference_seconds(folder: Path, prompts_SC: np.ndarray) -> float:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.DecoderForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.from_numpy(prompts_SC)
     options = {"do_sample": False, "pad_token_id": 0, "temperature": None, "top_p": None}
     model.generate(ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=2)

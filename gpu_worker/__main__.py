@@ -19,7 +19,7 @@ from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import take_identity
-from gpu_worker.model.qwen3_moe import Qwen3Moe
+from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.registry import load_model
 from gpu_worker.rank import Rank, RankParts
 from gpu_worker.slot_loader import ExpertSlotLoader
@@ -135,7 +135,7 @@ async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
             log.warning("lease_not_revoked", detail=str(error))
 
 
-def load(config: RankConfig, spec: InstanceSpec, folder: Path) -> Qwen3Moe:
+def load(config: RankConfig, spec: InstanceSpec, folder: Path) -> Decoder:
     def progress(done: int, total: int) -> None:
         log.debug("kernels_compiled", done=done, total=total)
 

@@ -13,8 +13,8 @@ from shared.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes of a mixture-of-experts decoder. `moe_layers` are the decoder layers that have experts,
-    in order: the layer axis of a placement indexes this tuple."""
+    """Sizes of a decoder. `moe_layers` are the decoder layers that have experts, in order: the
+    layer axis of a placement indexes this tuple. A dense model has none, and `num_experts` is 0."""
 
     architecture: str
     num_layers: int
@@ -33,7 +33,15 @@ class ModelSpec:
         return len(self.moe_layers)
 
 
-SUPPORTED_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+ARCHITECTURES = {
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+"""The registry of models: the architecture that config.json names, and the file in
+`gpu_worker/model/families` that serves it."""
+
+_NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")
+"""What families call the same thing; the first that is there counts."""
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
@@ -41,27 +49,21 @@ def read_model_spec(folder: Path) -> ModelSpec:
     architecture that Starfish does not serve."""
     config = read_json(folder, "config.json")
     architectures = config.get("architectures") or [None]
-    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+    if architectures[0] not in ARCHITECTURES:
         raise CheckpointError(
             f"{folder}: architecture {architectures[0]!r} is not served; "
-            f"known: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"known: {', '.join(ARCHITECTURES)}"
         )
     try:
-        num_layers = int(config["num_hidden_layers"])
-        dense = set(config.get("mlp_only_layers") or [])
-        sparse_step = int(config.get("decoder_sparse_step", 1))
+        num_experts = int(_first_of(config, _NUM_EXPERTS) or 0)
         return ModelSpec(
             architecture=architectures[0],
-            num_layers=num_layers,
-            moe_layers=tuple(
-                layer
-                for layer in range(num_layers)
-                if layer not in dense and (layer + 1) % sparse_step == 0
-            ),
+            num_layers=int(config["num_hidden_layers"]),
+            moe_layers=_moe_layers(config) if num_experts else (),
             hidden_size=int(config["hidden_size"]),
-            num_experts=int(config["num_experts"]),
-            top_k=int(config["num_experts_per_tok"]),
-            moe_intermediate_size=int(config["moe_intermediate_size"]),
+            num_experts=num_experts,
+            top_k=int(config["num_experts_per_tok"]) if num_experts else 0,
+            moe_intermediate_size=int(_first_of(config, _EXPERT_SIZE)) if num_experts else 0,
             vocab_size=int(config["vocab_size"]),
             context_tokens_max=int(config["max_position_embeddings"]),
             eos_token_ids=_eos_token_ids(folder, config),
@@ -69,6 +71,26 @@ def read_model_spec(folder: Path) -> ModelSpec:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: missing or malformed {error}") from error
+
+
+def _first_of(config: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _moe_layers(config: dict[str, Any]) -> tuple[int, ...]:
+    """Every layer has experts but those that one of the families' ways leaves out."""
+    num_layers = int(config["num_hidden_layers"])
+    if (kinds := config.get("mlp_layer_types")) is not None:
+        return tuple(layer for layer in range(num_layers) if kinds[layer] == "sparse")
+    dense = set(config.get("mlp_only_layers") or [])
+    first = int(config.get("first_k_dense_replace") or 0)
+    step = int(config.get("decoder_sparse_step") or 1)
+    frequency = int(config.get("moe_layer_freq") or 1)
+    return tuple(
+        layer
+        for layer in range(first, num_layers)
+        if layer not in dense and (layer + 1) % step == 0 and layer % frequency == 0
+    )
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warm_up() -> None:
-    from gpu_worker.model.kernels import warm_up  # numba is slow to import
+    from gpu_worker.model.registry import warm_up  # numba is slow to import
 
     warm_up(_print_progress)
 

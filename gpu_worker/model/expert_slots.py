@@ -19,6 +19,17 @@ class ExpertWeights(NamedTuple):
     gate_IH: NDArray[np.float32]
     up_IH: NDArray[np.float32]
     down_HI: NDArray[np.float32]
+    gate_up_bias_J: NDArray[np.float32] | None = None  # J = 2I: gate, then up
+    down_bias_H: NDArray[np.float32] | None = None
+
+
+class MlpWeights(NamedTuple):
+    """Of S MLPs, transposed: hidden H, inner I, J = 2I (gate, then up)."""
+
+    w_gate_up_SHJ: NDArray[np.float32]
+    w_down_SIH: NDArray[np.float32]
+    b_gate_up_SJ: NDArray[np.float32]
+    b_down_SH: NDArray[np.float32]
 
 
 class ExpertSlots:
@@ -40,6 +51,8 @@ class ExpertSlots:
         leading = (num_layers, slots_per_rank)
         self.w_gate_up_LSHJ = np.zeros((*leading, hidden_size, 2 * inner_size), dtype=np.float32)
         self.w_down_LSIH = np.zeros((*leading, inner_size, hidden_size), dtype=np.float32)
+        self.b_gate_up_LSJ = np.zeros((*leading, 2 * inner_size), dtype=np.float32)
+        self.b_down_LSH = np.zeros((*leading, hidden_size), dtype=np.float32)
         self._contents = np.full(leading, EMPTY_SLOT, dtype=np.int16)
         self._contents_lock = threading.Lock()
         self._inner_size = inner_size
@@ -59,6 +72,15 @@ class ExpertSlots:
         with self._contents_lock:
             return self._contents.copy()
 
+    def weights(self, layer: int) -> MlpWeights:
+        """Of all slots of a layer."""
+        return MlpWeights(
+            w_gate_up_SHJ=self.w_gate_up_LSHJ[layer],
+            w_down_SIH=self.w_down_LSIH[layer],
+            b_gate_up_SJ=self.b_gate_up_LSJ[layer],
+            b_down_SH=self.b_down_LSH[layer],
+        )
+
     def load(self, layer: int, slot: int, expert: int) -> None:
         """The slot is EMPTY until the last byte is in."""
         self._set(layer, slot, EMPTY_SLOT)
@@ -67,6 +89,10 @@ class ExpertSlots:
         gate_up_HJ[:, : self._inner_size] = weights.gate_IH.T
         gate_up_HJ[:, self._inner_size :] = weights.up_IH.T
         self.w_down_LSIH[layer, slot] = weights.down_HI.T
+        if weights.gate_up_bias_J is not None:
+            self.b_gate_up_LSJ[layer, slot] = weights.gate_up_bias_J
+        if weights.down_bias_H is not None:
+            self.b_down_LSH[layer, slot] = weights.down_bias_H
         self._set(layer, slot, expert)
 
     def load_all(

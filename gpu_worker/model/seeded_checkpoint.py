@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from gpu_worker.model.checkpoint import INDEX_FILE, Shape
-from gpu_worker.model.qwen3_moe_weights import read_sizes, tensor_shapes
+from gpu_worker.model.families.qwen3_moe import Qwen3Moe
 from gpu_worker.model.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from shared.model_spec import read_model_spec
 
@@ -117,7 +117,7 @@ def _write_weights(
     folder: Path, seed: int, num_shards: int, on_progress: Callable[[int, int], None] | None
 ) -> None:
     spec = read_model_spec(folder)
-    shapes = tensor_shapes(spec, read_sizes(spec))
+    shapes = Qwen3Moe(spec).tensor_shapes()
     shards = _split(shapes, num_shards)
     weight_map: dict[str, str] = {}
     done = 0

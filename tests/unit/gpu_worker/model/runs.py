@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange.local import LocalExchange, LocalHub
-from gpu_worker.model.qwen3_moe import Qwen3Moe
+from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.registry import load_model
 from gpu_worker.step_batch import Forward, StepBatch
 from shared.clock import SystemClock
@@ -81,7 +81,7 @@ def make_batch(chunks: Sequence[Chunk], *, all_rows: bool = True) -> StepBatch:
 class RankRun:
     """A model with its end of an exchange."""
 
-    model: Qwen3Moe
+    model: Decoder
     exchange: LocalExchange
     steps: int = field(default=0)
 

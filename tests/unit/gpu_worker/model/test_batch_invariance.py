@@ -40,9 +40,9 @@ def table_of(index: int) -> list[int]:
 
 
 def kv_of(run: RankRun, table: list[int]) -> Iterator[NDArray[np.float32]]:
-    cache = run.model.kv_cache
-    yield cache.k_LBJDU[:, table]
-    yield cache.v_LBJUD[:, table]
+    for attention in run.model.attention:
+        for cache in attention.cache_arrays():
+            yield cache[table]
 
 
 def alone(run: RankRun, seed: int) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
@@ -71,11 +71,12 @@ def test_batch_and_chunking_change_no_bit(run: RankRun, data: st.DataObject) -> 
             logits[i].append(part)
             done[i] += n
     kv = [[part.copy() for part in kv_of(run, table_of(i))] for i in range(len(seeds))]
-    for seed, parts, (k, v) in zip(seeds, logits, kv, strict=True):
-        expected_TV, (expected_k, expected_v) = alone(run, seed)
+    for seed, parts, caches in zip(seeds, logits, kv, strict=True):
+        expected_TV, expected = alone(run, seed)
         assert np.array_equal(np.concatenate(parts), expected_TV)
-        assert np.array_equal(k, expected_k)
-        assert np.array_equal(v, expected_v)
+        assert all(
+            np.array_equal(ours, theirs) for ours, theirs in zip(caches, expected, strict=True)
+        )
 
 
 def test_a_prefill_of_emitted_tokens_gives_the_bits_that_decode_gave(run: RankRun) -> None:
@@ -99,8 +100,9 @@ def test_a_replayed_step_writes_the_same_values(run: RankRun) -> None:
 
 def test_stale_contents_of_a_block_change_no_bit(run: RankRun) -> None:
     expected_TV, _ = alone(run, 3)
-    for cache in (run.model.kv_cache.k_LBJDU, run.model.kv_cache.v_LBJUD):
-        cache[:] = 1e3
+    for attention in run.model.attention:
+        for cache in attention.cache_arrays():
+            cache[:] = 1e3
     again_TV, _ = alone(run, 3)
     assert np.array_equal(again_TV, expected_TV)
 

@@ -8,13 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from gpu_worker.model import kernels
+from gpu_worker.model.expert_slots import MlpWeights
+from gpu_worker.model.kernels import arithmetic, experts, linear, router
+from gpu_worker.model.kernels.warm_up import compile_all
+from gpu_worker.model.mlp import MlpRunner
+from gpu_worker.model.registry import COMMON_KERNELS
 
 
 @njit
 def exp_all(x, out):
     for i in range(x.shape[0]):
-        out[i] = kernels.exp32(x[i])
+        out[i] = arithmetic.exp32(x[i])
 
 
 @njit
@@ -23,7 +27,7 @@ def chain(x, w, out):
     for n in range(w.shape[1]):
         total = np.float32(0.0)
         for k in range(x.shape[0]):
-            total = kernels.fma(x[k], w[k, n], total)
+            total = arithmetic.fma(x[k], w[k, n], total)
         out[n] = total
 
 
@@ -66,7 +70,7 @@ def test_a_linear_output_is_one_chain_in_order_of_k(
     x = rng.standard_normal((rows + 1, inputs), dtype=np.float32)
     w = rng.standard_normal((inputs, outputs), dtype=np.float32)
     out = np.full((rows + 1, outputs), np.nan, dtype=np.float32)
-    kernels.linear(x, w, np.zeros(outputs, dtype=np.float32), out, rows)
+    linear.linear(x, w, np.zeros(outputs, dtype=np.float32), out, rows)
     expected = np.empty(outputs, dtype=np.float32)
     for m in range(rows):
         chain(x[m], w, expected)
@@ -78,26 +82,21 @@ def test_linear_starts_from_the_bias() -> None:
     x = np.ones((5, 3), dtype=np.float32)
     w = np.ones((3, 2), dtype=np.float32)
     out = np.empty((5, 2), dtype=np.float32)
-    kernels.linear(x, w, np.array([10, 20], dtype=np.float32), out, 5)
+    linear.linear(x, w, np.array([10, 20], dtype=np.float32), out, 5)
     assert out.tolist() == [[13, 23]] * 5
 
 
 def route(logits: list[float], top_k: int, normalise: bool) -> tuple[list[int], list[float]]:
     """Routes one token whose router logits are `logits`."""
-    kernels.warm_up()
     num_experts = len(logits)
     x = np.ones((1, 1), dtype=np.float32)
-    ones = np.ones(1, dtype=np.float32)
     experts = np.empty((1, top_k), dtype=np.int32)
     weights = np.empty((1, top_k), dtype=np.float32)
-    kernels.route(
+    router.route_softmax(
         x,
-        ones,
         np.array([logits], dtype=np.float32),
         np.zeros(num_experts, dtype=np.float32),
-        np.float32(0),
         normalise,
-        np.empty_like(x),
         np.empty((1, num_experts), dtype=np.float32),
         experts,
         weights,
@@ -121,29 +120,19 @@ def test_router_weights_are_softmax_probabilities(normalise: bool) -> None:
 
 
 def run_experts(x, rows, slots, gate_up, down) -> np.ndarray:
-    kernels.warm_up()
-    num_pairs, hidden, inner = len(rows), x.shape[1], down.shape[1]
-
-    def scratch(*shape: int) -> np.ndarray:
-        return np.full(shape, np.nan, dtype=np.float32)
-
-    y = scratch(num_pairs, hidden)
-    kernels.run_experts(
-        x,
-        np.array(rows, dtype=np.int32),
-        np.array(slots, dtype=np.int32),
-        gate_up,
-        down,
-        np.zeros(max(2 * inner, hidden), dtype=np.float32),
-        y,
-        np.empty(num_pairs, dtype=np.int32),
-        np.empty(gate_up.shape[0], dtype=np.int32),
-        scratch(num_pairs, hidden),
-        scratch(num_pairs, 2 * inner),
-        scratch(num_pairs, inner),
-        scratch(num_pairs, hidden),
+    num_slots, inner, hidden = down.shape
+    runner = MlpRunner(
+        hidden_size=hidden, inner_size=inner, num_mlps=num_slots, activation=experts.SWIGLU
     )
-    return y
+    weights = MlpWeights(
+        w_gate_up_SHJ=gate_up,
+        w_down_SIH=down,
+        b_gate_up_SJ=np.zeros((num_slots, 2 * inner), dtype=np.float32),
+        b_down_SH=np.zeros((num_slots, hidden), dtype=np.float32),
+    )
+    return runner.run(
+        x, np.array(rows, dtype=np.int32), np.array(slots, dtype=np.int32), weights
+    ).copy()
 
 
 @settings(deadline=None, max_examples=60)
@@ -166,15 +155,15 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_group(data: st.DataObject, se
 
 
 def test_a_call_with_other_types_fails_in_place_of_compiling() -> None:
-    kernels.warm_up()
+    compile_all(COMMON_KERNELS)
     with pytest.raises(TypeError):
-        kernels.add_rows(np.zeros((1, 1)), np.zeros((1, 1)), 1)
+        linear.add_rows(np.zeros((1, 1)), np.zeros((1, 1)), 1)
 
 
 def test_read_only_inputs_are_taken() -> None:
-    kernels.warm_up()
+    compile_all(COMMON_KERNELS)
     x = np.ones((2, 3), dtype=np.float32)
     y = np.ones((2, 1, 3), dtype=np.float32)
     y.setflags(write=False)
-    kernels.add_weighted(x, y, np.full((2, 1), 2, dtype=np.float32), 2)
+    experts.add_weighted(x, y, np.full((2, 1), 2, dtype=np.float32), 2)
     assert (x == 3).all()

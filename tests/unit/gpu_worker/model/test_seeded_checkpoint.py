@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from gpu_worker.model.__main__ import main
-from gpu_worker.model.registry import MODELS
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-from shared.model_spec import SUPPORTED_ARCHITECTURES, read_model_spec
+from shared.model_spec import read_model_spec
 from tests.unit.gpu_worker.model.runs import SMALL, open_ranks
 
 CONVERSATION = [
@@ -127,10 +126,6 @@ def test_greedy_text_does_not_fall_into_a_loop(tmp_path: Path) -> None:
     for prompt in ("Hello", "def f(x):", "1 2 3 4", "The quick brown fox"):
         emitted = run.greedy(tokenizer(prompt).input_ids, range(16), 96)
         assert len(set(emitted[-32:])) > 24
-
-
-def test_every_supported_architecture_has_a_class() -> None:
-    assert set(MODELS) == set(SUPPORTED_ARCHITECTURES)
 
 
 def test_the_command_writes_a_checkpoint_and_says_how_far_it_is(

@@ -1,0 +1,107 @@
+"""The arithmetic that all CPU kernels are spelt in, and how they are compiled and cached.
+
+The kernels are batch-invariant by construction: each output element is one chain of fused
+multiply-adds in a fixed order (k ascending), spelt out with `fma` so that no compiler choice can
+change a bit. Blocking and unrolling only change which elements advance together. Hence no result
+depends on the other rows of a call, on how a prompt was cut into chunks, or on which rank ran it,
+and machines with different vector widths agree.
+
+Shape letters: T tokens of the step, S sequences (in `experts`: slots), B KV blocks of a sequence,
+R wanted rows, H hidden size, P width of q+k+v, O width of all query heads, D head size,
+V vocabulary, E experts, K top-k, I expert's inner size, J its gate and up together, M rows that
+this rank's experts see, N (row, slot) pairs, C context positions that the score buffer holds.
+Weights lie transposed, `[inputs, outputs]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+
+def _cache_folder() -> str:
+    """Named by the sources of all kernels: numba itself watches only the file of an entry point,
+    and would run old code after a change in a file that this one imports."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.glob("*.py")):
+        digest.update(path.read_bytes())
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    beside = here / "__pycache__"
+    if os.access(beside if beside.exists() else here, os.W_OK) or (beside / name).exists():
+        return str(beside / name)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(home) / "starfish" / name)
+
+
+numba.config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]
+
+kernel: Any = njit(nogil=True, cache=True)
+inlined: Any = njit(nogil=True, cache=True, inline="always")
+
+_LOG2_E = np.float32(math.log2(math.e))
+_LN_2_HIGH = np.float32(355 / 512)  # few bits, so that n * _LN_2_HIGH is exact
+_LN_2_LOW = np.float32(math.log(2) - 355 / 512)
+_ROUND = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
+_EXP_MIN = np.float32(-87.0)
+_EXP_MAX = np.float32(88.0)
+ZERO = np.float32(0.0)
+ONE = np.float32(1.0)
+_EXP_2, _EXP_3, _EXP_4, _EXP_5, _EXP_6, _EXP_7 = (
+    np.float32(1 / math.factorial(n)) for n in range(2, 8)
+)
+
+
+def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c with one rounding."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), build
+
+
+def _float_bits(typing_context: Any, value: Any) -> Any:
+    """The int32 with the bits of a float32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), build
+
+
+def _bits_float(typing_context: Any, value: Any) -> Any:
+    """The float32 with the bits of an int32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+# Any: numba's own annotation counts the typing context as an argument of the call.
+fma: Any = intrinsic(_fma)
+float_bits: Any = intrinsic(_float_bits)
+bits_float: Any = intrinsic(_bits_float)
+
+
+@inlined
+def exp32(x: Any) -> Any:
+    """e**x, clamped to float32's normal range; our own, because libraries' differ between their
+    scalar and vector forms and between versions."""
+    x = min(max(x, _EXP_MIN), _EXP_MAX)
+    shifted = fma(x, _LOG2_E, _ROUND)
+    n = shifted - _ROUND
+    r = fma(n, -_LN_2_LOW, fma(n, -_LN_2_HIGH, x))
+    p = fma(r, fma(r, fma(r, fma(r, fma(r, _EXP_7, _EXP_6), _EXP_5), _EXP_4), _EXP_3), _EXP_2)
+    p = fma(r, fma(r, p, ONE), ONE)
+    return bits_float(np.int32(float_bits(p) + (float_bits(shifted) << np.int32(23))))
