@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -167,3 +170,14 @@ def test_read_only_inputs_are_taken() -> None:
     y.setflags(write=False)
     experts.add_weighted(x, y, np.full((2, 1), 2, dtype=np.float32), 2)
     assert (x == 3).all()
+
+
+def test_kernel_files_import_only_what_the_cache_is_named_by() -> None:
+    """Else numba would run old code after a change."""
+    folder = Path(arithmetic.__file__).parent
+    for path in folder.glob("*.py"):
+        imported = re.findall(
+            r"^from gpu_worker\.model\.kernels\.(\w+) import", path.read_text(), re.M
+        )
+        compiled = {f"{name}.py" for name in imported} - {"warm_up.py"}
+        assert compiled <= set(arithmetic.SHARED_SOURCES), path.name
