@@ -104,7 +104,7 @@ def reference_seconds(folder: Path, prompts_SC: np.ndarray) -> float:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.DecoderForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.from_numpy(prompts_SC)
     options = {"do_sample": False, "pad_token_id": 0, "temperature": None, "top_p": None}
     model.generate(ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=2)
