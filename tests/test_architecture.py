@@ -28,7 +28,7 @@ OWNERS = {
     "rich": {"cli/"},
     "torch": {"gpu_worker/"},
     "numba": {"gpu_worker/"},
-    "mooncake": {"gpu_worker/exchange/"},
+    "mooncake": {"gpu_worker/exchange/", "gpu_worker/cuda/"},
     "transformers": set[str](),
 }
 WITHOUT_TORCH = (
