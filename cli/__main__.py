@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from cli.bench.commands import bench
+from cli.evaluate.command import evaluate_command
 from cli.outcome import run_command
 from cli.plan import plan
 from cli.run_dir import Target, default_run_dir, resolve_target
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.command()(plan)
+app.command(name="eval")(evaluate_command)
 
 Instance = Annotated[
     str | None, typer.Option("--instance", help="Name of the instance (default: default).")

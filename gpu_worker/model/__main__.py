@@ -1,16 +1,19 @@
 """Work on models that comes before any rank runs, one process each, so that ranks started together
 do not all do it: `python -m gpu_worker.model warm-up` compiles the kernels into numba's cache,
-`python -m gpu_worker.model seed FOLDER` writes the default checkpoint. Progress: `done/total`
-lines on stdout."""
+`python -m gpu_worker.model seed FOLDER` writes the default checkpoint; progress as `done/total`
+lines on stdout. And beside them: `python -m gpu_worker.model score FOLDER TOKENS` scores given
+tokens, as one JSON list of nats on stdout."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import StarfishError
+from shared.model_spec import read_model_spec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,10 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = commands.add_parser("seed", help="write a seeded-random Qwen3-MoE checkpoint")
     seed.add_argument("folder", type=Path)
     seed.add_argument("--seed", type=int, default=0)
+    score = commands.add_parser("score", help="negative log-likelihoods of given tokens")
+    score.add_argument("folder", type=Path)
+    score.add_argument("tokens", type=Path, help="a JSON list of lists of token ids")
+    score.add_argument("--num-ranks", type=int, default=1)
+    score.add_argument("--without-rank", type=int, help="whose experts give nothing")
     options = parser.parse_args(arguments)
     try:
         if options.command == "warm-up":
             _warm_up()
+        elif options.command == "score":
+            _score(options.folder, options.tokens, options.num_ranks, options.without_rank)
         else:
             _seed(options.folder, options.seed)
     except (StarfishError, OSError) as error:
@@ -42,6 +52,16 @@ def _seed(folder: Path, seed: int) -> None:
     from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 
     create_seeded_checkpoint(folder, seed, _print_progress)
+
+
+def _score(folder: Path, tokens: Path, num_ranks: int, without_rank: int | None) -> None:
+    from gpu_worker.model.scoring import LocalScorer, experts_of_rank
+
+    documents = json.loads(tokens.read_text())
+    num_experts = read_model_spec(folder).num_experts
+    missing = () if without_rank is None else experts_of_rank(without_rank, num_ranks, num_experts)
+    scorer = LocalScorer(folder, missing=missing)
+    print(json.dumps([scorer.nats(document) for document in documents]))
 
 
 def _print_progress(done: int, total: int) -> None:

@@ -1,0 +1,36 @@
+"""What the same model would score if the experts of dead ranks were left out, as systems do that
+mask a dead rank and go on: computed by one process beside the instance."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli.evaluate.documents import Document
+from cli.evaluate.scoring import Score, score_of
+from shared.errors import Unavailable
+
+
+async def score_without(
+    model: Path, documents: Sequence[Document], *, dead_rank: int | None, num_ranks: int
+) -> Score:
+    """One replica of each expert, dealt to `num_ranks` ranks in turn; those of `dead_rank` give
+    nothing. None: nobody is dead. Raises Unavailable."""
+    with tempfile.TemporaryDirectory(prefix="starfish-eval-") as folder:
+        path = Path(folder) / "tokens.json"
+        path.write_text(json.dumps([document.tokens for document in documents]))
+        flags = [] if dead_rank is None else ["--without-rank", str(dead_rank)]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gpu_worker.model", "score", str(model), str(path)),
+            *("--num-ranks", str(num_ranks), *flags),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+    if process.returncode:
+        raise Unavailable(f"scoring in one process failed: {err.decode().strip()[-300:]}")
+    return score_of(json.loads(out), documents)

@@ -1,0 +1,117 @@
+"""Scores documents through a gateway: the log-probability of every token given those before it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from cli.evaluate.documents import Document
+from shared.errors import Unavailable
+
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """`nats` are exact sums of each document's negative log-probabilities."""
+
+    nats: tuple[float, ...]
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return math.fsum(self.nats) / math.log(2) / self.num_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(math.fsum(self.nats) / self.num_tokens)
+
+
+def score_of(nats: Sequence[float], documents: Sequence[Document]) -> Score:
+    return Score(
+        nats=tuple(nats),
+        num_tokens=sum(len(d.tokens) - 1 for d in documents),
+        num_bytes=sum(d.num_bytes for d in documents),
+    )
+
+
+class Scorer:
+    """Of one gateway and model."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, model: str) -> None:
+        self._http, self._url, self._model = http, url, model
+
+    async def score(
+        self,
+        documents: Sequence[Document],
+        *,
+        concurrency: int,
+        on_progress: Callable[[int], None],
+    ) -> Score:
+        """So many documents at once; `on_progress` hears how many are done. Raises Unavailable for
+        the first that the server could not score."""
+        nats = [0.0] * len(documents)
+        waiting = list(enumerate(documents))[::-1]
+        done = 0
+
+        async def work() -> None:
+            nonlocal done
+            while waiting:
+                index, document = waiting.pop()
+                nats[index] = await self._nats(document)
+                done += 1
+                on_progress(done)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(concurrency):
+                tasks.create_task(work())
+        return score_of(nats, documents)
+
+    async def _nats(self, document: Document) -> float:
+        body = {
+            "model": self._model,
+            "prompt": list(document.tokens),
+            "max_tokens": 0,
+            "prompt_logprobs": 0,
+        }
+        try:
+            async with self._http.post(f"{self._url}/v1/completions", json=body) as response:
+                answer = await response.json()
+                if response.status != 200:
+                    message = answer.get("error", {}).get("message", "no reason given")
+                    raise Unavailable(f"the server cannot score: {message}")
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise Unavailable(f"the gateway at {self._url} failed: {error}") from error
+        return -math.fsum(_logprobs(answer, document))
+
+
+def _logprobs(answer: dict[str, Any], document: Document) -> list[float]:
+    try:
+        rows = answer["choices"][0]["prompt_logprobs"][1:]
+        scored = zip(rows, document.tokens[1:], strict=True)
+        return [float(row[str(token)]["logprob"]) for row, token in scored]
+    except (LookupError, TypeError, ValueError) as error:
+        raise Unavailable(f"the answer has no log-probability of some token: {error!r}") from error
+
+
+@asynccontextmanager
+async def open_scorer(url: str) -> AsyncIterator[Scorer]:
+    """Raises Unavailable where no gateway answers."""
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+    ) as http:
+        try:
+            async with http.get(f"{url}/v1/models") as response:
+                model = (await response.json())["data"][0]["id"]
+        except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
+            raise Unavailable(f"no gateway serves at {url}: {error}") from error
+        yield Scorer(http, url, model)
