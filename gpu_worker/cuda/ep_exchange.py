@@ -115,7 +115,7 @@ class EpExchange:
         self._released: dict[RankId, Epoch] = {}
         self._mask_lock = threading.Lock()
         self._connect_lock = threading.Lock()
-        self._members: frozenset[RankId] = frozenset({member.rank})
+        self._members: frozenset[Member] = frozenset({member})
         self._epoch = Epoch(0)
         self._spoilt = False
         self._handles: dict[int, tuple[Any, ...]] = {}
@@ -141,20 +141,29 @@ class EpExchange:
             self._disconnect([rank for rank in ranks if rank in self._connected])
 
     def _disconnect(self, ranks: list[RankId]) -> None:
-        assert not self._members.intersection(ranks), "a member cannot be disconnected"
+        assert not {m.rank for m in self._members} & set(ranks), "a member cannot be disconnected"
         if ranks:
             self._buffer.disconnect_ranks(sorted(ranks))
         for rank in ranks:
             del self._connected[rank]
 
-    def release(self, ranks: Collection[RankId], epoch: Epoch) -> None:
-        """Map `epoch` is without these ranks: let kernels wait for them no longer. Safe at any
-        moment, and it returns when the running kernel can see it."""
+    @property
+    def members(self) -> frozenset[Member]:
+        """Of the adopted map."""
+        return self._members
+
+    def release(self, dead: Collection[Member], epoch: Epoch) -> None:
+        """Map `epoch` is without these lives: let kernels wait for them no longer. Safe at any
+        moment; it returns when the running kernel can see it. Lives that this rank has not met, or
+        whose successors it has met already, are nothing to it."""
+        met = [m.rank for m in dead if self._connected.get(m.rank) == m.incarnation]
+        if not met:
+            return
         with self._mask_lock, torch.cuda.device(self._device):
-            for rank in ranks:
-                self._released[rank] = epoch
+            for rank in met:
+                self._released[rank] = max(epoch, self._released.get(rank, epoch))
             with torch.cuda.stream(self._side):
-                for rank in ranks:
+                for rank in met:
                     self._mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
             self._side.synchronize()
 
@@ -175,7 +184,7 @@ class EpExchange:
             self._wanted_R[[self._member.rank, *active]] = 1
             self._mask_R.copy_(self._wanted_R, non_blocking=True)
             torch.cuda.current_stream(self._device).synchronize()
-        self._members = frozenset(peers) | {self._member.rank}
+        self._members = frozenset(expert_map.members)
         self._epoch = expert_map.epoch
         self._spoilt = False
 
@@ -220,7 +229,7 @@ class EpExchange:
     def tokens_after_step(self, num_tokens: int) -> NDArray[np.int32]:
         """What the completed step sampled. Raises StepAbandoned where it lacked a member."""
         mask_R = self._report.mask
-        lost = sorted(rank for rank in self._members if not mask_R[rank])
+        lost = sorted(m.rank for m in self._members if not mask_R[m.rank])
         if lost:
             self._spoilt = True
             raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._epoch}")
