@@ -10,6 +10,7 @@
     │   ├── StoreUnavailable   …or did not answer: the outcome is unknown
     │   ├── TxnConflict        …because a compared key had moved: definitely not done
     │   └── LeaseLost          …because the lease is gone
+    ├── GuideError             a grammar is none, or does not allow what was generated
     ├── WireError              a frame or message is malformed
     └── StepAbandoned          a lockstep step will not complete in this epoch
 
@@ -68,6 +69,10 @@ class TxnConflict(StoreError):
 
 
 class LeaseLost(StoreError):
+    definitely_not_done = True
+
+
+class GuideError(StarfishError):
     definitely_not_done = True
 
 

@@ -86,7 +86,8 @@ class SamplingParams:
     `logprobs` asks for the log-probability of each new token and of so many of the likeliest (0:
     the token's alone); `prompt_logprobs` for those of the prompt's tokens, which with `max_tokens
     == 0` are all that is computed. Penalties count what the session generated;
-    `repetition_penalty` its prompt, too."""
+    `repetition_penalty` its prompt, too. `grammar` is one of llguidance's (empty: none), which the
+    generated text follows."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -103,3 +104,4 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""

@@ -1,0 +1,66 @@
+"""Guided decoding: which tokens a session's grammar allows next. The state is a function of the
+grammar and the tokens generated so far, so that a continuation on another rank goes on exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from shared.errors import CheckpointError, GuideError
+
+Bits = NDArray[np.int32]
+
+
+class Guides:
+    """Opens guides for one tokenizer. The library works on bytes: a token may begin and end
+    anywhere in the text."""
+
+    def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        """Raises CheckpointError where the folder has no tokenizer.json that can be read."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"cannot read {path}; guided decoding needs the tokenizer")
+        try:
+            self._tokenizer = LLTokenizer(
+                str(path), n_vocab=vocab_size, eos_token=list(eos_token_ids) or None
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not serve guided decoding: {error}") from error
+
+    def open(self, grammar: str, emitted: Sequence[int]) -> Guide:
+        """After the tokens `emitted` so far. Raises GuideError where the grammar is none, or does
+        not allow them."""
+        return Guide(self._tokenizer, grammar, emitted)
+
+
+class Guide:
+    """One session's. An error stays: `allowed` then raises GuideError."""
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str, emitted: Sequence[int]) -> None:
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        self._matcher.consume_tokens(list(emitted))
+        self._check()
+
+    @property
+    def is_complete(self) -> bool:
+        """No text can follow: the answer ends here, with or without an end token."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> Bits:
+        """The tokens that may come next: bit `t % 32` of word `t // 32`. Never empty: where the
+        text may end here, the end tokens are among them. Raises GuideError."""
+        bits: Bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        self._check()
+        return bits
+
+    def take(self, token: int) -> None:
+        """`token` was drawn."""
+        self._matcher.consume_token(token)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GuideError(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}")
