@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 
 class TokenBytes:
@@ -21,6 +22,15 @@ class TokenBytes:
 
         self.longest = max(map(len, self._bytes), default=0)
 
+    def showing(self, texts: Mapping[int, str]) -> TokenBytes:
+        """The same vocabulary, but these ids have a text."""
+        shown = TokenBytes({}, frozenset())
+        shown._bytes = self._bytes.copy()
+        for token_id, text in texts.items():
+            shown._bytes[token_id] = text.encode()
+        shown.longest = max(map(len, shown._bytes), default=0)
+        return shown
+
     @property
     def num_ids(self) -> int:
         return len(self._bytes)
@@ -29,6 +39,25 @@ class TokenBytes:
         """Special tokens, and ids that the tokenizer does not know, have no text."""
         known = self._bytes
         return b"".join([known[i] for i in ids if 0 <= i < len(known)])
+
+
+class TokenNames(NamedTuple):
+    """Tokens as a client sees them: `text` is what texts are made of, `names` have the special
+    tokens in any case."""
+
+    text: TokenBytes
+    names: TokenBytes
+
+    def name(self, token: int) -> str:
+        return self.names.join((token,)).decode(errors="replace")
+
+    def unique_name(self, token: int) -> str:
+        """Where names are keys: a part of a character is spelt as its bytes."""
+        raw = self.names.join((token,))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class Detokenizer:

@@ -1,4 +1,4 @@
-"""One request in progress: its sessions (one per prompt), read as text. Counted in by admission at
+"""One request in progress: its sessions (one per choice), read as text. Counted in by admission at
 its begin, and gone from everywhere at its end, however it ends."""
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from gateway.stream_session import SessionState, StreamSession
 from gateway.text_stream import TextStream
 from shared.clock import Clock
 from shared.types import FinishReason, SamplingParams
+from shared.wire import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTask:
-    """One choice to generate."""
+    """One choice to generate. `echo`: its text begins with the prompt's; `shows_stop`: and ends
+    with what stopped it."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stops: tuple[str, ...] = ()
+    echo: bool = False
+    shows_stop: bool = False
 
     @property
     def tokens(self) -> int:
@@ -34,23 +38,29 @@ class PromptTask:
 
 
 class Delta(NamedTuple):
-    """What is new in a choice."""
+    """What is new in a choice. `logprobs` has one for each id, where they are asked for; a choice's
+    first delta comes when all of `prompt_logprobs` are known, and has them."""
 
     choice: int
     text: str
     token_ids: list[int]
     finish: FinishReason | None
+    logprobs: list[TokenLogprob]
+    is_first: bool
+    prompt_logprobs: list[TokenLogprob]
 
 
 class _Reader:
     """Reads one session; `num_read` tokens of it so far."""
 
-    def __init__(self, index: int, session: StreamSession, text: TextStream) -> None:
+    def __init__(self, index: int, session: StreamSession, text: TextStream, *, echo: bool) -> None:
         self.index = index
         self.session = session
         self.num_read = 0
         self.done = False
         self._text = text
+        self._echo = echo
+        self._is_first = True
 
     def poll(self) -> Delta | None:
         session = self.session
@@ -59,10 +69,21 @@ class _Reader:
         if self.done or not (ids or finished):
             return None
         finish = session.finish if finished else None
+        is_first, self._is_first = self._is_first, False
+        echoed = self._text.echo(session.prompt) if is_first and self._echo else ""
         text, num_ids, stopped = self._text.feed(ids, finish)
+        begin = self.num_read
         self.num_read += num_ids
         self.done = stopped or finished
-        return Delta(self.index, text, ids[:num_ids], FinishReason.STOP if stopped else finish)
+        return Delta(
+            choice=self.index,
+            text=echoed + text,
+            token_ids=ids[:num_ids],
+            finish=FinishReason.STOP if stopped else finish,
+            logprobs=session.logprobs[begin : self.num_read],
+            is_first=is_first,
+            prompt_logprobs=session.prompt_logprobs if is_first else [],
+        )
 
 
 class Generation:
@@ -110,9 +131,12 @@ class Generation:
         for index, task in enumerate(self._tasks):
             session = self._driver.open(task.prompt, task.sampling, self._wake)
             text = TextStream(
-                self._token_bytes, stops=task.stops, min_tokens=task.sampling.min_tokens
+                self._token_bytes,
+                stops=task.stops,
+                min_tokens=task.sampling.min_tokens,
+                shows_stop=task.shows_stop,
             )
-            self._readers.append(_Reader(index, session, text))
+            self._readers.append(_Reader(index, session, text, echo=task.echo))
         return self
 
     def __exit__(

@@ -14,7 +14,6 @@ from aiohttp import web
 from gateway.admission import Admission
 from gateway.api.answers import (
     DONE,
-    Choice,
     ChunkWriter,
     Heading,
     Usage,
@@ -24,16 +23,24 @@ from gateway.api.answers import (
     model_list,
 )
 from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
+from gateway.api.choices import ChoiceWriter
 from gateway.api.errors import SessionFailed, http_error, plain_http_error
-from gateway.api.requests import ModelLimits, Wish, read_messages, read_prompts, read_wish
-from gateway.generation import Delta, Generation, PromptTask
+from gateway.api.requests import (
+    CHOICES_MAX,
+    ModelLimits,
+    Wish,
+    read_messages,
+    read_prompts,
+    read_wish,
+)
+from gateway.detokenizer import TokenNames
+from gateway.generation import Generation, PromptTask
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.served_model import ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
 from shared.errors import RequestError, StarfishError, Unavailable
-from shared.types import FinishReason
 
 log = structlog.get_logger()
 
@@ -55,15 +62,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A validated request."""
+    """A validated request. `tasks` are its choices, prompt by prompt."""
 
     heading: Heading
     wish: Wish
     tasks: list[PromptTask]
+    names: TokenNames
+    num_prompt_tokens: int
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(task.prompt) for task in self.tasks)
+    def choices(self) -> list[ChoiceWriter]:
+        chat = self.heading.chat
+        return [ChoiceWriter(self.wish, task, self.names, chat=chat) for task in self.tasks]
 
 
 class HttpApp:
@@ -130,7 +139,7 @@ class HttpApp:
         )
         if not prompt:
             raise RequestError("the prompt has no tokens", param="messages")
-        return await self._run(request, served, self._job(served, wish, [prompt], limits, True))
+        return await self._run(request, self._job(served, wish, [prompt], limits, True))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         served = self._served_or_refuse()
@@ -145,7 +154,7 @@ class HttpApp:
         ]
         if not all(prompts):
             raise RequestError("the prompt has no tokens", param="prompt")
-        return await self._run(request, served, self._job(served, wish, prompts, limits, False))
+        return await self._run(request, self._job(served, wish, prompts, limits, False))
 
     def _served_or_refuse(self) -> ServedModel:
         if self._health.draining:
@@ -182,6 +191,8 @@ class HttpApp:
         limits: ModelLimits,
         chat: bool,
     ) -> _Job:
+        if len(prompts) * wish.num_choices > CHOICES_MAX:
+            raise RequestError(f"at most {CHOICES_MAX} choices in all are supported", param="n")
         heading = Heading(
             id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             created=int(self._clock.wall()),
@@ -190,20 +201,29 @@ class HttpApp:
         )
         tasks = [
             PromptTask(
-                prompt=prompt, sampling=wish.sampling_for(len(prompt), limits), stops=wish.stops
+                prompt=prompt,
+                sampling=wish.sampling_for(len(prompt), limits, choice),
+                stops=wish.stops,
+                echo=wish.echo,
+                shows_stop=wish.shows_stop,
             )
             for prompt in prompts
+            for choice in range(wish.num_choices)
         ]
-        return _Job(heading=heading, wish=wish, tasks=tasks)
+        return _Job(
+            heading=heading,
+            wish=wish,
+            tasks=tasks,
+            names=served.tokenizer.names(with_special=wish.shows_special),
+            num_prompt_tokens=sum(map(len, prompts)),
+        )
 
-    async def _run(
-        self, request: web.Request, served: ServedModel, job: _Job
-    ) -> web.StreamResponse:
+    async def _run(self, request: web.Request, job: _Job) -> web.StreamResponse:
         generation = Generation(
             driver=self._driver,
             admission=self._admission,
             clock=self._clock,
-            token_bytes=served.tokenizer.token_bytes,
+            token_bytes=job.names.text,
             tasks=job.tasks,
             streaming=job.wish.stream,
         )
@@ -213,20 +233,16 @@ class HttpApp:
             return await self._whole(generation, job)
 
     async def _whole(self, generation: Generation, job: _Job) -> web.Response:
-        texts: list[list[str]] = [[] for _ in job.tasks]
-        token_ids: list[list[int]] = [[] for _ in job.tasks]
-        finishes = [FinishReason.LENGTH] * len(job.tasks)
+        choices = job.choices()
         while not generation.done:
             for delta in await generation.next_deltas():
-                texts[delta.choice].append(delta.text)
-                token_ids[delta.choice] += delta.token_ids
-                finishes[delta.choice] = delta.finish or FinishReason.LENGTH
-        choices = [
-            Choice(text="".join(text), token_ids=ids, prompt_ids=task.prompt, finish=finish)
-            for text, ids, task, finish in zip(texts, token_ids, job.tasks, finishes, strict=True)
-        ]
-        usage = _usage(generation, job)
-        body = answer(job.heading, choices, usage, with_token_ids=job.wish.return_token_ids)
+                choices[delta.choice].take(delta)
+        body = answer(
+            job.heading,
+            [choice.choice() for choice in choices],
+            _usage(generation, job),
+            with_token_ids=job.wish.return_token_ids,
+        )
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(
@@ -241,11 +257,12 @@ class HttpApp:
             with_token_ids=job.wish.return_token_ids,
             include_usage=job.wish.include_usage,
         )
+        choices = job.choices()
         try:
             await response.prepare(request)
             data = b"".join(writer.opening(index) for index in range(len(job.tasks)))
             while True:
-                data += _chunks(writer, deltas)
+                data += b"".join(choices[d.choice].chunk(d, writer) for d in deltas)
                 if generation.done:
                     usage = _usage(generation, job)
                     data += (writer.usage(usage) if job.wish.include_usage else b"") + DONE
@@ -289,16 +306,6 @@ class HttpApp:
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
-
-
-def _chunks(writer: ChunkWriter, deltas: list[Delta]) -> bytes:
-    """A delta without text (half a character, a held-back stop string) waits for the next, unless
-    its token ids are wanted."""
-    return b"".join(
-        writer.piece(delta.choice, delta.text, delta.token_ids, delta.finish)
-        for delta in deltas
-        if delta.text or delta.finish or writer.with_token_ids
-    )
 
 
 async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:

@@ -11,12 +11,19 @@ class Passed(NamedTuple):
     stopped: bool
 
 
+class _Match(NamedTuple):
+    end: int
+    start: int
+
+
 class StopStrings:
     """The result does not depend on how the text is cut: the stop string that is complete first
-    ends the text, of several the longest, and the text before it is what is shown."""
+    ends the text, of several the longest, and the text before it is what is shown; with `shown`
+    it, too."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, shown: bool = False) -> None:
         self._stops = tuple(stops)
+        self._shown = shown
         self._held = ""
 
     def feed(self, text: str) -> Passed:
@@ -26,7 +33,7 @@ class StopStrings:
         self._held += text
         found = self._first_match()
         if found is not None:
-            return Passed(self._held[:found], True)
+            return Passed(self._held[: found.end if self._shown else found.start], True)
         kept = len(self._held) - self._held_back()
         passed, self._held = self._held[:kept], self._held[kept:]
         return Passed(passed, False)
@@ -36,14 +43,14 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self) -> int | None:
-        """Where the stop string begins whose end comes first."""
+    def _first_match(self) -> _Match | None:
+        """The stop string whose end comes first."""
         matches = [
-            (start + len(stop), start)
+            _Match(start + len(stop), start)
             for stop in self._stops
             if (start := self._held.find(stop)) >= 0
         ]
-        return min(matches)[1] if matches else None
+        return min(matches, default=None)
 
     def _held_back(self) -> int:
         """The length of the longest end of the text that begins a stop string."""

@@ -6,7 +6,9 @@ and what was emitted so far; whenever it loses its rank it waits again, and its 
 submitted with all of them, so that the new rank goes on at the next index. A message counts only
 if it comes from the rank and for the attempt that the session has now; of an accepted message only
 the ids from the next index on are taken. So late, repeated and overlapping messages change
-nothing, and a gap (which an ordered connection cannot make) is a reason to move.
+nothing, and a gap (which an ordered connection cannot make) is a reason to move. The prompt's
+log-probabilities, where they are asked for, come before the first token and count likewise, by
+their place in the prompt; once all are here no later attempt computes them again.
 
     event                   waiting        running
     PLACED                  → running      –            a rank was chosen; Submit
@@ -25,11 +27,11 @@ Every other pair, and every event in finished, failed and cancelled, is ignored.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from shared.types import Attempt, FinishReason, Member, SamplingParams, SessionId
-from shared.wire import Cancel, SessionTokens, Submit
+from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
 
 
 class SessionState(Enum):
@@ -104,7 +106,8 @@ class Send:
 
 
 class StreamSession:
-    """Mutable by its own methods only; the HTTP side reads `emitted`, `state`, `finish`,
+    """Mutable by its own methods only; the HTTP side reads `emitted`, `logprobs` (one for each of
+    them, where asked for), `prompt_logprobs` (of all its tokens but the first), `state`, `finish`,
     `failure`."""
 
     __slots__ = (
@@ -120,11 +123,13 @@ class StreamSession:
         "id",
         "last_gap_s",
         "last_token_at",
+        "logprobs",
         "longest_gap_s",
         "member",
         "moves",
         "opened_at",
         "prompt",
+        "prompt_logprobs",
         "ready_at",
         "sampling",
         "state",
@@ -143,6 +148,8 @@ class StreamSession:
         self.prompt = prompt
         self.sampling = sampling
         self.emitted: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.state = SessionState.WAITING
         self.attempt = Attempt(-1)  # the first placement is attempt 0
         self.member: Member | None = None
@@ -169,6 +176,13 @@ class StreamSession:
         return len(self.prompt) + len(self.emitted)
 
     @property
+    def prompt_is_scored(self) -> bool:
+        """Or need not be."""
+        if self.sampling.prompt_logprobs is None:
+            return True
+        return len(self.prompt_logprobs) >= len(self.prompt) - 1
+
+    @property
     def deadline_at(self) -> float:
         """Waiting: when it gives up."""
         return self._stalled_since + self._policy.no_rank_timeout_s
@@ -180,12 +194,15 @@ class StreamSession:
         self.attempt = Attempt(self.attempt + 1)
         self.moves += self.attempt > 0
         self.member = member
+        sampling = self.sampling
+        if sampling.prompt_logprobs is not None and self.prompt_is_scored:
+            sampling = replace(sampling, prompt_logprobs=None)
         submit = Submit(
             session=self.id,
             attempt=self.attempt,
             tokens=(*self.prompt, *self.emitted),
             num_emitted=len(self.emitted),
-            sampling=self.sampling,
+            sampling=sampling,
         )
         return [Send(member=member, message=submit)]
 
@@ -198,13 +215,14 @@ class StreamSession:
             return []
         if message.error is not None:
             return self._on_error(message.error, message.retryable, now)
-        next_index = len(self.emitted)
-        end = message.index + len(message.ids)
-        if message.index > next_index or (end < next_index and message.finish is not None):
-            # This attempt disagrees with us about where it stands: start over from what we have.
-            return self._abandon(SessionEvent.RANK_LOST, now)
-        if end > next_index:
-            self._take(message.ids[next_index - message.index :], now)
+        if self._disagrees(message):
+            return self._abandon(SessionEvent.RANK_LOST, now)  # starts over from what we have
+        if message.prompt_logprobs:
+            known = len(self.prompt_logprobs) + 1 - message.prompt_index
+            self.prompt_logprobs += message.prompt_logprobs[known:]
+        known = len(self.emitted) - message.index
+        if len(message.ids) > known:
+            self._take(message.ids[known:], message.logprobs[known:], now)
         return self._maybe_end(message.finish, now)
 
     def on_rank_lost(self, member: Member, now: float) -> list[Send]:
@@ -236,6 +254,16 @@ class StreamSession:
             SessionEvent.GIVEN_UP, FailureKind.SHUTDOWN, "the gateway is shutting down"
         )
 
+    def _disagrees(self, message: SessionTokens) -> bool:
+        """This attempt stands elsewhere than we do, or does not send what it was asked for."""
+        next_index = len(self.emitted)
+        end = message.index + len(message.ids)
+        if message.index > next_index or (end < next_index and message.finish is not None):
+            return True
+        if message.prompt_logprobs and message.prompt_index > len(self.prompt_logprobs) + 1:
+            return True
+        return self.sampling.logprobs is not None and len(message.logprobs) != len(message.ids)
+
     def _go(self, event: SessionEvent) -> bool:
         target = TRANSITIONS.get((self.state, event))
         if target is None:
@@ -243,9 +271,10 @@ class StreamSession:
         self.state = target
         return True
 
-    def _take(self, ids: tuple[int, ...], now: float) -> None:
+    def _take(self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], now: float) -> None:
         room = self.sampling.max_tokens - len(self.emitted)
         self.emitted += ids if len(ids) <= room else ids[:room]
+        self.logprobs += logprobs[:room]
         if self.first_token_at is None:
             self.first_token_at = now
         else:
@@ -262,7 +291,7 @@ class StreamSession:
         if finish is not None:
             self.finish = finish
             self._go(SessionEvent.ENDED)
-        elif len(self.emitted) >= self.sampling.max_tokens:
+        elif len(self.emitted) >= self.sampling.max_tokens and self.prompt_is_scored:
             self.finish = FinishReason.LENGTH
             return self._leave(SessionEvent.ENDED)
         return []

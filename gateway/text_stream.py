@@ -1,4 +1,5 @@
-"""The text of one session: detokenised, ended at a stop string, its end token left out. Pure."""
+"""The text of one session: detokenised, ended at a stop string, its end token left out, or shown
+where that is asked for. Pure."""
 
 from __future__ import annotations
 
@@ -20,20 +21,31 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """Stop strings count only in the text after the first `min_tokens` tokens."""
+    """Stop strings count only in the text after the first `min_tokens` tokens. `shows_stop`: what
+    ends the text, a string or a token, belongs to it."""
 
     def __init__(
-        self, token_bytes: TokenBytes, *, stops: Sequence[str] = (), min_tokens: int = 0
+        self,
+        token_bytes: TokenBytes,
+        *,
+        stops: Sequence[str] = (),
+        min_tokens: int = 0,
+        shows_stop: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(token_bytes)
         self._has_stops = bool(stops)
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, shown=shows_stop)
         self._free_left = min_tokens if stops else 0
+        self._shows_stop = shows_stop
+
+    def echo(self, prompt: Sequence[int]) -> str:
+        """The prompt's text; nothing in it stops. Before the first `feed`."""
+        return self._detokenizer.feed(prompt)
 
     def feed(self, ids: Sequence[int], finish: FinishReason | None = None) -> Piece:
         """`finish` is set with the last ids. After `stopped`, or `finish`, feed no more."""
         # The rank sends a stop token as an id, but it is no text.
-        texted = ids[:-1] if finish is FinishReason.STOP else ids
+        texted = ids[:-1] if finish is FinishReason.STOP and not self._shows_stop else ids
         if not self._has_stops:
             text = self._detokenizer.feed(texted)
             return Piece(text + self._detokenizer.flush() if finish else text, len(ids), False)

@@ -13,7 +13,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from gateway.chat_template import ChatTemplate, load_chat_template
-from gateway.detokenizer import TokenBytes
+from gateway.detokenizer import TokenBytes, TokenNames
 from shared.errors import CheckpointError, RequestError
 
 INLINE_CHARS_MAX = 1024
@@ -21,19 +21,30 @@ INLINE_CHARS_MAX = 1024
 
 
 class ModelTokenizer:
-    """Immutable once loaded, but for its threads."""
+    """Immutable once loaded, but for its threads. Special tokens have no text in `token_bytes`, and
+    their names in `all_token_bytes`."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, token_bytes: TokenBytes
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        token_bytes: TokenBytes,
+        all_token_bytes: TokenBytes,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self.token_bytes = token_bytes
+        self.all_token_bytes = all_token_bytes
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
 
     @property
     def num_ids(self) -> int:
         return self.token_bytes.num_ids
+
+    def names(self, *, with_special: bool) -> TokenNames:
+        """`with_special`: texts show special tokens."""
+        text = self.all_token_bytes if with_special else self.token_bytes
+        return TokenNames(text, self.all_token_bytes)
 
     async def encode(self, text: str, *, tokens_max: int, special: bool = True) -> tuple[int, ...]:
         """Raises RequestError for what has more than `tokens_max` tokens, early where its length
@@ -93,9 +104,10 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
     if not _is_byte_level(decoder):
         raise CheckpointError(f"{path} is not byte-level BPE, the only kind that Starfish serves")
     added = tokenizer.get_added_tokens_decoder()
-    special = {token_id for token_id, token in added.items() if token.special}
-    token_bytes = TokenBytes(tokenizer.get_vocab(with_added_tokens=True), special)
-    return ModelTokenizer(tokenizer, load_chat_template(folder), token_bytes)
+    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    token_bytes = TokenBytes(tokenizer.get_vocab(with_added_tokens=True), special.keys())
+    template = load_chat_template(folder)
+    return ModelTokenizer(tokenizer, template, token_bytes, token_bytes.showing(special))
 
 
 def _is_byte_level(decoder: Any) -> bool:

@@ -33,6 +33,8 @@ class Choice:
     token_ids: list[int]
     prompt_ids: tuple[int, ...]
     finish: FinishReason
+    logprobs: dict[str, Any] | None
+    prompt_logprobs: list[Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +54,20 @@ class Usage:
 def answer(
     heading: Heading, choices: Sequence[Choice], usage: Usage, *, with_token_ids: bool
 ) -> bytes:
-    kind = "chat.completion" if heading.chat else "text_completion"
-    return _encode(
-        {
-            "id": heading.id,
-            "object": kind,
-            "created": heading.created,
-            "model": heading.model,
-            "choices": [
-                _plain_choice(heading.chat, index, choice, with_token_ids)
-                for index, choice in enumerate(choices)
-            ],
-            "usage": usage.plain(),
-        }
-    )
+    plain = {
+        "id": heading.id,
+        "object": "chat.completion" if heading.chat else "text_completion",
+        "created": heading.created,
+        "model": heading.model,
+        "choices": [
+            _plain_choice(heading.chat, index, choice, with_token_ids)
+            for index, choice in enumerate(choices)
+        ],
+        "usage": usage.plain(),
+    }
+    if heading.chat and choices[0].prompt_logprobs is not None:
+        plain["prompt_logprobs"] = choices[0].prompt_logprobs  # all choices have one prompt
+    return _encode(plain)
 
 
 def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) -> dict[str, Any]:
@@ -74,11 +76,13 @@ def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) 
         plain["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
     else:
         plain["text"] = choice.text
-    plain["logprobs"] = None
+    plain["logprobs"] = choice.logprobs
     plain["finish_reason"] = choice.finish.value
     if with_token_ids:
         plain["token_ids"] = choice.token_ids
         plain["prompt_token_ids"] = choice.prompt_ids
+    if not chat and choice.prompt_logprobs is not None:
+        plain["prompt_logprobs"] = choice.prompt_logprobs
     return plain
 
 
@@ -106,7 +110,12 @@ class ChunkWriter:
         return b'%b,"choices":[{"index":%d,%b}]%b' % (self._head, index, delta, self._tail)
 
     def piece(
-        self, index: int, text: str, token_ids: Sequence[int], finish: FinishReason | None
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        finish: FinishReason | None,
+        logprobs: dict[str, Any] | None = None,
     ) -> bytes:
         content = _encode(text)
         if not self._chat:
@@ -117,10 +126,12 @@ class ChunkWriter:
             body = b'"delta":{}'
         reason = b"null" if finish is None else b'"' + finish.value.encode() + b'"'
         ids = b',"token_ids":' + _encode(token_ids) if self.with_token_ids else b""
-        return b'%b,"choices":[{"index":%d,%b,"logprobs":null,"finish_reason":%b%b}]%b' % (
+        shown = b"null" if logprobs is None else _encode(logprobs)
+        return b'%b,"choices":[{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}]%b' % (
             self._head,
             index,
             body,
+            shown,
             reason,
             ids,
             self._tail,

@@ -33,17 +33,17 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    n: int | None = None
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: dict[int, float] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     # Only looked at to be refused:
-    n: Any = None
-    best_of: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    prompt_logprobs: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
-    min_p: Any = None
-    logit_bias: Any = None
     response_format: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
@@ -51,14 +51,14 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     use_beam_search: Any = None
-    include_stop_str_in_output: Any = None
-    skip_special_tokens: Any = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[Any] = msgspec.field()
-    echo: Any = None
+    echo: bool | None = None
+    logprobs: int | None = None
     suffix: Any = None
+    top_logprobs: Any = None  # a chat's
 
 
 class TextPart(msgspec.Struct, kw_only=True):
@@ -78,6 +78,8 @@ class ChatBody(GenerationBody, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -87,16 +89,6 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "prompt_logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
@@ -104,9 +96,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "echo": (False,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -139,6 +128,10 @@ def refuse_unsupported(body: GenerationBody) -> None:
         if value is None or any(_same(value, allowed) for allowed in plain):
             continue
         raise RequestError(f"{name}={value!r:.60} is not supported here", param=name)
+    if isinstance(body, CompletionBody) and body.top_logprobs is not None:
+        raise RequestError(
+            "top_logprobs is for chats; here `logprobs` is a number", param="top_logprobs"
+        )
     if isinstance(body, ChatBody) and body.tools and body.tool_choice != "none":
         raise RequestError(
             "tool calls are not supported here; leave `tools` out, or say tool_choice='none'",
@@ -147,7 +140,7 @@ def refuse_unsupported(body: GenerationBody) -> None:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """0 is no False: `logprobs=0` asks for one log probability."""
+    """0 is no False."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
 
 

@@ -3,6 +3,7 @@ with OpenAI's `param` for every value that cannot be."""
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,11 @@ STOPS_MAX = 16
 STOP_CHARS_MAX = 1024
 STOP_IDS_MAX = 128
 PROMPTS_MAX = 64
+CHOICES_MAX = 256
+"""Of a request: prompts times `n`."""
+
+TOP_LOGPROBS_MAX = 20
+LOGIT_BIAS_MAX = 1024
 _INT64_MAX = 2**63 - 1
 
 
@@ -30,29 +36,53 @@ class ModelLimits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
     """What a request asks for besides its prompt. `max_tokens` is None where the client set none:
-    then the context's end, or the endpoint's default, bounds it."""
+    then the context's end, or the endpoint's default, bounds it. `num_choices` is that of each
+    prompt. `prompt_logprobs` is the field of that name; `sampling` asks for what `echo` needs, too.
+    """
 
     sampling: SamplingParams
     max_tokens: int | None
+    num_choices: int
+    prompt_logprobs: int | None
     stops: tuple[str, ...]
+    echo: bool
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    shows_stop: bool
+    shows_special: bool
 
-    def sampling_for(self, num_prompt_tokens: int, limits: ModelLimits) -> SamplingParams:
-        """Raises RequestError where prompt and completion do not fit into the context."""
+    def sampling_for(
+        self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
+    ) -> SamplingParams:
+        """Of the prompt's choice of that number. Raises RequestError where prompt and completion do
+        not fit into the context."""
         room = limits.context_tokens_max - num_prompt_tokens
         wanted = self.max_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            raise context_exceeded(num_prompt_tokens + (wanted or 1), limits.context_tokens_max)
+        least = 1 if wanted is None else wanted
+        if least > room:
+            raise context_exceeded(num_prompt_tokens + least, limits.context_tokens_max)
         max_tokens = room if wanted is None else wanted
         min_tokens = min(self.sampling.min_tokens, max_tokens)
-        return replace(self.sampling, max_tokens=max_tokens, min_tokens=min_tokens)
+        seed = choice_seed(self.sampling.seed, choice)
+        return replace(self.sampling, max_tokens=max_tokens, min_tokens=min_tokens, seed=seed)
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The first choice draws as if it were alone."""
+    if choice == 0:
+        return seed
+    mixed = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(mixed, "little")
 
 
 def read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
     max_tokens = _max_tokens(body)
-    min_tokens = _within("min_tokens", body.min_tokens, 0, 0, max_tokens or _INT64_MAX)
+    min_max = _INT64_MAX if max_tokens is None else max_tokens
+    min_tokens = _within("min_tokens", body.min_tokens, 0, 0, min_max)
+    logprobs, echo = _logprobs(body), isinstance(body, CompletionBody) and bool(body.echo)
+    prompt_logprobs = _prompt_logprobs(body)
+    wanted = [prompt_logprobs, logprobs if echo else None]
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is for stream=true only", param="stream_options")
     sampling = SamplingParams(
@@ -62,15 +92,27 @@ def read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
         seed=_seed(body.seed),
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
+        min_p=_within("min_p", body.min_p, 0.0, 0.0, 1.0),
+        presence_penalty=_within("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=_within("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
+        repetition_penalty=_within("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
+        logit_bias=_logit_bias(body.logit_bias, limits.vocab_size),
+        logprobs=logprobs,
+        prompt_logprobs=max((k for k in wanted if k is not None), default=None),
         stop_token_ids=_stop_ids(body.stop_token_ids, limits.vocab_size),
     )
     return Wish(
         sampling=sampling,
         max_tokens=max_tokens,
+        num_choices=_num_choices(body),
+        prompt_logprobs=prompt_logprobs,
         stops=_stops(body.stop),
+        echo=echo,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
+        shows_stop=bool(body.include_stop_str_in_output),
+        shows_special=body.skip_special_tokens is False,
     )
 
 
@@ -124,8 +166,55 @@ def _max_tokens(body: GenerationBody) -> int | None:
         name, value = "max_completion_tokens", body.max_completion_tokens
     if value is None:
         return COMPLETION_TOKENS_DEFAULT if isinstance(body, CompletionBody) else None
-    checked: int = _within(name, value, 0, 1, _INT64_MAX)
+    only_prompt = body.prompt_logprobs is not None or (
+        isinstance(body, CompletionBody) and bool(body.echo)
+    )
+    if value == 0 and not only_prompt:
+        raise RequestError(f"{name}=0 is for echo and prompt_logprobs only", param=name)
+    checked: int = _within(name, value, 0, 0, _INT64_MAX)
     return checked
+
+
+def _num_choices(body: GenerationBody) -> int:
+    number: int = _within("n", body.n, 1, 1, 128)
+    if body.best_of is not None and body.best_of != number:
+        raise RequestError("best_of other than n is not supported here", param="best_of")
+    return number
+
+
+def _logprobs(body: GenerationBody) -> int | None:
+    """How many of the likeliest; None: no log-probabilities. A chat says it in two fields."""
+    if isinstance(body, CompletionBody):
+        return _optional_count("logprobs", body.logprobs)
+    if not isinstance(body, ChatBody):
+        return None
+    top = _optional_count("top_logprobs", body.top_logprobs)
+    if not body.logprobs:
+        if top:
+            raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        return None
+    return top or 0
+
+
+def _prompt_logprobs(body: GenerationBody) -> int | None:
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError("prompt_logprobs is not for streams", param="prompt_logprobs")
+    return _optional_count("prompt_logprobs", body.prompt_logprobs)
+
+
+def _optional_count(name: str, value: int | None) -> int | None:
+    return None if value is None else int(_within(name, value, 0, 0, TOP_LOGPROBS_MAX))
+
+
+def _logit_bias(bias: dict[int, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if not bias:
+        return ()
+    if len(bias) > LOGIT_BIAS_MAX or min(bias) < 0 or max(bias) >= vocab_size:
+        message = f"logit_bias: at most {LOGIT_BIAS_MAX} ids of 0 … {vocab_size - 1}"
+        raise RequestError(message, param="logit_bias")
+    if not all(-100 <= value <= 100 for value in bias.values()):
+        raise RequestError("logit_bias must lie in -100 … 100", param="logit_bias")
+    return tuple(sorted(bias.items()))
 
 
 def _within(name: str, value: Any, default: Any, low: Any, high: Any) -> Any:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_worker.engine.adoption_log import AdoptionLog
+from gpu_worker.engine.logprobs import score_step
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
@@ -218,7 +219,9 @@ class Engine:
 
     def _commit(self, plan: StepPlan, forward: Forward) -> None:
         self._monitor.beat(())
-        committed = self._scheduler.commit(plan, sample(forward.logits_RV, plan.draws))
+        ids = sample(forward.logits_RV, plan.draws)
+        scores = score_step(plan, forward.logits_RV, ids)
+        committed = self._scheduler.commit(plan, ids, scores)
         self._steps_committed += 1
         self._tokens_generated += committed.num_generated
         self._load = self._scheduler.load()

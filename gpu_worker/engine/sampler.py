@@ -1,18 +1,17 @@
 """Logits to tokens: greedy, or a draw keyed by (seed, position). A row's token depends on that row
 alone, so that a session continues on another rank exactly as it would have here.
 
-V is the vocabulary, R the rows to sample, C the candidates that survive top-k and top-p.
+V is the vocabulary, R the rows to sample, C the candidates that survive top-k, min-p and top-p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.types import SamplingParams
+from gpu_worker.engine.draw import Draw, edited
 
 NO_TOKEN = -1
 """In place of an id: the row has no finite maximum, so there is nothing to choose from."""
@@ -20,15 +19,6 @@ NO_TOKEN = -1
 _GREEDY_BELOW = 1e-5  # a colder softmax is greedy in all but rounding
 _MASK64 = (1 << 64) - 1
 _GOLDEN64 = 0x9E3779B97F4A7C15
-
-
-class Draw(NamedTuple):
-    """What a row's token depends on besides its logits. `position` is the index of the new token
-    in prompt + emitted; `banned` are ids not to draw."""
-
-    sampling: SamplingParams
-    position: int
-    banned: tuple[int, ...]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -39,16 +29,17 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(logits_RV: NDArray[np.float32], draws: Sequence[Draw]) -> list[int]:
-    """One token id for each row, or NO_TOKEN."""
+    """One token id for each draw, from the row of the same number, or NO_TOKEN."""
     if not draws:
         return []
+    logits_RV = logits_RV[: len(draws)]
     best_R = logits_RV.argmax(axis=1)  # the first of equals: the lowest id
     finite_R = np.isfinite(logits_RV[np.arange(len(draws)), best_R]).tolist()
     ids: list[int] = best_R.tolist()
     for row, draw in enumerate(draws):
         if not finite_R[row]:
             ids[row] = NO_TOKEN
-        elif draw.banned or draw.sampling.temperature >= _GREEDY_BELOW:
+        elif draw.sampling.temperature >= _GREEDY_BELOW or draw.edits:
             ids[row] = _sample_row(logits_RV[row], draw)
     return ids
 
@@ -74,9 +65,7 @@ def _mix64(z: int) -> int:
 def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
     # In float64 and by itself: vectorised over rows, an element's rounding may depend on where in
     # a SIMD register its neighbours put it.
-    x_V = logits_V.astype(np.float64)
-    banned = [token for token in draw.banned if 0 <= token < len(x_V)]
-    x_V[banned] = -np.inf
+    x_V = edited(logits_V, draw)
     peak = x_V.max()
     if not np.isfinite(peak):
         return NO_TOKEN
@@ -85,8 +74,12 @@ def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
         return int(x_V.argmax())
     x_V -= peak
     x_V /= sampling.temperature
-    ids_C = _top_k(x_V, sampling.top_k)
+    ids_C = largest(x_V, sampling.top_k)
     weights_C = np.exp(x_V if ids_C is None else x_V[ids_C])
+    if sampling.min_p > 0.0:  # the likeliest has weight 1
+        kept = np.flatnonzero(weights_C >= min(sampling.min_p, 1.0))
+        ids_C = kept if ids_C is None else ids_C[kept]
+        weights_C = weights_C[kept]
     if sampling.top_p < 1.0:
         kept = nucleus(weights_C, sampling.top_p)
         ids_C = kept if ids_C is None else ids_C[kept]
@@ -95,7 +88,7 @@ def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
     return choice if ids_C is None else int(ids_C[choice])
 
 
-def _top_k(x_V: NDArray[np.float64], k: int) -> NDArray[np.intp] | None:
+def largest(x_V: NDArray[np.float64], k: int) -> NDArray[np.intp] | None:
     """The ids of the k largest, rising; of equals at the edge the lowest ids. None: all."""
     if not 0 < k < len(x_V):
         return None

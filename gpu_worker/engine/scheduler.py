@@ -25,16 +25,17 @@ so everything ends.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gpu_worker.engine.kv_blocks import KvBlocks
+from gpu_worker.engine.logprobs import StepScores
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import NO_ROW, Origin, Sequence, SequenceState
-from gpu_worker.engine.step_plan import Chunk, StepPlan, build_plan
+from gpu_worker.engine.step_plan import Chunk, ScoredRows, StepPlan, build_plan
 from shared.types import Attempt, FinishReason, SessionId
-from shared.wire import Load, SessionTokens, Submit
+from shared.wire import Load, SessionTokens, Submit, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,11 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     running_max: int
     waiting_max: int
+    scored_logits_max: int = 1 << 24  # of a step's prompt rows, which are rows times vocabulary
+
+    @property
+    def scored_rows_max(self) -> int:
+        return max(1, self.scored_logits_max // self.vocab_size)
 
     @property
     def tokens_max(self) -> int:
@@ -153,8 +159,11 @@ class Scheduler:
         self._plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
         return self._plan
 
-    def commit(self, plan: StepPlan, sampled_ids: Iterable[int]) -> Committed:
-        """The step took place: `sampled_ids` are the tokens of its wanted rows."""
+    def commit(
+        self, plan: StepPlan, sampled_ids: Items[int], scores: StepScores | None = None
+    ) -> Committed:
+        """The step took place: `sampled_ids` are the tokens of its wanted rows, and `scores` the
+        log-probabilities that were asked for."""
         assert plan is self._plan
         self._plan = None
         num_reprefilled = 0
@@ -164,8 +173,14 @@ class Scheduler:
                 num_reprefilled += min(max(left, 0), num_tokens)
             sequence.num_computed += num_tokens
         replies: dict[Origin, list[SessionTokens]] = {}
-        for sequence, token in zip(plan.sampled, sampled_ids, strict=True):
-            replies.setdefault(sequence.origin, []).append(self._take_token(sequence, token))
+        for rows, logprobs in zip(plan.scored, scores.prompt if scores else (), strict=True):
+            reply = self._take_prompt_scores(rows, logprobs)
+            replies.setdefault(rows.sequence.origin, []).append(reply)
+        of_sampled = scores.sampled if scores else ((),) * len(plan.sampled)
+        for sequence, token, logprob in zip(plan.sampled, sampled_ids, of_sampled, strict=True):
+            if sequence.state is SequenceState.RUNNING:  # its prompt's scores may have failed
+                reply = self._take_token(sequence, token, logprob)
+                replies.setdefault(sequence.origin, []).append(reply)
         return Committed(replies, len(plan.sampled), num_reprefilled)
 
     def abandon(self, plan: StepPlan) -> None:
@@ -187,7 +202,8 @@ class Scheduler:
             error = f"the prompt has token ids outside of 0 … {limits.vocab_size - 1}"
             return sequence.reply(index=index, error=error)
         finish = sequence.ended_before_start()
-        if sequence.num_emitted == 0 and len(sequence.tokens) >= limits.tokens_max:
+        num_wanted = len(sequence.tokens) + (1 if sequence.samples else 0)
+        if sequence.num_emitted == 0 and num_wanted > limits.tokens_max:
             error = (
                 f"the prompt has {len(sequence.tokens)} tokens, but this model serves at most "
                 f"{limits.tokens_max} tokens of prompt and completion together"
@@ -219,8 +235,16 @@ class Scheduler:
 
     def _add_prefill(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         num_tokens = min(sequence.num_pending, self._limits.prefill_chunk_tokens, budget)
-        chunks.append(Chunk(sequence, num_tokens))
+        if sequence.wants_prompt_logits:
+            num_tokens = min(num_tokens, self._scored_rows_left(chunks))
+        if num_tokens:
+            chunks.append(Chunk(sequence, num_tokens))
         return num_tokens
+
+    def _scored_rows_left(self, chunks: list[Chunk]) -> int:
+        """A step's logits are one matrix: as high as its rows, and as wide as the vocabulary."""
+        taken = sum(num for sequence, num in chunks if sequence.wants_prompt_logits)
+        return max(0, self._limits.scored_rows_max - taken)
 
     def _admits_next(self) -> bool:
         """Room for all its known tokens, and for each running sequence to grow by one block: or it
@@ -245,16 +269,34 @@ class Scheduler:
         sequence.state = SequenceState.WAITING
         insort(self._waiting, sequence, key=_priority)
 
-    def _take_token(self, sequence: Sequence, token: int) -> SessionTokens:
+    def _take_prompt_scores(
+        self, rows: ScoredRows, logprobs: tuple[TokenLogprob, ...] | None
+    ) -> SessionTokens:
+        sequence = rows.sequence
+        if logprobs is None:
+            return self._fail(sequence)
+        sequence.num_scored += len(logprobs)
+        finish = None if sequence.wants_prompt_logits or sequence.samples else FinishReason.LENGTH
+        reply = sequence.reply(index=sequence.next_index, finish=finish)
+        if finish is not None:
+            self._end(sequence)
+        return replace(reply, prompt_logprobs=logprobs, prompt_index=rows.first)
+
+    def _fail(self, sequence: Sequence) -> SessionTokens:
+        self._end(sequence)
+        return sequence.reply(index=sequence.next_index, error="the model gave no finite logits")
+
+    def _take_token(
+        self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]
+    ) -> SessionTokens:
         index = sequence.next_index
         if token == NO_TOKEN:
-            self._end(sequence)
-            return sequence.reply(index=index, error="the model gave no finite logits")
+            return self._fail(sequence)
         finish = sequence.append(token)
         self._num_tokens += 1
         if finish is not None:
             self._end(sequence)
-        return sequence.reply((token,), index=index, finish=finish)
+        return sequence.reply((token,), index=index, finish=finish, logprobs=logprobs)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:

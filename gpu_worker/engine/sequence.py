@@ -6,8 +6,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import NewType
 
+from gpu_worker.engine.draw import count_tokens
 from shared.types import FinishReason
-from shared.wire import SessionTokens, Submit
+from shared.wire import SessionTokens, Submit, TokenLogprob
 
 Origin = NewType("Origin", int)
 """The connection that a session came in by and that its tokens go out by; opaque here."""
@@ -33,12 +34,15 @@ class Sequence:
         "num_computed",
         "num_emitted",
         "num_given",
+        "num_prompt",
+        "num_scored",
         "origin",
         "row",
         "sampling",
         "session",
         "state",
         "stop_ids",
+        "token_counts",
         "tokens",
         "tokens_max",
     )
@@ -60,6 +64,11 @@ class Sequence:
         self.tokens = list(submit.tokens)
         self.num_given = len(submit.tokens)
         self.num_emitted = submit.num_emitted
+        self.num_prompt = self.num_given - self.num_emitted
+        self.num_scored = 0  # tokens after the prompt's first whose log-probability was told
+        self.token_counts = count_tokens(
+            submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
+        )
         self.num_computed = 0
         self.state = SequenceState.WAITING
         self.row = NO_ROW
@@ -88,8 +97,20 @@ class Sequence:
         """Ids that must not be drawn as the next token: those that would end it too early."""
         return self.stop_ids if self.next_index < self.sampling.min_tokens else ()
 
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """It must compute the rows from `num_scored` on itself: a cached block has no logits."""
+        return self.sampling.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
+
+    @property
+    def samples(self) -> bool:
+        """False: its prompt is to be scored, and that is all."""
+        return self.sampling.max_tokens > 0
+
     def ended_before_start(self) -> FinishReason | None:
         """A continuation may arrive with nothing left to generate."""
+        if self.wants_prompt_logits:
+            return None
         if self.next_index >= self.sampling.max_tokens or len(self.tokens) >= self.tokens_max:
             return FinishReason.LENGTH
         return None
@@ -97,6 +118,8 @@ class Sequence:
     def append(self, token: int) -> FinishReason | None:
         """Takes the next token; tells whether it is the last one."""
         self.tokens.append(token)
+        if self.token_counts is not None:
+            self.token_counts.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
         return self.ended_before_start()
@@ -108,6 +131,7 @@ class Sequence:
         index: int,
         finish: FinishReason | None = None,
         error: str | None = None,
+        logprobs: tuple[TokenLogprob, ...] = (),
     ) -> SessionTokens:
         return SessionTokens(
             session=self.session,
@@ -116,4 +140,5 @@ class Sequence:
             ids=ids,
             finish=finish,
             error=error,
+            logprobs=logprobs,
         )

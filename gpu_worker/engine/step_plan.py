@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.sampler import Draw
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.step_batch import StepBatch
 
@@ -21,14 +21,26 @@ class Chunk(NamedTuple):
     num_tokens: int
 
 
+class ScoredRows(NamedTuple):
+    """Rows whose logits tell how likely the prompt's tokens `targets` were: those from the prompt's
+    token `first` on."""
+
+    sequence: Sequence
+    first: int
+    targets: tuple[int, ...]
+    num_top: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """`draws[i]` and `sampled[i]` belong to row i of the wanted logits."""
+    """`draws[i]` and `sampled[i]` belong to row i of the wanted logits; the rows of `scored`
+    follow them, in order."""
 
     batch: StepBatch
     chunks: tuple[Chunk, ...]
     sampled: tuple[Sequence, ...]
     draws: tuple[Draw, ...]
+    scored: tuple[ScoredRows, ...]
     grown: tuple[Sequence, ...]  # got one more block for this step
     admitted: tuple[Sequence, ...]  # in order of priority
 
@@ -40,12 +52,18 @@ def build_plan(
     positions: list[int] = []
     wanted: list[int] = []
     sampled: list[Sequence] = []
+    scored: list[ScoredRows] = []
+    scored_rows: list[int] = []
     for sequence, num_tokens in chunks:
         begin = sequence.num_computed
         end = begin + num_tokens
+        if sequence.wants_prompt_logits and (rows := _scored_rows(sequence, begin, end)):
+            scored.append(rows)
+            row = len(token_ids) + rows.first - 1 - begin
+            scored_rows += range(row, row + len(rows.targets))
         token_ids += sequence.tokens[begin:end]
         positions += range(begin, end)
-        if end == len(sequence.tokens):
+        if end == len(sequence.tokens) and sequence.samples:
             wanted.append(len(token_ids) - 1)
             sampled.append(sequence)
     index_S = np.arange(len(chunks), dtype=np.int32)
@@ -54,13 +72,25 @@ def build_plan(
         position_T=np.array(positions, dtype=np.int32),
         sequence_T=np.repeat(index_S, [chunk.num_tokens for chunk in chunks]),
         block_tables_SB=kv.tables([chunk.sequence.row for chunk in chunks]),
-        logits_rows_R=np.array(wanted, dtype=np.int32),
+        logits_rows_R=np.array(wanted + scored_rows, dtype=np.int32),
     )
     return StepPlan(
         batch=batch,
         chunks=tuple(chunks),
         sampled=tuple(sampled),
-        draws=tuple(Draw(s.sampling, len(s.tokens), s.banned_ids) for s in sampled),
+        draws=tuple(Draw(s.sampling, len(s.tokens), s.banned_ids, s.token_counts) for s in sampled),
+        scored=tuple(scored),
         grown=tuple(grown),
         admitted=tuple(admitted),
     )
+
+
+def _scored_rows(sequence: Sequence, begin: int, end: int) -> ScoredRows | None:
+    """Those of positions begin … end-1 that tell of a prompt's token that is not scored yet: the
+    row of position p tells of token p + 1."""
+    begin = max(begin, sequence.num_scored)
+    end = min(end, sequence.num_prompt - 1)
+    if begin >= end:
+        return None
+    targets = tuple(sequence.tokens[begin + 1 : end + 1])
+    return ScoredRows(sequence, begin + 1, targets, sequence.sampling.prompt_logprobs or 0)

@@ -41,7 +41,6 @@ def wish(**fields: Any) -> Wish:
     [
         {"user": "u", "store": True, "metadata": {"a": 1}, "service_tier": "auto", "new": [1]},
         {"n": 1, "best_of": 1, "logprobs": None, "echo": False, "suffix": None},
-        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0},
         {"logit_bias": {}, "response_format": {"type": "text"}, "skip_special_tokens": True},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
         {"temperature": None, "top_p": None, "max_tokens": None, "stop": None, "seed": None},
@@ -54,22 +53,10 @@ def test_what_changes_nothing_is_tolerated(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("n", 2),
-        ("best_of", 3),
-        ("logprobs", 0),
-        ("logprobs", 5),
-        ("echo", True),
         ("suffix", "end"),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("repetition_penalty", 1.1),
-        ("min_p", 0.1),
-        ("logit_bias", {"5": 1}),
         ("response_format", {"type": "json_object"}),
         ("structured_outputs", {"json": {}}),
         ("use_beam_search", True),
-        ("include_stop_str_in_output", True),
-        ("skip_special_tokens", False),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(param: str, value: Any) -> None:
@@ -81,8 +68,6 @@ def test_what_would_change_the_answer_is_refused_by_name(param: str, value: Any)
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
@@ -92,6 +77,24 @@ def test_what_would_change_the_answer_is_refused_by_name(param: str, value: Any)
 def test_chats_refuse_their_own_features(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ],
+)
+def test_what_chats_cannot_ask_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        read_wish(chat(**fields), LIMITS)
     assert caught.value.param == param
 
 
@@ -121,6 +124,28 @@ def test_tools_that_may_not_be_called_are_tolerated() -> None:
         ("stop_token_ids", [-1]),
         ("stream_options", {"include_usage": True}),
         ("ignore_eos", "yes"),
+        ("n", 0),
+        ("n", 129),
+        ("n", "two"),
+        ("best_of", 2),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("top_logprobs", 2),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("echo", "yes"),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 101),
+        ("min_p", 1.5),
+        ("min_p", -0.1),
+        ("logit_bias", {"100": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", [1]),
     ],
 )
 def test_impossible_values_are_refused_by_name(param: str, value: Any) -> None:
@@ -160,6 +185,40 @@ def test_sampling_is_taken_as_it_was_asked_for() -> None:
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (2**64 - 1, 9, 3)
     assert (sampling.ignore_eos, sampling.stop_token_ids) == (True, (5, 7))
     assert (asked.stops, asked.stream, asked.return_token_ids) == (("end",), True, True)
+
+
+def test_penalties_bias_and_log_probabilities_are_taken_as_asked_for() -> None:
+    asked = wish(
+        min_p=0.1,
+        presence_penalty=-2,
+        frequency_penalty=1.5,
+        repetition_penalty=1.2,
+        logit_bias={"7": -100, "3": 2.5},
+        logprobs=4,
+    )
+    sampling = asked.sampling
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2, 1.5)
+    assert sampling.logit_bias == ((3, 2.5), (7, -100.0))
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (4, None)
+    chatted = read_wish(chat(logprobs=True, top_logprobs=2), LIMITS).sampling
+    assert (chatted.logprobs, chatted.prompt_logprobs) == (2, None)
+    assert read_wish(chat(logprobs=True), LIMITS).sampling.logprobs == 0
+
+
+def test_the_prompt_is_scored_as_widely_as_anything_needs() -> None:
+    assert wish(echo=True, logprobs=3).sampling.prompt_logprobs == 3
+    assert wish(echo=True, logprobs=3, prompt_logprobs=5).sampling.prompt_logprobs == 5
+    assert wish(prompt_logprobs=0, max_tokens=0).sampling_for(50, LIMITS).max_tokens == 0
+    assert wish(echo=True).sampling.prompt_logprobs is None
+
+
+def test_choices_draw_with_seeds_of_their_own_and_the_first_as_if_alone() -> None:
+    asked = wish(n=50, best_of=50, seed=11)
+    seeds = [asked.sampling_for(3, LIMITS, choice).seed for choice in range(50)]
+    assert seeds[0] == 11
+    assert len(set(seeds)) == 50
+    assert seeds[1] == 7836488980342811034  # a seeded answer stays what it was
 
 
 def test_without_a_seed_each_request_draws_its_own() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.engine.sampler import NO_TOKEN, Draw, nucleus, sample, uniform
+from gpu_worker.engine.draw import Draw
+from gpu_worker.engine.sampler import NO_TOKEN, nucleus, sample, uniform
 from shared.types import SamplingParams
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.engine.sampler import Draw, sample
+from gpu_worker.engine.draw import Draw
+from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.exchange.seam import Exchange

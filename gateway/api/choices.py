@@ -1,0 +1,80 @@
+"""A choice from the deltas of its generation to what an answer or a chunk says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.api.answers import Choice, ChunkWriter
+from gateway.api.logprobs import (
+    CompletionLogprobs,
+    Scored,
+    chat_logprobs,
+    prompt_logprobs,
+)
+from gateway.api.requests import Wish
+from gateway.detokenizer import TokenNames
+from gateway.generation import Delta, PromptTask
+from shared.types import FinishReason
+from shared.wire import TokenLogprob
+
+
+class ChoiceWriter:
+    """Takes every delta of one choice, in order."""
+
+    def __init__(self, wish: Wish, task: PromptTask, names: TokenNames, *, chat: bool) -> None:
+        self._wish = wish
+        self._prompt = task.prompt
+        self._names = names
+        self._chat = chat
+        self._num_top = task.sampling.logprobs
+        self._completion = CompletionLogprobs(names, task.sampling.logprobs or 0)
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._scored: list[Scored] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self._finish: FinishReason | None = None
+
+    def take(self, delta: Delta) -> None:
+        """For the whole answer."""
+        self._texts.append(delta.text)
+        self._token_ids += delta.token_ids
+        self._scored += self._scored_of(delta)
+        self._prompt_logprobs += delta.prompt_logprobs
+        self._finish = delta.finish
+
+    def choice(self) -> Choice:
+        num_prompt = self._wish.prompt_logprobs
+        return Choice(
+            text="".join(self._texts),
+            token_ids=self._token_ids,
+            prompt_ids=self._prompt,
+            finish=self._finish or FinishReason.LENGTH,
+            logprobs=self._shape(self._scored),
+            prompt_logprobs=None
+            if num_prompt is None
+            else prompt_logprobs(self._names, self._prompt, self._prompt_logprobs, num_prompt),
+        )
+
+    def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
+        """One event of a stream. A delta without text (half a character, a held-back stop string)
+        waits for the next, unless it says something else."""
+        if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
+            return b""
+        logprobs = self._shape(self._scored_of(delta))
+        return writer.piece(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
+
+    def _scored_of(self, delta: Delta) -> list[Scored]:
+        if self._num_top is None:
+            return []
+        scored: list[Scored] = []
+        if delta.is_first and self._wish.echo:
+            scored += zip(self._prompt, (None, *delta.prompt_logprobs), strict=True)
+        scored += zip(delta.token_ids, delta.logprobs, strict=True)
+        return scored
+
+    def _shape(self, scored: list[Scored]) -> dict[str, Any] | None:
+        if self._num_top is None:
+            return None
+        if self._chat:
+            return chat_logprobs(self._names, scored, self._num_top)
+        return self._completion.next(scored)

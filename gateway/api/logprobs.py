@@ -1,0 +1,92 @@
+"""OpenAI's shapes of log-probabilities, those of vLLM's `prompt_logprobs`, and a token as a client
+may see it: a text, and the bytes that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.detokenizer import Detokenizer, TokenNames
+from shared.wire import TokenLogprob
+
+LOGPROB_MIN = -9999.0
+"""OpenAI's word for "impossible": JSON has no infinity."""
+
+Scored = tuple[int, TokenLogprob | None]
+"""A token, and how likely it was: None for the first of a prompt."""
+
+
+def chat_logprobs(names: TokenNames, scored: Sequence[Scored], num_top: int) -> dict[str, Any]:
+    return {"content": [_chat_token(names, *each, num_top) for each in scored], "refusal": None}
+
+
+def _chat_token(
+    names: TokenNames, token: int, logprob: TokenLogprob | None, num_top: int
+) -> dict[str, Any]:
+    assert logprob is not None, "a chat shows no prompt"
+    top = [_chat_entry(names, *each) for each in logprob.top[:num_top]]
+    return {**_chat_entry(names, token, logprob.logprob), "top_logprobs": top}
+
+
+def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]:
+    raw = list(names.names.join((token,)))
+    return {"token": names.name(token), "logprob": _finite(logprob), "bytes": raw}
+
+
+class CompletionLogprobs:
+    """Of one choice, piece by piece: offsets count the characters of its whole text."""
+
+    def __init__(self, names: TokenNames, num_top: int) -> None:
+        self._names = names
+        self._num_top = num_top
+        self._text = Detokenizer(names.text)
+        self._offset = 0
+
+    def next(self, scored: Sequence[Scored]) -> dict[str, Any]:
+        offsets: list[int] = []
+        for token, _ in scored:
+            offsets.append(self._offset)
+            self._offset += len(self._text.feed((token,)))
+        return {
+            "tokens": [self._names.unique_name(token) for token, _ in scored],
+            "token_logprobs": [each and _finite(each.logprob) for _, each in scored],
+            "top_logprobs": [each and self._top(token, each) for token, each in scored],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
+        """The likeliest, and the token itself."""
+        entries = (*logprob.top[: self._num_top], (token, logprob.logprob))
+        top: dict[str, float] = {}
+        for each, value in entries:
+            top.setdefault(self._names.unique_name(each), _finite(value))
+        return top
+
+
+def prompt_logprobs(
+    names: TokenNames, prompt: Sequence[int], scores: Sequence[TokenLogprob], num_top: int
+) -> list[dict[str, Any] | None]:
+    """By token id; null for the prompt's first token."""
+    shaped: list[dict[str, Any] | None] = [None]
+    for token, logprob in zip(prompt[1:], scores, strict=True):
+        entries = [
+            (each, value, place)
+            for place, (each, value) in enumerate(logprob.top[:num_top], start=1)
+            if each != token
+        ]
+        entries.append((token, logprob.logprob, logprob.rank))
+        shaped.append(
+            {
+                str(each): {
+                    "logprob": _finite(value),
+                    "rank": place,
+                    "decoded_token": names.name(each),
+                }
+                for each, value, place in sorted(entries, key=lambda entry: entry[2])
+            }
+        )
+    return shaped
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOGPROB_MIN)
