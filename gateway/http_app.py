@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from aiohttp import web
@@ -25,6 +25,7 @@ from gateway.api.answers import (
 from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
 from gateway.api.choices import ChoiceWriter
 from gateway.api.errors import SessionFailed, http_error, plain_http_error
+from gateway.api.guided import asks_for_grammar, read_grammar
 from gateway.api.requests import (
     CHOICES_MAX,
     ModelLimits,
@@ -131,7 +132,7 @@ class HttpApp:
         served = self._served_or_refuse()
         body = await self._read(request, ChatBody)
         limits = self._check(served, body)
-        wish = read_wish(body, limits)
+        wish = await _read_wish(body, limits)
         prompt = await served.tokenizer.encode_chat(
             read_messages(body.messages),
             body.chat_template_kwargs,
@@ -145,7 +146,7 @@ class HttpApp:
         served = self._served_or_refuse()
         body = await self._read(request, CompletionBody)
         limits = self._check(served, body)
-        wish = read_wish(body, limits)
+        wish = await _read_wish(body, limits)
         prompts = [
             await served.tokenizer.encode(prompt, tokens_max=limits.context_tokens_max)
             if isinstance(prompt, str)
@@ -316,6 +317,15 @@ async def _write(request: web.Request, response: web.StreamResponse, data: bytes
         return
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write(data)
+
+
+async def _read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
+    """A huge grammar takes its time, and other clients' tokens shall not wait for it."""
+    wish = read_wish(body, limits)
+    if not asks_for_grammar(body):
+        return wish
+    grammar = await asyncio.to_thread(read_grammar, body)
+    return replace(wish, sampling=replace(wish.sampling, grammar=grammar))
 
 
 def _usage(generation: Generation, job: _Job) -> Usage:

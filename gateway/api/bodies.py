@@ -43,13 +43,13 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     logit_bias: dict[int, float] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    # Only looked at to be refused:
     response_format: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    # Only looked at to be refused:
     use_beam_search: Any = None
 
 
@@ -89,12 +89,6 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "use_beam_search": (False,),
     "suffix": ("",),
     "functions": ([],),

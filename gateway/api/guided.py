@@ -21,6 +21,12 @@ _STRUCTURED = {
 }
 """Fields of `structured_outputs`, and the request's own fields that mean the same."""
 
+FIELDS = ("response_format", "structured_outputs", *_STRUCTURED.values())
+
+
+def asks_for_grammar(body: GenerationBody) -> bool:
+    return any(getattr(body, name) is not None for name in FIELDS)
+
 
 def read_grammar(body: GenerationBody) -> str:
     """Empty where the form is free. May take a second of CPU for a huge grammar (the library
