@@ -48,6 +48,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kill", type=int, nargs="*", default=[])
     parser.add_argument("--stop", type=int, nargs="*", default=[])
     parser.add_argument("--rejoin", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--early",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="judge who has begun to die, not only who is gone",
+    )
     parser.add_argument("--host-copy", action="store_true", help="load orphans from host memory")
     parser.add_argument("--segment-steps", type=int, default=100)
     parser.add_argument("--settle-s", type=float, default=2.0)
@@ -65,21 +71,25 @@ def multi_process_service(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, timeout=30)
+        subprocess.run(["nvidia-cuda-mps-control"], input="quit -t 5\n", text=True, timeout=30)
         log = folder / "mps-log" / "server.log"
         if log.exists():
             print("MPS server:", *log.read_text().splitlines()[-6:], sep="\n  ")
 
 
-def arguments_of(args: argparse.Namespace, endpoint: str, folder: Path) -> RankArguments:
-    import torch
+def cards() -> list[str]:
+    """Without a CUDA context of our own, which would be one more client of the cards."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
 
+
+def arguments_of(args: argparse.Namespace, endpoint: str, folder: Path) -> RankArguments:
     return RankArguments(
         rank=0,
         incarnation=0,
         num_ranks=args.ranks,
         slots=-(-(args.experts + args.redundant) // args.ranks),
-        gpus=torch.cuda.device_count(),
+        gpus=len(cards()),
         shape=StepShape(
             layers=args.layers if args.what == "faults" else 1,
             hidden=args.hidden,
@@ -122,6 +132,7 @@ async def faults(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     schedule = [(k, args.segment_steps) for _ in range(_SEGMENTS) for k in ("elastic", "static")]
     ready = await control.form(schedule)
     control.watch_stops()
+    watcher = asyncio.create_task(control.watch_dying())
     result: dict[str, Any] = {"formed_s": time.monotonic() - began, "ready": ready[0]}
     spent: dict[str, list[float]] = {"elastic": [], "static": []}
     for _ in schedule:
@@ -142,6 +153,7 @@ async def faults(control: Control, args: argparse.Namespace) -> dict[str, Any]:
         for count in counts:
             await one_fault(control, args, sig, count, result["faults"])
     await control.stop()
+    watcher.cancel()
     steps, wrong = control.wrong_steps()
     return result | {"committed_steps": steps, "wrong_steps": wrong}
 
@@ -187,8 +199,6 @@ def table(result: dict[str, Any]) -> str:
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     folder = Path(tempfile.mkdtemp(prefix="starfish-ep-", dir="/dev/shm"))
     try:
         async with embedded_etcd(folder / "etcd") as etcd:
@@ -199,8 +209,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
                 control = Control(store, base, prober)
             else:
-                control = Control(store, base)
-            result: dict[str, Any] = {"cards": []}
+                control = Control(store, base, early=args.early)
+            result: dict[str, Any] = {"cards": cards()}
             try:
                 if args.what == "micro":
                     result |= await micro(control)
@@ -209,8 +219,6 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             finally:
                 control.kill_all()
                 await store.close()
-            count = torch.cuda.device_count()
-            result["cards"] = [torch.cuda.get_device_name(i) for i in range(count)]
             return result
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The control side of the GPU experiment: spawns ranks, hears of deaths (pidfd) and stops (SIGCHLD)
-as a node agent does, plans with the control plane's planner, and publishes verdicts, assignments
-and maps through etcd."""
+"""The control side of the GPU experiment: spawns ranks, hears of deaths and stops as a node agent
+does, plans with the control plane's planner, and publishes verdicts, assignments and maps through
+etcd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import multiprocessing as mp
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from bench.gpu_ep_log import Disturbance, StepLog, disturbance
 from bench.gpu_ep_rank import RankArguments, main
 from control_plane.placement import grow, place, shrink
+from gpu_worker.agent.dying import is_dying
 from shared.etcd_store import EtcdStore
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
@@ -30,14 +31,17 @@ from shared.types import Epoch, Incarnation, Member, NodeId, RankId, SuspicionRe
 
 _TIMEOUT_S = 240.0
 _GRACE_S = 0.05  # a stopped process may come back: the agent waits as long for a sign of life
+_POLL_S = 0.003
 _COALESCE_S = 0.003  # exits that follow each other so closely are planned for together
 
 
 class Control:
     """All ranks of one instance, by number; a rank has one life at a time."""
 
-    def __init__(self, store: EtcdStore, base: RankArguments, target: Any = main) -> None:
-        self.store, self.base, self.target = store, base, target
+    def __init__(
+        self, store: EtcdStore, base: RankArguments, target: Any = main, *, early: bool = True
+    ) -> None:
+        self.store, self.base, self.target, self.early = store, base, target, early
         self.keys = Keys(base.instance)
         self.nodes = {RankId(r): NodeId("host") for r in range(base.num_ranks)}
         self.slots = {RankId(r): base.slots for r in range(base.num_ranks)}
@@ -47,6 +51,8 @@ class Control:
         self.inbox: dict[int, asyncio.Queue[tuple[Any, ...]]] = {}
         self.logs: dict[tuple[int, int], StepLog] = {}
         self.map: ExpertMap | None = None
+        self.heard_of: set[Member] = set()
+        self.released: dict[Member, set[Member]] = {}  # by whom, whom
         self.exits: asyncio.Queue[tuple[int, SuspicionReason]] = asyncio.Queue()
         self.events: list[tuple[str, float]] = []
 
@@ -80,21 +86,43 @@ class Control:
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(pipe.fileno())
             pipe.close()
+            self.note(f"{rank}: connection closed")
             self.inbox[rank].put_nowait(("closed", rank))
 
     def _exited(self, rank: int, pidfd: int) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
-        self.exits.put_nowait((rank, SuspicionReason.EXIT))
+        self.note(f"{rank}: gone")
+        self._hear_of(rank, SuspicionReason.EXIT)
+
+    def _hear_of(self, rank: int, cause: SuspicionReason) -> None:
+        """Once per life."""
+        if self.life(rank) not in self.heard_of:
+            self.heard_of.add(self.life(rank))
+            self.exits.put_nowait((rank, cause))
 
     def watch_stops(self) -> None:
         def on_child() -> None:
             for rank, process in self.processes.items():
                 with contextlib.suppress(ChildProcessError):
                     if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG) is not None:
-                        self.exits.put_nowait((rank, SuspicionReason.STOPPED))
+                        self._hear_of(rank, SuspicionReason.STOPPED)
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, on_child)
+
+    async def watch_dying(self) -> None:
+        """A process that has begun to die is gone for us, long before its pidfd says so."""
+        told: set[int] = set()
+        while True:
+            for process in self.processes.values():
+                pid = process.pid
+                if pid not in told and is_dying(pid):
+                    told.add(pid)
+                    rank = next(r for r, p in self.processes.items() if p is process)
+                    self.note(f"{rank}: dying")
+                    if self.early:
+                        self._hear_of(rank, SuspicionReason.EXIT)
+            await asyncio.sleep(_POLL_S)
 
     def tell(self, ranks: Iterable[int], *message: object) -> None:
         for rank in ranks:
@@ -215,7 +243,7 @@ class Control:
             await asyncio.sleep(_GRACE_S if cause is SuspicionReason.STOPPED else _COALESCE_S)
             news = {rank} | {self.exits.get_nowait()[0] for _ in range(self.exits.qsize())}
             news &= set(self.members()) - (set() if published else dead)
-            if news:
+            if news or not published:
                 self.note(f"{len(news)} heard of")
                 dead |= news
                 published = await self.judge(dead & set(self.members()), cause, touched)
@@ -231,9 +259,15 @@ class Control:
         touched |= {int(refill.rank) for refill in result.refills}
         touched &= set(alive)
         if touched:
+            # No slot may change its expert while somebody can still commit a step of the old map: a
+            # dead rank's kernels outlive it for a while, and may complete a step.
             await self.store.txn([], verdicts)
+            lives = {self.life(rank) for rank in dead}
+            if not await self._unless_news(self._all_released(alive, lives)):
+                return False
+            self.note("released")
             await self.assign(result.refilled, touched, self.map.epoch)
-            if not await self._loaded(result.refilled, sorted(touched)):
+            if not await self._unless_news(self._all_loaded(result.refilled, sorted(touched))):
                 return False
             self.note("loaded")
             touched.clear()
@@ -242,24 +276,28 @@ class Control:
         self.note("published")
         return True
 
-    async def _loaded(self, placement: Placement, ranks: list[int]) -> bool:
+    async def _all_released(self, ranks: list[int], dead: set[Member]) -> None:
+        for rank in ranks:
+            while not dead <= self.released.setdefault(self.life(rank), set()):
+                self.released[self.life(rank)].add((await self.hear([rank], "released"))[0])
+
+    async def _all_loaded(self, placement: Placement, ranks: list[int]) -> None:
+        for rank in ranks:
+            wanted = SlotContents.of(self.life(rank), placement[:, rank]).slots
+            while (await self.hear([rank], "loaded"))[0] != wanted:
+                pass
+
+    async def _unless_news(self, work: Coroutine[Any, Any, None]) -> bool:
         """False as soon as somebody else is heard of."""
-        wanted = [SlotContents.of(self.life(r), placement[:, r]).slots for r in ranks]
-
-        async def all_of_them() -> None:
-            for rank, slots in zip(ranks, wanted, strict=True):
-                while (await self.hear([rank], "loaded"))[0] != slots:
-                    pass
-
-        load = asyncio.ensure_future(all_of_them())
+        task = asyncio.ensure_future(work)
         news = asyncio.ensure_future(self.exits.get())
-        done, pending = await asyncio.wait((load, news), return_when=asyncio.FIRST_COMPLETED)
+        done, pending = await asyncio.wait((task, news), return_when=asyncio.FIRST_COMPLETED)
         for wait in pending:
             wait.cancel()
         if news in done:
             self.exits.put_nowait(news.result())
-            return load in done and load.exception() is None
-        load.result()
+            return task in done and task.exception() is None
+        task.result()
         return True
 
     def _verdict(self, rank: int, cause: SuspicionReason, epoch: Epoch) -> Put:
@@ -334,8 +372,6 @@ class Control:
         await self.hear(members + list(ranks), "entered")
         self.note("entered")
         self.tell(ranks, "go", [])
-        while not self.exits.empty():
-            self.exits.get_nowait()
         await asyncio.sleep(settle_s)
         everybody = [self.log_of(rank) for rank in self.members()]
         seen = disturbance(survivors, survivors, at_ns, time.monotonic_ns(), self.base.shape.tokens)
@@ -350,6 +386,10 @@ class Control:
     def _told(self, seen: Disturbance, at_ns: int) -> dict[str, Any]:
         told = {name: getattr(seen, name) for name in Disturbance.__slots__}
         told["events_ms"] = [(what, round((at - at_ns / 1e9) * 1e3, 1)) for what, at in self.events]
+        for sign in ("dying", "connection closed", "gone"):
+            at = [ms for what, ms in told["events_ms"] if what.endswith(f": {sign}")]
+            told[f"{sign} ms, first and last"] = (min(at), max(at)) if at else None
+        told["events_ms"] = [event for event in told["events_ms"] if ": " not in event[0]]
         return told
 
     # The end -------------------------------------------------------------------------------------

@@ -187,6 +187,7 @@ class Rank:
                     verdict = unpack_record(entry.value, Verdict)
                     dead = Member(rank=verdict.rank, incarnation=verdict.incarnation)
                     self.exchange.release([dead], verdict.epoch)
+                    self.tell("released", dead)
                 elif entry.key == mine:
                     self.maps.put(unpack_record(entry.value, SlotContents))
 
