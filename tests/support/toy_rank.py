@@ -27,6 +27,7 @@ from shared.wire import (
     Pong,
     SessionTokens,
     Submit,
+    TokenLogprob,
     Tokens,
     Welcome,
     encode,
@@ -44,6 +45,12 @@ def toy_token(prompt: Sequence[int], index: int) -> int:
 
 def toy_tokens(prompt: Sequence[int], count: int) -> list[int]:
     return [toy_token(prompt, index) for index in range(count)]
+
+
+def toy_logprob(token: int, num_top: int) -> TokenLogprob:
+    """A function of the token. The likeliest are the ids from 100 on; floats have many digits."""
+    top = tuple((100 + n, -0.1 / (n + 3)) for n in range(num_top))
+    return TokenLogprob(logprob=-token / 7, rank=token, top=top)
 
 
 class ToyRank:
@@ -169,6 +176,7 @@ class ToyRank:
         if error is None:
             self._open[submit.session] = submit
             self._next[submit.session] = submit.num_emitted
+            self._score_prompt(submit)
             return
         answer = SessionTokens(
             session=submit.session,
@@ -179,6 +187,27 @@ class ToyRank:
             retryable=self.reject is None,
         )
         self._send((answer,))
+
+    def _score_prompt(self, submit: Submit) -> None:
+        """In two messages, as two chunks would. With max_tokens 0 that is all."""
+        num_top, only = submit.sampling.prompt_logprobs, submit.sampling.max_tokens == 0
+        if num_top is None and not only:
+            return
+        scores = () if num_top is None else [toy_logprob(t, num_top) for t in submit.tokens[1:]]
+        half = len(scores) // 2
+        for last, begin, part in ((False, 0, scores[:half]), (True, half, scores[half:])):
+            reply = SessionTokens(
+                session=submit.session,
+                attempt=submit.attempt,
+                index=submit.num_emitted,
+                ids=(),
+                finish=FinishReason.LENGTH if only and last else None,
+                prompt_logprobs=tuple(part),
+                prompt_index=begin + 1,
+            )
+            self._send((reply,))
+        if only:
+            del self._open[submit.session]
 
     async def _step_for_ever(self) -> None:
         while True:
@@ -208,6 +237,9 @@ class ToyRank:
             index=index,
             ids=(token,),
             finish=finish,
+            logprobs=()
+            if submit.sampling.logprobs is None
+            else (toy_logprob(token, submit.sampling.logprobs),),
         )
 
     def _send(self, sessions: tuple[SessionTokens, ...]) -> None:

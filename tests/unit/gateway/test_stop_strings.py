@@ -68,3 +68,12 @@ def test_the_first_complete_one_wins_and_of_several_the_longest(
     stops: list[str], text: str, shown: str
 ) -> None:
     assert run(stops, [text]) == (shown, True)
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_a_stop_string_can_be_shown_and_nothing_after_it(cut: int) -> None:
+    matcher = StopStrings(["cd", "abcd"], shown=True)
+    text = "xabcdefg"
+    first, stopped = matcher.feed(text[:cut])
+    second = "" if stopped else matcher.feed(text[cut:]).text
+    assert first + second == "xabcd"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -25,7 +25,7 @@ from shared.types import (
     SamplingParams,
     SessionId,
 )
-from shared.wire import Cancel, SessionTokens, Submit
+from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
 
 A = Member(rank=RankId(0), incarnation=Incarnation(1))
 B = Member(rank=RankId(1), incarnation=Incarnation(1))
@@ -247,3 +247,70 @@ def test_it_knows_its_first_token_and_its_longest_gap() -> None:
     for index, at in enumerate([2.0, 2.5, 4.0, 4.1]):
         session.on_tokens(A, tokens(index, index), at)
     assert (session.first_token_at, session.longest_gap_s) == (2.0, 1.5)
+
+
+# log-probabilities
+
+
+def logprob(value: float) -> TokenLogprob:
+    return TokenLogprob(logprob=value, rank=1)
+
+
+def asking(*, max_tokens: int = 4, **asked: int) -> StreamSession:
+    opened = new_session(max_tokens=max_tokens)
+    opened.sampling = replace(opened.sampling, **asked)  # type: ignore[arg-type]
+    return opened
+
+
+def scores(*values: float) -> tuple[TokenLogprob, ...]:
+    return tuple(logprob(value) for value in values)
+
+
+def test_log_probabilities_follow_the_tokens_that_are_taken() -> None:
+    stream = asking(logprobs=0)
+    stream.place(A)
+    stream.on_tokens(A, replace(tokens(0, 7, 8), logprobs=scores(-1, -2)), 0.0)
+    stream.on_tokens(A, replace(tokens(1, 8, 9), logprobs=scores(-2, -3)), 0.0)
+    assert stream.emitted == [7, 8, 9]
+    assert stream.logprobs == list(scores(-1, -2, -3))
+
+
+def test_tokens_without_the_log_probabilities_asked_for_are_not_taken() -> None:
+    stream = asking(logprobs=0)
+    stream.place(A)
+    stream.on_tokens(A, tokens(0, 7), 0.0)
+    assert (stream.state, stream.emitted) == (SessionState.WAITING, [])
+
+
+def test_a_prompt_cut_in_its_scoring_is_asked_again_and_each_score_taken_once() -> None:
+    stream = asking(prompt_logprobs=0)
+    stream.place(A)
+    stream.on_tokens(A, replace(tokens(0), prompt_logprobs=scores(-1), prompt_index=1), 0.0)
+    stream.on_rank_lost(A, 0.0)
+    (again,) = stream.place(B)
+    assert isinstance(again.message, Submit)
+    assert again.message.sampling.prompt_logprobs == 0
+    late = replace(tokens(0, attempt=1), prompt_logprobs=scores(-1, -2), prompt_index=1)
+    stream.on_tokens(B, late, 0.0)
+    assert stream.prompt_logprobs == list(scores(-1, -2))
+    stream.on_rank_lost(B, 0.0)
+    (last,) = stream.place(A)
+    assert isinstance(last.message, Submit)
+    assert last.message.sampling.prompt_logprobs is None
+
+
+def test_a_gap_in_a_prompts_scores_is_a_reason_to_move() -> None:
+    stream = asking(prompt_logprobs=0)
+    stream.place(A)
+    stream.on_tokens(A, replace(tokens(0), prompt_logprobs=scores(-1), prompt_index=2), 0.0)
+    assert (stream.state, stream.prompt_logprobs) == (SessionState.WAITING, [])
+
+
+def test_scoring_alone_ends_with_its_last_score_not_its_first() -> None:
+    stream = asking(max_tokens=0, prompt_logprobs=0)
+    stream.place(A)
+    stream.on_tokens(A, replace(tokens(0), prompt_logprobs=scores(-1), prompt_index=1), 0.0)
+    assert stream.state is SessionState.RUNNING
+    last = replace(tokens(0), prompt_logprobs=scores(-2), prompt_index=2)
+    stream.on_tokens(A, replace(last, finish=FinishReason.LENGTH), 0.0)
+    assert (stream.state, stream.finish) == (SessionState.FINISHED, FinishReason.LENGTH)
