@@ -113,6 +113,18 @@ class Cluster:
             return name
 
 
+async def stream_events(
+    http: aiohttp.ClientSession, cluster: Cluster, body: dict[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """The events of one streamed completion, [DONE] left out."""
+    body = {"model": await cluster.model_name(), "stream": True, **body}
+    async with http.post(f"{cluster.url}/v1/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+
+
 @asynccontextmanager
 async def running_cluster(
     run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = ()
