@@ -4,27 +4,28 @@ with OpenAI's `param` for every value that cannot be."""
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.api.bodies import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from gateway.api.fields import (
+    INT64_MAX,
+    count_of,
+    logit_bias_of,
+    seed_of,
+    stop_ids_of,
+    stops_of,
+    within,
+)
 from gateway.tokenizer import context_exceeded
 from shared.errors import RequestError
 from shared.types import SamplingParams
 
 COMPLETION_TOKENS_DEFAULT = 16
-STOPS_MAX = 16
-STOP_CHARS_MAX = 1024
-STOP_IDS_MAX = 128
 PROMPTS_MAX = 64
 CHOICES_MAX = 256
 """Of a request: prompts times `n`."""
-
-TOP_LOGPROBS_MAX = 20
-LOGIT_BIAS_MAX = 1024
-_INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,35 +79,35 @@ def choice_seed(seed: int, choice: int) -> int:
 
 def read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
     max_tokens = _max_tokens(body)
-    min_max = _INT64_MAX if max_tokens is None else max_tokens
-    min_tokens = _within("min_tokens", body.min_tokens, 0, 0, min_max)
+    min_max = INT64_MAX if max_tokens is None else max_tokens
+    min_tokens = within("min_tokens", body.min_tokens, 0, 0, min_max)
     logprobs, echo = _logprobs(body), isinstance(body, CompletionBody) and bool(body.echo)
     prompt_logprobs = _prompt_logprobs(body)
     wanted = [prompt_logprobs, logprobs if echo else None]
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is for stream=true only", param="stream_options")
     sampling = SamplingParams(
-        temperature=_within("temperature", body.temperature, 1.0, 0.0, 2.0),
-        top_p=_within("top_p", body.top_p, 1.0, 0.0, 1.0),
-        top_k=max(0, _within("top_k", body.top_k, 0, -1, _INT64_MAX)),
-        seed=_seed(body.seed),
+        temperature=within("temperature", body.temperature, 1.0, 0.0, 2.0),
+        top_p=within("top_p", body.top_p, 1.0, 0.0, 1.0),
+        top_k=max(0, within("top_k", body.top_k, 0, -1, INT64_MAX)),
+        seed=seed_of(body.seed),
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
-        min_p=_within("min_p", body.min_p, 0.0, 0.0, 1.0),
-        presence_penalty=_within("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
-        frequency_penalty=_within("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
-        repetition_penalty=_within("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
-        logit_bias=_logit_bias(body.logit_bias, limits.vocab_size),
+        min_p=within("min_p", body.min_p, 0.0, 0.0, 1.0),
+        presence_penalty=within("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=within("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
+        repetition_penalty=within("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
+        logit_bias=logit_bias_of(body.logit_bias, limits.vocab_size),
         logprobs=logprobs,
         prompt_logprobs=max((k for k in wanted if k is not None), default=None),
-        stop_token_ids=_stop_ids(body.stop_token_ids, limits.vocab_size),
+        stop_token_ids=stop_ids_of(body.stop_token_ids, limits.vocab_size),
     )
     return Wish(
         sampling=sampling,
         max_tokens=max_tokens,
         num_choices=_num_choices(body),
         prompt_logprobs=prompt_logprobs,
-        stops=_stops(body.stop),
+        stops=stops_of(body.stop),
         echo=echo,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -171,12 +172,12 @@ def _max_tokens(body: GenerationBody) -> int | None:
     )
     if value == 0 and not only_prompt:
         raise RequestError(f"{name}=0 is for echo and prompt_logprobs only", param=name)
-    checked: int = _within(name, value, 0, 0, _INT64_MAX)
+    checked: int = within(name, value, 0, 0, INT64_MAX)
     return checked
 
 
 def _num_choices(body: GenerationBody) -> int:
-    number: int = _within("n", body.n, 1, 1, 128)
+    number: int = within("n", body.n, 1, 1, 128)
     if body.best_of is not None and body.best_of != number:
         raise RequestError("best_of other than n is not supported here", param="best_of")
     return number
@@ -185,10 +186,10 @@ def _num_choices(body: GenerationBody) -> int:
 def _logprobs(body: GenerationBody) -> int | None:
     """How many of the likeliest; None: no log-probabilities. A chat says it in two fields."""
     if isinstance(body, CompletionBody):
-        return _optional_count("logprobs", body.logprobs)
+        return count_of("logprobs", body.logprobs)
     if not isinstance(body, ChatBody):
         return None
-    top = _optional_count("top_logprobs", body.top_logprobs)
+    top = count_of("top_logprobs", body.top_logprobs)
     if not body.logprobs:
         if top:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
@@ -199,56 +200,4 @@ def _logprobs(body: GenerationBody) -> int | None:
 def _prompt_logprobs(body: GenerationBody) -> int | None:
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs is not for streams", param="prompt_logprobs")
-    return _optional_count("prompt_logprobs", body.prompt_logprobs)
-
-
-def _optional_count(name: str, value: int | None) -> int | None:
-    return None if value is None else int(_within(name, value, 0, 0, TOP_LOGPROBS_MAX))
-
-
-def _logit_bias(bias: dict[int, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    if not bias:
-        return ()
-    if len(bias) > LOGIT_BIAS_MAX or min(bias) < 0 or max(bias) >= vocab_size:
-        message = f"logit_bias: at most {LOGIT_BIAS_MAX} ids of 0 … {vocab_size - 1}"
-        raise RequestError(message, param="logit_bias")
-    if not all(-100 <= value <= 100 for value in bias.values()):
-        raise RequestError("logit_bias must lie in -100 … 100", param="logit_bias")
-    return tuple(sorted(bias.items()))
-
-
-def _within(name: str, value: Any, default: Any, low: Any, high: Any) -> Any:
-    if value is None:
-        return default
-    if not low <= value <= high:
-        upper = f" and at most {high}" if high != _INT64_MAX else ""
-        raise RequestError(f"{name} must be at least {low}{upper}, but is {value}", param=name)
-    return value
-
-
-def _seed(seed: int | None) -> int:
-    """Any 64-bit number of either sign; drawn where the client has none."""
-    if seed is None:
-        return secrets.randbits(63)
-    if not -(2**63) <= seed < 2**64:
-        raise RequestError("seed must be a 64-bit integer", param="seed")
-    return seed % 2**64
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > STOPS_MAX:
-        raise RequestError(f"at most {STOPS_MAX} stop strings are supported", param="stop")
-    if any(not text or len(text) > STOP_CHARS_MAX for text in stops):
-        message = f"a stop string must have 1 … {STOP_CHARS_MAX} characters"
-        raise RequestError(message, param="stop")
-    return stops
-
-
-def _stop_ids(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
-    if not ids:
-        return ()
-    if len(ids) > STOP_IDS_MAX or min(ids) < 0 or max(ids) >= vocab_size:
-        message = f"stop_token_ids: at most {STOP_IDS_MAX} ids of 0 … {vocab_size - 1}"
-        raise RequestError(message, param="stop_token_ids")
-    return tuple(sorted(set(ids)))
+    return count_of("prompt_logprobs", body.prompt_logprobs)

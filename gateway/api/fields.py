@@ -1,0 +1,67 @@
+"""Single fields of a body: what each may be. Every other value is a RequestError that names it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from shared.errors import RequestError
+
+STOPS_MAX = 16
+STOP_CHARS_MAX = 1024
+STOP_IDS_MAX = 128
+TOP_LOGPROBS_MAX = 20
+LOGIT_BIAS_MAX = 1024
+INT64_MAX = 2**63 - 1
+
+
+def count_of(name: str, value: int | None) -> int | None:
+    return None if value is None else int(within(name, value, 0, 0, TOP_LOGPROBS_MAX))
+
+
+def logit_bias_of(bias: dict[int, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if not bias:
+        return ()
+    if len(bias) > LOGIT_BIAS_MAX or min(bias) < 0 or max(bias) >= vocab_size:
+        message = f"logit_bias: at most {LOGIT_BIAS_MAX} ids of 0 … {vocab_size - 1}"
+        raise RequestError(message, param="logit_bias")
+    if not all(-100 <= value <= 100 for value in bias.values()):
+        raise RequestError("logit_bias must lie in -100 … 100", param="logit_bias")
+    return tuple(sorted(bias.items()))
+
+
+def within(name: str, value: Any, default: Any, low: Any, high: Any) -> Any:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        upper = f" and at most {high}" if high != INT64_MAX else ""
+        raise RequestError(f"{name} must be at least {low}{upper}, but is {value}", param=name)
+    return value
+
+
+def seed_of(seed: int | None) -> int:
+    """Any 64-bit number of either sign; drawn where the client has none."""
+    if seed is None:
+        return secrets.randbits(63)
+    if not -(2**63) <= seed < 2**64:
+        raise RequestError("seed must be a 64-bit integer", param="seed")
+    return seed % 2**64
+
+
+def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > STOPS_MAX:
+        raise RequestError(f"at most {STOPS_MAX} stop strings are supported", param="stop")
+    if any(not text or len(text) > STOP_CHARS_MAX for text in stops):
+        message = f"a stop string must have 1 … {STOP_CHARS_MAX} characters"
+        raise RequestError(message, param="stop")
+    return stops
+
+
+def stop_ids_of(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
+    if not ids:
+        return ()
+    if len(ids) > STOP_IDS_MAX or min(ids) < 0 or max(ids) >= vocab_size:
+        message = f"stop_token_ids: at most {STOP_IDS_MAX} ids of 0 … {vocab_size - 1}"
+        raise RequestError(message, param="stop_token_ids")
+    return tuple(sorted(set(ids)))
