@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from gpu_worker.config import RankConfig
+from gpu_worker.engine.guide import Guides
 from gpu_worker.engine_thread import EngineThread
 from gpu_worker.exchange.confine import require_confined
 from gpu_worker.exchange.links import TransferEndpoint
@@ -26,7 +27,7 @@ from gpu_worker.slot_loader import ExpertSlotLoader
 from shared.clock import SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
-from shared.errors import StarfishError
+from shared.errors import CheckpointError, StarfishError
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
@@ -117,6 +118,7 @@ async def run_rank(config: RankConfig) -> int:
             residents=model.slots.contents,
             endpoint=endpoint,
             engine_host=EngineThread(),
+            guides=open_guides(folder, model_spec),
         )
     )
     return await run_until_signal(rank, store)
@@ -146,6 +148,15 @@ def load(config: RankConfig, spec: InstanceSpec, folder: Path) -> Decoder:
         block_tokens=config.kv_block_tokens,
         on_warm_up=progress,
     )
+
+
+def open_guides(folder: Path, spec: ModelSpec) -> Guides | None:
+    """None where the checkpoint has no tokenizer for it; all else is served."""
+    try:
+        return Guides(folder, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids)
+    except CheckpointError as error:
+        log.warning("no_guided_decoding", detail=str(error))
+        return None
 
 
 def layout_of(config: RankConfig, model: ModelSpec) -> Layout:

@@ -34,6 +34,9 @@ class RankConfig:
     )
     kv_tokens: int = option(16384, "capacity of the KV cache of this rank, in tokens")
     kv_block_tokens: int = option(16, "tokens in a KV block")
+    prefix_cache: bool = option(
+        True, "begin a prompt with the KV blocks that earlier ones have computed for it"
+    )
     step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
     prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")
     running_max: int = option(64, "most sequences that decode at once")

@@ -15,6 +15,7 @@ from gpu_worker.agent.respawn_policy import EXIT_FENCED
 from gpu_worker.config import RankConfig
 from gpu_worker.control_server import ControlServer
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.guide import Guides
 from gpu_worker.engine.mailbox import (
     Adopted,
     Event,
@@ -98,6 +99,7 @@ class RankParts:
     residents: Placement  # what the slots hold at the start
     endpoint: Endpoint
     engine_host: EngineHost
+    guides: Guides | None = None  # for guided decoding
 
 
 class Rank:
@@ -116,7 +118,9 @@ class Rank:
             member=parts.member,
             model=parts.model,
             exchange=parts.endpoint.exchange(parts.member, monitor, clock, deadline_ms),
-            scheduler=Scheduler(scheduler_limits(config, parts.spec), parts.eos_token_ids),
+            scheduler=Scheduler(
+                scheduler_limits(config, parts.spec), parts.eos_token_ids, parts.guides
+            ),
             inbox=inbox,
             monitor=monitor,
             post=self._post,
@@ -262,4 +266,5 @@ def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         running_max=config.running_max,
         waiting_max=config.waiting_max,
+        prefix_cache=config.prefix_cache,
     )

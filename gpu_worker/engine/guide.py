@@ -38,29 +38,27 @@ class Guides:
 
 
 class Guide:
-    """One session's. An error stays: `allowed` then raises GuideError."""
+    """One session's. `allowed` are the tokens that may come next: bit `t % 32` of word `t // 32`.
+    Where the text may end, the end tokens are among them."""
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str, emitted: Sequence[int]) -> None:
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._matcher.consume_tokens(list(emitted))
-        self._check()
+        self.allowed = self._next_bits()
 
     @property
     def is_complete(self) -> bool:
         """No text can follow: the answer ends here, with or without an end token."""
         return bool(self._matcher.is_stopped())
 
-    def allowed(self) -> Bits:
-        """The tokens that may come next: bit `t % 32` of word `t // 32`. Never empty: where the
-        text may end here, the end tokens are among them. Raises GuideError."""
-        bits: Bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
-        self._check()
-        return bits
-
     def take(self, token: int) -> None:
-        """`token` was drawn."""
+        """`token` was drawn. Raises GuideError where the grammar cannot be followed further."""
         self._matcher.consume_token(token)
+        self.allowed = self._next_bits()
 
-    def _check(self) -> None:
+    def _next_bits(self) -> Bits:
+        if not self._matcher.is_error():
+            bits: Bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
         if self._matcher.is_error():
             raise GuideError(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}")
+        return bits

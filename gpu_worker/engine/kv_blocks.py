@@ -1,10 +1,29 @@
-"""The paged KV cache as the scheduler sees it: which blocks are free, and the block table of every
-running sequence. The blocks' contents are the model's."""
+"""The paged KV cache as the scheduler sees it: which blocks are free, which are shared, and the
+block table of every running sequence. The blocks' contents are the model's.
+
+Theory of operation. A block is free, private to one row, or named. Names stand for contents
+(`block_names`); a named block is never written again, so any number of rows may have it in their
+tables, and when none has, it stays with its name until its memory is wanted.
+
+    event            free                private                    named
+    open, extend     → private           –                          one more row (open, by name), or
+                                                                    idle: evicted → private
+    publish          –                   → named; or → free, where  –
+                                         the name has a block,
+                                         which takes its place
+    shrink, close    –                   → free                     one row less
+
+A row's table is named blocks first, in the order of its chain, then private ones.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from gpu_worker.engine.prefix_index import PrefixIndex
 
 
 class KvBlocks:
@@ -24,10 +43,17 @@ class KvBlocks:
         self._free_rows = list(range(rows_max - 1, -1, -1))
         self._tables = np.full((rows_max, row_blocks_max), -1, dtype=np.int32)
         self._lengths = [0] * rows_max
+        self._num_users = [0] * num_blocks  # rows that have the block in their table
+        self._index = PrefixIndex()
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that can be handed out; idle named ones lose their names by it."""
+        return len(self._free) + self._index.num_idle
+
+    @property
+    def num_named(self) -> int:
+        return self._index.num_named
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
@@ -36,25 +62,52 @@ class KvBlocks:
         """Tokens that the blocks of this row can hold."""
         return self._lengths[row] * self.block_tokens
 
-    def open(self, num_blocks: int) -> int:
-        """A row with so many blocks."""
+    def num_cached(self, names: Sequence[bytes]) -> int:
+        """Length of the longest cached prefix of this chain, in blocks."""
+        return self._index.num_known(names)
+
+    def num_needed(self, num_blocks: int, names: Sequence[bytes]) -> int:
+        """By how much `open` with these arguments would lower `num_free`."""
+        return num_blocks - self._index.num_in_use(names)
+
+    def open(self, num_blocks: int, names: Sequence[bytes] = ()) -> int:
+        """A row of so many blocks, of which the first `num_cached(names)` hold what `names` say."""
         row = self._free_rows.pop()
-        self.extend(row, num_blocks)
+        num_cached = self._index.num_known(names)
+        for column in range(num_cached):
+            self._tables[row, column] = self._use_named(names[column])
+        self._lengths[row] = num_cached
+        self.extend(row, num_blocks - num_cached)
         return row
 
     def extend(self, row: int, num_blocks: int) -> None:
-        assert num_blocks <= len(self._free), "KV blocks handed out that do not exist"
+        assert num_blocks <= self.num_free, "KV blocks handed out that do not exist"
         length = self._lengths[row]
         for column in range(length, length + num_blocks):
-            self._tables[row, column] = self._free.pop()
+            block = self._free.pop() if self._free else self._index.evict()
+            self._num_users[block] = 1
+            self._tables[row, column] = block
         self._lengths[row] = length + num_blocks
 
+    def publish(self, row: int, column: int, name: bytes) -> None:
+        """The row's block in this column is full, its contents are committed and have this name;
+        those of all earlier columns are published. A block that has the name already takes its
+        place: the contents are equal to the bit, and one of the two is free for others."""
+        mine = int(self._tables[row, column])
+        assert self._index.name_of(mine) is None, "a block is published once"
+        if self._index.block_of(name) is None:
+            self._index.add(name, mine)
+            return
+        self._tables[row, column] = self._use_named(name)
+        self._let_go(mine)
+
     def shrink(self, row: int, num_blocks: int) -> None:
-        """Gives back the last blocks of a row, as if they had never been taken."""
+        """Gives back the last blocks of a row, the last one first."""
         end = self._lengths[row]
         begin = end - num_blocks
         assert begin >= 0, "more KV blocks given back than taken"
-        self._free.extend(reversed(self._tables[row, begin:end].tolist()))
+        for block in reversed(self._tables[row, begin:end].tolist()):
+            self._let_go(block)
         self._tables[row, begin:end] = -1
         self._lengths[row] = begin
 
@@ -67,3 +120,24 @@ class KvBlocks:
         width = max((self._lengths[row] for row in rows), default=0)
         gathered: NDArray[np.int32] = self._tables[rows, :width]
         return gathered
+
+    def name_of(self, block: int) -> bytes | None:
+        return self._index.name_of(block)
+
+    def _use_named(self, name: bytes) -> int:
+        block = self._index.block_of(name)
+        assert block is not None
+        if not self._num_users[block]:
+            self._index.use(block)
+        self._num_users[block] += 1
+        return block
+
+    def _let_go(self, block: int) -> None:
+        assert self._num_users[block] > 0, "a KV block given back that nobody has"
+        self._num_users[block] -= 1
+        if self._num_users[block]:
+            return
+        if self._index.name_of(block) is None:
+            self._free.append(block)
+        else:
+            self._index.rest(block)

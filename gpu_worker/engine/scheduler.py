@@ -3,37 +3,53 @@ batching with chunked prefill over a paged KV cache. Pure: no clock, no I/O, det
 
 Theory of operation. A sequence waits, runs, ends. To run it needs KV blocks for all its known
 tokens; then its prefill is cut into chunks, and once all known tokens are computed each step makes
-one token more. A plan changes nothing that its step's failure would have to explain: `num_computed`
-and tokens move in `commit` alone, and `abandon` takes back blocks and admissions. Only a preemption
-stays (the spoilt step may have written into the freed blocks), and it loses work, never tokens.
+one token more. A plan changes nothing that its step's failure would have to explain: tokens, and
+`num_computed` of those that run, move in `commit` alone, and `abandon` takes back blocks and
+admissions. Only a preemption and the names of blocks that were handed out anew stay lost (the
+spoilt step may have written into them), and they cost work, never tokens.
 
     event               waiting               running                     unknown here
     submit, later       replaced              replaced                    waits, ended, or refused
     submit, no later    ignored               ignored                     –
     cancel, drop        ended                 ended, blocks freed         nothing
-    plan                runs, if it fits      decodes or prefills a part, –
-                                              or is preempted → waits
-    commit              –                     a token more, or ended      –
+    plan                runs, if it fits, and decodes or prefills a part, –
+                        begins with what the  or is preempted → waits
+                        cache has of it
+    commit              –                     a token more, or ended;     –
+                                              full blocks are published
     abandon             –                     as before the plan;         –
                                               admitted in it → waits
 
 When blocks run out the sequence of lowest priority gives up its own; it will be recomputed from
-all its known tokens. The first in priority is never preempted for another and always fits alone,
-so everything ends.
+all its known tokens, less what the cache still has of them. The first in priority is never
+preempted for another and always fits alone, so everything ends.
+
+The prefix cache (`kv_blocks`). Full blocks whose step was committed are published under the hash of
+all tokens up to their end, generated ones included, and are not written again. A sequence begins
+with the longest published prefix of its known tokens, less the last token, whose logits it needs;
+its first own block is the one after. Its KV is the same to the bit, so tokens do not depend on what
+was cached. Where a running sequence that goes before it is yet to compute the very block that it
+would compute first, it waits for that and is passed over: n choices of one prompt cost one prefill.
+What it would need stays reserved, so that those behind it cannot take its room.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
+from gpu_worker.engine.block_names import extend_names
+from gpu_worker.engine.guide import Guide, Guides
 from gpu_worker.engine.kv_blocks import KvBlocks
 from gpu_worker.engine.logprobs import StepScores
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import NO_ROW, Origin, Sequence, SequenceState
 from gpu_worker.engine.step_plan import Chunk, ScoredRows, StepPlan, build_plan
+from shared.errors import GuideError
 from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import Load, SessionTokens, Submit, TokenLogprob
 
@@ -53,6 +69,7 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     running_max: int
     waiting_max: int
+    prefix_cache: bool = True
     scored_logits_max: int = 1 << 24  # of a step's prompt rows, which are rows times vocabulary
 
     @property
@@ -74,8 +91,14 @@ class Scheduler:
     """Calls alternate: after `plan` comes `commit` or `abandon` of that plan before anything
     else."""
 
-    def __init__(self, limits: SchedulerLimits, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        eos_token_ids: tuple[int, ...],
+        guides: Guides | None = None,
+    ) -> None:
         self._limits = limits
+        self._guides = guides
         self._eos_token_ids = eos_token_ids
         self._kv = KvBlocks(
             num_blocks=limits.kv_blocks,
@@ -87,6 +110,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # sorted by priority
         self._running: list[Sequence] = []  # sorted by priority when a plan begins
         self._num_tokens = 0
+        self._num_prefix_tokens = 0
+        self._num_prefix_cached = 0
         self._arrivals = 0
         self._plan: StepPlan | None = None
 
@@ -101,6 +126,9 @@ class Scheduler:
             tokens=self._num_tokens,
             kv_blocks_free=self._kv.num_free,
             kv_blocks=self._kv.num_blocks,
+            kv_blocks_cached=self._kv.num_named,
+            prefix_tokens=self._num_prefix_tokens,
+            prefix_tokens_cached=self._num_prefix_cached,
         )
 
     def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
@@ -119,6 +147,10 @@ class Scheduler:
             eos_token_ids=self._eos_token_ids,
             tokens_max=self._limits.tokens_max,
         )
+        try:
+            sequence.guide = self._open_guide(submit)
+        except GuideError as error:
+            return sequence.reply(index=sequence.next_index, error=str(error))
         reply = self._refuse_or_finish(sequence)
         if reply is None:
             self._sequences[sequence.session] = sequence
@@ -153,9 +185,10 @@ class Scheduler:
             if sequence.num_pending > 1 and budget > 0:
                 budget -= self._add_prefill(chunks, sequence, budget)
         admitted: list[Sequence] = []
-        while budget > 0 and self._admits_next():
-            admitted.append(self._admit_next())
-            budget -= self._add_prefill(chunks, admitted[-1], budget)
+        while budget > 0 and (found := self._next_admissible()) is not None:
+            self._admit(found)
+            admitted.append(found)
+            budget -= self._add_prefill(chunks, found, budget)
         self._plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
         return self._plan
 
@@ -167,11 +200,14 @@ class Scheduler:
         assert plan is self._plan
         self._plan = None
         num_reprefilled = 0
+        for sequence in plan.admitted:
+            self._count_cached(sequence)
         for sequence, num_tokens in plan.chunks:
             if sequence.num_emitted:
                 left = sequence.num_given - sequence.num_computed
                 num_reprefilled += min(max(left, 0), num_tokens)
             sequence.num_computed += num_tokens
+            self._publish_blocks(sequence)
         replies: dict[Origin, list[SessionTokens]] = {}
         for rows, logprobs in zip(plan.scored, scores.prompt if scores else (), strict=True):
             reply = self._take_prompt_scores(rows, logprobs)
@@ -192,6 +228,15 @@ class Scheduler:
         for sequence in plan.admitted:
             self._running.remove(sequence)
             self._stop_running(sequence)
+
+    def _open_guide(self, submit: Submit) -> Guide | None:
+        """Raises GuideError."""
+        if not submit.sampling.grammar:
+            return None
+        if self._guides is None:
+            raise GuideError("this rank cannot follow grammars: it has no tokenizer")
+        emitted = submit.tokens[len(submit.tokens) - submit.num_emitted :]
+        return self._guides.open(submit.sampling.grammar, emitted)
 
     def _refuse_or_finish(self, sequence: Sequence) -> SessionTokens | None:
         limits = self._limits
@@ -246,26 +291,80 @@ class Scheduler:
         taken = sum(num for sequence, num in chunks if sequence.wants_prompt_logits)
         return max(0, self._limits.scored_rows_max - taken)
 
-    def _admits_next(self) -> bool:
-        """Room for all its known tokens, and for each running sequence to grow by one block: or it
-        would be preempted soon."""
-        if not self._waiting or len(self._running) >= self._limits.running_max:
-            return False
-        needed = self._kv.blocks_for(len(self._waiting[0].tokens))
-        return needed + len(self._running) <= self._kv.num_free
+    def _next_admissible(self) -> Sequence | None:
+        """The first that waits, not counting those that wait for a block of another. It needs room
+        for all its known tokens, and for each running sequence to grow by one block: or it would be
+        preempted soon."""
+        if len(self._running) >= self._limits.running_max:
+            return None
+        num_reserved = len(self._running)
+        for sequence in self._waiting:
+            names = self._usable_names(sequence)
+            num_blocks = self._kv.blocks_for(len(sequence.tokens))
+            num_reserved += self._kv.num_needed(num_blocks, names)
+            if num_reserved > self._kv.num_free:
+                return None
+            if not self._awaits_block(sequence, names):
+                return sequence
+        return None
 
-    def _admit_next(self) -> Sequence:
-        sequence = self._waiting.pop(0)
-        sequence.row = self._kv.open(self._kv.blocks_for(len(sequence.tokens)))
+    def _admit(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        num_blocks = self._kv.blocks_for(len(sequence.tokens))
+        names = self._usable_names(sequence)
+        sequence.num_published = self._kv.num_cached(names)
+        sequence.row = self._kv.open(num_blocks, names)
+        sequence.num_computed = sequence.num_published * self._limits.kv_block_tokens
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
-        return sequence
+
+    def _usable_names(self, sequence: Sequence) -> list[bytes]:
+        """Of the blocks that it need not compute itself, where somebody else has."""
+        if not self._limits.prefix_cache:
+            return []
+        block_tokens = self._limits.kv_block_tokens
+        extend_names(sequence.block_names, sequence.tokens, block_tokens)
+        num_usable = len(sequence.tokens) - 1
+        if sequence.wants_prompt_logits:
+            num_usable = sequence.num_scored
+        return sequence.block_names[: num_usable // block_tokens]
+
+    def _awaits_block(self, sequence: Sequence, names: list[bytes]) -> bool:
+        """Whether a running sequence that goes first will compute its first missing block."""
+        column = self._kv.num_cached(names)
+        if column >= len(names):
+            return False
+        return any(
+            s.num_pending > 1
+            and column < len(s.block_names)
+            and s.block_names[column] == names[column]
+            and s.priority < sequence.priority
+            for s in self._running
+        )
+
+    def _count_cached(self, sequence: Sequence) -> None:
+        """Of a sequence whose first step since it waits no more is committed."""
+        self._num_prefix_tokens += len(sequence.tokens)
+        self._num_prefix_cached += sequence.num_computed
+        if sequence.num_cached is None:  # else it was preempted: what it finds is its own
+            sequence.num_cached = sequence.num_computed
+
+    def _publish_blocks(self, sequence: Sequence) -> None:
+        """Those that the committed step has filled."""
+        block_tokens = self._limits.kv_block_tokens
+        end = sequence.num_computed // block_tokens
+        if end == sequence.num_published or not self._limits.prefix_cache:
+            return
+        extend_names(sequence.block_names, sequence.tokens, block_tokens)
+        for column in range(sequence.num_published, end):
+            self._kv.publish(sequence.row, column, sequence.block_names[column])
+        sequence.num_published = end
 
     def _stop_running(self, sequence: Sequence) -> None:
         """From running, whose list it has left already, back to waiting."""
         self._kv.close(sequence.row)
         sequence.row = NO_ROW
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_published = 0
         sequence.state = SequenceState.WAITING
         insort(self._waiting, sequence, key=_priority)
 
@@ -292,7 +391,12 @@ class Scheduler:
         index = sequence.next_index
         if token == NO_TOKEN:
             return self._fail(sequence)
-        finish = sequence.append(token)
+        try:
+            finish = sequence.append(token)
+        except GuideError as error:
+            self._num_tokens += 1
+            self._end(sequence)
+            return sequence.reply(index=index, error=str(error))
         self._num_tokens += 1
         if finish is not None:
             self._end(sequence)

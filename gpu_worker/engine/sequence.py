@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
+from gpu_worker.engine.guide import Guide
 from shared.types import FinishReason
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
@@ -31,10 +32,14 @@ class Sequence:
     __slots__ = (
         "arrival",
         "attempt",
+        "block_names",
+        "guide",
+        "num_cached",
         "num_computed",
         "num_emitted",
         "num_given",
         "num_prompt",
+        "num_published",
         "num_scored",
         "origin",
         "row",
@@ -69,7 +74,11 @@ class Sequence:
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
+        self.guide: Guide | None = None
         self.num_computed = 0
+        self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as asked for
+        self.num_published = 0  # blocks of its row that are named, hence never written again
+        self.num_cached: int | None = None  # tokens that were in the cache when it first ran
         self.state = SequenceState.WAITING
         self.row = NO_ROW
         self.tokens_max = tokens_max
@@ -94,8 +103,10 @@ class Sequence:
 
     @property
     def banned_ids(self) -> tuple[int, ...]:
-        """Ids that must not be drawn as the next token: those that would end it too early."""
-        return self.stop_ids if self.next_index < self.sampling.min_tokens else ()
+        """Ids that must not be drawn as the next token: those that would end it too early. A
+        grammar knows better, and may have left nothing but the end."""
+        is_early = self.next_index < self.sampling.min_tokens and self.guide is None
+        return self.stop_ids if is_early else ()
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -111,17 +122,21 @@ class Sequence:
         """A continuation may arrive with nothing left to generate."""
         if self.wants_prompt_logits:
             return None
+        if self.guide is not None and self.guide.is_complete:
+            return FinishReason.STOP
         if self.next_index >= self.sampling.max_tokens or len(self.tokens) >= self.tokens_max:
             return FinishReason.LENGTH
         return None
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes the next token; tells whether it is the last one."""
+        """Takes the next token; tells whether it is the last one. Raises GuideError."""
         self.tokens.append(token)
         if self.token_counts is not None:
             self.token_counts.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
+        if self.guide is not None:
+            self.guide.take(token)
         return self.ended_before_start()
 
     def reply(
@@ -141,4 +156,5 @@ class Sequence:
             finish=finish,
             error=error,
             logprobs=logprobs,
+            cached_tokens=(self.num_cached or 0) if ids and index == self.num_emitted else 0,
         )

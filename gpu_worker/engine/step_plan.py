@@ -78,10 +78,20 @@ def build_plan(
         batch=batch,
         chunks=tuple(chunks),
         sampled=tuple(sampled),
-        draws=tuple(Draw(s.sampling, len(s.tokens), s.banned_ids, s.token_counts) for s in sampled),
+        draws=tuple(_draw(sequence) for sequence in sampled),
         scored=tuple(scored),
         grown=tuple(grown),
         admitted=tuple(admitted),
+    )
+
+
+def _draw(sequence: Sequence) -> Draw:
+    return Draw(
+        sequence.sampling,
+        len(sequence.tokens),
+        sequence.banned_ids,
+        sequence.token_counts,
+        None if sequence.guide is None else sequence.guide.allowed,
     )
 
 

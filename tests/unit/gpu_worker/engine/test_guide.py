@@ -54,9 +54,7 @@ def generate(guides: Guides, grammar: str, seed: int, *, cut: int | None = None)
         if len(emitted) == cut:
             guide = guides.open(grammar, emitted)
         logits = np.random.default_rng((seed, len(emitted))).normal(0, 4, (1, VOCAB))
-        draw = Draw(
-            SamplingParams(temperature=1.0, seed=seed), len(emitted), allowed=guide.allowed()
-        )
+        draw = Draw(SamplingParams(temperature=1.0, seed=seed), len(emitted), allowed=guide.allowed)
         (token,) = sample(logits.astype(np.float32), [draw])
         if token in EOS:
             break
@@ -97,7 +95,7 @@ def test_a_choice_is_complete_once_chosen(guides: Guides, tokenizer: Tokenizer) 
 def test_end_tokens_are_allowed_only_where_the_text_may_end(guides: Guides) -> None:
     def may_end(emitted: str) -> bool:
         ids = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(emitted).ids
-        word = int(guides.open(grammar_from("regex", "a+b*"), ids).allowed()[0])
+        word = int(guides.open(grammar_from("regex", "a+b*"), ids).allowed[0])
         return bool(word >> EOS[0] & 1)
 
     assert not may_end("")

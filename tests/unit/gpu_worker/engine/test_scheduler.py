@@ -319,7 +319,7 @@ def test_a_moved_session_overtakes_a_fresh_one_that_runs_already() -> None:
     engine = scheduler()
     engine.submit(origin(), submit("fresh", LONG))
     run_step(engine)
-    engine.submit(origin(), submit("moved", LONG, num_emitted=1))
+    engine.submit(origin(), submit("moved", LONG[::-1], num_emitted=1))
     run_step(engine)
     assert planned(engine) == [("moved", 8), ("fresh", 4)]
 
@@ -337,8 +337,8 @@ def test_decodes_come_first_and_chunks_fill_the_rest_of_the_step() -> None:
     engine.submit(origin(), submit("a"))
     run_step(engine)
     engine.submit(origin(), submit("b", LONG))
-    engine.submit(origin(), submit("c", LONG))
-    engine.submit(origin(), submit("d", LONG))
+    engine.submit(origin(), submit("c", LONG[::-1]))
+    engine.submit(origin(), submit("d", LONG[1:]))
     assert planned(engine) == [("a", 1), ("b", 6), ("c", 3)]
     run_step(engine)
     assert planned(engine) == [("a", 1), ("b", 6), ("c", 3)]
@@ -368,17 +368,17 @@ def test_admission_leaves_each_running_sequence_a_block_to_grow() -> None:
     engine = scheduler(kv_blocks=4, kv_block_tokens=4, context_tokens_max=16)
     engine.submit(origin(), submit("a", (1,) * 7))
     run_step(engine)
-    engine.submit(origin(), submit("b", (1,) * 8))
+    engine.submit(origin(), submit("b", (2,) * 8))
     assert planned(engine) == [("a", 1)]
     engine.cancel(SessionId("b"), Attempt(0))
-    engine.submit(origin(), submit("c", (1,) * 4))
+    engine.submit(origin(), submit("c", (2,) * 4))
     assert planned(engine) == [("a", 1), ("c", 4)]
 
 
 def test_when_blocks_run_out_the_youngest_gives_up_its_own_and_comes_back() -> None:
     engine = scheduler(kv_blocks=6, kv_block_tokens=2, context_tokens_max=12)
     engine.submit(origin(), submit("old", (1, 2), max_tokens=9))
-    engine.submit(origin(), submit("young", (1, 2), max_tokens=9))
+    engine.submit(origin(), submit("young", (3, 4), max_tokens=9))
     seen: dict[str, list[int]] = {"old": [], "young": []}
     waits = 0
     while engine.has_work:

@@ -1,4 +1,5 @@
-"""Whatever happens to a session on its way, its tokens are those of running it alone."""
+"""Whatever happens to a session on its way, its tokens are those of running it alone, and the KV
+blocks are in order after every event."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from shared.types import Attempt, FinishReason, SamplingParams, SessionId
 from shared.wire import SessionTokens, Submit
+from tests.unit.gpu_worker.engine.kv_audit import KvAudit
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, ToyModel, alone
 
 SAMPLINGS = st.builds(
@@ -25,7 +27,13 @@ SAMPLINGS = st.builds(
     ignore_eos=st.booleans(),
     stop_token_ids=st.sampled_from([(), (7,)]),
 )
-PROMPTS = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12).map(tuple)
+# Most prompts begin alike, for different lengths: only then does anything come from the cache.
+PROMPTS = st.one_of(
+    st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12),
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 2), max_size=3)).map(
+        lambda drawn: [*range(1, drawn[0] + 1), *drawn[1]]
+    ),
+).map(tuple)
 EVENTS = st.lists(
     st.sampled_from(["arrive", "step", "step", "step", "abandon", "move", "move", "late"]),
     max_size=60,
@@ -44,6 +52,7 @@ def limits(draw: st.DrawFn) -> SchedulerLimits:
         prefill_chunk_tokens=draw(st.integers(1, step_tokens_max)),
         running_max=draw(st.integers(1, 4)),
         waiting_max=100,
+        prefix_cache=draw(st.sampled_from([True, True, True, False])),
     )
 
 
@@ -85,6 +94,9 @@ class World:
         self.models = [
             ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens) for _ in range(2)
         ]
+        self.audits = [
+            KvAudit(r, m, given_limits) for r, m in zip(self.ranks, self.models, strict=True)
+        ]
         self.clients: dict[SessionId, Client] = {}
         self.place: dict[SessionId, int] = {}
 
@@ -111,16 +123,22 @@ class World:
 
     def step(self, rank: int, abandon: bool = False) -> None:
         engine, model = self.ranks[rank], self.models[rank]
+        audit = self.audits[rank]
+        before = audit.picture()
         plan = engine.plan()
         assert plan.batch.num_tokens > 0 or not engine.has_work
+        audit.check()
+        audit.check_plan(plan)
         model.write(plan.batch)
         if abandon:
             engine.abandon(plan)
+            audit.check_restored(before)
             return
         ids = sample(model.logits(plan.batch), plan.draws)
         for batch in engine.commit(plan, ids).replies.values():
             for reply in batch:
                 self.clients[reply.session].accept(reply)
+        audit.check()
 
     def finish(self) -> None:
         for _ in range(2000):
@@ -160,6 +178,8 @@ def test_tokens_are_those_of_the_undisturbed_run(
             client = list(world.clients.values())[number % len(world.clients)]
             if client.attempt:
                 world.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
+        for audit in world.audits:
+            audit.check()
     for client in left:
         world.arrive(client)
     world.finish()
