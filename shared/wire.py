@@ -10,6 +10,8 @@ import asyncio
 import struct
 from dataclasses import dataclass
 
+import msgspec
+
 from shared.codec import from_plain, pack_plain, to_plain, unpack_plain
 from shared.errors import WireError
 from shared.types import (
@@ -75,8 +77,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionTokens:
+class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one attempt. `index` is that of the first of `ids`; `finish` is set on the last
     message of an attempt, whose `ids` may be empty. A stop token is sent, too, as the last id
     beside `finish=STOP`: it counts as a token, and the gateway leaves it out of the text. `error`
@@ -86,7 +87,10 @@ class SessionTokens:
 
     Where the sampling asks for them, `logprobs` holds one for each of `ids`, and `prompt_logprobs`
     come chunk by chunk before the first id: the first of them is that of the prompt's token
-    `prompt_index`. The prompt's token 0 has none."""
+    `prompt_index`. The prompt's token 0 has none.
+
+    No dataclass, but a Struct: it goes over the wire for every token, and so without the fields
+    that have their defaults."""
 
     session: SessionId
     attempt: Attempt

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.stream_session import (
     TRANSITIONS,
@@ -258,7 +260,7 @@ def logprob(value: float) -> TokenLogprob:
 
 def asking(*, max_tokens: int = 4, **asked: int) -> StreamSession:
     opened = new_session(max_tokens=max_tokens)
-    opened.sampling = replace(opened.sampling, **asked)  # type: ignore[arg-type]
+    opened.sampling = dataclasses.replace(opened.sampling, **asked)  # type: ignore[arg-type]
     return opened
 
 
