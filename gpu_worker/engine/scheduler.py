@@ -42,8 +42,6 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from msgspec.structs import replace
-
 from gpu_worker.engine.block_names import extend_names
 from gpu_worker.engine.guide import Guide, Guides
 from gpu_worker.engine.kv_blocks import KvBlocks
