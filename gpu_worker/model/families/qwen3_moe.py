@@ -15,7 +15,7 @@ from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import Attention, DenseLayer, Floats, KvShape, MoeLayer
 from gpu_worker.model.kernels import experts, gqa, router
 from gpu_worker.model.mlp import mlp_shapes, read_dense, read_mlp
-from gpu_worker.model.rope import plain_rotations
+from gpu_worker.model.rope import Rope, read_rope
 from gpu_worker.model.routers import SoftmaxRouter
 from gpu_worker.model.weights import read_matrices, read_matrix, read_vector
 from shared.errors import CheckpointError
@@ -30,7 +30,7 @@ class Sizes:
     num_kv_heads: int
     head_dim: int
     dense_inner_size: int
-    rope_theta: float
+    rope: Rope
     norm_eps: float
     normalise_top_k: bool
     attention_bias: bool
@@ -52,8 +52,7 @@ class Sizes:
 def read_sizes(spec: ModelSpec) -> Sizes:
     """Raises CheckpointError where config.json is malformed or asks for what is not built."""
     raw = spec.raw
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    _refuse_unsupported(spec, rope)
+    _refuse_unsupported(spec)
     try:
         num_heads = int(raw["num_attention_heads"])
         sizes = Sizes(
@@ -61,7 +60,7 @@ def read_sizes(spec: ModelSpec) -> Sizes:
             num_kv_heads=int(raw["num_key_value_heads"]),
             head_dim=int(raw.get("head_dim") or spec.hidden_size // num_heads),
             dense_inner_size=int(raw.get("intermediate_size", 0)),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+            rope=read_rope(raw),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             normalise_top_k=bool(raw.get("norm_topk_prob", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
@@ -78,11 +77,9 @@ def read_sizes(spec: ModelSpec) -> Sizes:
     return sizes
 
 
-def _refuse_unsupported(spec: ModelSpec, rope: Any) -> None:
+def _refuse_unsupported(spec: ModelSpec) -> None:
     raw = spec.raw
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     reasons = {
-        f"rope scaling {rope_type!r}": rope_type != "default",
         "sliding-window attention": bool(raw.get("use_sliding_window", False)),
         f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
         "quantised weights": raw.get("quantization_config") is not None,
@@ -146,7 +143,7 @@ class Qwen3Moe:
         self, checkpoint: Checkpoint, kv: KvShape, context_tokens_max: int
     ) -> list[Attention]:
         sizes = self._sizes
-        rotations = plain_rotations(sizes.rope_theta, sizes.head_dim, context_tokens_max)
+        rotations = sizes.rope.rotations(sizes.head_dim, context_tokens_max)
         scratch = GqaScratch(
             hidden_size=self._spec.hidden_size,
             num_heads=sizes.num_heads,
