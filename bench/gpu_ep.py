@@ -3,8 +3,12 @@ dispatch and combine, and the experiment of killing 1 … 16 of 32 ranks. Severa
 under CUDA MPS. Prints a table last; `--out` gets the JSON.
 
     python -m bench.gpu_ep micro  --ranks 2
-    python -m bench.gpu_ep faults --ranks 2 --experts 256 --redundant 256 --kill 1
-    python -m bench.gpu_ep faults --ranks 32 --mps --experts 64 --redundant 64 --kill 1 2 4 8 16
+    python -m bench.gpu_ep faults --ranks 2 --faults KILL:1 STOP:1
+    python -m bench.gpu_ep faults --ranks 32 --mps --experts 32 --redundant 32 --tokens 8 \\
+        --host-copy --faults KILL:1 KILL:2 KILL:4 STOP:1 KILL:8 KILL:16
+
+A rank that waits holds one SM for every 8 slots of the instance, because Mooncake's kernels must
+be resident as a whole: on a card with 132 SMs, ranks of the card x slots must stay below 1,056.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ _SEGMENTS = 5
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("micro", "faults"))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--mps", action="store_true", help="several ranks share a card")
@@ -45,9 +51,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32, help="of a rank in a step")
     parser.add_argument("--step-timeout-ms", type=int, default=5000)
-    parser.add_argument("--kill", type=int, nargs="*", default=[])
-    parser.add_argument("--stop", type=int, nargs="*", default=[])
-    parser.add_argument("--rejoin", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--faults",
+        nargs="*",
+        default=[],
+        metavar="SIGNAL:RANKS",
+        help="KILL or STOP so many ranks at once; between two faults they rejoin",
+    )
     parser.add_argument(
         "--early",
         action=argparse.BooleanOptionalAction,
@@ -149,28 +159,21 @@ async def faults(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     await asyncio.sleep(1.0)
     result["faults"] = []
     print("formed", json.dumps(result)[:1500], flush=True)
-    for sig, counts in ((signal.SIGKILL, args.kill), (signal.SIGSTOP, args.stop)):
-        for count in counts:
-            await one_fault(control, args, sig, count, result["faults"])
+    for index, fault in enumerate(args.faults):
+        name, _, count = fault.partition(":")
+        victims = control.members()[-int(count) :]  # they sit on all cards alike
+        struck = await control.strike(victims, signal.Signals[f"SIG{name}"], args.settle_s)
+        entry: dict[str, Any] = {"signal": f"SIG{name}"} | struck
+        result["faults"].append(entry)
+        print(json.dumps(entry), flush=True)
+        if index + 1 < len(args.faults):
+            entry["rejoin"] = await control.rejoin(victims, args.settle_s)
+            print(json.dumps(entry["rejoin"]), flush=True)
+            await asyncio.sleep(0.8)
     await control.stop()
     watcher.cancel()
     steps, wrong = control.wrong_steps()
     return result | {"committed_steps": steps, "wrong_steps": wrong}
-
-
-async def one_fault(
-    control: Control, args: argparse.Namespace, sig: signal.Signals, count: int, out: list[Any]
-) -> None:
-    """The last members, which sit on all cards alike."""
-    victims = control.members()[-count:]
-    struck = await control.strike(victims, sig, args.settle_s)
-    entry: dict[str, Any] = {"signal": sig.name} | struck
-    out.append(entry)
-    print(json.dumps(entry), flush=True)
-    if args.rejoin:
-        entry["rejoin"] = await control.rejoin(victims, args.settle_s)
-        print(json.dumps(entry["rejoin"]), flush=True)
-    await asyncio.sleep(0.8)
 
 
 def table(result: dict[str, Any]) -> str:

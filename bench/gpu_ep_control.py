@@ -332,6 +332,9 @@ class Control:
                 self.processes[rank].kill()  # fenced: its node agent would
         await asyncio.sleep(settle_s)
         seen = disturbance(before, survivors, at_ns, time.monotonic_ns(), self.base.shape.tokens)
+        if seen.tokens_per_s_after == 0:
+            states = [(log.rank, log.epoch, log.tick, log.abandoned) for log in survivors]
+            raise RuntimeError(f"no step since the fault: {self.events}, {states}")
         return self._told(seen, at_ns) | {
             "victims": len(victims),
             "abandoned_steps_max": max(
@@ -355,7 +358,7 @@ class Control:
         members = self.members()
         self.spawn(ranks)
         await self.assign(grown.placement, ranks, self.map.epoch)
-        await self.hear(ranks, "ready")
+        await self.hear(ranks, "ready", 60)
         ready_s = time.monotonic() - began
         survivors = [self.log_of(rank) for rank in members]
         at_ns = time.monotonic_ns()

@@ -82,7 +82,7 @@ class Disturbance:
     gap_ms_p50: float  # over ranks, of the longest pause between two committed steps
     gap_ms_max: float
     usual_gap_ms: float
-    recovered_ms: float  # until throughput stays at 95 % of what it settles at
+    recovered_ms: float  # until throughput is at 95 % of what it settles at
     tokens_per_s_before: float
     tokens_per_s_after: float
 
@@ -94,7 +94,7 @@ def disturbance(
     until_ns: int,
     tokens_a_step: int,
     *,
-    window_s: float = 0.1,
+    window_s: float = 0.3,
 ) -> Disturbance:
     """`before`: all lives that served up to `at_ns`; `survivors`: those that went on."""
     gaps, usual = [], []
@@ -128,13 +128,14 @@ def _rate(logs: list[StepLog], start_ns: int, end_ns: int, tokens_a_step: int) -
 def _recovered_ms(
     logs: list[StepLog], at_ns: int, until_ns: int, rate: float, tokens: int, window_s: float
 ) -> float:
-    """The end of the first window after which no window is below 95 %."""
+    """Until every rank has committed the first step of the first window that is fast enough."""
     window_ns = int(window_s * 1e9)
     times = np.sort(np.concatenate([log.times_ns() for log in logs]))
     starts = np.arange(at_ns, until_ns - window_ns, 2_000_000)
     counts = np.searchsorted(times, starts + window_ns) - np.searchsorted(times, starts)
-    slow = np.flatnonzero(counts * tokens / window_s < 0.95 * rate)
-    # A window holds few steps: one step more or less is no slowness.
-    slow = slow[counts[slow] < 0.95 * rate * window_s / tokens - len(logs)]
-    first_good = 0 if slow.size == 0 else int(slow[-1]) + 1
-    return float(first_good * 2.0) if first_good < len(starts) else float("inf")
+    fast = np.flatnonzero(counts * tokens / window_s >= 0.95 * rate)
+    if fast.size == 0 or rate == 0:
+        return float("inf")
+    start_ns = starts[fast[0]]
+    first_ns = [t[t >= start_ns][:1] for t in (log.times_ns() for log in logs)]
+    return float((np.concatenate(first_ns).max() - at_ns) / 1e6)

@@ -44,16 +44,33 @@ class HostWeights:
     from."""
 
     def __init__(self, path: Path, shape: StepShape) -> None:
-        self._shape = shape
         size = shape.layers * shape.experts * shape.expert_values
-        if not path.exists():
-            with path.open("ab") as file:
-                file.truncate(size * 2)
+        with path.open("ab") as file:
+            file.truncate(size * 2)
         flat = torch.from_file(str(path), shared=True, size=size, dtype=torch.int16)
         self._experts = flat.view(shape.layers, shape.experts, shape.expert_values)
+        self._stages: list[tuple[Tensor, Any]] = []
+        self._next = 0
 
     def view(self, layer: int, expert: int) -> Tensor:
         return self._experts[layer, expert].view(_DTYPE)
+
+    def open_stages(self) -> None:
+        """Makes the pinned buffers that `staged` goes through. The map itself stays unpinned: 32
+        processes that pin or even fault in the same gigabytes hold each other up for minutes."""
+        for _ in range(2):
+            buffer = torch.empty(self._experts.shape[2], dtype=_DTYPE).pin_memory()
+            self._stages.append((buffer, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+
+    def staged(self, layer: int, expert: int) -> Tensor:
+        """In pinned memory, until the call after the next, which waits for the copy on this stream
+        that follows this call."""
+        if self._next:  # what was enqueued since the last call reads the last buffer
+            self._stages[(self._next - 1) % 2][1].record()
+        buffer, copied = self._stages[self._next % 2]
+        copied.synchronize()
+        self._next += 1
+        return buffer.copy_(self.view(layer, expert))
 
 
 def seeded_expert(shape: StepShape, layer: int, expert: int, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,7 +76,8 @@ class Rank:
             rank=RankId(arguments.rank), incarnation=Incarnation(arguments.incarnation)
         )
         self.keys = Keys(arguments.instance)
-        self.maps: queue.Queue[ExpertMap | SlotContents] = queue.Queue()
+        self.maps: queue.Queue[ExpertMap] = queue.Queue()
+        self.first_contents: queue.Queue[SlotContents] = queue.Queue()
         self.join_ticks: dict[int, int] = {}
         self.go: queue.Queue[list[tuple[str, int]]] = queue.Queue()
         self.stop_at = 1 << 60
@@ -177,6 +179,7 @@ class Rank:
 
     async def _watch(self, store: EtcdStore) -> None:
         mine = self.keys.assignment(self.own.rank, self.own.incarnation)
+        loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         async for event in store.watch(self.keys.serving):
             for entry in event.values if isinstance(event, Snapshot) else (event,):
                 if entry.value is None:
@@ -189,7 +192,11 @@ class Rank:
                     self.exchange.release([dead], verdict.epoch)
                     self.tell("released", dead)
                 elif entry.key == mine:
-                    self.maps.put(unpack_record(entry.value, SlotContents))
+                    contents = unpack_record(entry.value, SlotContents)
+                    if self.residents is None:
+                        self.first_contents.put(contents)
+                    else:
+                        loader.submit(self._load_beside, contents)
 
     def _see_map(self, expert_map: ExpertMap) -> None:
         """On the event loop, not on the engine thread, which may be stuck behind a dead rank."""
@@ -216,13 +223,17 @@ class Rank:
         a = self.arguments
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.done = torch.cuda.Event(blocking=a.blocking_sync)  # type: ignore[no-untyped-call]
+        self.load_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.tick = 0
         with torch.cuda.stream(self.stream):
             if self.host is not None and a.incarnation == 1:
                 self._fill_host_copy()
-            began = time.monotonic()
             self.tell("made", None)
-            self._load(self.maps.get(timeout=_TIMEOUT_S))
+            first = self.first_contents.get(timeout=_TIMEOUT_S)
+            if self.host is not None:
+                self.host.open_stages()
+            began = time.monotonic()
+            self._load(first)
             loaded = time.monotonic()
             with self.exchange.warm_up():
                 for _ in range(2):
@@ -259,35 +270,40 @@ class Rank:
                 self.host.view(layer, expert).copy_(values)
         torch.cuda.synchronize()
 
-    def _load(self, wanted: ExpertMap | SlotContents) -> None:
-        """What differs from what the slots hold."""
+    def _load_beside(self, wanted: SlotContents) -> None:
+        """While the engine may be stuck behind a peer that waits for the next map."""
+        try:
+            self._load(wanted)
+            self.tell("loaded", wanted.slots)
+        except RuntimeError as error:
+            self.tell("failed", repr(error))
+
+    def _load(self, wanted: SlotContents) -> None:
+        """What differs from what the slots hold. On a stream of its own: it must not wait for a
+        step."""
         import torch
 
-        assert isinstance(wanted, SlotContents)
         slots_LS = wanted.array()
         if self.residents is None:
             self.residents = np.full_like(slots_LS, -1)
-        for layer, slot in np.argwhere((slots_LS != self.residents) & (slots_LS >= 0)):
-            expert = int(slots_LS[layer, slot])
-            if self.host is not None:
-                values = self.host.view(int(layer), expert)
-            else:
-                values = seeded_expert(self.arguments.shape, int(layer), expert, self.device)
-            self.step.load(int(layer), int(slot), values)
-            self.residents[layer, slot] = expert
-        torch.cuda.synchronize()
+        with torch.cuda.stream(self.load_stream):
+            for layer, slot in np.argwhere((slots_LS != self.residents) & (slots_LS >= 0)):
+                expert = int(slots_LS[layer, slot])
+                if self.host is not None:
+                    values = self.host.staged(int(layer), expert)
+                else:
+                    values = seeded_expert(self.arguments.shape, int(layer), expert, self.device)
+                self.step.load(int(layer), int(slot), values)
+                self.residents[layer, slot] = expert
+        self.load_stream.synchronize()
 
     def _join_first_map(self) -> None:
-        while True:
-            wanted = self.maps.get(timeout=_TIMEOUT_S)
-            if isinstance(wanted, ExpertMap):
-                while wanted.epoch not in self.join_ticks:
-                    time.sleep(0.001)
-                self._adopt(wanted)
-                self.tick = self.join_ticks[wanted.epoch]
-                self.tell("entered", wanted.epoch)
-                return
-            self._load(wanted)
+        wanted = self.maps.get(timeout=_TIMEOUT_S)
+        while wanted.epoch not in self.join_ticks:
+            time.sleep(0.001)
+        self._adopt(wanted)
+        self.tick = self.join_ticks[wanted.epoch]
+        self.tell("entered", wanted.epoch)
 
     def _adopt(self, expert_map: ExpertMap) -> None:
         choice = choose_replicas(expert_map, self.own.rank, ReplicaPolicy.SPREAD)
@@ -298,23 +314,18 @@ class Rank:
         self.log.note_epoch(expert_map.epoch)
 
     def _take_map(self) -> bool:
-        """The newest map or assignment at hand. A map with joiners waits for its tick."""
+        """The newest map at hand. One with joiners waits for its tick."""
         while True:
             try:
                 wanted = self.maps.queue[0]
             except IndexError:
                 return False
-            if isinstance(wanted, SlotContents):
-                self.maps.get()
-                self._load(wanted)
-                self.tell("loaded", wanted.slots)
-                continue
             joins = frozenset(wanted.members) - self.exchange.members
             if joins and self.tick < self.join_ticks.get(wanted.epoch, 1 << 60):
                 return False
             assert not joins or self.tick == self.join_ticks[wanted.epoch], "told too late"
             self.maps.get()
-            if not joins and self.maps.queue and isinstance(self.maps.queue[0], ExpertMap):
+            if not joins and self.maps.queue:
                 continue  # overtaken
             self._adopt(wanted)
             if joins:

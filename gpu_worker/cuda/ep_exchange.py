@@ -15,6 +15,12 @@ Ranks meet by counting exchanges, not by epoch: a graph holds whole dispatch/com
 ranks replay the same sequence, and a rank may be one graph ahead of another. So a death needs no
 agreement on a step. A rank that committed goes on to a next step, which its peers' replay of the
 spoilt one matches; what it sends there is computed by experts that are the same in both epochs.
+
+For the same reason a rank that has abandoned a step may wait for a map only, never for what a peer
+does at the end of a step: that peer may be one graph ahead, and wait for it. So weights are loaded
+beside the steps; and into a slot in use only after all survivors have released the dead, whose last
+kernels may still complete a step of theirs.
+
 A join does need agreement: `adopt` a map with a joiner before the same graph on every rank, and let
 the joiner replay its first only after all have done so, for a rank that does not know it wipes
 what it sends.
@@ -33,11 +39,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.cuda.ep_members import EpMembers
 from gpu_worker.cuda.ep_rendezvous import EpRendezvous, Peer
 from gpu_worker.cuda.step_report import StepReport
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Incarnation, Member, RankId, Step
+from shared.types import Epoch, Member, RankId, Step
 
 FP8_BLOCK = 128
 """Values that share a scale in an fp8 dispatch."""
@@ -102,22 +109,15 @@ class EpExchange:
         self._timeouts = timeouts
         self._device = device
         self._buffer = _open_buffer(member.rank, shape, rendezvous, timeouts, device)
-        self._mask_R: Tensor = (
-            self._buffer._active_ranks
-        )  # the Buffer's one mask, in place for ever
+        # The Buffer's one mask, at one place for ever.
+        self._mask_R: Tensor = self._buffer._active_ranks
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
-        self._wanted_R[member.rank] = 1
         self._report = StepReport(shape.num_ranks, shape.step_tokens_max, device)
-        self._connected: dict[RankId, Incarnation] = {}
-        self._active: frozenset[RankId] = frozenset()
-        self._released: dict[RankId, Epoch] = {}
+        self._who = EpMembers(member)
         self._mask_lock = threading.Lock()
         self._connect_lock = threading.Lock()
-        self._members: frozenset[Member] = frozenset({member})
-        self._epoch = Epoch(0)
-        self._spoilt = False
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / FP8_BLOCK]`
 
@@ -128,72 +128,61 @@ class EpExchange:
         same towards this rank. A former life of theirs must not be in the adopted map any more.
         Raises RendezvousTimeout."""
         with self._connect_lock, torch.cuda.device(self._device):
-            former = [rank for rank in peers if rank in self._connected]
-            self._disconnect(former)
+            self._part(peers)
             self._rendezvous.expect(peers)
             self._buffer.connect_ranks(sorted(peers), activate=False)
-            for rank, peer in peers.items():
-                self._connected[rank] = peer.member.incarnation
+            with self._mask_lock:
+                self._who.meet({rank: peer.member.incarnation for rank, peer in peers.items()})
 
     def disconnect(self, ranks: Collection[RankId]) -> None:
         """Unmap the buffers of ranks that the adopted map leaves out."""
         with self._connect_lock, torch.cuda.device(self._device):
-            self._disconnect([rank for rank in ranks if rank in self._connected])
+            self._part(ranks)
 
-    def _disconnect(self, ranks: list[RankId]) -> None:
-        assert not {m.rank for m in self._members} & set(ranks), "a member cannot be disconnected"
-        if ranks:
-            self._buffer.disconnect_ranks(sorted(ranks))
-        for rank in ranks:
-            del self._connected[rank]
+    def _part(self, ranks: Collection[RankId]) -> None:
+        with self._mask_lock:
+            met = self._who.part(ranks)
+        if met:
+            self._buffer.disconnect_ranks(met)
 
     @property
     def members(self) -> frozenset[Member]:
         """Of the adopted map."""
-        return self._members
+        return self._who.members
 
     def release(self, dead: Collection[Member], epoch: Epoch) -> None:
         """Map `epoch` is without these lives: let kernels wait for them no longer. Safe at any
-        moment; it returns when the running kernel can see it. Lives that this rank has not met, or
-        whose successors it has met already, are nothing to it."""
-        met = [m.rank for m in dead if self._connected.get(m.rank) == m.incarnation]
-        if not met:
-            return
+        moment; it returns when the running kernel can see it, and no step that has not completed by
+        then will be delivered. Lives that this rank has not met, or whose successors it has met
+        already, are nothing to it."""
         with self._mask_lock, torch.cuda.device(self._device):
-            for rank in met:
-                self._released[rank] = max(epoch, self._released.get(rank, epoch))
+            ranks = self._who.give_up(dead, epoch)
             with torch.cuda.stream(self._side):
-                for rank in met:
+                for rank in ranks:
                     self._mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
             self._side.synchronize()
 
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Between steps, nothing in flight. Enqueues the mask's update; graphs stay as they are."""
-        assert expert_map.has(self._member), f"{self._member} is no member of the map"
-        peers = {m.rank: m.incarnation for m in expert_map.members if m != self._member}
-        unmet = [r for r, life in peers.items() if self._connected.get(r) != life]
-        assert not unmet, f"ranks {unmet} are members but not connected"
+        """Between steps, nothing in flight. Graphs stay as they are."""
         with self._mask_lock:
-            # A newer map than this one may have released a rank already.
-            gone = {r for r, epoch in self._released.items() if epoch > expert_map.epoch}
-            active = frozenset(peers.keys() - gone)
-            for rank in sorted(active ^ self._active):
-                self._buffer.update_mask_buffer(rank, mask=rank not in active)
-            self._active = active
+            change = self._who.adopt(expert_map)
+            for rank in change.mask:
+                self._buffer.update_mask_buffer(rank, mask=True)
+            for rank in change.unmask:
+                self._buffer.update_mask_buffer(rank, mask=False)
+            # Bits that `release` or a timeout has cleared behind the Buffer's back, too.
             self._wanted_R.zero_()
-            self._wanted_R[[self._member.rank, *active]] = 1
+            self._wanted_R[sorted(change.active)] = 1
             self._mask_R.copy_(self._wanted_R, non_blocking=True)
             torch.cuda.current_stream(self._device).synchronize()
-        self._members = frozenset(expert_map.members)
-        self._epoch = expert_map.epoch
-        self._spoilt = False
 
     # A step --------------------------------------------------------------------------------------
 
     def begin_step(self, epoch: Epoch, step: Step) -> None:
         """No I/O. Raises StepAbandoned after a step that was, until a newer map is adopted."""
-        assert epoch == self._epoch, f"step {step} of epoch {epoch}, but {self._epoch} is adopted"
-        if self._spoilt:
+        adopted = self._who.epoch
+        assert epoch == adopted, f"step {step} of epoch {epoch}, but {adopted} is adopted"
+        if self._who.spoilt:
             raise StepAbandoned(f"epoch {epoch} has lost a rank")
 
     def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> Received:
@@ -228,11 +217,8 @@ class EpExchange:
 
     def tokens_after_step(self, num_tokens: int) -> NDArray[np.int32]:
         """What the completed step sampled. Raises StepAbandoned where it lacked a member."""
-        mask_R = self._report.mask
-        lost = sorted(m.rank for m in self._members if not mask_R[m.rank])
-        if lost:
-            self._spoilt = True
-            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._epoch}")
+        if lost := self._who.lost(self._report.mask):
+            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._who.epoch}")
         return self._report.tokens[:num_tokens]
 
     @contextmanager

@@ -1,0 +1,80 @@
+"""Who is waited for: nobody that a newer epoch has given up, and every life that the map names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpu_worker.cuda.ep_members import EpMembers
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Incarnation, Member, RankId
+
+NUM_RANKS = 4
+
+
+def life(rank: int, incarnation: int = 1) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+
+
+def map_of(epoch: int, *members: Member) -> ExpertMap:
+    placement = np.zeros((1, NUM_RANKS, 1), dtype=np.int16)
+    return ExpertMap(epoch=Epoch(epoch), num_experts=1, members=members, placement=placement)
+
+
+@pytest.fixture
+def who() -> EpMembers:
+    """Of rank 0, which has met all others and adopted epoch 1 with them."""
+    who = EpMembers(life(0))
+    who.meet({RankId(r): Incarnation(1) for r in (1, 2, 3)})
+    who.adopt(map_of(1, *(life(r) for r in range(NUM_RANKS))))
+    return who
+
+
+def test_a_map_unmasks_its_members_and_masks_whom_it_leaves_out(who: EpMembers) -> None:
+    change = who.adopt(map_of(2, life(0), life(1)))
+    assert change.active == {0, 1}
+    assert (change.mask, change.unmask) == ((2, 3), ())
+
+
+def test_a_step_is_lost_by_members_only(who: EpMembers) -> None:
+    assert who.lost([1, 1, 1, 1]) == []
+    assert not who.spoilt
+    assert who.lost([1, 1, 0, 1]) == [2]
+    assert who.spoilt
+    who.adopt(map_of(2, life(0), life(1), life(3)))
+    assert who.lost([1, 1, 0, 1]) == []
+    assert not who.spoilt
+
+
+def test_who_was_given_up_by_a_newer_map_is_not_waited_for_under_an_older_one(
+    who: EpMembers,
+) -> None:
+    assert who.give_up([life(2)], Epoch(3)) == [2]
+    late = who.adopt(map_of(2, life(0), life(1), life(2)))
+    assert late.active == {0, 1}
+    assert who.lost([1, 1, 0, 0]) == [2]
+
+
+def test_a_verdict_on_a_former_life_does_not_touch_its_successor(who: EpMembers) -> None:
+    who.give_up([life(2)], Epoch(2))
+    who.adopt(map_of(2, life(0), life(1), life(3)))
+    assert who.part([RankId(2)]) == [2]
+    who.meet({RankId(2): Incarnation(2)})
+    assert who.give_up([life(2)], Epoch(2)) == []
+    grown = who.adopt(map_of(3, life(0), life(1), life(2, 2), life(3)))
+    assert grown.unmask == (2,)
+    assert grown.active == {0, 1, 2, 3}
+
+
+def test_a_verdict_on_oneself_or_on_strangers_is_nothing_to_the_mask(who: EpMembers) -> None:
+    assert who.give_up([life(0), life(1, 7)], Epoch(2)) == []
+
+
+def test_a_member_cannot_be_disconnected(who: EpMembers) -> None:
+    with pytest.raises(AssertionError, match="member"):
+        who.part([RankId(1)])
+
+
+def test_whom_nobody_has_met_cannot_be_a_member(who: EpMembers) -> None:
+    with pytest.raises(AssertionError, match=r"\[2\]"):
+        who.adopt(map_of(2, life(0), life(2, incarnation=2)))
