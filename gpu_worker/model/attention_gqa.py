@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.family import KvShape
 from gpu_worker.model.kernels import gqa as kernels
 from gpu_worker.model.step_scratch import room_for
+from gpu_worker.model.weights import read_matrices, read_matrix, read_vector
 from gpu_worker.step_batch import StepBatch
 
 Floats = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GqaShape:
+    """Heads of a layer, and how they attend. `window`: tokens that a row sees, itself included; 0:
+    all. `clip` bounds queries, keys and values; 0: nothing."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    qk_norm: int = kernels.QK_NORM_NONE
+    window: int = 0
+    clip: float = 0.0
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
 class GqaWeights(NamedTuple):
-    """A layer's, with the norm before it; matrices are `[inputs, outputs]`."""
+    """A layer's, with the norm before it; matrices are `[inputs, outputs]`. The norms of queries
+    and keys may be empty, and so may the sinks, one of a query head each."""
 
     norm_H: Floats
     w_qkv_HP: Floats
     b_qkv_P: Floats
-    q_norm_D: Floats
-    k_norm_D: Floats
+    q_norm: Floats
+    k_norm: Floats
     w_o_OH: Floats
     b_o_H: Floats
+    sinks_A: Floats
 
 
 class GqaScratch:
     """Working memory that the layers of a model share."""
 
-    def __init__(self, *, hidden_size: int, num_heads: int, kv_heads: int, head_dim: int) -> None:
-        self._group = num_heads // kv_heads
-        self._widths = (hidden_size, (num_heads + 2 * kv_heads) * head_dim, num_heads * head_dim)
+    def __init__(self, *, hidden_size: int, shape: GqaShape) -> None:
+        self._group = shape.num_heads // shape.kv_heads
+        self._widths = (hidden_size, shape.q_size + 2 * shape.kv_size, shape.q_size)
         self.scores_GC: Floats = np.empty((self._group, 0), dtype=np.float32)
         self._allocate(0)
 
@@ -65,8 +91,7 @@ class GqaAttention:
         *,
         weights: GqaWeights,
         kv: KvShape,
-        kv_heads: int,
-        head_dim: int,
+        shape: GqaShape,
         rotations: tuple[Floats, Floats],
         norm_eps: float,
         scratch: GqaScratch,
@@ -74,13 +99,15 @@ class GqaAttention:
         self._weights = weights
         self._cos_CD, self._sin_CD = rotations
         self._eps = np.float32(norm_eps)
-        self._scale = np.float32(head_dim**-0.5)
+        self._scale = np.float32(shape.head_dim**-0.5)
+        self._shape = shape
+        self._clip = np.float32(shape.clip)
         self._scratch = scratch
         self.k_BJDU: Floats = np.zeros(
-            (kv.num_blocks, kv_heads, head_dim, kv.block_tokens), dtype=np.float32
+            (kv.num_blocks, shape.kv_heads, shape.head_dim, kv.block_tokens), dtype=np.float32
         )
         self.v_BJUD: Floats = np.zeros(
-            (kv.num_blocks, kv_heads, kv.block_tokens, head_dim), dtype=np.float32
+            (kv.num_blocks, shape.kv_heads, kv.block_tokens, shape.head_dim), dtype=np.float32
         )
         self.k_BJDU.fill(0.0)
         self.v_BJUD.fill(0.0)
@@ -105,8 +132,57 @@ class GqaAttention:
             self._sin_CD,
             self._eps,
             self._scale,
+            self._shape.qk_norm,
+            self._clip,
+            self._shape.window,
             scratch.h_TH,
             scratch.qkv_TP,
             scratch.heads_TO,
             scratch.scores_GC,
         )
+
+
+EMPTY: Floats = np.zeros(0, dtype=np.float32)
+
+
+def gqa_shapes(
+    prefix: str, hidden_size: int, shape: GqaShape, *, qkv_bias: bool = False, o_bias: bool = False
+) -> dict[str, Shape]:
+    """Tensors of `prefix` (…self_attn) as most families name them."""
+    sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
+    shapes: dict[str, Shape] = {f"{prefix}.{n}_proj.weight": (sizes[n], hidden_size) for n in "qkv"}
+    shapes[f"{prefix}.o_proj.weight"] = (hidden_size, shape.q_size)
+    if qkv_bias:
+        shapes |= {f"{prefix}.{n}_proj.bias": (sizes[n],) for n in "qkv"}
+    if o_bias:
+        shapes[f"{prefix}.o_proj.bias"] = (hidden_size,)
+    if shape.qk_norm == kernels.QK_NORM_HEAD:
+        shapes |= {f"{prefix}.{n}_norm.weight": (shape.head_dim,) for n in "qk"}
+    elif shape.qk_norm == kernels.QK_NORM_WHOLE:
+        shapes |= {f"{prefix}.{n}_norm.weight": (sizes[n],) for n in "qk"}
+    return shapes
+
+
+def read_gqa(checkpoint: Checkpoint, prefix: str, norm_name: str) -> GqaWeights:
+    """What `gqa_shapes` names; biases, norms and sinks where the checkpoint was opened with
+    them."""
+
+    def vector(name: str) -> Floats:
+        return read_vector(checkpoint, name) if checkpoint.has(name) else EMPTY
+
+    def bias(names: str, size: int) -> Floats:
+        parts = [vector(f"{prefix}.{n}_proj.bias") for n in names]
+        return np.concatenate(parts) if parts[0].size else np.zeros(size, dtype=np.float32)
+
+    w_qkv_HP = read_matrices(checkpoint, *(f"{prefix}.{n}_proj.weight" for n in "qkv"))
+    w_o_OH = read_matrix(checkpoint, f"{prefix}.o_proj.weight")
+    return GqaWeights(
+        norm_H=read_vector(checkpoint, norm_name),
+        w_qkv_HP=w_qkv_HP,
+        b_qkv_P=bias("qkv", w_qkv_HP.shape[1]),
+        q_norm=vector(f"{prefix}.q_norm.weight"),
+        k_norm=vector(f"{prefix}.k_norm.weight"),
+        w_o_OH=w_o_OH,
+        b_o_H=bias("o", w_o_OH.shape[1]),
+        sinks_A=vector(f"{prefix}.sinks"),
+    )

@@ -1,130 +1,122 @@
-"""A Hugging Face checkpoint's safetensors, memory-mapped: checked when opened, read tensor by
-tensor as float32. Knows nothing of architectures."""
+"""A Hugging Face checkpoint: checked when opened, read tensor by tensor as float32, verified
+against its hash manifest where there is one. Knows nothing of architectures."""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
+from gpu_worker.model.manifest import Manifest, check_listed, has_parts, read_manifest, verify
+from gpu_worker.model.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    MappedShards,
+    Shape,
+    StoredTensor,
+    read_tensors,
+)
+from gpu_worker.model.stored_form import StoredForm, check_method, find_form
 from shared.errors import CheckpointError
 from shared.model_spec import read_json
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "OnRead", "Shape", "open_checkpoint"]
 
-Shape = tuple[int, ...]
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tensor:
-    path: Path
-    dtype: str
-    shape: Shape
-    first_byte: int  # in the file
-    num_bytes: int
+OnRead = Callable[[int], None]
+"""Is told of each tensor's bytes in the file, once they are read."""
 
 
 class Checkpoint:
-    """The tensors of an opened folder. `read` may be called from several threads."""
+    """The tensors of an opened folder, under the names that the model has for them: how they are
+    stored does not show. Reads may run in several threads; what they return is the caller's own.
+    Each raises CheckpointError where the bytes are not those that the manifest knows."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, _Tensor]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        forms: Mapping[str, StoredForm],
+        manifest: Manifest | None,
+        on_read: OnRead | None,
+    ) -> None:
         self.folder = folder
-        self._tensors = tensors
-        self._files = {
-            path: np.memmap(path, dtype=np.uint8, mode="r")
-            for path in {tensor.path for tensor in tensors.values()}
-        }
+        self._forms = forms
+        self._manifest = manifest
+        self._on_read = on_read
+        self._shards = MappedShards({part.path for form in forms.values() for part in form.parts})
+
+    def has(self, name: str) -> bool:
+        """Whether it was asked for when the checkpoint was opened."""
+        return name in self._forms
+
+    def stored_dtype(self, name: str) -> str:
+        """F32, F16, BF16, F8_E4M3 or MXFP4."""
+        return self._forms[name].dtype
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """As float32. Read-only where the file holds float32 itself: the pages come on use."""
-        tensor = self._tensors[name]
-        end = tensor.first_byte + tensor.num_bytes
-        raw = np.asarray(self._files[tensor.path])[tensor.first_byte : end]
-        values: NDArray[Any] = raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        if tensor.dtype == "BF16":
-            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return values.astype(np.float32, copy=False)
+        return self._decode(self._forms[name], None)
+
+    def read_part(self, name: str, index: int) -> NDArray[np.float32]:
+        """One index of the leading axis, without touching the others."""
+        return self._decode(self._forms[name], index)
+
+    def read_bits(self, name: str) -> NDArray[np.uint16]:
+        """Of a tensor stored in BF16, as it is."""
+        return self._bits(self._forms[name], None)
+
+    def read_bits_part(self, name: str, index: int) -> NDArray[np.uint16]:
+        return self._bits(self._forms[name], index)
+
+    def _decode(self, form: StoredForm, index: int | None) -> NDArray[np.float32]:
+        with ExitStack() as views:
+            values, *scales = (self._view(part, index, views) for part in form.parts)
+            try:
+                return form.decode(values, scales[0] if scales else None, int(index is not None))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{form.values.path}: tensor {form.values.name} {error}: it is damaged; fetch "
+                    "this file again"
+                ) from error
+
+    def _bits(self, form: StoredForm, index: int | None) -> NDArray[np.uint16]:
+        assert form.dtype == "BF16", f"{form.values.name} is {form.dtype}"
+        with ExitStack() as views:
+            bits = self._view(form.values, index, views).view(np.uint16)
+            return bits.reshape(form.values.shape[int(index is not None) :]).copy()
+
+    def _view(self, tensor: StoredTensor, index: int | None, views: ExitStack) -> NDArray[np.uint8]:
+        """Verified bytes of the tensor or of its part, for as long as `views` is open."""
+        part = tensor if index is None else tensor.part(index)
+        raw = views.enter_context(self._shards.bytes_of(part))
+        if self._manifest is not None:
+            if index is None or has_parts(tensor):
+                verify(self._manifest, tensor, raw, index)
+            else:
+                whole = views.enter_context(self._shards.bytes_of(tensor))
+                verify(self._manifest, tensor, whole)
+        if self._on_read is not None:
+            self._on_read(part.num_bytes)
+        return raw
 
 
-def open_checkpoint(folder: Path, shapes: Mapping[str, Shape]) -> Checkpoint:
-    """`shapes` are the tensors that must be there; others are ignored. Raises CheckpointError where
-    a shard is missing or truncated, or a tensor is missing or of another shape or dtype."""
-    tensors: dict[str, _Tensor] = {}
-    for path in _shard_paths(folder):
-        tensors.update(_read_header(path))
-    for name, shape in shapes.items():
-        _check_tensor(folder, name, tensors.get(name), shape)
-    return Checkpoint(folder, {name: tensors[name] for name in shapes})
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    if not (folder / INDEX_FILE).exists():
-        if not (folder / SINGLE_FILE).exists():
-            raise CheckpointError(
-                f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the weights again"
-            )
-        return [folder / SINGLE_FILE]
-    weight_map = read_json(folder, INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map; fetch it again")
-    return [folder / str(name) for name in sorted(set(weight_map.values()))]
-
-
-def _read_header(path: Path) -> dict[str, _Tensor]:
-    """The library checks the header against itself and against the file's size."""
-    try:
-        with safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes))
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror or 'no such file'}; fetch the checkpoint again"
-        ) from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({error}); fetch this file again"
-        ) from error
-    return {
-        name: _Tensor(
-            path=path,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            first_byte=8 + header_bytes + entry["data_offsets"][0],
-            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
+def open_checkpoint(
+    folder: Path, shapes: Mapping[str, Shape], on_read: OnRead | None = None
+) -> Checkpoint:
+    """`shapes` are the tensors that must be there, in the shape they have for the model; others are
+    ignored. Where X is quantised, the files hold `X` and `X_scale_inv` (block-scaled FP8), or
+    `X_blocks` and `X_scales` (MXFP4, whose values are transposed). Raises CheckpointError where a
+    shard is missing or truncated, or a tensor is missing, of another shape, in a form that is not
+    served, or unknown to the manifest."""
+    tensors, manifest = read_tensors(folder), read_manifest(folder)
+    config = read_json(folder, "config.json") if (folder / "config.json").exists() else {}
+    check_method(folder, config)
+    forms = {
+        name: find_form(folder, tensors, config, name, shape) for name, shape in shapes.items()
     }
-
-
-def _check_tensor(folder: Path, name: str, tensor: _Tensor | None, shape: Shape) -> None:
-    if tensor is None:
-        raise CheckpointError(
-            f"{folder}: tensor {name} is missing; fetch the checkpoint again, or check config.json"
-        )
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, but config.json asks "
-            f"for {list(shape)}; one of the two files belongs to another model"
-        )
-    if tensor.dtype not in _DTYPES:
-        raise CheckpointError(
-            f"{tensor.path}: tensor {name} is stored as {tensor.dtype}; convert the checkpoint to "
-            f"one of {', '.join(_DTYPES)}"
-        )
+    if manifest is not None:
+        for form in forms.values():
+            for part in form.parts:
+                check_listed(manifest, part)
+    return Checkpoint(folder, forms, manifest, on_read)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,20 +67,33 @@ class MlpRunner:
         self._order_N: Ints = np.empty(num_pairs, dtype=np.int32)
 
 
-def mlp_shapes(prefix: str, hidden_size: int, inner_size: int) -> dict[str, Shape]:
-    """Tensors of a gated MLP as most families name them."""
+class MlpNames(NamedTuple):
+    """What a family calls the three matrices of a gated MLP."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+USUAL_NAMES = MlpNames()
+
+
+def mlp_shapes(
+    prefix: str, hidden_size: int, inner_size: int, names: MlpNames = USUAL_NAMES
+) -> dict[str, Shape]:
+    """Tensors of a gated MLP."""
     return {
-        f"{prefix}.gate_proj.weight": (inner_size, hidden_size),
-        f"{prefix}.up_proj.weight": (inner_size, hidden_size),
-        f"{prefix}.down_proj.weight": (hidden_size, inner_size),
+        f"{prefix}.{names.gate}.weight": (inner_size, hidden_size),
+        f"{prefix}.{names.up}.weight": (inner_size, hidden_size),
+        f"{prefix}.{names.down}.weight": (hidden_size, inner_size),
     }
 
 
-def read_mlp(checkpoint: Checkpoint, prefix: str) -> ExpertWeights:
+def read_mlp(checkpoint: Checkpoint, prefix: str, names: MlpNames = USUAL_NAMES) -> ExpertWeights:
     return ExpertWeights(
-        gate_IH=checkpoint.read(f"{prefix}.gate_proj.weight"),
-        up_IH=checkpoint.read(f"{prefix}.up_proj.weight"),
-        down_HI=checkpoint.read(f"{prefix}.down_proj.weight"),
+        gate_IH=checkpoint.read(f"{prefix}.{names.gate}.weight"),
+        up_IH=checkpoint.read(f"{prefix}.{names.up}.weight"),
+        down_HI=checkpoint.read(f"{prefix}.{names.down}.weight"),
     )
 
 

@@ -17,7 +17,7 @@ from gpu_worker.step_batch import Forward, StepBatch
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.model_spec import ModelSpec, read_model_spec
-from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from shared.types import ABSENT_SLOT, Epoch, Incarnation, Member, RankId, Step, SuspicionReason
 
 SMALL = {
     "vocab_size": 300,
@@ -38,8 +38,10 @@ EPOCH = Epoch(1)
 
 
 class QuietMonitor:
+    epoch = EPOCH
+
     def newest_epoch(self) -> Epoch:
-        return EPOCH
+        return self.epoch
 
     def beat(self, waiting_for: Sequence[RankId]) -> None:
         pass
@@ -83,12 +85,15 @@ class RankRun:
 
     model: Decoder
     exchange: LocalExchange
+    expert_map: ExpertMap
+    monitor: QuietMonitor
+    member: Member
     steps: int = field(default=0)
 
     def step(self, batch: StepBatch) -> Forward:
         num_tokens = batch.num_tokens
         self.exchange.begin_step(
-            EPOCH, Step(self.steps), num_tokens=num_tokens, has_work=num_tokens > 0
+            self.expert_map.epoch, Step(self.steps), num_tokens=num_tokens, has_work=num_tokens > 0
         )
         self.steps += 1
         return self.model.forward(batch, self.exchange)
@@ -123,16 +128,41 @@ def open_ranks(
             block_tokens=block_tokens,
         )
         model.slots.load_all(expert_map.placement[:, member.rank])
-        exchange = hub.exchange(member, QuietMonitor(), SystemClock(), 1e9)
+        monitor = QuietMonitor()
+        exchange = hub.exchange(member, monitor, SystemClock(), 1e9)
         exchange.adopt(expert_map)
-        runs.append(RankRun(model, exchange))
+        runs.append(RankRun(model, exchange, expert_map, monitor, member))
     return runs
 
 
-def spread_map(spec: ModelSpec, num_ranks: int) -> ExpertMap:
-    """Experts in turn over the ranks, rotated by layer; the last slot holds a second replica."""
-    slots = -(-spec.num_experts // num_ranks) + 1
-    order = np.arange(num_ranks * slots) % spec.num_experts
+def adopt_without(runs: Sequence[RankRun], dead: int) -> list[RankRun]:
+    """The survivors, under a map of the next epoch that leaves the dead rank out: they have loaded
+    what it alone held."""
+    survivors = [run for run in runs if run.member.rank != dead]
+    spec, old = runs[0].model.spec, runs[0].expert_map
+    dense = spread_map(spec, len(survivors), old.slots_per_rank).placement
+    placement = np.full(old.placement.shape, ABSENT_SLOT, dtype=np.int16)
+    for index, run in enumerate(survivors):
+        placement[:, run.member.rank] = dense[:, index]
+    new = ExpertMap(
+        epoch=Epoch(old.epoch + 1),
+        num_experts=spec.num_experts,
+        members=tuple(run.member for run in survivors),
+        placement=placement,
+    )
+    for run in survivors:
+        run.model.slots.load_all(new.placement[:, run.member.rank])
+        run.monitor.epoch, run.expert_map, run.steps = new.epoch, new, 0
+        run.exchange.adopt(new)
+    return survivors
+
+
+def spread_map(spec: ModelSpec, num_ranks: int, slots: int | None = None) -> ExpertMap:
+    """Experts in turn over the ranks, rotated by layer; what is left of the slots holds second
+    replicas. Room for `num_ranks - 1` to hold every expert."""
+    if slots is None:
+        slots = -(-spec.num_experts // max(num_ranks - 1, 1)) + 1
+    order = np.arange(num_ranks * slots) % max(spec.num_experts, 1)
     rows = [np.roll(order, 3 * layer) for layer in range(spec.num_moe_layers)]
     placement = np.array(rows, dtype=np.int16).reshape(spec.num_moe_layers, num_ranks, slots)
     members = tuple(

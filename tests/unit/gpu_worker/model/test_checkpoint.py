@@ -120,7 +120,7 @@ def test_another_architecture_is_refused(folder: Path) -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"mlp_only_layers": [0, 1, 2]}, "without expert layers"),
         ({"num_experts_per_tok": 9}, "top-9 of 8"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),

@@ -1,0 +1,78 @@
+"""gpt-oss: attention sinks, a sliding window in some layers, experts with biases and a clamped
+activation, stored together for a layer (in MXFP4 as published)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from gpu_worker.model.attention_gqa import GqaShape
+from gpu_worker.model.checkpoint import Checkpoint, Shape
+from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.family import Router
+from gpu_worker.model.gqa_family import GqaFamily, refuse
+from gpu_worker.model.kernels import experts
+from gpu_worker.model.routers import TopKSoftmaxRouter
+from gpu_worker.model.weights import read_matrix, read_vector
+from shared.model_spec import ModelSpec
+
+_ALPHA, _LIMIT = 1.702, 7.0
+
+
+class GptOss(GqaFamily):
+    expert_activation = experts.CLAMPED_SWIGLU
+    has_sinks = True
+    rope_kinds = ("default", "yarn")
+    router_name = "router"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        raw = spec.raw
+        alpha, limit = raw.get("swiglu_alpha", _ALPHA), raw.get("swiglu_limit", _LIMIT)
+        refuse(spec, {f"a SwiGLU of {alpha} and {limit}": (alpha, limit) != (_ALPHA, _LIMIT)})
+        super().__init__(spec)
+        self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", True))
+        self.norm_eps = float(raw.get("rms_norm_eps", 1e-5))
+        kinds = raw.get("layer_types") or [
+            "full_attention" if layer % 2 else "sliding_attention"
+            for layer in range(spec.num_layers)
+        ]
+        window = int(raw.get("sliding_window") or 0)
+        self._windows = [window if kind == "sliding_attention" else 0 for kind in kinds]
+
+    def shape_of(self, layer: int) -> GqaShape:
+        return replace(self.shape, window=self._windows[layer])
+
+    def moe_shapes(self, layer: int) -> dict[str, Shape]:
+        spec, prefix = self.spec, self.mlp_prefix(layer)
+        num_experts, inner_size = spec.num_experts, spec.moe_intermediate_size
+        return {
+            f"{prefix}.router.weight": (num_experts, spec.hidden_size),
+            f"{prefix}.router.bias": (num_experts,),
+            f"{prefix}.experts.gate_up_proj": (num_experts, spec.hidden_size, 2 * inner_size),
+            f"{prefix}.experts.gate_up_proj_bias": (num_experts, 2 * inner_size),
+            f"{prefix}.experts.down_proj": (num_experts, inner_size, spec.hidden_size),
+            f"{prefix}.experts.down_proj_bias": (num_experts, spec.hidden_size),
+        }
+
+    def read_router(self, checkpoint: Checkpoint, layer: int) -> Router:
+        prefix = f"{self.mlp_prefix(layer)}.router"
+        return TopKSoftmaxRouter(
+            read_matrix(checkpoint, f"{prefix}.weight"), read_vector(checkpoint, f"{prefix}.bias")
+        )
+
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
+        """Gate and up lie in turn: column 2i is gate i, column 2i + 1 is up i."""
+        prefix = f"{self.mlp_prefix(layer)}.experts"
+        gate_up_HJ = checkpoint.read_part(f"{prefix}.gate_up_proj", expert)
+        bias_J = checkpoint.read_part(f"{prefix}.gate_up_proj_bias", expert)
+        return ExpertWeights(
+            gate_IH=gate_up_HJ[:, ::2].T,
+            up_IH=gate_up_HJ[:, 1::2].T,
+            down_HI=checkpoint.read_part(f"{prefix}.down_proj", expert).T,
+            gate_up_bias_J=np.concatenate([bias_J[::2], bias_J[1::2]]),
+            down_bias_H=checkpoint.read_part(f"{prefix}.down_proj_bias", expert),
+        )
+
+
+FAMILY = GptOss

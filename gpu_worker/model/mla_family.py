@@ -1,0 +1,198 @@
+"""What DeepSeek's families have in common: names, sizes, reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from gpu_worker.model.attention_mla import (
+    IndexerWeights,
+    MlaAttention,
+    MlaScratch,
+    MlaShape,
+    MlaWeights,
+)
+from gpu_worker.model.checkpoint import Checkpoint, Shape
+from gpu_worker.model.deepseek_moe import DeepseekMoe
+from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.family import Attention, DenseLayer, Floats, KvShape, MoeLayer
+from gpu_worker.model.gqa_family import refuse
+from gpu_worker.model.kernels import experts, mla, router
+from gpu_worker.model.kernels.warm_up import EntryPoint
+from gpu_worker.model.rope import read_rope
+from gpu_worker.model.weights import read_matrix, read_vector
+from shared.errors import CheckpointError
+from shared.model_spec import ModelSpec
+
+
+class MlaFamily:
+    """Implements `family.Family`. Subclasses say how they route, and whether they index."""
+
+    entry_points: ClassVar[Sequence[EntryPoint]] = (
+        *mla.ENTRY_POINTS,
+        *router.GROUP_ENTRY_POINTS,
+    )
+    expert_activation: ClassVar[int] = experts.SWIGLU
+    embedding_name = "model.embed_tokens.weight"
+    final_norm_name = "model.norm.weight"
+    sigmoid_routing: ClassVar[bool] = True
+    has_indexer: ClassVar[bool] = False
+
+    def __init__(self, spec: ModelSpec) -> None:
+        raw = spec.raw
+        act = raw.get("hidden_act", "silu")
+        refuse(spec, {f"activation {act!r}": act != "silu"})
+        self.spec = spec
+        self.rope = read_rope(raw, kinds=("default", "yarn"))
+        self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))
+        tied = bool(raw.get("tie_word_embeddings", False))
+        self.head_name = self.embedding_name if tied else "lm_head.weight"
+        self._bias = bool(raw.get("attention_bias", False))
+        self.shape = read_mla_shape(spec, has_indexer=self.has_indexer)
+        self._moe = DeepseekMoe(spec, sigmoid=self.sigmoid_routing)
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        spec = self.spec
+        shapes: dict[str, Shape] = {
+            self.embedding_name: (spec.vocab_size, spec.hidden_size),
+            self.final_norm_name: (spec.hidden_size,),
+            self.head_name: (spec.vocab_size, spec.hidden_size),
+        }
+        for layer in range(spec.num_layers):
+            for name in ("input", "post_attention"):
+                shapes[f"model.layers.{layer}.{name}_layernorm.weight"] = (spec.hidden_size,)
+            prefix = f"model.layers.{layer}.self_attn"
+            shapes |= self._attention_shapes(prefix)
+            shapes |= self._indexer_shapes(f"{prefix}.indexer") if self.has_indexer else {}
+            shapes |= self._moe.tensor_shapes(layer)
+        return shapes
+
+    def read_attention(
+        self, checkpoint: Checkpoint, kv: KvShape, context_tokens_max: int
+    ) -> list[Attention]:
+        rotations = self.rope.rotations(self.shape.rotated_size, context_tokens_max)
+        scratch = MlaScratch(self.shape, kv.block_tokens)
+        return [
+            MlaAttention(
+                weights=self._weights(checkpoint, layer),
+                indexer=self._indexer(checkpoint, layer) if self.has_indexer else None,
+                shape=self.shape,
+                kv=kv,
+                rotations=rotations,
+                norm_eps=self.norm_eps,
+                softmax_factor=self.rope.softmax_factor,
+                scratch=scratch,
+            )
+            for layer in range(self.spec.num_layers)
+        ]
+
+    def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer:
+        return self._moe.read_mlp(checkpoint, layer)
+
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
+        return self._moe.read_expert(checkpoint, layer, expert)
+
+    def _attention_shapes(self, prefix: str) -> dict[str, Shape]:
+        shape, hidden_size = self.shape, self.spec.hidden_size
+        kv_size = shape.num_heads * (shape.plain_size + shape.value_size)
+        kva_size = shape.rank + shape.rotated_size
+        shapes: dict[str, Shape] = {
+            f"{prefix}.kv_a_proj_with_mqa.weight": (kva_size, hidden_size),
+            f"{prefix}.kv_a_layernorm.weight": (shape.rank,),
+            f"{prefix}.kv_b_proj.weight": (kv_size, shape.rank),
+            f"{prefix}.o_proj.weight": (hidden_size, shape.heads_size),
+        }
+        if shape.q_rank:
+            shapes[f"{prefix}.q_a_proj.weight"] = (shape.q_rank, hidden_size)
+            shapes[f"{prefix}.q_a_layernorm.weight"] = (shape.q_rank,)
+            shapes[f"{prefix}.q_b_proj.weight"] = (shape.q_size, shape.q_rank)
+        else:
+            shapes[f"{prefix}.q_proj.weight"] = (shape.q_size, hidden_size)
+        if self._bias:
+            shapes[f"{prefix}.kv_a_proj_with_mqa.bias"] = (kva_size,)
+            shapes[f"{prefix}.o_proj.bias"] = (hidden_size,)
+            if shape.q_rank:
+                shapes[f"{prefix}.q_a_proj.bias"] = (shape.q_rank,)
+        return shapes
+
+    def _indexer_shapes(self, prefix: str) -> dict[str, Shape]:
+        shape, hidden_size = self.shape, self.spec.hidden_size
+        return {
+            f"{prefix}.wq_b.weight": (shape.index_heads * shape.index_size, shape.q_rank),
+            f"{prefix}.wk.weight": (shape.index_size, hidden_size),
+            f"{prefix}.k_norm.weight": (shape.index_size,),
+            f"{prefix}.k_norm.bias": (shape.index_size,),
+            f"{prefix}.weights_proj.weight": (shape.index_heads, hidden_size),
+        }
+
+    def _weights(self, checkpoint: Checkpoint, layer: int) -> MlaWeights:
+        prefix, shape = f"model.layers.{layer}.self_attn", self.shape
+
+        def bias(name: str, size: int) -> Floats:
+            full_name = f"{prefix}.{name}.bias"
+            if not checkpoint.has(full_name):
+                return np.zeros(size, dtype=np.float32)
+            return read_vector(checkpoint, full_name)
+
+        def matrix(name: str) -> Floats:
+            return read_matrix(checkpoint, f"{prefix}.{name}.weight")
+
+        kv_b = checkpoint.read(f"{prefix}.kv_b_proj.weight").reshape(
+            shape.num_heads, shape.plain_size + shape.value_size, shape.rank
+        )
+        nothing = np.zeros((self.spec.hidden_size, 0), dtype=np.float32)
+        return MlaWeights(
+            norm_H=read_vector(checkpoint, f"model.layers.{layer}.input_layernorm.weight"),
+            w_qa_HQ=matrix("q_a_proj") if shape.q_rank else nothing,
+            b_qa_Q=bias("q_a_proj", shape.q_rank),
+            qa_norm_Q=read_vector(checkpoint, f"{prefix}.q_a_layernorm.weight")
+            if shape.q_rank
+            else nothing[0],
+            w_qb_QP=matrix("q_b_proj" if shape.q_rank else "q_proj"),
+            w_kva_HP=matrix("kv_a_proj_with_mqa"),
+            b_kva_P=bias("kv_a_proj_with_mqa", shape.rank + shape.rotated_size),
+            kva_norm_R=read_vector(checkpoint, f"{prefix}.kv_a_layernorm.weight"),
+            w_uk_AFR=np.array(kv_b[:, : shape.plain_size], order="C"),
+            w_uv_ARG=np.array(kv_b[:, shape.plain_size :].transpose(0, 2, 1), order="C"),
+            w_o_OH=matrix("o_proj"),
+            b_o_H=bias("o_proj", self.spec.hidden_size),
+        )
+
+    def _indexer(self, checkpoint: Checkpoint, layer: int) -> IndexerWeights:
+        prefix = f"model.layers.{layer}.self_attn.indexer"
+        return IndexerWeights(
+            w_q_QP=read_matrix(checkpoint, f"{prefix}.wq_b.weight"),
+            w_k_HL=read_matrix(checkpoint, f"{prefix}.wk.weight"),
+            k_norm_L=read_vector(checkpoint, f"{prefix}.k_norm.weight"),
+            k_bias_L=read_vector(checkpoint, f"{prefix}.k_norm.bias"),
+            w_weights_HI=read_matrix(checkpoint, f"{prefix}.weights_proj.weight"),
+        )
+
+
+def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
+    """Raises CheckpointError where sizes are missing or cannot be."""
+    raw = spec.raw
+    try:
+        shape = MlaShape(
+            hidden_size=spec.hidden_size,
+            num_heads=int(raw["num_attention_heads"]),
+            plain_size=int(raw["qk_nope_head_dim"]),
+            rotated_size=int(raw["qk_rope_head_dim"]),
+            value_size=int(raw["v_head_dim"]),
+            rank=int(raw["kv_lora_rank"]),
+            q_rank=int(raw.get("q_lora_rank") or 0),
+            interleaved=bool(raw.get("rope_interleave", True)),
+            index_heads=int(raw["index_n_heads"]) if has_indexer else 0,
+            index_size=int(raw["index_head_dim"]) if has_indexer else 0,
+            index_top_k=int(raw["index_topk"]) if has_indexer else 0,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: missing or malformed {error}") from error
+    sizes = (shape.num_heads, shape.plain_size, shape.rotated_size, shape.value_size, shape.rank)
+    if min(sizes) < 1 or shape.rotated_size % 2:
+        raise CheckpointError("config.json: attention sizes must be positive, the rotated one even")
+    if has_indexer and (shape.q_rank < 1 or shape.index_size < shape.rotated_size):
+        raise CheckpointError("config.json: the indexer's sizes cannot be")
+    return shape
