@@ -13,6 +13,10 @@ from shared.errors import RequestError
 
 GRAMMAR_CHARS_MAX = 256 * 1024
 
+_JSON_SPACE = r"(\n[ \t]{0,32}| )?"
+"""Between the tokens of JSON: a space, or a new line and an indent. Unbounded space is where weak
+models get lost."""
+
 _STRUCTURED = {
     "json": "guided_json",
     "regex": "guided_regex",
@@ -104,14 +108,20 @@ def _grammar(param: str, kind: str, value: Any) -> str:
             raise RequestError(f"{param} must be a list of texts", param=param)
         return _from("choice", json.dumps(value), param)
     if kind == "json":
-        if isinstance(value, str):
-            return _from("json_schema", value, param)
-        if not isinstance(value, dict | bool):
-            raise RequestError(f"{param} must be a JSON schema", param=param)
-        return _from("json_schema", json.dumps(value), param)
+        return _from_schema(value, param)
     if not isinstance(value, str) or not value:
         raise RequestError(f"{param} must be a text", param=param)
     return _from(kind, value, param)
+
+
+def _from_schema(value: Any, param: str) -> str:
+    if not isinstance(value, str | dict | bool):
+        raise RequestError(f"{param} must be a JSON schema", param=param)
+    schema = value if isinstance(value, str) else json.dumps(value)
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": _JSON_SPACE})
+    except ValueError as error:
+        raise RequestError(f"{param} cannot be read: {error}"[:500], param=param) from error
 
 
 def _from(kind: str, text: str, param: str) -> str:

@@ -41,7 +41,9 @@ def test_free_form_needs_no_grammar() -> None:
 )
 def test_a_schema_is_the_same_however_it_is_asked_for(fields: dict[str, Any]) -> None:
     grammar = json.loads(read_grammar(body(**fields)))
-    assert grammar["grammars"][0]["json_schema"] == SCHEMA
+    schema = grammar["grammars"][0]["json_schema"]
+    assert schema | SCHEMA == schema
+    assert set(schema) - set(SCHEMA) == {"x-guidance"}
 
 
 @pytest.mark.parametrize(

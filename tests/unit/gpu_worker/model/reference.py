@@ -117,10 +117,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def save_checkpoint(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """Random weights in which every part matters: unit-variance layers, uneven norms, biases."""
     name, sizes = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(_COMMON | sizes))
+    config = getattr(transformers, f"{name}Config")(**(_COMMON | sizes | changes))
     torch.manual_seed(11)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.save_pretrained(folder)
