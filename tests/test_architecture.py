@@ -28,6 +28,7 @@ OWNERS = {
     "rich": {"cli/"},
     "torch": {"gpu_worker/"},
     "numba": {"gpu_worker/"},
+    "triton": {"gpu_worker/cuda/"},
     "mooncake": {"gpu_worker/exchange/", "gpu_worker/cuda/"},
     "transformers": set[str](),
 }

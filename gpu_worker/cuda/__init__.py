@@ -1,0 +1,1 @@
+"""The rank's engine on CUDA. Imported only where there is a CUDA device: it needs Triton."""

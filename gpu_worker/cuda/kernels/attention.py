@@ -1,0 +1,311 @@
+"""Attention over the paged KV cache: norm and rotation of queries and keys with the write into the
+cache, attention in splits of a fixed number of positions, and their merge.
+
+The cache is `k_BJUD` and `v_BJUD`. A *tile* is one or more tokens of one sequence at rising
+positions, so that a prefill chunk reads each key once a tile. Row position -1 means: no token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
+
+SPLIT_TOKENS = 64
+_LOG2_E = 1.4426950408889634
+_MERGE_SPLITS = 16
+_PROGRAMS = 512
+
+
+class Paging(NamedTuple):
+    """Where a step's tokens stand: `tables_SB` by sequence, the rest by token or by tile. With
+    `tiles_C2` None each token is its own tile; else a tile is (first token, number of tokens)."""
+
+    position_T: torch.Tensor
+    sequence_T: torch.Tensor
+    tables_SB: torch.Tensor
+    tiles_C2: torch.Tensor | None
+    tile_tokens: int
+
+
+class Partials(NamedTuple):
+    """Results of splits X: unnormalised values, their maximum and their sum."""
+
+    values_TQXD: torch.Tensor
+    maximum_TQX: torch.Tensor
+    sum_TQX: torch.Tensor
+
+
+def rotate_and_store(
+    qkv_PTC: torch.Tensor,
+    q_norm_D: torch.Tensor,
+    k_norm_D: torch.Tensor,
+    cos_CD: torch.Tensor,
+    sin_CD: torch.Tensor,
+    paging: Paging,
+    q_TQD: torch.Tensor,
+    k_BJUD: torch.Tensor,
+    v_BJUD: torch.Tensor,
+    *,
+    eps: float,
+    pdl: bool = False,
+) -> None:
+    parts, rows, columns = qkv_PTC.shape
+    _, heads, head_dim = q_TQD.shape
+    _, kv_heads, block_tokens, _ = k_BJUD.shape
+    _rotate_and_store[(rows, heads + 2 * kv_heads)](
+        qkv_PTC,
+        q_norm_D,
+        k_norm_D,
+        cos_CD,
+        sin_CD,
+        paging.position_T,
+        paging.sequence_T,
+        paging.tables_SB,
+        q_TQD,
+        k_BJUD,
+        v_BJUD,
+        eps,
+        rows * columns,
+        paging.tables_SB.shape[1],
+        PARTS=parts,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=head_dim // 2,
+        BLOCK_TOKENS=block_tokens,
+        num_warps=1,
+        **launch_options(pdl),
+    )
+
+
+def attend(
+    q_TQD: torch.Tensor,
+    k_BJUD: torch.Tensor,
+    v_BJUD: torch.Tensor,
+    paging: Paging,
+    partials: Partials,
+    out_TC: torch.Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """`out_TC` holds the heads side by side."""
+    rows, heads, head_dim = q_TQD.shape
+    _, kv_heads, block_tokens, _ = k_BJUD.shape
+    group = triton.next_power_of_2(heads // kv_heads)
+    num_tiles = rows if paging.tiles_C2 is None else paging.tiles_C2.shape[0]
+    splits_max = partials.maximum_TQX.shape[2]
+    side_by_side = max(1, min(splits_max, _PROGRAMS // max(num_tiles * kv_heads, 1)))
+    _attend_splits[(num_tiles, kv_heads, side_by_side)](
+        q_TQD,
+        k_BJUD,
+        v_BJUD,
+        paging.position_T,
+        paging.sequence_T,
+        paging.tables_SB,
+        paging.position_T if paging.tiles_C2 is None else paging.tiles_C2,
+        *partials,
+        head_dim**-0.5 * _LOG2_E,
+        paging.tables_SB.shape[1],
+        splits_max,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        GROUP=group,
+        ROWS=max(16, group * paging.tile_tokens),
+        SPLIT=SPLIT_TOKENS,
+        BLOCK_TOKENS=block_tokens,
+        TILED=paging.tiles_C2 is not None,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+    _merge_splits[(rows, heads)](
+        *partials,
+        paging.position_T,
+        out_TC,
+        splits_max,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        SPLIT=SPLIT_TOKENS,
+        BLOCK_X=_MERGE_SPLITS,
+        num_warps=2,
+        **launch_options(pdl),
+    )
+
+
+@triton.jit(do_not_specialize=["part_stride", "table_width"])
+def _rotate_and_store(
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    sequence_ptr,
+    tables_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    eps,
+    part_stride,
+    table_width,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    i = tl.arange(0, HALF)
+    after_predecessor(PDL)
+    position = tl.load(position_ptr + row)
+    if position >= 0:
+        low = tl.zeros([HALF], dtype=tl.float32)
+        high = tl.zeros([HALF], dtype=tl.float32)
+        base = row * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + head * (2 * HALF)
+        for part in tl.static_range(PARTS):
+            ptr = qkv_ptr + part * part_stride.to(tl.int64) + base + i
+            low += tl.load(ptr).to(tl.float32)
+            high += tl.load(ptr + HALF).to(tl.float32)
+        if head < HEADS + KV_HEADS:
+            norm_ptr = q_norm_ptr if head < HEADS else k_norm_ptr
+            square = tl.sum(low * low + high * high, axis=0)
+            scale = tl.rsqrt(square / (2 * HALF) + eps)
+            low = low * scale * tl.load(norm_ptr + i).to(tl.float32)
+            high = high * scale * tl.load(norm_ptr + HALF + i).to(tl.float32)
+            cos = tl.load(cos_ptr + position * HALF + i)
+            sin = tl.load(sin_ptr + position * HALF + i)
+            turned = low * cos - high * sin
+            high = high * cos + low * sin
+            low = turned
+        if head < HEADS:
+            out = q_ptr + (row * HEADS + head) * (2 * HALF) + i
+            tl.store(out, low.to(q_ptr.dtype.element_ty))
+            tl.store(out + HALF, high.to(q_ptr.dtype.element_ty))
+        else:
+            is_key = head < HEADS + KV_HEADS
+            cache_ptr = k_ptr if is_key else v_ptr
+            kv_head = head - HEADS if is_key else head - HEADS - KV_HEADS
+            sequence = tl.load(sequence_ptr + row)
+            block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
+            place = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_TOKENS
+            out = cache_ptr + (place + position % BLOCK_TOKENS) * (2 * HALF) + i
+            tl.store(out, low.to(k_ptr.dtype.element_ty))
+            tl.store(out + HALF, high.to(k_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["table_width", "splits_max"])
+def _attend_splits(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    sequence_ptr,
+    tables_ptr,
+    tiles_ptr,
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    scale,
+    table_width,
+    splits_max,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each split by itself: which program does it changes nothing. A row's sum comes from a
+    product with ones, because a row-wise sum's order would depend on the tile's shape."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, HEAD_DIM)
+    n = tl.arange(0, SPLIT)
+    after_predecessor(PDL)
+    first = tl.load(tiles_ptr + 2 * tile) if TILED else tile
+    count = tl.load(tiles_ptr + 2 * tile + 1) if TILED else 1
+    row = first + r // GROUP
+    is_row = (r // GROUP < count) & (r % GROUP < HEADS // KV_HEADS)
+    head = kv_head * (HEADS // KV_HEADS) + r % GROUP
+    position = tl.load(position_ptr + row, mask=is_row, other=-1)
+    last = tl.max(position, axis=0)
+    if last >= 0:
+        sequence = tl.load(sequence_ptr + first)
+        place = row.to(tl.int64) * HEADS + head
+        q = tl.load(q_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=is_row[:, None], other=0.0)
+        ones = tl.full([SPLIT, 16], 1.0, dtype=q.dtype)
+        for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
+            at = split * SPLIT + n
+            is_past = at <= last
+            table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
+            block = tl.load(table, mask=is_past, other=0).to(tl.int64)
+            kv = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS
+            kv = kv[:, None] * HEAD_DIM + d[None, :]
+            k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)
+            v = tl.load(v_ptr + kv, mask=is_past[:, None], other=0.0)
+            scores = tl.dot(q, k.T) * scale
+            sees = at[None, :] <= position[:, None]
+            scores = tl.where(sees, scores, float("-inf"))
+            peak = tl.max(scores, axis=1)
+            base = tl.where(peak > float("-inf"), peak, 0.0)
+            p = tl.exp2(scores - base[:, None]).to(q.dtype)
+            out = place * splits_max + split
+            values = tl.dot(p, v)
+            sums = tl.max(tl.dot(p, ones), axis=1)
+            tl.store(
+                values_ptr + out[:, None] * HEAD_DIM + d[None, :], values, mask=is_row[:, None]
+            )
+            tl.store(maximum_ptr + out, peak, mask=is_row)
+            tl.store(sum_ptr + out, sums, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["splits_max"])
+def _merge_splits(
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    position_ptr,
+    out_ptr,
+    splits_max,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    x = tl.arange(0, BLOCK_X)
+    d = tl.arange(0, HEAD_DIM)
+    after_predecessor(PDL)
+    num_splits = (tl.load(position_ptr + row) + SPLIT) // SPLIT
+    base = (row * HEADS + head) * splits_max
+    peak = float("-inf")
+    total = 0.0
+    values = tl.zeros([HEAD_DIM], dtype=tl.float32)
+    for start in range(0, num_splits, BLOCK_X):
+        has = start + x < num_splits
+        place = base + start + x
+        maximum = tl.load(maximum_ptr + place, mask=has, other=float("-inf"))
+        sums = tl.load(sum_ptr + place, mask=has, other=0.0)
+        parts = tl.load(
+            values_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=has[:, None], other=0.0
+        )
+        new_peak = tl.maximum(peak, tl.max(maximum, axis=0))
+        weight = tl.exp2(maximum - new_peak)
+        keep = tl.exp2(peak - new_peak)
+        total = total * keep + tl.sum(sums * weight, axis=0)
+        values = values * keep + tl.sum(parts * weight[:, None], axis=0)
+        peak = new_peak
+    out = values / tl.where(num_splits > 0, total, 1.0)
+    tl.store(out_ptr + (row * HEADS + head) * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty))

@@ -1,0 +1,224 @@
+"""The experts of a rank's slots on their rows: gate and up with the activation, then down. Each
+weight is read once a tile of rows, so at decode once a step."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
+from gpu_worker.cuda.kernels.routing import SlotTiles
+
+
+class ExpertTile(NamedTuple):
+    """None of these changes a bit of the result."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+GATE_UP_TILE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
+DOWN_TILE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
+
+
+class Rows(NamedTuple):
+    """Which rows of the input a tile takes. `pairs`: row n of the work is pair `order[n]`, its
+    input row `pair // divisor`. Without `tiles`, tile c is pair c alone, in slot `slots[c]`. With
+    `padded`, row numbers of the tiles are rows of the input and of the output themselves."""
+
+    slots_TK: torch.Tensor
+    tiles: SlotTiles | None
+    padded: bool = False
+
+
+def gate_up(
+    x: torch.Tensor,
+    w_gate_up_SJH: torch.Tensor,
+    rows: Rows,
+    inner_NI: torch.Tensor,
+    *,
+    pdl: bool = False,
+    tile: ExpertTile = GATE_UP_TILE,
+) -> None:
+    """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`."""
+    _, double_inner, hidden = w_gate_up_SJH.shape
+    inner = double_inner // 2
+    columns, depth = _fit(tile.columns, inner), _fit(tile.depth, hidden)
+    _gate_up[(inner // columns, _num_tiles(rows))](
+        x,
+        w_gate_up_SJH,
+        *_row_pointers(rows),
+        inner_NI,
+        HIDDEN=hidden,
+        INNER=inner,
+        DIVISOR=rows.slots_TK.shape[-1],
+        BLOCK_T=_tile_rows(rows),
+        BLOCK_N=columns,
+        BLOCK_K=depth,
+        GROUPED=rows.tiles is not None,
+        PADDED=rows.padded,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **launch_options(pdl),
+    )
+
+
+def down(
+    inner_NI: torch.Tensor,
+    w_down_SHI: torch.Tensor,
+    rows: Rows,
+    y_NH: torch.Tensor,
+    *,
+    pdl: bool = False,
+    tile: ExpertTile = DOWN_TILE,
+) -> None:
+    _, hidden, inner = w_down_SHI.shape
+    columns, depth = _fit(tile.columns, hidden), _fit(tile.depth, inner)
+    _down[(hidden // columns, _num_tiles(rows))](
+        inner_NI,
+        w_down_SHI,
+        *_row_pointers(rows),
+        y_NH,
+        HIDDEN=hidden,
+        INNER=inner,
+        BLOCK_T=_tile_rows(rows),
+        BLOCK_N=columns,
+        BLOCK_K=depth,
+        GROUPED=rows.tiles is not None,
+        PADDED=rows.padded,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **launch_options(pdl),
+    )
+
+
+def _fit(block: int, size: int) -> int:
+    """The block halved until it divides the size; a product needs 16 at least."""
+    block = math.gcd(block, size)
+    assert block >= 16, "inner and hidden sizes must be multiples of 16"
+    return block
+
+
+def _num_tiles(rows: Rows) -> int:
+    return rows.slots_TK.numel() if rows.tiles is None else rows.tiles.tiles_C3.shape[0]
+
+
+def _tile_rows(rows: Rows) -> int:
+    return 16 if rows.tiles is None else rows.tiles.rows
+
+
+def _row_pointers(rows: Rows) -> tuple[torch.Tensor, ...]:
+    if rows.tiles is None:
+        return (rows.slots_TK,) * 4
+    return (rows.slots_TK, rows.tiles.order_N, rows.tiles.tiles_C3, rows.tiles.num_tiles_1)
+
+
+@triton.jit
+def _find_rows(
+    slots_ptr,
+    order_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    BLOCK_T: tl.constexpr,
+    GROUPED: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """(slot or -1, rows of the work, which of them count) of this program's tile."""
+    tile = tl.program_id(1)
+    t = tl.arange(0, BLOCK_T)
+    if GROUPED:
+        is_tile = tile < tl.load(num_tiles_ptr)
+        slot = tl.load(tiles_ptr + tile * 3, mask=is_tile, other=-1).to(tl.int64)
+        first = tl.load(tiles_ptr + tile * 3 + 1, mask=is_tile, other=0)
+        count = tl.load(tiles_ptr + tile * 3 + 2, mask=is_tile, other=0)
+        is_row = t < count
+        if PADDED:
+            rows = (first + t).to(tl.int64)
+        else:
+            rows = tl.load(order_ptr + first + t, mask=is_row, other=0).to(tl.int64)
+    else:
+        slot = tl.load(slots_ptr + tile).to(tl.int64)
+        is_row = t < 1
+        rows = (tile + t * 0).to(tl.int64)
+    return slot, rows, is_row
+
+
+@triton.jit
+def _gate_up(
+    x_ptr,
+    w_ptr,
+    slots_ptr,
+    order_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    inner_ptr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_predecessor(PDL)
+    slot, rows, is_row = _find_rows(
+        slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
+    )
+    if slot >= 0:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        x_rows = rows if PADDED else rows // DIVISOR
+        x_ptrs = x_ptr + x_rows[:, None] * HIDDEN + k[None, :]
+        gate_ptrs = w_ptr + slot * (2 * INNER * HIDDEN) + n[:, None] * HIDDEN + k[None, :]
+        gate = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+        up = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+        for start in range(0, HIDDEN, BLOCK_K):
+            x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
+            gate = tl.dot(x, tl.load(gate_ptrs + start).T, gate)
+            up = tl.dot(x, tl.load(gate_ptrs + INNER * HIDDEN + start).T, up)
+        inner = gate / (1.0 + tl.exp(-gate)) * up
+        out = inner_ptr + rows[:, None] * INNER + n[None, :]
+        tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit
+def _down(
+    inner_ptr,
+    w_ptr,
+    slots_ptr,
+    order_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    y_ptr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_predecessor(PDL)
+    slot, rows, is_row = _find_rows(
+        slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
+    )
+    if slot >= 0:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        inner_ptrs = inner_ptr + rows[:, None] * INNER + k[None, :]
+        w_ptrs = w_ptr + slot * (HIDDEN * INNER) + n[:, None] * INNER + k[None, :]
+        y = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+        for start in range(0, INNER, BLOCK_K):
+            inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
+            y = tl.dot(inner, tl.load(w_ptrs + start).T, y)
+        out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
+        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])

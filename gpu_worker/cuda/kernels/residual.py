@@ -1,0 +1,277 @@
+"""The residual stream between the layers' parts: adding what a part computed, the norm after it,
+and the router's scores. The stream is float32 and alternates between two buffers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
+
+_ROUTER_EXPERTS = 8  # experts a program scores; part of the reduction's shape: never by batch
+_ROUTER_WARPS = 8
+_FUSED_ROWS_MAX = 8
+_ROUTER_ROWS = 8
+
+
+def embed_norm(
+    ids_T: torch.Tensor,
+    embedding_VH: torch.Tensor,
+    norm_H: torch.Tensor,
+    x_TH: torch.Tensor,
+    h_TH: torch.Tensor,
+    *,
+    eps: float,
+    pdl: bool = False,
+) -> None:
+    rows, hidden = h_TH.shape
+    _embed_norm[(rows,)](
+        ids_T,
+        embedding_VH,
+        norm_H,
+        x_TH,
+        h_TH,
+        eps,
+        HIDDEN=hidden,
+        BLOCK_H=triton.next_power_of_2(hidden),
+        num_warps=_ROUTER_WARPS,
+        **launch_options(pdl),
+    )
+
+
+def add_norm(
+    x_TH: torch.Tensor,
+    parts: torch.Tensor,
+    norm_H: torch.Tensor,
+    x_out_TH: torch.Tensor,
+    h_TH: torch.Tensor,
+    *,
+    eps: float,
+    router: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pdl: bool = False,
+) -> None:
+    """`x_out = x + Σ parts_PTH`, `h = norm(x_out)`. With `router = (w_EH, scores_TE)` its scores of
+    `h`, too."""
+    rows, hidden = h_TH.shape
+    num_parts = parts.shape[0]
+    fused = router is not None and rows <= _FUSED_ROWS_MAX
+    w_router, scores = router if router is not None and fused else (norm_H, h_TH)
+    experts = w_router.shape[0] if fused else 0
+    _add_norm[(rows, max(triton.cdiv(experts, _ROUTER_EXPERTS), 1))](
+        x_TH,
+        parts,
+        norm_H,
+        x_out_TH,
+        h_TH,
+        w_router,
+        scores,
+        eps,
+        rows * hidden,
+        HIDDEN=hidden,
+        BLOCK_H=triton.next_power_of_2(hidden),
+        PARTS=num_parts,
+        EXPERTS=experts,
+        BLOCK_E=_ROUTER_EXPERTS,
+        num_warps=_ROUTER_WARPS,
+        **launch_options(pdl),
+    )
+    if router is not None and not fused:
+        _score(h_TH, *router, pdl=pdl)
+
+
+def add_pairs_norm(
+    x_TH: torch.Tensor,
+    y_NH: torch.Tensor,
+    slots_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    norm_H: torch.Tensor,
+    x_out_TH: torch.Tensor,
+    h_TH: torch.Tensor,
+    *,
+    eps: float,
+    pdl: bool = False,
+) -> None:
+    """`x_out = x + Σ_k weights_TK · y_TKH` in the order of k, `h = norm(x_out)`. Pairs without a
+    slot count as zero."""
+    rows, hidden = h_TH.shape
+    _add_pairs_norm[(rows,)](
+        x_TH,
+        y_NH,
+        slots_TK,
+        weights_TK,
+        norm_H,
+        x_out_TH,
+        h_TH,
+        eps,
+        HIDDEN=hidden,
+        BLOCK_H=triton.next_power_of_2(hidden),
+        TOP_K=slots_TK.shape[1],
+        num_warps=_ROUTER_WARPS,
+        **launch_options(pdl),
+    )
+
+
+def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor, *, pdl: bool) -> None:
+    rows, hidden = h_TH.shape
+    experts = w_EH.shape[0]
+    grid = (triton.cdiv(experts, _ROUTER_EXPERTS), triton.cdiv(rows, _ROUTER_ROWS))
+    _score_rows[grid](
+        h_TH,
+        w_EH,
+        scores_TE,
+        rows,
+        HIDDEN=hidden,
+        BLOCK_H=triton.next_power_of_2(hidden),
+        EXPERTS=experts,
+        BLOCK_E=_ROUTER_EXPERTS,
+        BLOCK_T=_ROUTER_ROWS,
+        num_warps=_ROUTER_WARPS,
+        **launch_options(pdl),
+    )
+
+
+@triton.jit
+def _norm(x, norm_w, eps, HIDDEN: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps) * norm_w
+
+
+@triton.jit
+def _router_tile(
+    w_ptr,
+    first,
+    HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    e = first + tl.arange(0, BLOCK_E)
+    i = tl.arange(0, BLOCK_H)
+    mask = (e[:, None] < EXPERTS) & (i[None, :] < HIDDEN)
+    return tl.load(w_ptr + e[:, None] * HIDDEN + i[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(w, h):
+    """One block shape for every caller: the order of the sum is part of the result."""
+    return tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], axis=1)
+
+
+@triton.jit
+def _embed_norm(
+    ids_ptr,
+    embedding_ptr,
+    norm_ptr,
+    x_ptr,
+    h_ptr,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_H)
+    mask = i < HIDDEN
+    norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    after_predecessor(PDL)
+    token = tl.load(ids_ptr + row).to(tl.int64)
+    x = tl.load(embedding_ptr + token * HIDDEN + i, mask=mask, other=0.0).to(tl.float32)
+    h = _norm(x, norm_w, eps, HIDDEN)
+    tl.store(x_ptr + row * HIDDEN + i, x, mask=mask)
+    tl.store(h_ptr + row * HIDDEN + i, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["part_stride"])
+def _add_norm(
+    x_ptr,
+    parts_ptr,
+    norm_ptr,
+    x_out_ptr,
+    h_ptr,
+    router_ptr,
+    scores_ptr,
+    eps,
+    part_stride,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_E
+    i = tl.arange(0, BLOCK_H)
+    mask = i < HIDDEN
+    norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if EXPERTS > 0:
+        w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
+    after_predecessor(PDL)
+    x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
+    for part in tl.static_range(PARTS):
+        ptr = parts_ptr + part * part_stride.to(tl.int64) + row * HIDDEN + i
+        x += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    h = _norm(x, norm_w, eps, HIDDEN).to(h_ptr.dtype.element_ty)
+    if first == 0:
+        tl.store(x_out_ptr + row * HIDDEN + i, x, mask=mask)
+        tl.store(h_ptr + row * HIDDEN + i, h, mask=mask)
+    if EXPERTS > 0:
+        e = first + tl.arange(0, BLOCK_E)
+        tl.store(scores_ptr + row * EXPERTS + e, _scores(w, h), mask=e < EXPERTS)
+
+
+@triton.jit
+def _add_pairs_norm(
+    x_ptr,
+    y_ptr,
+    slots_ptr,
+    weights_ptr,
+    norm_ptr,
+    x_out_ptr,
+    h_ptr,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_H)
+    mask = i < HIDDEN
+    norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    after_predecessor(PDL)
+    x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
+    moe = tl.zeros([BLOCK_H], dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = row * TOP_K + k
+        has_slot = tl.load(slots_ptr + pair) >= 0
+        y = tl.load(y_ptr + pair * HIDDEN + i, mask=mask & has_slot, other=0.0)
+        moe += tl.load(weights_ptr + pair) * y.to(tl.float32)
+    x += moe
+    h = _norm(x, norm_w, eps, HIDDEN)
+    tl.store(x_out_ptr + row * HIDDEN + i, x, mask=mask)
+    tl.store(h_ptr + row * HIDDEN + i, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _score_rows(
+    h_ptr,
+    router_ptr,
+    scores_ptr,
+    num_rows,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_E
+    i = tl.arange(0, BLOCK_H)
+    e = first + tl.arange(0, BLOCK_E)
+    w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
+    after_predecessor(PDL)
+    start = tl.program_id(1) * BLOCK_T
+    for row in range(start, tl.minimum(start + BLOCK_T, num_rows)):
+        h = tl.load(h_ptr + row * HIDDEN + i, mask=i < HIDDEN, other=0.0)
+        tl.store(scores_ptr + row * EXPERTS + e, _scores(w, h), mask=e < EXPERTS)

@@ -1,0 +1,144 @@
+"""Logits to token ids on the device: greedy, or a draw by a uniform number that the host derives
+from (seed, position). A row's id depends on its own logits and draw alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
+
+BANNED_MAX = 4
+_BLOCK_V = 4096
+_BISECTIONS = 30
+
+
+class Draws(NamedTuple):
+    """One per row. `temperature_T` 0: greedy. `top_k_T` 0 and `top_p_T` 1: all tokens.
+    `uniform_T` in [0, 1). `banned_TX` padded with -1."""
+
+    temperature_T: torch.Tensor
+    top_p_T: torch.Tensor
+    top_k_T: torch.Tensor
+    uniform_T: torch.Tensor
+    banned_TX: torch.Tensor
+
+
+def sample_rows(
+    logits_TV: torch.Tensor, draws: Draws, ids_T: torch.Tensor, *, pdl: bool = False
+) -> None:
+    """-1 where a row has no finite maximum. Tokens that tie at the edge of top-k or top-p are all
+    kept."""
+    rows, vocab = logits_TV.shape
+    _sample_rows[(rows,)](
+        logits_TV,
+        *draws,
+        ids_T,
+        VOCAB=vocab,
+        BLOCK_V=min(_BLOCK_V, triton.next_power_of_2(vocab)),
+        BANNED=draws.banned_TX.shape[1],
+        BISECTIONS=_BISECTIONS,
+        num_warps=16 if vocab > _BLOCK_V else 4,
+        **launch_options(pdl),
+    )
+
+
+@triton.jit
+def _load(row_ptr, banned_ptr, start, v, VOCAB: tl.constexpr, BANNED: tl.constexpr):
+    at = start + v
+    x = tl.load(row_ptr + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+    for i in tl.static_range(BANNED):
+        x = tl.where(at == tl.load(banned_ptr + i), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def _sample_rows(
+    logits_ptr,
+    temperature_ptr,
+    top_p_ptr,
+    top_k_ptr,
+    uniform_ptr,
+    banned_ptr,
+    ids_ptr,
+    VOCAB: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BANNED: tl.constexpr,
+    BISECTIONS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`weight = exp((x - peak) / temperature)` lies in [0, 1]; a threshold on it that keeps enough
+    tokens, or enough of their sum, is found by bisection, without a sort."""
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, BLOCK_V)
+    after_predecessor(PDL)
+    row_ptr = logits_ptr + row * VOCAB
+    banned = banned_ptr + row * BANNED
+    temperature = tl.load(temperature_ptr + row)
+    peak = float("-inf")
+    best = -1
+    for start in range(0, VOCAB, BLOCK_V):
+        x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
+        block_peak, index = tl.max(x, axis=0, return_indices=True)
+        best = tl.where(block_peak > peak, start + index, best)
+        peak = tl.maximum(peak, block_peak)
+    is_finite = (peak > float("-inf")) & (peak < float("inf"))
+    if (temperature > 0.0) & is_finite:
+        top_p = tl.load(top_p_ptr + row)
+        top_k = tl.load(top_k_ptr + row)
+        low = 0.0
+        if (top_k > 0) & (top_k < VOCAB):
+            high = 1.0
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                count = 0
+                for start in range(0, VOCAB, BLOCK_V):
+                    x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
+                    weight = tl.exp((x - peak) / temperature)
+                    count += tl.sum((weight >= middle).to(tl.int32), axis=0)
+                low = tl.where(count >= top_k, middle, low)
+                high = tl.where(count >= top_k, high, middle)
+        total = 0.0
+        for start in range(0, VOCAB, BLOCK_V):
+            x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
+            weight = tl.exp((x - peak) / temperature)
+            total += tl.sum(tl.where(weight >= low, weight, 0.0), axis=0)
+        if top_p < 1.0:
+            wanted = tl.maximum(top_p, 0.0) * total
+            high = 1.0
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                mass = 0.0
+                for start in range(0, VOCAB, BLOCK_V):
+                    x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
+                    weight = tl.exp((x - peak) / temperature)
+                    mass += tl.sum(tl.where(weight >= middle, weight, 0.0), axis=0)
+                low = tl.where(mass >= wanted, middle, low)
+                high = tl.where(mass >= wanted, high, middle)
+            total = 0.0
+            for start in range(0, VOCAB, BLOCK_V):
+                x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
+                weight = tl.exp((x - peak) / temperature)
+                total += tl.sum(tl.where(weight >= low, weight, 0.0), axis=0)
+        goal = tl.load(uniform_ptr + row) * total
+        passed = 0.0
+        chosen = best
+        is_open = True
+        for start in range(0, VOCAB, BLOCK_V):
+            x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
+            weight = tl.exp((x - peak) / temperature)
+            weight = tl.where(weight >= low, weight, 0.0)
+            share = tl.sum(weight, axis=0)
+            if is_open & (passed + share > goal):
+                # The first token whose weight carries the running sum past the goal.
+                running = passed + tl.cumsum(weight, axis=0)
+                hit = (running > goal) & (weight > 0.0)
+                chosen = start + tl.min(tl.where(hit, v, BLOCK_V - 1), axis=0)
+                is_open = False
+            passed += share
+        best = chosen
+    best = tl.where(is_finite, best, -1)
+    tl.store(ids_ptr + row, best)
