@@ -1,0 +1,152 @@
+"""Tiles of the GEMM kernels against each other and against the library's, over the layers of a
+large model, so that no weight is in the cache: which to take, and what the choice is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.decoder_weights import DecoderSizes, DecoderWeights
+from gpu_worker.cuda.kernels import experts, linear, routing
+from gpu_worker.cuda.slots import CudaSlots
+
+REPLAYS = 5
+
+
+def graph_ms(run: Callable[[], None]) -> float:
+    """The median of replays of everything that `run` enqueues."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return replay_ms(graph, REPLAYS)
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def random_slots(tokens: int, sizes: DecoderSizes, device: torch.device) -> Tensor:
+    scores = torch.rand(sizes.num_layers, tokens, sizes.num_experts, device=device)
+    return scores.topk(sizes.top_k).indices
+
+
+class KernelSweep:
+    """Rates in TB/s: bytes of the distinct weights that are touched, over the time."""
+
+    def __init__(self, sizes: DecoderSizes, weights: DecoderWeights, slots: CudaSlots) -> None:
+        self.sizes, self.weights, self.slots = sizes, weights, slots
+        self.device = weights.device
+
+    def experts(self, tokens: int) -> dict[str, Any]:
+        sizes = self.sizes
+        slots_LTK = random_slots(tokens, sizes, self.device)
+        pairs = tokens * sizes.top_k
+        x = torch.randn(tokens, sizes.hidden_size, device=self.device).bfloat16()
+        inner = x.new_empty(pairs, sizes.inner_size)
+        y = x.new_empty(pairs, sizes.hidden_size)
+        rows = [self._rows(slots_TK) for slots_TK in slots_LTK]
+        distinct = sum(len(s.unique()) for s in slots_LTK)
+        up_bytes = distinct * 2 * sizes.expert_values * 2 // 3
+        result: dict[str, Any] = {"distinct_experts_per_layer": distinct / sizes.num_layers}
+
+        def up(tile: experts.ExpertTile) -> None:
+            for layer, row in enumerate(rows):
+                experts.gate_up(x, self.slots.w_gate_up_LSJH[layer], row, inner, tile=tile)
+
+        def down(tile: experts.ExpertTile) -> None:
+            for layer, row in enumerate(rows):
+                experts.down(inner, self.slots.w_down_LSHI[layer], row, y, tile=tile)
+
+        up(experts.GATE_UP_TILE)
+        result["gate_up"] = self._sweep(up, up_tiles(), up_bytes)
+        result["down"] = self._sweep(down, down_tiles(), up_bytes // 2)
+        return result
+
+    def grouped_mm(self, tokens: int) -> dict[str, Any]:
+        """The library's, on pairs that lie ordered by expert already: gate and up only."""
+        sizes = self.sizes
+        experts_LN = random_slots(tokens, sizes, self.device).flatten(1).sort().values
+        every = torch.arange(sizes.num_experts, device=self.device)
+        ends = [torch.searchsorted(experts_N, every, right=True).int() for experts_N in experts_LN]
+        x = torch.randn(tokens * sizes.top_k, sizes.hidden_size, device=self.device).bfloat16()
+        distinct = sum(len(e.unique()) for e in experts_LN)
+
+        def run() -> None:
+            for layer, end in enumerate(ends):
+                w = self.slots.w_gate_up_LSJH[layer, : sizes.num_experts]
+                torch._grouped_mm(x, w.transpose(1, 2), offs=end)
+
+        milliseconds = graph_ms(run)
+        nbytes = distinct * 2 * sizes.expert_values * 2 // 3
+        return {"ms": milliseconds, "tb_per_s": nbytes / milliseconds / 1e9}
+
+    def dense(self, tokens: int) -> dict[str, Any]:
+        """Queries, keys and values: ours in parts, and the library's."""
+        sizes = self.sizes
+        x = torch.randn(tokens, sizes.hidden_size, device=self.device).bfloat16()
+        parts = torch.empty(4, tokens, sizes.qkv_size, device=self.device)
+        whole = x.new_empty(tokens, sizes.qkv_size)
+        nbytes = sizes.num_layers * sizes.qkv_size * sizes.hidden_size * 2
+
+        def ours(tile: linear.LinearTile) -> None:
+            for layer in self.weights.layers:
+                linear.linear_parts(x, layer.w_qkv_CH, parts, tile=tile)
+
+        def library() -> None:
+            for layer in self.weights.layers:
+                torch.mm(x, layer.w_qkv_CH.T, out=whole)
+
+        result = self._sweep(ours, dense_tiles(tokens), nbytes)
+        milliseconds = graph_ms(library)
+        result["library"] = nbytes / milliseconds / 1e9
+        return result
+
+    def _rows(self, slots_TK: Tensor) -> experts.Rows:
+        slots_TK = slots_TK.contiguous()
+        if slots_TK.shape[0] <= 4:
+            return experts.Rows(slots_TK, None)
+        num_slots = self.slots.slots_per_rank
+        tiles = routing.slot_tiles(slots_TK.numel(), num_slots, 16, self.device)
+        routing.group_by_slot(slots_TK, num_slots, tiles)
+        return experts.Rows(slots_TK, tiles)
+
+    @staticmethod
+    def _sweep(run: Callable[[Any], None], tiles: Iterator[Any], nbytes: int) -> dict[str, float]:
+        rates = {}
+        for tile in tiles:
+            milliseconds = graph_ms(lambda tile=tile: run(tile))
+            rates["x".join(map(str, tile))] = nbytes / milliseconds / 1e9
+        return dict(sorted(rates.items(), key=lambda item: -item[1]))
+
+
+def up_tiles() -> Iterator[experts.ExpertTile]:
+    for columns, depth, stages in product((16, 32, 64), (128, 256), (3, 4)):
+        if columns * depth * 4 * stages <= 200_000:
+            yield experts.ExpertTile(columns, depth, 4, stages)
+
+
+def down_tiles() -> Iterator[experts.ExpertTile]:
+    for columns, depth, stages in product((32, 64, 128), (128, 256), (3, 4)):
+        if columns * depth * 2 * stages <= 200_000:
+            yield experts.ExpertTile(columns, depth, 4, stages)
+
+
+def dense_tiles(tokens: int) -> Iterator[linear.LinearTile]:
+    rows = (16,) if tokens <= 16 else (16, 32)
+    for row, columns, depth, stages in product(rows, (32, 64), (128, 256), (3, 4)):
+        yield linear.LinearTile(row, columns, depth, 4, stages)

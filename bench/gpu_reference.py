@@ -1,0 +1,96 @@
+"""transformers' Qwen3-MoE over the very weights of our decoder, as views: what its logits and its
+speed are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.decoder_weights import DecoderSizes, DecoderWeights
+from gpu_worker.cuda.slots import CudaSlots
+
+
+def reference_model(
+    sizes: DecoderSizes,
+    weights: DecoderWeights,
+    slots: CudaSlots,
+    *,
+    context: int,
+    experts_implementation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Expert e must lie in slot e. `dtype` None: views; else converted copies. Older releases know
+    no `experts_implementation`."""
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.inner_size,
+        moe_intermediate_size=sizes.inner_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        num_experts=sizes.num_experts,
+        num_experts_per_tok=sizes.top_k,
+        norm_topk_prob=sizes.normalise_top_k,
+        rms_norm_eps=sizes.norm_eps,
+        rope_theta=sizes.rope_theta,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+    )
+    dtype_here = dtype or weights.dtype
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype_here)
+    if experts_implementation is not None:
+        model.set_experts_implementation(experts_implementation)
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=config).to(weights.device)
+    for name, value in _tensors(sizes, weights, slots).items():
+        owner, _, leaf = name.rpartition(".")
+        value = value.to(dtype_here)
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue  # the other form of experts
+        if hasattr(module, leaf):
+            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not left, f"transformers has parameters that nobody filled: {left[:3]}"
+    return model.eval()
+
+
+def _tensors(sizes: DecoderSizes, weights: DecoderWeights, slots: CudaSlots) -> dict[str, Tensor]:
+    tensors = {
+        "model.embed_tokens.weight": weights.embedding_VH,
+        "model.norm.weight": weights.final_norm_H,
+        "lm_head.weight": weights.w_head_VH,
+    }
+    heads, kv = sizes.heads_size, sizes.num_kv_heads * sizes.head_dim
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}"
+        q, k, v = layer.w_qkv_CH.split([heads, kv, kv])
+        gate_up = slots.w_gate_up_LSJH[index, : sizes.num_experts]
+        down = slots.w_down_LSHI[index, : sizes.num_experts]
+        tensors |= {
+            f"{prefix}.self_attn.q_proj.weight": q,
+            f"{prefix}.self_attn.k_proj.weight": k,
+            f"{prefix}.self_attn.v_proj.weight": v,
+            f"{prefix}.self_attn.o_proj.weight": layer.w_o_HO,
+            f"{prefix}.self_attn.q_norm.weight": layer.q_norm_D,
+            f"{prefix}.self_attn.k_norm.weight": layer.k_norm_D,
+            f"{prefix}.input_layernorm.weight": layer.input_norm_H,
+            f"{prefix}.post_attention_layernorm.weight": layer.mlp_norm_H,
+            f"{prefix}.mlp.gate.weight": layer.w_router_EH,
+            f"{prefix}.mlp.experts.gate_up_proj": gate_up,
+            f"{prefix}.mlp.experts.down_proj": down,
+        }
+        for expert in range(sizes.num_experts):
+            one = f"{prefix}.mlp.experts.{expert}"
+            tensors[f"{one}.gate_proj.weight"] = gate_up[expert, : sizes.inner_size]
+            tensors[f"{one}.up_proj.weight"] = gate_up[expert, sizes.inner_size :]
+            tensors[f"{one}.down_proj.weight"] = down[expert]
+    return tensors

@@ -1,0 +1,60 @@
+"""The device memory that a step passes from kernel to kernel: made once for the largest step, so
+that every graph holds the same addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.decoder_weights import DecoderSizes
+from gpu_worker.cuda.kernels.attention import Partials
+
+_PARTS = 4
+
+
+class StepBuffers:
+    """Shapes as in `kernels`; O = Q·D. The dense products lie in P parts in float32 where they must
+    be batch-invariant, else whole in the model's type."""
+
+    def __init__(
+        self,
+        sizes: DecoderSizes,
+        *,
+        tokens_max: int,
+        rows_max: int,
+        splits_max: int,
+        invariant: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=of)
+
+        single = torch.float32
+        self._num_parts = _PARTS if invariant else 1
+        product = single if invariant else dtype
+        self.x_TH = empty(tokens_max, sizes.hidden_size, of=single)
+        self.x_mid_TH = empty(tokens_max, sizes.hidden_size, of=single)
+        self.h_TH = empty(tokens_max, sizes.hidden_size)
+        self.qkv = empty(self._num_parts * tokens_max * sizes.qkv_size, of=product)
+        self.attention_out = empty(self._num_parts * tokens_max * sizes.hidden_size, of=product)
+        self.q_TQD = empty(tokens_max, sizes.num_heads, sizes.head_dim)
+        self.heads_TO = empty(tokens_max, sizes.heads_size)
+        splits = (tokens_max, sizes.num_heads, splits_max)
+        self.partials = Partials(
+            empty(*splits, sizes.head_dim, of=single),
+            empty(*splits, of=single),
+            empty(*splits, of=single),
+        )
+        self.scores_TE = empty(tokens_max, sizes.num_experts, of=single)
+        self.slots_LTK = empty(sizes.num_layers, tokens_max, sizes.top_k, of=torch.int64)
+        self.weights_TK = empty(tokens_max, sizes.top_k, of=single)
+        self.logits_PRV = empty(1, rows_max, sizes.vocab_size, of=product)
+        self.ids_R = empty(rows_max, of=torch.int32)
+        pinned = device.type == "cuda"
+        self.host_ids_R = torch.zeros(rows_max, dtype=torch.int32, pin_memory=pinned)
+
+    def parts(self, buffer: Tensor, tokens: int, columns: int) -> Tensor:
+        """The start of the buffer as parts `[P, T, columns]`, whole."""
+        size = self._num_parts * tokens * columns
+        return buffer[:size].view(self._num_parts, tokens, columns)

@@ -1,0 +1,147 @@
+"""What a step's graph reads from the host: one pinned buffer, one copy to the device, for one size
+of step. Knows the layout, not the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.sampling import BANNED_MAX, Draws
+from gpu_worker.step_batch import StepBatch
+
+_TILE_TOKENS = 4
+
+
+class RowDraw(NamedTuple):
+    """How one wanted row becomes a token. `uniform` is derived from (seed, position)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    uniform: float = 0.0
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSize:
+    """T tokens of S sequences, R wanted rows. In a decode step all three are one: row t is the one
+    token of sequence t."""
+
+    tokens: int
+    sequences: int
+    rows: int
+    decode: bool
+
+    @property
+    def tiles(self) -> int:
+        return 0 if self.decode else self.tokens // _TILE_TOKENS + self.sequences
+
+
+class StepInputs:
+    def __init__(self, size: StepSize, table_width: int, device: torch.device) -> None:
+        self.size = size
+        self._fields: dict[str, tuple[int, tuple[int, ...]]] = {}
+        end = 0
+        for name, shape in _shapes(size, table_width).items():
+            self._fields[name] = (end, shape)
+            end += -(-int(np.prod(shape)) // 4) * 4  # each field starts at 16 bytes
+        self._host = torch.zeros(end, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(end, dtype=torch.int32, device=device)
+        self._host_values: NDArray[np.int32] = self._host.numpy()
+        self.ids_T = self._view("ids")
+        self.logits_rows_R = self._view("logits_rows")
+        self.paging = Paging(
+            self._view("position"),
+            self._view("sequence"),
+            self._view("tables"),
+            None if size.decode else self._view("tiles"),
+            1 if size.decode else _TILE_TOKENS,
+        )
+        self.draws = Draws(
+            self._view("temperature").view(torch.float32),
+            self._view("top_p").view(torch.float32),
+            self._view("top_k"),
+            self._view("uniform").view(torch.float32),
+            self._view("banned"),
+        )
+
+    def fill(self, batch: StepBatch, draws: Sequence[RowDraw]) -> None:
+        """The host's side only. Rows beyond the batch are none."""
+        tokens, rows = batch.num_tokens, batch.logits_rows_R.shape[0]
+        sequences, width = batch.block_tables_SB.shape
+        assert tokens <= self.size.tokens, "more tokens than this step has room for"
+        self._set("ids", batch.token_ids_T, 0)
+        self._set("position", batch.position_T, -1)
+        self._set("sequence", batch.sequence_T, 0)
+        self._set("logits_rows", batch.logits_rows_R, 0)
+        self._host_field("tables")[:sequences, :width] = batch.block_tables_SB
+        if not self.size.decode:
+            self._set("tiles", _tiles(batch.sequence_T), 0)
+        columns = list(zip(*draws, strict=True)) if draws else [()] * 5
+        self._set_floats("temperature", columns[0])
+        self._set_floats("top_p", columns[1])
+        self._set("top_k", np.array(columns[2], dtype=np.int32), 0)
+        self._set_floats("uniform", columns[3])
+        banned_RX = self._host_field("banned")
+        banned_RX.fill(-1)
+        for row in range(rows if draws else 0):
+            ids = draws[row].banned
+            banned_RX[row, : len(ids)] = ids
+
+    def upload(self) -> None:
+        """Enqueues the one copy."""
+        self._device.copy_(self._host, non_blocking=True)
+
+    def _set(self, name: str, values: NDArray[np.int32], beyond: int) -> None:
+        field = self._host_field(name)
+        field[: len(values)] = values
+        field[len(values) :] = beyond
+
+    def _set_floats(self, name: str, values: Sequence[float]) -> None:
+        field = self._host_field(name).view(np.float32)
+        field[: len(values)] = values
+        field[len(values) :] = 0.0
+
+    def _host_field(self, name: str) -> NDArray[np.int32]:
+        start, shape = self._fields[name]
+        return self._host_values[start : start + int(np.prod(shape))].reshape(shape)
+
+    def _view(self, name: str) -> Tensor:
+        start, shape = self._fields[name]
+        return self._device[start : start + int(np.prod(shape))].view(shape)
+
+
+def _shapes(size: StepSize, table_width: int) -> dict[str, tuple[int, ...]]:
+    rows = (size.rows,)
+    return {
+        "ids": (size.tokens,),
+        "position": (size.tokens,),
+        "sequence": (size.tokens,),
+        "logits_rows": rows,
+        "tables": (size.sequences, table_width),
+        "tiles": (size.tiles, 2),
+        "temperature": rows,
+        "top_p": rows,
+        "top_k": rows,
+        "uniform": rows,
+        "banned": (size.rows, BANNED_MAX),
+    }
+
+
+def _tiles(sequence_T: NDArray[np.int32]) -> NDArray[np.int32]:
+    """(first token, count): each sequence's run of tokens cut into tiles."""
+    starts = np.flatnonzero(np.diff(sequence_T, prepend=-1))
+    ends = np.append(starts[1:], len(sequence_T))
+    tiles = [
+        (first, min(_TILE_TOKENS, end - first))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        for first in range(start, end, _TILE_TOKENS)
+    ]
+    return np.array(tiles, dtype=np.int32).reshape(-1, 2)

@@ -1,0 +1,220 @@
+"""The whole decoder against transformers over the same weights, and the same bits for a sequence
+alone, in a batch, in other chunks, and after its experts have moved to other slots. On a CUDA
+device in bf16, with graphs; elsewhere on Triton's interpreter in float32."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA device here")
+
+ON_CUDA = torch.cuda.is_available()
+if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from bench.gpu_reference import reference_model  # noqa: E402
+from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
+from gpu_worker.cuda.decoder_weights import DecoderSizes, random_weights  # noqa: E402
+from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe  # noqa: E402
+from gpu_worker.cuda.slots import CudaSlots, Refill  # noqa: E402
+from gpu_worker.step_batch import StepBatch  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+TOLERANCE = 3e-2 if ON_CUDA else 1e-4
+BLOCK_TOKENS, BLOCKS_EACH = 16, 6
+SIZES = DecoderSizes(
+    num_layers=2,
+    hidden_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_experts=8,
+    top_k=2,
+    inner_size=64,
+    vocab_size=256,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    decoder: Decoder
+    slots: CudaSlots
+    reference: torch.nn.Module
+
+
+@pytest.fixture
+def parts() -> Parts:
+    torch.manual_seed(0)
+    weights = random_weights(SIZES, DEVICE, DTYPE, std=0.1)
+    slots = CudaSlots(
+        num_layers=SIZES.num_layers,
+        slots_per_rank=SIZES.num_experts + 2,
+        hidden_size=SIZES.hidden_size,
+        inner_size=SIZES.inner_size,
+        device=DEVICE,
+        dtype=DTYPE,
+    )
+    slots.fill_randomly(SIZES.num_experts, std=0.1)
+    return Parts(
+        decoder=make_decoder(weights, LocalMoe(slots, top_k=SIZES.top_k, step_tokens_max=32)),
+        slots=slots,
+        reference=reference_model(SIZES, weights, slots, context=128),
+    )
+
+
+def make_decoder(weights, moe) -> Decoder:
+    options = DecoderOptions(
+        kv_blocks=8 * BLOCKS_EACH,
+        block_tokens=BLOCK_TOKENS,
+        context_tokens_max=BLOCKS_EACH * BLOCK_TOKENS,
+        decode_ladder=(1, 8),
+        prefill_tokens=32,
+        prefill_sequences=4,
+        pdl=ON_CUDA,
+    )
+    decoder = Decoder(SIZES, weights, moe, options)
+    decoder.use_slots(np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_layers, 1)))
+    if ON_CUDA:
+        decoder.capture()
+    return decoder
+
+
+def step(
+    decoder: Decoder, chunks: dict[int, list[int]], starts: list[int]
+) -> tuple[np.ndarray, torch.Tensor]:
+    """The next token of each sequence, and the logits it comes from."""
+    lengths = [len(chunk) for chunk in chunks.values()]
+    batch = StepBatch(
+        token_ids_T=np.concatenate([np.array(c, dtype=np.int32) for c in chunks.values()]),
+        position_T=np.concatenate(
+            [np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, lengths, strict=True)]
+        ),
+        sequence_T=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        block_tables_SB=np.array(
+            [np.arange(BLOCKS_EACH) + s * BLOCKS_EACH for s in chunks], dtype=np.int32
+        ),
+        logits_rows_R=np.cumsum(lengths, dtype=np.int32) - 1,
+    )
+    pending = decoder.launch(batch)
+    return pending.ids(), pending.logits_RV.float().clone()
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, SIZES.vocab_size, length).tolist()
+
+
+def continue_alone(
+    decoder: Decoder, tokens: list[int], *, chunk: int, more: int, sequence: int = 0
+) -> tuple[list[int], torch.Tensor]:
+    for start in range(0, len(tokens), chunk):
+        ids, logits = step(decoder, {sequence: tokens[start : start + chunk]}, [start])
+    new, all_logits = [int(ids[0])], [logits[0]]
+    for _ in range(more):
+        position = len(tokens) + len(new) - 1
+        ids, logits = step(decoder, {sequence: new[-1:]}, [position])
+        new.append(int(ids[0]))
+        all_logits.append(logits[0])
+    return new, torch.stack(all_logits)
+
+
+def test_logits_are_those_of_transformers(parts: Parts) -> None:
+    tokens = prompt(1, 37)
+    new, logits = continue_alone(parts.decoder, tokens, chunk=20, more=3)
+    ids = torch.tensor([tokens + new[:-1]], device=DEVICE)
+    with torch.no_grad():
+        reference = parts.reference(ids).logits[0, len(tokens) - 1 :].float()
+    error = (logits - reference).norm() / reference.norm()
+    assert error.item() < TOLERANCE, f"relative error {error.item():.2e}"
+
+
+def test_tokens_do_not_depend_on_neighbours_chunks_or_slots(parts: Parts) -> None:
+    tokens = prompt(2, 33)
+    alone, logits = continue_alone(parts.decoder, tokens, chunk=32, more=3)
+    again, other_chunks = continue_alone(parts.decoder, tokens, chunk=7, more=3)
+    assert alone == again
+    move_expert(parts, layer=1, expert=3, slot=SIZES.num_experts + 1)
+    step(parts.decoder, {1: prompt(3, 20)}, [0])
+    step(parts.decoder, {2: prompt(4, 9)}, [0])
+    step(parts.decoder, {0: tokens[:10], 1: [5], 2: [6]}, [0, 20, 9])
+    ids, _ = step(parts.decoder, {0: tokens[10:]}, [10])
+    crowd, crowd_logits = [int(ids[0])], []
+    for n in range(3):
+        chunks = {0: crowd[-1:], 1: [7 + n], 2: [9 + n]}
+        ids, rows = step(parts.decoder, chunks, [33 + n, 21 + n, 10 + n])
+        crowd.append(int(ids[0]))
+        crowd_logits.append(rows[0])
+    assert crowd == alone
+    if ON_CUDA:  # the interpreter's products are numpy's, which round by shape
+        assert torch.equal(other_chunks, logits)
+        assert torch.equal(torch.stack(crowd_logits), logits[1:])
+
+
+def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
+    """Into another slot, from the host; the one it leaves is filled with what nobody may read."""
+    values = torch.cat(
+        [
+            parts.slots.w_gate_up_LSJH[layer, expert].flatten(),
+            parts.slots.w_down_LSHI[layer, expert].flatten(),
+        ]
+    ).cpu()
+    if ON_CUDA:
+        values = values.pin_memory()
+    parts.slots.load([Refill(layer, slot, expert, values)])
+    assert parts.slots.contents[layer, slot] == expert
+    parts.slots.w_gate_up_LSJH[layer, expert].fill_(float("nan"))
+    table = np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_layers, 1))
+    table[layer, expert] = slot
+    parts.decoder.use_slots(table)
+
+
+class LoopbackExchange:
+    """One rank's exchange by plain indexing, with the layout of Mooncake's EP."""
+
+    def __init__(self, num_slots: int, rows_of_slot: int) -> None:
+        self.num_slots, self.rows_of_slot = num_slots, rows_of_slot
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor, slots_TK: torch.Tensor):
+        x_SMH = torch.full(
+            (self.num_slots, self.rows_of_slot, x_TH.shape[1]),
+            float("nan"),
+            device=x_TH.device,
+            dtype=x_TH.dtype,
+        )
+        counts_S = torch.zeros(self.num_slots, dtype=torch.int32, device=x_TH.device)
+        self.places = {}
+        for t, slots in enumerate(slots_TK.tolist()):
+            for k, slot in enumerate(slots):
+                if slot >= 0:
+                    row = int(counts_S[slot])
+                    x_SMH[slot, row] = x_TH[t]
+                    self.places[t, k] = (slot, row)
+                    counts_S[slot] += 1
+        return x_SMH, counts_S
+
+    def combine(self, layer, y_SMH, slots_TK, weights_TK) -> torch.Tensor:
+        y_TH = torch.zeros(slots_TK.shape[0], y_SMH.shape[2], device=y_SMH.device)
+        for (t, k), (slot, row) in self.places.items():
+            y_TH[t] += weights_TK[t, k] * y_SMH[slot, row].float()
+        return y_TH.to(y_SMH.dtype)
+
+
+def test_an_exchange_that_pads_by_slot_gives_the_same_tokens(parts: Parts) -> None:
+    tokens = prompt(5, 30)
+    local, logits = continue_alone(parts.decoder, tokens, chunk=32, more=1)
+    num_slots = parts.slots.slots_per_rank
+    moe = ExchangedMoe(parts.slots, LoopbackExchange(num_slots, 32), rows_of_slot=32)
+    decoder = parts.decoder
+    decoder._moe = moe
+    decoder._graphs.clear()  # the loopback reads values on the host
+    exchanged, other = continue_alone(decoder, tokens, chunk=32, more=1)
+    error = (logits - other).norm() / logits.norm()
+    assert exchanged == local
+    assert error.item() < TOLERANCE
