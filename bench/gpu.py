@@ -312,7 +312,8 @@ class Report:
             if name.startswith("decode") and "error" not in r:
                 lines.append(
                     f"{r['batch']:5}  {r['tokens_per_s']:8.0f}  {r['step_ms']:7.2f}  "
-                    f"{r['graph_ms']:8.2f}  {r['floor_ms']:8.2f}  {r['share_of_roofline']:5.1%}  {name}"
+                    f"{r['graph_ms']:8.2f}  {r['floor_ms']:8.2f}  "
+                    f"{r['share_of_roofline']:5.1%}  {name}"
                 )
         return "\n".join(lines)
 
@@ -347,8 +348,6 @@ def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -
     report.run("invariance", lambda: invariance(decoder))
     report.run("prefill", lambda: prefill_rate(decoder))
     report.run("refill", lambda: refill(bench, decoder, link))
-    del decoder
-    torch.cuda.empty_cache()
 
 
 def _measure_variants(report: Report, bench: GpuBench, copy: float) -> None:
@@ -365,8 +364,6 @@ def _measure_variants(report: Report, bench: GpuBench, copy: float) -> None:
         if name == "no_pdl":
             for batch in (1, 32):
                 report.run(f"profile_{batch}", lambda n=batch, d=decoder: profile(d, n))
-        del decoder
-        torch.cuda.empty_cache()
 
 
 def _measure_kernels(report: Report, bench: GpuBench) -> None:

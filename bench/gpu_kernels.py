@@ -135,18 +135,16 @@ class KernelSweep:
 
 
 def up_tiles() -> Iterator[experts.ExpertTile]:
-    for columns, depth, stages in product((16, 32, 64), (128, 256), (3, 4)):
-        if columns * depth * 4 * stages <= 200_000:
-            yield experts.ExpertTile(columns, depth, 4, stages)
+    for (columns, depth), stages in product(((16, 128), (32, 128), (32, 256), (64, 128)), (3, 4)):
+        yield experts.ExpertTile(columns, depth, 4, stages)
 
 
 def down_tiles() -> Iterator[experts.ExpertTile]:
-    for columns, depth, stages in product((32, 64, 128), (128, 256), (3, 4)):
-        if columns * depth * 2 * stages <= 200_000:
-            yield experts.ExpertTile(columns, depth, 4, stages)
+    for (columns, depth), stages in product(((32, 128), (64, 128), (64, 256)), (3, 4)):
+        yield experts.ExpertTile(columns, depth, 4, stages)
 
 
 def dense_tiles(tokens: int) -> Iterator[linear.LinearTile]:
-    rows = (16,) if tokens <= 16 else (16, 32)
-    for row, columns, depth, stages in product(rows, (32, 64), (128, 256), (3, 4)):
-        yield linear.LinearTile(row, columns, depth, 4, stages)
+    rows = 16 if tokens <= 16 else 32
+    for (columns, depth), stages in product(((32, 128), (64, 128), (32, 256)), (3, 5)):
+        yield linear.LinearTile(rows, columns, depth, 4, stages)

@@ -85,8 +85,9 @@ class CudaSlots:
 
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Expert e into slot e of every layer; for measurements."""
-        self.w_gate_up_LSJH[:, :num_experts].normal_(std=std)
-        self.w_down_LSHI[:, :num_experts].normal_(std=std)
+        for layer in range(self.num_layers):
+            self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
+            self.w_down_LSHI[layer, :num_experts].normal_(std=std)
         with self._contents_lock:
             self._contents[:, :num_experts] = np.arange(num_experts, dtype=np.int16)
 
