@@ -120,6 +120,15 @@ class Generation:
         return sum(reader.num_read for reader in self._readers)
 
     @property
+    def num_cached(self) -> int:
+        """Prompt tokens that no choice had to compute."""
+        cached: dict[tuple[int, ...], int] = {}
+        for session in (reader.session for reader in self._readers):
+            known = cached.get(session.prompt, session.cached_tokens)
+            cached[session.prompt] = min(known, session.cached_tokens)
+        return sum(cached.values())
+
+    @property
     def ranks(self) -> list[int]:
         """Which rank each choice runs on now, where it has one."""
         members = [reader.session.member for reader in self._readers]

@@ -329,7 +329,11 @@ async def _read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
 
 
 def _usage(generation: Generation, job: _Job) -> Usage:
-    return Usage(prompt_tokens=job.num_prompt_tokens, completion_tokens=generation.num_generated)
+    return Usage(
+        prompt_tokens=job.num_prompt_tokens,
+        cached_tokens=generation.num_cached,
+        completion_tokens=generation.num_generated,
+    )
 
 
 def _no_model(name: str, served: str) -> RequestError:

@@ -1,21 +1,26 @@
-"""Which rank takes a session: what this gateway knows of each rank's load, and the choice. Pure,
-and deterministic given what it was told."""
+"""Which rank takes a session: what this gateway knows of each rank's load and of the prefixes
+that it has served, and the choice. Pure, and deterministic given what it was told."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from gateway.prefix_memory import PrefixMemory, prefix_chain
 from shared.types import Member
 from shared.wire import Load
 
 SESSION_TOKENS = 128
 """What one session weighs beside its tokens: every decoding sequence takes part in every step."""
 
-PREFIX_TOKENS = 64
-AFFINITY_SLACK_TOKENS = 64
-AFFINITIES_MAX = 4096
+CACHED_TOKEN_WEIGHT = 2
+"""How many tokens of work a rank may have more than another, for each token of the prompt that it
+need not compute. Most of a rank's tokens lie still in its KV cache while others are computed, so
+more than one; and no more than this, so that a prefix that everybody asks for is soon computed on a
+second rank, and then on a third, instead of crowding the first."""
+
+PREFIX_BLOCKS_MAX = 65536
+"""Remembered of a rank's prefix cache, however large it is."""
 
 
 @dataclass(slots=True)
@@ -24,6 +29,7 @@ class _Rank:
     `known_*` are what they were when the rank last reported, as part of its report."""
 
     kv_block_tokens: int
+    served: PrefixMemory = field(default_factory=lambda: PrefixMemory(PREFIX_BLOCKS_MAX))
     linked: bool = False
     silent: bool = False
     load: Load | None = None
@@ -55,7 +61,6 @@ class RankBoard:
     def __init__(self) -> None:
         self._members: tuple[Member, ...] = ()
         self._ranks: dict[Member, _Rank] = {}
-        self._served_by: OrderedDict[int, Member] = OrderedDict()
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -65,6 +70,9 @@ class RankBoard:
         return [m for m in self._members if m in self._ranks and self._ranks[m].linked]
 
     def on_map(self, members: Sequence[Member]) -> None:
+        for left_out in set(self._members) - set(members):
+            if left_out in self._ranks:
+                self._ranks[left_out].served.clear()
         self._members = tuple(sorted(members))
 
     def on_link_opened(self, member: Member, *, kv_block_tokens: int) -> None:
@@ -87,6 +95,9 @@ class RankBoard:
         if rank is not None:
             rank.load = load
             rank.known_sessions, rank.known_tokens = rank.own_sessions, rank.own_tokens
+            rank.served.resize(min(load.kv_blocks, PREFIX_BLOCKS_MAX))
+            if load.prefix_tokens and not load.kv_blocks_cached:  # its cache is off, or lost
+                rank.served.clear()
 
     def add(self, member: Member, *, sessions: int = 0, tokens: int = 0) -> None:
         """A session came (+1, its tokens), grew, or left (-1, minus its tokens)."""
@@ -96,30 +107,31 @@ class RankBoard:
             rank.own_tokens += tokens
 
     def choose(self, prompt: Sequence[int], *, avoid: Collection[Member] = ()) -> Member | None:
-        """The live rank with the least work, or None without any. `avoid` refused it just now, and
-        comes last but for silent ones."""
-        num_tokens = len(prompt)
-        ranked = [(self._key(m, num_tokens, avoid), m) for m in self.live()]
+        """The live rank with the least work, less what its prefix cache spares; None without any.
+        `avoid` refused it just now, and comes last but for silent ones."""
+        chains: dict[int, tuple[int, ...]] = {}
+        ranked = []
+        for member in self.live():
+            size = self._ranks[member].kv_block_tokens
+            if size not in chains:
+                chains[size] = prefix_chain(prompt, size)
+            ranked.append((self._key(member, prompt, chains[size], avoid), member))
         if not ranked:
             return None
-        best_key, best = min(ranked)
-        prefix = hash(tuple(prompt[:PREFIX_TOKENS]))
-        affine = self._served_by.pop(prefix, None)
-        for key, member in ranked:
-            # Only a tie-breaker: it never outweighs a difference that a client could feel.
-            if (
-                member == affine
-                and key[:3] == best_key[:3]
-                and key[3] <= best_key[3] + AFFINITY_SLACK_TOKENS
-            ):
-                best = member
-        self._served_by[prefix] = best
-        if len(self._served_by) > AFFINITIES_MAX:
-            self._served_by.popitem(last=False)
+        _, best = min(ranked)
+        rank = self._ranks[best]
+        rank.served.remember(chains[rank.kv_block_tokens])
         return best
 
     def _key(
-        self, member: Member, num_tokens: int, avoid: Collection[Member]
+        self,
+        member: Member,
+        prompt: Sequence[int],
+        chain: Sequence[int],
+        avoid: Collection[Member],
     ) -> tuple[bool, bool, bool, int]:
         rank = self._ranks[member]
-        return (rank.silent, member in avoid, rank.short_of_kv(num_tokens), rank.weight())
+        usable = chain[: max(0, len(prompt) - 1) // rank.kv_block_tokens]  # one token is computed
+        num_cached = rank.served.num_known(usable) * rank.kv_block_tokens
+        cost = rank.weight() - CACHED_TOKEN_WEIGHT * num_cached
+        return (rank.silent, member in avoid, rank.short_of_kv(len(prompt)), cost)

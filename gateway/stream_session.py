@@ -116,6 +116,7 @@ class StreamSession:
         "_refusals",
         "_stalled_since",
         "attempt",
+        "cached_tokens",
         "emitted",
         "failure",
         "finish",
@@ -157,6 +158,7 @@ class StreamSession:
         self.failure: Failure | None = None
         self.opened_at = now
         self.ready_at = now  # waiting: not to be placed before
+        self.cached_tokens = 0  # of the prompt, where the rank of the first token had them in KV
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.last_gap_s = 0.0
@@ -222,6 +224,8 @@ class StreamSession:
             self.prompt_logprobs += message.prompt_logprobs[known:]
         known = len(self.emitted) - message.index
         if len(message.ids) > known:
+            if not self.emitted:
+                self.cached_tokens = min(message.cached_tokens, len(self.prompt))
             self._take(message.ids[known:], message.logprobs[known:], now)
         return self._maybe_end(message.finish, now)
 

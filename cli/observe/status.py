@@ -96,6 +96,9 @@ def rank_status(
             "tokens": load.tokens,
             "kv_blocks": load.kv_blocks,
             "kv_blocks_used": load.kv_blocks - load.kv_blocks_free,
+            "kv_blocks_cached": load.kv_blocks_cached,
+            "prefix_tokens": load.prefix_tokens,
+            "prefix_tokens_cached": load.prefix_tokens_cached,
             "engine_age_ms": reply.engine_age_ms,
             "steps_committed": reply.steps_committed,
             "steps_abandoned": reply.steps_abandoned,
@@ -124,7 +127,10 @@ def render_status(status: dict[str, Any], console: Console) -> None:
 
 def _table(ranks: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("rank", "state", "life", "pid", "address", "run", "wait", "KV", "slots", "steps"):
+    for name in (
+        *("rank", "state", "life", "pid", "address"),
+        *("run", "wait", "KV", "reused", "slots", "steps"),
+    ):
         table.add_column(name, justify="left" if name in ("state", "address") else "right")
     for rank in ranks:
         style = STATE_STYLES.get(rank["state"], "red")
@@ -136,10 +142,18 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
             f"[{style}]{rank['state']}[/]",
             *("–" if cell is None else str(cell) for cell in cells),
             kv,
+            _reused(rank),
             slots,
             str(rank.get("steps_committed", "–")),
         )
     return table
+
+
+def _reused(rank: dict[str, Any]) -> str:
+    """The share of all prompts' tokens that the prefix cache had."""
+    if not rank.get("prefix_tokens"):
+        return "–"
+    return f"{rank['prefix_tokens_cached'] / rank['prefix_tokens']:.0%}"
 
 
 def _state(record: RankRecord, in_map: bool, reply: StatusReply | None) -> str:

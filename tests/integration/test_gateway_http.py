@@ -269,6 +269,14 @@ async def test_several_prompts_give_a_choice_each(world: World) -> None:
     assert body["usage"]["prompt_tokens"] == 5
 
 
+async def test_usage_tells_how_much_of_the_prompt_was_cached(world: World) -> None:
+    for rank in world.ranks:
+        rank.cached_tokens = 2
+    _, body = await post(world, "/v1/completions", completion(prompt=[[5, 6, 7], [8, 9, 5]], n=2))
+    usage = body["usage"]
+    assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (6, {"cached_tokens": 4})
+
+
 async def test_the_openai_client_chats_unchanged(world: World, tokenizer: Tokenizer) -> None:
     async with openai.AsyncOpenAI(base_url=world.url + "/v1", api_key="none") as client:
         models = await client.models.list()

@@ -64,6 +64,7 @@ class ToyRank:
         self.hold_at: int | None = None
         self.refuse = 0
         self.reject: str | None = None
+        self.cached_tokens = 0  # of any prompt, it says
         self.mute = False  # reads, never answers
         self.submits: list[Submit] = []
         self.cancels: list[Cancel] = []
@@ -237,6 +238,7 @@ class ToyRank:
             index=index,
             ids=(token,),
             finish=finish,
+            cached_tokens=self.cached_tokens if index == submit.num_emitted else 0,
             logprobs=()
             if submit.sampling.logprobs is None
             else (toy_logprob(token, submit.sampling.logprobs),),

@@ -35,7 +35,16 @@ def record(rank: int, incarnation: int, state: RankState = RankState.READY) -> R
 
 
 def reply(rank: int, incarnation: int) -> StatusReply:
-    load = Load(running=3, waiting=1, tokens=50, kv_blocks_free=5, kv_blocks=8)
+    load = Load(
+        running=3,
+        waiting=1,
+        tokens=50,
+        kv_blocks_free=5,
+        kv_blocks=8,
+        kv_blocks_cached=4,
+        prefix_tokens=200,
+        prefix_tokens_cached=50,
+    )
     return StatusReply(
         nonce=1,
         rank=RankId(rank),
@@ -66,6 +75,8 @@ def test_a_member_that_answers_is_live() -> None:
     assert status["state"] == "live"
     assert (status["pid"], status["incarnation"], status["running"]) == (100, 2, 3)
     assert (status["kv_blocks_used"], status["slots_filled"]) == (3, 2)
+    cached = ("kv_blocks_cached", "prefix_tokens", "prefix_tokens_cached")
+    assert [status[key] for key in cached] == [4, 200, 50]
 
 
 def test_a_member_that_does_not_answer_is_silent() -> None:

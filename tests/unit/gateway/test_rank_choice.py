@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from gateway.rank_choice import AFFINITY_SLACK_TOKENS, RankBoard
+from dataclasses import replace
+
+import pytest
+
+from gateway.rank_choice import CACHED_TOKEN_WEIGHT, RankBoard
 from shared.types import Incarnation, Member, RankId
 from shared.wire import Load
 
@@ -100,13 +104,92 @@ def test_who_refused_just_now_comes_last() -> None:
     assert ranks.choose(PROMPT, avoid=(member(0),)) == member(1)
 
 
-def test_a_prefix_returns_to_its_rank_within_bounds_only() -> None:
+def done(ranks: RankBoard, chosen: Member, prompt: tuple[int, ...]) -> None:
+    ranks.add(chosen, sessions=-1, tokens=-len(prompt))
+
+
+def test_a_prefix_returns_to_its_rank_as_long_as_its_cache_outweighs_the_load() -> None:
     ranks = board(2)
     assert place(ranks, PROMPT) == member(0)
-    ranks.add(member(0), sessions=-1, tokens=-len(PROMPT))
-    ranks.add(member(0), tokens=AFFINITY_SLACK_TOKENS)
+    done(ranks, member(0), PROMPT)
+    ranks.add(member(0), tokens=CACHED_TOKEN_WEIGHT * 96)
     assert ranks.choose(PROMPT) == member(0)
     assert ranks.choose((9, *PROMPT)) == member(1)
+    ranks.add(member(0), tokens=1)
+    assert ranks.choose(PROMPT) == member(1)
+
+
+def test_the_longer_cached_prefix_wins() -> None:
+    ranks = board(3)
+    ranks.add(member(0), tokens=1)
+    assert place(ranks, PROMPT[:40]) == member(1)
+    assert place(ranks, (*PROMPT[:64], 7, 7)) == member(2)
+    done(ranks, member(1), PROMPT[:40])
+    done(ranks, member(2), PROMPT[:66])
+    assert ranks.choose(PROMPT) == member(2)
+
+
+def test_a_hot_prefix_spreads_and_overloads_nobody() -> None:
+    ranks = board(4)
+    hot = tuple(range(512))
+    chosen = [place(ranks, (*hot, n)) for n in range(64)]
+    counts = [chosen.count(member(rank)) for rank in range(4)]
+    assert max(counts) - min(counts) <= 2
+    assert chosen[0] == chosen[1] == member(0)
+
+
+def test_choices_of_one_prompt_share_ranks() -> None:
+    ranks = board(8)
+    chosen = [place(ranks, tuple(range(512))) for _ in range(8)]
+    assert len(set(chosen)) <= 4
+
+
+def test_a_prefix_does_not_draw_where_there_is_no_room_or_only_silence() -> None:
+    ranks = board(2)
+    assert place(ranks, PROMPT) == member(0)
+    done(ranks, member(0), PROMPT)
+    ranks.on_load(member(0), load(free=2))
+    assert ranks.choose(PROMPT) == member(1)
+    ranks.on_load(member(0), load())
+    ranks.on_silence(member(0), silent=True)
+    assert ranks.choose(PROMPT) == member(1)
+
+
+def lose(ranks: RankBoard, how: str) -> None:
+    """Member 0, whose link stands again afterwards."""
+    if how == "map":
+        ranks.on_map([member(1)])
+        ranks.on_map([member(0), member(1)])
+    elif how == "link":
+        ranks.on_link_broken(member(0))
+        ranks.on_link_opened(member(0), kv_block_tokens=16)
+    elif how == "forgotten":
+        ranks.forget(member(0))
+        ranks.on_link_opened(member(0), kv_block_tokens=16)
+    else:
+        ranks.on_load(member(0), replace(load(), prefix_tokens=100))
+
+
+@pytest.mark.parametrize("how", ["map", "link", "forgotten", "cache is off"])
+def test_what_a_lost_rank_served_is_forgotten(how: str) -> None:
+    ranks = board(2)
+    assert place(ranks, PROMPT) == member(0)
+    done(ranks, member(0), PROMPT)
+    lose(ranks, how)
+    ranks.add(member(0), tokens=1)
+    assert ranks.choose(PROMPT) == member(1)
+
+
+def test_no_more_is_remembered_of_a_rank_than_it_can_hold() -> None:
+    ranks = board(2)
+    ranks.on_load(member(0), replace(load(), kv_blocks=6))
+    assert place(ranks, PROMPT) == member(0)
+    done(ranks, member(0), PROMPT)
+    other = tuple(range(200, 300))
+    ranks.add(member(1), sessions=9)
+    assert place(ranks, other) == member(0)
+    done(ranks, member(0), other)
+    ranks.add(member(1), sessions=-9)
     ranks.add(member(0), tokens=1)
     assert ranks.choose(PROMPT) == member(1)
 

@@ -51,6 +51,7 @@ def tokens(
     finish: FinishReason | None = None,
     error: str | None = None,
     retryable: bool = False,
+    cached_tokens: int = 0,
 ) -> SessionTokens:
     return SessionTokens(
         session=SessionId("g/1"),
@@ -60,6 +61,7 @@ def tokens(
         finish=finish,
         error=error,
         retryable=retryable,
+        cached_tokens=cached_tokens,
     )
 
 
@@ -316,3 +318,20 @@ def test_scoring_alone_ends_with_its_last_score_not_its_first() -> None:
     last = replace(tokens(0), prompt_logprobs=scores(-2), prompt_index=2)
     stream.on_tokens(A, replace(last, finish=FinishReason.LENGTH), 0.0)
     assert (stream.state, stream.finish) == (SessionState.FINISHED, FinishReason.LENGTH)
+
+
+def test_cached_tokens_are_those_of_the_rank_that_gave_the_first_token() -> None:
+    session = new_session()
+    session.place(A)
+    session.on_tokens(A, tokens(0, 1, cached_tokens=2), 1.0)
+    session.on_rank_lost(A, 2.0)
+    session.place(B)
+    session.on_tokens(B, tokens(1, 2, attempt=1, cached_tokens=3), 3.0)
+    assert session.cached_tokens == 2
+
+
+def test_generated_tokens_in_the_cache_are_no_prompt_tokens() -> None:
+    session = new_session()
+    session.place(A)
+    session.on_tokens(A, tokens(0, 1, cached_tokens=16), 1.0)
+    assert session.cached_tokens == len(session.prompt)
