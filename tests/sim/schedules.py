@@ -82,6 +82,8 @@ async def traffic(world: World, within_s: float) -> None:
     for _ in range(world.draw.randint(6, 12)):
         await asyncio.sleep(world.draw.uniform(0.0, within_s / 8))
         prompt = tuple(world.draw.randrange(90) for _ in range(world.draw.randint(1, 24)))
+        if prompt[0] % 2:  # half of them begin alike, so that ranks share blocks among sessions
+            prompt = (*range(len(prompt) * 3 // 4), *prompt[len(prompt) * 3 // 4 :])
         client = world.send(prompt, world.draw.randint(1, 40))
         if world.draw.random() < 0.1:
             await asyncio.sleep(world.draw.uniform(0.0, 0.1))
