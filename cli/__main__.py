@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from cli.bench.commands import bench
+from cli.checkpoint import checkpoint
 from cli.evaluate.command import evaluate_command
 from cli.outcome import run_command
 from cli.plan import plan
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(checkpoint, name="checkpoint")
 app.command()(plan)
 app.command(name="eval")(evaluate_command)
 

@@ -20,6 +20,7 @@ from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import take_identity
+from gpu_worker.load_progress import LoadProgress
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.registry import load_model
 from gpu_worker.rank import Rank, RankParts
@@ -101,9 +102,10 @@ async def run_rank(config: RankConfig) -> int:
         replica_policy=config.replicas,
     )
     require_confined()
-    model = await asyncio.to_thread(load, config, spec, folder)
-    log.info("model_loaded", folder=str(folder))
-    loader = ExpertSlotLoader(model.slots)
+    progress = LoadProgress(clock)
+    model = await asyncio.to_thread(load, config, spec, folder, progress)
+    log.info("model_loaded", folder=str(folder), **progress.so_far())
+    loader = ExpertSlotLoader(model.slots, progress)
     rank = Rank(
         RankParts(
             member=member,
@@ -137,8 +139,8 @@ async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
             log.warning("lease_not_revoked", detail=str(error))
 
 
-def load(config: RankConfig, spec: InstanceSpec, folder: Path) -> Decoder:
-    def progress(done: int, total: int) -> None:
+def load(config: RankConfig, spec: InstanceSpec, folder: Path, progress: LoadProgress) -> Decoder:
+    def say(done: int, total: int) -> None:
         log.debug("kernels_compiled", done=done, total=total)
 
     return load_model(
@@ -146,7 +148,8 @@ def load(config: RankConfig, spec: InstanceSpec, folder: Path) -> Decoder:
         slots_per_rank=spec.slots_per_rank,
         kv_blocks=config.kv_tokens // config.kv_block_tokens,
         block_tokens=config.kv_block_tokens,
-        on_warm_up=progress,
+        on_warm_up=say,
+        on_read=progress.count,
     )
 
 

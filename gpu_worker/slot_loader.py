@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import structlog
 
+from gpu_worker.load_progress import LoadProgress
 from gpu_worker.model.expert_slots import ExpertSlots
 from shared.expert_map import Placement
 
@@ -13,15 +14,18 @@ PROGRESS_EVERY = 64
 
 
 class ExpertSlotLoader:
-    """Implements `membership.driver.SlotLoader`."""
+    """Implements `membership.driver.SlotLoader`. `progress` counts what the slots' checkpoint
+    reads."""
 
-    def __init__(self, slots: ExpertSlots) -> None:
+    def __init__(self, slots: ExpertSlots, progress: LoadProgress) -> None:
         self._slots = slots
+        self._progress = progress
 
     def load(self, wanted: Placement) -> Placement:
-        def progress(done: int, total: int) -> None:
+        def say(done: int, total: int) -> None:
             if done == total or done % PROGRESS_EVERY == 0:
-                log.info("experts_loaded", done=done, total=total)
+                log.info("experts_loaded", done=done, total=total, **self._progress.so_far())
 
-        self._slots.load_all(wanted, progress)
+        self._progress.restart()
+        self._slots.load_all(wanted, say)
         return self._slots.contents

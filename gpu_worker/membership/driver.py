@@ -28,7 +28,7 @@ from gpu_worker.membership.standing import (
 )
 from shared.clock import Clock
 from shared.codec import pack, unpack
-from shared.errors import WireError
+from shared.errors import CheckpointError, WireError
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
@@ -185,7 +185,12 @@ class MembershipDriver:
         return self._links
 
     async def _load(self, wanted: Placement) -> None:
-        residents = await asyncio.to_thread(self._loader.load, wanted)
+        try:
+            residents = await asyncio.to_thread(self._loader.load, wanted)
+        except CheckpointError as error:
+            # It ends the rank: no slot is filled with something else. Its next life tries again.
+            log.error("slots_not_loaded", detail=str(error))
+            raise
         self.perform(self._standing.on_slots_loaded(residents))
 
     async def _renew_lease(self) -> None:

@@ -2,7 +2,8 @@
 do not all do it: `python -m gpu_worker.model warm-up` compiles the kernels into numba's cache,
 `python -m gpu_worker.model seed FOLDER` writes the default checkpoint; progress as `done/total`
 lines on stdout. And beside them: `python -m gpu_worker.model score FOLDER TOKENS` scores given
-tokens, as one JSON list of nats on stdout."""
+tokens, as one JSON list of nats on stdout; `manifest FOLDER` and `verify FOLDER` write the hashes
+of a checkpoint's tensors, and check the files against them."""
 
 from __future__ import annotations
 
@@ -28,10 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score.add_argument("tokens", type=Path, help="a JSON list of lists of token ids")
     score.add_argument("--num-ranks", type=int, default=1)
     score.add_argument("--without-rank", type=int, help="whose experts give nothing")
+    for name, what in (("manifest", "write the hash manifest"), ("verify", "check by it")):
+        commands.add_parser(name, help=what).add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
     try:
         if options.command == "warm-up":
             _warm_up()
+        elif options.command in ("manifest", "verify"):
+            _hash(options.folder, write=options.command == "manifest")
         elif options.command == "score":
             _score(options.folder, options.tokens, options.num_ranks, options.without_rank)
         else:
@@ -62,6 +67,12 @@ def _score(folder: Path, tokens: Path, num_ranks: int, without_rank: int | None)
     missing = () if without_rank is None else experts_of_rank(without_rank, num_ranks, num_experts)
     scorer = LocalScorer(folder, missing=missing)
     print(json.dumps([scorer.nats(document) for document in documents]))
+
+
+def _hash(folder: Path, *, write: bool) -> None:
+    from gpu_worker.model.manifest import verify_folder, write_manifest
+
+    (write_manifest if write else verify_folder)(folder, _print_progress)
 
 
 def _print_progress(done: int, total: int) -> None:

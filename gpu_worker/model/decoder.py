@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange.seam import Dispatched, Exchange
-from gpu_worker.model.checkpoint import open_checkpoint
-from gpu_worker.model.expert_slots import ExpertSlots, MlpWeights
+from gpu_worker.model.checkpoint import OnRead, open_checkpoint
+from gpu_worker.model.expert_slots import ExpertSlots, ExpertWeights, MlpWeights
 from gpu_worker.model.family import DenseLayer, Family, Floats, KvShape, MoeLayer
 from gpu_worker.model.kernels import experts as expert_kernels
 from gpu_worker.model.kernels import linear as kernels
@@ -26,10 +26,17 @@ class Decoder:
     step that a map names it in."""
 
     def __init__(
-        self, *, folder: Path, spec: ModelSpec, family: Family, slots_per_rank: int, kv: KvShape
+        self,
+        *,
+        folder: Path,
+        spec: ModelSpec,
+        family: Family,
+        slots_per_rank: int,
+        kv: KvShape,
+        on_read: OnRead | None = None,
     ) -> None:
         """Reads everything but the experts. Raises CheckpointError."""
-        checkpoint = open_checkpoint(folder, family.tensor_shapes())
+        checkpoint = open_checkpoint(folder, family.tensor_shapes(), on_read)
         self.spec = spec
         self.context_tokens_max = min(spec.context_tokens_max, kv.num_tokens)
         """Positions must stay below: the model's own limit, or the whole KV cache."""
@@ -38,8 +45,10 @@ class Decoder:
             slots_per_rank=slots_per_rank,
             hidden_size=spec.hidden_size,
             inner_size=spec.moe_intermediate_size,
-            read_expert=lambda layer, expert: family.read_expert(
-                checkpoint, spec.moe_layers[layer], expert
+            read_expert=lambda layer, expert: (
+                family.read_expert(checkpoint, spec.moe_layers[layer], expert)
+                if spec.moe_layers
+                else _nothing(spec.hidden_size)
             ),
         )
         self._embedding_VH = read_vector(checkpoint, family.embedding_name)
@@ -159,6 +168,12 @@ class Decoder:
                 logits_RV,
             )
         return logits_RV
+
+
+def _nothing(hidden_size: int) -> ExpertWeights:
+    """The expert of a dense model."""
+    none_IH: Floats = np.empty((0, hidden_size), dtype=np.float32)
+    return ExpertWeights(gate_IH=none_IH, up_IH=none_IH, down_HI=none_IH.T)
 
 
 def _inner_size(mlp: MoeLayer | DenseLayer) -> int:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+from gpu_worker.model.checkpoint import OnRead
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.family import Family, KvShape
 from gpu_worker.model.kernels import experts, linear
@@ -23,6 +24,7 @@ def load_model(
     kv_blocks: int,
     block_tokens: int,
     on_warm_up: Callable[[int, int], None] | None = None,
+    on_read: OnRead | None = None,
 ) -> Decoder:
     """A model ready to step once its expert slots are loaded: kernels compiled, shared weights
     read. Raises CheckpointError; checks the checkpoint before it spends time on the kernels."""
@@ -34,6 +36,7 @@ def load_model(
         family=family,
         slots_per_rank=slots_per_rank,
         kv=KvShape(num_blocks=kv_blocks, block_tokens=block_tokens),
+        on_read=on_read,
     )
     compile_all([*COMMON_KERNELS, *family.entry_points], on_warm_up)
     return model

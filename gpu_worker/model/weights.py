@@ -11,8 +11,8 @@ Floats = NDArray[np.float32]
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> Floats:
-    """A writable copy of our own."""
-    return np.array(checkpoint.read(name))
+    """As stored."""
+    return checkpoint.read(name)
 
 
 def read_matrix(checkpoint: Checkpoint, name: str) -> Floats:
