@@ -353,8 +353,8 @@ def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -
 def _measure_variants(report: Report, bench: GpuBench, copy: float) -> None:
     variants = {"free": {"invariant": False}, "no_pdl": {"pdl": False}}
     for name, options in variants.items():
-        decoder = bench.decoder((1, 8, 32), **options)
-        for batch in (1, 8, 32):
+        decoder = bench.decoder((1, 8, 32, 128), **options)
+        for batch in (1, 8, 32, 128):
             report.run(
                 f"decode_{name}_{batch}",
                 lambda n=batch, d=decoder: decode_rates(bench, d, n, copy),
@@ -362,7 +362,7 @@ def _measure_variants(report: Report, bench: GpuBench, copy: float) -> None:
         report.run(f"invariance_{name}", lambda d=decoder: invariance(d))
         report.run(f"prefill_{name}", lambda d=decoder: prefill_rate(d))
         if name == "no_pdl":
-            for batch in (1, 32):
+            for batch in (1, 8, 128):
                 report.run(f"profile_{batch}", lambda n=batch, d=decoder: profile(d, n))
 
 
@@ -371,6 +371,7 @@ def _measure_kernels(report: Report, bench: GpuBench) -> None:
 
     sweep = KernelSweep(bench.sizes, bench.weights, bench.slots)
     for tokens in (1, 8, 32):
+        report.run(f"attention_{tokens}", lambda n=tokens: sweep.attention(n))
         report.run(f"experts_{tokens}", lambda n=tokens: sweep.experts(n))
         report.run(f"grouped_mm_{tokens}", lambda n=tokens: sweep.grouped_mm(n))
         report.run(f"dense_{tokens}", lambda n=tokens: sweep.dense(n))

@@ -4,14 +4,13 @@ large model, so that no weight is in the cache: which to take, and what the choi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_worker.cuda.decoder_weights import DecoderSizes, DecoderWeights
-from gpu_worker.cuda.kernels import experts, linear, routing
+from gpu_worker.cuda.kernels import attention, experts, linear, routing
 from gpu_worker.cuda.slots import CudaSlots
 
 REPLAYS = 5
@@ -116,6 +115,33 @@ class KernelSweep:
         result["library"] = nbytes / milliseconds / 1e9
         return result
 
+    def attention(self, tokens: int, context: int = 544) -> dict[str, float]:
+        """Over as many caches as there are layers, so that none is in the cache."""
+        sizes, device = self.sizes, self.device
+        blocks = -(-context // 16)
+        shape = (sizes.num_layers, tokens * blocks, sizes.num_kv_heads, 16, sizes.head_dim)
+        k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+        q = torch.randn(tokens, sizes.num_heads, sizes.head_dim, device=device).bfloat16()
+        rows = torch.arange(tokens, dtype=torch.int32, device=device)
+        tables = torch.arange(tokens * blocks, dtype=torch.int32, device=device)
+        where = attention.Paging(
+            torch.full_like(rows, context - 1), rows, tables.view(tokens, blocks), None, 1
+        )
+        splits = (tokens, sizes.num_heads, -(-context // attention.SPLIT_TOKENS))
+        partials = attention.Partials(
+            torch.empty(*splits, sizes.head_dim, device=device),
+            torch.empty(splits, device=device),
+            torch.empty(splits, device=device),
+        )
+        out = q.new_empty(tokens, sizes.heads_size)
+
+        def run(tile: attention.AttentionTile) -> None:
+            for layer in range(sizes.num_layers):
+                attention.attend(q, k[layer], v[layer], where, partials, out, tile=tile)
+
+        nbytes = sizes.num_layers * tokens * context * sizes.num_kv_heads * sizes.head_dim * 4
+        return self._sweep(run, attention_tiles(), nbytes)
+
     def _rows(self, slots_TK: Tensor) -> experts.Rows:
         slots_TK = slots_TK.contiguous()
         if slots_TK.shape[0] <= 4:
@@ -130,21 +156,39 @@ class KernelSweep:
         rates = {}
         for tile in tiles:
             milliseconds = graph_ms(lambda tile=tile: run(tile))
-            rates["x".join(map(str, tile))] = nbytes / milliseconds / 1e9
+            rates["x".join(map(str, tile or ("early",)))] = nbytes / milliseconds / 1e9
         return dict(sorted(rates.items(), key=lambda item: -item[1]))
 
 
 def up_tiles() -> Iterator[experts.ExpertTile]:
-    for (columns, depth), stages in product(((16, 128), (32, 128), (32, 256), (64, 128)), (3, 4)):
-        yield experts.ExpertTile(columns, depth, 4, stages)
+    for columns, depth, warps, stages in (
+        (32, 128, 4, 3),
+        (32, 256, 4, 3),
+        (32, 256, 4, 4),
+        (32, 256, 8, 4),
+        (64, 256, 8, 3),
+    ):
+        yield experts.ExpertTile(columns, depth, warps, stages)
 
 
 def down_tiles() -> Iterator[experts.ExpertTile]:
-    for (columns, depth), stages in product(((32, 128), (64, 128), (64, 256)), (3, 4)):
-        yield experts.ExpertTile(columns, depth, 4, stages)
+    for columns, depth, warps, stages in (
+        (64, 128, 4, 3),
+        (64, 256, 4, 3),
+        (32, 256, 4, 4),
+        (128, 256, 8, 3),
+    ):
+        yield experts.ExpertTile(columns, depth, warps, stages)
 
 
-def dense_tiles(tokens: int) -> Iterator[linear.LinearTile]:
+def dense_tiles(tokens: int) -> Iterator[linear.LinearTile | None]:
     rows = 16 if tokens <= 16 else 32
-    for (columns, depth), stages in product(((32, 128), (64, 128), (32, 256)), (3, 5)):
-        yield linear.LinearTile(rows, columns, depth, 4, stages)
+    yield None  # all weights read early
+    yield linear.LinearTile(rows, 32, 128, 4, 3)
+    yield linear.LinearTile(rows, 64, 128, 4, 3)
+
+
+def attention_tiles() -> Iterator[attention.AttentionTile]:
+    for warps, stages in ((2, 1), (4, 1), (4, 2), (4, 3), (8, 1)):
+        yield attention.AttentionTile(warps, stages, 2048)
+    yield attention.AttentionTile(4, 1, 512)

@@ -185,7 +185,7 @@ class Decoder:
         buffers, pdl, eps = self._buffers, self.options.pdl, self.sizes.norm_eps
         weights, tokens = self._weights.layers[layer], x.shape[0]
         k_BJUD, v_BJUD = self._k_LBJUD[layer], self._v_LBJUD[layer]
-        qkv = buffers.parts(buffers.qkv, tokens, self.sizes.qkv_size)
+        qkv = buffers.qkv_parts(tokens)
         self._multiply(h, weights.w_qkv_CH, qkv)
         attention.rotate_and_store(
             qkv,
@@ -204,7 +204,7 @@ class Decoder:
         attention.attend(
             buffers.q_TQD[:tokens], k_BJUD, v_BJUD, inputs.paging, buffers.partials, heads, pdl=pdl
         )
-        out = buffers.parts(buffers.attention_out, tokens, self.sizes.hidden_size)
+        out = buffers.attention_parts(tokens)
         self._multiply(heads, weights.w_o_HO, out)
         router = (weights.w_router_EH, buffers.scores_TE[:tokens])
         residual.add_norm(x, out, weights.mlp_norm_H, x_mid, h, eps=eps, router=router, pdl=pdl)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from gpu_worker.cuda.decoder_weights import DecoderSizes
 from gpu_worker.cuda.kernels.attention import Partials
-
-_PARTS = 4
+from gpu_worker.cuda.kernels.linear import num_parts
 
 
 class StepBuffers:
@@ -31,13 +30,15 @@ class StepBuffers:
             return torch.zeros(shape, device=device, dtype=of)
 
         single = torch.float32
-        self._num_parts = _PARTS if invariant else 1
+        self._sizes = sizes
+        self._hidden_parts = num_parts(sizes.hidden_size) if invariant else 1
+        self._heads_parts = num_parts(sizes.heads_size) if invariant else 1
         product = single if invariant else dtype
         self.x_TH = empty(tokens_max, sizes.hidden_size, of=single)
         self.x_mid_TH = empty(tokens_max, sizes.hidden_size, of=single)
         self.h_TH = empty(tokens_max, sizes.hidden_size)
-        self.qkv = empty(self._num_parts * tokens_max * sizes.qkv_size, of=product)
-        self.attention_out = empty(self._num_parts * tokens_max * sizes.hidden_size, of=product)
+        self._qkv = empty(self._hidden_parts * tokens_max * sizes.qkv_size, of=product)
+        self._attention = empty(self._heads_parts * tokens_max * sizes.hidden_size, of=product)
         self.q_TQD = empty(tokens_max, sizes.num_heads, sizes.head_dim)
         self.heads_TO = empty(tokens_max, sizes.heads_size)
         splits = (tokens_max, sizes.num_heads, splits_max)
@@ -54,7 +55,13 @@ class StepBuffers:
         pinned = device.type == "cuda"
         self.host_ids_R = torch.zeros(rows_max, dtype=torch.int32, pin_memory=pinned)
 
-    def parts(self, buffer: Tensor, tokens: int, columns: int) -> Tensor:
-        """The start of the buffer as parts `[P, T, columns]`, whole."""
-        size = self._num_parts * tokens * columns
-        return buffer[:size].view(self._num_parts, tokens, columns)
+    def qkv_parts(self, tokens: int) -> Tensor:
+        return _parts(self._qkv, self._hidden_parts, tokens, self._sizes.qkv_size)
+
+    def attention_parts(self, tokens: int) -> Tensor:
+        return _parts(self._attention, self._heads_parts, tokens, self._sizes.hidden_size)
+
+
+def _parts(buffer: Tensor, num_parts: int, tokens: int, columns: int) -> Tensor:
+    """The start of the buffer, as whole parts `[P, T, columns]`."""
+    return buffer[: num_parts * tokens * columns].view(num_parts, tokens, columns)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-TOLERANCE = 3e-2 if ON_CUDA else 1e-4
+TOLERANCE = 5e-2 if ON_CUDA else 1e-4
 BLOCK_TOKENS, BLOCKS_EACH = 16, 6
 SIZES = DecoderSizes(
     num_layers=2,
@@ -47,7 +47,8 @@ SIZES = DecoderSizes(
 class Parts:
     decoder: Decoder
     slots: CudaSlots
-    reference: torch.nn.Module
+    reference: torch.nn.Module  # in our type
+    exact: torch.nn.Module  # the same weights, in float32
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ def parts() -> Parts:
         decoder=make_decoder(weights, LocalMoe(slots, top_k=SIZES.top_k, step_tokens_max=32)),
         slots=slots,
         reference=reference_model(SIZES, weights, slots, context=128),
+        exact=reference_model(SIZES, weights, slots, context=128, dtype=torch.float32),
     )
 
 
@@ -130,9 +132,17 @@ def test_logits_are_those_of_transformers(parts: Parts) -> None:
     new, logits = continue_alone(parts.decoder, tokens, chunk=20, more=3)
     ids = torch.tensor([tokens + new[:-1]], device=DEVICE)
     with torch.no_grad():
-        reference = parts.reference(ids).logits[0, len(tokens) - 1 :].float()
-    error = (logits - reference).norm() / reference.norm()
-    assert error.item() < TOLERANCE, f"relative error {error.item():.2e}"
+        theirs = parts.reference(ids).logits[0, len(tokens) - 1 :]
+        exact = parts.exact(ids).logits[0, len(tokens) - 1 :]
+    error = distance(logits, exact)
+    if ON_CUDA:
+        assert error < 1.2 * distance(theirs, exact), "bf16 rounds no worse than transformers' does"
+    else:
+        assert error < TOLERANCE
+
+
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((logits.float() - reference).norm() / reference.norm())
 
 
 def test_tokens_do_not_depend_on_neighbours_chunks_or_slots(parts: Parts) -> None:

@@ -75,6 +75,17 @@ def test_linear_parts_sum_to_the_product_whatever_the_rows_beside(rows: int) -> 
     assert_same(alone[:, 0], out[:, -1])
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_weights_read_early_give_the_bits_of_weights_read_in_tiles(rows: int) -> None:
+    x, w = random(rows, 2 * linear.PART), random(48, 2 * linear.PART)
+    early = poison(2, rows, 48, dtype=torch.float32)
+    tiled = poison(2, rows, 48, dtype=torch.float32)
+    linear.linear_parts(x, w, early)
+    linear.linear_parts(x, w, tiled, tile=linear.LinearTile(32, 64, 64, 4, 3))
+    assert_close(early.sum(0), x.double() @ w.double().T)
+    assert_same(early, tiled)
+
+
 def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     x = x.double()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * w.double()

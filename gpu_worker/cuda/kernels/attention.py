@@ -18,7 +18,17 @@ from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
 _MERGE_SPLITS = 16
-_PROGRAMS = 512
+
+
+class AttentionTile(NamedTuple):
+    """None of these changes a bit of the result."""
+
+    warps: int
+    stages: int
+    programs: int
+
+
+ATTENTION_TILE = AttentionTile(warps=4, stages=2, programs=1024)
 
 
 class Paging(NamedTuple):
@@ -91,6 +101,7 @@ def attend(
     out_TC: torch.Tensor,
     *,
     pdl: bool = False,
+    tile: AttentionTile = ATTENTION_TILE,
 ) -> None:
     """`out_TC` holds the heads side by side."""
     rows, heads, head_dim = q_TQD.shape
@@ -98,7 +109,7 @@ def attend(
     group = triton.next_power_of_2(heads // kv_heads)
     num_tiles = rows if paging.tiles_C2 is None else paging.tiles_C2.shape[0]
     splits_max = partials.maximum_TQX.shape[2]
-    side_by_side = max(1, min(splits_max, _PROGRAMS // max(num_tiles * kv_heads, 1)))
+    side_by_side = max(1, min(splits_max, tile.programs // (num_tiles * kv_heads)))
     _attend_splits[(num_tiles, kv_heads, side_by_side)](
         q_TQD,
         k_BJUD,
@@ -119,7 +130,8 @@ def attend(
         SPLIT=SPLIT_TOKENS,
         BLOCK_TOKENS=block_tokens,
         TILED=paging.tiles_C2 is not None,
-        num_warps=4,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         **launch_options(pdl),
     )
     _merge_splits[(rows, heads)](
@@ -238,9 +250,9 @@ def _attend_splits(
     is_row = (r // GROUP < count) & (r % GROUP < HEADS // KV_HEADS)
     head = kv_head * (HEADS // KV_HEADS) + r % GROUP
     position = tl.load(position_ptr + row, mask=is_row, other=-1)
+    sequence = tl.load(sequence_ptr + first)
     last = tl.max(position, axis=0)
     if last >= 0:
-        sequence = tl.load(sequence_ptr + first)
         place = row.to(tl.int64) * HEADS + head
         q = tl.load(q_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=is_row[:, None], other=0.0)
         ones = tl.full([SPLIT, 16], 1.0, dtype=q.dtype)
@@ -248,7 +260,8 @@ def _attend_splits(
             at = split * SPLIT + n
             is_past = at <= last
             table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
-            block = tl.load(table, mask=is_past, other=0).to(tl.int64)
+            # 32 bits suffice for the offsets of four million tokens of a layer's cache.
+            block = tl.load(table, mask=is_past, other=0)
             kv = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS
             kv = kv[:, None] * HEAD_DIM + d[None, :]
             k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)

@@ -10,7 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
+from gpu_worker.cuda.kernels.pdl import (
+    after_predecessor,
+    await_predecessor,
+    launch_options,
+    release_successor,
+)
+
+PART = 512
+"""The length of a part of the inner dimension; shorter where that is not a multiple of it. Part of
+the result, unlike the tiles."""
+
+_EARLY_ROWS_MAX = 32
 
 
 class LinearTile(NamedTuple):
@@ -23,10 +34,12 @@ class LinearTile(NamedTuple):
     stages: int
 
 
-def tile_for(num_rows: int) -> LinearTile:
-    if num_rows <= 16:
-        return LinearTile(rows=16, columns=32, depth=128, warps=4, stages=4)
-    return LinearTile(rows=32, columns=64, depth=64, warps=4, stages=4)
+_SHORT = LinearTile(rows=16, columns=32, depth=128, warps=4, stages=4)
+_TALL = LinearTile(rows=32, columns=64, depth=64, warps=4, stages=4)
+
+
+def num_parts(inner: int) -> int:
+    return inner // PART if inner % PART == 0 else 1
 
 
 def linear_parts(
@@ -40,9 +53,14 @@ def linear_parts(
     """Part p of `out_PTN` (float32) covers the p-th of P equal ranges of the inner dimension."""
     num_rows, inner = x_TK.shape
     parts, _, columns = out_PTN.shape
-    tile = tile or tile_for(num_rows)
-    depth = math.gcd(tile.depth, inner // parts)
     assert inner % parts == 0, "parts must be equal"
+    part = inner // parts
+    if tile is None and num_rows <= _EARLY_ROWS_MAX and part == PART:
+        _launch_early(x_TK, w_NK, out_PTN, pdl)
+        return
+    if tile is None:
+        tile = _SHORT if num_rows <= 16 else _TALL
+    depth = math.gcd(tile.depth, part)
     assert depth >= 16, "a part must be a multiple of 16"
     grid = (triton.cdiv(columns, tile.columns), parts, triton.cdiv(num_rows, tile.rows))
     _linear_parts[grid](
@@ -52,7 +70,7 @@ def linear_parts(
         num_rows,
         INNER=inner,
         COLUMNS=columns,
-        PART=inner // parts,
+        PART=part,
         BLOCK_T=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=depth,
@@ -60,6 +78,57 @@ def linear_parts(
         num_stages=tile.stages,
         **launch_options(pdl),
     )
+
+
+def _launch_early(
+    x_TK: torch.Tensor, w_NK: torch.Tensor, out_PTN: torch.Tensor, pdl: bool, columns: int = 32
+) -> None:
+    num_rows, inner = x_TK.shape
+    _linear_early[(triton.cdiv(w_NK.shape[0], columns), inner // PART)](
+        x_TK,
+        w_NK,
+        out_PTN,
+        num_rows,
+        INNER=inner,
+        COLUMNS=w_NK.shape[0],
+        PART=PART,
+        BLOCK_T=16 if num_rows <= 16 else 32,
+        BLOCK_N=columns,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_early(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    num_rows,
+    INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program's weights are all read before it waits for its input: they come in while the
+    kernels before still work."""
+    part = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    k = part * PART + tl.arange(0, PART)
+    release_successor(PDL)
+    if COLUMNS % BLOCK_N == 0:
+        w = tl.load(w_ptr + n[:, None] * INNER + k[None, :])
+    else:
+        w = tl.load(w_ptr + n[:, None] * INNER + k[None, :], mask=n[:, None] < COLUMNS, other=0.0)
+    await_predecessor(PDL)
+    is_row = t[:, None] < num_rows
+    x = tl.load(x_ptr + t[:, None] * INNER + k[None, :], mask=is_row, other=0.0)
+    y = tl.dot(x, w.T)
+    out = out_ptr + (part * num_rows + t[:, None]) * COLUMNS + n[None, :]
+    tl.store(out, y, mask=is_row & (n[None, :] < COLUMNS))
 
 
 @triton.jit(do_not_specialize=["num_rows"])

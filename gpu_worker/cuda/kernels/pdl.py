@@ -1,4 +1,5 @@
-"""Programmatic dependent launch: a kernel's prologue runs while its predecessor drains."""
+"""Programmatic dependent launch: a kernel's prologue, and what it reads of the weights, run while
+its predecessors drain."""
 
 from __future__ import annotations
 
@@ -9,13 +10,25 @@ import triton.language as tl
 
 
 @triton.jit
-def after_predecessor(PDL: tl.constexpr):
-    """Call first, before any read of what another kernel writes and before any write. The successor
-    may be launched from here on; it waits in the same place. Weights may be read before: no kernel
-    of a step writes them."""
+def release_successor(PDL: tl.constexpr):
+    """The successor may be launched from here on. Its programs come to rest in `await_predecessor`
+    and cannot keep this kernel's from running: they start when all of these have started."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_predecessor(PDL: tl.constexpr):
+    """Before any read of what another kernel writes and before any write. Weights may be read
+    before: no kernel of a step writes them. All kernels wait here, so all earlier ones are done."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def after_predecessor(PDL: tl.constexpr):
+    release_successor(PDL)
+    await_predecessor(PDL)
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:

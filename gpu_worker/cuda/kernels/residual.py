@@ -12,7 +12,6 @@ from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
 _ROUTER_EXPERTS = 8  # experts a program scores; part of the reduction's shape: never by batch
 _ROUTER_WARPS = 8
 _FUSED_ROWS_MAX = 8
-_ROUTER_ROWS = 8
 
 
 def embed_norm(
@@ -115,7 +114,8 @@ def add_pairs_norm(
 def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor, *, pdl: bool) -> None:
     rows, hidden = h_TH.shape
     experts = w_EH.shape[0]
-    grid = (triton.cdiv(experts, _ROUTER_EXPERTS), triton.cdiv(rows, _ROUTER_ROWS))
+    rows_each = max(2, triton.next_power_of_2(triton.cdiv(rows, 16)))
+    grid = (triton.cdiv(experts, _ROUTER_EXPERTS), triton.cdiv(rows, rows_each))
     _score_rows[grid](
         h_TH,
         w_EH,
@@ -125,7 +125,7 @@ def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor, *, p
         BLOCK_H=triton.next_power_of_2(hidden),
         EXPERTS=experts,
         BLOCK_E=_ROUTER_EXPERTS,
-        BLOCK_T=_ROUTER_ROWS,
+        BLOCK_T=rows_each,
         num_warps=_ROUTER_WARPS,
         **launch_options(pdl),
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
 
 _CHUNK = 256
+_COMPARISONS = 8192  # a block of them, over 4 warps
 NO_SLOT = -1
 
 
@@ -56,9 +57,10 @@ def choose_slots(
         weights_TK,
         EXPERTS=experts,
         BLOCK_E=triton.next_power_of_2(experts),
+        CHUNK=max(16, min(_COMPARISONS // experts, triton.next_power_of_2(experts))),
         TOP_K=slots_TK.shape[1],
         NORMALISE=normalise,
-        num_warps=1,
+        num_warps=4,
         **launch_options(pdl),
     )
 
@@ -111,32 +113,35 @@ def _choose_slots(
     weights_ptr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
     TOP_K: tl.constexpr,
     NORMALISE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """An expert's place among the chosen is the number of experts before it: no search for one
+    maximum after the other."""
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
+    is_expert = e < EXPERTS
+    slot = tl.load(slot_of_ptr + e, mask=is_expert, other=-1)
     after_predecessor(PDL)
-    scores = tl.load(scores_ptr + row * EXPERTS + e, mask=e < EXPERTS, other=float("-inf"))
+    row_ptr = scores_ptr + row * EXPERTS
+    scores = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
-    peak = tl.max(scores, axis=0)
-    chosen = scores
-    total = 0.0
-    for k in tl.static_range(TOP_K):
-        best, expert = tl.max(chosen, axis=0, return_indices=True)
-        total += tl.exp(best - peak)
-        chosen = tl.where(e == expert, float("-inf"), chosen)
-        slot = tl.load(slot_of_ptr + expert)
-        slot = tl.where(is_token, slot, -1)
-        tl.store(slots_ptr + row * TOP_K + k, slot.to(slots_ptr.dtype.element_ty))
-    if not NORMALISE:
-        total = tl.sum(tl.exp(scores - peak), axis=0)
-    chosen = scores
-    for k in tl.static_range(TOP_K):
-        best, expert = tl.max(chosen, axis=0, return_indices=True)
-        chosen = tl.where(e == expert, float("-inf"), chosen)
-        tl.store(weights_ptr + row * TOP_K + k, tl.exp(best - peak) / total)
+    place = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for start in tl.static_range(0, EXPERTS, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        score = tl.load(row_ptr + other, mask=other < EXPERTS, other=float("-inf"))
+        before = (score[None, :] > scores[:, None]) | (
+            (score[None, :] == scores[:, None]) & (other[None, :] < e[:, None])
+        )
+        place += tl.sum(before.to(tl.int32), axis=1)
+    is_chosen = (place < TOP_K) & is_expert
+    weight = tl.exp(scores - tl.max(scores, axis=0))
+    total = tl.sum(tl.where(is_chosen, weight, 0.0) if NORMALISE else weight, axis=0)
+    slot = tl.where(is_token, slot, -1).to(slots_ptr.dtype.element_ty)
+    tl.store(slots_ptr + row * TOP_K + place, slot, mask=is_chosen)
+    tl.store(weights_ptr + row * TOP_K + place, weight / total, mask=is_chosen)
 
 
 @triton.jit
@@ -199,12 +204,11 @@ def _group_by_slot(
             place += tl.sum(before.to(tl.int32), axis=1)
         tl.store(order_ptr + place, pair, mask=k < TOP_K)
     else:
-        s = tl.arange(0, BLOCK_S)
         counts = tl.zeros([BLOCK_S], dtype=tl.int32)
         for start in range(0, num_pairs, CHUNK):
             at = start + n
             slot = tl.load(slots_ptr + at, mask=at < num_pairs, other=-1).to(tl.int32)
-            counts += tl.sum((s[:, None] == slot[None, :]).to(tl.int32), axis=1)
+            counts += tl.histogram(tl.maximum(slot, 0), BLOCK_S, mask=slot >= 0)
         first_rows = tl.cumsum(counts, axis=0) - counts
         _write_tiles(
             counts, first_rows, tiles_ptr, num_tiles_ptr, SLOTS, BLOCK_S, TILE_ROWS, TILES_OF_SLOT

@@ -12,7 +12,7 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
 
 BANNED_MAX = 4
-_BLOCK_V = 4096
+_BLOCK_V = 8192
 _BISECTIONS = 30
 
 
@@ -41,7 +41,7 @@ def sample_rows(
         BLOCK_V=min(_BLOCK_V, triton.next_power_of_2(vocab)),
         BANNED=draws.banned_TX.shape[1],
         BISECTIONS=_BISECTIONS,
-        num_warps=16 if vocab > _BLOCK_V else 4,
+        num_warps=16 if vocab > 4096 else 4,
         **launch_options(pdl),
     )
 
