@@ -12,7 +12,7 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
 
 _CHUNK = 256
-_COMPARISONS = 8192  # a block of them, over 4 warps
+_COMPARISONS = 16_384  # a block of them, over 4 warps
 NO_SLOT = -1
 
 
@@ -129,7 +129,7 @@ def _choose_slots(
     scores = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
     place = tl.zeros([BLOCK_E], dtype=tl.int32)
-    for start in tl.static_range(0, EXPERTS, CHUNK):
+    for start in range(0, EXPERTS, CHUNK):
         other = start + tl.arange(0, CHUNK)
         score = tl.load(row_ptr + other, mask=other < EXPERTS, other=float("-inf"))
         before = (score[None, :] > scores[:, None]) | (
