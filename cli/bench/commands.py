@@ -88,6 +88,40 @@ def serve(
 
 
 @bench.command()
+def prefix(
+    url: Url = None,
+    run_dir: RunDir = None,
+    instance: Instance = None,
+    own: Own = False,
+    model: Model = None,
+    ranks: Ranks = 4,
+    tries: Annotated[int, typer.Option(help="How many prompts.")] = 10,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    turn_tokens: Annotated[int, typer.Option(help="Tokens that a next turn adds.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Time to first token of a prompt cold, again, and with a turn more: the prefix cache."""
+    from cli.bench.own_instance import own_instance
+    from cli.bench.prefix import PrefixLoad, measure_prefix, prefix_table
+
+    async def work() -> int:
+        load = PrefixLoad(tries=tries, prompt_tokens=prompt_tokens, turn_tokens=turn_tokens)
+        async with AsyncExitStack() as stack:
+            if own:
+                target = await stack.enter_async_context(own_instance(_own_flags(model, ranks)))
+                url_used = target.url
+            else:
+                url_used = url or _running(None, instance, run_dir).url
+            if url_used is None:
+                raise ConfigError("which gateway? pass --url or --run-dir, or --own")
+            rows = await measure_prefix(url_used, load, SystemClock())
+        _show(rows, prefix_table(rows), Console(stderr=as_json), as_json)
+        return 0
+
+    run_command(work())
+
+
+@bench.command()
 def fault(
     url: Url = None,
     run_dir: RunDir = None,
@@ -123,7 +157,9 @@ def fault(
         )
         async with AsyncExitStack() as stack:
             if own:
-                target = await stack.enter_async_context(own_instance(_own_flags(model, ranks)))
+                # Every try sends the same prompts. In the world they would not be cached elsewhere.
+                instance_used = own_instance(_own_flags(model, ranks), prefix_cache=False)
+                target = await stack.enter_async_context(instance_used)
             else:
                 target = _running(etcd, instance, run_dir)
             if url is not None:

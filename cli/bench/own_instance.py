@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -21,8 +22,9 @@ _POLL_S = 0.2
 
 
 @contextlib.asynccontextmanager
-async def own_instance(flags: Sequence[str]) -> AsyncIterator[Target]:
+async def own_instance(flags: Sequence[str], *, prefix_cache: bool = True) -> AsyncIterator[Target]:
     """Raises Unavailable with its words where it does not start."""
+    environment = os.environ | {"STARFISH_RANK_PREFIX_CACHE": str(prefix_cache).lower()}
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
         run_dir = Path(folder) / "run"
         with (Path(folder) / "up.log").open("wb") as log:
@@ -33,6 +35,7 @@ async def own_instance(flags: Sequence[str]) -> AsyncIterator[Target]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                env=environment,
             )
         try:
             yield await _until_started(process, run_dir, Path(folder) / "up.log")

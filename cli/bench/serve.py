@@ -4,6 +4,7 @@ costs against a static instance without detection."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -36,19 +37,28 @@ class ServeRow:
 
 
 async def measure(url: str, load: ServeLoad, clock: Clock) -> list[ServeRow]:
-    """Raises Unavailable."""
+    """Raises Unavailable. No prompt is sent twice, in no run: it would be found in a cache."""
+    seeds = itertools.count(int(clock.wall() * 1000))
+
+    def prompts(concurrency: int, rounds: int) -> list[list[int]]:
+        return random_prompts(next(seeds), concurrency * rounds, load.prompt_tokens)
+
     async with stream_client(url, clock) as client:
-        await _round(client, load, concurrency=2, clock=clock, rounds=1)  # nobody's first request
+        await _round(client, load, prompts(2, 1), concurrency=2, clock=clock)  # nobody's first
         return [
-            await _round(client, load, concurrency=c, clock=clock, rounds=load.rounds)
+            await _round(client, load, prompts(c, load.rounds), concurrency=c, clock=clock)
             for c in load.concurrencies
         ]
 
 
 async def _round(
-    client: StreamClient, load: ServeLoad, *, concurrency: int, clock: Clock, rounds: int
+    client: StreamClient,
+    load: ServeLoad,
+    prompts: Sequence[Sequence[int]],
+    *,
+    concurrency: int,
+    clock: Clock,
 ) -> ServeRow:
-    prompts = random_prompts(concurrency, concurrency * rounds, load.prompt_tokens)
     began_at = clock.now()
     async with asyncio.TaskGroup() as tasks:
         users = [

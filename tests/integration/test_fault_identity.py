@@ -89,12 +89,16 @@ async def test_death_in_mid_decode(cluster: Cluster, oracle: list[StreamResult],
 
 
 @pytest.mark.parametrize("rank", range(NUM_RANKS))
-async def test_death_in_prefill(cluster: Cluster, oracle: list[StreamResult], rank: int) -> None:
+async def test_death_in_prefill(cluster: Cluster, rank: int) -> None:
+    """Of prompts that no rank has in its cache; the undisturbed run afterwards finds most there."""
     live = await cluster.wait_live(NUM_RANKS)
-    running = asyncio.ensure_future(run_streams(cluster, seed=1))
+    running = asyncio.ensure_future(run_streams(cluster, seed=100 + rank))
     await asyncio.sleep(0.03)
     os.kill(live[rank], signal.SIGKILL)
-    assert await running == oracle
+    disturbed = await running
+    assert all(r.error is None and len(r.token_ids) == NEW_TOKENS for r in disturbed)
+    await cluster.wait_live(NUM_RANKS)
+    assert disturbed == await run_streams(cluster, seed=100 + rank)
 
 
 async def test_second_death_during_the_replay(cluster: Cluster, oracle: list[StreamResult]) -> None:
