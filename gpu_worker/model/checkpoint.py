@@ -51,6 +51,9 @@ class Checkpoint:
         """Whether it was asked for when the checkpoint was opened."""
         return name in self._forms
 
+    def shape(self, name: str) -> Shape:
+        return self._forms[name].shape
+
     def stored_dtype(self, name: str) -> str:
         """F32, F16, BF16, F8_E4M3 or MXFP4."""
         return self._forms[name].dtype

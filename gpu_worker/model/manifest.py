@@ -61,7 +61,7 @@ def _parse(folder: Path, value: dict[str, Any]) -> Manifest:
     shards, tensors = value.get("shards"), value.get("tensors")
     if not isinstance(shards, dict) or not isinstance(tensors, dict):
         raise CheckpointError(_malformed(folder, "it wants shards and tensors"))
-    hashes = {n: (h,) if isinstance(h, str) else tuple(h or ()) for n, h in tensors.items()}
+    hashes = {n: tuple(h) if isinstance(h, list) else (h,) for n, h in tensors.items()}
     for name, parts in hashes.items():
         if not all(isinstance(part, str) and len(part) == 64 for part in parts):
             raise CheckpointError(_malformed(folder, f"tensor {name} has no SHA-256"))

@@ -49,6 +49,14 @@ class StoredForm:
     def parts(self) -> tuple[StoredTensor, ...]:
         return (self.values,) if self.scales is None else (self.values, self.scales)
 
+    @property
+    def shape(self) -> Shape:
+        """Decoded."""
+        if self.dtype != MXFP4:
+            return self.values.shape
+        *leading, rows, groups, _ = self.values.shape
+        return (*leading, groups * MXFP4_GROUP, rows)
+
     def decode(self, raw_values: Codes, raw_scales: Codes | None, leading: int) -> Floats:
         """An array of its own, from the bytes of all of the tensor, or with `leading` 1 of one
         index of its leading axis. Raises ValueError where the bytes cannot be right."""

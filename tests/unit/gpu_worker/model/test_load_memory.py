@@ -1,0 +1,111 @@
+"""What loading takes of memory: this rank's share and one tensor, and no page of anybody else's."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from gpu_worker.model.checkpoint import SINGLE_FILE, open_checkpoint
+from gpu_worker.model.manifest import write_manifest
+from gpu_worker.model.shards import read_tensors
+
+NUM_EXPERTS = 32
+SHAPE = (512, 1024)
+TENSOR_BYTES = 2 * 2**20
+SHARE = range(20, 32, 3)
+SLACK_BYTES = 2**20
+
+LOAD = """
+import json, sys
+from pathlib import Path
+from gpu_worker.model.checkpoint import open_checkpoint
+
+def status():
+    lines = (line.split() for line in open("/proc/self/status"))
+    return {words[0]: int(words[1]) * 1024 for words in lines if words[0] in ("VmHWM:", "VmRSS:")}
+
+folder, names, shape = Path(sys.argv[1]), json.loads(sys.argv[2]), tuple(json.loads(sys.argv[3]))
+checkpoint = open_checkpoint(folder, {name: shape for name in names})
+open("/proc/self/clear_refs", "w").write("5")
+before = status()["VmRSS:"]
+share = [checkpoint.read(name) for name in names]
+after = status()
+print(json.dumps([after["VmHWM:"] - before, after["VmRSS:"] - before]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 MiB of experts, with a manifest."""
+    folder = tmp_path_factory.mktemp("experts")
+    rng = np.random.default_rng(3)
+    experts = {name_of(i): rng.random(SHAPE, dtype=np.float32) for i in range(NUM_EXPERTS)}
+    save_file(experts, folder / SINGLE_FILE)
+    write_manifest(folder)
+    return folder
+
+
+def name_of(expert: int) -> str:
+    return f"expert{expert:02}"
+
+
+def test_a_rank_never_holds_more_than_its_share_and_one_tensor(folder: Path) -> None:
+    names = json.dumps([name_of(expert) for expert in SHARE])
+    arguments = [sys.executable, "-c", LOAD, str(folder), names, json.dumps(SHAPE)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
+    peak_bytes, kept_bytes = json.loads(ended.stdout)
+    share_bytes = len(SHARE) * TENSOR_BYTES
+    assert kept_bytes >= share_bytes - SLACK_BYTES, "it measures nothing"
+    assert kept_bytes <= share_bytes + SLACK_BYTES
+    assert peak_bytes <= share_bytes + TENSOR_BYTES + SLACK_BYTES
+
+
+def test_only_the_pages_of_its_own_experts_are_read_from_disk(folder: Path) -> None:
+    path = folder / SINGLE_FILE
+    evict(path)
+    # Whoever reads the header has the kernel read ahead of it, into the first experts.
+    beyond = -(-read_tensors(folder)[name_of(SHARE[0] - 1)].first_byte // mmap.PAGESIZE)
+    if resident(path)[beyond:].any():
+        pytest.skip("this file system keeps all of its files in memory")
+    checkpoint = open_checkpoint(folder, {name_of(expert): SHAPE for expert in SHARE})
+    for expert in SHARE:
+        checkpoint.read(name_of(expert))
+    came = resident(path)
+    wanted = np.zeros_like(came)
+    for expert in SHARE:
+        tensor = read_tensors(folder)[name_of(expert)]
+        first = tensor.first_byte // mmap.PAGESIZE
+        wanted[first : -(-(tensor.first_byte + tensor.num_bytes) // mmap.PAGESIZE)] = True
+    assert came[wanted].all()
+    assert not came[beyond:][~wanted[beyond:]].any()
+
+
+def evict(path: Path) -> None:
+    """Out of the page cache, where the file system has one."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+def resident(path: Path) -> NDArray[np.bool_]:
+    """Which pages of the file are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = ctypes.create_string_buffer(-(-len(mapped) // mmap.PAGESIZE))
+        start = ctypes.c_char.from_buffer(mapped)
+        failed = libc.mincore(ctypes.addressof(start), len(mapped), pages)
+        del start
+        assert not failed, os.strerror(ctypes.get_errno())
+        return (np.frombuffer(pages.raw, np.uint8) & 1).astype(bool)[: len(pages)]
