@@ -71,7 +71,6 @@ class KernelSweep:
             for layer, row in enumerate(rows):
                 experts.down(inner, self.slots.w_down_LSHI[layer], row, y, tile=tile)
 
-        up(experts.GATE_UP_TILE)
         result["gate_up"] = self._sweep(up, up_tiles(), up_bytes)
         result["down"] = self._sweep(down, down_tiles(), up_bytes // 2)
         return result
@@ -156,39 +155,35 @@ class KernelSweep:
         rates = {}
         for tile in tiles:
             milliseconds = graph_ms(lambda tile=tile: run(tile))
-            rates["x".join(map(str, tile or ("early",)))] = nbytes / milliseconds / 1e9
+            rates["x".join(map(str, tile))] = nbytes / milliseconds / 1e9
         return dict(sorted(rates.items(), key=lambda item: -item[1]))
 
 
 def up_tiles() -> Iterator[experts.ExpertTile]:
-    for columns, depth, warps, stages in (
-        (32, 128, 4, 3),
-        (32, 256, 4, 3),
-        (32, 256, 4, 4),
-        (32, 256, 8, 4),
-        (64, 256, 8, 3),
-    ):
+    for columns, depth, warps, stages in ((32, 128, 4, 3), (32, 256, 4, 4), (64, 256, 8, 3)):
         yield experts.ExpertTile(columns, depth, warps, stages)
 
 
 def down_tiles() -> Iterator[experts.ExpertTile]:
-    for columns, depth, warps, stages in (
-        (64, 128, 4, 3),
-        (64, 256, 4, 3),
-        (32, 256, 4, 4),
-        (128, 256, 8, 3),
-    ):
+    for columns, depth, warps, stages in ((64, 128, 4, 3), (64, 256, 4, 3), (32, 256, 4, 4)):
         yield experts.ExpertTile(columns, depth, warps, stages)
 
 
-def dense_tiles(tokens: int) -> Iterator[linear.LinearTile | None]:
-    rows = 16 if tokens <= 16 else 32
-    yield None  # all weights read early
-    yield linear.LinearTile(rows, 32, 128, 4, 3)
-    yield linear.LinearTile(rows, 64, 128, 4, 3)
+def dense_tiles(tokens: int) -> Iterator[linear.LinearTile]:
+    """Fewer than 64 rows a warp group of four: else another instruction, and other bits."""
+    if tokens <= 16:
+        yield linear.LinearTile(16, 32, 128, 4, 3)
+        yield linear.LinearTile(16, 64, 128, 4, 3)
+        return
+    yield linear.LinearTile(32, 32, 128, 4, 3)
+    yield linear.LinearTile(32, 64, 128, 4, 3)
+    yield linear.LinearTile(32, 128, 64, 4, 3)
+    if tokens > 32:
+        yield linear.LinearTile(64, 64, 64, 2, 3)
+        yield linear.LinearTile(64, 128, 64, 2, 3)
+        yield linear.LinearTile(128, 64, 64, 2, 3)
 
 
 def attention_tiles() -> Iterator[attention.AttentionTile]:
-    for warps, stages in ((2, 1), (4, 1), (4, 2), (4, 3), (8, 1)):
-        yield attention.AttentionTile(warps, stages, 2048)
-    yield attention.AttentionTile(4, 1, 512)
+    for warps, programs in ((1, 2048), (2, 2048), (2, 4096), (4, 2048)):
+        yield attention.AttentionTile(warps, 1, programs)

@@ -42,7 +42,8 @@ class DecoderOptions:
 
 
 class PendingStep:
-    """A step in flight: `ids()` waits for it. Its results stand until the next step."""
+    """A step in flight: `ids()` waits for it. They stand until the next step but one, the logits
+    until the next."""
 
     def __init__(self, ids_R: Tensor, logits_RV: Tensor, num_rows: int) -> None:
         self._ids_R = ids_R
@@ -103,40 +104,46 @@ class Decoder:
         width = -(-options.context_tokens_max // options.block_tokens)
         self._prefill = StepInputs(prefill, width, device)
         self._decode = [StepInputs(size, width, device) for size in ladder]
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}
+        self._turn = 0
 
     def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None:
         """From the next step on; nothing may be in flight. Graphs stay."""
         self.slot_of_LE.copy_(torch.from_numpy(slot_of_LE))
 
     def capture(self) -> None:
-        """A graph for every rung of the ladder. Compiles what is not compiled yet. Writes nothing
-        to the KV cache."""
+        """A graph for every rung of the ladder and for the prefill chunk. Compiles what is not
+        compiled yet. Writes nothing to the KV cache."""
         pool = None
-        for inputs in self._decode:
+        for inputs in (self._prefill, *self._decode):
             self._enqueue(inputs)  # compiles; the inputs name no token
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._enqueue(inputs)
             pool = pool or graph.pool()
-            self._graphs[inputs.size.tokens] = graph
+            self._graphs[inputs.size] = graph
 
     def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> PendingStep:
-        """Enqueues one step; the former one's ids must have been taken. `draws` one per wanted row;
-        none: greedy."""
+        """Enqueues one step; `draws` one per wanted row, none: greedy. At most one earlier step may
+        still have its ids unread. A token id of -1 - r stands for what the former step samples in
+        its row r, so that the host can enqueue a step before it knows the former one's tokens."""
         inputs = self._inputs_for(batch)
         inputs.fill(batch, draws)
         inputs.upload()
-        graph = self._graphs.get(inputs.size.tokens) if inputs.size.decode else None
+        graph = self._graphs.get(inputs.size)
         if graph is None:
             self._enqueue(inputs)
         else:
             graph.replay()
         rows = inputs.size.rows
+        buffers = self._buffers
+        self._turn ^= 1
+        host_ids_R = buffers.host_ids_2R[self._turn]
+        host_ids_R[:rows].copy_(buffers.ids_R[:rows], non_blocking=True)
         return PendingStep(
-            self._buffers.host_ids_R,
-            self._buffers.logits_PRV[:, :rows].view(rows, -1),
+            host_ids_R,
+            buffers.logits_PRV[:, :rows].view(rows, -1),
             batch.logits_rows_R.shape[0],
         )
 
@@ -158,7 +165,16 @@ class Decoder:
         tokens, pdl, eps = inputs.size.tokens, options.pdl, self.sizes.norm_eps
         x, x_mid, h = (b[:tokens] for b in (buffers.x_TH, buffers.x_mid_TH, buffers.h_TH))
         first_norm = weights.layers[0].input_norm_H
-        residual.embed_norm(inputs.ids_T, weights.embedding_VH, first_norm, x, h, eps=eps, pdl=pdl)
+        residual.embed_norm(
+            inputs.ids_T,
+            buffers.ids_R,
+            weights.embedding_VH,
+            first_norm,
+            x,
+            h,
+            eps=eps,
+            pdl=pdl,
+        )
         norms = [w.input_norm_H for w in weights.layers[1:]] + [weights.final_norm_H]
         for layer, next_norm in enumerate(norms):
             self._attend(layer, inputs, x, x_mid, h)
@@ -217,7 +233,6 @@ class Decoder:
         self._multiply(h, self._weights.w_head_VH, logits_1RV)
         ids_R = buffers.ids_R[:rows]
         sampling.sample_rows(logits_1RV[0], inputs.draws, ids_R, pdl=self.options.pdl)
-        buffers.host_ids_R[:rows].copy_(ids_R, non_blocking=True)
 
     def _multiply(self, x_TI: Tensor, w_OI: Tensor, out_PTO: Tensor) -> None:
         if self.options.invariant:

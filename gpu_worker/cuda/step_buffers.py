@@ -53,7 +53,8 @@ class StepBuffers:
         self.logits_PRV = empty(1, rows_max, sizes.vocab_size, of=product)
         self.ids_R = empty(rows_max, of=torch.int32)
         pinned = device.type == "cuda"
-        self.host_ids_R = torch.zeros(rows_max, dtype=torch.int32, pin_memory=pinned)
+        # Two, so that a step may be enqueued before the former one's ids have been read.
+        self.host_ids_2R = torch.zeros(2, rows_max, dtype=torch.int32, pin_memory=pinned)
 
     def qkv_parts(self, tokens: int) -> Tensor:
         return _parts(self._qkv, self._hidden_parts, tokens, self._sizes.qkv_size)

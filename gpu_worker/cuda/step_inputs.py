@@ -52,9 +52,13 @@ class StepInputs:
         for name, shape in _shapes(size, table_width).items():
             self._fields[name] = (end, shape)
             end += -(-int(np.prod(shape)) // 4) * 4  # each field starts at 16 bytes
-        self._host = torch.zeros(end, dtype=torch.int32, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        # Two, so that a step may be filled in while the former one still waits to be copied.
+        self._hosts = [torch.zeros(end, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._copied = [torch.cuda.Event() if pinned else None for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._turn = 0
         self._device = torch.zeros(end, dtype=torch.int32, device=device)
-        self._host_values: NDArray[np.int32] = self._host.numpy()
+        self._host_values: NDArray[np.int32] = self._hosts[0].numpy()
         self.ids_T = self._view("ids")
         self.logits_rows_R = self._view("logits_rows")
         self.paging = Paging(
@@ -74,6 +78,11 @@ class StepInputs:
 
     def fill(self, batch: StepBatch, draws: Sequence[RowDraw]) -> None:
         """The host's side only. Rows beyond the batch are none."""
+        self._turn ^= 1
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        self._host_values = self._hosts[self._turn].numpy()
         tokens, rows = batch.num_tokens, batch.logits_rows_R.shape[0]
         sequences, width = batch.block_tables_SB.shape
         assert tokens <= self.size.tokens, "more tokens than this step has room for"
@@ -97,7 +106,10 @@ class StepInputs:
 
     def upload(self) -> None:
         """Enqueues the one copy."""
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[self._turn], non_blocking=True)
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.record()
 
     def _set(self, name: str, values: NDArray[np.int32], beyond: int) -> None:
         field = self._host_field(name)

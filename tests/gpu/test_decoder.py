@@ -93,8 +93,13 @@ def step(
     decoder: Decoder, chunks: dict[int, list[int]], starts: list[int]
 ) -> tuple[np.ndarray, torch.Tensor]:
     """The next token of each sequence, and the logits it comes from."""
+    pending = decoder.launch(batch_of(chunks, starts))
+    return pending.ids(), pending.logits_RV.float().clone()
+
+
+def batch_of(chunks: dict[int, list[int]], starts: list[int]) -> StepBatch:
     lengths = [len(chunk) for chunk in chunks.values()]
-    batch = StepBatch(
+    return StepBatch(
         token_ids_T=np.concatenate([np.array(c, dtype=np.int32) for c in chunks.values()]),
         position_T=np.concatenate(
             [np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, lengths, strict=True)]
@@ -105,8 +110,6 @@ def step(
         ),
         logits_rows_R=np.cumsum(lengths, dtype=np.int32) - 1,
     )
-    pending = decoder.launch(batch)
-    return pending.ids(), pending.logits_RV.float().clone()
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -165,6 +168,18 @@ def test_tokens_do_not_depend_on_neighbours_chunks_or_slots(parts: Parts) -> Non
     if ON_CUDA:  # the interpreter's products are numpy's, which round by shape
         assert torch.equal(other_chunks, logits)
         assert torch.equal(torch.stack(crowd_logits), logits[1:])
+
+
+def test_a_step_may_be_enqueued_before_the_former_ones_token_is_known(parts: Parts) -> None:
+    tokens = prompt(6, 12)
+    known, _ = continue_alone(parts.decoder, tokens, chunk=32, more=3)
+    pending = [parts.decoder.launch(batch_of({0: tokens}, [0]))]
+    new = []
+    for n in range(3):
+        pending.append(parts.decoder.launch(batch_of({0: [-1]}, [len(tokens) + n])))
+        new.append(int(pending[-2].ids()[0]))
+    new.append(int(pending[-1].ids()[0]))
+    assert new == known
 
 
 def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:

@@ -76,14 +76,13 @@ def test_linear_parts_sum_to_the_product_whatever_the_rows_beside(rows: int) -> 
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_weights_read_early_give_the_bits_of_weights_read_in_tiles(rows: int) -> None:
-    x, w = random(rows, 2 * linear.PART), random(48, 2 * linear.PART)
-    early = poison(2, rows, 48, dtype=torch.float32)
-    tiled = poison(2, rows, 48, dtype=torch.float32)
-    linear.linear_parts(x, w, early)
-    linear.linear_parts(x, w, tiled, tile=linear.LinearTile(32, 64, 64, 4, 3))
-    assert_close(early.sum(0), x.double() @ w.double().T)
-    assert_same(early, tiled)
+def test_the_tile_of_a_product_changes_no_bit(rows: int) -> None:
+    x, w = random(rows, 1024), random(48, 1024)
+    one, other = (poison(4, rows, 48, dtype=torch.float32) for _ in range(2))
+    linear.linear_parts(x, w, one, pdl=ON_CUDA)
+    linear.linear_parts(x, w, other, tile=linear.LinearTile(32, 64, 64, 4, 3))
+    assert_close(one.sum(0), x.double() @ w.double().T)
+    assert_same(one, other)
 
 
 def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -116,11 +115,11 @@ def test_residual_norm_and_router_follow_their_formulas(rows: int) -> None:
     assert_same(alone[0], scores[-1])
 
 
-def test_embedding_is_read_and_normed() -> None:
+def test_embedding_of_a_token_or_of_the_former_steps_is_read_and_normed() -> None:
     table, w_norm = random(50, HIDDEN), random(HIDDEN)
     x, h = poison(3, HIDDEN, dtype=torch.float32), poison(3, HIDDEN)
-    residual.embed_norm(ints([7, 0, 49]), table, w_norm, x, h, eps=EPS)
-    assert torch.equal(x, table[[7, 0, 49]].float())
+    residual.embed_norm(ints([7, -3, 49]), ints([1, 2, 30]), table, w_norm, x, h, eps=EPS)
+    assert torch.equal(x, table[[7, 30, 49]].float())
     assert_close(h, norm(x, w_norm))
 
 

@@ -28,7 +28,7 @@ class AttentionTile(NamedTuple):
     programs: int
 
 
-ATTENTION_TILE = AttentionTile(warps=4, stages=2, programs=1024)
+ATTENTION_TILE = AttentionTile(warps=2, stages=1, programs=2048)
 
 
 class Paging(NamedTuple):

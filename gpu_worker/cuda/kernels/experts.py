@@ -10,7 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
+from gpu_worker.cuda.kernels.pdl import (
+    await_predecessor,
+    launch_options,
+    prefetch,
+    release_successor,
+)
 from gpu_worker.cuda.kernels.routing import SlotTiles
 
 
@@ -23,8 +28,12 @@ class ExpertTile(NamedTuple):
     stages: int
 
 
-GATE_UP_TILE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
-DOWN_TILE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
+# Measured: a few experts want more programs, many want longer reads.
+_GATE_UP_ALONE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
+_GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
+_DOWN_ALONE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
+_DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
+_LINE_VALUES = 64  # 128 bytes of the weights' type
 
 
 class Rows(NamedTuple):
@@ -44,11 +53,12 @@ def gate_up(
     inner_NI: torch.Tensor,
     *,
     pdl: bool = False,
-    tile: ExpertTile = GATE_UP_TILE,
+    tile: ExpertTile | None = None,
 ) -> None:
     """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`."""
     _, double_inner, hidden = w_gate_up_SJH.shape
     inner = double_inner // 2
+    tile = tile or (_GATE_UP_ALONE if rows.tiles is None else _GATE_UP_GROUPED)
     columns, depth = _fit(tile.columns, inner), _fit(tile.depth, hidden)
     _gate_up[(inner // columns, _num_tiles(rows))](
         x,
@@ -76,9 +86,10 @@ def down(
     y_NH: torch.Tensor,
     *,
     pdl: bool = False,
-    tile: ExpertTile = DOWN_TILE,
+    tile: ExpertTile | None = None,
 ) -> None:
     _, hidden, inner = w_down_SHI.shape
+    tile = tile or (_DOWN_ALONE if rows.tiles is None else _DOWN_GROUPED)
     columns, depth = _fit(tile.columns, hidden), _fit(tile.depth, inner)
     _down[(hidden // columns, _num_tiles(rows))](
         inner_NI,
@@ -92,6 +103,8 @@ def down(
         BLOCK_K=depth,
         GROUPED=rows.tiles is not None,
         PADDED=rows.padded,
+        LINES=_lines(inner) if pdl and rows.tiles is None else 0,
+        LINE=_LINE_VALUES,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **launch_options(pdl),
@@ -103,6 +116,11 @@ def _fit(block: int, size: int) -> int:
     block = math.gcd(block, size)
     assert block >= 16, "inner and hidden sizes must be multiples of 16"
     return block
+
+
+def _lines(inner: int) -> int:
+    """Cache lines of a row of the weights to ask for; a power of two."""
+    return 1 << (max(inner // _LINE_VALUES, 1).bit_length() - 1)
 
 
 def _num_tiles(rows: Rows) -> int:
@@ -168,7 +186,9 @@ def _gate_up(
     PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    after_predecessor(PDL)
+    # In this order: a successor that has begun may read the slots, which are an earlier kernel's.
+    await_predecessor(PDL)
+    release_successor(PDL)
     slot, rows, is_row = _find_rows(
         slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
     )
@@ -205,9 +225,19 @@ def _down(
     BLOCK_K: tl.constexpr,
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    after_predecessor(PDL)
+    """Asks for its weights before it waits for its input; see `linear`. Not where rows are grouped:
+    there this kernel begins when hardly any of its predecessor is left."""
+    release_successor(PDL)
+    if LINES > 0:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        slot = tl.maximum(tl.load(slots_ptr + tl.program_id(1)), 0).to(tl.int64)
+        line = tl.arange(0, LINES) * LINE
+        prefetch(w_ptr + slot * (HIDDEN * INNER) + n[:, None] * INNER + line[None, :])
+    await_predecessor(PDL)
     slot, rows, is_row = _find_rows(
         slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
     )

@@ -16,6 +16,7 @@ _FUSED_ROWS_MAX = 8
 
 def embed_norm(
     ids_T: torch.Tensor,
+    former_ids_R: torch.Tensor,
     embedding_VH: torch.Tensor,
     norm_H: torch.Tensor,
     x_TH: torch.Tensor,
@@ -24,9 +25,11 @@ def embed_norm(
     eps: float,
     pdl: bool = False,
 ) -> None:
+    """An id of -1 - r stands for `former_ids_R[r]`."""
     rows, hidden = h_TH.shape
     _embed_norm[(rows,)](
         ids_T,
+        former_ids_R,
         embedding_VH,
         norm_H,
         x_TH,
@@ -160,6 +163,7 @@ def _scores(w, h):
 @triton.jit
 def _embed_norm(
     ids_ptr,
+    former_ids_ptr,
     embedding_ptr,
     norm_ptr,
     x_ptr,
@@ -174,7 +178,10 @@ def _embed_norm(
     mask = i < HIDDEN
     norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
     after_predecessor(PDL)
-    token = tl.load(ids_ptr + row).to(tl.int64)
+    token = tl.load(ids_ptr + row)
+    former = tl.load(former_ids_ptr + tl.maximum(-1 - token, 0))
+    # A row without a token (no finite logits) samples -1; what follows it is thrown away.
+    token = tl.where(token < 0, tl.maximum(former, 0), token).to(tl.int64)
     x = tl.load(embedding_ptr + token * HIDDEN + i, mask=mask, other=0.0).to(tl.float32)
     h = _norm(x, norm_w, eps, HIDDEN)
     tl.store(x_ptr + row * HIDDEN + i, x, mask=mask)
