@@ -1,8 +1,8 @@
 """One rank's decoder on one CUDA card, measured in one call: `python -m bench.gpu --out FOLDER`.
 
 Random bf16 weights of Qwen3-30B-A3B's shape: decode tokens/s by batch size as a share of the
-roofline, what batch invariance and dependent launches cost or save, prefill, refilling slots beside
-decode, transformers' generate on the same weights. What is correct is for tests/gpu to say.
+roofline, what batch invariance costs, prefill, refilling slots beside decode, and transformers'
+generate on the same weights. What is correct is for tests/gpu to say.
 """
 
 from __future__ import annotations
@@ -256,15 +256,13 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
     }
 
 
-def transformers_rate(bench: GpuBench, implementation: str | None, batch: int) -> dict[str, Any]:
+def transformers_rate(bench: GpuBench, batch: int) -> dict[str, Any]:
     """Decode only: the time of 10 new tokens less that of 2, over 8."""
     import transformers
 
     from bench.gpu_reference import reference_model
 
-    model = reference_model(
-        bench.sizes, bench.weights, bench.slots, context=1024, experts_implementation=implementation
-    )
+    model = reference_model(bench.sizes, bench.weights, bench.slots, context=1024)
     ids = torch.from_numpy(random_ids(batch * CONTEXT).reshape(batch, CONTEXT)).cuda()
 
     def seconds(new: int) -> float:
@@ -292,7 +290,7 @@ def transformers_rate(bench: GpuBench, implementation: str | None, batch: int) -
 
 
 def profile(decoder: Any, batch: int) -> dict[str, float]:
-    """Microseconds a step by kernel, as traced: without dependent launches they do not overlap."""
+    """Microseconds a step by kernel, as traced."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -344,16 +342,12 @@ def measure(report: Report, layers: int, sections: set[str]) -> None:
     bench = GpuBench(layers)
     if "decode" in sections:
         _measure_decode(report, bench, copy, link)
-    if "variants" in sections:
-        _measure_variants(report, bench, copy)
+    if "free" in sections:
+        _measure_free(report, bench, copy)
     if "kernels" in sections:
         _measure_kernels(report, bench)
     if "transformers" in sections:
-        for implementation in (None,):  # its loop over experts, "eager", is ten times slower still
-            report.run(
-                f"transformers_{implementation or 'default'}_32",
-                lambda implementation=implementation: transformers_rate(bench, implementation, 32),
-            )
+        report.run("transformers_32", lambda: transformers_rate(bench, 32))
 
 
 def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -> None:
@@ -362,25 +356,20 @@ def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -
     report.run("capture_s", lambda: time.perf_counter() - began)
     for batch in BATCHES:
         report.run(f"decode_{batch}", lambda n=batch: decode_rates(bench, decoder, n, copy))
+    for batch in (1, 8, 128):
+        report.run(f"profile_{batch}", lambda n=batch: profile(decoder, n))
     report.run("invariance", lambda: invariance(decoder))
     report.run("prefill", lambda: prefill_rate(decoder))
     report.run("refill", lambda: refill(bench, decoder, link))
 
 
-def _measure_variants(report: Report, bench: GpuBench, copy: float) -> None:
-    variants = {"free": {"invariant": False}, "no_pdl": {"pdl": False}}
-    for name, options in variants.items():
-        decoder = bench.decoder((1, 8, 32, 128), **options)
-        for batch in (1, 8, 32, 128):
-            report.run(
-                f"decode_{name}_{batch}",
-                lambda n=batch, d=decoder: decode_rates(bench, d, n, copy),
-            )
-        report.run(f"invariance_{name}", lambda d=decoder: invariance(d))
-        report.run(f"prefill_{name}", lambda d=decoder: prefill_rate(d))
-        if name == "no_pdl":
-            for batch in (1, 8, 128):
-                report.run(f"profile_{batch}", lambda n=batch, d=decoder: profile(d, n))
+def _measure_free(report: Report, bench: GpuBench, copy: float) -> None:
+    """What batch invariance costs: the same with the library's dense products."""
+    decoder = bench.decoder(BATCHES, invariant=False)
+    for batch in BATCHES:
+        report.run(f"decode_free_{batch}", lambda n=batch: decode_rates(bench, decoder, n, copy))
+    report.run("invariance_free", lambda: invariance(decoder))
+    report.run("prefill_free", lambda: prefill_rate(decoder))
 
 
 def _measure_kernels(report: Report, bench: GpuBench) -> None:
@@ -399,7 +388,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("var/bench"))
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument(
-        "--sections", default="decode,variants,kernels,transformers", help="comma-separated"
+        "--sections", default="decode,free,kernels,transformers", help="comma-separated"
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():

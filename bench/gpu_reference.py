@@ -18,11 +18,9 @@ def reference_model(
     slots: CudaSlots,
     *,
     context: int,
-    experts_implementation: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Expert e must lie in slot e. `dtype` None: views; else converted copies. Older releases know
-    no `experts_implementation`."""
+    """Expert e must lie in slot e. `dtype` None: views; else converted copies."""
     import transformers
 
     config = transformers.Qwen3MoeConfig(
@@ -45,8 +43,6 @@ def reference_model(
     dtype_here = dtype or weights.dtype
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype_here)
-    if experts_implementation is not None:
-        model.set_experts_implementation(experts_implementation)
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=config).to(weights.device)
     for name, value in _tensors(sizes, weights, slots).items():

@@ -29,7 +29,7 @@ DECODE_LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderOptions:
     """`invariant`: dense products in fixed parts, so that a row's bits do not depend on its batch;
-    without it they are the library's. `pdl`: dependent launches."""
+    without it they are the library's."""
 
     kv_blocks: int
     block_tokens: int = 16
@@ -38,7 +38,6 @@ class DecoderOptions:
     prefill_tokens: int = 512
     prefill_sequences: int = 64
     invariant: bool = True
-    pdl: bool = True
 
 
 class PendingStep:
@@ -161,8 +160,8 @@ class Decoder:
         return self._prefill
 
     def _enqueue(self, inputs: StepInputs) -> None:
-        buffers, weights, options = self._buffers, self._weights, self.options
-        tokens, pdl, eps = inputs.size.tokens, options.pdl, self.sizes.norm_eps
+        buffers, weights = self._buffers, self._weights
+        tokens, eps = inputs.size.tokens, self.sizes.norm_eps
         x, x_mid, h = (b[:tokens] for b in (buffers.x_TH, buffers.x_mid_TH, buffers.h_TH))
         first_norm = weights.layers[0].input_norm_H
         residual.embed_norm(
@@ -173,7 +172,6 @@ class Decoder:
             x,
             h,
             eps=eps,
-            pdl=pdl,
         )
         norms = [w.input_norm_H for w in weights.layers[1:]] + [weights.final_norm_H]
         for layer, next_norm in enumerate(norms):
@@ -190,15 +188,14 @@ class Decoder:
                 routed.slots_TK,
                 routed.weights_TK,
                 normalise=self.sizes.normalise_top_k,
-                pdl=pdl,
             )
-            onward = Onward(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps, pdl=pdl)
+            onward = Onward(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps)
             self._moe.run(layer, routed, onward)
         self._sample(inputs, h)
 
     def _attend(self, layer: int, inputs: StepInputs, x: Tensor, x_mid: Tensor, h: Tensor) -> None:
         """From the normed stream to the stream after attention, normed, and the router's scores."""
-        buffers, pdl, eps = self._buffers, self.options.pdl, self.sizes.norm_eps
+        buffers, eps = self._buffers, self.sizes.norm_eps
         weights, tokens = self._weights.layers[layer], x.shape[0]
         k_BJUD, v_BJUD = self._k_LBJUD[layer], self._v_LBJUD[layer]
         qkv = buffers.qkv_parts(tokens)
@@ -214,16 +211,15 @@ class Decoder:
             k_BJUD,
             v_BJUD,
             eps=eps,
-            pdl=pdl,
         )
         heads = buffers.heads_TO[:tokens]
         attention.attend(
-            buffers.q_TQD[:tokens], k_BJUD, v_BJUD, inputs.paging, buffers.partials, heads, pdl=pdl
+            buffers.q_TQD[:tokens], k_BJUD, v_BJUD, inputs.paging, buffers.partials, heads
         )
         out = buffers.attention_parts(tokens)
         self._multiply(heads, weights.w_o_HO, out)
         router = (weights.w_router_EH, buffers.scores_TE[:tokens])
-        residual.add_norm(x, out, weights.mlp_norm_H, x_mid, h, eps=eps, router=router, pdl=pdl)
+        residual.add_norm(x, out, weights.mlp_norm_H, x_mid, h, eps=eps, router=router)
 
     def _sample(self, inputs: StepInputs, h: Tensor) -> None:
         buffers, rows = self._buffers, inputs.size.rows
@@ -232,10 +228,10 @@ class Decoder:
         logits_1RV = buffers.logits_PRV[:, :rows]
         self._multiply(h, self._weights.w_head_VH, logits_1RV)
         ids_R = buffers.ids_R[:rows]
-        sampling.sample_rows(logits_1RV[0], inputs.draws, ids_R, pdl=self.options.pdl)
+        sampling.sample_rows(logits_1RV[0], inputs.draws, ids_R)
 
     def _multiply(self, x_TI: Tensor, w_OI: Tensor, out_PTO: Tensor) -> None:
         if self.options.invariant:
-            linear_parts(x_TI, w_OI, out_PTO, pdl=self.options.pdl)
+            linear_parts(x_TI, w_OI, out_PTO)
         else:
             torch.mm(x_TI, w_OI.T, out=out_PTO[0])

@@ -39,7 +39,6 @@ class Onward:
     x_out_TH: Tensor
     h_TH: Tensor
     eps: float
-    pdl: bool
 
 
 class MoeStage(Protocol):
@@ -81,11 +80,11 @@ class LocalMoe:
     def run(self, layer: int, routed: Routed, onward: Onward) -> None:
         tokens = routed.slots_TK.shape[0]
         pairs = tokens * self._top_k
-        rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK, onward.pdl))
+        rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
         inner_NI, y_NH = self._inner_NI[:pairs], self._y_NH[:pairs]
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
-        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI, pdl=onward.pdl)
-        experts.down(inner_NI, w_down, rows, y_NH, pdl=onward.pdl)
+        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI)
+        experts.down(inner_NI, w_down, rows, y_NH)
         residual.add_pairs_norm(
             onward.x_TH,
             y_NH,
@@ -95,10 +94,9 @@ class LocalMoe:
             onward.x_out_TH,
             onward.h_TH,
             eps=onward.eps,
-            pdl=onward.pdl,
         )
 
-    def _group(self, slots_TK: Tensor, pdl: bool) -> routing.SlotTiles | None:
+    def _group(self, slots_TK: Tensor) -> routing.SlotTiles | None:
         tokens = slots_TK.shape[0]
         if tokens <= _ALONE_TOKENS_MAX:
             return None
@@ -108,7 +106,7 @@ class LocalMoe:
             self._tiles[tokens] = routing.slot_tiles(
                 slots_TK.numel(), num_slots, tile_rows, slots_TK.device
             )
-        routing.group_by_slot(slots_TK, num_slots, self._tiles[tokens], pdl=pdl)
+        routing.group_by_slot(slots_TK, num_slots, self._tiles[tokens])
         return self._tiles[tokens]
 
 
@@ -128,14 +126,12 @@ class ExchangedMoe:
 
     def run(self, layer: int, routed: Routed, onward: Onward) -> None:
         x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
-        # The exchange's kernels know nothing of dependent launches: the first of ours after them
-        # waits for all of them, and so must not begin before.
-        routing.tile_counts(counts_S, self._rows_of_slot, self._tiles, pdl=False)
+        routing.tile_counts(counts_S, self._rows_of_slot, self._tiles)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         hidden = x_SMH.shape[-1]
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
-        experts.gate_up(x_SMH.view(-1, hidden), w_gate_up, rows, self._inner_NI, pdl=onward.pdl)
-        experts.down(self._inner_NI, w_down, rows, self._y_NH, pdl=onward.pdl)
+        experts.gate_up(x_SMH.view(-1, hidden), w_gate_up, rows, self._inner_NI)
+        experts.down(self._inner_NI, w_down, rows, self._y_NH)
         y_SMH = self._y_NH.view(x_SMH.shape)
         y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
         residual.add_norm(
@@ -145,7 +141,6 @@ class ExchangedMoe:
             onward.x_out_TH,
             onward.h_TH,
             eps=onward.eps,
-            pdl=False,
         )
 
 

@@ -80,7 +80,6 @@ def make_decoder(weights, moe) -> Decoder:
         decode_ladder=(1, 8),
         prefill_tokens=32,
         prefill_sequences=4,
-        pdl=ON_CUDA,
     )
     decoder = Decoder(SIZES, weights, moe, options)
     decoder.use_slots(np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_layers, 1)))

@@ -13,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
-
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
 _MERGE_SPLITS = 16
@@ -62,7 +60,6 @@ def rotate_and_store(
     v_BJUD: torch.Tensor,
     *,
     eps: float,
-    pdl: bool = False,
 ) -> None:
     parts, rows, columns = qkv_PTC.shape
     _, heads, head_dim = q_TQD.shape
@@ -88,7 +85,6 @@ def rotate_and_store(
         HALF=head_dim // 2,
         BLOCK_TOKENS=block_tokens,
         num_warps=1,
-        **launch_options(pdl),
     )
 
 
@@ -100,7 +96,6 @@ def attend(
     partials: Partials,
     out_TC: torch.Tensor,
     *,
-    pdl: bool = False,
     tile: AttentionTile = ATTENTION_TILE,
 ) -> None:
     """`out_TC` holds the heads side by side."""
@@ -132,7 +127,6 @@ def attend(
         TILED=paging.tiles_C2 is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **launch_options(pdl),
     )
     _merge_splits[(rows, heads)](
         *partials,
@@ -144,7 +138,6 @@ def attend(
         SPLIT=SPLIT_TOKENS,
         BLOCK_X=_MERGE_SPLITS,
         num_warps=2,
-        **launch_options(pdl),
     )
 
 
@@ -169,12 +162,10 @@ def _rotate_and_store(
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     i = tl.arange(0, HALF)
-    after_predecessor(PDL)
     position = tl.load(position_ptr + row)
     if position >= 0:
         low = tl.zeros([HALF], dtype=tl.float32)
@@ -234,7 +225,6 @@ def _attend_splits(
     SPLIT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Each split by itself: which program does it changes nothing. A row's sum comes from a
     product with ones, because a row-wise sum's order would depend on the tile's shape."""
@@ -243,7 +233,6 @@ def _attend_splits(
     r = tl.arange(0, ROWS)
     d = tl.arange(0, HEAD_DIM)
     n = tl.arange(0, SPLIT)
-    after_predecessor(PDL)
     first = tl.load(tiles_ptr + 2 * tile) if TILED else tile
     count = tl.load(tiles_ptr + 2 * tile + 1) if TILED else 1
     row = first + r // GROUP
@@ -294,13 +283,11 @@ def _merge_splits(
     HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     x = tl.arange(0, BLOCK_X)
     d = tl.arange(0, HEAD_DIM)
-    after_predecessor(PDL)
     num_splits = (tl.load(position_ptr + row) + SPLIT) // SPLIT
     base = (row * HEADS + head) * splits_max
     peak = float("-inf")

@@ -10,12 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import (
-    await_predecessor,
-    launch_options,
-    prefetch,
-    release_successor,
-)
 from gpu_worker.cuda.kernels.routing import SlotTiles
 
 
@@ -33,7 +27,6 @@ _GATE_UP_ALONE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
 _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
 _DOWN_ALONE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
-_LINE_VALUES = 64  # 128 bytes of the weights' type
 
 
 class Rows(NamedTuple):
@@ -52,7 +45,6 @@ def gate_up(
     rows: Rows,
     inner_NI: torch.Tensor,
     *,
-    pdl: bool = False,
     tile: ExpertTile | None = None,
 ) -> None:
     """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`."""
@@ -75,7 +67,6 @@ def gate_up(
         PADDED=rows.padded,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **launch_options(pdl),
     )
 
 
@@ -85,7 +76,6 @@ def down(
     rows: Rows,
     y_NH: torch.Tensor,
     *,
-    pdl: bool = False,
     tile: ExpertTile | None = None,
 ) -> None:
     _, hidden, inner = w_down_SHI.shape
@@ -103,11 +93,8 @@ def down(
         BLOCK_K=depth,
         GROUPED=rows.tiles is not None,
         PADDED=rows.padded,
-        LINES=_lines(inner) if pdl and rows.tiles is None else 0,
-        LINE=_LINE_VALUES,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **launch_options(pdl),
     )
 
 
@@ -116,11 +103,6 @@ def _fit(block: int, size: int) -> int:
     block = math.gcd(block, size)
     assert block >= 16, "inner and hidden sizes must be multiples of 16"
     return block
-
-
-def _lines(inner: int) -> int:
-    """Cache lines of a row of the weights to ask for; a power of two."""
-    return 1 << (max(inner // _LINE_VALUES, 1).bit_length() - 1)
 
 
 def _num_tiles(rows: Rows) -> int:
@@ -184,11 +166,7 @@ def _gate_up(
     BLOCK_K: tl.constexpr,
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    # In this order: a successor that has begun may read the slots, which are an earlier kernel's.
-    await_predecessor(PDL)
-    release_successor(PDL)
     slot, rows, is_row = _find_rows(
         slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
     )
@@ -225,19 +203,7 @@ def _down(
     BLOCK_K: tl.constexpr,
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Asks for its weights before it waits for its input; see `linear`. Not where rows are grouped:
-    there this kernel begins when hardly any of its predecessor is left."""
-    release_successor(PDL)
-    if LINES > 0:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        slot = tl.maximum(tl.load(slots_ptr + tl.program_id(1)), 0).to(tl.int64)
-        line = tl.arange(0, LINES) * LINE
-        prefetch(w_ptr + slot * (HIDDEN * INNER) + n[:, None] * INNER + line[None, :])
-    await_predecessor(PDL)
     slot, rows, is_row = _find_rows(
         slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
     )

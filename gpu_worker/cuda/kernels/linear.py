@@ -10,16 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import (
-    await_predecessor,
-    launch_options,
-    prefetch,
-    release_successor,
-)
-
 _PARTS = 4
-_LINE_VALUES = 64  # 128 bytes of the weights' type
-_PREFETCHED_DEPTH = 1024
 
 
 class LinearTile(NamedTuple):
@@ -32,9 +23,14 @@ class LinearTile(NamedTuple):
     stages: int
 
 
-_SHORT = LinearTile(rows=16, columns=32, depth=128, warps=4, stages=3)
-_TALL = LinearTile(rows=32, columns=32, depth=128, warps=4, stages=3)
-_TALL_PREFETCHED_ROWS_MAX = 32
+def _tile_for(num_rows: int) -> LinearTile:
+    """As measured. Up to 16 rows more programs win; from 64 rows on, taller tiles, on two warps: on
+    four the compiler takes another instruction."""
+    if num_rows <= 16:
+        return LinearTile(rows=16, columns=32, depth=128, warps=4, stages=3)
+    if num_rows <= 32:
+        return LinearTile(rows=32, columns=64, depth=128, warps=4, stages=3)
+    return LinearTile(rows=64, columns=64, depth=64, warps=2, stages=3)
 
 
 def num_parts(inner: int) -> int:
@@ -47,13 +43,12 @@ def linear_parts(
     w_NK: torch.Tensor,
     out_PTN: torch.Tensor,
     *,
-    pdl: bool = False,
     tile: LinearTile | None = None,
 ) -> None:
     """Part p of `out_PTN` (float32) covers the p-th of P equal ranges of the inner dimension."""
     num_rows, inner = x_TK.shape
     parts, _, columns = out_PTN.shape
-    tile = tile or (_SHORT if num_rows <= 16 else _TALL)
+    tile = tile or _tile_for(num_rows)
     part = inner // parts
     depth = math.gcd(tile.depth, part)
     assert inner % parts == 0, "parts must be equal"
@@ -70,17 +65,9 @@ def linear_parts(
         BLOCK_T=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=depth,
-        LINES=_lines(part) if pdl and num_rows <= _TALL_PREFETCHED_ROWS_MAX else 0,
-        LINE=_LINE_VALUES,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **launch_options(pdl),
     )
-
-
-def _lines(part: int) -> int:
-    """Cache lines of a row of the weights to ask for; a power of two."""
-    return max(min(math.gcd(part, _PREFETCHED_DEPTH) // _LINE_VALUES, 16), 1)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -95,12 +82,7 @@ def _linear_parts(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """A program asks for its weights before it waits for its input: they come into the L2 cache
-    while the kernels before still work."""
     part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -110,12 +92,6 @@ def _linear_parts(
     is_row = t[:, None] < num_rows
     is_column = n[:, None] < COLUMNS
     acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-    release_successor(PDL)
-    if LINES > 0:
-        line = part * PART + tl.arange(0, LINES) * LINE
-        row = tl.minimum(n, COLUMNS - 1)
-        prefetch(w_ptr + row[:, None] * INNER + line[None, :])
-    await_predecessor(PDL)
     for start in range(0, PART, BLOCK_K):
         x = tl.load(x_ptrs + start, mask=is_row, other=0.0)
         if COLUMNS % BLOCK_N == 0:

@@ -7,8 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
-
 _ROUTER_EXPERTS = 8  # experts a program scores; part of the reduction's shape: never by batch
 _ROUTER_WARPS = 8
 _FUSED_ROWS_MAX = 8
@@ -23,7 +21,6 @@ def embed_norm(
     h_TH: torch.Tensor,
     *,
     eps: float,
-    pdl: bool = False,
 ) -> None:
     """An id of -1 - r stands for `former_ids_R[r]`."""
     rows, hidden = h_TH.shape
@@ -38,7 +35,6 @@ def embed_norm(
         HIDDEN=hidden,
         BLOCK_H=triton.next_power_of_2(hidden),
         num_warps=_ROUTER_WARPS,
-        **launch_options(pdl),
     )
 
 
@@ -51,7 +47,6 @@ def add_norm(
     *,
     eps: float,
     router: tuple[torch.Tensor, torch.Tensor] | None = None,
-    pdl: bool = False,
 ) -> None:
     """`x_out = x + Σ parts_PTH`, `h = norm(x_out)`. With `router = (w_EH, scores_TE)` its scores of
     `h`, too."""
@@ -76,10 +71,9 @@ def add_norm(
         EXPERTS=experts,
         BLOCK_E=_ROUTER_EXPERTS,
         num_warps=_ROUTER_WARPS,
-        **launch_options(pdl),
     )
     if router is not None and not fused:
-        _score(h_TH, *router, pdl=pdl)
+        _score(h_TH, *router)
 
 
 def add_pairs_norm(
@@ -92,7 +86,6 @@ def add_pairs_norm(
     h_TH: torch.Tensor,
     *,
     eps: float,
-    pdl: bool = False,
 ) -> None:
     """`x_out = x + Σ_k weights_TK · y_TKH` in the order of k, `h = norm(x_out)`. Pairs without a
     slot count as zero."""
@@ -110,11 +103,10 @@ def add_pairs_norm(
         BLOCK_H=triton.next_power_of_2(hidden),
         TOP_K=slots_TK.shape[1],
         num_warps=_ROUTER_WARPS,
-        **launch_options(pdl),
     )
 
 
-def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor, *, pdl: bool) -> None:
+def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> None:
     rows, hidden = h_TH.shape
     experts = w_EH.shape[0]
     rows_each = max(2, triton.next_power_of_2(triton.cdiv(rows, 16)))
@@ -130,7 +122,6 @@ def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor, *, p
         BLOCK_E=_ROUTER_EXPERTS,
         BLOCK_T=rows_each,
         num_warps=_ROUTER_WARPS,
-        **launch_options(pdl),
     )
 
 
@@ -171,13 +162,11 @@ def _embed_norm(
     eps,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_H)
     mask = i < HIDDEN
     norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    after_predecessor(PDL)
     token = tl.load(ids_ptr + row)
     former = tl.load(former_ids_ptr + tl.maximum(-1 - token, 0))
     # A row without a token (no finite logits) samples -1; what follows it is thrown away.
@@ -204,7 +193,6 @@ def _add_norm(
     PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_E
@@ -213,7 +201,6 @@ def _add_norm(
     norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
     if EXPERTS > 0:
         w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
-    after_predecessor(PDL)
     x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
     for part in tl.static_range(PARTS):
         ptr = parts_ptr + part * part_stride.to(tl.int64) + row * HIDDEN + i
@@ -240,13 +227,11 @@ def _add_pairs_norm(
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     TOP_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_H)
     mask = i < HIDDEN
     norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    after_predecessor(PDL)
     x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
     moe = tl.zeros([BLOCK_H], dtype=tl.float32)
     for k in tl.static_range(TOP_K):
@@ -271,13 +256,11 @@ def _score_rows(
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_E
     i = tl.arange(0, BLOCK_H)
     e = first + tl.arange(0, BLOCK_E)
     w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
-    after_predecessor(PDL)
     start = tl.program_id(1) * BLOCK_T
     for row in range(start, tl.minimum(start + BLOCK_T, num_rows)):
         h = tl.load(h_ptr + row * HIDDEN + i, mask=i < HIDDEN, other=0.0)

@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
-
 _CHUNK = 256
 _COMPARISONS = 16_384  # a block of them, over 4 warps
 NO_SLOT = -1
@@ -44,7 +42,6 @@ def choose_slots(
     weights_TK: torch.Tensor,
     *,
     normalise: bool,
-    pdl: bool = False,
 ) -> None:
     """Softmax over all experts, the k largest (of equals the lowest id), their slots by
     `slot_of_E`. Rows without a token (position -1) get NO_SLOT."""
@@ -61,13 +58,10 @@ def choose_slots(
         TOP_K=slots_TK.shape[1],
         NORMALISE=normalise,
         num_warps=4,
-        **launch_options(pdl),
     )
 
 
-def group_by_slot(
-    slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles, *, pdl: bool = False
-) -> None:
+def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> None:
     """Fills `tiles`: pairs in the order of their slots, then of the pairs themselves."""
     rows, top_k = slots_TK.shape
     _group_by_slot[(rows + 1,)](
@@ -84,11 +78,10 @@ def group_by_slot(
         TILES_OF_SLOT=triton.cdiv(rows, tiles.rows),
         CHUNK=min(_CHUNK, triton.next_power_of_2(rows * top_k)),
         num_warps=4,
-        **launch_options(pdl),
     )
 
 
-def tile_counts(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles, *, pdl: bool) -> None:
+def tile_counts(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles) -> None:
     """For rows that lie padded by slot: slot s holds `counts_S[s]` rows from `s · rows_of_slot`."""
     num_slots = counts_S.shape[0]
     _tile_counts[(1,)](
@@ -100,7 +93,6 @@ def tile_counts(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles, *, 
         ROWS_OF_SLOT=rows_of_slot,
         TILE_ROWS=tiles.rows,
         num_warps=4,
-        **launch_options(pdl),
     )
 
 
@@ -116,7 +108,6 @@ def _choose_slots(
     CHUNK: tl.constexpr,
     TOP_K: tl.constexpr,
     NORMALISE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """An expert's place among the chosen is the number of experts before it: no search for one
     maximum after the other."""
@@ -124,7 +115,6 @@ def _choose_slots(
     e = tl.arange(0, BLOCK_E)
     is_expert = e < EXPERTS
     slot = tl.load(slot_of_ptr + e, mask=is_expert, other=-1)
-    after_predecessor(PDL)
     row_ptr = scores_ptr + row * EXPERTS
     scores = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
@@ -182,12 +172,10 @@ def _group_by_slot(
     TILE_ROWS: tl.constexpr,
     TILES_OF_SLOT: tl.constexpr,
     CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Program t finds the places of token t's pairs; one more counts and cuts the tiles."""
     row = tl.program_id(0)
     n = tl.arange(0, CHUNK)
-    after_predecessor(PDL)
     if row * TOP_K < num_pairs:
         k = tl.arange(0, BLOCK_K)
         pair = row * TOP_K + k
@@ -224,10 +212,8 @@ def _tile_counts(
     BLOCK_S: tl.constexpr,
     ROWS_OF_SLOT: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     s = tl.arange(0, BLOCK_S)
-    after_predecessor(PDL)
     counts = tl.load(counts_ptr + s, mask=s < SLOTS, other=0).to(tl.int32)
     _write_tiles(
         counts,

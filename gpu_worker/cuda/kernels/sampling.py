@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.pdl import after_predecessor, launch_options
-
 BANNED_MAX = 4
 _BLOCK_V = 8192
 _BISECTIONS = 30
@@ -27,9 +25,7 @@ class Draws(NamedTuple):
     banned_TX: torch.Tensor
 
 
-def sample_rows(
-    logits_TV: torch.Tensor, draws: Draws, ids_T: torch.Tensor, *, pdl: bool = False
-) -> None:
+def sample_rows(logits_TV: torch.Tensor, draws: Draws, ids_T: torch.Tensor) -> None:
     """-1 where a row has no finite maximum. Tokens that tie at the edge of top-k or top-p are all
     kept."""
     rows, vocab = logits_TV.shape
@@ -42,7 +38,6 @@ def sample_rows(
         BANNED=draws.banned_TX.shape[1],
         BISECTIONS=_BISECTIONS,
         num_warps=16 if vocab > 4096 else 4,
-        **launch_options(pdl),
     )
 
 
@@ -68,13 +63,11 @@ def _sample_rows(
     BLOCK_V: tl.constexpr,
     BANNED: tl.constexpr,
     BISECTIONS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """`weight = exp((x - peak) / temperature)` lies in [0, 1]; a threshold on it that keeps enough
     tokens, or enough of their sum, is found by bisection, without a sort."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
-    after_predecessor(PDL)
     row_ptr = logits_ptr + row * VOCAB
     banned = banned_ptr + row * BANNED
     temperature = tl.load(temperature_ptr + row)
