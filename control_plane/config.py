@@ -73,6 +73,8 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
     redundant = config.redundant_experts
     if redundant < 0:
         redundant = experts if ranks > 1 else 0
+    if not model.moe_layers:
+        redundant = ranks - 1  # nothing to load, so every rank has it
     slots = config.slots_per_rank or max(
         _ceil(experts + redundant, ranks), _ceil(experts, _ceil(ranks, 2))
     )

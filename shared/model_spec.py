@@ -14,7 +14,8 @@ from shared.errors import CheckpointError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Sizes of a decoder. `moe_layers` are the decoder layers that have experts, in order: the
-    layer axis of a placement indexes this tuple. A dense model has none, and `num_experts` is 0."""
+    layer axis of a placement indexes this tuple. A dense model has none: to those who place experts
+    it has one layer of one expert that weighs nothing."""
 
     architecture: str
     num_layers: int
@@ -30,7 +31,7 @@ class ModelSpec:
 
     @property
     def num_moe_layers(self) -> int:
-        return len(self.moe_layers)
+        return max(1, len(self.moe_layers))
 
 
 ARCHITECTURES = {
@@ -69,8 +70,8 @@ def read_model_spec(folder: Path) -> ModelSpec:
             num_layers=int(config["num_hidden_layers"]),
             moe_layers=_moe_layers(config) if num_experts else (),
             hidden_size=int(config["hidden_size"]),
-            num_experts=num_experts,
-            top_k=int(config["num_experts_per_tok"]) if num_experts else 0,
+            num_experts=max(1, num_experts),
+            top_k=int(config["num_experts_per_tok"]) if num_experts else 1,
             moe_intermediate_size=int(_first_of(config, _EXPERT_SIZE)) if num_experts else 0,
             vocab_size=int(config["vocab_size"]),
             context_tokens_max=int(config["max_position_embeddings"]),

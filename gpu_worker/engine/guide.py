@@ -39,16 +39,17 @@ class Guides:
 
 class Guide:
     """One session's. `allowed` are the tokens that may come next: bit `t % 32` of word `t // 32`.
-    Where the text may end, the end tokens are among them."""
+    Where the text may end, the end tokens are among them; where it must, they are alone."""
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str, emitted: Sequence[int]) -> None:
+        self.end_ids = tuple(tokenizer.eos_tokens)
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._matcher.consume_tokens(list(emitted))
         self.allowed = self._next_bits()
 
     @property
     def is_complete(self) -> bool:
-        """No text can follow: the answer ends here, with or without an end token."""
+        """No text can follow."""
         return bool(self._matcher.is_stopped())
 
     def take(self, token: int) -> None:

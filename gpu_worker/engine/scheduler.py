@@ -148,7 +148,7 @@ class Scheduler:
             tokens_max=self._limits.tokens_max,
         )
         try:
-            sequence.guide = self._open_guide(submit)
+            sequence.follow(self._open_guide(submit))
         except GuideError as error:
             return sequence.reply(index=sequence.next_index, error=str(error))
         reply = self._refuse_or_finish(sequence)

@@ -85,6 +85,13 @@ class Sequence:
         eos = () if submit.sampling.ignore_eos else eos_token_ids
         self.stop_ids = tuple(sorted({*submit.sampling.stop_token_ids, *eos}))
 
+    def follow(self, guide: Guide | None) -> None:
+        """From now on `guide` says what may be drawn. It ends the text by an end token, which then
+        counts even where the client would ignore it."""
+        self.guide = guide
+        if guide is not None:
+            self.stop_ids = tuple(sorted({*self.stop_ids, *guide.end_ids}))
+
     @property
     def num_pending(self) -> int:
         """Known tokens whose KV is not in the cache; 1 while it decodes, never 0."""
@@ -122,8 +129,6 @@ class Sequence:
         """A continuation may arrive with nothing left to generate."""
         if self.wants_prompt_logits:
             return None
-        if self.guide is not None and self.guide.is_complete:
-            return FinishReason.STOP
         if self.next_index >= self.sampling.max_tokens or len(self.tokens) >= self.tokens_max:
             return FinishReason.LENGTH
         return None

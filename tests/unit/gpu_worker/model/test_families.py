@@ -109,10 +109,11 @@ def test_every_architecture_is_covered_here(tmp_path: Path) -> None:
     assert covered == set(ARCHITECTURES)
 
 
-def test_a_dense_model_has_no_experts_to_place(tmp_path: Path) -> None:
+def test_a_dense_model_has_one_expert_that_weighs_nothing(tmp_path: Path) -> None:
     spec = read_model_spec(save_checkpoint(tmp_path, "qwen3"))
     assert spec.moe_layers == ()
-    assert spec.num_experts == spec.top_k == 0
+    assert spec.num_moe_layers == spec.num_experts == spec.top_k == 1
+    assert spec.moe_intermediate_size == 0
 
 
 def test_sparse_attention_is_dense_where_it_chooses_all(tmp_path: Path) -> None:
