@@ -26,7 +26,12 @@ VOCAB = 512
 SCHEMA = {
     "type": "object",
     "properties": {
-        "names": {"type": "array", "items": {"type": "string", "maxLength": 8}, "minItems": 5, "maxItems": 9},
+        "names": {
+            "type": "array",
+            "items": {"type": "string", "maxLength": 8},
+            "minItems": 5,
+            "maxItems": 9,
+        },
         "open": {"type": "boolean"},
     },
     "required": ["names", "open"],
