@@ -82,10 +82,11 @@ class MlaScratch:
     def __init__(self, shape: MlaShape, block_tokens: int) -> None:
         self._shape = shape
         self._block_tokens = block_tokens
-        widest = (shape.q_size, shape.hidden_size, shape.rank + shape.rotated_size, shape.q_rank)
-        self.zeros: Floats = np.zeros(max(widest) + shape.index_size, dtype=np.float32)
+        widest = (shape.q_size, shape.rank, shape.value_size, shape.index_heads * shape.index_size)
+        self.zeros: Floats = np.zeros(max(*widest, shape.index_size), dtype=np.float32)
         self.tile_AU: Floats = _floats(shape.num_heads, block_tokens)
-        self.latent_UR: Floats = _floats(block_tokens, shape.rank)
+        # Rows behind the last chosen position get the weight zero: they must be finite.
+        self.latent_UR: Floats = _written_zeros(block_tokens, shape.rank)
         self.key_UW: Floats = _floats(block_tokens, shape.rotated_size)
         self.index_UI: Floats = _floats(block_tokens, shape.index_heads)
         self._allocate_context(0)
@@ -291,7 +292,7 @@ class MlaAttention:
             self._cos_CD,
             self._sin_CD,
         )
-        zeros_P = np.zeros(indexer.w_q_QP.shape[1], dtype=np.float32)
+        zeros_P = zeros[: indexer.w_q_QP.shape[1]]
         kernels.project(scratch.qa_TQ, indexer.w_q_QP, zeros_P, scratch.index_q_TP, num_tokens)
         kernels.place_index_queries(
             scratch.index_q_TP,

@@ -8,6 +8,7 @@ import numpy as np
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import DenseLayer, MoeLayer
+from gpu_worker.model.gqa_family import dense_size
 from gpu_worker.model.mlp import mlp_shapes, read_dense, read_mlp
 from gpu_worker.model.routers import GroupRouter
 from gpu_worker.model.weights import read_matrix, read_vector
@@ -42,7 +43,7 @@ class DeepseekMoe:
     def tensor_shapes(self, layer: int) -> dict[str, Shape]:
         spec, prefix = self._spec, f"model.layers.{layer}.mlp"
         if layer not in spec.moe_layers:
-            return mlp_shapes(prefix, spec.hidden_size, int(spec.raw["intermediate_size"]))
+            return mlp_shapes(prefix, spec.hidden_size, dense_size(spec))
         shapes: dict[str, Shape] = {f"{prefix}.gate.weight": (spec.num_experts, spec.hidden_size)}
         if self._sigmoid:
             shapes[f"{prefix}.gate.e_score_correction_bias"] = (spec.num_experts,)

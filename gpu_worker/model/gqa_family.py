@@ -36,7 +36,7 @@ class GqaFamily:
     final_norm_name = "model.norm.weight"
     qk_norm: ClassVar[int] = gqa.QK_NORM_NONE
     has_sinks: ClassVar[bool] = False
-    rope_kinds: ClassVar[tuple[str, ...]] = ("default",)
+    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "yarn")
     mlp_name: ClassVar[str] = "mlp"
     router_name: ClassVar[str] = "gate"
     expert_names: ClassVar[MlpNames] = USUAL_NAMES
@@ -73,8 +73,7 @@ class GqaFamily:
             if layer in spec.moe_layers:
                 shapes |= self.moe_shapes(layer)
             else:
-                inner_size = int(spec.raw["intermediate_size"])
-                shapes |= mlp_shapes(f"{prefix}.mlp", spec.hidden_size, inner_size)
+                shapes |= mlp_shapes(f"{prefix}.mlp", spec.hidden_size, dense_size(spec))
         return shapes
 
     def moe_shapes(self, layer: int) -> dict[str, Shape]:
@@ -166,6 +165,14 @@ def read_gqa_shape(spec: ModelSpec, qk_norm: int) -> GqaShape:
             "config.json: num_attention_heads must be a multiple of num_key_value_heads"
         )
     return shape
+
+
+def dense_size(spec: ModelSpec) -> int:
+    """Inner size of a dense layer's MLP. Raises CheckpointError."""
+    try:
+        return int(spec.raw["intermediate_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: missing or malformed {error}") from error
 
 
 def refuse(spec: ModelSpec, reasons: dict[str, bool]) -> None:

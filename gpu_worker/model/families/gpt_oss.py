@@ -23,7 +23,6 @@ _ALPHA, _LIMIT = 1.702, 7.0
 class GptOss(GqaFamily):
     expert_activation = experts.CLAMPED_SWIGLU
     has_sinks = True
-    rope_kinds = ("default", "yarn")
     router_name = "router"
 
     def __init__(self, spec: ModelSpec) -> None:

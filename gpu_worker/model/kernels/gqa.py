@@ -87,7 +87,7 @@ def _attend_heads(
     out_GD[:, :] = ZERO
     for g in range(q_GD.shape[0]):
         scores = scores_GC[g, begin:context]
-        top = scores.max()
+        top = scores.max() if sinks_G.shape[0] else ZERO
         total = softmax(scores, scale, context - begin)
         if sinks_G.shape[0]:
             total += exp32(sinks_G[g] - top * scale)

@@ -107,7 +107,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 6, "num_key_value_heads": 3, "num_experts": 8}
         | {"num_experts_per_tok": 3, "intermediate_size": 14, "clip_qkv": 1.5},
     ),
-    "qwen3": ("Qwen3", _GQA | {"intermediate_size": 22}),
+    "qwen3": ("Qwen3", _GQA | {"intermediate_size": 22, "rope_parameters": YARN}),
     "qwen3_moe": (
         "Qwen3Moe",
         _GQA
