@@ -270,7 +270,8 @@ class MlaAttention:
         )
 
     def _index(self, indexer: IndexerWeights, batch: StepBatch) -> None:
-        """The indexer's keys into their cache, its queries and weights into scratch."""
+        """The indexer's keys into their cache; its queries and weights into scratch, where any row
+        has to choose."""
         scratch, shape, num_tokens = self._scratch, self._shape, batch.num_tokens
         zeros = scratch.zeros
         kernels.project(
@@ -292,6 +293,8 @@ class MlaAttention:
             self._cos_CD,
             self._sin_CD,
         )
+        if int(batch.position_T.max()) < shape.index_top_k:
+            return
         zeros_P = zeros[: indexer.w_q_QP.shape[1]]
         kernels.project(scratch.qa_TQ, indexer.w_q_QP, zeros_P, scratch.index_q_TP, num_tokens)
         kernels.place_index_queries(

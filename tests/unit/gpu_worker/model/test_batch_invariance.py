@@ -140,9 +140,7 @@ def poisoned(shape: int | tuple[int, ...], dtype: type = float) -> NDArray[np.ge
 
 
 @pytest.mark.parametrize("block_tokens", [1, 3, 16, 24])
-def test_the_size_of_blocks_changes_no_bit(
-    run: RankRun, folder: Path, block_tokens: int
-) -> None:
+def test_the_size_of_blocks_changes_no_bit(run: RankRun, folder: Path, block_tokens: int) -> None:
     expected_TV, _ = alone(run, 4)
     (other,) = open_ranks(folder, 1, block_tokens=block_tokens)
     table = list(range(-(-LENGTH // block_tokens)))[::-1]
