@@ -64,17 +64,21 @@ class MapWatcher:
             self._check_moves(last, new)
 
     def _check_moves(self, last: ExpertMap, new: ExpertMap) -> None:
-        """A death moves no surviving replica, unless an orphan took a surplus one's slot."""
+        """A death moves no surviving replica, unless an orphan took a surplus one's slot. Where
+        several died before the map was there, what was surplus at the first death, and gave its
+        slot to an orphan, may be an orphan itself by the second: then only what stayed counts."""
+        survivors = [m.rank for m in new.members if last.has(m)]
+        held = last.placement[:, survivors]
+        if sum(not new.has(m) for m in last.members) > 1:
+            held = np.where(new.placement[:, survivors] == held, held, -1)
         for member in new.members:
             if not last.has(member):
                 continue
             before, after = last.placement[:, member.rank], new.placement[:, member.rank]
             changed = (before >= 0) & (after != before)
             for layer, slot in np.argwhere(changed):
-                survivors = [m.rank for m in new.members if last.has(m)]
-                others = last.placement[layer, survivors]
                 orphan = after[layer, slot]
-                assert orphan < 0 or orphan not in others, "a surviving replica was moved"
+                assert orphan < 0 or orphan not in held[layer], "a surviving replica was moved"
 
 
 async def traffic(world: World, within_s: float) -> None:

@@ -30,6 +30,7 @@ FELL_ONCE = {
     136: "after an outage of etcd all were judged by their leases, and never learnt it",
     143: "the same, and the dead that no map could leave out blocked every joiner",
     182: "leases expired one by one, just before their owners could have renewed them",
+    244: "a second death while a slot of the map was being loaded with an orphan of the first",
     299: "a death in an outage of etcd, found by a leader that could ask nobody",
     100476: "a leader that heard nobody took their last words for a step that stands still",
 }
