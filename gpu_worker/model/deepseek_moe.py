@@ -34,11 +34,18 @@ class DeepseekMoe:
         self._normalise = bool(raw.get("norm_topk_prob", sigmoid)) and sigmoid
         if not sigmoid and raw.get("topk_method", "greedy") == "greedy":
             self._num_groups = self._kept = 1
-        if spec.num_experts % self._num_groups or not 1 <= self._kept <= self._num_groups:
+        if not self._groups_can_be():
             raise CheckpointError(
-                f"config.json: {self._kept} of {self._num_groups} groups of {spec.num_experts} "
-                "experts cannot be"
+                f"config.json: {spec.top_k} experts from {self._kept} of {self._num_groups} groups "
+                f"of {spec.num_experts} experts cannot be"
             )
+
+    def _groups_can_be(self) -> bool:
+        size, rest = divmod(self._spec.num_experts, self._num_groups)
+        if rest or not 1 <= self._kept <= self._num_groups:
+            return False
+        counts_by_two = self._sigmoid and self._kept < self._num_groups
+        return size >= (2 if counts_by_two else 1) and self._kept * size >= self._spec.top_k
 
     def tensor_shapes(self, layer: int) -> dict[str, Shape]:
         spec, prefix = self._spec, f"model.layers.{layer}.mlp"

@@ -38,12 +38,24 @@ class MlaFamily:
     embedding_name = "model.embed_tokens.weight"
     final_norm_name = "model.norm.weight"
     sigmoid_routing: ClassVar[bool] = True
+    routing_methods: ClassVar[tuple[str, ...]] = ("noaux_tc",)
     has_indexer: ClassVar[bool] = False
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
         act = raw.get("hidden_act", "silu")
-        refuse(spec, {f"activation {act!r}": act != "silu"})
+        method = raw.get("topk_method") or self.routing_methods[0]
+        usual = "sigmoid" if self.sigmoid_routing else "softmax"
+        scoring = raw.get("scoring_func") or usual
+        refuse(
+            spec,
+            {
+                f"activation {act!r}": act != "silu",
+                f"routing {method!r}": method not in self.routing_methods,
+                f"routing scores by {scoring!r}": scoring != usual,
+                "biases in MLPs": bool(raw.get("mlp_bias", False)),
+            },
+        )
         self.spec = spec
         self.rope = read_rope(raw, kinds=("default", "yarn"))
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))

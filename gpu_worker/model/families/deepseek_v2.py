@@ -9,12 +9,11 @@ from shared.model_spec import ModelSpec
 
 class DeepseekV2(MlaFamily):
     sigmoid_routing = False
+    routing_methods = ("greedy", "group_limited_greedy")
 
     def __init__(self, spec: ModelSpec) -> None:
-        method = spec.raw.get("topk_method", "greedy")
-        known = method in ("greedy", "group_limited_greedy")
         normed = bool(spec.raw.get("norm_topk_prob", False))
-        refuse(spec, {f"routing {method!r}": not known, "normed weights of experts": normed})
+        refuse(spec, {"normed weights of experts": normed})
         super().__init__(spec)
 
 

@@ -8,7 +8,7 @@ from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.deepseek_moe import DeepseekMoe
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import DenseLayer, MoeLayer
-from gpu_worker.model.gqa_family import GqaFamily, read_gqa_shape
+from gpu_worker.model.gqa_family import GqaFamily, read_gqa_shape, refuse
 from gpu_worker.model.kernels import gqa, router
 from shared.model_spec import ModelSpec
 
@@ -24,6 +24,7 @@ class Glm4Moe(GqaFamily):
         self.o_bias = False
         share = self.rope.scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
         self.rotated = int(self.shape.head_dim * float(0.5 if share is None else share))
+        refuse(spec, {f"{self.rotated} rotated elements": self.rotated < 2 or self.rotated % 2 > 0})
         self._moe = DeepseekMoe(spec, sigmoid=True)
 
     def moe_shapes(self, layer: int) -> dict[str, Shape]:

@@ -4,6 +4,7 @@ cut, on one rank and spread over four, before and after a death."""
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gpu_worker.model.registry import family_class
+from shared.errors import CheckpointError
 from shared.model_spec import ARCHITECTURES, read_model_spec
 from tests.unit.gpu_worker.model.reference import (
     FAMILIES,
@@ -114,6 +117,36 @@ def test_a_dense_model_has_one_expert_that_weighs_nothing(tmp_path: Path) -> Non
     assert spec.moe_layers == ()
     assert spec.num_moe_layers == spec.num_experts == spec.top_k == 1
     assert spec.moe_intermediate_size == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "complaint"),
+    [
+        ("deepseek_v2", {"norm_topk_prob": True}, "normed weights"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "routing 'noaux_tc'"),
+        ("deepseek_v2", {"mlp_bias": True}, "biases in MLPs"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "routing 'greedy'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scores by 'softmax'"),
+        ("deepseek_v3", {"n_group": 5}, "of 5 groups"),
+        ("deepseek_v3", {"n_group": 12}, "of 12 groups"),
+        ("deepseek_v3", {"topk_group": 5}, "5 of 4 groups"),
+        ("deepseek_v3", {"num_experts_per_tok": 7}, "7 experts from 2 of 4"),
+        ("deepseek_v3", {"qk_rope_head_dim": 5}, "the rotated one even"),
+        ("deepseek_v32", {"q_lora_rank": None}, "indexer's sizes"),
+        ("deepseek_v32", {"index_topk": None}, "malformed"),
+        ("glm4_moe", {"head_dim": 10}, "5 rotated elements"),
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_more_is_refused(
+    tmp_path: Path, family: str, change: dict[str, object], complaint: str
+) -> None:
+    folder = save_checkpoint(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = read_model_spec(folder)
+    with pytest.raises(CheckpointError, match=complaint):
+        family_class(spec.architecture)(spec)
 
 
 def test_sparse_attention_is_dense_where_it_chooses_all(tmp_path: Path) -> None:
