@@ -58,6 +58,12 @@ class Checkpoint:
         """F32, F16, BF16, F8_E4M3 or MXFP4."""
         return self._forms[name].dtype
 
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether every matrix is stored in BF16, so that `read_bits` serves for all."""
+        forms = self._forms.values()
+        return all(form.dtype == "BF16" for form in forms if len(form.shape) > 1)
+
     def read(self, name: str) -> NDArray[np.float32]:
         return self._decode(self._forms[name], None)
 

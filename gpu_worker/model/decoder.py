@@ -4,6 +4,7 @@ computes is its family's to say, and the kernels' to do."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from gpu_worker.model.kernels import experts as expert_kernels
 from gpu_worker.model.kernels import linear as kernels
 from gpu_worker.model.mlp import MlpRunner
 from gpu_worker.model.step_scratch import TokenScratch
-from gpu_worker.model.weights import read_matrix, read_vector
+from gpu_worker.model.weights import read_panels, read_vector
 from gpu_worker.step_batch import Forward, StepBatch
 from shared.model_spec import ModelSpec
 
@@ -40,6 +41,7 @@ class Decoder:
         self.spec = spec
         self.context_tokens_max = min(spec.context_tokens_max, kv.num_tokens)
         """Positions must stay below: the model's own limit, or the whole KV cache."""
+        self.weights_dtype = np.dtype(np.uint16 if checkpoint.is_bfloat16 else np.float32)
         self.slots = ExpertSlots(
             num_layers=spec.num_moe_layers,
             slots_per_rank=slots_per_rank,
@@ -48,12 +50,13 @@ class Decoder:
             read_expert=lambda layer, expert: (
                 family.read_expert(checkpoint, spec.moe_layers[layer], expert)
                 if spec.moe_layers
-                else _nothing(spec.hidden_size)
+                else _nothing(spec.hidden_size, self.weights_dtype)
             ),
+            dtype=self.weights_dtype,
         )
         self._embedding_VH = read_vector(checkpoint, family.embedding_name)
         self._final_norm_H = read_vector(checkpoint, family.final_norm_name)
-        self._w_head_HV = read_matrix(checkpoint, family.head_name)
+        self._w_head = read_panels(checkpoint, family.head_name)
         self.attention = family.read_attention(checkpoint, kv, self.context_tokens_max)
         self._mlps = [family.read_mlp(checkpoint, layer) for layer in range(spec.num_layers)]
         self._eps = np.float32(family.norm_eps)
@@ -148,7 +151,7 @@ class Decoder:
     def _add_mlp(self, weights: MlpWeights, num_tokens: int) -> None:
         """x += mlp(h)."""
         tokens = self._tokens
-        y_TH = self._dense[weights.w_down_SIH.shape[1]].run(
+        y_TH = self._dense[weights.w_down.shape[2]].run(
             tokens.h_TH, tokens.rows_T[:num_tokens], tokens.zeros_T[:num_tokens], weights
         )
         kernels.add_rows(tokens.x_TH, y_TH, num_tokens)
@@ -161,7 +164,7 @@ class Decoder:
                 self._tokens.x_TH,
                 rows_R,
                 self._final_norm_H,
-                self._w_head_HV,
+                self._w_head,
                 self._zeros_V,
                 self._eps,
                 self._tokens.h_TH,
@@ -170,13 +173,13 @@ class Decoder:
         return logits_RV
 
 
-def _nothing(hidden_size: int) -> ExpertWeights:
+def _nothing(hidden_size: int, dtype: np.dtype[Any]) -> ExpertWeights:
     """The expert of a dense model."""
-    none_IH: Floats = np.empty((0, hidden_size), dtype=np.float32)
+    none_IH = np.empty((0, hidden_size), dtype=dtype)
     return ExpertWeights(gate_IH=none_IH, up_IH=none_IH, down_HI=none_IH.T)
 
 
 def _inner_size(mlp: MoeLayer | DenseLayer) -> int:
     """Of what every token goes through; 0 without."""
     weights = mlp.mlp if isinstance(mlp, DenseLayer) else mlp.shared
-    return 0 if weights is None else int(weights.w_down_SIH.shape[1])
+    return 0 if weights is None else int(weights.w_down.shape[2])

@@ -5,29 +5,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.model.kernels.tiles import pack
+from gpu_worker.model.kernels.warm_up import WEIGHT_DTYPES
+from gpu_worker.model.weights import Weights, empty_panels
 from shared.types import EMPTY_SLOT
 
 
 class ExpertWeights(NamedTuple):
     """One expert as checkpoints store it: `gate_IH`, `up_IH`, `down_HI`."""
 
-    gate_IH: NDArray[np.float32]
-    up_IH: NDArray[np.float32]
-    down_HI: NDArray[np.float32]
+    gate_IH: Weights
+    up_IH: Weights
+    down_HI: Weights
     gate_up_bias_J: NDArray[np.float32] | None = None  # J = 2I: gate, then up
     down_bias_H: NDArray[np.float32] | None = None
 
 
 class MlpWeights(NamedTuple):
-    """Of S MLPs, transposed: hidden H, inner I, J = 2I (gate, then up)."""
+    """Of S MLPs, in panels of `[H, J]` and `[I, H]`: hidden H, inner I, J = 2I (gate, then up)."""
 
-    w_gate_up_SHJ: NDArray[np.float32]
-    w_down_SIH: NDArray[np.float32]
+    w_gate_up: Weights
+    w_down: Weights
     b_gate_up_SJ: NDArray[np.float32]
     b_down_SH: NDArray[np.float32]
 
@@ -47,15 +50,16 @@ class ExpertSlots:
         hidden_size: int,
         inner_size: int,
         read_expert: Callable[[int, int], ExpertWeights],
+        dtype: np.dtype[Any] = WEIGHT_DTYPES[0],
     ) -> None:
+        """`dtype` is that of what `read_expert` gives."""
         leading = (num_layers, slots_per_rank)
-        self.w_gate_up_LSHJ = np.zeros((*leading, hidden_size, 2 * inner_size), dtype=np.float32)
-        self.w_down_LSIH = np.zeros((*leading, inner_size, hidden_size), dtype=np.float32)
+        self.w_gate_up = empty_panels(leading, hidden_size, 2 * inner_size, dtype)
+        self.w_down = empty_panels(leading, inner_size, hidden_size, dtype)
         self.b_gate_up_LSJ = np.zeros((*leading, 2 * inner_size), dtype=np.float32)
         self.b_down_LSH = np.zeros((*leading, hidden_size), dtype=np.float32)
         self._contents = np.full(leading, EMPTY_SLOT, dtype=np.int16)
         self._contents_lock = threading.Lock()
-        self._inner_size = inner_size
         self._read_expert = read_expert
 
     @property
@@ -75,8 +79,8 @@ class ExpertSlots:
     def weights(self, layer: int) -> MlpWeights:
         """Of all slots of a layer."""
         return MlpWeights(
-            w_gate_up_SHJ=self.w_gate_up_LSHJ[layer],
-            w_down_SIH=self.w_down_LSIH[layer],
+            w_gate_up=self.w_gate_up[layer],
+            w_down=self.w_down[layer],
             b_gate_up_SJ=self.b_gate_up_LSJ[layer],
             b_down_SH=self.b_down_LSH[layer],
         )
@@ -85,10 +89,10 @@ class ExpertSlots:
         """The slot is EMPTY until the last byte is in."""
         self._set(layer, slot, EMPTY_SLOT)
         weights = self._read_expert(layer, expert)
-        gate_up_HJ = self.w_gate_up_LSHJ[layer, slot]
-        gate_up_HJ[:, : self._inner_size] = weights.gate_IH.T
-        gate_up_HJ[:, self._inner_size :] = weights.up_IH.T
-        self.w_down_LSIH[layer, slot] = weights.down_HI.T
+        assert weights.gate_IH.dtype == self.w_gate_up.dtype
+        gate_up_JH = np.concatenate([weights.gate_IH, weights.up_IH])
+        pack(gate_up_JH.T, self.w_gate_up[layer, slot])
+        pack(weights.down_HI.T, self.w_down[layer, slot])
         if weights.gate_up_bias_J is not None:
             self.b_gate_up_LSJ[layer, slot] = weights.gate_up_bias_J
         if weights.down_bias_H is not None:

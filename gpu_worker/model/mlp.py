@@ -11,6 +11,7 @@ from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.expert_slots import ExpertWeights, MlpWeights
 from gpu_worker.model.kernels import experts as kernels
 from gpu_worker.model.step_scratch import room_for
+from gpu_worker.model.weights import into_panels, read_weight
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -91,18 +92,18 @@ def mlp_shapes(
 
 def read_mlp(checkpoint: Checkpoint, prefix: str, names: MlpNames = USUAL_NAMES) -> ExpertWeights:
     return ExpertWeights(
-        gate_IH=checkpoint.read(f"{prefix}.{names.gate}.weight"),
-        up_IH=checkpoint.read(f"{prefix}.{names.up}.weight"),
-        down_HI=checkpoint.read(f"{prefix}.{names.down}.weight"),
+        gate_IH=read_weight(checkpoint, f"{prefix}.{names.gate}.weight"),
+        up_IH=read_weight(checkpoint, f"{prefix}.{names.up}.weight"),
+        down_HI=read_weight(checkpoint, f"{prefix}.{names.down}.weight"),
     )
 
 
 def read_dense(checkpoint: Checkpoint, prefix: str) -> DenseWeights:
     mlp = read_mlp(checkpoint, prefix)
-    gate_up_JH = np.concatenate([mlp.gate_IH, mlp.up_IH])
+    inner_size, hidden_size = mlp.gate_IH.shape
     return DenseWeights(
-        w_gate_up_SHJ=np.ascontiguousarray(gate_up_JH.T)[None],
-        w_down_SIH=np.ascontiguousarray(mlp.down_HI.T)[None],
-        b_gate_up_SJ=np.zeros((1, gate_up_JH.shape[0]), dtype=np.float32),
-        b_down_SH=np.zeros((1, gate_up_JH.shape[1]), dtype=np.float32),
+        w_gate_up=into_panels(np.concatenate([mlp.gate_IH, mlp.up_IH]).T)[None],
+        w_down=into_panels(mlp.down_HI.T)[None],
+        b_gate_up_SJ=np.zeros((1, 2 * inner_size), dtype=np.float32),
+        b_down_SH=np.zeros((1, hidden_size), dtype=np.float32),
     )

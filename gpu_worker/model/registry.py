@@ -38,7 +38,7 @@ def load_model(
         kv=KvShape(num_blocks=kv_blocks, block_tokens=block_tokens),
         on_read=on_read,
     )
-    compile_all([*COMMON_KERNELS, *family.entry_points], on_warm_up)
+    compile_all([*COMMON_KERNELS, *family.entry_points], on_warm_up, [model.weights_dtype])
     return model
 
 

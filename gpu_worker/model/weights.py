@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.model.checkpoint import Checkpoint
+from gpu_worker.model.kernels.tiles import PANEL, pack
 
 Floats = NDArray[np.float32]
+Weights = NDArray[Any]
+"""Float32, or bfloat16 as uint16: see `kernels.tiles`."""
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> Floats:
     """As stored."""
     return checkpoint.read(name)
+
+
+def read_weight(checkpoint: Checkpoint, name: str) -> Weights:
+    """For `into_panels`, as stored: `[outputs, inputs]`, bfloat16 as uint16 where all is."""
+    return checkpoint.read_bits(name) if checkpoint.is_bfloat16 else checkpoint.read(name)
+
+
+def read_weight_part(checkpoint: Checkpoint, name: str, index: int) -> Weights:
+    """One index of the leading axis."""
+    if checkpoint.is_bfloat16:
+        return checkpoint.read_bits_part(name, index)
+    return checkpoint.read_part(name, index)
+
+
+def read_panels(checkpoint: Checkpoint, *names: str) -> Weights:
+    """Side by side, as one matrix `[inputs, all outputs]` in panels."""
+    return into_panels(np.concatenate([read_weight(checkpoint, name) for name in names]).T)
+
+
+def into_panels(w_KN: Weights) -> Weights:
+    panels: Weights = empty_panels((), w_KN.shape[0], w_KN.shape[1], w_KN.dtype)
+    pack(w_KN, panels)
+    return panels
+
+
+def empty_panels(
+    leading: tuple[int, ...], num_inputs: int, num_outputs: int, dtype: np.dtype[Any]
+) -> Weights:
+    """Zeros."""
+    return np.zeros((*leading, -(-num_outputs // PANEL), num_inputs, PANEL), dtype=dtype)
 
 
 def read_matrix(checkpoint: Checkpoint, name: str) -> Floats:

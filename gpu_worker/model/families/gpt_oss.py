@@ -14,7 +14,7 @@ from gpu_worker.model.family import Router
 from gpu_worker.model.gqa_family import GqaFamily, refuse
 from gpu_worker.model.kernels import experts
 from gpu_worker.model.routers import TopKSoftmaxRouter
-from gpu_worker.model.weights import read_matrix, read_vector
+from gpu_worker.model.weights import read_matrix, read_vector, read_weight_part
 from shared.model_spec import ModelSpec
 
 _ALPHA, _LIMIT = 1.702, 7.0
@@ -63,12 +63,12 @@ class GptOss(GqaFamily):
     def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
         """Gate and up lie in turn: column 2i is gate i, column 2i + 1 is up i."""
         prefix = f"{self.mlp_prefix(layer)}.experts"
-        gate_up_HJ = checkpoint.read_part(f"{prefix}.gate_up_proj", expert)
+        gate_up_HJ = read_weight_part(checkpoint, f"{prefix}.gate_up_proj", expert)
         bias_J = checkpoint.read_part(f"{prefix}.gate_up_proj_bias", expert)
         return ExpertWeights(
             gate_IH=gate_up_HJ[:, ::2].T,
             up_IH=gate_up_HJ[:, 1::2].T,
-            down_HI=checkpoint.read_part(f"{prefix}.down_proj", expert).T,
+            down_HI=read_weight_part(checkpoint, f"{prefix}.down_proj", expert).T,
             gate_up_bias_J=np.concatenate([bias_J[::2], bias_J[1::2]]),
             down_bias_H=checkpoint.read_part(f"{prefix}.down_proj_bias", expert),
         )

@@ -10,7 +10,7 @@ Shape letters: T tokens of the step, S sequences (in `experts`: slots), B KV blo
 R wanted rows, H hidden size, P width of q+k+v, O width of all query heads, D head size,
 V vocabulary, E experts, K top-k, I expert's inner size, J its gate and up together, M rows that
 this rank's experts see, N (row, slot) pairs, C context positions that the score buffer holds.
-Weights lie transposed, `[inputs, outputs]`.
+Weights lie transposed, `[inputs, outputs]`, or in panels (`tiles`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-SHARED_SOURCES = ("arithmetic.py", "linear.py")
+SHARED_SOURCES = ("arithmetic.py", "tiles.py", "linear.py")
 
 
 def _cache_folder() -> str:
-    """Named by the sources of this file and of `linear`, the only ones that kernel files import
-    from: numba itself watches but the file of an entry point, and would run old code."""
+    """Named by the only sources that kernel files import from: numba itself watches but the file of
+    an entry point, and would run old code."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for name in SHARED_SOURCES:

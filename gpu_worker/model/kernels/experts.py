@@ -10,12 +10,12 @@ from gpu_worker.model.kernels.arithmetic import ONE, ZERO, exp32, fma, kernel
 from gpu_worker.model.kernels.linear import linear
 from gpu_worker.model.kernels.warm_up import (
     FLOATS_2D,
-    FLOATS_3D,
     GIVEN_FLOATS_2D,
     GIVEN_FLOATS_3D,
     GIVEN_INTS_1D,
     INT,
     INTS_1D,
+    PANELS_OF_SLOTS,
     EntryPoint,
 )
 
@@ -67,8 +67,9 @@ def run_experts(
     activation: int, y_NH: Any, order_N: Any, ends_S: Any, x_NH: Any, gate_up_NJ: Any,
     inner_NI: Any, out_NH: Any,
 ) -> None:  # fmt: skip
-    """y[n] = expert in slot slots[n] applied to x[rows[n]]. Weights `[S, H, 2I]` and `[S, I, H]`,
-    biases `[S, 2I]` and `[S, H]`; a slot's are read once per call. All after `y_NH` is scratch."""
+    """y[n] = expert in slot slots[n] applied to x[rows[n]]. Weights are panels of `[H, 2I]` and
+    `[I, H]` a slot, biases `[S, 2I]` and `[S, H]`; a slot's come from memory once per call. All
+    after `y_NH` is scratch."""
     _order_by_slot(slots_N, order_N, ends_S)
     first = 0
     for s in range(ends_S.shape[0]):
@@ -102,8 +103,9 @@ ENTRY_POINTS: list[EntryPoint] = [
     (
         run_experts,
         (
-            GIVEN_FLOATS_2D, GIVEN_INTS_1D, GIVEN_INTS_1D, FLOATS_3D, FLOATS_3D, FLOATS_2D,
-            FLOATS_2D, INT, FLOATS_2D, INTS_1D, INTS_1D, FLOATS_2D, FLOATS_2D, FLOATS_2D, FLOATS_2D,
+            GIVEN_FLOATS_2D, GIVEN_INTS_1D, GIVEN_INTS_1D, PANELS_OF_SLOTS, PANELS_OF_SLOTS,
+            FLOATS_2D, FLOATS_2D, INT, FLOATS_2D, INTS_1D, INTS_1D, FLOATS_2D, FLOATS_2D, FLOATS_2D,
+            FLOATS_2D,
         ),
     ),
     (add_weighted, (FLOATS_2D, GIVEN_FLOATS_3D, FLOATS_2D, INT)),

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from gpu_worker.model.kernels.arithmetic import ONE, ZERO, exp32, fma, kernel
+from gpu_worker.model.kernels.tiles import PANEL, ROWS_MAX, advance_tile
 from gpu_worker.model.kernels.warm_up import (
     FLOAT,
     FLOATS_1D,
     FLOATS_2D,
     GIVEN_INTS_1D,
     INT,
+    PANELS,
     EntryPoint,
 )
 
@@ -99,11 +101,85 @@ def advance_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
 
 
 @kernel
-def linear(x_MK: Any, w_KN: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
-    """out = bias + x @ w for the first `num_rows` rows."""
-    width = w_KN.shape[1]
+def _advance_2_panels(rows: int, x: Any, m: int, w: Any, p: int, out: Any, n: int) -> None:
+    if rows == 1:
+        advance_tile(1, 2, x, m, w, p, out, n)
+    elif rows == 2:
+        advance_tile(2, 2, x, m, w, p, out, n)
+    elif rows == 3:
+        advance_tile(3, 2, x, m, w, p, out, n)
+    elif rows == 4:
+        advance_tile(4, 2, x, m, w, p, out, n)
+    elif rows == 5:
+        advance_tile(5, 2, x, m, w, p, out, n)
+    else:
+        advance_tile(6, 2, x, m, w, p, out, n)
+
+
+@kernel
+def _advance_1_panel(rows: int, x: Any, m: int, w: Any, p: int, out: Any, n: int) -> None:
+    if rows == 1:
+        advance_tile(1, 1, x, m, w, p, out, n)
+    elif rows == 2:
+        advance_tile(2, 1, x, m, w, p, out, n)
+    elif rows == 3:
+        advance_tile(3, 1, x, m, w, p, out, n)
+    elif rows == 4:
+        advance_tile(4, 1, x, m, w, p, out, n)
+    elif rows == 5:
+        advance_tile(5, 1, x, m, w, p, out, n)
+    else:
+        advance_tile(6, 1, x, m, w, p, out, n)
+
+
+@kernel
+def _advance_part(x: Any, w: Any, p: int, out: Any, n: int, num_rows: int) -> None:
+    """The last panel, of which `out` has only a part."""
+    whole = np.empty((num_rows, PANEL), dtype=np.float32)
+    size = out.shape[1] - n
+    for m in range(num_rows):
+        whole[m, :size] = out[m, n:]
+        whole[m, size:] = ZERO
+    for m in range(num_rows):
+        advance_tile(1, 1, x, m, w, p, whole, 0)
+    for m in range(num_rows):
+        out[m, n:] = whole[m, :size]
+
+
+@kernel
+def _linear_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
+    """Rows in groups as equal as can be: each reads a panel once."""
+    width = out_MN.shape[1]
+    groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
+    p = 0
+    while (p + 1) * PANEL <= width:
+        pair = (p + 2) * PANEL <= width
+        for g in range(groups):
+            m = g * num_rows // groups
+            rows = (g + 1) * num_rows // groups - m
+            if pair:
+                _advance_2_panels(rows, x_MK, m, w, p, out_MN, p * PANEL)
+            else:
+                _advance_1_panel(rows, x_MK, m, w, p, out_MN, p * PANEL)
+        p += 2 if pair else 1
+    if p * PANEL < width:
+        _advance_part(x_MK, w, p, out_MN, p * PANEL, num_rows)
+
+
+@kernel
+def linear(x_MK: Any, w: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
+    """out = bias + x @ w for the first `num_rows` rows; w is `[inputs, outputs]`, or panels."""
     for m in range(num_rows):
         out_MN[m, :] = bias_N
+    if w.ndim == 3:
+        _linear_panels(x_MK, w, out_MN, num_rows)
+    else:
+        _linear_plain(x_MK, w, out_MN, num_rows)
+
+
+@kernel
+def _linear_plain(x_MK: Any, w_KN: Any, out_MN: Any, num_rows: int) -> None:
+    width = w_KN.shape[1]
     step = width if num_rows == 1 else _COLUMNS_PER_PASS
     for n0 in range(0, width, step):
         n1 = min(n0 + step, width)
@@ -181,7 +257,7 @@ def head_logits(
     """Logits of the rows `rows_R`. `h_TH` is scratch."""
     for r in range(rows_R.shape[0]):
         rms_norm(x_TH[rows_R[r]], norm_H, eps, h_TH[r])
-    linear(h_TH, w_head, zeros[: w_head.shape[1]], out_RV, rows_R.shape[0])
+    linear(h_TH, w_head, zeros, out_RV, rows_R.shape[0])
 
 
 ENTRY_POINTS: list[EntryPoint] = [
@@ -189,6 +265,6 @@ ENTRY_POINTS: list[EntryPoint] = [
     (add_rows, (FLOATS_2D, FLOATS_2D, INT)),
     (
         head_logits,
-        (FLOATS_2D, GIVEN_INTS_1D, FLOATS_1D, FLOATS_2D, FLOATS_1D, FLOAT, FLOATS_2D, FLOATS_2D),
+        (FLOATS_2D, GIVEN_INTS_1D, FLOATS_1D, PANELS, FLOATS_1D, FLOAT, FLOATS_2D, FLOATS_2D),
     ),
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numba import types
 
 EntryPoint = tuple[Any, tuple[Any, ...]]
@@ -14,6 +16,22 @@ FLOAT, INT, FLAG = types.float32, types.intp, types.boolean
 FLOATS_1D, FLOATS_2D = FLOAT[::1], FLOAT[:, ::1]
 FLOATS_3D, FLOATS_4D = FLOAT[:, :, ::1], FLOAT[:, :, :, ::1]
 INTS_1D, INTS_2D = types.int32[::1], types.int32[:, ::1]
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Weights in panels: float32, or bfloat16 as uint16, as the checkpoint has them. All of a call
+    are of one kind."""
+
+    ndim: int
+
+    def of(self, dtype: np.dtype[Any]) -> Any:
+        return types.Array(types.uint16 if dtype == np.uint16 else FLOAT, self.ndim, "C")
+
+
+PANELS, PANELS_OF_SLOTS = Panels(3), Panels(4)
+
+WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.uint16))
 
 
 def _given(dtype: Any, ndim: int) -> Any:
@@ -26,15 +44,36 @@ GIVEN_FLOATS_2D, GIVEN_FLOATS_3D = _given(FLOAT, 2), _given(FLOAT, 3)
 
 
 def compile_all(
-    entry_points: Sequence[EntryPoint], on_progress: Callable[[int, int], None] | None = None
+    entry_points: Sequence[EntryPoint],
+    on_progress: Callable[[int, int], None] | None = None,
+    weight_dtypes: Sequence[np.dtype[Any]] = WEIGHT_DTYPES,
 ) -> None:
-    """Compiles the kernels (seconds of CPU each), or loads them from numba's cache (half a second
-    for all). Afterwards a call with other types fails, where it would have stalled the engine with
-    a compilation."""
-    for done, (kernel, signature) in enumerate(entry_points):
+    """Compiles the kernels (seconds of CPU each) for weights of these kinds, or loads them from
+    numba's cache (half a second for all). Afterwards a call with other types fails, where it would
+    have stalled the engine with a compilation."""
+    wanted = [
+        (kernel, signature)
+        for kernel, arguments in entry_points
+        for signature in _signatures(arguments, weight_dtypes)
+    ]
+    for done, (kernel, signature) in enumerate(wanted):
         if signature not in kernel.signatures:
             kernel.disable_compile(False)
             kernel.compile(signature)
             kernel.disable_compile(True)
         if on_progress is not None:
-            on_progress(done + 1, len(entry_points))
+            on_progress(done + 1, len(wanted))
+
+
+def _signatures(
+    arguments: tuple[Any, ...], weight_dtypes: Sequence[np.dtype[Any]]
+) -> list[tuple[Any, ...]]:
+    if not any(isinstance(argument, Panels) for argument in arguments):
+        return [arguments]
+    return [
+        tuple(
+            argument.of(dtype) if isinstance(argument, Panels) else argument
+            for argument in arguments
+        )
+        for dtype in weight_dtypes
+    ]

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gpu_worker.model.expert_slots import ExpertSlots, ExpertWeights
+from gpu_worker.model.weights import into_panels
 from tests.unit.gpu_worker.model.runs import Chunk, open_ranks
 
 L, S, H, I = 2, 3, 4, 5  # noqa: E741
@@ -49,14 +50,13 @@ def test_all_slots_are_empty_at_first() -> None:
     assert make(Reader()).contents.tolist() == [[-1] * S] * L
 
 
-def test_a_loaded_slot_holds_the_expert_transposed() -> None:
+def test_a_loaded_slot_holds_the_expert_in_panels() -> None:
     slots = make(Reader())
     slots.load(1, 2, 7)
-    weights = expert(1, 7)
-    gate_up = slots.w_gate_up_LSHJ[1, 2]
-    assert np.array_equal(gate_up[:, :I], weights.gate_IH.T)
-    assert np.array_equal(gate_up[:, I:], weights.up_IH.T)
-    assert np.array_equal(slots.w_down_LSIH[1, 2], weights.down_HI.T)
+    weights, loaded = expert(1, 7), slots.weights(1)
+    gate_up_JH = np.concatenate([weights.gate_IH, weights.up_IH])
+    assert np.array_equal(loaded.w_gate_up[2], into_panels(gate_up_JH.T))
+    assert np.array_equal(loaded.w_down[2], into_panels(weights.down_HI.T))
     assert slots.contents.tolist() == [[-1, -1, -1], [-1, -1, 7]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from gpu_worker.model.kernels import arithmetic, experts, linear, router
 from gpu_worker.model.kernels.warm_up import compile_all
 from gpu_worker.model.mlp import MlpRunner
 from gpu_worker.model.registry import COMMON_KERNELS
+from gpu_worker.model.weights import into_panels
 
 
 @njit
@@ -59,21 +61,37 @@ def test_exp_has_the_same_bits_in_a_vector_and_alone() -> None:
         assert alone[0] == out[i]
 
 
-@settings(deadline=None, max_examples=60)
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Cut off, as uint16."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+@settings(deadline=None, max_examples=120)
 @given(
-    rows=st.integers(0, 11),
+    layout=st.sampled_from(["plain", "panels", "bfloat16 panels"]),
+    rows=st.integers(0, 14),
     inputs=st.integers(1, 41),
-    outputs=st.sampled_from([1, 3, 16, 37, 64, 1023, 1024, 1030, 2051]),
+    outputs=st.sampled_from([1, 3, 16, 37, 52, 64, 128, 170, 1023, 1024, 1030, 2051]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_linear_output_is_one_chain_in_order_of_k(
-    rows: int, inputs: int, outputs: int, seed: int
+    layout: str, rows: int, inputs: int, outputs: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows + 1, inputs), dtype=np.float32)
     w = rng.standard_normal((inputs, outputs), dtype=np.float32)
+    weights = w
+    if layout == "panels":
+        weights = into_panels(w)
+    elif layout == "bfloat16 panels":
+        w = widened(bfloat16_bits(w))
+        weights = into_panels(bfloat16_bits(w))
     out = np.full((rows + 1, outputs), np.nan, dtype=np.float32)
-    linear.linear(x, w, np.zeros(outputs, dtype=np.float32), out, rows)
+    linear.linear(x, weights, np.zeros(outputs, dtype=np.float32), out, rows)
     expected = np.empty(outputs, dtype=np.float32)
     for m in range(rows):
         chain(x[m], w, expected)
@@ -81,9 +99,10 @@ def test_a_linear_output_is_one_chain_in_order_of_k(
     assert np.isnan(out[rows]).all(), "rows beyond num_rows must not be touched"
 
 
-def test_linear_starts_from_the_bias() -> None:
+@pytest.mark.parametrize("layout", [np.ascontiguousarray, into_panels])
+def test_linear_starts_from_the_bias(layout: Callable[[np.ndarray], np.ndarray]) -> None:
     x = np.ones((5, 3), dtype=np.float32)
-    w = np.ones((3, 2), dtype=np.float32)
+    w = layout(np.ones((3, 2), dtype=np.float32))
     out = np.empty((5, 2), dtype=np.float32)
     linear.linear(x, w, np.array([10, 20], dtype=np.float32), out, 5)
     assert out.tolist() == [[13, 23]] * 5
@@ -128,8 +147,8 @@ def run_experts(x, rows, slots, gate_up, down) -> np.ndarray:
         hidden_size=hidden, inner_size=inner, num_mlps=num_slots, activation=experts.SWIGLU
     )
     weights = MlpWeights(
-        w_gate_up_SHJ=gate_up,
-        w_down_SIH=down,
+        w_gate_up=np.stack([into_panels(w) for w in gate_up]),
+        w_down=np.stack([into_panels(w) for w in down]),
         b_gate_up_SJ=np.zeros((num_slots, 2 * inner), dtype=np.float32),
         b_down_SH=np.zeros((num_slots, hidden), dtype=np.float32),
     )
