@@ -13,7 +13,7 @@ from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.family import KvShape
 from gpu_worker.model.kernels import gqa as kernels
 from gpu_worker.model.step_scratch import room_for
-from gpu_worker.model.weights import Weights, read_panels, read_vector
+from gpu_worker.model.weights import read_matrices, read_matrix, read_vector
 from gpu_worker.step_batch import StepBatch
 
 Floats = NDArray[np.float32]
@@ -41,39 +41,34 @@ class GqaShape:
 
 
 class GqaWeights(NamedTuple):
-    """A layer's, with the norm before it; matrices are in panels. The norms of queries
+    """A layer's, with the norm before it; matrices are `[inputs, outputs]`. The norms of queries
     and keys may be empty, and so may the sinks, one of a query head each."""
 
     norm_H: Floats
-    w_qkv: Weights
+    w_qkv_HP: Floats
     b_qkv_P: Floats
     q_norm: Floats
     k_norm: Floats
-    w_o: Weights
+    w_o_OH: Floats
     b_o_H: Floats
     sinks_A: Floats
-
-
-_TILE_ROWS = 12
-"""Query rows that attend together, where they share a sequence and a KV head."""
 
 
 class GqaScratch:
     """Working memory that the layers of a model share."""
 
     def __init__(self, *, hidden_size: int, shape: GqaShape) -> None:
-        group = shape.num_heads // shape.kv_heads
-        self._rows = group * max(1, _TILE_ROWS // group)
+        self._group = shape.num_heads // shape.kv_heads
         self._widths = (hidden_size, shape.q_size + 2 * shape.kv_size, shape.q_size)
-        self.scores_RC: Floats = np.zeros((self._rows, 0), dtype=np.float32)
+        self.scores_GC: Floats = np.empty((self._group, 0), dtype=np.float32)
         self._allocate(0)
 
     def grow(self, *, num_tokens: int, context_tokens: int) -> None:
         """`context_tokens` in whole blocks."""
         if num_tokens > self.h_TH.shape[0]:
             self._allocate(room_for(num_tokens))
-        if context_tokens > self.scores_RC.shape[1]:
-            self.scores_RC = np.empty((self._rows, room_for(context_tokens)), dtype=np.float32)
+        if context_tokens > self.scores_GC.shape[1]:
+            self.scores_GC = np.empty((self._group, room_for(context_tokens)), dtype=np.float32)
 
     def _allocate(self, num_tokens: int) -> None:
         self.h_TH, self.qkv_TP, self.heads_TO = (
@@ -143,7 +138,7 @@ class GqaAttention:
             scratch.h_TH,
             scratch.qkv_TP,
             scratch.heads_TO,
-            scratch.scores_RC,
+            scratch.scores_GC,
         )
 
 
@@ -179,16 +174,15 @@ def read_gqa(checkpoint: Checkpoint, prefix: str, norm_name: str) -> GqaWeights:
         parts = [vector(f"{prefix}.{n}_proj.bias") for n in names]
         return np.concatenate(parts) if parts[0].size else np.zeros(size, dtype=np.float32)
 
-    matrices = [f"{prefix}.{n}_proj.weight" for n in "qkv"]
-    qkv_size = sum(checkpoint.shape(name)[0] for name in matrices)
-    hidden_size = checkpoint.shape(f"{prefix}.o_proj.weight")[0]
+    w_qkv_HP = read_matrices(checkpoint, *(f"{prefix}.{n}_proj.weight" for n in "qkv"))
+    w_o_OH = read_matrix(checkpoint, f"{prefix}.o_proj.weight")
     return GqaWeights(
         norm_H=read_vector(checkpoint, norm_name),
-        w_qkv=read_panels(checkpoint, *matrices),
-        b_qkv_P=bias("qkv", qkv_size),
+        w_qkv_HP=w_qkv_HP,
+        b_qkv_P=bias("qkv", w_qkv_HP.shape[1]),
         q_norm=vector(f"{prefix}.q_norm.weight"),
         k_norm=vector(f"{prefix}.k_norm.weight"),
-        w_o=read_panels(checkpoint, f"{prefix}.o_proj.weight"),
-        b_o_H=bias("o", hidden_size),
+        w_o_OH=w_o_OH,
+        b_o_H=bias("o", w_o_OH.shape[1]),
         sinks_A=vector(f"{prefix}.sinks"),
     )

@@ -18,7 +18,9 @@ import numpy as np
 
 from gpu_worker.model.kernels.arithmetic import ONE, ZERO, fma, kernel
 from gpu_worker.model.kernels.linear import (
-    advance,
+    advance_2_rows,
+    advance_4_rows,
+    advance_row,
     linear,
     norm_rows,
     rms_norm,
@@ -47,6 +49,20 @@ def _rotate(head_W: Any, cos: Any, sin: Any, interleaved: bool, out_W: Any) -> N
         high = head_W[2 * i + 1] if interleaved else head_W[i + half]
         out_W[i] = low * cos[i] - high * sin[i]
         out_W[i + half] = high * cos[i] + low * sin[i]
+
+
+@kernel
+def _advance(x: Any, w: Any, out: Any, num_rows: int) -> None:
+    """out += x @ w for the first `num_rows` rows."""
+    m = 0
+    while m + 4 <= num_rows:
+        advance_4_rows(x, w, out, m, 0, w.shape[1])
+        m += 4
+    if m + 2 <= num_rows:
+        advance_2_rows(x, w, out, m, 0, w.shape[1])
+        m += 2
+    if m < num_rows:
+        advance_row(x[m], w, out[m], 0, w.shape[1])
 
 
 @kernel
@@ -99,8 +115,8 @@ def _score_tile(
 ) -> None:
     """A chain over the latent's elements, then the rotated ones."""
     scores_UA[:size] = ZERO
-    advance(latent_UR, 0, q_latent_RA, scores_UA, 0, size)
-    advance(key_UW, 0, q_rotated_WA, scores_UA, 0, size)
+    _advance(latent_UR, q_latent_RA, scores_UA, size)
+    _advance(key_UW, q_rotated_WA, scores_UA, size)
 
 
 @kernel
@@ -124,7 +140,7 @@ def _add_tile(
     for a in range(tile_AU.shape[0]):
         for u in range(tile_AU.shape[1]):
             tile_AU[a, u] = weights_AC[a, first + u] if u < size else ZERO
-    advance(tile_AU, 0, latent_UR, sum_AR, 0, tile_AU.shape[0])
+    _advance(tile_AU, latent_UR, sum_AR, tile_AU.shape[0])
 
 
 @kernel
@@ -211,7 +227,7 @@ def _score_index(
     for first in range(0, context, block_tokens):
         count = min(block_tokens, context - first)
         index_UI[:count] = ZERO
-        advance(index_key_BUL[table_B[first // block_tokens]], 0, q_index_LI, index_UI, 0, count)
+        _advance(index_key_BUL[table_B[first // block_tokens]], q_index_LI, index_UI, count)
         for u in range(count):
             total = ZERO
             for i in range(w_index_I.shape[0]):
