@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.family import KvShape
 from gpu_worker.model.kernels import gqa as kernels
-from gpu_worker.model.step_scratch import room_for
+from gpu_worker.model.step_scratch import room_for, written_zeros
 from gpu_worker.model.weights import read_matrices, read_matrix, read_vector
 from gpu_worker.step_batch import StepBatch
 
@@ -80,10 +80,8 @@ class GqaAttention:
     """One layer. Implements `family.Attention`.
 
     Keys lie transposed inside a block (blocks B, KV heads J, head size D, block_tokens U:
-    `k_BJDU`, `v_BJUD`), so that scores of a block's tokens are computed side by side. The cache
-    starts as zeros, written now: the first touch of fresh memory costs milliseconds a page on a
-    virtual machine, and must not fall into a step. Stale values stay finite for ever, and are
-    masked by position.
+    `k_BJDU`, `v_BJUD`), so that scores of a block's tokens are computed side by side. Stale values
+    stay finite for ever, and are masked by position.
     """
 
     def __init__(
@@ -103,14 +101,9 @@ class GqaAttention:
         self._shape = shape
         self._clip = np.float32(shape.clip)
         self._scratch = scratch
-        self.k_BJDU: Floats = np.zeros(
-            (kv.num_blocks, shape.kv_heads, shape.head_dim, kv.block_tokens), dtype=np.float32
-        )
-        self.v_BJUD: Floats = np.zeros(
-            (kv.num_blocks, shape.kv_heads, kv.block_tokens, shape.head_dim), dtype=np.float32
-        )
-        self.k_BJDU.fill(0.0)
-        self.v_BJUD.fill(0.0)
+        blocks = (kv.num_blocks, shape.kv_heads)
+        self.k_BJDU = written_zeros(*blocks, shape.head_dim, kv.block_tokens)
+        self.v_BJUD = written_zeros(*blocks, kv.block_tokens, shape.head_dim)
 
     def cache_arrays(self) -> Sequence[Floats]:
         return (self.k_BJDU, self.v_BJUD)

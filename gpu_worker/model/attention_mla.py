@@ -13,7 +13,7 @@ from gpu_worker.model.family import KvShape
 from gpu_worker.model.kernels import linear as rows
 from gpu_worker.model.kernels import mla as kernels
 from gpu_worker.model.rope import Rotations
-from gpu_worker.model.step_scratch import room_for
+from gpu_worker.model.step_scratch import room_for, written_zeros
 from gpu_worker.step_batch import StepBatch
 
 Floats = NDArray[np.float32]
@@ -86,7 +86,7 @@ class MlaScratch:
         self.zeros: Floats = np.zeros(max(*widest, shape.index_size), dtype=np.float32)
         self.tile_AU: Floats = _floats(shape.num_heads, block_tokens)
         # Rows behind the last chosen position get the weight zero: they must be finite.
-        self.latent_UR: Floats = _written_zeros(block_tokens, shape.rank)
+        self.latent_UR: Floats = written_zeros(block_tokens, shape.rank)
         self.key_UW: Floats = _floats(block_tokens, shape.rotated_size)
         self.index_UI: Floats = _floats(block_tokens, shape.index_heads)
         self._allocate_context(0)
@@ -127,8 +127,8 @@ class MlaAttention:
     """One layer; dense, or sparse where it has an indexer. Implements `family.Attention`.
 
     The cache holds each token's normed latent and its rotated shared key (blocks B, block_tokens U:
-    `latent_BUR`, `key_BUW`), and the indexer's keys `index_key_BUL`. It starts as zeros, written
-    now, as other caches do; stale values stay finite, and get the weight zero.
+    `latent_BUR`, `key_BUW`), and the indexer's keys `index_key_BUL`. Stale values stay finite, and
+    get the weight zero.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ class MlaAttention:
         self._scale = np.float32(head_size**-0.5 * softmax_factor)
         self._scratch = scratch
         blocks = (kv.num_blocks, kv.block_tokens)
-        self.latent_BUR: Floats = _written_zeros(*blocks, shape.rank)
-        self.key_BUW: Floats = _written_zeros(*blocks, shape.rotated_size)
-        self.index_key_BUL: Floats = _written_zeros(*blocks, shape.index_size)
+        self.latent_BUR: Floats = written_zeros(*blocks, shape.rank)
+        self.key_BUW: Floats = written_zeros(*blocks, shape.rotated_size)
+        self.index_key_BUL: Floats = written_zeros(*blocks, shape.index_size)
 
     def cache_arrays(self) -> Sequence[Floats]:
         caches = (self.latent_BUR, self.key_BUW)
@@ -203,7 +203,7 @@ class MlaAttention:
             kernels.project(
                 scratch.h_TH, weights.w_qa_HQ, weights.b_qa_Q, scratch.qa_TQ, num_tokens
             )
-            kernels.norm_in_place(scratch.qa_TQ, weights.qa_norm_Q, INNER_EPS, num_tokens)
+            rows.norm_rows(scratch.qa_TQ, weights.qa_norm_Q, INNER_EPS, scratch.qa_TQ, num_tokens)
             inputs = scratch.qa_TQ
         zeros_P = scratch.zeros[: self._shape.q_size]
         kernels.project(inputs, weights.w_qb_QP, zeros_P, scratch.q_TP, num_tokens)
@@ -312,9 +312,3 @@ class MlaAttention:
 
 def _floats(*shape: int) -> Floats:
     return np.empty(shape, dtype=np.float32)
-
-
-def _written_zeros(*shape: int) -> Floats:
-    zeros = _floats(*shape)
-    zeros.fill(0.0)
-    return zeros

@@ -33,3 +33,11 @@ class TokenScratch:
 def room_for(count: int) -> int:
     """The next power of two: few reallocations while a load builds up."""
     return 1 << (count - 1).bit_length()
+
+
+def written_zeros(*shape: int) -> Floats:
+    """Written now: the first touch of fresh memory costs milliseconds a page on a virtual machine,
+    and must not fall into a step."""
+    zeros: Floats = np.empty(shape, dtype=np.float32)
+    zeros.fill(0.0)
+    return zeros

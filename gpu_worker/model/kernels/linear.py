@@ -23,7 +23,7 @@ _COLUMNS_PER_PASS = 1024
 
 
 @kernel
-def advance_4_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
+def _advance_4_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
     num_inputs = x.shape[1]
     o0, o1, o2, o3 = out[m, n0:n1], out[m + 1, n0:n1], out[m + 2, n0:n1], out[m + 3, n0:n1]
     a, b, c, d = x[m], x[m + 1], x[m + 2], x[m + 3]
@@ -54,7 +54,7 @@ def advance_4_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
 
 
 @kernel
-def advance_2_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
+def _advance_2_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
     num_inputs = x.shape[1]
     o0, o1 = out[m, n0:n1], out[m + 1, n0:n1]
     a, b = x[m], x[m + 1]
@@ -98,6 +98,20 @@ def advance_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
         for n in range(n1 - n0):
             o[n] = fma(a0, w0[n], o[n])
         k += 1
+
+
+@kernel
+def advance_rows(x: Any, w: Any, out: Any, n0: int, n1: int, num_rows: int) -> None:
+    """out[:, n0:n1] += x @ w[:, n0:n1] for the first `num_rows` rows."""
+    m = 0
+    while m + 4 <= num_rows:
+        _advance_4_rows(x, w, out, m, n0, n1)
+        m += 4
+    if m + 2 <= num_rows:
+        _advance_2_rows(x, w, out, m, n0, n1)
+        m += 2
+    if m < num_rows:
+        advance_row(x[m], w, out[m], n0, n1)
 
 
 @kernel
@@ -182,16 +196,7 @@ def _linear_plain(x_MK: Any, w_KN: Any, out_MN: Any, num_rows: int) -> None:
     width = w_KN.shape[1]
     step = width if num_rows == 1 else _COLUMNS_PER_PASS
     for n0 in range(0, width, step):
-        n1 = min(n0 + step, width)
-        m = 0
-        while m + 4 <= num_rows:
-            advance_4_rows(x_MK, w_KN, out_MN, m, n0, n1)
-            m += 4
-        if m + 2 <= num_rows:
-            advance_2_rows(x_MK, w_KN, out_MN, m, n0, n1)
-            m += 2
-        if m < num_rows:
-            advance_row(x_MK[m], w_KN, out_MN[m], n0, n1)
+        advance_rows(x_MK, w_KN, out_MN, n0, min(n0 + step, width), num_rows)
 
 
 @kernel

@@ -18,11 +18,8 @@ import numpy as np
 
 from gpu_worker.model.kernels.arithmetic import ONE, ZERO, fma, kernel
 from gpu_worker.model.kernels.linear import (
-    advance_2_rows,
-    advance_4_rows,
-    advance_row,
+    advance_rows,
     linear,
-    norm_rows,
     rms_norm,
     softmax,
 )
@@ -49,20 +46,6 @@ def _rotate(head_W: Any, cos: Any, sin: Any, interleaved: bool, out_W: Any) -> N
         high = head_W[2 * i + 1] if interleaved else head_W[i + half]
         out_W[i] = low * cos[i] - high * sin[i]
         out_W[i + half] = high * cos[i] + low * sin[i]
-
-
-@kernel
-def _advance(x: Any, w: Any, out: Any, num_rows: int) -> None:
-    """out += x @ w for the first `num_rows` rows."""
-    m = 0
-    while m + 4 <= num_rows:
-        advance_4_rows(x, w, out, m, 0, w.shape[1])
-        m += 4
-    if m + 2 <= num_rows:
-        advance_2_rows(x, w, out, m, 0, w.shape[1])
-        m += 2
-    if m < num_rows:
-        advance_row(x[m], w, out[m], 0, w.shape[1])
 
 
 @kernel
@@ -115,8 +98,8 @@ def _score_tile(
 ) -> None:
     """A chain over the latent's elements, then the rotated ones."""
     scores_UA[:size] = ZERO
-    _advance(latent_UR, q_latent_RA, scores_UA, size)
-    _advance(key_UW, q_rotated_WA, scores_UA, size)
+    advance_rows(latent_UR, q_latent_RA, scores_UA, 0, scores_UA.shape[1], size)
+    advance_rows(key_UW, q_rotated_WA, scores_UA, 0, scores_UA.shape[1], size)
 
 
 @kernel
@@ -140,7 +123,7 @@ def _add_tile(
     for a in range(tile_AU.shape[0]):
         for u in range(tile_AU.shape[1]):
             tile_AU[a, u] = weights_AC[a, first + u] if u < size else ZERO
-    _advance(tile_AU, latent_UR, sum_AR, tile_AU.shape[0])
+    advance_rows(tile_AU, latent_UR, sum_AR, 0, sum_AR.shape[1], tile_AU.shape[0])
 
 
 @kernel
@@ -227,7 +210,8 @@ def _score_index(
     for first in range(0, context, block_tokens):
         count = min(block_tokens, context - first)
         index_UI[:count] = ZERO
-        _advance(index_key_BUL[table_B[first // block_tokens]], q_index_LI, index_UI, count)
+        keys = index_key_BUL[table_B[first // block_tokens]]
+        advance_rows(keys, q_index_LI, index_UI, 0, index_UI.shape[1], count)
         for u in range(count):
             total = ZERO
             for i in range(w_index_I.shape[0]):
@@ -325,11 +309,6 @@ def project(x_MK: Any, w_KN: Any, bias_N: Any, out_MN: Any, num_rows: int) -> No
 
 
 @kernel
-def norm_in_place(x_TH: Any, weight_H: Any, eps: Any, num_rows: int) -> None:
-    norm_rows(x_TH, weight_H, eps, x_TH, num_rows)
-
-
-@kernel
 def scale_rows(x_TH: Any, factor: Any, num_rows: int) -> None:
     for t in range(num_rows):
         for i in range(x_TH.shape[1]):
@@ -345,7 +324,6 @@ ENTRY_POINTS: list[EntryPoint] = [
     (attend_dense, (*_WHERE, F3, F3, F3, F3, FLOAT, F2, F2, F2, F3)),
     (expand_sums, (F3, F3, F1, F2, F2, F2, INT)),
     (project, (F2, F2, F1, F2, INT)),
-    (norm_in_place, (F2, F1, FLOAT, INT)),
 ]
 
 SPARSE_ENTRY_POINTS: list[EntryPoint] = [
