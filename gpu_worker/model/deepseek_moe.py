@@ -8,7 +8,7 @@ import numpy as np
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import DenseLayer, MoeLayer
-from gpu_worker.model.gqa_family import dense_size
+from gpu_worker.model.frame import dense_size
 from gpu_worker.model.mlp import mlp_shapes, read_dense, read_mlp
 from gpu_worker.model.routers import GroupRouter
 from gpu_worker.model.weights import read_matrix, read_vector

@@ -16,6 +16,14 @@ from gpu_worker.model.attention_gqa import (
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import Attention, DenseLayer, KvShape, MoeLayer, Router
+from gpu_worker.model.frame import (
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    dense_size,
+    frame_shapes,
+    head_name,
+    refuse,
+)
 from gpu_worker.model.kernels import experts, gqa, router
 from gpu_worker.model.kernels.warm_up import EntryPoint
 from gpu_worker.model.mlp import USUAL_NAMES, MlpNames, mlp_shapes, read_dense, read_mlp
@@ -32,8 +40,8 @@ class GqaFamily:
 
     entry_points: ClassVar[Sequence[EntryPoint]] = (*gqa.ENTRY_POINTS, *router.ENTRY_POINTS)
     expert_activation: ClassVar[int] = experts.SWIGLU
-    embedding_name = "model.embed_tokens.weight"
-    final_norm_name = "model.norm.weight"
+    embedding_name = EMBEDDING_NAME
+    final_norm_name = FINAL_NORM_NAME
     qk_norm: ClassVar[int] = gqa.QK_NORM_NONE
     has_sinks: ClassVar[bool] = False
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "yarn")
@@ -47,9 +55,7 @@ class GqaFamily:
         self.spec = spec
         self.rope = read_rope(raw, kinds=self.rope_kinds)
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))
-        self.head_name = (
-            self.embedding_name if raw.get("tie_word_embeddings", False) else "lm_head.weight"
-        )
+        self.head_name = head_name(spec)
         self.shape = read_gqa_shape(spec, self.qk_norm)
         self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", False))
         self.rotated = self.shape.head_dim
@@ -60,15 +66,9 @@ class GqaFamily:
 
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self.spec
-        shapes: dict[str, Shape] = {
-            self.embedding_name: (spec.vocab_size, spec.hidden_size),
-            self.final_norm_name: (spec.hidden_size,),
-            self.head_name: (spec.vocab_size, spec.hidden_size),
-        }
+        shapes = frame_shapes(spec)
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}"
-            for name in ("input", "post_attention"):
-                shapes[f"{prefix}.{name}_layernorm.weight"] = (spec.hidden_size,)
             shapes |= self._attention_shapes(layer)
             if layer in spec.moe_layers:
                 shapes |= self.moe_shapes(layer)
@@ -165,23 +165,6 @@ def read_gqa_shape(spec: ModelSpec, qk_norm: int) -> GqaShape:
             "config.json: num_attention_heads must be a multiple of num_key_value_heads"
         )
     return shape
-
-
-def dense_size(spec: ModelSpec) -> int:
-    """Inner size of a dense layer's MLP. Raises CheckpointError."""
-    try:
-        return int(spec.raw["intermediate_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: missing or malformed {error}") from error
-
-
-def refuse(spec: ModelSpec, reasons: dict[str, bool]) -> None:
-    """Raises CheckpointError for the first reason that applies, or where top-k exceeds the
-    experts."""
-    too_many = {f"top-{spec.top_k} of {spec.num_experts} experts": spec.top_k > spec.num_experts}
-    for reason, applies in (reasons | too_many).items():
-        if applies:
-            raise CheckpointError(f"config.json asks for {reason}, which Starfish does not serve")
 
 
 def _is_silu(raw: dict[str, Any]) -> bool:

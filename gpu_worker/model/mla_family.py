@@ -18,7 +18,13 @@ from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.deepseek_moe import DeepseekMoe
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import Attention, DenseLayer, Floats, KvShape, MoeLayer
-from gpu_worker.model.gqa_family import refuse
+from gpu_worker.model.frame import (
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    frame_shapes,
+    head_name,
+    refuse,
+)
 from gpu_worker.model.kernels import experts, mla, router
 from gpu_worker.model.kernels.warm_up import EntryPoint
 from gpu_worker.model.rope import read_rope
@@ -35,8 +41,8 @@ class MlaFamily:
         *router.GROUP_ENTRY_POINTS,
     )
     expert_activation: ClassVar[int] = experts.SWIGLU
-    embedding_name = "model.embed_tokens.weight"
-    final_norm_name = "model.norm.weight"
+    embedding_name = EMBEDDING_NAME
+    final_norm_name = FINAL_NORM_NAME
     sigmoid_routing: ClassVar[bool] = True
     routing_methods: ClassVar[tuple[str, ...]] = ("noaux_tc",)
     has_indexer: ClassVar[bool] = False
@@ -59,22 +65,15 @@ class MlaFamily:
         self.spec = spec
         self.rope = read_rope(raw, kinds=("default", "yarn"))
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))
-        tied = bool(raw.get("tie_word_embeddings", False))
-        self.head_name = self.embedding_name if tied else "lm_head.weight"
+        self.head_name = head_name(spec)
         self._bias = bool(raw.get("attention_bias", False))
         self.shape = read_mla_shape(spec, has_indexer=self.has_indexer)
         self._moe = DeepseekMoe(spec, sigmoid=self.sigmoid_routing)
 
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self.spec
-        shapes: dict[str, Shape] = {
-            self.embedding_name: (spec.vocab_size, spec.hidden_size),
-            self.final_norm_name: (spec.hidden_size,),
-            self.head_name: (spec.vocab_size, spec.hidden_size),
-        }
+        shapes = frame_shapes(spec)
         for layer in range(spec.num_layers):
-            for name in ("input", "post_attention"):
-                shapes[f"model.layers.{layer}.{name}_layernorm.weight"] = (spec.hidden_size,)
             prefix = f"model.layers.{layer}.self_attn"
             shapes |= self._attention_shapes(prefix)
             shapes |= self._indexer_shapes(f"{prefix}.indexer") if self.has_indexer else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_worker.model.gqa_family import refuse
+from gpu_worker.model.frame import refuse
 from gpu_worker.model.mla_family import MlaFamily
 from shared.model_spec import ModelSpec
 

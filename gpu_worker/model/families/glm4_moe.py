@@ -8,7 +8,8 @@ from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.deepseek_moe import DeepseekMoe
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import DenseLayer, MoeLayer
-from gpu_worker.model.gqa_family import GqaFamily, read_gqa_shape, refuse
+from gpu_worker.model.frame import refuse
+from gpu_worker.model.gqa_family import GqaFamily, read_gqa_shape
 from gpu_worker.model.kernels import gqa, router
 from shared.model_spec import ModelSpec
 

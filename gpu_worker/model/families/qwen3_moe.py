@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gpu_worker.model.gqa_family import GqaFamily, refuse
+from gpu_worker.model.frame import refuse
+from gpu_worker.model.gqa_family import GqaFamily
 from gpu_worker.model.kernels import gqa
 from shared.model_spec import ModelSpec
 
