@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,6 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second, time to first token, time between tokens."""
-    from cli.bench.own_instance import own_instance
     from cli.bench.serve import (
         ServeLoad,
         comparison_table,
@@ -73,13 +73,7 @@ def serve(
             compared = await compare(load, clock, pairs=pairs, flags=flags, console=console)
             _show(compared, comparison_table(compared), console, as_json)
             return 0
-        async with AsyncExitStack() as stack:
-            if own:
-                url_used = (await stack.enter_async_context(own_instance(flags))).url
-            else:
-                url_used = url or _running(None, instance, run_dir).url
-            if url_used is None:
-                raise ConfigError("which gateway? pass --url or --run-dir, or --own")
+        async with _gateway(flags if own else None, url, instance, run_dir) as url_used:
             rows = await measure(url_used, load, clock)
         _show(rows, serve_table(rows), console, as_json)
         return 1 if any(row.errors for row in rows) else 0
@@ -101,19 +95,12 @@ def prefix(
     as_json: AsJson = False,
 ) -> None:
     """Time to first token of a prompt cold, again, and with a turn more: the prefix cache."""
-    from cli.bench.own_instance import own_instance
     from cli.bench.prefix import PrefixLoad, measure_prefix, prefix_table
 
     async def work() -> int:
         load = PrefixLoad(tries=tries, prompt_tokens=prompt_tokens, turn_tokens=turn_tokens)
-        async with AsyncExitStack() as stack:
-            if own:
-                target = await stack.enter_async_context(own_instance(_own_flags(model, ranks)))
-                url_used = target.url
-            else:
-                url_used = url or _running(None, instance, run_dir).url
-            if url_used is None:
-                raise ConfigError("which gateway? pass --url or --run-dir, or --own")
+        flags = _own_flags(model, ranks) if own else None
+        async with _gateway(flags, url, instance, run_dir) as url_used:
             rows = await measure_prefix(url_used, load, SystemClock())
         _show(rows, prefix_table(rows), Console(stderr=as_json), as_json)
         return 0
@@ -184,6 +171,24 @@ def exchange(context: typer.Context) -> None:
 
     command = [sys.executable, "-m", "bench.exchange", *context.args]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@asynccontextmanager
+async def _gateway(
+    own_flags: list[str] | None, url: str | None, instance: str | None, run_dir: Path | None
+) -> AsyncIterator[str]:
+    """Of an instance that is started with these flags, or of the running one that is meant. Raises
+    ConfigError where none is."""
+    from cli.bench.own_instance import own_instance
+
+    async with AsyncExitStack() as stack:
+        if own_flags is not None:
+            found = (await stack.enter_async_context(own_instance(own_flags))).url
+        else:
+            found = url or _running(None, instance, run_dir).url
+        if found is None:
+            raise ConfigError("which gateway? pass --url or --run-dir, or --own")
+        yield found
 
 
 def _own_flags(model: Path | None, ranks: int) -> list[str]:

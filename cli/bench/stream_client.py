@@ -107,12 +107,16 @@ async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
-        try:
-            async with http.get(f"{url}/v1/models") as response:
-                model = (await response.json())["data"][0]["id"]
-        except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
-            raise Unavailable(f"no gateway serves at {url}: {error}") from error
-        yield StreamClient(http, url, model, clock)
+        yield StreamClient(http, url, await served_name(http, url), clock)
+
+
+async def served_name(http: aiohttp.ClientSession, url: str) -> str:
+    """Of the model that the gateway serves. Raises Unavailable where none answers."""
+    try:
+        async with http.get(f"{url}/v1/models") as response:
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
+        raise Unavailable(f"no gateway serves at {url}: {error}") from error
 
 
 def random_prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from cli.bench.stream_client import served_name
 from cli.evaluate.documents import Document
 from shared.errors import Unavailable
 
@@ -109,9 +110,4 @@ async def open_scorer(url: str) -> AsyncIterator[Scorer]:
     async with aiohttp.ClientSession(
         timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
     ) as http:
-        try:
-            async with http.get(f"{url}/v1/models") as response:
-                model = (await response.json())["data"][0]["id"]
-        except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
-            raise Unavailable(f"no gateway serves at {url}: {error}") from error
-        yield Scorer(http, url, model)
+        yield Scorer(http, url, await served_name(http, url))
