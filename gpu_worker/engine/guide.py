@@ -47,11 +47,6 @@ class Guide:
         self._matcher.consume_tokens(list(emitted))
         self.allowed = self._next_bits()
 
-    @property
-    def is_complete(self) -> bool:
-        """No text can follow."""
-        return bool(self._matcher.is_stopped())
-
     def take(self, token: int) -> None:
         """`token` was drawn. Raises GuideError where the grammar cannot be followed further."""
         self._matcher.consume_token(token)

@@ -391,13 +391,12 @@ class Scheduler:
         index = sequence.next_index
         if token == NO_TOKEN:
             return self._fail(sequence)
+        self._num_tokens += 1
         try:
             finish = sequence.append(token)
         except GuideError as error:
-            self._num_tokens += 1
             self._end(sequence)
             return sequence.reply(index=index, error=str(error))
-        self._num_tokens += 1
         if finish is not None:
             self._end(sequence)
         return sequence.reply((token,), index=index, finish=finish, logprobs=logprobs)

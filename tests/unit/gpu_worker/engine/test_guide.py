@@ -50,7 +50,7 @@ def generate(guides: Guides, grammar: str, seed: int, *, cut: int | None = None)
     `cut` tokens."""
     guide = guides.open(grammar, ())
     emitted: list[int] = []
-    while not guide.is_complete and len(emitted) < 300:
+    while len(emitted) < 300:
         if len(emitted) == cut:
             guide = guides.open(grammar, emitted)
         logits = np.random.default_rng((seed, len(emitted))).normal(0, 4, (1, VOCAB))
