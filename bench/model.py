@@ -11,14 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_worker.exchange.local import LocalExchange, LocalHub
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.registry import load_model
+from gpu_worker.model.scoring import EPOCH, whole_exchange
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 from gpu_worker.step_batch import StepBatch
-from shared.clock import SystemClock
-from shared.expert_map import ExpertMap
-from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from shared.types import Step
 
 PROMPT_TOKENS = 64
 DECODE_STEPS = 96
@@ -28,15 +26,6 @@ LONG_PROMPT_TOKENS = 512
 PREFILL_CHUNK_TOKENS = 128
 
 
-class QuietMonitor:
-    def newest_epoch(self) -> Epoch:
-        return Epoch(1)
-
-    def beat(self, waiting_for: object) -> None: ...
-
-    def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None: ...
-
-
 class Bench:
     """One rank that holds every expert."""
 
@@ -44,27 +33,8 @@ class Bench:
         self.model: Decoder = load_model(
             folder, slots_per_rank=64, kv_blocks=1024, block_tokens=BLOCK_TOKENS
         )
-        spec = self.model.spec
-        experts = np.arange(spec.num_experts, dtype=np.int16)
-        placement = np.tile(experts, (spec.num_moe_layers, 1, 1))
-        self.model.slots.load_all(placement[:, 0])
-        self.exchange = self._exchange(placement)
+        self.exchange = whole_exchange(self.model)
         self.steps = 0
-
-    def _exchange(self, placement: np.ndarray) -> LocalExchange:
-        spec = self.model.spec
-        member = Member(rank=RankId(0), incarnation=Incarnation(1))
-        hub = LocalHub(1, spec.hidden_size, spec.top_k)
-        exchange = hub.exchange(member, QuietMonitor(), SystemClock(), 1e9)
-        exchange.adopt(
-            ExpertMap(
-                epoch=Epoch(1),
-                num_experts=spec.num_experts,
-                members=(member,),
-                placement=placement,
-            )
-        )
-        return exchange
 
     def step(self, tokens_SC: np.ndarray, start: int) -> np.ndarray:
         """The same number of tokens of every sequence; the next token of each, greedily."""
@@ -78,7 +48,7 @@ class Bench:
             logits_rows_R=np.arange(1, sequences + 1, dtype=np.int32) * count - 1,
         )
         num_tokens = batch.num_tokens
-        self.exchange.begin_step(Epoch(1), Step(self.steps), num_tokens=num_tokens, has_work=True)
+        self.exchange.begin_step(EPOCH, Step(self.steps), num_tokens=num_tokens, has_work=True)
         self.steps += 1
         return self.model.forward(batch, self.exchange).logits_RV.argmax(axis=1)
 

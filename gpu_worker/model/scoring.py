@@ -23,7 +23,7 @@ from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReas
 
 _BLOCK_TOKENS = 16
 _CHUNK_TOKENS = 128
-_EPOCH = Epoch(1)
+EPOCH = Epoch(1)
 
 
 class _Lossy:
@@ -50,7 +50,7 @@ class _Nobody:
     """The monitor of a rank without peers."""
 
     def newest_epoch(self) -> Epoch:
-        return _EPOCH
+        return EPOCH
 
     def beat(self, waiting_for: Sequence[RankId]) -> None: ...
 
@@ -68,7 +68,7 @@ class LocalScorer:
             kv_blocks=-(-spec.context_tokens_max // _BLOCK_TOKENS),
             block_tokens=_BLOCK_TOKENS,
         )
-        self._exchange = _Lossy(_whole_exchange(self._model), missing)
+        self._exchange = _Lossy(whole_exchange(self._model), missing)
         self._steps = 0
 
     def nats(self, tokens: Sequence[int]) -> float:
@@ -95,7 +95,7 @@ class LocalScorer:
             block_tables_SB=np.arange(blocks, dtype=np.int32)[None],
             logits_rows_R=np.arange(count, dtype=np.int32),
         )
-        self._exchange.begin_step(_EPOCH, Step(self._steps), num_tokens=count, has_work=True)
+        self._exchange.begin_step(EPOCH, Step(self._steps), num_tokens=count, has_work=True)
         self._steps += 1
         return self._model.forward(batch, self._exchange).logits_RV
 
@@ -105,7 +105,8 @@ def experts_of_rank(rank: int, num_ranks: int, num_experts: int) -> range:
     return range(rank * num_experts // num_ranks, (rank + 1) * num_experts // num_ranks)
 
 
-def _whole_exchange(model: Decoder) -> LocalExchange:
+def whole_exchange(model: Decoder) -> LocalExchange:
+    """Loads every expert into the model's slots, for a rank without peers in `EPOCH`."""
     spec = model.spec
     experts = np.arange(spec.num_experts, dtype=np.int16)
     placement = np.tile(experts, (spec.num_moe_layers, 1, 1))
@@ -114,8 +115,6 @@ def _whole_exchange(model: Decoder) -> LocalExchange:
     hub = LocalHub(1, spec.hidden_size, spec.top_k)
     exchange = hub.exchange(member, _Nobody(), SystemClock(), 1e9)
     exchange.adopt(
-        ExpertMap(
-            epoch=_EPOCH, num_experts=spec.num_experts, members=(member,), placement=placement
-        )
+        ExpertMap(epoch=EPOCH, num_experts=spec.num_experts, members=(member,), placement=placement)
     )
     return exchange
