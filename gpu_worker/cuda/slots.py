@@ -3,7 +3,6 @@ them from pinned host memory on a side stream while decode goes on."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.slot_ledger import SlotLedger
 from shared.types import EMPTY_SLOT
 
 
@@ -49,29 +49,20 @@ class CudaSlots:
         self.w_down_LSHI = torch.zeros(
             (*leading, hidden_size, inner_size), device=device, dtype=dtype
         )
-        self._contents: NDArray[np.int16] = np.full(leading, EMPTY_SLOT, dtype=np.int16)
-        self._contents_lock = threading.Lock()
+        self.num_layers, self.slots_per_rank = leading
+        self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    @property
-    def num_layers(self) -> int:
-        return int(self._contents.shape[0])
-
-    @property
-    def slots_per_rank(self) -> int:
-        return int(self._contents.shape[1])
 
     @property
     def contents(self) -> NDArray[np.int16]:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
-        with self._contents_lock:
-            return self._contents.copy()
+        return self._ledger.contents
 
     def load(self, refills: Sequence[Refill]) -> None:
         """Returns when the last byte is in. Slots are EMPTY meanwhile. The steps' stream does not
         wait; nor does this one for it."""
         for refill in refills:
-            self._set(refill.layer, refill.slot, EMPTY_SLOT)
+            self._ledger.set(refill.layer, refill.slot, EMPTY_SLOT)
         if self._side is None:
             for refill in refills:
                 self._copy(refill)
@@ -81,22 +72,18 @@ class CudaSlots:
                     self._copy(refill)
             self._side.synchronize()
         for refill in refills:
-            self._set(refill.layer, refill.slot, refill.expert)
+            self._ledger.set(refill.layer, refill.slot, refill.expert)
 
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Expert e into slot e of every layer; for measurements."""
         for layer in range(self.num_layers):
             self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
             self.w_down_LSHI[layer, :num_experts].normal_(std=std)
-        with self._contents_lock:
-            self._contents[:, :num_experts] = np.arange(num_experts, dtype=np.int16)
+            for expert in range(num_experts):
+                self._ledger.set(layer, expert, expert)
 
     def _copy(self, refill: Refill) -> None:
         gate_up_JH = self.w_gate_up_LSJH[refill.layer, refill.slot]
         down_HI = self.w_down_LSHI[refill.layer, refill.slot]
         gate_up_JH.view(-1).copy_(refill.values[: gate_up_JH.numel()], non_blocking=True)
         down_HI.view(-1).copy_(refill.values[gate_up_JH.numel() :], non_blocking=True)
-
-    def _set(self, layer: int, slot: int, expert: int) -> None:
-        with self._contents_lock:
-            self._contents[layer, slot] = expert

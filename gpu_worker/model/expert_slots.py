@@ -3,7 +3,6 @@ into them while the engine uses others. Which expert belongs where is the planne
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from gpu_worker.model.kernels.tiles import pack
 from gpu_worker.model.kernels.warm_up import WEIGHT_DTYPES
 from gpu_worker.model.weights import Weights, empty_panels
+from gpu_worker.slot_ledger import SlotLedger
 from shared.types import EMPTY_SLOT
 
 
@@ -58,23 +58,13 @@ class ExpertSlots:
         self.w_down = empty_panels(leading, inner_size, hidden_size, dtype)
         self.b_gate_up_LSJ = np.zeros((*leading, 2 * inner_size), dtype=np.float32)
         self.b_down_LSH = np.zeros((*leading, hidden_size), dtype=np.float32)
-        self._contents = np.full(leading, EMPTY_SLOT, dtype=np.int16)
-        self._contents_lock = threading.Lock()
+        self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._read_expert = read_expert
-
-    @property
-    def num_layers(self) -> int:
-        return int(self._contents.shape[0])
-
-    @property
-    def slots_per_rank(self) -> int:
-        return int(self._contents.shape[1])
 
     @property
     def contents(self) -> NDArray[np.int16]:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
-        with self._contents_lock:
-            return self._contents.copy()
+        return self._ledger.contents
 
     def weights(self, layer: int) -> MlpWeights:
         """Of all slots of a layer."""
@@ -87,7 +77,7 @@ class ExpertSlots:
 
     def load(self, layer: int, slot: int, expert: int) -> None:
         """The slot is EMPTY until the last byte is in."""
-        self._set(layer, slot, EMPTY_SLOT)
+        self._ledger.set(layer, slot, EMPTY_SLOT)
         weights = self._read_expert(layer, expert)
         assert weights.gate_IH.dtype == self.w_gate_up.dtype
         gate_up_JH = np.concatenate([weights.gate_IH, weights.up_IH])
@@ -97,7 +87,7 @@ class ExpertSlots:
             self.b_gate_up_LSJ[layer, slot] = weights.gate_up_bias_J
         if weights.down_bias_H is not None:
             self.b_down_LSH[layer, slot] = weights.down_bias_H
-        self._set(layer, slot, expert)
+        self._ledger.set(layer, slot, expert)
 
     def load_all(
         self,
@@ -110,13 +100,9 @@ class ExpertSlots:
         assert desired_LS.shape == present_LS.shape, "the assignment is for other slots"
         differs_LS = desired_LS != present_LS
         for layer, slot in np.argwhere(differs_LS & (desired_LS < 0)):
-            self._set(int(layer), int(slot), EMPTY_SLOT)
+            self._ledger.set(int(layer), int(slot), EMPTY_SLOT)
         to_load = np.argwhere(differs_LS & (desired_LS >= 0))
         for done, (layer, slot) in enumerate(to_load):
             self.load(int(layer), int(slot), int(desired_LS[layer, slot]))
             if on_progress is not None:
                 on_progress(done + 1, len(to_load))
-
-    def _set(self, layer: int, slot: int, expert: int) -> None:
-        with self._contents_lock:
-            self._contents[layer, slot] = expert
