@@ -15,8 +15,7 @@ import aiohttp
 import pytest
 
 from gpu_worker.model.seeded_tokenizer import write_tokenizer
-from tests.integration.test_fault_identity import AtTotal
-from tests.support.cluster import Cluster, StreamResult, running_cluster
+from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
 from tests.unit.gpu_worker.model.reference import save_checkpoint
 
 NUM_RANKS = 3

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-from tests.support.cluster import Cluster, StreamResult, running_cluster
+from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
 
 NUM_RANKS = 4
 NUM_STREAMS = 16
@@ -42,19 +42,6 @@ async def run_streams(
             for p in prompts(seed)
         ]
     return [each.result() for each in streams]
-
-
-class AtTotal:
-    """An event that fires when all streams together have received `total` tokens."""
-
-    def __init__(self, total: int) -> None:
-        self._left = total
-        self.reached = asyncio.Event()
-
-    def __call__(self, count: int) -> None:
-        self._left -= 1
-        if self._left <= 0:
-            self.reached.set()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -36,6 +36,19 @@ class StreamResult:
     error: str | None
 
 
+class AtTotal:
+    """An event that fires when all streams together have received `total` tokens."""
+
+    def __init__(self, total: int) -> None:
+        self._left = total
+        self.reached = asyncio.Event()
+
+    def __call__(self, count: int) -> None:
+        self._left -= 1
+        if self._left <= 0:
+            self.reached.set()
+
+
 class Cluster:
     """Handle on a running instance."""
 
