@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.guide import Guides
 from gpu_worker.engine.sampler import sample
+from gpu_worker.engine.sequence import Origin, Sequence
 from shared.errors import CheckpointError, GuideError
-from shared.types import SamplingParams
+from shared.types import Attempt, FinishReason, SamplingParams, SessionId
+from shared.wire import Submit
 
 MODEL = Path(__file__).parents[4] / "models" / "starling-14m"
 VOCAB = 4096
@@ -115,3 +117,25 @@ def test_a_grammar_that_is_none_is_an_error(guides: Guides) -> None:
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Guides(tmp_path, vocab_size=8, eos_token_ids=())
+
+
+def test_a_guided_text_ends_by_an_end_token_even_where_the_client_ignores_it(
+    guides: Guides, tokenizer: Tokenizer
+) -> None:
+    """The last token of the text itself is no end: it would be left out of the text."""
+    grammar = grammar_from("choice", '["yes"]')
+    submit = Submit(
+        session=SessionId("s"),
+        attempt=Attempt(0),
+        tokens=(5, 6),
+        num_emitted=0,
+        sampling=SamplingParams(max_tokens=50, ignore_eos=True, grammar=grammar),
+    )
+    sequence = Sequence(submit, origin=Origin(1), arrival=1, eos_token_ids=EOS, tokens_max=VOCAB)
+    sequence.follow(guides.open(grammar, ()))
+    for token in tokenizer.encode("yes").ids:
+        assert sequence.append(token) is None
+    assert sequence.guide is not None
+    bits = np.unpackbits(sequence.guide.allowed.view(np.uint8), bitorder="little")
+    assert tuple(np.flatnonzero(bits)) == EOS
+    assert sequence.append(EOS[0]) is FinishReason.STOP
