@@ -16,17 +16,16 @@ from shared.errors import Unavailable
 
 
 async def score_without(
-    model: Path, documents: Sequence[Document], *, dead_rank: int | None, num_ranks: int
+    model: Path, documents: Sequence[Document], *, dead_rank: int, num_ranks: int
 ) -> Score:
     """One replica of each expert, dealt to `num_ranks` ranks in turn; those of `dead_rank` give
-    nothing. None: nobody is dead. Raises Unavailable."""
+    nothing. Raises Unavailable."""
     with tempfile.TemporaryDirectory(prefix="starfish-eval-") as folder:
         path = Path(folder) / "tokens.json"
         path.write_text(json.dumps([document.tokens for document in documents]))
-        flags = [] if dead_rank is None else ["--without-rank", str(dead_rank)]
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "gpu_worker.model", "score", str(model), str(path)),
-            *("--num-ranks", str(num_ranks), *flags),
+            *("--num-ranks", str(num_ranks), "--without-rank", str(dead_rank)),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
