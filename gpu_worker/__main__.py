@@ -14,11 +14,13 @@ import structlog
 
 from gpu_worker.config import RankConfig
 from gpu_worker.engine.guide import Guides
+from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.engine_thread import EngineThread
 from gpu_worker.exchange.confine import require_confined
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols
+from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.identity import take_identity
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.model.decoder import Decoder
@@ -106,6 +108,11 @@ async def run_rank(config: RankConfig) -> int:
     model = await asyncio.to_thread(load, config, spec, folder, progress)
     log.info("model_loaded", folder=str(folder), **progress.so_far())
     loader = ExpertSlotLoader(model.slots, progress)
+    deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
+
+    def make_runner(monitor: StepMonitor) -> ModelRunner:
+        return ModelRunner(model, endpoint.exchange(member, monitor, clock, deadline_ms))
+
     rank = Rank(
         RankParts(
             member=member,
@@ -115,7 +122,7 @@ async def run_rank(config: RankConfig) -> int:
             eos_token_ids=model_spec.eos_token_ids,
             store=store,
             clock=clock,
-            model=model,
+            make_runner=make_runner,
             loader=loader,
             residents=model.slots.contents,
             endpoint=endpoint,

@@ -29,13 +29,12 @@ from gpu_worker.engine.mailbox import (
 )
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine.step_runner import StepRunner
 from gpu_worker.engine_gate import EngineGate
-from gpu_worker.exchange.seam import Exchange, StepMonitor
 from gpu_worker.membership.driver import EngineDoor, MembershipDriver, SlotLoader
 from gpu_worker.membership.link_keeper import LinkEvents, LinkKeeper
 from gpu_worker.membership.registrar import Registrar
 from gpu_worker.membership.standing import Standing
-from gpu_worker.step_batch import Model
 from shared.clock import Clock
 from shared.expert_map import Placement
 from shared.keys import Keys
@@ -62,10 +61,6 @@ class Endpoint(Protocol):
     def is_open(self, target: Member) -> bool: ...
 
     def forget(self, member: Member) -> None: ...
-
-    def exchange(
-        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
-    ) -> Exchange: ...
 
 
 class EngineHost(Protocol):
@@ -94,7 +89,7 @@ class RankParts:
     eos_token_ids: tuple[int, ...]
     store: Store
     clock: Clock
-    model: Model
+    make_runner: Callable[[EngineMonitor], StepRunner]
     loader: SlotLoader
     residents: Placement  # what the slots hold at the start
     endpoint: Endpoint
@@ -113,11 +108,9 @@ class Rank:
         config, clock = parts.config, parts.clock
         inbox = Inbox(parts.engine_host.waiter)
         monitor = EngineMonitor(inbox, self._post, clock, parts.engine_host.cpu_s)
-        deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
         self._engine = Engine(
             member=parts.member,
-            model=parts.model,
-            exchange=parts.endpoint.exchange(parts.member, monitor, clock, deadline_ms),
+            runner=parts.make_runner(monitor),
             scheduler=Scheduler(
                 scheduler_limits(config, parts.spec), parts.eos_token_ids, parts.guides
             ),

@@ -1,10 +1,11 @@
-"""The engine thread's loop: inbox, map, plan, forward, sample, commit, post. What runs is the
-scheduler's, what is computed the model's; here is only when.
+"""The engine thread's loop: inbox, map, plan, run, commit, post. What a step holds is the
+scheduler's, what is computed the runner's; here is only when.
 
 Theory of operation. Before each step the inbox is emptied and the newest map adopted. Then:
 
     state                           and then
     in no map yet, or behind it     sleeps until a newer map is here
+    a map whose adoption waits      goes on under the old one, as far as the runner lets it
     in a map that leaves us out     posts Fenced and returns
     held                            posts Held; sleeps until a map newer than the hold is here
     awake                           runs the next step
@@ -14,8 +15,9 @@ Theory of operation. Before each step the inbox is emptied and the newest map ad
     asleep, Wake for that step      runs the next step
     asleep, a newer map             adopts it, runs its step 0
 
-A Wake may come while its step is not yet the next one here; it is kept, not lost. Errors other than
-StepAbandoned leave `run`, and shall take the process down.
+A Wake may come while its step is not yet the next one here; it is kept, not lost. Where the runner
+counts its steps across epochs, a Wake counts whatever its epoch. Errors other than StepAbandoned
+leave `run`, and shall take the process down.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_worker.engine.adoption_log import AdoptionLog
-from gpu_worker.engine.logprobs import score_step
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
@@ -40,12 +41,10 @@ from gpu_worker.engine.mailbox import (
     Stop,
 )
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan
-from gpu_worker.exchange.seam import Exchange
-from gpu_worker.step_batch import Forward, Model
+from gpu_worker.engine.step_runner import StepResult, StepRunner
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.types import Epoch, Member, RankId, Step
@@ -77,8 +76,7 @@ class Engine:
         self,
         *,
         member: Member,
-        model: Model,
-        exchange: Exchange,
+        runner: StepRunner,
         scheduler: Scheduler,
         inbox: Inbox,
         monitor: EngineMonitor,
@@ -86,8 +84,7 @@ class Engine:
         clock: Clock,
     ) -> None:
         self._member = member
-        self._model = model
-        self._exchange = exchange
+        self._runner = runner
         self._scheduler = scheduler
         self._inbox = inbox
         self._monitor = monitor
@@ -175,9 +172,15 @@ class Engine:
             return
         if not newest.expert_map.has(self._member):
             return
-        self._exchange.adopt(newest.expert_map)
+        if not self._runner.may_adopt(newest.expert_map):
+            return
+        try:
+            first_step = self._runner.adopt(newest.expert_map)
+        except StepAbandoned:
+            self._is_behind = True
+            return
         self._epoch = newest.expert_map.epoch
-        self._set_step(0)
+        self._set_step(first_step)
         adoption = self._adoptions.adopted(
             self._epoch,
             seen_at=newest.seen_at,
@@ -191,44 +194,40 @@ class Engine:
     def _may_step(self) -> bool:
         if self._epoch <= self._held_epoch or self._is_behind:
             return False
-        if not self._asleep:
-            return True
-        if self._scheduler.has_work:
-            self._post(SendWake(epoch=self._epoch, step=self._step))
+        if self._asleep and self._scheduler.has_work:
+            self._post(SendWake(epoch=self._wake_epoch(), step=self._step))
             self._asleep = False
-        else:
+        elif self._asleep:
             epoch, step = self._woken_for
-            self._asleep = not (epoch == self._epoch and step >= self._step)
-        return not self._asleep
+            self._asleep = not (epoch == self._wake_epoch() and step >= self._step)
+        return not self._asleep and self._runner.claim_step()
+
+    def _wake_epoch(self) -> Epoch:
+        return Epoch(0) if self._runner.counts_across_epochs else self._epoch
 
     def _run_step(self) -> None:
         has_work = self._scheduler.has_work
         plan = self._scheduler.plan()
         self._monitor.beat(())
         try:
-            self._exchange.begin_step(
-                self._epoch, self._step, num_tokens=plan.batch.num_tokens, has_work=has_work
-            )
-            forward = self._model.forward(plan.batch, self._exchange)
+            result = self._runner.run(self._epoch, self._step, plan, has_work=has_work)
         except StepAbandoned:
             self._scheduler.abandon(plan)
             self._steps_abandoned += 1
             self._is_behind = True
             return
-        self._commit(plan, forward)
+        self._commit(plan, result)
 
-    def _commit(self, plan: StepPlan, forward: Forward) -> None:
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
         self._monitor.beat(())
-        ids = sample(forward.logits_RV, plan.draws)
-        scores = score_step(plan, forward.logits_RV, ids)
-        committed = self._scheduler.commit(plan, ids, scores)
+        committed = self._scheduler.commit(plan, result.ids, result.scores)
         self._steps_committed += 1
         self._tokens_generated += committed.num_generated
         self._load = self._scheduler.load()
         self._adoptions.committed(now=self._clock.now(), num_reprefilled=committed.num_reprefilled)
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
-        self._asleep = not forward.any_work
+        self._asleep = not result.any_work
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:
         if replies:

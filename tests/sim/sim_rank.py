@@ -10,9 +10,9 @@ from typing import Any
 import greenlet
 
 from gpu_worker.config import RankConfig
-from gpu_worker.exchange.seam import Exchange, StepMonitor
+from gpu_worker.engine.step_runner import ModelRunner
+from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.rank import Rank, RankParts
-from shared.clock import Clock
 from shared.records import InstanceSpec
 from shared.store import Store
 from shared.types import Member
@@ -137,11 +137,6 @@ class SimEndpoint:
     def forget(self, member: Member) -> None:
         self._open.discard(member)
 
-    def exchange(
-        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
-    ) -> Exchange:
-        return self._hub.exchange(member, monitor, clock, exchange_deadline_ms)
-
 
 def build_rank(
     *,
@@ -162,6 +157,12 @@ def build_rank(
         kv_blocks=config.kv_tokens // config.kv_block_tokens,
         block_tokens=config.kv_block_tokens,
     )
+    clock = SimClock(loop)
+
+    def make_runner(monitor: StepMonitor) -> ModelRunner:
+        deadline_ms = config.timings.exchange_deadline_ms
+        return ModelRunner(model, hub.exchange(member, monitor, clock, deadline_ms))
+
     return Rank(
         RankParts(
             member=member,
@@ -170,8 +171,8 @@ def build_rank(
             spec=spec,
             eos_token_ids=(EOS,),
             store=store,
-            clock=SimClock(loop),
-            model=model,
+            clock=clock,
+            make_runner=make_runner,
             loader=model,
             residents=model.contents.copy(),
             endpoint=SimEndpoint(hub, member),

@@ -27,6 +27,7 @@ from gpu_worker.engine.mailbox import (
 )
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.sequence import Origin
+from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.seam import Dispatched
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
@@ -125,8 +126,7 @@ class Rank:
         self.error: BaseException | None = None
         self.engine = Engine(
             member=ME,
-            model=self.model,
-            exchange=self.exchange,
+            runner=ModelRunner(self.model, self.exchange),
             scheduler=scheduler(),
             inbox=self.inbox,
             monitor=self.monitor,

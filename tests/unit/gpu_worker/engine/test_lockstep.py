@@ -21,6 +21,7 @@ from gpu_worker.engine.mailbox import (
     ThreadWaiter,
 )
 from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.local import LocalHub
 from gpu_worker.exchange.seam import Exchange
 from gpu_worker.step_batch import Forward, StepBatch
@@ -81,8 +82,9 @@ class Cluster:
         monitor = EngineMonitor(inbox, post, clock)
         return Engine(
             member=member,
-            model=self.models[member.rank],
-            exchange=self.hub.exchange(member, monitor, clock, 1e9),
+            runner=ModelRunner(
+                self.models[member.rank], self.hub.exchange(member, monitor, clock, 1e9)
+            ),
             scheduler=scheduler(),
             inbox=inbox,
             monitor=monitor,
