@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from gpu_worker.model.family import KvShape
 from gpu_worker.model.kernels import linear as rows
 from gpu_worker.model.kernels import mla as kernels
+from gpu_worker.model.mla_shape import MlaShape
 from gpu_worker.model.rope import Rotations
 from gpu_worker.model.step_scratch import room_for, written_zeros
 from gpu_worker.step_batch import StepBatch
@@ -20,32 +20,6 @@ Floats = NDArray[np.float32]
 
 INNER_EPS = np.float32(1e-6)
 """Of the norms of the latents and of the indexer's keys: fixed in the published code."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlaShape:
-    """Sizes of a layer. `q_rank` is 0 where queries have no latent; `index_heads` is 0 where
-    attention is dense."""
-
-    hidden_size: int
-    num_heads: int
-    plain_size: int  # of a head's query and key that is not rotated
-    rotated_size: int
-    value_size: int
-    rank: int  # of the cached latent
-    q_rank: int
-    interleaved: bool  # pairs of rotated elements are neighbours
-    index_heads: int = 0
-    index_size: int = 0
-    index_top_k: int = 0
-
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * (self.plain_size + self.rotated_size)
-
-    @property
-    def heads_size(self) -> int:
-        return self.num_heads * self.value_size
 
 
 class MlaWeights(NamedTuple):

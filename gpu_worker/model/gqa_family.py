@@ -6,13 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gpu_worker.model.attention_gqa import (
-    GqaAttention,
-    GqaScratch,
-    GqaShape,
-    gqa_shapes,
-    read_gqa,
-)
+from gpu_worker.model.attention_gqa import GqaAttention, GqaScratch, read_gqa
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import Attention, DenseLayer, KvShape, MoeLayer, Router
@@ -24,13 +18,14 @@ from gpu_worker.model.frame import (
     head_name,
     refuse,
 )
+from gpu_worker.model.gqa_shape import QK_NORM_NONE, GqaShape, gqa_shapes, read_gqa_shape
 from gpu_worker.model.kernels import experts, gqa, router
 from gpu_worker.model.kernels.warm_up import EntryPoint
-from gpu_worker.model.mlp import USUAL_NAMES, MlpNames, mlp_shapes, read_dense, read_mlp
+from gpu_worker.model.mlp import read_dense, read_mlp
+from gpu_worker.model.mlp_names import USUAL_NAMES, MlpNames, mlp_shapes
 from gpu_worker.model.rope import read_rope
 from gpu_worker.model.routers import SoftmaxRouter
 from gpu_worker.model.weights import read_matrix, read_vector
-from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
 
@@ -42,7 +37,7 @@ class GqaFamily:
     expert_activation: ClassVar[int] = experts.SWIGLU
     embedding_name = EMBEDDING_NAME
     final_norm_name = FINAL_NORM_NAME
-    qk_norm: ClassVar[int] = gqa.QK_NORM_NONE
+    qk_norm: ClassVar[int] = QK_NORM_NONE
     has_sinks: ClassVar[bool] = False
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "yarn")
     mlp_name: ClassVar[str] = "mlp"
@@ -143,28 +138,6 @@ class GqaFamily:
             o_bias=self.o_bias,
         )
         return shapes | ({f"{prefix}.sinks": (shape.num_heads,)} if self.has_sinks else {})
-
-
-def read_gqa_shape(spec: ModelSpec, qk_norm: int) -> GqaShape:
-    """Raises CheckpointError where the sizes are missing or cannot be."""
-    raw = spec.raw
-    try:
-        num_heads, kv_heads = int(raw["num_attention_heads"]), raw.get("num_key_value_heads")
-        shape = GqaShape(
-            num_heads=num_heads,
-            kv_heads=int(num_heads if kv_heads is None else kv_heads),
-            head_dim=int(raw.get("head_dim") or spec.hidden_size // num_heads),
-            qk_norm=qk_norm,
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json: missing or malformed {error}") from error
-    if min(num_heads, shape.kv_heads, shape.head_dim) < 1 or shape.head_dim % 2:
-        raise CheckpointError("config.json: head counts must be positive and head_dim even")
-    if num_heads % shape.kv_heads:
-        raise CheckpointError(
-            "config.json: num_attention_heads must be a multiple of num_key_value_heads"
-        )
-    return shape
 
 
 def _is_silu(raw: dict[str, Any]) -> bool:

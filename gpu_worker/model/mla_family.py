@@ -11,7 +11,6 @@ from gpu_worker.model.attention_mla import (
     IndexerWeights,
     MlaAttention,
     MlaScratch,
-    MlaShape,
     MlaWeights,
 )
 from gpu_worker.model.checkpoint import Checkpoint, Shape
@@ -27,9 +26,9 @@ from gpu_worker.model.frame import (
 )
 from gpu_worker.model.kernels import experts, mla, router
 from gpu_worker.model.kernels.warm_up import EntryPoint
+from gpu_worker.model.mla_shape import indexer_shapes, mla_shapes, read_mla_shape
 from gpu_worker.model.rope import read_rope
 from gpu_worker.model.weights import read_matrix, read_vector
-from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
 
@@ -44,21 +43,15 @@ class MlaFamily:
     embedding_name = EMBEDDING_NAME
     final_norm_name = FINAL_NORM_NAME
     sigmoid_routing: ClassVar[bool] = True
-    routing_methods: ClassVar[tuple[str, ...]] = ("noaux_tc",)
     has_indexer: ClassVar[bool] = False
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
         act = raw.get("hidden_act", "silu")
-        method = raw.get("topk_method") or self.routing_methods[0]
-        usual = "sigmoid" if self.sigmoid_routing else "softmax"
-        scoring = raw.get("scoring_func") or usual
         refuse(
             spec,
             {
                 f"activation {act!r}": act != "silu",
-                f"routing {method!r}": method not in self.routing_methods,
-                f"routing scores by {scoring!r}": scoring != usual,
                 "biases in MLPs": bool(raw.get("mlp_bias", False)),
             },
         )
@@ -75,8 +68,9 @@ class MlaFamily:
         shapes = frame_shapes(spec)
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}.self_attn"
-            shapes |= self._attention_shapes(prefix)
-            shapes |= self._indexer_shapes(f"{prefix}.indexer") if self.has_indexer else {}
+            shapes |= mla_shapes(prefix, self.shape, bias=self._bias)
+            if self.has_indexer:
+                shapes |= indexer_shapes(f"{prefix}.indexer", self.shape)
             shapes |= self._moe.tensor_shapes(layer)
         return shapes
 
@@ -104,39 +98,6 @@ class MlaFamily:
 
     def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
         return self._moe.read_expert(checkpoint, layer, expert)
-
-    def _attention_shapes(self, prefix: str) -> dict[str, Shape]:
-        shape, hidden_size = self.shape, self.spec.hidden_size
-        kv_size = shape.num_heads * (shape.plain_size + shape.value_size)
-        kva_size = shape.rank + shape.rotated_size
-        shapes: dict[str, Shape] = {
-            f"{prefix}.kv_a_proj_with_mqa.weight": (kva_size, hidden_size),
-            f"{prefix}.kv_a_layernorm.weight": (shape.rank,),
-            f"{prefix}.kv_b_proj.weight": (kv_size, shape.rank),
-            f"{prefix}.o_proj.weight": (hidden_size, shape.heads_size),
-        }
-        if shape.q_rank:
-            shapes[f"{prefix}.q_a_proj.weight"] = (shape.q_rank, hidden_size)
-            shapes[f"{prefix}.q_a_layernorm.weight"] = (shape.q_rank,)
-            shapes[f"{prefix}.q_b_proj.weight"] = (shape.q_size, shape.q_rank)
-        else:
-            shapes[f"{prefix}.q_proj.weight"] = (shape.q_size, hidden_size)
-        if self._bias:
-            shapes[f"{prefix}.kv_a_proj_with_mqa.bias"] = (kva_size,)
-            shapes[f"{prefix}.o_proj.bias"] = (hidden_size,)
-            if shape.q_rank:
-                shapes[f"{prefix}.q_a_proj.bias"] = (shape.q_rank,)
-        return shapes
-
-    def _indexer_shapes(self, prefix: str) -> dict[str, Shape]:
-        shape, hidden_size = self.shape, self.spec.hidden_size
-        return {
-            f"{prefix}.wq_b.weight": (shape.index_heads * shape.index_size, shape.q_rank),
-            f"{prefix}.wk.weight": (shape.index_size, hidden_size),
-            f"{prefix}.k_norm.weight": (shape.index_size,),
-            f"{prefix}.k_norm.bias": (shape.index_size,),
-            f"{prefix}.weights_proj.weight": (shape.index_heads, hidden_size),
-        }
 
     def _weights(self, checkpoint: Checkpoint, layer: int) -> MlaWeights:
         prefix, shape = f"model.layers.{layer}.self_attn", self.shape
@@ -180,30 +141,3 @@ class MlaFamily:
             k_bias_L=read_vector(checkpoint, f"{prefix}.k_norm.bias"),
             w_weights_HI=read_matrix(checkpoint, f"{prefix}.weights_proj.weight"),
         )
-
-
-def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
-    """Raises CheckpointError where sizes are missing or cannot be."""
-    raw = spec.raw
-    try:
-        shape = MlaShape(
-            hidden_size=spec.hidden_size,
-            num_heads=int(raw["num_attention_heads"]),
-            plain_size=int(raw["qk_nope_head_dim"]),
-            rotated_size=int(raw["qk_rope_head_dim"]),
-            value_size=int(raw["v_head_dim"]),
-            rank=int(raw["kv_lora_rank"]),
-            q_rank=int(raw.get("q_lora_rank") or 0),
-            interleaved=bool(raw.get("rope_interleave", True)),
-            index_heads=int(raw["index_n_heads"]) if has_indexer else 0,
-            index_size=int(raw["index_head_dim"]) if has_indexer else 0,
-            index_top_k=int(raw["index_topk"]) if has_indexer else 0,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: missing or malformed {error}") from error
-    sizes = (shape.num_heads, shape.plain_size, shape.rotated_size, shape.value_size, shape.rank)
-    if min(sizes) < 1 or shape.rotated_size % 2:
-        raise CheckpointError("config.json: attention sizes must be positive, the rotated one even")
-    if has_indexer and (shape.q_rank < 1 or shape.index_size < shape.rotated_size):
-        raise CheckpointError("config.json: the indexer's sizes cannot be")
-    return shape

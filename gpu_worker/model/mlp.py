@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.model.checkpoint import Checkpoint, Shape
+from gpu_worker.model.checkpoint import Checkpoint
 from gpu_worker.model.expert_slots import ExpertWeights, MlpWeights
 from gpu_worker.model.kernels import experts as kernels
+from gpu_worker.model.mlp_names import USUAL_NAMES, MlpNames
 from gpu_worker.model.step_scratch import room_for
 from gpu_worker.model.weights import into_panels, read_weight
 
@@ -66,28 +65,6 @@ class MlpRunner:
         self._out_NH = floats(self._hidden_size)
         self._y_NH = floats(self._hidden_size)
         self._order_N: Ints = np.empty(num_pairs, dtype=np.int32)
-
-
-class MlpNames(NamedTuple):
-    """What a family calls the three matrices of a gated MLP."""
-
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-
-USUAL_NAMES = MlpNames()
-
-
-def mlp_shapes(
-    prefix: str, hidden_size: int, inner_size: int, names: MlpNames = USUAL_NAMES
-) -> dict[str, Shape]:
-    """Tensors of a gated MLP."""
-    return {
-        f"{prefix}.{names.gate}.weight": (inner_size, hidden_size),
-        f"{prefix}.{names.up}.weight": (inner_size, hidden_size),
-        f"{prefix}.{names.down}.weight": (hidden_size, inner_size),
-    }
 
 
 def read_mlp(checkpoint: Checkpoint, prefix: str, names: MlpNames = USUAL_NAMES) -> ExpertWeights:

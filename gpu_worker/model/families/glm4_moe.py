@@ -9,7 +9,8 @@ from gpu_worker.model.deepseek_moe import DeepseekMoe
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import DenseLayer, MoeLayer
 from gpu_worker.model.frame import refuse
-from gpu_worker.model.gqa_family import GqaFamily, read_gqa_shape
+from gpu_worker.model.gqa_family import GqaFamily
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD, QK_NORM_NONE, read_gqa_shape
 from gpu_worker.model.kernels import gqa, router
 from shared.model_spec import ModelSpec
 
@@ -21,7 +22,7 @@ class Glm4Moe(GqaFamily):
         super().__init__(spec)
         raw = spec.raw
         normed = bool(raw.get("use_qk_norm", False))
-        self.shape = read_gqa_shape(spec, gqa.QK_NORM_HEAD if normed else gqa.QK_NORM_NONE)
+        self.shape = read_gqa_shape(spec, QK_NORM_HEAD if normed else QK_NORM_NONE)
         self.o_bias = False
         share = self.rope.scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
         self.rotated = int(self.shape.head_dim * float(0.5 if share is None else share))

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from gpu_worker.model.attention_gqa import GqaShape
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.expert_slots import ExpertWeights
 from gpu_worker.model.family import Router
 from gpu_worker.model.frame import refuse
 from gpu_worker.model.gqa_family import GqaFamily
+from gpu_worker.model.gqa_shape import GqaShape
 from gpu_worker.model.kernels import experts
 from gpu_worker.model.routers import TopKSoftmaxRouter
 from gpu_worker.model.weights import read_matrix, read_vector, read_weight_part

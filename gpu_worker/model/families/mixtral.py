@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpu_worker.model.gqa_family import GqaFamily
-from gpu_worker.model.mlp import MlpNames
+from gpu_worker.model.mlp_names import MlpNames
 from shared.model_spec import ModelSpec
 
 

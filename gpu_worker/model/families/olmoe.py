@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpu_worker.model.gqa_family import GqaFamily
-from gpu_worker.model.kernels import gqa
+from gpu_worker.model.gqa_shape import QK_NORM_WHOLE
 from shared.model_spec import ModelSpec
 
 
 class Olmoe(GqaFamily):
-    qk_norm = gqa.QK_NORM_WHOLE
+    qk_norm = QK_NORM_WHOLE
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from gpu_worker.model.frame import refuse
 from gpu_worker.model.gqa_family import GqaFamily
-from gpu_worker.model.kernels import gqa
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD
 from shared.model_spec import ModelSpec
 
 
 class Qwen3(GqaFamily):
-    qk_norm = gqa.QK_NORM_HEAD
+    qk_norm = QK_NORM_HEAD
 
     def __init__(self, spec: ModelSpec) -> None:
         windowed = bool(spec.raw.get("use_sliding_window", False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD, QK_NORM_WHOLE
 from gpu_worker.model.kernels.arithmetic import ZERO, exp32, kernel
 from gpu_worker.model.kernels.linear import (
     add_rows,
@@ -23,9 +24,6 @@ from gpu_worker.model.kernels.warm_up import (
     INT,
     EntryPoint,
 )
-
-QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_WHOLE = 0, 1, 2
-"""What queries and keys are normed over: nothing, each head, or all heads together."""
 
 
 @kernel
