@@ -3,51 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.model.checkpoint import Checkpoint
+from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.family import KvShape
-from gpu_worker.model.gqa_shape import GqaShape
 from gpu_worker.model.kernels import gqa as kernels
 from gpu_worker.model.step_scratch import room_for, written_zeros
-from gpu_worker.model.weights import read_matrices, read_matrix, read_vector
+from gpu_worker.model.weights import Weights, read_panels, read_vector
 from gpu_worker.step_batch import StepBatch
 
 Floats = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GqaShape:
+    """Heads of a layer, and how they attend. `window`: tokens that a row sees, itself included; 0:
+    all. `clip` bounds queries, keys and values; 0: nothing."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    qk_norm: int = kernels.QK_NORM_NONE
+    window: int = 0
+    clip: float = 0.0
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
 class GqaWeights(NamedTuple):
-    """A layer's, with the norm before it; matrices are `[inputs, outputs]`. The norms of queries
+    """A layer's, with the norm before it; matrices are in panels. The norms of queries
     and keys may be empty, and so may the sinks, one of a query head each."""
 
     norm_H: Floats
-    w_qkv_HP: Floats
+    w_qkv: Weights
     b_qkv_P: Floats
     q_norm: Floats
     k_norm: Floats
-    w_o_OH: Floats
+    w_o: Weights
     b_o_H: Floats
     sinks_A: Floats
+
+
+_TILE_ROWS = 12
+"""Query rows that attend together, where they share a sequence and a KV head."""
 
 
 class GqaScratch:
     """Working memory that the layers of a model share."""
 
     def __init__(self, *, hidden_size: int, shape: GqaShape) -> None:
-        self._group = shape.num_heads // shape.kv_heads
+        group = shape.num_heads // shape.kv_heads
+        self._rows = group * max(1, _TILE_ROWS // group)
         self._widths = (hidden_size, shape.q_size + 2 * shape.kv_size, shape.q_size)
-        self.scores_GC: Floats = np.empty((self._group, 0), dtype=np.float32)
+        self.scores_RC: Floats = np.zeros((self._rows, 0), dtype=np.float32)
         self._allocate(0)
 
     def grow(self, *, num_tokens: int, context_tokens: int) -> None:
         """`context_tokens` in whole blocks."""
         if num_tokens > self.h_TH.shape[0]:
             self._allocate(room_for(num_tokens))
-        if context_tokens > self.scores_GC.shape[1]:
-            self.scores_GC = np.empty((self._group, room_for(context_tokens)), dtype=np.float32)
+        if context_tokens > self.scores_RC.shape[1]:
+            self.scores_RC = np.empty((self._rows, room_for(context_tokens)), dtype=np.float32)
 
     def _allocate(self, num_tokens: int) -> None:
         self.h_TH, self.qkv_TP, self.heads_TO = (
@@ -110,11 +136,29 @@ class GqaAttention:
             scratch.h_TH,
             scratch.qkv_TP,
             scratch.heads_TO,
-            scratch.scores_GC,
+            scratch.scores_RC,
         )
 
 
 EMPTY: Floats = np.zeros(0, dtype=np.float32)
+
+
+def gqa_shapes(
+    prefix: str, hidden_size: int, shape: GqaShape, *, qkv_bias: bool = False, o_bias: bool = False
+) -> dict[str, Shape]:
+    """Tensors of `prefix` (…self_attn) as most families name them."""
+    sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
+    shapes: dict[str, Shape] = {f"{prefix}.{n}_proj.weight": (sizes[n], hidden_size) for n in "qkv"}
+    shapes[f"{prefix}.o_proj.weight"] = (hidden_size, shape.q_size)
+    if qkv_bias:
+        shapes |= {f"{prefix}.{n}_proj.bias": (sizes[n],) for n in "qkv"}
+    if o_bias:
+        shapes[f"{prefix}.o_proj.bias"] = (hidden_size,)
+    if shape.qk_norm == kernels.QK_NORM_HEAD:
+        shapes |= {f"{prefix}.{n}_norm.weight": (shape.head_dim,) for n in "qk"}
+    elif shape.qk_norm == kernels.QK_NORM_WHOLE:
+        shapes |= {f"{prefix}.{n}_norm.weight": (sizes[n],) for n in "qk"}
+    return shapes
 
 
 def read_gqa(checkpoint: Checkpoint, prefix: str, norm_name: str) -> GqaWeights:
@@ -128,15 +172,16 @@ def read_gqa(checkpoint: Checkpoint, prefix: str, norm_name: str) -> GqaWeights:
         parts = [vector(f"{prefix}.{n}_proj.bias") for n in names]
         return np.concatenate(parts) if parts[0].size else np.zeros(size, dtype=np.float32)
 
-    w_qkv_HP = read_matrices(checkpoint, *(f"{prefix}.{n}_proj.weight" for n in "qkv"))
-    w_o_OH = read_matrix(checkpoint, f"{prefix}.o_proj.weight")
+    matrices = [f"{prefix}.{n}_proj.weight" for n in "qkv"]
+    qkv_size = sum(checkpoint.shape(name)[0] for name in matrices)
+    hidden_size = checkpoint.shape(f"{prefix}.o_proj.weight")[0]
     return GqaWeights(
         norm_H=read_vector(checkpoint, norm_name),
-        w_qkv_HP=w_qkv_HP,
-        b_qkv_P=bias("qkv", w_qkv_HP.shape[1]),
+        w_qkv=read_panels(checkpoint, *matrices),
+        b_qkv_P=bias("qkv", qkv_size),
         q_norm=vector(f"{prefix}.q_norm.weight"),
         k_norm=vector(f"{prefix}.k_norm.weight"),
-        w_o_OH=w_o_OH,
-        b_o_H=bias("o", w_o_OH.shape[1]),
+        w_o=read_panels(checkpoint, f"{prefix}.o_proj.weight"),
+        b_o_H=bias("o", hidden_size),
         sinks_A=vector(f"{prefix}.sinks"),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_worker.model.kernels.arithmetic import ONE, ZERO, exp32, fma, kernel
-from gpu_worker.model.kernels.tiles import PANEL, ROWS_MAX, advance_tile
+from gpu_worker.model.kernels.tiles import LANES, PANEL, ROWS_MAX, advance_tile
 from gpu_worker.model.kernels.warm_up import (
     FLOAT,
     FLOATS_1D,
@@ -18,63 +18,8 @@ from gpu_worker.model.kernels.warm_up import (
     EntryPoint,
 )
 
-_COLUMNS_PER_PASS = 1024
-"""Wide outputs are made in passes so that four rows of a pass stay in the L1 cache."""
-
-
-@kernel
-def _advance_4_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
-    num_inputs = x.shape[1]
-    o0, o1, o2, o3 = out[m, n0:n1], out[m + 1, n0:n1], out[m + 2, n0:n1], out[m + 3, n0:n1]
-    a, b, c, d = x[m], x[m + 1], x[m + 2], x[m + 3]
-    k = 0
-    while k + 4 <= num_inputs:
-        w0, w1, w2, w3 = w[k, n0:n1], w[k + 1, n0:n1], w[k + 2, n0:n1], w[k + 3, n0:n1]
-        a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-        c0, c1, c2, c3 = c[k], c[k + 1], c[k + 2], c[k + 3]
-        d0, d1, d2, d3 = d[k], d[k + 1], d[k + 2], d[k + 3]
-        for n in range(n1 - n0):
-            p0, p1, p2, p3 = w0[n], w1[n], w2[n], w3[n]
-            o0[n] = fma(a3, p3, fma(a2, p2, fma(a1, p1, fma(a0, p0, o0[n]))))
-            o1[n] = fma(b3, p3, fma(b2, p2, fma(b1, p1, fma(b0, p0, o1[n]))))
-            o2[n] = fma(c3, p3, fma(c2, p2, fma(c1, p1, fma(c0, p0, o2[n]))))
-            o3[n] = fma(d3, p3, fma(d2, p2, fma(d1, p1, fma(d0, p0, o3[n]))))
-        k += 4
-    while k < num_inputs:
-        w0 = w[k, n0:n1]
-        a0, b0, c0, d0 = a[k], b[k], c[k], d[k]
-        for n in range(n1 - n0):
-            p0 = w0[n]
-            o0[n] = fma(a0, p0, o0[n])
-            o1[n] = fma(b0, p0, o1[n])
-            o2[n] = fma(c0, p0, o2[n])
-            o3[n] = fma(d0, p0, o3[n])
-        k += 1
-
-
-@kernel
-def _advance_2_rows(x: Any, w: Any, out: Any, m: int, n0: int, n1: int) -> None:
-    num_inputs = x.shape[1]
-    o0, o1 = out[m, n0:n1], out[m + 1, n0:n1]
-    a, b = x[m], x[m + 1]
-    k = 0
-    while k + 4 <= num_inputs:
-        w0, w1, w2, w3 = w[k, n0:n1], w[k + 1, n0:n1], w[k + 2, n0:n1], w[k + 3, n0:n1]
-        a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-        for n in range(n1 - n0):
-            p0, p1, p2, p3 = w0[n], w1[n], w2[n], w3[n]
-            o0[n] = fma(a3, p3, fma(a2, p2, fma(a1, p1, fma(a0, p0, o0[n]))))
-            o1[n] = fma(b3, p3, fma(b2, p2, fma(b1, p1, fma(b0, p0, o1[n]))))
-        k += 4
-    while k < num_inputs:
-        w0 = w[k, n0:n1]
-        a0, b0 = a[k], b[k]
-        for n in range(n1 - n0):
-            o0[n] = fma(a0, w0[n], o0[n])
-            o1[n] = fma(b0, w0[n], o1[n])
-        k += 1
+_VECTORS = 4
+"""Of a tile's width, so that there are chains enough to hide the latency of an addition."""
 
 
 @kernel
@@ -101,69 +46,31 @@ def advance_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
 
 
 @kernel
-def advance_rows(x: Any, w: Any, out: Any, n0: int, n1: int, num_rows: int) -> None:
-    """out[:, n0:n1] += x @ w[:, n0:n1] for the first `num_rows` rows."""
-    m = 0
-    while m + 4 <= num_rows:
-        _advance_4_rows(x, w, out, m, n0, n1)
-        m += 4
-    if m + 2 <= num_rows:
-        _advance_2_rows(x, w, out, m, n0, n1)
-        m += 2
-    if m < num_rows:
-        advance_row(x[m], w, out[m], n0, n1)
+def advance(x: Any, k: int, w_KN: Any, out: Any, n: int, num_rows: int) -> None:
+    """out[:, n:] += x[:, k:] @ w for the first `num_rows` rows, as far as w reaches."""
+    depth, width = w_KN.shape
+    w = w_KN.reshape(1, depth, width)
+    groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
+    c = 0
+    while c + LANES <= width:
+        is_wide = c + _VECTORS * LANES <= width
+        for g in range(groups):
+            m = g * num_rows // groups
+            rows = (g + 1) * num_rows // groups - m
+            if is_wide:
+                advance_tile(rows, _VECTORS, x, m, k, w, (0,), c, depth, out, n + c)
+            else:
+                advance_tile(rows, 1, x, m, k, w, (0,), c, depth, out, n + c)
+        c += _VECTORS * LANES if is_wide else LANES
+    if c < width:
+        for m in range(num_rows):
+            advance_row(x[m, k : k + depth], w_KN, out[m, n : n + width], c, width)
 
 
 @kernel
-def _advance_2_panels(rows: int, x: Any, m: int, w: Any, p: int, out: Any, n: int) -> None:
-    if rows == 1:
-        advance_tile(1, 2, x, m, w, p, out, n)
-    elif rows == 2:
-        advance_tile(2, 2, x, m, w, p, out, n)
-    elif rows == 3:
-        advance_tile(3, 2, x, m, w, p, out, n)
-    elif rows == 4:
-        advance_tile(4, 2, x, m, w, p, out, n)
-    elif rows == 5:
-        advance_tile(5, 2, x, m, w, p, out, n)
-    else:
-        advance_tile(6, 2, x, m, w, p, out, n)
-
-
-@kernel
-def _advance_1_panel(rows: int, x: Any, m: int, w: Any, p: int, out: Any, n: int) -> None:
-    if rows == 1:
-        advance_tile(1, 1, x, m, w, p, out, n)
-    elif rows == 2:
-        advance_tile(2, 1, x, m, w, p, out, n)
-    elif rows == 3:
-        advance_tile(3, 1, x, m, w, p, out, n)
-    elif rows == 4:
-        advance_tile(4, 1, x, m, w, p, out, n)
-    elif rows == 5:
-        advance_tile(5, 1, x, m, w, p, out, n)
-    else:
-        advance_tile(6, 1, x, m, w, p, out, n)
-
-
-@kernel
-def _advance_part(x: Any, w: Any, p: int, out: Any, n: int, num_rows: int) -> None:
-    """The last panel, of which `out` has only a part."""
-    whole = np.empty((num_rows, PANEL), dtype=np.float32)
-    size = out.shape[1] - n
-    for m in range(num_rows):
-        whole[m, :size] = out[m, n:]
-        whole[m, size:] = ZERO
-    for m in range(num_rows):
-        advance_tile(1, 1, x, m, w, p, whole, 0)
-    for m in range(num_rows):
-        out[m, n:] = whole[m, :size]
-
-
-@kernel
-def _linear_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
+def _advance_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
     """Rows in groups as equal as can be: each reads a panel once."""
-    width = out_MN.shape[1]
+    depth, width = w.shape[1], out_MN.shape[1]
     groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
     p = 0
     while (p + 1) * PANEL <= width:
@@ -172,12 +79,24 @@ def _linear_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
             m = g * num_rows // groups
             rows = (g + 1) * num_rows // groups - m
             if pair:
-                _advance_2_panels(rows, x_MK, m, w, p, out_MN, p * PANEL)
+                advance_tile(rows, 2, x_MK, m, 0, w, (p, p + 1), 0, depth, out_MN, p * PANEL)
             else:
-                _advance_1_panel(rows, x_MK, m, w, p, out_MN, p * PANEL)
+                advance_tile(rows, 2, x_MK, m, 0, w, (p,), 0, depth, out_MN, p * PANEL)
         p += 2 if pair else 1
     if p * PANEL < width:
-        _advance_part(x_MK, w, p, out_MN, p * PANEL, num_rows)
+        _advance_part(x_MK, w, p, out_MN, num_rows)
+
+
+@kernel
+def _advance_part(x_MK: Any, w: Any, p: int, out_MN: Any, num_rows: int) -> None:
+    """The last panel, of which `out` has only a part."""
+    n = p * PANEL
+    size = out_MN.shape[1] - n
+    whole_MP = np.zeros((num_rows, PANEL), dtype=np.float32)
+    whole_MP[:, :size] = out_MN[:num_rows, n:]
+    for m in range(num_rows):
+        advance_tile(1, 2, x_MK, m, 0, w, (p,), 0, w.shape[1], whole_MP, 0)
+    out_MN[:num_rows, n:] = whole_MP[:, :size]
 
 
 @kernel
@@ -186,17 +105,9 @@ def linear(x_MK: Any, w: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
     for m in range(num_rows):
         out_MN[m, :] = bias_N
     if w.ndim == 3:
-        _linear_panels(x_MK, w, out_MN, num_rows)
+        _advance_panels(x_MK, w, out_MN, num_rows)
     else:
-        _linear_plain(x_MK, w, out_MN, num_rows)
-
-
-@kernel
-def _linear_plain(x_MK: Any, w_KN: Any, out_MN: Any, num_rows: int) -> None:
-    width = w_KN.shape[1]
-    step = width if num_rows == 1 else _COLUMNS_PER_PASS
-    for n0 in range(0, width, step):
-        advance_rows(x_MK, w_KN, out_MN, n0, min(n0 + step, width), num_rows)
+        advance(x_MK, 0, w, out_MN, 0, num_rows)
 
 
 @kernel

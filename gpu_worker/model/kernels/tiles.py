@@ -1,9 +1,9 @@
 """Matrix products in vector registers, and the layout of weights that they stream: panels of 32
 columns, `[panels, inputs, 32]`, zeros behind the last column.
 
-A tile is a few rows by one or two panels. Its sums stay in registers over all inputs, one lane an
-output element: every lane is the chain of `arithmetic`, so the tile's shape changes no bit. Vectors
-are spelt with 16 lanes, and the compiler splits them where the machine's are shorter.
+A tile is a few rows by a few vectors of columns. Its sums stay in registers over all inputs, one
+lane an output element: every lane is the chain of `arithmetic`, so the tile's shape changes no bit.
+Vectors are spelt with 16 lanes; the compiler splits them where the machine's are shorter.
 
 Weights stored as bfloat16 stay so, and are widened in registers (exactly: the low half of a float32
 is zero): columns c and c + 16 of a panel lie side by side, in one 32-bit word.
@@ -11,7 +11,9 @@ is zero): columns c and c + 16 of a panel lie side by side, in one 32-bit word.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 LANES = 16
 PANEL = 2 * LANES
 ROWS_MAX = 6
-"""Of a tile: 6 rows x 2 panels are 24 of 32 registers."""
+"""Of a tile: 6 rows x 4 vectors are 24 of 32 registers."""
 
 _PREFETCH_BYTES = 2048
 """Ahead in each panel: a panel is one stream from memory."""
@@ -47,32 +49,30 @@ def pack(w_KN: NDArray[Any], out: NDArray[Any]) -> None:
 
 
 def _advance_tile(
-    typing_context: Any, rows: Any, panels: Any, x: Any, m: Any, w: Any, p: Any, out: Any, n: Any
-) -> Any:
-    """out[m : m + rows, n : n + 32 * panels] += x[m : m + rows] @ panels p … of w. `rows` and
-    `panels` are literals; rows of `x` are as long as panels are deep."""
+    typing_context: Any, rows: Any, vectors: Any, x: Any, m: Any, k: Any, w: Any, at: Any,
+    start: Any, depth: Any, out: Any, n: Any,
+) -> Any:  # fmt: skip
+    """out[m : m + rows, n …] += x[m : m + rows, k : k + depth] @ w, for 1 to ROWS_MAX rows.
+
+    w is side by side, for each index in the tuple `at`, `depth` rows of w[index], `vectors` (a
+    literal; 2 where w is bfloat16) wide, from its element number `start`."""
     intp = types.intp
-    signature = types.void(rows, panels, x, intp, w, intp, out, intp)
+    signature = types.void(intp, vectors, x, intp, intp, w, at, intp, intp, out, intp)
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
-        num_rows, num_panels = kinds[0].literal_value, kinds[1].literal_value
-        x, w, out = (context.make_array(kinds[i])(context, builder, args[i]) for i in (2, 4, 6))
-        depth = cgutils.unpack_tuple(builder, w.shape)[1]
-        x_rows = _row_pointers(builder, x, args[3], num_rows, _WORD(0))
-        out_rows = _row_pointers(builder, out, args[3], num_rows, args[7])
-        panels = _panel_pointers(builder, w, args[5], num_panels, depth)
-        places = [_vector_pointers(builder, row, 2 * num_panels) for row in out_rows]
-        sums = [
-            [cgutils.alloca_once_value(builder, builder.load(v, align=4)) for v in row]
-            for row in places
-        ]
-        load = _load_wide if kinds[4].dtype == types.float32 else _load_narrow
-        with cgutils.for_range(builder, depth) as loop:
-            _advance_by_one(builder, loop.index, x_rows, panels, load, sums)
-        for row_places, row_sums in zip(places, sums, strict=True):
-            for place, total in zip(row_places, row_sums, strict=True):
-                builder.store(builder.load(total), place, align=4)
+        assert all(kinds[i].layout == "C" for i in (2, 5, 9))
+        x, w, out = (context.make_array(kinds[i])(context, builder, args[i]) for i in (2, 5, 9))
+        starts = _starts(builder, w, cgutils.unpack_tuple(builder, args[6]), args[7])
+        load = _load_wide if kinds[5].dtype == types.float32 else _load_narrow
+        weights = _Weights(starts, cgutils.unpack_tuple(builder, w.shape)[2], load)
+        with _one_case_for_each(builder, args[0], ROWS_MAX) as cases:
+            for num_rows, case in enumerate(cases, start=1):
+                with case:
+                    x_rows = _row_pointers(builder, x, args[3], num_rows, args[4])
+                    out_rows = _row_pointers(builder, out, args[3], num_rows, args[10])
+                    num_vectors = kinds[1].literal_value
+                    _advance_rows(builder, x_rows, weights, num_vectors, args[8], out_rows)
         return context.get_dummy_value()
 
     return signature, build
@@ -81,17 +81,60 @@ def _advance_tile(
 advance_tile: Any = intrinsic(prefer_literal=True)(_advance_tile)
 
 
-def _advance_by_one(
-    builder: Any, k: Any, x_rows: list[Any], panels: list[Any], load: Any, sums: list[list[Any]]
+class _Weights(NamedTuple):
+    """Pointers to where they start, and elements from a row to the next."""
+
+    starts: list[Any]
+    stride: Any
+    load: Callable[[Any, Any, int], list[Any]]
+
+
+@contextmanager
+def _one_case_for_each(builder: Any, value: Any, count: int) -> Iterator[list[Any]]:
+    """Code for value 1, 2 … count, each to be written inside its own context."""
+    end = builder.append_basic_block("end")
+    blocks = [builder.append_basic_block("rows") for _ in range(count)]
+    switch = builder.switch(value, blocks[-1])
+    for number, block in enumerate(blocks[:-1], start=1):
+        switch.add_case(_WORD(number), block)
+
+    @contextmanager
+    def inside(block: Any) -> Iterator[None]:
+        builder.position_at_end(block)
+        yield
+        builder.branch(end)
+
+    yield [inside(block) for block in blocks]
+    builder.position_at_end(end)
+
+
+def _advance_rows(
+    builder: Any,
+    x_rows: list[Any],
+    weights: _Weights,
+    vectors: int,
+    depth: Any,
+    out_rows: list[Any],
 ) -> None:
-    """One term of every chain. The sums' memory becomes registers."""
-    weights = []
-    for panel in panels:
-        weights += load(builder, builder.gep(panel, [builder.mul(k, _WORD(PANEL))]))
-    for x_row, row_sums in zip(x_rows, sums, strict=True):
-        value = _splat(builder, builder.load(builder.gep(x_row, [k])))
-        for weight, total in zip(weights, row_sums, strict=True):
-            builder.store(_fma(builder, value, weight, builder.load(total)), total)
+    """The sums' memory becomes registers."""
+    count = vectors * len(weights.starts)
+    places = [_vector_pointers(builder, row, count) for row in out_rows]
+    sums = [
+        [cgutils.alloca_once_value(builder, builder.load(v, align=4)) for v in row]
+        for row in places
+    ]
+    with cgutils.for_range(builder, depth) as loop:
+        offset = builder.mul(loop.index, weights.stride)
+        row_of_w: list[Any] = []
+        for start in weights.starts:
+            row_of_w += weights.load(builder, builder.gep(start, [offset]), vectors)
+        for x_row, row_sums in zip(x_rows, sums, strict=True):
+            value = _splat(builder, builder.load(builder.gep(x_row, [loop.index])))
+            for weight, total in zip(row_of_w, row_sums, strict=True):
+                builder.store(_fma(builder, value, weight, builder.load(total)), total)
+    for row_places, row_sums in zip(places, sums, strict=True):
+        for place, total in zip(row_places, row_sums, strict=True):
+            builder.store(builder.load(total), place, align=4)
 
 
 def _row_pointers(builder: Any, array: Any, first: Any, count: int, column: Any) -> list[Any]:
@@ -101,10 +144,10 @@ def _row_pointers(builder: Any, array: Any, first: Any, count: int, column: Any)
     return [builder.gep(array.data, [builder.add(builder.mul(row, width), column)]) for row in rows]
 
 
-def _panel_pointers(builder: Any, w: Any, first: Any, count: int, depth: Any) -> list[Any]:
-    size = builder.mul(depth, _WORD(PANEL))
-    panels = [builder.add(first, _WORD(i)) for i in range(count)]
-    return [builder.gep(w.data, [builder.mul(panel, size)]) for panel in panels]
+def _starts(builder: Any, w: Any, indices: list[Any], start: Any) -> list[Any]:
+    _, depth, width = cgutils.unpack_tuple(builder, w.shape)
+    size = builder.mul(depth, width)
+    return [builder.gep(w.data, [builder.add(builder.mul(i, size), start)]) for i in indices]
 
 
 def _vector_pointers(builder: Any, pointer: Any, count: int) -> list[Any]:
@@ -112,15 +155,15 @@ def _vector_pointers(builder: Any, pointer: Any, count: int) -> list[Any]:
     return [builder.gep(first, [_WORD(v)]) for v in range(count)]
 
 
-def _load_wide(builder: Any, pointer: Any) -> list[Any]:
-    """The two vectors of a row of a panel of float32."""
-    for line in range(2):
+def _load_wide(builder: Any, pointer: Any, vectors: int) -> list[Any]:
+    for line in range(vectors):
         _prefetch(builder, pointer, _PREFETCH_BYTES + 64 * line)
-    return [builder.load(v, align=4) for v in _vector_pointers(builder, pointer, 2)]
+    return [builder.load(v, align=4) for v in _vector_pointers(builder, pointer, vectors)]
 
 
-def _load_narrow(builder: Any, pointer: Any) -> list[Any]:
+def _load_narrow(builder: Any, pointer: Any, vectors: int) -> list[Any]:
     """The two vectors of a row of a panel of bfloat16."""
+    assert vectors == 2
     _prefetch(builder, pointer, _PREFETCH_BYTES)
     pairs = builder.load(builder.bitcast(pointer, _INTS.as_pointer()), align=2)
     low = builder.shl(pairs, ir.Constant(_INTS, [16] * LANES))
