@@ -22,7 +22,10 @@ line that applies decides; each write changes the view, and the next decision fo
     keys of lives that are over                | Forget
 
 A published map names only what is resident, and all experts. It follows the map that was compared
-in its transaction, and leaves out only members with a verdict.
+in its transaction, and leaves out only members with a verdict. One that leaves nobody out waits
+until all members run under the map that it follows: ranks that step by counting take a joiner in
+together, and one that has missed a map does not know with whom its peers count. A map after a death
+waits for nothing, and so lists the joiners of which nobody knows yet that all have taken them in.
 """
 
 from __future__ import annotations
@@ -35,8 +38,10 @@ import numpy as np
 
 from control_plane.cluster_view import ClusterView, member_of
 from control_plane.failure_detector import Alarm, AlarmKind, Dead
+from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealStep, ShrinkResult, grow, place, shrink
 from control_plane.residency import Residency
+from control_plane.verdicts import dead_of, verdict_of
 from control_plane.writes import Assign, Condemn, Decision, Forget, PlanHeal, PublishMap, Write
 from shared.expert_map import ExpertMap, Placement
 from shared.records import SlotContents, Verdict
@@ -53,6 +58,7 @@ class MembershipPolicy:
     heal_after_s: float = 5.0  # quiet time before experts are moved
     joiner_patience_s: float = 30.0  # a newcomer holds heals up for so long
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
+    adoption_patience_s: float = 10.0  # a member that runs under an old map holds up so long
 
 
 class Membership:
@@ -62,6 +68,7 @@ class Membership:
     def __init__(self, policy: MembershipPolicy, view: ClusterView) -> None:
         self._policy = policy
         self._view = view
+        self._adoption = MapAdoption(policy.adoption_patience_s)
         self._dead: dict[Member, Dead] = {}
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
@@ -86,15 +93,11 @@ class Membership:
 
     def on_verdict(self, verdict: Verdict) -> None:
         """Of an earlier leader, perhaps, whose map still names the dead."""
-        member = member_of(verdict)
-        dead = Dead(
-            member=member,
-            cause=verdict.cause,
-            signals=verdict.signals,
-            first_signal_at=verdict.first_signal_at,
-            decided_at=verdict.decided_at,
-        )
-        self._dead.setdefault(member, dead)
+        self._dead.setdefault(member_of(verdict), dead_of(verdict))
+
+    def on_adopted(self, member: Member, epoch: Epoch) -> None:
+        """A rank says under which map it runs; again and again."""
+        self._adoption.on_adopted(member, epoch)
 
     def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
         """None: nothing is worth a move under that map."""
@@ -209,7 +212,7 @@ class Membership:
         current = self._view.expert_map
         epoch = Epoch((current.epoch if current else 0) + 1)
         fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
-        verdicts = tuple(_verdict(self._dead[m], epoch) for m in fresh)
+        verdicts = tuple(verdict_of(self._dead[m], epoch) for m in fresh)
         return Condemn(verdicts=verdicts) if verdicts else None
 
     # Joiners.
@@ -330,9 +333,18 @@ class Membership:
         leavers = [m for m in (current.members if current else ()) if m not in rows]
         if any(m not in self._dead for m in leavers):  # the map of an older spec: judge it first
             return None
+        if not leavers and not self._adoption.may_follow(now):
+            return None
+        expert_map = residency.map_of(
+            rows,
+            epoch=epoch,
+            joiners=self._adoption.joiners(rows),
+            cause=cause,
+            published_at=now,
+        )
         return PublishMap(
-            expert_map=residency.map_of(rows, epoch=epoch, cause=cause, published_at=now),
-            verdicts=tuple(_verdict(self._dead[m], epoch) for m in leavers),
+            expert_map=expert_map,
+            verdicts=tuple(verdict_of(self._dead[m], epoch) for m in leavers),
             assignments=assignments,
         )
 
@@ -374,6 +386,7 @@ class Membership:
         kept = {*self._view.records, *(expert_map.members if expert_map else ())}
         self._first_seen = {m: t for m, t in self._first_seen.items() if m in kept}
         self._dead = {m: d for m, d in self._dead.items() if m in kept}
+        self._adoption.on_map(expert_map, kept, now)
 
     def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
         return [m for m in residency.newcomers(members) if m not in self._dead]
@@ -386,15 +399,3 @@ class Membership:
                 "serving waits for more ranks"
             )
             self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))
-
-
-def _verdict(dead: Dead, epoch: Epoch) -> Verdict:
-    return Verdict(
-        rank=dead.member.rank,
-        incarnation=dead.member.incarnation,
-        cause=dead.cause,
-        signals=dead.signals,
-        epoch=epoch,
-        first_signal_at=dead.first_signal_at,
-        decided_at=dead.decided_at,
-    )

@@ -82,6 +82,7 @@ class Reign:
                 self._take(detector.on_probe_refused(event.member, now))
             case ProbePong():
                 self._take(detector.on_pong(event.member, event.pong, now))
+                self.membership.on_adopted(event.member, event.pong.epoch)
 
     def on_tick(self, now: float) -> None:
         steps_may_rest = bool(self.membership.unburied)

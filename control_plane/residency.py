@@ -98,13 +98,20 @@ class Residency:
         return result
 
     def map_of(
-        self, rows: dict[Member, Placement], *, epoch: int, cause: str = "", published_at: float = 0
+        self,
+        rows: dict[Member, Placement],
+        *,
+        epoch: int,
+        joiners: tuple[RankId, ...] = (),
+        cause: str = "",
+        published_at: float = 0,
     ) -> ExpertMap:
         return ExpertMap(
             epoch=Epoch(epoch),
             num_experts=self.spec.num_experts,
             members=tuple(sorted(rows)),
             placement=self.placement(rows),
+            joiners=joiners,
             cause=cause,
             published_at=published_at,
         )

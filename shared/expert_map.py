@@ -21,6 +21,8 @@ class ExpertMap:
     """An immutable snapshot of who takes part in steps, and of what their slots hold.
 
     `placement` counts only for ranks in `members`; rows of other ranks are EMPTY or ABSENT.
+    `joiners` are members that have not been seen yet to take part under an earlier map: whoever
+    steps by counting gives their ranks up first and starts with them anew.
     `cause` says in words why this epoch follows the last one.
     `published_at` is the publisher's `Clock.now()`, for measurements on one host.
     """
@@ -29,6 +31,7 @@ class ExpertMap:
     num_experts: int
     members: tuple[Member, ...]
     placement: Placement
+    joiners: tuple[RankId, ...] = ()
     cause: str = ""
     published_at: float = 0.0
     _incarnations: dict[RankId, Incarnation] = field(init=False, repr=False, compare=False)
@@ -75,6 +78,7 @@ class ExpertMap:
             "members": [[m.rank, m.incarnation] for m in self.members],
             "shape": list(self.placement.shape),
             "placement": np.ascontiguousarray(self.placement, dtype="<i2").tobytes(),
+            "joiners": list(self.joiners),
             "cause": self.cause,
             "published_at": self.published_at,
         }
@@ -94,6 +98,7 @@ class ExpertMap:
                 num_experts=int(raw["num_experts"]),  # type: ignore[call-overload]
                 members=members,
                 placement=placement.astype(np.int16),
+                joiners=tuple(RankId(int(r)) for r in raw.get("joiners", ())),  # type: ignore[attr-defined]
                 cause=str(raw["cause"]),
                 published_at=float(raw["published_at"]),  # type: ignore[arg-type]
             )
@@ -101,4 +106,6 @@ class ExpertMap:
             raise WireError(f"malformed expert map: {error}") from error
         if placement.ndim != 3 or int(placement.max(initial=EMPTY_SLOT)) >= result.num_experts:
             raise WireError("malformed expert map: placement and num_experts disagree")
+        if any(result.incarnation_of(rank) is None for rank in result.joiners):
+            raise WireError("malformed expert map: a joiner is no member")
         return result

@@ -372,3 +372,89 @@ def test_malformed_contents_count_as_nothing() -> None:
     world.kill(1)
     world.run()
     assert members(world) == ["0.1", "2.1", "3.1"]
+
+
+def joiners(world: World) -> tuple[int, ...]:
+    assert world.expert_map is not None
+    return world.expert_map.joiners
+
+
+def test_all_members_of_the_first_map_are_its_joiners() -> None:
+    assert joiners(formed()) == (0, 1, 2, 3)
+
+
+def test_a_joiner_is_listed_until_all_run_under_its_map() -> None:
+    world = formed()
+    world.kill(3)
+    world.settle(0.4)
+    assert joiners(world) == ()
+    world.start(3)
+    world.settle(0.4)
+    assert joiners(world) == (3,)
+    world.kill(0)
+    world.settle(0.4)
+    assert members(world) == ["1.1", "2.1", "3.2"]
+    assert joiners(world) == ()
+
+
+def test_a_death_does_not_wait_for_a_map_that_somebody_has_not_adopted() -> None:
+    world = formed()
+    world.kill(3)
+    world.settle(0.4)
+    world.start(3)
+    world.lag(2)
+    world.settle(0.4)
+    world.kill(0)
+    world.run()
+    assert members(world) == ["1.1", "2.1", "3.2"]
+    assert joiners(world) == (3,)
+
+
+def test_a_joiner_waits_until_all_run_under_the_map_before_it() -> None:
+    world = formed()
+    world.lag(2)
+    world.kill(3)
+    world.settle(0.4)
+    world.start(3)
+    world.settle(1.0)
+    assert members(world) == ["0.1", "1.1", "2.1"]
+    world.ranks[2].runs_under = None
+    world.settle(0.2)
+    assert members(world) == ["0.1", "1.1", "2.1", "3.2"]
+
+
+def test_a_member_that_does_not_adopt_holds_a_joiner_up_for_a_while_only() -> None:
+    world = World()
+    for rank in range(3):
+        world.start(rank)
+    world.settle(POLICY.formation_window_s + 1.0)
+    assert joiners(world) == (0, 1, 2)
+    world.ranks[2].runs_under = Epoch(0)
+    world.take_office()
+    world.start(3)
+    world.settle(POLICY.adoption_patience_s + 1.0)
+    assert members(world) == ["0.1", "1.1", "2.1", "3.1"]
+    assert joiners(world) == (0, 1, 2, 3)
+
+
+def test_a_heal_waits_until_all_run_under_the_map_before_it() -> None:
+    world = formed(World(spec(slots=4, redundant=6)))
+    world.lag(1)
+    world.kill(0)
+    world.settle(POLICY.heal_after_s + 1.0)
+    assert [m.epoch for m in world.published] == [1, 2]
+    world.ranks[1].runs_under = None
+    world.settle(1.0)
+    assert len(world.published) > 2
+    assert joiners(world) == ()
+
+
+def test_a_new_leader_that_has_heard_nothing_yet_lists_joiners_again() -> None:
+    world = formed()
+    world.take_office()
+    world.kill(0)
+    world._deliver()
+    world.reign.on_tick(world.clock.now())
+    write = world.reign.decide(world.clock.now())
+    assert isinstance(write, PublishMap)
+    assert write.expert_map.joiners == (1, 2, 3)

@@ -44,6 +44,17 @@ class Schedules(RuleBasedStateMachine):
         if rank in self.world.ranks and self.world.ranks[rank].answering:
             self.world.ranks[rank].finish_load()
 
+    @rule(rank=RANKS)
+    def lag(self, rank: int) -> None:
+        """It stays under the map that it runs under now."""
+        if rank in self.world.ranks:
+            self.world.lag(rank)
+
+    @rule(rank=RANKS)
+    def catch_up(self, rank: int) -> None:
+        if rank in self.world.ranks:
+            self.world.ranks[rank].runs_under = None
+
     @rule()
     def load_all(self) -> None:
         self.world.load_all()
@@ -69,6 +80,7 @@ class Schedules(RuleBasedStateMachine):
                 world.kill(rank)
             if rank not in world.ranks:
                 world.start(rank)
+            world.ranks[rank].runs_under = None
         world.settle(8.0)
         assert world.expert_map is not None
         alive = tuple(world.ranks[rank].member for rank in range(4))

@@ -52,6 +52,7 @@ POLICY = MembershipPolicy(
     heal_after_s=1.0,
     joiner_patience_s=3.0,
     heal_budget_bytes=3,
+    adoption_patience_s=3.0,
 )
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
 
@@ -82,6 +83,7 @@ class Rank:
         self.truth: Placement = np.full(shape, EMPTY_SLOT, dtype=np.int16)
         self.loading: Placement | None = None
         self.answering = True
+        self.runs_under: Epoch | None = None  # None: the newest map
         self.registered = False
         self.lease_id = world.etcd.grant(TTL_S)
         self.record = RankRecord(
@@ -262,10 +264,24 @@ class World:
         assert left == verdicts, "exactly those with a verdict leave"
         assert all(v.epoch == published.epoch for v in write.verdicts)
         assert not self.buried & set(published.members), "a dead incarnation is back"
+        self._check_joiners(published, before)
         if before is not None and write.verdicts:
             self._check_nothing_moved(before, published)
         self.buried |= left
         self.published.append(published)
+
+    def _check_joiners(self, published: ExpertMap, before: ExpertMap | None) -> None:
+        """Who is new; and of those that were new before, nobody who may still be unknown."""
+        new = {m.rank for m in published.members if before is None or not before.has(m)}
+        listed = set(published.joiners)
+        assert new <= listed <= {m.rank for m in published.members}
+        assert listed - new <= set(before.joiners if before else ())
+        if before is None:
+            return
+        alive = [r for r in map(self._life, before.members) if r is not None]
+        if any(self._adopted_by(r) < before.epoch for r in alive):
+            stayed = {m.rank for m in published.members if before.has(m)}
+            assert set(before.joiners) & stayed <= listed, "a joiner counts as proven and is not"
 
     def _check_nothing_moved(self, before: ExpertMap, published: ExpertMap) -> None:
         """A survivor's replica stays, unless its slot was given to an orphan by an assignment."""
@@ -318,6 +334,10 @@ class World:
         key = self.keys.suspicion(rank.member.rank, rank.member.incarnation, suspicion.by)
         self.etcd.apply([Put(key=key, value=pack_record(suspicion))])
 
+    def lag(self, rank_id: int) -> None:
+        """Later maps do not reach its engine until `runs_under` is None again."""
+        self.ranks[rank_id].runs_under = self._adopted_by(self.ranks[rank_id])
+
     def load_all(self) -> None:
         for rank in self.ranks.values():
             if rank.answering:
@@ -338,12 +358,17 @@ class World:
         rank = self.ranks.get(member.rank)
         return rank if rank is not None and rank.member == member else None
 
+    def _adopted_by(self, rank: Rank) -> Epoch:
+        if rank.runs_under is not None:
+            return rank.runs_under
+        return self.published[-1].epoch if self.published else Epoch(0)
+
     def _pong(self, rank: Rank) -> Pong:
         return Pong(
             nonce=1,
             rank=rank.member.rank,
             incarnation=rank.member.incarnation,
-            epoch=self.published[-1].epoch if self.published else Epoch(0),
+            epoch=self._adopted_by(rank),
             step=Step(0),
             engine_age_ms=0.0,
             waiting_for=(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,9 +48,23 @@ def test_it_survives_the_wire_and_cannot_be_edited() -> None:
         back.placement[0, 0, 0] = 1
 
 
+def test_joiners_survive_the_wire_and_an_old_value_has_none() -> None:
+    raw = replace(example(), joiners=(RankId(1),)).to_wire()
+    assert ExpertMap.from_wire(raw).joiners == (1,)
+    del raw["joiners"]
+    assert ExpertMap.from_wire(raw).joiners == ()
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"shape": [2, 2, 4]}, {"num_experts": 2}, {"members": [[1]]}, {"epoch": None}],
+    [
+        {"shape": [2, 2, 4]},
+        {"num_experts": 2},
+        {"members": [[1]]},
+        {"epoch": None},
+        {"joiners": [2]},
+        {"joiners": None},
+    ],
 )
 def test_a_malformed_map_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(WireError):

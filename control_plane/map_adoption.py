@@ -1,0 +1,51 @@
+"""How far the map in force has come: which of its members run under it, as their Pongs say, and
+which of its joiners therefore count as proven. Pure; it decides no map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Member, RankId
+
+
+class MapAdoption:
+    """A leader that has heard nothing yet takes every joiner of the standing map for unproven."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._map: ExpertMap | None = None
+        self._since = 0.0
+        self._epochs: dict[Member, Epoch] = {}
+
+    def on_map(self, expert_map: ExpertMap | None, kept: set[Member], now: float) -> None:
+        """The map in force now; of other lives than `kept` nothing needs to be remembered."""
+        known = self._map.epoch if self._map is not None else None
+        if expert_map is None or expert_map.epoch != known:
+            self._since = now
+        self._map = expert_map
+        self._epochs = {m: epoch for m, epoch in self._epochs.items() if m in kept}
+
+    def on_adopted(self, member: Member, epoch: Epoch) -> None:
+        self._epochs[member] = max(epoch, self._epochs.get(member, epoch))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every member is known to run under the map, or under a newer one."""
+        if self._map is None:
+            return True
+        needed = self._map.epoch
+        return all(self._epochs.get(m, Epoch(0)) >= needed for m in self._map.members)
+
+    def may_follow(self, now: float) -> bool:
+        """Whether a map that no death calls for may come next. A member that never says that it
+        runs under this one holds the others up for a while only."""
+        return self.is_complete or now - self._since >= self._patience_s
+
+    def joiners(self, members: Iterable[Member]) -> tuple[RankId, ...]:
+        """Those of the next map's members that have not been seen to take part under this one."""
+        standing = self._map
+        if standing is None:
+            return tuple(sorted(m.rank for m in members))
+        unproven = () if self.is_complete else standing.joiners
+        return tuple(sorted(m.rank for m in members if not standing.has(m) or m.rank in unproven))
