@@ -98,7 +98,7 @@ def main() -> None:
             save_file(tensors, folder / SINGLE_FILE)
             (folder / "config.json").write_text(json.dumps({"quantization_config": quantisation}))
             del tensors
-            for bits in (False, True) if form == "BF16" else (False,):
+            for bits in (False,) if form == "FP8 blocks" else (False, True):
                 found = [f"{r:.2f}" for r in rates(folder, shapes, options.tries, bits)]
                 print(
                     f"{form}{' as bits' if bits else ' to float32'}: {', '.join(found)}", flush=True

@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.model.manifest import Manifest, check_listed, has_parts, read_manifest, verify
+from gpu_worker.model.quantisation import Codes
 from gpu_worker.model.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -24,6 +26,8 @@ from shared.errors import CheckpointError
 from shared.model_spec import read_json
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "OnRead", "Shape", "open_checkpoint"]
+
+_Values = TypeVar("_Values", NDArray[np.float32], NDArray[np.uint16])
 
 OnRead = Callable[[int], None]
 """Is told of each tensor's bytes in the file, once they are read."""
@@ -60,42 +64,41 @@ class Checkpoint:
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether every matrix is stored in BF16, so that `read_bits` serves for all."""
-        forms = self._forms.values()
-        return all(form.dtype == "BF16" for form in forms if len(form.shape) > 1)
+        """Whether `read_bits` serves for all matrices. What is none may be float32, as DeepSeek's
+        corrections are: it is read as that in any case."""
+        return all(form.is_bfloat16 for form in self._forms.values() if form.is_matrix)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        return self._decode(self._forms[name], None)
+        return self._decode(self._forms[name], None, StoredForm.decode)
 
     def read_part(self, name: str, index: int) -> NDArray[np.float32]:
         """One index of the leading axis, without touching the others."""
-        return self._decode(self._forms[name], index)
+        return self._decode(self._forms[name], index, StoredForm.decode)
 
     def read_bits(self, name: str) -> NDArray[np.uint16]:
-        """Of a tensor stored in BF16, as it is."""
-        return self._bits(self._forms[name], None)
+        """In bfloat16, of a tensor stored in BF16 or MXFP4, of which it loses nothing."""
+        return self._decode(self._forms[name], None, StoredForm.decode_bits)
 
     def read_bits_part(self, name: str, index: int) -> NDArray[np.uint16]:
-        return self._bits(self._forms[name], index)
+        return self._decode(self._forms[name], index, StoredForm.decode_bits)
 
-    def _decode(self, form: StoredForm, index: int | None) -> NDArray[np.float32]:
+    def _decode(
+        self,
+        form: StoredForm,
+        index: int | None,
+        decode: Callable[[StoredForm, Codes, Codes | None, int], _Values],
+    ) -> _Values:
         with ExitStack() as views:
             values, *scales = (self._view(part, index, views) for part in form.parts)
             try:
-                return form.decode(values, scales[0] if scales else None, int(index is not None))
+                return decode(form, values, scales[0] if scales else None, int(index is not None))
             except ValueError as error:
                 raise CheckpointError(
                     f"{form.values.path}: tensor {form.values.name} {error}: it is damaged; fetch "
                     "this file again"
                 ) from error
 
-    def _bits(self, form: StoredForm, index: int | None) -> NDArray[np.uint16]:
-        assert form.dtype == "BF16", f"{form.values.name} is {form.dtype}"
-        with ExitStack() as views:
-            bits = self._view(form.values, index, views).view(np.uint16)
-            return bits.reshape(form.values.shape[int(index is not None) :]).copy()
-
-    def _view(self, tensor: StoredTensor, index: int | None, views: ExitStack) -> NDArray[np.uint8]:
+    def _view(self, tensor: StoredTensor, index: int | None, views: ExitStack) -> Codes:
         """Verified bytes of the tensor or of its part, for as long as `views` is open."""
         part = tensor if index is None else tensor.part(index)
         raw = views.enter_context(self._shards.bytes_of(part))

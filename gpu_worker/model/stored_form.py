@@ -18,6 +18,7 @@ from gpu_worker.model.quantisation import (
     Floats,
     decode_fp8_blocks,
     decode_mxfp4,
+    decode_mxfp4_bits,
 )
 from gpu_worker.model.shards import Shape, StoredTensor
 from shared.errors import CheckpointError
@@ -57,6 +58,16 @@ class StoredForm:
         *leading, rows, groups, _ = self.values.shape
         return (*leading, groups * MXFP4_GROUP, rows)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Experts' biases are stored together, and are none."""
+        return len(self.shape) > 1 and not self.values.name.endswith("bias")
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether `decode_bits` loses nothing."""
+        return self.dtype in ("BF16", MXFP4)
+
     def decode(self, raw_values: Codes, raw_scales: Codes | None, leading: int) -> Floats:
         """An array of its own, from the bytes of all of the tensor, or with `leading` 1 of one
         index of its leading axis. Raises ValueError where the bytes cannot be right."""
@@ -67,6 +78,17 @@ class StoredForm:
         if self.dtype == MXFP4:
             return np.swapaxes(decode_mxfp4(values, scales), -1, -2)
         return decode_fp8_blocks(values, _as_floats(self.scales.dtype, scales), self.block)
+
+    def decode_bits(
+        self, raw_values: Codes, raw_scales: Codes | None, leading: int
+    ) -> NDArray[np.uint16]:
+        """As `decode`, in bfloat16."""
+        assert self.is_bfloat16, f"{self.values.name} is {self.dtype}"
+        values = _view(self.values, raw_values, leading)
+        if self.scales is None or raw_scales is None:
+            return values.copy()
+        scales = _view(self.scales, raw_scales, leading)
+        return np.swapaxes(decode_mxfp4_bits(values, scales), -1, -2)
 
 
 def _view(tensor: StoredTensor, raw: Codes, leading: int) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from gpu_worker.model.quantisation import decode_fp8_blocks, decode_mxfp4
+from gpu_worker.model.quantisation import (
+    decode_fp8_blocks,
+    decode_mxfp4,
+    decode_mxfp4_bits,
+)
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NOT_NAN = [code for code in range(256) if code & 0x7F != 0x7F]
@@ -111,7 +116,37 @@ def test_mxfp4_is_what_transformers_makes_of_it(dtype: torch.dtype) -> None:
     assert torch.equal(ours.contiguous().view(raw), other.view(raw))
 
 
-def test_an_mxfp4_scale_that_is_nan_is_refused() -> None:
+@pytest.mark.parametrize("scales", [range(255), range(2, 253)], ids=str)
+def test_mxfp4_loses_nothing_in_bfloat16(scales: range) -> None:
+    """Every byte under every scale, and under those that need no care of overflows."""
+    blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (len(scales), 1, 1))
+    all_scales = np.repeat(np.array(scales, dtype=np.uint8)[:, np.newaxis], 16, axis=1)
+    exact = bits(decode_mxfp4(blocks, all_scales))
+    short = decode_mxfp4_bits(blocks, all_scales)
+    assert np.array_equal(short.astype(np.uint32) << 16, exact)
+
+
+@pytest.mark.parametrize("decode", [decode_mxfp4, decode_mxfp4_bits])
+def test_an_mxfp4_scale_that_is_nan_is_refused(
+    decode: Callable[[NDArray[np.uint8], NDArray[np.uint8]], object],
+) -> None:
     scales = np.array([[127, 255]], dtype=np.uint8)
     with pytest.raises(ValueError, match="NaN"):
-        decode_mxfp4(np.zeros((1, 2, 16), dtype=np.uint8), scales)
+        decode(np.zeros((1, 2, 16), dtype=np.uint8), scales)
+
+
+def test_matrices_beyond_what_is_decoded_at_once_are_the_same() -> None:
+    """The blocks of rows and the pieces of the work cut each other."""
+    rng = np.random.default_rng(4)
+    codes = rng.choice(np.array(NOT_NAN, dtype=np.uint8), (300, 2000))
+    scales = rng.random((3, 16), dtype=np.float32)
+    read = decode_fp8_blocks(codes, scales, (128, 128))
+    table = np.array([e4m3(code) for code in range(256)], dtype=np.float32)
+    by_value = scales.repeat(128, axis=0).repeat(128, axis=1)[:300, :2000]
+    assert np.array_equal(bits(read), bits(table[codes] * by_value))
+    blocks = rng.integers(0, 256, (9000, 16), dtype=np.uint8)
+    exponents = rng.integers(100, 150, 9000, dtype=np.uint8)
+    whole = decode_mxfp4(blocks, exponents).reshape(9000, 32)
+    for row in (0, 4095, 4096, 8999):
+        one = decode_mxfp4(blocks[row : row + 1], exponents[row : row + 1])
+        assert np.array_equal(bits(whole[row]), bits(one))

@@ -80,6 +80,8 @@ def test_mxfp4_is_read_in_the_layout_of_transformers_whole_and_in_parts(tmp_path
     for expert in range(E):
         part = checkpoint.read_part("experts.gate_up_proj", expert)
         assert np.array_equal(part, expected[expert])
+        short = checkpoint.read_bits_part("experts.gate_up_proj", expert)
+        assert np.array_equal(short.astype(np.uint32) << 16, part.view(np.uint32))
     assert checkpoint.stored_dtype("experts.gate_up_proj") == "MXFP4"
 
 
@@ -91,6 +93,42 @@ def test_parts_of_plain_tensors_are_read_alone(tmp_path: Path) -> None:
     bits = whole.view(torch.uint16).numpy()
     assert np.array_equal(checkpoint.read_bits("w"), bits)
     assert np.array_equal(checkpoint.read_bits_part("w", 3), bits[3])
+
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expert_biases", "correction", "is_bfloat16"),
+    [
+        (BF16, BF16, BF16, True),
+        (BF16, BF16, F32, True),
+        (BF16, F32, F32, True),
+        (F32, BF16, BF16, False),
+        (torch.float16, BF16, BF16, False),
+    ],
+    ids=str,
+)
+def test_matrices_alone_decide_whether_weights_are_kept_in_bfloat16(
+    tmp_path: Path,
+    matrix: torch.dtype,
+    expert_biases: torch.dtype,
+    correction: torch.dtype,
+    is_bfloat16: bool,
+) -> None:
+    tensors = {
+        "embed_tokens.weight": torch.ones(4, 6, dtype=BF16),
+        "gate_proj.weight": torch.ones(4, 6, dtype=matrix),
+        "experts.down_proj_bias": torch.ones(3, 6, dtype=expert_biases),
+        "gate.e_score_correction_bias": torch.full((3,), 1 / 3, dtype=correction),
+    }
+    mxfp4 = mxfp4_parts()
+    write(tmp_path, tensors | mxfp4)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    checkpoint = open_checkpoint(tmp_path, shapes | {"experts.gate_up_proj": (E, H, J)})
+    assert checkpoint.is_bfloat16 == is_bfloat16
+    read = checkpoint.read("gate.e_score_correction_bias")
+    assert np.array_equal(read, tensors["gate.e_score_correction_bias"].float().numpy())
 
 
 def test_what_is_read_is_the_callers_own(tmp_path: Path) -> None:
