@@ -29,7 +29,7 @@ from control_plane.publisher import Publisher
 from control_plane.reign import Reign
 from control_plane.spec_keeper import keep_spec
 from control_plane.telemetry import Metrics
-from control_plane.writes import Condemn, PlanHeal, PublishMap, Write
+from control_plane.writes import Assign, Condemn, PlanHeal, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import StoreError
 from shared.expert_map import ExpertMap
@@ -207,7 +207,7 @@ class Driver:
             self._feed_changes(self._view.apply(item), now)
         if written.error is not None:
             log.warning("write_failed", error=str(written.error))
-        elif isinstance(written.write, Condemn):
+        elif isinstance(written.write, Condemn | Assign) and written.write.verdicts:
             condemned = [f"{v.rank}.{v.incarnation}" for v in written.write.verdicts]
             log.warning("condemned_without_a_map", members=condemned)
         elif isinstance(written.write, PublishMap):

@@ -11,7 +11,8 @@ line that applies decides; each write changes the view, and the next decision fo
                                                | who came, PublishMap when they hold it, linked
     a dead member, the rest covers all experts | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
-                                               | survivors; the first line applies once resident
+                                               | survivors, with the verdict; the line above
+                                               | applies once they are resident
     a dead member, too few slots for orphans   | Condemn it; then forming, with survivors and
                                                | joiners together
     a newcomer without assignment              | Assign what `grow` wants
@@ -193,7 +194,7 @@ class Membership:
         if result.uncoverable:
             return self._condemn(dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
-        return self._assign(residency, wanted)
+        return self._assign(residency, wanted, dead=dead) or self._condemn(dead)
 
     def _shrink(
         self,
@@ -209,11 +210,13 @@ class Membership:
         return shrink(base, [m.rank for m in dead])
 
     def _condemn(self, members: Sequence[Member]) -> Condemn | None:
-        current = self._view.expert_map
-        epoch = Epoch((current.epoch if current else 0) + 1)
-        fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
-        verdicts = tuple(verdict_of(self._dead[m], epoch) for m in fresh)
+        verdicts = self._fresh_verdicts(members)
         return Condemn(verdicts=verdicts) if verdicts else None
+
+    def _fresh_verdicts(self, members: Iterable[Member]) -> tuple[Verdict, ...]:
+        """On those that are dead and do not stand condemned yet."""
+        fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
+        return tuple(verdict_of(self._dead[m], self._next_epoch()) for m in fresh)
 
     # Joiners.
 
@@ -281,7 +284,7 @@ class Membership:
         if np.array_equal(step.emptied, expert_map.placement):
             return self._assign(residency, wanted)
         emptied = {m: step.emptied[:, m.rank] for m in expert_map.members}
-        assignments = self._assignments(residency, wanted, epoch=expert_map.epoch + 1)
+        assignments = residency.assignments(wanted, epoch=expert_map.epoch + 1)
         return self._publish(residency, emptied, f"healing: {step.reason}", now, assignments)
 
     def _plan_heal(self, residency: Residency, expert_map: ExpertMap, revision: int) -> PlanHeal:
@@ -328,8 +331,7 @@ class Membership:
         now: float,
         assignments: tuple[SlotContents, ...] = (),
     ) -> PublishMap | None:
-        current = self._view.expert_map
-        epoch = Epoch((current.epoch if current else 0) + 1)
+        current, epoch = self._view.expert_map, self._next_epoch()
         leavers = [m for m in (current.members if current else ()) if m not in rows]
         if any(m not in self._dead for m in leavers):  # the map of an older spec: judge it first
             return None
@@ -349,29 +351,23 @@ class Membership:
         )
 
     def _assign(
-        self, residency: Residency, wanted: dict[Member, Placement], *, force: bool = False
-    ) -> Write | None:
-        current = self._view.expert_map
-        epoch = current.epoch if current else 0
-        assignments = self._assignments(residency, wanted, epoch=epoch, force=force)
-        return Assign(assignments=assignments) if assignments else None
-
-    def _assignments(
         self,
         residency: Residency,
         wanted: dict[Member, Placement],
         *,
-        epoch: int,
         force: bool = False,
-    ) -> tuple[SlotContents, ...]:
-        """Those that differ from what is intended; all of them where `force`."""
-        return tuple(
-            SlotContents.of(m, row[:, : residency.slots([m])[m.rank]], epoch=epoch)
-            for m, row in wanted.items()
-            if force or not np.array_equal(row, residency.intended(m))
-        )
+        dead: Iterable[Member] = (),
+    ) -> Write | None:
+        epoch = self._next_epoch() - 1
+        assignments = residency.assignments(wanted, epoch=epoch, force=force)
+        verdicts = self._fresh_verdicts(dead)
+        return Assign(assignments=assignments, verdicts=verdicts) if assignments else None
 
     # Looks.
+
+    def _next_epoch(self) -> Epoch:
+        current = self._view.expert_map
+        return Epoch((current.epoch if current is not None else 0) + 1)
 
     def _map_revision(self) -> int:
         return self._view.revision_of(self._view.keys.map)

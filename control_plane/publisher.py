@@ -44,7 +44,7 @@ class Publisher:
         """Returns what the watch will show of it. Raises StoreUnavailable (done or not),
         TxnConflict or LeaseLost (not done)."""
         compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
-        if isinstance(write, PublishMap | Condemn):
+        if not isinstance(write, Forget):
             compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
         operations = self._operations(write)
         try:
@@ -79,7 +79,7 @@ class Publisher:
             case Condemn():
                 return self._condemn(write.verdicts)
             case Assign():
-                return self._assign(write.assignments)
+                return [*self._condemn(write.verdicts), *self._assign(write.assignments)]
             case Forget():
                 return [Delete(key=key) for key in write.keys]
 

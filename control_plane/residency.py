@@ -152,6 +152,16 @@ class Residency:
             and record.member not in self._view.verdicts
         ]
 
+    def assignments(
+        self, wanted: Mapping[Member, Placement], *, epoch: int, force: bool = False
+    ) -> tuple[SlotContents, ...]:
+        """Those that differ from what is intended; all of them where `force`."""
+        return tuple(
+            SlotContents.of(m, row[:, : self.slots([m])[m.rank]], epoch=epoch)
+            for m, row in wanted.items()
+            if force or not np.array_equal(row, self.intended(m))
+        )
+
     def _links(self, member: Member) -> Iterable[Member]:
         record = self._view.records.get(member)
         return record.links if record else ()

@@ -22,15 +22,21 @@ class PublishMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condemn:
-    """Verdicts that no map can carry yet: too few are left to cover all experts. A life that was
-    judged dead and lives learns it by them, and makes room for one that a map can take."""
+    """Verdicts that no map can carry yet: too few are left to cover all experts, or survivors load
+    what the dead held. A life that was judged dead and lives learns it by them, and makes room for
+    one that a map can take; the others learn whom to wait for no longer."""
 
     verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assign:
+    """Where orphans are to be loaded before a map can follow, together with the verdicts on those
+    who held them: nobody waits for the dead meanwhile, and no slot in use is overwritten that a
+    rank may still send tokens to for want of knowing."""
+
     assignments: tuple[SlotContents, ...]
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ class Keys:
         return self.serving + "verdicts/"
 
     def verdict(self, rank: RankId, incarnation: Incarnation) -> str:
-        """Verdict, written in the transaction that publishes the map without the rank."""
+        """Verdict, written at the latest together with the map without the rank."""
         return f"{self.verdicts}{rank:05d}/{incarnation:08d}"
 
     def incarnation_counter(self, rank: RankId) -> str:

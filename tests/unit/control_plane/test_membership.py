@@ -113,9 +113,34 @@ def test_orphans_are_loaded_into_survivors_before_the_map_is_published() -> None
     orphaned = world.writes[-1]
     assert isinstance(orphaned, Assign)
     assert {a.epoch for a in orphaned.assignments} == {2}
+    assert [(v.rank, v.epoch) for v in orphaned.verdicts] == [(holder, 3)]
     world.settle(1.0)
     assert world.published[-1].epoch == 3
     assert len(members(world)) == 2
+
+
+def test_a_second_death_while_orphans_load_is_told_at_once_too() -> None:
+    world = formed(World(spec(ranks=5, slots=4, redundant=4)))
+    first = world.published[-1]
+    holders = {int(r) for r in (first.placement[0] == 0).nonzero()[0]}
+    for rank in holders:
+        world.kill(rank)
+    world.writes.clear()
+    world.run()
+    write, *_ = world.writes
+    assert isinstance(write, Assign)
+    assert {v.rank for v in write.verdicts} == holders
+    victim = min(set(world.ranks))
+    world.kill(victim)
+    world.run()
+    assert world.published[-1] is first
+    assert [k for k in world.etcd.values if k.startswith(f"{world.keys.verdicts}{victim:05d}/")]
+    world.settle(1.0)
+    assert world.published[-1].epoch == 2
+    assert {m.rank for m in first.members} - {m.rank for m in world.published[-1].members} == {
+        *holders,
+        victim,
+    }
 
 
 def test_orphans_without_a_slot_wait_for_a_joiner() -> None:

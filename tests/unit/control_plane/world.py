@@ -14,7 +14,7 @@ from control_plane.membership import MembershipPolicy
 from control_plane.probe_events import ProbePong, ProbeRefused, ProbeStanding
 from control_plane.publisher import Publisher
 from control_plane.reign import Reign
-from control_plane.writes import Condemn, PlanHeal, PublishMap, Write
+from control_plane.writes import Assign, Condemn, Forget, PlanHeal, PublishMap, Write
 from shared.errors import TxnConflict
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
@@ -215,7 +215,7 @@ class World:
     def perform(self, write: Write, leader_revision: int, *, reply_lost: bool = False) -> None:
         """One fenced transaction, its effect checked, and told to the leader as the driver does."""
         compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
-        if isinstance(write, PublishMap | Condemn):
+        if not isinstance(write, Forget):
             revision = self.view.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
@@ -225,6 +225,8 @@ class World:
         self.writes.append(write)
         if isinstance(write, PublishMap):
             self._check_map(write, before)
+        if isinstance(write, Assign | Condemn):
+            self._check_verdicts(write, before)
         if reply_lost:
             for change in self.view.apply(self.etcd.snapshot(self.keys.root)):
                 self.reign.on_change(change, self.clock.now())
@@ -248,6 +250,13 @@ class World:
             assert item is not None
             for change in self.view.apply(item):
                 self.reign.on_change(change, self.clock.now())
+
+    def _check_verdicts(self, write: Assign | Condemn, before: ExpertMap | None) -> None:
+        """They name the map to come; and nothing of the dead is given away before they stand."""
+        epoch = before.epoch if before else 0
+        assert all(v.epoch == epoch + 1 for v in write.verdicts)
+        dead = self.reign.membership.unburied
+        assert all(self.keys.verdict(m.rank, m.incarnation) in self.etcd.values for m in dead)
 
     def _check_map(self, write: PublishMap, before: ExpertMap | None) -> None:
         published = write.expert_map
