@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.model.checkpoint import Checkpoint, Shape
+from gpu_worker.model.checkpoint import Checkpoint
 from gpu_worker.model.family import KvShape
+from gpu_worker.model.gqa_shape import GqaShape
 from gpu_worker.model.kernels import gqa as kernels
 from gpu_worker.model.step_scratch import room_for, written_zeros
 from gpu_worker.model.weights import Weights, read_panels, read_vector
 from gpu_worker.step_batch import StepBatch
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GqaShape:
-    """Heads of a layer, and how they attend. `window`: tokens that a row sees, itself included; 0:
-    all. `clip` bounds queries, keys and values; 0: nothing."""
-
-    num_heads: int
-    kv_heads: int
-    head_dim: int
-    qk_norm: int = kernels.QK_NORM_NONE
-    window: int = 0
-    clip: float = 0.0
-
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
 
 
 class GqaWeights(NamedTuple):
@@ -141,24 +120,6 @@ class GqaAttention:
 
 
 EMPTY: Floats = np.zeros(0, dtype=np.float32)
-
-
-def gqa_shapes(
-    prefix: str, hidden_size: int, shape: GqaShape, *, qkv_bias: bool = False, o_bias: bool = False
-) -> dict[str, Shape]:
-    """Tensors of `prefix` (…self_attn) as most families name them."""
-    sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
-    shapes: dict[str, Shape] = {f"{prefix}.{n}_proj.weight": (sizes[n], hidden_size) for n in "qkv"}
-    shapes[f"{prefix}.o_proj.weight"] = (hidden_size, shape.q_size)
-    if qkv_bias:
-        shapes |= {f"{prefix}.{n}_proj.bias": (sizes[n],) for n in "qkv"}
-    if o_bias:
-        shapes[f"{prefix}.o_proj.bias"] = (hidden_size,)
-    if shape.qk_norm == kernels.QK_NORM_HEAD:
-        shapes |= {f"{prefix}.{n}_norm.weight": (shape.head_dim,) for n in "qk"}
-    elif shape.qk_norm == kernels.QK_NORM_WHOLE:
-        shapes |= {f"{prefix}.{n}_norm.weight": (sizes[n],) for n in "qk"}
-    return shapes
 
 
 def read_gqa(checkpoint: Checkpoint, prefix: str, norm_name: str) -> GqaWeights:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD, QK_NORM_WHOLE
 from gpu_worker.model.kernels.arithmetic import ZERO, exp32, kernel
 from gpu_worker.model.kernels.linear import (
     add_rows,
@@ -27,9 +28,6 @@ from gpu_worker.model.kernels.warm_up import (
     PANELS,
     EntryPoint,
 )
-
-QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_WHOLE = 0, 1, 2
-"""What queries and keys are normed over: nothing, each head, or all heads together."""
 
 
 @kernel
