@@ -15,6 +15,14 @@ from gpu_worker.slot_ledger import SlotLedger
 from shared.types import EMPTY_SLOT
 
 
+class Vacancy(NamedTuple):
+    """A slot, and the expert that it is to hold."""
+
+    layer: int
+    slot: int
+    expert: int
+
+
 class Refill(NamedTuple):
     """`values` holds one expert: gate and up `[2I, H]`, then down `[H, I]`, flat. Pinned, or the
     copy blocks."""
@@ -57,6 +65,19 @@ class CudaSlots:
     def contents(self) -> NDArray[np.int16]:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         return self._ledger.contents
+
+    def vacate(self, wanted_LS: NDArray[np.int16]) -> list[Vacancy]:
+        """Forgets what is wanted EMPTY; gives what is wanted and not there, which stays as it is
+        until `load`."""
+        present_LS = self.contents
+        assert wanted_LS.shape == present_LS.shape, "the assignment is for other slots"
+        differs_LS = wanted_LS != present_LS
+        for layer, slot in np.argwhere(differs_LS & (wanted_LS < 0)).tolist():
+            self._ledger.set(layer, slot, EMPTY_SLOT)
+        return [
+            Vacancy(layer, slot, int(wanted_LS[layer, slot]))
+            for layer, slot in np.argwhere(differs_LS & (wanted_LS >= 0)).tolist()
+        ]
 
     def load(self, refills: Sequence[Refill]) -> None:
         """Returns when the last byte is in. Slots are EMPTY meanwhile. The steps' stream does not
