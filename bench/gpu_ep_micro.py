@@ -52,7 +52,9 @@ class _Prober(Rank):
             graphs.clear()
             again = self.open_exchange(fp8=True)
             graphs = self._capture(again)
-            again.connect({m.rank: Peer(m, 1) for m in wanted.members if m != self.own})
+            others = [m for m in wanted.members if m != self.own]
+            self.rendezvous.expect({m.rank: Peer(m, 1) for m in others})
+            again.connect({m.rank: m.incarnation for m in others})
             fp8 = self._measure(again, graphs, wanted)
         self.tell("stopped", {"bf16": bf16, "fp8": fp8})
 

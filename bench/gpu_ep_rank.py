@@ -168,14 +168,14 @@ class Rank:
     def _connect(self, peers: Mapping[int, tuple[int, int]]) -> None:
         from gpu_worker.cuda.ep_rendezvous import Peer
 
-        self.exchange.connect(
+        lives = {RankId(rank): Incarnation(life) for rank, (life, _) in peers.items()}
+        self.rendezvous.expect(
             {
-                RankId(rank): Peer(
-                    Member(rank=RankId(rank), incarnation=Incarnation(incarnation)), generation
-                )
-                for rank, (incarnation, generation) in peers.items()
+                rank: Peer(Member(rank=rank, incarnation=life), peers[rank][1])
+                for rank, life in lives.items()
             }
         )
+        self.exchange.connect(lives)
 
     async def _watch(self, store: EtcdStore) -> None:
         mine = self.keys.assignment(self.own.rank, self.own.incarnation)

@@ -16,6 +16,7 @@ from shared.types import Epoch, Member, Step
 from shared.wire import (
     AreaOpened,
     Cancel,
+    GraphNews,
     Hello,
     Load,
     Message,
@@ -53,6 +54,8 @@ class EnginePort(Protocol):
     def drop_origin(self, origin: Origin) -> None: ...
 
     def wake(self, wake: Wake) -> None: ...
+
+    def hear_of_graphs(self, news: GraphNews) -> None: ...
 
     def pong(self, ping: Ping) -> Pong: ...
 
@@ -156,6 +159,8 @@ class ControlServer:
                     raise WireError("more cancellations than the engine can take")
             case Wake():
                 self._engine.wake(message)
+            case GraphNews():
+                self._engine.hear_of_graphs(message)
             case Ping():
                 return self._engine.pong(message)
             case OpenArea():

@@ -8,20 +8,30 @@ import os
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.mailbox import Arrival, DropOrigin, Hold, Inbox, NewMap, Stop
 from gpu_worker.engine.sequence import Origin
+from gpu_worker.exchange.graph_conductor import GraphConductor
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member
-from shared.wire import Cancel, Load, Ping, Pong, StatusQuery, StatusReply, Submit, Wake
+from shared.wire import Cancel, GraphNews, Load, Ping, Pong, StatusQuery, StatusReply, Submit, Wake
 
 
 class EngineGate:
-    """Implements `control_server.EnginePort`."""
+    """Implements `control_server.EnginePort`. `conductor` is there where ranks count graphs."""
 
-    def __init__(self, *, member: Member, engine: Engine, inbox: Inbox, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        member: Member,
+        engine: Engine,
+        inbox: Inbox,
+        clock: Clock,
+        conductor: GraphConductor | None,
+    ) -> None:
         self._member = member
         self._engine = engine
         self._inbox = inbox
         self._clock = clock
+        self._conductor = conductor
 
     def submit(self, origin: Origin, submit: Submit) -> bool:
         return self._inbox.put(Arrival(origin=origin, submit=submit))
@@ -35,11 +45,25 @@ class EngineGate:
     def wake(self, wake: Wake) -> None:
         self._inbox.put(wake)
 
+    def hear_of_graphs(self, news: GraphNews) -> None:
+        if self._conductor is not None:
+            self._conductor.on_news(news)
+
     def hand_map(self, expert_map: ExpertMap) -> None:
+        if self._conductor is not None:
+            self._conductor.hear(expert_map)
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
 
     def hold(self, epoch: Epoch) -> None:
-        self._inbox.put(Hold(epoch=epoch))
+        if self._conductor is not None:
+            self._conductor.hold(epoch)
+        else:
+            self._inbox.put(Hold(epoch=epoch))
+
+    def condemn(self, dead: Member, epoch: Epoch) -> None:
+        """A verdict on a peer: where messages carry no epoch, it ends the waits for it."""
+        if self._conductor is not None:
+            self._conductor.condemn(dead, epoch)
 
     def stop(self) -> None:
         self._inbox.put(Stop())

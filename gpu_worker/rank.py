@@ -31,6 +31,7 @@ from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.step_runner import StepRunner
 from gpu_worker.engine_gate import EngineGate
+from gpu_worker.exchange.graph_conductor import ConductorDoors, GraphConductor
 from gpu_worker.membership.driver import EngineDoor, MembershipDriver, SlotLoader
 from gpu_worker.membership.link_keeper import LinkEvents, LinkKeeper
 from gpu_worker.membership.registrar import Registrar
@@ -38,9 +39,9 @@ from gpu_worker.membership.standing import Standing
 from shared.clock import Clock
 from shared.expert_map import Placement
 from shared.keys import Keys
-from shared.records import InstanceSpec, RankRecord
+from shared.records import ExchangeHandles, InstanceSpec, RankRecord
 from shared.store import Store
-from shared.types import Member, NodeId, RankState
+from shared.types import Epoch, Member, NodeId, RankState, Step
 from shared.wire import AreaOpened, OpenArea
 
 log = structlog.get_logger()
@@ -56,7 +57,7 @@ class Endpoint(Protocol):
 
     def open_area(self, source: Member, generation: int) -> tuple[int, int]: ...
 
-    def connect(self, area: AreaOpened) -> None: ...
+    def connect(self, area: AreaOpened, peer: RankRecord) -> None: ...
 
     def is_open(self, target: Member) -> bool: ...
 
@@ -95,6 +96,9 @@ class RankParts:
     endpoint: Endpoint
     engine_host: EngineHost
     guides: Guides | None = None  # for guided decoding
+    conductor: GraphConductor | None = None  # where ranks meet by counting graphs
+    exchange_name: str = "transfer"
+    exchange_handles: ExchangeHandles | None = None
 
 
 class Rank:
@@ -119,7 +123,14 @@ class Rank:
             post=self._post,
             clock=clock,
         )
-        self._gate = EngineGate(member=parts.member, engine=self._engine, inbox=inbox, clock=clock)
+        self._inbox = inbox
+        self._gate = EngineGate(
+            member=parts.member,
+            engine=self._engine,
+            inbox=inbox,
+            clock=clock,
+            conductor=parts.conductor,
+        )
         self._server = ControlServer(member=parts.member, engine=self._gate, areas=self)
         self._registrar = Registrar(
             parts.store, lease_id=parts.lease_id, lease_ttl_s=config.timings.lease_ttl_s
@@ -176,11 +187,16 @@ class Rank:
             store=parts.store,
             keys=self._keys,
             clock=parts.clock,
-            standing=Standing(self._record(port), parts.residents),
+            standing=Standing(
+                self._record(port), parts.residents, peers_lag=parts.conductor is not None
+            ),
             registrar=self._registrar,
             loader=parts.loader,
             engine=EngineDoor(
-                hand_map=self._gate.hand_map, hold=self._gate.hold, leave=self._leave
+                hand_map=self._gate.hand_map,
+                hold=self._gate.hold,
+                condemn=self._gate.condemn,
+                leave=self._leave,
             ),
             tasks=tasks,
             suspicion_interval_s=config.timings.suspicion_window_ms / 1000,
@@ -188,16 +204,33 @@ class Rank:
         self._links = LinkKeeper(
             member=parts.member,
             endpoint=parts.endpoint,
-            events=LinkEvents(
-                opened=self._membership.on_link_opened, broken=self._membership.on_link_broken
-            ),
+            events=LinkEvents(opened=self._on_link_opened, broken=self._membership.on_link_broken),
             tasks=tasks,
         )
         self._membership.attach_links(self._links)
+        if parts.conductor is not None:
+            parts.conductor.attach(self._conductor_doors())
         self._membership.register()
         tasks.create_task(self._registrar.run())
         tasks.create_task(self._registrar.keep_alive(self._membership.on_lease_lost))
         tasks.create_task(self._membership.watch())
+
+    def _conductor_doors(self) -> ConductorDoors:
+        def wake(step: Step) -> None:
+            self._links.wake(self._membership.other_members, Epoch(0), step)
+
+        return ConductorDoors(
+            tell=self._links.tell,
+            wake=wake,
+            nudge=self._inbox.nudge,
+            held=self._membership.on_held,
+            leave=self._leave,
+        )
+
+    def _on_link_opened(self, peer: Member) -> None:
+        if self._parts.conductor is not None:
+            self._parts.conductor.greet(peer)
+        self._membership.on_link_opened(peer)
 
     def _record(self, port: int) -> RankRecord:
         config = self._parts.config
@@ -214,7 +247,8 @@ class Rank:
             slots=self._parts.spec.slots_per_rank,
             kv_blocks=config.kv_tokens // config.kv_block_tokens,
             kv_block_tokens=config.kv_block_tokens,
-            exchange="transfer",
+            exchange=self._parts.exchange_name,
+            exchange_handles=self._parts.exchange_handles,
             started_at=self._parts.clock.wall(),
         )
 

@@ -39,6 +39,21 @@ class InstanceSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeHandles:
+    """What a peer must know to write into a CUDA rank's exchange buffer: RDMA keys and queue pairs
+    where there is an HCA, and the CUDA IPC handle for ranks of the same host."""
+
+    host: str
+    address: int
+    remote_key: int
+    subnet_prefix: int
+    interface_id: int
+    queue_pairs: tuple[int, ...]
+    local_ids: tuple[int, ...]
+    ipc_handle: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
     """One incarnation of a rank, registered under its lease."""
 
@@ -57,6 +72,7 @@ class RankRecord:
     exchange: str  # "local", "transfer" or "ep"
     links: tuple[Member, ...] = ()  # peers whose transfer path is open in both directions
     started_at: float = 0.0  # Unix seconds
+    exchange_handles: ExchangeHandles | None = None  # with "ep"
 
     @property
     def member(self) -> Member:

@@ -163,6 +163,20 @@ class Wake:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GraphNews:
+    """Rank to rank, where ranks meet by counting the graphs that they launch: where the sender
+    stands. The newest one replaces those before; see `gpu_worker/exchange/graph_accord.py`."""
+
+    member: Member
+    joining: Epoch  # the newest map with joiners that it waits to adopt, or has adopted; 0: none
+    limit: int  # graphs it had launched when it heard of that map; it launches no more on its own
+    entered: Epoch  # the map that it runs under
+    sleep_at: int  # it agrees to sleep once so many graphs are launched; -1: it does not
+    slept_at: int  # where all had agreed to sleep the last time, as far as it knows; -1: nowhere
+    spoilt: Epoch  # it will deliver no more step of this map, nor of an older one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenArea:
     """Rank to rank: give me (`source`) an area of your memory to write my messages into. A higher
     `generation` asks for a fresh area, after a write into the old one timed out."""
@@ -226,6 +240,7 @@ Message = (
     | Ping
     | Pong
     | Wake
+    | GraphNews
     | OpenArea
     | AreaOpened
     | StatusQuery
@@ -243,6 +258,7 @@ _KINDS: dict[str, type[Message]] = {
         Ping,
         Pong,
         Wake,
+        GraphNews,
         OpenArea,
         AreaOpened,
         StatusQuery,

@@ -20,7 +20,8 @@ from gpu_worker.cuda.kernels import attention, residual, routing, sampling
 from gpu_worker.cuda.kernels.linear import linear_parts
 from gpu_worker.cuda.moe_stage import MoeStage, Onward, Routed, slot_table
 from gpu_worker.cuda.step_buffers import StepBuffers
-from gpu_worker.cuda.step_inputs import RowDraw, StepInputs, StepSize
+from gpu_worker.cuda.row_draw import RowDraw
+from gpu_worker.cuda.step_inputs import StepInputs, StepSize
 from gpu_worker.step_batch import StepBatch
 
 DECODE_LADDER = (1, 2, 4, 8, 16, 32, 64, 128)

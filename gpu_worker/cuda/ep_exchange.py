@@ -28,11 +28,13 @@ what it sends.
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,11 +42,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.cuda.ep_members import EpMembers
-from gpu_worker.cuda.ep_rendezvous import EpRendezvous, Peer
 from gpu_worker.cuda.step_report import StepReport
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Member, RankId, Step
+from shared.records import ExchangeHandles
+from shared.types import Epoch, Incarnation, Member, RankId, Step
 
 FP8_BLOCK = 128
 """Values that share a scale in an fp8 dispatch."""
@@ -89,6 +91,18 @@ class Received(NamedTuple):
     counts_S: Tensor
 
 
+class Rendezvous(Protocol):
+    """What the Buffer asks of its store, in `connect_ranks`. See `ep_handles.HandleBook`."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def wait(self, keys: Sequence[str], timeout: timedelta) -> None: ...
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]: ...
+
+    def delete_key(self, key: str) -> bool: ...
+
+
 class EpExchange:
     """One rank's end. `begin_step`, `dispatch`, `combine`, `report` and `adopt` belong to the
     engine thread; `release` to any; `connect` and `disconnect` to another one, beside running
@@ -98,19 +112,18 @@ class EpExchange:
         self,
         member: Member,
         shape: EpShape,
-        rendezvous: EpRendezvous,
+        rendezvous: Rendezvous,
         timeouts: EpTimeouts,
         *,
         device: torch.device,
     ) -> None:
         self._member = member
         self._shape = shape
-        self._rendezvous = rendezvous
         self._timeouts = timeouts
         self._device = device
         self._buffer = _open_buffer(member.rank, shape, rendezvous, timeouts, device)
-        # The Buffer's one mask, at one place for ever.
-        self._mask_R: Tensor = self._buffer._active_ranks
+        self.mask_R: Tensor = self._buffer._active_ranks
+        """int32 on the device, at one place for ever: 1 for each rank that kernels wait for."""
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
@@ -123,16 +136,33 @@ class EpExchange:
 
     # Who takes part ------------------------------------------------------------------------------
 
-    def connect(self, peers: Mapping[RankId, Peer]) -> None:
-        """Meet these lives; they stay masked until a map names them. Blocks until each has done the
-        same towards this rank. A former life of theirs must not be in the adopted map any more.
-        Raises RendezvousTimeout."""
+    def handles(self) -> ExchangeHandles:
+        """What peers must know to write into this rank's buffer; the same for all of them."""
+        address, key, subnet, interface, queue_pairs, local_ids, ipc = (
+            self._buffer._get_local_peer_metadata()
+        )
+        return ExchangeHandles(
+            host=socket.gethostname(),
+            address=address,
+            remote_key=key,
+            subnet_prefix=subnet,
+            interface_id=interface,
+            queue_pairs=tuple(queue_pairs),
+            local_ids=tuple(local_ids),
+            ipc_handle=tuple(ipc),
+        )
+
+    def connect(self, peers: Mapping[RankId, Incarnation]) -> None:
+        """Meet these lives; they stay masked until a map names them. Raises ConnectionError where a
+        former life of theirs is in the adopted map still, and what the rendezvous raises."""
         with self._connect_lock, torch.cuda.device(self._device):
             self._part(peers)
-            self._rendezvous.expect(peers)
             self._buffer.connect_ranks(sorted(peers), activate=False)
             with self._mask_lock:
-                self._who.meet({rank: peer.member.incarnation for rank, peer in peers.items()})
+                self._who.meet(peers)
+
+    def has_met(self, member: Member) -> bool:
+        return self._who.has_met(member)
 
     def disconnect(self, ranks: Collection[RankId]) -> None:
         """Unmap the buffers of ranks that the adopted map leaves out."""
@@ -159,7 +189,7 @@ class EpExchange:
             ranks = self._who.give_up(dead, epoch)
             with torch.cuda.stream(self._side):
                 for rank in ranks:
-                    self._mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
+                    self.mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
             self._side.synchronize()
 
     def adopt(self, expert_map: ExpertMap) -> None:
@@ -173,7 +203,7 @@ class EpExchange:
             # Bits that `release` or a timeout has cleared behind the Buffer's back, too.
             self._wanted_R.zero_()
             self._wanted_R[sorted(change.active)] = 1
-            self._mask_R.copy_(self._wanted_R, non_blocking=True)
+            self.mask_R.copy_(self._wanted_R, non_blocking=True)
             torch.cuda.current_stream(self._device).synchronize()
 
     # A step --------------------------------------------------------------------------------------
@@ -209,16 +239,21 @@ class EpExchange:
     def report(self, tokens_T: Tensor) -> None:
         """Enqueue the step's one copy to the host, the mask with the sampled tokens. Last in the
         graph."""
-        self._report.enqueue(self._mask_R, tokens_T)
+        self._report.enqueue(self.mask_R, tokens_T)
 
     def mask_after_step(self) -> NDArray[np.int32]:
         """`[R]`, 1 for each rank that took part to the end. Valid once the step has completed."""
         return self._report.mask
 
+    def check_step(self, mask_R: NDArray[np.int32]) -> None:
+        """`mask_R` as the completed step has left it. Raises StepAbandoned where it lacked a
+        member."""
+        if lost := self._who.lost(mask_R):
+            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._who.epoch}")
+
     def tokens_after_step(self, num_tokens: int) -> NDArray[np.int32]:
         """What the completed step sampled. Raises StepAbandoned where it lacked a member."""
-        if lost := self._who.lost(self._report.mask):
-            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._who.epoch}")
+        self.check_step(self._report.mask)
         return self._report.tokens[:num_tokens]
 
     @contextmanager
@@ -239,7 +274,7 @@ class EpExchange:
 def _open_buffer(
     rank: RankId,
     shape: EpShape,
-    rendezvous: EpRendezvous,
+    rendezvous: Rendezvous,
     timeouts: EpTimeouts,
     device: torch.device,
 ) -> Any:

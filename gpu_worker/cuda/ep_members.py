@@ -37,11 +37,16 @@ class EpMembers:
         """Connected from now on."""
         self._met.update(lives)
 
+    def has_met(self, member: Member) -> bool:
+        return self._met.get(member.rank) == member.incarnation
+
     def part(self, ranks: Collection[RankId]) -> list[RankId]:
-        """The connected among them, which are to be disconnected."""
+        """The connected among them, which are to be disconnected. Raises ConnectionError where one
+        of them is a member of the adopted map."""
         met = sorted(rank for rank in ranks if rank in self._met)
         members = {m.rank for m in self.members}
-        assert not members & set(met), "a member cannot be disconnected"
+        if still := members & set(met):
+            raise ConnectionError(f"ranks {sorted(still)} are members of the adopted map")
         for rank in met:
             del self._met[rank]
         return met

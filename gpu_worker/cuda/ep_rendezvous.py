@@ -11,13 +11,13 @@ import asyncio
 import pickle
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 from shared.codec import pack, unpack
 from shared.errors import StoreError
 from shared.keys import Keys
+from shared.records import ExchangeHandles
 from shared.store import Snapshot, Store
 from shared.types import Member, RankId
 
@@ -29,21 +29,6 @@ _CALL_TIMEOUT_S = 10.0
 
 class RendezvousTimeout(StoreError):
     """A peer told nothing of its buffer in time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerHandles:
-    """What a peer must know to write into a rank's buffer: RDMA keys and queue pairs where there is
-    an HCA, and the CUDA IPC handle for ranks of the same host."""
-
-    host: str
-    address: int
-    remote_key: int
-    subnet_prefix: int
-    interface_id: int
-    queue_pairs: tuple[int, ...]
-    local_ids: tuple[int, ...]
-    ipc_handle: tuple[int, ...]
 
 
 class Peer(NamedTuple):
@@ -97,7 +82,7 @@ class EpRendezvous:
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
         """What `wait` has found, in the order of `keys`."""
-        return [_to_envelope(unpack(self._found[self._etcd_key(k)], PeerHandles)) for k in keys]
+        return [_to_envelope(unpack(self._found[self._etcd_key(k)], ExchangeHandles)) for k in keys]
 
     def delete_key(self, key: str) -> bool:
         """A record is for one reader, who has read it."""
@@ -145,10 +130,10 @@ class EpRendezvous:
             raise
 
 
-def _to_handles(envelope: bytes) -> PeerHandles:
+def _to_handles(envelope: bytes) -> ExchangeHandles:
     """Of our own process's Buffer, so its pickle may be trusted."""
     host, (address, key, subnet, interface, queue_pairs, local_ids, ipc) = pickle.loads(envelope)
-    return PeerHandles(
+    return ExchangeHandles(
         host=host,
         address=address,
         remote_key=key,
@@ -160,7 +145,7 @@ def _to_handles(envelope: bytes) -> PeerHandles:
     )
 
 
-def _to_envelope(handles: PeerHandles) -> bytes:
+def _to_envelope(handles: ExchangeHandles) -> bytes:
     metadata = (
         handles.address,
         handles.remote_key,

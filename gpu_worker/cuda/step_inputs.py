@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,20 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.cuda.kernels.attention import Paging
-from gpu_worker.cuda.kernels.sampling import BANNED_MAX, Draws
+from gpu_worker.cuda.kernels.sampling import Draws
+from gpu_worker.cuda.row_draw import BANNED_MAX, RowDraw
 from gpu_worker.step_batch import StepBatch
 
 _TILE_TOKENS = 4
-
-
-class RowDraw(NamedTuple):
-    """How one wanted row becomes a token. `uniform` is derived from (seed, position)."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    uniform: float = 0.0
-    banned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,10 @@ class Inbox:
         """Blocks until something was put since the last `wait`, or the time is over."""
         self._waiter.wait(timeout_s)
 
+    def nudge(self) -> None:
+        """Ends a `wait`: something outside of the inbox has changed."""
+        self._waiter.notify()
+
     def _has_room(self, item: Item) -> bool:
         if isinstance(item, Arrival):
             num_tokens = self._num_arrival_tokens + len(item.submit.tokens)

@@ -20,6 +20,7 @@ from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.exchange.transfer import TransferExchange
 from gpu_worker.exchange.vigil import Vigil
 from shared.clock import Clock
+from shared.records import RankRecord
 from shared.types import Member
 from shared.wire import AreaOpened
 
@@ -68,7 +69,7 @@ class TransferEndpoint:
         area = self._areas.give(source, generation)
         return area.address, area.nbytes
 
-    def connect(self, area: AreaOpened) -> None:
+    def connect(self, area: AreaOpened, peer: RankRecord | None = None) -> None:
         """Opens the link to the area that a peer has given. Blocks; raises ValueError where the
         peer's layout differs, ConnectionError or TimeoutError where the write did not succeed."""
         if area.nbytes != self._layout.area_bytes:

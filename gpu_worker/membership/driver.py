@@ -48,10 +48,11 @@ class SlotLoader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDoor:
-    """How maps and holds reach the engine, and how the rank ends."""
+    """How maps, holds and verdicts on peers reach the engine, and how the rank ends."""
 
     hand_map: Callable[[ExpertMap], None]
     hold: Callable[[Epoch], None]
+    condemn: Callable[[Member, Epoch], None]
     leave: Callable[[str], None]
 
 
@@ -244,5 +245,8 @@ class MembershipDriver:
             return standing.on_assignment(unpack(value, SlotContents))
         if key.startswith(keys.verdicts):
             verdict = unpack(value, Verdict)
-            return standing.on_verdict(Member(rank=verdict.rank, incarnation=verdict.incarnation))
+            dead = Member(rank=verdict.rank, incarnation=verdict.incarnation)
+            if dead != standing.record.member:
+                self._engine.condemn(dead, verdict.epoch)
+            return standing.on_verdict(dead)
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -47,7 +47,7 @@ class DataPath(Protocol):
 
     def next_generation(self, target: Member) -> int: ...
 
-    def connect(self, area: AreaOpened) -> None:
+    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
         """First contact, blocking. Raises ValueError, ConnectionError, TimeoutError."""
         ...
 
@@ -94,16 +94,14 @@ class LinkKeeper:
             task.cancel()
         self._endpoint.forget(peer)
 
-    def wake(self, peers: tuple[Member, ...], epoch: Epoch, step: Step) -> None:
+    def wake(self, peers: Iterable[Member], epoch: Epoch, step: Step) -> None:
         """Tell the peers that a step has work."""
-        frame = encode(
-            Wake(
-                rank=self._member.rank,
-                incarnation=self._member.incarnation,
-                epoch=epoch,
-                step=step,
-            )
-        )
+        me = self._member
+        self.tell(Wake(rank=me.rank, incarnation=me.incarnation, epoch=epoch, step=step), peers)
+
+    def tell(self, message: Message, peers: Iterable[Member]) -> None:
+        """Those of them to whom a link is open."""
+        frame = encode(message)
         for peer in peers:
             writer = self._writers.get(peer)
             if writer is not None:
@@ -132,7 +130,7 @@ class LinkKeeper:
         try:
             area = await self._handshake(peer, reader, writer)
             async with asyncio.timeout(CONTACT_TIMEOUT_S):
-                await asyncio.to_thread(self._endpoint.connect, area)
+                await asyncio.to_thread(self._endpoint.connect, area, peer)
             self._writers[peer.member] = writer
             log.info("link_open", peer=str(peer.member))
             self._events.opened(peer.member)

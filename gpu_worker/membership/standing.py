@@ -15,7 +15,9 @@ the engine when every member's link is open; until then it is held back, newest 
     assignment             LoadSlots of what differs, one load at a time. Where it takes a slot that
                            the engine's map names, first HoldEngine: either a newer map empties the
                            slot, which the engine may not be able to adopt any more, or an orphan
-                           replaces a surplus replica after a death; no step can complete anyway
+                           replaces a surplus replica after a death; no step can complete anyway.
+                           Where messages carry no epoch (`peers_lag`), peers that still run an
+                           older map use the slot as well: there a member always holds first
     slots loaded           residents again; LoadSlots if the assignment moved meanwhile
     map                    AdoptMap, or held back
     engine adopted a map   LoadSlots that waited for it
@@ -115,8 +117,11 @@ Action = (
 class Standing:
     """The state behind the table above."""
 
-    def __init__(self, record: RankRecord, residents: Placement) -> None:
+    def __init__(
+        self, record: RankRecord, residents: Placement, *, peers_lag: bool = False
+    ) -> None:
         self.record = record
+        self._peers_lag = peers_lag
         self._member = record.member
         self._peers: dict[Member, RankRecord] = {}
         self._open: set[Member] = set()
@@ -266,7 +271,7 @@ class Standing:
         newest_epoch = newest.epoch if newest is not None else Epoch(0)
         if self._wanted_epoch > newest_epoch:
             return []
-        if self._takes_from_engine(differs):
+        if self._takes_from_engine(differs) or self._takes_from_peers(newest, differs):
             assert newest is not None, "an engine with a map, and no map"
             if not self._names(newest, differs):
                 return [HoldEngine(epoch=Epoch(newest_epoch - 1))]
@@ -280,6 +285,13 @@ class Standing:
         if adopted is None or adopted.epoch <= self._held_epoch:
             return False
         return self._names(adopted, differs)
+
+    def _takes_from_peers(self, newest: ExpertMap | None, differs: NDArray[np.bool_]) -> bool:
+        """Whether a peer may still run a map that names such a slot."""
+        if not self._peers_lag or self._adopted is None or newest is None:
+            return False
+        needed = newest.epoch if self._names(newest, differs) else newest.epoch - 1
+        return self._held_epoch < needed
 
     def _names(self, expert_map: ExpertMap, slots: NDArray[np.bool_]) -> bool:
         """Whether the map says that one of these own slots holds an expert."""

@@ -13,7 +13,7 @@ from gpu_worker.config import RankConfig
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.rank import Rank, RankParts
-from shared.records import InstanceSpec
+from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
 from shared.wire import AreaOpened
@@ -126,7 +126,7 @@ class SimEndpoint:
     def open_area(self, source: Member, generation: int) -> tuple[int, int]:
         return (generation, 1)
 
-    def connect(self, area: AreaOpened) -> None:
+    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
         if not self._hub.can_reach(self._member, area.target):
             raise TimeoutError("first contact timed out")
         self._open.add(area.target)

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-BANNED_MAX = 4
 _BLOCK_V = 8192
 _BISECTIONS = 30
 

@@ -1,0 +1,69 @@
+"""A CUDA rank's place on the data network, as membership sees it: which peers' buffers are mapped.
+What goes over it is `ep_exchange`'s."""
+
+from __future__ import annotations
+
+from gpu_worker.cuda.ep_exchange import EpExchange
+from gpu_worker.cuda.ep_handles import HandleBook
+from shared.records import ExchangeHandles, RankRecord
+from shared.types import Member
+from shared.wire import AreaOpened
+
+
+class EpEndpoint:
+    """Implements `rank.Endpoint`. A pair of lives meets once; a buffer stays mapped until the next
+    life of its rank is met."""
+
+    def __init__(self, member: Member, exchange: EpExchange, book: HandleBook) -> None:
+        self.name = f"ep-{member}"
+        self.handles: ExchangeHandles | None = exchange.handles()
+        self._exchange = exchange
+        self._book = book
+
+    def next_generation(self, target: Member) -> int:
+        return 0
+
+    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+        """Peers write into the one buffer, whose handles stand in this rank's record."""
+        return 0, 0
+
+    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
+        """Raises ValueError where the peer has no such buffer, ConnectionError where its former
+        life has not left the adopted map yet."""
+        if peer.exchange_handles is None:
+            raise ValueError(
+                f"rank {peer.member} has the exchange {peer.exchange!r}, and this one 'ep': "
+                "start all ranks of an instance with the same --exchange"
+            )
+        if not self._exchange.has_met(peer.member):
+            self._book.tell(peer.rank, peer.exchange_handles)
+            self._exchange.connect({peer.rank: peer.incarnation})
+
+    def is_open(self, target: Member) -> bool:
+        return self._exchange.has_met(target)
+
+    def forget(self, member: Member) -> None:
+        """Nothing yet: the engine may still run a map that names it."""
+
+
+class SoloEndpoint:
+    """Implements `rank.Endpoint` for an instance of one rank."""
+
+    handles: ExchangeHandles | None = None
+
+    def __init__(self, member: Member) -> None:
+        self.name = f"solo-{member}"
+
+    def next_generation(self, target: Member) -> int:
+        return 0
+
+    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+        return 0, 0
+
+    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
+        raise ConnectionError("this rank was started for an instance of one rank")
+
+    def is_open(self, target: Member) -> bool:
+        return False
+
+    def forget(self, member: Member) -> None: ...

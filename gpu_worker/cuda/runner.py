@@ -1,0 +1,152 @@
+"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. Which graphs are
+launched when is agreed on with the peers by the conductor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.cuda.device_draws import needs_logits, row_draws
+from gpu_worker.cuda.ep_exchange import EpExchange
+from gpu_worker.engine.logprobs import StepScores, score_step
+from gpu_worker.engine.sampler import sample
+from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.engine.step_runner import StepResult
+from gpu_worker.exchange.graph_conductor import GraphConductor
+from gpu_worker.exchange.replica_choice import ReplicaPolicy, choose_replicas
+from gpu_worker.exchange.seam import StepMonitor
+from gpu_worker.step_batch import StepBatch
+from shared.clock import Clock
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Member, RankId, Step, SuspicionReason
+
+_NAP_S = 20e-6
+
+
+class Launched(Protocol):
+    """See `decoder.PendingStep`."""
+
+    logits_RV: Tensor
+
+    def is_done(self) -> bool: ...
+
+    def ids(self) -> NDArray[np.int32]: ...
+
+    def mask(self) -> NDArray[np.int32] | None: ...
+
+
+class GraphDecoder(Protocol):
+    """See `decoder.Decoder`."""
+
+    def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
+
+    def launch(self, batch: StepBatch, draws: object = ()) -> Launched: ...
+
+
+class CudaRunner:
+    """Implements `engine.step_runner.StepRunner`. `exchange` is None in an instance of one rank."""
+
+    counts_across_epochs = True
+
+    def __init__(
+        self,
+        *,
+        member: Member,
+        decoder: GraphDecoder,
+        exchange: EpExchange | None,
+        conductor: GraphConductor,
+        monitor: StepMonitor,
+        clock: Clock,
+        deadline_ms: float,
+        replicas: ReplicaPolicy,
+        nap: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._member = member
+        self._decoder = decoder
+        self._exchange = exchange
+        self._conductor = conductor
+        self._monitor = monitor
+        self._clock = clock
+        self._deadline_s = deadline_ms / 1e3
+        self._replicas = replicas
+        self._nap = nap
+        self._others: tuple[RankId, ...] = ()
+
+    def may_adopt(self, expert_map: ExpertMap) -> bool:
+        return self._conductor.may_adopt(expert_map)
+
+    def adopt(self, expert_map: ExpertMap) -> Step:
+        while self._conductor.launch_towards(expert_map):
+            self._wait(self._decoder.launch(_EMPTY))
+
+        def take() -> None:
+            self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
+            if self._exchange is not None:
+                self._exchange.adopt(expert_map)
+
+        first = self._conductor.adopt(expert_map, take)
+        self._others = tuple(m.rank for m in expert_map.members if m != self._member)
+        return first
+
+    def claim_step(self) -> bool:
+        return self._conductor.claim()
+
+    def run(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> StepResult:
+        launched = self._decoder.launch(plan.batch, row_draws(plan.draws))
+        self._wait(launched)
+        mask_R = launched.mask()
+        if self._exchange is not None and mask_R is not None:
+            self._exchange.check_step(mask_R)
+        asleep = self._conductor.commit(had_work=has_work)
+        return StepResult(*_drawn(plan, launched), any_work=not asleep)
+
+    def _wait(self, launched: Launched) -> None:
+        """Peers that die or hang hold a step up: the heart beats on, and one peer is suspected, so
+        that the control plane looks at all of them. Which one it is no kernel tells."""
+        suspects_at = self._clock.now() + self._deadline_s
+        waiting_for: tuple[RankId, ...] = ()
+        while not launched.is_done():
+            if not waiting_for and self._clock.now() > suspects_at:
+                waiting_for = self._others
+                self._suspect_next()
+            self._monitor.beat(waiting_for)
+            self._nap(_NAP_S)
+
+    def _suspect_next(self) -> None:
+        later = [rank for rank in self._others if rank > self._member.rank]
+        for rank in (later or self._others)[:1]:
+            detail = "a graph waits for some peer"
+            self._monitor.suspect(rank, SuspicionReason.EXCHANGE, detail)
+
+
+def physical_slots(
+    expert_map: ExpertMap, own_rank: RankId, policy: ReplicaPolicy
+) -> NDArray[np.int32]:
+    """`[L, E]`: the slot, counted over all ranks, to which this rank sends an expert's tokens."""
+    choice = choose_replicas(expert_map, own_rank, policy)
+    return choice.rank_LE * np.int32(expert_map.slots_per_rank) + choice.slot_LE
+
+
+def _drawn(plan: StepPlan, launched: Launched) -> tuple[list[int], StepScores]:
+    ids = launched.ids()[: len(plan.draws)].tolist()
+    by_host = [row for row, draw in enumerate(plan.draws) if needs_logits(draw)]
+    if not by_host and not plan.scored:
+        return ids, StepScores(((),) * len(ids), ())
+    logits_RV: NDArray[np.float32] = launched.logits_RV.float().cpu().numpy()
+    for row in by_host:
+        (ids[row],) = sample(logits_RV[row : row + 1], [plan.draws[row]])
+    return ids, score_step(plan, logits_RV, ids)
+
+
+_EMPTY = StepBatch(
+    token_ids_T=np.zeros(0, dtype=np.int32),
+    position_T=np.zeros(0, dtype=np.int32),
+    sequence_T=np.zeros(0, dtype=np.int32),
+    block_tables_SB=np.zeros((0, 1), dtype=np.int32),
+    logits_rows_R=np.zeros(0, dtype=np.int32),
+)

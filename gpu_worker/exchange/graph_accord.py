@@ -1,0 +1,224 @@
+"""What ranks agree on where they meet by counting graphs: before which graph all adopt a map with
+joiners, after which one all sleep, and when nobody can deliver a step of an old map any more. Pure:
+news in, answers out.
+
+Theory of operation. Every rank launches the same sequence of graphs; graph n of one meets graph n
+of the others and waits for it, so no rank is more than one graph ahead. A death needs no accord:
+survivors let go of the dead and adopt the map without it whenever they see it. Three things do.
+
+*Joining.* A map names its `joiners`. Whoever hears of it launches nothing more and says how many
+graphs it has launched (`limit`). When all members have said so, the old ones launch empty graphs,
+still without the joiners, up to the highest limit and one more (which wipes what a former life may
+have left in their buffers), and adopt. The joiners take that number for their own, and launch only
+once everybody has said that it has `entered`. A death meanwhile brings a newer map, and all begins
+anew; the old ones let go of the joiners, and a joiner that was ready for the former map leaves,
+because somebody may have sent it something already: it comes back as another life.
+
+*Sleeping.* A rank without work for a while promises to sleep at a graph some way ahead
+(`sleep_at`). Once all have promised, all sleep at the latest of these, without another word: a
+promise cannot be taken back. Who has work then wakes the others at once. A rank that hears of the
+last promise only after that graph goes on, and wakes the others as well. Everybody says where the
+common sleep was (`slept_at`), because the promises for the next one replace those for the last.
+
+*Loading.* A slot that a map names may be overwritten once nobody can deliver a step of that map:
+every living member has entered a newer one, or has let go of somebody (`spoilt`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from shared.errors import StepAbandoned
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Member
+from shared.wire import GraphNews
+
+IDLE_GRAPHS = 16
+"""So many graphs without own work before a rank promises to sleep."""
+SLEEP_AHEAD = 32
+"""So far ahead; news takes less time than so many graphs, or costs a wake."""
+
+_AWAKE = -1
+
+
+class Heard(NamedTuple):
+    """`give_up`: members of the adopted map not to be waited for any more. `leave`: this life is
+    of no use any more."""
+
+    give_up: frozenset[Member]
+    leave: bool
+
+
+class GraphAccord:
+    """Not thread-safe."""
+
+    def __init__(self, own: Member) -> None:
+        self.own = GraphNews(
+            member=own,
+            joining=Epoch(0),
+            limit=0,
+            entered=Epoch(0),
+            sleep_at=_AWAKE,
+            slept_at=_AWAKE,
+            spoilt=Epoch(0),
+        )
+        self.launched = 0
+        self._news: dict[Member, GraphNews] = {}
+        self._newest: ExpertMap | None = None  # heard of
+        self._adopted: ExpertMap | None = None
+        self._condemned: set[Member] = set()
+        self._idle_graphs = 0
+
+    def on_news(self, news: GraphNews) -> None:
+        self._news[news.member] = news
+
+    # Maps ----------------------------------------------------------------------------------------
+
+    def hear(self, expert_map: ExpertMap) -> Heard:
+        """The newest map is this one. It names this rank."""
+        assert expert_map.has(self.own.member)
+        is_joiner = self.own.member.rank in expert_map.joiners
+        leave = is_joiner and 0 < self.own.joining < expert_map.epoch
+        self._newest = expert_map
+        if expert_map.joiners:
+            self.own = replace(self.own, joining=expert_map.epoch, limit=self.launched)
+        self._condemned = {m for m in self._condemned if expert_map.has(m)}
+        give_up = self._left_by(expert_map)
+        if give_up:
+            self._spoil()
+        return Heard(give_up, leave)
+
+    def condemn(self, dead: Member) -> bool:
+        """A verdict. Whether it is a member of the adopted map, and so to be given up."""
+        self._condemned.add(dead)
+        is_member = self._adopted is not None and self._adopted.has(dead)
+        if is_member:
+            self._spoil()
+        return is_member
+
+    def join_at(self, expert_map: ExpertMap) -> int | None:
+        """The number of the first graph under this map, once all members are ready for it."""
+        if not expert_map.joiners:
+            return self.launched
+        others = [m for m in expert_map.members if m != self.own.member]
+        if any(self._of(m).joining != expert_map.epoch for m in others):
+            return None
+        old = [m for m in expert_map.members if m.rank not in expert_map.joiners]
+        return max((self._of(m).limit for m in old), default=-1) + 1
+
+    def adopt(self, expert_map: ExpertMap) -> None:
+        """Right after the last graph before `join_at`. Raises StepAbandoned where members are not
+        ready for it any more, because a newer map is on its way."""
+        at = self.join_at(expert_map)
+        if at is None:
+            raise StepAbandoned(f"the members do not meet in epoch {expert_map.epoch}")
+        if self.own.member.rank in expert_map.joiners:
+            self.launched = at
+        assert self.launched == at, f"{self.launched} graphs launched, not {at}"
+        self._adopted = expert_map
+        self.own = replace(self.own, entered=expert_map.epoch, sleep_at=_AWAKE, slept_at=_AWAKE)
+        self._idle_graphs = 0
+
+    # Graphs --------------------------------------------------------------------------------------
+
+    def may_launch(self) -> bool:
+        """Whether the next graph may be launched under the adopted map."""
+        newest, adopted = self._newest, self._adopted
+        if newest is None or adopted is None:
+            return False
+        if newest.epoch > adopted.epoch:
+            return not newest.joiners
+        if self.own.member.rank in adopted.joiners:
+            return all(self._of(m).entered >= adopted.epoch for m in adopted.members)
+        return True
+
+    def launch(self) -> None:
+        """Then ask `has_overslept`: the last promise may have come just before."""
+        self.launched += 1
+
+    def note_step(self, *, had_work: bool) -> None:
+        """A step was committed."""
+        self._idle_graphs = 0 if had_work else self._idle_graphs + 1
+        if self._idle_graphs < IDLE_GRAPHS or self.own.sleep_at > self.own.slept_at:
+            return
+        self.own = replace(self.own, sleep_at=self.launched + SLEEP_AHEAD)
+
+    def falls_asleep(self) -> bool:
+        """Whether the graph just committed is the one after which all sleep."""
+        at = self._sleep_at()
+        if at is None or at != self.launched:
+            return False
+        self._rest(at)
+        return True
+
+    def has_overslept(self) -> bool:
+        """Whether the others sleep since a graph that this rank has passed: wake them."""
+        at = self._sleep_at()
+        if at is None or at >= self.launched:
+            return False
+        self._rest(at)
+        return True
+
+    def is_clear_of(self, epoch: Epoch) -> bool:
+        """Whether no living member can deliver a step of map `epoch` or an older one."""
+        newest = self._newest
+        if newest is None:
+            return True
+        for member in newest.members:
+            if member in self._condemned or self._never_ran(member, newest, epoch):
+                continue
+            news = self._of(member)
+            if news.entered <= epoch and news.spoilt < epoch:
+                return False
+        return True
+
+    def _of(self, member: Member) -> GraphNews:
+        if member == self.own.member:
+            return self.own
+        return self._news.get(member) or GraphNews(
+            member=member,
+            joining=Epoch(0),
+            limit=0,
+            entered=Epoch(0),
+            sleep_at=_AWAKE,
+            slept_at=_AWAKE,
+            spoilt=Epoch(0),
+        )
+
+    def _left_by(self, expert_map: ExpertMap) -> frozenset[Member]:
+        """Members of the adopted map that are none of the new one, or begin anew in it."""
+        if self._adopted is None:
+            return frozenset()
+        return frozenset(
+            m
+            for m in self._adopted.members
+            if m != self.own.member and (not expert_map.has(m) or m.rank in expert_map.joiners)
+        )
+
+    def _spoil(self) -> None:
+        assert self._adopted is not None
+        self.own = replace(self.own, spoilt=max(self.own.spoilt, self._adopted.epoch))
+
+    def _sleep_at(self) -> int | None:
+        """The graph at which all members of the adopted map have agreed to sleep, where this rank
+        has not taken note of it. They can agree on the next one only after it has, so whoever says
+        that it has slept later than this rank speaks of the one that is looked for."""
+        if self._adopted is None:
+            return None
+        everybody = [self._of(m) for m in self._adopted.members]
+        if any(n.entered != self.own.entered for n in everybody):
+            return None
+        latest = max(n.slept_at for n in everybody)
+        if latest > self.own.slept_at:
+            return latest
+        if any(n.sleep_at <= latest for n in everybody):
+            return None
+        return max(n.sleep_at for n in everybody)
+
+    def _rest(self, at: int) -> None:
+        self.own = replace(self.own, slept_at=at)
+        self._idle_graphs = 0
+
+    def _never_ran(self, member: Member, newest: ExpertMap, epoch: Epoch) -> bool:
+        return epoch < newest.epoch and member.rank in newest.joiners

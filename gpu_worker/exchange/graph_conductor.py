@@ -1,0 +1,169 @@
+"""Carries a `GraphAccord` between the two threads of a rank: the event loop, which hears of maps,
+verdicts and peers, and the engine thread, which launches graphs. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from gpu_worker.exchange.graph_accord import GraphAccord
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Member, Step
+from shared.wire import GraphNews
+
+log = structlog.get_logger()
+
+Release = Callable[[Collection[Member], Epoch], None]
+"""Let kernels wait for these lives no longer; the map of this epoch is without them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConductorDoors:
+    """All called on the event loop, but `nudge`: from any thread."""
+
+    tell: Callable[[GraphNews, Iterable[Member]], None]
+    wake: Callable[[Step], None]  # of all other members
+    nudge: Callable[[], None]  # the engine looks again whether it may go on
+    held: Callable[[Epoch], None]  # nobody can deliver a step of this map any more
+    leave: Callable[[str], None]
+
+
+class GraphConductor:
+    def __init__(self, member: Member, release: Release, loop: asyncio.AbstractEventLoop) -> None:
+        self._accord = GraphAccord(member)
+        self._release = release
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._doors: ConductorDoors | None = None
+        self._newest: ExpertMap | None = None
+        self._peers: frozenset[Member] = frozenset()
+        self._held: Epoch | None = None
+
+    def attach(self, doors: ConductorDoors) -> None:
+        self._doors = doors
+
+    # On the event loop ---------------------------------------------------------------------------
+
+    def hear(self, expert_map: ExpertMap) -> None:
+        """Before the engine is handed the map. Maps without this rank, and old ones, are none."""
+        newest = self._newest
+        own = self._accord.own.member
+        if not expert_map.has(own) or (newest and expert_map.epoch <= newest.epoch):
+            return
+        self._newest = expert_map
+        with self._lock:
+            heard = self._accord.hear(expert_map)
+        if heard.leave:
+            self._open.leave(f"the map of epoch {expert_map.epoch} begins anew with this rank")
+            return
+        if heard.give_up:
+            self._release(heard.give_up, expert_map.epoch)
+        self._peers = frozenset(expert_map.members) - {own}
+        self._tell()
+
+    def condemn(self, dead: Member, epoch: Epoch) -> None:
+        """A verdict: the map of `epoch`, which may not be there yet, is without this life."""
+        with self._lock:
+            is_member = self._accord.condemn(dead)
+        if is_member:
+            self._release([dead], epoch)
+            self._tell()
+        else:
+            self._look_again()
+
+    def on_news(self, news: GraphNews) -> None:
+        with self._lock:
+            self._accord.on_news(news)
+        self._look_again()
+
+    def greet(self, peer: Member) -> None:
+        """A link to this peer has been opened; what was said before may not have reached it."""
+        self._open.tell(self._accord.own, [peer])
+
+    def hold(self, epoch: Epoch) -> None:
+        """Answered by `held` once no living member can deliver a step of this map."""
+        self._held = max(self._held or epoch, epoch)
+        self._look_again()
+
+    # On the engine thread ------------------------------------------------------------------------
+
+    def may_adopt(self, expert_map: ExpertMap) -> bool:
+        with self._lock:
+            return self._accord.join_at(expert_map) is not None
+
+    def launch_towards(self, expert_map: ExpertMap) -> bool:
+        """Whether one more empty graph is to be launched before this map is adopted."""
+        with self._lock:
+            at = self._accord.join_at(expert_map)
+            is_joiner = self._accord.own.member.rank in expert_map.joiners
+            if at is None or is_joiner or self._accord.launched >= at:
+                return False
+            self._accord.launch()
+            return True
+
+    def adopt(self, expert_map: ExpertMap, take: Callable[[], None]) -> Step:
+        """The number of its first graph here. `take` makes kernels wait for its members, before
+        anybody hears of it. Raises StepAbandoned where the members do not meet in this map."""
+        with self._lock:
+            self._accord.adopt(expert_map)
+            take()
+            first = Step(self._accord.launched)
+        self._loop.call_soon_threadsafe(self._tell)
+        return first
+
+    def claim(self) -> bool:
+        """Counts the next graph as launched, if it may be."""
+        with self._lock:
+            if not self._accord.may_launch():
+                return False
+            self._accord.launch()
+            overslept, launched = self._accord.has_overslept(), self._accord.launched
+        if overslept:
+            self._loop.call_soon_threadsafe(self._oversleep, launched)
+        return True
+
+    def commit(self, *, had_work: bool) -> bool:
+        """The graph launched last was committed. Whether all sleep now."""
+        with self._lock:
+            before = self._accord.own
+            self._accord.note_step(had_work=had_work)
+            asleep = self._accord.falls_asleep()
+            overslept = not asleep and self._accord.has_overslept()
+            launched = self._accord.launched
+            changed = self._accord.own is not before
+        if overslept:
+            self._loop.call_soon_threadsafe(self._oversleep, launched)
+        elif changed:
+            self._loop.call_soon_threadsafe(self._tell)
+        return asleep
+
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def _open(self) -> ConductorDoors:
+        assert self._doors is not None, "attach comes first"
+        return self._doors
+
+    def _oversleep(self, launched: int) -> None:
+        self._open.wake(Step(launched))
+        self._tell()
+
+    def _tell(self) -> None:
+        self._open.tell(self._accord.own, self._peers)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        with self._lock:
+            overslept = self._accord.has_overslept()
+            launched = self._accord.launched
+            clear = self._held is not None and self._accord.is_clear_of(self._held)
+        if overslept:
+            self._oversleep(launched)
+        if clear and self._held is not None:
+            held, self._held = self._held, None
+            self._open.held(held)
+        self._open.nudge()

@@ -1,0 +1,419 @@
+"""Ranks that meet by counting graphs, over a network that delays what they say: whatever the order
+of maps, news, deaths and work, graphs that meet have the same number, nobody waits for ever, and
+all sleep in the end."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+
+from gpu_worker.exchange.graph_accord import IDLE_GRAPHS, SLEEP_AHEAD, GraphAccord
+from shared.errors import StepAbandoned
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Incarnation, Member, RankId
+from shared.wire import GraphNews
+
+RANKS = 4
+
+
+def life(rank: int, incarnation: int = 1) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+
+
+def map_of(epoch: int, members: list[Member], joiners: list[Member]) -> ExpertMap:
+    return ExpertMap(
+        epoch=Epoch(epoch),
+        num_experts=1,
+        members=tuple(sorted(members)),
+        placement=np.zeros((1, RANKS, 1), dtype=np.int16),
+        joiners=tuple(m.rank for m in sorted(joiners)),
+    )
+
+
+class SimRank:
+    """An engine's loop and a device's mask around an accord."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.accord = GraphAccord(member)
+        self.told: GraphNews | None = None
+        self.newest: ExpertMap | None = None
+        self.adopted: ExpertMap | None = None
+        self.mask: set[Member] = set()
+        self.flight: int | None = None
+        self.lost = False  # the graph in flight lacks somebody
+        self.is_filler = False
+        self.behind = False
+        self.asleep = False
+        self.work = 0
+        self.woken = -1
+        self.left = False
+        self.committed: list[tuple[int, int]] = []  # epoch, number
+
+    # What the event loop does
+
+    def hear(self, expert_map: ExpertMap) -> None:
+        if not expert_map.has(self.member) or (
+            self.newest is not None and expert_map.epoch <= self.newest.epoch
+        ):
+            return
+        self.newest = expert_map
+        heard = self.accord.hear(expert_map)
+        self.left = self.left or heard.leave
+        self.release(heard.give_up)
+
+    def condemn(self, dead: Member) -> None:
+        if self.accord.condemn(dead):
+            self.release({dead})
+
+    def release(self, dead: set[Member] | frozenset[Member]) -> None:
+        if self.mask & dead:
+            self.mask -= dead
+            self.lost = self.lost or self.flight is not None
+
+    # What the engine does
+
+    def launch(self, *, filler: bool) -> None:
+        assert self.flight is None
+        self.accord.launch()
+        self.flight, self.is_filler = self.accord.launched - 1, filler
+        self.lost = self.adopted is not None and any(
+            m not in self.mask for m in self.adopted.members
+        )
+
+    def turn(self, world: World) -> None:
+        if self.left or self.flight is not None:
+            return
+        newest, accord = self.newest, self.accord
+        epoch = self.adopted.epoch if self.adopted is not None else 0
+        if newest is not None and newest.epoch > epoch:
+            at = accord.join_at(newest)
+            if at is not None:
+                if self.member.rank not in newest.joiners and accord.launched < at:
+                    self.launch(filler=True)
+                    return
+                try:
+                    accord.adopt(newest)
+                except StepAbandoned:
+                    return
+                self.adopted, self.mask = newest, set(newest.members)
+                self.behind = self.asleep = False
+                world.note_adopted(self, at)
+                return
+        if self.adopted is None or self.behind:
+            return
+        if self.asleep and self.work:
+            world.wake(self, accord.launched)
+            self.asleep = False
+        elif self.asleep:
+            self.asleep = self.woken < accord.launched
+        if not self.asleep and accord.may_launch():
+            self.launch(filler=False)
+            if accord.has_overslept():
+                world.wake(self, accord.launched)
+
+    def complete(self, world: World) -> None:
+        number, self.flight = self.flight, None
+        assert number is not None
+        if self.is_filler:
+            return
+        if self.lost:
+            self.behind = True
+            return
+        assert self.adopted is not None
+        self.committed.append((self.adopted.epoch, number))
+        had_work = self.work > 0
+        self.work = max(0, self.work - 1)
+        self.accord.note_step(had_work=had_work)
+        if self.accord.falls_asleep():
+            self.asleep = True
+        elif self.accord.has_overslept():
+            world.wake(self, self.accord.launched)
+
+
+class World:
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.ranks: dict[Member, SimRank] = {}
+        self.wires: dict[tuple[Member, Member], deque[tuple[str, object]]] = {}
+        self.maps: list[ExpertMap] = []
+        self.seen: dict[Member, int] = {}  # how many maps reached it
+        self.verdicts: list[Member] = []
+        self.judged: dict[Member, int] = {}
+        self.first_graph: dict[int, int] = {}
+
+    def start(self, member: Member) -> None:
+        self.ranks[member] = SimRank(member)
+        self.seen[member] = self.judged[member] = 0
+
+    def alive(self) -> list[SimRank]:
+        return [self.ranks[m] for m in sorted(self.ranks)]
+
+    def publish(self, members: list[Member], joiners: list[Member]) -> None:
+        epoch = self.maps[-1].epoch + 1 if self.maps else 1
+        self.maps.append(map_of(epoch, members, joiners))
+
+    def is_settled(self) -> bool:
+        standing = self.maps[-1]
+        ranks = [self.ranks.get(m) for m in standing.members]
+        return all(r is not None and r.accord.own.entered >= standing.epoch for r in ranks)
+
+    def kill(self, member: Member) -> None:
+        """And judge it: those unsettled begin anew."""
+        standing, settled = self.maps[-1], self.is_settled()
+        del self.ranks[member]
+        self.verdicts.append(member)
+        if standing.has(member):
+            members = [m for m in standing.members if m != member]
+            again = [] if settled else [m for m in members if m.rank in standing.joiners]
+            self.publish(members, again)
+
+    def join(self, member: Member) -> None:
+        self.start(member)
+        self.publish([*self.maps[-1].members, member], [member])
+
+    def wake(self, by: SimRank, number: int) -> None:
+        self.send(by.member, ("wake", number))
+
+    def send(self, source: Member, what: tuple[str, object]) -> None:
+        for target in self.ranks:
+            if target != source:
+                self.wires.setdefault((source, target), deque()).append(what)
+
+    def note_adopted(self, rank: SimRank, at: int) -> None:
+        """All who adopt a map with joiners do it before the same graph."""
+        assert rank.adopted is not None
+        if rank.adopted.joiners:
+            assert self.first_graph.setdefault(rank.adopted.epoch, at) == at
+
+    def advance(self) -> bool:
+        """One thing happens somewhere. False: nothing can."""
+        options: list[tuple[str, object]] = [("turn", r) for r in self.alive() if self._may_turn(r)]
+        options += [("complete", r) for r in self.alive() if self._may_complete(r)]
+        options += [("deliver", pair) for pair, wire in self.wires.items() if wire]
+        options += [("map", r) for r in self.alive() if self.seen[r.member] < len(self.maps)]
+        options += [
+            ("verdict", r) for r in self.alive() if self.judged[r.member] < len(self.verdicts)
+        ]
+        if not options:
+            return False
+        kind, what = self.draw.choice(options)
+        if kind == "deliver":
+            assert isinstance(what, tuple)
+            self._deliver(*what)
+        else:
+            assert isinstance(what, SimRank)
+            self._do(kind, what)
+        return True
+
+    def _do(self, kind: str, rank: SimRank) -> None:
+        if kind == "turn":
+            rank.turn(self)
+        elif kind == "complete":
+            rank.complete(self)
+        elif kind == "map":
+            self.seen[rank.member] += 1
+            rank.hear(self.maps[self.seen[rank.member] - 1])
+        else:
+            self.judged[rank.member] += 1
+            rank.condemn(self.verdicts[self.judged[rank.member] - 1])
+        self._tell(rank)
+        if rank.left:
+            self.kill(rank.member)
+
+    def _tell(self, rank: SimRank) -> None:
+        if rank.accord.own != rank.told:
+            rank.told = rank.accord.own
+            self.send(rank.member, ("news", rank.told))
+
+    def _deliver(self, source: Member, target: Member) -> None:
+        kind, what = self.wires[source, target].popleft()
+        rank = self.ranks.get(target)
+        if rank is None:
+            return
+        if kind == "wake":
+            assert isinstance(what, int)
+            rank.woken = max(rank.woken, what)
+            return
+        assert isinstance(what, GraphNews)
+        rank.accord.on_news(what)
+        if rank.accord.has_overslept():
+            self.wake(rank, rank.accord.launched)
+        self._tell(rank)
+
+    def _may_turn(self, rank: SimRank) -> bool:
+        """Whether a turn would change something: a trial on nothing but the questions it asks."""
+        if rank.left or rank.flight is not None:
+            return False
+        newest, adopted, accord = rank.newest, rank.adopted, rank.accord
+        epoch = adopted.epoch if adopted else 0
+        if newest and newest.epoch > epoch and accord.join_at(newest) is not None:
+            return True
+        if adopted is None or rank.behind:
+            return False
+        awake = not rank.asleep or rank.work > 0 or rank.woken >= accord.launched
+        return awake and accord.may_launch()
+
+    def _may_complete(self, rank: SimRank) -> bool:
+        """Everybody it still waits for has launched the graph of the same number: a peer's buffer
+        knows no numbers, so they must be equal whenever two wait for each other."""
+        if rank.flight is None:
+            return False
+        for member in rank.mask - {rank.member}:
+            peer = self.ranks.get(member)
+            if peer is None or peer.accord.launched <= rank.flight:
+                return False
+            if rank.member in peer.mask and peer.flight is not None:
+                assert abs(peer.flight - rank.flight) <= 1, "they are out of step"
+        return True
+
+    def run(self, turns: int) -> None:
+        for _ in range(turns):
+            if not self.advance():
+                return
+
+    def settle(self) -> None:
+        self.run(100_000)
+        assert not self.advance(), "something goes on for ever"
+        for rank in self.alive():
+            assert rank.flight is None, f"{rank.member} waits for ever in graph {rank.flight}"
+            assert rank.adopted is self.maps[-1]
+            assert rank.asleep
+            assert not rank.work
+        assert len({rank.accord.launched for rank in self.alive()}) == 1
+
+
+def formed(seed: int) -> World:
+    world = World(seed)
+    members = [life(rank) for rank in range(RANKS)]
+    for member in members:
+        world.start(member)
+    world.publish(members, members)
+    return world
+
+
+def give_work(world: World, amount: int) -> None:
+    for rank in world.alive():
+        if world.draw.random() < 0.5:
+            rank.work += world.draw.randrange(amount)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_sleep_after_work_and_wake_for_more(seed: int) -> None:
+    world = formed(seed)
+    world.settle()
+    for _ in range(3):
+        give_work(world, 100)
+        world.run(world.draw.randrange(500))
+        give_work(world, 20)
+        world.settle()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_deaths_and_joins_at_any_moment(seed: int) -> None:
+    world = formed(seed)
+    world.run(world.draw.randrange(300))
+    lives = dict.fromkeys(range(RANKS), 1)
+    for _ in range(5):
+        give_work(world, 40)
+        members = [m for m in world.maps[-1].members if m in world.ranks]
+        missing = sorted(set(range(RANKS)) - {m.rank for m in world.ranks})
+        if missing and world.draw.random() < 0.6 and world.is_settled():
+            lives[missing[0]] += 1
+            world.join(life(missing[0], lives[missing[0]]))
+        elif len(members) > 1:
+            world.kill(world.draw.choice(members))
+        world.run(world.draw.randrange(400))
+    if world.ranks:
+        world.settle()
+
+
+def test_a_rank_that_hears_late_of_the_last_promise_wakes_the_others() -> None:
+    woken = 0
+    for seed in range(20):
+        world = formed(seed)
+        world.draw = _Lazy(seed)
+        world.run(3000)
+        world.draw = random.Random(seed)
+        world.settle()
+        woken += sum(rank.woken >= 0 for rank in world.alive())
+    assert woken, "no schedule was late enough to show it"
+
+
+class _Lazy(random.Random):
+    """Delivers news as late as possible, now and then."""
+
+    def choice(self, options):  # type: ignore[no-untyped-def]
+        others = [o for o in options if o[0] != "deliver"]
+        return super().choice(others if others and self.random() < 0.97 else options)
+
+
+def test_a_slot_is_clear_once_all_have_entered_a_newer_map_or_let_go() -> None:
+    one, two, dead = life(0), life(1), life(2)
+    accord = GraphAccord(one)
+    first = map_of(1, [one, two, dead], [])
+    accord.hear(first)
+    accord.adopt(first)
+    news = GraphNews(
+        member=two,
+        joining=Epoch(0),
+        limit=0,
+        entered=Epoch(1),
+        sleep_at=-1,
+        slept_at=-1,
+        spoilt=Epoch(0),
+    )
+    accord.on_news(news)
+    assert not accord.is_clear_of(Epoch(1))
+    assert accord.condemn(dead)
+    assert not accord.is_clear_of(Epoch(1))  # the other one may still deliver a step
+    accord.on_news(
+        GraphNews(
+            member=two,
+            joining=Epoch(0),
+            limit=0,
+            entered=Epoch(1),
+            sleep_at=-1,
+            slept_at=-1,
+            spoilt=Epoch(1),
+        )
+    )
+    assert accord.is_clear_of(Epoch(1))
+
+
+def test_nothing_is_launched_between_a_map_with_joiners_and_its_adoption() -> None:
+    one, two = life(0), life(1)
+    accord = GraphAccord(one)
+    first = map_of(1, [one], [])
+    accord.hear(first)
+    accord.adopt(first)
+    assert accord.may_launch()
+    second = map_of(2, [one, two], [two])
+    accord.hear(second)
+    assert not accord.may_launch()
+    assert accord.join_at(second) is None
+    with pytest.raises(StepAbandoned):
+        accord.adopt(second)
+
+
+def test_a_joiner_that_was_ready_once_does_not_begin_anew() -> None:
+    accord = GraphAccord(life(1))
+    assert not accord.hear(map_of(4, [life(0), life(1)], [life(1)])).leave
+    assert accord.hear(map_of(5, [life(1)], [life(1)])).leave
+
+
+def test_a_promise_comes_after_idle_graphs_only() -> None:
+    accord = GraphAccord(life(0))
+    alone = map_of(1, [life(0)], [])
+    accord.hear(alone)
+    accord.adopt(alone)
+    for _ in range(IDLE_GRAPHS - 1):
+        accord.launch()
+        accord.note_step(had_work=False)
+        assert accord.own.sleep_at == -1
+    accord.launch()
+    accord.note_step(had_work=False)
+    assert accord.own.sleep_at == IDLE_GRAPHS + SLEEP_AHEAD
