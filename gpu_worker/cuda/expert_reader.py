@@ -44,7 +44,7 @@ class ExpertReader:
 def read_onto_host(checkpoint: Checkpoint, name: str, out_N: Tensor) -> None:
     """Flat, in the type of `out_N`. Raises CheckpointError."""
     if out_N.dtype == torch.bfloat16 and checkpoint.stored_dtype(name) == "BF16":
-        out_N.view(torch.uint16).numpy()[:] = checkpoint.read_bits(name).reshape(-1)
+        checkpoint.copy_bits(name, out_N.view(torch.uint16).numpy())
     else:
         out_N.copy_(torch.from_numpy(checkpoint.read(name)).view(-1))
 
