@@ -1,0 +1,367 @@
+"""Engines over graphs that meet by counting: real runners, conductors and engines in threads; in
+place of the cards a device whose graphs wait for each other as Mooncake's kernels do."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from gpu_worker.cuda.ep_members import EpMembers
+from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.mailbox import (
+    Adopted,
+    Arrival,
+    Event,
+    Inbox,
+    NewMap,
+    SendWake,
+    StepTokens,
+    Stop,
+    ThreadWaiter,
+)
+from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.exchange.graph_conductor import ConductorDoors, GraphConductor
+from gpu_worker.exchange.replica_choice import ReplicaPolicy
+from gpu_worker.step_batch import StepBatch
+from shared.clock import SystemClock
+from shared.errors import StepAbandoned
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Incarnation, Member, RankId, Step
+from shared.wire import GraphNews, Wake
+from tests.unit.gpu_worker.engine.toy import ToyModel, alone, origin, scheduler, submit
+
+PATIENCE_S = 20
+NUM_RANKS = 3
+
+
+class Death(BaseException):
+    pass
+
+
+class Fabric:
+    """Counts, for each pair, the graphs that one has launched towards the other, and those that the
+    other has taken. A graph takes from whom its mask lets it wait for; from the rest it wipes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sent: dict[tuple[Member, Member], int] = {}
+        self.taken: dict[tuple[Member, Member], int] = {}
+
+
+class Device:
+    """Implements `runner.GraphDecoder` and what the runner asks of an exchange."""
+
+    def __init__(self, own: Member, fabric: Fabric) -> None:
+        self.own = own
+        self.fabric = fabric
+        self.who = EpMembers(own)
+        self.mask_R = np.zeros(NUM_RANKS, dtype=np.int32)
+        self.mask_R[own.rank] = 1
+        self.life_of: dict[int, Member] = {}
+        self.model = ToyModel()
+        self.num_launched = 0
+        self.dies = threading.Event()
+
+    def meet(self, peers: Iterable[Member]) -> None:
+        with self.fabric.lock:
+            for peer in peers:
+                if peer != self.own and not self.who.has_met(peer):
+                    self.who.meet({peer.rank: peer.incarnation})
+                    self.life_of[peer.rank] = peer
+
+    def adopt(self, expert_map: ExpertMap) -> None:
+        with self.fabric.lock:
+            change = self.who.adopt(expert_map)
+            self.mask_R[:] = 0
+            self.mask_R[sorted(change.active)] = 1
+
+    def release(self, dead: Iterable[Member], epoch: Epoch) -> None:
+        with self.fabric.lock:
+            for rank in self.who.give_up(list(dead), epoch):
+                self.mask_R[rank] = 0
+
+    def check_step(self, mask_R: NDArray[np.int32]) -> None:
+        with self.fabric.lock:
+            if lost := self.who.lost(mask_R):
+                raise StepAbandoned(f"ranks {lost} left")
+
+    def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
+
+    def launch(self, batch: StepBatch, draws: object = ()) -> Graph:
+        if self.dies.is_set():
+            raise Death
+        self.model.write(batch)
+        self.num_launched += 1
+        with self.fabric.lock:
+            for rank, peer in self.life_of.items():
+                if self.mask_R[rank]:
+                    pair = (self.own, peer)
+                    self.fabric.sent[pair] = self.fabric.sent.get(pair, 0) + 1
+        return Graph(self, batch)
+
+
+class Graph:
+    """Implements `runner.Launched`."""
+
+    def __init__(self, device: Device, batch: StepBatch) -> None:
+        self._device = device
+        self._ended = False
+        self._mask_R = device.mask_R.copy()
+        self.logits_RV = torch.from_numpy(device.model.logits(batch))
+
+    def is_done(self) -> bool:
+        device = self._device
+        if device.dies.is_set():
+            raise Death
+        fabric = device.fabric
+        with fabric.lock:
+            if self._ended:
+                return True
+            pairs = {r: (peer, device.own) for r, peer in device.life_of.items()}
+            awaited = [p for r, p in pairs.items() if device.mask_R[r]]
+            if any(fabric.sent.get(p, 0) <= fabric.taken.get(p, 0) for p in awaited):
+                return False
+            for rank, pair in pairs.items():
+                taken = fabric.taken.get(pair, 0)
+                is_awaited = bool(device.mask_R[rank])
+                fabric.taken[pair] = taken + 1 if is_awaited else fabric.sent.get(pair, 0)
+            self._mask_R = device.mask_R.copy()
+            self._ended = True
+            return True
+
+    def ids(self) -> NDArray[np.int32]:
+        return self.logits_RV.numpy().argmax(axis=1).astype(np.int32)
+
+    def mask(self) -> NDArray[np.int32]:
+        return self._mask_R
+
+
+class OneRank:
+    def __init__(self, member: Member, cluster: Cluster) -> None:
+        self.member = member
+        self.device = Device(member, cluster.fabric)
+        self.inbox = Inbox(ThreadWaiter())
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.left = False
+        clock = SystemClock()
+        self.monitor = EngineMonitor(self.inbox, self.post, clock)
+        self.conductor = GraphConductor(member, self.device.release, self.loop)
+        self.cluster = cluster
+        self.held: asyncio.Queue[Epoch] = asyncio.Queue()
+        self.conductor.attach(
+            ConductorDoors(
+                tell=self._tell,
+                wake=lambda step: cluster.wake(member, Epoch(0), step),
+                nudge=self.inbox.nudge,
+                held=self.held.put_nowait,
+                leave=self._leave,
+            )
+        )
+        self.engine = Engine(
+            member=member,
+            runner=CudaRunner(
+                member=member,
+                decoder=self.device,
+                exchange=self.device,  # type: ignore[arg-type]
+                conductor=self.conductor,
+                monitor=self.monitor,
+                clock=clock,
+                deadline_ms=1e9,
+                replicas=ReplicaPolicy.SPREAD,
+            ),
+            scheduler=scheduler(),
+            inbox=self.inbox,
+            monitor=self.monitor,
+            post=self.post,
+            clock=clock,
+        )
+        self.died = asyncio.Event()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def post(self, event: Event) -> None:
+        self.events.put(event)
+        if isinstance(event, SendWake):
+            self.loop.call_soon_threadsafe(self.cluster.wake, self.member, event.epoch, event.step)
+
+    def hand(self, expert_map: ExpertMap) -> None:
+        self.device.meet(expert_map.members)
+        self.conductor.hear(expert_map)
+        self.inbox.put(NewMap(expert_map=expert_map, seen_at=0.0))
+
+    async def event(self, kind: type[Event]) -> Event:
+        while True:
+            event = await asyncio.to_thread(self.events.get, True, PATIENCE_S)
+            if isinstance(event, kind):
+                return event
+
+    async def tokens(self, count: int, known: tuple[int, ...] = ()) -> list[int]:
+        """Of its one session, from the first, of which the `known` were read already."""
+        ids = [*known]
+        while len(ids) < count:
+            event = await self.event(StepTokens)
+            assert isinstance(event, StepTokens)
+            for sessions in event.sessions.values():
+                for each in sessions:
+                    assert each.index == len(ids)
+                    ids += each.ids
+        return ids
+
+    def _tell(self, news: GraphNews, peers: Iterable[Member]) -> None:
+        for peer in peers:
+            rank = self.cluster.ranks.get(peer)
+            if rank is not None:
+                self.loop.call_soon(rank.conductor.on_news, news)
+
+    def _leave(self, reason: str) -> None:
+        self.left = True
+
+    def _run(self) -> None:
+        try:
+            self.engine.run()
+        except Death:
+            self.loop.call_soon_threadsafe(self.died.set)
+
+
+class Cluster:
+    """What etcd, links and the control plane do."""
+
+    def __init__(self) -> None:
+        self.fabric = Fabric()
+        self.ranks: dict[Member, OneRank] = {}
+        self.epoch = 0
+
+    def start(self, rank: int, incarnation: int = 1) -> OneRank:
+        member = Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+        self.ranks[member] = OneRank(member, self)
+        return self.ranks[member]
+
+    def publish(self, joiners: Iterable[OneRank] = ()) -> None:
+        self.epoch += 1
+        members = tuple(sorted(self.ranks))
+        placement = np.full((1, NUM_RANKS, 1), -1, dtype=np.int16)
+        placement[0, [m.rank for m in members]] = 0
+        expert_map = ExpertMap(
+            epoch=Epoch(self.epoch),
+            num_experts=1,
+            members=members,
+            placement=placement,
+            joiners=tuple(sorted(r.member.rank for r in joiners)),
+        )
+        for rank in self.ranks.values():
+            rank.hand(expert_map)
+
+    def bury(self, dead: OneRank) -> None:
+        """The verdict, then the map; its kernels are gone."""
+        del self.ranks[dead.member]
+        for rank in self.ranks.values():
+            rank.conductor.condemn(dead.member, Epoch(self.epoch + 1))
+        self.publish()
+
+    def wake(self, by: Member, epoch: Epoch, step: Step) -> None:
+        for member, rank in self.ranks.items():
+            if member != by:
+                rank.inbox.put(
+                    Wake(rank=by.rank, incarnation=by.incarnation, epoch=epoch, step=step)
+                )
+
+    async def sleeps(self) -> int:
+        """Until no device launches anything any more; how many graphs each has launched."""
+        before = -1
+        while True:
+            now = sum(rank.device.num_launched for rank in self.ranks.values())
+            if now == before and all(r.monitor.engine_age_ms() == 0 for r in self.ranks.values()):
+                return now
+            before = now
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    one = Cluster()
+    everybody = [one.start(rank) for rank in range(NUM_RANKS)]
+    one.publish(everybody)
+    started = dict(one.ranks)
+    yield one
+    started |= one.ranks
+    for rank in started.values():
+        rank.inbox.put(Stop())
+        rank.device.dies.set()
+    for rank in started.values():
+        await asyncio.to_thread(rank.thread.join, PATIENCE_S)
+        assert not rank.thread.is_alive()
+
+
+def give(rank: OneRank, name: str, prompt: tuple[int, ...], count: int) -> list[int]:
+    """What it will answer."""
+    request = submit(name, prompt, max_tokens=count)
+    assert rank.inbox.put(Arrival(origin=origin(), submit=request))
+    return alone(prompt, request.sampling)[0]
+
+
+async def test_streams_are_those_of_a_lone_run_and_all_sleep_between_them(cluster: Cluster) -> None:
+    ranks = list(cluster.ranks.values())
+    for turn in range(2):
+        wanted = [give(r, f"{turn}", (3, 4, 5 + i + turn), 20) for i, r in enumerate(ranks[:2])]
+        got = await asyncio.gather(*(r.tokens(20) for r in ranks[:2]))
+        assert got == wanted
+        asleep = await cluster.sleeps()
+        assert await cluster.sleeps() == asleep
+
+
+async def test_a_death_in_mid_stream_and_a_new_life(cluster: Cluster) -> None:
+    one, two, dead = cluster.ranks.values()
+    wanted = [give(one, "a", (3, 4), 50), give(two, "b", (5, 6, 7), 50)]
+    give(dead, "c", (8,), 50)
+    begun = [await one.tokens(5), await two.tokens(5)]
+    dead.device.dies.set()
+    await asyncio.wait_for(dead.died.wait(), PATIENCE_S)
+    cluster.bury(dead)
+    assert await one.tokens(50, tuple(begun[0])) == wanted[0]
+    assert await two.tokens(50, tuple(begun[1])) == wanted[1]
+    joiner = cluster.start(2, incarnation=2)
+    cluster.publish([joiner])
+    await joiner.event(Adopted)
+    expected = give(joiner, "d", (9, 9), 9)
+    assert await joiner.tokens(9) == expected
+    await cluster.sleeps()
+
+
+async def test_a_join_while_streams_run_and_while_all_sleep(cluster: Cluster) -> None:
+    for incarnation in (2, 3):
+        one, two, dead = (cluster.ranks[m] for m in sorted(cluster.ranks))
+        dead.device.dies.set()
+        dead.inbox.put(Stop())
+        await asyncio.to_thread(dead.thread.join, PATIENCE_S)
+        cluster.bury(dead)
+        if incarnation == 3:
+            await cluster.sleeps()
+        wanted = give(one, f"s{incarnation}", (3, 7), 50) if incarnation == 2 else []
+        joiner = cluster.start(2, incarnation)
+        cluster.publish([joiner])
+        await joiner.event(Adopted)
+        assert await one.tokens(len(wanted)) == wanted
+        expected = give(two, f"t{incarnation}", (9, 2), 9)
+        assert await two.tokens(9) == expected
+
+
+async def test_a_slot_is_free_once_everybody_has_let_go(cluster: Cluster) -> None:
+    one, two, dead = cluster.ranks.values()
+    await one.event(Adopted)
+    await two.event(Adopted)
+    dead.device.dies.set()
+    one.conductor.hold(Epoch(1))
+    one.conductor.condemn(dead.member, Epoch(2))
+    await asyncio.sleep(0)
+    assert one.held.empty()
+    two.conductor.condemn(dead.member, Epoch(2))
+    assert await asyncio.wait_for(one.held.get(), PATIENCE_S) == Epoch(1)
