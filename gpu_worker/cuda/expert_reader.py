@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gpu_worker.cuda.weight_reader import copy_onto_host
 from gpu_worker.model.checkpoint import Checkpoint
 from gpu_worker.model.mlp_names import USUAL_NAMES
 
@@ -33,20 +34,12 @@ class ExpertReader:
         first = 0
         for name in self._names(layer, expert):
             end = first + _size(self._checkpoint, name)
-            read_onto_host(self._checkpoint, name, out_N[first:end])
+            copy_onto_host(self._checkpoint, name, out_N[first:end])
             first = end
 
     def _names(self, layer: int, expert: int) -> list[str]:
         prefix = self._prefix_of(layer, expert)
         return [f"{prefix}.{name}.weight" for name in USUAL_NAMES]
-
-
-def read_onto_host(checkpoint: Checkpoint, name: str, out_N: Tensor) -> None:
-    """Flat, in the type of `out_N`. Raises CheckpointError."""
-    if out_N.dtype == torch.bfloat16 and checkpoint.stored_dtype(name) == "BF16":
-        checkpoint.copy_bits(name, out_N.view(torch.uint16).numpy())
-    else:
-        out_N.copy_(torch.from_numpy(checkpoint.read(name)).view(-1))
 
 
 def _size(checkpoint: Checkpoint, name: str) -> int:
