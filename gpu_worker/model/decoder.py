@@ -4,20 +4,19 @@ computes is its family's to say, and the kernels' to do."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange.seam import Dispatched, Exchange
 from gpu_worker.model.checkpoint import OnRead, open_checkpoint
-from gpu_worker.model.expert_slots import ExpertSlots, ExpertWeights, MlpWeights
+from gpu_worker.model.expert_slots import ExpertSlots, MlpWeights
 from gpu_worker.model.family import DenseLayer, Family, Floats, KvShape, MoeLayer
 from gpu_worker.model.kernels import experts as expert_kernels
 from gpu_worker.model.kernels import linear as kernels
 from gpu_worker.model.mlp import MlpRunner
 from gpu_worker.model.step_scratch import TokenScratch
-from gpu_worker.model.weights import read_panels, read_vector
+from gpu_worker.model.weights import read_panels, read_vector, weights_dtype
 from gpu_worker.step_batch import Forward, StepBatch
 from shared.model_spec import ModelSpec
 
@@ -41,16 +40,16 @@ class Decoder:
         self.spec = spec
         self.context_tokens_max = min(spec.context_tokens_max, kv.num_tokens)
         """Positions must stay below: the model's own limit, or the whole KV cache."""
-        self.weights_dtype = np.dtype(np.uint16 if checkpoint.is_bfloat16 else np.float32)
+        self.weights_dtype = weights_dtype(checkpoint)
         self.slots = ExpertSlots(
             num_layers=spec.num_moe_layers,
             slots_per_rank=slots_per_rank,
             hidden_size=spec.hidden_size,
             inner_size=spec.moe_intermediate_size,
-            read_expert=lambda layer, expert: (
-                family.read_expert(checkpoint, spec.moe_layers[layer], expert)
+            read_expert=lambda layer, expert, slot: (
+                family.read_expert(checkpoint, spec.moe_layers[layer], expert, slot)
                 if spec.moe_layers
-                else _nothing(spec.hidden_size, self.weights_dtype)
+                else None  # the expert of a dense model is nothing
             ),
             dtype=self.weights_dtype,
         )
@@ -171,12 +170,6 @@ class Decoder:
                 logits_RV,
             )
         return logits_RV
-
-
-def _nothing(hidden_size: int, dtype: np.dtype[Any]) -> ExpertWeights:
-    """The expert of a dense model."""
-    none_IH = np.empty((0, hidden_size), dtype=dtype)
-    return ExpertWeights(gate_IH=none_IH, up_IH=none_IH, down_HI=none_IH.T)
 
 
 def _inner_size(mlp: MoeLayer | DenseLayer) -> int:

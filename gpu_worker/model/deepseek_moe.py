@@ -7,7 +7,7 @@ import numpy as np
 
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.deepseek_routing import deepseek_shapes, read_deepseek_routing
-from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.expert_slots import MlpSlot
 from gpu_worker.model.family import DenseLayer, MoeLayer
 from gpu_worker.model.mlp import read_dense, read_mlp
 from gpu_worker.model.routers import GroupRouter
@@ -37,8 +37,8 @@ class DeepseekMoe:
         )
         return MoeLayer(norm_H=norm_H, router=self._router(checkpoint, prefix), shared=shared)
 
-    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
-        return read_mlp(checkpoint, f"model.layers.{layer}.mlp.experts.{expert}")
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot) -> None:
+        read_mlp(checkpoint, f"model.layers.{layer}.mlp.experts.{expert}", slot)
 
     def _router(self, checkpoint: Checkpoint, prefix: str) -> GroupRouter:
         routing = self._routing

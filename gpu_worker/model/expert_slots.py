@@ -16,14 +16,27 @@ from gpu_worker.slot_ledger import SlotLedger
 from shared.types import EMPTY_SLOT
 
 
-class ExpertWeights(NamedTuple):
-    """One expert as checkpoints store it: `gate_IH`, `up_IH`, `down_HI`."""
+class MlpSlot(NamedTuple):
+    """Where the weights of one MLP go, matrix by matrix, so that beside the slot nobody holds more
+    than one of them. As checkpoints store them: `gate_IH`, `up_IH`, `down_HI`."""
 
-    gate_IH: Weights
-    up_IH: Weights
-    down_HI: Weights
-    gate_up_bias_J: NDArray[np.float32] | None = None  # J = 2I: gate, then up
-    down_bias_H: NDArray[np.float32] | None = None
+    w_gate_up: Weights
+    w_down: Weights
+    b_gate_up_J: NDArray[np.float32]
+    b_down_H: NDArray[np.float32]
+
+    def put_gate(self, gate_IH: Weights) -> None:
+        self._put(gate_IH, self.w_gate_up, 0)
+
+    def put_up(self, up_IH: Weights) -> None:
+        self._put(up_IH, self.w_gate_up, up_IH.shape[0])
+
+    def put_down(self, down_HI: Weights) -> None:
+        self._put(down_HI, self.w_down, 0)
+
+    def _put(self, w_NK: Weights, panels: Weights, first: int) -> None:
+        assert w_NK.dtype == panels.dtype
+        pack(w_NK.T, panels, first)
 
 
 class MlpWeights(NamedTuple):
@@ -34,12 +47,15 @@ class MlpWeights(NamedTuple):
     b_gate_up_SJ: NDArray[np.float32]
     b_down_SH: NDArray[np.float32]
 
+    def slot(self, index: int) -> MlpSlot:
+        return MlpSlot(*(array[index] for array in self))
+
 
 class ExpertSlots:
     """Layers L (MoE layers only), slots S, hidden H, inner I.
 
     One thread loads, another computes: `load` touches only the slot's own memory, and no map names
-    a slot before its contents were published. `read_expert(layer, expert)` gives the weights.
+    a slot before its contents were published. `read_expert(layer, expert, slot)` puts the weights.
     """
 
     def __init__(
@@ -49,10 +65,10 @@ class ExpertSlots:
         slots_per_rank: int,
         hidden_size: int,
         inner_size: int,
-        read_expert: Callable[[int, int], ExpertWeights],
+        read_expert: Callable[[int, int, MlpSlot], None],
         dtype: np.dtype[Any] = WEIGHT_DTYPES[0],
     ) -> None:
-        """`dtype` is that of what `read_expert` gives."""
+        """`dtype` is that of what `read_expert` puts."""
         leading = (num_layers, slots_per_rank)
         self.w_gate_up = empty_panels(leading, hidden_size, 2 * inner_size, dtype)
         self.w_down = empty_panels(leading, inner_size, hidden_size, dtype)
@@ -78,15 +94,7 @@ class ExpertSlots:
     def load(self, layer: int, slot: int, expert: int) -> None:
         """The slot is EMPTY until the last byte is in."""
         self._ledger.set(layer, slot, EMPTY_SLOT)
-        weights = self._read_expert(layer, expert)
-        assert weights.gate_IH.dtype == self.w_gate_up.dtype
-        gate_up_JH = np.concatenate([weights.gate_IH, weights.up_IH])
-        pack(gate_up_JH.T, self.w_gate_up[layer, slot])
-        pack(weights.down_HI.T, self.w_down[layer, slot])
-        if weights.gate_up_bias_J is not None:
-            self.b_gate_up_LSJ[layer, slot] = weights.gate_up_bias_J
-        if weights.down_bias_H is not None:
-            self.b_down_LSH[layer, slot] = weights.down_bias_H
+        self._read_expert(layer, expert, self.weights(layer).slot(slot))
         self._ledger.set(layer, slot, expert)
 
     def load_all(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.model.checkpoint import Checkpoint, Shape
-from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.expert_slots import MlpSlot
 from gpu_worker.model.kernels.warm_up import EntryPoint
 from gpu_worker.model.mlp import DenseWeights
 from gpu_worker.step_batch import StepBatch
@@ -112,4 +112,6 @@ class Family(Protocol):
 
     def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer: ...
 
-    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights: ...
+    def read_expert(
+        self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot
+    ) -> None: ...

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from gpu_worker.model.attention_gqa import GqaAttention, GqaScratch, read_gqa
 from gpu_worker.model.checkpoint import Checkpoint, Shape
-from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.expert_slots import MlpSlot
 from gpu_worker.model.family import Attention, DenseLayer, KvShape, MoeLayer, Router
 from gpu_worker.model.frame import (
     EMBEDDING_NAME,
@@ -121,9 +121,9 @@ class GqaFamily:
         """Whether the weights of a token's experts sum to one."""
         return bool(self.spec.raw.get("norm_topk_prob", False))
 
-    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot) -> None:
         prefix = f"{self.mlp_prefix(layer)}.experts.{expert}"
-        return read_mlp(checkpoint, prefix, self.expert_names)
+        read_mlp(checkpoint, prefix, slot, self.expert_names)
 
     def mlp_prefix(self, layer: int) -> str:
         return f"model.layers.{layer}.{self.mlp_name}"

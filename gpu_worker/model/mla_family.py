@@ -15,7 +15,7 @@ from gpu_worker.model.attention_mla import (
 )
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.deepseek_moe import DeepseekMoe
-from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.expert_slots import MlpSlot
 from gpu_worker.model.family import Attention, DenseLayer, Floats, KvShape, MoeLayer
 from gpu_worker.model.frame import (
     EMBEDDING_NAME,
@@ -96,8 +96,8 @@ class MlaFamily:
     def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer:
         return self._moe.read_mlp(checkpoint, layer)
 
-    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
-        return self._moe.read_expert(checkpoint, layer, expert)
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot) -> None:
+        self._moe.read_expert(checkpoint, layer, expert, slot)
 
     def _weights(self, checkpoint: Checkpoint, layer: int) -> MlaWeights:
         prefix, shape = f"model.layers.{layer}.self_attn", self.shape

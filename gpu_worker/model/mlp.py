@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.model.checkpoint import Checkpoint
-from gpu_worker.model.expert_slots import ExpertWeights, MlpWeights
+from gpu_worker.model.expert_slots import MlpSlot, MlpWeights
 from gpu_worker.model.kernels import experts as kernels
 from gpu_worker.model.mlp_names import USUAL_NAMES, MlpNames
 from gpu_worker.model.step_scratch import room_for
-from gpu_worker.model.weights import into_panels, read_weight
+from gpu_worker.model.weights import empty_panels, read_weight, weights_dtype
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -67,20 +67,22 @@ class MlpRunner:
         self._order_N: Ints = np.empty(num_pairs, dtype=np.int32)
 
 
-def read_mlp(checkpoint: Checkpoint, prefix: str, names: MlpNames = USUAL_NAMES) -> ExpertWeights:
-    return ExpertWeights(
-        gate_IH=read_weight(checkpoint, f"{prefix}.{names.gate}.weight"),
-        up_IH=read_weight(checkpoint, f"{prefix}.{names.up}.weight"),
-        down_HI=read_weight(checkpoint, f"{prefix}.{names.down}.weight"),
-    )
+def read_mlp(
+    checkpoint: Checkpoint, prefix: str, slot: MlpSlot, names: MlpNames = USUAL_NAMES
+) -> None:
+    slot.put_gate(read_weight(checkpoint, f"{prefix}.{names.gate}.weight"))
+    slot.put_up(read_weight(checkpoint, f"{prefix}.{names.up}.weight"))
+    slot.put_down(read_weight(checkpoint, f"{prefix}.{names.down}.weight"))
 
 
 def read_dense(checkpoint: Checkpoint, prefix: str) -> DenseWeights:
-    mlp = read_mlp(checkpoint, prefix)
-    inner_size, hidden_size = mlp.gate_IH.shape
-    return DenseWeights(
-        w_gate_up=into_panels(np.concatenate([mlp.gate_IH, mlp.up_IH]).T)[None],
-        w_down=into_panels(mlp.down_HI.T)[None],
+    inner_size, hidden_size = checkpoint.shape(f"{prefix}.{USUAL_NAMES.gate}.weight")
+    dtype = weights_dtype(checkpoint)
+    weights = DenseWeights(
+        w_gate_up=empty_panels((1,), hidden_size, 2 * inner_size, dtype),
+        w_down=empty_panels((1,), inner_size, hidden_size, dtype),
         b_gate_up_SJ=np.zeros((1, 2 * inner_size), dtype=np.float32),
         b_down_SH=np.zeros((1, hidden_size), dtype=np.float32),
     )
+    read_mlp(checkpoint, prefix, weights.slot(0))
+    return weights

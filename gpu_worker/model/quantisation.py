@@ -30,7 +30,8 @@ def _e2m1_quads() -> Floats:
     magnitudes = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float32)
     values: Floats = np.concatenate([magnitudes, -magnitudes])
     nibbles = np.arange(2**16)[:, np.newaxis] >> np.array([0, 4, 8, 12]) & 15
-    return values[nibbles]
+    quads: Floats = values[nibbles]
+    return quads
 
 
 _QUADS = _e2m1_quads()

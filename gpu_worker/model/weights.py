@@ -20,6 +20,11 @@ def read_vector(checkpoint: Checkpoint, name: str) -> Floats:
     return checkpoint.read(name)
 
 
+def weights_dtype(checkpoint: Checkpoint) -> np.dtype[Any]:
+    """Of all that is in panels."""
+    return np.dtype(np.uint16 if checkpoint.is_bfloat16 else np.float32)
+
+
 def read_weight(checkpoint: Checkpoint, name: str) -> Weights:
     """For `into_panels`, as stored: `[outputs, inputs]`, bfloat16 as uint16 where all is."""
     return checkpoint.read_bits(name) if checkpoint.is_bfloat16 else checkpoint.read(name)
@@ -34,7 +39,14 @@ def read_weight_part(checkpoint: Checkpoint, name: str, index: int) -> Weights:
 
 def read_panels(checkpoint: Checkpoint, *names: str) -> Weights:
     """Side by side, as one matrix `[inputs, all outputs]` in panels."""
-    return into_panels(np.concatenate([read_weight(checkpoint, name) for name in names]).T)
+    shapes = [checkpoint.shape(name) for name in names]
+    dtype = weights_dtype(checkpoint)
+    panels = empty_panels((), shapes[0][1], sum(outputs for outputs, _ in shapes), dtype)
+    first = 0
+    for name, (outputs, _) in zip(names, shapes, strict=True):  # one at a time in memory
+        pack(read_weight(checkpoint, name).T, panels, first)
+        first += outputs
+    return panels
 
 
 def into_panels(w_KN: Weights) -> Weights:

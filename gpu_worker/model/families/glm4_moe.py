@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from gpu_worker.model.checkpoint import Checkpoint, Shape
 from gpu_worker.model.deepseek_moe import DeepseekMoe
-from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.expert_slots import MlpSlot
 from gpu_worker.model.family import DenseLayer, MoeLayer
 from gpu_worker.model.frame import refuse
 from gpu_worker.model.gqa_family import GqaFamily
@@ -35,8 +35,8 @@ class Glm4Moe(GqaFamily):
     def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer:
         return self._moe.read_mlp(checkpoint, layer)
 
-    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
-        return self._moe.read_expert(checkpoint, layer, expert)
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot) -> None:
+        self._moe.read_expert(checkpoint, layer, expert, slot)
 
 
 FAMILY = Glm4Moe

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_worker.model.checkpoint import Checkpoint, Shape
-from gpu_worker.model.expert_slots import ExpertWeights
+from gpu_worker.model.expert_slots import MlpSlot
 from gpu_worker.model.family import Router
 from gpu_worker.model.frame import refuse
 from gpu_worker.model.gqa_family import GqaFamily
@@ -61,18 +61,17 @@ class GptOss(GqaFamily):
             read_matrix(checkpoint, f"{prefix}.weight"), read_vector(checkpoint, f"{prefix}.bias")
         )
 
-    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
+    def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot) -> None:
         """Gate and up lie in turn: column 2i is gate i, column 2i + 1 is up i."""
         prefix = f"{self.mlp_prefix(layer)}.experts"
         gate_up_HJ = read_weight_part(checkpoint, f"{prefix}.gate_up_proj", expert)
+        slot.put_gate(gate_up_HJ[:, ::2].T)
+        slot.put_up(gate_up_HJ[:, 1::2].T)
+        del gate_up_HJ
+        slot.put_down(read_weight_part(checkpoint, f"{prefix}.down_proj", expert).T)
         bias_J = checkpoint.read_part(f"{prefix}.gate_up_proj_bias", expert)
-        return ExpertWeights(
-            gate_IH=gate_up_HJ[:, ::2].T,
-            up_IH=gate_up_HJ[:, 1::2].T,
-            down_HI=read_weight_part(checkpoint, f"{prefix}.down_proj", expert).T,
-            gate_up_bias_J=np.concatenate([bias_J[::2], bias_J[1::2]]),
-            down_bias_H=checkpoint.read_part(f"{prefix}.down_proj_bias", expert),
-        )
+        slot.b_gate_up_J[:] = np.concatenate([bias_J[::2], bias_J[1::2]])
+        slot.b_down_H[:] = checkpoint.read_part(f"{prefix}.down_proj_bias", expert)
 
 
 FAMILY = GptOss

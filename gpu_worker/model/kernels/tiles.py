@@ -36,16 +36,21 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(_INT, LANES)
 
 
-def pack(w_KN: NDArray[Any], out: NDArray[Any]) -> None:
-    """Float32, or bfloat16 as uint16, into panels that are zeros where w has no column."""
-    for panel, first in enumerate(range(0, w_KN.shape[1], PANEL)):
-        columns = w_KN[:, first : first + PANEL]
-        size = columns.shape[1]
+def pack(w_KN: NDArray[Any], out: NDArray[Any], first: int = 0) -> None:
+    """Float32, or bfloat16 as uint16, as columns `first` … of panels, which are zeros where no
+    column is."""
+    end = first + w_KN.shape[1]
+    for panel in range(first // PANEL, -(-end // PANEL)):
+        start = panel * PANEL
+        low, high = max(first - start, 0), min(end - start, PANEL)
+        columns = w_KN[:, start + low - first : start + high - first]
         if w_KN.dtype == np.uint16:
-            out[panel, :, 0 : 2 * min(size, LANES) : 2] = columns[:, :LANES]
-            out[panel, :, 1 : 2 * max(size - LANES, 0) : 2] = columns[:, LANES:]
+            middle = min(max(low, LANES), high)
+            out[panel, :, 2 * low : 2 * middle : 2] = columns[:, : middle - low]
+            odd = slice(2 * (middle - LANES) + 1, 2 * (high - LANES) + 1, 2)
+            out[panel, :, odd] = columns[:, middle - low :]
         else:
-            out[panel, :, :size] = columns
+            out[panel, :, low:high] = columns
 
 
 def _advance_tile(

@@ -6,7 +6,7 @@ import numpy as np
 from structlog.testing import capture_logs
 
 from gpu_worker.load_progress import SAY_EVERY_S, LoadProgress
-from gpu_worker.model.expert_slots import ExpertSlots, ExpertWeights
+from gpu_worker.model.expert_slots import ExpertSlots, MlpSlot
 from gpu_worker.slot_loader import PROGRESS_EVERY, ExpertSlotLoader
 from tests.support.fake_clock import FakeClock
 
@@ -42,10 +42,9 @@ def test_experts_are_counted_and_the_last_is_always_said() -> None:
     clock = FakeClock()
     progress = LoadProgress(clock)
 
-    def read(layer: int, expert: int) -> ExpertWeights:
+    def read(layer: int, expert: int, slot: MlpSlot) -> None:
         clock.advance(0.001)
         progress.count(3 * MB)
-        return ExpertWeights(*(np.ones((1, 1), dtype=np.float32) for _ in range(3)))
 
     num_experts = PROGRESS_EVERY + 3
     slots = ExpertSlots(

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.model.expert_slots import ExpertSlots, ExpertWeights
-from gpu_worker.model.weights import into_panels
+from gpu_worker.model.expert_slots import ExpertSlots, MlpSlot
+from gpu_worker.model.weights import empty_panels, into_panels
 from tests.unit.gpu_worker.model.runs import Chunk, open_ranks
 
 L, S, H, I = 2, 3, 4, 5  # noqa: E741
 
+Floats = NDArray[np.float32]
 
-def expert(layer: int, number: int) -> ExpertWeights:
+
+def expert(layer: int, number: int) -> tuple[Floats, Floats, Floats]:
+    """Gate, up and down."""
     rng = np.random.default_rng((layer, number))
-    return ExpertWeights(
-        gate_IH=rng.standard_normal((I, H), dtype=np.float32),
-        up_IH=rng.standard_normal((I, H), dtype=np.float32),
-        down_HI=rng.standard_normal((H, I), dtype=np.float32),
-    )
+    gate_IH, up_IH = rng.standard_normal((2, I, H), dtype=np.float32)
+    return gate_IH, up_IH, rng.standard_normal((H, I), dtype=np.float32)
 
 
 class Reader:
@@ -31,9 +31,12 @@ class Reader:
     def __init__(self) -> None:
         self.read: list[tuple[int, int]] = []
 
-    def __call__(self, layer: int, number: int) -> ExpertWeights:
+    def __call__(self, layer: int, number: int, slot: MlpSlot) -> None:
         self.read.append((layer, number))
-        return expert(layer, number)
+        gate_IH, up_IH, down_HI = expert(layer, number)
+        slot.put_gate(gate_IH)
+        slot.put_up(up_IH)
+        slot.put_down(down_HI)
 
 
 def make(reader: object) -> ExpertSlots:
@@ -53,11 +56,25 @@ def test_all_slots_are_empty_at_first() -> None:
 def test_a_loaded_slot_holds_the_expert_in_panels() -> None:
     slots = make(Reader())
     slots.load(1, 2, 7)
-    weights, loaded = expert(1, 7), slots.weights(1)
-    gate_up_JH = np.concatenate([weights.gate_IH, weights.up_IH])
+    (gate_IH, up_IH, down_HI), loaded = expert(1, 7), slots.weights(1)
+    gate_up_JH = np.concatenate([gate_IH, up_IH])
     assert np.array_equal(loaded.w_gate_up[2], into_panels(gate_up_JH.T))
-    assert np.array_equal(loaded.w_down[2], into_panels(weights.down_HI.T))
+    assert np.array_equal(loaded.w_down[2], into_panels(down_HI.T))
     assert slots.contents.tolist() == [[-1, -1, -1], [-1, -1, 7]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("inner_size", [1, 7, 16, 31, 32, 33, 48, 100])
+def test_gate_and_up_lie_side_by_side_wherever_a_panel_ends(
+    inner_size: int, dtype: type[np.generic]
+) -> None:
+    gate_IH, up_IH = np.arange(2 * inner_size * H, dtype=dtype).reshape(2, inner_size, H) + dtype(1)
+    (w_gate_up,) = empty_panels((1,), H, 2 * inner_size, np.dtype(dtype))
+    nothing = np.zeros(0, dtype=np.float32)
+    slot = MlpSlot(w_gate_up, np.zeros(0, dtype=dtype), nothing, nothing)
+    slot.put_up(up_IH)
+    slot.put_gate(gate_IH)
+    assert np.array_equal(w_gate_up, into_panels(np.concatenate([gate_IH, up_IH]).T))
 
 
 def test_load_all_reads_only_what_differs_and_reports_each() -> None:
@@ -75,11 +92,10 @@ def test_load_all_reads_only_what_differs_and_reports_each() -> None:
 def test_a_slot_is_empty_while_it_is_loaded_and_after_a_failure() -> None:
     seen: list[int] = []
 
-    def read(layer: int, number: int) -> ExpertWeights:
+    def read(layer: int, number: int, slot: MlpSlot) -> None:
         seen.append(int(slots.contents[layer, 0]))
         if number == 9:
             raise OSError("disk")
-        return expert(layer, number)
 
     slots = make(read)
     slots.load(0, 0, 1)

@@ -8,6 +8,8 @@ import mmap
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,19 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from gpu_worker.model.checkpoint import SINGLE_FILE, open_checkpoint
+from gpu_worker.model.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
+from gpu_worker.model.expert_slots import ExpertSlots, MlpWeights
 from gpu_worker.model.manifest import write_manifest
+from gpu_worker.model.mlp import read_dense, read_mlp
 from gpu_worker.model.shards import read_tensors
+from gpu_worker.model.weights import read_matrix, read_panels
 
 NUM_EXPERTS = 32
 SHAPE = (512, 1024)
 TENSOR_BYTES = 2 * 2**20
 SHARE = range(20, 32, 3)
 SLACK_BYTES = 2**20
+MATRICES = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 
 LOAD = """
 import json, sys
@@ -68,6 +74,51 @@ def test_a_rank_never_holds_more_than_its_share_and_one_tensor(folder: Path) -> 
     assert kept_bytes >= share_bytes - SLACK_BYTES, "it measures nothing"
     assert kept_bytes <= share_bytes + SLACK_BYTES
     assert peak_bytes <= share_bytes + TENSOR_BYTES + SLACK_BYTES
+
+
+def read_expert(checkpoint: Checkpoint) -> MlpWeights:
+    inner_size, hidden_size = SHAPE
+    slots = ExpertSlots(
+        num_layers=1,
+        slots_per_rank=1,
+        hidden_size=hidden_size,
+        inner_size=inner_size,
+        read_expert=lambda layer, expert, slot: read_mlp(checkpoint, "mlp", slot),
+    )
+    slots.load(0, 0, 0)
+    return slots.weights(0)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_expert,
+        lambda checkpoint: read_dense(checkpoint, "mlp"),
+        lambda checkpoint: read_panels(checkpoint, *MATRICES[:2]),
+        lambda checkpoint: read_panels(checkpoint, MATRICES[2]),
+        lambda checkpoint: read_matrix(checkpoint, MATRICES[2]),
+    ],
+    ids=["expert", "dense", "two in panels", "one in panels", "one"],
+)
+def test_matrices_that_are_kept_together_are_read_one_by_one(
+    tmp_path: Path, read: Callable[[Checkpoint], object]
+) -> None:
+    rng = np.random.default_rng(3)
+    tensors = {
+        name: rng.random(SHAPE[:: 1 if name in MATRICES[:2] else -1], dtype=np.float32)
+        for name in MATRICES
+    }
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    checkpoint = open_checkpoint(tmp_path, {name: w.shape for name, w in tensors.items()})
+    tracemalloc.start()
+    try:
+        kept = read(checkpoint)
+        kept_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept is not None
+    assert kept_bytes >= TENSOR_BYTES, "it measures nothing"
+    assert peak_bytes <= kept_bytes + TENSOR_BYTES + SLACK_BYTES
 
 
 def test_only_the_pages_of_its_own_experts_are_read_from_disk(folder: Path) -> None:
