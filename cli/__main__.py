@@ -78,6 +78,23 @@ def up(
     static: Annotated[
         bool, typer.Option("--static", help="No failure detection: a baseline to measure by.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="What ranks run on: cpu, cuda, or auto: CUDA where there is a card.")
+    ] = "auto",
+    exchange: Annotated[
+        str,
+        typer.Option(
+            help="Between ranks: transfer (Mooncake's TransferEngine), ep (Mooncake EP, on CUDA), "
+            "or auto."
+        ),
+    ] = "auto",
+    cuda_mps: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-mps/--no-cuda-mps",
+            help="Share cards under a CUDA MPS daemon; default: with more ranks than cards.",
+        ),
+    ] = None,
     transfer_protocol: Annotated[
         str, typer.Option(help="Mooncake transport between ranks: tcp or rdma.")
     ] = "tcp",
@@ -120,6 +137,9 @@ def up(
             run_dir=(run_dir or default_run_dir(instance)).absolute(),
             demo=demo,
             static=static,
+            device=device,
+            exchange=exchange,
+            cuda_mps=cuda_mps,
             transfer_protocol=transfer_protocol,
             ib_device=mooncake_ib_device,
             kv_tokens=kv_tokens,

@@ -26,8 +26,10 @@ from cli.run_dir import (
 )
 from cli.up import services
 from cli.up.demo import stream_demo
+from cli.up.device import DevicePlan, count_cards, plan_device, visible
 from cli.up.leftovers import kill_leftovers
 from cli.up.model import check_model, run_model_tool, seeded_model, shipped_model
+from cli.up.mps import CudaMps
 from cli.up.options import UpOptions
 from cli.up.readiness import until_healthy, until_map
 from cli.up.stages import Stages
@@ -103,6 +105,7 @@ class Up:
         self._keys = Keys(options.instance)
         self._log_dir = options.run_dir / "logs"
         self._etcd: EmbeddedEtcd | None = None
+        self._mps: CudaMps | None = None
         self._endpoint = ""
         self._supervisor: Supervisor | None = None
         self._undertaker: asyncio.subprocess.Process | None = None
@@ -124,7 +127,8 @@ class Up:
         self._supervisor = Supervisor(self._log_dir, self._clock, self._stages.note)
         try:
             async with asyncio.timeout(options.timeout_s):
-                model = await self._model()
+                device = await self._device()
+                model = await self._model(device)
                 await self._start_etcd()
                 await self._start_services(model)
                 await self._wait_until_serving()
@@ -167,6 +171,8 @@ class Up:
                 kill_leftovers(self._endpoint, self._options.instance)
         if self._etcd is not None:
             await self._etcd.stop()
+        if self._mps is not None:
+            await self._mps.stop()
         await self._dismiss_undertaker()
         if self._supervisor is not None:
             self._supervisor.cut_lifeline()
@@ -189,13 +195,25 @@ class Up:
         """A folder that was named by flag stays, with what others have put there."""
         run_dir = self._options.run_dir
         remove_state(run_dir)
-        shutil.rmtree(run_dir / "etcd", ignore_errors=True)
+        for part in ("etcd", "mps"):
+            shutil.rmtree(run_dir / part, ignore_errors=True)
         if not keep_logs:
             shutil.rmtree(self._log_dir, ignore_errors=True)
             if self._is_own_dir:
                 shutil.rmtree(run_dir, ignore_errors=True)
 
-    async def _model(self) -> Path:
+    async def _device(self) -> DevicePlan:
+        options = self._options
+        cards = 0 if options.device == "cpu" else visible(await count_cards(), os.environ)
+        plan = plan_device(options.device, options.cuda_mps, options.ranks, cards)
+        with self._stages.stage("device") as stage:
+            if plan.mps:
+                self._mps = CudaMps(options.run_dir)
+                await self._mps.start()
+            stage.result = str(plan)
+        return plan
+
+    async def _model(self, device: DevicePlan) -> Path:
         with self._stages.stage("model") as stage:
             folder = self._options.model
             if folder is None and not self._options.seeded:
@@ -203,8 +221,9 @@ class Up:
             if folder is None:
                 folder = await seeded_model(self._options.model_dir, stage)
             stage.result = await check_model(folder)
-        with self._stages.stage("CPU kernels") as stage:
-            await run_model_tool("warm-up", stage=stage)
+        if not device.on_cuda:
+            with self._stages.stage("CPU kernels") as stage:
+                await run_model_tool("warm-up", stage=stage)
         return folder
 
     async def _start_etcd(self) -> None:
@@ -230,7 +249,13 @@ class Up:
                 services.control_plane(options, endpoint, model, number)
                 for number in range(options.control_planes)
             ),
-            services.agent(options, endpoint, model, self._log_dir),
+            services.agent(
+                options,
+                endpoint,
+                model,
+                self._log_dir,
+                self._mps.environment if self._mps is not None else {},
+            ),
             services.gateway(options, endpoint),
         ]
         for service in planned:
@@ -274,7 +299,8 @@ class Up:
         assert self._supervisor is not None
         fd = self._supervisor.lifeline_fd
         folder = str(self._options.run_dir) if self._is_own_dir else "-"
-        pids = [] if self._etcd is None else [str(self._etcd.pid)]
+        daemons = (self._etcd, self._mps)
+        pids = [str(daemon.pid) for daemon in daemons if daemon is not None]
         self._undertaker = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(_UNDERTAKER), str(fd), folder, *pids),
             pass_fds=[fd],

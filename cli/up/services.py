@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.up.options import UpOptions
@@ -17,6 +18,7 @@ class Service:
     argv: tuple[str, ...]
     stop_timeout_s: float
     tail: tuple[str, ...] = ()  # comes after the lifeline
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside ours
 
     def command(self, lifeline_fd: int) -> list[str]:
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
@@ -51,8 +53,19 @@ def gateway(options: UpOptions, etcd: str) -> Service:
     )
 
 
-def agent(options: UpOptions, etcd: str, model: Path, log_dir: Path) -> Service:
+def agent(
+    options: UpOptions,
+    etcd: str,
+    model: Path,
+    log_dir: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Service:
+    """Its ranks inherit `environment`."""
     rank_flags = ["--transfer-protocol", options.transfer_protocol]
+    if options.device != "auto":
+        rank_flags += ["--device", options.device]
+    if options.exchange != "auto":
+        rank_flags += ["--exchange", options.exchange]
     if options.ib_device:
         rank_flags += ["--mooncake-ib-device", options.ib_device]
     if options.static:
@@ -69,4 +82,5 @@ def agent(options: UpOptions, etcd: str, model: Path, log_dir: Path) -> Service:
         ),
         stop_timeout_s=8.0,
         tail=("--", *rank_flags),
+        environment=environment or {},
     )

@@ -46,6 +46,7 @@ class Supervisor:
                 stderr=log,
                 pass_fds=[self._lifeline_read],
                 start_new_session=True,  # Ctrl-C is for us, who stop them in order
+                env=os.environ | service.environment,
             )
 
     def has_exited(self, service: Service) -> bool:

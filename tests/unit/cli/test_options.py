@@ -46,6 +46,9 @@ def options(tmp_path: Path, free_port: int) -> UpOptions:
         run_dir=tmp_path,
         demo=False,
         static=False,
+        device="auto",
+        exchange="auto",
+        cuda_mps=None,
         transfer_protocol="tcp",
         ib_device="",
         kv_tokens=None,
@@ -70,6 +73,9 @@ def test_what_is_possible_passes(options: UpOptions) -> None:
         ({"model": Path("/nowhere/at/all")}, "--model"),
         ({"port": 70000}, "--port"),
         ({"host": "203.0.113.1"}, "--host"),
+        ({"device": "tpu"}, "--device"),
+        ({"exchange": "nccl"}, "--exchange"),
+        ({"device": "cpu", "exchange": "ep"}, "--exchange ep"),
     ],
 )
 def test_what_is_impossible_is_named(options: UpOptions, change: dict[str, Any], flag: str) -> None:
@@ -111,6 +117,19 @@ def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:
     command = agent(changed, "e:1", Path("/m"), Path("/logs")).command(9)
     tail = command[command.index("--") + 1 :]
     assert tail == ["--transfer-protocol", "tcp", "--static", "--kv-tokens", "4096"]
+
+
+def test_ranks_choose_device_and_exchange_unless_told(options: UpOptions) -> None:
+    told = dataclasses.replace(options, device="cuda", exchange="ep")
+    tail = agent(told, "e:1", Path("/m"), Path("/logs")).tail
+    assert tail == ("--", "--transfer-protocol", "tcp", "--device", "cuda", "--exchange", "ep")
+    untold = agent(options, "e:1", Path("/m"), Path("/logs")).tail
+    assert not {"--device", "--exchange"} & set(untold)
+
+
+def test_an_environment_for_the_ranks_is_given_to_their_agent(options: UpOptions) -> None:
+    shared = {"CUDA_MPS_PIPE_DIRECTORY": "/p"}
+    assert agent(options, "e:1", Path("/m"), Path("/logs"), shared).environment == shared
 
 
 def test_redundancy_is_the_control_planes_choice_unless_given(options: UpOptions) -> None:

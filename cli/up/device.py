@@ -1,0 +1,77 @@
+"""What the ranks of this host run on: CUDA or the CPU, and whether they have to share cards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared.errors import ConfigError
+
+_QUERY = ("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
+_QUERY_TIMEOUT_S = 30.0
+
+DEVICES = ("auto", "cpu", "cuda")
+EXCHANGES = ("auto", "transfer", "ep")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """`mps`: cards are shared under a CUDA MPS daemon of this instance's own."""
+
+    on_cuda: bool
+    cards: int
+    mps: bool
+
+    def __str__(self) -> str:
+        if not self.on_cuda:
+            return "CPU"
+        cards = "1 card" if self.cards == 1 else f"{self.cards} cards"
+        return f"CUDA, {cards}{', shared under MPS' if self.mps else ''}"
+
+
+def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, cards: int) -> DevicePlan:
+    """`cuda_mps` of None: where there are more ranks than cards. Without it such ranks take turns,
+    each a time slice of milliseconds, many times a step. Raises ConfigError."""
+    if device == "cuda" and not cards:
+        raise ConfigError("--device cuda: nvidia-smi finds no card here; pass --device cpu")
+    on_cuda = cards > 0 and device != "cpu"
+    if cuda_mps and not on_cuda:
+        raise ConfigError("--cuda-mps: these ranks run on the CPU; MPS shares cards among ranks")
+    wanted = num_ranks > cards if cuda_mps is None else cuda_mps
+    return DevicePlan(on_cuda=on_cuda, cards=cards, mps=on_cuda and wanted)
+
+
+def visible(cards: int, environ: Mapping[str, str]) -> int:
+    """Of so many cards, those that a process may use."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return cards
+    return min(cards, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")]))
+
+
+async def count_cards() -> int:
+    """Without a CUDA context of our own, which would be one more client of the cards."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *_QUERY,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError:
+        return 0
+    try:
+        async with asyncio.timeout(_QUERY_TIMEOUT_S):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        raise ConfigError(
+            f"nvidia-smi did not answer within {_QUERY_TIMEOUT_S:.0f} s; pass --device cpu"
+        ) from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    return len(said.split()) if process.returncode == 0 else 0

@@ -1,0 +1,52 @@
+"""On what ranks run, and when cards are shared."""
+
+from __future__ import annotations
+
+import pytest
+
+from cli.up.device import DevicePlan, plan_device, visible
+from shared.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda_mps", "num_ranks", "cards", "expected"),
+    [
+        ("auto", None, 4, 0, DevicePlan(on_cuda=False, cards=0, mps=False)),
+        ("auto", False, 4, 0, DevicePlan(on_cuda=False, cards=0, mps=False)),
+        ("auto", None, 2, 2, DevicePlan(on_cuda=True, cards=2, mps=False)),
+        ("auto", None, 3, 2, DevicePlan(on_cuda=True, cards=2, mps=True)),
+        ("cuda", False, 3, 2, DevicePlan(on_cuda=True, cards=2, mps=False)),
+        ("cuda", True, 1, 2, DevicePlan(on_cuda=True, cards=2, mps=True)),
+        ("cpu", None, 4, 2, DevicePlan(on_cuda=False, cards=2, mps=False)),
+    ],
+)
+def test_cards_are_shared_where_ranks_outnumber_them_or_where_told(
+    device: str, cuda_mps: bool | None, num_ranks: int, cards: int, expected: DevicePlan
+) -> None:
+    assert plan_device(device, cuda_mps, num_ranks, cards) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda_mps", "cards", "flag"),
+    [("cuda", None, 0, "--device cuda"), ("cpu", True, 2, "--cuda-mps"), ("auto", True, 0, "--cu")],
+)
+def test_what_needs_a_card_says_so_without_one(
+    device: str, cuda_mps: bool | None, cards: int, flag: str
+) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        plan_device(device, cuda_mps, 4, cards)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0,2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}, 4),
+    ],
+)
+def test_only_visible_cards_count(environ: dict[str, str], expected: int) -> None:
+    assert visible(4, environ) == expected
