@@ -79,13 +79,9 @@ def up(
         bool, typer.Option("--static", help="No failure detection: a baseline to measure by.")
     ] = False,
     device: Annotated[
-        str, typer.Option(help="What ranks run on: cpu, cuda, or auto: CUDA where there is a card.")
-    ] = "auto",
-    exchange: Annotated[
         str,
         typer.Option(
-            help="Between ranks: transfer (Mooncake's TransferEngine), ep (Mooncake EP, on CUDA), "
-            "or auto."
+            help="cpu, cuda, or auto: CUDA where there is a card and the model runs on it."
         ),
     ] = "auto",
     cuda_mps: Annotated[
@@ -138,7 +134,6 @@ def up(
             demo=demo,
             static=static,
             device=device,
-            exchange=exchange,
             cuda_mps=cuda_mps,
             transfer_protocol=transfer_protocol,
             ib_device=mooncake_ib_device,

@@ -13,7 +13,6 @@ _QUERY = ("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
 _QUERY_TIMEOUT_S = 30.0
 
 DEVICES = ("auto", "cpu", "cuda")
-EXCHANGES = ("auto", "transfer", "ep")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

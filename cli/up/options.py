@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.up.device import DEVICES, EXCHANGES
+from cli.up.device import DEVICES
 from shared.errors import ConfigError
 
 _RDMA_NOTE = "RDMA devices need a cluster network: pass --transfer-protocol rdma with them"
@@ -29,7 +29,6 @@ class UpOptions:
     demo: bool
     static: bool
     device: str
-    exchange: str
     cuda_mps: bool | None  # None: where there are more ranks than cards
     transfer_protocol: str
     ib_device: str
@@ -47,10 +46,8 @@ class UpOptions:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if not self.instance or "/" in self.instance:
             raise ConfigError(f"--instance {self.instance!r}: a name without slashes is needed")
-        _require_one_of("--device", self.device, DEVICES)
-        _require_one_of("--exchange", self.exchange, EXCHANGES)
-        if self.device == "cpu" and self.exchange == "ep":
-            raise ConfigError("--exchange ep runs on CUDA alone; pass --exchange transfer on CPUs")
+        if self.device not in DEVICES:
+            raise ConfigError(f"--device {self.device!r}: say {', '.join(DEVICES)}")
         if self.ib_device and self.transfer_protocol != "rdma":
             raise ConfigError(f"--mooncake-ib-device {self.ib_device}: {_RDMA_NOTE}")
         if self.model is not None and not self.model.is_dir():
@@ -72,11 +69,6 @@ def check_port(host: str, port: int) -> None:
             raise ConfigError(
                 f"cannot listen on {host}:{port} ({error.strerror}); pass another --port or --host"
             ) from error
-
-
-def _require_one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{flag} {value!r}: say {', '.join(known[:-1])} or {known[-1]}")
 
 
 def check_aliases(elastic_ep_backend: str | None, moe_a2a_backend: str | None) -> None:

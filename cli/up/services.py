@@ -64,8 +64,6 @@ def agent(
     rank_flags = ["--transfer-protocol", options.transfer_protocol]
     if options.device != "auto":
         rank_flags += ["--device", options.device]
-    if options.exchange != "auto":
-        rank_flags += ["--exchange", options.exchange]
     if options.ib_device:
         rank_flags += ["--mooncake-ib-device", options.ib_device]
     if options.static:

@@ -47,7 +47,6 @@ def options(tmp_path: Path, free_port: int) -> UpOptions:
         demo=False,
         static=False,
         device="auto",
-        exchange="auto",
         cuda_mps=None,
         transfer_protocol="tcp",
         ib_device="",
@@ -74,8 +73,6 @@ def test_what_is_possible_passes(options: UpOptions) -> None:
         ({"port": 70000}, "--port"),
         ({"host": "203.0.113.1"}, "--host"),
         ({"device": "tpu"}, "--device"),
-        ({"exchange": "nccl"}, "--exchange"),
-        ({"device": "cpu", "exchange": "ep"}, "--exchange ep"),
     ],
 )
 def test_what_is_impossible_is_named(options: UpOptions, change: dict[str, Any], flag: str) -> None:
@@ -119,12 +116,11 @@ def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:
     assert tail == ["--transfer-protocol", "tcp", "--static", "--kv-tokens", "4096"]
 
 
-def test_ranks_choose_device_and_exchange_unless_told(options: UpOptions) -> None:
-    told = dataclasses.replace(options, device="cuda", exchange="ep")
+def test_ranks_choose_their_device_unless_told(options: UpOptions) -> None:
+    told = dataclasses.replace(options, device="cuda")
     tail = agent(told, "e:1", Path("/m"), Path("/logs")).tail
-    assert tail == ("--", "--transfer-protocol", "tcp", "--device", "cuda", "--exchange", "ep")
-    untold = agent(options, "e:1", Path("/m"), Path("/logs")).tail
-    assert not {"--device", "--exchange"} & set(untold)
+    assert tail == ("--", "--transfer-protocol", "tcp", "--device", "cuda")
+    assert "--device" not in agent(options, "e:1", Path("/m"), Path("/logs")).tail
 
 
 def test_an_environment_for_the_ranks_is_given_to_their_agent(options: UpOptions) -> None:
