@@ -47,6 +47,7 @@ def main() -> int:
             log_dir=config.log_dir,
             lease_ttl_s=config.lease_ttl_s,
             stop_grace_s=config.stop_grace_s,
+            dying_poll_s=config.dying_poll_ms / 1000,
             cpus=cpu_shares(config),
         )
         asyncio.run(run_agent(config, setup))

@@ -10,6 +10,8 @@ from gpu_worker.agent.rank_list import parse_ranks
 from shared.config import option
 from shared.errors import ConfigError
 
+_DYING_POLL_MAX_MS = 1000.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
@@ -27,6 +29,9 @@ class AgentConfig:
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop, ranks and all")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
     stop_grace_s: float = option(5.0, "how long a rank may take to exit before it is killed")
+    dying_poll_ms: float = option(
+        8.0, "how often ranks are looked at for having begun to die; 0: their end alone is seen"
+    )
     pin_cpus: bool = option(True, "give every rank its share of the CPUs, and no others")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")
@@ -40,5 +45,7 @@ class AgentConfig:
         parse_ranks(self.ranks)
         if self.lease_ttl_s < 1 or self.stop_grace_s < 0:
             raise ConfigError("--lease-ttl-s must be at least 1, --stop-grace-s at least 0")
+        if not 0 <= self.dying_poll_ms <= _DYING_POLL_MAX_MS:
+            raise ConfigError(f"--dying-poll-ms must be 0 or at most {_DYING_POLL_MAX_MS:.0f}")
         if "/" in self.node_name:
             raise ConfigError(f"--node {self.node_name!r} must not contain a slash")

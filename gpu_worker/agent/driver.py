@@ -47,6 +47,7 @@ class RankSetup:
     log_dir: Path | None
     lease_ttl_s: float
     stop_grace_s: float
+    dying_poll_s: float  # how often to look for processes that have begun to die; 0: never
     cpus: Mapping[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
 
 
@@ -73,13 +74,14 @@ class AgentDriver:
             adopted = self._adopt()
             keeper = self._tasks.create_task(self._be_present(adopted))
             executioner = self._tasks.create_task(self._watch_verdicts())
+            lookout = self._tasks.create_task(self._look_for_dying())
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._look_for_stopped)
             while not self.lives.all_stopped:
                 self._perform(self.lives.due(self.clock.now()))
                 await self._wait()
             if self._burials:
                 await asyncio.wait(self._burials, timeout=_LAST_WORDS_TIMEOUT_S)
-            for task in (keeper, executioner, *self._burials):
+            for task in (keeper, executioner, lookout, *self._burials):
                 task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
@@ -139,6 +141,18 @@ class AgentDriver:
                     member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
                     self._perform(self.lives.condemned(member, self.clock.now()))
             self._changed.set()
+
+    async def _look_for_dying(self) -> None:
+        """The pidfd fires when the kernel has taken the process apart, which may be long after."""
+        poll_s = self.setup.dying_poll_s
+        while poll_s > 0:
+            await asyncio.sleep(poll_s)
+            for life in self.lives.living():
+                rank = life.member.rank
+                seen = self._processes[rank].dying()
+                if seen is not None:
+                    log.info("rank_dying", member=str(life.member), pid=life.pid)
+                    self._perform(self.lives.dying(rank, seen.exit_code))
 
     def _look_for_stopped(self) -> None:
         """SIGCHLD: a child has exited (the pidfds tell), was stopped, or goes on."""
@@ -227,6 +241,7 @@ class AgentDriver:
         exit_code = process.exit_code()
         process.close()
         self._perform(self.lives.exited(rank, exit_code, self.clock.now()))
+        log.info("rank_exited", rank=rank, pid=process.pid, detail=describe_exit(exit_code))
         if self.setup.cpus:
             self._unpin()
         self._nurses.pop(rank).cancel()
@@ -238,9 +253,6 @@ class AgentDriver:
         )
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
-        log.info(
-            "rank_exited", member=str(life.member), pid=life.pid, detail=describe_exit(exit_code)
-        )
 
     def _lease_id(self) -> int:
         return self.presence.lease_id

@@ -3,9 +3,11 @@
 
 A rank waits until it is due, is started (incarnation, lease, process: three steps of the driver,
 any of which may fail), runs until its process exits, is buried (lease revoked), and waits again for
-as long as the respawn policy says. Stopping is one way: nothing leaves STOPPED. A life that the
-control plane declared dead exits by itself as soon as it learns of it; one that cannot (it hangs,
-or is stopped) is killed when its grace is over, so that its rank can live again.
+as long as the respawn policy says. A process that is seen to die is buried at once, though the
+kernel may take long to take it apart; the next life waits for its end all the same, for until then
+it holds its ports and its card's memory. Stopping is one way: nothing leaves STOPPED. A life that
+the control plane declared dead exits by itself as soon as it learns of it; one that cannot (it
+hangs, or is stopped) is killed when its grace is over, so that its rank can live again.
 
     phase     event         next      action
     waiting   due           starting  Spawn
@@ -14,13 +16,19 @@ or is stopped) is killed when its grace is over, so that its rank can live again
     starting  spawned       running   –
     starting  spawn_failed  waiting   –
     starting  stop          stopping  –
+    running   dying         dying     Bury
     running   exited        waiting   Bury
     running   condemned     running   Kill, after the grace
     running   stop          stopping  Terminate
+    dying     exited        waiting   –
+    dying     stop          ending    –
     stopping  spawned       stopping  Terminate
     stopping  spawn_failed  stopped   –
+    stopping  dying         ending    Bury
     stopping  exited        stopped   Bury
     stopping  stop          stopping  –
+    ending    exited        stopped   –
+    ending    stop          ending    –
     stopped   stop          stopped   –
 """
 
@@ -39,7 +47,9 @@ class Phase(Enum):
     WAITING = "waiting"
     STARTING = "starting"
     RUNNING = "running"
+    DYING = "dying"
     STOPPING = "stopping"
+    ENDING = "ending"
     STOPPED = "stopped"
 
 
@@ -48,6 +58,7 @@ class Event(Enum):
     ADOPTED = "adopted"
     SPAWNED = "spawned"
     SPAWN_FAILED = "spawn_failed"
+    DYING = "dying"
     EXITED = "exited"
     STOP = "stop"
 
@@ -68,7 +79,7 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bury:
-    """The process is gone: revoke its lease now."""
+    """The process is gone, or can only go: revoke its lease now."""
 
     life: Life
     exit_code: int | None
@@ -95,14 +106,22 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     (Phase.STARTING, Event.SPAWNED): Phase.RUNNING,
     (Phase.STARTING, Event.SPAWN_FAILED): Phase.WAITING,
     (Phase.STARTING, Event.STOP): Phase.STOPPING,
+    (Phase.RUNNING, Event.DYING): Phase.DYING,
     (Phase.RUNNING, Event.EXITED): Phase.WAITING,
     (Phase.RUNNING, Event.STOP): Phase.STOPPING,
+    (Phase.DYING, Event.EXITED): Phase.WAITING,
+    (Phase.DYING, Event.STOP): Phase.ENDING,
     (Phase.STOPPING, Event.SPAWNED): Phase.STOPPING,
     (Phase.STOPPING, Event.SPAWN_FAILED): Phase.STOPPED,
+    (Phase.STOPPING, Event.DYING): Phase.ENDING,
     (Phase.STOPPING, Event.EXITED): Phase.STOPPED,
     (Phase.STOPPING, Event.STOP): Phase.STOPPING,
+    (Phase.ENDING, Event.EXITED): Phase.STOPPED,
+    (Phase.ENDING, Event.STOP): Phase.ENDING,
     (Phase.STOPPED, Event.STOP): Phase.STOPPED,
 }
+
+_BURIED = frozenset({Phase.DYING, Phase.ENDING})
 
 
 @dataclass(slots=True)
@@ -145,6 +164,11 @@ class RankLives:
     def running(self) -> list[Life]:
         return [rank.life for rank in self._ranks.values() if rank.life is not None]
 
+    def living(self) -> list[Life]:
+        """Those that have not been seen to die."""
+        ranks = self._ranks.values()
+        return [r.life for r in ranks if r.life is not None and r.phase not in _BURIED]
+
     def next_due_at(self) -> float | None:
         """When `due` will have something to do; None where nothing waits for its time."""
         waiting = (r.due_at for r in self._ranks.values() if r.phase is Phase.WAITING)
@@ -164,10 +188,13 @@ class RankLives:
         return actions
 
     def condemned(self, member: Member, now: float) -> list[Action]:
-        """The control plane has declared this life dead."""
-        rank = self._ranks.get(member.rank)
-        if rank is not None and rank.life is not None and rank.life.member == member:
-            rank.kill_at = now + self._condemned_grace_s
+        """The control plane has declared this life dead. It may say so more than once; the grace
+        does not begin anew."""
+        condemned = (life for life in self.living() if life.member == member)
+        for life in condemned:
+            rank = self._ranks[life.member.rank]
+            if rank.kill_at is None:
+                rank.kill_at = now + self._condemned_grace_s
         return []
 
     def adopted(self, life: Life, now: float) -> list[Action]:
@@ -183,14 +210,23 @@ class RankLives:
         self._wait(rank, lived_s=0.0, exit_code=None, now=now)
         return []
 
+    def dying(self, rank_id: RankId, exit_code: int | None) -> list[Action]:
+        """Its process can only end; `exited` follows."""
+        rank = self._ranks[rank_id]
+        self._move(rank, Event.DYING)
+        assert rank.life is not None
+        rank.kill_at = None
+        return [Bury(life=rank.life, exit_code=exit_code)]
+
     def exited(self, rank_id: RankId, exit_code: int | None, now: float) -> list[Action]:
         """`exit_code` is None for an adopted process, whose parent was another."""
         rank = self._ranks[rank_id]
+        was_buried = rank.phase in _BURIED
         self._move(rank, Event.EXITED)
         assert rank.life is not None
         life, rank.life, rank.kill_at = rank.life, None, None
         self._wait(rank, lived_s=now - rank.running_since, exit_code=exit_code, now=now)
-        return [Bury(life=life, exit_code=exit_code)]
+        return [] if was_buried else [Bury(life=life, exit_code=exit_code)]
 
     def stop(self) -> list[Action]:
         actions: list[Action] = []

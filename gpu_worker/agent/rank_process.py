@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_worker.agent.dying import Dying, StatFile
 from gpu_worker.agent.rank_lives import Life
 from shared.types import Incarnation, Member, NodeId, RankId
 
@@ -62,10 +63,16 @@ class RankCommand:
 class RankProcess:
     """One process, held by its pidfd: `fileno()` becomes readable when it has exited."""
 
-    def __init__(self, pid: int, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, pid: int, child: subprocess.Popen[bytes] | None) -> None:
+        """Raises OSError where there is no such process."""
         self.pid = pid
-        self._pidfd = pidfd
         self._child = child
+        self._stat = StatFile(pid)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:
+            self._stat.close()
+            raise
 
     def fileno(self) -> int:
         return self._pidfd
@@ -73,6 +80,10 @@ class RankProcess:
     def exit_code(self) -> int | None:
         """Of a process that has exited; negative for a signal, None where it was adopted."""
         return self._child.wait() if self._child is not None else None
+
+    def dying(self) -> Dying | None:
+        """Whether it has begun to exit and can only end, before `fileno()` tells its end."""
+        return self._stat.dying()
 
     def was_stopped(self) -> bool:
         """Whether it has been stopped since the last call; never of an adopted process."""
@@ -96,6 +107,7 @@ class RankProcess:
 
     def close(self) -> None:
         os.close(self._pidfd)
+        self._stat.close()
 
 
 def spawn(
@@ -119,7 +131,7 @@ def spawn(
             pass_fds=[fd for fd in pass_fds if fd >= 0],
             start_new_session=True,
         )
-    process = RankProcess(child.pid, os.pidfd_open(child.pid), child)
+    process = RankProcess(child.pid, child)
     if cpus:
         process.run_on(cpus)
     return process
@@ -147,7 +159,7 @@ def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:
 
 def _open(pid: int) -> RankProcess | None:
     try:
-        return RankProcess(pid, os.pidfd_open(pid), None)
+        return RankProcess(pid, None)
     except OSError:
         return None
 

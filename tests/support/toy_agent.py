@@ -28,6 +28,7 @@ def main() -> None:
         log_dir=config.log_dir,
         lease_ttl_s=config.lease_ttl_s,
         stop_grace_s=config.stop_grace_s,
+        dying_poll_s=config.dying_poll_ms / 1000,
     )
     asyncio.run(run_agent(config, setup))
 

@@ -37,6 +37,7 @@ EVENTS: dict[Event, Callable[[RankLives], list[Action]]] = {
     Event.ADOPTED: lambda lives: lives.adopted(LIFE, 0.0),
     Event.SPAWNED: lambda lives: lives.spawned(LIFE, 0.0),
     Event.SPAWN_FAILED: lambda lives: lives.spawn_failed(RANK, 0.0),
+    Event.DYING: lambda lives: lives.dying(RANK, -9),
     Event.EXITED: lambda lives: lives.exited(RANK, -9, 0.0),
     Event.STOP: lambda lives: lives.stop(),
 }
@@ -44,11 +45,15 @@ PATHS: dict[Phase, list[Event]] = {
     Phase.WAITING: [],
     Phase.STARTING: [Event.DUE],
     Phase.RUNNING: [Event.DUE, Event.SPAWNED],
+    Phase.DYING: [Event.DUE, Event.SPAWNED, Event.DYING],
     Phase.STOPPING: [Event.DUE, Event.SPAWNED, Event.STOP],
+    Phase.ENDING: [Event.DUE, Event.SPAWNED, Event.STOP, Event.DYING],
     Phase.STOPPED: [Event.STOP],
 }
 ACTIONS: dict[tuple[Phase, Event], list[Action]] = {
     (Phase.WAITING, Event.DUE): [Spawn(rank=RANK)],
+    (Phase.RUNNING, Event.DYING): [Bury(life=LIFE, exit_code=-9)],
+    (Phase.STOPPING, Event.DYING): [Bury(life=LIFE, exit_code=-9)],
     (Phase.RUNNING, Event.EXITED): [Bury(life=LIFE, exit_code=-9)],
     (Phase.RUNNING, Event.STOP): [Terminate(life=LIFE)],
     (Phase.STOPPING, Event.SPAWNED): [Terminate(life=LIFE)],
@@ -155,3 +160,38 @@ def test_a_verdict_on_another_life_changes_nothing() -> None:
     lives.condemned(Member(rank=RANK, incarnation=Incarnation(6)), now=5.0)
     lives.condemned(Member(rank=RankId(9), incarnation=Incarnation(7)), now=5.0)
     assert lives.next_due_at() is None
+
+
+def test_a_dying_life_is_buried_once_and_its_rank_waits_for_its_end() -> None:
+    lives = in_phase(Phase.RUNNING)
+    assert lives.living() == [LIFE]
+    assert lives.dying(RANK, -9) == [Bury(life=LIFE, exit_code=-9)]
+    assert lives.living() == []
+    assert lives.running() == [LIFE]
+    assert lives.due(1e6) == []
+    assert lives.exited(RANK, -9, 1e6) == []
+    assert lives.running() == []
+    assert lives.due(1e6 + 2.0) == [Spawn(rank=RANK)]
+
+
+def test_a_stop_waits_for_the_end_of_a_dying_life() -> None:
+    lives = in_phase(Phase.DYING)
+    assert lives.stop() == []
+    assert not lives.all_stopped
+    lives.exited(RANK, -9, 1.0)
+    assert lives.all_stopped
+
+
+def test_a_dying_life_is_not_killed() -> None:
+    lives = in_phase(Phase.RUNNING)
+    lives.condemned(LIFE.member, now=5.0)
+    lives.dying(RANK, None)
+    lives.condemned(LIFE.member, now=6.0)
+    assert lives.next_due_at() is None
+
+
+def test_a_verdict_that_is_told_again_gives_no_new_grace() -> None:
+    lives = in_phase(Phase.RUNNING)
+    lives.condemned(LIFE.member, now=5.0)
+    lives.condemned(LIFE.member, now=9.0)
+    assert lives.next_due_at() == 15.0
