@@ -13,20 +13,11 @@ from pathlib import Path
 import structlog
 
 from gpu_worker.config import RankConfig
+from gpu_worker.device_choice import uses_cuda
 from gpu_worker.engine.guide import Guides
-from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.engine_thread import EngineThread
-from gpu_worker.exchange.confine import require_confined
-from gpu_worker.exchange.links import TransferEndpoint
-from gpu_worker.exchange.message import Layout
-from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.identity import take_identity
-from gpu_worker.load_progress import LoadProgress
-from gpu_worker.model.decoder import Decoder
-from gpu_worker.model.registry import load_model
 from gpu_worker.rank import Rank, RankParts
-from gpu_worker.slot_loader import ExpertSlotLoader
 from shared.clock import SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -88,31 +79,24 @@ def parse(arguments: Sequence[str]) -> RankConfig:
 
 async def run_rank(config: RankConfig) -> int:
     """The exit code. Raises StarfishError, OSError, and whatever the engine raised."""
-    keys, clock = Keys(config.instance), SystemClock()
+    keys = Keys(config.instance)
     store = await connect_store(config.etcd.split(","))
     watch_lifeline(config.lifeline_fd, end_at_once)
     member, lease_id = await take_identity(config, store, keys)
     spec = await wait_for_spec(store, keys)
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
-    endpoint = TransferEndpoint(
-        config.data_host,
-        layout_of(config, model_spec),
-        clock,
-        protocol=Protocols(config.transfer_protocol),
-        device=config.mooncake_ib_device,
-        replica_policy=config.replicas,
-    )
-    require_confined()
-    progress = LoadProgress(clock)
-    model = await asyncio.to_thread(load, config, spec, folder, progress)
-    log.info("model_loaded", folder=str(folder), **progress.so_far())
-    loader = ExpertSlotLoader(model.slots, progress)
-    deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
+    clock = SystemClock()
+    if uses_cuda(config, model_spec):
+        from gpu_worker.cuda.hardware import CudaHardware
 
-    def make_runner(monitor: StepMonitor) -> ModelRunner:
-        return ModelRunner(model, endpoint.exchange(member, monitor, clock, deadline_ms))
+        cuda = CudaHardware(config, member, clock)
+        hardware = await asyncio.to_thread(cuda.load, model_spec, spec, folder)
+    else:
+        from gpu_worker.cpu_hardware import CpuHardware  # numba need not be there beside a card
 
+        cpu = CpuHardware(config, member, model_spec, clock)
+        hardware = await asyncio.to_thread(cpu.load, spec, folder)
     rank = Rank(
         RankParts(
             member=member,
@@ -122,10 +106,7 @@ async def run_rank(config: RankConfig) -> int:
             eos_token_ids=model_spec.eos_token_ids,
             store=store,
             clock=clock,
-            make_runner=make_runner,
-            loader=loader,
-            residents=model.slots.contents,
-            endpoint=endpoint,
+            hardware=hardware,
             engine_host=EngineThread(),
             guides=open_guides(folder, model_spec),
         )
@@ -146,20 +127,6 @@ async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
             log.warning("lease_not_revoked", detail=str(error))
 
 
-def load(config: RankConfig, spec: InstanceSpec, folder: Path, progress: LoadProgress) -> Decoder:
-    def say(done: int, total: int) -> None:
-        log.debug("kernels_compiled", done=done, total=total)
-
-    return load_model(
-        folder,
-        slots_per_rank=spec.slots_per_rank,
-        kv_blocks=config.kv_tokens // config.kv_block_tokens,
-        block_tokens=config.kv_block_tokens,
-        on_warm_up=say,
-        on_read=progress.count,
-    )
-
-
 def open_guides(folder: Path, spec: ModelSpec) -> Guides | None:
     """None where the checkpoint has no tokenizer for it; all else is served."""
     try:
@@ -167,12 +134,6 @@ def open_guides(folder: Path, spec: ModelSpec) -> Guides | None:
     except CheckpointError as error:
         log.warning("no_guided_decoding", detail=str(error))
         return None
-
-
-def layout_of(config: RankConfig, model: ModelSpec) -> Layout:
-    return Layout(
-        hidden_size=model.hidden_size, top_k=model.top_k, step_tokens_max=config.step_tokens_max
-    )
 
 
 async def wait_for_spec(store: Store, keys: Keys) -> InstanceSpec:

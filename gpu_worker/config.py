@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from gpu_worker.exchange.replica_choice import ReplicaPolicy
 from shared.config import Timings, option
 from shared.errors import ConfigError
+
+
+class DeviceKind(Enum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class ExchangeKind(Enum):
+    """TRANSFER: one-sided writes of Mooncake's TransferEngine, between CPU ranks. EP: Mooncake's
+    elastic EP buffer, between CUDA ranks. NONE: an instance of one CUDA rank."""
+
+    TRANSFER = "transfer"
+    EP = "ep"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +39,21 @@ class RankConfig:
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     model: Path | None = option(None, "checkpoint folder; default: the one in the instance's spec")
+    device: DeviceKind = option(
+        DeviceKind.AUTO, "cpu, cuda, or auto: cuda where there is a card and the model runs on it"
+    )
+    cuda_device: int = option(-1, "number of the card; -1: ranks take the host's cards in turn")
     control_host: str = option("127.0.0.1", "address of the control port (sessions, probes, links)")
     control_port: int = option(0, "port of the control listener; 0 takes a free one")
     data_host: str = option("127.0.0.1", "address of the ranks' data network; Mooncake binds to it")
     transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
     mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
+    graph_timeout_ms: int = option(
+        5000, "cuda: a kernel waits so long for a peer that no verdict has named dead"
+    )
+    host_experts_gb: float = option(
+        -1.0, "cuda: pinned host copies of experts, for orphans; -1: a share of the free memory"
+    )
     replicas: ReplicaPolicy = option(
         ReplicaPolicy.GATHER,
         "gather: one replica of an expert computes for all ranks; spread: all replicas do",
@@ -54,6 +80,11 @@ class RankConfig:
         self.timings.check()
         if self.transfer_protocol not in ("tcp", "rdma"):
             raise ConfigError(f"--transfer-protocol {self.transfer_protocol!r}: say tcp or rdma")
+        if self.graph_timeout_ms <= self.timings.suspicion_window_ms:
+            raise ConfigError(
+                f"--graph-timeout-ms {self.graph_timeout_ms} must be above the suspicion window "
+                f"({self.timings.suspicion_window_ms} ms): it is a backstop, verdicts end waits"
+            )
         if self.kv_block_tokens < 1 or self.kv_tokens < self.kv_block_tokens:
             raise ConfigError("--kv-tokens must hold at least one block of --kv-block-tokens")
         if not 1 <= self.prefill_chunk_tokens <= self.step_tokens_max:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import structlog
 
 from gpu_worker.agent.respawn_policy import EXIT_FENCED
-from gpu_worker.config import RankConfig
+from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.control_server import ControlServer
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.guide import Guides
@@ -80,6 +80,19 @@ class EngineHost(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What a rank computes with and talks over: `cpu_hardware`, or `cuda.hardware`."""
+
+    make_runner: Callable[[EngineMonitor], StepRunner]
+    loader: SlotLoader
+    residents: Placement  # what the slots hold at the start
+    endpoint: Endpoint
+    exchange: ExchangeKind
+    handles: ExchangeHandles | None = None  # for the peers, where the exchange has any
+    conductor: GraphConductor | None = None  # where ranks meet by counting graphs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankParts:
     """What a rank is made of."""
 
@@ -90,15 +103,9 @@ class RankParts:
     eos_token_ids: tuple[int, ...]
     store: Store
     clock: Clock
-    make_runner: Callable[[EngineMonitor], StepRunner]
-    loader: SlotLoader
-    residents: Placement  # what the slots hold at the start
-    endpoint: Endpoint
+    hardware: Hardware
     engine_host: EngineHost
     guides: Guides | None = None  # for guided decoding
-    conductor: GraphConductor | None = None  # where ranks meet by counting graphs
-    exchange_name: str = "transfer"
-    exchange_handles: ExchangeHandles | None = None
 
 
 class Rank:
@@ -114,7 +121,7 @@ class Rank:
         monitor = EngineMonitor(inbox, self._post, clock, parts.engine_host.cpu_s)
         self._engine = Engine(
             member=parts.member,
-            runner=parts.make_runner(monitor),
+            runner=parts.hardware.make_runner(monitor),
             scheduler=Scheduler(
                 scheduler_limits(config, parts.spec), parts.eos_token_ids, parts.guides
             ),
@@ -129,7 +136,7 @@ class Rank:
             engine=self._engine,
             inbox=inbox,
             clock=clock,
-            conductor=parts.conductor,
+            conductor=parts.hardware.conductor,
         )
         self._server = ControlServer(member=parts.member, engine=self._gate, areas=self)
         self._registrar = Registrar(
@@ -170,7 +177,7 @@ class Rank:
 
     def open_area(self, request: OpenArea) -> AreaOpened:
         """Implements `control_server.AreaKeeper`."""
-        endpoint = self._parts.endpoint
+        endpoint = self._parts.hardware.endpoint
         address, nbytes = endpoint.open_area(request.source, request.generation)
         return AreaOpened(
             target=self._parts.member,
@@ -188,10 +195,12 @@ class Rank:
             keys=self._keys,
             clock=parts.clock,
             standing=Standing(
-                self._record(port), parts.residents, peers_lag=parts.conductor is not None
+                self._record(port),
+                parts.hardware.residents,
+                peers_lag=parts.hardware.conductor is not None,
             ),
             registrar=self._registrar,
-            loader=parts.loader,
+            loader=parts.hardware.loader,
             engine=EngineDoor(
                 hand_map=self._gate.hand_map,
                 hold=self._gate.hold,
@@ -203,13 +212,13 @@ class Rank:
         )
         self._links = LinkKeeper(
             member=parts.member,
-            endpoint=parts.endpoint,
+            endpoint=parts.hardware.endpoint,
             events=LinkEvents(opened=self._on_link_opened, broken=self._membership.on_link_broken),
             tasks=tasks,
         )
         self._membership.attach_links(self._links)
-        if parts.conductor is not None:
-            parts.conductor.attach(self._conductor_doors())
+        if parts.hardware.conductor is not None:
+            parts.hardware.conductor.attach(self._conductor_doors())
         self._membership.register()
         tasks.create_task(self._registrar.run())
         tasks.create_task(self._registrar.keep_alive(self._membership.on_lease_lost))
@@ -228,8 +237,8 @@ class Rank:
         )
 
     def _on_link_opened(self, peer: Member) -> None:
-        if self._parts.conductor is not None:
-            self._parts.conductor.greet(peer)
+        if self._parts.hardware.conductor is not None:
+            self._parts.hardware.conductor.greet(peer)
         self._membership.on_link_opened(peer)
 
     def _record(self, port: int) -> RankRecord:
@@ -243,12 +252,12 @@ class Rank:
             state=RankState.STARTING,
             control_host=config.control_host,
             control_port=port,
-            transfer_name=self._parts.endpoint.name,
+            transfer_name=self._parts.hardware.endpoint.name,
             slots=self._parts.spec.slots_per_rank,
             kv_blocks=config.kv_tokens // config.kv_block_tokens,
             kv_block_tokens=config.kv_block_tokens,
-            exchange=self._parts.exchange_name,
-            exchange_handles=self._parts.exchange_handles,
+            exchange=self._parts.hardware.exchange.value,
+            exchange_handles=self._parts.hardware.handles,
             started_at=self._parts.clock.wall(),
         )
 

@@ -4,7 +4,7 @@ launched when is agreed on with the peers by the conductor."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_worker.cuda.device_draws import needs_logits, row_draws
 from gpu_worker.cuda.ep_exchange import EpExchange
+from gpu_worker.cuda.row_draw import RowDraw
 from gpu_worker.engine.logprobs import StepScores, score_step
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.step_plan import StepPlan
@@ -45,7 +46,7 @@ class GraphDecoder(Protocol):
 
     def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
 
-    def launch(self, batch: StepBatch, draws: object = ()) -> Launched: ...
+    def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> Launched: ...
 
 
 class CudaRunner:
@@ -64,8 +65,9 @@ class CudaRunner:
         clock: Clock,
         deadline_ms: float,
         replicas: ReplicaPolicy,
-        nap: Callable[[float], None] = time.sleep,
+        enter_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        """`enter_thread` is called once, on the engine thread, before anything else."""
         self._member = member
         self._decoder = decoder
         self._exchange = exchange
@@ -74,13 +76,16 @@ class CudaRunner:
         self._clock = clock
         self._deadline_s = deadline_ms / 1e3
         self._replicas = replicas
-        self._nap = nap
+        self._enter_thread: Callable[[], None] | None = enter_thread
         self._others: tuple[RankId, ...] = ()
 
     def may_adopt(self, expert_map: ExpertMap) -> bool:
         return self._conductor.may_adopt(expert_map)
 
     def adopt(self, expert_map: ExpertMap) -> Step:
+        if self._enter_thread is not None:
+            self._enter_thread()
+            self._enter_thread = None
         while self._conductor.launch_towards(expert_map):
             self._wait(self._decoder.launch(_EMPTY))
 
@@ -115,7 +120,7 @@ class CudaRunner:
                 waiting_for = self._others
                 self._suspect_next()
             self._monitor.beat(waiting_for)
-            self._nap(_NAP_S)
+            time.sleep(_NAP_S)
 
     def _suspect_next(self) -> None:
         later = [rank for rank in self._others if rank > self._member.rank]

@@ -9,10 +9,10 @@ from typing import Any
 
 import greenlet
 
-from gpu_worker.config import RankConfig
+from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.seam import StepMonitor
-from gpu_worker.rank import Rank, RankParts
+from gpu_worker.rank import Hardware, Rank, RankParts
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
@@ -172,10 +172,13 @@ def build_rank(
             eos_token_ids=(EOS,),
             store=store,
             clock=clock,
-            make_runner=make_runner,
-            loader=model,
-            residents=model.contents.copy(),
-            endpoint=SimEndpoint(hub, member),
+            hardware=Hardware(
+                make_runner=make_runner,
+                loader=model,
+                residents=model.contents.copy(),
+                endpoint=SimEndpoint(hub, member),
+                exchange=ExchangeKind.TRANSFER,
+            ),
             engine_host=host,
         )
     )

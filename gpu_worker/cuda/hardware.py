@@ -1,0 +1,180 @@
+"""What a CUDA rank computes with and talks over: captured graphs on one card, Mooncake's EP buffer
+to its peers. All is loaded, compiled and captured before anybody hears of the rank."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+
+from gpu_worker.config import ExchangeKind, RankConfig
+from gpu_worker.cuda.ep_endpoint import EpEndpoint, SoloEndpoint
+from gpu_worker.cuda.ep_exchange import EpExchange, EpShape, EpTimeouts
+from gpu_worker.cuda.ep_handles import HandleBook
+from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
+from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.exchange.graph_conductor import GraphConductor
+from gpu_worker.load_progress import LoadProgress
+from gpu_worker.rank import Hardware
+from shared.clock import Clock
+from shared.errors import ConfigError
+from shared.model_spec import ModelSpec
+from shared.records import InstanceSpec
+from shared.types import Member
+
+if TYPE_CHECKING:
+    from gpu_worker.cuda.decoder import Decoder, DecoderOptions
+    from gpu_worker.cuda.moe_stage import MoeStage
+
+log = structlog.get_logger()
+
+_LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class CudaHardware:
+    """`load` takes as long as the weights and the kernels' compilers do."""
+
+    def __init__(self, config: RankConfig, member: Member, clock: Clock) -> None:
+        """Raises ConfigError."""
+        cards = torch.cuda.device_count()
+        card = config.cuda_device if config.cuda_device >= 0 else member.rank % cards
+        if card >= cards:
+            raise ConfigError(f"--cuda-device {card}: this host has {cards}, counted from 0")
+        self._config = config
+        self._member = member
+        self._clock = clock
+        self._device = torch.device("cuda", card)
+        self._loop = asyncio.get_running_loop()
+
+    def load(self, model: ModelSpec, spec: InstanceSpec, folder: Path) -> Hardware:
+        """Raises CheckpointError."""
+        # Triton is there beside a card only.
+        from gpu_worker.cuda.decoder import Decoder
+
+        torch.cuda.set_device(self._device)
+        progress = LoadProgress(self._clock)
+        loaded = self._load_model(model, spec, folder, progress)
+        log.info("model_loaded", folder=str(folder), card=self._device.index, **progress.so_far())
+        book = HandleBook()
+        exchange = self._open_exchange(model, spec, book) if spec.num_ranks > 1 else None
+        began = self._clock.now()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            decoder = Decoder(
+                loaded.sizes,
+                loaded.weights,
+                self._moe_stage(model, spec, loaded, exchange),
+                self._decoder_options(spec),
+                mask_R=None if exchange is None else exchange.mask_R,
+            )
+            decoder.capture()
+        log.info(
+            "graphs_captured",
+            seconds=round(self._clock.now() - began, 2),
+            device_gb=round(torch.cuda.memory_allocated(self._device) / 1e9, 2),
+        )
+        return self._hardware(loaded, decoder, exchange, book, stream)
+
+    def _hardware(
+        self,
+        loaded: CudaModel,
+        decoder: Decoder,
+        exchange: EpExchange | None,
+        book: HandleBook,
+        stream: torch.cuda.Stream,
+    ) -> Hardware:
+        config, member, clock = self._config, self._member, self._clock
+        conductor = GraphConductor(
+            member, (lambda *_: None) if exchange is None else exchange.release, self._loop
+        )
+
+        def enter_thread() -> None:
+            torch.cuda.set_device(self._device)
+            torch.cuda.set_stream(stream)
+
+        def make_runner(monitor: EngineMonitor) -> CudaRunner:
+            return CudaRunner(
+                member=member,
+                decoder=decoder,
+                exchange=exchange,
+                conductor=conductor,
+                monitor=monitor,
+                clock=clock,
+                deadline_ms=config.timings.exchange_deadline_ms,
+                replicas=config.replicas,
+                enter_thread=enter_thread,
+            )
+
+        return Hardware(
+            make_runner=make_runner,
+            loader=loaded.loader,
+            residents=loaded.slots.contents,
+            endpoint=(
+                SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange, book)
+            ),
+            exchange=ExchangeKind.NONE if exchange is None else ExchangeKind.EP,
+            handles=None if exchange is None else exchange.handles(),
+            conductor=conductor,
+        )
+
+    def _load_model(
+        self, model: ModelSpec, spec: InstanceSpec, folder: Path, progress: LoadProgress
+    ) -> CudaModel:
+        host_gb = self._config.host_experts_gb
+        return load_cuda_model(
+            folder,
+            model,
+            slots_per_rank=spec.slots_per_rank,
+            device=self._device,
+            dtype=torch.bfloat16,
+            progress=progress,
+            host_experts_gb=None if host_gb < 0 else host_gb,
+            ranks_of_host=spec.num_ranks,
+        )
+
+    def _open_exchange(self, model: ModelSpec, spec: InstanceSpec, book: HandleBook) -> EpExchange:
+        return EpExchange(
+            self._member,
+            self._ep_shape(model, spec),
+            book,
+            EpTimeouts(step_ms=self._config.graph_timeout_ms),
+            device=self._device,
+        )
+
+    def _ep_shape(self, model: ModelSpec, spec: InstanceSpec) -> EpShape:
+        return EpShape(
+            num_ranks=spec.num_ranks,
+            slots_per_rank=spec.slots_per_rank,
+            hidden_size=model.hidden_size,
+            step_tokens_max=self._config.step_tokens_max,
+        )
+
+    def _moe_stage(
+        self, model: ModelSpec, spec: InstanceSpec, loaded: CudaModel, exchange: EpExchange | None
+    ) -> MoeStage:
+        from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe
+
+        if exchange is None:
+            return LocalMoe(
+                loaded.slots, top_k=model.top_k, step_tokens_max=self._config.step_tokens_max
+            )
+        rows = self._ep_shape(model, spec).received_rows_max
+        return ExchangedMoe(loaded.slots, exchange, rows_of_slot=rows)
+
+    def _decoder_options(self, spec: InstanceSpec) -> DecoderOptions:
+        from gpu_worker.cuda.decoder import DecoderOptions
+
+        config = self._config
+        longest = next(n for n in _LADDER if n >= config.running_max)
+        return DecoderOptions(
+            kv_blocks=config.kv_tokens // config.kv_block_tokens,
+            block_tokens=config.kv_block_tokens,
+            context_tokens_max=spec.context_tokens_max,
+            decode_ladder=tuple(n for n in _LADDER if n <= min(longest, config.step_tokens_max)),
+            prefill_tokens=config.step_tokens_max,
+            prefill_sequences=config.step_tokens_max,
+        )

@@ -1,0 +1,33 @@
+"""Whether a rank computes on a card. Where none can be there, torch is not even imported: it takes
+a second and 200 MB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpu_worker.config import DeviceKind, RankConfig
+from shared.errors import ConfigError
+from shared.model_spec import ModelSpec
+
+_DEVICES = Path("/dev")
+
+
+def uses_cuda(config: RankConfig, model: ModelSpec) -> bool:
+    """Raises ConfigError where a card is asked for and there is none."""
+    if config.device is DeviceKind.CPU:
+        return False
+    if not _has_card():
+        if config.device is DeviceKind.CUDA:
+            raise ConfigError("--device cuda: no CUDA device is visible here; pass --device cpu")
+        return False
+    from gpu_worker.cuda.model_loading import LAYOUTS
+
+    return config.device is DeviceKind.CUDA or model.architecture in LAYOUTS
+
+
+def _has_card() -> bool:
+    if not any(_DEVICES.glob("nvidia[0-9]*")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
