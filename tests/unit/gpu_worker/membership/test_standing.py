@@ -138,9 +138,9 @@ def test_slots_are_loaded_one_load_at_a_time_until_they_are_what_is_wanted() -> 
     assert ready.record.state is RankState.READY
 
 
-def serving(*experts: int) -> Standing:
+def serving(*experts: int, peers_lag: bool = False) -> Standing:
     """A member under epoch 1, whose engine has adopted it."""
-    it = standing()
+    it = Standing(record(0), wanted(-1, -1, -1, -1), peers_lag=peers_lag)
     it.on_assignment(SlotContents.of(member(0), wanted(*experts)))
     it.on_slots_loaded(wanted(*experts))
     first = map_of(1, *experts)
@@ -201,6 +201,25 @@ def test_an_assignment_that_presumes_an_older_map_takes_no_slot_from_the_engine(
     it.on_adopted(second)
     stale = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
     assert it.on_assignment(stale) == []
+
+
+def test_where_peers_lag_a_slot_waits_until_none_of_them_can_use_it() -> None:
+    it = serving(0, 1, -1, -1, peers_lag=True)
+    second = map_of(2, 0, -1, -1, -1)
+    it.on_map(second)
+    it.on_adopted(second)
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+
+
+def test_where_peers_lag_an_orphan_takes_a_surplus_slot_of_a_map_that_nobody_can_serve() -> None:
+    it = serving(0, 1, 1, -1, peers_lag=True)
+    orphan = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
 
 
 def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> None:
