@@ -67,6 +67,10 @@ class Witness:
         found = self._view.expert_map
         return [r for r in self._view.ranks if found is not None and found.has(r.member)]
 
+    def maps(self) -> list[ExpertMap]:
+        """Those seen so far, in order."""
+        return [self._maps[epoch] for epoch in sorted(self._maps)]
+
     async def until_whole(self, timeout_s: float) -> None:
         """Until every rank is in the map, and has been for a while. Raises Unavailable."""
         whole_polls = 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -22,8 +23,11 @@ _POLL_S = 0.2
 
 
 @contextlib.asynccontextmanager
-async def own_instance(flags: Sequence[str], *, prefix_cache: bool = True) -> AsyncIterator[Target]:
-    """Raises Unavailable with its words where it does not start."""
+async def own_instance(
+    flags: Sequence[str], *, prefix_cache: bool = True, keep_logs: Path | None = None
+) -> AsyncIterator[Target]:
+    """Raises Unavailable with its words where it does not start. Its processes' logs are copied to
+    `keep_logs` before it stops."""
     environment = os.environ | {"STARFISH_RANK_PREFIX_CACHE": str(prefix_cache).lower()}
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
         run_dir = Path(folder) / "run"
@@ -40,6 +44,8 @@ async def own_instance(flags: Sequence[str], *, prefix_cache: bool = True) -> As
         try:
             yield await _until_started(process, run_dir, Path(folder) / "up.log")
         finally:
+            if keep_logs is not None and (run_dir / "logs").is_dir():
+                shutil.copytree(run_dir / "logs", keep_logs, dirs_exist_ok=True)
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
             try:

@@ -53,9 +53,12 @@ class StreamClient:
         prompt: Sequence[int],
         max_tokens: int,
         on_chunk: Callable[[int], None] = lambda num_tokens: None,
+        on_start: Callable[[StreamRecord], None] = lambda record: None,
     ) -> StreamRecord:
-        """Never raises for what a server may do: the record tells."""
+        """Never raises for what a server may do: the record tells. It grows while the stream
+        runs."""
         record = StreamRecord(sent_at=self._clock.now())
+        on_start(record)
         try:
             async with self._http.post(
                 f"{self._url}/v1/completions", json=self._body(prompt, max_tokens)

@@ -1,0 +1,242 @@
+"""The whole server through deaths, as its clients see it: etcd, control plane, gateway, agent and
+ranks under a steady load of greedy streams; 1 … 16 ranks are struck at once and rejoin. Every token
+is compared with an undisturbed answer. Prints a table last; `--out` gets the JSON.
+
+    python -m bench.gpu_serve --device cpu --ranks 4 --faults KILL:1 STOP:1
+    python -m bench.gpu_serve --device cuda --ranks 32 --streams 128 --seeded-dir /dev/shm/m \\
+        --config num_hidden_layers=12 hidden_size=2048 num_experts=32 --redundant-experts 32 \\
+        --faults KILL:1 KILL:2 KILL:4 KILL:8 KILL:16 STOP:1
+
+Ranks that share a card do so under CUDA MPS; `bench.gpu_ep` says how many slots fit on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from bench.gpu_serve_fault import Fault, Pace, Struck, strike
+from bench.gpu_serve_load import SteadyLoad
+from cli.bench.fault_witness import Witness
+from cli.bench.own_instance import own_instance
+from cli.bench.stats import Spread
+from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
+from cli.up.model import shipped_model
+from shared.clock import SystemClock
+from shared.errors import ConfigError, StarfishError, Unavailable
+
+_WARM_UP_TOKENS = 8
+_FORM_TIMEOUT_S = 60.0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--redundant-experts", type=int, default=-1)
+    parser.add_argument("--slots-per-rank", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="checkpoint; default: the one that ships")
+    parser.add_argument("--seeded-dir", type=Path, help="make a random one there, gone at the end")
+    parser.add_argument("--family", default="qwen3_moe", help="of the random checkpoint")
+    parser.add_argument(
+        "--config",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="entries of the random checkpoint's config.json",
+    )
+    parser.add_argument(
+        "--rank-option",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of the ranks, such as kv_tokens=65536",
+    )
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument(
+        "--faults",
+        nargs="*",
+        default=["KILL:1"],
+        metavar="SIGNAL:RANKS",
+        help="KILL or STOP so many ranks at once; between two faults they rejoin",
+    )
+    parser.add_argument("--before-s", type=float, default=3.0)
+    parser.add_argument("--settle-s", type=float, default=3.0)
+    parser.add_argument("--rejoin-timeout-s", type=float, default=60.0)
+    parser.add_argument("--limit-s", type=float, default=600.0, help="no fault begins later")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--logs", type=Path, help="folder for the processes' logs")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def faults_of(texts: Sequence[str], num_ranks: int) -> list[Fault]:
+    """Raises ConfigError."""
+    faults = []
+    for text in texts:
+        name, _, count = text.partition(":")
+        if name not in ("KILL", "STOP") or not count.isdigit() or not 0 < int(count) < num_ranks:
+            raise ConfigError(f"--faults {text}: say KILL:N or STOP:N, N below --ranks")
+        faults.append(Fault(number=signal.Signals[f"SIG{name}"], num_ranks=int(count)))
+    return faults
+
+
+def pairs_of(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """Raises ConfigError."""
+    pairs = dict(text.partition("=")[::2] for text in texts)
+    if "" in pairs.values():
+        raise ConfigError(f"{flag} {' '.join(texts)}: say NAME=VALUE")
+    return pairs
+
+
+def make_checkpoint(folder: Path, family: str, entries: dict[str, str]) -> None:
+    import torch
+
+    from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+
+    changes: dict[str, Any] = {key: json.loads(value) for key, value in entries.items()}
+    create_seeded_checkpoint(folder, num_shards=16, family=family, dtype=torch.bfloat16, **changes)
+
+
+def flags_of(args: argparse.Namespace, model: Path | None) -> list[str]:
+    return [
+        *("--device", args.device, "--ranks", str(args.ranks)),
+        *("--redundant-experts", str(args.redundant_experts)),
+        *("--slots-per-rank", str(args.slots_per_rank)),
+        *(("--model", str(model)) if model is not None else ()),
+    ]
+
+
+class Experiment:
+    """`result` is whole after every fault."""
+
+    def __init__(self, args: argparse.Namespace, faults: Sequence[Fault]) -> None:
+        self._args, self._faults = args, faults
+        self._clock = SystemClock()
+        self._began = self._clock.now()
+        self.result: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
+        self.struck: list[Struck] = []
+
+    async def run(self, model: Path | None) -> None:
+        """Raises Unavailable."""
+        args = self._args
+        flags = flags_of(args, model)
+        # The same prompts again and again: in the world they would not be cached.
+        async with own_instance(flags, prefix_cache=False, keep_logs=args.logs) as target:
+            if target.url is None:
+                raise Unavailable("the instance has no gateway")
+            async with (
+                stream_client(target.url, self._clock) as client,
+                Witness.watching(target) as witness,
+            ):
+                await witness.until_whole(_FORM_TIMEOUT_S)
+                self._say("whole")
+                await self._strike_all(client, witness)
+
+    async def _strike_all(self, client: StreamClient, witness: Witness) -> None:
+        args, clock = self._args, self._clock
+        prompts = random_prompts(args.seed, args.streams, args.prompt_tokens)
+        await run_all(client, prompts, _WARM_UP_TOKENS)
+        undisturbed = await run_all(client, prompts, args.new_tokens)
+        if failed := [r.error for r in undisturbed if r.error is not None]:
+            raise Unavailable(f"the undisturbed run failed already: {failed[0]}")
+        answers = [record.ids for record in undisturbed]
+        self._say("undisturbed answers taken")
+        load = SteadyLoad(client, prompts, args.new_tokens, clock)
+        pace = Pace(
+            before_s=args.before_s,
+            settle_s=args.settle_s,
+            rejoin_timeout_s=args.rejoin_timeout_s,
+        )
+        draw = random.Random(args.seed)
+        async with asyncio.TaskGroup() as tasks:
+            loading = tasks.create_task(load.run())
+            for fault in self._faults:
+                if clock.now() - self._began > args.limit_s:
+                    self._say(f"no time left for {fault}")
+                    break
+                struck = await strike(load, witness, answers, fault, pace, draw, clock)
+                self._keep(struck)
+                if struck.rejoined_s is None:
+                    self._say(f"not whole {args.rejoin_timeout_s:.0f} s after {fault}: stopped")
+                    break
+            loading.cancel()
+
+    def _keep(self, struck: Struck) -> None:
+        self.struck.append(struck)
+        self.result["faults"] = msgspec.to_builtins(self.struck)
+        self._say(row(struck))
+        if struck.failed:
+            self._say(f"  failed: {struck.failed[0]}")
+        if self._args.out is not None:
+            self._args.out.write_text(json.dumps(self.result, indent=1))
+
+    def _say(self, text: str) -> None:
+        print(f"{self._clock.now() - self._began:7.1f} s  {text}", flush=True)
+
+
+def row(struck: Struck) -> str:
+    recovered = f"{struck.recovered_ms:.0f} ms" if struck.recovered_ms is not None else "never"
+    rejoined = f"{struck.rejoined_s:.1f} s" if struck.rejoined_s is not None else "never"
+    return (
+        f"{struck.fault:8} gap p50/p99/max {_cells(struck.gap_ms)} ms (usual p99 "
+        f"{struck.usual_gap_p99_ms:.1f}; victims' {_cells(struck.gap_on_victims_ms)}), "
+        f"95 % of the share after {recovered}, "
+        f"{struck.tokens_per_s_before:.0f} -> {struck.tokens_per_s_after:.0f} tok/s "
+        f"(share {struck.surviving_share:.2f}), streams {struck.streams}, failed "
+        f"{len(struck.failed)}, wrong {struck.wrong}; rejoined after {rejoined}, gap "
+        f"{_cells(struck.rejoin_gap_ms)} ms"
+    )
+
+
+def _cells(spread: Spread | None) -> str:
+    return "-" if spread is None else f"{spread.p50:.0f}/{spread.p99:.0f}/{spread.max:.0f}"
+
+
+def main() -> int:
+    args = parse()
+    made = failed = False
+    struck: list[Struck] = []
+    try:
+        faults = faults_of(args.faults, args.ranks)
+        entries = pairs_of("--config", args.config)
+        for name, value in pairs_of("--rank-option", args.rank_option).items():
+            os.environ[f"STARFISH_RANK_{name.upper()}"] = value
+        experiment = Experiment(args, faults)
+        struck = experiment.struck
+        model = args.model or shipped_model()
+        if args.seeded_dir is not None:
+            model, made = args.seeded_dir, not args.seeded_dir.exists()
+            if made:
+                make_checkpoint(model, args.family, entries)
+        uvloop.run(experiment.run(model))
+    except* StarfishError as group:
+        print(f"gpu_serve: {group.exceptions[0]}", file=sys.stderr)
+        failed = True
+    finally:
+        if made:
+            shutil.rmtree(args.seeded_dir, ignore_errors=True)
+    print(f"{args.ranks} ranks, {args.streams} streams of {args.new_tokens} tokens")
+    for each in struck:
+        print(row(each))
+    return 1 if failed or any(each.wrong or each.failed for each in struck) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What clients saw of a fault, read off their streams. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.gpu_serve_load import Arrival, Turn
+
+_RATE_WINDOW_S = 0.5
+_RATE_STEP_S = 0.01
+_RECOVERED = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Holds the pauses that begin before its end and end after its begin."""
+
+    begin: float
+    end: float
+
+
+def longest_gaps_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
+    """Of every stream with a pause in the window, the longest. A stream that still runs has a
+    pause that is not over."""
+    longest = (max(_gaps_ms(turn, window, now), default=None) for turn in turns)
+    return [gap for gap in longest if gap is not None]
+
+
+def _gaps_ms(turn: Turn, window: Window, now: float) -> Iterator[float]:
+    record = turn.record
+    runs = record.finish is None and record.error is None
+    times = [*record.arrivals, now] if runs and record.arrivals else record.arrivals
+    for earlier, later in itertools.pairwise(times):
+        if later > window.begin and earlier < window.end:
+            yield (later - earlier) * 1e3
+
+
+def first_tokens_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
+    """How long streams that were sent in the window waited for their first token."""
+    return [
+        ((t.record.arrivals[0] if t.record.arrivals else now) - t.record.sent_at) * 1e3
+        for t in turns
+        if window.begin <= t.record.sent_at < window.end and t.record.error is None
+    ]
+
+
+class Throughput:
+    """Of all streams together."""
+
+    def __init__(self, arrivals: Sequence[Arrival]) -> None:
+        self._at_N: NDArray[np.float64] = np.array([a.at for a in arrivals])
+        counts_N = np.array([a.num_tokens for a in arrivals], dtype=np.int64)
+        self._before_N: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts_N)])
+
+    def tokens_per_s(self, begin: float, end: float) -> float:
+        if end <= begin:
+            return math.nan
+        first, last = np.searchsorted(self._at_N, [begin, end])
+        return float(self._before_N[last] - self._before_N[first]) / (end - begin)
+
+    def recovered_ms(self, fault: Window, wanted: float, now: float) -> float | None:
+        """From the fault until the half second begins that has 95 % of the wanted rate, after the
+        longest silence of all streams together that begins in its window. None where that has not
+        happened."""
+        first, last = np.searchsorted(self._at_N, [fault.begin, fault.end])
+        after = self._at_N[first : last + 1]
+        if not len(after):
+            return None
+        begin = float(after[np.argmax(np.diff(after, prepend=fault.begin))])
+        while begin + _RATE_WINDOW_S <= now:
+            if self.tokens_per_s(begin, begin + _RATE_WINDOW_S) >= _RECOVERED * wanted:
+                return (begin - fault.begin) * 1e3
+            begin += _RATE_STEP_S
+        return None
+
+
+def wrong_streams(turns: Sequence[Turn], answers: Sequence[Sequence[int]]) -> int:
+    """Streams whose tokens are not, one by one, those of the undisturbed answer to their prompt, or
+    that ended with another number of them than was asked for."""
+    return sum(_is_wrong(turn, answers[turn.prompt]) for turn in turns)
+
+
+def _is_wrong(turn: Turn, answer: Sequence[int]) -> bool:
+    record = turn.record
+    if record.finish is not None and len(record.ids) != turn.wanted_tokens:
+        return True
+    return record.ids != list(answer[: len(record.ids)])
+
+
+def errors(turns: Sequence[Turn]) -> list[str]:
+    return [turn.record.error for turn in turns if turn.record.error is not None]
