@@ -15,6 +15,7 @@ from bench.gpu_serve_gaps import (
     Window,
     errors,
     first_tokens_ms,
+    had_begun,
     longest_gaps_ms,
     wrong_streams,
 )
@@ -51,7 +52,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Struck:
-    """One fault. Gaps are the longest of each stream, in ms; None where there was no stream."""
+    """One fault. Gaps are the longest of each stream that it interrupted; None where it did none."""
 
     fault: str
     victims: tuple[int, ...]
@@ -59,7 +60,7 @@ class Struck:
     gap_on_victims_ms: Spread | None  # of streams that began on ranks that were struck
     gap_on_survivors_ms: Spread | None
     usual_gap_p99_ms: float  # between two tokens, before
-    first_token_ms: Spread | None  # of streams sent while the fault was new
+    first_token_ms: Spread | None  # of streams that waited for it while the fault was new
     tokens_per_s_before: float
     tokens_per_s_after: float
     surviving_share: float
@@ -148,19 +149,19 @@ class _Seen:
         fresh = Window(begin=struck_at, end=struck_at + pace.settle_s)
         rejoining = Window(begin=fresh.end, end=now)
         turns = [t for t in self.load.turns if _ends_after(t, before.begin)]
-        hit = {id(turn) for turn in _of_ranks(turns, victims)}
+        running = had_begun(turns, struck_at)
+        on_victims = _of_ranks(running, victims)
+        hit = {id(turn) for turn in on_victims}
         throughput = Throughput(self.load.arrivals)
         usual = throughput.tokens_per_s(before.begin, before.end)
         share = 1 - fault.num_ranks / num_members
         return Struck(
             fault=str(fault),
             victims=tuple(int(v.rank) for v in victims),
-            gap_ms=_spread(longest_gaps_ms(turns, fresh, now)),
-            gap_on_victims_ms=_spread(
-                longest_gaps_ms([t for t in turns if id(t) in hit], fresh, now)
-            ),
+            gap_ms=_spread(longest_gaps_ms(running, fresh, now)),
+            gap_on_victims_ms=_spread(longest_gaps_ms(on_victims, fresh, now)),
             gap_on_survivors_ms=_spread(
-                longest_gaps_ms([t for t in turns if id(t) not in hit], fresh, now)
+                longest_gaps_ms([t for t in running if id(t) not in hit], fresh, now)
             ),
             usual_gap_p99_ms=percentile(_usual_gaps_ms(turns, before), 99),
             first_token_ms=_spread(first_tokens_ms(turns, fresh, now)),

@@ -42,12 +42,22 @@ def _gaps_ms(turn: Turn, window: Window, now: float) -> Iterator[float]:
 
 
 def first_tokens_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
-    """How long streams that were sent in the window waited for their first token."""
-    return [
-        ((t.record.arrivals[0] if t.record.arrivals else now) - t.record.sent_at) * 1e3
+    """How long streams that waited for their first token in the window did so."""
+    waits = (
+        (t.record.sent_at, t.record.arrivals[0] if t.record.arrivals else now)
         for t in turns
-        if window.begin <= t.record.sent_at < window.end and t.record.error is None
+        if t.record.error is None
+    )
+    return [
+        (until - since) * 1e3
+        for since, until in waits
+        if until > window.begin and since < window.end
     ]
+
+
+def had_begun(turns: Sequence[Turn], moment: float) -> list[Turn]:
+    """Streams with a token by then: what a fault interrupts."""
+    return [t for t in turns if t.record.arrivals and t.record.arrivals[0] <= moment]
 
 
 class Throughput:

@@ -10,6 +10,7 @@ from bench.gpu_serve_gaps import (
     Window,
     errors,
     first_tokens_ms,
+    had_begun,
     longest_gaps_ms,
     wrong_streams,
 )
@@ -58,7 +59,14 @@ def test_a_stream_that_hangs_pauses_until_now_and_one_that_ended_does_not() -> N
 def test_streams_without_a_token_still_wait_for_it() -> None:
     waits = turn(finish=None, sent_at=11.0)
     served = turn(11.5, sent_at=11.0)
-    assert first_tokens_ms([waits, served, turn(9.0)], FAULT, now=15.0) == [4000.0, 500.0]
+    sent_before = turn(10.5, sent_at=9.5)
+    streams = [waits, served, sent_before, turn(9.0)]
+    assert first_tokens_ms(streams, FAULT, now=15.0) == [4000.0, 500.0, 1000.0]
+
+
+def test_a_fault_interrupts_streams_that_have_a_token() -> None:
+    running, later, waiting = turn(9.0, 10.5), turn(10.5), turn(finish=None)
+    assert had_begun([running, later, waiting], STRUCK_AT) == [running]
 
 
 @pytest.mark.parametrize(
