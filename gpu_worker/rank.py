@@ -24,6 +24,7 @@ from gpu_worker.engine.mailbox import (
     Inbox,
     SendWake,
     StepTokens,
+    Stranded,
     Suspect,
     Waiter,
 )
@@ -284,6 +285,8 @@ class Rank:
                 self._membership.on_adopted(expert_map)
             case Held(epoch=epoch):
                 self._membership.on_held(epoch)
+            case Stranded(epoch=epoch):
+                self._leave(f"no map has followed that of epoch {epoch}, though a step was spoilt")
             case Fenced(epoch=epoch):
                 self._leave(f"the map of epoch {epoch} leaves this rank out")
 

@@ -5,6 +5,7 @@ Theory of operation. Before each step the inbox is emptied and the newest map ad
 
     state                           and then
     in no map yet, or behind it     sleeps until a newer map is here
+    behind it for STRANDED_S        posts Stranded and returns
     a map whose adoption waits      goes on under the old one, as far as the runner lets it
     in a map that leaves us out     posts Fenced and returns
     held                            posts Held; sleeps until a map newer than the hold is here
@@ -39,6 +40,7 @@ from gpu_worker.engine.mailbox import (
     SendWake,
     StepTokens,
     Stop,
+    Stranded,
 )
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.scheduler import Scheduler
@@ -50,6 +52,8 @@ from shared.errors import StepAbandoned
 from shared.types import Epoch, Member, RankId, Step
 from shared.wire import Adoption, Cancel, Load, SessionTokens, Wake
 
+STRANDED_S = 30.0
+"""Behind its map for so long, a rank leaves and begins anew."""
 _PARK_S = 1.0  # only so that no wait is without end; every reason to go on notifies the inbox
 
 
@@ -94,6 +98,7 @@ class Engine:
         self._epoch = Epoch(0)  # 0: in no map yet
         self._step = Step(0)
         self._is_behind = False  # a step of our epoch was abandoned; its next map is not here yet
+        self._behind_since = 0.0
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
         self._woken_for = (Epoch(0), Step(0))
@@ -121,6 +126,9 @@ class Engine:
         while not self._take_in(self._inbox.drain()):
             if self._is_fenced():
                 self._post(Fenced(epoch=self._newest_epoch()))
+                return
+            if self._is_stranded():
+                self._post(Stranded(epoch=self._epoch))
                 return
             self._adopt_newest()
             if self._may_step():
@@ -166,6 +174,9 @@ class Engine:
         newest = self._newest
         return self._epoch > 0 and newest is not None and not newest.expert_map.has(self._member)
 
+    def _is_stranded(self) -> bool:
+        return self._is_behind and self._clock.now() > self._behind_since + STRANDED_S
+
     def _adopt_newest(self) -> None:
         newest = self._newest
         if newest is None or newest.expert_map.epoch <= max(self._epoch, self._held_epoch):
@@ -177,7 +188,7 @@ class Engine:
         try:
             first_step = self._runner.adopt(newest.expert_map)
         except StepAbandoned:
-            self._is_behind = True
+            self._fall_behind()
             return
         self._epoch = newest.expert_map.epoch
         self._set_step(first_step)
@@ -214,9 +225,14 @@ class Engine:
         except StepAbandoned:
             self._scheduler.abandon(plan)
             self._steps_abandoned += 1
-            self._is_behind = True
+            self._fall_behind()
             return
         self._commit(plan, result)
+
+    def _fall_behind(self) -> None:
+        if not self._is_behind:
+            self._behind_since = self._clock.now()
+        self._is_behind = True
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         self._monitor.beat(())

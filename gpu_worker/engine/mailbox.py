@@ -202,7 +202,15 @@ class Fenced:
     epoch: Epoch
 
 
-Event = StepTokens | Suspect | SendWake | Adopted | Held | Fenced
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranded:
+    """A step of this epoch was abandoned long ago, and no newer map has come: the peers may be out
+    of step with this rank. The engine has stopped."""
+
+    epoch: Epoch
+
+
+Event = StepTokens | Suspect | SendWake | Adopted | Held | Fenced | Stranded
 
 Post = Callable[[Event], None]
 """Called on the engine thread; must neither block nor raise."""

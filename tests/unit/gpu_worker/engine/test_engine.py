@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine import STRANDED_S, Engine
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
@@ -22,6 +22,7 @@ from gpu_worker.engine.mailbox import (
     SendWake,
     StepTokens,
     Stop,
+    Stranded,
     Suspect,
     ThreadWaiter,
 )
@@ -333,6 +334,21 @@ def test_a_session_cancelled_while_behind_is_not_replayed(member: Rank) -> None:
     assert isinstance(member.event(), Adopted)
     member.until_asleep()
     assert member.exchange.begun[-1] == (2, 0, 0, False)
+
+
+def test_a_rank_that_no_map_follows_after_an_abandoned_step_gives_itself_up(member: Rank) -> None:
+    def peer_has_moved_on() -> None:
+        raise StepAbandoned("a peer's message is of epoch 2")
+
+    member.exchange.on_dispatch = peer_has_moved_on
+    member.submit(submit())
+    member.until_asleep()
+    member.clock.time += STRANDED_S + 1
+    member.inbox.nudge()
+    assert isinstance(member.event(), SendWake)
+    assert member.event() == Stranded(epoch=Epoch(1))
+    member.thread.join(PATIENCE_S)
+    assert not member.thread.is_alive()
 
 
 def test_the_times_of_an_adoption_are_kept(member: Rank) -> None:
