@@ -52,7 +52,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Struck:
-    """One fault. Gaps are the longest of each stream that it interrupted; None where it did none."""
+    """One fault. Gaps are the longest of each stream that it interrupted; None where none was."""
 
     fault: str
     victims: tuple[int, ...]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shared.errors import ConfigError, Unavailable
 _CONTROL = "nvidia-cuda-mps-control"
 _START_TIMEOUT_S = 30.0
 _QUIT_TIMEOUT_S = 20.0
+_END_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 _SOCKET_PATH_BYTES_MAX = 90  # a Unix socket's 107, less the names that the daemon appends
 
@@ -25,6 +27,7 @@ class CudaMps:
         self._pipe_dir = run_dir / "mps"
         self._log_dir = run_dir / "logs"
         self.pid = 0  # of the daemon, once it runs
+        self._pidfd = -1
 
     @property
     def environment(self) -> dict[str, str]:
@@ -50,16 +53,32 @@ class CudaMps:
         if code != 0:
             raise Unavailable(f"{_CONTROL} did not start: {said or f'exit code {code}'}")
         self.pid = await self._read_pid()
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            raise Unavailable(f"{_CONTROL} ended at once: {said}") from error
 
     async def stop(self) -> None:
         """Once its clients are gone; idempotent."""
-        if not self.pid:
+        if self._pidfd < 0:
             return
         with contextlib.suppress(OSError, Unavailable):
             await self._call(words="quit -t 5\n", timeout_s=_QUIT_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self.pid = 0
+        if not await self._has_ended():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            await self._has_ended()
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+    async def _has_ended(self) -> bool:
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        for _ in range(round(_END_TIMEOUT_S / _POLL_S)):
+            if poller.poll(0):
+                return True
+            await asyncio.sleep(_POLL_S)
+        return False
 
     async def _read_pid(self) -> int:
         """The daemon has left the process that we started. Raises Unavailable."""
