@@ -29,17 +29,20 @@ HOST_STEPS = 40
 
 class GpuBench:
     def __init__(self, layers: int) -> None:
-        from gpu_worker.cuda.decoder_weights import DecoderSizes, random_weights
+        from gpu_worker.cuda.decoder_sizes import DecoderSizes
+        from gpu_worker.cuda.random_weights import random_weights
         from gpu_worker.cuda.slots import CudaSlots
+        from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape
+        from gpu_worker.model.rope import Rope
 
         self.device = torch.device("cuda")
         torch.manual_seed(0)
         self.sizes = DecoderSizes(
             num_layers=layers,
             hidden_size=2048,
-            num_heads=32,
-            num_kv_heads=4,
-            head_dim=128,
+            attention=GqaShape(num_heads=32, kv_heads=4, head_dim=128, qk_norm=QK_NORM_HEAD),
+            rope=Rope(theta=1e6, kind="default", scaling={}, context_tokens_max=4096),
+            moe_layers=tuple(range(layers)),
             num_experts=128,
             top_k=8,
             inner_size=768,

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.decoder_weights import DecoderSizes, DecoderWeights
+from gpu_worker.cuda.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights
 from gpu_worker.cuda.kernels import attention, experts, linear, routing
 from gpu_worker.cuda.slots import CudaSlots
+from gpu_worker.model.gqa_shape import GqaShape
 
 REPLAYS = 5
 
@@ -50,6 +52,10 @@ class KernelSweep:
     def __init__(self, sizes: DecoderSizes, weights: DecoderWeights, slots: CudaSlots) -> None:
         self.sizes, self.weights, self.slots = sizes, weights, slots
         self.device = weights.device
+        assert isinstance(sizes.attention, GqaShape), "attention's sweep is GQA's"
+        self.shape = sizes.attention
+        layers = [layer.attention for layer in weights.layers]
+        self.w_qkv = [own.w_qkv_CH for own in layers if isinstance(own, GqaWeights)]
 
     def experts(self, tokens: int) -> dict[str, Any]:
         sizes = self.sizes
@@ -97,17 +103,17 @@ class KernelSweep:
         """Queries, keys and values: ours in parts, and the library's."""
         sizes = self.sizes
         x = torch.randn(tokens, sizes.hidden_size, device=self.device).bfloat16()
-        parts = torch.empty(4, tokens, sizes.qkv_size, device=self.device)
-        whole = x.new_empty(tokens, sizes.qkv_size)
-        nbytes = sizes.num_layers * sizes.qkv_size * sizes.hidden_size * 2
+        parts = torch.empty(4, tokens, self.w_qkv[0].shape[0], device=self.device)
+        whole = x.new_empty(tokens, self.w_qkv[0].shape[0])
+        nbytes = sizes.num_layers * self.w_qkv[0].shape[0] * sizes.hidden_size * 2
 
         def ours(tile: linear.LinearTile) -> None:
-            for layer in self.weights.layers:
-                linear.linear_parts(x, layer.w_qkv_CH, parts, tile=tile)
+            for w_CH in self.w_qkv:
+                linear.linear_parts(x, w_CH, parts, tile=tile)
 
         def library() -> None:
-            for layer in self.weights.layers:
-                torch.mm(x, layer.w_qkv_CH.T, out=whole)
+            for w_CH in self.w_qkv:
+                torch.mm(x, w_CH.T, out=whole)
 
         result = self._sweep(ours, dense_tiles(tokens), nbytes)
         milliseconds = graph_ms(library)
@@ -116,19 +122,19 @@ class KernelSweep:
 
     def attention(self, tokens: int, context: int = 544) -> dict[str, float]:
         """Over as many caches as there are layers, so that none is in the cache."""
-        sizes, device = self.sizes, self.device
+        sizes, shape, device = self.sizes, self.shape, self.device
         blocks = -(-context // 16)
-        shape = (sizes.num_layers, tokens * blocks, sizes.num_kv_heads, 16, sizes.head_dim)
-        k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-        q = torch.randn(tokens, sizes.num_heads, sizes.head_dim, device=device).bfloat16()
+        cache = (sizes.num_layers, tokens * blocks, shape.kv_heads, 16, shape.head_dim)
+        k, v = (torch.randn(cache, device=device, dtype=torch.bfloat16) for _ in range(2))
+        q = torch.randn(tokens, shape.num_heads, shape.head_dim, device=device).bfloat16()
         rows = torch.arange(tokens, dtype=torch.int32, device=device)
         tables = torch.arange(tokens * blocks, dtype=torch.int32, device=device)
         where = attention.Paging(
             torch.full_like(rows, context - 1), rows, tables.view(tokens, blocks), None, 1
         )
-        splits = (tokens, sizes.num_heads, -(-context // attention.SPLIT_TOKENS))
+        splits = (tokens, shape.num_heads, -(-context // attention.SPLIT_TOKENS))
         partials = attention.Partials(
-            torch.empty(*splits, sizes.head_dim, device=device),
+            torch.empty(*splits, shape.head_dim, device=device),
             torch.empty(splits, device=device),
             torch.empty(splits, device=device),
         )
@@ -138,7 +144,7 @@ class KernelSweep:
             for layer in range(sizes.num_layers):
                 attention.attend(q, k[layer], v[layer], where, partials, out, tile=tile)
 
-        nbytes = sizes.num_layers * tokens * context * sizes.num_kv_heads * sizes.head_dim * 4
+        nbytes = sizes.num_layers * tokens * context * shape.kv_size * 4
         return self._sweep(run, attention_tiles(), nbytes)
 
     def _rows(self, slots_TK: Tensor) -> experts.Rows:

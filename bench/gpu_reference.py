@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.decoder_weights import DecoderSizes, DecoderWeights
+from gpu_worker.cuda.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights, MoeWeights
 from gpu_worker.cuda.slots import CudaSlots
+from gpu_worker.model.gqa_shape import GqaShape
 
 
 def reference_model(
@@ -23,20 +25,22 @@ def reference_model(
     """Expert e must lie in slot e. `dtype` None: views; else converted copies."""
     import transformers
 
+    shape = sizes.attention
+    assert isinstance(shape, GqaShape), "Qwen3-MoE's"
     config = transformers.Qwen3MoeConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.inner_size,
         moe_intermediate_size=sizes.inner_size,
         num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         num_experts=sizes.num_experts,
         num_experts_per_tok=sizes.top_k,
-        norm_topk_prob=sizes.normalise_top_k,
+        norm_topk_prob=sizes.routing.normalise,
         rms_norm_eps=sizes.norm_eps,
-        rope_theta=sizes.rope_theta,
+        rope_theta=sizes.rope.theta,
         max_position_embeddings=context,
         tie_word_embeddings=False,
     )
@@ -45,7 +49,7 @@ def reference_model(
         model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype_here)
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=config).to(weights.device)
-    for name, value in _tensors(sizes, weights, slots).items():
+    for name, value in _tensors(sizes, shape, weights, slots).items():
         owner, _, leaf = name.rpartition(".")
         value = value.to(dtype_here)
         try:
@@ -59,16 +63,20 @@ def reference_model(
     return model.eval()
 
 
-def _tensors(sizes: DecoderSizes, weights: DecoderWeights, slots: CudaSlots) -> dict[str, Tensor]:
+def _tensors(
+    sizes: DecoderSizes, shape: GqaShape, weights: DecoderWeights, slots: CudaSlots
+) -> dict[str, Tensor]:
     tensors = {
         "model.embed_tokens.weight": weights.embedding_VH,
         "model.norm.weight": weights.final_norm_H,
         "lm_head.weight": weights.w_head_VH,
     }
-    heads, kv = sizes.heads_size, sizes.num_kv_heads * sizes.head_dim
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}"
-        q, k, v = layer.w_qkv_CH.split([heads, kv, kv])
+        own, mlp = layer.attention, layer.mlp
+        assert isinstance(own, GqaWeights), "Qwen3-MoE's"
+        assert isinstance(mlp, MoeWeights), "Qwen3-MoE's"
+        q, k, v = own.w_qkv_CH.split([shape.q_size, shape.kv_size, shape.kv_size])
         gate_up = slots.w_gate_up_LSJH[index, : sizes.num_experts]
         down = slots.w_down_LSHI[index, : sizes.num_experts]
         tensors |= {
@@ -76,11 +84,11 @@ def _tensors(sizes: DecoderSizes, weights: DecoderWeights, slots: CudaSlots) -> 
             f"{prefix}.self_attn.k_proj.weight": k,
             f"{prefix}.self_attn.v_proj.weight": v,
             f"{prefix}.self_attn.o_proj.weight": layer.w_o_HO,
-            f"{prefix}.self_attn.q_norm.weight": layer.q_norm_D,
-            f"{prefix}.self_attn.k_norm.weight": layer.k_norm_D,
+            f"{prefix}.self_attn.q_norm.weight": own.q_norm_D,
+            f"{prefix}.self_attn.k_norm.weight": own.k_norm_D,
             f"{prefix}.input_layernorm.weight": layer.input_norm_H,
             f"{prefix}.post_attention_layernorm.weight": layer.mlp_norm_H,
-            f"{prefix}.mlp.gate.weight": layer.w_router_EH,
+            f"{prefix}.mlp.gate.weight": mlp.w_router_EH,
             f"{prefix}.mlp.experts.gate_up_proj": gate_up,
             f"{prefix}.mlp.experts.down_proj": down,
         }

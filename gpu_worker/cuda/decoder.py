@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.cuda.decoder_weights import DecoderSizes, DecoderWeights, rotations
+from gpu_worker.cuda.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights, MoeWeights
 from gpu_worker.cuda.kernels import attention, residual, routing, sampling
 from gpu_worker.cuda.kernels.linear import linear_parts
 from gpu_worker.cuda.moe_stage import MoeStage, Onward, Routed, slot_table
-from gpu_worker.cuda.step_buffers import StepBuffers
 from gpu_worker.cuda.row_draw import RowDraw
+from gpu_worker.cuda.step_buffers import StepBuffers
 from gpu_worker.cuda.step_inputs import StepInputs, StepSize
+from gpu_worker.model.gqa_shape import GqaShape
 from gpu_worker.step_batch import StepBatch
 
 DECODE_LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -42,11 +44,14 @@ class DecoderOptions:
 
 
 class PendingStep:
-    """A step in flight: `ids()` waits for it. They stand until the next step but one, the logits
-    until the next."""
+    """A step in flight: `ids()` waits for it. Ids and mask stand until the next step but one, the
+    logits until the next."""
 
-    def __init__(self, ids_R: Tensor, logits_RV: Tensor, num_rows: int) -> None:
-        self._ids_R = ids_R
+    def __init__(
+        self, report_N: Tensor, logits_RV: Tensor, *, num_ranks: int, num_rows: int
+    ) -> None:
+        self._report_N = report_N
+        self._num_ranks = num_ranks
         self._num_rows = num_rows
         self.logits_RV = logits_RV[:num_rows]
         self._done: torch.cuda.Event | None = None
@@ -54,17 +59,29 @@ class PendingStep:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
+    def is_done(self) -> bool:
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
+
     def ids(self) -> NDArray[np.int32]:
         """A token for each wanted row; -1 where its logits have no finite maximum."""
+        return self._read(self._num_ranks, self._num_ranks + self._num_rows)
+
+    def mask(self) -> NDArray[np.int32] | None:
+        """The exchange's mask as the step's last kernel has left it; None without an exchange.
+        Waits for the step."""
+        return self._read(0, self._num_ranks) if self._num_ranks else None
+
+    def _read(self, start: int, end: int) -> NDArray[np.int32]:
         if self._done is not None:
             self._done.synchronize()
-        ids: NDArray[np.int32] = self._ids_R[: self._num_rows].numpy().copy()
-        return ids
+        values: NDArray[np.int32] = self._report_N[start:end].numpy().copy()
+        return values
 
 
 class Decoder:
-    """Engine thread only. `moe` is the way through the experts; `slot_of_LE` names, for each layer
-    and expert, the physical slot that this rank's tokens go to."""
+    """Engine thread only. `moe` is the way through the experts; `slot_of_LE` names, for each MoE
+    layer and expert, the physical slot that this rank's tokens go to. `mask_R`, int32 on the
+    device, is the exchange's mask of ranks: a step brings it to the host with the sampled ids."""
 
     def __init__(
         self,
@@ -72,17 +89,24 @@ class Decoder:
         weights: DecoderWeights,
         moe: MoeStage,
         options: DecoderOptions,
+        *,
+        mask_R: Tensor | None = None,
     ) -> None:
+        shape = sizes.attention
+        if not isinstance(shape, GqaShape) or sizes.num_moe_layers < sizes.num_layers:
+            raise ValueError("latent attention and dense layers are not built for CUDA ranks")
         self.sizes = sizes
         self.options = options
         self._weights = weights
         self._moe = moe
+        self._mask_R = mask_R
         device, dtype = weights.device, weights.dtype
-        self.slot_of_LE = slot_table(sizes.num_layers, sizes.num_experts, device)
-        cache = (sizes.num_layers, options.kv_blocks, sizes.num_kv_heads, options.block_tokens)
-        self._k_LBJUD = torch.zeros((*cache, sizes.head_dim), device=device, dtype=dtype)
+        self.slot_of_LE = slot_table(sizes.num_moe_layers, sizes.num_experts, device)
+        cache = (sizes.num_layers, options.kv_blocks, shape.kv_heads, options.block_tokens)
+        self._k_LBJUD = torch.zeros((*cache, shape.head_dim), device=device, dtype=dtype)
         self._v_LBJUD = torch.zeros_like(self._k_LBJUD)
-        self._cos_CD, self._sin_CD = rotations(sizes, options.context_tokens_max, device)
+        rotations = sizes.rope.rotations(shape.head_dim, options.context_tokens_max)
+        self._cos_CD, self._sin_CD = (torch.from_numpy(table).to(device) for table in rotations)
         prefill = StepSize(
             tokens=options.prefill_tokens,
             sequences=options.prefill_sequences,
@@ -97,6 +121,7 @@ class Decoder:
             tokens_max=max(s.tokens for s in (prefill, *ladder)),
             rows_max=max(s.rows for s in (prefill, *ladder)),
             splits_max=-(-options.context_tokens_max // attention.SPLIT_TOKENS),
+            num_ranks=0 if mask_R is None else mask_R.shape[0],
             invariant=options.invariant,
             device=device,
             dtype=dtype,
@@ -136,15 +161,16 @@ class Decoder:
             self._enqueue(inputs)
         else:
             graph.replay()
-        rows = inputs.size.rows
-        buffers = self._buffers
+        rows, buffers = inputs.size.rows, self._buffers
         self._turn ^= 1
-        host_ids_R = buffers.host_ids_2R[self._turn]
-        host_ids_R[:rows].copy_(buffers.ids_R[:rows], non_blocking=True)
+        report_N, num_ranks = buffers.host_reports_2N[self._turn], buffers.mask_R.shape[0]
+        end = num_ranks + rows
+        report_N[:end].copy_(buffers.report_N[:end], non_blocking=True)
         return PendingStep(
-            host_ids_R,
+            report_N,
             buffers.logits_PRV[:, :rows].view(rows, -1),
-            batch.logits_rows_R.shape[0],
+            num_ranks=num_ranks,
+            num_rows=batch.logits_rows_R.shape[0],
         )
 
     def slots_of_last_step(self) -> Tensor:
@@ -188,23 +214,28 @@ class Decoder:
                 inputs.paging.position_T,
                 routed.slots_TK,
                 routed.weights_TK,
-                normalise=self.sizes.normalise_top_k,
+                normalise=self.sizes.routing.normalise,
             )
             onward = Onward(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps)
             self._moe.run(layer, routed, onward)
         self._sample(inputs, h)
+        if self._mask_R is not None:
+            buffers.mask_R.copy_(self._mask_R)
 
     def _attend(self, layer: int, inputs: StepInputs, x: Tensor, x_mid: Tensor, h: Tensor) -> None:
         """From the normed stream to the stream after attention, normed, and the router's scores."""
         buffers, eps = self._buffers, self.sizes.norm_eps
         weights, tokens = self._weights.layers[layer], x.shape[0]
+        own, mlp = weights.attention, weights.mlp
+        assert isinstance(own, GqaWeights), "as the sizes say"
+        assert isinstance(mlp, MoeWeights), "as the sizes say"
         k_BJUD, v_BJUD = self._k_LBJUD[layer], self._v_LBJUD[layer]
         qkv = buffers.qkv_parts(tokens)
-        self._multiply(h, weights.w_qkv_CH, qkv)
+        self._multiply(h, own.w_qkv_CH, qkv)
         attention.rotate_and_store(
             qkv,
-            weights.q_norm_D,
-            weights.k_norm_D,
+            own.q_norm_D,
+            own.k_norm_D,
             self._cos_CD,
             self._sin_CD,
             inputs.paging,
@@ -219,7 +250,7 @@ class Decoder:
         )
         out = buffers.attention_parts(tokens)
         self._multiply(heads, weights.w_o_HO, out)
-        router = (weights.w_router_EH, buffers.scores_TE[:tokens])
+        router = (mlp.w_router_EH, buffers.scores_TE[:tokens])
         residual.add_norm(x, out, weights.mlp_norm_H, x_mid, h, eps=eps, router=router)
 
     def _sample(self, inputs: StepInputs, h: Tensor) -> None:

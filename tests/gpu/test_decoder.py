@@ -19,9 +19,12 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from bench.gpu_reference import reference_model  # noqa: E402
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
-from gpu_worker.cuda.decoder_weights import DecoderSizes, random_weights  # noqa: E402
+from gpu_worker.cuda.decoder_sizes import DecoderSizes  # noqa: E402
 from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe  # noqa: E402
+from gpu_worker.cuda.random_weights import random_weights  # noqa: E402
 from gpu_worker.cuda.slots import CudaSlots, Refill  # noqa: E402
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape  # noqa: E402
+from gpu_worker.model.rope import Rope  # noqa: E402
 from gpu_worker.step_batch import StepBatch  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -33,9 +36,9 @@ BLOCK_TOKENS, BLOCKS_EACH = 16, 6
 SIZES = DecoderSizes(
     num_layers=2,
     hidden_size=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
+    attention=GqaShape(num_heads=4, kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD),
+    rope=Rope(theta=1e6, kind="default", scaling={}, context_tokens_max=128),
+    moe_layers=(0, 1),
     num_experts=8,
     top_k=2,
     inner_size=64,
@@ -56,7 +59,7 @@ def parts() -> Parts:
     torch.manual_seed(0)
     weights = random_weights(SIZES, DEVICE, DTYPE, std=0.1)
     slots = CudaSlots(
-        num_layers=SIZES.num_layers,
+        num_layers=SIZES.num_moe_layers,
         slots_per_rank=SIZES.num_experts + 2,
         hidden_size=SIZES.hidden_size,
         inner_size=SIZES.inner_size,
@@ -72,7 +75,7 @@ def parts() -> Parts:
     )
 
 
-def make_decoder(weights, moe) -> Decoder:
+def make_decoder(weights, moe, mask_R: torch.Tensor | None = None) -> Decoder:
     options = DecoderOptions(
         kv_blocks=8 * BLOCKS_EACH,
         block_tokens=BLOCK_TOKENS,
@@ -81,8 +84,10 @@ def make_decoder(weights, moe) -> Decoder:
         prefill_tokens=32,
         prefill_sequences=4,
     )
-    decoder = Decoder(SIZES, weights, moe, options)
-    decoder.use_slots(np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_layers, 1)))
+    decoder = Decoder(SIZES, weights, moe, options, mask_R=mask_R)
+    decoder.use_slots(
+        np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1))
+    )
     if ON_CUDA:
         decoder.capture()
     return decoder
@@ -181,6 +186,25 @@ def test_a_step_may_be_enqueued_before_the_former_ones_token_is_known(parts: Par
     assert new == known
 
 
+def test_each_of_two_steps_in_flight_brings_the_mask_that_it_has_seen(parts: Parts) -> None:
+    mask_R = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
+    weights = random_weights(SIZES, DEVICE, DTYPE, std=0.1)
+    moe = LocalMoe(parts.slots, top_k=SIZES.top_k, step_tokens_max=32)
+    decoder = make_decoder(weights, moe, mask_R)
+    tokens = prompt(7, 12)
+    first = decoder.launch(batch_of({0: tokens}, [0]))
+    mask_R[2] = 0
+    second = decoder.launch(batch_of({0: [-1]}, [len(tokens)]))
+    new = [int(first.ids()[0]), int(second.ids()[0])]
+    masks = [first.mask(), second.mask()]
+    assert first.is_done()
+    assert second.is_done()
+    assert [mask.tolist() for mask in masks if mask is not None] == [[1, 0, 1], [1, 0, 0]]
+    unmasked = make_decoder(weights, moe)
+    assert continue_alone(unmasked, tokens, chunk=32, more=1)[0] == new
+    assert unmasked.launch(batch_of({0: [1]}, [0])).mask() is None
+
+
 def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
     """Into another slot, from the host; the one it leaves is filled with what nobody may read."""
     values = torch.cat(
@@ -194,7 +218,7 @@ def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
     parts.slots.load([Refill(layer, slot, expert, values)])
     assert parts.slots.contents[layer, slot] == expert
     parts.slots.w_gate_up_LSJH[layer, expert].fill_(float("nan"))
-    table = np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_layers, 1))
+    table = np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1))
     table[layer, expert] = slot
     parts.decoder.use_slots(table)
 
