@@ -17,7 +17,9 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
-    """`mps`: cards are shared under a CUDA MPS daemon of this instance's own."""
+    """`on_cuda`: there are cards to be used; where `device` is "auto" and the model does not run on
+    them, ranks use the CPU all the same. `mps`: cards are shared under a CUDA MPS daemon of this
+    instance's own."""
 
     on_cuda: bool
     cards: int
@@ -27,7 +29,7 @@ class DevicePlan:
         if not self.on_cuda:
             return "CPU"
         cards = "1 card" if self.cards == 1 else f"{self.cards} cards"
-        return f"CUDA, {cards}{', shared under MPS' if self.mps else ''}"
+        return f"{cards}{', shared under MPS' if self.mps else ''}"
 
 
 def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, cards: int) -> DevicePlan:
