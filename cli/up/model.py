@@ -31,17 +31,15 @@ async def seeded_model(model_dir: Path, stage: Stage) -> Path:
     folder = model_dir / SEEDED_NAME
     if not (folder / "config.json").exists():
         stage.say(f"creating it in {folder}")
-        await run_model_tool("seed", str(folder), stage=stage)
+        await run_model_tool("seed", "--out", str(folder), stage=stage)
     return folder
 
 
 async def check_model(folder: Path) -> str:
     """A sentence on the model. Raises CheckpointError where config.json is not one we serve."""
     spec = await asyncio.to_thread(read_model_spec, folder)
-    return (
-        f"{folder.name} ({spec.num_layers} layers, {spec.num_experts} experts, "
-        f"top-{spec.top_k}, hidden {spec.hidden_size})"
-    )
+    experts = f"{spec.num_experts} experts, top-{spec.top_k}" if spec.moe_layers else "dense"
+    return f"{folder.name} ({spec.num_layers} layers, {experts}, hidden {spec.hidden_size})"
 
 
 async def run_model_tool(*arguments: str, stage: Stage) -> None:

@@ -1,9 +1,9 @@
 """Work on models that comes before any rank runs, one process each, so that ranks started together
 do not all do it: `python -m gpu_worker.model warm-up` compiles the kernels into numba's cache,
-`python -m gpu_worker.model seed FOLDER` writes the default checkpoint; progress as `done/total`
-lines on stdout. And beside them: `python -m gpu_worker.model score FOLDER TOKENS` scores given
-tokens, as one JSON list of nats on stdout; `manifest FOLDER` and `verify FOLDER` write the hashes
-of a checkpoint's tensors, and check the files against them."""
+`python -m gpu_worker.model seed --out FOLDER` writes a checkpoint of random weights, of any family;
+progress as `done/total` lines on stdout. And beside them: `python -m gpu_worker.model score FOLDER
+TOKENS` scores given tokens, as one JSON list of nats on stdout; `manifest FOLDER` and `verify
+FOLDER` write the hashes of a checkpoint's tensors, and check the files against them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpu_worker.model.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS
 from shared.errors import StarfishError
 from shared.model_spec import read_model_spec
 
@@ -21,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu_worker.model")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("warm-up", help="compile the CPU kernels")
-    seed = commands.add_parser("seed", help="write a seeded-random Qwen3-MoE checkpoint")
-    seed.add_argument("folder", type=Path)
+    seed = commands.add_parser("seed", help="write a checkpoint of random weights, to try things")
+    seed.add_argument("--out", type=Path, required=True, help="the folder to make")
+    seed.add_argument("--family", choices=sorted(SEEDED_CONFIGS), default=DEFAULT_FAMILY)
+    seed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     seed.add_argument("--seed", type=int, default=0)
     score = commands.add_parser("score", help="negative log-likelihoods of given tokens")
     score.add_argument("folder", type=Path)
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "score":
             _score(options.folder, options.tokens, options.num_ranks, options.without_rank)
         else:
-            _seed(options.folder, options.seed)
+            _seed(options.out, options.family, options.dtype, options.seed)
     except (StarfishError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -53,10 +56,14 @@ def _warm_up() -> None:
     warm_up(_print_progress)
 
 
-def _seed(folder: Path, seed: int) -> None:
+def _seed(folder: Path, family: str, dtype: str, seed: int) -> None:
+    import torch
+
     from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 
-    create_seeded_checkpoint(folder, seed, _print_progress)
+    create_seeded_checkpoint(
+        folder, seed, _print_progress, family=family, dtype=getattr(torch, dtype)
+    )
 
 
 def _score(folder: Path, tokens: Path, num_ranks: int, without_rank: int | None) -> None:

@@ -1,5 +1,5 @@
-"""Makes a random Qwen3-MoE checkpoint from a seed, in the standard Hugging Face format: the model
-that Starfish serves where none is given, and the small ones that tests use.
+"""Makes a random checkpoint of any family from a seed, in the standard Hugging Face format: the
+model that Starfish serves where none is given, and the small ones that tests use.
 
 Its text is nonsense, but hangs on the whole context, as a trained model's does: with plain random
 weights a greedy continuation soon repeats one token, and would hide a lost or doubled one.
@@ -13,17 +13,19 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 
-from gpu_worker.model.checkpoint import INDEX_FILE, Shape
-from gpu_worker.model.families.qwen3_moe import Qwen3Moe
+from gpu_worker.model.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
+from gpu_worker.model.registry import family_class
+from gpu_worker.model.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
 from gpu_worker.model.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
+from shared.errors import CheckpointError
 from shared.model_spec import read_model_spec
 
 # Found by trial: of 96 greedy tokens after a prompt 94 to 96 are distinct, and float32 rounding is
@@ -34,42 +36,29 @@ _EXPERT_GAIN = 4.0  # experts outweigh the embedding: the last token alone decid
 _LOGITS_STD = 3.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeededSizes:
-    """Field names are those of config.json."""
-
-    vocab_size: int = 4096
-    num_hidden_layers: int = 8
-    hidden_size: int = 256
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    num_experts: int = 64
-    num_experts_per_tok: int = 8
-    moe_intermediate_size: int = 128
-    intermediate_size: int = 512
-    max_position_embeddings: int = 4096
-    mlp_only_layers: tuple[int, ...] = ()
-    norm_topk_prob: bool = True
-    attention_bias: bool = False
-    tie_word_embeddings: bool = False
-
-
 def create_seeded_checkpoint(
     folder: Path,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     num_shards: int = 2,
-    **sizes: Any,
+    family: str = DEFAULT_FAMILY,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> None:
     """Writes the whole folder aside and renames it; where `folder` appears meanwhile, made by
-    another process, that one stays. `sizes` are fields of SeededSizes."""
+    another process, that one stays. `changes` are entries of config.json. Raises CheckpointError
+    where another family's checkpoint is there."""
+    config = SEEDED_CONFIGS[family] | changes
+    if (folder / "config.json").exists():
+        there = read_model_spec(folder).architecture
+        if there not in config["architectures"]:
+            raise CheckpointError(f"{folder} is a checkpoint of {there}; choose another folder")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_config(aside, SeededSizes(**sizes))
-        _write_weights(aside, seed, num_shards, on_progress)
+        _write_config(aside, config | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_weights(aside, seed, num_shards, dtype, on_progress)
         try:
             aside.rename(folder)
         except OSError:
@@ -79,28 +68,14 @@ def create_seeded_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_config(folder: Path, sizes: SeededSizes) -> None:
+def _write_config(folder: Path, config: Config) -> None:
     special = write_tokenizer(
-        folder, vocab_size=sizes.vocab_size, context_tokens=sizes.max_position_embeddings
+        folder,
+        vocab_size=config["vocab_size"],
+        context_tokens=config["max_position_embeddings"],
     )
     ends = [special[END_OF_TURN], special[END_OF_TEXT]]
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "attention_dropout": 0.0,
-        "bos_token_id": special[END_OF_TEXT],
-        "decoder_sparse_step": 1,
-        "eos_token_id": special[END_OF_TURN],
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "router_aux_loss_coef": 0.001,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "use_sliding_window": False,
-    } | {name: getattr(sizes, name) for name in SeededSizes.__slots__}
+    config |= {"bos_token_id": special[END_OF_TEXT], "eos_token_id": special[END_OF_TURN]}
     generation = {
         "bos_token_id": special[END_OF_TEXT],
         "pad_token_id": special[END_OF_TEXT],
@@ -114,26 +89,33 @@ def _write_config(folder: Path, sizes: SeededSizes) -> None:
 
 
 def _write_weights(
-    folder: Path, seed: int, num_shards: int, on_progress: Callable[[int, int], None] | None
+    folder: Path,
+    seed: int,
+    num_shards: int,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None] | None,
 ) -> None:
     spec = read_model_spec(folder)
-    shapes = Qwen3Moe(spec).tensor_shapes()
+    shapes = family_class(spec.architecture)(spec).tensor_shapes()
     shards = _split(shapes, num_shards)
     weight_map: dict[str, str] = {}
-    done = 0
+    total_bytes = 0
     for index, names in enumerate(shards):
         file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in names:
-            tensors[name] = _random_tensor(name, shapes[name], seed)
+            values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
+            kept = torch.float32 if name.endswith("correction_bias") else dtype  # as published
+            tensors[name] = values.to(kept)
+            total_bytes += tensors[name].nbytes
             weight_map[name] = file_name
-            done += 1
             if on_progress is not None:
-                on_progress(done, len(shapes))
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-    total_bytes = sum(4 * int(np.prod(shape)) for shape in shapes.values())
-    index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / INDEX_FILE, index_json)
+                on_progress(len(weight_map), len(shapes))
+        path = folder / (file_name if len(shards) > 1 else SINGLE_FILE)
+        save_file(tensors, path, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / INDEX_FILE, index_json)
 
 
 def _split(shapes: dict[str, Shape], num_shards: int) -> list[list[str]]:
@@ -154,17 +136,22 @@ def _random_tensor(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
     if name.endswith("norm.weight"):
         mean = _QUERY_GAIN if name.endswith("q_norm.weight") else 1.0
         return np.float32(mean) + np.float32(0.1) * values
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return np.float32(0.1) * values
-    return values * np.float32(_std(name, fan_in=shape[1]))
+    if name.endswith("sinks"):
+        return values
+    stored_by_inputs = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return values * np.float32(_std(name, fan_in=shape[-2 if stored_by_inputs else -1]))
 
 
 def _std(name: str, fan_in: int) -> float:
     if name.endswith("embed_tokens.weight"):
         return _EMBEDDING_STD
-    gains = {"lm_head.weight": _LOGITS_STD, "down_proj.weight": _EXPERT_GAIN}
-    gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
-    return gain / math.sqrt(fan_in)
+    plain = name.removesuffix(".weight")
+    if plain == "lm_head":
+        return _LOGITS_STD / math.sqrt(fan_in)
+    is_last = plain.endswith(("down_proj", ".w2"))
+    return (_EXPERT_GAIN if is_last else 1.0) / math.sqrt(fan_in)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

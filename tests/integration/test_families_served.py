@@ -14,14 +14,14 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from gpu_worker.model.seeded_tokenizer import write_tokenizer
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.model.seeded_configs import SEEDED_CONFIGS
 from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
-from tests.unit.gpu_worker.model.reference import save_checkpoint
 
 NUM_RANKS = 3
 NUM_STREAMS = 9
 NEW_TOKENS = 120
-VOCAB = 512
+VOCAB = SEEDED_CONFIGS["qwen3"]["vocab_size"]
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -38,16 +38,6 @@ SCHEMA = {
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-def served_checkpoint(folder: Path, family: str) -> Path:
-    save_checkpoint(folder, family, vocab_size=VOCAB, max_position_embeddings=1024)
-    special = write_tokenizer(folder, vocab_size=VOCAB, context_tokens=1024)
-    config = json.loads((folder / "config.json").read_text())
-    config["eos_token_id"] = special["<|im_end|>"]
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").unlink()
-    return folder
 
 
 async def run_streams(cluster: Cluster, at_total: AtTotal | None = None) -> list[StreamResult]:
@@ -83,7 +73,8 @@ async def guided_answers(url: str) -> list[str]:
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "gpt_oss", "qwen3"])
 async def test_a_death_changes_no_token(tmp_path: Path, family: str) -> None:
-    model = served_checkpoint(tmp_path / "model", family)
+    model = tmp_path / "model"
+    create_seeded_checkpoint(model, family=family)
     async with running_cluster(tmp_path / "run", model, ranks=NUM_RANKS) as cluster:
         live = await cluster.wait_live(NUM_RANKS)
         oracle = await run_streams(cluster)

@@ -1,4 +1,5 @@
-"""Small checkpoints of every family, saved by transformers itself, and its logits for them."""
+"""Seeded checkpoints of every family, in the variants that configs have, and the logits that
+transformers has for them."""
 
 from __future__ import annotations
 
@@ -14,137 +15,44 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-VOCAB = 211
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "beta_fast": 32,
-    "beta_slow": 1,
-}
-_COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 36,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
-_MLA = {
-    "intermediate_size": 22,
-    "moe_intermediate_size": 10,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "kv_lora_rank": 14,
-    "q_lora_rank": 18,
-    "qk_nope_head_dim": 7,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 9,
-    "n_routed_experts": 12,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.7,
-}
-_GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.model.seeded_configs import SEEDED_CONFIGS
+from tests.unit.gpu_worker.model.runs import SMALL
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    # An even size: the reference views pairs as complex numbers.
-    "deepseek_v2": (
-        "DeepseekV2",
-        _MLA | {"qk_nope_head_dim": 8, "topk_method": "group_limited_greedy"},
-    ),
-    "deepseek_v2_lite": (
-        "DeepseekV2",
-        _MLA | {"qk_nope_head_dim": 8, "q_lora_rank": None, "topk_method": "greedy"},
-    ),
-    "deepseek_v3": ("DeepseekV3", _MLA),
+VOCAB = SEEDED_CONFIGS["mixtral"]["vocab_size"]
+YARN = SEEDED_CONFIGS["gpt_oss"]["rope_parameters"] | {"original_max_position_embeddings": 32}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {}),
     "deepseek_v3_yarn": (
-        "DeepseekV3",
-        _MLA
-        | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}}
-        | {"attention_bias": True, "rope_interleave": False},
+        "deepseek_v3",
+        {
+            "rope_parameters": YARN | {"truncate": True, "mscale": 1.0, "mscale_all_dim": 0.8},
+            "attention_bias": True,
+            "rope_interleave": False,
+        },
     ),
-    # So many heads that no two positions have all of them at zero: among equals the reference
-    # chooses as it likes.
-    "deepseek_v32": (
-        "DeepseekV32",
-        _MLA | {"index_n_heads": 17, "index_head_dim": 11, "index_topk": 8},
-    ),
-    "glm4_moe": (
-        "Glm4Moe",
-        _GQA
-        | {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 2}
-        | {"topk_group": 1, "moe_intermediate_size": 10, "intermediate_size": 22}
-        | {"first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True}
-        | {"head_dim": 12, "routed_scaling_factor": 1.5},
-    ),
-    "gpt_oss": (
-        "GptOss",
-        _GQA
-        | {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 14}
-        | {"sliding_window": 7, "rope_parameters": YARN | {"truncate": False}}
-        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    ),
+    "deepseek_v32": ("deepseek_v32", {}),
+    "glm4_moe": ("glm4_moe", {}),
+    "gpt_oss": ("gpt_oss", {"rope_parameters": YARN}),
     # Sizes that MXFP4's blocks of 32 divide.
     "gpt_oss_wide": (
-        "GptOss",
-        _GQA
-        | {"hidden_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
-        | {"intermediate_size": 32, "sliding_window": 7},
+        "gpt_oss",
+        {"hidden_size": 64, "num_local_experts": 4, "intermediate_size": 32},
     ),
-    "mixtral": (
-        "Mixtral",
-        _GQA | {"num_local_experts": 6, "intermediate_size": 14, "sliding_window": 9},
-    ),
-    "olmoe": (
-        "Olmoe",
-        {"num_attention_heads": 6, "num_key_value_heads": 3, "num_experts": 8}
-        | {"num_experts_per_tok": 3, "intermediate_size": 14, "clip_qkv": 1.5},
-    ),
-    "qwen3": ("Qwen3", _GQA | {"intermediate_size": 22, "rope_parameters": YARN}),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        _GQA
-        | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 14}
-        | {"intermediate_size": 22, "mlp_only_layers": [1], "norm_topk_prob": True},
-    ),
+    "mixtral": ("mixtral", {}),
+    "olmoe": ("olmoe", {}),
+    "qwen3": ("qwen3", {"rope_parameters": YARN | {"truncate": True}}),
+    "qwen3_moe": ("qwen3_moe", SMALL | {"vocab_size": VOCAB, "mlp_only_layers": [1]}),
 }
 
 
-def save_checkpoint(
-    folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any
-) -> Path:
-    """Random weights in which every part matters: unit-variance layers, uneven norms, biases."""
-    name, sizes = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(_COMMON | sizes | changes))
-    torch.manual_seed(11)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    model.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    tensors = {key: _fill(key, value, dtype) for key, value in sorted(load_file(path).items())}
-    save_file(tensors, path, metadata={"format": "pt"})
-    raw = json.loads((folder / "config.json").read_text())
-    raw["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(raw))
+def save_checkpoint(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
+    family, changes = VARIANTS[variant]
+    create_seeded_checkpoint(folder, 11, num_shards=1, family=family, dtype=dtype, **changes)
     return folder
-
-
-def _fill(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    noise = torch.randn(tensor.shape)
-    if "norm" in name and name.endswith("weight"):
-        return (1 + 0.2 * noise).to(dtype)
-    if tensor.ndim == 1 or name.endswith("bias"):
-        kept = torch.float32 if "correction_bias" in name else dtype
-        return (0.2 * noise).to(kept)
-    gain = 3.0 if name == "lm_head.weight" else 1.0
-    inputs = tensor.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else tensor.shape[-1]
-    return (noise * gain * (1.0 if "embed" in name else inputs**-0.5)).to(dtype)
 
 
 def reference_logits(
@@ -152,9 +60,14 @@ def reference_logits(
 ) -> NDArray[np.float32]:
     """`[T, V]`. Its grouped matrix products want rows of 16 bytes; the plain loop takes any."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager", attn_implementation="eager"
+    model, loading = getattr(transformers, architecture).from_pretrained(
+        folder,
+        dtype=dtype,
+        experts_implementation="eager",
+        attn_implementation="eager",
+        output_loading_info=True,
     )
+    assert not any(loading.values()), f"not the tensors that it has: {loading}"
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
     return np.asarray(logits.float().numpy())
@@ -162,6 +75,29 @@ def reference_logits(
 
 def random_tokens(count: int, seed: int = 0) -> NDArray[np.int32]:
     return np.random.default_rng((count, seed)).integers(0, VOCAB, count).astype(np.int32)
+
+
+def add_mtp_layer(folder: Path) -> Path:
+    """The layer behind the last one that published checkpoints of DeepSeek and GLM carry: all that
+    a layer has, and what joins it to the model."""
+    path, raw = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    last, mtp = (f"model.layers.{raw['num_hidden_layers'] - back}" for back in (1, 0))
+    tensors = load_file(path)
+    hidden_size = raw["hidden_size"]
+    extra = {
+        name.replace(last, mtp): tensor + 1 for name, tensor in tensors.items() if last in name
+    }
+    extra |= {
+        f"{mtp}.enorm.weight": torch.ones(hidden_size),
+        f"{mtp}.hnorm.weight": torch.ones(hidden_size),
+        f"{mtp}.eh_proj.weight": torch.ones(hidden_size, 2 * hidden_size),
+        f"{mtp}.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1,
+        f"{mtp}.shared_head.norm.weight": torch.ones(hidden_size),
+        f"{mtp}.shared_head.head.weight": tensors["lm_head.weight"] + 1,
+    }
+    save_file(tensors | extra, path, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": 1}))
+    return folder
 
 
 def quantise_fp8(plain: Path, folder: Path, block: tuple[int, int]) -> Path:

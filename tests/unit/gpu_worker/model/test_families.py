@@ -12,11 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gpu_worker.model.manifest import verify_folder, write_manifest
 from gpu_worker.model.registry import family_class
+from gpu_worker.model.seeded_configs import SEEDED_CONFIGS
+from gpu_worker.model.shards import read_tensors
 from shared.errors import CheckpointError
 from shared.model_spec import ARCHITECTURES, read_model_spec
 from tests.unit.gpu_worker.model.reference import (
-    FAMILIES,
+    VARIANTS,
+    add_mtp_layer,
     quantise_fp8,
     quantise_mxfp4,
     random_tokens,
@@ -39,7 +43,7 @@ LENGTH = 40
 CUTS = (0, 1, 7, 20, 23, *range(24, LENGTH + 1))
 
 
-@pytest.fixture(scope="module", params=sorted(set(FAMILIES) - {"gpt_oss_wide"}))
+@pytest.fixture(scope="module", params=sorted(set(VARIANTS) - {"gpt_oss_wide"}))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -107,9 +111,10 @@ def test_bf16_checkpoints_match_within_bf16_error(tmp_path: Path, family: str) -
     assert np.abs(rounded - exact).mean() > 10 * np.abs(ours - exact).mean()
 
 
-def test_every_architecture_is_covered_here(tmp_path: Path) -> None:
-    covered = {f"{name}ForCausalLM" for name, _ in FAMILIES.values()}
-    assert covered == set(ARCHITECTURES)
+def test_every_family_is_covered_here() -> None:
+    assert {family for family, _ in VARIANTS.values()} == set(ARCHITECTURES.values())
+    for family, config in SEEDED_CONFIGS.items():
+        assert ARCHITECTURES[config["architectures"][0]] == family
 
 
 def test_a_dense_model_has_one_expert_that_weighs_nothing(tmp_path: Path) -> None:
@@ -163,6 +168,19 @@ def test_sparse_attention_is_dense_where_it_chooses_all(tmp_path: Path) -> None:
     assert np.array_equal(chosen, dense.logits(Chunk(tokens, 0, SCATTERED)))
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "glm4_moe"])
+def test_layers_of_multi_token_prediction_are_ignored(tmp_path: Path, family: str) -> None:
+    folder = save_checkpoint(tmp_path, family)
+    chunk = Chunk(random_tokens(LENGTH), 0, SCATTERED)
+    (run,) = open_ranks(folder, 1)
+    without, num_tensors = run.logits(chunk), len(read_tensors(folder))
+    add_mtp_layer(folder)
+    write_manifest(folder)
+    (run,) = open_ranks(folder, 1)
+    assert np.array_equal(run.logits(chunk), without)
+    assert verify_folder(folder) == len(read_tensors(folder)) > num_tensors + 6
+
+
 def test_block_scaled_fp8_is_served_as_its_dequantised_weights(tmp_path: Path) -> None:
     """A V3 checkpoint as published: every matrix in e4m3 with a scale per block."""
     plain = save_checkpoint(tmp_path / "plain", "deepseek_v3")
@@ -173,11 +191,16 @@ def test_block_scaled_fp8_is_served_as_its_dequantised_weights(tmp_path: Path) -
     assert difference(ours, reference_logits(plain, tokens)) < TOLERANCE
 
 
-def test_mxfp4_experts_are_served_as_their_dequantised_weights(tmp_path: Path) -> None:
-    """A gpt-oss checkpoint as published: its experts in blocks of 32 with a common exponent."""
-    plain = save_checkpoint(tmp_path / "plain", "gpt_oss_wide")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mxfp4_experts_are_served_as_their_dequantised_weights(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A gpt-oss checkpoint as published: its experts in blocks of 32 with a common exponent, the
+    rest in bf16."""
+    plain = save_checkpoint(tmp_path / "plain", "gpt_oss_wide", dtype)
     folder = quantise_mxfp4(plain, tmp_path / "mxfp4")
     tokens = random_tokens(LENGTH)
     (run,) = open_ranks(folder, 1)
+    assert run.model.weights_dtype == (np.float32 if dtype == torch.float32 else np.uint16)
     ours = run.logits(Chunk(tokens, 0, SCATTERED))
     assert difference(ours, reference_logits(plain, tokens)) < TOLERANCE

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from gpu_worker.model.__main__ import main
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-from shared.model_spec import read_model_spec
+from gpu_worker.model.seeded_configs import SEEDED_CONFIGS
+from shared.model_spec import ARCHITECTURES, read_model_spec
 from tests.unit.gpu_worker.model.runs import SMALL, open_ranks
 
 CONVERSATION = [
@@ -128,10 +130,41 @@ def test_greedy_text_does_not_fall_into_a_loop(tmp_path: Path) -> None:
         assert len(set(emitted[-32:])) > 24
 
 
+@pytest.mark.parametrize("family", sorted(set(SEEDED_CONFIGS) - {"qwen3_moe"}))
+def test_the_command_writes_a_small_checkpoint_of_any_family(tmp_path: Path, family: str) -> None:
+    """Whose greedy text is worth comparing, too, but for a prompt here and there."""
+    folder = tmp_path / "m"
+    assert main(["seed", "--family", family, "--dtype", "bfloat16", "--out", str(folder)]) == 0
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spec = read_model_spec(folder)
+    assert ARCHITECTURES[spec.architecture] == family
+    assert tokenizer.eos_token_id in spec.eos_token_ids
+    (run,) = open_ranks(folder, 1)
+    assert run.model.weights_dtype == np.uint16
+    distinct = [
+        len(set(run.greedy(tokenizer(prompt).input_ids, range(32), 64)[-32:]))
+        for prompt in ("Hello", "def f(x):", "1 2 3 4", "The quick brown fox")
+    ]
+    assert sorted(distinct)[1] > 12, distinct
+
+
+def test_a_checkpoint_of_another_family_is_not_taken_for_the_one_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["seed", "--out", str(tmp_path / "m"), "--family"]
+    assert main([*arguments, "mixtral"]) == 0
+    before = files(tmp_path / "m")
+    assert main([*arguments, "mixtral"]) == 0
+    assert main([*arguments, "olmoe"]) == 1
+    assert "is a checkpoint of MixtralForCausalLM" in capsys.readouterr().err
+    assert files(tmp_path / "m") == before
+
+
 def test_the_command_writes_a_checkpoint_and_says_how_far_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["seed", str(tmp_path / "m"), "--seed", "5"]) == 0
+    assert main(["seed", "--out", str(tmp_path / "m"), "--seed", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "1611/1611"
     assert len(lines) <= 101
