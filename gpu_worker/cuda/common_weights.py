@@ -1,0 +1,68 @@
+"""What checkpoints have in common whatever their attention is, read for a CUDA rank's decoder; and
+how a config is refused that such a decoder is not built for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from gpu_worker.cuda.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.decoder_weights import DecoderWeights, LayerWeights, MlpWeights
+from gpu_worker.cuda.weight_reader import WeightReader
+from gpu_worker.model.frame import EMBEDDING_NAME, FINAL_NORM_NAME, head_name
+from shared.errors import CheckpointError
+from shared.model_spec import ModelSpec
+
+_TILE = 16
+
+
+def read_decoder(
+    reader: WeightReader, spec: ModelSpec, read_layer: Callable[[int], LayerWeights]
+) -> DecoderWeights:
+    """Raises CheckpointError."""
+    embedding_VH = reader.read(EMBEDDING_NAME)
+    head = head_name(spec)
+    return DecoderWeights(
+        embedding_VH=embedding_VH,
+        layers=tuple(read_layer(layer) for layer in range(spec.num_layers)),
+        final_norm_H=reader.read(FINAL_NORM_NAME),
+        w_head_VH=embedding_VH if head == EMBEDDING_NAME else reader.read(head),
+    )
+
+
+def read_mlp(reader: WeightReader, prefix: str) -> MlpWeights:
+    return MlpWeights(
+        w_gate_up_JH=reader.read(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
+        w_down_HI=reader.read(f"{prefix}.down_proj.weight"),
+    )
+
+
+def expert_prefix(spec: ModelSpec, layer: int, expert: int) -> str:
+    """`layer` counts MoE layers alone."""
+    return f"model.layers.{spec.moe_layers[layer]}.mlp.experts.{expert}"
+
+
+def refuse_on_cuda(reasons: Mapping[str, bool]) -> None:
+    """Raises CheckpointError for the first that applies."""
+    for reason, applies in reasons.items():
+        if applies:
+            raise CheckpointError(
+                f"config.json asks for {reason}, which CUDA ranks do not serve; start the ranks "
+                "with --device cpu"
+            )
+
+
+def check_tiles(sizes: DecoderSizes) -> None:
+    """Raises CheckpointError where tiles of the kernels do not cut the matrices evenly."""
+    widths = {
+        "a hidden size": sizes.hidden_size,
+        "experts": sizes.inner_size,
+        "shared experts": sizes.shared_size,
+        "dense layers": sizes.dense_size,
+        "heads together": sizes.heads_size,
+    }
+    refuse_on_cuda(
+        {
+            f"{what} of {size}, no multiple of {_TILE}": size % _TILE > 0
+            for what, size in widths.items()
+        }
+    )

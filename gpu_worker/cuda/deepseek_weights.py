@@ -1,0 +1,116 @@
+"""DeepSeek's checkpoints (V2, V3, V3.2) as a CUDA rank's decoder wants them: sizes, names, reading.
+The indexer of V3.2 is not read: it takes part beyond `index_topk` positions only."""
+
+from __future__ import annotations
+
+from gpu_worker.cuda.common_weights import expert_prefix, read_decoder, read_mlp, refuse_on_cuda
+from gpu_worker.cuda.decoder_sizes import DecoderSizes, Routing
+from gpu_worker.cuda.decoder_weights import (
+    DecoderWeights,
+    LayerWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+)
+from gpu_worker.cuda.weight_reader import WeightReader
+from gpu_worker.model.checkpoint import Shape
+from gpu_worker.model.deepseek_routing import deepseek_shapes, read_deepseek_routing
+from gpu_worker.model.frame import dense_size, frame_shapes
+from gpu_worker.model.mla_shape import mla_shapes, read_mla_shape
+from gpu_worker.model.rope import read_rope
+from shared.model_spec import ModelSpec
+
+
+class DeepseekWeights:
+    """Implements `model_loading.CheckpointLayout`."""
+
+    def __init__(self, spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> None:
+        raw = spec.raw
+        act = raw.get("hidden_act", "silu")
+        refuse_on_cuda(
+            {
+                f"activation {act!r}": act != "silu",
+                "biases in attention": bool(raw.get("attention_bias", False)),
+                "biases in MLPs": bool(raw.get("mlp_bias", False)),
+                "a model without expert layers": not spec.moe_layers,
+            }
+        )
+        self._spec = spec
+        self._shape = read_mla_shape(spec, has_indexer=has_indexer)
+        self._routing = routing = read_deepseek_routing(spec, sigmoid=sigmoid)
+        has_dense = len(spec.moe_layers) < spec.num_layers
+        self.sizes = DecoderSizes(
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            attention=self._shape,
+            rope=read_rope(raw, kinds=("default", "yarn")),
+            moe_layers=spec.moe_layers,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            inner_size=spec.moe_intermediate_size,
+            routing=Routing(
+                sigmoid=sigmoid,
+                num_groups=routing.num_groups,
+                kept=routing.kept,
+                normalise=routing.normalise,
+                factor=routing.factor,
+            ),
+            shared_size=routing.num_shared * spec.moe_intermediate_size,
+            dense_size=dense_size(spec) if has_dense else 0,
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        )
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        shapes = frame_shapes(self._spec)
+        for layer in range(self._spec.num_layers):
+            shapes |= mla_shapes(f"model.layers.{layer}.self_attn", self._shape)
+            shapes |= deepseek_shapes(self._spec, self._routing, layer)
+        return shapes
+
+    def expert_prefix(self, layer: int, expert: int) -> str:
+        return expert_prefix(self._spec, layer, expert)
+
+    def read(self, reader: WeightReader) -> DecoderWeights:
+        return read_decoder(reader, self._spec, lambda layer: self._read_layer(reader, layer))
+
+    def _read_layer(self, reader: WeightReader, layer: int) -> LayerWeights:
+        prefix = f"model.layers.{layer}"
+        return LayerWeights(
+            input_norm_H=reader.read(f"{prefix}.input_layernorm.weight"),
+            attention=self._read_attention(reader, f"{prefix}.self_attn"),
+            w_o_HO=reader.read(f"{prefix}.self_attn.o_proj.weight"),
+            mlp_norm_H=reader.read(f"{prefix}.post_attention_layernorm.weight"),
+            mlp=self._read_mlp(reader, layer),
+        )
+
+    def _read_attention(self, reader: WeightReader, prefix: str) -> MlaWeights:
+        shape = self._shape
+        has_latent = shape.q_rank > 0
+        up_AER = reader.read(f"{prefix}.kv_b_proj.weight").view(
+            shape.num_heads, shape.plain_size + shape.value_size, shape.rank
+        )
+        return MlaWeights(
+            w_in_CH=reader.read(
+                f"{prefix}.{'q_a_proj' if has_latent else 'q_proj'}.weight",
+                f"{prefix}.kv_a_proj_with_mqa.weight",
+            ),
+            q_norm_M=reader.read(f"{prefix}.q_a_layernorm.weight") if has_latent else None,
+            w_q_NM=reader.read(f"{prefix}.q_b_proj.weight") if has_latent else None,
+            kv_norm_R=reader.read(f"{prefix}.kv_a_layernorm.weight"),
+            w_uk_ARF=up_AER[:, : shape.plain_size].transpose(1, 2).contiguous(),
+            w_uv_AGR=up_AER[:, shape.plain_size :].contiguous(),
+        )
+
+    def _read_mlp(self, reader: WeightReader, layer: int) -> MoeWeights | MlpWeights:
+        prefix = f"model.layers.{layer}.mlp"
+        if layer not in self._spec.moe_layers:
+            return read_mlp(reader, prefix)
+        correction = f"{prefix}.gate.e_score_correction_bias"
+        return MoeWeights(
+            w_router_EH=reader.read(f"{prefix}.gate.weight"),
+            correction_E=reader.read_exact(correction) if self._routing.sigmoid else None,
+            shared=(
+                read_mlp(reader, f"{prefix}.shared_experts") if self._routing.num_shared else None
+            ),
+        )

@@ -1,0 +1,130 @@
+"""A checkpoint on a CUDA rank: the decoder's logits are those of the CPU model on the same folder,
+with experts in slots in no order. On a CUDA device in bf16; elsewhere on Triton's interpreter in
+float32."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA device here")
+pytest.importorskip("numba", reason="the CPU model is what logits are compared with")
+
+ON_CUDA = torch.cuda.is_available()
+if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
+from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model  # noqa: E402
+from gpu_worker.cuda.moe_stage import LocalMoe  # noqa: E402
+from gpu_worker.load_progress import LoadProgress  # noqa: E402
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint  # noqa: E402
+from shared.clock import SystemClock  # noqa: E402
+from shared.model_spec import read_model_spec  # noqa: E402
+from tests.unit.gpu_worker.model.runs import Chunk, make_batch, open_ranks  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+TOLERANCE = 5e-2 if ON_CUDA else 1e-4
+BLOCK_TOKENS = 16
+TABLE = (4, 1, 6)
+"""A block table in no order."""
+
+SPARE = 3
+QWEN = {
+    "vocab_size": 304,
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "qwen3_moe"
+    create_seeded_checkpoint(folder, seed=3, **QWEN)
+    return folder
+
+
+def load(folder: Path) -> CudaModel:
+    spec = read_model_spec(folder)
+    return load_cuda_model(
+        folder,
+        spec,
+        slots_per_rank=spec.num_experts + SPARE,
+        device=DEVICE,
+        dtype=DTYPE,
+        progress=LoadProgress(SystemClock()),
+        host_experts_gb=0.0,
+    )
+
+
+def spread(num_layers: int, num_experts: int) -> NDArray[np.int16]:
+    """`[L, S]`: every expert in a slot, some in two, in another order in each layer."""
+    rng = np.random.default_rng(8)
+    held = [
+        np.append(np.arange(num_experts), rng.integers(0, num_experts, SPARE))
+        for _ in range(num_layers)
+    ]
+    return np.stack([rng.permutation(layer) for layer in held]).astype(np.int16)
+
+
+def table_of(contents_LS: NDArray[np.int16], num_experts: int) -> NDArray[np.int32]:
+    """`[L, E]`: the last slot that holds each."""
+    slot_of_LE = np.full((contents_LS.shape[0], num_experts), -1, dtype=np.int32)
+    for layer, slot in np.argwhere(contents_LS >= 0):
+        slot_of_LE[layer, contents_LS[layer, slot]] = slot
+    return slot_of_LE
+
+
+def decoder_of(model: CudaModel, contents_LS: NDArray[np.int16]) -> Decoder:
+    options = DecoderOptions(
+        kv_blocks=8,
+        block_tokens=BLOCK_TOKENS,
+        context_tokens_max=len(TABLE) * BLOCK_TOKENS,
+        decode_ladder=(1,),
+        prefill_tokens=32,
+        prefill_sequences=1,
+    )
+    moe = LocalMoe(model.slots, top_k=model.sizes.top_k, step_tokens_max=32)
+    decoder = Decoder(model.sizes, model.weights, moe, options)
+    decoder.use_slots(table_of(contents_LS, model.sizes.num_experts))
+    return decoder
+
+
+def logits_of(decoder: Decoder, tokens: NDArray[np.int32], cuts: list[int]) -> NDArray[np.float32]:
+    """Of the last row of each chunk between two cuts."""
+    rows = []
+    for start, end in itertools.pairwise(cuts):
+        batch = make_batch([Chunk(tokens[start:end], start, TABLE)], all_rows=False)
+        pending = decoder.launch(batch)
+        pending.ids()
+        rows.append(pending.logits_RV[0].float().cpu().numpy().copy())
+    return np.stack(rows)
+
+
+def test_logits_are_those_of_the_cpu_model(folder: Path) -> None:
+    model = load(folder)
+    wanted = spread(model.slots.num_layers, model.sizes.num_experts)
+    held = model.loader.load(wanted)
+    tokens = np.random.default_rng(1).integers(0, model.sizes.vocab_size, 40).astype(np.int32)
+    cuts = [0, 25, 36, 37, 38, 39, 40]
+    ours = logits_of(decoder_of(model, held), tokens, cuts)
+    (run,) = open_ranks(folder, 1, block_tokens=BLOCK_TOKENS)
+    exact = run.logits(Chunk(tokens, 0, TABLE))[np.array(cuts[1:]) - 1]
+    assert exact.std() > 1, "logits without spread would agree with anything"
+    assert np.linalg.norm(ours - exact) < TOLERANCE * np.linalg.norm(exact)

@@ -1,0 +1,193 @@
+"""A CUDA rank's shared weights are those of the checkpoint, in the decoder's layout; what such
+ranks are not built for is refused before a weight is read; and a machine without numba can do it
+all. On the CPU, without kernels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpu_worker.cuda.decoder_weights import GqaWeights, MlpWeights, MoeWeights
+from gpu_worker.cuda.model_loading import CudaModel, layout_of, load_cuda_model
+from gpu_worker.load_progress import LoadProgress
+from gpu_worker.model.gqa_shape import GqaShape
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from shared.errors import CheckpointError
+from shared.model_spec import read_model_spec
+from tests.support.fake_clock import FakeClock
+
+SIZES = {
+    "vocab_size": 304,
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+
+LOAD_WITHOUT_NUMBA = """
+import sys
+from pathlib import Path
+
+for name in ("numba", "llvmlite", "triton"):
+    sys.modules[name] = None  # its import raises
+import torch
+from gpu_worker.cuda.model_loading import load_cuda_model
+from gpu_worker.load_progress import LoadProgress
+from shared.clock import SystemClock
+from shared.model_spec import read_model_spec
+import numpy as np
+
+folder = Path(sys.argv[1])
+model = load_cuda_model(
+    folder, read_model_spec(folder), slots_per_rank=4, device=torch.device("cpu"),
+    dtype=torch.bfloat16, progress=LoadProgress(SystemClock()), host_experts_gb=0.0,
+)
+held = model.loader.load(np.tile(np.arange(4, dtype=np.int16), (model.sizes.num_moe_layers, 1)))
+print("held", held.tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, the middle one dense. Read-only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "qwen3_moe"
+    create_seeded_checkpoint(folder, seed=7, mlp_only_layers=(1,), **SIZES)
+    return folder
+
+
+def load(folder: Path) -> CudaModel:
+    return load_cuda_model(
+        folder,
+        read_model_spec(folder),
+        slots_per_rank=5,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        progress=LoadProgress(FakeClock()),
+        host_experts_gb=0.0,
+    )
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def changed(folder: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A folder with no weights and another config.json."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_shared_weights_lie_as_the_decoder_wants_them(folder: Path) -> None:
+    weights, tensors = load(folder).weights, stored(folder)
+    assert torch.equal(weights.embedding_VH, tensors["model.embed_tokens.weight"])
+    assert torch.equal(weights.final_norm_H, tensors["model.norm.weight"])
+    assert torch.equal(weights.w_head_VH, tensors["lm_head.weight"])
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}"
+        attention = layer.attention
+        assert isinstance(attention, GqaWeights)
+        q, k, v = attention.w_qkv_CH.split([64, 32, 32])
+        assert torch.equal(q, tensors[f"{prefix}.self_attn.q_proj.weight"])
+        assert torch.equal(k, tensors[f"{prefix}.self_attn.k_proj.weight"])
+        assert torch.equal(v, tensors[f"{prefix}.self_attn.v_proj.weight"])
+        assert torch.equal(attention.q_norm_D, tensors[f"{prefix}.self_attn.q_norm.weight"])
+        assert torch.equal(attention.k_norm_D, tensors[f"{prefix}.self_attn.k_norm.weight"])
+        assert torch.equal(layer.w_o_HO, tensors[f"{prefix}.self_attn.o_proj.weight"])
+        assert torch.equal(layer.input_norm_H, tensors[f"{prefix}.input_layernorm.weight"])
+        assert torch.equal(layer.mlp_norm_H, tensors[f"{prefix}.post_attention_layernorm.weight"])
+    sparse, dense = weights.layers[2].mlp, weights.layers[1].mlp
+    assert isinstance(sparse, MoeWeights)
+    assert torch.equal(sparse.w_router_EH, tensors["model.layers.2.mlp.gate.weight"])
+    assert isinstance(dense, MlpWeights)
+    gate, up = dense.w_gate_up_JH.chunk(2)
+    assert torch.equal(gate, tensors["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(up, tensors["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(dense.w_down_HI, tensors["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_sizes_are_those_of_the_config(folder: Path) -> None:
+    sizes = load(folder).sizes
+    assert isinstance(sizes.attention, GqaShape)
+    assert (sizes.attention.num_heads, sizes.attention.kv_heads, sizes.attention.head_dim) == (
+        (4, 2, 16)
+    )
+    assert (sizes.moe_layers, sizes.num_experts, sizes.top_k) == ((0, 2), 4, 2)
+    assert (sizes.hidden_size, sizes.inner_size, sizes.dense_size) == (32, 16, 48)
+    assert (sizes.rope.theta, sizes.routing.normalise, sizes.routing.sigmoid) == (1e4, True, False)
+
+
+def test_a_tied_head_is_the_embedding_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    create_seeded_checkpoint(folder, tie_word_embeddings=True, **SIZES)
+    weights = load(folder).weights
+    assert weights.w_head_VH is weights.embedding_VH
+
+
+def test_experts_of_the_layers_that_have_them_reach_slots(folder: Path) -> None:
+    model, tensors = load(folder), stored(folder)
+    wanted = model.slots.contents
+    wanted[1, 3] = 2
+    model.loader.load(wanted)
+    prefix = "model.layers.2.mlp.experts.2"  # the second layer that has experts
+    gate, up = model.slots.w_gate_up_LSJH[1, 3].chunk(2)
+    assert torch.equal(gate, tensors[f"{prefix}.gate_proj.weight"])
+    assert torch.equal(up, tensors[f"{prefix}.up_proj.weight"])
+    assert torch.equal(model.slots.w_down_LSHI[1, 3], tensors[f"{prefix}.down_proj.weight"])
+
+
+def test_neither_numba_nor_triton_is_needed(folder: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_NUMBA, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "held [[0, 1, 2, 3], [0, 1, 2, 3]]" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"architectures": ["GptOssForCausalLM"], "num_local_experts": 4}, "GptOssForCausalLM"),
+        ({"use_sliding_window": True}, "sliding-window attention"),
+        ({"attention_bias": True}, "biases in attention"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"mlp_only_layers": [0, 1, 2]}, "without expert layers"),
+        ({"moe_intermediate_size": 24}, "experts of 24"),
+        ({"intermediate_size": 40}, "dense layers of 40"),
+    ],
+    ids=str,
+)
+def test_what_cuda_ranks_do_not_serve_is_refused_with_what_to_do(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    spec = read_model_spec(changed(folder, tmp_path, **changes))
+    with pytest.raises(CheckpointError) as caught:
+        layout_of(spec)
+    text = str(caught.value)
+    assert complaint in text
+    assert "--device cpu" in text
+    assert "\n" not in text
+
+
+def test_the_refusal_of_an_architecture_names_those_that_are_served(
+    folder: Path, tmp_path: Path
+) -> None:
+    spec = read_model_spec(changed(folder, tmp_path, architectures=["OlmoeForCausalLM"]))
+    with pytest.raises(CheckpointError, match="Qwen3MoeForCausalLM"):
+        layout_of(spec)
