@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,8 @@ def _write_weights(
     for index, names in enumerate(shards):
         file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name in names:
-            values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
-            kept = torch.float32 if name.endswith("correction_bias") else dtype  # as published
-            tensors[name] = values.to(kept)
+        for name, values in zip(names, _draw_all(names, shapes, seed, dtype), strict=True):
+            tensors[name] = values
             total_bytes += tensors[name].nbytes
             weight_map[name] = file_name
             if on_progress is not None:
@@ -116,6 +115,17 @@ def _write_weights(
     if len(shards) > 1:
         index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / INDEX_FILE, index_json)
+
+
+def _draw_all(
+    names: list[str], shapes: dict[str, Shape], seed: int, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    def draw(name: str) -> torch.Tensor:
+        kept = torch.float32 if name.endswith("correction_bias") else dtype  # as published
+        return torch.from_numpy(_random_tensor(name, shapes[name], seed)).to(kept)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy draws without the GIL
+        yield from pool.map(draw, names)
 
 
 def _split(shapes: dict[str, Shape], num_shards: int) -> list[list[str]]:
