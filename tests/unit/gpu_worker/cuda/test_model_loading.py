@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,10 +19,13 @@ from gpu_worker.cuda.decoder_weights import GqaWeights, MlpWeights, MoeWeights
 from gpu_worker.cuda.model_loading import CudaModel, layout_of, load_cuda_model
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.model.gqa_shape import GqaShape
+from gpu_worker.model.manifest import write_manifest
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
 from shared.model_spec import read_model_spec
 from tests.support.fake_clock import FakeClock
+from tests.unit.gpu_worker.cuda.expert_folder import damage
+from tests.unit.gpu_worker.model.reference import quantise_fp8
 
 SIZES = {
     "vocab_size": 304,
@@ -147,6 +151,29 @@ def test_experts_of_the_layers_that_have_them_reach_slots(folder: Path) -> None:
     assert torch.equal(gate, tensors[f"{prefix}.gate_proj.weight"])
     assert torch.equal(up, tensors[f"{prefix}.up_proj.weight"])
     assert torch.equal(model.slots.w_down_LSHI[1, 3], tensors[f"{prefix}.down_proj.weight"])
+
+
+def test_block_scaled_fp8_becomes_what_it_stands_for(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    create_seeded_checkpoint(plain, num_shards=1, **SIZES)
+    coded = quantise_fp8(plain, tmp_path / "coded", block=(16, 8))
+    expected, ours = load(plain), load(coded)
+    experts = np.tile(np.arange(5, dtype=np.int16) % 4, (3, 1))
+    for model in (expected, ours):
+        model.loader.load(experts)
+    assert torch.equal(ours.slots.w_gate_up_LSJH, expected.slots.w_gate_up_LSJH)
+    assert torch.equal(ours.slots.w_down_LSHI, expected.slots.w_down_LSHI)
+    for layer, exact in zip(ours.weights.layers, expected.weights.layers, strict=True):
+        assert torch.equal(layer.w_o_HO, exact.w_o_HO)
+
+
+def test_a_damaged_shared_weight_is_refused_by_name(tmp_path: Path) -> None:
+    folder, name = tmp_path / "damaged", "model.layers.1.self_attn.k_proj.weight"
+    create_seeded_checkpoint(folder, num_shards=1, **SIZES)
+    write_manifest(folder)
+    damage(folder, name)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load(folder)
 
 
 def test_neither_numba_nor_triton_is_needed(folder: Path) -> None:

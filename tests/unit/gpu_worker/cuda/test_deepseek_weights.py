@@ -1,0 +1,157 @@
+"""DeepSeek's shared weights as a CUDA rank reads them are those of the checkpoint, in the decoder's
+layout. On the CPU, without kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpu_worker.cuda.decoder_weights import DecoderWeights, MlaWeights, MlpWeights, MoeWeights
+from gpu_worker.cuda.deepseek_weights import DeepseekWeights
+from gpu_worker.cuda.weight_reader import WeightReader
+from gpu_worker.model.checkpoint import open_checkpoint
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from shared.errors import CheckpointError
+from shared.model_spec import read_model_spec
+
+HIDDEN, INNER, DENSE = 32, 16, 48
+HEADS, PLAIN, ROTATED, VALUE, RANK, Q_RANK = 2, 16, 8, 24, 16, 32
+SIZES = {
+    "vocab_size": 304,
+    "num_hidden_layers": 3,
+    "hidden_size": HIDDEN,
+    "intermediate_size": DENSE,
+    "moe_intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "kv_lora_rank": RANK,
+    "q_lora_rank": Q_RANK,
+    "qk_nope_head_dim": PLAIN,
+    "qk_rope_head_dim": ROTATED,
+    "v_head_dim": VALUE,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """V3, the first of three layers dense. Read-only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "v3"
+    create_seeded_checkpoint(folder, family="deepseek_v3", **SIZES)
+    return folder
+
+
+def layout_of(folder: Path) -> DeepseekWeights:
+    spec = read_model_spec(folder)
+    return DeepseekWeights(
+        spec,
+        sigmoid=spec.architecture != "DeepseekV2ForCausalLM",
+        has_indexer=spec.architecture == "DeepseekV32ForCausalLM",
+    )
+
+
+def read(folder: Path) -> DecoderWeights:
+    layout = layout_of(folder)
+    checkpoint = open_checkpoint(folder, layout.tensor_shapes())
+    return layout.read(WeightReader(checkpoint, torch.device("cpu"), torch.float32))
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def test_attention_takes_its_projections_apart_by_head(folder: Path) -> None:
+    weights, tensors = read(folder), stored(folder)
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}.self_attn"
+        mla = layer.attention
+        assert isinstance(mla, MlaWeights)
+        assert mla.q_norm_M is not None
+        assert mla.w_q_NM is not None
+        latent_q, latent_kv = mla.w_in_CH.split([Q_RANK, RANK + ROTATED])
+        assert torch.equal(latent_q, tensors[f"{prefix}.q_a_proj.weight"])
+        assert torch.equal(latent_kv, tensors[f"{prefix}.kv_a_proj_with_mqa.weight"])
+        assert torch.equal(mla.w_q_NM, tensors[f"{prefix}.q_b_proj.weight"])
+        assert torch.equal(mla.q_norm_M, tensors[f"{prefix}.q_a_layernorm.weight"])
+        assert torch.equal(mla.kv_norm_R, tensors[f"{prefix}.kv_a_layernorm.weight"])
+        assert torch.equal(layer.w_o_HO, tensors[f"{prefix}.o_proj.weight"])
+        latent_R = torch.randn(RANK, generator=torch.Generator().manual_seed(index))
+        expanded = tensors[f"{prefix}.kv_b_proj.weight"] @ latent_R
+        for head, part in enumerate(expanded.split(PLAIN + VALUE)):
+            torch.testing.assert_close(mla.w_uk_ARF[head].T @ latent_R, part[:PLAIN])
+            torch.testing.assert_close(mla.w_uv_AGR[head] @ latent_R, part[PLAIN:])
+        assert mla.w_uk_ARF.is_contiguous()
+        assert mla.w_uv_AGR.is_contiguous()
+
+
+def test_the_first_layer_is_dense_others_have_a_router_and_shared_experts(folder: Path) -> None:
+    weights, tensors = read(folder), stored(folder)
+    dense = weights.layers[0].mlp
+    assert isinstance(dense, MlpWeights)
+    check_mlp(dense, tensors, "model.layers.0.mlp")
+    for index in (1, 2):
+        moe, prefix = weights.layers[index].mlp, f"model.layers.{index}.mlp"
+        assert isinstance(moe, MoeWeights)
+        assert moe.correction_E is not None
+        assert moe.shared is not None
+        assert torch.equal(moe.w_router_EH, tensors[f"{prefix}.gate.weight"])
+        assert torch.equal(moe.correction_E, tensors[f"{prefix}.gate.e_score_correction_bias"])
+        check_mlp(moe.shared, tensors, f"{prefix}.shared_experts")
+
+
+def check_mlp(mlp: MlpWeights, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    gate, up = mlp.w_gate_up_JH.chunk(2)
+    assert torch.equal(gate, tensors[f"{prefix}.gate_proj.weight"])
+    assert torch.equal(up, tensors[f"{prefix}.up_proj.weight"])
+    assert torch.equal(mlp.w_down_HI, tensors[f"{prefix}.down_proj.weight"])
+
+
+def test_queries_without_a_latent_come_from_the_hidden_state(tmp_path: Path) -> None:
+    folder = tmp_path / "lite"
+    changes = {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": None}
+    create_seeded_checkpoint(folder, family="deepseek_v2", **(SIZES | changes))
+    layer, tensors = read(folder).layers[1], stored(folder)
+    mla, moe = layer.attention, layer.mlp
+    assert isinstance(mla, MlaWeights)
+    assert isinstance(moe, MoeWeights)
+    assert mla.q_norm_M is None
+    assert mla.w_q_NM is None
+    queries, _ = mla.w_in_CH.split([HEADS * (PLAIN + ROTATED), RANK + ROTATED])
+    assert torch.equal(queries, tensors["model.layers.1.self_attn.q_proj.weight"])
+    assert moe.correction_E is None
+    assert moe.shared is None
+
+
+def test_sizes_are_those_of_the_config(folder: Path) -> None:
+    sizes = layout_of(folder).sizes
+    assert (sizes.moe_layers, sizes.num_experts, sizes.top_k) == ((1, 2), 8, 3)
+    assert (sizes.inner_size, sizes.shared_size, sizes.dense_size) == (INNER, 2 * INNER, DENSE)
+    assert (sizes.routing.sigmoid, sizes.routing.num_groups, sizes.routing.kept) == (True, 4, 2)
+    assert sizes.heads_size == HEADS * VALUE
+
+
+def test_an_indexer_in_the_files_is_left_there(tmp_path: Path) -> None:
+    folder = tmp_path / "v32"
+    indexer = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
+    create_seeded_checkpoint(folder, family="deepseek_v32", **(SIZES | indexer))
+    assert any("indexer" in name for name in stored(folder))
+    layout = layout_of(folder)
+    assert not any("indexer" in name for name in layout.tensor_shapes())
+    assert layout.sizes.attention.index_top_k == 64
+    assert len(read(folder).layers) == 3
+
+
+def test_biases_are_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"attention_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"biases in attention.*--device cpu"):
+        layout_of(tmp_path)
