@@ -143,6 +143,29 @@ def test_a_second_death_while_orphans_load_is_told_at_once_too() -> None:
     }
 
 
+def test_a_second_death_that_orphans_nothing_more_is_told_at_once_too() -> None:
+    world = formed(World(spec(ranks=5, slots=4, redundant=4, layers=1)))
+    first = world.published[-1]
+    holders = {e: {int(r) for r in (first.placement[0] == e).nonzero()[0]} for e in range(6)}
+    (orphaned,) = min(holders.values(), key=len)
+    world.kill(orphaned)
+    world.run()
+    told = [w for w in world.writes if isinstance(w, Assign) and w.verdicts]
+    loading = {a.rank for w in told for a in w.assignments}
+    spare = next(
+        rank
+        for rank in set(world.ranks) - loading
+        if all(h - {rank, orphaned} for h in holders.values() if rank in h)
+    )
+    world.kill(spare)
+    world.writes.clear()
+    world.run()
+    assert condemned(world) == [f"{spare}.1"]
+    assert world.published[-1] is first
+    world.settle(1.0)
+    assert {m.rank for m in world.published[-1].members} == set(range(5)) - {orphaned, spare}
+
+
 def test_orphans_without_a_slot_wait_for_a_joiner() -> None:
     world = formed()
     for rank in (0, 1, 2):
