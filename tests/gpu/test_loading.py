@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path) -> CudaModel:
+def load(folder: Path, host_experts_gb: float = 0.0) -> CudaModel:
     spec = read_model_spec(folder)
     return load_cuda_model(
         folder,
@@ -69,7 +69,7 @@ def load(folder: Path) -> CudaModel:
         device=DEVICE,
         dtype=DTYPE,
         progress=LoadProgress(SystemClock()),
-        host_experts_gb=0.0,
+        host_experts_gb=host_experts_gb,
     )
 
 
@@ -128,3 +128,19 @@ def test_logits_are_those_of_the_cpu_model(folder: Path) -> None:
     exact = run.logits(Chunk(tokens, 0, TABLE))[np.array(cuts[1:]) - 1]
     assert exact.std() > 1, "logits without spread would agree with anything"
     assert np.linalg.norm(ours - exact) < TOLERANCE * np.linalg.norm(exact)
+
+
+def test_from_pinned_copies_slots_get_what_the_checkpoint_gives(folder: Path) -> None:
+    plain, model = load(folder), load(folder, host_experts_gb=1.0)
+    wanted = spread(model.slots.num_layers, model.sizes.num_experts)
+    model.loader.load(wanted)
+    assert model.copies.wait_until_filled(timeout_s=60)
+    copy = model.copies.copy_of(1, 5)
+    assert copy is not None
+    assert copy.is_pinned() == ON_CUDA
+    for other in (wanted[:, ::-1], np.roll(wanted, 1, axis=0)):
+        assert np.array_equal(model.loader.load(other), plain.loader.load(other))
+        assert torch.equal(model.slots.w_gate_up_LSJH, plain.slots.w_gate_up_LSJH)
+        assert torch.equal(model.slots.w_down_LSHI, plain.slots.w_down_LSHI)
+    model.copies.close()
+    assert model.copies.copy_of(1, 5) is None
