@@ -1,14 +1,14 @@
 """Pinned copies of experts in the host's memory, so that an orphan comes into a slot as fast as the
 link allows: no file is read for it, nothing converted.
 
-They are filled in by a thread of low priority once the rank has its own experts, and stay. Each
-rank has its own: memory that one process pins, another cannot copy from by DMA.
+A thread fills them in once the rank has its own experts, and they stay. It is no less urgent than
+others to the scheduler: it holds the interpreter's lock now and then, which steps need. Each rank
+has its own copies: memory that one process pins, another cannot copy from by DMA.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -28,7 +28,6 @@ BLOCK_BYTES = 64 * 2**20
 """Pinned at a time, where several experts fit into it."""
 
 _SHARE_OF_FREE = 4
-_NICENESS = 10
 _GB = 1e9
 
 
@@ -97,7 +96,6 @@ class HostExperts:
 
     def _fill_quietly(self, order: Iterator[tuple[int, int]]) -> None:
         """A copy is a convenience: what prevents it is told, and met again where it matters."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self._fill(order)
         except (CheckpointError, OSError) as error:
