@@ -33,10 +33,11 @@ _GB = 1e9
 
 def bytes_for_copies(host_experts_gb: float | None, free_bytes: int, ranks_of_host: int) -> int:
     """What this rank may pin. None: its part of a quarter of what is free, so that most stays with
-    the page cache, which the copies are filled from and other ranks load by."""
+    the page cache, which the copies are filled from and other ranks load by. Never more than is
+    free: the kernel would end a process for it."""
     if host_experts_gb is None:
         return free_bytes // (_SHARE_OF_FREE * ranks_of_host)
-    return int(host_experts_gb * _GB)
+    return min(int(host_experts_gb * _GB), free_bytes)
 
 
 class HostExperts:

@@ -94,8 +94,13 @@ def test_a_damaged_expert_ends_the_filling_with_its_name(tmp_path: Path) -> None
 
 def test_by_default_the_ranks_of_a_host_share_a_quarter_of_what_is_free() -> None:
     assert 8 * bytes_for_copies(None, free_bytes=1600, ranks_of_host=8) == 400
-    assert bytes_for_copies(1.5, free_bytes=1600, ranks_of_host=8) == 1_500_000_000
-    assert bytes_for_copies(0.0, free_bytes=1600, ranks_of_host=8) == 0
+
+
+def test_what_is_asked_for_is_taken_as_far_as_it_is_free() -> None:
+    gb = 1_000_000_000
+    assert bytes_for_copies(1.5, free_bytes=9 * gb, ranks_of_host=8) == 1.5 * gb
+    assert bytes_for_copies(1.5, free_bytes=gb, ranks_of_host=8) == gb
+    assert bytes_for_copies(0.0, free_bytes=gb, ranks_of_host=8) == 0
 
 
 def test_what_is_free_ends_at_the_control_groups_limit(tmp_path: Path) -> None:
