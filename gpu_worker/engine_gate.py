@@ -49,9 +49,12 @@ class EngineGate:
         if self._conductor is not None:
             self._conductor.on_news(news)
 
-    def hand_map(self, expert_map: ExpertMap) -> None:
+    def see_map(self, expert_map: ExpertMap) -> None:
+        """A map is there; it is handed over once its members' links are open."""
         if self._conductor is not None:
             self._conductor.hear(expert_map)
+
+    def hand_map(self, expert_map: ExpertMap) -> None:
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
 
     def hold(self, epoch: Epoch) -> None:

@@ -203,6 +203,7 @@ class Rank:
             registrar=self._registrar,
             loader=parts.hardware.loader,
             engine=EngineDoor(
+                see_map=self._gate.see_map,
                 hand_map=self._gate.hand_map,
                 hold=self._gate.hold,
                 condemn=self._gate.condemn,

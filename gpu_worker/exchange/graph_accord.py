@@ -86,16 +86,16 @@ class GraphAccord:
         self._condemned = {m for m in self._condemned if expert_map.has(m)}
         give_up = self._left_by(expert_map)
         if give_up:
-            self._spoil()
+            assert self._adopted is not None
+            self._spoil(self._adopted.epoch)
         return Heard(give_up, leave)
 
-    def condemn(self, dead: Member) -> bool:
-        """A verdict. Whether it is a member of the adopted map, and so to be given up."""
+    def condemn(self, dead: Member, epoch: Epoch) -> None:
+        """A verdict: the map of `epoch` will be the first without this life. Who is to be waited
+        for no longer can deliver no step of the maps before it, adopted or not."""
         self._condemned.add(dead)
-        is_member = self._adopted is not None and self._adopted.has(dead)
-        if is_member:
-            self._spoil()
-        return is_member
+        if any(m is not None and m.has(dead) for m in (self._adopted, self._newest)):
+            self._spoil(Epoch(epoch - 1))
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
         """The number of the first graph under this map, once all members are ready for it."""
@@ -196,9 +196,8 @@ class GraphAccord:
             if m != self.own.member and (not expert_map.has(m) or m.rank in expert_map.joiners)
         )
 
-    def _spoil(self) -> None:
-        assert self._adopted is not None
-        self.own = replace(self.own, spoilt=max(self.own.spoilt, self._adopted.epoch))
+    def _spoil(self, epoch: Epoch) -> None:
+        self.own = replace(self.own, spoilt=max(self.own.spoilt, epoch))
 
     def _sleep_at(self) -> int | None:
         """The graph at which all members of the adopted map have agreed to sleep, where this rank

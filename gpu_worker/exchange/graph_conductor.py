@@ -49,7 +49,8 @@ class GraphConductor:
     # On the event loop ---------------------------------------------------------------------------
 
     def hear(self, expert_map: ExpertMap) -> None:
-        """Before the engine is handed the map. Maps without this rank, and old ones, are none."""
+        """As soon as a map is seen, whether or not it can be adopted yet. Maps without this rank,
+        and old ones, are none."""
         newest = self._newest
         own = self._accord.own.member
         if not expert_map.has(own) or (newest and expert_map.epoch <= newest.epoch):
@@ -68,12 +69,9 @@ class GraphConductor:
     def condemn(self, dead: Member, epoch: Epoch) -> None:
         """A verdict: the map of `epoch`, which may not be there yet, is without this life."""
         with self._lock:
-            is_member = self._accord.condemn(dead)
-        if is_member:
-            self._release([dead], epoch)
-            self._tell()
-        else:
-            self._look_again()
+            self._accord.condemn(dead, epoch)
+        self._release([dead], epoch)
+        self._tell()
 
     def on_news(self, news: GraphNews) -> None:
         with self._lock:

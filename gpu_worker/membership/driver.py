@@ -50,6 +50,7 @@ class SlotLoader(Protocol):
 class EngineDoor:
     """How maps, holds and verdicts on peers reach the engine, and how the rank ends."""
 
+    see_map: Callable[[ExpertMap], None]
     hand_map: Callable[[ExpertMap], None]
     hold: Callable[[Epoch], None]
     condemn: Callable[[Member, Epoch], None]
@@ -238,7 +239,9 @@ class MembershipDriver:
     def _actions_of(self, key: str, value: bytes) -> list[Action]:
         keys, standing = self._keys, self._standing
         if key == keys.map:
-            return standing.on_map(unpack_map(value))
+            expert_map = unpack_map(value)
+            self._engine.see_map(expert_map)
+            return standing.on_map(expert_map)
         if key.startswith(keys.ranks):
             return standing.on_peer_record(unpack(value, RankRecord))
         if key.startswith(keys.assignments):

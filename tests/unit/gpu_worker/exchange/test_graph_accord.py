@@ -65,9 +65,9 @@ class SimRank:
         self.left = self.left or heard.leave
         self.release(heard.give_up)
 
-    def condemn(self, dead: Member) -> None:
-        if self.accord.condemn(dead):
-            self.release({dead})
+    def condemn(self, dead: Member, epoch: Epoch) -> None:
+        self.accord.condemn(dead, epoch)
+        self.release({dead})
 
     def release(self, dead: set[Member] | frozenset[Member]) -> None:
         if self.mask & dead:
@@ -141,7 +141,7 @@ class World:
         self.wires: dict[tuple[Member, Member], deque[tuple[str, object]]] = {}
         self.maps: list[ExpertMap] = []
         self.seen: dict[Member, int] = {}  # how many maps reached it
-        self.verdicts: list[Member] = []
+        self.verdicts: list[tuple[Member, Epoch]] = []
         self.judged: dict[Member, int] = {}
         self.first_graph: dict[int, int] = {}
 
@@ -165,7 +165,7 @@ class World:
         """And judge it: those unsettled begin anew."""
         standing, settled = self.maps[-1], self.is_settled()
         del self.ranks[member]
-        self.verdicts.append(member)
+        self.verdicts.append((member, Epoch(standing.epoch + 1)))
         if standing.has(member):
             members = [m for m in standing.members if m != member]
             again = [] if settled else [m for m in members if m.rank in standing.joiners]
@@ -219,7 +219,7 @@ class World:
             rank.hear(self.maps[self.seen[rank.member] - 1])
         else:
             self.judged[rank.member] += 1
-            rank.condemn(self.verdicts[self.judged[rank.member] - 1])
+            rank.condemn(*self.verdicts[self.judged[rank.member] - 1])
         self._tell(rank)
         if rank.left:
             self.kill(rank.member)
@@ -351,37 +351,55 @@ class _Lazy(random.Random):
         return super().choice(others if others and self.random() < 0.97 else options)
 
 
+def news_of(member: Member, *, entered: int, spoilt: int) -> GraphNews:
+    return GraphNews(
+        member=member,
+        joining=Epoch(0),
+        limit=0,
+        entered=Epoch(entered),
+        sleep_at=-1,
+        slept_at=-1,
+        spoilt=Epoch(spoilt),
+    )
+
+
 def test_a_slot_is_clear_once_all_have_entered_a_newer_map_or_let_go() -> None:
     one, two, dead = life(0), life(1), life(2)
     accord = GraphAccord(one)
     first = map_of(1, [one, two, dead], [])
     accord.hear(first)
     accord.adopt(first)
-    news = GraphNews(
-        member=two,
-        joining=Epoch(0),
-        limit=0,
-        entered=Epoch(1),
-        sleep_at=-1,
-        slept_at=-1,
-        spoilt=Epoch(0),
-    )
-    accord.on_news(news)
+    accord.on_news(news_of(two, entered=1, spoilt=0))
     assert not accord.is_clear_of(Epoch(1))
-    assert accord.condemn(dead)
+    accord.condemn(dead, Epoch(2))
     assert not accord.is_clear_of(Epoch(1))  # the other one may still deliver a step
-    accord.on_news(
-        GraphNews(
-            member=two,
-            joining=Epoch(0),
-            limit=0,
-            entered=Epoch(1),
-            sleep_at=-1,
-            slept_at=-1,
-            spoilt=Epoch(1),
-        )
-    )
+    accord.on_news(news_of(two, entered=1, spoilt=1))
     assert accord.is_clear_of(Epoch(1))
+
+
+def test_a_map_that_names_one_condemned_since_needs_nobody_to_have_entered_it() -> None:
+    one, two, three, dead = life(0), life(1), life(2), life(3)
+    accord = GraphAccord(one)
+    first = map_of(5, [one, two, three, dead], [])
+    accord.hear(first)
+    accord.adopt(first)
+    accord.condemn(dead, Epoch(6))
+    accord.hear(map_of(6, [one, two, three], []))  # nobody can adopt it:
+    accord.condemn(three, Epoch(7))
+    accord.on_news(news_of(two, entered=5, spoilt=5))
+    assert not accord.is_clear_of(Epoch(6))
+    accord.on_news(news_of(two, entered=5, spoilt=6))
+    assert accord.is_clear_of(Epoch(6))
+
+
+def test_a_verdict_on_somebody_in_no_map_spoils_none() -> None:
+    one, two = life(0), life(1)
+    accord = GraphAccord(one)
+    first = map_of(1, [one, two], [])
+    accord.hear(first)
+    accord.adopt(first)
+    accord.condemn(life(2), Epoch(2))
+    assert accord.own.spoilt == 0
 
 
 def test_nothing_is_launched_between_a_map_with_joiners_and_its_adoption() -> None:
