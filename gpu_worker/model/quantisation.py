@@ -22,26 +22,24 @@ _E8M0_NAN = 0xFF
 
 # What is decoded at once, so that the passes over it find it in the cache.
 _FP8_VALUES_MAX = 2**17
-_MXFP4_GROUPS_MAX = 2**12
+_MXFP4_GROUPS_MAX = 2**14
 
 
-def _e2m1_quads() -> Floats:
-    """The four values of every two bytes, the low nibble first: one look-up gives all four."""
+def _mxfp4_pairs() -> Floats:
+    """`[scale, byte, 2]`: the two values of every byte, the low nibble first, under every scale."""
     magnitudes = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float32)
-    values: Floats = np.concatenate([magnitudes, -magnitudes])
-    nibbles = np.arange(2**16)[:, np.newaxis] >> np.array([0, 4, 8, 12]) & 15
-    quads: Floats = values[nibbles]
-    return quads
+    values = np.concatenate([magnitudes, -magnitudes])
+    pairs: Floats = values[np.arange(256)[:, np.newaxis] >> np.array([0, 4]) & 15]
+    # 2^-127 is a subnormal of float32, and exact. The last entry stands for NaN and is never used.
+    scales = np.ldexp(np.float32(1), np.minimum(np.arange(256), _E8M0_NAN - 1) - _E8M0_BIAS)
+    with np.errstate(over="ignore"):  # 4 and 6 times 2^127 are infinite, as in other readers
+        pairs_by_scale: Floats = pairs * scales[:, np.newaxis, np.newaxis]
+    return pairs_by_scale
 
 
-_QUADS = _e2m1_quads()
-# As one word each: a look-up copies words, and does no arithmetic on them.
-_FLOAT_QUADS = _QUADS.view(np.complex128)[:, 0]
-_BFLOAT_QUADS = (_QUADS.view(np.uint32) >> 16).astype(np.uint16).view(np.uint64)[:, 0]
-# 2^-127 is a subnormal of float32, and exact. The last entry stands for NaN and is never used.
-_E8M0 = np.ldexp(np.float32(1), np.minimum(np.arange(256), _E8M0_NAN - 1) - _E8M0_BIAS)
-_E8M0_LOW, _E8M0_HIGH = 2, 252
-"""Between these every product is a normal number."""
+# As one word each: a look-up copies words, whatever they hold.
+_FLOAT_PAIRS = _mxfp4_pairs().view(np.uint64).reshape(-1)
+_BFLOAT_PAIRS = (_mxfp4_pairs().view(np.uint32) >> 16).astype(np.uint16).view(np.uint32).reshape(-1)
 
 
 def decode_fp8_blocks(codes: Codes, scales: NDArray[Any], block: tuple[int, int]) -> Floats:
@@ -78,35 +76,23 @@ def _widen_e4m3(codes: Codes, values: Floats) -> None:
 def decode_mxfp4(blocks: Codes, scales: Codes) -> Floats:
     """`blocks` `[..., G, 16]`, `scales` `[..., G]`: `[..., 32 * G]`. Raises ValueError where a
     scale is NaN."""
-    pairs, exponents = _groups(blocks, scales)
-    values: Floats = np.empty((exponents.size, MXFP4_GROUP), dtype=np.float32)
-    with np.errstate(over="ignore"):  # 4 and 6 times 2^127 are infinite, as in other readers
-        for first in range(0, len(values), _MXFP4_GROUPS_MAX):
-            groups = slice(first, first + _MXFP4_GROUPS_MAX)
-            np.take(
-                _FLOAT_QUADS, pairs[groups], out=values[groups].view(np.complex128), mode="clip"
-            )
-            values[groups] *= _E8M0[exponents[groups]][:, np.newaxis]
-    return values.reshape(*blocks.shape[:-2], -1)
+    return _look_up(_FLOAT_PAIRS, blocks, scales).view(np.float32)
 
 
 def decode_mxfp4_bits(blocks: Codes, scales: Codes) -> NDArray[np.uint16]:
     """`decode_mxfp4` in bfloat16, which is exact: of a code two bits are significant."""
-    pairs, exponents = _groups(blocks, scales)
-    if exponents.size and (exponents.min() < _E8M0_LOW or exponents.max() > _E8M0_HIGH):
-        return (decode_mxfp4(blocks, scales).view(np.uint32) >> 16).astype(np.uint16)
-    shifts = (exponents.astype(np.uint16) - _E8M0_BIAS) << 7  # below 2^0 it wraps, as it should
-    bits = np.empty((exponents.size, MXFP4_GROUP), dtype=np.uint16)
-    for first in range(0, len(bits), _MXFP4_GROUPS_MAX):
-        groups = slice(first, first + _MXFP4_GROUPS_MAX)
-        np.take(_BFLOAT_QUADS, pairs[groups], out=bits[groups].view(np.uint64), mode="clip")
-        bits[groups] += shifts[groups, np.newaxis] * (bits[groups] & 0x7FFF != 0)
-    return bits.reshape(*blocks.shape[:-2], -1)
+    return _look_up(_BFLOAT_PAIRS, blocks, scales).view(np.uint16)
 
 
-def _groups(blocks: Codes, scales: Codes) -> tuple[NDArray[np.uint16], Codes]:
-    """Of all groups: their bytes two by two, and their scales. Raises ValueError."""
+def _look_up(pairs: NDArray[Any], blocks: Codes, scales: Codes) -> NDArray[Any]:
+    """`[..., 16 * G]` words of `pairs`."""
     if (scales == _E8M0_NAN).any():
         raise ValueError("has a scale that is NaN")
-    pairs = np.ascontiguousarray(blocks).reshape(-1, MXFP4_GROUP_BYTES).view(np.uint16)
-    return pairs, scales.reshape(-1)
+    found = np.empty(blocks.shape, dtype=pairs.dtype)
+    of_groups = found.reshape(-1, MXFP4_GROUP_BYTES)
+    bytes_of_groups, scale_of_groups = blocks.reshape(of_groups.shape), scales.reshape(-1, 1)
+    for first in range(0, len(of_groups), _MXFP4_GROUPS_MAX):
+        groups = slice(first, first + _MXFP4_GROUPS_MAX)
+        places = scale_of_groups[groups].astype(np.uint16) << 8 | bytes_of_groups[groups]
+        np.take(pairs, places, out=of_groups[groups], mode="clip")
+    return found.reshape(*blocks.shape[:-2], -1)

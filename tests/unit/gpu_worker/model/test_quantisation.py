@@ -116,11 +116,10 @@ def test_mxfp4_is_what_transformers_makes_of_it(dtype: torch.dtype) -> None:
     assert torch.equal(ours.contiguous().view(raw), other.view(raw))
 
 
-@pytest.mark.parametrize("scales", [range(255), range(2, 253)], ids=str)
-def test_mxfp4_loses_nothing_in_bfloat16(scales: range) -> None:
-    """Every byte under every scale, and under those that need no care of overflows."""
-    blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (len(scales), 1, 1))
-    all_scales = np.repeat(np.array(scales, dtype=np.uint8)[:, np.newaxis], 16, axis=1)
+def test_mxfp4_loses_nothing_in_bfloat16() -> None:
+    """Every byte under every scale."""
+    blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (255, 1, 1))
+    all_scales = np.repeat(np.arange(255, dtype=np.uint8)[:, np.newaxis], 16, axis=1)
     exact = bits(decode_mxfp4(blocks, all_scales))
     short = decode_mxfp4_bits(blocks, all_scales)
     assert np.array_equal(short.astype(np.uint32) << 16, exact)
@@ -144,9 +143,9 @@ def test_matrices_beyond_what_is_decoded_at_once_are_the_same() -> None:
     table = np.array([e4m3(code) for code in range(256)], dtype=np.float32)
     by_value = scales.repeat(128, axis=0).repeat(128, axis=1)[:300, :2000]
     assert np.array_equal(bits(read), bits(table[codes] * by_value))
-    blocks = rng.integers(0, 256, (9000, 16), dtype=np.uint8)
-    exponents = rng.integers(100, 150, 9000, dtype=np.uint8)
-    whole = decode_mxfp4(blocks, exponents).reshape(9000, 32)
-    for row in (0, 4095, 4096, 8999):
+    blocks = rng.integers(0, 256, (17_000, 16), dtype=np.uint8)
+    exponents = rng.integers(100, 150, 17_000, dtype=np.uint8)
+    whole = decode_mxfp4(blocks, exponents).reshape(17_000, 32)
+    for row in (0, 16383, 16384, 16999):
         one = decode_mxfp4(blocks[row : row + 1], exponents[row : row + 1])
         assert np.array_equal(bits(whole[row]), bits(one))
