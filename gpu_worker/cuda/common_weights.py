@@ -9,6 +9,7 @@ from gpu_worker.cuda.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.decoder_weights import DecoderWeights, LayerWeights, MlpWeights
 from gpu_worker.cuda.weight_reader import WeightReader
 from gpu_worker.model.frame import EMBEDDING_NAME, FINAL_NORM_NAME, head_name
+from gpu_worker.model.mla_shape import MlaShape
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
@@ -52,17 +53,25 @@ def refuse_on_cuda(reasons: Mapping[str, bool]) -> None:
 
 
 def check_tiles(sizes: DecoderSizes) -> None:
-    """Raises CheckpointError where tiles of the kernels do not cut the matrices evenly."""
-    widths = {
+    """Raises CheckpointError where tiles of the kernels do not cut the matrices evenly, or blocks
+    of them do not hold a head."""
+    even = {
         "a hidden size": sizes.hidden_size,
         "experts": sizes.inner_size,
         "shared experts": sizes.shared_size,
         "dense layers": sizes.dense_size,
-        "heads together": sizes.heads_size,
     }
+    shape = sizes.attention
+    if isinstance(shape, MlaShape):
+        even |= {"a q_lora_rank": shape.q_rank, "values": shape.value_size}
+        even |= {"heads that are not rotated": shape.plain_size}
+        whole = {"a kv_lora_rank": shape.rank, "rotated heads": shape.rotated_size}
+    else:
+        whole = {"heads": shape.head_dim}
     refuse_on_cuda(
-        {
-            f"{what} of {size}, no multiple of {_TILE}": size % _TILE > 0
-            for what, size in widths.items()
+        {f"{what} of {n}, no multiple of {_TILE}": n % _TILE > 0 for what, n in even.items()}
+        | {
+            f"{what} of {n}, no power of two from {_TILE}": n < _TILE or n & (n - 1) > 0
+            for what, n in whole.items()
         }
     )

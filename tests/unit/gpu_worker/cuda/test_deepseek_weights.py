@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpu_worker.cuda.common_weights import check_tiles
 from gpu_worker.cuda.decoder_weights import DecoderWeights, MlaWeights, MlpWeights, MoeWeights
 from gpu_worker.cuda.deepseek_weights import DeepseekWeights
 from gpu_worker.cuda.weight_reader import WeightReader
@@ -19,7 +21,7 @@ from shared.errors import CheckpointError
 from shared.model_spec import read_model_spec
 
 HIDDEN, INNER, DENSE = 32, 16, 48
-HEADS, PLAIN, ROTATED, VALUE, RANK, Q_RANK = 2, 16, 8, 24, 16, 32
+HEADS, PLAIN, ROTATED, VALUE, RANK, Q_RANK = 2, 32, 16, 48, 64, 80
 SIZES = {
     "vocab_size": 304,
     "num_hidden_layers": 3,
@@ -150,8 +152,22 @@ def test_an_indexer_in_the_files_is_left_there(tmp_path: Path) -> None:
     assert len(read(folder).layers) == 3
 
 
-def test_biases_are_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"attention_bias": True}
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"attention_bias": True}, "biases in attention"),
+        ({"kv_lora_rank": 48}, "kv_lora_rank of 48, no power of two"),
+        ({"qk_rope_head_dim": 8}, "rotated heads of 8, no power of two from 16"),
+        ({"v_head_dim": 24}, "values of 24, no multiple of 16"),
+    ],
+    ids=str,
+)
+def test_what_is_not_built_is_refused_with_what_to_do(
+    folder: Path, tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"biases in attention.*--device cpu"):
-        layout_of(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        check_tiles(layout_of(tmp_path).sizes)
+    assert complaint in str(caught.value)
+    assert "--device cpu" in str(caught.value)

@@ -197,6 +197,7 @@ def test_neither_numba_nor_triton_is_needed(folder: Path) -> None:
         ({"mlp_only_layers": [0, 1, 2]}, "without expert layers"),
         ({"moe_intermediate_size": 24}, "experts of 24"),
         ({"intermediate_size": 40}, "dense layers of 40"),
+        ({"head_dim": 48}, "heads of 48, no power of two"),
     ],
     ids=str,
 )
