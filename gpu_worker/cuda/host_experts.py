@@ -3,7 +3,7 @@ link allows: no file is read for it, nothing converted.
 
 A thread fills them in once the rank has its own experts, and they stay. It is no less urgent than
 others to the scheduler: it holds the interpreter's lock now and then, which steps need. Each rank
-has its own copies: memory that one process pins, another cannot copy from by DMA.
+has its own copies: memory is pinned for one process.
 """
 
 from __future__ import annotations
