@@ -30,7 +30,7 @@ class AgentConfig:
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
     stop_grace_s: float = option(5.0, "how long a rank may take to exit before it is killed")
     dying_poll_ms: float = option(
-        8.0, "how often ranks are looked at for having begun to die; 0: their end alone is seen"
+        10.0, "how often ranks are looked at for having begun to die; 0: their end alone is seen"
     )
     pin_cpus: bool = option(True, "give every rank its share of the CPUs, and no others")
     log_level: str = option("info", "debug, info, warning or error")
