@@ -1,8 +1,9 @@
 """One rank's decoder on one CUDA card, measured in one call: `python -m bench.gpu --out FOLDER`.
 
-Random bf16 weights of Qwen3-30B-A3B's shape: decode tokens/s by batch size as a share of the
-roofline, what batch invariance costs, prefill, refilling slots beside decode, and transformers'
-generate on the same weights. What is correct is for tests/gpu to say.
+Random bf16 weights of Qwen3-30B-A3B's shape or of DeepSeek-V3's with small experts (`--shape`):
+decode tokens/s by batch size as a share of the roofline, what batch invariance costs, prefill,
+refilling slots beside decode; for Qwen3 also tiles of kernels, and transformers' generate on the
+same weights. What is correct is for tests/gpu to say.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu_shapes import SHAPES
+from gpu_worker.cuda.decoder_sizes import DecoderSizes
+from gpu_worker.model.gqa_shape import GqaShape
+
 CONTEXT = 512
 NEW_TOKENS_MAX = 128
 BLOCK_TOKENS = 16
@@ -28,29 +33,16 @@ HOST_STEPS = 40
 
 
 class GpuBench:
-    def __init__(self, layers: int) -> None:
-        from gpu_worker.cuda.decoder_sizes import DecoderSizes
+    def __init__(self, sizes: DecoderSizes) -> None:
         from gpu_worker.cuda.random_weights import random_weights
         from gpu_worker.cuda.slots import CudaSlots
-        from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape
-        from gpu_worker.model.rope import Rope
 
         self.device = torch.device("cuda")
         torch.manual_seed(0)
-        self.sizes = DecoderSizes(
-            num_layers=layers,
-            hidden_size=2048,
-            attention=GqaShape(num_heads=32, kv_heads=4, head_dim=128, qk_norm=QK_NORM_HEAD),
-            rope=Rope(theta=1e6, kind="default", scaling={}, context_tokens_max=4096),
-            moe_layers=tuple(range(layers)),
-            num_experts=128,
-            top_k=8,
-            inner_size=768,
-            vocab_size=151_936,
-        )
+        self.sizes = sizes
         self.weights = random_weights(self.sizes, self.device, torch.bfloat16)
         self.slots = CudaSlots(
-            num_layers=layers,
+            num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
             hidden_size=self.sizes.hidden_size,
             inner_size=self.sizes.inner_size,
@@ -74,9 +66,10 @@ class GpuBench:
         )
         moe = LocalMoe(self.slots, top_k=self.sizes.top_k, step_tokens_max=512)
         decoder = Decoder(self.sizes, self.weights, moe, settings)
-        decoder.use_slots(np.tile(np.arange(128, dtype=np.int32), (self.sizes.num_layers, 1)))
-        decoder._k_LBJUD.normal_()
-        decoder._v_LBJUD.normal_()
+        table = np.arange(self.sizes.num_experts, dtype=np.int32)
+        decoder.use_slots(np.tile(table, (self.sizes.num_moe_layers, 1)))
+        for cache in decoder.attention.cache():
+            cache.normal_()
         decoder.capture()
         return decoder
 
@@ -97,7 +90,7 @@ def batch_at(position: int, ids_T: np.ndarray) -> Any:
 
 
 def random_ids(count: int) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 151_936, count)
+    return np.random.default_rng(count).integers(0, 100_000, count)
 
 
 def copy_rate(nbytes: int = 4 << 30) -> float:
@@ -168,7 +161,7 @@ def decode_rates(bench: GpuBench, decoder: Any, batch: int, copy_tb_per_s: float
         "graph_ms": graph_ms,
         "floor_ms": floor_ms,
         "share_of_roofline": floor_ms / step_ms,
-        "distinct_experts_per_layer": float(np.mean(distinct)) / sizes.num_layers,
+        "distinct_experts_per_layer": float(np.mean(distinct)) / sizes.num_moe_layers,
         "gigabytes": float(nbytes / 1e9),
         "distinct_tokens": len(set(ids.tolist())),
     }
@@ -217,8 +210,8 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
 
     values = torch.empty(16, bench.sizes.expert_values, dtype=torch.bfloat16).normal_().pin_memory()
     refills = [
-        Refill(layer, 128 + spare, spare, values[(layer + spare) % 16])
-        for layer in range(bench.sizes.num_layers)
+        Refill(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
+        for layer in range(bench.sizes.num_moe_layers)
         for spare in range(SPARE_SLOTS)
     ]
     gigabytes = len(refills) * bench.sizes.expert_values * 2 / 1e9
@@ -336,17 +329,19 @@ class Report:
         return "\n".join(lines)
 
 
-def measure(report: Report, layers: int, sections: set[str]) -> None:
+def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
     properties = torch.cuda.get_device_properties(0)
     report.run("card", lambda: {"name": properties.name, "torch": torch.__version__})
     copy = report.run("copy_tb_per_s", copy_rate)
     link = report.run("link_gb_per_s", link_rate)
     torch.cuda.empty_cache()
-    bench = GpuBench(layers)
+    bench = GpuBench(sizes)
     if "decode" in sections:
         _measure_decode(report, bench, copy, link)
     if "free" in sections:
         _measure_free(report, bench, copy)
+    if not isinstance(sizes.attention, GqaShape):
+        sections -= {"kernels", "transformers"}
     if "kernels" in sections:
         _measure_kernels(report, bench)
     if "transformers" in sections:
@@ -389,7 +384,8 @@ def _measure_kernels(report: Report, bench: GpuBench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("var/bench"))
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument(
         "--sections", default="decode,free,kernels,transformers", help="comma-separated"
     )
@@ -398,7 +394,8 @@ def main() -> None:
         sys.exit("bench.gpu: no CUDA device here; this measures one")
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
-    measure(report, options.layers, set(options.sections.split(",")))
+    sizes = SHAPES[options.shape](options.layers)
+    measure(report, sizes, set(options.sections.split(",")))
     print(report.table())
 
 

@@ -44,21 +44,32 @@ def reference_model(
         max_position_embeddings=context,
         tie_word_embeddings=False,
     )
-    dtype_here = dtype or weights.dtype
+    tensors = _tensors(sizes, shape, weights, slots)
+    return filled_model(
+        transformers.Qwen3MoeForCausalLM, config, tensors, weights.device, dtype or weights.dtype
+    )
+
+
+def filled_model(
+    kind: Any, config: Any, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """A model of transformers with these for its parameters and buffers."""
     with torch.device("meta"):
-        model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype_here)
+        model = kind._from_config(config, dtype=dtype)
     rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=config).to(weights.device)
-    for name, value in _tensors(sizes, shape, weights, slots).items():
+    model.model.rotary_emb = rotary(config=config).to(device)
+    for name, value in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        value = value.to(dtype_here)
         try:
             module = model.get_submodule(owner)
         except AttributeError:
             continue  # the other form of experts
-        if hasattr(module, leaf):
-            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
-    left = [name for name, p in model.named_parameters() if p.is_meta]
+        if leaf in module._buffers:
+            setattr(module, leaf, value)
+        elif hasattr(module, leaf):
+            setattr(module, leaf, torch.nn.Parameter(value.to(dtype), requires_grad=False))
+    parts = (*model.named_parameters(), *model.named_buffers())
+    left = [name for name, value in parts if value.is_meta]
     assert not left, f"transformers has parameters that nobody filled: {left[:3]}"
     return model.eval()
 
@@ -77,8 +88,6 @@ def _tensors(
         assert isinstance(own, GqaWeights), "Qwen3-MoE's"
         assert isinstance(mlp, MoeWeights), "Qwen3-MoE's"
         q, k, v = own.w_qkv_CH.split([shape.q_size, shape.kv_size, shape.kv_size])
-        gate_up = slots.w_gate_up_LSJH[index, : sizes.num_experts]
-        down = slots.w_down_LSHI[index, : sizes.num_experts]
         tensors |= {
             f"{prefix}.self_attn.q_proj.weight": q,
             f"{prefix}.self_attn.k_proj.weight": k,
@@ -89,12 +98,20 @@ def _tensors(
             f"{prefix}.input_layernorm.weight": layer.input_norm_H,
             f"{prefix}.post_attention_layernorm.weight": layer.mlp_norm_H,
             f"{prefix}.mlp.gate.weight": mlp.w_router_EH,
-            f"{prefix}.mlp.experts.gate_up_proj": gate_up,
-            f"{prefix}.mlp.experts.down_proj": down,
-        }
-        for expert in range(sizes.num_experts):
-            one = f"{prefix}.mlp.experts.{expert}"
-            tensors[f"{one}.gate_proj.weight"] = gate_up[expert, : sizes.inner_size]
-            tensors[f"{one}.up_proj.weight"] = gate_up[expert, sizes.inner_size :]
-            tensors[f"{one}.down_proj.weight"] = down[expert]
+        } | expert_tensors(f"{prefix}.mlp.experts", sizes, slots, index)
+    return tensors
+
+
+def expert_tensors(
+    prefix: str, sizes: DecoderSizes, slots: CudaSlots, index: int
+) -> dict[str, Tensor]:
+    """Of one MoE layer, in both forms that versions of transformers have."""
+    gate_up = slots.w_gate_up_LSJH[index, : sizes.num_experts]
+    down = slots.w_down_LSHI[index, : sizes.num_experts]
+    tensors = {f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down}
+    for expert in range(sizes.num_experts):
+        one = f"{prefix}.{expert}"
+        tensors[f"{one}.gate_proj.weight"] = gate_up[expert, : sizes.inner_size]
+        tensors[f"{one}.up_proj.weight"] = gate_up[expert, sizes.inner_size :]
+        tensors[f"{one}.down_proj.weight"] = down[expert]
     return tensors

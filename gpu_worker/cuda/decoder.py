@@ -1,5 +1,5 @@
-"""A GQA decoder with experts on one CUDA rank: decode under CUDA graphs for a ladder of batch
-sizes, prefill in chunks through the same kernels, tokens sampled on the device.
+"""A decoder with experts on one CUDA rank: decode under CUDA graphs for a ladder of batch sizes,
+prefill in chunks through the same kernels, tokens sampled on the device.
 
 Graphs hold addresses, never values: expert map, slots, block tables and batch change in place, so a
 death, a heal or a rejoin needs no capture. A step makes one copy to the device and one back.
@@ -15,15 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.cuda.attention_stage import AttentionStage
 from gpu_worker.cuda.decoder_sizes import DecoderSizes
-from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights, MoeWeights
-from gpu_worker.cuda.kernels import attention, residual, routing, sampling
-from gpu_worker.cuda.kernels.linear import linear_parts
-from gpu_worker.cuda.moe_stage import MoeStage, Onward, Routed, slot_table
+from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights, MlaWeights
+from gpu_worker.cuda.feed_forward import FeedForward
+from gpu_worker.cuda.gqa_stage import GqaStage
+from gpu_worker.cuda.kernels import residual, sampling
+from gpu_worker.cuda.mla_stage import MlaStage
+from gpu_worker.cuda.moe_stage import MoeStage, Onward, slot_table
+from gpu_worker.cuda.products import Product, StepRoom
 from gpu_worker.cuda.row_draw import RowDraw
 from gpu_worker.cuda.step_buffers import StepBuffers
 from gpu_worker.cuda.step_inputs import StepInputs, StepSize
-from gpu_worker.model.gqa_shape import GqaShape
+from gpu_worker.model.mla_shape import MlaShape
 from gpu_worker.step_batch import StepBatch
 
 DECODE_LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -92,21 +96,13 @@ class Decoder:
         *,
         mask_R: Tensor | None = None,
     ) -> None:
-        shape = sizes.attention
-        if not isinstance(shape, GqaShape) or sizes.num_moe_layers < sizes.num_layers:
-            raise ValueError("latent attention and dense layers are not built for CUDA ranks")
+        """Raises ValueError for sizes that have no kernels."""
         self.sizes = sizes
         self.options = options
         self._weights = weights
-        self._moe = moe
         self._mask_R = mask_R
-        device, dtype = weights.device, weights.dtype
+        device = weights.device
         self.slot_of_LE = slot_table(sizes.num_moe_layers, sizes.num_experts, device)
-        cache = (sizes.num_layers, options.kv_blocks, shape.kv_heads, options.block_tokens)
-        self._k_LBJUD = torch.zeros((*cache, shape.head_dim), device=device, dtype=dtype)
-        self._v_LBJUD = torch.zeros_like(self._k_LBJUD)
-        rotations = sizes.rope.rotations(shape.head_dim, options.context_tokens_max)
-        self._cos_CD, self._sin_CD = (torch.from_numpy(table).to(device) for table in rotations)
         prefill = StepSize(
             tokens=options.prefill_tokens,
             sequences=options.prefill_sequences,
@@ -116,15 +112,21 @@ class Decoder:
         ladder = [
             StepSize(tokens=n, sequences=n, rows=n, decode=True) for n in options.decode_ladder
         ]
-        self._buffers = StepBuffers(
-            sizes,
+        rows_max = max(s.rows for s in (prefill, *ladder))
+        room = StepRoom(
             tokens_max=max(s.tokens for s in (prefill, *ladder)),
-            rows_max=max(s.rows for s in (prefill, *ladder)),
-            splits_max=-(-options.context_tokens_max // attention.SPLIT_TOKENS),
-            num_ranks=0 if mask_R is None else mask_R.shape[0],
             invariant=options.invariant,
             device=device,
-            dtype=dtype,
+            dtype=weights.dtype,
+        )
+        num_ranks = 0 if mask_R is None else mask_R.shape[0]
+        self._buffers = StepBuffers(sizes, room, rows_max=rows_max, num_ranks=num_ranks)
+        self.attention = _attention_stage(sizes, weights, options, room)
+        self._feed_forward = FeedForward(sizes, self._buffers, self.slot_of_LE, moe, room)
+        hidden = sizes.hidden_size
+        self._output = Product(room, inner=sizes.heads_size, columns=hidden)
+        self._logits = Product(
+            room, inner=hidden, columns=sizes.vocab_size, rows_max=rows_max, in_parts=False
         )
         width = -(-options.context_tokens_max // options.block_tokens)
         self._prefill = StepInputs(prefill, width, device)
@@ -168,7 +170,7 @@ class Decoder:
         report_N[:end].copy_(buffers.report_N[:end], non_blocking=True)
         return PendingStep(
             report_N,
-            buffers.logits_PRV[:, :rows].view(rows, -1),
+            self._logits.place(rows)[0],
             num_ranks=num_ranks,
             num_rows=batch.logits_rows_R.shape[0],
         )
@@ -202,68 +204,46 @@ class Decoder:
         )
         norms = [w.input_norm_H for w in weights.layers[1:]] + [weights.final_norm_H]
         for layer, next_norm in enumerate(norms):
-            self._attend(layer, inputs, x, x_mid, h)
-            routed = Routed(
-                h_TH=h,
-                slots_TK=buffers.slots_LTK[layer, :tokens],
-                weights_TK=buffers.weights_TK[:tokens],
-            )
-            routing.choose_slots(
-                buffers.scores_TE[:tokens],
-                self.slot_of_LE[layer],
-                inputs.paging.position_T,
-                routed.slots_TK,
-                routed.weights_TK,
-                normalise=self.sizes.routing.normalise,
-            )
+            own = weights.layers[layer]
+            heads = self.attention.run(layer, h, inputs.paging)
+            out = self._output.of(heads, own.w_o_HO)
+            router = self._feed_forward.router(own.mlp, tokens)
+            residual.add_norm(x, out, own.mlp_norm_H, x_mid, h, eps=eps, router=router)
             onward = Onward(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps)
-            self._moe.run(layer, routed, onward)
+            self._feed_forward.run(layer, own.mlp, inputs.paging.position_T, onward)
         self._sample(inputs, h)
         if self._mask_R is not None:
             buffers.mask_R.copy_(self._mask_R)
 
-    def _attend(self, layer: int, inputs: StepInputs, x: Tensor, x_mid: Tensor, h: Tensor) -> None:
-        """From the normed stream to the stream after attention, normed, and the router's scores."""
-        buffers, eps = self._buffers, self.sizes.norm_eps
-        weights, tokens = self._weights.layers[layer], x.shape[0]
-        own, mlp = weights.attention, weights.mlp
-        assert isinstance(own, GqaWeights), "as the sizes say"
-        assert isinstance(mlp, MoeWeights), "as the sizes say"
-        k_BJUD, v_BJUD = self._k_LBJUD[layer], self._v_LBJUD[layer]
-        qkv = buffers.qkv_parts(tokens)
-        self._multiply(h, own.w_qkv_CH, qkv)
-        attention.rotate_and_store(
-            qkv,
-            own.q_norm_D,
-            own.k_norm_D,
-            self._cos_CD,
-            self._sin_CD,
-            inputs.paging,
-            buffers.q_TQD[:tokens],
-            k_BJUD,
-            v_BJUD,
-            eps=eps,
-        )
-        heads = buffers.heads_TO[:tokens]
-        attention.attend(
-            buffers.q_TQD[:tokens], k_BJUD, v_BJUD, inputs.paging, buffers.partials, heads
-        )
-        out = buffers.attention_parts(tokens)
-        self._multiply(heads, weights.w_o_HO, out)
-        router = (mlp.w_router_EH, buffers.scores_TE[:tokens])
-        residual.add_norm(x, out, weights.mlp_norm_H, x_mid, h, eps=eps, router=router)
-
     def _sample(self, inputs: StepInputs, h: Tensor) -> None:
-        buffers, rows = self._buffers, inputs.size.rows
+        rows = inputs.size.rows
         if not inputs.size.decode:
             h = h.index_select(0, inputs.logits_rows_R)
-        logits_1RV = buffers.logits_PRV[:, :rows]
-        self._multiply(h, self._weights.w_head_VH, logits_1RV)
-        ids_R = buffers.ids_R[:rows]
-        sampling.sample_rows(logits_1RV[0], inputs.draws, ids_R)
+        logits_1RV = self._logits.of(h, self._weights.w_head_VH)
+        sampling.sample_rows(logits_1RV[0], inputs.draws, self._buffers.ids_R[:rows])
 
-    def _multiply(self, x_TI: Tensor, w_OI: Tensor, out_PTO: Tensor) -> None:
-        if self.options.invariant:
-            linear_parts(x_TI, w_OI, out_PTO)
-        else:
-            torch.mm(x_TI, w_OI.T, out=out_PTO[0])
+
+def _attention_stage(
+    sizes: DecoderSizes, weights: DecoderWeights, options: DecoderOptions, room: StepRoom
+) -> AttentionStage:
+    shape, layers = sizes.attention, [layer.attention for layer in weights.layers]
+    if isinstance(shape, MlaShape):
+        return MlaStage(
+            shape,
+            [own for own in layers if isinstance(own, MlaWeights)],
+            sizes.rope,
+            room,
+            kv_blocks=options.kv_blocks,
+            block_tokens=options.block_tokens,
+            context_tokens_max=options.context_tokens_max,
+        )
+    return GqaStage(
+        shape,
+        [own for own in layers if isinstance(own, GqaWeights)],
+        sizes.rope,
+        room,
+        kv_blocks=options.kv_blocks,
+        block_tokens=options.block_tokens,
+        context_tokens_max=options.context_tokens_max,
+        norm_eps=sizes.norm_eps,
+    )

@@ -23,6 +23,7 @@ from gpu_worker.cuda.kernels import (  # noqa: E402
     routing,
     sampling,
 )
+from gpu_worker.cuda.row_draw import BANNED_MAX  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -141,7 +142,9 @@ def test_router_chooses_the_top_k_and_masks_padding_rows(normalise: bool) -> Non
     slot_of = torch.randperm(EXPERTS, device=DEVICE).to(torch.int32)
     slots = torch.full((3, TOP_K), 99, dtype=torch.int64, device=DEVICE)
     weights = poison(3, TOP_K, dtype=torch.float32)
-    routing.choose_slots(scores, slot_of, ints([4, 0, -1]), slots, weights, normalise=normalise)
+    routing.choose_slots(
+        scores, scores, slot_of, ints([4, 0, -1]), slots, weights, normalise=normalise
+    )
     top, chosen = scores.double().softmax(-1).topk(TOP_K)
     if normalise:
         top = top / top.sum(-1, keepdim=True)
@@ -346,7 +349,7 @@ def draws(rows: int, **of: list[float]) -> sampling.Draws:
         column("top_p", 1.0, torch.float32),
         column("top_k", 0, torch.int32),
         column("uniform", 0.0, torch.float32),
-        torch.full((rows, sampling.BANNED_MAX), -1, dtype=torch.int32, device=DEVICE),
+        torch.full((rows, BANNED_MAX), -1, dtype=torch.int32, device=DEVICE),
     )
 
 

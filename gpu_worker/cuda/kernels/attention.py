@@ -128,16 +128,37 @@ def attend(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    _merge_splits[(rows, heads)](
-        *partials,
+    merge_splits(
+        partials,
         paging.position_T,
+        out_TC,
+        split_tokens=SPLIT_TOKENS,
+        splits_at_once=_MERGE_SPLITS,
+        warps=2,
+    )
+
+
+def merge_splits(
+    partials: Partials,
+    position_T: torch.Tensor,
+    out_TC: torch.Tensor,
+    *,
+    split_tokens: int,
+    splits_at_once: int,
+    warps: int,
+) -> None:
+    """Of the rows of `position_T`. `splits_at_once` and `warps` are part of the result."""
+    _, heads, splits_max, head_dim = partials.values_TQXD.shape
+    _merge_splits[(position_T.shape[0], heads)](
+        *partials,
+        position_T,
         out_TC,
         splits_max,
         HEADS=heads,
         HEAD_DIM=head_dim,
-        SPLIT=SPLIT_TOKENS,
-        BLOCK_X=_MERGE_SPLITS,
-        num_warps=2,
+        SPLIT=split_tokens,
+        BLOCK_X=splits_at_once,
+        num_warps=warps,
     )
 
 

@@ -25,6 +25,7 @@ class ExpertTile(NamedTuple):
 # Measured: a few experts want more programs, many want longer reads.
 _GATE_UP_ALONE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
 _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
+_GATE_UP_WIDE = ExpertTile(columns=32, depth=64, warps=2, stages=3)
 _DOWN_ALONE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
 
@@ -37,6 +38,12 @@ class Rows(NamedTuple):
     slots_TK: torch.Tensor
     tiles: SlotTiles | None
     padded: bool = False
+
+
+def wide_tile(rows: int) -> ExpertTile | None:
+    """For tiles of so many rows: from 64 on two warps, for on four the compiler takes another
+    instruction. None: the usual one."""
+    return _GATE_UP_WIDE if rows >= 64 else None
 
 
 def gate_up(

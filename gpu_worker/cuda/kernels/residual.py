@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-_ROUTER_EXPERTS = 8  # experts a program scores; part of the reduction's shape: never by batch
 _ROUTER_WARPS = 8
 _FUSED_ROWS_MAX = 8
+_ADD_COLUMNS = 1024
 
 
 def embed_norm(
@@ -54,8 +54,8 @@ def add_norm(
     num_parts = parts.shape[0]
     fused = router is not None and rows <= _FUSED_ROWS_MAX
     w_router, scores = router if router is not None and fused else (norm_H, h_TH)
-    experts = w_router.shape[0] if fused else 0
-    _add_norm[(rows, max(triton.cdiv(experts, _ROUTER_EXPERTS), 1))](
+    experts, block = w_router.shape[0] if fused else 0, _router_experts(hidden)
+    _add_norm[(rows, max(triton.cdiv(experts, block), 1))](
         x_TH,
         parts,
         norm_H,
@@ -69,7 +69,7 @@ def add_norm(
         BLOCK_H=triton.next_power_of_2(hidden),
         PARTS=num_parts,
         EXPERTS=experts,
-        BLOCK_E=_ROUTER_EXPERTS,
+        BLOCK_E=block,
         num_warps=_ROUTER_WARPS,
     )
     if router is not None and not fused:
@@ -106,11 +106,30 @@ def add_pairs_norm(
     )
 
 
+def add_parts(x_TH: torch.Tensor, parts_PTH: torch.Tensor) -> None:
+    """`x += Σ parts_PTH`, in place."""
+    num_parts, rows, hidden = parts_PTH.shape
+    _add_parts[(rows, triton.cdiv(hidden, _ADD_COLUMNS))](
+        x_TH,
+        parts_PTH,
+        rows * hidden,
+        HIDDEN=hidden,
+        BLOCK_H=_ADD_COLUMNS,
+        PARTS=num_parts,
+        num_warps=4,
+    )
+
+
+def _router_experts(hidden: int) -> int:
+    """Experts a program scores. Part of the reduction's shape: by the model, never by batch."""
+    return 8 if hidden <= 4096 else 4
+
+
 def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> None:
     rows, hidden = h_TH.shape
-    experts = w_EH.shape[0]
+    experts, block = w_EH.shape[0], _router_experts(hidden)
     rows_each = max(2, triton.next_power_of_2(triton.cdiv(rows, 16)))
-    grid = (triton.cdiv(experts, _ROUTER_EXPERTS), triton.cdiv(rows, rows_each))
+    grid = (triton.cdiv(experts, block), triton.cdiv(rows, rows_each))
     _score_rows[grid](
         h_TH,
         w_EH,
@@ -119,7 +138,7 @@ def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> N
         HIDDEN=hidden,
         BLOCK_H=triton.next_power_of_2(hidden),
         EXPERTS=experts,
-        BLOCK_E=_ROUTER_EXPERTS,
+        BLOCK_E=block,
         BLOCK_T=rows_each,
         num_warps=_ROUTER_WARPS,
     )
@@ -243,6 +262,25 @@ def _add_pairs_norm(
     h = _norm(x, norm_w, eps, HIDDEN)
     tl.store(x_out_ptr + row * HIDDEN + i, x, mask=mask)
     tl.store(h_ptr + row * HIDDEN + i, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["part_stride"])
+def _add_parts(
+    x_ptr,
+    parts_ptr,
+    part_stride,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = i < HIDDEN
+    x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
+    for part in tl.static_range(PARTS):
+        ptr = parts_ptr + part * part_stride.to(tl.int64) + row * HIDDEN + i
+        x += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * HIDDEN + i, x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

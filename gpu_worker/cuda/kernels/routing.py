@@ -1,5 +1,5 @@
-"""From router scores to work: top-k, the slots of the chosen experts, and the tiles of rows that
-each slot computes."""
+"""From router scores to work: groups and top-k, the slots of the chosen experts, and the tiles of
+rows that each slot computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 _CHUNK = 256
-_COMPARISONS = 16_384  # a block of them, over 4 warps
+_COMPARISONS = 8_192  # a block of them, over 4 warps
 NO_SLOT = -1
 
 
@@ -34,31 +34,72 @@ def slot_tiles(num_pairs: int, num_slots: int, rows: int, device: torch.device) 
     )
 
 
+def score_choices(
+    scores_TE: torch.Tensor,
+    correction_E: torch.Tensor | None,
+    choices_TE: torch.Tensor,
+    *,
+    sigmoid: bool,
+    num_groups: int,
+    kept: int,
+) -> None:
+    """What experts are chosen by: the scores, or their sigmoids plus the correction; -inf outside
+    the `kept` best groups, which count by their best expert, or by the two best with sigmoid."""
+    rows, experts = scores_TE.shape
+    size = experts // num_groups
+    _score_choices[(rows,)](
+        scores_TE,
+        scores_TE if correction_E is None else correction_E,
+        choices_TE,
+        SIZE=size,
+        GROUPS=num_groups,
+        KEPT=kept,
+        BLOCK_G=triton.next_power_of_2(num_groups),
+        BLOCK_S=triton.next_power_of_2(size),
+        SIGMOID=sigmoid,
+        CORRECTED=correction_E is not None,
+        num_warps=4,
+    )
+
+
 def choose_slots(
     scores_TE: torch.Tensor,
+    choices_TE: torch.Tensor,
     slot_of_E: torch.Tensor,
     position_T: torch.Tensor,
     slots_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
     normalise: bool,
+    sigmoid: bool = False,
+    factor: float = 1.0,
 ) -> None:
-    """Softmax over all experts, the k largest (of equals the lowest id), their slots by
-    `slot_of_E`. Rows without a token (position -1) get NO_SLOT."""
+    """The k largest choices (of equals the lowest id), their slots by `slot_of_E`, and weights:
+    `factor` times the softmax over all experts or the sigmoid of the scores, normalised over the
+    chosen where asked. Rows without a token (position -1) get NO_SLOT."""
     rows, experts = scores_TE.shape
     _choose_slots[(rows,)](
         scores_TE,
+        choices_TE,
         slot_of_E,
         position_T,
         slots_TK,
         weights_TK,
+        factor,
         EXPERTS=experts,
         BLOCK_E=triton.next_power_of_2(experts),
-        CHUNK=max(16, min(_COMPARISONS // experts, triton.next_power_of_2(experts))),
+        CHUNK=_chunk(experts),
         TOP_K=slots_TK.shape[1],
         NORMALISE=normalise,
+        SIGMOID=sigmoid,
         num_warps=4,
     )
+
+
+def _chunk(experts: int) -> int:
+    """Of experts that all are compared with at a time."""
+    block = int(triton.next_power_of_2(experts))
+    return max(16, min(_COMPARISONS // block, block))
 
 
 def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> None:
@@ -97,17 +138,58 @@ def tile_counts(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles) -> 
 
 
 @triton.jit
+def _score_choices(
+    scores_ptr,
+    correction_ptr,
+    choices_ptr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    CORRECTED: tl.constexpr,
+):
+    row = tl.program_id(0)
+    g = tl.arange(0, BLOCK_G)
+    s = tl.arange(0, BLOCK_S)
+    e = g[:, None] * SIZE + s[None, :]
+    mask = (g[:, None] < GROUPS) & (s[None, :] < SIZE)
+    choice = tl.load(scores_ptr + row * (GROUPS * SIZE) + e, mask=mask, other=float("-inf"))
+    if SIGMOID:
+        choice = tl.where(mask, 1.0 / (1.0 + tl.exp(-choice)), float("-inf"))
+    if CORRECTED:
+        choice += tl.load(correction_ptr + e, mask=mask, other=0.0)
+    if KEPT < GROUPS:
+        best = tl.max(choice, axis=1)
+        value = best
+        if SIGMOID:
+            is_best = choice == best[:, None]
+            below = tl.max(tl.where(is_best, float("-inf"), choice), axis=1)
+            value = best + tl.where(tl.sum(is_best.to(tl.int32), axis=1) > 1, best, below)
+        before = (value[None, :] > value[:, None]) | (
+            (value[None, :] == value[:, None]) & (g[None, :] < g[:, None])
+        )
+        place = tl.sum(before.to(tl.int32), axis=1)
+        choice = tl.where(place[:, None] < KEPT, choice, float("-inf"))
+    tl.store(choices_ptr + row * (GROUPS * SIZE) + e, choice, mask=mask)
+
+
+@triton.jit
 def _choose_slots(
     scores_ptr,
+    choices_ptr,
     slot_of_ptr,
     position_ptr,
     slots_ptr,
     weights_ptr,
+    factor,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
     TOP_K: tl.constexpr,
     NORMALISE: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):
     """An expert's place among the chosen is the number of experts before it: no search for one
     maximum after the other."""
@@ -115,23 +197,31 @@ def _choose_slots(
     e = tl.arange(0, BLOCK_E)
     is_expert = e < EXPERTS
     slot = tl.load(slot_of_ptr + e, mask=is_expert, other=-1)
-    row_ptr = scores_ptr + row * EXPERTS
-    scores = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
+    row_ptr = choices_ptr + row * EXPERTS
+    choice = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
+    scores = tl.load(scores_ptr + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
     place = tl.zeros([BLOCK_E], dtype=tl.int32)
     for start in range(0, EXPERTS, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        score = tl.load(row_ptr + other, mask=other < EXPERTS, other=float("-inf"))
-        before = (score[None, :] > scores[:, None]) | (
-            (score[None, :] == scores[:, None]) & (other[None, :] < e[:, None])
+        theirs = tl.load(row_ptr + other, mask=other < EXPERTS, other=float("-inf"))
+        before = (theirs[None, :] > choice[:, None]) | (
+            (theirs[None, :] == choice[:, None]) & (other[None, :] < e[:, None])
         )
         place += tl.sum(before.to(tl.int32), axis=1)
     is_chosen = (place < TOP_K) & is_expert
-    weight = tl.exp(scores - tl.max(scores, axis=0))
-    total = tl.sum(tl.where(is_chosen, weight, 0.0) if NORMALISE else weight, axis=0)
+    if SIGMOID:
+        weight = tl.where(is_expert, 1.0 / (1.0 + tl.exp(-scores)), 0.0)
+    else:
+        weight = tl.exp(scores - tl.max(scores, axis=0))
+        weight = weight / tl.sum(weight, axis=0)
+    if NORMALISE:
+        # As the published code: a sum of weights that all vanish is not zero.
+        weight = weight / (tl.sum(tl.where(is_chosen, weight, 0.0), axis=0) + 1e-20)
+    weight = weight * factor
     slot = tl.where(is_token, slot, -1).to(slots_ptr.dtype.element_ty)
     tl.store(slots_ptr + row * TOP_K + place, slot, mask=is_chosen)
-    tl.store(weights_ptr + row * TOP_K + place, weight / total, mask=is_chosen)
+    tl.store(weights_ptr + row * TOP_K + place, weight, mask=is_chosen)
 
 
 @triton.jit

@@ -1,0 +1,76 @@
+"""Grouped-query attention of a step, with its paged cache of keys and values. Queries and keys have
+a norm per head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.decoder_weights import GqaWeights
+from gpu_worker.cuda.kernels import attention
+from gpu_worker.cuda.products import Product, StepRoom
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape
+from gpu_worker.model.rope import Rope
+
+
+class GqaStage:
+    """Implements `attention_stage.AttentionStage`. Shape letters as in `kernels`."""
+
+    def __init__(
+        self,
+        shape: GqaShape,
+        weights: Sequence[GqaWeights],
+        rope: Rope,
+        room: StepRoom,
+        *,
+        kv_blocks: int,
+        block_tokens: int,
+        context_tokens_max: int,
+        norm_eps: float,
+    ) -> None:
+        """Raises ValueError for what has no kernels."""
+        if shape.qk_norm != QK_NORM_HEAD or shape.window or shape.clip:
+            raise ValueError("CUDA ranks serve grouped-query attention with norms per head alone")
+        self._weights = weights
+        self._eps = norm_eps
+        cache = (len(weights), kv_blocks, shape.kv_heads, block_tokens, shape.head_dim)
+        self.k_LBJUD = room.empty(*cache)
+        self.v_LBJUD = room.empty(*cache)
+        cos_CD, sin_CD = rope.rotations(shape.head_dim, context_tokens_max)
+        self._cos_CD = torch.from_numpy(cos_CD).to(room.device)
+        self._sin_CD = torch.from_numpy(sin_CD).to(room.device)
+        hidden = weights[0].w_qkv_CH.shape[1]
+        self._qkv = Product(room, inner=hidden, columns=shape.q_size + 2 * shape.kv_size)
+        self._q_TQD = room.empty(room.tokens_max, shape.num_heads, shape.head_dim)
+        self._heads_TO = room.empty(room.tokens_max, shape.q_size)
+        splits_max = -(-context_tokens_max // attention.SPLIT_TOKENS)
+        splits = (room.tokens_max, shape.num_heads, splits_max)
+        self._partials = attention.Partials(
+            room.empty(*splits, shape.head_dim, of=torch.float32),
+            room.empty(*splits, of=torch.float32),
+            room.empty(*splits, of=torch.float32),
+        )
+
+    def cache(self) -> tuple[Tensor, ...]:
+        return (self.k_LBJUD, self.v_LBJUD)
+
+    def run(self, layer: int, h_TH: Tensor, paging: attention.Paging) -> Tensor:
+        weights, tokens = self._weights[layer], h_TH.shape[0]
+        k_BJUD, v_BJUD = self.k_LBJUD[layer], self.v_LBJUD[layer]
+        q_TQD, heads_TO = self._q_TQD[:tokens], self._heads_TO[:tokens]
+        attention.rotate_and_store(
+            self._qkv.of(h_TH, weights.w_qkv_CH),
+            weights.q_norm_D,
+            weights.k_norm_D,
+            self._cos_CD,
+            self._sin_CD,
+            paging,
+            q_TQD,
+            k_BJUD,
+            v_BJUD,
+            eps=self._eps,
+        )
+        attention.attend(q_TQD, k_BJUD, v_BJUD, paging, self._partials, heads_TO)
+        return heads_TO

@@ -1,0 +1,432 @@
+"""Latent attention over the paged cache: norms, rotation and the write into the cache; queries into
+the latent space and sums out of it; attention there, in splits of a fixed number of positions.
+
+The cache holds a token's normed latent `latent_BUR` and its rotated shared key `key_BUW`; all heads
+read the same rows. Each row is a tile of its own, in prefill as in decode: the shape of every
+product and sum is the model's. More shape letters: A heads, R rank of the latent, M rank of the
+queries' latent, F the size of a head's query that is not rotated, W the rotated size, G the size of
+a head's value.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_worker.cuda.kernels.attention import Paging, Partials, merge_splits
+
+SPLIT_TOKENS = 256
+_STEP_TOKENS = 32  # with these heads and warps nothing spills at rank 512
+_BLOCK_HEADS = 32
+_WARPS = 8
+_STAGES = 2
+_PROGRAMS = 1024
+_MERGE_SPLITS = 4
+_LOG2_E = 1.4426950408889634
+
+
+class HeadColumns(NamedTuple):
+    """Where head a's elements stand in a row: `first + a · stride`."""
+
+    first: int
+    stride: int
+
+
+class LatentCache(NamedTuple):
+    """A layer's."""
+
+    latent_BUR: torch.Tensor
+    key_BUW: torch.Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines by position. `interleaved`: pairs of elements are neighbours, else an
+    element of each half."""
+
+    cos_CD: torch.Tensor
+    sin_CD: torch.Tensor
+    interleaved: bool
+
+
+def norm_and_store(
+    in_PTC: torch.Tensor,
+    q_norm_M: torch.Tensor | None,
+    kv_norm_R: torch.Tensor,
+    rotation: Rotation,
+    paging: Paging,
+    q_TM: torch.Tensor | None,
+    cache: LatentCache,
+    *,
+    eps: float,
+) -> None:
+    """The columns of `in_PTC`: queries, latent, shared key. Queries are normed into `q_TM` where
+    they have a latent; latents and keys of rows with a token go into the cache."""
+    parts, rows, columns = in_PTC.shape
+    _, block_tokens, rank = cache.latent_BUR.shape
+    rotated = cache.key_BUW.shape[2]
+    q_rank = 0 if q_TM is None else q_TM.shape[1]
+    _norm_and_store[(rows, 2 if q_rank else 1)](
+        in_PTC,
+        kv_norm_R if q_norm_M is None else q_norm_M,
+        kv_norm_R,
+        rotation.cos_CD,
+        rotation.sin_CD,
+        paging.position_T,
+        paging.sequence_T,
+        paging.tables_SB,
+        in_PTC if q_TM is None else q_TM,
+        *cache,
+        eps,
+        rows * columns,
+        paging.tables_SB.shape[1],
+        PARTS=parts,
+        COLUMNS=columns,
+        Q_RANK=q_rank,
+        BLOCK_M=triton.next_power_of_2(max(q_rank, 16)),
+        RANK=rank,
+        HALF=rotated // 2,
+        BLOCK_TOKENS=block_tokens,
+        INTERLEAVED=rotation.interleaved,
+        num_warps=4,
+    )
+
+
+def rotate_queries(
+    q_PTN: torch.Tensor,
+    rotation: Rotation,
+    position_T: torch.Tensor,
+    where: HeadColumns,
+    q_rotated_TAW: torch.Tensor,
+) -> None:
+    """The rotated parts of the heads that stand at `where` in `q_PTN`."""
+    parts, rows, columns = q_PTN.shape
+    _, heads, rotated = q_rotated_TAW.shape
+    block = min(16, triton.next_power_of_2(heads))
+    _rotate_queries[(rows, triton.cdiv(heads, block))](
+        q_PTN,
+        rotation.cos_CD,
+        rotation.sin_CD,
+        position_T,
+        q_rotated_TAW,
+        rows * columns,
+        PARTS=parts,
+        COLUMNS=columns,
+        FIRST=where.first,
+        STRIDE=where.stride,
+        HEADS=heads,
+        HALF=rotated // 2,
+        BLOCK_A=block,
+        INTERLEAVED=rotation.interleaved,
+        num_warps=4,
+    )
+
+
+def multiply_heads(
+    x_PTC: torch.Tensor, where: HeadColumns, w_ANK: torch.Tensor, out_TAN: torch.Tensor
+) -> None:
+    """`out[t, a] = x[t, a] w[a]ᵀ`, where head a's K elements of a row stand at `where`."""
+    parts, rows, columns = x_PTC.shape
+    heads, size, inner = w_ANK.shape
+    block_rows = 16 if rows <= 16 else 32
+    block_columns, depth = math.gcd(64, size), math.gcd(64 if parts > 1 else 128, inner)
+    assert min(block_columns, depth) >= 16, "head sizes must be multiples of 16"
+    _multiply_heads[(size // block_columns, heads, triton.cdiv(rows, block_rows))](
+        x_PTC,
+        w_ANK,
+        out_TAN,
+        rows,
+        rows * columns,
+        PARTS=parts,
+        COLUMNS=columns,
+        FIRST=where.first,
+        STRIDE=where.stride,
+        HEADS=heads,
+        SIZE=size,
+        INNER=inner,
+        BLOCK_T=block_rows,
+        BLOCK_N=block_columns,
+        BLOCK_K=depth,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def attend_latents(
+    q_latent_TAR: torch.Tensor,
+    q_rotated_TAW: torch.Tensor,
+    cache: LatentCache,
+    paging: Paging,
+    partials: Partials,
+    sum_TAR: torch.Tensor,
+    *,
+    scale: float,
+) -> None:
+    """Every row attends to all positions up to its own; rows without a token give zero. As many
+    rows at a time as `partials` has room for."""
+    rows, heads, rank = q_latent_TAR.shape
+    at_once, _, splits_max = partials.maximum_TQX.shape
+    for first in range(0, rows, at_once):
+        part = slice(first, min(first + at_once, rows))
+        position_T, sequence_T = paging.position_T[part], paging.sequence_T[part]
+        num_rows, blocks = position_T.shape[0], triton.cdiv(heads, _BLOCK_HEADS)
+        side_by_side = max(1, min(splits_max, _PROGRAMS // (num_rows * blocks)))
+        _attend_latents[(num_rows, blocks, side_by_side)](
+            q_latent_TAR[part],
+            q_rotated_TAW[part],
+            *cache,
+            position_T,
+            sequence_T,
+            paging.tables_SB,
+            *partials,
+            scale * _LOG2_E,
+            paging.tables_SB.shape[1],
+            splits_max,
+            HEADS=heads,
+            RANK=rank,
+            ROTATED=q_rotated_TAW.shape[2],
+            BLOCK_A=_BLOCK_HEADS,
+            STEP=_STEP_TOKENS,
+            SPLIT=SPLIT_TOKENS,
+            BLOCK_TOKENS=cache.latent_BUR.shape[1],
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
+        merge_splits(
+            partials,
+            position_T,
+            sum_TAR[part],
+            split_tokens=SPLIT_TOKENS,
+            splits_at_once=_MERGE_SPLITS,
+            warps=4,
+        )
+
+
+@triton.jit
+def _pair_columns(i, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """(low, high) of pair i among the rotated elements."""
+    if INTERLEAVED:
+        low = 2 * i
+        high = 2 * i + 1
+    else:
+        low = i
+        high = i + HALF
+    return low, high
+
+
+@triton.jit(do_not_specialize=["part_stride", "table_width"])
+def _norm_and_store(
+    in_ptr,
+    q_norm_ptr,
+    kv_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    sequence_ptr,
+    tables_ptr,
+    q_ptr,
+    latent_ptr,
+    key_ptr,
+    eps,
+    part_stride,
+    table_width,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    Q_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + row)
+    row_ptr = in_ptr + row * COLUMNS
+    if tl.program_id(1) == 0:
+        if position >= 0:
+            r = tl.arange(0, RANK)
+            i = tl.arange(0, HALF)
+            low_at, high_at = _pair_columns(i, HALF, INTERLEAVED)
+            latent = tl.zeros([RANK], dtype=tl.float32)
+            low = tl.zeros([HALF], dtype=tl.float32)
+            high = tl.zeros([HALF], dtype=tl.float32)
+            for part in tl.static_range(PARTS):
+                ptr = row_ptr + part * part_stride.to(tl.int64) + COLUMNS - RANK - 2 * HALF
+                latent += tl.load(ptr + r).to(tl.float32)
+                low += tl.load(ptr + RANK + low_at).to(tl.float32)
+                high += tl.load(ptr + RANK + high_at).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(latent * latent, axis=0) / RANK + eps)
+            latent = latent * scale * tl.load(kv_norm_ptr + r).to(tl.float32)
+            cos = tl.load(cos_ptr + position * HALF + i)
+            sin = tl.load(sin_ptr + position * HALF + i)
+            sequence = tl.load(sequence_ptr + row)
+            block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
+            place = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
+            tl.store(latent_ptr + place * RANK + r, latent.to(latent_ptr.dtype.element_ty))
+            key = key_ptr + place * (2 * HALF) + i
+            tl.store(key, (low * cos - high * sin).to(key_ptr.dtype.element_ty))
+            tl.store(key + HALF, (high * cos + low * sin).to(key_ptr.dtype.element_ty))
+    else:
+        m = tl.arange(0, BLOCK_M)
+        mask = m < Q_RANK
+        q = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            ptr = row_ptr + part * part_stride.to(tl.int64) + m
+            q += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(q * q, axis=0) / Q_RANK + eps)
+        q = q * scale * tl.load(q_norm_ptr + m, mask=mask, other=0.0).to(tl.float32)
+        tl.store(q_ptr + row * Q_RANK + m, q.to(q_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["part_stride"])
+def _rotate_queries(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    out_ptr,
+    part_stride,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + row)
+    if position >= 0:
+        a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+        i = tl.arange(0, HALF)
+        low_at, high_at = _pair_columns(i, HALF, INTERLEAVED)
+        is_head = a[:, None] < HEADS
+        heads_ptr = q_ptr + row * COLUMNS + FIRST + a[:, None] * STRIDE
+        low = tl.zeros([BLOCK_A, HALF], dtype=tl.float32)
+        high = tl.zeros([BLOCK_A, HALF], dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            ptr = heads_ptr + part * part_stride.to(tl.int64)
+            low += tl.load(ptr + low_at[None, :], mask=is_head, other=0.0).to(tl.float32)
+            high += tl.load(ptr + high_at[None, :], mask=is_head, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + position * HALF + i)[None, :]
+        sin = tl.load(sin_ptr + position * HALF + i)[None, :]
+        out = out_ptr + (row * HEADS + a[:, None]) * (2 * HALF) + i[None, :]
+        tl.store(out, (low * cos - high * sin).to(out_ptr.dtype.element_ty), mask=is_head)
+        tl.store(out + HALF, (high * cos + low * sin).to(out_ptr.dtype.element_ty), mask=is_head)
+
+
+@triton.jit(do_not_specialize=["num_rows", "part_stride"])
+def _multiply_heads(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    num_rows,
+    part_stride,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    head = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    is_row = t[:, None] < num_rows
+    w_ptrs = w_ptr + (head * SIZE + n[:, None]) * INNER + k[None, :]
+    x_ptrs = x_ptr + t[:, None].to(tl.int64) * COLUMNS + FIRST + head * STRIDE + k[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+    for start in range(0, INNER, BLOCK_K):
+        w = tl.load(w_ptrs + start)
+        x = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            ptr = x_ptrs + part * part_stride.to(tl.int64) + start
+            x += tl.load(ptr, mask=is_row, other=0.0).to(tl.float32)
+        acc = tl.dot(x.to(w.dtype), w.T, acc)
+    out = out_ptr + (t[:, None].to(tl.int64) * HEADS + head) * SIZE + n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["table_width", "splits_max"])
+def _attend_latents(
+    q_latent_ptr,
+    q_rotated_ptr,
+    latent_ptr,
+    key_ptr,
+    position_ptr,
+    sequence_ptr,
+    tables_ptr,
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    scale,
+    table_width,
+    splits_max,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROTATED: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Each split by itself, in steps of a fixed number of positions: which program does it changes
+    nothing. A step's first position always counts, so its maximum is finite."""
+    row = tl.program_id(0)
+    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    r = tl.arange(0, RANK)
+    w = tl.arange(0, ROTATED)
+    n = tl.arange(0, STEP)
+    is_head = a < HEADS
+    position = tl.load(position_ptr + row)
+    sequence = tl.load(sequence_ptr + row)
+    if position >= 0:
+        head = row.to(tl.int64) * HEADS + a
+        q_mask = is_head[:, None]
+        q = tl.load(q_latent_ptr + head[:, None] * RANK + r[None, :], mask=q_mask, other=0.0)
+        q_turned = tl.load(
+            q_rotated_ptr + head[:, None] * ROTATED + w[None, :], mask=q_mask, other=0.0
+        )
+        for split in range(tl.program_id(2), position // SPLIT + 1, tl.num_programs(2)):
+            peak = tl.full([BLOCK_A], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([BLOCK_A], dtype=tl.float32)
+            values = tl.zeros([BLOCK_A, RANK], dtype=tl.float32)
+            end = tl.minimum(position + 1, (split + 1) * SPLIT)
+            for start in range(split * SPLIT, end, STEP):
+                at = start + n
+                is_past = at <= position
+                table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
+                # 32 bits suffice for the offsets of four million tokens of a layer's cache.
+                place = tl.load(table, mask=is_past, other=0) * BLOCK_TOKENS + at % BLOCK_TOKENS
+                latent = tl.load(
+                    latent_ptr + place[:, None] * RANK + r[None, :],
+                    mask=is_past[:, None],
+                    other=0.0,
+                )
+                key = tl.load(
+                    key_ptr + place[:, None] * ROTATED + w[None, :],
+                    mask=is_past[:, None],
+                    other=0.0,
+                )
+                scores = tl.dot(q, latent.T)
+                scores = tl.dot(q_turned, key.T, scores) * scale
+                scores = tl.where(is_past[None, :], scores, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+                keep = tl.exp2(peak - new_peak)
+                p = tl.exp2(scores - new_peak[:, None])
+                total = total * keep + tl.sum(p, axis=1)
+                values = tl.dot(p.to(latent.dtype), latent, values * keep[:, None])
+                peak = new_peak
+            out = head * splits_max + split
+            tl.store(values_ptr + out[:, None] * RANK + r[None, :], values, mask=q_mask)
+            tl.store(maximum_ptr + out, peak, mask=is_head)
+            tl.store(sum_ptr + out, total, mask=is_head)

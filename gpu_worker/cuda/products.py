@@ -1,0 +1,61 @@
+"""A dense product of a step, with room for its result: made once for the largest step, so that
+every graph holds the same addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.kernels.linear import linear_parts, num_parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRoom:
+    """What a step's buffers are made for. `invariant`: dense products in fixed parts, so that a
+    row's bits do not depend on its batch; without it they are the library's."""
+
+    tokens_max: int
+    invariant: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def empty(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
+        """In the model's type, unless told. Finite, for padding rows are computed, too."""
+        return torch.zeros(shape, device=self.device, dtype=of or self.dtype)
+
+
+class Product:
+    """`y = x wᵀ` as parts P that the next kernel adds: in float32 where batch-invariant, else one
+    part in the model's type."""
+
+    def __init__(
+        self,
+        room: StepRoom,
+        *,
+        inner: int,
+        columns: int,
+        rows_max: int | None = None,
+        in_parts: bool = True,
+    ) -> None:
+        self._invariant = room.invariant
+        self._parts = num_parts(inner) if room.invariant and in_parts else 1
+        self._columns = columns
+        rows_max = rows_max or room.tokens_max
+        dtype = torch.float32 if room.invariant else room.dtype
+        self._out = room.empty(self._parts * rows_max * columns, of=dtype)
+
+    def of(self, x_TK: Tensor, w_NK: Tensor) -> Tensor:
+        """`[P, T, N]`, until the next call."""
+        out_PTN = self.place(x_TK.shape[0])
+        if self._invariant:
+            linear_parts(x_TK, w_NK, out_PTN)
+        else:
+            torch.mm(x_TK, w_NK.T, out=out_PTN[0])
+        return out_PTN
+
+    def place(self, rows: int) -> Tensor:
+        """Where `of` puts the result for so many rows."""
+        values = self._parts * rows * self._columns
+        return self._out[:values].view(self._parts, rows, self._columns)
