@@ -29,6 +29,11 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "OnRead", "Shape", "open_c
 
 _Values = TypeVar("_Values", NDArray[np.float32], NDArray[np.uint16])
 
+ALWAYS_FLOAT32 = ("bias", ".gate.weight", ".router.weight", ".weights_proj.weight")
+"""How the names of what is small end, and is read with `read` whatever it is stored as, as all that
+has one axis: biases, routers, the weights of an indexer's heads. Some checkpoints have these alone
+in F32."""
+
 OnRead = Callable[[int], None]
 """Is told of each tensor's bytes in the file, once they are read."""
 
@@ -49,6 +54,12 @@ class Checkpoint:
         self._forms = forms
         self._manifest = manifest
         self._on_read = on_read
+        self.is_bfloat16 = all(
+            form.is_bfloat16
+            for name, form in forms.items()
+            if len(form.shape) > 1 and not name.endswith(ALWAYS_FLOAT32)
+        )
+        """Whether `read_bits` serves for all matrices that are not read as float32 in any case."""
         self._shards = MappedShards({part.path for form in forms.values() for part in form.parts})
 
     def has(self, name: str) -> bool:
@@ -61,12 +72,6 @@ class Checkpoint:
     def stored_dtype(self, name: str) -> str:
         """F32, F16, BF16, F8_E4M3 or MXFP4."""
         return self._forms[name].dtype
-
-    @property
-    def is_bfloat16(self) -> bool:
-        """Whether `read_bits` serves for all matrices. What is none may be float32, as DeepSeek's
-        corrections are: it is read as that in any case."""
-        return all(form.is_bfloat16 for form in self._forms.values() if form.is_matrix)
 
     def read(self, name: str) -> NDArray[np.float32]:
         return self._decode(self._forms[name], None, StoredForm.decode)

@@ -59,11 +59,6 @@ class StoredForm:
         return (*leading, groups * MXFP4_GROUP, rows)
 
     @property
-    def is_matrix(self) -> bool:
-        """Experts' biases are stored together, and are none."""
-        return len(self.shape) > 1 and not self.values.name.endswith("bias")
-
-    @property
     def is_bfloat16(self) -> bool:
         """Whether `decode_bits` loses nothing."""
         return self.dtype in ("BF16", MXFP4)

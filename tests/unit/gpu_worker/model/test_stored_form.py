@@ -99,19 +99,21 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
-    ("matrix", "expert_biases", "correction", "is_bfloat16"),
+    ("matrix", "router", "expert_biases", "correction", "is_bfloat16"),
     [
-        (BF16, BF16, BF16, True),
-        (BF16, BF16, F32, True),
-        (BF16, F32, F32, True),
-        (F32, BF16, BF16, False),
-        (torch.float16, BF16, BF16, False),
+        (BF16, BF16, BF16, BF16, True),
+        (BF16, BF16, BF16, F32, True),
+        (BF16, BF16, F32, F32, True),
+        (BF16, F32, BF16, F32, True),
+        (F32, BF16, BF16, BF16, False),
+        (torch.float16, BF16, BF16, BF16, False),
     ],
     ids=str,
 )
-def test_matrices_alone_decide_whether_weights_are_kept_in_bfloat16(
+def test_large_matrices_alone_decide_whether_weights_are_kept_in_bfloat16(
     tmp_path: Path,
     matrix: torch.dtype,
+    router: torch.dtype,
     expert_biases: torch.dtype,
     correction: torch.dtype,
     is_bfloat16: bool,
@@ -119,6 +121,7 @@ def test_matrices_alone_decide_whether_weights_are_kept_in_bfloat16(
     tensors = {
         "embed_tokens.weight": torch.ones(4, 6, dtype=BF16),
         "gate_proj.weight": torch.ones(4, 6, dtype=matrix),
+        "mlp.gate.weight": torch.ones(3, 6, dtype=router),
         "experts.down_proj_bias": torch.ones(3, 6, dtype=expert_biases),
         "gate.e_score_correction_bias": torch.full((3,), 1 / 3, dtype=correction),
     }
