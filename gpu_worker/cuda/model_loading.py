@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 from gpu_worker.cuda.common_weights import check_tiles
 from gpu_worker.cuda.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.decoder_weights import DecoderWeights
+from gpu_worker.cuda.deepseek_weights import DeepseekWeights
 from gpu_worker.cuda.expert_reader import ExpertReader
 from gpu_worker.cuda.host_experts import HostExperts, bytes_for_copies
 from gpu_worker.cuda.host_memory import free_bytes
@@ -42,6 +44,9 @@ class CheckpointLayout(Protocol):
 
 
 LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
+    "DeepseekV2ForCausalLM": partial(DeepseekWeights, sigmoid=False, has_indexer=False),
+    "DeepseekV3ForCausalLM": partial(DeepseekWeights, sigmoid=True, has_indexer=False),
+    "DeepseekV32ForCausalLM": partial(DeepseekWeights, sigmoid=True, has_indexer=True),
     "Qwen3MoeForCausalLM": Qwen3MoeWeights,
 }
 """By the architecture that config.json names. Each raises CheckpointError for what is not built."""

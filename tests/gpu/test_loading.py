@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,24 +40,39 @@ TABLE = (4, 1, 6)
 """A block table in no order."""
 
 SPARE = 3
-QWEN = {
+COMMON = {
     "vocab_size": 304,
     "num_hidden_layers": 3,
     "hidden_size": 64,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 8,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 32,
+    "intermediate_size": 48,
     "max_position_embeddings": 128,
+}
+DEEPSEEK = COMMON | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": COMMON | {"num_key_value_heads": 2, "head_dim": 32, "num_experts": 8},
+    "deepseek_v2": DEEPSEEK | {"q_lora_rank": None},
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v32": DEEPSEEK | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64},
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "qwen3_moe"
-    create_seeded_checkpoint(folder, seed=3, **QWEN)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / request.param
+    create_seeded_checkpoint(folder, 3, family=request.param, **CHECKPOINTS[request.param])
     return folder
 
 
