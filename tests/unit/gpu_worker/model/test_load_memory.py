@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from safetensors.numpy import save_file
 
 from gpu_worker.model.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
 from gpu_worker.model.expert_slots import ExpertSlots, MlpWeights
+from gpu_worker.model.families.gpt_oss import GptOss
 from gpu_worker.model.manifest import write_manifest
 from gpu_worker.model.mlp import read_dense, read_mlp
+from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
 from gpu_worker.model.shards import read_tensors
 from gpu_worker.model.weights import read_matrix, read_panels
+from shared.model_spec import read_model_spec
 
 NUM_EXPERTS = 32
 SHAPE = (512, 1024)
@@ -110,15 +114,47 @@ def test_matrices_that_are_kept_together_are_read_one_by_one(
     }
     save_file(tensors, tmp_path / SINGLE_FILE)
     checkpoint = open_checkpoint(tmp_path, {name: w.shape for name, w in tensors.items()})
-    tracemalloc.start()
-    try:
-        kept = read(checkpoint)
-        kept_bytes, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert kept is not None
+    kept_bytes, peak_bytes = measured(lambda: read(checkpoint))
     assert kept_bytes >= TENSOR_BYTES, "it measures nothing"
     assert peak_bytes <= kept_bytes + TENSOR_BYTES + SLACK_BYTES
+
+
+def test_of_experts_stored_together_one_matrix_is_held(tmp_path: Path) -> None:
+    """An expert's gate and up are one."""
+    inner_size, hidden_size = 512, 512
+    create_seeded_checkpoint(
+        tmp_path / "m",
+        family="gpt_oss",
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        num_local_experts=3,
+        hidden_size=hidden_size,
+        intermediate_size=inner_size,
+    )
+    family = GptOss(read_model_spec(tmp_path / "m"))
+    checkpoint = open_checkpoint(tmp_path / "m", family.tensor_shapes())
+    slots = ExpertSlots(
+        num_layers=1,
+        slots_per_rank=1,
+        hidden_size=hidden_size,
+        inner_size=inner_size,
+        read_expert=partial(family.read_expert, checkpoint),
+    )
+    kept_bytes, peak_bytes = measured(lambda: slots.load(0, 0, 2))
+    assert kept_bytes <= SLACK_BYTES
+    assert TENSOR_BYTES <= peak_bytes <= TENSOR_BYTES + SLACK_BYTES
+
+
+def measured(read: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that are kept with the result, and the most on the way."""
+    tracemalloc.start()
+    try:
+        result = read()
+        kept_bytes, peak_bytes = tracemalloc.get_traced_memory()
+        del result
+    finally:
+        tracemalloc.stop()
+    return kept_bytes, peak_bytes
 
 
 def test_only_the_pages_of_its_own_experts_are_read_from_disk(folder: Path) -> None:
