@@ -26,7 +26,7 @@ class GatedMlp:
         if tokens not in self._rows:
             self._rows[tokens] = self._rows_for(tokens)
         rows, inner_TI = self._rows[tokens], self._inner_TI[:tokens]
-        tile = experts.wide_tile(_tile_rows(tokens))
+        tile = experts.lone_tile(_tile_rows(tokens), inner_TI.shape[1])
         experts.gate_up(h_TH, weights.w_gate_up_JH[None], rows, inner_TI, tile=tile)
         return self._down.of(inner_TI, weights.w_down_HI)
 

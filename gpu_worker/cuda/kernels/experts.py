@@ -25,9 +25,9 @@ class ExpertTile(NamedTuple):
 # Measured: a few experts want more programs, many want longer reads.
 _GATE_UP_ALONE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
 _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
-_GATE_UP_WIDE = ExpertTile(columns=32, depth=64, warps=2, stages=3)
 _DOWN_ALONE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
+_SMALL_INNER = 4096  # up to here 32 columns a program leave a large card idle
 
 
 class Rows(NamedTuple):
@@ -40,10 +40,12 @@ class Rows(NamedTuple):
     padded: bool = False
 
 
-def wide_tile(rows: int) -> ExpertTile | None:
-    """For tiles of so many rows: from 64 on two warps, for on four the compiler takes another
-    instruction. None: the usual one."""
-    return _GATE_UP_WIDE if rows >= 64 else None
+def lone_tile(rows: int, inner: int) -> ExpertTile:
+    """For one MLP that all rows go through, in tiles of so many rows. A small one is cut into more
+    programs; from 64 rows on two warps, for on four the compiler takes another instruction."""
+    if rows >= 64:
+        return ExpertTile(columns=32, depth=64, warps=2, stages=3)
+    return ExpertTile(columns=16 if inner <= _SMALL_INNER else 32, depth=256, warps=4, stages=4)
 
 
 def gate_up(

@@ -1,0 +1,101 @@
+"""Every tile of a matrix product, compiled for an H100, uses one instruction: what a row's bits not
+depending on its batch rests on. Needs Triton's compiler, but no device."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from bench.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
+from gpu_worker.cuda.kernels import experts, latent, linear  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+H100 = GPUTarget("cuda", 90, 32)
+ONE_INSTRUCTION = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
+HIDDEN, INNER = 7168, 2048
+LINEAR = ["*bf16", "*bf16", "*fp32", "i32"]
+EXPERTS = ["*bf16", "*bf16", "*i64", "*i32", "*i32", "*i32", "*bf16"]
+
+
+def instructions(
+    kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
+) -> set[str]:
+    """Of the matrix products in what `kernel` compiles to, with aligned pointers."""
+    kinds = iter(arguments)
+    signature = {n: "constexpr" if n in constants else next(kinds) for n in kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=H100, options=options)
+    return set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", compiled.asm["ptx"]))
+
+
+def linear_instructions(tile: linear.LinearTile) -> set[str]:
+    constants = {
+        "INNER": HIDDEN,
+        "COLUMNS": 2112,
+        "PART": HIDDEN // 4,
+        "BLOCK_T": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+    }
+    return instructions(linear._linear_parts, LINEAR, constants, tile.warps, tile.stages)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 33, 512])
+def test_dense_tiles_take_the_one_instruction(rows: int) -> None:
+    for tile in (linear._tile_for(rows), *dense_tiles(rows)):
+        assert linear_instructions(tile) == ONE_INSTRUCTION
+
+
+def test_a_tall_tile_on_four_warps_would_take_another() -> None:
+    assert linear_instructions(linear.LinearTile(64, 64, 64, 4, 3)) != ONE_INSTRUCTION
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_expert_tiles_take_the_one_instruction(rows: int) -> None:
+    lone = [experts.lone_tile(rows, inner) for inner in (INNER, 18_432)]
+    routed = [] if rows == 64 else [experts._GATE_UP_GROUPED, *up_tiles()]
+    for tile in (*lone, *routed):
+        assert expert_instructions(experts._gate_up, tile, rows, DIVISOR=8) == ONE_INSTRUCTION
+    for tile in () if rows == 64 else (experts._DOWN_GROUPED, *down_tiles()):
+        assert expert_instructions(experts._down, tile, rows) == ONE_INSTRUCTION
+
+
+def expert_instructions(kernel: Any, tile: experts.ExpertTile, rows: int, **more: int) -> set[str]:
+    constants = {
+        "HIDDEN": HIDDEN,
+        "INNER": INNER,
+        "BLOCK_T": rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "GROUPED": True,
+        "PADDED": False,
+        **more,
+    }
+    return instructions(kernel, EXPERTS, constants, tile.warps, tile.stages)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_products_by_heads_take_the_one_instruction(rows: int) -> None:
+    into = {"PARTS": 4, "COLUMNS": 24_576, "STRIDE": 192, "SIZE": 512, "INNER": 128, "BLOCK_K": 64}
+    out_of = {"PARTS": 1, "COLUMNS": 65_536, "STRIDE": 512, "SIZE": 128, "INNER": 512}
+    for constants in (into, out_of | {"BLOCK_K": 128}):
+        constants = {"FIRST": 0, "HEADS": 128, "BLOCK_T": rows, "BLOCK_N": 64, **constants}
+        kinds = ["*fp32" if constants["PARTS"] > 1 else "*bf16", "*bf16", "*bf16", "i32", "i32"]
+        assert instructions(latent._multiply_heads, kinds, constants, 4, 2) == ONE_INSTRUCTION
