@@ -106,6 +106,13 @@ def up(
     kv_tokens: Annotated[
         int | None, typer.Option(help="Capacity of each rank's KV cache, in tokens.")
     ] = None,
+    context_tokens_max: Annotated[
+        int,
+        typer.Option(
+            "--context-tokens-max",
+            help="Longest prompt and answer together; 0: what the model was made for.",
+        ),
+    ] = 0,
     timeout_s: Annotated[
         float, typer.Option(help="Give up where the instance does not serve by then.")
     ] = 300.0,
@@ -138,6 +145,7 @@ def up(
             transfer_protocol=transfer_protocol,
             ib_device=mooncake_ib_device,
             kv_tokens=kv_tokens,
+            context_tokens_max=context_tokens_max,
             timeout_s=timeout_s,
             log_level=log_level,
         )

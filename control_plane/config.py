@@ -27,6 +27,9 @@ class ControlPlaneConfig:
     slots_per_rank: int = option(
         0, "places for experts on a rank, per layer; 0: enough for half of the ranks to hold all"
     )
+    context_tokens_max: int = option(
+        0, "longest prompt and answer together, in tokens; 0: what the model was made for"
+    )
     name: str = option("", "name of this control plane in etcd; default: host and pid")
     leader_ttl_s: float = option(2.0, "lease of the leader key; a killed leader is missed so long")
     formation_window_s: float = option(
@@ -52,6 +55,8 @@ class ControlPlaneConfig:
             raise ConfigError(f"--ranks {self.ranks}: an instance has at least one rank")
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
+        if self.context_tokens_max < 0:
+            raise ConfigError("--context-tokens-max must not be negative")
         if self.leader_ttl_s < 1:
             raise ConfigError("--leader-ttl-s must be at least 1: etcd grants no shorter lease")
         if not 0 < self.urgent_probe_interval_ms < self.timings.suspicion_window_ms / 2:
@@ -96,9 +101,18 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
         num_ranks=ranks,
         slots_per_rank=slots,
         redundant_experts=redundant,
-        context_tokens_max=model.context_tokens_max,
+        context_tokens_max=_context(config, model),
         vocab_size=model.vocab_size,
     )
+
+
+def _context(config: ControlPlaneConfig, model: ModelSpec) -> int:
+    if config.context_tokens_max > model.context_tokens_max:
+        raise ConfigError(
+            f"--context-tokens-max {config.context_tokens_max}: the model was made for "
+            f"{model.context_tokens_max}"
+        )
+    return config.context_tokens_max or model.context_tokens_max
 
 
 def bytes_per_expert(model: ModelSpec) -> int:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import structlog
+
 from gpu_worker.config import DeviceKind, RankConfig
-from shared.errors import ConfigError
+from shared.errors import CheckpointError, ConfigError
 from shared.model_spec import ModelSpec
+
+log = structlog.get_logger()
 
 _DEVICES = Path("/dev")
 
@@ -20,9 +24,18 @@ def uses_cuda(config: RankConfig, model: ModelSpec) -> bool:
         if config.device is DeviceKind.CUDA:
             raise ConfigError("--device cuda: no CUDA device is visible here; pass --device cpu")
         return False
-    from gpu_worker.cuda.model_loading import LAYOUTS
+    return config.device is DeviceKind.CUDA or _is_served(model)
 
-    return config.device is DeviceKind.CUDA or model.architecture in LAYOUTS
+
+def _is_served(model: ModelSpec) -> bool:
+    from gpu_worker.cuda.model_loading import layout_of
+
+    try:
+        layout_of(model)
+    except CheckpointError as error:
+        log.warning("computes_on_cpu", detail=str(error))
+        return False
+    return True
 
 
 def _has_card() -> bool:

@@ -33,6 +33,7 @@ class UpOptions:
     transfer_protocol: str
     ib_device: str
     kv_tokens: int | None
+    context_tokens_max: int  # 0: what the model was made for
     timeout_s: float
     log_level: str
 
@@ -44,6 +45,8 @@ class UpOptions:
             raise ConfigError(f"--control-planes {self.control_planes}: say 1, or 2 for a standby")
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
+        if self.context_tokens_max < 0:
+            raise ConfigError("--context-tokens-max must not be negative")
         if not self.instance or "/" in self.instance:
             raise ConfigError(f"--instance {self.instance!r}: a name without slashes is needed")
         if self.device not in DEVICES:

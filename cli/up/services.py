@@ -26,7 +26,7 @@ class Service:
 
 def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Service:
     slots = ("--slots-per-rank", str(options.slots_per_rank)) if options.slots_per_rank else ()
-    redundant = options.redundant_experts
+    redundant, context = options.redundant_experts, options.context_tokens_max
     return Service(
         name=f"control-plane-{number}",
         argv=(
@@ -34,6 +34,7 @@ def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Se
             *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
             *("--ranks", str(options.ranks), *slots),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
+            *(("--context-tokens-max", str(context)) if context else ()),
             *("--log-level", options.log_level),
         ),
         stop_timeout_s=5.0,

@@ -51,6 +51,7 @@ def options(tmp_path: Path, free_port: int) -> UpOptions:
         transfer_protocol="tcp",
         ib_device="",
         kv_tokens=None,
+        context_tokens_max=0,
         timeout_s=10.0,
         log_level="info",
     )
@@ -66,6 +67,7 @@ def test_what_is_possible_passes(options: UpOptions) -> None:
         ({"ranks": 0}, "--ranks"),
         ({"control_planes": 3}, "--control-planes"),
         ({"redundant_experts": -2}, "--redundant-experts"),
+        ({"context_tokens_max": -1}, "--context-tokens-max"),
         ({"slots_per_rank": -1}, "--slots-per-rank"),
         ({"instance": "a/b"}, "--instance"),
         ({"ib_device": "mlx5_0"}, "--mooncake-ib-device"),

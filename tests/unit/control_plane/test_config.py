@@ -61,6 +61,13 @@ def test_too_much_redundancy_says_what_would_fit_it() -> None:
         instance_spec(config, MODEL)
 
 
+def test_an_instance_may_serve_less_context_than_the_model_was_made_for_but_not_more() -> None:
+    assert instance_spec(CONFIG, MODEL).context_tokens_max == 2048
+    assert instance_spec(replace(CONFIG, context_tokens_max=512), MODEL).context_tokens_max == 512
+    with pytest.raises(ConfigError, match="2048"):
+        instance_spec(replace(CONFIG, context_tokens_max=4096), MODEL)
+
+
 def test_an_expert_is_three_projections_of_fp32() -> None:
     assert bytes_per_expert(MODEL) == 3 * 256 * 128 * 4
 
