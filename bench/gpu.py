@@ -2,8 +2,8 @@
 
 Random bf16 weights of Qwen3-30B-A3B's shape or of DeepSeek-V3's with small experts (`--shape`):
 decode tokens/s by batch size as a share of the roofline, what batch invariance costs, prefill,
-refilling slots beside decode; for Qwen3 also tiles of kernels, and transformers' generate on the
-same weights. What is correct is for tests/gpu to say.
+refilling slots beside decode, tiles of kernels; for Qwen3 also transformers' generate on the same
+weights. What is correct is for tests/gpu to say.
 """
 
 from __future__ import annotations
@@ -340,11 +340,10 @@ def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
         _measure_decode(report, bench, copy, link)
     if "free" in sections:
         _measure_free(report, bench, copy)
-    if not isinstance(sizes.attention, GqaShape):
-        sections -= {"kernels", "transformers"}
+    is_qwen = isinstance(sizes.attention, GqaShape)
     if "kernels" in sections:
-        _measure_kernels(report, bench)
-    if "transformers" in sections:
+        (_measure_kernels if is_qwen else _measure_latent_kernels)(report, bench)
+    if "transformers" in sections and is_qwen:
         report.run("transformers_32", lambda: transformers_rate(bench, 32))
 
 
@@ -379,6 +378,15 @@ def _measure_kernels(report: Report, bench: GpuBench) -> None:
         report.run(f"experts_{tokens}", lambda n=tokens: sweep.experts(n))
         report.run(f"grouped_mm_{tokens}", lambda n=tokens: sweep.grouped_mm(n))
         report.run(f"dense_{tokens}", lambda n=tokens: sweep.dense(n))
+
+
+def _measure_latent_kernels(report: Report, bench: GpuBench) -> None:
+    from bench.gpu_latent_kernels import LatentSweep
+
+    sweep = LatentSweep(bench.sizes, bench.weights)
+    for tokens in (1, 8, 32, 128):
+        report.run(f"attention_{tokens}", lambda n=tokens: sweep.attention(n))
+        report.run(f"heads_{tokens}", lambda n=tokens: sweep.heads(n))
 
 
 def main() -> None:

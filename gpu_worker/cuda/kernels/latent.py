@@ -20,13 +20,22 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.attention import Paging, Partials, merge_splits
 
 SPLIT_TOKENS = 256
-_STEP_TOKENS = 32  # with these heads and warps nothing spills at rank 512
-_BLOCK_HEADS = 32
-_WARPS = 8
-_STAGES = 2
-_PROGRAMS = 1024
 _MERGE_SPLITS = 4
 _LOG2_E = 1.4426950408889634
+
+
+class LatentTile(NamedTuple):
+    """Heads and positions of a product. All but stages and programs are part of the result."""
+
+    heads: int
+    step_tokens: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# With these nothing spills at rank 512.
+LATENT_TILE = LatentTile(heads=32, step_tokens=32, warps=8, stages=2, programs=1024)
 
 
 class HeadColumns(NamedTuple):
@@ -164,6 +173,7 @@ def attend_latents(
     sum_TAR: torch.Tensor,
     *,
     scale: float,
+    tile: LatentTile = LATENT_TILE,
 ) -> None:
     """Every row attends to all positions up to its own; rows without a token give zero. As many
     rows at a time as `partials` has room for."""
@@ -172,8 +182,8 @@ def attend_latents(
     for first in range(0, rows, at_once):
         part = slice(first, min(first + at_once, rows))
         position_T, sequence_T = paging.position_T[part], paging.sequence_T[part]
-        num_rows, blocks = position_T.shape[0], triton.cdiv(heads, _BLOCK_HEADS)
-        side_by_side = max(1, min(splits_max, _PROGRAMS // (num_rows * blocks)))
+        num_rows, blocks = position_T.shape[0], triton.cdiv(heads, tile.heads)
+        side_by_side = max(1, min(splits_max, tile.programs // (num_rows * blocks)))
         _attend_latents[(num_rows, blocks, side_by_side)](
             q_latent_TAR[part],
             q_rotated_TAW[part],
@@ -188,12 +198,12 @@ def attend_latents(
             HEADS=heads,
             RANK=rank,
             ROTATED=q_rotated_TAW.shape[2],
-            BLOCK_A=_BLOCK_HEADS,
-            STEP=_STEP_TOKENS,
+            BLOCK_A=tile.heads,
+            STEP=tile.step_tokens,
             SPLIT=SPLIT_TOKENS,
             BLOCK_TOKENS=cache.latent_BUR.shape[1],
-            num_warps=_WARPS,
-            num_stages=_STAGES,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
         merge_splits(
             partials,
