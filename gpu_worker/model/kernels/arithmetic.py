@@ -47,8 +47,8 @@ def _cache_folder() -> str:
 
 numba.config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]
 
-kernel: Any = njit(nogil=True, cache=True)
-inlined: Any = njit(nogil=True, cache=True, inline="always")
+kernel: Any = njit(nogil=True, cache=True, error_model="numpy")
+inlined: Any = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 _LOG2_E = np.float32(math.log2(math.e))
 _LN_2_HIGH = np.float32(355 / 512)  # few bits, so that n * _LN_2_HIGH is exact

@@ -16,7 +16,7 @@ from gpu_worker.model.kernels.linear import (
     rms_norm,
     softmax,
 )
-from gpu_worker.model.kernels.tiles import LANES, ROWS_MAX, advance_tile
+from gpu_worker.model.kernels.tiles import LANES, ROWS_MAX_WIDE, advance_tile
 from gpu_worker.model.kernels.warm_up import (
     FLOAT,
     FLOATS_1D,
@@ -87,8 +87,8 @@ def _score(
             table_B[b + 2] * num_heads + head,
             table_B[b + 3] * num_heads + head,
         )
-        for m in range(0, rows, ROWS_MAX):
-            group = min(ROWS_MAX, rows - m)
+        for m in range(0, rows, ROWS_MAX_WIDE):
+            group = min(ROWS_MAX_WIDE, rows - m)
             advance_tile(group, 1, q_RD, m, 0, k_NDU, at, 0, head_size, scores_RC, b * LANES)
         b += 4
     while b < end:

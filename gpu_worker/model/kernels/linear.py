@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_worker.model.kernels.arithmetic import ONE, ZERO, exp32, fma, kernel
-from gpu_worker.model.kernels.tiles import LANES, PANEL, ROWS_MAX, advance_tile
+from gpu_worker.model.kernels.tiles import LANES, PANEL, ROWS_MAX, ROWS_MAX_WIDE, advance_tile
 from gpu_worker.model.kernels.warm_up import (
     FLOAT,
     FLOATS_1D,
@@ -50,7 +50,7 @@ def advance(x: Any, k: int, w_KN: Any, out: Any, n: int, num_rows: int) -> None:
     """out[:, n:] += x[:, k:] @ w for the first `num_rows` rows, as far as w reaches."""
     depth, width = w_KN.shape
     w = w_KN.reshape(1, depth, width)
-    groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
+    groups = (num_rows + ROWS_MAX_WIDE - 1) // ROWS_MAX_WIDE
     c = 0
     while c + LANES <= width:
         is_wide = c + _VECTORS * LANES <= width
@@ -72,19 +72,14 @@ def _advance_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
     """Rows in groups as equal as can be: each reads a panel once."""
     depth, width = w.shape[1], out_MN.shape[1]
     groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
-    p = 0
-    while (p + 1) * PANEL <= width:
-        pair = (p + 2) * PANEL <= width
+    panels = width // PANEL
+    for p in range(panels):
         for g in range(groups):
             m = g * num_rows // groups
             rows = (g + 1) * num_rows // groups - m
-            if pair:
-                advance_tile(rows, 2, x_MK, m, 0, w, (p, p + 1), 0, depth, out_MN, p * PANEL)
-            else:
-                advance_tile(rows, 2, x_MK, m, 0, w, (p,), 0, depth, out_MN, p * PANEL)
-        p += 2 if pair else 1
-    if p * PANEL < width:
-        _advance_part(x_MK, w, p, out_MN, num_rows)
+            advance_tile(rows, 2, x_MK, m, 0, w, (p,), 0, depth, out_MN, p * PANEL)
+    if panels * PANEL < width:
+        _advance_part(x_MK, w, panels, out_MN, num_rows)
 
 
 @kernel
@@ -145,11 +140,25 @@ def add_rows(x_TH: Any, y_TH: Any, num_rows: int) -> None:
 
 
 @kernel
+def _largest(x: Any, size: int) -> Any:
+    """In eight chains: the order does not matter to a maximum, and one would wait for itself."""
+    m0 = m1 = m2 = m3 = m4 = m5 = m6 = m7 = x[0]
+    i = 0
+    while i + 8 <= size:
+        m0, m1, m2, m3 = max(m0, x[i]), max(m1, x[i + 1]), max(m2, x[i + 2]), max(m3, x[i + 3])
+        m4, m5 = max(m4, x[i + 4]), max(m5, x[i + 5])
+        m6, m7 = max(m6, x[i + 6]), max(m7, x[i + 7])
+        i += 8
+    while i < size:
+        m0 = max(m0, x[i])
+        i += 1
+    return max(max(max(m0, m1), max(m2, m3)), max(max(m4, m5), max(m6, m7)))
+
+
+@kernel
 def softmax(scores: Any, scale: Any, size: int) -> Any:
     """Replaces the first `size` scores by exp(scale * (score - max)); returns their sum."""
-    top = scores[0]
-    for i in range(1, size):
-        top = max(top, scores[i])
+    top = _largest(scores, size)
     for i in range(size):
         scores[i] = exp32((scores[i] - top) * scale)
     s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO

@@ -24,11 +24,17 @@ from numpy.typing import NDArray
 
 LANES = 16
 PANEL = 2 * LANES
-ROWS_MAX = 6
-"""Of a tile: 6 rows x 4 vectors are 24 of 32 registers."""
+ROWS_MAX = 8
+ROWS_MAX_WIDE = 6
+"""Of a tile two and four vectors wide: 16 and 24 of 32 registers are chains enough to keep the
+multipliers busy."""
 
-_PREFETCH_BYTES = 2048
-"""Ahead in each panel: a panel is one stream from memory."""
+_PREFETCH_BYTES = 4096
+_PREFETCHED_ROWS_MIN = 5
+"""A panel is one stream from memory, which the processor foresees by itself: only where a tile
+computes for as long as its weights take to come does it help to ask ahead."""
+
+_LINE_BYTES = 64
 
 cgutils: Any = typed_cgutils
 _INT, _WORD = ir.IntType(32), ir.IntType(64)
@@ -132,7 +138,10 @@ def _advance_rows(
         offset = builder.mul(loop.index, weights.stride)
         row_of_w: list[Any] = []
         for start in weights.starts:
-            row_of_w += weights.load(builder, builder.gep(start, [offset]), vectors)
+            pointer = builder.gep(start, [offset])
+            row_of_w += weights.load(builder, pointer, vectors)
+            if len(x_rows) >= _PREFETCHED_ROWS_MIN:
+                _prefetch(builder, pointer, vectors)
         for x_row, row_sums in zip(x_rows, sums, strict=True):
             value = _splat(builder, builder.load(builder.gep(x_row, [loop.index])))
             for weight, total in zip(row_of_w, row_sums, strict=True):
@@ -161,15 +170,12 @@ def _vector_pointers(builder: Any, pointer: Any, count: int) -> list[Any]:
 
 
 def _load_wide(builder: Any, pointer: Any, vectors: int) -> list[Any]:
-    for line in range(vectors):
-        _prefetch(builder, pointer, _PREFETCH_BYTES + 64 * line)
     return [builder.load(v, align=4) for v in _vector_pointers(builder, pointer, vectors)]
 
 
 def _load_narrow(builder: Any, pointer: Any, vectors: int) -> list[Any]:
     """The two vectors of a row of a panel of bfloat16."""
     assert vectors == 2
-    _prefetch(builder, pointer, _PREFETCH_BYTES)
     pairs = builder.load(builder.bitcast(pointer, _INTS.as_pointer()), align=2)
     low = builder.shl(pairs, ir.Constant(_INTS, [16] * LANES))
     high = builder.and_(pairs, ir.Constant(_INTS, [0xFFFF0000] * LANES))
@@ -188,10 +194,14 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
-def _prefetch(builder: Any, pointer: Any, ahead_bytes: int) -> None:
+def _prefetch(builder: Any, pointer: Any, vectors: int) -> None:
+    """The lines of a row further on: vectors of float32 are a line each, of bfloat16 half a one."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    target = builder.gep(builder.bitcast(pointer, byte), [_WORD(ahead_bytes)])
     to_read, to_all_caches, data = _INT(0), _INT(3), _INT(1)
-    builder.call(function, [target, to_read, to_all_caches, data])
+    is_wide = pointer.type == ir.FloatType().as_pointer()
+    for line in range(vectors if is_wide else vectors // 2):
+        offset = _WORD(_PREFETCH_BYTES + _LINE_BYTES * line)
+        target = builder.gep(builder.bitcast(pointer, byte), [offset])
+        builder.call(function, [target, to_read, to_all_caches, data])
