@@ -48,7 +48,7 @@ class RankLink:
     def send(self, message: Submit | Cancel) -> bool:
         """False where the link is not open. A rank that reads nothing for so long that its backlog
         passes UNSENT_BYTES_MAX counts as broken."""
-        if self._writer is None:
+        if self._writer is None or self._writer.transport.is_closing():
             return False
         if self._writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
             self._writer.transport.abort()
@@ -61,6 +61,8 @@ class RankLink:
         Returns for how long it has been owed, in seconds."""
         now = self._clock.now()
         if self._writer is None or now - self._heard_at < quiet_s:
+            return 0.0
+        if self._writer.transport.is_closing():
             return 0.0
         if self._probed_at is None:
             self._probed_at = now

@@ -1,0 +1,90 @@
+"""A gateway's link to a rank on the loop that gateways run on: it raises where one writes to a
+closed transport."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+import uvloop
+
+from gateway.rank_link import LinkEvents, RankLink
+from shared.clock import SystemClock
+from shared.records import RankRecord
+from shared.types import Attempt, Incarnation, Member, NodeId, RankId, RankState, SessionId
+from shared.wire import Cancel, Welcome, encode, read_message
+
+RANK = Member(rank=RankId(0), incarnation=Incarnation(1))
+CANCEL = Cancel(session=SessionId("s"), attempt=Attempt(1))
+TURNS = 50  # of the loop: more than a reader takes to see that its connection is closed
+
+
+@pytest.mark.parametrize("closed_by", ["the rank", "the gateway"])
+def test_what_is_sent_into_a_connection_that_just_ended_is_lost_and_harms_nobody(
+    closed_by: str,
+) -> None:
+    uvloop.run(_send_around_the_end(by_rank=closed_by == "the rank"))
+
+
+async def _send_around_the_end(*, by_rank: bool) -> None:
+    accepted: list[asyncio.StreamWriter] = []
+    opened, broken = asyncio.Event(), asyncio.Event()
+
+    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(encode(Welcome(rank=RANK.rank, incarnation=RANK.incarnation)))
+        accepted.append(writer)
+
+    server = await asyncio.start_server(welcome, "127.0.0.1", 0)
+    link = RankLink(
+        record=_record(server.sockets[0].getsockname()[1]),
+        name="g",
+        events=LinkEvents(
+            opened=lambda record: opened.set(),
+            tokens=lambda member, tokens: None,
+            pong=lambda member, pong: None,
+            broken=lambda member, reason, detail: broken.set(),
+        ),
+        clock=SystemClock(),
+    )
+    running = asyncio.ensure_future(link.run())
+    try:
+        await opened.wait()
+        assert link.send(CANCEL)
+        if by_rank:
+            accepted[0].transport.abort()
+        else:
+            link.reset()
+        turns = itertools.count()
+        while not broken.is_set() or next(turns) < TURNS:
+            link.send(CANCEL)
+            link.probe(0.0)
+            assert not running.done()
+            await asyncio.sleep(0)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        server.close()
+        for writer in accepted:
+            writer.transport.abort()
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+
+
+def _record(port: int) -> RankRecord:
+    return RankRecord(
+        rank=RANK.rank,
+        incarnation=RANK.incarnation,
+        node=NodeId("n"),
+        pid=1,
+        lease_id=1,
+        state=RankState.READY,
+        control_host="127.0.0.1",
+        control_port=port,
+        transfer_name="t",
+        slots=1,
+        kv_blocks=1,
+        kv_block_tokens=1,
+        exchange="local",
+    )
