@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.exchange.local import LocalExchange, LocalHub
+from gpu_worker.exchange.alone import AloneExchange
 from gpu_worker.exchange.seam import Dispatched
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.family import Floats
 from gpu_worker.model.registry import load_model
 from gpu_worker.step_batch import StepBatch
-from shared.clock import SystemClock
-from shared.expert_map import ExpertMap
 from shared.model_spec import read_model_spec
-from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from shared.types import Epoch, Step
 
 _BLOCK_TOKENS = 16
 _CHUNK_TOKENS = 128
@@ -30,7 +28,7 @@ class _Lossy:
     """An exchange in which some experts never answer: their share is absent from the sum, as it is
     where a combine skips a dead rank."""
 
-    def __init__(self, inner: LocalExchange, missing: Collection[int]) -> None:
+    def __init__(self, inner: AloneExchange, missing: Collection[int]) -> None:
         self._inner = inner
         self._missing = np.array(sorted(missing), dtype=np.int32)
         self._gone_TK: NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
@@ -44,17 +42,6 @@ class _Lossy:
         y_TKH = self._inner.combine(layer, y_NH).copy()
         y_TKH[self._gone_TK] = 0.0
         return y_TKH
-
-
-class _Nobody:
-    """The monitor of a rank without peers."""
-
-    def newest_epoch(self) -> Epoch:
-        return EPOCH
-
-    def beat(self, waiting_for: Sequence[RankId]) -> None: ...
-
-    def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None: ...
 
 
 class LocalScorer:
@@ -105,16 +92,8 @@ def experts_of_rank(rank: int, num_ranks: int, num_experts: int) -> range:
     return range(rank * num_experts // num_ranks, (rank + 1) * num_experts // num_ranks)
 
 
-def whole_exchange(model: Decoder) -> LocalExchange:
-    """Loads every expert into the model's slots, for a rank without peers in `EPOCH`."""
-    spec = model.spec
-    experts = np.arange(spec.num_experts, dtype=np.int16)
-    placement = np.tile(experts, (spec.num_moe_layers, 1, 1))
-    model.slots.load_all(placement[:, 0])
-    member = Member(rank=RankId(0), incarnation=Incarnation(1))
-    hub = LocalHub(1, spec.hidden_size, spec.top_k)
-    exchange = hub.exchange(member, _Nobody(), SystemClock(), 1e9)
-    exchange.adopt(
-        ExpertMap(epoch=EPOCH, num_experts=spec.num_experts, members=(member,), placement=placement)
-    )
-    return exchange
+def whole_exchange(model: Decoder) -> AloneExchange:
+    """Loads every expert into the model's slots, for a rank without peers."""
+    experts_E = np.arange(model.spec.num_experts, dtype=np.int16)
+    model.slots.load_all(np.tile(experts_E, (model.spec.num_moe_layers, 1)))
+    return AloneExchange()
