@@ -17,6 +17,7 @@ from bench.gpu_serve_gaps import (
     first_tokens_ms,
     had_begun,
     longest_gaps_ms,
+    longest_pauses,
     wrong_streams,
 )
 from bench.gpu_serve_load import SteadyLoad, Turn
@@ -29,6 +30,7 @@ from shared.expert_map import ExpertMap
 from shared.records import RankRecord
 
 _BEFORE_JOIN_S = 0.2
+_WORST = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ class Struck:
     failed: tuple[str, ...]
     wrong: int
     epochs: tuple[str, ...]  # maps since, with the seconds from the fault
+    worst: tuple[str, ...]  # of all pauses since
     phases: tuple[Phases, ...]  # of the victims whose verdicts were seen
     rejoined_s: float | None
     rejoin_gap_ms: Spread | None
@@ -176,10 +179,19 @@ class _Seen:
                 f"{m.published_at - struck_at:.3f} s: epoch {m.epoch}, {len(m.members)} ranks"
                 for m in self._maps_since()
             ),
+            worst=self._worst(turns),
             phases=phases,
             rejoined_s=None if rejoined_at is None else rejoined_at - struck_at,
             rejoin_gap_ms=_spread(longest_gaps_ms(turns, rejoining, now)),
             rejoin_first_token_ms=_spread(first_tokens_ms(turns, rejoining, now)),
+        )
+
+    def _worst(self, turns: Sequence[Turn]) -> tuple[str, ...]:
+        since = Window(begin=self.struck_at, end=self.now)
+        pauses = sorted(longest_pauses(turns, since, self.now), reverse=True)
+        return tuple(
+            f"{p.begin - self.struck_at:.3f} s: {p.ms:.0f} ms, rank {p.rank}"
+            for p in pauses[:_WORST]
         )
 
     def _maps_since(self) -> list[ExpertMap]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,20 +25,33 @@ class Window:
     end: float
 
 
-def longest_gaps_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Pause:
+    """Of one stream, between two tokens. `rank` is the one that it began on."""
+
+    ms: float
+    begin: float
+    rank: int | None = field(compare=False)
+
+
+def longest_pauses(turns: Sequence[Turn], window: Window, now: float) -> list[Pause]:
     """Of every stream with a pause in the window, the longest. A stream that still runs has a
     pause that is not over."""
-    longest = (max(_gaps_ms(turn, window, now), default=None) for turn in turns)
-    return [gap for gap in longest if gap is not None]
+    longest = (max(_pauses(turn, window, now), default=None) for turn in turns)
+    return [pause for pause in longest if pause is not None]
 
 
-def _gaps_ms(turn: Turn, window: Window, now: float) -> Iterator[float]:
+def longest_gaps_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
+    return [pause.ms for pause in longest_pauses(turns, window, now)]
+
+
+def _pauses(turn: Turn, window: Window, now: float) -> Iterator[Pause]:
     record = turn.record
     runs = record.finish is None and record.error is None
     times = [*record.arrivals, now] if runs and record.arrivals else record.arrivals
     for earlier, later in itertools.pairwise(times):
         if later > window.begin and earlier < window.end:
-            yield (later - earlier) * 1e3
+            yield Pause(ms=(later - earlier) * 1e3, begin=earlier, rank=record.rank)
 
 
 def first_tokens_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
