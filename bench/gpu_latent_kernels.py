@@ -40,7 +40,7 @@ class LatentSweep:
         where = Paging(
             torch.full_like(rows, context - 1), rows, tables.view(tokens, blocks), None, 1
         )
-        splits = (tokens, shape.num_heads, -(-context // latent.SPLIT_TOKENS))
+        splits = (tokens, shape.num_heads, latent.num_splits(context))
         partials = Partials(
             torch.empty(*splits, shape.rank, device=device),
             torch.empty(splits, device=device),

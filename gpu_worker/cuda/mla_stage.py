@@ -65,7 +65,7 @@ class MlaStage:
         self._q_rotated_TAW = room.empty(tokens, heads, shape.rotated_size)
         self._sum_TAR = room.empty(tokens, heads, shape.rank)
         self._heads_TO = room.empty(tokens, shape.heads_size)
-        splits_max = -(-context_tokens_max // latent.SPLIT_TOKENS)
+        splits_max = latent.num_splits(context_tokens_max)
         splits = (min(tokens, _ROWS_AT_ONCE), heads, splits_max)
         self._partials = Partials(
             room.empty(*splits, shape.rank, of=torch.float32),

@@ -58,15 +58,16 @@ def ints(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def paging(positions: list[int], sequences: list[int]) -> Paging:
-    tables = torch.randperm(3 * BLOCKS, device=DEVICE).view(3, BLOCKS).to(torch.int32)
+def paging(positions: list[int], sequences: list[int], blocks: int = BLOCKS) -> Paging:
+    tables = torch.randperm(3 * blocks, device=DEVICE).view(3, blocks).to(torch.int32)
     return Paging(ints(positions), ints(sequences), tables, None, 1)
 
 
 def poisoned_beyond(where: Paging, lengths: list[int]) -> latent.LatentCache:
     """Sequence s has `lengths[s]` positions; what lies beyond must not be read."""
+    blocks = where.tables_SB.numel()
     cache = latent.LatentCache(
-        poison(3 * BLOCKS, BLOCK_TOKENS, RANK), poison(3 * BLOCKS, BLOCK_TOKENS, ROTATED)
+        poison(blocks, BLOCK_TOKENS, RANK), poison(blocks, BLOCK_TOKENS, ROTATED)
     )
     for sequence, length in enumerate(lengths):
         at = torch.arange(length, device=DEVICE)
@@ -79,7 +80,8 @@ def poisoned_beyond(where: Paging, lengths: list[int]) -> latent.LatentCache:
 def attend(
     q: torch.Tensor, q_turned: torch.Tensor, cache: latent.LatentCache, where: Paging, at_once: int
 ) -> torch.Tensor:
-    splits = (at_once, HEADS, -(-BLOCKS * BLOCK_TOKENS // latent.SPLIT_TOKENS))
+    context = where.tables_SB.shape[1] * BLOCK_TOKENS
+    splits = (at_once, HEADS, latent.num_splits(context))
     partials = Partials(
         poison(*splits, RANK, dtype=torch.float32),
         poison(*splits, dtype=torch.float32),
@@ -90,19 +92,38 @@ def attend(
     return out
 
 
+def attention_reference(
+    q: torch.Tensor, q_turned: torch.Tensor, cache: latent.LatentCache, where: Paging, row: int
+) -> torch.Tensor:
+    length = int(where.position_T[row]) + 1
+    blocks = where.tables_SB[int(where.sequence_T[row])].long()
+    latents = cache.latent_BUR[blocks].reshape(-1, RANK)[:length].double()
+    keys = cache.key_BUW[blocks].reshape(-1, ROTATED)[:length].double()
+    scores = q[row].double() @ latents.T + q_turned[row].double() @ keys.T
+    return (scores * SCALE).softmax(-1) @ latents
+
+
 def test_attention_follows_its_formula_over_any_number_of_splits() -> None:
     where = paging([0, 255, 256, -1, 600, 31], [0, 1, 1, 0, 2, 2])
     cache = poisoned_beyond(where, [1, 257, 601])
     q, q_turned = random(6, HEADS, RANK), random(6, HEADS, ROTATED)
     out = attend(q, q_turned, cache, where, at_once=6)
     for row in (0, 1, 2, 4, 5):
-        length = int(where.position_T[row]) + 1
-        blocks = where.tables_SB[int(where.sequence_T[row])].long()
-        latents = cache.latent_BUR[blocks].reshape(-1, RANK)[:length].double()
-        keys = cache.key_BUW[blocks].reshape(-1, ROTATED)[:length].double()
-        scores = q[row].double() @ latents.T + q_turned[row].double() @ keys.T
-        assert_close(out[row], (scores * SCALE).softmax(-1) @ latents)
+        assert_close(out[row], attention_reference(q, q_turned, cache, where, row))
     assert not out[3].any(), "a row without a token gives zero"
+
+
+def test_splits_grow_with_a_rows_own_context_alone() -> None:
+    edge = latent.SPLIT_TOKENS * latent.SPLITS_MAX
+    positions = [edge - 1, edge, 20]
+    where = paging(positions, [0, 1, 2], blocks=2 * edge // BLOCK_TOKENS + 1)
+    cache = poisoned_beyond(where, [position + 1 for position in positions])
+    q, q_turned = random(3, HEADS, RANK), random(3, HEADS, ROTATED)
+    out = attend(q, q_turned, cache, where, at_once=3)
+    for row in range(3):
+        assert_close(out[row], attention_reference(q, q_turned, cache, where, row))
+    shorter = where._replace(tables_SB=where.tables_SB[:, : edge // BLOCK_TOKENS + 1].contiguous())
+    assert_same(attend(q, q_turned, cache, shorter, at_once=3), out)
 
 
 def test_a_rows_attention_does_not_depend_on_the_rows_beside_it() -> None:

@@ -16,6 +16,8 @@ import triton.language as tl
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
 _MERGE_SPLITS = 16
+SPLITS_MAX = 16
+"""Where splits grow with a row's context."""
 
 
 class AttentionTile(NamedTuple):
@@ -146,8 +148,9 @@ def merge_splits(
     split_tokens: int,
     splits_at_once: int,
     warps: int,
+    doublings: int = 0,
 ) -> None:
-    """Of the rows of `position_T`. `splits_at_once` and `warps` are part of the result."""
+    """Of the rows of `position_T`. All but `doublings` is part of the result: see `split_size`."""
     _, heads, splits_max, head_dim = partials.values_TQXD.shape
     _merge_splits[(position_T.shape[0], heads)](
         *partials,
@@ -157,9 +160,21 @@ def merge_splits(
         HEADS=heads,
         HEAD_DIM=head_dim,
         SPLIT=split_tokens,
+        SPLITS_MAX=SPLITS_MAX,
+        DOUBLINGS=doublings,
         BLOCK_X=splits_at_once,
         num_warps=warps,
     )
+
+
+@triton.jit
+def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """Of a row's splits, by its own position alone: doubled until there are SPLITS_MAX at most.
+    `DOUBLINGS` suffice for every position that there is."""
+    size = position * 0 + SPLIT
+    for _ in tl.static_range(DOUBLINGS):
+        size = tl.where(position // size >= SPLITS_MAX, size * 2, size)
+    return size
 
 
 @triton.jit(do_not_specialize=["part_stride", "table_width"])
@@ -303,13 +318,17 @@ def _merge_splits(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS_MAX: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     x = tl.arange(0, BLOCK_X)
     d = tl.arange(0, HEAD_DIM)
-    num_splits = (tl.load(position_ptr + row) + SPLIT) // SPLIT
+    position = tl.load(position_ptr + row)
+    size = split_size(position, SPLIT, SPLITS_MAX, DOUBLINGS)
+    num_splits = (position + size) // size
     base = (row * HEADS + head) * splits_max
     peak = float("-inf")
     total = 0.0

@@ -17,7 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.attention import Paging, Partials, merge_splits
+from gpu_worker.cuda.kernels.attention import (
+    SPLITS_MAX,
+    Paging,
+    Partials,
+    merge_splits,
+    split_size,
+)
 
 SPLIT_TOKENS = 256
 _MERGE_SPLITS = 4
@@ -179,6 +185,8 @@ def attend_latents(
     rows at a time as `partials` has room for."""
     rows, heads, rank = q_latent_TAR.shape
     at_once, _, splits_max = partials.maximum_TQX.shape
+    block_tokens = cache.latent_BUR.shape[1]
+    doublings = _doublings(paging.tables_SB.shape[1] * block_tokens)
     for first in range(0, rows, at_once):
         part = slice(first, min(first + at_once, rows))
         position_T, sequence_T = paging.position_T[part], paging.sequence_T[part]
@@ -201,7 +209,9 @@ def attend_latents(
             BLOCK_A=tile.heads,
             STEP=tile.step_tokens,
             SPLIT=SPLIT_TOKENS,
-            BLOCK_TOKENS=cache.latent_BUR.shape[1],
+            SPLITS_MAX=SPLITS_MAX,
+            DOUBLINGS=doublings,
+            BLOCK_TOKENS=block_tokens,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -212,7 +222,21 @@ def attend_latents(
             split_tokens=SPLIT_TOKENS,
             splits_at_once=_MERGE_SPLITS,
             warps=4,
+            doublings=doublings,
         )
+
+
+def num_splits(context_tokens: int) -> int:
+    """Room for the splits of rows of so much context."""
+    return min(SPLITS_MAX, -(-context_tokens // SPLIT_TOKENS))
+
+
+def _doublings(context_tokens: int) -> int:
+    """How often the last of so many positions doubles its split."""
+    doublings = 0
+    while (context_tokens - 1) // (SPLIT_TOKENS << doublings) >= SPLITS_MAX:
+        doublings += 1
+    return doublings
 
 
 @triton.jit
@@ -387,6 +411,8 @@ def _attend_latents(
     BLOCK_A: tl.constexpr,
     STEP: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLITS_MAX: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
     """Each split by itself, in steps of a fixed number of positions: which program does it changes
@@ -406,12 +432,13 @@ def _attend_latents(
         q_turned = tl.load(
             q_rotated_ptr + head[:, None] * ROTATED + w[None, :], mask=q_mask, other=0.0
         )
-        for split in range(tl.program_id(2), position // SPLIT + 1, tl.num_programs(2)):
+        size = split_size(position, SPLIT, SPLITS_MAX, DOUBLINGS)
+        for split in range(tl.program_id(2), position // size + 1, tl.num_programs(2)):
             peak = tl.full([BLOCK_A], float("-inf"), dtype=tl.float32)
             total = tl.zeros([BLOCK_A], dtype=tl.float32)
             values = tl.zeros([BLOCK_A, RANK], dtype=tl.float32)
-            end = tl.minimum(position + 1, (split + 1) * SPLIT)
-            for start in range(split * SPLIT, end, STEP):
+            end = tl.minimum(position + 1, (split + 1) * size)
+            for start in range(split * size, end, STEP):
                 at = start + n
                 is_past = at <= position
                 table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
