@@ -46,6 +46,11 @@ class DecoderOptions:
     prefill_sequences: int = 64
     invariant: bool = True
 
+    @property
+    def positions_max(self) -> int:
+        """Of a sequence: it does not outgrow the cache."""
+        return min(self.context_tokens_max, self.kv_blocks * self.block_tokens)
+
 
 class PendingStep:
     """A step in flight: `ids()` waits for it. Ids and mask stand until the next step but one, the
@@ -128,7 +133,7 @@ class Decoder:
         self._logits = Product(
             room, inner=hidden, columns=sizes.vocab_size, rows_max=rows_max, in_parts=False
         )
-        width = -(-options.context_tokens_max // options.block_tokens)
+        width = -(-options.positions_max // options.block_tokens)
         self._prefill = StepInputs(prefill, width, device)
         self._decode = [StepInputs(size, width, device) for size in ladder]
         self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}
@@ -181,8 +186,8 @@ class Decoder:
 
     def _inputs_for(self, batch: StepBatch) -> StepInputs:
         tokens = batch.num_tokens
-        is_decode = tokens == batch.logits_rows_R.shape[0] == batch.block_tables_SB.shape[0]
-        if is_decode:
+        has_one_each = tokens == batch.block_tables_SB.shape[0]
+        if has_one_each and np.array_equal(batch.logits_rows_R, np.arange(tokens)):
             for inputs in self._decode:
                 if tokens <= inputs.size.tokens:
                     return inputs
@@ -235,7 +240,7 @@ def _attention_stage(
             room,
             kv_blocks=options.kv_blocks,
             block_tokens=options.block_tokens,
-            context_tokens_max=options.context_tokens_max,
+            context_tokens_max=options.positions_max,
         )
     return GqaStage(
         shape,
@@ -244,6 +249,6 @@ def _attention_stage(
         room,
         kv_blocks=options.kv_blocks,
         block_tokens=options.block_tokens,
-        context_tokens_max=options.context_tokens_max,
+        context_tokens_max=options.positions_max,
         norm_eps=sizes.norm_eps,
     )

@@ -5,7 +5,7 @@ device in bf16, with graphs; elsewhere on Triton's interpreter in float32."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -153,6 +153,16 @@ def test_a_step_may_be_enqueued_before_the_former_ones_token_is_known(parts: Par
         new.append(int(pending[-2].ids()[0]))
     new.append(int(pending[-1].ids()[0]))
     assert new == known
+
+
+def test_rows_are_wanted_in_any_order(parts: Parts) -> None:
+    batch = batch_of({0: [5], 1: [9]}, [0, 0])
+    in_order = parts.decoder.launch(batch).logits_RV.float().clone()
+    turned = replace(batch, logits_rows_R=np.array([1, 0], dtype=np.int32))
+    pending = parts.decoder.launch(turned)
+    pending.ids()
+    assert distance(pending.logits_RV, in_order.flip(0)) < TOLERANCE
+    assert distance(pending.logits_RV, in_order) > 0.1
 
 
 def test_each_of_two_steps_in_flight_brings_the_mask_that_it_has_seen(parts: Parts) -> None:
