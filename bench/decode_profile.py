@@ -1,6 +1,6 @@
-"""Where the CPU time of decode steps goes, by kernel, and how fast the experts' weights are read. Kernels
-are called as attributes of their modules, which are replaced by timed ones as long as a profile is
-entered."""
+"""Where the CPU time of decode steps goes, by kernel, and how fast the experts' weights are read.
+Kernels are called as attributes of their modules, which are replaced by timed ones as long as a
+profile is entered."""
 
 from __future__ import annotations
 
