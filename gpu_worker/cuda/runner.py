@@ -121,6 +121,7 @@ class CudaRunner:
                 self._suspect_next()
             self._monitor.beat(waiting_for)
             time.sleep(_NAP_S)
+        self._conductor.land()
 
     def _suspect_next(self) -> None:
         later = [rank for rank in self._others if rank > self._member.rank]

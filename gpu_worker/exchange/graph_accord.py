@@ -69,6 +69,8 @@ class GraphAccord:
         self._adopted: ExpertMap | None = None
         self._condemned: set[Member] = set()
         self._idle_graphs = 0
+        self._flying = False
+        self._spoils_on_landing = Epoch(0)
 
     def on_news(self, news: GraphNews) -> None:
         self._news[news.member] = news
@@ -91,11 +93,16 @@ class GraphAccord:
         return Heard(give_up, leave)
 
     def condemn(self, dead: Member, epoch: Epoch) -> None:
-        """A verdict: the map of `epoch` will be the first without this life. Who is to be waited
-        for no longer can deliver no step of the maps before it, adopted or not."""
+        """A verdict: the map of `epoch` will be the first without this life. No step of the maps
+        before it can be delivered any more, be they adopted or not; except that a graph in flight
+        may be, where only a map still to be adopted names the dead."""
         self._condemned.add(dead)
-        if any(m is not None and m.has(dead) for m in (self._adopted, self._newest)):
+        if self._adopted is not None and self._adopted.has(dead):
             self._spoil(Epoch(epoch - 1))
+        elif self._newest is not None and self._newest.has(dead):
+            self._spoils_on_landing = Epoch(epoch - 1)
+            if not self._flying:
+                self._land()
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
         """The number of the first graph under this map, once all members are ready for it."""
@@ -136,6 +143,12 @@ class GraphAccord:
     def launch(self) -> None:
         """Then ask `has_overslept`: the last promise may have come just before."""
         self.launched += 1
+        self._flying = True
+
+    def land(self) -> None:
+        """The graph launched last has ended, to whatever end."""
+        self._flying = False
+        self._land()
 
     def note_step(self, *, had_work: bool) -> None:
         """A step was committed."""
@@ -196,8 +209,13 @@ class GraphAccord:
             if m != self.own.member and (not expert_map.has(m) or m.rank in expert_map.joiners)
         )
 
+    def _land(self) -> None:
+        self._spoil(self._spoils_on_landing)
+        self._spoils_on_landing = Epoch(0)
+
     def _spoil(self, epoch: Epoch) -> None:
-        self.own = replace(self.own, spoilt=max(self.own.spoilt, epoch))
+        if epoch > self.own.spoilt:
+            self.own = replace(self.own, spoilt=epoch)
 
     def _sleep_at(self) -> int | None:
         """The graph at which all members of the adopted map have agreed to sleep, where this rank

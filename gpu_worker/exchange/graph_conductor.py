@@ -124,6 +124,15 @@ class GraphConductor:
             self._loop.call_soon_threadsafe(self._oversleep, launched)
         return True
 
+    def land(self) -> None:
+        """The graph launched last has ended, to whatever end."""
+        with self._lock:
+            before = self._accord.own
+            self._accord.land()
+            changed = self._accord.own is not before
+        if changed:
+            self._loop.call_soon_threadsafe(self._tell)
+
     def commit(self, *, had_work: bool) -> bool:
         """The graph launched last was committed. Whether all sleep now."""
         with self._lock:

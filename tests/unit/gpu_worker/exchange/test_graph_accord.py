@@ -117,6 +117,7 @@ class SimRank:
 
     def complete(self, world: World) -> None:
         number, self.flight = self.flight, None
+        self.accord.land()
         assert number is not None
         if self.is_filler:
             return
@@ -390,6 +391,20 @@ def test_a_map_that_names_one_condemned_since_needs_nobody_to_have_entered_it() 
     assert not accord.is_clear_of(Epoch(6))
     accord.on_news(news_of(two, entered=5, spoilt=6))
     assert accord.is_clear_of(Epoch(6))
+
+
+def test_a_graph_in_flight_may_still_be_delivered_where_only_a_map_to_come_names_the_dead() -> None:
+    one, two, joiner = life(0), life(1), life(2)
+    accord = GraphAccord(one)
+    first = map_of(1, [one, two], [])
+    accord.hear(first)
+    accord.adopt(first)
+    accord.launch()
+    accord.hear(map_of(2, [one, two, joiner], [joiner]))
+    accord.condemn(joiner, Epoch(3))
+    assert accord.own.spoilt == 0
+    accord.land()
+    assert accord.own.spoilt == 2
 
 
 def test_a_verdict_on_somebody_in_no_map_spoils_none() -> None:
