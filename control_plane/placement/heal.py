@@ -30,12 +30,13 @@ def heal(
     tolerance: float = 0.05,
 ) -> Iterator[HealStep]:
     """Steps of at most `budget_bytes` of weights each (at least one expert; an exchange between two
-    full ranks takes two). Lazy: take the first, perform it, and ask again with the new map; the
-    answer goes on where it stopped. Ends where nothing is worth a move: every expert as replicated
-    as `redundant` and `survive` ask (see `place`), and the busiest rank of each layer within
-    `tolerance` of the mean, or no single change brings it nearer."""
-    if bytes_per_expert <= 0:
-        raise ValueError("bytes_per_expert must be positive")
+    full ranks takes two); a dense model's one expert weighs nothing. Lazy: take the first, perform
+    it, and ask again with the new map; the answer goes on where it stopped. Ends where nothing is
+    worth a move: every expert as replicated as `redundant` and `survive` ask (see `place`), and the
+    busiest rank of each layer within `tolerance` of the mean, or no single change brings it nearer.
+    """
+    if bytes_per_expert < 0:
+        raise ValueError("bytes_per_expert must not be negative")
     members = np.array(sorted(m.rank for m in expert_map.members), dtype=np.int64)
     placement = without_ranks(expert_map.placement, members)
     layout = Layout.of_map(expert_map, nodes)
@@ -53,7 +54,7 @@ def heal(
         )
         for layer in range(expert_map.num_layers)
     ]
-    loads_most = max(1, budget_bytes // bytes_per_expert)
+    loads_most = max(1, budget_bytes // max(1, bytes_per_expert))
     while changes := _gather(layers, loads_most):
         step = _step(placement, members, changes, bytes_per_expert)
         placement = step.placement.copy()

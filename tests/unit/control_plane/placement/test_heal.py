@@ -13,7 +13,7 @@ from control_plane.placement import HealStep, balance, grow, heal, replica_count
 from control_plane.placement.layout import Layout, checked_loads, fill_quotas, presence
 from control_plane.placement.replica_choice import choose_counts, cover_floor
 from shared.expert_map import ExpertMap, Placement
-from shared.types import EMPTY_SLOT, RankId
+from shared.types import EMPTY_SLOT, NodeId, RankId
 from tests.unit.control_plane.placement.clusters import Cluster, bench_cluster, bounded, clusters
 
 STEPS_MOST = 500
@@ -39,13 +39,15 @@ def wounds(draw: st.DrawFn) -> tuple[Cluster, ExpertMap]:
     return changed, expert_map
 
 
-def steps(cluster: Cluster, expert_map: ExpertMap, budget: int = 3) -> list[HealStep]:
+def steps(
+    cluster: Cluster, expert_map: ExpertMap, budget: int = 3, bytes_per_expert: int = 10
+) -> list[HealStep]:
     found = heal(
         expert_map,
         cluster.loads,
         cluster.nodes,
         budget_bytes=budget * 10,
-        bytes_per_expert=10,
+        bytes_per_expert=bytes_per_expert,
         redundant=cluster.redundant,
     )
     result = list(itertools.islice(found, STEPS_MOST + 1))
@@ -198,3 +200,17 @@ def _fields(cluster: Cluster) -> dict[str, object]:
         "slots": cluster.slots,
         "redundant": cluster.redundant,
     }
+
+
+def test_the_expert_of_a_dense_model_weighs_nothing_and_is_healed_all_the_same() -> None:
+    """Of three ranks the third has come back with an empty slot."""
+    ranks = [RankId(rank) for rank in range(3)]
+    dense = Cluster(
+        loads=np.ones((1, 1)),
+        nodes={rank: NodeId("one") for rank in ranks},
+        slots=dict.fromkeys(ranks, 1),
+        redundant=None,
+    )
+    expert_map = dense.map_of(np.array([[[0], [0], [EMPTY_SLOT]]], dtype=np.int16))
+    (step,) = steps(dense, expert_map, bytes_per_expert=0)
+    assert step.placement.tolist() == [[[0], [0], [0]]]
