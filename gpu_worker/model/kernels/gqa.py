@@ -10,7 +10,7 @@ from gpu_worker.model.gqa_shape import QK_NORM_HEAD, QK_NORM_WHOLE
 from gpu_worker.model.kernels.arithmetic import ZERO, exp32, kernel
 from gpu_worker.model.kernels.linear import (
     add_rows,
-    advance,
+    advance_block,
     linear,
     norm_rows,
     rms_norm,
@@ -92,8 +92,8 @@ def _score(
             advance_tile(group, 1, q_RD, m, 0, k_NDU, at, 0, head_size, scores_RC, b * LANES)
         b += 4
     while b < end:
-        keys = k_NDU[table_B[b] * num_heads + head]
-        advance(q_RD, 0, keys, scores_RC, b * block_tokens, rows)
+        block = table_B[b] * num_heads + head
+        advance_block(q_RD, 0, k_NDU, block, 0, head_size, scores_RC, b * block_tokens, rows)
         b += 1
 
 
@@ -109,8 +109,10 @@ def _add_values(
         b = position // block_tokens
         first = b * block_tokens
         high = min(end, first + block_tokens)
-        values = v_NUD[table_B[b] * num_heads + head, position - first : high - first]
-        advance(scores_RC, position, values, out_RD, 0, out_RD.shape[0])
+        advance_block(
+            scores_RC, position, v_NUD, table_B[b] * num_heads + head, position - first,
+            high - position, out_RD, 0, out_RD.shape[0],
+        )  # fmt: skip
         position = high
 
 

@@ -46,10 +46,12 @@ def advance_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
 
 
 @kernel
-def advance(x: Any, k: int, w_KN: Any, out: Any, n: int, num_rows: int) -> None:
-    """out[:, n:] += x[:, k:] @ w for the first `num_rows` rows, as far as w reaches."""
-    depth, width = w_KN.shape
-    w = w_KN.reshape(1, depth, width)
+def advance_block(
+    x: Any, k: int, w_BKN: Any, block: int, first: int, depth: int, out: Any, n: int, num_rows: int
+) -> None:
+    """out[:, n:] += x[:, k:] @ w[block, first : first + depth] for the first `num_rows` rows."""
+    width = w_BKN.shape[2]
+    start = first * width
     groups = (num_rows + ROWS_MAX_WIDE - 1) // ROWS_MAX_WIDE
     c = 0
     while c + LANES <= width:
@@ -58,13 +60,21 @@ def advance(x: Any, k: int, w_KN: Any, out: Any, n: int, num_rows: int) -> None:
             m = g * num_rows // groups
             rows = (g + 1) * num_rows // groups - m
             if is_wide:
-                advance_tile(rows, _VECTORS, x, m, k, w, (0,), c, depth, out, n + c)
+                advance_tile(rows, _VECTORS, x, m, k, w_BKN, (block,), start + c, depth, out, n + c)
             else:
-                advance_tile(rows, 1, x, m, k, w, (0,), c, depth, out, n + c)
+                advance_tile(rows, 1, x, m, k, w_BKN, (block,), start + c, depth, out, n + c)
         c += _VECTORS * LANES if is_wide else LANES
     if c < width:
+        w_KN = w_BKN[block, first : first + depth]
         for m in range(num_rows):
             advance_row(x[m, k : k + depth], w_KN, out[m, n : n + width], c, width)
+
+
+@kernel
+def advance(x: Any, w_KN: Any, out: Any, num_rows: int) -> None:
+    """out += x @ w for the first `num_rows` rows, as far as w reaches."""
+    depth, width = w_KN.shape
+    advance_block(x, 0, w_KN.reshape(1, depth, width), 0, 0, depth, out, 0, num_rows)
 
 
 @kernel
@@ -102,7 +112,7 @@ def linear(x_MK: Any, w: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
     if w.ndim == 3:
         _advance_panels(x_MK, w, out_MN, num_rows)
     else:
-        advance(x_MK, 0, w, out_MN, 0, num_rows)
+        advance(x_MK, w, out_MN, num_rows)
 
 
 @kernel

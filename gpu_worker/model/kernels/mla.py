@@ -98,8 +98,8 @@ def _score_tile(
 ) -> None:
     """A chain over the latent's elements, then the rotated ones."""
     scores_UA[:size] = ZERO
-    advance(latent_UR, 0, q_latent_RA, scores_UA, 0, size)
-    advance(key_UW, 0, q_rotated_WA, scores_UA, 0, size)
+    advance(latent_UR, q_latent_RA, scores_UA, size)
+    advance(key_UW, q_rotated_WA, scores_UA, size)
 
 
 @kernel
@@ -123,7 +123,7 @@ def _add_tile(
     for a in range(tile_AU.shape[0]):
         for u in range(tile_AU.shape[1]):
             tile_AU[a, u] = weights_AC[a, first + u] if u < size else ZERO
-    advance(tile_AU, 0, latent_UR, sum_AR, 0, tile_AU.shape[0])
+    advance(tile_AU, latent_UR, sum_AR, tile_AU.shape[0])
 
 
 @kernel
@@ -210,7 +210,7 @@ def _score_index(
     for first in range(0, context, block_tokens):
         count = min(block_tokens, context - first)
         index_UI[:count] = ZERO
-        advance(index_key_BUL[table_B[first // block_tokens]], 0, q_index_LI, index_UI, 0, count)
+        advance(index_key_BUL[table_B[first // block_tokens]], q_index_LI, index_UI, count)
         for u in range(count):
             total = ZERO
             for i in range(w_index_I.shape[0]):
