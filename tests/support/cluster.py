@@ -115,9 +115,10 @@ class Cluster:
                 if "error" in event:
                     return StreamResult(tuple(ids), finish, str(event["error"]))
                 for choice in event["choices"]:
-                    ids += choice.get("token_ids") or []
+                    for token in choice.get("token_ids") or []:  # a fast model's come together
+                        ids.append(token)
+                        on_token(len(ids))
                     finish = choice["finish_reason"] or finish
-                    on_token(len(ids))
         return StreamResult(tuple(ids), finish, None)
 
     async def model_name(self) -> str:
