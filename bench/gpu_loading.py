@@ -49,6 +49,7 @@ class Rank:
         checkpoint = open_checkpoint(folder, shapes, self._progress.count)
         self.reader = ExpertReader(checkpoint, prefix_of, torch.bfloat16)
         self.copies = HostExperts(self.reader, bytes_max=1 << 40, device=device)
+        self.copies.reserve(num_layers * num_experts)
         self.slots = CudaSlots(
             num_layers=num_layers,
             slots_per_rank=num_experts,

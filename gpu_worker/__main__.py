@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 
@@ -46,15 +47,20 @@ def main() -> None:
         )
         # The event loop answers probes while the engine computes: it cannot wait for the GIL.
         sys.setswitchinterval(GIL_SWITCH_S)
-        code = asyncio.run(run_rank(config))
+        asyncio.run(run_rank(config))
     except (StarfishError, OSError) as error:
         print(f"starfish rank: {error}", file=sys.stderr, flush=True)
         code = EXIT_ERROR
     except Exception:
         log.exception("rank_crashed")
         code = EXIT_CRASH
-    # Neither an engine that waits for dead peers nor Mooncake's threads shall delay the exit that
-    # the node agent waits for.
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Neither an engine that waits for dead peers nor Mooncake's threads shall delay the exit that
+    the node agent waits for. Nor shall anything be freed before it: kernels in flight, here and on
+    peers, still use this rank's memory."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -77,8 +83,8 @@ def parse(arguments: Sequence[str]) -> RankConfig:
     return config
 
 
-async def run_rank(config: RankConfig) -> int:
-    """The exit code. Raises StarfishError, OSError, and whatever the engine raised."""
+async def run_rank(config: RankConfig) -> NoReturn:
+    """Ends the process. Raises StarfishError, OSError, and whatever the engine raised."""
     keys = Keys(config.instance)
     store = await connect_store(config.etcd.split(","))
     watch_lifeline(config.lifeline_fd, end_at_once)
@@ -111,7 +117,7 @@ async def run_rank(config: RankConfig) -> int:
             guides=open_guides(folder, model_spec),
         )
     )
-    return await run_until_signal(rank, store)
+    end(await run_until_signal(rank, store))
 
 
 async def run_until_signal(rank: Rank, store: EtcdStore) -> int:

@@ -52,7 +52,7 @@ class RankConfig:
         5000, "cuda: a kernel waits so long for a peer that no verdict has named dead"
     )
     host_experts_gb: float = option(
-        -1.0, "cuda: pinned host copies of experts, for orphans; -1: a share of the free memory"
+        0.0, "cuda: GB of pinned host copies of experts, for orphans; -1: a share of free memory"
     )
     replicas: ReplicaPolicy = option(
         ReplicaPolicy.GATHER,

@@ -57,9 +57,17 @@ class HostExperts:
         self._bytes_max = bytes_max
         self._blocks: list[PinnedBlock] = []
         self._copies: dict[tuple[int, int], Tensor] = {}
+        self._rooms: list[Iterable[Tensor]] = []
         self._thread: threading.Thread | None = None
         self._may_fill = threading.Event()
         self._closed = False
+
+    def reserve(self, num_experts: int) -> None:
+        """Pins all the room there will be, for so many of all layers at most: while steps run,
+        pinning would hold them up, because the driver's lock is theirs as well. Raises OSError
+        where the host refuses."""
+        num = min(num_experts, self._bytes_max // self._reader.num_bytes)
+        self._rooms = list(self._new_blocks(num))
 
     def copy_of(self, layer: int, expert: int) -> Tensor | None:
         """Flat as `Refill.values`, where it is here."""
@@ -105,7 +113,7 @@ class HostExperts:
             log.info("host_experts_filled", **self._so_far())
 
     def _fill(self, order: Iterator[tuple[int, int]]) -> None:
-        places = itertools.chain.from_iterable(self._new_blocks())
+        places = itertools.chain.from_iterable(self._rooms)
         for (layer, expert), values_N in zip(order, places, strict=False):
             self._may_fill.wait()
             if self._closed:
@@ -113,10 +121,9 @@ class HostExperts:
             self._reader.read(layer, expert, values_N)
             self._copies[layer, expert] = values_N
 
-    def _new_blocks(self) -> Iterator[Iterable[Tensor]]:
-        """Room for experts, a block at a time, up to the limit."""
+    def _new_blocks(self, left: int) -> Iterator[Iterable[Tensor]]:
+        """Room for so many experts, a block at a time."""
         each = self._reader.num_bytes
-        left = self._bytes_max // each
         while left > 0:
             block = PinnedBlock(min(left, self._experts_of_block) * each, self._device)
             self._blocks.append(block)

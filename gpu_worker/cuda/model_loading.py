@@ -96,6 +96,7 @@ def load_cuda_model(
         bytes_max=bytes_for_copies(host_experts_gb, free_bytes(), ranks_of_host),
         device=device,
     )
+    copies.reserve(spec.num_moe_layers * spec.num_experts)
     loader = CudaSlotLoader(
         slots=slots,
         reader=reader,

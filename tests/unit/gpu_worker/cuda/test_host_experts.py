@@ -38,6 +38,7 @@ def filled(reader: ExpertReader, num_experts: int, experts_of_block: int) -> Hos
         device=CPU,
         block_bytes=experts_of_block * reader.num_bytes,
     )
+    copies.reserve(len(PAIRS))
     copies.fill_in_background(RESIDENT, NUM_EXPERTS)
     assert copies.wait_until_filled(timeout_s=30)
     return copies

@@ -44,6 +44,7 @@ class Rank:
         reader = open_experts(folder, dtype, progress.count)
         self.folder = folder
         self.copies = HostExperts(reader, bytes_max=room * reader.num_bytes, device=CPU)
+        self.copies.reserve(NUM_LAYERS * NUM_EXPERTS)
         self.slots = CudaSlots(
             num_layers=NUM_LAYERS,
             slots_per_rank=SLOTS,
