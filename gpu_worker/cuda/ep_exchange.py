@@ -124,7 +124,8 @@ class EpExchange:
         self._buffer = _open_buffer(member.rank, shape, rendezvous, timeouts, device)
         self.mask_R: Tensor = self._buffer._active_ranks
         """int32 on the device, at one place for ever: 1 for each rank that kernels wait for."""
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Of high priority, so that it shares no queue of the card with the waiting kernels.
+        self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
         self._report = StepReport(shape.num_ranks, shape.step_tokens_max, device)
@@ -154,10 +155,14 @@ class EpExchange:
 
     def connect(self, peers: Mapping[RankId, Incarnation]) -> None:
         """Meet these lives; they stay masked until a map names them. Raises ConnectionError where a
-        former life of theirs is in the adopted map still, and what the rendezvous raises."""
+        former life of theirs is in the adopted map still, or their memory cannot be mapped, as that
+        of one who has just died; and what the rendezvous raises."""
         with self._connect_lock, torch.cuda.device(self._device):
             self._part(peers)
-            self._buffer.connect_ranks(sorted(peers), activate=False)
+            try:
+                self._buffer.connect_ranks(sorted(peers), activate=False)
+            except RuntimeError as error:  # Mooncake's only kind
+                raise ConnectionError(f"ranks {sorted(peers)}: {error}") from error
             with self._mask_lock:
                 self._who.meet(peers)
 

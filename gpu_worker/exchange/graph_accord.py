@@ -86,16 +86,18 @@ class GraphAccord:
         if expert_map.joiners:
             self.own = replace(self.own, joining=expert_map.epoch, limit=self.launched)
         self._condemned = {m for m in self._condemned if expert_map.has(m)}
-        give_up = self._left_by(expert_map)
-        if give_up:
-            assert self._adopted is not None
+        return Heard(self._left_by(expert_map), leave)
+
+    def gave_up(self, members: frozenset[Member]) -> None:
+        """Kernels wait no longer for these, whom `hear` has named."""
+        if self._adopted is not None and any(self._adopted.has(m) for m in members):
             self._spoil(self._adopted.epoch)
-        return Heard(give_up, leave)
 
     def condemn(self, dead: Member, epoch: Epoch) -> None:
-        """A verdict: the map of `epoch` will be the first without this life. No step of the maps
-        before it can be delivered any more, be they adopted or not; except that a graph in flight
-        may be, where only a map still to be adopted names the dead."""
+        """A verdict, and kernels wait no longer for this life: the map of `epoch` will be the first
+        without it. No step of the maps before it can be delivered any more, be they adopted or not;
+        except that a graph in flight may be, where only a map still to be adopted names the
+        dead."""
         self._condemned.add(dead)
         if self._adopted is not None and self._adopted.has(dead):
             self._spoil(Epoch(epoch - 1))

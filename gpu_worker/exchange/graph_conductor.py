@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -37,6 +38,7 @@ class GraphConductor:
         self._accord = GraphAccord(member)
         self._release = release
         self._loop = loop
+        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._lock = threading.Lock()
         self._doors: ConductorDoors | None = None
         self._newest: ExpertMap | None = None
@@ -61,17 +63,32 @@ class GraphConductor:
         if heard.leave:
             self._open.leave(f"the map of epoch {expert_map.epoch} begins anew with this rank")
             return
-        if heard.give_up:
-            self._release(heard.give_up, expert_map.epoch)
         self._peers = frozenset(expert_map.members) - {own}
         self._tell()
+        if heard.give_up:
+            self._let_go(
+                heard.give_up, expert_map.epoch, lambda: self._accord.gave_up(heard.give_up)
+            )
 
     def condemn(self, dead: Member, epoch: Epoch) -> None:
         """A verdict: the map of `epoch`, which may not be there yet, is without this life."""
-        with self._lock:
-            self._accord.condemn(dead, epoch)
-        self._release([dead], epoch)
-        self._tell()
+        self._let_go([dead], epoch, lambda: self._accord.condemn(dead, epoch))
+
+    def _let_go(self, members: Collection[Member], epoch: Epoch, then: Callable[[], None]) -> None:
+        """On a thread of its own, for a card in trouble may not answer; only what has been done is
+        told."""
+
+        def work() -> None:
+            self._release(members, epoch)
+            with self._lock:
+                then()
+            self._loop.call_soon_threadsafe(self._tell)
+
+        self._releaser.submit(work).add_done_callback(self._on_let_go)
+
+    def _on_let_go(self, done: Future[None]) -> None:
+        if (error := done.exception()) is not None:
+            self._loop.call_soon_threadsafe(self._open.leave, f"the card fails: {error}")
 
     def on_news(self, news: GraphNews) -> None:
         with self._lock:

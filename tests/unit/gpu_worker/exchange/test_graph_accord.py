@@ -64,10 +64,11 @@ class SimRank:
         heard = self.accord.hear(expert_map)
         self.left = self.left or heard.leave
         self.release(heard.give_up)
+        self.accord.gave_up(heard.give_up)
 
     def condemn(self, dead: Member, epoch: Epoch) -> None:
-        self.accord.condemn(dead, epoch)
         self.release({dead})
+        self.accord.condemn(dead, epoch)
 
     def release(self, dead: set[Member] | frozenset[Member]) -> None:
         if self.mask & dead:
