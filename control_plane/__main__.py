@@ -22,6 +22,7 @@ from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
+from shared.garbage import spare_what_is_loaded
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
@@ -104,6 +105,7 @@ async def serve(config: ControlPlaneConfig) -> None:
             endpoint = http_endpoint(metrics, driver.health, host=config.host, port=config.port)
             port = await stack.enter_async_context(endpoint)
             log.info("listening", host=config.host, port=port)
+        spare_what_is_loaded()
         await driver.run(stop)
         log.info("stopped")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import connect_store
+from shared.garbage import spare_what_is_loaded
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 
@@ -57,9 +57,7 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     watch_lifeline(config.lifeline_fd, stop.set)
-    # What is loaded by now stays; walking through it again and again would stall streams.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    spare_what_is_loaded()
     store = await connect_store([part for part in config.etcd.split(",") if part])
     try:
         await run_gateway(

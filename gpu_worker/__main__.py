@@ -24,6 +24,7 @@ from shared.codec import unpack
 from shared.config import add_flags, load_config
 from shared.errors import CheckpointError, StarfishError
 from shared.etcd_store import EtcdStore, connect_store
+from shared.garbage import spare_what_is_loaded
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
@@ -117,6 +118,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
             guides=open_guides(folder, model_spec),
         )
     )
+    spare_what_is_loaded()
     end(await run_until_signal(rank, store))
 
 

@@ -26,6 +26,7 @@ from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
+from shared.garbage import spare_what_is_loaded
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
@@ -130,6 +131,7 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, driver.stop)
     watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
+    spare_what_is_loaded()
     try:
         await driver.run()
     finally:
