@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.types import Incarnation, Member, NodeId, RankId
+from shared.types import Incarnation, NodeId, RankId
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +69,6 @@ class Keys:
         """SlotContents that the control plane wants a rank to load. Only slots that are empty in
         the map may differ from what is resident."""
         return f"{self.assignments}{rank:05d}/{incarnation:08d}"
-
-    def exchange_handles(self, target: Member) -> str:
-        """Prefix of what peers tell `target` about their exchange buffers."""
-        return f"{self.root}exchange/{target.rank:05d}/{target.incarnation:08d}/"
-
-    def exchange_handle(self, target: Member, source: Member, generation: int) -> str:
-        """PeerHandles under the source's lease. A key per pair of lives and generation: nobody can
-        read what a dead life has left."""
-        life = f"{source.rank:05d}/{source.incarnation:08d}"
-        return f"{self.exchange_handles(target)}{life}/{generation}"
 
     @property
     def suspicions(self) -> str:

@@ -4,7 +4,6 @@ What goes over it is `ep_exchange`'s."""
 from __future__ import annotations
 
 from gpu_worker.cuda.ep_exchange import EpExchange
-from gpu_worker.cuda.ep_handles import HandleBook
 from shared.records import ExchangeHandles, RankRecord
 from shared.types import Member
 from shared.wire import AreaOpened
@@ -14,11 +13,10 @@ class EpEndpoint:
     """Implements `rank.Endpoint`. A pair of lives meets once; a buffer stays mapped until the next
     life of its rank is met."""
 
-    def __init__(self, member: Member, exchange: EpExchange, book: HandleBook) -> None:
+    def __init__(self, member: Member, exchange: EpExchange) -> None:
         self.name = f"ep-{member}"
         self.handles: ExchangeHandles | None = exchange.handles()
         self._exchange = exchange
-        self._book = book
 
     def next_generation(self, target: Member) -> int:
         return 0
@@ -36,8 +34,7 @@ class EpEndpoint:
                 "start all ranks of an instance with the same --exchange"
             )
         if not self._exchange.has_met(peer.member):
-            self._book.tell(peer.rank, peer.exchange_handles)
-            self._exchange.connect({peer.rank: peer.incarnation})
+            self._exchange.connect(peer.member, peer.exchange_handles)
 
     def is_open(self, target: Member) -> bool:
         return self._exchange.has_met(target)

@@ -13,7 +13,7 @@ from shared.types import RankId
 
 
 class HandleBook:
-    """Implements `ep_exchange.Rendezvous`. The Buffer names keys `MOONCAKE_EP/SOURCE/TARGET`."""
+    """The Buffer names keys `MOONCAKE_EP/SOURCE/TARGET`."""
 
     def __init__(self) -> None:
         self._handles: dict[RankId, ExchangeHandles] = {}

@@ -12,8 +12,7 @@ import torch
 
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.cuda.ep_endpoint import EpEndpoint, SoloEndpoint
-from gpu_worker.cuda.ep_exchange import EpExchange, EpShape, EpTimeouts
-from gpu_worker.cuda.ep_handles import HandleBook
+from gpu_worker.cuda.ep_exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.monitor import EngineMonitor
@@ -59,8 +58,7 @@ class CudaHardware:
         progress = LoadProgress(self._clock)
         loaded = self._load_model(model, spec, folder, progress)
         log.info("model_loaded", folder=str(folder), card=self._device.index, **progress.so_far())
-        book = HandleBook()
-        exchange = self._open_exchange(model, spec, book) if spec.num_ranks > 1 else None
+        exchange = self._open_exchange(model, spec) if spec.num_ranks > 1 else None
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
@@ -77,14 +75,13 @@ class CudaHardware:
             seconds=round(self._clock.now() - began, 2),
             device_gb=round(torch.cuda.memory_allocated(self._device) / 1e9, 2),
         )
-        return self._hardware(loaded, decoder, exchange, book, stream)
+        return self._hardware(loaded, decoder, exchange, stream)
 
     def _hardware(
         self,
         loaded: CudaModel,
         decoder: Decoder,
         exchange: EpExchange | None,
-        book: HandleBook,
         stream: torch.cuda.Stream,
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
@@ -113,9 +110,7 @@ class CudaHardware:
             make_runner=make_runner,
             loader=loaded.loader,
             residents=loaded.slots.contents,
-            endpoint=(
-                SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange, book)
-            ),
+            endpoint=(SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange)),
             exchange=ExchangeKind.NONE if exchange is None else ExchangeKind.EP,
             handles=None if exchange is None else exchange.handles(),
             conductor=conductor,
@@ -137,12 +132,11 @@ class CudaHardware:
             ranks_of_host=spec.num_ranks,
         )
 
-    def _open_exchange(self, model: ModelSpec, spec: InstanceSpec, book: HandleBook) -> EpExchange:
+    def _open_exchange(self, model: ModelSpec, spec: InstanceSpec) -> EpExchange:
         return EpExchange(
             self._member,
             self._ep_shape(model, spec),
-            book,
-            EpTimeouts(step_ms=self._config.graph_timeout_ms),
+            timeout_ms=self._config.graph_timeout_ms,
             device=self._device,
         )
 
