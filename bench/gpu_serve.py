@@ -7,7 +7,7 @@ is compared with an undisturbed answer. Prints a table last; `--out` gets the JS
         --config num_hidden_layers=12 hidden_size=2048 num_experts=32 --redundant-experts 32 \\
         --faults KILL:1 KILL:2 KILL:4 KILL:8 KILL:16 STOP:1
 
-Ranks that share a card do so under CUDA MPS; `bench.gpu_ep` says how many slots fit on one.
+Ranks that share a card do so under CUDA MPS; docs/gpu.md says how many slots fit on one.
 """
 
 from __future__ import annotations
