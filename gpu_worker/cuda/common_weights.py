@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from gpu_worker.cuda.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.decoder_sizes import DecoderSizes, Routing
 from gpu_worker.cuda.decoder_weights import DecoderWeights, LayerWeights, MlpWeights
 from gpu_worker.cuda.weight_reader import WeightReader
-from gpu_worker.model.frame import EMBEDDING_NAME, FINAL_NORM_NAME, head_name
+from gpu_worker.model.frame import EMBEDDING_NAME, FINAL_NORM_NAME, dense_size, head_name
+from gpu_worker.model.gqa_shape import GqaShape
 from gpu_worker.model.mla_shape import MlaShape
+from gpu_worker.model.rope import read_rope
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
@@ -27,6 +29,28 @@ def read_decoder(
         layers=tuple(read_layer(layer) for layer in range(spec.num_layers)),
         final_norm_H=reader.read(FINAL_NORM_NAME),
         w_head_VH=embedding_VH if head == EMBEDDING_NAME else reader.read(head),
+    )
+
+
+def decoder_sizes(
+    spec: ModelSpec, *, attention: GqaShape | MlaShape, routing: Routing, shared_size: int = 0
+) -> DecoderSizes:
+    """Raises CheckpointError for a rotation that CUDA ranks do not know."""
+    has_dense = len(spec.moe_layers) < spec.num_layers
+    return DecoderSizes(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        attention=attention,
+        rope=read_rope(spec.raw, kinds=("default", "yarn")),
+        moe_layers=spec.moe_layers,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        inner_size=spec.moe_intermediate_size,
+        routing=routing,
+        shared_size=shared_size,
+        dense_size=dense_size(spec) if has_dense else 0,
+        norm_eps=float(spec.raw.get("rms_norm_eps", 1e-6)),
     )
 
 

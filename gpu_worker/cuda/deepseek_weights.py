@@ -3,8 +3,14 @@ The indexer of V3.2 is not read: it takes part beyond `index_topk` positions onl
 
 from __future__ import annotations
 
-from gpu_worker.cuda.common_weights import expert_prefix, read_decoder, read_mlp, refuse_on_cuda
-from gpu_worker.cuda.decoder_sizes import DecoderSizes, Routing
+from gpu_worker.cuda.common_weights import (
+    decoder_sizes,
+    expert_prefix,
+    read_decoder,
+    read_mlp,
+    refuse_on_cuda,
+)
+from gpu_worker.cuda.decoder_sizes import Routing
 from gpu_worker.cuda.decoder_weights import (
     DecoderWeights,
     LayerWeights,
@@ -15,9 +21,8 @@ from gpu_worker.cuda.decoder_weights import (
 from gpu_worker.cuda.weight_reader import WeightReader
 from gpu_worker.model.checkpoint import Shape
 from gpu_worker.model.deepseek_routing import deepseek_shapes, read_deepseek_routing
-from gpu_worker.model.frame import dense_size, frame_shapes
+from gpu_worker.model.frame import frame_shapes
 from gpu_worker.model.mla_shape import mla_shapes, read_mla_shape
-from gpu_worker.model.rope import read_rope
 from shared.model_spec import ModelSpec
 
 
@@ -38,17 +43,9 @@ class DeepseekWeights:
         self._spec = spec
         self._shape = read_mla_shape(spec, has_indexer=has_indexer)
         self._routing = routing = read_deepseek_routing(spec, sigmoid=sigmoid)
-        has_dense = len(spec.moe_layers) < spec.num_layers
-        self.sizes = DecoderSizes(
-            num_layers=spec.num_layers,
-            hidden_size=spec.hidden_size,
-            vocab_size=spec.vocab_size,
+        self.sizes = decoder_sizes(
+            spec,
             attention=self._shape,
-            rope=read_rope(raw, kinds=("default", "yarn")),
-            moe_layers=spec.moe_layers,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            inner_size=spec.moe_intermediate_size,
             routing=Routing(
                 sigmoid=sigmoid,
                 num_groups=routing.num_groups,
@@ -57,8 +54,6 @@ class DeepseekWeights:
                 factor=routing.factor,
             ),
             shared_size=routing.num_shared * spec.moe_intermediate_size,
-            dense_size=dense_size(spec) if has_dense else 0,
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         )
 
     def tensor_shapes(self) -> dict[str, Shape]:

@@ -87,7 +87,6 @@ class EpExchange:
     ) -> None:
         """`timeout_ms` is baked into captured graphs: a kernel waits so long for a rank before it
         goes on without it."""
-        self._member = member
         self._shape = shape
         self._device = device
         self._book = HandleBook()

@@ -31,7 +31,6 @@ class EpMembers:
         self._active: frozenset[RankId] = frozenset()
         self.members: frozenset[Member] = frozenset({own})
         self.epoch = Epoch(0)
-        self.spoilt = False  # a step of this epoch lacked a member
 
     def meet(self, lives: Mapping[RankId, Incarnation]) -> None:
         """Connected from now on."""
@@ -76,11 +75,8 @@ class EpMembers:
         self._active = active
         self.members = frozenset(expert_map.members)
         self.epoch = expert_map.epoch
-        self.spoilt = False
         return change
 
     def lost(self, mask_R: Sequence[int] | NDArray[np.int32]) -> list[RankId]:
         """Members that did not take part to the end, by the mask that the step has left."""
-        lost = sorted(m.rank for m in self.members if not mask_R[m.rank])
-        self.spoilt = self.spoilt or bool(lost)
-        return lost
+        return sorted(m.rank for m in self.members if not mask_R[m.rank])

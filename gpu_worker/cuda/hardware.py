@@ -101,7 +101,7 @@ class CudaHardware:
                 conductor=conductor,
                 monitor=monitor,
                 clock=clock,
-                deadline_ms=config.timings.exchange_deadline_ms,
+                deadline_ms=1e12 if config.static else config.timings.exchange_deadline_ms,
                 replicas=config.replicas,
                 enter_thread=enter_thread,
             )

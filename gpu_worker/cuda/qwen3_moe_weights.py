@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from gpu_worker.cuda.common_weights import expert_prefix, read_decoder, read_mlp, refuse_on_cuda
-from gpu_worker.cuda.decoder_sizes import DecoderSizes, Routing
+from gpu_worker.cuda.common_weights import (
+    decoder_sizes,
+    expert_prefix,
+    read_decoder,
+    read_mlp,
+    refuse_on_cuda,
+)
+from gpu_worker.cuda.decoder_sizes import Routing
 from gpu_worker.cuda.decoder_weights import (
     DecoderWeights,
     GqaWeights,
@@ -13,10 +19,9 @@ from gpu_worker.cuda.decoder_weights import (
 )
 from gpu_worker.cuda.weight_reader import WeightReader
 from gpu_worker.model.checkpoint import Shape
-from gpu_worker.model.frame import dense_size, frame_shapes
+from gpu_worker.model.frame import frame_shapes
 from gpu_worker.model.gqa_shape import QK_NORM_HEAD, gqa_shapes, read_gqa_shape
 from gpu_worker.model.mlp_names import mlp_shapes
-from gpu_worker.model.rope import read_rope
 from shared.model_spec import ModelSpec
 
 
@@ -36,20 +41,10 @@ class Qwen3MoeWeights:
         )
         self._spec = spec
         self._shape = read_gqa_shape(spec, QK_NORM_HEAD)
-        has_dense = len(spec.moe_layers) < spec.num_layers
-        self.sizes = DecoderSizes(
-            num_layers=spec.num_layers,
-            hidden_size=spec.hidden_size,
-            vocab_size=spec.vocab_size,
+        self.sizes = decoder_sizes(
+            spec,
             attention=self._shape,
-            rope=read_rope(raw, kinds=("default", "yarn")),
-            moe_layers=spec.moe_layers,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            inner_size=spec.moe_intermediate_size,
             routing=Routing(normalise=bool(raw.get("norm_topk_prob", False))),
-            dense_size=dense_size(spec) if has_dense else 0,
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         )
 
     def tensor_shapes(self) -> dict[str, Shape]:

@@ -38,12 +38,9 @@ def test_a_map_unmasks_its_members_and_masks_whom_it_leaves_out(who: EpMembers) 
 
 def test_a_step_is_lost_by_members_only(who: EpMembers) -> None:
     assert who.lost([1, 1, 1, 1]) == []
-    assert not who.spoilt
     assert who.lost([1, 1, 0, 1]) == [2]
-    assert who.spoilt
     who.adopt(map_of(2, life(0), life(1), life(3)))
     assert who.lost([1, 1, 0, 1]) == []
-    assert not who.spoilt
 
 
 def test_who_was_given_up_by_a_newer_map_is_not_waited_for_under_an_older_one(
