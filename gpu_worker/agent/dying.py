@@ -56,16 +56,3 @@ def _exit_code(status: int) -> int | None:
     """Of a wait status; 0 is what stands there before the kernel has written any."""
     killed_by = status & 0x7F
     return -killed_by if killed_by else status >> 8 or None
-
-
-def is_dying(pid: int) -> bool:
-    """Of a process that the caller can still name by its pid: a child not yet waited for, or one
-    whose pidfd shows no exit."""
-    try:
-        stat = StatFile(pid)
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    try:
-        return stat.dying() is not None
-    finally:
-        stat.close()

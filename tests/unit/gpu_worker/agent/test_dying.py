@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.agent.dying import Dying, StatFile, dying_in, is_dying
+from gpu_worker.agent.dying import Dying, StatFile, dying_in
 from gpu_worker.agent.rank_process import RankProcess, spawn
 
 LARGE = """
@@ -55,15 +55,23 @@ def stat_line(*, state: str = "S", flags: int = 0, pending: int = 0, status: int
     return b"42 (a) Z 1 (b) " + " ".join(fields).encode() + b"\n"
 
 
+def seen(pid: int) -> Dying | None:
+    stat = StatFile(pid)
+    try:
+        return stat.dying()
+    finally:
+        stat.close()
+
+
 def test_a_running_process_is_not_dying(child: subprocess.Popen[bytes]) -> None:
-    assert not is_dying(child.pid)
-    assert not is_dying(os.getpid())
+    assert seen(child.pid) is None
+    assert seen(os.getpid()) is None
 
 
 def test_a_stopped_process_is_not_dying(child: subprocess.Popen[bytes]) -> None:
     child.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
-    assert not is_dying(child.pid)
+    assert seen(child.pid) is None
 
 
 def test_a_killed_process_is_dying_before_anybody_has_waited_for_it(
@@ -73,12 +81,14 @@ def test_a_killed_process_is_dying_before_anybody_has_waited_for_it(
     child.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
     child.kill()
-    # Whatever the kernel has done of its work by now: the signal pends, or it exits, or it is gone.
-    assert is_dying(child.pid)
-    assert stat.dying() is not None
+    # For a moment, between taking the signal and beginning to exit, the kernel shows neither.
+    while stat.dying() is None:
+        pass
+    assert seen(child.pid) is not None
     child.wait()
-    assert is_dying(child.pid)
     assert stat.dying() == Dying(exit_code=None)
+    with pytest.raises(FileNotFoundError):
+        StatFile(child.pid)
     stat.close()
 
 
