@@ -76,7 +76,10 @@ def pids_of_ranks(run_dir: str | None) -> dict[int, int]:
     """From `starfish status`."""
     where = ["--run-dir", run_dir] if run_dir else []
     command = [sys.executable, "-m", "cli", "status", "--json", *where]
-    status = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    told = subprocess.run(command, capture_output=True, text=True)
+    if told.returncode:
+        sys.exit(f"{told.stderr.strip() or 'no instance answers'}\nstart one first: make up")
+    status = json.loads(told.stdout)
     return {rank["rank"]: rank["pid"] for rank in status["ranks"]}
 
 
