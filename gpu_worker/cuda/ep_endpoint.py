@@ -4,7 +4,7 @@ What goes over it is `ep_exchange`'s."""
 from __future__ import annotations
 
 from gpu_worker.cuda.ep_exchange import EpExchange
-from shared.records import ExchangeHandles, RankRecord
+from shared.records import RankRecord
 from shared.types import Member
 from shared.wire import AreaOpened
 
@@ -15,7 +15,6 @@ class EpEndpoint:
 
     def __init__(self, member: Member, exchange: EpExchange) -> None:
         self.name = f"ep-{member}"
-        self.handles: ExchangeHandles | None = exchange.handles()
         self._exchange = exchange
 
     def next_generation(self, target: Member) -> int:
@@ -31,7 +30,7 @@ class EpEndpoint:
         if peer.exchange_handles is None:
             raise ValueError(
                 f"rank {peer.member} has the exchange {peer.exchange!r}, and this one 'ep': "
-                "start all ranks of an instance with the same --exchange"
+                "start all ranks of an instance with the same --device"
             )
         if not self._exchange.has_met(peer.member):
             self._exchange.connect(peer.member, peer.exchange_handles)
@@ -45,8 +44,6 @@ class EpEndpoint:
 
 class SoloEndpoint:
     """Implements `rank.Endpoint` for an instance of one rank."""
-
-    handles: ExchangeHandles | None = None
 
     def __init__(self, member: Member) -> None:
         self.name = f"solo-{member}"

@@ -54,15 +54,7 @@ class GraphAccord:
     """Not thread-safe."""
 
     def __init__(self, own: Member) -> None:
-        self.own = GraphNews(
-            member=own,
-            joining=Epoch(0),
-            limit=0,
-            entered=Epoch(0),
-            sleep_at=_AWAKE,
-            slept_at=_AWAKE,
-            spoilt=Epoch(0),
-        )
+        self.own = _nothing_of(own)
         self.launched = 0
         self._news: dict[Member, GraphNews] = {}
         self._newest: ExpertMap | None = None  # heard of
@@ -191,15 +183,7 @@ class GraphAccord:
     def _of(self, member: Member) -> GraphNews:
         if member == self.own.member:
             return self.own
-        return self._news.get(member) or GraphNews(
-            member=member,
-            joining=Epoch(0),
-            limit=0,
-            entered=Epoch(0),
-            sleep_at=_AWAKE,
-            slept_at=_AWAKE,
-            spoilt=Epoch(0),
-        )
+        return self._news.get(member) or _nothing_of(member)
 
     def _left_by(self, expert_map: ExpertMap) -> frozenset[Member]:
         """Members of the adopted map that are none of the new one, or begin anew in it."""
@@ -241,3 +225,16 @@ class GraphAccord:
 
     def _never_ran(self, member: Member, newest: ExpertMap, epoch: Epoch) -> bool:
         return epoch < newest.epoch and member.rank in newest.joiners
+
+
+def _nothing_of(member: Member) -> GraphNews:
+    """What is known of a life that has said nothing yet."""
+    return GraphNews(
+        member=member,
+        joining=Epoch(0),
+        limit=0,
+        entered=Epoch(0),
+        sleep_at=_AWAKE,
+        slept_at=_AWAKE,
+        spoilt=Epoch(0),
+    )
