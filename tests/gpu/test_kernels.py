@@ -9,13 +9,22 @@ import os
 import pytest
 import torch
 
+from tests.support.cuda_values import (
+    DEVICE,
+    DTYPE,
+    ON_CUDA,
+    Closeness,
+    ints,
+    poison,
+    random,
+)
+
 pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA device here")
 
-ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from gpu_worker.cuda.kernels import (  # noqa: E402
+from gpu_worker.cuda.kernels import (
     attention,
     experts,
     linear,
@@ -23,13 +32,12 @@ from gpu_worker.cuda.kernels import (  # noqa: E402
     routing,
     sampling,
 )
-from gpu_worker.cuda.row_draw import BANNED_MAX  # noqa: E402
+from gpu_worker.cuda.row_draw import BANNED_MAX
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-TOLERANCE = 6e-3 if ON_CUDA else 2e-6
+_CLOSENESS = Closeness(6e-3 if ON_CUDA else 2e-6)
+assert_close, assert_same = _CLOSENESS.assert_close, _CLOSENESS.assert_same
 HIDDEN, INNER, EXPERTS, TOP_K = 256, 64, 32, 4
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 8, 2, 64, 16
 EPS = 1e-6
@@ -38,31 +46,6 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def random(*shape: int, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
-
-
-def poison(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
-
-
-def assert_close(out: torch.Tensor, reference: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    error = (out.double() - reference.double()).norm() / reference.double().norm()
-    assert error.item() < tolerance, f"relative error {error.item():.2e}"
-
-
-def assert_same(out: torch.Tensor, other: torch.Tensor) -> None:
-    """To the bit; the interpreter's products are numpy's, whose rounding depends on the shape."""
-    if ON_CUDA:
-        assert torch.equal(out, other)
-    else:
-        assert_close(out, other)
-
-
-def ints(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])

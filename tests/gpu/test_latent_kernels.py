@@ -8,20 +8,28 @@ import os
 import pytest
 import torch
 
+from tests.support.cuda_values import (
+    DEVICE,
+    DTYPE,
+    ON_CUDA,
+    Closeness,
+    ints,
+    poison,
+    random,
+)
+
 pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA device here")
 
-ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from gpu_worker.cuda.kernels import latent, residual, routing  # noqa: E402
-from gpu_worker.cuda.kernels.attention import Paging, Partials  # noqa: E402
+from gpu_worker.cuda.kernels import latent, residual, routing
+from gpu_worker.cuda.kernels.attention import Paging, Partials
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-TOLERANCE = 1e-2 if ON_CUDA else 2e-6
+_CLOSENESS = Closeness(1e-2 if ON_CUDA else 2e-6)
+assert_close, assert_same = _CLOSENESS.assert_close, _CLOSENESS.assert_same
 HEADS, RANK, ROTATED, PLAIN, Q_RANK = 5, 64, 32, 48, 96
 BLOCK_TOKENS, BLOCKS = 16, 40
 SCALE = (PLAIN + ROTATED) ** -0.5
@@ -31,31 +39,6 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def random(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def poison(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
-
-
-def assert_close(out: torch.Tensor, reference: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    error = (out.double() - reference.double()).norm() / reference.double().norm()
-    assert error.item() < tolerance, f"relative error {error.item():.2e}"
-
-
-def assert_same(out: torch.Tensor, other: torch.Tensor) -> None:
-    """To the bit; the interpreter's products are numpy's, whose rounding depends on the shape."""
-    if ON_CUDA:
-        assert torch.equal(out, other)
-    else:
-        assert_close(out, other)
-
-
-def ints(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def paging(positions: list[int], sequences: list[int], blocks: int = BLOCKS) -> Paging:
