@@ -16,7 +16,7 @@ from gpu_worker.cuda.ep_exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.exchange.graph_conductor import GraphConductor
+from gpu_worker.exchange.graph_conductor import GraphConductor, NoKernels
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
@@ -85,9 +85,7 @@ class CudaHardware:
         stream: torch.cuda.Stream,
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
-        conductor = GraphConductor(
-            member, (lambda *_: None) if exchange is None else exchange.release, self._loop
-        )
+        conductor = GraphConductor(member, exchange or NoKernels(), self._loop)
 
         def enter_thread() -> None:
             torch.cuda.set_device(self._device)
