@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from cli.bench.own_options import OwnOptions, rank_options_of
 from cli.outcome import run_command
 from cli.run_dir import Target, resolve_target
 from shared.clock import SystemClock
@@ -29,6 +30,22 @@ Instance = Annotated[str | None, typer.Option(help="Name of a running instance."
 Own = Annotated[bool, typer.Option("--own", help="Start an instance for this measurement.")]
 Model = Annotated[Path | None, typer.Option(help="Checkpoint of an own instance.")]
 Ranks = Annotated[int, typer.Option(help="Ranks of an own instance.")]
+Device = Annotated[str, typer.Option(help="Of an own instance: cpu, cuda, or auto.")]
+RedundantExperts = Annotated[
+    int, typer.Option(help="Of an own instance: replicas beyond one of each expert; -1: a second.")
+]
+SlotsPerRank = Annotated[
+    int, typer.Option(help="Of an own instance: places for experts on a rank; 0: as many as useful")
+]
+RankOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE", help="Of an own instance: an option of its ranks; repeatable."
+    ),
+]
+StartTimeout = Annotated[
+    float, typer.Option("--start-timeout-s", help="An own instance serves by then.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, for machines.")]
 
 
@@ -40,6 +57,11 @@ def serve(
     own: Own = False,
     model: Model = None,
     ranks: Ranks = 4,
+    device: Device = "auto",
+    redundant_experts: RedundantExperts = -1,
+    slots_per_rank: SlotsPerRank = 0,
+    rank_option: RankOption = None,
+    start_timeout_s: StartTimeout = 600.0,
     concurrency: Annotated[str, typer.Option(help="Clients at once, comma-separated.")] = "1,8,32",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 96,
@@ -53,6 +75,7 @@ def serve(
 ) -> None:
     """Tokens per second, time to first token, time between tokens."""
     from cli.bench.serve import (
+        ERRORS,
         ServeLoad,
         comparison_table,
         measure,
@@ -68,12 +91,21 @@ def serve(
             new_tokens=new_tokens,
             rounds=rounds,
         )
-        flags = _own_flags(model, ranks)
+        options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
         if compare_static:
-            compared = await compare(load, clock, pairs=pairs, flags=flags, console=console)
+            compared = await compare(
+                load,
+                clock,
+                pairs=pairs,
+                options=options,
+                start_timeout_s=start_timeout_s,
+                console=console,
+            )
             _show(compared, comparison_table(compared), console, as_json)
-            return 0
-        async with _gateway(flags if own else None, url, instance, run_dir) as url_used:
+            counts = [row for row in compared if row.quantity == ERRORS]
+            return 1 if any(row.elastic or row.static for row in counts) else 0
+        started = _started(options, start_timeout_s, console) if own else None
+        async with _gateway(started, url, instance, run_dir) as url_used:
             rows = await measure(url_used, load, clock)
         _show(rows, serve_table(rows), console, as_json)
         return 1 if any(row.errors for row in rows) else 0
@@ -89,6 +121,11 @@ def prefix(
     own: Own = False,
     model: Model = None,
     ranks: Ranks = 4,
+    device: Device = "auto",
+    redundant_experts: RedundantExperts = -1,
+    slots_per_rank: SlotsPerRank = 0,
+    rank_option: RankOption = None,
+    start_timeout_s: StartTimeout = 600.0,
     tries: Annotated[int, typer.Option(help="How many prompts.")] = 10,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     turn_tokens: Annotated[int, typer.Option(help="Tokens that a next turn adds.")] = 32,
@@ -99,10 +136,12 @@ def prefix(
 
     async def work() -> int:
         load = PrefixLoad(tries=tries, prompt_tokens=prompt_tokens, turn_tokens=turn_tokens)
-        flags = _own_flags(model, ranks) if own else None
-        async with _gateway(flags, url, instance, run_dir) as url_used:
+        options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
+        console = Console(stderr=as_json)
+        started = _started(options, start_timeout_s, console) if own else None
+        async with _gateway(started, url, instance, run_dir) as url_used:
             rows = await measure_prefix(url_used, load, SystemClock())
-        _show(rows, prefix_table(rows), Console(stderr=as_json), as_json)
+        _show(rows, prefix_table(rows), console, as_json)
         return 0
 
     run_command(work())
@@ -117,6 +156,11 @@ def fault(
     own: Own = False,
     model: Model = None,
     ranks: Ranks = 4,
+    device: Device = "auto",
+    redundant_experts: RedundantExperts = -1,
+    slots_per_rank: SlotsPerRank = 0,
+    rank_option: RankOption = None,
+    start_timeout_s: StartTimeout = 600.0,
     tries: Annotated[int, typer.Option(help="How many faults.")] = 10,
     streams: Annotated[int, typer.Option(help="Streams at once.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
@@ -127,7 +171,6 @@ def fault(
 ) -> None:
     """Kill ranks under load; the longest gap that each client sees, and where the time went."""
     from cli.bench.fault import FaultLoad, bench_fault, print_report
-    from cli.bench.own_instance import own_instance
     from cli.observe.kill import SIGNALS
 
     async def work() -> int:
@@ -145,8 +188,9 @@ def fault(
         async with AsyncExitStack() as stack:
             if own:
                 # Every try sends the same prompts. In the world they would not be cached elsewhere.
-                instance_used = own_instance(_own_flags(model, ranks), prefix_cache=False)
-                target = await stack.enter_async_context(instance_used)
+                options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
+                started = _started(options, start_timeout_s, console, prefix_cache=False)
+                target = await stack.enter_async_context(started)
             else:
                 target = _running(etcd, instance, run_dir)
             if url is not None:
@@ -175,15 +219,16 @@ def exchange(context: typer.Context) -> None:
 
 @asynccontextmanager
 async def _gateway(
-    own_flags: list[str] | None, url: str | None, instance: str | None, run_dir: Path | None
+    started: AbstractAsyncContextManager[Target] | None,
+    url: str | None,
+    instance: str | None,
+    run_dir: Path | None,
 ) -> AsyncIterator[str]:
-    """Of an instance that is started with these flags, or of the running one that is meant. Raises
-    ConfigError where none is."""
-    from cli.bench.own_instance import own_instance
-
+    """Of the instance that is started, or of the running one that is meant. Raises ConfigError
+    where none is."""
     async with AsyncExitStack() as stack:
-        if own_flags is not None:
-            found = (await stack.enter_async_context(own_instance(own_flags))).url
+        if started is not None:
+            found = (await stack.enter_async_context(started)).url
         else:
             found = url or _running(None, instance, run_dir).url
         if found is None:
@@ -191,9 +236,45 @@ async def _gateway(
         yield found
 
 
-def _own_flags(model: Path | None, ranks: int) -> list[str]:
-    """Without a model: the reference size, which the figures in docs/benchmarks.md are of."""
-    return ["--ranks", str(ranks), *(("--model", str(model)) if model else ("--seeded",))]
+@asynccontextmanager
+async def _started(
+    options: OwnOptions, start_timeout_s: float, console: Console, *, prefix_cache: bool = True
+) -> AsyncIterator[Target]:
+    """Raises Unavailable."""
+    from cli.bench.own_instance import own_instance
+    from cli.up.stages import Stage
+
+    async with AsyncExitStack() as stack:
+        with Stage(console, "instance") as stage:
+            target = await stack.enter_async_context(
+                own_instance(
+                    options.flags(),
+                    environment=options.environment(),
+                    prefix_cache=prefix_cache,
+                    start_timeout_s=start_timeout_s,
+                    say=stage.say,
+                )
+            )
+        yield target
+
+
+def _own(
+    model: Path | None,
+    ranks: int,
+    device: str,
+    redundant_experts: int,
+    slots_per_rank: int,
+    rank_option: list[str] | None,
+) -> OwnOptions:
+    """Raises ConfigError."""
+    return OwnOptions(
+        model=model,
+        ranks=ranks,
+        device=device,
+        redundant_experts=redundant_experts,
+        slots_per_rank=slots_per_rank,
+        rank_options=rank_options_of(rank_option or []),
+    )
 
 
 def _running(etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:

@@ -11,38 +11,51 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from cli.run_dir import Target, read_state
 from shared.errors import Unavailable
 
-_START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
+_START_SLACK_S = 10.0  # the instance gives up first, and says why
 _STOP_TIMEOUT_S = 40.0
 _POLL_S = 0.2
+_POLLS_WITHOUT_NEWS = 50
 
 
 @contextlib.asynccontextmanager
 async def own_instance(
-    flags: Sequence[str], *, prefix_cache: bool = True, keep_logs: Path | None = None
+    flags: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    prefix_cache: bool = True,
+    keep_logs: Path | None = None,
+    run_dir: Path | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+    say: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Target]:
-    """Raises Unavailable with its words where it does not start. Its processes' logs are copied to
-    `keep_logs` before it stops."""
-    environment = os.environ | {"STARFISH_RANK_PREFIX_CACHE": str(prefix_cache).lower()}
+    """Raises Unavailable with its words where it does not start; until then `say` is told how far
+    it is. `environment` comes on top of ours. `run_dir` is for who shares what is in there; its
+    parent must be there. Its processes' logs are copied to `keep_logs` before it stops."""
+    cache = {"STARFISH_RANK_PREFIX_CACHE": str(prefix_cache).lower()}
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
-        run_dir = Path(folder) / "run"
-        with (Path(folder) / "up.log").open("wb") as log:
+        run_dir = run_dir or Path(folder) / "run"
+        log_path = Path(folder) / "up.log"
+        with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "cli", "up", "--no-demo", "--run-dir", str(run_dir)),
-                *("--instance", "bench", "--port", str(_free_port()), *flags),
+                *("--instance", "bench", "--port", str(_free_port())),
+                *("--timeout-s", str(start_timeout_s), *flags),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=environment,
+                env=os.environ | cache | dict(environment or {}),
             )
         try:
-            yield await _until_started(process, run_dir, Path(folder) / "up.log")
+            timeout_s = start_timeout_s + _START_SLACK_S
+            yield await _until_started(process, run_dir, log_path, timeout_s, say)
         finally:
             if keep_logs is not None and (run_dir / "logs").is_dir():
                 shutil.copytree(run_dir / "logs", keep_logs, dirs_exist_ok=True)
@@ -55,18 +68,35 @@ async def own_instance(
                 await process.wait()
 
 
-async def _until_started(process: asyncio.subprocess.Process, run_dir: Path, log: Path) -> Target:
-    async with asyncio.timeout(_START_TIMEOUT_S):
-        while (state := read_state(run_dir)) is None:
-            if process.returncode is not None:
-                raise Unavailable(_last_line(log))
-            await asyncio.sleep(_POLL_S)
+async def _until_started(
+    process: asyncio.subprocess.Process,
+    run_dir: Path,
+    log: Path,
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> Target:
+    polls, said = 0, ""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while (state := read_state(run_dir)) is None:
+                if process.returncode is not None:
+                    raise Unavailable(_last_line(log) or "the instance did not start")
+                line = _last_line(log)
+                if line != said or polls % _POLLS_WITHOUT_NEWS == 0:
+                    say(f"{line or 'starts'} ({polls * _POLL_S:.0f} s)")
+                    said = line
+                await asyncio.sleep(_POLL_S)
+                polls += 1
+    except TimeoutError:
+        raise Unavailable(
+            f"the instance did not serve within {timeout_s:.0f} s: {_last_line(log)}"
+        ) from None
     return Target(etcd=state.etcd, instance=state.instance, url=state.url)
 
 
 def _last_line(log: Path) -> str:
     words = log.read_text(errors="replace").strip().splitlines()
-    return words[-1].removeprefix("starfish: ") if words else "the instance did not start"
+    return words[-1].strip().removeprefix("starfish: ") if words else ""
 
 
 def _free_port() -> int:

@@ -5,18 +5,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from cli.bench.own_instance import own_instance
+from cli.bench.own_options import OwnOptions
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamClient, StreamRecord, random_prompts, stream_client
+from cli.run_dir import Target
+from cli.up.mps import CudaMps
+from cli.up.stages import Stage
 from shared.clock import Clock
 from shared.errors import Unavailable
+
+TOKENS_PER_S = "tokens/s"
+ERRORS = "errors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,50 +93,120 @@ async def _user(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Medians over alternating runs. `ratio` is elastic over static throughput."""
+class ComparedRow:
+    """Medians over pairs. `overhead` is the share by which the elastic instance is worse: slower,
+    or later; None of counts."""
 
     concurrency: int
-    elastic_tokens_per_s: float
-    static_tokens_per_s: float
-
-    @property
-    def ratio(self) -> float:
-        return self.elastic_tokens_per_s / self.static_tokens_per_s
+    quantity: str
+    elastic: float
+    static: float
+    overhead: float | None
 
 
 async def compare_static(
-    load: ServeLoad, clock: Clock, *, pairs: int, flags: Sequence[str], console: Console
-) -> list[Comparison]:
+    load: ServeLoad,
+    clock: Clock,
+    *,
+    pairs: int,
+    options: OwnOptions,
+    start_timeout_s: float,
+    console: Console,
+) -> list[ComparedRow]:
     """Both instances stand at once and are measured in turn, the order changing from pair to pair:
     what else the machine does then strikes both alike. Raises Unavailable."""
-    rates: dict[tuple[bool, int], list[float]] = {}
-    async with AsyncExitStack() as stack:
-        elastic = await stack.enter_async_context(own_instance(flags))
-        static = await stack.enter_async_context(
-            own_instance([*flags, "--static", "--instance", "bench-static"])
-        )
+    elastic_rows: list[ServeRow] = []
+    static_rows: list[ServeRow] = []
+    async with _both(options, start_timeout_s, console) as (elastic, static):
         for pair in range(pairs):
-            order = [(False, elastic), (True, static)]
-            for is_static, target in order if pair % 2 == 0 else reversed(order):
+            order = [("elastic", elastic, elastic_rows), ("static", static, static_rows)]
+            for kind, target, kept in order if pair % 2 == 0 else reversed(order):
                 if target.url is None:
                     raise Unavailable("the instance has no gateway")
                 for row in await measure(target.url, load, clock):
-                    rates.setdefault((is_static, row.concurrency), []).append(row.tokens_per_s)
-                    kind = "static" if is_static else "elastic"
+                    kept.append(row)
                     console.print(
-                        f"  pair {pair + 1}/{pairs} {kind:8} concurrency {row.concurrency:3}: "
-                        f"{row.tokens_per_s:.1f} tokens/s",
-                        highlight=False,
+                        f"  pair {pair + 1}/{pairs} {kind:8} {_words(row)}",
+                        style="dim",
+                        soft_wrap=True,
                     )
-    return [
-        Comparison(
-            concurrency=c,
-            elastic_tokens_per_s=percentile(rates[False, c], 50),
-            static_tokens_per_s=percentile(rates[True, c], 50),
-        )
-        for c in load.concurrencies
+    return compared(load.concurrencies, elastic_rows, static_rows)
+
+
+@asynccontextmanager
+async def _both(
+    options: OwnOptions, start_timeout_s: float, console: Console
+) -> AsyncIterator[tuple[Target, Target]]:
+    """Elastic and static. One card takes one CUDA MPS daemon: where the first instance has started
+    one, the second one's ranks are clients of it as well."""
+    async with AsyncExitStack() as stack:
+        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="starfish-"))) / "up"
+        with Stage(console, "elastic instance") as stage:
+            elastic = await stack.enter_async_context(
+                own_instance(
+                    options.flags(),
+                    environment=options.environment(),
+                    run_dir=run_dir,
+                    start_timeout_s=start_timeout_s,
+                    say=stage.say,
+                )
+            )
+        mps = CudaMps(run_dir)
+        flags = [*replace(options, static=True).flags(), "--instance", "bench-static"]
+        with Stage(console, "static instance") as stage:
+            static = await stack.enter_async_context(
+                own_instance(
+                    [*flags, "--no-cuda-mps"] if mps.runs else flags,
+                    environment=options.environment() | (mps.environment if mps.runs else {}),
+                    start_timeout_s=start_timeout_s,
+                    say=stage.say,
+                )
+            )
+        yield elastic, static
+
+
+def _words(row: ServeRow) -> str:
+    return (
+        f"concurrency {row.concurrency:3}: {row.tokens_per_s:.1f} tokens/s, "
+        f"TTFT p50 {row.ttft_ms.p50:.1f} ms, between tokens p50/p99 "
+        f"{row.itl_ms.p50:.2f}/{row.itl_ms.p99:.2f} ms, errors {row.errors}"
+    )
+
+
+def compared(
+    concurrencies: Sequence[int], elastic: Sequence[ServeRow], static: Sequence[ServeRow]
+) -> list[ComparedRow]:
+    """From all rows of both, in any order."""
+    quantities: list[tuple[str, Callable[[ServeRow], float]]] = [
+        (TOKENS_PER_S, lambda row: row.tokens_per_s),
+        ("TTFT p50 ms", lambda row: row.ttft_ms.p50),
+        ("between tokens p50 ms", lambda row: row.itl_ms.p50),
+        ("between tokens p99 ms", lambda row: row.itl_ms.p99),
     ]
+    rows = []
+    for concurrency in concurrencies:
+        ours, theirs = (
+            [row for row in kind if row.concurrency == concurrency] for kind in (elastic, static)
+        )
+        for name, of in quantities:
+            a, b = (percentile([of(row) for row in kind], 50) for kind in (ours, theirs))
+            overhead = 1 - a / b if name == TOKENS_PER_S else a / b - 1
+            rows.append(_compared_row(concurrency, name, a, b, overhead))
+        a, b = (float(sum(row.errors for row in kind)) for kind in (ours, theirs))
+        rows.append(_compared_row(concurrency, ERRORS, a, b, None))
+    return rows
+
+
+def _compared_row(
+    concurrency: int, quantity: str, elastic: float, static: float, overhead: float | None
+) -> ComparedRow:
+    return ComparedRow(
+        concurrency=concurrency,
+        quantity=quantity,
+        elastic=elastic,
+        static=static,
+        overhead=overhead,
+    )
 
 
 def serve_table(rows: Sequence[ServeRow]) -> Table:
@@ -148,15 +227,16 @@ def serve_table(rows: Sequence[ServeRow]) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[Comparison]) -> Table:
+def comparison_table(rows: Sequence[ComparedRow]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("concurrency", "elastic tokens/s", "static tokens/s", "overhead"):
-        table.add_column(name, justify="right")
+    for name in ("concurrency", "", "elastic", "static", "overhead"):
+        table.add_column(name, justify="right" if name else "left")
     for row in rows:
+        digits = 0 if row.overhead is None else 2
         table.add_row(
             str(row.concurrency),
-            f"{row.elastic_tokens_per_s:.1f}",
-            f"{row.static_tokens_per_s:.1f}",
-            f"{(1 - row.ratio) * 100:+.1f} %",
+            row.quantity,
+            *(f"{value:.{digits}f}" for value in (row.elastic, row.static)),
+            "" if row.overhead is None else f"{row.overhead * 100:+.2f} %",
         )
     return table
