@@ -19,11 +19,20 @@ class DeviceKind(Enum):
 
 class ExchangeKind(Enum):
     """TRANSFER: one-sided writes of Mooncake's TransferEngine, between CPU ranks. EP: Mooncake's
-    elastic EP buffer, between CUDA ranks. NONE: an instance of one CUDA rank."""
+    elastic EP buffer, between CUDA ranks; EP_FP8: the same with fp8 dispatch. NONE: an instance of
+    one CUDA rank."""
 
     TRANSFER = "transfer"
     EP = "ep"
+    EP_FP8 = "ep-fp8"
     NONE = "none"
+
+
+class DispatchForm(Enum):
+    """What tokens travel as on their way to the experts of CUDA ranks."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,11 @@ class RankConfig:
     )
     host_experts_gb: float = option(
         0.0, "cuda: GB of pinned host copies of experts, for orphans; -1: a share of free memory"
+    )
+    ep_dispatch: DispatchForm = option(
+        DispatchForm.BF16,
+        "cuda: what tokens travel as to experts, bf16 or fp8, the same on all ranks; fp8 takes "
+        "half the bytes and rounds: not bf16's answers, but the same with and without deaths",
     )
     replicas: ReplicaPolicy = option(
         ReplicaPolicy.GATHER,

@@ -73,7 +73,7 @@ class RankRecord:
     slots: int
     kv_blocks: int
     kv_block_tokens: int
-    exchange: str  # "local", "transfer" or "ep"
+    exchange: str  # "transfer", "ep", "ep-fp8" or "none"
     links: tuple[Member, ...] = ()  # peers whose transfer path is open in both directions
     started_at: float = 0.0  # Unix seconds
     exchange_handles: ExchangeHandles | None = None  # with "ep"

@@ -3,8 +3,9 @@ What goes over it is `ep_exchange`'s."""
 
 from __future__ import annotations
 
+from gpu_worker.config import ExchangeKind
 from gpu_worker.cuda.ep_exchange import EpExchange
-from shared.records import RankRecord
+from shared.records import ExchangeHandles, RankRecord
 from shared.types import Member
 from shared.wire import AreaOpened
 
@@ -13,9 +14,10 @@ class EpEndpoint:
     """Implements `rank.Endpoint`. A pair of lives meets once; a buffer stays mapped until the next
     life of its rank is met."""
 
-    def __init__(self, member: Member, exchange: EpExchange) -> None:
+    def __init__(self, member: Member, exchange: EpExchange, kind: ExchangeKind) -> None:
         self.name = f"ep-{member}"
         self._exchange = exchange
+        self._kind = kind
 
     def next_generation(self, target: Member) -> int:
         return 0
@@ -25,21 +27,27 @@ class EpEndpoint:
         return 0, 0
 
     def connect(self, area: AreaOpened, peer: RankRecord) -> None:
-        """Raises ValueError where the peer has no such buffer, ConnectionError where its former
-        life has not left the adopted map yet."""
-        if peer.exchange_handles is None:
-            raise ValueError(
-                f"rank {peer.member} has the exchange {peer.exchange!r}, and this one 'ep': "
-                "start all ranks of an instance with the same --device"
-            )
+        """Raises ValueError where the peer's exchange is of another kind, ConnectionError where its
+        former life has not left the adopted map yet."""
+        handles = handles_of(peer, self._kind)
         if not self._exchange.has_met(peer.member):
-            self._exchange.connect(peer.member, peer.exchange_handles)
+            self._exchange.connect(peer.member, handles)
 
     def is_open(self, target: Member) -> bool:
         return self._exchange.has_met(target)
 
     def forget(self, member: Member) -> None:
         """Nothing yet: the engine may still run a map that names it."""
+
+
+def handles_of(peer: RankRecord, kind: ExchangeKind) -> ExchangeHandles:
+    """Raises ValueError where its exchange is not of this kind."""
+    if peer.exchange_handles is None or peer.exchange != kind.value:
+        raise ValueError(
+            f"rank {peer.member} has the exchange {peer.exchange!r}, and this one {kind.value!r}: "
+            "start all ranks of an instance with the same --device and --ep-dispatch"
+        )
+    return peer.exchange_handles
 
 
 class SoloEndpoint:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
-from gpu_worker.config import ExchangeKind, RankConfig
+from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
+from gpu_worker.cuda.ep_dispatch import check_dispatch, exchange_kind
 from gpu_worker.cuda.ep_endpoint import EpEndpoint, SoloEndpoint
 from gpu_worker.cuda.ep_exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
@@ -50,10 +51,12 @@ class CudaHardware:
         self._loop = asyncio.get_running_loop()
 
     def load(self, model: ModelSpec, spec: InstanceSpec, folder: Path) -> Hardware:
-        """Raises CheckpointError."""
+        """Raises CheckpointError, ConfigError."""
         # Triton is there beside a card only.
         from gpu_worker.cuda.decoder import Decoder
 
+        if spec.num_ranks > 1:
+            check_dispatch(self._ep_shape(model, spec))
         torch.cuda.set_device(self._device)
         progress = LoadProgress(self._clock)
         loaded = self._load_model(model, spec, folder, progress)
@@ -85,6 +88,7 @@ class CudaHardware:
         stream: torch.cuda.Stream,
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
+        kind = ExchangeKind.NONE if exchange is None else exchange_kind(config.ep_dispatch)
         conductor = GraphConductor(member, exchange or NoKernels(), self._loop)
 
         def enter_thread() -> None:
@@ -108,8 +112,10 @@ class CudaHardware:
             make_runner=make_runner,
             loader=loaded.loader,
             residents=loaded.slots.contents,
-            endpoint=(SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange)),
-            exchange=ExchangeKind.NONE if exchange is None else ExchangeKind.EP,
+            endpoint=(
+                SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange, kind)
+            ),
+            exchange=kind,
             handles=None if exchange is None else exchange.handles(),
             conductor=conductor,
         )
@@ -144,6 +150,7 @@ class CudaHardware:
             slots_per_rank=spec.slots_per_rank,
             hidden_size=model.hidden_size,
             step_tokens_max=self._config.step_tokens_max,
+            fp8=self._config.ep_dispatch is DispatchForm.FP8,
         )
 
     def _moe_stage(

@@ -7,12 +7,12 @@ All of it may be captured into a CUDA graph: buffers are made once and stay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.kernels import experts, residual, routing
+from gpu_worker.cuda.kernels import experts, residual, routing, scaled_rows
 from gpu_worker.cuda.slots import CudaSlots
 
 _ALONE_TOKENS_MAX = (
@@ -47,17 +47,18 @@ class MoeStage(Protocol):
     def run(self, layer: int, routed: Routed, onward: Onward) -> None: ...
 
 
-class Received(NamedTuple):
-    """Rows for this rank's slots: `x_SMH[s, :counts_S[s]]`, the rest undefined."""
-
-    x_SMH: Tensor
-    counts_S: Tensor
-
-
 class PaddedExchange(Protocol):
     """See `ep_exchange.EpExchange`."""
 
-    def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> tuple[Tensor, Tensor]: ...
+    @property
+    def scales(self) -> Tensor | None:
+        """Of the last dispatch, `[S, M, G]`, where its rows are fp8: one for each H / G values."""
+        ...
+
+    def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_SMH` and `counts_S`: rows for this rank's slots are `x_SMH[s, :counts_S[s]]`, the rest
+        undefined."""
+        ...
 
     def combine(
         self, layer: int, y_SMH: Tensor, slots_TK: Tensor, weights_TK: Tensor
@@ -128,9 +129,9 @@ class ExchangedMoe:
         x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
         routing.tile_counts(counts_S, self._rows_of_slot, self._tiles)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
-        hidden = x_SMH.shape[-1]
+        x_NH = self._in_own_type(x_SMH, counts_S)
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
-        experts.gate_up(x_SMH.view(-1, hidden), w_gate_up, rows, self._inner_NI)
+        experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI)
         experts.down(self._inner_NI, w_down, rows, self._y_NH)
         y_SMH = self._y_NH.view(x_SMH.shape)
         y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
@@ -142,6 +143,15 @@ class ExchangedMoe:
             onward.h_TH,
             eps=onward.eps,
         )
+
+    def _in_own_type(self, x_SMH: Tensor, counts_S: Tensor) -> Tensor:
+        """Rows of fp8 are widened to where the experts' results go: these come after the last read
+        of them."""
+        scales_SMG = self._exchange.scales
+        if scales_SMG is None:
+            return x_SMH.view(-1, x_SMH.shape[-1])
+        scaled_rows.widen(x_SMH, scales_SMG, counts_S, self._y_NH)
+        return self._y_NH
 
 
 def slot_table(num_layers: int, num_experts: int, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 from bench.gpu_reference import reference_model  # noqa: E402
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
 from gpu_worker.cuda.decoder_sizes import DecoderSizes  # noqa: E402
+from gpu_worker.cuda.decoder_weights import DecoderWeights  # noqa: E402
 from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe  # noqa: E402
 from gpu_worker.cuda.random_weights import random_weights  # noqa: E402
 from gpu_worker.cuda.slots import CudaSlots, Refill  # noqa: E402
@@ -28,7 +29,9 @@ from gpu_worker.model.rope import Rope  # noqa: E402
 from tests.support.cuda_steps import (  # noqa: E402
     BLOCK_TOKENS,
     BLOCKS_EACH,
+    Fp8LoopbackExchange,
     LoopbackExchange,
+    RoundingLoopbackExchange,
     batch_of,
     continue_alone,
     step,
@@ -55,6 +58,7 @@ SIZES = DecoderSizes(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     decoder: Decoder
+    weights: DecoderWeights
     slots: CudaSlots
     reference: torch.nn.Module  # in our type
     exact: torch.nn.Module  # the same weights, in float32
@@ -75,6 +79,7 @@ def parts() -> Parts:
     slots.fill_randomly(SIZES.num_experts, std=0.1)
     return Parts(
         decoder=make_decoder(weights, LocalMoe(slots, top_k=SIZES.top_k, step_tokens_max=32)),
+        weights=weights,
         slots=slots,
         reference=reference_model(SIZES, weights, slots, context=128),
         exact=reference_model(SIZES, weights, slots, context=128, dtype=torch.float32),
@@ -205,12 +210,43 @@ def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
 def test_an_exchange_that_pads_by_slot_gives_the_same_tokens(parts: Parts) -> None:
     tokens = prompt(5, 30)
     local, logits = continue_alone(parts.decoder, tokens, chunk=32, more=1)
-    num_slots = parts.slots.slots_per_rank
-    moe = ExchangedMoe(parts.slots, LoopbackExchange(num_slots, 32), rows_of_slot=32)
-    decoder = parts.decoder
-    decoder._feed_forward.moe = moe
-    decoder._graphs.clear()  # the loopback reads values on the host
+    decoder = decoder_over(parts, LoopbackExchange(parts.slots.slots_per_rank, 32))
     exchanged, other = continue_alone(decoder, tokens, chunk=32, more=1)
     assert distance(other[0], logits[0]) < TOLERANCE
     if not ON_CUDA:  # there the sum over experts is rounded on its way
         assert exchanged == local
+
+
+def decoder_over(parts: Parts, exchange: LoopbackExchange) -> Decoder:
+    moe = ExchangedMoe(parts.slots, exchange, rows_of_slot=exchange.rows_of_slot)
+    return make_decoder(parts.weights, moe)
+
+
+def test_tokens_that_travel_as_fp8_are_computed_as_what_fp8_leaves_of_them(parts: Parts) -> None:
+    tokens, num_slots, group = prompt(8, 30), parts.slots.slots_per_rank, 32
+    plain, fp8, rounding = (
+        continue_alone(decoder_over(parts, exchange), tokens, chunk=32, more=2)
+        for exchange in (
+            LoopbackExchange(num_slots, 32),
+            Fp8LoopbackExchange(num_slots, 32, group),
+            RoundingLoopbackExchange(num_slots, 32, group),
+        )
+    )
+    assert fp8[0] == rounding[0]
+    assert torch.equal(fp8[1], rounding[1])
+    assert 1e-3 < distance(fp8[1][0], plain[1][0]) < 0.2
+
+
+def test_fp8_dispatch_leaves_tokens_independent_of_neighbours_and_chunks(parts: Parts) -> None:
+    tokens = prompt(9, 24)
+    decoder = decoder_over(parts, Fp8LoopbackExchange(parts.slots.slots_per_rank, 32, 32))
+    alone, logits = continue_alone(decoder, tokens, chunk=32, more=1)
+    again, other_chunks = continue_alone(decoder, tokens, chunk=10, more=1)
+    step(decoder, {1: prompt(3, 20)}, [0])
+    step(decoder, {0: tokens[:10], 1: [5]}, [0, 20])
+    ids, crowd_logits = step(decoder, {0: tokens[10:], 1: [6]}, [10, 21])
+    assert alone == again
+    assert int(ids[0]) == alone[0]
+    if ON_CUDA:  # the interpreter's products are numpy's, which round by shape
+        assert torch.equal(other_chunks, logits)
+        assert torch.equal(crowd_logits[0], logits[0])

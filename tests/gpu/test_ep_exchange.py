@@ -40,7 +40,8 @@ def test_what_comes_back_is_exact_in_bf16_and_close_in_fp8(tmp_path: Path) -> No
     assert result["fp8"]["relative_error"] < 0.04
 
 
-def test_every_client_gets_the_undisturbed_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_every_client_gets_the_undisturbed_tokens(form: str, tmp_path: Path) -> None:
     small = ("num_hidden_layers=4", "hidden_size=512", "num_experts=16", "num_experts_per_tok=4")
     faults = ("--faults", "KILL:1", "STOP:1", "KILL:1")
     result = run(
@@ -48,6 +49,7 @@ def test_every_client_gets_the_undisturbed_tokens(tmp_path: Path) -> None:
         "bench.gpu_serve",
         *("--device", "cuda", "--seeded-dir", str(tmp_path / "model"), "--streams", "8"),
         *("--config", *small, "moe_intermediate_size=64", "head_dim=64", *faults),
+        *("--rank-option", f"ep_dispatch={form}"),
     )
     assert [fault["fault"] for fault in result["faults"]] == ["KILL:1", "STOP:1", "KILL:1"]
     assert [(fault["failed"], fault["wrong"]) for fault in result["faults"]] == [([], 0)] * 3

@@ -1,5 +1,6 @@
 """Every tile of a matrix product, compiled for an H100, uses one instruction: what a row's bits not
-depending on its batch rests on. Needs Triton's compiler, but no device."""
+depending on its batch rests on; and fp8 is the card's own. Needs Triton's compiler, but no
+device."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
-from gpu_worker.cuda.kernels import experts, latent, linear  # noqa: E402
+from gpu_worker.cuda.kernels import experts, latent, linear, scaled_rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +32,15 @@ EXPERTS = ["*bf16", "*bf16", "*i64", "*i32", "*i32", "*i32", "*bf16"]
 def instructions(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
 ) -> set[str]:
-    """Of the matrix products in what `kernel` compiles to, with aligned pointers."""
+    """Of the matrix products in what `kernel` compiles to."""
+    text = compiled(kernel, arguments, constants, warps, stages)
+    return set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", text))
+
+
+def compiled(
+    kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
+) -> str:
+    """Its PTX, with aligned pointers."""
     kinds = iter(arguments)
     signature = {n: "constexpr" if n in constants else next(kinds) for n in kernel.arg_names}
     aligned = {
@@ -41,8 +50,8 @@ def instructions(
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=H100, options=options)
-    return set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", compiled.asm["ptx"]))
+    text: str = triton.compile(source, target=H100, options=options).asm["ptx"]
+    return text
 
 
 def linear_instructions(tile: linear.LinearTile) -> set[str]:
@@ -99,3 +108,11 @@ def test_products_by_heads_take_the_one_instruction(rows: int) -> None:
         constants = {"FIRST": 0, "HEADS": 128, "BLOCK_T": rows, "BLOCK_N": 64, **constants}
         kinds = ["*fp32" if constants["PARTS"] > 1 else "*bf16", "*bf16", "*bf16", "i32", "i32"]
         assert instructions(latent._multiply_heads, kinds, constants, 4, 2) == ONE_INSTRUCTION
+
+
+def test_rows_of_fp8_are_widened_by_the_cards_own_conversion() -> None:
+    kinds = ["*fp8e4nv", "*fp32", "*i32", "*bf16", "i32", "i32", "i32"]
+    constants = {"ROWS_OF_SLOT": 512, "PROGRAMS": 16, "GROUPS": 56, "BLOCK_G": 64, "SIZE": 128}
+    text = compiled(scaled_rows._widen, kinds, constants, 8, 3)
+    assert "cvt.rn.f16x2.e4m3x2" in text
+    assert "ld.global.v4.b32" in text

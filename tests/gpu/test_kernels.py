@@ -31,6 +31,7 @@ from gpu_worker.cuda.kernels import (
     residual,
     routing,
     sampling,
+    scaled_rows,
 )
 from gpu_worker.cuda.row_draw import BANNED_MAX
 
@@ -205,6 +206,22 @@ def test_experts_take_rows_that_lie_padded_by_slot() -> None:
     for slot, count in ((1, 3), (2, 20), (4, 1)):
         mine = slice(slot * width, slot * width + count)
         assert_close(y[mine], expert_reference(x[mine], w1, w2, slot))
+
+
+@pytest.mark.parametrize("groups", [3, 8])
+def test_rows_of_fp8_are_widened_where_a_slot_has_them_and_nowhere_else(groups: int) -> None:
+    counts, width, hidden = ints([0, 24, 5, 1]), 24, 128 * groups
+    codes = torch.randint(0, 256, (4, width, hidden), dtype=torch.uint8, device=DEVICE)
+    codes[(codes + 1) % 128 == 0] = 0  # no number: never sent
+    x = codes.view(torch.float8_e4m3fn)
+    scales = torch.rand(4, groups, width, device=DEVICE).transpose(1, 2)
+    out = poison(4 * width, hidden)
+    scaled_rows.widen(x, scales, counts, out)
+    expected = (x.float() * scales.repeat_interleave(128, dim=2)).to(DTYPE)
+    for slot, count in enumerate(counts.tolist()):
+        rows = out.view(4, width, hidden)[slot]
+        assert torch.equal(rows[:count], expected[slot, :count])
+        assert rows[count:].isnan().all()
 
 
 def rotations(context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,5 @@
 """Steps of a CUDA decoder as the tests take them: sequence s owns the blocks from s times
-`BLOCKS_EACH`; and an exchange of one rank that pads by slot."""
+`BLOCKS_EACH`; and exchanges of one rank that pad by slot."""
 
 from __future__ import annotations
 
@@ -50,38 +50,93 @@ def continue_alone(
 
 
 class LoopbackExchange:
-    """By plain indexing, with the layout of Mooncake's EP."""
+    """By plain indexing, with the layout of Mooncake's EP; of one rank, all of whose slots are
+    here. Reads nothing on the host, so that graphs may hold it."""
 
     def __init__(self, num_slots: int, rows_of_slot: int) -> None:
         self.num_slots, self.rows_of_slot = num_slots, rows_of_slot
+        self.scales: torch.Tensor | None = None
         self.layers: list[int] = []
-        self.places: dict[tuple[int, int], tuple[int, int]] = {}
+        self.row_TK = torch.empty(
+            0
+        )  # of the last dispatch, in all slots' rows; one past them: none
 
     def dispatch(
         self, layer: int, x_TH: torch.Tensor, slots_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_SMH = torch.full(
-            (self.num_slots, self.rows_of_slot, x_TH.shape[1]),
-            float("nan"),
-            device=x_TH.device,
-            dtype=x_TH.dtype,
-        )
-        counts_S = torch.zeros(self.num_slots, dtype=torch.int32, device=x_TH.device)
         self.layers.append(layer)
-        self.places = {}
-        for t, slots in enumerate(slots_TK.tolist()):
-            for k, slot in enumerate(slots):
-                if slot >= 0:
-                    row = int(counts_S[slot])
-                    x_SMH[slot, row] = x_TH[t]
-                    self.places[t, k] = (slot, row)
-                    counts_S[slot] += 1
-        return x_SMH, counts_S
+        counts_S = self._place(slots_TK)
+        return self.pad(x_TH), counts_S
 
     def combine(
         self, layer: int, y_SMH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
+        y_NH = y_SMH.flatten(0, 1).float()
+        y_NH = torch.cat([y_NH, y_NH.new_zeros(1, y_NH.shape[1])])
         y_TH = torch.zeros(slots_TK.shape[0], y_SMH.shape[2], device=y_SMH.device)
-        for (t, k), (slot, row) in self.places.items():
-            y_TH[t] += weights_TK[t, k] * y_SMH[slot, row].float()
+        for row_T, weight_T in zip(self.row_TK.T, weights_TK.T, strict=True):
+            y_TH += weight_T[:, None] * y_NH[row_T]
         return y_TH.to(y_SMH.dtype)
+
+    def pad(self, values_TV: torch.Tensor) -> torch.Tensor:
+        """Where the tokens' slots have them; the rest is no number."""
+        num_rows = self.num_slots * self.rows_of_slot
+        shape = (num_rows + 1, values_TV.shape[1])
+        padded_NV = torch.full(shape, float("nan"), device=values_TV.device)
+        padded_NV[self.row_TK.flatten()] = values_TV.float().repeat_interleave(
+            self.row_TK.shape[1], dim=0
+        )
+        padded_NV = padded_NV[:num_rows].to(values_TV.dtype)
+        return padded_NV.view(self.num_slots, self.rows_of_slot, -1)
+
+    def _place(self, slots_TK: torch.Tensor) -> torch.Tensor:
+        slots_N = slots_TK.flatten()
+        every_S = torch.arange(self.num_slots, device=slots_TK.device)
+        is_in_NS = slots_N[:, None] == every_S
+        place_N = (is_in_NS.cumsum(0) * is_in_NS).sum(1) - 1
+        row_N = torch.where(
+            slots_N >= 0, slots_N * self.rows_of_slot + place_N, self.num_slots * self.rows_of_slot
+        )
+        self.row_TK = row_N.view(slots_TK.shape)
+        return is_in_NS.sum(0).to(torch.int32)
+
+
+class Fp8LoopbackExchange(LoopbackExchange):
+    """Tokens travel as Mooncake sends them in fp8: scales for `group` values lie with the rows of a
+    slot side by side."""
+
+    def __init__(self, num_slots: int, rows_of_slot: int, group: int) -> None:
+        super().__init__(num_slots, rows_of_slot)
+        self._group = group
+
+    def dispatch(
+        self, layer: int, x_TH: torch.Tensor, slots_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values_TH, scales_TG = fp8_of(x_TH, self._group)
+        counts_S = self._place(slots_TK)
+        self.layers.append(layer)
+        self.scales = self.pad(scales_TG).transpose(1, 2).contiguous().transpose(1, 2)
+        return self.pad(values_TH), counts_S
+
+
+class RoundingLoopbackExchange(LoopbackExchange):
+    """Delivers, in their own type, the tokens that fp8 leaves."""
+
+    def __init__(self, num_slots: int, rows_of_slot: int, group: int) -> None:
+        super().__init__(num_slots, rows_of_slot)
+        self._group = group
+
+    def dispatch(
+        self, layer: int, x_TH: torch.Tensor, slots_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values_TH, scales_TG = fp8_of(x_TH, self._group)
+        rounded_TH = values_TH.float() * scales_TG.repeat_interleave(self._group, dim=1)
+        return super().dispatch(layer, rounded_TH.to(x_TH.dtype), slots_TK)
+
+
+def fp8_of(x_TH: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 values, scales `[T, H / group]`)"""
+    x_TGV = x_TH.float().unflatten(1, (-1, group))
+    largest_TG = x_TGV.abs().amax(-1).clamp(min=1e-4)
+    values_TGV = (x_TGV * (448.0 / largest_TG)[..., None]).clamp(-448.0, 448.0)
+    return values_TGV.to(torch.float8_e4m3fn).flatten(1), largest_TG / 448.0
