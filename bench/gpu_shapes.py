@@ -1,13 +1,17 @@
-"""The models whose decoder bench.gpu measures: sizes alone. Imports no kernels."""
+"""The models that bench.gpu and bench.gpu_server measure: sizes alone. Imports no kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from gpu_worker.cuda.decoder_sizes import DecoderSizes, Routing
+from gpu_worker.cuda.model_loading import LAYOUTS
 from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.model.mla_shape import MlaShape
 from gpu_worker.model.rope import Rope
+from shared.model_spec import read_model_spec
 
 
 def qwen3_30b(layers: int | None) -> DecoderSizes:
@@ -69,3 +73,30 @@ SHAPES: dict[str, Callable[[int | None], DecoderSizes]] = {
     "qwen3-30b": qwen3_30b,
     "deepseek-small": deepseek_small,
 }
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "qwen3-30b": {
+        "num_hidden_layers": 48,
+        "hidden_size": 2048,
+        "vocab_size": 151_936,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "reference": {},
+}
+"""Entries of the config.json of a random Qwen3-MoE checkpoint: Qwen3-30B-A3B, and the reference
+size as it is."""
+
+
+def sizes_of(folder: Path) -> DecoderSizes | None:
+    """None where CUDA ranks do not know the checkpoint's architecture. Raises CheckpointError."""
+    spec = read_model_spec(folder)
+    layout = LAYOUTS.get(spec.architecture)
+    return None if layout is None else layout(spec).sizes

@@ -36,9 +36,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int, context_tokens: int) -> di
     tokenizer = _train(vocab_size - len(_SPECIAL_TOKENS))
     tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
     if {token: tokenizer.token_to_id(token) for token in special} != special:
-        raise ValueError(
-            f"a vocabulary of {vocab_size} tokens cannot be filled; choose 259 to about 10000"
-        )
+        raise ValueError(f"a vocabulary of {vocab_size} tokens is too small; choose 259 or more")
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -66,4 +64,14 @@ def _train(vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator([topics[name] for name in sorted(topics)], trainer=trainer)
-    return tokenizer
+    return _filled(tokenizer, vocab_size)
+
+
+def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The manual gives some 10,000 tokens. Those beyond have a text, but no text becomes them."""
+    num_trained = tokenizer.get_vocab_size()
+    if num_trained >= vocab_size:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    state["model"]["vocab"] |= {f"<unused{n}>": n for n in range(num_trained, vocab_size)}
+    return Tokenizer.from_str(json.dumps(state))

@@ -120,6 +120,17 @@ def test_a_vocabulary_too_small_for_all_bytes_is_refused(tmp_path: Path) -> None
         create_seeded_checkpoint(tmp_path / "m", **(SMALL | {"vocab_size": 200}))
 
 
+def test_a_vocabulary_larger_than_the_manual_gives_is_filled(tmp_path: Path) -> None:
+    create_seeded_checkpoint(tmp_path / "m", **(SMALL | {"vocab_size": 20_000}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert len(tokenizer) == 20_000
+    assert tokenizer.eos_token_id == 19_999
+    assert len({tokenizer.decode([token]) for token in range(15_000, 20_000)}) == 5_000
+    text = tokenizer.decode([15_000])
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert 15_000 not in tokenizer(text).input_ids
+
+
 @pytest.mark.slow
 def test_greedy_text_does_not_fall_into_a_loop(tmp_path: Path) -> None:
     create_seeded_checkpoint(tmp_path / "m")
