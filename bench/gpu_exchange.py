@@ -1,5 +1,6 @@
 """Dispatch and combine of Mooncake's EP buffer between cards, one rank a card: whether bf16 comes
-back exact, how close fp8 is, and what a pair of them costs under a CUDA graph.
+back exact, how close fp8 is, and what a pair of them costs under a CUDA graph, with the widening of
+fp8 rows where a rank does that.
 
     python -m bench.gpu_exchange --ranks 2 --tokens 128 --slots 512
 """
@@ -147,7 +148,7 @@ class Prober:
         first = rank * shape.slots_per_rank
         self.factor_S = factor(torch.arange(first, first + shape.slots_per_rank, device="cuda"))
         rows = shape.num_ranks * shape.tokens
-        self.plain_SMH = torch.zeros(
+        self.wide_SMH = torch.zeros(
             (shape.slots_per_rank, rows, shape.hidden), dtype=torch.bfloat16, device="cuda"
         )
 
@@ -204,18 +205,16 @@ class Prober:
         return graph, out_TH
 
     def _pair(self, *, multiply: bool) -> Any:
-        import torch
 
-        from gpu_worker.cuda.ep_exchange import FP8_BLOCK
+        from gpu_worker.cuda.kernels import scaled_rows
 
-        y_SMH, _ = self.exchange.dispatch(0, self.x_TH, self.slots_TK)
+        y_SMH, counts_S = self.exchange.dispatch(0, self.x_TH, self.slots_TK)
+        if self.exchange.scales is not None:
+            wide_NH = self.wide_SMH.flatten(0, 1)
+            scaled_rows.widen(y_SMH, self.exchange.scales, counts_S, wide_NH)
+            y_SMH = self.wide_SMH
         if multiply:
-            if self.exchange.scales is not None:
-                scales = self.exchange.scales.repeat_interleave(FP8_BLOCK, dim=2)
-                y_SMH = (y_SMH.float() * scales).bfloat16()
             y_SMH = y_SMH * self.factor_S[:, None, None].bfloat16()
-        elif y_SMH.dtype != torch.bfloat16:
-            y_SMH = self.plain_SMH
         return self.exchange.combine(0, y_SMH, self.slots_TK, self.weights_TK)
 
     def _expected(self) -> Any:
