@@ -41,8 +41,7 @@ class InstanceSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeHandles:
     """What a peer must know to write into a CUDA rank's exchange buffer: RDMA keys and queue pairs
-    where there is an HCA, and CUDA IPC handles for ranks of the same host. `card` names the device;
-    `mask_handle` and `mask_offset` tell where in its memory the rank's mask is."""
+    where there is an HCA, and the CUDA IPC handle for ranks of the same host."""
 
     host: str
     address: int
@@ -52,9 +51,6 @@ class ExchangeHandles:
     queue_pairs: tuple[int, ...]
     local_ids: tuple[int, ...]
     ipc_handle: tuple[int, ...]
-    card: str
-    mask_handle: tuple[int, ...]
-    mask_offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

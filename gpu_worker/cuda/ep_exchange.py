@@ -36,8 +36,6 @@ from torch import Tensor
 
 from gpu_worker.cuda.ep_handles import HandleBook
 from gpu_worker.cuda.ep_members import EpMembers
-from gpu_worker.cuda.peer_masks import PeerMasks, name_of_card
-from gpu_worker.cuda.shared_memory import share
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
@@ -77,7 +75,7 @@ class Received(NamedTuple):
 
 class EpExchange:
     """One rank's end. `dispatch`, `combine`, `check_step` and `adopt` belong to the engine thread;
-    `release` and `drain` to any; `connect` to another one, beside running steps."""
+    `release` to any; `connect` to another one, beside running steps."""
 
     def __init__(
         self,
@@ -100,8 +98,6 @@ class EpExchange:
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
         self._who = EpMembers(member)
-        self._card = name_of_card(device)
-        self._peer_masks = PeerMasks(self._card, shape.num_ranks)
         self._mask_lock = threading.Lock()
         self._connect_lock = threading.Lock()
         self._handles: dict[int, tuple[Any, ...]] = {}
@@ -114,8 +110,6 @@ class EpExchange:
         address, key, subnet, interface, queue_pairs, local_ids, ipc = (
             self._buffer._get_local_peer_metadata()
         )
-        with torch.cuda.device(self._device):
-            mask = share(self.mask_R)
         return ExchangeHandles(
             host=socket.gethostname(),
             address=address,
@@ -125,9 +119,6 @@ class EpExchange:
             queue_pairs=tuple(queue_pairs),
             local_ids=tuple(local_ids),
             ipc_handle=tuple(ipc),
-            card=self._card,
-            mask_handle=tuple(mask.handle),
-            mask_offset=mask.offset,
         )
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
@@ -137,7 +128,6 @@ class EpExchange:
         with self._connect_lock, torch.cuda.device(self._device):
             with self._mask_lock:
                 former = self._who.part([peer.rank])
-                self._peer_masks.part(former)
             if former:
                 self._buffer.disconnect_ranks(former)
             self._book.tell(peer.rank, handles)
@@ -146,7 +136,6 @@ class EpExchange:
             except RuntimeError as error:  # Mooncake's only kind
                 raise ConnectionError(f"rank {peer}: {error}") from error
             with self._mask_lock:
-                self._peer_masks.meet(peer, handles)
                 self._who.meet({peer.rank: peer.incarnation})
 
     def has_met(self, member: Member) -> bool:
@@ -162,13 +151,6 @@ class EpExchange:
             with torch.cuda.stream(self._side):
                 for rank in ranks:
                     self.mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
-            self._side.synchronize()
-
-    def drain(self, dead: Collection[Member]) -> None:
-        """Kernels that these have left behind on this card wait for nobody any more. All living
-        ranks must have let go of them: what those kernels still send is rubbish."""
-        with self._mask_lock, torch.cuda.device(self._device):
-            self._peer_masks.clear(dead, self._side)
             self._side.synchronize()
 
     def adopt(self, expert_map: ExpertMap) -> None:

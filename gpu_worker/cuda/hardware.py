@@ -17,7 +17,7 @@ from gpu_worker.cuda.ep_exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.exchange.graph_conductor import GraphConductor, NoKernels
+from gpu_worker.exchange.graph_conductor import GraphConductor
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
@@ -89,7 +89,9 @@ class CudaHardware:
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
         kind = ExchangeKind.NONE if exchange is None else exchange_kind(config.ep_dispatch)
-        conductor = GraphConductor(member, exchange or NoKernels(), self._loop)
+        conductor = GraphConductor(
+            member, (lambda *_: None) if exchange is None else exchange.release, self._loop
+        )
 
         def enter_thread() -> None:
             torch.cuda.set_device(self._device)

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
@@ -19,25 +18,8 @@ from shared.wire import GraphNews
 
 log = structlog.get_logger()
 
-
-class Kernels(Protocol):
-    """What waits on the card. See `cuda.ep_exchange.EpExchange`."""
-
-    def release(self, dead: Collection[Member], epoch: Epoch) -> None:
-        """Let kernels wait for these lives no longer; the map of this epoch is without them."""
-        ...
-
-    def drain(self, dead: Collection[Member]) -> None:
-        """Let kernels that these have left behind wait for nobody."""
-        ...
-
-
-class NoKernels:
-    """Implements `Kernels` for a rank without peers."""
-
-    def release(self, dead: Collection[Member], epoch: Epoch) -> None: ...
-
-    def drain(self, dead: Collection[Member]) -> None: ...
+Release = Callable[[Collection[Member], Epoch], None]
+"""Let kernels wait for these lives no longer; the map of this epoch is without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +34,9 @@ class ConductorDoors:
 
 
 class GraphConductor:
-    def __init__(self, member: Member, kernels: Kernels, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, member: Member, release: Release, loop: asyncio.AbstractEventLoop) -> None:
         self._accord = GraphAccord(member)
-        self._kernels = kernels
+        self._release = release
         self._loop = loop
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._lock = threading.Lock()
@@ -62,7 +44,6 @@ class GraphConductor:
         self._newest: ExpertMap | None = None
         self._peers: frozenset[Member] = frozenset()
         self._held: Epoch | None = None
-        self._undrained: dict[Member, Epoch] = {}  # the last map that may name it
 
     def attach(self, doors: ConductorDoors) -> None:
         self._doors = doors
@@ -85,16 +66,12 @@ class GraphConductor:
         self._peers = frozenset(expert_map.members) - {own}
         self._tell()
         if heard.give_up:
-            self._undrained |= {
-                m: Epoch(expert_map.epoch - 1) for m in heard.give_up if not expert_map.has(m)
-            }
             self._let_go(
                 heard.give_up, expert_map.epoch, lambda: self._accord.gave_up(heard.give_up)
             )
 
     def condemn(self, dead: Member, epoch: Epoch) -> None:
         """A verdict: the map of `epoch`, which may not be there yet, is without this life."""
-        self._undrained[dead] = Epoch(epoch - 1)
         self._let_go([dead], epoch, lambda: self._accord.condemn(dead, epoch))
 
     def _let_go(self, members: Collection[Member], epoch: Epoch, then: Callable[[], None]) -> None:
@@ -102,17 +79,14 @@ class GraphConductor:
         told."""
 
         def work() -> None:
-            self._kernels.release(members, epoch)
+            self._release(members, epoch)
             with self._lock:
                 then()
             self._loop.call_soon_threadsafe(self._tell)
 
-        self._on_card(work)
+        self._releaser.submit(work).add_done_callback(self._on_let_go)
 
-    def _on_card(self, work: Callable[[], None]) -> None:
-        self._releaser.submit(work).add_done_callback(self._on_card_done)
-
-    def _on_card_done(self, done: Future[None]) -> None:
+    def _on_let_go(self, done: Future[None]) -> None:
         if (error := done.exception()) is not None:
             self._loop.call_soon_threadsafe(self._open.leave, f"the card fails: {error}")
 
@@ -211,14 +185,9 @@ class GraphConductor:
             overslept = self._accord.has_overslept()
             launched = self._accord.launched
             clear = self._held is not None and self._accord.is_clear_of(self._held)
-            drained = [m for m, last in self._undrained.items() if self._accord.is_clear_of(last)]
         if overslept:
             self._oversleep(launched)
         if clear and self._held is not None:
             held, self._held = self._held, None
             self._open.held(held)
-        if drained:
-            for member in drained:
-                del self._undrained[member]
-            self._on_card(lambda: self._kernels.drain(drained))
         self._open.nudge()

@@ -69,7 +69,6 @@ class Device:
         self.model = ToyModel()
         self.num_launched = 0
         self.dies = threading.Event()
-        self.drained: queue.Queue[Member] = queue.Queue()
 
     def meet(self, peers: Iterable[Member]) -> None:
         with self.fabric.lock:
@@ -88,10 +87,6 @@ class Device:
         with self.fabric.lock:
             for rank in self.who.give_up(list(dead), epoch):
                 self.mask_R[rank] = 0
-
-    def drain(self, dead: Iterable[Member]) -> None:
-        for member in dead:
-            self.drained.put(member)
 
     def check_step(self, mask_R: NDArray[np.int32]) -> None:
         with self.fabric.lock:
@@ -157,10 +152,9 @@ class OneRank:
         self.events: queue.Queue[Event] = queue.Queue()
         self.loop = asyncio.get_running_loop()
         self.left = False
-        self.peer_let_go = asyncio.Event()
         clock = SystemClock()
         self.monitor = EngineMonitor(self.inbox, self.post, clock)
-        self.conductor = GraphConductor(member, self.device, self.loop)
+        self.conductor = GraphConductor(member, self.device.release, self.loop)
         self.cluster = cluster
         self.held: asyncio.Queue[Epoch] = asyncio.Queue()
         self.conductor.attach(
@@ -226,12 +220,7 @@ class OneRank:
         for peer in peers:
             rank = self.cluster.ranks.get(peer)
             if rank is not None:
-                self.loop.call_soon(rank.hear, news)
-
-    def hear(self, news: GraphNews) -> None:
-        self.conductor.on_news(news)
-        if news.spoilt:
-            self.peer_let_go.set()
+                self.loop.call_soon(rank.conductor.on_news, news)
 
     def _leave(self, reason: str) -> None:
         self.left = True
@@ -376,18 +365,3 @@ async def test_a_slot_is_free_once_everybody_has_let_go(cluster: Cluster) -> Non
     assert one.held.empty()
     two.conductor.condemn(dead.member, Epoch(2))
     assert await asyncio.wait_for(one.held.get(), PATIENCE_S) == Epoch(1)
-
-
-async def test_what_the_dead_left_on_a_card_is_drained_once_nobody_listens_to_it(
-    cluster: Cluster,
-) -> None:
-    one, two, dead = cluster.ranks.values()
-    await one.event(Adopted)
-    await two.event(Adopted)
-    dead.device.dies.set()
-    one.conductor.condemn(dead.member, Epoch(2))
-    await asyncio.wait_for(two.peer_let_go.wait(), PATIENCE_S)
-    assert one.device.drained.empty()
-    two.conductor.condemn(dead.member, Epoch(2))
-    for rank in (one, two):
-        assert await asyncio.to_thread(rank.device.drained.get, True, PATIENCE_S) == dead.member
