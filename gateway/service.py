@@ -17,7 +17,6 @@ from gateway.cluster_view import ClusterView, ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.health import Health
 from gateway.http_app import HttpApp
-from gateway.leased_keys import LeasedKeys
 from gateway.metrics import GatewayMetrics
 from gateway.served_model import load_served_model
 from gateway.session_driver import SessionDriver
@@ -25,6 +24,7 @@ from gateway.stream_session import SessionPolicy
 from shared.clock import Clock
 from shared.codec import pack
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord, InstanceSpec
 from shared.store import Store
 
@@ -49,7 +49,7 @@ async def run_gateway(config: GatewayConfig, world: Surroundings) -> None:
     name = f"gateway-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     keys = Keys(config.instance)
     metrics = GatewayMetrics()
-    leased = LeasedKeys(store=world.store, ttl_s=config.timings.lease_ttl_s, clock=world.clock)
+    leased = LeasedKeys(world.store, ttl_s=config.timings.lease_ttl_s)
     admission = Admission(
         AdmissionLimits(tokens_max=config.tokens_in_flight_max, sessions_max=config.sessions_max)
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from gateway.cluster_view import ClusterView
-from gateway.leased_keys import LeasedKeys
 from gateway.metrics import GatewayMetrics
 from gateway.rank_choice import RankBoard
 from gateway.rank_link import LinkEvents, RankLink
@@ -19,6 +18,7 @@ from gateway.stream_session import Send, SessionPolicy, StreamSession
 from shared.clock import Clock
 from shared.codec import pack
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Suspicion
 from shared.types import Member, SamplingParams, SessionId, Step, SuspicionReason
 from shared.wire import Pong, Tokens

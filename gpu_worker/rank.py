@@ -35,11 +35,11 @@ from gpu_worker.engine_gate import EngineGate
 from gpu_worker.exchange.graph_conductor import ConductorDoors, GraphConductor
 from gpu_worker.membership.driver import EngineDoor, MembershipDriver, SlotLoader
 from gpu_worker.membership.link_keeper import LinkEvents, LinkKeeper
-from gpu_worker.membership.registrar import Registrar
 from gpu_worker.membership.standing import Standing
 from shared.clock import Clock
 from shared.expert_map import Placement
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.records import ExchangeHandles, InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Epoch, Member, NodeId, RankState, Step
@@ -140,14 +140,14 @@ class Rank:
             conductor=parts.hardware.conductor,
         )
         self._server = ControlServer(member=parts.member, engine=self._gate, areas=self)
-        self._registrar = Registrar(
-            parts.store, lease_id=parts.lease_id, lease_ttl_s=config.timings.lease_ttl_s
+        self._leased = LeasedKeys(
+            parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
         )
 
     @property
     def lease_id(self) -> int:
         """The lease under which it is registered now."""
-        return self._registrar.lease_id
+        return self._leased.lease_id
 
     def stop(self, exit_code: int = 0) -> None:
         """Ends `run`."""
@@ -200,7 +200,7 @@ class Rank:
                 parts.hardware.residents,
                 peers_lag=parts.hardware.conductor is not None,
             ),
-            registrar=self._registrar,
+            leased=self._leased,
             loader=parts.hardware.loader,
             engine=EngineDoor(
                 see_map=self._gate.see_map,
@@ -222,8 +222,8 @@ class Rank:
         if parts.hardware.conductor is not None:
             parts.hardware.conductor.attach(self._conductor_doors())
         self._membership.register()
-        tasks.create_task(self._registrar.run())
-        tasks.create_task(self._registrar.keep_alive(self._membership.on_lease_lost))
+        tasks.create_task(self._leased.write())
+        tasks.create_task(self._membership.keep_lease())
         tasks.create_task(self._membership.watch())
 
     def _conductor_doors(self) -> ConductorDoors:

@@ -16,7 +16,6 @@ from gpu_worker.agent.config import AgentConfig
 from gpu_worker.agent.cpu_share import share_cpus
 from gpu_worker.agent.driver import AgentDriver, RankSetup
 from gpu_worker.agent.obituary import Obituary
-from gpu_worker.agent.presence import Presence
 from gpu_worker.agent.rank_list import parse_ranks
 from gpu_worker.agent.rank_lives import RankLives
 from gpu_worker.agent.rank_process import RankCommand
@@ -28,9 +27,10 @@ from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
 from shared.garbage import spare_what_is_loaded
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
-from shared.records import AgentRecord
+from shared.records import AgentRecord, pack_record
 from shared.types import NodeId, RankId
 
 _LIFELINE_GRACE_S = 1.0
@@ -118,12 +118,14 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     if setup.log_dir is not None:
         setup.log_dir.mkdir(parents=True, exist_ok=True)
     store = EtcdStore(config.etcd.split(","))
+    leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
     record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
+    leased.put(keys.agent(node), pack_record(record))
     driver = AgentDriver(
         store=store,
         keys=keys,
         lives=RankLives(ranks, RespawnPolicy(), random.Random(), clock.now()),
-        presence=Presence(store, keys, record, config.lease_ttl_s),
+        leased=leased,
         obituary=Obituary(store, keys, node, clock),
         setup=setup,
         clock=clock,

@@ -14,7 +14,6 @@ import structlog
 
 from gpu_worker.agent.birth import new_life, nurse_lease
 from gpu_worker.agent.obituary import Obituary, describe_exit, until_done
-from gpu_worker.agent.presence import Presence
 from gpu_worker.agent.rank_lives import (
     Action,
     Bury,
@@ -29,6 +28,7 @@ from gpu_worker.agent.rank_process import RankCommand, RankProcess, find_running
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Verdict, unpack_record
 from shared.store import Snapshot, Store
 from shared.types import Member, RankId
@@ -58,7 +58,7 @@ class AgentDriver:
     store: Store
     keys: Keys
     lives: RankLives
-    presence: Presence
+    leased: LeasedKeys
     obituary: Obituary
     setup: RankSetup
     clock: Clock
@@ -72,7 +72,8 @@ class AgentDriver:
     async def run(self) -> None:
         async with self._tasks:
             adopted = self._adopt()
-            keeper = self._tasks.create_task(self._be_present(adopted))
+            keeper = self._tasks.create_task(self.leased.run())
+            sweeper = self._tasks.create_task(until_done(lambda: self._sweep(adopted)))
             executioner = self._tasks.create_task(self._watch_verdicts())
             lookout = self._tasks.create_task(self._look_for_dying())
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._look_for_stopped)
@@ -81,11 +82,11 @@ class AgentDriver:
                 await self._wait()
             if self._burials:
                 await asyncio.wait(self._burials, timeout=_LAST_WORDS_TIMEOUT_S)
-            for task in (keeper, executioner, lookout, *self._burials):
+            for task in (keeper, sweeper, executioner, lookout, *self._burials):
                 task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
-                await self.presence.close()
+                await self.leased.release()
 
     def stop(self, *, grace_s: float | None = None) -> None:
         """SIGTERM to all ranks, SIGKILL after the grace time. Later calls can only shorten it."""
@@ -117,15 +118,11 @@ class AgentDriver:
             self._perform(self.lives.adopted(life, self.clock.now()))
         return adopted
 
-    async def _be_present(self, adopted: set[Member]) -> None:
-        await until_done(self.presence.open)
-        await until_done(lambda: self._sweep(adopted))
-        await self.presence.keep()
-
     async def _sweep(self, adopted: set[Member]) -> None:
         """Revokes the leases of this node's ranks that died while no agent watched."""
+        standing = await self.store.get_prefix(self.keys.ranks)
         started = {life.member for life in self.lives.running()}
-        for kv in (await self.store.get_prefix(self.keys.ranks)).values:
+        for kv in standing.values:
             record = unpack_record(kv.value, RankRecord)
             ours = record.node == self.setup.command.node and self.lives.owns(record.rank)
             if ours and record.member not in adopted | started:
@@ -255,4 +252,4 @@ class AgentDriver:
         burial.add_done_callback(self._burials.discard)
 
     def _lease_id(self) -> int:
-        return self.presence.lease_id
+        return self.leased.lease_id

@@ -11,7 +11,6 @@ from typing import Protocol
 import structlog
 
 from gpu_worker.membership.link_keeper import LinkKeeper
-from gpu_worker.membership.registrar import Registrar
 from gpu_worker.membership.standing import (
     Action,
     AdoptMap,
@@ -22,7 +21,6 @@ from gpu_worker.membership.standing import (
     OpenLink,
     PutRecord,
     PutResidents,
-    RenewLease,
     Standing,
     SuspectPeer,
 )
@@ -31,6 +29,7 @@ from shared.codec import pack, unpack
 from shared.errors import CheckpointError, WireError
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Snapshot, Store, WatchEvent
 from shared.types import Epoch, Member, RankId, Step, SuspicionReason
@@ -67,7 +66,7 @@ class MembershipDriver:
         keys: Keys,
         clock: Clock,
         standing: Standing,
-        registrar: Registrar,
+        leased: LeasedKeys,
         loader: SlotLoader,
         engine: EngineDoor,
         tasks: asyncio.TaskGroup,
@@ -77,7 +76,7 @@ class MembershipDriver:
         self._keys = keys
         self._clock = clock
         self._standing = standing
-        self._registrar = registrar
+        self._leased = leased
         self._loader = loader
         self._engine = engine
         self._tasks = tasks
@@ -105,6 +104,13 @@ class MembershipDriver:
             else:
                 self._on_event(seen)
 
+    async def keep_lease(self) -> None:
+        """That of the agent first, and another after each that is lost: a stalled etcd may expire
+        healthy leases, and only a verdict ends a life."""
+        while True:
+            await self._leased.keep_alive()
+            self.perform(self._standing.on_lease_granted(await self._leased.renew()))
+
     def register(self) -> None:
         """Says for the first time that this incarnation is here."""
         self.perform([PutRecord(record=self._standing.record)])
@@ -120,9 +126,6 @@ class MembershipDriver:
 
     def on_held(self, epoch: Epoch) -> None:
         self.perform(self._standing.on_held(epoch))
-
-    def on_lease_lost(self) -> None:
-        self.perform(self._standing.on_lease_lost())
 
     def suspect(
         self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
@@ -146,7 +149,7 @@ class MembershipDriver:
             detail=detail,
         )
         key = self._keys.suspicion(peer.rank, peer.incarnation, f"rank-{me}")
-        self._registrar.put(key, pack(suspicion))
+        self._leased.put(key, pack(suspicion))
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
@@ -158,16 +161,16 @@ class MembershipDriver:
                 self._link_keeper.open(peer)
             case CloseLink(peer=peer):
                 self._link_keeper.close(peer)
-                self._registrar.delete(self._own_suspicion_key(peer))
+                self._leased.delete(self._own_suspicion_key(peer), urgent=False)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))
             case HoldEngine(epoch=epoch):
                 self._engine.hold(epoch)
             case PutRecord(record=record, urgent=urgent):
                 key = self._keys.rank(record.rank, record.incarnation)
-                self._registrar.put(key, pack(record), urgent=urgent)
+                self._leased.put(key, pack(record), urgent=urgent)
             case PutResidents(contents=contents):
-                self._registrar.put(
+                self._leased.put(
                     self._keys.resident(contents.rank, contents.incarnation), pack(contents)
                 )
             case AdoptMap(expert_map=expert_map):
@@ -176,8 +179,6 @@ class MembershipDriver:
                 newest = self._standing.expert_map
                 epoch = newest.epoch if newest else Epoch(0)
                 self.suspect(peer, reason, epoch, Step(0), detail)
-            case RenewLease():
-                self._tasks.create_task(self._renew_lease())
             case Leave(reason=reason):
                 self._engine.leave(reason)
 
@@ -195,10 +196,6 @@ class MembershipDriver:
             raise
         self.perform(self._standing.on_slots_loaded(residents))
 
-    async def _renew_lease(self) -> None:
-        lease_id = await self._registrar.renew()
-        self.perform(self._standing.on_lease_granted(lease_id))
-
     @property
     def _own_key(self) -> str:
         me = self._standing.record.member
@@ -215,7 +212,7 @@ class MembershipDriver:
             if item.key.startswith(self._keys.ranks):
                 present.add(item.key)
         if self._own_key not in present:
-            self._registrar.doubt_lease()
+            self._leased.doubt_lease()
         for peer in self._standing.peers:
             if self._keys.rank(peer.rank, peer.incarnation) not in present:
                 self.perform(self._standing.on_peer_gone(peer.member))
@@ -224,7 +221,7 @@ class MembershipDriver:
         if event.value is not None:
             self._on_value(event.key, event.value)
         elif event.key == self._own_key:
-            self._registrar.doubt_lease()
+            self._leased.doubt_lease()
         elif event.key.startswith(self._keys.ranks):
             for peer in self._standing.peers:
                 if self._keys.rank(peer.rank, peer.incarnation) == event.key:

@@ -23,8 +23,7 @@ the engine when every member's link is open; until then it is held back, newest 
     engine adopted a map   LoadSlots that waited for it
     engine held            LoadSlots that waited for it
     map or verdict         Leave, where it says that this incarnation is dead
-    lease lost             RenewLease: a stalled etcd may expire healthy leases; only the control
-                           plane's verdict ends a life
+    another lease granted  our record and residents again
 """
 
 from __future__ import annotations
@@ -89,11 +88,6 @@ class SuspectPeer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenewLease:
-    """Grant a new lease, then call `on_lease_granted`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
     """This incarnation is fenced: drop the work and exit."""
 
@@ -109,7 +103,6 @@ Action = (
     | PutResidents
     | AdoptMap
     | SuspectPeer
-    | RenewLease
     | Leave
 )
 
@@ -222,9 +215,6 @@ class Standing:
         if member != self._member:
             return []
         return [Leave(reason="the control plane declared this rank dead")]
-
-    def on_lease_lost(self) -> list[Action]:
-        return [RenewLease()]
 
     def on_lease_granted(self, lease_id: int) -> list[Action]:
         """Everything that stood under the old lease stands under this one now."""

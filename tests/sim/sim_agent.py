@@ -10,14 +10,14 @@ import signal
 from collections.abc import AsyncIterator, Callable
 
 from gpu_worker.agent.birth import new_life, nurse_lease
-from gpu_worker.agent.obituary import Obituary, until_done
-from gpu_worker.agent.presence import Presence
+from gpu_worker.agent.obituary import Obituary
 from gpu_worker.agent.rank_lives import Action, Bury, Kill, Life, RankLives, Spawn
 from gpu_worker.agent.respawn_policy import RespawnPolicy
 from shared.clock import Clock
 from shared.errors import StoreError
 from shared.keys import Keys
-from shared.records import AgentRecord, Verdict, unpack_record
+from shared.leased_keys import LeasedKeys
+from shared.records import AgentRecord, Verdict, pack_record, unpack_record
 from shared.store import Snapshot, Store
 from shared.types import Member, NodeId, RankId
 from tests.sim.sim_loop import SimProcess, kill, stop
@@ -53,7 +53,8 @@ class SimAgent:
         self.process: SimProcess | None = None
         self.member: Member | None = None
         record = AgentRecord(node=NodeId(node), pid=1, ranks=(rank,))
-        self._presence = Presence(store, keys, record, lease_ttl_s)
+        self._leased = LeasedKeys(store, ttl_s=lease_ttl_s)
+        self._leased.put(keys.agent(record.node), pack_record(record))
         self._obituary = Obituary(store, keys, NodeId(node), clock)
         self._lives = RankLives(
             [rank],
@@ -68,7 +69,7 @@ class SimAgent:
 
     async def run(self) -> None:
         async with self._tasks:
-            self._tasks.create_task(self._be_present())
+            self._tasks.create_task(self._leased.run())
             self._tasks.create_task(self._watch_verdicts())
             self._tasks.create_task(self._report_stopped())
             while True:
@@ -81,10 +82,6 @@ class SimAgent:
         stop(self.process)
         for life in self._lives.running():
             self._stopped.put_nowait(life)
-
-    async def _be_present(self) -> None:
-        await until_done(self._presence.open)
-        await self._presence.keep()
 
     async def _report_stopped(self) -> None:
         while True:
@@ -153,4 +150,4 @@ class SimAgent:
             nurse.cancel()
 
     def _lease_id(self) -> int:
-        return self._presence.lease_id
+        return self._leased.lease_id

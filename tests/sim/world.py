@@ -15,13 +15,13 @@ from control_plane.failure_detector import DetectorTimings
 from control_plane.membership import MembershipPolicy
 from control_plane.telemetry import Metrics
 from gateway.cluster_view import ClusterWatch
-from gateway.leased_keys import LeasedKeys
 from gateway.metrics import GatewayMetrics
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy, StreamSession
 from gpu_worker.config import RankConfig
 from shared.config import Timings
 from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
 from shared.records import InstanceSpec
 from shared.types import Member, RankId, SamplingParams
 from tests.sim.sim_agent import SimAgent
@@ -210,7 +210,7 @@ class World:
     async def _run_gateway(self) -> None:
         store = self.store(self._gateway_process.host)
         async with asyncio.TaskGroup() as tasks:
-            leased = LeasedKeys(store=store, ttl_s=LEASE_TTL_S, clock=self.clock)
+            leased = LeasedKeys(store, ttl_s=LEASE_TTL_S)
             self.gateway = SessionDriver(
                 name=f"gateway-{self.seed}",
                 clock=self.clock,

@@ -13,7 +13,6 @@ from gpu_worker.membership.standing import (
     OpenLink,
     PutRecord,
     PutResidents,
-    RenewLease,
     Standing,
     SuspectPeer,
 )
@@ -243,9 +242,8 @@ def test_it_leaves_on_its_own_verdict() -> None:
     assert isinstance(leave, Leave)
 
 
-def test_a_lost_lease_is_replaced_and_all_is_registered_again() -> None:
+def test_under_another_lease_all_is_registered_again() -> None:
     it = standing()
-    assert it.on_lease_lost() == [RenewLease()]
     put, residents = it.on_lease_granted(77)
     assert isinstance(put, PutRecord)
     assert put.record.lease_id == 77

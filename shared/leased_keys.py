@@ -1,0 +1,145 @@
+"""What a process says in etcd under one lease: the newest value of each key, and the lease kept
+alive. Whether a lost one is replaced is its owner's to decide, and serving never waits for any of
+it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+import structlog
+
+from shared.errors import LeaseLost, StoreError
+from shared.store import Store
+
+log = structlog.get_logger()
+
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 0.5
+LATER_S = 0.2
+KEEP_ALIVE_RETRY_S = 0.3
+"""Short: whoever comes back from an outage of etcd without a lease is under suspicion."""
+
+
+class LeasedKeys:
+    """`put` and `delete` say what shall stand, and return at once; a value that is overtaken before
+    it was written is never written. `run` makes it so, for whom a lost lease means only a new one;
+    others drive `write`, `keep_alive` and `renew` themselves."""
+
+    def __init__(self, store: Store, *, ttl_s: float, lease_id: int = 0) -> None:
+        self._store = store
+        self._ttl_s = ttl_s
+        self._lease_id = lease_id
+        self._said: dict[str, bytes] = {}
+        self._dirty: dict[str, None] = {}  # in the order in which they were said
+        self._wake = asyncio.Event()
+        self._doubted = asyncio.Event()
+
+    @property
+    def lease_id(self) -> int:
+        """The newest one, which may be lost; 0 before the first."""
+        return self._lease_id
+
+    def put(self, key: str, value: bytes, *, urgent: bool = True) -> None:
+        """Not urgent: what nobody waits for is written LATER_S later, because at a death all ranks
+        have something to say, and the survivors' next step waits for the same CPUs."""
+        self._said[key] = value
+        self._mark(key, urgent)
+
+    def delete(self, key: str, *, urgent: bool = True) -> None:
+        """Of a key that was put here; others are left alone."""
+        if self._said.pop(key, None) is not None:
+            self._mark(key, urgent)
+
+    async def run(self) -> None:
+        """Takes a lease, and after each that is lost another, and says everything again. For
+        ever."""
+        await self.renew()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.write())
+            while True:
+                await self.keep_alive()
+                await self.renew()
+                for key in self._said:
+                    self._mark(key, True)
+
+    async def write(self) -> None:
+        """Writes what was said under the present lease, oldest first, for ever."""
+        retry_s = RETRY_MIN_S
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._dirty:
+                if await self._write(next(iter(self._dirty))):
+                    retry_s = RETRY_MIN_S
+                else:
+                    await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
+                    retry_s = min(retry_s * 2, RETRY_MAX_S)
+
+    async def keep_alive(self) -> None:
+        """Refreshes the lease three times per TTL, and asks at once where it is in doubt. Returns
+        when it is gone though etcd answers."""
+        wait_s = self._ttl_s / 3
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._doubted.wait()
+            self._doubted.clear()
+            wait_s = self._ttl_s / 3
+            try:
+                await self._store.keep_alive(self._lease_id)
+            except LeaseLost:
+                log.warning("lease_lost", lease_id=self._lease_id)
+                return
+            except StoreError as error:
+                log.warning("keep_alive_failed", detail=str(error))
+                wait_s = min(wait_s, KEEP_ALIVE_RETRY_S)
+
+    def doubt_lease(self) -> None:
+        """Something speaks against it: `keep_alive` asks etcd now."""
+        self._doubted.set()
+
+    async def renew(self) -> int:
+        """A new lease in place of a lost one, or of none; later writes go under it."""
+        retry_s = RETRY_MIN_S
+        while True:
+            try:
+                self._lease_id = await self._store.grant_lease(self._ttl_s)
+                return self._lease_id
+            except StoreError as error:
+                log.warning("etcd_unavailable", detail=str(error))
+                await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
+                retry_s = min(retry_s * 2, RETRY_MAX_S)
+
+    async def release(self) -> None:
+        """Takes everything back at once, at the end; best effort."""
+        if self._lease_id:
+            with contextlib.suppress(StoreError):
+                await self._store.revoke_lease(self._lease_id)
+
+    def _mark(self, key: str, urgent: bool) -> None:
+        self._dirty.pop(key, None)
+        self._dirty[key] = None
+        if urgent:
+            self._wake.set()
+        else:
+            asyncio.get_running_loop().call_later(LATER_S, self._wake.set)
+
+    async def _write(self, key: str) -> bool:
+        value, lease_id = self._said.get(key), self._lease_id
+        assert lease_id, "`renew` comes before `write`"
+        try:
+            if value is None:
+                await self._store.delete(key)
+            else:
+                await self._store.put(key, value, lease_id=lease_id)
+        except LeaseLost:
+            self.doubt_lease()  # it is put again under the next one
+            return False
+        except StoreError as error:
+            log.warning("put_failed", key=key, detail=str(error))
+            return False
+        if self._said.get(key) is value and self._lease_id == lease_id:
+            self._dirty.pop(key, None)
+        return True
