@@ -52,9 +52,6 @@ HANDLES = ExchangeHandles(
     queue_pairs=(5,),
     local_ids=(6,),
     ipc_handle=(7,),
-    card="c",
-    mask_handle=(8,),
-    mask_offset=9,
 )
 
 
