@@ -205,7 +205,6 @@ class Prober:
         return graph, out_TH
 
     def _pair(self, *, multiply: bool) -> Any:
-
         from gpu_worker.cuda.kernels import scaled_rows
 
         y_SMH, counts_S = self.exchange.dispatch(0, self.x_TH, self.slots_TK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from gpu_worker.cuda.decoder_sizes import DecoderSizes
@@ -56,10 +58,12 @@ class FeedForward:
             return
         index = self._moe_index[layer]
         routed = self._route(index, mlp, position_T, onward.h_TH)
-        if mlp.shared is not None:
-            assert self._shared is not None, "the sizes know of no shared experts"
-            residual.add_parts(onward.x_TH, self._shared.run(mlp.shared, onward.h_TH))
-        self.moe.run(index, routed, onward)
+        beside = None if mlp.shared is None else partial(self._add_shared, mlp.shared, onward)
+        self.moe.run(index, routed, onward, beside)
+
+    def _add_shared(self, weights: MlpWeights, onward: Onward) -> None:
+        assert self._shared is not None, "the sizes know of no shared experts"
+        residual.add_parts(onward.x_TH, self._shared.run(weights, onward.h_TH))
 
     def _route(self, index: int, mlp: MoeWeights, position_T: Tensor, h_TH: Tensor) -> Routed:
         buffers, how, tokens = self._buffers, self._routing, h_TH.shape[0]

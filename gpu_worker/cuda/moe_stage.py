@@ -6,6 +6,7 @@ All of it may be captured into a CUDA graph: buffers are made once and stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.kernels import experts, residual, routing, scaled_rows
+from gpu_worker.cuda.side_branch import SideBranch
 from gpu_worker.cuda.slots import CudaSlots
+
+Work = Callable[[], None]
 
 _ALONE_TOKENS_MAX = (
     4  # up to here each pair is a tile of its own: two tokens seldom share an expert
@@ -44,7 +48,10 @@ class Onward:
 class MoeStage(Protocol):
     """`LocalMoe` or `ExchangedMoe`."""
 
-    def run(self, layer: int, routed: Routed, onward: Onward) -> None: ...
+    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
+        """`beside` adds to `onward.x_TH` what comes before the experts' sum; it reads `onward.h_TH`
+        and has its buffers for itself."""
+        ...
 
 
 class PaddedExchange(Protocol):
@@ -78,7 +85,9 @@ class LocalMoe:
         self._y_NH = like.new_empty(pairs_max, hidden)
         self._tiles: dict[int, routing.SlotTiles] = {}
 
-    def run(self, layer: int, routed: Routed, onward: Onward) -> None:
+    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
+        if beside is not None:
+            beside()
         tokens = routed.slots_TK.shape[0]
         pairs = tokens * self._top_k
         rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
@@ -112,7 +121,8 @@ class LocalMoe:
 
 
 class ExchangedMoe:
-    """This rank's slots compute what the exchange delivers; M rows a slot at most."""
+    """This rank's slots compute what the exchange delivers; M rows a slot at most. What runs beside
+    is enqueued after dispatch, whose kernel needs many SMs at once and shall have them first."""
 
     def __init__(self, slots: CudaSlots, exchange: PaddedExchange, *, rows_of_slot: int) -> None:
         self._slots = slots
@@ -124,9 +134,13 @@ class ExchangedMoe:
         self._inner_NI = like.new_empty(num_slots * rows_of_slot, inner)
         self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
         self._tiles = routing.slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
+        self._side = SideBranch(like.device)
 
-    def run(self, layer: int, routed: Routed, onward: Onward) -> None:
+    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
+        self._side.fork()
         x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
+        if beside is not None:
+            self._side.run(beside)
         routing.tile_counts(counts_S, self._rows_of_slot, self._tiles)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         x_NH = self._in_own_type(x_SMH, counts_S)
@@ -135,6 +149,8 @@ class ExchangedMoe:
         experts.down(self._inner_NI, w_down, rows, self._y_NH)
         y_SMH = self._y_NH.view(x_SMH.shape)
         y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
+        if beside is not None:
+            self._side.join()
         residual.add_norm(
             onward.x_TH,
             y_TH[None],
