@@ -12,18 +12,19 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from gpu_worker.model.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
 from gpu_worker.model.registry import family_class
+from gpu_worker.model.safetensors_file import SafetensorsFile
 from gpu_worker.model.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
 from gpu_worker.model.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from shared.errors import CheckpointError
@@ -99,33 +100,45 @@ def _write_weights(
     spec = read_model_spec(folder)
     shapes = family_class(spec.architecture)(spec).tensor_shapes()
     shards = _split(shapes, num_shards)
+    dtypes = {
+        name: torch.float32 if name.endswith("correction_bias") else dtype  # as published
+        for name in shapes
+    }
     weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for index, names in enumerate(shards):
-        file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, values in zip(names, _draw_all(names, shapes, seed, dtype), strict=True):
-            tensors[name] = values
-            total_bytes += tensors[name].nbytes
-            weight_map[name] = file_name
+    with ExitStack() as stack:
+        files: dict[str, SafetensorsFile] = {}
+        for index, names in enumerate(shards):
+            file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            path = folder / (file_name if len(shards) > 1 else SINGLE_FILE)
+            file = SafetensorsFile(path, {name: shapes[name] for name in names}, dtypes)
+            files |= dict.fromkeys(names, stack.enter_context(file))
+            weight_map |= dict.fromkeys(names, file_name)
+
+        def write(name: str) -> int:
+            values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
+            return files[name].write(name, values.to(dtypes[name]))
+
+        total_bytes = 0
+        writing = stack.enter_context(closing(_on_all_cores(write, list(weight_map))))
+        for done, nbytes in enumerate(writing, start=1):
+            total_bytes += nbytes
             if on_progress is not None:
-                on_progress(len(weight_map), len(shapes))
-        path = folder / (file_name if len(shards) > 1 else SINGLE_FILE)
-        save_file(tensors, path, metadata={"format": "pt"})
+                on_progress(done, len(shapes))
     if len(shards) > 1:
         index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / INDEX_FILE, index_json)
 
 
-def _draw_all(
-    names: list[str], shapes: dict[str, Shape], seed: int, dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    def draw(name: str) -> torch.Tensor:
-        kept = torch.float32 if name.endswith("correction_bias") else dtype  # as published
-        return torch.from_numpy(_random_tensor(name, shapes[name], seed)).to(kept)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy draws without the GIL
-        yield from pool.map(draw, names)
+def _on_all_cores(write: Callable[[str], int], names: list[str]) -> Generator[int, None, None]:
+    """In order; once closed nobody writes any more. numpy draws without the GIL; torch's own
+    threads would be as many again for each of ours."""
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(write, names)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)
 
 
 def _split(shapes: dict[str, Shape], num_shards: int) -> list[list[str]]:
