@@ -164,7 +164,8 @@ def _random_tensor(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
     if name.endswith("sinks"):
         return values
     stored_by_inputs = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-    return values * np.float32(_std(name, fan_in=shape[-2 if stored_by_inputs else -1]))
+    values *= np.float32(_std(name, fan_in=shape[-2 if stored_by_inputs else -1]))
+    return values
 
 
 def _std(name: str, fan_in: int) -> float:
