@@ -19,7 +19,8 @@ from control_plane.cluster_view import (
     RecordPut,
 )
 from control_plane.election import Election
-from control_plane.failure_detector import Dead, DetectorTimings
+from control_plane.failure_detector import DetectorTimings
+from control_plane.judgements import Dead
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
 from control_plane.placement import HealStep, advise, describe, survives

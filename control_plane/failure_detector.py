@@ -31,10 +31,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from math import inf
 
+from control_plane.judgements import Alarm, AlarmKind, Dead, Judgement
+from control_plane.watched_member import Probe, WatchedMember
 from shared.records import Suspicion
 from shared.types import Epoch, Member, Step, SuspicionReason
 from shared.wire import Pong
@@ -56,76 +57,12 @@ class DetectorTimings:
     gap_max_urgent_s: float = 0.03
 
 
-class Probe(Enum):
-    """The control plane's standing connection to a rank's control port."""
-
-    UNTRIED = "untried"
-    STANDING = "standing"
-    BROKEN = "broken"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dead:
-    """Becomes a Verdict when the map without the member is published."""
-
-    member: Member
-    cause: SuspicionReason
-    signals: tuple[Suspicion, ...]
-    first_signal_at: float
-    decided_at: float
-
-
-class AlarmKind(Enum):
-    MASS_EXPIRY = "mass_expiry"
-    OWN_LINK = "own_link"
-    TOO_FEW_SLOTS = "too_few_slots"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
-    """Something that only a person can mend; said once an episode."""
-
-    kind: AlarmKind
-    detail: str
-
-
-Judgement = Dead | Alarm
-
-
-@dataclass(slots=True)
-class _Watched:
-    """What is known of one member. Times ending in `_a` are attentive."""
-
-    member: Member
-    added_a: float
-    probe: Probe = Probe.UNTRIED
-    exited: bool = False
-    signals: list[Suspicion] = field(default_factory=list)
-    first_signal_at: float = 0.0
-    suspected_a: float | None = None
-    vouched_a: float = -inf
-    pong_a: float = -inf
-    unleased_a: float | None = None
-    pardoned: bool = False  # lost its lease in a mass expiry
-    accusers: set[str] = field(default_factory=set)  # since the last progress
-    waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
-
-    @property
-    def is_unasked(self) -> bool:
-        return self.unleased_a is not None and self.probe is Probe.UNTRIED
-
-    @property
-    def is_stopped(self) -> bool:
-        return any(s.reason is SuspicionReason.STOPPED for s in self.signals)
-
-
 class FailureDetector:
     """Feed it every event with `now`; it returns each death once."""
 
     def __init__(self, timings: DetectorTimings, now: float) -> None:
         self._timings = timings
-        self._watched: dict[Member, _Watched] = {}
+        self._watched: dict[Member, WatchedMember] = {}
         self._registered: set[Member] = set()
         self._now = now
         self._attentive_s = 0.0
@@ -154,7 +91,7 @@ class FailureDetector:
         wanted = set(members)
         self._watched = {m: w for m, w in self._watched.items() if m in wanted}
         for member in wanted - self._watched.keys():
-            watched = _Watched(member, self._attentive_s, pong_a=self._attentive_s)
+            watched = WatchedMember(member, self._attentive_s, pong_a=self._attentive_s)
             self._watched[member] = watched
             if member not in self._registered:
                 self._lose_lease(watched)
@@ -243,7 +180,7 @@ class FailureDetector:
 
     # Signals.
 
-    def _suspect(self, watched: _Watched, signal: Suspicion) -> None:
+    def _suspect(self, watched: WatchedMember, signal: Suspicion) -> None:
         if not watched.signals:
             watched.first_signal_at = self._now
         if len(watched.signals) < SIGNALS_MAX:
@@ -251,17 +188,17 @@ class FailureDetector:
         if watched.suspected_a is None:
             watched.suspected_a = self._attentive_s
 
-    def _begin_to_ask(self, watched: _Watched) -> None:
+    def _begin_to_ask(self, watched: WatchedMember) -> None:
         """Its address is known only now: it was not silent before."""
         if watched.is_unasked:
             watched.suspected_a = watched.pong_a = self._attentive_s
 
-    def _trust(self, watched: _Watched) -> None:
+    def _trust(self, watched: WatchedMember) -> None:
         watched.suspected_a = None
         if watched.unleased_a is None:
             watched.signals.clear()
 
-    def _lose_lease(self, watched: _Watched) -> None:
+    def _lose_lease(self, watched: WatchedMember) -> None:
         if watched.unleased_a is None:
             watched.unleased_a = self._attentive_s
             self._suspect(watched, self._own(watched, SuspicionReason.LEASE, "record gone"))
@@ -277,7 +214,7 @@ class FailureDetector:
         self._suspect(watched, self._own(watched, SuspicionReason.RESET, detail))
         return self._judge_all()
 
-    def _own(self, watched: _Watched, reason: SuspicionReason, detail: str) -> Suspicion:
+    def _own(self, watched: WatchedMember, reason: SuspicionReason, detail: str) -> Suspicion:
         return Suspicion(
             rank=watched.member.rank,
             incarnation=watched.member.incarnation,
@@ -309,7 +246,7 @@ class FailureDetector:
                 dead.append(self._bury(watched, cause))
         return alarms + dead + self._judge_stuck()
 
-    def _cause_of_death(self, watched: _Watched) -> SuspicionReason | None:
+    def _cause_of_death(self, watched: WatchedMember) -> SuspicionReason | None:
         if watched.exited or self._has_successor(watched.member):
             return SuspicionReason.EXIT
         if watched.probe is Probe.REFUSED:
@@ -324,13 +261,13 @@ class FailureDetector:
                 return SuspicionReason.LEASE
         return None
 
-    def _patience_s(self, watched: _Watched) -> float:
+    def _patience_s(self, watched: WatchedMember) -> float:
         if not watched.pardoned:
             return self._timings.settle_s
         assert watched.unleased_a is not None
         return inf if watched.vouched_a > watched.unleased_a else self._timings.patience_s
 
-    def _is_silent(self, watched: _Watched) -> bool:
+    def _is_silent(self, watched: WatchedMember) -> bool:
         if watched.suspected_a is None or watched.is_unasked:
             return False
         since_a = max(watched.suspected_a, watched.vouched_a, self._deaf_a)
@@ -372,7 +309,7 @@ class FailureDetector:
         )
 
     def _judge_mass_expiry(self) -> list[Judgement]:
-        held = [w for w in self._watched.values() if self._may_live_unleased(w)]
+        held = [w for w in self._watched.values() if w.may_live_unleased]
         if 2 * len(held) <= len(self._watched):
             if not self.frozen:
                 self._alarmed.discard(AlarmKind.MASS_EXPIRY)
@@ -382,14 +319,6 @@ class FailureDetector:
         names = ", ".join(sorted(str(w.member) for w in held))
         detail = f"leases of ranks {names} expired at once; the map is frozen"
         return self._alarm(AlarmKind.MASS_EXPIRY, detail)
-
-    @staticmethod
-    def _may_live_unleased(watched: _Watched) -> bool:
-        return (
-            watched.unleased_a is not None
-            and not watched.exited
-            and watched.probe in (Probe.STANDING, Probe.UNTRIED)
-        )
 
     def _judge_stuck(self) -> list[Judgement]:
         if not any(w.waiting_for for w in self._watched.values()):
@@ -410,7 +339,7 @@ class FailureDetector:
         self._note_progress(0, 0, forget=True)
         return [self._bury(worst, SuspicionReason.LINK)]
 
-    def _bury(self, watched: _Watched, cause: SuspicionReason) -> Dead:
+    def _bury(self, watched: WatchedMember, cause: SuspicionReason) -> Dead:
         del self._watched[watched.member]
         return Dead(
             member=watched.member,

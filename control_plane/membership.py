@@ -38,9 +38,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from control_plane.cluster_view import ClusterView, member_of
-from control_plane.failure_detector import Alarm, AlarmKind, Dead
+from control_plane.judgements import Alarm, AlarmKind, Dead
 from control_plane.map_adoption import MapAdoption
-from control_plane.placement import HealStep, ShrinkResult, grow, place, shrink
+from control_plane.placement import HealStep
+from control_plane.plans import plan_afresh, plan_with, plan_without
 from control_plane.residency import Residency
 from control_plane.verdicts import dead_of, verdict_of
 from control_plane.writes import Assign, Condemn, Decision, Forget, PlanHeal, PublishMap, Write
@@ -162,17 +163,7 @@ class Membership:
         return begun if residency.covers(residency.intended_rows(begun)) else came
 
     def _assign_afresh(self, residency: Residency, came: Sequence[Member]) -> Write | None:
-        spec = residency.spec
-        loads = np.ones((spec.num_moe_layers, spec.num_experts))
-        plan = place(
-            loads,
-            [m.rank for m in came],
-            residency.nodes(came),
-            residency.slots(came),
-            redundant=spec.redundant_experts,
-            num_ranks=spec.num_ranks,
-            survive=self._policy.survive,
-        )
+        plan = plan_afresh(residency, came, survive=self._policy.survive)
         if plan.in_host_memory:
             self._alarm_slots(len(plan.in_host_memory), len(came))
             return None
@@ -190,24 +181,11 @@ class Membership:
         if residency.covers(rows):
             names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
             return self._publish(residency, rows, f"dead: {names}", now)
-        result = self._shrink(residency, expert_map, survivors, dead)
+        result = plan_without(residency, expert_map, survivors, dead)
         if result.uncoverable:
             return self._condemn(dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
         return self._assign(residency, wanted, dead=dead) or self._condemn(dead)
-
-    def _shrink(
-        self,
-        residency: Residency,
-        expert_map: ExpertMap,
-        survivors: Sequence[Member],
-        dead: Sequence[Member],
-    ) -> ShrinkResult:
-        """From what survivors are meant to hold: orphans that load already stay where they are."""
-        rows = residency.intended_rows(survivors)
-        rows |= {m: expert_map.placement[:, m.rank] for m in dead}
-        base = residency.map_of(rows, epoch=expert_map.epoch)
-        return shrink(base, [m.rank for m in dead])
 
     def _condemn(self, members: Sequence[Member]) -> Condemn | None:
         verdicts = self._fresh_verdicts(members)
@@ -226,7 +204,9 @@ class Membership:
         unassigned = [m for m in newcomers if residency.assigned(m) is None]
         if unassigned:
             known = [m for m in newcomers if m not in unassigned]
-            return self._assign_joiners(residency, [*members, *known], unassigned, expert_map)
+            result = plan_with(residency, expert_map, [*members, *known], unassigned)
+            wanted = {m: result.placement[:, m.rank] for m in unassigned}
+            return self._assign(residency, wanted, force=True)
         admitted: list[Member] = []
         for newcomer in newcomers:
             together = [*members, *admitted, newcomer]
@@ -237,25 +217,6 @@ class Membership:
         rows = residency.available_rows([*members, *admitted])
         cause = "joined: " + ", ".join(str(m) for m in admitted)
         return self._publish(residency, rows, cause, now) if residency.covers(rows) else None
-
-    def _assign_joiners(
-        self,
-        residency: Residency,
-        known: Sequence[Member],
-        unassigned: Sequence[Member],
-        expert_map: ExpertMap,
-    ) -> Write | None:
-        spec = residency.spec
-        everybody = [*known, *unassigned]
-        result = grow(
-            residency.map_of(residency.intended_rows(known), epoch=expert_map.epoch),
-            [m.rank for m in unassigned],
-            residency.nodes(everybody),
-            residency.slots(everybody),
-            redundant=spec.redundant_experts,
-        )
-        rows = {m: result.placement[:, m.rank] for m in unassigned}
-        return self._assign(residency, rows, force=True)
 
     # Peace.
 

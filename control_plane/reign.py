@@ -12,13 +12,8 @@ from control_plane.cluster_view import (
     SuspicionRaised,
     VerdictPut,
 )
-from control_plane.failure_detector import (
-    Alarm,
-    Dead,
-    DetectorTimings,
-    FailureDetector,
-    Judgement,
-)
+from control_plane.failure_detector import DetectorTimings, FailureDetector
+from control_plane.judgements import Alarm, Dead, Judgement
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from control_plane.cluster_view import member_of
-from control_plane.failure_detector import Dead
+from control_plane.judgements import Dead
 from shared.records import Verdict
 from shared.types import Epoch
 

@@ -6,14 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from control_plane.failure_detector import (
-    Alarm,
-    AlarmKind,
-    Dead,
-    DetectorTimings,
-    FailureDetector,
-    Judgement,
-)
+from control_plane.failure_detector import DetectorTimings, FailureDetector
+from control_plane.judgements import Alarm, AlarmKind, Dead, Judgement
 from shared.records import Suspicion
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
 from shared.wire import Load, Pong

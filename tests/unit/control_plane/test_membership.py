@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from control_plane.failure_detector import Alarm, AlarmKind, Dead, DetectorTimings
+from control_plane.failure_detector import DetectorTimings
+from control_plane.judgements import Alarm, AlarmKind, Dead
 from control_plane.writes import Assign, Condemn, Forget, PublishMap
 from shared.records import SlotContents, pack_record
 from shared.store import Delete, Put

@@ -1,0 +1,58 @@
+"""The planner's answers for the instance as the view shows it: who holds what if all begin afresh,
+if some die, if some join. Whether a plan is wanted, and what becomes of it, is membership's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from control_plane.placement import GrowResult, PlacementPlan, ShrinkResult, grow, place, shrink
+from control_plane.residency import Residency
+from shared.expert_map import ExpertMap
+from shared.types import Member
+
+
+def plan_afresh(residency: Residency, came: Sequence[Member], *, survive: int) -> PlacementPlan:
+    """As if no slot held anything."""
+    spec = residency.spec
+    loads = np.ones((spec.num_moe_layers, spec.num_experts))
+    return place(
+        loads,
+        [m.rank for m in came],
+        residency.nodes(came),
+        residency.slots(came),
+        redundant=spec.redundant_experts,
+        num_ranks=spec.num_ranks,
+        survive=survive,
+    )
+
+
+def plan_without(
+    residency: Residency,
+    expert_map: ExpertMap,
+    survivors: Sequence[Member],
+    dead: Sequence[Member],
+) -> ShrinkResult:
+    """From what survivors are meant to hold: orphans that load already stay where they are."""
+    rows = residency.intended_rows(survivors)
+    rows |= {m: expert_map.placement[:, m.rank] for m in dead}
+    base = residency.map_of(rows, epoch=expert_map.epoch)
+    return shrink(base, [m.rank for m in dead])
+
+
+def plan_with(
+    residency: Residency,
+    expert_map: ExpertMap,
+    known: Sequence[Member],
+    joiners: Sequence[Member],
+) -> GrowResult:
+    """`known` hold what they are meant to hold, joiners nothing yet."""
+    everybody = [*known, *joiners]
+    return grow(
+        residency.map_of(residency.intended_rows(known), epoch=expert_map.epoch),
+        [m.rank for m in joiners],
+        residency.nodes(everybody),
+        residency.slots(everybody),
+        redundant=residency.spec.redundant_experts,
+    )

@@ -1,0 +1,56 @@
+"""What is known of one member of the map: its connection, its lease, what was said against it and
+when it last vouched for itself. What follows from it is the failure detector's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from math import inf
+
+from shared.records import Suspicion
+from shared.types import Member, SuspicionReason
+
+
+class Probe(Enum):
+    """The control plane's standing connection to a rank's control port."""
+
+    UNTRIED = "untried"
+    STANDING = "standing"
+    BROKEN = "broken"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True)
+class WatchedMember:
+    """Times ending in `_a` are attentive."""
+
+    member: Member
+    added_a: float
+    probe: Probe = Probe.UNTRIED
+    exited: bool = False
+    signals: list[Suspicion] = field(default_factory=list)
+    first_signal_at: float = 0.0
+    suspected_a: float | None = None
+    vouched_a: float = -inf
+    pong_a: float = -inf
+    unleased_a: float | None = None
+    pardoned: bool = False  # lost its lease in a mass expiry
+    accusers: set[str] = field(default_factory=set)  # since the last progress
+    waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
+
+    @property
+    def is_unasked(self) -> bool:
+        return self.unleased_a is not None and self.probe is Probe.UNTRIED
+
+    @property
+    def is_stopped(self) -> bool:
+        return any(s.reason is SuspicionReason.STOPPED for s in self.signals)
+
+    @property
+    def may_live_unleased(self) -> bool:
+        """Whether its lease is gone and nothing else says that it is."""
+        return (
+            self.unleased_a is not None
+            and not self.exited
+            and self.probe in (Probe.STANDING, Probe.UNTRIED)
+        )
