@@ -63,10 +63,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--model", type=Path, help="checkpoint, in place of a random one")
     parser.add_argument("--seeded-dir", type=Path, help="make a random one there, gone at the end")
+    parser.add_argument("--keep", action="store_true", help="leave it there for the next run")
     parser.add_argument("--shape", choices=sorted(CHECKPOINTS), default="qwen3-30b")
     parser.add_argument(
         "--config",
         nargs="*",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="entries of the random checkpoint's config.json in place of the shape's",
@@ -82,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rank-option",
         nargs="*",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="options of the ranks; default: room for the largest batch",
@@ -294,7 +297,7 @@ def main() -> int:
     except* (asyncio.CancelledError, KeyboardInterrupt):
         failed = True
     finally:
-        if made:
+        if made and not args.keep:
             shutil.rmtree(args.seeded_dir, ignore_errors=True)
     print(table(rows))
     return 1 if failed or any(row.errors for row in rows) else 0
