@@ -57,9 +57,9 @@ class Shared:
         return -(-self.ranks // min(self.cards, self.ranks))
 
 
-def distinct_experts(num_experts: int, top_k: int, num_tokens: float) -> float:
+def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     """Expected in one layer where every token chooses uniformly at random."""
-    return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
+    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
 def step_bytes(sizes: DecoderSizes, shared: Shared, *, batch: int, context: float) -> float:
