@@ -25,7 +25,7 @@ class CountingExchange:
     def __init__(self, inner: Exchange) -> None:
         self._inner = inner
         self.adopt, self.begin_step = inner.adopt, inner.begin_step
-        self.combine, self.close = inner.combine, inner.close
+        self.combine = inner.combine
         self.num_slots: list[int] = []
 
     def dispatch(self, layer: int, x_TH: np.ndarray, experts_TK: np.ndarray) -> Dispatched:

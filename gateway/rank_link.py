@@ -69,11 +69,6 @@ class RankLink:
             self._writer.write(encode(Ping(nonce=next(self._nonces))))
         return now - self._probed_at
 
-    def reset(self) -> None:
-        """Gives this connection up and opens another; what was under way on it is lost."""
-        if self._writer is not None:
-            self._writer.transport.abort()
-
     async def run(self) -> None:
         """Connects, reads, and connects again, until cancelled."""
         backoff_s = BACKOFF_MIN_S

@@ -30,9 +30,6 @@ PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
 """A probe unanswered for this long keeps new sessions away, and raises a suspicion."""
 
-LOST_S = 1.0
-"""…and for this long moves its sessions: whoever else can reach the rank, its clients cannot."""
-
 
 class SessionDriver:
     """All methods run on the event loop. `name` is unique among all gateways that ever were: it

@@ -44,5 +44,3 @@ class AloneExchange:
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
         return y_NH.reshape(*self._shape_TK, y_NH.shape[1])
-
-    def close(self) -> None: ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -79,11 +78,8 @@ class Areas:
 
     def sweep(self, now: float) -> None:
         """Releases what has been in quarantine long enough."""
-        self._release(lambda retired_at: now - retired_at >= QUARANTINE_S)
-
-    def _release(self, is_due: Callable[[float], bool]) -> None:
         with self._lock:
-            due = [area for retired_at, area in self._retired if is_due(retired_at)]
-            self._retired = [(at, area) for at, area in self._retired if not is_due(at)]
+            due = [area for at, area in self._retired if now - at >= QUARANTINE_S]
+            self._retired = [(at, area) for at, area in self._retired if now - at < QUARANTINE_S]
         for area in due:
             area.unregister()

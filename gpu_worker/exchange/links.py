@@ -24,12 +24,15 @@ from shared.records import RankRecord
 from shared.types import Member
 from shared.wire import AreaOpened
 
+_CONNECT_TIMEOUT_S = 5.0
 _OPEN_POLL_S = 0.001
 _RETRY_S = 0.1
 
 
 class TransferEndpoint:
-    """`name` is the transfer name for the rank's record; never given to a second engine."""
+    """`name` is the transfer name for the rank's record; never given to a second engine. Mooncake's
+    engine and the registered memory go with the process: taking an engine down takes a second, and
+    late writes of peers must find their area until then."""
 
     def __init__(
         self,
@@ -40,14 +43,12 @@ class TransferEndpoint:
         protocol: Protocols = Protocols.TCP,
         device: str = "",
         replica_policy: ReplicaPolicy = ReplicaPolicy.GATHER,
-        connect_timeout_s: float = 5.0,
     ) -> None:
         """Raises ConfigError."""
         self._layout = layout
         self._clock = clock
         self._protocol = protocol
         self._replica_policy = replica_policy
-        self._connect_timeout_s = connect_timeout_s
         self._engine, self.name = open_engine(host, protocol, device)
         self._areas = Areas(self._engine, layout)
         self._scratch = Area(self._engine, layout, 0)
@@ -83,12 +84,12 @@ class TransferEndpoint:
             transfer_name=area.transfer_name,
             address=area.address,
         )
-        attempt = _Opening(self._clock.now() + self._connect_timeout_s)
+        attempt = _Opening(self._clock.now() + _CONNECT_TIMEOUT_S)
         # A daemon thread: where Mooncake blocks for a minute, nobody has to wait for it.
         threading.Thread(
             target=self._open, args=(link, attempt), name=f"open-{area.target}", daemon=True
         ).start()
-        if not attempt.ended.wait(self._connect_timeout_s + _OPEN_POLL_S):
+        if not attempt.ended.wait(_CONNECT_TIMEOUT_S + _OPEN_POLL_S):
             raise TimeoutError(f"the first write to rank {area.target} did not come to an end")
         if attempt.error:
             raise ConnectionError(f"the first write to rank {area.target} {attempt.error}")
@@ -133,12 +134,6 @@ class TransferEndpoint:
         """This rank's exchange; one per endpoint."""
         vigil = Vigil(monitor, clock, exchange_deadline_ms)
         return TransferExchange(self, member, self._layout, vigil, clock, self._replica_policy)
-
-    def close(self) -> None:
-        """Mooncake's engine and the registered memory go with the process: taking an engine down
-        takes a second, and late writes of peers must find their area until then."""
-        with self._lock:
-            self._links.clear()
 
     def _open(self, link: Link, attempt: _Opening) -> None:
         """Tries again while there is time: a broken connection is in Mooncake's way for a while."""

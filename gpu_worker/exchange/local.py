@@ -4,7 +4,6 @@ use it in place of the network, and as the oracle for the implementation that us
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,22 +42,13 @@ class _Message:
 
 
 class LocalHub:
-    """The common memory of all ranks. `park` is called, without the lock, while a rank waits; by
-    default it sleeps until somebody sends, at most a millisecond."""
+    """The common memory of all ranks."""
 
-    def __init__(
-        self,
-        num_ranks: int,
-        hidden_size: int,
-        top_k: int,
-        *,
-        park: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, num_ranks: int, hidden_size: int, top_k: int) -> None:
         self.num_ranks = num_ranks
         self.hidden_size = hidden_size
         self.top_k = top_k
         self._sent = threading.Condition()
-        self._park = park
         self._boxes: dict[tuple[Member, Member], dict[_Place, _Message]] = {}
 
     def exchange(
@@ -87,9 +77,7 @@ class LocalHub:
                 del self._boxes[key]
 
     def park(self) -> None:
-        if self._park is not None:
-            self._park()
-            return
+        """Called, without the lock, while a rank waits."""
         with self._sent:
             self._sent.wait(_PARK_S)
 
@@ -103,7 +91,6 @@ class LocalExchange:
         self._vigil = vigil
         self._members: list[Member] = []
         self._choice: ReplicaChoice | None = None
-        self._slots_per_rank = 0
         self._place = _Place(Epoch(0), Step(0), 0, False)
         self._num_tokens = 0
         self._has_work = False
@@ -115,7 +102,6 @@ class LocalExchange:
         self._hub.forget_sender(self._member)
         self._members = sorted(expert_map.members)
         self._choice = choose_replicas(expert_map, self._member.rank)
-        self._slots_per_rank = expert_map.slots_per_rank
 
     def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
         self._place = _Place(epoch, step, 0, False)
@@ -174,9 +160,6 @@ class LocalExchange:
         for member, message in zip(helpers, self._receive(helpers), strict=True):
             y_TKH[self._pairs_of[member.rank]] = message.rows_NH
         return y_TKH
-
-    def close(self) -> None:
-        self._hub.forget_sender(self._member)
 
     def _receive(self, sources: list[Member]) -> list[_Message]:
         """One message of the present place from each source. Raises StepAbandoned."""

@@ -142,12 +142,6 @@ class TransferExchange:
             packing.scatter_rows(rows_NH, self._routes.flat_RN, peer.rank, y_PH)
         return y_TKH
 
-    def close(self) -> None:
-        for peer in self._peers.values():
-            peer.leave()
-        self._peers = {}
-        self._order = []
-
     def _route(self, layer: int, experts_TK: NDArray[np.int32]) -> None:
         assert self._choice is not None, "dispatch before adopt"
         assert experts_TK.shape == (self._num_tokens, self._layout.top_k), "not the step's tokens"

@@ -32,7 +32,7 @@ class _Lossy:
         self._inner = inner
         self._missing = np.array(sorted(missing), dtype=np.int32)
         self._gone_TK: NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
-        self.adopt, self.begin_step, self.close = inner.adopt, inner.begin_step, inner.close
+        self.adopt, self.begin_step = inner.adopt, inner.begin_step
 
     def dispatch(self, layer: int, x_TH: Floats, experts_TK: NDArray[np.int32]) -> Dispatched:
         self._gone_TK = np.isin(experts_TK, self._missing)

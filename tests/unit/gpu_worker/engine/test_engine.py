@@ -111,8 +111,6 @@ class OneRankExchange:
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
         return y_NH.reshape(-1, 1, HIDDEN)
 
-    def close(self) -> None: ...
-
 
 class Rank:
     """An engine in its thread, and the event loop's end of it."""
