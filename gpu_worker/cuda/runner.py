@@ -1,11 +1,13 @@
-"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. Which graphs are
-launched when is agreed on with the peers by the conductor."""
+"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. While one is in
+flight the next may be launched behind it, so that the card does not wait for the host between them.
+Which graphs are launched when is agreed on with the peers by the conductor."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from gpu_worker.exchange.replica_choice import ReplicaPolicy, choose_replicas
 from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.step_batch import StepBatch
 from shared.clock import Clock
+from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, RankId, Step, SuspicionReason
 
@@ -49,10 +52,17 @@ class GraphDecoder(Protocol):
     def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> Launched: ...
 
 
+class _Flight(NamedTuple):
+    plan: StepPlan
+    has_work: bool
+    launched: Launched
+
+
 class CudaRunner:
     """Implements `engine.step_runner.StepRunner`. `exchange` is None in an instance of one rank."""
 
     counts_across_epochs = True
+    runs_ahead = True
 
     def __init__(
         self,
@@ -78,6 +88,7 @@ class CudaRunner:
         self._replicas = replicas
         self._enter_thread: Callable[[], None] | None = enter_thread
         self._others: tuple[RankId, ...] = ()
+        self._flights: deque[_Flight] = deque()
 
     def may_adopt(self, expert_map: ExpertMap) -> bool:
         return self._conductor.may_adopt(expert_map)
@@ -101,14 +112,33 @@ class CudaRunner:
     def claim_step(self) -> bool:
         return self._conductor.claim()
 
-    def run(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> StepResult:
+    def claim_ahead(self) -> bool:
+        """Never behind a step whose logits the host reads: the next one overwrites them."""
+        return not reads_logits(self._flights[-1].plan) and self._conductor.claim(ahead=True)
+
+    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
         launched = self._decoder.launch(plan.batch, row_draws(plan.draws))
+        self._flights.append(_Flight(plan, has_work, launched))
+
+    def end(self) -> StepResult:
+        flight = self._flights.popleft()
+        try:
+            return self._land(flight)
+        except StepAbandoned:
+            # What was launched behind it goes on from its tokens. Its peers meet it before or after
+            # they adopt the next map, and wait for nothing from this rank in between.
+            while self._flights:
+                self._wait(self._flights.popleft().launched)
+            raise
+
+    def _land(self, flight: _Flight) -> StepResult:
+        launched = flight.launched
         self._wait(launched)
         mask_R = launched.mask()
         if self._exchange is not None and mask_R is not None:
             self._exchange.check_step(mask_R)
-        asleep = self._conductor.commit(had_work=has_work)
-        return StepResult(*_drawn(plan, launched), any_work=not asleep)
+        asleep = self._conductor.commit(had_work=flight.has_work)
+        return StepResult(*_drawn(flight.plan, launched), any_work=not asleep)
 
     def _wait(self, launched: Launched) -> None:
         """Peers that die or hang hold a step up: the heart beats on, and one peer is suspected, so
@@ -138,14 +168,19 @@ def physical_slots(
     return choice.rank_LE * np.int32(expert_map.slots_per_rank) + choice.slot_LE
 
 
+def reads_logits(plan: StepPlan) -> bool:
+    """Whether the host must see logits of this step."""
+    return bool(plan.scored) or any(needs_logits(draw) for draw in plan.draws)
+
+
 def _drawn(plan: StepPlan, launched: Launched) -> tuple[list[int], StepScores]:
     ids = launched.ids()[: len(plan.draws)].tolist()
-    by_host = [row for row, draw in enumerate(plan.draws) if needs_logits(draw)]
-    if not by_host and not plan.scored:
+    if not reads_logits(plan):
         return ids, StepScores(((),) * len(ids), ())
     logits_RV: NDArray[np.float32] = launched.logits_RV.float().cpu().numpy()
-    for row in by_host:
-        (ids[row],) = sample(logits_RV[row : row + 1], [plan.draws[row]])
+    for row, draw in enumerate(plan.draws):
+        if needs_logits(draw):
+            (ids[row],) = sample(logits_RV[row : row + 1], [draw])
     return ids, score_step(plan, logits_RV, ids)
 
 

@@ -1,7 +1,9 @@
-"""The engine thread's loop: inbox, map, plan, run, commit, post. What a step holds is the
+"""The engine thread's loop: inbox, map, plan, begin, end, commit, post. What a step holds is the
 scheduler's, what is computed the runner's; here is only when.
 
-Theory of operation. Before each step the inbox is emptied and the newest map adopted. Then:
+Theory of operation. Before each step the inbox is emptied and the newest map adopted. While a step
+is in flight the next one is planned and begun behind it, where the runner can and no newer map is
+here: then the hardware goes on without a pause. Else, with nothing in flight:
 
     state                           and then
     in no map yet, or behind it     sleeps until a newer map is here
@@ -23,6 +25,7 @@ leave `run`, and shall take the process down.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from gpu_worker.engine.adoption_log import AdoptionLog
@@ -101,6 +104,7 @@ class Engine:
         self._behind_since = 0.0
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
+        self._flying: deque[StepPlan] = deque()  # begun and not ended
         self._woken_for = (Epoch(0), Step(0))
         self._adoptions = AdoptionLog()
         self._load = scheduler.load()
@@ -124,6 +128,10 @@ class Engine:
     def run(self) -> None:
         """Until Stop, or until fenced."""
         while not self._take_in(self._inbox.drain()):
+            if self._flying:
+                self._begin_ahead()
+                self._end_step()
+                continue
             if self._is_fenced():
                 self._post(Fenced(epoch=self._newest_epoch()))
                 return
@@ -132,7 +140,7 @@ class Engine:
                 return
             self._adopt_newest()
             if self._may_step():
-                self._run_step()
+                self._begin_step()
             else:
                 self._monitor.park(_PARK_S)
 
@@ -216,18 +224,42 @@ class Engine:
     def _wake_epoch(self) -> Epoch:
         return Epoch(0) if self._runner.counts_across_epochs else self._epoch
 
-    def _run_step(self) -> None:
+    def _begin_step(self) -> None:
         has_work = self._scheduler.has_work
         plan = self._scheduler.plan()
         self._monitor.beat(())
-        try:
-            result = self._runner.run(self._epoch, self._step, plan, has_work=has_work)
-        except StepAbandoned:
+        self._begin(plan, has_work=has_work)
+        if not self._runner.runs_ahead:
+            self._end_step()
+
+    def _begin_ahead(self) -> None:
+        """Behind the one step in flight, where that is possible."""
+        if not self._runner.runs_ahead or self._newest_epoch() > self._epoch:
+            return
+        plan = self._scheduler.plan_ahead()
+        if plan is None:
+            return
+        if self._runner.claim_ahead():
+            self._begin(plan, has_work=True)
+        else:
             self._scheduler.abandon(plan)
+
+    def _begin(self, plan: StepPlan, *, has_work: bool) -> None:
+        step = Step(self._step + len(self._flying))
+        self._flying.append(plan)
+        self._runner.begin(self._epoch, step, plan, has_work=has_work)
+
+    def _end_step(self) -> None:
+        """Of the first in flight."""
+        try:
+            result = self._runner.end()
+        except StepAbandoned:
+            while self._flying:
+                self._scheduler.abandon(self._flying.pop())
             self._steps_abandoned += 1
             self._fall_behind()
             return
-        self._commit(plan, result)
+        self._commit(self._flying.popleft(), result)
 
     def _fall_behind(self) -> None:
         if not self._is_behind:

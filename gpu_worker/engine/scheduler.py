@@ -20,6 +20,12 @@ spoilt step may have written into them), and they cost work, never tokens.
     abandon             –                     as before the plan;         –
                                               admitted in it → waits
 
+A step may be planned while the one before is in flight (`plan_ahead`): of a sequence that samples
+in that one, the next token is known by its place alone. What hangs on such a token (a grammar, a
+penalty) or would take a running sequence's blocks is not planned so. A sequence that ends meanwhile
+is passed over when the later plan is committed or abandoned; its blocks may be handed out at once,
+because steps run in the order of their plans.
+
 When blocks run out the sequence of lowest priority gives up its own; it will be recomputed from
 all its known tokens, less what the cache still has of them. The first in priority is never
 preempted for another and always fits alone, so everything ends.
@@ -36,6 +42,8 @@ What it would need stays reserved, so that those behind it cannot take its room.
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,6 +54,7 @@ from gpu_worker.engine.block_names import extend_names
 from gpu_worker.engine.guide import Guide, Guides
 from gpu_worker.engine.kv_blocks import KvBlocks
 from gpu_worker.engine.logprobs import StepScores
+from gpu_worker.engine.outlook import Outlook, hangs_on_tokens, outlook, outlooks_after
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import NO_ROW, Origin, Sequence, SequenceState
 from gpu_worker.engine.step_plan import Chunk, ScoredRows, StepPlan, build_plan
@@ -88,8 +97,8 @@ class Committed(NamedTuple):
 
 
 class Scheduler:
-    """Calls alternate: after `plan` comes `commit` or `abandon` of that plan before anything
-    else."""
+    """After `plan` comes at most one `plan_ahead`; plans are committed in their order. Where one is
+    abandoned, the later one is abandoned first."""
 
     def __init__(
         self,
@@ -113,7 +122,7 @@ class Scheduler:
         self._num_prefix_tokens = 0
         self._num_prefix_cached = 0
         self._arrivals = 0
-        self._plan: StepPlan | None = None
+        self._plans: deque[StepPlan] = deque()  # neither committed nor abandoned
 
     @property
     def has_work(self) -> bool:
@@ -133,7 +142,6 @@ class Scheduler:
 
     def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
         """The reply, where the attempt ends here and now: refused, or nothing left to generate."""
-        assert self._plan is None
         known = self._sequences.get(submit.session)
         if known is not None:
             if submit.attempt <= known.attempt:
@@ -160,7 +168,6 @@ class Scheduler:
 
     def cancel(self, session: SessionId, attempt: Attempt) -> tuple[Origin, SessionTokens] | None:
         """Ends this attempt, or an earlier one that is still here; says so to its origin."""
-        assert self._plan is None
         sequence = self._sequences.get(session)
         if sequence is None or sequence.attempt > attempt:
             return None
@@ -170,39 +177,61 @@ class Scheduler:
 
     def drop_origin(self, origin: Origin) -> None:
         """Its connection is gone: nobody is left to tell."""
-        assert self._plan is None
         for sequence in [s for s in self._sequences.values() if s.origin == origin]:
             self._end(sequence)
 
     def plan(self) -> StepPlan:
         """Decodes, then prefill chunks of those that run, then of those newly admitted."""
-        assert self._plan is None
+        assert not self._plans, "a plan is in flight"
         self._running.sort(key=_priority)
         grown = self._grow_decodes()
-        chunks = [Chunk(s, 1) for s in self._running if s.num_pending == 1]
+        return self._fill_step({s: outlook(s) for s in self._running}, grown)
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the one that is in flight, before that one's tokens are known. None: they
+        must be known first, or nothing is to be done before."""
+        (before,) = self._plans
+        if hangs_on_tokens(before):
+            return None
+        self._running.sort(key=_priority)
+        stands = outlooks_after(before, self._running)
+        if (grown := self._grow_without_harm(stands)) is None:
+            return None
+        plan = self._fill_step(stands, grown)
+        if not plan.chunks:
+            self.abandon(plan)
+            return None
+        return plan
+
+    def _fill_step(self, stands: Mapping[Sequence, Outlook], grown: Items[Sequence]) -> StepPlan:
+        """`stands` are those that run, in order of priority."""
+        chunks = [Chunk(s, 1, stand) for s, stand in stands.items() if stand.num_pending == 1]
         budget = self._limits.step_tokens_max - len(chunks)
-        for sequence in self._running:
-            if sequence.num_pending > 1 and budget > 0:
-                budget -= self._add_prefill(chunks, sequence, budget)
+        for sequence, stand in stands.items():
+            if stand.num_pending > 1 and budget > 0:
+                budget -= self._add_prefill(chunks, sequence, stand, budget)
         admitted: list[Sequence] = []
         while budget > 0 and (found := self._next_admissible()) is not None:
             self._admit(found)
             admitted.append(found)
-            budget -= self._add_prefill(chunks, found, budget)
-        self._plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
-        return self._plan
+            budget -= self._add_prefill(chunks, found, outlook(found), budget)
+        plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
+        self._plans.append(plan)
+        return plan
 
     def commit(
         self, plan: StepPlan, sampled_ids: Items[int], scores: StepScores | None = None
     ) -> Committed:
         """The step took place: `sampled_ids` are the tokens of its wanted rows, and `scores` the
         log-probabilities that were asked for."""
-        assert plan is self._plan
-        self._plan = None
-        num_reprefilled = 0
+        first = self._plans.popleft()
+        assert plan is first, "an earlier plan is in flight"
+        num_reprefilled = num_generated = 0
         for sequence in plan.admitted:
             self._count_cached(sequence)
-        for sequence, num_tokens in plan.chunks:
+        for sequence, num_tokens, _ in plan.chunks:
+            if sequence.state is not SequenceState.RUNNING:  # ended while the step was in flight
+                continue
             if sequence.num_emitted:
                 left = sequence.num_given - sequence.num_computed
                 num_reprefilled += min(max(left, 0), num_tokens)
@@ -210,24 +239,29 @@ class Scheduler:
             self._publish_blocks(sequence)
         replies: dict[Origin, list[SessionTokens]] = {}
         for rows, logprobs in zip(plan.scored, scores.prompt if scores else (), strict=True):
+            if rows.sequence.state is not SequenceState.RUNNING:
+                continue
             reply = self._take_prompt_scores(rows, logprobs)
             replies.setdefault(rows.sequence.origin, []).append(reply)
         of_sampled = scores.sampled if scores else ((),) * len(plan.sampled)
         for sequence, token, logprob in zip(plan.sampled, sampled_ids, of_sampled, strict=True):
             if sequence.state is SequenceState.RUNNING:  # its prompt's scores may have failed
+                num_generated += 1
                 reply = self._take_token(sequence, token, logprob)
                 replies.setdefault(sequence.origin, []).append(reply)
-        return Committed(replies, len(plan.sampled), num_reprefilled)
+        return Committed(replies, num_generated, num_reprefilled)
 
     def abandon(self, plan: StepPlan) -> None:
         """The step did not take place."""
-        assert plan is self._plan
-        self._plan = None
+        last = self._plans.pop()
+        assert plan is last, "a later plan is in flight"
         for sequence in plan.grown:
-            self._kv.shrink(sequence.row, 1)
+            if sequence.state is SequenceState.RUNNING:
+                self._kv.shrink(sequence.row, 1)
         for sequence in plan.admitted:
-            self._running.remove(sequence)
-            self._stop_running(sequence)
+            if sequence.state is SequenceState.RUNNING:
+                self._running.remove(sequence)
+                self._stop_running(sequence)
 
     def _open_guide(self, submit: Submit) -> Guide | None:
         """Raises GuideError."""
@@ -278,17 +312,30 @@ class Scheduler:
             position += 1
         return grown
 
-    def _add_prefill(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_pending, self._limits.prefill_chunk_tokens, budget)
+    def _grow_without_harm(self, stands: Mapping[Sequence, Outlook]) -> list[Sequence] | None:
+        """Who needed a block and got it; None where not all can without a preemption."""
+        growing = [
+            s for s, stand in stands.items() if stand.num_tokens > self._kv.capacity_tokens(s.row)
+        ]
+        if len(growing) > self._kv.num_free:
+            return None
+        for sequence in growing:
+            self._kv.extend(sequence.row, 1)
+        return growing
+
+    def _add_prefill(
+        self, chunks: list[Chunk], sequence: Sequence, stands: Outlook, budget: int
+    ) -> int:
+        num_tokens = min(stands.num_pending, self._limits.prefill_chunk_tokens, budget)
         if sequence.wants_prompt_logits:
             num_tokens = min(num_tokens, self._scored_rows_left(chunks))
         if num_tokens:
-            chunks.append(Chunk(sequence, num_tokens))
+            chunks.append(Chunk(sequence, num_tokens, stands))
         return num_tokens
 
     def _scored_rows_left(self, chunks: list[Chunk]) -> int:
         """A step's logits are one matrix: as high as its rows, and as wide as the vocabulary."""
-        taken = sum(num for sequence, num in chunks if sequence.wants_prompt_logits)
+        taken = sum(c.num_tokens for c in chunks if c.sequence.wants_prompt_logits)
         return max(0, self._limits.scored_rows_max - taken)
 
     def _next_admissible(self) -> Sequence | None:

@@ -100,7 +100,7 @@ class Sequence:
     @property
     def next_index(self) -> int:
         """The session-wide index of the next token."""
-        return self.num_emitted + len(self.tokens) - self.num_given
+        return self._index_at(len(self.tokens))
 
     @property
     def priority(self) -> tuple[bool, int]:
@@ -108,11 +108,10 @@ class Sequence:
         arrival. The highest is preempted first."""
         return (self.next_index == 0, self.arrival)
 
-    @property
-    def banned_ids(self) -> tuple[int, ...]:
-        """Ids that must not be drawn as the next token: those that would end it too early. A
+    def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:
+        """Ids that must not be drawn after so many tokens: those that would end it too early. A
         grammar knows better, and may have left nothing but the end."""
-        is_early = self.next_index < self.sampling.min_tokens and self.guide is None
+        is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.guide is None
         return self.stop_ids if is_early else ()
 
     @property
@@ -127,11 +126,15 @@ class Sequence:
 
     def ended_before_start(self) -> FinishReason | None:
         """A continuation may arrive with nothing left to generate."""
-        if self.wants_prompt_logits:
-            return None
-        if self.next_index >= self.sampling.max_tokens or len(self.tokens) >= self.tokens_max:
+        if not self.wants_prompt_logits and self.is_full_at(len(self.tokens)):
             return FinishReason.LENGTH
         return None
+
+    def is_full_at(self, num_tokens: int) -> bool:
+        """Whether nothing is generated after so many tokens."""
+        return (
+            self._index_at(num_tokens) >= self.sampling.max_tokens or num_tokens >= self.tokens_max
+        )
 
     def append(self, token: int) -> FinishReason | None:
         """Takes the next token; tells whether it is the last one. Raises GuideError."""
@@ -143,6 +146,9 @@ class Sequence:
         if self.guide is not None:
             self.guide.take(token)
         return self.ended_before_start()
+
+    def _index_at(self, num_tokens: int) -> int:
+        return self.num_emitted + num_tokens - self.num_given
 
     def reply(
         self,

@@ -10,15 +10,17 @@ import numpy as np
 
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.kv_blocks import KvBlocks
+from gpu_worker.engine.outlook import KNOWN, Outlook
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.step_batch import StepBatch
 
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a sequence."""
+    """The next `num_tokens` uncomputed tokens of a sequence, as it stands then."""
 
     sequence: Sequence
     num_tokens: int
+    stands: Outlook
 
 
 class ScoredRows(NamedTuple):
@@ -34,7 +36,8 @@ class ScoredRows(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """`draws[i]` and `sampled[i]` belong to row i of the wanted logits; the rows of `scored`
-    follow them, in order."""
+    follow them, in order. A token id of -1 - r in the batch is the one that the step before samples
+    in its row r."""
 
     batch: StepBatch
     chunks: tuple[Chunk, ...]
@@ -54,8 +57,9 @@ def build_plan(
     sampled: list[Sequence] = []
     scored: list[ScoredRows] = []
     scored_rows: list[int] = []
-    for sequence, num_tokens in chunks:
-        begin = sequence.num_computed
+    draws: list[Draw] = []
+    for sequence, num_tokens, stands in chunks:
+        begin = stands.num_computed
         end = begin + num_tokens
         if sequence.wants_prompt_logits and (rows := _scored_rows(sequence, begin, end)):
             scored.append(rows)
@@ -63,9 +67,12 @@ def build_plan(
             scored_rows += range(row, row + len(rows.targets))
         token_ids += sequence.tokens[begin:end]
         positions += range(begin, end)
-        if end == len(sequence.tokens) and sequence.samples:
+        if end == stands.num_tokens and stands.row != KNOWN:
+            token_ids.append(-1 - stands.row)
+        if end == stands.num_tokens and sequence.samples:
             wanted.append(len(token_ids) - 1)
             sampled.append(sequence)
+            draws.append(_draw(sequence, stands.num_tokens))
     index_S = np.arange(len(chunks), dtype=np.int32)
     batch = StepBatch(
         token_ids_T=np.array(token_ids, dtype=np.int32),
@@ -78,18 +85,18 @@ def build_plan(
         batch=batch,
         chunks=tuple(chunks),
         sampled=tuple(sampled),
-        draws=tuple(_draw(sequence) for sequence in sampled),
+        draws=tuple(draws),
         scored=tuple(scored),
         grown=tuple(grown),
         admitted=tuple(admitted),
     )
 
 
-def _draw(sequence: Sequence) -> Draw:
+def _draw(sequence: Sequence, num_tokens: int) -> Draw:
     return Draw(
         sequence.sampling,
-        len(sequence.tokens),
-        sequence.banned_ids,
+        num_tokens,
+        sequence.banned_ids_at(num_tokens),
         sequence.token_counts,
         None if sequence.guide is None else sequence.guide.allowed,
     )

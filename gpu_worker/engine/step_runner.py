@@ -32,6 +32,11 @@ class StepRunner(Protocol):
         Wake holds whatever the epoch."""
         ...
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it can compute one step while the next is begun."""
+        ...
+
     def may_adopt(self, expert_map: ExpertMap) -> bool:
         """Whether `adopt` would not have to wait for what peers say of this map."""
         ...
@@ -43,11 +48,18 @@ class StepRunner(Protocol):
         ...
 
     def claim_step(self) -> bool:
-        """Whether a step may begin now. True obliges to call `run` next."""
+        """Whether a step may begin now. True obliges to call `begin` next."""
         ...
 
-    def run(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> StepResult:
-        """Raises StepAbandoned: the plan is to be thrown away, and a newer map awaited."""
+    def claim_ahead(self) -> bool:
+        """Whether one more may begin while one is in flight. True obliges likewise."""
+        ...
+
+    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None: ...
+
+    def end(self) -> StepResult:
+        """Of the first step in flight. Raises StepAbandoned: the plans of all that are in flight
+        are to be thrown away, and a newer map awaited."""
         ...
 
 
@@ -55,10 +67,12 @@ class ModelRunner:
     """Runs a model layer by layer over an exchange that stamps messages with epoch and step."""
 
     counts_across_epochs = False
+    runs_ahead = False
 
     def __init__(self, model: Model, exchange: Exchange) -> None:
         self._model = model
         self._exchange = exchange
+        self._plan: StepPlan | None = None
 
     def may_adopt(self, expert_map: ExpertMap) -> bool:
         return True
@@ -70,8 +84,16 @@ class ModelRunner:
     def claim_step(self) -> bool:
         return True
 
-    def run(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> StepResult:
+    def claim_ahead(self) -> bool:
+        return False
+
+    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
+        self._plan = plan
         self._exchange.begin_step(epoch, step, num_tokens=plan.batch.num_tokens, has_work=has_work)
+
+    def end(self) -> StepResult:
+        plan, self._plan = self._plan, None
+        assert plan is not None, "no step is in flight"
         forward = self._model.forward(plan.batch, self._exchange)
         ids = sample(forward.logits_RV, plan.draws)
         scores = score_step(plan, forward.logits_RV, ids)

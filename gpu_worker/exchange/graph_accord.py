@@ -3,8 +3,9 @@ joiners, after which one all sleep, and when nobody can deliver a step of an old
 news in, answers out.
 
 Theory of operation. Every rank launches the same sequence of graphs; graph n of one meets graph n
-of the others and waits for it, so no rank is more than one graph ahead. A death needs no accord:
-survivors let go of the dead and adopt the map without it whenever they see it. Three things do.
+of the others and waits for it. A rank may launch one more while its last is in flight; it runs when
+that has ended, so that no rank runs more than one graph ahead. A death needs no accord: survivors
+let go of the dead and adopt the map without it whenever they see it. Three things do.
 
 *Joining.* A map names its `joiners`. Whoever hears of it launches nothing more and says how many
 graphs it has launched (`limit`). When all members have said so, the old ones launch empty graphs,
@@ -61,7 +62,7 @@ class GraphAccord:
         self._adopted: ExpertMap | None = None
         self._condemned: set[Member] = set()
         self._idle_graphs = 0
-        self._flying = False
+        self._num_flying = 0
         self._spoils_on_landing = Epoch(0)
 
     def on_news(self, news: GraphNews) -> None:
@@ -88,15 +89,15 @@ class GraphAccord:
     def condemn(self, dead: Member, epoch: Epoch) -> None:
         """A verdict, and kernels wait no longer for this life: the map of `epoch` will be the first
         without it. No step of the maps before it can be delivered any more, be they adopted or not;
-        except that a graph in flight may be, where only a map still to be adopted names the
+        except that graphs in flight may be, where only a map still to be adopted names the
         dead."""
         self._condemned.add(dead)
         if self._adopted is not None and self._adopted.has(dead):
             self._spoil(Epoch(epoch - 1))
         elif self._newest is not None and self._newest.has(dead):
             self._spoils_on_landing = Epoch(epoch - 1)
-            if not self._flying:
-                self._land()
+            if not self._num_flying:
+                self._spoil_as_landed()
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
         """The number of the first graph under this map, once all members are ready for it."""
@@ -117,6 +118,7 @@ class GraphAccord:
         if self.own.member.rank in expert_map.joiners:
             self.launched = at
         assert self.launched == at, f"{self.launched} graphs launched, not {at}"
+        assert not self._num_flying, "a graph is in flight under the former map"
         self._adopted = expert_map
         self.own = replace(self.own, entered=expert_map.epoch, sleep_at=_AWAKE, slept_at=_AWAKE)
         self._idle_graphs = 0
@@ -134,15 +136,29 @@ class GraphAccord:
             return all(self._of(m).entered >= adopted.epoch for m in adopted.members)
         return True
 
+    def may_launch_ahead(self) -> bool:
+        """Whether one more may be launched while the last is in flight: nothing is known that
+        would spoil it, nothing waits for that one's end."""
+        newest, adopted = self._newest, self._adopted
+        return (
+            self._num_flying == 1
+            and newest is not None
+            and adopted is not None
+            and newest.epoch == adopted.epoch
+            and not self._condemned
+            and self.own.sleep_at <= self.own.slept_at
+        )
+
     def launch(self) -> None:
         """Then ask `has_overslept`: the last promise may have come just before."""
         self.launched += 1
-        self._flying = True
+        self._num_flying += 1
 
     def land(self) -> None:
-        """The graph launched last has ended, to whatever end."""
-        self._flying = False
-        self._land()
+        """The first of the graphs in flight has ended, to whatever end."""
+        self._num_flying -= 1
+        if not self._num_flying:
+            self._spoil_as_landed()
 
     def note_step(self, *, had_work: bool) -> None:
         """A step was committed."""
@@ -154,7 +170,7 @@ class GraphAccord:
     def falls_asleep(self) -> bool:
         """Whether the graph just committed is the one after which all sleep."""
         at = self._sleep_at()
-        if at is None or at != self.launched:
+        if at is None or at != self.launched or self._num_flying:
             return False
         self._rest(at)
         return True
@@ -195,7 +211,7 @@ class GraphAccord:
             if m != self.own.member and (not expert_map.has(m) or m.rank in expert_map.joiners)
         )
 
-    def _land(self) -> None:
+    def _spoil_as_landed(self) -> None:
         self._spoil(self._spoils_on_landing)
         self._spoils_on_landing = Epoch(0)
 

@@ -130,10 +130,11 @@ class GraphConductor:
         self._loop.call_soon_threadsafe(self._tell)
         return first
 
-    def claim(self) -> bool:
-        """Counts the next graph as launched, if it may be."""
+    def claim(self, *, ahead: bool = False) -> bool:
+        """Counts the next graph as launched, if it may be. `ahead`: while the last is in flight."""
+        accord = self._accord
         with self._lock:
-            if not self._accord.may_launch():
+            if not (accord.may_launch_ahead() if ahead else accord.may_launch()):
                 return False
             self._accord.launch()
             overslept, launched = self._accord.has_overslept(), self._accord.launched
@@ -142,7 +143,7 @@ class GraphConductor:
         return True
 
     def land(self) -> None:
-        """The graph launched last has ended, to whatever end."""
+        """The first of the graphs in flight has ended, to whatever end."""
         with self._lock:
             before = self._accord.own
             self._accord.land()
@@ -151,7 +152,7 @@ class GraphConductor:
             self._loop.call_soon_threadsafe(self._tell)
 
     def commit(self, *, had_work: bool) -> bool:
-        """The graph launched last was committed. Whether all sleep now."""
+        """The graph that landed last was committed. Whether all sleep now."""
         with self._lock:
             before = self._accord.own
             self._accord.note_step(had_work=had_work)

@@ -47,13 +47,16 @@ class KvAudit:
 
     def check_plan(self, plan: StepPlan) -> None:
         """Nobody but its writer has a block that is written, and it has no name."""
-        for sequence, _ in plan.chunks:
-            self._learn(sequence.tokens)
         batch = plan.batch
         for row, position in zip(batch.sequence_T, batch.position_T, strict=True):
             block = int(batch.block_tables_SB[row, position // self._limits.kv_block_tokens])
             assert self._kv._num_users[block] == 1
             assert self._kv.name_of(block) is None
+
+    def note_commit(self, plan: StepPlan) -> None:
+        """It comes next, and may publish blocks."""
+        for sequence, _, _ in plan.chunks:
+            self._learn(sequence.tokens)
 
     def picture(self) -> Picture:
         return Picture(

@@ -9,6 +9,7 @@ import pytest
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.scheduler import Committed, Scheduler
 from gpu_worker.engine.sequence import SequenceState
+from gpu_worker.engine.step_plan import StepPlan
 from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import SessionTokens
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, origin, scheduler, submit
@@ -155,21 +156,113 @@ def test_abandon_leaves_everything_as_before_the_plan(put: Put) -> None:
 
 
 @IN_ANY_STATE
-def test_events_may_not_come_between_a_plan_and_its_end(put: Put) -> None:
+def test_plans_are_committed_in_their_order_and_abandoned_in_reverse(put: Put) -> None:
     engine = scheduler()
     put(engine)
-    plan = engine.plan()
-    for event in (
-        engine.plan,
-        lambda: engine.submit(origin(), submit("x")),
-        lambda: engine.cancel(SessionId("s"), Attempt(0)),
-        lambda: engine.drop_origin(origin()),
-    ):
-        with pytest.raises(AssertionError):
-            event()
-    engine.abandon(plan)
+    engine.submit(origin(), submit("other", max_tokens=9))
+    engine.plan()
     with pytest.raises(AssertionError):
-        engine.commit(plan, [])
+        engine.plan()
+    later = engine.plan_ahead()
+    assert later is not None
+    with pytest.raises(AssertionError):
+        engine.commit(later, [5] * len(later.sampled))
+
+
+# planning ahead
+
+
+def put_ahead(engine: Scheduler) -> tuple[StepPlan, StepPlan]:
+    """The session s decodes; a step of it is in flight, and one more after that."""
+    put_decoding(engine)
+    first = engine.plan()
+    later = engine.plan_ahead()
+    assert later is not None
+    return first, later
+
+
+def test_a_token_in_flight_is_named_by_its_place() -> None:
+    engine = scheduler()
+    first, later = put_ahead(engine)
+    (position,) = first.batch.position_T
+    assert later.batch.token_ids_T.tolist() == [-1]
+    assert later.batch.position_T.tolist() == [position + 1]
+    assert [d.position for d in later.draws] == [first.draws[0].position + 1]
+    assert [r.ids for r in replies(engine.commit(first, [7]))] == [(7,)]
+    assert [r.ids for r in replies(engine.commit(later, [8]))] == [(8,)]
+    assert engine.plan().batch.token_ids_T.tolist() == [8]
+
+
+def test_what_is_known_of_a_prompt_is_planned_ahead_and_so_is_who_comes_meanwhile() -> None:
+    engine = scheduler()
+    put_waiting(engine)
+    engine.plan()
+    engine.submit(origin(), submit("new", (1, 2, 3)))
+    later = engine.plan_ahead()
+    assert later is not None
+    assert [(c.sequence.session, c.num_tokens) for c in later.chunks] == [("s", 8), ("new", 3)]
+    assert later.batch.token_ids_T.tolist() == [*LONG[8:16], 1, 2, 3]
+
+
+def test_nothing_is_planned_beyond_the_last_token() -> None:
+    engine = scheduler()
+    engine.submit(origin(), submit(max_tokens=2))
+    run_step(engine)
+    engine.plan()
+    assert engine.plan_ahead() is None
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"presence_penalty": 0.5}, {"repetition_penalty": 1.5}, {"prompt_logprobs": 0}]
+)
+def test_what_hangs_on_tokens_waits_for_them(sampling: dict[str, float]) -> None:
+    engine = scheduler()
+    engine.submit(origin(), submit(**sampling))
+    engine.plan()
+    assert engine.plan_ahead() is None
+
+
+def test_nobody_is_preempted_for_a_step_ahead() -> None:
+    engine = scheduler(kv_block_tokens=1, kv_blocks=8)
+    engine.submit(origin(), submit("a", (1, 2, 3), max_tokens=5))
+    engine.submit(origin(), submit("b", (9, 8), max_tokens=5))
+    run_step(engine)
+    plan = engine.plan()
+    before = engine.load()
+    assert engine.plan_ahead() is None
+    assert engine.load() == before
+    assert [r.ids for r in replies(engine.commit(plan, [5, 6]))] == [(5,), (6,)]
+
+
+def test_an_end_token_makes_the_step_ahead_void_for_its_sequence() -> None:
+    engine = scheduler(kv_block_tokens=1)
+    engine.submit(origin(), submit("s", ignore_eos=False))
+    engine.submit(origin(), submit("other"))
+    run_step(engine)
+    first = engine.plan()
+    later = engine.plan_ahead()
+    assert later is not None
+    row = next(i for i, s in enumerate(first.sampled) if s.session == "s")
+    engine.commit(first, [EOS if i == row else 5 for i in range(2)])
+    committed = engine.commit(later, [6, 6])
+    assert [(r.session, r.ids) for r in replies(committed)] == [("other", (6,))]
+    assert committed.num_generated == 1
+    engine.cancel(SessionId("other"), Attempt(0))
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_who_is_cancelled_in_flight_gets_nothing_and_leaves_nothing(abandoned: bool) -> None:
+    engine = scheduler(kv_block_tokens=1)
+    first, later = put_ahead(engine)
+    assert engine.cancel(SessionId("s"), Attempt(0)) is not None
+    assert is_empty(engine)
+    if abandoned:
+        engine.abandon(later)
+        engine.abandon(first)
+    else:
+        assert engine.commit(first, [5]) == engine.commit(later, [5]) == Committed({}, 0, 0)
+    assert is_empty(engine)
 
 
 def test_an_empty_plan_is_a_step_without_tokens() -> None:

@@ -1,19 +1,22 @@
 """Whatever happens to a session on its way, its tokens are those of running it alone, and the KV
-blocks are in order after every event."""
+blocks are in order after every event; also where steps are planned ahead, and events come while
+they are in flight."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
+from gpu_worker.engine.step_plan import StepPlan
 from shared.types import Attempt, FinishReason, SamplingParams, SessionId
 from shared.wire import SessionTokens, Submit
-from tests.unit.gpu_worker.engine.kv_audit import KvAudit
+from tests.unit.gpu_worker.engine.kv_audit import KvAudit, Picture
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, ToyModel, alone
 
 SAMPLINGS = st.builds(
@@ -35,8 +38,8 @@ PROMPTS = st.one_of(
     ),
 ).map(tuple)
 EVENTS = st.lists(
-    st.sampled_from(["arrive", "step", "step", "step", "abandon", "move", "move", "late"]),
-    max_size=60,
+    st.sampled_from(["arrive", "begin", "ahead", "end", "step", "abandon", "move", "late"]),
+    max_size=80,
 )
 
 
@@ -86,16 +89,36 @@ class Client:
         self.finish = reply.finish
 
 
+class Device:
+    """Runs steps in the order of their launch; what one samples is there for the next."""
+
+    def __init__(self, model: ToyModel) -> None:
+        self.model = model
+        self.flights: list[tuple[StepPlan, list[int]]] = []
+        self.before = Picture({}, 0, {})  # of the first in flight, where nothing has come since
+        self.is_first = True
+        self._former_ids: list[int] = []
+
+    def launch(self, plan: StepPlan) -> None:
+        self.is_first = not self.flights
+        ids = [t if t >= 0 else self._former_ids[-1 - t] for t in plan.batch.token_ids_T.tolist()]
+        batch = replace(plan.batch, token_ids_T=np.array(ids, dtype=np.int32))
+        self.model.write(batch)
+        self._former_ids = sample(self.model.logits(batch), plan.draws)
+        self.flights.append((plan, self._former_ids))
+
+
 class World:
     """Two ranks, and clients whose sessions move between them."""
 
     def __init__(self, given_limits: SchedulerLimits) -> None:
         self.ranks = [Scheduler(given_limits, (EOS,)) for _ in range(2)]
-        self.models = [
-            ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens) for _ in range(2)
+        self.num_ahead = 0
+        self.devices = [
+            Device(ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens)) for _ in range(2)
         ]
         self.audits = [
-            KvAudit(r, m, given_limits) for r, m in zip(self.ranks, self.models, strict=True)
+            KvAudit(r, d.model, given_limits) for r, d in zip(self.ranks, self.devices, strict=True)
         ]
         self.clients: dict[SessionId, Client] = {}
         self.place: dict[SessionId, int] = {}
@@ -106,6 +129,7 @@ class World:
 
     def send(self, client: Client, rank: int) -> None:
         self.place[client.name] = rank
+        self.devices[rank].is_first = False
         reply = self.ranks[rank].submit(Origin(1), client.submit())
         if reply is not None:
             client.accept(reply)
@@ -117,35 +141,63 @@ class World:
         client = open_clients[number % len(open_clients)]
         old = self.place[client.name]
         if tell_the_old_rank:
+            self.devices[old].is_first = False
             self.ranks[old].cancel(client.name, Attempt(client.attempt))
         client.attempt += 1
         self.send(client, (old + number) % 2)
 
-    def step(self, rank: int, abandon: bool = False) -> None:
-        engine, model = self.ranks[rank], self.models[rank]
-        audit = self.audits[rank]
-        before = audit.picture()
+    def begin(self, rank: int) -> None:
+        device = self.devices[rank]
+        if device.flights:
+            return
+        engine, audit = self.ranks[rank], self.audits[rank]
+        device.before = audit.picture()
         plan = engine.plan()
         assert plan.batch.num_tokens > 0 or not engine.has_work
-        audit.check()
-        audit.check_plan(plan)
-        model.write(plan.batch)
-        if abandon:
-            engine.abandon(plan)
-            audit.check_restored(before)
+        self._launch(rank, plan)
+
+    def ahead(self, rank: int) -> None:
+        if len(self.devices[rank].flights) == 1 and (plan := self.ranks[rank].plan_ahead()):
+            self.num_ahead += 1
+            self._launch(rank, plan)
+
+    def end(self, rank: int) -> None:
+        device = self.devices[rank]
+        if not device.flights:
             return
-        ids = sample(model.logits(plan.batch), plan.draws)
-        for batch in engine.commit(plan, ids).replies.values():
+        plan, ids = device.flights.pop(0)
+        self.audits[rank].note_commit(plan)
+        for batch in self.ranks[rank].commit(plan, ids).replies.values():
             for reply in batch:
                 self.clients[reply.session].accept(reply)
-        audit.check()
+
+    def step(self, rank: int) -> None:
+        self.begin(rank)
+        self.end(rank)
+
+    def abandon(self, rank: int) -> None:
+        """All that is in flight."""
+        device = self.devices[rank]
+        self.begin(rank)
+        undisturbed = len(device.flights) == 1 and device.is_first
+        while device.flights:
+            self.ranks[rank].abandon(device.flights.pop()[0])
+        if undisturbed:
+            self.audits[rank].check_restored(device.before)
+
+    def _launch(self, rank: int, plan: StepPlan) -> None:
+        self.audits[rank].check()
+        self.audits[rank].check_plan(plan)
+        self.devices[rank].launch(plan)
 
     def finish(self) -> None:
         for _ in range(2000):
             if not any(rank.has_work for rank in self.ranks):
                 return
-            self.step(0)
-            self.step(1)
+            for rank in (0, 1):
+                self.begin(rank)
+                self.ahead(rank)
+                self.end(rank)
         raise AssertionError("sessions do not end")
 
 
@@ -154,7 +206,7 @@ class World:
     given_limits=limits(),
     requests=st.lists(st.tuples(PROMPTS, SAMPLINGS), min_size=1, max_size=8),
     events=EVENTS,
-    numbers=st.lists(st.integers(0, 7), min_size=60, max_size=60),
+    numbers=st.lists(st.integers(0, 7), min_size=80, max_size=80),
 )
 def test_tokens_are_those_of_the_undisturbed_run(
     given_limits: SchedulerLimits,
@@ -170,19 +222,21 @@ def test_tokens_are_those_of_the_undisturbed_run(
     for event, number in zip(events, numbers, strict=False):
         if event == "arrive" and left:
             world.arrive(left.pop(0))
-        elif event in ("step", "abandon"):
-            world.step(number % 2, abandon=event == "abandon")
+        elif event in ("begin", "ahead", "end", "step", "abandon"):
+            getattr(world, event)(number % 2)
         elif event == "move":
             world.move(number, tell_the_old_rank=number >= 4)
         elif event == "late" and world.clients:
             client = list(world.clients.values())[number % len(world.clients)]
             if client.attempt:
+                world.devices[number % 2].is_first = False
                 world.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
         for audit in world.audits:
             audit.check()
     for client in left:
         world.arrive(client)
     world.finish()
+    assert world.num_ahead or all(len(c.emitted) <= 2 for c in world.clients.values())
     for client in world.clients.values():
         expected, finish = alone(client.prompt, client.sampling, given_limits.tokens_max)
         assert (client.emitted, client.finish) == (expected, finish)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -33,6 +34,15 @@ def map_of(epoch: int, members: list[Member], joiners: list[Member]) -> ExpertMa
     )
 
 
+@dataclass
+class Flight:
+    """A graph in flight. `lost`: it lacks somebody."""
+
+    number: int
+    filler: bool
+    lost: bool
+
+
 class SimRank:
     """An engine's loop and a device's mask around an accord."""
 
@@ -43,9 +53,7 @@ class SimRank:
         self.newest: ExpertMap | None = None
         self.adopted: ExpertMap | None = None
         self.mask: set[Member] = set()
-        self.flight: int | None = None
-        self.lost = False  # the graph in flight lacks somebody
-        self.is_filler = False
+        self.flights: deque[Flight] = deque()
         self.behind = False
         self.asleep = False
         self.work = 0
@@ -73,20 +81,28 @@ class SimRank:
     def release(self, dead: set[Member] | frozenset[Member]) -> None:
         if self.mask & dead:
             self.mask -= dead
-            self.lost = self.lost or self.flight is not None
+            for flight in self.flights:
+                flight.lost = True
 
     # What the engine does
 
     def launch(self, *, filler: bool) -> None:
-        assert self.flight is None
         self.accord.launch()
-        self.flight, self.is_filler = self.accord.launched - 1, filler
-        self.lost = self.adopted is not None and any(
-            m not in self.mask for m in self.adopted.members
-        )
+        lost = self.adopted is not None and any(m not in self.mask for m in self.adopted.members)
+        self.flights.append(Flight(self.accord.launched - 1, filler, lost))
+
+    def may_go_ahead(self) -> bool:
+        is_behind = self.behind or self.newest is not self.adopted
+        return self.work > len(self.flights) and not is_behind and self.accord.may_launch_ahead()
 
     def turn(self, world: World) -> None:
-        if self.left or self.flight is not None:
+        if self.left:
+            return
+        if self.flights:
+            if self.may_go_ahead():
+                self.launch(filler=False)
+                if self.accord.has_overslept():
+                    world.wake(self, self.accord.launched)
             return
         newest, accord = self.newest, self.accord
         epoch = self.adopted.epoch if self.adopted is not None else 0
@@ -117,16 +133,15 @@ class SimRank:
                 world.wake(self, accord.launched)
 
     def complete(self, world: World) -> None:
-        number, self.flight = self.flight, None
+        flight = self.flights.popleft()
         self.accord.land()
-        assert number is not None
-        if self.is_filler:
+        if flight.filler:
             return
-        if self.lost:
-            self.behind = True
+        self.behind = self.behind or flight.lost
+        if self.behind:
             return
         assert self.adopted is not None
-        self.committed.append((self.adopted.epoch, number))
+        self.committed.append((self.adopted.epoch, flight.number))
         had_work = self.work > 0
         self.work = max(0, self.work - 1)
         self.accord.note_step(had_work=had_work)
@@ -248,8 +263,10 @@ class World:
 
     def _may_turn(self, rank: SimRank) -> bool:
         """Whether a turn would change something: a trial on nothing but the questions it asks."""
-        if rank.left or rank.flight is not None:
+        if rank.left:
             return False
+        if rank.flights:
+            return rank.may_go_ahead()
         newest, adopted, accord = rank.newest, rank.adopted, rank.accord
         epoch = adopted.epoch if adopted else 0
         if newest and newest.epoch > epoch and accord.join_at(newest) is not None:
@@ -261,15 +278,17 @@ class World:
 
     def _may_complete(self, rank: SimRank) -> bool:
         """Everybody it still waits for has launched the graph of the same number: a peer's buffer
-        knows no numbers, so they must be equal whenever two wait for each other."""
-        if rank.flight is None:
+        knows no numbers, so they must be equal whenever two wait for each other. What a rank has
+        not seen the end of may lie two behind, for each may have launched one more."""
+        if not rank.flights:
             return False
+        number = rank.flights[0].number
         for member in rank.mask - {rank.member}:
             peer = self.ranks.get(member)
-            if peer is None or peer.accord.launched <= rank.flight:
+            if peer is None or peer.accord.launched <= number:
                 return False
-            if rank.member in peer.mask and peer.flight is not None:
-                assert abs(peer.flight - rank.flight) <= 1, "they are out of step"
+            if rank.member in peer.mask and peer.flights:
+                assert abs(peer.flights[0].number - number) <= 2, "they are out of step"
         return True
 
     def run(self, turns: int) -> None:
@@ -281,7 +300,7 @@ class World:
         self.run(100_000)
         assert not self.advance(), "something goes on for ever"
         for rank in self.alive():
-            assert rank.flight is None, f"{rank.member} waits for ever in graph {rank.flight}"
+            assert not rank.flights, f"{rank.member} waits for ever in {rank.flights[0]}"
             assert rank.adopted is self.maps[-1]
             assert rank.asleep
             assert not rank.work
