@@ -1,6 +1,6 @@
-"""Dispatch and combine of Mooncake's EP buffer between cards, one rank a card: whether bf16 comes
-back exact, how close fp8 is, and what a pair of them costs under a CUDA graph, with the widening of
-fp8 rows where a rank does that.
+"""Dispatch and combine of Mooncake's EP buffer between ranks: whether bf16 comes back exact, how
+close fp8 is, and what a pair of them costs under a CUDA graph, with the widening of fp8 rows where
+a rank does that. Ranks that outnumber the cards share them under CUDA MPS.
 
     python -m bench.gpu_exchange --ranks 2 --tokens 128 --slots 512
 """
@@ -8,8 +8,13 @@ fp8 rows where a rank does that.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import multiprocessing as mp
+import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from cli.up.device import count_cards
+from cli.up.mps import CudaMps
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
 from shared.types import Epoch, Incarnation, Member, RankId
@@ -44,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=2, help="as many as there are cards at most")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128, help="of a rank")
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--slots", type=int, default=512, help="of all ranks together")
@@ -58,11 +65,29 @@ def main() -> None:
         slots=args.slots,
         top_k=args.top_k,
     )
-    result = measure(shape)
+    with sharing_cards(shape.num_ranks):
+        result = measure(shape)
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1))
     for kind, found in result.items():
         print(f"{kind}: {found}")
+
+
+@contextlib.contextmanager
+def sharing_cards(num_ranks: int) -> Iterator[None]:
+    """Processes started meanwhile are clients of an MPS daemon, where they need one."""
+    if num_ranks <= count_cards():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="starfish-") as folder:
+        (Path(folder) / "logs").mkdir()
+        mps = CudaMps(Path(folder))
+        asyncio.run(mps.start())
+        os.environ.update(mps.environment)
+        try:
+            yield
+        finally:
+            asyncio.run(mps.stop())
 
 
 def measure(shape: Shape) -> dict[str, Any]:
@@ -107,7 +132,7 @@ def hear(pipe: Connection, phase: str) -> Any:
 def probe(shape: Shape, rank: int, pipe: Connection) -> None:
     import torch
 
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for fp8 in (False, True):
@@ -135,7 +160,7 @@ class Prober:
                 fp8=fp8,
             ),
             timeout_ms=_TIMEOUT_MS,
-            device=torch.device("cuda", rank),
+            device=torch.device("cuda", torch.cuda.current_device()),
         )
         draw: dict[str, Any] = {
             "generator": torch.Generator("cuda").manual_seed(rank),

@@ -1,6 +1,6 @@
-"""The exchange between two cards is exact, and the whole server over it gives every client the
+"""The exchange between two ranks is exact, and the whole server over it gives every client the
 tokens of an undisturbed run, whoever dies, stops or joins: real processes, Mooncake's kernels, a
-real etcd, real signals."""
+real etcd, real signals. On one card the ranks share it under CUDA MPS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device"),
     pytest.mark.skipif(
         find_spec("mooncake") is None or find_spec("mooncake.ep") is None,
         reason="needs a CUDA build of Mooncake",
