@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 
 from cli.up.device import count_cards
 from cli.up.mps import CudaMps
+from shared.errors import StarfishError
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
 from shared.types import Epoch, Incarnation, Member, RankId
@@ -65,8 +67,11 @@ def main() -> None:
         slots=args.slots,
         top_k=args.top_k,
     )
-    with sharing_cards(shape.num_ranks):
-        result = measure(shape)
+    try:
+        with sharing_cards(shape.num_ranks):
+            result = measure(shape)
+    except StarfishError as error:
+        sys.exit(f"gpu_exchange: {error}")
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1))
     for kind, found in result.items():
@@ -76,7 +81,7 @@ def main() -> None:
 @contextlib.contextmanager
 def sharing_cards(num_ranks: int) -> Iterator[None]:
     """Processes started meanwhile are clients of an MPS daemon, where they need one."""
-    if num_ranks <= count_cards():
+    if num_ranks <= asyncio.run(count_cards()):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="starfish-") as folder:
