@@ -90,6 +90,8 @@ def check_tiles(sizes: DecoderSizes) -> None:
         even |= {"a q_lora_rank": shape.q_rank, "values": shape.value_size}
         even |= {"heads that are not rotated": shape.plain_size}
         whole = {"a kv_lora_rank": shape.rank, "rotated heads": shape.rotated_size}
+        if shape.index_heads:
+            whole |= {"an indexer's heads": shape.index_size}
     else:
         whole = {"heads": shape.head_dim}
     refuse_on_cuda(

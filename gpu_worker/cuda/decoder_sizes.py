@@ -76,7 +76,7 @@ class DecoderSizes:
         """Of all layers."""
         shape = self.attention
         if isinstance(shape, MlaShape):
-            return self.num_layers * (shape.rank + shape.rotated_size)
+            return self.num_layers * (shape.rank + shape.rotated_size + shape.index_size)
         return self.num_layers * 2 * shape.kv_size
 
 
@@ -86,4 +86,6 @@ def _attention_values(shape: GqaShape | MlaShape, hidden: int) -> int:
         return (shape.q_size + 2 * shape.kv_size) * hidden
     expanded = shape.num_heads * (shape.plain_size + shape.value_size) * shape.rank
     latent_q = shape.q_rank * (hidden + shape.q_size) if shape.q_rank else shape.q_size * hidden
-    return (shape.rank + shape.rotated_size) * hidden + expanded + latent_q
+    indexer = (shape.index_heads + shape.index_size) * hidden
+    indexer += shape.index_heads * shape.index_size * shape.q_rank
+    return (shape.rank + shape.rotated_size) * hidden + expanded + latent_q + indexer

@@ -3,7 +3,8 @@
 Shape letters: C = (Q + 2J)·D columns of queries, keys and values; O = Q·D (or A·G) what the output
 projection takes; J = 2I of an MLP: gate, then up; the rest as in `kernels`. Of latent attention, as
 in the CPU kernels: A heads, R rank of the cached latent, M rank of the queries' latent, F the size
-of a head's query that is not rotated, W the rotated size, G the size of a head's value.
+of a head's query that is not rotated, W the rotated size, G the size of a head's value; and of its
+indexer: Y heads, Z the size of each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ class GqaWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexerWeights:
+    """`w_in_CH` takes the hidden state: wk, then weights_proj, one below the other (C = Z + Y);
+    `w_q_NM` (wq_b, N = Y·Z) the queries' latent. The norm of keys is float32."""
+
+    w_in_CH: Tensor
+    w_q_NM: Tensor
+    k_norm_Z: Tensor
+    k_bias_Z: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MlaWeights:
     """`w_in_CH` takes the hidden state: q_a_proj, then kv_a_proj_with_mqa, one below the other
     (C = M + R + W); without a latent of the queries q_proj, then the same (C = A·(F + W) + R + W).
@@ -40,6 +52,7 @@ class MlaWeights:
     kv_norm_R: Tensor
     w_uk_ARF: Tensor
     w_uv_AGR: Tensor
+    indexer: IndexerWeights | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

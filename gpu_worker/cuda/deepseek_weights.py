@@ -1,5 +1,5 @@
-"""DeepSeek's checkpoints (V2, V3, V3.2) as a CUDA rank's decoder wants them: sizes, names, reading.
-The indexer of V3.2 is not read: it takes part beyond `index_topk` positions only."""
+"""DeepSeek's checkpoints (V2, V3, V3.2) as a CUDA rank's decoder wants them: sizes, names,
+reading."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gpu_worker.cuda.common_weights import (
 from gpu_worker.cuda.decoder_sizes import Routing
 from gpu_worker.cuda.decoder_weights import (
     DecoderWeights,
+    IndexerWeights,
     LayerWeights,
     MlaWeights,
     MlpWeights,
@@ -22,7 +23,7 @@ from gpu_worker.cuda.weight_reader import WeightReader
 from gpu_worker.model.checkpoint import Shape
 from gpu_worker.model.deepseek_routing import deepseek_shapes, read_deepseek_routing
 from gpu_worker.model.frame import frame_shapes
-from gpu_worker.model.mla_shape import mla_shapes, read_mla_shape
+from gpu_worker.model.mla_shape import indexer_shapes, mla_shapes, read_mla_shape
 from shared.model_spec import ModelSpec
 
 
@@ -59,7 +60,10 @@ class DeepseekWeights:
     def tensor_shapes(self) -> dict[str, Shape]:
         shapes = frame_shapes(self._spec)
         for layer in range(self._spec.num_layers):
-            shapes |= mla_shapes(f"model.layers.{layer}.self_attn", self._shape)
+            prefix = f"model.layers.{layer}.self_attn"
+            shapes |= mla_shapes(prefix, self._shape)
+            if self._shape.index_heads:
+                shapes |= indexer_shapes(f"{prefix}.indexer", self._shape)
             shapes |= deepseek_shapes(self._spec, self._routing, layer)
         return shapes
 
@@ -95,6 +99,7 @@ class DeepseekWeights:
             kv_norm_R=reader.read(f"{prefix}.kv_a_layernorm.weight"),
             w_uk_ARF=up_AER[:, : shape.plain_size].transpose(1, 2).contiguous(),
             w_uv_AGR=up_AER[:, shape.plain_size :].contiguous(),
+            indexer=_read_indexer(reader, f"{prefix}.indexer") if shape.index_heads else None,
         )
 
     def _read_mlp(self, reader: WeightReader, layer: int) -> MoeWeights | MlpWeights:
@@ -109,3 +114,12 @@ class DeepseekWeights:
                 read_mlp(reader, f"{prefix}.shared_experts") if self._routing.num_shared else None
             ),
         )
+
+
+def _read_indexer(reader: WeightReader, prefix: str) -> IndexerWeights:
+    return IndexerWeights(
+        w_in_CH=reader.read(f"{prefix}.wk.weight", f"{prefix}.weights_proj.weight"),
+        w_q_NM=reader.read(f"{prefix}.wq_b.weight"),
+        k_norm_Z=reader.read_exact(f"{prefix}.k_norm.weight"),
+        k_bias_Z=reader.read_exact(f"{prefix}.k_norm.bias"),
+    )

@@ -130,7 +130,6 @@ class CudaHardware:
             folder,
             model,
             slots_per_rank=spec.slots_per_rank,
-            context_tokens_max=spec.context_tokens_max,
             device=self._device,
             dtype=torch.bfloat16,
             progress=progress,

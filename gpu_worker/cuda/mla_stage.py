@@ -1,9 +1,6 @@
 """Latent attention of a step, with its paged cache of latents. Keys and values are never expanded:
-queries go into the latent space, sums of latents out of it.
-
-A model with an indexer is served up to the number of positions that the indexer chooses: there it
-chooses all of them, and its weights are not needed.
-"""
+queries go into the latent space, sums of latents out of it. Where a context may grow beyond what
+the model's indexer chooses, rows see only those positions."""
 
 from __future__ import annotations
 
@@ -13,14 +10,13 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.decoder_weights import MlaWeights
+from gpu_worker.cuda.indexer_stage import INNER_EPS, IndexerStage
 from gpu_worker.cuda.kernels import latent
 from gpu_worker.cuda.kernels.attention import Paging, Partials
 from gpu_worker.cuda.products import Product, StepRoom
 from gpu_worker.model.mla_shape import MlaShape
 from gpu_worker.model.rope import Rope
 
-_INNER_EPS = 1e-6
-"""Of the norms of latents: fixed in the published code."""
 _ROWS_AT_ONCE = 128
 """Bounds the room for the splits' results; changes no bit."""
 
@@ -40,7 +36,7 @@ class MlaStage:
         context_tokens_max: int,
     ) -> None:
         """Raises ValueError for what has no kernels."""
-        _check(shape, context_tokens_max)
+        _check(shape)
         self._weights = weights
         blocks = (len(weights), kv_blocks, block_tokens)
         self.latent_LBUR = room.empty(*blocks, shape.rank)
@@ -53,6 +49,19 @@ class MlaStage:
         )
         head_size = shape.plain_size + shape.rotated_size
         self._scale = head_size**-0.5 * rope.softmax_factor
+        seen_max = context_tokens_max
+        self._indexer: IndexerStage | None = None
+        if shape.index_heads and context_tokens_max > shape.index_top_k:
+            seen_max = shape.index_top_k
+            self._indexer = IndexerStage(
+                shape,
+                [own.indexer for own in weights if own.indexer is not None],
+                self._rotation,
+                room,
+                kv_blocks=kv_blocks,
+                block_tokens=block_tokens,
+                context_tokens_max=context_tokens_max,
+            )
         self._plain = latent.HeadColumns(0, head_size)
         self._turned = latent.HeadColumns(shape.plain_size, head_size)
         self._sums = latent.HeadColumns(0, shape.rank)
@@ -65,7 +74,7 @@ class MlaStage:
         self._q_rotated_TAW = room.empty(tokens, heads, shape.rotated_size)
         self._sum_TAR = room.empty(tokens, heads, shape.rank)
         self._heads_TO = room.empty(tokens, shape.heads_size)
-        splits_max = latent.num_splits(context_tokens_max)
+        splits_max = latent.num_splits(seen_max)
         splits = (min(tokens, _ROWS_AT_ONCE), heads, splits_max)
         self._partials = Partials(
             room.empty(*splits, shape.rank, of=torch.float32),
@@ -74,7 +83,8 @@ class MlaStage:
         )
 
     def cache(self) -> tuple[Tensor, ...]:
-        return (self.latent_LBUR, self.key_LBUW)
+        latents = (self.latent_LBUR, self.key_LBUW)
+        return latents if self._indexer is None else (*latents, self._indexer.key_LBUZ)
 
     def run(self, layer: int, h_TH: Tensor, paging: Paging) -> Tensor:
         weights, tokens = self._weights[layer], h_TH.shape[0]
@@ -84,6 +94,9 @@ class MlaStage:
         q_rotated_TAW = self._q_rotated_TAW[:tokens]
         latent.rotate_queries(q_PTN, self._rotation, paging.position_T, self._turned, q_rotated_TAW)
         latent.multiply_heads(q_PTN, self._plain, weights.w_uk_ARF, q_latent_TAR)
+        chosen = None
+        if self._indexer is not None and self._q_TM is not None:
+            chosen = self._indexer.choose(layer, h_TH, self._q_TM[:tokens], paging)
         sum_TAR, heads_TO = self._sum_TAR[:tokens], self._heads_TO[:tokens]
         latent.attend_latents(
             q_latent_TAR,
@@ -93,6 +106,7 @@ class MlaStage:
             self._partials,
             sum_TAR,
             scale=self._scale,
+            chosen=chosen,
         )
         sums_1TC = sum_TAR.view(1, tokens, -1)
         latent.multiply_heads(sums_1TC, self._sums, weights.w_uv_AGR, heads_TO)
@@ -112,21 +126,19 @@ class MlaStage:
             paging,
             q_TM,
             cache,
-            eps=_INNER_EPS,
+            eps=INNER_EPS,
         )
         if self._q is None or q_TM is None or weights.w_q_NM is None:
             return in_PTC
         return self._q.of(q_TM, weights.w_q_NM)
 
 
-def _check(shape: MlaShape, context_tokens_max: int) -> None:
-    for name, size in (("kv_lora_rank", shape.rank), ("qk_rope_head_dim", shape.rotated_size)):
+def _check(shape: MlaShape) -> None:
+    sizes = {"kv_lora_rank": shape.rank, "qk_rope_head_dim": shape.rotated_size}
+    if shape.index_heads:
+        sizes |= {"index_head_dim": shape.index_size}
+    for name, size in sizes.items():
         if size < 16 or size & (size - 1):
             raise ValueError(
                 f"CUDA ranks serve a {name} that is a power of two from 16: not {size}"
             )
-    if shape.index_heads and context_tokens_max > shape.index_top_k:
-        raise ValueError(
-            f"CUDA ranks serve sparse attention up to the {shape.index_top_k} positions that its "
-            f"indexer chooses: {context_tokens_max} context tokens are more"
-        )

@@ -24,7 +24,6 @@ from gpu_worker.cuda.slots import CudaSlots
 from gpu_worker.cuda.weight_reader import WeightReader
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.model.checkpoint import Shape, open_checkpoint
-from gpu_worker.model.mla_shape import MlaShape
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
@@ -69,7 +68,6 @@ def load_cuda_model(
     spec: ModelSpec,
     *,
     slots_per_rank: int,
-    context_tokens_max: int,
     device: torch.device,
     dtype: torch.dtype,
     progress: LoadProgress,
@@ -79,7 +77,6 @@ def load_cuda_model(
     """Reads the shared weights and makes room for slots. Raises CheckpointError, before anything is
     read where the architecture or the files are not as they should be."""
     layout = layout_of(spec)
-    _check_context(layout.sizes, context_tokens_max)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
     weights = layout.read(WeightReader(checkpoint, device, dtype))
     slots = CudaSlots(
@@ -118,15 +115,3 @@ def layout_of(spec: ModelSpec) -> CheckpointLayout:
     layout = LAYOUTS[spec.architecture](spec)
     check_tiles(layout.sizes)
     return layout
-
-
-def _check_context(sizes: DecoderSizes, context_tokens_max: int) -> None:
-    """Where an indexer chooses all positions, it need not be asked; CUDA ranks have none."""
-    shape = sizes.attention
-    chosen = shape.index_top_k if isinstance(shape, MlaShape) and shape.index_heads else None
-    if chosen is not None and context_tokens_max > chosen:
-        raise CheckpointError(
-            f"CUDA ranks serve this model up to the {chosen} positions that its indexer chooses, "
-            f"not the instance's {context_tokens_max}; start the ranks with --device cpu, or give "
-            "config.json smaller max_position_embeddings"
-        )

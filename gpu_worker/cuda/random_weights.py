@@ -9,6 +9,7 @@ from gpu_worker.cuda.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.decoder_weights import (
     DecoderWeights,
     GqaWeights,
+    IndexerWeights,
     LayerWeights,
     MlaWeights,
     MlpWeights,
@@ -71,6 +72,16 @@ class _Source:
             kv_norm_R=self.norm(shape.rank),
             w_uk_ARF=self.normal(shape.num_heads, shape.rank, shape.plain_size),
             w_uv_AGR=self.normal(shape.num_heads, shape.value_size, shape.rank),
+            indexer=self._indexer(shape) if shape.index_heads else None,
+        )
+
+    def _indexer(self, shape: MlaShape) -> IndexerWeights:
+        heads, size = shape.index_heads, shape.index_size
+        return IndexerWeights(
+            w_in_CH=self.normal(size + heads, shape.hidden_size),
+            w_q_NM=self.normal(heads * size, shape.q_rank),
+            k_norm_Z=torch.empty(size, device=self._device).uniform_(0.5, 1.5),
+            k_bias_Z=torch.empty(size, device=self._device).uniform_(-0.5, 0.5),
         )
 
     def _moe(self, sizes: DecoderSizes) -> MoeWeights:

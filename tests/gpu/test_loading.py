@@ -82,7 +82,6 @@ def load(folder: Path, host_experts_gb: float = 0.0) -> CudaModel:
         folder,
         spec,
         slots_per_rank=spec.num_experts + SPARE,
-        context_tokens_max=len(TABLE) * BLOCK_TOKENS,
         device=DEVICE,
         dtype=DTYPE,
         progress=LoadProgress(SystemClock()),

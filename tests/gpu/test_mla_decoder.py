@@ -184,18 +184,21 @@ def test_an_exchange_that_pads_by_slot_gives_the_same_tokens_and_meets_no_dense_
     assert exchange.layers == [0, 0]
 
 
-def test_sparse_attention_is_refused_beyond_what_its_indexer_chooses() -> None:
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rank": 48}, "kv_lora_rank"),
+        ({"index_heads": 2, "index_size": 24, "index_top_k": 16}, "index_head_dim"),
+    ],
+    ids=str,
+)
+def test_sizes_without_kernels_are_refused(change: dict[str, int], complaint: str) -> None:
     assert isinstance(V3.attention, MlaShape)
-    for top_k, allowed in ((CONTEXT, True), (CONTEXT - 1, False)):
-        shape = replace(V3.attention, index_heads=2, index_size=16, index_top_k=top_k)
-        sizes = replace(V3, attention=shape)
-        weights = random_weights(sizes, DEVICE, DTYPE)
-        moe = LocalMoe(empty_slots(sizes), top_k=sizes.top_k, step_tokens_max=32)
-        if allowed:
-            make_decoder(sizes, weights, moe)
-        else:
-            with pytest.raises(ValueError, match=f"the {top_k} positions"):
-                make_decoder(sizes, weights, moe)
+    sizes = replace(V3, attention=replace(V3.attention, **change))
+    weights = random_weights(sizes, DEVICE, DTYPE)
+    moe = LocalMoe(empty_slots(sizes), top_k=sizes.top_k, step_tokens_max=32)
+    with pytest.raises(ValueError, match=complaint):
+        make_decoder(sizes, weights, moe)
 
 
 def empty_slots(sizes: DecoderSizes) -> CudaSlots:

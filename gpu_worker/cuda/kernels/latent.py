@@ -58,6 +58,14 @@ class LatentCache(NamedTuple):
     key_BUW: torch.Tensor
 
 
+class Chosen(NamedTuple):
+    """The positions that each row sees, as places in the cache: the first `last + 1` of its K; none
+    where `last` is -1."""
+
+    place_TK: torch.Tensor
+    last_T: torch.Tensor
+
+
 class Rotation(NamedTuple):
     """Cosines and sines by position. `interleaved`: pairs of elements are neighbours, else an
     element of each half."""
@@ -179,26 +187,29 @@ def attend_latents(
     sum_TAR: torch.Tensor,
     *,
     scale: float,
+    chosen: Chosen | None = None,
     tile: LatentTile = LATENT_TILE,
 ) -> None:
-    """Every row attends to all positions up to its own; rows without a token give zero. As many
-    rows at a time as `partials` has room for."""
+    """Every row attends to all positions up to its own, or to the `chosen` as if there were no
+    others; rows without a token give zero. As many rows at a time as `partials` has room for."""
     rows, heads, rank = q_latent_TAR.shape
     at_once, _, splits_max = partials.maximum_TQX.shape
     block_tokens = cache.latent_BUR.shape[1]
-    doublings = _doublings(paging.tables_SB.shape[1] * block_tokens)
+    context = paging.tables_SB.shape[1] * block_tokens
+    top_k = 0 if chosen is None else chosen.place_TK.shape[1]
+    doublings = _doublings(min(context, top_k or context))
     for first in range(0, rows, at_once):
         part = slice(first, min(first + at_once, rows))
-        position_T, sequence_T = paging.position_T[part], paging.sequence_T[part]
-        num_rows, blocks = position_T.shape[0], triton.cdiv(heads, tile.heads)
+        last_T = paging.position_T[part] if chosen is None else chosen.last_T[part]
+        num_rows, blocks = last_T.shape[0], triton.cdiv(heads, tile.heads)
         side_by_side = max(1, min(splits_max, tile.programs // (num_rows * blocks)))
         _attend_latents[(num_rows, blocks, side_by_side)](
             q_latent_TAR[part],
             q_rotated_TAW[part],
             *cache,
-            position_T,
-            sequence_T,
-            paging.tables_SB,
+            last_T,
+            paging.sequence_T[part],
+            paging.tables_SB if chosen is None else chosen.place_TK[part],
             *partials,
             scale * _LOG2_E,
             paging.tables_SB.shape[1],
@@ -212,12 +223,13 @@ def attend_latents(
             SPLITS_MAX=SPLITS_MAX,
             DOUBLINGS=doublings,
             BLOCK_TOKENS=block_tokens,
+            TOP_K=top_k,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
         merge_splits(
             partials,
-            position_T,
+            last_T,
             sum_TAR[part],
             split_tokens=SPLIT_TOKENS,
             splits_at_once=_MERGE_SPLITS,
@@ -396,9 +408,9 @@ def _attend_latents(
     q_rotated_ptr,
     latent_ptr,
     key_ptr,
-    position_ptr,
+    last_ptr,
     sequence_ptr,
-    tables_ptr,
+    where_ptr,
     values_ptr,
     maximum_ptr,
     sum_ptr,
@@ -414,36 +426,42 @@ def _attend_latents(
     SPLITS_MAX: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    TOP_K: tl.constexpr,
 ):
     """Each split by itself, in steps of a fixed number of positions: which program does it changes
-    nothing. A step's first position always counts, so its maximum is finite."""
+    nothing. A step's first position always counts, so its maximum is finite. `where_ptr`: the
+    places of a row's TOP_K positions, or with none to choose the tables of the sequences."""
     row = tl.program_id(0)
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     r = tl.arange(0, RANK)
     w = tl.arange(0, ROTATED)
     n = tl.arange(0, STEP)
     is_head = a < HEADS
-    position = tl.load(position_ptr + row)
+    last = tl.load(last_ptr + row)
     sequence = tl.load(sequence_ptr + row)
-    if position >= 0:
+    if last >= 0:
         head = row.to(tl.int64) * HEADS + a
         q_mask = is_head[:, None]
         q = tl.load(q_latent_ptr + head[:, None] * RANK + r[None, :], mask=q_mask, other=0.0)
         q_turned = tl.load(
             q_rotated_ptr + head[:, None] * ROTATED + w[None, :], mask=q_mask, other=0.0
         )
-        size = split_size(position, SPLIT, SPLITS_MAX, DOUBLINGS)
-        for split in range(tl.program_id(2), position // size + 1, tl.num_programs(2)):
+        size = split_size(last, SPLIT, SPLITS_MAX, DOUBLINGS)
+        for split in range(tl.program_id(2), last // size + 1, tl.num_programs(2)):
             peak = tl.full([BLOCK_A], float("-inf"), dtype=tl.float32)
             total = tl.zeros([BLOCK_A], dtype=tl.float32)
             values = tl.zeros([BLOCK_A, RANK], dtype=tl.float32)
-            end = tl.minimum(position + 1, (split + 1) * size)
+            end = tl.minimum(last + 1, (split + 1) * size)
             for start in range(split * size, end, STEP):
                 at = start + n
-                is_past = at <= position
-                table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
+                is_past = at <= last
                 # 32 bits suffice for the offsets of four million tokens of a layer's cache.
-                place = tl.load(table, mask=is_past, other=0) * BLOCK_TOKENS + at % BLOCK_TOKENS
+                if TOP_K:
+                    place = tl.load(where_ptr + row * TOP_K + at, mask=is_past, other=0)
+                else:
+                    table = where_ptr + sequence * table_width + at // BLOCK_TOKENS
+                    block = tl.load(table, mask=is_past, other=0)
+                    place = block * BLOCK_TOKENS + at % BLOCK_TOKENS
                 latent = tl.load(
                     latent_ptr + place[:, None] * RANK + r[None, :],
                     mask=is_past[:, None],

@@ -44,15 +44,18 @@ V3 = replace(
     shared_size=13,
     dense_size=17,
 )
+V32 = replace(V3, attention=replace(MLA, index_heads=5, index_size=6, index_top_k=8))
 V2_LITE = replace(V3, attention=replace(MLA, q_rank=0), routing=Routing(normalise=False))
 
 
-@pytest.mark.parametrize("sizes", [QWEN, V3, V2_LITE], ids=["Qwen3", "V3", "V2-Lite"])
+@pytest.mark.parametrize("sizes", [QWEN, V3, V32, V2_LITE], ids=["Qwen3", "V3", "V3.2", "V2-Lite"])
 def test_shared_values_count_every_matrix_but_the_embedding(sizes: DecoderSizes) -> None:
     weights = random_weights(sizes, torch.device("cpu"), torch.float32)
     matrices = [weights.w_head_VH]
     for layer in weights.layers:
         matrices += [layer.w_o_HO, *matrices_of(layer.attention), *matrices_of(layer.mlp)]
+        if isinstance(layer.attention, MlaWeights) and layer.attention.indexer is not None:
+            matrices += matrices_of(layer.attention.indexer)
         if isinstance(layer.mlp, MoeWeights) and layer.mlp.shared is not None:
             matrices += matrices_of(layer.mlp.shared)
     assert sum(matrix.numel() for matrix in matrices) == sizes.shared_values
@@ -71,6 +74,7 @@ def test_layers_have_the_half_that_the_sizes_say() -> None:
     assert V3.num_moe_layers == 2
 
 
-def test_a_token_is_cached_as_one_latent_and_one_shared_key() -> None:
+def test_a_token_is_cached_as_one_latent_and_one_shared_key_and_the_indexers() -> None:
+    assert V32.kv_values_per_token == 3 * (16 + 4 + 6)
     assert V3.kv_values_per_token == 3 * (16 + 4)
     assert QWEN.kv_values_per_token == 3 * 2 * 2 * 8

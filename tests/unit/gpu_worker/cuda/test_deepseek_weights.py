@@ -52,6 +52,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def v32_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sizes, with an indexer. Read-only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "v32"
+    indexer = {"index_n_heads": 3, "index_head_dim": 16, "index_topk": 64}
+    create_seeded_checkpoint(folder, family="deepseek_v32", **(SIZES | indexer))
+    return folder
+
+
 def layout_of(folder: Path) -> DeepseekWeights:
     spec = read_model_spec(folder)
     return DeepseekWeights(
@@ -141,15 +150,36 @@ def test_sizes_are_those_of_the_config(folder: Path) -> None:
     assert sizes.heads_size == HEADS * VALUE
 
 
-def test_an_indexer_in_the_files_is_left_there(tmp_path: Path) -> None:
-    folder = tmp_path / "v32"
-    indexer = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
-    create_seeded_checkpoint(folder, family="deepseek_v32", **(SIZES | indexer))
-    assert any("indexer" in name for name in stored(folder))
-    layout = layout_of(folder)
-    assert not any("indexer" in name for name in layout.tensor_shapes())
-    assert layout.sizes.attention.index_top_k == 64
-    assert len(read(folder).layers) == 3
+def test_an_indexer_takes_its_keys_and_weights_from_one_matrix(v32_folder: Path) -> None:
+    weights, tensors = read(v32_folder), stored(v32_folder)
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}.self_attn.indexer"
+        mla = layer.attention
+        assert isinstance(mla, MlaWeights)
+        own = mla.indexer
+        assert own is not None
+        keys, head_weights = own.w_in_CH.split([16, 3])
+        assert torch.equal(keys, tensors[f"{prefix}.wk.weight"])
+        assert torch.equal(head_weights, tensors[f"{prefix}.weights_proj.weight"])
+        assert torch.equal(own.w_q_NM, tensors[f"{prefix}.wq_b.weight"])
+        assert torch.equal(own.k_norm_Z, tensors[f"{prefix}.k_norm.weight"])
+        assert torch.equal(own.k_bias_Z, tensors[f"{prefix}.k_norm.bias"])
+        assert (own.k_norm_Z.dtype, own.k_bias_Z.dtype) == (torch.float32, torch.float32)
+
+
+def test_other_models_have_no_indexer(folder: Path) -> None:
+    for layer in read(folder).layers:
+        assert isinstance(layer.attention, MlaWeights)
+        assert layer.attention.indexer is None
+
+
+def test_heads_of_an_indexer_that_no_block_holds_are_refused(
+    v32_folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((v32_folder / "config.json").read_text()) | {"index_head_dim": 24}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"an indexer's heads of 24.*--device cpu"):
+        check_tiles(layout_of(tmp_path).sizes)
 
 
 @pytest.mark.parametrize(

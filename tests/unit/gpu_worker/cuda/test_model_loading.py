@@ -41,25 +41,6 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 
-DEEPSEEK_V32 = {
-    "vocab_size": 304,
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "index_n_heads": 2,
-    "index_head_dim": 16,
-    "index_topk": 64,
-}
-
 LOAD_WITHOUT_NUMBA = """
 import sys
 from pathlib import Path
@@ -75,7 +56,7 @@ import numpy as np
 
 folder = Path(sys.argv[1])
 model = load_cuda_model(
-    folder, read_model_spec(folder), slots_per_rank=4, context_tokens_max=128,
+    folder, read_model_spec(folder), slots_per_rank=4,
     device=torch.device("cpu"), dtype=torch.bfloat16,
     progress=LoadProgress(SystemClock()), host_experts_gb=0.0,
 )
@@ -92,12 +73,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, context_tokens_max: int = 128) -> CudaModel:
+def load(folder: Path) -> CudaModel:
     return load_cuda_model(
         folder,
         read_model_spec(folder),
         slots_per_rank=5,
-        context_tokens_max=context_tokens_max,
         device=torch.device("cpu"),
         dtype=torch.float32,
         progress=LoadProgress(FakeClock()),
@@ -240,11 +220,3 @@ def test_the_refusal_of_an_architecture_names_those_that_are_served(
     spec = read_model_spec(changed(folder, tmp_path, architectures=["OlmoeForCausalLM"]))
     with pytest.raises(CheckpointError, match="Qwen3MoeForCausalLM"):
         layout_of(spec)
-
-
-def test_sparse_attention_is_served_as_far_as_its_indexer_chooses_all(tmp_path: Path) -> None:
-    folder = tmp_path / "v32"
-    create_seeded_checkpoint(folder, family="deepseek_v32", **DEEPSEEK_V32)
-    assert load(folder, context_tokens_max=64).sizes.num_moe_layers == 1
-    with pytest.raises(CheckpointError, match=r"up to the 64 positions.*--device cpu"):
-        load(folder, context_tokens_max=65)
