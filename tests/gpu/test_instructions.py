@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
-from gpu_worker.cuda.kernels import experts, latent, linear, scaled_rows  # noqa: E402
+from gpu_worker.cuda.kernels import experts, indexer, latent, linear, scaled_rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -116,3 +116,53 @@ def test_rows_of_fp8_are_widened_by_the_cards_own_conversion() -> None:
     text = compiled(scaled_rows._widen, kinds, constants, 8, 3)
     assert "cvt.rn.f16x2.e4m3x2" in text
     assert "ld.global.v4.b32" in text
+
+
+@pytest.mark.parametrize("top_k", [0, 2048])
+def test_latent_attention_takes_the_one_instruction(top_k: int) -> None:
+    tile = latent.LATENT_TILE
+    constants = {
+        "HEADS": 128,
+        "RANK": 512,
+        "ROTATED": 64,
+        "BLOCK_A": tile.heads,
+        "STEP": tile.step_tokens,
+        "SPLIT": latent.SPLIT_TOKENS,
+        "SPLITS_MAX": latent.SPLITS_MAX,
+        "DOUBLINGS": 0,
+        "BLOCK_TOKENS": 16,
+        "TOP_K": top_k,
+    }
+    kinds = ["*bf16"] * 4 + ["*i32"] * 3 + ["*fp32"] * 3 + ["fp32", "i32", "i32"]
+    kernel = latent._attend_latents
+    assert instructions(kernel, kinds, constants, tile.warps, tile.stages) == ONE_INSTRUCTION
+
+
+INDEXER = {"HEADS": 64, "SIZE": 128}
+PAGING = ["*i32", "*i32", "*i32"]
+
+
+def test_the_indexers_scores_take_one_instruction() -> None:
+    tile = indexer.SCORE_TILE
+    more = {"BLOCK_Y": 64, "STEP": tile.step_tokens, "BLOCK_TOKENS": 16, "TOP_K": 2048}
+    kinds = ["*bf16", "*fp32", "*bf16", *PAGING, "*fp32", "i32", "i32"]
+    kernel = indexer._score_positions
+    assert len(instructions(kernel, kinds, INDEXER | more, tile.warps, tile.stages)) == 1
+
+
+def test_what_is_around_the_indexers_scores_compiles_and_multiplies_no_matrices() -> None:
+    keys = {"PARTS": 4, "COLUMNS": 192, "BLOCK_Y": 64, "HALF": 32, "BLOCK_TOKENS": 16}
+    kinds = ["*fp32"] * 5 + [*PAGING, "*bf16", "*fp32", "fp32", "fp32", "i32", "i32"]
+    assert not instructions(indexer._norm_and_store_keys, kinds, INDEXER | keys, 4, 3)
+    queries = {"PARTS": 4, "HALF": 32, "BLOCK_Y": indexer._HEADS_AT_ONCE, "TOP_K": 2048}
+    kinds = ["*fp32"] * 3 + ["*i32", "*bf16", "i32"]
+    assert not instructions(indexer._rotate_choosers, kinds, INDEXER | queries, 4, 3)
+    choice = {
+        "TOP_K": 2048,
+        "BLOCK_TOKENS": 16,
+        "BLOCK_C": indexer._CHOICE_TOKENS,
+        "BITS": indexer._DIGIT_BITS,
+    }
+    kinds = ["*fp32", *PAGING, "*i32", "*i32", "i32", "i32"]
+    kernel = indexer._choose_places
+    assert not instructions(kernel, kinds, choice, indexer._CHOICE_WARPS, 3)
