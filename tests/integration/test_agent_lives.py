@@ -205,6 +205,25 @@ async def test_the_end_of_the_lifeline_ends_the_agent_and_its_ranks(node: Node, 
     assert node.alive() == set()
 
 
+async def test_an_agent_whose_lease_was_lost_says_again_that_it_is_there(node: Node) -> None:
+    agent = await node.start("--ranks", "0", "--lease-ttl-s", "2")
+    await node.until(lambda records: len(records) == 1)
+    key = node.keys.agent(NodeId("n"))
+    before = await node.store.get(key)
+    assert before is not None
+    await node.store.revoke_lease(before.lease_id)
+    assert await node.store.get(key) is None
+
+    async def stands_again() -> bool:
+        after = await node.store.get(key)
+        return after is not None and after.value == before.value
+
+    await until(stands_again)
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+    assert await node.store.get(key) is None
+
+
 async def test_with_etcd_away_ranks_run_on_and_deaths_are_told_later(tmp_path: Path) -> None:
     async with (
         embedded_etcd(tmp_path / "etcd") as etcd,
