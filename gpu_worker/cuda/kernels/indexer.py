@@ -21,7 +21,7 @@ from gpu_worker.cuda.kernels.latent import Chosen, Rotation
 _HEADS_AT_ONCE = 16
 _DIGIT_BITS = 8
 _CHOICE_TOKENS = 4096
-_CHOICE_WARPS = 16
+_CHOICE_WARPS = 8
 
 
 class ScoreTile(NamedTuple):
