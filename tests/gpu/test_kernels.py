@@ -195,7 +195,12 @@ def test_experts_compute_each_pair_alike_alone_and_grouped(rows: int) -> None:
     assert_close(alone[:num], reference)
 
 
-def test_experts_take_rows_that_lie_padded_by_slot() -> None:
+@pytest.mark.parametrize("programs", [1, 3, 1024])
+def test_experts_take_rows_that_lie_padded_by_slot(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many programs share the tiles."""
+    monkeypatch.setattr(experts, "_PADDED_PROGRAMS", programs)
     counts, width = ints([0, 3, 20, 0, 1, *[0] * (EXPERTS - 5)]), 24
     x = random(EXPERTS * width, HIDDEN)
     w1, w2 = random(EXPERTS, 2 * INNER, HIDDEN, scale=0.1), random(EXPERTS, HIDDEN, INNER)

@@ -28,6 +28,9 @@ _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
 _DOWN_ALONE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
 _SMALL_INNER = 4096  # up to here 32 columns a program leave a large card idle
+_PADDED_PROGRAMS = 1024
+"""Of one product of padded rows. How many tiles there are only the device knows, and programs for
+all that might be take longer to come and go than the work does."""
 
 
 class Rows(NamedTuple):
@@ -61,7 +64,7 @@ def gate_up(
     inner = double_inner // 2
     tile = tile or (_GATE_UP_ALONE if rows.tiles is None else _GATE_UP_GROUPED)
     columns, depth = _fit(tile.columns, inner), _fit(tile.depth, hidden)
-    _gate_up[(inner // columns, _num_tiles(rows))](
+    _gate_up[(inner // columns, _tiles_at_once(rows, inner // columns))](
         x,
         w_gate_up_SJH,
         *_row_pointers(rows),
@@ -90,7 +93,7 @@ def down(
     _, hidden, inner = w_down_SHI.shape
     tile = tile or (_DOWN_ALONE if rows.tiles is None else _DOWN_GROUPED)
     columns, depth = _fit(tile.columns, hidden), _fit(tile.depth, inner)
-    _down[(hidden // columns, _num_tiles(rows))](
+    _down[(hidden // columns, _tiles_at_once(rows, hidden // columns))](
         inner_NI,
         w_down_SHI,
         *_row_pointers(rows),
@@ -114,8 +117,13 @@ def _fit(block: int, size: int) -> int:
     return block
 
 
-def _num_tiles(rows: Rows) -> int:
-    return rows.slots_TK.numel() if rows.tiles is None else rows.tiles.tiles_C3.shape[0]
+def _tiles_at_once(rows: Rows, blocks: int) -> int:
+    """Of all tiles that there may be, `blocks` programs each. Only those of padded rows go on to a
+    next tile."""
+    if rows.tiles is None:
+        return rows.slots_TK.numel()
+    tiles_max = rows.tiles.tiles_C3.shape[0]
+    return min(tiles_max, triton.cdiv(_PADDED_PROGRAMS, blocks)) if rows.padded else tiles_max
 
 
 def _tile_rows(rows: Rows) -> int:
@@ -129,7 +137,17 @@ def _row_pointers(rows: Rows) -> tuple[torch.Tensor, ...]:
 
 
 @triton.jit
+def _tiles_end(num_tiles_ptr, PADDED: tl.constexpr):
+    """Before which tile a program ends, that goes from its own in steps of `num_programs(1)`."""
+    end = tl.num_programs(1)
+    if PADDED:
+        end = tl.load(num_tiles_ptr)
+    return end
+
+
+@triton.jit
 def _find_rows(
+    tile,
     slots_ptr,
     order_ptr,
     tiles_ptr,
@@ -138,8 +156,7 @@ def _find_rows(
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """(slot or -1, rows of the work, which of them count) of this program's tile."""
-    tile = tl.program_id(1)
+    """(slot or -1, rows of the work, which of them count) of a tile."""
     t = tl.arange(0, BLOCK_T)
     if GROUPED:
         is_tile = tile < tl.load(num_tiles_ptr)
@@ -176,24 +193,25 @@ def _gate_up(
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    slot, rows, is_row = _find_rows(
-        slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
-    )
-    if slot >= 0:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        x_rows = rows if PADDED else rows // DIVISOR
-        x_ptrs = x_ptr + x_rows[:, None] * HIDDEN + k[None, :]
-        gate_ptrs = w_ptr + slot * (2 * INNER * HIDDEN) + n[:, None] * HIDDEN + k[None, :]
-        gate = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-        up = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-        for start in range(0, HIDDEN, BLOCK_K):
-            x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
-            gate = tl.dot(x, tl.load(gate_ptrs + start).T, gate)
-            up = tl.dot(x, tl.load(gate_ptrs + INNER * HIDDEN + start).T, up)
-        inner = gate / (1.0 + tl.exp(-gate)) * up
-        out = inner_ptr + rows[:, None] * INNER + n[None, :]
-        tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=is_row[:, None])
+    for tile in range(tl.program_id(1), _tiles_end(num_tiles_ptr, PADDED), tl.num_programs(1)):
+        slot, rows, is_row = _find_rows(
+            tile, slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
+        )
+        if slot >= 0:
+            n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = tl.arange(0, BLOCK_K)
+            x_rows = rows if PADDED else rows // DIVISOR
+            x_ptrs = x_ptr + x_rows[:, None] * HIDDEN + k[None, :]
+            gate_ptrs = w_ptr + slot * (2 * INNER * HIDDEN) + n[:, None] * HIDDEN + k[None, :]
+            gate = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+            up = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+            for start in range(0, HIDDEN, BLOCK_K):
+                x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
+                gate = tl.dot(x, tl.load(gate_ptrs + start).T, gate)
+                up = tl.dot(x, tl.load(gate_ptrs + INNER * HIDDEN + start).T, up)
+            inner = gate / (1.0 + tl.exp(-gate)) * up
+            out = inner_ptr + rows[:, None] * INNER + n[None, :]
+            tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
 @triton.jit
@@ -213,17 +231,18 @@ def _down(
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    slot, rows, is_row = _find_rows(
-        slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
-    )
-    if slot >= 0:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        inner_ptrs = inner_ptr + rows[:, None] * INNER + k[None, :]
-        w_ptrs = w_ptr + slot * (HIDDEN * INNER) + n[:, None] * INNER + k[None, :]
-        y = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-        for start in range(0, INNER, BLOCK_K):
-            inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
-            y = tl.dot(inner, tl.load(w_ptrs + start).T, y)
-        out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
-        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])
+    for tile in range(tl.program_id(1), _tiles_end(num_tiles_ptr, PADDED), tl.num_programs(1)):
+        slot, rows, is_row = _find_rows(
+            tile, slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
+        )
+        if slot >= 0:
+            n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = tl.arange(0, BLOCK_K)
+            inner_ptrs = inner_ptr + rows[:, None] * INNER + k[None, :]
+            w_ptrs = w_ptr + slot * (HIDDEN * INNER) + n[:, None] * INNER + k[None, :]
+            y = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+            for start in range(0, INNER, BLOCK_K):
+                inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
+                y = tl.dot(inner, tl.load(w_ptrs + start).T, y)
+            out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
+            tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])

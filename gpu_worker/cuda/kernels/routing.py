@@ -116,7 +116,6 @@ def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> N
         SLOTS=num_slots,
         BLOCK_S=triton.next_power_of_2(num_slots),
         TILE_ROWS=tiles.rows,
-        TILES_OF_SLOT=triton.cdiv(rows, tiles.rows),
         CHUNK=min(_CHUNK, triton.next_power_of_2(rows * top_k)),
         num_warps=4,
     )
@@ -233,12 +232,11 @@ def _write_tiles(
     SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILES_OF_SLOT: tl.constexpr,
 ):
     s = tl.arange(0, BLOCK_S)
     num_tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     first_tile = tl.cumsum(num_tiles, axis=0) - num_tiles
-    for i in range(TILES_OF_SLOT):
+    for i in range(tl.max(num_tiles, axis=0)):
         has = i < num_tiles
         out = tiles_ptr + (first_tile + i) * 3
         left = tl.minimum(counts - i * TILE_ROWS, TILE_ROWS)
@@ -260,7 +258,6 @@ def _group_by_slot(
     SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILES_OF_SLOT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Program t finds the places of token t's pairs; one more counts and cuts the tiles."""
@@ -288,9 +285,7 @@ def _group_by_slot(
             slot = tl.load(slots_ptr + at, mask=at < num_pairs, other=-1).to(tl.int32)
             counts += tl.histogram(tl.maximum(slot, 0), BLOCK_S, mask=slot >= 0)
         first_rows = tl.cumsum(counts, axis=0) - counts
-        _write_tiles(
-            counts, first_rows, tiles_ptr, num_tiles_ptr, SLOTS, BLOCK_S, TILE_ROWS, TILES_OF_SLOT
-        )
+        _write_tiles(counts, first_rows, tiles_ptr, num_tiles_ptr, SLOTS, BLOCK_S, TILE_ROWS)
 
 
 @triton.jit
@@ -313,5 +308,4 @@ def _tile_counts(
         SLOTS,
         BLOCK_S,
         TILE_ROWS,
-        (ROWS_OF_SLOT + TILE_ROWS - 1) // TILE_ROWS,
     )
