@@ -136,7 +136,7 @@ def attend(
         out_TC,
         split_tokens=SPLIT_TOKENS,
         splits_at_once=_MERGE_SPLITS,
-        warps=2,
+        warps=1,
     )
 
 
