@@ -1,5 +1,5 @@
 """The map after a death: no survivor's slot moves; orphans go to empty slots, then to those of
-surplus replicas."""
+surplus replicas, so that the survivor that must load most loads as little as it can."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from control_plane.placement.layout import (
     rank_loads,
     replica_counts,
 )
+from control_plane.placement.longest_load import shorten_longest_load
+from control_plane.placement.orphan_seats import OrphanSeats
 from control_plane.placement.results import LayerExpert, Loads, Refill, ShrinkResult
 from shared.expert_map import ExpertMap, Placement
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, RankId, SlotId
@@ -29,27 +31,41 @@ def shrink(
     placement = without_ranks(expert_map.placement, alive)
     weights = loads_or_even(loads, expert_map.num_layers, expert_map.num_experts)
     counts = replica_counts(placement, expert_map.num_experts)
-    per_rank = rank_loads(placement, weights)
+    uncoverable: tuple[LayerExpert, ...] = ()
     refilled = placement.copy()
-    refills: list[Refill] = []
-    uncoverable: list[tuple[float, LayerExpert]] = []
-    for layer in np.flatnonzero((counts == 0).any(axis=1)):
-        orphans = np.flatnonzero(counts[layer] == 0)
-        orphans = orphans[np.argsort(-weights[layer, orphans], kind="stable")]
-        rows = _LayerSlots(refilled[layer], alive, counts[layer], weights[layer], per_rank[layer])
-        for expert in orphans:
-            found = rows.take(int(expert))
-            if found is None:
-                pair = LayerExpert(int(layer), ExpertId(int(expert)))
-                uncoverable.append((float(weights[layer, expert]), pair))
-            else:
-                rank, slot = found
-                refills.append(
-                    Refill(int(layer), RankId(rank), SlotId(slot), ExpertId(int(expert)))
-                )
-    return ShrinkResult(
-        placement, tuple(refills), refilled, tuple(pair for _, pair in sorted(uncoverable))
+    if (counts == 0).any():
+        held = placement[:, alive]
+        rows = held.copy()
+        uncoverable = _seat_orphans(rows, counts, weights)
+        shorten_longest_load(held, rows, expert_map.num_experts)
+        refilled[:, alive] = rows
+    refills = tuple(
+        Refill(layer, RankId(rank), SlotId(slot), ExpertId(int(refilled[layer, rank, slot])))
+        for layer, rank, slot in np.argwhere(refilled != placement).tolist()
     )
+    return ShrinkResult(placement, refills, refilled, uncoverable)
+
+
+def _seat_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[LayerExpert, ...]:
+    """Puts orphans into `rows` `[num_layers, num_survivors, slots_per_rank]`, layer by layer, at
+    the pace of what the survivors had to load by then if all loaded alike. Answers the orphans for
+    which there is no slot, coldest first."""
+    per_rank = rank_loads(rows, weights)
+    covered = np.minimum((rows > ABSENT_SLOT).sum(axis=(1, 2)), counts.shape[1])
+    to_load = np.cumsum(covered - (counts > 0).sum(axis=1))
+    num_loaded = [0] * rows.shape[1]
+    unseated: list[tuple[float, LayerExpert]] = []
+    for layer in np.flatnonzero((counts == 0).any(axis=1)).tolist():
+        orphans = np.flatnonzero(counts[layer] == 0)
+        ordered = orphans[np.argsort(-weights[layer, orphans], kind="stable")].tolist()
+        pace = -(-int(to_load[layer]) // rows.shape[1])
+        seats = OrphanSeats(
+            rows[layer], counts[layer], weights[layer], per_rank[layer], num_loaded, pace
+        )
+        for expert in ordered[seats.fill(ordered) :]:
+            pair = LayerExpert(layer, ExpertId(expert))
+            unseated.append((float(weights[layer, expert]), pair))
+    return tuple(pair for _, pair in sorted(unseated))
 
 
 def without_ranks(placement: Placement, alive: Ints) -> Placement:
@@ -58,57 +74,3 @@ def without_ranks(placement: Placement, alive: Ints) -> Placement:
     gone = np.setdiff1d(np.arange(placement.shape[1]), alive)
     result[:, gone] = np.minimum(result[:, gone], EMPTY_SLOT)
     return result
-
-
-class _LayerSlots:
-    """One layer's slots while orphans are put into them. Edits the arrays that it is given."""
-
-    def __init__(
-        self, rows: Placement, alive: Ints, counts: Ints, loads: Floats, per_rank: Floats
-    ) -> None:
-        self._rows, self._counts, self._loads, self._per_rank = rows, counts, loads, per_rank
-        index, self._slots = np.nonzero(rows[alive] > ABSENT_SLOT)
-        self._ranks = alive[index]
-
-    def take(self, expert: int) -> tuple[int, int] | None:
-        """Puts `expert` into the best slot there is, or returns None."""
-        held = self._rows[self._ranks, self._slots]
-        choice = self._empty(held)
-        if choice is None:
-            choice = self._surplus(held)
-        if choice is None:
-            return None
-        rank, slot = int(self._ranks[choice]), int(self._slots[choice])
-        self._rows[rank, slot] = expert
-        self._evict(int(held[choice]), rank)
-        self._counts[expert] = 1
-        self._per_rank[rank] += self._loads[expert]
-        return rank, slot
-
-    def _empty(self, held: Placement) -> int | None:
-        """On the least loaded rank."""
-        free = np.flatnonzero(held == EMPTY_SLOT)
-        if free.size == 0:
-            return None
-        return int(free[np.argmin(self._per_rank[self._ranks[free]])])
-
-    def _surplus(self, held: Placement) -> int | None:
-        """The slot that is missed least: of an expert with three replicas or more before one with
-        two, then of the one whose other replicas inherit least, then on the idlest rank."""
-        taken = np.flatnonzero(held >= 0)
-        counts = self._counts[held[taken]]
-        taken, counts = taken[counts > 1], counts[counts > 1]
-        if taken.size == 0:
-            return None
-        inherit = self._loads[held[taken]] / (counts * (counts - 1))
-        order = np.lexsort((self._per_rank[self._ranks[taken]], inherit, counts == 2))
-        return int(taken[order[0]])
-
-    def _evict(self, expert: int, rank: int) -> None:
-        if expert < 0:
-            return
-        count = int(self._counts[expert])
-        self._per_rank[rank] -= self._loads[expert] / count
-        self._counts[expert] = count - 1
-        others = np.nonzero(self._rows == expert)[0]
-        np.add.at(self._per_rank, others, self._loads[expert] / (count * (count - 1)))

@@ -94,11 +94,20 @@ def _held(result: object, refill: Refill) -> int:
 
 
 def test_the_hottest_orphan_goes_to_the_idlest_rank_with_an_empty_slot() -> None:
-    cluster = bench_cluster(layers=1, experts=4, ranks=4, nodes=1, slots=2)
-    placement = np.array([[[0, -1], [1, -1], [2, -1], [3, -1]]], dtype=np.int16)
-    loads = np.array([[5.0, 1.0, 9.0, 9.0]])
+    cluster = bench_cluster(layers=1, experts=5, ranks=4, nodes=1, slots=2)
+    placement = np.array([[[0, 1], [2, -1], [3, -1], [4, -1]]], dtype=np.int16)
+    loads = np.array([[2.0, 5.0, 3.0, 1.0, 9.0]])
     result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
-    assert result.refills == (Refill(0, RankId(1), 1, 0),)
+    assert result.refills == (Refill(0, RankId(1), 1, 0), Refill(0, RankId(2), 1, 1))
+
+
+def test_the_coldest_orphans_are_left_over_coldest_first() -> None:
+    cluster = bench_cluster(layers=1, experts=5, ranks=2, nodes=1, slots=3)
+    placement = np.array([[[0, 1, 2], [3, 4, 3]]], dtype=np.int16)
+    loads = np.array([[2.0, 5.0, 1.0, 9.0, 9.0]])
+    result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
+    assert [r.expert for r in result.refills] == [1]
+    assert result.uncoverable == ((0, 2), (0, 0))
 
 
 def test_the_replica_that_is_missed_least_gives_way() -> None:
@@ -108,6 +117,22 @@ def test_the_replica_that_is_missed_least_gives_way() -> None:
     result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
     counts = replica_counts(result.refilled, 4)[0]
     assert counts.tolist() == [2, 2, 1, 1]
+
+
+def test_a_third_replica_gives_way_before_a_second_one_that_is_colder() -> None:
+    cluster = bench_cluster(layers=1, experts=6, ranks=5, nodes=1, slots=2)
+    placement = np.array([[[5, -1], [0, 1], [0, 2], [0, 3], [1, 4]]], dtype=np.int16)
+    loads = np.array([[90.0, 1.0, 5.0, 5.0, 5.0, 5.0]])
+    result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
+    assert replica_counts(result.refilled, 6)[0].tolist() == [2, 2, 1, 1, 1, 1]
+
+
+def test_each_of_two_experts_gives_up_its_third_replica_before_one_gives_up_two() -> None:
+    cluster = bench_cluster(layers=1, experts=6, ranks=5, nodes=1, slots=2)
+    placement = np.array([[[4, 5], [0, 1], [0, 1], [0, 1], [2, 3]]], dtype=np.int16)
+    loads = np.array([[1.0, 9.0, 1.0, 1.0, 1.0, 1.0]])
+    result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
+    assert replica_counts(result.refilled, 6)[0].tolist() == [2, 2, 1, 1, 1, 1]
 
 
 def test_nobody_left_is_refused() -> None:

@@ -1,0 +1,132 @@
+"""The most experts that one survivor must load: brought down to the least that the slots permit, by
+handing loads from rank to rank. Seating the orphans in the first place is `orphan_seats`'s.
+
+A *move* hands one layer's orphan from a giver to a taker: from an empty slot to an empty slot; or,
+where the layer has none left, from a surplus slot to a surplus slot, whereby the giver keeps its
+replica and the taker's gives way. Moves in a *chain* (a to b, b to c) relieve a at the cost of c
+alone. Where no chain leads from the ranks that load most to one that loads two fewer, all ranks in
+their reach load as many, or one fewer, and nobody else can take any of it: less is impossible.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.placement.layout import Ints, replica_counts
+from shared.expert_map import Placement
+from shared.types import EMPTY_SLOT
+
+Bools = NDArray[np.bool_]
+
+
+class _Move(NamedTuple):
+    layer: int
+    giver: int
+    from_slot: int
+    taker: int
+    to_slot: int
+
+
+def shorten_longest_load(held: Placement, refilled: Placement, num_experts: int) -> None:
+    """Edits `refilled` `[num_layers, num_survivors, slots_per_rank]`, which differs from `held` in
+    the slots to load: in empty ones, and in surplus ones where a layer has none empty left."""
+    num_loaded: Ints = (refilled != held).sum(axis=(0, 2))
+    least = -(-int(num_loaded.sum()) // len(num_loaded))
+    if num_loaded.max() <= least:
+        return
+    seats = _Seats(held, refilled, num_experts)
+    while num_loaded.max() > least:
+        chain = _chain(seats, num_loaded)
+        if not chain:
+            return
+        # Chosen before any is made: in a shortest chain no move stands in another's way.
+        for move in [seats.move(giver, taker) for giver, taker in pairwise(chain)]:
+            seats.make(move)
+        num_loaded[chain[0]] -= 1
+        num_loaded[chain[-1]] += 1
+
+
+def _chain(seats: _Seats, num_loaded: Ints) -> list[int]:
+    """The shortest way from a rank that loads most to one that loads two fewer, or none."""
+    most = int(num_loaded.max())
+    queue = np.flatnonzero(num_loaded == most).tolist()
+    before = dict.fromkeys(queue, -1)
+    for rank in queue:
+        for taker in np.flatnonzero(seats.takers(rank)).tolist():
+            if taker in before:
+                continue
+            before[taker] = rank
+            queue.append(taker)
+            if num_loaded[taker] <= most - 2:
+                chain = [taker]
+                while before[chain[-1]] >= 0:
+                    chain.append(before[chain[-1]])
+                return chain[::-1]
+    return []
+
+
+class _Seats:
+    """Who can give and who can take which layer's loads. Edits `refilled`."""
+
+    def __init__(self, held: Placement, refilled: Placement, num_experts: int) -> None:
+        self._held, self._rows = held, refilled
+        self._counts = replica_counts(refilled, num_experts)
+        num_layers, num_ranks, _ = held.shape
+        self._movable: Bools = np.zeros(held.shape, dtype=np.bool_)
+        self._open: Bools = np.zeros(held.shape, dtype=np.bool_)
+        self._takes: Bools = np.zeros((num_layers, num_ranks), dtype=np.bool_)
+        self._holder = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._look(np.arange(num_layers))
+
+    def takers(self, giver: int) -> Bools:
+        """`[num_ranks]`: those to which a move leads from `giver`."""
+        movable = self._movable[:, giver]
+        result: Bools = np.logical_or.reduce(self._takes[movable.any(axis=1)])
+        layers, slots = np.nonzero(movable & (self._held[:, giver] >= 0))
+        back = self._held[layers, giver, slots]
+        # An expert's only replica may give way where another of its replicas stays for it.
+        only = self._counts[layers, back] == 1
+        result[self._holder[layers[only], back[only]]] = True
+        result[giver] = False
+        return result
+
+    def move(self, giver: int, taker: int) -> _Move:
+        """Of those that there are, the first that leaves most experts with a second replica."""
+        layers, slots = np.nonzero(self._movable[:, giver])
+        back = self._held[layers, giver, slots].astype(np.int64)[:, None]
+        gone = self._rows[layers, taker].astype(np.int64)
+        same = (gone == back) & (back >= 0)
+        counts = np.take_along_axis(self._counts[layers], np.maximum(gone, 0), axis=1)
+        back_counts = np.take_along_axis(self._counts[layers], np.maximum(back, 0), axis=1)
+        cost = ((gone >= 0) & (counts == 2)).astype(np.int64) - ((back >= 0) & (back_counts == 1))
+        cost[same] = 0
+        cost[~(self._open[layers, taker] | same)] = np.iinfo(np.int64).max
+        choice, to_slot = divmod(int(cost.argmin()), cost.shape[1])
+        return _Move(int(layers[choice]), giver, int(slots[choice]), taker, to_slot)
+
+    def make(self, move: _Move) -> None:
+        layer, giver, from_slot, taker, to_slot = move
+        orphan, gone = self._rows[layer, giver, from_slot], self._rows[layer, taker, to_slot]
+        back = self._held[layer, giver, from_slot]
+        self._rows[layer, taker, to_slot] = orphan
+        self._rows[layer, giver, from_slot] = back
+        if back >= 0:
+            self._counts[layer, back] += 1
+            self._counts[layer, gone] -= 1
+        self._look(np.array([layer]))
+
+    def _look(self, layers: Ints) -> None:
+        rows, held = self._rows[layers], self._held[layers]
+        loaded, empty = rows != held, rows == EMPTY_SLOT
+        roomy = empty.any(axis=(1, 2))[:, None, None]
+        index = layers[:, None, None]
+        surplus = (rows >= 0) & ~loaded & (self._counts[index, np.maximum(rows, 0)] > 1)
+        self._movable[layers] = loaded & (roomy | (held >= 0))
+        self._open[layers] = np.where(roomy, empty, surplus)
+        self._takes[layers] = self._open[layers].any(axis=2)
+        layer, rank, slot = np.nonzero(rows >= 0)
+        self._holder[layers[layer], rows[layer, rank, slot]] = rank

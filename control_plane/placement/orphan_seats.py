@@ -1,0 +1,158 @@
+"""One layer's slots while orphans are put into them, one after another: a greedy that keeps step
+with a pace and, within it, takes the slot that is missed least."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import NamedTuple
+
+import numpy as np
+
+from control_plane.placement.layout import Floats, Ints
+from shared.expert_map import Placement
+from shared.types import EMPTY_SLOT
+
+
+class _Seat(NamedTuple):
+    """A surplus replica's slot; the least one gives way first."""
+
+    longest_load: int
+    is_last_spare: bool  # its expert is left with one replica
+    inherited_load: float
+    rank_load: float
+    rank: int
+    slot: int
+    expert: int
+
+
+class _Queue:
+    """Seats, least first: those known at the beginning, which are sorted, and those that came."""
+
+    def __init__(self, ordered: Iterator[_Seat]) -> None:
+        self._ordered, self._next = ordered, next(ordered, None)
+        self._came: list[_Seat] = []
+
+    def push(self, seat: _Seat) -> None:
+        heappush(self._came, seat)
+
+    def pop(self) -> _Seat | None:
+        result = self._next
+        if result is not None and (not self._came or result < self._came[0]):
+            self._next = next(self._ordered, None)
+            return result
+        return heappop(self._came) if self._came else None
+
+
+class OrphanSeats:
+    """Edits `rows` `[num_ranks, slots_per_rank]` and `num_loaded`, what each rank has to load so
+    far. `pace` is the number that no rank shall load more than, if others can instead."""
+
+    def __init__(
+        self,
+        rows: Placement,
+        counts: Ints,
+        loads: Floats,
+        per_rank: Floats,
+        num_loaded: list[int],
+        pace: int,
+    ) -> None:
+        self._rows, self._num_loaded, self._pace = rows, num_loaded, pace
+        self._counts: list[int] = counts.tolist()
+        self._loads: list[float] = loads.tolist()
+        self._per_rank: list[float] = per_rank.tolist()
+
+    def fill(self, orphans: Sequence[int]) -> int:
+        """Seats the first so many of `orphans`, all that find a slot: empty ones come first."""
+        seated = self._into_empty(orphans)
+        return seated + self._into_surplus(orphans[seated:])
+
+    def _into_empty(self, orphans: Sequence[int]) -> int:
+        free: defaultdict[int, list[int]] = defaultdict(list)
+        for rank, slot in np.argwhere(self._rows == EMPTY_SLOT)[::-1].tolist():
+            free[rank].append(slot)
+        heap = [(self._longest_load(rank), self._per_rank[rank], rank) for rank in free]
+        heapify(heap)
+        for seated, expert in enumerate(orphans):
+            if not heap:
+                return seated
+            rank = heap[0][2]
+            self._put(expert, rank, free[rank].pop())
+            if free[rank]:
+                heapreplace(heap, (self._longest_load(rank), self._per_rank[rank], rank))
+            else:
+                heappop(heap)
+        return len(orphans)
+
+    def _into_surplus(self, orphans: Sequence[int]) -> int:
+        if not orphans:
+            return 0
+        queue = _Queue(self._surplus())
+        for seated, expert in enumerate(orphans):
+            seat = self._least_missed(queue)
+            if seat is None:
+                return seated
+            load_before = self._per_rank[seat.rank]
+            self._evict(seat.expert, seat.rank)
+            self._put(expert, seat.rank, seat.slot)
+            if self._per_rank[seat.rank] < load_before:
+                self._push_row(queue, seat.rank)
+        return len(orphans)
+
+    def _surplus(self) -> Iterator[_Seat]:
+        all_counts = np.array(self._counts, dtype=np.int64)
+        ranks, slots = np.nonzero((self._rows >= 0) & (all_counts[np.maximum(self._rows, 0)] > 1))
+        experts = self._rows[ranks, slots].astype(np.int64)
+        counts = all_counts[experts]
+        columns = (
+            np.maximum(np.array(self._num_loaded, dtype=np.int64)[ranks] + 1, self._pace),
+            counts == 2,
+            np.array(self._loads)[experts] / (counts * (counts - 1)),
+            np.array(self._per_rank)[ranks],
+            ranks,
+            slots,
+            experts,
+        )
+        order = np.lexsort(columns[3::-1])
+        return map(_Seat, *(column[order].tolist() for column in columns))
+
+    def _least_missed(self, queue: _Queue) -> _Seat | None:
+        """Of an expert with three replicas or more before one with two, then of the one whose
+        other replicas inherit least, then on the idlest rank."""
+        while (seat := queue.pop()) is not None:
+            if self._rows[seat.rank, seat.slot] != seat.expert or self._counts[seat.expert] == 1:
+                continue
+            now = self._seat(seat.rank, seat.slot, seat.expert)
+            if now <= seat:
+                return seat
+            queue.push(now)
+        return None
+
+    def _push_row(self, queue: _Queue, rank: int) -> None:
+        """An idler rank's seats come earlier than what the queue has of them."""
+        for slot, expert in enumerate(self._rows[rank].tolist()):
+            if expert >= 0 and self._counts[expert] > 1:
+                queue.push(self._seat(rank, slot, expert))
+
+    def _seat(self, rank: int, slot: int, expert: int) -> _Seat:
+        count = self._counts[expert]
+        inherited = self._loads[expert] / (count * (count - 1))
+        load = self._per_rank[rank]
+        return _Seat(self._longest_load(rank), count == 2, inherited, load, rank, slot, expert)
+
+    def _longest_load(self, rank: int) -> int:
+        return max(self._num_loaded[rank] + 1, self._pace)
+
+    def _evict(self, expert: int, rank: int) -> None:
+        count, load = self._counts[expert], self._loads[expert]
+        for holder in np.nonzero(self._rows == expert)[0].tolist():
+            self._per_rank[holder] += load / (count * (count - 1))
+        # It is among the holders itself.
+        self._per_rank[rank] -= load / (count - 1)
+        self._counts[expert] = count - 1
+
+    def _put(self, expert: int, rank: int, slot: int) -> None:
+        self._rows[rank, slot] = expert
+        self._num_loaded[rank] += 1
+        self._per_rank[rank] += self._loads[expert]
