@@ -1,5 +1,6 @@
 """The planner against EPLB as published (`bench.eplb`): balance, replicas moved and experts lost at
-a death, time to plan. Run it as `python -m bench.placement [--json]`."""
+a death, time to plan; then `shrink` after one and after many deaths. Run it as
+`python -m bench.placement [--json]`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -52,11 +53,26 @@ CASES = (
     Case("lognormal 0.7, 1024 ranks x 2", 58, 1024, 128, 2, 1792, lognormal(0.7)),
 )
 
+ONE_SHORT = Case("256 + 32, no spare slot", 61, 32, 4, 9, 32, lognormal(0.7))
+ONE_SPARE = Case("256 + 64, a spare slot a rank", 61, 32, 4, 11, 64, lognormal(0.7))
+HALF_SPARE = Case("256 + 0, 8 spare slots a rank", 61, 32, 4, 16, 0, lognormal(0.7))
+DOUBLED = Case("256 + 256, no spare slot", 61, 32, 4, 16, 256, lognormal(0.7))
+SKEWED = Case("256 + 256, zipf 1.0, no spare slot", 61, 32, 4, 16, 256, zipf(1.0))
+DEATHS = (
+    (DOUBLED, {3}),
+    (DOUBLED, set(range(0, 32, 2))),
+    (SKEWED, {3}),
+    (ONE_SHORT, {3}),
+    (ONE_SHORT, {3, 9, 20}),
+    (ONE_SPARE, set(range(8))),
+    (HALF_SPARE, {3}),
+    (HALF_SPARE, set(range(16))),
+)
+
 
 def measure(case: Case) -> Iterator[dict[str, object]]:
     """One row per planner: ours, ours with a guarantee, EPLB's two policies."""
-    random = np.random.default_rng(7)
-    loads = np.stack([case.draw(random) for _ in range(case.layers)])
+    loads = _draw(case)
     ranks, nodes = sorted(case.node_of), case.node_of
     slots = dict.fromkeys(ranks, case.slots)
 
@@ -99,6 +115,36 @@ def measure(case: Case) -> Iterator[dict[str, object]]:
         }
 
 
+def measure_shrink(case: Case, dead: Collection[int]) -> dict[str, object]:
+    """How many experts the survivors load before serving goes on, and the one that loads most."""
+    loads, ranks = _draw(case), sorted(case.node_of)
+    slots = dict.fromkeys(ranks, case.slots)
+    placement = place(loads, ranks, case.node_of, slots, redundant=case.redundant).placement
+    expert_map = _map_of(case, placement)
+    times = []
+    for _ in range(REPEATS):
+        begin = time.process_time()
+        result = shrink(expert_map, {RankId(r) for r in dead}, loads)
+        times.append(time.process_time() - begin)
+    alive = [r for r in ranks if r not in dead]
+    per_rank = np.bincount([r.rank for r in result.refills], minlength=case.ranks)[alive]
+    return {
+        "case": case.name,
+        "deaths": len(dead),
+        "shrink_ms": round(statistics.median(times) * 1000, 1),
+        "loaded": len(result.refills),
+        "mean_load": round(float(per_rank.mean()), 1),
+        "longest_load": int(per_rank.max()),
+        "one_replica": int((replica_counts(result.refilled, 256) == 1).sum()),
+        "balance_after": round(float(balance(result.refilled, loads, alive).mean()), 3),
+    }
+
+
+def _draw(case: Case) -> NDArray[np.float64]:
+    random = np.random.default_rng(7)
+    return np.stack([case.draw(random) for _ in range(case.layers)])
+
+
 def _quality(case: Case, placement: Placement, loads: NDArray[np.float64]) -> dict[str, object]:
     ranks = sorted(case.node_of)
     tolerance = survives(_map_of(case, placement), case.node_of)
@@ -130,13 +176,16 @@ def _death(
     else:
         after = eplb(loads, len(alive), 1, filled, Grouping.GLOBAL)
     held_before, held_after = _held(before), _held(after)
-    kept = int(np.minimum(held_before, held_after).sum())
+    stayed = np.minimum(held_before, held_after)
+    kept = int(stayed.sum())
+    loaded_by_rank = (held_after - stayed).reshape(case.layers, len(alive), -1).sum(axis=(0, 2))
     moved = int(held_before.sum()) - kept
     per_rank = rank_loads(after, loads)
     return {
         "moved_at_death": moved,
         "moved_share": round(moved / int(held_before.sum()), 4),
-        "loaded_at_death": int(held_after.sum()) - kept,
+        "loaded_at_death": int(loaded_by_rank.sum()),
+        "longest_load": int(loaded_by_rank.max()),
         "balance_after_death": round(float((per_rank.max(1) / per_rank.mean(1)).mean()), 3),
     }
 
@@ -171,6 +220,14 @@ def main() -> None:
                 f"{key} {value}" for key, value in row.items() if key not in ("case", "planner")
             ]
             print(f"  {row['planner']:22}" + "  ".join(columns), flush=True)
+    if not as_json:
+        print("\nshrink: 61 layers, 32 ranks on 4 nodes")
+    for case, dead in DEATHS:
+        row = measure_shrink(case, dead)
+        if as_json:
+            print(json.dumps(row), flush=True)
+        else:
+            print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":
