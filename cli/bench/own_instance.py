@@ -31,16 +31,15 @@ async def own_instance(
     environment: Mapping[str, str] | None = None,
     prefix_cache: bool = True,
     keep_logs: Path | None = None,
-    run_dir: Path | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
     say: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Target]:
     """Raises Unavailable with its words where it does not start; until then `say` is told how far
-    it is. `environment` comes on top of ours. `run_dir` is for who shares what is in there; its
-    parent must be there. Its processes' logs are copied to `keep_logs` before it stops."""
+    it is. `environment` comes on top of ours. Its processes' logs are copied to `keep_logs` before
+    it stops."""
     cache = {"STARFISH_RANK_PREFIX_CACHE": str(prefix_cache).lower()}
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
-        run_dir = run_dir or Path(folder) / "run"
+        run_dir = Path(folder) / "run"
         log_path = Path(folder) / "up.log"
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(

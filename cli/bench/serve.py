@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +22,7 @@ from cli.bench.own_options import OwnOptions
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamClient, StreamRecord, random_prompts, stream_client
 from cli.run_dir import Target
-from cli.up.mps import CudaMps
+from cli.up.device import count_cards, plan_device
 from cli.up.stages import Stage
 from shared.clock import Clock
 from shared.errors import Unavailable
@@ -113,56 +116,61 @@ async def compare_static(
     start_timeout_s: float,
     console: Console,
 ) -> list[ComparedRow]:
-    """Both instances stand at once and are measured in turn, the order changing from pair to pair:
-    what else the machine does then strikes both alike. Raises Unavailable."""
-    elastic_rows: list[ServeRow] = []
-    static_rows: list[ServeRow] = []
-    async with _both(options, start_timeout_s, console) as (elastic, static):
+    """Both instances are measured in turn, the order changing from pair to pair: what else the
+    machine does then strikes both alike. Raises Unavailable."""
+    rows: dict[bool, list[ServeRow]] = {False: [], True: []}
+    async with _instances(options, start_timeout_s, console) as reach:
         for pair in range(pairs):
-            order = [("elastic", elastic, elastic_rows), ("static", static, static_rows)]
-            for kind, target, kept in order if pair % 2 == 0 else reversed(order):
-                if target.url is None:
-                    raise Unavailable("the instance has no gateway")
-                for row in await measure(target.url, load, clock):
-                    kept.append(row)
+            for is_static in (False, True) if pair % 2 == 0 else (True, False):
+                async with reach(is_static) as target:
+                    if target.url is None:
+                        raise Unavailable("the instance has no gateway")
+                    measured = await measure(target.url, load, clock)
+                rows[is_static] += measured
+                for row in measured:
                     console.print(
-                        f"  pair {pair + 1}/{pairs} {kind:8} {_words(row)}",
+                        f"  pair {pair + 1}/{pairs} {_kind(is_static):8} {_words(row)}",
                         style="dim",
                         soft_wrap=True,
                     )
-    return compared(load.concurrencies, elastic_rows, static_rows)
+    return compared(load.concurrencies, rows[False], rows[True])
+
+
+Reach = Callable[[bool], AbstractAsyncContextManager[Target]]
+"""To the static instance or to the elastic one, while the context lasts."""
 
 
 @asynccontextmanager
-async def _both(
+async def _instances(
     options: OwnOptions, start_timeout_s: float, console: Console
-) -> AsyncIterator[tuple[Target, Target]]:
-    """Elastic and static. One card takes one CUDA MPS daemon: where the first instance has started
-    one, the second one's ranks are clients of it as well."""
-    async with AsyncExitStack() as stack:
-        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="starfish-"))) / "up"
-        with Stage(console, "elastic instance") as stage:
-            elastic = await stack.enter_async_context(
-                own_instance(
-                    options.flags(),
-                    environment=options.environment(),
-                    run_dir=run_dir,
-                    start_timeout_s=start_timeout_s,
-                    say=stage.say,
+) -> AsyncIterator[Reach]:
+    """Both stand all the time; but where ranks outnumber the cards, each is started anew when its
+    turn comes: ranks of two instances that share a card were seen to fail."""
+
+    @asynccontextmanager
+    async def start(is_static: bool) -> AsyncIterator[Target]:
+        own = replace(options, static=is_static)
+        async with AsyncExitStack() as stack:
+            with Stage(console, f"{_kind(is_static)} instance") as stage:
+                target = await stack.enter_async_context(
+                    own_instance(
+                        [*own.flags(), "--instance", f"bench-{_kind(is_static)}"],
+                        environment=own.environment(),
+                        start_timeout_s=start_timeout_s,
+                        say=stage.say,
+                    )
                 )
-            )
-        mps = CudaMps(run_dir)
-        flags = [*replace(options, static=True).flags(), "--instance", "bench-static"]
-        with Stage(console, "static instance") as stage:
-            static = await stack.enter_async_context(
-                own_instance(
-                    [*flags, "--no-cuda-mps"] if mps.runs else flags,
-                    environment=options.environment() | (mps.environment if mps.runs else {}),
-                    start_timeout_s=start_timeout_s,
-                    say=stage.say,
-                )
-            )
-        yield elastic, static
+            yield target
+
+    if plan_device(options.device, None, options.ranks, await count_cards()).mps:
+        yield start
+        return
+    async with start(False) as elastic, start(True) as static:
+        yield lambda is_static: nullcontext(static if is_static else elastic)
+
+
+def _kind(is_static: bool) -> str:
+    return "static" if is_static else "elastic"
 
 
 def _words(row: ServeRow) -> str:

@@ -36,11 +36,6 @@ class CudaMps:
             "CUDA_MPS_LOG_DIRECTORY": str(self._log_dir),
         }
 
-    @property
-    def runs(self) -> bool:
-        """Whoever has started it: an instance with this run folder, in another process."""
-        return (self._pipe_dir / f"{_CONTROL}.pid").exists()
-
     async def start(self) -> None:
         """Raises ConfigError where there is no such daemon here, Unavailable where it fails."""
         if len(os.fsencode(self._pipe_dir)) > _SOCKET_PATH_BYTES_MAX:
