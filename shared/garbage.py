@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector in a process that must not pause."""
+"""Python's cyclic garbage collector in a process that must not pause, or that times others."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import aiohttp
 
 from shared.clock import Clock
 from shared.errors import Unavailable
+from shared.garbage import spare_what_is_loaded
 
 RANK_HEADER = "x-starfish-rank"
 
@@ -106,7 +107,9 @@ class StreamClient:
 
 @asynccontextmanager
 async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
-    """Raises Unavailable where no gateway answers."""
+    """Raises Unavailable where no gateway answers. From now on this process collects no garbage of
+    what it has loaded: that would be taken for a pause of the server's."""
+    spare_what_is_loaded()
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
