@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import shutil
 import signal
@@ -31,6 +30,7 @@ from bench.gpu_serve_fault import Fault, Pace, Struck, strike
 from bench.gpu_serve_load import SteadyLoad
 from cli.bench.fault_witness import Witness
 from cli.bench.own_instance import own_instance
+from cli.bench.own_options import OwnOptions, rank_options_of
 from cli.bench.stats import Spread
 from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
 from cli.up.model import shipped_model
@@ -114,13 +114,16 @@ def make_checkpoint(folder: Path, family: str, entries: dict[str, str]) -> None:
     create_seeded_checkpoint(folder, num_shards=16, family=family, dtype=torch.bfloat16, **changes)
 
 
-def flags_of(args: argparse.Namespace, model: Path | None) -> list[str]:
-    return [
-        *("--device", args.device, "--ranks", str(args.ranks)),
-        *("--redundant-experts", str(args.redundant_experts)),
-        *("--slots-per-rank", str(args.slots_per_rank)),
-        *(("--model", str(model)) if model is not None else ()),
-    ]
+def own_options(args: argparse.Namespace, model: Path | None) -> OwnOptions:
+    """Raises ConfigError."""
+    return OwnOptions(
+        model=model,
+        ranks=args.ranks,
+        device=args.device,
+        redundant_experts=args.redundant_experts,
+        slots_per_rank=args.slots_per_rank,
+        rank_options=rank_options_of(args.rank_option),
+    )
 
 
 class Experiment:
@@ -136,9 +139,15 @@ class Experiment:
     async def run(self, model: Path | None) -> None:
         """Raises Unavailable."""
         args = self._args
-        flags = flags_of(args, model)
-        # The same prompts again and again: in the world they would not be cached.
-        async with own_instance(flags, prefix_cache=False, keep_logs=args.logs) as target:
+        own = own_options(args, model)
+        instance = own_instance(
+            own.flags(),
+            environment=own.environment(),
+            prefix_cache=False,  # the same prompts again and again: in the world they would not be
+            keep_logs=args.logs,
+            say=lambda text: self._say(f"starts: {text}"),
+        )
+        async with instance as target:
             if target.url is None:
                 raise Unavailable("the instance has no gateway")
             async with (
@@ -216,8 +225,6 @@ def main() -> int:
     try:
         faults = faults_of(args.faults, args.ranks)
         entries = pairs_of("--config", args.config)
-        for name, value in pairs_of("--rank-option", args.rank_option).items():
-            os.environ[f"STARFISH_RANK_{name.upper()}"] = value
         experiment = Experiment(args, faults)
         struck = experiment.struck
         model = args.model or shipped_model()
