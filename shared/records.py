@@ -41,7 +41,8 @@ class InstanceSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeHandles:
     """What a peer must know to write into a CUDA rank's exchange buffer: RDMA keys and queue pairs
-    where there is an HCA, and the CUDA IPC handle for ranks of the same host."""
+    where there is an HCA, and the CUDA IPC handle for ranks of the same host. `step_tokens_max` is
+    what the buffer is laid out for."""
 
     host: str
     address: int
@@ -51,6 +52,7 @@ class ExchangeHandles:
     queue_pairs: tuple[int, ...]
     local_ids: tuple[int, ...]
     ipc_handle: tuple[int, ...]
+    step_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

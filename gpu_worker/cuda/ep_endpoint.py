@@ -27,9 +27,9 @@ class EpEndpoint:
         return 0, 0
 
     def connect(self, area: AreaOpened, peer: RankRecord) -> None:
-        """Raises ValueError where the peer's exchange is of another kind, ConnectionError where its
-        former life has not left the adopted map yet."""
-        handles = handles_of(peer, self._kind)
+        """Raises ValueError where the peer's exchange is of another kind or layout, ConnectionError
+        where its former life has not left the adopted map yet."""
+        handles = handles_of(peer, self._kind, self._exchange.step_tokens_max)
         if not self._exchange.has_met(peer.member):
             self._exchange.connect(peer.member, handles)
 
@@ -40,14 +40,21 @@ class EpEndpoint:
         """Nothing yet: the engine may still run a map that names it."""
 
 
-def handles_of(peer: RankRecord, kind: ExchangeKind) -> ExchangeHandles:
-    """Raises ValueError where its exchange is not of this kind."""
-    if peer.exchange_handles is None or peer.exchange != kind.value:
+def handles_of(peer: RankRecord, kind: ExchangeKind, step_tokens_max: int) -> ExchangeHandles:
+    """Raises ValueError where its exchange is not of this kind, or laid out for other steps."""
+    handles = peer.exchange_handles
+    if handles is None or peer.exchange != kind.value:
         raise ValueError(
             f"rank {peer.member} has the exchange {peer.exchange!r}, and this one {kind.value!r}: "
             "start all ranks of an instance with the same --device and --ep-dispatch"
         )
-    return peer.exchange_handles
+    if handles.step_tokens_max != step_tokens_max:
+        raise ValueError(
+            f"rank {peer.member} runs steps of {handles.step_tokens_max} tokens at most, and this "
+            f"one of {step_tokens_max}: start all ranks of an instance with the same "
+            "--step-tokens-max"
+        )
+    return handles
 
 
 class SoloEndpoint:

@@ -103,6 +103,10 @@ class EpExchange:
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / FP8_BLOCK]`
 
+    @property
+    def step_tokens_max(self) -> int:
+        return self._shape.step_tokens_max
+
     # Who takes part ------------------------------------------------------------------------------
 
     def handles(self) -> ExchangeHandles:
@@ -119,6 +123,7 @@ class EpExchange:
             queue_pairs=tuple(queue_pairs),
             local_ids=tuple(local_ids),
             ipc_handle=tuple(ipc),
+            step_tokens_max=self._shape.step_tokens_max,
         )
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:

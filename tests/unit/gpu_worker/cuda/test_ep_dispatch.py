@@ -52,6 +52,7 @@ HANDLES = ExchangeHandles(
     queue_pairs=(5,),
     local_ids=(6,),
     ipc_handle=(7,),
+    step_tokens_max=64,
 )
 
 
@@ -77,7 +78,7 @@ def record(kind: ExchangeKind, handles: ExchangeHandles | None) -> RankRecord:
 @pytest.mark.parametrize("form", DispatchForm)
 def test_ranks_meet_in_the_form_that_both_speak(form: DispatchForm) -> None:
     kind = exchange_kind(form)
-    assert handles_of(record(kind, HANDLES), kind) is HANDLES
+    assert handles_of(record(kind, HANDLES), kind, 64) is HANDLES
 
 
 @pytest.mark.parametrize(
@@ -96,4 +97,9 @@ def test_a_peer_with_another_exchange_is_refused_in_a_sentence_that_says_what_to
         "instance with the same --device and --ep-dispatch"
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        handles_of(record(theirs, handles), own)
+        handles_of(record(theirs, handles), own, 64)
+
+
+def test_a_peer_whose_buffer_is_laid_out_otherwise_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps of 64 tokens at most, and this one of 128"):
+        handles_of(record(ExchangeKind.EP, HANDLES), ExchangeKind.EP, 128)
