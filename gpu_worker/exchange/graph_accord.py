@@ -138,16 +138,13 @@ class GraphAccord:
 
     def may_launch_ahead(self) -> bool:
         """Whether one more may be launched while the last is in flight: nothing is known that
-        would spoil it, nothing waits for that one's end."""
+        would spoil it, no map waits for that one's end, and all do not sleep after it."""
         newest, adopted = self._newest, self._adopted
-        return (
-            self._num_flying == 1
-            and newest is not None
-            and adopted is not None
-            and newest.epoch == adopted.epoch
-            and not self._condemned
-            and self.own.sleep_at <= self.own.slept_at
-        )
+        if newest is None or adopted is None or newest.epoch != adopted.epoch:
+            return False
+        at = self._sleep_at()
+        is_last = at is not None and self.launched >= at
+        return self._num_flying == 1 and not self._condemned and not is_last
 
     def launch(self) -> None:
         """Then ask `has_overslept`: the last promise may have come just before."""

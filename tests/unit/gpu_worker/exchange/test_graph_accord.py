@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -382,6 +382,31 @@ def news_of(member: Member, *, entered: int, spoilt: int) -> GraphNews:
         slept_at=-1,
         spoilt=Epoch(spoilt),
     )
+
+
+def test_who_has_promised_to_sleep_and_has_work_again_runs_ahead_up_to_the_common_sleep() -> None:
+    one, two = life(0), life(1)
+    accord = GraphAccord(one)
+    first = map_of(1, [one, two], [])
+    accord.hear(first)
+    accord.adopt(first)
+    for _ in range(IDLE_GRAPHS):
+        accord.launch()
+        accord.land()
+        accord.note_step(had_work=False)
+    assert accord.own.sleep_at == IDLE_GRAPHS + SLEEP_AHEAD
+    accord.launch()
+    accord.on_news(replace(news_of(two, entered=1, spoilt=0), sleep_at=-1))
+    assert accord.may_launch_ahead()  # the other one is busy, for ever perhaps
+    accord.on_news(replace(news_of(two, entered=1, spoilt=0), sleep_at=accord.launched + 1))
+    while accord.launched < accord.own.sleep_at:
+        assert accord.may_launch_ahead()
+        accord.launch()
+        accord.land()
+    assert not accord.may_launch_ahead()
+    assert not accord.falls_asleep()  # not while that graph is in flight
+    accord.land()
+    assert accord.falls_asleep()
 
 
 def test_a_slot_is_clear_once_all_have_entered_a_newer_map_or_let_go() -> None:
