@@ -354,7 +354,7 @@ async def test_a_death_in_mid_stream_and_a_new_life(cluster: Cluster) -> None:
     await asyncio.wait_for(dead.died.wait(), PATIENCE_S)
     cluster.bury(dead)
     assert await one.tokens(50, tuple(begun[0])) == wanted[0]
-    assert one.device.num_ahead > 25, "steps are to be launched behind each other"
+    assert one.device.num_ahead > 10, "steps are to be launched behind each other"
     assert await two.tokens(50, tuple(begun[1])) == wanted[1]
     joiner = cluster.start(2, incarnation=2)
     cluster.publish([joiner])
