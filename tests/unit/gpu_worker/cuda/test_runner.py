@@ -301,6 +301,13 @@ class Cluster:
                     Wake(rank=by.rank, incarnation=by.incarnation, epoch=epoch, step=step)
                 )
 
+    async def settles(self) -> None:
+        """Until all have adopted the newest map: the control plane lets nobody join before."""
+        while True:
+            if all(r.engine.snapshot().epoch == self.epoch for r in self.ranks.values()):
+                return
+            await asyncio.sleep(0.002)
+
     async def sleeps(self) -> int:
         """Until no device launches anything any more; how many graphs each has launched."""
         before = -1
@@ -318,6 +325,7 @@ async def cluster() -> AsyncIterator[Cluster]:
     everybody = [one.start(rank) for rank in range(NUM_RANKS)]
     one.publish(everybody)
     started = dict(one.ranks)
+    await one.settles()
     yield one
     started |= one.ranks
     for rank in started.values():
@@ -371,6 +379,7 @@ async def test_a_join_while_streams_run_and_while_all_sleep(cluster: Cluster) ->
         dead.inbox.put(Stop())
         await asyncio.to_thread(dead.thread.join, PATIENCE_S)
         cluster.bury(dead)
+        await cluster.settles()
         if incarnation == 3:
             await cluster.sleeps()
         wanted = give(one, f"s{incarnation}", (3, 7), 50) if incarnation == 2 else []
