@@ -62,7 +62,6 @@ class CudaRunner:
     """Implements `engine.step_runner.StepRunner`. `exchange` is None in an instance of one rank."""
 
     counts_across_epochs = True
-    runs_ahead = True
 
     def __init__(
         self,
@@ -90,6 +89,10 @@ class CudaRunner:
         self._others: tuple[RankId, ...] = ()
         self._flights: deque[_Flight] = deque()
 
+    def runs_ahead_of(self, plan: StepPlan) -> bool:
+        """Not where the host reads the step's logits: the next one overwrites them."""
+        return not reads_logits(plan)
+
     def may_adopt(self, expert_map: ExpertMap) -> bool:
         return self._conductor.may_adopt(expert_map)
 
@@ -113,8 +116,7 @@ class CudaRunner:
         return self._conductor.claim()
 
     def claim_ahead(self) -> bool:
-        """Never behind a step whose logits the host reads: the next one overwrites them."""
-        return not reads_logits(self._flights[-1].plan) and self._conductor.claim(ahead=True)
+        return self._conductor.claim(ahead=True)
 
     def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
         launched = self._decoder.launch(plan.batch, row_draws(plan.draws))

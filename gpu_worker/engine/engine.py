@@ -229,12 +229,13 @@ class Engine:
         plan = self._scheduler.plan()
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)
-        if not self._runner.runs_ahead:
+        if not self._runner.runs_ahead_of(plan):
             self._end_step()
 
     def _begin_ahead(self) -> None:
         """Behind the one step in flight, where that is possible."""
-        if not self._runner.runs_ahead or self._newest_epoch() > self._epoch:
+        (before,) = self._flying
+        if self._newest_epoch() > self._epoch or not self._runner.runs_ahead_of(before):
             return
         plan = self._scheduler.plan_ahead()
         if plan is None:

@@ -32,9 +32,8 @@ class StepRunner(Protocol):
         Wake holds whatever the epoch."""
         ...
 
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether it can compute one step while the next is begun."""
+    def runs_ahead_of(self, plan: StepPlan) -> bool:
+        """Whether the step after this one can be begun before this one has ended."""
         ...
 
     def may_adopt(self, expert_map: ExpertMap) -> bool:
@@ -52,7 +51,7 @@ class StepRunner(Protocol):
         ...
 
     def claim_ahead(self) -> bool:
-        """Whether one more may begin while one is in flight. True obliges likewise."""
+        """Whether one more may begin now, while one is in flight. True obliges likewise."""
         ...
 
     def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None: ...
@@ -67,12 +66,14 @@ class ModelRunner:
     """Runs a model layer by layer over an exchange that stamps messages with epoch and step."""
 
     counts_across_epochs = False
-    runs_ahead = False
 
     def __init__(self, model: Model, exchange: Exchange) -> None:
         self._model = model
         self._exchange = exchange
         self._plan: StepPlan | None = None
+
+    def runs_ahead_of(self, plan: StepPlan) -> bool:
+        return False
 
     def may_adopt(self, expert_map: ExpertMap) -> bool:
         return True

@@ -353,6 +353,14 @@ async def test_streams_are_those_of_a_lone_run_and_all_sleep_between_them(cluste
         assert await cluster.sleeps() == asleep
 
 
+async def test_a_step_whose_logits_the_host_reads_has_none_behind_it(cluster: Cluster) -> None:
+    one = next(iter(cluster.ranks.values()))
+    request = submit("p", (3, 4), max_tokens=12, logprobs=1)
+    assert one.inbox.put(Arrival(origin=origin(), submit=request))
+    assert await one.tokens(12) == alone((3, 4), request.sampling)[0]
+    assert one.device.num_ahead <= 1, "but for its first step, behind one without work"
+
+
 async def test_a_death_in_mid_stream_and_a_new_life(cluster: Cluster) -> None:
     one, two, dead = cluster.ranks.values()
     wanted = [give(one, "a", (3, 4), 50), give(two, "b", (5, 6, 7), 50)]
