@@ -384,12 +384,17 @@ def news_of(member: Member, *, entered: int, spoilt: int) -> GraphNews:
     )
 
 
+def running(own: Member, expert_map: ExpertMap) -> GraphAccord:
+    """Under this map."""
+    accord = GraphAccord(own)
+    accord.hear(expert_map)
+    accord.adopt(expert_map)
+    return accord
+
+
 def test_who_has_promised_to_sleep_and_has_work_again_runs_ahead_up_to_the_common_sleep() -> None:
     one, two = life(0), life(1)
-    accord = GraphAccord(one)
-    first = map_of(1, [one, two], [])
-    accord.hear(first)
-    accord.adopt(first)
+    accord = running(one, map_of(1, [one, two], []))
     for _ in range(IDLE_GRAPHS):
         accord.launch()
         accord.land()
@@ -411,10 +416,7 @@ def test_who_has_promised_to_sleep_and_has_work_again_runs_ahead_up_to_the_commo
 
 def test_a_slot_is_clear_once_all_have_entered_a_newer_map_or_let_go() -> None:
     one, two, dead = life(0), life(1), life(2)
-    accord = GraphAccord(one)
-    first = map_of(1, [one, two, dead], [])
-    accord.hear(first)
-    accord.adopt(first)
+    accord = running(one, map_of(1, [one, two, dead], []))
     accord.on_news(news_of(two, entered=1, spoilt=0))
     assert not accord.is_clear_of(Epoch(1))
     accord.condemn(dead, Epoch(2))
@@ -425,10 +427,7 @@ def test_a_slot_is_clear_once_all_have_entered_a_newer_map_or_let_go() -> None:
 
 def test_a_map_that_names_one_condemned_since_needs_nobody_to_have_entered_it() -> None:
     one, two, three, dead = life(0), life(1), life(2), life(3)
-    accord = GraphAccord(one)
-    first = map_of(5, [one, two, three, dead], [])
-    accord.hear(first)
-    accord.adopt(first)
+    accord = running(one, map_of(5, [one, two, three, dead], []))
     accord.condemn(dead, Epoch(6))
     accord.hear(map_of(6, [one, two, three], []))  # nobody can adopt it:
     accord.condemn(three, Epoch(7))
@@ -440,10 +439,7 @@ def test_a_map_that_names_one_condemned_since_needs_nobody_to_have_entered_it() 
 
 def test_a_graph_in_flight_may_still_be_delivered_where_only_a_map_to_come_names_the_dead() -> None:
     one, two, joiner = life(0), life(1), life(2)
-    accord = GraphAccord(one)
-    first = map_of(1, [one, two], [])
-    accord.hear(first)
-    accord.adopt(first)
+    accord = running(one, map_of(1, [one, two], []))
     accord.launch()
     accord.hear(map_of(2, [one, two, joiner], [joiner]))
     accord.condemn(joiner, Epoch(3))
@@ -454,20 +450,14 @@ def test_a_graph_in_flight_may_still_be_delivered_where_only_a_map_to_come_names
 
 def test_a_verdict_on_somebody_in_no_map_spoils_none() -> None:
     one, two = life(0), life(1)
-    accord = GraphAccord(one)
-    first = map_of(1, [one, two], [])
-    accord.hear(first)
-    accord.adopt(first)
+    accord = running(one, map_of(1, [one, two], []))
     accord.condemn(life(2), Epoch(2))
     assert accord.own.spoilt == 0
 
 
 def test_nothing_is_launched_between_a_map_with_joiners_and_its_adoption() -> None:
     one, two = life(0), life(1)
-    accord = GraphAccord(one)
-    first = map_of(1, [one], [])
-    accord.hear(first)
-    accord.adopt(first)
+    accord = running(one, map_of(1, [one], []))
     assert accord.may_launch()
     second = map_of(2, [one, two], [two])
     accord.hear(second)
