@@ -28,6 +28,7 @@ import uvloop
 
 from bench.gpu_serve_fault import Fault, Pace, Struck, strike
 from bench.gpu_serve_load import SteadyLoad
+from bench.random_checkpoint import entries_of, make_checkpoint
 from cli.bench.fault_witness import Witness
 from cli.bench.own_instance import own_instance
 from cli.bench.own_options import OwnOptions, rank_options_of
@@ -95,23 +96,6 @@ def faults_of(texts: Sequence[str], num_ranks: int) -> list[Fault]:
             raise ConfigError(f"--faults {text}: say KILL:N or STOP:N, N below --ranks")
         faults.append(Fault(number=signal.Signals[f"SIG{name}"], num_ranks=int(count)))
     return faults
-
-
-def pairs_of(flag: str, texts: Sequence[str]) -> dict[str, str]:
-    """Raises ConfigError."""
-    pairs = dict(text.partition("=")[::2] for text in texts)
-    if "" in pairs.values():
-        raise ConfigError(f"{flag} {' '.join(texts)}: say NAME=VALUE")
-    return pairs
-
-
-def make_checkpoint(folder: Path, family: str, entries: dict[str, str]) -> None:
-    import torch
-
-    from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-
-    changes: dict[str, Any] = {key: json.loads(value) for key, value in entries.items()}
-    create_seeded_checkpoint(folder, num_shards=16, family=family, dtype=torch.bfloat16, **changes)
 
 
 def own_options(args: argparse.Namespace, model: Path | None) -> OwnOptions:
@@ -224,14 +208,14 @@ def main() -> int:
     struck: list[Struck] = []
     try:
         faults = faults_of(args.faults, args.ranks)
-        entries = pairs_of("--config", args.config)
+        entries = entries_of(args.config)
         experiment = Experiment(args, faults)
         struck = experiment.struck
         model = args.model or shipped_model()
         if args.seeded_dir is not None:
             model, made = args.seeded_dir, not args.seeded_dir.exists()
             if made:
-                make_checkpoint(model, args.family, entries)
+                make_checkpoint(model, entries, SystemClock(), family=args.family)
         uvloop.run(experiment.run(model))
     except* StarfishError as group:
         print(f"gpu_serve: {group.exceptions[0]}", file=sys.stderr)

@@ -39,10 +39,10 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bench.gpu_serve import pairs_of
 from bench.gpu_serve_load import Arrival
 from bench.gpu_server_rates import Round, ServerRow, Shared, server_row, table, words
 from bench.gpu_shapes import CHECKPOINTS, sizes_of
+from bench.random_checkpoint import entries_of, make_checkpoint
 from cli.bench.own_instance import own_instance
 from cli.bench.own_options import OwnOptions, rank_options_of
 from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
@@ -53,7 +53,6 @@ from shared.errors import StarfishError, Unavailable
 _WARM_UP_TOKENS = 8
 _BLOCK_TOKENS = 16
 _PREFILL_CHUNK_TOKENS = 128
-_NUM_SHARDS = 32
 
 
 def parse() -> argparse.Namespace:
@@ -136,29 +135,6 @@ def copy_rate(on_cuda: bool) -> float:
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(cuda_copy_rate if on_cuda else cpu_copy_rate).result()
-
-
-def make_checkpoint(folder: Path, entries: dict[str, Any], clock: SystemClock) -> None:
-    """Raises CheckpointError."""
-    import torch
-
-    from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-
-    began, tenths = clock.now(), 0
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal tenths
-        if 10 * done // total > tenths:
-            tenths = 10 * done // total
-            print(f"  checkpoint: {10 * tenths} % ({clock.now() - began:.0f} s)", flush=True)
-
-    create_seeded_checkpoint(
-        folder,
-        num_shards=_NUM_SHARDS,
-        dtype=torch.bfloat16,
-        on_progress=on_progress,
-        **entries,
-    )
 
 
 class Measurement:
@@ -287,9 +263,8 @@ def main() -> int:
         if model is None:
             model, made = args.seeded_dir, not args.seeded_dir.exists()
             if made:
-                entries = pairs_of("--config", args.config)
-                changes = {key: json.loads(value) for key, value in entries.items()}
-                make_checkpoint(model, CHECKPOINTS[args.shape] | changes, SystemClock())
+                entries = CHECKPOINTS[args.shape] | entries_of(args.config)
+                make_checkpoint(model, entries, SystemClock())
         uvloop.run(measurement.run(model))
     except* StarfishError as group:
         print(f"gpu_server: {group.exceptions[0]}", file=sys.stderr)
