@@ -77,6 +77,16 @@ class RankConfig:
     prefix_cache: bool = option(
         True, "begin a prompt with the KV blocks that earlier ones have computed for it"
     )
+    kv_copies: bool = option(
+        True,
+        "keep copies of running sessions' KV blocks on other ranks, so that after a death they go "
+        "on without computing their tokens again; needs the prefix cache",
+    )
+    kv_copies_gb: float = option(
+        -1.0,
+        "GB of host memory for copies of peers' KV blocks; -1: as much as the own KV cache, but "
+        "at most 4",
+    )
     step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
     prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")
     running_max: int = option(64, "most sequences that decode at once")

@@ -83,7 +83,8 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     beside `finish=STOP`: it counts as a token, and the gateway leaves it out of the text. `error`
     set means failed, and `retryable` that another rank may take it. `cached_tokens` says how many
     of the tokens given were found in the KV cache when the attempt began; it is set on the first
-    message that has ids.
+    message that has ids. `backup_rank` names the rank that keeps copies of its KV blocks, whenever
+    that has changed since the last message; -1 says nothing.
 
     Where the sampling asks for them, `logprobs` holds one for each of `ids`, and `prompt_logprobs`
     come chunk by chunk before the first id: the first of them is that of the prompt's token
@@ -100,6 +101,7 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     error: str | None = None
     retryable: bool = False
     cached_tokens: int = 0
+    backup_rank: int = -1
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_index: int = 0
@@ -199,6 +201,59 @@ class AreaOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenCopies:
+    """Rank to rank: give me (`source`) room in your host memory for copies of my KV blocks, of so
+    many bytes each and in this layout. Every call has a higher `generation`, and gets fresh
+    room."""
+
+    source: Member
+    generation: int
+    layout: str
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesOpened:
+    """Slot i of the answering rank's area begins at `address + i * block_bytes`. `refusal` says why
+    there is none, where `num_slots` is 0."""
+
+    target: Member
+    source: Member
+    generation: int
+    transfer_name: str
+    address: int
+    num_slots: int
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesKept:
+    """Rank to rank: the blocks of these names stand in these slots of my area; the writes have
+    completed."""
+
+    source: Member
+    generation: int
+    slots: tuple[int, ...]
+    names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropCopies:
+    """Rank to rank: know these slots no more; I shall write to them after your answer."""
+
+    source: Member
+    generation: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesDropped:
+    source: Member
+    generation: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusQuery:
     nonce: int
 
@@ -243,6 +298,11 @@ Message = (
     | GraphNews
     | OpenArea
     | AreaOpened
+    | OpenCopies
+    | CopiesOpened
+    | CopiesKept
+    | DropCopies
+    | CopiesDropped
     | StatusQuery
     | StatusReply
 )
@@ -261,6 +321,11 @@ _KINDS: dict[str, type[Message]] = {
         GraphNews,
         OpenArea,
         AreaOpened,
+        OpenCopies,
+        CopiesOpened,
+        CopiesKept,
+        DropCopies,
+        CopiesDropped,
         StatusQuery,
         StatusReply,
     )
