@@ -7,15 +7,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from gateway.prefix_memory import PrefixMemory, prefix_chain
-from shared.types import Member
+from shared.types import Member, RankId
 from shared.wire import Load
 
 SESSION_TOKENS = 128
 """What one session weighs beside its tokens: every decoding sequence takes part in every step."""
 
 CACHED_TOKEN_WEIGHT = 2
-"""How many tokens of work a rank may have more than another, for each token of the prompt that it
-need not compute. Most of a rank's tokens lie still in its KV cache while others are computed, so
+"""How many tokens of work a rank may have more than another, for each known token that it need not
+compute. Most of a rank's tokens lie still in its KV cache while others are computed, so
 more than one; and no more than this, so that a prefix that everybody asks for is soon computed on a
 second rank, and then on a third, instead of crowding the first."""
 
@@ -106,32 +106,32 @@ class RankBoard:
             rank.own_sessions += sessions
             rank.own_tokens += tokens
 
-    def choose(self, prompt: Sequence[int], *, avoid: Collection[Member] = ()) -> Member | None:
+    def choose(
+        self,
+        tokens: Sequence[int],
+        *,
+        avoid: Collection[Member] = (),
+        backup_rank: RankId | None = None,
+    ) -> Member | None:
         """The live rank with the least work, less what its prefix cache spares; None without any.
-        `avoid` refused it just now, and comes last but for silent ones."""
+        `avoid` refused it just now, and comes last but for silent ones. `backup_rank` keeps copies
+        of the blocks of these tokens, which spare as much as if it had computed them all."""
         chains: dict[int, tuple[int, ...]] = {}
         ranked = []
         for member in self.live():
-            size = self._ranks[member].kv_block_tokens
+            rank = self._ranks[member]
+            size = rank.kv_block_tokens
             if size not in chains:
-                chains[size] = prefix_chain(prompt, size)
-            ranked.append((self._key(member, prompt, chains[size], avoid), member))
+                chains[size] = prefix_chain(tokens, size)
+            usable = chains[size][: max(0, len(tokens) - 1) // size]  # one token is computed
+            kept = member.rank == backup_rank
+            num_spared = len(usable) if kept else rank.served.num_known(usable)
+            cost = rank.weight() - CACHED_TOKEN_WEIGHT * num_spared * size
+            no_room = rank.short_of_kv(len(tokens))
+            ranked.append(((rank.silent, member in avoid, no_room, cost), member))
         if not ranked:
             return None
         _, best = min(ranked)
         rank = self._ranks[best]
         rank.served.remember(chains[rank.kv_block_tokens])
         return best
-
-    def _key(
-        self,
-        member: Member,
-        prompt: Sequence[int],
-        chain: Sequence[int],
-        avoid: Collection[Member],
-    ) -> tuple[bool, bool, bool, int]:
-        rank = self._ranks[member]
-        usable = chain[: max(0, len(prompt) - 1) // rank.kv_block_tokens]  # one token is computed
-        num_cached = rank.served.num_known(usable) * rank.kv_block_tokens
-        cost = rank.weight() - CACHED_TOKEN_WEIGHT * num_cached
-        return (rank.silent, member in avoid, rank.short_of_kv(len(prompt)), cost)

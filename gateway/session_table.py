@@ -152,7 +152,11 @@ class SessionTable:
         ready = [s for s in self._waiting.values() if s.ready_at <= now]
         for session in sorted(ready, key=lambda s: (not s.emitted, s.opened_at)):
             refused_by = self._refused_by.get(session.id)
-            member = self._board.choose(session.prompt, avoid=(refused_by,) if refused_by else ())
+            member = self._board.choose(
+                session.tokens,
+                avoid=(refused_by,) if refused_by else (),
+                backup_rank=session.backup_rank,
+            )
             if member is not None:
                 actions += self._place(session, member)
         return actions

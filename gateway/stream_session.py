@@ -30,7 +30,7 @@ import zlib
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from shared.types import Attempt, FinishReason, Member, SamplingParams, SessionId
+from shared.types import Attempt, FinishReason, Member, RankId, SamplingParams, SessionId
 from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
 
 
@@ -116,6 +116,7 @@ class StreamSession:
         "_refusals",
         "_stalled_since",
         "attempt",
+        "backup_rank",
         "cached_tokens",
         "emitted",
         "failure",
@@ -154,6 +155,7 @@ class StreamSession:
         self.state = SessionState.WAITING
         self.attempt = Attempt(-1)  # the first placement is attempt 0
         self.member: Member | None = None
+        self.backup_rank: RankId | None = None  # keeps copies of KV blocks, says the last attempt
         self.finish: FinishReason | None = None
         self.failure: Failure | None = None
         self.opened_at = now
@@ -172,6 +174,11 @@ class StreamSession:
     @property
     def ended(self) -> bool:
         return self.state is not SessionState.RUNNING and self.state is not SessionState.WAITING
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All that are known."""
+        return (*self.prompt, *self.emitted) if self.emitted else self.prompt
 
     @property
     def num_tokens(self) -> int:
@@ -196,13 +203,14 @@ class StreamSession:
         self.attempt = Attempt(self.attempt + 1)
         self.moves += self.attempt > 0
         self.member = member
+        self.backup_rank = None
         sampling = self.sampling
         if sampling.prompt_logprobs is not None and self.prompt_is_scored:
             sampling = replace(sampling, prompt_logprobs=None)
         submit = Submit(
             session=self.id,
             attempt=self.attempt,
-            tokens=(*self.prompt, *self.emitted),
+            tokens=self.tokens,
             num_emitted=len(self.emitted),
             sampling=sampling,
         )
@@ -215,6 +223,8 @@ class StreamSession:
             or member != self.member
         ):
             return []
+        if message.backup_rank >= 0:
+            self.backup_rank = RankId(message.backup_rank)
         if message.error is not None:
             return self._on_error(message.error, message.retryable, now)
         if self._disagrees(message):

@@ -205,3 +205,51 @@ def test_the_same_history_gives_the_same_choice() -> None:
                 ranks.on_load(member(n % 4), load(tokens=n * 10, running=n % 3))
         histories.append(chosen)
     assert histories[0] == histories[1]
+
+
+def test_the_keeper_of_copies_is_chosen_as_if_its_cache_held_all_full_blocks() -> None:
+    ranks = board(3)
+    tokens = PROMPT[:97]
+    ranks.add(member(2), tokens=CACHED_TOKEN_WEIGHT * 96 - 1)
+    assert ranks.choose(tokens, backup_rank=RankId(2)) == member(2)
+    assert board(3).choose(tokens) == member(0)
+
+
+def test_a_keeper_of_copies_with_far_more_work_is_not_chosen() -> None:
+    ranks = board(3)
+    ranks.add(member(2), tokens=CACHED_TOKEN_WEIGHT * 96 + 1)
+    assert ranks.choose(PROMPT, backup_rank=RankId(2)) == member(0)
+
+
+def test_copies_of_the_last_token_spare_nothing() -> None:
+    """It is computed in any case, and with it its block."""
+    ranks = board(2)
+    ranks.add(member(1), tokens=CACHED_TOKEN_WEIGHT * 80 + 1)
+    assert ranks.choose(PROMPT[:96], backup_rank=RankId(1)) == member(0)
+
+
+def hinder(ranks: RankBoard, how: str) -> None:
+    """Member 0."""
+    if how == "no link":
+        ranks.on_link_broken(member(0))
+    elif how == "left out":
+        ranks.on_map([member(1)])
+    elif how == "silent":
+        ranks.on_silence(member(0), silent=True)
+    else:
+        ranks.on_load(member(0), load(free=2))
+
+
+@pytest.mark.parametrize("how", ["no link", "left out", "silent", "no room"])
+def test_copies_do_not_draw_to_where_no_work_should_go(how: str) -> None:
+    ranks = board(2)
+    ranks.add(member(1), sessions=1, tokens=10)
+    assert ranks.choose(PROMPT, backup_rank=RankId(0)) == member(0)
+    hinder(ranks, how)
+    assert ranks.choose(PROMPT, backup_rank=RankId(0)) == member(1)
+
+
+def test_copies_do_not_draw_to_who_refused_just_now() -> None:
+    ranks = board(2)
+    chosen = ranks.choose(PROMPT, avoid=(member(0),), backup_rank=RankId(0))
+    assert chosen == member(1)

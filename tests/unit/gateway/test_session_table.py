@@ -144,6 +144,54 @@ def test_a_shutdown_fails_every_session_with_a_reason() -> None:
     assert all(s.failure and s.failure.kind is FailureKind.SHUTDOWN for s in sessions)
 
 
+def open_long(table: SessionTable, num_tokens: int = 64) -> tuple[Member, Submit]:
+    prompt = tuple(range(num_tokens))
+    _, actions = table.open(SessionId("s"), prompt, SamplingParams(max_tokens=1000), 0.0)
+    ((placed, submit),) = submits(actions)
+    return placed, submit
+
+
+def test_a_session_goes_where_its_copies_are_said_to_be_last() -> None:
+    table = new_table(*(member(rank) for rank in range(4)))
+    first, submit = open_long(table)
+    assert first == member(0)
+    table.on_tokens(first, [frame(submit, 0, 5, backup_rank=2)], LOAD, 1.0)
+    table.on_tokens(first, [frame(submit, 1, 6, backup_rank=3)], LOAD, 1.0)
+    table.on_tokens(first, [frame(submit, 2, 7)], LOAD, 1.0)
+    assert [m for m, _ in submits(table.on_link_broken(first, 2.0))] == [member(3)]
+
+
+def test_what_a_left_attempt_says_of_copies_does_not_count() -> None:
+    table = new_table(*(member(rank) for rank in range(4)))
+    first, submit = open_long(table)
+    ((second, again),) = submits(table.on_link_broken(first, 1.0))
+    table.on_tokens(second, [frame(again, 0, 5, backup_rank=3)], LOAD, 2.0)
+    table.on_tokens(first, [frame(submit, 0, 5, backup_rank=2)], LOAD, 2.0)
+    assert [m for m, _ in submits(table.on_link_broken(second, 2.0))] == [member(3)]
+
+
+def test_copies_of_an_attempt_before_the_last_draw_nobody() -> None:
+    """Its rank has gone, and it is not known for how long they are kept."""
+    table = new_table(*(member(rank) for rank in range(4)))
+    first, submit = open_long(table)
+    busy = Load(running=9, waiting=0, tokens=9000, kv_blocks_free=100, kv_blocks=100)
+    table.on_tokens(first, [frame(submit, 0, 5, backup_rank=3)], LOAD, 1.0)
+    table.on_tokens(member(3), [], busy, 1.0)
+    ((second, _),) = submits(table.on_link_broken(first, 2.0))
+    assert second == member(1)
+    table.on_tokens(member(3), [], LOAD, 2.0)
+    assert [m for m, _ in submits(table.on_link_broken(second, 2.0))] == [member(2)]
+
+
+def test_a_continuation_needs_room_for_what_was_emitted_too() -> None:
+    table = new_table(*(member(rank) for rank in range(3)))
+    first, submit = open_long(table, num_tokens=16)
+    table.on_tokens(first, [frame(submit, 0, *range(40))], LOAD, 1.0)
+    short = Load(running=0, waiting=0, tokens=0, kv_blocks_free=2, kv_blocks=100)
+    table.on_tokens(member(1), [], short, 1.0)
+    assert [m for m, _ in submits(table.on_link_broken(first, 2.0))] == [member(2)]
+
+
 def reference(submit: Submit, index: int) -> int:
     """What any rank makes of a session at an index: it depends on the tokens so far alone."""
     prompt = submit.tokens[: len(submit.tokens) - submit.num_emitted]
