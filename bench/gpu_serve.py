@@ -1,6 +1,7 @@
 """The whole server through deaths, as its clients see it: etcd, control plane, gateway, agent and
 ranks under a steady load of greedy streams; 1 … 16 ranks are struck at once and rejoin. Every token
-is compared with an undisturbed answer. Prints a table last; `--out` gets the JSON.
+of the streams that ran when ranks died or came is compared with that of another instance, which
+nothing disturbs and which keeps no cache. Prints a table last; `--out` gets the JSON.
 
     python -m bench.gpu_serve --device cpu --ranks 4 --faults KILL:1 STOP:1
     python -m bench.gpu_serve --device cuda --ranks 32 --streams 128 --seeded-dir /dev/shm/m \\
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +30,19 @@ import msgspec
 import uvloop
 
 from bench.gpu_serve_fault import Fault, Pace, Struck, strike
-from bench.gpu_serve_load import SteadyLoad
+from bench.gpu_serve_gaps import is_wrong
+from bench.gpu_serve_load import SteadyLoad, Turn
 from bench.random_checkpoint import entries_of, make_checkpoint
 from cli.bench.fault_witness import Witness
 from cli.bench.own_instance import own_instance
 from cli.bench.own_options import OwnOptions, rank_options_of
 from cli.bench.stats import Spread
-from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
+from cli.bench.stream_client import StreamClient, run_all, stream_client
 from cli.up.model import shipped_model
 from shared.clock import SystemClock
 from shared.errors import ConfigError, StarfishError, Unavailable
 
-_WARM_UP_TOKENS = 8
+_WARM_UP_S = 1.0
 _FORM_TIMEOUT_S = 60.0
 
 
@@ -82,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rejoin-timeout-s", type=float, default=60.0)
     parser.add_argument("--limit-s", type=float, default=600.0, help="no fault begins later")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--unchecked", action="store_true", help="compare no tokens: gaps alone")
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -122,13 +127,25 @@ class Experiment:
 
     async def run(self, model: Path | None) -> None:
         """Raises Unavailable."""
-        args = self._args
-        own = own_options(args, model)
+        disturbed: list[list[Turn]] = []
+        async with self._instance(model, keep_logs=self._args.logs) as (client, witness):
+            await self._strike_all(client, witness, disturbed)
+        if self._args.unchecked:
+            return
+        async with self._instance(model, prefix_cache=False) as (client, _):
+            for index, turns in enumerate(disturbed):
+                await self._compare(client, index, turns)
+
+    @contextlib.asynccontextmanager
+    async def _instance(
+        self, model: Path | None, *, prefix_cache: bool = True, keep_logs: Path | None = None
+    ) -> AsyncIterator[tuple[StreamClient, Witness]]:
+        own = own_options(self._args, model)
         instance = own_instance(
             own.flags(),
             environment=own.environment(),
-            prefix_cache=False,  # the same prompts again and again: in the world they would not be
-            keep_logs=args.logs,
+            prefix_cache=prefix_cache,
+            keep_logs=keep_logs,
             say=lambda text: self._say(f"starts: {text}"),
         )
         async with instance as target:
@@ -140,18 +157,20 @@ class Experiment:
             ):
                 await witness.until_whole(_FORM_TIMEOUT_S)
                 self._say("whole")
-                await self._strike_all(client, witness)
+                yield client, witness
 
-    async def _strike_all(self, client: StreamClient, witness: Witness) -> None:
+    async def _strike_all(
+        self, client: StreamClient, witness: Witness, disturbed: list[list[Turn]]
+    ) -> None:
         args, clock = self._args, self._clock
-        prompts = random_prompts(args.seed, args.streams, args.prompt_tokens)
-        await run_all(client, prompts, _WARM_UP_TOKENS)
-        undisturbed = await run_all(client, prompts, args.new_tokens)
-        if failed := [r.error for r in undisturbed if r.error is not None]:
-            raise Unavailable(f"the undisturbed run failed already: {failed[0]}")
-        answers = [record.ids for record in undisturbed]
-        self._say("undisturbed answers taken")
-        load = SteadyLoad(client, prompts, args.new_tokens, clock)
+        load = SteadyLoad(
+            client,
+            clock,
+            streams=args.streams,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            seed=args.seed << 32,
+        )
         pace = Pace(
             before_s=args.before_s,
             settle_s=args.settle_s,
@@ -160,19 +179,33 @@ class Experiment:
         draw = random.Random(args.seed)
         async with asyncio.TaskGroup() as tasks:
             loading = tasks.create_task(load.run())
+            await asyncio.sleep(_WARM_UP_S)
             for fault in self._faults:
                 if clock.now() - self._began > args.limit_s:
                     self._say(f"no time left for {fault}")
                     break
-                struck = await strike(load, witness, answers, fault, pace, draw, clock)
+                struck, turns = await strike(load, witness, fault, pace, draw, clock)
+                self.struck.append(struck)
+                disturbed.append(turns)
                 self._keep(struck)
                 if struck.rejoined_s is None:
                     self._say(f"not whole {args.rejoin_timeout_s:.0f} s after {fault}: stopped")
                     break
             loading.cancel()
 
+    async def _compare(self, client: StreamClient, index: int, turns: Sequence[Turn]) -> None:
+        """Raises Unavailable where the undisturbed instance does not answer."""
+        wrong = 0
+        for first in range(0, len(turns), self._args.streams):
+            batch = turns[first : first + self._args.streams]
+            answers = await run_all(client, [t.prompt for t in batch], self._args.new_tokens)
+            if failed := [r.error for r in answers if r.error is not None]:
+                raise Unavailable(f"the undisturbed run failed: {failed[0]}")
+            wrong += sum(is_wrong(t, r.ids) for t, r in zip(batch, answers, strict=True))
+        self.struck[index] = replace(self.struck[index], checked=len(turns), wrong=wrong)
+        self._keep(self.struck[index])
+
     def _keep(self, struck: Struck) -> None:
-        self.struck.append(struck)
         self.result["faults"] = msgspec.to_builtins(self.struck)
         self._say(row(struck))
         if struck.failed:
@@ -193,8 +226,8 @@ def row(struck: Struck) -> str:
         f"95 % of the share after {recovered}, "
         f"{struck.tokens_per_s_before:.0f} -> {struck.tokens_per_s_after:.0f} tok/s "
         f"(share {struck.surviving_share:.2f}), streams {struck.streams}, failed "
-        f"{len(struck.failed)}, wrong {struck.wrong}; rejoined after {rejoined}, gap "
-        f"{_cells(struck.rejoin_gap_ms)} ms"
+        f"{len(struck.failed)}, wrong {struck.wrong} of {struck.checked}; rejoined after "
+        f"{rejoined}, gap {_cells(struck.rejoin_gap_ms)} ms"
     )
 
 

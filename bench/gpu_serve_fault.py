@@ -18,7 +18,7 @@ from bench.gpu_serve_gaps import (
     had_begun,
     longest_gaps_ms,
     longest_pauses,
-    wrong_streams,
+    ran_at,
 )
 from bench.gpu_serve_load import SteadyLoad, Turn
 from cli.bench.fault_witness import Phases, Witness
@@ -69,6 +69,7 @@ class Struck:
     recovered_ms: float | None  # until 95 % of the surviving share of the throughput before
     streams: int
     failed: tuple[str, ...]
+    checked: int  # of streams that ran at the fault, or when a map came after it
     wrong: int
     epochs: tuple[str, ...]  # maps since, with the seconds from the fault
     worst: tuple[str, ...]  # of all pauses since
@@ -81,13 +82,13 @@ class Struck:
 async def strike(
     load: SteadyLoad,
     witness: Witness,
-    answers: Sequence[Sequence[int]],
     fault: Fault,
     pace: Pace,
     draw: random.Random,
     clock: Clock,
-) -> Struck:
-    """The instance is whole. Raises Unavailable where a victim had died by itself."""
+) -> tuple[Struck, list[Turn]]:
+    """The instance is whole. With the streams whose tokens are still to be compared with those of
+    an undisturbed run. Raises Unavailable where a victim had died by itself."""
     await asyncio.sleep(pace.before_s)
     members = witness.members()
     victims = draw.sample(members, fault.num_ranks)
@@ -105,15 +106,15 @@ async def strike(
         await witness.until_whole(pace.rejoin_timeout_s)
         rejoined_at = clock.now()
     seen = _Seen(load=load, maps=tuple(witness.maps()), struck_at=struck_at, now=clock.now())
-    return seen.report(
+    struck = seen.report(
         fault=fault,
         victims=victims,
         num_members=len(members),
-        answers=answers,
         pace=pace,
         phases=tuple(p for p in phases if p is not None),
         rejoined_at=rejoined_at,
     )
+    return struck, seen.disturbed()
 
 
 def _signal(victims: Sequence[RankRecord], number: signal.Signals) -> None:
@@ -142,7 +143,6 @@ class _Seen:
         fault: Fault,
         victims: Sequence[RankRecord],
         num_members: int,
-        answers: Sequence[Sequence[int]],
         pace: Pace,
         phases: tuple[Phases, ...],
         rejoined_at: float | None,
@@ -174,7 +174,8 @@ class _Seen:
             recovered_ms=throughput.recovered_ms(fresh, usual * share, now),
             streams=len(turns),
             failed=tuple(errors(turns)),
-            wrong=wrong_streams(turns, answers),
+            checked=0,
+            wrong=0,
             epochs=tuple(
                 f"{m.published_at - struck_at:.3f} s: epoch {m.epoch}, {len(m.members)} ranks"
                 for m in self._maps_since()
@@ -185,6 +186,10 @@ class _Seen:
             rejoin_gap_ms=_spread(longest_gaps_ms(turns, rejoining, now)),
             rejoin_first_token_ms=_spread(first_tokens_ms(turns, rejoining, now)),
         )
+
+    def disturbed(self) -> list[Turn]:
+        moments = [self.struck_at, *(m.published_at for m in self._maps_since())]
+        return ran_at(self.load.turns, moments, self.now)
 
     def _worst(self, turns: Sequence[Turn]) -> tuple[str, ...]:
         since = Window(begin=self.struck_at, end=self.now)

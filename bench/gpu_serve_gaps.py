@@ -103,13 +103,21 @@ class Throughput:
         return None
 
 
-def wrong_streams(turns: Sequence[Turn], answers: Sequence[Sequence[int]]) -> int:
-    """Streams whose tokens are not, one by one, those of the undisturbed answer to their prompt, or
-    that ended with another number of them than was asked for."""
-    return sum(_is_wrong(turn, answers[turn.prompt]) for turn in turns)
+def ran_at(turns: Sequence[Turn], moments: Sequence[float], now: float) -> list[Turn]:
+    """Streams that had begun and not ended at one of these moments."""
+    return [t for t in turns if any(_ran_at(t, moment, now) for moment in moments)]
 
 
-def _is_wrong(turn: Turn, answer: Sequence[int]) -> bool:
+def _ran_at(turn: Turn, moment: float, now: float) -> bool:
+    record = turn.record
+    runs = record.finish is None and record.error is None
+    end = now if runs else max(record.arrivals, default=record.sent_at)
+    return record.sent_at <= moment <= end
+
+
+def is_wrong(turn: Turn, answer: Sequence[int]) -> bool:
+    """Its tokens are not, one by one, those of the undisturbed answer to its prompt, or it ended
+    with another number of them than was asked for."""
     record = turn.record
     if record.finish is not None and len(record.ids) != turn.wanted_tokens:
         return True

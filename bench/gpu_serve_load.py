@@ -1,13 +1,13 @@
-"""A steady load on a gateway, and what its streams have seen at any moment. Greedy prompts repeat,
-so that every token can be compared with an undisturbed answer."""
+"""A steady load on a gateway, and what its streams have seen at any moment. No prompt is sent
+twice: it would be found in some rank's cache."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 
-from cli.bench.stream_client import StreamClient, StreamRecord
+from cli.bench.stream_client import StreamClient, StreamRecord, random_prompts
 from shared.clock import Clock
 
 _RETRY_S = 0.5  # after an error: a load that is refused shall not become a storm
@@ -15,9 +15,7 @@ _RETRY_S = 0.5  # after an error: a load that is refused shall not become a stor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One stream. `prompt` numbers what it asked."""
-
-    prompt: int
+    prompt: tuple[int, ...]
     wanted_tokens: int
     record: StreamRecord
 
@@ -29,41 +27,49 @@ class Arrival:
 
 
 class SteadyLoad:
-    """As many streams at once as there are prompts; each begins anew when it ends. `turns` and
-    `arrivals` grow while it runs."""
+    """So many streams at once; each begins anew when it ends. `turns` and `arrivals` grow while it
+    runs."""
 
     def __init__(
         self,
         client: StreamClient,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
         clock: Clock,
+        *,
+        streams: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        seed: int,
     ) -> None:
-        self._client, self._prompts, self._clock = client, prompts, clock
+        self._client, self._clock = client, clock
+        self._streams = streams
+        self._prompt_tokens = prompt_tokens
         self._new_tokens = new_tokens
+        self._seeds = itertools.count(seed)
         self.turns: list[Turn] = []
         self.arrivals: list[Arrival] = []
 
     async def run(self) -> None:
         """Until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for prompt in range(len(self._prompts)):
-                tasks.create_task(self._keep(prompt))
+            for stream in range(self._streams):
+                tasks.create_task(self._keep(stream))
 
-    async def _keep(self, prompt: int) -> None:
+    async def _keep(self, stream: int) -> None:
         """The first streams end one after the other: later ones then do not begin all at once."""
-        wanted = max(1, self._new_tokens * (prompt + 1) // len(self._prompts))
+        wanted = max(1, self._new_tokens * (stream + 1) // self._streams)
         while True:
-            record = await self._turn(prompt, wanted)
+            record = await self._turn(wanted)
             wanted = self._new_tokens
             if record.error is not None:
                 await asyncio.sleep(_RETRY_S)
 
-    async def _turn(self, prompt: int, wanted: int) -> StreamRecord:
-        def on_start(record: StreamRecord) -> None:
-            self.turns.append(Turn(prompt=prompt, wanted_tokens=wanted, record=record))
+    async def _turn(self, wanted: int) -> StreamRecord:
+        (prompt,) = random_prompts(next(self._seeds), 1, self._prompt_tokens)
 
-        return await self._client.run(self._prompts[prompt], wanted, self._note, on_start)
+        def on_start(record: StreamRecord) -> None:
+            self.turns.append(Turn(prompt=tuple(prompt), wanted_tokens=wanted, record=record))
+
+        return await self._client.run(prompt, wanted, self._note, on_start)
 
     def _note(self, num_tokens: int) -> None:
         self.arrivals.append(Arrival(at=self._clock.now(), num_tokens=num_tokens))

@@ -11,8 +11,9 @@ from bench.gpu_serve_gaps import (
     errors,
     first_tokens_ms,
     had_begun,
+    is_wrong,
     longest_gaps_ms,
-    wrong_streams,
+    ran_at,
 )
 from bench.gpu_serve_load import Arrival, Turn
 from cli.bench.stream_client import StreamRecord
@@ -31,7 +32,7 @@ def turn(
     record = StreamRecord(sent_at=sent_at, finish=finish, error=error)
     record.arrivals = list(arrivals)
     record.ids = list(range(len(arrivals))) if ids is None else ids
-    return Turn(prompt=0, wanted_tokens=4, record=record)
+    return Turn(prompt=(3, 4), wanted_tokens=4, record=record)
 
 
 def test_the_pause_that_a_fault_falls_into_counts_and_earlier_ones_do_not() -> None:
@@ -72,16 +73,24 @@ def test_a_fault_interrupts_streams_that_have_a_token() -> None:
 @pytest.mark.parametrize(
     ("ids", "finish", "wrong"),
     [
-        ([7, 8, 9, 5], "length", 0),
-        ([7, 8], None, 0),  # still running
-        ([7, 8], "length", 1),  # ended early
-        ([7, 9, 5], None, 1),  # one lost
-        ([7, 8, 8], None, 1),  # one doubled
-        ([], None, 0),
+        ([7, 8, 9, 5], "length", False),
+        ([7, 8], None, False),  # still running
+        ([7, 8], "length", True),  # ended early
+        ([7, 9, 5], None, True),  # one lost
+        ([7, 8, 8], None, True),  # one doubled
+        ([], None, False),
     ],
 )
-def test_every_token_is_compared(ids: list[int], finish: str | None, wrong: int) -> None:
-    assert wrong_streams([turn(ids=ids, finish=finish)], [[7, 8, 9, 5]]) == wrong
+def test_every_token_is_compared(ids: list[int], finish: str | None, wrong: bool) -> None:
+    assert is_wrong(turn(ids=ids, finish=finish), [7, 8, 9, 5]) == wrong
+
+
+def test_streams_that_ran_when_something_happened_are_those_to_be_compared() -> None:
+    through, before, after = turn(9.0, 10.5), turn(8.0, 9.5), turn(10.5, 11.0, sent_at=10.2)
+    waiting, endless = turn(finish=None, sent_at=9.0), turn(10.7, finish=None, sent_at=10.6)
+    streams = [through, before, after, waiting, endless]
+    assert ran_at(streams, [STRUCK_AT], now=20.0) == [through, waiting]
+    assert ran_at(streams, [STRUCK_AT, 15.0], now=20.0) == [through, waiting, endless]
 
 
 def steady(begin: float, end: float, tokens_per_s: int) -> list[Arrival]:
