@@ -9,9 +9,9 @@ exchange itself may be called from any thread.
 from __future__ import annotations
 
 import threading
-import time
 
 from gpu_worker.exchange.areas import Area, Areas
+from gpu_worker.exchange.first_write import first_write
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 from gpu_worker.exchange.outbox import Link, Outbox, opening_write
@@ -25,8 +25,7 @@ from shared.types import Member
 from shared.wire import AreaOpened
 
 _CONNECT_TIMEOUT_S = 5.0
-_OPEN_POLL_S = 0.001
-_RETRY_S = 0.1
+_GRACE_S = 0.001
 
 
 class TransferEndpoint:
@@ -89,7 +88,7 @@ class TransferEndpoint:
         threading.Thread(
             target=self._open, args=(link, attempt), name=f"open-{area.target}", daemon=True
         ).start()
-        if not attempt.ended.wait(_CONNECT_TIMEOUT_S + _OPEN_POLL_S):
+        if not attempt.ended.wait(_CONNECT_TIMEOUT_S + _GRACE_S):
             raise TimeoutError(f"the first write to rank {area.target} did not come to an end")
         if attempt.error:
             raise ConnectionError(f"the first write to rank {area.target} {attempt.error}")
@@ -136,25 +135,11 @@ class TransferEndpoint:
         return TransferExchange(self, member, self._layout, vigil, clock, self._replica_policy)
 
     def _open(self, link: Link, attempt: _Opening) -> None:
-        """Tries again while there is time: a broken connection is in Mooncake's way for a while."""
-        pause_s = _RETRY_S
-        attempt.error = self._write_once(link, attempt.until)
-        while attempt.error and self._clock.now() + pause_s < attempt.until:
-            time.sleep(pause_s)
-            pause_s *= 2
-            attempt.error = self._write_once(link, attempt.until)
-        attempt.ended.set()
+        def submit() -> int:
+            return opening_write(self._engine, self._scratch, link)
 
-    def _write_once(self, link: Link, until: float) -> str:
-        """What went wrong, or nothing."""
-        batch = opening_write(self._engine, self._scratch, link)
-        status = 0 if batch else -1
-        while status == 0 and self._clock.now() < until:
-            time.sleep(_OPEN_POLL_S)
-            status = self._engine.transfer_check_status(batch)
-        if status == 1:
-            return ""
-        return "failed" if status == -1 else "timed out"
+        attempt.error = first_write(self._engine, submit, self._clock, attempt.until)
+        attempt.ended.set()
 
 
 class _Opening:

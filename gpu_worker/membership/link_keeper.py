@@ -8,31 +8,18 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 
+from gpu_worker.membership.greeting import ANSWER_TIMEOUT_S, expect, greet
 from shared.errors import WireError
 from shared.records import RankRecord
 from shared.types import Epoch, Member, Step
-from shared.wire import (
-    AreaOpened,
-    Hello,
-    Message,
-    OpenArea,
-    Ping,
-    Pong,
-    Wake,
-    Welcome,
-    encode,
-    read_message,
-)
+from shared.wire import AreaOpened, Message, OpenArea, Wake, encode, read_message
 
 log = structlog.get_logger()
 
-M = TypeVar("M", bound=Message)
-
-ANSWER_TIMEOUT_S = 2.0
 CONTACT_TIMEOUT_S = 10.0
 DATA_PATH_CHECK_S = 0.5
 BACKOFF_MIN_S = 0.05
@@ -157,12 +144,7 @@ class LinkKeeper:
     ) -> AreaOpened:
         """First contact over the data network only after the peer's own heart has answered: with a
         hung peer it would block for a minute."""
-        writer.write(encode(Hello(role="rank", name=str(self._member))))
-        welcome = await _expect(reader, Welcome)
-        if (welcome.rank, welcome.incarnation) != (peer.rank, peer.incarnation):
-            raise WireError(f"{peer.control_host}:{peer.control_port} is not rank {peer.member}")
-        writer.write(encode(Ping(nonce=0)))
-        await _expect(reader, Pong)
+        await greet(peer, self._member, reader, writer)
         writer.write(
             encode(
                 OpenArea(
@@ -172,13 +154,4 @@ class LinkKeeper:
                 )
             )
         )
-        return await _expect(reader, AreaOpened)
-
-
-async def _expect(reader: asyncio.StreamReader, kind: type[M]) -> M:
-    async with asyncio.timeout(ANSWER_TIMEOUT_S):
-        message = await read_message(reader)
-    if not isinstance(message, kind):
-        got = "the end of the stream" if message is None else type(message).__name__
-        raise WireError(f"expected {kind.__name__}, got {got}")
-    return message
+        return await expect(reader, AreaOpened)
