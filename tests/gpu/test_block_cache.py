@@ -1,0 +1,197 @@
+"""Contents of a decoder's KV blocks go to another decoder, which goes on to the bit as the first
+would have; and copies are of the moment of their call, whatever is enqueued before and behind them.
+On a CUDA device in bf16, with graphs; elsewhere on Triton's interpreter in float32."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA device here")
+
+ON_CUDA = torch.cuda.is_available()
+if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from gpu_worker.cuda.block_cache import CudaBlockCache  # noqa: E402
+from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
+from gpu_worker.cuda.decoder_sizes import DecoderSizes  # noqa: E402
+from gpu_worker.cuda.moe_stage import LocalMoe  # noqa: E402
+from gpu_worker.cuda.random_weights import random_weights  # noqa: E402
+from gpu_worker.cuda.slots import CudaSlots  # noqa: E402
+from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape  # noqa: E402
+from gpu_worker.model.mla_shape import MlaShape  # noqa: E402
+from gpu_worker.model.rope import Rope  # noqa: E402
+from tests.support.cuda_steps import BLOCK_TOKENS, BLOCKS_EACH, step  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+NUM_BLOCKS, NUM_STAGES = 8 * BLOCKS_EACH, 3
+WHILE_CYCLES = 200_000_000
+"""That the device is busy: some 0.1 s."""
+
+GROUPED = GqaShape(num_heads=4, kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD)
+SPARSE = MlaShape(
+    hidden_size=64,
+    num_heads=2,
+    plain_size=32,
+    rotated_size=16,
+    value_size=16,
+    rank=32,
+    q_rank=48,
+    interleaved=True,
+    index_heads=2,
+    index_size=32,
+    index_top_k=16,
+)
+
+
+def make_decoders(attention: GqaShape | MlaShape) -> list[Decoder]:
+    """Two, of the same weights."""
+    sizes = DecoderSizes(
+        num_layers=2,
+        hidden_size=64,
+        attention=attention,
+        rope=Rope(theta=1e4, kind="default", scaling={}, context_tokens_max=128),
+        moe_layers=(0, 1),
+        num_experts=8,
+        top_k=2,
+        inner_size=32,
+        vocab_size=128,
+    )
+    torch.manual_seed(0)
+    weights = random_weights(sizes, DEVICE, DTYPE, std=0.1)
+    slots = CudaSlots(
+        num_layers=2,
+        slots_per_rank=8,
+        hidden_size=64,
+        inner_size=32,
+        device=DEVICE,
+        dtype=DTYPE,
+    )
+    slots.fill_randomly(8, std=0.1)
+    options = DecoderOptions(
+        kv_blocks=NUM_BLOCKS,
+        block_tokens=BLOCK_TOKENS,
+        context_tokens_max=BLOCKS_EACH * BLOCK_TOKENS,
+        decode_ladder=(1,),
+        prefill_tokens=64,
+        prefill_sequences=4,
+    )
+    decoders = []
+    for _ in range(2):
+        decoder = Decoder(sizes, weights, LocalMoe(slots, top_k=2, step_tokens_max=64), options)
+        decoder.use_slots(np.tile(np.arange(8, dtype=np.int32), (2, 1)))
+        if ON_CUDA:
+            decoder.capture()
+        decoders.append(decoder)
+    return decoders
+
+
+@pytest.mark.parametrize("attention", [GROUPED, SPARSE], ids=["grouped", "sparse latent"])
+def test_a_sequence_goes_on_from_copies_as_where_they_came_from(
+    attention: GqaShape | MlaShape,
+) -> None:
+    source, target = make_decoders(attention)
+    saver, loader = open_cache(source), open_cache(target)
+    tokens = np.random.default_rng(1).integers(0, 128, 3 * BLOCK_TOKENS + 5).tolist()
+    known = 3 * BLOCK_TOKENS
+    step(source, {0: tokens[:known]}, [0])
+    rooms = [saver.room() for _ in range(3)]
+    saved = [saver.save(block, room) for block, room in enumerate(rooms)]
+    expected = go_on(source, 0, tokens, known)
+    wait()
+    assert all(is_saved() for is_saved in saved)
+    for block, room in enumerate(rooms):
+        loader.load(2 * BLOCKS_EACH + block, room)
+        room.fill(255)
+    assert torch.equal(go_on(target, 2, tokens, known), expected)
+
+
+def open_cache(decoder: Decoder) -> CudaBlockCache:
+    return CudaBlockCache(decoder.attention.cache(), architecture="Some", num_stages=NUM_STAGES)
+
+
+def go_on(decoder: Decoder, sequence: int, tokens: list[int], known: int) -> Tensor:
+    """The logits of the rest as one chunk, then of one step more."""
+    ids, first = step(decoder, {sequence: tokens[known:]}, [known])
+    _, second = step(decoder, {sequence: [int(ids[0])]}, [len(tokens)])
+    return torch.cat([first, second])
+
+
+def make_caches() -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(3, 9, 16, n, device=DEVICE).to(DTYPE) for n in (64, 16)]
+
+
+def keep_busy() -> None:
+    """The steps' stream, as a step in flight does."""
+    if ON_CUDA:
+        torch.cuda._sleep(WHILE_CYCLES)
+
+
+def wait() -> None:
+    if ON_CUDA:
+        torch.cuda.synchronize()
+
+
+def contents(caches: list[Tensor], block: int) -> list[Tensor]:
+    return [cache[:, block].clone() for cache in caches]
+
+
+def are_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_is_written_behind_a_save_is_not_in_it() -> None:
+    """Though neither has run when both are enqueued, and there are more blocks than stages."""
+    caches = make_caches()
+    cache = CudaBlockCache(caches, architecture="Some", num_stages=NUM_STAGES)
+    blocks = (4, 0, 7, 1, 8, 2, 3)
+    expected = [contents(caches, block) for block in blocks]
+    rooms = [cache.room() for _ in blocks]
+    wait()
+    keep_busy()
+    saved = [cache.save(block, room) for block, room in zip(blocks, rooms, strict=True)]
+    for each in caches:
+        each.zero_()
+    asked_early = [is_saved() for is_saved in saved]
+    wait()
+    if ON_CUDA:
+        assert not any(asked_early), "the host has waited for the device"
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert all(elsewhere.map(lambda is_saved: is_saved(), saved))
+    for room, wanted in zip(rooms, expected, strict=True):
+        cache.load(5, room)
+        assert are_equal(contents(caches, 5), wanted)
+
+
+def test_a_load_comes_behind_what_was_begun_and_before_what_is_begun_next() -> None:
+    """More blocks than stages, from one array that is written anew each time."""
+    caches = make_caches()
+    cache = CudaBlockCache(caches, architecture="Some", num_stages=NUM_STAGES)
+    source = cache.room()
+    cache.save(8, source)
+    wait()
+    wanted = contents(caches, 8)
+    before = [contents(caches, block) for block in range(8)]
+    content = np.empty_like(source)
+    keep_busy()
+    seen = []
+    for block in range(8):
+        old = contents(caches, block)
+        np.copyto(content, source)
+        cache.load(block, content)
+        content.fill(255)
+        seen.append((old, contents(caches, block)))
+    for (old, new), expected in zip(seen, before, strict=True):
+        assert are_equal(old, expected)
+        assert are_equal(new, wanted)
+        assert not are_equal(old, new)
