@@ -187,9 +187,8 @@ def fault(
         )
         async with AsyncExitStack() as stack:
             if own:
-                # Every try sends the same prompts. In the world they would not be cached elsewhere.
                 options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
-                started = _started(options, start_timeout_s, console, prefix_cache=False)
+                started = _started(options, start_timeout_s, console)
                 target = await stack.enter_async_context(started)
             else:
                 target = _running(etcd, instance, run_dir)
@@ -238,7 +237,7 @@ async def _gateway(
 
 @asynccontextmanager
 async def _started(
-    options: OwnOptions, start_timeout_s: float, console: Console, *, prefix_cache: bool = True
+    options: OwnOptions, start_timeout_s: float, console: Console
 ) -> AsyncIterator[Target]:
     """Raises Unavailable."""
     from cli.bench.own_instance import own_instance
@@ -250,7 +249,6 @@ async def _started(
                 own_instance(
                     options.flags(),
                     environment=options.environment(),
-                    prefix_cache=prefix_cache,
                     start_timeout_s=start_timeout_s,
                     say=stage.say,
                 )

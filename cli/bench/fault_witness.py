@@ -29,7 +29,8 @@ _POLL_S = 0.1
 class Phases:
     """From the signal on, one after the other; None where nobody said, 0 where a phase was over
     before it could begin. `adopt` and `replay` are the slowest survivor's; `reprefill` is from
-    there to the first new token of the slowest stream that the dead rank had served."""
+    there to the first new token of the slowest stream that the dead rank had served.
+    `reprefill_tokens` are those of moved sessions that survivors have computed again since."""
 
     detect_ms: float | None
     verdict_ms: float | None
@@ -37,6 +38,7 @@ class Phases:
     adopt_ms: float | None
     replay_ms: float | None
     reprefill_ms: float | None
+    reprefill_tokens: int
 
 
 class Witness:
@@ -111,6 +113,7 @@ class Witness:
             adopt_ms=_ms(published_at, adopted_at),
             replay_ms=_ms(adopted_at, replayed_at),
             reprefill_ms=_ms(replayed_at, first_token_at),
+            reprefill_tokens=sum(adoption.reprefill_tokens for adoption in adoptions),
         )
 
     async def _adoptions(self, epoch: Epoch) -> list[Adoption]:

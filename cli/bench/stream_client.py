@@ -55,14 +55,16 @@ class StreamClient:
         max_tokens: int,
         on_chunk: Callable[[int], None] = lambda num_tokens: None,
         on_start: Callable[[StreamRecord], None] = lambda record: None,
+        *,
+        computes_all: bool = False,
     ) -> StreamRecord:
         """Never raises for what a server may do: the record tells. It grows while the stream
-        runs."""
+        runs. `computes_all`: nothing that a rank has cached is used."""
         record = StreamRecord(sent_at=self._clock.now())
         on_start(record)
         try:
             async with self._http.post(
-                f"{self._url}/v1/completions", json=self._body(prompt, max_tokens)
+                f"{self._url}/v1/completions", json=self._body(prompt, max_tokens, computes_all)
             ) as response:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
@@ -93,8 +95,13 @@ class StreamClient:
                 on_chunk(len(ids))
             record.finish = choice.get("finish_reason") or record.finish
 
-    def _body(self, prompt: Sequence[int], max_tokens: int) -> dict[str, object]:
+    def _body(
+        self, prompt: Sequence[int], max_tokens: int, computes_all: bool
+    ) -> dict[str, object]:
+        # Cached blocks have no log-probabilities.
+        scores = {"echo": True, "logprobs": 0} if computes_all else {}
         return {
+            **scores,
             "model": self._model,
             "prompt": list(prompt),
             "max_tokens": max_tokens,
@@ -135,8 +142,13 @@ async def run_all(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     on_chunk: Callable[[int], None] = lambda num_tokens: None,
+    *,
+    computes_all: bool = False,
 ) -> list[StreamRecord]:
     """All at once."""
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(client.run(p, max_tokens, on_chunk)) for p in prompts]
+        running = [
+            tasks.create_task(client.run(p, max_tokens, on_chunk, computes_all=computes_all))
+            for p in prompts
+        ]
     return [task.result() for task in running]
