@@ -33,7 +33,7 @@ class CudaBlockCache:
     def __init__(
         self, caches: Sequence[Tensor], *, architecture: str, num_stages: int = NUM_STAGES
     ) -> None:
-        """Raises OSError where the host refuses to pin memory."""
+        """No step may be in flight. Raises OSError where the host refuses to pin memory."""
         self._caches = caches
         self._device = caches[0].device
         self._block_bytes = sum(cache[:, 0].nbytes for cache in caches)
@@ -46,6 +46,7 @@ class CudaBlockCache:
         self._side: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._warm_up()
 
     @property
     def block_bytes(self) -> int:
@@ -88,6 +89,14 @@ class CudaBlockCache:
             stage.emptied = torch.cuda.current_stream(self._device).record_event()
         for cache, part in zip(self._caches, self._loaded.parts, strict=True):
             cache[:, block].copy_(part)
+
+    def _warm_up(self) -> None:
+        """Kernels are loaded when they are first launched, and that may wait for all that run."""
+        content = self._loaders[0].values_B
+        self.save(0, content)
+        torch.cuda.synchronize(self._device)
+        self.load(0, content)
+        torch.cuda.synchronize(self._device)
 
     def _new_room(self) -> Tensor:
         room = PinnedBlock(self._block_bytes, self._device)
