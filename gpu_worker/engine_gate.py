@@ -102,4 +102,5 @@ class EngineGate:
             steps_abandoned=now.steps_abandoned,
             tokens_generated=now.tokens_generated,
             adoptions=now.adoptions,
+            blocks_restored=now.blocks_restored,
         )

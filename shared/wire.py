@@ -214,8 +214,9 @@ class OpenCopies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopiesOpened:
-    """Slot i of the answering rank's area begins at `address + i * block_bytes`. `refusal` says why
-    there is none, where `num_slots` is 0."""
+    """Slot i of the answering rank's area begins at `address + i * block_bytes`; behind the last
+    one is room for the write that opens the way. `refusal` says why there is none, where
+    `num_slots` is 0."""
 
     target: Member
     source: Member
@@ -284,6 +285,7 @@ class StatusReply:
     steps_abandoned: int
     tokens_generated: int
     adoptions: tuple[Adoption, ...]  # the last few, oldest first
+    blocks_restored: int = 0  # KV blocks that were filled from copies
 
 
 Message = (

@@ -130,8 +130,8 @@ class BlockKeeper(Protocol):
         ...
 
     def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
-        """All named blocks of a running session, from its first token on; each call replaces the
-        one before. They hold what they hold until `forget`."""
+        """The next named blocks of a running session, after those that were offered since its last
+        `forget`. They hold what they hold until `forget`."""
         ...
 
     def forget(self, session: SessionId) -> None:
@@ -142,6 +142,7 @@ class BlockKeeper(Protocol):
         """Who holds a copy of at least its first block, and is asked to take the next ones."""
         ...
 
-    def pump(self) -> None:
-        """Between steps: sends what has been offered, a little at a time."""
+    def pump(self) -> bool:
+        """Between steps: sends what has been offered, a little at a time. Whether there is more to
+        send soon, without a further event."""
         ...

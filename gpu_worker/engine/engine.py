@@ -18,6 +18,9 @@ here: then the hardware goes on without a pause. Else, with nothing in flight:
     asleep, Wake for that step      runs the next step
     asleep, a newer map             adopts it, runs its step 0
 
+Copies of KV blocks go out a few after each step, with the next one in flight where the runner can;
+so also while it sleeps with sessions of its own, for a map or a hold. It never waits for them.
+
 A Wake may come while its step is not yet the next one here; it is kept, not lost. Where the runner
 counts its steps across epochs, a Wake counts whatever its epoch. Errors other than StepAbandoned
 leave `run`, and shall take the process down.
@@ -28,6 +31,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from gpu_worker.copies.no_copies import NoCopies
+from gpu_worker.copies.ports import BlockKeeper
 from gpu_worker.engine.adoption_log import AdoptionLog
 from gpu_worker.engine.mailbox import (
     Adopted,
@@ -58,6 +63,7 @@ from shared.wire import Adoption, Cancel, Load, SessionTokens, Wake
 STRANDED_S = 30.0
 """Behind its map for so long, a rank leaves and begins anew."""
 _PARK_S = 1.0  # only so that no wait is without end; every reason to go on notifies the inbox
+_PUMP_S = 0.002  # the next copies of a parked engine; a step would take as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,7 @@ class EngineSnapshot:
     steps_committed: int
     steps_abandoned: int
     tokens_generated: int
+    blocks_restored: int
     adoptions: tuple[Adoption, ...]
 
 
@@ -89,7 +96,9 @@ class Engine:
         monitor: EngineMonitor,
         post: Post,
         clock: Clock,
+        keeper: BlockKeeper | None = None,
     ) -> None:
+        """`keeper` is the scheduler's."""
         self._member = member
         self._runner = runner
         self._scheduler = scheduler
@@ -97,6 +106,7 @@ class Engine:
         self._monitor = monitor
         self._post = post
         self._clock = clock
+        self._keeper = keeper or NoCopies()
         self._newest: NewMap | None = None
         self._epoch = Epoch(0)  # 0: in no map yet
         self._step = Step(0)
@@ -122,6 +132,7 @@ class Engine:
             steps_committed=self._steps_committed,
             steps_abandoned=self._steps_abandoned,
             tokens_generated=self._tokens_generated,
+            blocks_restored=self._scheduler.num_restored,
             adoptions=self._adoptions.entries,
         )
 
@@ -142,7 +153,7 @@ class Engine:
             if self._may_step():
                 self._begin_step()
             else:
-                self._monitor.park(_PARK_S)
+                self._monitor.park(_PUMP_S if self._keeper.pump() else _PARK_S)
 
     def _take_in(self, items: list[Item]) -> bool:
         """True: stop."""
@@ -199,6 +210,7 @@ class Engine:
             self._fall_behind()
             return
         self._epoch = newest.expert_map.epoch
+        self._keeper.use([m for m in newest.expert_map.members if m != self._member])
         self._set_step(first_step)
         adoption = self._adoptions.adopted(
             self._epoch,
@@ -277,6 +289,7 @@ class Engine:
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
+        self._keeper.pump()
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:
         if replies:

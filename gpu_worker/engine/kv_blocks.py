@@ -90,7 +90,7 @@ class KvBlocks:
         self._lengths[row] = length + num_blocks
 
     def publish(self, row: int, column: int, name: bytes) -> None:
-        """The row's block in this column is full, its contents are committed and have this name;
+        """The row's block in this column is full, its contents will not change and have this name;
         those of all earlier columns are published. A block that has the name already takes its
         place: the contents are equal to the bit, and one of the two is free for others."""
         mine = int(self._tables[row, column])
@@ -120,6 +120,11 @@ class KvBlocks:
         width = max((self._lengths[row] for row in rows), default=0)
         gathered: NDArray[np.int32] = self._tables[rows, :width]
         return gathered
+
+    def blocks_of(self, row: int, begin: int, end: int) -> list[int]:
+        """Those in these columns of the row's table."""
+        blocks: list[int] = self._tables[row, begin:end].tolist()
+        return blocks
 
     def name_of(self, block: int) -> bytes | None:
         return self._index.name_of(block)

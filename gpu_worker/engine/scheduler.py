@@ -6,17 +6,19 @@ tokens; then its prefill is cut into chunks, and once all known tokens are compu
 one token more. A plan changes nothing that its step's failure would have to explain: tokens, and
 `num_computed` of those that run, move in `commit` alone, and `abandon` takes back blocks and
 admissions. Only a preemption and the names of blocks that were handed out anew stay lost (the
-spoilt step may have written into them), and they cost work, never tokens.
+spoilt step may have written into them), and they cost work, never tokens; what was restored stays.
 
     event               waiting               running                     unknown here
     submit, later       replaced              replaced                    waits, ended, or refused
     submit, no later    ignored               ignored                     –
     cancel, drop        ended                 ended, blocks freed         nothing
     plan                runs, if it fits, and decodes or prefills a part, –
-                        begins with what the  or is preempted → waits
-                        cache has of it
+                        begins with what      or is preempted → waits
+                        cache and copies have
+                        of it
     commit              –                     a token more, or ended;     –
                                               full blocks are published
+                                              and offered for copies
     abandon             –                     as before the plan;         –
                                               admitted in it → waits
 
@@ -30,13 +32,17 @@ When blocks run out the sequence of lowest priority gives up its own; it will be
 all its known tokens, less what the cache still has of them. The first in priority is never
 preempted for another and always fits alone, so everything ends.
 
-The prefix cache (`kv_blocks`). Full blocks whose step was committed are published under the hash of
-all tokens up to their end, generated ones included, and are not written again. A sequence begins
-with the longest published prefix of its known tokens, less the last token, whose logits it needs;
-its first own block is the one after. Its KV is the same to the bit, so tokens do not depend on what
-was cached. Where a running sequence that goes before it is yet to compute the very block that it
-would compute first, it waits for that and is passed over: n choices of one prompt cost one prefill.
-What it would need stays reserved, so that those behind it cannot take its room.
+The prefix cache (`sequence_blocks`). Full blocks whose step was committed are published under the
+hash of all tokens up to their end, generated ones included, and are not written again. A sequence
+begins with the longest published prefix of its known tokens, less the last token, whose logits it
+needs; its first own block is the one after. Its KV is the same to the bit, so tokens do not depend
+on what was cached. Where a running sequence that goes before it is yet to compute the very block
+that it would compute first, it waits for that and is passed over: n choices of one prompt cost one
+prefill. What it would need stays reserved, so that those behind it cannot take its room.
+
+Copies (`copies/ports`). Behind its cached blocks a sequence begins with those that a peer has left
+here, restored while the plan is made and published at once. A plan admits nobody more after it has
+restored many: a rank whose peer has died is to serve its own sessions, too.
 """
 
 from __future__ import annotations
@@ -50,13 +56,15 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from gpu_worker.engine.block_names import extend_names
+from gpu_worker.copies.no_copies import NoCopies
+from gpu_worker.copies.ports import BlockKeeper
 from gpu_worker.engine.guide import Guide, Guides
 from gpu_worker.engine.kv_blocks import KvBlocks
 from gpu_worker.engine.logprobs import StepScores
 from gpu_worker.engine.outlook import Outlook, hangs_on_tokens, outlook, outlooks_after
 from gpu_worker.engine.sampler import NO_TOKEN
-from gpu_worker.engine.sequence import NO_ROW, Origin, Sequence, SequenceState
+from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
+from gpu_worker.engine.sequence_blocks import SequenceBlocks
 from gpu_worker.engine.step_plan import Chunk, ScoredRows, StepPlan, build_plan
 from shared.errors import GuideError
 from shared.types import Attempt, FinishReason, SessionId
@@ -80,6 +88,7 @@ class SchedulerLimits:
     waiting_max: int
     prefix_cache: bool = True
     scored_logits_max: int = 1 << 24  # of a step's prompt rows, which are rows times vocabulary
+    restored_blocks_enough: int = 64  # in one plan; on CPUs some 10 ms
 
     @property
     def scored_rows_max(self) -> int:
@@ -105,6 +114,7 @@ class Scheduler:
         limits: SchedulerLimits,
         eos_token_ids: tuple[int, ...],
         guides: Guides | None = None,
+        keeper: BlockKeeper | None = None,
     ) -> None:
         self._limits = limits
         self._guides = guides
@@ -115,18 +125,23 @@ class Scheduler:
             rows_max=limits.running_max,
             row_blocks_max=-(-limits.tokens_max // limits.kv_block_tokens),
         )
+        self._keeper = keeper or NoCopies()
+        self._blocks = SequenceBlocks(self._kv, self._keeper, is_shared=limits.prefix_cache)
         self._sequences: dict[SessionId, Sequence] = {}
         self._waiting: list[Sequence] = []  # sorted by priority
         self._running: list[Sequence] = []  # sorted by priority when a plan begins
         self._num_tokens = 0
-        self._num_prefix_tokens = 0
-        self._num_prefix_cached = 0
         self._arrivals = 0
         self._plans: deque[StepPlan] = deque()  # neither committed nor abandoned
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def num_restored(self) -> int:
+        """Blocks that were filled from copies, since the start."""
+        return self._blocks.num_restored
 
     def load(self) -> Load:
         return Load(
@@ -136,8 +151,8 @@ class Scheduler:
             kv_blocks_free=self._kv.num_free,
             kv_blocks=self._kv.num_blocks,
             kv_blocks_cached=self._kv.num_named,
-            prefix_tokens=self._num_prefix_tokens,
-            prefix_tokens_cached=self._num_prefix_cached,
+            prefix_tokens=self._blocks.num_prefix_tokens,
+            prefix_tokens_cached=self._blocks.num_prefix_cached,
         )
 
     def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
@@ -181,11 +196,16 @@ class Scheduler:
             self._end(sequence)
 
     def plan(self) -> StepPlan:
-        """Decodes, then prefill chunks of those that run, then of those newly admitted."""
+        """Decodes, then prefill chunks of those that run, then of those newly admitted. Where
+        blocks run out, those of lowest priority are preempted."""
         assert not self._plans, "a plan is in flight"
         self._running.sort(key=_priority)
-        grown = self._grow_decodes()
-        return self._fill_step({s: outlook(s) for s in self._running}, grown)
+        stands = {s: outlook(s) for s in self._running}
+        while len(growing := self._growing(stands)) > self._kv.num_free:
+            preempted = self._running.pop()
+            del stands[preempted]
+            self._stop_running(preempted)
+        return self._fill_step(stands, growing)
 
     def plan_ahead(self) -> StepPlan | None:
         """The step after the one that is in flight, before that one's tokens are known. None: they
@@ -195,27 +215,39 @@ class Scheduler:
             return None
         self._running.sort(key=_priority)
         stands = outlooks_after(before, self._running)
-        if (grown := self._grow_without_harm(stands)) is None:
+        growing = self._growing(stands)
+        if len(growing) > self._kv.num_free:
             return None
-        plan = self._fill_step(stands, grown)
+        plan = self._fill_step(stands, growing)
         if not plan.chunks:
             self.abandon(plan)
             return None
         return plan
 
-    def _fill_step(self, stands: Mapping[Sequence, Outlook], grown: Items[Sequence]) -> StepPlan:
+    def _growing(self, stands: Mapping[Sequence, Outlook]) -> list[Sequence]:
+        """Who needs one block more for its next token."""
+        return [
+            s for s, stand in stands.items() if stand.num_tokens > self._kv.capacity_tokens(s.row)
+        ]
+
+    def _fill_step(self, stands: Mapping[Sequence, Outlook], growing: Items[Sequence]) -> StepPlan:
         """`stands` are those that run, in order of priority."""
+        for sequence in growing:
+            self._kv.extend(sequence.row, 1)
         chunks = [Chunk(s, 1, stand) for s, stand in stands.items() if stand.num_pending == 1]
         budget = self._limits.step_tokens_max - len(chunks)
         for sequence, stand in stands.items():
             if stand.num_pending > 1 and budget > 0:
                 budget -= self._add_prefill(chunks, sequence, stand, budget)
         admitted: list[Sequence] = []
-        while budget > 0 and (found := self._next_admissible()) is not None:
+        restored_max = self.num_restored + self._limits.restored_blocks_enough
+        while budget > 0 and self.num_restored < restored_max:
+            if (found := self._next_admissible()) is None:
+                break
             self._admit(found)
             admitted.append(found)
             budget -= self._add_prefill(chunks, found, outlook(found), budget)
-        plan = build_plan(chunks, self._kv, grown=grown, admitted=admitted)
+        plan = build_plan(chunks, self._kv, grown=growing, admitted=admitted)
         self._plans.append(plan)
         return plan
 
@@ -228,7 +260,7 @@ class Scheduler:
         assert plan is first, "an earlier plan is in flight"
         num_reprefilled = num_generated = 0
         for sequence in plan.admitted:
-            self._count_cached(sequence)
+            self._blocks.count_begun(sequence)
         for sequence, num_tokens, _ in plan.chunks:
             if sequence.state is not SequenceState.RUNNING:  # ended while the step was in flight
                 continue
@@ -236,7 +268,7 @@ class Scheduler:
                 left = sequence.num_given - sequence.num_computed
                 num_reprefilled += min(max(left, 0), num_tokens)
             sequence.num_computed += num_tokens
-            self._publish_blocks(sequence)
+            self._blocks.publish(sequence)
         replies: dict[Origin, list[SessionTokens]] = {}
         for rows, logprobs in zip(plan.scored, scores.prompt if scores else (), strict=True):
             if rows.sequence.state is not SequenceState.RUNNING:
@@ -249,6 +281,9 @@ class Scheduler:
                 num_generated += 1
                 reply = self._take_token(sequence, token, logprob)
                 replies.setdefault(sequence.origin, []).append(reply)
+        for sequence, _, _ in plan.chunks:
+            if sequence.state is SequenceState.RUNNING:
+                self._blocks.offer(sequence)
         return Committed(replies, num_generated, num_reprefilled)
 
     def abandon(self, plan: StepPlan) -> None:
@@ -296,33 +331,6 @@ class Scheduler:
             return replace(reply, retryable=True)
         return None
 
-    def _grow_decodes(self) -> list[Sequence]:
-        """Gives each decode the block that its next token needs, the first in priority first, and
-        preempts from the other end. Returns who grew."""
-        grown: list[Sequence] = []
-        position = 0
-        while position < len(self._running):
-            sequence = self._running[position]
-            if len(sequence.tokens) > self._kv.capacity_tokens(sequence.row):
-                if not self._kv.num_free:
-                    self._stop_running(self._running.pop())
-                    continue
-                self._kv.extend(sequence.row, 1)
-                grown.append(sequence)
-            position += 1
-        return grown
-
-    def _grow_without_harm(self, stands: Mapping[Sequence, Outlook]) -> list[Sequence] | None:
-        """Who needed a block and got it; None where not all can without a preemption."""
-        growing = [
-            s for s, stand in stands.items() if stand.num_tokens > self._kv.capacity_tokens(s.row)
-        ]
-        if len(growing) > self._kv.num_free:
-            return None
-        for sequence in growing:
-            self._kv.extend(sequence.row, 1)
-        return growing
-
     def _add_prefill(
         self, chunks: list[Chunk], sequence: Sequence, stands: Outlook, budget: int
     ) -> int:
@@ -346,72 +354,22 @@ class Scheduler:
             return None
         num_reserved = len(self._running)
         for sequence in self._waiting:
-            names = self._usable_names(sequence)
-            num_blocks = self._kv.blocks_for(len(sequence.tokens))
-            num_reserved += self._kv.num_needed(num_blocks, names)
+            num_reserved += self._blocks.num_needed(sequence)
             if num_reserved > self._kv.num_free:
                 return None
-            if not self._awaits_block(sequence, names):
+            if not self._blocks.awaits_another(sequence, self._running):
                 return sequence
         return None
 
     def _admit(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
-        num_blocks = self._kv.blocks_for(len(sequence.tokens))
-        names = self._usable_names(sequence)
-        sequence.num_published = self._kv.num_cached(names)
-        sequence.row = self._kv.open(num_blocks, names)
-        sequence.num_computed = sequence.num_published * self._limits.kv_block_tokens
+        self._blocks.open(sequence)
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
 
-    def _usable_names(self, sequence: Sequence) -> list[bytes]:
-        """Of the blocks that it need not compute itself, where somebody else has."""
-        if not self._limits.prefix_cache:
-            return []
-        block_tokens = self._limits.kv_block_tokens
-        extend_names(sequence.block_names, sequence.tokens, block_tokens)
-        num_usable = len(sequence.tokens) - 1
-        if sequence.wants_prompt_logits:
-            num_usable = sequence.num_scored
-        return sequence.block_names[: num_usable // block_tokens]
-
-    def _awaits_block(self, sequence: Sequence, names: list[bytes]) -> bool:
-        """Whether a running sequence that goes first will compute its first missing block."""
-        column = self._kv.num_cached(names)
-        if column >= len(names):
-            return False
-        return any(
-            s.num_pending > 1
-            and column < len(s.block_names)
-            and s.block_names[column] == names[column]
-            and s.priority < sequence.priority
-            for s in self._running
-        )
-
-    def _count_cached(self, sequence: Sequence) -> None:
-        """Of a sequence whose first step since it waits no more is committed."""
-        self._num_prefix_tokens += len(sequence.tokens)
-        self._num_prefix_cached += sequence.num_computed
-        if sequence.num_cached is None:  # else it was preempted: what it finds is its own
-            sequence.num_cached = sequence.num_computed
-
-    def _publish_blocks(self, sequence: Sequence) -> None:
-        """Those that the committed step has filled."""
-        block_tokens = self._limits.kv_block_tokens
-        end = sequence.num_computed // block_tokens
-        if end == sequence.num_published or not self._limits.prefix_cache:
-            return
-        extend_names(sequence.block_names, sequence.tokens, block_tokens)
-        for column in range(sequence.num_published, end):
-            self._kv.publish(sequence.row, column, sequence.block_names[column])
-        sequence.num_published = end
-
     def _stop_running(self, sequence: Sequence) -> None:
         """From running, whose list it has left already, back to waiting."""
-        self._kv.close(sequence.row)
-        sequence.row = NO_ROW
-        sequence.num_computed = sequence.num_published = 0
+        self._blocks.close(sequence)
         sequence.state = SequenceState.WAITING
         insort(self._waiting, sequence, key=_priority)
 
@@ -444,15 +402,17 @@ class Scheduler:
         except GuideError as error:
             self._end(sequence)
             return sequence.reply(index=index, error=str(error))
+        backup = sequence.news_of_backup(self._keeper.backup_of(sequence.session))
         if finish is not None:
             self._end(sequence)
-        return sequence.reply((token,), index=index, finish=finish, logprobs=logprobs)
+        return sequence.reply(
+            (token,), index=index, finish=finish, logprobs=logprobs, backup=backup
+        )
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
-            self._kv.close(sequence.row)
-            sequence.row = NO_ROW
+            self._blocks.close(sequence)
         else:
             self._waiting.remove(sequence)
         sequence.state = SequenceState.ENDED

@@ -8,7 +8,7 @@ from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
 from gpu_worker.engine.guide import Guide
-from shared.types import FinishReason
+from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
 Origin = NewType("Origin", int)
@@ -32,12 +32,14 @@ class Sequence:
     __slots__ = (
         "arrival",
         "attempt",
+        "backup_told",
         "block_names",
         "guide",
         "num_cached",
         "num_computed",
         "num_emitted",
         "num_given",
+        "num_offered",
         "num_prompt",
         "num_published",
         "num_scored",
@@ -78,7 +80,9 @@ class Sequence:
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as asked for
         self.num_published = 0  # blocks of its row that are named, hence never written again
+        self.num_offered = 0  # of these, how many the keeper of copies has heard of
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
+        self.backup_told: RankId | None = None  # who its client knows to have copies of its blocks
         self.state = SequenceState.WAITING
         self.row = NO_ROW
         self.tokens_max = tokens_max
@@ -147,6 +151,13 @@ class Sequence:
             self.guide.take(token)
         return self.ended_before_start()
 
+    def news_of_backup(self, backup: RankId | None) -> RankId | None:
+        """What the next reply is to say, where this is its backup rank now."""
+        if backup is None or backup == self.backup_told:
+            return None
+        self.backup_told = backup
+        return backup
+
     def _index_at(self, num_tokens: int) -> int:
         return self.num_emitted + num_tokens - self.num_given
 
@@ -158,6 +169,7 @@ class Sequence:
         finish: FinishReason | None = None,
         error: str | None = None,
         logprobs: tuple[TokenLogprob, ...] = (),
+        backup: RankId | None = None,
     ) -> SessionTokens:
         return SessionTokens(
             session=self.session,
@@ -167,5 +179,6 @@ class Sequence:
             finish=finish,
             error=error,
             logprobs=logprobs,
+            backup_rank=-1 if backup is None else backup,
             cached_tokens=(self.num_cached or 0) if ids and index == self.num_emitted else 0,
         )

@@ -1,0 +1,29 @@
+"""The keeper of a rank that neither makes copies nor takes any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shared.types import Member, RankId, SessionId
+
+
+class NoCopies:
+    """Implements `ports.BlockKeeper`."""
+
+    def use(self, others: Sequence[Member]) -> None:
+        pass
+
+    def restore(self, names: Sequence[bytes], blocks: Sequence[int]) -> int:
+        return 0
+
+    def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
+        pass
+
+    def forget(self, session: SessionId) -> None:
+        pass
+
+    def backup_of(self, session: SessionId) -> RankId | None:
+        return None
+
+    def pump(self) -> bool:
+        return False

@@ -1,0 +1,102 @@
+"""What running sequences have of the KV cache: the blocks that one begins with, cached here or left
+by a peer that had its session, the names of those that it has filled, and who hears of them. When a
+sequence runs is the scheduler's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpu_worker.copies.ports import BlockKeeper
+from gpu_worker.engine.block_names import extend_names
+from gpu_worker.engine.kv_blocks import KvBlocks
+from gpu_worker.engine.sequence import NO_ROW, Sequence
+
+
+class SequenceBlocks:
+    """Implements the prefix cache, as `scheduler.py` tells it, over `kv_blocks` and a keeper of
+    copies. With `is_shared` false every sequence computes all its blocks, and nobody hears."""
+
+    def __init__(self, kv: KvBlocks, keeper: BlockKeeper, *, is_shared: bool) -> None:
+        self.num_restored = 0  # blocks, since the start
+        self.num_prefix_tokens = 0
+        self.num_prefix_cached = 0
+        self._kv = kv
+        self._keeper = keeper
+        self._is_shared = is_shared
+
+    def num_needed(self, sequence: Sequence) -> int:
+        """By how much `open` would lower the number of free blocks."""
+        num_blocks = self._kv.blocks_for(len(sequence.tokens))
+        return self._kv.num_needed(num_blocks, self._usable_names(sequence))
+
+    def awaits_another(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        """Whether a running sequence that goes first will compute its first missing block."""
+        names = self._usable_names(sequence)
+        column = self._kv.num_cached(names)
+        if column >= len(names):
+            return False
+        return any(
+            s.num_pending > 1
+            and column < len(s.block_names)
+            and s.block_names[column] == names[column]
+            and s.priority < sequence.priority
+            for s in running
+        )
+
+    def open(self, sequence: Sequence) -> None:
+        """Gives it blocks for all its known tokens. What the cache or a copy has of them counts as
+        computed, and stays in the cache also where the step that is being planned is abandoned."""
+        names = self._usable_names(sequence)
+        num_cached = self._kv.num_cached(names)
+        row = self._kv.open(self._kv.blocks_for(len(sequence.tokens)), names)
+        end = num_cached
+        if num_cached < len(names):
+            missing = names[num_cached:]
+            end += self._keeper.restore(missing, self._kv.blocks_of(row, num_cached, len(names)))
+        for column in range(num_cached, end):
+            self._kv.publish(row, column, names[column])
+        self.num_restored += end - num_cached
+        sequence.row = row
+        sequence.num_published = end
+        sequence.num_computed = end * self._kv.block_tokens
+
+    def close(self, sequence: Sequence) -> None:
+        self._keeper.forget(sequence.session)
+        self._kv.close(sequence.row)
+        sequence.row = NO_ROW
+        sequence.num_computed = sequence.num_published = sequence.num_offered = 0
+
+    def count_begun(self, sequence: Sequence) -> None:
+        """Its first step since `open` is committed."""
+        self.num_prefix_tokens += len(sequence.tokens)
+        self.num_prefix_cached += sequence.num_computed
+        if sequence.num_cached is None:  # else it was preempted: what it finds is its own
+            sequence.num_cached = sequence.num_computed
+
+    def publish(self, sequence: Sequence) -> None:
+        """Those that a committed step has filled."""
+        end = sequence.num_computed // self._kv.block_tokens
+        if end == sequence.num_published or not self._is_shared:
+            return
+        extend_names(sequence.block_names, sequence.tokens, self._kv.block_tokens)
+        for column in range(sequence.num_published, end):
+            self._kv.publish(sequence.row, column, sequence.block_names[column])
+        sequence.num_published = end
+
+    def offer(self, sequence: Sequence) -> None:
+        """Those that are published and that its keeper has not heard of."""
+        begin, end = sequence.num_offered, sequence.num_published
+        if begin < end:
+            blocks = self._kv.blocks_of(sequence.row, begin, end)
+            self._keeper.offer(sequence.session, sequence.block_names[begin:end], blocks)
+            sequence.num_offered = end
+
+    def _usable_names(self, sequence: Sequence) -> list[bytes]:
+        """Of the blocks that it need not compute itself, where somebody else has."""
+        if not self._is_shared:
+            return []
+        extend_names(sequence.block_names, sequence.tokens, self._kv.block_tokens)
+        num_usable = len(sequence.tokens) - 1
+        if sequence.wants_prompt_logits:
+            num_usable = sequence.num_scored
+        return sequence.block_names[: num_usable // self._kv.block_tokens]
