@@ -64,6 +64,10 @@ class PrefixIndex:
         assert block in self._name_of
         self._idle[block] = None
 
+    def next_out(self) -> int | None:
+        """The block that `evict` would take."""
+        return next(iter(self._idle), None)
+
     def evict(self) -> int:
         """Takes the name off the block that has been idle for longest, for other contents."""
         block, _ = self._idle.popitem(last=False)

@@ -1,0 +1,118 @@
+"""What one backup rank's area holds for this rank, slot by slot, as this rank sees it. Pure: who
+writes and drops asks it first, and tells it what has come of it.
+
+Theory of operation. A slot is written only while the target knows it by no name, and a name stands
+in one slot at most.
+
+    slot        take         note_known   use, release              pick_drops    note_dropped
+    free        → writing    –            –                         –             –
+    writing     –            → known      one user more or less     –             –
+    known       –            –            one user more or less,    idle → leaving –
+                                          idle where none is left
+    leaving     –            –            –                         –             → free
+
+Users are sessions. Each uses a chain from its first block on and lets go of its last one first, so
+idle slots leave in an order that keeps chains whole from their beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gpu_worker.engine.prefix_index import PrefixIndex
+
+_SPARE_MAX = 32
+"""Slots that are kept free, or are about to be: a drop takes a round trip, in which a few steps may
+each send their blocks."""
+
+
+class CopyLedger:
+    """Starts with all slots free."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_spare = max(1, min(_SPARE_MAX, num_slots // 4))
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._index = PrefixIndex()  # of slots that are written or known
+        self._num_users = [0] * num_slots
+        self._writing: set[int] = set()
+        self._leaving: dict[int, bytes] = {}
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is under way."""
+        return not self._writing and not self._leaving
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    @property
+    def is_full(self) -> bool:
+        """No slot is free, nor about to be."""
+        return not self._free and not self._leaving and not self._index.num_idle
+
+    def has(self, name: bytes) -> bool:
+        """Whether it is known at the target, or on its way."""
+        return self._index.block_of(name) is not None
+
+    def is_known(self, name: bytes) -> bool:
+        slot = self._index.block_of(name)
+        return slot is not None and slot not in self._writing
+
+    def may_take(self, name: bytes) -> bool:
+        """Not while the target may still know it in a slot that it was asked to drop."""
+        return bool(self._free) and not self.has(name) and name not in self._leaving.values()
+
+    def take(self, name: bytes) -> int:
+        """The slot that it is written to now; its one user is the caller."""
+        assert self.may_take(name), "a slot is taken for a new name, while there is one"
+        slot = self._free.pop()
+        self._index.add(name, slot)
+        self._num_users[slot] = 1
+        self._writing.add(slot)
+        return slot
+
+    def use(self, name: bytes) -> None:
+        slot = self._slot_of(name)
+        if not self._num_users[slot]:
+            self._index.use(slot)
+        self._num_users[slot] += 1
+
+    def release(self, chain: Sequence[bytes]) -> None:
+        """One user less of each."""
+        for name in reversed(chain):
+            slot = self._slot_of(name)
+            self._num_users[slot] -= 1
+            assert self._num_users[slot] >= 0, "a copy let go by nobody"
+            if not self._num_users[slot]:
+                self._index.rest(slot)
+
+    def note_known(self, names: Iterable[bytes]) -> None:
+        """The target has these now."""
+        for name in names:
+            self._writing.remove(self._slot_of(name))
+
+    def pick_drops(self) -> list[int]:
+        """Slots that the target is to be asked to drop, so that a few are free in time. One that is
+        still being written stays, and those that became idle after it."""
+        picked: list[int] = []
+        while len(self._free) + len(self._leaving) < self._num_spare:
+            slot = self._index.next_out()
+            if slot is None or slot in self._writing:
+                break
+            name = self._index.name_of(slot)
+            assert name is not None
+            self._leaving[self._index.evict()] = name
+            picked.append(slot)
+        return picked
+
+    def note_dropped(self, slots: Iterable[int]) -> None:
+        """The target knows these no more."""
+        for slot in slots:
+            del self._leaving[slot]
+            self._free.append(slot)
+
+    def _slot_of(self, name: bytes) -> int:
+        slot = self._index.block_of(name)
+        assert slot is not None, "the target was not sent this block"
+        return slot
