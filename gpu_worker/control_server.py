@@ -16,11 +16,16 @@ from shared.types import Epoch, Member, Step
 from shared.wire import (
     AreaOpened,
     Cancel,
+    CopiesDropped,
+    CopiesKept,
+    CopiesOpened,
+    DropCopies,
     GraphNews,
     Hello,
     Load,
     Message,
     OpenArea,
+    OpenCopies,
     Ping,
     Pong,
     SessionTokens,
@@ -70,13 +75,35 @@ class AreaKeeper(Protocol):
     def open_area(self, request: OpenArea) -> AreaOpened: ...
 
 
-class ControlServer:
-    """Owns the listener and its connections. `origin` numbers a connection for the engine."""
+class CopyKeeper(Protocol):
+    """Gives peers room for copies of their KV blocks. Raises WireError where what they say cannot
+    be."""
 
-    def __init__(self, *, member: Member, engine: EnginePort, areas: AreaKeeper) -> None:
+    async def open_copies(self, request: OpenCopies) -> CopiesOpened: ...
+
+    def note_kept(self, kept: CopiesKept) -> None: ...
+
+    async def drop_copies(self, request: DropCopies) -> CopiesDropped:
+        """Returns when the slots may be written to."""
+        ...
+
+
+class ControlServer:
+    """Owns the listener and its connections. `origin` numbers a connection for the engine. Without
+    a keeper of copies peers are told that there is none."""
+
+    def __init__(
+        self,
+        *,
+        member: Member,
+        engine: EnginePort,
+        areas: AreaKeeper,
+        copies: CopyKeeper | None = None,
+    ) -> None:
         self._member = member
         self._engine = engine
         self._areas = areas
+        self._copies = copies
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
@@ -136,7 +163,10 @@ class ControlServer:
                 encode(Welcome(rank=self._member.rank, incarnation=self._member.incarnation))
             )
             while (message := await read_message(reader)) is not None:
-                reply = self._answer(origin, message)
+                if isinstance(message, OpenCopies | CopiesKept | DropCopies):
+                    reply = await self._answer_on_copies(message)
+                else:
+                    reply = self._answer(origin, message)
                 if reply is not None:
                     writer.write(encode(reply))
                     await writer.drain()
@@ -170,6 +200,33 @@ class ControlServer:
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
+
+    async def _answer_on_copies(
+        self, message: OpenCopies | CopiesKept | DropCopies
+    ) -> Message | None:
+        match message, self._copies:
+            case OpenCopies(), None:
+                return self._no_copies(message)
+            case _, None:
+                raise WireError("this rank keeps no copies")
+            case OpenCopies(), copies:
+                return await copies.open_copies(message)
+            case DropCopies(), copies:
+                return await copies.drop_copies(message)
+            case CopiesKept(), copies:
+                copies.note_kept(message)
+        return None
+
+    def _no_copies(self, request: OpenCopies) -> CopiesOpened:
+        return CopiesOpened(
+            target=self._member,
+            source=request.source,
+            generation=request.generation,
+            transfer_name="",
+            address=0,
+            num_slots=0,
+            refusal="this rank keeps no copies",
+        )
 
     def _refusal(self, submit: Submit) -> Tokens:
         refused = SessionTokens(
