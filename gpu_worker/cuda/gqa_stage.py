@@ -60,17 +60,15 @@ class GqaStage:
         weights, tokens = self._weights[layer], h_TH.shape[0]
         k_BJUD, v_BJUD = self.k_LBJUD[layer], self.v_LBJUD[layer]
         q_TQD, heads_TO = self._q_TQD[:tokens], self._heads_TO[:tokens]
-        attention.rotate_and_store(
+        projected = attention.Projected(
             self._qkv.of(h_TH, weights.w_qkv_CH),
             weights.q_norm_D,
             weights.k_norm_D,
             self._cos_CD,
             self._sin_CD,
-            paging,
-            q_TQD,
-            k_BJUD,
-            v_BJUD,
-            eps=self._eps,
+            self._eps,
         )
-        attention.attend(q_TQD, k_BJUD, v_BJUD, paging, self._partials, heads_TO)
+        attention.attend_projected(
+            projected, paging, q_TQD, k_BJUD, v_BJUD, self._partials, heads_TO
+        )
         return heads_TO

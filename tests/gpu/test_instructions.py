@@ -18,7 +18,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
-from gpu_worker.cuda.kernels import experts, indexer, latent, linear, scaled_rows  # noqa: E402
+from gpu_worker.cuda.kernels import (  # noqa: E402
+    attention,
+    experts,
+    indexer,
+    latent,
+    linear,
+    scaled_rows,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +48,13 @@ def compiled(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
 ) -> str:
     """Its PTX, with aligned pointers."""
+    return str(assembled(kernel, arguments, constants, warps, stages)["ptx"])
+
+
+def assembled(
+    kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
+) -> Any:
+    """What each stage of the compiler gives."""
     kinds = iter(arguments)
     signature = {n: "constexpr" if n in constants else next(kinds) for n in kernel.arg_names}
     aligned = {
@@ -50,8 +64,16 @@ def compiled(
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}
-    text: str = triton.compile(source, target=H100, options=options).asm["ptx"]
-    return text
+    return triton.compile(source, target=H100, options=options).asm
+
+
+def summed(kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int) -> list[str]:
+    """The layouts over threads of the tensors that `kernel` sums up: they fix a sum's order."""
+    text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
+    reductions = re.findall(r'"tt\.reduce"(.*?)\}\) : \((tensor<.*?>)\)', text, re.DOTALL)
+    sums = [tensor for body, tensor in reductions if "arith.addf" in body]
+    return sorted(re.sub(r"#\w+", lambda name: layouts[name[0]], tensor) for tensor in sums)
 
 
 def linear_instructions(tile: linear.LinearTile) -> set[str]:
@@ -136,6 +158,32 @@ def test_latent_attention_takes_the_one_instruction(top_k: int) -> None:
     kinds = ["*bf16"] * 4 + ["*i32"] * 3 + ["*fp32"] * 3 + ["fp32", "i32", "i32"]
     kernel = latent._attend_latents
     assert instructions(kernel, kinds, constants, tile.warps, tile.stages) == ONE_INSTRUCTION
+
+
+GQA = {"HEADS": 32, "KV_HEADS": 4, "ROWS": 16, "BLOCK_TOKENS": 16}
+PROJECTED = ["*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "fp32"]
+TURNING_WARPS = attention._TURNING_WARPS
+
+
+def test_attention_takes_the_one_instruction() -> None:
+    given, warps = attending(0), attention.ATTENTION_TILE.warps
+    assert instructions(attention._attend_splits, *given, warps, 1) == ONE_INSTRUCTION
+    turning = attending(4)
+    assert instructions(attention._attend_splits, *turning, TURNING_WARPS, 1) == ONE_INSTRUCTION
+
+
+def test_heads_are_normed_in_one_order_by_attention_and_before_it() -> None:
+    constants = GQA | {"PARTS": 4, "HALF": 64}
+    kinds = [*PROJECTED, "*i32", "*i32", "*i32", "*bf16", "*bf16", "*bf16", "i32", "i32"]
+    before = summed(attention._rotate_and_store, kinds, constants, TURNING_WARPS)
+    assert before == summed(attention._attend_splits, *attending(4), TURNING_WARPS)
+    assert len(before) == 2
+
+
+def attending(parts: int) -> tuple[list[str], dict[str, Any]]:
+    constants = {"PARTS": parts, "HEAD_DIM": 128, "GROUP": 8, "SPLIT": 64, "TILED": False}
+    pointers = ["*bf16"] * 3 + ["*i32"] * 4 + ["*fp32"] * 3
+    return [*pointers, *PROJECTED, "fp32", "i32", "i32", "i32"], GQA | constants
 
 
 INDEXER = {"HEADS": 64, "SIZE": 128}

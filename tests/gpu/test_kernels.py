@@ -258,18 +258,20 @@ def cache(sequences: int) -> torch.Tensor:
     return random(sequences * 16, KV_HEADS, BLOCK_TOKENS, HEAD_DIM)
 
 
-def run_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: attention.Paging
-) -> torch.Tensor:
-    rows = q.shape[0]
+def partials(rows: int) -> attention.Partials:
     splits = (rows, HEADS, 16 * BLOCK_TOKENS // attention.SPLIT_TOKENS)
-    partials = attention.Partials(
+    return attention.Partials(
         poison(*splits, HEAD_DIM, dtype=torch.float32),
         poison(*splits, dtype=torch.float32),
         poison(*splits, dtype=torch.float32),
     )
-    out = poison(rows, HEADS * HEAD_DIM)
-    attention.attend(q, k, v, where, partials, out)
+
+
+def run_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: attention.Paging
+) -> torch.Tensor:
+    out = poison(q.shape[0], HEADS * HEAD_DIM)
+    attention.attend(q, k, v, where, partials(q.shape[0]), out)
     return out
 
 
@@ -327,7 +329,8 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     cos, sin = rotations(64)
     q, k, v = poison(3, HEADS, HEAD_DIM), cache(2), cache(2)
     k_before = k.clone()
-    attention.rotate_and_store(qkv, q_norm, k_norm, cos, sin, where, q, k, v, eps=EPS)
+    projected = attention.Projected(qkv, q_norm, k_norm, cos, sin, EPS)
+    attention.rotate_and_store(projected, where, q, k, v)
     x = qkv.double().sum(0).view(3, heads, HEAD_DIM)
 
     def rotate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -343,6 +346,36 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     assert_close(k[blocks, :, offsets], rotate(x[:, HEADS : HEADS + KV_HEADS], k_norm))
     assert_close(v[blocks, :, offsets], x[:, HEADS + KV_HEADS :])
     assert int((k != k_before).any(-1).sum()) == 3 * KV_HEADS
+
+
+@pytest.mark.parametrize("programs", [2048, 1])
+def test_attention_that_turns_heads_itself_gives_the_bits_of_two_kernels(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one program goes through several splits; what lay in a new token's place in the
+    cache is never seen."""
+    tile = attention.ATTENTION_TILE._replace(programs=programs)
+    monkeypatch.setattr(attention, "ATTENTION_TILE", tile)
+    where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
+    where.position_T[1] = -1
+    qkv = random(4, 4, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float32)
+    projected = attention.Projected(qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS)
+    k, v = cache(4), cache(4)
+    for row in (0, 2, 3):
+        at = int(where.position_T[row])
+        block = where.tables_SB[row, at // BLOCK_TOKENS]
+        k[block, :, at % BLOCK_TOKENS] = v[block, :, at % BLOCK_TOKENS] = float("nan")
+    given = []
+    for rows_max in (4, 3):
+        monkeypatch.setattr(attention, "_TURNED_ROWS_MAX", rows_max)
+        keys, values, out = k.clone(), v.clone(), poison(4, HEADS * HEAD_DIM)
+        q, splits = poison(4, HEADS, HEAD_DIM), partials(4)
+        attention.attend_projected(projected, where, q, keys, values, splits, out)
+        assert bool(q.isnan().all()) == (rows_max == 4)
+        given.append((out, keys, values))
+    for one, other in zip(*given, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)
 
 
 def draws(rows: int, **of: list[float]) -> sampling.Draws:

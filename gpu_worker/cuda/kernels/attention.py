@@ -3,6 +3,9 @@ cache, attention in splits of a fixed number of positions, and their merge.
 
 The cache is `k_BJUD` and `v_BJUD`. A *tile* is one or more tokens of one sequence at rising
 positions, so that a prefill chunk reads each key once a tile. Row position -1 means: no token.
+
+Where few sequences have one token each, programs of attention turn their own queries, and no others
+read the new keys and values than those that store them: no kernel has to come before.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.turned_heads import summed_value, turned_key, turned_queries
+
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
 _MERGE_SPLITS = 16
+_TURNING_WARPS = 4  # part of the result, unlike those of given queries' attention
+_TURNED_ROWS_MAX = 32  # beyond, too many programs would turn the same queries
 SPLITS_MAX = 16
 """Where splits grow with a row's context."""
 
@@ -50,44 +57,64 @@ class Partials(NamedTuple):
     sum_TQX: torch.Tensor
 
 
+class Projected(NamedTuple):
+    """A step's queries, keys and values as the parts of a product, side by side in this order, and
+    what norms and turns the first two."""
+
+    qkv_PTC: torch.Tensor
+    q_norm_D: torch.Tensor
+    k_norm_D: torch.Tensor
+    cos_CD: torch.Tensor
+    sin_CD: torch.Tensor
+    eps: float
+
+
 def rotate_and_store(
-    qkv_PTC: torch.Tensor,
-    q_norm_D: torch.Tensor,
-    k_norm_D: torch.Tensor,
-    cos_CD: torch.Tensor,
-    sin_CD: torch.Tensor,
+    projected: Projected,
     paging: Paging,
     q_TQD: torch.Tensor,
     k_BJUD: torch.Tensor,
     v_BJUD: torch.Tensor,
-    *,
-    eps: float,
 ) -> None:
-    parts, rows, columns = qkv_PTC.shape
+    parts, rows, columns = projected.qkv_PTC.shape
     _, heads, head_dim = q_TQD.shape
     _, kv_heads, block_tokens, _ = k_BJUD.shape
-    _rotate_and_store[(rows, heads + 2 * kv_heads)](
-        qkv_PTC,
-        q_norm_D,
-        k_norm_D,
-        cos_CD,
-        sin_CD,
+    _rotate_and_store[(rows, 3 * kv_heads)](
+        *projected,
         paging.position_T,
         paging.sequence_T,
         paging.tables_SB,
         q_TQD,
         k_BJUD,
         v_BJUD,
-        eps,
         rows * columns,
         paging.tables_SB.shape[1],
         PARTS=parts,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
+        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_TOKENS=block_tokens,
-        num_warps=1,
+        num_warps=_TURNING_WARPS,
     )
+
+
+def attend_projected(
+    projected: Projected,
+    paging: Paging,
+    q_TQD: torch.Tensor,
+    k_BJUD: torch.Tensor,
+    v_BJUD: torch.Tensor,
+    partials: Partials,
+    out_TC: torch.Tensor,
+) -> None:
+    """`rotate_and_store`, then `attend`: in one, to the same bits, where rows are few and each is
+    the only one of its sequence (`tiles_C2` is None). `q_TQD` is room for what comes between."""
+    if paging.tiles_C2 is None and q_TQD.shape[0] <= _TURNED_ROWS_MAX:
+        attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, projected=projected)
+        return
+    rotate_and_store(projected, paging, q_TQD, k_BJUD, v_BJUD)
+    attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC)
 
 
 def attend(
@@ -98,15 +125,20 @@ def attend(
     partials: Partials,
     out_TC: torch.Tensor,
     *,
-    tile: AttentionTile = ATTENTION_TILE,
+    projected: Projected | None = None,
+    tile: AttentionTile | None = None,
 ) -> None:
-    """`out_TC` holds the heads side by side."""
+    """`out_TC` holds the heads side by side. With `projected`, queries come from there, and keys
+    and values go from there to the cache: see `attend_projected`."""
     rows, heads, head_dim = q_TQD.shape
     _, kv_heads, block_tokens, _ = k_BJUD.shape
+    tile = tile or ATTENTION_TILE
     group = triton.next_power_of_2(heads // kv_heads)
     num_tiles = rows if paging.tiles_C2 is None else paging.tiles_C2.shape[0]
     splits_max = partials.maximum_TQX.shape[2]
     side_by_side = max(1, min(splits_max, tile.programs // (num_tiles * kv_heads)))
+    parts = 0 if projected is None else projected.qkv_PTC.shape[0]
+    given = Projected(q_TQD, q_TQD, q_TQD, q_TQD, q_TQD, 0.0)
     _attend_splits[(num_tiles, kv_heads, side_by_side)](
         q_TQD,
         k_BJUD,
@@ -116,9 +148,12 @@ def attend(
         paging.tables_SB,
         paging.position_T if paging.tiles_C2 is None else paging.tiles_C2,
         *partials,
+        *(projected or given),
         head_dim**-0.5 * _LOG2_E,
+        rows * (heads + 2 * kv_heads) * head_dim,
         paging.tables_SB.shape[1],
         splits_max,
+        PARTS=parts,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -127,7 +162,7 @@ def attend(
         SPLIT=SPLIT_TOKENS,
         BLOCK_TOKENS=block_tokens,
         TILED=paging.tiles_C2 is not None,
-        num_warps=tile.warps,
+        num_warps=tile.warps if projected is None else _TURNING_WARPS,
         num_stages=tile.stages,
     )
     merge_splits(
@@ -177,6 +212,22 @@ def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLING
     return size
 
 
+@triton.jit
+def _place(
+    tables_ptr,
+    sequence,
+    position,
+    kv_head,
+    table_width,
+    KV_HEADS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Of a position in the cache, counted in heads."""
+    block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
+    first = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_TOKENS
+    return first + position % BLOCK_TOKENS
+
+
 @triton.jit(do_not_specialize=["part_stride", "table_width"])
 def _rotate_and_store(
     qkv_ptr,
@@ -184,61 +235,104 @@ def _rotate_and_store(
     k_norm_ptr,
     cos_ptr,
     sin_ptr,
+    eps,
     position_ptr,
     sequence_ptr,
     tables_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
-    eps,
     part_stride,
     table_width,
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
+    """A program turns the queries that share a key, another one that key, a third stores the
+    value."""
+    HEAD_DIM: tl.constexpr = 2 * HALF
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    i = tl.arange(0, HALF)
+    kind = tl.program_id(1) // KV_HEADS
+    kv_head = tl.program_id(1) % KV_HEADS
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, HEAD_DIM)
     position = tl.load(position_ptr + row)
+    row_ptr = qkv_ptr + row * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
     if position >= 0:
-        low = tl.zeros([HALF], dtype=tl.float32)
-        high = tl.zeros([HALF], dtype=tl.float32)
-        base = row * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + head * (2 * HALF)
-        for part in tl.static_range(PARTS):
-            ptr = qkv_ptr + part * part_stride.to(tl.int64) + base + i
-            low += tl.load(ptr).to(tl.float32)
-            high += tl.load(ptr + HALF).to(tl.float32)
-        if head < HEADS + KV_HEADS:
-            norm_ptr = q_norm_ptr if head < HEADS else k_norm_ptr
-            square = tl.sum(low * low + high * high, axis=0)
-            scale = tl.rsqrt(square / (2 * HALF) + eps)
-            low = low * scale * tl.load(norm_ptr + i).to(tl.float32)
-            high = high * scale * tl.load(norm_ptr + HALF + i).to(tl.float32)
-            cos = tl.load(cos_ptr + position * HALF + i)
-            sin = tl.load(sin_ptr + position * HALF + i)
-            turned = low * cos - high * sin
-            high = high * cos + low * sin
-            low = turned
-        if head < HEADS:
-            out = q_ptr + (row * HEADS + head) * (2 * HALF) + i
-            tl.store(out, low.to(q_ptr.dtype.element_ty))
-            tl.store(out + HALF, high.to(q_ptr.dtype.element_ty))
+        if kind == 0:
+            is_head = r < HEADS // KV_HEADS
+            head = kv_head * (HEADS // KV_HEADS) + r
+            q = turned_queries(
+                row_ptr,
+                q_norm_ptr,
+                cos_ptr,
+                sin_ptr,
+                eps,
+                position,
+                part_stride,
+                head,
+                is_head,
+                PARTS,
+                ROWS,
+                HALF,
+            )
+            out = q_ptr + (row * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
+            tl.store(out, q.to(q_ptr.dtype.element_ty), mask=is_head[:, None])
         else:
-            is_key = head < HEADS + KV_HEADS
-            cache_ptr = k_ptr if is_key else v_ptr
-            kv_head = head - HEADS if is_key else head - HEADS - KV_HEADS
             sequence = tl.load(sequence_ptr + row)
-            block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
-            place = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_TOKENS
-            out = cache_ptr + (place + position % BLOCK_TOKENS) * (2 * HALF) + i
-            tl.store(out, low.to(k_ptr.dtype.element_ty))
-            tl.store(out + HALF, high.to(k_ptr.dtype.element_ty))
+            place = _place(
+                tables_ptr, sequence, position, kv_head, table_width, KV_HEADS, BLOCK_TOKENS
+            )
+            if kind == 1:
+                column = (HEADS + kv_head) * HEAD_DIM
+                key = turned_key(
+                    row_ptr,
+                    k_norm_ptr,
+                    cos_ptr,
+                    sin_ptr,
+                    eps,
+                    position,
+                    part_stride,
+                    column,
+                    PARTS,
+                    HALF,
+                )
+                tl.store(k_ptr + place * HEAD_DIM + d, key.to(k_ptr.dtype.element_ty))
+            else:
+                column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
+                value = summed_value(row_ptr, part_stride, column, PARTS, HEAD_DIM)
+                tl.store(v_ptr + place * HEAD_DIM + d, value.to(v_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["table_width", "splits_max"])
+@triton.jit
+def _split_rows(
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    split,
+    last,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """(keys, values) of a split's positions up to `last`, zero beyond."""
+    at = split * SPLIT + tl.arange(0, SPLIT)
+    is_past = at <= last
+    # 32 bits suffice for the offsets of four million tokens of a layer's cache.
+    block = tl.load(tables_ptr + at // BLOCK_TOKENS, mask=is_past, other=0)
+    kv = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS
+    kv = kv[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)
+    v = tl.load(v_ptr + kv, mask=is_past[:, None], other=0.0)
+    return k, v
+
+
+@triton.jit(do_not_specialize=["part_stride", "table_width", "splits_max"])
 def _attend_splits(
     q_ptr,
     k_ptr,
@@ -250,9 +344,17 @@ def _attend_splits(
     values_ptr,
     maximum_ptr,
     sum_ptr,
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
     scale,
+    part_stride,
     table_width,
     splits_max,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -263,9 +365,13 @@ def _attend_splits(
     TILED: tl.constexpr,
 ):
     """Each split by itself: which program does it changes nothing. A row's sum comes from a
-    product with ones, because a row-wise sum's order would depend on the tile's shape."""
+    product with ones, because a row-wise sum's order would depend on the tile's shape. With PARTS,
+    the program of a row's last split stores its key and value, and takes them from its registers:
+    no other program reads them. A split's rows are on their way while the one before, or the
+    queries, are computed."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
+    first_split = tl.program_id(2)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, HEAD_DIM)
     n = tl.arange(0, SPLIT)
@@ -277,20 +383,66 @@ def _attend_splits(
     position = tl.load(position_ptr + row, mask=is_row, other=-1)
     sequence = tl.load(sequence_ptr + first)
     last = tl.max(position, axis=0)
-    if last >= 0:
+    if (last >= 0) & (first_split <= last // SPLIT):
+        own_tables_ptr = tables_ptr + sequence * table_width
+        k, v = _split_rows(
+            k_ptr,
+            v_ptr,
+            own_tables_ptr,
+            first_split,
+            last,
+            kv_head,
+            KV_HEADS,
+            HEAD_DIM,
+            SPLIT,
+            BLOCK_TOKENS,
+        )
         place = row.to(tl.int64) * HEADS + head
-        q = tl.load(q_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=is_row[:, None], other=0.0)
+        if PARTS == 0:
+            q_rows = q_ptr + place[:, None] * HEAD_DIM + d[None, :]
+            q = tl.load(q_rows, mask=is_row[:, None], other=0.0)
+        else:
+            row_ptr = qkv_ptr + first.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+            q = turned_queries(
+                row_ptr,
+                q_norm_ptr,
+                cos_ptr,
+                sin_ptr,
+                eps,
+                last,
+                part_stride,
+                head,
+                is_row,
+                PARTS,
+                ROWS,
+                HEAD_DIM // 2,
+            ).to(q_ptr.dtype.element_ty)
+            key = turned_key(
+                row_ptr,
+                k_norm_ptr,
+                cos_ptr,
+                sin_ptr,
+                eps,
+                last,
+                part_stride,
+                (HEADS + kv_head) * HEAD_DIM,
+                PARTS,
+                HEAD_DIM // 2,
+            ).to(k_ptr.dtype.element_ty)
+            column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
+            value = summed_value(row_ptr, part_stride, column, PARTS, HEAD_DIM)
+            value = value.to(v_ptr.dtype.element_ty)
+            if (last // SPLIT - first_split) % tl.num_programs(2) == 0:
+                new = _place(own_tables_ptr, 0, last, kv_head, table_width, KV_HEADS, BLOCK_TOKENS)
+                tl.store(k_ptr + new * HEAD_DIM + d, key)
+                tl.store(v_ptr + new * HEAD_DIM + d, value)
         ones = tl.full([SPLIT, 16], 1.0, dtype=q.dtype)
-        for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
+        for split in range(first_split, last // SPLIT + 1, tl.num_programs(2)):
             at = split * SPLIT + n
-            is_past = at <= last
-            table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
-            # 32 bits suffice for the offsets of four million tokens of a layer's cache.
-            block = tl.load(table, mask=is_past, other=0)
-            kv = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS
-            kv = kv[:, None] * HEAD_DIM + d[None, :]
-            k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)
-            v = tl.load(v_ptr + kv, mask=is_past[:, None], other=0.0)
+            if PARTS > 0:
+                is_new = (at == last)[:, None]
+                k = tl.where(is_new, key[None, :], k)
+                v = tl.where(is_new, value[None, :], v)
             scores = tl.dot(q, k.T) * scale
             sees = at[None, :] <= position[:, None]
             scores = tl.where(sees, scores, float("-inf"))
@@ -305,6 +457,18 @@ def _attend_splits(
             )
             tl.store(maximum_ptr + out, peak, mask=is_row)
             tl.store(sum_ptr + out, sums, mask=is_row)
+            k, v = _split_rows(
+                k_ptr,
+                v_ptr,
+                own_tables_ptr,
+                split + tl.num_programs(2),
+                last,
+                kv_head,
+                KV_HEADS,
+                HEAD_DIM,
+                SPLIT,
+                BLOCK_TOKENS,
+            )
 
 
 @triton.jit(do_not_specialize=["splits_max"])
