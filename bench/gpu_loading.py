@@ -3,8 +3,9 @@
 
 Random bf16 experts of Qwen3-30B-A3B's size in files (by default in memory: the page cache's case),
 loaded by the rank's own loader: out of the checkpoint, and from pinned copies that its background
-thread has made of them. A step is a captured graph of some milliseconds whose result the host waits
-for.
+thread has made of them. Pinning is measured twice: with pages that come into being by it, and again
+as another rank of the host would, which finds them there. A step is a captured graph of some
+milliseconds whose result the host waits for.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ import torch
 from safetensors.torch import save_file
 
 from gpu_worker.cuda.expert_reader import ExpertReader
-from gpu_worker.cuda.host_experts import HostExperts
+from gpu_worker.cuda.expert_shelf import ShelfLabel
+from gpu_worker.cuda.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.slot_loader import CudaSlotLoader
 from gpu_worker.cuda.slots import CudaSlots
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.model.checkpoint import INDEX_FILE, open_checkpoint
 from gpu_worker.model.mlp_names import mlp_shapes
+from gpu_worker.shelf_memory import ShelfMemory, create_memory
 from shared.clock import SystemClock
 
 HIDDEN, INNER = 2048, 768
 STEP_WIDTH, STEP_PRODUCTS = 8192, 16
 GB = 1e9
+ROOM_FOR_LABEL = 2**22
 FILL_TIMEOUT_S = 300
 
 
@@ -48,8 +52,17 @@ class Rank:
         shapes = save_experts(folder, num_layers, num_experts)
         checkpoint = open_checkpoint(folder, shapes, self._progress.count)
         self.reader = ExpertReader(checkpoint, prefix_of, torch.bfloat16)
-        self.copies = HostExperts(self.reader, bytes_max=1 << 40, device=device)
-        self.copies.reserve(num_layers * num_experts)
+        self.num_bytes = num_layers * num_experts * self.reader.num_bytes
+        self._label = ShelfLabel(
+            folder=str(folder),
+            fingerprint=checkpoint.fingerprint(),
+            dtype=str(self.reader.dtype),
+            num_values=self.reader.num_values,
+            num_layers=num_layers,
+            num_experts=num_experts,
+        )
+        size = self.num_bytes + ROOM_FOR_LABEL
+        self._memory = ShelfMemory(fd=create_memory(size), bytes_max=size)
         self.slots = CudaSlots(
             num_layers=num_layers,
             slots_per_rank=num_experts,
@@ -66,7 +79,6 @@ class Rank:
             slots=self.slots,
             reader=self.reader,
             copies=copies,
-            num_experts=self._num_experts,
             progress=self._progress,
             device=self._device,
         )
@@ -78,13 +90,18 @@ class Rank:
         assert np.array_equal(held_LS, wanted_LS)
         return wanted_LS.size * self.reader.num_bytes / GB / took_s
 
-    def fill(self) -> float:
-        """GB/s of the background thread, pinning included."""
+    def pin(self) -> tuple[HostExperts, float]:
+        """Copies, none of them whole at first, and the GB/s of having them pinned."""
         began = time.perf_counter()
-        self.copies.fill_in_background(self.slots.contents, self._num_experts)
-        assert self.copies.wait_until_filled(FILL_TIMEOUT_S), "the copies take too long"
-        total = self.slots.contents.size * self.reader.num_bytes
-        return total / GB / (time.perf_counter() - began)
+        copies = open_host_experts(self.reader, self._memory, self._label, self._device)
+        return copies, self.num_bytes / GB / (time.perf_counter() - began)
+
+    def fill(self, copies: HostExperts) -> float:
+        """GB/s of the background thread."""
+        began = time.perf_counter()
+        copies.fill_in_background()
+        assert copies.wait_until_filled(FILL_TIMEOUT_S), "the copies take too long"
+        return self.num_bytes / GB / (time.perf_counter() - began)
 
 
 def prefix_of(layer: int, expert: int) -> str:
@@ -161,17 +178,22 @@ def idle() -> float:
 def measure(rank: Rank, device: torch.device) -> dict[str, Any]:
     from bench.gpu import link_rate
 
-    steps, none = Steps(device), HostExperts(rank.reader, bytes_max=0, device=device)
+    steps, none = Steps(device), HostExperts(rank.reader, None)
     link = link_rate()
+    copies, pinned = rank.pin()
+    others, pinned_again = rank.pin()
+    others.close()
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(device),
         "link_gb_per_s": round(link, 2),
+        "pinned_gb_per_s": round(pinned, 2),
+        "pinned_again_gb_per_s": round(pinned_again, 2),
         "steps_alone": steps.beside(idle),
         "from_checkpoint": rank.load(none, 0),
         "from_checkpoint_beside_steps": steps.beside(lambda: rank.load(none, 1)),
-        "filling_beside_steps": steps.beside(rank.fill),
-        "from_copies": rank.load(rank.copies, 2),
-        "from_copies_beside_steps": steps.beside(lambda: rank.load(rank.copies, 3)),
+        "filling_beside_steps": steps.beside(lambda: rank.fill(copies)),
+        "from_copies": rank.load(copies, 2),
+        "from_copies_beside_steps": steps.beside(lambda: rank.load(copies, 3)),
     }
     results["from_copies_share_of_link"] = round(results["from_copies"] / link, 3)
     beside = results["from_copies_beside_steps"]["gb_per_s"]

@@ -106,6 +106,13 @@ def up(
     kv_tokens: Annotated[
         int | None, typer.Option(help="Capacity of each rank's KV cache, in tokens.")
     ] = None,
+    host_experts_gb: Annotated[
+        float,
+        typer.Option(
+            help="GB of memory for copies of experts, which all ranks on cards share, so that "
+            "orphans load fast; -1: a quarter of what is free, 0: none."
+        ),
+    ] = -1.0,
     context_tokens_max: Annotated[
         int,
         typer.Option(
@@ -145,6 +152,7 @@ def up(
             transfer_protocol=transfer_protocol,
             ib_device=mooncake_ib_device,
             kv_tokens=kv_tokens,
+            host_experts_gb=host_experts_gb,
             context_tokens_max=context_tokens_max,
             timeout_s=timeout_s,
             log_level=log_level,

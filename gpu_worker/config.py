@@ -61,7 +61,12 @@ class RankConfig:
         5000, "cuda: a kernel waits so long for a peer that no verdict has named dead"
     )
     host_experts_gb: float = option(
-        0.0, "cuda: GB of pinned host copies of experts, for orphans; -1: a share of free memory"
+        -1.0,
+        "cuda: most GB that this rank pins of the copies of experts on its host; -1: all that the "
+        "node agent makes room for (without one a quarter of what is free), 0: none",
+    )
+    host_experts_fd: int = option(
+        -1, "inherited memory for copies of experts, which the ranks of a host share"
     )
     ep_dispatch: DispatchForm = option(
         DispatchForm.BF16,

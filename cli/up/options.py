@@ -33,6 +33,7 @@ class UpOptions:
     transfer_protocol: str
     ib_device: str
     kv_tokens: int | None
+    host_experts_gb: float  # -1: a quarter of what is free
     context_tokens_max: int  # 0: what the model was made for
     timeout_s: float
     log_level: str

@@ -62,6 +62,7 @@ def agent(
     environment: Mapping[str, str] | None = None,
 ) -> Service:
     """Its ranks inherit `environment`."""
+    host_gb = options.host_experts_gb
     rank_flags = ["--transfer-protocol", options.transfer_protocol]
     if options.device != "auto":
         rank_flags += ["--device", options.device]
@@ -77,6 +78,7 @@ def agent(
             *(sys.executable, "-m", "gpu_worker.agent"),
             *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
+            *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),
             *("--log-level", options.log_level, "--stop-grace-s", "4"),
         ),
         stop_timeout_s=8.0,

@@ -20,6 +20,7 @@ from gpu_worker.agent.rank_list import parse_ranks
 from gpu_worker.agent.rank_lives import RankLives
 from gpu_worker.agent.rank_process import RankCommand
 from gpu_worker.agent.respawn_policy import RespawnPolicy
+from gpu_worker.agent.shelf import with_shelf
 from gpu_worker.exchange.confine import confined_environment
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
@@ -43,7 +44,7 @@ def main() -> int:
             service="agent", level=config.log_level, json=config.log_json, node=config.node_name
         )
         setup = RankSetup(
-            command=rank_command(config, rank_flags),
+            command=with_shelf(rank_command(config, rank_flags), config.host_experts_gb),
             environment=confined_environment(os.environ, config.data_host),
             log_dir=config.log_dir,
             lease_ttl_s=config.lease_ttl_s,

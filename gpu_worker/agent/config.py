@@ -32,6 +32,11 @@ class AgentConfig:
     dying_poll_ms: float = option(
         10.0, "how often ranks are looked at for having begun to die; 0: their end alone is seen"
     )
+    host_experts_gb: float = option(
+        -1.0,
+        "cuda: GB of this host's memory for copies of experts, which its ranks share; -1: a "
+        "quarter of what is free, 0: none",
+    )
     pin_cpus: bool = option(True, "give every rank its share of the CPUs, and no others")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")

@@ -205,7 +205,7 @@ class AgentDriver:
         return spawn(
             command.argv(member, lease_id),
             environment=self.setup.environment,
-            pass_fds=[command.lifeline_fd],
+            pass_fds=[command.lifeline_fd, command.host_experts_fd],
             log_path=None if log_dir is None else log_dir / f"rank-{member.rank}.log",
             cpus=self.setup.cpus.get(member.rank, frozenset()),
         )

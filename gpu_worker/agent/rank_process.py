@@ -29,15 +29,20 @@ class RankCommand:
     instance: str
     lifeline_fd: int
     more: tuple[str, ...]
+    host_experts_fd: int = -1  # memory that all ranks share
     program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
 
     def argv(self, member: Member, lease_id: int) -> list[str]:
+        shelf = ("--host-experts-gb", "0")  # or each would make memory of its own
+        if self.host_experts_fd >= 0:
+            shelf = ("--host-experts-fd", str(self.host_experts_fd))
         return [
             *self.program,
             *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
             *("--lease-id", str(lease_id), "--node", self.node),
             *("--etcd", self.etcd, "--instance", self.instance),
             *("--lifeline-fd", str(self.lifeline_fd)),
+            *shelf,
             *self.more,
         ]
 
@@ -148,7 +153,7 @@ def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:
         if process is None:
             continue
         # Read after the pidfd is open, the command line is that of the process it holds.
-        life = command.life_of(process.pid, _own_command_line(entry))
+        life = command.life_of(process.pid, command_line_of(process.pid))
         if life is None or _has_exited(process):
             process.close()
         else:
@@ -164,8 +169,9 @@ def _open(pid: int) -> RankProcess | None:
         return None
 
 
-def _own_command_line(entry: Path) -> list[str]:
+def command_line_of(pid: int) -> list[str]:
     """Empty for other users' processes: nobody can pass for a rank by its arguments alone."""
+    entry = Path(f"/proc/{pid}")
     try:
         if entry.stat().st_uid != os.geteuid():
             return []

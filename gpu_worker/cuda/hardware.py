@@ -20,6 +20,7 @@ from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.exchange.graph_conductor import GraphConductor
 from gpu_worker.load_progress import LoadProgress
 from gpu_worker.rank import Hardware
+from gpu_worker.shelf_memory import memory_of_rank
 from shared.clock import Clock
 from shared.errors import ConfigError
 from shared.model_spec import ModelSpec
@@ -125,7 +126,7 @@ class CudaHardware:
     def _load_model(
         self, model: ModelSpec, spec: InstanceSpec, folder: Path, progress: LoadProgress
     ) -> CudaModel:
-        host_gb = self._config.host_experts_gb
+        config = self._config
         return load_cuda_model(
             folder,
             model,
@@ -133,8 +134,7 @@ class CudaHardware:
             device=self._device,
             dtype=torch.bfloat16,
             progress=progress,
-            host_experts_gb=None if host_gb < 0 else host_gb,
-            ranks_of_host=spec.num_ranks,
+            shelf_memory=memory_of_rank(config.host_experts_fd, config.host_experts_gb),
         )
 
     def _open_exchange(self, model: ModelSpec, spec: InstanceSpec) -> EpExchange:

@@ -1,10 +1,9 @@
-"""Memory of the host: how much is free, and pinning, which lets the device copy from it."""
+"""Pinning memory of the host, which lets the device copy from it as fast as the link allows."""
 
 from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,35 +11,55 @@ from torch import Tensor
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 
-MEMORY_INFO = Path("/proc/meminfo")
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-
 
 class PinnedBlock:
-    """Zeros of `num_bytes`, as bytes. The pages come into being before they are pinned: pinning
-    holds a lock that kernel launches need, and is then short. Raises OSError where the host
-    refuses."""
+    """Zeros of `num_bytes`, as bytes. Raises OSError where the host refuses."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
+        advise_huge_pages(pages)
         self.bytes_B = torch.frombuffer(pages, dtype=torch.uint8).zero_()
         self._device = device
         self._is_pinned = False
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                error = _runtime().cudaHostRegister(self.bytes_B.data_ptr(), num_bytes, _PORTABLE)
-            if int(error) != 0:
-                raise OSError(f"CUDA error {int(error)} when pinning {num_bytes:,} bytes")
-            self._is_pinned = True
+        pin(self.bytes_B, device)
+        self._is_pinned = True
 
     def unpin(self) -> None:
         """No copy from it may be under way."""
         if self._is_pinned:
             self._is_pinned = False
-            with torch.cuda.device(self._device):
-                _runtime().cudaHostUnregister(self.bytes_B.data_ptr())
+            unpin(self.bytes_B, self._device)
+
+
+def pin(bytes_B: Tensor, device: torch.device) -> None:
+    """Whole pages, which have come into being before: pinning holds a lock that kernel launches
+    need, and is then short. Nothing where there is no CUDA device. Raises OSError where the host
+    refuses."""
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        error = int(_runtime().cudaHostRegister(bytes_B.data_ptr(), bytes_B.nbytes, _PORTABLE))
+        if error != 0:
+            with suppress(RuntimeError):  # CUDA keeps the error for the next launch to find
+                torch.ones(1, device=device)
+            raise OSError(f"CUDA error {error} when pinning {bytes_B.nbytes:,} bytes")
+
+
+def unpin(bytes_B: Tensor, device: torch.device) -> None:
+    """What `pin` has pinned, in the same pieces; no copy from it may be under way."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            _runtime().cudaHostUnregister(bytes_B.data_ptr())
+
+
+def advise_huge_pages(pages: mmap.mmap) -> None:
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+
+
+def bring_into_being(bytes_B: Tensor) -> None:
+    """Every page, without a change to what stands there."""
+    bytes_B[:: mmap.PAGESIZE].sum()
 
 
 def _runtime() -> Any:
@@ -50,16 +69,3 @@ def _runtime() -> Any:
 def pinned(num_values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """For staging; where there is no CUDA device, plain memory."""
     return torch.zeros(num_values, dtype=dtype, pin_memory=device.type == "cuda")
-
-
-def free_bytes(memory_info: Path = MEMORY_INFO, control_group: Path = CONTROL_GROUP) -> int:
-    """What could be taken now, page cache included, under our control group's limit."""
-    lines = (line.split() for line in memory_info.read_text().splitlines())
-    free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    limit = control_group / "memory.max"
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        used = int((control_group / "memory.current").read_text())
-        statistics = (control_group / "memory.stat").read_text().split()
-        cached = int(statistics[statistics.index("file") + 1])
-        free = min(free, int(text) - used + cached)
-    return max(0, free)

@@ -16,14 +16,15 @@ from gpu_worker.cuda.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.decoder_weights import DecoderWeights
 from gpu_worker.cuda.deepseek_weights import DeepseekWeights
 from gpu_worker.cuda.expert_reader import ExpertReader
-from gpu_worker.cuda.host_experts import HostExperts, bytes_for_copies
-from gpu_worker.cuda.host_memory import free_bytes
+from gpu_worker.cuda.expert_shelf import ShelfLabel
+from gpu_worker.cuda.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.qwen3_moe_weights import Qwen3MoeWeights
 from gpu_worker.cuda.slot_loader import CudaSlotLoader
 from gpu_worker.cuda.slots import CudaSlots
 from gpu_worker.cuda.weight_reader import WeightReader
 from gpu_worker.load_progress import LoadProgress
-from gpu_worker.model.checkpoint import Shape, open_checkpoint
+from gpu_worker.model.checkpoint import Checkpoint, Shape, open_checkpoint
+from gpu_worker.shelf_memory import ShelfMemory
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
@@ -71,11 +72,11 @@ def load_cuda_model(
     device: torch.device,
     dtype: torch.dtype,
     progress: LoadProgress,
-    host_experts_gb: float | None = None,
-    ranks_of_host: int = 1,
+    shelf_memory: ShelfMemory | None = None,
 ) -> CudaModel:
-    """Reads the shared weights and makes room for slots. Raises CheckpointError, before anything is
-    read where the architecture or the files are not as they should be."""
+    """Reads the shared weights and makes room for slots. Copies of experts go into `shelf_memory`.
+    Raises CheckpointError, before anything is read where the architecture or the files are not as
+    they should be."""
     layout = layout_of(spec)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
     weights = layout.read(WeightReader(checkpoint, device, dtype))
@@ -88,21 +89,27 @@ def load_cuda_model(
         dtype=dtype,
     )
     reader = ExpertReader(checkpoint, layout.expert_prefix, dtype)
-    copies = HostExperts(
-        reader,
-        bytes_max=bytes_for_copies(host_experts_gb, free_bytes(), ranks_of_host),
-        device=device,
-    )
-    copies.reserve(spec.num_moe_layers * spec.num_experts)
+    label = shelf_label(checkpoint, reader, spec)
+    copies = open_host_experts(reader, shelf_memory, label, device)
     loader = CudaSlotLoader(
         slots=slots,
         reader=reader,
         copies=copies,
-        num_experts=spec.num_experts,
         progress=progress,
         device=device,
     )
     return CudaModel(sizes=layout.sizes, weights=weights, slots=slots, loader=loader, copies=copies)
+
+
+def shelf_label(checkpoint: Checkpoint, reader: ExpertReader, spec: ModelSpec) -> ShelfLabel:
+    return ShelfLabel(
+        folder=str(checkpoint.folder),
+        fingerprint=checkpoint.fingerprint(),
+        dtype=str(reader.dtype),
+        num_values=reader.num_values,
+        num_layers=spec.num_moe_layers,
+        num_experts=spec.num_experts,
+    )
 
 
 def layout_of(spec: ModelSpec) -> CheckpointLayout:

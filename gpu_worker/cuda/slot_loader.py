@@ -37,7 +37,6 @@ class CudaSlotLoader:
         slots: CudaSlots,
         reader: ExpertReader,
         copies: HostExperts,
-        num_experts: int,
         progress: LoadProgress,
         device: torch.device,
         num_readers: int = NUM_READERS,
@@ -45,7 +44,6 @@ class CudaSlotLoader:
         self._slots = slots
         self._reader = reader
         self._copies = copies
-        self._num_experts = num_experts
         self._progress = progress
         self._num_readers = num_readers
         self._free: SimpleQueue[Tensor] = SimpleQueue()
@@ -58,7 +56,7 @@ class CudaSlotLoader:
         try:
             self._fill(self._slots.vacate(wanted))
         finally:
-            self._copies.fill_in_background(self._slots.contents, self._num_experts)
+            self._copies.fill_in_background()
         return self._slots.contents
 
     def _fill(self, vacancies: Sequence[Vacancy]) -> None:

@@ -62,6 +62,10 @@ class Checkpoint:
         """Whether `read_bits` serves for all matrices that are not read as float32 in any case."""
         self._shards = MappedShards({part.path for form in forms.values() for part in form.parts})
 
+    def fingerprint(self) -> str:
+        """Of the files as they were when it was opened: whoever opens the same has the same."""
+        return self._shards.fingerprint()
+
     def has(self, name: str) -> bool:
         """Whether it was asked for when the checkpoint was opened."""
         return name in self._forms

@@ -3,8 +3,10 @@ their bytes, memory-mapped. Knows neither number formats nor which tensors a mod
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,12 +51,21 @@ class MappedShards:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._opened: list[tuple[str, int, int, int]] = []
         for path in paths:
             with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                self._opened.append(
+                    (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                )
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Reading ahead would fetch the experts of others: `bytes_of` says what is wanted.
             mapped.madvise(mmap.MADV_RANDOM)
             self._maps[path] = mapped
+
+    def fingerprint(self) -> str:
+        """Another, once a file of them was written or replaced, or stands in another folder."""
+        return hashlib.sha256(repr(sorted(self._opened)).encode()).hexdigest()
 
     @contextmanager
     def bytes_of(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:

@@ -280,7 +280,6 @@ def model(folder: Path) -> CudaModel:
         device=DEVICE,
         dtype=DTYPE,
         progress=LoadProgress(SystemClock()),
-        host_experts_gb=0.0,
     )
     layers = model.sizes.num_moe_layers
     model.loader.load(np.tile(np.arange(spec.num_experts, dtype=np.int16), (layers, 1)))

@@ -22,10 +22,12 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
+from gpu_worker.cuda.host_memory import PinnedBlock, pin  # noqa: E402
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model  # noqa: E402
 from gpu_worker.cuda.moe_stage import LocalMoe  # noqa: E402
 from gpu_worker.load_progress import LoadProgress  # noqa: E402
 from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint  # noqa: E402
+from gpu_worker.shelf_memory import ShelfMemory, memory_of_rank  # noqa: E402
 from shared.clock import SystemClock  # noqa: E402
 from shared.model_spec import read_model_spec  # noqa: E402
 from tests.unit.gpu_worker.model.runs import Chunk, make_batch, open_ranks  # noqa: E402
@@ -76,7 +78,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def load(folder: Path, host_experts_gb: float = 0.0) -> CudaModel:
+def load(folder: Path, shelf_memory: ShelfMemory | None = None) -> CudaModel:
     spec = read_model_spec(folder)
     return load_cuda_model(
         folder,
@@ -85,7 +87,7 @@ def load(folder: Path, host_experts_gb: float = 0.0) -> CudaModel:
         device=DEVICE,
         dtype=DTYPE,
         progress=LoadProgress(SystemClock()),
-        host_experts_gb=host_experts_gb,
+        shelf_memory=shelf_memory,
     )
 
 
@@ -147,7 +149,8 @@ def test_logits_are_those_of_the_cpu_model(folder: Path) -> None:
 
 
 def test_from_pinned_copies_slots_get_what_the_checkpoint_gives(folder: Path) -> None:
-    plain, model = load(folder), load(folder, host_experts_gb=1.0)
+    memory = memory_of_rank(-1, 0.1)
+    plain, model = load(folder), load(folder, memory)
     wanted = spread(model.slots.num_layers, model.sizes.num_experts)
     model.loader.load(wanted)
     assert model.copies.wait_until_filled(timeout_s=60)
@@ -158,5 +161,21 @@ def test_from_pinned_copies_slots_get_what_the_checkpoint_gives(folder: Path) ->
         assert np.array_equal(model.loader.load(other), plain.loader.load(other))
         assert torch.equal(model.slots.w_gate_up_LSJH, plain.slots.w_gate_up_LSJH)
         assert torch.equal(model.slots.w_down_LSHI, plain.slots.w_down_LSHI)
+    beside = load(folder, memory)  # as another rank of this host
     model.copies.close()
     assert model.copies.copy_of(1, 5) is None
+    assert np.array_equal(beside.loader.load(wanted), plain.loader.load(wanted))
+    assert torch.equal(beside.slots.w_gate_up_LSJH, plain.slots.w_gate_up_LSJH)
+    copy = beside.copies.copy_of(1, 5)
+    assert copy is not None
+    assert copy.is_pinned() == ON_CUDA
+    beside.copies.close()
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="nothing is pinned without a CUDA device")
+def test_a_refusal_to_pin_is_told_and_no_later_launch_meets_it() -> None:
+    block = PinnedBlock(2**20, DEVICE)
+    with pytest.raises(OSError, match="CUDA error"):
+        pin(block.bytes_B, DEVICE)
+    assert torch.ones(3, device=DEVICE).sum().item() == 3
+    block.unpin()

@@ -79,6 +79,15 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def shared_memory_of(pid: int) -> int:
+    """Which file it is that the process has been handed for copies of experts."""
+    argv = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    fd = argv[argv.index("--host-experts-fd") + 1]
+    status = os.stat(f"/proc/{pid}/fd/{fd}")
+    assert status.st_size == 1_000_000
+    return status.st_ino
+
+
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not await condition():  # noqa: ASYNC110
@@ -148,6 +157,18 @@ async def test_a_killed_rank_is_told_of_and_lives_again(
     said = unpack_record(kv.value, Suspicion)
     assert (said.rank, said.incarnation, said.reason) == (1, 1, SuspicionReason.EXIT)
     assert said.detail in details
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_all_lives_share_one_memory_for_copies_and_the_killed_leave_it(node: Node) -> None:
+    agent = await node.start("--ranks", "0-1", "--host-experts-gb", "0.001")
+    before = await node.until(lambda records: len(records) == 2)
+    memory = shared_memory_of(before[0].pid)
+    assert shared_memory_of(before[1].pid) == memory
+    os.kill(before[1].pid, signal.SIGKILL)
+    after = await node.until(lambda records: len(records) == 2 and records[1] != before[1])
+    assert shared_memory_of(after[1].pid) == memory
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpu_worker.agent.__main__ import parse, rank_command, run_agent
 from gpu_worker.agent.driver import RankSetup
+from gpu_worker.agent.shelf import with_shelf
 from shared.logs import configure_logs
 
 TOY_RANK = Path(__file__).with_name("toy_process.py")
@@ -22,6 +23,7 @@ def main() -> None:
     command = dataclasses.replace(
         rank_command(config, rank_flags), program=(sys.executable, str(TOY_RANK))
     )
+    command = with_shelf(command, config.host_experts_gb)
     setup = RankSetup(
         command=command,
         environment={**os.environ, "PYTHONPATH": str(ROOT)},

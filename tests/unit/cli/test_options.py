@@ -51,6 +51,7 @@ def options(tmp_path: Path, free_port: int) -> UpOptions:
         transfer_protocol="tcp",
         ib_device="",
         kv_tokens=None,
+        host_experts_gb=-1.0,
         context_tokens_max=0,
         timeout_s=10.0,
         log_level="info",
@@ -123,6 +124,14 @@ def test_ranks_choose_their_device_unless_told(options: UpOptions) -> None:
     tail = agent(told, "e:1", Path("/m"), Path("/logs")).tail
     assert tail == ("--", "--transfer-protocol", "tcp", "--device", "cuda")
     assert "--device" not in agent(options, "e:1", Path("/m"), Path("/logs")).tail
+
+
+def test_memory_for_copies_is_the_agents_to_make(options: UpOptions) -> None:
+    command = agent(
+        dataclasses.replace(options, host_experts_gb=1.5), "e:1", Path("/m"), Path("/logs")
+    ).command(9)
+    own = command[: command.index("--")]
+    assert ("--host-experts-gb", "1.5") in itertools.pairwise(own)
 
 
 def test_an_environment_for_the_ranks_is_given_to_their_agent(options: UpOptions) -> None:

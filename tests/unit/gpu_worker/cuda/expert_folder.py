@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.cuda.expert_reader import ExpertReader
+from gpu_worker.cuda.expert_shelf import ShelfLabel
 from gpu_worker.model.checkpoint import SINGLE_FILE, OnRead, open_checkpoint
 from gpu_worker.model.mlp_names import mlp_shapes
+from gpu_worker.shelf_memory import ShelfMemory, create_memory
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
 HIDDEN, INNER = 8, 4
+PLACES_AT = 2 * 2**20
 
 
 def prefix_of(layer: int, expert: int) -> str:
@@ -39,6 +43,25 @@ def values_of(folder: Path, layer: int, expert: int) -> torch.Tensor:
     tensors = load_file(folder / SINGLE_FILE)
     names = (f"{prefix_of(layer, expert)}.{n}_proj.weight" for n in ("gate", "up", "down"))
     return torch.cat([tensors[name].flatten() for name in names])
+
+
+def label_of(folder: Path, reader: ExpertReader) -> ShelfLabel:
+    return ShelfLabel(
+        folder=str(folder),
+        fingerprint=open_checkpoint(folder, _shapes()).fingerprint(),
+        dtype=str(reader.dtype),
+        num_values=reader.num_values,
+        num_layers=NUM_LAYERS,
+        num_experts=NUM_EXPERTS,
+    )
+
+
+def memory_for(num_experts: int) -> ShelfMemory | None:
+    """Of so many: experts this small take a page each."""
+    if num_experts == 0:
+        return None
+    num_bytes = PLACES_AT + num_experts * mmap.PAGESIZE
+    return ShelfMemory(fd=create_memory(num_bytes), bytes_max=num_bytes)
 
 
 def damage(folder: Path, name: str) -> None:

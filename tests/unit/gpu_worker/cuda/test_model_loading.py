@@ -58,7 +58,7 @@ folder = Path(sys.argv[1])
 model = load_cuda_model(
     folder, read_model_spec(folder), slots_per_rank=4,
     device=torch.device("cpu"), dtype=torch.bfloat16,
-    progress=LoadProgress(SystemClock()), host_experts_gb=0.0,
+    progress=LoadProgress(SystemClock()),
 )
 held = model.loader.load(np.tile(np.arange(4, dtype=np.int16), (model.sizes.num_moe_layers, 1)))
 print("held", held.tolist())
@@ -81,7 +81,6 @@ def load(folder: Path) -> CudaModel:
         device=torch.device("cpu"),
         dtype=torch.float32,
         progress=LoadProgress(FakeClock()),
-        host_experts_gb=0.0,
     )
 
 

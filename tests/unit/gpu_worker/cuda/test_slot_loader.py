@@ -11,7 +11,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from gpu_worker.cuda.host_experts import HostExperts
+from gpu_worker.cuda.host_experts import open_host_experts
 from gpu_worker.cuda.slot_loader import CudaSlotLoader
 from gpu_worker.cuda.slots import CudaSlots
 from gpu_worker.load_progress import LoadProgress
@@ -26,6 +26,8 @@ from tests.unit.gpu_worker.cuda.expert_folder import (
     NUM_EXPERTS,
     NUM_LAYERS,
     damage,
+    label_of,
+    memory_for,
     open_experts,
     prefix_of,
     save_experts,
@@ -43,8 +45,7 @@ class Rank:
         progress = LoadProgress(FakeClock())
         reader = open_experts(folder, dtype, progress.count)
         self.folder = folder
-        self.copies = HostExperts(reader, bytes_max=room * reader.num_bytes, device=CPU)
-        self.copies.reserve(NUM_LAYERS * NUM_EXPERTS)
+        self.copies = open_host_experts(reader, memory_for(room), label_of(folder, reader), CPU)
         self.slots = CudaSlots(
             num_layers=NUM_LAYERS,
             slots_per_rank=SLOTS,
@@ -57,7 +58,6 @@ class Rank:
             slots=self.slots,
             reader=reader,
             copies=self.copies,
-            num_experts=NUM_EXPERTS,
             progress=progress,
             device=CPU,
             num_readers=2,
