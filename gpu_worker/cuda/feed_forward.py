@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -68,6 +69,12 @@ class FeedForward:
     def _route(self, index: int, mlp: MoeWeights, position_T: Tensor, h_TH: Tensor) -> Routed:
         buffers, how, tokens = self._buffers, self._routing, h_TH.shape[0]
         scores_TE = choices_TE = buffers.scores_TE[:tokens]
+        routed = Routed(
+            h_TH=h_TH,
+            slots_TK=buffers.slots_LTK[index, :tokens],
+            weights_TK=buffers.weights_TK[:tokens],
+        )
+        slot_of_E = self._slot_of_LE[index]
         if how.sigmoid or how.kept < how.num_groups:
             choices_TE = buffers.choices_TE[:tokens]
             routing.score_choices(
@@ -78,15 +85,13 @@ class FeedForward:
                 num_groups=how.num_groups,
                 kept=how.kept,
             )
-        routed = Routed(
-            h_TH=h_TH,
-            slots_TK=buffers.slots_LTK[index, :tokens],
-            weights_TK=buffers.weights_TK[:tokens],
-        )
+        elif self.moe.chooses(tokens):
+            choice = routing.Choice(scores_TE, slot_of_E, position_T, how.normalise, how.factor)
+            return replace(routed, choice=choice)
         routing.choose_slots(
             scores_TE,
             choices_TE,
-            self._slot_of_LE[index],
+            slot_of_E,
             position_T,
             routed.slots_TK,
             routed.weights_TK,

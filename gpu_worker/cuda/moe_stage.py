@@ -27,11 +27,13 @@ _TALL_TILE_TOKENS = 256  # from here on a slot has rows for taller tiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """A layer's routed tokens. `slots_TK` are physical slots of the whole instance, -1 for none."""
+    """A layer's routed tokens. `slots_TK` are physical slots of the whole instance, -1 for none.
+    With `choice` slots and weights are still to be chosen: see `MoeStage.chooses`."""
 
     h_TH: Tensor
     slots_TK: Tensor
     weights_TK: Tensor
+    choice: routing.Choice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,10 @@ class Onward:
 
 class MoeStage(Protocol):
     """`LocalMoe` or `ExchangedMoe`."""
+
+    def chooses(self, num_tokens: int) -> bool:
+        """Whether `run` takes so many tokens with a choice that is still to be made."""
+        ...
 
     def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
         """`beside` adds to `onward.x_TH` what comes before the experts' sum; it reads `onward.h_TH`
@@ -85,6 +91,9 @@ class LocalMoe:
         self._y_NH = like.new_empty(pairs_max, hidden)
         self._tiles: dict[int, routing.SlotTiles] = {}
 
+    def chooses(self, num_tokens: int) -> bool:
+        return num_tokens <= _ALONE_TOKENS_MAX
+
     def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
         if beside is not None:
             beside()
@@ -93,7 +102,10 @@ class LocalMoe:
         rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
         inner_NI, y_NH = self._inner_NI[:pairs], self._y_NH[:pairs]
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
-        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI)
+        chosen = None
+        if routed.choice is not None:
+            chosen = experts.Chosen(routed.choice, routed.weights_TK)
+        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI, chosen=chosen)
         experts.down(inner_NI, w_down, rows, y_NH)
         residual.add_pairs_norm(
             onward.x_TH,
@@ -135,6 +147,10 @@ class ExchangedMoe:
         self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
         self._tiles = routing.slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
         self._side = SideBranch(like.device)
+
+    def chooses(self, num_tokens: int) -> bool:
+        """Dispatch takes slots."""
+        return False
 
     def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
         self._side.fork()

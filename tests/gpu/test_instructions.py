@@ -32,6 +32,7 @@ pytestmark = pytest.mark.gpu
 H100 = GPUTarget("cuda", 90, 32)
 ONE_INSTRUCTION = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
 HIDDEN, INNER = 7168, 2048
+CHOICE = ["*fp32", "*i32", "*i32", "*fp32", "fp32"]
 LINEAR = ["*bf16", "*bf16", "*fp32", "i32"]
 EXPERTS = ["*bf16", "*bf16", "*i64", "*i32", "*i32", "*i32", "*bf16"]
 
@@ -103,9 +104,19 @@ def test_expert_tiles_take_the_one_instruction(rows: int) -> None:
     lone = [experts.lone_tile(rows, inner) for inner in (INNER, 18_432)]
     routed = [] if rows == 64 else [experts._GATE_UP_GROUPED, *up_tiles()]
     for tile in (*lone, *routed):
-        assert expert_instructions(experts._gate_up, tile, rows, DIVISOR=8) == ONE_INSTRUCTION
+        assert gate_up_instructions(tile, rows) == ONE_INSTRUCTION
     for tile in () if rows == 64 else (experts._DOWN_GROUPED, *down_tiles()):
         assert expert_instructions(experts._down, tile, rows) == ONE_INSTRUCTION
+
+
+def test_lone_pairs_that_choose_for_themselves_take_the_one_instruction() -> None:
+    alone = {"GROUPED": False, "EXPERTS": 128, "BLOCK_E": 128, "CHUNK": 32, "NORMALISE": True}
+    assert gate_up_instructions(experts._GATE_UP_ALONE, 16, **alone) == ONE_INSTRUCTION
+
+
+def gate_up_instructions(tile: experts.ExpertTile, rows: int, **more: int) -> set[str]:
+    given = {"DIVISOR": 8, "EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
+    return expert_instructions(experts._gate_up, tile, rows, **(given | more))
 
 
 def expert_instructions(kernel: Any, tile: experts.ExpertTile, rows: int, **more: int) -> set[str]:
@@ -119,7 +130,8 @@ def expert_instructions(kernel: Any, tile: experts.ExpertTile, rows: int, **more
         "PADDED": False,
         **more,
     }
-    return instructions(kernel, EXPERTS, constants, tile.warps, tile.stages)
+    kinds = [*EXPERTS, *CHOICE] if "EXPERTS" in constants else EXPERTS
+    return instructions(kernel, kinds, constants, tile.warps, tile.stages)
 
 
 @pytest.mark.parametrize("rows", [16, 32])

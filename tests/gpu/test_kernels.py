@@ -195,6 +195,34 @@ def test_experts_compute_each_pair_alike_alone_and_grouped(rows: int) -> None:
     assert_close(alone[:num], reference)
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("num_experts", [EXPERTS, 24])
+def test_lone_pairs_choose_for_themselves_as_the_choice_before_them_does(
+    num_experts: int, normalise: bool
+) -> None:
+    rows, w1 = 3, random(EXPERTS, 2 * INNER, HIDDEN, scale=0.1)
+    x, scores = random(rows, HIDDEN), random(rows, num_experts, dtype=torch.float32)
+    scores[0, 5:9] = 7.0  # ties
+    slot_of = torch.randperm(EXPERTS, device=DEVICE)[:num_experts].to(torch.int32)
+    slot_of[7] = routing.NO_SLOT
+    choice = routing.Choice(scores, slot_of, ints([4, 0, -1]), normalise, 0.7)
+    given = []
+    for chooses in (True, False):
+        slots = torch.full((rows, TOP_K), 99, dtype=torch.int64, device=DEVICE)
+        weights, inner = poison(rows, TOP_K, dtype=torch.float32), poison(rows * TOP_K, INNER)
+        chosen = experts.Chosen(choice, weights) if chooses else None
+        if not chooses:
+            routing.choose_slots(
+                scores, *choice[:3], slots, weights, normalise=normalise, factor=0.7
+            )
+        experts.gate_up(x, w1, experts.Rows(slots, None), inner, chosen=chosen)
+        given.append((slots, weights, inner.nan_to_num(5.0)))
+    for one, other in zip(*given, strict=True):
+        assert torch.equal(one, other)
+    assert routing.NO_SLOT in given[0][0][0].tolist()
+    assert given[0][0][2].tolist() == [routing.NO_SLOT] * TOP_K
+
+
 @pytest.mark.parametrize("programs", [1, 3, 1024])
 def test_experts_take_rows_that_lie_padded_by_slot(
     programs: int, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.routing import SlotTiles
+from gpu_worker.cuda.kernels.routing import (
+    Choice,
+    SlotTiles,
+    comparisons_at_once,
+    ranked,
+    softmax_weights,
+)
 
 
 class ExpertTile(NamedTuple):
@@ -31,6 +37,14 @@ _SMALL_INNER = 4096  # up to here 32 columns a program leave a large card idle
 _PADDED_PROGRAMS = 1024
 """Of one product of padded rows. How many tiles there are only the device knows, and programs for
 all that might be take longer to come and go than the work does."""
+
+
+class Chosen(NamedTuple):
+    """A choice that the first product makes on its way, and where its weights go; the slots go to
+    `Rows.slots_TK`."""
+
+    choice: Choice
+    weights_TK: torch.Tensor
 
 
 class Rows(NamedTuple):
@@ -57,9 +71,13 @@ def gate_up(
     rows: Rows,
     inner_NI: torch.Tensor,
     *,
+    chosen: Chosen | None = None,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`."""
+    """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`.
+    Where each pair is its own tile, what is `chosen` need not be known before: to the bit as
+    `routing.choose_slots` gives it, and no kernel has to come between."""
+    assert chosen is None or rows.tiles is None, "only lone pairs choose for themselves"
     _, double_inner, hidden = w_gate_up_SJH.shape
     inner = double_inner // 2
     tile = tile or (_GATE_UP_ALONE if rows.tiles is None else _GATE_UP_GROUPED)
@@ -69,9 +87,11 @@ def gate_up(
         w_gate_up_SJH,
         *_row_pointers(rows),
         inner_NI,
+        *_choice_arguments(chosen, rows),
         HIDDEN=hidden,
         INNER=inner,
         DIVISOR=rows.slots_TK.shape[-1],
+        **_choice_sizes(chosen),
         BLOCK_T=_tile_rows(rows),
         BLOCK_N=columns,
         BLOCK_K=depth,
@@ -136,6 +156,27 @@ def _row_pointers(rows: Rows) -> tuple[torch.Tensor, ...]:
     return (rows.slots_TK, rows.tiles.order_N, rows.tiles.tiles_C3, rows.tiles.num_tiles_1)
 
 
+def _choice_arguments(chosen: Chosen | None, rows: Rows) -> tuple[torch.Tensor | float, ...]:
+    if chosen is None:
+        return (*(rows.slots_TK,) * 4, 1.0)
+    choice = chosen.choice
+    inputs = (choice.scores_TE, choice.slot_of_E, choice.position_T)
+    return (*inputs, chosen.weights_TK, choice.factor)
+
+
+def _choice_sizes(chosen: Chosen | None) -> dict[str, int | bool]:
+    """EXPERTS 0: slots are given."""
+    if chosen is None:
+        return {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
+    experts = chosen.choice.scores_TE.shape[1]
+    return {
+        "EXPERTS": experts,
+        "BLOCK_E": triton.next_power_of_2(experts),
+        "CHUNK": comparisons_at_once(experts),
+        "NORMALISE": chosen.choice.normalise,
+    }
+
+
 @triton.jit
 def _tiles_end(num_tiles_ptr, PADDED: tl.constexpr):
     """Before which tile a program ends, that goes from its own in steps of `num_programs(1)`."""
@@ -143,6 +184,13 @@ def _tiles_end(num_tiles_ptr, PADDED: tl.constexpr):
     if PADDED:
         end = tl.load(num_tiles_ptr)
     return end
+
+
+@triton.jit
+def _lone_row(pair, BLOCK_T: tl.constexpr):
+    """(rows of the work, which of them count) of a pair that is a tile."""
+    t = tl.arange(0, BLOCK_T)
+    return (pair + t * 0).to(tl.int64), t < 1
 
 
 @triton.jit
@@ -170,9 +218,41 @@ def _find_rows(
             rows = tl.load(order_ptr + first + t, mask=is_row, other=0).to(tl.int64)
     else:
         slot = tl.load(slots_ptr + tile).to(tl.int64)
-        is_row = t < 1
-        rows = (tile + t * 0).to(tl.int64)
+        rows, is_row = _lone_row(tile, BLOCK_T)
     return slot, rows, is_row
+
+
+@triton.jit
+def _choose_slot(
+    pair,
+    scores_ptr,
+    slot_of_ptr,
+    position_ptr,
+    slots_ptr,
+    weights_ptr,
+    factor,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    """The slot of a pair's expert; of the programs that find it, one stores it with its weight."""
+    row = pair // TOP_K
+    e = tl.arange(0, BLOCK_E)
+    is_expert = e < EXPERTS
+    slot_of = tl.load(slot_of_ptr + e, mask=is_expert, other=-1)
+    row_ptr = scores_ptr + row * EXPERTS
+    scores = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
+    is_token = tl.load(position_ptr + row) >= 0
+    place = ranked(row_ptr, scores, EXPERTS, BLOCK_E, CHUNK)
+    is_own = place == pair % TOP_K
+    slot = tl.max(tl.where(is_own & is_token, slot_of, -1), axis=0).to(tl.int64)
+    if tl.program_id(0) == 0:
+        weight = softmax_weights(scores, place < TOP_K, factor, NORMALISE)
+        tl.store(slots_ptr + pair, slot.to(slots_ptr.dtype.element_ty))
+        tl.store(weights_ptr + pair + e * 0, weight, mask=is_own)
+    return slot
 
 
 @triton.jit
@@ -184,9 +264,18 @@ def _gate_up(
     tiles_ptr,
     num_tiles_ptr,
     inner_ptr,
+    scores_ptr,
+    slot_of_ptr,
+    position_ptr,
+    weights_ptr,
+    factor,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     DIVISOR: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NORMALISE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -194,9 +283,26 @@ def _gate_up(
     PADDED: tl.constexpr,
 ):
     for tile in range(tl.program_id(1), _tiles_end(num_tiles_ptr, PADDED), tl.num_programs(1)):
-        slot, rows, is_row = _find_rows(
-            tile, slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
-        )
+        if EXPERTS > 0:
+            slot = _choose_slot(
+                tile,
+                scores_ptr,
+                slot_of_ptr,
+                position_ptr,
+                slots_ptr,
+                weights_ptr,
+                factor,
+                DIVISOR,
+                EXPERTS,
+                BLOCK_E,
+                CHUNK,
+                NORMALISE,
+            )
+            rows, is_row = _lone_row(tile, BLOCK_T)
+        else:
+            slot, rows, is_row = _find_rows(
+                tile, slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED
+            )
         if slot >= 0:
             n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
             k = tl.arange(0, BLOCK_K)

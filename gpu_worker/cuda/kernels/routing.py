@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 _CHUNK = 256
+_FIXED_POINT = tl.constexpr(2.0**40)
 _COMPARISONS = 4_096  # a block of them, over 8 warps: measured
 NO_SLOT = -1
 
@@ -22,6 +23,16 @@ class SlotTiles(NamedTuple):
     tiles_C3: torch.Tensor
     num_tiles_1: torch.Tensor
     rows: int
+
+
+class Choice(NamedTuple):
+    """What a choice by softmax among all experts takes. `slot_of_E`: the experts' slots."""
+
+    scores_TE: torch.Tensor
+    slot_of_E: torch.Tensor
+    position_T: torch.Tensor
+    normalise: bool
+    factor: float
 
 
 def slot_tiles(num_pairs: int, num_slots: int, rows: int, device: torch.device) -> SlotTiles:
@@ -88,7 +99,7 @@ def choose_slots(
         factor,
         EXPERTS=experts,
         BLOCK_E=triton.next_power_of_2(experts),
-        CHUNK=_chunk(experts),
+        CHUNK=comparisons_at_once(experts),
         TOP_K=slots_TK.shape[1],
         NORMALISE=normalise,
         SIGMOID=sigmoid,
@@ -96,8 +107,8 @@ def choose_slots(
     )
 
 
-def _chunk(experts: int) -> int:
-    """Of experts that all are compared with at a time."""
+def comparisons_at_once(experts: int) -> int:
+    """Of how many others with each."""
     block = int(triton.next_power_of_2(experts))
     return max(16, min(_COMPARISONS // block, block))
 
@@ -175,6 +186,39 @@ def _score_choices(
 
 
 @triton.jit
+def ranked(choices_ptr, choice, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr):
+    """An expert's place is the number of experts before it: no search for one maximum after the
+    other. `choice` is what lies at `choices_ptr`."""
+    e = tl.arange(0, BLOCK_E)
+    place = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for start in tl.static_range(0, EXPERTS, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        theirs = tl.load(choices_ptr + other, mask=other < EXPERTS, other=float("-inf"))
+        before = (theirs[None, :] > choice[:, None]) | (
+            (theirs[None, :] == choice[:, None]) & (other[None, :] < e[:, None])
+        )
+        place += tl.sum(before.to(tl.int32), axis=1)
+    return tl.where(e < EXPERTS, place, EXPERTS)
+
+
+@triton.jit
+def _sum_of_shares(share):
+    """Of numbers up to 1, the largest of which is far above 2⁻⁴⁰. In whole numbers, so that the
+    order does not matter, nor how many threads add."""
+    return tl.sum((share * _FIXED_POINT).to(tl.int64), axis=0).to(tl.float32) / _FIXED_POINT
+
+
+@triton.jit
+def softmax_weights(scores, is_chosen, factor, NORMALISE: tl.constexpr):
+    """Of all experts; `scores` are -inf beyond."""
+    weight = tl.exp(scores - tl.max(scores, axis=0))
+    weight = weight / _sum_of_shares(weight)
+    if NORMALISE:
+        weight = weight / (_sum_of_shares(tl.where(is_chosen, weight, 0.0)) + 1e-20)
+    return weight * factor
+
+
+@triton.jit
 def _choose_slots(
     scores_ptr,
     choices_ptr,
@@ -190,8 +234,6 @@ def _choose_slots(
     NORMALISE: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """An expert's place among the chosen is the number of experts before it: no search for one
-    maximum after the other."""
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     is_expert = e < EXPERTS
@@ -200,24 +242,16 @@ def _choose_slots(
     choice = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     scores = tl.load(scores_ptr + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
-    place = tl.zeros([BLOCK_E], dtype=tl.int32)
-    for start in range(0, EXPERTS, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        theirs = tl.load(row_ptr + other, mask=other < EXPERTS, other=float("-inf"))
-        before = (theirs[None, :] > choice[:, None]) | (
-            (theirs[None, :] == choice[:, None]) & (other[None, :] < e[:, None])
-        )
-        place += tl.sum(before.to(tl.int32), axis=1)
-    is_chosen = (place < TOP_K) & is_expert
+    place = ranked(row_ptr, choice, EXPERTS, BLOCK_E, CHUNK)
+    is_chosen = place < TOP_K
     if SIGMOID:
         weight = tl.where(is_expert, 1.0 / (1.0 + tl.exp(-scores)), 0.0)
+        if NORMALISE:
+            # As the published code: a sum of weights that all vanish is not zero.
+            weight = weight / (tl.sum(tl.where(is_chosen, weight, 0.0), axis=0) + 1e-20)
+        weight = weight * factor
     else:
-        weight = tl.exp(scores - tl.max(scores, axis=0))
-        weight = weight / tl.sum(weight, axis=0)
-    if NORMALISE:
-        # As the published code: a sum of weights that all vanish is not zero.
-        weight = weight / (tl.sum(tl.where(is_chosen, weight, 0.0), axis=0) + 1e-20)
-    weight = weight * factor
+        weight = softmax_weights(scores, is_chosen, factor, NORMALISE)
     slot = tl.where(is_token, slot, -1).to(slots_ptr.dtype.element_ty)
     tl.store(slots_ptr + row * TOP_K + place, slot, mask=is_chosen)
     tl.store(weights_ptr + row * TOP_K + place, weight, mask=is_chosen)
