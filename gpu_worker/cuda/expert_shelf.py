@@ -32,7 +32,7 @@ from gpu_worker.shelf_memory import ShelfMemory
 _LABEL_BYTES = 2**16
 _STATES_AT = _LABEL_BYTES
 _PLACES_ALIGN = 2 * 2**20  # a huge page
-_PIECE_BYTES = 4 * 2**30
+_PIECE_BYTES = 2**30
 _LENGTH = struct.Struct("<I")
 _FLOCK = struct.Struct("hhqqi4x")
 _WHOLE = 1
