@@ -79,8 +79,10 @@ class Channel:
         num_slots: int = 16,
         num_rooms: int = 16,
         is_elsewhere: bool = True,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.target = target
+        self.block_bytes = block_bytes
         self.is_elsewhere = is_elsewhere
         self.num_slots = num_slots
         self.is_open = True
@@ -101,7 +103,7 @@ class Channel:
         if not self.num_rooms:
             return None
         self.num_rooms -= 1
-        return np.zeros(BLOCK_BYTES, dtype=np.uint8)
+        return np.zeros(self.block_bytes, dtype=np.uint8)
 
     def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
         assert self.is_open

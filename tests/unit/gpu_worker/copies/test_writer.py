@@ -261,6 +261,15 @@ def test_a_slow_channel_holds_up_no_other_and_goes_on_when_it_has_rooms_again() 
     assert slow.sent == names_of("a", 3)
 
 
+def test_sessions_take_turns_also_where_rooms_are_scarce() -> None:
+    channel = Channel(member(0), num_rooms=1)
+    source = Source(channel)
+    source.offer("s", "a", 0, 2)
+    source.offer("t", "b", 0, 2)
+    source.pump_out()
+    assert channel.sent == [b"a0", b"b0", b"a1", b"b1"]
+
+
 def test_copies_of_an_ended_session_stay_until_their_room_is_wanted() -> None:
     channel = Channel(member(0), num_slots=8)
     source = Source(channel)
@@ -285,6 +294,17 @@ def test_nothing_is_sent_of_a_session_that_has_ended() -> None:
     source.offer("s", "a", 0, 1)
     source.pump_out()
     assert channel.sent == [b"a0"]
+
+
+def test_what_is_left_of_a_session_that_ends_in_mid_way_is_not_sent() -> None:
+    channel = Channel(member(0), num_rooms=2)
+    source = Source(channel)
+    source.offer("s", "a", 0, 4)
+    source.writer.pump()
+    source.forget("s")
+    source.pump_out()
+    assert {*channel.known} == {b"a0", b"a1"} == {*channel.sent}
+    assert channel.area.content(b"a1") is not None
 
 
 def test_blocks_are_restored_in_order_up_to_the_first_that_is_missing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from gpu_worker.engine.block_names import extend_names
@@ -20,6 +21,7 @@ class Picture:
     tables: dict[SessionId, tuple[list[int], int]]
     num_free: int
     names: dict[int, bytes]
+    num_restored: int
 
 
 class KvAudit:
@@ -58,21 +60,32 @@ class KvAudit:
         for sequence, _, _ in plan.chunks:
             self._learn(sequence.tokens)
 
+    def note_submit(self, tokens: Items[int]) -> None:
+        """Blocks of these may be restored."""
+        self._learn(list(tokens))
+
+    def check_content(self, name: bytes, content: Items[int]) -> None:
+        """Of a copy of a block of this rank."""
+        assert list(content) == self._contents[name]
+
     def picture(self) -> Picture:
         return Picture(
             tables={s.session: (self._table(s), s.num_computed) for s in self._engine._running},
             num_free=self._kv.num_free,
             names=dict(self._kv._index._name_of),
+            num_restored=self._engine.num_restored,
         )
 
     def check_restored(self, before: Picture) -> None:
-        """After an abandoned step: who still runs has what it had; nothing new is cached."""
+        """After an abandoned step: who still runs has what it had; nothing new is cached but what
+        was restored."""
         self.check()
         after = self.picture()
         assert after.tables.items() <= before.tables.items()
         if after.tables == before.tables:
             assert after.num_free == before.num_free
-        assert after.names.items() <= before.names.items()
+        num_new = len(after.names.items() - before.names.items())
+        assert num_new <= after.num_restored - before.num_restored
 
     def _learn(self, tokens: list[int]) -> list[bytes]:
         size = self._limits.kv_block_tokens

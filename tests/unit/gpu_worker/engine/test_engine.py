@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gpu_worker.copies.ports import BlockKeeper
+from gpu_worker.copies.writer import CopyWriter
 from gpu_worker.engine.engine import STRANDED_S, Engine
 from gpu_worker.engine.mailbox import (
     Adopted,
@@ -44,6 +46,7 @@ from shared.types import (
     SuspicionReason,
 )
 from shared.wire import Cancel, SessionTokens, Submit, Wake
+from tests.unit.gpu_worker.copies.fakes import ArrayCache, Channel, Endpoint
 from tests.unit.gpu_worker.engine.toy import (
     HIDDEN,
     ToyModel,
@@ -115,7 +118,7 @@ class OneRankExchange:
 class Rank:
     """An engine in its thread, and the event loop's end of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeper: BlockKeeper | None = None) -> None:
         self.clock = HandClock()
         self.inbox = Inbox(ThreadWaiter())
         self.events: queue.Queue[Event] = queue.Queue()
@@ -126,11 +129,12 @@ class Rank:
         self.engine = Engine(
             member=ME,
             runner=ModelRunner(self.model, self.exchange),
-            scheduler=scheduler(),
+            scheduler=scheduler(keeper),
             inbox=self.inbox,
             monitor=self.monitor,
             post=self.events.put,
             clock=self.clock,
+            keeper=keeper,
         )
         self.thread = threading.Thread(target=self._run)
 
@@ -567,3 +571,74 @@ def test_a_dropped_origin_hears_nothing_more(member: Rank) -> None:
     assert heard.count(origin(2)) == 40
     load = member.engine.snapshot().load
     assert (load.running, load.waiting, load.tokens) == (0, 0, 0)
+
+
+# copies
+
+
+class Copying:
+    """A rank whose peer keeps copies of its blocks, of 4 tokens each."""
+
+    def __init__(self, blocks_per_pump: int) -> None:
+        cache = ArrayCache(np.zeros((32, 8), dtype=np.uint8))
+        self.channel = Channel(PEER)
+        endpoint = Endpoint(self.channel)
+        writer = CopyWriter(cache, endpoint, rank=ME.rank, blocks_per_pump=blocks_per_pump)
+        self.rank = Rank(writer)
+
+    def until_sent(self, num_blocks: int) -> None:
+        for _ in range(PATIENCE_S * 1000):
+            if len(self.channel.sent) >= num_blocks:
+                return
+            threading.Event().wait(0.001)
+        raise AssertionError(f"{len(self.channel.sent)} blocks were sent, not {num_blocks}")
+
+
+@pytest.fixture
+def copying(request: pytest.FixtureRequest) -> Iterator[Copying]:
+    one = Copying(request.param)
+    one.rank.thread.start()
+    one.rank.new_map(1, ME, PEER)
+    one.rank.event()
+    one.rank.until_asleep()
+    yield one
+    one.rank.end()
+    assert one.rank.error is None
+
+
+@pytest.mark.parametrize("copying", [8], indirect=True)
+def test_copies_go_to_another_member_while_a_session_runs(copying: Copying) -> None:
+    request = submit(tokens=tuple(range(1, 10)), max_tokens=8)
+    copying.rank.submit(request)
+    assert copying.rank.tokens_of("s") == expected(request)
+    copying.rank.until_asleep()
+    assert len(copying.channel.sent) == (9 + 8 - 2) // 4
+
+
+@pytest.mark.parametrize("copying", [8], indirect=True)
+def test_who_has_left_the_map_gets_no_copies(copying: Copying) -> None:
+    copying.rank.new_map(2, ME)
+    copying.rank.event()
+    request = submit(tokens=tuple(range(1, 10)), max_tokens=8)
+    copying.rank.submit(request)
+    assert copying.rank.tokens_of("s") == expected(request)
+    copying.rank.until_asleep()
+    assert copying.channel.sent == []
+
+
+@pytest.mark.parametrize("copying", [1], indirect=True)
+def test_what_was_offered_goes_out_while_the_engine_waits_for_a_map(copying: Copying) -> None:
+    rank = copying.rank
+
+    def move_on_after_two_steps() -> None:
+        if rank.exchange.begun[-1][:2] == (1, 3):
+            raise StepAbandoned("a peer's message is of epoch 2")
+
+    rank.exchange.on_dispatch = move_on_after_two_steps
+    request = submit(tokens=tuple(range(1, 20)), max_tokens=8)
+    rank.submit(request)
+    copying.until_sent(4)
+    assert rank.exchange.begun[-1][:2] == (1, 3)
+    rank.until_asleep()
+    rank.new_map(2, ME, PEER)
+    assert rank.tokens_of("s") == expected(request)

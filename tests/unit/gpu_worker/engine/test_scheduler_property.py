@@ -1,6 +1,6 @@
 """Whatever happens to a session on its way, its tokens are those of running it alone, and the KV
 blocks are in order after every event; also where steps are planned ahead, and events come while
-they are in flight."""
+they are in flight; also where each rank keeps copies of the other's blocks, some of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_worker.copies.writer import CopyWriter
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan
-from shared.types import Attempt, FinishReason, SamplingParams, SessionId
+from shared.types import Attempt, FinishReason, RankId, SamplingParams, SessionId
 from shared.wire import SessionTokens, Submit
+from tests.unit.gpu_worker.copies.fakes import ArrayCache, Channel, Endpoint, Store, member
 from tests.unit.gpu_worker.engine.kv_audit import KvAudit, Picture
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, ToyModel, alone
 
@@ -38,7 +40,10 @@ PROMPTS = st.one_of(
     ),
 ).map(tuple)
 EVENTS = st.lists(
-    st.sampled_from(["arrive", "begin", "ahead", "end", "step", "abandon", "move", "late"]),
+    st.sampled_from(
+        ["arrive", "begin", "ahead", "end", "step", "abandon", "move", "late", "carry", "cut"]
+    ),
+    min_size=30,
     max_size=80,
 )
 
@@ -95,7 +100,7 @@ class Device:
     def __init__(self, model: ToyModel) -> None:
         self.model = model
         self.flights: list[tuple[StepPlan, list[int]]] = []
-        self.before = Picture({}, 0, {})  # of the first in flight, where nothing has come since
+        self.before = Picture({}, 0, {}, 0)  # of the first in flight, where nothing has come since
         self.is_first = True
         self._former_ids: list[int] = []
 
@@ -108,14 +113,78 @@ class Device:
         self.flights.append((plan, self._former_ids))
 
 
+@dataclass(frozen=True)
+class CopyLimits:
+    """Of what a rank keeps for the other it finds so many names of eight. A block takes four
+    stages to get there, of which a step brings so many."""
+
+    num_slots: int
+    num_rooms: int
+    num_found: int
+    num_stages: int
+
+
+COPY_LIMITS = st.builds(
+    CopyLimits,
+    num_slots=st.sampled_from([0, 4, 12, 40]),
+    num_rooms=st.integers(1, 4),
+    num_found=st.sampled_from([4, 7, 8, 8]),
+    num_stages=st.sampled_from([0, 1, 30, 30]),
+)
+
+
+class Copies:
+    """What each of two ranks keeps of the other's blocks."""
+
+    def __init__(self, models: list[ToyModel], given: CopyLimits) -> None:
+        self._given = given
+        self._block_bytes = models[0].cache[0].nbytes
+        self._stores = [Store(lambda name: name[0] % 8 >= given.num_found) for _ in models]
+        self.endpoints = [Endpoint(self._open(1 - r), store=self._stores[r]) for r in range(2)]
+        self.writers = [self._writer(rank, model) for rank, model in enumerate(models)]
+
+    def carry(self, rank: int, number: int = 0) -> None:
+        """What is on its way from this rank; `number` says in which order."""
+        for _ in range(self._given.num_stages):
+            self.endpoints[rank].all[0].deliver(number)
+
+    def cut(self, rank: int) -> None:
+        self.endpoints[rank].all[0].close()
+        self.endpoints[rank].all = [self._open(1 - rank)]
+
+    def check(self, audits: list[KvAudit]) -> None:
+        for audit, endpoint in zip(audits, self.endpoints, strict=True):
+            area = endpoint.all[0].area
+            for slot, name in area.known.items():
+                audit.check_content(name, area.slots[slot].view(np.int64).tolist())
+
+    def _open(self, target: int) -> Channel:
+        return Channel(
+            member(target),
+            self._stores[target],
+            num_slots=self._given.num_slots,
+            num_rooms=self._given.num_rooms,
+            block_bytes=self._block_bytes,
+        )
+
+    def _writer(self, rank: int, model: ToyModel) -> CopyWriter:
+        cache = ArrayCache(model.cache.view(np.uint8))
+        writer = CopyWriter(cache, self.endpoints[rank], rank=RankId(rank), blocks_per_pump=4)
+        writer.use([member(1 - rank)])
+        return writer
+
+
 class World:
     """Two ranks, and clients whose sessions move between them."""
 
-    def __init__(self, given_limits: SchedulerLimits) -> None:
-        self.ranks = [Scheduler(given_limits, (EOS,)) for _ in range(2)]
+    def __init__(self, given_limits: SchedulerLimits, copy_limits: CopyLimits) -> None:
         self.num_ahead = 0
         self.devices = [
             Device(ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens)) for _ in range(2)
+        ]
+        self.copies = Copies([device.model for device in self.devices], copy_limits)
+        self.ranks = [
+            Scheduler(given_limits, (EOS,), keeper=writer) for writer in self.copies.writers
         ]
         self.audits = [
             KvAudit(r, d.model, given_limits) for r, d in zip(self.ranks, self.devices, strict=True)
@@ -130,7 +199,9 @@ class World:
     def send(self, client: Client, rank: int) -> None:
         self.place[client.name] = rank
         self.devices[rank].is_first = False
-        reply = self.ranks[rank].submit(Origin(1), client.submit())
+        submit = client.submit()
+        self.audits[rank].note_submit(submit.tokens)
+        reply = self.ranks[rank].submit(Origin(1), submit)
         if reply is not None:
             client.accept(reply)
 
@@ -170,6 +241,13 @@ class World:
         for batch in self.ranks[rank].commit(plan, ids).replies.values():
             for reply in batch:
                 self.clients[reply.session].accept(reply)
+        self.copies.writers[rank].pump()
+        self.copies.carry(rank)
+
+    def check(self) -> None:
+        for audit in self.audits:
+            audit.check()
+        self.copies.check(self.audits)
 
     def step(self, rank: int) -> None:
         self.begin(rank)
@@ -201,20 +279,51 @@ class World:
         raise AssertionError("sessions do not end")
 
 
+def test_a_moved_session_computes_only_what_its_copies_lack() -> None:
+    world = World(
+        SchedulerLimits(
+            vocab_size=VOCAB,
+            context_tokens_max=40,
+            kv_block_tokens=2,
+            kv_blocks=40,
+            step_tokens_max=16,
+            prefill_chunk_tokens=8,
+            running_max=4,
+            waiting_max=8,
+        ),
+        CopyLimits(num_slots=40, num_rooms=4, num_found=8, num_stages=40),
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    client = Client(SessionId("s"), tuple(range(1, 14)), sampling)
+    world.arrive(client)
+    old = world.place[client.name]
+    for _ in range(8):
+        world.step(old)
+    num_known = len(client.prompt) + len(client.emitted)
+    world.move(1, tell_the_old_rank=False)
+    world.begin(1 - old)
+    plan, _ = world.devices[1 - old].flights[0]
+    assert plan.batch.position_T.tolist() == [*range((num_known - 1) // 2 * 2, num_known)]
+    world.finish()
+    assert (client.emitted, client.finish) == alone(client.prompt, client.sampling, 40)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     given_limits=limits(),
+    copy_limits=COPY_LIMITS,
     requests=st.lists(st.tuples(PROMPTS, SAMPLINGS), min_size=1, max_size=8),
     events=EVENTS,
     numbers=st.lists(st.integers(0, 7), min_size=80, max_size=80),
 )
 def test_tokens_are_those_of_the_undisturbed_run(
     given_limits: SchedulerLimits,
+    copy_limits: CopyLimits,
     requests: list[tuple[tuple[int, ...], SamplingParams]],
     events: list[str],
     numbers: list[int],
 ) -> None:
-    world = World(given_limits)
+    world = World(given_limits, copy_limits)
     left = [
         Client(name=SessionId(f"s{i}"), prompt=prompt, sampling=sampling)
         for i, (prompt, sampling) in enumerate(requests)
@@ -231,12 +340,17 @@ def test_tokens_are_those_of_the_undisturbed_run(
             if client.attempt:
                 world.devices[number % 2].is_first = False
                 world.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
-        for audit in world.audits:
-            audit.check()
+        elif event == "carry":
+            world.copies.carry(number % 2, number // 2)
+        elif event == "cut":
+            world.copies.cut(number % 2)
+        world.check()
     for client in left:
         world.arrive(client)
+    num_before = {c.name: len(c.emitted) for c in world.clients.values()}
     world.finish()
-    assert world.num_ahead or all(len(c.emitted) <= 2 for c in world.clients.values())
+    num_made = (len(c.emitted) - num_before[c.name] for c in world.clients.values())
+    assert world.num_ahead or all(num <= 2 for num in num_made)
     for client in world.clients.values():
         expected, finish = alone(client.prompt, client.sampling, given_limits.tokens_max)
         assert (client.emitted, client.finish) == (expected, finish)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.copies.ports import BlockKeeper
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
@@ -34,8 +35,8 @@ def limits(**changes: int) -> SchedulerLimits:
     return SchedulerLimits(**{**given, **changes})
 
 
-def scheduler(**changes: int) -> Scheduler:
-    return Scheduler(limits(**changes), (EOS,))
+def scheduler(keeper: BlockKeeper | None = None, **changes: int) -> Scheduler:
+    return Scheduler(limits(**changes), (EOS,), keeper=keeper)
 
 
 def submit(
