@@ -18,7 +18,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +61,11 @@ class ShelfLabel:
 
 
 class ExpertShelf:
-    """One thread of a process fills, others take."""
+    """May be used by several threads: to each other they are as other processes."""
 
     def __init__(self, memory: ShelfMemory, label: ShelfLabel, dtype: torch.dtype) -> None:
         """Raises OSError, and ValueError where something else lies there."""
-        # Locks belong to what was opened: an inherited descriptor would share them with its heirs.
-        self._fd = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._fd = memory.fd
         self._dtype = dtype
         self._num_layers, num_pairs = label.num_layers, label.num_layers * label.num_experts
         self._expert_bytes = label.num_values * dtype.itemsize
@@ -75,14 +74,9 @@ class ExpertShelf:
         first = _round_up(_STATES_AT + num_pairs, _PLACES_ALIGN)
         each = _round_up(self._expert_bytes, mmap.PAGESIZE)
         self.num_places = max(0, min(num_pairs, (room - first) // each))
-        if not self.num_places:
-            return
-        try:
+        if self.num_places:
             self._check(label)
             self._map(first, each)
-        except (OSError, ValueError):
-            os.close(self._fd)
-            raise
 
     def pair_of(self, place: int) -> tuple[int, int]:
         """Layer and expert."""
@@ -108,7 +102,7 @@ class ExpertShelf:
         for the end of that one instead, or of what it does."""
         if self.is_whole(place):
             return True
-        with self._locked(_STATES_AT + place, wait=wait) as is_ours:
+        with _locked(self._fd, _STATES_AT + place, wait=wait) as is_ours:
             if is_ours and not self.is_whole(place):
                 write(self.copy(place))
                 self._states_P[place] = _WHOLE
@@ -134,12 +128,11 @@ class ExpertShelf:
             unpin(piece_B, device)
         self._pinned.clear()
         self.num_places = 0
-        os.close(self._fd)
 
     def _check(self, label: ShelfLabel) -> None:
         text = json.dumps(dataclasses.asdict(label)).encode()
         assert len(text) <= _LABEL_BYTES - _LENGTH.size
-        with self._locked(0, wait=True):
+        with _locked(self._fd, 0, wait=True):
             (length,) = _LENGTH.unpack(os.pread(self._fd, _LENGTH.size, 0))
             if length == 0:
                 os.pwrite(self._fd, text, _LENGTH.size)
@@ -156,20 +149,25 @@ class ExpertShelf:
         places_B = torch.frombuffer(mapped, dtype=torch.uint8, offset=first)
         self._places_PB = places_B.view(self.num_places, each)
 
-    @contextmanager
-    def _locked(self, byte: int, *, wait: bool) -> Iterator[bool]:
-        """Whether this process has the lock, for as long as the block runs."""
-        how = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
-        is_ours = False
-        with suppress(BlockingIOError):
-            fcntl.fcntl(self._fd, how, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-            is_ours = True
-        try:
-            yield is_ours
-        finally:
-            if is_ours:
-                unlock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, unlock)
+
+@contextmanager
+def _locked(fd: int, byte: int, *, wait: bool) -> Iterator[bool]:
+    """Whether we have the lock, for as long as the block runs. It belongs to what is opened here,
+    and is not shared with those who have the same descriptor."""
+    opened = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield _lock(opened, byte, wait=wait)
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int, byte: int, *, wait: bool) -> bool:
+    how = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    try:
+        fcntl.fcntl(opened, how, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _round_up(number: int, multiple: int) -> int:

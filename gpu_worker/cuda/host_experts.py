@@ -1,9 +1,9 @@
 """Pinned copies of experts in the host's memory, so that an orphan comes into a slot as fast as the
 link allows: no file is read for it, nothing converted.
 
-A thread fills them in once the rank has its own experts, beside those of the host's other ranks,
-and they stay. It is no less urgent than others to the scheduler: it holds the interpreter's lock
-now and then, which steps need.
+What a rank reads for its own slots it leaves as copies; a thread fills in the others once the rank
+has its own experts, beside those of the host's other ranks, and they stay. That thread is no less
+urgent than others to the scheduler: it holds the interpreter's lock now and then, which steps need.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _GB = 1e9
 
 
 class HostExperts:
-    """Layers are MoE layers. One thread fills, another takes; a copy once given stays valid.
-    Without a shelf there are none."""
+    """Layers are MoE layers. May be used by several threads; a copy once given stays valid. Without
+    a shelf there are none."""
 
     def __init__(self, reader: ExpertReader, shelf: ExpertShelf | None) -> None:
         self._reader = reader
@@ -43,6 +43,16 @@ class HostExperts:
             return None
         place = self._shelf.place_of(layer, expert)
         if place is None or not self._shelf.is_whole(place):
+            return None
+        return self._shelf.copy(place)
+
+    def make_copy(self, layer: int, expert: int) -> Tensor | None:
+        """Reads the checkpoint into its place. None where it has none or another fills it just now.
+        Raises CheckpointError."""
+        if self._shelf is None:
+            return None
+        place = self._shelf.place_of(layer, expert)
+        if place is None or not self._fill_place(self._shelf, place, wait=False):
             return None
         return self._shelf.copy(place)
 
@@ -91,10 +101,12 @@ class HostExperts:
                 self._may_fill.wait()
                 if self._closed:
                     return
-                write = partial(self._reader.read, *shelf.pair_of(place))
-                if not shelf.fill(place, write, wait=wait):
+                if not self._fill_place(shelf, place, wait=wait):
                     with_others.append(place)
             left = with_others
+
+    def _fill_place(self, shelf: ExpertShelf, place: int, *, wait: bool) -> bool:
+        return shelf.fill(place, partial(self._reader.read, *shelf.pair_of(place)), wait=wait)
 
 
 def open_host_experts(

@@ -1,5 +1,5 @@
 """Loads assigned experts into a CUDA rank's slots, off the event loop and beside decode: from the
-host's pinned copies where they are there, else out of the checkpoint."""
+host's pinned copies where they are there, else out of the checkpoint, which makes them copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -25,6 +26,11 @@ PROGRESS_EVERY = 64
 NUM_READERS = 4
 """Threads that read the checkpoint, each into an expert's worth of pinned memory: one alone does
 not keep pace with the link."""
+
+
+class _Loaded(NamedTuple):
+    num: int
+    from_host: int  # of them
 
 
 class CudaSlotLoader:
@@ -61,18 +67,17 @@ class CudaSlotLoader:
 
     def _fill(self, vacancies: Sequence[Vacancy]) -> None:
         here, elsewhere = self._find_copies(vacancies)
-        loaded = said = 0
-        for count in itertools.chain(
-            self._load_copies(here), self._load_from_checkpoint(elsewhere)
-        ):
-            loaded += count
+        loaded = said = from_host = 0
+        for part in itertools.chain(self._load_copies(here), self._load_missing(elsewhere)):
+            loaded += part.num
+            from_host += part.from_host
             if loaded == len(vacancies) or loaded - said >= PROGRESS_EVERY:
                 said = loaded
                 log.info(
                     "experts_loaded",
                     done=loaded,
                     total=len(vacancies),
-                    from_host=len(here),
+                    from_host=from_host,
                     **self._progress.so_far(),
                 )
 
@@ -86,26 +91,39 @@ class CudaSlotLoader:
                 here.append(Refill(*vacancy, values))
         return here, elsewhere
 
-    def _load_copies(self, refills: Sequence[Refill]) -> Iterator[int]:
+    def _load_copies(self, refills: Sequence[Refill]) -> Iterator[_Loaded]:
         for first in range(0, len(refills), PROGRESS_EVERY):
             batch = refills[first : first + PROGRESS_EVERY]
             self._slots.load(batch)
             for _ in batch:
                 self._progress.count(self._reader.num_bytes)
-            yield len(batch)
+            yield _Loaded(len(batch), len(batch))
 
-    def _load_from_checkpoint(self, vacancies: Sequence[Vacancy]) -> Iterator[int]:
+    def _load_missing(self, vacancies: Sequence[Vacancy]) -> Iterator[_Loaded]:
         """Raises CheckpointError; what was loaded before stays."""
         with ThreadPoolExecutor(self._num_readers) as pool:
             futures = [pool.submit(self._load_one, vacancy) for vacancy in vacancies]
             try:
                 for future in as_completed(futures):
-                    future.result()
-                    yield 1
+                    yield future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _load_one(self, vacancy: Vacancy) -> None:
+    def _load_one(self, vacancy: Vacancy) -> _Loaded:
+        """From a copy that another rank has made meanwhile, or one made now, for all."""
+        made = self._copies.copy_of(vacancy.layer, vacancy.expert)
+        from_host = made is not None
+        if from_host:
+            self._progress.count(self._reader.num_bytes)
+        else:
+            made = self._copies.make_copy(vacancy.layer, vacancy.expert)
+        if made is None:
+            self._load_through_staging(vacancy)
+        else:
+            self._slots.load([Refill(*vacancy, made)])
+        return _Loaded(1, int(from_host))
+
+    def _load_through_staging(self, vacancy: Vacancy) -> None:
         staging = self._free.get()
         try:
             self._reader.read(vacancy.layer, vacancy.expert, staging)

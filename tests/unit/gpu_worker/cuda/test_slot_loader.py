@@ -43,7 +43,14 @@ SECOND = np.array([[0, 1, 2], [EMPTY_SLOT, 4, ABSENT_SLOT]], dtype=np.int16)
 class Rank:
     def __init__(self, folder: Path, *, room: int = 0, dtype: torch.dtype = torch.float32) -> None:
         progress = LoadProgress(FakeClock())
-        reader = open_experts(folder, dtype, progress.count)
+        self.bytes_read: list[int] = []
+
+        def on_read(num_bytes: int) -> None:
+            self.bytes_read.append(num_bytes)
+            progress.count(num_bytes)
+
+        reader = open_experts(folder, dtype, on_read)
+        self.expert_bytes = reader.num_bytes
         self.folder = folder
         self.copies = open_host_experts(reader, memory_for(room), label_of(folder, reader), CPU)
         self.slots = CudaSlots(
@@ -103,6 +110,28 @@ def test_with_copies_on_the_host_no_file_is_read(tmp_path: Path) -> None:
         rank.loader.load(SECOND)
     rank.check(SECOND)
     assert [(log["done"], log["total"], log["from_host"]) for log in logs] == [(3, 3, 3)]
+
+
+def test_what_is_read_for_slots_is_left_as_copies(tmp_path: Path) -> None:
+    rank = Rank(save_experts(tmp_path), room=100)
+    rank.loader.load(FIRST)
+    assert rank.copies.wait_until_filled(timeout_s=30)
+    assert sum(rank.bytes_read) == NUM_LAYERS * NUM_EXPERTS * rank.expert_bytes
+
+
+def test_an_expert_in_several_slots_at_once_is_whole_in_each(tmp_path: Path) -> None:
+    rank = Rank(save_experts(tmp_path), room=100)
+    wanted = np.array([[4, 4, 4], [5, 5, 2]], dtype=np.int16)
+    rank.loader.load(wanted)
+    rank.check(wanted)
+
+
+def test_what_has_no_place_is_read_all_the_same(tmp_path: Path) -> None:
+    rank = Rank(save_experts(tmp_path), room=3)
+    rank.loader.load(FIRST)
+    rank.check(FIRST)
+    rank.loader.load(SECOND)
+    rank.check(SECOND)
 
 
 def test_progress_ends_with_everything_and_counts_all_bytes(tmp_path: Path) -> None:
