@@ -116,6 +116,8 @@ class RankConfig:
             )
         if self.kv_block_tokens < 1 or self.kv_tokens < self.kv_block_tokens:
             raise ConfigError("--kv-tokens must hold at least one block of --kv-block-tokens")
+        if self.kv_copies_gb < 0 and self.kv_copies_gb != -1:
+            raise ConfigError("--kv-copies-gb must be 0 or more, or -1 for a default")
         if not 1 <= self.prefill_chunk_tokens <= self.step_tokens_max:
             raise ConfigError("--prefill-chunk-tokens must lie between 1 and --step-tokens-max")
         if not 1 <= self.running_max <= self.step_tokens_max:

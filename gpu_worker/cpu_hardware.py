@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 
 from gpu_worker.config import ExchangeKind, RankConfig
+from gpu_worker.copies.budget import keeps_copies
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.confine import require_confined
 from gpu_worker.exchange.links import TransferEndpoint
@@ -15,6 +16,7 @@ from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.exchange.seam import StepMonitor
 from gpu_worker.load_progress import LoadProgress
+from gpu_worker.model.block_cache import ModelBlockCache
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.registry import load_model
 from gpu_worker.rank import Hardware
@@ -64,6 +66,7 @@ class CpuHardware:
             residents=model.slots.contents,
             endpoint=self._endpoint,
             exchange=ExchangeKind.TRANSFER,
+            blocks=ModelBlockCache(model) if keeps_copies(config, spec) else None,
         )
 
     def _load_model(self, spec: InstanceSpec, folder: Path, progress: LoadProgress) -> Decoder:

@@ -13,7 +13,10 @@ import structlog
 
 from gpu_worker.agent.respawn_policy import EXIT_FENCED
 from gpu_worker.config import ExchangeKind, RankConfig
-from gpu_worker.control_server import ControlServer
+from gpu_worker.control_server import ControlServer, CopyKeeper
+from gpu_worker.copies.no_copies import NoCopies
+from gpu_worker.copies.ports import BlockCache, BlockKeeper, CopyEndpoint
+from gpu_worker.copies.writer import CopyWriter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.guide import Guides
 from gpu_worker.engine.mailbox import (
@@ -65,6 +68,16 @@ class Endpoint(Protocol):
     def forget(self, member: Member) -> None: ...
 
 
+class Copies(CopyEndpoint, CopyKeeper, Protocol):
+    """Copies of KV blocks, here and on peers. See `copies.mooncake_copies.MooncakeCopies`."""
+
+    def start(self, tasks: asyncio.TaskGroup) -> None: ...
+
+    def keep(self, peer: RankRecord) -> None: ...
+
+    def close(self, peer: Member) -> None: ...
+
+
 class EngineHost(Protocol):
     """What the engine runs on: a thread, or a greenlet of the simulator."""
 
@@ -89,6 +102,7 @@ class Hardware:
     residents: Placement  # what the slots hold at the start
     endpoint: Endpoint
     exchange: ExchangeKind
+    blocks: BlockCache | None = None  # the KV cache's contents, where copies of them are kept
     handles: ExchangeHandles | None = None  # for the peers, where the exchange has any
     conductor: GraphConductor | None = None  # where ranks meet by counting graphs
 
@@ -107,6 +121,7 @@ class RankParts:
     hardware: Hardware
     engine_host: EngineHost
     guides: Guides | None = None  # for guided decoding
+    copies: Copies | None = None  # opened; needs the hardware's `blocks`
 
 
 class Rank:
@@ -120,16 +135,18 @@ class Rank:
         config, clock = parts.config, parts.clock
         inbox = Inbox(parts.engine_host.waiter)
         monitor = EngineMonitor(inbox, self._post, clock, parts.engine_host.cpu_s)
+        keeper = _keeper(parts)
         self._engine = Engine(
             member=parts.member,
             runner=parts.hardware.make_runner(monitor),
             scheduler=Scheduler(
-                scheduler_limits(config, parts.spec), parts.eos_token_ids, parts.guides
+                scheduler_limits(config, parts.spec), parts.eos_token_ids, parts.guides, keeper
             ),
             inbox=inbox,
             monitor=monitor,
             post=self._post,
             clock=clock,
+            keeper=keeper,
         )
         self._inbox = inbox
         self._gate = EngineGate(
@@ -139,7 +156,9 @@ class Rank:
             clock=clock,
             conductor=parts.hardware.conductor,
         )
-        self._server = ControlServer(member=parts.member, engine=self._gate, areas=self)
+        self._server = ControlServer(
+            member=parts.member, engine=self._gate, areas=self, copies=parts.copies
+        )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
         )
@@ -218,7 +237,9 @@ class Rank:
             events=LinkEvents(opened=self._on_link_opened, broken=self._membership.on_link_broken),
             tasks=tasks,
         )
-        self._membership.attach_links(self._links)
+        if parts.copies is not None:
+            parts.copies.start(tasks)
+        self._membership.attach_links(self._links, parts.copies)
         if parts.hardware.conductor is not None:
             parts.hardware.conductor.attach(self._conductor_doors())
         self._membership.register()
@@ -294,6 +315,13 @@ class Rank:
 
 class _Ended(Exception):
     """Takes a task group down without being an error."""
+
+
+def _keeper(parts: RankParts) -> BlockKeeper:
+    if parts.copies is None:
+        return NoCopies()
+    assert parts.hardware.blocks is not None, "copies of what?"
+    return CopyWriter(parts.hardware.blocks, parts.copies, rank=parts.member.rank)
 
 
 def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:

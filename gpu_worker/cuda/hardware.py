@@ -11,6 +11,8 @@ import structlog
 import torch
 
 from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
+from gpu_worker.copies.budget import keeps_copies
+from gpu_worker.cuda.block_cache import CudaBlockCache
 from gpu_worker.cuda.ep_dispatch import check_dispatch, exchange_kind
 from gpu_worker.cuda.ep_endpoint import EpEndpoint, SoloEndpoint
 from gpu_worker.cuda.ep_exchange import EpExchange, EpShape
@@ -74,18 +76,24 @@ class CudaHardware:
                 mask_R=None if exchange is None else exchange.mask_R,
             )
             decoder.capture()
+            blocks = (
+                CudaBlockCache(decoder.attention.cache(), architecture=model.architecture)
+                if keeps_copies(self._config, spec)
+                else None
+            )
         log.info(
             "graphs_captured",
             seconds=round(self._clock.now() - began, 2),
             device_gb=round(torch.cuda.memory_allocated(self._device) / 1e9, 2),
         )
-        return self._hardware(loaded, decoder, exchange, stream)
+        return self._hardware(loaded, decoder, exchange, blocks, stream)
 
     def _hardware(
         self,
         loaded: CudaModel,
         decoder: Decoder,
         exchange: EpExchange | None,
+        blocks: CudaBlockCache | None,
         stream: torch.cuda.Stream,
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
@@ -119,6 +127,7 @@ class CudaHardware:
                 SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange, kind)
             ),
             exchange=kind,
+            blocks=blocks,
             handles=None if exchange is None else exchange.handles(),
             conductor=conductor,
         )

@@ -45,6 +45,14 @@ class SlotLoader(Protocol):
         ...
 
 
+class PeerCopies(Protocol):
+    """Copies of KV blocks that are kept for peers, and by them."""
+
+    def keep(self, peer: RankRecord) -> None: ...
+
+    def close(self, peer: Member) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDoor:
     """How maps, holds and verdicts on peers reach the engine, and how the rank ends."""
@@ -83,9 +91,11 @@ class MembershipDriver:
         self._suspicion_interval_s = suspicion_interval_s
         self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
         self._links: LinkKeeper | None = None
+        self._copies: PeerCopies | None = None
 
-    def attach_links(self, links: LinkKeeper) -> None:
+    def attach_links(self, links: LinkKeeper, copies: PeerCopies | None = None) -> None:
         self._links = links
+        self._copies = copies
 
     @property
     def other_members(self) -> tuple[Member, ...]:
@@ -159,8 +169,12 @@ class MembershipDriver:
         match action:
             case OpenLink(peer=peer):
                 self._link_keeper.open(peer)
+                if self._copies is not None:
+                    self._copies.keep(peer)
             case CloseLink(peer=peer):
                 self._link_keeper.close(peer)
+                if self._copies is not None:
+                    self._copies.close(peer)
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))

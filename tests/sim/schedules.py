@@ -31,6 +31,7 @@ class Outcome:
     faults: tuple[str, ...]
     epochs: int
     moves: int
+    restored: int  # KV blocks that were not computed again
 
 
 class MapWatcher:
@@ -132,7 +133,8 @@ async def _run_alone(world: World) -> Outcome:
     await world.until(world.all_ended, ALONE_S)
     check_sessions(world)
     check_untouched(world)
-    return Outcome(world.seed, ("etcd and the control planes are away",), 1, 0)
+    alone = ("etcd and the control planes are away",)
+    return Outcome(world.seed, alone, 1, 0, world.copies.num_found)
 
 
 def sizes_of(seed: int) -> WorldSizes:
@@ -185,4 +187,4 @@ async def _run(world: World) -> Outcome:
         error.add_note(f"seed {world.seed} {world.sizes}: " + "; ".join(faults.done))
         raise
     moves = sum(c.session.moves for c in world.clients if c.session is not None)
-    return Outcome(world.seed, tuple(faults.done), maps.num_maps, moves)
+    return Outcome(world.seed, tuple(faults.done), maps.num_maps, moves, world.copies.num_found)

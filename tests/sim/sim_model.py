@@ -56,7 +56,7 @@ class SimModel:
     """Implements `step_batch.Model`, and `membership.driver.SlotLoader` for its slots."""
 
     def __init__(self, *, slots_per_rank: int, kv_blocks: int, block_tokens: int) -> None:
-        self._keys = np.full(kv_blocks * block_tokens, -1, dtype=np.int64)
+        self.keys = np.full(kv_blocks * block_tokens, -1, dtype=np.int64)
         self._block_tokens = block_tokens
         self.contents: Placement = np.full((NUM_LAYERS, slots_per_rank), EMPTY_SLOT, np.int16)
 
@@ -100,7 +100,7 @@ class SimModel:
         for place, token, position in zip(
             places, batch.token_ids_T.tolist(), batch.position_T.tolist(), strict=True
         ):
-            self._keys[place] = key_of(token, position)
+            self.keys[place] = key_of(token, position)
         return np.array(
             [
                 self._prefix(batch.block_tables_SB[s], p)
@@ -112,7 +112,7 @@ class SimModel:
     def _prefix(self, table_B: NDArray[np.int32], position: int) -> int:
         positions = np.arange(position + 1)
         places = table_B[positions // self._block_tokens] * self._block_tokens
-        keys = self._keys[places + positions % self._block_tokens]
+        keys = self.keys[places + positions % self._block_tokens]
         assert (keys >= 0).all(), "attended to KV that was never written"
         return int((keys * (positions + 1)).sum() % PRIME)
 

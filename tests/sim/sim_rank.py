@@ -17,6 +17,7 @@ from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
 from shared.wire import AreaOpened
+from tests.sim.sim_copies import CopiesHub, SimBlockCache
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_loop import SimLoop, SimProcess, in_process
 from tests.sim.sim_model import EOS, SimModel
@@ -143,6 +144,7 @@ def build_rank(
     loop: SimLoop,
     process: SimProcess,
     hub: SimHub,
+    copies: CopiesHub,
     member: Member,
     lease_id: int,
     config: RankConfig,
@@ -158,6 +160,7 @@ def build_rank(
         block_tokens=config.kv_block_tokens,
     )
     clock = SimClock(loop)
+    blocks = SimBlockCache(model.keys, config.kv_block_tokens)
 
     def make_runner(monitor: StepMonitor) -> ModelRunner:
         deadline_ms = config.timings.exchange_deadline_ms
@@ -178,7 +181,9 @@ def build_rank(
                 residents=model.contents.copy(),
                 endpoint=SimEndpoint(hub, member),
                 exchange=ExchangeKind.TRANSFER,
+                blocks=blocks,
             ),
             engine_host=host,
+            copies=copies.endpoint(member, process, blocks.block_bytes),
         )
     )

@@ -17,6 +17,7 @@ import pytest
 import structlog
 
 from gpu_worker.agent.rank_lives import RankLives
+from gpu_worker.copies.copy_ledger import CopyLedger
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.exchange.vigil import Vigil
 from gpu_worker.membership.standing import Standing
@@ -69,6 +70,8 @@ def test_no_schedule_breaks_an_invariant() -> None:
     assert not broken, "\n".join(broken)
     moves = sum(each.moves for each in outcomes if isinstance(each, Outcome))
     assert moves > NUM_SCHEDULES // 4, "the faults should have moved sessions"
+    restored = sum(each.restored for each in outcomes if isinstance(each, Outcome))
+    assert restored > NUM_SCHEDULES // 4, "sessions should have found copies of their blocks"
 
 
 def test_a_seed_is_one_schedule() -> None:
@@ -123,6 +126,20 @@ def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
 
     monkeypatch.setattr(Sequence, "__init__", forget)
     assert falls()
+
+
+def test_a_copy_that_is_written_over_while_it_is_known_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Invariant 1. A source that takes slots for other blocks without asking."""
+
+    def take_unasked(self):  # type: ignore[no-untyped-def]
+        self.note_dropped(pick_drops(self))
+        return []
+
+    pick_drops = CopyLedger.pick_drops
+    monkeypatch.setattr(CopyLedger, "pick_drops", take_unasked)
+    assert falls(200)
 
 
 def test_a_wait_that_no_epoch_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from shared.leased_keys import LeasedKeys
 from shared.records import InstanceSpec
 from shared.types import Member, RankId, SamplingParams
 from tests.sim.sim_agent import SimAgent
+from tests.sim.sim_copies import CopiesHub
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
@@ -78,6 +79,7 @@ class World:
         if self.sizes.slow:
             self.loop.executor_s = EXECUTOR_SLOW_S
         self.hub = SimHub(self.sizes.num_ranks, HIDDEN, TOP_K, network=self.network)
+        self.copies = CopiesHub(self.network)
         self.etcd = MemoryEtcd(self.clock)
         self.keys = Keys("sim")
         self.spec = InstanceSpec(
@@ -264,6 +266,7 @@ class World:
                 loop=self.loop,
                 process=process,
                 hub=self.hub,
+                copies=self.copies,
                 member=member,
                 lease_id=lease_id,
                 config=config,
