@@ -282,8 +282,7 @@ class Scheduler:
                 reply = self._take_token(sequence, token, logprob)
                 replies.setdefault(sequence.origin, []).append(reply)
         for sequence, _, _ in plan.chunks:
-            if sequence.state is SequenceState.RUNNING:
-                self._blocks.offer(sequence)
+            self._blocks.offer(sequence)
         return Committed(replies, num_generated, num_reprefilled)
 
     def abandon(self, plan: StepPlan) -> None:

@@ -84,7 +84,8 @@ class SequenceBlocks:
         sequence.num_published = end
 
     def offer(self, sequence: Sequence) -> None:
-        """Those that are published and that its keeper has not heard of."""
+        """Those that are published and that the keeper has not heard of; of a sequence that does
+        not run, none."""
         begin, end = sequence.num_offered, sequence.num_published
         if begin < end:
             blocks = self._kv.blocks_of(sequence.row, begin, end)

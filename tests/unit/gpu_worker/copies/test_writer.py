@@ -106,6 +106,17 @@ def test_little_is_sent_at_a_time_and_nothing_once_all_is() -> None:
     assert len(channel.sent) == 2 * BLOCKS_PER_PUMP + 1
 
 
+def test_with_all_sent_no_channel_is_asked_anything() -> None:
+    channels = [Channel(member(0)), Channel(member(1))]
+    source = Source(*channels)
+    for session in "ab":
+        source.offer(session, session, 0, 3)
+    source.pump_out()
+    for channel in channels:
+        del channel.is_open  # who asks for it now fails
+    assert not source.writer.pump()
+
+
 def test_sessions_and_targets_take_turns() -> None:
     channels = [Channel(member(0)), Channel(member(1))]
     source = Source(*channels, blocks_per_pump=6)
