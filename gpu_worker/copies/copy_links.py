@@ -106,8 +106,8 @@ class CopyLinks:
             await self._data.contact(opened)
             link = CopyLink(self._member, writer)
             channel = self._data.channel(peer, opened, link.ring)
-            log.info("copies_link_open", peer=str(peer.member), slots=opened.num_slots)
             self._open = {**self._open, peer.rank: channel}
+            log.info("copies_link_open", peer=str(peer.member), slots=opened.num_slots)
             try:
                 return await link.hold(channel, reader)
             finally:

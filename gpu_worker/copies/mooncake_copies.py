@@ -70,6 +70,7 @@ class MooncakeCopies:
         self._store: KeptCopies | None = None
         self._rooms: Rooms | None = None
         self._links: CopyLinks | None = None
+        self._contact = asyncio.Lock()
 
     def open(self, cache: BlockCache) -> None:
         """May block. Raises OSError where there is no memory to send from."""
@@ -152,11 +153,14 @@ class MooncakeCopies:
 
     async def contact(self, opened: CopiesOpened) -> None:
         """Implements `copy_links.DataSide`. On a daemon thread: where Mooncake blocks for a minute,
-        nobody has to wait for it."""
+        nobody has to wait for it. One at a time, because meanwhile it would block all others."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
+        async with asyncio.timeout(CONTACT_TIMEOUT_S):
+            await self._contact.acquire()
 
         def settle(error: str) -> None:
+            self._contact.release()
             if not ended.done():
                 ended.set_result(error)
 
