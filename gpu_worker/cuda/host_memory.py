@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -13,22 +14,20 @@ _PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class PinnedBlock:
-    """Zeros of `num_bytes`, as bytes. Raises OSError where the host refuses."""
+    """Zeros of `num_bytes`, as bytes, pinned as long as the block lives: CUDA must not take other
+    memory at its address for it. Raises OSError where the host refuses."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         advise_huge_pages(pages)
         self.bytes_B = torch.frombuffer(pages, dtype=torch.uint8).zero_()
-        self._device = device
-        self._is_pinned = False
         pin(self.bytes_B, device)
-        self._is_pinned = True
+        self._unpin = weakref.finalize(self, unpin, self.bytes_B, device)
+        self._unpin.atexit = False
 
     def unpin(self) -> None:
         """No copy from it may be under way."""
-        if self._is_pinned:
-            self._is_pinned = False
-            unpin(self.bytes_B, self._device)
+        self._unpin()
 
 
 def pin(bytes_B: Tensor, device: torch.device) -> None:
