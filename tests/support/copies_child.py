@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -167,11 +168,10 @@ class _Child:
             node=NodeId(f"node-{member.rank % 2}"),
             host=HOST,
             clock=SystemClock(),
-            budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES,
             num_ranks=3,
         )
         require_confined()
-        self.copies.open(self.cache)
+        self.copies.open(self.cache, budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES)
         alive = OnlyAlive(member)
         self.server = ControlServer(
             member=member, engine=alive, areas=alive, copies=self.copies if keeps else None
@@ -257,8 +257,9 @@ class _Child:
                 self.send(kind, tuple(self.hunted))
 
     def send_block(self, channel: CopyChannel, slot: int, name: bytes) -> None:
-        room = channel.take_room()
-        assert room is not None
+        while (room := channel.take_room()) is None:
+            assert channel.is_open
+            time.sleep(TURN_S)
         room[:] = self.cache.content(name)
         channel.send(room, slot, name, lambda: True)
 
