@@ -14,12 +14,16 @@ from typing import NoReturn
 import structlog
 
 from gpu_worker.config import RankConfig
+from gpu_worker.copies.budget import bytes_for_copies, keeps_copies
+from gpu_worker.copies.mooncake_copies import MooncakeCopies
 from gpu_worker.device_choice import uses_cuda
 from gpu_worker.engine.guide import Guides
 from gpu_worker.engine_thread import EngineThread
+from gpu_worker.exchange.confine import require_confined
+from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import take_identity
-from gpu_worker.rank import Rank, RankParts
-from shared.clock import SystemClock
+from gpu_worker.rank import Hardware, Rank, RankParts
+from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
 from shared.errors import CheckpointError, StarfishError
@@ -31,6 +35,7 @@ from shared.logs import configure_logs
 from shared.model_spec import ModelSpec, read_model_spec
 from shared.records import InstanceSpec
 from shared.store import Store
+from shared.types import Member, NodeId
 
 log = structlog.get_logger()
 
@@ -94,6 +99,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
     clock = SystemClock()
+    copies = _open_copies(config, member, spec, clock)
     if uses_cuda(config, model_spec):
         from gpu_worker.cuda.hardware import CudaHardware
 
@@ -104,6 +110,8 @@ async def run_rank(config: RankConfig) -> NoReturn:
 
         cpu = CpuHardware(config, member, model_spec, clock)
         hardware = await asyncio.to_thread(cpu.load, spec, folder)
+    if copies is not None:
+        await asyncio.to_thread(_keep_copies, copies, hardware, config)
     rank = Rank(
         RankParts(
             member=member,
@@ -116,10 +124,36 @@ async def run_rank(config: RankConfig) -> NoReturn:
             hardware=hardware,
             engine_host=EngineThread(),
             guides=open_guides(folder, model_spec),
+            copies=copies,
         )
     )
     spare_what_is_loaded()
     end(await run_until_signal(rank, store))
+
+
+def _open_copies(
+    config: RankConfig, member: Member, spec: InstanceSpec, clock: Clock
+) -> MooncakeCopies | None:
+    """On the main thread. Raises ConfigError."""
+    if not keeps_copies(config, spec):
+        return None
+    copies = MooncakeCopies(
+        member=member,
+        node=NodeId(config.node),
+        host=config.data_host,
+        clock=clock,
+        num_ranks=spec.num_ranks,
+        protocol=Protocols(config.transfer_protocol),
+        device=config.mooncake_ib_device,
+    )
+    require_confined()
+    return copies
+
+
+def _keep_copies(copies: MooncakeCopies, hardware: Hardware, config: RankConfig) -> None:
+    """Raises OSError where there is no memory for it."""
+    assert hardware.blocks is not None
+    copies.open(hardware.blocks, bytes_for_copies(config, hardware.blocks.block_bytes))
 
 
 async def run_until_signal(rank: Rank, store: EtcdStore) -> int:

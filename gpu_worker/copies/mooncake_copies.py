@@ -51,16 +51,15 @@ class MooncakeCopies:
         node: NodeId,
         host: str,
         clock: Clock,
-        budget_bytes: int,
         num_ranks: int,
         protocol: Protocols = Protocols.TCP,
         device: str = "",
     ) -> None:
-        """`budget_bytes` is for all peers together. Raises ConfigError."""
+        """Raises ConfigError."""
         self._member = member
         self._node = node
         self._clock = clock
-        self._area_bytes = budget_bytes // max(1, num_ranks - 1)
+        self._num_peers = max(1, num_ranks - 1)
         self._engine, self._name = open_engine(host, protocol, device)
         self._sender = Sender(self._engine, clock)
         self._scratch = np.frombuffer(mmap.mmap(-1, SCRATCH_BYTES), dtype=np.uint8)
@@ -72,11 +71,12 @@ class MooncakeCopies:
         self._links: CopyLinks | None = None
         self._contact = asyncio.Lock()
 
-    def open(self, cache: BlockCache) -> None:
-        """May block. Raises OSError where there is no memory to send from."""
+    def open(self, cache: BlockCache, budget_bytes: int) -> None:
+        """`budget_bytes` is for the copies of all peers together. May block. Raises OSError where
+        there is no memory to send from."""
         self._form = BlockForm(layout=cache.layout, block_bytes=cache.block_bytes)
         self._rooms = Rooms(cache.room, self._engine)
-        self._store = KeptCopies(self._engine, self._form, self._area_bytes)
+        self._store = KeptCopies(self._engine, self._form, budget_bytes // self._num_peers)
         self._sender.start()
 
     def start(self, tasks: asyncio.TaskGroup) -> None:
