@@ -12,6 +12,7 @@ from torch import Tensor
 from gpu_worker.cuda.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights
 from gpu_worker.cuda.kernels import attention, experts, linear, routing
+from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.slots import CudaSlots
 from gpu_worker.model.gqa_shape import GqaShape
 
@@ -133,7 +134,7 @@ class KernelSweep:
             torch.full_like(rows, context - 1), rows, tables.view(tokens, blocks), None, 1
         )
         splits = (tokens, shape.num_heads, -(-context // attention.SPLIT_TOKENS))
-        partials = attention.Partials(
+        partials = Partials(
             torch.empty(*splits, shape.head_dim, device=device),
             torch.empty(splits, device=device),
             torch.empty(splits, device=device),

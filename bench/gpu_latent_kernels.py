@@ -11,7 +11,8 @@ from bench.gpu_kernels import graph_ms
 from gpu_worker.cuda.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.decoder_weights import DecoderWeights, MlaWeights
 from gpu_worker.cuda.kernels import latent
-from gpu_worker.cuda.kernels.attention import Paging, Partials
+from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.model.mla_shape import MlaShape
 
 BLOCK_TOKENS = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.decoder_weights import GqaWeights
-from gpu_worker.cuda.kernels import attention
+from gpu_worker.cuda.kernels import attention, splits
 from gpu_worker.cuda.products import Product, StepRoom
 from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.model.rope import Rope
@@ -46,11 +46,12 @@ class GqaStage:
         self._q_TQD = room.empty(room.tokens_max, shape.num_heads, shape.head_dim)
         self._heads_TO = room.empty(room.tokens_max, shape.q_size)
         splits_max = -(-context_tokens_max // attention.SPLIT_TOKENS)
-        splits = (room.tokens_max, shape.num_heads, splits_max)
-        self._partials = attention.Partials(
-            room.empty(*splits, shape.head_dim, of=torch.float32),
-            room.empty(*splits, of=torch.float32),
-            room.empty(*splits, of=torch.float32),
+        spans_max = -(-splits_max // splits.SPAN)
+        self._partials = _partials(room, room.tokens_max, shape, splits_max)
+        rows = min(room.tokens_max, attention.TURNED_ROWS_MAX)
+        self._merging = attention.Merging(
+            _partials(room, rows, shape, spans_max),
+            room.empty(rows, shape.kv_heads, 1 + spans_max, of=torch.int32),
         )
 
     def cache(self) -> tuple[Tensor, ...]:
@@ -69,6 +70,22 @@ class GqaStage:
             self._eps,
         )
         attention.attend_projected(
-            projected, paging, q_TQD, k_BJUD, v_BJUD, self._partials, heads_TO
+            projected,
+            paging,
+            q_TQD,
+            k_BJUD,
+            v_BJUD,
+            self._partials,
+            self._merging,
+            heads_TO,
         )
         return heads_TO
+
+
+def _partials(room: StepRoom, rows: int, shape: GqaShape, parts_max: int) -> splits.Partials:
+    places = (rows, shape.num_heads, parts_max)
+    return splits.Partials(
+        room.empty(*places, shape.head_dim, of=torch.float32),
+        room.empty(*places, of=torch.float32),
+        room.empty(*places, of=torch.float32),
+    )

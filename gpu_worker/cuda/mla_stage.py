@@ -12,7 +12,8 @@ from torch import Tensor
 from gpu_worker.cuda.decoder_weights import MlaWeights
 from gpu_worker.cuda.indexer_stage import INNER_EPS, IndexerStage
 from gpu_worker.cuda.kernels import latent
-from gpu_worker.cuda.kernels.attention import Paging, Partials
+from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.products import Product, StepRoom
 from gpu_worker.model.mla_shape import MlaShape
 from gpu_worker.model.rope import Rope

@@ -22,7 +22,8 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions
 from gpu_worker.cuda.kernels import indexer, latent
-from gpu_worker.cuda.kernels.attention import Paging, Partials
+from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.moe_stage import LocalMoe
 from gpu_worker.load_progress import LoadProgress

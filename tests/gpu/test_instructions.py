@@ -192,10 +192,22 @@ def test_heads_are_normed_in_one_order_by_attention_and_before_it() -> None:
     assert len(before) == 2
 
 
+def test_a_last_arrival_sees_what_all_have_stored_before_theirs() -> None:
+    text = compiled(attention._attend_splits, *attending(4), TURNING_WARPS, 1)
+    order = re.findall(r"st\.global|bar\.sync|atom\S+|ld\.global", text)
+    added = [place for place, name in enumerate(order) if name.startswith("atom")]
+    assert [order[place] for place in added] == ["atom.global.gpu.acq_rel.add.u32"] * 2
+    for place in added:
+        assert order[place - 1] == "bar.sync"
+        assert order[place + 1] == "bar.sync"
+
+
 def attending(parts: int) -> tuple[list[str], dict[str, Any]]:
-    constants = {"PARTS": parts, "HEAD_DIM": 128, "GROUP": 8, "SPLIT": 64, "TILED": False}
+    constants = {"PARTS": parts, "HEAD_DIM": 128, "GROUP": 8, "SPLIT": 64, "SPAN": 16}
     pointers = ["*bf16"] * 3 + ["*i32"] * 4 + ["*fp32"] * 3
-    return [*pointers, *PROJECTED, "fp32", "i32", "i32", "i32"], GQA | constants
+    merging = ["*fp32", "*fp32", "*fp32", "*i32", "*bf16"]
+    more = ["fp32", "i32", "i32", "i32", "i32"]
+    return [*pointers, *PROJECTED, *merging, *more], GQA | {"TILED": False} | constants
 
 
 INDEXER = {"HEADS": 64, "SIZE": 128}

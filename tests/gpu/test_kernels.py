@@ -32,6 +32,7 @@ from gpu_worker.cuda.kernels import (
     routing,
     sampling,
     scaled_rows,
+    splits,
 )
 from gpu_worker.cuda.row_draw import BANNED_MAX
 
@@ -41,6 +42,7 @@ _CLOSENESS = Closeness(6e-3 if ON_CUDA else 2e-6)
 assert_close, assert_same = _CLOSENESS.assert_close, _CLOSENESS.assert_same
 HIDDEN, INNER, EXPERTS, TOP_K = 256, 64, 32, 4
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 8, 2, 64, 16
+SPLIT = attention.SPLIT_TOKENS
 EPS = 1e-6
 
 
@@ -286,12 +288,12 @@ def cache(sequences: int) -> torch.Tensor:
     return random(sequences * 16, KV_HEADS, BLOCK_TOKENS, HEAD_DIM)
 
 
-def partials(rows: int) -> attention.Partials:
-    splits = (rows, HEADS, 16 * BLOCK_TOKENS // attention.SPLIT_TOKENS)
-    return attention.Partials(
-        poison(*splits, HEAD_DIM, dtype=torch.float32),
-        poison(*splits, dtype=torch.float32),
-        poison(*splits, dtype=torch.float32),
+def partials(rows: int, parts_max: int = 16 * BLOCK_TOKENS // SPLIT) -> splits.Partials:
+    places = (rows, HEADS, parts_max)
+    return splits.Partials(
+        poison(*places, HEAD_DIM, dtype=torch.float32),
+        poison(*places, dtype=torch.float32),
+        poison(*places, dtype=torch.float32),
     )
 
 
@@ -377,13 +379,16 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
 
 
 @pytest.mark.parametrize("programs", [2048, 1])
-def test_attention_that_turns_heads_itself_gives_the_bits_of_two_kernels(
-    programs: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("span", [16, 2])
+def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
+    span: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where one program goes through several splits; what lay in a new token's place in the
-    cache is never seen."""
+    """Also where one program goes through several splits, and spans are merged in turn; what lay
+    in a new token's place in the cache is never seen. Counts of arrivals are zero again."""
     tile = attention.ATTENTION_TILE._replace(programs=programs)
     monkeypatch.setattr(attention, "ATTENTION_TILE", tile)
+    monkeypatch.setattr(attention, "SPAN", span)
+    monkeypatch.setattr(splits, "SPAN", span)
     where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
     where.position_T[1] = -1
     qkv = random(4, 4, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float32)
@@ -393,17 +398,22 @@ def test_attention_that_turns_heads_itself_gives_the_bits_of_two_kernels(
         at = int(where.position_T[row])
         block = where.tables_SB[row, at // BLOCK_TOKENS]
         k[block, :, at % BLOCK_TOKENS] = v[block, :, at % BLOCK_TOKENS] = float("nan")
+    arrivals = torch.zeros(4, KV_HEADS, 1 + 4 // min(span, 4), dtype=torch.int32, device=DEVICE)
+    merging = attention.Merging(partials(4, 4 // min(span, 4)), arrivals)
     given = []
-    for rows_max in (4, 3):
-        monkeypatch.setattr(attention, "_TURNED_ROWS_MAX", rows_max)
+    for rows_max in (4, 4, 3):
+        monkeypatch.setattr(attention, "TURNED_ROWS_MAX", rows_max)
         keys, values, out = k.clone(), v.clone(), poison(4, HEADS * HEAD_DIM)
-        q, splits = poison(4, HEADS, HEAD_DIM), partials(4)
-        attention.attend_projected(projected, where, q, keys, values, splits, out)
+        q, room = poison(4, HEADS, HEAD_DIM), partials(4)
+        attention.attend_projected(projected, where, q, keys, values, room, merging, out)
         assert bool(q.isnan().all()) == (rows_max == 4)
+        assert not arrivals.any()
         given.append((out, keys, values))
-    for one, other in zip(*given, strict=True):
+    for one, again, other in zip(*given, strict=True):
         assert one.isfinite().all()
+        assert torch.equal(one, again)
         assert torch.equal(one, other)
+    assert not given[0][0][1].any()
 
 
 def draws(rows: int, **of: list[float]) -> sampling.Draws:

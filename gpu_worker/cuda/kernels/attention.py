@@ -4,8 +4,9 @@ cache, attention in splits of a fixed number of positions, and their merge.
 The cache is `k_BJUD` and `v_BJUD`. A *tile* is one or more tokens of one sequence at rising
 positions, so that a prefill chunk reads each key once a tile. Row position -1 means: no token.
 
-Where few sequences have one token each, programs of attention turn their own queries, and no others
-read the new keys and values than those that store them: no kernel has to come before.
+Where few sequences have one token each, attention is one kernel: programs turn their own queries,
+no others read the new keys and values than those that store them, and the last program of a span
+of splits merges it, the last of all spans these.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.splits import SPAN, Partials, merge_after, merge_splits
 from gpu_worker.cuda.kernels.turned_heads import summed_value, turned_key, turned_queries
 
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
-_MERGE_SPLITS = 16
 _TURNING_WARPS = 4  # part of the result, unlike those of given queries' attention
-_TURNED_ROWS_MAX = 32  # beyond, too many programs would turn the same queries
-SPLITS_MAX = 16
-"""Where splits grow with a row's context."""
+TURNED_ROWS_MAX = 32  # beyond, too many programs would turn the same queries
 
 
 class AttentionTile(NamedTuple):
@@ -49,12 +48,12 @@ class Paging(NamedTuple):
     tile_tokens: int
 
 
-class Partials(NamedTuple):
-    """Results of splits X: unnormalised values, their maximum and their sum."""
+class Merging(NamedTuple):
+    """Room for merging within attention. `arrivals_TJY` counts, for a row's KV head, spans, then
+    the splits of each; it is zero between launches."""
 
-    values_TQXD: torch.Tensor
-    maximum_TQX: torch.Tensor
-    sum_TQX: torch.Tensor
+    spans: Partials
+    arrivals_TJY: torch.Tensor
 
 
 class Projected(NamedTuple):
@@ -67,6 +66,13 @@ class Projected(NamedTuple):
     cos_CD: torch.Tensor
     sin_CD: torch.Tensor
     eps: float
+
+
+class Alone(NamedTuple):
+    """What attention takes to do all by itself."""
+
+    projected: Projected
+    merging: Merging
 
 
 def rotate_and_store(
@@ -106,12 +112,14 @@ def attend_projected(
     k_BJUD: torch.Tensor,
     v_BJUD: torch.Tensor,
     partials: Partials,
+    merging: Merging,
     out_TC: torch.Tensor,
 ) -> None:
     """`rotate_and_store`, then `attend`: in one, to the same bits, where rows are few and each is
     the only one of its sequence (`tiles_C2` is None). `q_TQD` is room for what comes between."""
-    if paging.tiles_C2 is None and q_TQD.shape[0] <= _TURNED_ROWS_MAX:
-        attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, projected=projected)
+    if paging.tiles_C2 is None and q_TQD.shape[0] <= TURNED_ROWS_MAX:
+        alone = Alone(projected, merging)
+        attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, alone=alone)
         return
     rotate_and_store(projected, paging, q_TQD, k_BJUD, v_BJUD)
     attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC)
@@ -125,11 +133,11 @@ def attend(
     partials: Partials,
     out_TC: torch.Tensor,
     *,
-    projected: Projected | None = None,
+    alone: Alone | None = None,
     tile: AttentionTile | None = None,
 ) -> None:
-    """`out_TC` holds the heads side by side. With `projected`, queries come from there, and keys
-    and values go from there to the cache: see `attend_projected`."""
+    """`out_TC` holds the heads side by side. What is attended to lies in the cache, and splits are
+    merged by a second kernel, unless all is done `alone`: see `attend_projected`."""
     rows, heads, head_dim = q_TQD.shape
     _, kv_heads, block_tokens, _ = k_BJUD.shape
     tile = tile or ATTENTION_TILE
@@ -137,8 +145,10 @@ def attend(
     num_tiles = rows if paging.tiles_C2 is None else paging.tiles_C2.shape[0]
     splits_max = partials.maximum_TQX.shape[2]
     side_by_side = max(1, min(splits_max, tile.programs // (num_tiles * kv_heads)))
-    parts = 0 if projected is None else projected.qkv_PTC.shape[0]
-    given = Projected(q_TQD, q_TQD, q_TQD, q_TQD, q_TQD, 0.0)
+    projected = Projected(q_TQD, q_TQD, q_TQD, q_TQD, q_TQD, 0.0)
+    merging = Merging(partials, paging.position_T)
+    if alone is not None:
+        projected, merging = alone
     _attend_splits[(num_tiles, kv_heads, side_by_side)](
         q_TQD,
         k_BJUD,
@@ -148,12 +158,16 @@ def attend(
         paging.tables_SB,
         paging.position_T if paging.tiles_C2 is None else paging.tiles_C2,
         *partials,
-        *(projected or given),
+        *projected,
+        *merging.spans,
+        merging.arrivals_TJY,
+        out_TC,
         head_dim**-0.5 * _LOG2_E,
         rows * (heads + 2 * kv_heads) * head_dim,
         paging.tables_SB.shape[1],
         splits_max,
-        PARTS=parts,
+        merging.spans.maximum_TQX.shape[2],
+        PARTS=0 if alone is None else projected.qkv_PTC.shape[0],
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -161,55 +175,13 @@ def attend(
         ROWS=max(16, group * paging.tile_tokens),
         SPLIT=SPLIT_TOKENS,
         BLOCK_TOKENS=block_tokens,
+        SPAN=SPAN,
         TILED=paging.tiles_C2 is not None,
-        num_warps=tile.warps if projected is None else _TURNING_WARPS,
+        num_warps=tile.warps if alone is None else _TURNING_WARPS,
         num_stages=tile.stages,
     )
-    merge_splits(
-        partials,
-        paging.position_T,
-        out_TC,
-        split_tokens=SPLIT_TOKENS,
-        splits_at_once=_MERGE_SPLITS,
-        warps=1,
-    )
-
-
-def merge_splits(
-    partials: Partials,
-    position_T: torch.Tensor,
-    out_TC: torch.Tensor,
-    *,
-    split_tokens: int,
-    splits_at_once: int,
-    warps: int,
-    doublings: int = 0,
-) -> None:
-    """Of the rows of `position_T`. All but `doublings` is part of the result: see `split_size`."""
-    _, heads, splits_max, head_dim = partials.values_TQXD.shape
-    _merge_splits[(position_T.shape[0], heads)](
-        *partials,
-        position_T,
-        out_TC,
-        splits_max,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        SPLIT=split_tokens,
-        SPLITS_MAX=SPLITS_MAX,
-        DOUBLINGS=doublings,
-        BLOCK_X=splits_at_once,
-        num_warps=warps,
-    )
-
-
-@triton.jit
-def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLINGS: tl.constexpr):
-    """Of a row's splits, by its own position alone: doubled until there are SPLITS_MAX at most.
-    `DOUBLINGS` suffice for every position that there is."""
-    size = position * 0 + SPLIT
-    for _ in tl.static_range(DOUBLINGS):
-        size = tl.where(position // size >= SPLITS_MAX, size * 2, size)
-    return size
+    if alone is None:
+        merge_splits(partials, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS, warps=1)
 
 
 @triton.jit
@@ -332,7 +304,7 @@ def _split_rows(
     return k, v
 
 
-@triton.jit(do_not_specialize=["part_stride", "table_width", "splits_max"])
+@triton.jit(do_not_specialize=["part_stride", "table_width", "splits_max", "spans_max"])
 def _attend_splits(
     q_ptr,
     k_ptr,
@@ -350,10 +322,16 @@ def _attend_splits(
     cos_ptr,
     sin_ptr,
     eps,
+    span_values_ptr,
+    span_maximum_ptr,
+    span_sum_ptr,
+    arrivals_ptr,
+    out_ptr,
     scale,
     part_stride,
     table_width,
     splits_max,
+    spans_max,
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -362,13 +340,14 @@ def _attend_splits(
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
     TILED: tl.constexpr,
 ):
     """Each split by itself: which program does it changes nothing. A row's sum comes from a
     product with ones, because a row-wise sum's order would depend on the tile's shape. With PARTS,
     the program of a row's last split stores its key and value, and takes them from its registers:
-    no other program reads them. A split's rows are on their way while the one before, or the
-    queries, are computed."""
+    no other program reads them; and splits are merged. A split's rows are on their way while the
+    one before, or the queries, are computed."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     first_split = tl.program_id(2)
@@ -457,6 +436,26 @@ def _attend_splits(
             )
             tl.store(maximum_ptr + out, peak, mask=is_row)
             tl.store(sum_ptr + out, sums, mask=is_row)
+            if PARTS > 0:
+                merge_after(
+                    split,
+                    last // SPLIT + 1,
+                    first.to(tl.int64) * KV_HEADS + kv_head,
+                    values_ptr,
+                    maximum_ptr,
+                    sum_ptr,
+                    span_values_ptr,
+                    span_maximum_ptr,
+                    span_sum_ptr,
+                    arrivals_ptr,
+                    out_ptr,
+                    splits_max,
+                    spans_max,
+                    HEADS // KV_HEADS,
+                    GROUP,
+                    HEAD_DIM,
+                    SPAN,
+                )
             k, v = _split_rows(
                 k_ptr,
                 v_ptr,
@@ -469,47 +468,7 @@ def _attend_splits(
                 SPLIT,
                 BLOCK_TOKENS,
             )
-
-
-@triton.jit(do_not_specialize=["splits_max"])
-def _merge_splits(
-    values_ptr,
-    maximum_ptr,
-    sum_ptr,
-    position_ptr,
-    out_ptr,
-    splits_max,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SPLITS_MAX: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    x = tl.arange(0, BLOCK_X)
-    d = tl.arange(0, HEAD_DIM)
-    position = tl.load(position_ptr + row)
-    size = split_size(position, SPLIT, SPLITS_MAX, DOUBLINGS)
-    num_splits = (position + size) // size
-    base = (row * HEADS + head) * splits_max
-    peak = float("-inf")
-    total = 0.0
-    values = tl.zeros([HEAD_DIM], dtype=tl.float32)
-    for start in range(0, num_splits, BLOCK_X):
-        has = start + x < num_splits
-        place = base + start + x
-        maximum = tl.load(maximum_ptr + place, mask=has, other=float("-inf"))
-        sums = tl.load(sum_ptr + place, mask=has, other=0.0)
-        parts = tl.load(
-            values_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=has[:, None], other=0.0
-        )
-        new_peak = tl.maximum(peak, tl.max(maximum, axis=0))
-        weight = tl.exp2(maximum - new_peak)
-        keep = tl.exp2(peak - new_peak)
-        total = total * keep + tl.sum(sums * weight, axis=0)
-        values = values * keep + tl.sum(parts * weight[:, None], axis=0)
-        peak = new_peak
-    out = values / tl.where(num_splits > 0, total, 1.0)
-    tl.store(out_ptr + (row * HEADS + head) * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty))
+    elif (last < 0) & (first_split == 0) & (PARTS > 0):
+        nothing = tl.zeros([ROWS, HEAD_DIM], dtype=out_ptr.dtype.element_ty)
+        out = (row.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + d[None, :]
+        tl.store(out_ptr + out, nothing, mask=is_row[:, None])

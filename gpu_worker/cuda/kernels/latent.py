@@ -17,16 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.attention import (
-    SPLITS_MAX,
-    Paging,
-    Partials,
-    merge_splits,
-    split_size,
-)
+from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.splits import SPLITS_MAX, Partials, merge_splits, split_size
 
 SPLIT_TOKENS = 256
-_MERGE_SPLITS = 4
 _LOG2_E = 1.4426950408889634
 
 
@@ -232,7 +226,6 @@ def attend_latents(
             last_T,
             sum_TAR[part],
             split_tokens=SPLIT_TOKENS,
-            splits_at_once=_MERGE_SPLITS,
             warps=4,
             doublings=doublings,
         )

@@ -1,0 +1,215 @@
+"""Attention in splits of a row's positions, each by itself, and their merge. A row's splits are
+merged in rising order within spans of a fixed number of them, then the spans: element by element,
+so that neither tiles nor threads nor who merges change a bit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_worker.cuda.kernels.arrivals import is_last
+
+SPLITS_MAX = 16
+"""Where splits grow with a row's context."""
+SPAN = 16
+
+
+class Partials(NamedTuple):
+    """Results of splits, or of spans of them, X: unnormalised values, their maximum and their
+    sum."""
+
+    values_TQXD: torch.Tensor
+    maximum_TQX: torch.Tensor
+    sum_TQX: torch.Tensor
+
+
+def merge_splits(
+    partials: Partials,
+    position_T: torch.Tensor,
+    out_TC: torch.Tensor,
+    *,
+    split_tokens: int,
+    warps: int,
+    doublings: int = 0,
+) -> None:
+    """Of the rows of `position_T`. The splits' size is part of the result: see `split_size`."""
+    _, heads, splits_max, head_dim = partials.values_TQXD.shape
+    _merge_splits[(position_T.shape[0], heads)](
+        *partials,
+        position_T,
+        out_TC,
+        splits_max,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        SPLIT=split_tokens,
+        SPLITS_MAX=SPLITS_MAX,
+        DOUBLINGS=doublings,
+        SPAN=SPAN,
+        num_warps=warps,
+    )
+
+
+@triton.jit
+def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """Of a row's splits, by its own position alone: doubled until there are SPLITS_MAX at most.
+    `DOUBLINGS` suffice for every position that there is."""
+    size = position * 0 + SPLIT
+    for _ in tl.static_range(DOUBLINGS):
+        size = tl.where(position // size >= SPLITS_MAX, size * 2, size)
+    return size
+
+
+@triton.jit
+def _add_partial(peak, total, values, maximum, sums, parts):
+    """Exactly what was before where `maximum` is -inf."""
+    new_peak = tl.maximum(peak, maximum)
+    base = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+    keep = tl.exp2(peak - base)
+    weight = tl.exp2(maximum - base)
+    total = tl.fma(sums, weight, total * keep)
+    weights = tl.broadcast_to(weight[:, None], parts.shape)
+    values = tl.fma(parts, weights, values * keep[:, None])
+    return new_peak, total, values
+
+
+@triton.jit
+def _merged(
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    place,
+    count,
+    is_row,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """(maximum, sum, unnormalised values) of the `count` partial results of each row that start at
+    `place`."""
+    d = tl.arange(0, HEAD_DIM)
+    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    values = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
+    for start in range(0, count, SPAN):
+        loaded = ()
+        for x in tl.static_range(SPAN):
+            has = is_row & (start + x < count)
+            at = place + start + x
+            maximum = tl.load(maximum_ptr + at, mask=has, other=float("-inf"))
+            sums = tl.load(sum_ptr + at, mask=has, other=0.0)
+            parts_ptr = values_ptr + at[:, None] * HEAD_DIM + d[None, :]
+            parts = tl.load(parts_ptr, mask=has[:, None], other=0.0)
+            loaded = loaded + (maximum, sums, parts)  # type: ignore[assignment]  # noqa: RUF005
+        # All loads before the first use, or their latencies would add up.
+        tl.debug_barrier()
+        for x in tl.static_range(SPAN):
+            peak, total, values = _add_partial(
+                peak, total, values, loaded[3 * x], loaded[3 * x + 1], loaded[3 * x + 2]
+            )
+    return peak, total, values
+
+
+@triton.jit
+def merge_after(
+    split,
+    num_splits,
+    kv_row,
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    span_values_ptr,
+    span_maximum_ptr,
+    span_sum_ptr,
+    arrivals_ptr,
+    out_ptr,
+    splits_max,
+    spans_max,
+    OWN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Of the OWN heads of a row and KV head, `kv_row` of all: the span of `split` if this was its
+    last, and then all spans if that was the last."""
+    g = tl.arange(0, GROUP)
+    d = tl.arange(0, HEAD_DIM)
+    is_head = g < OWN
+    head = kv_row * OWN + g
+    span = split // SPAN
+    num_spans = (num_splits + SPAN - 1) // SPAN
+    arrivals_ptr += kv_row * (spans_max + 1)
+    if is_last(arrivals_ptr + 1 + span, tl.minimum(num_splits - span * SPAN, SPAN)):
+        place = head * splits_max + span * SPAN
+        count = tl.minimum(num_splits - span * SPAN, SPAN)
+        peak, total, values = _merged(
+            values_ptr, maximum_ptr, sum_ptr, place, count, is_head, GROUP, HEAD_DIM, SPAN
+        )
+        is_whole = num_spans == 1
+        if num_spans > 1:
+            place = head * spans_max
+            out = place + span
+            span_values = span_values_ptr + out[:, None] * HEAD_DIM + d[None, :]
+            tl.store(span_values, values, mask=is_head[:, None])
+            tl.store(span_maximum_ptr + out, peak, mask=is_head)
+            tl.store(span_sum_ptr + out, total, mask=is_head)
+            is_whole = is_last(arrivals_ptr, num_spans)
+            if is_whole:
+                peak, total, values = _merged(
+                    span_values_ptr,
+                    span_maximum_ptr,
+                    span_sum_ptr,
+                    place,
+                    num_spans,
+                    is_head,
+                    GROUP,
+                    HEAD_DIM,
+                    SPAN,
+                )
+        if is_whole:
+            result = values / tl.where(total > 0.0, total, 1.0)[:, None]
+            out = head[:, None] * HEAD_DIM + d[None, :]
+            tl.store(out_ptr + out, result.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+
+
+@triton.jit(do_not_specialize=["splits_max"])
+def _merge_splits(
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    position_ptr,
+    out_ptr,
+    splits_max,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS_MAX: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = row * HEADS + tl.program_id(1) + tl.arange(0, 1)
+    d = tl.arange(0, HEAD_DIM)
+    position = tl.load(position_ptr + row)
+    size = split_size(position, SPLIT, SPLITS_MAX, DOUBLINGS)
+    num_splits = (position + size) // size
+    peak = tl.full([1], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([1], dtype=tl.float32)
+    values = tl.zeros([1, HEAD_DIM], dtype=tl.float32)
+    for first in range(0, num_splits, SPAN):
+        maximum, sums, parts = _merged(
+            values_ptr,
+            maximum_ptr,
+            sum_ptr,
+            head * splits_max + first,
+            tl.minimum(num_splits - first, SPAN),
+            head >= 0,
+            1,
+            HEAD_DIM,
+            SPAN,
+        )
+        peak, total, values = _add_partial(peak, total, values, maximum, sums, parts)
+    out = values / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out_ptr + head[:, None] * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty))
