@@ -25,6 +25,7 @@ import numpy as np
 
 from cli.up.device import count_cards
 from cli.up.mps import CudaMps
+from shared.clock import SystemClock
 from shared.errors import StarfishError
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
@@ -166,6 +167,7 @@ class Prober:
             ),
             timeout_ms=_TIMEOUT_MS,
             device=torch.device("cuda", torch.cuda.current_device()),
+            clock=SystemClock(),
         )
         draw: dict[str, Any] = {
             "generator": torch.Generator("cuda").manual_seed(rank),

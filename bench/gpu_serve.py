@@ -128,23 +128,22 @@ class Experiment:
     async def run(self, model: Path | None) -> None:
         """Raises Unavailable."""
         disturbed: list[list[Turn]] = []
-        async with self._instance(model, keep_logs=self._args.logs) as (client, witness):
+        own = own_options(self._args, model)
+        async with self._instance(own, keep_logs=self._args.logs) as (client, witness):
             await self._strike_all(client, witness, disturbed)
         if self._args.unchecked:
             return
-        async with self._instance(model, prefix_cache=False) as (client, _):
+        async with self._instance(own.without_cache()) as (client, _):
             for index, turns in enumerate(disturbed):
                 await self._compare(client, index, turns)
 
     @contextlib.asynccontextmanager
     async def _instance(
-        self, model: Path | None, *, prefix_cache: bool = True, keep_logs: Path | None = None
+        self, own: OwnOptions, *, keep_logs: Path | None = None
     ) -> AsyncIterator[tuple[StreamClient, Witness]]:
-        own = own_options(self._args, model)
         instance = own_instance(
             own.flags(),
             environment=own.environment(),
-            prefix_cache=prefix_cache,
             keep_logs=keep_logs,
             say=lambda text: self._say(f"starts: {text}"),
         )

@@ -170,7 +170,7 @@ def fault(
     as_json: AsJson = False,
 ) -> None:
     """Kill ranks under load; the longest gap that each client sees, and where the time went."""
-    from cli.bench.fault import FaultLoad, bench_fault, print_report
+    from cli.bench.fault import FaultLoad, compare, disturb, print_report
     from cli.observe.kill import SIGNALS
 
     async def work() -> int:
@@ -185,16 +185,22 @@ def fault(
             seed=seed,
             number=SIGNALS[signal],
         )
+        options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
+        clock = SystemClock()
         async with AsyncExitStack() as stack:
             if own:
-                options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
                 started = _started(options, start_timeout_s, console)
                 target = await stack.enter_async_context(started)
             else:
                 target = _running(etcd, instance, run_dir)
             if url is not None:
                 target = Target(etcd=target.etcd, instance=target.instance, url=url)
-            report = await bench_fault(target, load, SystemClock(), console)
+            disturbance = await disturb(target, load, clock, console)
+            if not own:
+                report = await compare(target, disturbance, load, clock)
+        if own:
+            async with _started(options.without_cache(), start_timeout_s, console) as target:
+                report = await compare(target, disturbance, load, clock)
         if as_json:
             print(json.dumps(msgspec.to_builtins(report) | {"added_p99_ms": report.added_p99_ms}))
         else:

@@ -86,16 +86,20 @@ class Disturbed:
     phases: Phases | None
 
 
-async def bench_fault(
-    target: Target, load: FaultLoad, clock: Clock, console: Console
-) -> FaultReport:
-    """No prompt is sent twice before the last fault, so that no try finds the KV blocks of another.
-    Raises Unavailable where the instance does not serve, or does not recover."""
-    if target.url is None:
-        raise Unavailable("which gateway? pass --url, or the --run-dir of a `starfish up`")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbance:
+    """All faults of a run, before anybody knows whether the answers are right."""
+
+    normal_itl_p99_ms: float
+    faults: tuple[Disturbed, ...]
+
+
+async def disturb(target: Target, load: FaultLoad, clock: Clock, console: Console) -> Disturbance:
+    """No prompt is sent twice, so that no try finds the KV blocks of another. The instance is whole
+    at the end. Raises Unavailable where it does not serve, or does not recover."""
     draw = random.Random(load.seed)
     async with (
-        stream_client(target.url, clock) as client,
+        stream_client(_url(target), clock) as client,
         Witness.watching(target) as witness,
     ):
         await witness.until_whole(_RECOVERY_TIMEOUT_S)
@@ -104,9 +108,9 @@ async def bench_fault(
         _require_clean(records)
         normal = percentile([gap for record in records for gap in record.gaps_ms()], 99)
         console.print(f"undisturbed: {normal:.1f} ms between tokens at p99", highlight=False)
-        disturbed: list[Disturbed] = []
+        faults: list[Disturbed] = []
         for _ in range(load.tries * _MISSES_PER_TRY_MAX):
-            if len(disturbed) == load.tries:
+            if len(faults) == load.tries:
                 break
             await witness.until_whole(_RECOVERY_TIMEOUT_S)
             victim = draw.choice(witness.members())
@@ -114,15 +118,31 @@ async def bench_fault(
             if one is None:
                 console.print(f"  rank {victim.member} had died by itself; trying again")
                 continue
-            console.print(_sentence(len(disturbed), load.tries, one), highlight=False)
-            disturbed.append(one)
+            console.print(_sentence(len(faults), load.tries, one), highlight=False)
+            faults.append(one)
         await witness.until_whole(_RECOVERY_TIMEOUT_S)
-        tries = []
-        for one in disturbed:
+    return Disturbance(normal_itl_p99_ms=normal, faults=tuple(faults))
+
+
+async def compare(
+    target: Target, disturbance: Disturbance, load: FaultLoad, clock: Clock
+) -> FaultReport:
+    """With the answers of `target`, which nothing disturbs now: best an instance that keeps no
+    cache. In one that was disturbed, prompts at least are computed anew. Raises Unavailable."""
+    tries = []
+    async with stream_client(_url(target), clock) as client:
+        for one in disturbance.faults:
             answers = await run_all(client, one.prompts, load.new_tokens, computes_all=True)
             _require_clean(answers)
             tries.append(compared(one, answers))
-    return FaultReport(normal_itl_p99_ms=normal, tries=tuple(tries))
+    return FaultReport(normal_itl_p99_ms=disturbance.normal_itl_p99_ms, tries=tuple(tries))
+
+
+def _url(target: Target) -> str:
+    """Raises Unavailable."""
+    if target.url is None:
+        raise Unavailable("which gateway? pass --url, or the --run-dir of a `starfish up`")
+    return target.url
 
 
 def fresh_prompts(draw: random.Random, load: FaultLoad) -> list[list[int]]:

@@ -29,7 +29,6 @@ async def own_instance(
     flags: Sequence[str],
     *,
     environment: Mapping[str, str] | None = None,
-    prefix_cache: bool = True,
     keep_logs: Path | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
     say: Callable[[str], None] = lambda text: None,
@@ -37,7 +36,6 @@ async def own_instance(
     """Raises Unavailable with its words where it does not start; until then `say` is told how far
     it is. `environment` comes on top of ours. Its processes' logs are copied to `keep_logs` before
     it stops."""
-    cache = {"STARFISH_RANK_PREFIX_CACHE": str(prefix_cache).lower()}
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
         run_dir = Path(folder) / "run"
         log_path = Path(folder) / "up.log"
@@ -50,7 +48,7 @@ async def own_instance(
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | cache | dict(environment or {}),
+                env=os.environ | dict(environment or {}),
             )
         try:
             timeout_s = start_timeout_s + _START_SLACK_S

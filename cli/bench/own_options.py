@@ -4,7 +4,7 @@ ranks in their environment."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shared.errors import ConfigError
@@ -23,6 +23,10 @@ class OwnOptions:
     slots_per_rank: int = 0
     static: bool = False
     rank_options: Mapping[str, str] = field(default_factory=dict)
+
+    def without_cache(self) -> OwnOptions:
+        """Of an instance that computes every answer anew."""
+        return replace(self, rank_options={**self.rank_options, "prefix_cache": "false"})
 
     def flags(self) -> list[str]:
         return [

@@ -49,3 +49,9 @@ def test_options_of_ranks_go_by_their_environment() -> None:
 def test_an_option_without_name_or_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--rank-option"):
         rank_options_of([text])
+
+
+def test_an_instance_without_cache_keeps_all_other_options() -> None:
+    options = OwnOptions(ranks=2, rank_options={"kv_tokens": "512", "prefix_cache": "true"})
+    assert options.without_cache().rank_options == {"kv_tokens": "512", "prefix_cache": "false"}
+    assert options.without_cache().ranks == 2
