@@ -172,6 +172,7 @@ class GraphNews:
     member: Member
     joining: Epoch  # the newest map with joiners that it waits to adopt, or has adopted; 0: none
     limit: int  # graphs it had launched when it heard of that map; it launches no more on its own
+    paused: Epoch  # the last of these maps whose joiners may be mapped: nothing is in flight here
     entered: Epoch  # the map that it runs under
     sleep_at: int  # it agrees to sleep once so many graphs are launched; -1: it does not
     slept_at: int  # where all had agreed to sleep the last time, as far as it knows; -1: nowhere

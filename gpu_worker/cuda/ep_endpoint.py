@@ -1,5 +1,5 @@
-"""A CUDA rank's place on the data network, as membership sees it: which peers' buffers are mapped.
-What goes over it is `ep_exchange`'s."""
+"""A CUDA rank's place on the data network, as membership sees it: which peers it has met. What goes
+over it is `ep_exchange`'s."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.wire import AreaOpened
 
 class EpEndpoint:
     """Implements `rank.Endpoint`. A pair of lives meets once; a buffer stays mapped until the next
-    life of its rank is met."""
+    life of its rank is adopted."""
 
     def __init__(self, member: Member, exchange: EpExchange, kind: ExchangeKind) -> None:
         self.name = f"ep-{member}"

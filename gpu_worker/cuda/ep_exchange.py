@@ -35,7 +35,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.cuda.ep_handles import HandleBook
+from gpu_worker.cuda.ep_mappings import EpMappings
 from gpu_worker.cuda.ep_members import EpMembers
+from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
@@ -84,13 +86,14 @@ class EpExchange:
         *,
         timeout_ms: int,
         device: torch.device,
+        clock: Clock,
     ) -> None:
         """`timeout_ms` is baked into captured graphs: a kernel waits so long for a rank before it
         goes on without it."""
         self._shape = shape
         self._device = device
-        self._book = HandleBook()
-        self._buffer = _open_buffer(member.rank, shape, self._book, timeout_ms, device)
+        book = HandleBook()
+        self._buffer = _open_buffer(member.rank, shape, book, timeout_ms, device)
         self.mask_R: Tensor = self._buffer._active_ranks
         """int32 on the device, at one place for ever: 1 for each rank that kernels wait for."""
         # Of high priority, so that it shares no queue of the card with the waiting kernels.
@@ -99,7 +102,14 @@ class EpExchange:
         self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
         self._who = EpMembers(member)
         self._mask_lock = threading.Lock()
-        self._connect_lock = threading.Lock()
+        self._mappings = EpMappings(
+            self._who,
+            self._mask_lock,
+            self._buffer,
+            book,
+            clock,
+            enter_thread=lambda: torch.cuda.set_device(device),
+        )
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / FP8_BLOCK]`
 
@@ -130,18 +140,7 @@ class EpExchange:
         """Meet this life; it stays masked until a map names it. Raises ConnectionError where a
         former life of its rank is in the adopted map still, or its memory cannot be mapped, as that
         of one who has just died."""
-        with self._connect_lock, torch.cuda.device(self._device):
-            with self._mask_lock:
-                former = self._who.part([peer.rank])
-            if former:
-                self._buffer.disconnect_ranks(former)
-            self._book.tell(peer.rank, handles)
-            try:
-                self._buffer.connect_ranks([peer.rank], activate=False)
-            except RuntimeError as error:  # Mooncake's only kind
-                raise ConnectionError(f"rank {peer}: {error}") from error
-            with self._mask_lock:
-                self._who.meet({peer.rank: peer.incarnation})
+        self._mappings.connect(peer, handles)
 
     def has_met(self, member: Member) -> bool:
         return self._who.has_met(member)
@@ -159,7 +158,9 @@ class EpExchange:
             self._side.synchronize()
 
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Between steps, nothing in flight. Graphs stay as they are."""
+        """Between steps, nothing in flight; for a map with joiners, nowhere. Graphs stay as they
+        are. A member whose buffer cannot be mapped stays masked, so that no step is delivered."""
+        self._mappings.map_members(expert_map)
         with self._mask_lock:
             change = self._who.adopt(expert_map)
             for rank in change.mask:

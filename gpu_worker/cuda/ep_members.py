@@ -1,9 +1,10 @@
-"""Who takes part in an exchange: the lives that this rank has met, the members of the adopted map,
-and those of them that a newer epoch has given up. Decides; touches no device."""
+"""Who takes part in an exchange: the lives that this rank has met, those of them whose buffers are
+mapped, the members of the adopted map, and whom a newer epoch has given up. Decides; touches no
+device."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,28 +28,51 @@ class EpMembers:
     def __init__(self, own: Member) -> None:
         self._own = own
         self._met: dict[RankId, Incarnation] = {}
+        self._mapped: dict[RankId, Incarnation] = {}
         self._given_up: dict[RankId, Epoch] = {}
         self._active: frozenset[RankId] = frozenset()
         self.members: frozenset[Member] = frozenset({own})
         self.epoch = Epoch(0)
 
-    def meet(self, lives: Mapping[RankId, Incarnation]) -> None:
-        """Connected from now on."""
-        self._met.update(lives)
+    def may_map(self, rank: RankId) -> bool:
+        """Whether a new life of this rank may be mapped beside running steps: not where a former
+        one has to be unmapped under an adopted map. Raises ConnectionError where a life of this
+        rank is a member of that map."""
+        if any(m.rank == rank for m in self.members):
+            raise ConnectionError(f"rank {rank} is a member of the adopted map")
+        return not self.epoch or rank not in self._mapped
+
+    def meet(self, peer: Member) -> None:
+        """From now on a map may name this life."""
+        self._met[peer.rank] = peer.incarnation
 
     def has_met(self, member: Member) -> bool:
         return self._met.get(member.rank) == member.incarnation
 
-    def part(self, ranks: Collection[RankId]) -> list[RankId]:
-        """The connected among them, which are to be disconnected. Raises ConnectionError where one
-        of them is a member of the adopted map."""
-        met = sorted(rank for rank in ranks if rank in self._met)
-        members = {m.rank for m in self.members}
-        if still := members & set(met):
-            raise ConnectionError(f"ranks {sorted(still)} are members of the adopted map")
-        for rank in met:
-            del self._met[rank]
-        return met
+    def to_map(self, expert_map: ExpertMap) -> list[Member]:
+        """Members met, not given up, and not mapped yet."""
+        gone = self._gone(expert_map.epoch)
+        return [
+            m
+            for m in expert_map.members
+            if self.has_met(m) and m.rank not in gone and self._mapped.get(m.rank) != m.incarnation
+        ]
+
+    def mapped(self, ranks: Collection[RankId]) -> list[RankId]:
+        """Those of them of which some life's buffer is mapped."""
+        return sorted(rank for rank in ranks if rank in self._mapped)
+
+    def note_mapped(self, member: Member) -> None:
+        self._mapped[member.rank] = member.incarnation
+
+    def note_unmapped(self, ranks: Collection[RankId]) -> None:
+        for rank in ranks:
+            del self._mapped[rank]
+
+    def lose(self, member: Member) -> None:
+        """Its buffer cannot be mapped: it stays masked, and is not met any more."""
+        if self.has_met(member):
+            del self._met[member.rank]
 
     def give_up(self, dead: Collection[Member], epoch: Epoch) -> list[RankId]:
         """Map `epoch` is without these lives. Returns the ranks that kernels need not wait for any
@@ -59,14 +83,11 @@ class EpMembers:
         return met
 
     def adopt(self, expert_map: ExpertMap) -> MaskChange:
-        """Who was given up by a newer map than this one stays so: the next step is abandoned at
-        once, instead of waiting for the dead."""
+        """Who was given up by a newer map than this one stays so, and who is not mapped stays
+        masked: the next step is abandoned at once, instead of waiting for the dead."""
         assert expert_map.has(self._own), f"{self._own} is no member of the map"
-        peers = {m.rank: m.incarnation for m in expert_map.members if m != self._own}
-        unmet = sorted(rank for rank, life in peers.items() if self._met.get(rank) != life)
-        assert not unmet, f"ranks {unmet} are members but not connected"
-        gone = {rank for rank, epoch in self._given_up.items() if epoch > expert_map.epoch}
-        active = frozenset(peers.keys() - gone)
+        peers = {m.rank for m in expert_map.members if self._mapped.get(m.rank) == m.incarnation}
+        active = frozenset(peers - self._gone(expert_map.epoch))
         change = MaskChange(
             active | {self._own.rank},
             tuple(sorted(self._active - active)),
@@ -80,3 +101,6 @@ class EpMembers:
     def lost(self, mask_R: Sequence[int] | NDArray[np.int32]) -> list[RankId]:
         """Members that did not take part to the end, by the mask that the step has left."""
         return sorted(m.rank for m in self.members if not mask_R[m.rank])
+
+    def _gone(self, epoch: Epoch) -> set[RankId]:
+        return {rank for rank, without in self._given_up.items() if without > epoch}

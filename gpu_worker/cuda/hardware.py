@@ -152,6 +152,7 @@ class CudaHardware:
             self._ep_shape(model, spec),
             timeout_ms=self._config.graph_timeout_ms,
             device=self._device,
+            clock=self._clock,
         )
 
     def _ep_shape(self, model: ModelSpec, spec: InstanceSpec) -> EpShape:

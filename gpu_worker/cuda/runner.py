@@ -93,16 +93,15 @@ class CudaRunner:
         """Not where the host reads the step's logits: the next one overwrites them."""
         return not reads_logits(plan)
 
-    def may_adopt(self, expert_map: ExpertMap) -> bool:
-        return self._conductor.may_adopt(expert_map)
-
-    def adopt(self, expert_map: ExpertMap) -> Step:
+    def approach(self, expert_map: ExpertMap) -> bool:
         if self._enter_thread is not None:
             self._enter_thread()
             self._enter_thread = None
         while self._conductor.launch_towards(expert_map):
             self._wait(self._decoder.launch(_EMPTY))
+        return self._conductor.may_adopt(expert_map)
 
+    def adopt(self, expert_map: ExpertMap) -> Step:
         def take() -> None:
             self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
             if self._exchange is not None:

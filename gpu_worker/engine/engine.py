@@ -202,7 +202,7 @@ class Engine:
             return
         if not newest.expert_map.has(self._member):
             return
-        if not self._runner.may_adopt(newest.expert_map):
+        if not self._runner.approach(newest.expert_map):
             return
         try:
             first_step = self._runner.adopt(newest.expert_map)

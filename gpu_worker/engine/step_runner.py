@@ -36,8 +36,9 @@ class StepRunner(Protocol):
         """Whether the step after this one can be begun before this one has ended."""
         ...
 
-    def may_adopt(self, expert_map: ExpertMap) -> bool:
-        """Whether `adopt` would not have to wait for what peers say of this map."""
+    def approach(self, expert_map: ExpertMap) -> bool:
+        """Nothing in flight. Does what has to be done under the old map first, and says whether
+        `adopt` need not wait for what peers say of this one: adopt it then, or ask again."""
         ...
 
     def adopt(self, expert_map: ExpertMap) -> Step:
@@ -75,7 +76,7 @@ class ModelRunner:
     def runs_ahead_of(self, plan: StepPlan) -> bool:
         return False
 
-    def may_adopt(self, expert_map: ExpertMap) -> bool:
+    def approach(self, expert_map: ExpertMap) -> bool:
         return True
 
     def adopt(self, expert_map: ExpertMap) -> Step:

@@ -10,10 +10,14 @@ let go of the dead and adopt the map without it whenever they see it. Three thin
 *Joining.* A map names its `joiners`. Whoever hears of it launches nothing more and says how many
 graphs it has launched (`limit`). When all members have said so, the old ones launch empty graphs,
 still without the joiners, up to the highest limit and one more (which wipes what a former life may
-have left in their buffers), and adopt. The joiners take that number for their own, and launch only
-once everybody has said that it has `entered`. A death meanwhile brings a newer map, and all begins
-anew; the old ones let go of the joiners, and a joiner that was ready for the former map leaves,
-because somebody may have sent it something already: it comes back as another life.
+have left in their buffers), and say that they have `paused`. When all have, nothing is in flight
+anywhere: each adopts, maps whom it does not know yet, and says that it has `entered`. The joiners
+take the common number for their own. Nobody launches before everybody has entered, for unmapping a
+former life's memory may wait for all graphs of a card, also for those that wait for this very rank.
+A death meanwhile brings a newer map, and all begins anew; but who has paused launches nothing under
+the newer map either before all its members have entered one of the two. The old ones let go of the
+joiners, and a joiner that was ready for the former map leaves, because somebody may have sent it
+something already: it comes back as another life.
 
 *Sleeping.* A rank without work for a while promises to sleep at a graph some way ahead
 (`sleep_at`). Once all have promised, all sleep at the latest of these, without another word: a
@@ -60,6 +64,7 @@ class GraphAccord:
         self._news: dict[Member, GraphNews] = {}
         self._newest: ExpertMap | None = None  # heard of
         self._adopted: ExpertMap | None = None
+        self._all_have_mapped = False  # of the adopted map, since this rank paused
         self._condemned: set[Member] = set()
         self._idle_graphs = 0
         self._num_flying = 0
@@ -74,12 +79,13 @@ class GraphAccord:
         """The newest map is this one. It names this rank."""
         assert expert_map.has(self.own.member)
         is_joiner = self.own.member.rank in expert_map.joiners
-        leave = is_joiner and 0 < self.own.joining < expert_map.epoch
+        if is_joiner and 0 < self.own.joining < expert_map.epoch:
+            return Heard(frozenset(), leave=True)
         self._newest = expert_map
-        if expert_map.joiners:
-            self.own = replace(self.own, joining=expert_map.epoch, limit=self.launched)
+        if not self._is_mapping():
+            self._get_ready()
         self._condemned = {m for m in self._condemned if expert_map.has(m)}
-        return Heard(self._left_by(expert_map), leave)
+        return Heard(self._left_by(expert_map), leave=False)
 
     def gave_up(self, members: frozenset[Member]) -> None:
         """Kernels wait no longer for these, whom `hear` has named."""
@@ -100,7 +106,10 @@ class GraphAccord:
                 self._spoil_as_landed()
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
-        """The number of the first graph under this map, once all members are ready for it."""
+        """The number of the first graph under this map, once all members are ready for it, unless
+        this rank has got ready for a newer one."""
+        if self.own.joining > expert_map.epoch:
+            return None
         if not expert_map.joiners:
             return self.launched
         others = [m for m in expert_map.members if m != self.own.member]
@@ -109,32 +118,61 @@ class GraphAccord:
         old = [m for m in expert_map.members if m.rank not in expert_map.joiners]
         return max((self._of(m).limit for m in old), default=-1) + 1
 
+    def pause(self, expert_map: ExpertMap) -> None:
+        """The last graph before `join_at` has ended."""
+        if expert_map.joiners and self.own.paused < expert_map.epoch:
+            assert not self._num_flying, "a graph is in flight"
+            self.own = replace(self.own, paused=expert_map.epoch)
+            self._all_have_mapped = False
+
+    def may_adopt(self, expert_map: ExpertMap) -> bool:
+        if self.join_at(expert_map) is None:
+            return False
+        epoch = expert_map.epoch
+        return not expert_map.joiners or all(
+            self._of(m).paused == epoch for m in expert_map.members
+        )
+
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Right after the last graph before `join_at`. Raises StepAbandoned where members are not
+        """Nobody else is to hear of it before `enter`. Raises StepAbandoned where members are not
         ready for it any more, because a newer map is on its way."""
         at = self.join_at(expert_map)
-        if at is None:
+        if at is None or not self.may_adopt(expert_map):
             raise StepAbandoned(f"the members do not meet in epoch {expert_map.epoch}")
         if self.own.member.rank in expert_map.joiners:
             self.launched = at
         assert self.launched == at, f"{self.launched} graphs launched, not {at}"
         assert not self._num_flying, "a graph is in flight under the former map"
         self._adopted = expert_map
-        self.own = replace(self.own, entered=expert_map.epoch, sleep_at=_AWAKE, slept_at=_AWAKE)
+        self._all_have_mapped = False
+
+    def enter(self) -> None:
+        """Kernels wait from now on for the members of the adopted map, but for those whom newer
+        maps and verdicts have named since."""
+        assert self._adopted is not None, "adopt comes first"
+        epoch = self._adopted.epoch
+        self.own = replace(self.own, entered=epoch, sleep_at=_AWAKE, slept_at=_AWAKE)
         self._idle_graphs = 0
+        self._get_ready()
 
     # Graphs --------------------------------------------------------------------------------------
 
     def may_launch(self) -> bool:
         """Whether the next graph may be launched under the adopted map."""
-        newest, adopted = self._newest, self._adopted
-        if newest is None or adopted is None:
+        adopted = self._adopted
+        if adopted is None or self.own.joining > adopted.epoch:
             return False
-        if newest.epoch > adopted.epoch:
-            return not newest.joiners
-        if self.own.member.rank in adopted.joiners:
-            return all(self._of(m).entered >= adopted.epoch for m in adopted.members)
-        return True
+        self._all_have_mapped = self._all_have_mapped or not self.may_be_mapping()
+        return self._all_have_mapped
+
+    def may_be_mapping(self) -> list[Member]:
+        """Members of the adopted map, as far as this rank knows, that map the joiners for which it
+        has paused. Who has got ready for joiners after them does not."""
+        paused = self.own.paused
+        if self._adopted is None or not paused:
+            return []
+        news = map(self._of, self._adopted.members)
+        return [n.member for n in news if n.entered < paused and n.joining <= paused]
 
     def may_launch_ahead(self) -> bool:
         """Whether one more may be launched while the last is in flight: nothing is known that
@@ -198,6 +236,20 @@ class GraphAccord:
             return self.own
         return self._news.get(member) or _nothing_of(member)
 
+    def _is_mapping(self) -> bool:
+        """Between `adopt` and `enter`. Who says meanwhile that it is ready for a newer map makes
+        the others launch empty graphs, and these would wait for it."""
+        return self._adopted is not None and self.own.entered != self._adopted.epoch
+
+    def _get_ready(self) -> None:
+        """For the newest map, where all begin anew with it."""
+        newest = self._newest
+        if newest is None or not newest.joiners or newest.epoch <= self.own.joining:
+            return
+        self.own = replace(self.own, joining=newest.epoch, limit=self.launched)
+        if self.own.member.rank in newest.joiners:
+            self.pause(newest)
+
     def _left_by(self, expert_map: ExpertMap) -> frozenset[Member]:
         """Members of the adopted map that are none of the new one, or begin anew in it."""
         if self._adopted is None:
@@ -220,7 +272,7 @@ class GraphAccord:
         """The graph at which all members of the adopted map have agreed to sleep, where this rank
         has not taken note of it. They can agree on the next one only after it has, so whoever says
         that it has slept later than this rank speaks of the one that is looked for."""
-        if self._adopted is None:
+        if self._adopted is None or self._is_mapping():
             return None
         everybody = [self._of(m) for m in self._adopted.members]
         if any(n.entered != self.own.entered for n in everybody):
@@ -246,6 +298,7 @@ def _nothing_of(member: Member) -> GraphNews:
         member=member,
         joining=Epoch(0),
         limit=0,
+        paused=Epoch(0),
         entered=Epoch(0),
         sleep_at=_AWAKE,
         slept_at=_AWAKE,

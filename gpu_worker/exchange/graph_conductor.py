@@ -106,10 +106,6 @@ class GraphConductor:
 
     # On the engine thread ------------------------------------------------------------------------
 
-    def may_adopt(self, expert_map: ExpertMap) -> bool:
-        with self._lock:
-            return self._accord.join_at(expert_map) is not None
-
     def launch_towards(self, expert_map: ExpertMap) -> bool:
         """Whether one more empty graph is to be launched before this map is adopted."""
         with self._lock:
@@ -120,12 +116,28 @@ class GraphConductor:
             self._accord.launch()
             return True
 
+    def may_adopt(self, expert_map: ExpertMap) -> bool:
+        """To be asked where nothing is to be launched towards this map; the others hear of that."""
+        with self._lock:
+            if self._accord.join_at(expert_map) is None:
+                return False
+            before = self._accord.own
+            self._accord.pause(expert_map)
+            changed = self._accord.own is not before
+            may_adopt = self._accord.may_adopt(expert_map)
+        if changed:
+            self._loop.call_soon_threadsafe(self._tell)
+        return may_adopt
+
     def adopt(self, expert_map: ExpertMap, take: Callable[[], None]) -> Step:
         """The number of its first graph here. `take` makes kernels wait for its members, before
-        anybody hears of it. Raises StepAbandoned where the members do not meet in this map."""
+        anybody hears of it; it may take its time. Raises StepAbandoned where the members do not
+        meet in this map."""
         with self._lock:
             self._accord.adopt(expert_map)
-            take()
+        take()
+        with self._lock:
+            self._accord.enter()
             first = Step(self._accord.launched)
         self._loop.call_soon_threadsafe(self._tell)
         return first

@@ -54,8 +54,17 @@ class Fabric:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.graph_ended = threading.Condition(self.lock)
+        self.devices: list[Device] = []
         self.sent: dict[tuple[Member, Member], int] = {}
         self.taken: dict[tuple[Member, Member], int] = {}
+
+    def wait_until_still(self) -> None:
+        """As unmapping does, where ranks share a card. Called with the lock held."""
+        is_still = self.graph_ended.wait_for(
+            lambda: not any(d.queue for d in self.devices if not d.dies.is_set()), PATIENCE_S
+        )
+        assert is_still, "graphs wait for one that maps joiners"
 
 
 class Device:
@@ -73,16 +82,30 @@ class Device:
         self.queue: deque[Graph] = deque()  # launched and not ended; the first one runs
         self.former_ids: list[int] = []
         self.dies = threading.Event()
+        self.num_unmapped = 0
+        fabric.devices.append(self)
 
     def meet(self, peers: Iterable[Member]) -> None:
         with self.fabric.lock:
             for peer in peers:
                 if peer != self.own and not self.who.has_met(peer):
-                    self.who.meet({peer.rank: peer.incarnation})
-                    self.life_of[peer.rank] = peer
+                    at_once = self.who.may_map(peer.rank)
+                    self.who.meet(peer)
+                    if at_once:
+                        self.map(peer)
+
+    def map(self, peer: Member) -> None:
+        if former := self.who.mapped([peer.rank]):
+            self.fabric.wait_until_still()
+            self.who.note_unmapped(former)
+            self.num_unmapped += 1
+        self.who.note_mapped(peer)
+        self.life_of[peer.rank] = peer
 
     def adopt(self, expert_map: ExpertMap) -> None:
         with self.fabric.lock:
+            for peer in self.who.to_map(expert_map):
+                self.map(peer)
             change = self.who.adopt(expert_map)
             self.mask_R[:] = 0
             self.mask_R[sorted(change.active)] = 1
@@ -125,6 +148,7 @@ class Device:
 
     def end(self, graph: Graph) -> None:
         assert self.queue.popleft() is graph
+        self.fabric.graph_ended.notify_all()
         if any(not self.mask_R[m.rank] for m in self.who.members):
             self.former_ids = [0] * len(self.former_ids)  # what lacks somebody is rubbish
         if self.queue:
@@ -397,6 +421,7 @@ async def test_a_join_while_streams_run_and_while_all_sleep(cluster: Cluster) ->
         assert await one.tokens(len(wanted)) == wanted
         expected = give(two, f"t{incarnation}", (9, 2), 9)
         assert await two.tokens(9) == expected
+        assert one.device.num_unmapped == two.device.num_unmapped == incarnation - 1
 
 
 async def test_a_slot_is_free_once_everybody_has_let_go(cluster: Cluster) -> None:

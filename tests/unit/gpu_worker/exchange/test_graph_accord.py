@@ -50,9 +50,12 @@ class SimRank:
         self.member = member
         self.accord = GraphAccord(member)
         self.told: GraphNews | None = None
-        self.newest: ExpertMap | None = None
+        self.mapping = False
+        self.newest: ExpertMap | None = None  # heard of
+        self.handed: ExpertMap | None = None  # to the engine: links are open
         self.adopted: ExpertMap | None = None
         self.mask: set[Member] = set()
+        self.given_up: dict[Member, Epoch] = {}
         self.flights: deque[Flight] = deque()
         self.behind = False
         self.asleep = False
@@ -71,14 +74,15 @@ class SimRank:
         self.newest = expert_map
         heard = self.accord.hear(expert_map)
         self.left = self.left or heard.leave
-        self.release(heard.give_up)
+        self.release(heard.give_up, expert_map.epoch)
         self.accord.gave_up(heard.give_up)
 
     def condemn(self, dead: Member, epoch: Epoch) -> None:
-        self.release({dead})
+        self.release(frozenset({dead}), epoch)
         self.accord.condemn(dead, epoch)
 
-    def release(self, dead: set[Member] | frozenset[Member]) -> None:
+    def release(self, dead: frozenset[Member], epoch: Epoch) -> None:
+        self.given_up |= dict.fromkeys(dead, epoch)
         if self.mask & dead:
             self.mask -= dead
             for flight in self.flights:
@@ -92,11 +96,14 @@ class SimRank:
         self.flights.append(Flight(self.accord.launched - 1, filler, lost))
 
     def may_go_ahead(self) -> bool:
-        is_behind = self.behind or self.newest is not self.adopted
+        is_behind = self.behind or self.handed is not self.adopted
         return self.work > len(self.flights) and not is_behind and self.accord.may_launch_ahead()
 
     def turn(self, world: World) -> None:
         if self.left:
+            return
+        if self.mapping:
+            self.enter()
             return
         if self.flights:
             if self.may_go_ahead():
@@ -104,7 +111,7 @@ class SimRank:
                 if self.accord.has_overslept():
                     world.wake(self, self.accord.launched)
             return
-        newest, accord = self.newest, self.accord
+        newest, accord = self.handed, self.accord
         epoch = self.adopted.epoch if self.adopted is not None else 0
         if newest is not None and newest.epoch > epoch:
             at = accord.join_at(newest)
@@ -112,12 +119,12 @@ class SimRank:
                 if self.member.rank not in newest.joiners and accord.launched < at:
                     self.launch(filler=True)
                     return
-                try:
-                    accord.adopt(newest)
-                except StepAbandoned:
+                accord.pause(newest)
+                if not accord.may_adopt(newest):
                     return
-                self.adopted, self.mask = newest, set(newest.members)
-                self.behind = self.asleep = False
+                accord.adopt(newest)
+                self.adopted, self.mask = newest, set()
+                self.mapping = True
                 world.note_adopted(self, at)
                 return
         if self.adopted is None or self.behind:
@@ -131,6 +138,17 @@ class SimRank:
             self.launch(filler=False)
             if accord.has_overslept():
                 world.wake(self, accord.launched)
+
+    def maps_joiners(self) -> bool:
+        return self.mapping and self.adopted is not None and bool(self.adopted.joiners)
+
+    def enter(self) -> None:
+        """It has mapped the joiners, and waits for whom no newer map has given up."""
+        assert self.adopted is not None
+        epoch = self.adopted.epoch
+        self.mapping = self.behind = self.asleep = False
+        self.mask = {m for m in self.adopted.members if self.given_up.get(m, 0) <= epoch}
+        self.accord.enter()
 
     def complete(self, world: World) -> None:
         flight = self.flights.popleft()
@@ -189,8 +207,11 @@ class World:
             self.publish(members, again)
 
     def join(self, member: Member) -> None:
+        """Beside those unsettled, who begin anew."""
+        standing, settled = self.maps[-1], self.is_settled()
         self.start(member)
-        self.publish([*self.maps[-1].members, member], [member])
+        again = [] if settled else [m for m in standing.members if m.rank in standing.joiners]
+        self.publish([*standing.members, member], [*again, member])
 
     def wake(self, by: SimRank, number: int) -> None:
         self.send(by.member, ("wake", number))
@@ -215,6 +236,7 @@ class World:
         options += [
             ("verdict", r) for r in self.alive() if self.judged[r.member] < len(self.verdicts)
         ]
+        options += [("hand", r) for r in self.alive() if r.handed is not r.newest]
         if not options:
             return False
         kind, what = self.draw.choice(options)
@@ -224,13 +246,29 @@ class World:
         else:
             assert isinstance(what, SimRank)
             self._do(kind, what)
+        self._check_pause()
         return True
+
+    def _check_pause(self) -> None:
+        """Unmapping a former life's memory waits for all graphs of a card, where ranks share it:
+        while anybody maps joiners, none is in flight that waits for one still to be launched."""
+        mapping = [r.member for r in self.alive() if r.maps_joiners()]
+        for rank in self.alive() if mapping else []:
+            for flight in rank.flights:
+                waits = [m for m in rank.mask if m in self.ranks and m != rank.member]
+                late = [m for m in waits if self.ranks[m].accord.launched <= flight.number]
+                assert not late, f"{rank.member} waits for {late} while {mapping} map joiners"
+
+    def is_still(self) -> bool:
+        return not any(rank.flights for rank in self.alive())
 
     def _do(self, kind: str, rank: SimRank) -> None:
         if kind == "turn":
             rank.turn(self)
         elif kind == "complete":
             rank.complete(self)
+        elif kind == "hand":
+            rank.handed = rank.newest
         elif kind == "map":
             self.seen[rank.member] += 1
             rank.hear(self.maps[self.seen[rank.member] - 1])
@@ -265,12 +303,17 @@ class World:
         """Whether a turn would change something: a trial on nothing but the questions it asks."""
         if rank.left:
             return False
+        if rank.mapping:
+            return not rank.maps_joiners() or self.is_still()
         if rank.flights:
             return rank.may_go_ahead()
-        newest, adopted, accord = rank.newest, rank.adopted, rank.accord
+        newest, adopted, accord = rank.handed, rank.adopted, rank.accord
         epoch = adopted.epoch if adopted else 0
-        if newest and newest.epoch > epoch and accord.join_at(newest) is not None:
-            return True
+        if newest and newest.epoch > epoch:
+            at = accord.join_at(newest)
+            must_pause = newest.joiners and accord.own.paused < newest.epoch
+            if at is not None and (must_pause or accord.may_adopt(newest)):
+                return True
         if adopted is None or rank.behind:
             return False
         awake = not rank.asleep or rank.work > 0 or rank.woken >= accord.launched
@@ -300,11 +343,12 @@ class World:
         self.run(100_000)
         assert not self.advance(), "something goes on for ever"
         for rank in self.alive():
+            assert not rank.mapping, f"{rank.member} maps for ever"
             assert not rank.flights, f"{rank.member} waits for ever in {rank.flights[0]}"
             assert rank.adopted is self.maps[-1]
             assert rank.asleep
             assert not rank.work
-        assert len({rank.accord.launched for rank in self.alive()}) == 1
+        assert len({rank.accord.launched for rank in self.alive()}) <= 1
 
 
 def formed(seed: int) -> World:
@@ -335,19 +379,32 @@ def test_all_sleep_after_work_and_wake_for_more(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_deaths_and_joins_at_any_moment(seed: int) -> None:
+    disturb(formed(seed), rounds=5, turns=400, patience=1.0)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_joiners_are_mapped_slowly_while_others_die_and_join(seed: int) -> None:
     world = formed(seed)
-    world.run(world.draw.randrange(300))
+    world.settle()
+    world.draw = _SlowMapping(seed)
+    disturb(world, rounds=8, turns=150, patience=0.7)
+
+
+def disturb(world: World, *, rounds: int, turns: int, patience: float) -> None:
+    """`patience`: how often a join waits for the one before."""
+    world.run(world.draw.randrange(turns))
     lives = dict.fromkeys(range(RANKS), 1)
-    for _ in range(5):
+    for _ in range(rounds):
         give_work(world, 40)
         members = [m for m in world.maps[-1].members if m in world.ranks]
         missing = sorted(set(range(RANKS)) - {m.rank for m in world.ranks})
-        if missing and world.draw.random() < 0.6 and world.is_settled():
+        may_join = world.is_settled() or world.draw.random() > patience
+        if missing and may_join and world.draw.random() < 0.6:
             lives[missing[0]] += 1
             world.join(life(missing[0], lives[missing[0]]))
         elif len(members) > 1:
-            world.kill(world.draw.choice(members))
-        world.run(world.draw.randrange(400))
+            world.kill(*world.draw.sample(members, 1))
+        world.run(world.draw.randrange(turns))
     if world.ranks:
         world.settle()
 
@@ -364,6 +421,14 @@ def test_a_rank_that_hears_late_of_the_last_promise_wakes_the_others() -> None:
     assert woken, "no schedule was late enough to show it"
 
 
+class _SlowMapping(random.Random):
+    """Who maps joiners is rarely done with it."""
+
+    def choice(self, options):  # type: ignore[no-untyped-def]
+        others = [o for o in options if o[0] != "turn" or not o[1].mapping]
+        return super().choice(others if others and self.random() < 0.99 else options)
+
+
 class _Lazy(random.Random):
     """Delivers news as late as possible, now and then."""
 
@@ -377,6 +442,7 @@ def news_of(member: Member, *, entered: int, spoilt: int) -> GraphNews:
         member=member,
         joining=Epoch(0),
         limit=0,
+        paused=Epoch(0),
         entered=Epoch(entered),
         sleep_at=-1,
         slept_at=-1,
@@ -389,6 +455,7 @@ def running(own: Member, expert_map: ExpertMap) -> GraphAccord:
     accord = GraphAccord(own)
     accord.hear(expert_map)
     accord.adopt(expert_map)
+    accord.enter()
     return accord
 
 
@@ -467,6 +534,63 @@ def test_nothing_is_launched_between_a_map_with_joiners_and_its_adoption() -> No
         accord.adopt(second)
 
 
+def paused_for_a_joiner_that_died() -> tuple[GraphAccord, Member]:
+    """Under map 3, after it had paused for map 2; with the other member."""
+    one, two, joiner = life(0), life(1), life(2)
+    accord = running(one, map_of(1, [one, two], []))
+    second = map_of(2, [one, two, joiner], [joiner])
+    accord.hear(second)
+    accord.on_news(replace(news_of(two, entered=1, spoilt=0), joining=Epoch(2)))
+    accord.on_news(replace(news_of(joiner, entered=0, spoilt=0), joining=Epoch(2)))
+    accord.launch()
+    accord.land()
+    accord.pause(second)
+    assert not accord.may_adopt(second)  # the others may have graphs in flight
+    third = map_of(3, [one, two], [])
+    accord.hear(third)
+    accord.adopt(third)
+    accord.enter()
+    return accord, two
+
+
+def test_who_has_paused_launches_nothing_while_a_peer_may_map_the_joiner() -> None:
+    accord, two = paused_for_a_joiner_that_died()
+    assert not accord.may_launch()
+    accord.on_news(replace(news_of(two, entered=2, spoilt=0), joining=Epoch(2), paused=Epoch(2)))
+    assert accord.may_launch()
+
+
+def test_a_peer_that_is_ready_for_the_next_joiner_does_not_map_the_last_one() -> None:
+    accord, two = paused_for_a_joiner_that_died()
+    accord.on_news(replace(news_of(two, entered=1, spoilt=0), joining=Epoch(4), paused=Epoch(2)))
+    assert accord.may_launch()
+
+
+def test_who_is_ready_for_a_joiner_launches_nothing_under_the_map_before_even_if_it_dies() -> None:
+    one, two, joiner = life(0), life(1), life(2)
+    accord = running(one, map_of(1, [one, two], []))
+    accord.hear(map_of(2, [one, two, joiner], [joiner]))
+    third = map_of(3, [one, two], [])
+    accord.hear(third)
+    assert not accord.may_launch()
+    accord.adopt(third)
+    accord.enter()
+    assert accord.may_launch()
+
+
+def test_who_maps_joiners_gets_ready_for_the_next_ones_only_after_it() -> None:
+    one, two = life(0), life(1)
+    accord = GraphAccord(one)
+    first = map_of(1, [one, two], [one, two])
+    accord.hear(first)
+    accord.on_news(replace(news_of(two, entered=0, spoilt=0), joining=Epoch(1), paused=Epoch(1)))
+    accord.adopt(first)
+    accord.hear(map_of(2, [one, life(2)], [life(2)]))
+    assert accord.own.joining == 1
+    accord.enter()
+    assert accord.own.joining == 2
+
+
 def test_a_joiner_that_was_ready_once_does_not_begin_anew() -> None:
     accord = GraphAccord(life(1))
     assert not accord.hear(map_of(4, [life(0), life(1)], [life(1)])).leave
@@ -474,10 +598,7 @@ def test_a_joiner_that_was_ready_once_does_not_begin_anew() -> None:
 
 
 def test_a_promise_comes_after_idle_graphs_only() -> None:
-    accord = GraphAccord(life(0))
-    alone = map_of(1, [life(0)], [])
-    accord.hear(alone)
-    accord.adopt(alone)
+    accord = running(life(0), map_of(1, [life(0)], []))
     for _ in range(IDLE_GRAPHS - 1):
         accord.launch()
         accord.note_step(had_work=False)
