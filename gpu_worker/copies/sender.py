@@ -92,7 +92,6 @@ class Sender:
                 left.append(write)
             elif status == -2:
                 channel.lose_room()
-                channel.fail("a write timed out")
             else:
                 channel.give_back(write.send.room)
                 if status == 1:

@@ -43,7 +43,8 @@ class Dropping(NamedTuple):
 
 class KeptCopies:
     """Any thread. `area_bytes` is what each source gets; that of a dead life that is still kept is
-    not counted when its rank's next life asks: memory is used by what is written, no sooner."""
+    not counted when its rank's next life asks: over TCP memory is used by what is written, no
+    sooner, and what is counted twice is rarely full twice."""
 
     def __init__(self, registry: Registry, form: BlockForm, area_bytes: int) -> None:
         self._registry = registry

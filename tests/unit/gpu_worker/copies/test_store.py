@@ -83,13 +83,16 @@ def test_a_block_is_found_by_its_name_from_the_message_to_the_drop(store: KeptCo
     assert value_of(store, b"a") == 11
 
 
-def test_what_several_sources_keep_is_found_as_long_as_one_of_them_does(store: KeptCopies) -> None:
+@pytest.mark.parametrize(("first", "last"), [(1, 2), (2, 1)])
+def test_what_several_sources_keep_is_found_as_long_as_one_of_them_does(
+    store: KeptCopies, first: int, last: int
+) -> None:
     for rank in (1, 2):
         write(store.give(request(source(rank)), NOW), rank, rank)
         store.keep(kept(source(rank), {rank: b"a"}))
-    store.drop(drop(source(1), 1))
-    assert value_of(store, b"a") == 2
-    store.drop(drop(source(2), 2))
+    store.drop(drop(source(first), first))
+    assert value_of(store, b"a") == last
+    store.drop(drop(source(last), last))
     assert store.find(b"a") is None
 
 
