@@ -4,6 +4,7 @@ Which graphs are launched when is agreed on with the peers by the conductor."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -88,6 +89,7 @@ class CudaRunner:
         self._enter_thread: Callable[[], None] | None = enter_thread
         self._others: tuple[RankId, ...] = ()
         self._flights: deque[_Flight] = deque()
+        self._pauses_until: float | None = None  # then somebody is suspected
 
     def runs_ahead_of(self, plan: StepPlan) -> bool:
         """Not where the host reads the step's logits: the next one overwrites them."""
@@ -99,7 +101,7 @@ class CudaRunner:
             self._enter_thread = None
         while self._conductor.launch_towards(expert_map):
             self._wait(self._decoder.launch(_EMPTY))
-        return self._conductor.may_adopt(expert_map)
+        return self._goes_on(self._conductor.may_adopt(expert_map))
 
     def adopt(self, expert_map: ExpertMap) -> Step:
         def take() -> None:
@@ -112,7 +114,7 @@ class CudaRunner:
         return first
 
     def claim_step(self) -> bool:
-        return self._conductor.claim()
+        return self._goes_on(self._conductor.claim())
 
     def claim_ahead(self) -> bool:
         return self._conductor.claim(ahead=True)
@@ -149,15 +151,28 @@ class CudaRunner:
         while not launched.is_done():
             if not waiting_for and self._clock.now() > suspects_at:
                 waiting_for = self._others
-                self._suspect_next()
+                self._suspect_next(self._others, "a graph waits for some peer")
             self._monitor.beat(waiting_for)
             time.sleep(_NAP_S)
         self._conductor.land()
 
-    def _suspect_next(self) -> None:
-        later = [rank for rank in self._others if rank > self._member.rank]
-        for rank in (later or self._others)[:1]:
-            detail = "a graph waits for some peer"
+    def _goes_on(self, may: bool) -> bool:
+        """In the pause of a join no kernel waits for who hangs: it is suspected here."""
+        awaited = [] if may else [m.rank for m in self._conductor.awaited()]
+        now = self._clock.now()
+        if not awaited:
+            self._pauses_until = None
+        elif self._pauses_until is None:
+            self._pauses_until = now + self._deadline_s
+        elif now > self._pauses_until:
+            self._pauses_until = math.inf  # once
+            self._suspect_next(awaited, "it keeps a join waiting")
+        return may
+
+    def _suspect_next(self, ranks: Sequence[RankId], detail: str) -> None:
+        """One of these; each rank another one, as far as there are several."""
+        later = [rank for rank in ranks if rank > self._member.rank]
+        for rank in (later or ranks)[:1]:
             self._monitor.suspect(rank, SuspicionReason.EXCHANGE, detail)
 
 

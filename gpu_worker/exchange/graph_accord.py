@@ -174,6 +174,16 @@ class GraphAccord:
         news = map(self._of, self._adopted.members)
         return [n.member for n in news if n.entered < paused and n.joining <= paused]
 
+    def awaited(self) -> list[Member]:
+        """Who has still to say something before this rank goes on with the newest joiners."""
+        newest, adopted = self._newest, self._adopted
+        if newest is None or not newest.joiners or newest is adopted:
+            return self.may_be_mapping()
+        epoch = newest.epoch
+        news = [self._of(m) for m in newest.members if m != self.own.member]
+        unready = [n.member for n in news if n.joining < epoch]
+        return unready or [n.member for n in news if n.paused < epoch]
+
     def may_launch_ahead(self) -> bool:
         """Whether one more may be launched while the last is in flight: nothing is known that
         would spoil it, no map waits for that one's end, and all do not sleep after it."""

@@ -154,6 +154,11 @@ class GraphConductor:
             self._loop.call_soon_threadsafe(self._oversleep, launched)
         return True
 
+    def awaited(self) -> list[Member]:
+        """Where nothing may be adopted or launched: whom this rank waits for, if for anybody."""
+        with self._lock:
+            return self._accord.awaited()
+
     def land(self) -> None:
         """The first of the graphs in flight has ended, to whatever end."""
         with self._lock:

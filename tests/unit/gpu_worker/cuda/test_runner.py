@@ -27,9 +27,11 @@ from gpu_worker.engine.mailbox import (
     SendWake,
     StepTokens,
     Stop,
+    Suspect,
     ThreadWaiter,
 )
 from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.exchange.graph_accord import GraphAccord
 from gpu_worker.exchange.graph_conductor import ConductorDoors, GraphConductor
 from gpu_worker.exchange.replica_choice import ReplicaPolicy
 from gpu_worker.step_batch import StepBatch
@@ -38,6 +40,7 @@ from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step
 from shared.wire import GraphNews, Wake
+from tests.support.fake_clock import FakeClock
 from tests.unit.gpu_worker.engine.toy import ToyModel, alone, origin, scheduler, submit
 
 PATIENCE_S = 20
@@ -435,3 +438,52 @@ async def test_a_slot_is_free_once_everybody_has_let_go(cluster: Cluster) -> Non
     assert one.held.empty()
     two.conductor.condemn(dead.member, Epoch(2))
     assert await asyncio.wait_for(one.held.get(), PATIENCE_S) == Epoch(1)
+
+
+async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
+    clock, events = FakeClock(), list[Event]()
+    inbox = Inbox(ThreadWaiter())
+    own, hung, newcomer = (
+        Member(rank=RankId(r), incarnation=Incarnation(9)) for r in range(NUM_RANKS)
+    )
+    conductor = GraphConductor(own, lambda *_: None, asyncio.get_running_loop())
+    conductor.attach(
+        ConductorDoors(
+            tell=lambda *_: None,
+            wake=lambda _: None,
+            nudge=inbox.nudge,
+            held=lambda _: None,
+            leave=lambda _: None,
+        )
+    )
+    runner = CudaRunner(
+        member=own,
+        decoder=Device(own, Fabric()),
+        exchange=None,
+        conductor=conductor,
+        monitor=EngineMonitor(inbox, events.append, clock),
+        clock=clock,
+        deadline_ms=50,
+        replicas=ReplicaPolicy.SPREAD,
+    )
+    members = (own, hung, newcomer)
+    joined = ExpertMap(
+        epoch=Epoch(1),
+        num_experts=1,
+        members=members,
+        placement=np.zeros((1, NUM_RANKS, 1), dtype=np.int16),
+        joiners=tuple(m.rank for m in members),
+    )
+    conductor.hear(joined)
+    said = GraphAccord(newcomer)
+    said.hear(joined)
+    conductor.on_news(said.own)
+    assert not runner.approach(joined)
+    clock.advance(0.04)
+    assert not runner.approach(joined)
+    assert not events
+    clock.advance(0.02)
+    for _ in range(2):
+        assert not runner.approach(joined)
+        clock.advance(1.0)
+    assert [e.rank for e in events if isinstance(e, Suspect)] == [hung.rank]
