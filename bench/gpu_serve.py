@@ -30,7 +30,7 @@ import msgspec
 import uvloop
 
 from bench.gpu_serve_fault import Fault, Pace, Struck, strike
-from bench.gpu_serve_gaps import is_wrong
+from bench.gpu_serve_gaps import first_wrong
 from bench.gpu_serve_load import SteadyLoad, Turn
 from bench.random_checkpoint import entries_of, make_checkpoint
 from cli.bench.fault_witness import Witness
@@ -194,14 +194,16 @@ class Experiment:
 
     async def _compare(self, client: StreamClient, index: int, turns: Sequence[Turn]) -> None:
         """Raises Unavailable where the undisturbed instance does not answer."""
-        wrong = 0
+        wrong: list[str] = []
         for first in range(0, len(turns), self._args.streams):
             batch = turns[first : first + self._args.streams]
             answers = await run_all(client, [t.prompt for t in batch], self._args.new_tokens)
             if failed := [r.error for r in answers if r.error is not None]:
                 raise Unavailable(f"the undisturbed run failed: {failed[0]}")
-            wrong += sum(is_wrong(t, r.ids) for t, r in zip(batch, answers, strict=True))
-        self.struck[index] = replace(self.struck[index], checked=len(turns), wrong=wrong)
+            for turn, answer in zip(batch, answers, strict=True):
+                if (token := first_wrong(turn, answer.ids)) is not None:
+                    wrong.append(_wrong(turn, token, self.struck[index]))
+        self.struck[index] = replace(self.struck[index], checked=len(turns), wrong=tuple(wrong))
         self._keep(self.struck[index])
 
     def _keep(self, struck: Struck) -> None:
@@ -209,11 +211,25 @@ class Experiment:
         self._say(row(struck))
         if struck.failed:
             self._say(f"  failed: {struck.failed[0]}")
+        for wrong in struck.wrong:
+            self._say(f"  wrong: {wrong}")
         if self._args.out is not None:
             self._args.out.write_text(json.dumps(self.result, indent=1))
 
     def _say(self, text: str) -> None:
         print(f"{self._clock.now() - self._began:7.1f} s  {text}", flush=True)
+
+
+def _wrong(turn: Turn, token: int, struck: Struck) -> str:
+    """When: to the chunk of tokens that as many chunks precede, mostly one token each."""
+    record = turn.record
+    whose = "victim" if record.rank in struck.victims else "survivor"
+    came = [at - struck.struck_at for at in record.arrivals]
+    when = f", {came[min(token, len(came) - 1)]:.3f} s after the fault" if came else ""
+    return (
+        f"token {token} of {len(record.ids)}{when}, of a stream that began on rank {record.rank}, "
+        f"a {whose}, {record.sent_at - struck.struck_at:.3f} s after it"
+    )
 
 
 def row(struck: Struck) -> str:
@@ -225,7 +241,7 @@ def row(struck: Struck) -> str:
         f"95 % of the share after {recovered}, "
         f"{struck.tokens_per_s_before:.0f} -> {struck.tokens_per_s_after:.0f} tok/s "
         f"(share {struck.surviving_share:.2f}), streams {struck.streams}, failed "
-        f"{len(struck.failed)}, wrong {struck.wrong} of {struck.checked}; rejoined after "
+        f"{len(struck.failed)}, wrong {len(struck.wrong)} of {struck.checked}; rejoined after "
         f"{rejoined}, gap {_cells(struck.rejoin_gap_ms)} ms"
     )
 

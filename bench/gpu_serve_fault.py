@@ -57,6 +57,7 @@ class Struck:
     """One fault. Gaps are the longest of each stream that it interrupted; None where none was."""
 
     fault: str
+    struck_at: float  # `Clock.now()`
     victims: tuple[int, ...]
     gap_ms: Spread | None
     gap_on_victims_ms: Spread | None  # of streams that began on ranks that were struck
@@ -70,7 +71,7 @@ class Struck:
     streams: int
     failed: tuple[str, ...]
     checked: int  # of streams that ran at the fault, or when a map came after it
-    wrong: int
+    wrong: tuple[str, ...]  # of these
     epochs: tuple[str, ...]  # maps since, with the seconds from the fault
     worst: tuple[str, ...]  # of all pauses since
     phases: tuple[Phases, ...]  # of the victims whose verdicts were seen
@@ -160,6 +161,7 @@ class _Seen:
         share = 1 - fault.num_ranks / num_members
         return Struck(
             fault=str(fault),
+            struck_at=self.struck_at,
             victims=tuple(int(v.rank) for v in victims),
             gap_ms=_spread(longest_gaps_ms(running, fresh, now)),
             gap_on_victims_ms=_spread(longest_gaps_ms(on_victims, fresh, now)),
@@ -175,7 +177,7 @@ class _Seen:
             streams=len(turns),
             failed=tuple(errors(turns)),
             checked=0,
-            wrong=0,
+            wrong=(),
             epochs=tuple(
                 f"{m.published_at - struck_at:.3f} s: epoch {m.epoch}, {len(m.members)} ranks"
                 for m in self._maps_since()

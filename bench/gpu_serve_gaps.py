@@ -115,13 +115,16 @@ def _ran_at(turn: Turn, moment: float, now: float) -> bool:
     return record.sent_at <= moment <= end
 
 
-def is_wrong(turn: Turn, answer: Sequence[int]) -> bool:
-    """Its tokens are not, one by one, those of the undisturbed answer to its prompt, or it ended
-    with another number of them than was asked for."""
+def first_wrong(turn: Turn, answer: Sequence[int]) -> int | None:
+    """Which of its tokens is the first that is not that of the undisturbed answer to its prompt, or
+    is missing, or one too many. None where there is none."""
     record = turn.record
+    for index, (token, expected) in enumerate(zip(record.ids, answer, strict=False)):
+        if token != expected:
+            return index
     if record.finish is not None and len(record.ids) != turn.wanted_tokens:
-        return True
-    return record.ids != list(answer[: len(record.ids)])
+        return min(len(record.ids), turn.wanted_tokens)
+    return len(answer) if len(record.ids) > len(answer) else None
 
 
 def errors(turns: Sequence[Turn]) -> list[str]:

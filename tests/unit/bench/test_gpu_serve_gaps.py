@@ -10,8 +10,8 @@ from bench.gpu_serve_gaps import (
     Window,
     errors,
     first_tokens_ms,
+    first_wrong,
     had_begun,
-    is_wrong,
     longest_gaps_ms,
     ran_at,
 )
@@ -73,16 +73,18 @@ def test_a_fault_interrupts_streams_that_have_a_token() -> None:
 @pytest.mark.parametrize(
     ("ids", "finish", "wrong"),
     [
-        ([7, 8, 9, 5], "length", False),
-        ([7, 8], None, False),  # still running
-        ([7, 8], "length", True),  # ended early
-        ([7, 9, 5], None, True),  # one lost
-        ([7, 8, 8], None, True),  # one doubled
-        ([], None, False),
+        ([7, 8, 9, 5], "length", None),
+        ([7, 8], None, None),  # still running
+        ([7, 8], "length", 2),  # ended early
+        ([7, 9, 5], None, 1),  # one lost
+        ([7, 8, 8], None, 2),  # one doubled
+        ([7, 8, 9, 5, 5], "length", 4),
+        ([7, 8, 9, 5, 5], None, 4),
+        ([], None, None),
     ],
 )
-def test_every_token_is_compared(ids: list[int], finish: str | None, wrong: bool) -> None:
-    assert is_wrong(turn(ids=ids, finish=finish), [7, 8, 9, 5]) == wrong
+def test_every_token_is_compared(ids: list[int], finish: str | None, wrong: int | None) -> None:
+    assert first_wrong(turn(ids=ids, finish=finish), [7, 8, 9, 5]) == wrong
 
 
 def test_streams_that_ran_when_something_happened_are_those_to_be_compared() -> None:
