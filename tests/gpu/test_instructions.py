@@ -77,6 +77,18 @@ def summed(kernel: Any, arguments: list[str], constants: dict[str, Any], warps: 
     return sorted(re.sub(r"#\w+", lambda name: layouts[name[0]], tensor) for tensor in sums)
 
 
+def multiplied(
+    kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int
+) -> list[str]:
+    """The layouts of the operands of each product of `kernel`, but for how warps share rows: they
+    say which positions an instruction sums up."""
+    text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
+    products = re.findall(r"tt\.dot .*? : (tensor<.*?) loc", text)
+    told = (re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), p) for p in products)
+    return [re.sub(r"warpsPerCTA = \[\d+, 1\]", "", each) for each in told]
+
+
 def linear_instructions(tile: linear.LinearTile) -> set[str]:
     constants = {
         "INNER": HIDDEN,
@@ -182,6 +194,13 @@ def test_attention_takes_the_one_instruction() -> None:
     assert instructions(attention._attend_splits, *given, warps, 1) == ONE_INSTRUCTION
     turning = attending(4)
     assert instructions(attention._attend_splits, *turning, TURNING_WARPS, 1) == ONE_INSTRUCTION
+
+
+def test_attention_sums_alike_whether_or_not_it_turns_its_own_queries() -> None:
+    """A joined operand once had the products of queries take their positions in other fours."""
+    given = multiplied(attention._attend_splits, *attending(0), attention.ATTENTION_TILE.warps)
+    assert given == multiplied(attention._attend_splits, *attending(4), TURNING_WARPS)
+    assert len(given) == 3
 
 
 def test_heads_are_normed_in_one_order_by_attention_and_before_it() -> None:

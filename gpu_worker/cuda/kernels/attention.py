@@ -23,7 +23,7 @@ from gpu_worker.cuda.kernels.turned_heads import summed_value, turned_key, turne
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
 _TURNING_WARPS = 4  # part of the result, unlike those of given queries' attention
-TURNED_ROWS_MAX = 32  # beyond, too many programs would turn the same queries
+TURNED_ROWS_MAX = 2  # beyond, turning the same queries in every split costs more than a launch
 
 
 class AttentionTile(NamedTuple):

@@ -8,12 +8,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _turn(low, high, norm_low, norm_high, cos, sin, square, eps, HALF: tl.constexpr):
-    """The halves of heads whose squares add up to `square`, normed and rotated."""
+def _turn(x, partner, norm, norm_partner, cos, sin, square, eps, HALF: tl.constexpr):
+    """Heads whose squares add up to `square`, normed and rotated: each value takes its partner in
+    the other half along. Halves are never joined: a product takes its sums in another order where
+    one of its operands was."""
     scale = tl.rsqrt(square / (2 * HALF) + eps)
-    low = low * scale * norm_low
-    high = high * scale * norm_high
-    return low * cos - high * sin, high * cos + low * sin
+    return tl.fma(x * scale * norm, cos, partner * scale * norm_partner * sin)
+
+
+@triton.jit
+def _rotation(cos_ptr, sin_ptr, position, d, HALF: tl.constexpr):
+    """(cosine, sine with the sign that it has for value `d`)."""
+    at = position * HALF + d % HALF
+    sin = tl.load(sin_ptr + at)
+    return tl.load(cos_ptr + at), tl.where(d < HALF, -sin, sin)
 
 
 @triton.jit
@@ -33,21 +41,20 @@ def turned_queries(
 ):
     """Of the heads of one row, `[ROWS, 2 · HALF]` in float32. One block shape, and as many warps,
     for every caller: the order of the sums is part of the result."""
-    i = tl.arange(0, HALF)
-    low = tl.zeros([ROWS, HALF], dtype=tl.float32)
-    high = tl.zeros([ROWS, HALF], dtype=tl.float32)
-    heads_ptr = row_ptr + head[:, None] * (2 * HALF) + i[None, :]
+    d = tl.arange(0, 2 * HALF)
+    other = (d + HALF) % (2 * HALF)
+    x = tl.zeros([ROWS, 2 * HALF], dtype=tl.float32)
+    partner = tl.zeros([ROWS, 2 * HALF], dtype=tl.float32)
+    heads_ptr = row_ptr + head[:, None] * (2 * HALF)
     for part in tl.static_range(PARTS):
         ptr = heads_ptr + part * part_stride.to(tl.int64)
-        low += tl.load(ptr, mask=is_head[:, None], other=0.0).to(tl.float32)
-        high += tl.load(ptr + HALF, mask=is_head[:, None], other=0.0).to(tl.float32)
-    norm_low = tl.load(q_norm_ptr + i).to(tl.float32)[None, :]
-    norm_high = tl.load(q_norm_ptr + HALF + i).to(tl.float32)[None, :]
-    cos = tl.load(cos_ptr + position * HALF + i)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + i)[None, :]
-    square = tl.sum(low * low + high * high, axis=1)[:, None]
-    low, high = _turn(low, high, norm_low, norm_high, cos, sin, square, eps, HALF)
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [ROWS, 2 * HALF])
+        x += tl.load(ptr + d[None, :], mask=is_head[:, None], other=0.0).to(tl.float32)
+        partner += tl.load(ptr + other[None, :], mask=is_head[:, None], other=0.0).to(tl.float32)
+    norm = tl.load(q_norm_ptr + d).to(tl.float32)[None, :]
+    norm_partner = tl.load(q_norm_ptr + other).to(tl.float32)[None, :]
+    cos, sin = _rotation(cos_ptr, sin_ptr, position, d, HALF)
+    square = tl.sum(x * x, axis=1)[:, None]
+    return _turn(x, partner, norm, norm_partner, cos[None, :], sin[None, :], square, eps, HALF)
 
 
 @triton.jit
@@ -64,20 +71,19 @@ def turned_key(
     HALF: tl.constexpr,
 ):
     """Of the head that starts at `column`, `[2 · HALF]` in float32; as `turned_queries`."""
-    i = tl.arange(0, HALF)
-    low = tl.zeros([HALF], dtype=tl.float32)
-    high = tl.zeros([HALF], dtype=tl.float32)
+    d = tl.arange(0, 2 * HALF)
+    other = (d + HALF) % (2 * HALF)
+    x = tl.zeros([2 * HALF], dtype=tl.float32)
+    partner = tl.zeros([2 * HALF], dtype=tl.float32)
     for part in tl.static_range(PARTS):
-        ptr = row_ptr + part * part_stride.to(tl.int64) + column + i
-        low += tl.load(ptr).to(tl.float32)
-        high += tl.load(ptr + HALF).to(tl.float32)
-    norm_low = tl.load(k_norm_ptr + i).to(tl.float32)
-    norm_high = tl.load(k_norm_ptr + HALF + i).to(tl.float32)
-    cos = tl.load(cos_ptr + position * HALF + i)
-    sin = tl.load(sin_ptr + position * HALF + i)
-    square = tl.sum(low * low + high * high, axis=0)
-    low, high = _turn(low, high, norm_low, norm_high, cos, sin, square, eps, HALF)
-    return tl.reshape(tl.permute(tl.join(low, high), (1, 0)), [2 * HALF])
+        ptr = row_ptr + part * part_stride.to(tl.int64) + column
+        x += tl.load(ptr + d).to(tl.float32)
+        partner += tl.load(ptr + other).to(tl.float32)
+    norm = tl.load(k_norm_ptr + d).to(tl.float32)
+    norm_partner = tl.load(k_norm_ptr + other).to(tl.float32)
+    cos, sin = _rotation(cos_ptr, sin_ptr, position, d, HALF)
+    square = tl.sum(x * x, axis=0)
+    return _turn(x, partner, norm, norm_partner, cos, sin, square, eps, HALF)
 
 
 @triton.jit
