@@ -96,6 +96,10 @@ class Channel:
         self.sends.append(Send(room, slot, name, is_saved))
         self._bells.sender(self)
 
+    @property
+    def has_answers(self) -> bool:
+        return bool(self._sent or self._dropped)
+
     def take_sent(self) -> Sequence[bytes]:
         return _take_all(self._sent)
 

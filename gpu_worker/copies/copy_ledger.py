@@ -21,16 +21,16 @@ from collections.abc import Iterable, Sequence
 
 from gpu_worker.engine.prefix_index import PrefixIndex
 
-_SPARE_MAX = 32
-"""Slots that are kept free, or are about to be: a drop takes a round trip, in which a few steps may
-each send their blocks."""
+_SPARE_MAX = 128
+"""Slots that are free, or about to be, after a drop: one takes a round trip, which is begun some
+tenths of a second later (`copy_links.TELLING_S`), while blocks are sent on."""
 
 
 class CopyLedger:
     """Starts with all slots free."""
 
     def __init__(self, num_slots: int) -> None:
-        self._num_spare = max(1, min(_SPARE_MAX, num_slots // 4))
+        self._num_spare = max(1, min(_SPARE_MAX, num_slots // 8))
         self._free = list(range(num_slots - 1, -1, -1))
         self._index = PrefixIndex()  # of slots that are written or known
         self._num_users = [0] * num_slots
@@ -93,9 +93,12 @@ class CopyLedger:
             self._writing.remove(self._slot_of(name))
 
     def pick_drops(self) -> list[int]:
-        """Slots that the target is to be asked to drop, so that a few are free in time. One that is
-        still being written stays, and those that became idle after it."""
+        """Slots that the target is to be asked to drop, so that a few are free in time: many at
+        once, now and then. One that is still being written stays, and those that became idle after
+        it."""
         picked: list[int] = []
+        if len(self._free) + len(self._leaving) > self._num_spare // 2:
+            return picked
         while len(self._free) + len(self._leaving) < self._num_spare:
             slot = self._index.next_out()
             if slot is None or slot in self._writing:

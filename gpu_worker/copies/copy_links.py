@@ -30,6 +30,9 @@ BACKOFF_MAX_S = 10.0
 STANDING_S = 10.0
 """A link that stood for so long is opened anew without hesitation."""
 REFUSED_RETRY_S = 60.0
+TELLING_S = 0.15
+"""All links together tell no more often than that; so what a rank spends on it does not grow with
+the number of ranks, while what each survivor has to compute again after a death does not either."""
 
 
 class DataSide(Protocol):
@@ -104,7 +107,7 @@ class CopyLinks:
             await greet(peer, self._member, reader, writer)
             opened = await self._ask_for_room(peer, reader, writer)
             await self._data.contact(opened)
-            link = CopyLink(self._member, writer)
+            link = CopyLink(self._member, writer, pace_s=lambda: TELLING_S * len(self._open))
             channel = self._data.channel(peer, opened, link.ring)
             self._open = {**self._open, peer.rank: channel}
             log.info("copies_link_open", peer=str(peer.member), slots=opened.num_slots)

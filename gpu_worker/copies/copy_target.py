@@ -50,9 +50,9 @@ class CopyTarget:
         return bool(self._unsent) and not self.is_full
 
     @property
-    def is_at_rest(self) -> bool:
-        """Nothing is under way, and nothing can be sent."""
-        return self._ledger.is_settled and not self.has_more
+    def is_settled(self) -> bool:
+        """Nothing is under way."""
+        return self._ledger.is_settled
 
     def holds(self, chain: CopiedChain) -> bool:
         """Whether it has at least the first block."""
@@ -70,14 +70,13 @@ class CopyTarget:
         del self._chains[chain]
         self._unsent.pop(chain, None)
         self._ledger.release(chain.names[: chain.num_sent])
+        self._ask_for_drops()
 
     def settle(self) -> None:
-        """Hears what has become of blocks and drops, and asks for the next drops."""
-        if not self._ledger.is_settled:
-            self._ledger.note_known(self.channel.take_sent())
-            self._ledger.note_dropped(self.channel.take_dropped())
-        if slots := self._ledger.pick_drops():
-            self.channel.drop(slots)
+        """Hears what has become of blocks and drops."""
+        self._ledger.note_known(self.channel.take_sent())
+        self._ledger.note_dropped(self.channel.take_dropped())
+        self._ask_for_drops()
 
     def send_next(self, cache: BlockCache) -> bool:
         """One block; False: none can go out now."""
@@ -97,8 +96,13 @@ class CopyTarget:
             is_saved = cache.save(chain.blocks[chain.num_sent], room)
             self.channel.send(room, self._ledger.take(name), name, is_saved)
             chain.num_sent += 1
+            self._ask_for_drops()
             return True
         return False
+
+    def _ask_for_drops(self) -> None:
+        if slots := self._ledger.pick_drops():
+            self.channel.drop(slots)
 
     def _advance(self, chain: CopiedChain) -> bool:
         """Past blocks that were sent for others; whether none is left."""

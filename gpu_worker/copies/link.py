@@ -1,6 +1,9 @@
 """The control connection that goes with a channel: tells the target what stands in its slots and
 what it shall forget, and hears that it has. Event loop only, but `ring`.
 
+Each telling costs both ends far more than the news in it, and holds up the engine's thread, so they
+are told together: no sooner after the last ones than the link's pace allows.
+
 After each message the target is asked for a Pong, one at a time: it answers in order, so that a
 Pong proves that all before it was taken in, and one that does not come that the target hangs.
 """
@@ -9,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+from collections.abc import Callable
 
 from gpu_worker.copies.channel import Channel
 from shared.errors import WireError
@@ -35,14 +40,18 @@ class CopyLink:
         source: Member,
         writer: asyncio.StreamWriter,
         *,
+        pace_s: Callable[[], float] = lambda: 0.0,
         pong_timeout_s: float = PONG_TIMEOUT_S,
     ) -> None:
         self._source = source
+        self._pace_s = pace_s
         self._pong_timeout_s = pong_timeout_s
         self._writer = writer
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
         self._rung = False
+        self._told_at = -math.inf
+        self._telling: asyncio.TimerHandle | None = None
         self._nonce = 0
         self._overdue: asyncio.TimerHandle | None = None
         self._asked: list[bytes] = []  # known once the Pong is here
@@ -54,7 +63,7 @@ class CopyLink:
         if not self._rung:
             self._rung = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-                self._loop.call_soon_threadsafe(self._on_news)
+                self._loop.call_soon_threadsafe(self._plan_telling)
 
     async def hold(self, channel: Channel, reader: asyncio.StreamReader) -> str:
         """Until the connection ends or the channel has failed; says which. The channel is closed
@@ -70,8 +79,9 @@ class CopyLink:
         finally:
             self._channel = None
             channel.fail("given up")
-            if self._overdue is not None:
-                self._overdue.cancel()
+            for timer in (self._overdue, self._telling):
+                if timer is not None:
+                    timer.cancel()
         return channel.failure
 
     def _hear(self, channel: Channel, message: Message) -> None:
@@ -89,7 +99,15 @@ class CopyLink:
             case _:
                 raise WireError(f"{type(message).__name__} was not asked for")
 
+    def _plan_telling(self) -> None:
+        wait_s = self._told_at + self._pace_s() - self._loop.time()
+        if wait_s <= 0.0 or (self._channel is not None and not self._channel.is_open):
+            self._on_news()
+        else:
+            self._telling = self._loop.call_later(wait_s, self._on_news)
+
     def _on_news(self) -> None:
+        self._told_at = self._loop.time()
         self._rung = False  # first: what is put there from now on rings again
         channel = self._channel
         if channel is None:

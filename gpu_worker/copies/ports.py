@@ -83,6 +83,11 @@ class CopyChannel(Protocol):
         the channel."""
         ...
 
+    @property
+    def has_answers(self) -> bool:
+        """`take_sent` or `take_dropped` would give something."""
+        ...
+
     def take_sent(self) -> Sequence[bytes]:
         """Names that have become known at the target since the last call."""
         ...

@@ -16,7 +16,7 @@ log = structlog.get_logger()
 NUM_ROOMS = 32
 LOST_ROOMS_MAX = 64
 """A room of a write that timed out may be read at any later time and is never used again. Each peer
-that hangs takes two with it at most (`sender.WRITES_MAX`); more than so many lost rooms point to
+that hangs takes a few with it (`sender.WRITES_MAX`); more than so many lost rooms point to
 something that does not heal, and memory is not given away without end."""
 
 

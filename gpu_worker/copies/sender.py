@@ -22,11 +22,14 @@ from shared.clock import Clock
 
 log = structlog.get_logger()
 
-WRITES_MAX = 2
-"""Under way over a channel: enough to keep its connection busy, and no more rooms to lose."""
+WRITES_MAX = 4
+"""Under way over a channel: as many as it takes to keep its connection busy while nobody looks, and
+no more rooms to lose."""
 WRITE_TIMEOUT_S = 3.0
 """A backstop: Mooncake itself ends a write that makes no progress after a second."""
-_POLL_S = 0.001
+_GATHER_S = 0.05
+"""From the first block on: a look costs the engine's thread the same for one block as for many."""
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,7 @@ class Sender:
             while True:
                 with self._bell:
                     self._bell.wait_for(lambda: self._busy)
+                time.sleep(_GATHER_S)
                 while self.poll():
                     time.sleep(_POLL_S)
         except Exception as error:  # copies are an offer: the rank serves on without

@@ -38,7 +38,9 @@ class CopyWriter:
         self._target_of: dict[CopiedChain, CopyTarget] = {}
         self._homeless: dict[CopiedChain, None] = {}  # have no target
         self._targets: dict[RankId, CopyTarget] = {}
-        self._busy: OrderedDict[CopyTarget, None] = OrderedDict()  # those not at rest, at least
+        # A pump comes with every step: it looks at no others than these.
+        self._unsettled: dict[CopyTarget, None] = {}
+        self._wanting: OrderedDict[CopyTarget, None] = OrderedDict()  # may have something to send
 
     def use(self, others: Sequence[Member]) -> None:
         self._others = frozenset(others)
@@ -64,7 +66,7 @@ class CopyWriter:
         chain.blocks += blocks
         if target := self._target_of.get(chain):
             target.want(chain)
-            self._busy[target] = None
+            self._wanting[target] = None
 
     def forget(self, session: SessionId) -> None:
         chain = self._chains.pop(session, None)
@@ -73,7 +75,8 @@ class CopyWriter:
         self._homeless.pop(chain, None)
         if target := self._target_of.pop(chain, None):
             target.leave(chain)
-            self._busy[target] = None  # its slots may be wanted by others
+            self._unsettled[target] = None  # it may have been asked to drop some
+            self._wanting[target] = None  # others may have waited for these
 
     def backup_of(self, session: SessionId) -> RankId | None:
         chain = self._chains.get(session)
@@ -83,32 +86,39 @@ class CopyWriter:
         return target.channel.target.rank
 
     def pump(self) -> bool:
-        for target in list(self._busy):
-            if target.channel.is_open:
-                target.settle()
-            else:
+        for target in tuple(self._unsettled):
+            if not target.channel.is_open:
                 self._lose(target)
+            elif target.channel.has_answers:
+                target.settle()
+                if target.is_settled:
+                    del self._unsettled[target]
         if self._homeless and self._others:
             self._find_homes()
-        self._send()
-        for target in [t for t in self._busy if t.is_at_rest]:
-            del self._busy[target]
-        return any(target.has_more for target in self._busy)
+        if self._wanting:
+            self._send()
+        return bool(self._wanting)
 
     def _send(self) -> None:
         """From one target after the other; those that were served last come last the next time."""
-        waiting = deque(self._busy)
+        waiting = deque(self._wanting)
         num_left = self._blocks_per_pump
         while waiting and num_left:
             target = waiting.popleft()
-            if target.send_next(self._cache):
+            if not target.channel.is_open:
+                self._lose(target)
+            elif target.send_next(self._cache):
                 num_left -= 1
                 waiting.append(target)
-                self._busy.move_to_end(target)
+                self._wanting.move_to_end(target)
+                self._unsettled[target] = None
+            elif not target.has_more:
+                del self._wanting[target]
 
     def _lose(self, target: CopyTarget) -> None:
         del self._targets[target.channel.target.rank]
-        self._busy.pop(target, None)
+        self._unsettled.pop(target, None)
+        self._wanting.pop(target, None)
         for chain in target.chains:
             chain.num_sent = 0
             del self._target_of[chain]
@@ -125,7 +135,7 @@ class CopyWriter:
             del self._homeless[chain]
             self._target_of[chain] = target
             target.want(chain)
-            self._busy[target] = None
+            self._wanting[target] = None
 
     def _eligible(self) -> list[CopyTarget]:
         """By their rank."""

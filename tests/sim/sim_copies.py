@@ -168,6 +168,10 @@ class SimChannel:
         assert is_saved()
         self._later(lambda: self._write_half(room, slot, name))
 
+    @property
+    def has_answers(self) -> bool:
+        return bool(self._sent or self._dropped)
+
     def take_sent(self) -> Sequence[bytes]:
         sent, self._sent = self._sent, []
         return sent

@@ -112,6 +112,10 @@ class Channel:
         self.sent.append(name)
         self.pending.append(lambda: self._write_half(room, slot, name))
 
+    @property
+    def has_answers(self) -> bool:
+        return bool(self._news_sent or self._news_dropped)
+
     def take_sent(self) -> Sequence[bytes]:
         news, self._news_sent = self._news_sent, []
         return news

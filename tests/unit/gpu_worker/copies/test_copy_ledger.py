@@ -73,6 +73,19 @@ def test_nothing_is_dropped_while_slots_are_free() -> None:
     assert all(ledger.is_known(name) for name in (A, B, C))
 
 
+def test_drops_are_asked_for_many_at_once() -> None:
+    names = [b"%d" % number for number in range(64)]
+    ledger = holding(*names, num_slots=72)
+    ledger.release(names)
+    asked = []
+    for number in range(20):
+        ledger.take(b"new %d" % number)
+        if drops := ledger.pick_drops():
+            asked.append(len(drops))
+            ledger.note_dropped(drops)
+    assert asked == [5, 5, 5, 5]
+
+
 def test_an_idle_block_that_is_used_again_stays() -> None:
     ledger = holding(A, B, C, D)
     ledger.release([A, B, C, D])
@@ -95,9 +108,9 @@ def test_who_ends_while_its_last_block_is_written_loses_no_parent_first() -> Non
 
 
 def test_a_name_has_no_second_slot_while_the_first_may_be_known_by_it() -> None:
-    ledger = holding(A, B, C, D, num_slots=8)
-    for name in (b"1", b"2", b"3"):
-        ledger.take(name)
+    ledger = holding(A, B, C, D, num_slots=16)
+    for number in range(11):
+        ledger.take(b"%d" % number)
     ledger.release([A])
     assert len(ledger.pick_drops()) == 1
     assert not ledger.has(A)

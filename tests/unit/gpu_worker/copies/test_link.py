@@ -79,11 +79,11 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def linked(pong_timeout_s: float = 1e6) -> AsyncIterator[World]:
+async def linked(pace_s: float = 0.0, pong_timeout_s: float = 1e6) -> AsyncIterator[World]:
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=ours)
     their_reader, their_writer = await asyncio.open_connection(sock=theirs)
-    link = CopyLink(SOURCE, writer, pong_timeout_s=pong_timeout_s)
+    link = CopyLink(SOURCE, writer, pace_s=lambda: pace_s, pong_timeout_s=pong_timeout_s)
     remote = RemoteSlots(
         target=TARGET,
         is_elsewhere=True,
@@ -137,6 +137,29 @@ async def test_what_is_told_while_an_answer_is_out_waits_for_the_next_one() -> N
         assert world.channel.take_sent() == [b"1"]
         await answered(world, pong(2))
         assert world.channel.take_sent() == [b"2"]
+
+
+async def test_what_comes_soon_after_something_was_told_is_told_together() -> None:
+    async with linked(pace_s=0.02) as world:
+        world.write(1)
+        assert [await world.hear(), await world.hear()] == [kept(1), Ping(nonce=1)]
+        world.write(2)
+        world.channel.drop([9])
+        world.write(3)
+        assert await world.hear() == kept(2, 3)
+        assert await world.hear() == DropCopies(source=SOURCE, generation=GENERATION, slots=(9,))
+        world.write(4)
+        world.say(pong(1))
+        assert await world.hear() == Ping(nonce=2)
+        assert await world.hear() == kept(4)
+
+
+async def test_a_failure_is_not_held_back_by_the_pace() -> None:
+    async with linked(pace_s=1e6) as world:
+        world.write(1)
+        assert [await world.hear(), await world.hear()] == [kept(1), Ping(nonce=1)]
+        world.channel.fail("a write timed out")
+        assert await world.held == "a write timed out"
 
 
 async def test_a_slot_may_be_written_anew_when_the_target_says_that_it_is_dropped() -> None:

@@ -291,7 +291,7 @@ def test_copies_of_an_ended_session_stay_until_their_room_is_wanted() -> None:
     assert {*channel.known} == {*names_of("a", 4)}
     source.offer("t", "b", 0, 4)
     source.pump_out()
-    assert {*channel.known} == {*names_of("a", 2), *names_of("b", 4)}
+    assert {*channel.known} == {*names_of("a", 3), *names_of("b", 4)}
 
 
 def test_nothing_is_sent_of_a_session_that_has_ended() -> None:
