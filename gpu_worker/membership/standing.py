@@ -3,8 +3,10 @@ etcd, when a map may be adopted, and when to leave. Pure: events in, actions out
 
 Theory of operation. A rank learns of its peers by their records, opens a link to each, and says in
 its own record which are open. It loads what the control plane assigns and says what it holds. The
-control plane puts it into a map only after both, so that adopting a map never waits. A map reaches
-the engine when every member's link is open; until then it is held back, newest first.
+control plane puts it into a map only after both, so that adopting a map hardly ever waits. A map
+reaches the engine when every member's link is open and the own slots hold what it says; until then
+it is held back, newest first. They may not: an assignment that was replaced before its load ended
+has overwritten what the control plane takes for resident.
 
     event                  what follows
     peer's record appears  OpenLink
@@ -18,8 +20,9 @@ the engine when every member's link is open; until then it is held back, newest 
                            replaces a surplus replica after a death; no step can complete anyway.
                            Where messages carry no epoch (`peers_lag`), peers that still run an
                            older map use the slot as well: there a member always holds first
-    slots loaded           residents again; LoadSlots if the assignment moved meanwhile
-    map                    AdoptMap, or held back
+    slots loaded           residents again; a held map may go to the engine; LoadSlots if the
+                           assignment moved meanwhile
+    map                    AdoptMap, or held back; LoadSlots of what it says, where that is not held
     engine adopted a map   LoadSlots that waited for it
     engine held            LoadSlots that waited for it
     map or verdict         Leave, where it says that this incarnation is dead
@@ -123,7 +126,7 @@ class Standing:
         self._wanted: Placement | None = None
         self._wanted_epoch = Epoch(0)
         self._held_epoch = Epoch(0)
-        self._loading = False
+        self._loading: NDArray[np.bool_] | None = None  # which slots
         self._map: ExpertMap | None = None
         self._held: ExpertMap | None = None
         self._adopted: ExpertMap | None = None
@@ -157,7 +160,7 @@ class Standing:
         if peer not in self._peers or peer in self._open:
             return []
         self._open.add(peer)
-        return self._say_links() + self._adopt_if_linked()
+        return self._say_links() + self._adopt_if_able()
 
     def on_link_broken(self, peer: Member, detail: str) -> list[Action]:
         """An open link failed, or could not be opened; the driver keeps trying while the peer's
@@ -182,10 +185,10 @@ class Standing:
 
     def on_slots_loaded(self, residents: Placement) -> list[Action]:
         """A load ended; `residents` is what the slots hold now."""
-        self._loading = False
+        self._loading = None
         self._residents = residents
         put = PutResidents(contents=SlotContents.of(self._member, residents))
-        return [put, *self._load_if_needed()]
+        return [put, *self._adopt_if_able(), *self._load_if_needed()]
 
     def on_adopted(self, expert_map: ExpertMap) -> list[Action]:
         """The engine runs under this map from now on."""
@@ -204,7 +207,7 @@ class Standing:
         if expert_map.has(self._member):
             self._was_member = True
             self._held = expert_map
-            return self._drop_gone() + self._adopt_if_linked() + self._load_if_needed()
+            return self._drop_gone() + self._adopt_if_able() + self._load_if_needed()
         successor = expert_map.incarnation_of(self._member.rank)
         if self._was_member or (successor or 0) > self._member.incarnation:
             return [Leave(reason=f"the map of epoch {expert_map.epoch} leaves this rank out")]
@@ -238,9 +241,11 @@ class Standing:
             actions += self._say_links(urgent=False)
         return actions
 
-    def _adopt_if_linked(self) -> list[Action]:
+    def _adopt_if_able(self) -> list[Action]:
         held = self._held
         if held is None or any(m != self._member and m not in self._open for m in held.members):
+            return []
+        if self._lacks(held).any():
             return []
         self._held = None
         self._map = held
@@ -251,8 +256,12 @@ class Standing:
         return [PutRecord(record=self.record, urgent=urgent)]
 
     def _load_if_needed(self) -> list[Action]:
+        if self._loading is not None:
+            return []
+        if self._held is not None and self._lacks(self._held).any():
+            return self._load_what_it_says(self._held)
         wanted = self._wanted
-        if wanted is None or self._loading:
+        if wanted is None:
             return []
         differs = wanted != self._residents
         if not differs.any():
@@ -266,8 +275,25 @@ class Standing:
             if not self._names(newest, differs):
                 return [HoldEngine(epoch=Epoch(newest_epoch - 1))]
             return [HoldEngine(epoch=newest_epoch)] if self._wanted_epoch == newest_epoch else []
-        self._loading = True
+        self._loading = differs
         return [LoadSlots(wanted=wanted)]
+
+    def _load_what_it_says(self, held: ExpertMap) -> list[Action]:
+        lacks, before = self._lacks(held), Epoch(held.epoch - 1)
+        has_let_go = self._adopted is None or self._held_epoch >= before
+        if not has_let_go and (self._peers_lag or self._takes_from_engine(lacks)):
+            return [HoldEngine(epoch=before)]
+        self._loading = lacks
+        row = held.placement[:, self._member.rank]
+        return [LoadSlots(wanted=np.where(lacks, row, self._residents))]
+
+    def _lacks(self, expert_map: ExpertMap) -> NDArray[np.bool_]:
+        """Own slots that do not hold, or may not hold any more, what the map says."""
+        row = expert_map.placement[:, self._member.rank]
+        unsure: NDArray[np.bool_] = row != self._residents
+        if self._loading is not None:
+            unsure |= self._loading
+        return unsure & (row >= 0)
 
     def _takes_from_engine(self, differs: NDArray[np.bool_]) -> bool:
         """Whether a slot to load may be used by a step that runs now."""

@@ -18,7 +18,7 @@ from shared.wire import CopiesDropped, CopiesKept, CopiesOpened, DropCopies, Ope
 from tests.sim.sim_loop import SimProcess
 from tests.sim.sim_network import SimNetwork
 
-NUM_SLOTS = 24  # so few that slots are dropped and written anew
+NUM_SLOTS = 12  # so few that slots are dropped and written anew
 ROOMS = 4
 BLOCK_VALUE_BYTES = 8
 

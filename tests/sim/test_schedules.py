@@ -33,6 +33,7 @@ FELL_ONCE = {
     182: "leases expired one by one, just before their owners could have renewed them",
     244: "a second death while a slot of the map was being loaded with an orphan of the first",
     299: "a death in an outage of etcd, found by a leader that could ask nobody",
+    597: "a map that names what a load for an assignment since replaced was overwriting",
     100476: "a leader that heard nobody took their last words for a step that stands still",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from gpu_worker.membership.standing import (
     AdoptMap,
@@ -53,9 +54,10 @@ def record(rank: int, incarnation: int = 1) -> RankRecord:
 
 
 def expert_map(epoch: int, *members: Member, slots: int = 4) -> ExpertMap:
+    """In which rank 0 has no expert."""
     placement = np.full((1, 3, slots), EMPTY_SLOT, dtype=np.int16)
     for each in members:
-        placement[0, each.rank, :2] = [0, 1]
+        placement[0, each.rank, :2] = [0, 1] if each.rank else EMPTY_SLOT
     return ExpertMap(epoch=Epoch(epoch), num_experts=2, members=members, placement=placement)
 
 
@@ -191,6 +193,43 @@ def test_an_orphan_takes_a_surplus_slot_only_once_the_engine_is_held() -> None:
     assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
     (load,) = it.on_held(Epoch(1))
     assert isinstance(load, LoadSlots)
+
+
+@pytest.mark.parametrize("peers_lag", [False, True])
+def test_a_map_waits_for_what_an_assignment_that_did_not_last_has_overwritten(
+    peers_lag: bool,
+) -> None:
+    it = serving(0, 1, -1, -1, peers_lag=peers_lag)
+    passing = SlotContents.of(member(0), wanted(1, 0, -1, -1), epoch=1)
+    assert it.on_assignment(passing) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+    assert it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1), epoch=1)) == []
+    second = map_of(2, 0, 1, -1, -1)
+    assert it.on_map(second) == []  # of before the load, for all that the control plane knows
+    put, load = it.on_slots_loaded(wanted(1, 0, -1, -1))
+    assert isinstance(put, PutResidents)
+    assert isinstance(load, LoadSlots)
+    assert load.wanted.tolist() == [[0, 1, -1, -1]]
+    put, adopt = it.on_slots_loaded(wanted(0, 1, -1, -1))[:2]
+    assert isinstance(put, PutResidents)
+    assert adopt == AdoptMap(expert_map=second)
+
+
+@pytest.mark.parametrize("peers_lag", [False, True])
+def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_lag: bool) -> None:
+    it = serving(0, 1, -1, -1, peers_lag=peers_lag)
+    assert it.on_map(map_of(3, 1, 1, -1, -1)) == [HoldEngine(epoch=Epoch(2))]
+    (load,) = it.on_held(Epoch(2))
+    assert isinstance(load, LoadSlots)
+    assert load.wanted.tolist() == [[1, 1, -1, -1]]
+
+
+def test_a_map_does_not_wait_for_a_load_into_slots_that_it_does_not_name() -> None:
+    it = serving(0, 1, -1, -1)
+    it.on_assignment(SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1))
+    second = map_of(2, 0, 1, -1, -1)
+    assert it.on_map(second) == [AdoptMap(expert_map=second)]
 
 
 def test_an_assignment_that_presumes_an_older_map_takes_no_slot_from_the_engine() -> None:
