@@ -130,6 +130,11 @@ class Channel:
 
     # The link's side.
 
+    @property
+    def num_news(self) -> int:
+        """Of slots that the target is to be told of."""
+        return len(self._written) + len(self._to_drop)
+
     def take_written(self) -> Sequence[tuple[int, bytes]]:
         return _take_all(self._written)
 

@@ -2,7 +2,7 @@
 what it shall forget, and hears that it has. Event loop only, but `ring`.
 
 Each telling costs both ends far more than the news in it, and holds up the engine's thread, so they
-are told together: no sooner after the last ones than the link's pace allows.
+are told together: the fewer there are, the later, up to the link's pace after the last ones.
 
 After each message the target is asked for a Pong, one at a time: it answers in order, so that a
 Pong proves that all before it was taken in, and one that does not come that the target hangs.
@@ -30,6 +30,8 @@ from shared.wire import (
 )
 
 PONG_TIMEOUT_S = 5.0
+TOLD_AT_ONCE = 32
+"""So many news wait for nothing."""
 
 
 class CopyLink:
@@ -100,15 +102,23 @@ class CopyLink:
                 raise WireError(f"{type(message).__name__} was not asked for")
 
     def _plan_telling(self) -> None:
-        wait_s = self._told_at + self._pace_s() - self._loop.time()
-        if wait_s <= 0.0 or (self._channel is not None and not self._channel.is_open):
+        self._rung = False  # first: what is put there from now on rings again
+        channel = self._channel
+        if channel is None:
+            return
+        pace_s = self._pace_s() * max(0.0, 1.0 - channel.num_news / TOLD_AT_ONCE)
+        due = self._told_at + pace_s
+        if self._telling is not None:
+            due = min(due, self._telling.when())
+            self._telling.cancel()
+            self._telling = None
+        if due <= self._loop.time() or not channel.is_open:
             self._on_news()
         else:
-            self._telling = self._loop.call_later(wait_s, self._on_news)
+            self._telling = self._loop.call_at(due, self._on_news)
 
     def _on_news(self) -> None:
-        self._told_at = self._loop.time()
-        self._rung = False  # first: what is put there from now on rings again
+        self._told_at, self._telling = self._loop.time(), None
         channel = self._channel
         if channel is None:
             return

@@ -28,7 +28,9 @@ no more rooms to lose."""
 WRITE_TIMEOUT_S = 3.0
 """A backstop: Mooncake itself ends a write that makes no progress after a second."""
 _GATHER_S = 0.05
-"""From the first block on: a look costs the engine's thread the same for one block as for many."""
+"""From the first block on: a look costs the engine's thread the same for one block as for many …"""
+_MANY = 4
+"""… but the engine waits for rooms where so many blocks of a channel are not on their way."""
 _POLL_S = 0.005
 
 
@@ -55,8 +57,10 @@ class Sender:
     def ring(self, channel: Channel) -> None:
         """It has something to send. Any thread."""
         with self._bell:
+            is_news = channel not in self._busy
             self._busy[channel] = None
-            self._bell.notify()
+            if is_news or len(channel.sends) == _MANY:
+                self._bell.notify()
         if self._failure:
             channel.fail(self._failure)
 
@@ -77,7 +81,7 @@ class Sender:
             while True:
                 with self._bell:
                     self._bell.wait_for(lambda: self._busy)
-                time.sleep(_GATHER_S)
+                    self._bell.wait_for(self._has_many, _GATHER_S)
                 while self.poll():
                     time.sleep(_POLL_S)
         except Exception as error:  # copies are an offer: the rank serves on without
@@ -87,6 +91,9 @@ class Sender:
                 busy = list(self._busy)
             for channel in busy:
                 channel.fail(self._failure)
+
+    def _has_many(self) -> bool:
+        return any(len(channel.sends) >= _MANY for channel in self._busy)
 
     def _advance(self, channel: Channel) -> None:
         done, left = [], []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.copies.channel import Channel, Doorbells, RemoteSlots, Send
-from gpu_worker.copies.link import CopyLink
+from gpu_worker.copies.link import TOLD_AT_ONCE, CopyLink
 from gpu_worker.copies.ports import Bytes
 from gpu_worker.copies.rooms import Rooms
 from shared.types import Epoch, Incarnation, Member, RankId, Step
@@ -152,6 +152,17 @@ async def test_what_comes_soon_after_something_was_told_is_told_together() -> No
         world.say(pong(1))
         assert await world.hear() == Ping(nonce=2)
         assert await world.hear() == kept(4)
+
+
+async def test_many_news_are_told_at_once() -> None:
+    async with linked(pace_s=1e6) as world:
+        world.write(0)
+        assert [await world.hear(), await world.hear()] == [kept(0), Ping(nonce=1)]
+        few, rest = range(1, TOLD_AT_ONCE // 2), range(TOLD_AT_ONCE // 2, TOLD_AT_ONCE + 1)
+        world.write(*few)
+        await asyncio.sleep(0)
+        world.write(*rest)
+        assert await world.hear() == kept(*few, *rest)
 
 
 async def test_a_failure_is_not_held_back_by_the_pace() -> None:
