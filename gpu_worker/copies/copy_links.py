@@ -31,8 +31,9 @@ STANDING_S = 10.0
 """A link that stood for so long is opened anew without hesitation."""
 REFUSED_RETRY_S = 60.0
 TELLING_S = 0.15
-"""All links together tell no more often than that; so what a rank spends on it does not grow with
-the number of ranks, while what each survivor has to compute again after a death does not either."""
+"""All links together tell no more often than that, but where many news wait. So what a rank spends
+on it does not grow with the number of ranks, and what each survivor has to compute again after a
+death does not either."""
 
 
 class DataSide(Protocol):

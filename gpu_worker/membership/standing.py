@@ -258,8 +258,8 @@ class Standing:
     def _load_if_needed(self) -> list[Action]:
         if self._loading is not None:
             return []
-        if self._held is not None and self._lacks(self._held).any():
-            return self._load_what_it_says(self._held)
+        if self._held is not None and (lacks := self._lacks(self._held)).any():
+            return self._load_what_it_says(self._held, lacks)
         wanted = self._wanted
         if wanted is None:
             return []
@@ -270,18 +270,19 @@ class Standing:
         newest_epoch = newest.epoch if newest is not None else Epoch(0)
         if self._wanted_epoch > newest_epoch:
             return []
-        if self._takes_from_engine(differs) or self._takes_from_peers(newest, differs):
+        is_named = newest is not None and self._names(newest, differs)
+        last = newest_epoch if is_named else Epoch(newest_epoch - 1)
+        if self._takes_from_engine(differs) or self._takes_from_peers(last):
             assert newest is not None, "an engine with a map, and no map"
-            if not self._names(newest, differs):
-                return [HoldEngine(epoch=Epoch(newest_epoch - 1))]
-            return [HoldEngine(epoch=newest_epoch)] if self._wanted_epoch == newest_epoch else []
+            if is_named and self._wanted_epoch != newest_epoch:
+                return []
+            return [HoldEngine(epoch=last)]
         self._loading = differs
         return [LoadSlots(wanted=wanted)]
 
-    def _load_what_it_says(self, held: ExpertMap) -> list[Action]:
-        lacks, before = self._lacks(held), Epoch(held.epoch - 1)
-        has_let_go = self._adopted is None or self._held_epoch >= before
-        if not has_let_go and (self._peers_lag or self._takes_from_engine(lacks)):
+    def _load_what_it_says(self, held: ExpertMap, lacks: NDArray[np.bool_]) -> list[Action]:
+        before = Epoch(held.epoch - 1)
+        if self._takes_from_engine(lacks) or self._takes_from_peers(before):
             return [HoldEngine(epoch=before)]
         self._loading = lacks
         row = held.placement[:, self._member.rank]
@@ -302,12 +303,9 @@ class Standing:
             return False
         return self._names(adopted, differs)
 
-    def _takes_from_peers(self, newest: ExpertMap | None, differs: NDArray[np.bool_]) -> bool:
-        """Whether a peer may still run a map that names such a slot."""
-        if not self._peers_lag or self._adopted is None or newest is None:
-            return False
-        needed = newest.epoch if self._names(newest, differs) else newest.epoch - 1
-        return self._held_epoch < needed
+    def _takes_from_peers(self, last: Epoch) -> bool:
+        """Whether a peer may still run a map that names such a slot, `last` being the last one."""
+        return self._peers_lag and self._adopted is not None and self._held_epoch < last
 
     def _names(self, expert_map: ExpertMap, slots: NDArray[np.bool_]) -> bool:
         """Whether the map says that one of these own slots holds an expert."""

@@ -225,6 +225,16 @@ def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_lag: bo
     assert load.wanted.tolist() == [[1, 1, -1, -1]]
 
 
+def test_what_a_map_says_of_a_spare_slot_is_loaded_once_lagging_peers_cannot_use_it() -> None:
+    third = map_of(3, 0, 1, -1, -1)
+    (load,) = serving(0, -1, -1, -1).on_map(third)
+    assert isinstance(load, LoadSlots)
+    it = serving(0, -1, -1, -1, peers_lag=True)
+    assert it.on_map(third) == [HoldEngine(epoch=Epoch(2))]  # they may run the second map
+    (load,) = it.on_held(Epoch(2))
+    assert isinstance(load, LoadSlots)
+
+
 def test_a_map_does_not_wait_for_a_load_into_slots_that_it_does_not_name() -> None:
     it = serving(0, 1, -1, -1)
     it.on_assignment(SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1))
