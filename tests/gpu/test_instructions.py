@@ -71,10 +71,9 @@ def assembled(
 def summed(kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int) -> list[str]:
     """The layouts over threads of the tensors that `kernel` sums up: they fix a sum's order."""
     text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
     reductions = re.findall(r'"tt\.reduce"(.*?)\}\) : \((tensor<.*?>)\)', text, re.DOTALL)
     sums = [tensor for body, tensor in reductions if "arith.addf" in body]
-    return sorted(re.sub(r"#\w+", lambda name: layouts[name[0]], tensor) for tensor in sums)
+    return sorted(spelled_out(sums, text))
 
 
 def multiplied(
@@ -83,10 +82,15 @@ def multiplied(
     """The layouts of the operands of each product of `kernel`, but for how warps share rows: they
     say which positions an instruction sums up."""
     text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
     products = re.findall(r"tt\.dot .*? : (tensor<.*?) loc", text)
-    told = (re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), p) for p in products)
-    return [re.sub(r"warpsPerCTA = \[\d+, 1\]", "", each) for each in told]
+    layouts = spelled_out(products, text)
+    return [re.sub(r"warpsPerCTA = \[\d+, 1\]", "", each) for each in layouts]
+
+
+def spelled_out(tensors: list[str], text: str) -> list[str]:
+    """With each layout's definition in `text` in place of its name."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
+    return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), t) for t in tensors]
 
 
 def linear_instructions(tile: linear.LinearTile) -> set[str]:
