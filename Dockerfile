@@ -23,13 +23,14 @@ COPY shared shared
 COPY control_plane control_plane
 COPY gateway gateway
 COPY gpu_worker gpu_worker
+COPY node_agent node_agent
 COPY cli cli
-COPY bench bench
+COPY benchmarks benchmarks
 COPY models models
 # In place, and owned by the user: numba keeps its compiled kernels beside their source.
 RUN pip install -e . && chown -R starfish:starfish /opt/starfish
 
 USER 1000:1000
-RUN python -m gpu_worker.model warm-up
+RUN python -m gpu_worker.model_tools warm-up
 
 CMD ["starfish", "--help"]

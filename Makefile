@@ -98,7 +98,7 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 	$(PIP) -e '.[dev]'
 	touch $@
 
-$(STAMPS)/warm: $(STAMPS)/package $(wildcard gpu_worker/model/kernels/*.py)
+$(STAMPS)/warm: $(STAMPS)/package $(wildcard gpu_worker/cpu/kernels/*.py)
 	$(call say,install: compile the CPU kernels)
-	$(BIN)/python -m gpu_worker.model warm-up
+	$(BIN)/python -m gpu_worker.model_tools warm-up
 	touch $@

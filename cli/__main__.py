@@ -126,7 +126,7 @@ def up(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Start a whole instance on this host, show one completion, serve until Ctrl-C."""
-    from cli.up.driver import run_up
+    from cli.up.instance_driver import run_up
     from cli.up.model import default_model_dir
     from cli.up.options import UpOptions, check_aliases
 

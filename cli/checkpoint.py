@@ -1,5 +1,5 @@
 """`starfish checkpoint`: the hash manifest by which ranks verify what they read. The hashing is
-`gpu_worker.model`'s, in a process of its own."""
+`gpu_worker.model_tools`'s, in a process of its own."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from control_plane.judgements import Alarm, AlarmKind, Dead, Judgement
+from control_plane.verdicts import Alarm, AlarmKind, Dead, Judgement
 from control_plane.watched_member import Probe, WatchedMember
 from shared.records import Suspicion
 from shared.types import Epoch, Member, Step, SuspicionReason

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from control_plane.cluster_view import ClusterView
+from control_plane.cluster_state import ClusterView
 from control_plane.election import (
     Action,
     Campaign,

@@ -37,13 +37,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.cluster_view import ClusterView, member_of
-from control_plane.judgements import Alarm, AlarmKind, Dead
+from control_plane.cluster_state import ClusterView, member_of
 from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealStep
 from control_plane.plans import plan_afresh, plan_with, plan_without
 from control_plane.residency import Residency
-from control_plane.verdicts import dead_of, verdict_of
+from control_plane.verdicts import Alarm, AlarmKind, Dead, dead_of, verdict_of
 from control_plane.writes import Assign, Condemn, Decision, Forget, PlanHeal, PublishMap, Write
 from shared.expert_map import ExpertMap, Placement
 from shared.records import SlotContents, Verdict

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from control_plane.cluster_view import ClusterView
+from control_plane.cluster_state import ClusterView
 from shared.errors import WireError
 from shared.expert_map import ExpertMap, Placement
 from shared.records import InstanceSpec, SlotContents

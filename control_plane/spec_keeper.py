@@ -3,7 +3,7 @@ that live."""
 
 from __future__ import annotations
 
-from control_plane.cluster_view import ClusterView
+from control_plane.cluster_state import ClusterView
 from shared.errors import ConfigError, StoreUnavailable, TxnConflict
 from shared.records import InstanceSpec, pack_record
 from shared.store import Compare, Put, Store, WatchEvent

@@ -1,11 +1,42 @@
-"""A death as the detector judged it, and the verdict that says so in etcd: one as the other."""
+"""What the failure detector comes to: a death, or an alarm for a person; and the verdict that says
+so in etcd. What follows from a death is membership's."""
 
 from __future__ import annotations
 
-from control_plane.cluster_view import member_of
-from control_plane.judgements import Dead
-from shared.records import Verdict
-from shared.types import Epoch
+from dataclasses import dataclass
+from enum import Enum
+
+from control_plane.cluster_state import member_of
+from shared.records import Suspicion, Verdict
+from shared.types import Epoch, Member, SuspicionReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dead:
+    """Becomes a Verdict when the map without the member is published."""
+
+    member: Member
+    cause: SuspicionReason
+    signals: tuple[Suspicion, ...]
+    first_signal_at: float
+    decided_at: float
+
+
+class AlarmKind(Enum):
+    MASS_EXPIRY = "mass_expiry"
+    OWN_LINK = "own_link"
+    TOO_FEW_SLOTS = "too_few_slots"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """Something that only a person can mend; said once an episode."""
+
+    kind: AlarmKind
+    detail: str
+
+
+Judgement = Dead | Alarm
 
 
 def verdict_of(dead: Dead, epoch: Epoch) -> Verdict:

@@ -10,10 +10,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from gateway.admission import Admission
-from gateway.api.errors import SessionFailed
 from gateway.detokenizer import TokenBytes
 from gateway.session_driver import SessionDriver
-from gateway.stream_session import SessionState, StreamSession
+from gateway.stream_session import SessionFailed, SessionState, StreamSession
 from gateway.text_stream import TextStream
 from shared.clock import Clock
 from shared.types import FinishReason, SamplingParams

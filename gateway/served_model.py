@@ -6,11 +6,16 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.api.requests import ModelLimits
 from gateway.cluster_view import ClusterView
 from gateway.tokenizer import ModelTokenizer, load_tokenizer
 from shared.errors import CheckpointError
 from shared.records import InstanceSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimits:
+    vocab_size: int
+    context_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

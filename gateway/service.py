@@ -13,10 +13,10 @@ import structlog
 from aiohttp import web
 
 from gateway.admission import Admission, AdmissionLimits
+from gateway.api.http_app import HttpApp
 from gateway.cluster_view import ClusterView, ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.health import Health
-from gateway.http_app import HttpApp
 from gateway.metrics import GatewayMetrics
 from gateway.served_model import load_served_model
 from gateway.session_driver import SessionDriver

@@ -30,6 +30,7 @@ import zlib
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from shared.errors import StarfishError
 from shared.types import Attempt, FinishReason, Member, RankId, SamplingParams, SessionId
 from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
 
@@ -95,6 +96,14 @@ class SessionPolicy:
 class Failure:
     kind: FailureKind
     message: str
+
+
+class SessionFailed(StarfishError):
+    """A session of this request failed; before its first byte that is an HTTP status."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

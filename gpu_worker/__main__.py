@@ -14,18 +14,18 @@ from typing import NoReturn
 import structlog
 
 from gpu_worker.config import RankConfig
-from gpu_worker.copies.budget import bytes_for_copies, keeps_copies
-from gpu_worker.copies.mooncake_copies import MooncakeCopies
 from gpu_worker.device_choice import uses_cuda
-from gpu_worker.engine.guide import Guides
-from gpu_worker.engine_thread import EngineThread
-from gpu_worker.exchange.confine import require_confined
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.grammar_matcher import Guides
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import take_identity
+from gpu_worker.kv_replication.budget import bytes_for_copies, keeps_copies
+from gpu_worker.kv_replication.mooncake_replicator import MooncakeCopies
 from gpu_worker.rank import Hardware, Rank, RankParts
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
+from shared.confinement import require_confined
 from shared.errors import CheckpointError, StarfishError
 from shared.etcd_store import EtcdStore, connect_store
 from shared.garbage import spare_what_is_loaded
@@ -106,7 +106,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
         cuda = CudaHardware(config, member, clock)
         hardware = await asyncio.to_thread(cuda.load, model_spec, spec, folder)
     else:
-        from gpu_worker.cpu_hardware import CpuHardware  # numba need not be there beside a card
+        from gpu_worker.cpu.hardware import CpuHardware  # numba need not be there beside a card
 
         cpu = CpuHardware(config, member, model_spec, clock)
         hardware = await asyncio.to_thread(cpu.load, spec, folder)

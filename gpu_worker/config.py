@@ -6,15 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from gpu_worker.exchange.replica_choice import ReplicaPolicy
+from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.config import Timings, option
 from shared.errors import ConfigError
-
-
-class DeviceKind(Enum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
+from shared.types import DeviceKind
 
 
 class ExchangeKind(Enum):

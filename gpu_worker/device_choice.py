@@ -7,9 +7,10 @@ from pathlib import Path
 
 import structlog
 
-from gpu_worker.config import DeviceKind, RankConfig
+from gpu_worker.config import RankConfig
 from shared.errors import CheckpointError, ConfigError
 from shared.model_spec import ModelSpec
+from shared.types import DeviceKind
 
 log = structlog.get_logger()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gpu_worker.agent.birth import new_life
 from gpu_worker.config import RankConfig
 from shared.errors import ConfigError
+from shared.incarnations import new_life
 from shared.keys import Keys
 from shared.store import Store
 from shared.types import Incarnation, Member, RankId

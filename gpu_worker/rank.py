@@ -11,14 +11,12 @@ from typing import Any, Protocol
 
 import structlog
 
-from gpu_worker.agent.respawn_policy import EXIT_FENCED
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.control_server import ControlServer, CopyKeeper
-from gpu_worker.copies.no_copies import NoCopies
-from gpu_worker.copies.ports import BlockCache, BlockKeeper, CopyEndpoint
-from gpu_worker.copies.writer import CopyWriter
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.guide import Guides
+from gpu_worker.engine.engine_client import EngineGate
+from gpu_worker.engine.grammar_matcher import Guides
+from gpu_worker.engine.kv_replication import BlockCache, BlockKeeper, CopyEndpoint
 from gpu_worker.engine.mailbox import (
     Adopted,
     Event,
@@ -32,14 +30,16 @@ from gpu_worker.engine.mailbox import (
     Waiter,
 )
 from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.no_kv_replication import NoCopies
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.step_runner import StepRunner
-from gpu_worker.engine_gate import EngineGate
-from gpu_worker.exchange.graph_conductor import ConductorDoors, GraphConductor
-from gpu_worker.membership.driver import EngineDoor, MembershipDriver, SlotLoader
+from gpu_worker.exchange.graph_barrier_driver import ConductorDoors, GraphConductor
+from gpu_worker.kv_replication.writer import CopyWriter
 from gpu_worker.membership.link_keeper import LinkEvents, LinkKeeper
-from gpu_worker.membership.standing import Standing
+from gpu_worker.membership.membership_driver import EngineDoor, MembershipDriver, SlotLoader
+from gpu_worker.membership.rank_membership import Standing
 from shared.clock import Clock
+from shared.exit_codes import EXIT_FENCED
 from shared.expert_map import Placement
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys

@@ -46,7 +46,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 """The registry of models: the architecture that config.json names, and the file in
-`gpu_worker/model/families` that serves it."""
+`gpu_worker/cpu/families` that serves it."""
 
 _NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")

@@ -105,3 +105,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str = ""
+
+
+class DeviceKind(Enum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"

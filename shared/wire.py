@@ -167,7 +167,7 @@ class Wake:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphNews:
     """Rank to rank, where ranks meet by counting the graphs that they launch: where the sender
-    stands. The newest one replaces those before; see `gpu_worker/exchange/graph_accord.py`."""
+    stands. The newest one replaces those before; see `gpu_worker/exchange/graph_barrier.py`."""
 
     member: Member
     joining: Epoch  # the newest map with joiners that it waits to adopt, or has adopted; 0: none

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("shared", "control_plane", "gateway", "gpu_worker", "cli")
+PACKAGES = ("shared", "control_plane", "gateway", "gpu_worker", "node_agent", "cli")
 MAY_IMPORT = {
     "shared": set[str](),
     "control_plane": {"shared"},
     "gateway": {"shared"},
     "gpu_worker": {"shared"},
+    "node_agent": {"shared"},
     # The command starts the services as processes; of their code it uses the pure planner only.
     "cli": {"shared", "control_plane.placement"},
 }
@@ -37,7 +38,7 @@ WITHOUT_TORCH = (
     "control_plane",
     "gateway",
     "cli",
-    "gpu_worker/agent",
+    "node_agent",
     "gpu_worker/exchange",
 )
 
@@ -75,7 +76,7 @@ def test_services_import_shared_and_never_each_other(package: str) -> None:
         f"{name_of(path)} imports {module}"
         for path in sources(package)
         for module in imports_of(path)
-        if any(within(module, other) for other in (*PACKAGES, "tests", "bench"))
+        if any(within(module, other) for other in (*PACKAGES, "tests", "benchmarks"))
         and not any(within(module, name) for name in allowed)
     ]
     assert wrong == []
@@ -150,7 +151,7 @@ def test_only_the_clock_and_tools_of_measurement_read_the_time(path: Path) -> No
 
 @pytest.mark.parametrize(
     "module",
-    ["control_plane.__main__", "gateway.__main__", "gpu_worker.agent.__main__", "cli.__main__"],
+    ["control_plane.__main__", "gateway.__main__", "node_agent.__main__", "cli.__main__"],
 )
 def test_a_process_without_a_model_loads_no_torch(module: str) -> None:
     program = (

@@ -24,7 +24,7 @@ async def score_without(
         path = Path(folder) / "tokens.json"
         path.write_text(json.dumps([document.tokens for document in documents]))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gpu_worker.model", "score", str(model), str(path)),
+            *(sys.executable, "-m", "gpu_worker.model_tools", "score", str(model), str(path)),
             *("--num-ranks", str(num_ranks), "--without-rank", str(dead_rank)),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -32,7 +32,7 @@ def _is_ours(entry: Path, etcd: str, instance: str) -> bool:
     if entry.stat().st_uid != os.geteuid():
         return False
     arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    if not {"gpu_worker", "gpu_worker.agent", "control_plane", "gateway"} & set(arguments[2:3]):
+    if not {"gpu_worker", "node_agent", "control_plane", "gateway"} & set(arguments[2:3]):
         return False
     flags = dict(itertools.pairwise(arguments))
     return flags.get("--etcd") == etcd and flags.get("--instance") == instance

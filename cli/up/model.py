@@ -43,10 +43,10 @@ async def check_model(folder: Path) -> str:
 
 
 async def run_model_tool(*arguments: str, stage: Stage) -> None:
-    """`python -m gpu_worker.model …` in a process of its own, so that what it loads is gone
+    """`python -m gpu_worker.model_tools …` in a process of its own, so that what it loads is gone
     afterwards. Raises CheckpointError with its sentence where it fails."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gpu_worker.model", *arguments),
+        *(sys.executable, "-m", "gpu_worker.model_tools", *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -75,7 +75,7 @@ def agent(
     return Service(
         name="agent",
         argv=(
-            *(sys.executable, "-m", "gpu_worker.agent"),
+            *(sys.executable, "-m", "node_agent"),
             *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
             *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),

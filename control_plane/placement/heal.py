@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from control_plane.placement.layer_repair import Change, next_change, urgency
 from control_plane.placement.layer_state import LayerState, LayerTarget
 from control_plane.placement.layout import Ints, Layout, fill_quotas, loads_or_even
-from control_plane.placement.replica_choice import choose_counts, cover_floor
+from control_plane.placement.replica_counts import choose_counts, cover_floor
 from control_plane.placement.results import HealStep, Loads, Refill
 from control_plane.placement.shrink import without_ranks
 from shared.expert_map import ExpertMap, Placement

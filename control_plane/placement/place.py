@@ -14,7 +14,7 @@ from control_plane.placement.layout import (
     fill_quotas,
 )
 from control_plane.placement.packing import pack
-from control_plane.placement.replica_choice import choose_counts
+from control_plane.placement.replica_counts import choose_counts
 from control_plane.placement.results import LayerExpert, Loads, PlacementPlan
 from shared.expert_map import Placement
 from shared.types import ExpertId, NodeId, RankId

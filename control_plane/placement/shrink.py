@@ -14,8 +14,8 @@ from control_plane.placement.layout import (
     rank_loads,
     replica_counts,
 )
-from control_plane.placement.longest_load import shorten_longest_load
-from control_plane.placement.orphan_seats import OrphanSeats
+from control_plane.placement.load_balance import shorten_longest_load
+from control_plane.placement.orphan_placement import OrphanSeats
 from control_plane.placement.results import LayerExpert, Loads, Refill, ShrinkResult
 from shared.expert_map import ExpertMap, Placement
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, RankId, SlotId

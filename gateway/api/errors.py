@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from gateway.api.answers import error_body
-from gateway.stream_session import Failure, FailureKind
+from gateway.stream_session import FailureKind, SessionFailed
 from shared.errors import Overloaded, RequestError, StarfishError, Unavailable
 
 _STATUS_BY_CODE = {"model_not_found": 404, "request_too_large": 413, "request_timeout": 408}
@@ -18,14 +18,6 @@ _STATUS_BY_FAILURE = {
     FailureKind.REJECTED: (500, "rejected_by_rank"),
     FailureKind.SHUTDOWN: (503, "shutting_down"),
 }
-
-
-class SessionFailed(StarfishError):
-    """A session of this request failed; before its first byte that is an HTTP status."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from gateway.api.fields import (
     stops_of,
     within,
 )
+from gateway.served_model import ModelLimits
 from gateway.tokenizer import context_exceeded
 from shared.errors import RequestError
 from shared.types import SamplingParams
@@ -26,12 +27,6 @@ COMPLETION_TOKENS_DEFAULT = 16
 PROMPTS_MAX = 64
 CHOICES_MAX = 256
 """Of a request: prompts times `n`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelLimits:
-    vocab_size: int
-    context_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.copies.ports import Bytes
-from gpu_worker.cuda.host_memory import PinnedBlock
+from gpu_worker.cuda.weights.pinned_memory import PinnedBlock
+from gpu_worker.engine.kv_replication import Bytes
 
 NUM_STAGES = 8
 """Blocks under way in each direction."""

@@ -15,20 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.cuda.attention_stage import AttentionStage
-from gpu_worker.cuda.decoder_sizes import DecoderSizes
-from gpu_worker.cuda.decoder_weights import DecoderWeights, GqaWeights, MlaWeights
-from gpu_worker.cuda.feed_forward import FeedForward
-from gpu_worker.cuda.gqa_stage import GqaStage
+from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.kernels import residual, sampling
-from gpu_worker.cuda.mla_stage import MlaStage
-from gpu_worker.cuda.moe_stage import MoeStage, Onward, slot_table
-from gpu_worker.cuda.products import Product, StepRoom
-from gpu_worker.cuda.row_draw import RowDraw
-from gpu_worker.cuda.step_buffers import StepBuffers
+from gpu_worker.cuda.sampling_inputs import RowDraw
+from gpu_worker.cuda.stages.attention_stage import AttentionStage
+from gpu_worker.cuda.stages.feed_forward import FeedForward
+from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.stages.gqa_stage import GqaStage
+from gpu_worker.cuda.stages.mla_stage import MlaStage
+from gpu_worker.cuda.stages.moe_stage import MoeStage, Onward, slot_table
+from gpu_worker.cuda.stages.step_buffers import StepBuffers
 from gpu_worker.cuda.step_inputs import StepInputs, StepSize
-from gpu_worker.model.mla_shape import MlaShape
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, GqaWeights, MlaWeights
+from gpu_worker.engine.step_batch import StepBatch
 
 DECODE_LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
+from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
-from gpu_worker.copies.budget import keeps_copies
 from gpu_worker.cuda.block_cache import CudaBlockCache
-from gpu_worker.cuda.ep_dispatch import check_dispatch, exchange_kind
-from gpu_worker.cuda.ep_endpoint import EpEndpoint, SoloEndpoint
-from gpu_worker.cuda.ep_exchange import EpExchange, EpShape
+from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
+from gpu_worker.cuda.ep.endpoint import EpEndpoint, SoloEndpoint
+from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.exchange.graph_conductor import GraphConductor
-from gpu_worker.load_progress import LoadProgress
+from gpu_worker.exchange.graph_barrier_driver import GraphConductor
+from gpu_worker.kv_replication.budget import keeps_copies
 from gpu_worker.rank import Hardware
-from gpu_worker.shelf_memory import memory_of_rank
 from shared.clock import Clock
 from shared.errors import ConfigError
+from shared.expert_cache_memory import memory_of_rank
 from shared.model_spec import ModelSpec
 from shared.records import InstanceSpec
 from shared.types import Member
 
 if TYPE_CHECKING:
     from gpu_worker.cuda.decoder import Decoder, DecoderOptions
-    from gpu_worker.cuda.moe_stage import MoeStage
+    from gpu_worker.cuda.stages.moe_stage import MoeStage
 
 log = structlog.get_logger()
 
@@ -167,7 +167,7 @@ class CudaHardware:
     def _moe_stage(
         self, model: ModelSpec, spec: InstanceSpec, loaded: CudaModel, exchange: EpExchange | None
     ) -> MoeStage:
-        from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe
+        from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe
 
         if exchange is None:
             return LocalMoe(

@@ -11,21 +11,21 @@ from typing import Protocol
 
 import torch
 
-from gpu_worker.cuda.common_weights import check_tiles
-from gpu_worker.cuda.decoder_sizes import DecoderSizes
-from gpu_worker.cuda.decoder_weights import DecoderWeights
-from gpu_worker.cuda.deepseek_weights import DeepseekWeights
-from gpu_worker.cuda.expert_reader import ExpertReader
-from gpu_worker.cuda.expert_shelf import ShelfLabel
-from gpu_worker.cuda.host_experts import HostExperts, open_host_experts
-from gpu_worker.cuda.qwen3_moe_weights import Qwen3MoeWeights
-from gpu_worker.cuda.slot_loader import CudaSlotLoader
-from gpu_worker.cuda.slots import CudaSlots
-from gpu_worker.cuda.weight_reader import WeightReader
-from gpu_worker.load_progress import LoadProgress
-from gpu_worker.model.checkpoint import Checkpoint, Shape, open_checkpoint
-from gpu_worker.shelf_memory import ShelfMemory
+from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape, open_checkpoint
+from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.cuda.experts.expert_cache import ShelfLabel
+from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
+from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
+from gpu_worker.cuda.experts.slots import CudaSlots
+from gpu_worker.cuda.weights.common_weights import check_tiles
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
+from gpu_worker.cuda.weights.deepseek_weights import DeepseekWeights
+from gpu_worker.cuda.weights.qwen3_moe_weights import Qwen3MoeWeights
+from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.errors import CheckpointError
+from shared.expert_cache_memory import ShelfMemory
 from shared.model_spec import ModelSpec
 
 

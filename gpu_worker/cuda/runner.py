@@ -14,17 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.cuda.device_draws import needs_logits, row_draws
-from gpu_worker.cuda.ep_exchange import EpExchange
-from gpu_worker.cuda.row_draw import RowDraw
+from gpu_worker.cuda.ep.exchange import EpExchange
+from gpu_worker.cuda.sampling_inputs import RowDraw, needs_logits, row_draws
 from gpu_worker.engine.logprobs import StepScores, score_step
 from gpu_worker.engine.sampler import sample
+from gpu_worker.engine.step_batch import StepBatch
 from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.engine.step_runner import StepResult
-from gpu_worker.exchange.graph_conductor import GraphConductor
-from gpu_worker.exchange.replica_choice import ReplicaPolicy, choose_replicas
-from gpu_worker.exchange.seam import StepMonitor
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.exchange.graph_barrier_driver import GraphConductor
+from gpu_worker.exchange.interface import StepMonitor
+from gpu_worker.exchange.replica_policy import ReplicaPolicy, choose_replicas
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap

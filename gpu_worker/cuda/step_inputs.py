@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gpu_worker.cuda.kernels.attention import Paging
 from gpu_worker.cuda.kernels.sampling import Draws
-from gpu_worker.cuda.row_draw import BANNED_MAX, RowDraw
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.cuda.sampling_inputs import BANNED_MAX, RowDraw
+from gpu_worker.engine.step_batch import StepBatch
 
 _TILE_TOKENS = 4
 

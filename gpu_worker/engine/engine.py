@@ -31,9 +31,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from gpu_worker.copies.no_copies import NoCopies
-from gpu_worker.copies.ports import BlockKeeper
 from gpu_worker.engine.adoption_log import AdoptionLog
+from gpu_worker.engine.kv_replication import BlockKeeper
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
@@ -51,6 +50,7 @@ from gpu_worker.engine.mailbox import (
     Stranded,
 )
 from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.no_kv_replication import NoCopies
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan

@@ -56,12 +56,12 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from gpu_worker.copies.no_copies import NoCopies
-from gpu_worker.copies.ports import BlockKeeper
-from gpu_worker.engine.guide import Guide, Guides
+from gpu_worker.engine.grammar_matcher import Guide, Guides
 from gpu_worker.engine.kv_blocks import KvBlocks
+from gpu_worker.engine.kv_replication import BlockKeeper
 from gpu_worker.engine.logprobs import StepScores
-from gpu_worker.engine.outlook import Outlook, hangs_on_tokens, outlook, outlooks_after
+from gpu_worker.engine.no_kv_replication import NoCopies
+from gpu_worker.engine.projected_state import Outlook, hangs_on_tokens, outlook, outlooks_after
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
 from gpu_worker.engine.sequence_blocks import SequenceBlocks

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
-from gpu_worker.engine.guide import Guide
+from gpu_worker.engine.grammar_matcher import Guide
 from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 

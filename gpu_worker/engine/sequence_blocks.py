@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpu_worker.copies.ports import BlockKeeper
 from gpu_worker.engine.block_names import extend_names
 from gpu_worker.engine.kv_blocks import KvBlocks
+from gpu_worker.engine.kv_replication import BlockKeeper
 from gpu_worker.engine.sequence import NO_ROW, Sequence
 
 

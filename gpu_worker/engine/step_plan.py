@@ -10,9 +10,9 @@ import numpy as np
 
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.outlook import KNOWN, Outlook
+from gpu_worker.engine.projected_state import KNOWN, Outlook
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.engine.step_batch import StepBatch
 
 
 class Chunk(NamedTuple):

@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 from gpu_worker.engine.logprobs import StepScores, score_step
 from gpu_worker.engine.sampler import sample
+from gpu_worker.engine.step_batch import Model
 from gpu_worker.engine.step_plan import StepPlan
-from gpu_worker.exchange.seam import Exchange
-from gpu_worker.step_batch import Model
+from gpu_worker.exchange.interface import Exchange
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Step
 

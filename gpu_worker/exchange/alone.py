@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.exchange.seam import Dispatched
+from gpu_worker.exchange.interface import Dispatched
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Step
 
 
 class AloneExchange:
-    """Implements `gpu_worker.exchange.seam.Exchange` without peers, hence without epochs."""
+    """Implements `gpu_worker.exchange.interface.Exchange` without peers, hence without epochs."""
 
     def __init__(self) -> None:
         self._has_work = False

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import threading
 
-from gpu_worker.exchange.areas import Area, Areas
 from gpu_worker.exchange.first_write import first_write
+from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.message import Layout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 from gpu_worker.exchange.outbox import Link, Outbox, opening_write
-from gpu_worker.exchange.replica_choice import ReplicaPolicy
-from gpu_worker.exchange.seam import StepMonitor
+from gpu_worker.exchange.regions import Area, Areas
+from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from gpu_worker.exchange.transfer import TransferExchange
-from gpu_worker.exchange.vigil import Vigil
+from gpu_worker.exchange.wait_policy import Vigil
 from shared.clock import Clock
 from shared.records import RankRecord
 from shared.types import Member

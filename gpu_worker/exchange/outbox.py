@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from gpu_worker.exchange.areas import Area
 from gpu_worker.exchange.message import NUM_REGIONS, SCRATCH_BYTES, TAIL_BYTES, Layout, Region
 from gpu_worker.exchange.mooncake_engine import Protocols, TransferEngine
+from gpu_worker.exchange.regions import Area
 from shared.types import Member
 
 

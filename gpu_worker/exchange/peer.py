@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gpu_worker.exchange.areas import Area
 from gpu_worker.exchange.message import (
     FIRST_OF_EPOCH,
     Header,
@@ -16,6 +15,7 @@ from gpu_worker.exchange.message import (
 )
 from gpu_worker.exchange.message import is_of_later_epoch as is_later
 from gpu_worker.exchange.outbox import Link, Outbox
+from gpu_worker.exchange.regions import Area
 from shared.types import Epoch, Member
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange import packing
+from gpu_worker.exchange.backoff import Pause, sharpen_naps
+from gpu_worker.exchange.interface import Dispatched
 from gpu_worker.exchange.message import (
     Header,
     Layout,
@@ -23,15 +25,13 @@ from gpu_worker.exchange.message import (
     seal,
 )
 from gpu_worker.exchange.outbox import Outbox, Write
-from gpu_worker.exchange.pause import Pause, sharpen_naps
 from gpu_worker.exchange.peer import Endpoint, Peer
-from gpu_worker.exchange.replica_choice import (
+from gpu_worker.exchange.replica_policy import (
     ReplicaChoice,
     ReplicaPolicy,
     choose_replicas,
 )
-from gpu_worker.exchange.seam import Dispatched
-from gpu_worker.exchange.vigil import Vigil
+from gpu_worker.exchange.wait_policy import Vigil
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import structlog
 
-from gpu_worker.membership.greeting import ANSWER_TIMEOUT_S, expect, greet
 from shared.errors import WireError
+from shared.handshake import ANSWER_TIMEOUT_S, expect, greet
 from shared.records import RankRecord
 from shared.types import Epoch, Member, Step
 from shared.wire import AreaOpened, Message, OpenArea, Wake, encode, read_message

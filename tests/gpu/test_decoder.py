@@ -17,15 +17,15 @@ ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from bench.gpu_reference import reference_model  # noqa: E402
+from benchmarks.gpu_reference import reference_model  # noqa: E402
+from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape  # noqa: E402
+from gpu_worker.checkpoint.rope import Rope  # noqa: E402
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
-from gpu_worker.cuda.decoder_sizes import DecoderSizes  # noqa: E402
-from gpu_worker.cuda.decoder_weights import DecoderWeights  # noqa: E402
-from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe  # noqa: E402
-from gpu_worker.cuda.random_weights import random_weights  # noqa: E402
-from gpu_worker.cuda.slots import CudaSlots, Refill  # noqa: E402
-from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape  # noqa: E402
-from gpu_worker.model.rope import Rope  # noqa: E402
+from gpu_worker.cuda.experts.slots import CudaSlots, Refill  # noqa: E402
+from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe  # noqa: E402
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes  # noqa: E402
+from gpu_worker.cuda.weights.decoder_weights import DecoderWeights  # noqa: E402
+from gpu_worker.cuda.weights.random_weights import random_weights  # noqa: E402
 from tests.support.cuda_steps import (  # noqa: E402
     BLOCK_TOKENS,
     BLOCKS_EACH,

@@ -17,17 +17,17 @@ pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA 
 if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from gpu_worker.cuda.decoder_sizes import DecoderSizes
-from gpu_worker.cuda.decoder_weights import MlpWeights, MoeWeights
-from gpu_worker.cuda.feed_forward import FeedForward
-from gpu_worker.cuda.gated_mlp import GatedMlp
+from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
+from gpu_worker.checkpoint.rope import Rope
+from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import residual
-from gpu_worker.cuda.moe_stage import ExchangedMoe, LocalMoe, MoeStage, Onward
-from gpu_worker.cuda.products import StepRoom
-from gpu_worker.cuda.slots import CudaSlots
-from gpu_worker.cuda.step_buffers import StepBuffers
-from gpu_worker.model.gqa_shape import QK_NORM_HEAD, GqaShape
-from gpu_worker.model.rope import Rope
+from gpu_worker.cuda.stages.feed_forward import FeedForward
+from gpu_worker.cuda.stages.gated_mlp import GatedMlp
+from gpu_worker.cuda.stages.gemm import StepRoom
+from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe, MoeStage, Onward
+from gpu_worker.cuda.stages.step_buffers import StepBuffers
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.weights.decoder_weights import MlpWeights, MoeWeights
 from tests.support.cuda_steps import LoopbackExchange
 
 pytestmark = pytest.mark.gpu

@@ -20,20 +20,20 @@ pytest.importorskip("numba", reason="the CPU model is what choices and logits ar
 if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.cpu.kernels.mla import _choose_positions
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions
 from gpu_worker.cuda.kernels import indexer, latent
 from gpu_worker.cuda.kernels.attention import Paging
 from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
-from gpu_worker.cuda.moe_stage import LocalMoe
-from gpu_worker.load_progress import LoadProgress
-from gpu_worker.model.kernels.mla import _choose_positions
-from gpu_worker.model.mla_shape import MlaShape
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.cuda.stages.moe_stage import LocalMoe
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.clock import SystemClock
 from shared.model_spec import read_model_spec
 from tests.support.cuda_steps import BLOCKS_EACH, continue_alone, step
-from tests.unit.gpu_worker.model.runs import Chunk, open_ranks
+from tests.unit.gpu_worker.cpu.runs import Chunk, open_ranks
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bench.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
+from benchmarks.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
 from gpu_worker.cuda.kernels import (  # noqa: E402
     attention,
     experts,

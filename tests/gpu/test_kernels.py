@@ -34,7 +34,7 @@ from gpu_worker.cuda.kernels import (
     scaled_rows,
     splits,
 )
-from gpu_worker.cuda.row_draw import BANNED_MAX
+from gpu_worker.cuda.sampling_inputs import BANNED_MAX
 
 pytestmark = pytest.mark.gpu
 

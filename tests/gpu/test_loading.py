@@ -21,16 +21,16 @@ ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from gpu_worker.checkpoint.load_progress import LoadProgress  # noqa: E402
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
-from gpu_worker.cuda.host_memory import PinnedBlock, pin  # noqa: E402
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model  # noqa: E402
-from gpu_worker.cuda.moe_stage import LocalMoe  # noqa: E402
-from gpu_worker.load_progress import LoadProgress  # noqa: E402
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint  # noqa: E402
-from gpu_worker.shelf_memory import ShelfMemory, memory_of_rank  # noqa: E402
+from gpu_worker.cuda.stages.moe_stage import LocalMoe  # noqa: E402
+from gpu_worker.cuda.weights.pinned_memory import PinnedBlock, pin  # noqa: E402
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint  # noqa: E402
 from shared.clock import SystemClock  # noqa: E402
+from shared.expert_cache_memory import ShelfMemory, memory_of_rank  # noqa: E402
 from shared.model_spec import read_model_spec  # noqa: E402
-from tests.unit.gpu_worker.model.runs import Chunk, make_batch, open_ranks  # noqa: E402
+from tests.unit.gpu_worker.cpu.runs import Chunk, make_batch, open_ranks  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

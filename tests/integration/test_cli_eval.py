@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.evaluate.documents import read_documents
-from gpu_worker.model.scoring import LocalScorer
+from gpu_worker.model_tools.scoring import LocalScorer
 
 MODEL = Path(__file__).parents[2] / "models" / "starling-14m"
 NUM_DOCUMENTS = 16

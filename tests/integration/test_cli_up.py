@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from cli.run_dir import read_state
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import free_port
 
 pytestmark = pytest.mark.timeout(240)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.model.manifest import write_manifest
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-from gpu_worker.model.shards import StoredTensor, read_tensors
+from gpu_worker.checkpoint.manifest import write_manifest
+from gpu_worker.checkpoint.shards import StoredTensor, read_tensors
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import running_cluster
-from tests.unit.gpu_worker.model.runs import SMALL
+from tests.unit.gpu_worker.cpu.runs import SMALL
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 PROMPT = list(range(10, 30))

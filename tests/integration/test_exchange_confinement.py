@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from gpu_worker.exchange.confine import confined_environment, listeners_of
+from shared.confinement import confined_environment, listeners_of
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-m", "tests.support.exposed_memory")
@@ -145,7 +145,7 @@ def test_without_confinement_the_same_stranger_connects_and_overwrites(stranger:
 def test_a_process_finds_out_by_itself_whether_it_is_confined(confined: bool) -> None:
     code = (
         "import os\n"
-        "from gpu_worker.exchange.confine import require_confined\n"
+        "from shared.confinement import require_confined\n"
         "from gpu_worker.exchange.mooncake_engine import Protocols, open_engine\n"
         "from shared.errors import ConfigError\n"
         "engine, _ = open_engine('127.0.0.1', Protocols.TCP, '')\n"

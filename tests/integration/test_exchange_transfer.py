@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.exchange.local import LocalHub
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, RankId, SuspicionReason
 from tests.support.exchange_child import H, K, main, make_map, member, run_step
+from tests.support.local_exchange import LocalHub
 
 WAIT_S = 60.0
 FOREVER_MS = 1e9

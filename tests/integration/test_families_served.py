@@ -14,8 +14,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
-from gpu_worker.model.seeded_configs import SEEDED_CONFIGS
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
 from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
 
 NUM_RANKS = 3

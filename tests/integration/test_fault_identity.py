@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
 
 NUM_RANKS = 4

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, running_cluster, stream_events
 
 NUM_RANKS = 3

@@ -9,12 +9,13 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable
 
-from gpu_worker.agent.birth import new_life, nurse_lease
-from gpu_worker.agent.obituary import Obituary
-from gpu_worker.agent.rank_lives import Action, Bury, Kill, Life, RankLives, Spawn
-from gpu_worker.agent.respawn_policy import RespawnPolicy
+from node_agent.exit_report import Obituary
+from node_agent.lease_keeper import nurse_lease
+from node_agent.rank_supervisor import Action, Bury, Kill, Life, RankLives, Spawn
+from node_agent.restart_policy import RespawnPolicy
 from shared.clock import Clock
 from shared.errors import StoreError
+from shared.incarnations import new_life
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import AgentRecord, Verdict, pack_record, unpack_record

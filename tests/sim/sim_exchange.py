@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from gpu_worker.exchange.local import LocalHub
 from shared.types import Member
 from tests.sim.sim_loop import SimProcess, current_process
 from tests.sim.sim_network import SimNetwork
+from tests.support.local_exchange import LocalHub
 
 SLOW_MESSAGES = 0.01
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.exchange.seam import Exchange
-from gpu_worker.step_batch import Forward, StepBatch
+from gpu_worker.engine.step_batch import Forward, StepBatch
+from gpu_worker.exchange.interface import Exchange
 from shared.expert_map import Placement
 from shared.types import EMPTY_SLOT
 

@@ -11,14 +11,14 @@ import greenlet
 
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.engine.step_runner import ModelRunner
-from gpu_worker.exchange.seam import StepMonitor
+from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.rank import Hardware, Rank, RankParts
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
 from shared.wire import AreaOpened
-from tests.sim.sim_copies import CopiesHub, SimBlockCache
 from tests.sim.sim_exchange import SimHub
+from tests.sim.sim_kv_replication import CopiesHub, SimBlockCache
 from tests.sim.sim_loop import SimLoop, SimProcess, in_process
 from tests.sim.sim_model import EOS, SimModel
 

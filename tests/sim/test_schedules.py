@@ -16,12 +16,13 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import structlog
 
-from gpu_worker.agent.rank_lives import RankLives
-from gpu_worker.copies.copy_ledger import CopyLedger
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.exchange.vigil import Vigil
-from gpu_worker.membership.standing import Standing
+from gpu_worker.exchange.wait_policy import Vigil
+from gpu_worker.kv_replication.replica_ledger import CopyLedger
+from gpu_worker.membership.rank_membership import Standing
+from node_agent.rank_supervisor import RankLives
 from tests.sim.schedules import Outcome, run_alone, run_schedule
+from tests.support import local_exchange as local
 
 NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "600"))
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
@@ -96,7 +97,6 @@ def falls(num_seeds: int = 60) -> bool:
 
 def test_a_step_that_goes_on_without_its_peers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 2. A wait that is given up at the deadline sums what is there."""
-    from gpu_worker.exchange import local
 
     take = local.LocalHub.take
 

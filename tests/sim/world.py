@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from control_plane.driver import Driver
+from control_plane.control_driver import Driver
 from control_plane.failure_detector import DetectorTimings
 from control_plane.membership import MembershipPolicy
 from control_plane.telemetry import Metrics
@@ -25,8 +25,8 @@ from shared.leased_keys import LeasedKeys
 from shared.records import InstanceSpec
 from shared.types import Member, RankId, SamplingParams
 from tests.sim.sim_agent import SimAgent
-from tests.sim.sim_copies import CopiesHub
 from tests.sim.sim_exchange import SimHub
+from tests.sim.sim_kv_replication import CopiesHub
 from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
 from tests.sim.sim_network import SimNetwork

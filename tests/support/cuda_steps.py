@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from gpu_worker.cuda.decoder import Decoder
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.engine.step_batch import StepBatch
 
 BLOCK_TOKENS, BLOCKS_EACH = 16, 6
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.exchange.interface import Dispatched, Exchange
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import Layout
-from gpu_worker.exchange.seam import Dispatched, Exchange
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap

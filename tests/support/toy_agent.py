@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from gpu_worker.agent.__main__ import parse, rank_command, run_agent
-from gpu_worker.agent.driver import RankSetup
-from gpu_worker.agent.shelf import with_shelf
+from node_agent.__main__ import parse, rank_command, run_agent
+from node_agent.agent_driver import RankSetup
+from node_agent.expert_cache import with_shelf
 from shared.logs import configure_logs
 
 TOY_RANK = Path(__file__).with_name("toy_process.py")

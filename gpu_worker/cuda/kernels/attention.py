@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.rotated_heads import summed_value, turned_key, turned_queries
 from gpu_worker.cuda.kernels.splits import SPAN, Partials, merge_after, merge_splits
-from gpu_worker.cuda.kernels.turned_heads import summed_value, turned_key, turned_queries
 
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli.up.model import check_model
-from gpu_worker.model.seeded_configs import SEEDED_CONFIGS
+from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
 
 
 @pytest.mark.parametrize(

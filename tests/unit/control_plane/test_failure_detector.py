@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from control_plane.failure_detector import DetectorTimings, FailureDetector
-from control_plane.judgements import Alarm, AlarmKind, Dead, Judgement
+from control_plane.verdicts import Alarm, AlarmKind, Dead, Judgement
 from shared.records import Suspicion
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
 from shared.wire import Load, Pong

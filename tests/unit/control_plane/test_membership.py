@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from control_plane.failure_detector import DetectorTimings
-from control_plane.judgements import Alarm, AlarmKind, Dead
+from control_plane.verdicts import Alarm, AlarmKind, Dead
 from control_plane.writes import Assign, Condemn, Forget, PublishMap
 from shared.records import SlotContents, pack_record
 from shared.store import Delete, Put

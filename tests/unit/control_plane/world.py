@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from control_plane.cluster_view import ClusterView
+from control_plane.cluster_state import ClusterView
 from control_plane.failure_detector import DetectorTimings
+from control_plane.leader_term import Reign
 from control_plane.membership import MembershipPolicy
 from control_plane.probe_events import ProbePong, ProbeRefused, ProbeStanding
 from control_plane.publisher import Publisher
-from control_plane.reign import Reign
 from control_plane.writes import Assign, Condemn, Forget, PlanHeal, PublishMap, Write
 from shared.errors import TxnConflict
 from shared.expert_map import ExpertMap, Placement

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from control_plane.placement import HealStep, balance, grow, heal, replica_counts, shrink, survives
 from control_plane.placement.layout import Layout, checked_loads, fill_quotas, presence
-from control_plane.placement.replica_choice import choose_counts, cover_floor
+from control_plane.placement.replica_counts import choose_counts, cover_floor
 from shared.expert_map import ExpertMap, Placement
 from shared.types import EMPTY_SLOT, NodeId, RankId
 from tests.unit.control_plane.placement.clusters import Cluster, bench_cluster, bounded, clusters

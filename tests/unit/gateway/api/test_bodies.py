@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from gateway.api.bodies import ChatBody, CompletionBody, decode_body
 from gateway.api.requests import (
     COMPLETION_TOKENS_DEFAULT,
-    ModelLimits,
     Wish,
     read_messages,
     read_prompts,
     read_wish,
 )
+from gateway.served_model import ModelLimits
 from shared.errors import RequestError
 
 LIMITS = ModelLimits(vocab_size=100, context_tokens_max=50)

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpu_worker.cuda.decoder_weights import GqaWeights, MlpWeights, MoeWeights
+from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.checkpoint.manifest import write_manifest
 from gpu_worker.cuda.model_loading import CudaModel, layout_of, load_cuda_model
-from gpu_worker.load_progress import LoadProgress
-from gpu_worker.model.gqa_shape import GqaShape
-from gpu_worker.model.manifest import write_manifest
-from gpu_worker.model.seeded_checkpoint import create_seeded_checkpoint
+from gpu_worker.cuda.weights.decoder_weights import GqaWeights, MlpWeights, MoeWeights
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
 from shared.model_spec import read_model_spec
 from tests.support.fake_clock import FakeClock
-from tests.unit.gpu_worker.cuda.expert_folder import damage
-from tests.unit.gpu_worker.model.reference import quantise_fp8
+from tests.unit.gpu_worker.cpu.reference import quantise_fp8
+from tests.unit.gpu_worker.cuda.experts.expert_folder import damage
 
 SIZES = {
     "vocab_size": 304,
@@ -49,7 +49,7 @@ for name in ("numba", "llvmlite", "triton"):
     sys.modules[name] = None  # its import raises
 import torch
 from gpu_worker.cuda.model_loading import load_cuda_model
-from gpu_worker.load_progress import LoadProgress
+from gpu_worker.checkpoint.load_progress import LoadProgress
 from shared.clock import SystemClock
 from shared.model_spec import read_model_spec
 import numpy as np

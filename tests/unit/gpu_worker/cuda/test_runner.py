@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gpu_worker.cuda.ep_members import EpMembers
+from gpu_worker.cuda.ep.members import EpMembers
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.mailbox import (
@@ -31,10 +31,10 @@ from gpu_worker.engine.mailbox import (
     ThreadWaiter,
 )
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.exchange.graph_accord import GraphAccord
-from gpu_worker.exchange.graph_conductor import ConductorDoors, GraphConductor
-from gpu_worker.exchange.replica_choice import ReplicaPolicy
-from gpu_worker.step_batch import StepBatch
+from gpu_worker.engine.step_batch import StepBatch
+from gpu_worker.exchange.graph_barrier import GraphAccord
+from gpu_worker.exchange.graph_barrier_driver import ConductorDoors, GraphConductor
+from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.copies.ports import BlockKeeper
-from gpu_worker.copies.writer import CopyWriter
 from gpu_worker.engine.engine import STRANDED_S, Engine
+from gpu_worker.engine.kv_replication import BlockKeeper
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
@@ -31,7 +30,8 @@ from gpu_worker.engine.mailbox import (
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_runner import ModelRunner
-from gpu_worker.exchange.seam import Dispatched
+from gpu_worker.exchange.interface import Dispatched
+from gpu_worker.kv_replication.writer import CopyWriter
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import (
@@ -46,7 +46,6 @@ from shared.types import (
     SuspicionReason,
 )
 from shared.wire import Cancel, SessionTokens, Submit, Wake
-from tests.unit.gpu_worker.copies.fakes import ArrayCache, Channel, Endpoint
 from tests.unit.gpu_worker.engine.toy import (
     HIDDEN,
     ToyModel,
@@ -55,6 +54,7 @@ from tests.unit.gpu_worker.engine.toy import (
     scheduler,
     submit,
 )
+from tests.unit.gpu_worker.kv_replication.fakes import ArrayCache, Channel, Endpoint
 
 ME = Member(rank=RankId(0), incarnation=Incarnation(1))
 PEER = Member(rank=RankId(1), incarnation=Incarnation(1))

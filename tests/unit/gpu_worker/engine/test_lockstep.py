@@ -21,14 +21,14 @@ from gpu_worker.engine.mailbox import (
     ThreadWaiter,
 )
 from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.step_batch import Forward, StepBatch
 from gpu_worker.engine.step_runner import ModelRunner
-from gpu_worker.exchange.local import LocalHub
-from gpu_worker.exchange.seam import Exchange
-from gpu_worker.step_batch import Forward, StepBatch
+from gpu_worker.exchange.interface import Exchange
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, FinishReason, Incarnation, Member, RankId, Step
 from shared.wire import Wake
+from tests.support.local_exchange import LocalHub
 from tests.unit.gpu_worker.engine.toy import HIDDEN, ToyModel, alone, origin, scheduler, submit
 
 PATIENCE_S = 20

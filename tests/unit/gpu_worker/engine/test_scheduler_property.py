@@ -10,16 +10,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.copies.writer import CopyWriter
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.kv_replication.writer import CopyWriter
 from shared.types import Attempt, FinishReason, RankId, SamplingParams, SessionId
 from shared.wire import SessionTokens, Submit
-from tests.unit.gpu_worker.copies.fakes import ArrayCache, Channel, Endpoint, Store, member
 from tests.unit.gpu_worker.engine.kv_audit import KvAudit, Picture
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, ToyModel, alone
+from tests.unit.gpu_worker.kv_replication.fakes import ArrayCache, Channel, Endpoint, Store, member
 
 SAMPLINGS = st.builds(
     SamplingParams,

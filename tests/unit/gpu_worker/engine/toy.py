@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.copies.ports import BlockKeeper
 from gpu_worker.engine.draw import Draw
+from gpu_worker.engine.kv_replication import BlockKeeper
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
-from gpu_worker.exchange.seam import Exchange
-from gpu_worker.step_batch import Forward, StepBatch
+from gpu_worker.engine.step_batch import Forward, StepBatch
+from gpu_worker.exchange.interface import Exchange
 from shared.types import Attempt, FinishReason, SamplingParams, SessionId
 from shared.wire import Submit
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from gpu_worker.exchange.alone import AloneExchange
-from gpu_worker.exchange.local import LocalHub
-from gpu_worker.exchange.seam import Exchange
+from gpu_worker.exchange.interface import Exchange
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from tests.support.local_exchange import LocalHub
 
 EPOCH = Epoch(1)
 NUM_EXPERTS, TOP_K, HIDDEN = 6, 3, 4

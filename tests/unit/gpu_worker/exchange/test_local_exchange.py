@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.exchange.local import LocalExchange, LocalHub
-from gpu_worker.exchange.seam import Dispatched
+from gpu_worker.exchange.interface import Dispatched
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from tests.support.local_exchange import LocalExchange, LocalHub
 
 H, K, E, L = 8, 2, 6, 2
 FOREVER_MS = 1e9

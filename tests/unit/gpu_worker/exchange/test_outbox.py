@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.exchange.areas import QUARANTINE_S, Areas
 from gpu_worker.exchange.message import TAIL_BYTES, Layout
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.exchange.outbox import Link, Outbox, Write
+from gpu_worker.exchange.regions import QUARANTINE_S, Areas
 from shared.types import Incarnation, Member, RankId
 
 LAYOUT = Layout(hidden_size=4, top_k=2, step_tokens_max=4)

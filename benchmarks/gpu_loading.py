@@ -1,0 +1,224 @@
+"""How fast experts come into a CUDA rank's slots, and what it costs the steps meanwhile:
+`python -m benchmarks.gpu_loading --out FOLDER`.
+
+Random bf16 experts of Qwen3-30B-A3B's size in files (by default in memory: the page cache's case),
+loaded by the rank's own loader: out of the checkpoint, and from pinned copies that its background
+thread has made of them. Pinning is measured twice: with pages that come into being by it, and again
+as another rank of the host would, which finds them there. A step is a captured graph of some
+milliseconds whose result the host waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from gpu_worker.checkpoint.checkpoint import INDEX_FILE, open_checkpoint
+from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.checkpoint.mlp_names import mlp_shapes
+from gpu_worker.cuda.experts.expert_cache import ShelfLabel
+from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
+from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
+from gpu_worker.cuda.experts.slots import CudaSlots
+from shared.clock import SystemClock
+from shared.expert_cache_memory import ShelfMemory, create_memory
+
+HIDDEN, INNER = 2048, 768
+STEP_WIDTH, STEP_PRODUCTS = 8192, 16
+GB = 1e9
+ROOM_FOR_LABEL = 2**22
+FILL_TIMEOUT_S = 300
+
+
+class Rank:
+    """Slots for every expert of a few layers."""
+
+    def __init__(
+        self, folder: Path, num_layers: int, num_experts: int, device: torch.device
+    ) -> None:
+        self._progress = LoadProgress(SystemClock())
+        shapes = save_experts(folder, num_layers, num_experts)
+        checkpoint = open_checkpoint(folder, shapes, self._progress.count)
+        self.reader = ExpertReader(checkpoint, prefix_of, torch.bfloat16)
+        self.num_bytes = num_layers * num_experts * self.reader.num_bytes
+        self._label = ShelfLabel(
+            folder=str(folder),
+            fingerprint=checkpoint.fingerprint(),
+            dtype=str(self.reader.dtype),
+            num_values=self.reader.num_values,
+            num_layers=num_layers,
+            num_experts=num_experts,
+        )
+        size = self.num_bytes + ROOM_FOR_LABEL
+        self._memory = ShelfMemory(fd=create_memory(size), bytes_max=size)
+        self.slots = CudaSlots(
+            num_layers=num_layers,
+            slots_per_rank=num_experts,
+            hidden_size=HIDDEN,
+            inner_size=INNER,
+            device=device,
+        )
+        self._num_experts = num_experts
+        self._device = device
+
+    def load(self, copies: HostExperts, shift: int) -> float:
+        """GB/s of one load that changes every slot."""
+        loader = CudaSlotLoader(
+            slots=self.slots,
+            reader=self.reader,
+            copies=copies,
+            progress=self._progress,
+            device=self._device,
+        )
+        wanted = np.roll(np.arange(self._num_experts, dtype=np.int16), shift)
+        wanted_LS = np.tile(wanted, (self.slots.num_layers, 1))
+        began = time.perf_counter()
+        held_LS = loader.load(wanted_LS)
+        took_s = time.perf_counter() - began
+        assert np.array_equal(held_LS, wanted_LS)
+        return wanted_LS.size * self.reader.num_bytes / GB / took_s
+
+    def pin(self) -> tuple[HostExperts, float]:
+        """Copies, none of them whole at first, and the GB/s of having them pinned."""
+        began = time.perf_counter()
+        copies = open_host_experts(self.reader, self._memory, self._label, self._device)
+        return copies, self.num_bytes / GB / (time.perf_counter() - began)
+
+    def fill(self, copies: HostExperts) -> float:
+        """GB/s of the background thread."""
+        began = time.perf_counter()
+        copies.fill_in_background()
+        assert copies.wait_until_filled(FILL_TIMEOUT_S), "the copies take too long"
+        return self.num_bytes / GB / (time.perf_counter() - began)
+
+
+def prefix_of(layer: int, expert: int) -> str:
+    return f"model.layers.{layer}.mlp.experts.{expert}"
+
+
+def save_experts(folder: Path, num_layers: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+    """A shard a layer; the shapes of all tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    weight_map: dict[str, str] = {}
+    for layer in range(num_layers):
+        of_layer: dict[str, tuple[int, ...]] = {}
+        for expert in range(num_experts):
+            of_layer |= mlp_shapes(prefix_of(layer, expert), HIDDEN, INNER)
+        file = f"layer-{layer}.safetensors"
+        save_file(
+            {name: torch.randn(shape).bfloat16() for name, shape in of_layer.items()}, folder / file
+        )
+        shapes |= of_layer
+        weight_map |= dict.fromkeys(of_layer, file)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    return shapes
+
+
+class Steps:
+    """Stands for decode: reads some GB of weights, and a result that the host waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._x = torch.randn(8, STEP_WIDTH, device=device, dtype=torch.bfloat16)
+        self._w = torch.randn(STEP_WIDTH, STEP_WIDTH, device=device, dtype=torch.bfloat16)
+        self._y = torch.empty_like(self._x)
+        self._host = torch.empty(8, dtype=torch.bfloat16, pin_memory=True)
+        self._stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            self._run()
+            self._stream.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._run()
+
+    def beside(self, work: Callable[[], float]) -> dict[str, Any]:
+        """What `work` gives, and the milliseconds of the steps while it runs."""
+        results: list[float] = []
+        thread = threading.Thread(target=lambda: results.append(work()))
+        thread.start()
+        times = []
+        with torch.cuda.stream(self._stream):
+            while thread.is_alive():
+                began = time.perf_counter()
+                self._graph.replay()
+                self._host.copy_(self._y[:, 0], non_blocking=True)
+                self._stream.synchronize()
+                times.append((time.perf_counter() - began) * 1e3)
+        thread.join()
+        p50, p99, longest = np.percentile(times, [50, 99, 100])
+        return {
+            "gb_per_s": round(results[0], 2),
+            "steps": len(times),
+            "step_ms_p50": round(float(p50), 3),
+            "step_ms_p99": round(float(p99), 3),
+            "step_ms_max": round(float(longest), 3),
+        }
+
+    def _run(self) -> None:
+        for _ in range(STEP_PRODUCTS):
+            torch.mm(self._x, self._w, out=self._y)
+
+
+def idle() -> float:
+    time.sleep(3)
+    return 0.0
+
+
+def measure(rank: Rank, device: torch.device) -> dict[str, Any]:
+    from benchmarks.gpu import link_rate
+
+    steps, none = Steps(device), HostExperts(rank.reader, None)
+    link = link_rate()
+    copies, pinned = rank.pin()
+    others, pinned_again = rank.pin()
+    others.close()
+    results: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(device),
+        "link_gb_per_s": round(link, 2),
+        "pinned_gb_per_s": round(pinned, 2),
+        "pinned_again_gb_per_s": round(pinned_again, 2),
+        "steps_alone": steps.beside(idle),
+        "from_checkpoint": rank.load(none, 0),
+        "from_checkpoint_beside_steps": steps.beside(lambda: rank.load(none, 1)),
+        "filling_beside_steps": steps.beside(lambda: rank.fill(copies)),
+        "from_copies": rank.load(copies, 2),
+        "from_copies_beside_steps": steps.beside(lambda: rank.load(copies, 3)),
+    }
+    results["from_copies_share_of_link"] = round(results["from_copies"] / link, 3)
+    beside = results["from_copies_beside_steps"]["gb_per_s"]
+    results["from_copies_beside_steps_share_of_link"] = round(beside / link, 3)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("var/bench"))
+    parser.add_argument("--files", type=Path, default=Path("/dev/shm"), help="where experts go")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=128)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench.gpu_loading: no CUDA device here; this measures one")
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    with tempfile.TemporaryDirectory(dir=options.files) as folder:
+        rank = Rank(Path(folder), options.layers, options.experts, device)
+        results = measure(rank, device)
+    text = json.dumps(results, indent=1)
+    print(text)
+    (options.out / "gpu_loading.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

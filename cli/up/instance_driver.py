@@ -1,0 +1,332 @@
+"""Brings an instance up stage by stage, keeps it, and takes it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cli.observe.status import read_status
+from cli.run_dir import (
+    RunState,
+    Target,
+    create_run_dir,
+    default_run_dir,
+    read_state,
+    remove_state,
+    write_state,
+)
+from cli.up import services
+from cli.up.demo import stream_demo
+from cli.up.device import DevicePlan, count_cards, plan_device, visible
+from cli.up.leftovers import kill_leftovers
+from cli.up.model import check_model, run_model_tool, seeded_model, shipped_model
+from cli.up.mps import CudaMps
+from cli.up.options import UpOptions
+from cli.up.readiness import until_healthy, until_map
+from cli.up.stages import Stages
+from cli.up.supervisor import Supervisor
+from shared.clock import Clock, SystemClock
+from shared.embedded_etcd import EmbeddedEtcd
+from shared.errors import ConfigError, Unavailable
+from shared.etcd_store import connect_store
+from shared.keys import Keys
+
+_UNDERTAKER = Path(__file__).with_name("cleanup_watchdog.py")
+
+
+async def run_up(options: UpOptions, console: Console) -> int:
+    """Until SIGINT or SIGTERM; a second one ends everything at once. The exit code. Raises
+    StarfishError where the instance cannot start; nothing is left behind either way."""
+    options.check()
+    refuse_second_instance(options)
+    stop, up = asyncio.Event(), Up(options, console, SystemClock())
+
+    def on_signal() -> None:
+        if stop.is_set():
+            up.kill_hard()
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    failed = True
+    try:
+        if await unless(stop, up.start()):
+            await unless(stop, up.serve())
+        failed = False
+        return 0 if up.serves else 130
+    finally:
+        await up.stop(keep_logs=failed)
+
+
+def refuse_second_instance(options: UpOptions) -> None:
+    """Raises ConfigError where this run folder's owner still lives."""
+    state = read_state(options.run_dir)
+    if state is None or state.pid == os.getpid():
+        return
+    with contextlib.suppress(OSError):
+        arguments = Path(f"/proc/{state.pid}/cmdline").read_bytes().split(b"\0")
+        if b"up" in arguments:
+            raise ConfigError(
+                f"instance {state.instance!r} runs already (pid {state.pid}, {state.url}); stop it "
+                "by Ctrl-C, or pass another --instance and --port"
+            )
+
+
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work came to its end before `stop` was set; it is cancelled otherwise."""
+    async with asyncio.TaskGroup() as tasks:
+        working = tasks.create_task(work)
+        stopping = tasks.create_task(stop.wait())
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not working.done():
+            working.cancel()
+    return not working.cancelled()
+
+
+class Up:
+    """One instance. `start`, `serve`, then `stop`, in whatever state."""
+
+    def __init__(self, options: UpOptions, console: Console, clock: Clock) -> None:
+        self._options = options
+        self._console = console
+        self._clock = clock
+        self._stages = Stages(console, clock)
+        self._keys = Keys(options.instance)
+        self._log_dir = options.run_dir / "logs"
+        self._etcd: EmbeddedEtcd | None = None
+        self._mps: CudaMps | None = None
+        self._endpoint = ""
+        self._supervisor: Supervisor | None = None
+        self._undertaker: asyncio.subprocess.Process | None = None
+        self._services: list[services.Service] = []
+        self.serves = False
+
+    @property
+    def _is_own_dir(self) -> bool:
+        return self._options.run_dir == default_run_dir(self._options.instance)
+
+    @property
+    def _url(self) -> str:
+        return f"http://{self._options.host}:{self._options.port}"
+
+    async def start(self) -> None:
+        """Raises StarfishError."""
+        options = self._options
+        self._prepare_dir()
+        self._supervisor = Supervisor(self._log_dir, self._clock, self._stages.note)
+        try:
+            async with asyncio.timeout(options.timeout_s):
+                device = await self._device()
+                model = await self._model(device)
+                await self._start_etcd()
+                await self._start_services(model)
+                await self._wait_until_serving()
+        except TimeoutError:
+            raise Unavailable(
+                f"the instance did not serve within {options.timeout_s:.0f} s; "
+                f"the logs in {self._log_dir} say why, or pass a longer --timeout-s"
+            ) from None
+        write_state(
+            options.run_dir,
+            RunState(
+                instance=options.instance,
+                etcd=self._endpoint,
+                url=self._url,
+                pid=os.getpid(),
+                model=str(model),
+            ),
+        )
+        self.serves = True
+        if options.demo:
+            self._console.print(await stream_demo(self._url, self._console, self._clock))
+        await self._say_what_next()
+
+    async def serve(self) -> None:
+        """For ever: restarts what crashes."""
+        assert self._supervisor is not None
+        async with asyncio.TaskGroup() as tasks:
+            for service in self._services:
+                tasks.create_task(self._supervisor.keep(service))
+            if self._etcd is not None:
+                tasks.create_task(self._keep_etcd(self._etcd))
+
+    async def stop(self, *, keep_logs: bool) -> None:
+        """Clients first, etcd last. Nothing of the instance is left but, on failure, the logs."""
+        if self._supervisor is not None:
+            self._console.print("stopping …", highlight=False)
+            for service in reversed(self._services):
+                await self._supervisor.stop(service)
+            if self._endpoint:
+                kill_leftovers(self._endpoint, self._options.instance)
+        if self._etcd is not None:
+            await self._etcd.stop()
+        if self._mps is not None:
+            await self._mps.stop()
+        await self._dismiss_undertaker()
+        if self._supervisor is not None:
+            self._supervisor.cut_lifeline()
+            self._remove_files(keep_logs)
+
+    def kill_hard(self) -> None:
+        """No waiting. Our own end is that of the lifeline, which takes the rest."""
+        if self._supervisor is not None:
+            self._supervisor.kill_all()
+        if self._endpoint:
+            kill_leftovers(self._endpoint, self._options.instance)
+
+    def _prepare_dir(self) -> None:
+        create_run_dir(self._options.run_dir)
+        self._remove_files(keep_logs=False)
+        create_run_dir(self._options.run_dir)
+        self._log_dir.mkdir(exist_ok=True)
+
+    def _remove_files(self, keep_logs: bool) -> None:
+        """A folder that was named by flag stays, with what others have put there."""
+        run_dir = self._options.run_dir
+        remove_state(run_dir)
+        for part in ("etcd", "mps"):
+            shutil.rmtree(run_dir / part, ignore_errors=True)
+        if not keep_logs:
+            shutil.rmtree(self._log_dir, ignore_errors=True)
+            if self._is_own_dir:
+                shutil.rmtree(run_dir, ignore_errors=True)
+
+    async def _device(self) -> DevicePlan:
+        options = self._options
+        cards = 0 if options.device == "cpu" else visible(await count_cards(), os.environ)
+        plan = plan_device(options.device, options.cuda_mps, options.ranks, cards)
+        with self._stages.stage("device") as stage:
+            if plan.mps:
+                self._mps = CudaMps(options.run_dir)
+                await self._mps.start()
+            stage.result = str(plan)
+        return plan
+
+    async def _model(self, device: DevicePlan) -> Path:
+        with self._stages.stage("model") as stage:
+            folder = self._options.model
+            if folder is None and not self._options.seeded:
+                folder = shipped_model()
+            if folder is None:
+                folder = await seeded_model(self._options.model_dir, stage)
+            stage.result = await check_model(folder)
+        if not device.on_cuda:
+            with self._stages.stage("CPU kernels") as stage:
+                await run_model_tool("warm-up", stage=stage)
+        return folder
+
+    async def _start_etcd(self) -> None:
+        options = self._options
+        with self._stages.stage("etcd") as stage:
+            if options.etcd:
+                self._endpoint = options.etcd
+                store = await connect_store(options.etcd.split(","))
+                await store.close()
+                stage.result = f"the one at {options.etcd}"
+            else:
+                self._etcd = EmbeddedEtcd(options.run_dir / "etcd", clock=self._clock)
+                await self._etcd.start(on_progress=stage.say)
+                self._endpoint = self._etcd.endpoint
+                stage.result = f"embedded, at {self._endpoint}"
+        await self._call_undertaker()
+
+    async def _start_services(self, model: Path) -> None:
+        assert self._supervisor is not None
+        options, endpoint = self._options, self._endpoint
+        planned = [
+            *(
+                services.control_plane(options, endpoint, model, number)
+                for number in range(options.control_planes)
+            ),
+            services.agent(
+                options,
+                endpoint,
+                model,
+                self._log_dir,
+                self._mps.environment if self._mps is not None else {},
+            ),
+            services.gateway(options, endpoint),
+        ]
+        for service in planned:
+            await self._supervisor.start(service)
+            self._services.append(service)
+
+    async def _wait_until_serving(self) -> None:
+        num_ranks = self._options.ranks
+        store = await connect_store(self._endpoint.split(","))
+        try:
+            with self._stages.stage(f"{num_ranks} ranks") as stage:
+                stage.result = await until_map(
+                    store, self._keys, num_ranks, stage.say, self._require_alive
+                )
+        finally:
+            await store.close()
+        with self._stages.stage("gateway") as stage:
+            await until_healthy(self._url, self._require_alive)
+            stage.result = self._url
+
+    def _require_alive(self) -> None:
+        """At the start a service that ends has found something impossible: its words are the
+        answer. Raises Unavailable."""
+        assert self._supervisor is not None
+        for service in self._services:
+            self._supervisor.require_alive(service)
+        for rank in range(self._options.ranks):
+            complaint = self._supervisor.complaint(f"rank-{rank}")
+            if complaint is not None:
+                raise Unavailable(complaint)
+
+    async def _keep_etcd(self, etcd: EmbeddedEtcd) -> None:
+        while True:
+            code = await etcd.wait()
+            self._stages.note(f"etcd ended (code {code}); serving goes on, restarting it")
+            await etcd.start()
+            await self._dismiss_undertaker()
+            await self._call_undertaker()
+
+    async def _call_undertaker(self) -> None:
+        assert self._supervisor is not None
+        fd = self._supervisor.lifeline_fd
+        folder = str(self._options.run_dir) if self._is_own_dir else "-"
+        daemons = (self._etcd, self._mps)
+        pids = [str(daemon.pid) for daemon in daemons if daemon is not None]
+        self._undertaker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(_UNDERTAKER), str(fd), folder, *pids),
+            pass_fds=[fd],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    async def _dismiss_undertaker(self) -> None:
+        if self._undertaker is not None and self._undertaker.returncode is None:
+            self._undertaker.kill()
+            await self._undertaker.wait()
+
+    async def _say_what_next(self) -> None:
+        target = Target(etcd=self._endpoint, instance=self._options.instance)
+        survived = (await read_status(target))["survives"]
+        if survived:
+            self._console.print(survived["summary"], highlight=False)
+        name = "" if self._options.instance == "default" else f" --instance {target.instance}"
+        folder = "" if self._is_own_dir else f" --run-dir {self._options.run_dir}"
+        for text in (
+            f"\nServing at {self._url}/v1 until Ctrl-C. In another terminal:",
+            f"  starfish status{name}{folder}     what runs where",
+            f"  starfish watch{name}{folder}      deaths, verdicts and maps as they happen",
+            f"  starfish kill 2{name}{folder}     kill -9 rank 2 and see it regrow",
+            f"  logs: {self._log_dir}",
+        ):
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,327 @@
+"""The control plane's loop: watch and probes in, decisions out to etcd. It decides nothing itself:
+`reign` judges and plans, `election` says whether it may act."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+
+import structlog
+
+from control_plane.cluster_state import (
+    Change,
+    ClusterView,
+    LeaderGone,
+    LeaderPut,
+    Malformed,
+    MapPut,
+    RecordPut,
+)
+from control_plane.election import Election
+from control_plane.failure_detector import DetectorTimings
+from control_plane.leader_term import Reign
+from control_plane.leadership import Leadership
+from control_plane.membership import MembershipPolicy
+from control_plane.placement import HealStep, advise, describe, survives
+from control_plane.probe_events import ProbeEvent
+from control_plane.prober import Prober
+from control_plane.publisher import Publisher
+from control_plane.spec_keeper import keep_spec
+from control_plane.telemetry import Metrics
+from control_plane.verdicts import Dead
+from control_plane.writes import Assign, Condemn, PlanHeal, PublishMap, Write
+from shared.clock import Clock
+from shared.errors import StoreError
+from shared.expert_map import ExpertMap
+from shared.keys import Keys
+from shared.records import InstanceSpec, RankRecord
+from shared.store import Snapshot, Store, WatchEvent
+from shared.types import Member
+
+log = structlog.get_logger()
+
+_INBOX_MAX = 4096
+_TICK_S = 0.1
+_TICK_URGENT_S = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A write came back: what etcd holds now, or why nobody knows."""
+
+    write: Write
+    outcome: tuple[WatchEvent, ...] | Snapshot
+    error: StoreError | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A heal's next step, for the reign that asked for it."""
+
+    reign: Reign
+    plan: PlanHeal
+    step: HealStep | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nudge:
+    """The election moved; look again."""
+
+
+Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | Nudge
+
+
+class Driver:
+    """One process's control plane, active or on standby."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        keys: Keys,
+        clock: Clock,
+        name: str,
+        spec: InstanceSpec,
+        policy: MembershipPolicy,
+        timings: DetectorTimings,
+        leader_ttl_s: float,
+        probe_interval_s: float,
+        urgent_probe_interval_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._spec = spec
+        self._policy = policy
+        self._timings = timings
+        self._metrics = metrics
+        self._view = ClusterView(keys)
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
+        self._election = Election(name=name, ttl_s=leader_ttl_s)
+        self._leadership = Leadership(
+            store=store,
+            view=self._view,
+            election=self._election,
+            clock=clock,
+            name=name,
+            pid=os.getpid(),
+            ttl_s=leader_ttl_s,
+            on_change=self._nudge,
+        )
+        self._prober = Prober(
+            name=name,
+            report=self._inbox.put,
+            interval_s=probe_interval_s,
+            urgent_interval_s=urgent_probe_interval_s,
+        )
+        self._publisher = Publisher(store, keys, clock)
+        self._reign: Reign | None = None
+        self._write_under_way = False
+        self._spec_kept = False
+        self._last_records: dict[Member, RankRecord] = {}
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set; then gives up the leader key. Raises ConfigError where the instance
+        serves something else."""
+        async with asyncio.TaskGroup() as group:
+            work = group.create_task(self._work())
+            await stop.wait()
+            work.cancel()
+        await self._leadership.resign()
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch())
+            group.create_task(self._leadership.run())
+            group.create_task(self._prober.run())
+            group.create_task(self._publisher.run())
+            group.create_task(self._loop(group))
+
+    def health(self) -> dict[str, object]:
+        expert_map, leader = self._view.expert_map, self._view.leader
+        return {
+            "synced": self._view.synced,
+            "leading": self._election.may_act(self._clock.now()),
+            "leader": leader.control_plane if leader else None,
+            "term": self._view.term,
+            "epoch": expert_map.epoch if expert_map else 0,
+            "members": [str(m) for m in expert_map.members] if expert_map else [],
+            "frozen": self._reign.detector.frozen if self._reign else False,
+        }
+
+    async def _watch(self) -> None:
+        async for item in self._store.watch(self._keys.root):
+            await self._inbox.put(item)
+
+    def _nudge(self) -> None:
+        if not self._inbox.full():
+            self._inbox.put_nowait(Nudge())
+
+    async def _loop(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            for event in await self._next_events():
+                self._feed(event)
+            now = self._clock.now()
+            await self._take_office(now)
+            if self._reign is not None:
+                self._reign.on_tick(now)
+                self._tell_news(self._reign)
+                self._act(group, self._reign, now)
+            self._show()
+
+    async def _next_events(self) -> list[Event]:
+        urgent = self._reign is not None and self._reign.detector.urgent
+        events: list[Event] = []
+        try:
+            tick_s = _TICK_URGENT_S if urgent else _TICK_S
+            async with asyncio.timeout(tick_s):
+                events.append(await self._inbox.get())
+        except TimeoutError:
+            return events
+        while not self._inbox.empty():
+            events.append(self._inbox.get_nowait())
+        return events
+
+    def _feed(self, event: Event) -> None:
+        now = self._clock.now()
+        match event:
+            case Snapshot() | WatchEvent():
+                self._feed_changes(self._view.apply(event), now)
+                if isinstance(event, Snapshot):
+                    self._leadership.poke()
+            case Written():
+                self._write_under_way = False
+                self._feed_written(event, now)
+            case Planned():
+                event.reign.membership.on_heal_planned(event.plan, event.step)
+            case Nudge():
+                pass
+            case _:
+                if self._reign is not None:
+                    self._reign.on_probe(event, now)
+
+    def _feed_written(self, written: Written, now: float) -> None:
+        outcome = written.outcome
+        for item in (outcome,) if isinstance(outcome, Snapshot) else outcome:
+            self._feed_changes(self._view.apply(item), now)
+        if written.error is not None:
+            log.warning("write_failed", error=str(written.error))
+        elif isinstance(written.write, Condemn | Assign) and written.write.verdicts:
+            condemned = [f"{v.rank}.{v.incarnation}" for v in written.write.verdicts]
+            log.warning("condemned_without_a_map", members=condemned)
+        elif isinstance(written.write, PublishMap):
+            expert_map = written.write.expert_map
+            self._metrics.publish_s.observe(now - expert_map.published_at)
+            log.info(
+                "map_published",
+                epoch=expert_map.epoch,
+                members=[str(m) for m in expert_map.members],
+                cause=expert_map.cause,
+                publish_ms=round((now - expert_map.published_at) * 1000, 1),
+            )
+            if not written.write.verdicts:  # after a death there is something better to do
+                self._tell_tolerance(expert_map)
+
+    def _feed_changes(self, changes: list[Change], now: float) -> None:
+        for change in changes:
+            if isinstance(change, Malformed):
+                log.error("malformed_value", key=change.key, error=change.error)
+            self._remember(change)
+            if self._reign is not None:
+                self._reign.on_change(change, now)
+            if isinstance(change, LeaderPut | LeaderGone):
+                self._leadership.poke()
+
+    async def _take_office(self, now: float) -> None:
+        """A reign begins and ends with the right to act."""
+        if not self._election.may_act(now):
+            if self._reign is not None:
+                log.warning("leadership_ended", leader=self._view.leader)
+                self._reign, self._spec_kept = None, False
+                self._prober.watch(())
+            return
+        if self._reign is None:
+            log.info("leadership_won", term=self._view.term)
+            self._reign = Reign(self._view, self._policy, self._timings, now)
+        if not self._spec_kept:
+            self._spec_kept = await keep_spec(
+                self._store, self._view, self._spec, self._election.leader_revision
+            )
+
+    def _act(self, group: asyncio.TaskGroup, reign: Reign, now: float) -> None:
+        self._prober.watch(self._targets(reign))
+        self._prober.set_urgent(reign.detector.urgent)
+        if self._write_under_way or not self._spec_kept:
+            return
+        decision = reign.decide(now)
+        if isinstance(decision, PlanHeal):
+            group.create_task(self._plan(reign, decision))
+        elif decision is not None:
+            self._write_under_way = True
+            group.create_task(self._write(decision, self._election.leader_revision))
+
+    async def _plan(self, reign: Reign, plan: PlanHeal) -> None:
+        step = await asyncio.to_thread(plan.first_step)
+        await self._inbox.put(Planned(reign=reign, plan=plan, step=step))
+
+    async def _write(self, write: Write, leader_revision: int) -> None:
+        map_revision = self._view.revision_of(self._keys.map)
+        try:
+            events = await self._publisher.write(write, leader_revision, map_revision)
+            written = Written(write=write, outcome=events, error=None)
+        except StoreError as error:
+            snapshot = await self._publisher.reread()
+            written = Written(write=write, outcome=snapshot, error=error)
+        await self._inbox.put(written)
+
+    def _targets(self, reign: Reign) -> list[RankRecord]:
+        """All that are registered, and members that lost their registration and may live still."""
+        records, expert_map = self._view.records, self._view.expert_map
+        dead = reign.membership.dead
+        kept = {m for m in (expert_map.members if expert_map else ()) if m not in dead}
+        return [r for m, r in self._last_records.items() if m in records or m in kept]
+
+    def _remember(self, change: Change) -> None:
+        """The last record of every member, on standby too: the next leader may have to ask those
+        whose leases etcd's own trouble made expire."""
+        if isinstance(change, RecordPut):
+            self._last_records[change.record.member] = change.record
+        elif isinstance(change, MapPut):
+            kept = {*self._view.records, *change.expert_map.members}
+            self._last_records = {m: r for m, r in self._last_records.items() if m in kept}
+
+    def _tell_news(self, reign: Reign) -> None:
+        for item in reign.take_news():
+            if isinstance(item, Dead):
+                took_s = item.decided_at - item.first_signal_at
+                self._metrics.verdicts.labels(item.cause.value).inc()
+                self._metrics.verdict_s.observe(took_s)
+                log.warning(
+                    "rank_dead",
+                    rank=item.member.rank,
+                    incarnation=item.member.incarnation,
+                    cause=item.cause.value,
+                    signals=[f"{s.by}:{s.reason.value}" for s in item.signals],
+                    verdict_ms=round(took_s * 1000, 1),
+                )
+            else:
+                self._metrics.alarms.labels(item.kind.value).inc()
+                log.error("alarm", kind=item.kind.value, detail=item.detail)
+
+    def _tell_tolerance(self, expert_map: ExpertMap) -> None:
+        records = self._view.records
+        if any(m not in records for m in expert_map.members):
+            return
+        nodes = {m.rank: records[m].node for m in expert_map.members}
+        tolerance = survives(expert_map, nodes)
+        self._metrics.survivable.set(tolerance.rank_failures)
+        log.info("fault_tolerance", text=describe(tolerance, advise(expert_map, nodes)))
+
+    def _show(self) -> None:
+        expert_map, reign = self._view.expert_map, self._reign
+        self._metrics.epoch.set(expert_map.epoch if expert_map else 0)
+        self._metrics.members.set(len(expert_map.members) if expert_map else 0)
+        self._metrics.leader.set(reign is not None)
+        self._metrics.suspected.set(len(reign.detector.suspected) if reign else 0)

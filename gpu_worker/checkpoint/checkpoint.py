@@ -1,0 +1,151 @@
+"""A Hugging Face checkpoint: checked when opened, read tensor by tensor as float32, verified
+against its hash manifest where there is one. Knows nothing of architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.checkpoint.manifest import Manifest, check_listed, has_parts, read_manifest, verify
+from gpu_worker.checkpoint.quantisation import Codes
+from gpu_worker.checkpoint.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    MappedShards,
+    Shape,
+    StoredTensor,
+    read_tensors,
+)
+from gpu_worker.checkpoint.stored_form import StoredForm, check_method, find_form
+from shared.errors import CheckpointError
+from shared.model_spec import read_json
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "OnRead", "Shape", "open_checkpoint"]
+
+_Values = TypeVar("_Values", NDArray[np.float32], NDArray[np.uint16])
+
+ALWAYS_FLOAT32 = ("bias", ".gate.weight", ".router.weight", ".weights_proj.weight")
+"""How the names of what is small end, and is read with `read` whatever it is stored as, as all that
+has one axis: biases, routers, the weights of an indexer's heads. Some checkpoints have these alone
+in F32."""
+
+OnRead = Callable[[int], None]
+"""Is told of each tensor's bytes in the file, once they are read."""
+
+
+class Checkpoint:
+    """The tensors of an opened folder, under the names that the model has for them: how they are
+    stored does not show. Reads may run in several threads; what they return is the caller's own.
+    Each raises CheckpointError where the bytes are not those that the manifest knows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        forms: Mapping[str, StoredForm],
+        manifest: Manifest | None,
+        on_read: OnRead | None,
+    ) -> None:
+        self.folder = folder
+        self._forms = forms
+        self._manifest = manifest
+        self._on_read = on_read
+        self.is_bfloat16 = all(
+            form.is_bfloat16
+            for name, form in forms.items()
+            if len(form.shape) > 1 and not name.endswith(ALWAYS_FLOAT32)
+        )
+        """Whether `read_bits` serves for all matrices that are not read as float32 in any case."""
+        self._shards = MappedShards({part.path for form in forms.values() for part in form.parts})
+
+    def fingerprint(self) -> str:
+        """Of the files as they were when it was opened: whoever opens the same has the same."""
+        return self._shards.fingerprint()
+
+    def has(self, name: str) -> bool:
+        """Whether it was asked for when the checkpoint was opened."""
+        return name in self._forms
+
+    def shape(self, name: str) -> Shape:
+        return self._forms[name].shape
+
+    def stored_dtype(self, name: str) -> str:
+        """F32, F16, BF16, F8_E4M3 or MXFP4."""
+        return self._forms[name].dtype
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        return self._decode(self._forms[name], None, StoredForm.decode)
+
+    def read_part(self, name: str, index: int) -> NDArray[np.float32]:
+        """One index of the leading axis, without touching the others."""
+        return self._decode(self._forms[name], index, StoredForm.decode)
+
+    def read_bits(self, name: str) -> NDArray[np.uint16]:
+        """In bfloat16, of a tensor stored in BF16 or MXFP4, of which it loses nothing."""
+        return self._decode(self._forms[name], None, StoredForm.decode_bits)
+
+    def read_bits_part(self, name: str, index: int) -> NDArray[np.uint16]:
+        return self._decode(self._forms[name], index, StoredForm.decode_bits)
+
+    def copy_bits(self, name: str, out_N: NDArray[np.uint16]) -> None:
+        """Of a tensor stored in BF16, flat, into memory of the caller's: fresh memory would cost as
+        much as the reading."""
+        form = self._forms[name]
+        assert form.dtype == "BF16", f"{form.values.name} is {form.dtype}"
+        with ExitStack() as views:
+            out_N[:] = self._view(form.values, None, views).view(np.uint16)
+
+    def _decode(
+        self,
+        form: StoredForm,
+        index: int | None,
+        decode: Callable[[StoredForm, Codes, Codes | None, int], _Values],
+    ) -> _Values:
+        with ExitStack() as views:
+            values, *scales = (self._view(part, index, views) for part in form.parts)
+            try:
+                return decode(form, values, scales[0] if scales else None, int(index is not None))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{form.values.path}: tensor {form.values.name} {error}: it is damaged; fetch "
+                    "this file again"
+                ) from error
+
+    def _view(self, tensor: StoredTensor, index: int | None, views: ExitStack) -> Codes:
+        """Verified bytes of the tensor or of its part, for as long as `views` is open."""
+        part = tensor if index is None else tensor.part(index)
+        raw = views.enter_context(self._shards.bytes_of(part))
+        if self._manifest is not None:
+            if index is None or has_parts(tensor):
+                verify(self._manifest, tensor, raw, index)
+            else:
+                whole = views.enter_context(self._shards.bytes_of(tensor))
+                verify(self._manifest, tensor, whole)
+        if self._on_read is not None:
+            self._on_read(part.num_bytes)
+        return raw
+
+
+def open_checkpoint(
+    folder: Path, shapes: Mapping[str, Shape], on_read: OnRead | None = None
+) -> Checkpoint:
+    """`shapes` are the tensors that must be there, in the shape they have for the model; others are
+    ignored. Where X is quantised, the files hold `X` and `X_scale_inv` (block-scaled FP8), or
+    `X_blocks` and `X_scales` (MXFP4, whose values are transposed). Raises CheckpointError where a
+    shard is missing or truncated, or a tensor is missing, of another shape, in a form that is not
+    served, or unknown to the manifest."""
+    tensors, manifest = read_tensors(folder), read_manifest(folder)
+    config = read_json(folder, "config.json") if (folder / "config.json").exists() else {}
+    check_method(folder, config)
+    forms = {
+        name: find_form(folder, tensors, config, name, shape) for name, shape in shapes.items()
+    }
+    if manifest is not None:
+        for form in forms.values():
+            for part in form.parts:
+                check_listed(manifest, part)
+    return Checkpoint(folder, forms, manifest, on_read)

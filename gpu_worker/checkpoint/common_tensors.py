@@ -1,0 +1,45 @@
+"""What the families' checkpoints have in common whatever their layers are: the names and shapes of
+what stands around attention and MLPs, and how a config is refused."""
+
+from __future__ import annotations
+
+from gpu_worker.checkpoint.checkpoint import Shape
+from shared.errors import CheckpointError
+from shared.model_spec import ModelSpec
+
+EMBEDDING_NAME = "model.embed_tokens.weight"
+FINAL_NORM_NAME = "model.norm.weight"
+
+
+def head_name(spec: ModelSpec) -> str:
+    return EMBEDDING_NAME if spec.raw.get("tie_word_embeddings", False) else "lm_head.weight"
+
+
+def frame_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Embedding, head, and every norm of whole hidden states."""
+    shapes: dict[str, Shape] = {
+        EMBEDDING_NAME: (spec.vocab_size, spec.hidden_size),
+        FINAL_NORM_NAME: (spec.hidden_size,),
+        head_name(spec): (spec.vocab_size, spec.hidden_size),
+    }
+    for layer in range(spec.num_layers):
+        for name in ("input", "post_attention"):
+            shapes[f"model.layers.{layer}.{name}_layernorm.weight"] = (spec.hidden_size,)
+    return shapes
+
+
+def dense_size(spec: ModelSpec) -> int:
+    """Inner size of a dense layer's MLP. Raises CheckpointError."""
+    try:
+        return int(spec.raw["intermediate_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: missing or malformed {error}") from error
+
+
+def refuse(spec: ModelSpec, reasons: dict[str, bool]) -> None:
+    """Raises CheckpointError for the first reason that applies, or where top-k exceeds the
+    experts."""
+    too_many = {f"top-{spec.top_k} of {spec.num_experts} experts": spec.top_k > spec.num_experts}
+    for reason, applies in (reasons | too_many).items():
+        if applies:
+            raise CheckpointError(f"config.json asks for {reason}, which Starfish does not serve")

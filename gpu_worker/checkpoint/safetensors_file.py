@@ -1,0 +1,78 @@
+"""A safetensors file that is laid out first and then filled, tensor by tensor, in any order and by
+any number of threads. The library's `save_file` wants all tensors in memory, and writes them by one
+thread; the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from gpu_worker.checkpoint.checkpoint import Shape
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ALIGNMENT = 8
+
+
+class SafetensorsFile:
+    """Sparse until every tensor is written."""
+
+    def __init__(
+        self, path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        header, self._offsets, size = _layout(shapes, dtypes)
+        self._dtypes = dtypes
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        os.truncate(self._fd, size)
+        _write_at(self._fd, memoryview(header), 0)
+
+    def write(self, name: str, values: torch.Tensor) -> int:
+        """How many bytes. From any thread, each tensor once."""
+        assert values.dtype is self._dtypes[name]
+        raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        _write_at(self._fd, raw, self._offsets[name])
+        return raw.nbytes
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+
+
+def _layout(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor begins in the file, and the file's size. Wide types first, so
+    that all are aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):
+        begins[name] = end
+        end += torch.Size(shapes[name]).numel() * dtypes[name].itemsize
+        entries[name] = {
+            "dtype": _NAMES[dtypes[name]],
+            "shape": list(shapes[name]),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + at for name, at in begins.items()}, len(header) + end
+
+
+def _write_at(fd: int, raw: memoryview, offset: int) -> None:
+    """One call writes 2 GiB at most."""
+    while raw.nbytes:
+        written = os.pwrite(fd, raw, offset)
+        raw, offset = raw[written:], offset + written

@@ -1,0 +1,63 @@
+"""Contents of a CPU model's KV blocks, out of its caches and into them. Implements
+`copies.ports.BlockCache`; who wants which block copied is not its matter."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from gpu_worker.cpu.decoder import Decoder
+from gpu_worker.cpu.family import Floats
+from gpu_worker.engine.kv_replication import Bytes
+
+
+class ModelBlockCache:
+    """A block's bytes are its rows of all cache arrays, layer by layer."""
+
+    def __init__(self, model: Decoder) -> None:
+        layers = [layer.cache_arrays() for layer in model.attention]
+        arrays = [array for layer in layers for array in layer]
+        self._rows_of = [array.view(np.uint8).reshape(len(array), -1) for array in arrays]
+        assert all(np.may_share_memory(*pair) for pair in zip(self._rows_of, arrays, strict=True))
+        ends = np.cumsum([rows.shape[1] for rows in self._rows_of]).tolist()
+        self._parts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        self._block_bytes: int = ends[-1]
+        self._layout = f"cpu {model.spec.architecture} {_form(layers)}"
+        self._rooms: list[Bytes] = []
+
+    @property
+    def block_bytes(self) -> int:
+        return self._block_bytes
+
+    @property
+    def layout(self) -> str:
+        return self._layout
+
+    def room(self) -> Bytes:
+        """Whole pages, written now: the first touch of fresh memory must not fall into a step."""
+        pages = mmap.mmap(-1, self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room = np.frombuffer(pages, dtype=np.uint8)
+        room.fill(0)
+        self._rooms.append(room)
+        return room
+
+    def save(self, block: int, into: Bytes) -> Callable[[], bool]:
+        np.concatenate([rows[block] for rows in self._rows_of], out=into)
+        return _always
+
+    def load(self, block: int, content: Bytes) -> None:
+        for rows, part in zip(self._rows_of, self._parts, strict=True):
+            rows[block] = content[part]
+
+
+def _form(layers: Sequence[Sequence[Floats]]) -> str:
+    """Of a block: runs of equal layers, each as its number of layers and their arrays' rows."""
+    forms = [" ".join(f"{a.dtype.str}{list(a.shape[1:])}" for a in layer) for layer in layers]
+    return ", ".join(f"{len(list(run))} x {form}" for form, run in groupby(forms))
+
+
+def _always() -> bool:
+    return True

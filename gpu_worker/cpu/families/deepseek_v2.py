@@ -1,0 +1,12 @@
+"""DeepSeek-V2: latent attention (the lite one's queries without a latent), softmax routing."""
+
+from __future__ import annotations
+
+from gpu_worker.cpu.mla_family import MlaFamily
+
+
+class DeepseekV2(MlaFamily):
+    sigmoid_routing = False
+
+
+FAMILY = DeepseekV2

@@ -1,0 +1,21 @@
+"""Qwen3, dense: the degenerate case. Ranks have nothing to exchange, and a death only moves
+sessions."""
+
+from __future__ import annotations
+
+from gpu_worker.checkpoint.common_tensors import refuse
+from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD
+from gpu_worker.cpu.gqa_family import GqaFamily
+from shared.model_spec import ModelSpec
+
+
+class Qwen3(GqaFamily):
+    qk_norm = QK_NORM_HEAD
+
+    def __init__(self, spec: ModelSpec) -> None:
+        windowed = bool(spec.raw.get("use_sliding_window", False))
+        refuse(spec, {"sliding-window attention": windowed})
+        super().__init__(spec)
+
+
+FAMILY = Qwen3

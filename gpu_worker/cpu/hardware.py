@@ -1,0 +1,90 @@
+"""What a CPU rank computes with and talks over: a model in numba's kernels, Mooncake's
+TransferEngine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+
+from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.config import ExchangeKind, RankConfig
+from gpu_worker.cpu.block_cache import ModelBlockCache
+from gpu_worker.cpu.decoder import Decoder
+from gpu_worker.cpu.registry import load_model
+from gpu_worker.cpu.slot_loader import ExpertSlotLoader
+from gpu_worker.engine.step_runner import ModelRunner
+from gpu_worker.exchange.interface import StepMonitor
+from gpu_worker.exchange.links import TransferEndpoint
+from gpu_worker.exchange.message import Layout
+from gpu_worker.exchange.mooncake_engine import Protocols
+from gpu_worker.kv_replication.budget import keeps_copies
+from gpu_worker.rank import Hardware
+from shared.clock import Clock
+from shared.confinement import require_confined
+from shared.model_spec import ModelSpec
+from shared.records import InstanceSpec
+from shared.types import Member
+
+log = structlog.get_logger()
+
+
+class CpuHardware:
+    """Opened in two steps: the endpoint at once, because Mooncake binds its port on this thread;
+    the model where waiting holds nobody up."""
+
+    def __init__(self, config: RankConfig, member: Member, model: ModelSpec, clock: Clock) -> None:
+        """Raises ConfigError."""
+        self._config = config
+        self._member = member
+        self._clock = clock
+        self._endpoint = TransferEndpoint(
+            config.data_host,
+            layout_of(config, model),
+            clock,
+            protocol=Protocols(config.transfer_protocol),
+            device=config.mooncake_ib_device,
+            replica_policy=config.replicas,
+        )
+        require_confined()
+
+    def load(self, spec: InstanceSpec, folder: Path) -> Hardware:
+        """Raises CheckpointError."""
+        progress = LoadProgress(self._clock)
+        model = self._load_model(spec, folder, progress)
+        log.info("model_loaded", folder=str(folder), **progress.so_far())
+        config = self._config
+        deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
+
+        def make_runner(monitor: StepMonitor) -> ModelRunner:
+            exchange = self._endpoint.exchange(self._member, monitor, self._clock, deadline_ms)
+            return ModelRunner(model, exchange)
+
+        return Hardware(
+            make_runner=make_runner,
+            loader=ExpertSlotLoader(model.slots, progress),
+            residents=model.slots.contents,
+            endpoint=self._endpoint,
+            exchange=ExchangeKind.TRANSFER,
+            blocks=ModelBlockCache(model) if keeps_copies(config, spec) else None,
+        )
+
+    def _load_model(self, spec: InstanceSpec, folder: Path, progress: LoadProgress) -> Decoder:
+        def say(done: int, total: int) -> None:
+            log.debug("kernels_compiled", done=done, total=total)
+
+        config = self._config
+        return load_model(
+            folder,
+            slots_per_rank=spec.slots_per_rank,
+            kv_blocks=config.kv_tokens // config.kv_block_tokens,
+            block_tokens=config.kv_block_tokens,
+            on_warm_up=say,
+            on_read=progress.count,
+        )
+
+
+def layout_of(config: RankConfig, model: ModelSpec) -> Layout:
+    return Layout(
+        hidden_size=model.hidden_size, top_k=model.top_k, step_tokens_max=config.step_tokens_max
+    )

@@ -1,0 +1,58 @@
+"""From a checkpoint folder to a model: the family that serves its architecture, and the kernels
+that this family needs. Which file serves which architecture stands in `shared.model_spec`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from gpu_worker.checkpoint.checkpoint import OnRead
+from gpu_worker.cpu.decoder import Decoder
+from gpu_worker.cpu.family import Family, KvShape
+from gpu_worker.cpu.kernels import experts, linear
+from gpu_worker.cpu.kernels.warm_up import EntryPoint, compile_all
+from shared.model_spec import ARCHITECTURES, read_model_spec
+
+COMMON_KERNELS: tuple[EntryPoint, ...] = (*linear.ENTRY_POINTS, *experts.ENTRY_POINTS)
+
+
+def load_model(
+    folder: Path,
+    *,
+    slots_per_rank: int,
+    kv_blocks: int,
+    block_tokens: int,
+    on_warm_up: Callable[[int, int], None] | None = None,
+    on_read: OnRead | None = None,
+) -> Decoder:
+    """A model ready to step once its expert slots are loaded: kernels compiled, shared weights
+    read. Raises CheckpointError; checks the checkpoint before it spends time on the kernels."""
+    spec = read_model_spec(folder)
+    family = family_class(spec.architecture)(spec)
+    model = Decoder(
+        folder=folder,
+        spec=spec,
+        family=family,
+        slots_per_rank=slots_per_rank,
+        kv=KvShape(num_blocks=kv_blocks, block_tokens=block_tokens),
+        on_read=on_read,
+    )
+    compile_all([*COMMON_KERNELS, *family.entry_points], on_warm_up, [model.weights_dtype])
+    return model
+
+
+def warm_up(on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Fills numba's cache with the kernels of every family."""
+    wanted = [*COMMON_KERNELS]
+    for architecture in ARCHITECTURES:
+        wanted += family_class(architecture).entry_points
+    unique = {(id(kernel), signature): (kernel, signature) for kernel, signature in wanted}
+    compile_all(list(unique.values()), on_progress)
+
+
+def family_class(architecture: str) -> type[Family]:
+    """`FAMILY` of the file that serves this architecture."""
+    module = importlib.import_module(f"gpu_worker.cpu.families.{ARCHITECTURES[architecture]}")
+    family: type[Family] = module.FAMILY
+    return family

@@ -1,0 +1,31 @@
+"""Loads assigned experts into slots, off the event loop, and says how far it is."""
+
+from __future__ import annotations
+
+import structlog
+
+from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.cpu.expert_slots import ExpertSlots
+from shared.expert_map import Placement
+
+log = structlog.get_logger()
+
+PROGRESS_EVERY = 64
+
+
+class ExpertSlotLoader:
+    """Implements `membership.driver.SlotLoader`. `progress` counts what the slots' checkpoint
+    reads."""
+
+    def __init__(self, slots: ExpertSlots, progress: LoadProgress) -> None:
+        self._slots = slots
+        self._progress = progress
+
+    def load(self, wanted: Placement) -> Placement:
+        def say(done: int, total: int) -> None:
+            if done == total or done % PROGRESS_EVERY == 0:
+                log.info("experts_loaded", done=done, total=total, **self._progress.so_far())
+
+        self._progress.restart()
+        self._slots.load_all(wanted, say)
+        return self._slots.contents

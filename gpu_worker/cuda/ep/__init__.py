@@ -1,0 +1,1 @@
+"""The expert-parallel exchange between ranks on cards."""

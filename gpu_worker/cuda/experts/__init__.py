@@ -1,0 +1,1 @@
+"""Experts of a card rank: their slots, and where their weights come from."""

@@ -1,0 +1,110 @@
+"""The expert slots of a CUDA rank: preallocated weights, what each slot holds, and loading into
+them from pinned host memory on a side stream while decode goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.checkpoint.slot_ledger import SlotLedger
+from shared.types import EMPTY_SLOT
+
+
+class Vacancy(NamedTuple):
+    """A slot, and the expert that it is to hold."""
+
+    layer: int
+    slot: int
+    expert: int
+
+
+class Refill(NamedTuple):
+    """`values` holds one expert: gate and up `[2I, H]`, then down `[H, I]`, flat. Pinned, or the
+    copy blocks."""
+
+    layer: int
+    slot: int
+    expert: int
+    values: Tensor
+
+
+class CudaSlots:
+    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up).
+
+    A slot that a refill writes must be named by no table that a running step reads: the planner
+    names a slot only after `contents` shows it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        slots_per_rank: int,
+        hidden_size: int,
+        inner_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        leading = (num_layers, slots_per_rank)
+        self.w_gate_up_LSJH = torch.zeros(
+            (*leading, 2 * inner_size, hidden_size), device=device, dtype=dtype
+        )
+        self.w_down_LSHI = torch.zeros(
+            (*leading, hidden_size, inner_size), device=device, dtype=dtype
+        )
+        self.num_layers, self.slots_per_rank = leading
+        self._ledger = SlotLedger(num_layers, slots_per_rank)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def contents(self) -> NDArray[np.int16]:
+        """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
+        return self._ledger.contents
+
+    def vacate(self, wanted_LS: NDArray[np.int16]) -> list[Vacancy]:
+        """Forgets what is wanted EMPTY; gives what is wanted and not there, which stays as it is
+        until `load`."""
+        present_LS = self.contents
+        assert wanted_LS.shape == present_LS.shape, "the assignment is for other slots"
+        differs_LS = wanted_LS != present_LS
+        for layer, slot in np.argwhere(differs_LS & (wanted_LS < 0)).tolist():
+            self._ledger.set(layer, slot, EMPTY_SLOT)
+        return [
+            Vacancy(layer, slot, int(wanted_LS[layer, slot]))
+            for layer, slot in np.argwhere(differs_LS & (wanted_LS >= 0)).tolist()
+        ]
+
+    def load(self, refills: Sequence[Refill]) -> None:
+        """Returns when the last byte is in. Slots are EMPTY meanwhile. The steps' stream does not
+        wait; nor does this one for it."""
+        for refill in refills:
+            self._ledger.set(refill.layer, refill.slot, EMPTY_SLOT)
+        if self._side is None:
+            for refill in refills:
+                self._copy(refill)
+        else:
+            with torch.cuda.stream(self._side):
+                for refill in refills:
+                    self._copy(refill)
+            self._side.synchronize()
+        for refill in refills:
+            self._ledger.set(refill.layer, refill.slot, refill.expert)
+
+    def fill_randomly(self, num_experts: int, *, std: float) -> None:
+        """Expert e into slot e of every layer; for measurements."""
+        for layer in range(self.num_layers):
+            self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
+            self.w_down_LSHI[layer, :num_experts].normal_(std=std)
+            for expert in range(num_experts):
+                self._ledger.set(layer, expert, expert)
+
+    def _copy(self, refill: Refill) -> None:
+        gate_up_JH = self.w_gate_up_LSJH[refill.layer, refill.slot]
+        down_HI = self.w_down_LSHI[refill.layer, refill.slot]
+        gate_up_JH.view(-1).copy_(refill.values[: gate_up_JH.numel()], non_blocking=True)
+        down_HI.view(-1).copy_(refill.values[gate_up_JH.numel() :], non_blocking=True)

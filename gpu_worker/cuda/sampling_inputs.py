@@ -1,0 +1,52 @@
+"""Which rows of a step the device can sample by itself, and how; the others' logits come to the
+host. A row's way depends on its own session alone, so that a continuation draws alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gpu_worker.engine.draw import Draw
+from gpu_worker.engine.sampler import uniform
+
+BANNED_MAX = 4
+
+
+class RowDraw(NamedTuple):
+    """How one wanted row becomes a token on the device. `uniform` is derived from (seed,
+    position). At most BANNED_MAX ids are banned."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    uniform: float = 0.0
+    banned: tuple[int, ...] = ()
+
+
+def needs_logits(draw: Draw) -> bool:
+    """Whether the host must see the row's logits."""
+    sampling = draw.sampling
+    return (
+        draw.counts is not None
+        or draw.allowed is not None
+        or len(draw.banned) > BANNED_MAX
+        or bool(sampling.logit_bias)
+        or sampling.min_p > 0.0
+        or sampling.logprobs is not None
+    )
+
+
+def row_draws(draws: Sequence[Draw]) -> list[RowDraw]:
+    """For every row; those that need their logits are drawn greedily, for nothing."""
+    return [RowDraw() if needs_logits(draw) else _row_draw(draw) for draw in draws]
+
+
+def _row_draw(draw: Draw) -> RowDraw:
+    sampling = draw.sampling
+    return RowDraw(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        uniform=uniform(sampling.seed, draw.position),
+        banned=draw.banned,
+    )

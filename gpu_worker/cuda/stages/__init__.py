@@ -1,0 +1,1 @@
+"""The stages of a decoder layer on a card."""

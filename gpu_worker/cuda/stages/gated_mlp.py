@@ -1,0 +1,52 @@
+"""An MLP that every token of a step goes through: a dense layer's, or a layer's shared experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.kernels import experts
+from gpu_worker.cuda.kernels.routing import SlotTiles
+from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.weights.decoder_weights import MlpWeights
+
+
+class GatedMlp:
+    """For every layer of the same inner size."""
+
+    def __init__(self, room: StepRoom, *, hidden_size: int, inner_size: int) -> None:
+        self._inner_TI = room.empty(room.tokens_max, inner_size)
+        self._down = Product(room, inner=inner_size, columns=hidden_size)
+        self._no_slots_11 = room.empty(1, 1, of=torch.int32)
+        self._rows: dict[int, experts.Rows] = {}
+
+    def run(self, weights: MlpWeights, h_TH: Tensor) -> Tensor:
+        """`[P, T, H]`, parts to be added; until the next call."""
+        tokens = h_TH.shape[0]
+        if tokens not in self._rows:
+            self._rows[tokens] = self._rows_for(tokens)
+        rows, inner_TI = self._rows[tokens], self._inner_TI[:tokens]
+        tile = experts.lone_tile(_tile_rows(tokens), inner_TI.shape[1])
+        experts.gate_up(h_TH, weights.w_gate_up_JH[None], rows, inner_TI, tile=tile)
+        return self._down.of(inner_TI, weights.w_down_HI)
+
+    def _rows_for(self, tokens: int) -> experts.Rows:
+        """All tokens in slot 0, in their order."""
+        device, size = self._inner_TI.device, _tile_rows(tokens)
+        tiles = [[0, first, min(size, tokens - first)] for first in range(0, tokens, size)]
+        return experts.Rows(
+            self._no_slots_11,
+            SlotTiles(
+                order_N=self._no_slots_11,
+                tiles_C3=torch.tensor(tiles, dtype=torch.int32, device=device),
+                num_tiles_1=torch.tensor([len(tiles)], dtype=torch.int32, device=device),
+                rows=size,
+            ),
+            padded=True,
+        )
+
+
+def _tile_rows(tokens: int) -> int:
+    if tokens <= 16:
+        return 16
+    return 32 if tokens <= 32 else 64

@@ -1,0 +1,192 @@
+"""What happens between the router and the residual stream, in two layouts: on one rank without an
+exchange, where rows stay where they are, and around an exchange that delivers rows padded by slot.
+
+All of it may be captured into a CUDA graph: buffers are made once and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.experts.slots import CudaSlots
+from gpu_worker.cuda.kernels import experts, residual, routing, scaled_rows
+from gpu_worker.cuda.stages.side_stream import SideBranch
+
+Work = Callable[[], None]
+
+_ALONE_TOKENS_MAX = (
+    4  # up to here each pair is a tile of its own: two tokens seldom share an expert
+)
+_TALL_TILE_TOKENS = 256  # from here on a slot has rows for taller tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """A layer's routed tokens. `slots_TK` are physical slots of the whole instance, -1 for none.
+    With `choice` slots and weights are still to be chosen: see `MoeStage.chooses`."""
+
+    h_TH: Tensor
+    slots_TK: Tensor
+    weights_TK: Tensor
+    choice: routing.Choice | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Onward:
+    """`x_out = x + (what the experts gave)`, `h = norm(x_out)`."""
+
+    x_TH: Tensor
+    norm_H: Tensor
+    x_out_TH: Tensor
+    h_TH: Tensor
+    eps: float
+
+
+class MoeStage(Protocol):
+    """`LocalMoe` or `ExchangedMoe`."""
+
+    def chooses(self, num_tokens: int) -> bool:
+        """Whether `run` takes so many tokens with a choice that is still to be made."""
+        ...
+
+    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
+        """`beside` adds to `onward.x_TH` what comes before the experts' sum; it reads `onward.h_TH`
+        and has its buffers for itself."""
+        ...
+
+
+class PaddedExchange(Protocol):
+    """See `ep_exchange.EpExchange`."""
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Of the last dispatch, `[S, M, G]`, where its rows are fp8: one for each H / G values."""
+        ...
+
+    def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_SMH` and `counts_S`: rows for this rank's slots are `x_SMH[s, :counts_S[s]]`, the rest
+        undefined."""
+        ...
+
+    def combine(
+        self, layer: int, y_SMH: Tensor, slots_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor: ...
+
+
+class LocalMoe:
+    """A single rank that holds every expert: no row is copied, pairs are ordered by slot."""
+
+    def __init__(self, slots: CudaSlots, *, top_k: int, step_tokens_max: int) -> None:
+        self._slots = slots
+        self._top_k = top_k
+        pairs_max = step_tokens_max * top_k
+        _, _, hidden, inner = slots.w_down_LSHI.shape
+        like = slots.w_down_LSHI
+        self._inner_NI = like.new_empty(pairs_max, inner)
+        self._y_NH = like.new_empty(pairs_max, hidden)
+        self._tiles: dict[int, routing.SlotTiles] = {}
+
+    def chooses(self, num_tokens: int) -> bool:
+        return num_tokens <= _ALONE_TOKENS_MAX
+
+    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
+        if beside is not None:
+            beside()
+        tokens = routed.slots_TK.shape[0]
+        pairs = tokens * self._top_k
+        rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
+        inner_NI, y_NH = self._inner_NI[:pairs], self._y_NH[:pairs]
+        w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
+        chosen = None
+        if routed.choice is not None:
+            chosen = experts.Chosen(routed.choice, routed.weights_TK)
+        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI, chosen=chosen)
+        experts.down(inner_NI, w_down, rows, y_NH)
+        residual.add_pairs_norm(
+            onward.x_TH,
+            y_NH,
+            routed.slots_TK,
+            routed.weights_TK,
+            onward.norm_H,
+            onward.x_out_TH,
+            onward.h_TH,
+            eps=onward.eps,
+        )
+
+    def _group(self, slots_TK: Tensor) -> routing.SlotTiles | None:
+        tokens = slots_TK.shape[0]
+        if tokens <= _ALONE_TOKENS_MAX:
+            return None
+        num_slots = self._slots.slots_per_rank
+        if tokens not in self._tiles:
+            tile_rows = 32 if tokens >= _TALL_TILE_TOKENS else 16
+            self._tiles[tokens] = routing.slot_tiles(
+                slots_TK.numel(), num_slots, tile_rows, slots_TK.device
+            )
+        routing.group_by_slot(slots_TK, num_slots, self._tiles[tokens])
+        return self._tiles[tokens]
+
+
+class ExchangedMoe:
+    """This rank's slots compute what the exchange delivers; M rows a slot at most. What runs beside
+    is enqueued after dispatch, whose kernel needs many SMs at once and shall have them first."""
+
+    def __init__(self, slots: CudaSlots, exchange: PaddedExchange, *, rows_of_slot: int) -> None:
+        self._slots = slots
+        self._exchange = exchange
+        self._rows_of_slot = rows_of_slot
+        num_slots = slots.slots_per_rank
+        _, _, hidden, inner = slots.w_down_LSHI.shape
+        like = slots.w_down_LSHI
+        self._inner_NI = like.new_empty(num_slots * rows_of_slot, inner)
+        self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
+        self._tiles = routing.slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
+        self._side = SideBranch(like.device)
+
+    def chooses(self, num_tokens: int) -> bool:
+        """Dispatch takes slots."""
+        return False
+
+    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
+        self._side.fork()
+        x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
+        if beside is not None:
+            self._side.run(beside)
+        routing.tile_counts(counts_S, self._rows_of_slot, self._tiles)
+        rows = experts.Rows(counts_S, self._tiles, padded=True)
+        x_NH = self._in_own_type(x_SMH, counts_S)
+        w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
+        experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI)
+        experts.down(self._inner_NI, w_down, rows, self._y_NH)
+        y_SMH = self._y_NH.view(x_SMH.shape)
+        y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
+        if beside is not None:
+            self._side.join()
+        residual.add_norm(
+            onward.x_TH,
+            y_TH[None],
+            onward.norm_H,
+            onward.x_out_TH,
+            onward.h_TH,
+            eps=onward.eps,
+        )
+
+    def _in_own_type(self, x_SMH: Tensor, counts_S: Tensor) -> Tensor:
+        """Rows of fp8 are widened to where the experts' results go: these come after the last read
+        of them."""
+        scales_SMG = self._exchange.scales
+        if scales_SMG is None:
+            return x_SMH.view(-1, x_SMH.shape[-1])
+        scaled_rows.widen(x_SMH, scales_SMG, counts_S, self._y_NH)
+        return self._y_NH
+
+
+def slot_table(num_layers: int, num_experts: int, device: torch.device) -> Tensor:
+    """`[L, E]` int32: the physical slot whose replica of an expert this rank uses; -1 where none is
+    live. Written in place, between steps: graphs read it, and so survive every map."""
+    return torch.full((num_layers, num_experts), routing.NO_SLOT, dtype=torch.int32, device=device)

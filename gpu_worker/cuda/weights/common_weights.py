@@ -1,0 +1,108 @@
+"""What checkpoints have in common whatever their attention is, read for a CUDA rank's decoder; and
+how a config is refused that such a decoder is not built for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from gpu_worker.checkpoint.common_tensors import (
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    dense_size,
+    head_name,
+)
+from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.checkpoint.rope import read_rope
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes, Routing
+from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, LayerWeights, MlpWeights
+from gpu_worker.cuda.weights.weight_reader import WeightReader
+from shared.errors import CheckpointError
+from shared.model_spec import ModelSpec
+
+_TILE = 16
+
+
+def read_decoder(
+    reader: WeightReader, spec: ModelSpec, read_layer: Callable[[int], LayerWeights]
+) -> DecoderWeights:
+    """Raises CheckpointError."""
+    embedding_VH = reader.read(EMBEDDING_NAME)
+    head = head_name(spec)
+    return DecoderWeights(
+        embedding_VH=embedding_VH,
+        layers=tuple(read_layer(layer) for layer in range(spec.num_layers)),
+        final_norm_H=reader.read(FINAL_NORM_NAME),
+        w_head_VH=embedding_VH if head == EMBEDDING_NAME else reader.read(head),
+    )
+
+
+def decoder_sizes(
+    spec: ModelSpec, *, attention: GqaShape | MlaShape, routing: Routing, shared_size: int = 0
+) -> DecoderSizes:
+    """Raises CheckpointError for a rotation that CUDA ranks do not know."""
+    has_dense = len(spec.moe_layers) < spec.num_layers
+    return DecoderSizes(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        attention=attention,
+        rope=read_rope(spec.raw, kinds=("default", "yarn")),
+        moe_layers=spec.moe_layers,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        inner_size=spec.moe_intermediate_size,
+        routing=routing,
+        shared_size=shared_size,
+        dense_size=dense_size(spec) if has_dense else 0,
+        norm_eps=float(spec.raw.get("rms_norm_eps", 1e-6)),
+    )
+
+
+def read_mlp(reader: WeightReader, prefix: str) -> MlpWeights:
+    return MlpWeights(
+        w_gate_up_JH=reader.read(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
+        w_down_HI=reader.read(f"{prefix}.down_proj.weight"),
+    )
+
+
+def expert_prefix(spec: ModelSpec, layer: int, expert: int) -> str:
+    """`layer` counts MoE layers alone."""
+    return f"model.layers.{spec.moe_layers[layer]}.mlp.experts.{expert}"
+
+
+def refuse_on_cuda(reasons: Mapping[str, bool]) -> None:
+    """Raises CheckpointError for the first that applies."""
+    for reason, applies in reasons.items():
+        if applies:
+            raise CheckpointError(
+                f"config.json asks for {reason}, which CUDA ranks do not serve; start the ranks "
+                "with --device cpu"
+            )
+
+
+def check_tiles(sizes: DecoderSizes) -> None:
+    """Raises CheckpointError where tiles of the kernels do not cut the matrices evenly, or blocks
+    of them do not hold a head."""
+    even = {
+        "a hidden size": sizes.hidden_size,
+        "experts": sizes.inner_size,
+        "shared experts": sizes.shared_size,
+        "dense layers": sizes.dense_size,
+    }
+    shape = sizes.attention
+    if isinstance(shape, MlaShape):
+        even |= {"a q_lora_rank": shape.q_rank, "values": shape.value_size}
+        even |= {"heads that are not rotated": shape.plain_size}
+        whole = {"a kv_lora_rank": shape.rank, "rotated heads": shape.rotated_size}
+        if shape.index_heads:
+            whole |= {"an indexer's heads": shape.index_size}
+    else:
+        whole = {"heads": shape.head_dim}
+    refuse_on_cuda(
+        {f"{what} of {n}, no multiple of {_TILE}": n % _TILE > 0 for what, n in even.items()}
+        | {
+            f"{what} of {n}, no power of two from {_TILE}": n < _TILE or n & (n - 1) > 0
+            for what, n in whole.items()
+        }
+    )

@@ -1,0 +1,91 @@
+"""The sizes of a CUDA rank's decoder: what its kernels, buffers and caches are laid out by. Imports
+no kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.checkpoint.rope import Rope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How a token's experts are chosen: by softmax, or by sigmoid plus the layer's correction; from
+    the `kept` best of `num_groups` groups, which count by their best expert, or by the two best
+    with sigmoid. `normalise`: the chosen weights sum to one; then `factor` scales them."""
+
+    sigmoid: bool = False
+    num_groups: int = 1
+    kept: int = 1
+    normalise: bool = True
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSizes:
+    """Attention is of one kind in all layers. `moe_layers` are the layers that have experts, as in
+    `ModelSpec`: the layer axis of slots, tables and exchange counts these alone. The others are
+    dense MLPs of `dense_size`. `shared_size` is the inner size of a layer's shared experts taken
+    together; 0: none."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    attention: GqaShape | MlaShape
+    rope: Rope
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    inner_size: int
+    routing: Routing = Routing()
+    shared_size: int = 0
+    dense_size: int = 0
+    norm_eps: float = 1e-6
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def heads_size(self) -> int:
+        """Of what attention gives a token, before the output projection."""
+        if isinstance(self.attention, MlaShape):
+            return self.attention.heads_size
+        return self.attention.q_size
+
+    @property
+    def expert_values(self) -> int:
+        return 3 * self.inner_size * self.hidden_size
+
+    @property
+    def shared_values(self) -> int:
+        """Weights that every step reads whole: attention, routers, shared experts, dense layers,
+        head."""
+        hidden = self.hidden_size
+        attention = _attention_values(self.attention, hidden) + self.heads_size * hidden
+        moe = (self.num_experts + 3 * self.shared_size) * hidden
+        dense = 3 * self.dense_size * hidden
+        num_dense = self.num_layers - self.num_moe_layers
+        layers = self.num_layers * attention + self.num_moe_layers * moe + num_dense * dense
+        return layers + self.vocab_size * hidden
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Of all layers."""
+        shape = self.attention
+        if isinstance(shape, MlaShape):
+            return self.num_layers * (shape.rank + shape.rotated_size + shape.index_size)
+        return self.num_layers * 2 * shape.kv_size
+
+
+def _attention_values(shape: GqaShape | MlaShape, hidden: int) -> int:
+    """Without the output projection."""
+    if isinstance(shape, GqaShape):
+        return (shape.q_size + 2 * shape.kv_size) * hidden
+    expanded = shape.num_heads * (shape.plain_size + shape.value_size) * shape.rank
+    latent_q = shape.q_rank * (hidden + shape.q_size) if shape.q_rank else shape.q_size * hidden
+    indexer = (shape.index_heads + shape.index_size) * hidden
+    indexer += shape.index_heads * shape.index_size * shape.q_rank
+    return (shape.rank + shape.rotated_size) * hidden + expanded + latent_q + indexer

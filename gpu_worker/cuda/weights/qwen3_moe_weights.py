@@ -1,0 +1,91 @@
+"""Qwen3-MoE's checkpoints as a CUDA rank's decoder wants them: sizes, names, reading."""
+
+from __future__ import annotations
+
+from gpu_worker.checkpoint.checkpoint import Shape
+from gpu_worker.checkpoint.common_tensors import frame_shapes
+from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, gqa_shapes, read_gqa_shape
+from gpu_worker.checkpoint.mlp_names import mlp_shapes
+from gpu_worker.cuda.weights.common_weights import (
+    decoder_sizes,
+    expert_prefix,
+    read_decoder,
+    read_mlp,
+    refuse_on_cuda,
+)
+from gpu_worker.cuda.weights.decoder_sizes import Routing
+from gpu_worker.cuda.weights.decoder_weights import (
+    DecoderWeights,
+    GqaWeights,
+    LayerWeights,
+    MlpWeights,
+    MoeWeights,
+)
+from gpu_worker.cuda.weights.weight_reader import WeightReader
+from shared.model_spec import ModelSpec
+
+
+class Qwen3MoeWeights:
+    """Implements `model_loading.CheckpointLayout`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        raw = spec.raw
+        act = raw.get("hidden_act", "silu")
+        refuse_on_cuda(
+            {
+                f"activation {act!r}": act not in ("silu", "swish"),
+                "sliding-window attention": bool(raw.get("use_sliding_window", False)),
+                "biases in attention": bool(raw.get("attention_bias", False)),
+                "a model without expert layers": not spec.moe_layers,
+            }
+        )
+        self._spec = spec
+        self._shape = read_gqa_shape(spec, QK_NORM_HEAD)
+        self.sizes = decoder_sizes(
+            spec,
+            attention=self._shape,
+            routing=Routing(normalise=bool(raw.get("norm_topk_prob", False))),
+        )
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        spec = self._spec
+        shapes = frame_shapes(spec)
+        for layer in range(spec.num_layers):
+            prefix = f"model.layers.{layer}"
+            shapes |= gqa_shapes(f"{prefix}.self_attn", spec.hidden_size, self._shape)
+            if layer in spec.moe_layers:
+                shapes[f"{prefix}.mlp.gate.weight"] = (spec.num_experts, spec.hidden_size)
+            else:
+                shapes |= mlp_shapes(f"{prefix}.mlp", spec.hidden_size, self.sizes.dense_size)
+        for layer in range(spec.num_moe_layers):
+            for expert in range(spec.num_experts):
+                prefix = self.expert_prefix(layer, expert)
+                shapes |= mlp_shapes(prefix, spec.hidden_size, spec.moe_intermediate_size)
+        return shapes
+
+    def expert_prefix(self, layer: int, expert: int) -> str:
+        return expert_prefix(self._spec, layer, expert)
+
+    def read(self, reader: WeightReader) -> DecoderWeights:
+        return read_decoder(reader, self._spec, lambda layer: self._read_layer(reader, layer))
+
+    def _read_layer(self, reader: WeightReader, layer: int) -> LayerWeights:
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        return LayerWeights(
+            input_norm_H=reader.read(f"{prefix}.input_layernorm.weight"),
+            attention=GqaWeights(
+                w_qkv_CH=reader.read(*(f"{attention}.{n}_proj.weight" for n in "qkv")),
+                q_norm_D=reader.read(f"{attention}.q_norm.weight"),
+                k_norm_D=reader.read(f"{attention}.k_norm.weight"),
+            ),
+            w_o_HO=reader.read(f"{attention}.o_proj.weight"),
+            mlp_norm_H=reader.read(f"{prefix}.post_attention_layernorm.weight"),
+            mlp=self._read_mlp(reader, layer),
+        )
+
+    def _read_mlp(self, reader: WeightReader, layer: int) -> MoeWeights | MlpWeights:
+        prefix = f"model.layers.{layer}.mlp"
+        if layer in self._spec.moe_layers:
+            return MoeWeights(w_router_EH=reader.read(f"{prefix}.gate.weight"))
+        return read_mlp(reader, prefix)

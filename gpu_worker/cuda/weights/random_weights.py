@@ -1,0 +1,99 @@
+"""Random shared weights of any decoder, for measurements and tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.weights.decoder_weights import (
+    DecoderWeights,
+    GqaWeights,
+    IndexerWeights,
+    LayerWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+)
+
+
+def random_weights(
+    sizes: DecoderSizes, device: torch.device, dtype: torch.dtype, *, std: float = 0.02
+) -> DecoderWeights:
+    """By torch's generator of the device. The embedding has unit variance, so that tokens differ
+    in which experts they choose."""
+    source = _Source(device, dtype, std)
+    hidden = sizes.hidden_size
+    return DecoderWeights(
+        embedding_VH=source.normal(sizes.vocab_size, hidden, std=1.0),
+        layers=tuple(source.layer(sizes, layer) for layer in range(sizes.num_layers)),
+        final_norm_H=source.norm(hidden),
+        w_head_VH=source.normal(sizes.vocab_size, hidden),
+    )
+
+
+class _Source:
+    def __init__(self, device: torch.device, dtype: torch.dtype, std: float) -> None:
+        self._device, self._dtype, self._std = device, dtype, std
+
+    def normal(self, *shape: int, std: float | None = None) -> Tensor:
+        empty = torch.empty(shape, device=self._device, dtype=self._dtype)
+        return empty.normal_(std=self._std if std is None else std)
+
+    def norm(self, size: int) -> Tensor:
+        return torch.empty(size, device=self._device, dtype=self._dtype).uniform_(0.5, 1.5)
+
+    def layer(self, sizes: DecoderSizes, layer: int) -> LayerWeights:
+        hidden, shape = sizes.hidden_size, sizes.attention
+        has_experts = layer in sizes.moe_layers
+        return LayerWeights(
+            input_norm_H=self.norm(hidden),
+            attention=self._mla(shape) if isinstance(shape, MlaShape) else self._gqa(shape, hidden),
+            w_o_HO=self.normal(hidden, sizes.heads_size),
+            mlp_norm_H=self.norm(hidden),
+            mlp=self._moe(sizes) if has_experts else self._mlp(hidden, sizes.dense_size),
+        )
+
+    def _gqa(self, shape: GqaShape, hidden: int) -> GqaWeights:
+        return GqaWeights(
+            w_qkv_CH=self.normal(shape.q_size + 2 * shape.kv_size, hidden),
+            q_norm_D=self.norm(shape.head_dim),
+            k_norm_D=self.norm(shape.head_dim),
+        )
+
+    def _mla(self, shape: MlaShape) -> MlaWeights:
+        columns = (shape.q_rank or shape.q_size) + shape.rank + shape.rotated_size
+        return MlaWeights(
+            w_in_CH=self.normal(columns, shape.hidden_size),
+            q_norm_M=self.norm(shape.q_rank) if shape.q_rank else None,
+            w_q_NM=self.normal(shape.q_size, shape.q_rank) if shape.q_rank else None,
+            kv_norm_R=self.norm(shape.rank),
+            w_uk_ARF=self.normal(shape.num_heads, shape.rank, shape.plain_size),
+            w_uv_AGR=self.normal(shape.num_heads, shape.value_size, shape.rank),
+            indexer=self._indexer(shape) if shape.index_heads else None,
+        )
+
+    def _indexer(self, shape: MlaShape) -> IndexerWeights:
+        heads, size = shape.index_heads, shape.index_size
+        return IndexerWeights(
+            w_in_CH=self.normal(size + heads, shape.hidden_size),
+            w_q_NM=self.normal(heads * size, shape.q_rank),
+            k_norm_Z=torch.empty(size, device=self._device).uniform_(0.5, 1.5),
+            k_bias_Z=torch.empty(size, device=self._device).uniform_(-0.5, 0.5),
+        )
+
+    def _moe(self, sizes: DecoderSizes) -> MoeWeights:
+        hidden, experts = sizes.hidden_size, sizes.num_experts
+        correction_E = torch.empty(experts, device=self._device).uniform_(-0.1, 0.1)
+        return MoeWeights(
+            w_router_EH=self.normal(experts, hidden, std=hidden**-0.5),
+            correction_E=correction_E if sizes.routing.sigmoid else None,
+            shared=self._mlp(hidden, sizes.shared_size) if sizes.shared_size else None,
+        )
+
+    def _mlp(self, hidden: int, inner: int) -> MlpWeights:
+        return MlpWeights(
+            w_gate_up_JH=self.normal(2 * inner, hidden), w_down_HI=self.normal(hidden, inner)
+        )

@@ -1,0 +1,56 @@
+"""The rules of a wait for peers, for every implementation of the seam: it ends by data or by a
+newer epoch; passing the deadline only raises a suspicion. Does not wait itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpu_worker.exchange.interface import StepMonitor
+from shared.clock import Clock
+from shared.errors import StepAbandoned
+from shared.types import Epoch, RankId, Step, SuspicionReason
+
+
+class Vigil:
+    """One rank's waits within its current step."""
+
+    def __init__(self, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float) -> None:
+        self._monitor = monitor
+        self._clock = clock
+        self._deadline_s = exchange_deadline_ms / 1000
+        self._epoch = Epoch(0)
+        self._step = Step(0)
+        self._late_at = 0.0
+        self._suspected: set[RankId] = set()
+
+    def begin_step(self, epoch: Epoch, step: Step) -> None:
+        self._epoch = epoch
+        self._step = step
+        self._suspected.clear()
+
+    def begin_wait(self) -> None:
+        self._late_at = self._clock.now() + self._deadline_s
+
+    def end_wait(self) -> None:
+        self._monitor.beat(())
+
+    def check_epoch(self) -> None:
+        """Raises StepAbandoned where a newer map has reached this rank."""
+        newest = self._monitor.newest_epoch()
+        if newest > self._epoch:
+            raise StepAbandoned(f"epoch {newest} overtook step {self._step} of {self._epoch}")
+
+    def watch(self, waiting_for: Sequence[RankId]) -> None:
+        """Call it again and again while waiting. Raises StepAbandoned."""
+        self.check_epoch()
+        self._monitor.beat(waiting_for)
+        if self._clock.now() >= self._late_at:
+            for rank in waiting_for:
+                self.suspect(rank, SuspicionReason.EXCHANGE, "no data within the exchange deadline")
+
+    def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
+        """At most one suspicion per peer and step, whatever the reasons."""
+        if rank in self._suspected:
+            return
+        self._suspected.add(rank)
+        self._monitor.suspect(rank, reason, f"step {self._step} of epoch {self._epoch}: {detail}")

@@ -1,0 +1,112 @@
+"""One life of a backup rank, as this rank sends to it: whose blocks it shall have, which of them it
+was sent, and which are next. Who is sent where is the writer's."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from gpu_worker.engine.kv_replication import BlockCache, CopyChannel
+from gpu_worker.kv_replication.replica_ledger import CopyLedger
+
+
+class CopiedChain:
+    """A running session's named blocks, from its first token on. The first `num_sent` of them are
+    at its target, or on their way."""
+
+    __slots__ = ("blocks", "names", "num_sent")
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+        self.blocks: list[int] = []
+        self.num_sent = 0
+
+    @property
+    def is_sent(self) -> bool:
+        return self.num_sent == len(self.names)
+
+
+class CopyTarget:
+    """Chains are sent in order, a block of each in turn: behind a hole no block is of use."""
+
+    def __init__(self, channel: CopyChannel) -> None:
+        self.channel = channel
+        self._ledger = CopyLedger(channel.num_slots)
+        self._chains: dict[CopiedChain, None] = {}
+        self._unsent: OrderedDict[CopiedChain, None] = OrderedDict()
+
+    @property
+    def chains(self) -> Iterable[CopiedChain]:
+        return self._chains
+
+    @property
+    def is_full(self) -> bool:
+        """Takes no further block before a session that it serves has ended."""
+        return self._ledger.is_full
+
+    @property
+    def has_more(self) -> bool:
+        """Something can be sent, now or soon."""
+        return bool(self._unsent) and not self.is_full
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is under way."""
+        return self._ledger.is_settled
+
+    def holds(self, chain: CopiedChain) -> bool:
+        """Whether it has at least the first block."""
+        return chain.num_sent > 0 and self._ledger.is_known(chain.names[0])
+
+    def want(self, chain: CopiedChain) -> None:
+        """Its blocks that are not sent are to be."""
+        self._chains[chain] = None
+        if self._advance(chain):
+            self._unsent.pop(chain, None)
+        else:
+            self._unsent[chain] = None
+
+    def leave(self, chain: CopiedChain) -> None:
+        del self._chains[chain]
+        self._unsent.pop(chain, None)
+        self._ledger.release(chain.names[: chain.num_sent])
+        self._ask_for_drops()
+
+    def settle(self) -> None:
+        """Hears what has become of blocks and drops."""
+        self._ledger.note_known(self.channel.take_sent())
+        self._ledger.note_dropped(self.channel.take_dropped())
+        self._ask_for_drops()
+
+    def send_next(self, cache: BlockCache) -> bool:
+        """One block; False: none can go out now."""
+        if not self._ledger.has_free:
+            return False
+        for _ in range(len(self._unsent)):
+            chain, _ = self._unsent.popitem(last=False)
+            if self._advance(chain):
+                continue
+            self._unsent[chain] = None
+            name = chain.names[chain.num_sent]
+            if not self._ledger.may_take(name):
+                continue
+            if (room := self.channel.take_room()) is None:
+                self._unsent.move_to_end(chain, last=False)
+                return False
+            is_saved = cache.save(chain.blocks[chain.num_sent], room)
+            self.channel.send(room, self._ledger.take(name), name, is_saved)
+            chain.num_sent += 1
+            self._ask_for_drops()
+            return True
+        return False
+
+    def _ask_for_drops(self) -> None:
+        if slots := self._ledger.pick_drops():
+            self.channel.drop(slots)
+
+    def _advance(self, chain: CopiedChain) -> bool:
+        """Past blocks that were sent for others; whether none is left."""
+        while not chain.is_sent and self._ledger.has(chain.names[chain.num_sent]):
+            self._ledger.use(chain.names[chain.num_sent])
+            chain.num_sent += 1
+        return chain.is_sent

@@ -1,0 +1,161 @@
+"""The way to one life of a backup rank, where the threads that use it meet: the engine says what is
+to be sent and dropped, the sender writes, the link on the event loop carries the messages. Each
+takes from queues what the others have put there; a channel that has failed stays so."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from gpu_worker.engine.kv_replication import Bytes
+from gpu_worker.kv_replication.staging_buffer import Rooms
+from shared.types import Member
+
+T = TypeVar("T")
+
+CHANNEL_ROOMS_MAX = 8
+"""Of all rooms: a target that hangs must not have the others starve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteSlots:
+    """What the target has given: slot i begins at `address + i * block_bytes`."""
+
+    target: Member
+    is_elsewhere: bool
+    generation: int
+    transfer_name: str
+    address: int
+    num_slots: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doorbells:
+    """Rung from any thread: something was put where the sender, or the link, takes it."""
+
+    sender: Callable[[Channel], None]
+    link: Callable[[], None]
+
+
+class Send(NamedTuple):
+    room: Bytes
+    slot: int
+    name: bytes
+    is_saved: Callable[[], bool]
+
+
+class Channel:
+    """Implements `ports.CopyChannel`."""
+
+    def __init__(self, remote: RemoteSlots, rooms: Rooms, bells: Doorbells) -> None:
+        self.remote = remote
+        self.sends: deque[Send] = deque()
+        """In order; the sender's to take."""
+        self.failure = ""
+        self._rooms = rooms
+        self._bells = bells
+        self._lock = threading.Lock()
+        self._num_rooms = 0
+        self._written: deque[tuple[int, bytes]] = deque()
+        self._to_drop: deque[int] = deque()
+        self._sent: deque[bytes] = deque()
+        self._dropped: deque[int] = deque()
+
+    # The engine's side.
+
+    @property
+    def target(self) -> Member:
+        return self.remote.target
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return self.remote.is_elsewhere
+
+    @property
+    def num_slots(self) -> int:
+        return self.remote.num_slots
+
+    @property
+    def is_open(self) -> bool:
+        return not self.failure
+
+    def take_room(self) -> Bytes | None:
+        with self._lock:
+            if self.failure or self._num_rooms == CHANNEL_ROOMS_MAX:
+                return None
+            room = self._rooms.take()
+            self._num_rooms += room is not None
+            return room
+
+    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
+        assert 0 <= slot < self.remote.num_slots, "no such slot"
+        self.sends.append(Send(room, slot, name, is_saved))
+        self._bells.sender(self)
+
+    @property
+    def has_answers(self) -> bool:
+        return bool(self._sent or self._dropped)
+
+    def take_sent(self) -> Sequence[bytes]:
+        return _take_all(self._sent)
+
+    def drop(self, slots: Sequence[int]) -> None:
+        self._to_drop.extend(slots)
+        self._bells.link()
+
+    def take_dropped(self) -> Sequence[int]:
+        return _take_all(self._dropped)
+
+    # The sender's side.
+
+    def give_back(self, room: Bytes) -> None:
+        """No write reads it any more."""
+        with self._lock:
+            self._num_rooms -= 1
+        self._rooms.give_back(room)
+
+    def lose_room(self) -> None:
+        """A write that has timed out may still read it; the channel is of no use any more."""
+        self._rooms.lose()
+        self.fail("a write timed out")
+
+    def wrote(self, sends: Sequence[Send]) -> None:
+        """They stand in their slots."""
+        self._written.extend((send.slot, send.name) for send in sends)
+        self._bells.link()
+
+    # The link's side.
+
+    @property
+    def num_news(self) -> int:
+        """Of slots that the target is to be told of."""
+        return len(self._written) + len(self._to_drop)
+
+    def take_written(self) -> Sequence[tuple[int, bytes]]:
+        return _take_all(self._written)
+
+    def take_drops(self) -> Sequence[int]:
+        return _take_all(self._to_drop)
+
+    def confirm_sent(self, names: Sequence[bytes]) -> None:
+        self._sent.extend(names)
+
+    def confirm_dropped(self, slots: Sequence[int]) -> None:
+        self._dropped.extend(slots)
+
+    # Anybody's.
+
+    def fail(self, why: str) -> None:
+        """For good; the first reason counts."""
+        with self._lock:
+            self.failure = self.failure or why
+        self._bells.link()
+
+
+def _take_all(queue: deque[T]) -> list[T]:
+    """What others append meanwhile stays for the next call."""
+    return [queue.popleft() for _ in range(len(queue))]

@@ -1,0 +1,157 @@
+"""Keeps copies of this rank's running sessions on others, each session on one of them, and takes
+those that others have left here. What is under way, and how, is the channels'."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+from gpu_worker.engine.kv_replication import BlockCache, CopyEndpoint
+from gpu_worker.kv_replication.backup_rank import CopiedChain, CopyTarget
+from shared.types import Member, RankId, SessionId
+
+BLOCKS_PER_PUMP = 8
+"""A CPU rank's block is some 130 KB, saved in 20 µs while its peers wait for it: so few lengthen no
+step that one would notice, and are as many as 128 decoding sessions fill in one."""
+
+
+class CopyWriter:
+    """Implements `ports.BlockKeeper`. A session's target is a member of the adopted map with an
+    open channel, on another node where there is any, in turn, so that the sessions of a dead rank
+    spread over the others. It stays until its channel closes or it leaves the map; then the session
+    starts over with another. What a full area has no slot for is not sent."""
+
+    def __init__(
+        self,
+        cache: BlockCache,
+        endpoint: CopyEndpoint,
+        *,
+        rank: RankId,
+        blocks_per_pump: int = BLOCKS_PER_PUMP,
+    ) -> None:
+        self._cache = cache
+        self._endpoint = endpoint
+        self._blocks_per_pump = blocks_per_pump
+        self._last_rank = rank  # that was given a session; at first one's own: not all begin alike
+        self._others: frozenset[Member] = frozenset()
+        self._chains: dict[SessionId, CopiedChain] = {}
+        self._target_of: dict[CopiedChain, CopyTarget] = {}
+        self._homeless: dict[CopiedChain, None] = {}  # have no target
+        self._targets: dict[RankId, CopyTarget] = {}
+        # A pump comes with every step: it looks at no others than these.
+        self._unsettled: dict[CopyTarget, None] = {}
+        self._wanting: OrderedDict[CopyTarget, None] = OrderedDict()  # may have something to send
+
+    def use(self, others: Sequence[Member]) -> None:
+        self._others = frozenset(others)
+        for target in list(self._targets.values()):
+            if target.channel.target not in self._others:
+                self._lose(target)
+
+    def restore(self, names: Sequence[bytes], blocks: Sequence[int]) -> int:
+        num_restored = 0
+        for name, block in zip(names, blocks, strict=True):
+            if (content := self._endpoint.store.find(name)) is None:
+                break
+            self._cache.load(block, content)
+            num_restored += 1
+        return num_restored
+
+    def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
+        chain = self._chains.get(session)
+        if chain is None:
+            chain = self._chains[session] = CopiedChain()
+            self._homeless[chain] = None
+        chain.names += names
+        chain.blocks += blocks
+        if target := self._target_of.get(chain):
+            target.want(chain)
+            self._wanting[target] = None
+
+    def forget(self, session: SessionId) -> None:
+        chain = self._chains.pop(session, None)
+        if chain is None:
+            return
+        self._homeless.pop(chain, None)
+        if target := self._target_of.pop(chain, None):
+            target.leave(chain)
+            self._unsettled[target] = None  # it may have been asked to drop some
+            self._wanting[target] = None  # others may have waited for these
+
+    def backup_of(self, session: SessionId) -> RankId | None:
+        chain = self._chains.get(session)
+        target = self._target_of.get(chain) if chain else None
+        if chain is None or target is None or not target.holds(chain):
+            return None
+        return target.channel.target.rank
+
+    def pump(self) -> bool:
+        for target in tuple(self._unsettled):
+            if not target.channel.is_open:
+                self._lose(target)
+            elif target.channel.has_answers:
+                target.settle()
+                if target.is_settled:
+                    del self._unsettled[target]
+        if self._homeless and self._others:
+            self._find_homes()
+        if self._wanting:
+            self._send()
+        return bool(self._wanting)
+
+    def _send(self) -> None:
+        """From one target after the other; those that were served last come last the next time."""
+        waiting = deque(self._wanting)
+        num_left = self._blocks_per_pump
+        while waiting and num_left:
+            target = waiting.popleft()
+            if not target.channel.is_open:
+                self._lose(target)
+            elif target.send_next(self._cache):
+                num_left -= 1
+                waiting.append(target)
+                self._wanting.move_to_end(target)
+                self._unsettled[target] = None
+            elif not target.has_more:
+                del self._wanting[target]
+
+    def _lose(self, target: CopyTarget) -> None:
+        del self._targets[target.channel.target.rank]
+        self._unsettled.pop(target, None)
+        self._wanting.pop(target, None)
+        for chain in target.chains:
+            chain.num_sent = 0
+            del self._target_of[chain]
+            self._homeless[chain] = None
+
+    def _find_homes(self) -> None:
+        targets = self._eligible()
+        begin = sum(target.channel.target.rank <= self._last_rank for target in targets)
+        in_turn = deque([*targets[begin:], *targets[:begin]])
+        for chain in list(self._homeless) if in_turn else ():
+            target = next((t for t in in_turn if not t.is_full), in_turn[0])
+            in_turn.rotate(-1 - in_turn.index(target))
+            self._last_rank = target.channel.target.rank
+            del self._homeless[chain]
+            self._target_of[chain] = target
+            target.want(chain)
+            self._wanting[target] = None
+
+    def _eligible(self) -> list[CopyTarget]:
+        """By their rank."""
+        channels = [
+            c
+            for _, c in sorted(self._endpoint.channels().items())
+            if c.target in self._others and c.num_slots and c.is_open
+        ]
+        elsewhere = [c for c in channels if c.is_elsewhere]
+        targets: list[CopyTarget] = []
+        for channel in elsewhere or channels:
+            target = self._targets.get(channel.target.rank)
+            if target is not None and target.channel is not channel:
+                self._lose(target)
+                target = None
+            if target is None:
+                target = self._targets[channel.target.rank] = CopyTarget(channel)
+            targets.append(target)
+        return targets

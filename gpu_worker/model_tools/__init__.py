@@ -1,0 +1,1 @@
+"""Programs beside the services that work on a model's files."""

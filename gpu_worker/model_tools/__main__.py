@@ -1,0 +1,95 @@
+"""Work on models that comes before any rank runs, one process each, so that ranks that start
+together do not all do it. Progress goes to stdout as `done/total` lines.
+
+    python -m gpu_worker.model_tools warm-up           compiles the kernels into numba's cache
+    python -m gpu_worker.model_tools seed --out FOLDER writes a checkpoint of random weights
+    python -m gpu_worker.model_tools score FOLDER TOKENS
+                                                       scores tokens: a JSON list of nats on stdout
+    python -m gpu_worker.model_tools manifest FOLDER   writes the hashes of a checkpoint's tensors
+    python -m gpu_worker.model_tools verify FOLDER     checks the files against them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS
+from shared.errors import StarfishError
+from shared.model_spec import read_model_spec
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gpu_worker.model_tools")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("warm-up", help="compile the CPU kernels")
+    seed = commands.add_parser("seed", help="write a checkpoint of random weights, to try things")
+    seed.add_argument("--out", type=Path, required=True, help="the folder to make")
+    seed.add_argument("--family", choices=sorted(SEEDED_CONFIGS), default=DEFAULT_FAMILY)
+    seed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    seed.add_argument("--seed", type=int, default=0)
+    score = commands.add_parser("score", help="negative log-likelihoods of given tokens")
+    score.add_argument("folder", type=Path)
+    score.add_argument("tokens", type=Path, help="a JSON list of lists of token ids")
+    score.add_argument("--num-ranks", type=int, default=1)
+    score.add_argument("--without-rank", type=int, help="whose experts give nothing")
+    for name, what in (("manifest", "write the hash manifest"), ("verify", "check by it")):
+        commands.add_parser(name, help=what).add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "warm-up":
+            _warm_up()
+        elif options.command in ("manifest", "verify"):
+            _hash(options.folder, write=options.command == "manifest")
+        elif options.command == "score":
+            _score(options.folder, options.tokens, options.num_ranks, options.without_rank)
+        else:
+            _seed(options.out, options.family, options.dtype, options.seed)
+    except (StarfishError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _warm_up() -> None:
+    from gpu_worker.cpu.registry import warm_up  # numba is slow to import
+
+    warm_up(_print_progress)
+
+
+def _seed(folder: Path, family: str, dtype: str, seed: int) -> None:
+    import torch
+
+    from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+
+    create_seeded_checkpoint(
+        folder, seed, _print_progress, family=family, dtype=getattr(torch, dtype)
+    )
+
+
+def _score(folder: Path, tokens: Path, num_ranks: int, without_rank: int | None) -> None:
+    from gpu_worker.model_tools.scoring import LocalScorer, experts_of_rank
+
+    documents = json.loads(tokens.read_text())
+    num_experts = read_model_spec(folder).num_experts
+    missing = () if without_rank is None else experts_of_rank(without_rank, num_ranks, num_experts)
+    scorer = LocalScorer(folder, missing=missing)
+    print(json.dumps([scorer.nats(document) for document in documents]))
+
+
+def _hash(folder: Path, *, write: bool) -> None:
+    from gpu_worker.checkpoint.manifest import verify_folder, write_manifest
+
+    (write_manifest if write else verify_folder)(folder, _print_progress)
+
+
+def _print_progress(done: int, total: int) -> None:
+    if done * 100 // total != (done - 1) * 100 // total:
+        print(f"{done}/{total}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Makes a random checkpoint of any family from a seed, in the standard Hugging Face format: the
+model that Starfish serves where none is given, and the small ones that tests use.
+
+Its text is nonsense, but hangs on the whole context, as a trained model's does: with plain random
+weights a greedy continuation soon repeats one token, and would hide a lost or doubled one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpu_worker.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
+from gpu_worker.checkpoint.safetensors_file import SafetensorsFile
+from gpu_worker.cpu.registry import family_class
+from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
+from gpu_worker.model_tools.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
+from shared.errors import CheckpointError
+from shared.model_spec import read_model_spec
+
+# Found by trial: of 96 greedy tokens after a prompt 94 to 96 are distinct, and float32 rounding is
+# amplified so little that logits agree with other implementations to 6e-5.
+_EMBEDDING_STD = 1.0
+_QUERY_GAIN = 2.0  # attention picks a few positions in place of averaging all
+_EXPERT_GAIN = 4.0  # experts outweigh the embedding: the last token alone decides nothing
+_LOGITS_STD = 3.0
+
+
+def create_seeded_checkpoint(
+    folder: Path,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    num_shards: int = 2,
+    family: str = DEFAULT_FAMILY,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> None:
+    """Writes the whole folder aside and renames it; where `folder` appears meanwhile, made by
+    another process, that one stays. `changes` are entries of config.json. Raises CheckpointError
+    where another family's checkpoint is there."""
+    config = SEEDED_CONFIGS[family] | changes
+    if (folder / "config.json").exists():
+        there = read_model_spec(folder).architecture
+        if there not in config["architectures"]:
+            raise CheckpointError(f"{folder} is a checkpoint of {there}; choose another folder")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write_config(aside, config | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_weights(aside, seed, num_shards, dtype, on_progress)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    special = write_tokenizer(
+        folder,
+        vocab_size=config["vocab_size"],
+        context_tokens=config["max_position_embeddings"],
+    )
+    ends = [special[END_OF_TURN], special[END_OF_TEXT]]
+    config |= {"bos_token_id": special[END_OF_TEXT], "eos_token_id": special[END_OF_TURN]}
+    generation = {
+        "bos_token_id": special[END_OF_TEXT],
+        "pad_token_id": special[END_OF_TEXT],
+        "eos_token_id": ends,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.95,
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _write_weights(
+    folder: Path,
+    seed: int,
+    num_shards: int,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    spec = read_model_spec(folder)
+    shapes = family_class(spec.architecture)(spec).tensor_shapes()
+    shards = _split(shapes, num_shards)
+    dtypes = {
+        name: torch.float32 if name.endswith("correction_bias") else dtype  # as published
+        for name in shapes
+    }
+    weight_map: dict[str, str] = {}
+    with ExitStack() as stack:
+        files: dict[str, SafetensorsFile] = {}
+        for index, names in enumerate(shards):
+            file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            path = folder / (file_name if len(shards) > 1 else SINGLE_FILE)
+            file = SafetensorsFile(path, {name: shapes[name] for name in names}, dtypes)
+            files |= dict.fromkeys(names, stack.enter_context(file))
+            weight_map |= dict.fromkeys(names, file_name)
+
+        def write(name: str) -> int:
+            values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
+            return files[name].write(name, values.to(dtypes[name]))
+
+        total_bytes = 0
+        writing = stack.enter_context(closing(_on_all_cores(write, list(weight_map))))
+        for done, nbytes in enumerate(writing, start=1):
+            total_bytes += nbytes
+            if on_progress is not None:
+                on_progress(done, len(shapes))
+    if len(shards) > 1:
+        index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / INDEX_FILE, index_json)
+
+
+def _on_all_cores(write: Callable[[str], int], names: list[str]) -> Generator[int, None, None]:
+    """In order; once closed nobody writes any more. numpy draws without the GIL; torch's own
+    threads would be as many again for each of ours."""
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(write, names)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)
+
+
+def _split(shapes: dict[str, Shape], num_shards: int) -> list[list[str]]:
+    """Names in order, cut where the bytes pass each shard's share."""
+    total = sum(int(np.prod(shape)) for shape in shapes.values())
+    shards: list[list[str]] = [[] for _ in range(num_shards)]
+    before = 0
+    for name, shape in shapes.items():
+        shards[min(before * num_shards // total, num_shards - 1)].append(name)
+        before += int(np.prod(shape))
+    return [names for names in shards if names]
+
+
+def _random_tensor(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
+    """A generator of its own per tensor: no tensor's values depend on the others."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    values: NDArray[np.float32] = rng.standard_normal(shape, dtype=np.float32)
+    if name.endswith("norm.weight"):
+        mean = _QUERY_GAIN if name.endswith("q_norm.weight") else 1.0
+        return np.float32(mean) + np.float32(0.1) * values
+    if name.endswith("bias"):
+        return np.float32(0.1) * values
+    if name.endswith("sinks"):
+        return values
+    stored_by_inputs = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    values *= np.float32(_std(name, fan_in=shape[-2 if stored_by_inputs else -1]))
+    return values
+
+
+def _std(name: str, fan_in: int) -> float:
+    if name.endswith("embed_tokens.weight"):
+        return _EMBEDDING_STD
+    plain = name.removesuffix(".weight")
+    if plain == "lm_head":
+        return _LOGITS_STD / math.sqrt(fan_in)
+    is_last = plain.endswith(("down_proj", ".w2"))
+    return (_EXPERT_GAIN if is_last else 1.0) / math.sqrt(fan_in)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,145 @@
+"""`python -m node_agent`: the wiring of a node agent."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from node_agent.agent_driver import AgentDriver, RankSetup
+from node_agent.config import AgentConfig
+from node_agent.cpu_share import share_cpus
+from node_agent.exit_report import Obituary
+from node_agent.expert_cache import with_shelf
+from node_agent.rank_list import parse_ranks
+from node_agent.rank_process import RankCommand
+from node_agent.rank_supervisor import RankLives
+from node_agent.restart_policy import RespawnPolicy
+from shared.clock import SystemClock
+from shared.config import add_flags, load_config
+from shared.confinement import confined_environment
+from shared.errors import ConfigError, StarfishError
+from shared.etcd_store import EtcdStore
+from shared.garbage import spare_what_is_loaded
+from shared.keys import Keys
+from shared.leased_keys import LeasedKeys
+from shared.lifeline import watch_lifeline
+from shared.logs import configure_logs
+from shared.records import AgentRecord, pack_record
+from shared.types import NodeId, RankId
+
+_LIFELINE_GRACE_S = 1.0
+
+
+def main() -> int:
+    try:
+        config, rank_flags = parse(sys.argv[1:])
+        configure_logs(
+            service="agent", level=config.log_level, json=config.log_json, node=config.node_name
+        )
+        setup = RankSetup(
+            command=with_shelf(rank_command(config, rank_flags), config.host_experts_gb),
+            environment=confined_environment(os.environ, config.data_host),
+            log_dir=config.log_dir,
+            lease_ttl_s=config.lease_ttl_s,
+            stop_grace_s=config.stop_grace_s,
+            dying_poll_s=config.dying_poll_ms / 1000,
+            cpus=cpu_shares(config),
+        )
+        asyncio.run(run_agent(config, setup))
+    except (StarfishError, OSError) as error:
+        print(f"starfish agent: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
+    """The agent's own configuration, and what stands after `--`. Raises ConfigError."""
+    own, rank_flags = list(arguments), []
+    if "--" in own:
+        split = own.index("--")
+        own, rank_flags = own[:split], own[split + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m node_agent",
+        description="Starts a host's ranks and tells etcd at once when one exits. What stands "
+        "after -- goes to every rank.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [agent]")
+    add_flags(parser, AgentConfig)
+    flags = vars(parser.parse_args(own))
+    config = load_config(
+        AgentConfig, section="agent", file=flags.pop("config"), environ=os.environ, flags=flags
+    )
+    config.check()
+    return config, tuple(rank_flags)
+
+
+def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
+    model = () if config.model is None else ("--model", str(config.model))
+    logs = ("--log-level", config.log_level, *(("--log-json",) if config.log_json else ()))
+    # Addresses, not names: what a name means may differ from where the ranks' peers stand.
+    hosts = (
+        *("--control-host", address_of(config.control_host)),
+        *("--data-host", address_of(config.data_host)),
+    )
+    ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
+    return RankCommand(
+        node=NodeId(config.node_name),
+        etcd=config.etcd,
+        instance=config.instance,
+        lifeline_fd=config.lifeline_fd,
+        more=(*model, *hosts, *ttl, *logs, *rank_flags),
+    )
+
+
+def address_of(host: str) -> str:
+    """Raises ConfigError where the name is unknown."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(f"cannot resolve host {host!r}: {error.strerror}") from error
+
+
+def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
+    if not config.pin_cpus:
+        return {}
+    return share_cpus(sorted(os.sched_getaffinity(0)), parse_ranks(config.ranks))
+
+
+async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
+    """Until SIGTERM, SIGINT, or the end of the lifeline."""
+    clock, keys, node = SystemClock(), Keys(config.instance), setup.command.node
+    ranks = parse_ranks(config.ranks)
+    if setup.log_dir is not None:
+        setup.log_dir.mkdir(parents=True, exist_ok=True)
+    store = EtcdStore(config.etcd.split(","))
+    leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
+    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
+    leased.put(keys.agent(node), pack_record(record))
+    driver = AgentDriver(
+        store=store,
+        keys=keys,
+        lives=RankLives(ranks, RespawnPolicy(), random.Random(), clock.now()),
+        leased=leased,
+        obituary=Obituary(store, keys, node, clock),
+        setup=setup,
+        clock=clock,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, driver.stop)
+    watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
+    spare_what_is_loaded()
+    try:
+        await driver.run()
+    finally:
+        await store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

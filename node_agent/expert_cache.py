@@ -1,0 +1,56 @@
+"""The memory for copies of experts that a node's ranks share: that of the ranks which an earlier
+agent has left running, else new. The agent holds it, so that it outlasts every rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
+
+import structlog
+
+from node_agent.rank_process import RankCommand, command_line_of, find_running
+from shared.expert_cache_memory import bytes_for_copies, create_memory, open_memory_of
+from shared.free_memory import free_bytes
+from shared.types import DeviceKind
+
+log = structlog.get_logger()
+
+_FLAG = "--host-experts-fd"
+
+
+def with_shelf(command: RankCommand, host_experts_gb: float) -> RankCommand:
+    """A command that hands the memory down; without any where the host refuses."""
+    if host_experts_gb == 0 or _is_for_cpu(command.more, os.environ):
+        return command
+    try:
+        fd = _adopted(command)
+        if fd is None:
+            fd = create_memory(bytes_for_copies(host_experts_gb, free_bytes()))
+    except OSError as error:
+        log.warning("no_host_experts", detail=str(error))
+        return command
+    log.info("host_experts_memory", gb=round(os.fstat(fd).st_size / 1e9, 2))
+    return replace(command, host_experts_fd=fd)
+
+
+def _adopted(command: RankCommand) -> int | None:
+    found: int | None = None
+    for life, process in find_running(command):
+        argv = command_line_of(life.pid)
+        flags = dict(pairwise(argv))
+        if found is None and _FLAG in flags:
+            with suppress(ValueError, OSError):  # it is gone meanwhile
+                found = open_memory_of(life.pid, int(flags[_FLAG]))
+        process.close()
+    return found
+
+
+def _is_for_cpu(rank_flags: Sequence[str], environ: Mapping[str, str]) -> bool:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default=environ.get("STARFISH_RANK_DEVICE"))
+    known, _ = parser.parse_known_args(list(rank_flags))
+    return bool(known.device == DeviceKind.CPU.value)

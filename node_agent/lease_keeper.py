@@ -1,0 +1,28 @@
+"""The lease of a rank that has not registered yet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from node_agent.rank_supervisor import Life
+from shared.errors import LeaseLost, StoreUnavailable
+from shared.keys import Keys
+from shared.store import Store
+
+_REGISTER_TIMEOUT_S = 180.0
+
+
+async def nurse_lease(store: Store, keys: Keys, life: Life, lease_ttl_s: float) -> None:
+    """Reading a model may take longer than a lease lasts. Ends once the rank's record stands, and
+    gives up on a rank that never gets there."""
+    key = keys.rank(life.member.rank, life.member.incarnation)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(contextlib.suppress(LeaseLost, TimeoutError))
+        await stack.enter_async_context(asyncio.timeout(_REGISTER_TIMEOUT_S))
+        while True:
+            await asyncio.sleep(lease_ttl_s / 3)
+            with contextlib.suppress(StoreUnavailable):
+                await store.keep_alive(life.lease_id)
+                if await store.get(key) is not None:
+                    return

@@ -1,0 +1,186 @@
+"""Processes of ranks: how one is started, found again by a later agent, watched by a pidfd, and
+signalled without ever hitting a stranger that got its pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from node_agent.exit_detection import Dying, StatFile
+from node_agent.rank_supervisor import Life
+from shared.types import Incarnation, Member, NodeId, RankId
+
+_MODULE = "gpu_worker"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankCommand:
+    """The command line of this node's ranks, but for what differs from life to life."""
+
+    node: NodeId
+    etcd: str
+    instance: str
+    lifeline_fd: int
+    more: tuple[str, ...]
+    host_experts_fd: int = -1  # memory that all ranks share
+    program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
+
+    def argv(self, member: Member, lease_id: int) -> list[str]:
+        shelf = ("--host-experts-gb", "0")  # or each would make memory of its own
+        if self.host_experts_fd >= 0:
+            shelf = ("--host-experts-fd", str(self.host_experts_fd))
+        return [
+            *self.program,
+            *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
+            *("--lease-id", str(lease_id), "--node", self.node),
+            *("--etcd", self.etcd, "--instance", self.instance),
+            *("--lifeline-fd", str(self.lifeline_fd)),
+            *shelf,
+            *self.more,
+        ]
+
+    def life_of(self, pid: int, argv: Sequence[str]) -> Life | None:
+        """The life that a process with this command line is, if it is one of this node's ranks."""
+        if tuple(argv[1 : len(self.program)]) != self.program[1:]:
+            return None
+        flags = dict(zip(argv[len(self.program) :], argv[len(self.program) + 1 :], strict=False))
+        if flags.get("--node") != self.node or flags.get("--instance") != self.instance:
+            return None
+        if flags.get("--etcd") != self.etcd:
+            return None
+        try:
+            member = Member(
+                rank=RankId(int(flags["--rank"])),
+                incarnation=Incarnation(int(flags["--incarnation"])),
+            )
+            return Life(member=member, lease_id=int(flags["--lease-id"]), pid=pid)
+        except (KeyError, ValueError):
+            return None
+
+
+class RankProcess:
+    """One process, held by its pidfd: `fileno()` becomes readable when it has exited."""
+
+    def __init__(self, pid: int, child: subprocess.Popen[bytes] | None) -> None:
+        """Raises OSError where there is no such process."""
+        self.pid = pid
+        self._child = child
+        self._stat = StatFile(pid)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:
+            self._stat.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._pidfd
+
+    def exit_code(self) -> int | None:
+        """Of a process that has exited; negative for a signal, None where it was adopted."""
+        return self._child.wait() if self._child is not None else None
+
+    def dying(self) -> Dying | None:
+        """Whether it has begun to exit and can only end, before `fileno()` tells its end."""
+        return self._stat.dying()
+
+    def was_stopped(self) -> bool:
+        """Whether it has been stopped since the last call; never of an adopted process."""
+        if self._child is None:
+            return False
+        try:
+            found = os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED | os.WNOHANG)
+        except ChildProcessError:
+            return False
+        return found is not None and found.si_code == os.CLD_STOPPED
+
+    def run_on(self, cpus: frozenset[int]) -> None:
+        """All its threads, and those that they will start."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), cpus)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+        self._stat.close()
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int],
+    log_path: Path | None,
+    cpus: frozenset[int] = frozenset(),
+) -> RankProcess:
+    """Raises OSError. `cpus` where it is pinned. Its own session: a terminal's Ctrl-C is for the
+    agent's parent, which stops things in order."""
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log or sys.stderr,
+            stderr=log,
+            env=dict(environment),
+            pass_fds=[fd for fd in pass_fds if fd >= 0],
+            start_new_session=True,
+        )
+    process = RankProcess(child.pid, child)
+    if cpus:
+        process.run_on(cpus)
+    return process
+
+
+def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:
+    """Ranks of this node that an earlier agent has left running, newest incarnation first. The
+    process table is the truth: it knows those, too, that have not registered yet."""
+    found: list[tuple[Life, RankProcess]] = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        process = _open(int(entry.name))
+        if process is None:
+            continue
+        # Read after the pidfd is open, the command line is that of the process it holds.
+        life = command.life_of(process.pid, command_line_of(process.pid))
+        if life is None or _has_exited(process):
+            process.close()
+        else:
+            found.append((life, process))
+    found.sort(key=lambda pair: pair[0].member.incarnation, reverse=True)
+    return iter(found)
+
+
+def _open(pid: int) -> RankProcess | None:
+    try:
+        return RankProcess(pid, None)
+    except OSError:
+        return None
+
+
+def command_line_of(pid: int) -> list[str]:
+    """Empty for other users' processes: nobody can pass for a rank by its arguments alone."""
+    entry = Path(f"/proc/{pid}")
+    try:
+        if entry.stat().st_uid != os.geteuid():
+            return []
+        return (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _has_exited(process: RankProcess) -> bool:
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(0))

@@ -1,0 +1,43 @@
+"""What etcd must hold before a rank's process may start: its next incarnation number and a lease,
+until the rank keeps it alive itself."""
+
+from __future__ import annotations
+
+import contextlib
+
+import structlog
+
+from shared.errors import TxnConflict
+from shared.keys import Keys
+from shared.store import Compare, Put, Store
+from shared.types import Incarnation, Member, RankId
+
+log = structlog.get_logger()
+
+_CONFLICTS_MAX = 10
+
+
+async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnation:
+    """Counts up in etcd: a number is never given twice, whoever asks. Raises StoreUnavailable, and
+    TxnConflict where others kept counting at the same time."""
+    key = keys.incarnation_counter(rank)
+    for attempt in range(_CONFLICTS_MAX):
+        known = await store.get(key)
+        number = 1 if known is None else int(known.value) + 1
+        revision = 0 if known is None else known.mod_revision
+        with contextlib.suppress(TxnConflict):
+            await store.txn(
+                [Compare(key=key, mod_revision=revision)],
+                [Put(key=key, value=str(number).encode())],
+            )
+            return Incarnation(number)
+        log.info("incarnation_conflict", rank=rank, attempt=attempt)
+    raise TxnConflict(f"{key} kept changing")
+
+
+async def new_life(
+    store: Store, keys: Keys, rank: RankId, lease_ttl_s: float
+) -> tuple[Member, int]:
+    """Raises StoreError."""
+    incarnation = await next_incarnation(store, keys, rank)
+    return Member(rank=rank, incarnation=incarnation), await store.grant_lease(lease_ttl_s)

@@ -1,0 +1,216 @@
+"""Copies of KV blocks in the simulated world: the real writer, ledger and scheduler over areas
+whose writes come in two halves, late, and are lost with their sender or behind a cut. Whoever
+writes to a slot that is known by a name spoils it, and a token that a client sees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.engine.kv_replication import Bytes, CopyChannel
+from shared.records import RankRecord
+from shared.types import Member, RankId
+from shared.wire import CopiesDropped, CopiesKept, CopiesOpened, DropCopies, OpenCopies
+from tests.sim.sim_loop import SimProcess
+from tests.sim.sim_network import SimNetwork
+
+NUM_SLOTS = 12  # so few that slots are dropped and written anew
+ROOMS = 4
+BLOCK_VALUE_BYTES = 8
+
+
+class SimBlockCache:
+    """Implements `copies.ports.BlockCache` over the model's keys."""
+
+    layout = "sim"
+
+    def __init__(self, keys: NDArray[np.int64], block_tokens: int) -> None:
+        self._blocks = keys.reshape(-1, block_tokens)
+        self.block_bytes = block_tokens * BLOCK_VALUE_BYTES
+
+    def room(self) -> Bytes:
+        return np.zeros(self.block_bytes, dtype=np.uint8)
+
+    def save(self, block: int, into: Bytes) -> Callable[[], bool]:
+        into[:] = self._blocks[block].view(np.uint8)
+        return lambda: True
+
+    def load(self, block: int, content: Bytes) -> None:
+        self._blocks[block] = content.view(np.int64)
+
+
+@dataclass
+class _Area:
+    """What one life of a source has at a target."""
+
+    slots: dict[int, Bytes] = field(default_factory=dict)
+    known: dict[bytes, int] = field(default_factory=dict)
+
+
+class SimStore:
+    """Implements `copies.ports.CopyStore`. Gone with its process."""
+
+    def __init__(self) -> None:
+        self.areas: dict[tuple[Member, int], _Area] = {}
+        self.num_found = 0
+
+    def find(self, name: bytes) -> Bytes | None:
+        for area in self.areas.values():
+            if name in area.known:
+                self.num_found += 1
+                return area.slots[area.known[name]]
+        return None
+
+
+class CopiesHub:
+    """All ranks' stores, and who can write to whom."""
+
+    def __init__(self, network: SimNetwork) -> None:
+        self.network = network
+        self._process_of: dict[Member, SimProcess] = {}
+        self._store_of: dict[Member, SimStore] = {}
+
+    @property
+    def num_found(self) -> int:
+        """Blocks that were restored, in all lives."""
+        return sum(store.num_found for store in self._store_of.values())
+
+    def endpoint(self, member: Member, process: SimProcess, block_bytes: int) -> SimCopies:
+        self._process_of[member] = process
+        self._store_of[member] = SimStore()
+        return SimCopies(self, member, block_bytes)
+
+    def store_of(self, member: Member) -> SimStore:
+        return self._store_of[member]
+
+    def peers_of(self, member: Member) -> list[Member]:
+        """The newest life of each rank, where it can be reached."""
+        newest = {m.rank: m for m in sorted(self._process_of)}
+        return [m for m in newest.values() if m != member and self.can_reach(member, m)]
+
+    def can_reach(self, source: Member, target: Member) -> bool:
+        sender, receiver = self._process_of[source], self._process_of[target]
+        return not receiver.dead and self.network.reachable(sender.host, receiver.host)
+
+
+class SimCopies:
+    """Implements `rank.Copies`. Channels open by themselves: what ranks say to each other over a
+    real one is not simulated."""
+
+    def __init__(self, hub: CopiesHub, member: Member, block_bytes: int) -> None:
+        self._hub = hub
+        self._member = member
+        self._block_bytes = block_bytes
+        self._channels: dict[RankId, SimChannel] = {}
+        self._generation = 0
+
+    @property
+    def store(self) -> SimStore:
+        return self._hub.store_of(self._member)
+
+    def channels(self) -> Mapping[RankId, CopyChannel]:
+        for peer in self._hub.peers_of(self._member):
+            old = self._channels.get(peer.rank)
+            if old is None or not old.is_open or old.target != peer:
+                self._generation += 1
+                self._channels[peer.rank] = SimChannel(
+                    self._hub, self._member, peer, self._generation, self._block_bytes
+                )
+        return {rank: c for rank, c in self._channels.items() if c.is_open}
+
+    def start(self, tasks: asyncio.TaskGroup) -> None: ...
+
+    def keep(self, peer: RankRecord) -> None: ...
+
+    def close(self, peer: Member) -> None: ...
+
+    async def open_copies(self, request: OpenCopies) -> CopiesOpened:
+        raise NotImplementedError
+
+    def note_kept(self, kept: CopiesKept) -> None:
+        raise NotImplementedError
+
+    async def drop_copies(self, request: DropCopies) -> CopiesDropped:
+        raise NotImplementedError
+
+
+class SimChannel:
+    """Implements `copies.ports.CopyChannel`."""
+
+    is_elsewhere = True
+    num_slots = NUM_SLOTS
+
+    def __init__(
+        self, hub: CopiesHub, source: Member, target: Member, generation: int, block_bytes: int
+    ) -> None:
+        self._hub = hub
+        self._source = source
+        self.target = target
+        self._rooms = [np.zeros(block_bytes, dtype=np.uint8) for _ in range(ROOMS)]
+        self._sent: list[bytes] = []
+        self._dropped: list[int] = []
+        self._broken = False
+        self._area = hub.store_of(target).areas.setdefault((source, generation), _Area())
+
+    @property
+    def is_open(self) -> bool:
+        self._broken = self._broken or not self._hub.can_reach(self._source, self.target)
+        return not self._broken
+
+    def take_room(self) -> Bytes | None:
+        return self._rooms.pop() if self._rooms else None
+
+    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
+        assert is_saved()
+        self._later(lambda: self._write_half(room, slot, name))
+
+    @property
+    def has_answers(self) -> bool:
+        return bool(self._sent or self._dropped)
+
+    def take_sent(self) -> Sequence[bytes]:
+        sent, self._sent = self._sent, []
+        return sent
+
+    def drop(self, slots: Sequence[int]) -> None:
+        def forget() -> None:
+            gone = set(slots)
+            self._area.known = {n: s for n, s in self._area.known.items() if s not in gone}
+            self._later(lambda: self._dropped.extend(slots))
+
+        self._later(forget)
+
+    def take_dropped(self) -> Sequence[int]:
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _write_half(self, room: Bytes, slot: int, name: bytes) -> None:
+        content = self._area.slots.setdefault(slot, np.zeros_like(room))
+        half = len(room) // 2
+        content[:half] = room[:half]
+        self._later(lambda: self._write_rest(room, slot, name))
+
+    def _write_rest(self, room: Bytes, slot: int, name: bytes) -> None:
+        half = len(room) // 2
+        self._area.slots[slot][half:] = room[half:]
+        self._rooms.append(room)
+
+        def know() -> None:
+            self._area.known[name] = slot
+            self._sent.append(name)
+
+        self._later(know)
+
+    def _later(self, act: Callable[[], None]) -> None:
+        """Of this process: lost with it, late when it is stopped, and nothing on a broken way."""
+
+        def arrive() -> None:
+            if self.is_open:
+                act()
+
+        network = self._hub.network
+        network.loop.call_later(network.latency_s(), arrive)

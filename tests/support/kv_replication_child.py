@@ -1,0 +1,284 @@
+"""A rank's end of KV copies in a process of its own, driven over a pipe: what the tests of their
+transport start, kill and stop. A block's content is a function of its name."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import structlog
+
+from gpu_worker.control_server import ControlServer
+from gpu_worker.engine.kv_replication import Bytes, CopyChannel
+from gpu_worker.engine.sequence import Origin
+from gpu_worker.exchange.links import TransferEndpoint
+from gpu_worker.exchange.message import Layout
+from gpu_worker.kv_replication.mooncake_replicator import MooncakeCopies
+from shared.clock import SystemClock
+from shared.confinement import require_confined
+from shared.records import RankRecord
+from shared.types import Epoch, Member, NodeId, RankId, RankState, Step
+from shared.wire import (
+    AreaOpened,
+    Cancel,
+    GraphNews,
+    Load,
+    OpenArea,
+    Ping,
+    Pong,
+    StatusQuery,
+    StatusReply,
+    Submit,
+    Wake,
+)
+
+BLOCK_BYTES = 96 << 10
+NUM_SLOTS = 24
+NUM_NAMES = 64  # that a flood uses, over and over
+HOST = "127.0.0.1"
+LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
+TURN_S = 0.001
+
+
+def flood_name(source: int, number: int) -> bytes:
+    return b"flood-%d-%d" % (source, number % NUM_NAMES)
+
+
+def content_of(name: bytes) -> Bytes:
+    """No two parts of a block are alike, nor are the same parts of two blocks."""
+    seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
+    return np.random.default_rng(seed).integers(0, 256, BLOCK_BYTES, dtype=np.uint8)
+
+
+class NamedBlocks:
+    """Implements `copies.ports.BlockCache`, but that blocks are looked up by name."""
+
+    block_bytes = BLOCK_BYTES
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
+        self._rooms: list[Bytes] = []
+        self._contents: dict[bytes, Bytes] = {}
+
+    def room(self) -> Bytes:
+        self._rooms.append(np.zeros(BLOCK_BYTES, dtype=np.uint8))
+        return self._rooms[-1]
+
+    def content(self, name: bytes) -> Bytes:
+        if name not in self._contents:
+            self._contents[name] = content_of(name)
+        return self._contents[name]
+
+    def save(self, block: int, into: Bytes) -> Callable[[], bool]:
+        raise NotImplementedError
+
+    def load(self, block: int, content: Bytes) -> None:
+        raise NotImplementedError
+
+
+class OnlyAlive:
+    """Implements `control_server.EnginePort` and `AreaKeeper` as far as copies need them."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+
+    def pong(self, ping: Ping) -> Pong:
+        return Pong(
+            nonce=ping.nonce,
+            rank=self._member.rank,
+            incarnation=self._member.incarnation,
+            epoch=Epoch(1),
+            step=Step(0),
+            engine_age_ms=0.0,
+            waiting_for=(),
+            load=LOAD,
+        )
+
+    def drop_origin(self, origin: Origin) -> None:
+        pass
+
+    def submit(self, origin: Origin, submit: Submit) -> bool:
+        raise NotImplementedError
+
+    def cancel(self, cancel: Cancel) -> bool:
+        raise NotImplementedError
+
+    def wake(self, wake: Wake) -> None:
+        raise NotImplementedError
+
+    def hear_of_graphs(self, news: GraphNews) -> None:
+        raise NotImplementedError
+
+    def status(self, query: StatusQuery) -> StatusReply:
+        raise NotImplementedError
+
+    def load(self) -> Load:
+        raise NotImplementedError
+
+    def open_area(self, request: OpenArea) -> AreaOpened:
+        raise NotImplementedError
+
+
+@dataclass
+class Flood:
+    """Sends without end over one channel, and has every slot dropped as soon as it is known."""
+
+    channel: CopyChannel
+    free: list[int] = field(default_factory=list)
+    slots: dict[bytes, int] = field(default_factory=dict)
+    num_sent: int = 0
+    number: int = 0
+
+    def pump(self, source: int, cache: NamedBlocks) -> None:
+        for name in self.channel.take_sent():
+            self.num_sent += 1
+            self.channel.drop([self.slots.pop(name)])
+        self.free += self.channel.take_dropped()
+        while self.free and flood_name(source, self.number) not in self.slots:
+            room = self.channel.take_room()
+            if room is None:
+                return
+            name, slot = flood_name(source, self.number), self.free.pop(0)
+            room[:] = cache.content(name)
+            self.slots[name] = slot
+            self.number += 1
+            self.channel.send(room, slot, name, lambda: True)
+
+
+class _Child:
+    """Its one thread stands for the engine's; the event loop has the main thread."""
+
+    def __init__(self, member: Member, pipe: Connection, layout: str, keeps: bool) -> None:
+        self.member = member
+        self.pipe = pipe
+        self.cache = NamedBlocks(layout)
+        # A rank has the exchange's engine beside that of the copies.
+        self.exchange = TransferEndpoint(
+            HOST, Layout(hidden_size=4, top_k=2, step_tokens_max=4), SystemClock()
+        )
+        self.copies = MooncakeCopies(
+            member=member,
+            node=NodeId(f"node-{member.rank % 2}"),
+            host=HOST,
+            clock=SystemClock(),
+            num_ranks=3,
+        )
+        require_confined()
+        self.copies.open(self.cache, budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES)
+        alive = OnlyAlive(member)
+        self.server = ControlServer(
+            member=member, engine=alive, areas=alive, copies=self.copies if keeps else None
+        )
+        self.floods: dict[RankId, Flood] = {}
+        self.lock = threading.Lock()
+        self.hunted = [0, 0]  # looked at, wrong
+
+    def send(self, kind: str, value: object) -> None:
+        with self.lock:
+            self.pipe.send((kind, value))
+
+    def record(self, port: int) -> RankRecord:
+        return RankRecord(
+            rank=self.member.rank,
+            incarnation=self.member.incarnation,
+            node=NodeId(f"node-{self.member.rank % 2}"),
+            pid=1,
+            lease_id=1,
+            state=RankState.READY,
+            control_host=HOST,
+            control_port=port,
+            transfer_name=self.exchange.name,
+            slots=1,
+            kv_blocks=1,
+            kv_block_tokens=1,
+            exchange="transfer",
+        )
+
+    async def run(self) -> None:
+        port = await self.server.start(HOST, 0)
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks:
+            self.copies.start(tasks)
+            self.send("record", self.record(port))
+            await loop.run_in_executor(None, self.serve, loop)
+            raise SystemExit
+
+    def serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            try:
+                if self.pipe.poll(TURN_S):
+                    kind, value = self.pipe.recv()
+                    if kind in ("keep", "close"):
+                        loop.call_soon_threadsafe(getattr(self.copies, kind), value)
+                    else:
+                        self.obey(kind, value)
+            except EOFError:
+                return
+            for flood in self.floods.values():
+                if flood.channel.is_open:
+                    flood.pump(self.member.rank, self.cache)
+            self.hunt()
+
+    def obey(self, kind: str, value: Any) -> None:
+        channels = self.copies.channels()
+        match kind:
+            case "channels":
+                self.send(
+                    kind, {int(r): (c.is_elsewhere, c.num_slots) for r, c in channels.items()}
+                )
+            case "send":
+                rank, slot, name = value
+                self.send_block(channels[rank], slot, name)
+            case "sent":
+                self.send(kind, list(channels[value].take_sent()))
+            case "drop":
+                rank, slots = value
+                channels[rank].drop(slots)
+            case "dropped":
+                self.send(kind, list(channels[value].take_dropped()))
+            case "find":
+                found = self.copies.store.find(value)
+                equal = None if found is None else bool((found == content_of(value)).all())
+                self.send(kind, equal)
+            case "flood":
+                channel = channels[value]
+                self.floods[value] = Flood(channel, free=list(range(channel.num_slots)))
+            case "flooded":
+                flood = self.floods[value]
+                self.send(kind, (flood.channel.is_open, flood.num_sent))
+            case "hunted":
+                self.send(kind, tuple(self.hunted))
+
+    def send_block(self, channel: CopyChannel, slot: int, name: bytes) -> None:
+        while (room := channel.take_room()) is None:
+            assert channel.is_open
+            time.sleep(TURN_S)
+        room[:] = self.cache.content(name)
+        channel.send(room, slot, name, lambda: True)
+
+    def hunt(self) -> None:
+        """Looks at what floods have left here, while it is being written and dropped."""
+        for source in range(3):
+            for number in range(NUM_NAMES):
+                name = flood_name(source, number)
+                found = self.copies.store.find(name)
+                if found is not None:
+                    self.hunted[0] += 1
+                    self.hunted[1] += not (found == self.cache.content(name)).all()
+
+
+def main(member: Member, pipe: Connection, layout: str, keeps: bool) -> None:
+    def report(_: object, __: str, event: MutableMapping[str, Any]) -> str:
+        child.send("log", dict(event))
+        return ""
+
+    child = _Child(member, pipe, layout, keeps)
+    structlog.configure(processors=[report], logger_factory=structlog.ReturnLoggerFactory())
+    asyncio.run(child.run())

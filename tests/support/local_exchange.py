@@ -1,0 +1,179 @@
+"""An exchange between ranks that are threads of one process. The plain reading of the seam: tests
+use it in place of the network, and as the oracle for the implementation that uses one."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.exchange.interface import Dispatched, StepMonitor
+from gpu_worker.exchange.replica_policy import ReplicaChoice, choose_replicas
+from gpu_worker.exchange.wait_policy import Vigil
+from shared.clock import Clock
+from shared.errors import StepAbandoned
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Member, RankId, Step
+
+_PARK_S = 0.001
+
+
+class _Place(NamedTuple):
+    """Which exchange of which step a message belongs to; ordered by epoch first."""
+
+    epoch: Epoch
+    step: Step
+    layer: int
+    is_combine: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Message:
+    """A dispatch (rows with pairs) or a combine (rows are the outputs of the pairs)."""
+
+    rows_NH: NDArray[np.float32]
+    pair_rows: NDArray[np.int32]
+    pair_slots: NDArray[np.int32]
+    num_tokens: int = 0
+    has_work: bool = False
+
+
+class LocalHub:
+    """The common memory of all ranks."""
+
+    def __init__(self, num_ranks: int, hidden_size: int, top_k: int) -> None:
+        self.num_ranks = num_ranks
+        self.hidden_size = hidden_size
+        self.top_k = top_k
+        self._sent = threading.Condition()
+        self._boxes: dict[tuple[Member, Member], dict[_Place, _Message]] = {}
+
+    def exchange(
+        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
+    ) -> LocalExchange:
+        return LocalExchange(self, member, Vigil(monitor, clock, exchange_deadline_ms))
+
+    def send(self, source: Member, target: Member, place: _Place, message: _Message) -> None:
+        with self._sent:
+            self._boxes.setdefault((source, target), {})[place] = message
+            self._sent.notify_all()
+
+    def take(self, source: Member, target: Member, place: _Place) -> _Message | None:
+        """Raises StepAbandoned where the source has moved on to a later epoch."""
+        with self._sent:
+            box = self._boxes.get((source, target), {})
+            message = box.pop(place, None)
+            if message is None and any(other.epoch > place.epoch for other in box):
+                raise StepAbandoned(f"rank {source.rank} has left epoch {place.epoch}")
+            return message
+
+    def forget_sender(self, source: Member) -> None:
+        """Drops what `source` has sent and nobody took."""
+        with self._sent:
+            for key in [key for key in self._boxes if key[0] == source]:
+                del self._boxes[key]
+
+    def park(self) -> None:
+        """Called, without the lock, while a rank waits."""
+        with self._sent:
+            self._sent.wait(_PARK_S)
+
+
+class LocalExchange:
+    """One rank's end of a hub."""
+
+    def __init__(self, hub: LocalHub, member: Member, vigil: Vigil) -> None:
+        self._hub = hub
+        self._member = member
+        self._vigil = vigil
+        self._members: list[Member] = []
+        self._choice: ReplicaChoice | None = None
+        self._place = _Place(Epoch(0), Step(0), 0, False)
+        self._num_tokens = 0
+        self._has_work = False
+        self._pairs_of: dict[RankId, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._num_received: list[int] = []
+
+    def adopt(self, expert_map: ExpertMap) -> None:
+        assert expert_map.has(self._member), f"{self._member} is no member of the map"
+        self._hub.forget_sender(self._member)
+        self._members = sorted(expert_map.members)
+        self._choice = choose_replicas(expert_map, self._member.rank)
+
+    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
+        self._place = _Place(epoch, step, 0, False)
+        self._num_tokens = num_tokens
+        self._has_work = has_work
+        self._vigil.begin_step(epoch, step)
+
+    def dispatch(
+        self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
+    ) -> Dispatched:
+        assert self._choice is not None, "dispatch before adopt"
+        self._vigil.check_epoch()
+        self._place = self._place._replace(layer=layer, is_combine=False)
+        rank_TK = self._choice.rank_LE[layer][experts_TK]
+        slot_TK = self._choice.slot_LE[layer][experts_TK]
+        for member in self._members:
+            token_N, k_N = np.nonzero(rank_TK == member.rank)
+            self._pairs_of[member.rank] = (token_N, k_N)
+            tokens, pair_rows = np.unique(token_N, return_inverse=True)
+            message = _Message(
+                rows_NH=x_TH[tokens],
+                pair_rows=pair_rows.astype(np.int32),
+                pair_slots=slot_TK[token_N, k_N],
+                num_tokens=self._num_tokens,
+                has_work=self._has_work,
+            )
+            self._hub.send(self._member, member, self._place, message)
+        received = self._receive(self._members)
+        self._num_received = [len(m.pair_rows) for m in received]
+        first_rows = np.cumsum([0] + [len(m.rows_NH) for m in received])
+        return Dispatched(
+            x_MH=np.concatenate([m.rows_NH for m in received]),
+            rows_N=np.concatenate(
+                [m.pair_rows + np.int32(f) for m, f in zip(received, first_rows, strict=False)]
+            ),
+            slots_N=np.concatenate([m.pair_slots for m in received]),
+            any_tokens=any(m.num_tokens > 0 for m in received),
+            any_work=any(m.has_work for m in received),
+        )
+
+    def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert layer == self._place.layer, "combine must follow the dispatch of its layer"
+        self._vigil.check_epoch()
+        self._place = self._place._replace(is_combine=True)
+        none = np.empty(0, dtype=np.int32)
+        first = 0
+        for member, count in zip(self._members, self._num_received, strict=True):
+            if count:
+                rows_NH = y_NH[first : first + count].copy()
+                message = _Message(rows_NH=rows_NH, pair_rows=none, pair_slots=none)
+                self._hub.send(self._member, member, self._place, message)
+            first += count
+        helpers = [m for m in self._members if len(self._pairs_of[m.rank][0])]
+        shape = (self._num_tokens, self._hub.top_k, self._hub.hidden_size)
+        y_TKH = np.zeros(shape, dtype=np.float32)
+        for member, message in zip(helpers, self._receive(helpers), strict=True):
+            y_TKH[self._pairs_of[member.rank]] = message.rows_NH
+        return y_TKH
+
+    def _receive(self, sources: list[Member]) -> list[_Message]:
+        """One message of the present place from each source. Raises StepAbandoned."""
+        self._vigil.begin_wait()
+        found: dict[RankId, _Message] = {}
+        while True:
+            for source in sources:
+                if source.rank not in found:
+                    message = self._hub.take(source, self._member, self._place)
+                    if message is not None:
+                        found[source.rank] = message
+            missing = [s.rank for s in sources if s.rank not in found]
+            if not missing:
+                self._vigil.end_wait()
+                return [found[s.rank] for s in sources]
+            self._vigil.watch(missing)
+            self._hub.park()

@@ -1,0 +1,194 @@
+"""The view of etcd: what changes it, what does not, and what it makes of gaps and garbage."""
+
+from __future__ import annotations
+
+import pytest
+
+from control_plane.cluster_state import (
+    ClusterView,
+    LeaderGone,
+    LeaderPut,
+    Malformed,
+    RecordGone,
+    RecordPut,
+    SuspicionRaised,
+    VerdictPut,
+)
+from shared.keys import Keys
+from shared.records import (
+    LeaderRecord,
+    RankRecord,
+    SlotContents,
+    Suspicion,
+    Verdict,
+    pack_record,
+)
+from shared.store import KeyValue, Snapshot, WatchEvent
+from shared.types import (
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    Step,
+    SuspicionReason,
+)
+
+KEYS = Keys("view")
+LEADER = LeaderRecord(control_plane="a", pid=1, term=3, since=0.0)
+
+
+def record(rank: int, incarnation: int = 1) -> RankRecord:
+    return RankRecord(
+        rank=RankId(rank),
+        incarnation=Incarnation(incarnation),
+        node=NodeId("n"),
+        pid=1,
+        lease_id=1,
+        state=RankState.READY,
+        control_host="h",
+        control_port=1,
+        transfer_name="t",
+        slots=2,
+        kv_blocks=1,
+        kv_block_tokens=1,
+        exchange="local",
+    )
+
+
+def put(key: str, value: object, revision: int) -> WatchEvent:
+    return WatchEvent(key=key, value=pack_record(value), mod_revision=revision)
+
+
+def gone(key: str, revision: int) -> WatchEvent:
+    return WatchEvent(key=key, value=None, mod_revision=revision)
+
+
+def standing(key: str, value: object, revision: int) -> KeyValue:
+    return KeyValue(
+        key=key, value=pack_record(value), create_revision=revision, mod_revision=revision
+    )
+
+
+@pytest.fixture
+def view() -> ClusterView:
+    return ClusterView(KEYS)
+
+
+def key_of(value: RankRecord) -> str:
+    return KEYS.rank(value.rank, value.incarnation)
+
+
+def test_records_come_and_go(view: ClusterView) -> None:
+    one = record(1)
+    assert view.apply(put(key_of(one), one, 5)) == [RecordPut(record=one)]
+    assert view.records == {one.member: one}
+    assert view.apply(gone(key_of(one), 6)) == [RecordGone(member=one.member)]
+    assert view.records == {}
+
+
+def test_the_newest_life_of_a_rank_stands_for_it(view: ClusterView) -> None:
+    for value in (record(1, 2), record(1, 1), record(0, 1)):
+        view.apply(put(key_of(value), value, 5))
+    assert {r: v.incarnation for r, v in view.newest_records().items()} == {0: 1, 1: 2}
+
+
+def test_what_is_old_or_known_changes_nothing(view: ClusterView) -> None:
+    one = record(1)
+    view.apply(put(key_of(one), one, 5))
+    version = view.version
+    assert view.apply(put(key_of(one), record(1), 5)) == []
+    assert view.apply(gone(key_of(one), 4)) == []
+    assert view.version == version
+    assert view.records == {one.member: one}
+
+
+def test_a_snapshot_tells_what_was_missed(view: ClusterView) -> None:
+    stays, leaves, comes = record(0), record(1), record(2)
+    for value in (stays, leaves):
+        view.apply(put(key_of(value), value, 5))
+    values = (standing(key_of(stays), stays, 5), standing(key_of(comes), comes, 8))
+    changes = view.apply(Snapshot(revision=9, values=values))
+    assert changes == [RecordGone(member=leaves.member), RecordPut(record=comes)]
+    assert view.synced
+
+
+def test_a_snapshot_of_an_etcd_that_lost_its_data_counts_though_its_revisions_are_lower(
+    view: ClusterView,
+) -> None:
+    view.apply(put(KEYS.leader, LEADER, 500))
+    other = LeaderRecord(control_plane="b", pid=2, term=1, since=0.0)
+    view.apply(Snapshot(revision=3, values=(standing(KEYS.leader, other, 2),)))
+    assert view.leader == other
+    assert view.revision_of(KEYS.leader) == 2
+
+
+def test_the_leader_key_and_its_revision(view: ClusterView) -> None:
+    assert view.apply(put(KEYS.leader, LEADER, 5)) == [LeaderPut(record=LEADER)]
+    assert view.revision_of(KEYS.leader) == 5
+    assert view.apply(gone(KEYS.leader, 6)) == [LeaderGone()]
+    assert view.revision_of(KEYS.leader) == 0
+    view.apply(put(KEYS.term, 4, 7))
+    assert view.term == 4
+
+
+def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(view: ClusterView) -> None:
+    member = Member(rank=RankId(1), incarnation=Incarnation(2))
+    contents = SlotContents(
+        rank=member.rank, incarnation=member.incarnation, num_layers=1, slots=b"\0\0"
+    )
+    doubt = Suspicion(
+        rank=member.rank,
+        incarnation=member.incarnation,
+        by="x",
+        reason=SuspicionReason.LINK,
+        epoch=Epoch(1),
+        step=Step(0),
+        raised_at=0.0,
+    )
+    verdict = Verdict(
+        rank=member.rank,
+        incarnation=member.incarnation,
+        cause=SuspicionReason.LINK,
+        signals=(doubt,),
+        epoch=Epoch(2),
+        first_signal_at=0.0,
+        decided_at=0.0,
+    )
+    keys = {
+        KEYS.resident(*member_ids(member)): contents,
+        KEYS.assignment(*member_ids(member)): contents,
+        KEYS.suspicion(*member_ids(member), "x"): doubt,
+        KEYS.verdict(*member_ids(member)): verdict,
+    }
+    changes = [c for key, value in keys.items() for c in view.apply(put(key, value, 5))]
+    assert changes == [SuspicionRaised(suspicion=doubt), VerdictPut(verdict=verdict)]
+    assert view.residents == view.assignments == {member: contents}
+    assert view.verdicts == {member: verdict}
+    assert list(view.suspicions.values()) == [doubt]
+    for key in keys:
+        assert view.apply(gone(key, 6)) == []
+    left = (view.residents, view.assignments, view.verdicts, view.suspicions)
+    assert left == ({}, {}, {}, {})
+
+
+def member_ids(member: Member) -> tuple[RankId, Incarnation]:
+    return member.rank, member.incarnation
+
+
+def test_garbage_is_named_and_left_out(view: ClusterView) -> None:
+    one = record(1)
+    (change,) = view.apply(WatchEvent(key=key_of(one), value=b"\xc1", mod_revision=5))
+    assert isinstance(change, Malformed)
+    assert view.records == {}
+
+
+def test_keys_of_others_are_none_of_our_business(view: ClusterView) -> None:
+    for key in (
+        KEYS.agents + "n",
+        KEYS.gateways + "g",
+        KEYS.map + "s",
+        KEYS.incarnation_counter(RankId(0)),
+    ):
+        assert view.apply(WatchEvent(key=key, value=b"?", mod_revision=5)) == []

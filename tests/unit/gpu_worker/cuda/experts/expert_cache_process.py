@@ -1,0 +1,49 @@
+"""A process of its own that fills copies of experts in memory which it inherits:
+`python expert_cache_process.py FD FOLDER STUCK_AT`. It says on its standard output what it does; at the
+read of that number (0: never) it writes half an expert and stops there for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.host_experts import open_host_experts
+from shared.expert_cache_memory import ShelfMemory
+from shared.logs import configure_logs
+from tests.unit.gpu_worker.cuda.experts.expert_folder import label_of, open_experts
+
+
+class StuckReader(ExpertReader):
+    def __init__(self, reader: ExpertReader, stuck_at: int) -> None:
+        self.__dict__.update(reader.__dict__)
+        self._stuck_at, self.num_reads = stuck_at, 0
+
+    def read(self, layer: int, expert: int, out_N: Tensor) -> None:
+        self.num_reads += 1
+        if self.num_reads == self._stuck_at:
+            out_N[: self.num_values // 2] = 9.0
+            print("stuck", layer, expert, flush=True)
+            while True:
+                signal.pause()
+        super().read(layer, expert, out_N)
+
+
+def main() -> None:
+    configure_logs(service="rank")  # off the standard output
+    fd, folder, stuck_at = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    reader = StuckReader(open_experts(folder, torch.float32), stuck_at)
+    memory = ShelfMemory(fd=fd, bytes_max=os.fstat(fd).st_size)
+    copies = open_host_experts(reader, memory, label_of(folder, reader), torch.device("cpu"))
+    copies.fill_in_background()
+    copies.wait_until_filled(timeout_s=60)
+    print("read", reader.num_reads, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Other ranks' host memory, and the way there: every stage of a write and of a drop is taken when a
+test says so. A write into a slot that is known by a name fails the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from gpu_worker.engine.kv_replication import Bytes, CopyChannel
+from shared.types import Incarnation, Member, RankId
+
+BLOCK_BYTES = 8
+
+
+def member(rank: int, incarnation: int = 1) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+
+
+def content_of(name: bytes) -> list[int]:
+    return list(name.ljust(BLOCK_BYTES, b"."))
+
+
+class ArrayCache:
+    """Blocks are the rows of one array."""
+
+    layout = "array"
+
+    def __init__(self, rows: Bytes) -> None:
+        self.rows = rows
+        self.block_bytes = rows.shape[1]
+
+    def room(self) -> Bytes:
+        return np.zeros(self.block_bytes, dtype=np.uint8)
+
+    def save(self, block: int, into: Bytes) -> Callable[[], bool]:
+        into[:] = self.rows[block]
+        return lambda: True
+
+    def load(self, block: int, content: Bytes) -> None:
+        self.rows[block] = content
+
+
+class Store:
+    """What a rank keeps for others. Hides what `is_lost` says."""
+
+    def __init__(self, is_lost: Callable[[bytes], bool] = lambda name: False) -> None:
+        self.areas: list[Area] = []
+        self._is_lost = is_lost
+
+    def find(self, name: bytes) -> Bytes | None:
+        if self._is_lost(name):
+            return None
+        found = (area.content(name) for area in self.areas)
+        return next((content for content in found if content is not None), None)
+
+
+class Area:
+    """Of one channel."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Bytes] = {}
+        self.known: dict[int, bytes] = {}
+
+    def content(self, name: bytes) -> Bytes | None:
+        slots = [slot for slot, known in self.known.items() if known == name]
+        assert len(slots) <= 1, "a name stands in one slot"
+        return self.slots[slots[0]] if slots else None
+
+
+class Channel:
+    """To an area in the store of its target. What is under way stands in `pending`."""
+
+    def __init__(
+        self,
+        target: Member,
+        store: Store | None = None,
+        *,
+        num_slots: int = 16,
+        num_rooms: int = 16,
+        is_elsewhere: bool = True,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.target = target
+        self.block_bytes = block_bytes
+        self.is_elsewhere = is_elsewhere
+        self.num_slots = num_slots
+        self.is_open = True
+        self.area = Area()
+        (store or Store()).areas.append(self.area)
+        self.num_rooms = num_rooms
+        self.sent: list[bytes] = []  # in order
+        self.pending: list[Callable[[], None]] = []
+        self._news_sent: list[bytes] = []
+        self._news_dropped: list[int] = []
+
+    @property
+    def known(self) -> list[bytes]:
+        """In the order in which they became so."""
+        return list(self.area.known.values())
+
+    def take_room(self) -> Bytes | None:
+        if not self.num_rooms:
+            return None
+        self.num_rooms -= 1
+        return np.zeros(self.block_bytes, dtype=np.uint8)
+
+    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
+        assert self.is_open
+        assert 0 <= slot < self.num_slots
+        assert is_saved()
+        self.sent.append(name)
+        self.pending.append(lambda: self._write_half(room, slot, name))
+
+    @property
+    def has_answers(self) -> bool:
+        return bool(self._news_sent or self._news_dropped)
+
+    def take_sent(self) -> Sequence[bytes]:
+        news, self._news_sent = self._news_sent, []
+        return news
+
+    def drop(self, slots: Sequence[int]) -> None:
+        self.pending.append(lambda: self._forget(slots))
+
+    def take_dropped(self) -> Sequence[int]:
+        news, self._news_dropped = self._news_dropped, []
+        return news
+
+    def deliver(self, number: int = 0) -> None:
+        """One stage of something that is under way."""
+        if self.pending:
+            self.pending.pop(number % len(self.pending))()
+
+    def deliver_all(self) -> None:
+        while self.pending:
+            self.deliver()
+
+    def close(self) -> None:
+        self.is_open = False
+        self.pending.clear()
+
+    def _write_half(self, room: Bytes, slot: int, name: bytes) -> None:
+        assert slot not in self.area.known, "a slot is written that is known by a name"
+        content = self.area.slots.setdefault(slot, np.zeros_like(room))
+        content[: len(room) // 2] = room[: len(room) // 2]
+        self.pending.append(lambda: self._write_rest(room, slot, name))
+
+    def _write_rest(self, room: Bytes, slot: int, name: bytes) -> None:
+        assert slot not in self.area.known, "a slot is written that is known by a name"
+        self.area.slots[slot][:] = room
+        self.num_rooms += 1
+        self.pending.append(lambda: self._know(slot, name))
+
+    def _know(self, slot: int, name: bytes) -> None:
+        self.area.known[slot] = name
+        self.pending.append(lambda: self._news_sent.append(name))
+
+    def _forget(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            del self.area.known[slot]
+        self.pending.append(lambda: self._news_dropped.extend(slots))
+
+
+class Endpoint:
+    def __init__(self, *channels: Channel, store: Store | None = None) -> None:
+        self.store = store or Store()
+        self.all = list(channels)
+
+    def channels(self) -> Mapping[RankId, CopyChannel]:
+        return {channel.target.rank: channel for channel in self.all if channel.is_open}

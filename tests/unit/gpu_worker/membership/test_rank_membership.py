@@ -1,0 +1,319 @@
+"""A rank's standing: every event, and what it may and may not lead to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpu_worker.membership.rank_membership import (
+    AdoptMap,
+    CloseLink,
+    HoldEngine,
+    Leave,
+    LoadSlots,
+    OpenLink,
+    PutRecord,
+    PutResidents,
+    Standing,
+    SuspectPeer,
+)
+from shared.expert_map import ExpertMap
+from shared.records import RankRecord, SlotContents
+from shared.types import (
+    EMPTY_SLOT,
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    SuspicionReason,
+)
+
+
+def member(rank: int, incarnation: int = 1) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
+
+
+def record(rank: int, incarnation: int = 1) -> RankRecord:
+    return RankRecord(
+        rank=RankId(rank),
+        incarnation=Incarnation(incarnation),
+        node=NodeId("n"),
+        pid=1,
+        lease_id=1,
+        state=RankState.STARTING,
+        control_host="127.0.0.1",
+        control_port=1,
+        transfer_name="127.0.0.1:2",
+        slots=4,
+        kv_blocks=1,
+        kv_block_tokens=16,
+        exchange="transfer",
+    )
+
+
+def expert_map(epoch: int, *members: Member, slots: int = 4) -> ExpertMap:
+    """In which rank 0 has no expert."""
+    placement = np.full((1, 3, slots), EMPTY_SLOT, dtype=np.int16)
+    for each in members:
+        placement[0, each.rank, :2] = [0, 1] if each.rank else EMPTY_SLOT
+    return ExpertMap(epoch=Epoch(epoch), num_experts=2, members=members, placement=placement)
+
+
+def wanted(*experts: int) -> np.ndarray:
+    return np.array([experts], dtype=np.int16)
+
+
+def standing(rank: int = 0, incarnation: int = 1) -> Standing:
+    return Standing(record(rank, incarnation), wanted(-1, -1, -1, -1))
+
+
+def test_a_peer_is_linked_once_and_unlinked_when_its_record_goes() -> None:
+    it = standing()
+    assert it.on_peer_record(record(1)) == [OpenLink(peer=record(1))]
+    assert it.on_peer_record(record(1)) == []
+    (put,) = it.on_link_opened(member(1))
+    assert isinstance(put, PutRecord)
+    assert put.record.links == (member(1),)
+    close, put = it.on_peer_gone(member(1))
+    assert close == CloseLink(peer=member(1))
+    assert isinstance(put, PutRecord)
+    assert put.record.links == ()
+    assert it.on_peer_gone(member(1)) == []
+
+
+def test_own_record_and_other_lives_of_the_own_rank_are_no_peers() -> None:
+    it = standing()
+    assert it.on_peer_record(record(0)) == []
+    assert it.on_peer_record(record(0, 2)) == []
+
+
+def test_a_map_waits_for_the_links_of_all_its_members() -> None:
+    it = standing()
+    for rank in (1, 2):
+        it.on_peer_record(record(rank))
+    it.on_link_opened(member(1))
+    first = expert_map(1, member(0), member(1), member(2))
+    assert it.on_map(first) == []
+    actions = it.on_link_opened(member(2))
+    assert AdoptMap(expert_map=first) in actions
+    assert it.expert_map is first
+
+
+def test_a_newer_map_replaces_a_held_one_and_an_older_one_is_ignored() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    assert it.on_map(expert_map(1, member(0), member(1))) == []
+    second = expert_map(2, member(0))
+    assert it.on_map(second) == [AdoptMap(expert_map=second)]
+    assert it.on_map(expert_map(1, member(0))) == []
+    it.on_link_opened(member(1))
+    assert it.expert_map is second
+
+
+def test_a_broken_link_raises_suspicion_only_of_members() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    (put,) = it.on_link_broken(member(1), "reset")
+    assert isinstance(put, PutRecord)
+    it.on_link_opened(member(1))
+    it.on_map(expert_map(1, member(0), member(1)))
+    actions = it.on_link_broken(member(1), "reset")
+    assert SuspectPeer(peer=member(1), reason=SuspicionReason.LINK, detail="reset") in actions
+
+
+def test_slots_are_loaded_one_load_at_a_time_until_they_are_what_is_wanted() -> None:
+    it = standing()
+    it.on_assignment(SlotContents.of(member(1), wanted(9, 9, 9, 9)))  # somebody else's
+    (load,) = it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1)))
+    assert isinstance(load, LoadSlots)
+    assert it.on_assignment(SlotContents.of(member(0), wanted(0, 1, 1, -1))) == []
+    put, load = it.on_slots_loaded(wanted(0, 1, -1, -1))
+    assert isinstance(put, PutResidents)
+    assert isinstance(load, LoadSlots)
+    assert load.wanted.tolist() == [[0, 1, 1, -1]]
+    put, ready = it.on_slots_loaded(wanted(0, 1, 1, -1))
+    assert isinstance(ready, PutRecord)
+    assert ready.record.state is RankState.READY
+
+
+def serving(*experts: int, peers_lag: bool = False) -> Standing:
+    """A member under epoch 1, whose engine has adopted it."""
+    it = Standing(record(0), wanted(-1, -1, -1, -1), peers_lag=peers_lag)
+    it.on_assignment(SlotContents.of(member(0), wanted(*experts)))
+    it.on_slots_loaded(wanted(*experts))
+    first = map_of(1, *experts)
+    it.on_map(first)
+    it.on_adopted(first)
+    return it
+
+
+def map_of(epoch: int, *experts: int) -> ExpertMap:
+    placement = np.full((1, 3, 4), EMPTY_SLOT, dtype=np.int16)
+    placement[0, 0] = experts
+    return ExpertMap(epoch=Epoch(epoch), num_experts=2, members=(member(0),), placement=placement)
+
+
+def test_a_slot_that_the_engine_may_still_use_is_not_overwritten() -> None:
+    it = serving(0, 1, -1, -1)
+    second = map_of(2, 0, -1, -1, -1)
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == []  # its map is not here yet
+    assert HoldEngine(epoch=Epoch(1)) in it.on_map(second)
+    (load,) = it.on_adopted(second)
+    assert isinstance(load, LoadSlots)
+
+
+def test_a_slot_that_a_newer_map_empties_is_loaded_though_that_map_cannot_be_adopted() -> None:
+    it = serving(0, 1, -1, -1)
+    it.on_peer_record(record(1))
+    placement = np.array(map_of(2, 0, -1, -1, -1).placement)
+    second = ExpertMap(
+        epoch=Epoch(2), num_experts=2, members=(member(0), member(1)), placement=placement
+    )
+    assert it.on_map(second) == []  # no link to rank 1, which has died
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+
+
+def test_a_spare_slot_is_loaded_while_the_engine_runs() -> None:
+    it = serving(0, 1, -1, -1)
+    refill = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    (load,) = it.on_assignment(refill)
+    assert isinstance(load, LoadSlots)
+
+
+def test_an_orphan_takes_a_surplus_slot_only_once_the_engine_is_held() -> None:
+    it = serving(0, 1, 1, -1)
+    orphan = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+
+
+@pytest.mark.parametrize("peers_lag", [False, True])
+def test_a_map_waits_for_what_an_assignment_that_did_not_last_has_overwritten(
+    peers_lag: bool,
+) -> None:
+    it = serving(0, 1, -1, -1, peers_lag=peers_lag)
+    passing = SlotContents.of(member(0), wanted(1, 0, -1, -1), epoch=1)
+    assert it.on_assignment(passing) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+    assert it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1), epoch=1)) == []
+    second = map_of(2, 0, 1, -1, -1)
+    assert it.on_map(second) == []  # of before the load, for all that the control plane knows
+    put, load = it.on_slots_loaded(wanted(1, 0, -1, -1))
+    assert isinstance(put, PutResidents)
+    assert isinstance(load, LoadSlots)
+    assert load.wanted.tolist() == [[0, 1, -1, -1]]
+    put, adopt = it.on_slots_loaded(wanted(0, 1, -1, -1))[:2]
+    assert isinstance(put, PutResidents)
+    assert adopt == AdoptMap(expert_map=second)
+
+
+@pytest.mark.parametrize("peers_lag", [False, True])
+def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_lag: bool) -> None:
+    it = serving(0, 1, -1, -1, peers_lag=peers_lag)
+    assert it.on_map(map_of(3, 1, 1, -1, -1)) == [HoldEngine(epoch=Epoch(2))]
+    (load,) = it.on_held(Epoch(2))
+    assert isinstance(load, LoadSlots)
+    assert load.wanted.tolist() == [[1, 1, -1, -1]]
+
+
+def test_what_a_map_says_of_a_spare_slot_is_loaded_once_lagging_peers_cannot_use_it() -> None:
+    third = map_of(3, 0, 1, -1, -1)
+    (load,) = serving(0, -1, -1, -1).on_map(third)
+    assert isinstance(load, LoadSlots)
+    it = serving(0, -1, -1, -1, peers_lag=True)
+    assert it.on_map(third) == [HoldEngine(epoch=Epoch(2))]  # they may run the second map
+    (load,) = it.on_held(Epoch(2))
+    assert isinstance(load, LoadSlots)
+
+
+def test_a_map_does_not_wait_for_a_load_into_slots_that_it_does_not_name() -> None:
+    it = serving(0, 1, -1, -1)
+    it.on_assignment(SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1))
+    second = map_of(2, 0, 1, -1, -1)
+    assert it.on_map(second) == [AdoptMap(expert_map=second)]
+
+
+def test_an_assignment_that_presumes_an_older_map_takes_no_slot_from_the_engine() -> None:
+    it = serving(0, 1, 1, -1)
+    second = map_of(2, 0, 1, 1, -1)
+    it.on_map(second)
+    it.on_adopted(second)
+    stale = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    assert it.on_assignment(stale) == []
+
+
+def test_where_peers_lag_a_slot_waits_until_none_of_them_can_use_it() -> None:
+    it = serving(0, 1, -1, -1, peers_lag=True)
+    second = map_of(2, 0, -1, -1, -1)
+    it.on_map(second)
+    it.on_adopted(second)
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+
+
+def test_where_peers_lag_an_orphan_takes_a_surplus_slot_of_a_map_that_nobody_can_serve() -> None:
+    it = serving(0, 1, 1, -1, peers_lag=True)
+    orphan = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
+    assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
+    (load,) = it.on_held(Epoch(1))
+    assert isinstance(load, LoadSlots)
+
+
+def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> None:
+    it = standing()
+    assert it.on_map(expert_map(1, member(1))) == []
+    mine = expert_map(2, member(0))
+    assert it.on_map(mine) == [AdoptMap(expert_map=mine)]
+    (leave,) = it.on_map(expert_map(3, member(1)))
+    assert isinstance(leave, Leave)
+
+
+def test_it_leaves_when_a_later_life_of_its_rank_is_in_the_map() -> None:
+    (leave,) = standing().on_map(expert_map(1, member(0, 2)))
+    assert isinstance(leave, Leave)
+
+
+def test_it_leaves_on_its_own_verdict() -> None:
+    it = standing()
+    assert it.on_verdict(member(1)) == []
+    (leave,) = it.on_verdict(member(0))
+    assert isinstance(leave, Leave)
+
+
+def test_under_another_lease_all_is_registered_again() -> None:
+    it = standing()
+    put, residents = it.on_lease_granted(77)
+    assert isinstance(put, PutRecord)
+    assert put.record.lease_id == 77
+    assert isinstance(residents, PutResidents)
+
+
+def test_a_member_whose_record_goes_stays_linked_until_a_map_leaves_it_out() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    it.on_map(expert_map(1, member(0), member(1)))
+    assert it.on_peer_gone(member(1)) == []
+    actions = it.on_map(expert_map(2, member(0)))
+    assert CloseLink(peer=member(1)) in actions
+
+
+def test_a_member_whose_record_comes_back_was_never_gone() -> None:
+    it = standing()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    it.on_map(expert_map(1, member(0), member(1)))
+    it.on_peer_gone(member(1))
+    it.on_peer_record(record(1))
+    assert all(not isinstance(a, CloseLink) for a in it.on_map(expert_map(2, member(0))))
