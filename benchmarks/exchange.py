@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
-from shared.wire import AreaOpened
+from shared.wire import RegionOpened
 
 _WARMUP = 50
 _TIMEOUT_S = 120.0
@@ -41,7 +41,7 @@ class _Case:
     repeats: int
 
 
-class _Quiet:
+class _NoFaultMonitor:
     """A StepMonitor for a run without faults."""
 
     def newest_epoch(self) -> Epoch:
@@ -73,8 +73,8 @@ def run(ranks: int, tokens: int, hidden: int, top_k: int, experts: int, repeats:
         ours = [mine for mine, _ in pipes]
         names = _collect(ours)
         _broadcast(ours, names)
-        areas = [area for given in _collect(ours) for area in given]
-        _broadcast(ours, areas)
+        regions = [region for given in _collect(ours) for region in given]
+        _broadcast(ours, regions)
         results = _collect(ours)
     finally:
         for child in children:
@@ -116,21 +116,23 @@ def _broadcast(pipes: Sequence[Connection], value: object) -> None:
 
 def _rank(case: _Case, rank: int, pipe: Connection) -> None:
     from gpu_worker.exchange.links import TransferEndpoint
-    from gpu_worker.exchange.message import Layout
+    from gpu_worker.exchange.message import MessageLayout
     from shared.clock import SystemClock
 
     members = [Member(rank=RankId(r), incarnation=Incarnation(1)) for r in range(case.ranks)]
     own = members[rank]
-    layout = Layout(hidden_size=case.hidden, top_k=case.top_k, step_tokens_max=max(case.tokens, 1))
+    layout = MessageLayout(
+        hidden_size=case.hidden, top_k=case.top_k, step_tokens_max=max(case.tokens, 1)
+    )
     endpoint = TransferEndpoint("127.0.0.1", layout, SystemClock())
     pipe.send(endpoint.name)
     pipe.recv()
     given = []
     for source in members:
         if source != own:
-            address, nbytes = endpoint.open_area(source, 1)
+            address, nbytes = endpoint.open_region(source, 1)
             given.append(
-                AreaOpened(
+                RegionOpened(
                     target=own,
                     source=source,
                     generation=1,
@@ -140,10 +142,10 @@ def _rank(case: _Case, rank: int, pipe: Connection) -> None:
                 )
             )
     pipe.send(given)
-    for area in pipe.recv():
-        if area.source == own:
-            endpoint.connect(area)
-    exchange = endpoint.exchange(own, _Quiet(), SystemClock(), 1e9)
+    for region in pipe.recv():
+        if region.source == own:
+            endpoint.connect(region)
+    exchange = endpoint.exchange(own, _NoFaultMonitor(), SystemClock(), 1e9)
     expert_map = _even_map(case, members)
     exchange.adopt(expert_map)
     rng = np.random.default_rng(rank)

@@ -60,7 +60,7 @@ class GpuBench:
             kv_blocks=max(*ladder, 1) * context // BLOCK_TOKENS,
             block_tokens=BLOCK_TOKENS,
             context_tokens_max=context,
-            decode_ladder=ladder,
+            decode_batch_sizes=ladder,
             prefill_tokens=512,
             prefill_sequences=1,
             **options,
@@ -149,8 +149,8 @@ def decode_rates(bench: GpuBench, decoder: Any, batch: int, copy_tb_per_s: float
 
     graph_ms = replay_ms(graph_of(decoder, batch), 9)
     nbytes = 2 * (
-        np.mean(distinct) * sizes.expert_values
-        + sizes.shared_values
+        np.mean(distinct) * sizes.num_expert_weights
+        + sizes.num_shared_weights
         + batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
     )
     floor_ms = float(nbytes / copy_tb_per_s / 1e9)
@@ -207,20 +207,22 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
     """The spare slots of all layers, alone and beside decode at batch 8, whose bits must stay."""
     import threading
 
-    from gpu_worker.cuda.experts.slots import Refill
+    from gpu_worker.cuda.experts.slots import SlotUpload
 
-    values = torch.empty(16, bench.sizes.expert_values, dtype=torch.bfloat16).normal_().pin_memory()
-    refills = [
-        Refill(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
+    values = (
+        torch.empty(16, bench.sizes.num_expert_weights, dtype=torch.bfloat16).normal_().pin_memory()
+    )
+    uploads = [
+        SlotUpload(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
         for layer in range(bench.sizes.num_moe_layers)
         for spare in range(SPARE_SLOTS)
     ]
-    gigabytes = len(refills) * bench.sizes.expert_values * 2 / 1e9
+    gigabytes = len(uploads) * bench.sizes.num_expert_weights * 2 / 1e9
 
     def rate() -> float:
         began = time.perf_counter()
         for _ in range(3):
-            bench.slots.load(refills)
+            bench.slots.load(uploads)
         return 3 * gigabytes / (time.perf_counter() - began)
 
     rate()

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cli.up.device import count_cards
+from cli.up.device import count_gpus
 from cli.up.mps import CudaMps
 from shared.clock import SystemClock
 from shared.errors import StarfishError
@@ -34,7 +34,7 @@ from shared.types import Epoch, Incarnation, Member, RankId
 _PAIRS_A_GRAPH = 20
 _REPLAYS = 40
 _TIMEOUT_MS = 60_000
-_PATIENCE_S = 240
+_RECEIVE_TIMEOUT_S = 240
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ def main() -> None:
 @contextlib.contextmanager
 def sharing_cards(num_ranks: int) -> Iterator[None]:
     """Processes started meanwhile are clients of an MPS daemon, where they need one."""
-    if num_ranks <= asyncio.run(count_cards()):
+    if num_ranks <= asyncio.run(count_gpus()):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="starfish-") as folder:
@@ -102,7 +102,7 @@ def measure(shape: Shape) -> dict[str, Any]:
     pipes, processes = [], []
     for rank in range(shape.num_ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=probe, args=(shape, rank, theirs), daemon=True)
+        process = context.Process(target=run_rank, args=(shape, rank, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -111,10 +111,10 @@ def measure(shape: Shape) -> dict[str, Any]:
         result = {}
         for kind in ("bf16", "fp8"):
             for phase in ("handles", "connected", "adopted"):
-                told = [hear(pipe, phase) for pipe in pipes]
+                gathered = [receive(pipe, phase) for pipe in pipes]
                 for pipe in pipes:
-                    pipe.send(told)
-            answers = [hear(pipe, "answer") for pipe in pipes]
+                    pipe.send(gathered)
+            answers = [receive(pipe, "answer") for pipe in pipes]
             result[kind] = {
                 "exact": all(a["exact"] for a in answers),
                 "relative_error": max(a["relative_error"] for a in answers),
@@ -127,26 +127,26 @@ def measure(shape: Shape) -> dict[str, Any]:
             process.join()
 
 
-def hear(pipe: Connection, phase: str) -> Any:
-    if not pipe.poll(_PATIENCE_S):
+def receive(pipe: Connection, phase: str) -> Any:
+    if not pipe.poll(_RECEIVE_TIMEOUT_S):
         raise TimeoutError(f"a rank did not get as far as {phase!r}")
     said, what = pipe.recv()
     assert said == phase, f"a rank is at {said!r}, not {phase!r}"
     return what
 
 
-def probe(shape: Shape, rank: int, pipe: Connection) -> None:
+def run_rank(shape: Shape, rank: int, pipe: Connection) -> None:
     import torch
 
     torch.cuda.set_device(rank % torch.cuda.device_count())
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for fp8 in (False, True):
-            pipe.send(("answer", Prober(shape, rank, pipe, stream, fp8=fp8).run()))
-    pipe.poll(_PATIENCE_S)  # peers may still look into this process's memory
+            pipe.send(("answer", ExchangeRank(shape, rank, pipe, stream, fp8=fp8).run()))
+    pipe.poll(_RECEIVE_TIMEOUT_S)  # peers may still look into this process's memory
 
 
-class Prober:
+class ExchangeRank:
     """Slots multiply by a power of two of their own, and weights are eighths: every product and sum
     is exact in bf16's range, so that results must be equal, not close."""
 
@@ -155,7 +155,7 @@ class Prober:
 
         from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 
-        self.shape, self.own, self.pipe, self.stream = shape, life(rank), pipe, stream
+        self.shape, self.own, self.pipe, self.stream = shape, member(rank), pipe, stream
         self.exchange = EpExchange(
             self.own,
             EpShape(
@@ -191,10 +191,10 @@ class Prober:
         torch.cuda.synchronize()
         once, out_TH = self._capture(1, multiply=True)
         many, _ = self._capture(_PAIRS_A_GRAPH, multiply=False)
-        self._meet(self._tell("handles", self.exchange.handles()))
-        self._tell("connected", None)
+        self._connect_peers(self._all_gather("handles", self.exchange.handles()))
+        self._all_gather("connected", None)
         self.exchange.adopt(self._map())
-        self._tell("adopted", None)
+        self._all_gather("adopted", None)
         out_TH.fill_(float("nan"))
         once.replay()
         torch.cuda.synchronize()
@@ -207,23 +207,23 @@ class Prober:
             "pair_us": self._time(many),
         }
 
-    def _tell(self, phase: str, what: object) -> list[Any]:
-        """Returns what all ranks have told, once all have."""
+    def _all_gather(self, phase: str, what: object) -> list[Any]:
+        """Returns what all ranks have gathered, once all have."""
         self.pipe.send((phase, what))
-        told: list[Any] = self.pipe.recv()
-        return told
+        gathered: list[Any] = self.pipe.recv()
+        return gathered
 
-    def _meet(self, handles: list[ExchangeHandles]) -> None:
+    def _connect_peers(self, handles: list[ExchangeHandles]) -> None:
         for rank, theirs in enumerate(handles):
             if rank != self.own.rank:
-                self.exchange.connect(life(rank), theirs)
+                self.exchange.connect(member(rank), theirs)
 
     def _map(self) -> ExpertMap:
         shape = self.shape
         return ExpertMap(
             epoch=Epoch(1),
             num_experts=shape.slots,
-            members=tuple(life(rank) for rank in range(shape.num_ranks)),
+            members=tuple(member(rank) for rank in range(shape.num_ranks)),
             placement=np.arange(shape.slots, dtype=np.int16).reshape(1, shape.num_ranks, -1),
         )
 
@@ -242,7 +242,7 @@ class Prober:
         y_SMH, counts_S = self.exchange.dispatch(0, self.x_TH, self.slots_TK)
         if self.exchange.scales is not None:
             wide_NH = self.wide_SMH.flatten(0, 1)
-            scaled_rows.widen(y_SMH, self.exchange.scales, counts_S, wide_NH)
+            scaled_rows.dequantise(y_SMH, self.exchange.scales, counts_S, wide_NH)
             y_SMH = self.wide_SMH
         if multiply:
             y_SMH = y_SMH * self.factor_S[:, None, None].bfloat16()
@@ -268,7 +268,7 @@ class Prober:
         return float(np.median(spent))
 
 
-def life(rank: int) -> Member:
+def member(rank: int) -> Member:
     return Member(rank=RankId(rank), incarnation=Incarnation(1))
 
 

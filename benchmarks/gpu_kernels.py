@@ -67,7 +67,7 @@ class KernelSweep:
         y = x.new_empty(pairs, sizes.hidden_size)
         rows = [self._rows(slots_TK) for slots_TK in slots_LTK]
         distinct = sum(len(s.unique()) for s in slots_LTK)
-        up_bytes = distinct * 2 * sizes.expert_values * 2 // 3
+        up_bytes = distinct * 2 * sizes.num_expert_weights * 2 // 3
         result: dict[str, Any] = {"distinct_experts_per_layer": distinct / sizes.num_layers}
 
         def up(tile: experts.ExpertTile) -> None:
@@ -97,7 +97,7 @@ class KernelSweep:
                 torch._grouped_mm(x, w.transpose(1, 2), offs=end)
 
         milliseconds = graph_ms(run)
-        nbytes = distinct * 2 * sizes.expert_values * 2 // 3
+        nbytes = distinct * 2 * sizes.num_expert_weights * 2 // 3
         return {"ms": milliseconds, "tb_per_s": nbytes / milliseconds / 1e9}
 
     def dense(self, tokens: int) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class KernelSweep:
         """Over as many caches as there are layers, so that none is in the cache."""
         sizes, shape, device = self.sizes, self.shape, self.device
         blocks = -(-context // 16)
-        cache = (sizes.num_layers, tokens * blocks, shape.kv_heads, 16, shape.head_dim)
+        cache = (sizes.num_layers, tokens * blocks, shape.num_kv_heads, 16, shape.head_dim)
         k, v = (torch.randn(cache, device=device, dtype=torch.bfloat16) for _ in range(2))
         q = torch.randn(tokens, shape.num_heads, shape.head_dim, device=device).bfloat16()
         rows = torch.arange(tokens, dtype=torch.int32, device=device)
@@ -153,7 +153,7 @@ class KernelSweep:
         if slots_TK.shape[0] <= 4:
             return experts.Rows(slots_TK, None)
         num_slots = self.slots.slots_per_rank
-        tiles = routing.slot_tiles(slots_TK.numel(), num_slots, 16, self.device)
+        tiles = routing.new_slot_tiles(slots_TK.numel(), num_slots, 16, self.device)
         routing.group_by_slot(slots_TK, num_slots, tiles)
         return experts.Rows(slots_TK, tiles)
 

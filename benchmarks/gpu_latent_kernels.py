@@ -33,9 +33,9 @@ class LatentSweep:
         blocks = -(-context // BLOCK_TOKENS)
         cached = (num_layers, tokens * blocks, BLOCK_TOKENS)
         latents = self._random(*cached, shape.rank)
-        keys = self._random(*cached, shape.rotated_size)
+        keys = self._random(*cached, shape.qk_rope_head_dim)
         q_latent = self._random(tokens, shape.num_heads, shape.rank)
-        q_rotated = self._random(tokens, shape.num_heads, shape.rotated_size)
+        q_rotated = self._random(tokens, shape.num_heads, shape.qk_rope_head_dim)
         rows = torch.arange(tokens, dtype=torch.int32, device=device)
         tables = torch.arange(tokens * blocks, dtype=torch.int32, device=device)
         where = Paging(
@@ -56,7 +56,7 @@ class LatentSweep:
                     q_latent, q_rotated, cache, where, partials, out, scale=0.07, tile=tile
                 )
 
-        nbytes = num_layers * tokens * context * (shape.rank + shape.rotated_size) * 2
+        nbytes = num_layers * tokens * context * (shape.rank + shape.qk_rope_head_dim) * 2
         rates = {
             "x".join(map(str, tile)): nbytes / graph_ms(lambda tile=tile: run(tile)) / 1e9
             for tile in latent_tiles()
@@ -65,7 +65,7 @@ class LatentSweep:
 
     def heads(self, tokens: int) -> dict[str, float]:
         """Queries into the latent space and sums out of it."""
-        shape, size = self._shape, self._shape.plain_size + self._shape.rotated_size
+        shape, size = self._shape, self._shape.qk_nope_head_dim + self._shape.qk_rope_head_dim
         q = torch.randn(4, tokens, shape.q_size, device=self._device)
         q_latent = self._random(tokens, shape.num_heads, shape.rank)
         out = self._random(tokens, shape.heads_size)

@@ -27,18 +27,18 @@ from safetensors.torch import save_file
 from gpu_worker.checkpoint.checkpoint import INDEX_FILE, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.checkpoint.mlp_names import mlp_shapes
-from gpu_worker.cuda.experts.expert_cache import ShelfLabel
+from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from shared.clock import SystemClock
-from shared.expert_cache_memory import ShelfMemory, create_memory
+from shared.expert_cache_memory import ExpertCacheMemory, create_memory
 
 HIDDEN, INNER = 2048, 768
-STEP_WIDTH, STEP_PRODUCTS = 8192, 16
+STEP_WIDTH, STEP_GEMMS = 8192, 16
 GB = 1e9
-ROOM_FOR_LABEL = 2**22
+HEADER_BYTES_MAX = 2**22
 FILL_TIMEOUT_S = 300
 
 
@@ -53,7 +53,7 @@ class Rank:
         checkpoint = open_checkpoint(folder, shapes, self._progress.count)
         self.reader = ExpertReader(checkpoint, prefix_of, torch.bfloat16)
         self.num_bytes = num_layers * num_experts * self.reader.num_bytes
-        self._label = ShelfLabel(
+        self._header = ExpertCacheHeader(
             folder=str(folder),
             fingerprint=checkpoint.fingerprint(),
             dtype=str(self.reader.dtype),
@@ -61,8 +61,8 @@ class Rank:
             num_layers=num_layers,
             num_experts=num_experts,
         )
-        size = self.num_bytes + ROOM_FOR_LABEL
-        self._memory = ShelfMemory(fd=create_memory(size), bytes_max=size)
+        size = self.num_bytes + HEADER_BYTES_MAX
+        self._memory = ExpertCacheMemory(fd=create_memory(size), bytes_max=size)
         self.slots = CudaSlots(
             num_layers=num_layers,
             slots_per_rank=num_experts,
@@ -73,12 +73,12 @@ class Rank:
         self._num_experts = num_experts
         self._device = device
 
-    def load(self, copies: HostExperts, shift: int) -> float:
+    def load(self, host_experts: HostExperts, shift: int) -> float:
         """GB/s of one load that changes every slot."""
         loader = CudaSlotLoader(
             slots=self.slots,
             reader=self.reader,
-            copies=copies,
+            host_experts=host_experts,
             progress=self._progress,
             device=self._device,
         )
@@ -93,14 +93,14 @@ class Rank:
     def pin(self) -> tuple[HostExperts, float]:
         """Copies, none of them whole at first, and the GB/s of having them pinned."""
         began = time.perf_counter()
-        copies = open_host_experts(self.reader, self._memory, self._label, self._device)
-        return copies, self.num_bytes / GB / (time.perf_counter() - began)
+        host_experts = open_host_experts(self.reader, self._memory, self._header, self._device)
+        return host_experts, self.num_bytes / GB / (time.perf_counter() - began)
 
-    def fill(self, copies: HostExperts) -> float:
+    def fill(self, host_experts: HostExperts) -> float:
         """GB/s of the background thread."""
         began = time.perf_counter()
-        copies.fill_in_background()
-        assert copies.wait_until_filled(FILL_TIMEOUT_S), "the copies take too long"
+        host_experts.fill_in_background()
+        assert host_experts.wait_until_filled(FILL_TIMEOUT_S), "the copies take too long"
         return self.num_bytes / GB / (time.perf_counter() - began)
 
 
@@ -142,7 +142,7 @@ class Steps:
             with torch.cuda.graph(self._graph, stream=self._stream):
                 self._run()
 
-    def beside(self, work: Callable[[], float]) -> dict[str, Any]:
+    def measure_during(self, work: Callable[[], float]) -> dict[str, Any]:
         """What `work` gives, and the milliseconds of the steps while it runs."""
         results: list[float] = []
         thread = threading.Thread(target=lambda: results.append(work()))
@@ -166,7 +166,7 @@ class Steps:
         }
 
     def _run(self) -> None:
-        for _ in range(STEP_PRODUCTS):
+        for _ in range(STEP_GEMMS):
             torch.mm(self._x, self._w, out=self._y)
 
 
@@ -180,7 +180,7 @@ def measure(rank: Rank, device: torch.device) -> dict[str, Any]:
 
     steps, none = Steps(device), HostExperts(rank.reader, None)
     link = link_rate()
-    copies, pinned = rank.pin()
+    host_experts, pinned = rank.pin()
     others, pinned_again = rank.pin()
     others.close()
     results: dict[str, Any] = {
@@ -188,12 +188,12 @@ def measure(rank: Rank, device: torch.device) -> dict[str, Any]:
         "link_gb_per_s": round(link, 2),
         "pinned_gb_per_s": round(pinned, 2),
         "pinned_again_gb_per_s": round(pinned_again, 2),
-        "steps_alone": steps.beside(idle),
+        "steps_alone": steps.measure_during(idle),
         "from_checkpoint": rank.load(none, 0),
-        "from_checkpoint_beside_steps": steps.beside(lambda: rank.load(none, 1)),
-        "filling_beside_steps": steps.beside(lambda: rank.fill(copies)),
-        "from_copies": rank.load(copies, 2),
-        "from_copies_beside_steps": steps.beside(lambda: rank.load(copies, 3)),
+        "from_checkpoint_beside_steps": steps.measure_during(lambda: rank.load(none, 1)),
+        "filling_beside_steps": steps.measure_during(lambda: rank.fill(host_experts)),
+        "from_copies": rank.load(host_experts, 2),
+        "from_copies_beside_steps": steps.measure_during(lambda: rank.load(host_experts, 3)),
     }
     results["from_copies_share_of_link"] = round(results["from_copies"] / link, 3)
     beside = results["from_copies_beside_steps"]["gb_per_s"]

@@ -34,7 +34,7 @@ def reference_model(
         moe_intermediate_size=sizes.inner_size,
         num_hidden_layers=sizes.num_layers,
         num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.kv_heads,
+        num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         num_experts=sizes.num_experts,
         num_experts_per_tok=sizes.top_k,

@@ -74,14 +74,14 @@ def _config(sizes: DecoderSizes) -> dict[str, Any]:
         "num_experts_per_tok": sizes.top_k,
         "routed_scaling_factor": routing.factor,
         "n_group": routing.num_groups,
-        "topk_group": routing.kept,
+        "topk_group": routing.topk_group,
         "topk_method": "noaux_tc" if routing.sigmoid else "group_limited_greedy",
         "norm_topk_prob": routing.normalise,
         "kv_lora_rank": shape.rank,
-        "q_lora_rank": shape.q_rank or None,
-        "qk_rope_head_dim": shape.rotated_size,
-        "qk_nope_head_dim": shape.plain_size,
-        "v_head_dim": shape.value_size,
+        "q_lora_rank": shape.q_lora_rank or None,
+        "qk_rope_head_dim": shape.qk_rope_head_dim,
+        "qk_nope_head_dim": shape.qk_nope_head_dim,
+        "v_head_dim": shape.v_head_dim,
         "rope_interleave": shape.interleaved,
         "first_k_dense_replace": sizes.num_layers - sizes.num_moe_layers,
         "rms_norm_eps": sizes.norm_eps,
@@ -96,8 +96,8 @@ def _config(sizes: DecoderSizes) -> dict[str, Any]:
 
 
 def _attention(prefix: str, shape: MlaShape, own: MlaWeights) -> dict[str, Tensor]:
-    q_size = shape.q_rank or shape.q_size
-    q_in, kv_a = own.w_in_CH.split([q_size, shape.rank + shape.rotated_size])
+    q_size = shape.q_lora_rank or shape.q_size
+    q_in, kv_a = own.w_in_CH.split([q_size, shape.rank + shape.qk_rope_head_dim])
     kv_b_AER = torch.cat([own.w_uk_ARF.transpose(1, 2), own.w_uv_AGR], dim=1)
     tensors = {
         f"{prefix}.kv_a_proj_with_mqa.weight": kv_a,

@@ -29,15 +29,15 @@ from typing import Any
 import msgspec
 import uvloop
 
-from benchmarks.gpu_serve_fault import Fault, Pace, Struck, strike
+from benchmarks.gpu_serve_fault import Fault, FaultResult, FaultTiming, inject_fault
 from benchmarks.gpu_serve_gaps import first_wrong
 from benchmarks.gpu_serve_load import SteadyLoad, Turn
 from benchmarks.random_checkpoint import entries_of, make_checkpoint
-from cli.bench.fault_witness import Witness
-from cli.bench.own_instance import own_instance
-from cli.bench.own_options import OwnOptions, rank_options_of
+from cli.bench.fault_observer import FaultObserver
 from cli.bench.stats import Spread
 from cli.bench.stream_client import StreamClient, run_all, stream_client
+from cli.bench.temporary_instance import temporary_instance
+from cli.bench.temporary_options import TemporaryInstanceOptions, parse_rank_options
 from cli.up.model import shipped_model
 from shared.clock import SystemClock
 from shared.errors import ConfigError, StarfishError, Unavailable
@@ -103,15 +103,15 @@ def faults_of(texts: Sequence[str], num_ranks: int) -> list[Fault]:
     return faults
 
 
-def own_options(args: argparse.Namespace, model: Path | None) -> OwnOptions:
+def own_options(args: argparse.Namespace, model: Path | None) -> TemporaryInstanceOptions:
     """Raises ConfigError."""
-    return OwnOptions(
+    return TemporaryInstanceOptions(
         model=model,
         ranks=args.ranks,
         device=args.device,
         redundant_experts=args.redundant_experts,
         slots_per_rank=args.slots_per_rank,
-        rank_options=rank_options_of(args.rank_option),
+        rank_options=parse_rank_options(args.rank_option),
     )
 
 
@@ -123,14 +123,14 @@ class Experiment:
         self._clock = SystemClock()
         self._began = self._clock.now()
         self.result: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
-        self.struck: list[Struck] = []
+        self.struck: list[FaultResult] = []
 
     async def run(self, model: Path | None) -> None:
         """Raises Unavailable."""
         disturbed: list[list[Turn]] = []
         own = own_options(self._args, model)
-        async with self._instance(own, keep_logs=self._args.logs) as (client, witness):
-            await self._strike_all(client, witness, disturbed)
+        async with self._instance(own, keep_logs=self._args.logs) as (client, observer):
+            await self._inject_all(client, observer, disturbed)
         if self._args.unchecked:
             return
         async with self._instance(own.without_cache()) as (client, _):
@@ -139,27 +139,27 @@ class Experiment:
 
     @contextlib.asynccontextmanager
     async def _instance(
-        self, own: OwnOptions, *, keep_logs: Path | None = None
-    ) -> AsyncIterator[tuple[StreamClient, Witness]]:
-        instance = own_instance(
+        self, own: TemporaryInstanceOptions, *, keep_logs: Path | None = None
+    ) -> AsyncIterator[tuple[StreamClient, FaultObserver]]:
+        instance = temporary_instance(
             own.flags(),
             environment=own.environment(),
             keep_logs=keep_logs,
-            say=lambda text: self._say(f"starts: {text}"),
+            on_progress=lambda text: self._print(f"starts: {text}"),
         )
         async with instance as target:
             if target.url is None:
                 raise Unavailable("the instance has no gateway")
             async with (
                 stream_client(target.url, self._clock) as client,
-                Witness.watching(target) as witness,
+                FaultObserver.watching(target) as observer,
             ):
-                await witness.until_whole(_FORM_TIMEOUT_S)
-                self._say("whole")
-                yield client, witness
+                await observer.wait_until_all_ranks_in_map(_FORM_TIMEOUT_S)
+                self._print("whole")
+                yield client, observer
 
-    async def _strike_all(
-        self, client: StreamClient, witness: Witness, disturbed: list[list[Turn]]
+    async def _inject_all(
+        self, client: StreamClient, observer: FaultObserver, disturbed: list[list[Turn]]
     ) -> None:
         args, clock = self._args, self._clock
         load = SteadyLoad(
@@ -170,7 +170,7 @@ class Experiment:
             new_tokens=args.new_tokens,
             seed=args.seed << 32,
         )
-        pace = Pace(
+        pace = FaultTiming(
             before_s=args.before_s,
             settle_s=args.settle_s,
             rejoin_timeout_s=args.rejoin_timeout_s,
@@ -181,14 +181,14 @@ class Experiment:
             await asyncio.sleep(_WARM_UP_S)
             for fault in self._faults:
                 if clock.now() - self._began > args.limit_s:
-                    self._say(f"no time left for {fault}")
+                    self._print(f"no time left for {fault}")
                     break
-                struck, turns = await strike(load, witness, fault, pace, draw, clock)
+                struck, turns = await inject_fault(load, observer, fault, pace, draw, clock)
                 self.struck.append(struck)
                 disturbed.append(turns)
-                self._keep(struck)
+                self._record(struck)
                 if struck.rejoined_s is None:
-                    self._say(f"not whole {args.rejoin_timeout_s:.0f} s after {fault}: stopped")
+                    self._print(f"not whole {args.rejoin_timeout_s:.0f} s after {fault}: stopped")
                     break
             loading.cancel()
 
@@ -204,23 +204,23 @@ class Experiment:
                 if (token := first_wrong(turn, answer.ids)) is not None:
                     wrong.append(_wrong(turn, token, self.struck[index]))
         self.struck[index] = replace(self.struck[index], checked=len(turns), wrong=tuple(wrong))
-        self._keep(self.struck[index])
+        self._record(self.struck[index])
 
-    def _keep(self, struck: Struck) -> None:
+    def _record(self, struck: FaultResult) -> None:
         self.result["faults"] = msgspec.to_builtins(self.struck)
-        self._say(row(struck))
+        self._print(row(struck))
         if struck.failed:
-            self._say(f"  failed: {struck.failed[0]}")
+            self._print(f"  failed: {struck.failed[0]}")
         for wrong in struck.wrong:
-            self._say(f"  wrong: {wrong}")
+            self._print(f"  wrong: {wrong}")
         if self._args.out is not None:
             self._args.out.write_text(json.dumps(self.result, indent=1))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"{self._clock.now() - self._began:7.1f} s  {text}", flush=True)
 
 
-def _wrong(turn: Turn, token: int, struck: Struck) -> str:
+def _wrong(turn: Turn, token: int, struck: FaultResult) -> str:
     """When: to the chunk of tokens that as many chunks precede, mostly one token each."""
     record = turn.record
     whose = "victim" if record.rank in struck.victims else "survivor"
@@ -232,7 +232,7 @@ def _wrong(turn: Turn, token: int, struck: Struck) -> str:
     )
 
 
-def row(struck: Struck) -> str:
+def row(struck: FaultResult) -> str:
     recovered = f"{struck.recovered_ms:.0f} ms" if struck.recovered_ms is not None else "never"
     rejoined = f"{struck.rejoined_s:.1f} s" if struck.rejoined_s is not None else "never"
     return (
@@ -253,7 +253,7 @@ def _cells(spread: Spread | None) -> str:
 def main() -> int:
     args = parse()
     made = failed = False
-    struck: list[Struck] = []
+    struck: list[FaultResult] = []
     try:
         faults = faults_of(args.faults, args.ranks)
         entries = entries_of(args.config)

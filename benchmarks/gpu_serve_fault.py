@@ -21,7 +21,7 @@ from benchmarks.gpu_serve_gaps import (
     ran_at,
 )
 from benchmarks.gpu_serve_load import SteadyLoad, Turn
-from cli.bench.fault_witness import Phases, Witness
+from cli.bench.fault_observer import FaultObserver, FaultPhases
 from cli.bench.stats import Spread, percentile
 from cli.observe.kill import send_to_rank
 from shared.clock import Clock
@@ -43,7 +43,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class FaultTiming:
     """`before_s` of load come before a fault; what is not over `settle_s` after it, or begins
     later, is the rejoining's."""
 
@@ -53,7 +53,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Struck:
+class FaultResult:
     """One fault. Gaps are the longest of each stream that it interrupted; None where none was."""
 
     fault: str
@@ -74,24 +74,24 @@ class Struck:
     wrong: tuple[str, ...]  # of these
     epochs: tuple[str, ...]  # maps since, with the seconds from the fault
     worst: tuple[str, ...]  # of all pauses since
-    phases: tuple[Phases, ...]  # of the victims whose verdicts were seen
+    phases: tuple[FaultPhases, ...]  # of the victims whose verdicts were seen
     rejoined_s: float | None
     rejoin_gap_ms: Spread | None
     rejoin_first_token_ms: Spread | None
 
 
-async def strike(
+async def inject_fault(
     load: SteadyLoad,
-    witness: Witness,
+    observer: FaultObserver,
     fault: Fault,
-    pace: Pace,
+    pace: FaultTiming,
     draw: random.Random,
     clock: Clock,
-) -> tuple[Struck, list[Turn]]:
+) -> tuple[FaultResult, list[Turn]]:
     """The instance is whole. With the streams whose tokens are still to be compared with those of
     an undisturbed run. Raises Unavailable where a victim had died by itself."""
     await asyncio.sleep(pace.before_s)
-    members = witness.members()
+    members = observer.members()
     victims = draw.sample(members, fault.num_ranks)
     struck_at = clock.now()
     _signal(victims, fault.number)
@@ -101,12 +101,12 @@ async def strike(
         for turn in _of_ranks(load.turns, victims)
         if (at := turn.record.first_after(struck_at)) is not None
     ]
-    phases = [await witness.phases(v.member, struck_at, max(first, default=None)) for v in victims]
+    phases = [await observer.phases(v.member, struck_at, max(first, default=None)) for v in victims]
     rejoined_at = None
     with contextlib.suppress(Unavailable):
-        await witness.until_whole(pace.rejoin_timeout_s)
+        await observer.wait_until_all_ranks_in_map(pace.rejoin_timeout_s)
         rejoined_at = clock.now()
-    seen = _Seen(load=load, maps=tuple(witness.maps()), struck_at=struck_at, now=clock.now())
+    seen = _Seen(load=load, maps=tuple(observer.maps()), struck_at=struck_at, now=clock.now())
     struck = seen.report(
         fault=fault,
         victims=victims,
@@ -144,10 +144,10 @@ class _Seen:
         fault: Fault,
         victims: Sequence[RankRecord],
         num_members: int,
-        pace: Pace,
-        phases: tuple[Phases, ...],
+        pace: FaultTiming,
+        phases: tuple[FaultPhases, ...],
         rejoined_at: float | None,
-    ) -> Struck:
+    ) -> FaultResult:
         struck_at, now = self.struck_at, self.now
         before = Window(begin=struck_at - pace.before_s, end=struck_at)
         fresh = Window(begin=struck_at, end=struck_at + pace.settle_s)
@@ -159,7 +159,7 @@ class _Seen:
         throughput = Throughput(self.load.arrivals)
         usual = throughput.tokens_per_s(before.begin, before.end)
         share = 1 - fault.num_ranks / num_members
-        return Struck(
+        return FaultResult(
             fault=str(fault),
             struck_at=self.struck_at,
             victims=tuple(int(v.rank) for v in victims),

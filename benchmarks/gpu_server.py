@@ -40,13 +40,13 @@ import msgspec
 import uvloop
 
 from benchmarks.gpu_serve_load import Arrival
-from benchmarks.gpu_server_rates import Round, ServerRow, Shared, server_row, table, words
+from benchmarks.gpu_server_rates import CardSharing, Round, ServerRow, format_row, server_row, table
 from benchmarks.gpu_shapes import CHECKPOINTS, sizes_of
 from benchmarks.random_checkpoint import entries_of, make_checkpoint
-from cli.bench.own_instance import own_instance
-from cli.bench.own_options import OwnOptions, rank_options_of
 from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
-from cli.up.device import count_cards, plan_device, visible
+from cli.bench.temporary_instance import temporary_instance
+from cli.bench.temporary_options import TemporaryInstanceOptions, parse_rank_options
+from cli.up.device import count_gpus, num_visible_gpus, plan_device
 from shared.clock import SystemClock
 from shared.errors import StarfishError, Unavailable
 
@@ -146,7 +146,7 @@ class Measurement:
         self._clock = SystemClock()
         self._began = self._clock.now()
         wanted = rank_options(max(args.batches), args.prompt_tokens, args.new_tokens)
-        self._rank_options = wanted | rank_options_of(args.rank_option)
+        self._rank_options = wanted | parse_rank_options(args.rank_option)
         self._seed = args.seed
         self._cards = 1
         self._copy_tb_per_s: float | None = None
@@ -159,17 +159,17 @@ class Measurement:
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         args = self._args
-        cards = 0 if args.device == "cpu" else visible(await count_cards(), os.environ)
+        cards = 0 if args.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
         plan = plan_device(args.device, None, max(args.ranks), cards)
         self._cards = cards if plan.on_cuda else 1
         self._copy_tb_per_s = await asyncio.to_thread(copy_rate, plan.on_cuda)
-        self._say(f"{plan}: copies at {self._copy_tb_per_s:.3f} TB/s")
+        self._print(f"{plan}: copies at {self._copy_tb_per_s:.3f} TB/s")
         for num_ranks in args.ranks:
             await self._measure(model, num_ranks)
 
     async def _measure(self, model: Path, num_ranks: int) -> None:
         args, clock = self._args, self._clock
-        options = OwnOptions(
+        options = TemporaryInstanceOptions(
             model=model,
             ranks=num_ranks,
             device=args.device,
@@ -179,12 +179,12 @@ class Measurement:
             rank_options=self._rank_options,
         )
         began = clock.now()
-        async with own_instance(
+        async with temporary_instance(
             options.flags(),
             environment=options.environment(),
             keep_logs=args.logs / str(num_ranks) if args.logs is not None else None,
             start_timeout_s=args.start_timeout_s,
-            say=lambda text: self._say(f"{num_ranks} ranks: {text}"),
+            on_progress=lambda text: self._print(f"{num_ranks} ranks: {text}"),
         ) as target:
             self._start_s[num_ranks] = clock.now() - began
             if target.url is None:
@@ -199,18 +199,18 @@ class Measurement:
         args = self._args
         for batch in args.batches:
             if self._clock.now() - self._began > args.limit_s:
-                self._say(f"no time left for {num_ranks} ranks from batch {batch} on")
+                self._print(f"no time left for {num_ranks} ranks from batch {batch} on")
                 return
             rounds = [await self._round(client, batch * num_ranks) for _ in range(args.rounds)]
             row = server_row(
                 rounds,
-                Shared(ranks=num_ranks, cards=self._cards),
+                CardSharing(ranks=num_ranks, cards=self._cards),
                 batch=batch,
                 prompt_tokens=args.prompt_tokens,
                 sizes=sizes_of(model),
                 copy_tb_per_s=self._copy_tb_per_s,
             )
-            self._keep(row)
+            self._record(row)
 
     async def _round(self, client: StreamClient, concurrency: int) -> Round:
         streams: list[list[Arrival]] = [[] for _ in range(concurrency)]
@@ -233,9 +233,9 @@ class Measurement:
         self._seed += 1
         return random_prompts(self._seed, count, self._args.prompt_tokens)
 
-    def _keep(self, row: ServerRow) -> None:
+    def _record(self, row: ServerRow) -> None:
         self.rows.append(row)
-        self._say(words(row))
+        self._print(format_row(row))
         if self._args.out is None:
             return
         result = {
@@ -247,7 +247,7 @@ class Measurement:
         }
         self._args.out.write_text(json.dumps(result, indent=1))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"{self._clock.now() - self._began:7.1f} s  {text}", flush=True)
 
 

@@ -17,7 +17,7 @@ Stream = Sequence[Arrival]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Steady:
+class SteadyWindow:
     """The time in which all streams decode. `emitted` is how many tokens of its own a stream had in
     the middle of it, the mean of all."""
 
@@ -26,7 +26,7 @@ class Steady:
     emitted: float
 
 
-def steady(streams: Sequence[Stream]) -> Steady | None:
+def steady_window(streams: Sequence[Stream]) -> SteadyWindow | None:
     """From the moment when the last stream has its first token to the moment when the first stream
     ends; None where the one comes not before the other."""
     if not streams or not all(streams):
@@ -37,7 +37,7 @@ def steady(streams: Sequence[Stream]) -> Steady | None:
         return None
     before = sum(a.num_tokens for stream in streams for a in stream if a.at <= begin)
     until = sum(a.num_tokens for stream in streams for a in stream if a.at <= end)
-    return Steady(
+    return SteadyWindow(
         seconds=end - begin,
         num_tokens=until - before,
         emitted=(before + until) / 2 / len(streams),
@@ -45,7 +45,7 @@ def steady(streams: Sequence[Stream]) -> Steady | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
+class CardSharing:
     """So many ranks, in turn, on so many cards."""
 
     ranks: int
@@ -62,14 +62,14 @@ def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
-def step_bytes(sizes: DecoderSizes, shared: Shared, *, batch: int, context: float) -> float:
+def step_bytes(sizes: DecoderSizes, shared: CardSharing, *, batch: int, context: float) -> float:
     """What the card with most ranks reads for one step, each rank with `batch` sequences of
     `context` tokens: attention, routers and head once for each of its ranks, their KV, and of the
     experts that all ranks' tokens chose its share, each once."""
     of_a_card = shared.of_a_card
     chosen = distinct_experts(sizes.num_experts, sizes.top_k, batch * shared.ranks)
-    experts = chosen * sizes.num_moe_layers * sizes.expert_values * of_a_card / shared.ranks
-    own = sizes.shared_values + batch * context * sizes.kv_values_per_token
+    experts = chosen * sizes.num_moe_layers * sizes.num_expert_weights * of_a_card / shared.ranks
+    own = sizes.num_shared_weights + batch * context * sizes.kv_values_per_token
     return _VALUE_BYTES * (experts + of_a_card * own)
 
 
@@ -109,7 +109,7 @@ class Round:
 
 def server_row(
     rounds: Sequence[Round],
-    shared: Shared,
+    shared: CardSharing,
     *,
     batch: int,
     prompt_tokens: int,
@@ -120,7 +120,9 @@ def server_row(
     records = [record for each in rounds for record in each.records]
     errors = tuple(record.error for record in records if record.error is not None)
     good = [record for record in records if record.error is None]
-    windows = [] if errors else [w for each in rounds if (w := steady(each.streams)) is not None]
+    windows = (
+        [] if errors else [w for each in rounds if (w := steady_window(each.streams)) is not None]
+    )
     seconds = sum(window.seconds for window in windows)
     rate = step_ms = context = floor = None
     if windows:
@@ -154,10 +156,10 @@ _HEADER = (
 
 
 def table(rows: Sequence[ServerRow]) -> str:
-    return "\n".join([_HEADER, *map(words, rows)])
+    return "\n".join([_HEADER, *map(format_row, rows)])
 
 
-def words(row: ServerRow) -> str:
+def format_row(row: ServerRow) -> str:
     """One line of the table."""
     floor = row.floor
     rate = f"{'-':>8}  {'-':>7}"

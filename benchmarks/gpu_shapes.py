@@ -9,7 +9,7 @@ from typing import Any
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import Rope
-from gpu_worker.cuda.model_loading import LAYOUTS
+from gpu_worker.cuda.model_loading import CHECKPOINT_LAYOUTS
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes, Routing
 from shared.model_spec import read_model_spec
 
@@ -21,7 +21,7 @@ def qwen3_30b(layers: int | None) -> DecoderSizes:
         num_layers=layers,
         hidden_size=2048,
         vocab_size=151_936,
-        attention=GqaShape(num_heads=32, kv_heads=4, head_dim=128, qk_norm=QK_NORM_HEAD),
+        attention=GqaShape(num_heads=32, num_kv_heads=4, head_dim=128, qk_norm=QK_NORM_HEAD),
         rope=Rope(theta=1e6, kind="default", scaling={}, context_tokens_max=4096),
         moe_layers=tuple(range(layers)),
         num_experts=128,
@@ -41,11 +41,11 @@ def deepseek_small(layers: int | None) -> DecoderSizes:
         attention=MlaShape(
             hidden_size=7168,
             num_heads=128,
-            plain_size=128,
-            rotated_size=64,
-            value_size=128,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
             rank=512,
-            q_rank=1536,
+            q_lora_rank=1536,
             interleaved=True,
         ),
         rope=Rope(
@@ -63,7 +63,7 @@ def deepseek_small(layers: int | None) -> DecoderSizes:
         num_experts=256,
         top_k=8,
         inner_size=512,
-        routing=Routing(sigmoid=True, num_groups=8, kept=4, factor=2.5),
+        routing=Routing(sigmoid=True, num_groups=8, topk_group=4, factor=2.5),
         shared_size=2048,
         dense_size=18_432,
     )
@@ -98,5 +98,5 @@ size as it is."""
 def sizes_of(folder: Path) -> DecoderSizes | None:
     """None where CUDA ranks do not know the checkpoint's architecture. Raises CheckpointError."""
     spec = read_model_spec(folder)
-    layout = LAYOUTS.get(spec.architecture)
+    layout = CHECKPOINT_LAYOUTS.get(spec.architecture)
     return None if layout is None else layout(spec).sizes

@@ -23,7 +23,7 @@ from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.registry import load_model
 from gpu_worker.engine.step_batch import StepBatch
 from gpu_worker.exchange.interface import Exchange
-from gpu_worker.model_tools.scoring import EPOCH, whole_exchange
+from gpu_worker.model_tools.scoring import EPOCH, load_all_experts
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.model_spec import read_model_spec
 from shared.types import Step
@@ -52,7 +52,7 @@ class Rank:
             kv_blocks=sequences_max * blocks,
             block_tokens=BLOCK_TOKENS,
         )
-        self.exchange: Exchange = whole_exchange(self.model)
+        self.exchange: Exchange = load_all_experts(self.model)
         self.decode_seconds: list[float] = []
         """Of the steps of the last call but its prefill."""
         self._tables_SB = np.arange(sequences_max * blocks, dtype=np.int32).reshape(-1, blocks)

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.eplb import Grouping, eplb
-from control_plane.placement import balance, place, rank_loads, replica_counts, shrink, survives
+from control_plane.placement import (
+    balance,
+    compute_fault_tolerance,
+    place,
+    rank_loads,
+    replica_counts,
+    shrink,
+)
 from shared.expert_map import ExpertMap, Placement
 from shared.types import Epoch, Incarnation, Member, NodeId, RankId
 
@@ -127,12 +134,12 @@ def measure_shrink(case: Case, dead: Collection[int]) -> dict[str, object]:
         result = shrink(expert_map, {RankId(r) for r in dead}, loads)
         times.append(time.process_time() - begin)
     alive = [r for r in ranks if r not in dead]
-    per_rank = np.bincount([r.rank for r in result.refills], minlength=case.ranks)[alive]
+    per_rank = np.bincount([r.rank for r in result.slot_fills], minlength=case.ranks)[alive]
     return {
         "case": case.name,
         "deaths": len(dead),
         "shrink_ms": round(statistics.median(times) * 1000, 1),
-        "loaded": len(result.refills),
+        "loaded": len(result.slot_fills),
         "mean_load": round(float(per_rank.mean()), 1),
         "longest_load": int(per_rank.max()),
         "one_replica": int((replica_counts(result.refilled, 256) == 1).sum()),
@@ -147,7 +154,7 @@ def _draw(case: Case) -> NDArray[np.float64]:
 
 def _quality(case: Case, placement: Placement, loads: NDArray[np.float64]) -> dict[str, object]:
     ranks = sorted(case.node_of)
-    tolerance = survives(_map_of(case, placement), case.node_of)
+    tolerance = compute_fault_tolerance(_map_of(case, placement), case.node_of)
     peak = balance(placement, loads, ranks)
     # With these replica counts no packing beats the mean, or the hottest replica on its own.
     hottest = (loads / replica_counts(placement, 256)).max(axis=1)

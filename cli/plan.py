@@ -18,17 +18,17 @@ from cli.plan_picture import save_picture
 from control_plane.placement import (
     advise,
     balance,
+    compute_fault_tolerance,
     describe,
     place,
     shrink,
-    survives,
 )
 from shared.errors import ConfigError, StarfishError
 from shared.expert_map import ExpertMap, Placement
 from shared.model_spec import read_model_spec
 from shared.types import Epoch, Incarnation, Member, NodeId, RankId
 
-DEATHS_MOST = 64
+DEATHS_MAX = 64
 WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
 
 
@@ -40,7 +40,7 @@ class Skew(Enum):
     EVEN = "even"
 
 
-class Sizes(NamedTuple):
+class PlanSizes(NamedTuple):
     """What is planned for."""
 
     layers: int
@@ -95,10 +95,12 @@ def plan(
         bytes_per_expert = round(expert_mib * 2**20)
         if model is not None:
             layers, experts, bytes_per_expert = _from_model(model)
-        weights = _read_loads(loads) if loads else _draw(skew, skew_by, seed, layers, experts)
+        weights = (
+            _read_loads(loads) if loads else _generate_loads(skew, skew_by, seed, layers, experts)
+        )
         layers, experts = weights.shape
         sizes = _sizes(layers, experts, ranks, nodes, slots, redundant, survive, bytes_per_expert)
-        expert_map = _placed(weights, sizes)
+        expert_map = _place_experts(weights, sizes)
         report = report_of(expert_map, weights, sizes)
         if png is not None:
             _draw_death(png, expert_map, weights, sizes, layer, death)
@@ -108,16 +110,18 @@ def plan(
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        _print(report, Console())
+        _print_report(report, Console())
 
 
-def report_of(expert_map: ExpertMap, loads: NDArray[np.float64], sizes: Sizes) -> dict[str, Any]:
+def report_of(
+    expert_map: ExpertMap, loads: NDArray[np.float64], sizes: PlanSizes
+) -> dict[str, Any]:
     """Pure: the JSON of `starfish plan --json`."""
     node_of, ranks = sizes.node_of, sorted(sizes.node_of)
-    tolerance, advice = survives(expert_map, node_of), advise(expert_map, node_of)
+    tolerance, advice = compute_fault_tolerance(expert_map, node_of), advise(expert_map, node_of)
     peak = balance(expert_map.placement, loads, ranks)
     filled = (expert_map.placement >= 0).sum(axis=(0, 2))
-    rank_deaths = ranks[:: -(-len(ranks) // DEATHS_MOST)]
+    rank_deaths = ranks[:: -(-len(ranks) // DEATHS_MAX)]
     by_node = {name: [r for r in ranks if node_of[r] == name] for name in node_of.values()}
     names = list(by_node)
     return {
@@ -144,14 +148,14 @@ def report_of(expert_map: ExpertMap, loads: NDArray[np.float64], sizes: Sizes) -
         ],
         "node_deaths": [
             {"node": name, **_death(expert_map, loads, sizes, by_node[name])}
-            for name in names[:: -(-len(names) // DEATHS_MOST)]
+            for name in names[:: -(-len(names) // DEATHS_MAX)]
             if len(names) > 1
         ],
     }
 
 
 def _death(
-    expert_map: ExpertMap, loads: NDArray[np.float64], sizes: Sizes, dead: list[RankId]
+    expert_map: ExpertMap, loads: NDArray[np.float64], sizes: PlanSizes, dead: list[RankId]
 ) -> dict[str, Any]:
     """What it would mean for the survivors: replicas that give way, experts to load, balance."""
     alive = [r for r in sorted(sizes.node_of) if r not in set(dead)]
@@ -162,15 +166,15 @@ def _death(
     replaced = (before >= 0) & (result.refilled[:, alive] != before)
     return {
         "survivors": len(alive),
-        "lost": len(result.refills) + len(result.uncoverable),
+        "lost": len(result.slot_fills) + len(result.uncoverable),
         "moved": int(replaced.sum()),
         "uncoverable": len(result.uncoverable),
-        "load_bytes": len(result.refills) * sizes.bytes_per_expert,
+        "load_bytes": len(result.slot_fills) * sizes.bytes_per_expert,
         "balance": float(balance(result.refilled, loads, alive).mean()),
     }
 
 
-def _placed(loads: NDArray[np.float64], sizes: Sizes) -> ExpertMap:
+def _place_experts(loads: NDArray[np.float64], sizes: PlanSizes) -> ExpertMap:
     ranks = sorted(sizes.node_of)
     slots = dict.fromkeys(ranks, sizes.slots_per_rank)
     try:
@@ -196,14 +200,14 @@ def _sizes(
     redundant: int,
     survive: int,
     bytes_per_expert: int,
-) -> Sizes:
+) -> PlanSizes:
     if nodes > ranks:
         raise ConfigError(f"{nodes} nodes need at least as many ranks, not {ranks}")
     if experts > np.iinfo(np.int16).max:
         raise ConfigError(f"{experts} experts a layer are more than a map can name (32767)")
     enough = -(-(experts + redundant) // ranks)
     each = min(enough, experts) if slots is None else slots
-    return Sizes(layers, experts, ranks, nodes, each, redundant, survive, bytes_per_expert)
+    return PlanSizes(layers, experts, ranks, nodes, each, redundant, survive, bytes_per_expert)
 
 
 def _from_model(folder: Path) -> tuple[int, int, int]:
@@ -233,7 +237,9 @@ def _read_loads(file: Path) -> NDArray[np.float64]:
     return result
 
 
-def _draw(skew: Skew, by: float, seed: int, layers: int, experts: int) -> NDArray[np.float64]:
+def _generate_loads(
+    skew: Skew, by: float, seed: int, layers: int, experts: int
+) -> NDArray[np.float64]:
     """Every layer with other hot experts, as in trained models."""
     random = np.random.default_rng(seed)
     if skew is Skew.LOGNORMAL:
@@ -246,7 +252,7 @@ def _draw_death(
     png: Path,
     expert_map: ExpertMap,
     loads: NDArray[np.float64],
-    sizes: Sizes,
+    sizes: PlanSizes,
     layer: int,
     death: int,
 ) -> None:
@@ -259,7 +265,7 @@ def _draw_death(
     save_picture(png, expert_map.placement[layer], after[layer], loads[layer], death)
 
 
-def _print(report: dict[str, Any], console: Console) -> None:
+def _print_report(report: dict[str, Any], console: Console) -> None:
     peak, memory = report["balance"], report["memory"]
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = [

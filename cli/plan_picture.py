@@ -28,12 +28,12 @@ def save_picture(
     FigureCanvasAgg(figure)
     panes = figure.subplots(1, 2, sharey=True)
     mean = float(loads.mean()) or 1.0
-    heat_most = float(loads.max()) / mean
+    heat_max = float(loads.max()) / mean
     for pane, rows, title in zip(
         panes, (before, after), ("before", f"after rank {dead}'s death"), strict=True
     ):
         heat = np.where(rows >= 0, loads[np.maximum(rows, 0)] / mean, np.nan)
-        image = pane.imshow(heat, aspect="auto", cmap="inferno", vmin=0, vmax=heat_most)
+        image = pane.imshow(heat, aspect="auto", cmap="inferno", vmin=0, vmax=heat_max)
         pane.set_title(title)
         pane.set_xlabel("slot")
     for rank, slot in np.argwhere((after >= 0) & (after != before)):

@@ -22,7 +22,7 @@ from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
-from shared.garbage import spare_what_is_loaded
+from shared.garbage_collector import freeze_loaded_objects
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
@@ -92,9 +92,9 @@ async def serve(config: ControlPlaneConfig) -> None:
             ),
             timings=DetectorTimings(
                 window_s=config.timings.suspicion_window_ms / 1000,
-                settle_s=0.4 * config.timings.lease_ttl_s,
-                patience_s=config.timings.lease_ttl_s,
-                quiet_s=2.4 * config.probe_interval_ms / 1000,
+                reregister_timeout_s=0.4 * config.timings.lease_ttl_s,
+                mass_expiry_grace_s=config.timings.lease_ttl_s,
+                probe_silence_s=2.4 * config.probe_interval_ms / 1000,
             ),
             leader_ttl_s=config.leader_ttl_s,
             probe_interval_s=config.probe_interval_ms / 1000,
@@ -105,7 +105,7 @@ async def serve(config: ControlPlaneConfig) -> None:
             endpoint = http_endpoint(metrics, driver.health, host=config.host, port=config.port)
             port = await stack.enter_async_context(endpoint)
             log.info("listening", host=config.host, port=port)
-        spare_what_is_loaded()
+        freeze_loaded_objects()
         await driver.run(stop)
         log.info("stopped")
 

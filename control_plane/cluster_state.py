@@ -30,7 +30,7 @@ class RecordPut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordGone:
+class RecordDeleted:
     """Its lease expired or was revoked."""
 
     member: Member
@@ -57,27 +57,27 @@ class LeaderPut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaderGone:
+class LeaderDeleted:
     pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Malformed:
+class MalformedValue:
     """A value that nobody of ours wrote; it is left out of the view."""
 
     key: str
     error: str
 
 
-Change = (
+StateChange = (
     RecordPut
-    | RecordGone
+    | RecordDeleted
     | SuspicionRaised
     | MapPut
     | VerdictPut
     | LeaderPut
-    | LeaderGone
-    | Malformed
+    | LeaderDeleted
+    | MalformedValue
 )
 
 
@@ -87,7 +87,7 @@ class _Entry:
     mod_revision: int
 
 
-class ClusterView:
+class ClusterState:
     """Values by key, and typed looks at them. `version` grows with every change."""
 
     def __init__(self, keys: Keys) -> None:
@@ -140,14 +140,14 @@ class ClusterView:
             newest[member.rank] = self.records[member]
         return newest
 
-    def apply(self, item: Snapshot | WatchEvent) -> list[Change]:
+    def apply(self, item: Snapshot | WatchEvent) -> list[StateChange]:
         """Idempotent: what is known already, or older than what is known, changes nothing."""
         if isinstance(item, WatchEvent):
             return self._apply(item.key, item.value, item.mod_revision)
         self.synced = True
-        changes: list[Change] = []
-        standing = {kv.key for kv in item.values}
-        for key in [k for k in self._entries if k not in standing]:
+        changes: list[StateChange] = []
+        present_keys = {kv.key for kv in item.values}
+        for key in [k for k in self._entries if k not in present_keys]:
             changes += self._apply(key, None, item.revision)
         for kv in item.values:
             known = self._entries.get(kv.key)
@@ -160,7 +160,7 @@ class ClusterView:
         entry = self._entries.get(key)
         return entry.value if entry else None
 
-    def _apply(self, key: str, data: bytes | None, mod_revision: int) -> list[Change]:
+    def _apply(self, key: str, data: bytes | None, mod_revision: int) -> list[StateChange]:
         known = self._entries.get(key)
         if known is not None and mod_revision <= known.mod_revision:
             return []
@@ -172,7 +172,7 @@ class ClusterView:
         try:
             value = decode(data)
         except WireError as error:
-            return [Malformed(key=key, error=str(error))]
+            return [MalformedValue(key=key, error=str(error))]
         self.version += 1
         self._entries[key] = _Entry(value, mod_revision)
         return self._index(key, value)
@@ -181,7 +181,7 @@ class ClusterView:
     def _matches(key: str, prefix: str) -> bool:
         return key.startswith(prefix) if prefix.endswith("/") else key == prefix
 
-    def _index(self, key: str, value: Any) -> list[Change]:
+    def _index(self, key: str, value: Any) -> list[StateChange]:
         match value:
             case RankRecord():
                 self.records[value.member] = value
@@ -200,7 +200,7 @@ class ClusterView:
                 return [LeaderPut(record=value)]
         return []
 
-    def _remove(self, key: str) -> list[Change]:
+    def _remove(self, key: str) -> list[StateChange]:
         entry = self._entries.pop(key, None)
         if entry is None:
             return []
@@ -208,7 +208,7 @@ class ClusterView:
         match entry.value:
             case RankRecord() as record:
                 self.records.pop(record.member, None)
-                return [RecordGone(member=record.member)]
+                return [RecordDeleted(member=record.member)]
             case SlotContents() as contents:
                 self._contents(key).pop(member_of(contents), None)
             case Suspicion():
@@ -216,7 +216,7 @@ class ClusterView:
             case Verdict() as verdict:
                 self.verdicts.pop(member_of(verdict), None)
             case LeaderRecord():
-                return [LeaderGone()]
+                return [LeaderDeleted()]
         return []
 
     def _contents(self, key: str) -> dict[Member, SlotContents]:

@@ -1,5 +1,5 @@
 """The control plane's loop: watch and probes in, decisions out to etcd. It decides nothing itself:
-`reign` judges and plans, `election` says whether it may act."""
+`leader_term` judges and plans, `election` says whether it may act."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from dataclasses import dataclass
 import structlog
 
 from control_plane.cluster_state import (
-    Change,
-    ClusterView,
-    LeaderGone,
+    ClusterState,
+    LeaderDeleted,
     LeaderPut,
-    Malformed,
+    MalformedValue,
     MapPut,
     RecordPut,
+    StateChange,
 )
 from control_plane.election import Election
 from control_plane.failure_detector import DetectorTimings
-from control_plane.leader_term import Reign
+from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
-from control_plane.placement import HealStep, advise, describe, survives
+from control_plane.placement import HealStep, advise, compute_fault_tolerance, describe
 from control_plane.probe_events import ProbeEvent
 from control_plane.prober import Prober
 from control_plane.publisher import Publisher
-from control_plane.spec_keeper import keep_spec
+from control_plane.spec_publisher import publish_spec
 from control_plane.telemetry import Metrics
-from control_plane.verdicts import Dead
-from control_plane.writes import Assign, Condemn, PlanHeal, PublishMap, Write
+from control_plane.verdicts import DeclaredDead
+from control_plane.writes import Assign, DeclareDead, PlanHeal, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import StoreError
 from shared.expert_map import ExpertMap
@@ -57,19 +57,19 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A heal's next step, for the reign that asked for it."""
+    """A heal's next step, for the leader term that asked for it."""
 
-    reign: Reign
+    leader_term: LeaderTerm
     plan: PlanHeal
     step: HealStep | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nudge:
+class ElectionChanged:
     """The election moved; look again."""
 
 
-Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | Nudge
+Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | ElectionChanged
 
 
 class Driver:
@@ -97,7 +97,7 @@ class Driver:
         self._policy = policy
         self._timings = timings
         self._metrics = metrics
-        self._view = ClusterView(keys)
+        self._view = ClusterState(keys)
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._election = Election(name=name, ttl_s=leader_ttl_s)
         self._leadership = Leadership(
@@ -108,7 +108,7 @@ class Driver:
             name=name,
             pid=os.getpid(),
             ttl_s=leader_ttl_s,
-            on_change=self._nudge,
+            on_change=self._notify_election_changed,
         )
         self._prober = Prober(
             name=name,
@@ -117,9 +117,9 @@ class Driver:
             urgent_interval_s=urgent_probe_interval_s,
         )
         self._publisher = Publisher(store, keys, clock)
-        self._reign: Reign | None = None
+        self._leader_term: LeaderTerm | None = None
         self._write_under_way = False
-        self._spec_kept = False
+        self._spec_published = False
         self._last_records: dict[Member, RankRecord] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -148,31 +148,31 @@ class Driver:
             "term": self._view.term,
             "epoch": expert_map.epoch if expert_map else 0,
             "members": [str(m) for m in expert_map.members] if expert_map else [],
-            "frozen": self._reign.detector.frozen if self._reign else False,
+            "frozen": self._leader_term.detector.frozen if self._leader_term else False,
         }
 
     async def _watch(self) -> None:
         async for item in self._store.watch(self._keys.root):
             await self._inbox.put(item)
 
-    def _nudge(self) -> None:
+    def _notify_election_changed(self) -> None:
         if not self._inbox.full():
-            self._inbox.put_nowait(Nudge())
+            self._inbox.put_nowait(ElectionChanged())
 
     async def _loop(self, group: asyncio.TaskGroup) -> None:
         while True:
             for event in await self._next_events():
-                self._feed(event)
+                self._handle_event(event)
             now = self._clock.now()
-            await self._take_office(now)
-            if self._reign is not None:
-                self._reign.on_tick(now)
-                self._tell_news(self._reign)
-                self._act(group, self._reign, now)
-            self._show()
+            await self._begin_or_end_term(now)
+            if self._leader_term is not None:
+                self._leader_term.on_tick(now)
+                self._log_judgements(self._leader_term)
+                self._act(group, self._leader_term, now)
+            self._update_metrics()
 
     async def _next_events(self) -> list[Event]:
-        urgent = self._reign is not None and self._reign.detector.urgent
+        urgent = self._leader_term is not None and self._leader_term.detector.urgent
         events: list[Event] = []
         try:
             tick_s = _TICK_URGENT_S if urgent else _TICK_S
@@ -184,33 +184,33 @@ class Driver:
             events.append(self._inbox.get_nowait())
         return events
 
-    def _feed(self, event: Event) -> None:
+    def _handle_event(self, event: Event) -> None:
         now = self._clock.now()
         match event:
             case Snapshot() | WatchEvent():
-                self._feed_changes(self._view.apply(event), now)
+                self._handle_changes(self._view.apply(event), now)
                 if isinstance(event, Snapshot):
-                    self._leadership.poke()
+                    self._leadership.notify()
             case Written():
                 self._write_under_way = False
-                self._feed_written(event, now)
+                self._handle_written(event, now)
             case Planned():
-                event.reign.membership.on_heal_planned(event.plan, event.step)
-            case Nudge():
+                event.leader_term.membership.on_heal_planned(event.plan, event.step)
+            case ElectionChanged():
                 pass
             case _:
-                if self._reign is not None:
-                    self._reign.on_probe(event, now)
+                if self._leader_term is not None:
+                    self._leader_term.on_probe(event, now)
 
-    def _feed_written(self, written: Written, now: float) -> None:
+    def _handle_written(self, written: Written, now: float) -> None:
         outcome = written.outcome
         for item in (outcome,) if isinstance(outcome, Snapshot) else outcome:
-            self._feed_changes(self._view.apply(item), now)
+            self._handle_changes(self._view.apply(item), now)
         if written.error is not None:
             log.warning("write_failed", error=str(written.error))
-        elif isinstance(written.write, Condemn | Assign) and written.write.verdicts:
-            condemned = [f"{v.rank}.{v.incarnation}" for v in written.write.verdicts]
-            log.warning("condemned_without_a_map", members=condemned)
+        elif isinstance(written.write, DeclareDead | Assign) and written.write.verdicts:
+            declared_dead = [f"{v.rank}.{v.incarnation}" for v in written.write.verdicts]
+            log.warning("declared_dead_without_map", members=declared_dead)
         elif isinstance(written.write, PublishMap):
             expert_map = written.write.expert_map
             self._metrics.publish_s.observe(now - expert_map.published_at)
@@ -222,49 +222,49 @@ class Driver:
                 publish_ms=round((now - expert_map.published_at) * 1000, 1),
             )
             if not written.write.verdicts:  # after a death there is something better to do
-                self._tell_tolerance(expert_map)
+                self._log_fault_tolerance(expert_map)
 
-    def _feed_changes(self, changes: list[Change], now: float) -> None:
+    def _handle_changes(self, changes: list[StateChange], now: float) -> None:
         for change in changes:
-            if isinstance(change, Malformed):
+            if isinstance(change, MalformedValue):
                 log.error("malformed_value", key=change.key, error=change.error)
-            self._remember(change)
-            if self._reign is not None:
-                self._reign.on_change(change, now)
-            if isinstance(change, LeaderPut | LeaderGone):
-                self._leadership.poke()
+            self._remember_record(change)
+            if self._leader_term is not None:
+                self._leader_term.on_change(change, now)
+            if isinstance(change, LeaderPut | LeaderDeleted):
+                self._leadership.notify()
 
-    async def _take_office(self, now: float) -> None:
-        """A reign begins and ends with the right to act."""
+    async def _begin_or_end_term(self, now: float) -> None:
+        """A leader term begins and ends with the right to act."""
         if not self._election.may_act(now):
-            if self._reign is not None:
+            if self._leader_term is not None:
                 log.warning("leadership_ended", leader=self._view.leader)
-                self._reign, self._spec_kept = None, False
+                self._leader_term, self._spec_published = None, False
                 self._prober.watch(())
             return
-        if self._reign is None:
+        if self._leader_term is None:
             log.info("leadership_won", term=self._view.term)
-            self._reign = Reign(self._view, self._policy, self._timings, now)
-        if not self._spec_kept:
-            self._spec_kept = await keep_spec(
+            self._leader_term = LeaderTerm(self._view, self._policy, self._timings, now)
+        if not self._spec_published:
+            self._spec_published = await publish_spec(
                 self._store, self._view, self._spec, self._election.leader_revision
             )
 
-    def _act(self, group: asyncio.TaskGroup, reign: Reign, now: float) -> None:
-        self._prober.watch(self._targets(reign))
-        self._prober.set_urgent(reign.detector.urgent)
-        if self._write_under_way or not self._spec_kept:
+    def _act(self, group: asyncio.TaskGroup, leader_term: LeaderTerm, now: float) -> None:
+        self._prober.watch(self._targets(leader_term))
+        self._prober.set_urgent(leader_term.detector.urgent)
+        if self._write_under_way or not self._spec_published:
             return
-        decision = reign.decide(now)
+        decision = leader_term.decide(now)
         if isinstance(decision, PlanHeal):
-            group.create_task(self._plan(reign, decision))
+            group.create_task(self._plan(leader_term, decision))
         elif decision is not None:
             self._write_under_way = True
             group.create_task(self._write(decision, self._election.leader_revision))
 
-    async def _plan(self, reign: Reign, plan: PlanHeal) -> None:
+    async def _plan(self, leader_term: LeaderTerm, plan: PlanHeal) -> None:
         step = await asyncio.to_thread(plan.first_step)
-        await self._inbox.put(Planned(reign=reign, plan=plan, step=step))
+        await self._inbox.put(Planned(leader_term=leader_term, plan=plan, step=step))
 
     async def _write(self, write: Write, leader_revision: int) -> None:
         map_revision = self._view.revision_of(self._keys.map)
@@ -276,14 +276,14 @@ class Driver:
             written = Written(write=write, outcome=snapshot, error=error)
         await self._inbox.put(written)
 
-    def _targets(self, reign: Reign) -> list[RankRecord]:
+    def _targets(self, leader_term: LeaderTerm) -> list[RankRecord]:
         """All that are registered, and members that lost their registration and may live still."""
         records, expert_map = self._view.records, self._view.expert_map
-        dead = reign.membership.dead
+        dead = leader_term.membership.dead
         kept = {m for m in (expert_map.members if expert_map else ()) if m not in dead}
         return [r for m, r in self._last_records.items() if m in records or m in kept]
 
-    def _remember(self, change: Change) -> None:
+    def _remember_record(self, change: StateChange) -> None:
         """The last record of every member, on standby too: the next leader may have to ask those
         whose leases etcd's own trouble made expire."""
         if isinstance(change, RecordPut):
@@ -292,14 +292,14 @@ class Driver:
             kept = {*self._view.records, *change.expert_map.members}
             self._last_records = {m: r for m, r in self._last_records.items() if m in kept}
 
-    def _tell_news(self, reign: Reign) -> None:
-        for item in reign.take_news():
-            if isinstance(item, Dead):
+    def _log_judgements(self, leader_term: LeaderTerm) -> None:
+        for item in leader_term.take_judgements():
+            if isinstance(item, DeclaredDead):
                 took_s = item.decided_at - item.first_signal_at
                 self._metrics.verdicts.labels(item.cause.value).inc()
                 self._metrics.verdict_s.observe(took_s)
                 log.warning(
-                    "rank_dead",
+                    "rank_declared_dead",
                     rank=item.member.rank,
                     incarnation=item.member.incarnation,
                     cause=item.cause.value,
@@ -310,18 +310,18 @@ class Driver:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)
 
-    def _tell_tolerance(self, expert_map: ExpertMap) -> None:
+    def _log_fault_tolerance(self, expert_map: ExpertMap) -> None:
         records = self._view.records
         if any(m not in records for m in expert_map.members):
             return
         nodes = {m.rank: records[m].node for m in expert_map.members}
-        tolerance = survives(expert_map, nodes)
+        tolerance = compute_fault_tolerance(expert_map, nodes)
         self._metrics.survivable.set(tolerance.rank_failures)
         log.info("fault_tolerance", text=describe(tolerance, advise(expert_map, nodes)))
 
-    def _show(self) -> None:
-        expert_map, reign = self._view.expert_map, self._reign
+    def _update_metrics(self) -> None:
+        expert_map, leader_term = self._view.expert_map, self._leader_term
         self._metrics.epoch.set(expert_map.epoch if expert_map else 0)
         self._metrics.members.set(len(expert_map.members) if expert_map else 0)
-        self._metrics.leader.set(reign is not None)
-        self._metrics.suspected.set(len(reign.detector.suspected) if reign else 0)
+        self._metrics.leader.set(leader_term is not None)
+        self._metrics.suspected.set(len(leader_term.detector.suspected) if leader_term else 0)

@@ -7,15 +7,15 @@ this rule only spares futile ones.
 
     state     | event                        | next      | action
     ----------+------------------------------+-----------+------------------------
-    leaseless | begin, lease lost            | leaseless | GrantLease, until granted
-    leaseless | granted                      | standby   | Campaign, if the key is absent
+    no_lease | begin, lease lost            | no_lease | GrantLease, until granted
+    no_lease | granted                      | standby   | Campaign, if the key is absent
     standby   | key gone                     | standby   | Campaign
     standby   | won                          | leading   |
     standby   | not won                      | standby   | Campaign after a pause, if absent
     leading   | key gone, or another's       | standby   | Campaign, if absent
     leading   | renewal late                 | leading   | may not act until renewed
     any       | renewal due                  | same      | RenewLease
-    any       | lease lost                   | leaseless | GrantLease
+    any       | lease lost                   | no_lease | GrantLease
     any       | resign                       | resigned  | RevokeLease
 """
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-_CAMPAIGN_PAUSE_S = 0.1
+_CAMPAIGN_BACKOFF_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,21 +52,21 @@ class RevokeLease:
 Action = GrantLease | RenewLease | Campaign | RevokeLease
 
 
-class Stand(Enum):
-    LEASELESS = "leaseless"
+class ElectionState(Enum):
+    NO_LEASE = "no_lease"
     STANDBY = "standby"
     LEADING = "leading"
     RESIGNED = "resigned"
 
 
 class Election:
-    """`due(now)` names the next action to perform; its outcome comes back as an event."""
+    """`next_action(now)` names the next action to perform; its outcome comes back as an event."""
 
     def __init__(self, *, name: str, ttl_s: float) -> None:
         self._name = name
         self._ttl_s = ttl_s
         self._margin_s = ttl_s / 5
-        self.stand = Stand.LEASELESS
+        self.state = ElectionState.NO_LEASE
         self.leader_revision = 0
         self._lease_id = 0
         self._renewed_at = 0.0
@@ -75,15 +75,22 @@ class Election:
         self._campaign_at = 0.0
 
     def may_act(self, now: float) -> bool:
-        return self.stand is Stand.LEADING and now < self._renewed_at + self._ttl_s - self._margin_s
+        return (
+            self.state is ElectionState.LEADING
+            and now < self._renewed_at + self._ttl_s - self._margin_s
+        )
 
     def _may_campaign(self, now: float) -> bool:
-        return self.stand is Stand.STANDBY and self._key_revision == 0 and now >= self._campaign_at
+        return (
+            self.state is ElectionState.STANDBY
+            and self._key_revision == 0
+            and now >= self._campaign_at
+        )
 
-    def due(self, now: float) -> Action | None:
-        if self.stand is Stand.RESIGNED:
+    def next_action(self, now: float) -> Action | None:
+        if self.state is ElectionState.RESIGNED:
             return RevokeLease(lease_id=self._lease_id) if self._lease_id else None
-        if self.stand is Stand.LEASELESS:
+        if self.state is ElectionState.NO_LEASE:
             return GrantLease()
         if self._may_campaign(now):
             self._campaigned_lease_id = self._lease_id
@@ -92,16 +99,16 @@ class Election:
             return RenewLease(lease_id=self._lease_id)
         return None
 
-    def next_due_s(self, now: float) -> float:
+    def next_action_in_s(self, now: float) -> float:
         """How long nothing falls due, unless an event comes."""
         due_at = self._renewed_at + self._ttl_s / 3
-        if self.stand is Stand.STANDBY and self._key_revision == 0:
+        if self.state is ElectionState.STANDBY and self._key_revision == 0:
             due_at = min(due_at, self._campaign_at)
         return max(0.0, due_at - now)
 
     def on_granted(self, lease_id: int, asked_at: float) -> None:
-        if self.stand is Stand.LEASELESS:
-            self.stand = Stand.STANDBY
+        if self.state is ElectionState.NO_LEASE:
+            self.state = ElectionState.STANDBY
             self._lease_id, self._renewed_at = lease_id, asked_at
 
     def on_renewed(self, asked_at: float) -> None:
@@ -109,30 +116,30 @@ class Election:
 
     def on_lease_lost(self) -> None:
         """The key has gone with it, or will have before anybody can take it."""
-        if self.stand is not Stand.RESIGNED:
-            self.stand = Stand.LEASELESS
+        if self.state is not ElectionState.RESIGNED:
+            self.state = ElectionState.NO_LEASE
         self._lease_id = 0
 
     def on_won(self, revision: int) -> None:
         self._key_revision = max(self._key_revision or 0, revision)
-        if self.stand is Stand.STANDBY:
-            self.stand, self.leader_revision = Stand.LEADING, revision
+        if self.state is ElectionState.STANDBY:
+            self.state, self.leader_revision = ElectionState.LEADING, revision
 
     def on_not_won(self, now: float) -> None:
         """Somebody was quicker, or the outcome is unknown; the watch will tell."""
-        self._campaign_at = now + _CAMPAIGN_PAUSE_S
+        self._campaign_at = now + _CAMPAIGN_BACKOFF_S
 
     def on_key(self, name: str | None, revision: int) -> None:
         """What the watch shows now: whose the key is (None: absent) and its mod revision (0)."""
         self._key_revision = revision
         mine = name == self._name and self._campaigned_lease_id == self._lease_id != 0
-        if self.stand is Stand.LEADING and not (mine and revision == self.leader_revision):
-            self.stand = Stand.STANDBY
-        if self.stand is Stand.STANDBY and mine:  # a campaign whose reply was lost
-            self.stand, self.leader_revision = Stand.LEADING, revision
+        if self.state is ElectionState.LEADING and not (mine and revision == self.leader_revision):
+            self.state = ElectionState.STANDBY
+        if self.state is ElectionState.STANDBY and mine:  # a campaign whose reply was lost
+            self.state, self.leader_revision = ElectionState.LEADING, revision
 
     def resign(self) -> None:
-        self.stand = Stand.RESIGNED
+        self.state = ElectionState.RESIGNED
 
     def on_revoked(self) -> None:
         self._lease_id = 0

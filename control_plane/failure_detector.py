@@ -34,8 +34,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from control_plane.verdicts import Alarm, AlarmKind, Dead, Judgement
-from control_plane.watched_member import Probe, WatchedMember
+from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead, Judgement
+from control_plane.watched_member import ProbeState, WatchedMember
 from shared.records import Suspicion
 from shared.types import Epoch, Member, Step, SuspicionReason
 from shared.wire import Pong
@@ -49,9 +49,11 @@ _INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReas
 class DetectorTimings:
     window_s: float = 0.25  # a suspected member silent for so long is dead
     stopped_s: float = 0.05  # the same, where its node agent saw the process stopped
-    settle_s: float = 2.0  # time to register again: a keep-alive interval, and a little
-    patience_s: float = 5.0  # the same, where most leases went at once: as long as a lease lasts
-    quiet_s: float = 1.2  # unanswered probes of peace that make us suspect by ourselves
+    reregister_timeout_s: float = 2.0  # time to register again: a keep-alive interval, and a little
+    mass_expiry_grace_s: float = (
+        5.0  # the same, where most leases went at once: as long as a lease lasts
+    )
+    probe_silence_s: float = 1.2  # unanswered probes of peace that make us suspect by ourselves
     stuck_s: float = 5.0  # members wait for an accused one and nobody's step moves
     gap_max_s: float = 0.25  # more time between two events is our own stall
     gap_max_urgent_s: float = 0.03
@@ -66,32 +68,34 @@ class FailureDetector:
         self._registered: set[Member] = set()
         self._now = now
         self._attentive_s = 0.0
-        self._deaf_a = -inf
+        self._own_link_suspect_attentive_s = -inf
         self._progress: tuple[int, int] = (0, 0)
-        self._progress_a = 0.0  # of the last one, or of the first wait after it: sleep is no wait
+        self._progress_attentive_s = (
+            0.0  # of the last one, or of the first wait after it: sleep is no wait
+        )
         self._alarmed: set[AlarmKind] = set()
 
     @property
     def urgent(self) -> bool:
         """Whether to probe quickly: all members, so that silence can be told from a lost link."""
-        return any(w.suspected_a is not None for w in self._watched.values())
+        return any(w.suspected_attentive_s is not None for w in self._watched.values())
 
     @property
     def frozen(self) -> bool:
         """Leases expired in masses, and not all have come back: leave the map as it is."""
-        return any(w.pardoned for w in self._watched.values())
+        return any(w.lease_grace for w in self._watched.values())
 
     @property
     def suspected(self) -> tuple[Member, ...]:
-        return tuple(m for m, w in self._watched.items() if w.suspected_a is not None)
+        return tuple(m for m, w in self._watched.items() if w.suspected_attentive_s is not None)
 
     def on_members(self, members: Iterable[Member], now: float) -> list[Judgement]:
         """The members of the newest map, less those found dead already."""
-        self._pass(now)
+        self._advance_attentive_time(now)
         wanted = set(members)
         self._watched = {m: w for m, w in self._watched.items() if m in wanted}
         for member in wanted - self._watched.keys():
-            watched = WatchedMember(member, self._attentive_s, pong_a=self._attentive_s)
+            watched = WatchedMember(member, self._attentive_s, pong_attentive_s=self._attentive_s)
             self._watched[member] = watched
             if member not in self._registered:
                 self._lose_lease(watched)
@@ -100,18 +104,18 @@ class FailureDetector:
 
     def on_record(self, member: Member, now: float) -> list[Judgement]:
         """Registered, or registered anew under another lease."""
-        self._pass(now)
+        self._advance_attentive_time(now)
         self._registered.add(member)
         watched = self._watched.get(member)
-        if watched is not None and watched.unleased_a is not None:
-            self._begin_to_ask(watched)
-            watched.unleased_a, watched.pardoned = None, False
-            if watched.suspected_a is None:
+        if watched is not None and watched.unleased_attentive_s is not None:
+            self._restart_silence(watched)
+            watched.unleased_attentive_s, watched.lease_grace = None, False
+            if watched.suspected_attentive_s is None:
                 watched.signals.clear()
         return self._judge_all()
 
-    def on_record_gone(self, member: Member, now: float) -> list[Judgement]:
-        self._pass(now)
+    def on_record_deleted(self, member: Member, now: float) -> list[Judgement]:
+        self._advance_attentive_time(now)
         self._registered.discard(member)
         watched = self._watched.get(member)
         if watched is None:
@@ -120,7 +124,7 @@ class FailureDetector:
         return self._judge_all()
 
     def on_suspicion(self, suspicion: Suspicion, now: float) -> list[Judgement]:
-        self._pass(now)
+        self._advance_attentive_time(now)
         member = Member(rank=suspicion.rank, incarnation=suspicion.incarnation)
         watched = self._watched.get(member)
         if watched is None:
@@ -130,49 +134,59 @@ class FailureDetector:
         self._suspect(watched, suspicion)
         return self._judge_all()
 
-    def on_probe_standing(self, member: Member, now: float) -> list[Judgement]:
-        self._pass(now)
+    def on_probe_connected(self, member: Member, now: float) -> list[Judgement]:
+        self._advance_attentive_time(now)
         watched = self._watched.get(member)
         if watched is not None:
-            self._begin_to_ask(watched)
-            watched.probe = Probe.STANDING
+            self._restart_silence(watched)
+            watched.probe = ProbeState.CONNECTED
         return self._judge_all()
 
     def on_probe_broken(self, member: Member, now: float) -> list[Judgement]:
-        return self._on_probe_failed(member, Probe.BROKEN, "probe connection broken", now)
+        return self._on_probe_failed(member, ProbeState.BROKEN, "probe connection broken", now)
 
     def on_probe_refused(self, member: Member, now: float) -> list[Judgement]:
-        return self._on_probe_failed(member, Probe.REFUSED, "probe connection refused", now)
+        return self._on_probe_failed(member, ProbeState.REFUSED, "probe connection refused", now)
 
     def on_pong(self, member: Member, pong: Pong, now: float) -> list[Judgement]:
-        self._pass(now)
+        self._advance_attentive_time(now)
         watched = self._watched.get(member)
         if watched is None:
             return []
         self._note_progress(pong.epoch, pong.step)
-        watched.probe = Probe.STANDING
+        watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
-        watched.pong_a = self._attentive_s
-        vouched_a = self._attentive_s - pong.engine_age_ms / 1000
-        watched.vouched_a = max(watched.vouched_a, vouched_a)
-        if watched.suspected_a is not None and watched.vouched_a > watched.suspected_a:
+        watched.pong_attentive_s = self._attentive_s
+        heartbeat_attentive_s = self._attentive_s - pong.engine_age_ms / 1000
+        watched.heartbeat_attentive_s = max(watched.heartbeat_attentive_s, heartbeat_attentive_s)
+        if (
+            watched.suspected_attentive_s is not None
+            and watched.heartbeat_attentive_s > watched.suspected_attentive_s
+        ):
             self._trust(watched)
         return self._judge_all()
 
-    def on_tick(self, now: float, *, steps_may_rest: bool = False) -> list[Judgement]:
-        """`steps_may_rest`: steps rightly stand still, while weights are loaded for orphans."""
-        self._pass(now)
-        if steps_may_rest:
+    def on_tick(self, now: float, *, steps_paused: bool = False) -> list[Judgement]:
+        """`steps_paused`: steps rightly stand still, while weights are loaded for orphans."""
+        self._advance_attentive_time(now)
+        if steps_paused:
             self._note_progress(0, 0, forget=True)
         for watched in self._watched.values():
-            quiet_s = self._attentive_s - max(watched.pong_a, watched.added_a)
-            if watched.suspected_a is None and quiet_s > self._timings.quiet_s:
-                self._suspect(watched, self._own(watched, SuspicionReason.SILENCE, "no answer"))
+            probe_silence_s = self._attentive_s - max(
+                watched.pong_attentive_s, watched.added_attentive_s
+            )
+            if (
+                watched.suspected_attentive_s is None
+                and probe_silence_s > self._timings.probe_silence_s
+            ):
+                self._suspect(
+                    watched, self._own_suspicion(watched, SuspicionReason.SILENCE, "no answer")
+                )
         return self._judge_all()
 
     # Attentive time.
 
-    def _pass(self, now: float) -> None:
+    def _advance_attentive_time(self, now: float) -> None:
         timings = self._timings
         gap_max_s = timings.gap_max_urgent_s if self.urgent else timings.gap_max_s
         self._attentive_s += min(max(0.0, now - self._now), gap_max_s)
@@ -185,36 +199,40 @@ class FailureDetector:
             watched.first_signal_at = self._now
         if len(watched.signals) < SIGNALS_MAX:
             watched.signals.append(signal)
-        if watched.suspected_a is None:
-            watched.suspected_a = self._attentive_s
+        if watched.suspected_attentive_s is None:
+            watched.suspected_attentive_s = self._attentive_s
 
-    def _begin_to_ask(self, watched: WatchedMember) -> None:
+    def _restart_silence(self, watched: WatchedMember) -> None:
         """Its address is known only now: it was not silent before."""
-        if watched.is_unasked:
-            watched.suspected_a = watched.pong_a = self._attentive_s
+        if watched.is_never_probed:
+            watched.suspected_attentive_s = watched.pong_attentive_s = self._attentive_s
 
     def _trust(self, watched: WatchedMember) -> None:
-        watched.suspected_a = None
-        if watched.unleased_a is None:
+        watched.suspected_attentive_s = None
+        if watched.unleased_attentive_s is None:
             watched.signals.clear()
 
     def _lose_lease(self, watched: WatchedMember) -> None:
-        if watched.unleased_a is None:
-            watched.unleased_a = self._attentive_s
-            self._suspect(watched, self._own(watched, SuspicionReason.LEASE, "record gone"))
+        if watched.unleased_attentive_s is None:
+            watched.unleased_attentive_s = self._attentive_s
+            self._suspect(
+                watched, self._own_suspicion(watched, SuspicionReason.LEASE, "record gone")
+            )
 
     def _on_probe_failed(
-        self, member: Member, probe: Probe, detail: str, now: float
+        self, member: Member, probe: ProbeState, detail: str, now: float
     ) -> list[Judgement]:
-        self._pass(now)
+        self._advance_attentive_time(now)
         watched = self._watched.get(member)
         if watched is None:
             return []
         watched.probe = probe
-        self._suspect(watched, self._own(watched, SuspicionReason.RESET, detail))
+        self._suspect(watched, self._own_suspicion(watched, SuspicionReason.RESET, detail))
         return self._judge_all()
 
-    def _own(self, watched: WatchedMember, reason: SuspicionReason, detail: str) -> Suspicion:
+    def _own_suspicion(
+        self, watched: WatchedMember, reason: SuspicionReason, detail: str
+    ) -> Suspicion:
         return Suspicion(
             rank=watched.member.rank,
             incarnation=watched.member.incarnation,
@@ -229,7 +247,7 @@ class FailureDetector:
     def _note_progress(self, epoch: int, step: int, *, forget: bool = False) -> None:
         if forget or (epoch, step) > self._progress:
             self._progress = (0, 0) if forget else (epoch, step)
-            self._progress_a = self._attentive_s
+            self._progress_attentive_s = self._attentive_s
             for watched in self._watched.values():
                 watched.accusers.clear()
 
@@ -243,62 +261,75 @@ class FailureDetector:
             if cause is None and self._is_silent(watched):
                 cause = watched.signals[0].reason
             if cause is not None:
-                dead.append(self._bury(watched, cause))
+                dead.append(self._declare_dead(watched, cause))
         return alarms + dead + self._judge_stuck()
 
     def _cause_of_death(self, watched: WatchedMember) -> SuspicionReason | None:
         if watched.exited or self._has_successor(watched.member):
             return SuspicionReason.EXIT
-        if watched.probe is Probe.REFUSED:
+        if watched.probe is ProbeState.REFUSED:
             return watched.signals[0].reason
-        if watched.probe is Probe.BROKEN and any(
+        if watched.probe is ProbeState.BROKEN and any(
             s.by != OWN_NAME and s.reason in _INSTANT for s in watched.signals
         ):
             return watched.signals[0].reason
-        if watched.unleased_a is not None:
-            waited_s = self._attentive_s - watched.unleased_a
-            if watched.probe is Probe.BROKEN or waited_s >= self._patience_s(watched):
+        if watched.unleased_attentive_s is not None:
+            waited_s = self._attentive_s - watched.unleased_attentive_s
+            if watched.probe is ProbeState.BROKEN or waited_s >= self._lease_grace_s(watched):
                 return SuspicionReason.LEASE
         return None
 
-    def _patience_s(self, watched: WatchedMember) -> float:
-        if not watched.pardoned:
-            return self._timings.settle_s
-        assert watched.unleased_a is not None
-        return inf if watched.vouched_a > watched.unleased_a else self._timings.patience_s
+    def _lease_grace_s(self, watched: WatchedMember) -> float:
+        if not watched.lease_grace:
+            return self._timings.reregister_timeout_s
+        assert watched.unleased_attentive_s is not None
+        return (
+            inf
+            if watched.heartbeat_attentive_s > watched.unleased_attentive_s
+            else self._timings.mass_expiry_grace_s
+        )
 
     def _is_silent(self, watched: WatchedMember) -> bool:
-        if watched.suspected_a is None or watched.is_unasked:
+        if watched.suspected_attentive_s is None or watched.is_never_probed:
             return False
-        since_a = max(watched.suspected_a, watched.vouched_a, self._deaf_a)
+        since_attentive_s = max(
+            watched.suspected_attentive_s,
+            watched.heartbeat_attentive_s,
+            self._own_link_suspect_attentive_s,
+        )
         window_s = self._timings.stopped_s if watched.is_stopped else self._timings.window_s
-        return self._attentive_s - since_a >= window_s
+        return self._attentive_s - since_attentive_s >= window_s
 
-    def _is_deaf(self) -> bool:
+    def _is_own_link_suspect(self) -> bool:
         """More than half of the members say nothing, though nothing says that they are gone, and
         have been asked quickly for the whole window."""
-        asked_a = min(
-            (w.suspected_a for w in self._watched.values() if w.suspected_a is not None),
+        asked_attentive_s = min(
+            (
+                w.suspected_attentive_s
+                for w in self._watched.values()
+                if w.suspected_attentive_s is not None
+            ),
             default=None,
         )
-        if asked_a is None:
+        if asked_attentive_s is None:
             return False
-        asked = [w for w in self._watched.values() if not w.is_unasked]
+        asked = [w for w in self._watched.values() if not w.is_never_probed]
         heard_nothing = [
             w
             for w in asked
-            if w.probe in (Probe.STANDING, Probe.UNTRIED)
+            if w.probe in (ProbeState.CONNECTED, ProbeState.UNTRIED)
             and not w.is_stopped
-            and self._attentive_s - max(w.pong_a, asked_a) >= self._timings.window_s
+            and self._attentive_s - max(w.pong_attentive_s, asked_attentive_s)
+            >= self._timings.window_s
         ]
         return 2 * len(heard_nothing) > len(asked)
 
     def _judge_own_link(self) -> list[Judgement]:
-        """While we are deaf no silence counts, and none of it once we hear again."""
-        if not self._is_deaf():
+        """While our own link is suspect no silence counts, and none of it once we hear again."""
+        if not self._is_own_link_suspect():
             self._alarmed.discard(AlarmKind.OWN_LINK)
             return []
-        self._deaf_a = self._attentive_s
+        self._own_link_suspect_attentive_s = self._attentive_s
         detail = "most members are silent at once; nobody is judged by silence"
         return self._alarm(AlarmKind.OWN_LINK, detail)
 
@@ -309,27 +340,27 @@ class FailureDetector:
         )
 
     def _judge_mass_expiry(self) -> list[Judgement]:
-        held = [w for w in self._watched.values() if w.may_live_unleased]
+        held = [w for w in self._watched.values() if w.may_be_alive_without_lease]
         if 2 * len(held) <= len(self._watched):
             if not self.frozen:
                 self._alarmed.discard(AlarmKind.MASS_EXPIRY)
             return []
         for watched in held:
-            watched.pardoned = True
+            watched.lease_grace = True
         names = ", ".join(sorted(str(w.member) for w in held))
         detail = f"leases of ranks {names} expired at once; the map is frozen"
         return self._alarm(AlarmKind.MASS_EXPIRY, detail)
 
     def _judge_stuck(self) -> list[Judgement]:
         if not any(w.waiting_for for w in self._watched.values()):
-            self._progress_a = self._attentive_s
-        if self._attentive_s - self._progress_a < self._timings.stuck_s:
+            self._progress_attentive_s = self._attentive_s
+        if self._attentive_s - self._progress_attentive_s < self._timings.stuck_s:
             return []
         # What they said long ago says nothing: it may be us who hear no progress.
         heard = (
             w
             for w in self._watched.values()
-            if self._attentive_s - w.pong_a < self._timings.quiet_s
+            if self._attentive_s - w.pong_attentive_s < self._timings.probe_silence_s
         )
         waits = Counter(rank for w in heard for rank in w.waiting_for)
         accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
@@ -337,11 +368,11 @@ class FailureDetector:
             return []
         worst = max(accused, key=lambda w: (waits[w.member.rank], w.member.rank))
         self._note_progress(0, 0, forget=True)
-        return [self._bury(worst, SuspicionReason.LINK)]
+        return [self._declare_dead(worst, SuspicionReason.LINK)]
 
-    def _bury(self, watched: WatchedMember, cause: SuspicionReason) -> Dead:
+    def _declare_dead(self, watched: WatchedMember, cause: SuspicionReason) -> DeclaredDead:
         del self._watched[watched.member]
-        return Dead(
+        return DeclaredDead(
             member=watched.member,
             cause=cause,
             signals=tuple(watched.signals),

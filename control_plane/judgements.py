@@ -11,7 +11,7 @@ from shared.types import Member, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dead:
+class DeclaredDead:
     """Becomes a Verdict when the map without the member is published."""
 
     member: Member
@@ -35,4 +35,4 @@ class Alarm:
     detail: str
 
 
-Judgement = Dead | Alarm
+Judgement = DeclaredDead | Alarm

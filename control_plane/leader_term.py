@@ -1,14 +1,14 @@
-"""One leader's time in office: the detector's judgements handed to membership. Pure; made anew from
+"""One leader's term: the detector's judgements handed to membership. Pure; made anew from
 the view at every election won."""
 
 from __future__ import annotations
 
 from control_plane.cluster_state import (
-    Change,
-    ClusterView,
+    ClusterState,
     MapPut,
-    RecordGone,
+    RecordDeleted,
     RecordPut,
+    StateChange,
     SuspicionRaised,
     VerdictPut,
 )
@@ -16,30 +16,30 @@ from control_plane.failure_detector import DetectorTimings, FailureDetector
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
+    ProbeConnected,
     ProbeEvent,
     ProbePong,
     ProbeRefused,
-    ProbeStanding,
 )
-from control_plane.verdicts import Alarm, Dead, Judgement
+from control_plane.verdicts import Alarm, DeclaredDead, Judgement
 from control_plane.writes import Decision
 from shared.expert_map import ExpertMap
 
-_LOOK_AGAIN_S = 0.05
+_RECHECK_S = 0.05
 
 
-class Reign:
+class LeaderTerm:
     """Feed it changes of the view and probe events; then ask for the next write."""
 
     def __init__(
-        self, view: ClusterView, policy: MembershipPolicy, timings: DetectorTimings, now: float
+        self, view: ClusterState, policy: MembershipPolicy, timings: DetectorTimings, now: float
     ) -> None:
         self.detector = FailureDetector(timings, now)
         self.membership = Membership(policy, view)
         self._view = view
         self._decided_on: object = None
         self._decided_at = now
-        self._dead: list[Dead] = []
+        self._dead: list[DeclaredDead] = []
         self._alarms: list[Alarm] = []
         for record in view.records.values():
             self.on_change(RecordPut(record=record), now)
@@ -50,13 +50,13 @@ class Reign:
         for suspicion in view.suspicions.values():
             self.on_change(SuspicionRaised(suspicion=suspicion), now)
 
-    def on_change(self, change: Change, now: float) -> None:
+    def on_change(self, change: StateChange, now: float) -> None:
         detector = self.detector
         match change:
             case RecordPut():
                 self._take(detector.on_record(change.record.member, now))
-            case RecordGone():
-                self._take(detector.on_record_gone(change.member, now))
+            case RecordDeleted():
+                self._take(detector.on_record_deleted(change.member, now))
             case SuspicionRaised():
                 self._take(detector.on_suspicion(change.suspicion, now))
             case MapPut():
@@ -69,8 +69,8 @@ class Reign:
     def on_probe(self, event: ProbeEvent, now: float) -> None:
         detector = self.detector
         match event:
-            case ProbeStanding():
-                self._take(detector.on_probe_standing(event.member, now))
+            case ProbeConnected():
+                self._take(detector.on_probe_connected(event.member, now))
             case ProbeBroken():
                 self._take(detector.on_probe_broken(event.member, now))
             case ProbeRefused():
@@ -80,33 +80,33 @@ class Reign:
                 self.membership.on_adopted(event.member, event.pong.epoch)
 
     def on_tick(self, now: float) -> None:
-        steps_may_rest = bool(self.membership.unburied)
-        self._take(self.detector.on_tick(now, steps_may_rest=steps_may_rest))
+        steps_paused = bool(self.membership.dead_in_map)
+        self._take(self.detector.on_tick(now, steps_paused=steps_paused))
 
     def decide(self, now: float) -> Decision | None:
         """Pongs come by the hundred and change nothing that membership looks at: then it looks
         again only for the sake of its own waits."""
         state = (self._view.version, self.membership.dead, self.detector.frozen)
-        if state == self._decided_on and now - self._decided_at < _LOOK_AGAIN_S:
+        if state == self._decided_on and now - self._decided_at < _RECHECK_S:
             return None
         self._decided_on, self._decided_at = state, now
         return self.membership.decide(now, frozen=self.detector.frozen)
 
-    def take_news(self) -> list[Dead | Alarm]:
+    def take_judgements(self) -> list[DeclaredDead | Alarm]:
         """What happened since the last call, for the log."""
-        news: list[Dead | Alarm] = [*self._dead, *self._alarms]
-        news += self.membership.take_alarms()
+        judgements: list[DeclaredDead | Alarm] = [*self._dead, *self._alarms]
+        judgements += self.membership.take_alarms()
         self._dead, self._alarms = [], []
-        return news
+        return judgements
 
     def _on_map(self, expert_map: ExpertMap, now: float) -> None:
-        buried = self.membership.dead
-        alive = [m for m in expert_map.members if m not in buried]
+        dead = self.membership.dead
+        alive = [m for m in expert_map.members if m not in dead]
         self._take(self.detector.on_members(alive, now))
 
     def _take(self, judgements: list[Judgement]) -> None:
         for judgement in judgements:
-            if isinstance(judgement, Dead):
+            if isinstance(judgement, DeclaredDead):
                 self.membership.on_dead(judgement)
                 self._dead.append(judgement)
             else:

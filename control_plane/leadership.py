@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from control_plane.cluster_state import ClusterView
+from control_plane.cluster_state import ClusterState
 from control_plane.election import (
     Action,
     Campaign,
@@ -28,13 +28,13 @@ _RETRY_S = (0.1, 0.5)
 
 
 class Leadership:
-    """`poke()` after every change of the leader key; `on_change` is called after each action."""
+    """`notify()` after every change of the leader key; `on_change` is called after each action."""
 
     def __init__(
         self,
         *,
         store: Store,
-        view: ClusterView,
+        view: ClusterState,
         election: Election,
         clock: Clock,
         name: str,
@@ -50,22 +50,22 @@ class Leadership:
         self._pid = pid
         self._ttl_s = ttl_s
         self._on_change = on_change
-        self._poked = asyncio.Event()
+        self._notified = asyncio.Event()
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         if self._view.synced:
             leader = self._view.leader
             name = leader.control_plane if leader else None
             self._election.on_key(name, self._view.revision_of(self._view.keys.leader))
-        self._poked.set()
+        self._notified.set()
 
     async def run(self) -> None:
         while True:
-            self._poked.clear()
+            self._notified.clear()
             now = self._clock.now()
-            action = self._election.due(now)
+            action = self._election.next_action(now)
             if action is None:
-                await self._wait(self._election.next_due_s(now))
+                await self._wait(self._election.next_action_in_s(now))
                 continue
             if not await self._perform(action):
                 await asyncio.sleep(random.uniform(*_RETRY_S))
@@ -74,14 +74,14 @@ class Leadership:
     async def resign(self) -> None:
         """Gives the key up, so that a standby takes over at once."""
         self._election.resign()
-        action = self._election.due(self._clock.now())
+        action = self._election.next_action(self._clock.now())
         if action is not None:
             await self._perform(action)
 
     async def _wait(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(max(seconds, 0.005)):
-                await self._poked.wait()
+                await self._notified.wait()
         except TimeoutError:
             return
 
@@ -105,7 +105,7 @@ class Leadership:
             log.warning("leader_lease_lost")
             election.on_lease_lost()
         except StoreUnavailable as error:
-            log.warning("etcd_away", doing=type(action).__name__, error=str(error))
+            log.warning("etcd_unavailable", doing=type(action).__name__, error=str(error))
             if isinstance(action, Campaign):
                 election.on_not_won(self._clock.now())
             return False

@@ -12,8 +12,8 @@ from shared.types import Epoch, Member, RankId
 class MapAdoption:
     """A leader that has heard nothing yet takes every joiner of the standing map for unproven."""
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._map: ExpertMap | None = None
         self._since = 0.0
         self._epochs: dict[Member, Epoch] = {}
@@ -40,12 +40,14 @@ class MapAdoption:
     def may_follow(self, now: float) -> bool:
         """Whether a map that no death calls for may come next. A member that never says that it
         runs under this one holds the others up for a while only."""
-        return self.is_complete or now - self._since >= self._patience_s
+        return self.is_complete or now - self._since >= self._timeout_s
 
     def joiners(self, members: Iterable[Member]) -> tuple[RankId, ...]:
         """Those of the next map's members that have not been seen to take part under this one."""
-        standing = self._map
-        if standing is None:
+        current_map = self._map
+        if current_map is None:
             return tuple(sorted(m.rank for m in members))
-        unproven = () if self.is_complete else standing.joiners
-        return tuple(sorted(m.rank for m in members if not standing.has(m) or m.rank in unproven))
+        unproven = () if self.is_complete else current_map.joiners
+        return tuple(
+            sorted(m.rank for m in members if not current_map.has(m) or m.rank in unproven)
+        )

@@ -7,20 +7,20 @@ line that applies decides; each write changes the view, and the next decision fo
 
     the view shows                             | the write
     -------------------------------------------+-----------------------------------------------
-    no map, or none of its members alive       | Condemn the dead; then forming: Assign to all
+    no map, or none of its members alive       | DeclareDead the dead; then forming: Assign to all
                                                | who came, PublishMap when they hold it, linked
     a dead member, the rest covers all experts | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
                                                | survivors, with the verdict; the line above
                                                | applies once they are resident
-    a dead member, too few slots for orphans   | Condemn it; then forming, with survivors and
+    a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
                                                | joiners together
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
     members hold more or other than the map    | PublishMap of what they hold (a heal's second half)
     all quiet for a while                      | PlanHeal, then its step: PublishMap with the slots
                                                | emptied, together with the assignment
-    keys of lives that are over                | Forget
+    keys of lives that are over                | DeleteKeys
 
 A published map names only what is resident, and all experts. It follows the map that was compared
 in its transaction, and leaves out only members with a verdict. One that leaves nobody out waits
@@ -37,18 +37,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from control_plane.cluster_state import ClusterView, member_of
+from control_plane.cluster_state import ClusterState, member_of
 from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealStep
-from control_plane.plans import plan_afresh, plan_with, plan_without
+from control_plane.plans import plan_formation, plan_join, plan_shrink
 from control_plane.residency import Residency
-from control_plane.verdicts import Alarm, AlarmKind, Dead, dead_of, verdict_of
-from control_plane.writes import Assign, Condemn, Decision, Forget, PlanHeal, PublishMap, Write
+from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead, declared_dead_of, verdict_of
+from control_plane.writes import (
+    Assign,
+    Decision,
+    DeclareDead,
+    DeleteKeys,
+    PlanHeal,
+    PublishMap,
+    Write,
+)
 from shared.expert_map import ExpertMap, Placement
 from shared.records import SlotContents, Verdict
 from shared.types import Epoch, Member
 
-_FORGET_MAX = 64
+_DELETED_KEYS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +65,20 @@ class MembershipPolicy:
     survive: int = 1  # rank failures without a reload that placement buys at any cost in balance
     formation_window_s: float = 30.0  # the first map waits so long for all ranks
     heal_after_s: float = 5.0  # quiet time before experts are moved
-    joiner_patience_s: float = 30.0  # a newcomer holds heals up for so long
+    joiner_timeout_s: float = 30.0  # a newcomer holds heals up for so long
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
-    adoption_patience_s: float = 10.0  # a member that runs under an old map holds up so long
+    adoption_timeout_s: float = 10.0  # a member that runs under an old map holds up so long
 
 
 class Membership:
     """Call `decide` after each change of the view and from time to time, and perform its write
     before the next call."""
 
-    def __init__(self, policy: MembershipPolicy, view: ClusterView) -> None:
+    def __init__(self, policy: MembershipPolicy, view: ClusterState) -> None:
         self._policy = policy
         self._view = view
-        self._adoption = MapAdoption(policy.adoption_patience_s)
-        self._dead: dict[Member, Dead] = {}
+        self._adoption = MapAdoption(policy.adoption_timeout_s)
+        self._dead: dict[Member, DeclaredDead] = {}
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
         self._quiet_state: object = None
@@ -84,17 +92,17 @@ class Membership:
         return frozenset(self._dead)
 
     @property
-    def unburied(self) -> tuple[Member, ...]:
+    def dead_in_map(self) -> tuple[Member, ...]:
         """Dead members that the map still names: steps stand still."""
         expert_map = self._view.expert_map
         return tuple(m for m in self._dead if expert_map is not None and expert_map.has(m))
 
-    def on_dead(self, dead: Dead) -> None:
+    def on_dead(self, dead: DeclaredDead) -> None:
         self._dead[dead.member] = dead
 
     def on_verdict(self, verdict: Verdict) -> None:
         """Of an earlier leader, perhaps, whose map still names the dead."""
-        self._dead.setdefault(member_of(verdict), dead_of(verdict))
+        self._dead.setdefault(member_of(verdict), declared_dead_of(verdict))
 
     def on_adopted(self, member: Member, epoch: Epoch) -> None:
         """A rank says under which map it runs; again and again."""
@@ -120,59 +128,63 @@ class Membership:
         members = expert_map.members if expert_map is not None else ()
         survivors = [m for m in members if m not in self._dead]
         if expert_map is None or not survivors:
-            return self._condemn(members) or self._form(residency, [], now) or self._forget(members)
+            return (
+                self._declare_dead(members)
+                or self._form(residency, [], now)
+                or self._delete_stale_keys(members)
+            )
         if len(survivors) < len(members):
-            return self._bury(residency, expert_map, survivors, now)
+            return self._remove_dead(residency, expert_map, survivors, now)
         if frozen:
             return None
         return (
             self._admit(residency, expert_map, now)
-            or self._settle(residency, expert_map, now)
+            or self._publish_loaded(residency, expert_map, now)
             or self._heal(residency, expert_map, now)
-            or self._forget(members)
+            or self._delete_stale_keys(members)
         )
 
     # Forming.
 
     def _form(self, residency: Residency, survivors: Sequence[Member], now: float) -> Write | None:
-        came = sorted({*survivors, *self._newcomers(residency, survivors)})
-        if not came or any(m not in self._view.records for m in survivors):
+        candidates = sorted({*survivors, *self._newcomers(residency, survivors)})
+        if not candidates or any(m not in self._view.records for m in survivors):
             return None  # who lost its record registers again, or is judged
         spec = residency.spec
-        waited_s = now - min(self._first_seen[m] for m in came)
-        if len(came) < spec.num_ranks:
+        waited_s = now - min(self._first_seen[m] for m in candidates)
+        if len(candidates) < spec.num_ranks:
             if waited_s < self._policy.formation_window_s:
                 return None
-            came = self._begun(residency, came, survivors)
-        if not residency.covers(residency.intended_rows(came)) or not all(
-            m in self._view.assignments for m in came
+            candidates = self._already_assigned(residency, candidates, survivors)
+        if not residency.covers(residency.intended_rows(candidates)) or not all(
+            m in self._view.assignments for m in candidates
         ):
-            return self._assign_afresh(residency, came)
-        rows = residency.available_rows(came)
-        if all(residency.is_ready(m) for m in came) and residency.are_linked(came):
-            cause = f"formed by {len(came)} of {spec.num_ranks} ranks"
+            return self._assign_afresh(residency, candidates)
+        rows = residency.available_rows(candidates)
+        if all(residency.is_ready(m) for m in candidates) and residency.are_linked(candidates):
+            cause = f"formed by {len(candidates)} of {spec.num_ranks} ranks"
             return self._publish(residency, rows, cause, now)
         return None
 
-    def _begun(
-        self, residency: Residency, came: list[Member], survivors: Sequence[Member]
+    def _already_assigned(
+        self, residency: Residency, candidates: list[Member], survivors: Sequence[Member]
     ) -> list[Member]:
         """Those for whom a partial formation is under way: late-comers join its map later."""
-        begun = [m for m in came if m in survivors or m in self._view.assignments]
-        return begun if residency.covers(residency.intended_rows(begun)) else came
+        assigned = [m for m in candidates if m in survivors or m in self._view.assignments]
+        return assigned if residency.covers(residency.intended_rows(assigned)) else candidates
 
-    def _assign_afresh(self, residency: Residency, came: Sequence[Member]) -> Write | None:
-        plan = plan_afresh(residency, came, survive=self._policy.survive)
-        if plan.in_host_memory:
-            self._alarm_slots(len(plan.in_host_memory), len(came))
+    def _assign_afresh(self, residency: Residency, candidates: Sequence[Member]) -> Write | None:
+        plan = plan_formation(residency, candidates, survive=self._policy.survive)
+        if plan.unplaced_experts:
+            self._alarm_slots(len(plan.unplaced_experts), len(candidates))
             return None
         self._alarmed.discard(AlarmKind.TOO_FEW_SLOTS)
-        rows = {m: residency.widen(plan.placement[:, m.rank]) for m in came}
+        rows = {m: residency.widen(plan.placement[:, m.rank]) for m in candidates}
         return self._assign(residency, rows, force=True)
 
     # Deaths.
 
-    def _bury(
+    def _remove_dead(
         self, residency: Residency, expert_map: ExpertMap, survivors: Sequence[Member], now: float
     ) -> Write | None:
         rows = residency.available_rows(survivors)
@@ -180,18 +192,18 @@ class Membership:
         if residency.covers(rows):
             names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
             return self._publish(residency, rows, f"dead: {names}", now)
-        result = plan_without(residency, expert_map, survivors, dead)
+        result = plan_shrink(residency, expert_map, survivors, dead)
         if result.uncoverable:
-            return self._condemn(dead) or self._form(residency, survivors, now)
+            return self._declare_dead(dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
-        return self._assign(residency, wanted, dead=dead) or self._condemn(dead)
+        return self._assign(residency, wanted, dead=dead) or self._declare_dead(dead)
 
-    def _condemn(self, members: Sequence[Member]) -> Condemn | None:
+    def _declare_dead(self, members: Sequence[Member]) -> DeclareDead | None:
         verdicts = self._fresh_verdicts(members)
-        return Condemn(verdicts=verdicts) if verdicts else None
+        return DeclareDead(verdicts=verdicts) if verdicts else None
 
     def _fresh_verdicts(self, members: Iterable[Member]) -> tuple[Verdict, ...]:
-        """On those that are dead and do not stand condemned yet."""
+        """On those that are dead and have no verdict yet."""
         fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
         return tuple(verdict_of(self._dead[m], self._next_epoch()) for m in fresh)
 
@@ -203,7 +215,7 @@ class Membership:
         unassigned = [m for m in newcomers if residency.assigned(m) is None]
         if unassigned:
             known = [m for m in newcomers if m not in unassigned]
-            result = plan_with(residency, expert_map, [*members, *known], unassigned)
+            result = plan_join(residency, expert_map, [*members, *known], unassigned)
             wanted = {m: result.placement[:, m.rank] for m in unassigned}
             return self._assign(residency, wanted, force=True)
         admitted: list[Member] = []
@@ -219,7 +231,9 @@ class Membership:
 
     # Peace.
 
-    def _settle(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
+    def _publish_loaded(
+        self, residency: Residency, expert_map: ExpertMap, now: float
+    ) -> Write | None:
         rows = residency.available_rows(expert_map.members)
         if not all(residency.is_settled(m) for m in expert_map.members):
             return None
@@ -266,20 +280,22 @@ class Membership:
         )
         return (
             now - self._quiet_since >= self._policy.heal_after_s
-            and all(waited_s > self._policy.joiner_patience_s for waited_s in waiting)
+            and all(waited_s > self._policy.joiner_timeout_s for waited_s in waiting)
             and all(residency.is_settled(m) for m in expert_map.members)
         )
 
-    def _forget(self, members: Iterable[Member]) -> Write | None:
-        standing = {*members, *self._view.records}
+    def _delete_stale_keys(self, members: Iterable[Member]) -> Write | None:
+        current_members = {*members, *self._view.records}
         gone = (
             self._view.keys.assignment(m.rank, m.incarnation)
             for m in self._view.assignments
-            if m not in standing
+            if m not in current_members
         )
-        doubts = (k for k, s in self._view.suspicions.items() if member_of(s) not in standing)
-        keys = tuple(itertools.islice(itertools.chain(gone, doubts), _FORGET_MAX))
-        return Forget(keys=keys) if keys else None
+        stale_suspicions = (
+            k for k, s in self._view.suspicions.items() if member_of(s) not in current_members
+        )
+        keys = tuple(itertools.islice(itertools.chain(gone, stale_suspicions), _DELETED_KEYS_MAX))
+        return DeleteKeys(keys=keys) if keys else None
 
     # Writes.
 

@@ -13,22 +13,24 @@ from shared.expert_map import ExpertMap
 from shared.types import Member
 
 
-def plan_afresh(residency: Residency, came: Sequence[Member], *, survive: int) -> PlacementPlan:
+def plan_formation(
+    residency: Residency, members: Sequence[Member], *, survive: int
+) -> PlacementPlan:
     """As if no slot held anything."""
     spec = residency.spec
     loads = np.ones((spec.num_moe_layers, spec.num_experts))
     return place(
         loads,
-        [m.rank for m in came],
-        residency.nodes(came),
-        residency.slots(came),
+        [m.rank for m in members],
+        residency.nodes(members),
+        residency.slots(members),
         redundant=spec.redundant_experts,
         num_ranks=spec.num_ranks,
         survive=survive,
     )
 
 
-def plan_without(
+def plan_shrink(
     residency: Residency,
     expert_map: ExpertMap,
     survivors: Sequence[Member],
@@ -41,7 +43,7 @@ def plan_without(
     return shrink(base, [m.rank for m in dead])
 
 
-def plan_with(
+def plan_join(
     residency: Residency,
     expert_map: ExpertMap,
     known: Sequence[Member],

@@ -9,7 +9,7 @@ from shared.wire import Pong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeStanding:
+class ProbeConnected:
     """Connected, and welcomed by this very incarnation."""
 
     member: Member
@@ -35,4 +35,4 @@ class ProbePong:
     pong: Pong
 
 
-ProbeEvent = ProbeStanding | ProbeBroken | ProbeRefused | ProbePong
+ProbeEvent = ProbeConnected | ProbeBroken | ProbeRefused | ProbePong

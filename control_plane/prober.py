@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from control_plane.probe_events import (
     ProbeBroken,
+    ProbeConnected,
     ProbeEvent,
     ProbePong,
     ProbeRefused,
-    ProbeStanding,
 )
 from shared.errors import WireError
 from shared.records import RankRecord
@@ -22,7 +22,7 @@ from shared.wire import Hello, Ping, Pong, Welcome, encode, read_message
 _CONNECT_TIMEOUT_S = 1.0
 _WELCOME_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.05, 0.15)
-_RUSHES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
+_QUICK_RETRIES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
 _UNSENT_BYTES_MAX = 64 << 10
 
 Report = Callable[[ProbeEvent], Awaitable[None]]
@@ -38,7 +38,7 @@ class Prober:
         self._report = report
         self._intervals_s = (interval_s, urgent_interval_s)
         self._urgent = False
-        self._hurry = asyncio.Event()
+        self._urgent_event = asyncio.Event()
         self._wanted: dict[Member, RankRecord] = {}
         self._changed = asyncio.Event()
 
@@ -53,9 +53,9 @@ class Prober:
             return
         self._urgent = urgent
         if urgent:
-            self._hurry.set()
+            self._urgent_event.set()
         else:
-            self._hurry.clear()
+            self._urgent_event.clear()
 
     async def run(self) -> None:
         tasks: dict[Member, asyncio.Task[None]] = {}
@@ -72,11 +72,11 @@ class Prober:
     async def _probe(self, record: RankRecord) -> None:
         """A connection that had worked is tried again at once: a refusal would be proof. A process
         that dies closes its listener last, perhaps, so a few quick tries follow the first."""
-        rushes: Iterator[float] = iter(())
+        quick_retries: Iterator[float] = iter(())
         while True:
             worked = False
             try:
-                worked = await self._converse(record)
+                worked = await self._run_connection(record)
                 await self._report(ProbeBroken(member=record.member))
             except ConnectionRefusedError:
                 await self._report(ProbeRefused(member=record.member))
@@ -85,10 +85,10 @@ class Prober:
             except (OSError, TimeoutError):
                 pass  # out of reach: silence, which the detector measures
             if worked:
-                rushes = iter(_RUSHES_S)
-            await asyncio.sleep(next(rushes, random.uniform(*_RECONNECT_S)))
+                quick_retries = iter(_QUICK_RETRIES_S)
+            await asyncio.sleep(next(quick_retries, random.uniform(*_RECONNECT_S)))
 
-    async def _converse(self, record: RankRecord) -> bool:
+    async def _run_connection(self, record: RankRecord) -> bool:
         """Returns when the connection ends, and whether it ever answered. Raises OSError,
         TimeoutError, WireError."""
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
@@ -101,7 +101,7 @@ class Prober:
                 return False
             if Member(rank=welcome.rank, incarnation=welcome.incarnation) != record.member:
                 raise ConnectionRefusedError("somebody else listens at its address")
-            await self._report(ProbeStanding(member=record.member))
+            await self._report(ProbeConnected(member=record.member))
             async with asyncio.TaskGroup() as group:
                 pings = group.create_task(self._ping(writer))
                 answered = await self._listen(reader, record.member)
@@ -127,16 +127,16 @@ class Prober:
             if writer.transport.get_write_buffer_size() < _UNSENT_BYTES_MAX:
                 nonce += 1
                 writer.write(encode(Ping(nonce=nonce)))
-            await self._pause()
+            await self._wait_for_next_ping()
 
-    async def _pause(self) -> None:
+    async def _wait_for_next_ping(self) -> None:
         """The interval of peace, cut short where hurry begins."""
-        peace_s, urgent_s = self._intervals_s
+        normal_s, urgent_s = self._intervals_s
         if self._urgent:
             await asyncio.sleep(urgent_s)
             return
         try:
-            async with asyncio.timeout(peace_s):
-                await self._hurry.wait()
+            async with asyncio.timeout(normal_s):
+                await self._urgent_event.wait()
         except TimeoutError:
             return

@@ -7,7 +7,7 @@ import random
 
 import structlog
 
-from control_plane.writes import Assign, Condemn, Forget, PublishMap, Write
+from control_plane.writes import Assign, DeclareDead, DeleteKeys, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys
@@ -44,7 +44,7 @@ class Publisher:
         """Returns what the watch will show of it. Raises StoreUnavailable (done or not),
         TxnConflict or LeaseLost (not done)."""
         compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
-        if not isinstance(write, Forget):
+        if not isinstance(write, DeleteKeys):
             compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
         operations = self._operations(write)
         try:
@@ -67,23 +67,26 @@ class Publisher:
             try:
                 return await self._store.get_prefix(self._keys.root)
             except StoreUnavailable as error:
-                log.warning("etcd_away", doing="reread", error=str(error))
+                log.warning("etcd_unavailable", doing="reread", error=str(error))
                 await asyncio.sleep(random.uniform(*_RETRY_S))
 
     def _operations(self, write: Write) -> list[Put | Delete]:
         match write:
             case PublishMap():
                 published = Put(key=self._keys.map, value=pack_map(write.expert_map))
-                verdicts = self._condemn(write.verdicts)
-                return [published, *verdicts, *self._assign(write.assignments)]
-            case Condemn():
-                return self._condemn(write.verdicts)
+                verdicts = self._verdict_puts(write.verdicts)
+                return [published, *verdicts, *self._assignment_puts(write.assignments)]
+            case DeclareDead():
+                return self._verdict_puts(write.verdicts)
             case Assign():
-                return [*self._condemn(write.verdicts), *self._assign(write.assignments)]
-            case Forget():
+                return [
+                    *self._verdict_puts(write.verdicts),
+                    *self._assignment_puts(write.assignments),
+                ]
+            case DeleteKeys():
                 return [Delete(key=key) for key in write.keys]
 
-    def _condemn(self, verdicts: tuple[Verdict, ...]) -> list[Put | Delete]:
+    def _verdict_puts(self, verdicts: tuple[Verdict, ...]) -> list[Put | Delete]:
         return [
             Put(
                 key=self._keys.verdict(v.rank, v.incarnation),
@@ -93,7 +96,7 @@ class Publisher:
             for v in verdicts
         ]
 
-    def _assign(self, assignments: tuple[SlotContents, ...]) -> list[Put | Delete]:
+    def _assignment_puts(self, assignments: tuple[SlotContents, ...]) -> list[Put | Delete]:
         return [
             Put(key=self._keys.assignment(a.rank, a.incarnation), value=pack_record(a))
             for a in assignments

@@ -1,5 +1,5 @@
 """What the slots of the instance's ranks are meant to hold, and what they surely hold: arithmetic
-over a ClusterView, without decisions.
+over a ClusterState, without decisions.
 
 *Intended* is the assignment, or the map's row where there is none yet. *Available* is what is
 intended and resident already; a slot whose load is under way is neither its old expert nor its new
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from control_plane.cluster_state import ClusterView
+from control_plane.cluster_state import ClusterState
 from shared.errors import WireError
 from shared.expert_map import ExpertMap, Placement
 from shared.records import InstanceSpec, SlotContents
@@ -24,7 +24,7 @@ _UNKNOWN_NODE = NodeId("?")
 class Residency:
     """Looks at one moment of the view. All rows are `[num_layers, slots_per_rank]`."""
 
-    def __init__(self, view: ClusterView, spec: InstanceSpec) -> None:
+    def __init__(self, view: ClusterState, spec: InstanceSpec) -> None:
         self._view = view
         self.spec = spec
         self._shape = (spec.num_moe_layers, spec.slots_per_rank)

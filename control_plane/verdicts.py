@@ -12,7 +12,7 @@ from shared.types import Epoch, Member, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dead:
+class DeclaredDead:
     """Becomes a Verdict when the map without the member is published."""
 
     member: Member
@@ -36,10 +36,10 @@ class Alarm:
     detail: str
 
 
-Judgement = Dead | Alarm
+Judgement = DeclaredDead | Alarm
 
 
-def verdict_of(dead: Dead, epoch: Epoch) -> Verdict:
+def verdict_of(dead: DeclaredDead, epoch: Epoch) -> Verdict:
     """`epoch`: of the map that leaves the life out."""
     return Verdict(
         rank=dead.member.rank,
@@ -52,8 +52,8 @@ def verdict_of(dead: Dead, epoch: Epoch) -> Verdict:
     )
 
 
-def dead_of(verdict: Verdict) -> Dead:
-    return Dead(
+def declared_dead_of(verdict: Verdict) -> DeclaredDead:
+    return DeclaredDead(
         member=member_of(verdict),
         cause=verdict.cause,
         signals=verdict.signals,

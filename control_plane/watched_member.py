@@ -11,46 +11,46 @@ from shared.records import Suspicion
 from shared.types import Member, SuspicionReason
 
 
-class Probe(Enum):
+class ProbeState(Enum):
     """The control plane's standing connection to a rank's control port."""
 
     UNTRIED = "untried"
-    STANDING = "standing"
+    CONNECTED = "connected"
     BROKEN = "broken"
     REFUSED = "refused"
 
 
 @dataclass(slots=True)
 class WatchedMember:
-    """Times ending in `_a` are attentive."""
+    """Times ending in `_attentive_s` are in attentive time."""
 
     member: Member
-    added_a: float
-    probe: Probe = Probe.UNTRIED
+    added_attentive_s: float
+    probe: ProbeState = ProbeState.UNTRIED
     exited: bool = False
     signals: list[Suspicion] = field(default_factory=list)
     first_signal_at: float = 0.0
-    suspected_a: float | None = None
-    vouched_a: float = -inf
-    pong_a: float = -inf
-    unleased_a: float | None = None
-    pardoned: bool = False  # lost its lease in a mass expiry
+    suspected_attentive_s: float | None = None
+    heartbeat_attentive_s: float = -inf
+    pong_attentive_s: float = -inf
+    unleased_attentive_s: float | None = None
+    lease_grace: bool = False  # lost its lease in a mass expiry
     accusers: set[str] = field(default_factory=set)  # since the last progress
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
 
     @property
-    def is_unasked(self) -> bool:
-        return self.unleased_a is not None and self.probe is Probe.UNTRIED
+    def is_never_probed(self) -> bool:
+        return self.unleased_attentive_s is not None and self.probe is ProbeState.UNTRIED
 
     @property
     def is_stopped(self) -> bool:
         return any(s.reason is SuspicionReason.STOPPED for s in self.signals)
 
     @property
-    def may_live_unleased(self) -> bool:
+    def may_be_alive_without_lease(self) -> bool:
         """Whether its lease is gone and nothing else says that it is."""
         return (
-            self.unleased_a is not None
+            self.unleased_attentive_s is not None
             and not self.exited
-            and self.probe in (Probe.STANDING, Probe.UNTRIED)
+            and self.probe in (ProbeState.CONNECTED, ProbeState.UNTRIED)
         )

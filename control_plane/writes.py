@@ -21,7 +21,7 @@ class PublishMap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Condemn:
+class DeclareDead:
     """Verdicts that no map can carry yet: too few are left to cover all experts, or survivors load
     what the dead held. A life that was judged dead and lives learns it by them, and makes room for
     one that a map can take; the others learn whom to wait for no longer."""
@@ -40,7 +40,7 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forget:
+class DeleteKeys:
     keys: tuple[str, ...]
 
 
@@ -70,5 +70,5 @@ class PlanHeal:
         return next(iter(steps), None)
 
 
-Write = PublishMap | Condemn | Assign | Forget
+Write = PublishMap | DeclareDead | Assign | DeleteKeys
 Decision = Write | PlanHeal

@@ -13,12 +13,12 @@ from pathlib import Path
 import uvloop
 
 from gateway.config import GatewayConfig
-from gateway.service import Surroundings, run_gateway
+from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import connect_store
-from shared.garbage import spare_what_is_loaded
+from shared.garbage_collector import freeze_loaded_objects
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 
@@ -57,12 +57,12 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     watch_lifeline(config.lifeline_fd, stop.set)
-    spare_what_is_loaded()
+    freeze_loaded_objects()
     store = await connect_store([part for part in config.etcd.split(",") if part])
     try:
         await run_gateway(
             config,
-            Surroundings(store=store, clock=SystemClock(), listener=listener, stop=stop),
+            GatewayDependencies(store=store, clock=SystemClock(), listener=listener, stop=stop),
         )
     finally:
         await store.close()

@@ -46,12 +46,12 @@ class Admission:
         self.tokens += tokens
         self.sessions += sessions
 
-    def release(self, *, tokens: int, sessions: int = 1, lived_s: float) -> None:
+    def release(self, *, tokens: int, sessions: int = 1, duration_s: float) -> None:
         self.tokens -= tokens
         self.sessions -= sessions
         assert self.tokens >= 0
         assert self.sessions >= 0
-        self._session_s += self._SMOOTHING * (lived_s - self._session_s)
+        self._session_s += self._SMOOTHING * (duration_s - self._session_s)
 
     def retry_after_s(self) -> int:
         """Whole seconds, at least one: about the time in which a tenth of the sessions end."""

@@ -42,18 +42,18 @@ class TokenBytes:
 
 
 class TokenNames(NamedTuple):
-    """Tokens as a client sees them: `text` is what texts are made of, `names` have the special
+    """Tokens as a client sees them: `text` is what texts are made of, `name_bytes` have the special
     tokens in any case."""
 
     text: TokenBytes
-    names: TokenBytes
+    name_bytes: TokenBytes
 
     def name(self, token: int) -> str:
-        return self.names.join((token,)).decode(errors="replace")
+        return self.name_bytes.join((token,)).decode(errors="replace")
 
     def unique_name(self, token: int) -> str:
         """Where names are keys: a part of a character is spelt as its bytes."""
-        raw = self.names.join((token,))
+        raw = self.name_bytes.join((token,))
         try:
             return raw.decode()
         except UnicodeDecodeError:

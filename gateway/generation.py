@@ -21,14 +21,14 @@ from shared.wire import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTask:
-    """One choice to generate. `echo`: its text begins with the prompt's; `shows_stop`: and ends
+    """One choice to generate. `echo`: its text begins with the prompt's; `include_stop`: and ends
     with what stopped it."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stops: tuple[str, ...] = ()
     echo: bool = False
-    shows_stop: bool = False
+    include_stop: bool = False
 
     @property
     def tokens(self) -> int:
@@ -61,7 +61,7 @@ class _Reader:
         self._echo = echo
         self._is_first = True
 
-    def poll(self) -> Delta | None:
+    def take_delta(self) -> Delta | None:
         session = self.session
         ids = session.emitted[self.num_read :]
         finished = session.state is SessionState.FINISHED
@@ -142,7 +142,7 @@ class Generation:
                 self._token_bytes,
                 stops=task.stops,
                 min_tokens=task.sampling.min_tokens,
-                shows_stop=task.shows_stop,
+                include_stop=task.include_stop,
             )
             self._readers.append(_Reader(index, session, text, echo=task.echo))
         return self
@@ -155,8 +155,10 @@ class Generation:
     ) -> None:
         for reader in self._readers:
             self._driver.cancel(reader.session)
-        lived_s = self._clock.now() - self._began_at
-        self._admission.release(tokens=self._tokens, sessions=len(self._tasks), lived_s=lived_s)
+        duration_s = self._clock.now() - self._began_at
+        self._admission.release(
+            tokens=self._tokens, sessions=len(self._tasks), duration_s=duration_s
+        )
 
     def _wake(self, session: StreamSession) -> None:
         if self._eager or session.ended:
@@ -167,7 +169,7 @@ class Generation:
         failure was read."""
         while True:
             self._changed.clear()
-            deltas = [d for reader in self._readers if (d := reader.poll()) is not None]
+            deltas = [d for reader in self._readers if (d := reader.take_delta()) is not None]
             for delta in deltas:
                 if delta.finish is not None:
                     self._driver.stop(self._readers[delta.choice].session)

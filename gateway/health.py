@@ -12,7 +12,7 @@ class Health:
         self._driver = driver
         self.draining = False
 
-    def reasons(self, has_model: bool) -> list[str]:
+    def reasons_not_ready(self, has_model: bool) -> list[str]:
         reasons = []
         view = self._driver.view
         if self.draining:

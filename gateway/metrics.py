@@ -35,7 +35,7 @@ class GatewayMetrics:
             "longest_gap", "The longest time between two tokens of a stream", _FINE_S
         )
 
-    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""
         Gauge(_PREFIX + name, text, registry=self._registry).set_function(read)
 

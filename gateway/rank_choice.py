@@ -46,14 +46,14 @@ class _Rank:
             sessions += max(0, self.load.running + self.load.waiting - self.known_sessions)
         return tokens + SESSION_TOKENS * sessions
 
-    def short_of_kv(self, num_tokens: int) -> bool:
+    def is_short_of_kv(self, num_tokens: int) -> bool:
         """Whether a prompt would have to wait there until others end."""
         if self.load is None:
             return False
         return self.load.kv_blocks_free * self.kv_block_tokens < num_tokens
 
 
-class RankBoard:
+class RankRouter:
     """A rank is live when the newest map names it and its link is open. `silent` ones (their probe
     stays unanswered) are still live, but get work only when all are silent: a hung rank finishes
     nothing, so by its load alone it would look attractive."""
@@ -127,7 +127,7 @@ class RankBoard:
             kept = member.rank == backup_rank
             num_spared = len(usable) if kept else rank.served.num_known(usable)
             cost = rank.weight() - CACHED_TOKEN_WEIGHT * num_spared * size
-            no_room = rank.short_of_kv(len(tokens))
+            no_room = rank.is_short_of_kv(len(tokens))
             ranked.append(((rank.silent, member in avoid, no_room, cost), member))
         if not ranked:
             return None

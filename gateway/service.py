@@ -35,7 +35,7 @@ SPEC_REMINDER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class GatewayDependencies:
     """What a gateway needs of the world. `stop` set means: drain and end."""
 
     store: Store
@@ -44,19 +44,19 @@ class Surroundings:
     stop: asyncio.Event
 
 
-async def run_gateway(config: GatewayConfig, world: Surroundings) -> None:
+async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
     """Raises CheckpointError where the spec's tokenizer cannot be read."""
     name = f"gateway-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     keys = Keys(config.instance)
     metrics = GatewayMetrics()
-    leased = LeasedKeys(world.store, ttl_s=config.timings.lease_ttl_s)
+    leased = LeasedKeys(dependencies.store, ttl_s=config.timings.lease_ttl_s)
     admission = Admission(
         AdmissionLimits(tokens_max=config.tokens_in_flight_max, sessions_max=config.sessions_max)
     )
     async with asyncio.TaskGroup() as tasks:
         driver = SessionDriver(
             name=name,
-            clock=world.clock,
+            clock=dependencies.clock,
             keys=keys,
             leased=leased,
             metrics=metrics,
@@ -67,22 +67,22 @@ async def run_gateway(config: GatewayConfig, world: Surroundings) -> None:
         app = HttpApp(
             driver=driver,
             admission=admission,
-            clock=world.clock,
+            clock=dependencies.clock,
             metrics=metrics,
             health=health,
             body_bytes_max=config.body_bytes_max,
         )
         spec: asyncio.Future[InstanceSpec] = asyncio.get_running_loop().create_future()
         watch = ClusterWatch(
-            store=world.store, keys=keys, on_view=lambda view: _on_view(driver, spec, view)
+            store=dependencies.store, keys=keys, on_view=lambda view: _on_view(driver, spec, view)
         )
-        _watch_gauges(metrics, driver, admission)
-        leased.put(keys.gateway(name), pack(_record(name, world.listener)))
+        _add_gauges(metrics, driver, admission)
+        leased.put(keys.gateway(name), pack(_record(name, dependencies.listener)))
         background = [
             tasks.create_task(watch.run()),
             tasks.create_task(leased.run()),
-            tasks.create_task(driver.probe()),
-            tasks.create_task(_load_model(config, app, spec, world.clock)),
+            tasks.create_task(driver.run_probes()),
+            tasks.create_task(_load_model(config, app, spec, dependencies.clock)),
         ]
         runner = web.AppRunner(
             app.build(),
@@ -91,11 +91,11 @@ async def run_gateway(config: GatewayConfig, world: Surroundings) -> None:
             shutdown_timeout=CLOSE_TIMEOUT_S,
         )
         await runner.setup()
-        site = web.SockSite(runner, world.listener, backlog=1024)
+        site = web.SockSite(runner, dependencies.listener, backlog=1024)
         await site.start()
-        host, port = world.listener.getsockname()[:2]
-        log.info("gateway_listens", host=host, port=port, instance=config.instance)
-        await world.stop.wait()
+        host, port = dependencies.listener.getsockname()[:2]
+        log.info("gateway_listening", host=host, port=port, instance=config.instance)
+        await dependencies.stop.wait()
         await _drain(config, site, health, driver)
         await runner.cleanup()
         await leased.release()
@@ -108,7 +108,7 @@ async def _drain(
     config: GatewayConfig, site: web.SockSite, health: Health, driver: SessionDriver
 ) -> None:
     health.draining = True
-    log.info("gateway_drains", sessions=driver.num_sessions, drain_s=config.drain_s)
+    log.info("gateway_draining", sessions=driver.num_sessions, drain_s=config.drain_s)
     await site.stop()
     try:
         async with asyncio.timeout(config.drain_s):
@@ -130,7 +130,7 @@ async def _load_model(
     while not spec.done():
         done, _ = await asyncio.wait([spec], timeout=SPEC_REMINDER_S)
         if not done:
-            log.info("waits_for_spec", hint="does the control plane of this instance run?")
+            log.info("waiting_for_spec", hint="does the control plane of this instance run?")
     app.served = await load_served_model(
         spec.result(),
         folder=config.model,
@@ -145,10 +145,10 @@ def _record(name: str, listener: socket.socket) -> GatewayRecord:
     return GatewayRecord(gateway=name, pid=os.getpid(), host=str(host), port=int(port))
 
 
-def _watch_gauges(metrics: GatewayMetrics, driver: SessionDriver, admission: Admission) -> None:
-    metrics.watch("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
-    metrics.watch("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
-    metrics.watch("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
-    metrics.watch(
+def _add_gauges(metrics: GatewayMetrics, driver: SessionDriver, admission: Admission) -> None:
+    metrics.add_gauge("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
+    metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
+    metrics.add_gauge("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
+    metrics.add_gauge(
         "tokens_in_flight", "prompt + max_tokens of admitted requests", lambda: admission.tokens
     )

@@ -11,10 +11,10 @@ import structlog
 
 from gateway.cluster_view import ClusterView
 from gateway.metrics import GatewayMetrics
-from gateway.rank_choice import RankBoard
+from gateway.rank_choice import RankRouter
 from gateway.rank_link import LinkEvents, RankLink
-from gateway.session_table import Action, Look, SessionTable
-from gateway.stream_session import Send, SessionPolicy, StreamSession
+from gateway.session_table import Action, NotifyReader, SessionTable
+from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
 from shared.clock import Clock
 from shared.codec import pack
 from shared.keys import Keys
@@ -52,8 +52,8 @@ class SessionDriver:
         self._leased = leased
         self._metrics = metrics
         self._tasks = tasks
-        self._board = RankBoard()
-        self._table = SessionTable(board=self._board, policy=policy)
+        self._router = RankRouter()
+        self._table = SessionTable(router=self._router, policy=policy)
         self._links: dict[Member, tuple[RankLink, asyncio.Task[None]]] = {}
         self._view = ClusterView()
         self._fenced: set[Member] = set()
@@ -73,7 +73,7 @@ class SessionDriver:
         return len(self._table.sessions)
 
     def live_ranks(self) -> list[Member]:
-        return self._board.live()
+        return self._router.live()
 
     def open(
         self,
@@ -116,9 +116,9 @@ class SessionDriver:
         old, self._view = self._view, view
         if view.epoch != old.epoch:
             self._on_map(old, view)
-        self._match_links()
+        self._reconcile_links()
 
-    async def probe(self) -> None:
+    async def run_probes(self) -> None:
         """Asks every rank now and then whether it is there; more often while clients wait."""
         while True:
             interval_s = PROBE_BUSY_S if self._table.sessions else PROBE_IDLE_S
@@ -136,7 +136,7 @@ class SessionDriver:
         self._fenced |= set(old.members) - set(view.members)
         self._perform(self._table.on_map(view.members, self._clock.now()))
 
-    def _match_links(self) -> None:
+    def _reconcile_links(self) -> None:
         """A link for every registered incarnation, so that it is open before a map names it; and
         one to every member that was ever registered: a lease that is gone is only a suspicion."""
         records = {r.member: r for r in self._view.ranks.values() if r.member not in self._fenced}
@@ -163,7 +163,7 @@ class SessionDriver:
         task.cancel()
         self._clear_suspicion(member)
         self._perform(self._table.on_link_broken(member, self._clock.now()))
-        self._board.forget(member)
+        self._router.forget(member)
 
     def _on_opened(self, record: RankRecord) -> None:
         member = record.member
@@ -179,21 +179,21 @@ class SessionDriver:
         self._perform(self._table.on_link_broken(member, self._clock.now()))
 
     def _on_tokens(self, member: Member, frame: Tokens) -> None:
-        self._heard(member)
+        self._mark_responsive(member)
         now = self._clock.now()
         self._perform(self._table.on_tokens(member, frame.sessions, frame.load, now))
 
     def _on_pong(self, member: Member, pong: Pong) -> None:
-        self._heard(member)
-        self._board.on_load(member, pong.load)
+        self._mark_responsive(member)
+        self._router.on_load(member, pong.load)
 
     def _on_silence(self, member: Member) -> None:
-        self._board.on_silence(member, silent=True)
+        self._router.on_silence(member, silent=True)
         self._suspect(member, SuspicionReason.SILENCE, "a probe stays unanswered")
 
-    def _heard(self, member: Member) -> None:
+    def _mark_responsive(self, member: Member) -> None:
         if (member, SuspicionReason.SILENCE) in self._suspected:
-            self._board.on_silence(member, silent=False)
+            self._router.on_silence(member, silent=False)
             self._clear_suspicion(member)
 
     def _suspect(self, member: Member, reason: SuspicionReason, detail: str) -> None:
@@ -228,16 +228,16 @@ class SessionDriver:
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:
             match action:
-                case Send(member=member, message=message):
+                case SendToRank(member=member, message=message):
                     entry = self._links.get(member)
                     if entry is not None:
                         entry[0].send(message)
-                case Look(session=session):
-                    self._look(session)
+                case NotifyReader(session=session):
+                    self._notify_reader(session)
         if self._table.num_waiting or self._timer is not None:
             self._set_timer()
 
-    def _look(self, session: StreamSession) -> None:
+    def _notify_reader(self, session: StreamSession) -> None:
         if session.ended:
             wake = self._wakers.pop(session.id)
             self._metrics.on_session_end(session)

@@ -6,27 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from gateway.rank_choice import RankBoard
-from gateway.stream_session import Send, SessionPolicy, SessionState, StreamSession
+from gateway.rank_choice import RankRouter
+from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
 from shared.types import Member, SamplingParams, SessionId
 from shared.wire import Load, SessionTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """The session has new tokens or has ended: its reader should look."""
+class NotifyReader:
+    """The session has new tokens or has ended: its reader is to be notified."""
 
     session: StreamSession
 
 
-Action = Send | Look
+Action = SendToRank | NotifyReader
 
 
 class SessionTable:
     """Sessions leave the table when they end; their readers keep them."""
 
-    def __init__(self, *, board: RankBoard, policy: SessionPolicy) -> None:
-        self._board = board
+    def __init__(self, *, router: RankRouter, policy: SessionPolicy) -> None:
+        self._router = router
         self._policy = policy
         self._sessions: dict[SessionId, StreamSession] = {}
         self._waiting: dict[SessionId, StreamSession] = {}
@@ -46,7 +46,7 @@ class SessionTable:
         if not self._waiting:
             return None
         return min(
-            min(s.ready_at, s.deadline_at) if self._board.live() else s.deadline_at
+            min(s.ready_at, s.deadline_at) if self._router.live() else s.deadline_at
             for s in self._waiting.values()
         )
 
@@ -75,16 +75,16 @@ class SessionTable:
 
     def on_map(self, members: tuple[Member, ...], now: float) -> list[Action]:
         """The newest map's members. Ranks that it leaves out lose their sessions."""
-        self._board.on_map(members)
+        self._router.on_map(members)
         left_out = [member for member in self._placed if member not in set(members)]
         return self._move(left_out, now)
 
     def on_link_opened(self, member: Member, kv_block_tokens: int, now: float) -> list[Action]:
-        self._board.on_link_opened(member, kv_block_tokens=kv_block_tokens)
+        self._router.on_link_opened(member, kv_block_tokens=kv_block_tokens)
         return self._place_waiting(now)
 
     def on_link_broken(self, member: Member, now: float) -> list[Action]:
-        self._board.on_link_broken(member)
+        self._router.on_link_broken(member)
         return self._move([member], now)
 
     def on_tokens(
@@ -96,7 +96,7 @@ class SessionTable:
             session = self._sessions.get(message.session)
             if session is not None:
                 actions += self._on_message(session, member, message, now)
-        self._board.on_load(member, load)
+        self._router.on_load(member, load)
         if self._waiting:
             actions += self._place_waiting(now)
         return actions
@@ -131,8 +131,8 @@ class SessionTable:
         grown = len(session.emitted) - before
         if not grown:
             return []
-        self._board.add(member, tokens=grown)
-        return [Look(session=session)]
+        self._router.add(member, tokens=grown)
+        return [NotifyReader(session=session)]
 
     def _move(self, lost: Iterable[Member], now: float) -> list[Action]:
         actions: list[Action] = []
@@ -146,13 +146,13 @@ class SessionTable:
 
     def _place_waiting(self, now: float) -> list[Action]:
         """Those in mid-stream first: their clients are waiting for the next token."""
-        if not self._waiting or not self._board.live():
+        if not self._waiting or not self._router.live():
             return []
         actions: list[Action] = []
         ready = [s for s in self._waiting.values() if s.ready_at <= now]
         for session in sorted(ready, key=lambda s: (not s.emitted, s.opened_at)):
             refused_by = self._refused_by.get(session.id)
-            member = self._board.choose(
+            member = self._router.choose(
                 session.tokens,
                 avoid=(refused_by,) if refused_by else (),
                 backup_rank=session.backup_rank,
@@ -164,10 +164,10 @@ class SessionTable:
     def _place(self, session: StreamSession, member: Member) -> list[Action]:
         del self._waiting[session.id]
         self._placed.setdefault(member, {})[session.id] = session
-        self._board.add(member, sessions=1, tokens=session.num_tokens)
+        self._router.add(member, sessions=1, tokens=session.num_tokens)
         return [*session.place(member)]
 
-    def _apply(self, session: StreamSession, event: Callable[[], list[Send]]) -> list[Action]:
+    def _apply(self, session: StreamSession, event: Callable[[], list[SendToRank]]) -> list[Action]:
         """Lets the session take the event, and keeps the table true to where it stands then."""
         if session.id not in self._sessions:
             return []
@@ -184,12 +184,12 @@ class SessionTable:
             del placed[session.id]
             if not placed:
                 del self._placed[member]
-            self._board.add(member, sessions=-1, tokens=-num_tokens)
+            self._router.add(member, sessions=-1, tokens=-num_tokens)
             if session.state is SessionState.WAITING:
                 self._waiting[session.id] = session
         if session.ended:
             del self._sessions[session.id]
             self._waiting.pop(session.id, None)
             self._refused_by.pop(session.id, None)
-            actions.append(Look(session=session))
+            actions.append(NotifyReader(session=session))
         return actions

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Passed(NamedTuple):
+class FilteredText(NamedTuple):
     text: str  # may be shown
     stopped: bool
 
@@ -18,25 +18,27 @@ class _Match(NamedTuple):
 
 class StopStrings:
     """The result does not depend on how the text is cut: the stop string that is complete first
-    ends the text, of several the longest, and the text before it is what is shown; with `shown`
-    it, too."""
+    ends the text, of several the longest, and the text before it is what is shown; with
+    `include_stop` it, too."""
 
-    def __init__(self, stops: Sequence[str], *, shown: bool = False) -> None:
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._stops = tuple(stops)
-        self._shown = shown
+        self._include_stop = include_stop
         self._held = ""
 
-    def feed(self, text: str) -> Passed:
+    def feed(self, text: str) -> FilteredText:
         """After `stopped` nothing more may be fed."""
         if not self._stops:
-            return Passed(text, False)
+            return FilteredText(text, False)
         self._held += text
         found = self._first_match()
         if found is not None:
-            return Passed(self._held[: found.end if self._shown else found.start], True)
-        kept = len(self._held) - self._held_back()
+            return FilteredText(
+                self._held[: found.end if self._include_stop else found.start], True
+            )
+        kept = len(self._held) - self._num_held_back()
         passed, self._held = self._held[:kept], self._held[kept:]
-        return Passed(passed, False)
+        return FilteredText(passed, False)
 
     def flush(self) -> str:
         """The text has ended: what was held back is no stop string."""
@@ -52,7 +54,7 @@ class StopStrings:
         ]
         return min(matches, default=None)
 
-    def _held_back(self) -> int:
+    def _num_held_back(self) -> int:
         """The length of the longest end of the text that begins a stop string."""
         text = self._held
         longest = min(len(text), max(map(len, self._stops)) - 1)

@@ -107,7 +107,7 @@ class SessionFailed(StarfishError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Send:
+class SendToRank:
     """To the rank, if its link is open."""
 
     member: Member
@@ -205,9 +205,9 @@ class StreamSession:
         """Waiting: when it gives up."""
         return self._stalled_since + self._policy.no_rank_timeout_s
 
-    def place(self, member: Member) -> list[Send]:
+    def place(self, member: Member) -> list[SendToRank]:
         """`member` takes the next attempt."""
-        if not self._go(SessionEvent.PLACED):
+        if not self._transition(SessionEvent.PLACED):
             return []
         self.attempt = Attempt(self.attempt + 1)
         self.moves += self.attempt > 0
@@ -223,9 +223,9 @@ class StreamSession:
             num_emitted=len(self.emitted),
             sampling=sampling,
         )
-        return [Send(member=member, message=submit)]
+        return [SendToRank(member=member, message=submit)]
 
-    def on_tokens(self, member: Member, message: SessionTokens, now: float) -> list[Send]:
+    def on_tokens(self, member: Member, message: SessionTokens, now: float) -> list[SendToRank]:
         if (
             self.state is not SessionState.RUNNING
             or message.attempt != self.attempt
@@ -236,8 +236,8 @@ class StreamSession:
             self.backup_rank = RankId(message.backup_rank)
         if message.error is not None:
             return self._on_error(message.error, message.retryable, now)
-        if self._disagrees(message):
-            return self._abandon(SessionEvent.RANK_LOST, now)  # starts over from what we have
+        if self._is_inconsistent(message):
+            return self._lose_rank(SessionEvent.RANK_LOST, now)  # starts over from what we have
         if message.prompt_logprobs:
             known = len(self.prompt_logprobs) + 1 - message.prompt_index
             self.prompt_logprobs += message.prompt_logprobs[known:]
@@ -245,16 +245,16 @@ class StreamSession:
         if len(message.ids) > known:
             if not self.emitted:
                 self.cached_tokens = min(message.cached_tokens, len(self.prompt))
-            self._take(message.ids[known:], message.logprobs[known:], now)
+            self._append_tokens(message.ids[known:], message.logprobs[known:], now)
         return self._maybe_end(message.finish, now)
 
-    def on_rank_lost(self, member: Member, now: float) -> list[Send]:
+    def on_rank_lost(self, member: Member, now: float) -> list[SendToRank]:
         """Its link broke, or a map left it out."""
         if self.member != member or self.state is not SessionState.RUNNING:
             return []
-        return self._abandon(SessionEvent.RANK_LOST, now)
+        return self._lose_rank(SessionEvent.RANK_LOST, now)
 
-    def on_time(self, now: float) -> list[Send]:
+    def on_time(self, now: float) -> list[SendToRank]:
         """Gives up where it has waited for too long."""
         if self.state is not SessionState.WAITING or now < self.deadline_at:
             return []
@@ -263,21 +263,21 @@ class StreamSession:
             SessionEvent.GIVEN_UP, FailureKind.NO_RANK, f"no rank took it within {waited_s:g} s"
         )
 
-    def stop(self) -> list[Send]:
+    def stop(self) -> list[SendToRank]:
         """Its text is complete: a stop string was found."""
         self.finish = self.finish if self.ended else FinishReason.STOP
-        return self._leave(SessionEvent.STOPPED)
+        return self._end_attempt(SessionEvent.STOPPED)
 
-    def cancel(self) -> list[Send]:
+    def cancel(self) -> list[SendToRank]:
         """Nobody reads it any more."""
-        return self._leave(SessionEvent.CLIENT_GONE)
+        return self._end_attempt(SessionEvent.CLIENT_GONE)
 
-    def shut_down(self) -> list[Send]:
+    def shut_down(self) -> list[SendToRank]:
         return self._fail(
             SessionEvent.GIVEN_UP, FailureKind.SHUTDOWN, "the gateway is shutting down"
         )
 
-    def _disagrees(self, message: SessionTokens) -> bool:
+    def _is_inconsistent(self, message: SessionTokens) -> bool:
         """This attempt stands elsewhere than we do, or does not send what it was asked for."""
         next_index = len(self.emitted)
         end = message.index + len(message.ids)
@@ -287,14 +287,16 @@ class StreamSession:
             return True
         return self.sampling.logprobs is not None and len(message.logprobs) != len(message.ids)
 
-    def _go(self, event: SessionEvent) -> bool:
+    def _transition(self, event: SessionEvent) -> bool:
         target = TRANSITIONS.get((self.state, event))
         if target is None:
             return False
         self.state = target
         return True
 
-    def _take(self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], now: float) -> None:
+    def _append_tokens(
+        self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], now: float
+    ) -> None:
         room = self.sampling.max_tokens - len(self.emitted)
         self.emitted += ids if len(ids) <= room else ids[:room]
         self.logprobs += logprobs[:room]
@@ -305,21 +307,21 @@ class StreamSession:
             self.longest_gap_s = max(self.longest_gap_s, self.last_gap_s)
         self.last_token_at = now
         self._losses = self._refusals = 0
-        self._go(SessionEvent.TOKENS)
+        self._transition(SessionEvent.TOKENS)
 
-    def _maybe_end(self, finish: FinishReason | None, now: float) -> list[Send]:
+    def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:
         if finish is FinishReason.CANCELLED:
-            # We leave an attempt before we cancel it, so this is the rank's own wish.
+            # We leave an attempt before we cancel it, so this is the rank's own decision.
             return self._on_error("the rank gave it up", True, now)
         if finish is not None:
             self.finish = finish
-            self._go(SessionEvent.ENDED)
+            self._transition(SessionEvent.ENDED)
         elif len(self.emitted) >= self.sampling.max_tokens and self.prompt_is_scored:
             self.finish = FinishReason.LENGTH
-            return self._leave(SessionEvent.ENDED)
+            return self._end_attempt(SessionEvent.ENDED)
         return []
 
-    def _on_error(self, error: str, retryable: bool, now: float) -> list[Send]:
+    def _on_error(self, error: str, retryable: bool, now: float) -> list[SendToRank]:
         if not retryable:
             self._fail(SessionEvent.REJECTED, FailureKind.REJECTED, error)
             return []
@@ -328,30 +330,30 @@ class StreamSession:
             message = f"refused by ranks {self._refusals} times, last because {error}"
             self._fail(SessionEvent.GIVEN_UP, FailureKind.NO_RANK, message)
             return []
-        self._go(SessionEvent.REFUSED)
+        self._transition(SessionEvent.REFUSED)
         self.ready_at = now + self._backoff_s()
         return []
 
-    def _abandon(self, event: SessionEvent, now: float) -> list[Send]:
+    def _lose_rank(self, event: SessionEvent, now: float) -> list[SendToRank]:
         self._losses += 1
         if self._losses > self._policy.losses_max:
             message = f"{self._losses} ranks in a row were lost before its next token"
             return self._fail(SessionEvent.GIVEN_UP, FailureKind.RANKS_LOST, message)
         self._stalled_since = self.ready_at = now
-        return self._leave(event)
+        return self._end_attempt(event)
 
-    def _fail(self, event: SessionEvent, kind: FailureKind, message: str) -> list[Send]:
+    def _fail(self, event: SessionEvent, kind: FailureKind, message: str) -> list[SendToRank]:
         if not self.ended:
             self.failure = Failure(kind=kind, message=message)
-        return self._leave(event)
+        return self._end_attempt(event)
 
-    def _leave(self, event: SessionEvent) -> list[Send]:
+    def _end_attempt(self, event: SessionEvent) -> list[SendToRank]:
         """Whatever runs for this session on a rank is not wanted any more."""
         running = self.state is SessionState.RUNNING
-        if not self._go(event) or not running or self.member is None:
+        if not self._transition(event) or not running or self.member is None:
             return []
         cancel = Cancel(session=self.id, attempt=self.attempt)
-        return [Send(member=self.member, message=cancel)]
+        return [SendToRank(member=self.member, message=cancel)]
 
     def _backoff_s(self) -> float:
         full_s = self._policy.backoff_min_s * 2.0 ** min(self._refusals - 1, 16)

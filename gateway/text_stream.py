@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """Stop strings count only in the text after the first `min_tokens` tokens. `shows_stop`: what
+    """Stop strings count only in the text after the first `min_tokens` tokens. `include_stop`: what
     ends the text, a string or a token, belongs to it."""
 
     def __init__(
@@ -30,13 +30,13 @@ class TextStream:
         *,
         stops: Sequence[str] = (),
         min_tokens: int = 0,
-        shows_stop: bool = False,
+        include_stop: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(token_bytes)
         self._has_stops = bool(stops)
-        self._stops = StopStrings(stops, shown=shows_stop)
-        self._free_left = min_tokens if stops else 0
-        self._shows_stop = shows_stop
+        self._stops = StopStrings(stops, include_stop=include_stop)
+        self._num_unchecked_left = min_tokens if stops else 0
+        self._shows_stop = include_stop
 
     def echo(self, prompt: Sequence[int]) -> str:
         """The prompt's text; nothing in it stops. Before the first `feed`."""
@@ -45,12 +45,12 @@ class TextStream:
     def feed(self, ids: Sequence[int], finish: FinishReason | None = None) -> Piece:
         """`finish` is set with the last ids. After `stopped`, or `finish`, feed no more."""
         # The rank sends a stop token as an id, but it is no text.
-        texted = ids[:-1] if finish is FinishReason.STOP and not self._shows_stop else ids
+        text_ids = ids[:-1] if finish is FinishReason.STOP and not self._shows_stop else ids
         if not self._has_stops:
-            text = self._detokenizer.feed(texted)
+            text = self._detokenizer.feed(text_ids)
             return Piece(text + self._detokenizer.flush() if finish else text, len(ids), False)
         text = ""
-        for num_ids, token in enumerate(texted, start=1):
+        for num_ids, token in enumerate(text_ids, start=1):
             passed, stopped = self._feed_one(token)
             text += passed
             if stopped:
@@ -63,7 +63,7 @@ class TextStream:
 
     def _feed_one(self, token: int) -> tuple[str, bool]:
         text = self._detokenizer.feed((token,))
-        if self._free_left > 0:
-            self._free_left -= 1
+        if self._num_unchecked_left > 0:
+            self._num_unchecked_left -= 1
             return text, False
         return self._stops.feed(text)

@@ -16,11 +16,11 @@ import structlog
 from gpu_worker.config import RankConfig
 from gpu_worker.device_choice import uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.grammar_matcher import Guides
+from gpu_worker.engine.grammar_matcher import GrammarCompiler
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.identity import take_identity
-from gpu_worker.kv_replication.budget import bytes_for_copies, keeps_copies
-from gpu_worker.kv_replication.mooncake_replicator import MooncakeCopies
+from gpu_worker.identity import acquire_identity
+from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
+from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from gpu_worker.rank import Hardware, Rank, RankParts
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
@@ -28,7 +28,7 @@ from shared.config import add_flags, load_config
 from shared.confinement import require_confined
 from shared.errors import CheckpointError, StarfishError
 from shared.etcd_store import EtcdStore, connect_store
-from shared.garbage import spare_what_is_loaded
+from shared.garbage_collector import freeze_loaded_objects
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
@@ -60,10 +60,10 @@ def main() -> None:
     except Exception:
         log.exception("rank_crashed")
         code = EXIT_CRASH
-    end(code)
+    exit_process(code)
 
 
-def end(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Neither an engine that waits for dead peers nor Mooncake's threads shall delay the exit that
     the node agent waits for. Nor shall anything be freed before it: kernels in flight, here and on
     peers, still use this rank's memory."""
@@ -93,13 +93,13 @@ async def run_rank(config: RankConfig) -> NoReturn:
     """Ends the process. Raises StarfishError, OSError, and whatever the engine raised."""
     keys = Keys(config.instance)
     store = await connect_store(config.etcd.split(","))
-    watch_lifeline(config.lifeline_fd, end_at_once)
-    member, lease_id = await take_identity(config, store, keys)
+    watch_lifeline(config.lifeline_fd, exit_at_once)
+    member, lease_id = await acquire_identity(config, store, keys)
     spec = await wait_for_spec(store, keys)
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
     clock = SystemClock()
-    copies = _open_copies(config, member, spec, clock)
+    replication = _open_replication(config, member, spec, clock)
     if uses_cuda(config, model_spec):
         from gpu_worker.cuda.hardware import CudaHardware
 
@@ -110,8 +110,8 @@ async def run_rank(config: RankConfig) -> NoReturn:
 
         cpu = CpuHardware(config, member, model_spec, clock)
         hardware = await asyncio.to_thread(cpu.load, spec, folder)
-    if copies is not None:
-        await asyncio.to_thread(_keep_copies, copies, hardware, config)
+    if replication is not None:
+        await asyncio.to_thread(_start_replication, replication, hardware, config)
     rank = Rank(
         RankParts(
             member=member,
@@ -123,21 +123,21 @@ async def run_rank(config: RankConfig) -> NoReturn:
             clock=clock,
             hardware=hardware,
             engine_host=EngineThread(),
-            guides=open_guides(folder, model_spec),
-            copies=copies,
+            grammars=load_grammar_compiler(folder, model_spec),
+            replication=replication,
         )
     )
-    spare_what_is_loaded()
-    end(await run_until_signal(rank, store))
+    freeze_loaded_objects()
+    exit_process(await run_until_signal(rank, store))
 
 
-def _open_copies(
+def _open_replication(
     config: RankConfig, member: Member, spec: InstanceSpec, clock: Clock
-) -> MooncakeCopies | None:
+) -> MooncakeReplicator | None:
     """On the main thread. Raises ConfigError."""
-    if not keeps_copies(config, spec):
+    if not uses_kv_replication(config, spec):
         return None
-    copies = MooncakeCopies(
+    replication = MooncakeReplicator(
         member=member,
         node=NodeId(config.node),
         host=config.data_host,
@@ -147,13 +147,15 @@ def _open_copies(
         device=config.mooncake_ib_device,
     )
     require_confined()
-    return copies
+    return replication
 
 
-def _keep_copies(copies: MooncakeCopies, hardware: Hardware, config: RankConfig) -> None:
+def _start_replication(
+    replication: MooncakeReplicator, hardware: Hardware, config: RankConfig
+) -> None:
     """Raises OSError where there is no memory for it."""
     assert hardware.blocks is not None
-    copies.open(hardware.blocks, bytes_for_copies(config, hardware.blocks.block_bytes))
+    replication.open(hardware.blocks, kv_replica_bytes(config, hardware.blocks.block_bytes))
 
 
 async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
@@ -169,10 +171,10 @@ async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
             log.warning("lease_not_revoked", detail=str(error))
 
 
-def open_guides(folder: Path, spec: ModelSpec) -> Guides | None:
+def load_grammar_compiler(folder: Path, spec: ModelSpec) -> GrammarCompiler | None:
     """None where the checkpoint has no tokenizer for it; all else is served."""
     try:
-        return Guides(folder, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids)
+        return GrammarCompiler(folder, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids)
     except CheckpointError as error:
         log.warning("no_guided_decoding", detail=str(error))
         return None
@@ -180,16 +182,16 @@ def open_guides(folder: Path, spec: ModelSpec) -> Guides | None:
 
 async def wait_for_spec(store: Store, keys: Keys) -> InstanceSpec:
     """The control plane writes it; until then there is nothing to load."""
-    said = False
+    logged = False
     while (found := await store.get(keys.spec)) is None:
-        if not said:
+        if not logged:
             log.info("waiting_for_spec", hint="is a control plane of this instance running?")
-            said = True
+            logged = True
         await asyncio.sleep(SPEC_POLL_S)
     return unpack(found.value, InstanceSpec)
 
 
-def end_at_once() -> None:
+def exit_at_once() -> None:
     """Whoever started this rank is gone: nobody waits for it any more."""
     log.warning("lifeline_ended")
     os._exit(0)

@@ -37,7 +37,7 @@ class RankConfig:
     incarnation."""
 
     rank: int = option(0, "stable number of this data-parallel rank")
-    incarnation: int = option(0, "life of this rank; 0 takes the next number from etcd")
+    incarnation: int = option(0, "incarnation of this rank; 0 takes the next number from etcd")
     lease_id: int = option(0, "etcd lease to register under and keep alive; 0 grants one")
     node: str = option("localhost", "name of this host, the unit of correlated failure")
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")

@@ -1,5 +1,5 @@
 """The rank's control port: sessions from gateways, probes, links from peers. One framed connection
-each; what a message means to the engine is behind `EnginePort`."""
+each; what a message means to the engine is behind `EngineInterface`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gpu_worker.engine.sequence import Origin
 from shared.errors import WireError
 from shared.types import Epoch, Member, Step
 from shared.wire import (
-    AreaOpened,
     Cancel,
-    CopiesDropped,
-    CopiesKept,
-    CopiesOpened,
-    DropCopies,
-    GraphNews,
+    DropKvReplicas,
+    GraphBarrierUpdate,
     Hello,
+    KvReplicaRegionOpened,
+    KvReplicasDropped,
+    KvReplicasStored,
     Load,
     Message,
-    OpenArea,
-    OpenCopies,
+    OpenKvReplicaRegion,
+    OpenRegion,
     Ping,
     Pong,
+    RegionOpened,
     SessionTokens,
     StatusQuery,
     StatusReply,
@@ -45,7 +45,7 @@ HELLO_TIMEOUT_S = 5.0
 UNSENT_BYTES_MAX = 8 << 20
 
 
-class EnginePort(Protocol):
+class EngineInterface(Protocol):
     """What the control port asks of the engine; cheap calls on the event loop."""
 
     def submit(self, origin: Origin, submit: Submit) -> bool:
@@ -60,7 +60,7 @@ class EnginePort(Protocol):
 
     def wake(self, wake: Wake) -> None: ...
 
-    def hear_of_graphs(self, news: GraphNews) -> None: ...
+    def on_graph_update(self, update: GraphBarrierUpdate) -> None: ...
 
     def pong(self, ping: Ping) -> Pong: ...
 
@@ -69,41 +69,43 @@ class EnginePort(Protocol):
     def load(self) -> Load: ...
 
 
-class AreaKeeper(Protocol):
-    """Gives peers areas of this rank's memory to write into."""
+class RegionProvider(Protocol):
+    """Gives peers regions of this rank's memory to write into."""
 
-    def open_area(self, request: OpenArea) -> AreaOpened: ...
+    def open_region(self, request: OpenRegion) -> RegionOpened: ...
 
 
-class CopyKeeper(Protocol):
-    """Gives peers room for copies of their KV blocks. Raises WireError where what they say cannot
+class KvReplicaHost(Protocol):
+    """Gives peers room for replicas of their KV blocks. Raises WireError where what they say cannot
     be."""
 
-    async def open_copies(self, request: OpenCopies) -> CopiesOpened: ...
+    async def open_kv_replica_region(
+        self, request: OpenKvReplicaRegion
+    ) -> KvReplicaRegionOpened: ...
 
-    def note_kept(self, kept: CopiesKept) -> None: ...
+    def on_replicas_stored(self, kept: KvReplicasStored) -> None: ...
 
-    async def drop_copies(self, request: DropCopies) -> CopiesDropped:
+    async def drop_kv_replicas(self, request: DropKvReplicas) -> KvReplicasDropped:
         """Returns when the slots may be written to."""
         ...
 
 
 class ControlServer:
     """Owns the listener and its connections. `origin` numbers a connection for the engine. Without
-    a keeper of copies peers are told that there is none."""
+    a replica provider, peers are told that there is none."""
 
     def __init__(
         self,
         *,
         member: Member,
-        engine: EnginePort,
-        areas: AreaKeeper,
-        copies: CopyKeeper | None = None,
+        engine: EngineInterface,
+        regions: RegionProvider,
+        replication: KvReplicaHost | None = None,
     ) -> None:
         self._member = member
         self._engine = engine
-        self._areas = areas
-        self._copies = copies
+        self._regions = regions
+        self._replication = replication
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
@@ -163,8 +165,8 @@ class ControlServer:
                 encode(Welcome(rank=self._member.rank, incarnation=self._member.incarnation))
             )
             while (message := await read_message(reader)) is not None:
-                if isinstance(message, OpenCopies | CopiesKept | DropCopies):
-                    reply = await self._answer_on_copies(message)
+                if isinstance(message, OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas):
+                    reply = await self._answer_on_kv_replicas(message)
                 else:
                     reply = self._answer(origin, message)
                 if reply is not None:
@@ -189,43 +191,43 @@ class ControlServer:
                     raise WireError("more cancellations than the engine can take")
             case Wake():
                 self._engine.wake(message)
-            case GraphNews():
-                self._engine.hear_of_graphs(message)
+            case GraphBarrierUpdate():
+                self._engine.on_graph_update(message)
             case Ping():
                 return self._engine.pong(message)
-            case OpenArea():
-                return self._areas.open_area(message)
+            case OpenRegion():
+                return self._regions.open_region(message)
             case StatusQuery():
                 return self._engine.status(message)
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
 
-    async def _answer_on_copies(
-        self, message: OpenCopies | CopiesKept | DropCopies
+    async def _answer_on_kv_replicas(
+        self, message: OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas
     ) -> Message | None:
-        match message, self._copies:
-            case OpenCopies(), None:
-                return self._no_copies(message)
+        match message, self._replication:
+            case OpenKvReplicaRegion(), None:
+                return self._refuse_kv_replica_region(message)
             case _, None:
-                raise WireError("this rank keeps no copies")
-            case OpenCopies(), copies:
-                return await copies.open_copies(message)
-            case DropCopies(), copies:
-                return await copies.drop_copies(message)
-            case CopiesKept(), copies:
-                copies.note_kept(message)
+                raise WireError("this rank keeps no KV replicas")
+            case OpenKvReplicaRegion(), replication:
+                return await replication.open_kv_replica_region(message)
+            case DropKvReplicas(), replication:
+                return await replication.drop_kv_replicas(message)
+            case KvReplicasStored(), replication:
+                replication.on_replicas_stored(message)
         return None
 
-    def _no_copies(self, request: OpenCopies) -> CopiesOpened:
-        return CopiesOpened(
+    def _refuse_kv_replica_region(self, request: OpenKvReplicaRegion) -> KvReplicaRegionOpened:
+        return KvReplicaRegionOpened(
             target=self._member,
             source=request.source,
             generation=request.generation,
             transfer_name="",
             address=0,
             num_slots=0,
-            refusal="this rank keeps no copies",
+            refusal="this rank keeps no KV replicas",
         )
 
     def _refusal(self, submit: Submit) -> Tokens:

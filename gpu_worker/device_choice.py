@@ -29,10 +29,10 @@ def uses_cuda(config: RankConfig, model: ModelSpec) -> bool:
 
 
 def _is_served(model: ModelSpec) -> bool:
-    from gpu_worker.cuda.model_loading import layout_of
+    from gpu_worker.cuda.model_loading import checkpoint_layout_of
 
     try:
-        layout_of(model)
+        checkpoint_layout_of(model)
     except CheckpointError as error:
         log.warning("computes_on_cpu", detail=str(error))
         return False

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import structlog
 
 from gpu_worker.config import ExchangeKind, RankConfig
-from gpu_worker.control_server import ControlServer, CopyKeeper
+from gpu_worker.control_server import ControlServer, KvReplicaHost
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.engine_client import EngineGate
-from gpu_worker.engine.grammar_matcher import Guides
-from gpu_worker.engine.kv_replication import BlockCache, BlockKeeper, CopyEndpoint
+from gpu_worker.engine.engine_client import EngineClient
+from gpu_worker.engine.grammar_matcher import GrammarCompiler
+from gpu_worker.engine.kv_replication import BlockCache, KvReplicator, ReplicaEndpoint
 from gpu_worker.engine.mailbox import (
     Adopted,
-    Event,
+    EngineEvent,
     Fenced,
     Held,
     Inbox,
@@ -30,14 +30,14 @@ from gpu_worker.engine.mailbox import (
     Waiter,
 )
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.engine.no_kv_replication import NoCopies
+from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.step_runner import StepRunner
-from gpu_worker.exchange.graph_barrier_driver import ConductorDoors, GraphConductor
-from gpu_worker.kv_replication.writer import CopyWriter
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
+from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.membership.link_keeper import LinkEvents, LinkKeeper
-from gpu_worker.membership.membership_driver import EngineDoor, MembershipDriver, SlotLoader
-from gpu_worker.membership.rank_membership import Standing
+from gpu_worker.membership.membership_driver import EngineCallbacks, MembershipDriver, SlotLoader
+from gpu_worker.membership.rank_membership import RankMembership
 from shared.clock import Clock
 from shared.exit_codes import EXIT_FENCED
 from shared.expert_map import Placement
@@ -46,12 +46,12 @@ from shared.leased_keys import LeasedKeys
 from shared.records import ExchangeHandles, InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Epoch, Member, NodeId, RankState, Step
-from shared.wire import AreaOpened, OpenArea
+from shared.wire import OpenRegion, RegionOpened
 
 log = structlog.get_logger()
 
 
-class Endpoint(Protocol):
+class DataEndpoint(Protocol):
     """This rank's end of the data network. See `exchange.links.TransferEndpoint`."""
 
     @property
@@ -59,17 +59,18 @@ class Endpoint(Protocol):
 
     def next_generation(self, target: Member) -> int: ...
 
-    def open_area(self, source: Member, generation: int) -> tuple[int, int]: ...
+    def open_region(self, source: Member, generation: int) -> tuple[int, int]: ...
 
-    def connect(self, area: AreaOpened, peer: RankRecord) -> None: ...
+    def connect(self, region: RegionOpened, peer: RankRecord) -> None: ...
 
     def is_open(self, target: Member) -> bool: ...
 
     def forget(self, member: Member) -> None: ...
 
 
-class Copies(CopyEndpoint, CopyKeeper, Protocol):
-    """Copies of KV blocks, here and on peers. See `copies.mooncake_copies.MooncakeCopies`."""
+class KvReplication(ReplicaEndpoint, KvReplicaHost, Protocol):
+    """Replicas of KV blocks, here and on peers. See
+    `kv_replication.mooncake_replicator.MooncakeReplicator`."""
 
     def start(self, tasks: asyncio.TaskGroup) -> None: ...
 
@@ -100,11 +101,11 @@ class Hardware:
     make_runner: Callable[[EngineMonitor], StepRunner]
     loader: SlotLoader
     residents: Placement  # what the slots hold at the start
-    endpoint: Endpoint
+    endpoint: DataEndpoint
     exchange: ExchangeKind
-    blocks: BlockCache | None = None  # the KV cache's contents, where copies of them are kept
+    blocks: BlockCache | None = None  # the KV cache's contents, where replicas of them are kept
     handles: ExchangeHandles | None = None  # for the peers, where the exchange has any
-    conductor: GraphConductor | None = None  # where ranks meet by counting graphs
+    barrier_driver: GraphBarrierDriver | None = None  # where ranks meet by counting graphs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +121,8 @@ class RankParts:
     clock: Clock
     hardware: Hardware
     engine_host: EngineHost
-    guides: Guides | None = None  # for guided decoding
-    copies: Copies | None = None  # opened; needs the hardware's `blocks`
+    grammars: GrammarCompiler | None = None  # for guided decoding
+    replication: KvReplication | None = None  # opened; needs the hardware's `blocks`
 
 
 class Rank:
@@ -135,29 +136,35 @@ class Rank:
         config, clock = parts.config, parts.clock
         inbox = Inbox(parts.engine_host.waiter)
         monitor = EngineMonitor(inbox, self._post, clock, parts.engine_host.cpu_s)
-        keeper = _keeper(parts)
+        replicator = _make_replicator(parts)
         self._engine = Engine(
             member=parts.member,
             runner=parts.hardware.make_runner(monitor),
             scheduler=Scheduler(
-                scheduler_limits(config, parts.spec), parts.eos_token_ids, parts.guides, keeper
+                scheduler_limits(config, parts.spec),
+                parts.eos_token_ids,
+                parts.grammars,
+                replicator,
             ),
             inbox=inbox,
             monitor=monitor,
             post=self._post,
             clock=clock,
-            keeper=keeper,
+            replicator=replicator,
         )
         self._inbox = inbox
-        self._gate = EngineGate(
+        self._engine_client = EngineClient(
             member=parts.member,
             engine=self._engine,
             inbox=inbox,
             clock=clock,
-            conductor=parts.hardware.conductor,
+            barrier_driver=parts.hardware.barrier_driver,
         )
         self._server = ControlServer(
-            member=parts.member, engine=self._gate, areas=self, copies=parts.copies
+            member=parts.member,
+            engine=self._engine_client,
+            regions=self,
+            replication=parts.replication,
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
@@ -180,7 +187,7 @@ class Rank:
         try:
             async with asyncio.TaskGroup() as tasks:
                 port = await self._server.start(config.control_host, config.control_port)
-                self._join(tasks, port)
+                self._start_membership(tasks, port)
                 engine = self._parts.engine_host.start(self._engine.run)
                 either: list[asyncio.Future[Any]] = [engine, self._ended]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -191,15 +198,15 @@ class Rank:
         except* _Ended:
             pass
         finally:
-            self._gate.stop()
+            self._engine_client.stop()
             await self._server.close()
         return self._ended.result()
 
-    def open_area(self, request: OpenArea) -> AreaOpened:
-        """Implements `control_server.AreaKeeper`."""
+    def open_region(self, request: OpenRegion) -> RegionOpened:
+        """Implements `control_server.RegionProvider`."""
         endpoint = self._parts.hardware.endpoint
-        address, nbytes = endpoint.open_area(request.source, request.generation)
-        return AreaOpened(
+        address, nbytes = endpoint.open_region(request.source, request.generation)
+        return RegionOpened(
             target=self._parts.member,
             source=request.source,
             generation=request.generation,
@@ -208,24 +215,24 @@ class Rank:
             nbytes=nbytes,
         )
 
-    def _join(self, tasks: asyncio.TaskGroup, port: int) -> None:
+    def _start_membership(self, tasks: asyncio.TaskGroup, port: int) -> None:
         parts, config = self._parts, self._parts.config
         self._membership = MembershipDriver(
             store=parts.store,
             keys=self._keys,
             clock=parts.clock,
-            standing=Standing(
+            membership=RankMembership(
                 self._record(port),
                 parts.hardware.residents,
-                peers_lag=parts.hardware.conductor is not None,
+                peers_may_lag=parts.hardware.barrier_driver is not None,
             ),
             leased=self._leased,
             loader=parts.hardware.loader,
-            engine=EngineDoor(
-                see_map=self._gate.see_map,
-                hand_map=self._gate.hand_map,
-                hold=self._gate.hold,
-                condemn=self._gate.condemn,
+            engine=EngineCallbacks(
+                on_map_seen=self._engine_client.on_map_seen,
+                enqueue_map=self._engine_client.enqueue_map,
+                hold=self._engine_client.hold,
+                declare_dead=self._engine_client.declare_dead,
                 leave=self._leave,
             ),
             tasks=tasks,
@@ -237,31 +244,31 @@ class Rank:
             events=LinkEvents(opened=self._on_link_opened, broken=self._membership.on_link_broken),
             tasks=tasks,
         )
-        if parts.copies is not None:
-            parts.copies.start(tasks)
-        self._membership.attach_links(self._links, parts.copies)
-        if parts.hardware.conductor is not None:
-            parts.hardware.conductor.attach(self._conductor_doors())
+        if parts.replication is not None:
+            parts.replication.start(tasks)
+        self._membership.attach_links(self._links, parts.replication)
+        if parts.hardware.barrier_driver is not None:
+            parts.hardware.barrier_driver.attach(self._graph_barrier_callbacks())
         self._membership.register()
         tasks.create_task(self._leased.write())
         tasks.create_task(self._membership.keep_lease())
         tasks.create_task(self._membership.watch())
 
-    def _conductor_doors(self) -> ConductorDoors:
+    def _graph_barrier_callbacks(self) -> GraphBarrierCallbacks:
         def wake(step: Step) -> None:
             self._links.wake(self._membership.other_members, Epoch(0), step)
 
-        return ConductorDoors(
-            tell=self._links.tell,
+        return GraphBarrierCallbacks(
+            send_update=self._links.tell,
             wake=wake,
-            nudge=self._inbox.nudge,
-            held=self._membership.on_held,
+            notify_engine=self._inbox.notify,
+            on_undeliverable=self._membership.on_held,
             leave=self._leave,
         )
 
     def _on_link_opened(self, peer: Member) -> None:
-        if self._parts.hardware.conductor is not None:
-            self._parts.hardware.conductor.greet(peer)
+        if self._parts.hardware.barrier_driver is not None:
+            self._parts.hardware.barrier_driver.handshake(peer)
         self._membership.on_link_opened(peer)
 
     def _record(self, port: int) -> RankRecord:
@@ -288,11 +295,11 @@ class Rank:
         log.warning("fenced", reason=reason)
         self.stop(EXIT_FENCED)
 
-    def _post(self, event: Event) -> None:
+    def _post(self, event: EngineEvent) -> None:
         """On the engine thread."""
         self._loop.call_soon_threadsafe(self._on_engine_event, event)
 
-    def _on_engine_event(self, event: Event) -> None:
+    def _on_engine_event(self, event: EngineEvent) -> None:
         match event:
             case StepTokens(sessions=sessions, epoch=epoch, step=step, load=load):
                 self._server.send_tokens(sessions, epoch, step, load)
@@ -308,7 +315,9 @@ class Rank:
             case Held(epoch=epoch):
                 self._membership.on_held(epoch)
             case Stranded(epoch=epoch):
-                self._leave(f"no map has followed that of epoch {epoch}, though a step was spoilt")
+                self._leave(
+                    f"no map has followed that of epoch {epoch}, though a step was invalidated"
+                )
             case Fenced(epoch=epoch):
                 self._leave(f"the map of epoch {epoch} leaves this rank out")
 
@@ -317,11 +326,11 @@ class _Ended(Exception):
     """Takes a task group down without being an error."""
 
 
-def _keeper(parts: RankParts) -> BlockKeeper:
-    if parts.copies is None:
-        return NoCopies()
-    assert parts.hardware.blocks is not None, "copies of what?"
-    return CopyWriter(parts.hardware.blocks, parts.copies, rank=parts.member.rank)
+def _make_replicator(parts: RankParts) -> KvReplicator:
+    if parts.replication is None:
+        return NoKvReplication()
+    assert parts.hardware.blocks is not None, "replicas of what?"
+    return ReplicaWriter(parts.hardware.blocks, parts.replication, rank=parts.member.rank)
 
 
 def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:

@@ -1,1 +1,1 @@
-"""The node agent: gives a host's ranks their lives, and tells etcd at once when one ends."""
+"""The node agent: starts and restarts a host's ranks, and tells etcd at once when one ends."""

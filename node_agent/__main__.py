@@ -15,18 +15,18 @@ from pathlib import Path
 from node_agent.agent_driver import AgentDriver, RankSetup
 from node_agent.config import AgentConfig
 from node_agent.cpu_share import share_cpus
-from node_agent.exit_report import Obituary
-from node_agent.expert_cache import with_shelf
+from node_agent.exit_report import ExitReporter
+from node_agent.expert_cache import with_expert_cache
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
-from node_agent.rank_supervisor import RankLives
-from node_agent.restart_policy import RespawnPolicy
+from node_agent.rank_supervisor import RankSupervisor
+from node_agent.restart_policy import RestartPolicy
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.confinement import confined_environment
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
-from shared.garbage import spare_what_is_loaded
+from shared.garbage_collector import freeze_loaded_objects
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.lifeline import watch_lifeline
@@ -44,7 +44,7 @@ def main() -> int:
             service="agent", level=config.log_level, json=config.log_json, node=config.node_name
         )
         setup = RankSetup(
-            command=with_shelf(rank_command(config, rank_flags), config.host_experts_gb),
+            command=with_expert_cache(rank_command(config, rank_flags), config.host_experts_gb),
             environment=confined_environment(os.environ, config.data_host),
             log_dir=config.log_dir,
             lease_ttl_s=config.lease_ttl_s,
@@ -94,7 +94,7 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
         etcd=config.etcd,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
-        more=(*model, *hosts, *ttl, *logs, *rank_flags),
+        extra_flags=(*model, *hosts, *ttl, *logs, *rank_flags),
     )
 
 
@@ -125,16 +125,16 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     driver = AgentDriver(
         store=store,
         keys=keys,
-        lives=RankLives(ranks, RespawnPolicy(), random.Random(), clock.now()),
+        supervisor=RankSupervisor(ranks, RestartPolicy(), random.Random(), clock.now()),
         leased=leased,
-        obituary=Obituary(store, keys, node, clock),
+        exit_reporter=ExitReporter(store, keys, node, clock),
         setup=setup,
         clock=clock,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, driver.stop)
     watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
-    spare_what_is_loaded()
+    freeze_loaded_objects()
     try:
         await driver.run()
     finally:

@@ -1,5 +1,5 @@
-"""Performs what `RankLives` decides: starts processes, listens on their pidfds, writes to etcd.
-Ranks that serve are never touched for etcd's sake."""
+"""Performs what `RankSupervisor` decides: starts processes, listens on their pidfds, writes to
+etcd. Ranks that serve are never touched for etcd's sake."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 
 import structlog
 
-from node_agent.exit_report import Obituary, describe_exit, until_done
-from node_agent.lease_keeper import nurse_lease
+from node_agent.exit_report import ExitReporter, describe_exit, retry_until_done
+from node_agent.lease_keeper import keep_lease_until_registered
 from node_agent.rank_process import RankCommand, RankProcess, find_running, spawn
 from node_agent.rank_supervisor import (
-    Action,
-    Bury,
     Kill,
-    Life,
-    Phase,
-    RankLives,
+    RankPhase,
+    RankSupervisor,
+    RevokeLease,
+    RunningRank,
     Spawn,
+    SupervisorAction,
     Terminate,
 )
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
-from shared.incarnations import new_life
+from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Verdict, unpack_record
@@ -36,7 +36,7 @@ from shared.types import Member, RankId
 
 log = structlog.get_logger()
 
-_LAST_WORDS_TIMEOUT_S = 1.0
+_FINAL_WRITES_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +58,14 @@ class AgentDriver:
 
     store: Store
     keys: Keys
-    lives: RankLives
+    supervisor: RankSupervisor
     leased: LeasedKeys
-    obituary: Obituary
+    exit_reporter: ExitReporter
     setup: RankSetup
     clock: Clock
     _processes: dict[RankId, RankProcess] = field(default_factory=dict)
-    _nurses: dict[RankId, asyncio.Task[None]] = field(default_factory=dict)
-    _burials: set[asyncio.Task[None]] = field(default_factory=set)
+    _lease_tasks: dict[RankId, asyncio.Task[None]] = field(default_factory=dict)
+    _revocations: set[asyncio.Task[None]] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
     _stopping: bool = False
@@ -73,28 +73,38 @@ class AgentDriver:
     async def run(self) -> None:
         async with self._tasks:
             adopted = self._adopt()
-            keeper = self._tasks.create_task(self.leased.run())
-            sweeper = self._tasks.create_task(until_done(lambda: self._sweep(adopted)))
-            executioner = self._tasks.create_task(self._watch_verdicts())
-            lookout = self._tasks.create_task(self._look_for_dying())
-            asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._look_for_stopped)
-            while not self.lives.all_stopped:
-                self._perform(self.lives.due(self.clock.now()))
+            leased_keys_task = self._tasks.create_task(self.leased.run())
+            stale_lease_task = self._tasks.create_task(
+                retry_until_done(lambda: self._revoke_stale_leases(adopted))
+            )
+            verdict_watcher = self._tasks.create_task(self._watch_verdicts())
+            exit_poller = self._tasks.create_task(self._poll_for_exits())
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGCHLD, self._report_stopped_ranks
+            )
+            while not self.supervisor.all_stopped:
+                self._perform(self.supervisor.take_due(self.clock.now()))
                 await self._wait()
-            if self._burials:
-                await asyncio.wait(self._burials, timeout=_LAST_WORDS_TIMEOUT_S)
-            for task in (keeper, sweeper, executioner, lookout, *self._burials):
+            if self._revocations:
+                await asyncio.wait(self._revocations, timeout=_FINAL_WRITES_TIMEOUT_S)
+            for task in (
+                leased_keys_task,
+                stale_lease_task,
+                verdict_watcher,
+                exit_poller,
+                *self._revocations,
+            ):
                 task.cancel()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+            async with asyncio.timeout(_FINAL_WRITES_TIMEOUT_S):
                 await self.leased.release()
 
     def stop(self, *, grace_s: float | None = None) -> None:
         """SIGTERM to all ranks, SIGKILL after the grace time. Later calls can only shorten it."""
         first, self._stopping = not self._stopping, True
         if first:
-            log.info("stopping", ranks=len(self.lives.running()))
-            self._perform(self.lives.stop())
+            log.info("stopping", ranks=len(self.supervisor.running()))
+            self._perform(self.supervisor.stop())
         grace_s = self.setup.stop_grace_s if grace_s is None else grace_s
         asyncio.get_running_loop().call_later(grace_s, self._kill_all)
         self._changed.set()
@@ -106,28 +116,33 @@ class AgentDriver:
     def _adopt(self) -> set[Member]:
         """The members that run already."""
         adopted: set[Member] = set()
-        for life, process in find_running(self.setup.command):
-            rank = life.member.rank
-            if not self.lives.owns(rank) or self.lives.phase_of(rank) is not Phase.WAITING:
-                log.warning("stray_rank_killed", member=str(life.member), pid=life.pid)
+        for running_rank, process in find_running(self.setup.command):
+            rank = running_rank.member.rank
+            if (
+                not self.supervisor.owns(rank)
+                or self.supervisor.phase_of(rank) is not RankPhase.WAITING
+            ):
+                log.warning(
+                    "stray_rank_killed", member=str(running_rank.member), pid=running_rank.pid
+                )
                 process.send_signal(signal.SIGKILL)
                 process.close()
                 continue
-            log.info("rank_adopted", member=str(life.member), pid=life.pid)
-            adopted.add(life.member)
-            self._hold(life, process)
-            self._perform(self.lives.adopted(life, self.clock.now()))
+            log.info("rank_adopted", member=str(running_rank.member), pid=running_rank.pid)
+            adopted.add(running_rank.member)
+            self._track(running_rank, process)
+            self._perform(self.supervisor.on_adopted(running_rank, self.clock.now()))
         return adopted
 
-    async def _sweep(self, adopted: set[Member]) -> None:
+    async def _revoke_stale_leases(self, adopted: set[Member]) -> None:
         """Revokes the leases of this node's ranks that died while no agent watched."""
-        standing = await self.store.get_prefix(self.keys.ranks)
-        started = {life.member for life in self.lives.running()}
-        for kv in standing.values:
+        registered = await self.store.get_prefix(self.keys.ranks)
+        started = {running_rank.member for running_rank in self.supervisor.running()}
+        for kv in registered.values:
             record = unpack_record(kv.value, RankRecord)
-            ours = record.node == self.setup.command.node and self.lives.owns(record.rank)
+            ours = record.node == self.setup.command.node and self.supervisor.owns(record.rank)
             if ours and record.member not in adopted | started:
-                log.info("rank_was_dead", member=str(record.member))
+                log.info("stale_lease_found", member=str(record.member))
                 await self.store.revoke_lease(record.lease_id)
 
     async def _watch_verdicts(self) -> None:
@@ -137,69 +152,75 @@ class AgentDriver:
                 if each.value is not None:
                     verdict = unpack_record(each.value, Verdict)
                     member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-                    self._perform(self.lives.condemned(member, self.clock.now()))
+                    self._perform(self.supervisor.on_declared_dead(member, self.clock.now()))
             self._changed.set()
 
-    async def _look_for_dying(self) -> None:
+    async def _poll_for_exits(self) -> None:
         """The pidfd fires when the kernel has taken the process apart, which may be long after."""
         poll_s = self.setup.dying_poll_s
         while poll_s > 0:
             await asyncio.sleep(poll_s)
-            for life in self.lives.living():
-                rank = life.member.rank
-                seen = self._processes[rank].dying()
+            for running_rank in self.supervisor.alive():
+                rank = running_rank.member.rank
+                seen = self._processes[rank].read_dying()
                 if seen is not None:
-                    log.info("rank_dying", member=str(life.member), pid=life.pid)
-                    self._perform(self.lives.dying(rank, seen.exit_code))
+                    log.info("rank_dying", member=str(running_rank.member), pid=running_rank.pid)
+                    self._perform(self.supervisor.on_dying(rank, seen.exit_code))
 
-    def _look_for_stopped(self) -> None:
+    def _report_stopped_ranks(self) -> None:
         """SIGCHLD: a child has exited (the pidfds tell), was stopped, or goes on."""
-        for life in self.lives.running():
-            process = self._processes.get(life.member.rank)
-            if process is not None and process.was_stopped():
-                log.warning("rank_stopped", member=str(life.member), pid=life.pid)
+        for running_rank in self.supervisor.running():
+            process = self._processes.get(running_rank.member.rank)
+            if process is not None and process.poll_stopped():
+                log.warning("rank_stopped", member=str(running_rank.member), pid=running_rank.pid)
                 self._tasks.create_task(
-                    self.obituary.report_stopped(life, agent_lease_id=self._lease_id)
+                    self.exit_reporter.report_stopped(running_rank, agent_lease_id=self._lease_id)
                 )
 
     async def _wait(self) -> None:
         """Until something changed or a rank is due."""
-        due_at = self.lives.next_due_at()
+        due_at = self.supervisor.next_due_at()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if due_at is None else due_at - self.clock.now()):
                 await self._changed.wait()
         self._changed.clear()
 
-    def _perform(self, actions: list[Action]) -> None:
+    def _perform(self, actions: list[SupervisorAction]) -> None:
         for action in actions:
             match action:
-                case Bury(life=life, exit_code=exit_code):
-                    self._bury(life, exit_code)
+                case RevokeLease(running_rank=running_rank, exit_code=exit_code):
+                    self._revoke_lease(running_rank, exit_code)
                 case Spawn(rank=rank):
                     self._tasks.create_task(self._spawn(rank))
-                case Terminate(life=life):
-                    self._processes[life.member.rank].send_signal(signal.SIGTERM)
-                case Kill(life=life):
-                    log.warning("condemned_rank_killed", member=str(life.member), pid=life.pid)
-                    self._processes[life.member.rank].send_signal(signal.SIGKILL)
+                case Terminate(running_rank=running_rank):
+                    self._processes[running_rank.member.rank].send_signal(signal.SIGTERM)
+                case Kill(running_rank=running_rank):
+                    log.warning(
+                        "declared_dead_rank_killed",
+                        member=str(running_rank.member),
+                        pid=running_rank.pid,
+                    )
+                    self._processes[running_rank.member.rank].send_signal(signal.SIGKILL)
 
     async def _spawn(self, rank: RankId) -> None:
         lease_id = 0
         try:
-            member, lease_id = await new_life(self.store, self.keys, rank, self.setup.lease_ttl_s)
+            member, lease_id = await allocate_incarnation(
+                self.store, self.keys, rank, self.setup.lease_ttl_s
+            )
             process = self._start(member, lease_id)
         except (StoreError, OSError) as error:
             log.error("spawn_failed", rank=rank, detail=str(error))
             if lease_id:
                 with contextlib.suppress(StoreUnavailable):
                     await self.store.revoke_lease(lease_id)
-            self._perform(self.lives.spawn_failed(rank, self.clock.now()))
+            self._perform(self.supervisor.on_spawn_failed(rank, self.clock.now()))
             self._changed.set()
             return
-        life = Life(member=member, lease_id=lease_id, pid=process.pid)
+        running_rank = RunningRank(member=member, lease_id=lease_id, pid=process.pid)
         log.info("rank_started", member=str(member), pid=process.pid)
-        self._hold(life, process)
-        self._perform(self.lives.spawned(life, self.clock.now()))
+        self._track(running_rank, process)
+        self._perform(self.supervisor.on_spawned(running_rank, self.clock.now()))
 
     def _start(self, member: Member, lease_id: int) -> RankProcess:
         log_dir, command = self.setup.log_dir, self.setup.command
@@ -211,46 +232,50 @@ class AgentDriver:
             cpus=self.setup.cpus.get(member.rank, frozenset()),
         )
 
-    def _hold(self, life: Life, process: RankProcess) -> None:
-        rank = life.member.rank
+    def _track(self, running_rank: RunningRank, process: RankProcess) -> None:
+        rank = running_rank.member.rank
         self._processes[rank] = process
-        self._nurses[rank] = self._tasks.create_task(self._nurse(life))
-        asyncio.get_running_loop().add_reader(process.fileno(), self._exited, rank)
+        self._lease_tasks[rank] = self._tasks.create_task(self._keep_lease(running_rank))
+        asyncio.get_running_loop().add_reader(process.fileno(), self._on_exited, rank)
 
-    async def _nurse(self, life: Life) -> None:
-        await nurse_lease(self.store, self.keys, life, self.setup.lease_ttl_s)
+    async def _keep_lease(self, running_rank: RunningRank) -> None:
+        await keep_lease_until_registered(
+            self.store, self.keys, running_rank, self.setup.lease_ttl_s
+        )
         if len(self._processes) == len(self.setup.cpus):
             self._pin(self.setup.cpus)
 
     def _pin(self, cpus: Mapping[RankId, frozenset[int]]) -> None:
         for rank, process in self._processes.items():
             with contextlib.suppress(FileNotFoundError):
-                process.run_on(cpus[rank])
+                process.set_cpu_affinity(cpus[rank])
 
     def _unpin(self) -> None:
         """While a rank is missing its CPUs are for all: survivors have its work to do, too."""
         everything = frozenset[int]().union(*self.setup.cpus.values())
         self._pin(dict.fromkeys(self.setup.cpus, everything))
 
-    def _exited(self, rank: RankId) -> None:
+    def _on_exited(self, rank: RankId) -> None:
         """The pidfd fired. The revocation goes out before anything else is done."""
         process = self._processes.pop(rank)
         asyncio.get_running_loop().remove_reader(process.fileno())
         exit_code = process.exit_code()
         process.close()
-        self._perform(self.lives.exited(rank, exit_code, self.clock.now()))
+        self._perform(self.supervisor.on_exited(rank, exit_code, self.clock.now()))
         log.info("rank_exited", rank=rank, pid=process.pid, detail=describe_exit(exit_code))
         if self.setup.cpus:
             self._unpin()
-        self._nurses.pop(rank).cancel()
+        self._lease_tasks.pop(rank).cancel()
         self._changed.set()
 
-    def _bury(self, life: Life, exit_code: int | None) -> None:
-        burial = self._tasks.create_task(
-            self.obituary.publish(life, exit_code, agent_lease_id=self._lease_id)
+    def _revoke_lease(self, running_rank: RunningRank, exit_code: int | None) -> None:
+        revocation = self._tasks.create_task(
+            self.exit_reporter.revoke_and_report(
+                running_rank, exit_code, agent_lease_id=self._lease_id
+            )
         )
-        self._burials.add(burial)
-        burial.add_done_callback(self._burials.discard)
+        self._revocations.add(revocation)
+        revocation.add_done_callback(self._revocations.discard)
 
     def _lease_id(self) -> int:
         return self.leased.lease_id

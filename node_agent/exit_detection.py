@@ -31,10 +31,10 @@ class StatFile:
         """Raises OSError where there is no such process."""
         self._fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
-    def dying(self) -> Dying | None:
+    def read_dying(self) -> Dying | None:
         """None of one that may go on, such as a stopped one."""
         try:
-            return dying_in(os.pread(self._fd, _STAT_BYTES_MAX, 0))
+            return parse_dying(os.pread(self._fd, _STAT_BYTES_MAX, 0))
         except ProcessLookupError:
             return Dying(exit_code=None)
 
@@ -42,7 +42,7 @@ class StatFile:
         os.close(self._fd)
 
 
-def dying_in(stat: bytes) -> Dying | None:
+def parse_dying(stat: bytes) -> Dying | None:
     """What a line of /proc/PID/stat says."""
     fields = stat.rpartition(b")")[2].split()
     if fields[_STATE] in (b"Z", b"X") or int(fields[_FLAGS]) & _EXITING:

@@ -1,5 +1,5 @@
 """What etcd learns when a rank's process is gone: its lease is revoked at once, and the agent
-testifies to the exit. Kept up until etcd has it, however long that takes."""
+reports the exit. Kept up until etcd has it, however long that takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from node_agent.rank_supervisor import Life
+from node_agent.rank_supervisor import RunningRank
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys
@@ -24,8 +24,8 @@ RETRY_MIN_S = 0.05
 RETRY_MAX_S = 1.0
 
 
-class Obituary:
-    """One agent's burials. The testimony tells a real death from a lease that etcd's own trouble
+class ExitReporter:
+    """One agent's revocations. The report tells a real death from a lease that etcd's own trouble
     made expire, and stands until the rank's next death (or as long as the agent's lease)."""
 
     def __init__(self, store: Store, keys: Keys, node: NodeId, clock: Clock) -> None:
@@ -33,47 +33,53 @@ class Obituary:
         self._keys = keys
         self._by = f"agent:{node}"
         self._clock = clock
-        self._standing: dict[RankId, str] = {}
+        self._report_keys: dict[RankId, str] = {}
 
-    async def publish(
-        self, life: Life, exit_code: int | None, *, agent_lease_id: Callable[[], int]
+    async def revoke_and_report(
+        self, running_rank: RunningRank, exit_code: int | None, *, agent_lease_id: Callable[[], int]
     ) -> None:
         """Both at once, the revocation first on the wire."""
         died_at = self._clock.now()
         detail = describe_exit(exit_code)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._revoke(life, died_at))
-            tasks.create_task(self._testify(life, agent_lease_id, died_at, detail))
+            tasks.create_task(self._revoke(running_rank, died_at))
+            tasks.create_task(self._report_exit(running_rank, agent_lease_id, died_at, detail))
 
-    async def _revoke(self, life: Life, died_at: float) -> None:
-        await until_done(lambda: self._store.revoke_lease(life.lease_id))
+    async def _revoke(self, running_rank: RunningRank, died_at: float) -> None:
+        await retry_until_done(lambda: self._store.revoke_lease(running_rank.lease_id))
         took_ms = round((self._clock.now() - died_at) * 1000, 2)
-        log.info("lease_revoked", member=str(life.member), took_ms=took_ms)
+        log.info("lease_revoked", member=str(running_rank.member), took_ms=took_ms)
 
-    async def report_stopped(self, life: Life, *, agent_lease_id: Callable[[], int]) -> None:
-        """Testifies that the process was stopped: it may go on one day, but nobody should wait."""
-        key, value = self._testimony(
-            life, SuspicionReason.STOPPED, self._clock.now(), "the process was stopped"
-        )
-        await until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
-
-    async def _testify(
-        self, life: Life, agent_lease_id: Callable[[], int], died_at: float, detail: str
+    async def report_stopped(
+        self, running_rank: RunningRank, *, agent_lease_id: Callable[[], int]
     ) -> None:
-        key, value = self._testimony(life, SuspicionReason.EXIT, died_at, detail)
-        await until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
-        old = self._standing.get(life.member.rank)
-        self._standing[life.member.rank] = key
-        if old is not None:
-            await until_done(lambda: self._store.delete(old))
+        """Reports that the process was stopped: it may go on one day, but nobody should wait."""
+        key, value = self._suspicion_entry(
+            running_rank, SuspicionReason.STOPPED, self._clock.now(), "the process was stopped"
+        )
+        await retry_until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
 
-    def _testimony(
-        self, life: Life, reason: SuspicionReason, raised_at: float, detail: str
+    async def _report_exit(
+        self,
+        running_rank: RunningRank,
+        agent_lease_id: Callable[[], int],
+        died_at: float,
+        detail: str,
+    ) -> None:
+        key, value = self._suspicion_entry(running_rank, SuspicionReason.EXIT, died_at, detail)
+        await retry_until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
+        old = self._report_keys.get(running_rank.member.rank)
+        self._report_keys[running_rank.member.rank] = key
+        if old is not None:
+            await retry_until_done(lambda: self._store.delete(old))
+
+    def _suspicion_entry(
+        self, running_rank: RunningRank, reason: SuspicionReason, raised_at: float, detail: str
     ) -> tuple[str, bytes]:
         """Key and value."""
         suspicion = Suspicion(
-            rank=life.member.rank,
-            incarnation=life.member.incarnation,
+            rank=running_rank.member.rank,
+            incarnation=running_rank.member.incarnation,
             by=self._by,
             reason=reason,
             epoch=Epoch(0),
@@ -81,7 +87,9 @@ class Obituary:
             raised_at=raised_at,
             detail=detail,
         )
-        key = self._keys.suspicion(life.member.rank, life.member.incarnation, self._by)
+        key = self._keys.suspicion(
+            running_rank.member.rank, running_rank.member.incarnation, self._by
+        )
         return key, pack_record(suspicion)
 
 
@@ -93,7 +101,7 @@ def describe_exit(exit_code: int | None) -> str:
     return f"exited with code {exit_code}"
 
 
-async def until_done(attempt: Callable[[], Awaitable[object]]) -> None:
+async def retry_until_done(attempt: Callable[[], Awaitable[object]]) -> None:
     """For what may be repeated blindly: doing it twice is doing it once."""
     retry_s = RETRY_MIN_S
     while True:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import structlog
 
 from node_agent.rank_process import RankCommand, command_line_of, find_running
-from shared.expert_cache_memory import bytes_for_copies, create_memory, open_memory_of
+from shared.expert_cache_memory import create_memory, expert_cache_bytes, open_memory_of_process
 from shared.free_memory import free_bytes
 from shared.types import DeviceKind
 
@@ -22,14 +22,14 @@ log = structlog.get_logger()
 _FLAG = "--host-experts-fd"
 
 
-def with_shelf(command: RankCommand, host_experts_gb: float) -> RankCommand:
+def with_expert_cache(command: RankCommand, host_experts_gb: float) -> RankCommand:
     """A command that hands the memory down; without any where the host refuses."""
-    if host_experts_gb == 0 or _is_for_cpu(command.more, os.environ):
+    if host_experts_gb == 0 or _is_for_cpu(command.extra_flags, os.environ):
         return command
     try:
-        fd = _adopted(command)
+        fd = _adopted_memory(command)
         if fd is None:
-            fd = create_memory(bytes_for_copies(host_experts_gb, free_bytes()))
+            fd = create_memory(expert_cache_bytes(host_experts_gb, free_bytes()))
     except OSError as error:
         log.warning("no_host_experts", detail=str(error))
         return command
@@ -37,14 +37,14 @@ def with_shelf(command: RankCommand, host_experts_gb: float) -> RankCommand:
     return replace(command, host_experts_fd=fd)
 
 
-def _adopted(command: RankCommand) -> int | None:
+def _adopted_memory(command: RankCommand) -> int | None:
     found: int | None = None
-    for life, process in find_running(command):
-        argv = command_line_of(life.pid)
+    for running_rank, process in find_running(command):
+        argv = command_line_of(running_rank.pid)
         flags = dict(pairwise(argv))
         if found is None and _FLAG in flags:
             with suppress(ValueError, OSError):  # it is gone meanwhile
-                found = open_memory_of(life.pid, int(flags[_FLAG]))
+                found = open_memory_of_process(running_rank.pid, int(flags[_FLAG]))
         process.close()
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from node_agent.rank_supervisor import Life
+from node_agent.rank_supervisor import RunningRank
 from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys
 from shared.store import Store
@@ -13,16 +13,18 @@ from shared.store import Store
 _REGISTER_TIMEOUT_S = 180.0
 
 
-async def nurse_lease(store: Store, keys: Keys, life: Life, lease_ttl_s: float) -> None:
+async def keep_lease_until_registered(
+    store: Store, keys: Keys, running_rank: RunningRank, lease_ttl_s: float
+) -> None:
     """Reading a model may take longer than a lease lasts. Ends once the rank's record stands, and
     gives up on a rank that never gets there."""
-    key = keys.rank(life.member.rank, life.member.incarnation)
+    key = keys.rank(running_rank.member.rank, running_rank.member.incarnation)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(contextlib.suppress(LeaseLost, TimeoutError))
         await stack.enter_async_context(asyncio.timeout(_REGISTER_TIMEOUT_S))
         while True:
             await asyncio.sleep(lease_ttl_s / 3)
             with contextlib.suppress(StoreUnavailable):
-                await store.keep_alive(life.lease_id)
+                await store.keep_alive(running_rank.lease_id)
                 if await store.get(key) is not None:
                     return

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from node_agent.exit_detection import Dying, StatFile
-from node_agent.rank_supervisor import Life
+from node_agent.rank_supervisor import RunningRank
 from shared.types import Incarnation, Member, NodeId, RankId
 
 _MODULE = "gpu_worker"
@@ -22,32 +22,34 @@ _MODULE = "gpu_worker"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCommand:
-    """The command line of this node's ranks, but for what differs from life to life."""
+    """The command line of this node's ranks, but for what differs from incarnation to
+    incarnation."""
 
     node: NodeId
     etcd: str
     instance: str
     lifeline_fd: int
-    more: tuple[str, ...]
+    extra_flags: tuple[str, ...]
     host_experts_fd: int = -1  # memory that all ranks share
     program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
 
     def argv(self, member: Member, lease_id: int) -> list[str]:
-        shelf = ("--host-experts-gb", "0")  # or each would make memory of its own
+        cache_flags = ("--host-experts-gb", "0")  # or each would make memory of its own
         if self.host_experts_fd >= 0:
-            shelf = ("--host-experts-fd", str(self.host_experts_fd))
+            cache_flags = ("--host-experts-fd", str(self.host_experts_fd))
         return [
             *self.program,
             *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
             *("--lease-id", str(lease_id), "--node", self.node),
             *("--etcd", self.etcd, "--instance", self.instance),
             *("--lifeline-fd", str(self.lifeline_fd)),
-            *shelf,
-            *self.more,
+            *cache_flags,
+            *self.extra_flags,
         ]
 
-    def life_of(self, pid: int, argv: Sequence[str]) -> Life | None:
-        """The life that a process with this command line is, if it is one of this node's ranks."""
+    def running_rank_of(self, pid: int, argv: Sequence[str]) -> RunningRank | None:
+        """The running rank that a process with this command line is, if it is one of this node's
+        ranks."""
         if tuple(argv[1 : len(self.program)]) != self.program[1:]:
             return None
         flags = dict(zip(argv[len(self.program) :], argv[len(self.program) + 1 :], strict=False))
@@ -60,7 +62,7 @@ class RankCommand:
                 rank=RankId(int(flags["--rank"])),
                 incarnation=Incarnation(int(flags["--incarnation"])),
             )
-            return Life(member=member, lease_id=int(flags["--lease-id"]), pid=pid)
+            return RunningRank(member=member, lease_id=int(flags["--lease-id"]), pid=pid)
         except (KeyError, ValueError):
             return None
 
@@ -86,11 +88,11 @@ class RankProcess:
         """Of a process that has exited; negative for a signal, None where it was adopted."""
         return self._child.wait() if self._child is not None else None
 
-    def dying(self) -> Dying | None:
+    def read_dying(self) -> Dying | None:
         """Whether it has begun to exit and can only end, before `fileno()` tells its end."""
-        return self._stat.dying()
+        return self._stat.read_dying()
 
-    def was_stopped(self) -> bool:
+    def poll_stopped(self) -> bool:
         """Whether it has been stopped since the last call; never of an adopted process."""
         if self._child is None:
             return False
@@ -100,7 +102,7 @@ class RankProcess:
             return False
         return found is not None and found.si_code == os.CLD_STOPPED
 
-    def run_on(self, cpus: frozenset[int]) -> None:
+    def set_cpu_affinity(self, cpus: frozenset[int]) -> None:
         """All its threads, and those that they will start."""
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             with contextlib.suppress(ProcessLookupError):
@@ -138,14 +140,14 @@ def spawn(
         )
     process = RankProcess(child.pid, child)
     if cpus:
-        process.run_on(cpus)
+        process.set_cpu_affinity(cpus)
     return process
 
 
-def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:
+def find_running(command: RankCommand) -> Iterator[tuple[RunningRank, RankProcess]]:
     """Ranks of this node that an earlier agent has left running, newest incarnation first. The
     process table is the truth: it knows those, too, that have not registered yet."""
-    found: list[tuple[Life, RankProcess]] = []
+    found: list[tuple[RunningRank, RankProcess]] = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -153,11 +155,11 @@ def find_running(command: RankCommand) -> Iterator[tuple[Life, RankProcess]]:
         if process is None:
             continue
         # Read after the pidfd is open, the command line is that of the process it holds.
-        life = command.life_of(process.pid, command_line_of(process.pid))
-        if life is None or _has_exited(process):
+        running_rank = command.running_rank_of(process.pid, command_line_of(process.pid))
+        if running_rank is None or _has_exited(process):
             process.close()
         else:
-            found.append((life, process))
+            found.append((running_rank, process))
     found.sort(key=lambda pair: pair[0].member.incarnation, reverse=True)
     return iter(found)
 

@@ -1,13 +1,14 @@
-"""Where each rank of this node stands between two lives, and what to do next. Pure: events and
-`now` in, actions out; processes and etcd are the driver's.
+"""Where each rank of this node stands between two incarnations, and what to do next. Pure: events
+and `now` in, actions out; processes and etcd are the driver's.
 
 A rank waits until it is due, is started (incarnation, lease, process: three steps of the driver,
-any of which may fail), runs until its process exits, is buried (lease revoked), and waits again for
-as long as the respawn policy says. A process that is seen to die is buried at once, though the
-kernel may take long to take it apart; the next life waits for its end all the same, for until then
-it holds its ports and its card's memory. Stopping is one way: nothing leaves STOPPED. A life that
-the control plane declared dead exits by itself as soon as it learns of it; one that cannot (it
-hangs, or is stopped) is killed when its grace is over, so that its rank can live again.
+any of which may fail), runs until its process exits, has its lease revoked, and waits again for
+as long as the restart policy says. A process that is seen to die has its lease revoked at once,
+though the kernel may take long to take it apart; the next incarnation waits for its end all the
+same, for until then it holds its ports and its card's memory. Stopping is one way: nothing leaves
+STOPPED. An incarnation that the control plane declared dead exits by itself as soon as it learns
+of it; one that cannot (it hangs, or is stopped) is killed when its grace is over, so that its rank
+can live again.
 
     phase     event         next      action
     waiting   due           starting  Spawn
@@ -16,16 +17,16 @@ hangs, or is stopped) is killed when its grace is over, so that its rank can liv
     starting  spawned       running   –
     starting  spawn_failed  waiting   –
     starting  stop          stopping  –
-    running   dying         dying     Bury
-    running   exited        waiting   Bury
-    running   condemned     running   Kill, after the grace
+    running   dying         dying     RevokeLease
+    running   exited        waiting   RevokeLease
+    running   declared_dead     running   Kill, after the grace
     running   stop          stopping  Terminate
     dying     exited        waiting   –
     dying     stop          ending    –
     stopping  spawned       stopping  Terminate
     stopping  spawn_failed  stopped   –
-    stopping  dying         ending    Bury
-    stopping  exited        stopped   Bury
+    stopping  dying         ending    RevokeLease
+    stopping  exited        stopped   RevokeLease
     stopping  stop          stopping  –
     ending    exited        stopped   –
     ending    stop          ending    –
@@ -39,11 +40,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from node_agent.restart_policy import RespawnPolicy
+from node_agent.restart_policy import RestartPolicy
 from shared.types import Member, RankId
 
 
-class Phase(Enum):
+class RankPhase(Enum):
     WAITING = "waiting"
     STARTING = "starting"
     RUNNING = "running"
@@ -53,7 +54,7 @@ class Phase(Enum):
     STOPPED = "stopped"
 
 
-class Event(Enum):
+class RankEvent(Enum):
     DUE = "due"
     ADOPTED = "adopted"
     SPAWNED = "spawned"
@@ -64,7 +65,7 @@ class Event(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Life:
+class RunningRank:
     """A running process of a rank, and the lease that stands for it."""
 
     member: Member
@@ -78,179 +79,191 @@ class Spawn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bury:
+class RevokeLease:
     """The process is gone, or can only go: revoke its lease now."""
 
-    life: Life
+    running_rank: RunningRank
     exit_code: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terminate:
-    life: Life
+    running_rank: RunningRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """The life has a verdict and did not leave."""
+    """The rank has a verdict and did not leave."""
 
-    life: Life
+    running_rank: RunningRank
 
 
-Action = Spawn | Bury | Terminate | Kill
+SupervisorAction = Spawn | RevokeLease | Terminate | Kill
 
-TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
-    (Phase.WAITING, Event.DUE): Phase.STARTING,
-    (Phase.WAITING, Event.ADOPTED): Phase.RUNNING,
-    (Phase.WAITING, Event.STOP): Phase.STOPPED,
-    (Phase.STARTING, Event.SPAWNED): Phase.RUNNING,
-    (Phase.STARTING, Event.SPAWN_FAILED): Phase.WAITING,
-    (Phase.STARTING, Event.STOP): Phase.STOPPING,
-    (Phase.RUNNING, Event.DYING): Phase.DYING,
-    (Phase.RUNNING, Event.EXITED): Phase.WAITING,
-    (Phase.RUNNING, Event.STOP): Phase.STOPPING,
-    (Phase.DYING, Event.EXITED): Phase.WAITING,
-    (Phase.DYING, Event.STOP): Phase.ENDING,
-    (Phase.STOPPING, Event.SPAWNED): Phase.STOPPING,
-    (Phase.STOPPING, Event.SPAWN_FAILED): Phase.STOPPED,
-    (Phase.STOPPING, Event.DYING): Phase.ENDING,
-    (Phase.STOPPING, Event.EXITED): Phase.STOPPED,
-    (Phase.STOPPING, Event.STOP): Phase.STOPPING,
-    (Phase.ENDING, Event.EXITED): Phase.STOPPED,
-    (Phase.ENDING, Event.STOP): Phase.ENDING,
-    (Phase.STOPPED, Event.STOP): Phase.STOPPED,
+TRANSITIONS: dict[tuple[RankPhase, RankEvent], RankPhase] = {
+    (RankPhase.WAITING, RankEvent.DUE): RankPhase.STARTING,
+    (RankPhase.WAITING, RankEvent.ADOPTED): RankPhase.RUNNING,
+    (RankPhase.WAITING, RankEvent.STOP): RankPhase.STOPPED,
+    (RankPhase.STARTING, RankEvent.SPAWNED): RankPhase.RUNNING,
+    (RankPhase.STARTING, RankEvent.SPAWN_FAILED): RankPhase.WAITING,
+    (RankPhase.STARTING, RankEvent.STOP): RankPhase.STOPPING,
+    (RankPhase.RUNNING, RankEvent.DYING): RankPhase.DYING,
+    (RankPhase.RUNNING, RankEvent.EXITED): RankPhase.WAITING,
+    (RankPhase.RUNNING, RankEvent.STOP): RankPhase.STOPPING,
+    (RankPhase.DYING, RankEvent.EXITED): RankPhase.WAITING,
+    (RankPhase.DYING, RankEvent.STOP): RankPhase.ENDING,
+    (RankPhase.STOPPING, RankEvent.SPAWNED): RankPhase.STOPPING,
+    (RankPhase.STOPPING, RankEvent.SPAWN_FAILED): RankPhase.STOPPED,
+    (RankPhase.STOPPING, RankEvent.DYING): RankPhase.ENDING,
+    (RankPhase.STOPPING, RankEvent.EXITED): RankPhase.STOPPED,
+    (RankPhase.STOPPING, RankEvent.STOP): RankPhase.STOPPING,
+    (RankPhase.ENDING, RankEvent.EXITED): RankPhase.STOPPED,
+    (RankPhase.ENDING, RankEvent.STOP): RankPhase.ENDING,
+    (RankPhase.STOPPED, RankEvent.STOP): RankPhase.STOPPED,
 }
 
-_BURIED = frozenset({Phase.DYING, Phase.ENDING})
+_LEASE_REVOKED = frozenset({RankPhase.DYING, RankPhase.ENDING})
 
 
 @dataclass(slots=True)
-class _Rank:
+class _SupervisedRank:
     due_at: float
-    phase: Phase = Phase.WAITING
-    life: Life | None = None
+    phase: RankPhase = RankPhase.WAITING
+    running_rank: RunningRank | None = None
     running_since: float = 0.0
     kill_at: float | None = None
     failures: int = 0
 
 
-class RankLives:
+class RankSupervisor:
     """All ranks of one node. An event that the table does not have is a bug of the driver."""
 
     def __init__(
         self,
         ranks: Iterable[RankId],
-        policy: RespawnPolicy,
+        policy: RestartPolicy,
         rng: random.Random,
         now: float,
         *,
-        condemned_grace_s: float = 10.0,
+        verdict_grace_s: float = 10.0,
     ) -> None:
         self._policy = policy
-        self._condemned_grace_s = condemned_grace_s
+        self._verdict_grace_s = verdict_grace_s
         self._rng = rng
-        self._ranks = {rank: _Rank(due_at=now) for rank in ranks}
+        self._ranks = {rank: _SupervisedRank(due_at=now) for rank in ranks}
 
     @property
     def all_stopped(self) -> bool:
-        return all(rank.phase is Phase.STOPPED for rank in self._ranks.values())
+        return all(rank.phase is RankPhase.STOPPED for rank in self._ranks.values())
 
     def owns(self, rank: RankId) -> bool:
         return rank in self._ranks
 
-    def phase_of(self, rank: RankId) -> Phase:
+    def phase_of(self, rank: RankId) -> RankPhase:
         return self._ranks[rank].phase
 
-    def running(self) -> list[Life]:
-        return [rank.life for rank in self._ranks.values() if rank.life is not None]
+    def running(self) -> list[RunningRank]:
+        return [rank.running_rank for rank in self._ranks.values() if rank.running_rank is not None]
 
-    def living(self) -> list[Life]:
+    def alive(self) -> list[RunningRank]:
         """Those that have not been seen to die."""
         ranks = self._ranks.values()
-        return [r.life for r in ranks if r.life is not None and r.phase not in _BURIED]
+        return [
+            r.running_rank
+            for r in ranks
+            if r.running_rank is not None and r.phase not in _LEASE_REVOKED
+        ]
 
     def next_due_at(self) -> float | None:
-        """When `due` will have something to do; None where nothing waits for its time."""
-        waiting = (r.due_at for r in self._ranks.values() if r.phase is Phase.WAITING)
-        condemned = (r.kill_at for r in self._ranks.values() if r.kill_at is not None)
-        return min((*waiting, *condemned), default=None)
+        """When `take_due` will have something to do; None where nothing waits for its time."""
+        waiting = (r.due_at for r in self._ranks.values() if r.phase is RankPhase.WAITING)
+        declared_dead = (r.kill_at for r in self._ranks.values() if r.kill_at is not None)
+        return min((*waiting, *declared_dead), default=None)
 
-    def due(self, now: float) -> list[Action]:
-        actions: list[Action] = []
+    def take_due(self, now: float) -> list[SupervisorAction]:
+        actions: list[SupervisorAction] = []
         for rank_id, rank in self._ranks.items():
-            if rank.phase is Phase.WAITING and rank.due_at <= now:
-                self._move(rank, Event.DUE)
+            if rank.phase is RankPhase.WAITING and rank.due_at <= now:
+                self._move(rank, RankEvent.DUE)
                 actions.append(Spawn(rank=rank_id))
             elif rank.kill_at is not None and rank.kill_at <= now:
                 rank.kill_at = None
-                assert rank.life is not None
-                actions.append(Kill(life=rank.life))
+                assert rank.running_rank is not None
+                actions.append(Kill(running_rank=rank.running_rank))
         return actions
 
-    def condemned(self, member: Member, now: float) -> list[Action]:
-        """The control plane has declared this life dead. It may say so more than once; the grace
-        does not begin anew."""
-        condemned = (life for life in self.living() if life.member == member)
-        for life in condemned:
-            rank = self._ranks[life.member.rank]
+    def on_declared_dead(self, member: Member, now: float) -> list[SupervisorAction]:
+        """The control plane has declared this incarnation dead. It may say so more than once; the
+        grace does not begin anew."""
+        declared_dead = (
+            running_rank for running_rank in self.alive() if running_rank.member == member
+        )
+        for running_rank in declared_dead:
+            rank = self._ranks[running_rank.member.rank]
             if rank.kill_at is None:
-                rank.kill_at = now + self._condemned_grace_s
+                rank.kill_at = now + self._verdict_grace_s
         return []
 
-    def adopted(self, life: Life, now: float) -> list[Action]:
+    def on_adopted(self, running_rank: RunningRank, now: float) -> list[SupervisorAction]:
         """A process of an earlier agent that still runs."""
-        return self._lives(life, Event.ADOPTED, now)
+        return self._set_running(running_rank, RankEvent.ADOPTED, now)
 
-    def spawned(self, life: Life, now: float) -> list[Action]:
-        return self._lives(life, Event.SPAWNED, now)
+    def on_spawned(self, running_rank: RunningRank, now: float) -> list[SupervisorAction]:
+        return self._set_running(running_rank, RankEvent.SPAWNED, now)
 
-    def spawn_failed(self, rank_id: RankId, now: float) -> list[Action]:
+    def on_spawn_failed(self, rank_id: RankId, now: float) -> list[SupervisorAction]:
         rank = self._ranks[rank_id]
-        self._move(rank, Event.SPAWN_FAILED)
-        self._wait(rank, lived_s=0.0, exit_code=None, now=now)
+        self._move(rank, RankEvent.SPAWN_FAILED)
+        self._wait(rank, uptime_s=0.0, exit_code=None, now=now)
         return []
 
-    def dying(self, rank_id: RankId, exit_code: int | None) -> list[Action]:
-        """Its process can only end; `exited` follows."""
+    def on_dying(self, rank_id: RankId, exit_code: int | None) -> list[SupervisorAction]:
+        """Its process can only end; `on_exited` follows."""
         rank = self._ranks[rank_id]
-        self._move(rank, Event.DYING)
-        assert rank.life is not None
+        self._move(rank, RankEvent.DYING)
+        assert rank.running_rank is not None
         rank.kill_at = None
-        return [Bury(life=rank.life, exit_code=exit_code)]
+        return [RevokeLease(running_rank=rank.running_rank, exit_code=exit_code)]
 
-    def exited(self, rank_id: RankId, exit_code: int | None, now: float) -> list[Action]:
+    def on_exited(
+        self, rank_id: RankId, exit_code: int | None, now: float
+    ) -> list[SupervisorAction]:
         """`exit_code` is None for an adopted process, whose parent was another."""
         rank = self._ranks[rank_id]
-        was_buried = rank.phase in _BURIED
-        self._move(rank, Event.EXITED)
-        assert rank.life is not None
-        life, rank.life, rank.kill_at = rank.life, None, None
-        self._wait(rank, lived_s=now - rank.running_since, exit_code=exit_code, now=now)
-        return [] if was_buried else [Bury(life=life, exit_code=exit_code)]
+        was_revoked = rank.phase in _LEASE_REVOKED
+        self._move(rank, RankEvent.EXITED)
+        assert rank.running_rank is not None
+        running_rank, rank.running_rank, rank.kill_at = rank.running_rank, None, None
+        self._wait(rank, uptime_s=now - rank.running_since, exit_code=exit_code, now=now)
+        return [] if was_revoked else [RevokeLease(running_rank=running_rank, exit_code=exit_code)]
 
-    def stop(self) -> list[Action]:
-        actions: list[Action] = []
+    def stop(self) -> list[SupervisorAction]:
+        actions: list[SupervisorAction] = []
         for rank in self._ranks.values():
-            was_running = rank.phase is Phase.RUNNING
-            self._move(rank, Event.STOP)
-            if was_running and rank.life is not None:
-                actions.append(Terminate(life=rank.life))
+            was_running = rank.phase is RankPhase.RUNNING
+            self._move(rank, RankEvent.STOP)
+            if was_running and rank.running_rank is not None:
+                actions.append(Terminate(running_rank=rank.running_rank))
         return actions
 
-    def _lives(self, life: Life, event: Event, now: float) -> list[Action]:
-        rank = self._ranks[life.member.rank]
+    def _set_running(
+        self, running_rank: RunningRank, event: RankEvent, now: float
+    ) -> list[SupervisorAction]:
+        rank = self._ranks[running_rank.member.rank]
         self._move(rank, event)
-        rank.life, rank.running_since = life, now
-        return [Terminate(life=life)] if rank.phase is Phase.STOPPING else []
+        rank.running_rank, rank.running_since = running_rank, now
+        return [Terminate(running_rank=running_rank)] if rank.phase is RankPhase.STOPPING else []
 
-    def _wait(self, rank: _Rank, *, lived_s: float, exit_code: int | None, now: float) -> None:
+    def _wait(
+        self, rank: _SupervisedRank, *, uptime_s: float, exit_code: int | None, now: float
+    ) -> None:
         rank.failures = self._policy.failures_after(
-            rank.failures, lived_s=lived_s, exit_code=exit_code
+            rank.failures, uptime_s=uptime_s, exit_code=exit_code
         )
         rank.due_at = now + self._policy.delay_s(
             rank.failures, exit_code=exit_code, jitter=self._rng.random()
         )
 
     @staticmethod
-    def _move(rank: _Rank, event: Event) -> None:
+    def _move(rank: _SupervisedRank, event: RankEvent) -> None:
         rank.phase = TRANSITIONS[rank.phase, event]

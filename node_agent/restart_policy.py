@@ -1,4 +1,4 @@
-"""How long a rank stays dead: a pure function of how its last lives ended."""
+"""How long a rank stays dead: a pure function of how its last incarnations ended."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from shared.exit_codes import EXIT_FENCED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RespawnPolicy:
+class RestartPolicy:
     """The first restart waits, too: a process that starts takes CPU from the survivors in the very
     moment in which they recover."""
 
     first_delay_s: float = 0.5
     delay_s_max: float = 15.0
-    healthy_after_s: float = 20.0  # a life this long clears the record of failures
+    healthy_after_s: float = 20.0  # a run this long clears the record of failures
 
-    def failures_after(self, failures: int, *, lived_s: float, exit_code: int | None) -> int:
-        """How many short lives in a row there were, with one that has just ended."""
-        if exit_code == EXIT_FENCED or lived_s >= self.healthy_after_s:
+    def failures_after(self, failures: int, *, uptime_s: float, exit_code: int | None) -> int:
+        """How many short runs in a row there were, with one that has just ended."""
+        if exit_code == EXIT_FENCED or uptime_s >= self.healthy_after_s:
             return 0
         return failures + 1
 

@@ -33,7 +33,7 @@ class Listener(NamedTuple):
 def confined_environment(base_env: Mapping[str, str], data_host: str) -> dict[str, str]:
     """`base_env` plus what makes a process listen on `data_host` wherever it would listen on all
     interfaces. Compiles the shim where this user has not yet. Raises ConfigError."""
-    shim = compiled_shim(base_env)
+    shim = compile_shim(base_env)
     others = [p for p in base_env.get("LD_PRELOAD", "").split(":") if p and p != str(shim)]
     preload = ":".join([str(shim), *others])
     return {**base_env, "LD_PRELOAD": preload, BIND_VARIABLE: _address_of(data_host)}
@@ -51,7 +51,7 @@ def require_confined() -> None:
         )
 
 
-def compiled_shim(environ: Mapping[str, str]) -> Path:
+def compile_shim(environ: Mapping[str, str]) -> Path:
     """The shim's shared object in the user's cache, named after its source. Raises ConfigError."""
     source = _SOURCE.read_bytes()
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starfish"

@@ -127,7 +127,7 @@ class EmbeddedEtcd:
         try:
             while True:
                 if self._process is None or self._process.returncode is not None:
-                    raise StoreUnavailable(f"etcd exited at start: {self._last_words()}")
+                    raise StoreUnavailable(f"etcd exited at start: {self._last_log_error()}")
                 with contextlib.suppress(StoreUnavailable):
                     await store.get("/starfish/")
                     return
@@ -140,7 +140,7 @@ class EmbeddedEtcd:
         finally:
             await store.close()
 
-    def _last_words(self) -> str:
+    def _last_log_error(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()
         for line in reversed(lines):
             with contextlib.suppress(ValueError):

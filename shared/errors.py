@@ -10,7 +10,7 @@
     │   ├── StoreUnavailable   …or did not answer: the outcome is unknown
     │   ├── TxnConflict        …because a compared key had moved: definitely not done
     │   └── LeaseLost          …because the lease is gone
-    ├── GuideError             a grammar is none, or does not allow what was generated
+    ├── GrammarError             a grammar is none, or does not allow what was generated
     ├── WireError              a frame or message is malformed
     └── StepAbandoned          a lockstep step will not complete in this epoch
 
@@ -72,7 +72,7 @@ class LeaseLost(StoreError):
     definitely_not_done = True
 
 
-class GuideError(StarfishError):
+class GrammarError(StarfishError):
     definitely_not_done = True
 
 

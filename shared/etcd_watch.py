@@ -46,13 +46,13 @@ class _Handover:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._room = threading.Semaphore(_BATCHES_MAX)
+        self._free_batches = threading.Semaphore(_BATCHES_MAX)
         self._batches: deque[_Batch | None] = deque()
         self._arrived = asyncio.Event()
 
     def offer(self, batch: _Batch, stopped: threading.Event) -> None:
         """Thread side; waits while there is no room."""
-        while not self._room.acquire(timeout=0.5):
+        while not self._free_batches.acquire(timeout=0.5):
             if stopped.is_set():
                 return
         self._push(batch)
@@ -76,7 +76,7 @@ class _Handover:
             self._arrived.clear()
             await self._arrived.wait()
         batch = self._batches.popleft()
-        self._room.release()
+        self._free_batches.release()
         return batch
 
 
@@ -112,7 +112,7 @@ class EtcdWatch:
             try:
                 if self._revision is None:
                     self._read_snapshot()
-                self._follow()
+                self._stream_events()
             except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
                 self._stopped.wait(random.uniform(*_BACKOFF_S))
         self._handover.end()
@@ -122,7 +122,7 @@ class EtcdWatch:
         self._handover.offer([snapshot], self._stopped)
         self._revision = snapshot.revision
 
-    def _follow(self) -> None:
+    def _stream_events(self) -> None:
         """Returns or raises when the stream has ended; `_revision` then says how to go on."""
         assert self._revision is not None
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -139,7 +139,7 @@ class EtcdWatch:
 
     def _deliver(self, responses: Iterator[Any]) -> None:
         for response in responses:
-            if response.compact_revision or self._has_forgotten(response):
+            if response.compact_revision or self._is_older_than_known(response):
                 self._revision = None
                 return
             if response.canceled:
@@ -149,7 +149,7 @@ class EtcdWatch:
                 self._revision = response.events[-1].kv.mod_revision
         self._stopped.wait(random.uniform(*_BACKOFF_S))
 
-    def _has_forgotten(self, response: Any) -> bool:
+    def _is_older_than_known(self, response: Any) -> bool:
         """etcd came back older than what it told us: its data was lost or replaced."""
         assert self._revision is not None
         return bool(response.created and response.header.revision < self._revision)

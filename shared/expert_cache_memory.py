@@ -22,14 +22,14 @@ _GB = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShelfMemory:
+class ExpertCacheMemory:
     """`bytes_max`: what this process uses of it, from the start."""
 
     fd: int
     bytes_max: int
 
 
-def bytes_for_copies(host_experts_gb: float, free_bytes: int) -> int:
+def expert_cache_bytes(host_experts_gb: float, free_bytes: int) -> int:
     """Below 0: a quarter of what is free, so that most stays with the page cache, which copies are
     filled from. Never more than is free: the kernel would end a process for it."""
     if host_experts_gb < 0:
@@ -50,7 +50,7 @@ def create_memory(num_bytes: int) -> int:
     return fd
 
 
-def open_memory_of(pid: int, fd: int) -> int:
+def open_memory_of_process(pid: int, fd: int) -> int:
     """What another process has under this number, as a descriptor of ours. Raises OSError where
     that is no such memory."""
     ours = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -60,7 +60,9 @@ def open_memory_of(pid: int, fd: int) -> int:
     return ours
 
 
-def memory_of_rank(inherited_fd: int, host_experts_gb: float) -> ShelfMemory | None:
+def expert_cache_memory_of_rank(
+    inherited_fd: int, host_experts_gb: float
+) -> ExpertCacheMemory | None:
     """What the node agent has handed down; without one a rank has memory of its own. None, too,
     where the host refuses: the log says why."""
     if host_experts_gb == 0:
@@ -68,11 +70,11 @@ def memory_of_rank(inherited_fd: int, host_experts_gb: float) -> ShelfMemory | N
     fd = inherited_fd
     try:
         if fd < 0:
-            fd = create_memory(bytes_for_copies(host_experts_gb, free_bytes()))
+            fd = create_memory(expert_cache_bytes(host_experts_gb, free_bytes()))
         bytes_max = os.fstat(fd).st_size
     except OSError as error:
         log.warning("no_host_experts", detail=str(error))
         return None
     if host_experts_gb > 0:
         bytes_max = min(bytes_max, int(host_experts_gb * _GB))
-    return ShelfMemory(fd=fd, bytes_max=bytes_max)
+    return ExpertCacheMemory(fd=fd, bytes_max=bytes_max)

@@ -16,7 +16,7 @@ M = TypeVar("M", bound=Message)
 ANSWER_TIMEOUT_S = 2.0
 
 
-async def greet(
+async def handshake(
     peer: RankRecord, own: Member, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     """Raises WireError where another life answers, TimeoutError, ConnectionError."""

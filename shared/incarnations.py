@@ -35,7 +35,7 @@ async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnatio
     raise TxnConflict(f"{key} kept changing")
 
 
-async def new_life(
+async def allocate_incarnation(
     store: Store, keys: Keys, rank: RankId, lease_ttl_s: float
 ) -> tuple[Member, int]:
     """Raises StoreError."""

@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
-LATER_S = 0.2
+DEFERRED_WRITE_S = 0.2
 KEEP_ALIVE_RETRY_S = 0.3
 """Short: whoever comes back from an outage of etcd without a lease is under suspicion."""
 
@@ -31,10 +31,10 @@ class LeasedKeys:
         self._store = store
         self._ttl_s = ttl_s
         self._lease_id = lease_id
-        self._said: dict[str, bytes] = {}
+        self._values: dict[str, bytes] = {}
         self._dirty: dict[str, None] = {}  # in the order in which they were said
         self._wake = asyncio.Event()
-        self._doubted = asyncio.Event()
+        self._recheck_requested = asyncio.Event()
 
     @property
     def lease_id(self) -> int:
@@ -42,14 +42,14 @@ class LeasedKeys:
         return self._lease_id
 
     def put(self, key: str, value: bytes, *, urgent: bool = True) -> None:
-        """Not urgent: what nobody waits for is written LATER_S later, because at a death all ranks
-        have something to say, and the survivors' next step waits for the same CPUs."""
-        self._said[key] = value
+        """Not urgent: what nobody waits for is written DEFERRED_WRITE_S later, because at a death
+        all ranks have something to say, and the survivors' next step waits for the same CPUs."""
+        self._values[key] = value
         self._mark(key, urgent)
 
     def delete(self, key: str, *, urgent: bool = True) -> None:
         """Of a key that was put here; others are left alone."""
-        if self._said.pop(key, None) is not None:
+        if self._values.pop(key, None) is not None:
             self._mark(key, urgent)
 
     async def run(self) -> None:
@@ -61,7 +61,7 @@ class LeasedKeys:
             while True:
                 await self.keep_alive()
                 await self.renew()
-                for key in self._said:
+                for key in self._values:
                     self._mark(key, True)
 
     async def write(self) -> None:
@@ -84,8 +84,8 @@ class LeasedKeys:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    await self._doubted.wait()
-            self._doubted.clear()
+                    await self._recheck_requested.wait()
+            self._recheck_requested.clear()
             wait_s = self._ttl_s / 3
             try:
                 await self._store.keep_alive(self._lease_id)
@@ -96,9 +96,9 @@ class LeasedKeys:
                 log.warning("keep_alive_failed", detail=str(error))
                 wait_s = min(wait_s, KEEP_ALIVE_RETRY_S)
 
-    def doubt_lease(self) -> None:
+    def recheck_lease(self) -> None:
         """Something speaks against it: `keep_alive` asks etcd now."""
-        self._doubted.set()
+        self._recheck_requested.set()
 
     async def renew(self) -> int:
         """A new lease in place of a lost one, or of none; later writes go under it."""
@@ -124,10 +124,10 @@ class LeasedKeys:
         if urgent:
             self._wake.set()
         else:
-            asyncio.get_running_loop().call_later(LATER_S, self._wake.set)
+            asyncio.get_running_loop().call_later(DEFERRED_WRITE_S, self._wake.set)
 
     async def _write(self, key: str) -> bool:
-        value, lease_id = self._said.get(key), self._lease_id
+        value, lease_id = self._values.get(key), self._lease_id
         assert lease_id, "`renew` comes before `write`"
         try:
             if value is None:
@@ -135,11 +135,11 @@ class LeasedKeys:
             else:
                 await self._store.put(key, value, lease_id=lease_id)
         except LeaseLost:
-            self.doubt_lease()  # it is put again under the next one
+            self.recheck_lease()  # it is put again under the next one
             return False
         except StoreError as error:
             log.warning("put_failed", key=key, detail=str(error))
             return False
-        if self._said.get(key) is value and self._lease_id == lease_id:
+        if self._values.get(key) is value and self._lease_id == lease_id:
             self._dirty.pop(key, None)
         return True

@@ -165,7 +165,7 @@ class Wake:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GraphNews:
+class GraphBarrierUpdate:
     """Rank to rank, where ranks meet by counting the graphs that they launch: where the sender
     stands. The newest one replaces those before; see `gpu_worker/exchange/graph_barrier.py`."""
 
@@ -176,13 +176,13 @@ class GraphNews:
     entered: Epoch  # the map that it runs under
     sleep_at: int  # it agrees to sleep once so many graphs are launched; -1: it does not
     slept_at: int  # where all had agreed to sleep the last time, as far as it knows; -1: nowhere
-    spoilt: Epoch  # it will deliver no more step of this map, nor of an older one
+    invalidated: Epoch  # it will deliver no more step of this map, nor of an older one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenArea:
-    """Rank to rank: give me (`source`) an area of your memory to write my messages into. A higher
-    `generation` asks for a fresh area, after a write into the old one timed out."""
+class OpenRegion:
+    """Rank to rank: give me (`source`) a region of your memory to write my messages into. A higher
+    `generation` asks for a fresh region, after a write into the old one timed out."""
 
     source: Member
     transfer_name: str
@@ -190,8 +190,9 @@ class OpenArea:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AreaOpened:
-    """The area that the answering rank keeps for `source`: an address in its registered memory."""
+class RegionOpened:
+    """The region that the answering rank keeps for `source`: an address in its registered
+    memory."""
 
     target: Member
     source: Member
@@ -202,7 +203,7 @@ class AreaOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenCopies:
+class OpenKvReplicaRegion:
     """Rank to rank: give me (`source`) room in your host memory for copies of my KV blocks, of so
     many bytes each and in this layout. Every call has a higher `generation`, and gets fresh
     room."""
@@ -214,8 +215,8 @@ class OpenCopies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CopiesOpened:
-    """Slot i of the answering rank's area begins at `address + i * block_bytes`; behind the last
+class KvReplicaRegionOpened:
+    """Slot i of the answering rank's region begins at `address + i * block_bytes`; behind the last
     one is room for the write that opens the way. `refusal` says why there is none, where
     `num_slots` is 0."""
 
@@ -229,8 +230,8 @@ class CopiesOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CopiesKept:
-    """Rank to rank: the blocks of these names stand in these slots of my area; the writes have
+class KvReplicasStored:
+    """Rank to rank: the blocks of these names stand in these slots of my region; the writes have
     completed."""
 
     source: Member
@@ -240,7 +241,7 @@ class CopiesKept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DropCopies:
+class DropKvReplicas:
     """Rank to rank: know these slots no more; I shall write to them after your answer."""
 
     source: Member
@@ -249,7 +250,7 @@ class DropCopies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CopiesDropped:
+class KvReplicasDropped:
     source: Member
     generation: int
     slots: tuple[int, ...]
@@ -298,14 +299,14 @@ Message = (
     | Ping
     | Pong
     | Wake
-    | GraphNews
-    | OpenArea
-    | AreaOpened
-    | OpenCopies
-    | CopiesOpened
-    | CopiesKept
-    | DropCopies
-    | CopiesDropped
+    | GraphBarrierUpdate
+    | OpenRegion
+    | RegionOpened
+    | OpenKvReplicaRegion
+    | KvReplicaRegionOpened
+    | KvReplicasStored
+    | DropKvReplicas
+    | KvReplicasDropped
     | StatusQuery
     | StatusReply
 )
@@ -321,14 +322,14 @@ _KINDS: dict[str, type[Message]] = {
         Ping,
         Pong,
         Wake,
-        GraphNews,
-        OpenArea,
-        AreaOpened,
-        OpenCopies,
-        CopiesOpened,
-        CopiesKept,
-        DropCopies,
-        CopiesDropped,
+        GraphBarrierUpdate,
+        OpenRegion,
+        RegionOpened,
+        OpenKvReplicaRegion,
+        KvReplicaRegionOpened,
+        KvReplicasStored,
+        DropKvReplicas,
+        KvReplicasDropped,
         StatusQuery,
         StatusReply,
     )

@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from cli.bench.own_options import OwnOptions, rank_options_of
+from cli.bench.temporary_options import TemporaryInstanceOptions, parse_rank_options
 from cli.outcome import run_command
 from cli.run_dir import Target, resolve_target
 from shared.clock import SystemClock
@@ -86,12 +86,14 @@ def serve(
     async def work() -> int:
         console, clock = Console(stderr=as_json), SystemClock()
         load = ServeLoad(
-            concurrencies=_numbers("--concurrency", concurrency),
+            concurrencies=_parse_numbers("--concurrency", concurrency),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
         )
-        options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
+        options = _temporary_options(
+            model, ranks, device, redundant_experts, slots_per_rank, rank_option
+        )
         if compare_static:
             compared = await compare(
                 load,
@@ -104,7 +106,7 @@ def serve(
             _show(compared, comparison_table(compared), console, as_json)
             counts = [row for row in compared if row.quantity == ERRORS]
             return 1 if any(row.elastic or row.static for row in counts) else 0
-        started = _started(options, start_timeout_s, console) if own else None
+        started = _start_temporary(options, start_timeout_s, console) if own else None
         async with _gateway(started, url, instance, run_dir) as url_used:
             rows = await measure(url_used, load, clock)
         _show(rows, serve_table(rows), console, as_json)
@@ -136,9 +138,11 @@ def prefix(
 
     async def work() -> int:
         load = PrefixLoad(tries=tries, prompt_tokens=prompt_tokens, turn_tokens=turn_tokens)
-        options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
+        options = _temporary_options(
+            model, ranks, device, redundant_experts, slots_per_rank, rank_option
+        )
         console = Console(stderr=as_json)
-        started = _started(options, start_timeout_s, console) if own else None
+        started = _start_temporary(options, start_timeout_s, console) if own else None
         async with _gateway(started, url, instance, run_dir) as url_used:
             rows = await measure_prefix(url_used, load, SystemClock())
         _show(rows, prefix_table(rows), console, as_json)
@@ -170,7 +174,7 @@ def fault(
     as_json: AsJson = False,
 ) -> None:
     """Kill ranks under load; the longest gap that each client sees, and where the time went."""
-    from cli.bench.fault import FaultLoad, compare, disturb, print_report
+    from cli.bench.fault import FaultLoad, compare_answers, print_report, run_faults
     from cli.observe.kill import SIGNALS
 
     async def work() -> int:
@@ -185,22 +189,26 @@ def fault(
             seed=seed,
             number=SIGNALS[signal],
         )
-        options = _own(model, ranks, device, redundant_experts, slots_per_rank, rank_option)
+        options = _temporary_options(
+            model, ranks, device, redundant_experts, slots_per_rank, rank_option
+        )
         clock = SystemClock()
         async with AsyncExitStack() as stack:
             if own:
-                started = _started(options, start_timeout_s, console)
+                started = _start_temporary(options, start_timeout_s, console)
                 target = await stack.enter_async_context(started)
             else:
-                target = _running(etcd, instance, run_dir)
+                target = _running_target(etcd, instance, run_dir)
             if url is not None:
                 target = Target(etcd=target.etcd, instance=target.instance, url=url)
-            disturbance = await disturb(target, load, clock, console)
+            fault_runs = await run_faults(target, load, clock, console)
             if not own:
-                report = await compare(target, disturbance, load, clock)
+                report = await compare_answers(target, fault_runs, load, clock)
         if own:
-            async with _started(options.without_cache(), start_timeout_s, console) as target:
-                report = await compare(target, disturbance, load, clock)
+            async with _start_temporary(
+                options.without_cache(), start_timeout_s, console
+            ) as target:
+                report = await compare_answers(target, fault_runs, load, clock)
         if as_json:
             print(json.dumps(msgspec.to_builtins(report) | {"added_p99_ms": report.added_p99_ms}))
         else:
@@ -218,7 +226,7 @@ def exchange(context: typer.Context) -> None:
     """Microseconds per dispatch + combine, by tokens and ranks, between processes of their own."""
     import subprocess
 
-    command = [sys.executable, "-m", "bench.exchange", *context.args]
+    command = [sys.executable, "-m", "benchmarks.exchange", *context.args]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
@@ -235,57 +243,57 @@ async def _gateway(
         if started is not None:
             found = (await stack.enter_async_context(started)).url
         else:
-            found = url or _running(None, instance, run_dir).url
+            found = url or _running_target(None, instance, run_dir).url
         if found is None:
             raise ConfigError("which gateway? pass --url or --run-dir, or --own")
         yield found
 
 
 @asynccontextmanager
-async def _started(
-    options: OwnOptions, start_timeout_s: float, console: Console
+async def _start_temporary(
+    options: TemporaryInstanceOptions, start_timeout_s: float, console: Console
 ) -> AsyncIterator[Target]:
     """Raises Unavailable."""
-    from cli.bench.own_instance import own_instance
+    from cli.bench.temporary_instance import temporary_instance
     from cli.up.stages import Stage
 
     async with AsyncExitStack() as stack:
         with Stage(console, "instance") as stage:
             target = await stack.enter_async_context(
-                own_instance(
+                temporary_instance(
                     options.flags(),
                     environment=options.environment(),
                     start_timeout_s=start_timeout_s,
-                    say=stage.say,
+                    on_progress=stage.update,
                 )
             )
         yield target
 
 
-def _own(
+def _temporary_options(
     model: Path | None,
     ranks: int,
     device: str,
     redundant_experts: int,
     slots_per_rank: int,
     rank_option: list[str] | None,
-) -> OwnOptions:
+) -> TemporaryInstanceOptions:
     """Raises ConfigError."""
-    return OwnOptions(
+    return TemporaryInstanceOptions(
         model=model,
         ranks=ranks,
         device=device,
         redundant_experts=redundant_experts,
         slots_per_rank=slots_per_rank,
-        rank_options=rank_options_of(rank_option or []),
+        rank_options=parse_rank_options(rank_option or []),
     )
 
 
-def _running(etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
+def _running_target(etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
     return resolve_target(etcd=etcd, instance=instance, run_dir=run_dir)
 
 
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
+def _parse_numbers(flag: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from cli.bench.fault_witness import Phases, Witness
+from cli.bench.fault_observer import FaultObserver, FaultPhases
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import (
     StreamClient,
@@ -42,7 +42,7 @@ class FaultLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Try:
+class FaultResult:
     """One fault. Gaps are each stream's longest that ended after the signal."""
 
     rank: int
@@ -52,7 +52,7 @@ class Try:
     unknown_ms: tuple[float, ...]  # the gateway did not say which rank served them
     wrong: int  # streams that ended otherwise than in the undisturbed run
     errors: tuple[str, ...]
-    phases: Phases | None
+    phases: FaultPhases | None
 
     @property
     def gaps_ms(self) -> tuple[float, ...]:
@@ -62,7 +62,7 @@ class Try:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultReport:
     normal_itl_p99_ms: float
-    tries: tuple[Try, ...]
+    tries: tuple[FaultResult, ...]
 
     @property
     def added_p99_ms(self) -> float:
@@ -76,66 +76,66 @@ class FaultReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disturbed:
+class FaultRun:
     """What came of one fault, not yet compared with anything."""
 
     rank: int
     killed_at: float
     prompts: Sequence[Sequence[int]]
     records: Sequence[StreamRecord]
-    phases: Phases | None
+    phases: FaultPhases | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disturbance:
+class FaultRuns:
     """All faults of a run, before anybody knows whether the answers are right."""
 
     normal_itl_p99_ms: float
-    faults: tuple[Disturbed, ...]
+    faults: tuple[FaultRun, ...]
 
 
-async def disturb(target: Target, load: FaultLoad, clock: Clock, console: Console) -> Disturbance:
+async def run_faults(target: Target, load: FaultLoad, clock: Clock, console: Console) -> FaultRuns:
     """No prompt is sent twice, so that no try finds the KV blocks of another. The instance is whole
     at the end. Raises Unavailable where it does not serve, or does not recover."""
-    draw = random.Random(load.seed)
+    rng = random.Random(load.seed)
     async with (
         stream_client(_url(target), clock) as client,
-        Witness.watching(target) as witness,
+        FaultObserver.watching(target) as observer,
     ):
-        await witness.until_whole(_RECOVERY_TIMEOUT_S)
-        await run_all(client, fresh_prompts(draw, load)[:2], 8)
-        records = await run_all(client, fresh_prompts(draw, load), load.new_tokens)
-        _require_clean(records)
+        await observer.wait_until_all_ranks_in_map(_RECOVERY_TIMEOUT_S)
+        await run_all(client, fresh_prompts(rng, load)[:2], 8)
+        records = await run_all(client, fresh_prompts(rng, load), load.new_tokens)
+        _require_no_errors(records)
         normal = percentile([gap for record in records for gap in record.gaps_ms()], 99)
         console.print(f"undisturbed: {normal:.1f} ms between tokens at p99", highlight=False)
-        faults: list[Disturbed] = []
+        faults: list[FaultRun] = []
         for _ in range(load.tries * _MISSES_PER_TRY_MAX):
             if len(faults) == load.tries:
                 break
-            await witness.until_whole(_RECOVERY_TIMEOUT_S)
-            victim = draw.choice(witness.members())
-            one = await _disturb(client, witness, victim, draw, load, clock)
+            await observer.wait_until_all_ranks_in_map(_RECOVERY_TIMEOUT_S)
+            victim = rng.choice(observer.members())
+            one = await _run_fault(client, observer, victim, rng, load, clock)
             if one is None:
                 console.print(f"  rank {victim.member} had died by itself; trying again")
                 continue
-            console.print(_sentence(len(faults), load.tries, one), highlight=False)
+            console.print(_summary_line(len(faults), load.tries, one), highlight=False)
             faults.append(one)
-        await witness.until_whole(_RECOVERY_TIMEOUT_S)
-    return Disturbance(normal_itl_p99_ms=normal, faults=tuple(faults))
+        await observer.wait_until_all_ranks_in_map(_RECOVERY_TIMEOUT_S)
+    return FaultRuns(normal_itl_p99_ms=normal, faults=tuple(faults))
 
 
-async def compare(
-    target: Target, disturbance: Disturbance, load: FaultLoad, clock: Clock
+async def compare_answers(
+    target: Target, fault_runs: FaultRuns, load: FaultLoad, clock: Clock
 ) -> FaultReport:
     """With the answers of `target`, which nothing disturbs now: best an instance that keeps no
     cache. In one that was disturbed, prompts at least are computed anew. Raises Unavailable."""
     tries = []
     async with stream_client(_url(target), clock) as client:
-        for one in disturbance.faults:
-            answers = await run_all(client, one.prompts, load.new_tokens, computes_all=True)
-            _require_clean(answers)
-            tries.append(compared(one, answers))
-    return FaultReport(normal_itl_p99_ms=disturbance.normal_itl_p99_ms, tries=tuple(tries))
+        for one in fault_runs.faults:
+            answers = await run_all(client, one.prompts, load.new_tokens, bypass_cache=True)
+            _require_no_errors(answers)
+            tries.append(fault_result(one, answers))
+    return FaultReport(normal_itl_p99_ms=fault_runs.normal_itl_p99_ms, tries=tuple(tries))
 
 
 def _url(target: Target) -> str:
@@ -145,8 +145,8 @@ def _url(target: Target) -> str:
     return target.url
 
 
-def fresh_prompts(draw: random.Random, load: FaultLoad) -> list[list[int]]:
-    return random_prompts(draw.getrandbits(64), load.streams, load.prompt_tokens)
+def fresh_prompts(rng: random.Random, load: FaultLoad) -> list[list[int]]:
+    return random_prompts(rng.getrandbits(64), load.streams, load.prompt_tokens)
 
 
 class _Trigger:
@@ -169,17 +169,17 @@ class _Trigger:
                 self.missed = str(error)
 
 
-async def _disturb(
+async def _run_fault(
     client: StreamClient,
-    witness: Witness,
+    observer: FaultObserver,
     victim: RankRecord,
-    draw: random.Random,
+    rng: random.Random,
     load: FaultLoad,
     clock: Clock,
-) -> Disturbed | None:
+) -> FaultRun | None:
     """None where the victim had gone before the signal."""
-    prompts = fresh_prompts(draw, load)
-    at_tokens = int(load.streams * load.new_tokens * draw.uniform(0.2, 0.6))
+    prompts = fresh_prompts(rng, load)
+    at_tokens = int(load.streams * load.new_tokens * rng.uniform(0.2, 0.6))
     trigger = _Trigger(victim, at_tokens, load.number, clock)
     records = await run_all(client, prompts, load.new_tokens, trigger)
     if trigger.fired_at is None:
@@ -192,16 +192,16 @@ async def _disturb(
             send_to_rank(victim, signal.SIGKILL)
     hit = [r for r in records if r.rank == victim.rank]
     first = [at for r in hit if (at := r.first_after(killed_at)) is not None]
-    phases = await witness.phases(victim.member, killed_at, max(first, default=None))
-    return Disturbed(
+    phases = await observer.phases(victim.member, killed_at, max(first, default=None))
+    return FaultRun(
         rank=victim.rank, killed_at=killed_at, prompts=prompts, records=records, phases=phases
     )
 
 
-def compared(one: Disturbed, answers: Sequence[StreamRecord]) -> Try:
+def fault_result(one: FaultRun, answers: Sequence[StreamRecord]) -> FaultResult:
     """With the undisturbed answers to the same prompts."""
     records, killed_at = one.records, one.killed_at
-    return Try(
+    return FaultResult(
         rank=one.rank,
         killed_at=killed_at,
         survivors_ms=_longest([r for r in records if r.rank not in (None, one.rank)], killed_at),
@@ -223,13 +223,13 @@ def _errors(records: Sequence[StreamRecord]) -> tuple[str, ...]:
     return tuple(record.error for record in records if record.error is not None)
 
 
-def _require_clean(records: Sequence[StreamRecord]) -> None:
+def _require_no_errors(records: Sequence[StreamRecord]) -> None:
     errors = _errors(records)
     if errors:
         raise Unavailable(f"an undisturbed run failed: {errors[0]}")
 
 
-def _sentence(number: int, tries: int, one: Disturbed) -> str:
+def _summary_line(number: int, tries: int, one: FaultRun) -> str:
     longest = max(_longest(one.records, one.killed_at), default=float("nan"))
     again = "" if one.phases is None else f"; {one.phases.reprefill_tokens} tokens computed again"
     errors = "".join(f"; {error}" for error in _errors(one.records)[:1])
@@ -266,11 +266,11 @@ def print_report(report: FaultReport, console: Console) -> None:
     )
 
 
-def _phase_table(found: Sequence[Phases]) -> Table:
+def _phase_table(found: Sequence[FaultPhases]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("where the time went, ms", "tries", "p50", "p99", "max"):
         table.add_column(name, justify="left" if name.startswith("where") else "right")
-    for name in (n for n in Phases.__dataclass_fields__ if n.endswith("_ms")):
+    for name in (n for n in FaultPhases.__dataclass_fields__ if n.endswith("_ms")):
         values = [v for each in found if (v := getattr(each, name)) is not None]
         if values:
             table.add_row(name.removesuffix("_ms"), str(len(values)), *Spread.of(values).cells())

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from cli.bench.own_instance import own_instance
-from cli.bench.own_options import OwnOptions
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamClient, StreamRecord, random_prompts, stream_client
+from cli.bench.temporary_instance import temporary_instance
+from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.run_dir import Target
-from cli.up.device import count_cards, plan_device
+from cli.up.device import count_gpus, plan_device
 from cli.up.stages import Stage
 from shared.clock import Clock
 from shared.errors import Unavailable
@@ -112,38 +112,38 @@ async def compare_static(
     clock: Clock,
     *,
     pairs: int,
-    options: OwnOptions,
+    options: TemporaryInstanceOptions,
     start_timeout_s: float,
     console: Console,
 ) -> list[ComparedRow]:
     """Both instances are measured in turn, the order changing from pair to pair: what else the
     machine does then strikes both alike. Raises Unavailable."""
     rows: dict[bool, list[ServeRow]] = {False: [], True: []}
-    async with _instances(options, start_timeout_s, console) as reach:
+    async with _instances(options, start_timeout_s, console) as open_instance:
         for pair in range(pairs):
             for is_static in (False, True) if pair % 2 == 0 else (True, False):
-                async with reach(is_static) as target:
+                async with open_instance(is_static) as target:
                     if target.url is None:
                         raise Unavailable("the instance has no gateway")
                     measured = await measure(target.url, load, clock)
                 rows[is_static] += measured
                 for row in measured:
                     console.print(
-                        f"  pair {pair + 1}/{pairs} {_kind(is_static):8} {_words(row)}",
+                        f"  pair {pair + 1}/{pairs} {_kind(is_static):8} {_describe_row(row)}",
                         style="dim",
                         soft_wrap=True,
                     )
-    return compared(load.concurrencies, rows[False], rows[True])
+    return comparison_rows(load.concurrencies, rows[False], rows[True])
 
 
-Reach = Callable[[bool], AbstractAsyncContextManager[Target]]
+OpenInstance = Callable[[bool], AbstractAsyncContextManager[Target]]
 """To the static instance or to the elastic one, while the context lasts."""
 
 
 @asynccontextmanager
 async def _instances(
-    options: OwnOptions, start_timeout_s: float, console: Console
-) -> AsyncIterator[Reach]:
+    options: TemporaryInstanceOptions, start_timeout_s: float, console: Console
+) -> AsyncIterator[OpenInstance]:
     """Both stand all the time; but where ranks outnumber the cards, each is started anew when its
     turn comes: ranks of two instances that share a card were seen to fail."""
 
@@ -153,16 +153,16 @@ async def _instances(
         async with AsyncExitStack() as stack:
             with Stage(console, f"{_kind(is_static)} instance") as stage:
                 target = await stack.enter_async_context(
-                    own_instance(
+                    temporary_instance(
                         [*own.flags(), "--instance", f"bench-{_kind(is_static)}"],
                         environment=own.environment(),
                         start_timeout_s=start_timeout_s,
-                        say=stage.say,
+                        on_progress=stage.update,
                     )
                 )
             yield target
 
-    if plan_device(options.device, None, options.ranks, await count_cards()).mps:
+    if plan_device(options.device, None, options.ranks, await count_gpus()).mps:
         yield start
         return
     async with start(False) as elastic, start(True) as static:
@@ -173,7 +173,7 @@ def _kind(is_static: bool) -> str:
     return "static" if is_static else "elastic"
 
 
-def _words(row: ServeRow) -> str:
+def _describe_row(row: ServeRow) -> str:
     return (
         f"concurrency {row.concurrency:3}: {row.tokens_per_s:.1f} tokens/s, "
         f"TTFT p50 {row.ttft_ms.p50:.1f} ms, between tokens p50/p99 "
@@ -181,7 +181,7 @@ def _words(row: ServeRow) -> str:
     )
 
 
-def compared(
+def comparison_rows(
     concurrencies: Sequence[int], elastic: Sequence[ServeRow], static: Sequence[ServeRow]
 ) -> list[ComparedRow]:
     """From all rows of both, in any order."""

@@ -14,7 +14,7 @@ import aiohttp
 
 from shared.clock import Clock
 from shared.errors import Unavailable
-from shared.garbage import spare_what_is_loaded
+from shared.garbage_collector import freeze_loaded_objects
 
 RANK_HEADER = "x-starfish-rank"
 
@@ -56,15 +56,15 @@ class StreamClient:
         on_chunk: Callable[[int], None] = lambda num_tokens: None,
         on_start: Callable[[StreamRecord], None] = lambda record: None,
         *,
-        computes_all: bool = False,
+        bypass_cache: bool = False,
     ) -> StreamRecord:
         """Never raises for what a server may do: the record tells. It grows while the stream
-        runs. `computes_all`: nothing that a rank has cached is used."""
+        runs. `bypass_cache`: nothing that a rank has cached is used."""
         record = StreamRecord(sent_at=self._clock.now())
         on_start(record)
         try:
             async with self._http.post(
-                f"{self._url}/v1/completions", json=self._body(prompt, max_tokens, computes_all)
+                f"{self._url}/v1/completions", json=self._body(prompt, max_tokens, bypass_cache)
             ) as response:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
@@ -72,14 +72,16 @@ class StreamClient:
                 rank = response.headers.get(RANK_HEADER)
                 record.rank = int(rank) if rank is not None and rank.isdigit() else None
                 async for line in response.content:
-                    self._take(line, record, on_chunk)
+                    self._parse_line(line, record, on_chunk)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             record.error = f"{type(error).__name__}: {error}"
         if record.error is None and record.finish is None:
             record.error = "the stream broke off"
         return record
 
-    def _take(self, line: bytes, record: StreamRecord, on_chunk: Callable[[int], None]) -> None:
+    def _parse_line(
+        self, line: bytes, record: StreamRecord, on_chunk: Callable[[int], None]
+    ) -> None:
         if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
             return
         now = self._clock.now()
@@ -96,10 +98,10 @@ class StreamClient:
             record.finish = choice.get("finish_reason") or record.finish
 
     def _body(
-        self, prompt: Sequence[int], max_tokens: int, computes_all: bool
+        self, prompt: Sequence[int], max_tokens: int, bypass_cache: bool
     ) -> dict[str, object]:
         # Cached blocks have no log-probabilities.
-        scores = {"echo": True, "logprobs": 0} if computes_all else {}
+        scores = {"echo": True, "logprobs": 0} if bypass_cache else {}
         return {
             **scores,
             "model": self._model,
@@ -116,7 +118,7 @@ class StreamClient:
 async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
     """Raises Unavailable where no gateway answers. From now on this process collects no garbage of
     what it has loaded: that would be taken for a pause of the server's."""
-    spare_what_is_loaded()
+    freeze_loaded_objects()
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
@@ -133,8 +135,8 @@ async def served_name(http: aiohttp.ClientSession, url: str) -> str:
 
 
 def random_prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(300, 4000) for _ in range(num_tokens)] for _ in range(count)]
+    rng = random.Random(seed)
+    return [[rng.randrange(300, 4000) for _ in range(num_tokens)] for _ in range(count)]
 
 
 async def run_all(
@@ -143,12 +145,12 @@ async def run_all(
     max_tokens: int,
     on_chunk: Callable[[int], None] = lambda num_tokens: None,
     *,
-    computes_all: bool = False,
+    bypass_cache: bool = False,
 ) -> list[StreamRecord]:
     """All at once."""
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(client.run(p, max_tokens, on_chunk, computes_all=computes_all))
+            tasks.create_task(client.run(p, max_tokens, on_chunk, bypass_cache=bypass_cache))
             for p in prompts
         ]
     return [task.result() for task in running]

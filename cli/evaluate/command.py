@@ -46,24 +46,24 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Held-out bits per byte through the server, in peace and with a rank killed."""
-    from cli.bench.own_instance import own_instance
+    from cli.bench.temporary_instance import temporary_instance
     from cli.evaluate.documents import HELD_OUT_FILE, read_documents
-    from cli.evaluate.run import EvalPlan, evaluate, held_out_of, print_report
-    from cli.evaluate.served import served_model
+    from cli.evaluate.run import EvalPlan, evaluate, held_out_path, print_report
+    from cli.evaluate.served import read_served_spec
 
     async def work() -> int:
         console = Console(stderr=as_json)
         async with AsyncExitStack() as stack:
             if own:
                 flags = ["--ranks", str(ranks), *(("--model", str(model)) if model else ())]
-                target = await stack.enter_async_context(own_instance(flags))
+                target = await stack.enter_async_context(temporary_instance(flags))
             else:
                 target = resolve_target(etcd=etcd, instance=instance, run_dir=run_dir)
             if url is not None:
                 target = Target(etcd=target.etcd, instance=target.instance, url=url)
-            spec = await served_model(target)
+            spec = await read_served_spec(target)
             folder = model or Path(spec.model_path)
-            path = held_out_of(folder, documents, HELD_OUT_FILE)
+            path = held_out_path(folder, documents, HELD_OUT_FILE)
             texts = read_documents(path, folder, spec.context_tokens_max)
             plan = EvalPlan(
                 documents=texts[: limit or None],

@@ -28,7 +28,7 @@ def read_documents(path: Path, model: Path, context_tokens_max: int) -> list[Doc
     """One JSON object with a `text` a line, each scored by itself, cut to the context. Raises
     ConfigError, CheckpointError."""
     tokenizer = _open_tokenizer(model)
-    first = _opening_token(model, tokenizer)
+    first = _bos_token(model, tokenizer)
     documents = []
     for text in _texts(path):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -63,7 +63,7 @@ def _open_tokenizer(model: Path) -> Tokenizer:
         raise CheckpointError(f"cannot read {model / 'tokenizer.json'}: {error}") from error
 
 
-def _opening_token(model: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _bos_token(model: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """What stands before every text in training: the model's BOS, or `<|endoftext|>`."""
     try:
         config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from cli.evaluate.scoring import Score, score_of
 from shared.errors import Unavailable
 
 
-async def score_without(
+async def score_without_rank(
     model: Path, documents: Sequence[Document], *, dead_rank: int, num_ranks: int
 ) -> Score:
     """One replica of each expert, dealt to `num_ranks` ranks in turn; those of `dead_rank` give

@@ -12,16 +12,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cli.bench.fault_witness import Witness
+from cli.bench.fault_observer import FaultObserver
 from cli.evaluate.documents import Document
-from cli.evaluate.dropped import score_without
+from cli.evaluate.dropped import score_without_rank
 from cli.evaluate.scoring import Score, Scorer, open_scorer
 from cli.observe.kill import send_to_rank
 from cli.run_dir import Target
 from shared.errors import ConfigError, Unavailable
 from shared.records import RankRecord
 
-_WHOLE_TIMEOUT_S = 120.0
+_COMPLETE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,26 +55,26 @@ async def evaluate(target: Target, plan: EvalPlan, console: Console) -> EvalRepo
     if target.url is None:
         raise Unavailable("which gateway? pass --url, or the --run-dir of a `starfish up`")
     async with open_scorer(target.url) as scorer:
-        calm = await _pass(scorer, plan, console, "undisturbed", lambda done: None)
+        undisturbed = await _pass(scorer, plan, console, "undisturbed", lambda done: None)
         if not plan.kill:
-            return _report(plan, calm)
-        async with Witness.watching(target) as witness:
-            await witness.until_whole(_WHOLE_TIMEOUT_S)
-            victim = random.Random(plan.seed).choice(witness.members())
-            killer = _Killer(victim, after=len(plan.documents) // 3)
+            return _report(plan, undisturbed)
+        async with FaultObserver.watching(target) as observer:
+            await observer.wait_until_all_ranks_in_map(_COMPLETE_TIMEOUT_S)
+            victim = random.Random(plan.seed).choice(observer.members())
+            trigger = _KillTrigger(victim, after=len(plan.documents) // 3)
             label = f"rank {victim.rank} killed"
-            killed = await _pass(scorer, plan, console, label, killer)
-            num_ranks = len(witness.members())
+            killed = await _pass(scorer, plan, console, label, trigger)
+            num_ranks = len(observer.members())
     dropped = None
     if plan.drop:
         console.print(f"without the experts of rank {victim.rank}, in one process …")
-        dropped = await score_without(
+        dropped = await score_without_rank(
             plan.model, plan.documents, dead_rank=victim.rank, num_ranks=num_ranks
         )
-    return _report(plan, calm, victim, killed, dropped)
+    return _report(plan, undisturbed, victim, killed, dropped)
 
 
-class _Killer:
+class _KillTrigger:
     """Sends SIGKILL once, when so many documents are done."""
 
     def __init__(self, victim: RankRecord, *, after: int) -> None:
@@ -113,20 +113,20 @@ async def _pass(
 
 def _report(
     plan: EvalPlan,
-    calm: Score,
+    undisturbed: Score,
     victim: RankRecord | None = None,
     killed: Score | None = None,
     dropped: Score | None = None,
 ) -> EvalReport:
     return EvalReport(
         num_documents=len(plan.documents),
-        num_tokens=calm.num_tokens,
-        num_bytes=calm.num_bytes,
-        bits_per_byte=calm.bits_per_byte,
-        perplexity=calm.perplexity,
+        num_tokens=undisturbed.num_tokens,
+        num_bytes=undisturbed.num_bytes,
+        bits_per_byte=undisturbed.bits_per_byte,
+        perplexity=undisturbed.perplexity,
         killed_rank=None if victim is None else int(victim.rank),
         bits_per_byte_killed=None if killed is None else killed.bits_per_byte,
-        same_to_the_bit=None if killed is None else killed.nats == calm.nats,
+        same_to_the_bit=None if killed is None else killed.nats == undisturbed.nats,
         bits_per_byte_dropped=None if dropped is None else dropped.bits_per_byte,
     )
 
@@ -160,7 +160,7 @@ def print_report(report: EvalReport, console: Console) -> None:
         )
 
 
-def held_out_of(model: Path, documents: Path | None, name: str) -> Path:
+def held_out_path(model: Path, documents: Path | None, name: str) -> Path:
     """Raises ConfigError where none is named and none ships with the model."""
     path = documents or model / name
     if not path.exists():

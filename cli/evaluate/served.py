@@ -10,7 +10,7 @@ from shared.keys import Keys
 from shared.records import InstanceSpec
 
 
-async def served_model(target: Target) -> InstanceSpec:
+async def read_served_spec(target: Target) -> InstanceSpec:
     """Raises Unavailable where no control plane has written a spec yet, StoreUnavailable."""
     store = await connect_store(target.etcd.split(","))
     try:

@@ -57,9 +57,11 @@ class InstanceView:
 
     def record_of(self, rank: int) -> RankRecord | None:
         """The incarnation that the map names, or else the newest."""
-        lives = [record for record in self.ranks if record.rank == rank]
-        mapped = [r for r in lives if self.expert_map is not None and self.expert_map.has(r.member)]
-        return max(mapped or lives, key=lambda record: record.incarnation, default=None)
+        incarnations = [record for record in self.ranks if record.rank == rank]
+        mapped = [
+            r for r in incarnations if self.expert_map is not None and self.expert_map.has(r.member)
+        ]
+        return max(mapped or incarnations, key=lambda record: record.incarnation, default=None)
 
     def _add(self, record: Record | None) -> None:
         match record:

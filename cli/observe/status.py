@@ -12,7 +12,7 @@ from rich.table import Table
 from cli.observe.instance_view import InstanceView
 from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
-from control_plane.placement import advise, describe, survives
+from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
@@ -128,7 +128,7 @@ def render_status(status: dict[str, Any], console: Console) -> None:
 def _table(ranks: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in (
-        *("rank", "state", "life", "pid", "address"),
+        *("rank", "state", "incarnation", "pid", "address"),
         *("run", "wait", "KV", "reused", "slots", "steps"),
     ):
         table.add_column(name, justify="left" if name in ("state", "address") else "right")
@@ -176,7 +176,7 @@ def _survives(view: InstanceView) -> dict[str, int | str] | None:
     nodes = {r.rank: r.node for r in view.ranks if view.expert_map.has(r.member)}
     for member in view.expert_map.members:  # a member whose lease has just gone still counts
         nodes.setdefault(member.rank, NodeId("unknown"))
-    found = survives(view.expert_map, nodes)
+    found = compute_fault_tolerance(view.expert_map, nodes)
     return {
         "rank_failures": found.rank_failures,
         "node_failures": found.node_failures,

@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import datetime
 
-from cli.observe.narrator import Line, Narrator
+from cli.observe.event_formatter import EventFormatter, EventLine
 from cli.run_dir import Target
 from shared.clock import Clock
 from shared.etcd_store import connect_store
@@ -17,11 +17,11 @@ async def watch_instance(target: Target, *, as_json: bool, clock: Clock) -> int:
     """Raises StoreUnavailable where etcd does not answer at the start; later absences pass in
     silence, and what was missed follows."""
     keys = Keys(target.instance)
-    narrator = Narrator(keys)
+    formatter = EventFormatter(keys)
     store = await connect_store(target.etcd.split(","))
     try:
         async for item in store.watch(keys.root):
-            for line in narrator.lines(item):
+            for line in formatter.lines(item):
                 try:
                     print(_format(line, clock.wall(), as_json), flush=True)
                 except BrokenPipeError:  # `starfish watch | head`
@@ -32,7 +32,7 @@ async def watch_instance(target: Target, *, as_json: bool, clock: Clock) -> int:
     return 0
 
 
-def _format(line: Line, wall_s: float, as_json: bool) -> str:
+def _format(line: EventLine, wall_s: float, as_json: bool) -> str:
     if as_json:
         return json.dumps({"time": round(wall_s, 6), "kind": line.kind, **line.fields})
     time = datetime.fromtimestamp(wall_s).strftime("%H:%M:%S.%f")[:-3]

@@ -13,20 +13,20 @@ _GRACE_S = 2.0
 
 
 def main() -> None:
-    """`undertaker.py LIFELINE_FD FOLDER PID…`: waits for the lifeline's end. A folder named "-" is
-    kept."""
+    """`cleanup_watchdog.py LIFELINE_FD FOLDER PID…`: waits for the lifeline's end. A folder named
+    "-" is kept."""
     lifeline_fd, folder = int(sys.argv[1]), sys.argv[2]
     pidfds = [os.pidfd_open(int(pid)) for pid in sys.argv[3:]]
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.read(lifeline_fd, 1)
-    for number, pause_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
+    for number, grace_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pidfd in pidfds:
             try:
                 signal.pidfd_send_signal(pidfd, number)
             except ProcessLookupError:
                 continue
-        time.sleep(pause_s)
+        time.sleep(grace_s)
     if folder != "-":
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -44,7 +44,7 @@ def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, cards: int) 
     return DevicePlan(on_cuda=on_cuda, cards=cards, mps=on_cuda and wanted)
 
 
-def visible(cards: int, environ: Mapping[str, str]) -> int:
+def num_visible_gpus(cards: int, environ: Mapping[str, str]) -> int:
     """Of so many cards, those that a process may use."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -52,7 +52,7 @@ def visible(cards: int, environ: Mapping[str, str]) -> int:
     return min(cards, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")]))
 
 
-async def count_cards() -> int:
+async def count_gpus() -> int:
     """Without a CUDA context of our own, which would be one more client of the cards."""
     try:
         process = await asyncio.create_subprocess_exec(
@@ -65,7 +65,7 @@ async def count_cards() -> int:
         return 0
     try:
         async with asyncio.timeout(_QUERY_TIMEOUT_S):
-            said, _ = await process.communicate()
+            output, _ = await process.communicate()
     except TimeoutError:
         raise ConfigError(
             f"nvidia-smi did not answer within {_QUERY_TIMEOUT_S:.0f} s; pass --device cpu"
@@ -75,4 +75,4 @@ async def count_cards() -> int:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-    return len(said.split()) if process.returncode == 0 else 0
+    return len(output.split()) if process.returncode == 0 else 0

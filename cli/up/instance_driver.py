@@ -26,12 +26,12 @@ from cli.run_dir import (
 )
 from cli.up import services
 from cli.up.demo import stream_demo
-from cli.up.device import DevicePlan, count_cards, plan_device, visible
+from cli.up.device import DevicePlan, count_gpus, num_visible_gpus, plan_device
 from cli.up.leftovers import kill_leftovers
 from cli.up.model import check_model, run_model_tool, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.options import UpOptions
-from cli.up.readiness import until_healthy, until_map
+from cli.up.readiness import wait_for_map, wait_until_healthy
 from cli.up.stages import Stages
 from cli.up.supervisor import Supervisor
 from shared.clock import Clock, SystemClock
@@ -40,7 +40,7 @@ from shared.errors import ConfigError, Unavailable
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 
-_UNDERTAKER = Path(__file__).with_name("cleanup_watchdog.py")
+_CLEANUP_WATCHDOG = Path(__file__).with_name("cleanup_watchdog.py")
 
 
 async def run_up(options: UpOptions, console: Console) -> int:
@@ -48,11 +48,11 @@ async def run_up(options: UpOptions, console: Console) -> int:
     StarfishError where the instance cannot start; nothing is left behind either way."""
     options.check()
     refuse_second_instance(options)
-    stop, up = asyncio.Event(), Up(options, console, SystemClock())
+    stop, up = asyncio.Event(), InstanceDriver(options, console, SystemClock())
 
     def on_signal() -> None:
         if stop.is_set():
-            up.kill_hard()
+            up.kill_now()
             os._exit(130)
         stop.set()
 
@@ -60,10 +60,10 @@ async def run_up(options: UpOptions, console: Console) -> int:
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     failed = True
     try:
-        if await unless(stop, up.start()):
-            await unless(stop, up.serve())
+        if await run_unless_stopped(stop, up.start()):
+            await run_unless_stopped(stop, up.serve())
         failed = False
-        return 0 if up.serves else 130
+        return 0 if up.is_serving else 130
     finally:
         await up.stop(keep_logs=failed)
 
@@ -82,7 +82,7 @@ def refuse_second_instance(options: UpOptions) -> None:
             )
 
 
-async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+async def run_unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
     """Whether the work came to its end before `stop` was set; it is cancelled otherwise."""
     async with asyncio.TaskGroup() as tasks:
         working = tasks.create_task(work)
@@ -94,7 +94,7 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
     return not working.cancelled()
 
 
-class Up:
+class InstanceDriver:
     """One instance. `start`, `serve`, then `stop`, in whatever state."""
 
     def __init__(self, options: UpOptions, console: Console, clock: Clock) -> None:
@@ -108,9 +108,9 @@ class Up:
         self._mps: CudaMps | None = None
         self._endpoint = ""
         self._supervisor: Supervisor | None = None
-        self._undertaker: asyncio.subprocess.Process | None = None
+        self._cleanup_watchdog: asyncio.subprocess.Process | None = None
         self._services: list[services.Service] = []
-        self.serves = False
+        self.is_serving = False
 
     @property
     def _is_own_dir(self) -> bool:
@@ -124,7 +124,7 @@ class Up:
         """Raises StarfishError."""
         options = self._options
         self._prepare_dir()
-        self._supervisor = Supervisor(self._log_dir, self._clock, self._stages.note)
+        self._supervisor = Supervisor(self._log_dir, self._clock, self._stages.warn)
         try:
             async with asyncio.timeout(options.timeout_s):
                 device = await self._device()
@@ -147,19 +147,19 @@ class Up:
                 model=str(model),
             ),
         )
-        self.serves = True
+        self.is_serving = True
         if options.demo:
             self._console.print(await stream_demo(self._url, self._console, self._clock))
-        await self._say_what_next()
+        await self._print_next_steps()
 
     async def serve(self) -> None:
         """For ever: restarts what crashes."""
         assert self._supervisor is not None
         async with asyncio.TaskGroup() as tasks:
             for service in self._services:
-                tasks.create_task(self._supervisor.keep(service))
+                tasks.create_task(self._supervisor.supervise(service))
             if self._etcd is not None:
-                tasks.create_task(self._keep_etcd(self._etcd))
+                tasks.create_task(self._restart_etcd_on_exit(self._etcd))
 
     async def stop(self, *, keep_logs: bool) -> None:
         """Clients first, etcd last. Nothing of the instance is left but, on failure, the logs."""
@@ -173,12 +173,12 @@ class Up:
             await self._etcd.stop()
         if self._mps is not None:
             await self._mps.stop()
-        await self._dismiss_undertaker()
+        await self._stop_cleanup_watchdog()
         if self._supervisor is not None:
-            self._supervisor.cut_lifeline()
+            self._supervisor.close_lifeline()
             self._remove_files(keep_logs)
 
-    def kill_hard(self) -> None:
+    def kill_now(self) -> None:
         """No waiting. Our own end is that of the lifeline, which takes the rest."""
         if self._supervisor is not None:
             self._supervisor.kill_all()
@@ -204,7 +204,7 @@ class Up:
 
     async def _device(self) -> DevicePlan:
         options = self._options
-        cards = 0 if options.device == "cpu" else visible(await count_cards(), os.environ)
+        cards = 0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
         plan = plan_device(options.device, options.cuda_mps, options.ranks, cards)
         with self._stages.stage("device") as stage:
             if plan.mps:
@@ -236,10 +236,10 @@ class Up:
                 stage.result = f"the one at {options.etcd}"
             else:
                 self._etcd = EmbeddedEtcd(options.run_dir / "etcd", clock=self._clock)
-                await self._etcd.start(on_progress=stage.say)
+                await self._etcd.start(on_progress=stage.update)
                 self._endpoint = self._etcd.endpoint
                 stage.result = f"embedded, at {self._endpoint}"
-        await self._call_undertaker()
+        await self._start_cleanup_watchdog()
 
     async def _start_services(self, model: Path) -> None:
         assert self._supervisor is not None
@@ -267,13 +267,13 @@ class Up:
         store = await connect_store(self._endpoint.split(","))
         try:
             with self._stages.stage(f"{num_ranks} ranks") as stage:
-                stage.result = await until_map(
-                    store, self._keys, num_ranks, stage.say, self._require_alive
+                stage.result = await wait_for_map(
+                    store, self._keys, num_ranks, stage.update, self._require_alive
                 )
         finally:
             await store.close()
         with self._stages.stage("gateway") as stage:
-            await until_healthy(self._url, self._require_alive)
+            await wait_until_healthy(self._url, self._require_alive)
             stage.result = self._url
 
     def _require_alive(self) -> None:
@@ -283,26 +283,26 @@ class Up:
         for service in self._services:
             self._supervisor.require_alive(service)
         for rank in range(self._options.ranks):
-            complaint = self._supervisor.complaint(f"rank-{rank}")
-            if complaint is not None:
-                raise Unavailable(complaint)
+            startup_error = self._supervisor.startup_error(f"rank-{rank}")
+            if startup_error is not None:
+                raise Unavailable(startup_error)
 
-    async def _keep_etcd(self, etcd: EmbeddedEtcd) -> None:
+    async def _restart_etcd_on_exit(self, etcd: EmbeddedEtcd) -> None:
         while True:
             code = await etcd.wait()
-            self._stages.note(f"etcd ended (code {code}); serving goes on, restarting it")
+            self._stages.warn(f"etcd ended (code {code}); serving goes on, restarting it")
             await etcd.start()
-            await self._dismiss_undertaker()
-            await self._call_undertaker()
+            await self._stop_cleanup_watchdog()
+            await self._start_cleanup_watchdog()
 
-    async def _call_undertaker(self) -> None:
+    async def _start_cleanup_watchdog(self) -> None:
         assert self._supervisor is not None
         fd = self._supervisor.lifeline_fd
         folder = str(self._options.run_dir) if self._is_own_dir else "-"
         daemons = (self._etcd, self._mps)
         pids = [str(daemon.pid) for daemon in daemons if daemon is not None]
-        self._undertaker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(_UNDERTAKER), str(fd), folder, *pids),
+        self._cleanup_watchdog = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(_CLEANUP_WATCHDOG), str(fd), folder, *pids),
             pass_fds=[fd],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
@@ -310,12 +310,12 @@ class Up:
             start_new_session=True,
         )
 
-    async def _dismiss_undertaker(self) -> None:
-        if self._undertaker is not None and self._undertaker.returncode is None:
-            self._undertaker.kill()
-            await self._undertaker.wait()
+    async def _stop_cleanup_watchdog(self) -> None:
+        if self._cleanup_watchdog is not None and self._cleanup_watchdog.returncode is None:
+            self._cleanup_watchdog.kill()
+            await self._cleanup_watchdog.wait()
 
-    async def _say_what_next(self) -> None:
+    async def _print_next_steps(self) -> None:
         target = Target(etcd=self._endpoint, instance=self._options.instance)
         survived = (await read_status(target))["survives"]
         if survived:

@@ -30,7 +30,7 @@ async def seeded_model(model_dir: Path, stage: Stage) -> Path:
     """Raises CheckpointError where it cannot be written."""
     folder = model_dir / SEEDED_NAME
     if not (folder / "config.json").exists():
-        stage.say(f"creating it in {folder}")
+        stage.update(f"creating it in {folder}")
         await run_model_tool("seed", "--out", str(folder), stage=stage)
     return folder
 
@@ -58,7 +58,7 @@ async def run_model_tool(*arguments: str, stage: Stage) -> None:
         while line := (await process.stdout.readline()).decode().strip():
             done, _, total = line.partition("/")
             if done.isdigit() and total.isdigit():
-                stage.say(f"{20 * (5 * int(done) // max(int(total), 1))} %")
+                stage.update(f"{20 * (5 * int(done) // max(int(total), 1))} %")
         complaint = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
         if await process.wait() != 0:
             raise CheckpointError(complaint[-1] if complaint else f"{arguments[0]} failed")

@@ -44,19 +44,19 @@ class CudaMps:
             )
         self._pipe_dir.mkdir(exist_ok=True)
         try:
-            code, said = await self._call("-d", timeout_s=_START_TIMEOUT_S)
+            code, output = await self._call("-d", timeout_s=_START_TIMEOUT_S)
         except OSError as error:
             raise ConfigError(
                 f"{_CONTROL}: {error.strerror}; ranks that share a card need it: install it, start "
                 "no more ranks than there are cards, or pass --no-cuda-mps"
             ) from error
         if code != 0:
-            raise Unavailable(f"{_CONTROL} did not start: {said or f'exit code {code}'}")
+            raise Unavailable(f"{_CONTROL} did not start: {output or f'exit code {code}'}")
         self.pid = await self._read_pid()
         try:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError as error:
-            raise Unavailable(f"{_CONTROL} ended at once: {said}") from error
+            raise Unavailable(f"{_CONTROL} ended at once: {output}") from error
 
     async def stop(self) -> None:
         """Once its clients are gone; idempotent."""

@@ -15,14 +15,14 @@ from shared.types import RankState
 _POLL_S = 0.2
 
 
-async def until_map(
+async def wait_for_map(
     store: Store,
     keys: Keys,
     num_ranks: int,
-    say: Callable[[str], None],
+    on_progress: Callable[[str], None],
     require_alive: Callable[[], None],
 ) -> str:
-    """Until a map names every rank, in lives that are registered now. Raises whatever
+    """Until a map names every rank, in incarnations that are registered now. Raises whatever
     `require_alive` does."""
     while True:
         require_alive()
@@ -32,11 +32,11 @@ async def until_map(
             return f"epoch {found.epoch}, {len(found.members)} ranks"
         ready = sum(record.state is RankState.READY for record in view.ranks)
         leader = "" if view.leader else "; no control plane leads yet"
-        say(f"{len(view.ranks)} of {num_ranks} registered, {ready} loaded{leader}")
+        on_progress(f"{len(view.ranks)} of {num_ranks} registered, {ready} loaded{leader}")
         await asyncio.sleep(_POLL_S)
 
 
-async def until_healthy(url: str, require_alive: Callable[[], None]) -> None:
+async def wait_until_healthy(url: str, require_alive: Callable[[], None]) -> None:
     """Until the gateway takes requests."""
     timeout = aiohttp.ClientTimeout(total=2.0)
     async with aiohttp.ClientSession(timeout=timeout) as http:

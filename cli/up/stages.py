@@ -13,7 +13,7 @@ from shared.clock import Clock
 
 
 class Stage:
-    """One stage under way. `say` shows where it stands, `result` what it came to."""
+    """One stage under way. `update` shows where it stands, `result` what it came to."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -22,7 +22,7 @@ class Stage:
         self._last = ""
         self.result = ""
 
-    def say(self, text: str) -> None:
+    def update(self, text: str) -> None:
         if text == self._last:
             return
         self._last = text
@@ -59,5 +59,5 @@ class Stages:
             f"[green]✓[/] {escape(title)}{result} [dim]({took_s:.1f} s)[/]", highlight=False
         )
 
-    def note(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         self.console.print(f"[yellow]![/] {escape(text)}", highlight=False)

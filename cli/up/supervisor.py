@@ -52,7 +52,7 @@ class Supervisor:
     def has_exited(self, service: Service) -> bool:
         return self._children[service.name].returncode is not None
 
-    async def keep(self, service: Service) -> None:
+    async def supervise(self, service: Service) -> None:
         """Restarts the service whenever it ends, until `stop`."""
         backoff_s = _BACKOFF_FIRST_S
         while not self._stopping:
@@ -62,7 +62,9 @@ class Supervisor:
                 return
             if self._clock.now() - started_at > _HEALTHY_AFTER_S:
                 backoff_s = _BACKOFF_FIRST_S
-            self._on_restart(f"{service.name} ended ({self.last_words(service.name)}); restarting")
+            self._on_restart(
+                f"{service.name} ended ({self.exit_message(service.name)}); restarting"
+            )
             await asyncio.sleep(backoff_s * random.uniform(1.0, 1.5))
             backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
             if not self._stopping:
@@ -71,9 +73,9 @@ class Supervisor:
     def require_alive(self, service: Service) -> None:
         """Raises Unavailable with the child's own words where it has exited."""
         if self.has_exited(service):
-            raise Unavailable(self.last_words(service.name))
+            raise Unavailable(self.exit_message(service.name))
 
-    def last_words(self, name: str) -> str:
+    def exit_message(self, name: str) -> str:
         """The sentence that a process of ours ends with, or else the last line of its log."""
         path = self.log_dir / f"{name}.log"
         try:
@@ -86,7 +88,7 @@ class Supervisor:
                 return line.partition(": ")[2]
         return f"{name} ended: {said[-1]}" if said else f"{name} ended without a word"
 
-    def complaint(self, name: str) -> str | None:
+    def startup_error(self, name: str) -> str | None:
         """The sentence in which a rank said at its end why it cannot start; None without one."""
         try:
             lines = (self.log_dir / f"{name}.log").read_bytes().decode(errors="replace")
@@ -116,6 +118,6 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     child.send_signal(signal.SIGKILL)
 
-    def cut_lifeline(self) -> None:
+    def close_lifeline(self) -> None:
         for fd in (self._lifeline_read, self._lifeline_write):
             os.close(fd)

@@ -1,10 +1,9 @@
 """Which experts sit in which slots of which ranks: a pure planner over numpy arrays. It decides and
 never loads; the control plane publishes what it answers."""
 
-from control_plane.placement.fault_tolerance import advise, describe, survives
+from control_plane.placement.fault_tolerance import advise, compute_fault_tolerance, describe
 from control_plane.placement.grow import grow
 from control_plane.placement.heal import heal
-from control_plane.placement.layout import balance, rank_loads, replica_counts
 from control_plane.placement.place import place
 from control_plane.placement.results import (
     Advice,
@@ -14,10 +13,11 @@ from control_plane.placement.results import (
     LayerExpert,
     Loads,
     PlacementPlan,
-    Refill,
     ShrinkResult,
+    SlotFill,
 )
 from control_plane.placement.shrink import shrink
+from control_plane.placement.topology import balance, rank_loads, replica_counts
 
 __all__ = [
     "Advice",
@@ -27,10 +27,11 @@ __all__ = [
     "LayerExpert",
     "Loads",
     "PlacementPlan",
-    "Refill",
     "ShrinkResult",
+    "SlotFill",
     "advise",
     "balance",
+    "compute_fault_tolerance",
     "describe",
     "grow",
     "heal",
@@ -38,5 +39,4 @@ __all__ = [
     "rank_loads",
     "replica_counts",
     "shrink",
-    "survives",
 ]

@@ -7,34 +7,36 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layout import Ints, Layout, presence
 from control_plane.placement.results import Advice, FaultTolerance, LayerExpert
+from control_plane.placement.topology import Ints, RankTopology, presence
 from shared.expert_map import ExpertMap
 from shared.types import ExpertId, NodeId, RankId
 
 
-def survives(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> FaultTolerance:
+def compute_fault_tolerance(
+    expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]
+) -> FaultTolerance:
     """Any `rank_failures` deaths leave every expert a replica, and some set of one more does not:
     the least number of distinct ranks that hold an expert, less one. Likewise for nodes."""
-    layout = Layout.of_map(expert_map, nodes)
-    on_rank = presence(expert_map.placement[:, layout.ranks], expert_map.num_experts) > 0
-    on_node = _by_node(on_rank, layout)
+    topology = RankTopology.of_map(expert_map, nodes)
+    on_rank = presence(expert_map.placement[:, topology.ranks], expert_map.num_experts) > 0
+    on_node = _by_node(on_rank, topology)
     ranks, rank_nodes = on_rank.sum(axis=2), on_node.sum(axis=2)
-    node_slots = np.bincount(layout.node, weights=layout.slots, minlength=layout.num_nodes)
+    node_slots = np.bincount(topology.node, weights=topology.slots, minlength=topology.num_nodes)
     return FaultTolerance(
-        rank_failures=max(0, int(ranks.min(initial=len(layout.ranks))) - 1),
-        node_failures=max(0, int(rank_nodes.min(initial=layout.num_nodes)) - 1),
-        rank_failures_with_reload=_with_reload(layout.slots, expert_map.num_experts),
+        rank_failures=max(0, int(ranks.min(initial=len(topology.ranks))) - 1),
+        node_failures=max(0, int(rank_nodes.min(initial=topology.num_nodes)) - 1),
+        rank_failures_with_reload=_with_reload(topology.slots, expert_map.num_experts),
         node_failures_with_reload=_with_reload(node_slots.astype(np.int64), expert_map.num_experts),
         at_risk_of_rank=_pairs(ranks == 1),
         at_risk_of_node=_pairs(rank_nodes == 1),
         lost_by_rank={
             RankId(int(rank)): int(lost)
-            for rank, lost in zip(layout.ranks, _dies_with(on_rank), strict=True)
+            for rank, lost in zip(topology.ranks, _num_solely_held(on_rank), strict=True)
         },
         lost_by_node={
             name: int(lost)
-            for name, lost in zip(layout.node_names, _dies_with(on_node), strict=True)
+            for name, lost in zip(topology.node_names, _num_solely_held(on_node), strict=True)
         },
     )
 
@@ -42,19 +44,19 @@ def survives(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> FaultTole
 def advise(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> tuple[Advice, ...]:
     """For each number of rank failures above what the map survives, up to three: the redundancy
     that survives them with the hot experts keeping the replicas they have."""
-    layout = Layout.of_map(expert_map, nodes)
-    on_rank = presence(expert_map.placement[:, layout.ranks], expert_map.num_experts) > 0
+    topology = RankTopology.of_map(expert_map, nodes)
+    on_rank = presence(expert_map.placement[:, topology.ranks], expert_map.num_experts) > 0
     counts = on_rank.sum(axis=2)
     survived = max(0, int(counts.min()) - 1)
     result = []
-    for failures in range(survived + 1, min(survived + 4, len(layout.ranks))):
+    for failures in range(survived + 1, min(survived + 4, len(topology.ranks))):
         filled = int(np.maximum(counts, failures + 1).sum(axis=1).max())
         result.append(
             Advice(
                 rank_failures=failures,
-                node_failures=min(failures, layout.num_nodes - 1),
+                node_failures=min(failures, topology.num_nodes - 1),
                 redundant=filled - expert_map.num_experts,
-                slots_per_rank=-(-filled // len(layout.ranks)),
+                slots_per_rank=-(-filled // len(topology.ranks)),
             )
         )
     return tuple(result)
@@ -81,15 +83,15 @@ def _any(count: int, what: str) -> str:
     return f"{'any ' if count else ''}{count or 'no'} {what} failure{'s' if count > 1 else ''}"
 
 
-def _by_node(on_rank: NDArray[np.bool_], layout: Layout) -> NDArray[np.bool_]:
+def _by_node(on_rank: NDArray[np.bool_], topology: RankTopology) -> NDArray[np.bool_]:
     """`[num_layers, num_experts, num_nodes]`"""
-    result = np.zeros((*on_rank.shape[:2], layout.num_nodes), dtype=bool)
-    for node in range(layout.num_nodes):
-        result[:, :, node] = on_rank[:, :, layout.node == node].any(axis=2)
+    result = np.zeros((*on_rank.shape[:2], topology.num_nodes), dtype=bool)
+    for node in range(topology.num_nodes):
+        result[:, :, node] = on_rank[:, :, topology.node == node].any(axis=2)
     return result
 
 
-def _dies_with(holds: NDArray[np.bool_]) -> Ints:
+def _num_solely_held(holds: NDArray[np.bool_]) -> Ints:
     """How many experts each holder (last axis) is the only one to hold."""
     alone = holds & (holds.sum(axis=2) == 1)[:, :, None]
     result: Ints = alone.sum(axis=(0, 1)).astype(np.int64)

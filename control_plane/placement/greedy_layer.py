@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from control_plane.placement.layout import Floats, Ints, Layout
+from control_plane.placement.topology import Floats, Ints, RankTopology
 
 
-def place_layer(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> list[list[int]]:
-    """Experts by live rank (rows of `layout`), none twice on a rank, at most `quotas` a rank.
+def place_layer(
+    loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints
+) -> list[list[int]]:
+    """Experts by live rank (rows of `topology`), none twice on a rank, at most `quotas` a rank.
 
     Every expert with a count gets one replica while slots last, then the others follow, hottest
     first, each to the rank with most slots left among those that lack it (which realises any
     realisable counts), nodes without it first. Slots still free take what is hottest per replica.
     """
-    rows: list[list[int]] = [[] for _ in layout.ranks]
+    rows: list[list[int]] = [[] for _ in topology.ranks]
     left = quotas.copy()
     per_rank = np.zeros(len(rows))
     holds = np.zeros((len(loads), len(rows)), dtype=bool)
@@ -25,7 +27,7 @@ def place_layer(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> li
         open_ranks = np.flatnonzero((left > 0) & ~holds[expert])
         if open_ranks.size == 0:
             return False
-        seen = np.isin(layout.node[open_ranks], layout.node[holds[expert]])
+        seen = np.isin(topology.node[open_ranks], topology.node[holds[expert]])
         order = np.lexsort((per_rank[open_ranks], -left[open_ranks], seen))
         rank = open_ranks[order[0]]
         holds[expert, rank] = True

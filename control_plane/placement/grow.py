@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layout import (
+from control_plane.placement.results import GrowResult, Loads, SlotFill
+from control_plane.placement.shrink import without_ranks
+from control_plane.placement.topology import (
     Floats,
     Ints,
-    Layout,
+    RankTopology,
     fill_quotas,
     loads_or_even,
     presence,
 )
-from control_plane.placement.results import GrowResult, Loads, Refill
-from control_plane.placement.shrink import without_ranks
 from shared.expert_map import ExpertMap, Placement
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, NodeId, RankId, SlotId
 
@@ -40,29 +40,29 @@ def grow(
         raise ValueError(f"rank {min(set(joiners) & set(members.tolist()))} is a member already")
     exists = (expert_map.placement[0] != ABSENT_SLOT).sum(axis=1)
     all_slots = {RankId(int(r)): int(exists[r]) for r in members} | {r: slots[r] for r in joiners}
-    layout = Layout.of(list(all_slots), nodes, all_slots)
-    placement = _with_room(without_ranks(expert_map.placement, members), joiners, slots)
+    topology = RankTopology.of(list(all_slots), nodes, all_slots)
+    placement = _widened_placement(without_ranks(expert_map.placement, members), joiners, slots)
     weights = loads_or_even(loads, expert_map.num_layers, expert_map.num_experts)
     quotas = dict(
         zip(
-            layout.ranks.tolist(),
-            fill_quotas(layout, expert_map.num_experts, redundant).tolist(),
+            topology.ranks.tolist(),
+            fill_quotas(topology, expert_map.num_experts, redundant).tolist(),
             strict=True,
         )
     )
-    refills: list[Refill] = []
+    slot_fills: list[SlotFill] = []
     for rank in joiners:
-        chosen = _choose(placement, weights, layout, rank, quotas[rank])
+        chosen = _choose(placement, weights, topology, rank, quotas[rank])
         placement[:, rank, : quotas[rank]] = chosen
-        refills += [
-            Refill(layer, rank, SlotId(slot), ExpertId(int(expert)))
+        slot_fills += [
+            SlotFill(layer, rank, SlotId(slot), ExpertId(int(expert)))
             for (layer, slot), expert in np.ndenumerate(chosen)
             if expert >= 0
         ]
-    return GrowResult(placement, tuple(refills))
+    return GrowResult(placement, tuple(slot_fills))
 
 
-def _with_room(
+def _widened_placement(
     placement: Placement, joiners: Sequence[RankId], slots: Mapping[RankId, int]
 ) -> Placement:
     """A copy that is wide enough for the joiners, their rows empty."""
@@ -78,14 +78,14 @@ def _with_room(
 
 
 def _choose(
-    placement: Placement, loads: Floats, layout: Layout, rank: RankId, quota: int
+    placement: Placement, loads: Floats, topology: RankTopology, rank: RankId, quota: int
 ) -> Placement:
     """`[num_layers, quota]` experts for the joiner, all layers at once, one slot after another."""
     num_layers, num_experts = loads.shape
-    held = presence(placement[:, layout.ranks], num_experts) > 0
-    need = _need(held, layout, layout.ranks.tolist().index(rank))
+    held = presence(placement[:, topology.ranks], num_experts) > 0
+    need = _need(held, topology, topology.ranks.tolist().index(rank))
     counts = held.sum(axis=2).astype(np.int64)
-    mean = loads.sum(axis=1) / len(layout.ranks)
+    mean = loads.sum(axis=1) / len(topology.ranks)
     taken = np.zeros((num_layers, num_experts), dtype=bool)
     mine = np.zeros(num_layers)
     result = np.full((num_layers, quota), EMPTY_SLOT, dtype=np.int16)
@@ -99,13 +99,13 @@ def _choose(
     return result
 
 
-def _need(held: NDArray[np.bool_], layout: Layout, joiner: int) -> Ints:
+def _need(held: NDArray[np.bool_], topology: RankTopology, joiner: int) -> Ints:
     """`[num_layers, num_experts]`: 3 uncovered, 2 on one rank, 1 on one node other than ours, 0."""
     on_ranks = held.sum(axis=2)
-    ours = layout.node == layout.node[joiner]
+    ours = topology.node == topology.node[joiner]
     elsewhere = np.zeros(held.shape[:2], dtype=np.int64)
-    for node in range(layout.num_nodes):
-        elsewhere += held[:, :, layout.node == node].any(axis=2)
+    for node in range(topology.num_nodes):
+        elsewhere += held[:, :, topology.node == node].any(axis=2)
     one_foreign_node = (elsewhere == 1) & ~held[:, :, ours].any(axis=2)
     return np.where(on_ranks == 0, 3, np.where(on_ranks == 1, 2, np.where(one_foreign_node, 1, 0)))
 

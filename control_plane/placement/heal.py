@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layer_repair import Change, next_change, urgency
+from control_plane.placement.layer_repair import SlotChange, next_change, urgency
 from control_plane.placement.layer_state import LayerState, LayerTarget
-from control_plane.placement.layout import Ints, Layout, fill_quotas, loads_or_even
 from control_plane.placement.replica_counts import choose_counts, cover_floor
-from control_plane.placement.results import HealStep, Loads, Refill
+from control_plane.placement.results import HealStep, Loads, SlotFill
 from control_plane.placement.shrink import without_ranks
+from control_plane.placement.topology import Ints, RankTopology, fill_quotas, loads_or_even
 from shared.expert_map import ExpertMap, Placement
 from shared.types import EMPTY_SLOT, ExpertId, NodeId, RankId, SlotId
 
@@ -39,33 +39,33 @@ def heal(
         raise ValueError("bytes_per_expert must not be negative")
     members = np.array(sorted(m.rank for m in expert_map.members), dtype=np.int64)
     placement = without_ranks(expert_map.placement, members)
-    layout = Layout.of_map(expert_map, nodes)
+    topology = RankTopology.of_map(expert_map, nodes)
     weights = loads_or_even(loads, expert_map.num_layers, expert_map.num_experts)
-    quotas = fill_quotas(layout, expert_map.num_experts, redundant)
+    quotas = fill_quotas(topology, expert_map.num_experts, redundant)
     least = cover_floor(expert_map.num_experts, quotas, survive)
-    counts = choose_counts(weights, layout, quotas, survive)
+    counts = choose_counts(weights, topology, quotas, survive)
     shortfall = np.maximum(least - counts, 0).sum(axis=1)
     layers = [
         LayerState(
             placement[layer][members].astype(np.int64),
             weights[layer],
-            layout,
+            topology,
             LayerTarget(int(quotas.sum()), least, int(shortfall[layer]), tolerance),
         )
         for layer in range(expert_map.num_layers)
     ]
-    loads_most = max(1, budget_bytes // max(1, bytes_per_expert))
-    while changes := _gather(layers, loads_most):
+    num_loads_max = max(1, budget_bytes // max(1, bytes_per_expert))
+    while changes := _gather(layers, num_loads_max):
         step = _step(placement, members, changes, bytes_per_expert)
         placement = step.placement.copy()
         yield step
 
 
-def _gather(layers: list[LayerState], loads_most: int) -> list[tuple[int, Change]]:
+def _gather(layers: list[LayerState], num_loads_max: int) -> list[tuple[int, SlotChange]]:
     """Changes of one step, those of the neediest layer first; applies them to `layers`. No slot is
     touched twice, and no expert loses the last replica that the step's changes leave in place."""
-    result: list[tuple[int, Change]] = []
-    left = loads_most
+    result: list[tuple[int, SlotChange]] = []
+    left = num_loads_max
     kept = [layer.flat.copy() for layer in layers]  # -1 once emptied, loads not counted
     touched = [np.zeros(layer.flat.shape, dtype=bool) for layer in layers]
     needs = [(urgency(layer), index) for index, layer in enumerate(layers)]
@@ -88,7 +88,7 @@ def _gather(layers: list[LayerState], loads_most: int) -> list[tuple[int, Change
     return result
 
 
-def _is_safe(change: Change, kept: Ints, touched: NDArray[np.bool_]) -> bool:
+def _is_safe(change: SlotChange, kept: Ints, touched: NDArray[np.bool_]) -> bool:
     slots = list(change.slots)
     if touched[slots].any():
         return False
@@ -102,19 +102,19 @@ def _is_safe(change: Change, kept: Ints, touched: NDArray[np.bool_]) -> bool:
 def _step(
     before: Placement,
     members: Ints,
-    changes: list[tuple[int, Change]],
+    changes: list[tuple[int, SlotChange]],
     bytes_per_expert: int,
 ) -> HealStep:
     emptied, after = before.copy(), before.copy()
     width = before.shape[2]
-    refills = []
+    slot_fills = []
     for layer, change in changes:
         for place, expert in zip(change.slots, change.experts, strict=True):
             rank, slot = int(members[place // width]), place % width
             emptied[layer, rank, slot] = EMPTY_SLOT
             after[layer, rank, slot] = expert
             if expert >= 0:
-                refills.append(Refill(layer, RankId(rank), SlotId(slot), ExpertId(expert)))
+                slot_fills.append(SlotFill(layer, RankId(rank), SlotId(slot), ExpertId(expert)))
     return HealStep(
-        emptied, tuple(refills), after, len(refills) * bytes_per_expert, changes[0][1].reason
+        emptied, tuple(slot_fills), after, len(slot_fills) * bytes_per_expert, changes[0][1].reason
     )

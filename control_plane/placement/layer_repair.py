@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from control_plane.placement.layer_state import LayerState
-from control_plane.placement.layout import Ints
 from control_plane.placement.results import HealReason
+from control_plane.placement.topology import Ints
 
-GAIN_LEAST = 0.002
+GAIN_MIN = 0.002
 
 
-class Change(NamedTuple):
+class SlotChange(NamedTuple):
     """Slots (`rank * width + slot`) and what they shall hold, -1 to empty one."""
 
     reason: HealReason
@@ -43,19 +43,19 @@ def urgency(layer: LayerState) -> tuple[int, float] | None:
     return (needs.index(True), -peak) if any(needs) else None
 
 
-def next_change(layer: LayerState, budget_loads: int) -> Change | None:
+def next_change(layer: LayerState, budget_loads: int) -> SlotChange | None:
     """The first kind of change that the layer needs and that is possible, most urgent first."""
     return (
         _cover(layer)
         or _replicate(layer)
-        or _give_back(layer)
+        or _release_surplus(layer)
         or _spread(layer, budget_loads)
         or _fill(layer)
         or _balance(layer, budget_loads)
     )
 
 
-def _cover(layer: LayerState) -> Change | None:
+def _cover(layer: LayerState) -> SlotChange | None:
     missing = np.flatnonzero(layer.counts == 0)
     if missing.size == 0:
         return None
@@ -66,7 +66,7 @@ def _cover(layer: LayerState) -> Change | None:
     return _best_load(layer, "cover", expert, slots)
 
 
-def _replicate(layer: LayerState) -> Change | None:
+def _replicate(layer: LayerState) -> SlotChange | None:
     lacking = layer.lacking()
     if lacking.sum() <= layer.target.shortfall:
         return None
@@ -75,7 +75,7 @@ def _replicate(layer: LayerState) -> Change | None:
         slots = layer.open_slots()
         if slots.size == 0:
             slots = np.concatenate(
-                (layer.surplus(layer.target.replicas_least), np.flatnonzero(layer.flat == -1))
+                (layer.surplus(layer.target.num_replicas_min), np.flatnonzero(layer.flat == -1))
             )
         change = _best_load(layer, "spread", int(expert), layer.lacks(slots, int(expert)))
         if change is not None:
@@ -83,11 +83,11 @@ def _replicate(layer: LayerState) -> Change | None:
     return None
 
 
-def _spread(layer: LayerState, budget_loads: int) -> Change | None:
+def _spread(layer: LayerState, budget_loads: int) -> SlotChange | None:
     """An expert whose replicas share fewer nodes than they could gets one on another node."""
     for expert in np.flatnonzero(layer.nodes_of < layer.nodes_possible()):
         slots = np.concatenate(
-            (np.flatnonzero(layer.flat == -1), layer.surplus(layer.target.replicas_least))
+            (np.flatnonzero(layer.flat == -1), layer.surplus(layer.target.num_replicas_min))
         )
         slots = layer.lacks(slots, int(expert))
         slots = slots[layer.on_node[expert, layer.node[layer.rank[slots]]] == 0]
@@ -99,22 +99,22 @@ def _spread(layer: LayerState, budget_loads: int) -> Change | None:
     return None
 
 
-def _give_back(layer: LayerState) -> Change | None:
+def _release_surplus(layer: LayerState) -> SlotChange | None:
     """Empties a surplus slot where more are filled than should be in peace; a move's second
     half, so of doubles on one node first."""
     if (layer.flat >= 0).sum() <= layer.target.filled:
         return None
-    slots = layer.surplus(1 if layer.may_lack_more() else layer.target.replicas_least)
+    slots = layer.surplus(1 if layer.may_lack_more() else layer.target.num_replicas_min)
     if slots.size == 0:
         return None
     together = (layer.nodes_of < layer.nodes_possible())[layer.flat[slots]]
     slots = slots[together] if together.any() else slots
-    uneasy = layer.uneasiness(layer.after(slots, None))
-    best = int(uneasy.argmin())
-    return Change("spare", 0.0, (int(slots[best]),), (-1,))
+    costs = layer.imbalance_cost(layer.after(slots, None))
+    best = int(costs.argmin())
+    return SlotChange("spare", 0.0, (int(slots[best]),), (-1,))
 
 
-def _fill(layer: LayerState) -> Change | None:
+def _fill(layer: LayerState) -> SlotChange | None:
     """One more replica while slots are to be filled: of what lacks one, or of the hottest."""
     slots = layer.open_slots()
     if slots.size == 0:
@@ -129,26 +129,26 @@ def _fill(layer: LayerState) -> Change | None:
     return None
 
 
-def _balance(layer: LayerState, budget_loads: int) -> Change | None:
-    now = float(layer.uneasiness(layer.load[None])[0])
+def _balance(layer: LayerState, budget_loads: int) -> SlotChange | None:
+    now = float(layer.imbalance_cost(layer.load[None])[0])
     if layer.mean <= 0 or layer.load.max() <= layer.mean * (1 + layer.target.tolerance):
         return None
     found = [_replace(layer, now), _move(layer, now)]
     if budget_loads >= 2:
         found.append(_swap(layer, now))
-    good = [c for c in found if c is not None and c.gain > GAIN_LEAST * len(layer.node)]
+    good = [c for c in found if c is not None and c.gain > GAIN_MIN * len(layer.node)]
     return max(good, key=lambda c: c.gain / c.num_loads, default=None)
 
 
-def _replace(layer: LayerState, now: float) -> Change | None:
+def _replace(layer: LayerState, now: float) -> SlotChange | None:
     """One more replica of what the busiest rank holds, in place of a surplus one elsewhere."""
     idlest = layer.idlest()
     spared, any_second = (
         slots[np.isin(layer.rank[slots], idlest)]
-        for slots in (layer.surplus(layer.target.replicas_least), layer.surplus(1))
+        for slots in (layer.surplus(layer.target.num_replicas_min), layer.surplus(1))
     )
     may_lack, lacking = layer.may_lack_more(), layer.lacking()
-    best: Change | None = None
+    best: SlotChange | None = None
     for expert in layer.held_by_busiest():
         surplus = any_second if may_lack or lacking[expert] else spared
         change = _best_load(layer, "balance", expert, layer.lacks(surplus, expert), now)
@@ -157,7 +157,7 @@ def _replace(layer: LayerState, now: float) -> Change | None:
     return best
 
 
-def _move(layer: LayerState, now: float) -> Change | None:
+def _move(layer: LayerState, now: float) -> SlotChange | None:
     """A replica of the busiest rank goes to an empty slot; its old slot is given back later."""
     busiest, idlest = int(layer.load.argmax()), layer.idlest()
     empty = np.flatnonzero(layer.flat == -1)
@@ -175,12 +175,12 @@ def _move(layer: LayerState, now: float) -> Change | None:
     after = np.repeat(layer.load[None], len(pairs), axis=0)
     after[:, busiest] -= moved
     after[np.arange(len(pairs)), layer.rank[slots]] += moved
-    uneasy = layer.uneasiness(after)
-    best = int(uneasy.argmin())
-    return Change("balance", now - float(uneasy[best]), (int(slots[best]),), (pairs[best][1],))
+    costs = layer.imbalance_cost(after)
+    best = int(costs.argmin())
+    return SlotChange("balance", now - float(costs[best]), (int(slots[best]),), (pairs[best][1],))
 
 
-def _swap(layer: LayerState, now: float) -> Change | None:
+def _swap(layer: LayerState, now: float) -> SlotChange | None:
     """Two ranks exchange an expert each; both have another replica, which covers meanwhile."""
     busiest = int(layer.load.argmax())
     mine = np.flatnonzero((layer.rank == busiest) & (layer.flat >= 0))
@@ -204,10 +204,10 @@ def _swap(layer: LayerState, now: float) -> Change | None:
     if not np.isfinite(gain[i, j]):
         return None
     experts = (int(b[0, j]), int(a[i, 0]))
-    return Change("balance", float(gain[i, j]), (int(mine[i]), int(others[j])), experts)
+    return SlotChange("balance", float(gain[i, j]), (int(mine[i]), int(others[j])), experts)
 
 
-def _swap_to_new_node(layer: LayerState, expert: int) -> Change | None:
+def _swap_to_new_node(layer: LayerState, expert: int) -> SlotChange | None:
     """Exchanges one of the expert's replicas with a slot of a node that lacks it."""
     crowded = layer.on_node[expert] > 1
     mine = np.flatnonzero((layer.flat == expert) & crowded[layer.node[layer.rank]])
@@ -226,13 +226,13 @@ def _swap_to_new_node(layer: LayerState, expert: int) -> Change | None:
     i, j = np.unravel_index(int(key.argmin()), key.shape)
     if not np.isfinite(key[i, j]):
         return None
-    return Change("spread", 0.0, (int(mine[i]), int(others[j])), (int(theirs[0, j]), expert))
+    return SlotChange("spread", 0.0, (int(mine[i]), int(others[j])), (int(theirs[0, j]), expert))
 
 
 def _best_load(
     layer: LayerState, reason: HealReason, expert: int, slots: Ints, now: float = 0.0
-) -> Change | None:
-    """The slot of `slots` for `expert` with the least uneasiness, on a node that lacks it if
+) -> SlotChange | None:
+    """The slot of `slots` for `expert` with the least imbalance cost, on a node that lacks it if
     it should be on more; balance alone is no reason to put two on one node."""
     if slots.size == 0:
         return None
@@ -243,6 +243,6 @@ def _best_load(
             slots = slots[new_node]
         elif reason == "balance":
             return None
-    uneasy = layer.uneasiness(layer.after(slots, expert))
-    best = int(uneasy.argmin())
-    return Change(reason, now - float(uneasy[best]), (int(slots[best]),), (expert,))
+    costs = layer.imbalance_cost(layer.after(slots, expert))
+    best = int(costs.argmin())
+    return SlotChange(reason, now - float(costs[best]), (int(slots[best]),), (expert,))

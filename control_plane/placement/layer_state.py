@@ -1,5 +1,5 @@
-"""One layer of a live map under repair: who holds what, what may be emptied, how uneasy a change
-would leave the ranks. Decides nothing."""
+"""One layer of a live map under repair: who holds what, what may be emptied, how unbalanced a
+change would leave the ranks. Decides nothing."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layout import Floats, Ints, Layout
+from control_plane.placement.topology import Floats, Ints, RankTopology
 
 IDLEST_RANKS = 6
 
 
 class LayerTarget(NamedTuple):
-    """What a layer should come to: so many slots filled, `replicas_least` of each expert, of which
-    `shortfall` may lack (balance needs them for hot experts)."""
+    """What a layer should come to: so many slots filled, `num_replicas_min` of each expert, of
+    which `shortfall` may lack (balance needs them for hot experts)."""
 
     filled: int
-    replicas_least: int
+    num_replicas_min: int
     shortfall: int
     tolerance: float
 
@@ -27,16 +27,18 @@ class LayerTarget(NamedTuple):
 class LayerState:
     """Ranks and nodes are live indices; `flat` is `[num_live * width]`: expert, or empty or absent.
 
-    Uneasiness is the sum over ranks of (load / mean) to the fourth: every choice minimises it, and
-    a balance change must lower it, so that repairs cannot go in circles.
+    The imbalance cost is the sum over ranks of (load / mean) to the fourth: every choice minimises
+    it, and a balance change must lower it, so that repairs cannot go in circles.
     """
 
-    def __init__(self, rows: Ints, loads: Floats, layout: Layout, target: LayerTarget) -> None:
+    def __init__(
+        self, rows: Ints, loads: Floats, topology: RankTopology, target: LayerTarget
+    ) -> None:
         num_ranks, width = rows.shape
         self.flat = rows.reshape(-1).copy()
         self.rank = np.repeat(np.arange(num_ranks), width)
-        self.loads, self.node, self.target = loads, layout.node, target
-        self.num_nodes, self.width = layout.num_nodes, width
+        self.loads, self.node, self.target = loads, topology.node, target
+        self.num_nodes, self.width = topology.num_nodes, width
         self.mean = loads.sum() / num_ranks
         self.recount()
 
@@ -62,14 +64,14 @@ class LayerState:
 
     def lacking(self) -> Ints:
         """Replicas on distinct ranks that each expert is short of."""
-        result: Ints = np.maximum(self.target.replicas_least - self.num_ranks, 0)
+        result: Ints = np.maximum(self.target.num_replicas_min - self.num_ranks, 0)
         return result
 
     def may_lack_more(self) -> bool:
         return int(self.lacking().sum()) < self.target.shortfall
 
     def nodes_wanted(self) -> int:
-        return max(2, self.target.replicas_least)
+        return max(2, self.target.num_replicas_min)
 
     def nodes_possible(self) -> Ints:
         result: Ints = np.minimum(np.minimum(self.num_ranks, self.num_nodes), self.nodes_wanted())
@@ -135,7 +137,7 @@ class LayerState:
             result[at, rank] += share
         return result
 
-    def uneasiness(self, load: Floats) -> Floats:
+    def imbalance_cost(self, load: Floats) -> Floats:
         scale = self.mean if self.mean > 0 else 1.0
         result: Floats = ((load / scale) ** 4).sum(axis=1)
         return result

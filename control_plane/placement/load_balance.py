@@ -1,5 +1,5 @@
 """The most experts that one survivor must load: brought down to the least that the slots permit, by
-handing loads from rank to rank. Seating the orphans in the first place is `orphan_seats`'s.
+handing loads from rank to rank. Seating the orphans in the first place is `orphan_placement`'s.
 
 A *move* hands one layer's orphan from a giver to a taker: from an empty slot to an empty slot; or,
 where the layer has none left, from a surplus slot to a surplus slot, whereby the giver keeps its
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layout import Ints, replica_counts
+from control_plane.placement.topology import Ints, replica_counts
 from shared.expert_map import Placement
 from shared.types import EMPTY_SLOT
 
@@ -31,32 +31,32 @@ class _Move(NamedTuple):
     to_slot: int
 
 
-def shorten_longest_load(held: Placement, refilled: Placement, num_experts: int) -> None:
+def balance_orphan_loads(held: Placement, refilled: Placement, num_experts: int) -> None:
     """Edits `refilled` `[num_layers, num_survivors, slots_per_rank]`, which differs from `held` in
     the slots to load: in empty ones, and in surplus ones where a layer has none empty left."""
     num_loaded: Ints = (refilled != held).sum(axis=(0, 2))
     least = -(-int(num_loaded.sum()) // len(num_loaded))
     if num_loaded.max() <= least:
         return
-    seats = _Seats(held, refilled, num_experts)
+    placements = _LoadPlacements(held, refilled, num_experts)
     while num_loaded.max() > least:
-        chain = _chain(seats, num_loaded)
+        chain = _chain(placements, num_loaded)
         if not chain:
             return
         # Chosen before any is made: in a shortest chain no move stands in another's way.
-        for move in [seats.move(giver, taker) for giver, taker in pairwise(chain)]:
-            seats.make(move)
+        for move in [placements.move(giver, taker) for giver, taker in pairwise(chain)]:
+            placements.apply(move)
         num_loaded[chain[0]] -= 1
         num_loaded[chain[-1]] += 1
 
 
-def _chain(seats: _Seats, num_loaded: Ints) -> list[int]:
+def _chain(placements: _LoadPlacements, num_loaded: Ints) -> list[int]:
     """The shortest way from a rank that loads most to one that loads two fewer, or none."""
     most = int(num_loaded.max())
     queue = np.flatnonzero(num_loaded == most).tolist()
     before = dict.fromkeys(queue, -1)
     for rank in queue:
-        for taker in np.flatnonzero(seats.takers(rank)).tolist():
+        for taker in np.flatnonzero(placements.takers(rank)).tolist():
             if taker in before:
                 continue
             before[taker] = rank
@@ -69,7 +69,7 @@ def _chain(seats: _Seats, num_loaded: Ints) -> list[int]:
     return []
 
 
-class _Seats:
+class _LoadPlacements:
     """Who can give and who can take which layer's loads. Edits `refilled`."""
 
     def __init__(self, held: Placement, refilled: Placement, num_experts: int) -> None:
@@ -80,7 +80,7 @@ class _Seats:
         self._open: Bools = np.zeros(held.shape, dtype=np.bool_)
         self._takes: Bools = np.zeros((num_layers, num_ranks), dtype=np.bool_)
         self._holder = np.zeros((num_layers, num_experts), dtype=np.int64)
-        self._look(np.arange(num_layers))
+        self._refresh(np.arange(num_layers))
 
     def takers(self, giver: int) -> Bools:
         """`[num_ranks]`: those to which a move leads from `giver`."""
@@ -108,7 +108,7 @@ class _Seats:
         choice, to_slot = divmod(int(cost.argmin()), cost.shape[1])
         return _Move(int(layers[choice]), giver, int(slots[choice]), taker, to_slot)
 
-    def make(self, move: _Move) -> None:
+    def apply(self, move: _Move) -> None:
         layer, giver, from_slot, taker, to_slot = move
         orphan, gone = self._rows[layer, giver, from_slot], self._rows[layer, taker, to_slot]
         back = self._held[layer, giver, from_slot]
@@ -117,16 +117,16 @@ class _Seats:
         if back >= 0:
             self._counts[layer, back] += 1
             self._counts[layer, gone] -= 1
-        self._look(np.array([layer]))
+        self._refresh(np.array([layer]))
 
-    def _look(self, layers: Ints) -> None:
+    def _refresh(self, layers: Ints) -> None:
         rows, held = self._rows[layers], self._held[layers]
         loaded, empty = rows != held, rows == EMPTY_SLOT
-        roomy = empty.any(axis=(1, 2))[:, None, None]
+        has_empty = empty.any(axis=(1, 2))[:, None, None]
         index = layers[:, None, None]
         surplus = (rows >= 0) & ~loaded & (self._counts[index, np.maximum(rows, 0)] > 1)
-        self._movable[layers] = loaded & (roomy | (held >= 0))
-        self._open[layers] = np.where(roomy, empty, surplus)
+        self._movable[layers] = loaded & (has_empty | (held >= 0))
+        self._open[layers] = np.where(has_empty, empty, surplus)
         self._takes[layers] = self._open[layers].any(axis=2)
         layer, rank, slot = np.nonzero(rows >= 0)
         self._holder[layers[layer], rows[layer, rank, slot]] = rank

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from control_plane.placement.layout import Floats, Ints
+from control_plane.placement.topology import Floats, Ints
 from shared.expert_map import Placement
 from shared.types import EMPTY_SLOT
 
 
-class _Seat(NamedTuple):
+class _Candidate(NamedTuple):
     """A surplus replica's slot; the least one gives way first."""
 
-    longest_load: int
+    num_loaded_after: int
     is_last_spare: bool  # its expert is left with one replica
     inherited_load: float
     rank_load: float
@@ -30,24 +30,25 @@ class _Seat(NamedTuple):
 class _Queue:
     """Seats, least first: those known at the beginning, which are sorted, and those that came."""
 
-    def __init__(self, ordered: Iterator[_Seat]) -> None:
+    def __init__(self, ordered: Iterator[_Candidate]) -> None:
         self._ordered, self._next = ordered, next(ordered, None)
-        self._came: list[_Seat] = []
+        self._pushed: list[_Candidate] = []
 
-    def push(self, seat: _Seat) -> None:
-        heappush(self._came, seat)
+    def push(self, candidate: _Candidate) -> None:
+        heappush(self._pushed, candidate)
 
-    def pop(self) -> _Seat | None:
+    def pop(self) -> _Candidate | None:
         result = self._next
-        if result is not None and (not self._came or result < self._came[0]):
+        if result is not None and (not self._pushed or result < self._pushed[0]):
             self._next = next(self._ordered, None)
             return result
-        return heappop(self._came) if self._came else None
+        return heappop(self._pushed) if self._pushed else None
 
 
-class OrphanSeats:
+class OrphanPlacement:
     """Edits `rows` `[num_ranks, slots_per_rank]` and `num_loaded`, what each rank has to load so
-    far. `pace` is the number that no rank shall load more than, if others can instead."""
+    far. `num_loaded_target` is the number that no rank shall load more than, if others can
+    instead."""
 
     def __init__(
         self,
@@ -56,31 +57,31 @@ class OrphanSeats:
         loads: Floats,
         per_rank: Floats,
         num_loaded: list[int],
-        pace: int,
+        num_loaded_target: int,
     ) -> None:
-        self._rows, self._num_loaded, self._pace = rows, num_loaded, pace
+        self._rows, self._num_loaded, self._num_loaded_target = rows, num_loaded, num_loaded_target
         self._counts: list[int] = counts.tolist()
         self._loads: list[float] = loads.tolist()
         self._per_rank: list[float] = per_rank.tolist()
 
     def fill(self, orphans: Sequence[int]) -> int:
         """Seats the first so many of `orphans`, all that find a slot: empty ones come first."""
-        seated = self._into_empty(orphans)
-        return seated + self._into_surplus(orphans[seated:])
+        num_placed = self._into_empty(orphans)
+        return num_placed + self._into_surplus(orphans[num_placed:])
 
     def _into_empty(self, orphans: Sequence[int]) -> int:
         free: defaultdict[int, list[int]] = defaultdict(list)
         for rank, slot in np.argwhere(self._rows == EMPTY_SLOT)[::-1].tolist():
             free[rank].append(slot)
-        heap = [(self._longest_load(rank), self._per_rank[rank], rank) for rank in free]
+        heap = [(self._num_loaded_after(rank), self._per_rank[rank], rank) for rank in free]
         heapify(heap)
-        for seated, expert in enumerate(orphans):
+        for num_placed, expert in enumerate(orphans):
             if not heap:
-                return seated
+                return num_placed
             rank = heap[0][2]
             self._put(expert, rank, free[rank].pop())
             if free[rank]:
-                heapreplace(heap, (self._longest_load(rank), self._per_rank[rank], rank))
+                heapreplace(heap, (self._num_loaded_after(rank), self._per_rank[rank], rank))
             else:
                 heappop(heap)
         return len(orphans)
@@ -89,24 +90,26 @@ class OrphanSeats:
         if not orphans:
             return 0
         queue = _Queue(self._surplus())
-        for seated, expert in enumerate(orphans):
-            seat = self._least_missed(queue)
-            if seat is None:
-                return seated
-            load_before = self._per_rank[seat.rank]
-            self._evict(seat.expert, seat.rank)
-            self._put(expert, seat.rank, seat.slot)
-            if self._per_rank[seat.rank] < load_before:
-                self._push_row(queue, seat.rank)
+        for num_placed, expert in enumerate(orphans):
+            candidate = self._pop_cheapest(queue)
+            if candidate is None:
+                return num_placed
+            load_before = self._per_rank[candidate.rank]
+            self._evict(candidate.expert, candidate.rank)
+            self._put(expert, candidate.rank, candidate.slot)
+            if self._per_rank[candidate.rank] < load_before:
+                self._push_row(queue, candidate.rank)
         return len(orphans)
 
-    def _surplus(self) -> Iterator[_Seat]:
+    def _surplus(self) -> Iterator[_Candidate]:
         all_counts = np.array(self._counts, dtype=np.int64)
         ranks, slots = np.nonzero((self._rows >= 0) & (all_counts[np.maximum(self._rows, 0)] > 1))
         experts = self._rows[ranks, slots].astype(np.int64)
         counts = all_counts[experts]
         columns = (
-            np.maximum(np.array(self._num_loaded, dtype=np.int64)[ranks] + 1, self._pace),
+            np.maximum(
+                np.array(self._num_loaded, dtype=np.int64)[ranks] + 1, self._num_loaded_target
+            ),
             counts == 2,
             np.array(self._loads)[experts] / (counts * (counts - 1)),
             np.array(self._per_rank)[ranks],
@@ -115,34 +118,39 @@ class OrphanSeats:
             experts,
         )
         order = np.lexsort(columns[3::-1])
-        return map(_Seat, *(column[order].tolist() for column in columns))
+        return map(_Candidate, *(column[order].tolist() for column in columns))
 
-    def _least_missed(self, queue: _Queue) -> _Seat | None:
+    def _pop_cheapest(self, queue: _Queue) -> _Candidate | None:
         """Of an expert with three replicas or more before one with two, then of the one whose
         other replicas inherit least, then on the idlest rank."""
-        while (seat := queue.pop()) is not None:
-            if self._rows[seat.rank, seat.slot] != seat.expert or self._counts[seat.expert] == 1:
+        while (candidate := queue.pop()) is not None:
+            if (
+                self._rows[candidate.rank, candidate.slot] != candidate.expert
+                or self._counts[candidate.expert] == 1
+            ):
                 continue
-            now = self._seat(seat.rank, seat.slot, seat.expert)
-            if now <= seat:
-                return seat
+            now = self._candidate(candidate.rank, candidate.slot, candidate.expert)
+            if now <= candidate:
+                return candidate
             queue.push(now)
         return None
 
     def _push_row(self, queue: _Queue, rank: int) -> None:
-        """An idler rank's seats come earlier than what the queue has of them."""
+        """An idler rank's placements come earlier than what the queue has of them."""
         for slot, expert in enumerate(self._rows[rank].tolist()):
             if expert >= 0 and self._counts[expert] > 1:
-                queue.push(self._seat(rank, slot, expert))
+                queue.push(self._candidate(rank, slot, expert))
 
-    def _seat(self, rank: int, slot: int, expert: int) -> _Seat:
+    def _candidate(self, rank: int, slot: int, expert: int) -> _Candidate:
         count = self._counts[expert]
         inherited = self._loads[expert] / (count * (count - 1))
         load = self._per_rank[rank]
-        return _Seat(self._longest_load(rank), count == 2, inherited, load, rank, slot, expert)
+        return _Candidate(
+            self._num_loaded_after(rank), count == 2, inherited, load, rank, slot, expert
+        )
 
-    def _longest_load(self, rank: int) -> int:
-        return max(self._num_loaded[rank] + 1, self._pace)
+    def _num_loaded_after(self, rank: int) -> int:
+        return max(self._num_loaded[rank] + 1, self._num_loaded_target)
 
     def _evict(self, expert: int, rank: int) -> None:
         count, load = self._counts[expert], self._loads[expert]

@@ -7,30 +7,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from control_plane.placement.greedy_layer import place_layer
-from control_plane.placement.layout import Floats, Ints, Layout
 from control_plane.placement.swaps import Packing
+from control_plane.placement.topology import Floats, Ints, RankTopology
 
 REFINE_ROUNDS = 96
 
 
-def pack(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Ints:
+def pack(loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> Ints:
     """`[num_layers, num_live, max quota]`: experts by slot, -1 beyond a rank's quota. No rank holds
     an expert twice; nodes share an expert's replicas evenly where their slots permit."""
     share = loads / np.maximum(counts, 1)
     single = bool((counts <= 1).all())
-    rows = _deal_singly(share, counts, quotas) if single else _deal(share, counts, layout, quotas)
-    packing = Packing(rows, share, counts, layout)
-    packing.part_doubles()
+    rows = _deal_singly(share, counts, quotas) if single else _deal(share, counts, topology, quotas)
+    packing = Packing(rows, share, counts, topology)
+    packing.separate_duplicates()
     packing.level(REFINE_ROUNDS)
-    for layer in packing.layers_with_doubles():
-        chosen = place_layer(loads[layer], counts[layer], layout, quotas)
+    for layer in packing.layers_with_duplicates():
+        chosen = place_layer(loads[layer], counts[layer], topology, quotas)
         rows[layer] = -1
         for rank, experts in enumerate(chosen):
             rows[layer, rank, : len(experts)] = experts
     return rows
 
 
-def _deal(share: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Ints:
+def _deal(share: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> Ints:
     """Sorted by share, an expert's replicas are neighbours: a round gives them to different ranks,
     and to different nodes while there are any, for it visits the nodes in turn."""
     num_layers, num_ranks = len(share), len(quotas)
@@ -42,7 +42,7 @@ def _deal(share: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Ints:
     load = np.zeros((num_layers, num_ranks))
     at, start = np.arange(num_layers)[:, None], 0
     for slot in range(int(quotas.max())):
-        ranks = _visiting_order(load, layout, quotas > slot)
+        ranks = _visiting_order(load, topology, quotas > slot)
         end = start + ranks.shape[1]
         if slot % 2:
             ranks = np.roll(ranks, -1, axis=1)  # else pairs of ranks would hold the same experts
@@ -70,11 +70,11 @@ def _deal_singly(share: Floats, counts: Ints, quotas: Ints) -> Ints:
     return rows
 
 
-def _visiting_order(load: Floats, layout: Layout, takes_part: NDArray[np.bool_]) -> Ints:
+def _visiting_order(load: Floats, topology: RankTopology, takes_part: NDArray[np.bool_]) -> Ints:
     """`[num_layers, num_taking_part]`: idlest rank of each node, then the second idlest of each, …;
     the idlest nodes first."""
     num_layers = len(load)
-    grid = _node_grid(layout, takes_part)
+    grid = _node_grid(topology, takes_part)
     num_nodes, width = grid.shape
     loads = np.where(grid >= 0, load[:, grid], np.inf)
     by_load = np.argsort(loads, axis=2, kind="stable")
@@ -90,9 +90,9 @@ def _visiting_order(load: Floats, layout: Layout, takes_part: NDArray[np.bool_])
     return flat
 
 
-def _node_grid(layout: Layout, takes_part: NDArray[np.bool_]) -> Ints:
+def _node_grid(topology: RankTopology, takes_part: NDArray[np.bool_]) -> Ints:
     """`[num_nodes, most ranks of a node]`: the ranks of each node, padded with -1."""
-    members = [np.flatnonzero(takes_part & (layout.node == n)) for n in range(layout.num_nodes)]
+    members = [np.flatnonzero(takes_part & (topology.node == n)) for n in range(topology.num_nodes)]
     members = [m for m in members if m.size]
     grid = np.full((len(members), max(m.size for m in members)), -1, dtype=np.int64)
     for node, ranks in enumerate(members):

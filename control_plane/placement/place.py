@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from control_plane.placement.layout import (
+from control_plane.placement.packing import pack
+from control_plane.placement.replica_counts import choose_counts
+from control_plane.placement.results import LayerExpert, Loads, PlacementPlan
+from control_plane.placement.topology import (
     Floats,
-    Layout,
+    RankTopology,
     checked_loads,
     empty_placement,
     fill_quotas,
 )
-from control_plane.placement.packing import pack
-from control_plane.placement.replica_counts import choose_counts
-from control_plane.placement.results import LayerExpert, Loads, PlacementPlan
 from shared.expert_map import Placement
 from shared.types import ExpertId, NodeId, RankId
 
@@ -41,17 +41,17 @@ def place(
         raise ValueError("redundant and survive must not be negative")
     num_layers, num_experts = loads.shape
     weights = checked_loads(loads, num_layers, num_experts)
-    layout = Layout.of(ranks, nodes, slots)
-    rows = int(layout.ranks[-1]) + 1 if num_ranks is None else num_ranks
-    if rows <= layout.ranks[-1]:
-        raise ValueError(f"num_ranks is {rows}, but rank {layout.ranks[-1]} takes part")
-    placement = empty_placement(layout, num_layers, rows, int(layout.slots.max()))
-    quotas = fill_quotas(layout, num_experts, redundant)
+    topology = RankTopology.of(ranks, nodes, slots)
+    rows = int(topology.ranks[-1]) + 1 if num_ranks is None else num_ranks
+    if rows <= topology.ranks[-1]:
+        raise ValueError(f"num_ranks is {rows}, but rank {topology.ranks[-1]} takes part")
+    placement = empty_placement(topology, num_layers, rows, int(topology.slots.max()))
+    quotas = fill_quotas(topology, num_experts, redundant)
     if quotas.max() > 0:
-        counts = choose_counts(weights, layout, quotas, survive)
-        chosen = pack(weights, counts, layout, quotas).astype(np.int16)
-        region = placement[:, layout.ranks, : chosen.shape[2]]
-        placement[:, layout.ranks, : chosen.shape[2]] = np.where(chosen >= 0, chosen, region)
+        counts = choose_counts(weights, topology, quotas, survive)
+        chosen = pack(weights, counts, topology, quotas).astype(np.int16)
+        region = placement[:, topology.ranks, : chosen.shape[2]]
+        placement[:, topology.ranks, : chosen.shape[2]] = np.where(chosen >= 0, chosen, region)
     return PlacementPlan(placement, _outside(placement, weights))
 
 

@@ -7,18 +7,18 @@ from itertools import product
 
 import numpy as np
 
-from control_plane.placement.layout import Floats, Ints, Layout
+from control_plane.placement.topology import Floats, Ints, RankTopology
 
 HOT_SHARES = (np.inf, 1.0, 0.6, 0.35, 0.2)
 """How much of a rank's mean load one replica may carry, the fewest extra replicas first."""
-CROWDING_MAX = 0.95
+IMBALANCE_MAX = 0.95
 GUARANTEE_COST_MAX = 0.005
 """What a second copy of everything may cost the mean layer, before hot experts override it."""
 FEW_SLOTS = 4
 BISECTIONS = 16
 
 
-def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> Ints:
+def choose_counts(loads: Floats, topology: RankTopology, quotas: Ints, survive: int) -> Ints:
     """`[num_layers, num_experts]`, each row summing to the quotas' sum.
 
     With room for two copies of everything they are given, if the mean layer hardly suffers. Else
@@ -36,33 +36,33 @@ def choose_counts(loads: Floats, layout: Layout, quotas: Ints, survive: int) -> 
     floor = min(survive + 1, cap, total // num_experts)
     most = max(2, min(cap, total // num_experts))
     counts = _covering(loads, np.inf, floor, most, total, cap)
-    crowds = crowding(loads, counts, layout, quotas)
-    open_layers = np.flatnonzero(crowds > CROWDING_MAX)
-    if total >= 2 * num_experts and _costs_little(crowds, np.ones_like(crowds)):
+    imbalance = estimate_imbalance(loads, counts, topology, quotas)
+    open_layers = np.flatnonzero(imbalance > IMBALANCE_MAX)
+    if total >= 2 * num_experts and _costs_little(imbalance, np.ones_like(imbalance)):
         return counts
     least = np.full((open_layers.size, num_experts), floor, dtype=np.int64)
-    unconcerned = spread_out(loads[open_layers], least, total, cap)
-    limit = np.full_like(crowds, CROWDING_MAX)
-    limit[open_layers] = crowding(loads[open_layers], unconcerned, layout, quotas)
+    load_only_counts = spread_out(loads[open_layers], least, total, cap)
+    limit = np.full_like(imbalance, IMBALANCE_MAX)
+    limit[open_layers] = estimate_imbalance(loads[open_layers], load_only_counts, topology, quotas)
     if total >= 2 * num_experts:
         twice = counts if most == 2 else _covering(loads, np.inf, floor, 2, total, cap)
-        if _costs_little(crowding(loads, twice, layout, quotas), limit):
+        if _costs_little(estimate_imbalance(loads, twice, topology, quotas), limit):
             return twice
-    counts[open_layers] = unconcerned
-    limit = np.maximum(CROWDING_MAX, limit[open_layers])
+    counts[open_layers] = load_only_counts
+    limit = np.maximum(IMBALANCE_MAX, limit[open_layers])
     for level, share in product(sorted({most, max(2, most - 1), 2}, reverse=True), HOT_SHARES):
         if open_layers.size == 0:
             break
         wanted = _covering(loads[open_layers], share, floor, level, total, cap)
-        good = crowding(loads[open_layers], wanted, layout, quotas) <= limit
+        good = estimate_imbalance(loads[open_layers], wanted, topology, quotas) <= limit
         counts[open_layers[good]] = wanted[good]
         open_layers, limit = open_layers[~good], limit[~good]
     return counts
 
 
-def _costs_little(crowds: Floats, reference: Floats) -> bool:
+def _costs_little(imbalance: Floats, reference: Floats) -> bool:
     """Whether layers take hardly longer, one after another, than with the reference."""
-    cost = np.maximum(crowds, 1.0).sum() / np.maximum(reference, 1.0).sum()
+    cost = np.maximum(imbalance, 1.0).sum() / np.maximum(reference, 1.0).sum()
     return bool(cost <= 1.0 + GUARANTEE_COST_MAX)
 
 
@@ -104,21 +104,25 @@ def spread_out(loads: Floats, least: Ints, total: int, cap: int) -> Ints:
     result: Ints = np.clip(np.ceil(loads / np.maximum(high, 1e-300)), least, cap).astype(np.int64)
     while (missing := total - result.sum(axis=1, keepdims=True)).any():
         order = np.argsort(np.where(result < cap, -loads / result, np.inf), axis=1, kind="stable")
-        room = np.take_along_axis(result, order, axis=1) < cap
-        more = room & (np.arange(loads.shape[1]) < missing)
+        below_cap = np.take_along_axis(result, order, axis=1) < cap
+        more = below_cap & (np.arange(loads.shape[1]) < missing)
         np.put_along_axis(result, order, np.take_along_axis(result, order, axis=1) + more, axis=1)
     return result
 
 
-def crowding(loads: Floats, counts: Ints, layout: Layout, quotas: Ints) -> Floats:
+def estimate_imbalance(loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> Floats:
     """`[num_layers]`: how balanced a packing can be, as busiest over mean, without packing."""
     total, slots = int(quotas.sum()), int(quotas.max())
     shares = np.sort(np.repeat((loads / counts).ravel(), counts.ravel()).reshape(-1, total))
-    mean = loads.sum(axis=1, keepdims=True) / len(layout.ranks)
-    return _folded(shares / mean, quotas) if slots <= FEW_SLOTS else _propped(shares / mean, slots)
+    mean = loads.sum(axis=1, keepdims=True) / len(topology.ranks)
+    return (
+        _imbalance_few_slots(shares / mean, quotas)
+        if slots <= FEW_SLOTS
+        else _imbalance_many_slots(shares / mean, slots)
+    )
 
 
-def _folded(shares: Floats, quotas: Ints) -> Floats:
+def _imbalance_few_slots(shares: Floats, quotas: Ints) -> Floats:
     """Of few slots: deal in rounds, the hottest left to the idlest rank. Close to what swaps can
     reach, for few slots leave them little to choose from."""
     load = np.zeros((len(shares), len(quotas)))
@@ -132,7 +136,7 @@ def _folded(shares: Floats, quotas: Ints) -> Floats:
     return result
 
 
-def _propped(shares: Floats, slots: int) -> Floats:
+def _imbalance_many_slots(shares: Floats, slots: int) -> Floats:
     """Of many slots: the k hottest replicas sit on k ranks, whose other slots hold the coldest ones
     at best. With more slots than a few, swaps come close to that."""
     total = shares.shape[1]

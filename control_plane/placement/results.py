@@ -25,7 +25,7 @@ class LayerExpert(NamedTuple):
     expert: ExpertId
 
 
-class Refill(NamedTuple):
+class SlotFill(NamedTuple):
     """An expert to load into a slot."""
 
     layer: int
@@ -35,24 +35,25 @@ class Refill(NamedTuple):
 
 
 class PlacementPlan(NamedTuple):
-    """A fresh placement. `in_host_memory` lists, coldest first, the experts that found no slot."""
+    """A fresh placement. `unplaced_experts` lists, coldest first, the experts that found no
+    slot."""
 
     placement: Placement  # [num_layers, num_ranks, slots_per_rank]
-    in_host_memory: tuple[LayerExpert, ...]
+    unplaced_experts: tuple[LayerExpert, ...]
 
 
 class ShrinkResult(NamedTuple):
     """The map after a death.
 
     `placement` has the survivors' slots exactly as they were and the dead ranks' slots empty. Where
-    `refills` is empty it can be published at once. Otherwise all of `refills` must be loaded before
-    serving goes on, and `refilled` is the placement to publish then: it differs from `placement` in
-    the refilled slots alone (empty ones first, then those of surplus replicas). `uncoverable` are
-    the coldest orphans, for which the survivors have no slot left.
+    `slot_fills` is empty it can be published at once. Otherwise all of `slot_fills` must be loaded
+    before serving goes on, and `refilled` is the placement to publish then: it differs from
+    `placement` in the refilled slots alone (empty ones first, then those of surplus replicas).
+    `uncoverable` are the coldest orphans, for which the survivors have no slot left.
     """
 
     placement: Placement
-    refills: tuple[Refill, ...]
+    slot_fills: tuple[SlotFill, ...]
     refilled: Placement
     uncoverable: tuple[LayerExpert, ...]
 
@@ -61,19 +62,19 @@ class GrowResult(NamedTuple):
     """The map with the joiners: members' slots as they were, the joiners' filled by `loads`."""
 
     placement: Placement
-    loads: tuple[Refill, ...]
+    slot_fills: tuple[SlotFill, ...]
 
 
 class HealStep(NamedTuple):
-    """One safe step: publish `emptied`, load `loads`, publish `placement`.
+    """One safe step: publish `emptied`, load `slot_fills`, publish `placement`.
 
     Both maps cover what the map before covered. `emptied` equals the map before where the slots to
-    fill were empty already (then it need not be published); `loads` is empty where slots are given
-    back as spare ones (then `emptied` equals `placement`).
+    fill were empty already (then it need not be published); `slot_fills` is empty where slots are
+    given back as spare ones (then `emptied` equals `placement`).
     """
 
     emptied: Placement
-    loads: tuple[Refill, ...]
+    slot_fills: tuple[SlotFill, ...]
     placement: Placement
     bytes: int
     reason: HealReason  # of its most urgent change

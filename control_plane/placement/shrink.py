@@ -7,16 +7,16 @@ from collections.abc import Collection
 
 import numpy as np
 
-from control_plane.placement.layout import (
+from control_plane.placement.load_balance import balance_orphan_loads
+from control_plane.placement.orphan_placement import OrphanPlacement
+from control_plane.placement.results import LayerExpert, Loads, ShrinkResult, SlotFill
+from control_plane.placement.topology import (
     Floats,
     Ints,
     loads_or_even,
     rank_loads,
     replica_counts,
 )
-from control_plane.placement.load_balance import shorten_longest_load
-from control_plane.placement.orphan_placement import OrphanSeats
-from control_plane.placement.results import LayerExpert, Loads, Refill, ShrinkResult
 from shared.expert_map import ExpertMap, Placement
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, RankId, SlotId
 
@@ -36,17 +36,17 @@ def shrink(
     if (counts == 0).any():
         held = placement[:, alive]
         rows = held.copy()
-        uncoverable = _seat_orphans(rows, counts, weights)
-        shorten_longest_load(held, rows, expert_map.num_experts)
+        uncoverable = _place_orphans(rows, counts, weights)
+        balance_orphan_loads(held, rows, expert_map.num_experts)
         refilled[:, alive] = rows
-    refills = tuple(
-        Refill(layer, RankId(rank), SlotId(slot), ExpertId(int(refilled[layer, rank, slot])))
+    slot_fills = tuple(
+        SlotFill(layer, RankId(rank), SlotId(slot), ExpertId(int(refilled[layer, rank, slot])))
         for layer, rank, slot in np.argwhere(refilled != placement).tolist()
     )
-    return ShrinkResult(placement, refills, refilled, uncoverable)
+    return ShrinkResult(placement, slot_fills, refilled, uncoverable)
 
 
-def _seat_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[LayerExpert, ...]:
+def _place_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[LayerExpert, ...]:
     """Puts orphans into `rows` `[num_layers, num_survivors, slots_per_rank]`, layer by layer, at
     the pace of what the survivors had to load by then if all loaded alike. Answers the orphans for
     which there is no slot, coldest first."""
@@ -54,18 +54,23 @@ def _seat_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[Layer
     covered = np.minimum((rows > ABSENT_SLOT).sum(axis=(1, 2)), counts.shape[1])
     to_load = np.cumsum(covered - (counts > 0).sum(axis=1))
     num_loaded = [0] * rows.shape[1]
-    unseated: list[tuple[float, LayerExpert]] = []
+    unplaced: list[tuple[float, LayerExpert]] = []
     for layer in np.flatnonzero((counts == 0).any(axis=1)).tolist():
         orphans = np.flatnonzero(counts[layer] == 0)
         ordered = orphans[np.argsort(-weights[layer, orphans], kind="stable")].tolist()
-        pace = -(-int(to_load[layer]) // rows.shape[1])
-        seats = OrphanSeats(
-            rows[layer], counts[layer], weights[layer], per_rank[layer], num_loaded, pace
+        num_loaded_target = -(-int(to_load[layer]) // rows.shape[1])
+        placements = OrphanPlacement(
+            rows[layer],
+            counts[layer],
+            weights[layer],
+            per_rank[layer],
+            num_loaded,
+            num_loaded_target,
         )
-        for expert in ordered[seats.fill(ordered) :]:
+        for expert in ordered[placements.fill(ordered) :]:
             pair = LayerExpert(layer, ExpertId(expert))
-            unseated.append((float(weights[layer, expert]), pair))
-    return tuple(pair for _, pair in sorted(unseated))
+            unplaced.append((float(weights[layer, expert]), pair))
+    return tuple(pair for _, pair in sorted(unplaced))
 
 
 def without_ranks(placement: Placement, alive: Ints) -> Placement:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.placement.layout import Floats, Ints, Layout
+from control_plane.placement.topology import Floats, Ints, RankTopology
 
 LEVEL_ENOUGH = 1.001
 LEVEL_UNEVEN = 1.005
@@ -16,8 +16,8 @@ PARTNERS = 1
 class Packing:
     """Edits `rows` (`[num_layers, num_live, width]`, -1 where nothing is) in place."""
 
-    def __init__(self, rows: Ints, share: Floats, counts: Ints, layout: Layout) -> None:
-        self._rows, self._node = rows, layout.node
+    def __init__(self, rows: Ints, share: Floats, counts: Ints, topology: RankTopology) -> None:
+        self._rows, self._node = rows, topology.node
         num_layers, num_ranks, width = rows.shape
         num_experts = share.shape[1]
         self._share = np.concatenate((share, np.zeros((num_layers, 1))), axis=1)  # [-1] is nothing
@@ -25,7 +25,7 @@ class Packing:
         pair = layer * num_experts + rows[layer, rank, slot]
         self._on_rank = _count_pairs(pair, rank, (num_layers, num_experts, num_ranks))
         self._on_node = _count_pairs(
-            pair, self._node[rank], (num_layers, num_experts, layout.num_nodes)
+            pair, self._node[rank], (num_layers, num_experts, topology.num_nodes)
         )
         used = np.unique(self._node[np.flatnonzero((rows[0] >= 0).any(axis=1))])
         self._counts, self._num_nodes = counts, max(1, len(used))
@@ -34,10 +34,10 @@ class Packing:
         self._load = weights.sum(axis=2)
         self._slot_rank = np.repeat(np.arange(num_ranks), width)
 
-    def layers_with_doubles(self) -> Ints:
+    def layers_with_duplicates(self) -> Ints:
         return np.flatnonzero((self._on_rank > 1).any(axis=(1, 2)))
 
-    def part_doubles(self) -> None:
+    def separate_duplicates(self) -> None:
         """Until no rank holds an expert twice and no node too many, or no exchange helps."""
         flat = self._rows.reshape(len(self._rows), -1)
         hopeless = np.zeros(flat.shape, dtype=bool)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.api.answers import Choice, ChunkWriter
 from gateway.api.logprobs import (
     CompletionLogprobs,
-    Scored,
+    ScoredToken,
     chat_logprobs,
     prompt_logprobs,
 )
-from gateway.api.requests import Wish
+from gateway.api.requests import RequestOptions
+from gateway.api.responses import Choice, ChunkWriter
 from gateway.detokenizer import TokenNames
 from gateway.generation import Delta, PromptTask
 from shared.types import FinishReason
@@ -21,8 +21,10 @@ from shared.wire import TokenLogprob
 class ChoiceWriter:
     """Takes every delta of one choice, in order."""
 
-    def __init__(self, wish: Wish, task: PromptTask, names: TokenNames, *, chat: bool) -> None:
-        self._wish = wish
+    def __init__(
+        self, options: RequestOptions, task: PromptTask, names: TokenNames, *, chat: bool
+    ) -> None:
+        self._options = options
         self._prompt = task.prompt
         self._names = names
         self._chat = chat
@@ -30,7 +32,7 @@ class ChoiceWriter:
         self._completion = CompletionLogprobs(names, task.sampling.logprobs or 0)
         self._texts: list[str] = []
         self._token_ids: list[int] = []
-        self._scored: list[Scored] = []
+        self._scored: list[ScoredToken] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
 
@@ -43,7 +45,7 @@ class ChoiceWriter:
         self._finish = delta.finish
 
     def choice(self) -> Choice:
-        num_prompt = self._wish.prompt_logprobs
+        num_prompt = self._options.prompt_logprobs
         return Choice(
             text="".join(self._texts),
             token_ids=self._token_ids,
@@ -61,18 +63,18 @@ class ChoiceWriter:
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
             return b""
         logprobs = self._shape(self._scored_of(delta))
-        return writer.piece(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
+        return writer.delta_chunk(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
 
-    def _scored_of(self, delta: Delta) -> list[Scored]:
+    def _scored_of(self, delta: Delta) -> list[ScoredToken]:
         if self._num_top is None:
             return []
-        scored: list[Scored] = []
-        if delta.is_first and self._wish.echo:
+        scored: list[ScoredToken] = []
+        if delta.is_first and self._options.echo:
             scored += zip(self._prompt, (None, *delta.prompt_logprobs), strict=True)
         scored += zip(delta.token_ids, delta.logprobs, strict=True)
         return scored
 
-    def _shape(self, scored: list[Scored]) -> dict[str, Any] | None:
+    def _shape(self, scored: list[ScoredToken]) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
         if self._chat:

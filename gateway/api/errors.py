@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from gateway.api.answers import error_body
+from gateway.api.responses import error_body
 from gateway.stream_session import FailureKind, SessionFailed
 from shared.errors import Overloaded, RequestError, StarfishError, Unavailable
 

@@ -15,8 +15,8 @@ LOGIT_BIAS_MAX = 1024
 INT64_MAX = 2**63 - 1
 
 
-def count_of(name: str, value: int | None) -> int | None:
-    return None if value is None else int(within(name, value, 0, 0, TOP_LOGPROBS_MAX))
+def checked_top_logprobs(name: str, value: int | None) -> int | None:
+    return None if value is None else int(check_range(name, value, 0, 0, TOP_LOGPROBS_MAX))
 
 
 def logit_bias_of(bias: dict[int, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
@@ -30,7 +30,7 @@ def logit_bias_of(bias: dict[int, float] | None, vocab_size: int) -> tuple[tuple
     return tuple(sorted(bias.items()))
 
 
-def within(name: str, value: Any, default: Any, low: Any, high: Any) -> Any:
+def check_range(name: str, value: Any, default: Any, low: Any, high: Any) -> Any:
     if value is None:
         return default
     if not low <= value <= high:

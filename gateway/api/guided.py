@@ -35,13 +35,13 @@ def asks_for_grammar(body: GenerationBody) -> bool:
 def read_grammar(body: GenerationBody) -> str:
     """Empty where the form is free. May take a second of CPU for a huge grammar (the library
     releases the GIL): call it off the event loop. Raises RequestError."""
-    demands = _demands(body)
-    if not demands:
+    constraints = _constraints(body)
+    if not constraints:
         return ""
-    if len(demands) > 1:
-        names = " and ".join(param for param, _, _ in demands)
-        raise RequestError(f"{names} exclude each other; keep one", param=demands[1][0])
-    param, kind, value = demands[0]
+    if len(constraints) > 1:
+        names = " and ".join(param for param, _, _ in constraints)
+        raise RequestError(f"{names} exclude each other; keep one", param=constraints[1][0])
+    param, kind, value = constraints[0]
     grammar = _grammar(param, kind, value)
     if len(grammar) > GRAMMAR_CHARS_MAX:
         raise RequestError(f"{param} is longer than {GRAMMAR_CHARS_MAX} characters", param=param)
@@ -51,37 +51,39 @@ def read_grammar(body: GenerationBody) -> str:
     return grammar
 
 
-def _demands(body: GenerationBody) -> list[tuple[str, str, Any]]:
+def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:
     """(field, kind, value) of everything that is asked for."""
-    demands = [
+    constraints = [
         (name, kind, value)
         for kind, name in _STRUCTURED.items()
         if (value := getattr(body, name)) is not None
     ]
     if body.structured_outputs is not None:
-        demands += _structured_outputs(body.structured_outputs)
+        constraints += _structured_outputs(body.structured_outputs)
     if body.response_format is not None:
-        demands += _response_format(body.response_format)
-    return demands
+        constraints += _response_format(body.response_format)
+    return constraints
 
 
 def _structured_outputs(value: Any) -> list[tuple[str, str, Any]]:
     param = "structured_outputs"
     if not isinstance(value, dict):
         raise RequestError(f"{param} must be an object", param=param)
-    wanted = {kind: demand for kind, demand in value.items() if demand not in (None, False)}
-    demands: list[tuple[str, str, Any]] = []
-    for kind, demand in wanted.items():
+    wanted = {
+        kind: constraint for kind, constraint in value.items() if constraint not in (None, False)
+    }
+    constraints: list[tuple[str, str, Any]] = []
+    for kind, constraint in wanted.items():
         if kind == "json_object":
-            demands.append((param, "json", {"type": "object"}))
+            constraints.append((param, "json", {"type": "object"}))
         elif kind in _STRUCTURED:
-            demands.append((param, kind, demand))
+            constraints.append((param, kind, constraint))
         else:
             raise RequestError(
                 f"{param} knows json, json_object, regex, choice and grammar, not {kind!r:.60}",
                 param=param,
             )
-    return demands
+    return constraints
 
 
 def _response_format(value: Any) -> list[tuple[str, str, Any]]:

@@ -12,26 +12,26 @@ import structlog
 from aiohttp import web
 
 from gateway.admission import Admission
-from gateway.api.answers import (
-    DONE,
-    ChunkWriter,
-    Heading,
-    Usage,
-    answer,
-    error_event,
-    model_entry,
-    model_list,
-)
 from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
 from gateway.api.choices import ChoiceWriter
 from gateway.api.errors import http_error, plain_http_error
 from gateway.api.guided import asks_for_grammar, read_grammar
 from gateway.api.requests import (
     CHOICES_MAX,
-    Wish,
+    RequestOptions,
     read_messages,
+    read_options,
     read_prompts,
-    read_wish,
+)
+from gateway.api.responses import (
+    DONE,
+    ChunkWriter,
+    Header,
+    Usage,
+    error_event,
+    model_entry,
+    model_list,
+    response_body,
 )
 from gateway.detokenizer import TokenNames
 from gateway.generation import Generation, PromptTask
@@ -65,15 +65,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class _Job:
     """A validated request. `tasks` are its choices, prompt by prompt."""
 
-    heading: Heading
-    wish: Wish
+    header: Header
+    options: RequestOptions
     tasks: list[PromptTask]
     names: TokenNames
     num_prompt_tokens: int
 
     def choices(self) -> list[ChoiceWriter]:
-        chat = self.heading.chat
-        return [ChoiceWriter(self.wish, task, self.names, chat=chat) for task in self.tasks]
+        chat = self.header.chat
+        return [ChoiceWriter(self.options, task, self.names, chat=chat) for task in self.tasks]
 
 
 class HttpApp:
@@ -98,7 +98,9 @@ class HttpApp:
         self.served: ServedModel | None = None
 
     def build(self) -> web.Application:
-        app = web.Application(middlewares=[self._guard], client_max_size=self._body_bytes_max)
+        app = web.Application(
+            middlewares=[self._handle_errors], client_max_size=self._body_bytes_max
+        )
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
@@ -110,7 +112,7 @@ class HttpApp:
         return app
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _handle_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Every failure becomes OpenAI's error shape, and every answer is counted."""
         try:
             response = await handler(request)
@@ -129,10 +131,10 @@ class HttpApp:
         return response
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        served = self._served_or_refuse()
+        served = self._require_served_model()
         body = await self._read(request, ChatBody)
         limits = self._check(served, body)
-        wish = await _read_wish(body, limits)
+        options = await _read_options(body, limits)
         prompt = await served.tokenizer.encode_chat(
             read_messages(body.messages),
             body.chat_template_kwargs,
@@ -140,13 +142,13 @@ class HttpApp:
         )
         if not prompt:
             raise RequestError("the prompt has no tokens", param="messages")
-        return await self._run(request, self._job(served, wish, [prompt], limits, True))
+        return await self._run(request, self._job(served, options, [prompt], limits, True))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        served = self._served_or_refuse()
+        served = self._require_served_model()
         body = await self._read(request, CompletionBody)
         limits = self._check(served, body)
-        wish = await _read_wish(body, limits)
+        options = await _read_options(body, limits)
         prompts = [
             await served.tokenizer.encode(prompt, tokens_max=limits.context_tokens_max)
             if isinstance(prompt, str)
@@ -155,9 +157,9 @@ class HttpApp:
         ]
         if not all(prompts):
             raise RequestError("the prompt has no tokens", param="prompt")
-        return await self._run(request, self._job(served, wish, prompts, limits, False))
+        return await self._run(request, self._job(served, options, prompts, limits, False))
 
-    def _served_or_refuse(self) -> ServedModel:
+    def _require_served_model(self) -> ServedModel:
         if self._health.draining:
             raise Unavailable("the gateway is shutting down")
         if self.served is None:
@@ -181,20 +183,20 @@ class HttpApp:
 
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         if body.model not in (None, "", served.name):
-            raise _no_model(str(body.model), served.name)
+            raise _model_not_found(str(body.model), served.name)
         return served.limits(self._driver.view)
 
     def _job(
         self,
         served: ServedModel,
-        wish: Wish,
+        options: RequestOptions,
         prompts: list[tuple[int, ...]],
         limits: ModelLimits,
         chat: bool,
     ) -> _Job:
-        if len(prompts) * wish.num_choices > CHOICES_MAX:
+        if len(prompts) * options.num_choices > CHOICES_MAX:
             raise RequestError(f"at most {CHOICES_MAX} choices in all are supported", param="n")
-        heading = Heading(
+        header = Header(
             id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             created=int(self._clock.wall()),
             model=served.name,
@@ -203,19 +205,19 @@ class HttpApp:
         tasks = [
             PromptTask(
                 prompt=prompt,
-                sampling=wish.sampling_for(len(prompt), limits, choice),
-                stops=wish.stops,
-                echo=wish.echo,
-                shows_stop=wish.shows_stop,
+                sampling=options.sampling_for(len(prompt), limits, choice),
+                stops=options.stops,
+                echo=options.echo,
+                include_stop=options.include_stop,
             )
             for prompt in prompts
-            for choice in range(wish.num_choices)
+            for choice in range(options.num_choices)
         ]
         return _Job(
-            heading=heading,
-            wish=wish,
+            header=header,
+            options=options,
             tasks=tasks,
-            names=served.tokenizer.names(with_special=wish.shows_special),
+            names=served.tokenizer.names(with_special=options.include_special),
             num_prompt_tokens=sum(map(len, prompts)),
         )
 
@@ -226,23 +228,23 @@ class HttpApp:
             clock=self._clock,
             token_bytes=job.names.text,
             tasks=job.tasks,
-            streaming=job.wish.stream,
+            streaming=job.options.stream,
         )
         with generation:
-            if job.wish.stream:
+            if job.options.stream:
                 return await self._stream(request, generation, job)
-            return await self._whole(generation, job)
+            return await self._respond_whole(generation, job)
 
-    async def _whole(self, generation: Generation, job: _Job) -> web.Response:
+    async def _respond_whole(self, generation: Generation, job: _Job) -> web.Response:
         choices = job.choices()
         while not generation.done:
             for delta in await generation.next_deltas():
                 choices[delta.choice].take(delta)
-        body = answer(
-            job.heading,
+        body = response_body(
+            job.header,
             [choice.choice() for choice in choices],
             _usage(generation, job),
-            with_token_ids=job.wish.return_token_ids,
+            with_token_ids=job.options.return_token_ids,
         )
         return web.Response(body=body, content_type="application/json")
 
@@ -254,19 +256,19 @@ class HttpApp:
         ranks = ",".join(str(rank) for rank in generation.ranks)
         response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
         writer = ChunkWriter(
-            job.heading,
-            with_token_ids=job.wish.return_token_ids,
-            include_usage=job.wish.include_usage,
+            job.header,
+            with_token_ids=job.options.return_token_ids,
+            include_usage=job.options.include_usage,
         )
         choices = job.choices()
         try:
             await response.prepare(request)
-            data = b"".join(writer.opening(index) for index in range(len(job.tasks)))
+            data = b"".join(writer.role_chunk(index) for index in range(len(job.tasks)))
             while True:
                 data += b"".join(choices[d.choice].chunk(d, writer) for d in deltas)
                 if generation.done:
                     usage = _usage(generation, job)
-                    data += (writer.usage(usage) if job.wish.include_usage else b"") + DONE
+                    data += (writer.usage_chunk(usage) if job.options.include_usage else b"") + DONE
                 if data:
                     await _write(request, response, data)
                 if generation.done:
@@ -276,7 +278,7 @@ class HttpApp:
         except SessionFailed as error:
             await response.write(error_event(http_error(error).body))
         except (ConnectionError, TimeoutError):
-            log.info("client_gone", request=job.heading.id)
+            log.info("client_gone", request=job.header.id)
             if request.transport is not None:
                 request.transport.abort()
         return response
@@ -290,11 +292,11 @@ class HttpApp:
     async def _model(self, request: web.Request) -> web.Response:
         name, served = request.match_info["name"], self.served
         if served is None or name != served.name:
-            raise _no_model(name, served.name if served else "none yet")
+            raise _model_not_found(name, served.name if served else "none yet")
         return web.json_response(model_entry(served.name, served.created))
 
     async def _ready(self, request: web.Request) -> web.Response:
-        reasons = self._health.reasons(self.served is not None)
+        reasons = self._health.reasons_not_ready(self.served is not None)
         status = 503 if reasons else 200
         plain = {"status": "not_ready" if reasons else "ready", "live": True, "reasons": reasons}
         return web.json_response(plain, status=status)
@@ -319,13 +321,13 @@ async def _write(request: web.Request, response: web.StreamResponse, data: bytes
         await response.write(data)
 
 
-async def _read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
+async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
     """A huge grammar takes its time, and other clients' tokens shall not wait for it."""
-    wish = read_wish(body, limits)
+    options = read_options(body, limits)
     if not asks_for_grammar(body):
-        return wish
+        return options
     grammar = await asyncio.to_thread(read_grammar, body)
-    return replace(wish, sampling=replace(wish.sampling, grammar=grammar))
+    return replace(options, sampling=replace(options.sampling, grammar=grammar))
 
 
 def _usage(generation: Generation, job: _Job) -> Usage:
@@ -336,7 +338,7 @@ def _usage(generation: Generation, job: _Job) -> Usage:
     )
 
 
-def _no_model(name: str, served: str) -> RequestError:
+def _model_not_found(name: str, served: str) -> RequestError:
     return RequestError(
         f"the model {name!r:.200} does not exist here; served: {served}",
         param="model",

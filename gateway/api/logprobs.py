@@ -12,11 +12,11 @@ from shared.wire import TokenLogprob
 LOGPROB_MIN = -9999.0
 """OpenAI's word for "impossible": JSON has no infinity."""
 
-Scored = tuple[int, TokenLogprob | None]
+ScoredToken = tuple[int, TokenLogprob | None]
 """A token, and how likely it was: None for the first of a prompt."""
 
 
-def chat_logprobs(names: TokenNames, scored: Sequence[Scored], num_top: int) -> dict[str, Any]:
+def chat_logprobs(names: TokenNames, scored: Sequence[ScoredToken], num_top: int) -> dict[str, Any]:
     return {"content": [_chat_token(names, *each, num_top) for each in scored], "refusal": None}
 
 
@@ -29,7 +29,7 @@ def _chat_token(
 
 
 def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]:
-    raw = list(names.names.join((token,)))
+    raw = list(names.name_bytes.join((token,)))
     return {"token": names.name(token), "logprob": _finite(logprob), "bytes": raw}
 
 
@@ -42,7 +42,7 @@ class CompletionLogprobs:
         self._text = Detokenizer(names.text)
         self._offset = 0
 
-    def next(self, scored: Sequence[Scored]) -> dict[str, Any]:
+    def next(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         offsets: list[int] = []
         for token, _ in scored:
             offsets.append(self._offset)

@@ -11,12 +11,12 @@ from typing import Any
 from gateway.api.bodies import ChatBody, ChatMessage, CompletionBody, GenerationBody
 from gateway.api.fields import (
     INT64_MAX,
-    count_of,
+    check_range,
+    checked_top_logprobs,
     logit_bias_of,
     seed_of,
     stop_ids_of,
     stops_of,
-    within,
 )
 from gateway.served_model import ModelLimits
 from gateway.tokenizer import context_exceeded
@@ -30,7 +30,7 @@ CHOICES_MAX = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class RequestOptions:
     """What a request asks for besides its prompt. `max_tokens` is None where the client set none:
     then the context's end, or the endpoint's default, bounds it. `num_choices` is that of each
     prompt. `prompt_logprobs` is the field of that name; `sampling` asks for what `echo` needs, too.
@@ -45,8 +45,8 @@ class Wish:
     stream: bool
     include_usage: bool
     return_token_ids: bool
-    shows_stop: bool
-    shows_special: bool
+    include_stop: bool
+    include_special: bool
 
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
@@ -72,32 +72,34 @@ def choice_seed(seed: int, choice: int) -> int:
     return int.from_bytes(mixed, "little")
 
 
-def read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
+def read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
     max_tokens = _max_tokens(body)
     min_max = INT64_MAX if max_tokens is None else max_tokens
-    min_tokens = within("min_tokens", body.min_tokens, 0, 0, min_max)
+    min_tokens = check_range("min_tokens", body.min_tokens, 0, 0, min_max)
     logprobs, echo = _logprobs(body), isinstance(body, CompletionBody) and bool(body.echo)
     prompt_logprobs = _prompt_logprobs(body)
     wanted = [prompt_logprobs, logprobs if echo else None]
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is for stream=true only", param="stream_options")
     sampling = SamplingParams(
-        temperature=within("temperature", body.temperature, 1.0, 0.0, 2.0),
-        top_p=within("top_p", body.top_p, 1.0, 0.0, 1.0),
-        top_k=max(0, within("top_k", body.top_k, 0, -1, INT64_MAX)),
+        temperature=check_range("temperature", body.temperature, 1.0, 0.0, 2.0),
+        top_p=check_range("top_p", body.top_p, 1.0, 0.0, 1.0),
+        top_k=max(0, check_range("top_k", body.top_k, 0, -1, INT64_MAX)),
         seed=seed_of(body.seed),
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
-        min_p=within("min_p", body.min_p, 0.0, 0.0, 1.0),
-        presence_penalty=within("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
-        frequency_penalty=within("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
-        repetition_penalty=within("repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0),
+        min_p=check_range("min_p", body.min_p, 0.0, 0.0, 1.0),
+        presence_penalty=check_range("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=check_range("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
+        repetition_penalty=check_range(
+            "repetition_penalty", body.repetition_penalty, 1.0, 0.01, 100.0
+        ),
         logit_bias=logit_bias_of(body.logit_bias, limits.vocab_size),
         logprobs=logprobs,
         prompt_logprobs=max((k for k in wanted if k is not None), default=None),
         stop_token_ids=stop_ids_of(body.stop_token_ids, limits.vocab_size),
     )
-    return Wish(
+    return RequestOptions(
         sampling=sampling,
         max_tokens=max_tokens,
         num_choices=_num_choices(body),
@@ -107,8 +109,8 @@ def read_wish(body: GenerationBody, limits: ModelLimits) -> Wish:
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
-        shows_stop=bool(body.include_stop_str_in_output),
-        shows_special=body.skip_special_tokens is False,
+        include_stop=bool(body.include_stop_str_in_output),
+        include_special=body.skip_special_tokens is False,
     )
 
 
@@ -167,12 +169,12 @@ def _max_tokens(body: GenerationBody) -> int | None:
     )
     if value == 0 and not only_prompt:
         raise RequestError(f"{name}=0 is for echo and prompt_logprobs only", param=name)
-    checked: int = within(name, value, 0, 0, INT64_MAX)
+    checked: int = check_range(name, value, 0, 0, INT64_MAX)
     return checked
 
 
 def _num_choices(body: GenerationBody) -> int:
-    number: int = within("n", body.n, 1, 1, 128)
+    number: int = check_range("n", body.n, 1, 1, 128)
     if body.best_of is not None and body.best_of != number:
         raise RequestError("best_of other than n is not supported here", param="best_of")
     return number
@@ -181,10 +183,10 @@ def _num_choices(body: GenerationBody) -> int:
 def _logprobs(body: GenerationBody) -> int | None:
     """How many of the likeliest; None: no log-probabilities. A chat says it in two fields."""
     if isinstance(body, CompletionBody):
-        return count_of("logprobs", body.logprobs)
+        return checked_top_logprobs("logprobs", body.logprobs)
     if not isinstance(body, ChatBody):
         return None
-    top = count_of("top_logprobs", body.top_logprobs)
+    top = checked_top_logprobs("top_logprobs", body.top_logprobs)
     if not body.logprobs:
         if top:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
@@ -195,4 +197,4 @@ def _logprobs(body: GenerationBody) -> int | None:
 def _prompt_logprobs(body: GenerationBody) -> int | None:
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs is not for streams", param="prompt_logprobs")
-    return count_of("prompt_logprobs", body.prompt_logprobs)
+    return checked_top_logprobs("prompt_logprobs", body.prompt_logprobs)

@@ -15,7 +15,7 @@ def head_name(spec: ModelSpec) -> str:
     return EMBEDDING_NAME if spec.raw.get("tie_word_embeddings", False) else "lm_head.weight"
 
 
-def frame_shapes(spec: ModelSpec) -> dict[str, Shape]:
+def common_tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Embedding, head, and every norm of whole hidden states."""
     shapes: dict[str, Shape] = {
         EMBEDDING_NAME: (spec.vocab_size, spec.hidden_size),
@@ -36,7 +36,7 @@ def dense_size(spec: ModelSpec) -> int:
         raise CheckpointError(f"config.json: missing or malformed {error}") from error
 
 
-def refuse(spec: ModelSpec, reasons: dict[str, bool]) -> None:
+def raise_if_unsupported(spec: ModelSpec, reasons: dict[str, bool]) -> None:
     """Raises CheckpointError for the first reason that applies, or where top-k exceeds the
     experts."""
     too_many = {f"top-{spec.top_k} of {spec.num_experts} experts": spec.top_k > spec.num_experts}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_worker.checkpoint.checkpoint import Shape
-from gpu_worker.checkpoint.common_tensors import dense_size, refuse
+from gpu_worker.checkpoint.common_tensors import dense_size, raise_if_unsupported
 from gpu_worker.checkpoint.mlp_names import mlp_shapes
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
@@ -17,11 +17,11 @@ _METHODS = {True: ("noaux_tc",), False: ("greedy", "group_limited_greedy")}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepseekRouting:
     """`sigmoid`: V3's scores, with a correction; else V2's, by softmax. The top-k come from the
-    `kept` best of `num_groups` groups; `factor` scales their weights."""
+    `topk_group` best of `num_groups` groups; `factor` scales their weights."""
 
     sigmoid: bool
     num_groups: int
-    kept: int
+    topk_group: int
     normalise: bool
     factor: float
     num_shared: int
@@ -34,7 +34,7 @@ def read_deepseek_routing(spec: ModelSpec, *, sigmoid: bool) -> DeepseekRouting:
     usual = "sigmoid" if sigmoid else "softmax"
     scoring = raw.get("scoring_func") or usual
     normalise = bool(raw.get("norm_topk_prob", sigmoid))
-    refuse(
+    raise_if_unsupported(
         spec,
         {
             f"routing {method!r}": method not in _METHODS[sigmoid],
@@ -47,27 +47,27 @@ def read_deepseek_routing(spec: ModelSpec, *, sigmoid: bool) -> DeepseekRouting:
         routing = DeepseekRouting(
             sigmoid=sigmoid,
             num_groups=int(raw.get("n_group") or 1) if in_groups else 1,
-            kept=int(raw.get("topk_group") or 1) if in_groups else 1,
+            topk_group=int(raw.get("topk_group") or 1) if in_groups else 1,
             normalise=normalise,
             factor=float(raw.get("routed_scaling_factor") or 1.0),
             num_shared=int(raw.get("n_shared_experts") or 0),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: malformed {error}") from error
-    if not _groups_can_be(routing, spec):
+    if not _groups_are_valid(routing, spec):
         raise CheckpointError(
-            f"config.json: {spec.top_k} experts from {routing.kept} of {routing.num_groups} groups "
-            f"of {spec.num_experts} experts cannot be"
+            f"config.json: {spec.top_k} experts from {routing.topk_group} of "
+            f"{routing.num_groups} groups of {spec.num_experts} experts cannot be"
         )
     return routing
 
 
-def _groups_can_be(routing: DeepseekRouting, spec: ModelSpec) -> bool:
+def _groups_are_valid(routing: DeepseekRouting, spec: ModelSpec) -> bool:
     size, rest = divmod(spec.num_experts, routing.num_groups)
-    if rest or not 1 <= routing.kept <= routing.num_groups:
+    if rest or not 1 <= routing.topk_group <= routing.num_groups:
         return False
-    counts_by_two = routing.sigmoid and routing.kept < routing.num_groups
-    return size >= (2 if counts_by_two else 1) and routing.kept * size >= spec.top_k
+    counts_by_two = routing.sigmoid and routing.topk_group < routing.num_groups
+    return size >= (2 if counts_by_two else 1) and routing.topk_group * size >= spec.top_k
 
 
 def deepseek_shapes(spec: ModelSpec, routing: DeepseekRouting, layer: int) -> dict[str, Shape]:

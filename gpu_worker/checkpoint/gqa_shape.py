@@ -19,7 +19,7 @@ class GqaShape:
     all. `clip` bounds queries, keys and values; 0: nothing."""
 
     num_heads: int
-    kv_heads: int
+    num_kv_heads: int
     head_dim: int
     qk_norm: int = QK_NORM_NONE
     window: int = 0
@@ -31,25 +31,25 @@ class GqaShape:
 
     @property
     def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
+        return self.num_kv_heads * self.head_dim
 
 
 def read_gqa_shape(spec: ModelSpec, qk_norm: int) -> GqaShape:
     """Raises CheckpointError where the sizes are missing or cannot be."""
     raw = spec.raw
     try:
-        num_heads, kv_heads = int(raw["num_attention_heads"]), raw.get("num_key_value_heads")
+        num_heads, num_kv_heads = int(raw["num_attention_heads"]), raw.get("num_key_value_heads")
         shape = GqaShape(
             num_heads=num_heads,
-            kv_heads=int(num_heads if kv_heads is None else kv_heads),
+            num_kv_heads=int(num_heads if num_kv_heads is None else num_kv_heads),
             head_dim=int(raw.get("head_dim") or spec.hidden_size // num_heads),
             qk_norm=qk_norm,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json: missing or malformed {error}") from error
-    if min(num_heads, shape.kv_heads, shape.head_dim) < 1 or shape.head_dim % 2:
+    if min(num_heads, shape.num_kv_heads, shape.head_dim) < 1 or shape.head_dim % 2:
         raise CheckpointError("config.json: head counts must be positive and head_dim even")
-    if num_heads % shape.kv_heads:
+    if num_heads % shape.num_kv_heads:
         raise CheckpointError(
             "config.json: num_attention_heads must be a multiple of num_key_value_heads"
         )

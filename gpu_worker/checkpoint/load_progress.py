@@ -9,7 +9,7 @@ from shared.clock import Clock
 
 log = structlog.get_logger()
 
-SAY_EVERY_S = 5.0
+LOG_EVERY_S = 5.0
 GB = 1e9
 
 
@@ -24,18 +24,18 @@ class LoadProgress:
 
     def restart(self) -> None:
         """Counts from here on: what comes is a load of its own."""
-        self._began_at = self._said_at = self._clock.now()
+        self._began_at = self._logged_at = self._clock.now()
         self._num_tensors = self._num_bytes = 0
 
     def count(self, num_bytes: int) -> None:
         """Implements `model.checkpoint.OnRead`."""
         self._num_tensors += 1
         self._num_bytes += num_bytes
-        if self._clock.now() - self._said_at >= SAY_EVERY_S:
-            self._said_at = self._clock.now()
-            log.info("weights_read", **self.so_far())
+        if self._clock.now() - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = self._clock.now()
+            log.info("weights_read", **self.log_fields())
 
-    def so_far(self) -> dict[str, float]:
+    def log_fields(self) -> dict[str, float]:
         """Fields for a log line."""
         took_s = max(self._clock.now() - self._began_at, 1e-9)
         return {

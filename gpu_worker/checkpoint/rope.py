@@ -86,12 +86,12 @@ def _yarn(rope: Rope, size: int) -> tuple[Floats, float]:
     scaling = rope.scaling
     factor, trained = _factor(rope), _trained_tokens(rope)
 
-    def turning_dimension(turns: float) -> float:
+    def correction_dimension(num_rotations: float) -> float:
         """Where a dimension makes so many turns over the trained context."""
-        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return size * math.log(trained / (num_rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = turning_dimension(float(scaling.get("beta_fast") or 32))
-    high = turning_dimension(float(scaling.get("beta_slow") or 1))
+    low = correction_dimension(float(scaling.get("beta_fast") or 32))
+    high = correction_dimension(float(scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)

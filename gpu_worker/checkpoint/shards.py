@@ -96,8 +96,8 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f"{folder / file}: tensor {name} is missing, though {INDEX_FILE} places it there; "
                 "fetch this file again"
             )
-    strangers = {n: t for header in headers.values() for n, t in header.items()}
-    return strangers | {name: headers[file][name] for name, file in weight_map.items()}
+    unindexed = {n: t for header in headers.values() for n, t in header.items()}
+    return unindexed | {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def _weight_map(folder: Path) -> Mapping[str, str] | None:

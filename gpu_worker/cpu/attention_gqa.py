@@ -12,7 +12,7 @@ from gpu_worker.checkpoint.checkpoint import Checkpoint
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.cpu.family import KvShape
 from gpu_worker.cpu.kernels import gqa as kernels
-from gpu_worker.cpu.step_scratch import room_for, written_zeros
+from gpu_worker.cpu.step_scratch import next_capacity, prefaulted_zeros
 from gpu_worker.cpu.weights import Weights, read_panels, read_vector
 from gpu_worker.engine.step_batch import StepBatch
 
@@ -41,7 +41,7 @@ class GqaScratch:
     """Working memory that the layers of a model share."""
 
     def __init__(self, *, hidden_size: int, shape: GqaShape) -> None:
-        group = shape.num_heads // shape.kv_heads
+        group = shape.num_heads // shape.num_kv_heads
         self._rows = group * max(1, _TILE_ROWS // group)
         self._widths = (hidden_size, shape.q_size + 2 * shape.kv_size, shape.q_size)
         self.scores_RC: Floats = np.zeros((self._rows, 0), dtype=np.float32)
@@ -50,9 +50,9 @@ class GqaScratch:
     def grow(self, *, num_tokens: int, context_tokens: int) -> None:
         """`context_tokens` in whole blocks."""
         if num_tokens > self.h_TH.shape[0]:
-            self._allocate(room_for(num_tokens))
+            self._allocate(next_capacity(num_tokens))
         if context_tokens > self.scores_RC.shape[1]:
-            self.scores_RC = np.empty((self._rows, room_for(context_tokens)), dtype=np.float32)
+            self.scores_RC = np.empty((self._rows, next_capacity(context_tokens)), dtype=np.float32)
 
     def _allocate(self, num_tokens: int) -> None:
         self.h_TH, self.qkv_TP, self.heads_TO = (
@@ -85,9 +85,9 @@ class GqaAttention:
         self._shape = shape
         self._clip = np.float32(shape.clip)
         self._scratch = scratch
-        blocks = (kv.num_blocks, shape.kv_heads)
-        self.k_BJDU = written_zeros(*blocks, shape.head_dim, kv.block_tokens)
-        self.v_BJUD = written_zeros(*blocks, kv.block_tokens, shape.head_dim)
+        blocks = (kv.num_blocks, shape.num_kv_heads)
+        self.k_BJDU = prefaulted_zeros(*blocks, shape.head_dim, kv.block_tokens)
+        self.v_BJUD = prefaulted_zeros(*blocks, kv.block_tokens, shape.head_dim)
 
     def cache_arrays(self) -> Sequence[Floats]:
         return (self.k_BJDU, self.v_BJUD)

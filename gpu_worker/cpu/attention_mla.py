@@ -13,7 +13,7 @@ from gpu_worker.checkpoint.rope import Rotations
 from gpu_worker.cpu.family import KvShape
 from gpu_worker.cpu.kernels import linear as rows
 from gpu_worker.cpu.kernels import mla as kernels
-from gpu_worker.cpu.step_scratch import room_for, written_zeros
+from gpu_worker.cpu.step_scratch import next_capacity, prefaulted_zeros
 from gpu_worker.engine.step_batch import StepBatch
 
 Floats = NDArray[np.float32]
@@ -56,21 +56,26 @@ class MlaScratch:
     def __init__(self, shape: MlaShape, block_tokens: int) -> None:
         self._shape = shape
         self._block_tokens = block_tokens
-        widest = (shape.q_size, shape.rank, shape.value_size, shape.index_heads * shape.index_size)
-        self.zeros: Floats = np.zeros(max(*widest, shape.index_size), dtype=np.float32)
+        widest = (
+            shape.q_size,
+            shape.rank,
+            shape.v_head_dim,
+            shape.num_index_heads * shape.index_head_dim,
+        )
+        self.zeros: Floats = np.zeros(max(*widest, shape.index_head_dim), dtype=np.float32)
         self.tile_AU: Floats = _floats(shape.num_heads, block_tokens)
         # Rows behind the last chosen position get the weight zero: they must be finite.
-        self.latent_UR: Floats = written_zeros(block_tokens, shape.rank)
-        self.key_UW: Floats = _floats(block_tokens, shape.rotated_size)
-        self.index_UI: Floats = _floats(block_tokens, shape.index_heads)
+        self.latent_UR: Floats = prefaulted_zeros(block_tokens, shape.rank)
+        self.key_UW: Floats = _floats(block_tokens, shape.qk_rope_head_dim)
+        self.index_UI: Floats = _floats(block_tokens, shape.num_index_heads)
         self._allocate_context(0)
         self._allocate_tokens(0)
 
     def grow(self, *, num_tokens: int, context_tokens: int) -> None:
         if num_tokens > self.h_TH.shape[0]:
-            self._allocate_tokens(room_for(num_tokens))
+            self._allocate_tokens(next_capacity(num_tokens))
         if context_tokens + self._block_tokens > self.scores_CA.shape[0]:
-            self._allocate_context(room_for(context_tokens + self._block_tokens))
+            self._allocate_context(next_capacity(context_tokens + self._block_tokens))
 
     def _allocate_context(self, context: int) -> None:
         self.scores_CA: Floats = _floats(context, self._shape.num_heads)
@@ -81,20 +86,20 @@ class MlaScratch:
     def _allocate_tokens(self, num_tokens: int) -> None:
         shape, heads = self._shape, self._shape.num_heads
         self.h_TH: Floats = _floats(num_tokens, shape.hidden_size)
-        self.qa_TQ: Floats = _floats(num_tokens, shape.q_rank)
+        self.qa_TQ: Floats = _floats(num_tokens, shape.q_lora_rank)
         self.q_TP: Floats = _floats(num_tokens, shape.q_size)
-        self.kva_TP: Floats = _floats(num_tokens, shape.rank + shape.rotated_size)
-        self.plain_TF: Floats = _floats(num_tokens, shape.plain_size)
+        self.kva_TP: Floats = _floats(num_tokens, shape.rank + shape.qk_rope_head_dim)
+        self.plain_TF: Floats = _floats(num_tokens, shape.qk_nope_head_dim)
         self.latent_TR: Floats = _floats(num_tokens, shape.rank)
         self.q_latent_TRA: Floats = _floats(num_tokens, shape.rank, heads)
-        self.q_rotated_TWA: Floats = _floats(num_tokens, shape.rotated_size, heads)
+        self.q_rotated_TWA: Floats = _floats(num_tokens, shape.qk_rope_head_dim, heads)
         self.sum_TAR: Floats = _floats(num_tokens, heads, shape.rank)
-        self.value_TG: Floats = _floats(num_tokens, shape.value_size)
+        self.value_TG: Floats = _floats(num_tokens, shape.v_head_dim)
         self.heads_TO: Floats = _floats(num_tokens, shape.heads_size)
-        self.index_key_TL: Floats = _floats(num_tokens, shape.index_size)
-        self.index_q_TP: Floats = _floats(num_tokens, shape.index_heads * shape.index_size)
-        self.q_index_TLI: Floats = _floats(num_tokens, shape.index_size, shape.index_heads)
-        self.w_index_TI: Floats = _floats(num_tokens, shape.index_heads)
+        self.index_key_TL: Floats = _floats(num_tokens, shape.index_head_dim)
+        self.index_q_TP: Floats = _floats(num_tokens, shape.num_index_heads * shape.index_head_dim)
+        self.q_index_TLI: Floats = _floats(num_tokens, shape.index_head_dim, shape.num_index_heads)
+        self.w_index_TI: Floats = _floats(num_tokens, shape.num_index_heads)
 
 
 class MlaAttention:
@@ -122,13 +127,13 @@ class MlaAttention:
         self._shape = shape
         self._cos_CD, self._sin_CD = rotations
         self._eps = np.float32(norm_eps)
-        head_size = shape.plain_size + shape.rotated_size
+        head_size = shape.qk_nope_head_dim + shape.qk_rope_head_dim
         self._scale = np.float32(head_size**-0.5 * softmax_factor)
         self._scratch = scratch
         blocks = (kv.num_blocks, kv.block_tokens)
-        self.latent_BUR: Floats = written_zeros(*blocks, shape.rank)
-        self.key_BUW: Floats = written_zeros(*blocks, shape.rotated_size)
-        self.index_key_BUL: Floats = written_zeros(*blocks, shape.index_size)
+        self.latent_BUR: Floats = prefaulted_zeros(*blocks, shape.rank)
+        self.key_BUW: Floats = prefaulted_zeros(*blocks, shape.qk_rope_head_dim)
+        self.index_key_BUL: Floats = prefaulted_zeros(*blocks, shape.index_head_dim)
 
     def cache_arrays(self) -> Sequence[Floats]:
         caches = (self.latent_BUR, self.key_BUW)
@@ -140,7 +145,7 @@ class MlaAttention:
         scratch.grow(num_tokens=num_tokens, context_tokens=context)
         rows.norm_rows(x_TH, weights.norm_H, self._eps, scratch.h_TH, num_tokens)
         self._project(num_tokens)
-        self._place(batch)
+        self._store_latents(batch)
         kernels.absorb_queries(
             scratch.q_TP,
             batch.position_T,
@@ -173,7 +178,7 @@ class MlaAttention:
     def _project(self, num_tokens: int) -> None:
         scratch, weights = self._scratch, self._weights
         inputs = scratch.h_TH
-        if self._shape.q_rank:
+        if self._shape.q_lora_rank:
             kernels.project(
                 scratch.h_TH, weights.w_qa_HQ, weights.b_qa_Q, scratch.qa_TQ, num_tokens
             )
@@ -183,8 +188,8 @@ class MlaAttention:
         kernels.project(inputs, weights.w_qb_QP, zeros_P, scratch.q_TP, num_tokens)
         kernels.project(scratch.h_TH, weights.w_kva_HP, weights.b_kva_P, scratch.kva_TP, num_tokens)
 
-    def _place(self, batch: StepBatch) -> None:
-        kernels.place_latents(
+    def _store_latents(self, batch: StepBatch) -> None:
+        kernels.store_latents(
             self._scratch.kva_TP,
             batch.position_T,
             batch.sequence_T,
@@ -231,7 +236,7 @@ class MlaAttention:
             scratch.w_index_TI,
             self._shape.index_top_k,
             self._scale,
-            np.float32(self._shape.index_size**-0.5),
+            np.float32(self._shape.index_head_dim**-0.5),
             scratch.scores_CA,
             scratch.weights_AC,
             scratch.tile_AU,
@@ -251,11 +256,11 @@ class MlaAttention:
         kernels.project(
             scratch.h_TH,
             indexer.w_k_HL,
-            zeros[: shape.index_size],
+            zeros[: shape.index_head_dim],
             scratch.index_key_TL,
             num_tokens,
         )
-        kernels.place_index_keys(
+        kernels.store_index_keys(
             scratch.index_key_TL,
             batch.position_T,
             batch.sequence_T,
@@ -271,16 +276,16 @@ class MlaAttention:
             return
         zeros_P = zeros[: indexer.w_q_QP.shape[1]]
         kernels.project(scratch.qa_TQ, indexer.w_q_QP, zeros_P, scratch.index_q_TP, num_tokens)
-        kernels.place_index_queries(
+        kernels.rotate_index_queries(
             scratch.index_q_TP,
             batch.position_T,
             self._cos_CD,
             self._sin_CD,
             scratch.q_index_TLI,
         )
-        zeros_I = zeros[: shape.index_heads]
+        zeros_I = zeros[: shape.num_index_heads]
         kernels.project(scratch.h_TH, indexer.w_weights_HI, zeros_I, scratch.w_index_TI, num_tokens)
-        factor = np.float32(shape.index_heads**-0.5)
+        factor = np.float32(shape.num_index_heads**-0.5)
         kernels.scale_rows(scratch.w_index_TI, factor, num_tokens)
 
 

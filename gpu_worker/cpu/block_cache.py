@@ -14,7 +14,7 @@ from gpu_worker.cpu.family import Floats
 from gpu_worker.engine.kv_replication import Bytes
 
 
-class ModelBlockCache:
+class CpuBlockCache:
     """A block's bytes are its rows of all cache arrays, layer by layer."""
 
     def __init__(self, model: Decoder) -> None:
@@ -26,7 +26,7 @@ class ModelBlockCache:
         self._parts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         self._block_bytes: int = ends[-1]
         self._layout = f"cpu {model.spec.architecture} {_form(layers)}"
-        self._rooms: list[Bytes] = []
+        self._staging_buffers: list[Bytes] = []
 
     @property
     def block_bytes(self) -> int:
@@ -36,13 +36,13 @@ class ModelBlockCache:
     def layout(self) -> str:
         return self._layout
 
-    def room(self) -> Bytes:
+    def staging_buffer(self) -> Bytes:
         """Whole pages, written now: the first touch of fresh memory must not fall into a step."""
         pages = mmap.mmap(-1, self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        room = np.frombuffer(pages, dtype=np.uint8)
-        room.fill(0)
-        self._rooms.append(room)
-        return room
+        staging_buffer = np.frombuffer(pages, dtype=np.uint8)
+        staging_buffer.fill(0)
+        self._staging_buffers.append(staging_buffer)
+        return staging_buffer
 
     def save(self, block: int, into: Bytes) -> Callable[[], bool]:
         np.concatenate([rows[block] for rows in self._rows_of], out=into)

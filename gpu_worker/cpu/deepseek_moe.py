@@ -52,7 +52,7 @@ class DeepseekMoe:
             correction_E,
             sigmoid=routing.sigmoid,
             num_groups=routing.num_groups,
-            kept=routing.kept,
+            topk_group=routing.topk_group,
             normalise=routing.normalise,
             factor=routing.factor,
         )

@@ -10,10 +10,10 @@ from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.common_tensors import (
     EMBEDDING_NAME,
     FINAL_NORM_NAME,
+    common_tensor_shapes,
     dense_size,
-    frame_shapes,
     head_name,
-    refuse,
+    raise_if_unsupported,
 )
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_NONE, GqaShape, gqa_shapes, read_gqa_shape
 from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames, mlp_shapes
@@ -46,14 +46,14 @@ class GqaFamily:
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
-        refuse(spec, {f"activation {raw.get('hidden_act')!r}": not _is_silu(raw)})
+        raise_if_unsupported(spec, {f"activation {raw.get('hidden_act')!r}": not _is_silu(raw)})
         self.spec = spec
         self.rope = read_rope(raw, kinds=self.rope_kinds)
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))
         self.head_name = head_name(spec)
         self.shape = read_gqa_shape(spec, self.qk_norm)
         self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", False))
-        self.rotated = self.shape.head_dim
+        self.rotary_dim = self.shape.head_dim
         """How many elements of a head are rotated."""
 
     def shape_of(self, layer: int) -> GqaShape:
@@ -61,7 +61,7 @@ class GqaFamily:
 
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self.spec
-        shapes = frame_shapes(spec)
+        shapes = common_tensor_shapes(spec)
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}"
             shapes |= self._attention_shapes(layer)
@@ -88,7 +88,7 @@ class GqaFamily:
     def read_attention(
         self, checkpoint: Checkpoint, kv: KvShape, context_tokens_max: int
     ) -> list[Attention]:
-        rotations = self.rope.rotations(self.rotated, context_tokens_max)
+        rotations = self.rope.rotations(self.rotary_dim, context_tokens_max)
         scratch = GqaScratch(hidden_size=self.spec.hidden_size, shape=self.shape)
         return [
             GqaAttention(

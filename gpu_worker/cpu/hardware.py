@@ -9,16 +9,16 @@ import structlog
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.config import ExchangeKind, RankConfig
-from gpu_worker.cpu.block_cache import ModelBlockCache
+from gpu_worker.cpu.block_cache import CpuBlockCache
 from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.registry import load_model
 from gpu_worker.cpu.slot_loader import ExpertSlotLoader
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
-from gpu_worker.exchange.message import Layout
+from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.kv_replication.budget import keeps_copies
+from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
 from shared.confinement import require_confined
@@ -40,7 +40,7 @@ class CpuHardware:
         self._clock = clock
         self._endpoint = TransferEndpoint(
             config.data_host,
-            layout_of(config, model),
+            message_layout_of(config, model),
             clock,
             protocol=Protocols(config.transfer_protocol),
             device=config.mooncake_ib_device,
@@ -52,7 +52,7 @@ class CpuHardware:
         """Raises CheckpointError."""
         progress = LoadProgress(self._clock)
         model = self._load_model(spec, folder, progress)
-        log.info("model_loaded", folder=str(folder), **progress.so_far())
+        log.info("model_loaded", folder=str(folder), **progress.log_fields())
         config = self._config
         deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
 
@@ -66,11 +66,11 @@ class CpuHardware:
             residents=model.slots.contents,
             endpoint=self._endpoint,
             exchange=ExchangeKind.TRANSFER,
-            blocks=ModelBlockCache(model) if keeps_copies(config, spec) else None,
+            blocks=CpuBlockCache(model) if uses_kv_replication(config, spec) else None,
         )
 
     def _load_model(self, spec: InstanceSpec, folder: Path, progress: LoadProgress) -> Decoder:
-        def say(done: int, total: int) -> None:
+        def log_progress(done: int, total: int) -> None:
             log.debug("kernels_compiled", done=done, total=total)
 
         config = self._config
@@ -79,12 +79,12 @@ class CpuHardware:
             slots_per_rank=spec.slots_per_rank,
             kv_blocks=config.kv_tokens // config.kv_block_tokens,
             block_tokens=config.kv_block_tokens,
-            on_warm_up=say,
+            on_warm_up=log_progress,
             on_read=progress.count,
         )
 
 
-def layout_of(config: RankConfig, model: ModelSpec) -> Layout:
-    return Layout(
+def message_layout_of(config: RankConfig, model: ModelSpec) -> MessageLayout:
+    return MessageLayout(
         hidden_size=model.hidden_size, top_k=model.top_k, step_tokens_max=config.step_tokens_max
     )

@@ -11,9 +11,9 @@ from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.common_tensors import (
     EMBEDDING_NAME,
     FINAL_NORM_NAME,
-    frame_shapes,
+    common_tensor_shapes,
     head_name,
-    refuse,
+    raise_if_unsupported,
 )
 from gpu_worker.checkpoint.mla_shape import indexer_shapes, mla_shapes, read_mla_shape
 from gpu_worker.checkpoint.rope import read_rope
@@ -48,7 +48,7 @@ class MlaFamily:
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
         act = raw.get("hidden_act", "silu")
-        refuse(
+        raise_if_unsupported(
             spec,
             {
                 f"activation {act!r}": act != "silu",
@@ -65,7 +65,7 @@ class MlaFamily:
 
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self.spec
-        shapes = frame_shapes(spec)
+        shapes = common_tensor_shapes(spec)
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}.self_attn"
             shapes |= mla_shapes(prefix, self.shape, bias=self._bias)
@@ -77,7 +77,7 @@ class MlaFamily:
     def read_attention(
         self, checkpoint: Checkpoint, kv: KvShape, context_tokens_max: int
     ) -> list[Attention]:
-        rotations = self.rope.rotations(self.shape.rotated_size, context_tokens_max)
+        rotations = self.rope.rotations(self.shape.qk_rope_head_dim, context_tokens_max)
         scratch = MlaScratch(self.shape, kv.block_tokens)
         return [
             MlaAttention(
@@ -112,22 +112,22 @@ class MlaFamily:
             return read_matrix(checkpoint, f"{prefix}.{name}.weight")
 
         kv_b = checkpoint.read(f"{prefix}.kv_b_proj.weight").reshape(
-            shape.num_heads, shape.plain_size + shape.value_size, shape.rank
+            shape.num_heads, shape.qk_nope_head_dim + shape.v_head_dim, shape.rank
         )
         nothing = np.zeros((self.spec.hidden_size, 0), dtype=np.float32)
         return MlaWeights(
             norm_H=read_vector(checkpoint, f"model.layers.{layer}.input_layernorm.weight"),
-            w_qa_HQ=matrix("q_a_proj") if shape.q_rank else nothing,
-            b_qa_Q=bias("q_a_proj", shape.q_rank),
+            w_qa_HQ=matrix("q_a_proj") if shape.q_lora_rank else nothing,
+            b_qa_Q=bias("q_a_proj", shape.q_lora_rank),
             qa_norm_Q=read_vector(checkpoint, f"{prefix}.q_a_layernorm.weight")
-            if shape.q_rank
+            if shape.q_lora_rank
             else nothing[0],
-            w_qb_QP=matrix("q_b_proj" if shape.q_rank else "q_proj"),
+            w_qb_QP=matrix("q_b_proj" if shape.q_lora_rank else "q_proj"),
             w_kva_HP=matrix("kv_a_proj_with_mqa"),
-            b_kva_P=bias("kv_a_proj_with_mqa", shape.rank + shape.rotated_size),
+            b_kva_P=bias("kv_a_proj_with_mqa", shape.rank + shape.qk_rope_head_dim),
             kva_norm_R=read_vector(checkpoint, f"{prefix}.kv_a_layernorm.weight"),
-            w_uk_AFR=np.array(kv_b[:, : shape.plain_size], order="C"),
-            w_uv_ARG=np.array(kv_b[:, shape.plain_size :].transpose(0, 2, 1), order="C"),
+            w_uk_AFR=np.array(kv_b[:, : shape.qk_nope_head_dim], order="C"),
+            w_uv_ARG=np.array(kv_b[:, shape.qk_nope_head_dim :].transpose(0, 2, 1), order="C"),
             w_o_OH=matrix("o_proj"),
             b_o_H=bias("o_proj", self.spec.hidden_size),
         )

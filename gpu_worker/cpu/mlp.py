@@ -9,7 +9,7 @@ from gpu_worker.checkpoint.checkpoint import Checkpoint
 from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames
 from gpu_worker.cpu.expert_slots import MlpSlot, MlpWeights
 from gpu_worker.cpu.kernels import experts as kernels
-from gpu_worker.cpu.step_scratch import room_for
+from gpu_worker.cpu.step_scratch import next_capacity
 from gpu_worker.cpu.weights import empty_panels, read_weight, weights_dtype
 
 Floats = NDArray[np.float32]
@@ -37,7 +37,7 @@ class MlpRunner:
         next call."""
         num_pairs = rows_N.shape[0]
         if num_pairs > self._y_NH.shape[0]:
-            self._allocate(room_for(num_pairs))
+            self._allocate(next_capacity(num_pairs))
         if num_pairs:
             kernels.run_experts(
                 x_MH,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.cpu.kernels import router as kernels
-from gpu_worker.cpu.step_scratch import room_for
+from gpu_worker.cpu.step_scratch import next_capacity
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -20,7 +20,7 @@ class _Scratch:
 
     def scores(self, num_tokens: int) -> Floats:
         if num_tokens > self._scores_TE.shape[0]:
-            shape = (room_for(num_tokens), self._scores_TE.shape[1])
+            shape = (next_capacity(num_tokens), self._scores_TE.shape[1])
             self._scores_TE = np.empty(shape, dtype=np.float32)
         return self._scores_TE
 
@@ -69,8 +69,8 @@ class TopKSoftmaxRouter:
 
 class GroupRouter:
     """DeepSeek's: a correction takes part in the choice, not in the weight; experts come from the
-    `kept` best of `num_groups` groups; weights are scaled by `factor`. Scores are sigmoids, a group
-    counting by its two best experts (V3), or softmax, a group counting by its best (V2)."""
+    `topk_group` best of `num_groups` groups; weights are scaled by `factor`. Scores are sigmoids,
+    a group counting by its two best experts (V3), or softmax, a group counting by its best (V2)."""
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class GroupRouter:
         *,
         sigmoid: bool,
         num_groups: int,
-        kept: int,
+        topk_group: int,
         normalise: bool,
         factor: float,
     ) -> None:
         num_experts = w_router_HE.shape[1]
         self._w_router_HE = w_router_HE
         self._correction_E = correction_E
-        self._options = (sigmoid, num_groups, kept, normalise, np.float32(factor))
+        self._options = (sigmoid, num_groups, topk_group, normalise, np.float32(factor))
         self._zeros_E: Floats = np.zeros(num_experts, dtype=np.float32)
         self._choice_E: Floats = np.empty(num_experts, dtype=np.float32)
         self._scratch = _Scratch(num_experts)

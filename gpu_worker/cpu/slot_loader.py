@@ -22,10 +22,10 @@ class ExpertSlotLoader:
         self._progress = progress
 
     def load(self, wanted: Placement) -> Placement:
-        def say(done: int, total: int) -> None:
+        def log_progress(done: int, total: int) -> None:
             if done == total or done % PROGRESS_EVERY == 0:
-                log.info("experts_loaded", done=done, total=total, **self._progress.so_far())
+                log.info("experts_loaded", done=done, total=total, **self._progress.log_fields())
 
         self._progress.restart()
-        self._slots.load_all(wanted, say)
+        self._slots.load_all(wanted, log_progress)
         return self._slots.contents

@@ -19,7 +19,7 @@ class TokenScratch:
 
     def grow(self, num_tokens: int) -> None:
         if num_tokens > self.x_TH.shape[0]:
-            self._allocate(room_for(num_tokens))
+            self._allocate(next_capacity(num_tokens))
 
     def _allocate(self, num_tokens: int) -> None:
         self.x_TH: Floats = np.empty((num_tokens, self._hidden_size), dtype=np.float32)
@@ -30,12 +30,12 @@ class TokenScratch:
         self.zeros_T: NDArray[np.int32] = np.zeros(num_tokens, dtype=np.int32)
 
 
-def room_for(count: int) -> int:
+def next_capacity(count: int) -> int:
     """The next power of two: few reallocations while a load builds up."""
     return 1 << (count - 1).bit_length()
 
 
-def written_zeros(*shape: int) -> Floats:
+def prefaulted_zeros(*shape: int) -> Floats:
     """Written now: the first touch of fresh memory costs milliseconds a page on a virtual machine,
     and must not fall into a step."""
     zeros: Floats = np.empty(shape, dtype=np.float32)

@@ -21,7 +21,7 @@ from torch import Tensor
 from gpu_worker.cuda.weights.pinned_memory import PinnedBlock
 from gpu_worker.engine.kv_replication import Bytes
 
-NUM_STAGES = 8
+NUM_STAGING_BUFFERS = 8
 """Blocks under way in each direction."""
 
 
@@ -31,7 +31,11 @@ class CudaBlockCache:
     done at once."""
 
     def __init__(
-        self, caches: Sequence[Tensor], *, architecture: str, num_stages: int = NUM_STAGES
+        self,
+        caches: Sequence[Tensor],
+        *,
+        architecture: str,
+        num_staging_buffers: int = NUM_STAGING_BUFFERS,
     ) -> None:
         """No step may be in flight. Raises OSError where the host refuses to pin memory."""
         self._caches = caches
@@ -39,13 +43,15 @@ class CudaBlockCache:
         self._block_bytes = sum(cache[:, 0].nbytes for cache in caches)
         forms = [f"{cache.dtype} {list(cache[:, 0].shape)}" for cache in caches]
         self._layout = f"cuda {architecture} {', '.join(forms)}"
-        self._rooms: list[PinnedBlock] = []
-        self._savers = deque(_Stage(caches) for _ in range(num_stages))
-        self._loaders = deque(_HostStage(self._new_room()) for _ in range(num_stages))
-        self._loaded = _Stage(caches)
-        self._side: torch.cuda.Stream | None = None
+        self._staging_buffers: list[PinnedBlock] = []
+        self._savers = deque(_DeviceStaging(caches) for _ in range(num_staging_buffers))
+        self._loaders = deque(
+            _HostStaging(self._new_staging_buffer()) for _ in range(num_staging_buffers)
+        )
+        self._loaded = _DeviceStaging(caches)
+        self._side_stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
-            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._warm_up()
 
     @property
@@ -56,10 +62,10 @@ class CudaBlockCache:
     def layout(self) -> str:
         return self._layout
 
-    def room(self) -> Bytes:
+    def staging_buffer(self) -> Bytes:
         """Pinned, in whole pages. Raises OSError where the host refuses."""
-        room: Bytes = self._new_room().numpy()
-        return room
+        staging_buffer: Bytes = self._new_staging_buffer().numpy()
+        return staging_buffer
 
     def save(self, block: int, into: Bytes) -> Callable[[], bool]:
         self._savers.rotate(-1)
@@ -69,13 +75,13 @@ class CudaBlockCache:
         for cache, part in zip(self._caches, stage.parts, strict=True):
             part.copy_(cache[:, block])
         to_host = partial(torch.from_numpy(into).copy_, stage.bytes_B, non_blocking=True)
-        if self._side is None:
+        if self._side_stream is None:
             to_host()
             return _always
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
+        self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side_stream):
             to_host()
-            stage.emptied = self._side.record_event()
+            stage.emptied = self._side_stream.record_event()
         return partial(_has_passed, stage.emptied, self._device)
 
     def load(self, block: int, content: Bytes) -> None:
@@ -85,7 +91,7 @@ class CudaBlockCache:
             stage.emptied.synchronize()
         np.copyto(stage.values_B, content)
         self._loaded.bytes_B.copy_(stage.bytes_B, non_blocking=True)
-        if self._side is not None:
+        if self._side_stream is not None:
             stage.emptied = torch.cuda.current_stream(self._device).record_event()
         for cache, part in zip(self._caches, self._loaded.parts, strict=True):
             cache[:, block].copy_(part)
@@ -98,13 +104,13 @@ class CudaBlockCache:
         self.load(0, content)
         torch.cuda.synchronize(self._device)
 
-    def _new_room(self) -> Tensor:
-        room = PinnedBlock(self._block_bytes, self._device)
-        self._rooms.append(room)
-        return room.bytes_B
+    def _new_staging_buffer(self) -> Tensor:
+        staging_buffer = PinnedBlock(self._block_bytes, self._device)
+        self._staging_buffers.append(staging_buffer)
+        return staging_buffer.bytes_B
 
 
-class _Stage:
+class _DeviceStaging:
     """A block's bytes on the device, and the same as its part of each cache."""
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
@@ -118,7 +124,7 @@ class _Stage:
         self.emptied: torch.cuda.Event | None = None
 
 
-class _HostStage:
+class _HostStaging:
     """A block's bytes in pinned memory, for the host as an array."""
 
     def __init__(self, bytes_B: Tensor) -> None:

@@ -20,17 +20,17 @@ from gpu_worker.cuda.kernels import residual, sampling
 from gpu_worker.cuda.sampling_inputs import RowDraw
 from gpu_worker.cuda.stages.attention_stage import AttentionStage
 from gpu_worker.cuda.stages.feed_forward import FeedForward
-from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.stages.gqa_stage import GqaStage
 from gpu_worker.cuda.stages.mla_stage import MlaStage
-from gpu_worker.cuda.stages.moe_stage import MoeStage, Onward, slot_table
+from gpu_worker.cuda.stages.moe_stage import MoeStage, ResidualNorm, slot_table
 from gpu_worker.cuda.stages.step_buffers import StepBuffers
 from gpu_worker.cuda.step_inputs import StepInputs, StepSize
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, GqaWeights, MlaWeights
 from gpu_worker.engine.step_batch import StepBatch
 
-DECODE_LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
+DECODE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class DecoderOptions:
     kv_blocks: int
     block_tokens: int = 16
     context_tokens_max: int = 4096
-    decode_ladder: tuple[int, ...] = DECODE_LADDER
+    decode_batch_sizes: tuple[int, ...] = DECODE_BATCH_SIZES
     prefill_tokens: int = 512
     prefill_sequences: int = 64
     invariant: bool = True
@@ -115,29 +115,29 @@ class Decoder:
             decode=False,
         )
         ladder = [
-            StepSize(tokens=n, sequences=n, rows=n, decode=True) for n in options.decode_ladder
+            StepSize(tokens=n, sequences=n, rows=n, decode=True) for n in options.decode_batch_sizes
         ]
         rows_max = max(s.rows for s in (prefill, *ladder))
-        room = StepRoom(
+        allocator = StepAllocator(
             tokens_max=max(s.tokens for s in (prefill, *ladder)),
             invariant=options.invariant,
             device=device,
             dtype=weights.dtype,
         )
         num_ranks = 0 if mask_R is None else mask_R.shape[0]
-        self._buffers = StepBuffers(sizes, room, rows_max=rows_max, num_ranks=num_ranks)
-        self.attention = _attention_stage(sizes, weights, options, room)
-        self._feed_forward = FeedForward(sizes, self._buffers, self.slot_of_LE, moe, room)
+        self._buffers = StepBuffers(sizes, allocator, rows_max=rows_max, num_ranks=num_ranks)
+        self.attention = _attention_stage(sizes, weights, options, allocator)
+        self._feed_forward = FeedForward(sizes, self._buffers, self.slot_of_LE, moe, allocator)
         hidden = sizes.hidden_size
-        self._output = Product(room, inner=sizes.heads_size, columns=hidden)
-        self._logits = Product(
-            room, inner=hidden, columns=sizes.vocab_size, rows_max=rows_max, in_parts=False
+        self._output = Gemm(allocator, inner=sizes.heads_size, columns=hidden)
+        self._logits = Gemm(
+            allocator, inner=hidden, columns=sizes.vocab_size, rows_max=rows_max, in_parts=False
         )
         width = -(-options.positions_max // options.block_tokens)
         self._prefill = StepInputs(prefill, width, device)
         self._decode = [StepInputs(size, width, device) for size in ladder]
         self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}
-        self._turn = 0
+        self._buffer_index = 0
 
     def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None:
         """From the next step on; nothing may be in flight. Graphs stay."""
@@ -169,13 +169,13 @@ class Decoder:
         else:
             graph.replay()
         rows, buffers = inputs.size.rows, self._buffers
-        self._turn ^= 1
-        report_N, num_ranks = buffers.host_reports_2N[self._turn], buffers.mask_R.shape[0]
+        self._buffer_index ^= 1
+        report_N, num_ranks = buffers.host_reports_2N[self._buffer_index], buffers.mask_R.shape[0]
         end = num_ranks + rows
         report_N[:end].copy_(buffers.report_N[:end], non_blocking=True)
         return PendingStep(
             report_N,
-            self._logits.place(rows)[0],
+            self._logits.result_view(rows)[0],
             num_ranks=num_ranks,
             num_rows=batch.logits_rows_R.shape[0],
         )
@@ -211,11 +211,11 @@ class Decoder:
         for layer, next_norm in enumerate(norms):
             own = weights.layers[layer]
             heads = self.attention.run(layer, h, inputs.paging)
-            out = self._output.of(heads, own.w_o_HO)
+            out = self._output.run(heads, own.w_o_HO)
             router = self._feed_forward.router(own.mlp, tokens)
             residual.add_norm(x, out, own.mlp_norm_H, x_mid, h, eps=eps, router=router)
-            onward = Onward(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps)
-            self._feed_forward.run(layer, own.mlp, inputs.paging.position_T, onward)
+            residual_norm = ResidualNorm(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps)
+            self._feed_forward.run(layer, own.mlp, inputs.paging.position_T, residual_norm)
         self._sample(inputs, h)
         if self._mask_R is not None:
             buffers.mask_R.copy_(self._mask_R)
@@ -224,12 +224,12 @@ class Decoder:
         rows = inputs.size.rows
         if not inputs.size.decode:
             h = h.index_select(0, inputs.logits_rows_R)
-        logits_1RV = self._logits.of(h, self._weights.w_head_VH)
+        logits_1RV = self._logits.run(h, self._weights.w_head_VH)
         sampling.sample_rows(logits_1RV[0], inputs.draws, self._buffers.ids_R[:rows])
 
 
 def _attention_stage(
-    sizes: DecoderSizes, weights: DecoderWeights, options: DecoderOptions, room: StepRoom
+    sizes: DecoderSizes, weights: DecoderWeights, options: DecoderOptions, allocator: StepAllocator
 ) -> AttentionStage:
     shape, layers = sizes.attention, [layer.attention for layer in weights.layers]
     if isinstance(shape, MlaShape):
@@ -237,7 +237,7 @@ def _attention_stage(
             shape,
             [own for own in layers if isinstance(own, MlaWeights)],
             sizes.rope,
-            room,
+            allocator,
             kv_blocks=options.kv_blocks,
             block_tokens=options.block_tokens,
             context_tokens_max=options.positions_max,
@@ -246,7 +246,7 @@ def _attention_stage(
         shape,
         [own for own in layers if isinstance(own, GqaWeights)],
         sizes.rope,
-        room,
+        allocator,
         kv_blocks=options.kv_blocks,
         block_tokens=options.block_tokens,
         context_tokens_max=options.positions_max,

@@ -14,17 +14,17 @@ from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
 from gpu_worker.cuda.block_cache import CudaBlockCache
 from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
-from gpu_worker.cuda.ep.endpoint import EpEndpoint, SoloEndpoint
+from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.exchange.graph_barrier_driver import GraphConductor
-from gpu_worker.kv_replication.budget import keeps_copies
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierDriver
+from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
 from shared.errors import ConfigError
-from shared.expert_cache_memory import memory_of_rank
+from shared.expert_cache_memory import expert_cache_memory_of_rank
 from shared.model_spec import ModelSpec
 from shared.records import InstanceSpec
 from shared.types import Member
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_DECODE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class CudaHardware:
@@ -63,7 +63,9 @@ class CudaHardware:
         torch.cuda.set_device(self._device)
         progress = LoadProgress(self._clock)
         loaded = self._load_model(model, spec, folder, progress)
-        log.info("model_loaded", folder=str(folder), card=self._device.index, **progress.so_far())
+        log.info(
+            "model_loaded", folder=str(folder), card=self._device.index, **progress.log_fields()
+        )
         exchange = self._open_exchange(model, spec) if spec.num_ranks > 1 else None
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -78,7 +80,7 @@ class CudaHardware:
             decoder.capture()
             blocks = (
                 CudaBlockCache(decoder.attention.cache(), architecture=model.architecture)
-                if keeps_copies(self._config, spec)
+                if uses_kv_replication(self._config, spec)
                 else None
             )
         log.info(
@@ -98,11 +100,11 @@ class CudaHardware:
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
         kind = ExchangeKind.NONE if exchange is None else exchange_kind(config.ep_dispatch)
-        conductor = GraphConductor(
+        barrier_driver = GraphBarrierDriver(
             member, (lambda *_: None) if exchange is None else exchange.release, self._loop
         )
 
-        def enter_thread() -> None:
+        def init_thread() -> None:
             torch.cuda.set_device(self._device)
             torch.cuda.set_stream(stream)
 
@@ -111,12 +113,12 @@ class CudaHardware:
                 member=member,
                 decoder=decoder,
                 exchange=exchange,
-                conductor=conductor,
+                barrier_driver=barrier_driver,
                 monitor=monitor,
                 clock=clock,
                 deadline_ms=1e12 if config.static else config.timings.exchange_deadline_ms,
                 replicas=config.replicas,
-                enter_thread=enter_thread,
+                init_thread=init_thread,
             )
 
         return Hardware(
@@ -124,12 +126,14 @@ class CudaHardware:
             loader=loaded.loader,
             residents=loaded.slots.contents,
             endpoint=(
-                SoloEndpoint(member) if exchange is None else EpEndpoint(member, exchange, kind)
+                SingleRankEndpoint(member)
+                if exchange is None
+                else EpEndpoint(member, exchange, kind)
             ),
             exchange=kind,
             blocks=blocks,
             handles=None if exchange is None else exchange.handles(),
-            conductor=conductor,
+            barrier_driver=barrier_driver,
         )
 
     def _load_model(
@@ -143,7 +147,9 @@ class CudaHardware:
             device=self._device,
             dtype=torch.bfloat16,
             progress=progress,
-            shelf_memory=memory_of_rank(config.host_experts_fd, config.host_experts_gb),
+            cache_memory=expert_cache_memory_of_rank(
+                config.host_experts_fd, config.host_experts_gb
+            ),
         )
 
     def _open_exchange(self, model: ModelSpec, spec: InstanceSpec) -> EpExchange:
@@ -180,12 +186,14 @@ class CudaHardware:
         from gpu_worker.cuda.decoder import DecoderOptions
 
         config = self._config
-        longest = next(n for n in _LADDER if n >= config.running_max)
+        longest = next(n for n in _DECODE_BATCH_SIZES if n >= config.running_max)
         return DecoderOptions(
             kv_blocks=config.kv_tokens // config.kv_block_tokens,
             block_tokens=config.kv_block_tokens,
             context_tokens_max=spec.context_tokens_max,
-            decode_ladder=tuple(n for n in _LADDER if n <= min(longest, config.step_tokens_max)),
+            decode_batch_sizes=tuple(
+                n for n in _DECODE_BATCH_SIZES if n <= min(longest, config.step_tokens_max)
+            ),
             prefill_tokens=config.step_tokens_max,
             prefill_sequences=config.step_tokens_max,
         )

@@ -13,7 +13,7 @@ import torch
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
-from gpu_worker.cuda.experts.expert_cache import ShelfLabel
+from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
@@ -21,11 +21,11 @@ from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.common_weights import check_tiles
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
-from gpu_worker.cuda.weights.deepseek_weights import DeepseekWeights
-from gpu_worker.cuda.weights.qwen3_moe_weights import Qwen3MoeWeights
+from gpu_worker.cuda.weights.deepseek_weights import DeepseekCheckpoint
+from gpu_worker.cuda.weights.qwen3_moe_weights import Qwen3MoeCheckpoint
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.errors import CheckpointError
-from shared.expert_cache_memory import ShelfMemory
+from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
 
 
@@ -44,11 +44,11 @@ class CheckpointLayout(Protocol):
     def read(self, reader: WeightReader) -> DecoderWeights: ...
 
 
-LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
-    "DeepseekV2ForCausalLM": partial(DeepseekWeights, sigmoid=False, has_indexer=False),
-    "DeepseekV3ForCausalLM": partial(DeepseekWeights, sigmoid=True, has_indexer=False),
-    "DeepseekV32ForCausalLM": partial(DeepseekWeights, sigmoid=True, has_indexer=True),
-    "Qwen3MoeForCausalLM": Qwen3MoeWeights,
+CHECKPOINT_LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
+    "DeepseekV2ForCausalLM": partial(DeepseekCheckpoint, sigmoid=False, has_indexer=False),
+    "DeepseekV3ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=False),
+    "DeepseekV32ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=True),
+    "Qwen3MoeForCausalLM": Qwen3MoeCheckpoint,
 }
 """By the architecture that config.json names. Each raises CheckpointError for what is not built."""
 
@@ -61,7 +61,7 @@ class CudaModel:
     weights: DecoderWeights
     slots: CudaSlots
     loader: CudaSlotLoader
-    copies: HostExperts
+    host_experts: HostExperts
 
 
 def load_cuda_model(
@@ -72,12 +72,12 @@ def load_cuda_model(
     device: torch.device,
     dtype: torch.dtype,
     progress: LoadProgress,
-    shelf_memory: ShelfMemory | None = None,
+    cache_memory: ExpertCacheMemory | None = None,
 ) -> CudaModel:
-    """Reads the shared weights and makes room for slots. Copies of experts go into `shelf_memory`.
+    """Reads the shared weights and makes room for slots. Copies of experts go into `cache_memory`.
     Raises CheckpointError, before anything is read where the architecture or the files are not as
     they should be."""
-    layout = layout_of(spec)
+    layout = checkpoint_layout_of(spec)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
     weights = layout.read(WeightReader(checkpoint, device, dtype))
     slots = CudaSlots(
@@ -89,20 +89,24 @@ def load_cuda_model(
         dtype=dtype,
     )
     reader = ExpertReader(checkpoint, layout.expert_prefix, dtype)
-    label = shelf_label(checkpoint, reader, spec)
-    copies = open_host_experts(reader, shelf_memory, label, device)
+    header = expert_cache_header(checkpoint, reader, spec)
+    host_experts = open_host_experts(reader, cache_memory, header, device)
     loader = CudaSlotLoader(
         slots=slots,
         reader=reader,
-        copies=copies,
+        host_experts=host_experts,
         progress=progress,
         device=device,
     )
-    return CudaModel(sizes=layout.sizes, weights=weights, slots=slots, loader=loader, copies=copies)
+    return CudaModel(
+        sizes=layout.sizes, weights=weights, slots=slots, loader=loader, host_experts=host_experts
+    )
 
 
-def shelf_label(checkpoint: Checkpoint, reader: ExpertReader, spec: ModelSpec) -> ShelfLabel:
-    return ShelfLabel(
+def expert_cache_header(
+    checkpoint: Checkpoint, reader: ExpertReader, spec: ModelSpec
+) -> ExpertCacheHeader:
+    return ExpertCacheHeader(
         folder=str(checkpoint.folder),
         fingerprint=checkpoint.fingerprint(),
         dtype=str(reader.dtype),
@@ -112,13 +116,13 @@ def shelf_label(checkpoint: Checkpoint, reader: ExpertReader, spec: ModelSpec) -
     )
 
 
-def layout_of(spec: ModelSpec) -> CheckpointLayout:
+def checkpoint_layout_of(spec: ModelSpec) -> CheckpointLayout:
     """Raises CheckpointError where CUDA ranks do not serve the model."""
-    if spec.architecture not in LAYOUTS:
+    if spec.architecture not in CHECKPOINT_LAYOUTS:
         raise CheckpointError(
-            f"CUDA ranks do not serve {spec.architecture}, but {', '.join(LAYOUTS)}; start the "
-            "ranks with --device cpu"
+            f"CUDA ranks do not serve {spec.architecture}, but {', '.join(CHECKPOINT_LAYOUTS)}; "
+            "start the ranks with --device cpu"
         )
-    layout = LAYOUTS[spec.architecture](spec)
+    layout = CHECKPOINT_LAYOUTS[spec.architecture](spec)
     check_tiles(layout.sizes)
     return layout

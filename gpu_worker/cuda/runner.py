@@ -1,6 +1,6 @@
 """Runs the engine's steps as captured graphs: one launch, one wait, one copy back. While one is in
 flight the next may be launched behind it, so that the card does not wait for the host between them.
-Which graphs are launched when is agreed on with the peers by the conductor."""
+Which graphs are launched when is agreed on with the peers by the barrier_driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.step_batch import StepBatch
 from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.engine.step_runner import StepResult
-from gpu_worker.exchange.graph_barrier_driver import GraphConductor
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierDriver
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.replica_policy import ReplicaPolicy, choose_replicas
 from shared.clock import Clock
@@ -29,10 +29,10 @@ from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, RankId, Step, SuspicionReason
 
-_NAP_S = 20e-6
+_POLL_INTERVAL_S = 20e-6
 
 
-class Launched(Protocol):
+class LaunchedStep(Protocol):
     """See `decoder.PendingStep`."""
 
     logits_RV: Tensor
@@ -49,13 +49,13 @@ class GraphDecoder(Protocol):
 
     def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
 
-    def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> Launched: ...
+    def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> LaunchedStep: ...
 
 
-class _Flight(NamedTuple):
+class _StepInFlight(NamedTuple):
     plan: StepPlan
     has_work: bool
-    launched: Launched
+    launched: LaunchedStep
 
 
 class CudaRunner:
@@ -69,102 +69,102 @@ class CudaRunner:
         member: Member,
         decoder: GraphDecoder,
         exchange: EpExchange | None,
-        conductor: GraphConductor,
+        barrier_driver: GraphBarrierDriver,
         monitor: StepMonitor,
         clock: Clock,
         deadline_ms: float,
         replicas: ReplicaPolicy,
-        enter_thread: Callable[[], None] = lambda: None,
+        init_thread: Callable[[], None] = lambda: None,
     ) -> None:
-        """`enter_thread` is called once, on the engine thread, before anything else."""
+        """`init_thread` is called once, on the engine thread, before anything else."""
         self._member = member
         self._decoder = decoder
         self._exchange = exchange
-        self._conductor = conductor
+        self._barrier_driver = barrier_driver
         self._monitor = monitor
         self._clock = clock
         self._deadline_s = deadline_ms / 1e3
         self._replicas = replicas
-        self._enter_thread: Callable[[], None] | None = enter_thread
-        self._others: tuple[RankId, ...] = ()
-        self._flights: deque[_Flight] = deque()
-        self._pauses_until: float | None = None  # then somebody is suspected
+        self._init_thread: Callable[[], None] | None = init_thread
+        self._peers: tuple[RankId, ...] = ()
+        self._steps_in_flight: deque[_StepInFlight] = deque()
+        self._join_suspect_at: float | None = None  # then somebody is suspected
 
-    def runs_ahead_of(self, plan: StepPlan) -> bool:
+    def can_run_ahead_of(self, plan: StepPlan) -> bool:
         """Not where the host reads the step's logits: the next one overwrites them."""
         return not reads_logits(plan)
 
-    def approach(self, expert_map: ExpertMap) -> bool:
-        if self._enter_thread is not None:
-            self._enter_thread()
-            self._enter_thread = None
-        while self._conductor.launch_towards(expert_map):
+    def prepare_to_adopt(self, expert_map: ExpertMap) -> bool:
+        if self._init_thread is not None:
+            self._init_thread()
+            self._init_thread = None
+        while self._barrier_driver.claim_launch_before(expert_map):
             self._wait(self._decoder.launch(_EMPTY))
-        return self._goes_on(self._conductor.may_adopt(expert_map))
+        return self._suspect_if_join_stalls(self._barrier_driver.prepare_adoption(expert_map))
 
     def adopt(self, expert_map: ExpertMap) -> Step:
-        def take() -> None:
+        def apply_map() -> None:
             self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
             if self._exchange is not None:
                 self._exchange.adopt(expert_map)
 
-        first = self._conductor.adopt(expert_map, take)
-        self._others = tuple(m.rank for m in expert_map.members if m != self._member)
+        first = self._barrier_driver.adopt(expert_map, apply_map)
+        self._peers = tuple(m.rank for m in expert_map.members if m != self._member)
         return first
 
     def claim_step(self) -> bool:
-        return self._goes_on(self._conductor.claim())
+        return self._suspect_if_join_stalls(self._barrier_driver.claim())
 
     def claim_ahead(self) -> bool:
-        return self._conductor.claim(ahead=True)
+        return self._barrier_driver.claim(ahead=True)
 
     def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
         launched = self._decoder.launch(plan.batch, row_draws(plan.draws))
-        self._flights.append(_Flight(plan, has_work, launched))
+        self._steps_in_flight.append(_StepInFlight(plan, has_work, launched))
 
     def end(self) -> StepResult:
-        flight = self._flights.popleft()
+        step_in_flight = self._steps_in_flight.popleft()
         try:
-            return self._land(flight)
+            return self._finish(step_in_flight)
         except StepAbandoned:
             # What was launched behind it goes on from its tokens. Its peers meet it before or after
             # they adopt the next map, and wait for nothing from this rank in between.
-            while self._flights:
-                self._wait(self._flights.popleft().launched)
+            while self._steps_in_flight:
+                self._wait(self._steps_in_flight.popleft().launched)
             raise
 
-    def _land(self, flight: _Flight) -> StepResult:
-        launched = flight.launched
+    def _finish(self, step_in_flight: _StepInFlight) -> StepResult:
+        launched = step_in_flight.launched
         self._wait(launched)
         mask_R = launched.mask()
         if self._exchange is not None and mask_R is not None:
             self._exchange.check_step(mask_R)
-        asleep = self._conductor.commit(had_work=flight.has_work)
-        return StepResult(*_drawn(flight.plan, launched), any_work=not asleep)
+        asleep = self._barrier_driver.commit(had_work=step_in_flight.has_work)
+        return StepResult(*_sampled(step_in_flight.plan, launched), any_work=not asleep)
 
-    def _wait(self, launched: Launched) -> None:
+    def _wait(self, launched: LaunchedStep) -> None:
         """Peers that die or hang hold a step up: the heart beats on, and one peer is suspected, so
         that the control plane looks at all of them. Which one it is no kernel tells."""
         suspects_at = self._clock.now() + self._deadline_s
         waiting_for: tuple[RankId, ...] = ()
         while not launched.is_done():
             if not waiting_for and self._clock.now() > suspects_at:
-                waiting_for = self._others
-                self._suspect_next(self._others, "a graph waits for some peer")
+                waiting_for = self._peers
+                self._suspect_next(self._peers, "a graph waits for some peer")
             self._monitor.beat(waiting_for)
-            time.sleep(_NAP_S)
-        self._conductor.land()
+            time.sleep(_POLL_INTERVAL_S)
+        self._barrier_driver.on_graph_done()
 
-    def _goes_on(self, may: bool) -> bool:
+    def _suspect_if_join_stalls(self, may: bool) -> bool:
         """In the pause of a join no kernel waits for who hangs: it is suspected here."""
-        awaited = [] if may else [m.rank for m in self._conductor.awaited()]
+        awaited = [] if may else [m.rank for m in self._barrier_driver.awaited()]
         now = self._clock.now()
         if not awaited:
-            self._pauses_until = None
-        elif self._pauses_until is None:
-            self._pauses_until = now + self._deadline_s
-        elif now > self._pauses_until:
-            self._pauses_until = math.inf  # once
+            self._join_suspect_at = None
+        elif self._join_suspect_at is None:
+            self._join_suspect_at = now + self._deadline_s
+        elif now > self._join_suspect_at:
+            self._join_suspect_at = math.inf  # once
             self._suspect_next(awaited, "it keeps a join waiting")
         return may
 
@@ -188,7 +188,7 @@ def reads_logits(plan: StepPlan) -> bool:
     return bool(plan.scored) or any(needs_logits(draw) for draw in plan.draws)
 
 
-def _drawn(plan: StepPlan, launched: Launched) -> tuple[list[int], StepScores]:
+def _sampled(plan: StepPlan, launched: LaunchedStep) -> tuple[list[int], StepScores]:
     ids = launched.ids()[: len(plan.draws)].tolist()
     if not reads_logits(plan):
         return ids, StepScores(((),) * len(ids), ())

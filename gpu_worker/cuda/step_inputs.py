@@ -46,7 +46,7 @@ class StepInputs:
         # Two, so that a step may be filled in while the former one still waits to be copied.
         self._hosts = [torch.zeros(end, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() if pinned else None for _ in range(2)]  # type: ignore[no-untyped-call]
-        self._turn = 0
+        self._buffer_index = 0
         self._device = torch.zeros(end, dtype=torch.int32, device=device)
         self._host_values: NDArray[np.int32] = self._hosts[0].numpy()
         self.ids_T = self._view("ids")
@@ -68,11 +68,11 @@ class StepInputs:
 
     def fill(self, batch: StepBatch, draws: Sequence[RowDraw]) -> None:
         """The host's side only. Rows beyond the batch are none."""
-        self._turn ^= 1
-        copied = self._copied[self._turn]
+        self._buffer_index ^= 1
+        copied = self._copied[self._buffer_index]
         if copied is not None:
             copied.synchronize()
-        self._host_values = self._hosts[self._turn].numpy()
+        self._host_values = self._hosts[self._buffer_index].numpy()
         tokens, rows = batch.num_tokens, batch.logits_rows_R.shape[0]
         sequences, width = batch.block_tables_SB.shape
         assert tokens <= self.size.tokens, "more tokens than this step has room for"
@@ -96,8 +96,8 @@ class StepInputs:
 
     def upload(self) -> None:
         """Enqueues the one copy."""
-        self._device.copy_(self._hosts[self._turn], non_blocking=True)
-        copied = self._copied[self._turn]
+        self._device.copy_(self._hosts[self._buffer_index], non_blocking=True)
+        copied = self._copied[self._buffer_index]
         if copied is not None:
             copied.record()
 

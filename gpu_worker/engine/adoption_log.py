@@ -17,7 +17,9 @@ class AdoptionLog:
         self.entries: tuple[Adoption, ...] = ()  # oldest first
         self._awaits_replay = False
 
-    def adopted(self, epoch: Epoch, *, seen_at: float, now: float, abandoned: bool) -> Adoption:
+    def record_adoption(
+        self, epoch: Epoch, *, seen_at: float, now: float, abandoned: bool
+    ) -> Adoption:
         entry = Adoption(
             epoch=epoch, seen_at=seen_at, adopted_at=now, replayed_at=0.0, abandoned=abandoned
         )
@@ -25,7 +27,7 @@ class AdoptionLog:
         self._awaits_replay = True
         return entry
 
-    def committed(self, *, now: float, num_reprefilled: int) -> None:
+    def record_commit(self, *, now: float, num_reprefilled: int) -> None:
         """A step of the newest epoch was committed."""
         if not self._awaits_replay and not num_reprefilled:
             return

@@ -59,7 +59,7 @@ class Draw(NamedTuple):
     allowed: NDArray[np.int32] | None = None
 
     @property
-    def edits(self) -> bool:
+    def changes_logits(self) -> bool:
         """Whether the best of the raw logits may not be the best any more."""
         return bool(
             self.banned
@@ -69,7 +69,7 @@ class Draw(NamedTuple):
         )
 
 
-def edited(logits_V: NDArray[np.float32], draw: Draw) -> NDArray[np.float64]:
+def edited_logits(logits_V: NDArray[np.float32], draw: Draw) -> NDArray[np.float64]:
     """A copy in float64, with -inf for what must not be drawn."""
     x_V = logits_V.astype(np.float64)
     sampling = draw.sampling

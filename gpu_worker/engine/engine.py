@@ -32,7 +32,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from gpu_worker.engine.adoption_log import AdoptionLog
-from gpu_worker.engine.kv_replication import BlockKeeper
+from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
@@ -41,7 +41,7 @@ from gpu_worker.engine.mailbox import (
     Held,
     Hold,
     Inbox,
-    Item,
+    InboxItem,
     NewMap,
     Post,
     SendWake,
@@ -50,7 +50,7 @@ from gpu_worker.engine.mailbox import (
     Stranded,
 )
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.engine.no_kv_replication import NoCopies
+from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan
@@ -63,7 +63,7 @@ from shared.wire import Adoption, Cancel, Load, SessionTokens, Wake
 STRANDED_S = 30.0
 """Behind its map for so long, a rank leaves and begins anew."""
 _PARK_S = 1.0  # only so that no wait is without end; every reason to go on notifies the inbox
-_PUMP_S = 0.002  # the next copies of a parked engine; a step would take as long
+_SEND_PENDING_S = 0.002  # the next copies of a parked engine; a step would take as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +96,9 @@ class Engine:
         monitor: EngineMonitor,
         post: Post,
         clock: Clock,
-        keeper: BlockKeeper | None = None,
+        replicator: KvReplicator | None = None,
     ) -> None:
-        """`keeper` is the scheduler's."""
+        """`replicator` is the scheduler's."""
         self._member = member
         self._runner = runner
         self._scheduler = scheduler
@@ -106,7 +106,7 @@ class Engine:
         self._monitor = monitor
         self._post = post
         self._clock = clock
-        self._keeper = keeper or NoCopies()
+        self._replicator = replicator or NoKvReplication()
         self._newest: NewMap | None = None
         self._epoch = Epoch(0)  # 0: in no map yet
         self._step = Step(0)
@@ -114,8 +114,8 @@ class Engine:
         self._behind_since = 0.0
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
-        self._flying: deque[StepPlan] = deque()  # begun and not ended
-        self._woken_for = (Epoch(0), Step(0))
+        self._in_flight: deque[StepPlan] = deque()  # begun and not ended
+        self._last_wake = (Epoch(0), Step(0))
         self._adoptions = AdoptionLog()
         self._load = scheduler.load()
         self._steps_committed = 0
@@ -138,8 +138,8 @@ class Engine:
 
     def run(self) -> None:
         """Until Stop, or until fenced."""
-        while not self._take_in(self._inbox.drain()):
-            if self._flying:
+        while not self._process_inbox(self._inbox.drain()):
+            if self._in_flight:
                 self._begin_ahead()
                 self._end_step()
                 continue
@@ -150,12 +150,12 @@ class Engine:
                 self._post(Stranded(epoch=self._epoch))
                 return
             self._adopt_newest()
-            if self._may_step():
+            if self._try_claim_step():
                 self._begin_step()
             else:
-                self._monitor.park(_PUMP_S if self._keeper.pump() else _PARK_S)
+                self._monitor.park(_SEND_PENDING_S if self._replicator.pump() else _PARK_S)
 
-    def _take_in(self, items: list[Item]) -> bool:
+    def _process_inbox(self, items: list[InboxItem]) -> bool:
         """True: stop."""
         replies: dict[Origin, list[SessionTokens]] = {}
         stop = False
@@ -174,7 +174,7 @@ class Engine:
                     if expert_map.epoch > self._newest_epoch():
                         self._newest = item
                 case Wake(epoch=epoch, step=step):
-                    self._woken_for = max(self._woken_for, (epoch, step))
+                    self._last_wake = max(self._last_wake, (epoch, step))
                 case Hold(epoch=epoch):
                     self._held_epoch = max(self._held_epoch, epoch)
                     self._post(Held(epoch=epoch))
@@ -202,7 +202,7 @@ class Engine:
             return
         if not newest.expert_map.has(self._member):
             return
-        if not self._runner.approach(newest.expert_map):
+        if not self._runner.prepare_to_adopt(newest.expert_map):
             return
         try:
             first_step = self._runner.adopt(newest.expert_map)
@@ -210,9 +210,9 @@ class Engine:
             self._fall_behind()
             return
         self._epoch = newest.expert_map.epoch
-        self._keeper.use([m for m in newest.expert_map.members if m != self._member])
+        self._replicator.use([m for m in newest.expert_map.members if m != self._member])
         self._set_step(first_step)
-        adoption = self._adoptions.adopted(
+        adoption = self._adoptions.record_adoption(
             self._epoch,
             seen_at=newest.seen_at,
             now=self._clock.now(),
@@ -222,14 +222,14 @@ class Engine:
         self._asleep = False
         self._post(Adopted(expert_map=newest.expert_map, adoption=adoption))
 
-    def _may_step(self) -> bool:
+    def _try_claim_step(self) -> bool:
         if self._epoch <= self._held_epoch or self._is_behind:
             return False
         if self._asleep and self._scheduler.has_work:
             self._post(SendWake(epoch=self._wake_epoch(), step=self._step))
             self._asleep = False
         elif self._asleep:
-            epoch, step = self._woken_for
+            epoch, step = self._last_wake
             self._asleep = not (epoch == self._wake_epoch() and step >= self._step)
         return not self._asleep and self._runner.claim_step()
 
@@ -241,13 +241,13 @@ class Engine:
         plan = self._scheduler.plan()
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)
-        if not self._runner.runs_ahead_of(plan):
+        if not self._runner.can_run_ahead_of(plan):
             self._end_step()
 
     def _begin_ahead(self) -> None:
         """Behind the one step in flight, where that is possible."""
-        (before,) = self._flying
-        if self._newest_epoch() > self._epoch or not self._runner.runs_ahead_of(before):
+        (before,) = self._in_flight
+        if self._newest_epoch() > self._epoch or not self._runner.can_run_ahead_of(before):
             return
         plan = self._scheduler.plan_ahead()
         if plan is None:
@@ -258,8 +258,8 @@ class Engine:
             self._scheduler.abandon(plan)
 
     def _begin(self, plan: StepPlan, *, has_work: bool) -> None:
-        step = Step(self._step + len(self._flying))
-        self._flying.append(plan)
+        step = Step(self._step + len(self._in_flight))
+        self._in_flight.append(plan)
         self._runner.begin(self._epoch, step, plan, has_work=has_work)
 
     def _end_step(self) -> None:
@@ -267,12 +267,12 @@ class Engine:
         try:
             result = self._runner.end()
         except StepAbandoned:
-            while self._flying:
-                self._scheduler.abandon(self._flying.pop())
+            while self._in_flight:
+                self._scheduler.abandon(self._in_flight.pop())
             self._steps_abandoned += 1
             self._fall_behind()
             return
-        self._commit(self._flying.popleft(), result)
+        self._commit(self._in_flight.popleft(), result)
 
     def _fall_behind(self) -> None:
         if not self._is_behind:
@@ -285,11 +285,13 @@ class Engine:
         self._steps_committed += 1
         self._tokens_generated += committed.num_generated
         self._load = self._scheduler.load()
-        self._adoptions.committed(now=self._clock.now(), num_reprefilled=committed.num_reprefilled)
+        self._adoptions.record_commit(
+            now=self._clock.now(), num_reprefilled=committed.num_reprefilled
+        )
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
-        self._keeper.pump()
+        self._replicator.pump()
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:
         if replies:

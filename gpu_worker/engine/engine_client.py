@@ -8,15 +8,26 @@ import os
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.mailbox import Arrival, DropOrigin, Hold, Inbox, NewMap, Stop
 from gpu_worker.engine.sequence import Origin
-from gpu_worker.exchange.graph_barrier_driver import GraphConductor
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierDriver
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member
-from shared.wire import Cancel, GraphNews, Load, Ping, Pong, StatusQuery, StatusReply, Submit, Wake
+from shared.wire import (
+    Cancel,
+    GraphBarrierUpdate,
+    Load,
+    Ping,
+    Pong,
+    StatusQuery,
+    StatusReply,
+    Submit,
+    Wake,
+)
 
 
-class EngineGate:
-    """Implements `control_server.EnginePort`. `conductor` is there where ranks count graphs."""
+class EngineClient:
+    """Implements `control_server.EngineInterface`. `barrier_driver` is there where ranks count
+    graphs."""
 
     def __init__(
         self,
@@ -25,13 +36,13 @@ class EngineGate:
         engine: Engine,
         inbox: Inbox,
         clock: Clock,
-        conductor: GraphConductor | None,
+        barrier_driver: GraphBarrierDriver | None,
     ) -> None:
         self._member = member
         self._engine = engine
         self._inbox = inbox
         self._clock = clock
-        self._conductor = conductor
+        self._barrier_driver = barrier_driver
 
     def submit(self, origin: Origin, submit: Submit) -> bool:
         return self._inbox.put(Arrival(origin=origin, submit=submit))
@@ -45,28 +56,28 @@ class EngineGate:
     def wake(self, wake: Wake) -> None:
         self._inbox.put(wake)
 
-    def hear_of_graphs(self, news: GraphNews) -> None:
-        if self._conductor is not None:
-            self._conductor.on_news(news)
+    def on_graph_update(self, update: GraphBarrierUpdate) -> None:
+        if self._barrier_driver is not None:
+            self._barrier_driver.on_update(update)
 
-    def see_map(self, expert_map: ExpertMap) -> None:
+    def on_map_seen(self, expert_map: ExpertMap) -> None:
         """A map is there; it is handed over once its members' links are open."""
-        if self._conductor is not None:
-            self._conductor.hear(expert_map)
+        if self._barrier_driver is not None:
+            self._barrier_driver.on_map(expert_map)
 
-    def hand_map(self, expert_map: ExpertMap) -> None:
+    def enqueue_map(self, expert_map: ExpertMap) -> None:
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
 
     def hold(self, epoch: Epoch) -> None:
-        if self._conductor is not None:
-            self._conductor.hold(epoch)
+        if self._barrier_driver is not None:
+            self._barrier_driver.notify_when_undeliverable(epoch)
         else:
             self._inbox.put(Hold(epoch=epoch))
 
-    def condemn(self, dead: Member, epoch: Epoch) -> None:
+    def declare_dead(self, dead: Member, epoch: Epoch) -> None:
         """A verdict on a peer: where messages carry no epoch, it ends the waits for it."""
-        if self._conductor is not None:
-            self._conductor.condemn(dead, epoch)
+        if self._barrier_driver is not None:
+            self._barrier_driver.declare_dead(dead, epoch)
 
     def stop(self) -> None:
         self._inbox.put(Stop())

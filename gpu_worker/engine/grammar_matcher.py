@@ -10,13 +10,13 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from shared.errors import CheckpointError, GuideError
+from shared.errors import CheckpointError, GrammarError
 
-Bits = NDArray[np.int32]
+TokenBitmask = NDArray[np.int32]
 
 
-class Guides:
-    """Opens guides for one tokenizer. The library works on bytes: a token may begin and end
+class GrammarCompiler:
+    """Opens matchers for one tokenizer. The library works on bytes: a token may begin and end
     anywhere in the text."""
 
     def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -31,13 +31,13 @@ class Guides:
         except ValueError as error:
             raise CheckpointError(f"{path} does not serve guided decoding: {error}") from error
 
-    def open(self, grammar: str, emitted: Sequence[int]) -> Guide:
-        """After the tokens `emitted` so far. Raises GuideError where the grammar is none, or does
+    def compile(self, grammar: str, emitted: Sequence[int]) -> GrammarMatcher:
+        """After the tokens `emitted` so far. Raises GrammarError where the grammar is none, or does
         not allow them."""
-        return Guide(self._tokenizer, grammar, emitted)
+        return GrammarMatcher(self._tokenizer, grammar, emitted)
 
 
-class Guide:
+class GrammarMatcher:
     """One session's. `allowed` are the tokens that may come next: bit `t % 32` of word `t // 32`.
     Where the text may end, the end tokens are among them; where it must, they are alone."""
 
@@ -45,16 +45,16 @@ class Guide:
         self.end_ids = tuple(tokenizer.eos_tokens)
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._matcher.consume_tokens(list(emitted))
-        self.allowed = self._next_bits()
+        self.allowed = self._next_bitmask()
 
-    def take(self, token: int) -> None:
-        """`token` was drawn. Raises GuideError where the grammar cannot be followed further."""
+    def accept_token(self, token: int) -> None:
+        """`token` was drawn. Raises GrammarError where the grammar cannot be followed further."""
         self._matcher.consume_token(token)
-        self.allowed = self._next_bits()
+        self.allowed = self._next_bitmask()
 
-    def _next_bits(self) -> Bits:
+    def _next_bitmask(self) -> TokenBitmask:
         if not self._matcher.is_error():
-            bits: Bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+            bits: TokenBitmask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
         if self._matcher.is_error():
-            raise GuideError(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}")
+            raise GrammarError(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}")
         return bits

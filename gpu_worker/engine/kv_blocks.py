@@ -99,7 +99,7 @@ class KvBlocks:
             self._index.add(name, mine)
             return
         self._tables[row, column] = self._use_named(name)
-        self._let_go(mine)
+        self._release(mine)
 
     def shrink(self, row: int, num_blocks: int) -> None:
         """Gives back the last blocks of a row, the last one first."""
@@ -107,7 +107,7 @@ class KvBlocks:
         begin = end - num_blocks
         assert begin >= 0, "more KV blocks given back than taken"
         for block in reversed(self._tables[row, begin:end].tolist()):
-            self._let_go(block)
+            self._release(block)
         self._tables[row, begin:end] = -1
         self._lengths[row] = begin
 
@@ -133,11 +133,11 @@ class KvBlocks:
         block = self._index.block_of(name)
         assert block is not None
         if not self._num_users[block]:
-            self._index.use(block)
+            self._index.mark_used(block)
         self._num_users[block] += 1
         return block
 
-    def _let_go(self, block: int) -> None:
+    def _release(self, block: int) -> None:
         assert self._num_users[block] > 0, "a KV block given back that nobody has"
         self._num_users[block] -= 1
         if self._num_users[block]:
@@ -145,4 +145,4 @@ class KvBlocks:
         if self._index.name_of(block) is None:
             self._free.append(block)
         else:
-            self._index.rest(block)
+            self._index.mark_idle(block)

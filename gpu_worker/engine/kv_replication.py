@@ -4,11 +4,11 @@ session can go on there without computing its tokens again.
 
 Theory of operation. Blocks are named by all tokens up to their end (`engine/block_names.py`), and a
 named block is never written again. After each step the source hands newly named blocks to its
-`CopyWriter`, which reads them out of the cache and has them written into an area that the backup
-rank keeps for this life of the source. There a slot is known by its block's name only from the
-moment when its write has completed, and until the backup rank has said that it knows it no more;
-the source never writes to a slot that is known. So whatever is found by name is whole, also when
-the source dies, stops or wakes up in the middle of a write.
+`ReplicaWriter`, which reads them out of the cache and has them written into a region that the
+backup rank keeps for this life of the source. There a slot is known by its block's name only from
+the moment when its write has completed, and until the backup rank has said that it knows it no
+more; the source never writes to a slot that is known. So whatever is found by name is whole, also
+when the source dies, stops or wakes up in the middle of a write.
 
 Copies are an offer, never a duty: where one is missing, its tokens are computed again.
 """
@@ -37,7 +37,7 @@ class BlockCache(Protocol):
         """Says how the bytes are to be read: ranks of equal layout can load each other's blocks."""
         ...
 
-    def room(self) -> Bytes:
+    def staging_buffer(self) -> Bytes:
         """New memory for one block's content, of the kind that `save` is fastest into. Never freed
         before the process ends."""
         ...
@@ -54,7 +54,7 @@ class BlockCache(Protocol):
         ...
 
 
-class CopyChannel(Protocol):
+class ReplicaChannel(Protocol):
     """The way from this rank to one life of a backup rank. A new one takes its place when it
     fails: nothing that was sent on the old one is of use then. Engine thread, but `is_open`."""
 
@@ -62,7 +62,7 @@ class CopyChannel(Protocol):
     def target(self) -> Member: ...
 
     @property
-    def is_elsewhere(self) -> bool:
+    def is_on_other_node(self) -> bool:
         """Whether the target runs on another node than this rank."""
         ...
 
@@ -74,17 +74,19 @@ class CopyChannel(Protocol):
         """Turns false for good."""
         ...
 
-    def take_room(self) -> Bytes | None:
+    def take_staging_buffer(self) -> Bytes | None:
         """Memory to save a block into; None while too much is under way."""
         ...
 
-    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
-        """Once it is saved, write it to the slot and make it known by its name. `room` goes back to
-        the channel."""
+    def send(
+        self, staging_buffer: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]
+    ) -> None:
+        """Once it is saved, write it to the slot and make it known by its name. `staging_buffer`
+        goes back to the channel."""
         ...
 
     @property
-    def has_answers(self) -> bool:
+    def has_confirmations(self) -> bool:
         """`take_sent` or `take_dropped` would give something."""
         ...
 
@@ -101,29 +103,29 @@ class CopyChannel(Protocol):
         ...
 
 
-class CopyStore(Protocol):
+class ReplicaStore(Protocol):
     """What peers have left here. Any thread."""
 
     def find(self, name: bytes) -> Bytes | None:
         """A view of the content that has this name; it stands until the calling step is planned
-        (areas are released only long after their source has gone)."""
+        (regions are released only long after their source has gone)."""
         ...
 
 
-class CopyEndpoint(Protocol):
+class ReplicaEndpoint(Protocol):
     """This rank's end of all channels."""
 
     @property
-    def store(self) -> CopyStore: ...
+    def store(self) -> ReplicaStore: ...
 
-    def channels(self) -> Mapping[RankId, CopyChannel]:
+    def channels(self) -> Mapping[RankId, ReplicaChannel]:
         """Those that are open, by the rank of their target."""
         ...
 
 
-class BlockKeeper(Protocol):
-    """Copies as the scheduler and the engine see them; `NoCopies` where there are none. Engine
-    thread."""
+class KvReplicator(Protocol):
+    """Copies as the scheduler and the engine see them; `NoKvReplication` where there are none.
+    Engine thread."""
 
     def use(self, others: Sequence[Member]) -> None:
         """A map is adopted: these can take sessions over."""

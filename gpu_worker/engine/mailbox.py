@@ -51,7 +51,7 @@ class Stop:
     """Leave the loop at the next step boundary."""
 
 
-Item = Arrival | Cancel | DropOrigin | NewMap | Wake | Hold | Stop
+InboxItem = Arrival | Cancel | DropOrigin | NewMap | Wake | Hold | Stop
 
 
 class Waiter(Protocol):
@@ -99,12 +99,12 @@ class Inbox:
         self._arrivals_max = arrivals_max
         self._arrival_tokens_max = arrival_tokens_max
         self._lock = threading.Lock()
-        self._items: list[Item] = []
+        self._items: list[InboxItem] = []
         self._num_arrivals = 0
         self._num_arrival_tokens = 0
         self._num_cancels = 0
 
-    def put(self, item: Item) -> bool:
+    def put(self, item: InboxItem) -> bool:
         """False: full, and the item is not taken. For an Arrival the caller answers "retryable";
         for a Cancel it closes the connection, whose DropOrigin covers it."""
         with self._lock:
@@ -118,7 +118,7 @@ class Inbox:
         self._waiter.notify()
         return True
 
-    def drain(self) -> list[Item]:
+    def drain(self) -> list[InboxItem]:
         if not self._items:  # the lock is spared at most steps; a racing put is seen at the next
             return []
         with self._lock:
@@ -130,11 +130,11 @@ class Inbox:
         """Blocks until something was put since the last `wait`, or the time is over."""
         self._waiter.wait(timeout_s)
 
-    def nudge(self) -> None:
+    def notify(self) -> None:
         """Ends a `wait`: something outside of the inbox has changed."""
         self._waiter.notify()
 
-    def _has_room(self, item: Item) -> bool:
+    def _has_room(self, item: InboxItem) -> bool:
         if isinstance(item, Arrival):
             num_tokens = self._num_arrival_tokens + len(item.submit.tokens)
             if self._num_arrivals >= self._arrivals_max or (
@@ -210,7 +210,7 @@ class Stranded:
     epoch: Epoch
 
 
-Event = StepTokens | Suspect | SendWake | Adopted | Held | Fenced | Stranded
+EngineEvent = StepTokens | Suspect | SendWake | Adopted | Held | Fenced | Stranded
 
-Post = Callable[[Event], None]
+Post = Callable[[EngineEvent], None]
 """Called on the engine thread; must neither block nor raise."""

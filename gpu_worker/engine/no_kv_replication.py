@@ -1,4 +1,4 @@
-"""The keeper of a rank that neither makes copies nor takes any."""
+"""The replicator of a rank that neither makes copies nor takes any."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from shared.types import Member, RankId, SessionId
 
 
-class NoCopies:
-    """Implements `ports.BlockKeeper`."""
+class NoKvReplication:
+    """Implements `kv_replication.KvReplicator`."""
 
     def use(self, others: Sequence[Member]) -> None:
         pass

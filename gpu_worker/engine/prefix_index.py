@@ -55,16 +55,16 @@ class PrefixIndex:
         self._block_of[name] = block
         self._name_of[block] = name
 
-    def use(self, block: int) -> None:
+    def mark_used(self, block: int) -> None:
         """An idle block has a user."""
         del self._idle[block]
 
-    def rest(self, block: int) -> None:
+    def mark_idle(self, block: int) -> None:
         """A named block has lost its last user."""
         assert block in self._name_of
         self._idle[block] = None
 
-    def next_out(self) -> int | None:
+    def next_to_evict(self) -> int | None:
         """The block that `evict` would take."""
         return next(iter(self._idle), None)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 KNOWN = -1
 
 
-class Outlook(NamedTuple):
+class ProjectedState(NamedTuple):
     """How many tokens a sequence has, and how many of them are computed. Where a step in flight
     samples the last one, `row` is the one of that step's wanted rows that does; else KNOWN."""
 
@@ -26,31 +26,33 @@ class Outlook(NamedTuple):
         return self.num_tokens - self.num_computed
 
 
-def outlook(sequence: Sequence) -> Outlook:
+def current_state(sequence: Sequence) -> ProjectedState:
     """With no step in flight."""
-    return Outlook(len(sequence.tokens), sequence.num_computed)
+    return ProjectedState(len(sequence.tokens), sequence.num_computed)
 
 
-def outlooks_after(before: StepPlan, running: Iterable[Sequence]) -> dict[Sequence, Outlook]:
+def projected_after(
+    before: StepPlan, running: Iterable[Sequence]
+) -> dict[Sequence, ProjectedState]:
     """Of those that go on, whatever the step samples, unless it is an end token."""
     chunks = {chunk.sequence: chunk for chunk in before.chunks}
     rows = {sequence: row for row, sequence in enumerate(before.sampled)}
-    result: dict[Sequence, Outlook] = {}
+    result: dict[Sequence, ProjectedState] = {}
     for sequence in running:
         if (chunk := chunks.get(sequence)) is None:
-            result[sequence] = outlook(sequence)
+            result[sequence] = current_state(sequence)
             continue
-        num_tokens = chunk.stands.num_tokens
-        num_computed = chunk.stands.num_computed + chunk.num_tokens
+        num_tokens = chunk.projected.num_tokens
+        num_computed = chunk.projected.num_computed + chunk.num_tokens
         if (row := rows.get(sequence)) is None:
-            result[sequence] = Outlook(num_tokens, num_computed)
+            result[sequence] = ProjectedState(num_tokens, num_computed)
         elif not sequence.is_full_at(num_tokens + 1):
-            result[sequence] = Outlook(num_tokens + 1, num_computed, row)
+            result[sequence] = ProjectedState(num_tokens + 1, num_computed, row)
     return result
 
 
-def hangs_on_tokens(before: StepPlan) -> bool:
+def depends_on_tokens(before: StepPlan) -> bool:
     """Whether what comes after this step is not known before its tokens and scores are."""
     return bool(before.scored) or any(
-        s.guide is not None or s.token_counts is not None for s in before.sampled
+        s.matcher is not None or s.token_counts is not None for s in before.sampled
     )

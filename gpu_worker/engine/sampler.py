@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.engine.draw import Draw, edited
+from gpu_worker.engine.draw import Draw, edited_logits
 
 NO_TOKEN = -1
 """In place of an id: the row has no finite maximum, so there is nothing to choose from."""
@@ -39,7 +39,7 @@ def sample(logits_RV: NDArray[np.float32], draws: Sequence[Draw]) -> list[int]:
     for row, draw in enumerate(draws):
         if not finite_R[row]:
             ids[row] = NO_TOKEN
-        elif draw.sampling.temperature >= _GREEDY_BELOW or draw.edits:
+        elif draw.sampling.temperature >= _GREEDY_BELOW or draw.changes_logits:
             ids[row] = _sample_row(logits_RV[row], draw)
     return ids
 
@@ -65,7 +65,7 @@ def _mix64(z: int) -> int:
 def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
     # In float64 and by itself: vectorised over rows, an element's rounding may depend on where in
     # a SIMD register its neighbours put it.
-    x_V = edited(logits_V, draw)
+    x_V = edited_logits(logits_V, draw)
     peak = x_V.max()
     if not np.isfinite(peak):
         return NO_TOKEN

@@ -40,9 +40,9 @@ on what was cached. Where a running sequence that goes before it is yet to compu
 that it would compute first, it waits for that and is passed over: n choices of one prompt cost one
 prefill. What it would need stays reserved, so that those behind it cannot take its room.
 
-Copies (`copies/ports`). Behind its cached blocks a sequence begins with those that a peer has left
-here, restored while the plan is made and published at once. A plan admits nobody more after it has
-restored many: a rank whose peer has died is to serve its own sessions, too.
+Copies (`engine/kv_replication`). Behind its cached blocks a sequence begins with those that a peer
+has left here, restored while the plan is made and published at once. A plan admits nobody more
+after it has restored many: a rank whose peer has died is to serve its own sessions, too.
 """
 
 from __future__ import annotations
@@ -56,17 +56,22 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from gpu_worker.engine.grammar_matcher import Guide, Guides
+from gpu_worker.engine.grammar_matcher import GrammarCompiler, GrammarMatcher
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.kv_replication import BlockKeeper
+from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.logprobs import StepScores
-from gpu_worker.engine.no_kv_replication import NoCopies
-from gpu_worker.engine.projected_state import Outlook, hangs_on_tokens, outlook, outlooks_after
+from gpu_worker.engine.no_kv_replication import NoKvReplication
+from gpu_worker.engine.projected_state import (
+    ProjectedState,
+    current_state,
+    depends_on_tokens,
+    projected_after,
+)
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
 from gpu_worker.engine.sequence_blocks import SequenceBlocks
 from gpu_worker.engine.step_plan import Chunk, ScoredRows, StepPlan, build_plan
-from shared.errors import GuideError
+from shared.errors import GrammarError
 from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import Load, SessionTokens, Submit, TokenLogprob
 
@@ -113,11 +118,11 @@ class Scheduler:
         self,
         limits: SchedulerLimits,
         eos_token_ids: tuple[int, ...],
-        guides: Guides | None = None,
-        keeper: BlockKeeper | None = None,
+        grammars: GrammarCompiler | None = None,
+        replicator: KvReplicator | None = None,
     ) -> None:
         self._limits = limits
-        self._guides = guides
+        self._grammars = grammars
         self._eos_token_ids = eos_token_ids
         self._kv = KvBlocks(
             num_blocks=limits.kv_blocks,
@@ -125,8 +130,8 @@ class Scheduler:
             rows_max=limits.running_max,
             row_blocks_max=-(-limits.tokens_max // limits.kv_block_tokens),
         )
-        self._keeper = keeper or NoCopies()
-        self._blocks = SequenceBlocks(self._kv, self._keeper, is_shared=limits.prefix_cache)
+        self._replicator = replicator or NoKvReplication()
+        self._blocks = SequenceBlocks(self._kv, self._replicator, is_shared=limits.prefix_cache)
         self._sequences: dict[SessionId, Sequence] = {}
         self._waiting: list[Sequence] = []  # sorted by priority
         self._running: list[Sequence] = []  # sorted by priority when a plan begins
@@ -171,8 +176,8 @@ class Scheduler:
             tokens_max=self._limits.tokens_max,
         )
         try:
-            sequence.follow(self._open_guide(submit))
-        except GuideError as error:
+            sequence.set_matcher(self._compile_grammar(submit))
+        except GrammarError as error:
             return sequence.reply(index=sequence.next_index, error=str(error))
         reply = self._refuse_or_finish(sequence)
         if reply is None:
@@ -200,45 +205,49 @@ class Scheduler:
         blocks run out, those of lowest priority are preempted."""
         assert not self._plans, "a plan is in flight"
         self._running.sort(key=_priority)
-        stands = {s: outlook(s) for s in self._running}
-        while len(growing := self._growing(stands)) > self._kv.num_free:
+        projected = {s: current_state(s) for s in self._running}
+        while len(growing := self._growing(projected)) > self._kv.num_free:
             preempted = self._running.pop()
-            del stands[preempted]
+            del projected[preempted]
             self._stop_running(preempted)
-        return self._fill_step(stands, growing)
+        return self._fill_step(projected, growing)
 
     def plan_ahead(self) -> StepPlan | None:
         """The step after the one that is in flight, before that one's tokens are known. None: they
         must be known first, or nothing is to be done before."""
         (before,) = self._plans
-        if hangs_on_tokens(before):
+        if depends_on_tokens(before):
             return None
         self._running.sort(key=_priority)
-        stands = outlooks_after(before, self._running)
-        growing = self._growing(stands)
+        projected = projected_after(before, self._running)
+        growing = self._growing(projected)
         if len(growing) > self._kv.num_free:
             return None
-        plan = self._fill_step(stands, growing)
+        plan = self._fill_step(projected, growing)
         if not plan.chunks:
             self.abandon(plan)
             return None
         return plan
 
-    def _growing(self, stands: Mapping[Sequence, Outlook]) -> list[Sequence]:
+    def _growing(self, projected: Mapping[Sequence, ProjectedState]) -> list[Sequence]:
         """Who needs one block more for its next token."""
         return [
-            s for s, stand in stands.items() if stand.num_tokens > self._kv.capacity_tokens(s.row)
+            s
+            for s, state in projected.items()
+            if state.num_tokens > self._kv.capacity_tokens(s.row)
         ]
 
-    def _fill_step(self, stands: Mapping[Sequence, Outlook], growing: Items[Sequence]) -> StepPlan:
-        """`stands` are those that run, in order of priority."""
+    def _fill_step(
+        self, projected: Mapping[Sequence, ProjectedState], growing: Items[Sequence]
+    ) -> StepPlan:
+        """`projected` are those that run, in order of priority."""
         for sequence in growing:
             self._kv.extend(sequence.row, 1)
-        chunks = [Chunk(s, 1, stand) for s, stand in stands.items() if stand.num_pending == 1]
+        chunks = [Chunk(s, 1, state) for s, state in projected.items() if state.num_pending == 1]
         budget = self._limits.step_tokens_max - len(chunks)
-        for sequence, stand in stands.items():
-            if stand.num_pending > 1 and budget > 0:
-                budget -= self._add_prefill(chunks, sequence, stand, budget)
+        for sequence, state in projected.items():
+            if state.num_pending > 1 and budget > 0:
+                budget -= self._add_prefill(chunks, sequence, state, budget)
         admitted: list[Sequence] = []
         restored_max = self.num_restored + self._limits.restored_blocks_enough
         while budget > 0 and self.num_restored < restored_max:
@@ -246,7 +255,7 @@ class Scheduler:
                 break
             self._admit(found)
             admitted.append(found)
-            budget -= self._add_prefill(chunks, found, outlook(found), budget)
+            budget -= self._add_prefill(chunks, found, current_state(found), budget)
         plan = build_plan(chunks, self._kv, grown=growing, admitted=admitted)
         self._plans.append(plan)
         return plan
@@ -297,14 +306,14 @@ class Scheduler:
                 self._running.remove(sequence)
                 self._stop_running(sequence)
 
-    def _open_guide(self, submit: Submit) -> Guide | None:
-        """Raises GuideError."""
+    def _compile_grammar(self, submit: Submit) -> GrammarMatcher | None:
+        """Raises GrammarError."""
         if not submit.sampling.grammar:
             return None
-        if self._guides is None:
-            raise GuideError("this rank cannot follow grammars: it has no tokenizer")
+        if self._grammars is None:
+            raise GrammarError("this rank cannot follow grammars: it has no tokenizer")
         emitted = submit.tokens[len(submit.tokens) - submit.num_emitted :]
-        return self._guides.open(submit.sampling.grammar, emitted)
+        return self._grammars.compile(submit.sampling.grammar, emitted)
 
     def _refuse_or_finish(self, sequence: Sequence) -> SessionTokens | None:
         limits = self._limits
@@ -314,7 +323,7 @@ class Scheduler:
         if max(sequence.tokens) >= limits.vocab_size or min(sequence.tokens) < 0:
             error = f"the prompt has token ids outside of 0 … {limits.vocab_size - 1}"
             return sequence.reply(index=index, error=error)
-        finish = sequence.ended_before_start()
+        finish = sequence.finish_if_full()
         num_wanted = len(sequence.tokens) + (1 if sequence.samples else 0)
         if sequence.num_emitted == 0 and num_wanted > limits.tokens_max:
             error = (
@@ -331,13 +340,13 @@ class Scheduler:
         return None
 
     def _add_prefill(
-        self, chunks: list[Chunk], sequence: Sequence, stands: Outlook, budget: int
+        self, chunks: list[Chunk], sequence: Sequence, projected: ProjectedState, budget: int
     ) -> int:
-        num_tokens = min(stands.num_pending, self._limits.prefill_chunk_tokens, budget)
+        num_tokens = min(projected.num_pending, self._limits.prefill_chunk_tokens, budget)
         if sequence.wants_prompt_logits:
             num_tokens = min(num_tokens, self._scored_rows_left(chunks))
         if num_tokens:
-            chunks.append(Chunk(sequence, num_tokens, stands))
+            chunks.append(Chunk(sequence, num_tokens, projected))
         return num_tokens
 
     def _scored_rows_left(self, chunks: list[Chunk]) -> int:
@@ -398,10 +407,10 @@ class Scheduler:
         self._num_tokens += 1
         try:
             finish = sequence.append(token)
-        except GuideError as error:
+        except GrammarError as error:
             self._end(sequence)
             return sequence.reply(index=index, error=str(error))
-        backup = sequence.news_of_backup(self._keeper.backup_of(sequence.session))
+        backup = sequence.take_backup_change(self._replicator.backup_of(sequence.session))
         if finish is not None:
             self._end(sequence)
         return sequence.reply(

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
-from gpu_worker.engine.grammar_matcher import Guide
+from gpu_worker.engine.grammar_matcher import GrammarMatcher
 from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
@@ -32,9 +32,8 @@ class Sequence:
     __slots__ = (
         "arrival",
         "attempt",
-        "backup_told",
         "block_names",
-        "guide",
+        "matcher",
         "num_cached",
         "num_computed",
         "num_emitted",
@@ -44,6 +43,7 @@ class Sequence:
         "num_published",
         "num_scored",
         "origin",
+        "reported_backup",
         "row",
         "sampling",
         "session",
@@ -76,25 +76,27 @@ class Sequence:
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
-        self.guide: Guide | None = None
+        self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as asked for
         self.num_published = 0  # blocks of its row that are named, hence never written again
-        self.num_offered = 0  # of these, how many the keeper of copies has heard of
+        self.num_offered = 0  # of these, how many the replicator of copies has heard of
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
-        self.backup_told: RankId | None = None  # who its client knows to have copies of its blocks
+        self.reported_backup: RankId | None = (
+            None  # who its client knows to have copies of its blocks
+        )
         self.state = SequenceState.WAITING
         self.row = NO_ROW
         self.tokens_max = tokens_max
         eos = () if submit.sampling.ignore_eos else eos_token_ids
         self.stop_ids = tuple(sorted({*submit.sampling.stop_token_ids, *eos}))
 
-    def follow(self, guide: Guide | None) -> None:
-        """From now on `guide` says what may be drawn. It ends the text by an end token, which then
-        counts even where the client would ignore it."""
-        self.guide = guide
-        if guide is not None:
-            self.stop_ids = tuple(sorted({*self.stop_ids, *guide.end_ids}))
+    def set_matcher(self, matcher: GrammarMatcher | None) -> None:
+        """From now on `matcher` says what may be drawn. It ends the text by an end token, which
+        then counts even where the client would ignore it."""
+        self.matcher = matcher
+        if matcher is not None:
+            self.stop_ids = tuple(sorted({*self.stop_ids, *matcher.end_ids}))
 
     @property
     def num_pending(self) -> int:
@@ -115,7 +117,7 @@ class Sequence:
     def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:
         """Ids that must not be drawn after so many tokens: those that would end it too early. A
         grammar knows better, and may have left nothing but the end."""
-        is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.guide is None
+        is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.matcher is None
         return self.stop_ids if is_early else ()
 
     @property
@@ -128,7 +130,7 @@ class Sequence:
         """False: its prompt is to be scored, and that is all."""
         return self.sampling.max_tokens > 0
 
-    def ended_before_start(self) -> FinishReason | None:
+    def finish_if_full(self) -> FinishReason | None:
         """A continuation may arrive with nothing left to generate."""
         if not self.wants_prompt_logits and self.is_full_at(len(self.tokens)):
             return FinishReason.LENGTH
@@ -141,21 +143,21 @@ class Sequence:
         )
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes the next token; tells whether it is the last one. Raises GuideError."""
+        """Takes the next token; tells whether it is the last one. Raises GrammarError."""
         self.tokens.append(token)
         if self.token_counts is not None:
             self.token_counts.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
-        if self.guide is not None:
-            self.guide.take(token)
-        return self.ended_before_start()
+        if self.matcher is not None:
+            self.matcher.accept_token(token)
+        return self.finish_if_full()
 
-    def news_of_backup(self, backup: RankId | None) -> RankId | None:
+    def take_backup_change(self, backup: RankId | None) -> RankId | None:
         """What the next reply is to say, where this is its backup rank now."""
-        if backup is None or backup == self.backup_told:
+        if backup is None or backup == self.reported_backup:
             return None
-        self.backup_told = backup
+        self.reported_backup = backup
         return backup
 
     def _index_at(self, num_tokens: int) -> int:

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 
 from gpu_worker.engine.block_names import extend_names
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.kv_replication import BlockKeeper
+from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.sequence import NO_ROW, Sequence
 
 
 class SequenceBlocks:
-    """Implements the prefix cache, as `scheduler.py` tells it, over `kv_blocks` and a keeper of
+    """Implements the prefix cache, as `scheduler.py` tells it, over `kv_blocks` and a replicator of
     copies. With `is_shared` false every sequence computes all its blocks, and nobody hears."""
 
-    def __init__(self, kv: KvBlocks, keeper: BlockKeeper, *, is_shared: bool) -> None:
+    def __init__(self, kv: KvBlocks, replicator: KvReplicator, *, is_shared: bool) -> None:
         self.num_restored = 0  # blocks, since the start
         self.num_prefix_tokens = 0
         self.num_prefix_cached = 0
         self._kv = kv
-        self._keeper = keeper
+        self._replicator = replicator
         self._is_shared = is_shared
 
     def num_needed(self, sequence: Sequence) -> int:
@@ -52,7 +52,9 @@ class SequenceBlocks:
         end = num_cached
         if num_cached < len(names):
             missing = names[num_cached:]
-            end += self._keeper.restore(missing, self._kv.blocks_of(row, num_cached, len(names)))
+            end += self._replicator.restore(
+                missing, self._kv.blocks_of(row, num_cached, len(names))
+            )
         for column in range(num_cached, end):
             self._kv.publish(row, column, names[column])
         self.num_restored += end - num_cached
@@ -61,7 +63,7 @@ class SequenceBlocks:
         sequence.num_computed = end * self._kv.block_tokens
 
     def close(self, sequence: Sequence) -> None:
-        self._keeper.forget(sequence.session)
+        self._replicator.forget(sequence.session)
         self._kv.close(sequence.row)
         sequence.row = NO_ROW
         sequence.num_computed = sequence.num_published = sequence.num_offered = 0
@@ -84,12 +86,12 @@ class SequenceBlocks:
         sequence.num_published = end
 
     def offer(self, sequence: Sequence) -> None:
-        """Those that are published and that the keeper has not heard of; of a sequence that does
-        not run, none."""
+        """Those that are published and that the replicator has not heard of; of a sequence that
+        does not run, none."""
         begin, end = sequence.num_offered, sequence.num_published
         if begin < end:
             blocks = self._kv.blocks_of(sequence.row, begin, end)
-            self._keeper.offer(sequence.session, sequence.block_names[begin:end], blocks)
+            self._replicator.offer(sequence.session, sequence.block_names[begin:end], blocks)
             sequence.num_offered = end
 
     def _usable_names(self, sequence: Sequence) -> list[bytes]:

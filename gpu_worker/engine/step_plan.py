@@ -10,17 +10,17 @@ import numpy as np
 
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.projected_state import KNOWN, Outlook
+from gpu_worker.engine.projected_state import KNOWN, ProjectedState
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_batch import StepBatch
 
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a sequence, as it stands then."""
+    """The next `num_tokens` uncomputed tokens of a sequence, as it is projected then."""
 
     sequence: Sequence
     num_tokens: int
-    stands: Outlook
+    projected: ProjectedState
 
 
 class ScoredRows(NamedTuple):
@@ -58,8 +58,8 @@ def build_plan(
     scored: list[ScoredRows] = []
     scored_rows: list[int] = []
     draws: list[Draw] = []
-    for sequence, num_tokens, stands in chunks:
-        begin = stands.num_computed
+    for sequence, num_tokens, projected in chunks:
+        begin = projected.num_computed
         end = begin + num_tokens
         if sequence.wants_prompt_logits and (rows := _scored_rows(sequence, begin, end)):
             scored.append(rows)
@@ -67,12 +67,12 @@ def build_plan(
             scored_rows += range(row, row + len(rows.targets))
         token_ids += sequence.tokens[begin:end]
         positions += range(begin, end)
-        if end == stands.num_tokens and stands.row != KNOWN:
-            token_ids.append(-1 - stands.row)
-        if end == stands.num_tokens and sequence.samples:
+        if end == projected.num_tokens and projected.row != KNOWN:
+            token_ids.append(-1 - projected.row)
+        if end == projected.num_tokens and sequence.samples:
             wanted.append(len(token_ids) - 1)
             sampled.append(sequence)
-            draws.append(_draw(sequence, stands.num_tokens))
+            draws.append(_draw(sequence, projected.num_tokens))
     index_S = np.arange(len(chunks), dtype=np.int32)
     batch = StepBatch(
         token_ids_T=np.array(token_ids, dtype=np.int32),
@@ -98,7 +98,7 @@ def _draw(sequence: Sequence, num_tokens: int) -> Draw:
         num_tokens,
         sequence.banned_ids_at(num_tokens),
         sequence.token_counts,
-        None if sequence.guide is None else sequence.guide.allowed,
+        None if sequence.matcher is None else sequence.matcher.allowed,
     )
 
 

@@ -32,11 +32,11 @@ class StepRunner(Protocol):
         Wake holds whatever the epoch."""
         ...
 
-    def runs_ahead_of(self, plan: StepPlan) -> bool:
+    def can_run_ahead_of(self, plan: StepPlan) -> bool:
         """Whether the step after this one can be begun before this one has ended."""
         ...
 
-    def approach(self, expert_map: ExpertMap) -> bool:
+    def prepare_to_adopt(self, expert_map: ExpertMap) -> bool:
         """Nothing in flight. Does what has to be done under the old map first, and says whether
         `adopt` need not wait for what peers say of this one: adopt it then, or ask again."""
         ...
@@ -73,10 +73,10 @@ class ModelRunner:
         self._exchange = exchange
         self._plan: StepPlan | None = None
 
-    def runs_ahead_of(self, plan: StepPlan) -> bool:
+    def can_run_ahead_of(self, plan: StepPlan) -> bool:
         return False
 
-    def approach(self, expert_map: ExpertMap) -> bool:
+    def prepare_to_adopt(self, expert_map: ExpertMap) -> bool:
         return True
 
     def adopt(self, expert_map: ExpertMap) -> Step:

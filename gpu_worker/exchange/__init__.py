@@ -1,1 +1,1 @@
-"""Where ranks talk in a forward: the seam, and its implementations."""
+"""Where ranks talk in a forward: the interface, and its implementations."""

@@ -13,35 +13,35 @@ _YIELD_S = 100e-6
 """How long a wait yields the CPU before it starts to sleep. Longer is quicker on idle cores only:
 where ranks share cores, a waiting rank takes them from those it waits for."""
 
-_NAP_S_MIN, _NAP_S_MAX, _NAP_GROWTH = 30e-6, 200e-6, 1.1
-_UPKEEP_S = 0.001
+_SLEEP_S_MIN, _SLEEP_S_MAX, _SLEEP_GROWTH = 30e-6, 200e-6, 1.1
+_MAINTENANCE_INTERVAL_S = 0.001
 _PR_SET_TIMERSLACK, _TIMER_SLACK_NS = 29, 1000
 
 
-class Pause:
+class Backoff:
     """One wait."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._nap_from = clock.now() + _YIELD_S
-        self._upkeep_from = 0.0
-        self._nap_s = _NAP_S_MIN
+        self._sleep_from = clock.now() + _YIELD_S
+        self._maintenance_due_at = 0.0
+        self._sleep_s = _SLEEP_S_MIN
 
-    def rest(self) -> bool:
+    def wait_once(self) -> bool:
         """A moment's rest. True about once a millisecond: time for what need not be done at every
         look."""
         now = self._clock.now()
-        if now < self._nap_from:
+        if now < self._sleep_from:
             os.sched_yield()
         else:
-            time.sleep(self._nap_s)
-            self._nap_s = min(self._nap_s * _NAP_GROWTH, _NAP_S_MAX)
-        if now < self._upkeep_from:
+            time.sleep(self._sleep_s)
+            self._sleep_s = min(self._sleep_s * _SLEEP_GROWTH, _SLEEP_S_MAX)
+        if now < self._maintenance_due_at:
             return False
-        self._upkeep_from = now + _UPKEEP_S
+        self._maintenance_due_at = now + _MAINTENANCE_INTERVAL_S
         return True
 
 
-def sharpen_naps() -> None:
+def reduce_timer_slack() -> None:
     """For the calling thread. Linux may prolong each sleep by 50 µs, which is much here."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)

@@ -1,10 +1,10 @@
 """What ranks agree on where they meet by counting graphs: before which graph all adopt a map with
 joiners, after which one all sleep, and when nobody can deliver a step of an old map any more. Pure:
-news in, answers out.
+update in, answers out.
 
 Theory of operation. Every rank launches the same sequence of graphs; graph n of one meets graph n
 of the others and waits for it. A rank may launch one more while its last is in flight; it runs when
-that has ended, so that no rank runs more than one graph ahead. A death needs no accord: survivors
+that has ended, so that no rank runs more than one graph ahead. A death needs no barrier: survivors
 let go of the dead and adopt the map without it whenever they see it. Three things do.
 
 *Joining.* A map names its `joiners`. Whoever hears of it launches nothing more and says how many
@@ -26,7 +26,7 @@ last promise only after that graph goes on, and wakes the others as well. Everyb
 common sleep was (`slept_at`), because the promises for the next one replace those for the last.
 
 *Loading.* A slot that a map names may be overwritten once nobody can deliver a step of that map:
-every living member has entered a newer one, or has let go of somebody (`spoilt`).
+every living member has entered a newer one, or has let go of somebody (`invalidated`).
 """
 
 from __future__ import annotations
@@ -37,73 +37,73 @@ from typing import NamedTuple
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member
-from shared.wire import GraphNews
+from shared.wire import GraphBarrierUpdate
 
 IDLE_GRAPHS = 16
 """So many graphs without own work before a rank promises to sleep."""
 SLEEP_AHEAD = 32
-"""So far ahead; news takes less time than so many graphs, or costs a wake."""
+"""So far ahead; update takes less time than so many graphs, or costs a wake."""
 
-_AWAKE = -1
+_NO_SLEEP = -1
 
 
-class Heard(NamedTuple):
-    """`give_up`: members of the adopted map not to be waited for any more. `leave`: this life is
+class MapEffects(NamedTuple):
+    """`to_release`: members of the adopted map not to be waited for any more. `leave`: this life is
     of no use any more."""
 
-    give_up: frozenset[Member]
+    to_release: frozenset[Member]
     leave: bool
 
 
-class GraphAccord:
+class GraphBarrier:
     """Not thread-safe."""
 
     def __init__(self, own: Member) -> None:
-        self.own = _nothing_of(own)
-        self.launched = 0
-        self._news: dict[Member, GraphNews] = {}
-        self._newest: ExpertMap | None = None  # heard of
+        self.own = _empty_update(own)
+        self.num_launched = 0
+        self._updates: dict[Member, GraphBarrierUpdate] = {}
+        self._newest: ExpertMap | None = None  # effects of
         self._adopted: ExpertMap | None = None
         self._all_have_mapped = False  # of the adopted map, since this rank paused
-        self._condemned: set[Member] = set()
+        self._declared_dead: set[Member] = set()
         self._idle_graphs = 0
-        self._num_flying = 0
-        self._spoils_on_landing = Epoch(0)
+        self._num_in_flight = 0
+        self._invalidated_on_landing = Epoch(0)
 
-    def on_news(self, news: GraphNews) -> None:
-        self._news[news.member] = news
+    def on_update(self, update: GraphBarrierUpdate) -> None:
+        self._updates[update.member] = update
 
     # Maps ----------------------------------------------------------------------------------------
 
-    def hear(self, expert_map: ExpertMap) -> Heard:
+    def on_map(self, expert_map: ExpertMap) -> MapEffects:
         """The newest map is this one. It names this rank."""
         assert expert_map.has(self.own.member)
         is_joiner = self.own.member.rank in expert_map.joiners
         if is_joiner and 0 < self.own.joining < expert_map.epoch:
-            return Heard(frozenset(), leave=True)
+            return MapEffects(frozenset(), leave=True)
         self._newest = expert_map
         if not self._is_mapping():
-            self._get_ready()
-        self._condemned = {m for m in self._condemned if expert_map.has(m)}
-        return Heard(self._left_by(expert_map), leave=False)
+            self._prepare_to_join()
+        self._declared_dead = {m for m in self._declared_dead if expert_map.has(m)}
+        return MapEffects(self._members_dropped_by(expert_map), leave=False)
 
-    def gave_up(self, members: frozenset[Member]) -> None:
-        """Kernels wait no longer for these, whom `hear` has named."""
+    def on_released(self, members: frozenset[Member]) -> None:
+        """Kernels wait no longer for these, whom `on_map` has named."""
         if self._adopted is not None and any(self._adopted.has(m) for m in members):
-            self._spoil(self._adopted.epoch)
+            self._invalidate(self._adopted.epoch)
 
-    def condemn(self, dead: Member, epoch: Epoch) -> None:
+    def declare_dead(self, dead: Member, epoch: Epoch) -> None:
         """A verdict, and kernels wait no longer for this life: the map of `epoch` will be the first
         without it. No step of the maps before it can be delivered any more, be they adopted or not;
         except that graphs in flight may be, where only a map still to be adopted names the
         dead."""
-        self._condemned.add(dead)
+        self._declared_dead.add(dead)
         if self._adopted is not None and self._adopted.has(dead):
-            self._spoil(Epoch(epoch - 1))
+            self._invalidate(Epoch(epoch - 1))
         elif self._newest is not None and self._newest.has(dead):
-            self._spoils_on_landing = Epoch(epoch - 1)
-            if not self._num_flying:
-                self._spoil_as_landed()
+            self._invalidated_on_landing = Epoch(epoch - 1)
+            if not self._num_in_flight:
+                self._invalidate_as_landed()
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
         """The number of the first graph under this map, once all members are ready for it, unless
@@ -111,7 +111,7 @@ class GraphAccord:
         if self.own.joining > expert_map.epoch:
             return None
         if not expert_map.joiners:
-            return self.launched
+            return self.num_launched
         others = [m for m in expert_map.members if m != self.own.member]
         if any(self._of(m).joining != expert_map.epoch for m in others):
             return None
@@ -121,7 +121,7 @@ class GraphAccord:
     def pause(self, expert_map: ExpertMap) -> None:
         """The last graph before `join_at` has ended."""
         if expert_map.joiners and self.own.paused < expert_map.epoch:
-            assert not self._num_flying, "a graph is in flight"
+            assert not self._num_in_flight, "a graph is in flight"
             self.own = replace(self.own, paused=expert_map.epoch)
             self._all_have_mapped = False
 
@@ -140,9 +140,9 @@ class GraphAccord:
         if at is None or not self.may_adopt(expert_map):
             raise StepAbandoned(f"the members do not meet in epoch {expert_map.epoch}")
         if self.own.member.rank in expert_map.joiners:
-            self.launched = at
-        assert self.launched == at, f"{self.launched} graphs launched, not {at}"
-        assert not self._num_flying, "a graph is in flight under the former map"
+            self.num_launched = at
+        assert self.num_launched == at, f"{self.num_launched} graphs launched, not {at}"
+        assert not self._num_in_flight, "a graph is in flight under the former map"
         self._adopted = expert_map
         self._all_have_mapped = False
 
@@ -151,9 +151,9 @@ class GraphAccord:
         maps and verdicts have named since."""
         assert self._adopted is not None, "adopt comes first"
         epoch = self._adopted.epoch
-        self.own = replace(self.own, entered=epoch, sleep_at=_AWAKE, slept_at=_AWAKE)
+        self.own = replace(self.own, entered=epoch, sleep_at=_NO_SLEEP, slept_at=_NO_SLEEP)
         self._idle_graphs = 0
-        self._get_ready()
+        self._prepare_to_join()
 
     # Graphs --------------------------------------------------------------------------------------
 
@@ -171,8 +171,8 @@ class GraphAccord:
         paused = self.own.paused
         if self._adopted is None or not paused:
             return []
-        news = map(self._of, self._adopted.members)
-        return [n.member for n in news if n.entered < paused and n.joining <= paused]
+        update = map(self._of, self._adopted.members)
+        return [n.member for n in update if n.entered < paused and n.joining <= paused]
 
     def awaited(self) -> list[Member]:
         """Who has still to say something before this rank goes on with the newest joiners."""
@@ -180,9 +180,9 @@ class GraphAccord:
         if newest is None or not newest.joiners or newest is adopted:
             return self.may_be_mapping()
         epoch = newest.epoch
-        news = [self._of(m) for m in newest.members if m != self.own.member]
-        unready = [n.member for n in news if n.joining < epoch]
-        return unready or [n.member for n in news if n.paused < epoch]
+        update = [self._of(m) for m in newest.members if m != self.own.member]
+        unready = [n.member for n in update if n.joining < epoch]
+        return unready or [n.member for n in update if n.paused < epoch]
 
     def may_launch_ahead(self) -> bool:
         """Whether one more may be launched while the last is in flight: nothing is known that
@@ -191,41 +191,41 @@ class GraphAccord:
         if newest is None or adopted is None or newest.epoch != adopted.epoch:
             return False
         at = self._sleep_at()
-        is_last = at is not None and self.launched >= at
-        return self._num_flying == 1 and not self._condemned and not is_last
+        is_last = at is not None and self.num_launched >= at
+        return self._num_in_flight == 1 and not self._declared_dead and not is_last
 
     def launch(self) -> None:
-        """Then ask `has_overslept`: the last promise may have come just before."""
-        self.launched += 1
-        self._num_flying += 1
+        """Then ask `note_missed_sleep`: the last promise may have come just before."""
+        self.num_launched += 1
+        self._num_in_flight += 1
 
-    def land(self) -> None:
+    def on_graph_done(self) -> None:
         """The first of the graphs in flight has ended, to whatever end."""
-        self._num_flying -= 1
-        if not self._num_flying:
-            self._spoil_as_landed()
+        self._num_in_flight -= 1
+        if not self._num_in_flight:
+            self._invalidate_as_landed()
 
     def note_step(self, *, had_work: bool) -> None:
         """A step was committed."""
         self._idle_graphs = 0 if had_work else self._idle_graphs + 1
         if self._idle_graphs < IDLE_GRAPHS or self.own.sleep_at > self.own.slept_at:
             return
-        self.own = replace(self.own, sleep_at=self.launched + SLEEP_AHEAD)
+        self.own = replace(self.own, sleep_at=self.num_launched + SLEEP_AHEAD)
 
-    def falls_asleep(self) -> bool:
+    def sleep_if_agreed(self) -> bool:
         """Whether the graph just committed is the one after which all sleep."""
         at = self._sleep_at()
-        if at is None or at != self.launched or self._num_flying:
+        if at is None or at != self.num_launched or self._num_in_flight:
             return False
-        self._rest(at)
+        self._record_sleep(at)
         return True
 
-    def has_overslept(self) -> bool:
+    def note_missed_sleep(self) -> bool:
         """Whether the others sleep since a graph that this rank has passed: wake them."""
         at = self._sleep_at()
-        if at is None or at >= self.launched:
+        if at is None or at >= self.num_launched:
             return False
-        self._rest(at)
+        self._record_sleep(at)
         return True
 
     def is_clear_of(self, epoch: Epoch) -> bool:
@@ -234,33 +234,33 @@ class GraphAccord:
         if newest is None:
             return True
         for member in newest.members:
-            if member in self._condemned or self._never_ran(member, newest, epoch):
+            if member in self._declared_dead or self._never_ran(member, newest, epoch):
                 continue
-            news = self._of(member)
-            if news.entered <= epoch and news.spoilt < epoch:
+            update = self._of(member)
+            if update.entered <= epoch and update.invalidated < epoch:
                 return False
         return True
 
-    def _of(self, member: Member) -> GraphNews:
+    def _of(self, member: Member) -> GraphBarrierUpdate:
         if member == self.own.member:
             return self.own
-        return self._news.get(member) or _nothing_of(member)
+        return self._updates.get(member) or _empty_update(member)
 
     def _is_mapping(self) -> bool:
         """Between `adopt` and `enter`. Who says meanwhile that it is ready for a newer map makes
         the others launch empty graphs, and these would wait for it."""
         return self._adopted is not None and self.own.entered != self._adopted.epoch
 
-    def _get_ready(self) -> None:
+    def _prepare_to_join(self) -> None:
         """For the newest map, where all begin anew with it."""
         newest = self._newest
         if newest is None or not newest.joiners or newest.epoch <= self.own.joining:
             return
-        self.own = replace(self.own, joining=newest.epoch, limit=self.launched)
+        self.own = replace(self.own, joining=newest.epoch, limit=self.num_launched)
         if self.own.member.rank in newest.joiners:
             self.pause(newest)
 
-    def _left_by(self, expert_map: ExpertMap) -> frozenset[Member]:
+    def _members_dropped_by(self, expert_map: ExpertMap) -> frozenset[Member]:
         """Members of the adopted map that are none of the new one, or begin anew in it."""
         if self._adopted is None:
             return frozenset()
@@ -270,13 +270,13 @@ class GraphAccord:
             if m != self.own.member and (not expert_map.has(m) or m.rank in expert_map.joiners)
         )
 
-    def _spoil_as_landed(self) -> None:
-        self._spoil(self._spoils_on_landing)
-        self._spoils_on_landing = Epoch(0)
+    def _invalidate_as_landed(self) -> None:
+        self._invalidate(self._invalidated_on_landing)
+        self._invalidated_on_landing = Epoch(0)
 
-    def _spoil(self, epoch: Epoch) -> None:
-        if epoch > self.own.spoilt:
-            self.own = replace(self.own, spoilt=epoch)
+    def _invalidate(self, epoch: Epoch) -> None:
+        if epoch > self.own.invalidated:
+            self.own = replace(self.own, invalidated=epoch)
 
     def _sleep_at(self) -> int | None:
         """The graph at which all members of the adopted map have agreed to sleep, where this rank
@@ -294,7 +294,7 @@ class GraphAccord:
             return None
         return max(n.sleep_at for n in everybody)
 
-    def _rest(self, at: int) -> None:
+    def _record_sleep(self, at: int) -> None:
         self.own = replace(self.own, slept_at=at)
         self._idle_graphs = 0
 
@@ -302,15 +302,15 @@ class GraphAccord:
         return epoch < newest.epoch and member.rank in newest.joiners
 
 
-def _nothing_of(member: Member) -> GraphNews:
+def _empty_update(member: Member) -> GraphBarrierUpdate:
     """What is known of a life that has said nothing yet."""
-    return GraphNews(
+    return GraphBarrierUpdate(
         member=member,
         joining=Epoch(0),
         limit=0,
         paused=Epoch(0),
         entered=Epoch(0),
-        sleep_at=_AWAKE,
-        slept_at=_AWAKE,
-        spoilt=Epoch(0),
+        sleep_at=_NO_SLEEP,
+        slept_at=_NO_SLEEP,
+        invalidated=Epoch(0),
     )

@@ -1,4 +1,4 @@
-"""Carries a `GraphAccord` between the two threads of a rank: the event loop, which hears of maps,
+"""Carries a `GraphBarrier` between the two threads of a rank: the event loop, which hears of maps,
 verdicts and peers, and the engine thread, which launches graphs. Decides nothing."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from gpu_worker.exchange.graph_barrier import GraphAccord
+from gpu_worker.exchange.graph_barrier import GraphBarrier
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, Step
-from shared.wire import GraphNews
+from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
 
@@ -23,58 +23,62 @@ Release = Callable[[Collection[Member], Epoch], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConductorDoors:
-    """All called on the event loop, but `nudge`: from any thread."""
+class GraphBarrierCallbacks:
+    """All called on the event loop, but `notify_engine`: from any thread."""
 
-    tell: Callable[[GraphNews, Iterable[Member]], None]
+    send_update: Callable[[GraphBarrierUpdate, Iterable[Member]], None]
     wake: Callable[[Step], None]  # of all other members
-    nudge: Callable[[], None]  # the engine looks again whether it may go on
-    held: Callable[[Epoch], None]  # nobody can deliver a step of this map any more
+    notify_engine: Callable[[], None]  # the engine looks again whether it may go on
+    on_undeliverable: Callable[[Epoch], None]  # nobody can deliver a step of this map any more
     leave: Callable[[str], None]
 
 
-class GraphConductor:
+class GraphBarrierDriver:
     def __init__(self, member: Member, release: Release, loop: asyncio.AbstractEventLoop) -> None:
-        self._accord = GraphAccord(member)
+        self._barrier = GraphBarrier(member)
         self._release = release
         self._loop = loop
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._lock = threading.Lock()
-        self._doors: ConductorDoors | None = None
+        self._callbacks: GraphBarrierCallbacks | None = None
         self._newest: ExpertMap | None = None
         self._peers: frozenset[Member] = frozenset()
-        self._held: Epoch | None = None
+        self._awaited_epoch: Epoch | None = None
 
-    def attach(self, doors: ConductorDoors) -> None:
-        self._doors = doors
+    def attach(self, callbacks: GraphBarrierCallbacks) -> None:
+        self._callbacks = callbacks
 
     # On the event loop ---------------------------------------------------------------------------
 
-    def hear(self, expert_map: ExpertMap) -> None:
+    def on_map(self, expert_map: ExpertMap) -> None:
         """As soon as a map is seen, whether or not it can be adopted yet. Maps without this rank,
         and old ones, are none."""
         newest = self._newest
-        own = self._accord.own.member
+        own = self._barrier.own.member
         if not expert_map.has(own) or (newest and expert_map.epoch <= newest.epoch):
             return
         self._newest = expert_map
         with self._lock:
-            heard = self._accord.hear(expert_map)
-        if heard.leave:
-            self._open.leave(f"the map of epoch {expert_map.epoch} begins anew with this rank")
+            effects = self._barrier.on_map(expert_map)
+        if effects.leave:
+            self._attached.leave(f"the map of epoch {expert_map.epoch} begins anew with this rank")
             return
         self._peers = frozenset(expert_map.members) - {own}
-        self._tell()
-        if heard.give_up:
-            self._let_go(
-                heard.give_up, expert_map.epoch, lambda: self._accord.gave_up(heard.give_up)
+        self._send_own_update()
+        if effects.to_release:
+            self._release_members(
+                effects.to_release,
+                expert_map.epoch,
+                lambda: self._barrier.on_released(effects.to_release),
             )
 
-    def condemn(self, dead: Member, epoch: Epoch) -> None:
+    def declare_dead(self, dead: Member, epoch: Epoch) -> None:
         """A verdict: the map of `epoch`, which may not be there yet, is without this life."""
-        self._let_go([dead], epoch, lambda: self._accord.condemn(dead, epoch))
+        self._release_members([dead], epoch, lambda: self._barrier.declare_dead(dead, epoch))
 
-    def _let_go(self, members: Collection[Member], epoch: Epoch, then: Callable[[], None]) -> None:
+    def _release_members(
+        self, members: Collection[Member], epoch: Epoch, then: Callable[[], None]
+    ) -> None:
         """On a thread of its own, for a card in trouble may not answer; only what has been done is
         told."""
 
@@ -82,51 +86,51 @@ class GraphConductor:
             self._release(members, epoch)
             with self._lock:
                 then()
-            self._loop.call_soon_threadsafe(self._tell)
+            self._loop.call_soon_threadsafe(self._send_own_update)
 
-        self._releaser.submit(work).add_done_callback(self._on_let_go)
+        self._releaser.submit(work).add_done_callback(self._on_release_done)
 
-    def _on_let_go(self, done: Future[None]) -> None:
+    def _on_release_done(self, done: Future[None]) -> None:
         if (error := done.exception()) is not None:
-            self._loop.call_soon_threadsafe(self._open.leave, f"the card fails: {error}")
+            self._loop.call_soon_threadsafe(self._attached.leave, f"the card fails: {error}")
 
-    def on_news(self, news: GraphNews) -> None:
+    def on_update(self, update: GraphBarrierUpdate) -> None:
         with self._lock:
-            self._accord.on_news(news)
-        self._look_again()
+            self._barrier.on_update(update)
+        self._check_progress()
 
-    def greet(self, peer: Member) -> None:
+    def handshake(self, peer: Member) -> None:
         """A link to this peer has been opened; what was said before may not have reached it."""
-        self._open.tell(self._accord.own, [peer])
+        self._attached.send_update(self._barrier.own, [peer])
 
-    def hold(self, epoch: Epoch) -> None:
-        """Answered by `held` once no living member can deliver a step of this map."""
-        self._held = max(self._held or epoch, epoch)
-        self._look_again()
+    def notify_when_undeliverable(self, epoch: Epoch) -> None:
+        """Answered by `on_undeliverable` once no living member can deliver a step of this map."""
+        self._awaited_epoch = max(self._awaited_epoch or epoch, epoch)
+        self._check_progress()
 
     # On the engine thread ------------------------------------------------------------------------
 
-    def launch_towards(self, expert_map: ExpertMap) -> bool:
+    def claim_launch_before(self, expert_map: ExpertMap) -> bool:
         """Whether one more empty graph is to be launched before this map is adopted."""
         with self._lock:
-            at = self._accord.join_at(expert_map)
-            is_joiner = self._accord.own.member.rank in expert_map.joiners
-            if at is None or is_joiner or self._accord.launched >= at:
+            at = self._barrier.join_at(expert_map)
+            is_joiner = self._barrier.own.member.rank in expert_map.joiners
+            if at is None or is_joiner or self._barrier.num_launched >= at:
                 return False
-            self._accord.launch()
+            self._barrier.launch()
             return True
 
-    def may_adopt(self, expert_map: ExpertMap) -> bool:
+    def prepare_adoption(self, expert_map: ExpertMap) -> bool:
         """To be asked where nothing is to be launched towards this map; the others hear of that."""
         with self._lock:
-            if self._accord.join_at(expert_map) is None:
+            if self._barrier.join_at(expert_map) is None:
                 return False
-            before = self._accord.own
-            self._accord.pause(expert_map)
-            changed = self._accord.own is not before
-            may_adopt = self._accord.may_adopt(expert_map)
+            before = self._barrier.own
+            self._barrier.pause(expert_map)
+            changed = self._barrier.own is not before
+            may_adopt = self._barrier.may_adopt(expert_map)
         if changed:
-            self._loop.call_soon_threadsafe(self._tell)
+            self._loop.call_soon_threadsafe(self._send_own_update)
         return may_adopt
 
     def adopt(self, expert_map: ExpertMap, take: Callable[[], None]) -> Step:
@@ -134,78 +138,80 @@ class GraphConductor:
         anybody hears of it; it may take its time. Raises StepAbandoned where the members do not
         meet in this map."""
         with self._lock:
-            self._accord.adopt(expert_map)
+            self._barrier.adopt(expert_map)
         take()
         with self._lock:
-            self._accord.enter()
-            first = Step(self._accord.launched)
-        self._loop.call_soon_threadsafe(self._tell)
+            self._barrier.enter()
+            first = Step(self._barrier.num_launched)
+        self._loop.call_soon_threadsafe(self._send_own_update)
         return first
 
     def claim(self, *, ahead: bool = False) -> bool:
         """Counts the next graph as launched, if it may be. `ahead`: while the last is in flight."""
-        accord = self._accord
+        barrier = self._barrier
         with self._lock:
-            if not (accord.may_launch_ahead() if ahead else accord.may_launch()):
+            if not (barrier.may_launch_ahead() if ahead else barrier.may_launch()):
                 return False
-            self._accord.launch()
-            overslept, launched = self._accord.has_overslept(), self._accord.launched
-        if overslept:
-            self._loop.call_soon_threadsafe(self._oversleep, launched)
+            self._barrier.launch()
+            missed_sleep, launched = self._barrier.note_missed_sleep(), self._barrier.num_launched
+        if missed_sleep:
+            self._loop.call_soon_threadsafe(self._wake_others, launched)
         return True
 
     def awaited(self) -> list[Member]:
         """Where nothing may be adopted or launched: whom this rank waits for, if for anybody."""
         with self._lock:
-            return self._accord.awaited()
+            return self._barrier.awaited()
 
-    def land(self) -> None:
+    def on_graph_done(self) -> None:
         """The first of the graphs in flight has ended, to whatever end."""
         with self._lock:
-            before = self._accord.own
-            self._accord.land()
-            changed = self._accord.own is not before
+            before = self._barrier.own
+            self._barrier.on_graph_done()
+            changed = self._barrier.own is not before
         if changed:
-            self._loop.call_soon_threadsafe(self._tell)
+            self._loop.call_soon_threadsafe(self._send_own_update)
 
     def commit(self, *, had_work: bool) -> bool:
         """The graph that landed last was committed. Whether all sleep now."""
         with self._lock:
-            before = self._accord.own
-            self._accord.note_step(had_work=had_work)
-            asleep = self._accord.falls_asleep()
-            overslept = not asleep and self._accord.has_overslept()
-            launched = self._accord.launched
-            changed = self._accord.own is not before
-        if overslept:
-            self._loop.call_soon_threadsafe(self._oversleep, launched)
+            before = self._barrier.own
+            self._barrier.note_step(had_work=had_work)
+            asleep = self._barrier.sleep_if_agreed()
+            missed_sleep = not asleep and self._barrier.note_missed_sleep()
+            launched = self._barrier.num_launched
+            changed = self._barrier.own is not before
+        if missed_sleep:
+            self._loop.call_soon_threadsafe(self._wake_others, launched)
         elif changed:
-            self._loop.call_soon_threadsafe(self._tell)
+            self._loop.call_soon_threadsafe(self._send_own_update)
         return asleep
 
     # ---------------------------------------------------------------------------------------------
 
     @property
-    def _open(self) -> ConductorDoors:
-        assert self._doors is not None, "attach comes first"
-        return self._doors
+    def _attached(self) -> GraphBarrierCallbacks:
+        assert self._callbacks is not None, "attach comes first"
+        return self._callbacks
 
-    def _oversleep(self, launched: int) -> None:
-        self._open.wake(Step(launched))
-        self._tell()
+    def _wake_others(self, launched: int) -> None:
+        self._attached.wake(Step(launched))
+        self._send_own_update()
 
-    def _tell(self) -> None:
-        self._open.tell(self._accord.own, self._peers)
-        self._look_again()
+    def _send_own_update(self) -> None:
+        self._attached.send_update(self._barrier.own, self._peers)
+        self._check_progress()
 
-    def _look_again(self) -> None:
+    def _check_progress(self) -> None:
         with self._lock:
-            overslept = self._accord.has_overslept()
-            launched = self._accord.launched
-            clear = self._held is not None and self._accord.is_clear_of(self._held)
-        if overslept:
-            self._oversleep(launched)
-        if clear and self._held is not None:
-            held, self._held = self._held, None
-            self._open.held(held)
-        self._open.nudge()
+            missed_sleep = self._barrier.note_missed_sleep()
+            launched = self._barrier.num_launched
+            clear = self._awaited_epoch is not None and self._barrier.is_clear_of(
+                self._awaited_epoch
+            )
+        if missed_sleep:
+            self._wake_others(launched)
+        if clear and self._awaited_epoch is not None:
+            held, self._awaited_epoch = self._awaited_epoch, None
+            self._attached.on_undeliverable(held)
+        self._attached.notify_engine()

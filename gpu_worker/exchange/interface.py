@@ -1,5 +1,5 @@
-"""The seam between a rank's forward and its peers: `dispatch → experts → combine`, the only place
-where ranks talk in a forward.
+"""The interface between a rank's forward and its peers: `dispatch → experts → combine`, the only
+place where ranks talk in a forward.
 
 Shape letters: T tokens of this rank in the step, K top-k, H hidden size, M distinct token rows that
 this rank's experts must see (its own and its peers'), N (row, slot) pairs to compute.

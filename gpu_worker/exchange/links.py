@@ -1,4 +1,4 @@
-"""A rank's Mooncake endpoint: the areas it gives, the links it has opened, and its exchange.
+"""A rank's Mooncake endpoint: the regions it gives, the links it has opened, and its exchange.
 
 Mooncake's first contact with a stopped process blocks for a minute, and with it writes to healthy
 peers. So a link is opened before the peer is needed, on a thread of its own, and only after the
@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import threading
 
-from gpu_worker.exchange.first_write import first_write
+from gpu_worker.exchange.connect_write import connect_write
 from gpu_worker.exchange.interface import StepMonitor
-from gpu_worker.exchange.message import Layout
+from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
-from gpu_worker.exchange.outbox import Link, Outbox, opening_write
-from gpu_worker.exchange.regions import Area, Areas
+from gpu_worker.exchange.outbox import Link, Outbox, submit_connect_write
+from gpu_worker.exchange.regions import Region, Regions
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from gpu_worker.exchange.transfer import TransferExchange
-from gpu_worker.exchange.wait_policy import Vigil
+from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
 from shared.records import RankRecord
 from shared.types import Member
-from shared.wire import AreaOpened
+from shared.wire import RegionOpened
 
 _CONNECT_TIMEOUT_S = 5.0
 _GRACE_S = 0.001
@@ -31,12 +31,12 @@ _GRACE_S = 0.001
 class TransferEndpoint:
     """`name` is the transfer name for the rank's record; never given to a second engine. Mooncake's
     engine and the registered memory go with the process: taking an engine down takes a second, and
-    late writes of peers must find their area until then."""
+    late writes of peers must find their region until then."""
 
     def __init__(
         self,
         host: str,
-        layout: Layout,
+        layout: MessageLayout,
         clock: Clock,
         *,
         protocol: Protocols = Protocols.TCP,
@@ -49,49 +49,50 @@ class TransferEndpoint:
         self._protocol = protocol
         self._replica_policy = replica_policy
         self._engine, self.name = open_engine(host, protocol, device)
-        self._areas = Areas(self._engine, layout)
-        self._scratch = Area(self._engine, layout, 0)
+        self._regions = Regions(self._engine, layout)
+        self._scratch = Region(self._engine, layout, 0)
         self._lock = threading.Lock()
         self._links: dict[Member, Link] = {}
         self._generations: dict[Member, int] = {}
         self._discarded: list[Outbox] = []
 
     def next_generation(self, target: Member) -> int:
-        """For the next OpenArea to this peer: never the same twice."""
+        """For the next OpenRegion to this peer: never the same twice."""
         with self._lock:
             generation = self._generations.get(target, 0) + 1
             self._generations[target] = generation
             return generation
 
-    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
-        """Address and size of the area for a peer's OpenArea. Raises ValueError, MemoryError."""
-        self._areas.sweep(self._clock.now())
-        area = self._areas.give(source, generation)
-        return area.address, area.nbytes
+    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
+        """Address and size of the region for a peer's OpenRegion. Raises ValueError,
+        MemoryError."""
+        self._regions.sweep(self._clock.now())
+        region = self._regions.give(source, generation)
+        return region.address, region.nbytes
 
-    def connect(self, area: AreaOpened, peer: RankRecord | None = None) -> None:
-        """Opens the link to the area that a peer has given. Blocks; raises ValueError where the
+    def connect(self, region: RegionOpened, peer: RankRecord | None = None) -> None:
+        """Opens the link to the region that a peer has given. Blocks; raises ValueError where the
         peer's layout differs, ConnectionError or TimeoutError where the write did not succeed."""
-        if area.nbytes != self._layout.area_bytes:
+        if region.nbytes != self._layout.region_bytes:
             raise ValueError(
-                f"rank {area.target} keeps areas of {area.nbytes} bytes, not "
-                f"{self._layout.area_bytes}: the ranks' models or limits differ"
+                f"rank {region.target} keeps regions of {region.nbytes} bytes, not "
+                f"{self._layout.region_bytes}: the ranks' models or limits differ"
             )
         link = Link(
-            target=area.target,
-            generation=area.generation,
-            transfer_name=area.transfer_name,
-            address=area.address,
+            target=region.target,
+            generation=region.generation,
+            transfer_name=region.transfer_name,
+            address=region.address,
         )
-        attempt = _Opening(self._clock.now() + _CONNECT_TIMEOUT_S)
+        attempt = _ConnectAttempt(self._clock.now() + _CONNECT_TIMEOUT_S)
         # A daemon thread: where Mooncake blocks for a minute, nobody has to wait for it.
         threading.Thread(
-            target=self._open, args=(link, attempt), name=f"open-{area.target}", daemon=True
+            target=self._open, args=(link, attempt), name=f"open-{region.target}", daemon=True
         ).start()
         if not attempt.ended.wait(_CONNECT_TIMEOUT_S + _GRACE_S):
-            raise TimeoutError(f"the first write to rank {area.target} did not come to an end")
+            raise TimeoutError(f"the first write to rank {region.target} did not come to an end")
         if attempt.error:
-            raise ConnectionError(f"the first write to rank {area.target} {attempt.error}")
+            raise ConnectionError(f"the first write to rank {region.target} {attempt.error}")
         with self._lock:
             current = self._links.get(link.target)
             if current is None or current.generation < link.generation:
@@ -105,8 +106,8 @@ class TransferEndpoint:
     def link(self, target: Member) -> Link | None:
         return self._links.get(target)
 
-    def areas_of(self, source: Member) -> tuple[Area, ...]:
-        return self._areas.of(source)
+    def regions_of(self, source: Member) -> tuple[Region, ...]:
+        return self._regions.of(source)
 
     def mark_broken(self, link: Link) -> None:
         with self._lock:
@@ -114,10 +115,10 @@ class TransferEndpoint:
                 del self._links[link.target]
 
     def forget(self, member: Member) -> None:
-        """The member's record is gone. Its areas stay in quarantine for a while."""
+        """The member's record is gone. Its regions stay in quarantine for a while."""
         with self._lock:
             self._links.pop(member, None)
-        self._areas.retire(member, self._clock.now())
+        self._regions.retire(member, self._clock.now())
 
     def outbox(self, link: Link) -> Outbox:
         return Outbox(self._engine, self._layout, link, self._protocol)
@@ -131,18 +132,20 @@ class TransferEndpoint:
         self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
     ) -> TransferExchange:
         """This rank's exchange; one per endpoint."""
-        vigil = Vigil(monitor, clock, exchange_deadline_ms)
-        return TransferExchange(self, member, self._layout, vigil, clock, self._replica_policy)
+        wait_policy = WaitPolicy(monitor, clock, exchange_deadline_ms)
+        return TransferExchange(
+            self, member, self._layout, wait_policy, clock, self._replica_policy
+        )
 
-    def _open(self, link: Link, attempt: _Opening) -> None:
+    def _open(self, link: Link, attempt: _ConnectAttempt) -> None:
         def submit() -> int:
-            return opening_write(self._engine, self._scratch, link)
+            return submit_connect_write(self._engine, self._scratch, link)
 
-        attempt.error = first_write(self._engine, submit, self._clock, attempt.until)
+        attempt.error = connect_write(self._engine, submit, self._clock, attempt.until)
         attempt.ended.set()
 
 
-class _Opening:
+class _ConnectAttempt:
     """What the opening thread tells the one that waits for it."""
 
     def __init__(self, until: float) -> None:

@@ -1,5 +1,5 @@
 """How a dispatch or combine message lies in memory, in the sender's buffer and, after one write, in
-the receiver's area. Nothing that lies there can make the reader crash or index out of range.
+the receiver's region. Nothing that lies there can make the reader crash or index out of range.
 
     header 64 B │ pairs: (row, slot) int32 each │ rows: float32 [n, H] │ pad │ tail stamp 8 B
 
@@ -7,8 +7,8 @@ A combine message has no pairs; its rows are the outputs of the pairs, in the or
 dispatch listed them. The stamp names one message of one sender for good: it stands at both ends, so
 a message is there when both agree, and what a late or foreign write left fits neither.
 
-An area has one region per phase and parity of the exchange's number. Two suffice: a peer sends
-exchange n+2 only after it has everybody's n+1, which nobody sends before it is done with n.
+An region has one message_buffer per phase and parity of the exchange's number. Two suffice: a peer
+sends exchange n+2 only after it has everybody's n+1, which nobody sends before it is done with n.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from shared.types import Epoch, Member, Step
 
 SCRATCH_BYTES = 4096
-"""Head of every area: takes the write that opens the link."""
+"""Head of every region: takes the write that opens the link."""
 
 HEADER_BYTES = 64
 TAIL_BYTES = 8
@@ -36,21 +36,21 @@ _EPOCH_BITS, _STEP_BITS, _LAYER_BITS = 21, 32, 9
 LAYERS_MAX = (1 << _LAYER_BITS) - 1
 
 
-class Phase(IntEnum):
+class ExchangePhase(IntEnum):
     DISPATCH = 0
     COMBINE = 1
 
 
-NUM_REGIONS = 4
-FIRST_OF_EPOCH = 0
-"""Region of an epoch's first dispatch, which tells that a peer has moved on."""
+NUM_MESSAGE_BUFFERS = 4
+FIRST_DISPATCH_BUFFER = 0
+"""MessageBuffer of an epoch's first dispatch, which tells that a peer has moved on."""
 
 
-def region_index(phase: Phase, ordinal: int) -> int:
+def message_buffer_index(phase: ExchangePhase, ordinal: int) -> int:
     return 2 * phase + (ordinal & 1)
 
 
-def make_stamp(epoch: Epoch, step: Step, layer: int, phase: Phase) -> int:
+def make_stamp(epoch: Epoch, step: Step, layer: int, phase: ExchangePhase) -> int:
     """Positive, never 0, and not met again before 2^21 epochs or 2^32 steps have passed."""
     assert 0 <= layer < LAYERS_MAX, f"layer {layer} does not fit a stamp"
     high = (epoch & ((1 << _EPOCH_BITS) - 1)) << _STEP_BITS | (step & ((1 << _STEP_BITS) - 1))
@@ -63,7 +63,7 @@ def is_of_later_epoch(stamp: int, epoch: Epoch) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class MessageLayout:
     """Sizes that sender and receiver agree on: both derive them from the instance's model and
     limits."""
 
@@ -71,8 +71,8 @@ class Layout:
     top_k: int
     step_tokens_max: int
 
-    def message_bytes(self, phase: Phase, num_rows: int, num_pairs: int) -> int:
-        pairs = num_pairs if phase is Phase.DISPATCH else 0
+    def message_bytes(self, phase: ExchangePhase, num_rows: int, num_pairs: int) -> int:
+        pairs = num_pairs if phase is ExchangePhase.DISPATCH else 0
         body = HEADER_BYTES + PAIR_BYTES * pairs + 4 * self.hidden_size * num_rows
         return (body + 7) // 8 * 8 + TAIL_BYTES
 
@@ -80,21 +80,21 @@ class Layout:
     def pairs_max(self) -> int:
         return self.step_tokens_max * self.top_k
 
-    def region(self, index: int) -> tuple[int, int]:
-        """Offset and size of a region within the area."""
+    def message_buffer(self, index: int) -> tuple[int, int]:
+        """Offset and size of a message_buffer within the region."""
         sizes = [
             _round_up(self.message_bytes(phase, rows, self.pairs_max))
             for phase, rows in (
-                (Phase.DISPATCH, self.step_tokens_max),
-                (Phase.COMBINE, self.pairs_max),
+                (ExchangePhase.DISPATCH, self.step_tokens_max),
+                (ExchangePhase.COMBINE, self.pairs_max),
             )
             for _ in range(2)
         ]
         return SCRATCH_BYTES + sum(sizes[:index]), sizes[index]
 
     @property
-    def area_bytes(self) -> int:
-        offset, size = self.region(NUM_REGIONS - 1)
+    def region_bytes(self) -> int:
+        offset, size = self.message_buffer(NUM_MESSAGE_BUFFERS - 1)
         return offset + size
 
 
@@ -102,7 +102,7 @@ def _round_up(nbytes: int) -> int:
     return (nbytes + 4095) // 4096 * 4096
 
 
-class Region:
+class MessageBuffer:
     """One message's place, with the views that a reader or a writer needs."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
@@ -113,9 +113,11 @@ class Region:
         self.stamps = self.raw.cast("q")
 
 
-def regions_of(memory: NDArray[np.uint8], layout: Layout) -> tuple[Region, ...]:
-    spans = [layout.region(index) for index in range(NUM_REGIONS)]
-    return tuple(Region(memory[offset : offset + size]) for offset, size in spans)
+def message_buffers_of(
+    memory: NDArray[np.uint8], layout: MessageLayout
+) -> tuple[MessageBuffer, ...]:
+    spans = [layout.message_buffer(index) for index in range(NUM_MESSAGE_BUFFERS)]
+    return tuple(MessageBuffer(memory[offset : offset + size]) for offset, size in spans)
 
 
 class Header(NamedTuple):
@@ -126,11 +128,16 @@ class Header(NamedTuple):
 
 
 def seal(
-    region: Region, layout: Layout, phase: Phase, stamp: int, sender: Member, header: Header
+    message_buffer: MessageBuffer,
+    layout: MessageLayout,
+    phase: ExchangePhase,
+    stamp: int,
+    sender: Member,
+    header: Header,
 ) -> int:
     """Writes both ends around a body that is in place; returns the message's size."""
     _HEADER.pack_into(
-        region.raw,
+        message_buffer.raw,
         0,
         stamp,
         sender.incarnation,
@@ -142,32 +149,40 @@ def seal(
         layout.hidden_size,
     )
     nbytes = layout.message_bytes(phase, header.num_rows, header.num_pairs)
-    region.stamps[nbytes // 8 - 1] = stamp
+    message_buffer.stamps[nbytes // 8 - 1] = stamp
     return nbytes
 
 
 def read_header(
-    region: Region, layout: Layout, phase: Phase, stamp: int, sender: Member
+    message_buffer: MessageBuffer,
+    layout: MessageLayout,
+    phase: ExchangePhase,
+    stamp: int,
+    sender: Member,
 ) -> Header | None:
     """The header of a message that is complete and that `sender` wrote under `stamp`, else None."""
-    if region.stamps[0] != stamp:
+    if message_buffer.stamps[0] != stamp:
         return None
-    _, incarnation, rank, tokens, rows, pairs, flags, hidden = _HEADER.unpack_from(region.raw)
+    _, incarnation, rank, tokens, rows, pairs, flags, hidden = _HEADER.unpack_from(
+        message_buffer.raw
+    )
     if rank != sender.rank or incarnation != sender.incarnation:
         return None
     if not (0 <= tokens <= layout.step_tokens_max and hidden == layout.hidden_size):
         return None
-    rows_max = min(tokens, pairs) if phase is Phase.DISPATCH else pairs
+    rows_max = min(tokens, pairs) if phase is ExchangePhase.DISPATCH else pairs
     if not (0 <= pairs <= layout.pairs_max and 0 <= rows <= rows_max):
         return None
     nbytes = layout.message_bytes(phase, rows, pairs)
-    if region.stamps[nbytes // 8 - 1] != stamp:
+    if message_buffer.stamps[nbytes // 8 - 1] != stamp:
         return None
     return Header(tokens, rows, pairs, bool(flags & _HAS_WORK))
 
 
-def combine_rows(region: Region, layout: Layout, num_rows: int) -> NDArray[np.float32]:
+def combine_rows(
+    message_buffer: MessageBuffer, layout: MessageLayout, num_rows: int
+) -> NDArray[np.float32]:
     """The rows of a combine message, as a view `[num_rows, H]`."""
     size = num_rows * layout.hidden_size
-    floats: NDArray[np.float32] = region.floats[HEADER_WORDS : HEADER_WORDS + size]
+    floats: NDArray[np.float32] = message_buffer.floats[HEADER_WORDS : HEADER_WORDS + size]
     return floats.reshape(num_rows, layout.hidden_size)

@@ -1,4 +1,4 @@
-"""The sending side of one link: a registered copy of the peer's area, written part by part.
+"""The sending side of one link: a registered copy of the peer's region, written part by part.
 
 A part's memory is not touched while a write from it is under way, and a write that timed out may
 still read its memory at any later time: such an outbox is broken for good, and so is one of which a
@@ -9,15 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from gpu_worker.exchange.message import NUM_REGIONS, SCRATCH_BYTES, TAIL_BYTES, Layout, Region
+from gpu_worker.exchange.message import (
+    NUM_MESSAGE_BUFFERS,
+    SCRATCH_BYTES,
+    TAIL_BYTES,
+    MessageBuffer,
+    MessageLayout,
+)
 from gpu_worker.exchange.mooncake_engine import Protocols, TransferEngine
-from gpu_worker.exchange.regions import Area
+from gpu_worker.exchange.regions import Region
 from shared.types import Member
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Where this rank may write: the area that `target` keeps for it."""
+    """Where this rank may write: the region that `target` keeps for it."""
 
     target: Member
     generation: int
@@ -25,7 +31,7 @@ class Link:
     address: int
 
 
-class Write(Enum):
+class WriteStatus(Enum):
     """Where a part's last write stands."""
 
     DONE = "done"
@@ -37,46 +43,49 @@ class Outbox:
     """Messages to one peer. Engine thread only."""
 
     def __init__(
-        self, engine: TransferEngine, layout: Layout, link: Link, protocol: Protocols
+        self, engine: TransferEngine, layout: MessageLayout, link: Link, protocol: Protocols
     ) -> None:
         self.link = link
         self.broken = ""
         self._engine = engine
         self._layout = layout
-        self._buffer = Area(engine, layout, link.generation)
-        self._offsets = [layout.region(index)[0] for index in range(NUM_REGIONS)]
-        self._flag_apart = protocol is Protocols.RDMA
-        self._batches = [0] * NUM_REGIONS
-        self._tails = [-1] * NUM_REGIONS  # offset of a tail that waits for its payload's completion
-        self._sizes = [0] * NUM_REGIONS
-        self._failed = [False] * NUM_REGIONS
+        self._buffer = Region(engine, layout, link.generation)
+        self._offsets = [layout.message_buffer(index)[0] for index in range(NUM_MESSAGE_BUFFERS)]
+        self._sends_tail_separately = protocol is Protocols.RDMA
+        self._batches = [0] * NUM_MESSAGE_BUFFERS
+        self._tails = [
+            -1
+        ] * NUM_MESSAGE_BUFFERS  # offset of a tail that waits for its payload's completion
+        self._sizes = [0] * NUM_MESSAGE_BUFFERS
+        self._failed = [False] * NUM_MESSAGE_BUFFERS
         self._timed_out = False
 
-    def region(self, index: int) -> Region:
+    def message_buffer(self, index: int) -> MessageBuffer:
         """Where to build the next message; only while its last write is not pending."""
         assert not self._batches[index], "the buffer of a write under way must not be touched"
-        return self._buffer.regions[index]
+        return self._buffer.message_buffers[index]
 
     def commit(self, index: int, nbytes: int) -> None:
-        """Makes the peer see the message of `nbytes` that stands in the region: wholly or not."""
+        """Makes the peer see the message of `nbytes` that stands in the message_buffer: wholly or
+        not."""
         self._sizes[index] = nbytes
         self._failed[index] = False
         if self.broken:
             self._failed[index] = True
             return
         start = self._offsets[index]
-        if self._flag_apart:
+        if self._sends_tail_separately:
             # RDMA keeps no order within a write: the tail goes when the payload has arrived.
             self._tails[index] = start + nbytes - TAIL_BYTES
             nbytes -= TAIL_BYTES
         self._submit(index, start, nbytes)
 
-    def state(self, index: int) -> Write:
+    def poll_write(self, index: int) -> WriteStatus:
         batch = self._batches[index]
         if batch:
             status = self._engine.transfer_check_status(batch)
             if status == 0:
-                return Write.PENDING
+                return WriteStatus.PENDING
             self._batches[index] = 0
             if status < 0:
                 self._timed_out |= status == -2
@@ -84,28 +93,30 @@ class Outbox:
             elif self._tails[index] >= 0:
                 offset, self._tails[index] = self._tails[index], -1
                 self._submit(index, offset, TAIL_BYTES)
-                return self.state(index)
-        return Write.FAILED if self._failed[index] else Write.DONE
+                return self.poll_write(index)
+        return WriteStatus.FAILED if self._failed[index] else WriteStatus.DONE
 
     def progress(self) -> bool:
         """Moves every write on. Whether one is still under way."""
         pending = False
-        for index in range(NUM_REGIONS):
-            if self._batches[index] and self.state(index) is Write.PENDING:
+        for index in range(NUM_MESSAGE_BUFFERS):
+            if self._batches[index] and self.poll_write(index) is WriteStatus.PENDING:
                 pending = True
         return pending
 
     def take_over(self, old: Outbox) -> None:
         """Sends what the broken outbox could not, from memory of our own."""
-        for index in range(NUM_REGIONS):
+        for index in range(NUM_MESSAGE_BUFFERS):
             if old._failed[index]:
                 nbytes = old._sizes[index]
-                self.region(index).bytes[:nbytes] = old._buffer.regions[index].bytes[:nbytes]
+                self.message_buffer(index).bytes[:nbytes] = old._buffer.message_buffers[
+                    index
+                ].bytes[:nbytes]
                 self.commit(index, nbytes)
 
     def forget_failed(self) -> None:
         """An epoch's end makes its messages pointless."""
-        self._failed = [False] * NUM_REGIONS
+        self._failed = [False] * NUM_MESSAGE_BUFFERS
 
     def release(self) -> bool:
         """Gives the memory back if no write can read it any more; else call again later."""
@@ -132,7 +143,7 @@ class Outbox:
         self.broken = self.broken or why
 
 
-def opening_write(engine: TransferEngine, buffer: Area, link: Link) -> int:
+def submit_connect_write(engine: TransferEngine, buffer: Region, link: Link) -> int:
     """Submits the small write that makes Mooncake connect; returns its batch, or 0."""
     return engine.transfer_submit_write(
         link.transfer_name, buffer.address, link.address, SCRATCH_BYTES

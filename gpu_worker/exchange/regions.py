@@ -1,4 +1,4 @@
-"""The memory that a rank gives to its peers: one area per life of a source and generation of its
+"""The memory that a rank gives to its peers: one region per life of a source and generation of its
 link, registered with Mooncake, never given twice, released only when no late write can come."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu_worker.exchange.message import Layout, regions_of
+from gpu_worker.exchange.message import MessageLayout, message_buffers_of
 from shared.types import Member
 
 QUARANTINE_S = 180.0
@@ -24,17 +24,17 @@ class Registry(Protocol):
     def unregister_memory(self, buffer_addr: int, /) -> int: ...
 
 
-class Area:
-    """Registered anonymous memory in an area's layout; a receive area or a send buffer."""
+class Region:
+    """Registered anonymous memory in a region's layout; a receive region or a send buffer."""
 
-    def __init__(self, registry: Registry, layout: Layout, generation: int) -> None:
+    def __init__(self, registry: Registry, layout: MessageLayout, generation: int) -> None:
         self.generation = generation
-        self.nbytes = layout.area_bytes
+        self.nbytes = layout.region_bytes
         # Populated: no step shall wait for the first touch of a page.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         self._memory = np.frombuffer(mmap.mmap(-1, self.nbytes, flags=flags), dtype=np.uint8)
         self.address = int(self._memory.ctypes.data)
-        self.regions = regions_of(self._memory, layout)
+        self.message_buffers = message_buffers_of(self._memory, layout)
         self._registry = registry
         if registry.register_memory(self.address, self.nbytes) != 0:
             raise MemoryError(f"Mooncake cannot register {self.nbytes} bytes")
@@ -44,42 +44,44 @@ class Area:
         self._registry.unregister_memory(self.address)
 
 
-class Areas:
-    """All receive areas of a rank. Safe to use from several threads."""
+class Regions:
+    """All receive regions of a rank. Safe to use from several threads."""
 
-    def __init__(self, registry: Registry, layout: Layout) -> None:
+    def __init__(self, registry: Registry, layout: MessageLayout) -> None:
         self._registry = registry
         self._layout = layout
         self._lock = threading.Lock()
-        self._given: dict[Member, tuple[Area, ...]] = {}
-        self._retired: list[tuple[float, Area]] = []
+        self._given: dict[Member, tuple[Region, ...]] = {}
+        self._retired: list[tuple[float, Region]] = []
 
-    def give(self, source: Member, generation: int) -> Area:
-        """The area of this generation; the same one when asked again. Raises ValueError where a
+    def give(self, source: Member, generation: int) -> Region:
+        """The region of this generation; the same one when asked again. Raises ValueError where a
         later generation has been given."""
         with self._lock:
-            areas = self._given.get(source, ())
-            if areas and areas[0].generation == generation:
-                return areas[0]
-            if areas and areas[0].generation > generation:
-                raise ValueError(f"{source} asks for generation {generation} of its area again")
-            area = Area(self._registry, self._layout, generation)
-            self._given[source] = (area, *areas)
-            return area
+            regions = self._given.get(source, ())
+            if regions and regions[0].generation == generation:
+                return regions[0]
+            if regions and regions[0].generation > generation:
+                raise ValueError(f"{source} asks for generation {generation} of its region again")
+            region = Region(self._registry, self._layout, generation)
+            self._given[source] = (region, *regions)
+            return region
 
-    def of(self, source: Member) -> tuple[Area, ...]:
-        """Its areas, newest first: a message may have landed before the link was opened anew."""
+    def of(self, source: Member) -> tuple[Region, ...]:
+        """Its regions, newest first: a message may have landed before the link was opened anew."""
         return self._given.get(source, ())
 
     def retire(self, source: Member, now: float) -> None:
-        """The source's record is gone: nobody reads its areas again."""
+        """The source's record is gone: nobody reads its regions again."""
         with self._lock:
-            self._retired += [(now, area) for area in self._given.pop(source, ())]
+            self._retired += [(now, region) for region in self._given.pop(source, ())]
 
     def sweep(self, now: float) -> None:
         """Releases what has been in quarantine long enough."""
         with self._lock:
-            due = [area for at, area in self._retired if now - at >= QUARANTINE_S]
-            self._retired = [(at, area) for at, area in self._retired if now - at < QUARANTINE_S]
-        for area in due:
-            area.unregister()
+            due = [region for at, region in self._retired if now - at >= QUARANTINE_S]
+            self._retired = [
+                (at, region) for at, region in self._retired if now - at < QUARANTINE_S
+            ]
+        for region in due:
+            region.unregister()

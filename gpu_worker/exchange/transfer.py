@@ -1,8 +1,8 @@
-"""The exchange over Mooncake: one-sided writes into the peers' areas, and polling of our own.
+"""The exchange over Mooncake: one-sided writes into the peers' regions, and polling of our own.
 
 Peers are served first, then the rank's own part. A write that fails raises one suspicion; the rank
 goes on waiting, for a newer epoch or for the link to be opened anew, and then sends the message
-again into the fresh area.
+again into the fresh region.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange import packing
-from gpu_worker.exchange.backoff import Pause, sharpen_naps
+from gpu_worker.exchange.backoff import Backoff, reduce_timer_slack
 from gpu_worker.exchange.interface import Dispatched
 from gpu_worker.exchange.message import (
+    ExchangePhase,
     Header,
-    Layout,
-    Phase,
+    MessageLayout,
     combine_rows,
     make_stamp,
-    region_index,
+    message_buffer_index,
     seal,
 )
-from gpu_worker.exchange.outbox import Outbox, Write
-from gpu_worker.exchange.peer import Endpoint, Peer
+from gpu_worker.exchange.outbox import Outbox, WriteStatus
+from gpu_worker.exchange.peer import Peer, PeerLinks
 from gpu_worker.exchange.replica_policy import (
     ReplicaChoice,
     ReplicaPolicy,
     choose_replicas,
 )
-from gpu_worker.exchange.wait_policy import Vigil
+from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
@@ -39,21 +39,22 @@ from shared.types import Epoch, Member, Step, SuspicionReason
 
 
 class TransferExchange:
-    """One rank's end. See `seam.Exchange`; results are valid until the next call of their kind."""
+    """One rank's end. See `interface.Exchange`; results are valid until the next call of their
+    kind."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: PeerLinks,
         member: Member,
-        layout: Layout,
-        vigil: Vigil,
+        layout: MessageLayout,
+        wait_policy: WaitPolicy,
         clock: Clock,
         policy: ReplicaPolicy = ReplicaPolicy.GATHER,
     ) -> None:
         self._endpoint = endpoint
         self._member = member
         self._layout = layout
-        self._vigil = vigil
+        self._wait_policy = wait_policy
         self._clock = clock
         self._policy = policy
         self._peers: dict[Member, Peer] = {}
@@ -78,15 +79,15 @@ class TransferExchange:
         """Waits until nothing of an earlier epoch is under way to a peer that stays, and until
         every member's link is open. Raises StepAbandoned where a newer map arrives meanwhile."""
         assert expert_map.has(self._member), f"{self._member} is no member of the map"
-        sharpen_naps()
+        reduce_timer_slack()
         for member in [m for m in self._peers if not expert_map.has(m)]:
-            self._peers.pop(member).leave()
+            self._peers.pop(member).close()
         others = [m for m in sorted(expert_map.members) if m != self._member]
         peers = {m: self._peers.get(m) or Peer(self._endpoint, self._layout, m) for m in others}
         self._peers = peers
         self._epoch = expert_map.epoch
-        self._vigil.begin_step(expert_map.epoch, Step(0))
-        self._wait(list(peers.values()), Peer.settle)
+        self._wait_policy.begin_step(expert_map.epoch, Step(0))
+        self._wait(list(peers.values()), Peer.drain)
         self._order = [peers.get(m) for m in sorted(expert_map.members)]
         self._choice = choose_replicas(expert_map, self._member.rank, self._policy)
         self._num_slots = expert_map.slots_per_rank
@@ -101,26 +102,26 @@ class TransferExchange:
         self._step = step
         self._num_tokens = num_tokens
         self._has_work = has_work
-        self._vigil.begin_step(epoch, step)
+        self._wait_policy.begin_step(epoch, step)
 
     def dispatch(
         self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
     ) -> Dispatched:
-        self._vigil.check_epoch()
+        self._wait_policy.check_epoch()
         self._ordinal += 1
         x_TH = np.ascontiguousarray(x_TH)
         self._route(layer, np.ascontiguousarray(experts_TK))
-        stamp = make_stamp(self._epoch, self._step, layer, Phase.DISPATCH)
-        index = region_index(Phase.DISPATCH, self._ordinal)
+        stamp = make_stamp(self._epoch, self._step, layer, ExchangePhase.DISPATCH)
+        index = message_buffer_index(ExchangePhase.DISPATCH, self._ordinal)
         for peer in self._peers.values():
             self._send_dispatch(peer, index, stamp, x_TH)
         self._receive(list(self._peers.values()), lambda peer: peer.find_dispatch(index, stamp))
         return self._gather(x_TH)
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._vigil.check_epoch()
-        stamp = make_stamp(self._epoch, self._step, layer, Phase.COMBINE)
-        index = region_index(Phase.COMBINE, self._ordinal)
+        self._wait_policy.check_epoch()
+        stamp = make_stamp(self._epoch, self._step, layer, ExchangePhase.COMBINE)
+        index = message_buffer_index(ExchangePhase.COMBINE, self._ordinal)
         first, own = 0, slice(0, 0)
         for peer in self._order:
             count = self._counts[self._member.rank][1] if peer is None else peer.header.num_pairs
@@ -138,7 +139,7 @@ class TransferExchange:
         sent = self._counts
         self._receive(helpers, lambda p: p.find_combine(index, stamp, sent[p.rank][1]))
         for peer in helpers:
-            rows_NH = combine_rows(peer.region, self._layout, self._counts[peer.rank][1])
+            rows_NH = combine_rows(peer.message_buffer, self._layout, self._counts[peer.rank][1])
             packing.scatter_rows(rows_NH, self._routes.flat_RN, peer.rank, y_PH)
         return y_TKH
 
@@ -161,13 +162,13 @@ class TransferExchange:
 
     def _send_dispatch(self, peer: Peer, index: int, stamp: int, x_TH: NDArray[np.float32]) -> None:
         outbox = self._claim(peer, index)
-        region = outbox.region(index)
+        message_buffer = outbox.message_buffer(index)
         rows, pairs = self._counts[peer.rank]
         r = self._routes
         if pairs:
             packing.write_dispatch(
-                region.words,
-                region.floats,
+                message_buffer.words,
+                message_buffer.floats,
                 x_TH,
                 r.row_RN,
                 r.slot_RN,
@@ -178,55 +179,59 @@ class TransferExchange:
             )
         header = Header(self._num_tokens, rows, pairs, self._has_work)
         outbox.commit(
-            index, seal(region, self._layout, Phase.DISPATCH, stamp, self._member, header)
+            index,
+            seal(message_buffer, self._layout, ExchangePhase.DISPATCH, stamp, self._member, header),
         )
         self._check(peer)
 
     def _send_combine(self, peer: Peer, index: int, stamp: int, y_NH: NDArray[np.float32]) -> None:
         outbox = self._claim(peer, index)
-        region = outbox.region(index)
+        message_buffer = outbox.message_buffer(index)
         count = y_NH.shape[0]
-        combine_rows(region, self._layout, count)[:] = y_NH
+        combine_rows(message_buffer, self._layout, count)[:] = y_NH
         header = Header(self._num_tokens, count, count, self._has_work)
-        outbox.commit(index, seal(region, self._layout, Phase.COMBINE, stamp, self._member, header))
+        outbox.commit(
+            index,
+            seal(message_buffer, self._layout, ExchangePhase.COMBINE, stamp, self._member, header),
+        )
         self._check(peer)
 
     def _claim(self, peer: Peer, index: int) -> Outbox:
         """The outbox, with the part free to be written: it is at once, unless the peer hangs."""
         outbox = peer.outbox
-        if outbox.state(index) is Write.PENDING:
-            self._wait([peer], lambda _: outbox.state(index) is not Write.PENDING)
+        if outbox.poll_write(index) is WriteStatus.PENDING:
+            self._wait([peer], lambda _: outbox.poll_write(index) is not WriteStatus.PENDING)
         return outbox
 
     def _check(self, peer: Peer) -> None:
-        if failure := peer.failure():
-            self._vigil.suspect(peer.rank, SuspicionReason.LINK, failure)
+        if failure := peer.report_failure():
+            self._wait_policy.suspect(peer.rank, SuspicionReason.LINK, failure)
 
     def _receive(self, peers: Sequence[Peer], is_there: Callable[[Peer], bool]) -> None:
         """Waits for a message of each peer. Raises StepAbandoned."""
-        self._wait(peers, is_there, self._upkeep)
+        self._wait(peers, is_there, self._maintain)
 
     def _wait(
         self,
         peers: Sequence[Peer],
         is_done: Callable[[Peer], bool],
-        upkeep: Callable[[], None] | None = None,
+        maintain: Callable[[], None] | None = None,
     ) -> None:
         missing = [peer for peer in peers if not is_done(peer)]
         if not missing:
             return
-        self._vigil.begin_wait()
-        pause = Pause(self._clock)
+        self._wait_policy.begin_wait()
+        backoff = Backoff(self._clock)
         while missing:
-            self._vigil.watch([peer.rank for peer in missing])
-            if pause.rest() and upkeep is not None:
-                upkeep()
+            self._wait_policy.watch([peer.rank for peer in missing])
+            if backoff.wait_once() and maintain is not None:
+                maintain()
             missing = [peer for peer in missing if not is_done(peer)]
-        self._vigil.end_wait()
+        self._wait_policy.end_wait()
 
-    def _upkeep(self) -> None:
+    def _maintain(self) -> None:
         for peer in self._peers.values():
-            peer.upkeep()
+            peer.maintain()
             self._check(peer)
             if peer.has_left(self._epoch):
                 raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
@@ -283,13 +288,13 @@ class TransferExchange:
             )
 
     def _take(self, peer: Peer, row: int, pair: int) -> None:
-        region, header = peer.region, peer.header
+        message_buffer, header = peer.message_buffer, peer.header
         if not header.num_pairs:
             return
-        stamp = region.stamps[0]
+        stamp = message_buffer.stamps[0]
         intact = packing.read_dispatch(
-            region.words,
-            region.floats,
+            message_buffer.words,
+            message_buffer.floats,
             header.num_rows,
             header.num_pairs,
             self._num_slots,
@@ -299,7 +304,7 @@ class TransferExchange:
             row,
             pair,
         )
-        if not intact or region.stamps[0] != stamp:
+        if not intact or message_buffer.stamps[0] != stamp:
             detail = "its dispatch was malformed, or overwritten while it was read"
-            self._vigil.suspect(peer.rank, SuspicionReason.EXCHANGE, detail)
+            self._wait_policy.suspect(peer.rank, SuspicionReason.EXCHANGE, detail)
             raise StepAbandoned(f"rank {peer.rank}: {detail}")

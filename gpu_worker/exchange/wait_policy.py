@@ -1,4 +1,4 @@
-"""The rules of a wait for peers, for every implementation of the seam: it ends by data or by a
+"""The rules of a wait for peers, for every implementation of the interface: it ends by data or by a
 newer epoch; passing the deadline only raises a suspicion. Does not wait itself."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from shared.errors import StepAbandoned
 from shared.types import Epoch, RankId, Step, SuspicionReason
 
 
-class Vigil:
+class WaitPolicy:
     """One rank's waits within its current step."""
 
     def __init__(self, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from gpu_worker.engine.kv_replication import BlockCache, CopyChannel
-from gpu_worker.kv_replication.replica_ledger import CopyLedger
+from gpu_worker.engine.kv_replication import BlockCache, ReplicaChannel
+from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
 
 
-class CopiedChain:
+class ReplicatedChain:
     """A running session's named blocks, from its first token on. The first `num_sent` of them are
     at its target, or on their way."""
 
@@ -26,17 +26,17 @@ class CopiedChain:
         return self.num_sent == len(self.names)
 
 
-class CopyTarget:
+class BackupRank:
     """Chains are sent in order, a block of each in turn: behind a hole no block is of use."""
 
-    def __init__(self, channel: CopyChannel) -> None:
+    def __init__(self, channel: ReplicaChannel) -> None:
         self.channel = channel
-        self._ledger = CopyLedger(channel.num_slots)
-        self._chains: dict[CopiedChain, None] = {}
-        self._unsent: OrderedDict[CopiedChain, None] = OrderedDict()
+        self._ledger = ReplicaLedger(channel.num_slots)
+        self._chains: dict[ReplicatedChain, None] = {}
+        self._unsent: OrderedDict[ReplicatedChain, None] = OrderedDict()
 
     @property
-    def chains(self) -> Iterable[CopiedChain]:
+    def chains(self) -> Iterable[ReplicatedChain]:
         return self._chains
 
     @property
@@ -54,11 +54,11 @@ class CopyTarget:
         """Nothing is under way."""
         return self._ledger.is_settled
 
-    def holds(self, chain: CopiedChain) -> bool:
+    def holds(self, chain: ReplicatedChain) -> bool:
         """Whether it has at least the first block."""
         return chain.num_sent > 0 and self._ledger.is_known(chain.names[0])
 
-    def want(self, chain: CopiedChain) -> None:
+    def want(self, chain: ReplicatedChain) -> None:
         """Its blocks that are not sent are to be."""
         self._chains[chain] = None
         if self._advance(chain):
@@ -66,17 +66,17 @@ class CopyTarget:
         else:
             self._unsent[chain] = None
 
-    def leave(self, chain: CopiedChain) -> None:
+    def leave(self, chain: ReplicatedChain) -> None:
         del self._chains[chain]
         self._unsent.pop(chain, None)
         self._ledger.release(chain.names[: chain.num_sent])
-        self._ask_for_drops()
+        self._request_drops()
 
     def settle(self) -> None:
         """Hears what has become of blocks and drops."""
         self._ledger.note_known(self.channel.take_sent())
         self._ledger.note_dropped(self.channel.take_dropped())
-        self._ask_for_drops()
+        self._request_drops()
 
     def send_next(self, cache: BlockCache) -> bool:
         """One block; False: none can go out now."""
@@ -90,21 +90,21 @@ class CopyTarget:
             name = chain.names[chain.num_sent]
             if not self._ledger.may_take(name):
                 continue
-            if (room := self.channel.take_room()) is None:
+            if (staging_buffer := self.channel.take_staging_buffer()) is None:
                 self._unsent.move_to_end(chain, last=False)
                 return False
-            is_saved = cache.save(chain.blocks[chain.num_sent], room)
-            self.channel.send(room, self._ledger.take(name), name, is_saved)
+            is_saved = cache.save(chain.blocks[chain.num_sent], staging_buffer)
+            self.channel.send(staging_buffer, self._ledger.take(name), name, is_saved)
             chain.num_sent += 1
-            self._ask_for_drops()
+            self._request_drops()
             return True
         return False
 
-    def _ask_for_drops(self) -> None:
+    def _request_drops(self) -> None:
         if slots := self._ledger.pick_drops():
             self.channel.drop(slots)
 
-    def _advance(self, chain: CopiedChain) -> bool:
+    def _advance(self, chain: ReplicatedChain) -> bool:
         """Past blocks that were sent for others; whether none is left."""
         while not chain.is_sent and self._ledger.has(chain.names[chain.num_sent]):
             self._ledger.use(chain.names[chain.num_sent])

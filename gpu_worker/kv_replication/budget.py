@@ -8,13 +8,13 @@ from shared.records import InstanceSpec
 DEFAULT_BYTES_MAX = 4_000_000_000
 
 
-def keeps_copies(config: RankConfig, spec: InstanceSpec) -> bool:
+def uses_kv_replication(config: RankConfig, spec: InstanceSpec) -> bool:
     """Copies are found by the prefix cache's names; a static instance is the one without all that
     deaths need."""
     return config.kv_copies and config.prefix_cache and not config.static and spec.num_ranks > 1
 
 
-def bytes_for_copies(config: RankConfig, block_bytes: int) -> int:
+def kv_replica_bytes(config: RankConfig, block_bytes: int) -> int:
     """Of the host's memory, for the blocks of all peers; taken as they come."""
     if config.kv_copies_gb >= 0:
         return int(config.kv_copies_gb * 1e9)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.kv_replication.staging_buffer import Rooms
+from gpu_worker.kv_replication.staging_buffer import StagingBuffers
 from shared.types import Member
 
 T = TypeVar("T")
 
-CHANNEL_ROOMS_MAX = 8
+CHANNEL_STAGING_BUFFERS_MAX = 8
 """Of all rooms: a target that hangs must not have the others starve."""
 
 
@@ -25,7 +25,7 @@ class RemoteSlots:
     """What the target has given: slot i begins at `address + i * block_bytes`."""
 
     target: Member
-    is_elsewhere: bool
+    is_on_other_node: bool
     generation: int
     transfer_name: str
     address: int
@@ -34,32 +34,32 @@ class RemoteSlots:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Doorbells:
+class WakeCallbacks:
     """Rung from any thread: something was put where the sender, or the link, takes it."""
 
     sender: Callable[[Channel], None]
     link: Callable[[], None]
 
 
-class Send(NamedTuple):
-    room: Bytes
+class SendRequest(NamedTuple):
+    staging_buffer: Bytes
     slot: int
     name: bytes
     is_saved: Callable[[], bool]
 
 
 class Channel:
-    """Implements `ports.CopyChannel`."""
+    """Implements `ports.ReplicaChannel`."""
 
-    def __init__(self, remote: RemoteSlots, rooms: Rooms, bells: Doorbells) -> None:
+    def __init__(self, remote: RemoteSlots, rooms: StagingBuffers, wake: WakeCallbacks) -> None:
         self.remote = remote
-        self.sends: deque[Send] = deque()
+        self.sends: deque[SendRequest] = deque()
         """In order; the sender's to take."""
         self.failure = ""
-        self._rooms = rooms
-        self._bells = bells
+        self._staging_buffers = rooms
+        self._wake = wake
         self._lock = threading.Lock()
-        self._num_rooms = 0
+        self._num_staging_buffers = 0
         self._written: deque[tuple[int, bytes]] = deque()
         self._to_drop: deque[int] = deque()
         self._sent: deque[bytes] = deque()
@@ -72,8 +72,8 @@ class Channel:
         return self.remote.target
 
     @property
-    def is_elsewhere(self) -> bool:
-        return self.remote.is_elsewhere
+    def is_on_other_node(self) -> bool:
+        return self.remote.is_on_other_node
 
     @property
     def num_slots(self) -> int:
@@ -83,21 +83,23 @@ class Channel:
     def is_open(self) -> bool:
         return not self.failure
 
-    def take_room(self) -> Bytes | None:
+    def take_staging_buffer(self) -> Bytes | None:
         with self._lock:
-            if self.failure or self._num_rooms == CHANNEL_ROOMS_MAX:
+            if self.failure or self._num_staging_buffers == CHANNEL_STAGING_BUFFERS_MAX:
                 return None
-            room = self._rooms.take()
-            self._num_rooms += room is not None
-            return room
+            staging_buffer = self._staging_buffers.take()
+            self._num_staging_buffers += staging_buffer is not None
+            return staging_buffer
 
-    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
+    def send(
+        self, staging_buffer: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]
+    ) -> None:
         assert 0 <= slot < self.remote.num_slots, "no such slot"
-        self.sends.append(Send(room, slot, name, is_saved))
-        self._bells.sender(self)
+        self.sends.append(SendRequest(staging_buffer, slot, name, is_saved))
+        self._wake.sender(self)
 
     @property
-    def has_answers(self) -> bool:
+    def has_confirmations(self) -> bool:
         return bool(self._sent or self._dropped)
 
     def take_sent(self) -> Sequence[bytes]:
@@ -105,33 +107,33 @@ class Channel:
 
     def drop(self, slots: Sequence[int]) -> None:
         self._to_drop.extend(slots)
-        self._bells.link()
+        self._wake.link()
 
     def take_dropped(self) -> Sequence[int]:
         return _take_all(self._dropped)
 
     # The sender's side.
 
-    def give_back(self, room: Bytes) -> None:
+    def give_back(self, staging_buffer: Bytes) -> None:
         """No write reads it any more."""
         with self._lock:
-            self._num_rooms -= 1
-        self._rooms.give_back(room)
+            self._num_staging_buffers -= 1
+        self._staging_buffers.give_back(staging_buffer)
 
-    def lose_room(self) -> None:
+    def lose_staging_buffer(self) -> None:
         """A write that has timed out may still read it; the channel is of no use any more."""
-        self._rooms.lose()
+        self._staging_buffers.lose()
         self.fail("a write timed out")
 
-    def wrote(self, sends: Sequence[Send]) -> None:
+    def wrote(self, sends: Sequence[SendRequest]) -> None:
         """They stand in their slots."""
         self._written.extend((send.slot, send.name) for send in sends)
-        self._bells.link()
+        self._wake.link()
 
     # The link's side.
 
     @property
-    def num_news(self) -> int:
+    def num_pending_notifications(self) -> int:
         """Of slots that the target is to be told of."""
         return len(self._written) + len(self._to_drop)
 
@@ -153,7 +155,7 @@ class Channel:
         """For good; the first reason counts."""
         with self._lock:
             self.failure = self.failure or why
-        self._bells.link()
+        self._wake.link()
 
 
 def _take_all(queue: deque[T]) -> list[T]:

@@ -19,9 +19,9 @@ from gpu_worker.kv_replication.channel import Channel
 from shared.errors import WireError
 from shared.types import Member
 from shared.wire import (
-    CopiesDropped,
-    CopiesKept,
-    DropCopies,
+    DropKvReplicas,
+    KvReplicasDropped,
+    KvReplicasStored,
     Message,
     Ping,
     Pong,
@@ -30,11 +30,11 @@ from shared.wire import (
 )
 
 PONG_TIMEOUT_S = 5.0
-TOLD_AT_ONCE = 32
+NOTIFY_AT_ONCE_MIN = 32
 """So many news wait for nothing."""
 
 
-class CopyLink:
+class ReplicaLink:
     """`hold` runs it; `ring` may be called before."""
 
     def __init__(
@@ -51,42 +51,42 @@ class CopyLink:
         self._writer = writer
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
-        self._rung = False
-        self._told_at = -math.inf
-        self._telling: asyncio.TimerHandle | None = None
+        self._is_notified = False
+        self._notified_at = -math.inf
+        self._notify_timer: asyncio.TimerHandle | None = None
         self._nonce = 0
         self._overdue: asyncio.TimerHandle | None = None
         self._asked: list[bytes] = []  # known once the Pong is here
-        self._untold: list[bytes] = []  # … once the next one is
+        self._unconfirmed: list[bytes] = []  # … once the next one is
         self._wants_pong = False
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """The channel has news. Any thread."""
-        if not self._rung:
-            self._rung = True
+        if not self._is_notified:
+            self._is_notified = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-                self._loop.call_soon_threadsafe(self._plan_telling)
+                self._loop.call_soon_threadsafe(self._schedule_notify)
 
     async def hold(self, channel: Channel, reader: asyncio.StreamReader) -> str:
         """Until the connection ends or the channel has failed; says which. The channel is closed
         then."""
         self._channel = channel
         try:
-            self._on_news()
+            self._send_pending()
             while (message := await read_message(reader)) is not None:
-                self._hear(channel, message)
+                self._on_message(channel, message)
             channel.fail("the control connection ended")
         except (OSError, WireError) as error:
             channel.fail(str(error) or type(error).__name__)
         finally:
             self._channel = None
             channel.fail("given up")
-            for timer in (self._overdue, self._telling):
+            for timer in (self._overdue, self._notify_timer):
                 if timer is not None:
                     timer.cancel()
         return channel.failure
 
-    def _hear(self, channel: Channel, message: Message) -> None:
+    def _on_message(self, channel: Channel, message: Message) -> None:
         match message:
             case Pong(nonce=nonce) if nonce == self._nonce and self._overdue is not None:
                 self._overdue.cancel()
@@ -94,31 +94,33 @@ class CopyLink:
                 channel.confirm_sent(self._asked)
                 self._asked = []
                 self._ask()
-            case CopiesDropped(generation=generation, slots=slots) if (
+            case KvReplicasDropped(generation=generation, slots=slots) if (
                 generation == channel.remote.generation
             ):
                 channel.confirm_dropped(slots)
             case _:
                 raise WireError(f"{type(message).__name__} was not asked for")
 
-    def _plan_telling(self) -> None:
-        self._rung = False  # first: what is put there from now on rings again
+    def _schedule_notify(self) -> None:
+        self._is_notified = False  # first: what is put there from now on rings again
         channel = self._channel
         if channel is None:
             return
-        pace_s = self._pace_s() * max(0.0, 1.0 - channel.num_news / TOLD_AT_ONCE)
-        due = self._told_at + pace_s
-        if self._telling is not None:
-            due = min(due, self._telling.when())
-            self._telling.cancel()
-            self._telling = None
+        pace_s = self._pace_s() * max(
+            0.0, 1.0 - channel.num_pending_notifications / NOTIFY_AT_ONCE_MIN
+        )
+        due = self._notified_at + pace_s
+        if self._notify_timer is not None:
+            due = min(due, self._notify_timer.when())
+            self._notify_timer.cancel()
+            self._notify_timer = None
         if due <= self._loop.time() or not channel.is_open:
-            self._on_news()
+            self._send_pending()
         else:
-            self._telling = self._loop.call_at(due, self._on_news)
+            self._notify_timer = self._loop.call_at(due, self._send_pending)
 
-    def _on_news(self) -> None:
-        self._told_at, self._telling = self._loop.time(), None
+    def _send_pending(self) -> None:
+        self._notified_at, self._notify_timer = self._loop.time(), None
         channel = self._channel
         if channel is None:
             return
@@ -128,14 +130,14 @@ class CopyLink:
         source, generation = self._source, channel.remote.generation
         if written := channel.take_written():
             slots, names = zip(*written, strict=True)
-            kept = CopiesKept(source=source, generation=generation, slots=slots, names=names)
-            self._tell(kept)
-            self._untold += names
+            kept = KvReplicasStored(source=source, generation=generation, slots=slots, names=names)
+            self._send(kept)
+            self._unconfirmed += names
         if drops := channel.take_drops():
-            self._tell(DropCopies(source=source, generation=generation, slots=tuple(drops)))
+            self._send(DropKvReplicas(source=source, generation=generation, slots=tuple(drops)))
         self._ask()
 
-    def _tell(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         self._write(message)
         self._wants_pong = True
 
@@ -150,7 +152,7 @@ class CopyLink:
         self._nonce += 1
         self._write(Ping(nonce=self._nonce))
         self._wants_pong = False
-        self._asked, self._untold = self._untold, []
+        self._asked, self._unconfirmed = self._unconfirmed, []
         self._overdue = self._loop.call_later(self._pong_timeout_s, self._on_overdue)
 
     def _on_overdue(self) -> None:

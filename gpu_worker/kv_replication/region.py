@@ -15,7 +15,7 @@ SCRATCH_BYTES = 4096
 """Behind the last slot: takes the write that opens the way, which may land at any later time."""
 
 
-class CopyArea:
+class ReplicaRegion:
     """Registered anonymous memory. Its pages are not touched before something is written to them
     (over RDMA registration does it). Whoever calls takes care that no two threads do at once."""
 

@@ -1,4 +1,4 @@
-"""What one backup rank's area holds for this rank, slot by slot, as this rank sees it. Pure: who
+"""What one backup rank's region holds for this rank, slot by slot, as this rank sees it. Pure: who
 writes and drops asks it first, and tells it what has come of it.
 
 Theory of operation. A slot is written only while the target knows it by no name, and a name stands
@@ -23,10 +23,10 @@ from gpu_worker.engine.prefix_index import PrefixIndex
 
 _SPARE_MAX = 128
 """Slots that are free, or about to be, after a drop: one takes a round trip, which is begun some
-tenths of a second later (`copy_links.TELLING_S`), while blocks are sent on."""
+tenths of a second later (`replica_links.NOTIFY_INTERVAL_S`), while blocks are sent on."""
 
 
-class CopyLedger:
+class ReplicaLedger:
     """Starts with all slots free."""
 
     def __init__(self, num_slots: int) -> None:
@@ -75,7 +75,7 @@ class CopyLedger:
     def use(self, name: bytes) -> None:
         slot = self._slot_of(name)
         if not self._num_users[slot]:
-            self._index.use(slot)
+            self._index.mark_used(slot)
         self._num_users[slot] += 1
 
     def release(self, chain: Sequence[bytes]) -> None:
@@ -85,7 +85,7 @@ class CopyLedger:
             self._num_users[slot] -= 1
             assert self._num_users[slot] >= 0, "a copy let go by nobody"
             if not self._num_users[slot]:
-                self._index.rest(slot)
+                self._index.mark_idle(slot)
 
     def note_known(self, names: Iterable[bytes]) -> None:
         """The target has these now."""
@@ -100,7 +100,7 @@ class CopyLedger:
         if len(self._free) + len(self._leaving) > self._num_spare // 2:
             return picked
         while len(self._free) + len(self._leaving) < self._num_spare:
-            slot = self._index.next_out()
+            slot = self._index.next_to_evict()
             if slot is None or slot in self._writing:
                 break
             name = self._index.name_of(slot)

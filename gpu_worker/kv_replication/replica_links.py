@@ -14,36 +14,38 @@ import structlog
 
 from gpu_worker.kv_replication.block_form import BlockForm
 from gpu_worker.kv_replication.channel import Channel
-from gpu_worker.kv_replication.link import CopyLink
+from gpu_worker.kv_replication.link import ReplicaLink
 from shared.errors import WireError
-from shared.handshake import ANSWER_TIMEOUT_S, expect, greet
+from shared.handshake import ANSWER_TIMEOUT_S, expect, handshake
 from shared.records import RankRecord
 from shared.types import Member, RankId
-from shared.wire import CopiesOpened, OpenCopies, encode
+from shared.wire import KvReplicaRegionOpened, OpenKvReplicaRegion, encode
 
 log = structlog.get_logger()
 
 REGISTRATION_TIMEOUT_S = 10.0
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 10.0
-"""Each attempt takes an area of the peer that stays in quarantine for minutes."""
-STANDING_S = 10.0
+"""Each attempt takes a region of the peer that stays in quarantine for minutes."""
+STABLE_AFTER_S = 10.0
 """A link that stood for so long is opened anew without hesitation."""
 REFUSED_RETRY_S = 60.0
-TELLING_S = 0.15
+NOTIFY_INTERVAL_S = 0.15
 """All links together tell no more often than that, but where many news wait. So what a rank spends
 on it does not grow with the number of ranks, and what each survivor has to compute again after a
 death does not either."""
 
 
-class DataSide(Protocol):
-    """What moves the bytes. See `mooncake_copies.MooncakeCopies`."""
+class DataTransport(Protocol):
+    """What moves the bytes. See `mooncake_replicator.MooncakeReplicator`."""
 
-    async def contact(self, opened: CopiesOpened) -> None:
+    async def contact(self, opened: KvReplicaRegionOpened) -> None:
         """First contact. Raises ConnectionError, TimeoutError."""
         ...
 
-    def channel(self, peer: RankRecord, opened: CopiesOpened, ring: Callable[[], None]) -> Channel:
+    def channel(
+        self, peer: RankRecord, opened: KvReplicaRegionOpened, ring: Callable[[], None]
+    ) -> Channel:
         """`ring`, from any thread, when it has news for its link."""
         ...
 
@@ -52,11 +54,11 @@ class Refused(Exception):
     """The peer keeps no copies for this rank."""
 
 
-class CopyLinks:
+class ReplicaLinks:
     """One task per peer, from its record's appearance until `close`."""
 
     def __init__(
-        self, *, member: Member, form: BlockForm, data: DataSide, tasks: asyncio.TaskGroup
+        self, *, member: Member, form: BlockForm, data: DataTransport, tasks: asyncio.TaskGroup
     ) -> None:
         self._member = member
         self._form = form
@@ -88,8 +90,8 @@ class CopyLinks:
             began = loop.time()
             pause_s = backoff_s
             try:
-                detail = await self._live(peer)
-                if loop.time() - began >= STANDING_S:
+                detail = await self._run_link(peer)
+                if loop.time() - began >= STABLE_AFTER_S:
                     pause_s = backoff_s = BACKOFF_MIN_S
                     is_first = True
             except Refused as refusal:
@@ -97,21 +99,23 @@ class CopyLinks:
             except (OSError, WireError) as error:
                 detail = str(error) or type(error).__name__
             say = log.info if is_first else log.debug
-            say("copies_link_broken", peer=str(peer.member), detail=detail)
+            say("kv_replica_link_broken", peer=str(peer.member), detail=detail)
             is_first = False
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
-    async def _live(self, peer: RankRecord) -> str:
+    async def _run_link(self, peer: RankRecord) -> str:
         """One connection, from its beginning to its end; says why it ended."""
         async with self._connect(peer) as (reader, writer):
-            await greet(peer, self._member, reader, writer)
-            opened = await self._ask_for_room(peer, reader, writer)
+            await handshake(peer, self._member, reader, writer)
+            opened = await self._request_region(peer, reader, writer)
             await self._data.contact(opened)
-            link = CopyLink(self._member, writer, pace_s=lambda: TELLING_S * len(self._open))
-            channel = self._data.channel(peer, opened, link.ring)
+            link = ReplicaLink(
+                self._member, writer, pace_s=lambda: NOTIFY_INTERVAL_S * len(self._open)
+            )
+            channel = self._data.channel(peer, opened, link.notify)
             self._open = {**self._open, peer.rank: channel}
-            log.info("copies_link_open", peer=str(peer.member), slots=opened.num_slots)
+            log.info("kv_replica_link_open", peer=str(peer.member), slots=opened.num_slots)
             try:
                 return await link.hold(channel, reader)
             finally:
@@ -128,18 +132,18 @@ class CopyLinks:
         finally:
             writer.close()
 
-    async def _ask_for_room(
+    async def _request_region(
         self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> CopiesOpened:
+    ) -> KvReplicaRegionOpened:
         """Raises Refused."""
-        request = OpenCopies(
+        request = OpenKvReplicaRegion(
             source=self._member,
             generation=next(self._generations),
             layout=self._form.layout,
             block_bytes=self._form.block_bytes,
         )
         writer.write(encode(request))
-        opened = await expect(reader, CopiesOpened, REGISTRATION_TIMEOUT_S)
+        opened = await expect(reader, KvReplicaRegionOpened, REGISTRATION_TIMEOUT_S)
         asked = (peer.member, self._member, request.generation)
         if (opened.target, opened.source, opened.generation) != asked:
             raise WireError(f"rank {opened.target} has opened what was not asked for")

@@ -1,9 +1,9 @@
 """Writes blocks to backup ranks: one thread for all channels, because none of this may cost the
 engine's thread more than a call. Which block goes where was decided by those who queued it.
 
-A room may be read by its write until the write has ended, and for ever where that ended by a
-timeout: then it is lost. After the first write of a channel that does not succeed nothing more is
-written over it, but what is under way is waited for, to get its rooms back.
+A staging_buffer may be read by its write until the write has ended, and for ever where that ended
+by a timeout: then it is lost. After the first write of a channel that does not succeed nothing
+more is written over it, but what is under way is waited for, to get its rooms back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import structlog
 
 from gpu_worker.exchange.mooncake_engine import TransferEngine
-from gpu_worker.kv_replication.channel import Channel, Send
+from gpu_worker.kv_replication.channel import Channel, SendRequest
 from shared.clock import Clock
 
 log = structlog.get_logger()
@@ -27,16 +27,16 @@ WRITES_MAX = 4
 no more rooms to lose."""
 WRITE_TIMEOUT_S = 3.0
 """A backstop: Mooncake itself ends a write that makes no progress after a second."""
-_GATHER_S = 0.05
+_BATCH_WAIT_S = 0.05
 """From the first block on: a look costs the engine's thread the same for one block as for many …"""
-_MANY = 4
+_BATCH_BLOCKS = 4
 """… but the engine waits for rooms where so many blocks of a channel are not on their way."""
 _POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Write:
-    send: Send
+    send: SendRequest
     batch: int
     until: float
 
@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, engine: TransferEngine, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
-        self._bell = threading.Condition()
+        self._wake_condition = threading.Condition()
         self._busy: dict[Channel, None] = {}  # ordered: a set that is fair
         self._writes: defaultdict[Channel, list[_Write]] = defaultdict(list)
         self._failure = ""
@@ -54,23 +54,23 @@ class Sender:
         """A daemon thread: nobody waits for writes when the process ends."""
         threading.Thread(target=self._run, name="copies", daemon=True).start()
 
-    def ring(self, channel: Channel) -> None:
+    def notify(self, channel: Channel) -> None:
         """It has something to send. Any thread."""
-        with self._bell:
-            is_news = channel not in self._busy
+        with self._wake_condition:
+            is_new = channel not in self._busy
             self._busy[channel] = None
-            if is_news or len(channel.sends) == _MANY:
-                self._bell.notify()
+            if is_new or len(channel.sends) == _BATCH_BLOCKS:
+                self._wake_condition.notify()
         if self._failure:
             channel.fail(self._failure)
 
     def poll(self) -> bool:
         """Moves everything on. Whether something is left to do. The sender's thread."""
-        with self._bell:
+        with self._wake_condition:
             busy = list(self._busy)
         for channel in busy:
             self._advance(channel)
-        with self._bell:
+        with self._wake_condition:
             for channel in busy:
                 if not channel.sends and not self._writes[channel]:
                     del self._busy[channel], self._writes[channel]
@@ -79,21 +79,21 @@ class Sender:
     def _run(self) -> None:
         try:
             while True:
-                with self._bell:
-                    self._bell.wait_for(lambda: self._busy)
-                    self._bell.wait_for(self._has_many, _GATHER_S)
+                with self._wake_condition:
+                    self._wake_condition.wait_for(lambda: self._busy)
+                    self._wake_condition.wait_for(self._has_full_batch, _BATCH_WAIT_S)
                 while self.poll():
                     time.sleep(_POLL_S)
         except Exception as error:  # copies are an offer: the rank serves on without
-            log.exception("copies_given_up")
+            log.exception("kv_replication_disabled")
             self._failure = f"the sender has ended: {error}"
-            with self._bell:
+            with self._wake_condition:
                 busy = list(self._busy)
             for channel in busy:
                 channel.fail(self._failure)
 
-    def _has_many(self) -> bool:
-        return any(len(channel.sends) >= _MANY for channel in self._busy)
+    def _has_full_batch(self) -> bool:
+        return any(len(channel.sends) >= _BATCH_BLOCKS for channel in self._busy)
 
     def _advance(self, channel: Channel) -> None:
         done, left = [], []
@@ -102,9 +102,9 @@ class Sender:
             if status == 0:
                 left.append(write)
             elif status == -2:
-                channel.lose_room()
+                channel.lose_staging_buffer()
             else:
-                channel.give_back(write.send.room)
+                channel.give_back(write.send.staging_buffer)
                 if status == 1:
                     done.append(write.send)
                 else:
@@ -127,15 +127,15 @@ class Sender:
                 until = self._clock.now() + WRITE_TIMEOUT_S
                 begun.append(_Write(send=send, batch=batch, until=until))
             else:
-                channel.give_back(send.room)
+                channel.give_back(send.staging_buffer)
         return begun
 
-    def _submit(self, channel: Channel, send: Send) -> int:
+    def _submit(self, channel: Channel, send: SendRequest) -> int:
         """The batch, or 0 where the write could not start."""
         remote = channel.remote
         batch = self._engine.transfer_submit_write(
             remote.transfer_name,
-            int(send.room.ctypes.data),
+            int(send.staging_buffer.ctypes.data),
             remote.address + send.slot * remote.block_bytes,
             remote.block_bytes,
         )

@@ -13,14 +13,14 @@ from gpu_worker.exchange.regions import Registry
 
 log = structlog.get_logger()
 
-NUM_ROOMS = 32
-LOST_ROOMS_MAX = 64
-"""A room of a write that timed out may be read at any later time and is never used again. Each peer
-that hangs takes a few with it (`sender.WRITES_MAX`); more than so many lost rooms point to
-something that does not heal, and memory is not given away without end."""
+NUM_STAGING_BUFFERS = 32
+LOST_STAGING_BUFFERS_MAX = 64
+"""A staging_buffer of a write that timed out may be read at any later time and is never used
+again. Each peer that hangs takes a few with it (`sender.WRITES_MAX`); more than so many lost rooms
+point to something that does not heal, and memory is not given away without end."""
 
 
-class Rooms:
+class StagingBuffers:
     """Taken by the engine thread, given back by the sender's."""
 
     def __init__(self, make: Callable[[], Bytes], registry: Registry) -> None:
@@ -30,13 +30,13 @@ class Rooms:
         self._lock = threading.Lock()
         self._num_missing = 0
         self._num_lost = 0
-        self._free = [self._new() for _ in range(NUM_ROOMS)]
+        self._free = [self._new() for _ in range(NUM_STAGING_BUFFERS)]
 
     def take(self) -> Bytes | None:
         """None where all are in use, or too many were lost. Engine thread: `ports.BlockCache` makes
         rooms there alone."""
         with self._lock:
-            if self._num_lost > LOST_ROOMS_MAX:
+            if self._num_lost > LOST_STAGING_BUFFERS_MAX:
                 return None
             if self._free:
                 return self._free.pop()
@@ -49,26 +49,29 @@ class Rooms:
             self._give_up(str(error))
             return None
 
-    def give_back(self, room: Bytes) -> None:
+    def give_back(self, staging_buffer: Bytes) -> None:
         """No write reads it any more."""
         with self._lock:
-            self._free.append(room)
+            self._free.append(staging_buffer)
 
     def lose(self) -> None:
         """One that was taken may still be read, by a write that has timed out."""
         with self._lock:
             self._num_missing += 1
             self._num_lost += 1
-            is_last_straw = self._num_lost == LOST_ROOMS_MAX + 1
-        if is_last_straw:
+            limit_reached = self._num_lost == LOST_STAGING_BUFFERS_MAX + 1
+        if limit_reached:
             self._give_up(f"{self._num_lost} writes have timed out")
 
     def _give_up(self, detail: str) -> None:
-        self._num_lost = LOST_ROOMS_MAX + 1
-        log.error("copies_given_up", detail=detail)
+        self._num_lost = LOST_STAGING_BUFFERS_MAX + 1
+        log.error("kv_replication_disabled", detail=detail)
 
     def _new(self) -> Bytes:
-        room = self._make()
-        if self._registry.register_memory(int(room.ctypes.data), room.nbytes) != 0:
-            raise OSError(f"Mooncake cannot register {room.nbytes} bytes")
-        return room
+        staging_buffer = self._make()
+        if (
+            self._registry.register_memory(int(staging_buffer.ctypes.data), staging_buffer.nbytes)
+            != 0
+        ):
+            raise OSError(f"Mooncake cannot register {staging_buffer.nbytes} bytes")
+        return staging_buffer

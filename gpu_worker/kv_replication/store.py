@@ -1,11 +1,12 @@
-"""All that peers have left on this rank: the areas that they write into, and which blocks are known
-to stand there. Implements `ports.CopyStore`. Who is asked, and by which way, is not its matter.
+"""All that peers have left on this rank: the regions that they write into, and which blocks are
+known to stand there. Implements `ports.ReplicaStore`. Who is asked, and by which way, is not its
+matter.
 
     given ──newer generation, or 60 s without a record──▶ quarantine ──180 s──▶ released
-      ▲ a slot is known from CopiesKept to DropCopies
+      ▲ a slot is known from KvReplicasStored to DropKvReplicas
 
-An area in quarantine is known no more, but late writes may still land in it, as
-`exchange/areas.py` explains: they harm nothing as long as the memory is there.
+An region in quarantine is known no more, but late writes may still land in it, as
+`exchange/regions.py` explains: they harm nothing as long as the memory is there.
 """
 
 from __future__ import annotations
@@ -17,133 +18,133 @@ from typing import NamedTuple
 from gpu_worker.engine.kv_replication import Bytes
 from gpu_worker.exchange.regions import QUARANTINE_S, Registry
 from gpu_worker.kv_replication.block_form import BlockForm
-from gpu_worker.kv_replication.region import CopyArea
+from gpu_worker.kv_replication.region import ReplicaRegion
 from shared.types import Member
-from shared.wire import CopiesKept, DropCopies, OpenCopies
+from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
 
-KEPT_S = 60.0
+RETENTION_S = 60.0
 """How long the blocks of a source are kept after its record has gone: its sessions are moved within
 seconds, but may wait for their turn here behind long prompts."""
 
 
 class _Place(NamedTuple):
-    area: CopyArea
+    region: ReplicaRegion
     slot: int
 
 
 class Dropping(NamedTuple):
     """Slots that are known no more, and yet may be read by those who had found them before."""
 
-    area: CopyArea | None
+    region: ReplicaRegion | None
     slots: Sequence[int]
 
     def is_done(self) -> bool:
-        return self.area is None or not any(self.area.is_read(slot) for slot in self.slots)
+        return self.region is None or not any(self.region.is_read(slot) for slot in self.slots)
 
 
-class KeptCopies:
-    """Any thread. `area_bytes` is what each source gets; that of a dead life that is still kept is
-    not counted when its rank's next life asks: over TCP memory is used by what is written, no
+class StoredReplicas:
+    """Any thread. `region_bytes` is what each source gets; that of a dead life that is still kept
+    is not counted when its rank's next life asks: over TCP memory is used by what is written, no
     sooner, and what is counted twice is rarely full twice."""
 
-    def __init__(self, registry: Registry, form: BlockForm, area_bytes: int) -> None:
+    def __init__(self, registry: Registry, form: BlockForm, region_bytes: int) -> None:
         self._registry = registry
         self._form = form
-        self._num_slots = area_bytes // form.block_bytes
+        self._num_slots = region_bytes // form.block_bytes
         self._lock = threading.Lock()
-        self._areas: dict[Member, CopyArea] = {}
-        self._names: dict[CopyArea, dict[int, bytes]] = {}  # by slot, of those that are given
+        self._regions: dict[Member, ReplicaRegion] = {}
+        self._names: dict[ReplicaRegion, dict[int, bytes]] = {}  # by slot, of those that are given
         self._places: dict[bytes, tuple[_Place, ...]] = {}
         self._present: set[Member] = set()
         self._gone: dict[Member, float] = {}
-        self._quarantine: list[tuple[float, CopyArea]] = []
+        self._quarantine: list[tuple[float, ReplicaRegion]] = []
 
-    def give(self, request: OpenCopies, now: float) -> CopyArea:
-        """A fresh area; those of older generations are retired. May block. Raises ValueError where
-        the source's blocks are of no use here or the request is late, MemoryError."""
+    def give(self, request: OpenKvReplicaRegion, now: float) -> ReplicaRegion:
+        """A fresh region; those of older generations are retired. May block. Raises ValueError
+        where the source's blocks are of no use here or the request is late, MemoryError."""
         self._check(request)
         # Outside the lock: the engine thread must not wait for a registration.
-        area = CopyArea(
+        region = ReplicaRegion(
             self._registry,
             generation=request.generation,
             num_slots=self._num_slots,
             block_bytes=self._form.block_bytes,
         )
         with self._lock:
-            older = self._areas.get(request.source)
+            older = self._regions.get(request.source)
             is_late = older is not None and older.generation >= request.generation
             if not is_late:
                 self._retire(request.source, now)
-                self._areas[request.source] = area
-                self._names[area] = {}
+                self._regions[request.source] = region
+                self._names[region] = {}
                 if request.source not in self._present:
                     self._gone.setdefault(request.source, now)
         if is_late:
-            area.unregister()
+            region.unregister()
             raise ValueError(f"{request.source} has asked for a later generation already")
-        return area
+        return region
 
-    def keep(self, kept: CopiesKept) -> None:
+    def keep(self, kept: KvReplicasStored) -> None:
         """Makes slots known, unless they are of an older generation. Raises ValueError where this
         rank has nothing of the source, or the source says what cannot be."""
         with self._lock:
-            area = self._area_of(kept.source, kept.generation)
-            if area is None:
+            region = self._area_of(kept.source, kept.generation)
+            if region is None:
                 return
-            names = self._names[area]
+            names = self._names[region]
             if len(kept.slots) != len(kept.names) or len(set(kept.slots)) != len(kept.slots):
                 raise ValueError(f"{kept.source} does not name each slot once")
-            if any(not 0 <= slot < area.num_slots or slot in names for slot in kept.slots):
+            if any(not 0 <= slot < region.num_slots or slot in names for slot in kept.slots):
                 raise ValueError(f"{kept.source} has written where it must not")
             for slot, name in zip(kept.slots, kept.names, strict=True):
                 names[slot] = name
-                self._places[name] = (*self._places.get(name, ()), _Place(area, slot))
+                self._places[name] = (*self._places.get(name, ()), _Place(region, slot))
 
-    def drop(self, request: DropCopies) -> Dropping:
+    def drop(self, request: DropKvReplicas) -> Dropping:
         """Nobody finds these slots any more. Raises ValueError as `keep` does."""
         with self._lock:
-            area = self._area_of(request.source, request.generation)
-            if area is None:
+            region = self._area_of(request.source, request.generation)
+            if region is None:
                 return Dropping(None, ())
-            if any(not 0 <= slot < area.num_slots for slot in request.slots):
+            if any(not 0 <= slot < region.num_slots for slot in request.slots):
                 raise ValueError(f"{request.source} drops slots that it does not have")
             for slot in request.slots:
-                self._forget(area, slot)
-            return Dropping(area, request.slots)
+                self._forget(region, slot)
+            return Dropping(region, request.slots)
 
     def find(self, name: bytes) -> Bytes | None:
-        """As `ports.CopyStore`: no slot is written to while a view of it is referred to."""
+        """As `ports.ReplicaStore`: no slot is written to while a view of it is referred to."""
         with self._lock:
             places = self._places.get(name)
-            return places[0].area.read(places[0].slot) if places else None
+            return places[0].region.read(places[0].slot) if places else None
 
-    def greet(self, source: Member) -> None:
+    def on_member_present(self, source: Member) -> None:
         """It has a record."""
         with self._lock:
             self._present.add(source)
             self._gone.pop(source, None)
 
-    def leave(self, source: Member, now: float) -> None:
+    def on_member_gone(self, source: Member, now: float) -> None:
         """Its record is gone."""
         with self._lock:
             self._present.discard(source)
-            if source in self._areas:
+            if source in self._regions:
                 self._gone.setdefault(source, now)
 
     def sweep(self, now: float) -> None:
         """Forgets what has been kept long enough, releases what was long enough in quarantine."""
         with self._lock:
-            for source in [s for s, at in self._gone.items() if now - at >= KEPT_S]:
+            for source in [s for s, at in self._gone.items() if now - at >= RETENTION_S]:
                 del self._gone[source]
                 self._retire(source, now)
-            due = [area for at, area in self._quarantine if now - at >= QUARANTINE_S]
+            due = [region for at, region in self._quarantine if now - at >= QUARANTINE_S]
             self._quarantine = [
-                (at, area) for at, area in self._quarantine if now - at < QUARANTINE_S
+                (at, region) for at, region in self._quarantine if now - at < QUARANTINE_S
             ]
-        for area in due:
-            area.unregister()
+        for region in due:
+            region.unregister()
 
-    def _check(self, request: OpenCopies) -> None:
+    def _check(self, request: OpenKvReplicaRegion) -> None:
         ours = self._form
         if (request.layout, request.block_bytes) != (ours.layout, ours.block_bytes):
             raise ValueError(
@@ -153,28 +154,28 @@ class KeptCopies:
         if self._num_slots == 0:
             raise ValueError(f"no room for even one block of {ours.block_bytes} bytes")
 
-    def _area_of(self, source: Member, generation: int) -> CopyArea | None:
+    def _area_of(self, source: Member, generation: int) -> ReplicaRegion | None:
         """None where a later one has taken its place."""
-        area = self._areas.get(source)
-        if area is None or area.generation < generation:
+        region = self._regions.get(source)
+        if region is None or region.generation < generation:
             raise ValueError(f"this rank keeps nothing of {source}, generation {generation}")
-        return area if area.generation == generation else None
+        return region if region.generation == generation else None
 
-    def _forget(self, area: CopyArea, slot: int) -> None:
-        name = self._names[area].pop(slot, None)
+    def _forget(self, region: ReplicaRegion, slot: int) -> None:
+        name = self._names[region].pop(slot, None)
         if name is None:
             return
-        places = tuple(p for p in self._places[name] if p != _Place(area, slot))
+        places = tuple(p for p in self._places[name] if p != _Place(region, slot))
         if places:
             self._places[name] = places
         else:
             del self._places[name]
 
     def _retire(self, source: Member, now: float) -> None:
-        area = self._areas.pop(source, None)
-        if area is None:
+        region = self._regions.pop(source, None)
+        if region is None:
             return
-        for slot in list(self._names[area]):
-            self._forget(area, slot)
-        del self._names[area]
-        self._quarantine.append((now, area))
+        for slot in list(self._names[region]):
+            self._forget(region, slot)
+        del self._names[region]
+        self._quarantine.append((now, region))

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from gpu_worker.engine.kv_replication import BlockCache, CopyEndpoint
-from gpu_worker.kv_replication.backup_rank import CopiedChain, CopyTarget
+from gpu_worker.engine.kv_replication import BlockCache, ReplicaEndpoint
+from gpu_worker.kv_replication.backup_rank import BackupRank, ReplicatedChain
 from shared.types import Member, RankId, SessionId
 
 BLOCKS_PER_PUMP = 8
@@ -15,16 +15,16 @@ BLOCKS_PER_PUMP = 8
 step that one would notice, and are as many as 128 decoding sessions fill in one."""
 
 
-class CopyWriter:
-    """Implements `ports.BlockKeeper`. A session's target is a member of the adopted map with an
+class ReplicaWriter:
+    """Implements `ports.KvReplicator`. A session's target is a member of the adopted map with an
     open channel, on another node where there is any, in turn, so that the sessions of a dead rank
     spread over the others. It stays until its channel closes or it leaves the map; then the session
-    starts over with another. What a full area has no slot for is not sent."""
+    starts over with another. What a full region has no slot for is not sent."""
 
     def __init__(
         self,
         cache: BlockCache,
-        endpoint: CopyEndpoint,
+        endpoint: ReplicaEndpoint,
         *,
         rank: RankId,
         blocks_per_pump: int = BLOCKS_PER_PUMP,
@@ -34,13 +34,13 @@ class CopyWriter:
         self._blocks_per_pump = blocks_per_pump
         self._last_rank = rank  # that was given a session; at first one's own: not all begin alike
         self._others: frozenset[Member] = frozenset()
-        self._chains: dict[SessionId, CopiedChain] = {}
-        self._target_of: dict[CopiedChain, CopyTarget] = {}
-        self._homeless: dict[CopiedChain, None] = {}  # have no target
-        self._targets: dict[RankId, CopyTarget] = {}
+        self._chains: dict[SessionId, ReplicatedChain] = {}
+        self._target_of: dict[ReplicatedChain, BackupRank] = {}
+        self._unassigned: dict[ReplicatedChain, None] = {}  # have no target
+        self._targets: dict[RankId, BackupRank] = {}
         # A pump comes with every step: it looks at no others than these.
-        self._unsettled: dict[CopyTarget, None] = {}
-        self._wanting: OrderedDict[CopyTarget, None] = OrderedDict()  # may have something to send
+        self._unsettled: dict[BackupRank, None] = {}
+        self._wanting: OrderedDict[BackupRank, None] = OrderedDict()  # may have something to send
 
     def use(self, others: Sequence[Member]) -> None:
         self._others = frozenset(others)
@@ -60,8 +60,8 @@ class CopyWriter:
     def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
         chain = self._chains.get(session)
         if chain is None:
-            chain = self._chains[session] = CopiedChain()
-            self._homeless[chain] = None
+            chain = self._chains[session] = ReplicatedChain()
+            self._unassigned[chain] = None
         chain.names += names
         chain.blocks += blocks
         if target := self._target_of.get(chain):
@@ -72,7 +72,7 @@ class CopyWriter:
         chain = self._chains.pop(session, None)
         if chain is None:
             return
-        self._homeless.pop(chain, None)
+        self._unassigned.pop(chain, None)
         if target := self._target_of.pop(chain, None):
             target.leave(chain)
             self._unsettled[target] = None  # it may have been asked to drop some
@@ -89,12 +89,12 @@ class CopyWriter:
         for target in tuple(self._unsettled):
             if not target.channel.is_open:
                 self._lose(target)
-            elif target.channel.has_answers:
+            elif target.channel.has_confirmations:
                 target.settle()
                 if target.is_settled:
                     del self._unsettled[target]
-        if self._homeless and self._others:
-            self._find_homes()
+        if self._unassigned and self._others:
+            self._assign_backups()
         if self._wanting:
             self._send()
         return bool(self._wanting)
@@ -115,43 +115,43 @@ class CopyWriter:
             elif not target.has_more:
                 del self._wanting[target]
 
-    def _lose(self, target: CopyTarget) -> None:
+    def _lose(self, target: BackupRank) -> None:
         del self._targets[target.channel.target.rank]
         self._unsettled.pop(target, None)
         self._wanting.pop(target, None)
         for chain in target.chains:
             chain.num_sent = 0
             del self._target_of[chain]
-            self._homeless[chain] = None
+            self._unassigned[chain] = None
 
-    def _find_homes(self) -> None:
+    def _assign_backups(self) -> None:
         targets = self._eligible()
         begin = sum(target.channel.target.rank <= self._last_rank for target in targets)
         in_turn = deque([*targets[begin:], *targets[:begin]])
-        for chain in list(self._homeless) if in_turn else ():
+        for chain in list(self._unassigned) if in_turn else ():
             target = next((t for t in in_turn if not t.is_full), in_turn[0])
             in_turn.rotate(-1 - in_turn.index(target))
             self._last_rank = target.channel.target.rank
-            del self._homeless[chain]
+            del self._unassigned[chain]
             self._target_of[chain] = target
             target.want(chain)
             self._wanting[target] = None
 
-    def _eligible(self) -> list[CopyTarget]:
+    def _eligible(self) -> list[BackupRank]:
         """By their rank."""
         channels = [
             c
             for _, c in sorted(self._endpoint.channels().items())
             if c.target in self._others and c.num_slots and c.is_open
         ]
-        elsewhere = [c for c in channels if c.is_elsewhere]
-        targets: list[CopyTarget] = []
+        elsewhere = [c for c in channels if c.is_on_other_node]
+        targets: list[BackupRank] = []
         for channel in elsewhere or channels:
             target = self._targets.get(channel.target.rank)
             if target is not None and target.channel is not channel:
                 self._lose(target)
                 target = None
             if target is None:
-                target = self._targets[channel.target.rank] = CopyTarget(channel)
+                target = self._targets[channel.target.rank] = BackupRank(channel)
             targets.append(target)
         return targets

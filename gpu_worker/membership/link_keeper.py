@@ -13,10 +13,10 @@ from typing import Protocol
 import structlog
 
 from shared.errors import WireError
-from shared.handshake import ANSWER_TIMEOUT_S, expect, greet
+from shared.handshake import ANSWER_TIMEOUT_S, expect, handshake
 from shared.records import RankRecord
 from shared.types import Epoch, Member, Step
-from shared.wire import AreaOpened, Message, OpenArea, Wake, encode, read_message
+from shared.wire import Message, OpenRegion, RegionOpened, Wake, encode, read_message
 
 log = structlog.get_logger()
 
@@ -34,7 +34,7 @@ class DataPath(Protocol):
 
     def next_generation(self, target: Member) -> int: ...
 
-    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
+    def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         """First contact, blocking. Raises ValueError, ConnectionError, TimeoutError."""
         ...
 
@@ -100,11 +100,11 @@ class LinkKeeper:
             try:
                 async with self._open(peer) as reader:
                     backoff_s = BACKOFF_MIN_S
-                    detail = await self._hold(peer.member, reader)
+                    detail = await self._wait_until_broken(peer.member, reader)
             except (OSError, TimeoutError, ValueError, WireError) as error:
                 detail = str(error) or type(error).__name__
-            say = log.info if backoff_s == BACKOFF_MIN_S else log.debug
-            say("link_broken", peer=str(peer.member), detail=detail)
+            log_at_level = log.info if backoff_s == BACKOFF_MIN_S else log.debug
+            log_at_level("link_broken", peer=str(peer.member), detail=detail)
             self._events.broken(peer.member, detail)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
@@ -115,9 +115,9 @@ class LinkKeeper:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(peer.control_host, peer.control_port)
         try:
-            area = await self._handshake(peer, reader, writer)
+            region = await self._handshake(peer, reader, writer)
             async with asyncio.timeout(CONTACT_TIMEOUT_S):
-                await asyncio.to_thread(self._endpoint.connect, area, peer)
+                await asyncio.to_thread(self._endpoint.connect, region, peer)
             self._writers[peer.member] = writer
             log.info("link_open", peer=str(peer.member))
             self._events.opened(peer.member)
@@ -126,7 +126,7 @@ class LinkKeeper:
             self._writers.pop(peer.member, None)
             writer.close()
 
-    async def _hold(self, peer: Member, reader: asyncio.StreamReader) -> str:
+    async def _wait_until_broken(self, peer: Member, reader: asyncio.StreamReader) -> str:
         """Until the control connection ends or the data path fails; says which."""
         ended = asyncio.ensure_future(read_message(reader))
         try:
@@ -141,17 +141,17 @@ class LinkKeeper:
 
     async def _handshake(
         self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> AreaOpened:
+    ) -> RegionOpened:
         """First contact over the data network only after the peer's own heart has answered: with a
         hung peer it would block for a minute."""
-        await greet(peer, self._member, reader, writer)
+        await handshake(peer, self._member, reader, writer)
         writer.write(
             encode(
-                OpenArea(
+                OpenRegion(
                     source=self._member,
                     transfer_name=self._endpoint.name,
                     generation=self._endpoint.next_generation(peer.member),
                 )
             )
         )
-        return await expect(reader, AreaOpened)
+        return await expect(reader, RegionOpened)

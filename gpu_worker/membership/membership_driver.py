@@ -1,4 +1,4 @@
-"""Feeds the rank's standing with what etcd, the links, the loader and the engine report, and
+"""Feeds the rank's membership with what etcd, the links, the loader and the engine report, and
 performs its actions. It decides nothing."""
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import structlog
 
 from gpu_worker.membership.link_keeper import LinkKeeper
 from gpu_worker.membership.rank_membership import (
-    Action,
     AdoptMap,
     CloseLink,
     HoldEngine,
     Leave,
     LoadSlots,
+    MembershipAction,
     OpenLink,
     PutRecord,
     PutResidents,
-    Standing,
+    RankMembership,
     SuspectPeer,
 )
 from shared.clock import Clock
@@ -45,8 +45,8 @@ class SlotLoader(Protocol):
         ...
 
 
-class PeerCopies(Protocol):
-    """Copies of KV blocks that are kept for peers, and by them."""
+class PeerReplication(Protocol):
+    """Replicas of KV blocks that are kept for peers, and by them."""
 
     def keep(self, peer: RankRecord) -> None: ...
 
@@ -54,13 +54,13 @@ class PeerCopies(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineDoor:
+class EngineCallbacks:
     """How maps, holds and verdicts on peers reach the engine, and how the rank ends."""
 
-    see_map: Callable[[ExpertMap], None]
-    hand_map: Callable[[ExpertMap], None]
+    on_map_seen: Callable[[ExpertMap], None]
+    enqueue_map: Callable[[ExpertMap], None]
     hold: Callable[[Epoch], None]
-    condemn: Callable[[Member, Epoch], None]
+    declare_dead: Callable[[Member, Epoch], None]
     leave: Callable[[str], None]
 
 
@@ -73,17 +73,17 @@ class MembershipDriver:
         store: Store,
         keys: Keys,
         clock: Clock,
-        standing: Standing,
+        membership: RankMembership,
         leased: LeasedKeys,
         loader: SlotLoader,
-        engine: EngineDoor,
+        engine: EngineCallbacks,
         tasks: asyncio.TaskGroup,
         suspicion_interval_s: float,
     ) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
-        self._standing = standing
+        self._membership = membership
         self._leased = leased
         self._loader = loader
         self._engine = engine
@@ -91,16 +91,16 @@ class MembershipDriver:
         self._suspicion_interval_s = suspicion_interval_s
         self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
         self._links: LinkKeeper | None = None
-        self._copies: PeerCopies | None = None
+        self._replication: PeerReplication | None = None
 
-    def attach_links(self, links: LinkKeeper, copies: PeerCopies | None = None) -> None:
+    def attach_links(self, links: LinkKeeper, replication: PeerReplication | None = None) -> None:
         self._links = links
-        self._copies = copies
+        self._replication = replication
 
     @property
     def other_members(self) -> tuple[Member, ...]:
         """The peers in the map under which the engine runs."""
-        newest, me = self._standing.expert_map, self._standing.record.member
+        newest, me = self._membership.expert_map, self._membership.record.member
         return tuple(m for m in newest.members if m != me) if newest is not None else ()
 
     def member_of(self, rank: RankId) -> Member | None:
@@ -116,26 +116,26 @@ class MembershipDriver:
 
     async def keep_lease(self) -> None:
         """That of the agent first, and another after each that is lost: a stalled etcd may expire
-        healthy leases, and only a verdict ends a life."""
+        healthy leases, and only a verdict ends an incarnation."""
         while True:
             await self._leased.keep_alive()
-            self.perform(self._standing.on_lease_granted(await self._leased.renew()))
+            self.perform(self._membership.on_lease_granted(await self._leased.renew()))
 
     def register(self) -> None:
         """Says for the first time that this incarnation is here."""
-        self.perform([PutRecord(record=self._standing.record)])
+        self.perform([PutRecord(record=self._membership.record)])
 
     def on_link_opened(self, peer: Member) -> None:
-        self.perform(self._standing.on_link_opened(peer))
+        self.perform(self._membership.on_link_opened(peer))
 
     def on_link_broken(self, peer: Member, detail: str) -> None:
-        self.perform(self._standing.on_link_broken(peer, detail))
+        self.perform(self._membership.on_link_broken(peer, detail))
 
     def on_adopted(self, expert_map: ExpertMap) -> None:
-        self.perform(self._standing.on_adopted(expert_map))
+        self.perform(self._membership.on_adopted(expert_map))
 
     def on_held(self, epoch: Epoch) -> None:
-        self.perform(self._standing.on_held(epoch))
+        self.perform(self._membership.on_held(epoch))
 
     def suspect(
         self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
@@ -147,7 +147,7 @@ class MembershipDriver:
             return
         self._suspected_at[peer, reason] = now
         log.info("suspicion", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)
-        me = self._standing.record.member
+        me = self._membership.record.member
         suspicion = Suspicion(
             rank=peer.rank,
             incarnation=peer.incarnation,
@@ -161,20 +161,20 @@ class MembershipDriver:
         key = self._keys.suspicion(peer.rank, peer.incarnation, f"rank-{me}")
         self._leased.put(key, pack(suspicion))
 
-    def perform(self, actions: list[Action]) -> None:
+    def perform(self, actions: list[MembershipAction]) -> None:
         for action in actions:
             self._perform_one(action)
 
-    def _perform_one(self, action: Action) -> None:
+    def _perform_one(self, action: MembershipAction) -> None:
         match action:
             case OpenLink(peer=peer):
                 self._link_keeper.open(peer)
-                if self._copies is not None:
-                    self._copies.keep(peer)
+                if self._replication is not None:
+                    self._replication.keep(peer)
             case CloseLink(peer=peer):
                 self._link_keeper.close(peer)
-                if self._copies is not None:
-                    self._copies.close(peer)
+                if self._replication is not None:
+                    self._replication.close(peer)
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))
@@ -188,9 +188,9 @@ class MembershipDriver:
                     self._keys.resident(contents.rank, contents.incarnation), pack(contents)
                 )
             case AdoptMap(expert_map=expert_map):
-                self._engine.hand_map(expert_map)
+                self._engine.enqueue_map(expert_map)
             case SuspectPeer(peer=peer, reason=reason, detail=detail):
-                newest = self._standing.expert_map
+                newest = self._membership.expert_map
                 epoch = newest.epoch if newest else Epoch(0)
                 self.suspect(peer, reason, epoch, Step(0), detail)
             case Leave(reason=reason):
@@ -205,18 +205,19 @@ class MembershipDriver:
         try:
             residents = await asyncio.to_thread(self._loader.load, wanted)
         except CheckpointError as error:
-            # It ends the rank: no slot is filled with something else. Its next life tries again.
+            # It ends the rank: no slot is filled with something else. Its next incarnation tries
+            # again.
             log.error("slots_not_loaded", detail=str(error))
             raise
-        self.perform(self._standing.on_slots_loaded(residents))
+        self.perform(self._membership.on_slots_loaded(residents))
 
     @property
     def _own_key(self) -> str:
-        me = self._standing.record.member
+        me = self._membership.record.member
         return self._keys.rank(me.rank, me.incarnation)
 
     def _own_suspicion_key(self, peer: Member) -> str:
-        by = f"rank-{self._standing.record.member}"
+        by = f"rank-{self._membership.record.member}"
         return self._keys.suspicion(peer.rank, peer.incarnation, by)
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
@@ -226,20 +227,20 @@ class MembershipDriver:
             if item.key.startswith(self._keys.ranks):
                 present.add(item.key)
         if self._own_key not in present:
-            self._leased.doubt_lease()
-        for peer in self._standing.peers:
+            self._leased.recheck_lease()
+        for peer in self._membership.peers:
             if self._keys.rank(peer.rank, peer.incarnation) not in present:
-                self.perform(self._standing.on_peer_gone(peer.member))
+                self.perform(self._membership.on_peer_gone(peer.member))
 
     def _on_event(self, event: WatchEvent) -> None:
         if event.value is not None:
             self._on_value(event.key, event.value)
         elif event.key == self._own_key:
-            self._leased.doubt_lease()
+            self._leased.recheck_lease()
         elif event.key.startswith(self._keys.ranks):
-            for peer in self._standing.peers:
+            for peer in self._membership.peers:
                 if self._keys.rank(peer.rank, peer.incarnation) == event.key:
-                    self.perform(self._standing.on_peer_gone(peer.member))
+                    self.perform(self._membership.on_peer_gone(peer.member))
 
     def _on_value(self, key: str, value: bytes) -> None:
         try:
@@ -247,20 +248,20 @@ class MembershipDriver:
         except WireError as error:
             log.error("malformed_value", key=key, detail=str(error))
 
-    def _actions_of(self, key: str, value: bytes) -> list[Action]:
-        keys, standing = self._keys, self._standing
+    def _actions_of(self, key: str, value: bytes) -> list[MembershipAction]:
+        keys, membership = self._keys, self._membership
         if key == keys.map:
             expert_map = unpack_map(value)
-            self._engine.see_map(expert_map)
-            return standing.on_map(expert_map)
+            self._engine.on_map_seen(expert_map)
+            return membership.on_map(expert_map)
         if key.startswith(keys.ranks):
-            return standing.on_peer_record(unpack(value, RankRecord))
+            return membership.on_peer_record(unpack(value, RankRecord))
         if key.startswith(keys.assignments):
-            return standing.on_assignment(unpack(value, SlotContents))
+            return membership.on_assignment(unpack(value, SlotContents))
         if key.startswith(keys.verdicts):
             verdict = unpack(value, Verdict)
             dead = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-            if dead != standing.record.member:
-                self._engine.condemn(dead, verdict.epoch)
-            return standing.on_verdict(dead)
+            if dead != membership.record.member:
+                self._engine.declare_dead(dead, verdict.epoch)
+            return membership.on_verdict(dead)
         return []

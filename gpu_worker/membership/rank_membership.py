@@ -18,7 +18,7 @@ has overwritten what the control plane takes for resident.
                            the engine's map names, first HoldEngine: either a newer map empties the
                            slot, which the engine may not be able to adopt any more, or an orphan
                            replaces a surplus replica after a death; no step can complete anyway.
-                           Where messages carry no epoch (`peers_lag`), peers that still run an
+                           Where messages carry no epoch (`peers_may_lag`), peers that still run an
                            older map use the slot as well: there a member always holds first
     slots loaded           residents again; a held map may go to the engine; LoadSlots if the
                            assignment moved meanwhile
@@ -97,7 +97,7 @@ class Leave:
     reason: str
 
 
-Action = (
+MembershipAction = (
     OpenLink
     | CloseLink
     | LoadSlots
@@ -110,14 +110,14 @@ Action = (
 )
 
 
-class Standing:
+class RankMembership:
     """The state behind the table above."""
 
     def __init__(
-        self, record: RankRecord, residents: Placement, *, peers_lag: bool = False
+        self, record: RankRecord, residents: Placement, *, peers_may_lag: bool = False
     ) -> None:
         self.record = record
-        self._peers_lag = peers_lag
+        self._peers_may_lag = peers_may_lag
         self._member = record.member
         self._peers: dict[Member, RankRecord] = {}
         self._open: set[Member] = set()
@@ -125,10 +125,10 @@ class Standing:
         self._residents = residents
         self._wanted: Placement | None = None
         self._wanted_epoch = Epoch(0)
-        self._held_epoch = Epoch(0)
+        self._engine_held_epoch = Epoch(0)
         self._loading: NDArray[np.bool_] | None = None  # which slots
         self._map: ExpertMap | None = None
-        self._held: ExpertMap | None = None
+        self._held_map: ExpertMap | None = None
         self._adopted: ExpertMap | None = None
         self._was_member = False
 
@@ -141,7 +141,7 @@ class Standing:
     def peers(self) -> tuple[RankRecord, ...]:
         return tuple(self._peers.values())
 
-    def on_peer_record(self, record: RankRecord) -> list[Action]:
+    def on_peer_record(self, record: RankRecord) -> list[MembershipAction]:
         peer = record.member
         if peer == self._member or peer.rank == self._member.rank:
             return []
@@ -150,63 +150,63 @@ class Standing:
         self._gone.discard(peer)
         return [] if known else [OpenLink(peer=record)]
 
-    def on_peer_gone(self, peer: Member) -> list[Action]:
+    def on_peer_gone(self, peer: Member) -> list[MembershipAction]:
         if peer not in self._peers:
             return []
         self._gone.add(peer)
         return self._drop_gone()
 
-    def on_link_opened(self, peer: Member) -> list[Action]:
+    def on_link_opened(self, peer: Member) -> list[MembershipAction]:
         if peer not in self._peers or peer in self._open:
             return []
         self._open.add(peer)
-        return self._say_links() + self._adopt_if_able()
+        return self._publish_links() + self._adopt_if_able()
 
-    def on_link_broken(self, peer: Member, detail: str) -> list[Action]:
+    def on_link_broken(self, peer: Member, detail: str) -> list[MembershipAction]:
         """An open link failed, or could not be opened; the driver keeps trying while the peer's
         record stands."""
         if peer not in self._peers:
             return []
-        newest, was_open = self._held or self._map, peer in self._open
+        newest, was_open = self._held_map or self._map, peer in self._open
         if not was_open:
             return []
         self._open.discard(peer)
-        actions = self._say_links(urgent=False)
+        actions = self._publish_links(urgent=False)
         if newest is not None and newest.has(peer):
             actions.append(SuspectPeer(peer=peer, reason=SuspicionReason.LINK, detail=detail))
         return actions
 
-    def on_assignment(self, contents: SlotContents) -> list[Action]:
+    def on_assignment(self, contents: SlotContents) -> list[MembershipAction]:
         if Member(rank=contents.rank, incarnation=contents.incarnation) != self._member:
             return []
         self._wanted = contents.array()
         self._wanted_epoch = contents.epoch
         return self._load_if_needed()
 
-    def on_slots_loaded(self, residents: Placement) -> list[Action]:
+    def on_slots_loaded(self, residents: Placement) -> list[MembershipAction]:
         """A load ended; `residents` is what the slots hold now."""
         self._loading = None
         self._residents = residents
         put = PutResidents(contents=SlotContents.of(self._member, residents))
         return [put, *self._adopt_if_able(), *self._load_if_needed()]
 
-    def on_adopted(self, expert_map: ExpertMap) -> list[Action]:
+    def on_adopted(self, expert_map: ExpertMap) -> list[MembershipAction]:
         """The engine runs under this map from now on."""
         self._adopted = expert_map
         return self._load_if_needed()
 
-    def on_held(self, epoch: Epoch) -> list[Action]:
+    def on_held(self, epoch: Epoch) -> list[MembershipAction]:
         """The engine runs no step until a map newer than `epoch` is adopted."""
-        self._held_epoch = max(self._held_epoch, epoch)
+        self._engine_held_epoch = max(self._engine_held_epoch, epoch)
         return self._load_if_needed()
 
-    def on_map(self, expert_map: ExpertMap) -> list[Action]:
-        newest = self._held or self._map
+    def on_map(self, expert_map: ExpertMap) -> list[MembershipAction]:
+        newest = self._held_map or self._map
         if newest is not None and expert_map.epoch <= newest.epoch:
             return []
         if expert_map.has(self._member):
             self._was_member = True
-            self._held = expert_map
+            self._held_map = expert_map
             return self._drop_gone() + self._adopt_if_able() + self._load_if_needed()
         successor = expert_map.incarnation_of(self._member.rank)
         if self._was_member or (successor or 0) > self._member.incarnation:
@@ -214,12 +214,12 @@ class Standing:
         self._map = expert_map
         return self._drop_gone() + self._load_if_needed()
 
-    def on_verdict(self, member: Member) -> list[Action]:
+    def on_verdict(self, member: Member) -> list[MembershipAction]:
         if member != self._member:
             return []
         return [Leave(reason="the control plane declared this rank dead")]
 
-    def on_lease_granted(self, lease_id: int) -> list[Action]:
+    def on_lease_granted(self, lease_id: int) -> list[MembershipAction]:
         """Everything that stood under the old lease stands under this one now."""
         self.record = replace(self.record, lease_id=lease_id)
         return [
@@ -227,52 +227,52 @@ class Standing:
             PutResidents(contents=SlotContents.of(self._member, self._residents)),
         ]
 
-    def _drop_gone(self) -> list[Action]:
-        newest = self._held or self._map
+    def _drop_gone(self) -> list[MembershipAction]:
+        newest = self._held_map or self._map
         dropped = {p for p in self._gone if newest is None or not newest.has(p)}
         self._gone -= dropped
         return [action for peer in sorted(dropped) for action in self._drop(peer)]
 
-    def _drop(self, peer: Member) -> list[Action]:
+    def _drop(self, peer: Member) -> list[MembershipAction]:
         del self._peers[peer]
-        actions: list[Action] = [CloseLink(peer=peer)]
+        actions: list[MembershipAction] = [CloseLink(peer=peer)]
         if peer in self._open:
             self._open.discard(peer)
-            actions += self._say_links(urgent=False)
+            actions += self._publish_links(urgent=False)
         return actions
 
-    def _adopt_if_able(self) -> list[Action]:
-        held = self._held
+    def _adopt_if_able(self) -> list[MembershipAction]:
+        held = self._held_map
         if held is None or any(m != self._member and m not in self._open for m in held.members):
             return []
-        if self._lacks(held).any():
+        if self._missing_slots(held).any():
             return []
-        self._held = None
+        self._held_map = None
         self._map = held
         return [AdoptMap(expert_map=held)]
 
-    def _say_links(self, *, urgent: bool = True) -> list[Action]:
+    def _publish_links(self, *, urgent: bool = True) -> list[MembershipAction]:
         self.record = replace(self.record, links=tuple(sorted(self._open)))
         return [PutRecord(record=self.record, urgent=urgent)]
 
-    def _load_if_needed(self) -> list[Action]:
+    def _load_if_needed(self) -> list[MembershipAction]:
         if self._loading is not None:
             return []
-        if self._held is not None and (lacks := self._lacks(self._held)).any():
-            return self._load_what_it_says(self._held, lacks)
+        if self._held_map is not None and (missing := self._missing_slots(self._held_map)).any():
+            return self._load_held_map(self._held_map, missing)
         wanted = self._wanted
         if wanted is None:
             return []
         differs = wanted != self._residents
         if not differs.any():
-            return self._say_ready()
-        newest = self._held or self._map
+            return self._publish_ready()
+        newest = self._held_map or self._map
         newest_epoch = newest.epoch if newest is not None else Epoch(0)
         if self._wanted_epoch > newest_epoch:
             return []
         is_named = newest is not None and self._names(newest, differs)
         last = newest_epoch if is_named else Epoch(newest_epoch - 1)
-        if self._takes_from_engine(differs) or self._takes_from_peers(last):
+        if self._is_used_by_engine(differs) or self._may_be_used_by_peers(last):
             assert newest is not None, "an engine with a map, and no map"
             if is_named and self._wanted_epoch != newest_epoch:
                 return []
@@ -280,15 +280,15 @@ class Standing:
         self._loading = differs
         return [LoadSlots(wanted=wanted)]
 
-    def _load_what_it_says(self, held: ExpertMap, lacks: NDArray[np.bool_]) -> list[Action]:
+    def _load_held_map(self, held: ExpertMap, missing: NDArray[np.bool_]) -> list[MembershipAction]:
         before = Epoch(held.epoch - 1)
-        if self._takes_from_engine(lacks) or self._takes_from_peers(before):
+        if self._is_used_by_engine(missing) or self._may_be_used_by_peers(before):
             return [HoldEngine(epoch=before)]
-        self._loading = lacks
+        self._loading = missing
         row = held.placement[:, self._member.rank]
-        return [LoadSlots(wanted=np.where(lacks, row, self._residents))]
+        return [LoadSlots(wanted=np.where(missing, row, self._residents))]
 
-    def _lacks(self, expert_map: ExpertMap) -> NDArray[np.bool_]:
+    def _missing_slots(self, expert_map: ExpertMap) -> NDArray[np.bool_]:
         """Own slots that do not hold, or may not hold any more, what the map says."""
         row = expert_map.placement[:, self._member.rank]
         unsure: NDArray[np.bool_] = row != self._residents
@@ -296,22 +296,22 @@ class Standing:
             unsure |= self._loading
         return unsure & (row >= 0)
 
-    def _takes_from_engine(self, differs: NDArray[np.bool_]) -> bool:
+    def _is_used_by_engine(self, differs: NDArray[np.bool_]) -> bool:
         """Whether a slot to load may be used by a step that runs now."""
         adopted = self._adopted
-        if adopted is None or adopted.epoch <= self._held_epoch:
+        if adopted is None or adopted.epoch <= self._engine_held_epoch:
             return False
         return self._names(adopted, differs)
 
-    def _takes_from_peers(self, last: Epoch) -> bool:
+    def _may_be_used_by_peers(self, last: Epoch) -> bool:
         """Whether a peer may still run a map that names such a slot, `last` being the last one."""
-        return self._peers_lag and self._adopted is not None and self._held_epoch < last
+        return self._peers_may_lag and self._adopted is not None and self._engine_held_epoch < last
 
     def _names(self, expert_map: ExpertMap, slots: NDArray[np.bool_]) -> bool:
         """Whether the map says that one of these own slots holds an expert."""
         return bool((slots & (expert_map.placement[:, self._member.rank] >= 0)).any())
 
-    def _say_ready(self) -> list[Action]:
+    def _publish_ready(self) -> list[MembershipAction]:
         if self.record.state is not RankState.STARTING:
             return []
         self.record = replace(self.record, state=RankState.READY)

@@ -14,8 +14,8 @@ from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.family import Floats
 from gpu_worker.cpu.registry import load_model
 from gpu_worker.engine.step_batch import StepBatch
-from gpu_worker.exchange.alone import AloneExchange
 from gpu_worker.exchange.interface import Dispatched
+from gpu_worker.exchange.single_rank import SingleRankExchange
 from shared.model_spec import read_model_spec
 from shared.types import Epoch, Step
 
@@ -24,23 +24,23 @@ _CHUNK_TOKENS = 128
 EPOCH = Epoch(1)
 
 
-class _Lossy:
+class _ExpertDroppingExchange:
     """An exchange in which some experts never answer: their share is absent from the sum, as it is
     where a combine skips a dead rank."""
 
-    def __init__(self, inner: AloneExchange, missing: Collection[int]) -> None:
+    def __init__(self, inner: SingleRankExchange, missing: Collection[int]) -> None:
         self._inner = inner
         self._missing = np.array(sorted(missing), dtype=np.int32)
-        self._gone_TK: NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
+        self._dropped_TK: NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
         self.adopt, self.begin_step = inner.adopt, inner.begin_step
 
     def dispatch(self, layer: int, x_TH: Floats, experts_TK: NDArray[np.int32]) -> Dispatched:
-        self._gone_TK = np.isin(experts_TK, self._missing)
+        self._dropped_TK = np.isin(experts_TK, self._missing)
         return self._inner.dispatch(layer, x_TH, experts_TK)
 
     def combine(self, layer: int, y_NH: Floats) -> Floats:
         y_TKH = self._inner.combine(layer, y_NH).copy()
-        y_TKH[self._gone_TK] = 0.0
+        y_TKH[self._dropped_TK] = 0.0
         return y_TKH
 
 
@@ -55,7 +55,7 @@ class LocalScorer:
             kv_blocks=-(-spec.context_tokens_max // _BLOCK_TOKENS),
             block_tokens=_BLOCK_TOKENS,
         )
-        self._exchange = _Lossy(whole_exchange(self._model), missing)
+        self._exchange = _ExpertDroppingExchange(load_all_experts(self._model), missing)
         self._steps = 0
 
     def nats(self, tokens: Sequence[int]) -> float:
@@ -92,8 +92,8 @@ def experts_of_rank(rank: int, num_ranks: int, num_experts: int) -> range:
     return range(rank * num_experts // num_ranks, (rank + 1) * num_experts // num_ranks)
 
 
-def whole_exchange(model: Decoder) -> AloneExchange:
+def load_all_experts(model: Decoder) -> SingleRankExchange:
     """Loads every expert into the model's slots, for a rank without peers."""
     experts_E = np.arange(model.spec.num_experts, dtype=np.int16)
     model.slots.load_all(np.tile(experts_E, (model.spec.num_moe_layers, 1)))
-    return AloneExchange()
+    return SingleRankExchange()

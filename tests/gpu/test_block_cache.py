@@ -33,22 +33,22 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
-NUM_BLOCKS, NUM_STAGES = 8 * BLOCKS_EACH, 3
+NUM_BLOCKS, NUM_STAGING_BUFFERS = 8 * BLOCKS_EACH, 3
 WHILE_CYCLES = 200_000_000
 """That the device is busy: some 0.1 s."""
 
-GROUPED = GqaShape(num_heads=4, kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD)
+GROUPED = GqaShape(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD)
 SPARSE = MlaShape(
     hidden_size=64,
     num_heads=2,
-    plain_size=32,
-    rotated_size=16,
-    value_size=16,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
     rank=32,
-    q_rank=48,
+    q_lora_rank=48,
     interleaved=True,
-    index_heads=2,
-    index_size=32,
+    num_index_heads=2,
+    index_head_dim=32,
     index_top_k=16,
 )
 
@@ -81,7 +81,7 @@ def make_decoders(attention: GqaShape | MlaShape) -> list[Decoder]:
         kv_blocks=NUM_BLOCKS,
         block_tokens=BLOCK_TOKENS,
         context_tokens_max=BLOCKS_EACH * BLOCK_TOKENS,
-        decode_ladder=(1,),
+        decode_batch_sizes=(1,),
         prefill_tokens=64,
         prefill_sequences=4,
     )
@@ -104,19 +104,21 @@ def test_a_sequence_goes_on_from_copies_as_where_they_came_from(
     tokens = np.random.default_rng(1).integers(0, 128, 3 * BLOCK_TOKENS + 5).tolist()
     known = 3 * BLOCK_TOKENS
     step(source, {0: tokens[:known]}, [0])
-    rooms = [saver.room() for _ in range(3)]
-    saved = [saver.save(block, room) for block, room in enumerate(rooms)]
+    rooms = [saver.staging_buffer() for _ in range(3)]
+    saved = [saver.save(block, staging_buffer) for block, staging_buffer in enumerate(rooms)]
     expected = go_on(source, 0, tokens, known)
     wait()
     assert all(is_saved() for is_saved in saved)
-    for block, room in enumerate(rooms):
-        loader.load(2 * BLOCKS_EACH + block, room)
-        room.fill(255)
+    for block, staging_buffer in enumerate(rooms):
+        loader.load(2 * BLOCKS_EACH + block, staging_buffer)
+        staging_buffer.fill(255)
     assert torch.equal(go_on(target, 2, tokens, known), expected)
 
 
 def open_cache(decoder: Decoder) -> CudaBlockCache:
-    return CudaBlockCache(decoder.attention.cache(), architecture="Some", num_stages=NUM_STAGES)
+    return CudaBlockCache(
+        decoder.attention.cache(), architecture="Some", num_staging_buffers=NUM_STAGING_BUFFERS
+    )
 
 
 def go_on(decoder: Decoder, sequence: int, tokens: list[int], known: int) -> Tensor:
@@ -153,14 +155,17 @@ def are_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 def test_what_is_written_behind_a_save_is_not_in_it() -> None:
     """Though neither has run when both are enqueued, and there are more blocks than stages."""
     caches = make_caches()
-    cache = CudaBlockCache(caches, architecture="Some", num_stages=NUM_STAGES)
+    cache = CudaBlockCache(caches, architecture="Some", num_staging_buffers=NUM_STAGING_BUFFERS)
     blocks = (4, 0, 7, 1, 8, 2, 3)
     expected = [contents(caches, block) for block in blocks]
-    rooms = [cache.room() for _ in blocks]
+    rooms = [cache.staging_buffer() for _ in blocks]
     torch.empty_like(caches[0]).zero_()  # its kernel is loaded now
     wait()
     keep_busy()
-    saved = [cache.save(block, room) for block, room in zip(blocks, rooms, strict=True)]
+    saved = [
+        cache.save(block, staging_buffer)
+        for block, staging_buffer in zip(blocks, rooms, strict=True)
+    ]
     for each in caches:
         each.zero_()
     asked_early = [is_saved() for is_saved in saved]
@@ -169,16 +174,16 @@ def test_what_is_written_behind_a_save_is_not_in_it() -> None:
         assert not any(asked_early), "the host has waited for the device"
     with ThreadPoolExecutor(1) as elsewhere:
         assert all(elsewhere.map(lambda is_saved: is_saved(), saved))
-    for room, wanted in zip(rooms, expected, strict=True):
-        cache.load(5, room)
+    for staging_buffer, wanted in zip(rooms, expected, strict=True):
+        cache.load(5, staging_buffer)
         assert are_equal(contents(caches, 5), wanted)
 
 
 def test_a_load_comes_behind_what_was_begun_and_before_what_is_begun_next() -> None:
     """More blocks than stages, from one array that is written anew each time."""
     caches = make_caches()
-    cache = CudaBlockCache(caches, architecture="Some", num_stages=NUM_STAGES)
-    source = cache.room()
+    cache = CudaBlockCache(caches, architecture="Some", num_staging_buffers=NUM_STAGING_BUFFERS)
+    source = cache.staging_buffer()
     cache.save(8, source)
     wait()
     wanted = contents(caches, 8)

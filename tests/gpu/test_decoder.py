@@ -21,7 +21,7 @@ from benchmarks.gpu_reference import reference_model  # noqa: E402
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape  # noqa: E402
 from gpu_worker.checkpoint.rope import Rope  # noqa: E402
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
-from gpu_worker.cuda.experts.slots import CudaSlots, Refill  # noqa: E402
+from gpu_worker.cuda.experts.slots import CudaSlots, SlotUpload  # noqa: E402
 from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe  # noqa: E402
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes  # noqa: E402
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights  # noqa: E402
@@ -45,7 +45,7 @@ TOLERANCE = 5e-2 if ON_CUDA else 1e-4
 SIZES = DecoderSizes(
     num_layers=2,
     hidden_size=128,
-    attention=GqaShape(num_heads=4, kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD),
+    attention=GqaShape(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD),
     rope=Rope(theta=1e6, kind="default", scaling={}, context_tokens_max=128),
     moe_layers=(0, 1),
     num_experts=8,
@@ -91,7 +91,7 @@ def make_decoder(weights, moe, mask_R: torch.Tensor | None = None) -> Decoder:
         kv_blocks=8 * BLOCKS_EACH,
         block_tokens=BLOCK_TOKENS,
         context_tokens_max=BLOCKS_EACH * BLOCK_TOKENS,
-        decode_ladder=(1, 8),
+        decode_batch_sizes=(1, 8),
         prefill_tokens=32,
         prefill_sequences=4,
     )
@@ -199,7 +199,7 @@ def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
     ).cpu()
     if ON_CUDA:
         values = values.pin_memory()
-    parts.slots.load([Refill(layer, slot, expert, values)])
+    parts.slots.load([SlotUpload(layer, slot, expert, values)])
     assert parts.slots.contents[layer, slot] == expert
     parts.slots.w_gate_up_LSJH[layer, expert].fill_(float("nan"))
     table = np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1))

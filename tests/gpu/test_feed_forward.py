@@ -23,8 +23,8 @@ from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import residual
 from gpu_worker.cuda.stages.feed_forward import FeedForward
 from gpu_worker.cuda.stages.gated_mlp import GatedMlp
-from gpu_worker.cuda.stages.gemm import StepRoom
-from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe, MoeStage, Onward
+from gpu_worker.cuda.stages.gemm import StepAllocator
+from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe, MoeStage, ResidualNorm
 from gpu_worker.cuda.stages.step_buffers import StepBuffers
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import MlpWeights, MoeWeights
@@ -36,7 +36,7 @@ HIDDEN, EXPERTS, SHARED, TOKENS, EPS = 128, 8, 64, 6, 1e-6
 SIZES = DecoderSizes(
     num_layers=2,
     hidden_size=HIDDEN,
-    attention=GqaShape(num_heads=4, kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD),
+    attention=GqaShape(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD),
     rope=Rope(theta=1e6, kind="default", scaling={}, context_tokens_max=128),
     moe_layers=(0, 1),
     num_experts=EXPERTS,
@@ -45,7 +45,7 @@ SIZES = DecoderSizes(
     vocab_size=256,
     shared_size=SHARED,
 )
-ROOM = StepRoom(tokens_max=TOKENS, invariant=True, device=DEVICE, dtype=DTYPE)
+ROOM = StepAllocator(tokens_max=TOKENS, invariant=True, device=DEVICE, dtype=DTYPE)
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +71,14 @@ class Halves:
         self.buffers.scores_TE.copy_(random(TOKENS, EXPERTS))
 
     def run(self, layer: int, mlp: MoeWeights, position_T: torch.Tensor) -> None:
-        onward = Onward(
+        residual_norm = ResidualNorm(
             x_TH=self.x_TH[layer],
             norm_H=mlp.w_router_EH[0],
             x_out_TH=self.x_TH[layer + 1],
             h_TH=self.h_TH,
             eps=EPS,
         )
-        self.forward.run(layer, mlp, position_T, onward)
+        self.forward.run(layer, mlp, position_T, residual_norm)
 
     def given(self) -> torch.Tensor:
         return torch.stack([self.x_TH[2], self.h_TH.float()])

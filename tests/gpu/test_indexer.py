@@ -92,7 +92,7 @@ def test_queries_of_rows_that_choose_are_rotated() -> None:
     q = random(2, 4, HEADS * SIZE, dtype=torch.float32)
     rotations, angles = rotation(64)
     out = poison(4, HEADS, SIZE)
-    indexer.rotate_choosers(q, rotations, position, out, top_k=TOP_K)
+    indexer.rotate_index_queries(q, rotations, position, out, top_k=TOP_K)
     heads = q.double().sum(0).view(4, HEADS, SIZE)
     for row in (1, 3):
         assert_close(out[row], turned(heads[row], angles[int(position[row])]))
@@ -147,11 +147,11 @@ def test_a_rows_scores_depend_on_neither_neighbours_nor_programs() -> None:
         assert torch.equal(alone_scores[0].nan_to_num(), together[row].nan_to_num())
 
 
-def chosen_of(scores: torch.Tensor, where: Paging, top_k: int) -> latent.Chosen:
+def chosen_of(scores: torch.Tensor, where: Paging, top_k: int) -> latent.SelectedPositions:
     rows = scores.shape[0]
     places = torch.full((rows, top_k), -7, dtype=torch.int32, device=DEVICE)
-    chosen = latent.Chosen(places, ints([-7] * rows))
-    indexer.choose_places(scores, where, chosen, block_tokens=BLOCK_TOKENS)
+    chosen = latent.SelectedPositions(places, ints([-7] * rows))
+    indexer.select_positions(scores, where, chosen, block_tokens=BLOCK_TOKENS)
     return chosen
 
 
@@ -196,10 +196,10 @@ ATTENTION_HEADS, RANK, TURNED = 3, 32, 16
 
 def attend(
     q: torch.Tensor,
-    q_turned: torch.Tensor,
+    q_rotated: torch.Tensor,
     cache: latent.LatentCache,
     where: Paging,
-    chosen: latent.Chosen | None,
+    chosen: latent.SelectedPositions | None,
     at_once: int = 8,
 ) -> torch.Tensor:
     splits = (at_once, ATTENTION_HEADS, latent.num_splits(where.tables_SB.shape[1] * BLOCK_TOKENS))
@@ -209,7 +209,7 @@ def attend(
         poison(*splits, dtype=torch.float32),
     )
     out = poison(q.shape[0], ATTENTION_HEADS, RANK)
-    latent.attend_latents(q, q_turned, cache, where, partials, out, scale=0.2, chosen=chosen)
+    latent.attend_latents(q, q_rotated, cache, where, partials, out, scale=0.2, chosen=chosen)
     return out
 
 
@@ -219,21 +219,21 @@ def test_rows_attend_to_what_was_chosen_alone_and_to_all_where_nothing_was() -> 
     cache = latent.LatentCache(
         random(3 * blocks, BLOCK_TOKENS, RANK), random(3 * blocks, BLOCK_TOKENS, TURNED)
     )
-    q, q_turned = random(5, ATTENTION_HEADS, RANK), random(5, ATTENTION_HEADS, TURNED)
+    q, q_rotated = random(5, ATTENTION_HEADS, RANK), random(5, ATTENTION_HEADS, TURNED)
     scores = random(5, blocks * BLOCK_TOKENS, dtype=torch.float32)
     chosen = chosen_of(scores, where, top_k)
-    out = attend(q, q_turned, cache, where, chosen)
+    out = attend(q, q_rotated, cache, where, chosen)
     for row in (0, 1, 2, 4):
         wanted = wanted_positions(scores[row], positions[row], top_k)
         at = torch.tensor(wanted, device=DEVICE)
         at_blocks = where.tables_SB[int(where.sequence_T[row])].long()[at // BLOCK_TOKENS]
         latents = cache.latent_BUR[at_blocks, at % BLOCK_TOKENS].double()
         keys = cache.key_BUW[at_blocks, at % BLOCK_TOKENS].double()
-        own = q[row].double() @ latents.T + q_turned[row].double() @ keys.T
+        own = q[row].double() @ latents.T + q_rotated[row].double() @ keys.T
         assert_close(out[row], (own * 0.2).softmax(-1) @ latents)
     assert not out[3].any(), "a row without a token gives zero"
-    assert torch.equal(attend(q, q_turned, cache, where, chosen, at_once=2), out)
-    dense = attend(q, q_turned, cache, where, None)
+    assert torch.equal(attend(q, q_rotated, cache, where, chosen, at_once=2), out)
+    dense = attend(q, q_rotated, cache, where, None)
     assert torch.equal(out[1], dense[1]), "it sees all its positions"
     assert not torch.equal(out[2], dense[2])
 
@@ -291,13 +291,13 @@ def decoder_of(model: CudaModel, *, top_k: int | None = SPARSE_TOP_K) -> Decoder
     """With another `index_topk`, or with None without its indexer."""
     sizes = model.sizes
     assert isinstance(sizes.attention, MlaShape)
-    changes = {"index_top_k": top_k} if top_k else {"index_heads": 0, "index_size": 0}
+    changes = {"index_top_k": top_k} if top_k else {"num_index_heads": 0, "index_head_dim": 0}
     sizes = replace(sizes, attention=replace(sizes.attention, **changes))
     options = DecoderOptions(
         kv_blocks=4 * BLOCKS_EACH,
         block_tokens=BLOCK_TOKENS,
         context_tokens_max=CONTEXT,
-        decode_ladder=(1, 4),
+        decode_batch_sizes=(1, 4),
         prefill_tokens=24,
         prefill_sequences=4,
     )

@@ -117,7 +117,7 @@ def test_a_tall_tile_on_four_warps_would_take_another() -> None:
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
 def test_expert_tiles_take_the_one_instruction(rows: int) -> None:
-    lone = [experts.lone_tile(rows, inner) for inner in (INNER, 18_432)]
+    lone = [experts.dense_mlp_tile(rows, inner) for inner in (INNER, 18_432)]
     routed = [] if rows == 64 else [experts._GATE_UP_GROUPED, *up_tiles()]
     for tile in (*lone, *routed):
         assert gate_up_instructions(tile, rows) == ONE_INSTRUCTION
@@ -127,7 +127,7 @@ def test_expert_tiles_take_the_one_instruction(rows: int) -> None:
 
 def test_lone_pairs_that_choose_for_themselves_take_the_one_instruction() -> None:
     alone = {"GROUPED": False, "EXPERTS": 128, "BLOCK_E": 128, "CHUNK": 32, "NORMALISE": True}
-    assert gate_up_instructions(experts._GATE_UP_ALONE, 16, **alone) == ONE_INSTRUCTION
+    assert gate_up_instructions(experts._GATE_UP_UNGROUPED, 16, **alone) == ONE_INSTRUCTION
 
 
 def gate_up_instructions(tile: experts.ExpertTile, rows: int, **more: int) -> set[str]:
@@ -163,7 +163,7 @@ def test_products_by_heads_take_the_one_instruction(rows: int) -> None:
 def test_rows_of_fp8_are_widened_by_the_cards_own_conversion() -> None:
     kinds = ["*fp8e4nv", "*fp32", "*i32", "*bf16", "i32", "i32", "i32"]
     constants = {"ROWS_OF_SLOT": 512, "PROGRAMS": 16, "GROUPS": 56, "BLOCK_G": 64, "SIZE": 128}
-    text = compiled(scaled_rows._widen, kinds, constants, 8, 3)
+    text = compiled(scaled_rows._dequantise, kinds, constants, 8, 3)
     assert "cvt.rn.f16x2.e4m3x2" in text
     assert "ld.global.v4.b32" in text
 
@@ -190,7 +190,7 @@ def test_latent_attention_takes_the_one_instruction(top_k: int) -> None:
 
 GQA = {"HEADS": 32, "KV_HEADS": 4, "ROWS": 16, "BLOCK_TOKENS": 16}
 PROJECTED = ["*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "fp32"]
-TURNING_WARPS = attention._TURNING_WARPS
+TURNING_WARPS = attention._ROTATION_WARPS
 
 
 def test_attention_takes_the_one_instruction() -> None:
@@ -251,7 +251,7 @@ def test_what_is_around_the_indexers_scores_compiles_and_multiplies_no_matrices(
     assert not instructions(indexer._norm_and_store_keys, kinds, INDEXER | keys, 4, 3)
     queries = {"PARTS": 4, "HALF": 32, "BLOCK_Y": indexer._HEADS_AT_ONCE, "TOP_K": 2048}
     kinds = ["*fp32"] * 3 + ["*i32", "*bf16", "i32"]
-    assert not instructions(indexer._rotate_choosers, kinds, INDEXER | queries, 4, 3)
+    assert not instructions(indexer._rotate_index_queries, kinds, INDEXER | queries, 4, 3)
     choice = {
         "TOP_K": 2048,
         "BLOCK_TOKENS": 16,
@@ -259,5 +259,5 @@ def test_what_is_around_the_indexers_scores_compiles_and_multiplies_no_matrices(
         "BITS": indexer._DIGIT_BITS,
     }
     kinds = ["*fp32", *PAGING, "*i32", "*i32", "i32", "i32"]
-    kernel = indexer._choose_places
+    kernel = indexer._select_positions
     assert not instructions(kernel, kinds, choice, indexer._CHOICE_WARPS, 3)

@@ -149,7 +149,7 @@ def random_slots(rows: int) -> torch.Tensor:
 def test_tiles_cover_every_pair_once_by_slot(rows: int) -> None:
     slots = random_slots(rows)
     slots[: rows // 2, 0] = 3  # one slot with several tiles
-    tiles = routing.slot_tiles(rows * TOP_K, EXPERTS, 16, DEVICE)
+    tiles = routing.new_slot_tiles(rows * TOP_K, EXPERTS, 16, DEVICE)
     routing.group_by_slot(slots, EXPERTS, tiles)
     seen = []
     for slot, first, count in tiles.tiles_C3[: int(tiles.num_tiles_1)].tolist():
@@ -184,7 +184,7 @@ def test_experts_compute_each_pair_alike_alone_and_grouped(rows: int) -> None:
     slots = random_slots(rows)
     pairs = [experts.Rows(slots, None)]
     for tile_rows in (16, 32):
-        tiles = routing.slot_tiles(rows * TOP_K, EXPERTS, tile_rows, DEVICE)
+        tiles = routing.new_slot_tiles(rows * TOP_K, EXPERTS, tile_rows, DEVICE)
         routing.group_by_slot(slots, EXPERTS, tiles)
         pairs.append(experts.Rows(slots, tiles))
     alone, by16, by32 = (run_experts(x, w1, w2, p, rows * TOP_K) for p in pairs)
@@ -212,7 +212,7 @@ def test_lone_pairs_choose_for_themselves_as_the_choice_before_them_does(
     for chooses in (True, False):
         slots = torch.full((rows, TOP_K), 99, dtype=torch.int64, device=DEVICE)
         weights, inner = poison(rows, TOP_K, dtype=torch.float32), poison(rows * TOP_K, INNER)
-        chosen = experts.Chosen(choice, weights) if chooses else None
+        chosen = experts.FusedChoice(choice, weights) if chooses else None
         if not chooses:
             routing.choose_slots(
                 scores, *choice[:3], slots, weights, normalise=normalise, factor=0.7
@@ -234,8 +234,8 @@ def test_experts_take_rows_that_lie_padded_by_slot(
     counts, width = ints([0, 3, 20, 0, 1, *[0] * (EXPERTS - 5)]), 24
     x = random(EXPERTS * width, HIDDEN)
     w1, w2 = random(EXPERTS, 2 * INNER, HIDDEN, scale=0.1), random(EXPERTS, HIDDEN, INNER)
-    tiles = routing.slot_tiles(EXPERTS * width, EXPERTS, 16, DEVICE)
-    routing.tile_counts(counts, width, tiles)
+    tiles = routing.new_slot_tiles(EXPERTS * width, EXPERTS, 16, DEVICE)
+    routing.fill_padded_tiles(counts, width, tiles)
     rows = experts.Rows(counts, tiles, padded=True)
     y = run_experts(x, w1, w2, rows, EXPERTS * width)
     for slot, count in ((1, 3), (2, 20), (4, 1)):
@@ -251,7 +251,7 @@ def test_rows_of_fp8_are_widened_where_a_slot_has_them_and_nowhere_else(groups: 
     x = codes.view(torch.float8_e4m3fn)
     scales = torch.rand(4, groups, width, device=DEVICE).transpose(1, 2)
     out = poison(4 * width, hidden)
-    scaled_rows.widen(x, scales, counts, out)
+    scaled_rows.dequantise(x, scales, counts, out)
     expected = (x.float() * scales.repeat_interleave(128, dim=2)).to(DTYPE)
     for slot, count in enumerate(counts.tolist()):
         rows = out.view(4, width, hidden)[slot]
@@ -359,8 +359,8 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     cos, sin = rotations(64)
     q, k, v = poison(3, HEADS, HEAD_DIM), cache(2), cache(2)
     k_before = k.clone()
-    projected = attention.Projected(qkv, q_norm, k_norm, cos, sin, EPS)
-    attention.rotate_and_store(projected, where, q, k, v)
+    qkv_parts = attention.QkvParts(qkv, q_norm, k_norm, cos, sin, EPS)
+    attention.rotate_and_store(qkv_parts, where, q, k, v)
     x = qkv.double().sum(0).view(3, heads, HEAD_DIM)
 
     def rotate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -392,20 +392,20 @@ def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
     where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
     where.position_T[1] = -1
     qkv = random(4, 4, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float32)
-    projected = attention.Projected(qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS)
+    qkv_parts = attention.QkvParts(qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS)
     k, v = cache(4), cache(4)
     for row in (0, 2, 3):
         at = int(where.position_T[row])
         block = where.tables_SB[row, at // BLOCK_TOKENS]
         k[block, :, at % BLOCK_TOKENS] = v[block, :, at % BLOCK_TOKENS] = float("nan")
     arrivals = torch.zeros(4, KV_HEADS, 1 + 4 // min(span, 4), dtype=torch.int32, device=DEVICE)
-    merging = attention.Merging(partials(4, 4 // min(span, 4)), arrivals)
+    merging = attention.MergeBuffers(partials(4, 4 // min(span, 4)), arrivals)
     given = []
     for rows_max in (4, 4, 3):
-        monkeypatch.setattr(attention, "TURNED_ROWS_MAX", rows_max)
+        monkeypatch.setattr(attention, "FUSED_ATTENTION_ROWS_MAX", rows_max)
         keys, values, out = k.clone(), v.clone(), poison(4, HEADS * HEAD_DIM)
         q, room = poison(4, HEADS, HEAD_DIM), partials(4)
-        attention.attend_projected(projected, where, q, keys, values, room, merging, out)
+        attention.attend_projected(qkv_parts, where, q, keys, values, room, merging, out)
         assert bool(q.isnan().all()) == (rows_max == 4)
         assert not arrivals.any()
         splits_of_rows = (of_split[[0, 2, 3]].nan_to_num() for of_split in room)

@@ -62,7 +62,7 @@ def poisoned_beyond(where: Paging, lengths: list[int]) -> latent.LatentCache:
 
 
 def attend(
-    q: torch.Tensor, q_turned: torch.Tensor, cache: latent.LatentCache, where: Paging, at_once: int
+    q: torch.Tensor, q_rotated: torch.Tensor, cache: latent.LatentCache, where: Paging, at_once: int
 ) -> torch.Tensor:
     context = where.tables_SB.shape[1] * BLOCK_TOKENS
     splits = (at_once, HEADS, latent.num_splits(context))
@@ -72,28 +72,28 @@ def attend(
         poison(*splits, dtype=torch.float32),
     )
     out = poison(q.shape[0], HEADS, RANK)
-    latent.attend_latents(q, q_turned, cache, where, partials, out, scale=SCALE)
+    latent.attend_latents(q, q_rotated, cache, where, partials, out, scale=SCALE)
     return out
 
 
 def attention_reference(
-    q: torch.Tensor, q_turned: torch.Tensor, cache: latent.LatentCache, where: Paging, row: int
+    q: torch.Tensor, q_rotated: torch.Tensor, cache: latent.LatentCache, where: Paging, row: int
 ) -> torch.Tensor:
     length = int(where.position_T[row]) + 1
     blocks = where.tables_SB[int(where.sequence_T[row])].long()
     latents = cache.latent_BUR[blocks].reshape(-1, RANK)[:length].double()
     keys = cache.key_BUW[blocks].reshape(-1, ROTATED)[:length].double()
-    scores = q[row].double() @ latents.T + q_turned[row].double() @ keys.T
+    scores = q[row].double() @ latents.T + q_rotated[row].double() @ keys.T
     return (scores * SCALE).softmax(-1) @ latents
 
 
 def test_attention_follows_its_formula_over_any_number_of_splits() -> None:
     where = paging([0, 255, 256, -1, 600, 31], [0, 1, 1, 0, 2, 2])
     cache = poisoned_beyond(where, [1, 257, 601])
-    q, q_turned = random(6, HEADS, RANK), random(6, HEADS, ROTATED)
-    out = attend(q, q_turned, cache, where, at_once=6)
+    q, q_rotated = random(6, HEADS, RANK), random(6, HEADS, ROTATED)
+    out = attend(q, q_rotated, cache, where, at_once=6)
     for row in (0, 1, 2, 4, 5):
-        assert_close(out[row], attention_reference(q, q_turned, cache, where, row))
+        assert_close(out[row], attention_reference(q, q_rotated, cache, where, row))
     assert not out[3].any(), "a row without a token gives zero"
 
 
@@ -102,27 +102,27 @@ def test_splits_grow_with_a_rows_own_context_alone() -> None:
     positions = [edge - 1, edge, 20]
     where = paging(positions, [0, 1, 2], blocks=2 * edge // BLOCK_TOKENS + 1)
     cache = poisoned_beyond(where, [position + 1 for position in positions])
-    q, q_turned = random(3, HEADS, RANK), random(3, HEADS, ROTATED)
-    out = attend(q, q_turned, cache, where, at_once=3)
+    q, q_rotated = random(3, HEADS, RANK), random(3, HEADS, ROTATED)
+    out = attend(q, q_rotated, cache, where, at_once=3)
     for row in range(3):
-        assert_close(out[row], attention_reference(q, q_turned, cache, where, row))
+        assert_close(out[row], attention_reference(q, q_rotated, cache, where, row))
     shorter = where._replace(tables_SB=where.tables_SB[:, : edge // BLOCK_TOKENS + 1].contiguous())
-    assert_same(attend(q, q_turned, cache, shorter, at_once=3), out)
+    assert_same(attend(q, q_rotated, cache, shorter, at_once=3), out)
 
 
 def test_a_rows_attention_does_not_depend_on_the_rows_beside_it() -> None:
     where = paging([300, 301, 302, 17, 520], [0, 0, 0, 1, 2])
     cache = poisoned_beyond(where, [303, 18, 521])
-    q, q_turned = random(5, HEADS, RANK), random(5, HEADS, ROTATED)
-    together = attend(q, q_turned, cache, where, at_once=8)
-    in_slices = attend(q, q_turned, cache, where, at_once=2)
+    q, q_rotated = random(5, HEADS, RANK), random(5, HEADS, ROTATED)
+    together = attend(q, q_rotated, cache, where, at_once=8)
+    in_slices = attend(q, q_rotated, cache, where, at_once=2)
     assert torch.equal(together, in_slices)
     for row in range(5):
         own = slice(row, row + 1)
         alone = where._replace(
             position_T=where.position_T[own].clone(), sequence_T=where.sequence_T[own].clone()
         )
-        assert_same(attend(q[own], q_turned[own], cache, alone, at_once=1)[0], together[row])
+        assert_same(attend(q[own], q_rotated[own], cache, alone, at_once=1)[0], together[row])
 
 
 def turn(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -138,10 +138,12 @@ def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("q_rank", [Q_RANK, 0])
-def test_latents_are_normed_and_stored_and_queries_normed(interleaved: bool, q_rank: int) -> None:
+@pytest.mark.parametrize("q_lora_rank", [Q_RANK, 0])
+def test_latents_are_normed_and_stored_and_queries_normed(
+    interleaved: bool, q_lora_rank: int
+) -> None:
     where = paging([40, 3, -1], [1, 0, 2])
-    columns = (q_rank or 7) + RANK + ROTATED
+    columns = (q_lora_rank or 7) + RANK + ROTATED
     parts = random(4, 3, columns, dtype=torch.float32)
     q_norm, kv_norm = random(Q_RANK), random(RANK)
     angles = torch.rand(64, ROTATED // 2, device=DEVICE) * 6
@@ -150,13 +152,13 @@ def test_latents_are_normed_and_stored_and_queries_normed(interleaved: bool, q_r
         random(3 * BLOCKS, BLOCK_TOKENS, RANK), random(3 * BLOCKS, BLOCK_TOKENS, ROTATED)
     )
     before = cache.latent_BUR.clone()
-    q = poison(3, q_rank) if q_rank else None
+    q = poison(3, q_lora_rank) if q_lora_rank else None
     latent.norm_and_store(
-        parts, q_norm if q_rank else None, kv_norm, rotation, where, q, cache, eps=EPS
+        parts, q_norm if q_lora_rank else None, kv_norm, rotation, where, q, cache, eps=EPS
     )
     whole = parts.double().sum(0)
     if q is not None:
-        assert_close(q, normed(whole[:, :q_rank], q_norm))
+        assert_close(q, normed(whole[:, :q_lora_rank], q_norm))
     for row in (0, 1):
         position = int(where.position_T[row])
         block = int(where.tables_SB[int(where.sequence_T[row]), position // BLOCK_TOKENS])
@@ -189,11 +191,11 @@ def test_queries_go_into_the_latent_space_head_by_head(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("experts", "num_groups", "kept", "sigmoid"),
+    ("experts", "num_groups", "topk_group", "sigmoid"),
     [(64, 8, 3, True), (60, 3, 2, False), (32, 1, 1, True)],
 )
 def test_experts_come_from_the_best_groups(
-    experts: int, num_groups: int, kept: int, sigmoid: bool
+    experts: int, num_groups: int, topk_group: int, sigmoid: bool
 ) -> None:
     rows, top_k, factor = 7, 4, 2.5
     scores = random(rows, experts, dtype=torch.float32)
@@ -203,7 +205,7 @@ def test_experts_come_from_the_best_groups(
         correction[: experts // 2] = 0.0
     choices = poison(rows, experts, dtype=torch.float32)
     routing.score_choices(
-        scores, correction, choices, sigmoid=sigmoid, num_groups=num_groups, kept=kept
+        scores, correction, choices, sigmoid=sigmoid, num_groups=num_groups, topk_group=topk_group
     )
     slots = torch.full((rows, top_k), -7, dtype=torch.int64, device=DEVICE)
     weights = poison(rows, top_k, dtype=torch.float32)
@@ -225,7 +227,7 @@ def test_experts_come_from_the_best_groups(
         choice = (values if correction is None else values + correction).double()
         by_group = choice.view(num_groups, -1)
         counts = by_group.sort(-1, descending=True).values[:, : 2 if sigmoid else 1].sum(-1)
-        best = counts.sort(descending=True, stable=True).indices[:kept]
+        best = counts.sort(descending=True, stable=True).indices[:topk_group]
         allowed = torch.isin(torch.arange(num_groups, device=DEVICE), best)
         masked = by_group.masked_fill(~allowed[:, None], -torch.inf).view(-1)
         chosen = masked.sort(descending=True, stable=True).indices[:top_k]

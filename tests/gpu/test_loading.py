@@ -28,7 +28,7 @@ from gpu_worker.cuda.stages.moe_stage import LocalMoe  # noqa: E402
 from gpu_worker.cuda.weights.pinned_memory import PinnedBlock, pin  # noqa: E402
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint  # noqa: E402
 from shared.clock import SystemClock  # noqa: E402
-from shared.expert_cache_memory import ShelfMemory, memory_of_rank  # noqa: E402
+from shared.expert_cache_memory import ExpertCacheMemory, expert_cache_memory_of_rank  # noqa: E402
 from shared.model_spec import read_model_spec  # noqa: E402
 from tests.unit.gpu_worker.cpu.runs import Chunk, make_batch, open_ranks  # noqa: E402
 
@@ -78,7 +78,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def load(folder: Path, shelf_memory: ShelfMemory | None = None) -> CudaModel:
+def load(folder: Path, cache_memory: ExpertCacheMemory | None = None) -> CudaModel:
     spec = read_model_spec(folder)
     return load_cuda_model(
         folder,
@@ -87,7 +87,7 @@ def load(folder: Path, shelf_memory: ShelfMemory | None = None) -> CudaModel:
         device=DEVICE,
         dtype=DTYPE,
         progress=LoadProgress(SystemClock()),
-        shelf_memory=shelf_memory,
+        cache_memory=cache_memory,
     )
 
 
@@ -114,7 +114,7 @@ def decoder_of(model: CudaModel, contents_LS: NDArray[np.int16]) -> Decoder:
         kv_blocks=8,
         block_tokens=BLOCK_TOKENS,
         context_tokens_max=len(TABLE) * BLOCK_TOKENS,
-        decode_ladder=(1,),
+        decode_batch_sizes=(1,),
         prefill_tokens=32,
         prefill_sequences=1,
     )
@@ -149,12 +149,12 @@ def test_logits_are_those_of_the_cpu_model(folder: Path) -> None:
 
 
 def test_from_pinned_copies_slots_get_what_the_checkpoint_gives(folder: Path) -> None:
-    memory = memory_of_rank(-1, 0.1)
+    memory = expert_cache_memory_of_rank(-1, 0.1)
     plain, model = load(folder), load(folder, memory)
     wanted = spread(model.slots.num_layers, model.sizes.num_experts)
     model.loader.load(wanted)
-    assert model.copies.wait_until_filled(timeout_s=60)
-    copy = model.copies.copy_of(1, 5)
+    assert model.host_experts.wait_until_filled(timeout_s=60)
+    copy = model.host_experts.cached_values(1, 5)
     assert copy is not None
     assert copy.is_pinned() == ON_CUDA
     for other in (wanted[:, ::-1], np.roll(wanted, 1, axis=0)):
@@ -162,14 +162,14 @@ def test_from_pinned_copies_slots_get_what_the_checkpoint_gives(folder: Path) ->
         assert torch.equal(model.slots.w_gate_up_LSJH, plain.slots.w_gate_up_LSJH)
         assert torch.equal(model.slots.w_down_LSHI, plain.slots.w_down_LSHI)
     beside = load(folder, memory)  # as another rank of this host
-    model.copies.close()
-    assert model.copies.copy_of(1, 5) is None
+    model.host_experts.close()
+    assert model.host_experts.cached_values(1, 5) is None
     assert np.array_equal(beside.loader.load(wanted), plain.loader.load(wanted))
     assert torch.equal(beside.slots.w_gate_up_LSJH, plain.slots.w_gate_up_LSJH)
-    copy = beside.copies.copy_of(1, 5)
+    copy = beside.host_experts.cached_values(1, 5)
     assert copy is not None
     assert copy.is_pinned() == ON_CUDA
-    beside.copies.close()
+    beside.host_experts.close()
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="nothing is pinned without a CUDA device")

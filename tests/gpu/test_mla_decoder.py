@@ -47,11 +47,11 @@ V3 = DecoderSizes(
     attention=MlaShape(
         hidden_size=64,
         num_heads=2,
-        plain_size=32,
-        rotated_size=16,
-        value_size=16,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
         rank=32,
-        q_rank=48,
+        q_lora_rank=48,
         interleaved=True,
     ),
     rope=Rope(
@@ -71,16 +71,16 @@ V3 = DecoderSizes(
     num_experts=16,
     top_k=3,
     inner_size=32,
-    routing=Routing(sigmoid=True, num_groups=4, kept=2, factor=2.5),
+    routing=Routing(sigmoid=True, num_groups=4, topk_group=2, factor=2.5),
     shared_size=32,
     dense_size=96,
 )
 assert isinstance(V3.attention, MlaShape)
 V2 = replace(
     V3,
-    attention=replace(V3.attention, q_rank=0),
+    attention=replace(V3.attention, q_lora_rank=0),
     rope=Rope(theta=10_000.0, kind="default", scaling={}, context_tokens_max=128),
-    routing=Routing(num_groups=4, kept=2, normalise=False, factor=1.5),
+    routing=Routing(num_groups=4, topk_group=2, normalise=False, factor=1.5),
     shared_size=64,
 )
 
@@ -111,7 +111,7 @@ def make_decoder(sizes: DecoderSizes, weights: DecoderWeights, moe: MoeStage) ->
         kv_blocks=8 * BLOCKS_EACH,
         block_tokens=BLOCK_TOKENS,
         context_tokens_max=CONTEXT,
-        decode_ladder=(1, 8),
+        decode_batch_sizes=(1, 8),
         prefill_tokens=32,
         prefill_sequences=4,
     )
@@ -188,7 +188,7 @@ def test_an_exchange_that_pads_by_slot_gives_the_same_tokens_and_meets_no_dense_
     ("change", "complaint"),
     [
         ({"rank": 48}, "kv_lora_rank"),
-        ({"index_heads": 2, "index_size": 24, "index_top_k": 16}, "index_head_dim"),
+        ({"num_index_heads": 2, "index_head_dim": 24, "index_top_k": 16}, "index_head_dim"),
     ],
     ids=str,
 )

@@ -161,11 +161,11 @@ async def test_ranks_form_a_map_and_a_killed_one_leaves_and_returns(
             assert (before == after).all(), "a death moved a survivor's replica"
         assert (await verdict(store, keys, members[0])).epoch == 2
 
-        reborn = FakeRank(store, keys, rank=0, incarnation=2)
-        await reborn.start()
-        third = await map_with(store, keys, reborn.member, *members[1:])
+        restarted = FakeRank(store, keys, rank=0, incarnation=2)
+        await restarted.start()
+        third = await map_with(store, keys, restarted.member, *members[1:])
         assert third.epoch >= 3
-        await reborn.stop()
+        await restarted.stop()
 
 
 async def test_a_refused_probe_is_a_death_without_any_other_word(
@@ -174,7 +174,7 @@ async def test_a_refused_probe_is_a_death_without_any_other_word(
     async with control_plane(etcd, keys, model), ranks(store, keys) as alive:
         members = [rank.member for rank in alive]
         await map_with(store, keys, *members)
-        await alive[2].vanish()
+        await alive[2].kill_without_agent()
         await map_with(store, keys, members[0], members[1], members[3])
         assert await store.get(keys.rank(members[2].rank, members[2].incarnation)) is not None
 
@@ -217,7 +217,7 @@ async def test_leases_that_expire_at_once_freeze_the_map_while_their_ranks_answe
         assert found is not None
         assert found.members == tuple(members)
         # A death that does not rest on the lease is still a death.
-        await alive[0].vanish()
+        await alive[0].kill_without_agent()
         await map_with(store, keys, *members[1:])
         process.process.terminate()
         assert "mass_expiry" in await process.output()
@@ -274,20 +274,22 @@ async def test_a_new_leader_goes_on_with_a_half_done_join(
         await map_with(store, keys, *members)
         await alive[1].kill()
         await map_with(store, keys, members[0], members[2], members[3])
-        reborn = FakeRank(store, keys, rank=1, incarnation=2)
-        reborn.loads_allowed.clear()
-        await reborn.start()
-        stack.push_async_callback(reborn.stop)
+        restarted = FakeRank(store, keys, rank=1, incarnation=2)
+        restarted.loads_allowed.clear()
+        await restarted.start()
+        stack.push_async_callback(restarted.stop)
 
         async def is_assigned() -> object:
-            return await store.get(keys.assignment(reborn.member.rank, reborn.member.incarnation))
+            return await store.get(
+                keys.assignment(restarted.member.rank, restarted.member.incarnation)
+            )
 
         await eventually(is_assigned, "an assignment for the joiner")
         os.kill(first.process.pid, signal.SIGKILL)
-        reborn.loads_allowed.set()
+        restarted.loads_allowed.set()
         await stack.enter_async_context(control_plane(etcd, keys, model, name="second"))
-        await map_with(store, keys, members[0], reborn.member, members[2], members[3])
-        assert len(reborn.loads) == 1, "the new leader planned the join anew"
+        await map_with(store, keys, members[0], restarted.member, members[2], members[3])
+        assert len(restarted.loads) == 1, "the new leader planned the join anew"
 
 
 async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
@@ -299,7 +301,7 @@ async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
             members = [rank.member for rank in alive]
             await map_with(store, keys, *members)
             await server.kill()
-            await alive[1].vanish()
+            await alive[1].kill_without_agent()
             await asyncio.sleep(3.0)  # longer than the leader's lease
             await server.start()
             after = await map_with(store, keys, members[0], members[2], members[3])

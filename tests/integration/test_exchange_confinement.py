@@ -19,7 +19,7 @@ from shared.confinement import confined_environment, listeners_of
 ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-m", "tests.support.exposed_memory")
 LIMIT_S = 60
-KNOCK = """
+CONNECT_PROGRAM = """
 import socket, sys
 try:
     socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5).close()
@@ -29,12 +29,12 @@ except ConnectionRefusedError:
 """
 
 
-class Keeper:
+class BufferProcess:
     """A process with registered memory."""
 
     def __init__(self, host: str, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [*PROGRAM, "keep", host],
+            [*PROGRAM, "hold_buffer", host],
             cwd=ROOT,
             env=dict(environment),
             stdin=subprocess.PIPE,
@@ -105,40 +105,47 @@ def from_outside(network: Network, *command: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def knock(host: str, port: int) -> list[str]:
-    return [sys.executable, "-c", KNOCK, host, str(port)]
+def connect_command(host: str, port: int) -> list[str]:
+    return [sys.executable, "-c", CONNECT_PROGRAM, host, str(port)]
 
 
 def test_a_stranger_finds_every_port_closed_and_the_memory_stays(stranger: Network) -> None:
-    keeper = Keeper("127.0.0.1", confined_environment(os.environ, "127.0.0.1"))
+    buffer_process = BufferProcess("127.0.0.1", confined_environment(os.environ, "127.0.0.1"))
     try:
-        assert keeper.listeners
-        assert not any(listener.is_wildcard for listener in keeper.listeners)
-        for listener in keeper.listeners:
-            command = knock(stranger.host, listener.port)
+        assert buffer_process.listeners
+        assert not any(listener.is_wildcard for listener in buffer_process.listeners)
+        for listener in buffer_process.listeners:
+            command = connect_command(stranger.host, listener.port)
             assert from_outside(stranger, *command) == "refused"
             here = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
             assert here.stdout.strip() == "refused"
-            assert subprocess.check_output(knock("127.0.0.1", listener.port)).strip() == b"open"
-        place = (stranger.host, str(keeper.port), str(keeper.address))
-        assert json.loads(from_outside(stranger, *PROGRAM, "attack", *place))["status"] < 0
-        assert keeper.is_intact()
+            assert (
+                subprocess.check_output(connect_command("127.0.0.1", listener.port)).strip()
+                == b"open"
+            )
+        place = (stranger.host, str(buffer_process.port), str(buffer_process.address))
+        assert (
+            json.loads(from_outside(stranger, *PROGRAM, "overwrite_buffer", *place))["status"] < 0
+        )
+        assert buffer_process.is_intact()
     finally:
-        keeper.stop()
+        buffer_process.stop()
 
 
 def test_without_confinement_the_same_stranger_connects_and_overwrites(stranger: Network) -> None:
-    keeper = Keeper(stranger.host, os.environ)
+    buffer_process = BufferProcess(stranger.host, os.environ)
     try:
-        for listener in keeper.listeners:
+        for listener in buffer_process.listeners:
             assert listener.is_wildcard
-            assert from_outside(stranger, *knock(stranger.host, listener.port)) == "open"
-        assert keeper.is_intact()
-        place = (stranger.host, str(keeper.port), str(keeper.address))
-        assert json.loads(from_outside(stranger, *PROGRAM, "attack", *place))["status"] == 1
-        assert not keeper.is_intact()
+            assert from_outside(stranger, *connect_command(stranger.host, listener.port)) == "open"
+        assert buffer_process.is_intact()
+        place = (stranger.host, str(buffer_process.port), str(buffer_process.address))
+        assert (
+            json.loads(from_outside(stranger, *PROGRAM, "overwrite_buffer", *place))["status"] == 1
+        )
+        assert not buffer_process.is_intact()
     finally:
-        keeper.stop()
+        buffer_process.stop()
 
 
 @pytest.mark.parametrize("confined", [True, False])

@@ -65,10 +65,10 @@ def open_links(ranks: list[Rank]) -> int:
     """Opens every link that is not open; returns how many."""
     count = 0
     for rank in ranks:
-        rank.tell("wanted")
-        for target, request in rank.expect("wanted"):
-            ranks[target.rank].tell("give", request)
-            rank.tell("connect", ranks[target.rank].expect("given"))
+        rank.tell("link_requests")
+        for target, request in rank.expect("link_requests"):
+            ranks[target.rank].tell("accept_link", request)
+            rank.tell("connect", ranks[target.rank].expect("link_accepted"))
             rank.expect("connected")
             count += 1
     return count
@@ -89,7 +89,7 @@ def start() -> Iterator[Callable[..., list[Rank]]]:
         rank.process.join()
 
 
-class Deaf:
+class NoFaultMonitor:
     """A monitor for runs without faults."""
 
     def __init__(self, epoch: Epoch) -> None:
@@ -109,15 +109,15 @@ def oracle(expert_map: ExpertMap, num_steps: int) -> dict[int, list[str]]:
     """What the same steps give in one process."""
     hub = LocalHub(expert_map.num_ranks, H, K)
 
-    def live(rank: int) -> list[str]:
-        monitor = Deaf(expert_map.epoch)
+    def run_steps(rank: int) -> list[str]:
+        monitor = NoFaultMonitor(expert_map.epoch)
         exchange = hub.exchange(member(rank), monitor, SystemClock(), FOREVER_MS)
         exchange.adopt(expert_map)
         return [run_step(exchange, expert_map, rank, step) for step in range(num_steps)]
 
     ranks = [m.rank for m in expert_map.members]
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return dict(zip(ranks, pool.map(live, ranks), strict=True))
+        return dict(zip(ranks, pool.map(run_steps, ranks), strict=True))
 
 
 def run_and_compare(ranks: list[Rank], expert_map: ExpertMap, num_steps: int) -> None:
@@ -228,8 +228,8 @@ def run_after_verdict(survivors: list[Rank], expert_map: ExpertMap, num_steps: i
 def wait_for_broken_link(rank: Rank) -> None:
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
-        rank.tell("wanted")
-        if rank.expect("wanted"):
+        rank.tell("link_requests")
+        if rank.expect("link_requests"):
             return
         time.sleep(0.02)
     raise AssertionError(f"no write of rank {rank.rank} has failed")

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from shared.codec import unpack
 from shared.records import GatewayRecord, Suspicion
 from shared.types import SuspicionReason
-from tests.support.gateway_world import MODEL, World, running_world
+from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, ToyRank, toy_tokens
 
@@ -39,8 +39,8 @@ def tokenizer(model: Path) -> Tokenizer:
 
 
 @pytest_asyncio.fixture
-async def world(model: Path) -> AsyncIterator[World]:
-    async with running_world(model) as running:
+async def harness(model: Path) -> AsyncIterator[GatewayHarness]:
+    async with running_gateway(model) as running:
         yield running
 
 
@@ -56,8 +56,8 @@ def completion(**fields: Any) -> dict[str, Any]:
     }
 
 
-async def post(world: World, path: str, body: Any) -> tuple[int, dict[str, Any]]:
-    async with world.http.post(world.url + path, json=body) as response:
+async def post(harness: GatewayHarness, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+    async with harness.http.post(harness.url + path, json=body) as response:
         return response.status, await response.json()
 
 
@@ -92,10 +92,10 @@ class Stream:
 
 
 async def test_a_stream_shows_every_token_once_and_ends_with_done(
-    world: World, tokenizer: Tokenizer
+    harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
-    async with world.http.post(
-        world.url + "/v1/completions", json=completion(stream=True)
+    async with harness.http.post(
+        harness.url + "/v1/completions", json=completion(stream=True)
     ) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
         stream = Stream(response)
@@ -105,154 +105,160 @@ async def test_a_stream_shows_every_token_once_and_ends_with_done(
     assert (stream.finish, stream.done, stream.error) == ("length", True, None)
 
 
-async def test_a_stream_goes_on_exactly_when_its_rank_is_killed(world: World) -> None:
-    for rank in world.ranks:
+async def test_a_stream_goes_on_exactly_when_its_rank_is_killed(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.hold_at = 5
-    async with world.http.post(
-        world.url + "/v1/completions", json=completion(stream=True)
+    async with harness.http.post(
+        harness.url + "/v1/completions", json=completion(stream=True)
     ) as response:
         stream = Stream(response)
         await stream.read(5)
-        victim = next(r for r in world.ranks if r.submits)
+        victim = next(r for r in harness.ranks if r.submits)
         assert response.headers["x-starfish-rank"] == str(victim.member.rank)
-        survivor = next(r for r in world.ranks if r is not victim)
+        survivor = next(r for r in harness.ranks if r is not victim)
         survivor.go()
         await victim.kill()
         await stream.read()
     assert stream.ids == toy_tokens(PROMPT, 12)
     assert stream.done
     assert [s.num_emitted for s in survivor.submits] == [5]
-    key = world.keys.suspicion(*_ids(victim), victim.gateways[0])
-    found = await _eventually_there(world, key)
+    key = harness.keys.suspicion(*_ids(victim), victim.gateways[0])
+    found = await _eventually_there(harness, key)
     suspicion = unpack(found, Suspicion)
     assert (suspicion.rank, suspicion.reason) == (victim.member.rank, SuspicionReason.RESET)
-    assert await world.metric("session_moves_total") == 1
+    assert await harness.metric("session_moves_total") == 1
 
 
-async def test_many_streams_survive_one_rank_after_the_other(world: World) -> None:
+async def test_many_streams_survive_one_rank_after_the_other(harness: GatewayHarness) -> None:
     async def one(prompt: list[int]) -> Stream:
         body = completion(prompt=prompt, stream=True, max_tokens=60)
-        async with world.http.post(world.url + "/v1/completions", json=body) as response:
+        async with harness.http.post(harness.url + "/v1/completions", json=body) as response:
             stream = Stream(response)
             await stream.read()
             return stream
 
     prompts = [[10 + n, 11, 12] for n in range(8)]
     reading = [asyncio.create_task(one(prompt)) for prompt in prompts]
-    first, second = world.ranks
+    first, second = harness.ranks
     for dying in (first, second):
         await asyncio.sleep(0.02)
         await dying.kill()
-        fresh = await world.add_rank(ToyRank(dying.member.rank, dying.member.incarnation + 1))
-        await world.publish([fresh, second] if dying is first else [world.ranks[2], fresh])
+        fresh = await harness.add_rank(ToyRank(dying.member.rank, dying.member.incarnation + 1))
+        await harness.publish([fresh, second] if dying is first else [harness.ranks[2], fresh])
     streams = await asyncio.gather(*reading)
     for prompt, stream in zip(prompts, streams, strict=True):
         assert stream.ids == toy_tokens(prompt, 60)
         assert stream.done
 
 
-async def test_a_map_that_leaves_a_hung_rank_out_moves_its_sessions(world: World) -> None:
-    for rank in world.ranks:
+async def test_a_map_that_leaves_a_hung_rank_out_moves_its_sessions(
+    harness: GatewayHarness,
+) -> None:
+    for rank in harness.ranks:
         rank.hold_at = 3
-    async with world.http.post(
-        world.url + "/v1/completions", json=completion(stream=True)
+    async with harness.http.post(
+        harness.url + "/v1/completions", json=completion(stream=True)
     ) as response:
         stream = Stream(response)
         await stream.read(3)
-        hung = next(r for r in world.ranks if r.submits)
-        survivor = next(r for r in world.ranks if r is not hung)
+        hung = next(r for r in harness.ranks if r.submits)
+        survivor = next(r for r in harness.ranks if r is not hung)
         survivor.go()
-        await world.publish([survivor])
+        await harness.publish([survivor])
         await stream.read()
     assert stream.ids == toy_tokens(PROMPT, 12)
 
 
-async def test_a_refused_session_goes_elsewhere(world: World) -> None:
-    for rank in world.ranks:
+async def test_a_refused_session_goes_elsewhere(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.refuse = 2
-    status, body = await post(world, "/v1/completions", completion())
+    status, body = await post(harness, "/v1/completions", completion())
     assert status == 200
     assert body["choices"][0]["token_ids"] == toy_tokens(PROMPT, 12)
 
 
-async def test_a_rejected_session_fails_with_the_ranks_reason(world: World) -> None:
-    for rank in world.ranks:
+async def test_a_rejected_session_fails_with_the_ranks_reason(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.reject = "no finite logits"
-    status, body = await post(world, "/v1/completions", completion())
+    status, body = await post(harness, "/v1/completions", completion())
     assert status == 500
     assert "no finite logits" in body["error"]["message"]
 
 
-async def test_without_etcd_the_last_map_serves(world: World) -> None:
-    assert world.gateway_store is not None
-    world.gateway_store.reachable = False
-    status, body = await post(world, "/v1/completions", completion())
+async def test_without_etcd_the_last_map_serves(harness: GatewayHarness) -> None:
+    assert harness.gateway_store is not None
+    harness.gateway_store.reachable = False
+    status, body = await post(harness, "/v1/completions", completion())
     assert status == 200
     assert body["choices"][0]["token_ids"] == toy_tokens(PROMPT, 12)
-    world.gateway_store.reachable = True
+    harness.gateway_store.reachable = True
 
 
-async def test_the_gateway_registers_under_a_lease_and_again_when_it_is_lost(world: World) -> None:
+async def test_the_gateway_registers_under_a_lease_and_again_when_it_is_lost(
+    harness: GatewayHarness,
+) -> None:
     async def registered() -> tuple[int, GatewayRecord]:
         async with asyncio.timeout(20):
             while True:
-                found = (await world.store.get_prefix(world.keys.gateways)).values
+                found = (await harness.store.get_prefix(harness.keys.gateways)).values
                 if found:
                     return found[0].lease_id, unpack(found[0].value, GatewayRecord)
                 await asyncio.sleep(0.01)
 
     lease_id, record = await registered()
-    assert world.url.endswith(f":{record.port}")
-    await world.store.revoke_lease(lease_id)
+    assert harness.url.endswith(f":{record.port}")
+    await harness.store.revoke_lease(lease_id)
     again, same = await registered()
     assert again != lease_id
     assert same == record
 
 
-async def test_a_client_that_leaves_cancels_its_session(world: World) -> None:
-    for rank in world.ranks:
+async def test_a_client_that_leaves_cancels_its_session(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.hold_at = 2
-    async with world.http.post(
-        world.url + "/v1/completions", json=completion(stream=True)
+    async with harness.http.post(
+        harness.url + "/v1/completions", json=completion(stream=True)
     ) as response:
         await Stream(response).read(2)
         response.close()
-    await _cancelled(world)
-    await world.wait_metric("sessions_in_flight", 0)
-    await world.wait_metric("tokens_in_flight", 0)
+    await _cancelled(harness)
+    await harness.wait_metric("sessions_in_flight", 0)
+    await harness.wait_metric("tokens_in_flight", 0)
 
 
-async def test_a_client_that_leaves_before_the_first_token_cancels_too(world: World) -> None:
-    for rank in world.ranks:
+async def test_a_client_that_leaves_before_the_first_token_cancels_too(
+    harness: GatewayHarness,
+) -> None:
+    for rank in harness.ranks:
         rank.hold_at = 0
-    request = asyncio.create_task(post(world, "/v1/completions", completion()))
-    await _first(world, "submitted")
+    request = asyncio.create_task(post(harness, "/v1/completions", completion()))
+    await _first(harness, "submitted")
     request.cancel()
-    await _cancelled(world)
+    await _cancelled(harness)
 
 
 async def test_a_stop_string_ends_the_text_before_it_and_cancels(
-    world: World, tokenizer: Tokenizer
+    harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
     script = tokenizer.encode("The quick brown fox jumps over the lazy dog. The starfish").ids
-    for rank in world.ranks:
+    for rank in harness.ranks:
         rank.script = script
     request = completion(stop=["x jum", "dog"], max_tokens=len(script), stream=True)
-    async with world.http.post(world.url + "/v1/completions", json=request) as response:
+    async with harness.http.post(harness.url + "/v1/completions", json=request) as response:
         stream = Stream(response)
         await stream.read()
     assert stream.text == "The quick brown fo"
     assert (stream.finish, stream.done) == ("stop", True)
     assert stream.ids == script[: len(stream.ids)]
-    await _cancelled(world)
+    await _cancelled(harness)
 
 
-async def test_a_stop_token_is_no_text(world: World, tokenizer: Tokenizer) -> None:
+async def test_a_stop_token_is_no_text(harness: GatewayHarness, tokenizer: Tokenizer) -> None:
     script = [*tokenizer.encode("The starfish").ids, EOS]
-    for rank in world.ranks:
+    for rank in harness.ranks:
         rank.script = script
     status, body = await post(
-        world, "/v1/completions", completion(ignore_eos=False, max_tokens=100)
+        harness, "/v1/completions", completion(ignore_eos=False, max_tokens=100)
     )
     choice = body["choices"][0]
     assert (status, choice["text"], choice["finish_reason"]) == (200, "The starfish", "stop")
@@ -260,25 +266,27 @@ async def test_a_stop_token_is_no_text(world: World, tokenizer: Tokenizer) -> No
     assert body["usage"]["completion_tokens"] == len(script)
 
 
-async def test_several_prompts_give_a_choice_each(world: World) -> None:
+async def test_several_prompts_give_a_choice_each(harness: GatewayHarness) -> None:
     prompts = [[5, 6], [7, 8], [9]]
-    status, body = await post(world, "/v1/completions", completion(prompt=prompts))
+    status, body = await post(harness, "/v1/completions", completion(prompt=prompts))
     assert status == 200
     got = [choice["token_ids"] for choice in body["choices"]]
     assert got == [toy_tokens(prompt, 12) for prompt in prompts]
     assert body["usage"]["prompt_tokens"] == 5
 
 
-async def test_usage_tells_how_much_of_the_prompt_was_cached(world: World) -> None:
-    for rank in world.ranks:
+async def test_usage_tells_how_much_of_the_prompt_was_cached(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.cached_tokens = 2
-    _, body = await post(world, "/v1/completions", completion(prompt=[[5, 6, 7], [8, 9, 5]], n=2))
+    _, body = await post(harness, "/v1/completions", completion(prompt=[[5, 6, 7], [8, 9, 5]], n=2))
     usage = body["usage"]
     assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (6, {"cached_tokens": 4})
 
 
-async def test_the_openai_client_chats_unchanged(world: World, tokenizer: Tokenizer) -> None:
-    async with openai.AsyncOpenAI(base_url=world.url + "/v1", api_key="none") as client:
+async def test_the_openai_client_chats_unchanged(
+    harness: GatewayHarness, tokenizer: Tokenizer
+) -> None:
+    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none") as client:
         models = await client.models.list()
         assert [m.id for m in models.data] == [MODEL]
         messages: Any = [
@@ -313,9 +321,11 @@ async def test_the_openai_client_chats_unchanged(world: World, tokenizer: Tokeni
     assert usage.completion_tokens == 20
 
 
-async def test_the_blocking_openai_client_streams(world: World, tokenizer: Tokenizer) -> None:
+async def test_the_blocking_openai_client_streams(
+    harness: GatewayHarness, tokenizer: Tokenizer
+) -> None:
     def read() -> str:
-        with openai.OpenAI(base_url=world.url + "/v1", api_key="none") as client:
+        with openai.OpenAI(base_url=harness.url + "/v1", api_key="none") as client:
             stream = client.completions.create(
                 model=MODEL, prompt="The starfish", max_tokens=9, temperature=0, stream=True
             )
@@ -325,9 +335,9 @@ async def test_the_blocking_openai_client_streams(world: World, tokenizer: Token
     assert await asyncio.to_thread(read) == tokenizer.decode(toy_tokens(prompt, 9))
 
 
-async def test_the_openai_client_meets_its_own_error_classes(world: World) -> None:
+async def test_the_openai_client_meets_its_own_error_classes(harness: GatewayHarness) -> None:
     async with openai.AsyncOpenAI(
-        base_url=world.url + "/v1", api_key="none", max_retries=0
+        base_url=harness.url + "/v1", api_key="none", max_retries=0
     ) as client:
         with pytest.raises(openai.NotFoundError):
             await client.completions.create(model="other", prompt="x")
@@ -353,59 +363,63 @@ async def test_the_openai_client_meets_its_own_error_classes(world: World) -> No
     ],
 )
 async def test_bad_requests_get_openais_error_shape(
-    world: World, body: bytes, status: int, code: str | None, param: str | None
+    harness: GatewayHarness, body: bytes, status: int, code: str | None, param: str | None
 ) -> None:
-    async with world.http.post(world.url + "/v1/completions", data=io.BytesIO(body)) as response:
+    async with harness.http.post(
+        harness.url + "/v1/completions", data=io.BytesIO(body)
+    ) as response:
         answer = await response.json()
         assert response.status == status, answer
     error = answer["error"]
     assert (error["code"], error["param"]) == (code, param)
     assert error["type"] == "invalid_request_error"
     assert error["message"]
-    assert not any(rank.submits for rank in world.ranks)
+    assert not any(rank.submits for rank in harness.ranks)
 
 
-async def test_unknown_paths_and_methods_have_the_shape_too(world: World) -> None:
+async def test_unknown_paths_and_methods_have_the_shape_too(harness: GatewayHarness) -> None:
     for method, path, status in [("GET", "/v2", 404), ("GET", "/v1/completions", 405)]:
-        async with world.http.request(method, world.url + path) as response:
+        async with harness.http.request(method, harness.url + path) as response:
             assert response.status == status
             assert (await response.json())["error"]["message"]
 
 
 async def test_a_full_gateway_says_when_to_come_back(model: Path) -> None:
-    async with running_world(model, sessions_max=1) as world:
-        for rank in world.ranks:
+    async with running_gateway(model, sessions_max=1) as harness:
+        for rank in harness.ranks:
             rank.hold_at = 0
-        first = asyncio.create_task(post(world, "/v1/completions", completion()))
-        await world.wait_metric("sessions_in_flight", 1)
-        async with world.http.post(world.url + "/v1/completions", json=completion()) as response:
+        first = asyncio.create_task(post(harness, "/v1/completions", completion()))
+        await harness.wait_metric("sessions_in_flight", 1)
+        async with harness.http.post(
+            harness.url + "/v1/completions", json=completion()
+        ) as response:
             assert response.status == 429
             assert int(response.headers["Retry-After"]) >= 1
             assert (await response.json())["error"]["type"] == "rate_limit_error"
-        for rank in world.ranks:
+        for rank in harness.ranks:
             rank.go()
         assert (await first)[0] == 200
 
 
 async def test_no_rank_for_too_long_is_a_503(model: Path) -> None:
-    async with running_world(model, num_ranks=0, no_rank_timeout_s=0.05) as world:
-        status, body = await post(world, "/v1/completions", completion())
+    async with running_gateway(model, num_ranks=0, no_rank_timeout_s=0.05) as harness:
+        status, body = await post(harness, "/v1/completions", completion())
         assert status == 503
         assert body["error"]["code"] == "no_rank_available"
-        async with world.http.get(world.url + "/health") as response:
+        async with harness.http.get(harness.url + "/health") as response:
             assert response.status == 503
             assert (await response.json())["reasons"] == ["no expert map is published yet"]
 
 
 async def test_a_stream_that_loses_its_last_rank_ends_with_an_error_event(model: Path) -> None:
-    async with running_world(model, num_ranks=1, no_rank_timeout_s=0.05) as world:
-        world.ranks[0].hold_at = 2
-        async with world.http.post(
-            world.url + "/v1/completions", json=completion(stream=True)
+    async with running_gateway(model, num_ranks=1, no_rank_timeout_s=0.05) as harness:
+        harness.ranks[0].hold_at = 2
+        async with harness.http.post(
+            harness.url + "/v1/completions", json=completion(stream=True)
         ) as response:
             stream = Stream(response)
             await stream.read(2)
-            await world.ranks[0].kill()
+            await harness.ranks[0].kill()
             await stream.read()
     assert stream.ids == toy_tokens(PROMPT, 2)
     assert stream.error is not None
@@ -414,42 +428,42 @@ async def test_a_stream_that_loses_its_last_rank_ends_with_an_error_event(model:
 
 
 async def test_a_new_session_waits_for_a_rank_that_comes(model: Path) -> None:
-    async with running_world(model, num_ranks=0) as world:
-        request = asyncio.create_task(post(world, "/v1/completions", completion()))
-        await world.wait_metric("sessions_in_flight", 1)
-        rank = await world.add_rank(ToyRank(0))
-        await world.publish([rank])
+    async with running_gateway(model, num_ranks=0) as harness:
+        request = asyncio.create_task(post(harness, "/v1/completions", completion()))
+        await harness.wait_metric("sessions_in_flight", 1)
+        rank = await harness.add_rank(ToyRank(0))
+        await harness.publish([rank])
         status, body = await request
     assert status == 200
     assert body["choices"][0]["token_ids"] == toy_tokens(PROMPT, 12)
 
 
-async def test_a_mute_rank_gets_no_new_sessions(world: World) -> None:
-    hung, healthy = world.ranks
+async def test_a_mute_rank_gets_no_new_sessions(harness: GatewayHarness) -> None:
+    hung, healthy = harness.ranks
     hung.mute = True
-    await world.wait_metric('suspicions_total{reason="silence"}', 1)
+    await harness.wait_metric('suspicions_total{reason="silence"}', 1)
     for _ in range(4):
-        status, _ = await post(world, "/v1/completions", completion(max_tokens=2))
+        status, _ = await post(harness, "/v1/completions", completion(max_tokens=2))
         assert status == 200
     assert not hung.submits
     assert len(healthy.submits) == 4
     hung.mute = False
 
 
-async def test_draining_lets_streams_end_and_takes_no_new_ones(world: World) -> None:
-    for rank in world.ranks:
+async def test_draining_lets_streams_end_and_takes_no_new_ones(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.hold_at = 3
-    async with world.http.post(
-        world.url + "/v1/completions", json=completion(stream=True)
+    async with harness.http.post(
+        harness.url + "/v1/completions", json=completion(stream=True)
     ) as response:
         stream = Stream(response)
         await stream.read(3)
-        world.stop.set()
+        harness.stop.set()
         await asyncio.sleep(0.05)
         with pytest.raises(aiohttp.ClientError):
-            async with aiohttp.ClientSession() as http, http.get(world.url + "/health"):
+            async with aiohttp.ClientSession() as http, http.get(harness.url + "/health"):
                 pass
-        for rank in world.ranks:
+        for rank in harness.ranks:
             rank.go()
         await stream.read()
     assert stream.ids == toy_tokens(PROMPT, 12)
@@ -460,22 +474,22 @@ def _ids(rank: ToyRank) -> tuple[Any, Any]:
     return rank.member.rank, rank.member.incarnation
 
 
-async def _eventually_there(world: World, key: str) -> bytes:
+async def _eventually_there(harness: GatewayHarness, key: str) -> bytes:
     async with asyncio.timeout(20):
         while True:
-            found = await world.store.get(key)
+            found = await harness.store.get(key)
             if found is not None:
                 return found.value
             await asyncio.sleep(0.01)
 
 
-async def _cancelled(world: World) -> None:
-    await _first(world, "cancelled")
+async def _cancelled(harness: GatewayHarness) -> None:
+    await _first(harness, "cancelled")
 
 
-async def _first(world: World, event: str) -> None:
+async def _first(harness: GatewayHarness, event: str) -> None:
     """Until any rank has seen a Submit ("submitted") or a Cancel ("cancelled")."""
-    waits = [asyncio.create_task(getattr(rank, event).wait()) for rank in world.ranks]
+    waits = [asyncio.create_task(getattr(rank, event).wait()) for rank in harness.ranks]
     done, pending = await asyncio.wait(waits, timeout=20, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()

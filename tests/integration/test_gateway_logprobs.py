@@ -14,7 +14,7 @@ import pytest_asyncio
 from tokenizers import Tokenizer
 
 from gateway.detokenizer import TokenBytes
-from tests.support.gateway_world import MODEL, World, running_world
+from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, toy_logprob, toy_tokens
 
@@ -36,21 +36,21 @@ def tokenizer(model: Path) -> Tokenizer:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def world(model: Path) -> AsyncIterator[World]:
-    async with running_world(model) as running:
+async def harness(model: Path) -> AsyncIterator[GatewayHarness]:
+    async with running_gateway(model) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
-def no_script(world: World) -> None:
-    for rank in world.ranks:
+def no_script(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
         rank.script = None
         rank.submits.clear()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client(world: World) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=world.url + "/v1", api_key="none") as opened:
+async def client(harness: GatewayHarness) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none") as opened:
         yield opened
 
 
@@ -58,16 +58,18 @@ def completion(**fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": PROMPT, "max_tokens": 6, "ignore_eos": True, **fields}
 
 
-async def complete(world: World, path: str = "/v1/completions", **fields: Any) -> dict[str, Any]:
-    async with world.http.post(world.url + path, json=completion(**fields)) as response:
+async def complete(
+    harness: GatewayHarness, path: str = "/v1/completions", **fields: Any
+) -> dict[str, Any]:
+    async with harness.http.post(harness.url + path, json=completion(**fields)) as response:
         answer: dict[str, Any] = await response.json()
         assert response.status == 200, answer
         return answer
 
 
-async def events(world: World, **fields: Any) -> list[dict[str, Any]]:
+async def events(harness: GatewayHarness, **fields: Any) -> list[dict[str, Any]]:
     body = completion(stream=True, **fields)
-    async with world.http.post(world.url + "/v1/completions", json=body) as response:
+    async with harness.http.post(harness.url + "/v1/completions", json=body) as response:
         lines = (await response.text()).splitlines()
     return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
@@ -78,7 +80,7 @@ def raw(tokenizer: Tokenizer, token: int) -> bytes:
 
 
 async def test_a_chat_tells_each_token_with_its_bytes_and_the_likeliest(
-    world: World, client: openai.AsyncOpenAI, tokenizer: Tokenizer
+    harness: GatewayHarness, client: openai.AsyncOpenAI, tokenizer: Tokenizer
 ) -> None:
     answer = await client.chat.completions.create(
         model=MODEL,
@@ -102,7 +104,9 @@ async def test_a_chat_tells_each_token_with_its_bytes_and_the_likeliest(
         assert tops == [(raw(tokenizer, i), value) for i, value in wanted.top]
 
 
-async def test_a_streamed_chat_tells_the_same(world: World, client: openai.AsyncOpenAI) -> None:
+async def test_a_streamed_chat_tells_the_same(
+    harness: GatewayHarness, client: openai.AsyncOpenAI
+) -> None:
     asked: Any = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Grow"}],
@@ -123,7 +127,9 @@ async def test_a_streamed_chat_tells_the_same(world: World, client: openai.Async
     assert len(streamed) == 30
 
 
-async def test_logprobs_alone_have_no_top(world: World, client: openai.AsyncOpenAI) -> None:
+async def test_logprobs_alone_have_no_top(
+    harness: GatewayHarness, client: openai.AsyncOpenAI
+) -> None:
     answer = await client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "x"}], max_tokens=2, logprobs=True
     )
@@ -137,10 +143,10 @@ async def test_logprobs_alone_have_no_top(world: World, client: openai.AsyncOpen
 
 @pytest.mark.parametrize("num_top", [0, 3])
 async def test_a_completion_tells_tokens_numbers_and_offsets(
-    world: World, client: openai.AsyncOpenAI, tokenizer: Tokenizer, num_top: int
+    harness: GatewayHarness, client: openai.AsyncOpenAI, tokenizer: Tokenizer, num_top: int
 ) -> None:
     script = tokenizer.encode("Grüße, 星 and more").ids
-    for rank in world.ranks:
+    for rank in harness.ranks:
         rank.script = script
     answer = await client.completions.create(
         model=MODEL, prompt="The", max_tokens=len(script), logprobs=num_top
@@ -165,10 +171,12 @@ async def test_a_completion_tells_tokens_numbers_and_offsets(
         assert sorted(tops.values()) == sorted(wanted.values())
 
 
-async def test_a_streamed_completion_says_in_pieces_what_the_whole_says(world: World) -> None:
+async def test_a_streamed_completion_says_in_pieces_what_the_whole_says(
+    harness: GatewayHarness,
+) -> None:
     asked = {"logprobs": 2, "echo": True, "max_tokens": 20}
-    whole = (await complete(world, **asked))["choices"][0]
-    pieces = [choice for event in await events(world, **asked) for choice in event["choices"]]
+    whole = (await complete(harness, **asked))["choices"][0]
+    pieces = [choice for event in await events(harness, **asked) for choice in event["choices"]]
     joined: dict[str, list[Any]] = {}
     for piece in pieces:
         for key, values in piece["logprobs"].items():
@@ -178,9 +186,9 @@ async def test_a_streamed_completion_says_in_pieces_what_the_whole_says(world: W
 
 
 async def test_an_echo_begins_with_the_prompt_and_its_scores(
-    world: World, tokenizer: Tokenizer
+    harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
-    choice = (await complete(world, echo=True, logprobs=1, return_token_ids=True))["choices"][0]
+    choice = (await complete(harness, echo=True, logprobs=1, return_token_ids=True))["choices"][0]
     ids = PROMPT + choice["token_ids"]
     assert choice["token_ids"] == toy_tokens(PROMPT, 6)
     assert choice["text"] == tokenizer.decode(ids)
@@ -188,13 +196,13 @@ async def test_an_echo_begins_with_the_prompt_and_its_scores(
     assert said["token_logprobs"] == [None, *(toy_logprob(t, 0).logprob for t in ids[1:])]
     assert said["top_logprobs"][0] is None
     assert len(said["tokens"]) == len(said["text_offset"]) == len(ids)
-    plain = (await complete(world, echo=True))["choices"][0]
+    plain = (await complete(harness, echo=True))["choices"][0]
     assert plain["text"].startswith(tokenizer.decode(PROMPT))
     assert plain["logprobs"] is None
 
 
-async def test_scoring_alone_gives_every_digit_and_no_token(world: World) -> None:
-    answer = await complete(world, max_tokens=0, prompt_logprobs=0)
+async def test_scoring_alone_gives_every_digit_and_no_token(harness: GatewayHarness) -> None:
+    answer = await complete(harness, max_tokens=0, prompt_logprobs=0)
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"], choice["logprobs"]) == ("", "length", None)
     assert choice["prompt_logprobs"][0] is None
@@ -204,15 +212,15 @@ async def test_scoring_alone_gives_every_digit_and_no_token(world: World) -> Non
     assert [s["logprob"] for s in said] == [toy_logprob(t, 0).logprob for t in PROMPT[1:]]
     assert [s["rank"] for s in said] == PROMPT[1:]
     assert answer["usage"]["completion_tokens"] == 0
-    echoed = await complete(world, max_tokens=0, echo=True, logprobs=0)
+    echoed = await complete(harness, max_tokens=0, echo=True, logprobs=0)
     numbers = echoed["choices"][0]["logprobs"]["token_logprobs"]
     assert numbers == [None, *(s["logprob"] for s in said)]
 
 
 async def test_prompt_logprobs_name_the_likeliest_and_the_token(
-    world: World, tokenizer: Tokenizer
+    harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
-    answer = await complete(world, prompt_logprobs=2, logprobs=1, max_tokens=1)
+    answer = await complete(harness, prompt_logprobs=2, logprobs=1, max_tokens=1)
     (choice,) = answer["choices"]
     for token, entry in zip(PROMPT[1:], choice["prompt_logprobs"][1:], strict=True):
         assert entry.keys() == {str(token), "100", "101"}
@@ -222,55 +230,57 @@ async def test_prompt_logprobs_name_the_likeliest_and_the_token(
     assert len(choice["logprobs"]["top_logprobs"][0]) == 2
 
 
-async def test_a_chats_prompt_is_scored_beside_its_choices(world: World) -> None:
+async def test_a_chats_prompt_is_scored_beside_its_choices(harness: GatewayHarness) -> None:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Grow"}],
         "max_tokens": 2,
         "prompt_logprobs": 1,
     }
-    async with world.http.post(world.url + "/v1/chat/completions", json=body) as response:
+    async with harness.http.post(harness.url + "/v1/chat/completions", json=body) as response:
         answer = await response.json()
     assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
     assert "prompt_logprobs" not in answer["choices"][0]
 
 
-async def test_a_prompt_of_one_token_has_nothing_to_score(world: World) -> None:
-    (choice,) = (await complete(world, prompt=[9], max_tokens=0, prompt_logprobs=3))["choices"]
+async def test_a_prompt_of_one_token_has_nothing_to_score(harness: GatewayHarness) -> None:
+    (choice,) = (await complete(harness, prompt=[9], max_tokens=0, prompt_logprobs=3))["choices"]
     assert choice["prompt_logprobs"] == [None]
 
 
-async def test_choices_come_prompt_by_prompt_and_draw_by_seeds_of_their_own(world: World) -> None:
-    answer = await complete(world, prompt=[[5, 6], [8, 9]], n=3, seed=4, return_token_ids=True)
+async def test_choices_come_prompt_by_prompt_and_draw_by_seeds_of_their_own(
+    harness: GatewayHarness,
+) -> None:
+    answer = await complete(harness, prompt=[[5, 6], [8, 9]], n=3, seed=4, return_token_ids=True)
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
     assert [c["prompt_token_ids"] for c in answer["choices"]] == [[5, 6]] * 3 + [[8, 9]] * 3
     assert answer["usage"]["prompt_tokens"] == 4
-    seeds = {(s.tokens, s.sampling.seed) for rank in world.ranks for s in rank.submits}
+    seeds = {(s.tokens, s.sampling.seed) for rank in harness.ranks for s in rank.submits}
     assert len(seeds) == 6
     assert len({seed for _, seed in seeds}) == 3
     assert ((5, 6), 4) in seeds
-    streamed = await events(world, n=3)
+    streamed = await events(harness, n=3)
     assert {c["index"] for event in streamed for c in event["choices"]} == {0, 1, 2}
 
 
-async def test_too_many_choices_are_refused(world: World) -> None:
+async def test_too_many_choices_are_refused(harness: GatewayHarness) -> None:
     body = completion(prompt=[[5]] * 3, n=100)
-    async with world.http.post(world.url + "/v1/completions", json=body) as response:
+    async with harness.http.post(harness.url + "/v1/completions", json=body) as response:
         assert response.status == 400
         assert (await response.json())["error"]["param"] == "n"
 
 
 async def test_what_stops_a_text_and_special_tokens_can_be_shown(
-    world: World, tokenizer: Tokenizer
+    harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
     script = [*tokenizer.encode("The quick fox").ids, EOS]
-    for rank in world.ranks:
+    for rank in harness.ranks:
         rank.script = script
     asked = {"max_tokens": 50, "ignore_eos": False}
-    hidden = await complete(world, **asked)
+    hidden = await complete(harness, **asked)
     shown = await complete(
-        world, include_stop_str_in_output=True, skip_special_tokens=False, **asked
+        harness, include_stop_str_in_output=True, skip_special_tokens=False, **asked
     )
-    stopped = await complete(world, include_stop_str_in_output=True, stop=" qu", **asked)
+    stopped = await complete(harness, include_stop_str_in_output=True, stop=" qu", **asked)
     texts = [each["choices"][0]["text"] for each in (hidden, shown, stopped)]
     assert texts == ["The quick fox", "The quick fox<|end|>", "The qu"]

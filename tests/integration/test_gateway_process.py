@@ -21,7 +21,7 @@ from shared.embedded_etcd import embedded_etcd
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from tests.support.cluster import free_port
-from tests.support.gateway_world import World, toy_spec
+from tests.support.gateway_harness import GatewayHarness, toy_spec
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import ToyRank, toy_tokens
 
@@ -52,26 +52,26 @@ async def fails_to_start(*flags: str) -> str:
 
 
 @asynccontextmanager
-async def world_of(
+async def harness_of(
     etcd: str, keys: Keys, store: EtcdStore, *flags: str
-) -> AsyncIterator[tuple[World, asyncio.subprocess.Process]]:
+) -> AsyncIterator[tuple[GatewayHarness, asyncio.subprocess.Process]]:
     port = free_port()
     options = ("--etcd", etcd, "--instance", keys.instance, "--port", str(port), *flags)
     async with aiohttp.ClientSession() as http, gateway(*options) as process:
-        world = World(store, keys, http, port)
+        harness = GatewayHarness(store, keys, http, port)
         try:
-            yield world, process
+            yield harness, process
         finally:
-            for rank in world.ranks:
+            for rank in harness.ranks:
                 await rank.kill()
 
 
-async def health(world: World, status: int, reason: str = "") -> None:
+async def health(harness: GatewayHarness, status: int, reason: str = "") -> None:
     """Until /health answers so."""
     async with asyncio.timeout(30):
         while True:
             try:
-                async with world.http.get(world.url + "/health") as response:
+                async with harness.http.get(harness.url + "/health") as response:
                     reasons = (await response.json())["reasons"]
                     if response.status == status and any(reason in r for r in reasons or [""]):
                         return
@@ -80,8 +80,8 @@ async def health(world: World, status: int, reason: str = "") -> None:
             await asyncio.sleep(0.02)
 
 
-async def complete(world: World) -> list[int]:
-    async with world.http.post(world.url + "/v1/completions", json=BODY) as response:
+async def complete(harness: GatewayHarness) -> list[int]:
+    async with harness.http.post(harness.url + "/v1/completions", json=BODY) as response:
         assert response.status == 200, await response.text()
         ids: list[int] = (await response.json())["choices"][0]["token_ids"]
         return ids
@@ -92,20 +92,20 @@ async def test_it_waits_for_the_spec_then_serves_and_outlives_etcd(tmp_path: Pat
     keys = Keys("i")
     async with embedded_etcd(tmp_path / "etcd") as etcd:
         store = await connect_store([etcd.endpoint])
-        async with world_of(etcd.endpoint, keys, store) as (world, _):
-            await health(world, 503, "no spec yet")
+        async with harness_of(etcd.endpoint, keys, store) as (harness, _):
+            await health(harness, 503, "no spec yet")
             await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
-            await health(world, 503, "no expert map")
-            await world.publish([await world.add_rank(ToyRank(0))])
-            await health(world, 200)
-            assert await complete(world) == toy_tokens([3, 4], 20)
+            await health(harness, 503, "no expert map")
+            await harness.publish([await harness.add_rank(ToyRank(0))])
+            await health(harness, 200)
+            assert await complete(harness) == toy_tokens([3, 4], 20)
             await etcd.kill()
-            assert await complete(world) == toy_tokens([3, 4], 20)
+            assert await complete(harness) == toy_tokens([3, 4], 20)
             await etcd.start()
-            replacement = await world.add_rank(ToyRank(1))
-            await world.publish([replacement])
-            await world.wait_metric("epoch", 2)
-            assert await complete(world) == toy_tokens([3, 4], 20)
+            replacement = await harness.add_rank(ToyRank(1))
+            await harness.publish([replacement])
+            await harness.wait_metric("epoch", 2)
+            assert await complete(harness) == toy_tokens([3, 4], 20)
             assert len(replacement.submits) == 1
         await store.close()
 
@@ -114,19 +114,19 @@ async def test_sigterm_lets_a_stream_end_and_leaves_nothing_in_etcd(
     etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path)
-    async with world_of(etcd, keys, store) as (world, process):
+    async with harness_of(etcd, keys, store) as (harness, process):
         await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
-        rank = await world.add_rank(ToyRank(0))
+        rank = await harness.add_rank(ToyRank(0))
         rank.hold_at = 3
-        await world.publish([rank])
-        await health(world, 200)
+        await harness.publish([rank])
+        await health(harness, 200)
         assert (await store.get_prefix(keys.gateways)).values
-        running = asyncio.create_task(complete(world))
+        running = asyncio.create_task(complete(harness))
         await asyncio.wait_for(rank.submitted.wait(), 30)
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(30):
             assert process.stderr is not None
-            while b"gateway_drains" not in await process.stderr.readline():
+            while b"gateway_draining" not in await process.stderr.readline():
                 pass
         rank.go()
         assert await running == toy_tokens([3, 4], 20)
@@ -140,14 +140,14 @@ async def test_a_stream_that_outlasts_the_drain_ends_with_an_error(
     etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path)
-    async with world_of(etcd, keys, store, "--drain-s", "0.1") as (world, process):
+    async with harness_of(etcd, keys, store, "--drain-s", "0.1") as (harness, process):
         await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
-        rank = await world.add_rank(ToyRank(0))
+        rank = await harness.add_rank(ToyRank(0))
         rank.hold_at = 3
-        await world.publish([rank])
-        await health(world, 200)
+        await harness.publish([rank])
+        await health(harness, 200)
         body = {**BODY, "stream": True}
-        async with world.http.post(world.url + "/v1/completions", json=body) as response:
+        async with harness.http.post(harness.url + "/v1/completions", json=body) as response:
             process.send_signal(signal.SIGTERM)
             text = await response.text()
         assert "shutting_down" in text

@@ -20,7 +20,7 @@ from tests.support.kv_replication_child import HOST, NUM_SLOTS, main
 
 WAIT_S = 60.0
 SECONDS_S = 10.0  # Mooncake's own patience is 1 s, that with a Pong 5 s
-PAUSE_S = 0.02
+POLL_S = 0.02
 
 
 class Rank:
@@ -102,7 +102,7 @@ class Rank:
         until(lambda: self.num_flooded(to) >= target)
 
     def expect_only_whole_blocks(self) -> None:
-        num_seen, num_wrong = self.ask("hunted")
+        num_seen, num_wrong = self.ask("verified")
         assert num_seen > 0
         assert num_wrong == 0
 
@@ -111,7 +111,7 @@ def until(is_so: Callable[[], bool], limit_s: float = WAIT_S) -> None:
     end = time.monotonic() + limit_s
     while not is_so():
         assert time.monotonic() < end, "it did not come so far"
-        time.sleep(PAUSE_S)
+        time.sleep(POLL_S)
 
 
 Start = Callable[..., Rank]
@@ -143,7 +143,7 @@ def introduce(rank: Rank, *peers: Rank) -> None:
 def test_blocks_arrive_whole_are_dropped_and_make_room_for_others(start: Start) -> None:
     source, target = start(0), start(1)
     introduce(source, target)
-    source.expect_link("copies_link_open", target)
+    source.expect_link("kv_replica_link_open", target)
     assert source.ask("channels") == {1: (True, NUM_SLOTS)}
     names = {slot: b"block-%d" % slot for slot in range(5)}
     source.send(target, names)
@@ -154,7 +154,7 @@ def test_blocks_arrive_whole_are_dropped_and_make_room_for_others(start: Start) 
     assert found == [True, None, True, None, True]
     source.send(target, {3: b"another"})
     assert target.ask("find", b"another")
-    target.expect_link("copies_link_open", source)
+    target.expect_link("kv_replica_link_open", source)
     target.send(source, {0: b"the other way"})
     assert source.ask("find", b"the other way")
 
@@ -163,46 +163,46 @@ def test_what_is_found_is_whole_while_slots_are_dropped_and_written_anew(start: 
     source, target, other = start(0), start(1), start(2)
     introduce(source, target, other)
     for each in (target, other):
-        source.expect_link("copies_link_open", each)
+        source.expect_link("kv_replica_link_open", each)
         source.tell("flood", each.rank)
     for each in (target, other):
         source.expect_flooding(each, more=20 * NUM_SLOTS)
         each.expect_only_whole_blocks()
 
 
-def test_the_blocks_of_a_killed_source_are_found_also_when_its_next_life_has_come(
+def test_the_blocks_of_a_killed_source_are_found_also_after_its_restart(
     start: Start,
 ) -> None:
     source, target = start(0), start(1)
     introduce(source, target)
-    source.expect_link("copies_link_open", target)
+    source.expect_link("kv_replica_link_open", target)
     source.send(target, {slot: b"block-%d" % slot for slot in range(NUM_SLOTS)})
     source.signal(signal.SIGKILL)
-    target.expect_link("copies_link_broken", source)
+    target.expect_link("kv_replica_link_broken", source)
     target.tell("close", source.member)
     assert [target.ask("find", b"block-%d" % slot) for slot in range(NUM_SLOTS)] == (
         [True] * NUM_SLOTS
     )
     again = start(0, incarnation=2)
     introduce(again, target)
-    again.expect_link("copies_link_open", target)
+    again.expect_link("kv_replica_link_open", target)
     again.send(target, {0: b"of the next life"})
     assert target.ask("find", b"of the next life")
     assert target.ask("find", b"block-0")
-    target.expect_link("copies_link_open", again)
+    target.expect_link("kv_replica_link_open", again)
 
 
 def test_a_killed_target_takes_its_channel_with_it_and_no_other(start: Start) -> None:
     source, target, other = start(0), start(1), start(2)
     introduce(source, target, other)
     for each in (target, other):
-        source.expect_link("copies_link_open", each)
+        source.expect_link("kv_replica_link_open", each)
         source.tell("flood", each.rank)
         source.expect_flooding(each)
     target.signal(signal.SIGKILL)
     until(lambda: not source.ask("flooded", target.rank)[0], SECONDS_S)
     source.expect_flooding(other)
-    source.expect_link("copies_link_broken", target)
+    source.expect_link("kv_replica_link_broken", target)
     assert list(source.ask("channels")) == [other.rank]
     other.expect_only_whole_blocks()
 
@@ -213,19 +213,19 @@ def test_a_stopped_target_holds_nobody_up_and_is_of_use_again_when_it_goes_on(
     source, target, other = start(0), start(1), start(2)
     introduce(source, target, other)
     for each in (target, other):
-        source.expect_link("copies_link_open", each)
+        source.expect_link("kv_replica_link_open", each)
         source.tell("flood", each.rank)
         source.expect_flooding(each)
     target.signal(signal.SIGSTOP)
     until(lambda: not source.ask("flooded", target.rank)[0], SECONDS_S)
     source.expect_flooding(other)
-    source.expect_link("copies_link_broken", target)
+    source.expect_link("kv_replica_link_broken", target)
     late = start(3)
     introduce(late, source)
-    source.expect_link("copies_link_open", late)  # nothing waits for the one that hangs
+    source.expect_link("kv_replica_link_open", late)  # nothing waits for the one that hangs
     source.expect_flooding(other)
     target.signal(signal.SIGCONT)
-    source.expect_link("copies_link_open", target)
+    source.expect_link("kv_replica_link_open", target)
     target.expect_only_whole_blocks()
     source.tell("flood", target.rank)
     source.expect_flooding(target)
@@ -240,5 +240,5 @@ def test_a_stopped_target_holds_nobody_up_and_is_of_use_again_when_it_goes_on(
 def test_a_peer_that_keeps_none_says_why(start: Start, of_target: dict[str, Any], why: str) -> None:
     source, target = start(0), start(1, **of_target)
     introduce(source, target)
-    assert why in source.expect_link("copies_link_broken", target)["detail"]
+    assert why in source.expect_link("kv_replica_link_broken", target)["detail"]
     assert source.ask("channels") == {}

@@ -1,4 +1,5 @@
-"""The node agent with real processes, real signals and a real etcd: how lives begin and end."""
+"""The node agent with real processes, real signals and a real etcd: how incarnations begin and
+end."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ async def node(tmp_path: Path, etcd: str) -> AsyncIterator[Node]:
         yield running
 
 
-async def test_each_rank_gets_a_life_and_a_stop_leaves_nothing(node: Node) -> None:
+async def test_each_rank_is_started_and_a_stop_leaves_nothing(node: Node) -> None:
     agent = await node.start("--ranks", "0-1")
     records = await node.until(lambda records: len(records) == 2)
     assert {r.incarnation for r in records.values()} == {1}
@@ -138,7 +139,7 @@ async def test_each_rank_gets_a_life_and_a_stop_leaves_nothing(node: Node) -> No
     ("poll_ms", "details"),
     [("0", {"killed by SIGKILL"}), ("1", {"killed by SIGKILL", "exited"})],
 )
-async def test_a_killed_rank_is_told_of_and_lives_again(
+async def test_a_killed_rank_is_reported_and_restarted(
     node: Node, poll_ms: str, details: set[str]
 ) -> None:
     agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "60", "--dying-poll-ms", poll_ms)
@@ -161,7 +162,7 @@ async def test_a_killed_rank_is_told_of_and_lives_again(
     assert await ended(agent) == 0
 
 
-async def test_all_lives_share_one_memory_for_copies_and_the_killed_leave_it(node: Node) -> None:
+async def test_all_incarnations_share_one_expert_cache_and_the_killed_leave_it(node: Node) -> None:
     agent = await node.start("--ranks", "0-1", "--host-experts-gb", "0.001")
     before = await node.until(lambda records: len(records) == 2)
     memory = shared_memory_of(before[0].pid)
@@ -173,21 +174,21 @@ async def test_all_lives_share_one_memory_for_copies_and_the_killed_leave_it(nod
     assert await ended(agent) == 0
 
 
-async def test_a_fenced_rank_is_started_again_and_again_without_pause(node: Node) -> None:
+async def test_a_fenced_rank_is_restarted_again_and_again_without_backoff(node: Node) -> None:
     agent = await node.start("--ranks", "3", toy="exit-75")
     counter = node.keys.incarnation_counter(RankId(3))
 
-    async def many_lives() -> bool:
+    async def has_many_incarnations() -> bool:
         known = await node.store.get(counter)
         return known is not None and int(known.value) >= 4
 
-    await until(many_lives)
+    await until(has_many_incarnations)
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 
 
-async def test_a_rank_deaf_to_sigterm_is_killed_after_the_grace_time(node: Node) -> None:
-    agent = await node.start("--ranks", "0", "--stop-grace-s", "0.3", toy="deaf")
+async def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_time(node: Node) -> None:
+    agent = await node.start("--ranks", "0", "--stop-grace-s", "0.3", toy="ignore-sigterm")
     await node.until(lambda records: len(records) == 1)
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
@@ -213,7 +214,7 @@ async def test_a_new_agent_adopts_the_ranks_of_a_killed_one(node: Node) -> None:
     assert node.alive() == set()
 
 
-@pytest.mark.parametrize("toy", ["obedient", "deaf"])
+@pytest.mark.parametrize("toy", ["obedient", "ignore-sigterm"])
 async def test_the_end_of_the_lifeline_ends_the_agent_and_its_ranks(node: Node, toy: str) -> None:
     read_end, write_end = os.pipe()
     agent = await node.start(
@@ -226,7 +227,7 @@ async def test_the_end_of_the_lifeline_ends_the_agent_and_its_ranks(node: Node, 
     assert node.alive() == set()
 
 
-async def test_an_agent_whose_lease_was_lost_says_again_that_it_is_there(node: Node) -> None:
+async def test_an_agent_whose_lease_was_lost_registers_again(node: Node) -> None:
     agent = await node.start("--ranks", "0", "--lease-ttl-s", "2")
     await node.until(lambda records: len(records) == 1)
     key = node.keys.agent(NodeId("n"))
@@ -235,11 +236,11 @@ async def test_an_agent_whose_lease_was_lost_says_again_that_it_is_there(node: N
     await node.store.revoke_lease(before.lease_id)
     assert await node.store.get(key) is None
 
-    async def stands_again() -> bool:
+    async def is_registered_again() -> bool:
         after = await node.store.get(key)
         return after is not None and after.value == before.value
 
-    await until(stands_again)
+    await until(is_registered_again)
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
     assert await node.store.get(key) is None

@@ -15,12 +15,12 @@ from shared.expert_map import ExpertMap
 from shared.records import unpack_map
 from shared.store import WatchEvent
 from shared.types import Member
+from tests.sim.cluster import ETCD, LEASE_TTL_S, SimCluster, SimClusterSizes
 from tests.sim.faults import Faults
 from tests.sim.sim_loop import SimLoop
-from tests.sim.world import ETCD, LEASE_TTL_S, World, WorldSizes
 
 SETTLE_S = 20.0  # after the last fault: an expiry, its patience, and a formation
-ALONE_S = 10.0
+OUTAGE_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +34,22 @@ class Outcome:
     restored: int  # KV blocks that were not computed again
 
 
-class MapWatcher:
+class MapChecker:
     """Checks every map at the moment of its publication (invariants 3, 4 and 6)."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, cluster: SimCluster) -> None:
+        self._cluster = cluster
         self._last: ExpertMap | None = None
         self._left: set[Member] = set()
         self.num_maps = 0
-        publish = world.etcd._publish
+        publish = cluster.etcd._publish
 
         def seen(event: WatchEvent) -> None:
-            if event.key == world.keys.map and event.value is not None:
+            if event.key == cluster.keys.map and event.value is not None:
                 self._check(unpack_map(event.value))
             publish(event)
 
-        world.etcd._publish = seen  # type: ignore[method-assign]
+        cluster.etcd._publish = seen  # type: ignore[method-assign]
 
     def _check(self, new: ExpertMap) -> None:
         last, self._last = self._last, new
@@ -82,22 +82,22 @@ class MapWatcher:
                 assert orphan < 0 or orphan not in held[layer], "a surviving replica was moved"
 
 
-async def traffic(world: World, within_s: float) -> None:
+async def traffic(cluster: SimCluster, within_s: float) -> None:
     """Sessions that come and go while things break; a few are cancelled."""
-    for _ in range(world.draw.randint(6, 12)):
-        await asyncio.sleep(world.draw.uniform(0.0, within_s / 8))
-        prompt = tuple(world.draw.randrange(90) for _ in range(world.draw.randint(1, 24)))
+    for _ in range(cluster.rng.randint(6, 12)):
+        await asyncio.sleep(cluster.rng.uniform(0.0, within_s / 8))
+        prompt = tuple(cluster.rng.randrange(90) for _ in range(cluster.rng.randint(1, 24)))
         if prompt[0] % 2:  # half of them begin alike, so that ranks share blocks among sessions
             prompt = (*range(len(prompt) * 3 // 4), *prompt[len(prompt) * 3 // 4 :])
-        client = world.send(prompt, world.draw.randint(1, 40))
-        if world.draw.random() < 0.1:
-            await asyncio.sleep(world.draw.uniform(0.0, 0.1))
-            world.cancel(client)
+        client = cluster.send(prompt, cluster.rng.randint(1, 40))
+        if cluster.rng.random() < 0.1:
+            await asyncio.sleep(cluster.rng.uniform(0.0, 0.1))
+            cluster.cancel(client)
 
 
-def check_sessions(world: World) -> None:
+def check_sessions(cluster: SimCluster) -> None:
     """Invariants 1, 2 and 9: what a client has is what the oracle says, and it has an end."""
-    for client in world.clients:
+    for client in cluster.clients:
         session = client.session
         assert session is not None
         got = tuple(session.emitted)
@@ -108,83 +108,85 @@ def check_sessions(world: World) -> None:
             assert len(got) == client.num_tokens, f"{session.id} lost tokens"
 
 
-def check_untouched(world: World) -> None:
+def check_untouched(cluster: SimCluster) -> None:
     """Invariants 7 and 8: no rank lost its life, and no session its rank."""
-    lives = {agent.member.incarnation for agent in world.agents.values() if agent.member}
-    assert lives == {1}, f"ranks died of what did not touch them: {world.describe()}"
-    moved = [c.session.id for c in world.clients if c.session is not None and c.session.moves]
+    incarnations = {agent.member.incarnation for agent in cluster.agents.values() if agent.member}
+    assert incarnations == {1}, f"ranks died of what did not touch them: {cluster.describe()}"
+    moved = [c.session.id for c in cluster.clients if c.session is not None and c.session.moves]
     assert not moved, f"sessions moved for nothing: {moved}"
 
 
-def run_alone(seed: int) -> Outcome:
+def run_control_plane_outage(seed: int) -> Outcome:
     """Invariant 8: etcd and every control plane are away for good, and nothing else is wrong."""
-    return run_world(seed, sizes_of(seed), _run_alone)
+    return run_world(seed, sizes_of(seed), _run_control_plane_outage)
 
 
-async def _run_alone(world: World) -> Outcome:
-    await world.start()
-    for number in range(world.sizes.num_control_planes):
-        world.kill_control_plane(number)
-    for host in world.hosts():
+async def _run_control_plane_outage(cluster: SimCluster) -> Outcome:
+    await cluster.start()
+    for number in range(cluster.sizes.num_control_planes):
+        cluster.kill_control_plane(number)
+    for host in cluster.hosts():
         if host != ETCD:
-            world.sever(host, ETCD)
+            cluster.sever(host, ETCD)
     await asyncio.sleep(2 * LEASE_TTL_S)
-    await traffic(world, within_s=2.0)
-    await world.until(world.all_ended, ALONE_S)
-    check_sessions(world)
-    check_untouched(world)
+    await traffic(cluster, within_s=2.0)
+    await cluster.until(cluster.all_ended, OUTAGE_DEADLINE_S)
+    check_sessions(cluster)
+    check_untouched(cluster)
     alone = ("etcd and the control planes are away",)
-    return Outcome(world.seed, alone, 1, 0, world.copies.num_found)
+    return Outcome(cluster.seed, alone, 1, 0, cluster.copies.num_found)
 
 
-def sizes_of(seed: int) -> WorldSizes:
+def sizes_of(seed: int) -> SimClusterSizes:
     """Mostly the common instance; some small, large, tight and slow ones."""
-    draw = random.Random(seed * 104729 + 7)
-    ranks, slots, redundant = draw.choice(
+    rng = random.Random(seed * 104729 + 7)
+    ranks, slots, redundant = rng.choice(
         [(4, 4, 6), (4, 4, 6), (4, 4, 6), (4, 2, 2), (2, 6, 6), (6, 3, 6)]
     )
-    return WorldSizes(
+    return SimClusterSizes(
         num_ranks=ranks,
         slots_per_rank=slots,
         redundant_experts=redundant,
-        slow=draw.random() < 0.2,
-        heal_after_s=draw.choice([0.05, 0.3]),
+        slow=rng.random() < 0.2,
+        heal_after_s=rng.choice([0.05, 0.3]),
     )
 
 
-def run_schedule(seed: int, sizes: WorldSizes | None = None) -> Outcome:
+def run_schedule(seed: int, sizes: SimClusterSizes | None = None) -> Outcome:
     """Raises AssertionError, TimeoutError or what a service raised, where an invariant fell."""
     return run_world(seed, sizes or sizes_of(seed), _run)
 
 
 def run_world(
-    seed: int, sizes: WorldSizes, scenario: Callable[[World], Coroutine[Any, Any, Outcome]]
+    seed: int,
+    sizes: SimClusterSizes,
+    scenario: Callable[[SimCluster], Coroutine[Any, Any, Outcome]],
 ) -> Outcome:
     loop = SimLoop()
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(scenario(World(seed=seed, loop=loop, sizes=sizes)))
+        return loop.run_until_complete(scenario(SimCluster(seed=seed, loop=loop, sizes=sizes)))
     finally:
         asyncio.set_event_loop(None)
         loop.close()
 
 
-async def _run(world: World) -> Outcome:
-    maps = MapWatcher(world)
-    await world.start()
-    faults = Faults(world)
+async def _run(cluster: SimCluster) -> Outcome:
+    maps = MapChecker(cluster)
+    await cluster.start()
+    faults = Faults(cluster)
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(traffic(world, faults.within_s))
+            tasks.create_task(traffic(cluster, faults.within_s))
             tasks.create_task(faults.run())
-        world.heal()
-        await world.until(world.all_ended, SETTLE_S)
-        await world.until(world.all_live, SETTLE_S)
-        check_sessions(world)
+        cluster.heal()
+        await cluster.until(cluster.all_ended, SETTLE_S)
+        await cluster.until(cluster.all_live, SETTLE_S)
+        check_sessions(cluster)
         if faults.harmless:
-            check_untouched(world)
+            check_untouched(cluster)
     except BaseException as error:
-        error.add_note(f"seed {world.seed} {world.sizes}: " + "; ".join(faults.done))
+        error.add_note(f"seed {cluster.seed} {cluster.sizes}: " + "; ".join(faults.done))
         raise
-    moves = sum(c.session.moves for c in world.clients if c.session is not None)
-    return Outcome(world.seed, tuple(faults.done), maps.num_maps, moves, world.copies.num_found)
+    moves = sum(c.session.moves for c in cluster.clients if c.session is not None)
+    return Outcome(cluster.seed, tuple(faults.done), maps.num_maps, moves, cluster.copies.num_found)

@@ -1,5 +1,5 @@
-"""A node agent of the simulated world: the real one's decisions and testimony, on processes that it
-starts and watches without a kernel."""
+"""A node agent of the simulated cluster: the real one's decisions and exit reports, on processes
+that it starts and watches without a kernel."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable
 
-from node_agent.exit_report import Obituary
-from node_agent.lease_keeper import nurse_lease
-from node_agent.rank_supervisor import Action, Bury, Kill, Life, RankLives, Spawn
-from node_agent.restart_policy import RespawnPolicy
+from node_agent.exit_report import ExitReporter
+from node_agent.lease_keeper import keep_lease_until_registered
+from node_agent.rank_supervisor import (
+    Kill,
+    RankSupervisor,
+    RevokeLease,
+    RunningRank,
+    Spawn,
+    SupervisorAction,
+)
+from node_agent.restart_policy import RestartPolicy
 from shared.clock import Clock
 from shared.errors import StoreError
-from shared.incarnations import new_life
+from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import AgentRecord, Verdict, pack_record, unpack_record
@@ -23,7 +30,7 @@ from shared.store import Snapshot, Store
 from shared.types import Member, NodeId, RankId
 from tests.sim.sim_loop import SimProcess, kill, stop
 
-CONDEMNED_GRACE_S = 2.0
+VERDICT_GRACE_S = 2.0
 EXIT_SEEN_S = (0.001, 0.005)
 KILLED = -signal.SIGKILL
 
@@ -43,30 +50,30 @@ class SimAgent:
         clock: Clock,
         lease_ttl_s: float,
         spawn: Spawner,
-        draw: random.Random,
+        rng: random.Random,
     ) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
         self._lease_ttl_s = lease_ttl_s
         self._spawn = spawn
-        self._draw = draw
+        self._rng = rng
         self.process: SimProcess | None = None
         self.member: Member | None = None
         record = AgentRecord(node=NodeId(node), pid=1, ranks=(rank,))
         self._leased = LeasedKeys(store, ttl_s=lease_ttl_s)
         self._leased.put(keys.agent(record.node), pack_record(record))
-        self._obituary = Obituary(store, keys, NodeId(node), clock)
-        self._lives = RankLives(
+        self._exit_reporter = ExitReporter(store, keys, NodeId(node), clock)
+        self._supervisor = RankSupervisor(
             [rank],
-            RespawnPolicy(delay_s_max=2.0),
-            draw,
+            RestartPolicy(delay_s_max=2.0),
+            rng,
             clock.now(),
-            condemned_grace_s=CONDEMNED_GRACE_S,
+            verdict_grace_s=VERDICT_GRACE_S,
         )
         self._changed = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
-        self._stopped = asyncio.Queue[Life]()
+        self._stopped = asyncio.Queue[RunningRank]()
 
     async def run(self) -> None:
         async with self._tasks:
@@ -74,21 +81,21 @@ class SimAgent:
             self._tasks.create_task(self._watch_verdicts())
             self._tasks.create_task(self._report_stopped())
             while True:
-                self._perform(self._lives.due(self._clock.now()))
+                self._perform(self._supervisor.take_due(self._clock.now()))
                 await self._wait()
 
     def stop_rank(self) -> None:
         """SIGSTOP, which the real agent learns of by SIGCHLD."""
         assert self.process is not None
         stop(self.process)
-        for life in self._lives.running():
-            self._stopped.put_nowait(life)
+        for running_rank in self._supervisor.running():
+            self._stopped.put_nowait(running_rank)
 
     async def _report_stopped(self) -> None:
         while True:
-            life = await self._stopped.get()
-            await asyncio.sleep(self._draw.uniform(*EXIT_SEEN_S))
-            await self._obituary.report_stopped(life, agent_lease_id=self._lease_id)
+            running_rank = await self._stopped.get()
+            await asyncio.sleep(self._rng.uniform(*EXIT_SEEN_S))
+            await self._exit_reporter.report_stopped(running_rank, agent_lease_id=self._lease_id)
 
     async def _watch_verdicts(self) -> None:
         async with contextlib.aclosing(self._store.watch(self._keys.verdicts)) as watch:
@@ -97,58 +104,62 @@ class SimAgent:
                     if each.value is not None:
                         verdict = unpack_record(each.value, Verdict)
                         member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-                        self._perform(self._lives.condemned(member, self._clock.now()))
+                        self._perform(self._supervisor.on_declared_dead(member, self._clock.now()))
                 self._changed.set()
 
     async def _wait(self) -> None:
-        due_at = self._lives.next_due_at()
+        due_at = self._supervisor.next_due_at()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if due_at is None else due_at - self._clock.now()):
                 await self._changed.wait()
         self._changed.clear()
 
-    def _perform(self, actions: list[Action]) -> None:
+    def _perform(self, actions: list[SupervisorAction]) -> None:
         for action in actions:
             match action:
                 case Spawn(rank=rank):
-                    self._tasks.create_task(self._live(rank))
-                case Bury(life=life, exit_code=exit_code):
+                    self._tasks.create_task(self._run_rank(rank))
+                case RevokeLease(running_rank=running_rank, exit_code=exit_code):
                     self._tasks.create_task(
-                        self._obituary.publish(life, exit_code, agent_lease_id=self._lease_id)
+                        self._exit_reporter.revoke_and_report(
+                            running_rank, exit_code, agent_lease_id=self._lease_id
+                        )
                     )
                 case Kill():
                     assert self.process is not None
                     kill(self.process)
 
-    async def _live(self, rank: RankId) -> None:
+    async def _run_rank(self, rank: RankId) -> None:
         try:
-            member, lease_id = await new_life(self._store, self._keys, rank, self._lease_ttl_s)
+            member, lease_id = await allocate_incarnation(
+                self._store, self._keys, rank, self._lease_ttl_s
+            )
         except StoreError:
-            self._perform(self._lives.spawn_failed(rank, self._clock.now()))
+            self._perform(self._supervisor.on_spawn_failed(rank, self._clock.now()))
             self._changed.set()
             return
         process = self._spawn(member, lease_id)
         exited = asyncio.Event()
         process.on_death.append(exited.set)
         self.process, self.member = process, member
-        life = Life(member=member, lease_id=lease_id, pid=1)
-        self._perform(self._lives.spawned(life, self._clock.now()))
-        async with self._nursing(life):
+        running_rank = RunningRank(member=member, lease_id=lease_id, pid=1)
+        self._perform(self._supervisor.on_spawned(running_rank, self._clock.now()))
+        async with self._keeping_lease(running_rank):
             await exited.wait()
-            await asyncio.sleep(self._draw.uniform(*EXIT_SEEN_S))
+            await asyncio.sleep(self._rng.uniform(*EXIT_SEEN_S))
         exit_code = KILLED if process.exit_code is None else process.exit_code
-        self._perform(self._lives.exited(rank, exit_code, self._clock.now()))
+        self._perform(self._supervisor.on_exited(rank, exit_code, self._clock.now()))
         self._changed.set()
 
     @contextlib.asynccontextmanager
-    async def _nursing(self, life: Life) -> AsyncIterator[None]:
-        nurse = self._tasks.create_task(
-            nurse_lease(self._store, self._keys, life, self._lease_ttl_s)
+    async def _keeping_lease(self, running_rank: RunningRank) -> AsyncIterator[None]:
+        lease_task = self._tasks.create_task(
+            keep_lease_until_registered(self._store, self._keys, running_rank, self._lease_ttl_s)
         )
         try:
             yield
         finally:
-            nurse.cancel()
+            lease_task.cancel()
 
     def _lease_id(self) -> int:
         return self._leased.lease_id

@@ -1,4 +1,4 @@
-"""The ranks' data network of the simulated world: the local exchange, its messages delayed, held
+"""The ranks' data network of the simulated cluster: the local exchange, its messages delayed, held
 back by cuts and lost with their sender, its waits parked on virtual time."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.support.local_exchange import LocalHub
 SLOW_MESSAGES = 0.01
 
 
-class EngineSide(Protocol):
+class ExchangeHost(Protocol):
     """What the hub needs of an engine's host."""
 
     def park_exchange(self) -> None: ...
@@ -30,10 +30,10 @@ class SimHub(LocalHub):
         super().__init__(num_ranks, hidden_size, top_k)
         self._network = network
         self._process_of: dict[Member, SimProcess] = {}
-        self._host_of: dict[SimProcess, EngineSide] = {}
+        self._host_of: dict[SimProcess, ExchangeHost] = {}
         self._held: list[tuple[Member, Member, Any, Any]] = []
 
-    def attach(self, member: Member, process: SimProcess, host: EngineSide) -> None:
+    def attach(self, member: Member, process: SimProcess, host: ExchangeHost) -> None:
         self._process_of[member] = process
         self._host_of[process] = host
 
@@ -59,8 +59,8 @@ class SimHub(LocalHub):
             self._held.append((source, target, place, message))
             return
         late_s = self._network.latency_s()
-        if self._network.draw.random() < SLOW_MESSAGES:
-            late_s += self._network.draw.uniform(0.005, 0.2)
+        if self._network.rng.random() < SLOW_MESSAGES:
+            late_s += self._network.rng.uniform(0.005, 0.2)
         self._network.loop.call_later(late_s, self._deliver, source, target, place, message)
 
     def heal(self) -> None:

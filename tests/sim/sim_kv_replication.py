@@ -1,4 +1,4 @@
-"""Copies of KV blocks in the simulated world: the real writer, ledger and scheduler over areas
+"""Copies of KV blocks in the simulated cluster: the real writer, ledger and scheduler over regions
 whose writes come in two halves, late, and are lost with their sender or behind a cut. Whoever
 writes to a slot that is known by a name spoils it, and a token that a client sees."""
 
@@ -11,15 +11,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.engine.kv_replication import Bytes, CopyChannel
+from gpu_worker.engine.kv_replication import Bytes, ReplicaChannel
 from shared.records import RankRecord
 from shared.types import Member, RankId
-from shared.wire import CopiesDropped, CopiesKept, CopiesOpened, DropCopies, OpenCopies
+from shared.wire import (
+    DropKvReplicas,
+    KvReplicaRegionOpened,
+    KvReplicasDropped,
+    KvReplicasStored,
+    OpenKvReplicaRegion,
+)
 from tests.sim.sim_loop import SimProcess
 from tests.sim.sim_network import SimNetwork
 
 NUM_SLOTS = 12  # so few that slots are dropped and written anew
-ROOMS = 4
+NUM_STAGING_BUFFERS = 4
 BLOCK_VALUE_BYTES = 8
 
 
@@ -32,7 +38,7 @@ class SimBlockCache:
         self._blocks = keys.reshape(-1, block_tokens)
         self.block_bytes = block_tokens * BLOCK_VALUE_BYTES
 
-    def room(self) -> Bytes:
+    def staging_buffer(self) -> Bytes:
         return np.zeros(self.block_bytes, dtype=np.uint8)
 
     def save(self, block: int, into: Bytes) -> Callable[[], bool]:
@@ -44,7 +50,7 @@ class SimBlockCache:
 
 
 @dataclass
-class _Area:
+class _Region:
     """What one life of a source has at a target."""
 
     slots: dict[int, Bytes] = field(default_factory=dict)
@@ -52,21 +58,21 @@ class _Area:
 
 
 class SimStore:
-    """Implements `copies.ports.CopyStore`. Gone with its process."""
+    """Implements `copies.ports.ReplicaStore`. Gone with its process."""
 
     def __init__(self) -> None:
-        self.areas: dict[tuple[Member, int], _Area] = {}
+        self.regions: dict[tuple[Member, int], _Region] = {}
         self.num_found = 0
 
     def find(self, name: bytes) -> Bytes | None:
-        for area in self.areas.values():
-            if name in area.known:
+        for region in self.regions.values():
+            if name in region.known:
                 self.num_found += 1
-                return area.slots[area.known[name]]
+                return region.slots[region.known[name]]
         return None
 
 
-class CopiesHub:
+class KvReplicaHub:
     """All ranks' stores, and who can write to whom."""
 
     def __init__(self, network: SimNetwork) -> None:
@@ -79,10 +85,10 @@ class CopiesHub:
         """Blocks that were restored, in all lives."""
         return sum(store.num_found for store in self._store_of.values())
 
-    def endpoint(self, member: Member, process: SimProcess, block_bytes: int) -> SimCopies:
+    def endpoint(self, member: Member, process: SimProcess, block_bytes: int) -> SimKvReplicator:
         self._process_of[member] = process
         self._store_of[member] = SimStore()
-        return SimCopies(self, member, block_bytes)
+        return SimKvReplicator(self, member, block_bytes)
 
     def store_of(self, member: Member) -> SimStore:
         return self._store_of[member]
@@ -97,11 +103,11 @@ class CopiesHub:
         return not receiver.dead and self.network.reachable(sender.host, receiver.host)
 
 
-class SimCopies:
+class SimKvReplicator:
     """Implements `rank.Copies`. Channels open by themselves: what ranks say to each other over a
     real one is not simulated."""
 
-    def __init__(self, hub: CopiesHub, member: Member, block_bytes: int) -> None:
+    def __init__(self, hub: KvReplicaHub, member: Member, block_bytes: int) -> None:
         self._hub = hub
         self._member = member
         self._block_bytes = block_bytes
@@ -112,7 +118,7 @@ class SimCopies:
     def store(self) -> SimStore:
         return self._hub.store_of(self._member)
 
-    def channels(self) -> Mapping[RankId, CopyChannel]:
+    def channels(self) -> Mapping[RankId, ReplicaChannel]:
         for peer in self._hub.peers_of(self._member):
             old = self._channels.get(peer.rank)
             if old is None or not old.is_open or old.target != peer:
@@ -128,48 +134,52 @@ class SimCopies:
 
     def close(self, peer: Member) -> None: ...
 
-    async def open_copies(self, request: OpenCopies) -> CopiesOpened:
+    async def open_kv_replica_region(self, request: OpenKvReplicaRegion) -> KvReplicaRegionOpened:
         raise NotImplementedError
 
-    def note_kept(self, kept: CopiesKept) -> None:
+    def on_replicas_stored(self, kept: KvReplicasStored) -> None:
         raise NotImplementedError
 
-    async def drop_copies(self, request: DropCopies) -> CopiesDropped:
+    async def drop_kv_replicas(self, request: DropKvReplicas) -> KvReplicasDropped:
         raise NotImplementedError
 
 
 class SimChannel:
-    """Implements `copies.ports.CopyChannel`."""
+    """Implements `copies.ports.ReplicaChannel`."""
 
-    is_elsewhere = True
+    is_on_other_node = True
     num_slots = NUM_SLOTS
 
     def __init__(
-        self, hub: CopiesHub, source: Member, target: Member, generation: int, block_bytes: int
+        self, hub: KvReplicaHub, source: Member, target: Member, generation: int, block_bytes: int
     ) -> None:
         self._hub = hub
         self._source = source
         self.target = target
-        self._rooms = [np.zeros(block_bytes, dtype=np.uint8) for _ in range(ROOMS)]
+        self._staging_buffers = [
+            np.zeros(block_bytes, dtype=np.uint8) for _ in range(NUM_STAGING_BUFFERS)
+        ]
         self._sent: list[bytes] = []
         self._dropped: list[int] = []
         self._broken = False
-        self._area = hub.store_of(target).areas.setdefault((source, generation), _Area())
+        self._region = hub.store_of(target).regions.setdefault((source, generation), _Region())
 
     @property
     def is_open(self) -> bool:
         self._broken = self._broken or not self._hub.can_reach(self._source, self.target)
         return not self._broken
 
-    def take_room(self) -> Bytes | None:
-        return self._rooms.pop() if self._rooms else None
+    def take_staging_buffer(self) -> Bytes | None:
+        return self._staging_buffers.pop() if self._staging_buffers else None
 
-    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
+    def send(
+        self, staging_buffer: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]
+    ) -> None:
         assert is_saved()
-        self._later(lambda: self._write_half(room, slot, name))
+        self._later(lambda: self._write_half(staging_buffer, slot, name))
 
     @property
-    def has_answers(self) -> bool:
+    def has_confirmations(self) -> bool:
         return bool(self._sent or self._dropped)
 
     def take_sent(self) -> Sequence[bytes]:
@@ -179,7 +189,7 @@ class SimChannel:
     def drop(self, slots: Sequence[int]) -> None:
         def forget() -> None:
             gone = set(slots)
-            self._area.known = {n: s for n, s in self._area.known.items() if s not in gone}
+            self._region.known = {n: s for n, s in self._region.known.items() if s not in gone}
             self._later(lambda: self._dropped.extend(slots))
 
         self._later(forget)
@@ -188,19 +198,19 @@ class SimChannel:
         dropped, self._dropped = self._dropped, []
         return dropped
 
-    def _write_half(self, room: Bytes, slot: int, name: bytes) -> None:
-        content = self._area.slots.setdefault(slot, np.zeros_like(room))
-        half = len(room) // 2
-        content[:half] = room[:half]
-        self._later(lambda: self._write_rest(room, slot, name))
+    def _write_half(self, staging_buffer: Bytes, slot: int, name: bytes) -> None:
+        content = self._region.slots.setdefault(slot, np.zeros_like(staging_buffer))
+        half = len(staging_buffer) // 2
+        content[:half] = staging_buffer[:half]
+        self._later(lambda: self._write_rest(staging_buffer, slot, name))
 
-    def _write_rest(self, room: Bytes, slot: int, name: bytes) -> None:
-        half = len(room) // 2
-        self._area.slots[slot][half:] = room[half:]
-        self._rooms.append(room)
+    def _write_rest(self, staging_buffer: Bytes, slot: int, name: bytes) -> None:
+        half = len(staging_buffer) // 2
+        self._region.slots[slot][half:] = staging_buffer[half:]
+        self._staging_buffers.append(staging_buffer)
 
         def know() -> None:
-            self._area.known[name] = slot
+            self._region.known[name] = slot
             self._sent.append(name)
 
         self._later(know)

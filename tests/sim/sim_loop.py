@@ -18,7 +18,7 @@ EXECUTOR_SLOW_S = (0.01, 0.3, 1.5)
 
 @dataclass(eq=False)
 class SimProcess:
-    """A process of the simulated world: the owner of tasks, greenlets, listeners and
+    """A process of the simulated cluster: the owner of tasks, greenlets, listeners and
     connections."""
 
     name: str
@@ -38,7 +38,7 @@ current_process: contextvars.ContextVar[SimProcess | None] = contextvars.Context
 )
 
 
-class _NoFiles(selectors.BaseSelector):
+class _VirtualTimeSelector(selectors.BaseSelector):
     """A selector that never sees a file become ready: waiting is what moves the clock."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
@@ -55,7 +55,7 @@ class _NoFiles(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("the simulated world has stopped: nothing is scheduled")
+            raise RuntimeError("the simulated cluster has stopped: nothing is scheduled")
         self._advance(max(timeout, 0.0))
         return []
 
@@ -68,7 +68,7 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._virtual_s = 1000.0
-        super().__init__(_NoFiles(self._pass_time))
+        super().__init__(_VirtualTimeSelector(self._pass_time))
         self.network: Any = None
         self.executor_s = EXECUTOR_S
 

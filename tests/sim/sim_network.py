@@ -122,9 +122,9 @@ class SimNetwork:
     """Listeners by address, live connections, and the pairs of hosts that cannot reach each
     other."""
 
-    def __init__(self, loop: SimLoop, draw: random.Random) -> None:
+    def __init__(self, loop: SimLoop, rng: random.Random) -> None:
         self.loop = loop
-        self.draw = draw
+        self.rng = rng
         self.listeners: dict[tuple[str, int], tuple[Callable[[], Any], SimProcess]] = {}
         self.cut: set[frozenset[str]] = set()
         self._ends: list[SimTransport] = []
@@ -132,7 +132,7 @@ class SimNetwork:
         self._ports = 20000
 
     def latency_s(self) -> float:
-        return self.draw.uniform(0.0001, 0.0008)
+        return self.rng.uniform(0.0001, 0.0008)
 
     def reachable(self, a: str, b: str) -> bool:
         return a == b or frozenset((a, b)) not in self.cut
@@ -144,7 +144,7 @@ class SimNetwork:
         self.cut.clear()
         self._carry_held()
 
-    def mend(self, a: str, b: str) -> None:
+    def reconnect(self, a: str, b: str) -> None:
         self.cut.discard(frozenset((a, b)))
         self._carry_held()
 

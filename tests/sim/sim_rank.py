@@ -1,5 +1,5 @@
-"""A rank of the simulated world: the real one (`gpu_worker.rank.Rank`), on a greenlet in place of a
-thread, the small model in place of a large one, and the simulated data network."""
+"""A rank of the simulated cluster: the real one (`gpu_worker.rank.Rank`), on a greenlet in place
+of a thread, the small model in place of a large one, and the simulated data network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gpu_worker.rank import Hardware, Rank, RankParts
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
-from shared.wire import AreaOpened
+from shared.wire import RegionOpened
 from tests.sim.sim_exchange import SimHub
-from tests.sim.sim_kv_replication import CopiesHub, SimBlockCache
+from tests.sim.sim_kv_replication import KvReplicaHub, SimBlockCache
 from tests.sim.sim_loop import SimLoop, SimProcess, in_process
 from tests.sim.sim_model import EOS, SimModel
 
@@ -108,7 +108,7 @@ class GreenletHost:
 
 
 class SimEndpoint:
-    """Implements `rank.Endpoint` over the simulated exchange."""
+    """Implements `rank.DataEndpoint` over the simulated exchange."""
 
     def __init__(self, hub: SimHub, member: Member) -> None:
         self._hub = hub
@@ -124,13 +124,13 @@ class SimEndpoint:
         self._generation += 1
         return self._generation
 
-    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
         return (generation, 1)
 
-    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
-        if not self._hub.can_reach(self._member, area.target):
+    def connect(self, region: RegionOpened, peer: RankRecord) -> None:
+        if not self._hub.can_reach(self._member, region.target):
             raise TimeoutError("first contact timed out")
-        self._open.add(area.target)
+        self._open.add(region.target)
 
     def is_open(self, target: Member) -> bool:
         return target in self._open and self._hub.can_reach(self._member, target)
@@ -144,7 +144,7 @@ def build_rank(
     loop: SimLoop,
     process: SimProcess,
     hub: SimHub,
-    copies: CopiesHub,
+    copies: KvReplicaHub,
     member: Member,
     lease_id: int,
     config: RankConfig,
@@ -184,6 +184,6 @@ def build_rank(
                 blocks=blocks,
             ),
             engine_host=host,
-            copies=copies.endpoint(member, process, blocks.block_bytes),
+            replication=copies.endpoint(member, process, blocks.block_bytes),
         )
     )

@@ -17,17 +17,17 @@ import pytest
 import structlog
 
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.exchange.wait_policy import Vigil
-from gpu_worker.kv_replication.replica_ledger import CopyLedger
-from gpu_worker.membership.rank_membership import Standing
-from node_agent.rank_supervisor import RankLives
-from tests.sim.schedules import Outcome, run_alone, run_schedule
+from gpu_worker.exchange.wait_policy import WaitPolicy
+from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
+from gpu_worker.membership.rank_membership import RankMembership
+from node_agent.rank_supervisor import RankSupervisor
+from tests.sim.schedules import Outcome, run_control_plane_outage, run_schedule
 from tests.support import local_exchange as local
 
 NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "600"))
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 
-FELL_ONCE = {
+REGRESSION_SEEDS = {
     67: "ranks of a large instance, all judged by their leases after an outage of etcd",
     136: "after an outage of etcd all were judged by their leases, and never learnt it",
     143: "the same, and the dead that no map could leave out blocked every joiner",
@@ -80,17 +80,17 @@ def test_a_seed_is_one_schedule() -> None:
     assert run_schedule(11) == run_schedule(11)
 
 
-@pytest.mark.parametrize("seed", FELL_ONCE)
-def test_a_schedule_that_fell_once_stands(seed: int) -> None:
+@pytest.mark.parametrize("seed", REGRESSION_SEEDS)
+def test_a_schedule_that_once_failed_passes(seed: int) -> None:
     run_schedule(seed)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_sessions_finish_while_etcd_and_the_control_planes_are_away(seed: int) -> None:
-    run_alone(seed)
+    run_control_plane_outage(seed)
 
 
-def falls(num_seeds: int = 60) -> bool:
+def any_schedule_fails(num_seeds: int = 60) -> bool:
     """Whether one of the first schedules notices."""
     return any(isinstance(outcome_of(seed), str) for seed in range(num_seeds))
 
@@ -100,7 +100,7 @@ def test_a_step_that_goes_on_without_its_peers_is_noticed(monkeypatch: pytest.Mo
 
     take = local.LocalHub.take
 
-    def take_or_give_up(self, source, target, place):  # type: ignore[no-untyped-def]
+    def take_or_skip_dead(self, source, target, place):  # type: ignore[no-untyped-def]
         message = take(self, source, target, place)
         process = self._process_of[source]
         if message is None and process.dead:
@@ -109,8 +109,8 @@ def test_a_step_that_goes_on_without_its_peers_is_noticed(monkeypatch: pytest.Mo
             return local._Message(rows_NH=rows_NH, pair_rows=none, pair_slots=none)
         return message
 
-    monkeypatch.setattr(local.LocalHub, "take", take_or_give_up)
-    assert falls()
+    monkeypatch.setattr(local.LocalHub, "take", take_or_skip_dead)
+    assert any_schedule_fails()
 
 
 def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
@@ -126,10 +126,10 @@ def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
             self.num_given -= 1
 
     monkeypatch.setattr(Sequence, "__init__", forget)
-    assert falls()
+    assert any_schedule_fails()
 
 
-def test_a_copy_that_is_written_over_while_it_is_known_is_noticed(
+def test_a_kv_replica_overwritten_while_known_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Invariant 1. A source that takes slots for other blocks without asking."""
@@ -138,24 +138,24 @@ def test_a_copy_that_is_written_over_while_it_is_known_is_noticed(
         self.note_dropped(pick_drops(self))
         return []
 
-    pick_drops = CopyLedger.pick_drops
-    monkeypatch.setattr(CopyLedger, "pick_drops", take_unasked)
-    assert falls(200)
+    pick_drops = ReplicaLedger.pick_drops
+    monkeypatch.setattr(ReplicaLedger, "pick_drops", take_unasked)
+    assert any_schedule_fails(200)
 
 
 def test_a_wait_that_no_epoch_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 9. Survivors that wait for the dead for ever."""
-    monkeypatch.setattr(Vigil, "check_epoch", lambda self: None)
-    assert falls(20)
+    monkeypatch.setattr(WaitPolicy, "check_epoch", lambda self: None)
+    assert any_schedule_fails(20)
 
 
 def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 6. One that was declared dead must leave, or be made to, or its rank never comes
     back."""
-    monkeypatch.setattr(RankLives, "condemned", lambda self, member, now: [])
-    monkeypatch.setattr(Standing, "on_map", _ignore_exclusion(Standing.on_map))
-    monkeypatch.setattr(Standing, "on_verdict", lambda self, member: [])
-    assert falls()
+    monkeypatch.setattr(RankSupervisor, "on_declared_dead", lambda self, member, now: [])
+    monkeypatch.setattr(RankMembership, "on_map", _ignore_exclusion(RankMembership.on_map))
+    monkeypatch.setattr(RankMembership, "on_verdict", lambda self, member: [])
+    assert any_schedule_fails()
 
 
 def _ignore_exclusion(on_map):  # type: ignore[no-untyped-def]

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from gpu_worker.exchange.interface import Dispatched, Exchange
 from gpu_worker.exchange.links import TransferEndpoint
-from gpu_worker.exchange.message import Layout
+from gpu_worker.exchange.message import MessageLayout
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
-from shared.wire import AreaOpened, OpenArea
+from shared.wire import OpenRegion, RegionOpened
 
 H, K, E, L = 32, 2, 8, 3
 TOKENS_MAX = 16
-LAYOUT = Layout(hidden_size=H, top_k=K, step_tokens_max=TOKENS_MAX)
+LAYOUT = MessageLayout(hidden_size=H, top_k=K, step_tokens_max=TOKENS_MAX)
 
 
 def member(rank: int) -> Member:
@@ -102,11 +102,11 @@ class _Child:
         with self.lock:
             self.pipe.send((kind, value))
 
-    def wanted(self) -> list[tuple[Member, OpenArea]]:
+    def link_requests(self) -> list[tuple[Member, OpenRegion]]:
         return [
             (
                 peer,
-                OpenArea(
+                OpenRegion(
                     source=self.own,
                     transfer_name=self.endpoint.name,
                     generation=self.endpoint.next_generation(peer),
@@ -116,9 +116,9 @@ class _Child:
             if not self.endpoint.is_open(peer)
         ]
 
-    def give(self, request: OpenArea) -> AreaOpened:
-        address, nbytes = self.endpoint.open_area(request.source, request.generation)
-        return AreaOpened(
+    def accept_link(self, request: OpenRegion) -> RegionOpened:
+        address, nbytes = self.endpoint.open_region(request.source, request.generation)
+        return RegionOpened(
             target=self.own,
             source=request.source,
             generation=request.generation,
@@ -127,7 +127,7 @@ class _Child:
             nbytes=nbytes,
         )
 
-    def live(self, expert_map: ExpertMap, num_steps: int) -> None:
+    def run_steps(self, expert_map: ExpertMap, num_steps: int) -> None:
         results: list[str] = []
         try:
             self.exchange.adopt(expert_map)
@@ -139,24 +139,24 @@ class _Child:
         else:
             self.send("done", results)
 
-    def obey(self, kind: str, value: Any) -> None:
-        if kind == "wanted":
-            self.send("wanted", self.wanted())
-        elif kind == "give":
-            self.send("given", self.give(value))
+    def handle(self, kind: str, value: Any) -> None:
+        if kind == "link_requests":
+            self.send("link_requests", self.link_requests())
+        elif kind == "accept_link":
+            self.send("link_accepted", self.accept_link(value))
         elif kind == "connect":
             self.endpoint.connect(value)
             self.send("connected", None)
         elif kind == "epoch":
             self.monitor.epoch = value
         elif kind == "run":
-            threading.Thread(target=self.live, args=value, daemon=True).start()
+            threading.Thread(target=self.run_steps, args=value, daemon=True).start()
 
 
 def main(rank: int, num_ranks: int, deadline_ms: float, pipe: Connection) -> None:
     child = _Child(rank, num_ranks, deadline_ms, pipe)
     while True:
         try:
-            child.obey(*pipe.recv())
+            child.handle(*pipe.recv())
         except EOFError:
             return

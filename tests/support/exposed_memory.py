@@ -1,6 +1,6 @@
-"""Two small programs around Mooncake's listeners. `keep HOST`: a process with a registered buffer,
-as a rank has one; prints where it is, and for every line of input whether it is still intact.
-`attack HOST PORT ADDRESS`: a stranger who tries to overwrite it."""
+"""Two small programs around Mooncake's listeners. `hold_buffer HOST`: a process with a registered
+buffer, as a rank has one; prints where it is, and for every line of input whether it is still
+intact. `overwrite_buffer HOST PORT ADDRESS`: a stranger who tries to overwrite it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 NBYTES = 65536
 
 
-def keep(host: str) -> None:
+def hold_buffer(host: str) -> None:
     engine, name = open_engine(host, Protocols.TCP, "")
     buffer = np.full(NBYTES, 7, dtype=np.uint8)
     assert engine.register_memory(buffer.ctypes.data, NBYTES) == 0
@@ -25,7 +25,7 @@ def keep(host: str) -> None:
     os._exit(0)
 
 
-def attack(host: str, port: str, address: str) -> None:
+def overwrite_buffer(host: str, port: str, address: str) -> None:
     engine, _ = open_engine("127.0.0.1", Protocols.TCP, "")
     junk = np.full(NBYTES, 66, dtype=np.uint8)
     assert engine.register_memory(junk.ctypes.data, NBYTES) == 0
@@ -39,4 +39,4 @@ def attack(host: str, port: str, address: str) -> None:
 
 
 if __name__ == "__main__":
-    {"keep": keep, "attack": attack}[sys.argv[1]](*sys.argv[2:])
+    {"hold_buffer": hold_buffer, "overwrite_buffer": overwrite_buffer}[sys.argv[1]](*sys.argv[2:])

@@ -73,7 +73,7 @@ class FakeRank:
             kv_block_tokens=16,
             exchange="local",
         )
-        await self._say()
+        await self._write_record()
         self._tasks = [
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._keep_alive()),
@@ -82,12 +82,12 @@ class FakeRank:
     async def kill(self) -> float:
         """As `kill -9` and a node agent: sockets close, the lease is revoked. Returns the time at
         which the revocation was asked for."""
-        await self.vanish()
+        await self.kill_without_agent()
         asked_at = asyncio.get_running_loop().time()
         await self._store.revoke_lease(self.lease_id)
         return asked_at
 
-    async def vanish(self) -> None:
+    async def kill_without_agent(self) -> None:
         """As `kill -9` where no node agent lives: sockets close, the lease stays for its TTL."""
         for task in self._tasks:
             task.cancel()
@@ -115,7 +115,7 @@ class FakeRank:
         key = self._keys.suspicion(other.rank, other.incarnation, f"rank-{self.member}")
         await self._store.put(key, pack_record(suspicion), lease_id=self.lease_id)
 
-    async def _say(self) -> None:
+    async def _write_record(self) -> None:
         assert self.record is not None
         key = self._keys.rank(self.member.rank, self.member.incarnation)
         await self._store.put(key, pack_record(self.record), lease_id=self.lease_id)
@@ -149,7 +149,7 @@ class FakeRank:
             return
         self._peers = self._peers | {peer} if here else self._peers - {peer}
         self.record = replace(self.record, links=tuple(sorted(self._peers)))
-        await self._say()
+        await self._write_record()
 
     async def _load(self, assignment: bytes) -> None:
         await self.loads_allowed.wait()
@@ -159,7 +159,7 @@ class FakeRank:
         await self._store.put(key, pack_record(contents), lease_id=self.lease_id)
         assert self.record is not None
         self.record = replace(self.record, state=RankState.READY)
-        await self._say()
+        await self._write_record()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)

@@ -16,23 +16,23 @@ import numpy as np
 import structlog
 
 from gpu_worker.control_server import ControlServer
-from gpu_worker.engine.kv_replication import Bytes, CopyChannel
+from gpu_worker.engine.kv_replication import Bytes, ReplicaChannel
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.exchange.links import TransferEndpoint
-from gpu_worker.exchange.message import Layout
-from gpu_worker.kv_replication.mooncake_replicator import MooncakeCopies
+from gpu_worker.exchange.message import MessageLayout
+from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from shared.clock import SystemClock
 from shared.confinement import require_confined
 from shared.records import RankRecord
 from shared.types import Epoch, Member, NodeId, RankId, RankState, Step
 from shared.wire import (
-    AreaOpened,
     Cancel,
-    GraphNews,
+    GraphBarrierUpdate,
     Load,
-    OpenArea,
+    OpenRegion,
     Ping,
     Pong,
+    RegionOpened,
     StatusQuery,
     StatusReply,
     Submit,
@@ -44,7 +44,7 @@ NUM_SLOTS = 24
 NUM_NAMES = 64  # that a flood uses, over and over
 HOST = "127.0.0.1"
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
-TURN_S = 0.001
+POLL_S = 0.001
 
 
 def flood_name(source: int, number: int) -> bytes:
@@ -64,12 +64,12 @@ class NamedBlocks:
 
     def __init__(self, layout: str) -> None:
         self.layout = layout
-        self._rooms: list[Bytes] = []
+        self._staging_buffers: list[Bytes] = []
         self._contents: dict[bytes, Bytes] = {}
 
-    def room(self) -> Bytes:
-        self._rooms.append(np.zeros(BLOCK_BYTES, dtype=np.uint8))
-        return self._rooms[-1]
+    def staging_buffer(self) -> Bytes:
+        self._staging_buffers.append(np.zeros(BLOCK_BYTES, dtype=np.uint8))
+        return self._staging_buffers[-1]
 
     def content(self, name: bytes) -> Bytes:
         if name not in self._contents:
@@ -83,8 +83,9 @@ class NamedBlocks:
         raise NotImplementedError
 
 
-class OnlyAlive:
-    """Implements `control_server.EnginePort` and `AreaKeeper` as far as copies need them."""
+class IdleEngine:
+    """Implements `control_server.EngineInterface` and `RegionProvider` as far as copies need
+    them."""
 
     def __init__(self, member: Member) -> None:
         self._member = member
@@ -113,7 +114,7 @@ class OnlyAlive:
     def wake(self, wake: Wake) -> None:
         raise NotImplementedError
 
-    def hear_of_graphs(self, news: GraphNews) -> None:
+    def on_graph_update(self, news: GraphBarrierUpdate) -> None:
         raise NotImplementedError
 
     def status(self, query: StatusQuery) -> StatusReply:
@@ -122,7 +123,7 @@ class OnlyAlive:
     def load(self) -> Load:
         raise NotImplementedError
 
-    def open_area(self, request: OpenArea) -> AreaOpened:
+    def open_region(self, request: OpenRegion) -> RegionOpened:
         raise NotImplementedError
 
 
@@ -130,7 +131,7 @@ class OnlyAlive:
 class Flood:
     """Sends without end over one channel, and has every slot dropped as soon as it is known."""
 
-    channel: CopyChannel
+    channel: ReplicaChannel
     free: list[int] = field(default_factory=list)
     slots: dict[bytes, int] = field(default_factory=dict)
     num_sent: int = 0
@@ -142,14 +143,14 @@ class Flood:
             self.channel.drop([self.slots.pop(name)])
         self.free += self.channel.take_dropped()
         while self.free and flood_name(source, self.number) not in self.slots:
-            room = self.channel.take_room()
-            if room is None:
+            staging_buffer = self.channel.take_staging_buffer()
+            if staging_buffer is None:
                 return
             name, slot = flood_name(source, self.number), self.free.pop(0)
-            room[:] = cache.content(name)
+            staging_buffer[:] = cache.content(name)
             self.slots[name] = slot
             self.number += 1
-            self.channel.send(room, slot, name, lambda: True)
+            self.channel.send(staging_buffer, slot, name, lambda: True)
 
 
 class _Child:
@@ -161,9 +162,9 @@ class _Child:
         self.cache = NamedBlocks(layout)
         # A rank has the exchange's engine beside that of the copies.
         self.exchange = TransferEndpoint(
-            HOST, Layout(hidden_size=4, top_k=2, step_tokens_max=4), SystemClock()
+            HOST, MessageLayout(hidden_size=4, top_k=2, step_tokens_max=4), SystemClock()
         )
-        self.copies = MooncakeCopies(
+        self.copies = MooncakeReplicator(
             member=member,
             node=NodeId(f"node-{member.rank % 2}"),
             host=HOST,
@@ -172,13 +173,13 @@ class _Child:
         )
         require_confined()
         self.copies.open(self.cache, budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES)
-        alive = OnlyAlive(member)
+        alive = IdleEngine(member)
         self.server = ControlServer(
-            member=member, engine=alive, areas=alive, copies=self.copies if keeps else None
+            member=member, engine=alive, regions=alive, replication=self.copies if keeps else None
         )
         self.floods: dict[RankId, Flood] = {}
         self.lock = threading.Lock()
-        self.hunted = [0, 0]  # looked at, wrong
+        self.verified = [0, 0]  # looked at, wrong
 
     def send(self, kind: str, value: object) -> None:
         with self.lock:
@@ -213,25 +214,25 @@ class _Child:
     def serve(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             try:
-                if self.pipe.poll(TURN_S):
+                if self.pipe.poll(POLL_S):
                     kind, value = self.pipe.recv()
                     if kind in ("keep", "close"):
                         loop.call_soon_threadsafe(getattr(self.copies, kind), value)
                     else:
-                        self.obey(kind, value)
+                        self.handle(kind, value)
             except EOFError:
                 return
             for flood in self.floods.values():
                 if flood.channel.is_open:
                     flood.pump(self.member.rank, self.cache)
-            self.hunt()
+            self.verify_found_blocks()
 
-    def obey(self, kind: str, value: Any) -> None:
+    def handle(self, kind: str, value: Any) -> None:
         channels = self.copies.channels()
         match kind:
             case "channels":
                 self.send(
-                    kind, {int(r): (c.is_elsewhere, c.num_slots) for r, c in channels.items()}
+                    kind, {int(r): (c.is_on_other_node, c.num_slots) for r, c in channels.items()}
                 )
             case "send":
                 rank, slot, name = value
@@ -253,25 +254,25 @@ class _Child:
             case "flooded":
                 flood = self.floods[value]
                 self.send(kind, (flood.channel.is_open, flood.num_sent))
-            case "hunted":
-                self.send(kind, tuple(self.hunted))
+            case "verified":
+                self.send(kind, tuple(self.verified))
 
-    def send_block(self, channel: CopyChannel, slot: int, name: bytes) -> None:
-        while (room := channel.take_room()) is None:
+    def send_block(self, channel: ReplicaChannel, slot: int, name: bytes) -> None:
+        while (staging_buffer := channel.take_staging_buffer()) is None:
             assert channel.is_open
-            time.sleep(TURN_S)
-        room[:] = self.cache.content(name)
-        channel.send(room, slot, name, lambda: True)
+            time.sleep(POLL_S)
+        staging_buffer[:] = self.cache.content(name)
+        channel.send(staging_buffer, slot, name, lambda: True)
 
-    def hunt(self) -> None:
+    def verify_found_blocks(self) -> None:
         """Looks at what floods have left here, while it is being written and dropped."""
         for source in range(3):
             for number in range(NUM_NAMES):
                 name = flood_name(source, number)
                 found = self.copies.store.find(name)
                 if found is not None:
-                    self.hunted[0] += 1
-                    self.hunted[1] += not (found == self.cache.content(name)).all()
+                    self.verified[0] += 1
+                    self.verified[1] += not (found == self.cache.content(name)).all()
 
 
 def main(member: Member, pipe: Connection, layout: str, keeps: bool) -> None:

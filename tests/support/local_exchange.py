@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpu_worker.exchange.interface import Dispatched, StepMonitor
 from gpu_worker.exchange.replica_policy import ReplicaChoice, choose_replicas
-from gpu_worker.exchange.wait_policy import Vigil
+from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
@@ -49,22 +49,22 @@ class LocalHub:
         self.hidden_size = hidden_size
         self.top_k = top_k
         self._sent = threading.Condition()
-        self._boxes: dict[tuple[Member, Member], dict[_Place, _Message]] = {}
+        self._mailboxes: dict[tuple[Member, Member], dict[_Place, _Message]] = {}
 
     def exchange(
         self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
     ) -> LocalExchange:
-        return LocalExchange(self, member, Vigil(monitor, clock, exchange_deadline_ms))
+        return LocalExchange(self, member, WaitPolicy(monitor, clock, exchange_deadline_ms))
 
     def send(self, source: Member, target: Member, place: _Place, message: _Message) -> None:
         with self._sent:
-            self._boxes.setdefault((source, target), {})[place] = message
+            self._mailboxes.setdefault((source, target), {})[place] = message
             self._sent.notify_all()
 
     def take(self, source: Member, target: Member, place: _Place) -> _Message | None:
         """Raises StepAbandoned where the source has moved on to a later epoch."""
         with self._sent:
-            box = self._boxes.get((source, target), {})
+            box = self._mailboxes.get((source, target), {})
             message = box.pop(place, None)
             if message is None and any(other.epoch > place.epoch for other in box):
                 raise StepAbandoned(f"rank {source.rank} has left epoch {place.epoch}")
@@ -73,8 +73,8 @@ class LocalHub:
     def forget_sender(self, source: Member) -> None:
         """Drops what `source` has sent and nobody took."""
         with self._sent:
-            for key in [key for key in self._boxes if key[0] == source]:
-                del self._boxes[key]
+            for key in [key for key in self._mailboxes if key[0] == source]:
+                del self._mailboxes[key]
 
     def park(self) -> None:
         """Called, without the lock, while a rank waits."""
@@ -85,10 +85,10 @@ class LocalHub:
 class LocalExchange:
     """One rank's end of a hub."""
 
-    def __init__(self, hub: LocalHub, member: Member, vigil: Vigil) -> None:
+    def __init__(self, hub: LocalHub, member: Member, wait_policy: WaitPolicy) -> None:
         self._hub = hub
         self._member = member
-        self._vigil = vigil
+        self._wait_policy = wait_policy
         self._members: list[Member] = []
         self._choice: ReplicaChoice | None = None
         self._place = _Place(Epoch(0), Step(0), 0, False)
@@ -107,13 +107,13 @@ class LocalExchange:
         self._place = _Place(epoch, step, 0, False)
         self._num_tokens = num_tokens
         self._has_work = has_work
-        self._vigil.begin_step(epoch, step)
+        self._wait_policy.begin_step(epoch, step)
 
     def dispatch(
         self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
     ) -> Dispatched:
         assert self._choice is not None, "dispatch before adopt"
-        self._vigil.check_epoch()
+        self._wait_policy.check_epoch()
         self._place = self._place._replace(layer=layer, is_combine=False)
         rank_TK = self._choice.rank_LE[layer][experts_TK]
         slot_TK = self._choice.slot_LE[layer][experts_TK]
@@ -144,7 +144,7 @@ class LocalExchange:
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
         assert layer == self._place.layer, "combine must follow the dispatch of its layer"
-        self._vigil.check_epoch()
+        self._wait_policy.check_epoch()
         self._place = self._place._replace(is_combine=True)
         none = np.empty(0, dtype=np.int32)
         first = 0
@@ -154,16 +154,16 @@ class LocalExchange:
                 message = _Message(rows_NH=rows_NH, pair_rows=none, pair_slots=none)
                 self._hub.send(self._member, member, self._place, message)
             first += count
-        helpers = [m for m in self._members if len(self._pairs_of[m.rank][0])]
+        expert_ranks = [m for m in self._members if len(self._pairs_of[m.rank][0])]
         shape = (self._num_tokens, self._hub.top_k, self._hub.hidden_size)
         y_TKH = np.zeros(shape, dtype=np.float32)
-        for member, message in zip(helpers, self._receive(helpers), strict=True):
+        for member, message in zip(expert_ranks, self._receive(expert_ranks), strict=True):
             y_TKH[self._pairs_of[member.rank]] = message.rows_NH
         return y_TKH
 
     def _receive(self, sources: list[Member]) -> list[_Message]:
         """One message of the present place from each source. Raises StepAbandoned."""
-        self._vigil.begin_wait()
+        self._wait_policy.begin_wait()
         found: dict[RankId, _Message] = {}
         while True:
             for source in sources:
@@ -173,7 +173,7 @@ class LocalExchange:
                         found[source.rank] = message
             missing = [s.rank for s in sources if s.rank not in found]
             if not missing:
-                self._vigil.end_wait()
+                self._wait_policy.end_wait()
                 return [found[s.rank] for s in sources]
-            self._vigil.watch(missing)
+            self._wait_policy.watch(missing)
             self._hub.park()

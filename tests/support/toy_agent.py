@@ -10,7 +10,7 @@ from pathlib import Path
 
 from node_agent.__main__ import parse, rank_command, run_agent
 from node_agent.agent_driver import RankSetup
-from node_agent.expert_cache import with_shelf
+from node_agent.expert_cache import with_expert_cache
 from shared.logs import configure_logs
 
 TOY_RANK = Path(__file__).with_name("toy_process.py")
@@ -23,7 +23,7 @@ def main() -> None:
     command = dataclasses.replace(
         rank_command(config, rank_flags), program=(sys.executable, str(TOY_RANK))
     )
-    command = with_shelf(command, config.host_experts_gb)
+    command = with_expert_cache(command, config.host_experts_gb)
     setup = RankSetup(
         command=command,
         environment={**os.environ, "PYTHONPATH": str(ROOT)},

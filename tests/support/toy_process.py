@@ -1,5 +1,5 @@
 """A stand-in for a rank's process: it registers under the lease it was handed and waits for its
-end, as told by `--toy`: obedient to SIGTERM, deaf to it, or exiting at once with a code."""
+end, as told by `--toy`: obedient to SIGTERM, ignoring it, or exiting at once with a code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
     for name in ("node", "etcd", "instance", "toy"):
         parser.add_argument(f"--{name}")
     flags, _ = parser.parse_known_args()
-    if flags.toy == "deaf":
+    if flags.toy == "ignore-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if flags.toy.startswith("exit-"):
         sys.exit(int(flags.toy.removeprefix("exit-")))

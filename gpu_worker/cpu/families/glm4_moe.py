@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
-from gpu_worker.checkpoint.common_tensors import refuse
+from gpu_worker.checkpoint.common_tensors import raise_if_unsupported
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, QK_NORM_NONE, read_gqa_shape
 from gpu_worker.cpu.deepseek_moe import DeepseekMoe
 from gpu_worker.cpu.expert_slots import MlpSlot
@@ -25,8 +25,11 @@ class Glm4Moe(GqaFamily):
         self.shape = read_gqa_shape(spec, QK_NORM_HEAD if normed else QK_NORM_NONE)
         self.o_bias = False
         share = self.rope.scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        self.rotated = int(self.shape.head_dim * float(0.5 if share is None else share))
-        refuse(spec, {f"{self.rotated} rotated elements": self.rotated < 2 or self.rotated % 2 > 0})
+        self.rotary_dim = int(self.shape.head_dim * float(0.5 if share is None else share))
+        raise_if_unsupported(
+            spec,
+            {f"{self.rotary_dim} rotated elements": self.rotary_dim < 2 or self.rotary_dim % 2 > 0},
+        )
         self._moe = DeepseekMoe(spec, sigmoid=True)
 
     def moe_shapes(self, layer: int) -> dict[str, Shape]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
-from gpu_worker.checkpoint.common_tensors import refuse
+from gpu_worker.checkpoint.common_tensors import raise_if_unsupported
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.cpu.expert_slots import MlpSlot
 from gpu_worker.cpu.family import Router
@@ -29,7 +29,9 @@ class GptOss(GqaFamily):
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
         alpha, limit = raw.get("swiglu_alpha", _ALPHA), raw.get("swiglu_limit", _LIMIT)
-        refuse(spec, {f"a SwiGLU of {alpha} and {limit}": (alpha, limit) != (_ALPHA, _LIMIT)})
+        raise_if_unsupported(
+            spec, {f"a SwiGLU of {alpha} and {limit}": (alpha, limit) != (_ALPHA, _LIMIT)}
+        )
         super().__init__(spec)
         self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", True))
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-5))

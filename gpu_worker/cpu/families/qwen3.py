@@ -3,7 +3,7 @@ sessions."""
 
 from __future__ import annotations
 
-from gpu_worker.checkpoint.common_tensors import refuse
+from gpu_worker.checkpoint.common_tensors import raise_if_unsupported
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD
 from gpu_worker.cpu.gqa_family import GqaFamily
 from shared.model_spec import ModelSpec
@@ -14,7 +14,7 @@ class Qwen3(GqaFamily):
 
     def __init__(self, spec: ModelSpec) -> None:
         windowed = bool(spec.raw.get("use_sliding_window", False))
-        refuse(spec, {"sliding-window attention": windowed})
+        raise_if_unsupported(spec, {"sliding-window attention": windowed})
         super().__init__(spec)
 
 

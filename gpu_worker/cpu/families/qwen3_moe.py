@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_worker.checkpoint.common_tensors import refuse
+from gpu_worker.checkpoint.common_tensors import raise_if_unsupported
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD
 from gpu_worker.cpu.gqa_family import GqaFamily
 from shared.model_spec import ModelSpec
@@ -12,7 +12,7 @@ class Qwen3Moe(GqaFamily):
     qk_norm = QK_NORM_HEAD
 
     def __init__(self, spec: ModelSpec) -> None:
-        refuse(
+        raise_if_unsupported(
             spec,
             {
                 "sliding-window attention": bool(spec.raw.get("use_sliding_window", False)),

@@ -10,12 +10,12 @@ from gpu_worker.cpu.kernels.arithmetic import ONE, ZERO, exp32, fma, kernel
 from gpu_worker.cpu.kernels.linear import linear
 from gpu_worker.cpu.kernels.warm_up import (
     FLOATS_2D,
-    GIVEN_FLOATS_2D,
-    GIVEN_FLOATS_3D,
-    GIVEN_INTS_1D,
     INT,
     INTS_1D,
     PANELS_OF_SLOTS,
+    READONLY_FLOATS_2D,
+    READONLY_FLOATS_3D,
+    READONLY_INTS_1D,
     EntryPoint,
 )
 
@@ -23,7 +23,7 @@ SWIGLU = 0
 CLAMPED_SWIGLU = 1
 
 _CLAMP = np.float32(7.0)
-_STEEPNESS = np.float32(1.702)
+_ALPHA = np.float32(1.702)
 
 
 @kernel
@@ -58,7 +58,7 @@ def _gate_clamped(gate_up: Any, out: Any) -> None:
     for i in range(size):
         g = min(gate[i], _CLAMP)
         u = max(min(up[i], _CLAMP), -_CLAMP)
-        out[i] = (u + ONE) * (g / (ONE + exp32(-_STEEPNESS * g)))
+        out[i] = (u + ONE) * (g / (ONE + exp32(-_ALPHA * g)))
 
 
 @kernel
@@ -103,10 +103,10 @@ ENTRY_POINTS: list[EntryPoint] = [
     (
         run_experts,
         (
-            GIVEN_FLOATS_2D, GIVEN_INTS_1D, GIVEN_INTS_1D, PANELS_OF_SLOTS, PANELS_OF_SLOTS,
-            FLOATS_2D, FLOATS_2D, INT, FLOATS_2D, INTS_1D, INTS_1D, FLOATS_2D, FLOATS_2D, FLOATS_2D,
-            FLOATS_2D,
+            READONLY_FLOATS_2D, READONLY_INTS_1D, READONLY_INTS_1D, PANELS_OF_SLOTS,
+            PANELS_OF_SLOTS, FLOATS_2D, FLOATS_2D, INT, FLOATS_2D, INTS_1D, INTS_1D, FLOATS_2D,
+            FLOATS_2D, FLOATS_2D, FLOATS_2D,
         ),
     ),
-    (add_weighted, (FLOATS_2D, GIVEN_FLOATS_3D, FLOATS_2D, INT)),
+    (add_weighted, (FLOATS_2D, READONLY_FLOATS_3D, FLOATS_2D, INT)),
 ]  # fmt: skip

@@ -9,23 +9,23 @@ import numpy as np
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, QK_NORM_WHOLE
 from gpu_worker.cpu.kernels.arithmetic import ZERO, exp32, kernel
 from gpu_worker.cpu.kernels.linear import (
+    accumulate_block,
     add_rows,
-    advance_block,
     linear,
     norm_rows,
     rms_norm,
     softmax,
 )
-from gpu_worker.cpu.kernels.tiles import LANES, ROWS_MAX_WIDE, advance_tile
+from gpu_worker.cpu.kernels.tiles import LANES, ROWS_MAX_WIDE, accumulate_tile
 from gpu_worker.cpu.kernels.warm_up import (
     FLOAT,
     FLOATS_1D,
     FLOATS_2D,
     FLOATS_4D,
-    GIVEN_INTS_1D,
-    GIVEN_INTS_2D,
     INT,
     PANELS,
+    READONLY_INTS_1D,
+    READONLY_INTS_2D,
     EntryPoint,
 )
 
@@ -41,7 +41,7 @@ def _rotate(head: Any, cos: Any, sin: Any) -> None:
 
 
 @kernel
-def _place_qkv(
+def _store_qkv(
     qkv_P: Any, position: int, block: int, k_cache: Any, v_cache: Any, qk_norm: int,
     q_norm: Any, k_norm: Any, clip: Any, eps: Any, cos_CD: Any, sin_CD: Any,
 ) -> None:  # fmt: skip
@@ -89,11 +89,11 @@ def _score(
         )
         for m in range(0, rows, ROWS_MAX_WIDE):
             group = min(ROWS_MAX_WIDE, rows - m)
-            advance_tile(group, 1, q_RD, m, 0, k_NDU, at, 0, head_size, scores_RC, b * LANES)
+            accumulate_tile(group, 1, q_RD, m, 0, k_NDU, at, 0, head_size, scores_RC, b * LANES)
         b += 4
     while b < end:
         block = table_B[b] * num_heads + head
-        advance_block(q_RD, 0, k_NDU, block, 0, head_size, scores_RC, b * block_tokens, rows)
+        accumulate_block(q_RD, 0, k_NDU, block, 0, head_size, scores_RC, b * block_tokens, rows)
         b += 1
 
 
@@ -109,7 +109,7 @@ def _add_values(
         b = position // block_tokens
         first = b * block_tokens
         high = min(end, first + block_tokens)
-        advance_block(
+        accumulate_block(
             scores_RC, position, v_NUD, table_B[b] * num_heads + head, position - first,
             high - position, out_RD, 0, out_RD.shape[0],
         )  # fmt: skip
@@ -117,7 +117,7 @@ def _add_values(
 
 
 @kernel
-def _weigh(
+def _scores_to_weights(
     group: int, context: int, window: int, sinks_G: Any, scale: Any, scores_RC: Any, totals_R: Any
 ) -> None:
     """Scores to weights, before they are divided by `totals_R`. Rows are G heads of a token, then
@@ -149,7 +149,7 @@ def _attend_tile(
         q_RD, k_NDU, head, num_heads, table_B, first_begin // block_tokens,
         (last + block_tokens - 1) // block_tokens, scores_RC,
     )  # fmt: skip
-    _weigh(group, context, window, sinks_G, scale, scores_RC, totals_R)
+    _scores_to_weights(group, context, window, sinks_G, scale, scores_RC, totals_R)
     out_RD[:, :] = ZERO
     common = (last_begin + block_tokens - 1) // block_tokens * block_tokens
     common_end = max(common, context // block_tokens * block_tokens)
@@ -235,7 +235,7 @@ def attend(
     for t in range(num_tokens):
         position = position_T[t]
         block = table_SB[sequence_T[t], position // block_tokens]
-        _place_qkv(
+        _store_qkv(
             qkv_TP[t], position, block, k_cache, v_cache, qk_norm, q_norm, k_norm, clip, eps,
             cos_CD, sin_CD,
         )  # fmt: skip
@@ -251,9 +251,10 @@ ENTRY_POINTS: list[EntryPoint] = [
     (
         attend,
         (
-            FLOATS_2D, GIVEN_INTS_1D, GIVEN_INTS_1D, GIVEN_INTS_2D, FLOATS_4D, FLOATS_4D, FLOATS_1D,
-            PANELS, FLOATS_1D, FLOATS_1D, FLOATS_1D, PANELS, FLOATS_1D, FLOATS_1D, FLOATS_2D,
-            FLOATS_2D, FLOAT, FLOAT, INT, FLOAT, INT, FLOATS_2D, FLOATS_2D, FLOATS_2D, FLOATS_2D,
+            FLOATS_2D, READONLY_INTS_1D, READONLY_INTS_1D, READONLY_INTS_2D, FLOATS_4D, FLOATS_4D,
+            FLOATS_1D, PANELS, FLOATS_1D, FLOATS_1D, FLOATS_1D, PANELS, FLOATS_1D, FLOATS_1D,
+            FLOATS_2D, FLOATS_2D, FLOAT, FLOAT, INT, FLOAT, INT, FLOATS_2D, FLOATS_2D, FLOATS_2D,
+            FLOATS_2D,
         ),
     )
 ]  # fmt: skip

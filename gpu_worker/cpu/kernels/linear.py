@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from gpu_worker.cpu.kernels.arithmetic import ONE, ZERO, exp32, fma, kernel
-from gpu_worker.cpu.kernels.tiles import LANES, PANEL, ROWS_MAX, ROWS_MAX_WIDE, advance_tile
+from gpu_worker.cpu.kernels.tiles import LANES, PANEL, ROWS_MAX, ROWS_MAX_WIDE, accumulate_tile
 from gpu_worker.cpu.kernels.warm_up import (
     FLOAT,
     FLOATS_1D,
     FLOATS_2D,
-    GIVEN_INTS_1D,
     INT,
     PANELS,
+    READONLY_INTS_1D,
     EntryPoint,
 )
 
@@ -23,7 +23,7 @@ _VECTORS = 4
 
 
 @kernel
-def advance_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
+def accumulate_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
     """out[n0:n1] += a @ w[:, n0:n1] for one row."""
     num_inputs = a.shape[0]
     o = out[n0:n1]
@@ -46,7 +46,7 @@ def advance_row(a: Any, w: Any, out: Any, n0: int, n1: int) -> None:
 
 
 @kernel
-def advance_block(
+def accumulate_block(
     x: Any, k: int, w_BKN: Any, block: int, first: int, depth: int, out: Any, n: int, num_rows: int
 ) -> None:
     """out[:, n:] += x[:, k:] @ w[block, first : first + depth] for the first `num_rows` rows."""
@@ -60,25 +60,27 @@ def advance_block(
             m = g * num_rows // groups
             rows = (g + 1) * num_rows // groups - m
             if is_wide:
-                advance_tile(rows, _VECTORS, x, m, k, w_BKN, (block,), start + c, depth, out, n + c)
+                accumulate_tile(
+                    rows, _VECTORS, x, m, k, w_BKN, (block,), start + c, depth, out, n + c
+                )
             else:
-                advance_tile(rows, 1, x, m, k, w_BKN, (block,), start + c, depth, out, n + c)
+                accumulate_tile(rows, 1, x, m, k, w_BKN, (block,), start + c, depth, out, n + c)
         c += _VECTORS * LANES if is_wide else LANES
     if c < width:
         w_KN = w_BKN[block, first : first + depth]
         for m in range(num_rows):
-            advance_row(x[m, k : k + depth], w_KN, out[m, n : n + width], c, width)
+            accumulate_row(x[m, k : k + depth], w_KN, out[m, n : n + width], c, width)
 
 
 @kernel
-def advance(x: Any, w_KN: Any, out: Any, num_rows: int) -> None:
+def accumulate(x: Any, w_KN: Any, out: Any, num_rows: int) -> None:
     """out += x @ w for the first `num_rows` rows, as far as w reaches."""
     depth, width = w_KN.shape
-    advance_block(x, 0, w_KN.reshape(1, depth, width), 0, 0, depth, out, 0, num_rows)
+    accumulate_block(x, 0, w_KN.reshape(1, depth, width), 0, 0, depth, out, 0, num_rows)
 
 
 @kernel
-def _advance_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
+def _accumulate_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
     """Rows in groups as equal as can be: each reads a panel once."""
     depth, width = w.shape[1], out_MN.shape[1]
     groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
@@ -87,20 +89,20 @@ def _advance_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
         for g in range(groups):
             m = g * num_rows // groups
             rows = (g + 1) * num_rows // groups - m
-            advance_tile(rows, 2, x_MK, m, 0, w, (p,), 0, depth, out_MN, p * PANEL)
+            accumulate_tile(rows, 2, x_MK, m, 0, w, (p,), 0, depth, out_MN, p * PANEL)
     if panels * PANEL < width:
-        _advance_part(x_MK, w, panels, out_MN, num_rows)
+        _accumulate_part(x_MK, w, panels, out_MN, num_rows)
 
 
 @kernel
-def _advance_part(x_MK: Any, w: Any, p: int, out_MN: Any, num_rows: int) -> None:
+def _accumulate_part(x_MK: Any, w: Any, p: int, out_MN: Any, num_rows: int) -> None:
     """The last panel, of which `out` has only a part."""
     n = p * PANEL
     size = out_MN.shape[1] - n
     whole_MP = np.zeros((num_rows, PANEL), dtype=np.float32)
     whole_MP[:, :size] = out_MN[:num_rows, n:]
     for m in range(num_rows):
-        advance_tile(1, 2, x_MK, m, 0, w, (p,), 0, w.shape[1], whole_MP, 0)
+        accumulate_tile(1, 2, x_MK, m, 0, w, (p,), 0, w.shape[1], whole_MP, 0)
     out_MN[:num_rows, n:] = whole_MP[:, :size]
 
 
@@ -110,9 +112,9 @@ def linear(x_MK: Any, w: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
     for m in range(num_rows):
         out_MN[m, :] = bias_N
     if w.ndim == 3:
-        _advance_panels(x_MK, w, out_MN, num_rows)
+        _accumulate_panels(x_MK, w, out_MN, num_rows)
     else:
-        advance(x_MK, w, out_MN, num_rows)
+        accumulate(x_MK, w, out_MN, num_rows)
 
 
 @kernel
@@ -200,6 +202,6 @@ ENTRY_POINTS: list[EntryPoint] = [
     (add_rows, (FLOATS_2D, FLOATS_2D, INT)),
     (
         head_logits,
-        (FLOATS_2D, GIVEN_INTS_1D, FLOATS_1D, PANELS, FLOATS_1D, FLOAT, FLOATS_2D, FLOATS_2D),
+        (FLOATS_2D, READONLY_INTS_1D, FLOATS_1D, PANELS, FLOATS_1D, FLOAT, FLOATS_2D, FLOATS_2D),
     ),
 ]

@@ -18,7 +18,7 @@ import numpy as np
 
 from gpu_worker.cpu.kernels.arithmetic import ONE, ZERO, fma, kernel
 from gpu_worker.cpu.kernels.linear import (
-    advance,
+    accumulate,
     linear,
     rms_norm,
     softmax,
@@ -29,10 +29,10 @@ from gpu_worker.cpu.kernels.warm_up import (
     FLOATS_1D,
     FLOATS_2D,
     FLOATS_3D,
-    GIVEN_INTS_1D,
-    GIVEN_INTS_2D,
     INT,
     INTS_1D,
+    READONLY_INTS_1D,
+    READONLY_INTS_2D,
     EntryPoint,
 )
 
@@ -49,7 +49,7 @@ def _rotate(head_W: Any, cos: Any, sin: Any, interleaved: bool, out_W: Any) -> N
 
 
 @kernel
-def place_latents(
+def store_latents(
     kva_TP: Any, position_T: Any, sequence_T: Any, table_SB: Any, latent_BUR: Any, key_BUW: Any,
     kva_norm_R: Any, inner_eps: Any, cos_CD: Any, sin_CD: Any, interleaved: bool,
 ) -> None:  # fmt: skip
@@ -73,18 +73,20 @@ def absorb_queries(
 ) -> None:  # fmt: skip
     """Each head's query as it meets the latents, and its rotated part; heads side by side.
     `plain_TF` and `latent_TR` are scratch."""
-    num_heads, plain_size, rank = w_uk_AFR.shape
-    num_tokens, rotated_size = position_T.shape[0], q_rotated_TWA.shape[1]
-    head_size = plain_size + rotated_size
-    rotated_W = np.empty(rotated_size, dtype=np.float32)
+    num_heads, qk_nope_head_dim, rank = w_uk_AFR.shape
+    num_tokens, qk_rope_head_dim = position_T.shape[0], q_rotated_TWA.shape[1]
+    head_size = qk_nope_head_dim + qk_rope_head_dim
+    rotated_W = np.empty(qk_rope_head_dim, dtype=np.float32)
     for a in range(num_heads):
         for t in range(num_tokens):
             head = q_TP[t, a * head_size : (a + 1) * head_size]
-            for f in range(plain_size):
+            for f in range(qk_nope_head_dim):
                 plain_TF[t, f] = head[f]
             position = position_T[t]
-            _rotate(head[plain_size:], cos_CD[position], sin_CD[position], interleaved, rotated_W)
-            for w in range(rotated_size):
+            _rotate(
+                head[qk_nope_head_dim:], cos_CD[position], sin_CD[position], interleaved, rotated_W
+            )
+            for w in range(qk_rope_head_dim):
                 q_rotated_TWA[t, w, a] = rotated_W[w]
         linear(plain_TF, w_uk_AFR[a], zeros[:rank], latent_TR, num_tokens)
         for t in range(num_tokens):
@@ -98,12 +100,12 @@ def _score_tile(
 ) -> None:
     """A chain over the latent's elements, then the rotated ones."""
     scores_UA[:size] = ZERO
-    advance(latent_UR, q_latent_RA, scores_UA, size)
-    advance(key_UW, q_rotated_WA, scores_UA, size)
+    accumulate(latent_UR, q_latent_RA, scores_UA, size)
+    accumulate(key_UW, q_rotated_WA, scores_UA, size)
 
 
 @kernel
-def _weigh(scores_CA: Any, scale: Any, size: int, weights_AC: Any) -> None:
+def _scores_to_weights(scores_CA: Any, scale: Any, size: int, weights_AC: Any) -> None:
     """Softmax of every head over its scores: weights that sum to one."""
     for a in range(weights_AC.shape[0]):
         weights = weights_AC[a]
@@ -123,7 +125,7 @@ def _add_tile(
     for a in range(tile_AU.shape[0]):
         for u in range(tile_AU.shape[1]):
             tile_AU[a, u] = weights_AC[a, first + u] if u < size else ZERO
-    advance(tile_AU, latent_UR, sum_AR, tile_AU.shape[0])
+    accumulate(tile_AU, latent_UR, sum_AR, tile_AU.shape[0])
 
 
 @kernel
@@ -143,7 +145,7 @@ def attend_dense(
                 latent_BUR[block], key_BUW[block], q_latent_TRA[t], q_rotated_TWA[t],
                 scores_CA[first : first + block_tokens], min(block_tokens, context - first),
             )  # fmt: skip
-        _weigh(scores_CA, scale, context, weights_AC)
+        _scores_to_weights(scores_CA, scale, context, weights_AC)
         sum_TAR[t] = ZERO
         for first in range(0, context, block_tokens):
             _add_tile(
@@ -182,7 +184,7 @@ def attend_sparse(
                 latent_UR, key_UW, q_latent_TRA[t], q_rotated_TWA[t],
                 scores_CA[first : first + block_tokens], count,
             )  # fmt: skip
-        _weigh(scores_CA, scale, size, weights_AC)
+        _scores_to_weights(scores_CA, scale, size, weights_AC)
         sum_TAR[t] = ZERO
         for first in range(0, size, block_tokens):
             count = min(block_tokens, size - first)
@@ -210,7 +212,7 @@ def _score_index(
     for first in range(0, context, block_tokens):
         count = min(block_tokens, context - first)
         index_UI[:count] = ZERO
-        advance(index_key_BUL[table_B[first // block_tokens]], q_index_LI, index_UI, count)
+        accumulate(index_key_BUL[table_B[first // block_tokens]], q_index_LI, index_UI, count)
         for u in range(count):
             total = ZERO
             for i in range(w_index_I.shape[0]):
@@ -239,19 +241,19 @@ def expand_sums(
     num_tokens: int,
 ) -> None:  # fmt: skip
     """Each head's values from its sum of latents. `latent_TR` and `value_TG` are scratch."""
-    num_heads, rank, value_size = w_uv_ARG.shape
+    num_heads, rank, v_head_dim = w_uv_ARG.shape
     for a in range(num_heads):
         for t in range(num_tokens):
             for r in range(rank):
                 latent_TR[t, r] = sum_TAR[t, a, r]
-        linear(latent_TR, w_uv_ARG[a], zeros[:value_size], value_TG, num_tokens)
+        linear(latent_TR, w_uv_ARG[a], zeros[:v_head_dim], value_TG, num_tokens)
         for t in range(num_tokens):
-            for g in range(value_size):
-                heads_TO[t, a * value_size + g] = value_TG[t, g]
+            for g in range(v_head_dim):
+                heads_TO[t, a * v_head_dim + g] = value_TG[t, g]
 
 
 @kernel
-def place_index_keys(
+def store_index_keys(
     key_TL: Any, position_T: Any, sequence_T: Any, table_SB: Any, index_key_BUL: Any, norm_L: Any,
     bias_L: Any, eps: Any, cos_CD: Any, sin_CD: Any,
 ) -> None:  # fmt: skip
@@ -285,7 +287,7 @@ def _layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
 
 
 @kernel
-def place_index_queries(
+def rotate_index_queries(
     q_TP: Any, position_T: Any, cos_CD: Any, sin_CD: Any, q_index_TLI: Any
 ) -> None:
     """The indexer's queries, rotated by halves, heads side by side."""
@@ -315,11 +317,11 @@ def scale_rows(x_TH: Any, factor: Any, num_rows: int) -> None:
 
 
 F1, F2, F3 = FLOATS_1D, FLOATS_2D, FLOATS_3D
-_WHERE = (GIVEN_INTS_1D, GIVEN_INTS_1D, GIVEN_INTS_2D)
+_WHERE = (READONLY_INTS_1D, READONLY_INTS_1D, READONLY_INTS_2D)
 
 ENTRY_POINTS: list[EntryPoint] = [
-    (place_latents, (F2, *_WHERE, F3, F3, F1, FLOAT, F2, F2, FLAG)),
-    (absorb_queries, (F2, GIVEN_INTS_1D, F3, F2, F2, FLAG, F1, F2, F2, F3, F3)),
+    (store_latents, (F2, *_WHERE, F3, F3, F1, FLOAT, F2, F2, FLAG)),
+    (absorb_queries, (F2, READONLY_INTS_1D, F3, F2, F2, FLAG, F1, F2, F2, F3, F3)),
     (attend_dense, (*_WHERE, F3, F3, F3, F3, FLOAT, F2, F2, F2, F3)),
     (expand_sums, (F3, F3, F1, F2, F2, F2, INT)),
     (project, (F2, F2, F1, F2, INT)),
@@ -333,7 +335,7 @@ SPARSE_ENTRY_POINTS: list[EntryPoint] = [
             INTS_1D, F3,
         ),
     ),
-    (place_index_keys, (F2, *_WHERE, F3, F1, F1, FLOAT, F2, F2)),
-    (place_index_queries, (F2, GIVEN_INTS_1D, F2, F2, F3)),
+    (store_index_keys, (F2, *_WHERE, F3, F1, F1, FLOAT, F2, F2)),
+    (rotate_index_queries, (F2, READONLY_INTS_1D, F2, F2, F3)),
     (scale_rows, (F2, FLOAT, INT)),
 ]  # fmt: skip

@@ -84,9 +84,9 @@ def route_top_k_softmax(
 
 
 @kernel
-def _keep_best_groups(choice_E: Any, num_groups: int, kept: int, by_two: bool) -> None:
-    """-inf for experts outside the `kept` best groups: those with the largest sum of their two
-    largest scores, or the largest one."""
+def _keep_best_groups(choice_E: Any, num_groups: int, topk_group: int, by_two: bool) -> None:
+    """-inf for experts outside the `topk_group` best groups: those with the largest sum of their
+    two largest scores, or the largest one."""
     size = choice_E.shape[0] // num_groups
     values = np.empty(num_groups, dtype=np.float32)
     for g in range(num_groups):
@@ -97,11 +97,11 @@ def _keep_best_groups(choice_E: Any, num_groups: int, kept: int, by_two: bool) -
             elif choice_E[e] > second:
                 second = choice_E[e]
         values[g] = first + second if by_two else first
-    best = np.empty(kept, dtype=np.int32)
+    best = np.empty(topk_group, dtype=np.int32)
     _top_k(values, best)
     for g in range(num_groups):
         is_kept = False
-        for k in range(kept):
+        for k in range(topk_group):
             is_kept = is_kept or best[k] == g
         if not is_kept:
             choice_E[g * size : (g + 1) * size] = -np.float32(np.inf)
@@ -110,7 +110,7 @@ def _keep_best_groups(choice_E: Any, num_groups: int, kept: int, by_two: bool) -
 @kernel
 def route_groups(
     h_TH: Any, w_router: Any, zeros: Any, correction_E: Any, sigmoid: bool, num_groups: int,
-    kept: int, normalise: bool, factor: Any, scores_TE: Any, choice_E: Any, experts_TK: Any,
+    topk_group: int, normalise: bool, factor: Any, scores_TE: Any, choice_E: Any, experts_TK: Any,
     weights_TK: Any, num_tokens: int,
 ) -> None:  # fmt: skip
     """DeepSeek's: scores by sigmoid (or softmax), the choice by score plus correction among the
@@ -128,8 +128,8 @@ def route_groups(
                 scores_E[e] /= total
         for e in range(num_experts):
             choice_E[e] = scores_E[e] + correction_E[e]
-        if kept < num_groups:
-            _keep_best_groups(choice_E, num_groups, kept, sigmoid)
+        if topk_group < num_groups:
+            _keep_best_groups(choice_E, num_groups, topk_group, sigmoid)
         _top_k(choice_E, experts_K)
         for k in range(experts_K.shape[0]):
             weights_K[k] = scores_E[experts_K[k]]

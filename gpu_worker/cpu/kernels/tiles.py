@@ -59,7 +59,7 @@ def pack(w_KN: NDArray[Any], out: NDArray[Any], first: int = 0) -> None:
             out[panel, :, low:high] = columns
 
 
-def _advance_tile(
+def _accumulate_tile(
     typing_context: Any, rows: Any, vectors: Any, x: Any, m: Any, k: Any, w: Any, at: Any,
     start: Any, depth: Any, out: Any, n: Any,
 ) -> Any:  # fmt: skip
@@ -83,13 +83,13 @@ def _advance_tile(
                     x_rows = _row_pointers(builder, x, args[3], num_rows, args[4])
                     out_rows = _row_pointers(builder, out, args[3], num_rows, args[10])
                     num_vectors = kinds[1].literal_value
-                    _advance_rows(builder, x_rows, weights, num_vectors, args[8], out_rows)
+                    _accumulate_rows(builder, x_rows, weights, num_vectors, args[8], out_rows)
         return context.get_dummy_value()
 
     return signature, build
 
 
-advance_tile: Any = intrinsic(prefer_literal=True)(_advance_tile)
+accumulate_tile: Any = intrinsic(prefer_literal=True)(_accumulate_tile)
 
 
 class _Weights(NamedTuple):
@@ -119,7 +119,7 @@ def _one_case_for_each(builder: Any, value: Any, count: int) -> Iterator[list[An
     builder.position_at_end(end)
 
 
-def _advance_rows(
+def _accumulate_rows(
     builder: Any,
     x_rows: list[Any],
     weights: _Weights,

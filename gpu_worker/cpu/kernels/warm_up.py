@@ -34,13 +34,13 @@ PANELS, PANELS_OF_SLOTS = Panels(3), Panels(4)
 WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.uint16))
 
 
-def _given(dtype: Any, ndim: int) -> Any:
+def _readonly(dtype: Any, ndim: int) -> Any:
     return types.Array(dtype, ndim, "C", readonly=True)
 
 
 # What comes from outside the model may be read-only.
-GIVEN_INTS_1D, GIVEN_INTS_2D = _given(types.int32, 1), _given(types.int32, 2)
-GIVEN_FLOATS_2D, GIVEN_FLOATS_3D = _given(FLOAT, 2), _given(FLOAT, 3)
+READONLY_INTS_1D, READONLY_INTS_2D = _readonly(types.int32, 1), _readonly(types.int32, 2)
+READONLY_FLOATS_2D, READONLY_FLOATS_3D = _readonly(FLOAT, 2), _readonly(FLOAT, 3)
 
 
 def compile_all(

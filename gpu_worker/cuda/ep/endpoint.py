@@ -7,12 +7,12 @@ from gpu_worker.config import ExchangeKind
 from gpu_worker.cuda.ep.exchange import EpExchange
 from shared.records import ExchangeHandles, RankRecord
 from shared.types import Member
-from shared.wire import AreaOpened
+from shared.wire import RegionOpened
 
 
 class EpEndpoint:
-    """Implements `rank.Endpoint`. A pair of lives meets once; a buffer stays mapped until the next
-    life of its rank is adopted."""
+    """Implements `rank.DataEndpoint`. A pair of lives meets once; a buffer stays mapped until the
+    next life of its rank is adopted."""
 
     def __init__(self, member: Member, exchange: EpExchange, kind: ExchangeKind) -> None:
         self.name = f"ep-{member}"
@@ -22,19 +22,19 @@ class EpEndpoint:
     def next_generation(self, target: Member) -> int:
         return 0
 
-    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
         """Peers write into the one buffer, whose handles stand in this rank's record."""
         return 0, 0
 
-    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
+    def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         """Raises ValueError where the peer's exchange is of another kind or layout, ConnectionError
         where its former life has not left the adopted map yet."""
         handles = handles_of(peer, self._kind, self._exchange.step_tokens_max)
-        if not self._exchange.has_met(peer.member):
+        if not self._exchange.is_connected(peer.member):
             self._exchange.connect(peer.member, handles)
 
     def is_open(self, target: Member) -> bool:
-        return self._exchange.has_met(target)
+        return self._exchange.is_connected(target)
 
     def forget(self, member: Member) -> None:
         """Nothing yet: the engine may still run a map that names it."""
@@ -57,8 +57,8 @@ def handles_of(peer: RankRecord, kind: ExchangeKind, step_tokens_max: int) -> Ex
     return handles
 
 
-class SoloEndpoint:
-    """Implements `rank.Endpoint` for an instance of one rank."""
+class SingleRankEndpoint:
+    """Implements `rank.DataEndpoint` for an instance of one rank."""
 
     def __init__(self, member: Member) -> None:
         self.name = f"solo-{member}"
@@ -66,10 +66,10 @@ class SoloEndpoint:
     def next_generation(self, target: Member) -> int:
         return 0
 
-    def open_area(self, source: Member, generation: int) -> tuple[int, int]:
+    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
         return 0, 0
 
-    def connect(self, area: AreaOpened, peer: RankRecord) -> None:
+    def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         raise ConnectionError("this rank was started for an instance of one rank")
 
     def is_open(self, target: Member) -> bool:

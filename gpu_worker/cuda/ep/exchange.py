@@ -15,7 +15,7 @@ Ranks meet by counting exchanges, not by epoch: a graph holds whole dispatch/com
 ranks replay the same sequence, and a rank may be one graph ahead of another. So a death needs no
 agreement on a step. A rank that committed goes on to a next step, which its peers' replay of the
 spoilt one matches; what it sends there is computed by experts that are the same in both epochs.
-What does need agreement, joins, common sleep, slots to be overwritten, is `graph_accord`'s.
+What does need agreement, joins, common sleep, slots to be overwritten, is `graph_barrier`'s.
 
 A rank that has abandoned a step may wait for a map only, never for what a peer does at the end of a
 step: that peer may be one graph ahead, and wait for it. So weights are loaded beside the steps.
@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.cuda.ep.handles import HandleBook
+from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.mappings import EpMappings
 from gpu_worker.cuda.ep.members import EpMembers
 from shared.clock import Clock
@@ -92,23 +92,23 @@ class EpExchange:
         goes on without it."""
         self._shape = shape
         self._device = device
-        book = HandleBook()
-        self._buffer = _open_buffer(member.rank, shape, book, timeout_ms, device)
+        handle_store = HandleStore()
+        self._buffer = _open_buffer(member.rank, shape, handle_store, timeout_ms, device)
         self.mask_R: Tensor = self._buffer._active_ranks
         """int32 on the device, at one place for ever: 1 for each rank that kernels wait for."""
         # Of high priority, so that it shares no queue of the card with the waiting kernels.
-        self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
-        self._who = EpMembers(member)
+        self._ep_members = EpMembers(member)
         self._mask_lock = threading.Lock()
         self._mappings = EpMappings(
-            self._who,
+            self._ep_members,
             self._mask_lock,
             self._buffer,
-            book,
+            handle_store,
             clock,
-            enter_thread=lambda: torch.cuda.set_device(device),
+            init_thread=lambda: torch.cuda.set_device(device),
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / FP8_BLOCK]`
@@ -142,8 +142,8 @@ class EpExchange:
         of one who has just died."""
         self._mappings.connect(peer, handles)
 
-    def has_met(self, member: Member) -> bool:
-        return self._who.has_met(member)
+    def is_connected(self, member: Member) -> bool:
+        return self._ep_members.is_connected(member)
 
     def release(self, dead: Collection[Member], epoch: Epoch) -> None:
         """Map `epoch` is without these lives: let kernels wait for them no longer. Safe at any
@@ -151,18 +151,18 @@ class EpExchange:
         then will be delivered. Lives that this rank has not met, or whose successors it has met
         already, are nothing to it."""
         with self._mask_lock, torch.cuda.device(self._device):
-            ranks = self._who.give_up(dead, epoch)
-            with torch.cuda.stream(self._side):
+            ranks = self._ep_members.give_up(dead, epoch)
+            with torch.cuda.stream(self._side_stream):
                 for rank in ranks:
                     self.mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
-            self._side.synchronize()
+            self._side_stream.synchronize()
 
     def adopt(self, expert_map: ExpertMap) -> None:
         """Between steps, nothing in flight; for a map with joiners, nowhere. Graphs stay as they
         are. A member whose buffer cannot be mapped stays masked, so that no step is delivered."""
         self._mappings.map_members(expert_map)
         with self._mask_lock:
-            change = self._who.adopt(expert_map)
+            change = self._ep_members.adopt(expert_map)
             for rank in change.mask:
                 self._buffer.update_mask_buffer(rank, mask=True)
             for rank in change.unmask:
@@ -199,14 +199,14 @@ class EpExchange:
     def check_step(self, mask_R: NDArray[np.int32]) -> None:
         """`mask_R` as the completed step has left it. Raises StepAbandoned where it lacked a
         member."""
-        if lost := self._who.lost(mask_R):
-            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._who.epoch}")
+        if lost := self._ep_members.lost_ranks(mask_R):
+            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._ep_members.epoch}")
 
 
 def _open_buffer(
     rank: RankId,
     shape: EpShape,
-    book: HandleBook,
+    handle_store: HandleStore,
     timeout_ms: int,
     device: torch.device,
 ) -> Any:
@@ -216,7 +216,7 @@ def _open_buffer(
         buffer = Buffer.create_elastic(
             rank=rank,
             explicitly_destroy=True,
-            tcp_store_group=book,
+            tcp_store_group=handle_store,
             timeout_ms=timeout_ms,
         )
         nbytes = Buffer.get_low_latency_buffer_size_hint(

@@ -12,13 +12,13 @@ from shared.records import ExchangeHandles
 from shared.types import RankId
 
 
-class HandleBook:
+class HandleStore:
     """The Buffer names keys `MOONCAKE_EP/SOURCE/TARGET`."""
 
     def __init__(self) -> None:
         self._handles: dict[RankId, ExchangeHandles] = {}
 
-    def tell(self, rank: RankId, handles: ExchangeHandles) -> None:
+    def set_handles(self, rank: RankId, handles: ExchangeHandles) -> None:
         """Of the life that is to be met under this number from now on."""
         self._handles[rank] = handles
 

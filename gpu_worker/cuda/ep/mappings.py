@@ -4,9 +4,9 @@ is `ep_members`'.
 Mooncake disconnects a rank once no kernel of this process is left, and holds Python's lock until
 then; unmapping memory may wait for those of other processes on the card as well, which may be
 waiting for this one. So what has to be unmapped under an adopted map stays until the pause in which
-the next life is adopted (see `exchange/graph_accord.py`), and that life is mapped there, too. Where
-nothing has to be unmapped a life is mapped at once: that waits for no kernel, and shows before a
-map names the life whether it can be mapped.
+the next life is adopted (see `exchange/graph_barrier.py`), and that life is mapped there, too.
+Where nothing has to be unmapped a life is mapped at once: that waits for no kernel, and shows
+before a map names the life whether it can be mapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 
 import structlog
 
-from gpu_worker.cuda.ep.handles import HandleBook
+from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import EpMembers
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
@@ -42,20 +42,20 @@ class EpMappings:
 
     def __init__(
         self,
-        who: EpMembers,
+        ep_members: EpMembers,
         lock: threading.Lock,
         buffer: MappedBuffer,
-        book: HandleBook,
+        handle_store: HandleStore,
         clock: Clock,
-        enter_thread: Callable[[], None] = lambda: None,
+        init_thread: Callable[[], None] = lambda: None,
     ) -> None:
-        """`lock` guards `who`. `enter_thread` is called once, on that thread."""
-        self._who = who
+        """`lock` guards `ep_members`. `init_thread` is called once, on that thread."""
+        self._ep_members = ep_members
         self._lock = lock
         self._buffer = buffer
-        self._book = book
+        self._handle_store = handle_store
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, "mappings", initializer=enter_thread)
+        self._thread = ThreadPoolExecutor(1, "mappings", initializer=init_thread)
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
         """Meet this life, and map it if that may be done at once. Raises ConnectionError."""
@@ -68,8 +68,8 @@ class EpMappings:
 
     def _connect(self, peer: Member, handles: ExchangeHandles) -> None:
         with self._lock:
-            at_once = self._who.may_map(peer.rank)
-        self._book.tell(peer.rank, handles)
+            at_once = self._ep_members.may_map(peer.rank)
+        self._handle_store.set_handles(peer.rank, handles)
         if at_once:
             self._unmap([peer])
             try:
@@ -77,11 +77,11 @@ class EpMappings:
             except RuntimeError as error:  # Mooncake's only kind
                 raise ConnectionError(f"rank {peer}: {error}") from error
         with self._lock:
-            self._who.meet(peer)
+            self._ep_members.mark_connected(peer)
 
     def _map_members(self, expert_map: ExpertMap) -> None:
         with self._lock:
-            members = self._who.to_map(expert_map)
+            members = self._ep_members.members_to_map(expert_map)
         if not members:
             return
         began = self._clock.now()
@@ -93,7 +93,7 @@ class EpMappings:
             except RuntimeError as error:
                 log.warning("peer_not_mapped", peer=str(member), detail=str(error))
                 with self._lock:
-                    self._who.lose(member)
+                    self._ep_members.mark_unmappable(member)
         log.info(
             "peers_mapped",
             epoch=expert_map.epoch,
@@ -105,13 +105,13 @@ class EpMappings:
     def _unmap(self, members: Sequence[Member]) -> None:
         """The former lives of these."""
         with self._lock:
-            former = self._who.mapped([m.rank for m in members])
+            former = self._ep_members.mapped([m.rank for m in members])
         if former:
             self._buffer.disconnect_ranks([int(rank) for rank in former])
             with self._lock:
-                self._who.note_unmapped(former)
+                self._ep_members.note_unmapped(former)
 
     def _map(self, member: Member) -> None:
         self._buffer.connect_ranks([member.rank], activate=False)
         with self._lock:
-            self._who.note_mapped(member)
+            self._ep_members.note_mapped(member)

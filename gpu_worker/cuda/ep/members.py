@@ -42,20 +42,22 @@ class EpMembers:
             raise ConnectionError(f"rank {rank} is a member of the adopted map")
         return not self.epoch or rank not in self._mapped
 
-    def meet(self, peer: Member) -> None:
+    def mark_connected(self, peer: Member) -> None:
         """From now on a map may name this life."""
         self._met[peer.rank] = peer.incarnation
 
-    def has_met(self, member: Member) -> bool:
+    def is_connected(self, member: Member) -> bool:
         return self._met.get(member.rank) == member.incarnation
 
-    def to_map(self, expert_map: ExpertMap) -> list[Member]:
+    def members_to_map(self, expert_map: ExpertMap) -> list[Member]:
         """Members met, not given up, and not mapped yet."""
-        gone = self._gone(expert_map.epoch)
+        gone = self._given_up_ranks(expert_map.epoch)
         return [
             m
             for m in expert_map.members
-            if self.has_met(m) and m.rank not in gone and self._mapped.get(m.rank) != m.incarnation
+            if self.is_connected(m)
+            and m.rank not in gone
+            and self._mapped.get(m.rank) != m.incarnation
         ]
 
     def mapped(self, ranks: Collection[RankId]) -> list[RankId]:
@@ -69,9 +71,9 @@ class EpMembers:
         for rank in ranks:
             del self._mapped[rank]
 
-    def lose(self, member: Member) -> None:
+    def mark_unmappable(self, member: Member) -> None:
         """Its buffer cannot be mapped: it stays masked, and is not met any more."""
-        if self.has_met(member):
+        if self.is_connected(member):
             del self._met[member.rank]
 
     def give_up(self, dead: Collection[Member], epoch: Epoch) -> list[RankId]:
@@ -87,7 +89,7 @@ class EpMembers:
         masked: the next step is abandoned at once, instead of waiting for the dead."""
         assert expert_map.has(self._own), f"{self._own} is no member of the map"
         peers = {m.rank for m in expert_map.members if self._mapped.get(m.rank) == m.incarnation}
-        active = frozenset(peers - self._gone(expert_map.epoch))
+        active = frozenset(peers - self._given_up_ranks(expert_map.epoch))
         change = MaskChange(
             active | {self._own.rank},
             tuple(sorted(self._active - active)),
@@ -98,9 +100,9 @@ class EpMembers:
         self.epoch = expert_map.epoch
         return change
 
-    def lost(self, mask_R: Sequence[int] | NDArray[np.int32]) -> list[RankId]:
+    def lost_ranks(self, mask_R: Sequence[int] | NDArray[np.int32]) -> list[RankId]:
         """Members that did not take part to the end, by the mask that the step has left."""
         return sorted(m.rank for m in self.members if not mask_R[m.rank])
 
-    def _gone(self, epoch: Epoch) -> set[RankId]:
+    def _given_up_ranks(self, epoch: Epoch) -> set[RankId]:
         return {rank for rank, without in self._given_up.items() if without > epoch}

@@ -1,12 +1,12 @@
 """Places for copies of experts in memory that the ranks of a host share: what lies there, which
 copies are whole, and who fills which. Reads no checkpoint.
 
-The memory holds a label, a byte for each place, and the places. The label is written once, by the
-first rank; one that would lay things out differently uses none of it. A place's byte says that its
-copy is whole, and from then on neither is written again. Who fills a place holds a lock on that
+The memory holds a header, a byte for each entry, and the entries. The header is written once, by
+the first rank; one that would lay things out differently uses none of it. A entry's byte says that
+its copy is whole, and from then on neither is written again. Who fills an entry holds a lock on that
 byte, which the kernel takes back from a process that ends, however it does: what that one has left
-unfinished another fills. Which expert a place is for follows from the label, so that it is the same
-for all; where there are fewer places than experts every layer has its share.
+unfinished another fills. Which expert an entry is for follows from the header, so that it is the
+same for all; where there are fewer entries than experts every layer has its share.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages, bring_into_being, pin, unpin
-from shared.expert_cache_memory import ShelfMemory
+from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages, pin, touch_pages, unpin
+from shared.expert_cache_memory import ExpertCacheMemory
 
-_LABEL_BYTES = 2**16
-_STATES_AT = _LABEL_BYTES
-_PLACES_ALIGN = 2 * 2**20  # a huge page
+_HEADER_BYTES = 2**16
+_STATES_AT = _HEADER_BYTES
+_ENTRIES_ALIGN = 2 * 2**20  # a huge page
 _PIECE_BYTES = 2**30
 _LENGTH = struct.Struct("<I")
 _FLOCK = struct.Struct("hhqqi4x")
-_WHOLE = 1
+_COMPLETE = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShelfLabel:
-    """What lies on a shelf, and how: `num_values` of `dtype` are an expert. Layers are MoE layers.
-    `form` is that of the shelf itself, `folder` for those who read of it."""
+class ExpertCacheHeader:
+    """What lies on a cache, and how: `num_values` of `dtype` are an expert. Layers are MoE layers.
+    `form` is that of the cache itself, `folder` for those who read of it."""
 
     folder: str
     fingerprint: str  # of the checkpoint
@@ -60,65 +60,67 @@ class ShelfLabel:
         return None
 
 
-class ExpertShelf:
+class ExpertCache:
     """May be used by several threads: to each other they are as other processes."""
 
-    def __init__(self, memory: ShelfMemory, label: ShelfLabel, dtype: torch.dtype) -> None:
+    def __init__(
+        self, memory: ExpertCacheMemory, header: ExpertCacheHeader, dtype: torch.dtype
+    ) -> None:
         """Raises OSError, and ValueError where something else lies there."""
         self._fd = memory.fd
         self._dtype = dtype
-        self._num_layers, num_pairs = label.num_layers, label.num_layers * label.num_experts
-        self._expert_bytes = label.num_values * dtype.itemsize
+        self._num_layers, num_pairs = header.num_layers, header.num_layers * header.num_experts
+        self._expert_bytes = header.num_values * dtype.itemsize
         self._pinned: list[tuple[Tensor, torch.device]] = []
-        room = min(memory.bytes_max, os.fstat(self._fd).st_size)
-        first = _round_up(_STATES_AT + num_pairs, _PLACES_ALIGN)
+        usable_bytes = min(memory.bytes_max, os.fstat(self._fd).st_size)
+        first = _round_up(_STATES_AT + num_pairs, _ENTRIES_ALIGN)
         each = _round_up(self._expert_bytes, mmap.PAGESIZE)
-        self.num_places = max(0, min(num_pairs, (room - first) // each))
-        if self.num_places:
-            self._check(label)
+        self.num_entries = max(0, min(num_pairs, (usable_bytes - first) // each))
+        if self.num_entries:
+            self._check(header)
             self._map(first, each)
 
-    def pair_of(self, place: int) -> tuple[int, int]:
+    def layer_and_expert_of(self, entry: int) -> tuple[int, int]:
         """Layer and expert."""
-        expert, layer = divmod(place, self._num_layers)
+        expert, layer = divmod(entry, self._num_layers)
         return layer, expert
 
-    def place_of(self, layer: int, expert: int) -> int | None:
-        place = expert * self._num_layers + layer
-        return place if place < self.num_places else None
+    def entry_of(self, layer: int, expert: int) -> int | None:
+        entry = expert * self._num_layers + layer
+        return entry if entry < self.num_entries else None
 
-    def is_whole(self, place: int) -> bool:
-        return bool(self._states_P[place] == _WHOLE)
+    def is_complete(self, entry: int) -> bool:
+        return bool(self._states_P[entry] == _COMPLETE)
 
-    def num_whole(self) -> int:
-        return int(np.count_nonzero(self._states_P == _WHOLE)) if self.num_places else 0
+    def num_complete(self) -> int:
+        return int(np.count_nonzero(self._states_P == _COMPLETE)) if self.num_entries else 0
 
-    def copy(self, place: int) -> Tensor:
-        """Flat as `Refill.values`; stays valid."""
-        return self._places_PB[place, : self._expert_bytes].view(self._dtype)
+    def entry_values(self, entry: int) -> Tensor:
+        """Flat as `SlotUpload.values`; stays valid."""
+        return self._entries_PB[entry, : self._expert_bytes].view(self._dtype)
 
-    def fill(self, place: int, write: Callable[[Tensor], None], *, wait: bool) -> bool:
+    def fill(self, entry: int, write: Callable[[Tensor], None], *, wait: bool) -> bool:
         """Has the copy written, unless it is whole. False where another is about it; `wait` waits
         for the end of that one instead, or of what it does."""
-        if self.is_whole(place):
+        if self.is_complete(entry):
             return True
-        with _locked(self._fd, _STATES_AT + place, wait=wait) as is_ours:
-            if is_ours and not self.is_whole(place):
-                write(self.copy(place))
-                self._states_P[place] = _WHOLE
+        with _locked(self._fd, _STATES_AT + entry, wait=wait) as is_ours:
+            if is_ours and not self.is_complete(entry):
+                write(self.entry_values(entry))
+                self._states_P[entry] = _COMPLETE
         return is_ours
 
     def pin(self, device: torch.device) -> None:
-        """All places, in pieces of whole experts. Takes long, and holds a lock of the driver that
+        """All entries, in pieces of whole experts. Takes long, and holds a lock of the driver that
         steps need. Raises OSError where the host refuses."""
-        if device.type != "cuda" or not self.num_places:
+        if device.type != "cuda" or not self.num_entries:
             return
-        pieces = torch.split(self._places_PB, max(1, _PIECE_BYTES // self._places_PB.shape[1]))
-        # Ranks that start together begin in different places: pages come into being side by side.
+        pieces = torch.split(self._entries_PB, max(1, _PIECE_BYTES // self._entries_PB.shape[1]))
+        # Ranks that start together begin in different entries: pages come into being side by side.
         first = os.getpid() % len(pieces)
         for piece_PB in (*pieces[first:], *pieces[:first]):
             piece_B = piece_PB.view(-1)
-            bring_into_being(piece_B)
+            touch_pages(piece_B)
             pin(piece_B, device)
             self._pinned.append((piece_B, device))
 
@@ -127,27 +129,27 @@ class ExpertShelf:
         for piece_B, device in self._pinned:
             unpin(piece_B, device)
         self._pinned.clear()
-        self.num_places = 0
+        self.num_entries = 0
 
-    def _check(self, label: ShelfLabel) -> None:
-        text = json.dumps(dataclasses.asdict(label)).encode()
-        assert len(text) <= _LABEL_BYTES - _LENGTH.size
+    def _check(self, header: ExpertCacheHeader) -> None:
+        text = json.dumps(dataclasses.asdict(header)).encode()
+        assert len(text) <= _HEADER_BYTES - _LENGTH.size
         with _locked(self._fd, 0, wait=True):
             (length,) = _LENGTH.unpack(os.pread(self._fd, _LENGTH.size, 0))
             if length == 0:
                 os.pwrite(self._fd, text, _LENGTH.size)
                 os.pwrite(self._fd, _LENGTH.pack(len(text)), 0)
                 return
-            difference = label.difference(json.loads(os.pread(self._fd, length, _LENGTH.size)))
+            difference = header.difference(json.loads(os.pread(self._fd, length, _LENGTH.size)))
         if difference is not None:
             raise ValueError(f"the copies of experts on this host are others: {difference}")
 
     def _map(self, first: int, each: int) -> None:
-        mapped = mmap.mmap(self._fd, first + self.num_places * each, flags=mmap.MAP_SHARED)
+        mapped = mmap.mmap(self._fd, first + self.num_entries * each, flags=mmap.MAP_SHARED)
         advise_huge_pages(mapped)
-        self._states_P = np.frombuffer(mapped, np.uint8, self.num_places, _STATES_AT)
-        places_B = torch.frombuffer(mapped, dtype=torch.uint8, offset=first)
-        self._places_PB = places_B.view(self.num_places, each)
+        self._states_P = np.frombuffer(mapped, np.uint8, self.num_entries, _STATES_AT)
+        entries_B = torch.frombuffer(mapped, dtype=torch.uint8, offset=first)
+        self._entries_PB = entries_B.view(self.num_entries, each)
 
 
 @contextmanager

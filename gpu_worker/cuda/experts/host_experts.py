@@ -16,10 +16,10 @@ import structlog
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.experts.expert_cache import ExpertShelf, ShelfLabel
+from gpu_worker.cuda.experts.expert_cache import ExpertCache, ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from shared.errors import CheckpointError
-from shared.expert_cache_memory import ShelfMemory
+from shared.expert_cache_memory import ExpertCacheMemory
 
 log = structlog.get_logger()
 
@@ -28,40 +28,40 @@ _GB = 1e9
 
 class HostExperts:
     """Layers are MoE layers. May be used by several threads; a copy once given stays valid. Without
-    a shelf there are none."""
+    a cache there are none."""
 
-    def __init__(self, reader: ExpertReader, shelf: ExpertShelf | None) -> None:
+    def __init__(self, reader: ExpertReader, cache: ExpertCache | None) -> None:
         self._reader = reader
-        self._shelf = shelf
+        self._cache = cache
         self._thread: threading.Thread | None = None
         self._may_fill = threading.Event()
         self._closed = False
 
-    def copy_of(self, layer: int, expert: int) -> Tensor | None:
-        """Flat as `Refill.values`, where it is here."""
-        if self._shelf is None:
+    def cached_values(self, layer: int, expert: int) -> Tensor | None:
+        """Flat as `SlotUpload.values`, where it is here."""
+        if self._cache is None:
             return None
-        place = self._shelf.place_of(layer, expert)
-        if place is None or not self._shelf.is_whole(place):
+        entry = self._cache.entry_of(layer, expert)
+        if entry is None or not self._cache.is_complete(entry):
             return None
-        return self._shelf.copy(place)
+        return self._cache.entry_values(entry)
 
-    def make_copy(self, layer: int, expert: int) -> Tensor | None:
-        """Reads the checkpoint into its place. None where it has none or another fills it just now.
+    def cache_expert(self, layer: int, expert: int) -> Tensor | None:
+        """Reads the checkpoint into its entry. None where it has none or another fills it just now.
         Raises CheckpointError."""
-        if self._shelf is None:
+        if self._cache is None:
             return None
-        place = self._shelf.place_of(layer, expert)
-        if place is None or not self._fill_place(self._shelf, place, wait=False):
+        entry = self._cache.entry_of(layer, expert)
+        if entry is None or not self._fill_entry(self._cache, entry, wait=False):
             return None
-        return self._shelf.copy(place)
+        return self._cache.entry_values(entry)
 
     def fill_in_background(self) -> None:
         """Starts or goes on with what it was started with."""
         self._may_fill.set()
-        if self._thread is None and self._shelf is not None:
+        if self._thread is None and self._cache is not None:
             self._thread = threading.Thread(
-                target=self._fill_quietly, args=(self._shelf,), name="host-experts", daemon=True
+                target=self._fill_and_log, args=(self._cache,), name="host-experts", daemon=True
             )
             self._thread.start()
 
@@ -80,56 +80,63 @@ class HostExperts:
         self._closed = True
         self._may_fill.set()
         self.wait_until_filled(timeout_s=60)
-        if self._shelf is not None:
-            self._shelf.close()
+        if self._cache is not None:
+            self._cache.close()
 
-    def _fill_quietly(self, shelf: ExpertShelf) -> None:
+    def _fill_and_log(self, cache: ExpertCache) -> None:
         """A copy is a convenience: what prevents it is told, and met again where it matters."""
         try:
-            self._fill(shelf)
+            self._fill(cache)
         except (CheckpointError, OSError) as error:
-            log.warning("host_experts_stopped", detail=str(error), **_so_far(shelf, self._reader))
+            log.warning(
+                "host_experts_stopped", detail=str(error), **_log_fields(cache, self._reader)
+            )
         else:
-            log.info("host_experts_filled", **_so_far(shelf, self._reader))
+            log.info("host_experts_filled", **_log_fields(cache, self._reader))
 
-    def _fill(self, shelf: ExpertShelf) -> None:
+    def _fill(self, cache: ExpertCache) -> None:
         """What others fill comes last: by then it is whole, or they have died over it."""
-        left: Iterable[int] = range(shelf.num_places)
+        left: Iterable[int] = range(cache.num_entries)
         for wait in (False, True):
             with_others = []
-            for place in left:
+            for entry in left:
                 self._may_fill.wait()
                 if self._closed:
                     return
-                if not self._fill_place(shelf, place, wait=wait):
-                    with_others.append(place)
+                if not self._fill_entry(cache, entry, wait=wait):
+                    with_others.append(entry)
             left = with_others
 
-    def _fill_place(self, shelf: ExpertShelf, place: int, *, wait: bool) -> bool:
-        return shelf.fill(place, partial(self._reader.read, *shelf.pair_of(place)), wait=wait)
+    def _fill_entry(self, cache: ExpertCache, entry: int, *, wait: bool) -> bool:
+        return cache.fill(
+            entry, partial(self._reader.read, *cache.layer_and_expert_of(entry)), wait=wait
+        )
 
 
 def open_host_experts(
-    reader: ExpertReader, memory: ShelfMemory | None, label: ShelfLabel, device: torch.device
+    reader: ExpertReader,
+    memory: ExpertCacheMemory | None,
+    header: ExpertCacheHeader,
+    device: torch.device,
 ) -> HostExperts:
     """Pinned: while steps run, it would hold them up. None are used, and the log says why, where
     others lie in the memory or the host refuses."""
     if memory is None:
         return HostExperts(reader, None)
-    shelf = None
+    cache = None
     try:
-        shelf = ExpertShelf(memory, label, reader.dtype)
-        shelf.pin(device)
+        cache = ExpertCache(memory, header, reader.dtype)
+        cache.pin(device)
     except (OSError, ValueError) as error:
         log.warning("host_experts_unused", detail=str(error))
-        if shelf is not None:
-            shelf.close()
+        if cache is not None:
+            cache.close()
         return HostExperts(reader, None)
-    log.info("host_experts_ready", places=shelf.num_places, **_so_far(shelf, reader))
-    return HostExperts(reader, shelf)
+    log.info("host_experts_ready", entries=cache.num_entries, **_log_fields(cache, reader))
+    return HostExperts(reader, cache)
 
 
-def _so_far(shelf: ExpertShelf, reader: ExpertReader) -> dict[str, float]:
+def _log_fields(cache: ExpertCache, reader: ExpertReader) -> dict[str, float]:
     """Fields for a log line."""
-    num = shelf.num_whole()
+    num = cache.num_complete()
     return {"experts": num, "gb": round(num * reader.num_bytes / _GB, 3)}

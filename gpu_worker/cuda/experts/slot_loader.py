@@ -16,7 +16,7 @@ from torch import Tensor
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts
-from gpu_worker.cuda.experts.slots import CudaSlots, Refill, Vacancy
+from gpu_worker.cuda.experts.slots import CudaSlots, SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
 from shared.expert_map import Placement
 
@@ -42,14 +42,14 @@ class CudaSlotLoader:
         *,
         slots: CudaSlots,
         reader: ExpertReader,
-        copies: HostExperts,
+        host_experts: HostExperts,
         progress: LoadProgress,
         device: torch.device,
         num_readers: int = NUM_READERS,
     ) -> None:
         self._slots = slots
         self._reader = reader
-        self._copies = copies
+        self._host_experts = host_experts
         self._progress = progress
         self._num_readers = num_readers
         self._free: SimpleQueue[Tensor] = SimpleQueue()
@@ -57,76 +57,78 @@ class CudaSlotLoader:
             self._free.put(pinned(reader.num_values, reader.dtype, device))
 
     def load(self, wanted: Placement) -> Placement:
-        self._copies.pause()
+        self._host_experts.pause()
         self._progress.restart()
         try:
-            self._fill(self._slots.vacate(wanted))
+            self._fill(self._slots.begin_load(wanted))
         finally:
-            self._copies.fill_in_background()
+            self._host_experts.fill_in_background()
         return self._slots.contents
 
-    def _fill(self, vacancies: Sequence[Vacancy]) -> None:
-        here, elsewhere = self._find_copies(vacancies)
+    def _fill(self, assignments: Sequence[SlotAssignment]) -> None:
+        here, elsewhere = self._find_cached(assignments)
         loaded = said = from_host = 0
-        for part in itertools.chain(self._load_copies(here), self._load_missing(elsewhere)):
+        for part in itertools.chain(self._load_cached(here), self._load_missing(elsewhere)):
             loaded += part.num
             from_host += part.from_host
-            if loaded == len(vacancies) or loaded - said >= PROGRESS_EVERY:
+            if loaded == len(assignments) or loaded - said >= PROGRESS_EVERY:
                 said = loaded
                 log.info(
                     "experts_loaded",
                     done=loaded,
-                    total=len(vacancies),
+                    total=len(assignments),
                     from_host=from_host,
-                    **self._progress.so_far(),
+                    **self._progress.log_fields(),
                 )
 
-    def _find_copies(self, vacancies: Sequence[Vacancy]) -> tuple[list[Refill], list[Vacancy]]:
+    def _find_cached(
+        self, assignments: Sequence[SlotAssignment]
+    ) -> tuple[list[SlotUpload], list[SlotAssignment]]:
         here, elsewhere = [], []
-        for vacancy in vacancies:
-            values = self._copies.copy_of(vacancy.layer, vacancy.expert)
+        for assignment in assignments:
+            values = self._host_experts.cached_values(assignment.layer, assignment.expert)
             if values is None:
-                elsewhere.append(vacancy)
+                elsewhere.append(assignment)
             else:
-                here.append(Refill(*vacancy, values))
+                here.append(SlotUpload(*assignment, values))
         return here, elsewhere
 
-    def _load_copies(self, refills: Sequence[Refill]) -> Iterator[_Loaded]:
-        for first in range(0, len(refills), PROGRESS_EVERY):
-            batch = refills[first : first + PROGRESS_EVERY]
+    def _load_cached(self, uploads: Sequence[SlotUpload]) -> Iterator[_Loaded]:
+        for first in range(0, len(uploads), PROGRESS_EVERY):
+            batch = uploads[first : first + PROGRESS_EVERY]
             self._slots.load(batch)
             for _ in batch:
                 self._progress.count(self._reader.num_bytes)
             yield _Loaded(len(batch), len(batch))
 
-    def _load_missing(self, vacancies: Sequence[Vacancy]) -> Iterator[_Loaded]:
+    def _load_missing(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
         """Raises CheckpointError; what was loaded before stays."""
         with ThreadPoolExecutor(self._num_readers) as pool:
-            futures = [pool.submit(self._load_one, vacancy) for vacancy in vacancies]
+            futures = [pool.submit(self._load_one, assignment) for assignment in assignments]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _load_one(self, vacancy: Vacancy) -> _Loaded:
+    def _load_one(self, assignment: SlotAssignment) -> _Loaded:
         """From a copy that another rank has made meanwhile, or one made now, for all."""
-        made = self._copies.copy_of(vacancy.layer, vacancy.expert)
+        made = self._host_experts.cached_values(assignment.layer, assignment.expert)
         from_host = made is not None
         if from_host:
             self._progress.count(self._reader.num_bytes)
         else:
-            made = self._copies.make_copy(vacancy.layer, vacancy.expert)
+            made = self._host_experts.cache_expert(assignment.layer, assignment.expert)
         if made is None:
-            self._load_through_staging(vacancy)
+            self._load_through_staging(assignment)
         else:
-            self._slots.load([Refill(*vacancy, made)])
+            self._slots.load([SlotUpload(*assignment, made)])
         return _Loaded(1, int(from_host))
 
-    def _load_through_staging(self, vacancy: Vacancy) -> None:
+    def _load_through_staging(self, assignment: SlotAssignment) -> None:
         staging = self._free.get()
         try:
-            self._reader.read(vacancy.layer, vacancy.expert, staging)
-            self._slots.load([Refill(*vacancy, staging)])
+            self._reader.read(assignment.layer, assignment.expert, staging)
+            self._slots.load([SlotUpload(*assignment, staging)])
         finally:
             self._free.put(staging)

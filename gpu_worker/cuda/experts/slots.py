@@ -15,7 +15,7 @@ from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from shared.types import EMPTY_SLOT
 
 
-class Vacancy(NamedTuple):
+class SlotAssignment(NamedTuple):
     """A slot, and the expert that it is to hold."""
 
     layer: int
@@ -23,7 +23,7 @@ class Vacancy(NamedTuple):
     expert: int
 
 
-class Refill(NamedTuple):
+class SlotUpload(NamedTuple):
     """`values` holds one expert: gate and up `[2I, H]`, then down `[H, I]`, flat. Pinned, or the
     copy blocks."""
 
@@ -36,7 +36,7 @@ class Refill(NamedTuple):
 class CudaSlots:
     """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up).
 
-    A slot that a refill writes must be named by no table that a running step reads: the planner
+    A slot that a upload writes must be named by no table that a running step reads: the planner
     names a slot only after `contents` shows it.
     """
 
@@ -59,14 +59,14 @@ class CudaSlots:
         )
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def contents(self) -> NDArray[np.int16]:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         return self._ledger.contents
 
-    def vacate(self, wanted_LS: NDArray[np.int16]) -> list[Vacancy]:
+    def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]:
         """Forgets what is wanted EMPTY; gives what is wanted and not there, which stays as it is
         until `load`."""
         present_LS = self.contents
@@ -75,25 +75,25 @@ class CudaSlots:
         for layer, slot in np.argwhere(differs_LS & (wanted_LS < 0)).tolist():
             self._ledger.set(layer, slot, EMPTY_SLOT)
         return [
-            Vacancy(layer, slot, int(wanted_LS[layer, slot]))
+            SlotAssignment(layer, slot, int(wanted_LS[layer, slot]))
             for layer, slot in np.argwhere(differs_LS & (wanted_LS >= 0)).tolist()
         ]
 
-    def load(self, refills: Sequence[Refill]) -> None:
+    def load(self, uploads: Sequence[SlotUpload]) -> None:
         """Returns when the last byte is in. Slots are EMPTY meanwhile. The steps' stream does not
         wait; nor does this one for it."""
-        for refill in refills:
-            self._ledger.set(refill.layer, refill.slot, EMPTY_SLOT)
-        if self._side is None:
-            for refill in refills:
-                self._copy(refill)
+        for upload in uploads:
+            self._ledger.set(upload.layer, upload.slot, EMPTY_SLOT)
+        if self._side_stream is None:
+            for upload in uploads:
+                self._copy(upload)
         else:
-            with torch.cuda.stream(self._side):
-                for refill in refills:
-                    self._copy(refill)
-            self._side.synchronize()
-        for refill in refills:
-            self._ledger.set(refill.layer, refill.slot, refill.expert)
+            with torch.cuda.stream(self._side_stream):
+                for upload in uploads:
+                    self._copy(upload)
+            self._side_stream.synchronize()
+        for upload in uploads:
+            self._ledger.set(upload.layer, upload.slot, upload.expert)
 
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Expert e into slot e of every layer; for measurements."""
@@ -103,8 +103,8 @@ class CudaSlots:
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
-    def _copy(self, refill: Refill) -> None:
-        gate_up_JH = self.w_gate_up_LSJH[refill.layer, refill.slot]
-        down_HI = self.w_down_LSHI[refill.layer, refill.slot]
-        gate_up_JH.view(-1).copy_(refill.values[: gate_up_JH.numel()], non_blocking=True)
-        down_HI.view(-1).copy_(refill.values[gate_up_JH.numel() :], non_blocking=True)
+    def _copy(self, upload: SlotUpload) -> None:
+        gate_up_JH = self.w_gate_up_LSJH[upload.layer, upload.slot]
+        down_HI = self.w_down_LSHI[upload.layer, upload.slot]
+        gate_up_JH.view(-1).copy_(upload.values[: gate_up_JH.numel()], non_blocking=True)
+        down_HI.view(-1).copy_(upload.values[gate_up_JH.numel() :], non_blocking=True)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def is_last(count_ptr, expected):
+def arrive_and_test_last(count_ptr, expected):
     """Whether this is the last of `expected` arrivals, whose stores before it may then be read."""
     tl.debug_barrier()
     arrived = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") + 1

@@ -17,13 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.rotated_heads import summed_value, turned_key, turned_queries
+from gpu_worker.cuda.kernels.rotated_heads import rotated_key, rotated_queries, summed_value
 from gpu_worker.cuda.kernels.splits import SPAN, Partials, merge_after, merge_splits
 
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
-_TURNING_WARPS = 4  # part of the result, unlike those of given queries' attention
-TURNED_ROWS_MAX = 2  # beyond, turning the same queries in every split costs more than a launch
+_ROTATION_WARPS = 4  # part of the result, unlike those of given queries' attention
+FUSED_ATTENTION_ROWS_MAX = (
+    2  # beyond, turning the same queries in every split costs more than a launch
+)
 
 
 class AttentionTile(NamedTuple):
@@ -48,7 +50,7 @@ class Paging(NamedTuple):
     tile_tokens: int
 
 
-class Merging(NamedTuple):
+class MergeBuffers(NamedTuple):
     """Room for merging within attention. `arrivals_TJY` counts, for a row's KV head, spans, then
     the splits of each; it is zero between launches."""
 
@@ -56,7 +58,7 @@ class Merging(NamedTuple):
     arrivals_TJY: torch.Tensor
 
 
-class Projected(NamedTuple):
+class QkvParts(NamedTuple):
     """A step's queries, keys and values as the parts of a product, side by side in this order, and
     what norms and turns the first two."""
 
@@ -68,25 +70,25 @@ class Projected(NamedTuple):
     eps: float
 
 
-class Alone(NamedTuple):
+class FusedInputs(NamedTuple):
     """What attention takes to do all by itself."""
 
-    projected: Projected
-    merging: Merging
+    qkv_parts: QkvParts
+    merging: MergeBuffers
 
 
 def rotate_and_store(
-    projected: Projected,
+    qkv_parts: QkvParts,
     paging: Paging,
     q_TQD: torch.Tensor,
     k_BJUD: torch.Tensor,
     v_BJUD: torch.Tensor,
 ) -> None:
-    parts, rows, columns = projected.qkv_PTC.shape
+    parts, rows, columns = qkv_parts.qkv_PTC.shape
     _, heads, head_dim = q_TQD.shape
-    _, kv_heads, block_tokens, _ = k_BJUD.shape
-    _rotate_and_store[(rows, 3 * kv_heads)](
-        *projected,
+    _, num_kv_heads, block_tokens, _ = k_BJUD.shape
+    _rotate_and_store[(rows, 3 * num_kv_heads)](
+        *qkv_parts,
         paging.position_T,
         paging.sequence_T,
         paging.tables_SB,
@@ -97,31 +99,31 @@ def rotate_and_store(
         paging.tables_SB.shape[1],
         PARTS=parts,
         HEADS=heads,
-        KV_HEADS=kv_heads,
+        KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,
-        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
+        ROWS=max(16, triton.next_power_of_2(heads // num_kv_heads)),
         BLOCK_TOKENS=block_tokens,
-        num_warps=_TURNING_WARPS,
+        num_warps=_ROTATION_WARPS,
     )
 
 
 def attend_projected(
-    projected: Projected,
+    qkv_parts: QkvParts,
     paging: Paging,
     q_TQD: torch.Tensor,
     k_BJUD: torch.Tensor,
     v_BJUD: torch.Tensor,
     partials: Partials,
-    merging: Merging,
+    merging: MergeBuffers,
     out_TC: torch.Tensor,
 ) -> None:
     """`rotate_and_store`, then `attend`: in one, to the same bits, where rows are few and each is
     the only one of its sequence (`tiles_C2` is None). `q_TQD` is room for what comes between."""
-    if paging.tiles_C2 is None and q_TQD.shape[0] <= TURNED_ROWS_MAX:
-        alone = Alone(projected, merging)
-        attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, alone=alone)
+    if paging.tiles_C2 is None and q_TQD.shape[0] <= FUSED_ATTENTION_ROWS_MAX:
+        fused_inputs = FusedInputs(qkv_parts, merging)
+        attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, fused_inputs=fused_inputs)
         return
-    rotate_and_store(projected, paging, q_TQD, k_BJUD, v_BJUD)
+    rotate_and_store(qkv_parts, paging, q_TQD, k_BJUD, v_BJUD)
     attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC)
 
 
@@ -133,23 +135,23 @@ def attend(
     partials: Partials,
     out_TC: torch.Tensor,
     *,
-    alone: Alone | None = None,
+    fused_inputs: FusedInputs | None = None,
     tile: AttentionTile | None = None,
 ) -> None:
     """`out_TC` holds the heads side by side. What is attended to lies in the cache, and splits are
-    merged by a second kernel, unless all is done `alone`: see `attend_projected`."""
+    merged by a second kernel, unless all is done `fused_inputs`: see `attend_projected`."""
     rows, heads, head_dim = q_TQD.shape
-    _, kv_heads, block_tokens, _ = k_BJUD.shape
+    _, num_kv_heads, block_tokens, _ = k_BJUD.shape
     tile = tile or ATTENTION_TILE
-    group = triton.next_power_of_2(heads // kv_heads)
+    group = triton.next_power_of_2(heads // num_kv_heads)
     num_tiles = rows if paging.tiles_C2 is None else paging.tiles_C2.shape[0]
     splits_max = partials.maximum_TQX.shape[2]
-    side_by_side = max(1, min(splits_max, tile.programs // (num_tiles * kv_heads)))
-    projected = Projected(q_TQD, q_TQD, q_TQD, q_TQD, q_TQD, 0.0)
-    merging = Merging(partials, paging.position_T)
-    if alone is not None:
-        projected, merging = alone
-    _attend_splits[(num_tiles, kv_heads, side_by_side)](
+    side_by_side = max(1, min(splits_max, tile.programs // (num_tiles * num_kv_heads)))
+    qkv_parts = QkvParts(q_TQD, q_TQD, q_TQD, q_TQD, q_TQD, 0.0)
+    merging = MergeBuffers(partials, paging.position_T)
+    if fused_inputs is not None:
+        qkv_parts, merging = fused_inputs
+    _attend_splits[(num_tiles, num_kv_heads, side_by_side)](
         q_TQD,
         k_BJUD,
         v_BJUD,
@@ -158,18 +160,18 @@ def attend(
         paging.tables_SB,
         paging.position_T if paging.tiles_C2 is None else paging.tiles_C2,
         *partials,
-        *projected,
+        *qkv_parts,
         *merging.spans,
         merging.arrivals_TJY,
         out_TC,
         head_dim**-0.5 * _LOG2_E,
-        rows * (heads + 2 * kv_heads) * head_dim,
+        rows * (heads + 2 * num_kv_heads) * head_dim,
         paging.tables_SB.shape[1],
         splits_max,
         merging.spans.maximum_TQX.shape[2],
-        PARTS=0 if alone is None else projected.qkv_PTC.shape[0],
+        PARTS=0 if fused_inputs is None else qkv_parts.qkv_PTC.shape[0],
         HEADS=heads,
-        KV_HEADS=kv_heads,
+        KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         GROUP=group,
         ROWS=max(16, group * paging.tile_tokens),
@@ -177,10 +179,10 @@ def attend(
         BLOCK_TOKENS=block_tokens,
         SPAN=SPAN,
         TILED=paging.tiles_C2 is not None,
-        num_warps=tile.warps if alone is None else _TURNING_WARPS,
+        num_warps=tile.warps if fused_inputs is None else _ROTATION_WARPS,
         num_stages=tile.stages,
     )
-    if alone is None:
+    if fused_inputs is None:
         merge_splits(partials, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS, warps=1)
 
 
@@ -237,7 +239,7 @@ def _rotate_and_store(
         if kind == 0:
             is_head = r < HEADS // KV_HEADS
             head = kv_head * (HEADS // KV_HEADS) + r
-            q = turned_queries(
+            q = rotated_queries(
                 row_ptr,
                 q_norm_ptr,
                 cos_ptr,
@@ -260,7 +262,7 @@ def _rotate_and_store(
             )
             if kind == 1:
                 column = (HEADS + kv_head) * HEAD_DIM
-                key = turned_key(
+                key = rotated_key(
                     row_ptr,
                     k_norm_ptr,
                     cos_ptr,
@@ -382,7 +384,7 @@ def _attend_splits(
             q = tl.load(q_rows, mask=is_row[:, None], other=0.0)
         else:
             row_ptr = qkv_ptr + first.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
-            q = turned_queries(
+            q = rotated_queries(
                 row_ptr,
                 q_norm_ptr,
                 cos_ptr,
@@ -396,7 +398,7 @@ def _attend_splits(
                 ROWS,
                 HEAD_DIM // 2,
             ).to(q_ptr.dtype.element_ty)
-            key = turned_key(
+            key = rotated_key(
                 row_ptr,
                 k_norm_ptr,
                 cos_ptr,

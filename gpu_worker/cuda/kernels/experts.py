@@ -29,9 +29,9 @@ class ExpertTile(NamedTuple):
 
 
 # Measured: a few experts want more programs, many want longer reads.
-_GATE_UP_ALONE = ExpertTile(columns=32, depth=128, warps=4, stages=3)
+_GATE_UP_UNGROUPED = ExpertTile(columns=32, depth=128, warps=4, stages=3)
 _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
-_DOWN_ALONE = ExpertTile(columns=64, depth=128, warps=4, stages=3)
+_DOWN_UNGROUPED = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
 _SMALL_INNER = 4096  # up to here 32 columns a program leave a large card idle
 _PADDED_PROGRAMS = 1024
@@ -39,7 +39,7 @@ _PADDED_PROGRAMS = 1024
 all that might be take longer to come and go than the work does."""
 
 
-class Chosen(NamedTuple):
+class FusedChoice(NamedTuple):
     """A choice that the first product makes on its way, and where its weights go; the slots go to
     `Rows.slots_TK`."""
 
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     padded: bool = False
 
 
-def lone_tile(rows: int, inner: int) -> ExpertTile:
+def dense_mlp_tile(rows: int, inner: int) -> ExpertTile:
     """For one MLP that all rows go through, in tiles of so many rows. A small one is cut into more
     programs; from 64 rows on two warps, for on four the compiler takes another instruction."""
     if rows >= 64:
@@ -71,7 +71,7 @@ def gate_up(
     rows: Rows,
     inner_NI: torch.Tensor,
     *,
-    chosen: Chosen | None = None,
+    chosen: FusedChoice | None = None,
     tile: ExpertTile | None = None,
 ) -> None:
     """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`.
@@ -80,7 +80,7 @@ def gate_up(
     assert chosen is None or rows.tiles is None, "only lone pairs choose for themselves"
     _, double_inner, hidden = w_gate_up_SJH.shape
     inner = double_inner // 2
-    tile = tile or (_GATE_UP_ALONE if rows.tiles is None else _GATE_UP_GROUPED)
+    tile = tile or (_GATE_UP_UNGROUPED if rows.tiles is None else _GATE_UP_GROUPED)
     columns, depth = _fit(tile.columns, inner), _fit(tile.depth, hidden)
     _gate_up[(inner // columns, _tiles_at_once(rows, inner // columns))](
         x,
@@ -111,7 +111,7 @@ def down(
     tile: ExpertTile | None = None,
 ) -> None:
     _, hidden, inner = w_down_SHI.shape
-    tile = tile or (_DOWN_ALONE if rows.tiles is None else _DOWN_GROUPED)
+    tile = tile or (_DOWN_UNGROUPED if rows.tiles is None else _DOWN_GROUPED)
     columns, depth = _fit(tile.columns, hidden), _fit(tile.depth, inner)
     _down[(hidden // columns, _tiles_at_once(rows, hidden // columns))](
         inner_NI,
@@ -156,7 +156,7 @@ def _row_pointers(rows: Rows) -> tuple[torch.Tensor, ...]:
     return (rows.slots_TK, rows.tiles.order_N, rows.tiles.tiles_C3, rows.tiles.num_tiles_1)
 
 
-def _choice_arguments(chosen: Chosen | None, rows: Rows) -> tuple[torch.Tensor | float, ...]:
+def _choice_arguments(chosen: FusedChoice | None, rows: Rows) -> tuple[torch.Tensor | float, ...]:
     if chosen is None:
         return (*(rows.slots_TK,) * 4, 1.0)
     choice = chosen.choice
@@ -164,7 +164,7 @@ def _choice_arguments(chosen: Chosen | None, rows: Rows) -> tuple[torch.Tensor |
     return (*inputs, chosen.weights_TK, choice.factor)
 
 
-def _choice_sizes(chosen: Chosen | None) -> dict[str, int | bool]:
+def _choice_sizes(chosen: FusedChoice | None) -> dict[str, int | bool]:
     """EXPERTS 0: slots are given."""
     if chosen is None:
         return {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
@@ -187,7 +187,7 @@ def _tiles_end(num_tiles_ptr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _lone_row(pair, BLOCK_T: tl.constexpr):
+def _ungrouped_row(pair, BLOCK_T: tl.constexpr):
     """(rows of the work, which of them count) of a pair that is a tile."""
     t = tl.arange(0, BLOCK_T)
     return (pair + t * 0).to(tl.int64), t < 1
@@ -218,7 +218,7 @@ def _find_rows(
             rows = tl.load(order_ptr + first + t, mask=is_row, other=0).to(tl.int64)
     else:
         slot = tl.load(slots_ptr + tile).to(tl.int64)
-        rows, is_row = _lone_row(tile, BLOCK_T)
+        rows, is_row = _ungrouped_row(tile, BLOCK_T)
     return slot, rows, is_row
 
 
@@ -298,7 +298,7 @@ def _gate_up(
                 CHUNK,
                 NORMALISE,
             )
-            rows, is_row = _lone_row(tile, BLOCK_T)
+            rows, is_row = _ungrouped_row(tile, BLOCK_T)
         else:
             slot, rows, is_row = _find_rows(
                 tile, slots_ptr, order_ptr, tiles_ptr, num_tiles_ptr, BLOCK_T, GROUPED, PADDED

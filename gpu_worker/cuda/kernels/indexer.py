@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from gpu_worker.cuda.kernels.attention import Paging
-from gpu_worker.cuda.kernels.latent import Chosen, Rotation
+from gpu_worker.cuda.kernels.latent import Rotation, SelectedPositions
 
 _HEADS_AT_ONCE = 16
 _DIGIT_BITS = 8
@@ -79,7 +79,7 @@ def norm_and_store_keys(
     )
 
 
-def rotate_choosers(
+def rotate_index_queries(
     q_PTN: torch.Tensor,
     rotation: Rotation,
     position_T: torch.Tensor,
@@ -90,7 +90,7 @@ def rotate_choosers(
     """The queries of rows that have to choose: their first elements rotated by halves."""
     parts, rows, columns = q_PTN.shape
     _, heads, size = q_TYZ.shape
-    _rotate_choosers[(rows, triton.cdiv(heads, _HEADS_AT_ONCE))](
+    _rotate_index_queries[(rows, triton.cdiv(heads, _HEADS_AT_ONCE))](
         q_PTN,
         rotation.cos_CD,
         rotation.sin_CD,
@@ -142,12 +142,12 @@ def score_positions(
     )
 
 
-def choose_places(
-    score_TC: torch.Tensor, paging: Paging, chosen: Chosen, *, block_tokens: int
+def select_positions(
+    score_TC: torch.Tensor, paging: Paging, chosen: SelectedPositions, *, block_tokens: int
 ) -> None:
     """The K positions of the highest scores, the lower position first among equals, as places in
     the cache by rising position; all positions for rows that have no more than K."""
-    _choose_places[(paging.position_T.shape[0],)](
+    _select_positions[(paging.position_T.shape[0],)](
         score_TC,
         paging.position_T,
         paging.sequence_T,
@@ -171,7 +171,7 @@ def _partner(z, HALF: tl.constexpr):
 
 @triton.jit
 def _load_angles(cos_ptr, sin_ptr, position, z, HALF: tl.constexpr):
-    """Cosine and sine by which elements are turned, the sine with the sign that their partner
+    """Cosine and sine by which elements are rotated, the sine with the sign that their partner
     takes."""
     at = position * HALF + z % HALF
     cos = tl.load(cos_ptr + at, mask=z < 2 * HALF, other=1.0)
@@ -229,13 +229,13 @@ def _norm_and_store_keys(
         sequence = tl.load(sequence_ptr + row)
         block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
         place = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
-        turned = (key * cos + partner * sin).to(key_ptr.dtype.element_ty)
-        tl.store(key_ptr + place * SIZE + z, turned)
+        rotated = (key * cos + partner * sin).to(key_ptr.dtype.element_ty)
+        tl.store(key_ptr + place * SIZE + z, rotated)
         tl.store(weight_ptr + row * HEADS + y, weight * factor, mask=is_head)
 
 
 @triton.jit(do_not_specialize=["part_stride"])
-def _rotate_choosers(
+def _rotate_index_queries(
     q_ptr,
     cos_ptr,
     sin_ptr,
@@ -264,8 +264,8 @@ def _rotate_choosers(
             q += tl.load(ptr + z[None, :], mask=is_head, other=0.0).to(tl.float32)
             partner += tl.load(ptr + partner_at[None, :], mask=is_head, other=0.0).to(tl.float32)
         cos, sin = _load_angles(cos_ptr, sin_ptr, position, z, HALF)
-        turned = q * cos[None, :] + partner * sin[None, :]
-        tl.store(out_ptr + head + z[None, :], turned.to(out_ptr.dtype.element_ty), mask=is_head)
+        rotated = q * cos[None, :] + partner * sin[None, :]
+        tl.store(out_ptr + head + z[None, :], rotated.to(out_ptr.dtype.element_ty), mask=is_head)
 
 
 @triton.jit(do_not_specialize=["table_width", "context"])
@@ -313,7 +313,7 @@ def _score_positions(
 
 
 @triton.jit
-def _load_ranks(score_ptr, at, is_past):
+def _load_sort_keys(score_ptr, at, is_past):
     """Whole numbers in the order of the scores; both zeros are equal."""
     score = tl.load(score_ptr + at, mask=is_past, other=0.0)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
@@ -321,7 +321,7 @@ def _load_ranks(score_ptr, at, is_past):
 
 
 @triton.jit(do_not_specialize=["context", "table_width"])
-def _choose_places(
+def _select_positions(
     score_ptr,
     position_ptr,
     sequence_ptr,
@@ -361,7 +361,7 @@ def _choose_places(
             counts = tl.zeros([1 << BITS], dtype=tl.int32)
             for start in range(0, position + 1, BLOCK_C):
                 at = start + n
-                rank = _load_ranks(score_ptr, at, at <= position) >> shift
+                rank = _load_sort_keys(score_ptr, at, at <= position) >> shift
                 among = (at <= position) & (rank >> BITS == edge)
                 own = (rank & ((1 << BITS) - 1)).to(tl.int32)
                 counts += tl.histogram(own, 1 << BITS, mask=among)
@@ -374,7 +374,7 @@ def _choose_places(
         for start in range(0, position + 1, BLOCK_C):
             at = start + n
             is_past = at <= position
-            rank = _load_ranks(score_ptr, at, is_past)
+            rank = _load_sort_keys(score_ptr, at, is_past)
             above = (is_past & (rank > edge)).to(tl.int32)
             equal = (is_past & (rank == edge)).to(tl.int32)
             above_yet = num_above + tl.cumsum(above, axis=0)

@@ -52,7 +52,7 @@ class LatentCache(NamedTuple):
     key_BUW: torch.Tensor
 
 
-class Chosen(NamedTuple):
+class SelectedPositions(NamedTuple):
     """The positions that each row sees, as places in the cache: the first `last + 1` of its K; none
     where `last` is -1."""
 
@@ -85,8 +85,8 @@ def norm_and_store(
     parts, rows, columns = in_PTC.shape
     _, block_tokens, rank = cache.latent_BUR.shape
     rotated = cache.key_BUW.shape[2]
-    q_rank = 0 if q_TM is None else q_TM.shape[1]
-    _norm_and_store[(rows, 2 if q_rank else 1)](
+    q_lora_rank = 0 if q_TM is None else q_TM.shape[1]
+    _norm_and_store[(rows, 2 if q_lora_rank else 1)](
         in_PTC,
         kv_norm_R if q_norm_M is None else q_norm_M,
         kv_norm_R,
@@ -102,8 +102,8 @@ def norm_and_store(
         paging.tables_SB.shape[1],
         PARTS=parts,
         COLUMNS=columns,
-        Q_RANK=q_rank,
-        BLOCK_M=triton.next_power_of_2(max(q_rank, 16)),
+        Q_RANK=q_lora_rank,
+        BLOCK_M=triton.next_power_of_2(max(q_lora_rank, 16)),
         RANK=rank,
         HALF=rotated // 2,
         BLOCK_TOKENS=block_tokens,
@@ -181,7 +181,7 @@ def attend_latents(
     sum_TAR: torch.Tensor,
     *,
     scale: float,
-    chosen: Chosen | None = None,
+    chosen: SelectedPositions | None = None,
     tile: LatentTile = LATENT_TILE,
 ) -> None:
     """Every row attends to all positions up to its own, or to the `chosen` as if there were no
@@ -436,7 +436,7 @@ def _attend_latents(
         head = row.to(tl.int64) * HEADS + a
         q_mask = is_head[:, None]
         q = tl.load(q_latent_ptr + head[:, None] * RANK + r[None, :], mask=q_mask, other=0.0)
-        q_turned = tl.load(
+        q_rotated = tl.load(
             q_rotated_ptr + head[:, None] * ROTATED + w[None, :], mask=q_mask, other=0.0
         )
         size = split_size(last, SPLIT, SPLITS_MAX, DOUBLINGS)
@@ -466,7 +466,7 @@ def _attend_latents(
                     other=0.0,
                 )
                 scores = tl.dot(q, latent.T)
-                scores = tl.dot(q_turned, key.T, scores) * scale
+                scores = tl.dot(q_rotated, key.T, scores) * scale
                 scores = tl.where(is_past[None, :], scores, float("-inf"))
                 new_peak = tl.maximum(peak, tl.max(scores, axis=1))
                 keep = tl.exp2(peak - new_peak)

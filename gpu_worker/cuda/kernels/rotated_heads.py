@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _turn(x, partner, norm, norm_partner, cos, sin, square, eps, HALF: tl.constexpr):
+def _norm_and_rotate(x, partner, norm, norm_partner, cos, sin, square, eps, HALF: tl.constexpr):
     """Heads whose squares add up to `square`, normed and rotated: each value takes its partner in
     the other half along. Halves are never joined: a product takes its sums in another order where
     one of its operands was."""
@@ -25,7 +25,7 @@ def _rotation(cos_ptr, sin_ptr, position, d, HALF: tl.constexpr):
 
 
 @triton.jit
-def turned_queries(
+def rotated_queries(
     row_ptr,
     q_norm_ptr,
     cos_ptr,
@@ -54,11 +54,13 @@ def turned_queries(
     norm_partner = tl.load(q_norm_ptr + other).to(tl.float32)[None, :]
     cos, sin = _rotation(cos_ptr, sin_ptr, position, d, HALF)
     square = tl.sum(x * x, axis=1)[:, None]
-    return _turn(x, partner, norm, norm_partner, cos[None, :], sin[None, :], square, eps, HALF)
+    return _norm_and_rotate(
+        x, partner, norm, norm_partner, cos[None, :], sin[None, :], square, eps, HALF
+    )
 
 
 @triton.jit
-def turned_key(
+def rotated_key(
     row_ptr,
     k_norm_ptr,
     cos_ptr,
@@ -70,7 +72,7 @@ def turned_key(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Of the head that starts at `column`, `[2 · HALF]` in float32; as `turned_queries`."""
+    """Of the head that starts at `column`, `[2 · HALF]` in float32; as `rotated_queries`."""
     d = tl.arange(0, 2 * HALF)
     other = (d + HALF) % (2 * HALF)
     x = tl.zeros([2 * HALF], dtype=tl.float32)
@@ -83,7 +85,7 @@ def turned_key(
     norm_partner = tl.load(k_norm_ptr + other).to(tl.float32)
     cos, sin = _rotation(cos_ptr, sin_ptr, position, d, HALF)
     square = tl.sum(x * x, axis=0)
-    return _turn(x, partner, norm, norm_partner, cos, sin, square, eps, HALF)
+    return _norm_and_rotate(x, partner, norm, norm_partner, cos, sin, square, eps, HALF)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ class Choice(NamedTuple):
     factor: float
 
 
-def slot_tiles(num_pairs: int, num_slots: int, rows: int, device: torch.device) -> SlotTiles:
+def new_slot_tiles(num_pairs: int, num_slots: int, rows: int, device: torch.device) -> SlotTiles:
     tiles = min(num_pairs, num_slots + num_pairs // rows)
     return SlotTiles(
         order_N=torch.zeros(num_pairs, dtype=torch.int32, device=device),
@@ -52,10 +52,11 @@ def score_choices(
     *,
     sigmoid: bool,
     num_groups: int,
-    kept: int,
+    topk_group: int,
 ) -> None:
     """What experts are chosen by: the scores, or their sigmoids plus the correction; -inf outside
-    the `kept` best groups, which count by their best expert, or by the two best with sigmoid."""
+    the `topk_group` best groups, which count by their best expert, or by the two best with
+    sigmoid."""
     rows, experts = scores_TE.shape
     size = experts // num_groups
     _score_choices[(rows,)](
@@ -64,7 +65,7 @@ def score_choices(
         choices_TE,
         SIZE=size,
         GROUPS=num_groups,
-        KEPT=kept,
+        TOPK_GROUP=topk_group,
         BLOCK_G=triton.next_power_of_2(num_groups),
         BLOCK_S=triton.next_power_of_2(size),
         SIGMOID=sigmoid,
@@ -132,10 +133,10 @@ def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> N
     )
 
 
-def tile_counts(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles) -> None:
+def fill_padded_tiles(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles) -> None:
     """For rows that lie padded by slot: slot s holds `counts_S[s]` rows from `s · rows_of_slot`."""
     num_slots = counts_S.shape[0]
-    _tile_counts[(1,)](
+    _fill_padded_tiles[(1,)](
         counts_S,
         tiles.tiles_C3,
         tiles.num_tiles_1,
@@ -154,7 +155,7 @@ def _score_choices(
     choices_ptr,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -170,7 +171,7 @@ def _score_choices(
         choice = tl.where(mask, 1.0 / (1.0 + tl.exp(-choice)), float("-inf"))
     if CORRECTED:
         choice += tl.load(correction_ptr + e, mask=mask, other=0.0)
-    if KEPT < GROUPS:
+    if TOPK_GROUP < GROUPS:
         best = tl.max(choice, axis=1)
         value = best
         if SIGMOID:
@@ -181,7 +182,7 @@ def _score_choices(
             (value[None, :] == value[:, None]) & (g[None, :] < g[:, None])
         )
         place = tl.sum(before.to(tl.int32), axis=1)
-        choice = tl.where(place[:, None] < KEPT, choice, float("-inf"))
+        choice = tl.where(place[:, None] < TOPK_GROUP, choice, float("-inf"))
     tl.store(choices_ptr + row * (GROUPS * SIZE) + e, choice, mask=mask)
 
 
@@ -323,7 +324,7 @@ def _group_by_slot(
 
 
 @triton.jit
-def _tile_counts(
+def _fill_padded_tiles(
     counts_ptr,
     tiles_ptr,
     num_tiles_ptr,

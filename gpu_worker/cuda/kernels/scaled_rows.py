@@ -10,7 +10,7 @@ import triton.language as tl
 _PROGRAMS = 512  # over all slots: enough for a card, few where most slots are idle
 
 
-def widen(
+def dequantise(
     x_SMH: torch.Tensor, scales_SMG: torch.Tensor, counts_S: torch.Tensor, out_NH: torch.Tensor
 ) -> None:
     """`out = x · scale` for the first `counts_S[s]` of each slot's M rows, which lie in `out_NH`
@@ -19,7 +19,7 @@ def widen(
     num_slots, rows_of_slot, hidden = x_SMH.shape
     groups = scales_SMG.shape[2]
     each = max(1, min(rows_of_slot, _PROGRAMS // num_slots))
-    _widen[(each, num_slots)](
+    _dequantise[(each, num_slots)](
         x_SMH,
         scales_SMG,
         counts_S,
@@ -35,7 +35,7 @@ def widen(
 
 
 @triton.jit
-def _widen(
+def _dequantise(
     x_ptr,
     scales_ptr,
     counts_ptr,

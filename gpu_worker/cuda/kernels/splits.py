@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.arrivals import is_last
+from gpu_worker.cuda.kernels.arrivals import arrive_and_test_last
 
 SPLITS_MAX = 16
 """Where splits grow with a row's context."""
@@ -141,7 +141,7 @@ def merge_after(
     span = split // SPAN
     num_spans = (num_splits + SPAN - 1) // SPAN
     arrivals_ptr += kv_row * (spans_max + 1)
-    if is_last(arrivals_ptr + 1 + span, tl.minimum(num_splits - span * SPAN, SPAN)):
+    if arrive_and_test_last(arrivals_ptr + 1 + span, tl.minimum(num_splits - span * SPAN, SPAN)):
         place = head * splits_max + span * SPAN
         count = tl.minimum(num_splits - span * SPAN, SPAN)
         peak, total, values = _merged(
@@ -155,7 +155,7 @@ def merge_after(
             tl.store(span_values, values, mask=is_head[:, None])
             tl.store(span_maximum_ptr + out, peak, mask=is_head)
             tl.store(span_sum_ptr + out, total, mask=is_head)
-            is_whole = is_last(arrivals_ptr, num_spans)
+            is_whole = arrive_and_test_last(arrivals_ptr, num_spans)
             if is_whole:
                 peak, total, values = _merged(
                     span_values_ptr,

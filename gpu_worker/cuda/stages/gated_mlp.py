@@ -7,17 +7,17 @@ from torch import Tensor
 
 from gpu_worker.cuda.kernels import experts
 from gpu_worker.cuda.kernels.routing import SlotTiles
-from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import MlpWeights
 
 
 class GatedMlp:
     """For every layer of the same inner size."""
 
-    def __init__(self, room: StepRoom, *, hidden_size: int, inner_size: int) -> None:
-        self._inner_TI = room.empty(room.tokens_max, inner_size)
-        self._down = Product(room, inner=inner_size, columns=hidden_size)
-        self._no_slots_11 = room.empty(1, 1, of=torch.int32)
+    def __init__(self, allocator: StepAllocator, *, hidden_size: int, inner_size: int) -> None:
+        self._inner_TI = allocator.zeros(allocator.tokens_max, inner_size)
+        self._down = Gemm(allocator, inner=inner_size, columns=hidden_size)
+        self._no_slots_11 = allocator.zeros(1, 1, of=torch.int32)
         self._rows: dict[int, experts.Rows] = {}
 
     def run(self, weights: MlpWeights, h_TH: Tensor) -> Tensor:
@@ -26,9 +26,9 @@ class GatedMlp:
         if tokens not in self._rows:
             self._rows[tokens] = self._rows_for(tokens)
         rows, inner_TI = self._rows[tokens], self._inner_TI[:tokens]
-        tile = experts.lone_tile(_tile_rows(tokens), inner_TI.shape[1])
+        tile = experts.dense_mlp_tile(_tile_rows(tokens), inner_TI.shape[1])
         experts.gate_up(h_TH, weights.w_gate_up_JH[None], rows, inner_TI, tile=tile)
-        return self._down.of(inner_TI, weights.w_down_HI)
+        return self._down.run(inner_TI, weights.w_down_HI)
 
     def _rows_for(self, tokens: int) -> experts.Rows:
         """All tokens in slot 0, in their order."""

@@ -12,7 +12,7 @@ from gpu_worker.cuda.kernels.linear import linear_parts, num_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRoom:
+class StepAllocator:
     """What a step's buffers are made for. `invariant`: dense products in fixed parts, so that a
     row's bits do not depend on its batch; without it they are the library's."""
 
@@ -21,41 +21,41 @@ class StepRoom:
     device: torch.device
     dtype: torch.dtype
 
-    def empty(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
+    def zeros(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
         """In the model's type, unless told. Finite, for padding rows are computed, too."""
         return torch.zeros(shape, device=self.device, dtype=of or self.dtype)
 
 
-class Product:
+class Gemm:
     """`y = x wᵀ` as parts P that the next kernel adds: in float32 where batch-invariant, else one
     part in the model's type."""
 
     def __init__(
         self,
-        room: StepRoom,
+        allocator: StepAllocator,
         *,
         inner: int,
         columns: int,
         rows_max: int | None = None,
         in_parts: bool = True,
     ) -> None:
-        self._invariant = room.invariant
-        self._parts = num_parts(inner) if room.invariant and in_parts else 1
+        self._invariant = allocator.invariant
+        self._parts = num_parts(inner) if allocator.invariant and in_parts else 1
         self._columns = columns
-        rows_max = rows_max or room.tokens_max
-        dtype = torch.float32 if room.invariant else room.dtype
-        self._out = room.empty(self._parts * rows_max * columns, of=dtype)
+        rows_max = rows_max or allocator.tokens_max
+        dtype = torch.float32 if allocator.invariant else allocator.dtype
+        self._out = allocator.zeros(self._parts * rows_max * columns, of=dtype)
 
-    def of(self, x_TK: Tensor, w_NK: Tensor) -> Tensor:
+    def run(self, x_TK: Tensor, w_NK: Tensor) -> Tensor:
         """`[P, T, N]`, until the next call."""
-        out_PTN = self.place(x_TK.shape[0])
+        out_PTN = self.result_view(x_TK.shape[0])
         if self._invariant:
             linear_parts(x_TK, w_NK, out_PTN)
         else:
             torch.mm(x_TK, w_NK.T, out=out_PTN[0])
         return out_PTN
 
-    def place(self, rows: int) -> Tensor:
-        """Where `of` puts the result for so many rows."""
+    def result_view(self, rows: int) -> Tensor:
+        """Where `run` puts the result for so many rows."""
         values = self._parts * rows * self._columns
         return self._out[:values].view(self._parts, rows, self._columns)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.checkpoint.rope import Rope
 from gpu_worker.cuda.kernels import attention, splits
-from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import GqaWeights
 
 
@@ -23,7 +23,7 @@ class GqaStage:
         shape: GqaShape,
         weights: Sequence[GqaWeights],
         rope: Rope,
-        room: StepRoom,
+        allocator: StepAllocator,
         *,
         kv_blocks: int,
         block_tokens: int,
@@ -35,23 +35,23 @@ class GqaStage:
             raise ValueError("CUDA ranks serve grouped-query attention with norms per head alone")
         self._weights = weights
         self._eps = norm_eps
-        cache = (len(weights), kv_blocks, shape.kv_heads, block_tokens, shape.head_dim)
-        self.k_LBJUD = room.empty(*cache)
-        self.v_LBJUD = room.empty(*cache)
+        cache = (len(weights), kv_blocks, shape.num_kv_heads, block_tokens, shape.head_dim)
+        self.k_LBJUD = allocator.zeros(*cache)
+        self.v_LBJUD = allocator.zeros(*cache)
         cos_CD, sin_CD = rope.rotations(shape.head_dim, context_tokens_max)
-        self._cos_CD = torch.from_numpy(cos_CD).to(room.device)
-        self._sin_CD = torch.from_numpy(sin_CD).to(room.device)
+        self._cos_CD = torch.from_numpy(cos_CD).to(allocator.device)
+        self._sin_CD = torch.from_numpy(sin_CD).to(allocator.device)
         hidden = weights[0].w_qkv_CH.shape[1]
-        self._qkv = Product(room, inner=hidden, columns=shape.q_size + 2 * shape.kv_size)
-        self._q_TQD = room.empty(room.tokens_max, shape.num_heads, shape.head_dim)
-        self._heads_TO = room.empty(room.tokens_max, shape.q_size)
+        self._qkv = Gemm(allocator, inner=hidden, columns=shape.q_size + 2 * shape.kv_size)
+        self._q_TQD = allocator.zeros(allocator.tokens_max, shape.num_heads, shape.head_dim)
+        self._heads_TO = allocator.zeros(allocator.tokens_max, shape.q_size)
         splits_max = -(-context_tokens_max // attention.SPLIT_TOKENS)
         spans_max = -(-splits_max // splits.SPAN)
-        self._partials = _partials(room, room.tokens_max, shape, splits_max)
-        rows = min(room.tokens_max, attention.TURNED_ROWS_MAX)
-        self._merging = attention.Merging(
-            _partials(room, rows, shape, spans_max),
-            room.empty(rows, shape.kv_heads, 1 + spans_max, of=torch.int32),
+        self._partials = _partials(allocator, allocator.tokens_max, shape, splits_max)
+        rows = min(allocator.tokens_max, attention.FUSED_ATTENTION_ROWS_MAX)
+        self._merging = attention.MergeBuffers(
+            _partials(allocator, rows, shape, spans_max),
+            allocator.zeros(rows, shape.num_kv_heads, 1 + spans_max, of=torch.int32),
         )
 
     def cache(self) -> tuple[Tensor, ...]:
@@ -61,8 +61,8 @@ class GqaStage:
         weights, tokens = self._weights[layer], h_TH.shape[0]
         k_BJUD, v_BJUD = self.k_LBJUD[layer], self.v_LBJUD[layer]
         q_TQD, heads_TO = self._q_TQD[:tokens], self._heads_TO[:tokens]
-        projected = attention.Projected(
-            self._qkv.of(h_TH, weights.w_qkv_CH),
+        qkv_parts = attention.QkvParts(
+            self._qkv.run(h_TH, weights.w_qkv_CH),
             weights.q_norm_D,
             weights.k_norm_D,
             self._cos_CD,
@@ -70,7 +70,7 @@ class GqaStage:
             self._eps,
         )
         attention.attend_projected(
-            projected,
+            qkv_parts,
             paging,
             q_TQD,
             k_BJUD,
@@ -82,10 +82,12 @@ class GqaStage:
         return heads_TO
 
 
-def _partials(room: StepRoom, rows: int, shape: GqaShape, parts_max: int) -> splits.Partials:
+def _partials(
+    allocator: StepAllocator, rows: int, shape: GqaShape, parts_max: int
+) -> splits.Partials:
     places = (rows, shape.num_heads, parts_max)
     return splits.Partials(
-        room.empty(*places, shape.head_dim, of=torch.float32),
-        room.empty(*places, of=torch.float32),
-        room.empty(*places, of=torch.float32),
+        allocator.zeros(*places, shape.head_dim, of=torch.float32),
+        allocator.zeros(*places, of=torch.float32),
+        allocator.zeros(*places, of=torch.float32),
     )

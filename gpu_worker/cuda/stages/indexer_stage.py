@@ -11,8 +11,8 @@ from torch import Tensor
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.kernels import indexer
 from gpu_worker.cuda.kernels.attention import Paging
-from gpu_worker.cuda.kernels.latent import Chosen, Rotation
-from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.kernels.latent import Rotation, SelectedPositions
+from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import IndexerWeights
 
 INNER_EPS = 1e-6
@@ -29,7 +29,7 @@ class IndexerStage:
         shape: MlaShape,
         weights: Sequence[IndexerWeights],
         rotation: Rotation,
-        room: StepRoom,
+        allocator: StepAllocator,
         *,
         kv_blocks: int,
         block_tokens: int,
@@ -39,25 +39,25 @@ class IndexerStage:
         self._rotation = rotation
         self._block_tokens = block_tokens
         self._top_k = shape.index_top_k
-        tokens, heads, size = room.tokens_max, shape.index_heads, shape.index_size
-        self.key_LBUZ = room.empty(len(weights), kv_blocks, block_tokens, size)
-        self._in = Product(room, inner=shape.hidden_size, columns=size + heads)
-        self._q = Product(room, inner=shape.q_rank, columns=heads * size)
-        self._q_TYZ = room.empty(tokens, heads, size)
-        self._weight_TY = room.empty(tokens, heads, of=torch.float32)
+        tokens, heads, size = allocator.tokens_max, shape.num_index_heads, shape.index_head_dim
+        self.key_LBUZ = allocator.zeros(len(weights), kv_blocks, block_tokens, size)
+        self._in = Gemm(allocator, inner=shape.hidden_size, columns=size + heads)
+        self._q = Gemm(allocator, inner=shape.q_lora_rank, columns=heads * size)
+        self._q_TYZ = allocator.zeros(tokens, heads, size)
+        self._weight_TY = allocator.zeros(tokens, heads, of=torch.float32)
         scores = (min(tokens, _ROWS_AT_ONCE), context_tokens_max)
-        self._score_TC = room.empty(*scores, of=torch.float32)
-        self._place_TK = room.empty(tokens, shape.index_top_k, of=torch.int32)
-        self._last_T = room.empty(tokens, of=torch.int32)
+        self._score_TC = allocator.zeros(*scores, of=torch.float32)
+        self._place_TK = allocator.zeros(tokens, shape.index_top_k, of=torch.int32)
+        self._last_T = allocator.zeros(tokens, of=torch.int32)
 
-    def choose(self, layer: int, h_TH: Tensor, q_TM: Tensor, paging: Paging) -> Chosen:
+    def choose(self, layer: int, h_TH: Tensor, q_TM: Tensor, paging: Paging) -> SelectedPositions:
         """From the normed stream and the queries' normed latent; writes the rows' own keys first.
         The result stands until the next call."""
         rows = h_TH.shape[0]
         weights, key_BUZ = self._weights[layer], self.key_LBUZ[layer]
         q_TYZ, weight_TY = self._q_TYZ[:rows], self._weight_TY[:rows]
         indexer.norm_and_store_keys(
-            self._in.of(h_TH, weights.w_in_CH),
+            self._in.run(h_TH, weights.w_in_CH),
             weights.k_norm_Z,
             weights.k_bias_Z,
             self._rotation,
@@ -66,18 +66,20 @@ class IndexerStage:
             weight_TY,
             eps=INNER_EPS,
         )
-        q_PTN = self._q.of(q_TM, weights.w_q_NM)
-        indexer.rotate_choosers(q_PTN, self._rotation, paging.position_T, q_TYZ, top_k=self._top_k)
-        chosen = Chosen(self._place_TK[:rows], self._last_T[:rows])
+        q_PTN = self._q.run(q_TM, weights.w_q_NM)
+        indexer.rotate_index_queries(
+            q_PTN, self._rotation, paging.position_T, q_TYZ, top_k=self._top_k
+        )
+        chosen = SelectedPositions(self._place_TK[:rows], self._last_T[:rows])
         for first in range(0, rows, _ROWS_AT_ONCE):
             part = slice(first, min(first + _ROWS_AT_ONCE, rows))
             score_TC = self._score_TC[: part.stop - first]
             where = paging._replace(
                 position_T=paging.position_T[part], sequence_T=paging.sequence_T[part]
             )
-            own = Chosen(chosen.place_TK[part], chosen.last_T[part])
+            own = SelectedPositions(chosen.place_TK[part], chosen.last_T[part])
             indexer.score_positions(
                 q_TYZ[part], weight_TY[part], key_BUZ, where, score_TC, top_k=self._top_k
             )
-            indexer.choose_places(score_TC, where, own, block_tokens=self._block_tokens)
+            indexer.select_positions(score_TC, where, own, block_tokens=self._block_tokens)
         return chosen

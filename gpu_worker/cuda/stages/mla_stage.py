@@ -14,7 +14,7 @@ from gpu_worker.checkpoint.rope import Rope
 from gpu_worker.cuda.kernels import latent
 from gpu_worker.cuda.kernels.attention import Paging
 from gpu_worker.cuda.kernels.splits import Partials
-from gpu_worker.cuda.stages.gemm import Product, StepRoom
+from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.stages.indexer_stage import INNER_EPS, IndexerStage
 from gpu_worker.cuda.weights.decoder_weights import MlaWeights
 
@@ -30,7 +30,7 @@ class MlaStage:
         shape: MlaShape,
         weights: Sequence[MlaWeights],
         rope: Rope,
-        room: StepRoom,
+        allocator: StepAllocator,
         *,
         kv_blocks: int,
         block_tokens: int,
@@ -40,47 +40,51 @@ class MlaStage:
         _check(shape)
         self._weights = weights
         blocks = (len(weights), kv_blocks, block_tokens)
-        self.latent_LBUR = room.empty(*blocks, shape.rank)
-        self.key_LBUW = room.empty(*blocks, shape.rotated_size)
-        cos_CD, sin_CD = rope.rotations(shape.rotated_size, context_tokens_max)
+        self.latent_LBUR = allocator.zeros(*blocks, shape.rank)
+        self.key_LBUW = allocator.zeros(*blocks, shape.qk_rope_head_dim)
+        cos_CD, sin_CD = rope.rotations(shape.qk_rope_head_dim, context_tokens_max)
         self._rotation = latent.Rotation(
-            torch.from_numpy(cos_CD).to(room.device),
-            torch.from_numpy(sin_CD).to(room.device),
+            torch.from_numpy(cos_CD).to(allocator.device),
+            torch.from_numpy(sin_CD).to(allocator.device),
             shape.interleaved,
         )
-        head_size = shape.plain_size + shape.rotated_size
+        head_size = shape.qk_nope_head_dim + shape.qk_rope_head_dim
         self._scale = head_size**-0.5 * rope.softmax_factor
         seen_max = context_tokens_max
         self._indexer: IndexerStage | None = None
-        if shape.index_heads and context_tokens_max > shape.index_top_k:
+        if shape.num_index_heads and context_tokens_max > shape.index_top_k:
             seen_max = shape.index_top_k
             self._indexer = IndexerStage(
                 shape,
                 [own.indexer for own in weights if own.indexer is not None],
                 self._rotation,
-                room,
+                allocator,
                 kv_blocks=kv_blocks,
                 block_tokens=block_tokens,
                 context_tokens_max=context_tokens_max,
             )
-        self._plain = latent.HeadColumns(0, head_size)
-        self._turned = latent.HeadColumns(shape.plain_size, head_size)
-        self._sums = latent.HeadColumns(0, shape.rank)
-        tokens, heads = room.tokens_max, shape.num_heads
+        self._nope_columns = latent.HeadColumns(0, head_size)
+        self._rope_columns = latent.HeadColumns(shape.qk_nope_head_dim, head_size)
+        self._sum_columns = latent.HeadColumns(0, shape.rank)
+        tokens, heads = allocator.tokens_max, shape.num_heads
         columns = weights[0].w_in_CH.shape[0]
-        self._in = Product(room, inner=shape.hidden_size, columns=columns)
-        self._q = Product(room, inner=shape.q_rank, columns=shape.q_size) if shape.q_rank else None
-        self._q_TM = room.empty(tokens, shape.q_rank) if shape.q_rank else None
-        self._q_latent_TAR = room.empty(tokens, heads, shape.rank)
-        self._q_rotated_TAW = room.empty(tokens, heads, shape.rotated_size)
-        self._sum_TAR = room.empty(tokens, heads, shape.rank)
-        self._heads_TO = room.empty(tokens, shape.heads_size)
+        self._in = Gemm(allocator, inner=shape.hidden_size, columns=columns)
+        self._q = (
+            Gemm(allocator, inner=shape.q_lora_rank, columns=shape.q_size)
+            if shape.q_lora_rank
+            else None
+        )
+        self._q_TM = allocator.zeros(tokens, shape.q_lora_rank) if shape.q_lora_rank else None
+        self._q_latent_TAR = allocator.zeros(tokens, heads, shape.rank)
+        self._q_rotated_TAW = allocator.zeros(tokens, heads, shape.qk_rope_head_dim)
+        self._sum_TAR = allocator.zeros(tokens, heads, shape.rank)
+        self._heads_TO = allocator.zeros(tokens, shape.heads_size)
         splits_max = latent.num_splits(seen_max)
         splits = (min(tokens, _ROWS_AT_ONCE), heads, splits_max)
         self._partials = Partials(
-            room.empty(*splits, shape.rank, of=torch.float32),
-            room.empty(*splits, of=torch.float32),
-            room.empty(*splits, of=torch.float32),
+            allocator.zeros(*splits, shape.rank, of=torch.float32),
+            allocator.zeros(*splits, of=torch.float32),
+            allocator.zeros(*splits, of=torch.float32),
         )
 
     def cache(self) -> tuple[Tensor, ...]:
@@ -93,8 +97,10 @@ class MlaStage:
         q_PTN = self._project(weights, h_TH, paging, cache)
         q_latent_TAR = self._q_latent_TAR[:tokens]
         q_rotated_TAW = self._q_rotated_TAW[:tokens]
-        latent.rotate_queries(q_PTN, self._rotation, paging.position_T, self._turned, q_rotated_TAW)
-        latent.multiply_heads(q_PTN, self._plain, weights.w_uk_ARF, q_latent_TAR)
+        latent.rotate_queries(
+            q_PTN, self._rotation, paging.position_T, self._rope_columns, q_rotated_TAW
+        )
+        latent.multiply_heads(q_PTN, self._nope_columns, weights.w_uk_ARF, q_latent_TAR)
         chosen = None
         if self._indexer is not None and self._q_TM is not None:
             chosen = self._indexer.choose(layer, h_TH, self._q_TM[:tokens], paging)
@@ -110,14 +116,14 @@ class MlaStage:
             chosen=chosen,
         )
         sums_1TC = sum_TAR.view(1, tokens, -1)
-        latent.multiply_heads(sums_1TC, self._sums, weights.w_uv_AGR, heads_TO)
+        latent.multiply_heads(sums_1TC, self._sum_columns, weights.w_uv_AGR, heads_TO)
         return heads_TO
 
     def _project(
         self, weights: MlaWeights, h_TH: Tensor, paging: Paging, cache: latent.LatentCache
     ) -> Tensor:
         """The heads' queries in the first columns of the result; the latents into the cache."""
-        in_PTC = self._in.of(h_TH, weights.w_in_CH)
+        in_PTC = self._in.run(h_TH, weights.w_in_CH)
         q_TM = None if self._q_TM is None else self._q_TM[: h_TH.shape[0]]
         latent.norm_and_store(
             in_PTC,
@@ -131,13 +137,13 @@ class MlaStage:
         )
         if self._q is None or q_TM is None or weights.w_q_NM is None:
             return in_PTC
-        return self._q.of(q_TM, weights.w_q_NM)
+        return self._q.run(q_TM, weights.w_q_NM)
 
 
 def _check(shape: MlaShape) -> None:
-    sizes = {"kv_lora_rank": shape.rank, "qk_rope_head_dim": shape.rotated_size}
-    if shape.index_heads:
-        sizes |= {"index_head_dim": shape.index_size}
+    sizes = {"kv_lora_rank": shape.rank, "qk_rope_head_dim": shape.qk_rope_head_dim}
+    if shape.num_index_heads:
+        sizes |= {"index_head_dim": shape.index_head_dim}
     for name, size in sizes.items():
         if size < 16 or size & (size - 1):
             raise ValueError(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import experts, residual, routing, scaled_rows
-from gpu_worker.cuda.stages.side_stream import SideBranch
+from gpu_worker.cuda.stages.side_stream import SideStream
 
 Work = Callable[[], None]
 
-_ALONE_TOKENS_MAX = (
+_UNGROUPED_TOKENS_MAX = (
     4  # up to here each pair is a tile of its own: two tokens seldom share an expert
 )
 _TALL_TILE_TOKENS = 256  # from here on a slot has rows for taller tiles
@@ -28,7 +28,7 @@ _TALL_TILE_TOKENS = 256  # from here on a slot has rows for taller tiles
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
     """A layer's routed tokens. `slots_TK` are physical slots of the whole instance, -1 for none.
-    With `choice` slots and weights are still to be chosen: see `MoeStage.chooses`."""
+    With `choice` slots and weights are still to be chosen: see `MoeStage.fuses_routing`."""
 
     h_TH: Tensor
     slots_TK: Tensor
@@ -37,7 +37,7 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Onward:
+class ResidualNorm:
     """`x_out = x + (what the experts gave)`, `h = norm(x_out)`."""
 
     x_TH: Tensor
@@ -50,13 +50,19 @@ class Onward:
 class MoeStage(Protocol):
     """`LocalMoe` or `ExchangedMoe`."""
 
-    def chooses(self, num_tokens: int) -> bool:
+    def fuses_routing(self, num_tokens: int) -> bool:
         """Whether `run` takes so many tokens with a choice that is still to be made."""
         ...
 
-    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
-        """`beside` adds to `onward.x_TH` what comes before the experts' sum; it reads `onward.h_TH`
-        and has its buffers for itself."""
+    def run(
+        self,
+        layer: int,
+        routed: Routed,
+        residual_norm: ResidualNorm,
+        overlapped_work: Work | None = None,
+    ) -> None:
+        """`overlapped_work` adds to `residual_norm.x_TH` what comes before the experts' sum; it
+        reads `residual_norm.h_TH` and has its buffers for itself."""
         ...
 
 
@@ -91,12 +97,18 @@ class LocalMoe:
         self._y_NH = like.new_empty(pairs_max, hidden)
         self._tiles: dict[int, routing.SlotTiles] = {}
 
-    def chooses(self, num_tokens: int) -> bool:
-        return num_tokens <= _ALONE_TOKENS_MAX
+    def fuses_routing(self, num_tokens: int) -> bool:
+        return num_tokens <= _UNGROUPED_TOKENS_MAX
 
-    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
-        if beside is not None:
-            beside()
+    def run(
+        self,
+        layer: int,
+        routed: Routed,
+        residual_norm: ResidualNorm,
+        overlapped_work: Work | None = None,
+    ) -> None:
+        if overlapped_work is not None:
+            overlapped_work()
         tokens = routed.slots_TK.shape[0]
         pairs = tokens * self._top_k
         rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
@@ -104,28 +116,28 @@ class LocalMoe:
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
         chosen = None
         if routed.choice is not None:
-            chosen = experts.Chosen(routed.choice, routed.weights_TK)
+            chosen = experts.FusedChoice(routed.choice, routed.weights_TK)
         experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI, chosen=chosen)
         experts.down(inner_NI, w_down, rows, y_NH)
         residual.add_pairs_norm(
-            onward.x_TH,
+            residual_norm.x_TH,
             y_NH,
             routed.slots_TK,
             routed.weights_TK,
-            onward.norm_H,
-            onward.x_out_TH,
-            onward.h_TH,
-            eps=onward.eps,
+            residual_norm.norm_H,
+            residual_norm.x_out_TH,
+            residual_norm.h_TH,
+            eps=residual_norm.eps,
         )
 
     def _group(self, slots_TK: Tensor) -> routing.SlotTiles | None:
         tokens = slots_TK.shape[0]
-        if tokens <= _ALONE_TOKENS_MAX:
+        if tokens <= _UNGROUPED_TOKENS_MAX:
             return None
         num_slots = self._slots.slots_per_rank
         if tokens not in self._tiles:
             tile_rows = 32 if tokens >= _TALL_TILE_TOKENS else 16
-            self._tiles[tokens] = routing.slot_tiles(
+            self._tiles[tokens] = routing.new_slot_tiles(
                 slots_TK.numel(), num_slots, tile_rows, slots_TK.device
             )
         routing.group_by_slot(slots_TK, num_slots, self._tiles[tokens])
@@ -145,19 +157,25 @@ class ExchangedMoe:
         like = slots.w_down_LSHI
         self._inner_NI = like.new_empty(num_slots * rows_of_slot, inner)
         self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
-        self._tiles = routing.slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
-        self._side = SideBranch(like.device)
+        self._tiles = routing.new_slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
+        self._side_stream = SideStream(like.device)
 
-    def chooses(self, num_tokens: int) -> bool:
+    def fuses_routing(self, num_tokens: int) -> bool:
         """Dispatch takes slots."""
         return False
 
-    def run(self, layer: int, routed: Routed, onward: Onward, beside: Work | None = None) -> None:
-        self._side.fork()
+    def run(
+        self,
+        layer: int,
+        routed: Routed,
+        residual_norm: ResidualNorm,
+        overlapped_work: Work | None = None,
+    ) -> None:
+        self._side_stream.fork()
         x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
-        if beside is not None:
-            self._side.run(beside)
-        routing.tile_counts(counts_S, self._rows_of_slot, self._tiles)
+        if overlapped_work is not None:
+            self._side_stream.run(overlapped_work)
+        routing.fill_padded_tiles(counts_S, self._rows_of_slot, self._tiles)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         x_NH = self._in_own_type(x_SMH, counts_S)
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
@@ -165,15 +183,15 @@ class ExchangedMoe:
         experts.down(self._inner_NI, w_down, rows, self._y_NH)
         y_SMH = self._y_NH.view(x_SMH.shape)
         y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
-        if beside is not None:
-            self._side.join()
+        if overlapped_work is not None:
+            self._side_stream.join()
         residual.add_norm(
-            onward.x_TH,
+            residual_norm.x_TH,
             y_TH[None],
-            onward.norm_H,
-            onward.x_out_TH,
-            onward.h_TH,
-            eps=onward.eps,
+            residual_norm.norm_H,
+            residual_norm.x_out_TH,
+            residual_norm.h_TH,
+            eps=residual_norm.eps,
         )
 
     def _in_own_type(self, x_SMH: Tensor, counts_S: Tensor) -> Tensor:
@@ -182,7 +200,7 @@ class ExchangedMoe:
         scales_SMG = self._exchange.scales
         if scales_SMG is None:
             return x_SMH.view(-1, x_SMH.shape[-1])
-        scaled_rows.widen(x_SMH, scales_SMG, counts_S, self._y_NH)
+        scaled_rows.dequantise(x_SMH, scales_SMG, counts_S, self._y_NH)
         return self._y_NH
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-class SideBranch:
+class SideStream:
     """`fork`, `run`, `join`, in this order and on one thread. On the CPU, which has no streams,
     work is done where it is handed in."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.cuda.stages.gemm import StepRoom
+from gpu_worker.cuda.stages.gemm import StepAllocator
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 
@@ -14,20 +14,20 @@ class StepBuffers:
     the sampled ids."""
 
     def __init__(
-        self, sizes: DecoderSizes, room: StepRoom, *, rows_max: int, num_ranks: int
+        self, sizes: DecoderSizes, allocator: StepAllocator, *, rows_max: int, num_ranks: int
     ) -> None:
-        tokens, hidden, single = room.tokens_max, sizes.hidden_size, torch.float32
-        self.x_TH = room.empty(tokens, hidden, of=single)
-        self.x_mid_TH = room.empty(tokens, hidden, of=single)
-        self.h_TH = room.empty(tokens, hidden)
-        self.scores_TE = room.empty(tokens, sizes.num_experts, of=single)
-        self.choices_TE = room.empty(tokens, sizes.num_experts, of=single)
-        self.slots_LTK = room.empty(sizes.num_moe_layers, tokens, sizes.top_k, of=torch.int64)
-        self.weights_TK = room.empty(tokens, sizes.top_k, of=single)
-        self.report_N = room.empty(num_ranks + rows_max, of=torch.int32)
+        tokens, hidden, single = allocator.tokens_max, sizes.hidden_size, torch.float32
+        self.x_TH = allocator.zeros(tokens, hidden, of=single)
+        self.x_mid_TH = allocator.zeros(tokens, hidden, of=single)
+        self.h_TH = allocator.zeros(tokens, hidden)
+        self.scores_TE = allocator.zeros(tokens, sizes.num_experts, of=single)
+        self.choices_TE = allocator.zeros(tokens, sizes.num_experts, of=single)
+        self.slots_LTK = allocator.zeros(sizes.num_moe_layers, tokens, sizes.top_k, of=torch.int64)
+        self.weights_TK = allocator.zeros(tokens, sizes.top_k, of=single)
+        self.report_N = allocator.zeros(num_ranks + rows_max, of=torch.int32)
         self.mask_R = self.report_N[:num_ranks]
         self.ids_R = self.report_N[num_ranks:]
         # Two, so that a step may be enqueued before the former one's report has been read.
         self.host_reports_2N = torch.zeros(
-            2, num_ranks + rows_max, dtype=torch.int32, pin_memory=room.device.type == "cuda"
+            2, num_ranks + rows_max, dtype=torch.int32, pin_memory=allocator.device.type == "cuda"
         )

@@ -71,7 +71,7 @@ def expert_prefix(spec: ModelSpec, layer: int, expert: int) -> str:
     return f"model.layers.{spec.moe_layers[layer]}.mlp.experts.{expert}"
 
 
-def refuse_on_cuda(reasons: Mapping[str, bool]) -> None:
+def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
     """Raises CheckpointError for the first that applies."""
     for reason, applies in reasons.items():
         if applies:
@@ -92,14 +92,14 @@ def check_tiles(sizes: DecoderSizes) -> None:
     }
     shape = sizes.attention
     if isinstance(shape, MlaShape):
-        even |= {"a q_lora_rank": shape.q_rank, "values": shape.value_size}
-        even |= {"heads that are not rotated": shape.plain_size}
-        whole = {"a kv_lora_rank": shape.rank, "rotated heads": shape.rotated_size}
-        if shape.index_heads:
-            whole |= {"an indexer's heads": shape.index_size}
+        even |= {"a q_lora_rank": shape.q_lora_rank, "values": shape.v_head_dim}
+        even |= {"heads that are not rotated": shape.qk_nope_head_dim}
+        whole = {"a kv_lora_rank": shape.rank, "rotated heads": shape.qk_rope_head_dim}
+        if shape.num_index_heads:
+            whole |= {"an indexer's heads": shape.index_head_dim}
     else:
         whole = {"heads": shape.head_dim}
-    refuse_on_cuda(
+    raise_if_unsupported_on_cuda(
         {f"{what} of {n}, no multiple of {_TILE}": n % _TILE > 0 for what, n in even.items()}
         | {
             f"{what} of {n}, no power of two from {_TILE}": n < _TILE or n & (n - 1) > 0

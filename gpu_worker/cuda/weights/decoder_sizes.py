@@ -13,12 +13,12 @@ from gpu_worker.checkpoint.rope import Rope
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """How a token's experts are chosen: by softmax, or by sigmoid plus the layer's correction; from
-    the `kept` best of `num_groups` groups, which count by their best expert, or by the two best
-    with sigmoid. `normalise`: the chosen weights sum to one; then `factor` scales them."""
+    the `topk_group` best of `num_groups` groups, which count by their best expert, or by the two
+    best with sigmoid. `normalise`: the chosen weights sum to one; then `factor` scales them."""
 
     sigmoid: bool = False
     num_groups: int = 1
-    kept: int = 1
+    topk_group: int = 1
     normalise: bool = True
     factor: float = 1.0
 
@@ -56,11 +56,11 @@ class DecoderSizes:
         return self.attention.q_size
 
     @property
-    def expert_values(self) -> int:
+    def num_expert_weights(self) -> int:
         return 3 * self.inner_size * self.hidden_size
 
     @property
-    def shared_values(self) -> int:
+    def num_shared_weights(self) -> int:
         """Weights that every step reads whole: attention, routers, shared experts, dense layers,
         head."""
         hidden = self.hidden_size
@@ -76,7 +76,7 @@ class DecoderSizes:
         """Of all layers."""
         shape = self.attention
         if isinstance(shape, MlaShape):
-            return self.num_layers * (shape.rank + shape.rotated_size + shape.index_size)
+            return self.num_layers * (shape.rank + shape.qk_rope_head_dim + shape.index_head_dim)
         return self.num_layers * 2 * shape.kv_size
 
 
@@ -84,8 +84,10 @@ def _attention_values(shape: GqaShape | MlaShape, hidden: int) -> int:
     """Without the output projection."""
     if isinstance(shape, GqaShape):
         return (shape.q_size + 2 * shape.kv_size) * hidden
-    expanded = shape.num_heads * (shape.plain_size + shape.value_size) * shape.rank
-    latent_q = shape.q_rank * (hidden + shape.q_size) if shape.q_rank else shape.q_size * hidden
-    indexer = (shape.index_heads + shape.index_size) * hidden
-    indexer += shape.index_heads * shape.index_size * shape.q_rank
-    return (shape.rank + shape.rotated_size) * hidden + expanded + latent_q + indexer
+    expanded = shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim) * shape.rank
+    latent_q = (
+        shape.q_lora_rank * (hidden + shape.q_size) if shape.q_lora_rank else shape.q_size * hidden
+    )
+    indexer = (shape.num_index_heads + shape.index_head_dim) * hidden
+    indexer += shape.num_index_heads * shape.index_head_dim * shape.q_lora_rank
+    return (shape.rank + shape.qk_rope_head_dim) * hidden + expanded + latent_q + indexer

@@ -4,15 +4,15 @@ reading."""
 from __future__ import annotations
 
 from gpu_worker.checkpoint.checkpoint import Shape
-from gpu_worker.checkpoint.common_tensors import frame_shapes
+from gpu_worker.checkpoint.common_tensors import common_tensor_shapes
 from gpu_worker.checkpoint.deepseek_routing import deepseek_shapes, read_deepseek_routing
 from gpu_worker.checkpoint.mla_shape import indexer_shapes, mla_shapes, read_mla_shape
 from gpu_worker.cuda.weights.common_weights import (
     decoder_sizes,
     expert_prefix,
+    raise_if_unsupported_on_cuda,
     read_decoder,
     read_mlp,
-    refuse_on_cuda,
 )
 from gpu_worker.cuda.weights.decoder_sizes import Routing
 from gpu_worker.cuda.weights.decoder_weights import (
@@ -27,13 +27,13 @@ from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.model_spec import ModelSpec
 
 
-class DeepseekWeights:
+class DeepseekCheckpoint:
     """Implements `model_loading.CheckpointLayout`."""
 
     def __init__(self, spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> None:
         raw = spec.raw
         act = raw.get("hidden_act", "silu")
-        refuse_on_cuda(
+        raise_if_unsupported_on_cuda(
             {
                 f"activation {act!r}": act != "silu",
                 "biases in attention": bool(raw.get("attention_bias", False)),
@@ -50,7 +50,7 @@ class DeepseekWeights:
             routing=Routing(
                 sigmoid=sigmoid,
                 num_groups=routing.num_groups,
-                kept=routing.kept,
+                topk_group=routing.topk_group,
                 normalise=routing.normalise,
                 factor=routing.factor,
             ),
@@ -58,11 +58,11 @@ class DeepseekWeights:
         )
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        shapes = frame_shapes(self._spec)
+        shapes = common_tensor_shapes(self._spec)
         for layer in range(self._spec.num_layers):
             prefix = f"model.layers.{layer}.self_attn"
             shapes |= mla_shapes(prefix, self._shape)
-            if self._shape.index_heads:
+            if self._shape.num_index_heads:
                 shapes |= indexer_shapes(f"{prefix}.indexer", self._shape)
             shapes |= deepseek_shapes(self._spec, self._routing, layer)
         return shapes
@@ -85,9 +85,9 @@ class DeepseekWeights:
 
     def _read_attention(self, reader: WeightReader, prefix: str) -> MlaWeights:
         shape = self._shape
-        has_latent = shape.q_rank > 0
+        has_latent = shape.q_lora_rank > 0
         up_AER = reader.read(f"{prefix}.kv_b_proj.weight").view(
-            shape.num_heads, shape.plain_size + shape.value_size, shape.rank
+            shape.num_heads, shape.qk_nope_head_dim + shape.v_head_dim, shape.rank
         )
         return MlaWeights(
             w_in_CH=reader.read(
@@ -97,9 +97,9 @@ class DeepseekWeights:
             q_norm_M=reader.read(f"{prefix}.q_a_layernorm.weight") if has_latent else None,
             w_q_NM=reader.read(f"{prefix}.q_b_proj.weight") if has_latent else None,
             kv_norm_R=reader.read(f"{prefix}.kv_a_layernorm.weight"),
-            w_uk_ARF=up_AER[:, : shape.plain_size].transpose(1, 2).contiguous(),
-            w_uv_AGR=up_AER[:, shape.plain_size :].contiguous(),
-            indexer=_read_indexer(reader, f"{prefix}.indexer") if shape.index_heads else None,
+            w_uk_ARF=up_AER[:, : shape.qk_nope_head_dim].transpose(1, 2).contiguous(),
+            w_uv_AGR=up_AER[:, shape.qk_nope_head_dim :].contiguous(),
+            indexer=_read_indexer(reader, f"{prefix}.indexer") if shape.num_index_heads else None,
         )
 
     def _read_mlp(self, reader: WeightReader, layer: int) -> MoeWeights | MlpWeights:

@@ -56,7 +56,7 @@ def advise_huge_pages(pages: mmap.mmap) -> None:
         pages.madvise(mmap.MADV_HUGEPAGE)
 
 
-def bring_into_being(bytes_B: Tensor) -> None:
+def touch_pages(bytes_B: Tensor) -> None:
     """Every page, without a change to what stands there."""
     bytes_B[:: mmap.PAGESIZE].sum()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from gpu_worker.checkpoint.checkpoint import Shape
-from gpu_worker.checkpoint.common_tensors import frame_shapes
+from gpu_worker.checkpoint.common_tensors import common_tensor_shapes
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, gqa_shapes, read_gqa_shape
 from gpu_worker.checkpoint.mlp_names import mlp_shapes
 from gpu_worker.cuda.weights.common_weights import (
     decoder_sizes,
     expert_prefix,
+    raise_if_unsupported_on_cuda,
     read_decoder,
     read_mlp,
-    refuse_on_cuda,
 )
 from gpu_worker.cuda.weights.decoder_sizes import Routing
 from gpu_worker.cuda.weights.decoder_weights import (
@@ -25,13 +25,13 @@ from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.model_spec import ModelSpec
 
 
-class Qwen3MoeWeights:
+class Qwen3MoeCheckpoint:
     """Implements `model_loading.CheckpointLayout`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
         act = raw.get("hidden_act", "silu")
-        refuse_on_cuda(
+        raise_if_unsupported_on_cuda(
             {
                 f"activation {act!r}": act not in ("silu", "swish"),
                 "sliding-window attention": bool(raw.get("use_sliding_window", False)),
@@ -49,7 +49,7 @@ class Qwen3MoeWeights:
 
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self._spec
-        shapes = frame_shapes(spec)
+        shapes = common_tensor_shapes(spec)
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}"
             shapes |= gqa_shapes(f"{prefix}.self_attn", spec.hidden_size, self._shape)

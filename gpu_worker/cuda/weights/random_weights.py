@@ -64,22 +64,22 @@ class _Source:
         )
 
     def _mla(self, shape: MlaShape) -> MlaWeights:
-        columns = (shape.q_rank or shape.q_size) + shape.rank + shape.rotated_size
+        columns = (shape.q_lora_rank or shape.q_size) + shape.rank + shape.qk_rope_head_dim
         return MlaWeights(
             w_in_CH=self.normal(columns, shape.hidden_size),
-            q_norm_M=self.norm(shape.q_rank) if shape.q_rank else None,
-            w_q_NM=self.normal(shape.q_size, shape.q_rank) if shape.q_rank else None,
+            q_norm_M=self.norm(shape.q_lora_rank) if shape.q_lora_rank else None,
+            w_q_NM=self.normal(shape.q_size, shape.q_lora_rank) if shape.q_lora_rank else None,
             kv_norm_R=self.norm(shape.rank),
-            w_uk_ARF=self.normal(shape.num_heads, shape.rank, shape.plain_size),
-            w_uv_AGR=self.normal(shape.num_heads, shape.value_size, shape.rank),
-            indexer=self._indexer(shape) if shape.index_heads else None,
+            w_uk_ARF=self.normal(shape.num_heads, shape.rank, shape.qk_nope_head_dim),
+            w_uv_AGR=self.normal(shape.num_heads, shape.v_head_dim, shape.rank),
+            indexer=self._indexer(shape) if shape.num_index_heads else None,
         )
 
     def _indexer(self, shape: MlaShape) -> IndexerWeights:
-        heads, size = shape.index_heads, shape.index_size
+        heads, size = shape.num_index_heads, shape.index_head_dim
         return IndexerWeights(
             w_in_CH=self.normal(size + heads, shape.hidden_size),
-            w_q_NM=self.normal(heads * size, shape.q_rank),
+            w_q_NM=self.normal(heads * size, shape.q_lora_rank),
             k_norm_Z=torch.empty(size, device=self._device).uniform_(0.5, 1.5),
             k_bias_Z=torch.empty(size, device=self._device).uniform_(-0.5, 0.5),
         )

@@ -42,17 +42,17 @@ class WeightReader:
         return torch.from_numpy(self._checkpoint.read(name)).to(self._device)
 
     def _copy(self, name: str, out_N: Tensor) -> None:
-        room = self._staging_N.numel()
-        if out_N.numel() <= room:
+        staging_size = self._staging_N.numel()
+        if out_N.numel() <= staging_size:
             staged_N = self._staging_N[: out_N.numel()]
             copy_onto_host(self._checkpoint, name, staged_N)
             out_N.copy_(staged_N)
             return
         whole_N = _on_host(self._checkpoint, name)
-        for first in range(0, out_N.numel(), room):
+        for first in range(0, out_N.numel(), staging_size):
             staged_N = self._staging_N[: out_N.numel() - first]
-            staged_N.copy_(whole_N[first : first + room])
-            out_N[first : first + room].copy_(staged_N)
+            staged_N.copy_(whole_N[first : first + staging_size])
+            out_N[first : first + staging_size].copy_(staged_N)
 
 
 def copy_onto_host(checkpoint: Checkpoint, name: str, out_N: Tensor) -> None:

@@ -95,13 +95,13 @@ def test_streams_that_ran_when_something_happened_are_those_to_be_compared() -> 
     assert ran_at(streams, [STRUCK_AT, 15.0], now=20.0) == [through, waiting, endless]
 
 
-def steady(begin: float, end: float, tokens_per_s: int) -> list[Arrival]:
+def steady_window(begin: float, end: float, tokens_per_s: int) -> list[Arrival]:
     count = round((end - begin) * tokens_per_s)
     return [Arrival(at=begin + i / tokens_per_s, num_tokens=1) for i in range(count)]
 
 
 def test_throughput_is_back_after_the_silence_when_it_reaches_its_share() -> None:
-    arrivals = steady(0, 10, 100) + steady(10.3, 11, 20) + steady(11, 15, 80)
+    arrivals = steady_window(0, 10, 100) + steady_window(10.3, 11, 20) + steady_window(11, 15, 80)
     seen = Throughput(arrivals)
     assert seen.tokens_per_s(5, 10) == pytest.approx(100, rel=0.01)
     back = seen.recovered_ms(FAULT, wanted=80, now=15.0)
@@ -111,7 +111,9 @@ def test_throughput_is_back_after_the_silence_when_it_reaches_its_share() -> Non
 
 
 def test_a_silence_that_begins_later_is_not_the_faults() -> None:
-    seen = Throughput(steady(0, 10, 100) + steady(10.2, 13, 100) + steady(14, 20, 100))
+    seen = Throughput(
+        steady_window(0, 10, 100) + steady_window(10.2, 13, 100) + steady_window(14, 20, 100)
+    )
     assert seen.recovered_ms(FAULT, wanted=100, now=20.0) == pytest.approx(200, abs=20)
 
 

@@ -9,11 +9,11 @@ import pytest
 from benchmarks.gpu_serve_load import Arrival
 from benchmarks.gpu_server import rank_options
 from benchmarks.gpu_server_rates import (
+    CardSharing,
     Round,
-    Shared,
     distinct_experts,
     server_row,
-    steady,
+    steady_window,
     step_bytes,
     table,
 )
@@ -38,14 +38,14 @@ def round_of(*streams: list[Arrival], error: str | None = None) -> Round:
 
 def test_what_comes_while_others_wait_or_have_ended_does_not_count() -> None:
     early, late = stream(1.0, 2.0, 3.0, 4.0, 5.0), stream(3.0, 4.0, 5.0, 6.0, 7.0)
-    found = steady([early, late])
+    found = steady_window([early, late])
     assert found is not None
     assert (found.seconds, found.num_tokens) == (2.0, 4)
     assert found.emitted == pytest.approx((3 + 1 + 5 + 3) / 4)
 
 
 def test_several_tokens_of_a_chunk_all_count() -> None:
-    found = steady([stream(1.0, 2.0, 3.0, num_tokens=3)])
+    found = steady_window([stream(1.0, 2.0, 3.0, num_tokens=3)])
     assert found is not None
     assert (found.seconds, found.num_tokens, found.emitted) == (2.0, 6, 6.0)
 
@@ -55,7 +55,7 @@ def test_several_tokens_of_a_chunk_all_count() -> None:
     [[], [[]], [stream(1.0, 2.0), []], [stream(1.0, 2.0), stream(2.0, 3.0)], [stream(1.0)]],
 )
 def test_without_a_moment_of_all_there_is_no_window(streams: list[list[Arrival]]) -> None:
-    assert steady(streams) is None
+    assert steady_window(streams) is None
 
 
 def test_one_token_chooses_top_k_experts_and_many_choose_all() -> None:
@@ -65,16 +65,18 @@ def test_one_token_chooses_top_k_experts_and_many_choose_all() -> None:
 
 
 def test_one_rank_reads_its_shared_weights_chosen_experts_and_kv() -> None:
-    alone = step_bytes(SIZES, Shared(ranks=1, cards=1), batch=1, context=0)
-    assert alone == pytest.approx(2 * (8 * 48 * SIZES.expert_values + SIZES.shared_values))
-    with_kv = step_bytes(SIZES, Shared(ranks=1, cards=1), batch=1, context=100)
+    alone = step_bytes(SIZES, CardSharing(ranks=1, cards=1), batch=1, context=0)
+    assert alone == pytest.approx(
+        2 * (8 * 48 * SIZES.num_expert_weights + SIZES.num_shared_weights)
+    )
+    with_kv = step_bytes(SIZES, CardSharing(ranks=1, cards=1), batch=1, context=100)
     assert with_kv - alone == pytest.approx(2 * 100 * 48 * 2 * 4 * 128)
 
 
 def test_ranks_of_one_card_read_shared_weights_each_and_a_chosen_expert_once() -> None:
-    found = step_bytes(SIZES, Shared(ranks=2, cards=1), batch=8, context=300)
-    experts = distinct_experts(128, 8, 16) * 48 * SIZES.expert_values
-    own = SIZES.shared_values + 8 * 300 * SIZES.kv_values_per_token
+    found = step_bytes(SIZES, CardSharing(ranks=2, cards=1), batch=8, context=300)
+    experts = distinct_experts(128, 8, 16) * 48 * SIZES.num_expert_weights
+    own = SIZES.num_shared_weights + 8 * 300 * SIZES.kv_values_per_token
     assert found == pytest.approx(2 * (experts + 2 * own))
 
 
@@ -82,9 +84,9 @@ def test_ranks_of_one_card_read_shared_weights_each_and_a_chosen_expert_once() -
     ("ranks", "cards", "of_a_card"), [(1, 4, 1), (2, 2, 1), (3, 2, 2), (8, 4, 2), (2, 1, 2)]
 )
 def test_the_card_with_most_ranks_sets_the_floor(ranks: int, cards: int, of_a_card: int) -> None:
-    shared = Shared(ranks=ranks, cards=cards)
+    shared = CardSharing(ranks=ranks, cards=cards)
     assert shared.of_a_card == of_a_card
-    whole = step_bytes(SIZES, Shared(ranks=ranks, cards=1), batch=4, context=64)
+    whole = step_bytes(SIZES, CardSharing(ranks=ranks, cards=1), batch=4, context=64)
     assert step_bytes(SIZES, shared, batch=4, context=64) == pytest.approx(
         whole * of_a_card / ranks
     )
@@ -94,7 +96,7 @@ def test_a_row_pools_its_rounds_and_knows_its_share() -> None:
     rounds = [round_of(stream(1.0, 1.5, 2.0)), round_of(stream(1.0, 2.0, 4.0))]
     row = server_row(
         rounds,
-        Shared(ranks=1, cards=1),
+        CardSharing(ranks=1, cards=1),
         batch=1,
         prompt_tokens=64,
         sizes=SIZES,
@@ -105,7 +107,7 @@ def test_a_row_pools_its_rounds_and_knows_its_share() -> None:
     assert row.context == 66
     assert row.itl_ms.max == 2000.0
     assert row.floor is not None
-    nbytes = step_bytes(SIZES, Shared(ranks=1, cards=1), batch=1, context=66)
+    nbytes = step_bytes(SIZES, CardSharing(ranks=1, cards=1), batch=1, context=66)
     assert row.floor.gigabytes == pytest.approx(nbytes / 1e9)
     assert row.floor.share == pytest.approx(nbytes / 4e12 / 1.0)
     assert len(table([row]).splitlines()) == 2
@@ -114,7 +116,12 @@ def test_a_row_pools_its_rounds_and_knows_its_share() -> None:
 def test_a_failed_stream_leaves_no_rate_but_its_words() -> None:
     rounds = [round_of(stream(1.0, 2.0)), round_of(stream(1.0), error="broke off")]
     row = server_row(
-        rounds, Shared(ranks=1, cards=1), batch=1, prompt_tokens=8, sizes=SIZES, copy_tb_per_s=4.0
+        rounds,
+        CardSharing(ranks=1, cards=1),
+        batch=1,
+        prompt_tokens=8,
+        sizes=SIZES,
+        copy_tb_per_s=4.0,
     )
     assert (row.tokens_per_s, row.step_ms, row.floor) == (None, None, None)
     assert row.errors == ("broke off",)

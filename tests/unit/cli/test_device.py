@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.up.device import DevicePlan, plan_device, visible
+from cli.up.device import DevicePlan, num_visible_gpus, plan_device
 from shared.errors import ConfigError
 
 
@@ -49,4 +49,4 @@ def test_what_needs_a_card_says_so_without_one(
     ],
 )
 def test_only_visible_cards_count(environ: dict[str, str], expected: int) -> None:
-    assert visible(4, environ) == expected
+    assert num_visible_gpus(4, environ) == expected

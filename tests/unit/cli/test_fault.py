@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import signal
 
-from cli.bench.fault import Disturbed, FaultLoad, compared, fresh_prompts
+from cli.bench.fault import FaultLoad, FaultRun, fault_result, fresh_prompts
 from cli.bench.stream_client import StreamRecord
 
 LOAD = FaultLoad(
@@ -20,8 +20,8 @@ def record(
     return StreamRecord(sent_at=0.0, rank=rank, ids=ids, arrivals=[*arrivals], error=error)
 
 
-def disturbed(*records: StreamRecord) -> Disturbed:
-    return Disturbed(
+def disturbed(*records: StreamRecord) -> FaultRun:
+    return FaultRun(
         rank=1,
         killed_at=2.0,
         prompts=[[n] for n in range(len(records))],
@@ -37,7 +37,7 @@ def test_gaps_are_told_by_who_had_the_stream() -> None:
         record(None, [1, 2], 1.5, 2.25),
         record(2, [1, 2], 1.0, 1.5),
     )
-    found = compared(one, one.records)
+    found = fault_result(one, one.records)
     assert found.survivors_ms == (1500.0,)
     assert found.victims_ms == (2500.0,)
     assert found.unknown_ms == (750.0,)
@@ -51,7 +51,7 @@ def test_streams_count_as_wrong_that_differ_in_a_token_or_lack_one() -> None:
         record(1, [1, 2], 1.0, 3.0, error="the stream broke off"),
     )
     answers = [record(0, [1, 2, 3]) for _ in range(3)]
-    found = compared(one, answers)
+    found = fault_result(one, answers)
     assert found.wrong == 2
     assert found.errors == ("the stream broke off",)
 

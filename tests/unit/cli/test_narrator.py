@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from cli.observe.narrator import Line, Narrator
+from cli.observe.event_formatter import EventFormatter, EventLine
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
@@ -64,14 +64,14 @@ def event(key: str, value: bytes | None) -> WatchEvent:
     return WatchEvent(key=key, value=value, mod_revision=1)
 
 
-def told(narrator: Narrator, *events: WatchEvent) -> list[Line]:
-    return [line for item in events for line in narrator.lines(item)]
+def narrate(formatter: EventFormatter, *events: WatchEvent) -> list[EventLine]:
+    return [line for item in events for line in formatter.lines(item)]
 
 
 def test_a_lease_comes_and_goes() -> None:
     record = rank_record(3)
     key = KEYS.rank(record.rank, record.incarnation)
-    came, gone = told(Narrator(KEYS), event(key, pack_record(record)), event(key, None))
+    came, gone = narrate(EventFormatter(KEYS), event(key, pack_record(record)), event(key, None))
     assert (came.kind, came.fields["rank"], came.fields["pid"]) == ("lease_came", 3, 103)
     assert (gone.kind, gone.fields["incarnation"]) == ("lease_gone", 1)
     assert "3.1" in gone.text
@@ -81,7 +81,9 @@ def test_a_rank_that_becomes_ready_says_so() -> None:
     record = rank_record(0)
     ready = dataclasses.replace(record, state=RankState.READY)
     key = KEYS.rank(record.rank, record.incarnation)
-    lines = told(Narrator(KEYS), event(key, pack_record(record)), event(key, pack_record(ready)))
+    lines = narrate(
+        EventFormatter(KEYS), event(key, pack_record(record)), event(key, pack_record(ready))
+    )
     assert [line.kind for line in lines] == ["lease_came", "rank_state"]
     assert lines[1].fields["state"] == "ready"
 
@@ -89,8 +91,8 @@ def test_a_rank_that_becomes_ready_says_so() -> None:
 def test_a_map_says_who_left_who_joined_and_what_moved() -> None:
     before = expert_map(4, [(0, 1), (1, 1)], [[0, 1], [0, 1]])
     after = expert_map(5, [(0, 1), (1, 2)], [[0, -1], [1, 0]])
-    _, line = told(
-        Narrator(KEYS), event(KEYS.map, pack_map(before)), event(KEYS.map, pack_map(after))
+    _, line = narrate(
+        EventFormatter(KEYS), event(KEYS.map, pack_map(before)), event(KEYS.map, pack_map(after))
     )
     assert line.fields == {
         "epoch": 5,
@@ -123,8 +125,8 @@ def test_suspicions_and_verdicts_name_their_reasons() -> None:
         first_signal_at=10.0,
         decided_at=10.025,
     )
-    raised, judged, dropped = told(
-        Narrator(KEYS),
+    raised, judged, dropped = narrate(
+        EventFormatter(KEYS),
         event(KEYS.suspicion(RankId(2), Incarnation(1), "agent:n"), pack_record(suspicion)),
         event(KEYS.verdict(RankId(2), Incarnation(1)), pack_record(verdict)),
         event(KEYS.suspicion(RankId(2), Incarnation(1), "agent:n"), None),
@@ -138,8 +140,8 @@ def test_suspicions_and_verdicts_name_their_reasons() -> None:
 def test_assignments_and_residents_are_told_apart() -> None:
     member = Member(rank=RankId(0), incarnation=Incarnation(1))
     value = pack_record(SlotContents.of(member, np.array([[0, -1], [1, 0]], dtype=np.int16)))
-    assigned, holds = told(
-        Narrator(KEYS),
+    assigned, holds = narrate(
+        EventFormatter(KEYS),
         event(KEYS.assignment(RankId(0), Incarnation(1)), value),
         event(KEYS.resident(RankId(0), Incarnation(1)), value),
     )
@@ -162,9 +164,9 @@ def test_a_second_snapshot_tells_only_what_changed_meanwhile() -> None:
         ]
         return Snapshot(revision=1, values=tuple(values))
 
-    narrator = Narrator(KEYS)
-    assert len(list(narrator.lines(snapshot(stays, leaves)))) == 2
-    lines = list(narrator.lines(snapshot(stays, comes)))
+    formatter = EventFormatter(KEYS)
+    assert len(list(formatter.lines(snapshot(stays, leaves)))) == 2
+    lines = list(formatter.lines(snapshot(stays, comes)))
     assert [(line.kind, line.fields["rank"]) for line in lines] == [
         ("lease_gone", 1),
         ("lease_came", 2),
@@ -172,4 +174,7 @@ def test_a_second_snapshot_tells_only_what_changed_meanwhile() -> None:
 
 
 def test_a_garbled_or_foreign_value_is_passed_over() -> None:
-    assert told(Narrator(KEYS), event(KEYS.map, b"\xff"), event(KEYS.root + "new/1", b"x")) == []
+    assert (
+        narrate(EventFormatter(KEYS), event(KEYS.map, b"\xff"), event(KEYS.root + "new/1", b"x"))
+        == []
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.bench.own_options import OwnOptions, rank_options_of
+from cli.bench.temporary_options import TemporaryInstanceOptions, parse_rank_options
 from shared.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def value_of(flags: list[str], flag: str) -> str:
 
 
 def test_every_option_becomes_a_flag_of_up(tmp_path: Path) -> None:
-    options = OwnOptions(
+    options = TemporaryInstanceOptions(
         model=tmp_path, ranks=2, device="cuda", redundant_experts=16, slots_per_rank=9, static=True
     )
     flags = options.flags()
@@ -29,16 +29,16 @@ def test_every_option_becomes_a_flag_of_up(tmp_path: Path) -> None:
 
 
 def test_without_a_model_it_is_the_elastic_reference_size() -> None:
-    flags = OwnOptions().flags()
+    flags = TemporaryInstanceOptions().flags()
     assert "--seeded" in flags
     assert "--model" not in flags
     assert "--static" not in flags
 
 
 def test_options_of_ranks_go_by_their_environment() -> None:
-    given = rank_options_of(["kv_tokens=65536", "--running-max=128", "replicas=a=b"])
+    given = parse_rank_options(["kv_tokens=65536", "--running-max=128", "replicas=a=b"])
     assert given == {"kv_tokens": "65536", "running_max": "128", "replicas": "a=b"}
-    assert OwnOptions(rank_options=given).environment() == {
+    assert TemporaryInstanceOptions(rank_options=given).environment() == {
         "STARFISH_RANK_KV_TOKENS": "65536",
         "STARFISH_RANK_RUNNING_MAX": "128",
         "STARFISH_RANK_REPLICAS": "a=b",
@@ -48,10 +48,12 @@ def test_options_of_ranks_go_by_their_environment() -> None:
 @pytest.mark.parametrize("text", ["kv_tokens", "kv_tokens=", "=5", ""])
 def test_an_option_without_name_or_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--rank-option"):
-        rank_options_of([text])
+        parse_rank_options([text])
 
 
 def test_an_instance_without_cache_keeps_all_other_options() -> None:
-    options = OwnOptions(ranks=2, rank_options={"kv_tokens": "512", "prefix_cache": "true"})
+    options = TemporaryInstanceOptions(
+        ranks=2, rank_options={"kv_tokens": "512", "prefix_cache": "true"}
+    )
     assert options.without_cache().rank_options == {"kv_tokens": "512", "prefix_cache": "false"}
     assert options.without_cache().ranks == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.bench.serve import ERRORS, TOKENS_PER_S, ServeRow, compared
+from cli.bench.serve import ERRORS, TOKENS_PER_S, ServeRow, comparison_rows
 from cli.bench.stats import Spread
 
 
@@ -23,7 +23,7 @@ STATIC = [row(100, 30), row(200, 30), row(80, 1), row(4, 8, concurrency=1)]
 
 
 def test_rows_are_medians_of_their_own_concurrency() -> None:
-    found = {(r.concurrency, r.quantity): r for r in compared((1, 8), ELASTIC, STATIC)}
+    found = {(r.concurrency, r.quantity): r for r in comparison_rows((1, 8), ELASTIC, STATIC)}
     rate = found[8, TOKENS_PER_S]
     assert (rate.elastic, rate.static) == (90, 100)
     ttft = found[8, "TTFT p50 ms"]
@@ -33,7 +33,9 @@ def test_rows_are_medians_of_their_own_concurrency() -> None:
 
 
 def test_an_overhead_is_positive_where_elasticity_costs() -> None:
-    found = {(r.concurrency, r.quantity): r.overhead for r in compared((1, 8), ELASTIC, STATIC)}
+    found = {
+        (r.concurrency, r.quantity): r.overhead for r in comparison_rows((1, 8), ELASTIC, STATIC)
+    }
     assert found[8, TOKENS_PER_S] == pytest.approx(0.1)
     assert found[8, "TTFT p50 ms"] == pytest.approx(0.1)
     assert found[1, TOKENS_PER_S] == pytest.approx(-0.25)
@@ -41,5 +43,5 @@ def test_an_overhead_is_positive_where_elasticity_costs() -> None:
 
 
 def test_errors_are_counted_over_all_pairs_and_are_no_overhead() -> None:
-    (errors,) = (r for r in compared((8,), ELASTIC, STATIC) if r.quantity == ERRORS)
+    (errors,) = (r for r in comparison_rows((8,), ELASTIC, STATIC) if r.quantity == ERRORS)
     assert (errors.elastic, errors.static, errors.overhead) == (2, 0, None)

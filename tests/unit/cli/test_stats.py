@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cli.bench.fault import FaultReport, Try
+from cli.bench.fault import FaultReport, FaultResult
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamRecord
 
@@ -32,7 +32,7 @@ def test_a_gap_that_ended_before_the_fault_does_not_count() -> None:
 
 
 def test_what_the_fault_added_is_the_gap_less_the_normal_one() -> None:
-    one = Try(
+    one = FaultResult(
         rank=1,
         killed_at=0.0,
         survivors_ms=(50.0, 60.0),

@@ -95,7 +95,7 @@ def test_a_rank_without_a_record_is_dead() -> None:
     assert rank_status(view(), RankId(3), None, None)["state"] == "dead"
 
 
-def test_the_map_decides_which_life_counts() -> None:
+def test_the_map_decides_which_incarnation_counts() -> None:
     found = view()
     found.ranks.append(record(0, 3, RankState.STARTING))
     chosen = found.record_of(0)

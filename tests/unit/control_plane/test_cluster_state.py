@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from control_plane.cluster_state import (
-    ClusterView,
-    LeaderGone,
+    ClusterState,
+    LeaderDeleted,
     LeaderPut,
-    Malformed,
-    RecordGone,
+    MalformedValue,
+    RecordDeleted,
     RecordPut,
     SuspicionRaised,
     VerdictPut,
@@ -65,36 +65,36 @@ def gone(key: str, revision: int) -> WatchEvent:
     return WatchEvent(key=key, value=None, mod_revision=revision)
 
 
-def standing(key: str, value: object, revision: int) -> KeyValue:
+def key_value(key: str, value: object, revision: int) -> KeyValue:
     return KeyValue(
         key=key, value=pack_record(value), create_revision=revision, mod_revision=revision
     )
 
 
 @pytest.fixture
-def view() -> ClusterView:
-    return ClusterView(KEYS)
+def view() -> ClusterState:
+    return ClusterState(KEYS)
 
 
 def key_of(value: RankRecord) -> str:
     return KEYS.rank(value.rank, value.incarnation)
 
 
-def test_records_come_and_go(view: ClusterView) -> None:
+def test_records_come_and_go(view: ClusterState) -> None:
     one = record(1)
     assert view.apply(put(key_of(one), one, 5)) == [RecordPut(record=one)]
     assert view.records == {one.member: one}
-    assert view.apply(gone(key_of(one), 6)) == [RecordGone(member=one.member)]
+    assert view.apply(gone(key_of(one), 6)) == [RecordDeleted(member=one.member)]
     assert view.records == {}
 
 
-def test_the_newest_life_of_a_rank_stands_for_it(view: ClusterView) -> None:
+def test_the_newest_incarnation_of_a_rank_represents_it(view: ClusterState) -> None:
     for value in (record(1, 2), record(1, 1), record(0, 1)):
         view.apply(put(key_of(value), value, 5))
     assert {r: v.incarnation for r, v in view.newest_records().items()} == {0: 1, 1: 2}
 
 
-def test_what_is_old_or_known_changes_nothing(view: ClusterView) -> None:
+def test_what_is_old_or_known_changes_nothing(view: ClusterState) -> None:
     one = record(1)
     view.apply(put(key_of(one), one, 5))
     version = view.version
@@ -104,36 +104,36 @@ def test_what_is_old_or_known_changes_nothing(view: ClusterView) -> None:
     assert view.records == {one.member: one}
 
 
-def test_a_snapshot_tells_what_was_missed(view: ClusterView) -> None:
+def test_a_snapshot_tells_what_was_missed(view: ClusterState) -> None:
     stays, leaves, comes = record(0), record(1), record(2)
     for value in (stays, leaves):
         view.apply(put(key_of(value), value, 5))
-    values = (standing(key_of(stays), stays, 5), standing(key_of(comes), comes, 8))
+    values = (key_value(key_of(stays), stays, 5), key_value(key_of(comes), comes, 8))
     changes = view.apply(Snapshot(revision=9, values=values))
-    assert changes == [RecordGone(member=leaves.member), RecordPut(record=comes)]
+    assert changes == [RecordDeleted(member=leaves.member), RecordPut(record=comes)]
     assert view.synced
 
 
 def test_a_snapshot_of_an_etcd_that_lost_its_data_counts_though_its_revisions_are_lower(
-    view: ClusterView,
+    view: ClusterState,
 ) -> None:
     view.apply(put(KEYS.leader, LEADER, 500))
     other = LeaderRecord(control_plane="b", pid=2, term=1, since=0.0)
-    view.apply(Snapshot(revision=3, values=(standing(KEYS.leader, other, 2),)))
+    view.apply(Snapshot(revision=3, values=(key_value(KEYS.leader, other, 2),)))
     assert view.leader == other
     assert view.revision_of(KEYS.leader) == 2
 
 
-def test_the_leader_key_and_its_revision(view: ClusterView) -> None:
+def test_the_leader_key_and_its_revision(view: ClusterState) -> None:
     assert view.apply(put(KEYS.leader, LEADER, 5)) == [LeaderPut(record=LEADER)]
     assert view.revision_of(KEYS.leader) == 5
-    assert view.apply(gone(KEYS.leader, 6)) == [LeaderGone()]
+    assert view.apply(gone(KEYS.leader, 6)) == [LeaderDeleted()]
     assert view.revision_of(KEYS.leader) == 0
     view.apply(put(KEYS.term, 4, 7))
     assert view.term == 4
 
 
-def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(view: ClusterView) -> None:
+def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(view: ClusterState) -> None:
     member = Member(rank=RankId(1), incarnation=Incarnation(2))
     contents = SlotContents(
         rank=member.rank, incarnation=member.incarnation, num_layers=1, slots=b"\0\0"
@@ -177,14 +177,14 @@ def member_ids(member: Member) -> tuple[RankId, Incarnation]:
     return member.rank, member.incarnation
 
 
-def test_garbage_is_named_and_left_out(view: ClusterView) -> None:
+def test_garbage_is_named_and_left_out(view: ClusterState) -> None:
     one = record(1)
     (change,) = view.apply(WatchEvent(key=key_of(one), value=b"\xc1", mod_revision=5))
-    assert isinstance(change, Malformed)
+    assert isinstance(change, MalformedValue)
     assert view.records == {}
 
 
-def test_keys_of_others_are_none_of_our_business(view: ClusterView) -> None:
+def test_keys_of_others_are_none_of_our_business(view: ClusterState) -> None:
     for key in (
         KEYS.agents + "n",
         KEYS.gateways + "g",

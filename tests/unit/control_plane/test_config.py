@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
-from control_plane.spec_keeper import difference
+from control_plane.spec_publisher import difference
 from shared.config import Timings
 from shared.errors import ConfigError
 from shared.model_spec import ModelSpec

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from control_plane.failure_detector import DetectorTimings, FailureDetector
-from control_plane.verdicts import Alarm, AlarmKind, Dead, Judgement
+from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead, Judgement
 from shared.records import Suspicion
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
 from shared.wire import Load, Pong
@@ -34,7 +34,7 @@ def suspicion(
     )
 
 
-class Bench:
+class DetectorHarness:
     """A detector with members 0 … n-1, all registered, connected and heard of at the start."""
 
     def __init__(self, count: int = 4, timings: DetectorTimings = TIMINGS) -> None:
@@ -47,7 +47,7 @@ class Bench:
             self.take(self.detector.on_record(one, self.now))
         self.take(self.detector.on_members(self.members, self.now))
         for one in self.members:
-            self.take(self.detector.on_probe_standing(one, self.now))
+            self.take(self.detector.on_probe_connected(one, self.now))
             self.pong(one.rank)
 
     def take(self, judgements: list[Judgement]) -> None:
@@ -78,7 +78,7 @@ class Bench:
 
     def lose_lease(self, *ranks: int) -> None:
         for rank in ranks:
-            self.take(self.detector.on_record_gone(member(rank), self.now))
+            self.take(self.detector.on_record_deleted(member(rank), self.now))
 
     def pass_time(
         self, seconds: float, *answering: int, engine_age_ms: float = 0.0, tick_s: float = 0.01
@@ -92,7 +92,7 @@ class Bench:
 
     @property
     def dead(self) -> dict[int, SuspicionReason]:
-        return {n.member.rank: n.cause for n in self.news if isinstance(n, Dead)}
+        return {n.member.rank: n.cause for n in self.news if isinstance(n, DeclaredDead)}
 
     @property
     def alarms(self) -> list[AlarmKind]:
@@ -100,356 +100,368 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def harness() -> DetectorHarness:
+    return DetectorHarness()
 
 
-def test_peace_judges_nobody(bench: Bench) -> None:
-    bench.pass_time(10.0, 0, 1, 2, 3, tick_s=0.1)
-    assert bench.news == []
-    assert not bench.detector.urgent
+def test_without_signals_nobody_is_declared_dead(harness: DetectorHarness) -> None:
+    harness.pass_time(10.0, 0, 1, 2, 3, tick_s=0.1)
+    assert harness.news == []
+    assert not harness.detector.urgent
 
 
-def test_an_exit_is_a_death_at_once_though_probes_answer(bench: Bench) -> None:
-    bench.suspect(2, SuspicionReason.EXIT)
-    assert bench.dead == {2: SuspicionReason.EXIT}
+def test_an_exit_is_a_death_at_once_though_probes_answer(harness: DetectorHarness) -> None:
+    harness.suspect(2, SuspicionReason.EXIT)
+    assert harness.dead == {2: SuspicionReason.EXIT}
 
 
-def test_a_death_is_told_once(bench: Bench) -> None:
-    bench.suspect(2, SuspicionReason.EXIT)
-    bench.suspect(2, SuspicionReason.EXIT)
-    bench.lose_lease(2)
-    bench.pass_time(1.0, 0, 1, 3)
-    assert len(bench.news) == 1
+def test_a_death_is_told_once(harness: DetectorHarness) -> None:
+    harness.suspect(2, SuspicionReason.EXIT)
+    harness.suspect(2, SuspicionReason.EXIT)
+    harness.lose_lease(2)
+    harness.pass_time(1.0, 0, 1, 3)
+    assert len(harness.news) == 1
 
 
-def test_a_suspicion_alone_is_no_death_and_a_vouching_pong_ends_it(bench: Bench) -> None:
-    bench.suspect(1)
-    assert bench.detector.urgent
-    bench.pass_time(0.02, 0, 1, 2, 3)
-    assert not bench.detector.urgent
-    bench.pass_time(1.0, 0, 1, 2, 3)
-    assert bench.news == []
+def test_a_suspicion_alone_is_no_death_and_a_healthy_pong_ends_it(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    assert harness.detector.urgent
+    harness.pass_time(0.02, 0, 1, 2, 3)
+    assert not harness.detector.urgent
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.news == []
 
 
 @pytest.mark.parametrize("reason", list(SuspicionReason))
 def test_a_suspected_member_that_is_silent_for_the_window_is_dead(
-    bench: Bench, reason: SuspicionReason
+    harness: DetectorHarness, reason: SuspicionReason
 ) -> None:
-    bench.suspect(1, reason)
+    harness.suspect(1, reason)
     if reason is not SuspicionReason.EXIT:
         stopped = reason is SuspicionReason.STOPPED
         window_s = TIMINGS.stopped_s if stopped else TIMINGS.window_s
-        bench.pass_time(window_s - 0.02, 0, 2, 3)
-        assert bench.dead == {}
-        bench.pass_time(0.04, 0, 2, 3)
-    assert bench.dead == {1: reason}
+        harness.pass_time(window_s - 0.02, 0, 2, 3)
+        assert harness.dead == {}
+        harness.pass_time(0.04, 0, 2, 3)
+    assert harness.dead == {1: reason}
 
 
-def test_a_stopped_process_that_goes_on_in_time_lives(bench: Bench) -> None:
-    bench.suspect(1, SuspicionReason.STOPPED)
-    bench.pass_time(TIMINGS.stopped_s - 0.02, 0, 2, 3)
-    bench.pass_time(1.0, 0, 1, 2, 3)
-    assert bench.dead == {}
+def test_a_stopped_process_that_goes_on_in_time_lives(harness: DetectorHarness) -> None:
+    harness.suspect(1, SuspicionReason.STOPPED)
+    harness.pass_time(TIMINGS.stopped_s - 0.02, 0, 2, 3)
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.dead == {}
 
 
-def test_a_stuck_engine_is_silence_though_the_event_loop_answers(bench: Bench) -> None:
-    bench.suspect(1)
+def test_a_stuck_engine_is_silence_though_the_event_loop_answers(harness: DetectorHarness) -> None:
+    harness.suspect(1)
     for _ in range(30):
-        bench.pong(1, engine_age_ms=(bench.now - 99.0) * 1000)
-        bench.pass_time(0.01, 0, 2, 3)
-    assert bench.dead == {1: SuspicionReason.EXCHANGE}
+        harness.pong(1, engine_age_ms=(harness.now - 99.0) * 1000)
+        harness.pass_time(0.01, 0, 2, 3)
+    assert harness.dead == {1: SuspicionReason.EXCHANGE}
 
 
-def test_a_rank_that_only_waits_for_its_peers_is_fine(bench: Bench) -> None:
+def test_a_rank_that_only_waits_for_its_peers_is_fine(harness: DetectorHarness) -> None:
     for _ in range(100):
-        bench.suspect(1)
-        bench.pong(1, engine_age_ms=2.0, waiting_for=(3,))
-        bench.pass_time(0.02, 0, 2, 3)
-    assert bench.news == []
+        harness.suspect(1)
+        harness.pong(1, engine_age_ms=2.0, waiting_for=(3,))
+        harness.pass_time(0.02, 0, 2, 3)
+    assert harness.news == []
 
 
-def test_a_pong_from_before_the_suspicion_does_not_vouch(bench: Bench) -> None:
-    bench.pass_time(0.1, 0, 1, 2, 3)
-    bench.suspect(1)
-    bench.pong(1, engine_age_ms=50.0)
-    assert bench.detector.suspected == (member(1),)
+def test_a_pong_from_before_the_suspicion_does_not_clear_it(harness: DetectorHarness) -> None:
+    harness.pass_time(0.1, 0, 1, 2, 3)
+    harness.suspect(1)
+    harness.pong(1, engine_age_ms=50.0)
+    assert harness.detector.suspected == (member(1),)
 
 
-def test_silence_of_peace_makes_us_suspect_by_ourselves(bench: Bench) -> None:
-    bench.pass_time(TIMINGS.quiet_s + TIMINGS.window_s + 0.5, 0, 2, 3, tick_s=0.02)
-    assert bench.dead == {1: SuspicionReason.SILENCE}
+def test_silence_without_signals_raises_our_own_suspicion(harness: DetectorHarness) -> None:
+    harness.pass_time(TIMINGS.probe_silence_s + TIMINGS.window_s + 0.5, 0, 2, 3, tick_s=0.02)
+    assert harness.dead == {1: SuspicionReason.SILENCE}
 
 
-def test_a_refused_probe_is_a_death_at_once(bench: Bench) -> None:
-    bench.take(bench.detector.on_probe_refused(member(3), bench.now))
-    assert bench.dead == {3: SuspicionReason.RESET}
+def test_a_refused_probe_is_a_death_at_once(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_probe_refused(member(3), harness.now))
+    assert harness.dead == {3: SuspicionReason.RESET}
 
 
-def test_a_broken_probe_alone_is_a_suspicion(bench: Bench) -> None:
-    bench.take(bench.detector.on_probe_broken(member(3), bench.now))
-    assert bench.dead == {}
-    bench.take(bench.detector.on_probe_standing(member(3), bench.now))
-    bench.pass_time(0.05, 0, 1, 2, 3)
-    assert bench.dead == {}
-    assert not bench.detector.urgent
+def test_a_broken_probe_alone_is_a_suspicion(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_probe_broken(member(3), harness.now))
+    assert harness.dead == {}
+    harness.take(harness.detector.on_probe_connected(member(3), harness.now))
+    harness.pass_time(0.05, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert not harness.detector.urgent
 
 
 @pytest.mark.parametrize("probe_first", [True, False])
 @pytest.mark.parametrize(
     "reason", [SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReason.EXCHANGE]
 )
-def test_a_broken_probe_and_somebody_elses_doubt_is_a_death_at_once(
-    bench: Bench, probe_first: bool, reason: SuspicionReason
+def test_a_broken_probe_and_a_peers_suspicion_is_a_death_at_once(
+    harness: DetectorHarness, probe_first: bool, reason: SuspicionReason
 ) -> None:
     signals: list[Callable[[], None]] = [
-        lambda: bench.take(bench.detector.on_probe_broken(member(3), bench.now)),
-        lambda: bench.suspect(3, reason),
+        lambda: harness.take(harness.detector.on_probe_broken(member(3), harness.now)),
+        lambda: harness.suspect(3, reason),
     ]
     for signal in signals if probe_first else reversed(signals):
         signal()
-    assert set(bench.dead) == {3}
+    assert set(harness.dead) == {3}
 
 
-def test_a_lost_lease_and_a_broken_probe_is_a_death_at_once(bench: Bench) -> None:
-    bench.take(bench.detector.on_probe_broken(member(0), bench.now))
-    bench.lose_lease(0)
-    assert bench.dead == {0: SuspicionReason.LEASE}
+def test_a_lost_lease_and_a_broken_probe_is_a_death_at_once(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_probe_broken(member(0), harness.now))
+    harness.lose_lease(0)
+    assert harness.dead == {0: SuspicionReason.LEASE}
 
 
-def test_a_rank_that_answers_without_a_lease_has_a_moment_to_register_again(bench: Bench) -> None:
-    bench.lose_lease(0)
-    bench.pass_time(0.05, 0, 1, 2, 3)
-    bench.take(bench.detector.on_record(member(0), bench.now))
-    bench.pass_time(1.0, 0, 1, 2, 3)
-    assert bench.news == []
+def test_a_rank_that_answers_without_a_lease_has_a_moment_to_register_again(
+    harness: DetectorHarness,
+) -> None:
+    harness.lose_lease(0)
+    harness.pass_time(0.05, 0, 1, 2, 3)
+    harness.take(harness.detector.on_record(member(0), harness.now))
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.news == []
 
 
-def test_a_rank_that_answers_but_stays_without_a_lease_is_dead(bench: Bench) -> None:
-    bench.lose_lease(0)
-    bench.pass_time(TIMINGS.settle_s - 0.02, 0, 1, 2, 3)
-    assert bench.dead == {}
-    bench.pass_time(0.05, 0, 1, 2, 3)
-    assert bench.dead == {0: SuspicionReason.LEASE}
+def test_a_rank_that_answers_but_stays_without_a_lease_is_dead(harness: DetectorHarness) -> None:
+    harness.lose_lease(0)
+    harness.pass_time(TIMINGS.reregister_timeout_s - 0.02, 0, 1, 2, 3)
+    assert harness.dead == {}
+    harness.pass_time(0.05, 0, 1, 2, 3)
+    assert harness.dead == {0: SuspicionReason.LEASE}
 
 
-def test_leases_that_expire_in_masses_freeze_the_map_while_ranks_answer(bench: Bench) -> None:
-    bench.lose_lease(0, 1, 2)
-    bench.pass_time(30.0, 0, 1, 2, 3)
-    assert bench.dead == {}
-    assert bench.alarms == [AlarmKind.MASS_EXPIRY]
-    assert bench.detector.frozen
+def test_leases_that_expire_in_masses_freeze_the_map_while_ranks_answer(
+    harness: DetectorHarness,
+) -> None:
+    harness.lose_lease(0, 1, 2)
+    harness.pass_time(30.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert harness.alarms == [AlarmKind.MASS_EXPIRY]
+    assert harness.detector.frozen
     for rank in (0, 1, 2):
-        bench.take(bench.detector.on_record(member(rank), bench.now))
-    assert not bench.detector.frozen
-    bench.pass_time(1.0, 0, 1, 2, 3)
-    assert bench.dead == {}
+        harness.take(harness.detector.on_record(member(rank), harness.now))
+    assert not harness.detector.frozen
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.dead == {}
 
 
-def test_in_a_mass_expiry_the_last_to_register_is_not_punished(bench: Bench) -> None:
-    bench.lose_lease(0, 1, 2)
-    bench.pass_time(0.3, 0, 1, 2, 3)
+def test_in_a_mass_expiry_the_last_to_register_is_not_punished(harness: DetectorHarness) -> None:
+    harness.lose_lease(0, 1, 2)
+    harness.pass_time(0.3, 0, 1, 2, 3)
     for rank in (0, 1):
-        bench.take(bench.detector.on_record(member(rank), bench.now))
-    bench.pass_time(5.0, 0, 1, 2, 3)
-    assert bench.dead == {}
-    assert bench.detector.frozen
+        harness.take(harness.detector.on_record(member(rank), harness.now))
+    harness.pass_time(5.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert harness.detector.frozen
 
 
-def test_in_a_mass_expiry_exits_and_refusals_still_kill(bench: Bench) -> None:
-    bench.lose_lease(0, 1, 2)
-    bench.pass_time(0.3, 0, 1, 2, 3)
-    bench.suspect(0, SuspicionReason.EXIT)
-    bench.take(bench.detector.on_probe_refused(member(1), bench.now))
-    assert set(bench.dead) == {0, 1}
+def test_in_a_mass_expiry_exits_and_refusals_still_kill(harness: DetectorHarness) -> None:
+    harness.lose_lease(0, 1, 2)
+    harness.pass_time(0.3, 0, 1, 2, 3)
+    harness.suspect(0, SuspicionReason.EXIT)
+    harness.take(harness.detector.on_probe_refused(member(1), harness.now))
+    assert set(harness.dead) == {0, 1}
 
 
-def test_many_leases_gone_with_broken_probes_are_many_deaths(bench: Bench) -> None:
+def test_many_leases_gone_with_broken_probes_are_many_deaths(harness: DetectorHarness) -> None:
     for rank in (0, 1, 2):
-        bench.take(bench.detector.on_probe_broken(member(rank), bench.now))
-        bench.lose_lease(rank)
-    assert set(bench.dead) == {0, 1, 2}
-    assert bench.alarms == []
+        harness.take(harness.detector.on_probe_broken(member(rank), harness.now))
+        harness.lose_lease(rank)
+    assert set(harness.dead) == {0, 1, 2}
+    assert harness.alarms == []
 
 
-def test_when_most_fall_silent_at_once_it_may_be_us(bench: Bench) -> None:
-    bench.suspect(1)
-    bench.pass_time(2.0, 3)
-    assert bench.dead == {}
-    assert bench.alarms == [AlarmKind.OWN_LINK]
-    bench.pass_time(0.1, 0, 1, 2, 3)
-    assert bench.dead == {}
-    assert not bench.detector.urgent
+def test_when_most_fall_silent_at_once_it_may_be_us(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    harness.pass_time(2.0, 3)
+    assert harness.dead == {}
+    assert harness.alarms == [AlarmKind.OWN_LINK]
+    harness.pass_time(0.1, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert not harness.detector.urgent
 
 
-def test_pongs_of_peace_that_are_older_than_the_window_are_not_silence(bench: Bench) -> None:
-    bench.pass_time(0.5, tick_s=0.1)
-    bench.suspect(1)
-    bench.pass_time(0.3, 0, 2, 3)
-    assert bench.alarms == []
-    assert set(bench.dead) == {1}
+def test_pongs_at_the_slow_probe_rate_older_than_the_window_are_not_silence(
+    harness: DetectorHarness,
+) -> None:
+    harness.pass_time(0.5, tick_s=0.1)
+    harness.suspect(1)
+    harness.pass_time(0.3, 0, 2, 3)
+    assert harness.alarms == []
+    assert set(harness.dead) == {1}
 
 
-def test_half_of_the_members_silent_is_not_most(bench: Bench) -> None:
-    bench.suspect(1)
-    bench.suspect(2)
-    bench.pass_time(0.3, 0, 3)
-    assert set(bench.dead) == {1, 2}
+def test_half_of_the_members_silent_is_not_most(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    harness.suspect(2)
+    harness.pass_time(0.3, 0, 3)
+    assert set(harness.dead) == {1, 2}
 
 
-def test_our_own_stall_is_not_their_silence(bench: Bench) -> None:
-    bench.suspect(1)
-    bench.now += 5.0
-    bench.take(bench.detector.on_tick(bench.now))
-    assert bench.dead == {}
-    bench.pass_time(0.05, 0, 1, 2, 3)
-    assert bench.news == []
+def test_our_own_stall_is_not_their_silence(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    harness.now += 5.0
+    harness.take(harness.detector.on_tick(harness.now))
+    assert harness.dead == {}
+    harness.pass_time(0.05, 0, 1, 2, 3)
+    assert harness.news == []
 
 
-def test_our_own_stall_in_peace_raises_no_doubt(bench: Bench) -> None:
-    bench.now += 60.0
-    bench.take(bench.detector.on_tick(bench.now))
-    assert not bench.detector.urgent
+def test_our_own_stall_without_signals_raises_no_suspicion(harness: DetectorHarness) -> None:
+    harness.now += 60.0
+    harness.take(harness.detector.on_tick(harness.now))
+    assert not harness.detector.urgent
 
 
-def test_a_successor_proves_the_death(bench: Bench) -> None:
-    bench.take(bench.detector.on_record(member(2, 2), bench.now))
-    assert bench.dead == {2: SuspicionReason.EXIT}
+def test_a_successor_proves_the_death(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_record(member(2, 2), harness.now))
+    assert harness.dead == {2: SuspicionReason.EXIT}
 
 
 def test_a_new_leader_finds_members_without_a_record_dead() -> None:
-    bench = Bench(1)
-    bench.take(bench.detector.on_members([member(0), member(1)], bench.now))
-    bench.pass_time(TIMINGS.settle_s - 0.02, 0)
-    assert bench.news == [], "nobody can ask it: its silence says nothing"
-    bench.pass_time(0.05, 0)
-    assert bench.dead == {1: SuspicionReason.LEASE}
+    harness = DetectorHarness(1)
+    harness.take(harness.detector.on_members([member(0), member(1)], harness.now))
+    harness.pass_time(TIMINGS.reregister_timeout_s - 0.02, 0)
+    assert harness.news == [], "nobody can ask it: its silence says nothing"
+    harness.pass_time(0.05, 0)
+    assert harness.dead == {1: SuspicionReason.LEASE}
 
 
-def leader_after_an_outage_of_etcd() -> Bench:
+def leader_after_an_outage_of_etcd() -> DetectorHarness:
     """Every lease has expired meanwhile: nobody can be asked before it registers again."""
-    bench = Bench(0)
-    bench.take(bench.detector.on_members([member(rank) for rank in range(4)], bench.now))
-    return bench
+    harness = DetectorHarness(0)
+    harness.take(harness.detector.on_members([member(rank) for rank in range(4)], harness.now))
+    return harness
 
 
 def test_leases_that_all_expired_before_a_new_leader_came_are_no_deaths() -> None:
-    bench = leader_after_an_outage_of_etcd()
-    bench.pass_time(TIMINGS.patience_s - 1.0)
-    assert bench.detector.frozen
+    harness = leader_after_an_outage_of_etcd()
+    harness.pass_time(TIMINGS.mass_expiry_grace_s - 1.0)
+    assert harness.detector.frozen
     for rank in range(4):
-        bench.take(bench.detector.on_record(member(rank), bench.now))
-    bench.pass_time(2.0, 0, 1, 2, 3)
-    assert bench.dead == {}
-    assert bench.alarms == [AlarmKind.MASS_EXPIRY]
-    assert not bench.detector.frozen
+        harness.take(harness.detector.on_record(member(rank), harness.now))
+    harness.pass_time(2.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert harness.alarms == [AlarmKind.MASS_EXPIRY]
+    assert not harness.detector.frozen
 
 
 def test_after_a_mass_expiry_who_neither_registers_nor_answers_is_dead_in_the_end() -> None:
-    bench = leader_after_an_outage_of_etcd()
-    bench.take(bench.detector.on_record(member(0), bench.now))
-    bench.pass_time(TIMINGS.patience_s - 0.1, 0, 1)
-    assert bench.dead == {}
-    bench.pass_time(1.0, 0, 1)
-    assert set(bench.dead) == {2, 3}
+    harness = leader_after_an_outage_of_etcd()
+    harness.take(harness.detector.on_record(member(0), harness.now))
+    harness.pass_time(TIMINGS.mass_expiry_grace_s - 0.1, 0, 1)
+    assert harness.dead == {}
+    harness.pass_time(1.0, 0, 1)
+    assert set(harness.dead) == {2, 3}
 
 
 def test_leases_that_expire_within_a_keep_alive_interval_of_each_other_are_a_mass(
-    bench: Bench,
+    harness: DetectorHarness,
 ) -> None:
     for rank in range(4):
-        bench.lose_lease(rank)
-        bench.pass_time(TIMINGS.settle_s / 4, 0, 1, 2, 3)
-    bench.pass_time(5.0, 0, 1, 2, 3)
-    assert bench.dead == {}
-    assert bench.detector.frozen
+        harness.lose_lease(rank)
+        harness.pass_time(TIMINGS.reregister_timeout_s / 4, 0, 1, 2, 3)
+    harness.pass_time(5.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert harness.detector.frozen
 
 
-def test_processes_that_are_known_to_be_stopped_are_not_our_own_deafness(bench: Bench) -> None:
+def test_processes_known_to_be_stopped_do_not_make_our_own_link_suspect(
+    harness: DetectorHarness,
+) -> None:
     for rank in (0, 1, 2):
-        bench.suspect(rank, SuspicionReason.STOPPED)
-    bench.pass_time(1.0, 3)
-    assert set(bench.dead) == {0, 1, 2}
-    assert bench.alarms == []
+        harness.suspect(rank, SuspicionReason.STOPPED)
+    harness.pass_time(1.0, 3)
+    assert set(harness.dead) == {0, 1, 2}
+    assert harness.alarms == []
 
 
-def test_signals_about_strangers_and_former_lives_are_ignored(bench: Bench) -> None:
+def test_signals_about_strangers_and_former_incarnations_are_ignored(
+    harness: DetectorHarness,
+) -> None:
     stranger = member(7)
     for news in (
-        bench.detector.on_suspicion(suspicion(7, SuspicionReason.EXIT), bench.now),
-        bench.detector.on_probe_broken(stranger, bench.now),
-        bench.detector.on_probe_refused(stranger, bench.now),
-        bench.detector.on_probe_standing(stranger, bench.now),
-        bench.detector.on_record_gone(stranger, bench.now),
+        harness.detector.on_suspicion(suspicion(7, SuspicionReason.EXIT), harness.now),
+        harness.detector.on_probe_broken(stranger, harness.now),
+        harness.detector.on_probe_refused(stranger, harness.now),
+        harness.detector.on_probe_connected(stranger, harness.now),
+        harness.detector.on_record_deleted(stranger, harness.now),
     ):
         assert news == []
-    bench.take(bench.detector.on_members([member(1)], bench.now))
-    bench.suspect(0, SuspicionReason.EXIT)
-    assert bench.dead == {}
+    harness.take(harness.detector.on_members([member(1)], harness.now))
+    harness.suspect(0, SuspicionReason.EXIT)
+    assert harness.dead == {}
 
 
-def test_two_ranks_that_cannot_reach_each_other_lose_the_more_waited_for(bench: Bench) -> None:
+def test_two_ranks_that_cannot_reach_each_other_lose_the_more_waited_for(
+    harness: DetectorHarness,
+) -> None:
     for _ in range(round(TIMINGS.stuck_s / 0.02) + 10):
-        bench.now += 0.02
-        if not bench.dead:
-            bench.suspect(1)
-            bench.suspect(2)
-        bench.pong(0, waiting_for=(1,))
-        bench.pong(1, waiting_for=(2,))
-        bench.pong(2, waiting_for=(1,))
-        bench.pong(3, waiting_for=(1,))
-        bench.take(bench.detector.on_tick(bench.now))
-    assert bench.dead == {1: SuspicionReason.LINK}
+        harness.now += 0.02
+        if not harness.dead:
+            harness.suspect(1)
+            harness.suspect(2)
+        harness.pong(0, waiting_for=(1,))
+        harness.pong(1, waiting_for=(2,))
+        harness.pong(2, waiting_for=(1,))
+        harness.pong(3, waiting_for=(1,))
+        harness.take(harness.detector.on_tick(harness.now))
+    assert harness.dead == {1: SuspicionReason.LINK}
 
 
-def test_a_slow_first_step_after_a_long_sleep_is_not_stuck(bench: Bench) -> None:
-    bench.pass_time(10 * TIMINGS.stuck_s, 0, 1, 2, 3, tick_s=0.1)
-    bench.suspect(1)
+def test_a_slow_first_step_after_a_long_sleep_is_not_stuck(harness: DetectorHarness) -> None:
+    harness.pass_time(10 * TIMINGS.stuck_s, 0, 1, 2, 3, tick_s=0.1)
+    harness.suspect(1)
     for _ in range(round(0.5 / 0.02)):
-        bench.now += 0.02
+        harness.now += 0.02
         for rank in range(4):
-            bench.pong(rank, waiting_for=() if rank == 1 else (1,))
-        bench.take(bench.detector.on_tick(bench.now))
-        bench.suspect(1)
-    assert bench.dead == {}
+            harness.pong(rank, waiting_for=() if rank == 1 else (1,))
+        harness.take(harness.detector.on_tick(harness.now))
+        harness.suspect(1)
+    assert harness.dead == {}
 
 
-def test_a_wait_that_was_told_before_we_went_deaf_is_not_a_stuck_step() -> None:
-    bench = Bench(2)
-    bench.suspect(1)
-    bench.pong(0, waiting_for=(1,))
-    bench.pong(1, engine_age_ms=5.0)
-    bench.pass_time(3 * TIMINGS.stuck_s)
-    assert bench.dead == {}
-    bench.step += 1
-    bench.pass_time(1.0, 0, 1)
-    assert bench.dead == {}
+def test_a_wait_reported_before_our_own_link_was_suspect_is_not_a_stuck_step() -> None:
+    harness = DetectorHarness(2)
+    harness.suspect(1)
+    harness.pong(0, waiting_for=(1,))
+    harness.pong(1, engine_age_ms=5.0)
+    harness.pass_time(3 * TIMINGS.stuck_s)
+    assert harness.dead == {}
+    harness.step += 1
+    harness.pass_time(1.0, 0, 1)
+    assert harness.dead == {}
 
 
-def test_waiting_without_progress_is_fine_while_orphans_load(bench: Bench) -> None:
-    bench.suspect(1)
+def test_waiting_without_progress_is_fine_while_orphans_load(harness: DetectorHarness) -> None:
+    harness.suspect(1)
     for _ in range(1000):
-        bench.now += 0.02
+        harness.now += 0.02
         for rank in range(4):
-            bench.pong(rank, waiting_for=() if rank == 1 else (1,))
-        bench.take(bench.detector.on_tick(bench.now, steps_may_rest=True))
-        bench.suspect(1)
-    assert bench.dead == {}
+            harness.pong(rank, waiting_for=() if rank == 1 else (1,))
+        harness.take(harness.detector.on_tick(harness.now, steps_paused=True))
+        harness.suspect(1)
+    assert harness.dead == {}
 
 
-def test_an_idle_instance_with_an_old_accusation_is_fine(bench: Bench) -> None:
-    bench.suspect(1)
-    bench.pass_time(60.0, 0, 1, 2, 3, tick_s=0.1)
-    assert bench.dead == {}
+def test_an_idle_instance_with_an_old_accusation_is_fine(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    harness.pass_time(60.0, 0, 1, 2, 3, tick_s=0.1)
+    assert harness.dead == {}
 
 
-def test_a_verdict_carries_its_signals_and_times(bench: Bench) -> None:
-    began_at = bench.now
-    bench.suspect(1)
-    bench.pass_time(0.05, 0, 2, 3)
-    bench.suspect(1, SuspicionReason.LINK)
-    bench.pass_time(0.3, 0, 2, 3)
-    (dead,) = [n for n in bench.news if isinstance(n, Dead)]
+def test_a_verdict_carries_its_signals_and_times(harness: DetectorHarness) -> None:
+    began_at = harness.now
+    harness.suspect(1)
+    harness.pass_time(0.05, 0, 2, 3)
+    harness.suspect(1, SuspicionReason.LINK)
+    harness.pass_time(0.3, 0, 2, 3)
+    (dead,) = [n for n in harness.news if isinstance(n, DeclaredDead)]
     assert dead.first_signal_at == began_at
     assert began_at + TIMINGS.window_s <= dead.decided_at <= began_at + TIMINGS.window_s + 0.03
     assert [s.reason for s in dead.signals] == [SuspicionReason.EXCHANGE, SuspicionReason.LINK]

@@ -34,7 +34,7 @@ def under(expert_map: ExpertMap | None, now: float = 0.0) -> MapAdoption:
     return adoption
 
 
-def heard_of(adoption: MapAdoption, *ranks: int, epoch: int) -> MapAdoption:
+def with_pongs(adoption: MapAdoption, *ranks: int, epoch: int) -> MapAdoption:
     for rank in ranks:
         adoption.on_adopted(member(rank), Epoch(epoch))
     return adoption
@@ -49,48 +49,48 @@ def test_of_the_first_map_everybody_is_a_joiner() -> None:
 def test_a_map_is_adopted_once_each_member_runs_under_it_or_under_a_newer_one() -> None:
     adoption = under(map_of(5, MEMBERS))
     assert not adoption.is_complete
-    heard_of(adoption, 0, 1, epoch=5)
-    heard_of(adoption, 2, epoch=6)
-    heard_of(adoption, 3, epoch=4)
+    with_pongs(adoption, 0, 1, epoch=5)
+    with_pongs(adoption, 2, epoch=6)
+    with_pongs(adoption, 3, epoch=4)
     assert not adoption.is_complete
-    heard_of(adoption, 3, epoch=5)
+    with_pongs(adoption, 3, epoch=5)
     assert adoption.is_complete
 
 
-def test_the_word_of_a_former_life_is_not_its_successors() -> None:
+def test_a_pong_of_a_former_incarnation_is_not_its_successors() -> None:
     adoption = under(map_of(5, (*MEMBERS[:3], member(3, 2)), joiners=(3,)))
-    heard_of(adoption, 0, 1, 2, 3, epoch=5)
+    with_pongs(adoption, 0, 1, 2, 3, epoch=5)
     assert not adoption.is_complete
 
 
 def test_joiners_are_proven_when_all_have_adopted_their_map() -> None:
     adoption = under(map_of(5, MEMBERS, joiners=(2, 3)))
-    heard_of(adoption, 0, 1, 2, epoch=5)
+    with_pongs(adoption, 0, 1, 2, epoch=5)
     assert adoption.joiners(MEMBERS) == (2, 3)
-    heard_of(adoption, 3, epoch=5)
+    with_pongs(adoption, 3, epoch=5)
     assert adoption.joiners(MEMBERS) == ()
 
 
 def test_an_unproven_joiner_stays_one_in_the_map_after_a_death() -> None:
     adoption = under(map_of(5, MEMBERS, joiners=(2, 3)))
-    heard_of(adoption, 0, 1, 2, epoch=5)
+    with_pongs(adoption, 0, 1, 2, epoch=5)
     assert adoption.joiners((member(0), member(2))) == (2,)
 
 
-def test_new_lives_are_joiners_beside_unproven_ones() -> None:
+def test_new_incarnations_are_joiners_beside_unproven_ones() -> None:
     adoption = under(map_of(5, MEMBERS[:3], joiners=(2,)))
     assert adoption.joiners(MEMBERS) == (2, 3)
-    heard_of(adoption, 0, 1, 2, epoch=5)
+    with_pongs(adoption, 0, 1, 2, epoch=5)
     assert adoption.joiners(MEMBERS) == (3,)
 
 
-def test_a_rank_that_comes_back_at_once_is_a_joiner_though_its_former_life_was_proven() -> None:
-    adoption = heard_of(under(map_of(5, MEMBERS)), 0, 1, 2, 3, epoch=5)
+def test_a_rank_back_at_once_is_a_joiner_though_its_former_incarnation_was_proven() -> None:
+    adoption = with_pongs(under(map_of(5, MEMBERS)), 0, 1, 2, 3, epoch=5)
     assert adoption.joiners((*MEMBERS[:3], member(3, 2))) == (3,)
 
 
 def test_a_member_that_never_adopts_holds_the_others_up_for_a_while_only() -> None:
-    adoption = heard_of(under(map_of(5, MEMBERS, joiners=(3,)), now=100.0), 0, 1, 2, epoch=5)
+    adoption = with_pongs(under(map_of(5, MEMBERS, joiners=(3,)), now=100.0), 0, 1, 2, epoch=5)
     assert not adoption.may_follow(100.0 + PATIENCE_S - 0.1)
     assert adoption.may_follow(100.0 + PATIENCE_S)
     assert adoption.joiners(MEMBERS) == (3,)

@@ -19,7 +19,7 @@ def test_tokens_up_to_the_budget_are_admitted_and_one_more_is_not() -> None:
     with pytest.raises(Overloaded) as caught:
         door.admit(tokens=1)
     assert caught.value.retry_after_s >= 1
-    door.release(tokens=40, lived_s=1.0)
+    door.release(tokens=40, duration_s=1.0)
     door.admit(tokens=40)
 
 
@@ -50,5 +50,5 @@ def test_retry_after_follows_how_long_sessions_live() -> None:
     door = admission()
     for _ in range(50):
         door.admit(tokens=1)
-        door.release(tokens=1, lived_s=100.0)
+        door.release(tokens=1, duration_s=100.0)
     assert 5 <= door.retry_after_s() <= 30

@@ -13,7 +13,7 @@ from shared.records import pack_map
 from shared.store import KeyValue, Snapshot
 from shared.types import Incarnation, Member, RankId
 from tests.support.fake_clock import FakeClock
-from tests.support.gateway_world import toy_map, toy_spec
+from tests.support.gateway_harness import toy_map, toy_spec
 from tests.support.memory_store import MemoryEtcd
 from tests.support.toy_rank import ToyRank
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.rank_choice import CACHED_TOKEN_WEIGHT, RankBoard
+from gateway.rank_choice import CACHED_TOKEN_WEIGHT, RankRouter
 from shared.types import Incarnation, Member, RankId
 from shared.wire import Load
 
@@ -23,15 +23,15 @@ def load(*, tokens: int = 0, running: int = 0, waiting: int = 0, free: int = 100
     )
 
 
-def board(num_ranks: int = 3) -> RankBoard:
-    result = RankBoard()
+def router(num_ranks: int = 3) -> RankRouter:
+    result = RankRouter()
     result.on_map([member(rank) for rank in range(num_ranks)])
     for rank in range(num_ranks):
         result.on_link_opened(member(rank), kv_block_tokens=16)
     return result
 
 
-def place(ranks: RankBoard, prompt: tuple[int, ...]) -> Member:
+def place(ranks: RankRouter, prompt: tuple[int, ...]) -> Member:
     chosen = ranks.choose(prompt)
     assert chosen is not None
     ranks.add(chosen, sessions=1, tokens=len(prompt))
@@ -39,7 +39,7 @@ def place(ranks: RankBoard, prompt: tuple[int, ...]) -> Member:
 
 
 def test_nobody_lives_before_a_map_and_a_link() -> None:
-    ranks = RankBoard()
+    ranks = RankRouter()
     ranks.on_link_opened(member(0), kv_block_tokens=16)
     assert ranks.choose(PROMPT) is None
     ranks.on_map([member(0), member(1)])
@@ -49,25 +49,25 @@ def test_nobody_lives_before_a_map_and_a_link() -> None:
 
 
 def test_a_burst_is_spread_before_any_rank_reports() -> None:
-    ranks = board(3)
+    ranks = router(3)
     chosen = [place(ranks, (n, *PROMPT)) for n in range(9)]
     assert {chosen.count(member(rank)) for rank in range(3)} == {3}
 
 
 def test_equal_prompts_are_spread_too() -> None:
-    ranks = board(3)
+    ranks = router(3)
     chosen = [place(ranks, PROMPT) for _ in range(9)]
     assert {chosen.count(member(rank)) for rank in range(3)} == {3}
 
 
 def test_the_load_of_other_gateways_counts() -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.on_load(member(0), load(tokens=5000, running=9))
     assert ranks.choose(PROMPT) == member(1)
 
 
 def test_own_sessions_are_not_counted_twice_when_the_rank_reports_them() -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.add(member(0), sessions=1, tokens=500)
     ranks.on_load(member(0), load(tokens=500, running=1))
     ranks.add(member(1), sessions=1, tokens=600)
@@ -75,7 +75,7 @@ def test_own_sessions_are_not_counted_twice_when_the_rank_reports_them() -> None
 
 
 def test_a_rank_without_room_for_the_prompt_comes_after_those_with_room() -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.on_load(member(0), load(free=2))
     ranks.on_load(member(1), load(tokens=9000, running=50))
     assert ranks.choose(PROMPT) == member(1)
@@ -83,7 +83,7 @@ def test_a_rank_without_room_for_the_prompt_comes_after_those_with_room() -> Non
 
 
 def test_a_silent_rank_attracts_nothing_while_another_lives() -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.on_silence(member(0), silent=True)
     ranks.on_load(member(1), load(tokens=10**6, running=1000, free=0))
     assert ranks.choose(PROMPT) == member(1)
@@ -92,24 +92,24 @@ def test_a_silent_rank_attracts_nothing_while_another_lives() -> None:
 
 
 def test_where_all_are_silent_one_is_taken_all_the_same() -> None:
-    ranks = board(2)
+    ranks = router(2)
     for rank in range(2):
         ranks.on_silence(member(rank), silent=True)
     assert ranks.choose(PROMPT) is not None
 
 
 def test_who_refused_just_now_comes_last() -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.add(member(1), sessions=50, tokens=10_000)
     assert ranks.choose(PROMPT, avoid=(member(0),)) == member(1)
 
 
-def done(ranks: RankBoard, chosen: Member, prompt: tuple[int, ...]) -> None:
+def done(ranks: RankRouter, chosen: Member, prompt: tuple[int, ...]) -> None:
     ranks.add(chosen, sessions=-1, tokens=-len(prompt))
 
 
 def test_a_prefix_returns_to_its_rank_as_long_as_its_cache_outweighs_the_load() -> None:
-    ranks = board(2)
+    ranks = router(2)
     assert place(ranks, PROMPT) == member(0)
     done(ranks, member(0), PROMPT)
     ranks.add(member(0), tokens=CACHED_TOKEN_WEIGHT * 96)
@@ -120,7 +120,7 @@ def test_a_prefix_returns_to_its_rank_as_long_as_its_cache_outweighs_the_load() 
 
 
 def test_the_longer_cached_prefix_wins() -> None:
-    ranks = board(3)
+    ranks = router(3)
     ranks.add(member(0), tokens=1)
     assert place(ranks, PROMPT[:40]) == member(1)
     assert place(ranks, (*PROMPT[:64], 7, 7)) == member(2)
@@ -130,7 +130,7 @@ def test_the_longer_cached_prefix_wins() -> None:
 
 
 def test_a_hot_prefix_spreads_and_overloads_nobody() -> None:
-    ranks = board(4)
+    ranks = router(4)
     hot = tuple(range(512))
     chosen = [place(ranks, (*hot, n)) for n in range(64)]
     counts = [chosen.count(member(rank)) for rank in range(4)]
@@ -139,13 +139,13 @@ def test_a_hot_prefix_spreads_and_overloads_nobody() -> None:
 
 
 def test_choices_of_one_prompt_share_ranks() -> None:
-    ranks = board(8)
+    ranks = router(8)
     chosen = [place(ranks, tuple(range(512))) for _ in range(8)]
     assert len(set(chosen)) <= 4
 
 
 def test_a_prefix_does_not_draw_where_there_is_no_room_or_only_silence() -> None:
-    ranks = board(2)
+    ranks = router(2)
     assert place(ranks, PROMPT) == member(0)
     done(ranks, member(0), PROMPT)
     ranks.on_load(member(0), load(free=2))
@@ -155,7 +155,7 @@ def test_a_prefix_does_not_draw_where_there_is_no_room_or_only_silence() -> None
     assert ranks.choose(PROMPT) == member(1)
 
 
-def lose(ranks: RankBoard, how: str) -> None:
+def lose(ranks: RankRouter, how: str) -> None:
     """Member 0, whose link stands again afterwards."""
     if how == "map":
         ranks.on_map([member(1)])
@@ -172,7 +172,7 @@ def lose(ranks: RankBoard, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["map", "link", "forgotten", "cache is off"])
 def test_what_a_lost_rank_served_is_forgotten(how: str) -> None:
-    ranks = board(2)
+    ranks = router(2)
     assert place(ranks, PROMPT) == member(0)
     done(ranks, member(0), PROMPT)
     lose(ranks, how)
@@ -181,7 +181,7 @@ def test_what_a_lost_rank_served_is_forgotten(how: str) -> None:
 
 
 def test_no_more_is_remembered_of_a_rank_than_it_can_hold() -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.on_load(member(0), replace(load(), kv_blocks=6))
     assert place(ranks, PROMPT) == member(0)
     done(ranks, member(0), PROMPT)
@@ -197,7 +197,7 @@ def test_no_more_is_remembered_of_a_rank_than_it_can_hold() -> None:
 def test_the_same_history_gives_the_same_choice() -> None:
     histories = []
     for _ in range(2):
-        ranks = board(4)
+        ranks = router(4)
         chosen = []
         for n in range(40):
             chosen.append(place(ranks, (n % 5, *PROMPT[: n + 1])))
@@ -207,28 +207,28 @@ def test_the_same_history_gives_the_same_choice() -> None:
     assert histories[0] == histories[1]
 
 
-def test_the_keeper_of_copies_is_chosen_as_if_its_cache_held_all_full_blocks() -> None:
-    ranks = board(3)
+def test_the_backup_rank_is_chosen_as_if_its_cache_held_all_full_blocks() -> None:
+    ranks = router(3)
     tokens = PROMPT[:97]
     ranks.add(member(2), tokens=CACHED_TOKEN_WEIGHT * 96 - 1)
     assert ranks.choose(tokens, backup_rank=RankId(2)) == member(2)
-    assert board(3).choose(tokens) == member(0)
+    assert router(3).choose(tokens) == member(0)
 
 
-def test_a_keeper_of_copies_with_far_more_work_is_not_chosen() -> None:
-    ranks = board(3)
+def test_a_backup_rank_with_far_more_work_is_not_chosen() -> None:
+    ranks = router(3)
     ranks.add(member(2), tokens=CACHED_TOKEN_WEIGHT * 96 + 1)
     assert ranks.choose(PROMPT, backup_rank=RankId(2)) == member(0)
 
 
 def test_copies_of_the_last_token_spare_nothing() -> None:
     """It is computed in any case, and with it its block."""
-    ranks = board(2)
+    ranks = router(2)
     ranks.add(member(1), tokens=CACHED_TOKEN_WEIGHT * 80 + 1)
     assert ranks.choose(PROMPT[:96], backup_rank=RankId(1)) == member(0)
 
 
-def hinder(ranks: RankBoard, how: str) -> None:
+def hinder(ranks: RankRouter, how: str) -> None:
     """Member 0."""
     if how == "no link":
         ranks.on_link_broken(member(0))
@@ -242,7 +242,7 @@ def hinder(ranks: RankBoard, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["no link", "left out", "silent", "no room"])
 def test_copies_do_not_draw_to_where_no_work_should_go(how: str) -> None:
-    ranks = board(2)
+    ranks = router(2)
     ranks.add(member(1), sessions=1, tokens=10)
     assert ranks.choose(PROMPT, backup_rank=RankId(0)) == member(0)
     hinder(ranks, how)
@@ -250,6 +250,6 @@ def test_copies_do_not_draw_to_where_no_work_should_go(how: str) -> None:
 
 
 def test_copies_do_not_draw_to_who_refused_just_now() -> None:
-    ranks = board(2)
+    ranks = router(2)
     chosen = ranks.choose(PROMPT, avoid=(member(0),), backup_rank=RankId(0))
     assert chosen == member(1)

@@ -9,9 +9,15 @@ from collections import deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.rank_choice import RankBoard
-from gateway.session_table import Action, Look, SessionTable
-from gateway.stream_session import FailureKind, Send, SessionPolicy, SessionState, StreamSession
+from gateway.rank_choice import RankRouter
+from gateway.session_table import Action, NotifyReader, SessionTable
+from gateway.stream_session import (
+    FailureKind,
+    SendToRank,
+    SessionPolicy,
+    SessionState,
+    StreamSession,
+)
 from shared.types import FinishReason, Incarnation, Member, RankId, SamplingParams, SessionId
 from shared.wire import Cancel, Load, SessionTokens, Submit
 
@@ -24,7 +30,7 @@ def member(rank: int, incarnation: int = 1) -> Member:
 
 
 def new_table(*linked: Member, policy: SessionPolicy | None = None) -> SessionTable:
-    table = SessionTable(board=RankBoard(), policy=policy or SessionPolicy())
+    table = SessionTable(router=RankRouter(), policy=policy or SessionPolicy())
     table.on_map(linked, 0.0)
     for each in linked:
         table.on_link_opened(each, BLOCK, 0.0)
@@ -35,7 +41,7 @@ def submits(actions: list[Action]) -> list[tuple[Member, Submit]]:
     return [
         (a.member, a.message)
         for a in actions
-        if isinstance(a, Send) and isinstance(a.message, Submit)
+        if isinstance(a, SendToRank) and isinstance(a.message, Submit)
     ]
 
 
@@ -61,7 +67,7 @@ def test_a_session_is_placed_at_once_where_a_rank_lives() -> None:
 
 
 def test_a_rank_must_be_both_linked_and_in_the_map() -> None:
-    table = SessionTable(board=RankBoard(), policy=SessionPolicy())
+    table = SessionTable(router=RankRouter(), policy=SessionPolicy())
     _, actions = open_one(table)
     actions += table.on_link_opened(member(0), BLOCK, 0.0)
     assert submits(actions) == []
@@ -112,7 +118,7 @@ def test_without_a_rank_the_session_fails_at_its_deadline_and_its_reader_is_told
     table = new_table(policy=SessionPolicy(no_rank_timeout_s=5))
     session, _ = open_one(table)
     assert table.wake_at() == 5.0
-    assert table.on_time(5.0) == [Look(session=session)]
+    assert table.on_time(5.0) == [NotifyReader(session=session)]
     assert session.failure is not None
     assert session.failure.kind is FailureKind.NO_RANK
     assert table.wake_at() is None
@@ -123,7 +129,7 @@ def test_an_ended_session_leaves_no_trace() -> None:
     session, actions = open_one(table)
     ((_, submit),) = submits(actions)
     done = frame(submit, 0, 5, finish=FinishReason.STOP)
-    assert table.on_tokens(member(0), [done], LOAD, 1.0) == [Look(session=session)]
+    assert table.on_tokens(member(0), [done], LOAD, 1.0) == [NotifyReader(session=session)]
     assert table.on_tokens(member(0), [frame(submit, 1, 6)], LOAD, 1.0) == []
     assert (len(table.sessions), table.cancel(session)) == (0, [])
     assert session.emitted == [5]
@@ -132,14 +138,14 @@ def test_an_ended_session_leaves_no_trace() -> None:
 def test_cancelling_tells_the_rank() -> None:
     table = new_table(member(0))
     session, _ = open_one(table)
-    sent = [a.message for a in table.cancel(session) if isinstance(a, Send)]
+    sent = [a.message for a in table.cancel(session) if isinstance(a, SendToRank)]
     assert [type(message) for message in sent] == [Cancel]
 
 
 def test_a_shutdown_fails_every_session_with_a_reason() -> None:
     table = new_table(member(0))
     sessions = [open_one(table, str(n))[0] for n in range(3)]
-    looks = [a for a in table.shut_down() if isinstance(a, Look)]
+    looks = [a for a in table.shut_down() if isinstance(a, NotifyReader)]
     assert [look.session for look in looks] == sessions
     assert all(s.failure and s.failure.kind is FailureKind.SHUTDOWN for s in sessions)
 
@@ -198,13 +204,13 @@ def reference(submit: Submit, index: int) -> int:
     return (sum(prompt) * 31 + index * 7) % 1000
 
 
-class SloppyWorld:
+class UnreliableCluster:
     """Ranks that send their sessions' tokens in pieces, twice, late, and after being left."""
 
     def __init__(self, seed: int, num_ranks: int, lengths: list[int]) -> None:
         self.random = random.Random(seed)
         policy = SessionPolicy(no_rank_timeout_s=1e6, losses_max=10**6, refusals_max=10**6)
-        self.table = SessionTable(board=RankBoard(), policy=policy)
+        self.table = SessionTable(router=RankRouter(), policy=policy)
         self.now = 0.0
         self.live = dict.fromkeys(range(num_ranks), 1)  # incarnation by rank
         self.linked: set[Member] = set()
@@ -290,10 +296,10 @@ class SloppyWorld:
 def test_any_interleaving_gives_every_client_exactly_the_reference_stream(
     seed: int, num_ranks: int, lengths: list[int]
 ) -> None:
-    world = SloppyWorld(seed, num_ranks, lengths)
+    cluster = UnreliableCluster(seed, num_ranks, lengths)
     for _ in range(150):
-        world.step()
-        for session in world.sessions:
+        cluster.step()
+        for session in cluster.sessions:
             probe = Submit(
                 session=session.id,
                 attempt=session.attempt,
@@ -303,16 +309,16 @@ def test_any_interleaving_gives_every_client_exactly_the_reference_stream(
             )
             wanted = [reference(probe, i) for i in range(len(session.emitted))]
             assert session.emitted == wanted
-    for rank in world.live:
-        world.live[rank] += 1
-    world.publish()
+    for rank in cluster.live:
+        cluster.live[rank] += 1
+    cluster.publish()
     for _ in range(2000):
-        if all(session.ended for session in world.sessions):
+        if all(session.ended for session in cluster.sessions):
             break
-        world.now += 10
-        world.perform(world.table.on_time(world.now))
-        world.generate()
-        world.deliver()
-    assert all(s.state is SessionState.FINISHED for s in world.sessions)
-    assert [len(s.emitted) for s in world.sessions] == lengths
-    assert not world.table.sessions
+        cluster.now += 10
+        cluster.perform(cluster.table.on_time(cluster.now))
+        cluster.generate()
+        cluster.deliver()
+    assert all(s.state is SessionState.FINISHED for s in cluster.sessions)
+    assert [len(s.emitted) for s in cluster.sessions] == lengths
+    assert not cluster.table.sessions

@@ -72,7 +72,7 @@ def test_the_first_complete_one_wins_and_of_several_the_longest(
 
 @pytest.mark.parametrize("cut", range(9))
 def test_a_stop_string_can_be_shown_and_nothing_after_it(cut: int) -> None:
-    matcher = StopStrings(["cd", "abcd"], shown=True)
+    matcher = StopStrings(["cd", "abcd"], include_stop=True)
     text = "xabcdefg"
     first, stopped = matcher.feed(text[:cut])
     second = "" if stopped else matcher.feed(text[cut:]).text

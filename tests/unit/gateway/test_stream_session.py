@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from gateway.stream_session import (
     TRANSITIONS,
     FailureKind,
-    Send,
+    SendToRank,
     SessionEvent,
     SessionPolicy,
     SessionState,
@@ -85,7 +85,7 @@ def in_state(state: SessionState) -> StreamSession:
 @dataclass(frozen=True, slots=True)
 class Case:
     event: SessionEvent
-    fire: Callable[[StreamSession], list[Send]]
+    fire: Callable[[StreamSession], list[SendToRank]]
 
 
 def reason(error: str, *, retryable: bool) -> SessionTokens:
@@ -127,7 +127,7 @@ def test_every_event_is_in_the_cases() -> None:
 def test_the_first_submit_carries_the_prompt_and_the_next_all_tokens_so_far() -> None:
     session = new_session()
     (first,) = session.place(A)
-    assert first == Send(
+    assert first == SendToRank(
         member=A,
         message=Submit(
             session=SessionId("g/1"),
@@ -173,7 +173,9 @@ def test_a_gap_moves_the_session_and_cancels_the_attempt() -> None:
     session.place(A)
     sent = session.on_tokens(A, tokens(1, 5), 1.0)
     assert session.state is SessionState.WAITING
-    assert sent == [Send(member=A, message=Cancel(session=SessionId("g/1"), attempt=Attempt(0)))]
+    assert sent == [
+        SendToRank(member=A, message=Cancel(session=SessionId("g/1"), attempt=Attempt(0)))
+    ]
 
 
 def test_it_takes_no_more_than_max_tokens_and_then_ends() -> None:

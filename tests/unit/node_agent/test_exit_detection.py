@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from node_agent.exit_detection import Dying, StatFile, dying_in
+from node_agent.exit_detection import Dying, StatFile, parse_dying
 from node_agent.rank_process import RankProcess, spawn
 
 LARGE = """
@@ -37,13 +37,13 @@ def large(tmp_path: Path) -> Iterator[RankProcess]:
     argv = [sys.executable, "-c", LARGE]
     process = spawn(argv, environment=os.environ, pass_fds=(), log_path=log_path)
     while b"there" not in log_path.read_bytes():
-        assert process.dying() is None
+        assert process.read_dying() is None
     yield process
     process.close()
 
 
 def first_sign(process: RankProcess) -> Dying:
-    while (seen := process.dying()) is None:
+    while (seen := process.read_dying()) is None:
         pass
     return seen
 
@@ -58,7 +58,7 @@ def stat_line(*, state: str = "S", flags: int = 0, pending: int = 0, status: int
 def seen(pid: int) -> Dying | None:
     stat = StatFile(pid)
     try:
-        return stat.dying()
+        return stat.read_dying()
     finally:
         stat.close()
 
@@ -82,11 +82,11 @@ def test_a_killed_process_is_dying_before_anybody_has_waited_for_it(
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
     child.kill()
     # For a moment, between taking the signal and beginning to exit, the kernel shows neither.
-    while stat.dying() is None:
+    while stat.read_dying() is None:
         pass
     assert seen(child.pid) is not None
     child.wait()
-    assert stat.dying() == Dying(exit_code=None)
+    assert stat.read_dying() == Dying(exit_code=None)
     with pytest.raises(FileNotFoundError):
         StatFile(child.pid)
     stat.close()
@@ -96,7 +96,7 @@ def test_a_large_process_that_is_killed_tells_by_what_or_nothing(large: RankProc
     large.send_signal(signal.SIGKILL)
     assert first_sign(large).exit_code in (-signal.SIGKILL, None)
     assert large.exit_code() == -signal.SIGKILL
-    assert large.dying() == Dying(exit_code=None)
+    assert large.read_dying() == Dying(exit_code=None)
 
 
 def test_a_large_process_that_leaves_by_itself_tells_its_code_or_nothing(
@@ -121,4 +121,4 @@ def test_a_large_process_that_leaves_by_itself_tells_its_code_or_nothing(
     ],
 )
 def test_what_a_line_says(line: bytes, seen: Dying | None) -> None:
-    assert dying_in(line) == seen
+    assert parse_dying(line) == seen

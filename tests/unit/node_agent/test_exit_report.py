@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from node_agent.exit_report import Obituary, describe_exit
-from node_agent.rank_supervisor import Life
+from node_agent.exit_report import ExitReporter, describe_exit
+from node_agent.rank_supervisor import RunningRank
 from shared.keys import Keys
 from shared.records import Suspicion, unpack_record
 from shared.types import Incarnation, Member, NodeId, RankId, SuspicionReason
@@ -17,9 +17,9 @@ from tests.support.memory_store import MemoryEtcd
 KEYS = Keys("t")
 
 
-def life(incarnation: int, lease_id: int) -> Life:
+def running_rank(incarnation: int, lease_id: int) -> RunningRank:
     member = Member(rank=RankId(1), incarnation=Incarnation(incarnation))
-    return Life(member=member, lease_id=lease_id, pid=1)
+    return RunningRank(member=member, lease_id=lease_id, pid=1)
 
 
 async def suspicions(etcd: MemoryEtcd) -> list[Suspicion]:
@@ -27,27 +27,29 @@ async def suspicions(etcd: MemoryEtcd) -> list[Suspicion]:
     return [unpack_record(kv.value, Suspicion) for kv in found.values]
 
 
-async def test_the_record_goes_and_the_testimony_stays() -> None:
+async def test_the_record_goes_and_the_exit_report_stays() -> None:
     etcd = MemoryEtcd(FakeClock())
     store = etcd.client()
     agent, rank = await store.grant_lease(5), await store.grant_lease(5)
     await store.put(KEYS.rank(RankId(1), Incarnation(3)), b"record", lease_id=rank)
-    obituary = Obituary(store, KEYS, NodeId("n"), FakeClock(now=50.0))
-    await obituary.publish(life(3, rank), -9, agent_lease_id=lambda: agent)
+    exit_reporter = ExitReporter(store, KEYS, NodeId("n"), FakeClock(now=50.0))
+    await exit_reporter.revoke_and_report(running_rank(3, rank), -9, agent_lease_id=lambda: agent)
     assert (await store.get_prefix(KEYS.ranks)).values == ()
     (said,) = await suspicions(etcd)
     assert (said.rank, said.incarnation, said.reason) == (1, 3, SuspicionReason.EXIT)
     assert (said.raised_at, said.by, said.detail) == (50.0, "agent:n", "killed by SIGKILL")
 
 
-async def test_only_the_last_death_of_a_rank_is_testified() -> None:
+async def test_only_the_last_exit_of_a_rank_is_reported() -> None:
     etcd = MemoryEtcd(FakeClock())
     store = etcd.client()
     agent = await store.grant_lease(5)
-    obituary = Obituary(store, KEYS, NodeId("n"), FakeClock())
+    exit_reporter = ExitReporter(store, KEYS, NodeId("n"), FakeClock())
     for incarnation in (3, 4, 5):
         lease = await store.grant_lease(5)
-        await obituary.publish(life(incarnation, lease), 0, agent_lease_id=lambda: agent)
+        await exit_reporter.revoke_and_report(
+            running_rank(incarnation, lease), 0, agent_lease_id=lambda: agent
+        )
     assert [s.incarnation for s in await suspicions(etcd)] == [5]
 
 
@@ -56,10 +58,10 @@ async def test_with_etcd_away_the_death_is_told_later() -> None:
     store, other = etcd.client(), etcd.client()
     agent, rank = await store.grant_lease(5), await store.grant_lease(5)
     await store.put(KEYS.rank(RankId(1), Incarnation(3)), b"record", lease_id=rank)
-    obituary = Obituary(store, KEYS, NodeId("n"), FakeClock())
+    exit_reporter = ExitReporter(store, KEYS, NodeId("n"), FakeClock())
     store.reachable = False
     publishing = asyncio.ensure_future(
-        obituary.publish(life(3, rank), None, agent_lease_id=lambda: agent)
+        exit_reporter.revoke_and_report(running_rank(3, rank), None, agent_lease_id=lambda: agent)
     )
     for _ in range(5):
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Every event in every phase of a rank's lives."""
+"""Every event in every phase of a rank."""
 
 from __future__ import annotations
 
@@ -10,97 +10,99 @@ import pytest
 
 from node_agent.rank_supervisor import (
     TRANSITIONS,
-    Action,
-    Bury,
-    Event,
     Kill,
-    Life,
-    Phase,
-    RankLives,
+    RankEvent,
+    RankPhase,
+    RankSupervisor,
+    RevokeLease,
+    RunningRank,
     Spawn,
+    SupervisorAction,
     Terminate,
 )
-from node_agent.restart_policy import RespawnPolicy
+from node_agent.restart_policy import RestartPolicy
 from shared.exit_codes import EXIT_FENCED
 from shared.types import Incarnation, Member, RankId
 
 RANK = RankId(2)
-LIFE = Life(member=Member(rank=RANK, incarnation=Incarnation(7)), lease_id=99, pid=1234)
-POLICY = RespawnPolicy(first_delay_s=1.0, delay_s_max=8.0, healthy_after_s=60.0)
+RUNNING_RANK = RunningRank(
+    member=Member(rank=RANK, incarnation=Incarnation(7)), lease_id=99, pid=1234
+)
+POLICY = RestartPolicy(first_delay_s=1.0, delay_s_max=8.0, healthy_after_s=60.0)
 
 
-def fresh(now: float = 0.0) -> RankLives:
-    return RankLives([RANK], POLICY, random.Random(1), now)
+def fresh(now: float = 0.0) -> RankSupervisor:
+    return RankSupervisor([RANK], POLICY, random.Random(1), now)
 
 
-EVENTS: dict[Event, Callable[[RankLives], list[Action]]] = {
-    Event.DUE: lambda lives: lives.due(1e9),
-    Event.ADOPTED: lambda lives: lives.adopted(LIFE, 0.0),
-    Event.SPAWNED: lambda lives: lives.spawned(LIFE, 0.0),
-    Event.SPAWN_FAILED: lambda lives: lives.spawn_failed(RANK, 0.0),
-    Event.DYING: lambda lives: lives.dying(RANK, -9),
-    Event.EXITED: lambda lives: lives.exited(RANK, -9, 0.0),
-    Event.STOP: lambda lives: lives.stop(),
+EVENTS: dict[RankEvent, Callable[[RankSupervisor], list[SupervisorAction]]] = {
+    RankEvent.DUE: lambda supervisor: supervisor.take_due(1e9),
+    RankEvent.ADOPTED: lambda supervisor: supervisor.on_adopted(RUNNING_RANK, 0.0),
+    RankEvent.SPAWNED: lambda supervisor: supervisor.on_spawned(RUNNING_RANK, 0.0),
+    RankEvent.SPAWN_FAILED: lambda supervisor: supervisor.on_spawn_failed(RANK, 0.0),
+    RankEvent.DYING: lambda supervisor: supervisor.on_dying(RANK, -9),
+    RankEvent.EXITED: lambda supervisor: supervisor.on_exited(RANK, -9, 0.0),
+    RankEvent.STOP: lambda supervisor: supervisor.stop(),
 }
-PATHS: dict[Phase, list[Event]] = {
-    Phase.WAITING: [],
-    Phase.STARTING: [Event.DUE],
-    Phase.RUNNING: [Event.DUE, Event.SPAWNED],
-    Phase.DYING: [Event.DUE, Event.SPAWNED, Event.DYING],
-    Phase.STOPPING: [Event.DUE, Event.SPAWNED, Event.STOP],
-    Phase.ENDING: [Event.DUE, Event.SPAWNED, Event.STOP, Event.DYING],
-    Phase.STOPPED: [Event.STOP],
+PATHS: dict[RankPhase, list[RankEvent]] = {
+    RankPhase.WAITING: [],
+    RankPhase.STARTING: [RankEvent.DUE],
+    RankPhase.RUNNING: [RankEvent.DUE, RankEvent.SPAWNED],
+    RankPhase.DYING: [RankEvent.DUE, RankEvent.SPAWNED, RankEvent.DYING],
+    RankPhase.STOPPING: [RankEvent.DUE, RankEvent.SPAWNED, RankEvent.STOP],
+    RankPhase.ENDING: [RankEvent.DUE, RankEvent.SPAWNED, RankEvent.STOP, RankEvent.DYING],
+    RankPhase.STOPPED: [RankEvent.STOP],
 }
-ACTIONS: dict[tuple[Phase, Event], list[Action]] = {
-    (Phase.WAITING, Event.DUE): [Spawn(rank=RANK)],
-    (Phase.RUNNING, Event.DYING): [Bury(life=LIFE, exit_code=-9)],
-    (Phase.STOPPING, Event.DYING): [Bury(life=LIFE, exit_code=-9)],
-    (Phase.RUNNING, Event.EXITED): [Bury(life=LIFE, exit_code=-9)],
-    (Phase.RUNNING, Event.STOP): [Terminate(life=LIFE)],
-    (Phase.STOPPING, Event.SPAWNED): [Terminate(life=LIFE)],
-    (Phase.STOPPING, Event.EXITED): [Bury(life=LIFE, exit_code=-9)],
+ACTIONS: dict[tuple[RankPhase, RankEvent], list[SupervisorAction]] = {
+    (RankPhase.WAITING, RankEvent.DUE): [Spawn(rank=RANK)],
+    (RankPhase.RUNNING, RankEvent.DYING): [RevokeLease(running_rank=RUNNING_RANK, exit_code=-9)],
+    (RankPhase.STOPPING, RankEvent.DYING): [RevokeLease(running_rank=RUNNING_RANK, exit_code=-9)],
+    (RankPhase.RUNNING, RankEvent.EXITED): [RevokeLease(running_rank=RUNNING_RANK, exit_code=-9)],
+    (RankPhase.RUNNING, RankEvent.STOP): [Terminate(running_rank=RUNNING_RANK)],
+    (RankPhase.STOPPING, RankEvent.SPAWNED): [Terminate(running_rank=RUNNING_RANK)],
+    (RankPhase.STOPPING, RankEvent.EXITED): [RevokeLease(running_rank=RUNNING_RANK, exit_code=-9)],
 }
 
 
-def in_phase(phase: Phase) -> RankLives:
-    lives = fresh()
+def in_phase(phase: RankPhase) -> RankSupervisor:
+    supervisor = fresh()
     for event in PATHS[phase]:
-        EVENTS[event](lives)
-    assert lives.phase_of(RANK) is phase
-    return lives
+        EVENTS[event](supervisor)
+    assert supervisor.phase_of(RANK) is phase
+    return supervisor
 
 
-@pytest.mark.parametrize(("phase", "event"), list(itertools.product(Phase, Event)))
-def test_every_event_in_every_phase(phase: Phase, event: Event) -> None:
-    lives = in_phase(phase)
+@pytest.mark.parametrize(("phase", "event"), list(itertools.product(RankPhase, RankEvent)))
+def test_every_event_in_every_phase(phase: RankPhase, event: RankEvent) -> None:
+    supervisor = in_phase(phase)
     if (phase, event) in TRANSITIONS:
-        assert EVENTS[event](lives) == ACTIONS.get((phase, event), [])
-        assert lives.phase_of(RANK) is TRANSITIONS[phase, event]
-    elif event is Event.DUE:  # a tick is no event to a rank that does not wait
-        assert EVENTS[event](lives) == []
-        assert lives.phase_of(RANK) is phase
+        assert EVENTS[event](supervisor) == ACTIONS.get((phase, event), [])
+        assert supervisor.phase_of(RANK) is TRANSITIONS[phase, event]
+    elif event is RankEvent.DUE:  # a tick is no event to a rank that does not wait
+        assert EVENTS[event](supervisor) == []
+        assert supervisor.phase_of(RANK) is phase
     else:
         with pytest.raises(KeyError):
-            EVENTS[event](lives)
+            EVENTS[event](supervisor)
 
 
 def test_a_stop_during_the_start_terminates_the_process_once_it_runs() -> None:
-    lives = in_phase(Phase.STARTING)
-    assert lives.stop() == []
-    assert not lives.all_stopped
-    assert lives.spawned(LIFE, 5.0) == [Terminate(life=LIFE)]
-    lives.exited(RANK, 0, 6.0)
-    assert lives.all_stopped
+    supervisor = in_phase(RankPhase.STARTING)
+    assert supervisor.stop() == []
+    assert not supervisor.all_stopped
+    assert supervisor.on_spawned(RUNNING_RANK, 5.0) == [Terminate(running_rank=RUNNING_RANK)]
+    supervisor.on_exited(RANK, 0, 6.0)
+    assert supervisor.all_stopped
 
 
-def test_short_lives_wait_longer_each_time_and_a_long_one_forgives() -> None:
-    lives, now, waits = fresh(), 0.0, []
-    for lived_s in (0.1, 0.1, 0.1, 0.1, 0.1, 100.0):
-        lives.due(now)
-        lives.spawned(LIFE, now)
-        now += lived_s
-        lives.exited(RANK, 1, now)
-        due_at = lives.next_due_at()
+def test_short_runs_back_off_longer_each_time_and_a_long_one_resets_the_backoff() -> None:
+    supervisor, now, waits = fresh(), 0.0, []
+    for uptime_s in (0.1, 0.1, 0.1, 0.1, 0.1, 100.0):
+        supervisor.take_due(now)
+        supervisor.on_spawned(RUNNING_RANK, now)
+        now += uptime_s
+        supervisor.on_exited(RANK, 1, now)
+        due_at = supervisor.next_due_at()
         assert due_at is not None
         waits.append(due_at - now)
         now = due_at
@@ -110,89 +112,89 @@ def test_short_lives_wait_longer_each_time_and_a_long_one_forgives() -> None:
 
 
 def test_a_fenced_rank_returns_at_once() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.exited(RANK, EXIT_FENCED, 3.0)
-    assert lives.due(3.0) == [Spawn(rank=RANK)]
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_exited(RANK, EXIT_FENCED, 3.0)
+    assert supervisor.take_due(3.0) == [Spawn(rank=RANK)]
 
 
 def test_a_waiting_rank_is_not_started_before_its_time() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.exited(RANK, -9, 10.0)
-    assert lives.due(10.9) == []
-    assert lives.due(11.6) == [Spawn(rank=RANK)]
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_exited(RANK, -9, 10.0)
+    assert supervisor.take_due(10.9) == []
+    assert supervisor.take_due(11.6) == [Spawn(rank=RANK)]
 
 
-def test_a_failed_start_counts_as_a_short_life() -> None:
-    lives = in_phase(Phase.STARTING)
-    lives.spawn_failed(RANK, 10.0)
-    lives.due(20.0)
-    lives.spawn_failed(RANK, 20.0)
-    assert lives.due(21.9) == []
-    assert lives.due(23.1) == [Spawn(rank=RANK)]
+def test_a_failed_start_counts_as_a_short_run() -> None:
+    supervisor = in_phase(RankPhase.STARTING)
+    supervisor.on_spawn_failed(RANK, 10.0)
+    supervisor.take_due(20.0)
+    supervisor.on_spawn_failed(RANK, 20.0)
+    assert supervisor.take_due(21.9) == []
+    assert supervisor.take_due(23.1) == [Spawn(rank=RANK)]
 
 
 def test_ranks_are_independent() -> None:
-    lives = RankLives([RankId(0), RANK], POLICY, random.Random(1), 0.0)
-    assert lives.due(0.0) == [Spawn(rank=RankId(0)), Spawn(rank=RANK)]
-    lives.spawned(LIFE, 0.0)
-    lives.exited(RANK, -9, 1.0)
-    assert lives.phase_of(RankId(0)) is Phase.STARTING
-    assert lives.running() == []
+    supervisor = RankSupervisor([RankId(0), RANK], POLICY, random.Random(1), 0.0)
+    assert supervisor.take_due(0.0) == [Spawn(rank=RankId(0)), Spawn(rank=RANK)]
+    supervisor.on_spawned(RUNNING_RANK, 0.0)
+    supervisor.on_exited(RANK, -9, 1.0)
+    assert supervisor.phase_of(RankId(0)) is RankPhase.STARTING
+    assert supervisor.running() == []
 
 
-def test_a_condemned_life_is_killed_only_after_its_grace() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.condemned(LIFE.member, now=5.0)
-    assert lives.next_due_at() == 15.0
-    assert lives.due(14.9) == []
-    assert lives.due(15.0) == [Kill(life=LIFE)]
-    assert lives.due(99.0) == []
+def test_a_rank_declared_dead_is_killed_only_after_its_grace() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
+    assert supervisor.next_due_at() == 15.0
+    assert supervisor.take_due(14.9) == []
+    assert supervisor.take_due(15.0) == [Kill(running_rank=RUNNING_RANK)]
+    assert supervisor.take_due(99.0) == []
 
 
-def test_a_condemned_life_that_leaves_by_itself_is_not_killed() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.condemned(LIFE.member, now=5.0)
-    lives.exited(RANK, EXIT_FENCED, 5.1)
-    assert lives.due(99.0) == [Spawn(rank=RANK)]
+def test_a_rank_declared_dead_that_leaves_by_itself_is_not_killed() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
+    supervisor.on_exited(RANK, EXIT_FENCED, 5.1)
+    assert supervisor.take_due(99.0) == [Spawn(rank=RANK)]
 
 
-def test_a_verdict_on_another_life_changes_nothing() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.condemned(Member(rank=RANK, incarnation=Incarnation(6)), now=5.0)
-    lives.condemned(Member(rank=RankId(9), incarnation=Incarnation(7)), now=5.0)
-    assert lives.next_due_at() is None
+def test_a_verdict_on_another_incarnation_changes_nothing() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_declared_dead(Member(rank=RANK, incarnation=Incarnation(6)), now=5.0)
+    supervisor.on_declared_dead(Member(rank=RankId(9), incarnation=Incarnation(7)), now=5.0)
+    assert supervisor.next_due_at() is None
 
 
-def test_a_dying_life_is_buried_once_and_its_rank_waits_for_its_end() -> None:
-    lives = in_phase(Phase.RUNNING)
-    assert lives.living() == [LIFE]
-    assert lives.dying(RANK, -9) == [Bury(life=LIFE, exit_code=-9)]
-    assert lives.living() == []
-    assert lives.running() == [LIFE]
-    assert lives.due(1e6) == []
-    assert lives.exited(RANK, -9, 1e6) == []
-    assert lives.running() == []
-    assert lives.due(1e6 + 2.0) == [Spawn(rank=RANK)]
+def test_the_lease_of_a_dying_rank_is_revoked_once_and_its_restart_waits_for_its_end() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    assert supervisor.alive() == [RUNNING_RANK]
+    assert supervisor.on_dying(RANK, -9) == [RevokeLease(running_rank=RUNNING_RANK, exit_code=-9)]
+    assert supervisor.alive() == []
+    assert supervisor.running() == [RUNNING_RANK]
+    assert supervisor.take_due(1e6) == []
+    assert supervisor.on_exited(RANK, -9, 1e6) == []
+    assert supervisor.running() == []
+    assert supervisor.take_due(1e6 + 2.0) == [Spawn(rank=RANK)]
 
 
-def test_a_stop_waits_for_the_end_of_a_dying_life() -> None:
-    lives = in_phase(Phase.DYING)
-    assert lives.stop() == []
-    assert not lives.all_stopped
-    lives.exited(RANK, -9, 1.0)
-    assert lives.all_stopped
+def test_a_stop_waits_for_the_end_of_a_dying_rank() -> None:
+    supervisor = in_phase(RankPhase.DYING)
+    assert supervisor.stop() == []
+    assert not supervisor.all_stopped
+    supervisor.on_exited(RANK, -9, 1.0)
+    assert supervisor.all_stopped
 
 
-def test_a_dying_life_is_not_killed() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.condemned(LIFE.member, now=5.0)
-    lives.dying(RANK, None)
-    lives.condemned(LIFE.member, now=6.0)
-    assert lives.next_due_at() is None
+def test_a_dying_rank_is_not_killed() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
+    supervisor.on_dying(RANK, None)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=6.0)
+    assert supervisor.next_due_at() is None
 
 
 def test_a_verdict_that_is_told_again_gives_no_new_grace() -> None:
-    lives = in_phase(Phase.RUNNING)
-    lives.condemned(LIFE.member, now=5.0)
-    lives.condemned(LIFE.member, now=9.0)
-    assert lives.next_due_at() == 15.0
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=9.0)
+    assert supervisor.next_due_at() == 15.0

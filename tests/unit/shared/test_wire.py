@@ -23,11 +23,11 @@ from shared.types import (
 )
 from shared.wire import (
     FRAME_BYTES_MAX,
-    AreaOpened,
     Hello,
     Load,
     Message,
     Ping,
+    RegionOpened,
     SessionTokens,
     Submit,
     TokenLogprob,
@@ -50,8 +50,8 @@ def submit(tokens: tuple[int, ...] = (1, 2, 3)) -> Submit:
     )
 
 
-def area() -> AreaOpened:
-    return AreaOpened(
+def area() -> RegionOpened:
+    return RegionOpened(
         target=Member(rank=RankId(1), incarnation=Incarnation(2)),
         source=Member(rank=RankId(0), incarnation=Incarnation(1)),
         generation=3,

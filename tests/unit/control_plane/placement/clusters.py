@@ -57,8 +57,9 @@ class Cluster:
 
 
 @st.composite
-def clusters(draw: st.DrawFn, *, roomy: bool = False, even: bool = False) -> Cluster:
-    """`roomy`: slots for every expert, none left out; `even`: equal ranks and equal nodes."""
+def clusters(draw: st.DrawFn, *, fits_all_experts: bool = False, even: bool = False) -> Cluster:
+    """`fits_all_experts`: slots for every expert, none left out; `even`: equal ranks and equal
+    nodes."""
     num_nodes = draw(st.integers(1, 4))
     if even:
         per_node = draw(st.integers(1, 3))
@@ -69,7 +70,7 @@ def clusters(draw: st.DrawFn, *, roomy: bool = False, even: bool = False) -> Clu
     num_experts = draw(st.integers(1, 12))
     each = draw(st.integers(1, 6))
     slots = [each if even else draw(st.integers(0, 6)) for _ in node_of]
-    if roomy and sum(min(s, num_experts) for s in slots) < num_experts:
+    if fits_all_experts and sum(min(s, num_experts) for s in slots) < num_experts:
         slots = [max(s, -(-num_experts // num_ranks)) for s in slots]
     seed = draw(st.integers(0, 2**32 - 1))
     shape = (draw(st.integers(1, 3)), num_experts)

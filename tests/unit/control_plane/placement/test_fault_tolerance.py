@@ -6,7 +6,7 @@ from itertools import combinations
 
 from hypothesis import given
 
-from control_plane.placement import advise, describe, shrink, survives
+from control_plane.placement import advise, compute_fault_tolerance, describe, shrink
 from shared.expert_map import Placement
 from shared.types import NodeId, RankId
 from tests.unit.control_plane.placement.clusters import Cluster, bench_cluster, bounded, clusters
@@ -25,10 +25,10 @@ def on_nodes(cluster: Cluster, names: tuple[NodeId, ...]) -> set[RankId]:
 
 
 @bounded
-@given(clusters(roomy=True))
+@given(clusters(fits_all_experts=True))
 def test_rank_failures_survived_are_exact(cluster: Cluster) -> None:
     placement = cluster.place().placement
-    tolerance = survives(cluster.map_of(placement), cluster.nodes)
+    tolerance = compute_fault_tolerance(cluster.map_of(placement), cluster.nodes)
     worst = [
         max(lost(cluster, placement, set(dead)) for dead in combinations(cluster.ranks, k))
         for k in range(len(cluster.ranks) + 1)
@@ -37,10 +37,10 @@ def test_rank_failures_survived_are_exact(cluster: Cluster) -> None:
 
 
 @bounded
-@given(clusters(roomy=True))
+@given(clusters(fits_all_experts=True))
 def test_node_failures_survived_are_exact(cluster: Cluster) -> None:
     placement = cluster.place().placement
-    tolerance = survives(cluster.map_of(placement), cluster.nodes)
+    tolerance = compute_fault_tolerance(cluster.map_of(placement), cluster.nodes)
     names = sorted(set(cluster.nodes.values()))
     worst = [
         max(lost(cluster, placement, on_nodes(cluster, d)) for d in combinations(names, k))
@@ -50,10 +50,10 @@ def test_node_failures_survived_are_exact(cluster: Cluster) -> None:
 
 
 @bounded
-@given(clusters(roomy=True))
+@given(clusters(fits_all_experts=True))
 def test_failures_survived_with_a_reload_are_exact(cluster: Cluster) -> None:
     expert_map = cluster.map_of(cluster.place().placement)
-    tolerance = survives(expert_map, cluster.nodes)
+    tolerance = compute_fault_tolerance(expert_map, cluster.nodes)
     worst = [
         max(
             len(shrink(expert_map, set(dead)).uncoverable)
@@ -65,10 +65,10 @@ def test_failures_survived_with_a_reload_are_exact(cluster: Cluster) -> None:
 
 
 @bounded
-@given(clusters(roomy=True))
+@given(clusters(fits_all_experts=True))
 def test_what_each_rank_and_node_takes_along_is_counted(cluster: Cluster) -> None:
     placement = cluster.place().placement
-    tolerance = survives(cluster.map_of(placement), cluster.nodes)
+    tolerance = compute_fault_tolerance(cluster.map_of(placement), cluster.nodes)
     for rank, count in tolerance.lost_by_rank.items():
         assert count == lost(cluster, placement, {rank})
     for node, count in tolerance.lost_by_node.items():
@@ -79,7 +79,7 @@ def test_the_advised_redundancy_does_survive_more() -> None:
     cluster = bench_cluster(experts=32, slots=16)
     thin = Cluster(loads=cluster.loads, nodes=cluster.nodes, slots=cluster.slots, redundant=8)
     thin_map = thin.map_of(thin.place().placement)
-    assert survives(thin_map, thin.nodes).rank_failures == 0
+    assert compute_fault_tolerance(thin_map, thin.nodes).rank_failures == 0
     for advice in advise(thin_map, thin.nodes):
         richer = Cluster(
             loads=cluster.loads,
@@ -88,13 +88,15 @@ def test_the_advised_redundancy_does_survive_more() -> None:
             redundant=advice.redundant,
         )
         placed = richer.map_of(richer.place(advice.rank_failures).placement)
-        assert survives(placed, richer.nodes).rank_failures >= advice.rank_failures
-        assert survives(placed, richer.nodes).node_failures >= advice.node_failures
+        assert compute_fault_tolerance(placed, richer.nodes).rank_failures >= advice.rank_failures
+        assert compute_fault_tolerance(placed, richer.nodes).node_failures >= advice.node_failures
 
 
 def test_the_start_up_sentence_names_what_is_survived_and_what_would_survive_more() -> None:
     cluster = bench_cluster()
     expert_map = cluster.map_of(cluster.place().placement)
-    text = describe(survives(expert_map, cluster.nodes), advise(expert_map, cluster.nodes))
+    text = describe(
+        compute_fault_tolerance(expert_map, cluster.nodes), advise(expert_map, cluster.nodes)
+    )
     assert "any 1 rank failure and any 1 node failure without a reload" in text
     assert "any 2 rank failures" in text

@@ -14,7 +14,7 @@ from tests.unit.control_plane.placement.clusters import Cluster, bench_cluster, 
 
 @st.composite
 def joins(draw: st.DrawFn) -> tuple[Cluster, list[RankId], list[RankId]]:
-    cluster = draw(clusters(roomy=True).filter(lambda c: len(c.ranks) > 1))
+    cluster = draw(clusters(fits_all_experts=True).filter(lambda c: len(c.ranks) > 1))
     joined = draw(
         st.sets(st.sampled_from(cluster.ranks), min_size=1, max_size=len(cluster.ranks) - 1)
     )
@@ -43,7 +43,7 @@ def test_members_keep_every_slot_and_joiners_hold_no_expert_twice(
         for row in result.placement[:, rank]:
             held = row[row >= 0]
             assert len(set(held.tolist())) == len(held)
-    loads = {(r.layer, r.rank, r.slot): r.expert for r in result.loads}
+    loads = {(r.layer, r.rank, r.slot): r.expert for r in result.slot_fills}
     for place in np.argwhere(result.placement[:, joined] >= 0).tolist():
         layer, index, slot = place
         assert (

@@ -9,9 +9,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from control_plane.placement import HealStep, balance, grow, heal, replica_counts, shrink, survives
-from control_plane.placement.layout import Layout, checked_loads, fill_quotas, presence
+from control_plane.placement import (
+    HealStep,
+    balance,
+    compute_fault_tolerance,
+    grow,
+    heal,
+    replica_counts,
+    shrink,
+)
 from control_plane.placement.replica_counts import choose_counts, cover_floor
+from control_plane.placement.topology import RankTopology, checked_loads, fill_quotas, presence
 from shared.expert_map import ExpertMap, Placement
 from shared.types import EMPTY_SLOT, NodeId, RankId
 from tests.unit.control_plane.placement.clusters import Cluster, bench_cluster, bounded, clusters
@@ -22,7 +30,7 @@ STEPS_MOST = 500
 @st.composite
 def wounds(draw: st.DrawFn) -> tuple[Cluster, ExpertMap]:
     """A map after some deaths and, at times, a rejoin, under loads that have changed since."""
-    cluster = draw(clusters(roomy=True))
+    cluster = draw(clusters(fits_all_experts=True))
     dead = draw(st.sets(st.sampled_from(cluster.ranks), max_size=len(cluster.ranks) - 1))
     alive = [r for r in cluster.ranks if r not in dead]
     placement = shrink(cluster.map_of(cluster.place().placement), dead, cluster.loads).refilled
@@ -82,9 +90,9 @@ def test_each_step_keeps_to_its_budget_and_says_all_that_it_changes(
     cluster, expert_map = case
     before = expert_map.placement
     for step in steps(cluster, expert_map, budget):
-        assert step.bytes == 10 * len(step.loads) <= 10 * budget
+        assert step.bytes == 10 * len(step.slot_fills) <= 10 * budget
         filled = step.emptied.copy()
-        for layer, rank, slot, expert in step.loads:
+        for layer, rank, slot, expert in step.slot_fills:
             assert filled[layer, rank, slot] == EMPTY_SLOT
             filled[layer, rank, slot] = expert
         assert (filled == step.placement).all()
@@ -102,7 +110,7 @@ def test_only_members_slots_are_used_and_no_rank_gets_an_expert_twice(
     cluster, expert_map = case
     members = set(ranks_of(expert_map))
     for step in steps(cluster, expert_map):
-        for load in step.loads:
+        for load in step.slot_fills:
             assert load.rank in members
             row = step.placement[load.layer, load.rank]
             assert (row == load.expert).sum() == 1
@@ -138,10 +146,10 @@ def test_replicas_are_given_up_only_where_hot_experts_need_their_slots(
     found = steps(cluster, expert_map)
     if not found:
         return
-    layout = Layout.of_map(expert_map, cluster.nodes)
-    quotas = fill_quotas(layout, cluster.num_experts, cluster.redundant)
+    topology = RankTopology.of_map(expert_map, cluster.nodes)
+    quotas = fill_quotas(topology, cluster.num_experts, cluster.redundant)
     least = cover_floor(cluster.num_experts, quotas, 0)
-    wanted = choose_counts(checked_loads(cluster.loads, *cluster.loads.shape), layout, quotas, 0)
+    wanted = choose_counts(checked_loads(cluster.loads, *cluster.loads.shape), topology, quotas, 0)
     before, after = (
         np.maximum(least - (presence(p, cluster.num_experts) > 0).sum(axis=2), 0).sum(axis=1)
         for p in (expert_map.placement, found[-1].placement)
@@ -159,7 +167,7 @@ UNKNOWN_LOADS = Cluster(
 
 
 @bounded
-@given(clusters(roomy=True, even=True))
+@given(clusters(fits_all_experts=True, even=True))
 @example(UNKNOWN_LOADS)  # which count as even ones
 def test_a_fresh_placement_that_is_balanced_needs_no_healing(cluster: Cluster) -> None:
     placement = cluster.place().placement
@@ -173,11 +181,11 @@ def test_after_a_death_spare_slots_bring_back_every_second_copy() -> None:
     expert_map = cluster.map_of(cluster.place().placement)
     alive = [r for r in cluster.ranks if r != 2]
     wounded = cluster.map_of(shrink(expert_map, {RankId(2)}, cluster.loads).refilled, alive)
-    assert survives(wounded, cluster.nodes).rank_failures == 0
+    assert compute_fault_tolerance(wounded, cluster.nodes).rank_failures == 0
     found = steps(cluster, wounded, budget=16)
     healed = cluster.map_of(found[-1].placement, alive)
-    assert survives(healed, cluster.nodes).rank_failures == 1
-    assert survives(healed, cluster.nodes).node_failures == 1
+    assert compute_fault_tolerance(healed, cluster.nodes).rank_failures == 1
+    assert compute_fault_tolerance(healed, cluster.nodes).node_failures == 1
     assert balance(healed.placement, cluster.loads, alive).max() < 1.15
 
 
@@ -190,7 +198,7 @@ def test_changed_loads_are_balanced_again_without_giving_up_a_second_copy() -> N
     healed = changed.map_of(found[-1].placement)
     after = balance(healed.placement, changed.loads, cluster.ranks)
     assert after.max() < 1.12 < before.max()
-    assert survives(healed, changed.nodes).rank_failures == 1
+    assert compute_fault_tolerance(healed, changed.nodes).rank_failures == 1
 
 
 def test_cover_comes_before_balance() -> None:
@@ -200,7 +208,7 @@ def test_cover_comes_before_balance() -> None:
     placement[1, 0] = [0, 1, 2, 3]  # all on one rank: no balance at all
     first = steps(cluster, cluster.map_of(placement), budget=1)[0]
     assert first.reason == "cover"
-    assert [(r.layer, r.expert) for r in first.loads] == [(0, 3)]
+    assert [(r.layer, r.expert) for r in first.slot_fills] == [(0, 3)]
 
 
 def _fields(cluster: Cluster) -> dict[str, object]:

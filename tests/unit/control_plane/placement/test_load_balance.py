@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control_plane.placement import Refill, ShrinkResult, place, replica_counts, shrink
+from control_plane.placement import ShrinkResult, SlotFill, place, replica_counts, shrink
 from shared.expert_map import ExpertMap, Placement
 from shared.types import (
     ABSENT_SLOT,
@@ -52,7 +52,7 @@ def wounded(draw: st.DrawFn) -> ExpertMap:
 
 def loads_by_rank(result: ShrinkResult) -> list[int]:
     """Of the survivors of `DEAD`."""
-    counts = np.bincount([r.rank for r in result.refills], minlength=result.placement.shape[1])
+    counts = np.bincount([r.rank for r in result.slot_fills], minlength=result.placement.shape[1])
     return [int(n) for n in counts[DEAD + 1 :]]
 
 
@@ -76,7 +76,7 @@ def forced(rows: Placement, num_experts: int, ranks: tuple[int, ...]) -> int:
     return mine + max(0, to_load - int(empty.sum()) - can_give_way)
 
 
-def least_longest_load(survivors: Placement, num_experts: int) -> int:
+def least_num_loaded_max(survivors: Placement, num_experts: int) -> int:
     """No plan that fills empty slots first loads less: a set of ranks divides what is forced on it.
     The set of all ranks gives ceil(orphans / survivors)."""
     return max(
@@ -90,18 +90,18 @@ def least_longest_load(survivors: Placement, num_experts: int) -> int:
 def test_nobody_loads_more_than_the_slots_force(expert_map: ExpertMap) -> None:
     result = shrink(expert_map, {DEAD})
     survivors = expert_map.placement[:, DEAD + 1 :]
-    least = least_longest_load(survivors, expert_map.num_experts)
+    least = least_num_loaded_max(survivors, expert_map.num_experts)
     assert max(loads_by_rank(result)) == least
 
 
 @bounded
-@given(clusters(roomy=True).filter(lambda c: len(c.ranks) > 1))
+@given(clusters(fits_all_experts=True).filter(lambda c: len(c.ranks) > 1))
 def test_nobody_loads_more_than_is_forced_when_a_planned_cluster_loses_a_rank(
     cluster: Cluster,
 ) -> None:
     placement = cluster.place().placement
     result = shrink(cluster.map_of(placement), {DEAD}, cluster.loads)
-    least = least_longest_load(placement[:, DEAD + 1 :], cluster.num_experts)
+    least = least_num_loaded_max(placement[:, DEAD + 1 :], cluster.num_experts)
     assert max(loads_by_rank(result)) == least
 
 
@@ -119,7 +119,7 @@ def test_what_gives_way_is_empty_or_else_surplus(expert_map: ExpertMap) -> None:
     changed = result.refilled != result.placement
     surplus_taken = (changed & (result.placement >= 0)).any(axis=(1, 2))
     assert (result.refilled[surplus_taken][slots[surplus_taken]] != EMPTY_SLOT).all()
-    assert {tuple(place) for place in np.argwhere(changed)} == {r[:3] for r in result.refills}
+    assert {tuple(place) for place in np.argwhere(changed)} == {r[:3] for r in result.slot_fills}
 
 
 def test_half_of_the_ranks_die_and_the_survivors_load_alike() -> None:
@@ -129,8 +129,8 @@ def test_half_of_the_ranks_die_and_the_survivors_load_alike() -> None:
     placement = place(loads, ranks, nodes, dict.fromkeys(ranks, 4), redundant=32).placement
     dead = {RankId(r) for r in (0, 1, 2, 3, 8, 9, 10, 11)}
     result = shrink(map_of(placement, 32), dead)
-    per_rank = np.bincount([r.rank for r in result.refills], minlength=16)
-    assert len(result.refills) == 98
+    per_rank = np.bincount([r.rank for r in result.slot_fills], minlength=16)
+    assert len(result.slot_fills) == 98
     assert per_rank.max() == 13
 
 
@@ -146,7 +146,7 @@ def test_a_rank_hands_its_load_to_one_that_hands_on_its_own() -> None:
         dtype=np.int16,
     )
     result = shrink(map_of(placement, 5), {DEAD})
-    assert [(r.layer, r.rank) for r in result.refills] == [(0, 2), (1, 3), (2, 1)]
+    assert [(r.layer, r.rank) for r in result.slot_fills] == [(0, 2), (1, 3), (2, 1)]
 
 
 def test_two_hand_their_loads_of_one_layer_to_the_same_rank() -> None:
@@ -177,7 +177,7 @@ def test_a_second_replica_gives_way_before_a_third_where_that_makes_the_longest_
         dtype=np.int16,
     )
     result = shrink(map_of(placement, 6), {DEAD})
-    assert result.refills[-1] == Refill(1, RankId(4), SlotId(0), ExpertId(5))
+    assert result.slot_fills[-1] == SlotFill(1, RankId(4), SlotId(0), ExpertId(5))
 
 
 def test_the_only_replica_gives_way_where_another_of_it_stays() -> None:
@@ -186,4 +186,4 @@ def test_the_only_replica_gives_way_where_another_of_it_stays() -> None:
     placement = np.array([[[2, -1], [0, 1], [0, 3]], [[3, 0], [1, -1], [0, 2]]], dtype=np.int16)
     loads = np.array([[1.0, 1.0, 1.0, 9.0], [1.0] * 4])
     result = shrink(map_of(placement, 4), {DEAD}, loads)
-    assert [(r.layer, r.rank, r.slot) for r in result.refills] == [(0, 2, 0), (1, 1, 1)]
+    assert [(r.layer, r.rank, r.slot) for r in result.slot_fills] == [(0, 2, 0), (1, 1, 1)]

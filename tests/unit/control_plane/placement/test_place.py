@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control_plane.placement import balance, place, replica_counts, survives
+from control_plane.placement import balance, compute_fault_tolerance, place, replica_counts
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, NodeId, RankId
 from tests.unit.control_plane.placement.clusters import (
     Cluster,
@@ -37,13 +37,13 @@ def test_only_existing_slots_hold_experts_and_no_rank_holds_one_twice(cluster: C
 def test_every_expert_is_in_a_slot_or_named_as_left_out(cluster: Cluster) -> None:
     plan = cluster.place()
     uncovered = set(cluster.map_of(plan.placement).uncovered())
-    assert uncovered == set(plan.in_host_memory)
+    assert uncovered == set(plan.unplaced_experts)
 
 
 @bounded
-@given(clusters(roomy=True))
+@given(clusters(fits_all_experts=True))
 def test_with_slots_for_all_experts_none_is_left_out(cluster: Cluster) -> None:
-    assert cluster.place().in_host_memory == ()
+    assert cluster.place().unplaced_experts == ()
 
 
 @bounded
@@ -51,7 +51,7 @@ def test_with_slots_for_all_experts_none_is_left_out(cluster: Cluster) -> None:
 def test_too_few_slots_leave_out_the_coldest_and_waste_no_slot(cluster: Cluster) -> None:
     plan = cluster.place()
     for layer, loads in enumerate(cluster.loads):
-        outside = [p.expert for p in plan.in_host_memory if p.layer == layer]
+        outside = [p.expert for p in plan.unplaced_experts if p.layer == layer]
         inside = sorted(set(range(cluster.num_experts)) - set(outside))
         if outside:
             assert len(inside) == sum(min(s, cluster.num_experts) for s in cluster.slots.values())
@@ -59,7 +59,7 @@ def test_too_few_slots_leave_out_the_coldest_and_waste_no_slot(cluster: Cluster)
 
 
 @bounded
-@given(clusters(roomy=True))
+@given(clusters(fits_all_experts=True))
 def test_redundant_says_how_many_slots_are_filled_and_the_rest_is_spare(cluster: Cluster) -> None:
     placement = cluster.place().placement
     room = sum(min(s, cluster.num_experts) for s in cluster.slots.values())
@@ -72,7 +72,7 @@ def test_redundant_says_how_many_slots_are_filled_and_the_rest_is_spare(cluster:
 
 
 @bounded
-@given(clusters(roomy=True, even=True))
+@given(clusters(fits_all_experts=True, even=True))
 def test_on_equal_nodes_replicas_share_a_node_only_when_each_node_has_one(cluster: Cluster) -> None:
     placement = cluster.place().placement
     num_nodes = len(set(cluster.nodes.values()))
@@ -83,12 +83,14 @@ def test_on_equal_nodes_replicas_share_a_node_only_when_each_node_has_one(cluste
 
 
 @bounded
-@given(clusters(roomy=True, even=True), st.integers(1, 3))
+@given(clusters(fits_all_experts=True, even=True), st.integers(1, 3))
 def test_a_guarantee_holds_as_far_as_the_slots_go(cluster: Cluster, survive: int) -> None:
     placement = cluster.place(survive).placement
     filled = int((placement[0] >= 0).sum())
     promised = min(survive, len(cluster.ranks) - 1, filled // cluster.num_experts - 1)
-    assert survives(cluster.map_of(placement), cluster.nodes).rank_failures >= promised
+    assert (
+        compute_fault_tolerance(cluster.map_of(placement), cluster.nodes).rank_failures >= promised
+    )
 
 
 @bounded
@@ -100,7 +102,7 @@ def test_the_same_input_gives_the_same_placement(cluster: Cluster) -> None:
 def test_a_full_second_copy_survives_any_rank_and_any_node_and_still_balances() -> None:
     cluster = bench_cluster()
     placement = cluster.place().placement
-    tolerance = survives(cluster.map_of(placement), cluster.nodes)
+    tolerance = compute_fault_tolerance(cluster.map_of(placement), cluster.nodes)
     assert (tolerance.rank_failures, tolerance.node_failures) == (1, 1)
     assert balance(placement, cluster.loads, cluster.ranks).max() < 1.02
 
@@ -132,7 +134,7 @@ def test_ranks_that_are_not_there_yet_get_no_slots() -> None:
     plan = place(np.ones((2, 4)), [RankId(1), RankId(3)], nodes, slots, num_ranks=4)
     assert plan.placement.shape == (2, 4, 4)
     assert (plan.placement[:, [0, 2]] == ABSENT_SLOT).all()
-    assert plan.in_host_memory == ()
+    assert plan.unplaced_experts == ()
 
 
 @pytest.mark.parametrize(

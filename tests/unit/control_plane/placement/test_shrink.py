@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control_plane.placement import Refill, replica_counts, shrink
+from control_plane.placement import SlotFill, replica_counts, shrink
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, RankId
 from tests.unit.control_plane.placement.clusters import Cluster, bench_cluster, bounded, clusters
 
 
 @st.composite
 def deaths(draw: st.DrawFn) -> tuple[Cluster, set[RankId], list[RankId]]:
-    cluster = draw(clusters(roomy=True).filter(lambda c: len(c.ranks) > 1))
+    cluster = draw(clusters(fits_all_experts=True).filter(lambda c: len(c.ranks) > 1))
     dead = draw(
         st.sets(st.sampled_from(cluster.ranks), min_size=1, max_size=len(cluster.ranks) - 1)
     )
@@ -30,7 +30,7 @@ def test_no_surviving_slot_changes_until_it_is_refilled(
     before = cluster.place().placement
     result = shrink(cluster.map_of(before), dead, cluster.loads)
     assert (result.placement[:, alive] == before[:, alive]).all()
-    refilled = {(r.layer, r.rank, r.slot) for r in result.refills}
+    refilled = {(r.layer, r.rank, r.slot) for r in result.slot_fills}
     for place in np.argwhere(result.refilled != result.placement):
         assert tuple(place.tolist()) in refilled
 
@@ -71,9 +71,9 @@ def test_only_experts_without_a_replica_are_loaded_and_each_once(
     cluster, dead, alive = case
     result = shrink(cluster.map_of(cluster.place().placement), dead, cluster.loads)
     orphans = cluster.map_of(result.placement, alive).uncovered()
-    loaded = [(r.layer, r.expert) for r in result.refills]
+    loaded = [(r.layer, r.expert) for r in result.slot_fills]
     assert sorted([*loaded, *result.uncoverable]) == sorted(orphans)
-    assert len({r[:3] for r in result.refills}) == len(result.refills)
+    assert len({r[:3] for r in result.slot_fills}) == len(result.slot_fills)
 
 
 @bounded
@@ -83,14 +83,14 @@ def test_a_surplus_slot_is_taken_only_when_no_slot_of_the_layer_is_empty(
 ) -> None:
     cluster, dead, alive = case
     result = shrink(cluster.map_of(cluster.place().placement), dead, cluster.loads)
-    for layer in {r.layer for r in result.refills}:
-        taken = [r for r in result.refills if r.layer == layer and _held(result, r) >= 0]
+    for layer in {r.layer for r in result.slot_fills}:
+        taken = [r for r in result.slot_fills if r.layer == layer and _held(result, r) >= 0]
         if taken:
             assert (result.refilled[layer, alive] != EMPTY_SLOT).all()
 
 
-def _held(result: object, refill: Refill) -> int:
-    return int(result.placement[refill.layer, refill.rank, refill.slot])  # type: ignore[attr-defined]
+def _held(result: object, slot_fill: SlotFill) -> int:
+    return int(result.placement[slot_fill.layer, slot_fill.rank, slot_fill.slot])  # type: ignore[attr-defined]
 
 
 def test_the_hottest_orphan_goes_to_the_idlest_rank_with_an_empty_slot() -> None:
@@ -98,7 +98,7 @@ def test_the_hottest_orphan_goes_to_the_idlest_rank_with_an_empty_slot() -> None
     placement = np.array([[[0, 1], [2, -1], [3, -1], [4, -1]]], dtype=np.int16)
     loads = np.array([[2.0, 5.0, 3.0, 1.0, 9.0]])
     result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
-    assert result.refills == (Refill(0, RankId(1), 1, 0), Refill(0, RankId(2), 1, 1))
+    assert result.slot_fills == (SlotFill(0, RankId(1), 1, 0), SlotFill(0, RankId(2), 1, 1))
 
 
 def test_the_coldest_orphans_are_left_over_coldest_first() -> None:
@@ -106,7 +106,7 @@ def test_the_coldest_orphans_are_left_over_coldest_first() -> None:
     placement = np.array([[[0, 1, 2], [3, 4, 3]]], dtype=np.int16)
     loads = np.array([[2.0, 5.0, 1.0, 9.0, 9.0]])
     result = shrink(cluster.map_of(placement), {RankId(0)}, loads)
-    assert [r.expert for r in result.refills] == [1]
+    assert [r.expert for r in result.slot_fills] == [1]
     assert result.uncoverable == ((0, 2), (0, 0))
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from gateway.api.bodies import ChatBody, CompletionBody, decode_body
 from gateway.api.requests import (
     COMPLETION_TOKENS_DEFAULT,
-    Wish,
+    RequestOptions,
     read_messages,
+    read_options,
     read_prompts,
-    read_wish,
 )
 from gateway.served_model import ModelLimits
 from shared.errors import RequestError
@@ -32,8 +32,8 @@ def chat(**fields: Any) -> ChatBody:
     return decode_body(json.dumps({**CHAT, **fields}).encode(), ChatBody)
 
 
-def wish(**fields: Any) -> Wish:
-    return read_wish(completion(**fields), LIMITS)
+def options(**fields: Any) -> RequestOptions:
+    return read_options(completion(**fields), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def wish(**fields: Any) -> Wish:
     ],
 )
 def test_what_changes_nothing_is_tolerated(fields: dict[str, Any]) -> None:
-    read_wish(completion(**fields), LIMITS)
+    read_options(completion(**fields), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_chats_refuse_their_own_features(fields: dict[str, Any], param: str) -> 
 )
 def test_what_chats_cannot_ask_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        read_wish(chat(**fields), LIMITS)
+        read_options(chat(**fields), LIMITS)
     assert caught.value.param == param
 
 
@@ -148,7 +148,7 @@ def test_tools_that_may_not_be_called_are_tolerated() -> None:
 )
 def test_impossible_values_are_refused_by_name(param: str, value: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        wish(**{param: value})
+        options(**{param: value})
     assert caught.value.param == param
 
 
@@ -165,7 +165,7 @@ def test_no_bytes_crash_the_decoder(raw: bytes) -> None:
 
 
 def test_sampling_is_taken_as_it_was_asked_for() -> None:
-    asked = wish(
+    asked = options(
         temperature=0.5,
         top_p=0.9,
         top_k=-1,
@@ -186,7 +186,7 @@ def test_sampling_is_taken_as_it_was_asked_for() -> None:
 
 
 def test_penalties_bias_and_log_probabilities_are_taken_as_asked_for() -> None:
-    asked = wish(
+    asked = options(
         min_p=0.1,
         presence_penalty=-2,
         frequency_penalty=1.5,
@@ -199,20 +199,20 @@ def test_penalties_bias_and_log_probabilities_are_taken_as_asked_for() -> None:
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2, 1.5)
     assert sampling.logit_bias == ((3, 2.5), (7, -100.0))
     assert (sampling.logprobs, sampling.prompt_logprobs) == (4, None)
-    chatted = read_wish(chat(logprobs=True, top_logprobs=2), LIMITS).sampling
+    chatted = read_options(chat(logprobs=True, top_logprobs=2), LIMITS).sampling
     assert (chatted.logprobs, chatted.prompt_logprobs) == (2, None)
-    assert read_wish(chat(logprobs=True), LIMITS).sampling.logprobs == 0
+    assert read_options(chat(logprobs=True), LIMITS).sampling.logprobs == 0
 
 
 def test_the_prompt_is_scored_as_widely_as_anything_needs() -> None:
-    assert wish(echo=True, logprobs=3).sampling.prompt_logprobs == 3
-    assert wish(echo=True, logprobs=3, prompt_logprobs=5).sampling.prompt_logprobs == 5
-    assert wish(prompt_logprobs=0, max_tokens=0).sampling_for(50, LIMITS).max_tokens == 0
-    assert wish(echo=True).sampling.prompt_logprobs is None
+    assert options(echo=True, logprobs=3).sampling.prompt_logprobs == 3
+    assert options(echo=True, logprobs=3, prompt_logprobs=5).sampling.prompt_logprobs == 5
+    assert options(prompt_logprobs=0, max_tokens=0).sampling_for(50, LIMITS).max_tokens == 0
+    assert options(echo=True).sampling.prompt_logprobs is None
 
 
 def test_choices_draw_with_seeds_of_their_own_and_the_first_as_if_alone() -> None:
-    asked = wish(n=50, best_of=50, seed=11)
+    asked = options(n=50, best_of=50, seed=11)
     seeds = [asked.sampling_for(3, LIMITS, choice).seed for choice in range(50)]
     assert seeds[0] == 11
     assert len(set(seeds)) == 50
@@ -220,22 +220,22 @@ def test_choices_draw_with_seeds_of_their_own_and_the_first_as_if_alone() -> Non
 
 
 def test_without_a_seed_each_request_draws_its_own() -> None:
-    assert len({wish().sampling.seed for _ in range(20)}) == 20
+    assert len({options().sampling.seed for _ in range(20)}) == 20
 
 
 def test_completions_default_to_sixteen_tokens_and_chats_to_the_context() -> None:
-    assert wish().sampling_for(10, LIMITS).max_tokens == COMPLETION_TOKENS_DEFAULT
-    assert read_wish(chat(), LIMITS).sampling_for(10, LIMITS).max_tokens == 40
+    assert options().sampling_for(10, LIMITS).max_tokens == COMPLETION_TOKENS_DEFAULT
+    assert read_options(chat(), LIMITS).sampling_for(10, LIMITS).max_tokens == 40
 
 
 def test_max_completion_tokens_wins() -> None:
-    asked = read_wish(chat(max_tokens=3, max_completion_tokens=5), LIMITS)
+    asked = read_options(chat(max_tokens=3, max_completion_tokens=5), LIMITS)
     assert asked.sampling_for(10, LIMITS).max_tokens == 5
 
 
 @pytest.mark.parametrize(("num_prompt", "max_tokens"), [(50, None), (60, None), (45, 6)])
 def test_what_does_not_fit_the_context_is_refused(num_prompt: int, max_tokens: int | None) -> None:
-    asked = read_wish(chat(max_tokens=max_tokens), LIMITS)
+    asked = read_options(chat(max_tokens=max_tokens), LIMITS)
     with pytest.raises(RequestError) as caught:
         asked.sampling_for(num_prompt, LIMITS)
     assert caught.value.code == "context_length_exceeded"

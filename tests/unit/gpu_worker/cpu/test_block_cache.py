@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_worker.cpu.block_cache import ModelBlockCache
+from gpu_worker.cpu.block_cache import CpuBlockCache
 from tests.unit.gpu_worker.cpu.reference import random_tokens, save_checkpoint
 from tests.unit.gpu_worker.cpu.runs import Chunk, RankRun, open_ranks
 from tests.unit.gpu_worker.cpu.test_batch_invariance import WAYS
@@ -47,20 +47,20 @@ def test_a_continuation_from_copies_has_the_bits_of_where_they_came_from(
     source.logits(Chunk(TOKENS[:KNOWN], 0, HERE))
     expected = source.logits(Chunk(TOKENS[KNOWN:], KNOWN, HERE))
     spoil(target)
-    saver, loader = ModelBlockCache(source.model), ModelBlockCache(target.model)
+    saver, loader = CpuBlockCache(source.model), CpuBlockCache(target.model)
     for block, other in zip(HERE[: KNOWN // 4], THERE, strict=False):
-        room = saver.room()
-        assert saver.save(block, room)()
-        loader.load(other, room)
+        staging_buffer = saver.staging_buffer()
+        assert saver.save(block, staging_buffer)()
+        loader.load(other, staging_buffer)
     assert np.array_equal(target.logits(Chunk(TOKENS[KNOWN:], KNOWN, THERE)), expected)
 
 
 def test_a_copy_stands_by_itself_and_fills_its_block_alone(
     source: RankRun, target: RankRun
 ) -> None:
-    saver, loader = ModelBlockCache(source.model), ModelBlockCache(target.model)
+    saver, loader = CpuBlockCache(source.model), CpuBlockCache(target.model)
     source.logits(Chunk(TOKENS, 0, HERE))
-    saved, loaded = saver.room(), loader.room()
+    saved, loaded = saver.staging_buffer(), loader.staging_buffer()
     saver.save(HERE[0], saved)
     expected = saved.copy()
     spoil(source)
@@ -75,21 +75,21 @@ def test_a_copy_stands_by_itself_and_fills_its_block_alone(
             assert np.all(np.delete(cache, THERE[0], axis=0) == 1e3)
 
 
-def test_rooms_are_whole_pages_of_their_own(source: RankRun) -> None:
-    cache = ModelBlockCache(source.model)
-    first, second = cache.room(), cache.room()
+def test_staging_buffers_are_whole_pages_of_their_own(source: RankRun) -> None:
+    cache = CpuBlockCache(source.model)
+    first, second = cache.staging_buffer(), cache.staging_buffer()
     assert (first.dtype, first.shape) == (np.uint8, (cache.block_bytes,))
-    assert {room.ctypes.data % PAGE_BYTES for room in (first, second)} == {0}
+    assert {staging_buffer.ctypes.data % PAGE_BYTES for staging_buffer in (first, second)} == {0}
     assert not np.shares_memory(first, second)
 
 
 def test_layouts_agree_whatever_the_number_of_blocks(source: RankRun, target: RankRun) -> None:
-    assert ModelBlockCache(source.model).layout == ModelBlockCache(target.model).layout
+    assert CpuBlockCache(source.model).layout == CpuBlockCache(target.model).layout
 
 
 def test_layouts_of_other_blocks_differ(source: RankRun, folder: Path) -> None:
     (larger,) = open_ranks(folder, 1, block_tokens=8)
-    assert ModelBlockCache(source.model).layout != ModelBlockCache(larger.model).layout
+    assert CpuBlockCache(source.model).layout != CpuBlockCache(larger.model).layout
 
 
 def test_layouts_of_other_architectures_differ(source: RankRun, tmp_path: Path) -> None:
@@ -98,4 +98,4 @@ def test_layouts_of_other_architectures_differ(source: RankRun, tmp_path: Path) 
     if source.model.spec.architecture == "Qwen3MoeForCausalLM":
         name = "olmoe"
     (other,) = open_ranks(save_checkpoint(tmp_path, name), 1)
-    assert ModelBlockCache(source.model).layout != ModelBlockCache(other.model).layout
+    assert CpuBlockCache(source.model).layout != CpuBlockCache(other.model).layout

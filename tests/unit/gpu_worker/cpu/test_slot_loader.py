@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from structlog.testing import capture_logs
 
-from gpu_worker.checkpoint.load_progress import SAY_EVERY_S, LoadProgress
+from gpu_worker.checkpoint.load_progress import LOG_EVERY_S, LoadProgress
 from gpu_worker.cpu.expert_slots import ExpertSlots, MlpSlot
 from gpu_worker.cpu.slot_loader import PROGRESS_EVERY, ExpertSlotLoader
 from tests.support.fake_clock import FakeClock
@@ -18,7 +18,7 @@ def test_reading_is_said_now_and_then_with_its_rate() -> None:
     progress = LoadProgress(clock)
     with capture_logs() as logs:
         for _ in range(12):
-            clock.advance(SAY_EVERY_S / 4)
+            clock.advance(LOG_EVERY_S / 4)
             progress.count(500 * MB)
     assert [(log["tensors"], log["gb"], log["gb_per_s"]) for log in logs] == [
         (4, 2.0, 0.4),
@@ -35,7 +35,7 @@ def test_a_new_load_counts_from_nothing() -> None:
     progress.restart()
     progress.count(250 * MB)
     clock.advance(0.5)
-    assert progress.so_far() == {"tensors": 1, "gb": 0.25, "gb_per_s": 0.5}
+    assert progress.log_fields() == {"tensors": 1, "gb": 0.25, "gb_per_s": 0.5}
 
 
 def test_experts_are_counted_and_the_last_is_always_said() -> None:

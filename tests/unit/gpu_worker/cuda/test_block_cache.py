@@ -27,7 +27,7 @@ def make_caches(
 
 
 def open_cache(caches: list[Tensor]) -> CudaBlockCache:
-    return CudaBlockCache(caches, architecture="Some", num_stages=2)
+    return CudaBlockCache(caches, architecture="Some", num_staging_buffers=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,7 +40,7 @@ def test_contents_travel_to_other_blocks_and_touch_no_third(
     expected = [cache.clone() for cache in target]
     moves = {4: 0, 0: 7, 1: 8, 5: 3, 2: 4}
     saver, loader = open_cache(source), open_cache(target)
-    rooms = {block: saver.room() for block in moves}
+    rooms = {block: saver.staging_buffer() for block in moves}
     for block, other in moves.items():
         assert saver.save(block, rooms[block])()
         loader.load(other, rooms[block])
@@ -54,23 +54,23 @@ def test_a_copy_is_of_the_moment_of_its_call() -> None:
     source, target = make_caches(GQA, torch.bfloat16), make_caches(GQA, torch.bfloat16, seed=1)
     wanted = [cache[:, 2].clone() for cache in source]
     saver, loader = open_cache(source), open_cache(target)
-    room = saver.room()
-    saver.save(2, room)
+    staging_buffer = saver.staging_buffer()
+    saver.save(2, staging_buffer)
     for cache in source:
         cache.zero_()
-    content = room.copy()
+    content = staging_buffer.copy()
     content.setflags(write=False)
     loader.load(5, content)
-    room.fill(0)
+    staging_buffer.fill(0)
     assert all(torch.equal(t[:, 5], w) for t, w in zip(target, wanted, strict=True))
 
 
-def test_rooms_are_whole_pages_of_their_own() -> None:
+def test_staging_buffers_are_whole_pages_of_their_own() -> None:
     cache = open_cache(make_caches(INDEXED, torch.bfloat16))
     assert cache.block_bytes == 3 * 16 * (32 + 16 + 64) * 2
-    first, second = cache.room(), cache.room()
+    first, second = cache.staging_buffer(), cache.staging_buffer()
     assert (first.dtype, first.shape) == (np.uint8, (cache.block_bytes,))
-    assert {room.ctypes.data % PAGE_BYTES for room in (first, second)} == {0}
+    assert {staging_buffer.ctypes.data % PAGE_BYTES for staging_buffer in (first, second)} == {0}
     assert not np.shares_memory(first, second)
 
 

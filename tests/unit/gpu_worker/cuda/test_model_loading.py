@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.checkpoint.manifest import write_manifest
-from gpu_worker.cuda.model_loading import CudaModel, layout_of, load_cuda_model
+from gpu_worker.cuda.model_loading import CudaModel, checkpoint_layout_of, load_cuda_model
 from gpu_worker.cuda.weights.decoder_weights import GqaWeights, MlpWeights, MoeWeights
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
@@ -126,7 +126,7 @@ def test_shared_weights_lie_as_the_decoder_wants_them(folder: Path) -> None:
 def test_sizes_are_those_of_the_config(folder: Path) -> None:
     sizes = load(folder).sizes
     assert isinstance(sizes.attention, GqaShape)
-    assert (sizes.attention.num_heads, sizes.attention.kv_heads, sizes.attention.head_dim) == (
+    assert (sizes.attention.num_heads, sizes.attention.num_kv_heads, sizes.attention.head_dim) == (
         (4, 2, 16)
     )
     assert (sizes.moe_layers, sizes.num_experts, sizes.top_k) == ((0, 2), 4, 2)
@@ -206,7 +206,7 @@ def test_what_cuda_ranks_do_not_serve_is_refused_with_what_to_do(
 ) -> None:
     spec = read_model_spec(changed(folder, tmp_path, **changes))
     with pytest.raises(CheckpointError) as caught:
-        layout_of(spec)
+        checkpoint_layout_of(spec)
     text = str(caught.value)
     assert complaint in text
     assert "--device cpu" in text
@@ -218,4 +218,4 @@ def test_the_refusal_of_an_architecture_names_those_that_are_served(
 ) -> None:
     spec = read_model_spec(changed(folder, tmp_path, architectures=["OlmoeForCausalLM"]))
     with pytest.raises(CheckpointError, match="Qwen3MoeForCausalLM"):
-        layout_of(spec)
+        checkpoint_layout_of(spec)

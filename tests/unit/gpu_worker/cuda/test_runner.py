@@ -1,5 +1,5 @@
-"""Engines over graphs that meet by counting: real runners, conductors and engines in threads; in
-place of the cards a device whose graphs wait for each other as Mooncake's kernels do."""
+"""Engines over graphs that meet by counting: real runners, barrier drivers and engines in threads;
+in place of the cards a device whose graphs wait for each other as Mooncake's kernels do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
-    Event,
+    EngineEvent,
     Inbox,
     NewMap,
     SendWake,
@@ -32,14 +32,14 @@ from gpu_worker.engine.mailbox import (
 )
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.step_batch import StepBatch
-from gpu_worker.exchange.graph_barrier import GraphAccord
-from gpu_worker.exchange.graph_barrier_driver import ConductorDoors, GraphConductor
+from gpu_worker.exchange.graph_barrier import GraphBarrier
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step
-from shared.wire import GraphNews, Wake
+from shared.wire import GraphBarrierUpdate, Wake
 from tests.support.fake_clock import FakeClock
 from tests.unit.gpu_worker.engine.toy import ToyModel, alone, origin, scheduler, submit
 
@@ -79,7 +79,7 @@ class Device:
         self.who = EpMembers(own)
         self.mask_R = np.zeros(NUM_RANKS, dtype=np.int32)
         self.mask_R[own.rank] = 1
-        self.life_of: dict[int, Member] = {}
+        self.member_of_rank: dict[int, Member] = {}
         self.model = ToyModel()
         self.num_launched = self.num_ahead = 0
         self.queue: deque[Graph] = deque()  # launched and not ended; the first one runs
@@ -88,12 +88,12 @@ class Device:
         self.num_unmapped = 0
         fabric.devices.append(self)
 
-    def meet(self, peers: Iterable[Member]) -> None:
+    def mark_connected(self, peers: Iterable[Member]) -> None:
         with self.fabric.lock:
             for peer in peers:
-                if peer != self.own and not self.who.has_met(peer):
+                if peer != self.own and not self.who.is_connected(peer):
                     at_once = self.who.may_map(peer.rank)
-                    self.who.meet(peer)
+                    self.who.mark_connected(peer)
                     if at_once:
                         self.map(peer)
 
@@ -103,11 +103,11 @@ class Device:
             self.who.note_unmapped(former)
             self.num_unmapped += 1
         self.who.note_mapped(peer)
-        self.life_of[peer.rank] = peer
+        self.member_of_rank[peer.rank] = peer
 
     def adopt(self, expert_map: ExpertMap) -> None:
         with self.fabric.lock:
-            for peer in self.who.to_map(expert_map):
+            for peer in self.who.members_to_map(expert_map):
                 self.map(peer)
             change = self.who.adopt(expert_map)
             self.mask_R[:] = 0
@@ -120,7 +120,7 @@ class Device:
 
     def check_step(self, mask_R: NDArray[np.int32]) -> None:
         with self.fabric.lock:
-            if lost := self.who.lost(mask_R):
+            if lost := self.who.lost_ranks(mask_R):
                 raise StepAbandoned(f"ranks {lost} left")
 
     def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
@@ -139,7 +139,7 @@ class Device:
 
     def start(self, graph: Graph) -> None:
         """Once the graph before it has ended."""
-        for rank, peer in self.life_of.items():
+        for rank, peer in self.member_of_rank.items():
             if self.mask_R[rank]:
                 pair = (self.own, peer)
                 self.fabric.sent[pair] = self.fabric.sent.get(pair, 0) + 1
@@ -159,7 +159,7 @@ class Device:
 
 
 class Graph:
-    """Implements `runner.Launched`."""
+    """Implements `runner.LaunchedStep`."""
 
     def __init__(self, device: Device, batch: StepBatch) -> None:
         self._device = device
@@ -178,7 +178,7 @@ class Graph:
                 return True
             if device.queue[0] is not self:
                 return False
-            pairs = {r: (peer, device.own) for r, peer in device.life_of.items()}
+            pairs = {r: (peer, device.own) for r, peer in device.member_of_rank.items()}
             awaited = [p for r, p in pairs.items() if device.mask_R[r]]
             if any(fabric.sent.get(p, 0) <= fabric.taken.get(p, 0) for p in awaited):
                 return False
@@ -203,20 +203,20 @@ class OneRank:
         self.member = member
         self.device = Device(member, cluster.fabric)
         self.inbox = Inbox(ThreadWaiter())
-        self.events: queue.Queue[Event] = queue.Queue()
+        self.events: queue.Queue[EngineEvent] = queue.Queue()
         self.loop = asyncio.get_running_loop()
         self.left = False
         clock = SystemClock()
         self.monitor = EngineMonitor(self.inbox, self.post, clock)
-        self.conductor = GraphConductor(member, self.device.release, self.loop)
+        self.barrier_driver = GraphBarrierDriver(member, self.device.release, self.loop)
         self.cluster = cluster
         self.held: asyncio.Queue[Epoch] = asyncio.Queue()
-        self.conductor.attach(
-            ConductorDoors(
-                tell=self._tell,
+        self.barrier_driver.attach(
+            GraphBarrierCallbacks(
+                send_update=self._tell,
                 wake=lambda step: cluster.wake(member, Epoch(0), step),
-                nudge=self.inbox.nudge,
-                held=self.held.put_nowait,
+                notify_engine=self.inbox.notify,
+                on_undeliverable=self.held.put_nowait,
                 leave=self._leave,
             )
         )
@@ -226,7 +226,7 @@ class OneRank:
                 member=member,
                 decoder=self.device,
                 exchange=self.device,  # type: ignore[arg-type]
-                conductor=self.conductor,
+                barrier_driver=self.barrier_driver,
                 monitor=self.monitor,
                 clock=clock,
                 deadline_ms=1e9,
@@ -242,17 +242,17 @@ class OneRank:
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
-    def post(self, event: Event) -> None:
+    def post(self, event: EngineEvent) -> None:
         self.events.put(event)
         if isinstance(event, SendWake):
             self.loop.call_soon_threadsafe(self.cluster.wake, self.member, event.epoch, event.step)
 
-    def hand(self, expert_map: ExpertMap) -> None:
-        self.device.meet(expert_map.members)
-        self.conductor.hear(expert_map)
+    def deliver_map(self, expert_map: ExpertMap) -> None:
+        self.device.mark_connected(expert_map.members)
+        self.barrier_driver.on_map(expert_map)
         self.inbox.put(NewMap(expert_map=expert_map, seen_at=0.0))
 
-    async def event(self, kind: type[Event]) -> Event:
+    async def event(self, kind: type[EngineEvent]) -> EngineEvent:
         while True:
             event = await asyncio.to_thread(self.events.get, True, PATIENCE_S)
             if isinstance(event, kind):
@@ -270,11 +270,11 @@ class OneRank:
                     ids += each.ids
         return ids
 
-    def _tell(self, news: GraphNews, peers: Iterable[Member]) -> None:
+    def _tell(self, update: GraphBarrierUpdate, peers: Iterable[Member]) -> None:
         for peer in peers:
             rank = self.cluster.ranks.get(peer)
             if rank is not None:
-                self.loop.call_soon(rank.conductor.on_news, news)
+                self.loop.call_soon(rank.barrier_driver.on_update, update)
 
     def _leave(self, reason: str) -> None:
         self.left = True
@@ -312,13 +312,13 @@ class Cluster:
             joiners=tuple(sorted(r.member.rank for r in joiners)),
         )
         for rank in self.ranks.values():
-            rank.hand(expert_map)
+            rank.deliver_map(expert_map)
 
-    def bury(self, dead: OneRank) -> None:
+    def exclude(self, dead: OneRank) -> None:
         """The verdict, then the map; its kernels are gone."""
         del self.ranks[dead.member]
         for rank in self.ranks.values():
-            rank.conductor.condemn(dead.member, Epoch(self.epoch + 1))
+            rank.barrier_driver.declare_dead(dead.member, Epoch(self.epoch + 1))
         self.publish()
 
     def wake(self, by: Member, epoch: Epoch, step: Step) -> None:
@@ -388,14 +388,14 @@ async def test_a_step_whose_logits_the_host_reads_has_none_behind_it(cluster: Cl
     assert one.device.num_ahead <= 1, "but for its first step, behind one without work"
 
 
-async def test_a_death_in_mid_stream_and_a_new_life(cluster: Cluster) -> None:
+async def test_a_death_in_mid_stream_and_a_restart(cluster: Cluster) -> None:
     one, two, dead = cluster.ranks.values()
     wanted = [give(one, "a", (3, 4), 50), give(two, "b", (5, 6, 7), 50)]
     give(dead, "c", (8,), 50)
     begun = [await one.tokens(5), await two.tokens(5)]
     dead.device.dies.set()
     await asyncio.wait_for(dead.died.wait(), PATIENCE_S)
-    cluster.bury(dead)
+    cluster.exclude(dead)
     assert await one.tokens(50, tuple(begun[0])) == wanted[0]
     assert one.device.num_ahead > 10, "steps are to be launched behind each other"
     assert await two.tokens(50, tuple(begun[1])) == wanted[1]
@@ -413,7 +413,7 @@ async def test_a_join_while_streams_run_and_while_all_sleep(cluster: Cluster) ->
         dead.device.dies.set()
         dead.inbox.put(Stop())
         await asyncio.to_thread(dead.thread.join, PATIENCE_S)
-        cluster.bury(dead)
+        cluster.exclude(dead)
         await cluster.settles()
         if incarnation == 3:
             await cluster.sleeps()
@@ -432,27 +432,27 @@ async def test_a_slot_is_free_once_everybody_has_let_go(cluster: Cluster) -> Non
     await one.event(Adopted)
     await two.event(Adopted)
     dead.device.dies.set()
-    one.conductor.hold(Epoch(1))
-    one.conductor.condemn(dead.member, Epoch(2))
+    one.barrier_driver.notify_when_undeliverable(Epoch(1))
+    one.barrier_driver.declare_dead(dead.member, Epoch(2))
     await asyncio.sleep(0)
     assert one.held.empty()
-    two.conductor.condemn(dead.member, Epoch(2))
+    two.barrier_driver.declare_dead(dead.member, Epoch(2))
     assert await asyncio.wait_for(one.held.get(), PATIENCE_S) == Epoch(1)
 
 
 async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
-    clock, events = FakeClock(), list[Event]()
+    clock, events = FakeClock(), list[EngineEvent]()
     inbox = Inbox(ThreadWaiter())
     own, hung, newcomer = (
         Member(rank=RankId(r), incarnation=Incarnation(9)) for r in range(NUM_RANKS)
     )
-    conductor = GraphConductor(own, lambda *_: None, asyncio.get_running_loop())
-    conductor.attach(
-        ConductorDoors(
-            tell=lambda *_: None,
+    barrier_driver = GraphBarrierDriver(own, lambda *_: None, asyncio.get_running_loop())
+    barrier_driver.attach(
+        GraphBarrierCallbacks(
+            send_update=lambda *_: None,
             wake=lambda _: None,
-            nudge=inbox.nudge,
-            held=lambda _: None,
+            notify_engine=inbox.notify,
+            on_undeliverable=lambda _: None,
             leave=lambda _: None,
         )
     )
@@ -460,7 +460,7 @@ async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
         member=own,
         decoder=Device(own, Fabric()),
         exchange=None,
-        conductor=conductor,
+        barrier_driver=barrier_driver,
         monitor=EngineMonitor(inbox, events.append, clock),
         clock=clock,
         deadline_ms=50,
@@ -474,16 +474,16 @@ async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
         placement=np.zeros((1, NUM_RANKS, 1), dtype=np.int16),
         joiners=tuple(m.rank for m in members),
     )
-    conductor.hear(joined)
-    said = GraphAccord(newcomer)
-    said.hear(joined)
-    conductor.on_news(said.own)
-    assert not runner.approach(joined)
+    barrier_driver.on_map(joined)
+    said = GraphBarrier(newcomer)
+    said.on_map(joined)
+    barrier_driver.on_update(said.own)
+    assert not runner.prepare_to_adopt(joined)
     clock.advance(0.04)
-    assert not runner.approach(joined)
+    assert not runner.prepare_to_adopt(joined)
     assert not events
     clock.advance(0.02)
     for _ in range(2):
-        assert not runner.approach(joined)
+        assert not runner.prepare_to_adopt(joined)
         clock.advance(1.0)
     assert [e.rank for e in events if isinstance(e, Suspect)] == [hung.rank]

@@ -15,7 +15,7 @@ from tests.unit.gpu_worker.engine.toy import ToyModel
 
 
 @dataclass(frozen=True)
-class Picture:
+class BlockSnapshot:
     """Which blocks each running sequence has, and what is cached."""
 
     tables: dict[SessionId, tuple[list[int], int]]
@@ -68,19 +68,19 @@ class KvAudit:
         """Of a copy of a block of this rank."""
         assert list(content) == self._contents[name]
 
-    def picture(self) -> Picture:
-        return Picture(
+    def take_snapshot(self) -> BlockSnapshot:
+        return BlockSnapshot(
             tables={s.session: (self._table(s), s.num_computed) for s in self._engine._running},
             num_free=self._kv.num_free,
             names=dict(self._kv._index._name_of),
             num_restored=self._engine.num_restored,
         )
 
-    def check_restored(self, before: Picture) -> None:
+    def check_restored(self, before: BlockSnapshot) -> None:
         """After an abandoned step: who still runs has what it had; nothing new is cached but what
         was restored."""
         self.check()
-        after = self.picture()
+        after = self.take_snapshot()
         assert after.tables.items() <= before.tables.items()
         if after.tables == before.tables:
             assert after.num_free == before.num_free

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.engine.draw import Draw, TokenCounts, count_tokens, edited
+from gpu_worker.engine.draw import Draw, TokenCounts, count_tokens, edited_logits
 from gpu_worker.engine.sampler import NO_TOKEN, sample
 from shared.types import SamplingParams
 
@@ -64,7 +64,7 @@ def naive(logits: NDArray[np.float32], sampling: SamplingParams) -> list[float]:
 def test_edits_are_the_formulas(params: dict[str, object]) -> None:
     logits = noise()[0]
     how = draw(**params)
-    assert edited(logits, how) == pytest.approx(naive(logits, how.sampling), rel=1e-12)
+    assert edited_logits(logits, how) == pytest.approx(naive(logits, how.sampling), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from gpu_worker.engine.engine import STRANDED_S, Engine
-from gpu_worker.engine.kv_replication import BlockKeeper
+from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.mailbox import (
     Adopted,
     Arrival,
     DropOrigin,
-    Event,
+    EngineEvent,
     Fenced,
     Inbox,
     NewMap,
@@ -31,7 +31,7 @@ from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.interface import Dispatched
-from gpu_worker.kv_replication.writer import CopyWriter
+from gpu_worker.kv_replication.writer import ReplicaWriter
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import (
@@ -118,10 +118,10 @@ class OneRankExchange:
 class Rank:
     """An engine in its thread, and the event loop's end of it."""
 
-    def __init__(self, keeper: BlockKeeper | None = None) -> None:
+    def __init__(self, replicator: KvReplicator | None = None) -> None:
         self.clock = HandClock()
         self.inbox = Inbox(ThreadWaiter())
-        self.events: queue.Queue[Event] = queue.Queue()
+        self.events: queue.Queue[EngineEvent] = queue.Queue()
         self.monitor = EngineMonitor(self.inbox, self.events.put, self.clock)
         self.exchange = OneRankExchange(self.monitor)
         self.model = ToyModel()
@@ -129,12 +129,12 @@ class Rank:
         self.engine = Engine(
             member=ME,
             runner=ModelRunner(self.model, self.exchange),
-            scheduler=scheduler(keeper),
+            scheduler=scheduler(replicator),
             inbox=self.inbox,
             monitor=self.monitor,
             post=self.events.put,
             clock=self.clock,
-            keeper=keeper,
+            replicator=replicator,
         )
         self.thread = threading.Thread(target=self._run)
 
@@ -144,7 +144,7 @@ class Rank:
         except BaseException as error:  # noqa: BLE001  (handed to the test)
             self.error = error
 
-    def event(self) -> Event:
+    def event(self) -> EngineEvent:
         return self.events.get(timeout=PATIENCE_S)
 
     def submit(self, request: Submit, number: int = 1) -> None:
@@ -195,7 +195,7 @@ class Rank:
         assert not self.thread.is_alive()
 
 
-def replies(event: Event) -> list[SessionTokens]:
+def replies(event: EngineEvent) -> list[SessionTokens]:
     if not isinstance(event, StepTokens):
         return []
     return [reply for batch in event.sessions.values() for reply in batch]
@@ -346,7 +346,7 @@ def test_a_rank_that_no_map_follows_after_an_abandoned_step_gives_itself_up(memb
     member.submit(submit())
     member.until_asleep()
     member.clock.time += STRANDED_S + 1
-    member.inbox.nudge()
+    member.inbox.notify()
     assert isinstance(member.event(), SendWake)
     assert member.event() == Stranded(epoch=Epoch(1))
     member.thread.join(PATIENCE_S)
@@ -583,7 +583,7 @@ class Copying:
         cache = ArrayCache(np.zeros((32, 8), dtype=np.uint8))
         self.channel = Channel(PEER)
         endpoint = Endpoint(self.channel)
-        writer = CopyWriter(cache, endpoint, rank=ME.rank, blocks_per_pump=blocks_per_pump)
+        writer = ReplicaWriter(cache, endpoint, rank=ME.rank, blocks_per_pump=blocks_per_pump)
         self.rank = Rank(writer)
 
     def until_sent(self, num_blocks: int) -> None:

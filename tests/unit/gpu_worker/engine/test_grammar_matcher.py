@@ -1,5 +1,5 @@
-"""A guided answer follows its grammar whatever the logits say, and a guide opened after some of its
-tokens goes on as the one that saw them come."""
+"""A guided answer follows its grammar whatever the logits say, and a matcher opened after some of
+its tokens goes on as the one that saw them come."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llguidance import grammar_from
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.draw import Draw
-from gpu_worker.engine.grammar_matcher import Guides
+from gpu_worker.engine.grammar_matcher import GrammarCompiler
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.sequence import Origin, Sequence
-from shared.errors import CheckpointError, GuideError
+from shared.errors import CheckpointError, GrammarError
 from shared.types import Attempt, FinishReason, SamplingParams, SessionId
 from shared.wire import Submit
 
@@ -38,8 +38,8 @@ PERSON = {
 
 
 @pytest.fixture(scope="module")
-def guides() -> Guides:
-    return Guides(MODEL, vocab_size=VOCAB, eos_token_ids=EOS)
+def grammars() -> GrammarCompiler:
+    return GrammarCompiler(MODEL, vocab_size=VOCAB, eos_token_ids=EOS)
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +47,24 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 
 
-def generate(guides: Guides, grammar: str, seed: int, *, cut: int | None = None) -> list[int]:
-    """Draws from random logits that hang on (seed, position) alone; the guide is opened anew after
-    `cut` tokens."""
-    guide = guides.open(grammar, ())
+def generate(
+    grammars: GrammarCompiler, grammar: str, seed: int, *, cut: int | None = None
+) -> list[int]:
+    """Draws from random logits that hang on (seed, position) alone; the matcher is opened anew
+    after `cut` tokens."""
+    matcher = grammars.compile(grammar, ())
     emitted: list[int] = []
     while len(emitted) < 300:
         if len(emitted) == cut:
-            guide = guides.open(grammar, emitted)
+            matcher = grammars.compile(grammar, emitted)
         logits = np.random.default_rng((seed, len(emitted))).normal(0, 4, (1, VOCAB))
-        draw = Draw(SamplingParams(temperature=1.0, seed=seed), len(emitted), allowed=guide.allowed)
+        draw = Draw(
+            SamplingParams(temperature=1.0, seed=seed), len(emitted), allowed=matcher.allowed
+        )
         (token,) = sample(logits.astype(np.float32), [draw])
         if token in EOS:
             break
-        guide.take(token)
+        matcher.accept_token(token)
         emitted.append(token)
     return emitted
 
@@ -68,59 +72,61 @@ def generate(guides: Guides, grammar: str, seed: int, *, cut: int | None = None)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), cut=st.integers(0, 40))
 def test_random_logits_give_json_of_the_schema_and_a_cut_changes_nothing(
-    guides: Guides, tokenizer: Tokenizer, seed: int, cut: int
+    grammars: GrammarCompiler, tokenizer: Tokenizer, seed: int, cut: int
 ) -> None:
     grammar = grammar_from("json_schema", json.dumps(PERSON))
-    ids = generate(guides, grammar, seed)
+    ids = generate(grammars, grammar, seed)
     value = json.loads(tokenizer.decode(ids))
     assert set(value) == {"name", "age", "kind"}
     assert isinstance(value["age"], int)
     assert 0 <= value["age"] <= 150
     assert value["kind"] in ("cat", "dog")
-    assert generate(guides, grammar, seed, cut=cut) == ids
+    assert generate(grammars, grammar, seed, cut=cut) == ids
 
 
-def test_a_regular_expression_is_matched_to_its_end(guides: Guides, tokenizer: Tokenizer) -> None:
+def test_a_regular_expression_is_matched_to_its_end(
+    grammars: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
     for seed in range(10):
-        ids = generate(guides, grammar_from("regex", "(ab|c){3}[0-9]{2}"), seed)
+        ids = generate(grammars, grammar_from("regex", "(ab|c){3}[0-9]{2}"), seed)
         assert re.fullmatch("(ab|c){3}[0-9]{2}", tokenizer.decode(ids))
 
 
-def test_a_choice_is_complete_once_chosen(guides: Guides, tokenizer: Tokenizer) -> None:
+def test_a_choice_is_complete_once_chosen(grammars: GrammarCompiler, tokenizer: Tokenizer) -> None:
     texts = {
-        tokenizer.decode(generate(guides, grammar_from("choice", '["yes", "no"]'), seed))
+        tokenizer.decode(generate(grammars, grammar_from("choice", '["yes", "no"]'), seed))
         for seed in range(20)
     }
     assert texts == {"yes", "no"}
 
 
-def test_end_tokens_are_allowed_only_where_the_text_may_end(guides: Guides) -> None:
+def test_end_tokens_are_allowed_only_where_the_text_may_end(grammars: GrammarCompiler) -> None:
     def may_end(emitted: str) -> bool:
         ids = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(emitted).ids
-        word = int(guides.open(grammar_from("regex", "a+b*"), ids).allowed[0])
+        word = int(grammars.compile(grammar_from("regex", "a+b*"), ids).allowed[0])
         return bool(word >> EOS[0] & 1)
 
     assert not may_end("")
     assert may_end("aab")
 
 
-def test_tokens_that_the_grammar_forbids_are_an_error(guides: Guides) -> None:
-    with pytest.raises(GuideError, match="cannot be followed"):
-        guides.open(grammar_from("regex", "[0-9]+"), [70, 71, 72])
+def test_tokens_that_the_grammar_forbids_are_an_error(grammars: GrammarCompiler) -> None:
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        grammars.compile(grammar_from("regex", "[0-9]+"), [70, 71, 72])
 
 
-def test_a_grammar_that_is_none_is_an_error(guides: Guides) -> None:
-    with pytest.raises(GuideError):
-        guides.open('start: "a" nothing', ())
+def test_a_grammar_that_is_none_is_an_error(grammars: GrammarCompiler) -> None:
+    with pytest.raises(GrammarError):
+        grammars.compile('start: "a" nothing', ())
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        Guides(tmp_path, vocab_size=8, eos_token_ids=())
+        GrammarCompiler(tmp_path, vocab_size=8, eos_token_ids=())
 
 
 def test_a_guided_text_ends_by_an_end_token_even_where_the_client_ignores_it(
-    guides: Guides, tokenizer: Tokenizer
+    grammars: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
     """The last token of the text itself is no end: it would be left out of the text."""
     grammar = grammar_from("choice", '["yes"]')
@@ -132,10 +138,10 @@ def test_a_guided_text_ends_by_an_end_token_even_where_the_client_ignores_it(
         sampling=SamplingParams(max_tokens=50, ignore_eos=True, grammar=grammar),
     )
     sequence = Sequence(submit, origin=Origin(1), arrival=1, eos_token_ids=EOS, tokens_max=VOCAB)
-    sequence.follow(guides.open(grammar, ()))
+    sequence.set_matcher(grammars.compile(grammar, ()))
     for token in tokenizer.encode("yes").ids:
         assert sequence.append(token) is None
-    assert sequence.guide is not None
-    bits = np.unpackbits(sequence.guide.allowed.view(np.uint8), bitorder="little")
+    assert sequence.matcher is not None
+    bits = np.unpackbits(sequence.matcher.allowed.view(np.uint8), bitorder="little")
     assert tuple(np.flatnonzero(bits)) == EOS
     assert sequence.append(EOS[0]) is FinishReason.STOP

@@ -12,7 +12,7 @@ import pytest
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.mailbox import (
     Arrival,
-    Event,
+    EngineEvent,
     Inbox,
     NewMap,
     SendWake,
@@ -76,7 +76,7 @@ class Cluster:
         clock = SystemClock()
         inbox = self.inboxes[member.rank]
 
-        def post(event: Event) -> None:
+        def post(event: EngineEvent) -> None:
             self._on_event(member, event)
 
         monitor = EngineMonitor(inbox, post, clock)
@@ -98,7 +98,7 @@ class Cluster:
         except Death:
             self.died.set()
 
-    def _on_event(self, member: Member, event: Event) -> None:
+    def _on_event(self, member: Member, event: EngineEvent) -> None:
         if isinstance(event, StepTokens):
             self.tokens.put(event)
         elif isinstance(event, SendWake):

@@ -26,16 +26,16 @@ def test_the_longest_known_prefix_is_found(chain: tuple[bytes, ...], known: int)
 
 def test_idle_blocks_are_known_and_not_in_use() -> None:
     index = index_of(A, B, C)
-    index.rest(2)
-    index.rest(1)
+    index.mark_idle(2)
+    index.mark_idle(1)
     assert (index.num_known((A, B, C)), index.num_in_use((A, B, C))) == (3, 1)
     assert (index.num_named, index.num_idle) == (3, 2)
 
 
 def test_who_rests_longest_is_evicted_and_forgotten() -> None:
     index = index_of(A, B, C)
-    index.rest(2)
-    index.rest(1)
+    index.mark_idle(2)
+    index.mark_idle(1)
     assert index.evict() == 2
     assert (index.num_known((A, B, C)), index.name_of(2)) == (2, None)
     index.add(D, 2)
@@ -44,9 +44,9 @@ def test_who_rests_longest_is_evicted_and_forgotten() -> None:
 
 def test_a_block_in_use_again_is_not_evicted_and_rests_anew() -> None:
     index = index_of(A, B)
-    index.rest(0)
-    index.rest(1)
-    index.use(0)
+    index.mark_idle(0)
+    index.mark_idle(1)
+    index.mark_used(0)
     assert index.evict() == 1
     assert index.num_idle == 0
 

@@ -14,10 +14,10 @@ from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan
-from gpu_worker.kv_replication.writer import CopyWriter
+from gpu_worker.kv_replication.writer import ReplicaWriter
 from shared.types import Attempt, FinishReason, RankId, SamplingParams, SessionId
 from shared.wire import SessionTokens, Submit
-from tests.unit.gpu_worker.engine.kv_audit import KvAudit, Picture
+from tests.unit.gpu_worker.engine.kv_audit import BlockSnapshot, KvAudit
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, ToyModel, alone
 from tests.unit.gpu_worker.kv_replication.fakes import ArrayCache, Channel, Endpoint, Store, member
 
@@ -100,7 +100,9 @@ class Device:
     def __init__(self, model: ToyModel) -> None:
         self.model = model
         self.flights: list[tuple[StepPlan, list[int]]] = []
-        self.before = Picture({}, 0, {}, 0)  # of the first in flight, where nothing has come since
+        self.before = BlockSnapshot(
+            {}, 0, {}, 0
+        )  # of the first in flight, where nothing has come since
         self.is_first = True
         self._former_ids: list[int] = []
 
@@ -114,7 +116,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class CopyLimits:
+class KvReplicaLimits:
     """Of what a rank keeps for the other it finds so many names of eight. A block takes four
     stages to get there, of which a step brings so many."""
 
@@ -124,8 +126,8 @@ class CopyLimits:
     num_stages: int
 
 
-COPY_LIMITS = st.builds(
-    CopyLimits,
+KV_REPLICA_LIMITS = st.builds(
+    KvReplicaLimits,
     num_slots=st.sampled_from([0, 4, 12, 40]),
     num_rooms=st.integers(1, 4),
     num_found=st.sampled_from([4, 7, 8, 8]),
@@ -133,10 +135,10 @@ COPY_LIMITS = st.builds(
 )
 
 
-class Copies:
+class FakeKvReplicas:
     """What each of two ranks keeps of the other's blocks."""
 
-    def __init__(self, models: list[ToyModel], given: CopyLimits) -> None:
+    def __init__(self, models: list[ToyModel], given: KvReplicaLimits) -> None:
         self._given = given
         self._block_bytes = models[0].cache[0].nbytes
         self._stores = [Store(lambda name: name[0] % 8 >= given.num_found) for _ in models]
@@ -154,9 +156,9 @@ class Copies:
 
     def check(self, audits: list[KvAudit]) -> None:
         for audit, endpoint in zip(audits, self.endpoints, strict=True):
-            area = endpoint.all[0].area
-            for slot, name in area.known.items():
-                audit.check_content(name, area.slots[slot].view(np.int64).tolist())
+            region = endpoint.all[0].region
+            for slot, name in region.known.items():
+                audit.check_content(name, region.slots[slot].view(np.int64).tolist())
 
     def _open(self, target: int) -> Channel:
         return Channel(
@@ -167,24 +169,24 @@ class Copies:
             block_bytes=self._block_bytes,
         )
 
-    def _writer(self, rank: int, model: ToyModel) -> CopyWriter:
+    def _writer(self, rank: int, model: ToyModel) -> ReplicaWriter:
         cache = ArrayCache(model.cache.view(np.uint8))
-        writer = CopyWriter(cache, self.endpoints[rank], rank=RankId(rank), blocks_per_pump=4)
+        writer = ReplicaWriter(cache, self.endpoints[rank], rank=RankId(rank), blocks_per_pump=4)
         writer.use([member(1 - rank)])
         return writer
 
 
-class World:
+class SchedulerHarness:
     """Two ranks, and clients whose sessions move between them."""
 
-    def __init__(self, given_limits: SchedulerLimits, copy_limits: CopyLimits) -> None:
+    def __init__(self, given_limits: SchedulerLimits, kv_replica_limits: KvReplicaLimits) -> None:
         self.num_ahead = 0
         self.devices = [
             Device(ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens)) for _ in range(2)
         ]
-        self.copies = Copies([device.model for device in self.devices], copy_limits)
+        self.copies = FakeKvReplicas([device.model for device in self.devices], kv_replica_limits)
         self.ranks = [
-            Scheduler(given_limits, (EOS,), keeper=writer) for writer in self.copies.writers
+            Scheduler(given_limits, (EOS,), replicator=writer) for writer in self.copies.writers
         ]
         self.audits = [
             KvAudit(r, d.model, given_limits) for r, d in zip(self.ranks, self.devices, strict=True)
@@ -222,7 +224,7 @@ class World:
         if device.flights:
             return
         engine, audit = self.ranks[rank], self.audits[rank]
-        device.before = audit.picture()
+        device.before = audit.take_snapshot()
         plan = engine.plan()
         assert plan.batch.num_tokens > 0 or not engine.has_work
         self._launch(rank, plan)
@@ -280,7 +282,7 @@ class World:
 
 
 def test_a_moved_session_computes_only_what_its_copies_lack() -> None:
-    world = World(
+    harness = SchedulerHarness(
         SchedulerLimits(
             vocab_size=VOCAB,
             context_tokens_max=40,
@@ -291,69 +293,69 @@ def test_a_moved_session_computes_only_what_its_copies_lack() -> None:
             running_max=4,
             waiting_max=8,
         ),
-        CopyLimits(num_slots=40, num_rooms=4, num_found=8, num_stages=40),
+        KvReplicaLimits(num_slots=40, num_rooms=4, num_found=8, num_stages=40),
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     client = Client(SessionId("s"), tuple(range(1, 14)), sampling)
-    world.arrive(client)
-    old = world.place[client.name]
+    harness.arrive(client)
+    old = harness.place[client.name]
     for _ in range(8):
-        world.step(old)
+        harness.step(old)
     num_known = len(client.prompt) + len(client.emitted)
-    world.move(1, tell_the_old_rank=False)
-    world.begin(1 - old)
-    plan, _ = world.devices[1 - old].flights[0]
+    harness.move(1, tell_the_old_rank=False)
+    harness.begin(1 - old)
+    plan, _ = harness.devices[1 - old].flights[0]
     assert plan.batch.position_T.tolist() == [*range((num_known - 1) // 2 * 2, num_known)]
-    world.finish()
+    harness.finish()
     assert (client.emitted, client.finish) == alone(client.prompt, client.sampling, 40)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     given_limits=limits(),
-    copy_limits=COPY_LIMITS,
+    kv_replica_limits=KV_REPLICA_LIMITS,
     requests=st.lists(st.tuples(PROMPTS, SAMPLINGS), min_size=1, max_size=8),
     events=EVENTS,
     numbers=st.lists(st.integers(0, 7), min_size=80, max_size=80),
 )
 def test_tokens_are_those_of_the_undisturbed_run(
     given_limits: SchedulerLimits,
-    copy_limits: CopyLimits,
+    kv_replica_limits: KvReplicaLimits,
     requests: list[tuple[tuple[int, ...], SamplingParams]],
     events: list[str],
     numbers: list[int],
 ) -> None:
-    world = World(given_limits, copy_limits)
+    harness = SchedulerHarness(given_limits, kv_replica_limits)
     left = [
         Client(name=SessionId(f"s{i}"), prompt=prompt, sampling=sampling)
         for i, (prompt, sampling) in enumerate(requests)
     ]
     for event, number in zip(events, numbers, strict=False):
         if event == "arrive" and left:
-            world.arrive(left.pop(0))
+            harness.arrive(left.pop(0))
         elif event in ("begin", "ahead", "end", "step", "abandon"):
-            getattr(world, event)(number % 2)
+            getattr(harness, event)(number % 2)
         elif event == "move":
-            world.move(number, tell_the_old_rank=number >= 4)
-        elif event == "late" and world.clients:
-            client = list(world.clients.values())[number % len(world.clients)]
+            harness.move(number, tell_the_old_rank=number >= 4)
+        elif event == "late" and harness.clients:
+            client = list(harness.clients.values())[number % len(harness.clients)]
             if client.attempt:
-                world.devices[number % 2].is_first = False
-                world.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
+                harness.devices[number % 2].is_first = False
+                harness.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
         elif event == "carry":
-            world.copies.carry(number % 2, number // 2)
+            harness.copies.carry(number % 2, number // 2)
         elif event == "cut":
-            world.copies.cut(number % 2)
-        world.check()
+            harness.copies.cut(number % 2)
+        harness.check()
     for client in left:
-        world.arrive(client)
-    num_before = {c.name: len(c.emitted) for c in world.clients.values()}
-    world.finish()
-    num_made = (len(c.emitted) - num_before[c.name] for c in world.clients.values())
-    assert world.num_ahead or all(num <= 2 for num in num_made)
-    for client in world.clients.values():
+        harness.arrive(client)
+    num_before = {c.name: len(c.emitted) for c in harness.clients.values()}
+    harness.finish()
+    num_made = (len(c.emitted) - num_before[c.name] for c in harness.clients.values())
+    assert harness.num_ahead or all(num <= 2 for num in num_made)
+    for client in harness.clients.values():
         expected, finish = alone(client.prompt, client.sampling, given_limits.tokens_max)
         assert (client.emitted, client.finish) == (expected, finish)
-    for rank in world.ranks:
+    for rank in harness.ranks:
         load = rank.load()
         assert (load.tokens, load.kv_blocks_free) == (0, load.kv_blocks)

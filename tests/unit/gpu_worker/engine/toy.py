@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.engine.draw import Draw
-from gpu_worker.engine.kv_replication import BlockKeeper
+from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
 from gpu_worker.engine.sequence import Origin
@@ -35,8 +35,8 @@ def limits(**changes: int) -> SchedulerLimits:
     return SchedulerLimits(**{**given, **changes})
 
 
-def scheduler(keeper: BlockKeeper | None = None, **changes: int) -> Scheduler:
-    return Scheduler(limits(**changes), (EOS,), keeper=keeper)
+def scheduler(replicator: KvReplicator | None = None, **changes: int) -> Scheduler:
+    return Scheduler(limits(**changes), (EOS,), replicator=replicator)
 
 
 def submit(

@@ -11,29 +11,29 @@ from numpy.typing import NDArray
 from gpu_worker.exchange import packing
 from gpu_worker.exchange.message import (
     HEADER_WORDS,
+    ExchangePhase,
     Header,
-    Layout,
-    Phase,
-    Region,
+    MessageBuffer,
+    MessageLayout,
     combine_rows,
     is_of_later_epoch,
     make_stamp,
+    message_buffers_of,
     read_header,
-    regions_of,
     seal,
 )
 from shared.types import Epoch, Incarnation, Member, RankId, Step
 
 UNTIMED = settings(deadline=None)
-LAYOUT = Layout(hidden_size=6, top_k=3, step_tokens_max=5)
+LAYOUT = MessageLayout(hidden_size=6, top_k=3, step_tokens_max=5)
 SENDER = Member(rank=RankId(2), incarnation=Incarnation(9))
 NUM_RANKS, NUM_EXPERTS = 4, 8
-STAMP = make_stamp(Epoch(3), Step(4), 5, Phase.DISPATCH)
+STAMP = make_stamp(Epoch(3), Step(4), 5, ExchangePhase.DISPATCH)
 
 
-def fresh_region(phase: Phase = Phase.DISPATCH) -> Region:
-    memory = np.zeros(LAYOUT.area_bytes, dtype=np.uint8)
-    return regions_of(memory, LAYOUT)[2 * phase]
+def fresh_message_buffer(phase: ExchangePhase = ExchangePhase.DISPATCH) -> MessageBuffer:
+    memory = np.zeros(LAYOUT.region_bytes, dtype=np.uint8)
+    return message_buffers_of(memory, LAYOUT)[2 * phase]
 
 
 def routed(num_tokens: int, seed: int) -> tuple[packing.Routes, NDArray[np.int32]]:
@@ -47,28 +47,42 @@ def routed(num_tokens: int, seed: int) -> tuple[packing.Routes, NDArray[np.int32
     return r, experts_TK
 
 
-def written(num_tokens: int, seed: int, rank: int = 1) -> tuple[Region, NDArray[np.float32], int]:
+def written(
+    num_tokens: int, seed: int, rank: int = 1
+) -> tuple[MessageBuffer, NDArray[np.float32], int]:
     r, _ = routed(num_tokens, seed)
     rng = np.random.default_rng(seed + 1)
     x_TH = rng.standard_normal((num_tokens, LAYOUT.hidden_size), dtype=np.float32)
-    region = fresh_region()
+    message_buffer = fresh_message_buffer()
     rows, pairs = r.counts_R2[rank].tolist()
     packing.write_dispatch(
-        region.words, region.floats, x_TH, r.row_RN, r.slot_RN, r.token_RM, rank, rows, pairs
+        message_buffer.words,
+        message_buffer.floats,
+        x_TH,
+        r.row_RN,
+        r.slot_RN,
+        r.token_RM,
+        rank,
+        rows,
+        pairs,
     )
     header = Header(num_tokens, rows, pairs, True)
-    return region, x_TH, seal(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER, header)
+    return (
+        message_buffer,
+        x_TH,
+        seal(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER, header),
+    )
 
 
 def unpacked(
-    region: Region, header: Header, num_slots: int
+    message_buffer: MessageBuffer, header: Header, num_slots: int
 ) -> tuple[bool, NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
     x_MH = np.zeros((header.num_rows, LAYOUT.hidden_size), dtype=np.float32)
     rows_N = np.zeros(header.num_pairs, dtype=np.int32)
     slots_N = np.zeros(header.num_pairs, dtype=np.int32)
     ok = packing.read_dispatch(
-        region.words,
-        region.floats,
+        message_buffer.words,
+        message_buffer.floats,
         header.num_rows,
         header.num_pairs,
         num_slots,
@@ -85,10 +99,10 @@ def unpacked(
 @given(st.integers(0, LAYOUT.step_tokens_max), st.integers(0, 1000), st.integers(0, 3))
 def test_a_dispatch_arrives_as_it_was_routed(num_tokens: int, seed: int, rank: int) -> None:
     r, experts_TK = routed(num_tokens, seed)
-    region, x_TH, _ = written(num_tokens, seed, rank)
-    header = read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER)
+    message_buffer, x_TH, _ = written(num_tokens, seed, rank)
+    header = read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER)
     assert header is not None
-    ok, x_MH, rows_N, slots_N = unpacked(region, header, NUM_EXPERTS)
+    ok, x_MH, rows_N, slots_N = unpacked(message_buffer, header, NUM_EXPERTS)
     assert ok
     flat_N = r.flat_RN[rank, : header.num_pairs]
     assert (np.diff(flat_N) > 0).all()
@@ -122,53 +136,55 @@ def test_a_prefix_of_a_message_is_not_a_message(
     num_tokens: int, seed: int, data: st.DataObject
 ) -> None:
     whole, _, nbytes = written(num_tokens, seed)
-    arrived = fresh_region()
+    arrived = fresh_message_buffer()
     if data.draw(st.booleans()):  # over the remains of an older message
         arrived.bytes[:] = written(LAYOUT.step_tokens_max, seed + 7)[0].bytes
-        older = make_stamp(Epoch(3), Step(3), 5, Phase.DISPATCH)
+        older = make_stamp(Epoch(3), Step(3), 5, ExchangePhase.DISPATCH)
         header = Header(LAYOUT.step_tokens_max, 1, 1, True)
-        seal(arrived, LAYOUT, Phase.DISPATCH, older, SENDER, header)
+        seal(arrived, LAYOUT, ExchangePhase.DISPATCH, older, SENDER, header)
         arrived.stamps[nbytes // 8 - 1] = older
     cut = data.draw(st.integers(0, nbytes - 1))
     arrived.bytes[:cut] = whole.bytes[:cut]
     tail_arrived = arrived.stamps[nbytes // 8 - 1] == STAMP
-    assert tail_arrived or read_header(arrived, LAYOUT, Phase.DISPATCH, STAMP, SENDER) is None
+    assert (
+        tail_arrived or read_header(arrived, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER) is None
+    )
 
 
-def test_a_message_of_another_sender_life_step_layer_or_phase_is_not_ours() -> None:
-    region, _, _ = written(3, 0)
+def test_a_message_of_another_sender_incarnation_step_layer_or_phase_is_not_ours() -> None:
+    message_buffer, _, _ = written(3, 0)
     others = (
         Member(rank=RankId(2), incarnation=Incarnation(8)),
         Member(rank=RankId(1), incarnation=Incarnation(9)),
     )
     for sender in others:
-        assert read_header(region, LAYOUT, Phase.DISPATCH, STAMP, sender) is None
+        assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, sender) is None
     for stamp in (
-        make_stamp(Epoch(4), Step(4), 5, Phase.DISPATCH),
-        make_stamp(Epoch(3), Step(5), 5, Phase.DISPATCH),
-        make_stamp(Epoch(3), Step(4), 6, Phase.DISPATCH),
-        make_stamp(Epoch(3), Step(4), 5, Phase.COMBINE),
+        make_stamp(Epoch(4), Step(4), 5, ExchangePhase.DISPATCH),
+        make_stamp(Epoch(3), Step(5), 5, ExchangePhase.DISPATCH),
+        make_stamp(Epoch(3), Step(4), 6, ExchangePhase.DISPATCH),
+        make_stamp(Epoch(3), Step(4), 5, ExchangePhase.COMBINE),
     ):
-        assert read_header(region, LAYOUT, Phase.DISPATCH, stamp, SENDER) is None
+        assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, stamp, SENDER) is None
 
 
 @UNTIMED
 @given(st.integers(0, 2**32), st.integers(0, 200), st.booleans())
 def test_any_bytes_at_all_are_read_within_bounds(seed: int, num_bytes: int, sealed: bool) -> None:
-    region = fresh_region()
+    message_buffer = fresh_message_buffer()
     rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 256, size=len(region.bytes), dtype=np.uint8)
+    noise = rng.integers(0, 256, size=len(message_buffer.bytes), dtype=np.uint8)
     if num_bytes % 2:
-        noise = np.full(len(region.bytes), 255, dtype=np.uint8)
-    region.bytes[:] = noise
+        noise = np.full(len(message_buffer.bytes), 255, dtype=np.uint8)
+    message_buffer.bytes[:] = noise
     if sealed:  # foreign contents between stamps that fit
         pairs = seed % (LAYOUT.pairs_max + 1)
         header = Header(LAYOUT.step_tokens_max, min(pairs, 5), pairs, False)
-        seal(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER, header)
-    found = read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER)
+        seal(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER, header)
+    found = read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER)
     assert (found is not None) == sealed
     if found is not None:
-        ok, _, rows_N, slots_N = unpacked(region, found, num_slots=4)
+        ok, _, rows_N, slots_N = unpacked(message_buffer, found, num_slots=4)
         if ok:
             assert ((rows_N >= 0) & (rows_N < found.num_rows)).all()
             assert ((slots_N >= 0) & (slots_N < 4)).all()
@@ -177,41 +193,41 @@ def test_any_bytes_at_all_are_read_within_bounds(seed: int, num_bytes: int, seal
 @pytest.mark.parametrize("word", [4, 5, 6, 7, 9])  # rank, tokens, rows, pairs, hidden size
 @pytest.mark.parametrize("value", [-1, -(2**31), 2**31 - 1, 1 << 20])
 def test_a_count_out_of_bounds_makes_it_no_message(word: int, value: int) -> None:
-    region, _, _ = written(3, 0)
-    assert read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER) is not None
-    region.words[word] = value
-    assert read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER) is None
+    message_buffer, _, _ = written(3, 0)
+    assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER) is not None
+    message_buffer.words[word] = value
+    assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER) is None
 
 
 @pytest.mark.parametrize(("offset", "value"), [(0, 5), (0, -1), (1, 4), (1, -1)])
 def test_a_row_or_slot_that_is_not_there_is_refused(offset: int, value: int) -> None:
-    region, _, _ = written(5, 0)
-    header = read_header(region, LAYOUT, Phase.DISPATCH, STAMP, SENDER)
+    message_buffer, _, _ = written(5, 0)
+    header = read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER)
     assert header is not None
     assert header.num_pairs > 0
-    region.words[HEADER_WORDS : HEADER_WORDS + 2 * header.num_pairs] = 0
-    assert unpacked(region, header, num_slots=4)[0]
-    region.words[HEADER_WORDS + offset] = value
-    assert not unpacked(region, header, num_slots=4)[0]
+    message_buffer.words[HEADER_WORDS : HEADER_WORDS + 2 * header.num_pairs] = 0
+    assert unpacked(message_buffer, header, num_slots=4)[0]
+    message_buffer.words[HEADER_WORDS + offset] = value
+    assert not unpacked(message_buffer, header, num_slots=4)[0]
 
 
 @UNTIMED
 @given(st.integers(0, LAYOUT.pairs_max))
 def test_a_combine_arrives_whole(num_rows: int) -> None:
-    region = fresh_region(Phase.COMBINE)
+    message_buffer = fresh_message_buffer(ExchangePhase.COMBINE)
     y_NH = np.random.default_rng(num_rows).standard_normal((num_rows, 6), dtype=np.float32)
-    combine_rows(region, LAYOUT, num_rows)[:] = y_NH
-    stamp = make_stamp(Epoch(1), Step(0), 0, Phase.COMBINE)
+    combine_rows(message_buffer, LAYOUT, num_rows)[:] = y_NH
+    stamp = make_stamp(Epoch(1), Step(0), 0, ExchangePhase.COMBINE)
     header = Header(0, num_rows, num_rows, False)
-    seal(region, LAYOUT, Phase.COMBINE, stamp, SENDER, header)
-    assert read_header(region, LAYOUT, Phase.COMBINE, stamp, SENDER) == header
-    assert (combine_rows(region, LAYOUT, num_rows) == y_NH).all()
+    seal(message_buffer, LAYOUT, ExchangePhase.COMBINE, stamp, SENDER, header)
+    assert read_header(message_buffer, LAYOUT, ExchangePhase.COMBINE, stamp, SENDER) == header
+    assert (combine_rows(message_buffer, LAYOUT, num_rows) == y_NH).all()
 
 
 @UNTIMED
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 500))
 def test_a_stamp_is_positive_and_tells_a_later_epoch(epoch: int, step: int, layer: int) -> None:
-    stamp = make_stamp(Epoch(epoch), Step(step), layer, Phase.COMBINE)
+    stamp = make_stamp(Epoch(epoch), Step(step), layer, ExchangePhase.COMBINE)
     assert 0 < stamp < 2**63
     assert not is_of_later_epoch(stamp, Epoch(epoch))
     assert not is_of_later_epoch(stamp, Epoch(epoch + 1))
@@ -222,10 +238,10 @@ def test_a_stamp_is_positive_and_tells_a_later_epoch(epoch: int, step: int, laye
 def test_the_regions_of_an_area_hold_the_largest_messages_without_overlap() -> None:
     ends = 4096
     for index in range(4):
-        offset, size = LAYOUT.region(index)
+        offset, size = LAYOUT.message_buffer(index)
         assert offset == ends
         ends = offset + size
-        phase = Phase(index // 2)
-        rows = LAYOUT.step_tokens_max if phase is Phase.DISPATCH else LAYOUT.pairs_max
+        phase = ExchangePhase(index // 2)
+        rows = LAYOUT.step_tokens_max if phase is ExchangePhase.DISPATCH else LAYOUT.pairs_max
         assert LAYOUT.message_bytes(phase, rows, LAYOUT.pairs_max) <= size
-    assert ends == LAYOUT.area_bytes
+    assert ends == LAYOUT.region_bytes

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.exchange.message import TAIL_BYTES, Layout
+from gpu_worker.exchange.message import TAIL_BYTES, MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.exchange.outbox import Link, Outbox, Write
-from gpu_worker.exchange.regions import QUARANTINE_S, Areas
+from gpu_worker.exchange.outbox import Link, Outbox, WriteStatus
+from gpu_worker.exchange.regions import QUARANTINE_S, Regions
 from shared.types import Incarnation, Member, RankId
 
-LAYOUT = Layout(hidden_size=4, top_k=2, step_tokens_max=4)
+LAYOUT = MessageLayout(hidden_size=4, top_k=2, step_tokens_max=4)
 PEER = Member(rank=RankId(1), incarnation=Incarnation(1))
 
 
@@ -61,25 +61,25 @@ def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
     engine = ScriptedEngine()
     outbox = make(engine)
     outbox.commit(0, 128)
-    assert outbox.state(0) is Write.PENDING
+    assert outbox.poll_write(0) is WriteStatus.PENDING
     with pytest.raises(AssertionError):
-        outbox.region(0)
-    outbox.region(1)
+        outbox.message_buffer(0)
+    outbox.message_buffer(1)
     engine.status[1] = 1
-    assert outbox.state(0) is Write.DONE
-    outbox.region(0)
+    assert outbox.poll_write(0) is WriteStatus.DONE
+    outbox.message_buffer(0)
 
 
 def test_a_message_is_one_write_over_tcp() -> None:
     engine = ScriptedEngine()
     make(engine).commit(2, 128)
-    assert engine.writes == [((1 << 32) + LAYOUT.region(2)[0], 128)]
+    assert engine.writes == [((1 << 32) + LAYOUT.message_buffer(2)[0], 128)]
 
 
 def test_over_rdma_the_tail_goes_only_after_the_payload_has_arrived() -> None:
     engine = ScriptedEngine()
     outbox = make(engine, protocol=Protocols.RDMA)
-    start = (1 << 32) + LAYOUT.region(0)[0]
+    start = (1 << 32) + LAYOUT.message_buffer(0)[0]
     outbox.commit(0, 128)
     assert outbox.progress()
     assert engine.writes == [(start, 128 - TAIL_BYTES)]
@@ -88,7 +88,7 @@ def test_over_rdma_the_tail_goes_only_after_the_payload_has_arrived() -> None:
     assert engine.writes[1:] == [(start + 128 - TAIL_BYTES, TAIL_BYTES)]
     engine.status[2] = 1
     assert not outbox.progress()
-    assert outbox.state(0) is Write.DONE
+    assert outbox.poll_write(0) is WriteStatus.DONE
 
 
 @pytest.mark.parametrize("status", [-1, -2])
@@ -97,17 +97,17 @@ def test_a_failed_write_is_not_tried_again_and_its_message_goes_over_the_next_li
 ) -> None:
     engine = ScriptedEngine()
     old = make(engine)
-    old.region(0).bytes[:128] = 5
+    old.message_buffer(0).bytes[:128] = 5
     old.commit(0, 128)
     engine.status[1] = status
-    assert old.state(0) is Write.FAILED
+    assert old.poll_write(0) is WriteStatus.FAILED
     assert old.broken
-    old.region(3).bytes[:64] = 6
+    old.message_buffer(3).bytes[:64] = 6
     old.commit(3, 64)
     assert len(engine.writes) == 1
     new = make(engine, generation=2)
     new.take_over(old)
-    starts = [(2 << 32) + LAYOUT.region(index)[0] for index in (0, 3)]
+    starts = [(2 << 32) + LAYOUT.message_buffer(index)[0] for index in (0, 3)]
     assert engine.writes[1:] == [(starts[0], 128), (starts[1], 64)]
 
 
@@ -117,7 +117,7 @@ def test_a_write_that_cannot_start_breaks_the_outbox() -> None:
     outbox = make(engine)
     outbox.commit(0, 128)
     assert outbox.broken
-    assert outbox.state(0) is Write.FAILED
+    assert outbox.poll_write(0) is WriteStatus.FAILED
 
 
 def test_memory_that_a_write_may_still_read_is_never_released() -> None:
@@ -139,19 +139,19 @@ def test_memory_is_released_when_all_writes_have_ended() -> None:
     assert not engine.registered
 
 
-def test_no_area_is_given_twice_and_none_released_before_its_quarantine() -> None:
+def test_no_region_is_given_twice_and_none_released_before_its_quarantine() -> None:
     engine = ScriptedEngine()
-    areas = Areas(engine, LAYOUT)
-    first = areas.give(PEER, 1)
-    assert areas.give(PEER, 1) is first
-    second = areas.give(PEER, 2)
+    regions = Regions(engine, LAYOUT)
+    first = regions.give(PEER, 1)
+    assert regions.give(PEER, 1) is first
+    second = regions.give(PEER, 2)
     assert second.address != first.address
     with pytest.raises(ValueError, match="generation"):
-        areas.give(PEER, 1)
-    assert areas.of(PEER) == (second, first)
-    areas.retire(PEER, now=100.0)
-    assert areas.of(PEER) == ()
-    areas.sweep(100.0 + QUARANTINE_S - 1)
+        regions.give(PEER, 1)
+    assert regions.of(PEER) == (second, first)
+    regions.retire(PEER, now=100.0)
+    assert regions.of(PEER) == ()
+    regions.sweep(100.0 + QUARANTINE_S - 1)
     assert engine.registered == {first.address, second.address}
-    areas.sweep(100.0 + QUARANTINE_S)
+    regions.sweep(100.0 + QUARANTINE_S)
     assert not engine.registered

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from gpu_worker.engine.kv_replication import Bytes, CopyChannel
+from gpu_worker.engine.kv_replication import Bytes, ReplicaChannel
 from shared.types import Incarnation, Member, RankId
 
 BLOCK_BYTES = 8
@@ -30,7 +30,7 @@ class ArrayCache:
         self.rows = rows
         self.block_bytes = rows.shape[1]
 
-    def room(self) -> Bytes:
+    def staging_buffer(self) -> Bytes:
         return np.zeros(self.block_bytes, dtype=np.uint8)
 
     def save(self, block: int, into: Bytes) -> Callable[[], bool]:
@@ -45,17 +45,17 @@ class Store:
     """What a rank keeps for others. Hides what `is_lost` says."""
 
     def __init__(self, is_lost: Callable[[bytes], bool] = lambda name: False) -> None:
-        self.areas: list[Area] = []
+        self.regions: list[Region] = []
         self._is_lost = is_lost
 
     def find(self, name: bytes) -> Bytes | None:
         if self._is_lost(name):
             return None
-        found = (area.content(name) for area in self.areas)
+        found = (region.content(name) for region in self.regions)
         return next((content for content in found if content is not None), None)
 
 
-class Area:
+class Region:
     """Of one channel."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Area:
 
 
 class Channel:
-    """To an area in the store of its target. What is under way stands in `pending`."""
+    """To a region in the store of its target. What is under way stands in `pending`."""
 
     def __init__(
         self,
@@ -78,16 +78,16 @@ class Channel:
         *,
         num_slots: int = 16,
         num_rooms: int = 16,
-        is_elsewhere: bool = True,
+        is_on_other_node: bool = True,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.target = target
         self.block_bytes = block_bytes
-        self.is_elsewhere = is_elsewhere
+        self.is_on_other_node = is_on_other_node
         self.num_slots = num_slots
         self.is_open = True
-        self.area = Area()
-        (store or Store()).areas.append(self.area)
+        self.region = Region()
+        (store or Store()).regions.append(self.region)
         self.num_rooms = num_rooms
         self.sent: list[bytes] = []  # in order
         self.pending: list[Callable[[], None]] = []
@@ -97,23 +97,25 @@ class Channel:
     @property
     def known(self) -> list[bytes]:
         """In the order in which they became so."""
-        return list(self.area.known.values())
+        return list(self.region.known.values())
 
-    def take_room(self) -> Bytes | None:
+    def take_staging_buffer(self) -> Bytes | None:
         if not self.num_rooms:
             return None
         self.num_rooms -= 1
         return np.zeros(self.block_bytes, dtype=np.uint8)
 
-    def send(self, room: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]) -> None:
+    def send(
+        self, staging_buffer: Bytes, slot: int, name: bytes, is_saved: Callable[[], bool]
+    ) -> None:
         assert self.is_open
         assert 0 <= slot < self.num_slots
         assert is_saved()
         self.sent.append(name)
-        self.pending.append(lambda: self._write_half(room, slot, name))
+        self.pending.append(lambda: self._write_half(staging_buffer, slot, name))
 
     @property
-    def has_answers(self) -> bool:
+    def has_confirmations(self) -> bool:
         return bool(self._news_sent or self._news_dropped)
 
     def take_sent(self) -> Sequence[bytes]:
@@ -140,25 +142,25 @@ class Channel:
         self.is_open = False
         self.pending.clear()
 
-    def _write_half(self, room: Bytes, slot: int, name: bytes) -> None:
-        assert slot not in self.area.known, "a slot is written that is known by a name"
-        content = self.area.slots.setdefault(slot, np.zeros_like(room))
-        content[: len(room) // 2] = room[: len(room) // 2]
-        self.pending.append(lambda: self._write_rest(room, slot, name))
+    def _write_half(self, staging_buffer: Bytes, slot: int, name: bytes) -> None:
+        assert slot not in self.region.known, "a slot is written that is known by a name"
+        content = self.region.slots.setdefault(slot, np.zeros_like(staging_buffer))
+        content[: len(staging_buffer) // 2] = staging_buffer[: len(staging_buffer) // 2]
+        self.pending.append(lambda: self._write_rest(staging_buffer, slot, name))
 
-    def _write_rest(self, room: Bytes, slot: int, name: bytes) -> None:
-        assert slot not in self.area.known, "a slot is written that is known by a name"
-        self.area.slots[slot][:] = room
+    def _write_rest(self, staging_buffer: Bytes, slot: int, name: bytes) -> None:
+        assert slot not in self.region.known, "a slot is written that is known by a name"
+        self.region.slots[slot][:] = staging_buffer
         self.num_rooms += 1
         self.pending.append(lambda: self._know(slot, name))
 
     def _know(self, slot: int, name: bytes) -> None:
-        self.area.known[slot] = name
+        self.region.known[slot] = name
         self.pending.append(lambda: self._news_sent.append(name))
 
     def _forget(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            del self.area.known[slot]
+            del self.region.known[slot]
         self.pending.append(lambda: self._news_dropped.extend(slots))
 
 
@@ -167,5 +169,5 @@ class Endpoint:
         self.store = store or Store()
         self.all = list(channels)
 
-    def channels(self) -> Mapping[RankId, CopyChannel]:
+    def channels(self) -> Mapping[RankId, ReplicaChannel]:
         return {channel.target.rank: channel for channel in self.all if channel.is_open}

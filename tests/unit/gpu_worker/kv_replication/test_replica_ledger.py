@@ -1,4 +1,4 @@
-"""Slots of a backup rank's area: what is there is never written, and whole chains are kept."""
+"""Slots of a backup rank's region: what is there is never written, and whole chains are kept."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.kv_replication.replica_ledger import CopyLedger
+from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
 
 A, B, C, D, E = b"a", b"b", b"c", b"d", b"e"
 
 
-def holding(*names: bytes, num_slots: int = 4) -> CopyLedger:
+def holding(*names: bytes, num_slots: int = 4) -> ReplicaLedger:
     """One session has had these sent, and they are known."""
-    ledger = CopyLedger(num_slots)
+    ledger = ReplicaLedger(num_slots)
     for name in names:
         ledger.take(name)
     ledger.note_known(names)
@@ -23,7 +23,7 @@ def holding(*names: bytes, num_slots: int = 4) -> CopyLedger:
 
 
 def test_a_block_on_its_way_is_not_sent_again_and_not_yet_known() -> None:
-    ledger = CopyLedger(4)
+    ledger = ReplicaLedger(4)
     ledger.take(A)
     assert (ledger.has(A), ledger.may_take(A), ledger.is_known(A)) == (True, False, False)
     ledger.note_known([A])
@@ -96,7 +96,7 @@ def test_an_idle_block_that_is_used_again_stays() -> None:
 
 
 def test_who_ends_while_its_last_block_is_written_loses_no_parent_first() -> None:
-    ledger = CopyLedger(2)
+    ledger = ReplicaLedger(2)
     for name in (A, B):
         ledger.take(name)
     ledger.note_known([A])
@@ -119,7 +119,7 @@ def test_a_name_has_no_second_slot_while_the_first_may_be_known_by_it() -> None:
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
-def test_a_small_area_can_be_used_again(num_slots: int) -> None:
+def test_a_small_region_can_be_used_again(num_slots: int) -> None:
     names = [A, B, C][:num_slots]
     ledger = holding(*names, num_slots=num_slots)
     ledger.release(names)
@@ -155,7 +155,7 @@ EVENTS = st.lists(
 def test_no_slot_is_written_while_it_may_be_known_and_chains_stay_whole(
     num_slots: int, events: list[tuple[str, int]]
 ) -> None:
-    ledger, target = CopyLedger(num_slots), Target()
+    ledger, target = ReplicaLedger(num_slots), Target()
     sessions: list[tuple[list[bytes], int]] = []
     for event, number in events:
         at = number % len(sessions) if sessions else 0

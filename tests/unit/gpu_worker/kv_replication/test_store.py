@@ -9,10 +9,10 @@ import pytest
 
 from gpu_worker.exchange.regions import QUARANTINE_S
 from gpu_worker.kv_replication.block_form import BlockForm
-from gpu_worker.kv_replication.region import CopyArea
-from gpu_worker.kv_replication.store import KEPT_S, KeptCopies
+from gpu_worker.kv_replication.region import ReplicaRegion
+from gpu_worker.kv_replication.store import RETENTION_S, StoredReplicas
 from shared.types import Incarnation, Member, RankId
-from shared.wire import CopiesKept, DropCopies, OpenCopies
+from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
 from tests.unit.gpu_worker.kv_replication.scripted_engine import ScriptedEngine
 
 BLOCK_BYTES = 512
@@ -27,26 +27,28 @@ def source(rank: int = 1, incarnation: int = 1) -> Member:
 
 def request(
     of: Member, generation: int = 1, layout: str = "toy", block_bytes: int = BLOCK_BYTES
-) -> OpenCopies:
-    return OpenCopies(source=of, generation=generation, layout=layout, block_bytes=block_bytes)
+) -> OpenKvReplicaRegion:
+    return OpenKvReplicaRegion(
+        source=of, generation=generation, layout=layout, block_bytes=block_bytes
+    )
 
 
-def kept(of: Member, names: dict[int, bytes], generation: int = 1) -> CopiesKept:
-    return CopiesKept(
+def kept(of: Member, names: dict[int, bytes], generation: int = 1) -> KvReplicasStored:
+    return KvReplicasStored(
         source=of, generation=generation, slots=tuple(names), names=tuple(names.values())
     )
 
 
-def drop(of: Member, *slots: int, generation: int = 1) -> DropCopies:
-    return DropCopies(source=of, generation=generation, slots=slots)
+def drop(of: Member, *slots: int, generation: int = 1) -> DropKvReplicas:
+    return DropKvReplicas(source=of, generation=generation, slots=slots)
 
 
-def write(area: CopyArea, slot: int, value: int) -> None:
+def write(region: ReplicaRegion, slot: int, value: int) -> None:
     """As it comes from outside."""
-    ctypes.memset(area.address + slot * BLOCK_BYTES, value, BLOCK_BYTES)
+    ctypes.memset(region.address + slot * BLOCK_BYTES, value, BLOCK_BYTES)
 
 
-def value_of(store: KeptCopies, name: bytes) -> int | None:
+def value_of(store: StoredReplicas, name: bytes) -> int | None:
     """Of all bytes of the block, where it is found."""
     found = store.find(name)
     if found is None:
@@ -62,19 +64,19 @@ def engine() -> ScriptedEngine:
 
 
 @pytest.fixture
-def store(engine: ScriptedEngine) -> KeptCopies:
+def store(engine: ScriptedEngine) -> StoredReplicas:
     """With sources 1 and 2, which have records."""
-    made = KeptCopies(engine, FORM, area_bytes=NUM_SLOTS * BLOCK_BYTES + 100)
+    made = StoredReplicas(engine, FORM, region_bytes=NUM_SLOTS * BLOCK_BYTES + 100)
     for rank in (1, 2):
-        made.greet(source(rank))
+        made.on_member_present(source(rank))
     return made
 
 
-def test_a_block_is_found_by_its_name_from_the_message_to_the_drop(store: KeptCopies) -> None:
-    area = store.give(request(source()), NOW)
-    assert area.num_slots == NUM_SLOTS
+def test_a_block_is_found_by_its_name_from_the_message_to_the_drop(store: StoredReplicas) -> None:
+    region = store.give(request(source()), NOW)
+    assert region.num_slots == NUM_SLOTS
     for slot in range(NUM_SLOTS):
-        write(area, slot, 10 + slot)
+        write(region, slot, 10 + slot)
     assert store.find(b"b") is None
     store.keep(kept(source(), {1: b"a", 3: b"b"}))
     assert value_of(store, b"b") == 13
@@ -85,7 +87,7 @@ def test_a_block_is_found_by_its_name_from_the_message_to_the_drop(store: KeptCo
 
 @pytest.mark.parametrize(("first", "last"), [(1, 2), (2, 1)])
 def test_what_several_sources_keep_is_found_as_long_as_one_of_them_does(
-    store: KeptCopies, first: int, last: int
+    store: StoredReplicas, first: int, last: int
 ) -> None:
     for rank in (1, 2):
         write(store.give(request(source(rank)), NOW), rank, rank)
@@ -97,7 +99,7 @@ def test_what_several_sources_keep_is_found_as_long_as_one_of_them_does(
 
 
 def test_a_slot_may_not_be_written_to_while_anything_of_what_was_found_is_in_use(
-    store: KeptCopies,
+    store: StoredReplicas,
 ) -> None:
     store.give(request(source()), NOW)
     store.keep(kept(source(), {0: b"a", 1: b"b"}))
@@ -115,7 +117,7 @@ def test_a_slot_may_not_be_written_to_while_anything_of_what_was_found_is_in_use
 
 
 def test_a_newer_generation_gets_fresh_memory_and_the_older_ones_blocks_are_forgotten(
-    store: KeptCopies,
+    store: StoredReplicas,
 ) -> None:
     old = store.give(request(source(), 3), NOW)
     store.keep(kept(source(), {0: b"a"}, generation=3))
@@ -127,7 +129,7 @@ def test_a_newer_generation_gets_fresh_memory_and_the_older_ones_blocks_are_forg
     assert value_of(store, b"b") == 7
 
 
-def test_late_messages_of_an_older_generation_change_nothing(store: KeptCopies) -> None:
+def test_late_messages_of_an_older_generation_change_nothing(store: StoredReplicas) -> None:
     store.give(request(source(), 1), NOW)
     store.give(request(source(), 2), NOW)
     store.keep(kept(source(), {0: b"new"}, generation=2))
@@ -138,14 +140,14 @@ def test_late_messages_of_an_older_generation_change_nothing(store: KeptCopies) 
 
 
 def test_a_late_request_gets_nothing_and_takes_nothing(
-    store: KeptCopies, engine: ScriptedEngine
+    store: StoredReplicas, engine: ScriptedEngine
 ) -> None:
-    area = store.give(request(source(), 2), NOW)
+    region = store.give(request(source(), 2), NOW)
     store.keep(kept(source(), {0: b"a"}, generation=2))
     for generation in (1, 2):
         with pytest.raises(ValueError, match="later generation"):
             store.give(request(source(), generation), NOW)
-    assert engine.registered == {area.address}
+    assert engine.registered == {region.address}
     assert store.find(b"a") is not None
 
 
@@ -153,18 +155,20 @@ def test_a_late_request_gets_nothing_and_takes_nothing(
     "asked",
     [request(source(), layout="other"), request(source(), block_bytes=BLOCK_BYTES + 1)],
 )
-def test_blocks_of_another_form_are_refused(store: KeptCopies, asked: OpenCopies) -> None:
+def test_blocks_of_another_form_are_refused(
+    store: StoredReplicas, asked: OpenKvReplicaRegion
+) -> None:
     with pytest.raises(ValueError, match="of no use"):
         store.give(asked, NOW)
 
 
 def test_a_budget_below_one_block_is_a_refusal(engine: ScriptedEngine) -> None:
-    store = KeptCopies(engine, FORM, area_bytes=BLOCK_BYTES - 1)
+    store = StoredReplicas(engine, FORM, region_bytes=BLOCK_BYTES - 1)
     with pytest.raises(ValueError, match="no room"):
         store.give(request(source()), NOW)
 
 
-def test_a_source_without_an_area_is_told_so(store: KeptCopies) -> None:
+def test_a_source_without_a_region_is_told_so(store: StoredReplicas) -> None:
     with pytest.raises(ValueError, match="keeps nothing"):
         store.keep(kept(source(), {0: b"a"}))
     with pytest.raises(ValueError, match="keeps nothing"):
@@ -181,12 +185,12 @@ def test_a_source_without_an_area_is_told_so(store: KeptCopies) -> None:
         kept(source(), {0: b"a", NUM_SLOTS: b"b"}),
         kept(source(), {0: b"a", -1: b"b"}),
         kept(source(), {0: b"a", 2: b"b"}),  # 2 is known
-        CopiesKept(source=source(), generation=1, slots=(0, 0), names=(b"a", b"b")),
-        CopiesKept(source=source(), generation=1, slots=(0, 1), names=(b"a",)),
+        KvReplicasStored(source=source(), generation=1, slots=(0, 0), names=(b"a", b"b")),
+        KvReplicasStored(source=source(), generation=1, slots=(0, 1), names=(b"a",)),
     ],
 )
 def test_of_a_message_that_cannot_be_nothing_is_believed(
-    store: KeptCopies, message: CopiesKept
+    store: StoredReplicas, message: KvReplicasStored
 ) -> None:
     store.give(request(source()), NOW)
     store.keep(kept(source(), {2: b"known"}))
@@ -196,59 +200,61 @@ def test_of_a_message_that_cannot_be_nothing_is_believed(
     assert store.find(b"known") is not None
 
 
-def test_a_slot_is_known_anew_under_its_next_name(store: KeptCopies) -> None:
-    area = store.give(request(source()), NOW)
+def test_a_slot_is_known_anew_under_its_next_name(store: StoredReplicas) -> None:
+    region = store.give(request(source()), NOW)
     store.keep(kept(source(), {0: b"a"}))
     store.drop(drop(source(), 0))
-    write(area, 0, 5)
+    write(region, 0, 5)
     store.keep(kept(source(), {0: b"b"}))
     assert store.find(b"a") is None
     assert value_of(store, b"b") == 5
 
 
 def test_the_blocks_of_a_source_outlive_its_record_for_a_while(
-    store: KeptCopies, engine: ScriptedEngine
+    store: StoredReplicas, engine: ScriptedEngine
 ) -> None:
-    area = store.give(request(source()), NOW)
+    region = store.give(request(source()), NOW)
     store.keep(kept(source(), {0: b"a"}))
-    store.leave(source(), NOW)
-    store.sweep(NOW + KEPT_S - 1)
+    store.on_member_gone(source(), NOW)
+    store.sweep(NOW + RETENTION_S - 1)
     assert store.find(b"a") is not None
-    forgotten_at = NOW + KEPT_S
+    forgotten_at = NOW + RETENTION_S
     store.sweep(forgotten_at)
     assert store.find(b"a") is None
     store.sweep(forgotten_at + QUARANTINE_S - 1)
-    assert engine.registered == {area.address}
+    assert engine.registered == {region.address}
     store.sweep(forgotten_at + QUARANTINE_S)
     assert not engine.registered
 
 
-def test_a_record_that_comes_back_keeps_its_blocks(store: KeptCopies) -> None:
+def test_a_record_that_comes_back_keeps_its_blocks(store: StoredReplicas) -> None:
     store.give(request(source()), NOW)
     store.keep(kept(source(), {0: b"a"}))
-    store.leave(source(), NOW)
-    store.greet(source())
-    store.sweep(NOW + KEPT_S + 1)
+    store.on_member_gone(source(), NOW)
+    store.on_member_present(source())
+    store.sweep(NOW + RETENTION_S + 1)
     assert store.find(b"a") is not None
 
 
-def test_a_source_that_has_no_record_is_not_kept_for_ever(store: KeptCopies) -> None:
+def test_a_source_that_has_no_record_is_not_kept_for_ever(store: StoredReplicas) -> None:
     stranger = source(3)
     store.give(request(stranger, 1), NOW)
     store.give(request(stranger, 2), NOW + 50)
     store.keep(kept(stranger, {0: b"a"}, generation=2))
-    store.sweep(NOW + KEPT_S)
+    store.sweep(NOW + RETENTION_S)
     assert store.find(b"a") is None
 
 
-def test_the_blocks_of_a_dead_life_stay_when_the_next_one_asks(store: KeptCopies) -> None:
+def test_the_blocks_of_a_dead_incarnation_stay_when_the_next_one_asks(
+    store: StoredReplicas,
+) -> None:
     store.give(request(source(1, 1)), NOW)
     store.keep(kept(source(1, 1), {0: b"a"}))
-    store.leave(source(1, 1), NOW)
-    store.greet(source(1, 2))
+    store.on_member_gone(source(1, 1), NOW)
+    store.on_member_present(source(1, 2))
     assert store.give(request(source(1, 2)), NOW + 1).num_slots == NUM_SLOTS
     assert store.find(b"a") is not None
     store.keep(kept(source(1, 2), {0: b"b"}))
-    store.sweep(NOW + KEPT_S)
+    store.sweep(NOW + RETENTION_S)
     assert store.find(b"a") is None
     assert store.find(b"b") is not None

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.kv_replication.writer import BLOCKS_PER_PUMP, CopyWriter
+from gpu_worker.kv_replication.writer import BLOCKS_PER_PUMP, ReplicaWriter
 from shared.types import RankId, SessionId
 from tests.unit.gpu_worker.kv_replication.fakes import (
     BLOCK_BYTES,
@@ -29,7 +29,7 @@ class Source:
     ) -> None:
         self.endpoint = Endpoint(*channels, store=store)
         self.cache = ArrayCache(np.zeros((2000, BLOCK_BYTES), dtype=np.uint8))
-        self.writer = CopyWriter(
+        self.writer = ReplicaWriter(
             self.cache, self.endpoint, rank=ME, blocks_per_pump=blocks_per_pump
         )
         self.writer.use([channel.target for channel in channels])
@@ -77,7 +77,7 @@ def test_a_chain_is_sent_in_order_and_its_content_is_known_by_its_names() -> Non
     assert channel.sent == names_of("a", 5)
     assert set(channel.known) == {*names_of("a", 5)}
     for name in names_of("a", 5):
-        content = channel.area.content(name)
+        content = channel.region.content(name)
         assert content is not None
         assert content.tolist() == content_of(name)
 
@@ -161,7 +161,7 @@ def test_sessions_spread_over_the_targets_from_ones_own_rank_on() -> None:
 
 
 def test_another_node_is_preferred() -> None:
-    near, far = Channel(member(0), is_elsewhere=False), Channel(member(3))
+    near, far = Channel(member(0), is_on_other_node=False), Channel(member(3))
     source = Source(near, far)
     for session in "ab":
         source.offer(session, session, 0, 1)
@@ -170,7 +170,7 @@ def test_another_node_is_preferred() -> None:
 
 
 def test_on_one_node_a_copy_on_it_is_better_than_none() -> None:
-    source = Source(Channel(member(0), is_elsewhere=False))
+    source = Source(Channel(member(0), is_on_other_node=False))
     source.offer("s", "a", 0, 1)
     source.pump_out()
     assert source.backup_of("s") == 0
@@ -315,7 +315,7 @@ def test_what_is_left_of_a_session_that_ends_in_mid_way_is_not_sent() -> None:
     source.forget("s")
     source.pump_out()
     assert {*channel.known} == {b"a0", b"a1"} == {*channel.sent}
-    assert channel.area.content(b"a1") is not None
+    assert channel.region.content(b"a1") is not None
 
 
 def test_blocks_are_restored_in_order_up_to_the_first_that_is_missing() -> None:
@@ -344,7 +344,7 @@ EVENTS = st.lists(
 def test_what_is_known_is_whole_whatever_comes_in_which_order(
     num_slots: int, num_rooms: int, events: list[tuple[str, int]]
 ) -> None:
-    """The areas themselves fail where a slot is written that is known."""
+    """The regions themselves fail where a slot is written that is known."""
 
     def open_channel(rank: int) -> Channel:
         return Channel(member(rank), num_slots=num_slots, num_rooms=num_rooms)
@@ -368,10 +368,10 @@ def test_what_is_known_is_whole_whatever_comes_in_which_order(
         elif number % 4 == 0:
             channels[number // 4 % 2].close()
             channels[number // 4 % 2] = open_channel(number // 4 % 2)
-        for area in (channel.area for channel in channels):
-            for slot, name in area.known.items():
-                assert area.slots[slot].tolist() == content_of(name)
-            assert len({*area.known.values()}) == len(area.known)
+        for region in (channel.region for channel in channels):
+            for slot, name in region.known.items():
+                assert region.slots[slot].tolist() == content_of(name)
+            assert len({*region.known.values()}) == len(region.known)
     source.pump_out()
     for session in lengths:
         source.forget(session)

@@ -1,4 +1,4 @@
-"""A rank's standing: every event, and what it may and may not lead to."""
+"""A rank's membership: every event, and what it may and may not lead to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu_worker.membership.rank_membership import (
     OpenLink,
     PutRecord,
     PutResidents,
-    Standing,
+    RankMembership,
     SuspectPeer,
 )
 from shared.expert_map import ExpertMap
@@ -65,12 +65,12 @@ def wanted(*experts: int) -> np.ndarray:
     return np.array([experts], dtype=np.int16)
 
 
-def standing(rank: int = 0, incarnation: int = 1) -> Standing:
-    return Standing(record(rank, incarnation), wanted(-1, -1, -1, -1))
+def membership(rank: int = 0, incarnation: int = 1) -> RankMembership:
+    return RankMembership(record(rank, incarnation), wanted(-1, -1, -1, -1))
 
 
 def test_a_peer_is_linked_once_and_unlinked_when_its_record_goes() -> None:
-    it = standing()
+    it = membership()
     assert it.on_peer_record(record(1)) == [OpenLink(peer=record(1))]
     assert it.on_peer_record(record(1)) == []
     (put,) = it.on_link_opened(member(1))
@@ -84,13 +84,13 @@ def test_a_peer_is_linked_once_and_unlinked_when_its_record_goes() -> None:
 
 
 def test_own_record_and_other_lives_of_the_own_rank_are_no_peers() -> None:
-    it = standing()
+    it = membership()
     assert it.on_peer_record(record(0)) == []
     assert it.on_peer_record(record(0, 2)) == []
 
 
 def test_a_map_waits_for_the_links_of_all_its_members() -> None:
-    it = standing()
+    it = membership()
     for rank in (1, 2):
         it.on_peer_record(record(rank))
     it.on_link_opened(member(1))
@@ -102,7 +102,7 @@ def test_a_map_waits_for_the_links_of_all_its_members() -> None:
 
 
 def test_a_newer_map_replaces_a_held_one_and_an_older_one_is_ignored() -> None:
-    it = standing()
+    it = membership()
     it.on_peer_record(record(1))
     assert it.on_map(expert_map(1, member(0), member(1))) == []
     second = expert_map(2, member(0))
@@ -113,7 +113,7 @@ def test_a_newer_map_replaces_a_held_one_and_an_older_one_is_ignored() -> None:
 
 
 def test_a_broken_link_raises_suspicion_only_of_members() -> None:
-    it = standing()
+    it = membership()
     it.on_peer_record(record(1))
     it.on_link_opened(member(1))
     (put,) = it.on_link_broken(member(1), "reset")
@@ -125,7 +125,7 @@ def test_a_broken_link_raises_suspicion_only_of_members() -> None:
 
 
 def test_slots_are_loaded_one_load_at_a_time_until_they_are_what_is_wanted() -> None:
-    it = standing()
+    it = membership()
     it.on_assignment(SlotContents.of(member(1), wanted(9, 9, 9, 9)))  # somebody else's
     (load,) = it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1)))
     assert isinstance(load, LoadSlots)
@@ -139,9 +139,9 @@ def test_slots_are_loaded_one_load_at_a_time_until_they_are_what_is_wanted() -> 
     assert ready.record.state is RankState.READY
 
 
-def serving(*experts: int, peers_lag: bool = False) -> Standing:
+def serving(*experts: int, peers_may_lag: bool = False) -> RankMembership:
     """A member under epoch 1, whose engine has adopted it."""
-    it = Standing(record(0), wanted(-1, -1, -1, -1), peers_lag=peers_lag)
+    it = RankMembership(record(0), wanted(-1, -1, -1, -1), peers_may_lag=peers_may_lag)
     it.on_assignment(SlotContents.of(member(0), wanted(*experts)))
     it.on_slots_loaded(wanted(*experts))
     first = map_of(1, *experts)
@@ -195,11 +195,11 @@ def test_an_orphan_takes_a_surplus_slot_only_once_the_engine_is_held() -> None:
     assert isinstance(load, LoadSlots)
 
 
-@pytest.mark.parametrize("peers_lag", [False, True])
+@pytest.mark.parametrize("peers_may_lag", [False, True])
 def test_a_map_waits_for_what_an_assignment_that_did_not_last_has_overwritten(
-    peers_lag: bool,
+    peers_may_lag: bool,
 ) -> None:
-    it = serving(0, 1, -1, -1, peers_lag=peers_lag)
+    it = serving(0, 1, -1, -1, peers_may_lag=peers_may_lag)
     passing = SlotContents.of(member(0), wanted(1, 0, -1, -1), epoch=1)
     assert it.on_assignment(passing) == [HoldEngine(epoch=Epoch(1))]
     (load,) = it.on_held(Epoch(1))
@@ -216,9 +216,9 @@ def test_a_map_waits_for_what_an_assignment_that_did_not_last_has_overwritten(
     assert adopt == AdoptMap(expert_map=second)
 
 
-@pytest.mark.parametrize("peers_lag", [False, True])
-def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_lag: bool) -> None:
-    it = serving(0, 1, -1, -1, peers_lag=peers_lag)
+@pytest.mark.parametrize("peers_may_lag", [False, True])
+def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_may_lag: bool) -> None:
+    it = serving(0, 1, -1, -1, peers_may_lag=peers_may_lag)
     assert it.on_map(map_of(3, 1, 1, -1, -1)) == [HoldEngine(epoch=Epoch(2))]
     (load,) = it.on_held(Epoch(2))
     assert isinstance(load, LoadSlots)
@@ -229,7 +229,7 @@ def test_what_a_map_says_of_a_spare_slot_is_loaded_once_lagging_peers_cannot_use
     third = map_of(3, 0, 1, -1, -1)
     (load,) = serving(0, -1, -1, -1).on_map(third)
     assert isinstance(load, LoadSlots)
-    it = serving(0, -1, -1, -1, peers_lag=True)
+    it = serving(0, -1, -1, -1, peers_may_lag=True)
     assert it.on_map(third) == [HoldEngine(epoch=Epoch(2))]  # they may run the second map
     (load,) = it.on_held(Epoch(2))
     assert isinstance(load, LoadSlots)
@@ -252,7 +252,7 @@ def test_an_assignment_that_presumes_an_older_map_takes_no_slot_from_the_engine(
 
 
 def test_where_peers_lag_a_slot_waits_until_none_of_them_can_use_it() -> None:
-    it = serving(0, 1, -1, -1, peers_lag=True)
+    it = serving(0, 1, -1, -1, peers_may_lag=True)
     second = map_of(2, 0, -1, -1, -1)
     it.on_map(second)
     it.on_adopted(second)
@@ -263,7 +263,7 @@ def test_where_peers_lag_a_slot_waits_until_none_of_them_can_use_it() -> None:
 
 
 def test_where_peers_lag_an_orphan_takes_a_surplus_slot_of_a_map_that_nobody_can_serve() -> None:
-    it = serving(0, 1, 1, -1, peers_lag=True)
+    it = serving(0, 1, 1, -1, peers_may_lag=True)
     orphan = SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1)
     assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
     (load,) = it.on_held(Epoch(1))
@@ -271,7 +271,7 @@ def test_where_peers_lag_an_orphan_takes_a_surplus_slot_of_a_map_that_nobody_can
 
 
 def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> None:
-    it = standing()
+    it = membership()
     assert it.on_map(expert_map(1, member(1))) == []
     mine = expert_map(2, member(0))
     assert it.on_map(mine) == [AdoptMap(expert_map=mine)]
@@ -280,19 +280,19 @@ def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> No
 
 
 def test_it_leaves_when_a_later_life_of_its_rank_is_in_the_map() -> None:
-    (leave,) = standing().on_map(expert_map(1, member(0, 2)))
+    (leave,) = membership().on_map(expert_map(1, member(0, 2)))
     assert isinstance(leave, Leave)
 
 
 def test_it_leaves_on_its_own_verdict() -> None:
-    it = standing()
+    it = membership()
     assert it.on_verdict(member(1)) == []
     (leave,) = it.on_verdict(member(0))
     assert isinstance(leave, Leave)
 
 
 def test_under_another_lease_all_is_registered_again() -> None:
-    it = standing()
+    it = membership()
     put, residents = it.on_lease_granted(77)
     assert isinstance(put, PutRecord)
     assert put.record.lease_id == 77
@@ -300,7 +300,7 @@ def test_under_another_lease_all_is_registered_again() -> None:
 
 
 def test_a_member_whose_record_goes_stays_linked_until_a_map_leaves_it_out() -> None:
-    it = standing()
+    it = membership()
     it.on_peer_record(record(1))
     it.on_link_opened(member(1))
     it.on_map(expert_map(1, member(0), member(1)))
@@ -310,7 +310,7 @@ def test_a_member_whose_record_goes_stays_linked_until_a_map_leaves_it_out() -> 
 
 
 def test_a_member_whose_record_comes_back_was_never_gone() -> None:
-    it = standing()
+    it = membership()
     it.on_peer_record(record(1))
     it.on_link_opened(member(1))
     it.on_map(expert_map(1, member(0), member(1)))

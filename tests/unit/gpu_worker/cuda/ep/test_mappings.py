@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from gpu_worker.cuda.ep.handles import HandleBook
+from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.mappings import EpMappings
 from gpu_worker.cuda.ep.members import EpMembers
 from shared.clock import SystemClock
@@ -44,7 +44,7 @@ class Own:
         self.card = Card()
         self.who = EpMembers(life(0))
         self.mappings = EpMappings(
-            self.who, threading.Lock(), self.card, HandleBook(), SystemClock()
+            self.who, threading.Lock(), self.card, HandleStore(), SystemClock()
         )
 
     def connect(self, peer: Member) -> None:
@@ -101,7 +101,7 @@ def test_before_the_first_map_and_where_nobody_was_mapped_a_life_is_mapped_at_on
 
 def test_a_next_life_is_met_beside_steps_and_mapped_when_its_map_is_adopted(own: Own) -> None:
     own.connect(life(2, 2))
-    assert own.who.has_met(life(2, 2))
+    assert own.who.is_connected(life(2, 2))
     assert own.card.num_unmapped == 0
     assert own.adopt(3, life(0), life(1), life(2, 2)) == {0, 1, 2}
     assert (own.card.mapped, own.card.num_unmapped) == ({1, 2}, 1)
@@ -117,8 +117,8 @@ def test_a_newcomer_that_has_just_died_stays_masked_and_its_next_life_is_let_in(
     own.connect(life(2, 2))
     own.card.dead = {2}
     assert own.adopt(3, life(0), life(1), life(2, 2)) == {0, 1}
-    assert own.who.lost([1, 1, 0]) == [2]
-    assert not own.who.has_met(life(2, 2))
+    assert own.who.lost_ranks([1, 1, 0]) == [2]
+    assert not own.who.is_connected(life(2, 2))
     own.card.dead = set()
     with pytest.raises(ConnectionError, match="member"):
         own.connect(life(2, 3))
@@ -132,4 +132,4 @@ def test_who_cannot_be_mapped_at_once_is_not_met() -> None:
     own.card.dead = {1}
     with pytest.raises(ConnectionError, match="no such memory"):
         own.connect(life(1))
-    assert not own.who.has_met(life(1))
+    assert not own.who.is_connected(life(1))

@@ -26,7 +26,7 @@ def who() -> EpMembers:
     """Of rank 0, which has met and mapped all others and adopted epoch 1 with them."""
     who = EpMembers(life(0))
     for rank in (1, 2, 3):
-        who.meet(life(rank))
+        who.mark_connected(life(rank))
         who.note_mapped(life(rank))
     who.adopt(map_of(1, *(life(r) for r in range(NUM_RANKS))))
     return who
@@ -39,10 +39,10 @@ def test_a_map_unmasks_its_members_and_masks_whom_it_leaves_out(who: EpMembers) 
 
 
 def test_a_step_is_lost_by_members_only(who: EpMembers) -> None:
-    assert who.lost([1, 1, 1, 1]) == []
-    assert who.lost([1, 1, 0, 1]) == [2]
+    assert who.lost_ranks([1, 1, 1, 1]) == []
+    assert who.lost_ranks([1, 1, 0, 1]) == [2]
     who.adopt(map_of(2, life(0), life(1), life(3)))
-    assert who.lost([1, 1, 0, 1]) == []
+    assert who.lost_ranks([1, 1, 0, 1]) == []
 
 
 def test_who_was_given_up_by_a_newer_map_is_not_waited_for_under_an_older_one(
@@ -51,13 +51,13 @@ def test_who_was_given_up_by_a_newer_map_is_not_waited_for_under_an_older_one(
     assert who.give_up([life(2)], Epoch(3)) == [2]
     late = who.adopt(map_of(2, life(0), life(1), life(2)))
     assert late.active == {0, 1}
-    assert who.lost([1, 1, 0, 0]) == [2]
+    assert who.lost_ranks([1, 1, 0, 0]) == [2]
 
 
-def test_a_verdict_on_a_former_life_does_not_touch_its_successor(who: EpMembers) -> None:
+def test_a_verdict_on_a_former_incarnation_does_not_touch_its_successor(who: EpMembers) -> None:
     who.give_up([life(2)], Epoch(2))
     who.adopt(map_of(2, life(0), life(1), life(3)))
-    who.meet(life(2, 2))
+    who.mark_connected(life(2, 2))
     assert who.give_up([life(2)], Epoch(2)) == []
     who.note_mapped(life(2, 2))
     grown = who.adopt(map_of(3, life(0), life(1), life(2, 2), life(3)))
@@ -69,7 +69,7 @@ def test_a_verdict_on_oneself_or_on_strangers_is_nothing_to_the_mask(who: EpMemb
     assert who.give_up([life(0), life(1, 7)], Epoch(2)) == []
 
 
-def test_no_life_of_a_members_rank_can_be_mapped(who: EpMembers) -> None:
+def test_no_other_incarnation_of_a_members_rank_can_be_mapped(who: EpMembers) -> None:
     with pytest.raises(ConnectionError, match="member"):
         who.may_map(RankId(1))
 
@@ -77,10 +77,10 @@ def test_no_life_of_a_members_rank_can_be_mapped(who: EpMembers) -> None:
 def test_who_replaces_a_mapped_life_is_met_at_once_and_mapped_with_the_map(who: EpMembers) -> None:
     who.adopt(map_of(2, life(0), life(1), life(3)))
     assert not who.may_map(RankId(2))
-    who.meet(life(2, 2))
-    assert who.has_met(life(2, 2))
+    who.mark_connected(life(2, 2))
+    assert who.is_connected(life(2, 2))
     grown = map_of(3, life(0), life(1), life(2, 2), life(3))
-    assert who.to_map(grown) == [life(2, 2)]
+    assert who.members_to_map(grown) == [life(2, 2)]
     assert who.mapped([RankId(2)]) == [2]
     who.note_unmapped([RankId(2)])
     assert who.may_map(RankId(2))
@@ -88,35 +88,35 @@ def test_who_replaces_a_mapped_life_is_met_at_once_and_mapped_with_the_map(who: 
 
 def test_before_any_map_everybody_may_be_mapped() -> None:
     who = EpMembers(life(0))
-    who.meet(life(1))
+    who.mark_connected(life(1))
     who.note_mapped(life(1))
     assert who.may_map(RankId(1))
 
 
 def test_a_joiner_that_has_died_meanwhile_is_not_mapped(who: EpMembers) -> None:
     who.adopt(map_of(2, life(0), life(1), life(3)))
-    who.meet(life(2, 2))
+    who.mark_connected(life(2, 2))
     assert who.give_up([life(2, 2)], Epoch(4)) == [2]
     grown = map_of(3, life(0), life(1), life(2, 2), life(3))
-    assert who.to_map(grown) == []
+    assert who.members_to_map(grown) == []
     assert who.adopt(grown).active == {0, 1, 3}
-    assert who.lost([1, 1, 0, 1]) == [2]
+    assert who.lost_ranks([1, 1, 0, 1]) == [2]
 
 
 def test_who_cannot_be_mapped_stays_masked_and_is_not_met_any_more(who: EpMembers) -> None:
     who.adopt(map_of(2, life(0), life(1), life(3)))
-    who.meet(life(2, 2))
+    who.mark_connected(life(2, 2))
     who.note_unmapped([RankId(2)])
-    who.lose(life(2, 2))
+    who.mark_unmappable(life(2, 2))
     grown = who.adopt(map_of(3, life(0), life(1), life(2, 2), life(3)))
     assert grown.active == {0, 1, 3}
-    assert who.lost([1, 1, 0, 1]) == [2]
-    assert not who.has_met(life(2, 2))
+    assert who.lost_ranks([1, 1, 0, 1]) == [2]
+    assert not who.is_connected(life(2, 2))
 
 
 def test_a_member_whose_next_life_was_met_already_stays_masked(who: EpMembers) -> None:
     who.adopt(map_of(2, life(0), life(1), life(3)))
-    who.meet(life(2, 3))
+    who.mark_connected(life(2, 3))
     late = map_of(3, life(0), life(1), life(2, 2), life(3))
-    assert who.to_map(late) == []
+    assert who.members_to_map(late) == []
     assert who.adopt(late).active == {0, 1, 3}

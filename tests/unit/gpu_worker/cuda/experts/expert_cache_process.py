@@ -1,6 +1,6 @@
 """A process of its own that fills copies of experts in memory which it inherits:
-`python expert_cache_process.py FD FOLDER STUCK_AT`. It says on its standard output what it does; at the
-read of that number (0: never) it writes half an expert and stops there for good."""
+`python expert_cache_process.py FD FOLDER STUCK_AT`. It says on its standard output what it does;
+at the read of that number (0: never) it writes half an expert and stops there for good."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import open_host_experts
-from shared.expert_cache_memory import ShelfMemory
+from shared.expert_cache_memory import ExpertCacheMemory
 from shared.logs import configure_logs
-from tests.unit.gpu_worker.cuda.experts.expert_folder import label_of, open_experts
+from tests.unit.gpu_worker.cuda.experts.expert_folder import header_of, open_experts
 
 
 class StuckReader(ExpertReader):
@@ -38,8 +38,8 @@ def main() -> None:
     configure_logs(service="rank")  # off the standard output
     fd, folder, stuck_at = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     reader = StuckReader(open_experts(folder, torch.float32), stuck_at)
-    memory = ShelfMemory(fd=fd, bytes_max=os.fstat(fd).st_size)
-    copies = open_host_experts(reader, memory, label_of(folder, reader), torch.device("cpu"))
+    memory = ExpertCacheMemory(fd=fd, bytes_max=os.fstat(fd).st_size)
+    copies = open_host_experts(reader, memory, header_of(folder, reader), torch.device("cpu"))
     copies.fill_in_background()
     copies.wait_until_filled(timeout_s=60)
     print("read", reader.num_reads, flush=True)

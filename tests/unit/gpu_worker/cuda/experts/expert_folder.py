@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.checkpoint.checkpoint import SINGLE_FILE, OnRead, open_checkpoint
 from gpu_worker.checkpoint.mlp_names import mlp_shapes
-from gpu_worker.cuda.experts.expert_cache import ShelfLabel
+from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
-from shared.expert_cache_memory import ShelfMemory, create_memory
+from shared.expert_cache_memory import ExpertCacheMemory, create_memory
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
 HIDDEN, INNER = 8, 4
@@ -45,8 +45,8 @@ def values_of(folder: Path, layer: int, expert: int) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in names])
 
 
-def label_of(folder: Path, reader: ExpertReader) -> ShelfLabel:
-    return ShelfLabel(
+def header_of(folder: Path, reader: ExpertReader) -> ExpertCacheHeader:
+    return ExpertCacheHeader(
         folder=str(folder),
         fingerprint=open_checkpoint(folder, _shapes()).fingerprint(),
         dtype=str(reader.dtype),
@@ -56,12 +56,12 @@ def label_of(folder: Path, reader: ExpertReader) -> ShelfLabel:
     )
 
 
-def memory_for(num_experts: int) -> ShelfMemory | None:
+def memory_for(num_experts: int) -> ExpertCacheMemory | None:
     """Of so many: experts this small take a page each."""
     if num_experts == 0:
         return None
     num_bytes = PLACES_AT + num_experts * mmap.PAGESIZE
-    return ShelfMemory(fd=create_memory(num_bytes), bytes_max=num_bytes)
+    return ExpertCacheMemory(fd=create_memory(num_bytes), bytes_max=num_bytes)
 
 
 def damage(folder: Path, name: str) -> None:

@@ -18,15 +18,15 @@ import torch
 from structlog.testing import capture_logs
 
 from gpu_worker.checkpoint.manifest import write_manifest
-from gpu_worker.cuda.experts.expert_cache import ExpertShelf
+from gpu_worker.cuda.experts.expert_cache import ExpertCache
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
-from shared.expert_cache_memory import ShelfMemory
+from shared.expert_cache_memory import ExpertCacheMemory
 from tests.unit.gpu_worker.cuda.experts.expert_folder import (
     NUM_EXPERTS,
     NUM_LAYERS,
     damage,
-    label_of,
+    header_of,
     memory_for,
     open_experts,
     prefix_of,
@@ -40,12 +40,12 @@ PROCESS = Path(__file__).with_name("expert_cache_process.py")
 ROOT = Path(__file__).parents[5]
 
 
-def opened(folder: Path, memory: ShelfMemory | None, reader: ExpertReader) -> HostExperts:
-    return open_host_experts(reader, memory, label_of(folder, reader), CPU)
+def opened(folder: Path, memory: ExpertCacheMemory | None, reader: ExpertReader) -> HostExperts:
+    return open_host_experts(reader, memory, header_of(folder, reader), CPU)
 
 
 def filled(
-    folder: Path, memory: ShelfMemory | None, dtype: torch.dtype = torch.float32
+    folder: Path, memory: ExpertCacheMemory | None, dtype: torch.dtype = torch.float32
 ) -> HostExperts:
     copies = opened(folder, memory, open_experts(folder, dtype))
     copies.fill_in_background()
@@ -54,19 +54,19 @@ def filled(
 
 
 def held_by(copies: HostExperts) -> set[tuple[int, int]]:
-    return {pair for pair in PAIRS if copies.copy_of(*pair) is not None}
+    return {pair for pair in PAIRS if copies.cached_values(*pair) is not None}
 
 
 def check_all(copies: HostExperts, folder: Path) -> None:
     for pair in PAIRS:
-        held = copies.copy_of(*pair)
+        held = copies.cached_values(*pair)
         assert held is not None
         assert torch.equal(held, values_of(folder, *pair))
 
 
 @contextmanager
 def process_of(
-    memory: ShelfMemory, folder: Path, stuck_at: int = 0
+    memory: ExpertCacheMemory, folder: Path, stuck_at: int = 0
 ) -> Iterator[subprocess.Popen[str]]:
     """Killed when the block ends."""
     with subprocess.Popen(
@@ -97,15 +97,15 @@ def test_with_room_for_all_every_expert_is_there_as_stored(
 
 def test_float32_is_rounded_to_what_slots_hold(tmp_path: Path) -> None:
     save_experts(tmp_path)
-    held = filled(tmp_path, memory_for(100), torch.bfloat16).copy_of(1, 4)
+    held = filled(tmp_path, memory_for(100), torch.bfloat16).cached_values(1, 4)
     assert held is not None
     assert torch.equal(held, values_of(tmp_path, 1, 4).bfloat16())
 
 
-@pytest.mark.parametrize("room", [0, 1, 4, 7, 11])
-def test_layers_share_what_room_there_is(tmp_path: Path, room: int) -> None:
-    held = held_by(filled(save_experts(tmp_path), memory_for(room)))
-    assert len(held) == room
+@pytest.mark.parametrize("staging_buffer", [0, 1, 4, 7, 11])
+def test_layers_share_what_room_there_is(tmp_path: Path, staging_buffer: int) -> None:
+    held = held_by(filled(save_experts(tmp_path), memory_for(staging_buffer)))
+    assert len(held) == staging_buffer
     of_layer = [sum(layer == wanted for layer, _ in held) for wanted in range(NUM_LAYERS)]
     assert max(of_layer) - min(of_layer) <= 1
 
@@ -131,8 +131,8 @@ def test_a_damaged_expert_ends_the_filling_with_its_name(tmp_path: Path) -> None
     damage(tmp_path, name)
     with capture_logs() as logs:
         copies = filled(tmp_path, memory_for(100))
-    assert copies.copy_of(1, 4) is None
-    assert copies.copy_of(1, 3) is not None
+    assert copies.cached_values(1, 4) is None
+    assert copies.cached_values(1, 3) is not None
     assert logs[-1]["event"] == "host_experts_stopped"
     assert name in logs[-1]["detail"]
 
@@ -172,26 +172,26 @@ def test_copies_of_another_checkpoint_are_left_alone_and_it_is_said_why(tmp_path
         ({"form": 2}, "form is 1"),
     ],
 )
-def test_another_layout_is_no_shelf_of_ours(
+def test_another_layout_is_no_expert_cache_of_ours(
     tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     memory = memory_for(100)
     assert memory is not None
     save_experts(tmp_path)
     reader = open_experts(tmp_path, torch.float32)
-    label = label_of(tmp_path, reader)
-    ExpertShelf(memory, label, torch.float32).close()
-    ExpertShelf(memory, label, torch.float32).close()
+    header = header_of(tmp_path, reader)
+    ExpertCache(memory, header, torch.float32).close()
+    ExpertCache(memory, header, torch.float32).close()
     with pytest.raises(ValueError, match=words):
-        ExpertShelf(memory, replace(label, **change), torch.float32)  # type: ignore[arg-type]
+        ExpertCache(memory, replace(header, **change), torch.float32)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_that_was_written_again_is_another(tmp_path: Path) -> None:
     save_experts(tmp_path)
-    before = label_of(tmp_path, open_experts(tmp_path, torch.float32))
-    assert label_of(tmp_path, open_experts(tmp_path, torch.float32)) == before
+    before = header_of(tmp_path, open_experts(tmp_path, torch.float32))
+    assert header_of(tmp_path, open_experts(tmp_path, torch.float32)) == before
     damage(tmp_path, f"{prefix_of(0, 0)}.up_proj.weight")
-    after = label_of(tmp_path, open_experts(tmp_path, torch.float32))
+    after = header_of(tmp_path, open_experts(tmp_path, torch.float32))
     assert after.fingerprint != before.fingerprint
 
 
@@ -204,7 +204,7 @@ def test_what_a_killed_rank_was_about_another_fills(tmp_path: Path) -> None:
         assert word == "stuck"
         copies = opened(tmp_path, memory, open_experts(tmp_path, torch.float32))
         assert len(held_by(copies)) == 2
-        assert copies.copy_of(int(layer), int(expert)) is None
+        assert copies.cached_values(int(layer), int(expert)) is None
         copies.fill_in_background()
     assert copies.wait_until_filled(timeout_s=60)
     check_all(copies, tmp_path)
@@ -215,18 +215,18 @@ def test_a_copy_that_another_is_about_waits_for_its_end(tmp_path: Path) -> None:
     assert memory is not None
     save_experts(tmp_path)
     reader = open_experts(tmp_path, torch.float32)
-    shelf = ExpertShelf(memory, label_of(tmp_path, reader), torch.float32)
+    cache = ExpertCache(memory, header_of(tmp_path, reader), torch.float32)
     with process_of(memory, tmp_path, stuck_at=1) as busy:
         said_by(busy)
         written = [
-            shelf.fill(place, lambda out_N: out_N.fill_(1.0), wait=False) for place in range(3)
+            cache.fill(entry, lambda out_N: out_N.fill_(1.0), wait=False) for entry in range(3)
         ]
         assert written == [False, True, True]
-        assert [shelf.is_whole(place) for place in range(3)] == [False, True, True]
-    assert shelf.fill(0, lambda out_N: out_N.fill_(2.0), wait=True)
-    assert (shelf.copy(0) == 2.0).all()
-    assert shelf.fill(1, lambda out_N: out_N.fill_(3.0), wait=True)
-    assert (shelf.copy(1) == 1.0).all()
+        assert [cache.is_complete(entry) for entry in range(3)] == [False, True, True]
+    assert cache.fill(0, lambda out_N: out_N.fill_(2.0), wait=True)
+    assert (cache.entry_values(0) == 2.0).all()
+    assert cache.fill(1, lambda out_N: out_N.fill_(3.0), wait=True)
+    assert (cache.entry_values(1) == 1.0).all()
 
 
 def test_ranks_share_the_work_and_a_later_one_has_none(tmp_path: Path) -> None:

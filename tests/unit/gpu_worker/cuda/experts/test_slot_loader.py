@@ -26,7 +26,7 @@ from tests.unit.gpu_worker.cuda.experts.expert_folder import (
     NUM_EXPERTS,
     NUM_LAYERS,
     damage,
-    label_of,
+    header_of,
     memory_for,
     open_experts,
     prefix_of,
@@ -41,7 +41,9 @@ SECOND = np.array([[0, 1, 2], [EMPTY_SLOT, 4, ABSENT_SLOT]], dtype=np.int16)
 
 
 class Rank:
-    def __init__(self, folder: Path, *, room: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, *, staging_buffer: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         progress = LoadProgress(FakeClock())
         self.bytes_read: list[int] = []
 
@@ -52,7 +54,9 @@ class Rank:
         reader = open_experts(folder, dtype, on_read)
         self.expert_bytes = reader.num_bytes
         self.folder = folder
-        self.copies = open_host_experts(reader, memory_for(room), label_of(folder, reader), CPU)
+        self.copies = open_host_experts(
+            reader, memory_for(staging_buffer), header_of(folder, reader), CPU
+        )
         self.slots = CudaSlots(
             num_layers=NUM_LAYERS,
             slots_per_rank=SLOTS,
@@ -64,7 +68,7 @@ class Rank:
         self.loader = CudaSlotLoader(
             slots=self.slots,
             reader=reader,
-            copies=self.copies,
+            host_experts=self.copies,
             progress=progress,
             device=CPU,
             num_readers=2,
@@ -99,7 +103,7 @@ def test_bfloat16_slots_hold_rounded_weights(tmp_path: Path) -> None:
 
 
 def test_with_copies_on_the_host_no_file_is_read(tmp_path: Path) -> None:
-    rank = Rank(save_experts(tmp_path), room=100)
+    rank = Rank(save_experts(tmp_path), staging_buffer=100)
     rank.loader.load(FIRST)
     assert rank.copies.wait_until_filled(timeout_s=30)
     rank.folder = Path(shutil.copytree(tmp_path, tmp_path / "undamaged"))
@@ -113,21 +117,21 @@ def test_with_copies_on_the_host_no_file_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_read_for_slots_is_left_as_copies(tmp_path: Path) -> None:
-    rank = Rank(save_experts(tmp_path), room=100)
+    rank = Rank(save_experts(tmp_path), staging_buffer=100)
     rank.loader.load(FIRST)
     assert rank.copies.wait_until_filled(timeout_s=30)
     assert sum(rank.bytes_read) == NUM_LAYERS * NUM_EXPERTS * rank.expert_bytes
 
 
 def test_an_expert_in_several_slots_at_once_is_whole_in_each(tmp_path: Path) -> None:
-    rank = Rank(save_experts(tmp_path), room=100)
+    rank = Rank(save_experts(tmp_path), staging_buffer=100)
     wanted = np.array([[4, 4, 4], [5, 5, 2]], dtype=np.int16)
     rank.loader.load(wanted)
     rank.check(wanted)
 
 
 def test_what_has_no_place_is_read_all_the_same(tmp_path: Path) -> None:
-    rank = Rank(save_experts(tmp_path), room=3)
+    rank = Rank(save_experts(tmp_path), staging_buffer=3)
     rank.loader.load(FIRST)
     rank.check(FIRST)
     rank.loader.load(SECOND)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.cuda.experts.slots import CudaSlots, Refill
+from gpu_worker.cuda.experts.slots import CudaSlots, SlotUpload
 from shared.types import EMPTY_SLOT
 
 HIDDEN, INNER = 8, 4
@@ -27,7 +27,7 @@ def make_slots() -> CudaSlots:
 def test_a_refill_lands_in_its_slot_alone_and_is_then_told() -> None:
     slots = make_slots()
     values = torch.arange(3 * INNER * HIDDEN, dtype=torch.float32) + 1
-    slots.load([Refill(1, 2, 17, values)])
+    slots.load([SlotUpload(1, 2, 17, values)])
     expected = np.full((2, 3), EMPTY_SLOT)
     expected[1, 2] = 17
     assert np.array_equal(slots.contents, expected)
@@ -42,8 +42,8 @@ def test_a_refill_lands_in_its_slot_alone_and_is_then_told() -> None:
 
 def test_a_slot_whose_refill_fails_stays_empty() -> None:
     slots = make_slots()
-    slots.load([Refill(0, 0, 5, torch.ones(3 * INNER * HIDDEN))])
+    slots.load([SlotUpload(0, 0, 5, torch.ones(3 * INNER * HIDDEN))])
     too_short = torch.ones(INNER)
     with pytest.raises(RuntimeError):
-        slots.load([Refill(0, 0, 6, too_short)])
+        slots.load([SlotUpload(0, 0, 6, too_short)])
     assert slots.contents[0, 0] == EMPTY_SLOT

@@ -18,18 +18,18 @@ from gpu_worker.cuda.weights.random_weights import random_weights
 MLA = MlaShape(
     hidden_size=32,
     num_heads=3,
-    plain_size=5,
-    rotated_size=4,
-    value_size=7,
+    qk_nope_head_dim=5,
+    qk_rope_head_dim=4,
+    v_head_dim=7,
     rank=16,
-    q_rank=11,
+    q_lora_rank=11,
     interleaved=True,
 )
 QWEN = DecoderSizes(
     num_layers=3,
     hidden_size=32,
     vocab_size=50,
-    attention=GqaShape(num_heads=6, kv_heads=2, head_dim=8, qk_norm=QK_NORM_HEAD),
+    attention=GqaShape(num_heads=6, num_kv_heads=2, head_dim=8, qk_norm=QK_NORM_HEAD),
     rope=Rope(theta=1e4, kind="default", scaling={}, context_tokens_max=64),
     moe_layers=(0, 1, 2),
     num_experts=4,
@@ -44,8 +44,8 @@ V3 = replace(
     shared_size=13,
     dense_size=17,
 )
-V32 = replace(V3, attention=replace(MLA, index_heads=5, index_size=6, index_top_k=8))
-V2_LITE = replace(V3, attention=replace(MLA, q_rank=0), routing=Routing(normalise=False))
+V32 = replace(V3, attention=replace(MLA, num_index_heads=5, index_head_dim=6, index_top_k=8))
+V2_LITE = replace(V3, attention=replace(MLA, q_lora_rank=0), routing=Routing(normalise=False))
 
 
 @pytest.mark.parametrize("sizes", [QWEN, V3, V32, V2_LITE], ids=["Qwen3", "V3", "V3.2", "V2-Lite"])
@@ -58,7 +58,7 @@ def test_shared_values_count_every_matrix_but_the_embedding(sizes: DecoderSizes)
             matrices += matrices_of(layer.attention.indexer)
         if isinstance(layer.mlp, MoeWeights) and layer.mlp.shared is not None:
             matrices += matrices_of(layer.mlp.shared)
-    assert sum(matrix.numel() for matrix in matrices) == sizes.shared_values
+    assert sum(matrix.numel() for matrix in matrices) == sizes.num_shared_weights
 
 
 def matrices_of(part: object) -> list[Tensor]:

@@ -19,7 +19,7 @@ from gpu_worker.cuda.weights.decoder_weights import (
     MlpWeights,
     MoeWeights,
 )
-from gpu_worker.cuda.weights.deepseek_weights import DeepseekWeights
+from gpu_worker.cuda.weights.deepseek_weights import DeepseekCheckpoint
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
@@ -66,9 +66,9 @@ def v32_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def layout_of(folder: Path) -> DeepseekWeights:
+def checkpoint_layout_of(folder: Path) -> DeepseekCheckpoint:
     spec = read_model_spec(folder)
-    return DeepseekWeights(
+    return DeepseekCheckpoint(
         spec,
         sigmoid=spec.architecture != "DeepseekV2ForCausalLM",
         has_indexer=spec.architecture == "DeepseekV32ForCausalLM",
@@ -76,7 +76,7 @@ def layout_of(folder: Path) -> DeepseekWeights:
 
 
 def read(folder: Path) -> DecoderWeights:
-    layout = layout_of(folder)
+    layout = checkpoint_layout_of(folder)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes())
     return layout.read(WeightReader(checkpoint, torch.device("cpu"), torch.float32))
 
@@ -148,10 +148,14 @@ def test_queries_without_a_latent_come_from_the_hidden_state(tmp_path: Path) -> 
 
 
 def test_sizes_are_those_of_the_config(folder: Path) -> None:
-    sizes = layout_of(folder).sizes
+    sizes = checkpoint_layout_of(folder).sizes
     assert (sizes.moe_layers, sizes.num_experts, sizes.top_k) == ((1, 2), 8, 3)
     assert (sizes.inner_size, sizes.shared_size, sizes.dense_size) == (INNER, 2 * INNER, DENSE)
-    assert (sizes.routing.sigmoid, sizes.routing.num_groups, sizes.routing.kept) == (True, 4, 2)
+    assert (sizes.routing.sigmoid, sizes.routing.num_groups, sizes.routing.topk_group) == (
+        True,
+        4,
+        2,
+    )
     assert sizes.heads_size == HEADS * VALUE
 
 
@@ -184,7 +188,7 @@ def test_heads_of_an_indexer_that_no_block_holds_are_refused(
     config = json.loads((v32_folder / "config.json").read_text()) | {"index_head_dim": 24}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"an indexer's heads of 24.*--device cpu"):
-        check_tiles(layout_of(tmp_path).sizes)
+        check_tiles(checkpoint_layout_of(tmp_path).sizes)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +207,6 @@ def test_what_is_not_built_is_refused_with_what_to_do(
     config = json.loads((folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError) as caught:
-        check_tiles(layout_of(tmp_path).sizes)
+        check_tiles(checkpoint_layout_of(tmp_path).sizes)
     assert complaint in str(caught.value)
     assert "--device cpu" in str(caught.value)

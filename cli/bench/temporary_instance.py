@@ -21,21 +21,21 @@ START_TIMEOUT_S = 600.0
 _START_SLACK_S = 10.0  # the instance gives up first, and says why
 _STOP_TIMEOUT_S = 40.0
 _POLL_S = 0.2
-_POLLS_WITHOUT_NEWS = 50
+_POLLS_PER_REPORT = 50
 
 
 @contextlib.asynccontextmanager
-async def own_instance(
+async def temporary_instance(
     flags: Sequence[str],
     *,
     environment: Mapping[str, str] | None = None,
     keep_logs: Path | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
-    say: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Target]:
-    """Raises Unavailable with its words where it does not start; until then `say` is told how far
-    it is. `environment` comes on top of ours. Its processes' logs are copied to `keep_logs` before
-    it stops."""
+    """Raises Unavailable with its words where it does not start; until then `on_progress` is told
+    how far it is. `environment` comes on top of ours. Its processes' logs are copied to
+    `keep_logs` before it stops."""
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
         run_dir = Path(folder) / "run"
         log_path = Path(folder) / "up.log"
@@ -52,7 +52,7 @@ async def own_instance(
             )
         try:
             timeout_s = start_timeout_s + _START_SLACK_S
-            yield await _until_started(process, run_dir, log_path, timeout_s, say)
+            yield await _wait_until_started(process, run_dir, log_path, timeout_s, on_progress)
         finally:
             if keep_logs is not None and (run_dir / "logs").is_dir():
                 shutil.copytree(run_dir / "logs", keep_logs, dirs_exist_ok=True)
@@ -65,12 +65,12 @@ async def own_instance(
                 await process.wait()
 
 
-async def _until_started(
+async def _wait_until_started(
     process: asyncio.subprocess.Process,
     run_dir: Path,
     log: Path,
     timeout_s: float,
-    say: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> Target:
     polls, said = 0, ""
     try:
@@ -79,8 +79,8 @@ async def _until_started(
                 if process.returncode is not None:
                     raise Unavailable(_last_line(log) or "the instance did not start")
                 line = _last_line(log)
-                if line != said or polls % _POLLS_WITHOUT_NEWS == 0:
-                    say(f"{line or 'starts'} ({polls * _POLL_S:.0f} s)")
+                if line != said or polls % _POLLS_PER_REPORT == 0:
+                    on_progress(f"{line or 'starts'} ({polls * _POLL_S:.0f} s)")
                     said = line
                 await asyncio.sleep(_POLL_S)
                 polls += 1

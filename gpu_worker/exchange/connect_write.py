@@ -13,7 +13,7 @@ _POLL_S = 0.001
 _RETRY_S = 0.1
 
 
-def first_write(
+def connect_write(
     engine: TransferEngine, submit: Callable[[], int], clock: Clock, until: float
 ) -> str:
     """What went wrong, or nothing. Blocks, and beyond `until` where the peer hangs. A broken

@@ -3,22 +3,22 @@ that live."""
 
 from __future__ import annotations
 
-from control_plane.cluster_state import ClusterView
+from control_plane.cluster_state import ClusterState
 from shared.errors import ConfigError, StoreUnavailable, TxnConflict
 from shared.records import InstanceSpec, pack_record
 from shared.store import Compare, Put, Store, WatchEvent
 
 
-async def keep_spec(
-    store: Store, view: ClusterView, spec: InstanceSpec, leader_revision: int
+async def publish_spec(
+    store: Store, view: ClusterState, spec: InstanceSpec, leader_revision: int
 ) -> bool:
     """Whether etcd holds `spec` now. Raises ConfigError where it holds another and ranks live."""
-    standing = view.spec
-    if standing == spec:
+    published = view.spec
+    if published == spec:
         return True
-    if standing is not None and view.records:
+    if published is not None and view.records:
         raise ConfigError(
-            f"instance {view.keys.instance!r} serves {difference(standing, spec)} and "
+            f"instance {view.keys.instance!r} serves {difference(published, spec)} and "
             f"{len(view.records)} of its ranks live; stop them first, or pass another --instance"
         )
     key = view.keys.spec
@@ -35,9 +35,9 @@ async def keep_spec(
     return True
 
 
-def difference(standing: InstanceSpec, wanted: InstanceSpec) -> str:
+def difference(published: InstanceSpec, wanted: InstanceSpec) -> str:
     """The first field in which they differ, for people."""
     for name in InstanceSpec.__dataclass_fields__:
-        if getattr(standing, name) != getattr(wanted, name):
-            return f"{name} {getattr(standing, name)!r}, not {getattr(wanted, name)!r},"
+        if getattr(published, name) != getattr(wanted, name):
+            return f"{name} {getattr(published, name)!r}, not {getattr(wanted, name)!r},"
     return "the same"

@@ -26,7 +26,7 @@ from shared.records import InstanceSpec
 from shared.types import Member, RankId, SamplingParams
 from tests.sim.sim_agent import SimAgent
 from tests.sim.sim_exchange import SimHub
-from tests.sim.sim_kv_replication import CopiesHub
+from tests.sim.sim_kv_replication import KvReplicaHub
 from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
 from tests.sim.sim_network import SimNetwork
@@ -38,7 +38,7 @@ LEASE_TTL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorldSizes:
+class SimClusterSizes:
     num_ranks: int = 4
     slots_per_rank: int = 4
     redundant_experts: int = 6
@@ -63,15 +63,15 @@ class ClientSession:
 
 
 @dataclass
-class World:
+class SimCluster:
     """Build it, `await start()`, send sessions, break things, `await quiet()`."""
 
     seed: int
     loop: SimLoop
-    sizes: WorldSizes = field(default_factory=WorldSizes)
+    sizes: SimClusterSizes = field(default_factory=SimClusterSizes)
 
     def __post_init__(self) -> None:
-        self.draw = random.Random(self.seed)
+        self.rng = random.Random(self.seed)
         random.seed(self.seed)
         self.clock = SimClock(self.loop)
         self.network = SimNetwork(self.loop, random.Random(self.seed + 1))
@@ -79,7 +79,7 @@ class World:
         if self.sizes.slow:
             self.loop.executor_s = EXECUTOR_SLOW_S
         self.hub = SimHub(self.sizes.num_ranks, HIDDEN, TOP_K, network=self.network)
-        self.copies = CopiesHub(self.network)
+        self.copies = KvReplicaHub(self.network)
         self.etcd = MemoryEtcd(self.clock)
         self.keys = Keys("sim")
         self.spec = InstanceSpec(
@@ -99,7 +99,7 @@ class World:
         self.clients: list[ClientSession] = []
         self.crashes: list[BaseException] = []
         self._stores: list[tuple[str, MemoryStore]] = []
-        self._keep: list[Any] = []  # tasks of dead processes must not be collected half-run
+        self._kept_refs: list[Any] = []  # tasks of dead processes must not be collected half-run
         self._gateway_process = SimProcess("gateway", "host-gateway")
 
     # Hosts and their way to etcd.
@@ -120,19 +120,19 @@ class World:
 
     def sever(self, a: str, b: str) -> None:
         self.network.sever(a, b)
-        self._reconsider_stores()
+        self._update_store_reachability()
 
     def heal(self) -> None:
         self.network.heal()
         self.hub.heal()
-        self._reconsider_stores()
+        self._update_store_reachability()
 
-    def mend(self, a: str, b: str) -> None:
-        self.network.mend(a, b)
+    def reconnect(self, a: str, b: str) -> None:
+        self.network.reconnect(a, b)
         self.hub.heal()
-        self._reconsider_stores()
+        self._update_store_reachability()
 
-    def _reconsider_stores(self) -> None:
+    def _update_store_reachability(self) -> None:
         for host, store in self._stores:
             store.reachable = self.network.reachable(host, ETCD)
 
@@ -150,7 +150,7 @@ class World:
 
     def spawn(self, work: Coroutine[Any, Any, Any], process: SimProcess) -> asyncio.Task[Any]:
         task = self.loop.create_task(work, context=in_process(process))
-        self._keep.append(task)
+        self._kept_refs.append(task)
 
         def on_done(task: asyncio.Task[Any]) -> None:
             if not process.dead and not task.cancelled() and task.exception() is not None:
@@ -187,9 +187,9 @@ class World:
                 ),
                 timings=DetectorTimings(
                     window_s=0.15,
-                    settle_s=0.4 * LEASE_TTL_S,
-                    patience_s=LEASE_TTL_S,
-                    quiet_s=1.2,
+                    reregister_timeout_s=0.4 * LEASE_TTL_S,
+                    mass_expiry_grace_s=LEASE_TTL_S,
+                    probe_silence_s=1.2,
                 ),
                 leader_ttl_s=2.0,
                 probe_interval_s=0.5,
@@ -225,7 +225,7 @@ class World:
             watch = ClusterWatch(store=store, keys=self.keys, on_view=self.gateway.on_view)
             tasks.create_task(leased.run())
             tasks.create_task(watch.run())
-            tasks.create_task(self.gateway.probe())
+            tasks.create_task(self.gateway.run_probes())
 
     async def _run_agent(self, rank: int) -> None:
         host = self.host_of_rank(rank)
@@ -237,7 +237,7 @@ class World:
             clock=self.clock,
             lease_ttl_s=LEASE_TTL_S,
             spawn=self._start_rank,
-            draw=self.draw,
+            rng=self.rng,
         )
         await agent.run()
 
@@ -260,8 +260,8 @@ class World:
         )
         store = self.store(process.host)
 
-        async def life() -> None:
-            await asyncio.sleep(self.draw.uniform(0.01, 0.3))  # reading the model
+        async def run_rank() -> None:
+            await asyncio.sleep(self.rng.uniform(0.01, 0.3))  # reading the model
             rank = build_rank(
                 loop=self.loop,
                 process=process,
@@ -273,11 +273,11 @@ class World:
                 spec=self.spec,
                 store=store,
             )
-            self._keep.append(rank)
+            self._kept_refs.append(rank)
             process.exit_code = await rank.run()
             self.loop.call_soon(kill, process)
 
-        self.spawn(life(), process)
+        self.spawn(run_rank(), process)
         return process
 
     # Clients.

@@ -11,7 +11,7 @@ from shared.expert_map import ExpertMap
 from shared.types import Epoch, Step
 
 
-class AloneExchange:
+class SingleRankExchange:
     """Implements `gpu_worker.exchange.interface.Exchange` without peers, hence without epochs."""
 
     def __init__(self) -> None:

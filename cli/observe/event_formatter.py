@@ -25,7 +25,7 @@ from shared.types import EMPTY_SLOT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class EventLine:
     """One change: `kind` and `fields` for machines, `text` for people."""
 
     kind: str
@@ -33,14 +33,14 @@ class Line:
     fields: dict[str, Any]
 
 
-class Narrator:
+class EventFormatter:
     """Remembers what stood, to say what a deletion took away and what a map changed."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._known: dict[str, Record] = {}
 
-    def lines(self, item: Snapshot | WatchEvent) -> Iterator[Line]:
+    def lines(self, item: Snapshot | WatchEvent) -> Iterator[EventLine]:
         if isinstance(item, WatchEvent):
             yield from self._change(item.key, item.value)
             return
@@ -51,18 +51,18 @@ class Narrator:
             if decode_value(self._keys, key, value) != self._known.get(key):
                 yield from self._change(key, value)
 
-    def _change(self, key: str, value: bytes | None) -> Iterator[Line]:
+    def _change(self, key: str, value: bytes | None) -> Iterator[EventLine]:
         old = self._known.pop(key, None)
         new = None if value is None else decode_value(self._keys, key, value)
         if new is not None:
             self._known[key] = new
-            line = self._came(key, new, old)
+            line = self._appeared(key, new, old)
         else:
-            line = None if old is None else _went(old)
+            line = None if old is None else _disappeared(old)
         if line is not None:
             yield line
 
-    def _came(self, key: str, new: Record, old: Record | None) -> Line | None:
+    def _appeared(self, key: str, new: Record, old: Record | None) -> EventLine | None:
         match new:
             case RankRecord():
                 return _rank(new, old if isinstance(old, RankRecord) else None)
@@ -75,27 +75,27 @@ class Narrator:
             case Verdict():
                 return _verdict(new)
             case _:
-                return _presence(new, came=True) if new != old else None
+                return _presence(new, appeared=True) if new != old else None
 
 
-def _rank(new: RankRecord, old: RankRecord | None) -> Line:
+def _rank(new: RankRecord, old: RankRecord | None) -> EventLine:
     fields = {"rank": new.rank, "incarnation": new.incarnation, "state": new.state.value}
     if old is None:
         text = f"rank {new.member} registered on {new.node} (pid {new.pid}, {new.state.value})"
-        return Line(kind="lease_came", text=text, fields=fields | {"pid": new.pid})
+        return EventLine(kind="lease_came", text=text, fields=fields | {"pid": new.pid})
     if new.state is not old.state:
-        return Line(
+        return EventLine(
             kind="rank_state", text=f"rank {new.member} is {new.state.value}", fields=fields
         )
     peers = ", ".join(str(member) for member in new.links) or "nobody"
-    return Line(
+    return EventLine(
         kind="rank_links",
         text=f"rank {new.member} has links with {peers}",
         fields=fields | {"links": [str(member) for member in new.links]},
     )
 
 
-def _map(new: ExpertMap, old: ExpertMap | None) -> Line:
+def _map(new: ExpertMap, old: ExpertMap | None) -> EventLine:
     before = set(old.members) if old else set()
     joined = sorted(str(m) for m in set(new.members) - before)
     left = sorted(str(m) for m in before - set(new.members))
@@ -105,7 +105,7 @@ def _map(new: ExpertMap, old: ExpertMap | None) -> Line:
         *([f"left: {', '.join(left)}"] if left else []),
         f"{moved} slots of survivors changed" if old else f"{len(new.members)} ranks",
     ]
-    return Line(
+    return EventLine(
         kind="map",
         text=f"epoch {new.epoch}: {new.cause or 'published'} ({'; '.join(parts)})",
         fields={
@@ -127,20 +127,20 @@ def _slots_changed(new: ExpertMap, old: ExpertMap | None) -> int:
     return int(np.count_nonzero(new.placement[:, both] != old.placement[:, both]))
 
 
-def _slots(new: SlotContents, assigned: bool) -> Line:
+def _slots(new: SlotContents, assigned: bool) -> EventLine:
     filled = int(np.count_nonzero(new.array() > EMPTY_SLOT))
     verb = "is assigned" if assigned else "holds"
     member = f"{new.rank}.{new.incarnation}"
-    return Line(
+    return EventLine(
         kind="assignment" if assigned else "residents",
         text=f"rank {member} {verb} {filled} experts in {new.num_layers} layers",
         fields={"rank": new.rank, "incarnation": new.incarnation, "experts": filled},
     )
 
 
-def _suspicion(new: Suspicion) -> Line:
+def _suspicion(new: Suspicion) -> EventLine:
     detail = f": {new.detail}" if new.detail else ""
-    return Line(
+    return EventLine(
         kind="suspicion",
         text=f"{new.by} suspects rank {new.rank}.{new.incarnation} ({new.reason.value}{detail})",
         fields={
@@ -155,10 +155,10 @@ def _suspicion(new: Suspicion) -> Line:
     )
 
 
-def _verdict(new: Verdict) -> Line:
+def _verdict(new: Verdict) -> EventLine:
     took_ms = (new.decided_at - new.first_signal_at) * 1000
     signals = sorted({signal.by for signal in new.signals})
-    return Line(
+    return EventLine(
         kind="verdict",
         text=f"verdict: rank {new.rank}.{new.incarnation} is dead ({new.cause.value}), "
         f"{took_ms:.0f} ms after the first signal",
@@ -173,35 +173,35 @@ def _verdict(new: Verdict) -> Line:
     )
 
 
-def _went(old: Record) -> Line | None:
+def _disappeared(old: Record) -> EventLine | None:
     match old:
         case RankRecord():
-            return Line(
+            return EventLine(
                 kind="lease_gone",
                 text=f"the lease of rank {old.member} is gone (pid {old.pid})",
                 fields={"rank": old.rank, "incarnation": old.incarnation, "pid": old.pid},
             )
         case Suspicion():
-            return Line(
+            return EventLine(
                 kind="suspicion_gone",
                 text=f"{old.by} no longer suspects rank {old.rank}.{old.incarnation}",
                 fields={"rank": old.rank, "incarnation": old.incarnation, "by": old.by},
             )
         case _:
-            return _presence(old, came=False)
+            return _presence(old, appeared=False)
 
 
-def _presence(record: Record, *, came: bool) -> Line | None:
+def _presence(record: Record, *, appeared: bool) -> EventLine | None:
     match record:
         case LeaderRecord():
             name, who = "leader", f"{record.control_plane} (term {record.term})"
-            text = f"{who} leads" if came else f"{who} leads no longer"
+            text = f"{who} leads" if appeared else f"{who} leads no longer"
         case AgentRecord():
             name, who = "agent", record.node
-            text = f"node agent {who} {'is here' if came else 'is gone'}"
+            text = f"node agent {who} {'is here' if appeared else 'is gone'}"
         case GatewayRecord():
             name, who = "gateway", record.gateway
-            text = f"gateway {who} {'is here' if came else 'is gone'}"
+            text = f"gateway {who} {'is here' if appeared else 'is gone'}"
         case _:
             return None
-    return Line(kind=f"{name}_{'came' if came else 'gone'}", text=text, fields={name: who})
+    return EventLine(kind=f"{name}_{'came' if appeared else 'gone'}", text=text, fields={name: who})

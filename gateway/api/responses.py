@@ -16,7 +16,7 @@ _encode = msgspec.json.encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heading:
+class Header:
     """What every answer and chunk of one request begins with."""
 
     id: str
@@ -53,21 +53,21 @@ class Usage:
         }
 
 
-def answer(
-    heading: Heading, choices: Sequence[Choice], usage: Usage, *, with_token_ids: bool
+def response_body(
+    header: Header, choices: Sequence[Choice], usage: Usage, *, with_token_ids: bool
 ) -> bytes:
     plain = {
-        "id": heading.id,
-        "object": "chat.completion" if heading.chat else "text_completion",
-        "created": heading.created,
-        "model": heading.model,
+        "id": header.id,
+        "object": "chat.completion" if header.chat else "text_completion",
+        "created": header.created,
+        "model": header.model,
         "choices": [
-            _plain_choice(heading.chat, index, choice, with_token_ids)
+            _plain_choice(header.chat, index, choice, with_token_ids)
             for index, choice in enumerate(choices)
         ],
         "usage": usage.plain(),
     }
-    if heading.chat and choices[0].prompt_logprobs is not None:
+    if header.chat and choices[0].prompt_logprobs is not None:
         plain["prompt_logprobs"] = choices[0].prompt_logprobs  # all choices have one prompt
     return _encode(plain)
 
@@ -91,27 +91,27 @@ def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) 
 class ChunkWriter:
     """Server-sent events of one stream."""
 
-    def __init__(self, heading: Heading, *, with_token_ids: bool, include_usage: bool) -> None:
-        kind = "chat.completion.chunk" if heading.chat else "text_completion"
+    def __init__(self, header: Header, *, with_token_ids: bool, include_usage: bool) -> None:
+        kind = "chat.completion.chunk" if header.chat else "text_completion"
         head = {
-            "id": heading.id,
+            "id": header.id,
             "object": kind,
-            "created": heading.created,
-            "model": heading.model,
+            "created": header.created,
+            "model": header.model,
         }
         self._head = b"data: " + _encode(head)[:-1]
         self._tail = (b',"usage":null' if include_usage else b"") + b"}\n\n"
-        self._chat = heading.chat
+        self._chat = header.chat
         self.with_token_ids = with_token_ids
 
-    def opening(self, index: int) -> bytes:
+    def role_chunk(self, index: int) -> bytes:
         """A chat says first who speaks."""
         if not self._chat:
             return b""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return b'%b,"choices":[{"index":%d,%b}]%b' % (self._head, index, delta, self._tail)
 
-    def piece(
+    def delta_chunk(
         self,
         index: int,
         text: str,
@@ -139,7 +139,7 @@ class ChunkWriter:
             self._tail,
         )
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage_chunk(self, usage: Usage) -> bytes:
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage.plain()))
 
 

@@ -13,7 +13,7 @@ _RANK_PREFIX = "STARFISH_RANK_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnOptions:
+class TemporaryInstanceOptions:
     """Without a model: the reference size, which the figures in docs/benchmarks.md are of."""
 
     model: Path | None = None
@@ -24,7 +24,7 @@ class OwnOptions:
     static: bool = False
     rank_options: Mapping[str, str] = field(default_factory=dict)
 
-    def without_cache(self) -> OwnOptions:
+    def without_cache(self) -> TemporaryInstanceOptions:
         """Of an instance that computes every answer anew."""
         return replace(self, rank_options={**self.rank_options, "prefix_cache": "false"})
 
@@ -41,7 +41,7 @@ class OwnOptions:
         return {_RANK_PREFIX + name.upper(): value for name, value in self.rank_options.items()}
 
 
-def rank_options_of(texts: Sequence[str]) -> dict[str, str]:
+def parse_rank_options(texts: Sequence[str]) -> dict[str, str]:
     """Of `NAME=VALUE`, as of a rank's flags or its environment. Raises ConfigError."""
     options: dict[str, str] = {}
     for text in texts:

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class RankTopology:
     """The taking part ranks, in ascending order: their nodes (as indices from 0) and slots."""
 
     ranks: Ints  # [num_live]
@@ -32,7 +32,7 @@ class Layout:
     @classmethod
     def of(
         cls, ranks: Sequence[RankId], nodes: Mapping[RankId, NodeId], slots: Mapping[RankId, int]
-    ) -> Layout:
+    ) -> RankTopology:
         """Raises ValueError where a rank is named twice, has no node, or has no slot count."""
         ordered = sorted(ranks)
         if not ordered:
@@ -54,7 +54,7 @@ class Layout:
         )
 
     @classmethod
-    def of_map(cls, expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> Layout:
+    def of_map(cls, expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> RankTopology:
         """The members of a map; slots are those that its first layer has."""
         members = sorted(m.rank for m in expert_map.members)
         exists = (expert_map.placement[0] != ABSENT_SLOT).sum(axis=1)
@@ -119,26 +119,26 @@ def balance(placement: Placement, loads: Loads, ranks: Sequence[RankId]) -> Floa
     return np.where(mean > 0, per_rank.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
 
 
-def fill_target(layout: Layout, num_experts: int, redundant: int | None) -> int:
+def fill_target(topology: RankTopology, num_experts: int, redundant: int | None) -> int:
     """Slots filled in each layer in peace: no rank holds an expert twice, so not more than so."""
-    room = int(np.minimum(layout.slots, num_experts).sum())
-    return room if redundant is None else min(room, num_experts + redundant)
+    capacity = int(np.minimum(topology.slots, num_experts).sum())
+    return capacity if redundant is None else min(capacity, num_experts + redundant)
 
 
-def fill_quotas(layout: Layout, num_experts: int, redundant: int | None) -> Ints:
+def fill_quotas(topology: RankTopology, num_experts: int, redundant: int | None) -> Ints:
     """`[num_live]`: how many slots each rank has filled in peace, as even as its slots permit.
 
     Water-filling: everybody gets the same number, or all it has. The remainder goes round the
     nodes, so that no node is favoured.
     """
-    room = np.minimum(layout.slots, num_experts)
-    target = fill_target(layout, num_experts, redundant)
+    capacity = np.minimum(topology.slots, num_experts)
+    target = fill_target(topology, num_experts, redundant)
     level = 0
-    while np.minimum(room, level + 1).sum() <= target and level < room.max(initial=0):
+    while np.minimum(capacity, level + 1).sum() <= target and level < capacity.max(initial=0):
         level += 1
-    quotas = np.minimum(room, level)
-    order = np.argsort(_place_in_node(layout.node), kind="stable")
-    open_ranks = order[room[order] > level]
+    quotas = np.minimum(capacity, level)
+    order = np.argsort(_place_in_node(topology.node), kind="stable")
+    open_ranks = order[capacity[order] > level]
     quotas[open_ranks[: target - int(quotas.sum())]] += 1
     return quotas
 
@@ -154,10 +154,10 @@ def _place_in_node(node: Ints) -> Ints:
 
 
 def empty_placement(
-    layout: Layout, num_layers: int, num_ranks: int, slots_per_rank: int
+    topology: RankTopology, num_layers: int, num_ranks: int, slots_per_rank: int
 ) -> Placement:
-    """Every slot of `layout` empty, every other place absent."""
+    """Every slot of `topology` empty, every other place absent."""
     result = np.full((num_layers, num_ranks, slots_per_rank), ABSENT_SLOT, dtype=np.int16)
-    for rank, count in zip(layout.ranks, layout.slots, strict=True):
+    for rank, count in zip(topology.ranks, topology.slots, strict=True):
         result[:, rank, :count] = EMPTY_SLOT
     return result

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from control_plane.cluster_state import ClusterView
+from control_plane.cluster_state import ClusterState
 from control_plane.failure_detector import DetectorTimings
-from control_plane.leader_term import Reign
+from control_plane.leader_term import LeaderTerm
 from control_plane.membership import MembershipPolicy
-from control_plane.probe_events import ProbePong, ProbeRefused, ProbeStanding
+from control_plane.probe_events import ProbeConnected, ProbePong, ProbeRefused
 from control_plane.publisher import Publisher
-from control_plane.writes import Assign, Condemn, Forget, PlanHeal, PublishMap, Write
+from control_plane.writes import Assign, DeclareDead, DeleteKeys, PlanHeal, PublishMap, Write
 from shared.errors import TxnConflict
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
@@ -50,9 +50,9 @@ POLICY = MembershipPolicy(
     bytes_per_expert=1,
     formation_window_s=2.0,
     heal_after_s=1.0,
-    joiner_patience_s=3.0,
+    joiner_timeout_s=3.0,
     heal_budget_bytes=3,
-    adoption_patience_s=3.0,
+    adoption_timeout_s=3.0,
 )
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
 
@@ -74,18 +74,19 @@ def spec(
 
 
 class Rank:
-    """One incarnation: `truth` is what its memory holds, LOADING while a slot is overwritten."""
+    """One incarnation: `actual_contents` is what its memory holds, LOADING while a slot is
+    overwritten."""
 
-    def __init__(self, world: World, member: Member) -> None:
-        self._world = world
+    def __init__(self, harness: ControlPlaneHarness, member: Member) -> None:
+        self._harness = harness
         self.member = member
-        shape = (world.spec.num_moe_layers, world.spec.slots_per_rank)
-        self.truth: Placement = np.full(shape, EMPTY_SLOT, dtype=np.int16)
+        shape = (harness.spec.num_moe_layers, harness.spec.slots_per_rank)
+        self.actual_contents: Placement = np.full(shape, EMPTY_SLOT, dtype=np.int16)
         self.loading: Placement | None = None
         self.answering = True
-        self.runs_under: Epoch | None = None  # None: the newest map
+        self.lagging_epoch: Epoch | None = None  # None: the newest map
         self.registered = False
-        self.lease_id = world.etcd.grant(TTL_S)
+        self.lease_id = harness.etcd.grant(TTL_S)
         self.record = RankRecord(
             rank=member.rank,
             incarnation=member.incarnation,
@@ -96,15 +97,15 @@ class Rank:
             control_host="h",
             control_port=1,
             transfer_name="t",
-            slots=world.spec.slots_per_rank,
+            slots=harness.spec.slots_per_rank,
             kv_blocks=1,
             kv_block_tokens=1,
             exchange="local",
         )
 
-    def say(self, **changes: object) -> None:
+    def write_record(self, **changes: object) -> None:
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
-        self._put(self._world.keys.rank(*self._ids), pack_record(self.record))
+        self._put(self._harness.keys.rank(*self._ids), pack_record(self.record))
         self.registered = True
 
     def begin_load(self) -> bool:
@@ -112,54 +113,54 @@ class Rank:
         contents = self._assignment()
         if contents is None or self.loading is not None:
             return False
-        wanted, differs = contents.array(), contents.array() != self.truth
+        wanted, differs = contents.array(), contents.array() != self.actual_contents
         if not differs.any():
             if self.record.state is not RankState.READY:
-                self.say(state=RankState.READY)
+                self.write_record(state=RankState.READY)
             return False
-        expert_map = self._world.expert_map
+        expert_map = self._harness.expert_map
         if expert_map is not None and expert_map.has(self.member):
             in_use = differs & (expert_map.placement[:, self.member.rank] >= 0)
             if in_use.any() and contents.epoch != expert_map.epoch:
                 return False
-        self.truth = np.where(differs, LOADING, self.truth).astype(np.int16)
+        self.actual_contents = np.where(differs, LOADING, self.actual_contents).astype(np.int16)
         self.loading = wanted
         return True
 
     def finish_load(self) -> None:
         if self.loading is None:
             return
-        self.truth, self.loading = self.loading, None
-        contents = SlotContents.of(self.member, self.truth)
-        self._put(self._world.keys.resident(*self._ids), pack_record(contents))
+        self.actual_contents, self.loading = self.loading, None
+        contents = SlotContents.of(self.member, self.actual_contents)
+        self._put(self._harness.keys.resident(*self._ids), pack_record(contents))
         self.begin_load()
 
     def _assignment(self) -> SlotContents | None:
-        found = self._world.etcd.values.get(self._world.keys.assignment(*self._ids))
+        found = self._harness.etcd.values.get(self._harness.keys.assignment(*self._ids))
         return unpack_record(found.value, SlotContents) if found else None
 
     def _put(self, key: str, value: bytes) -> None:
-        self._world.etcd.apply([Put(key=key, value=value, lease_id=self.lease_id)])
+        self._harness.etcd.apply([Put(key=key, value=value, lease_id=self.lease_id)])
 
     @property
     def _ids(self) -> tuple[RankId, Incarnation]:
         return self.member.rank, self.member.incarnation
 
 
-class World:
+class ControlPlaneHarness:
     def __init__(self, instance: InstanceSpec | None = None) -> None:
         self.spec = instance or spec()
         self.clock = FakeClock()
         self.etcd = MemoryEtcd(self.clock)
-        self.keys = Keys("world")
+        self.keys = Keys("harness")
         self.ranks: dict[int, Rank] = {}
-        self.lives: dict[int, int] = {}
+        self.incarnations: dict[int, int] = {}
         self.published: list[ExpertMap] = []
         self.writes: list[Write] = []
-        self.buried: set[Member] = set()
+        self.removed_members: set[Member] = set()
         self._publisher = Publisher(self.etcd.client(), self.keys, self.clock)
         self.etcd.apply([Put(key=self.keys.spec, value=pack_record(self.spec))])
-        self.take_office()
+        self.begin_term()
 
     @property
     def expert_map(self) -> ExpertMap | None:
@@ -168,18 +169,18 @@ class World:
 
     # The control plane.
 
-    def take_office(self) -> None:
+    def begin_term(self) -> None:
         """A new leader, with nothing but what etcd holds."""
         record = LeaderRecord(control_plane="cp", pid=1, term=1, since=0.0)
         self.leader_revision = self.etcd.apply(
             [Put(key=self.keys.leader, value=pack_record(record))]
         )
-        self.view = ClusterView(self.keys)
+        self.view = ClusterState(self.keys)
         self.watch = self.etcd.open_watch(self.keys.root)
         first = self.watch.items.popleft()
         assert isinstance(first, Snapshot)
         self.view.apply(first)
-        self.reign = Reign(self.view, POLICY, DetectorTimings(), self.clock.now())
+        self.leader_term = LeaderTerm(self.view, POLICY, DetectorTimings(), self.clock.now())
         for rank in self.ranks.values():
             self._connect(rank)
 
@@ -200,13 +201,13 @@ class World:
             for rank in self.ranks.values():
                 if rank.answering and rank.registered:
                     pong = self._pong(rank)
-                    self.reign.on_probe(ProbePong(member=rank.member, pong=pong), now)
-            self.reign.on_tick(now)
-            write = self.reign.decide(now)
+                    self.leader_term.on_probe(ProbePong(member=rank.member, pong=pong), now)
+            self.leader_term.on_tick(now)
+            write = self.leader_term.decide(now)
             if write is None:
                 return
             if isinstance(write, PlanHeal):
-                self.reign.membership.on_heal_planned(write, write.first_step())
+                self.leader_term.membership.on_heal_planned(write, write.first_step())
                 self.clock.advance(0.06)
                 continue
             self.perform(write, self.leader_revision, reply_lost=reply_lost)
@@ -215,7 +216,7 @@ class World:
     def perform(self, write: Write, leader_revision: int, *, reply_lost: bool = False) -> None:
         """One fenced transaction, its effect checked, and told to the leader as the driver does."""
         compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
-        if not isinstance(write, Forget):
+        if not isinstance(write, DeleteKeys):
             revision = self.view.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
@@ -225,19 +226,19 @@ class World:
         self.writes.append(write)
         if isinstance(write, PublishMap):
             self._check_map(write, before)
-        if isinstance(write, Assign | Condemn):
+        if isinstance(write, Assign | DeclareDead):
             self._check_verdicts(write, before)
         if reply_lost:
             for change in self.view.apply(self.etcd.snapshot(self.keys.root)):
-                self.reign.on_change(change, self.clock.now())
+                self.leader_term.on_change(change, self.clock.now())
             return
         for operation in operations:
             value = operation.value if isinstance(operation, Put) else None
             event = WatchEvent(key=operation.key, value=value, mod_revision=revision)
             for change in self.view.apply(event):
-                self.reign.on_change(change, self.clock.now())
+                self.leader_term.on_change(change, self.clock.now())
 
-    def conflicts(self, write: Write, leader_revision: int) -> bool:
+    def perform_expecting_conflict(self, write: Write, leader_revision: int) -> bool:
         try:
             self.perform(write, leader_revision)
         except TxnConflict:
@@ -249,13 +250,13 @@ class World:
             item = self.watch.items.popleft()
             assert item is not None
             for change in self.view.apply(item):
-                self.reign.on_change(change, self.clock.now())
+                self.leader_term.on_change(change, self.clock.now())
 
-    def _check_verdicts(self, write: Assign | Condemn, before: ExpertMap | None) -> None:
+    def _check_verdicts(self, write: Assign | DeclareDead, before: ExpertMap | None) -> None:
         """They name the map to come; and nothing of the dead is given away before they stand."""
         epoch = before.epoch if before else 0
         assert all(v.epoch == epoch + 1 for v in write.verdicts)
-        dead = self.reign.membership.unburied
+        dead = self.leader_term.membership.dead_in_map
         assert all(self.keys.verdict(m.rank, m.incarnation) in self.etcd.values for m in dead)
 
     def _check_map(self, write: PublishMap, before: ExpertMap | None) -> None:
@@ -263,20 +264,22 @@ class World:
         assert published.uncovered() == [], "a published map leaves experts without a slot"
         assert published.epoch == (before.epoch if before else 0) + 1
         for member in published.members:
-            rank = self._life(member)
+            rank = self._rank_of(member)
             row = published.placement[:, member.rank]
             named = row >= 0
             if rank is not None:
-                assert (rank.truth[named] == row[named]).all(), "a named expert is not resident"
+                assert (rank.actual_contents[named] == row[named]).all(), (
+                    "a named expert is not resident"
+                )
         left = set(before.members if before else ()) - set(published.members)
         verdicts = {Member(rank=v.rank, incarnation=v.incarnation) for v in write.verdicts}
         assert left == verdicts, "exactly those with a verdict leave"
         assert all(v.epoch == published.epoch for v in write.verdicts)
-        assert not self.buried & set(published.members), "a dead incarnation is back"
+        assert not self.removed_members & set(published.members), "a dead incarnation is back"
         self._check_joiners(published, before)
         if before is not None and write.verdicts:
             self._check_nothing_moved(before, published)
-        self.buried |= left
+        self.removed_members |= left
         self.published.append(published)
 
     def _check_joiners(self, published: ExpertMap, before: ExpertMap | None) -> None:
@@ -287,7 +290,7 @@ class World:
         assert listed - new <= set(before.joiners if before else ())
         if before is None:
             return
-        alive = [r for r in map(self._life, before.members) if r is not None]
+        alive = [r for r in map(self._rank_of, before.members) if r is not None]
         if any(self._adopted_by(r) < before.epoch for r in alive):
             stayed = {m.rank for m in published.members if before.has(m)}
             assert set(before.joiners) & stayed <= listed, "a joiner counts as proven and is not"
@@ -305,10 +308,10 @@ class World:
     def start(self, rank_id: int) -> Rank:
         """The next life of a rank whose last one is over."""
         assert rank_id not in self.ranks
-        self.lives[rank_id] = self.lives.get(rank_id, 0) + 1
-        member = Member(rank=RankId(rank_id), incarnation=Incarnation(self.lives[rank_id]))
+        self.incarnations[rank_id] = self.incarnations.get(rank_id, 0) + 1
+        member = Member(rank=RankId(rank_id), incarnation=Incarnation(self.incarnations[rank_id]))
         rank = self.ranks[rank_id] = Rank(self, member)
-        rank.say()
+        rank.write_record()
         self._connect(rank)
         self.link()
         return rank
@@ -319,11 +322,11 @@ class World:
         for rank in up:
             links = tuple(sorted(r.member for r in up if r is not rank))
             if rank.record.links != links:
-                rank.say(links=links)
+                rank.write_record(links=links)
 
     def kill(self, rank_id: int, *, agent: bool = True) -> None:
         rank = self.ranks.pop(rank_id)
-        self.reign.on_probe(ProbeRefused(member=rank.member), self.clock.now())
+        self.leader_term.on_probe(ProbeRefused(member=rank.member), self.clock.now())
         if agent:
             self.etcd.revoke(rank.lease_id)
 
@@ -344,8 +347,8 @@ class World:
         self.etcd.apply([Put(key=key, value=pack_record(suspicion))])
 
     def lag(self, rank_id: int) -> None:
-        """Later maps do not reach its engine until `runs_under` is None again."""
-        self.ranks[rank_id].runs_under = self._adopted_by(self.ranks[rank_id])
+        """Later maps do not reach its engine until `lagging_epoch` is None again."""
+        self.ranks[rank_id].lagging_epoch = self._adopted_by(self.ranks[rank_id])
 
     def load_all(self) -> None:
         for rank in self.ranks.values():
@@ -361,15 +364,15 @@ class World:
 
     def _connect(self, rank: Rank) -> None:
         if rank.answering:
-            self.reign.on_probe(ProbeStanding(member=rank.member), self.clock.now())
+            self.leader_term.on_probe(ProbeConnected(member=rank.member), self.clock.now())
 
-    def _life(self, member: Member) -> Rank | None:
+    def _rank_of(self, member: Member) -> Rank | None:
         rank = self.ranks.get(member.rank)
         return rank if rank is not None and rank.member == member else None
 
     def _adopted_by(self, rank: Rank) -> Epoch:
-        if rank.runs_under is not None:
-            return rank.runs_under
+        if rank.lagging_epoch is not None:
+            return rank.lagging_epoch
         return self.published[-1].epoch if self.published else Epoch(0)
 
     def _pong(self, rank: Rank) -> Pong:

@@ -26,7 +26,7 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phases:
+class FaultPhases:
     """From the signal on, one after the other; None where nobody said, 0 where a phase was over
     before it could begin. `adopt` and `replay` are the slowest survivor's; `reprefill` is from
     there to the first new token of the slowest stream that the dead rank had served.
@@ -41,7 +41,7 @@ class Phases:
     reprefill_tokens: int
 
 
-class Witness:
+class FaultObserver:
     """Follows verdicts and maps for as long as it is open."""
 
     def __init__(self, store: EtcdStore, keys: Keys) -> None:
@@ -52,20 +52,20 @@ class Witness:
 
     @classmethod
     @asynccontextmanager
-    async def watching(cls, target: Target) -> AsyncIterator[Witness]:
+    async def watching(cls, target: Target) -> AsyncIterator[FaultObserver]:
         """Raises StoreUnavailable."""
         store = await connect_store(target.etcd.split(","))
-        witness = cls(store, Keys(target.instance))
+        observer = cls(store, Keys(target.instance))
         try:
             async with asyncio.TaskGroup() as tasks:
-                following = tasks.create_task(witness._follow())
-                yield witness
+                following = tasks.create_task(observer._follow())
+                yield observer
                 following.cancel()
         finally:
             await store.close()
 
     def members(self) -> list[RankRecord]:
-        """Of the map, as `until_whole` found it."""
+        """Of the map, as `wait_until_all_ranks_in_map` found it."""
         found = self._view.expert_map
         return [r for r in self._view.ranks if found is not None and found.has(r.member)]
 
@@ -73,18 +73,18 @@ class Witness:
         """Those seen so far, in order."""
         return [self._maps[epoch] for epoch in sorted(self._maps)]
 
-    async def until_whole(self, timeout_s: float) -> None:
+    async def wait_until_all_ranks_in_map(self, timeout_s: float) -> None:
         """Until every rank is in the map, and has been for a while. Raises Unavailable."""
-        whole_polls = 0
+        complete_polls = 0
         try:
             async with asyncio.timeout(timeout_s):
-                while whole_polls * _POLL_S < _SETTLED_S:
+                while complete_polls * _POLL_S < _SETTLED_S:
                     await asyncio.sleep(_POLL_S)
                     snapshot = await self._store.get_prefix(self._keys.root)
                     self._view = InstanceView.of(self._keys, snapshot.values)
                     spec = self._view.spec
-                    is_whole = spec is not None and len(self.members()) == spec.num_ranks
-                    whole_polls = whole_polls + 1 if is_whole else 0
+                    is_complete = spec is not None and len(self.members()) == spec.num_ranks
+                    complete_polls = complete_polls + 1 if is_complete else 0
         except TimeoutError:
             raise Unavailable(
                 f"only {len(self.members())} ranks are in the map after {timeout_s:.0f} s"
@@ -92,7 +92,7 @@ class Witness:
 
     async def phases(
         self, victim: Member, killed_at: float, first_token_at: float | None
-    ) -> Phases | None:
+    ) -> FaultPhases | None:
         """None where no verdict was given in time."""
         try:
             async with asyncio.timeout(_VERDICT_TIMEOUT_S):
@@ -106,7 +106,7 @@ class Witness:
         adoptions = await self._adoptions(verdict.epoch)
         adopted_at = max((a.adopted_at for a in adoptions if a.adopted_at), default=None)
         replayed_at = max((a.replayed_at for a in adoptions if a.replayed_at), default=None)
-        return Phases(
+        return FaultPhases(
             detect_ms=_ms(killed_at, verdict.first_signal_at),
             verdict_ms=_ms(verdict.first_signal_at, verdict.decided_at),
             publish_ms=_ms(verdict.decided_at, published_at),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from gpu_worker.exchange.alone import AloneExchange
 from gpu_worker.exchange.interface import Exchange
+from gpu_worker.exchange.single_rank import SingleRankExchange
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
@@ -18,7 +18,7 @@ EPOCH = Epoch(1)
 NUM_EXPERTS, TOP_K, HIDDEN = 6, 3, 4
 
 
-class Nobody:
+class SilentMonitor:
     def newest_epoch(self) -> Epoch:
         return EPOCH
 
@@ -39,7 +39,7 @@ def map_of(slots: Sequence[int]) -> ExpertMap:
 def plain() -> Exchange:
     hub = LocalHub(1, HIDDEN, TOP_K)
     (member,) = map_of(range(NUM_EXPERTS)).members
-    return hub.exchange(member, Nobody(), SystemClock(), 1e9)
+    return hub.exchange(member, SilentMonitor(), SystemClock(), 1e9)
 
 
 def results(exchange: Exchange, num_tokens: int) -> list[np.ndarray]:
@@ -57,7 +57,7 @@ def results(exchange: Exchange, num_tokens: int) -> list[np.ndarray]:
 
 
 def test_it_gives_what_the_plain_exchange_gives_step_after_step() -> None:
-    alone, among_one = AloneExchange(), plain()
+    alone, among_one = SingleRankExchange(), plain()
     for exchange in (alone, among_one):
         exchange.adopt(map_of(range(NUM_EXPERTS)))
     for num_tokens in (5, 1, 0, 5, 2):
@@ -69,4 +69,4 @@ def test_it_gives_what_the_plain_exchange_gives_step_after_step() -> None:
 
 def test_it_takes_no_map_that_has_experts_elsewhere() -> None:
     with pytest.raises(AssertionError, match="every expert"):
-        AloneExchange().adopt(map_of([1, 0, 2, 3, 4, 5]))
+        SingleRankExchange().adopt(map_of([1, 0, 2, 3, 4, 5]))

@@ -13,7 +13,7 @@ import aiohttp
 import numpy as np
 
 from gateway.config import GatewayConfig
-from gateway.service import Surroundings, run_gateway
+from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
 from shared.codec import pack
 from shared.expert_map import ExpertMap
@@ -51,7 +51,7 @@ def toy_map(epoch: int, members: Sequence[Member]) -> ExpertMap:
     )
 
 
-class World:
+class GatewayHarness:
     """Handle for a test: the etcd, the ranks, the gateway's address."""
 
     def __init__(self, store: Store, keys: Keys, http: aiohttp.ClientSession, port: int) -> None:
@@ -92,47 +92,50 @@ class World:
 
 
 @asynccontextmanager
-async def running_world(
+async def running_gateway(
     model: Path, *, num_ranks: int = 2, context_tokens_max: int = 2048, **options: object
-) -> AsyncIterator[World]:
+) -> AsyncIterator[GatewayHarness]:
     """`options` are fields of GatewayConfig. The gateway is ready when the body begins."""
     etcd = MemoryEtcd(SystemClock())
     config = dataclasses.replace(GatewayConfig(), drain_s=1.0, **options)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         async with aiohttp.ClientSession() as http:
-            world = World(etcd.client(), Keys(config.instance), http, port)
-            world.gateway_store = etcd.client()
+            harness = GatewayHarness(etcd.client(), Keys(config.instance), http, port)
+            harness.gateway_store = etcd.client()
             spec = toy_spec(model, context_tokens_max=context_tokens_max, num_ranks=num_ranks)
-            await world.store.put(world.keys.spec, pack(spec))
+            await harness.store.put(harness.keys.spec, pack(spec))
             for number in range(num_ranks):
-                await world.add_rank(ToyRank(number))
+                await harness.add_rank(ToyRank(number))
             if num_ranks:
-                await world.publish(world.ranks)
-            surroundings = Surroundings(
-                store=world.gateway_store, clock=SystemClock(), listener=listener, stop=world.stop
+                await harness.publish(harness.ranks)
+            dependencies = GatewayDependencies(
+                store=harness.gateway_store,
+                clock=SystemClock(),
+                listener=listener,
+                stop=harness.stop,
             )
-            gateway = asyncio.create_task(run_gateway(config, surroundings))
+            gateway = asyncio.create_task(run_gateway(config, dependencies))
             try:
-                await _wait_ready(world, gateway, num_ranks)
-                yield world
+                await _wait_ready(harness, gateway, num_ranks)
+                yield harness
             finally:
-                world.stop.set()
+                harness.stop.set()
                 try:
                     async with asyncio.timeout(20):
                         await gateway
                 finally:
-                    for rank in world.ranks:
+                    for rank in harness.ranks:
                         await rank.kill()
 
 
-async def _wait_ready(world: World, gateway: asyncio.Task[None], num_ranks: int) -> None:
+async def _wait_ready(harness: GatewayHarness, gateway: asyncio.Task[None], num_ranks: int) -> None:
     async with asyncio.timeout(20):
         while True:
             if gateway.done():
                 await gateway
-            async with world.http.get(world.url + "/v1/models") as response:
+            async with harness.http.get(harness.url + "/v1/models") as response:
                 if (await response.json())["data"]:
                     break
             await asyncio.sleep(0.01)
-        await world.wait_metric("live_ranks", num_ranks)
+        await harness.wait_metric("live_ranks", num_ranks)
