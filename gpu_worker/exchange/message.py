@@ -7,7 +7,7 @@ A combine message has no pairs; its rows are the outputs of the pairs, in the or
 dispatch listed them. The stamp names one message of one sender for good: it stands at both ends, so
 a message is there when both agree, and what a late or foreign write left fits neither.
 
-An region has one message_buffer per phase and parity of the exchange's number. Two suffice: a peer
+A region has one message_buffer per phase and parity of the exchange's number. Two suffice: a peer
 sends exchange n+2 only after it has everybody's n+1, which nobody sends before it is done with n.
 """
 

@@ -5,7 +5,7 @@ matter.
     given ──newer generation, or 60 s without a record──▶ quarantine ──180 s──▶ released
       ▲ a slot is known from KvReplicasStored to DropKvReplicas
 
-An region in quarantine is known no more, but late writes may still land in it, as
+A region in quarantine is known no more, but late writes may still land in it, as
 `exchange/regions.py` explains: they harm nothing as long as the memory is there.
 """
 
