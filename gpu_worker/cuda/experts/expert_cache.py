@@ -5,8 +5,8 @@ The memory holds a header, a byte for each entry, and the entries. The header is
 the first rank; one that would lay things out differently uses none of it. An entry's byte says that
 its copy is whole, and from then on neither is written again. Who fills an entry holds a lock on
 that byte, which the kernel takes back from a process that ends, however it does: what that one
-has left unfinished another fills. Which expert an entry is for follows from the header, so that it is the
-same for all; where there are fewer entries than experts every layer has its share.
+has left unfinished another fills. Which expert an entry is for follows from the header, so that it
+is the same for all; where there are fewer entries than experts every layer has its share.
 """
 
 from __future__ import annotations
