@@ -34,13 +34,17 @@ up: install ## Start a whole instance, stream one completion, serve until Ctrl-C
 test: install lint unit sim integration ## All that CI runs
 	$(call say,all tests passed)
 
-lint: install ## Format, lint, types, container files
+lint: install ## Format, lint, types, documentation, container files
 	$(call say,lint: format)
 	$(BIN)/ruff format --check .
 	$(call say,lint: ruff)
 	$(BIN)/ruff check .
 	$(call say,lint: types)
 	$(BIN)/mypy
+	$(call say,lint: documentation)
+	$(BIN)/python -m docs.generate --check
+	$(BIN)/python -m docs.check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(call say,lint: container files)
 	tests/compose/lint.sh $(BIN)
 
