@@ -280,7 +280,7 @@ def etcd_keys_page() -> str:
         "",
         "The keys of the instance `default`, as `shared/keys.py` spells them, for rank 3 in",
         "incarnation 7. Who writes which key, and under which lease, is in",
-        "[architecture](../architecture.md#what-stands-in-etcd).",
+        "[architecture](../architecture.md#what-is-in-etcd).",
         "",
         *table(("key", "of", "value"), key_rows()),
         "",

@@ -1,0 +1,1 @@
+"""The pages of the project, and the programs that write their reference and check them."""
