@@ -21,7 +21,8 @@ from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import acquire_identity
 from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
-from gpu_worker.rank import Hardware, Rank, RankParts
+from gpu_worker.kv_replication.writer import ReplicaWriter
+from gpu_worker.rank import Hardware, KvReplication, Rank, RankParts
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -35,7 +36,7 @@ from shared.logs import configure_logs
 from shared.model_spec import ModelSpec, read_model_spec
 from shared.records import InstanceSpec
 from shared.store import Store
-from shared.types import Member, NodeId
+from shared.types import Member, NodeId, RankId
 
 log = structlog.get_logger()
 
@@ -51,7 +52,7 @@ def main() -> None:
         configure_logs(
             service="rank", level=config.log_level, json=config.log_json, rank=config.rank
         )
-        # The event loop answers probes while the engine computes: it cannot wait for the GIL.
+        # The event loop answers probes while the engine computes, so it must get the GIL soon.
         sys.setswitchinterval(GIL_SWITCH_S)
         asyncio.run(run_rank(config))
     except (StarfishError, OSError) as error:
@@ -61,32 +62,6 @@ def main() -> None:
         log.exception("rank_crashed")
         code = EXIT_CRASH
     exit_process(code)
-
-
-def exit_process(code: int) -> NoReturn:
-    """Neither an engine that waits for dead peers nor Mooncake's threads shall delay the exit that
-    the node agent waits for. Nor shall anything be freed before it: kernels in flight, here and on
-    peers, still use this rank's memory."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def parse(arguments: Sequence[str]) -> RankConfig:
-    """Raises ConfigError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gpu_worker",
-        description="One data-parallel rank: its batch, its KV cache, its slots of experts. "
-        "Node agents start it; by hand it takes its own incarnation and lease.",
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [rank]")
-    add_flags(parser, RankConfig)
-    flags = vars(parser.parse_args(list(arguments)))
-    config = load_config(
-        RankConfig, section="rank", file=flags.pop("config"), environ=os.environ, flags=flags
-    )
-    config.check()
-    return config
 
 
 async def run_rank(config: RankConfig) -> NoReturn:
@@ -99,19 +74,18 @@ async def run_rank(config: RankConfig) -> NoReturn:
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
     clock = SystemClock()
-    replication = _open_replication(config, member, spec, clock)
+    opened = _open_replication(config, member, spec, clock)
     if uses_cuda(config, model_spec):
         from gpu_worker.cuda.hardware import CudaHardware
 
         cuda = CudaHardware(config, member, clock)
         hardware = await asyncio.to_thread(cuda.load, model_spec, spec, folder)
     else:
-        from gpu_worker.cpu.hardware import CpuHardware  # numba need not be there beside a card
+        from gpu_worker.cpu.hardware import CpuHardware  # a host with a card may lack numba
 
         cpu = CpuHardware(config, member, model_spec, clock)
         hardware = await asyncio.to_thread(cpu.load, spec, folder)
-    if replication is not None:
-        await asyncio.to_thread(_start_replication, replication, hardware, config)
+    replication = await asyncio.to_thread(_start_replication, opened, hardware, config)
     rank = Rank(
         RankParts(
             member=member,
@@ -134,7 +108,8 @@ async def run_rank(config: RankConfig) -> NoReturn:
 def _open_replication(
     config: RankConfig, member: Member, spec: InstanceSpec, clock: Clock
 ) -> MooncakeReplicator | None:
-    """On the main thread. Raises ConfigError."""
+    """None if this rank keeps no KV replicas. On the main thread, to which Mooncake binds its
+    port. Raises ConfigError."""
     if not uses_kv_replication(config, spec):
         return None
     replication = MooncakeReplicator(
@@ -151,15 +126,19 @@ def _open_replication(
 
 
 def _start_replication(
-    replication: MooncakeReplicator, hardware: Hardware, config: RankConfig
-) -> None:
-    """Raises OSError where there is no memory for it."""
-    assert hardware.blocks is not None
-    replication.open(hardware.blocks, kv_replica_bytes(config, hardware.blocks.block_bytes))
+    endpoint: MooncakeReplicator | None, hardware: Hardware, config: RankConfig
+) -> KvReplication | None:
+    """Blocks. Raises OSError if there is no memory for it."""
+    blocks = hardware.blocks
+    if endpoint is None or blocks is None:
+        return None
+    endpoint.open(blocks, kv_replica_bytes(config, blocks.block_bytes))
+    replicator = ReplicaWriter(blocks, endpoint, rank=RankId(config.rank))
+    return KvReplication(endpoint=endpoint, replicator=replicator)
 
 
 async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
-    """SIGTERM and SIGINT end the rank; its lease goes with it, so that nobody waits for it."""
+    """SIGTERM and SIGINT end the rank. Its lease is revoked, so that nobody waits for it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, rank.stop)
     try:
@@ -172,7 +151,8 @@ async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
 
 
 def load_grammar_compiler(folder: Path, spec: ModelSpec) -> GrammarCompiler | None:
-    """None where the checkpoint has no tokenizer for it; all else is served."""
+    """None if the checkpoint has no tokenizer for it; requests without a grammar are still
+    served."""
     try:
         return GrammarCompiler(folder, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids)
     except CheckpointError as error:
@@ -181,7 +161,7 @@ def load_grammar_compiler(folder: Path, spec: ModelSpec) -> GrammarCompiler | No
 
 
 async def wait_for_spec(store: Store, keys: Keys) -> InstanceSpec:
-    """The control plane writes it; until then there is nothing to load."""
+    """Waits until the control plane has written it."""
     logged = False
     while (found := await store.get(keys.spec)) is None:
         if not logged:
@@ -191,10 +171,36 @@ async def wait_for_spec(store: Store, keys: Keys) -> InstanceSpec:
     return unpack(found.value, InstanceSpec)
 
 
+def parse(arguments: Sequence[str]) -> RankConfig:
+    """Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_worker",
+        description="One data-parallel rank: its batch, its KV cache, its slots of experts. "
+        "Node agents start it; started by hand, it takes its own incarnation and lease.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [rank]")
+    add_flags(parser, RankConfig)
+    flags = vars(parser.parse_args(list(arguments)))
+    config = load_config(
+        RankConfig, section="rank", file=flags.pop("config"), environ=os.environ, flags=flags
+    )
+    config.check()
+    return config
+
+
 def exit_at_once() -> None:
-    """Whoever started this rank is gone: nobody waits for it any more."""
+    """The process that started this rank is gone, so nobody needs a clean exit."""
     log.warning("lifeline_ended")
     os._exit(0)
+
+
+def exit_process(code: int) -> NoReturn:
+    """Exits at once: the node agent waits for the exit, and an engine that waits for dead peers or
+    Mooncake's threads would delay it. Frees nothing before: kernels in flight, here and on peers,
+    still use this rank's memory."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

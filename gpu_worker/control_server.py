@@ -1,16 +1,18 @@
-"""The rank's control port: sessions from gateways, probes, links from peers. One framed connection
-each; what a message means to the engine is behind `EngineInterface`."""
+"""The rank's control port: sessions from gateways, probes, links from peers, each a connection of
+framed messages. What a message means to the engine is the `EngineClient`'s."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
 from typing import Protocol
 
 import structlog
 
+from gpu_worker.engine.engine_client import EngineClient
+from gpu_worker.engine.mailbox import StepTokens
 from gpu_worker.engine.sequence import Origin
+from gpu_worker.membership.link_keeper import DataEndpoint
 from shared.errors import WireError
 from shared.types import Epoch, Member, Step
 from shared.wire import (
@@ -26,11 +28,9 @@ from shared.wire import (
     OpenKvReplicaRegion,
     OpenRegion,
     Ping,
-    Pong,
     RegionOpened,
     SessionTokens,
     StatusQuery,
-    StatusReply,
     Submit,
     Tokens,
     Wake,
@@ -45,39 +45,9 @@ HELLO_TIMEOUT_S = 5.0
 UNSENT_BYTES_MAX = 8 << 20
 
 
-class EngineInterface(Protocol):
-    """What the control port asks of the engine; cheap calls on the event loop."""
-
-    def submit(self, origin: Origin, submit: Submit) -> bool:
-        """False where the engine's inbox is full."""
-        ...
-
-    def cancel(self, cancel: Cancel) -> bool:
-        """False where the engine's inbox is full."""
-        ...
-
-    def drop_origin(self, origin: Origin) -> None: ...
-
-    def wake(self, wake: Wake) -> None: ...
-
-    def on_graph_update(self, update: GraphBarrierUpdate) -> None: ...
-
-    def pong(self, ping: Ping) -> Pong: ...
-
-    def status(self, query: StatusQuery) -> StatusReply: ...
-
-    def load(self) -> Load: ...
-
-
-class RegionProvider(Protocol):
-    """Gives peers regions of this rank's memory to write into."""
-
-    def open_region(self, request: OpenRegion) -> RegionOpened: ...
-
-
 class KvReplicaHost(Protocol):
-    """Gives peers room for replicas of their KV blocks. Raises WireError where what they say cannot
-    be."""
+    """Gives peers memory for replicas of their KV blocks. Raises WireError if a message contradicts
+    what this rank knows."""
 
     async def open_kv_replica_region(
         self, request: OpenKvReplicaRegion
@@ -91,27 +61,27 @@ class KvReplicaHost(Protocol):
 
 
 class ControlServer:
-    """Owns the listener and its connections. `origin` numbers a connection for the engine. Without
-    a replica provider, peers are told that there is none."""
+    """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
+    `replication`, the rank refuses to keep KV replicas for its peers."""
 
     def __init__(
         self,
         *,
         member: Member,
-        engine: EngineInterface,
-        regions: RegionProvider,
+        engine: EngineClient,
+        endpoint: DataEndpoint,
         replication: KvReplicaHost | None = None,
     ) -> None:
         self._member = member
         self._engine = engine
-        self._regions = regions
+        self._endpoint = endpoint
         self._replication = replication
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listens; returns the port. Raises OSError where it is taken."""
+        """Listens; returns the port. Raises OSError if it is taken."""
         self._server = await asyncio.start_server(self._serve, host, port, backlog=256)
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
@@ -122,19 +92,13 @@ class ControlServer:
         for writer in list(self._writers.values()):
             writer.close()
 
-    def send_tokens(
-        self,
-        by_origin: Mapping[Origin, tuple[SessionTokens, ...]],
-        epoch: Epoch,
-        step: Step,
-        load: Load,
-    ) -> None:
-        """The tokens of one committed step, one frame per gateway."""
-        for origin, sessions in by_origin.items():
+    def send_tokens(self, tokens: StepTokens) -> None:
+        """Sends the tokens of one committed step, one frame to each gateway."""
+        for origin, sessions in tokens.sessions.items():
             writer = self._writers.get(origin)
             if writer is None:
                 continue
-            writer.write(self._tokens(sessions, epoch, step, load))
+            writer.write(self._tokens(sessions, tokens.epoch, tokens.step, tokens.load))
             if writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
                 log.error("gateway_too_slow", origin=origin)
                 writer.transport.abort()
@@ -196,12 +160,23 @@ class ControlServer:
             case Ping():
                 return self._engine.pong(message)
             case OpenRegion():
-                return self._regions.open_region(message)
+                return self._open_region(message)
             case StatusQuery():
                 return self._engine.status(message)
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
+
+    def _open_region(self, request: OpenRegion) -> RegionOpened:
+        address, nbytes = self._endpoint.open_region(request.source, request.generation)
+        return RegionOpened(
+            target=self._member,
+            source=request.source,
+            generation=request.generation,
+            transfer_name=self._endpoint.name,
+            address=address,
+            nbytes=nbytes,
+        )
 
     async def _answer_on_kv_replicas(
         self, message: OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas

@@ -13,7 +13,8 @@ from gpu_worker.cpu.block_cache import CpuBlockCache
 from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.registry import load_model
 from gpu_worker.cpu.slot_loader import ExpertSlotLoader
-from gpu_worker.engine.step_runner import ModelRunner
+from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
@@ -56,9 +57,9 @@ class CpuHardware:
         config = self._config
         deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
 
-        def make_runner(monitor: StepMonitor) -> ModelRunner:
+        def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
             exchange = self._endpoint.exchange(self._member, monitor, self._clock, deadline_ms)
-            return ModelRunner(model, exchange)
+            return RunnerParts(ModelRunner(model, exchange))
 
         return Hardware(
             make_runner=make_runner,

@@ -19,7 +19,8 @@ from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.exchange.graph_barrier_driver import GraphBarrierDriver
+from gpu_worker.engine.step_runner import RunnerParts
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
@@ -100,16 +101,15 @@ class CudaHardware:
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
         kind = ExchangeKind.NONE if exchange is None else exchange_kind(config.ep_dispatch)
-        barrier_driver = GraphBarrierDriver(
-            member, (lambda *_: None) if exchange is None else exchange.release, self._loop
-        )
+        release = (lambda *_: None) if exchange is None else exchange.release
 
         def init_thread() -> None:
             torch.cuda.set_device(self._device)
             torch.cuda.set_stream(stream)
 
-        def make_runner(monitor: EngineMonitor) -> CudaRunner:
-            return CudaRunner(
+        def make_runner(monitor: EngineMonitor, callbacks: GraphBarrierCallbacks) -> RunnerParts:
+            barrier_driver = GraphBarrierDriver(member, release, self._loop, callbacks)
+            runner = CudaRunner(
                 member=member,
                 decoder=decoder,
                 exchange=exchange,
@@ -120,6 +120,7 @@ class CudaHardware:
                 replicas=config.replicas,
                 init_thread=init_thread,
             )
+            return RunnerParts(runner, barrier_driver)
 
         return Hardware(
             make_runner=make_runner,
@@ -133,7 +134,6 @@ class CudaHardware:
             exchange=kind,
             blocks=blocks,
             handles=None if exchange is None else exchange.handles(),
-            barrier_driver=barrier_driver,
         )
 
     def _load_model(

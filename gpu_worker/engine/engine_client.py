@@ -1,17 +1,43 @@
-"""The event loop's side of the engine: puts what arrives into its inbox, and tells others what it
-says of itself. Owns no decision and no thread."""
+"""The event loop's side of the engine, and the only one: what others ask goes into the engine's
+inbox or to its graph barrier, and what the engine reports comes out as calls. Decides nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.mailbox import Arrival, DropOrigin, Hold, Inbox, NewMap, Stop
+from gpu_worker.engine.kv_replication import KvReplicator
+from gpu_worker.engine.mailbox import (
+    Adopted,
+    Arrival,
+    DropOrigin,
+    EngineEvent,
+    Fenced,
+    Held,
+    Hold,
+    Inbox,
+    NewMap,
+    SendWake,
+    StepTokens,
+    Stop,
+    Stranded,
+    Suspect,
+    Waiter,
+)
+from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Origin
-from gpu_worker.exchange.graph_barrier_driver import GraphBarrierDriver
+from gpu_worker.engine.step_runner import MakeRunner
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Member
+from shared.types import Epoch, Member, Step
 from shared.wire import (
     Cancel,
     GraphBarrierUpdate,
@@ -24,30 +50,98 @@ from shared.wire import (
     Wake,
 )
 
+log = structlog.get_logger()
+
+
+class EngineHost(Protocol):
+    """What the engine runs on: a thread, or a greenlet of the simulator."""
+
+    @property
+    def waiter(self) -> Waiter: ...
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the engine has used; a constant if nobody counts them."""
+        ...
+
+    def start(self, run: Callable[[], None]) -> asyncio.Future[None]:
+        """Runs it. The future ends when `run` returns, or with the exception that it raised."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCallbacks:
+    """What the engine and its graph barrier report. All are called on the event loop."""
+
+    send_tokens: Callable[[StepTokens], None]
+    send_wake: Callable[[Epoch, Step], None]  # to all other members
+    send_update: Callable[[GraphBarrierUpdate, Iterable[Member]], None]
+    suspect: Callable[[Suspect], None]
+    adopted: Callable[[ExpertMap], None]
+    held: Callable[[Epoch], None]
+    stopped: Callable[[str], None]  # the engine cannot go on in this incarnation, and why
+
 
 class EngineClient:
-    """Implements `control_server.EngineInterface`. `barrier_driver` is there where ranks count
-    graphs."""
+    """Owns the engine and its graph barrier. All methods run on the event loop."""
 
     def __init__(
         self,
         *,
         member: Member,
-        engine: Engine,
-        inbox: Inbox,
+        host: EngineHost,
+        make_runner: MakeRunner,
+        scheduler: Scheduler,
+        replicator: KvReplicator,
         clock: Clock,
-        barrier_driver: GraphBarrierDriver | None,
+        callbacks: EngineCallbacks,
     ) -> None:
+        """`replicator` is the scheduler's."""
         self._member = member
-        self._engine = engine
-        self._inbox = inbox
+        self._host = host
         self._clock = clock
-        self._barrier_driver = barrier_driver
+        self._callbacks = callbacks
+        self._loop = asyncio.get_running_loop()
+        self._inbox = Inbox(host.waiter)
+        monitor = EngineMonitor(self._inbox, self._post, clock, host.cpu_s)
+        barrier_callbacks = GraphBarrierCallbacks(
+            send_update=callbacks.send_update,
+            wake=lambda step: callbacks.send_wake(Epoch(0), step),
+            notify_engine=self._inbox.notify,
+            on_undeliverable=callbacks.held,
+            on_failed=callbacks.stopped,
+        )
+        runner, self._barrier_driver = make_runner(monitor, barrier_callbacks)
+        self._engine = Engine(
+            member=member,
+            runner=runner,
+            scheduler=scheduler,
+            inbox=self._inbox,
+            monitor=monitor,
+            post=self._post,
+            clock=clock,
+            replicator=replicator,
+        )
+
+    @property
+    def counts_graphs(self) -> bool:
+        """Whether ranks meet by counting graphs. Their messages carry no epoch then."""
+        return self._barrier_driver is not None
+
+    def start(self) -> asyncio.Future[None]:
+        """Ends when the engine stops, or with the exception that it raised."""
+        return self._host.start(self._engine.run)
+
+    def stop(self) -> None:
+        self._inbox.put(Stop())
+
+    # What others ask -----------------------------------------------------------------------------
 
     def submit(self, origin: Origin, submit: Submit) -> bool:
+        """False if the engine's inbox is full."""
         return self._inbox.put(Arrival(origin=origin, submit=submit))
 
     def cancel(self, cancel: Cancel) -> bool:
+        """False if the engine's inbox is full."""
         return self._inbox.put(cancel)
 
     def drop_origin(self, origin: Origin) -> None:
@@ -60,27 +154,29 @@ class EngineClient:
         if self._barrier_driver is not None:
             self._barrier_driver.on_update(update)
 
-    def on_map_seen(self, expert_map: ExpertMap) -> None:
-        """A map is there; it is handed over once its members' links are open."""
+    def on_link_opened(self, peer: Member) -> None:
+        if self._barrier_driver is not None:
+            self._barrier_driver.handshake(peer)
+
+    def announce_map(self, expert_map: ExpertMap) -> None:
+        """This map is published. `adopt_map` follows once its members' links are open."""
         if self._barrier_driver is not None:
             self._barrier_driver.on_map(expert_map)
 
-    def enqueue_map(self, expert_map: ExpertMap) -> None:
+    def adopt_map(self, expert_map: ExpertMap) -> None:
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
 
     def hold(self, epoch: Epoch) -> None:
+        """Answered by the callback `held`."""
         if self._barrier_driver is not None:
             self._barrier_driver.notify_when_undeliverable(epoch)
         else:
             self._inbox.put(Hold(epoch=epoch))
 
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
-        """A verdict on a peer: where messages carry no epoch, it ends the waits for it."""
+        """A verdict on a peer. If messages carry no epoch, it ends the waits for this peer."""
         if self._barrier_driver is not None:
             self._barrier_driver.declare_dead(dead, epoch)
-
-    def stop(self) -> None:
-        self._inbox.put(Stop())
 
     def load(self) -> Load:
         return self._engine.snapshot().load
@@ -115,3 +211,30 @@ class EngineClient:
             adoptions=now.adoptions,
             blocks_restored=now.blocks_restored,
         )
+
+    # What the engine reports ---------------------------------------------------------------------
+
+    def _post(self, event: EngineEvent) -> None:
+        """On the engine thread."""
+        self._loop.call_soon_threadsafe(self._dispatch_event, event)
+
+    def _dispatch_event(self, event: EngineEvent) -> None:
+        callbacks = self._callbacks
+        match event:
+            case StepTokens():
+                callbacks.send_tokens(event)
+            case Suspect():
+                callbacks.suspect(event)
+            case SendWake(epoch=epoch, step=step):
+                callbacks.send_wake(epoch, step)
+            case Adopted(expert_map=expert_map, adoption=adoption):
+                log.info("adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
+                callbacks.adopted(expert_map)
+            case Held(epoch=epoch):
+                callbacks.held(epoch)
+            case Stranded(epoch=epoch):
+                callbacks.stopped(
+                    f"no map has followed that of epoch {epoch}, though a step was invalidated"
+                )
+            case Fenced(epoch=epoch):
+                callbacks.stopped(f"the map of epoch {epoch} leaves this rank out")

@@ -61,16 +61,18 @@ from gpu_worker.engine.kv_blocks import KvBlocks
 from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.logprobs import StepScores
 from gpu_worker.engine.no_kv_replication import NoKvReplication
-from gpu_worker.engine.projected_state import (
-    ProjectedState,
-    current_state,
-    depends_on_tokens,
-    projected_after,
-)
+from gpu_worker.engine.projected_state import ProjectedState, current_state
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
 from gpu_worker.engine.sequence_blocks import SequenceBlocks
-from gpu_worker.engine.step_plan import Chunk, ScoredRows, StepPlan, build_plan
+from gpu_worker.engine.step_plan import (
+    Chunk,
+    ScoredRows,
+    StepPlan,
+    build_plan,
+    depends_on_tokens,
+    projected_after,
+)
 from shared.errors import GrammarError
 from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import Load, SessionTokens, Submit, TokenLogprob

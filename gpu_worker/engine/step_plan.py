@@ -1,7 +1,9 @@
-"""What a scheduler decided for one step, and the batch that it amounts to."""
+"""What the scheduler decided for one step, the batch to compute for it, and what it leaves for the
+step after it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,13 +12,13 @@ import numpy as np
 
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.kv_blocks import KvBlocks
-from gpu_worker.engine.projected_state import KNOWN, ProjectedState
+from gpu_worker.engine.projected_state import KNOWN, ProjectedState, current_state
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_batch import StepBatch
 
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a sequence, as it is projected then."""
+    """The next `num_tokens` uncomputed tokens of a sequence, whose state is `projected` then."""
 
     sequence: Sequence
     num_tokens: int
@@ -24,8 +26,8 @@ class Chunk(NamedTuple):
 
 
 class ScoredRows(NamedTuple):
-    """Rows whose logits tell how likely the prompt's tokens `targets` were: those from the prompt's
-    token `first` on."""
+    """Rows whose logits give the probabilities of the prompt's tokens `targets`; `first` is the
+    index of the first of them in the prompt."""
 
     sequence: Sequence
     first: int
@@ -35,9 +37,9 @@ class ScoredRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """`draws[i]` and `sampled[i]` belong to row i of the wanted logits; the rows of `scored`
-    follow them, in order. A token id of -1 - r in the batch is the one that the step before samples
-    in its row r."""
+    """`draws[i]` and `sampled[i]` belong to row i of the wanted logits. The rows of `scored` follow
+    them, in order. A token id of -1 - r in the batch stands for the token that the step before
+    samples in its row r."""
 
     batch: StepBatch
     chunks: tuple[Chunk, ...]
@@ -92,6 +94,34 @@ def build_plan(
     )
 
 
+def projected_after(
+    before: StepPlan, running: Iterable[Sequence]
+) -> dict[Sequence, ProjectedState]:
+    """The state of each running sequence after the step `before`, without those that this step
+    ends whatever it samples. An end token may still end others."""
+    chunks = {chunk.sequence: chunk for chunk in before.chunks}
+    rows = {sequence: row for row, sequence in enumerate(before.sampled)}
+    result: dict[Sequence, ProjectedState] = {}
+    for sequence in running:
+        if (chunk := chunks.get(sequence)) is None:
+            result[sequence] = current_state(sequence)
+            continue
+        num_tokens = chunk.projected.num_tokens
+        num_computed = chunk.projected.num_computed + chunk.num_tokens
+        if (row := rows.get(sequence)) is None:
+            result[sequence] = ProjectedState(num_tokens, num_computed)
+        elif not sequence.is_full_at(num_tokens + 1):
+            result[sequence] = ProjectedState(num_tokens + 1, num_computed, row)
+    return result
+
+
+def depends_on_tokens(before: StepPlan) -> bool:
+    """Whether the step after this one can be planned only once this one's tokens are known."""
+    return bool(before.scored) or any(
+        s.matcher is not None or s.token_counts is not None for s in before.sampled
+    )
+
+
 def _draw(sequence: Sequence, num_tokens: int) -> Draw:
     return Draw(
         sequence.sampling,
@@ -103,8 +133,8 @@ def _draw(sequence: Sequence, num_tokens: int) -> Draw:
 
 
 def _scored_rows(sequence: Sequence, begin: int, end: int) -> ScoredRows | None:
-    """Those of positions begin … end-1 that tell of a prompt's token that is not scored yet: the
-    row of position p tells of token p + 1."""
+    """The rows of positions begin … end-1 that score a prompt's token which is not scored yet. The
+    row of position p scores token p + 1."""
     begin = max(begin, sequence.num_scored)
     end = min(end, sequence.num_prompt - 1)
     if begin >= end:

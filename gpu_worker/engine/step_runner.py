@@ -1,14 +1,17 @@
-"""What computes the steps that the engine schedules: a model over an exchange on CPUs, captured
-graphs on CUDA. When a step runs is the engine's; what it holds is the scheduler's."""
+"""Computes the steps: a model over an exchange on CPUs, captured graphs on CUDA. The engine decides
+when a step runs, and the scheduler what it contains."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from gpu_worker.engine.logprobs import StepScores, score_step
+from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.sampler import sample
 from gpu_worker.engine.step_batch import Model
 from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.exchange.interface import Exchange
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Step
@@ -16,7 +19,7 @@ from shared.types import Epoch, Step
 
 class StepResult(NamedTuple):
     """`ids[i]` is the token of the plan's sampled sequence i, or `sampler.NO_TOKEN`. `any_work` is
-    false where all members sleep after this step; the same answer on every rank."""
+    false if all members sleep after this step; it is the same on every rank."""
 
     ids: list[int]
     scores: StepScores
@@ -28,8 +31,8 @@ class StepRunner(Protocol):
 
     @property
     def counts_across_epochs(self) -> bool:
-        """Whether step numbers go on from one map to the next: ranks meet by counting then, and a
-        Wake holds whatever the epoch."""
+        """Whether step numbers go on from one map to the next. Ranks meet by counting then, and a
+        Wake is valid in any epoch."""
         ...
 
     def can_run_ahead_of(self, plan: StepPlan) -> bool:
@@ -37,30 +40,42 @@ class StepRunner(Protocol):
         ...
 
     def prepare_to_adopt(self, expert_map: ExpertMap) -> bool:
-        """Nothing in flight. Does what has to be done under the old map first, and says whether
-        `adopt` need not wait for what peers say of this one: adopt it then, or ask again."""
+        """Does what must be done under the old map first. Nothing is in flight. True: call `adopt`,
+        which need not wait for the peers any more. False: ask again later."""
         ...
 
     def adopt(self, expert_map: ExpertMap) -> Step:
-        """Use this map from now on; returns the number of its first step. The rank must be one of
-        its members, with every member's link open. Raises StepAbandoned where a newer map has
-        arrived meanwhile."""
+        """Uses this map from now on; returns the number of its first step. This rank must be one of
+        its members, and every member's link open. Raises StepAbandoned if a newer map has arrived
+        meanwhile."""
         ...
 
     def claim_step(self) -> bool:
-        """Whether a step may begin now. True obliges to call `begin` next."""
+        """Whether a step may begin now. If true, the caller must call `begin` next."""
         ...
 
     def claim_ahead(self) -> bool:
-        """Whether one more may begin now, while one is in flight. True obliges likewise."""
+        """Whether one more may begin while one is in flight. If true, the caller must call
+        `begin` next."""
         ...
 
     def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None: ...
 
     def end(self) -> StepResult:
-        """Of the first step in flight. Raises StepAbandoned: the plans of all that are in flight
-        are to be thrown away, and a newer map awaited."""
+        """Waits for the first step in flight. Raises StepAbandoned: the caller abandons the plans
+        of all steps in flight and waits for a newer map."""
         ...
+
+
+class RunnerParts(NamedTuple):
+    """`barrier_driver` is None if messages carry the epoch, so that ranks need not count graphs."""
+
+    runner: StepRunner
+    barrier_driver: GraphBarrierDriver | None = None
+
+
+MakeRunner = Callable[[EngineMonitor, GraphBarrierCallbacks], RunnerParts]
+"""Called once, on the event loop."""
 
 
 class ModelRunner:

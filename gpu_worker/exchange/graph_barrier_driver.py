@@ -30,23 +30,26 @@ class GraphBarrierCallbacks:
     wake: Callable[[Step], None]  # of all other members
     notify_engine: Callable[[], None]  # the engine looks again whether it may go on
     on_undeliverable: Callable[[Epoch], None]  # nobody can deliver a step of this map any more
-    leave: Callable[[str], None]
+    on_failed: Callable[[str], None]  # this incarnation cannot go on, and why
 
 
 class GraphBarrierDriver:
-    def __init__(self, member: Member, release: Release, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        member: Member,
+        release: Release,
+        loop: asyncio.AbstractEventLoop,
+        callbacks: GraphBarrierCallbacks,
+    ) -> None:
         self._barrier = GraphBarrier(member)
         self._release = release
         self._loop = loop
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._lock = threading.Lock()
-        self._callbacks: GraphBarrierCallbacks | None = None
+        self._callbacks = callbacks
         self._newest: ExpertMap | None = None
         self._peers: frozenset[Member] = frozenset()
         self._awaited_epoch: Epoch | None = None
-
-    def attach(self, callbacks: GraphBarrierCallbacks) -> None:
-        self._callbacks = callbacks
 
     # On the event loop ---------------------------------------------------------------------------
 
@@ -61,7 +64,8 @@ class GraphBarrierDriver:
         with self._lock:
             effects = self._barrier.on_map(expert_map)
         if effects.leave:
-            self._attached.leave(f"the map of epoch {expert_map.epoch} begins anew with this rank")
+            reason = f"the map of epoch {expert_map.epoch} begins anew with this rank"
+            self._callbacks.on_failed(reason)
             return
         self._peers = frozenset(expert_map.members) - {own}
         self._send_own_update()
@@ -92,7 +96,7 @@ class GraphBarrierDriver:
 
     def _on_release_done(self, done: Future[None]) -> None:
         if (error := done.exception()) is not None:
-            self._loop.call_soon_threadsafe(self._attached.leave, f"the card fails: {error}")
+            self._loop.call_soon_threadsafe(self._callbacks.on_failed, f"the card fails: {error}")
 
     def on_update(self, update: GraphBarrierUpdate) -> None:
         with self._lock:
@@ -101,7 +105,7 @@ class GraphBarrierDriver:
 
     def handshake(self, peer: Member) -> None:
         """A link to this peer has been opened; what was said before may not have reached it."""
-        self._attached.send_update(self._barrier.own, [peer])
+        self._callbacks.send_update(self._barrier.own, [peer])
 
     def notify_when_undeliverable(self, epoch: Epoch) -> None:
         """Answered by `on_undeliverable` once no living member can deliver a step of this map."""
@@ -189,17 +193,12 @@ class GraphBarrierDriver:
 
     # ---------------------------------------------------------------------------------------------
 
-    @property
-    def _attached(self) -> GraphBarrierCallbacks:
-        assert self._callbacks is not None, "attach comes first"
-        return self._callbacks
-
     def _wake_others(self, launched: int) -> None:
-        self._attached.wake(Step(launched))
+        self._callbacks.wake(Step(launched))
         self._send_own_update()
 
     def _send_own_update(self) -> None:
-        self._attached.send_update(self._barrier.own, self._peers)
+        self._callbacks.send_update(self._barrier.own, self._peers)
         self._check_progress()
 
     def _check_progress(self) -> None:
@@ -213,5 +212,5 @@ class GraphBarrierDriver:
             self._wake_others(launched)
         if clear and self._awaited_epoch is not None:
             held, self._awaited_epoch = self._awaited_epoch, None
-            self._attached.on_undeliverable(held)
-        self._attached.notify_engine()
+            self._callbacks.on_undeliverable(held)
+        self._callbacks.notify_engine()

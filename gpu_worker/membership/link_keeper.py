@@ -1,5 +1,6 @@
-"""Keeps the outgoing links of this rank open: the control connection to each peer, the proof that
-it lives, the first contact over the data network. What a broken link means is not decided here."""
+"""Keeps the outgoing links of this rank open: to each peer a control connection, a check that the
+peer answers, and the first contact over the data network. Does not decide what a broken link
+means."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -26,13 +26,17 @@ BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 1.0
 
 
-class DataPath(Protocol):
-    """The transfer side of a link. See `exchange.links.TransferEndpoint`."""
+class DataEndpoint(Protocol):
+    """This rank's end of the data network. See `exchange.links.TransferEndpoint`."""
 
     @property
     def name(self) -> str: ...
 
     def next_generation(self, target: Member) -> int: ...
+
+    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
+        """Memory for the peer `source` to write into: its address and its size in bytes."""
+        ...
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         """First contact, blocking. Raises ValueError, ConnectionError, TimeoutError."""
@@ -45,28 +49,23 @@ class DataPath(Protocol):
     def forget(self, member: Member) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkEvents:
-    """Called on the event loop."""
-
-    opened: Callable[[Member], None]
-    broken: Callable[[Member, str], None]
-
-
 class LinkKeeper:
-    """One task per peer, from its record's appearance until `close`."""
+    """One task per peer, from `open` to `close`."""
 
     def __init__(
         self,
         *,
         member: Member,
-        endpoint: DataPath,
-        events: LinkEvents,
+        endpoint: DataEndpoint,
+        opened: Callable[[Member], None],
+        broken: Callable[[Member, str], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
+        """`opened` and `broken` are called on the event loop."""
         self._member = member
         self._endpoint = endpoint
-        self._events = events
+        self._opened = opened
+        self._broken = broken
         self._tasks = tasks
         self._running: dict[Member, asyncio.Task[None]] = {}
         self._writers: dict[Member, asyncio.StreamWriter] = {}
@@ -82,12 +81,12 @@ class LinkKeeper:
         self._endpoint.forget(peer)
 
     def wake(self, peers: Iterable[Member], epoch: Epoch, step: Step) -> None:
-        """Tell the peers that a step has work."""
+        """Tells the peers that a step has work."""
         me = self._member
-        self.tell(Wake(rank=me.rank, incarnation=me.incarnation, epoch=epoch, step=step), peers)
+        self.send(Wake(rank=me.rank, incarnation=me.incarnation, epoch=epoch, step=step), peers)
 
-    def tell(self, message: Message, peers: Iterable[Member]) -> None:
-        """Those of them to whom a link is open."""
+    def send(self, message: Message, peers: Iterable[Member]) -> None:
+        """To those of them whose link is open."""
         frame = encode(message)
         for peer in peers:
             writer = self._writers.get(peer)
@@ -105,13 +104,13 @@ class LinkKeeper:
                 detail = str(error) or type(error).__name__
             log_at_level = log.info if backoff_s == BACKOFF_MIN_S else log.debug
             log_at_level("link_broken", peer=str(peer.member), detail=detail)
-            self._events.broken(peer.member, detail)
+            self._broken(peer.member, detail)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
     @asynccontextmanager
     async def _open(self, peer: RankRecord) -> AsyncIterator[asyncio.StreamReader]:
-        """The control connection of a link that is open while this lasts."""
+        """Opens the link for as long as the context lasts; yields its control connection."""
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(peer.control_host, peer.control_port)
         try:
@@ -120,14 +119,14 @@ class LinkKeeper:
                 await asyncio.to_thread(self._endpoint.connect, region, peer)
             self._writers[peer.member] = writer
             log.info("link_open", peer=str(peer.member))
-            self._events.opened(peer.member)
+            self._opened(peer.member)
             yield reader
         finally:
             self._writers.pop(peer.member, None)
             writer.close()
 
     async def _wait_until_broken(self, peer: Member, reader: asyncio.StreamReader) -> str:
-        """Until the control connection ends or the data path fails; says which."""
+        """Returns which has failed: the control connection or the data path."""
         ended = asyncio.ensure_future(read_message(reader))
         try:
             while self._endpoint.is_open(peer):
@@ -142,8 +141,8 @@ class LinkKeeper:
     async def _handshake(
         self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> RegionOpened:
-        """First contact over the data network only after the peer's own heart has answered: with a
-        hung peer it would block for a minute."""
+        """Asks for a region to write to. The peer's event loop must have answered before the first
+        contact over the data network, which would block for a minute if the peer hangs."""
         await handshake(peer, self._member, reader, writer)
         writer.write(
             encode(

@@ -1,19 +1,22 @@
-"""Feeds the rank's membership with what etcd, the links, the loader and the engine report, and
-performs its actions. It decides nothing."""
+"""Feeds `RankMembership` with what etcd, the links, the loader and the engine report, and performs
+its actions. Decides nothing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import structlog
 
-from gpu_worker.membership.link_keeper import LinkKeeper
+from gpu_worker.engine.engine_client import EngineClient
+from gpu_worker.engine.mailbox import Suspect
+from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
+    AnnounceMap,
     CloseLink,
+    DeclareDead,
     HoldEngine,
     Leave,
     LoadSlots,
@@ -32,13 +35,14 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Snapshot, Store, WatchEvent
-from shared.types import Epoch, Member, RankId, Step, SuspicionReason
+from shared.types import Epoch, Member, Step, SuspicionReason
+from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
 
 
 class SlotLoader(Protocol):
-    """Loads experts into slots; blocking, called off the event loop."""
+    """Loads experts into slots. Blocks, so it is called off the event loop."""
 
     def load(self, wanted: Placement) -> Placement:
         """Makes the slots hold `wanted`; returns what they hold. Raises CheckpointError."""
@@ -46,22 +50,11 @@ class SlotLoader(Protocol):
 
 
 class PeerReplication(Protocol):
-    """Replicas of KV blocks that are kept for peers, and by them."""
+    """KV replicas that this rank keeps for its peers, and they for it."""
 
     def keep(self, peer: RankRecord) -> None: ...
 
     def close(self, peer: Member) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCallbacks:
-    """How maps, holds and verdicts on peers reach the engine, and how the rank ends."""
-
-    on_map_seen: Callable[[ExpertMap], None]
-    enqueue_map: Callable[[ExpertMap], None]
-    hold: Callable[[Epoch], None]
-    declare_dead: Callable[[Member, Epoch], None]
-    leave: Callable[[str], None]
 
 
 class MembershipDriver:
@@ -76,10 +69,14 @@ class MembershipDriver:
         membership: RankMembership,
         leased: LeasedKeys,
         loader: SlotLoader,
-        engine: EngineCallbacks,
+        endpoint: DataEndpoint,
+        engine: EngineClient,
+        replication: PeerReplication | None,
+        leave: Callable[[str], None],
         tasks: asyncio.TaskGroup,
         suspicion_interval_s: float,
     ) -> None:
+        """`leave` ends the rank, for the reason given. `tasks` owns what `start` begins."""
         self._store = store
         self._keys = keys
         self._clock = clock
@@ -87,60 +84,80 @@ class MembershipDriver:
         self._leased = leased
         self._loader = loader
         self._engine = engine
+        self._replication = replication
+        self._leave = leave
         self._tasks = tasks
         self._suspicion_interval_s = suspicion_interval_s
         self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
-        self._links: LinkKeeper | None = None
-        self._replication: PeerReplication | None = None
+        self._links = LinkKeeper(
+            member=membership.record.member,
+            endpoint=endpoint,
+            opened=self._on_link_opened,
+            broken=self._on_link_broken,
+            tasks=tasks,
+        )
 
-    def attach_links(self, links: LinkKeeper, replication: PeerReplication | None = None) -> None:
-        self._links = links
-        self._replication = replication
+    def start(self, control_port: int) -> None:
+        """Registers this incarnation, which listens on that port, and follows the instance."""
+        self._perform(self._membership.on_listening(control_port))
+        self._tasks.create_task(self._leased.write())
+        self._tasks.create_task(self._keep_lease())
+        self._tasks.create_task(self._watch())
+
+    def on_adopted(self, expert_map: ExpertMap) -> None:
+        self._perform(self._membership.on_adopted(expert_map))
+
+    def on_held(self, epoch: Epoch) -> None:
+        self._perform(self._membership.on_held(epoch))
+
+    def on_engine_stopped(self, reason: str) -> None:
+        self._perform(self._membership.on_engine_stopped(reason))
+
+    def on_suspect(self, suspect: Suspect) -> None:
+        """Ignored if no peer of this rank is in the engine's map any more."""
+        peer = next((m for m in self._other_members if m.rank == suspect.rank), None)
+        if peer is not None:
+            self._suspect(peer, suspect.reason, suspect.epoch, suspect.step, suspect.detail)
+
+    def send_wake(self, epoch: Epoch, step: Step) -> None:
+        """Tells all other members that this step has work."""
+        self._links.wake(self._other_members, epoch, step)
+
+    def send_update(self, update: GraphBarrierUpdate, peers: Iterable[Member]) -> None:
+        self._links.send(update, peers)
 
     @property
-    def other_members(self) -> tuple[Member, ...]:
-        """The peers in the map under which the engine runs."""
+    def _other_members(self) -> tuple[Member, ...]:
+        """The peers in the newest map that the engine may adopt."""
         newest, me = self._membership.expert_map, self._membership.record.member
         return tuple(m for m in newest.members if m != me) if newest is not None else ()
 
-    def member_of(self, rank: RankId) -> Member | None:
-        return next((m for m in self.other_members if m.rank == rank), None)
-
-    async def watch(self) -> None:
-        """Follows everything of the instance, for ever."""
+    async def _watch(self) -> None:
+        """Follows everything of the instance. Never returns."""
         async for seen in self._store.watch(self._keys.serving):
             if isinstance(seen, Snapshot):
                 self._on_snapshot(seen)
             else:
                 self._on_event(seen)
 
-    async def keep_lease(self) -> None:
-        """That of the agent first, and another after each that is lost: a stalled etcd may expire
-        healthy leases, and only a verdict ends an incarnation."""
+    async def _keep_lease(self) -> None:
+        """The agent's lease first, and another one after each that is lost: a stalled etcd may
+        expire healthy leases, and only a verdict ends an incarnation."""
         while True:
             await self._leased.keep_alive()
-            self.perform(self._membership.on_lease_granted(await self._leased.renew()))
+            self._perform(self._membership.on_lease_granted(await self._leased.renew()))
 
-    def register(self) -> None:
-        """Says for the first time that this incarnation is here."""
-        self.perform([PutRecord(record=self._membership.record)])
+    def _on_link_opened(self, peer: Member) -> None:
+        self._engine.on_link_opened(peer)
+        self._perform(self._membership.on_link_opened(peer))
 
-    def on_link_opened(self, peer: Member) -> None:
-        self.perform(self._membership.on_link_opened(peer))
+    def _on_link_broken(self, peer: Member, detail: str) -> None:
+        self._perform(self._membership.on_link_broken(peer, detail))
 
-    def on_link_broken(self, peer: Member, detail: str) -> None:
-        self.perform(self._membership.on_link_broken(peer, detail))
-
-    def on_adopted(self, expert_map: ExpertMap) -> None:
-        self.perform(self._membership.on_adopted(expert_map))
-
-    def on_held(self, epoch: Epoch) -> None:
-        self.perform(self._membership.on_held(epoch))
-
-    def suspect(
+    def _suspect(
         self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
     ) -> None:
-        """One suspicion to etcd; the same again only after a while."""
+        """Publishes a suspicion. The same one is published again only after an interval."""
         now = self._clock.now()
         last = self._suspected_at.get((peer, reason), -1e9)
         if now - last < self._suspicion_interval_s:
@@ -161,18 +178,18 @@ class MembershipDriver:
         key = self._keys.suspicion(peer.rank, peer.incarnation, f"rank-{me}")
         self._leased.put(key, pack(suspicion))
 
-    def perform(self, actions: list[MembershipAction]) -> None:
+    def _perform(self, actions: list[MembershipAction]) -> None:
         for action in actions:
             self._perform_one(action)
 
     def _perform_one(self, action: MembershipAction) -> None:
         match action:
             case OpenLink(peer=peer):
-                self._link_keeper.open(peer)
+                self._links.open(peer)
                 if self._replication is not None:
                     self._replication.keep(peer)
             case CloseLink(peer=peer):
-                self._link_keeper.close(peer)
+                self._links.close(peer)
                 if self._replication is not None:
                     self._replication.close(peer)
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
@@ -187,29 +204,28 @@ class MembershipDriver:
                 self._leased.put(
                     self._keys.resident(contents.rank, contents.incarnation), pack(contents)
                 )
+            case AnnounceMap(expert_map=expert_map):
+                self._engine.announce_map(expert_map)
             case AdoptMap(expert_map=expert_map):
-                self._engine.enqueue_map(expert_map)
+                self._engine.adopt_map(expert_map)
+            case DeclareDead(peer=peer, epoch=epoch):
+                self._engine.declare_dead(peer, epoch)
             case SuspectPeer(peer=peer, reason=reason, detail=detail):
                 newest = self._membership.expert_map
                 epoch = newest.epoch if newest else Epoch(0)
-                self.suspect(peer, reason, epoch, Step(0), detail)
+                self._suspect(peer, reason, epoch, Step(0), detail)
             case Leave(reason=reason):
-                self._engine.leave(reason)
-
-    @property
-    def _link_keeper(self) -> LinkKeeper:
-        assert self._links is not None, "attach_links comes before watch"
-        return self._links
+                self._leave(reason)
 
     async def _load(self, wanted: Placement) -> None:
         try:
             residents = await asyncio.to_thread(self._loader.load, wanted)
         except CheckpointError as error:
-            # It ends the rank: no slot is filled with something else. Its next incarnation tries
-            # again.
+            # This ends the rank, and its next incarnation tries again: a slot is never filled with
+            # something else.
             log.error("slots_not_loaded", detail=str(error))
             raise
-        self.perform(self._membership.on_slots_loaded(residents))
+        self._perform(self._membership.on_slots_loaded(residents))
 
     @property
     def _own_key(self) -> str:
@@ -230,7 +246,7 @@ class MembershipDriver:
             self._leased.recheck_lease()
         for peer in self._membership.peers:
             if self._keys.rank(peer.rank, peer.incarnation) not in present:
-                self.perform(self._membership.on_peer_gone(peer.member))
+                self._perform(self._membership.on_peer_gone(peer.member))
 
     def _on_event(self, event: WatchEvent) -> None:
         if event.value is not None:
@@ -240,20 +256,18 @@ class MembershipDriver:
         elif event.key.startswith(self._keys.ranks):
             for peer in self._membership.peers:
                 if self._keys.rank(peer.rank, peer.incarnation) == event.key:
-                    self.perform(self._membership.on_peer_gone(peer.member))
+                    self._perform(self._membership.on_peer_gone(peer.member))
 
     def _on_value(self, key: str, value: bytes) -> None:
         try:
-            self.perform(self._actions_of(key, value))
+            self._perform(self._feed_membership(key, value))
         except WireError as error:
             log.error("malformed_value", key=key, detail=str(error))
 
-    def _actions_of(self, key: str, value: bytes) -> list[MembershipAction]:
+    def _feed_membership(self, key: str, value: bytes) -> list[MembershipAction]:
         keys, membership = self._keys, self._membership
         if key == keys.map:
-            expert_map = unpack_map(value)
-            self._engine.on_map_seen(expert_map)
-            return membership.on_map(expert_map)
+            return membership.on_map(unpack_map(value))
         if key.startswith(keys.ranks):
             return membership.on_peer_record(unpack(value, RankRecord))
         if key.startswith(keys.assignments):
@@ -261,7 +275,5 @@ class MembershipDriver:
         if key.startswith(keys.verdicts):
             verdict = unpack(value, Verdict)
             dead = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-            if dead != membership.record.member:
-                self._engine.declare_dead(dead, verdict.epoch)
-            return membership.on_verdict(dead)
+            return membership.on_verdict(dead, verdict.epoch)
         return []

@@ -1,31 +1,35 @@
-"""Where this incarnation stands in the instance: which links to open, what to load, what to tell
-etcd, when a map may be adopted, and when to leave. Pure: events in, actions out.
+"""The membership of this incarnation in its instance: which links to open, what to load, what to
+publish in etcd, when the engine may adopt a map, and when to leave. Pure: events in, actions out.
 
-Theory of operation. A rank learns of its peers by their records, opens a link to each, and says in
-its own record which are open. It loads what the control plane assigns and says what it holds. The
-control plane puts it into a map only after both, so that adopting a map hardly ever waits. A map
-reaches the engine when every member's link is open and the own slots hold what it says; until then
-it is held back, newest first. They may not: an assignment that was replaced before its load ended
-has overwritten what the control plane takes for resident.
+Theory of operation. A rank learns of its peers from their records. It opens a link to each, and its
+own record lists the links that are open. It loads what the control plane assigns and publishes what
+its slots hold. The control plane puts it into a map only after both, so adopting a map rarely
+waits. The engine may adopt a map once every member's link is open and the own slots hold what the
+map says. Until then the map is held back, and a newer one replaces it. The slots may differ from
+the map: an assignment that was replaced before its load ended has overwritten what the control
+plane takes for resident.
 
-    event                  what follows
+    event                  actions
+    server listens         our record, for the first time
     peer's record appears  OpenLink
-    peer's record goes     CloseLink, and the link leaves our record; for a member only once a map
-                           leaves it out (its lease may have expired though it lives)
-    link opened            our record again; a held map may go to the engine
+    peer's record goes     CloseLink, and our record without the link. For a member only once a map
+                           leaves it out: its lease may have expired although it runs
+    link opened            our record again; AdoptMap, if a held map can be adopted now
     link broken            SuspectPeer(LINK) if it is a member; our record again
-    assignment             LoadSlots of what differs, one load at a time. Where it takes a slot that
-                           the engine's map names, first HoldEngine: either a newer map empties the
-                           slot, which the engine may not be able to adopt any more, or an orphan
-                           replaces a surplus replica after a death; no step can complete anyway.
-                           Where messages carry no epoch (`peers_may_lag`), peers that still run an
-                           older map use the slot as well: there a member always holds first
-    slots loaded           residents again; a held map may go to the engine; LoadSlots if the
-                           assignment moved meanwhile
-    map                    AdoptMap, or held back; LoadSlots of what it says, where that is not held
+    assignment             LoadSlots of what differs, one load at a time. HoldEngine first, if it
+                           takes a slot that the engine's map names. Either a newer map empties the
+                           slot, and the engine may be unable to adopt it, or an orphan replaces a
+                           surplus replica after a death; no step can complete anyway. If messages
+                           carry no epoch (`peers_may_lag`), peers that still run an older map use
+                           the slot as well, so a member always holds first
+    slots loaded           residents again; AdoptMap, if a held map can be adopted now; LoadSlots if
+                           the assignment has changed meanwhile
+    map                    AnnounceMap; AdoptMap, or held back; LoadSlots of what it says, if the
+                           slots do not hold it. Leave, if it says that this incarnation is dead
     engine adopted a map   LoadSlots that waited for it
     engine held            LoadSlots that waited for it
-    map or verdict         Leave, where it says that this incarnation is dead
+    engine stopped         Leave
+    verdict                on a peer DeclareDead, on this incarnation Leave
     another lease granted  our record and residents again
 """
 
@@ -60,7 +64,7 @@ class LoadSlots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldEngine:
-    """No more steps under the map of `epoch` or an older one; then call `on_held`."""
+    """Run no more steps under the map of `epoch` or an older one; then call `on_held`."""
 
     epoch: Epoch
 
@@ -79,8 +83,27 @@ class PutResidents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdoptMap:
+class AnnounceMap:
+    """A newer map with this rank is published. `AdoptMap` follows, unless a yet newer map comes
+    first. Ranks that count graphs must know of it at once: it decides what they launch next."""
+
     expert_map: ExpertMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptMap:
+    """The engine may adopt this map now."""
+
+    expert_map: ExpertMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclareDead:
+    """A verdict on a peer: no step waits for it any more. The map of `epoch`, which may not be
+    here yet, is without it."""
+
+    peer: Member
+    epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +115,7 @@ class SuspectPeer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
-    """This incarnation is fenced: drop the work and exit."""
+    """This incarnation is fenced or cannot go on: drop the work and exit."""
 
     reason: str
 
@@ -104,18 +127,21 @@ MembershipAction = (
     | HoldEngine
     | PutRecord
     | PutResidents
+    | AnnounceMap
     | AdoptMap
+    | DeclareDead
     | SuspectPeer
     | Leave
 )
 
 
 class RankMembership:
-    """The state behind the table above."""
+    """Holds the state of the table above."""
 
     def __init__(
         self, record: RankRecord, residents: Placement, *, peers_may_lag: bool = False
     ) -> None:
+        """`record` is what the rank publishes of itself; its port is not known yet."""
         self.record = record
         self._peers_may_lag = peers_may_lag
         self._member = record.member
@@ -141,6 +167,11 @@ class RankMembership:
     def peers(self) -> tuple[RankRecord, ...]:
         return tuple(self._peers.values())
 
+    def on_listening(self, control_port: int) -> list[MembershipAction]:
+        """The control server accepts connections."""
+        self.record = replace(self.record, control_port=control_port)
+        return [PutRecord(record=self.record)]
+
     def on_peer_record(self, record: RankRecord) -> list[MembershipAction]:
         peer = record.member
         if peer == self._member or peer.rank == self._member.rank:
@@ -163,8 +194,8 @@ class RankMembership:
         return self._publish_links() + self._adopt_if_able()
 
     def on_link_broken(self, peer: Member, detail: str) -> list[MembershipAction]:
-        """An open link failed, or could not be opened; the driver keeps trying while the peer's
-        record stands."""
+        """An open link failed, or could not be opened. The link keeper tries again until the peer's
+        record is gone."""
         if peer not in self._peers:
             return []
         newest, was_open = self._held_map or self._map, peer in self._open
@@ -200,6 +231,11 @@ class RankMembership:
         self._engine_held_epoch = max(self._engine_held_epoch, epoch)
         return self._load_if_needed()
 
+    def on_engine_stopped(self, reason: str) -> list[MembershipAction]:
+        """The engine, or the barrier that it meets its peers by, cannot go on in this
+        incarnation."""
+        return [Leave(reason=reason)]
+
     def on_map(self, expert_map: ExpertMap) -> list[MembershipAction]:
         newest = self._held_map or self._map
         if newest is not None and expert_map.epoch <= newest.epoch:
@@ -207,20 +243,26 @@ class RankMembership:
         if expert_map.has(self._member):
             self._was_member = True
             self._held_map = expert_map
-            return self._drop_gone() + self._adopt_if_able() + self._load_if_needed()
+            return [
+                AnnounceMap(expert_map=expert_map),
+                *self._drop_gone(),
+                *self._adopt_if_able(),
+                *self._load_if_needed(),
+            ]
         successor = expert_map.incarnation_of(self._member.rank)
         if self._was_member or (successor or 0) > self._member.incarnation:
             return [Leave(reason=f"the map of epoch {expert_map.epoch} leaves this rank out")]
         self._map = expert_map
         return self._drop_gone() + self._load_if_needed()
 
-    def on_verdict(self, member: Member) -> list[MembershipAction]:
+    def on_verdict(self, member: Member, epoch: Epoch) -> list[MembershipAction]:
+        """The map of `epoch` is the first without this member."""
         if member != self._member:
-            return []
+            return [DeclareDead(peer=member, epoch=epoch)]
         return [Leave(reason="the control plane declared this rank dead")]
 
     def on_lease_granted(self, lease_id: int) -> list[MembershipAction]:
-        """Everything that stood under the old lease stands under this one now."""
+        """The keys of the old lease are gone; publish them again under this one."""
         self.record = replace(self.record, lease_id=lease_id)
         return [
             PutRecord(record=self.record),
@@ -289,7 +331,7 @@ class RankMembership:
         return [LoadSlots(wanted=np.where(missing, row, self._residents))]
 
     def _missing_slots(self, expert_map: ExpertMap) -> NDArray[np.bool_]:
-        """Own slots that do not hold, or may not hold any more, what the map says."""
+        """Own slots that do not hold what the map says, or may not hold it any more."""
         row = expert_map.placement[:, self._member.rank]
         unsure: NDArray[np.bool_] = row != self._residents
         if self._loading is not None:
@@ -304,7 +346,8 @@ class RankMembership:
         return self._names(adopted, differs)
 
     def _may_be_used_by_peers(self, last: Epoch) -> bool:
-        """Whether a peer may still run a map that names such a slot, `last` being the last one."""
+        """Whether a peer may still run a map that names such a slot. `last` is the last such
+        map."""
         return self._peers_may_lag and self._adopted is not None and self._engine_held_epoch < last
 
     def _names(self, expert_map: ExpertMap, slots: NDArray[np.bool_]) -> bool:

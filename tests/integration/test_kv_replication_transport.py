@@ -235,7 +235,7 @@ def test_a_stopped_target_holds_nobody_up_and_is_of_use_again_when_it_goes_on(
 
 @pytest.mark.parametrize(
     ("of_target", "why"),
-    [({"layout": "other"}, "of no use"), ({"keeps": False}, "keeps no copies")],
+    [({"layout": "other"}, "of no use"), ({"keeps": False}, "keeps no KV replicas")],
 )
 def test_a_peer_that_keeps_none_says_why(start: Start, of_target: dict[str, Any], why: str) -> None:
     source, target = start(0), start(1, **of_target)

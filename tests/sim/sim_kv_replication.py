@@ -104,8 +104,8 @@ class KvReplicaHub:
 
 
 class SimKvReplicator:
-    """Implements `rank.Copies`. Channels open by themselves: what ranks say to each other over a
-    real one is not simulated."""
+    """Implements `rank.KvReplicaEndpoint`. Channels open by themselves: what ranks say to each
+    other over a real one is not simulated."""
 
     def __init__(self, hub: KvReplicaHub, member: Member, block_bytes: int) -> None:
         self._hub = hub

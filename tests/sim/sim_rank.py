@@ -10,9 +10,11 @@ from typing import Any
 import greenlet
 
 from gpu_worker.config import ExchangeKind, RankConfig
-from gpu_worker.engine.step_runner import ModelRunner
+from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from gpu_worker.exchange.interface import StepMonitor
-from gpu_worker.rank import Hardware, Rank, RankParts
+from gpu_worker.kv_replication.writer import ReplicaWriter
+from gpu_worker.rank import Hardware, KvReplication, Rank, RankParts
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
@@ -37,7 +39,8 @@ class SimClock:
 
 
 class GreenletHost:
-    """Implements `rank.EngineHost` and its Waiter. The engine blocks by switching to the loop."""
+    """Implements `engine_client.EngineHost` and its Waiter. The engine blocks by switching to the
+    loop."""
 
     def __init__(self, loop: SimLoop, process: SimProcess) -> None:
         self._loop = loop
@@ -108,7 +111,7 @@ class GreenletHost:
 
 
 class SimEndpoint:
-    """Implements `rank.DataEndpoint` over the simulated exchange."""
+    """Implements `link_keeper.DataEndpoint` over the simulated exchange."""
 
     def __init__(self, hub: SimHub, member: Member) -> None:
         self._hub = hub
@@ -162,10 +165,12 @@ def build_rank(
     clock = SimClock(loop)
     blocks = SimBlockCache(model.keys, config.kv_block_tokens)
 
-    def make_runner(monitor: StepMonitor) -> ModelRunner:
+    def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
         deadline_ms = config.timings.exchange_deadline_ms
-        return ModelRunner(model, hub.exchange(member, monitor, clock, deadline_ms))
+        exchange = hub.exchange(member, monitor, clock, deadline_ms)
+        return RunnerParts(ModelRunner(model, exchange))
 
+    endpoint = copies.endpoint(member, process, blocks.block_bytes)
     return Rank(
         RankParts(
             member=member,
@@ -184,6 +189,8 @@ def build_rank(
                 blocks=blocks,
             ),
             engine_host=host,
-            replication=copies.endpoint(member, process, blocks.block_bytes),
+            replication=KvReplication(
+                endpoint=endpoint, replicator=ReplicaWriter(blocks, endpoint, rank=member.rank)
+            ),
         )
     )

@@ -16,34 +16,27 @@ import numpy as np
 import structlog
 
 from gpu_worker.control_server import ControlServer
+from gpu_worker.engine.engine_client import EngineCallbacks, EngineClient
+from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.kv_replication import Bytes, ReplicaChannel
-from gpu_worker.engine.sequence import Origin
+from gpu_worker.engine.no_kv_replication import NoKvReplication
+from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
+from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
+from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from shared.clock import SystemClock
 from shared.confinement import require_confined
 from shared.records import RankRecord
-from shared.types import Epoch, Member, NodeId, RankId, RankState, Step
-from shared.wire import (
-    Cancel,
-    GraphBarrierUpdate,
-    Load,
-    OpenRegion,
-    Ping,
-    Pong,
-    RegionOpened,
-    StatusQuery,
-    StatusReply,
-    Submit,
-    Wake,
-)
+from shared.types import Member, NodeId, RankId, RankState
+from tests.support.local_exchange import LocalHub
+from tests.unit.gpu_worker.engine.toy import HIDDEN, ToyModel, scheduler
 
 BLOCK_BYTES = 96 << 10
 NUM_SLOTS = 24
 NUM_NAMES = 64  # that a flood uses, over and over
 HOST = "127.0.0.1"
-LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
 POLL_S = 0.001
 
 
@@ -83,48 +76,34 @@ class NamedBlocks:
         raise NotImplementedError
 
 
-class IdleEngine:
-    """Implements `control_server.EngineInterface` and `RegionProvider` as far as copies need
-    them."""
+def idle_engine(member: Member) -> EngineClient:
+    """A real one that nobody starts: links and replicas need its answers to probes alone."""
+    clock = SystemClock()
+    hub = LocalHub(num_ranks=1, hidden_size=HIDDEN, top_k=1)
 
-    def __init__(self, member: Member) -> None:
-        self._member = member
+    def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
+        return RunnerParts(ModelRunner(ToyModel(), hub.exchange(member, monitor, clock, 1e9)))
 
-    def pong(self, ping: Ping) -> Pong:
-        return Pong(
-            nonce=ping.nonce,
-            rank=self._member.rank,
-            incarnation=self._member.incarnation,
-            epoch=Epoch(1),
-            step=Step(0),
-            engine_age_ms=0.0,
-            waiting_for=(),
-            load=LOAD,
-        )
-
-    def drop_origin(self, origin: Origin) -> None:
-        pass
-
-    def submit(self, origin: Origin, submit: Submit) -> bool:
+    def fail(*_: object) -> None:
         raise NotImplementedError
 
-    def cancel(self, cancel: Cancel) -> bool:
-        raise NotImplementedError
-
-    def wake(self, wake: Wake) -> None:
-        raise NotImplementedError
-
-    def on_graph_update(self, news: GraphBarrierUpdate) -> None:
-        raise NotImplementedError
-
-    def status(self, query: StatusQuery) -> StatusReply:
-        raise NotImplementedError
-
-    def load(self) -> Load:
-        raise NotImplementedError
-
-    def open_region(self, request: OpenRegion) -> RegionOpened:
-        raise NotImplementedError
+    return EngineClient(
+        member=member,
+        host=EngineThread(),
+        make_runner=make_runner,
+        scheduler=scheduler(),
+        replicator=NoKvReplication(),
+        clock=clock,
+        callbacks=EngineCallbacks(
+            send_tokens=fail,
+            send_wake=fail,
+            send_update=fail,
+            suspect=fail,
+            adopted=fail,
+            held=fail,
+            stopped=fail,
+        ),
+    )
 
 
 @dataclass
@@ -173,10 +152,7 @@ class _Child:
         )
         require_confined()
         self.copies.open(self.cache, budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES)
-        alive = IdleEngine(member)
-        self.server = ControlServer(
-            member=member, engine=alive, regions=alive, replication=self.copies if keeps else None
-        )
+        self.keeps = keeps
         self.floods: dict[RankId, Flood] = {}
         self.lock = threading.Lock()
         self.verified = [0, 0]  # looked at, wrong
@@ -203,7 +179,13 @@ class _Child:
         )
 
     async def run(self) -> None:
-        port = await self.server.start(HOST, 0)
+        server = ControlServer(
+            member=self.member,
+            engine=idle_engine(self.member),
+            endpoint=self.exchange,
+            replication=self.copies if self.keeps else None,
+        )
+        port = await server.start(HOST, 0)
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             self.copies.start(tasks)

@@ -11,7 +11,7 @@ from shared.wire import RegionOpened
 
 
 class EpEndpoint:
-    """Implements `rank.DataEndpoint`. A pair of lives meets once; a buffer stays mapped until the
+    """Implements `link_keeper.DataEndpoint`. A pair of lives meets once; a buffer stays mapped until the
     next life of its rank is adopted."""
 
     def __init__(self, member: Member, exchange: EpExchange, kind: ExchangeKind) -> None:
@@ -58,7 +58,7 @@ def handles_of(peer: RankRecord, kind: ExchangeKind, step_tokens_max: int) -> Ex
 
 
 class SingleRankEndpoint:
-    """Implements `rank.DataEndpoint` for an instance of one rank."""
+    """Implements `link_keeper.DataEndpoint` for an instance of one rank."""
 
     def __init__(self, member: Member) -> None:
         self.name = f"solo-{member}"

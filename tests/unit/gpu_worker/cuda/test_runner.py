@@ -208,17 +208,19 @@ class OneRank:
         self.left = False
         clock = SystemClock()
         self.monitor = EngineMonitor(self.inbox, self.post, clock)
-        self.barrier_driver = GraphBarrierDriver(member, self.device.release, self.loop)
         self.cluster = cluster
         self.held: asyncio.Queue[Epoch] = asyncio.Queue()
-        self.barrier_driver.attach(
+        self.barrier_driver = GraphBarrierDriver(
+            member,
+            self.device.release,
+            self.loop,
             GraphBarrierCallbacks(
                 send_update=self._tell,
                 wake=lambda step: cluster.wake(member, Epoch(0), step),
                 notify_engine=self.inbox.notify,
                 on_undeliverable=self.held.put_nowait,
-                leave=self._leave,
-            )
+                on_failed=self._leave,
+            ),
         )
         self.engine = Engine(
             member=member,
@@ -446,15 +448,17 @@ async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
     own, hung, newcomer = (
         Member(rank=RankId(r), incarnation=Incarnation(9)) for r in range(NUM_RANKS)
     )
-    barrier_driver = GraphBarrierDriver(own, lambda *_: None, asyncio.get_running_loop())
-    barrier_driver.attach(
+    barrier_driver = GraphBarrierDriver(
+        own,
+        lambda *_: None,
+        asyncio.get_running_loop(),
         GraphBarrierCallbacks(
             send_update=lambda *_: None,
             wake=lambda _: None,
             notify_engine=inbox.notify,
             on_undeliverable=lambda _: None,
-            leave=lambda _: None,
-        )
+            on_failed=lambda _: None,
+        ),
     )
     runner = CudaRunner(
         member=own,

@@ -7,10 +7,13 @@ import pytest
 
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
+    AnnounceMap,
     CloseLink,
+    DeclareDead,
     HoldEngine,
     Leave,
     LoadSlots,
+    MembershipAction,
     OpenLink,
     PutRecord,
     PutResidents,
@@ -61,6 +64,10 @@ def expert_map(epoch: int, *members: Member, slots: int = 4) -> ExpertMap:
     return ExpertMap(epoch=Epoch(epoch), num_experts=2, members=members, placement=placement)
 
 
+def announced_and_adopted(new: ExpertMap) -> list[MembershipAction]:
+    return [AnnounceMap(expert_map=new), AdoptMap(expert_map=new)]
+
+
 def wanted(*experts: int) -> np.ndarray:
     return np.array([experts], dtype=np.int16)
 
@@ -83,7 +90,7 @@ def test_a_peer_is_linked_once_and_unlinked_when_its_record_goes() -> None:
     assert it.on_peer_gone(member(1)) == []
 
 
-def test_own_record_and_other_lives_of_the_own_rank_are_no_peers() -> None:
+def test_own_record_and_other_incarnations_of_the_own_rank_are_no_peers() -> None:
     it = membership()
     assert it.on_peer_record(record(0)) == []
     assert it.on_peer_record(record(0, 2)) == []
@@ -95,7 +102,7 @@ def test_a_map_waits_for_the_links_of_all_its_members() -> None:
         it.on_peer_record(record(rank))
     it.on_link_opened(member(1))
     first = expert_map(1, member(0), member(1), member(2))
-    assert it.on_map(first) == []
+    assert it.on_map(first) == [AnnounceMap(expert_map=first)]
     actions = it.on_link_opened(member(2))
     assert AdoptMap(expert_map=first) in actions
     assert it.expert_map is first
@@ -104,9 +111,9 @@ def test_a_map_waits_for_the_links_of_all_its_members() -> None:
 def test_a_newer_map_replaces_a_held_one_and_an_older_one_is_ignored() -> None:
     it = membership()
     it.on_peer_record(record(1))
-    assert it.on_map(expert_map(1, member(0), member(1))) == []
-    second = expert_map(2, member(0))
-    assert it.on_map(second) == [AdoptMap(expert_map=second)]
+    first, second = expert_map(1, member(0), member(1)), expert_map(2, member(0))
+    assert it.on_map(first) == [AnnounceMap(expert_map=first)]
+    assert it.on_map(second) == announced_and_adopted(second)
     assert it.on_map(expert_map(1, member(0))) == []
     it.on_link_opened(member(1))
     assert it.expert_map is second
@@ -173,7 +180,9 @@ def test_a_slot_that_a_newer_map_empties_is_loaded_though_that_map_cannot_be_ado
     second = ExpertMap(
         epoch=Epoch(2), num_experts=2, members=(member(0), member(1)), placement=placement
     )
-    assert it.on_map(second) == []  # no link to rank 1, which has died
+    assert it.on_map(second) == [
+        AnnounceMap(expert_map=second)
+    ]  # no link to rank 1, which has died
     refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
     assert it.on_assignment(refill) == [HoldEngine(epoch=Epoch(1))]
     (load,) = it.on_held(Epoch(1))
@@ -206,7 +215,8 @@ def test_a_map_waits_for_what_an_assignment_that_did_not_last_has_overwritten(
     assert isinstance(load, LoadSlots)
     assert it.on_assignment(SlotContents.of(member(0), wanted(0, 1, -1, -1), epoch=1)) == []
     second = map_of(2, 0, 1, -1, -1)
-    assert it.on_map(second) == []  # of before the load, for all that the control plane knows
+    # The control plane does not know of the load yet.
+    assert it.on_map(second) == [AnnounceMap(expert_map=second)]
     put, load = it.on_slots_loaded(wanted(1, 0, -1, -1))
     assert isinstance(put, PutResidents)
     assert isinstance(load, LoadSlots)
@@ -219,7 +229,8 @@ def test_a_map_waits_for_what_an_assignment_that_did_not_last_has_overwritten(
 @pytest.mark.parametrize("peers_may_lag", [False, True])
 def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_may_lag: bool) -> None:
     it = serving(0, 1, -1, -1, peers_may_lag=peers_may_lag)
-    assert it.on_map(map_of(3, 1, 1, -1, -1)) == [HoldEngine(epoch=Epoch(2))]
+    third = map_of(3, 1, 1, -1, -1)
+    assert it.on_map(third) == [AnnounceMap(expert_map=third), HoldEngine(epoch=Epoch(2))]
     (load,) = it.on_held(Epoch(2))
     assert isinstance(load, LoadSlots)
     assert load.wanted.tolist() == [[1, 1, -1, -1]]
@@ -227,10 +238,12 @@ def test_what_a_map_says_is_loaded_once_no_older_map_uses_the_slot(peers_may_lag
 
 def test_what_a_map_says_of_a_spare_slot_is_loaded_once_lagging_peers_cannot_use_it() -> None:
     third = map_of(3, 0, 1, -1, -1)
-    (load,) = serving(0, -1, -1, -1).on_map(third)
+    announce, load = serving(0, -1, -1, -1).on_map(third)
+    assert announce == AnnounceMap(expert_map=third)
     assert isinstance(load, LoadSlots)
     it = serving(0, -1, -1, -1, peers_may_lag=True)
-    assert it.on_map(third) == [HoldEngine(epoch=Epoch(2))]  # they may run the second map
+    hold = HoldEngine(epoch=Epoch(2))
+    assert it.on_map(third) == [AnnounceMap(expert_map=third), hold]  # they may run the second map
     (load,) = it.on_held(Epoch(2))
     assert isinstance(load, LoadSlots)
 
@@ -239,7 +252,7 @@ def test_a_map_does_not_wait_for_a_load_into_slots_that_it_does_not_name() -> No
     it = serving(0, 1, -1, -1)
     it.on_assignment(SlotContents.of(member(0), wanted(0, 1, 0, -1), epoch=1))
     second = map_of(2, 0, 1, -1, -1)
-    assert it.on_map(second) == [AdoptMap(expert_map=second)]
+    assert it.on_map(second) == announced_and_adopted(second)
 
 
 def test_an_assignment_that_presumes_an_older_map_takes_no_slot_from_the_engine() -> None:
@@ -274,21 +287,34 @@ def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> No
     it = membership()
     assert it.on_map(expert_map(1, member(1))) == []
     mine = expert_map(2, member(0))
-    assert it.on_map(mine) == [AdoptMap(expert_map=mine)]
+    assert it.on_map(mine) == announced_and_adopted(mine)
     (leave,) = it.on_map(expert_map(3, member(1)))
     assert isinstance(leave, Leave)
 
 
-def test_it_leaves_when_a_later_life_of_its_rank_is_in_the_map() -> None:
+def test_it_leaves_when_a_later_incarnation_of_its_rank_is_in_the_map() -> None:
     (leave,) = membership().on_map(expert_map(1, member(0, 2)))
     assert isinstance(leave, Leave)
 
 
 def test_it_leaves_on_its_own_verdict() -> None:
-    it = membership()
-    assert it.on_verdict(member(1)) == []
-    (leave,) = it.on_verdict(member(0))
+    (leave,) = membership().on_verdict(member(0), Epoch(2))
     assert isinstance(leave, Leave)
+
+
+def test_a_verdict_on_a_peer_ends_the_waits_for_it() -> None:
+    dead = DeclareDead(peer=member(1), epoch=Epoch(2))
+    assert membership().on_verdict(member(1), Epoch(2)) == [dead]
+
+
+def test_it_leaves_when_its_engine_has_stopped() -> None:
+    assert membership().on_engine_stopped("fenced") == [Leave(reason="fenced")]
+
+
+def test_it_registers_with_the_port_that_its_server_listens_on() -> None:
+    (put,) = membership().on_listening(7001)
+    assert isinstance(put, PutRecord)
+    assert put.record.control_port == 7001
 
 
 def test_under_another_lease_all_is_registered_again() -> None:
