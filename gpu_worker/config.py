@@ -24,7 +24,7 @@ class ExchangeKind(Enum):
 
 
 class DispatchForm(Enum):
-    """What tokens travel as on their way to the experts of CUDA ranks."""
+    """The number format in which tokens are sent to the experts of CUDA ranks."""
 
     BF16 = "bf16"
     FP8 = "fp8"
@@ -33,8 +33,8 @@ class DispatchForm(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
     """Filled from [rank] of the TOML file, STARFISH_RANK_* and flags. The node agent gives the
-    identity (rank, incarnation, lease); started by hand, a rank makes its own lease and
-    incarnation."""
+    identity (rank, incarnation, lease). A rank that is started by hand makes its own incarnation
+    and lease."""
 
     rank: int = option(0, "stable number of this data-parallel rank")
     incarnation: int = option(0, "incarnation of this rank; 0 takes the next number from etcd")
@@ -44,7 +44,7 @@ class RankConfig:
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     model: Path | None = option(None, "checkpoint folder; default: the one in the instance's spec")
     device: DeviceKind = option(
-        DeviceKind.AUTO, "cpu, cuda, or auto: cuda where there is a card and the model runs on it"
+        DeviceKind.AUTO, "cpu, cuda, or auto: cuda if there is a card and the model runs on it"
     )
     cuda_device: int = option(-1, "number of the card; -1: ranks take the host's cards in turn")
     control_host: str = option("127.0.0.1", "address of the control port (sessions, probes, links)")
@@ -53,20 +53,20 @@ class RankConfig:
     transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
     mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
     graph_timeout_ms: int = option(
-        5000, "cuda: a kernel waits so long for a peer that no verdict has named dead"
+        5000, "cuda: how long a kernel waits for a peer that no verdict has declared dead"
     )
     host_experts_gb: float = option(
         -1.0,
-        "cuda: most GB that this rank pins of the copies of experts on its host; -1: all that the "
-        "node agent makes room for (without one a quarter of what is free), 0: none",
+        "cuda: most GB that this rank pins of its host's expert cache; -1: all that the node agent "
+        "provides (without an agent, a quarter of the free memory), 0: none",
     )
     host_experts_fd: int = option(
-        -1, "inherited memory for copies of experts, which the ranks of a host share"
+        -1, "inherited memory of the expert cache, which the ranks of a host share"
     )
     ep_dispatch: DispatchForm = option(
         DispatchForm.BF16,
-        "cuda: what tokens travel as to experts, bf16 or fp8, the same on all ranks; fp8 takes "
-        "half the bytes and rounds: not bf16's answers, but the same with and without deaths",
+        "cuda: number format of tokens sent to experts, bf16 or fp8, the same on all ranks; fp8 "
+        "takes half the bytes and rounds: its answers differ from bf16's, but no death alters them",
     )
     replicas: ReplicaPolicy = option(
         ReplicaPolicy.GATHER,
@@ -79,13 +79,13 @@ class RankConfig:
     )
     kv_copies: bool = option(
         True,
-        "keep copies of running sessions' KV blocks on other ranks, so that after a death they go "
-        "on without computing their tokens again; needs the prefix cache",
+        "keep replicas of running sessions' KV blocks on other ranks, so that after a death they "
+        "go on without computing their tokens again; needs the prefix cache",
     )
     kv_copies_gb: float = option(
         -1.0,
-        "GB of host memory for copies of peers' KV blocks; -1: as much as the own KV cache, but "
-        "at most 4",
+        "GB of host memory for replicas of peers' KV blocks; -1: as much as the own KV cache, "
+        "but at most 4",
     )
     step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
     prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")
@@ -93,14 +93,14 @@ class RankConfig:
     waiting_max: int = option(
         256, "most sequences that wait; more are refused, the gateway retries"
     )
-    static: bool = option(False, "no failure detection: the baseline that overhead is measured by")
+    static: bool = option(False, "no failure detection: the baseline for measuring overhead")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")
     timings: Timings = field(default_factory=Timings)
 
     def check(self) -> None:
-        """Raises ConfigError where values contradict each other."""
+        """Raises ConfigError if values contradict each other."""
         self.timings.check()
         if self.transfer_protocol not in ("tcp", "rdma"):
             raise ConfigError(f"--transfer-protocol {self.transfer_protocol!r}: say tcp or rdma")

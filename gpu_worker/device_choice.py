@@ -1,5 +1,5 @@
-"""Whether a rank computes on a card. Where none can be there, torch is not even imported: it takes
-a second and 200 MB."""
+"""Whether a rank computes on a card. If the host has no device file of one, torch is not imported:
+that would take a second and 200 MB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEVICES = Path("/dev")
 
 
 def uses_cuda(config: RankConfig, model: ModelSpec) -> bool:
-    """Raises ConfigError where a card is asked for and there is none."""
+    """Raises ConfigError if a card is requested and there is none."""
     if config.device is DeviceKind.CPU:
         return False
     if not _has_card():

@@ -1,4 +1,5 @@
-"""Who this process is: given by the node agent, or taken from etcd where it was started by hand."""
+"""The rank and incarnation of this process: given by the node agent, or allocated in etcd if it was
+started by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from shared.types import Incarnation, Member, RankId
 
 
 async def acquire_identity(config: RankConfig, store: Store, keys: Keys) -> tuple[Member, int]:
-    """The member and its lease. Raises ConfigError where only one of both was given, StoreError."""
+    """The member and its lease. Raises ConfigError if only one of incarnation and lease was given,
+    StoreError."""
     rank = RankId(config.rank)
     if bool(config.incarnation) != bool(config.lease_id):
         raise ConfigError("--incarnation and --lease-id go together: give both or neither")

@@ -16,7 +16,8 @@ from gpu_worker.engine.engine_client import EngineCallbacks, EngineClient, Engin
 from gpu_worker.engine.grammar_matcher import GrammarCompiler
 from gpu_worker.engine.kv_replication import BlockCache, KvReplicator, ReplicaEndpoint
 from gpu_worker.engine.no_kv_replication import NoKvReplication
-from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.step_runner import MakeRunner
 from gpu_worker.membership.link_keeper import DataEndpoint
 from gpu_worker.membership.membership_driver import MembershipDriver, SlotLoader

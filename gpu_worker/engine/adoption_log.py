@@ -1,4 +1,4 @@
-"""The last changes of epoch as this rank lived them: the times behind a recovery's breakdown."""
+"""The times of this rank's last changes of epoch, from which a recovery's breakdown is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KEPT_MAX = 16
 
 
 class AdoptionLog:
-    """Written by the engine thread; any may read `entries`, because it is replaced whole."""
+    """Written by the engine thread. Any thread may read `entries`, because it is replaced whole."""
 
     def __init__(self) -> None:
         self.entries: tuple[Adoption, ...] = ()  # oldest first

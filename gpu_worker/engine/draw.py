@@ -1,5 +1,5 @@
-"""What a row's token depends on besides its logits, and the logits as they are after it: bias,
-penalties, bans, a mask. The order is vLLM's.
+"""What a row's token depends on besides its logits, and how it changes them: bias, penalties, bans,
+a mask, in vLLM's order.
 
 V is the vocabulary, U the distinct tokens that a penalty counts.
 """
@@ -16,8 +16,8 @@ from shared.types import SamplingParams
 
 
 class TokenCounts:
-    """How often each token was generated so far; a token of the prompt alone has 0. A function of
-    the tokens: a continuation that is given the emitted ones counts what the first rank counted."""
+    """How often each token was generated so far; a token of the prompt alone has 0. It depends on
+    the tokens only, so a continuation on another rank has the same counts."""
 
     __slots__ = ("_counts",)
 
@@ -39,7 +39,7 @@ class TokenCounts:
 def count_tokens(
     sampling: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> TokenCounts | None:
-    """None: no penalty needs them."""
+    """None if no penalty needs them."""
     if sampling.repetition_penalty != 1.0:
         return TokenCounts(prompt, generated)
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -49,7 +49,7 @@ def count_tokens(
 
 class Draw(NamedTuple):
     """`position` is the index of the new token in prompt + emitted; `banned` are ids not to draw;
-    `counts` is there where a penalty needs it. `allowed` holds a bit for every id that may be drawn
+    `counts` is None if no penalty needs it. `allowed` holds a bit for every id that may be drawn
     (bit i % 32 of word i // 32, as grammars give it), or is None: all may."""
 
     sampling: SamplingParams
@@ -60,7 +60,7 @@ class Draw(NamedTuple):
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the best of the raw logits may not be the best any more."""
+        """Whether the best raw logit may not be the best after the changes."""
         return bool(
             self.banned
             or self.counts is not None
@@ -97,7 +97,7 @@ def _penalise(x_V: NDArray[np.float64], sampling: SamplingParams, counts: TokenC
 
 
 def _mask(x_V: NDArray[np.float64], allowed: NDArray[np.int32]) -> None:
-    """Ids that the mask is too short for (a model's vocabulary may be padded) are not allowed."""
+    """Ids beyond the end of the mask are not allowed: a model's vocabulary may be padded."""
     bits = np.unpackbits(allowed.astype("<i4").view(np.uint8), bitorder="little")[: len(x_V)]
     x_V[: len(bits)][bits == 0] = -np.inf
     x_V[len(bits) :] = -np.inf

@@ -1,29 +1,29 @@
-"""The engine thread's loop: inbox, map, plan, begin, end, commit, post. What a step holds is the
-scheduler's, what is computed the runner's; here is only when.
+"""The engine thread's loop: inbox, map, plan, begin, end, commit, post. Decides when a step runs;
+the scheduler decides what it contains, and the runner computes it.
 
-Theory of operation. Before each step the inbox is emptied and the newest map adopted. While a step
-is in flight the next one is planned and begun behind it, where the runner can and no newer map is
-here: then the hardware goes on without a pause. Else, with nothing in flight:
+Theory of operation. Before each step the engine empties the inbox and adopts the newest map. While
+a step is in flight it plans the next one and begins it behind the first, if the runner can do that
+and no newer map is here. Then the hardware never pauses. If nothing is in flight:
 
-    state                           and then
+    state                           what the engine does
     in no map yet, or behind it     sleeps until a newer map is here
     behind it for STRANDED_S        posts Stranded and returns
-    a map whose adoption waits      goes on under the old one, as far as the runner lets it
+    a map that it may not adopt yet goes on under the old one, as far as the runner lets it
     in a map that leaves us out     posts Fenced and returns
     held                            posts Held; sleeps until a map newer than the hold is here
     awake                           runs the next step
-      its peers moved on            forgets the plan; behind its map
-      nobody had work in it         all members see that, and all sleep
+      its peers moved on            abandons the plan; is behind its map
+      nobody had work in it         sleeps, as all members do
     asleep, own work                posts SendWake, runs the next step
     asleep, Wake for that step      runs the next step
     asleep, a newer map             adopts it, runs its step 0
 
-Copies of KV blocks go out a few after each step, with the next one in flight where the runner can;
-so also while it sleeps with sessions of its own, for a map or a hold. It never waits for them.
+The engine sends a few KV replicas after each step, with the next step in flight if the runner can
+do that. It also sends them while it waits for a map or the end of a hold. It never waits for them.
 
-A Wake may come while its step is not yet the next one here; it is kept, not lost. Where the runner
-counts its steps across epochs, a Wake counts whatever its epoch. Errors other than StepAbandoned
-leave `run`, and shall take the process down.
+A Wake may arrive before its step is the next one here. It is kept until then. If the runner counts
+steps across epochs, a Wake is valid in any epoch. Errors other than StepAbandoned leave `run`, and
+must end the process.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ from shared.types import Epoch, Member, RankId, Step
 from shared.wire import Adoption, Cancel, Load, SessionTokens, Wake
 
 STRANDED_S = 30.0
-"""Behind its map for so long, a rank leaves and begins anew."""
-_PARK_S = 1.0  # only so that no wait is without end; every reason to go on notifies the inbox
-_SEND_PENDING_S = 0.002  # the next copies of a parked engine; a step would take as long
+"""A rank that is behind its map for so long leaves and restarts."""
+_PARK_S = 1.0  # a bound on each wait; every reason to go on notifies the inbox
+_SEND_PENDING_S = 0.002  # between replicas of a parked engine; about as long as a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSnapshot:
-    """What other threads may know of the engine; each field is true, if not all at one instant.
+    """What other threads may know of the engine. The fields may be of slightly different moments.
     `step` is the one that runs now or comes next."""
 
     epoch: Epoch
@@ -84,7 +84,7 @@ class EngineSnapshot:
 
 
 class Engine:
-    """One rank's. Everything but `snapshot` runs on the engine thread."""
+    """The engine of one rank. Everything but `snapshot` runs on the engine thread."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Engine:
         )
 
     def run(self) -> None:
-        """Until Stop, or until fenced."""
+        """Returns after Stop, or after it has posted Fenced or Stranded."""
         while not self._process_inbox(self._inbox.drain()):
             if self._in_flight:
                 self._begin_ahead()
@@ -156,7 +156,7 @@ class Engine:
                 self._monitor.park(_SEND_PENDING_S if self._replicator.pump() else _PARK_S)
 
     def _process_inbox(self, items: list[InboxItem]) -> bool:
-        """True: stop."""
+        """Returns whether to stop."""
         replies: dict[Origin, list[SessionTokens]] = {}
         stop = False
         for item in items:
@@ -189,7 +189,7 @@ class Engine:
         return self._newest.expert_map.epoch if self._newest is not None else Epoch(0)
 
     def _is_fenced(self) -> bool:
-        """Left out by the newest map, after having been in one."""
+        """Whether the newest map leaves this rank out, after it was in an earlier one."""
         newest = self._newest
         return self._epoch > 0 and newest is not None and not newest.expert_map.has(self._member)
 
@@ -245,7 +245,7 @@ class Engine:
             self._end_step()
 
     def _begin_ahead(self) -> None:
-        """Behind the one step in flight, where that is possible."""
+        """Begins a step behind the one in flight, if that is possible."""
         (before,) = self._in_flight
         if self._newest_epoch() > self._epoch or not self._runner.can_run_ahead_of(before):
             return
@@ -263,7 +263,7 @@ class Engine:
         self._runner.begin(self._epoch, step, plan, has_work=has_work)
 
     def _end_step(self) -> None:
-        """Of the first in flight."""
+        """Waits for the first step in flight; commits or abandons it."""
         try:
             result = self._runner.end()
         except StepAbandoned:

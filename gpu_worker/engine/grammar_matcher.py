@@ -1,5 +1,5 @@
 """Guided decoding: which tokens a session's grammar allows next. The state is a function of the
-grammar and the tokens generated so far, so that a continuation on another rank goes on exactly."""
+grammar and the tokens generated so far, so a continuation on another rank has the same state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TokenBitmask = NDArray[np.int32]
 
 
 class GrammarCompiler:
-    """Opens matchers for one tokenizer. The library works on bytes: a token may begin and end
+    """Makes matchers for one tokenizer. The library works on bytes: a token may begin and end
     anywhere in the text."""
 
     def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """Raises CheckpointError where the folder has no tokenizer.json that can be read."""
+        """Raises CheckpointError if the folder has no readable tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"cannot read {path}; guided decoding needs the tokenizer")
@@ -32,14 +32,14 @@ class GrammarCompiler:
             raise CheckpointError(f"{path} does not serve guided decoding: {error}") from error
 
     def compile(self, grammar: str, emitted: Sequence[int]) -> GrammarMatcher:
-        """After the tokens `emitted` so far. Raises GrammarError where the grammar is none, or does
-        not allow them."""
+        """A matcher after the tokens `emitted` so far. Raises GrammarError if the grammar is
+        malformed, or does not allow them."""
         return GrammarMatcher(self._tokenizer, grammar, emitted)
 
 
 class GrammarMatcher:
-    """One session's. `allowed` are the tokens that may come next: bit `t % 32` of word `t // 32`.
-    Where the text may end, the end tokens are among them; where it must, they are alone."""
+    """For one session. `allowed` are the tokens that may come next: bit `t % 32` of word `t // 32`.
+    If the text may end, the end tokens are among them; if it must end, they are the only ones."""
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str, emitted: Sequence[int]) -> None:
         self.end_ids = tuple(tokenizer.eos_tokens)
@@ -48,7 +48,7 @@ class GrammarMatcher:
         self.allowed = self._next_bitmask()
 
     def accept_token(self, token: int) -> None:
-        """`token` was drawn. Raises GrammarError where the grammar cannot be followed further."""
+        """`token` was drawn. Raises GrammarError if the grammar cannot be followed further."""
         self._matcher.consume_token(token)
         self.allowed = self._next_bitmask()
 

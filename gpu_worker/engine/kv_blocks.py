@@ -1,16 +1,16 @@
 """The paged KV cache as the scheduler sees it: which blocks are free, which are shared, and the
-block table of every running sequence. The blocks' contents are the model's.
+block table of every running sequence. The model owns the blocks' contents.
 
-Theory of operation. A block is free, private to one row, or named. Names stand for contents
-(`block_names`); a named block is never written again, so any number of rows may have it in their
-tables, and when none has, it stays with its name until its memory is wanted.
+Theory of operation. A block is free, private to one row, or named. A name identifies contents
+(`block_names`). A named block is never written again, so any number of rows may have it in their
+tables. When none has, it keeps its name until its memory is needed.
 
     event            free                private                    named
     open, extend     → private           –                          one more row (open, by name), or
                                                                     idle: evicted → private
     publish          –                   → named; or → free, where  –
                                          the name has a block,
-                                         which takes its place
+                                         which replaces it
     shrink, close    –                   → free                     one row less
 
 A row's table is named blocks first, in the order of its chain, then private ones.
@@ -27,10 +27,10 @@ from gpu_worker.engine.prefix_index import PrefixIndex
 
 
 class KvBlocks:
-    """Tables live in the rows of one array, so that a step's block tables are one gather.
+    """The tables are the rows of one array, so that a step's block tables are one gather.
 
-    A row belongs to one sequence from `open` to `close`. Callers ask `num_free` first: running out
-    is the scheduler's decision to make, here it is a broken invariant.
+    A row belongs to one sequence from `open` to `close`. Callers check `num_free` first: to run out
+    of blocks here is a broken invariant.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KvBlocks:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be handed out; idle named ones lose their names by it."""
+        """Blocks that can be handed out; idle named ones then lose their names."""
         return len(self._free) + self._index.num_idle
 
     @property
@@ -90,9 +90,9 @@ class KvBlocks:
         self._lengths[row] = length + num_blocks
 
     def publish(self, row: int, column: int, name: bytes) -> None:
-        """The row's block in this column is full, its contents will not change and have this name;
-        those of all earlier columns are published. A block that has the name already takes its
-        place: the contents are equal to the bit, and one of the two is free for others."""
+        """Names the row's block in this column: it is full and its contents will not change. Those
+        of all earlier columns are published. If a block has the name already, it replaces this one:
+        the contents are equal to the bit, and this one is freed."""
         mine = int(self._tables[row, column])
         assert self._index.name_of(mine) is None, "a block is published once"
         if self._index.block_of(name) is None:
@@ -122,7 +122,7 @@ class KvBlocks:
         return gathered
 
     def blocks_of(self, row: int, begin: int, end: int) -> list[int]:
-        """Those in these columns of the row's table."""
+        """The blocks in these columns of the row's table."""
         blocks: list[int] = self._tables[row, begin:end].tolist()
         return blocks
 

@@ -1,16 +1,16 @@
-"""What the parts of KV copies ask of each other. A *copy* is the content of a full KV block of a
-running session, kept in the host memory of another rank, the session's *backup rank*, so that the
-session can go on there without computing its tokens again.
+"""The interfaces between the parts of KV replication. A *replica* is the content of a full KV block
+of a running session, kept in the host memory of another rank, the session's *backup rank*, so that
+the session can go on there without computing its tokens again.
 
 Theory of operation. Blocks are named by all tokens up to their end (`engine/block_names.py`), and a
 named block is never written again. After each step the source hands newly named blocks to its
 `ReplicaWriter`, which reads them out of the cache and has them written into a region that the
-backup rank keeps for this life of the source. There a slot is known by its block's name only from
-the moment when its write has completed, and until the backup rank has said that it knows it no
-more; the source never writes to a slot that is known. So whatever is found by name is whole, also
-when the source dies, stops or wakes up in the middle of a write.
+backup rank keeps for this incarnation of the source. There a slot is known by its block's name only
+after its write has completed, and until the backup rank has confirmed that it dropped the name. The
+source never writes to a slot that is known. So a block that is found by name is complete, even if
+the source dies, stops or wakes up in the middle of a write.
 
-Copies are an offer, never a duty: where one is missing, its tokens are computed again.
+Replicas are optional: if one is missing, its tokens are computed again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BlockCache(Protocol):
 
     @property
     def layout(self) -> str:
-        """Says how the bytes are to be read: ranks of equal layout can load each other's blocks."""
+        """Describes the bytes: ranks of equal layout can load each other's blocks."""
         ...
 
     def staging_buffer(self) -> Bytes:
@@ -43,20 +43,21 @@ class BlockCache(Protocol):
         ...
 
     def save(self, block: int, into: Bytes) -> Callable[[], bool]:
-        """Copies the content of a block whose step has been committed, as it is now, however soon
-        the block is handed out anew. May return before it is done; the answer tells, from any
-        thread and for ever, whether it is."""
+        """Copies the present content of a block whose step has been committed, even if the block is
+        handed out again soon. May return before the copy is done. The returned function says
+        whether it is done; any thread may call it at any time."""
         ...
 
     def load(self, block: int, content: Bytes) -> None:
-        """Fills a block before whatever step is begun next, and after all that were begun.
-        `content` may be overwritten on return."""
+        """Fills a block after all steps that were begun and before the next one. The caller may
+        overwrite `content` afterwards."""
         ...
 
 
 class ReplicaChannel(Protocol):
-    """The way from this rank to one life of a backup rank. A new one takes its place when it
-    fails: nothing that was sent on the old one is of use then. Engine thread, but `is_open`."""
+    """The connection from this rank to one incarnation of a backup rank. When it fails, a new one
+    replaces it, and nothing that was sent on the old one is of use. Engine thread, except
+    `is_open`."""
 
     @property
     def target(self) -> Member: ...
@@ -75,7 +76,7 @@ class ReplicaChannel(Protocol):
         ...
 
     def take_staging_buffer(self) -> Bytes | None:
-        """Memory to save a block into; None while too much is under way."""
+        """Memory to save a block into; None while too many writes are in flight."""
         ...
 
     def send(
@@ -95,20 +96,20 @@ class ReplicaChannel(Protocol):
         ...
 
     def drop(self, slots: Sequence[int]) -> None:
-        """Ask the target to know these no more."""
+        """Asks the target to drop the names of these slots."""
         ...
 
     def take_dropped(self) -> Sequence[int]:
-        """Slots that may be written anew, since the last call."""
+        """Slots that may be written again, since the last call."""
         ...
 
 
 class ReplicaStore(Protocol):
-    """What peers have left here. Any thread."""
+    """The replicas that peers have stored here. Any thread."""
 
     def find(self, name: bytes) -> Bytes | None:
-        """A view of the content that has this name; it stands until the calling step is planned
-        (regions are released only long after their source has gone)."""
+        """A view of the content that has this name. It is valid until the calling step is planned:
+        regions are released only long after their source has gone."""
         ...
 
 
@@ -124,11 +125,11 @@ class ReplicaEndpoint(Protocol):
 
 
 class KvReplicator(Protocol):
-    """Copies as the scheduler and the engine see them; `NoKvReplication` where there are none.
-    Engine thread."""
+    """Replication as the scheduler and the engine see it; `NoKvReplication` if it is off. Engine
+    thread."""
 
     def use(self, others: Sequence[Member]) -> None:
-        """A map is adopted: these can take sessions over."""
+        """A map is adopted: these other members can take sessions over."""
         ...
 
     def restore(self, names: Sequence[bytes], blocks: Sequence[int]) -> int:
@@ -137,19 +138,19 @@ class KvReplicator(Protocol):
         ...
 
     def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
-        """The next named blocks of a running session, after those that were offered since its last
-        `forget`. They hold what they hold until `forget`."""
+        """The next named blocks of a running session, after those offered since its last `forget`.
+        Their contents do not change until `forget`."""
         ...
 
     def forget(self, session: SessionId) -> None:
-        """It has ended, or given up its blocks; unknown ones are ignored."""
+        """The session has ended, or given up its blocks. An unknown one is ignored."""
         ...
 
     def backup_of(self, session: SessionId) -> RankId | None:
-        """Who holds a copy of at least its first block, and is asked to take the next ones."""
+        """The rank that holds a replica of at least its first block and takes the next ones."""
         ...
 
     def pump(self) -> bool:
-        """Between steps: sends what has been offered, a little at a time. Whether there is more to
-        send soon, without a further event."""
+        """Between steps: sends a little of what has been offered. Returns whether it can soon send
+        more without a further event."""
         ...

@@ -1,5 +1,5 @@
-"""How likely the model found tokens: log-softmax of the raw logits in float64, of each row by
-itself, so that the numbers are the same to the bit on whatever rank and in whatever chunk.
+"""Log-probabilities of tokens: the log-softmax of the raw logits in float64, one row at a time, so
+that the numbers are the same to the bit on every rank and in every chunk.
 
 V is the vocabulary, R the rows of a step's logits.
 """
@@ -19,15 +19,16 @@ from shared.wire import TokenLogprob
 
 
 class StepScores(NamedTuple):
-    """`sampled[i]` belongs to the plan's sampled sequence i: empty where it did not ask (or nothing
-    was drawn). `prompt[i]` belongs to `plan.scored[i]`: None where a row has no finite maximum."""
+    """`sampled[i]` belongs to the plan's sampled sequence i: empty if it requested none, or if
+    nothing was drawn. `prompt[i]` belongs to `plan.scored[i]`: None if a row has no finite
+    maximum."""
 
     sampled: tuple[tuple[TokenLogprob, ...], ...]
     prompt: tuple[tuple[TokenLogprob, ...] | None, ...]
 
 
 def score_step(plan: StepPlan, logits_RV: NDArray[np.float32], ids: Items[int]) -> StepScores:
-    """The few numbers that are kept of the step's logits. `ids` are those drawn."""
+    """The scores that the plan requests of the step's logits. `ids` are the tokens drawn."""
     prompt: list[tuple[TokenLogprob, ...] | None] = []
     row = len(plan.sampled)
     for scored in plan.scored:
@@ -46,7 +47,7 @@ def score_step(plan: StepPlan, logits_RV: NDArray[np.float32], ids: Items[int]) 
 
 
 def score(logits_V: NDArray[np.float32], token: int, num_top: int) -> TokenLogprob | None:
-    """None: no finite maximum. Of equals in `top` the lowest ids come first."""
+    """None if there is no finite maximum. Equals in `top` are sorted by rising id."""
     x_V = logits_V.astype(np.float64)
     peak = x_V.max()
     if not np.isfinite(peak):

@@ -1,5 +1,5 @@
-"""The two bounded ways between a rank's event loop and its engine thread: the inbox, on which the
-engine also sleeps, and the events that it posts."""
+"""What a rank's event loop and its engine thread say to each other: the inbox, on which the engine
+also sleeps, and the events that it posts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.wire import Adoption, Cancel, Load, SessionTokens, Submit, Wake
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A Submit, and the connection that it came in by."""
+    """A Submit, and the connection that it came from."""
 
     origin: Origin
     submit: Submit
@@ -31,8 +31,8 @@ class DropOrigin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewMap:
-    """A map that may be adopted: every member's link is open. `seen_at` is when it reached this
-    rank, in its `Clock.now()`."""
+    """A map that may be adopted: every member's link is open. `seen_at` is the `Clock.now()` at
+    which it was put here."""
 
     expert_map: ExpertMap
     seen_at: float
@@ -41,7 +41,7 @@ class NewMap:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
     """Run no step under the map of this epoch or an older one: slots that it names are about to be
-    overwritten. The step that runs is abandoned; `Held` answers."""
+    overwritten. The running step is abandoned. The engine answers with `Held`."""
 
     epoch: Epoch
 
@@ -56,7 +56,7 @@ InboxItem = Arrival | Cancel | DropOrigin | NewMap | Wake | Hold | Stop
 
 class Waiter(Protocol):
     """What the engine blocks on, apart from its exchange: a thread's event, or the simulator's fake
-    clock. A `notify` that comes before its `wait` is not lost."""
+    clock. A `notify` before a `wait` ends that wait."""
 
     def wait(self, timeout_s: float) -> None: ...
 
@@ -71,7 +71,7 @@ class ThreadWaiter:
 
     def wait(self, timeout_s: float) -> None:
         self._event.wait(timeout_s)
-        # Cleared before the caller looks into its inbox: what is put later sets it again.
+        # Cleared before the caller reads its inbox, so that a later item sets it again.
         self._event.clear()
 
     def notify(self) -> None:
@@ -79,12 +79,12 @@ class ThreadWaiter:
 
 
 class Inbox:
-    """What the event loop has for the engine, first in, first out. `put` from any thread; the rest
-    is the engine's.
+    """A queue from the event loop to the engine, first in, first out. Any thread may `put`; the
+    engine calls the rest.
 
-    Arrivals are refused beyond a number or beyond a sum of tokens, and cancellations beyond
-    CANCELS_PER_ARRIVAL times the number. The other items are never refused: their number is bounded
-    by that of connections, or they say what nobody may miss.
+    Arrivals are refused beyond a number or a sum of tokens, and cancellations beyond
+    CANCELS_PER_ARRIVAL times that number. The other items are never refused: their number is
+    bounded by the number of connections, or the engine must not miss them.
     """
 
     CANCELS_PER_ARRIVAL = 8
@@ -93,8 +93,8 @@ class Inbox:
         self, waiter: Waiter, *, arrivals_max: int = 256, arrival_tokens_max: int = 4_000_000
     ) -> None:
         self.newest_epoch = Epoch(0)
-        """That of the newest NewMap, or the one after a Hold. Read without the lock, also while the
-        engine waits for peers."""
+        """The epoch of the newest NewMap, or the one after a Hold. Read without the lock, also
+        while the engine waits for peers."""
         self._waiter = waiter
         self._arrivals_max = arrivals_max
         self._arrival_tokens_max = arrival_tokens_max
@@ -105,10 +105,10 @@ class Inbox:
         self._num_cancels = 0
 
     def put(self, item: InboxItem) -> bool:
-        """False: full, and the item is not taken. For an Arrival the caller answers "retryable";
-        for a Cancel it closes the connection, whose DropOrigin covers it."""
+        """False: full, and the item is not taken. For an Arrival the caller answers "retryable".
+        For a Cancel it closes the connection, and the DropOrigin that follows ends the session."""
         with self._lock:
-            if not self._has_room(item):
+            if not self._has_space(item):
                 return False
             self._items.append(item)
             if isinstance(item, NewMap):
@@ -119,7 +119,7 @@ class Inbox:
         return True
 
     def drain(self) -> list[InboxItem]:
-        if not self._items:  # the lock is spared at most steps; a racing put is seen at the next
+        if not self._items:  # saves the lock at most steps; the next drain sees a racing put
             return []
         with self._lock:
             items, self._items = self._items, []
@@ -127,14 +127,14 @@ class Inbox:
         return items
 
     def wait(self, timeout_s: float) -> None:
-        """Blocks until something was put since the last `wait`, or the time is over."""
+        """Blocks until something was put since the last `wait`, or for the timeout."""
         self._waiter.wait(timeout_s)
 
     def notify(self) -> None:
         """Ends a `wait`: something outside of the inbox has changed."""
         self._waiter.notify()
 
-    def _has_room(self, item: InboxItem) -> bool:
+    def _has_space(self, item: InboxItem) -> bool:
         if isinstance(item, Arrival):
             num_tokens = self._num_arrival_tokens + len(item.submit.tokens)
             if self._num_arrivals >= self._arrivals_max or (
@@ -152,8 +152,8 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """For each connection what a committed step made, or what became of items of the inbox before
-    the step began."""
+    """The replies to each connection: the tokens of a committed step, or the results of inbox items
+    handled before the step."""
 
     epoch: Epoch
     step: Step
@@ -174,7 +174,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendWake:
-    """Tell every other member that this step has work."""
+    """Every other member must know that this step has work."""
 
     epoch: Epoch
     step: Step
@@ -204,8 +204,8 @@ class Fenced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stranded:
-    """A step of this epoch was abandoned long ago, and no newer map has come: the peers may be out
-    of step with this rank. The engine has stopped."""
+    """A step of this epoch was abandoned STRANDED_S ago, and no newer map has come: the peers may
+    have gone on without this rank. The engine has stopped."""
 
     epoch: Epoch
 

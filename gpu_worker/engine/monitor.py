@@ -1,5 +1,5 @@
-"""What the engine thread lets the rest of its rank know while it steps: that it lives, whom it
-waits for, whom it suspects. The exchange's StepMonitor."""
+"""What the engine thread reports to the rest of its rank during a step: its heartbeat, whom it
+waits for, whom it suspects. Implements the exchange's StepMonitor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shared.types import Epoch, RankId, Step, SuspicionReason
 
 
 class EngineMonitor:
-    """Written by the engine thread, read by the event loop: each field is replaced whole, so no
+    """Written by the engine thread, read by the event loop. Each field is replaced whole, so no
     lock is needed."""
 
     def __init__(
         self, inbox: Inbox, post: Post, clock: Clock, cpu_s: Callable[[], float] = lambda: 0.0
     ) -> None:
-        """`cpu_s` is the CPU time that the engine thread has used so far."""
+        """`cpu_s` gives the CPU seconds that the engine thread has used so far."""
         self.epoch = Epoch(0)
         self.step = Step(0)
         self._inbox = inbox
@@ -35,9 +35,9 @@ class EngineMonitor:
         return tuple(self._waiting_for)
 
     def engine_age_ms(self) -> float:
-        """Since the engine thread last showed life. While it sleeps on the inbox it is 0: any item
-        wakes it, and nothing but the inbox holds it. In a long computation it passes no heartbeat
-        point, but uses CPU time; on a crowded host little of it, and still it lives."""
+        """Milliseconds since the engine thread last made progress. 0 while it sleeps on the inbox,
+        from which any item wakes it. A long computation passes no heartbeat point but uses CPU
+        time, if only a little on a busy host, so CPU time counts as progress."""
         now = self._clock.now()
         if self._parked:
             return 0.0
@@ -59,7 +59,7 @@ class EngineMonitor:
         )
 
     def park(self, timeout_s: float) -> None:
-        """Sleeps on the inbox, which is what the engine does where it has no step to run."""
+        """Sleeps on the inbox, because the engine has no step to run."""
         self._waiting_for = ()
         self._parked = True
         self._inbox.wait(timeout_s)

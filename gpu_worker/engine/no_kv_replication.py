@@ -1,4 +1,4 @@
-"""The replicator of a rank that neither makes copies nor takes any."""
+"""The replicator of a rank that neither sends KV replicas nor keeps any."""
 
 from __future__ import annotations
 

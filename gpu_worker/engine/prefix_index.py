@@ -1,8 +1,8 @@
-"""Which KV block holds which named content, and which named block goes first when memory is wanted.
+"""Which KV block holds which named content, and which named block is evicted first.
 
-The names of a chain are a tree by their parents, and the index holds whole branches from the root:
-a block is named after its parent, and goes before it. So of a chain's names the known ones come
-first, and the longest cached prefix is found by bisection.
+Names form a tree: each has the name before it in its chain as parent. A block is named after its
+parent is and evicted before it, so the index always holds whole branches from the root. Of a
+chain's names the known ones therefore come first, and bisection finds the longest cached prefix.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 
 class PrefixIndex:
-    """A named block is in use, or idle. Idle ones leave in the order in which they became so: a
-    sequence lets go of its last block first, so that leaves leave before their parents."""
+    """A named block is in use, or idle. Idle ones are evicted in the order in which they became
+    idle. A sequence releases its last block first, so children are evicted before their parents."""
 
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
@@ -34,7 +34,7 @@ class PrefixIndex:
         return bisect_left(chain, True, key=lambda name: name not in self._block_of)
 
     def num_in_use(self, chain: Sequence[bytes]) -> int:
-        """Length of its longest prefix that is in use: who uses a block uses its parents."""
+        """Length of the longest prefix that is in use: a row that uses a block uses its parents."""
 
         def is_unused(name: bytes) -> bool:
             block = self._block_of.get(name)

@@ -1,5 +1,5 @@
-"""Logits to tokens: greedy, or a draw keyed by (seed, position). A row's token depends on that row
-alone, so that a session continues on another rank exactly as it would have here.
+"""Turns logits into tokens: greedy, or a draw keyed by (seed, position). A row's token depends on
+that row alone, so a session continues on another rank exactly as it would have here.
 
 V is the vocabulary, R the rows to sample, C the candidates that survive top-k, min-p and top-p.
 """
@@ -48,7 +48,7 @@ def nucleus(weights_C: NDArray[np.float64], p: float) -> NDArray[np.intp]:
     """Indices, rising, of the fewest largest weights whose share reaches p; at least one."""
     p = max(p, 0.0)
     total = weights_C.sum()
-    # Whatever is below this sums to less than (1 - p) of the total: it need not be sorted.
+    # What is below this sums to less than (1 - p) of the total, so it need not be sorted.
     large = weights_C[weights_C >= (1 - p) * total / len(weights_C)]
     falling = np.sort(large)[::-1]
     reached = int(np.searchsorted(np.cumsum(falling), p * total, side="left"))
@@ -63,8 +63,8 @@ def _mix64(z: int) -> int:
 
 
 def _sample_row(logits_V: NDArray[np.float32], draw: Draw) -> int:
-    # In float64 and by itself: vectorised over rows, an element's rounding may depend on where in
-    # a SIMD register its neighbours put it.
+    # In float64, and one row at a time: if rows were vectorised together, the rounding of an
+    # element might depend on its place in a SIMD register.
     x_V = edited_logits(logits_V, draw)
     peak = x_V.max()
     if not np.isfinite(peak):

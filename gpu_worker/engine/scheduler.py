@@ -1,12 +1,13 @@
-"""Which sequences run in the next step, and what a committed step means for them: continuous
-batching with chunked prefill over a paged KV cache. Pure: no clock, no I/O, deterministic.
+"""Decides which sequences run in the next step, and what a committed step means for them:
+continuous batching with chunked prefill over a paged KV cache. Pure: no clock, no I/O,
+deterministic.
 
 Theory of operation. A sequence waits, runs, ends. To run it needs KV blocks for all its known
-tokens; then its prefill is cut into chunks, and once all known tokens are computed each step makes
-one token more. A plan changes nothing that its step's failure would have to explain: tokens, and
-`num_computed` of those that run, move in `commit` alone, and `abandon` takes back blocks and
-admissions. Only a preemption and the names of blocks that were handed out anew stay lost (the
-spoilt step may have written into them), and they cost work, never tokens; what was restored stays.
+tokens. Its prefill is cut into chunks; once all known tokens are computed, each step makes one more
+token. A plan changes little, so that its step may fail: tokens, and the `num_computed` of running
+sequences, change in `commit` alone, and `abandon` takes back blocks and admissions. Only two things
+stay: a preemption, and the loss of names of blocks that were handed out again (the failed step may
+have written into them). They cost work, never tokens. Restored blocks stay as well.
 
     event               waiting               running                     unknown here
     submit, later       replaced              replaced                    waits, ended, or refused
@@ -14,35 +15,36 @@ spoilt step may have written into them), and they cost work, never tokens; what 
     cancel, drop        ended                 ended, blocks freed         nothing
     plan                runs, if it fits, and decodes or prefills a part, –
                         begins with what      or is preempted → waits
-                        cache and copies have
-                        of it
-    commit              –                     a token more, or ended;     –
+                        cache and replicas
+                        have of it
+    commit              –                     one token more, or ended;   –
                                               full blocks are published
-                                              and offered for copies
+                                              and offered for replication
     abandon             –                     as before the plan;         –
                                               admitted in it → waits
 
-A step may be planned while the one before is in flight (`plan_ahead`): of a sequence that samples
-in that one, the next token is known by its place alone. What hangs on such a token (a grammar, a
-penalty) or would take a running sequence's blocks is not planned so. A sequence that ends meanwhile
-is passed over when the later plan is committed or abandoned; its blocks may be handed out at once,
-because steps run in the order of their plans.
+A step may be planned while the one before is in flight (`plan_ahead`): if a sequence samples in
+that one, its next token is known by its place alone. Nothing is planned this way that depends on
+such a token (a grammar, a penalty) or takes a running sequence's blocks. A sequence that ends
+meanwhile is skipped when the later plan is committed or abandoned. Its blocks may be handed out at
+once, because steps run in the order of their plans.
 
-When blocks run out the sequence of lowest priority gives up its own; it will be recomputed from
+When blocks run out, the sequence of lowest priority gives up its own. It is recomputed later from
 all its known tokens, less what the cache still has of them. The first in priority is never
-preempted for another and always fits alone, so everything ends.
+preempted for another and always fits alone, so every sequence ends.
 
 The prefix cache (`sequence_blocks`). Full blocks whose step was committed are published under the
 hash of all tokens up to their end, generated ones included, and are not written again. A sequence
 begins with the longest published prefix of its known tokens, less the last token, whose logits it
 needs; its first own block is the one after. Its KV is the same to the bit, so tokens do not depend
-on what was cached. Where a running sequence that goes before it is yet to compute the very block
-that it would compute first, it waits for that and is passed over: n choices of one prompt cost one
-prefill. What it would need stays reserved, so that those behind it cannot take its room.
+on what was cached. If a running sequence of higher priority has yet to compute the very block that
+a waiting one would compute first, the waiting one is passed over until that is done: n choices of
+one prompt cost one prefill. The blocks that it would need stay reserved, so that those behind it
+cannot take them.
 
-Copies (`engine/kv_replication`). Behind its cached blocks a sequence begins with those that a peer
-has left here, restored while the plan is made and published at once. A plan admits nobody more
-after it has restored many: a rank whose peer has died is to serve its own sessions, too.
+Replicas (`engine/kv_replication`). After its cached blocks a sequence begins with those that a peer
+has stored here. They are restored while the plan is made, and published at once. A plan that has
+restored many admits no more sequences: a rank whose peer has died must serve its own sessions, too.
 """
 
 from __future__ import annotations
@@ -51,7 +53,6 @@ from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -63,10 +64,11 @@ from gpu_worker.engine.logprobs import StepScores
 from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.projected_state import ProjectedState, current_state
 from gpu_worker.engine.sampler import NO_TOKEN
+from gpu_worker.engine.scheduler_limits import SchedulerLimits, reply_at_once
 from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
 from gpu_worker.engine.sequence_blocks import SequenceBlocks
+from gpu_worker.engine.step_budget import StepBudget
 from gpu_worker.engine.step_plan import (
-    Chunk,
     ScoredRows,
     StepPlan,
     build_plan,
@@ -78,34 +80,6 @@ from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import Load, SessionTokens, Submit, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """`kv_blocks` times `kv_block_tokens` is the KV cache. A session ends with LENGTH when prompt
-    and generated tokens reach `context_tokens_max`, or the whole cache. `waiting_max` bounds fresh
-    sessions and continued ones each by itself, so that a crowd at the door refuses nobody who is
-    in mid-stream."""
-
-    vocab_size: int
-    context_tokens_max: int
-    kv_blocks: int
-    kv_block_tokens: int
-    step_tokens_max: int
-    prefill_chunk_tokens: int
-    running_max: int
-    waiting_max: int
-    prefix_cache: bool = True
-    scored_logits_max: int = 1 << 24  # of a step's prompt rows, which are rows times vocabulary
-    restored_blocks_enough: int = 64  # in one plan; on CPUs some 10 ms
-
-    @property
-    def scored_rows_max(self) -> int:
-        return max(1, self.scored_logits_max // self.vocab_size)
-
-    @property
-    def tokens_max(self) -> int:
-        return min(self.context_tokens_max, self.kv_blocks * self.kv_block_tokens)
-
-
 class Committed(NamedTuple):
     replies: dict[Origin, list[SessionTokens]]
     num_generated: int
@@ -113,7 +87,7 @@ class Committed(NamedTuple):
 
 
 class Scheduler:
-    """After `plan` comes at most one `plan_ahead`; plans are committed in their order. Where one is
+    """After `plan` comes at most one `plan_ahead`. Plans are committed in their order. If one is
     abandoned, the later one is abandoned first."""
 
     def __init__(
@@ -147,7 +121,7 @@ class Scheduler:
 
     @property
     def num_restored(self) -> int:
-        """Blocks that were filled from copies, since the start."""
+        """Blocks that were filled from replicas since the start."""
         return self._blocks.num_restored
 
     def load(self) -> Load:
@@ -163,7 +137,7 @@ class Scheduler:
         )
 
     def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
-        """The reply, where the attempt ends here and now: refused, or nothing left to generate."""
+        """The reply if the attempt ends at once: refused, or nothing left to generate."""
         known = self._sequences.get(submit.session)
         if known is not None:
             if submit.attempt <= known.attempt:
@@ -181,7 +155,7 @@ class Scheduler:
             sequence.set_matcher(self._compile_grammar(submit))
         except GrammarError as error:
             return sequence.reply(index=sequence.next_index, error=str(error))
-        reply = self._refuse_or_finish(sequence)
+        reply = reply_at_once(sequence, self._limits) or self._refuse_if_full(sequence)
         if reply is None:
             self._sequences[sequence.session] = sequence
             self._num_tokens += len(sequence.tokens)
@@ -189,7 +163,8 @@ class Scheduler:
         return reply
 
     def cancel(self, session: SessionId, attempt: Attempt) -> tuple[Origin, SessionTokens] | None:
-        """Ends this attempt, or an earlier one that is still here; says so to its origin."""
+        """Ends this attempt, or an earlier one that is still here. Returns the reply and the origin
+        to send it to; None if there is no such attempt."""
         sequence = self._sequences.get(session)
         if sequence is None or sequence.attempt > attempt:
             return None
@@ -198,13 +173,13 @@ class Scheduler:
         return sequence.origin, reply
 
     def drop_origin(self, origin: Origin) -> None:
-        """Its connection is gone: nobody is left to tell."""
+        """Ends its sessions without replies: its connection is gone."""
         for sequence in [s for s in self._sequences.values() if s.origin == origin]:
             self._end(sequence)
 
     def plan(self) -> StepPlan:
-        """Decodes, then prefill chunks of those that run, then of those newly admitted. Where
-        blocks run out, those of lowest priority are preempted."""
+        """Takes decodes first, then prefill chunks of running sequences, then of newly admitted
+        ones. If blocks run out, the sequences of lowest priority are preempted."""
         assert not self._plans, "a plan is in flight"
         self._running.sort(key=_priority)
         projected = {s: current_state(s) for s in self._running}
@@ -215,8 +190,8 @@ class Scheduler:
         return self._fill_step(projected, growing)
 
     def plan_ahead(self) -> StepPlan | None:
-        """The step after the one that is in flight, before that one's tokens are known. None: they
-        must be known first, or nothing is to be done before."""
+        """The step after the one in flight, before that one's tokens are known. None if the plan
+        depends on them, or if there is nothing to run."""
         (before,) = self._plans
         if depends_on_tokens(before):
             return None
@@ -232,7 +207,7 @@ class Scheduler:
         return plan
 
     def _growing(self, projected: Mapping[Sequence, ProjectedState]) -> list[Sequence]:
-        """Who needs one block more for its next token."""
+        """Those that need one block more for their next token."""
         return [
             s
             for s, state in projected.items()
@@ -242,31 +217,33 @@ class Scheduler:
     def _fill_step(
         self, projected: Mapping[Sequence, ProjectedState], growing: Items[Sequence]
     ) -> StepPlan:
-        """`projected` are those that run, in order of priority."""
+        """`projected` are the running sequences, in order of priority."""
         for sequence in growing:
             self._kv.extend(sequence.row, 1)
-        chunks = [Chunk(s, 1, state) for s, state in projected.items() if state.num_pending == 1]
-        budget = self._limits.step_tokens_max - len(chunks)
+        budget = StepBudget(self._limits)
         for sequence, state in projected.items():
-            if state.num_pending > 1 and budget > 0:
-                budget -= self._add_prefill(chunks, sequence, state, budget)
+            if state.num_pending == 1:
+                budget.add_decode(sequence, state)
+        for sequence, state in projected.items():
+            if state.num_pending > 1:
+                budget.add_prefill(sequence, state)
         admitted: list[Sequence] = []
         restored_max = self.num_restored + self._limits.restored_blocks_enough
-        while budget > 0 and self.num_restored < restored_max:
+        while not budget.is_spent and self.num_restored < restored_max:
             if (found := self._next_admissible()) is None:
                 break
             self._admit(found)
             admitted.append(found)
-            budget -= self._add_prefill(chunks, found, current_state(found), budget)
-        plan = build_plan(chunks, self._kv, grown=growing, admitted=admitted)
+            budget.add_prefill(found, current_state(found))
+        plan = build_plan(budget.chunks, self._kv, grown=growing, admitted=admitted)
         self._plans.append(plan)
         return plan
 
     def commit(
         self, plan: StepPlan, sampled_ids: Items[int], scores: StepScores | None = None
     ) -> Committed:
-        """The step took place: `sampled_ids` are the tokens of its wanted rows, and `scores` the
-        log-probabilities that were asked for."""
+        """The step took place. `sampled_ids` are the tokens of its wanted rows, `scores` the
+        log-probabilities that were requested."""
         first = self._plans.popleft()
         assert plan is first, "an earlier plan is in flight"
         num_reprefilled = num_generated = 0
@@ -317,49 +294,18 @@ class Scheduler:
         emitted = submit.tokens[len(submit.tokens) - submit.num_emitted :]
         return self._grammars.compile(submit.sampling.grammar, emitted)
 
-    def _refuse_or_finish(self, sequence: Sequence) -> SessionTokens | None:
-        limits = self._limits
-        index = sequence.next_index
-        if not sequence.tokens:
-            return sequence.reply(index=index, error="the prompt has no tokens")
-        if max(sequence.tokens) >= limits.vocab_size or min(sequence.tokens) < 0:
-            error = f"the prompt has token ids outside of 0 … {limits.vocab_size - 1}"
-            return sequence.reply(index=index, error=error)
-        finish = sequence.finish_if_full()
-        num_wanted = len(sequence.tokens) + (1 if sequence.samples else 0)
-        if sequence.num_emitted == 0 and num_wanted > limits.tokens_max:
-            error = (
-                f"the prompt has {len(sequence.tokens)} tokens, but this model serves at most "
-                f"{limits.tokens_max} tokens of prompt and completion together"
-            )
-            return sequence.reply(index=index, error=error)
-        if finish is not None:
-            return sequence.reply(index=index, finish=finish)
-        fresh = sequence.num_emitted == 0
-        if sum((s.num_emitted == 0) == fresh for s in self._waiting) >= limits.waiting_max:
-            reply = sequence.reply(index=index, error="the waiting queue of this rank is full")
-            return replace(reply, retryable=True)
-        return None
-
-    def _add_prefill(
-        self, chunks: list[Chunk], sequence: Sequence, projected: ProjectedState, budget: int
-    ) -> int:
-        num_tokens = min(projected.num_pending, self._limits.prefill_chunk_tokens, budget)
-        if sequence.wants_prompt_logits:
-            num_tokens = min(num_tokens, self._scored_rows_left(chunks))
-        if num_tokens:
-            chunks.append(Chunk(sequence, num_tokens, projected))
-        return num_tokens
-
-    def _scored_rows_left(self, chunks: list[Chunk]) -> int:
-        """A step's logits are one matrix: as high as its rows, and as wide as the vocabulary."""
-        taken = sum(c.num_tokens for c in chunks if c.sequence.wants_prompt_logits)
-        return max(0, self._limits.scored_rows_max - taken)
+    def _refuse_if_full(self, sequence: Sequence) -> SessionTokens | None:
+        is_new = sequence.num_emitted == 0
+        num_waiting = sum((s.num_emitted == 0) == is_new for s in self._waiting)
+        if num_waiting < self._limits.waiting_max:
+            return None
+        error = "the waiting queue of this rank is full"
+        return replace(sequence.reply(index=sequence.next_index, error=error), retryable=True)
 
     def _next_admissible(self) -> Sequence | None:
-        """The first that waits, not counting those that wait for a block of another. It needs room
-        for all its known tokens, and for each running sequence to grow by one block: or it would be
-        preempted soon."""
+        """The first waiting sequence, except those that wait for a block of another. Besides blocks
+        for all its known tokens, one must be free for each running sequence to grow: else it would
+        soon be preempted."""
         if len(self._running) >= self._limits.running_max:
             return None
         num_reserved = len(self._running)
@@ -378,7 +324,7 @@ class Scheduler:
         self._running.append(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
-        """From running, whose list it has left already, back to waiting."""
+        """Back to waiting. The caller has removed it from the running list."""
         self._blocks.close(sequence)
         sequence.state = SequenceState.WAITING
         insort(self._waiting, sequence, key=_priority)

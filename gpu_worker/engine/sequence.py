@@ -1,5 +1,5 @@
 """One attempt of a session on this rank: its tokens, how many of them are in the KV cache, and when
-it ends. Deciding when it runs is the scheduler's."""
+it ends. The scheduler decides when it runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
 Origin = NewType("Origin", int)
-"""The connection that a session came in by and that its tokens go out by; opaque here."""
+"""The connection that a session came from and its tokens go to; opaque here."""
 
 NO_ROW = -1
 
 
 class SequenceState(Enum):
-    """Where a sequence stands; `scheduler.py` has the transition table."""
+    """`scheduler.py` has the transition table."""
 
     WAITING = "waiting"  # holds no KV blocks
     RUNNING = "running"  # holds blocks for all its known tokens
@@ -26,8 +26,8 @@ class SequenceState(Enum):
 
 
 class Sequence:
-    """Mutable, and the scheduler's alone. `tokens` are all known tokens: those of the Submit, then
-    those generated here; the KV of the first `num_computed` of them is in the cache."""
+    """Mutable; only the scheduler changes it. `tokens` are all known tokens: those of the Submit,
+    then those generated here. The KV of the first `num_computed` of them is in the cache."""
 
     __slots__ = (
         "arrival",
@@ -72,19 +72,17 @@ class Sequence:
         self.num_given = len(submit.tokens)
         self.num_emitted = submit.num_emitted
         self.num_prompt = self.num_given - self.num_emitted
-        self.num_scored = 0  # tokens after the prompt's first whose log-probability was told
+        self.num_scored = 0  # prompt tokens, after the first, whose log-probability is sent
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
-        self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as asked for
-        self.num_published = 0  # blocks of its row that are named, hence never written again
-        self.num_offered = 0  # of these, how many the replicator of copies has heard of
+        self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as requested
+        self.num_published = 0  # blocks of its row that are named, so never written again
+        self.num_offered = 0  # of these, how many were offered to the replicator
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
-        self.reported_backup: RankId | None = (
-            None  # who its client knows to have copies of its blocks
-        )
+        self.reported_backup: RankId | None = None  # the backup rank that its client knows
         self.state = SequenceState.WAITING
         self.row = NO_ROW
         self.tokens_max = tokens_max
@@ -92,8 +90,8 @@ class Sequence:
         self.stop_ids = tuple(sorted({*submit.sampling.stop_token_ids, *eos}))
 
     def set_matcher(self, matcher: GrammarMatcher | None) -> None:
-        """From now on `matcher` says what may be drawn. It ends the text by an end token, which
-        then counts even where the client would ignore it."""
+        """From now on `matcher` limits what may be drawn. It ends the text with an end token, which
+        is then a stop token even if the client ignores end tokens."""
         self.matcher = matcher
         if matcher is not None:
             self.stop_ids = tuple(sorted({*self.stop_ids, *matcher.end_ids}))
@@ -110,24 +108,25 @@ class Sequence:
 
     @property
     def priority(self) -> tuple[bool, int]:
-        """Lower goes first: clients in mid-stream before those who have seen nothing, then by
+        """Lower runs first: clients in mid-stream before those who have seen no token, then by
         arrival. The highest is preempted first."""
         return (self.next_index == 0, self.arrival)
 
     def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:
-        """Ids that must not be drawn after so many tokens: those that would end it too early. A
-        grammar knows better, and may have left nothing but the end."""
+        """Ids that must not be drawn after so many tokens, because they would end it too early.
+        Empty if a grammar guides it: that may allow nothing but the end."""
         is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.matcher is None
         return self.stop_ids if is_early else ()
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """It must compute the rows from `num_scored` on itself: a cached block has no logits."""
+        """Whether it must compute the rows from `num_scored` on itself: a cached block has no
+        logits."""
         return self.sampling.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
 
     @property
     def samples(self) -> bool:
-        """False: its prompt is to be scored, and that is all."""
+        """False if only its prompt is to be scored."""
         return self.sampling.max_tokens > 0
 
     def finish_if_full(self) -> FinishReason | None:
@@ -143,7 +142,7 @@ class Sequence:
         )
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes the next token; tells whether it is the last one. Raises GrammarError."""
+        """Appends the next token; returns the reason if it is the last one. Raises GrammarError."""
         self.tokens.append(token)
         if self.token_counts is not None:
             self.token_counts.add(token)
@@ -154,7 +153,7 @@ class Sequence:
         return self.finish_if_full()
 
     def take_backup_change(self, backup: RankId | None) -> RankId | None:
-        """What the next reply is to say, where this is its backup rank now."""
+        """The backup rank, if the client must be told of it in the next reply; else None."""
         if backup is None or backup == self.reported_backup:
             return None
         self.reported_backup = backup

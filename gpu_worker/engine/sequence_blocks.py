@@ -1,6 +1,6 @@
-"""What running sequences have of the KV cache: the blocks that one begins with, cached here or left
-by a peer that had its session, the names of those that it has filled, and who hears of them. When a
-sequence runs is the scheduler's."""
+"""The KV blocks of running sequences: those that a sequence begins with, cached here or replicated
+by a peer that had its session, and those that it fills and publishes. The scheduler decides when a
+sequence runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from gpu_worker.engine.sequence import NO_ROW, Sequence
 
 
 class SequenceBlocks:
-    """Implements the prefix cache, as `scheduler.py` tells it, over `kv_blocks` and a replicator of
-    copies. With `is_shared` false every sequence computes all its blocks, and nobody hears."""
+    """Implements the prefix cache, as described in `scheduler.py`, over `kv_blocks` and a
+    replicator. If `is_shared` is false, every sequence computes all its blocks, and none is
+    published."""
 
     def __init__(self, kv: KvBlocks, replicator: KvReplicator, *, is_shared: bool) -> None:
         self.num_restored = 0  # blocks, since the start
@@ -30,7 +31,7 @@ class SequenceBlocks:
         return self._kv.num_needed(num_blocks, self._usable_names(sequence))
 
     def awaits_another(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether a running sequence that goes first will compute its first missing block."""
+        """Whether a running sequence of higher priority will compute its first missing block."""
         names = self._usable_names(sequence)
         column = self._kv.num_cached(names)
         if column >= len(names):
@@ -44,8 +45,8 @@ class SequenceBlocks:
         )
 
     def open(self, sequence: Sequence) -> None:
-        """Gives it blocks for all its known tokens. What the cache or a copy has of them counts as
-        computed, and stays in the cache also where the step that is being planned is abandoned."""
+        """Gives it blocks for all its known tokens. What the cache or a replica has of them counts
+        as computed, and stays in the cache even if the step that is being planned is abandoned."""
         names = self._usable_names(sequence)
         num_cached = self._kv.num_cached(names)
         row = self._kv.open(self._kv.blocks_for(len(sequence.tokens)), names)
@@ -72,11 +73,11 @@ class SequenceBlocks:
         """Its first step since `open` is committed."""
         self.num_prefix_tokens += len(sequence.tokens)
         self.num_prefix_cached += sequence.num_computed
-        if sequence.num_cached is None:  # else it was preempted: what it finds is its own
+        if sequence.num_cached is None:  # else it was preempted, and finds its own blocks
             sequence.num_cached = sequence.num_computed
 
     def publish(self, sequence: Sequence) -> None:
-        """Those that a committed step has filled."""
+        """Names the blocks that a committed step has filled."""
         end = sequence.num_computed // self._kv.block_tokens
         if end == sequence.num_published or not self._is_shared:
             return
@@ -86,8 +87,8 @@ class SequenceBlocks:
         sequence.num_published = end
 
     def offer(self, sequence: Sequence) -> None:
-        """Those that are published and that the replicator has not heard of; of a sequence that
-        does not run, none."""
+        """Offers the replicator the published blocks that it does not know yet; none if the
+        sequence does not run."""
         begin, end = sequence.num_offered, sequence.num_published
         if begin < end:
             blocks = self._kv.blocks_of(sequence.row, begin, end)
@@ -95,7 +96,7 @@ class SequenceBlocks:
             sequence.num_offered = end
 
     def _usable_names(self, sequence: Sequence) -> list[bytes]:
-        """Of the blocks that it need not compute itself, where somebody else has."""
+        """Names of the blocks that it need not compute itself if they exist already."""
         if not self._is_shared:
             return []
         extend_names(sequence.block_names, sequence.tokens, self._kv.block_tokens)

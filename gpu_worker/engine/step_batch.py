@@ -1,4 +1,5 @@
-"""The tokens that one rank runs in one step: the only thing that the scheduler hands to a model."""
+"""The tokens that one rank runs in one step, and the model that runs them. A model gets nothing
+else from the scheduler."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """Logits of the wanted rows, and what the step's first dispatch told about the peers."""
+    """Logits of the wanted rows. `any_work`: whether any rank had work in this step."""
 
     logits_RV: NDArray[np.float32]
     any_work: bool
@@ -53,7 +54,7 @@ class Model(Protocol):
     def vocab_size(self) -> int: ...
 
     def forward(self, batch: StepBatch, exchange: Exchange) -> Forward:
-        """Runs every layer. Where `Dispatched.any_tokens` is false at the first MoE layer the rest
-        is skipped. Raises StepAbandoned from the exchange; the KV written so far is then harmless,
+        """Runs every layer. If `Dispatched.any_tokens` is false at the first MoE layer, skips the
+        rest. Raises StepAbandoned from the exchange; the KV written so far is then harmless,
         because a replay writes the same values to the same places."""
         ...

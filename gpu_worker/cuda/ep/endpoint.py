@@ -11,8 +11,8 @@ from shared.wire import RegionOpened
 
 
 class EpEndpoint:
-    """Implements `link_keeper.DataEndpoint`. A pair of lives meets once; a buffer stays mapped until the
-    next life of its rank is adopted."""
+    """Implements `link_keeper.DataEndpoint`. A pair of incarnations meets once; a buffer stays
+    mapped until the next incarnation of its rank is adopted."""
 
     def __init__(self, member: Member, exchange: EpExchange, kind: ExchangeKind) -> None:
         self.name = f"ep-{member}"

@@ -7,7 +7,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from gpu_worker.engine.block_names import extend_names
-from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_plan import StepPlan
 from shared.types import SessionId

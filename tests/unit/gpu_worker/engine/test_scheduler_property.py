@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.engine.sampler import sample
-from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.kv_replication.writer import ReplicaWriter

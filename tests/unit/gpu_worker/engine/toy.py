@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from gpu_worker.engine.draw import Draw
 from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.sampler import sample
-from gpu_worker.engine.scheduler import Scheduler, SchedulerLimits
+from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_batch import Forward, StepBatch
 from gpu_worker.exchange.interface import Exchange
