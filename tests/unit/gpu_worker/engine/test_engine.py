@@ -79,7 +79,7 @@ class HandClock:
 
 
 class OneRankExchange:
-    """Gives every token back to its sender. `on_dispatch` stands for what the peers do."""
+    """Gives every token back to its sender. `on_dispatch` does what the peers would do."""
 
     def __init__(self, monitor: EngineMonitor) -> None:
         self.monitor = monitor
@@ -563,21 +563,21 @@ def test_a_dropped_origin_hears_nothing_more(member: Rank) -> None:
     member.submit(submit("other", max_tokens=40), number=2)
     member.submit(submit(max_tokens=40))
     member.until_asleep()
-    heard: list[Origin] = []
+    served: list[Origin] = []
     while not member.events.empty():
         event = member.event()
-        heard += event.sessions if isinstance(event, StepTokens) else []
-    assert heard.count(origin(1)) in (1, 2)  # steps before the drop
-    assert heard.count(origin(2)) == 40
+        served += event.sessions if isinstance(event, StepTokens) else []
+    assert served.count(origin(1)) in (1, 2)  # steps before the drop
+    assert served.count(origin(2)) == 40
     load = member.engine.snapshot().load
     assert (load.running, load.waiting, load.tokens) == (0, 0, 0)
 
 
-# copies
+# KV replicas
 
 
 class Copying:
-    """A rank whose peer keeps copies of its blocks, of 4 tokens each."""
+    """A rank whose peer keeps replicas of its blocks, of 4 tokens each."""
 
     def __init__(self, blocks_per_pump: int) -> None:
         cache = ArrayCache(np.zeros((32, 8), dtype=np.uint8))

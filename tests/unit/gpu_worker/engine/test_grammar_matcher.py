@@ -50,7 +50,7 @@ def tokenizer() -> Tokenizer:
 def generate(
     grammars: GrammarCompiler, grammar: str, seed: int, *, cut: int | None = None
 ) -> list[int]:
-    """Draws from random logits that hang on (seed, position) alone; the matcher is opened anew
+    """Draws from random logits that depend on (seed, position) alone; the matcher is made again
     after `cut` tokens."""
     matcher = grammars.compile(grammar, ())
     emitted: list[int] = []

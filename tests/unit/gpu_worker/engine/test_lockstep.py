@@ -40,7 +40,7 @@ class Death(BaseException):
 
 
 class MortalModel(ToyModel):
-    """Dies in a forward, once told to: before its messages to the peers, who cannot commit that
+    """Dies in a forward, once asked to: before its messages to the peers, who cannot commit that
     step, or after them, so that they do."""
 
     dies_in_forwards = -1
@@ -173,7 +173,7 @@ class Clients:
         )
         self.cluster.inboxes[rank].put(Arrival(origin=origin(), submit=request))
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         event = self.cluster.tokens.get(timeout=PATIENCE_S)
         for reply in [r for batch in event.sessions.values() for r in batch]:
             if reply.attempt == self.attempt[reply.session]:
@@ -184,7 +184,7 @@ class Clients:
 
     def check(self) -> None:
         while len(self.finish) < len(self.prompts):
-            self.hear()
+            self.receive()
         for session, prompt in self.prompts.items():
             sampling = submit(max_tokens=12).sampling
             assert (self.ids[session], self.finish[session]) == alone(prompt, sampling)
@@ -211,7 +211,7 @@ def test_a_death_at_any_step_changes_no_token(
     survivors = [rank for rank in range(NUM_RANKS) if rank != dying]
     cluster.publish(2, survivors)
     while not cluster.tokens.empty():
-        clients.hear()
+        clients.receive()
     victims = [s for s, r in clients.place.items() if r == dying and s not in clients.finish]
     for number, session in enumerate(victims):
         clients.send(session, survivors[number % 2])

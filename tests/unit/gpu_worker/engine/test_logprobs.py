@@ -167,7 +167,7 @@ def test_where_nothing_is_to_score_or_sample_the_answer_is_at_once(tokens: tuple
     assert reply.finish is FinishReason.LENGTH
 
 
-def test_an_abandoned_step_is_scored_anew() -> None:
+def test_an_abandoned_step_is_scored_again() -> None:
     engine, model = scheduler(), ToyModel()
     engine.submit(origin(), submit("s", PROMPT, prompt_logprobs=1, max_tokens=1))
     engine.abandon(engine.plan())

@@ -1,4 +1,4 @@
-"""The engine's heart, as probes hear it."""
+"""The engine's heartbeat, as probes report it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_who_rests_longest_is_evicted_and_forgotten() -> None:
     assert index.block_of(D) == 2
 
 
-def test_a_block_in_use_again_is_not_evicted_and_rests_anew() -> None:
+def test_a_block_in_use_again_is_not_evicted_and_becomes_idle_again() -> None:
     index = index_of(A, B)
     index.mark_idle(0)
     index.mark_idle(1)

@@ -1,4 +1,4 @@
-"""What a sequence takes from copies, and when its blocks are offered. Blocks have 4 tokens, chunks
+"""What a sequence takes from replicas, and when its blocks are offered. Blocks have 4 tokens, chunks
 8."""
 
 from __future__ import annotations
@@ -278,18 +278,20 @@ def test_who_is_preempted_is_forgotten_and_offered_from_its_first_block_on_again
     assert replicator.names_offered("s") == names_of(LONG)[:4]
 
 
-# who has copies
+# who has replicas
 
 
-def test_a_backup_rank_is_told_with_a_token_whenever_it_changes(replicator: FakeReplicator) -> None:
+def test_a_backup_rank_is_reported_with_a_token_whenever_it_changes(
+    replicator: FakeReplicator,
+) -> None:
     engine = scheduler(replicator)
     engine.submit(origin(), submit("s", LONG[:3]))
-    told = []
+    reported = []
     for backup in (None, 2, 2, None, 2, 0, 0):
         if backup is None:
             replicator.backups.clear()
         else:
             replicator.backups[SessionId("s")] = RankId(backup)
         (reply,) = replies(run_step(engine))
-        told.append(reply.backup_rank)
-    assert told == [-1, 2, -1, -1, -1, 0, -1]
+        reported.append(reply.backup_rank)
+    assert reported == [-1, 2, -1, -1, -1, 0, -1]

@@ -1,6 +1,6 @@
 """Whatever happens to a session on its way, its tokens are those of running it alone, and the KV
-blocks are in order after every event; also where steps are planned ahead, and events come while
-they are in flight; also where each rank keeps copies of the other's blocks, some of them."""
+blocks are in order after every event. Also if steps are planned ahead and events come while they
+are in flight, and if each rank keeps replicas of some of the other's blocks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Device:
         self.flights: list[tuple[StepPlan, list[int]]] = []
         self.before = BlockSnapshot(
             {}, 0, {}, 0
-        )  # of the first in flight, where nothing has come since
+        )  # of the first in flight, if nothing has come since
         self.is_first = True
         self._former_ids: list[int] = []
 
@@ -185,9 +185,9 @@ class SchedulerHarness:
         self.devices = [
             Device(ToyModel(given_limits.kv_blocks, given_limits.kv_block_tokens)) for _ in range(2)
         ]
-        self.copies = FakeKvReplicas([device.model for device in self.devices], kv_replica_limits)
+        self.replicas = FakeKvReplicas([device.model for device in self.devices], kv_replica_limits)
         self.ranks = [
-            Scheduler(given_limits, (EOS,), replicator=writer) for writer in self.copies.writers
+            Scheduler(given_limits, (EOS,), replicator=writer) for writer in self.replicas.writers
         ]
         self.audits = [
             KvAudit(r, d.model, given_limits) for r, d in zip(self.ranks, self.devices, strict=True)
@@ -244,13 +244,13 @@ class SchedulerHarness:
         for batch in self.ranks[rank].commit(plan, ids).replies.values():
             for reply in batch:
                 self.clients[reply.session].accept(reply)
-        self.copies.writers[rank].pump()
-        self.copies.carry(rank)
+        self.replicas.writers[rank].pump()
+        self.replicas.carry(rank)
 
     def check(self) -> None:
         for audit in self.audits:
             audit.check()
-        self.copies.check(self.audits)
+        self.replicas.check(self.audits)
 
     def step(self, rank: int) -> None:
         self.begin(rank)
@@ -344,9 +344,9 @@ def test_tokens_are_those_of_the_undisturbed_run(
                 harness.devices[number % 2].is_first = False
                 harness.ranks[number % 2].cancel(client.name, Attempt(client.attempt - 1))
         elif event == "carry":
-            harness.copies.carry(number % 2, number // 2)
+            harness.replicas.carry(number % 2, number // 2)
         elif event == "cut":
-            harness.copies.cut(number % 2)
+            harness.replicas.cut(number % 2)
         harness.check()
     for client in left:
         harness.arrive(client)

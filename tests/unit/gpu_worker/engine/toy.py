@@ -73,7 +73,7 @@ def logits_after(prefix: list[int]) -> NDArray[np.float32]:
 def alone(
     prompt: tuple[int, ...], sampling: SamplingParams, tokens_max: int = 64
 ) -> tuple[list[int], FinishReason]:
-    """The undisturbed run: the whole prefix anew for each token."""
+    """The undisturbed run: computes the whole prefix again for each token."""
     tokens = list(prompt)
     stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else (EOS,))}
     while True:
