@@ -1,5 +1,5 @@
-"""What a sequence takes from replicas, and when its blocks are offered. Blocks have 4 tokens, chunks
-8."""
+"""What a sequence takes from replicas, and when its blocks are offered. Blocks have 4
+tokens, chunks 8."""
 
 from __future__ import annotations
 
