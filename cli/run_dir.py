@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -28,11 +28,14 @@ class RunState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The instance that a command speaks of."""
+    """The instance that a command is about."""
 
     etcd: str
     instance: str
-    url: str | None = None  # of a gateway, where known
+    url: str | None = None  # of a gateway, if one is known
+
+    def with_url(self, url: str) -> Target:
+        return replace(self, url=url)
 
 
 def default_run_dir(instance: str) -> Path:
