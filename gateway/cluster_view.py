@@ -23,7 +23,7 @@ _UNKNOWN_TOKENS = 1 << 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """Replaced whole, never edited. `ranks` holds every registered incarnation, member of the map or
+    """Replaced whole, never edited. `ranks` has every registered incarnation, member of the map or
     not."""
 
     spec: InstanceSpec | None = None
