@@ -1,4 +1,4 @@
-"""What the ranks of this host run on: CUDA or the CPU, and whether they have to share cards."""
+"""What the ranks of this host run on: GPUs or CPUs, and whether ranks share GPUs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
-    """`on_cuda`: there are cards to be used; where `device` is "auto" and the model does not run on
-    them, ranks use the CPU all the same. `mps`: cards are shared under a CUDA MPS daemon of this
-    instance's own."""
+    """`on_cuda`: there are GPUs to use. If `device` is "auto" and the model does not run on GPUs,
+    the ranks still use the CPU. `mps`: ranks share GPUs through the instance's own CUDA MPS
+    daemon."""
 
     on_cuda: bool
     cards: int
@@ -28,24 +28,24 @@ class DevicePlan:
     def __str__(self) -> str:
         if not self.on_cuda:
             return "CPU"
-        cards = "1 card" if self.cards == 1 else f"{self.cards} cards"
+        cards = "1 GPU" if self.cards == 1 else f"{self.cards} GPUs"
         return f"{cards}{', shared under MPS' if self.mps else ''}"
 
 
 def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, cards: int) -> DevicePlan:
-    """`cuda_mps` of None: where there are more ranks than cards. Without it such ranks take turns,
-    each a time slice of milliseconds, many times a step. Raises ConfigError."""
+    """If `cuda_mps` is None, MPS is used if there are more ranks than GPUs. Without MPS, ranks on
+    one GPU alternate in time slices of milliseconds, many times per step. Raises ConfigError."""
     if device == "cuda" and not cards:
-        raise ConfigError("--device cuda: nvidia-smi finds no card here; pass --device cpu")
+        raise ConfigError("--device cuda: nvidia-smi finds no GPU here; pass --device cpu")
     on_cuda = cards > 0 and device != "cpu"
     if cuda_mps and not on_cuda:
-        raise ConfigError("--cuda-mps: these ranks run on the CPU; MPS shares cards among ranks")
+        raise ConfigError("--cuda-mps: the ranks run on the CPU, so there is no GPU to share")
     wanted = num_ranks > cards if cuda_mps is None else cuda_mps
     return DevicePlan(on_cuda=on_cuda, cards=cards, mps=on_cuda and wanted)
 
 
 def num_visible_gpus(cards: int, environ: Mapping[str, str]) -> int:
-    """Of so many cards, those that a process may use."""
+    """How many of `cards` GPUs this process may use."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return cards
@@ -53,7 +53,8 @@ def num_visible_gpus(cards: int, environ: Mapping[str, str]) -> int:
 
 
 async def count_gpus() -> int:
-    """Without a CUDA context of our own, which would be one more client of the cards."""
+    """Counts GPUs without creating a CUDA context, which would use their memory. Raises
+    ConfigError."""
     try:
         process = await asyncio.create_subprocess_exec(
             *_QUERY,
