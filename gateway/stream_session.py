@@ -165,12 +165,12 @@ class StreamSession:
         self.state = SessionState.WAITING
         self.attempt = Attempt(-1)  # the first placement is attempt 0
         self.member: Member | None = None
-        self.backup_rank: RankId | None = None  # keeps copies of KV blocks, says the last attempt
+        self.backup_rank: RankId | None = None  # has KV replicas of the last attempt
         self.finish: FinishReason | None = None
         self.failure: Failure | None = None
         self.opened_at = now
-        self.ready_at = now  # waiting: not to be placed before
-        self.cached_tokens = 0  # of the prompt, where the rank of the first token had them in KV
+        self.ready_at = now  # when a waiting session may be placed
+        self.cached_tokens = 0  # of the prompt, in the KV cache of the rank of the first token
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.last_gap_s = 0.0

@@ -87,7 +87,7 @@ def _rank(new: RankRecord, old: RankRecord | None) -> EventLine:
         return EventLine(
             kind="rank_state", text=f"rank {new.member} is {new.state.value}", fields=fields
         )
-    peers = ", ".join(str(member) for member in new.links) or "nobody"
+    peers = ", ".join(str(member) for member in new.links) or "no rank"
     return EventLine(
         kind="rank_links",
         text=f"rank {new.member} has links with {peers}",

@@ -22,34 +22,36 @@ class DevicePlan:
     daemon."""
 
     on_cuda: bool
-    cards: int
+    num_gpus: int
     mps: bool
 
     def __str__(self) -> str:
         if not self.on_cuda:
             return "CPU"
-        cards = "1 GPU" if self.cards == 1 else f"{self.cards} GPUs"
-        return f"{cards}{', shared under MPS' if self.mps else ''}"
+        gpus = "1 GPU" if self.num_gpus == 1 else f"{self.num_gpus} GPUs"
+        return f"{gpus}{', shared under MPS' if self.mps else ''}"
 
 
-def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, cards: int) -> DevicePlan:
+def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, num_gpus: int) -> DevicePlan:
     """If `cuda_mps` is None, MPS is used if there are more ranks than GPUs. Without MPS, ranks on
     one GPU alternate in time slices of milliseconds, many times per step. Raises ConfigError."""
-    if device == "cuda" and not cards:
+    if device == "cuda" and not num_gpus:
         raise ConfigError("--device cuda: nvidia-smi finds no GPU here; pass --device cpu")
-    on_cuda = cards > 0 and device != "cpu"
+    on_cuda = num_gpus > 0 and device != "cpu"
     if cuda_mps and not on_cuda:
         raise ConfigError("--cuda-mps: the ranks run on the CPU, so there is no GPU to share")
-    wanted = num_ranks > cards if cuda_mps is None else cuda_mps
-    return DevicePlan(on_cuda=on_cuda, cards=cards, mps=on_cuda and wanted)
+    wanted = num_ranks > num_gpus if cuda_mps is None else cuda_mps
+    return DevicePlan(on_cuda=on_cuda, num_gpus=num_gpus, mps=on_cuda and wanted)
 
 
-def num_visible_gpus(cards: int, environ: Mapping[str, str]) -> int:
-    """How many of `cards` GPUs this process may use."""
+def num_visible_gpus(num_gpus: int, environ: Mapping[str, str]) -> int:
+    """How many of `num_gpus` GPUs this process may use."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return cards
-    return min(cards, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")]))
+        return num_gpus
+    return min(
+        num_gpus, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")])
+    )
 
 
 async def count_gpus() -> int:

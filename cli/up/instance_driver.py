@@ -174,8 +174,10 @@ class InstanceDriver:
 
     async def _device(self) -> DevicePlan:
         options = self._options
-        cards = 0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
-        plan = plan_device(options.device, options.cuda_mps, options.ranks, cards)
+        num_gpus = (
+            0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
+        )
+        plan = plan_device(options.device, options.cuda_mps, options.ranks, num_gpus)
         with self._stages.stage("device") as stage:
             if plan.mps:
                 self._mps = CudaMps(options.run_dir)

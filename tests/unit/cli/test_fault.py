@@ -1,4 +1,4 @@
-"""What a fault did to streams: whose gaps are whose, and which tokens differ from the undisturbed
+"""The effect of a fault on streams: gaps by rank, and tokens that differ from the undisturbed
 answers."""
 
 from __future__ import annotations

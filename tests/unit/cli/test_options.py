@@ -1,4 +1,4 @@
-"""Impossible flags are one sentence that names the flag."""
+"""An impossible flag gives one sentence that names the flag."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_ranks_choose_their_device_unless_told(options: UpOptions) -> None:
     assert "--device" not in agent(options, "e:1", Path("/m"), Path("/logs")).tail
 
 
-def test_memory_for_copies_is_the_agents_to_make(options: UpOptions) -> None:
+def test_the_agent_creates_the_expert_caches_memory(options: UpOptions) -> None:
     command = agent(
         dataclasses.replace(options, host_experts_gb=1.5), "e:1", Path("/m"), Path("/logs")
     ).command(9)

@@ -1,5 +1,5 @@
-"""`starfish plan` reports what the planner does, from files or generated loads, and refuses
-nonsense in one sentence."""
+"""`starfish plan` reports what the planner does with loads from a file or generated ones, and
+rejects impossible flags in one sentence."""
 
 from __future__ import annotations
 

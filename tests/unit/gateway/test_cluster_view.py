@@ -1,4 +1,4 @@
-"""The view of the instance: the newest map wins, and what vanishes from etcd does not stop
+"""The view of the instance: the newest map counts, and keys that vanish from etcd do not stop
 serving."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a benchmark's own instance is started with."""
+"""The flags and environment of an instance that a benchmark starts for itself."""
 
 from __future__ import annotations
 
