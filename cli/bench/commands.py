@@ -33,10 +33,11 @@ OwnFlag = Annotated[
 @bench.command()
 @flags_from_dataclasses
 def serve(
+    *,
     gateway: GatewayFlags,
+    own: OwnFlag = False,
     options: TemporaryInstanceOptions,
     load: ServeLoad,
-    own: OwnFlag = False,
     compare_static: Annotated[
         bool,
         typer.Option(
@@ -72,10 +73,11 @@ def serve(
 @bench.command()
 @flags_from_dataclasses
 def prefix(
+    *,
     gateway: GatewayFlags,
+    own: OwnFlag = False,
     options: TemporaryInstanceOptions,
     load: PrefixLoad,
-    own: OwnFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure the prefix cache: time to first token of a new prompt, the same one, and a longer."""
@@ -95,11 +97,12 @@ def prefix(
 @bench.command()
 @flags_from_dataclasses
 def fault(
+    *,
+    url: UrlFlag = None,
     target: TargetFlags,
+    own: OwnFlag = False,
     options: TemporaryInstanceOptions,
     load: FaultLoad,
-    url: UrlFlag = None,
-    own: OwnFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Kill ranks under load: the longest gap in each client's stream, and where the time went."""
