@@ -19,7 +19,7 @@ rank can start again.
     starting  stop          stopping  –
     running   dying         dying     RevokeLease
     running   exited        waiting   RevokeLease
-    running   declared_dead     running   Kill, after the grace
+    running   declared_dead running   Kill, after the grace
     running   stop          stopping  Terminate
     dying     exited        waiting   –
     dying     stop          ending    –
