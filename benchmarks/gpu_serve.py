@@ -37,7 +37,7 @@ from cli.bench.fault_observer import FaultObserver
 from cli.bench.stats import Spread
 from cli.bench.stream_client import StreamClient, run_all, stream_client
 from cli.bench.temporary_instance import temporary_instance
-from cli.bench.temporary_options import TemporaryInstanceOptions, parse_rank_options
+from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.up.model import shipped_model
 from shared.clock import SystemClock
 from shared.errors import ConfigError, StarfishError, Unavailable
@@ -111,7 +111,7 @@ def own_options(args: argparse.Namespace, model: Path | None) -> TemporaryInstan
         device=args.device,
         redundant_experts=args.redundant_experts,
         slots_per_rank=args.slots_per_rank,
-        rank_options=parse_rank_options(args.rank_option),
+        rank_options=args.rank_option,
     )
 
 

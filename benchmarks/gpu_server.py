@@ -176,7 +176,7 @@ class Measurement:
             redundant_experts=args.redundant_experts,
             slots_per_rank=args.slots_per_rank,
             static=args.static,
-            rank_options=self._rank_options,
+            rank_options=[f"{name}={value}" for name, value in self._rank_options.items()],
         )
         began = clock.now()
         async with temporary_instance(

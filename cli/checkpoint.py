@@ -1,5 +1,5 @@
-"""`starfish checkpoint`: the hash manifest by which ranks verify what they read. The hashing is
-`gpu_worker.model_tools`'s, in a process of its own."""
+"""`starfish checkpoint`: the manifest of hashes by which ranks verify a checkpoint.
+`gpu_worker.model_tools` computes the hashes, in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cli.up.stages import Stages
 from shared.clock import SystemClock
 
 checkpoint = typer.Typer(
-    help="Hashes of a checkpoint's tensors: ranks refuse weights that disagree with them.",
+    help="Hashes of a checkpoint's tensors: ranks refuse weights that do not match them.",
     no_args_is_help=True,
 )
 
@@ -26,7 +26,7 @@ Folder = Annotated[
 
 @checkpoint.command()
 def manifest(folder: Folder) -> None:
-    """Write starfish.manifest.json beside the shards, of the files as they are now."""
+    """Write starfish.manifest.json beside the shards: the hashes of the files as they are now."""
     run_command(
         _run("manifest", folder, f"Hashing {folder.name}", "starfish.manifest.json written")
     )
@@ -35,7 +35,7 @@ def manifest(folder: Folder) -> None:
 @checkpoint.command()
 def verify(folder: Folder) -> None:
     """Check every tensor of every shard against starfish.manifest.json."""
-    run_command(_run("verify", folder, f"Verifying {folder.name}", "all tensors as they should be"))
+    run_command(_run("verify", folder, f"Verifying {folder.name}", "all tensors match"))
 
 
 async def _run(tool: str, folder: Path, title: str, result: str) -> int:

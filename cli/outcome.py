@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one sentence instead of a traceback."""
+"""How a command ends: its exit code, and one sentence instead of a traceback for a known error."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Where a running instance leaves word of itself on this host, so that `status`, `watch` and `kill`
-find it without flags."""
+"""The state file of a running instance on this host, by which `status`, `watch` and `kill` find it
+without flags."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ _STATE_FILE = "starfish.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """What `starfish up` writes once its parts have addresses."""
+    """What `starfish up` writes as soon as its parts have addresses."""
 
     instance: str
     etcd: str
@@ -28,22 +28,25 @@ class RunState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The instance that a command speaks of."""
+    """The instance that a command is about."""
 
     etcd: str
     instance: str
-    url: str | None = None  # of a gateway, where known
+    url: str | None = None  # of a gateway, if one is known
+
+    def with_url(self, url: str) -> Target:
+        return replace(self, url=url)
 
 
 def default_run_dir(instance: str) -> Path:
-    """Of this user only, gone with the session or the next boot."""
+    """A folder of this user, which does not survive the login session or the next boot."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) / "starfish" if runtime else Path(f"/tmp/starfish-{os.geteuid()}")
     return base / instance
 
 
 def create_run_dir(run_dir: Path) -> None:
-    """Raises ConfigError where it cannot be ours alone."""
+    """Raises ConfigError if the folder cannot belong to this user alone."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         owner = run_dir.stat().st_uid
@@ -54,7 +57,7 @@ def create_run_dir(run_dir: Path) -> None:
 
 
 def write_state(run_dir: Path, state: RunState) -> None:
-    """Readers see the old file or the new one, never a part."""
+    """Replaces the file in one step: a reader sees the old or the new one, never a part."""
     fresh = run_dir / f"{_STATE_FILE}.new"
     fresh.write_text(json.dumps(msgspec.to_builtins(state), indent=2) + "\n")
     fresh.rename(run_dir / _STATE_FILE)
@@ -65,7 +68,7 @@ def remove_state(run_dir: Path) -> None:
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """None where no instance has left word there. Raises ConfigError where the file is garbled."""
+    """None if there is no state file. Raises ConfigError if it is malformed."""
     try:
         raw = (run_dir / _STATE_FILE).read_bytes()
     except FileNotFoundError:
@@ -75,11 +78,11 @@ def read_state(run_dir: Path) -> RunState | None:
     try:
         return msgspec.json.decode(raw, type=RunState)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{run_dir / _STATE_FILE} is malformed: {error}") from error
+        raise ConfigError(f"{run_dir / _STATE_FILE} is malformed: {error}; delete it") from error
 
 
 def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
-    """Flags win over the state file. Raises ConfigError where no instance can be found."""
+    """`etcd` takes precedence over the state file. Raises ConfigError if no instance is found."""
     name = instance or "default"
     if etcd:
         return Target(etcd=etcd, instance=name)
@@ -88,7 +91,7 @@ def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | No
     if state is None:
         hint = "" if run_dir else _others(folder)
         raise ConfigError(
-            f"no instance runs from {folder}{hint}; start one by `starfish up`, or pass --etcd "
+            f"no instance runs from {folder}{hint}; start one with `starfish up`, or pass --etcd "
             "HOST:PORT and --instance NAME"
         )
     return Target(etcd=state.etcd, instance=state.instance, url=state.url)

@@ -163,7 +163,7 @@ def parameter_rows(parameter: Any) -> Iterator[tuple[str, ...]]:
     else:
         names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     default = parameter.default
-    is_unset = default is None or default is False or callable(default)
+    is_unset = default is None or default is False or default == [] or callable(default)
     shown = "" if is_unset else default_text(default)
     yield names, shown, parameter.help or ""
 

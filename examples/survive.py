@@ -1,7 +1,7 @@
-"""Shows on a running instance (`make up`) that a stream outlives its rank.
+"""Shows on a running instance (`make up`) that a stream survives the death of its rank.
 
-Streams a story, sends SIGKILL to the rank that serves it after some tokens, lets the story go on,
-then asks for the same story undisturbed, and compares.
+Streams a story, sends SIGKILL to the rank that serves it after some tokens, and lets the story
+continue. Then it requests the same story undisturbed and compares the two.
 
     .venv/bin/python examples/survive.py [--url http://127.0.0.1:8000] [--prompt "Once upon a time"]
 """
@@ -23,7 +23,7 @@ NUM_TOKENS = 120
 
 
 def stream(url: str, prompt: str, on_token: Callable[[int, str, int], None]) -> str:
-    """The whole text; `on_token(count, piece, rank)` for each chunk."""
+    """Returns the whole text. Calls `on_token(count, piece, rank)` for each chunk."""
     with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as models:
         name = json.load(models)["data"][0]["id"]
     body = {
@@ -52,7 +52,7 @@ def stream(url: str, prompt: str, on_token: Callable[[int, str, int], None]) -> 
 
 
 class Watcher:
-    """Prints the stream, kills its rank once, and remembers the longest wait after that."""
+    """Prints the stream, kills its rank once, and measures the longest gap after that."""
 
     def __init__(self, pids: dict[int, int]) -> None:
         self._pids = pids
@@ -73,7 +73,7 @@ class Watcher:
 
 
 def pids_of_ranks(run_dir: str | None) -> dict[int, int]:
-    """From `starfish status`."""
+    """Process ids of all ranks, from `starfish status`."""
     where = ["--run-dir", run_dir] if run_dir else []
     command = [sys.executable, "-m", "cli", "status", "--json", *where]
     told = subprocess.run(command, capture_output=True, text=True)

@@ -24,13 +24,15 @@ from shared.logs import configure_logs
 
 _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
 /v1/completions, /v1/models), /health and /metrics. It finds the ranks through etcd, sends each
-request to a live one, and moves it to another, from the next token on, when that one dies. It keeps
-no state: run as many as you like."""
+request to a live rank, and if that rank dies, continues it on another one from the next token. It
+keeps no state, so any number of gateways can run."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gateway", description=_ABOUT)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a [gateway]")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with a [gateway] section"
+    )
     add_flags(parser, GatewayConfig)
     flags = vars(parser.parse_args())
     try:
@@ -74,7 +76,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}; pass another --port"
         ) from error
 
 

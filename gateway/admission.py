@@ -1,4 +1,4 @@
-"""How much this gateway takes on at once: a budget of tokens and a number of sessions. Pure."""
+"""Admission: how many tokens and sessions this gateway accepts at once. Pure."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ class AdmissionLimits:
 
 
 class Admission:
-    """Full means refuse, never queue: a client that waits costs us nothing."""
+    """A full gateway rejects a request and never queues it: a client that retries costs nothing."""
 
     _SMOOTHING = 0.2
     _RETRY_MAX_S = 30.0
 
     def __init__(self, limits: AdmissionLimits) -> None:
         self._limits = limits
-        self._session_s = 1.0  # how long a session lives, smoothed
+        self._session_s = 1.0  # smoothed duration of a session
         self.tokens = 0
         self.sessions = 0
 
     def admit(self, *, tokens: int, sessions: int = 1) -> None:
-        """Counts a request in; `release` it once. Raises Overloaded. What is larger than the whole
-        budget may still have it alone."""
+        """Admits a request; the caller must `release` it once. A request that is larger than the
+        whole budget is admitted if no other is in flight. Raises Overloaded."""
         limits = self._limits
         if self.sessions + sessions > limits.sessions_max and self.sessions:
             raise Overloaded(
-                f"{self.sessions} requests are in flight, of {limits.sessions_max} at most",
+                f"{self.sessions} requests are in flight, and the limit is {limits.sessions_max}; "
+                "retry later",
                 retry_after_s=self.retry_after_s(),
             )
         if self.tokens + tokens > limits.tokens_max and self.sessions:
             raise Overloaded(
                 f"{self.tokens} tokens are in flight and this request may add {tokens}, "
-                f"but {limits.tokens_max} is the most",
+                f"but the limit is {limits.tokens_max}; retry later",
                 retry_after_s=self.retry_after_s(),
             )
         self.tokens += tokens

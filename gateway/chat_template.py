@@ -1,5 +1,5 @@
-"""Messages of a chat to the prompt text that the model was trained on: the checkpoint's own Jinja
-template, in a sandbox."""
+"""Turns the messages of a chat into the prompt text that the model was trained on, by the
+checkpoint's own Jinja template in a sandbox."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
     ) -> str:
-        """Raises RequestError where the template refuses the messages. `options` may add template
-        variables, not replace ours."""
+        """`options` may add template variables but not replace ours. Raises RequestError if the
+        template rejects the messages."""
         ours = {"messages": messages, "add_generation_prompt": True, **self._variables}
         try:
             return self._template.render({**(options or {}), **ours})
-        # A template meets whatever messages a client sends: its failures are the request's.
+        # The template runs on whatever a client sends, so its failures are the request's.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
             raise RequestError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template rejects these messages: {error}", param="messages"
             ) from error
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
-    """None where the checkpoint has none. Raises CheckpointError."""
+    """None if the checkpoint has no template. Raises CheckpointError."""
     config = _tokenizer_config(folder)
     source = _template_source(folder, config)
     if source is None:
@@ -77,7 +77,7 @@ def _token_text(token: Any) -> str:
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    """Not Jinja's own filter: a prompt wants no HTML escapes."""
+    """Replaces Jinja's own filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

@@ -1,9 +1,9 @@
-"""What etcd says of the instance, as far as a gateway needs it: the spec, the newest map, the
-ranks' records. While etcd is away the last view stays."""
+"""A gateway's snapshot of the instance, as etcd has it: the spec, the newest map, the ranks'
+records. While etcd does not answer the last snapshot stays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -23,7 +23,8 @@ _UNKNOWN_TOKENS = 1 << 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """A snapshot; `ranks` holds registered incarnations, members of the map or not."""
+    """Replaced whole, never edited. `ranks` has every registered incarnation, member of the map or
+    not."""
 
     spec: InstanceSpec | None = None
     epoch: Epoch = Epoch(0)
@@ -32,7 +33,7 @@ class ClusterView:
 
     @property
     def kv_tokens_min(self) -> int:
-        """What fits into the KV cache of every member: a session may move to any."""
+        """Tokens that fit into the KV cache of every member, because a session may move to any."""
         members = set(self.members)
         sizes = [
             r.kv_blocks * r.kv_block_tokens for r in self.ranks.values() if r.member in members
@@ -40,13 +41,13 @@ class ClusterView:
         return min(sizes, default=_UNKNOWN_TOKENS)
 
     def with_map(self, expert_map: ExpertMap) -> ClusterView:
-        """An older epoch than the known one changes nothing."""
+        """A map of the same or an older epoch changes nothing."""
         if expert_map.epoch <= self.epoch:
             return self
         return replace(self, epoch=expert_map.epoch, members=expert_map.members)
 
     def with_value(self, keys: Keys, key: str, value: bytes) -> ClusterView:
-        """Raises WireError where the value is malformed."""
+        """Raises WireError if the value is malformed."""
         if key == keys.map:
             return self.with_map(unpack_map(value))
         if key == keys.spec:
@@ -56,7 +57,7 @@ class ClusterView:
         return self
 
     def without(self, key: str) -> ClusterView:
-        """A key was deleted. The spec and the map outlive even that: serving goes on."""
+        """The view after a key was deleted. The spec and the map stay: serving continues."""
         if key not in self.ranks:
             return self
         return replace(self, ranks={k: v for k, v in self.ranks.items() if k != key})
@@ -64,35 +65,40 @@ class ClusterView:
     def with_snapshot(self, keys: Keys, snapshot: Snapshot) -> ClusterView:
         view = replace(self, ranks={})
         for item in snapshot.values:
-            view = _tolerant(view, keys, item.key, item.value)
+            view = _with_valid(view, keys, item.key, item.value)
         return view
 
 
 class ClusterWatch:
-    """Follows etcd and tells of every new view."""
+    """Follows etcd and passes every new view to the listeners, in their order."""
 
-    def __init__(self, *, store: Store, keys: Keys, on_view: Callable[[ClusterView], None]) -> None:
+    def __init__(
+        self, *, store: Store, keys: Keys, listeners: Sequence[Callable[[ClusterView], None]]
+    ) -> None:
         self._store = store
         self._keys = keys
-        self._on_view = on_view
-        self.view = ClusterView()
+        self._listeners = listeners
+        self._view = ClusterView()
 
     async def run(self) -> None:
         async for seen in self._store.watch(self._keys.serving):
             view = self._after(seen)
-            if view is not self.view:
-                self.view = view
-                self._on_view(view)
+            if view is self._view:
+                continue
+            self._view = view
+            for listener in self._listeners:
+                listener(view)
 
     def _after(self, seen: Snapshot | WatchEvent) -> ClusterView:
         if isinstance(seen, Snapshot):
-            return self.view.with_snapshot(self._keys, seen)
+            return self._view.with_snapshot(self._keys, seen)
         if seen.value is None:
-            return self.view.without(seen.key)
-        return _tolerant(self.view, self._keys, seen.key, seen.value)
+            return self._view.without(seen.key)
+        return _with_valid(self._view, self._keys, seen.key, seen.value)
 
 
-def _tolerant(view: ClusterView, keys: Keys, key: str, value: bytes) -> ClusterView:
+def _with_valid(view: ClusterView, keys: Keys, key: str, value: bytes) -> ClusterView:
+    """A malformed value is logged and changes nothing."""
     try:
         return view.with_value(keys, key, value)
     except WireError as error:

@@ -22,29 +22,29 @@ class GatewayConfig:
     )
     served_model_name: str = option("", "name that clients ask for; default: the spec's")
     tokens_in_flight_max: int = option(
-        8_000_000, "most tokens (prompt + max_tokens) of all requests in flight; more get 429"
+        8_000_000, "limit on prompt + max_tokens, summed over requests in flight; beyond it: 429"
     )
-    sessions_max: int = option(2048, "most requests in flight; more get 429")
-    body_bytes_max: int = option(4 << 20, "largest request body; larger ones get 413")
+    sessions_max: int = option(2048, "limit on requests in flight; beyond it: 429")
+    body_bytes_max: int = option(4 << 20, "limit on a request's body, in bytes; beyond it: 413")
     no_rank_timeout_s: float = option(
-        30.0, "a request that no live rank takes for this long fails with 503"
+        30.0, "a request that no live rank accepts within this time fails with 503"
     )
     drain_s: float = option(3.0, "how long streams may go on after SIGTERM")
-    lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
+    lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the gateway")
     log_level: str = option("info", "debug, info, warning or error")
-    log_json: bool = option(False, "one JSON object a line in place of text")
+    log_json: bool = option(False, "log one JSON object per line instead of text")
     timings: Timings = field(default_factory=Timings)
 
     def check(self) -> None:
-        """Raises ConfigError where a value is impossible."""
+        """Raises ConfigError if a value is impossible."""
         self.timings.check()
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port {self.port}: a port lies in 0 … 65535")
+            raise ConfigError(f"--port {self.port}: pass a port from 0 to 65535")
         if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:
             raise ConfigError(
-                "--tokens-in-flight-max, --sessions-max, --body-bytes-max: at least 1"
+                "--tokens-in-flight-max, --sessions-max and --body-bytes-max must be at least 1"
             )
         if self.no_rank_timeout_s <= 0 or self.drain_s < 0:
-            raise ConfigError("--no-rank-timeout-s must be above 0, --drain-s not below")
+            raise ConfigError("--no-rank-timeout-s must be above 0, and --drain-s at least 0")
         if self.log_level not in ("debug", "info", "warning", "error"):
-            raise ConfigError(f"--log-level {self.log_level!r}: debug, info, warning or error")
+            raise ConfigError(f"--log-level {self.log_level!r}: pass debug, info, warning or error")

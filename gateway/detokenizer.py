@@ -1,5 +1,5 @@
-"""Token ids to text as they come, for byte-level BPE: a token is bytes, and a character may be
-split across tokens. Linear in the number of tokens."""
+"""Turns a stream of token ids into text, for byte-level BPE: a token is bytes, and a character may
+be split across tokens. Linear in the number of tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TokenBytes:
         self.longest = max(map(len, self._bytes), default=0)
 
     def showing(self, texts: Mapping[int, str]) -> TokenBytes:
-        """The same vocabulary, but these ids have a text."""
+        """The same vocabulary, in which the ids of `texts` have these texts."""
         shown = TokenBytes({}, frozenset())
         shown._bytes = self._bytes.copy()
         for token_id, text in texts.items():
@@ -42,8 +42,8 @@ class TokenBytes:
 
 
 class TokenNames(NamedTuple):
-    """Tokens as a client sees them: `text` is what texts are made of, `name_bytes` have the special
-    tokens in any case."""
+    """Tokens as a client sees them. Texts are made of `text`; `name_bytes` always includes the
+    special tokens."""
 
     text: TokenBytes
     name_bytes: TokenBytes
@@ -52,7 +52,7 @@ class TokenNames(NamedTuple):
         return self.name_bytes.join((token,)).decode(errors="replace")
 
     def unique_name(self, token: int) -> str:
-        """Where names are keys: a part of a character is spelt as its bytes."""
+        """For names that are keys: a part of a character is spelt as its bytes."""
         raw = self.name_bytes.join((token,))
         try:
             return raw.decode()
@@ -61,7 +61,7 @@ class TokenNames(NamedTuple):
 
 
 class Detokenizer:
-    """The text of one stream. What it gave out, put together, is what decoding all ids at once
+    """The text of one stream. Its pieces joined are the text that decoding all ids at once
     gives."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
@@ -69,17 +69,17 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The characters that are complete by now."""
+        """The characters that these ids complete."""
         return self._utf8.decode(self._token_bytes.join(ids))
 
     def flush(self) -> str:
-        """At the end: U+FFFD where a character remained incomplete."""
+        """Call at the end: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable stand-in of each byte in a byte-level vocabulary: printable Latin-1 characters
-    stand for themselves, the others for code points from 256 on, in order."""
+    """The printable character for each byte in a byte-level vocabulary: printable Latin-1 bytes map
+    to themselves, the others to the code points from 256 on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in table]
@@ -88,7 +88,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def _token_bytes(token: str, byte_of: Mapping[str, int]) -> bytes:
-    """A token with any character outside of the table is an added one, and plain text."""
+    """A token with a character outside the table is an added token, spelt as plain text."""
     try:
         return bytes([byte_of[char] for char in token])
     except KeyError:

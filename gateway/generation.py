@@ -1,5 +1,5 @@
-"""One request in progress: its sessions (one per choice), read as text. Counted in by admission at
-its begin, and gone from everywhere at its end, however it ends."""
+"""One request in progress: its sessions (one per choice), read as text. Admission counts it from
+its start to its end, however it ends."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from shared.wire import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTask:
-    """One choice to generate. `echo`: its text begins with the prompt's; `include_stop`: and ends
-    with what stopped it."""
+    """One choice to generate. `echo`: its text begins with the prompt's. `include_stop`: its text
+    ends with the string or token that stopped it."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
@@ -32,13 +32,13 @@ class PromptTask:
 
     @property
     def tokens(self) -> int:
-        """The most that it may come to hold."""
+        """The most tokens that the choice may have, prompt included."""
         return len(self.prompt) + self.sampling.max_tokens
 
 
 class Delta(NamedTuple):
-    """What is new in a choice. `logprobs` has one for each id, where they are asked for; a choice's
-    first delta comes when all of `prompt_logprobs` are known, and has them."""
+    """What is new in a choice. `logprobs` has one entry per id if the request asks for them. A
+    choice's first delta comes when all `prompt_logprobs` are known, and has them."""
 
     choice: int
     text: str
@@ -86,7 +86,8 @@ class _Reader:
 
 
 class Generation:
-    """A context manager: admitted and opened on entry (raises Overloaded), cancelled on exit."""
+    """A context manager: admits and opens the sessions on entry (raises Overloaded), and cancels
+    them on exit."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class Generation:
         self._clock = clock
         self._token_bytes = token_bytes
         self._tasks = tasks
-        # A whole answer is read once, at its end, unless its text may end it earlier.
+        # An answer that is not streamed is read once, at its end, unless a stop string may end it.
         self._eager = streaming or any(task.stops for task in tasks)
         self._tokens = sum(task.tokens for task in tasks)
         self._began_at = 0.0
@@ -120,7 +121,7 @@ class Generation:
 
     @property
     def num_cached(self) -> int:
-        """Prompt tokens that no choice had to compute."""
+        """Prompt tokens that no choice had to compute; each distinct prompt counts once."""
         cached: dict[tuple[int, ...], int] = {}
         for session in (reader.session for reader in self._readers):
             known = cached.get(session.prompt, session.cached_tokens)
@@ -129,7 +130,7 @@ class Generation:
 
     @property
     def ranks(self) -> list[int]:
-        """Which rank each choice runs on now, where it has one."""
+        """The ranks on which choices run now; a choice that waits for a rank has none."""
         members = [reader.session.member for reader in self._readers]
         return [member.rank for member in members if member is not None]
 
@@ -165,8 +166,8 @@ class Generation:
             self._changed.set()
 
     async def next_deltas(self) -> list[Delta]:
-        """All that is new, at least one delta. Raises SessionFailed once what came before the
-        failure was read."""
+        """Waits for at least one delta and returns all new ones. Raises SessionFailed, after every
+        token from before the failure has been returned."""
         while True:
             self._changed.clear()
             deltas = [d for reader in self._readers if (d := reader.take_delta()) is not None]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from gateway.model_loader import ModelLoader
 from gateway.session_driver import SessionDriver
 
 
 class Health:
-    """Live it is whenever it answers at all; ready when there are no `reasons` against it."""
+    """A gateway that answers at all is live. It is ready if there are no reasons against it."""
 
-    def __init__(self, driver: SessionDriver) -> None:
+    def __init__(self, driver: SessionDriver, models: ModelLoader) -> None:
         self._driver = driver
+        self._models = models
         self.draining = False
 
-    def reasons_not_ready(self, has_model: bool) -> list[str]:
+    def reasons_not_ready(self) -> list[str]:
         reasons = []
         view = self._driver.view
         if self.draining:
             reasons.append("shutting down")
         if view.spec is None:
             reasons.append("the control plane has written no spec yet")
-        elif not has_model:
+        elif self._models.served is None:
             reasons.append("the tokenizer is loading")
         if not view.members:
             reasons.append("no expert map is published yet")

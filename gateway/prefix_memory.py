@@ -1,5 +1,5 @@
-"""What a rank's prefix cache is believed to hold: the blocks of the prompts that were sent there
-lately. A belief may be wrong; then a prompt is computed where it need not have been."""
+"""A gateway's estimate of a rank's prefix cache: the blocks of the prompts that it sent there
+recently. If the estimate is wrong, a rank computes a prompt that another rank had in its cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 
 def prefix_chain(prompt: Sequence[int], block_tokens: int) -> tuple[int, ...]:
-    """A hash for each full block of the prompt, of all tokens up to its end. The same in every
-    process: hashes of numbers are not salted."""
+    """One hash per full block of the prompt, over all tokens up to the block's end. It is the same
+    in every process, because hashes of numbers are not salted."""
     chain = []
     parent = 0
     for begin in range(0, len(prompt) - block_tokens + 1, block_tokens):
@@ -20,12 +20,12 @@ def prefix_chain(prompt: Sequence[int], block_tokens: int) -> tuple[int, ...]:
 
 
 class PrefixMemory:
-    """At most `blocks_max` blocks, those served last. As in the rank, blocks are forgotten before
-    their parents, so that of a chain the remembered ones come first."""
+    """The `blocks_max` blocks that were served last. As in the rank, a block is forgotten before
+    its parent, so the remembered blocks of a chain are always its first ones."""
 
     def __init__(self, blocks_max: int) -> None:
         self._blocks_max = blocks_max
-        self._served: OrderedDict[int, None] = OrderedDict()  # served last at the end
+        self._served: OrderedDict[int, None] = OrderedDict()  # the latest at the end
 
     def __len__(self) -> int:
         return len(self._served)

@@ -1,5 +1,5 @@
-"""Which rank takes a session: what this gateway knows of each rank's load and of the prefixes
-that it has served, and the choice. Pure, and deterministic given what it was told."""
+"""Chooses the rank for a session, by each rank's load and the prefixes that it has served. Pure and
+deterministic."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from shared.types import Member, RankId
 from shared.wire import Load
 
 SESSION_TOKENS = 128
-"""What one session weighs beside its tokens: every decoding sequence takes part in every step."""
+"""The weight of a session in addition to its tokens: a decoding sequence is part of every step."""
 
 CACHED_TOKEN_WEIGHT = 2
-"""How many tokens of work a rank may have more than another, for each known token that it need not
-compute. Most of a rank's tokens lie still in its KV cache while others are computed, so
-more than one; and no more than this, so that a prefix that everybody asks for is soon computed on a
-second rank, and then on a third, instead of crowding the first."""
+"""How many more tokens of work a rank may have than another, per prompt token that it has cached.
+More than one, because most of a rank's tokens only occupy its KV cache while others are computed.
+Not much more, so that a prefix that every client uses is soon computed on a second rank and a third
+one too, and does not overload the first."""
 
 PREFIX_BLOCKS_MAX = 65536
-"""Remembered of a rank's prefix cache, however large it is."""
+"""The most blocks that are remembered per rank, however large its cache is."""
 
 
 @dataclass(slots=True)
 class _Rank:
-    """A rank to which a link is, or was, open. `own_*` count this gateway's sessions there;
-    `known_*` are what they were when the rank last reported, as part of its report."""
+    """A rank with a link that is or was open. `own_*` count this gateway's sessions there;
+    `known_*` are the same counts at the rank's last report, which includes them."""
 
     kv_block_tokens: int
     served: PrefixMemory = field(default_factory=lambda: PrefixMemory(PREFIX_BLOCKS_MAX))
@@ -39,7 +39,7 @@ class _Rank:
     known_tokens: int = 0
 
     def weight(self) -> int:
-        """Tokens in work there: ours as of now, others' as of the last report."""
+        """Work on the rank, in tokens: this gateway's as of now, others' as of the last report."""
         tokens, sessions = self.own_tokens, self.own_sessions
         if self.load is not None:
             tokens += max(0, self.load.tokens - self.known_tokens)
@@ -47,16 +47,16 @@ class _Rank:
         return tokens + SESSION_TOKENS * sessions
 
     def is_short_of_kv(self, num_tokens: int) -> bool:
-        """Whether a prompt would have to wait there until others end."""
+        """Whether a prompt would have to wait until other sessions free KV blocks."""
         if self.load is None:
             return False
         return self.load.kv_blocks_free * self.kv_block_tokens < num_tokens
 
 
 class RankRouter:
-    """A rank is live when the newest map names it and its link is open. `silent` ones (their probe
-    stays unanswered) are still live, but get work only when all are silent: a hung rank finishes
-    nothing, so by its load alone it would look attractive."""
+    """A rank is live if the newest map names it and its link is open. A rank is silent if it does
+    not answer a probe. It is still live, but gets sessions only if all live ranks are silent: the
+    load of a hung rank does not grow, so by load alone it would be chosen."""
 
     def __init__(self) -> None:
         self._members: tuple[Member, ...] = ()
@@ -79,7 +79,7 @@ class RankRouter:
         self._ranks[member] = _Rank(kv_block_tokens=kv_block_tokens, linked=True)
 
     def on_link_broken(self, member: Member) -> None:
-        """What is placed there must be taken off before the link opens again."""
+        """The caller must move the rank's sessions away before the link opens again."""
         if member in self._ranks:
             self._ranks[member].linked = False
 
@@ -100,7 +100,7 @@ class RankRouter:
                 rank.served.clear()
 
     def add(self, member: Member, *, sessions: int = 0, tokens: int = 0) -> None:
-        """A session came (+1, its tokens), grew, or left (-1, minus its tokens)."""
+        """A session was placed (+1, its tokens), grew, or left (-1, minus its tokens)."""
         rank = self._ranks.get(member)
         if rank is not None:
             rank.own_sessions += sessions
@@ -113,9 +113,9 @@ class RankRouter:
         avoid: Collection[Member] = (),
         backup_rank: RankId | None = None,
     ) -> Member | None:
-        """The live rank with the least work, less what its prefix cache spares; None without any.
-        `avoid` refused it just now, and comes last but for silent ones. `backup_rank` keeps copies
-        of the blocks of these tokens, which spare as much as if it had computed them all."""
+        """The live rank with the least work after subtracting what its prefix cache saves; None if
+        no rank is live. Ranks in `avoid` have just refused the session; only silent ones are worse.
+        `backup_rank` has KV replicas of these tokens, which save as much as its own blocks."""
         chains: dict[int, tuple[int, ...]] = {}
         ranked = []
         for member in self.live():
@@ -123,7 +123,9 @@ class RankRouter:
             size = rank.kv_block_tokens
             if size not in chains:
                 chains[size] = prefix_chain(tokens, size)
-            usable = chains[size][: max(0, len(tokens) - 1) // size]  # one token is computed
+            usable = chains[size][
+                : max(0, len(tokens) - 1) // size
+            ]  # the last token is always computed
             kept = member.rank == backup_rank
             num_spared = len(usable) if kept else rank.served.num_known(usable)
             cost = rank.weight() - CACHED_TOKEN_WEIGHT * num_spared * size

@@ -1,5 +1,5 @@
-"""One framed connection to one incarnation of a rank, kept open until closed: Hello, sessions,
-probes. What a broken or silent link means is not decided here."""
+"""One connection to one incarnation of a rank, reopened until it is closed. It carries Hello,
+sessions and probes. What a broken or silent link means is decided by its owner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNSENT_BYTES_MAX = 32 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkEvents:
-    """Called on the event loop. `broken` comes once per failed try to connect, too."""
+    """Callbacks on the event loop. `broken` is also called for each failed attempt to connect."""
 
     opened: Callable[[RankRecord], None]
     tokens: Callable[[Member, Tokens], None]
@@ -43,11 +43,11 @@ class RankLink:
         self._writer: asyncio.StreamWriter | None = None
         self._nonces = itertools.count(1)
         self._heard_at = 0.0
-        self._probed_at: float | None = None  # of the probe that is still unanswered
+        self._probed_at: float | None = None  # time of the probe that has no answer yet
 
     def send(self, message: Submit | Cancel) -> bool:
-        """False where the link is not open. A rank that reads nothing for so long that its backlog
-        passes UNSENT_BYTES_MAX counts as broken."""
+        """Returns False if the link is not open. The link breaks if the rank reads so slowly that
+        more than UNSENT_BYTES_MAX are unsent."""
         if self._writer is None or self._writer.transport.is_closing():
             return False
         if self._writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
@@ -57,8 +57,8 @@ class RankLink:
         return True
 
     def probe(self, quiet_s: float) -> float:
-        """Asks for a Pong where nothing was heard for `quiet_s`, unless one is owed already.
-        Returns for how long it has been owed, in seconds."""
+        """Sends a Ping if nothing was received for `quiet_s` seconds and no Pong is outstanding.
+        Returns for how many seconds a Pong has been outstanding."""
         now = self._clock.now()
         if self._writer is None or now - self._heard_at < quiet_s:
             return 0.0
@@ -104,11 +104,12 @@ class RankLink:
             await self._read(reader)
         finally:
             if writer is not None:
-                # Nobody waits for what is still unsent; a hung peer must not hold the socket.
+                # Drops unsent bytes: a hung peer must not keep the socket open.
                 writer.transport.abort()
 
     def _check(self, welcome: object) -> None:
-        """A port may have gone to another process since the record was written."""
+        """Another process may have taken the port since the record was written. Raises
+        WireError."""
         member = self.member
         if welcome is None:
             raise WireError("the connection was closed before Welcome")
@@ -121,11 +122,14 @@ class RankLink:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (message := await read_message(reader)) is not None:
-            self._heard_at, self._probed_at = self._clock.now(), None  # whatever it says, it lives
+            self._heard_at, self._probed_at = (
+                self._clock.now(),
+                None,
+            )  # any message is a sign of life
             match message:
                 case Tokens():
                     self._events.tokens(self.member, message)
                 case Pong():
                     self._events.pong(self.member, message)
                 case _:
-                    raise WireError(f"{type(message).__name__} is not for a gateway")
+                    raise WireError(f"{type(message).__name__} is not a message for a gateway")

@@ -35,12 +35,12 @@ class ServedModel:
 async def load_served_model(
     spec: InstanceSpec, *, folder: Path | None, name: str, created: int
 ) -> ServedModel:
-    """`folder` and `name`, where given, win over the spec's. Raises CheckpointError."""
+    """A `folder` or a `name` replaces the spec's. Raises CheckpointError."""
     tokenizer = await asyncio.to_thread(load_tokenizer, folder or Path(spec.model_path))
     if tokenizer.num_ids > spec.vocab_size:
         raise CheckpointError(
-            f"the tokenizer has {tokenizer.num_ids} token ids, but the model only "
-            f"{spec.vocab_size}: they do not belong together"
+            f"the tokenizer has {tokenizer.num_ids} token ids, but the model has only "
+            f"{spec.vocab_size}; pass the checkpoint of this instance as --model"
         )
     return ServedModel(
         name=name or spec.model_name, tokenizer=tokenizer, spec=spec, created=created

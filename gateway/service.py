@@ -1,5 +1,5 @@
-"""One gateway's parts, wired: runs until told to stop, then drains. `__main__` gives it the real
-store, clock and socket."""
+"""Wires the parts of one gateway, runs it until it is told to stop, then drains it. `__main__`
+gives it the real store, clock and socket."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from aiohttp import web
 
 from gateway.admission import Admission, AdmissionLimits
 from gateway.api.http_app import HttpApp
-from gateway.cluster_view import ClusterView, ClusterWatch
+from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
-from gateway.served_model import load_served_model
+from gateway.model_loader import ModelLoader
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
 from shared.clock import Clock
 from shared.codec import pack
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import GatewayRecord, InstanceSpec
+from shared.records import GatewayRecord
 from shared.store import Store
 
 log = structlog.get_logger()
 
 CLOSE_TIMEOUT_S = 2.0
-SPEC_REMINDER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayDependencies:
-    """What a gateway needs of the world. `stop` set means: drain and end."""
+    """What a gateway gets from outside. Set `stop` to make it drain and end."""
 
     store: Store
     clock: Clock
@@ -45,7 +44,7 @@ class GatewayDependencies:
 
 
 async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
-    """Raises CheckpointError where the spec's tokenizer cannot be read."""
+    """Raises CheckpointError if the tokenizer of the instance's model cannot be read."""
     name = f"gateway-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     keys = Keys(config.instance)
     metrics = GatewayMetrics()
@@ -63,18 +62,21 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             policy=SessionPolicy(no_rank_timeout_s=config.no_rank_timeout_s),
             tasks=tasks,
         )
-        health = Health(driver)
+        models = ModelLoader(
+            folder=config.model, name=config.served_model_name, clock=dependencies.clock
+        )
+        health = Health(driver, models)
         app = HttpApp(
             driver=driver,
             admission=admission,
             clock=dependencies.clock,
             metrics=metrics,
             health=health,
+            models=models,
             body_bytes_max=config.body_bytes_max,
         )
-        spec: asyncio.Future[InstanceSpec] = asyncio.get_running_loop().create_future()
         watch = ClusterWatch(
-            store=dependencies.store, keys=keys, on_view=lambda view: _on_view(driver, spec, view)
+            store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission)
         leased.put(keys.gateway(name), pack(_record(name, dependencies.listener)))
@@ -82,7 +84,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tasks.create_task(watch.run()),
             tasks.create_task(leased.run()),
             tasks.create_task(driver.run_probes()),
-            tasks.create_task(_load_model(config, app, spec, dependencies.clock)),
+            tasks.create_task(models.run()),
         ]
         runner = web.AppRunner(
             app.build(),
@@ -116,28 +118,6 @@ async def _drain(
     except TimeoutError:
         log.warning("drain_incomplete", sessions=driver.num_sessions)
         driver.shut_down()
-
-
-def _on_view(driver: SessionDriver, spec: asyncio.Future[InstanceSpec], view: ClusterView) -> None:
-    if view.spec is not None and not spec.done():
-        spec.set_result(view.spec)
-    driver.on_view(view)
-
-
-async def _load_model(
-    config: GatewayConfig, app: HttpApp, spec: asyncio.Future[InstanceSpec], clock: Clock
-) -> None:
-    while not spec.done():
-        done, _ = await asyncio.wait([spec], timeout=SPEC_REMINDER_S)
-        if not done:
-            log.info("waiting_for_spec", hint="does the control plane of this instance run?")
-    app.served = await load_served_model(
-        spec.result(),
-        folder=config.model,
-        name=config.served_model_name,
-        created=int(clock.wall()),
-    )
-    log.info("model_ready", model=app.served.name)
 
 
 def _record(name: str, listener: socket.socket) -> GatewayRecord:

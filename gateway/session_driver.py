@@ -1,5 +1,5 @@
-"""Feeds the session table with what the links, etcd and the clock report, and performs its actions:
-frames to ranks, wake-ups of readers, suspicions. It decides nothing about a session."""
+"""Passes events of the links, etcd and the clock to the session table, and performs its actions:
+messages to ranks, notifications of readers, suspicions. It decides nothing about a session."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ log = structlog.get_logger()
 PROBE_BUSY_S = 0.1
 PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
-"""A probe unanswered for this long keeps new sessions away, and raises a suspicion."""
+"""A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
 
 
 class SessionDriver:
-    """All methods run on the event loop. `name` is unique among all gateways that ever were: it
-    prefixes session ids."""
+    """All methods run on the event loop. `name` prefixes session ids, so no gateway may ever have
+    used it before."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class SessionDriver:
         sampling: SamplingParams,
         wake: Callable[[StreamSession], None],
     ) -> StreamSession:
-        """`wake` is called whenever the session has new tokens, and when it has ended. End it by
-        `cancel`, which is harmless where it has ended by itself."""
+        """`wake` is called whenever the session has new tokens, and when it has ended. The caller
+        must `cancel` the session at the end; that does nothing if it has already ended."""
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
         session, actions = self._table.open(session_id, prompt, sampling, self._clock.now())
@@ -96,11 +96,11 @@ class SessionDriver:
         self._perform(self._table.cancel(session))
 
     def shut_down(self) -> None:
-        """Every session that is left fails, and says so to its client."""
+        """Fails every remaining session; each client gets an error."""
         self._perform(self._table.shut_down())
 
     def close(self) -> None:
-        """Closes every link; ranks drop what they still run for this gateway."""
+        """Closes every link. Ranks then drop the sessions that they still run for this gateway."""
         for _, task in self._links.values():
             task.cancel()
         self._links.clear()
@@ -119,26 +119,26 @@ class SessionDriver:
         self._reconcile_links()
 
     async def run_probes(self) -> None:
-        """Asks every rank now and then whether it is there; more often while clients wait."""
+        """Probes every rank at intervals, which are shorter while there are sessions."""
         while True:
             interval_s = PROBE_BUSY_S if self._table.sessions else PROBE_IDLE_S
             before = self._clock.now()
             await asyncio.sleep(interval_s)
             if self._clock.now() - before > interval_s + SILENCE_S / 2:
-                continue  # it was us who slept: answers may lie unread
+                continue  # this process was paused: answers may be unread
             for link, _ in list(self._links.values()):
                 if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
                     self._on_silence(link.member)
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
         log.info("map", epoch=view.epoch, members=[str(m) for m in view.members])
-        # A member that a map leaves out is fenced for ever: a new incarnation will come.
+        # A member that a map leaves out stays fenced; its rank returns as a new incarnation.
         self._fenced |= set(old.members) - set(view.members)
         self._perform(self._table.on_map(view.members, self._clock.now()))
 
     def _reconcile_links(self) -> None:
-        """A link for every registered incarnation, so that it is open before a map names it; and
-        one to every member that was ever registered: a lease that is gone is only a suspicion."""
+        """Keeps a link to every registered incarnation, so that it is open before a map names it,
+        and to every member that was once registered: a lost lease is only a suspicion."""
         records = {r.member: r for r in self._view.ranks.values() if r.member not in self._fenced}
         members = set(self._view.members)
         for member, record in records.items():
@@ -189,7 +189,7 @@ class SessionDriver:
 
     def _on_silence(self, member: Member) -> None:
         self._router.on_silence(member, silent=True)
-        self._suspect(member, SuspicionReason.SILENCE, "a probe stays unanswered")
+        self._suspect(member, SuspicionReason.SILENCE, "a probe has no answer")
 
     def _mark_responsive(self, member: Member) -> None:
         if (member, SuspicionReason.SILENCE) in self._suspected:
@@ -197,8 +197,8 @@ class SessionDriver:
             self._clear_suspicion(member)
 
     def _suspect(self, member: Member, reason: SuspicionReason, detail: str) -> None:
-        """Once per incarnation and reason, until it is heard of again. Nobody needs to be told of a
-        rank that no map names."""
+        """Reports a suspicion once per incarnation and reason, until the rank responds again. A
+        rank that the map does not name needs none."""
         if (member, reason) in self._suspected or member not in self._view.members:
             return
         self._suspected.add((member, reason))

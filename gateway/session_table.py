@@ -1,5 +1,5 @@
-"""All sessions of one gateway over all its ranks: places them, moves them, hands them their tokens.
-Pure; `session_driver` performs its actions."""
+"""All sessions of one gateway: places them on ranks, moves them, and gives them their tokens. Pure;
+`session_driver` performs its actions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.wire import Load, SessionTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotifyReader:
-    """The session has new tokens or has ended: its reader is to be notified."""
+    """The session has new tokens or has ended: notify its reader."""
 
     session: StreamSession
 
@@ -23,7 +23,7 @@ Action = SendToRank | NotifyReader
 
 
 class SessionTable:
-    """Sessions leave the table when they end; their readers keep them."""
+    """A session leaves the table when it ends; its reader still holds it."""
 
     def __init__(self, *, router: RankRouter, policy: SessionPolicy) -> None:
         self._router = router
@@ -42,7 +42,7 @@ class SessionTable:
         return len(self._waiting)
 
     def wake_at(self) -> float | None:
-        """When `on_time` should be called next, if nothing else happens."""
+        """When to call `on_time` next; None if no session waits."""
         if not self._waiting:
             return None
         return min(
@@ -74,7 +74,7 @@ class SessionTable:
         return actions
 
     def on_map(self, members: tuple[Member, ...], now: float) -> list[Action]:
-        """The newest map's members. Ranks that it leaves out lose their sessions."""
+        """Takes the newest map's members. Sessions on ranks that it leaves out are moved."""
         self._router.on_map(members)
         left_out = [member for member in self._placed if member not in set(members)]
         return self._move(left_out, now)
@@ -90,7 +90,7 @@ class SessionTable:
     def on_tokens(
         self, member: Member, messages: Iterable[SessionTokens], load: Load, now: float
     ) -> list[Action]:
-        """One frame of a rank: what a step made for all its sessions."""
+        """Takes one frame of a rank: the tokens of one step for all its sessions."""
         actions: list[Action] = []
         for message in messages:
             session = self._sessions.get(message.session)
@@ -102,7 +102,7 @@ class SessionTable:
         return actions
 
     def on_time(self, now: float) -> list[Action]:
-        """Backoffs and deadlines that are over."""
+        """Places sessions whose backoff is over, and ends those whose deadline has passed."""
         actions = self._place_waiting(now)
         for session in list(self._waiting.values()):
             if now >= session.deadline_at:
@@ -121,7 +121,7 @@ class SessionTable:
     def _apply_tokens(
         self, session: StreamSession, member: Member, message: SessionTokens, now: float
     ) -> list[Action]:
-        """As `_apply`, for the one event that is frequent: nearly always it only adds tokens."""
+        """`_apply` for the one frequent event, which nearly always only adds tokens."""
         before = len(session.emitted)
         was_there = session.member if session.state is SessionState.RUNNING else None
         sent = session.on_tokens(member, message, now)
@@ -145,7 +145,7 @@ class SessionTable:
         return actions + self._place_waiting(now)
 
     def _place_waiting(self, now: float) -> list[Action]:
-        """Those in mid-stream first: their clients are waiting for the next token."""
+        """Sessions with tokens come first: their clients wait in mid-stream."""
         if not self._waiting or not self._router.live():
             return []
         actions: list[Action] = []
@@ -168,7 +168,7 @@ class SessionTable:
         return [*session.place(member)]
 
     def _apply(self, session: StreamSession, event: Callable[[], list[SendToRank]]) -> list[Action]:
-        """Lets the session take the event, and keeps the table true to where it stands then."""
+        """Passes the event to the session and updates the table to the session's new state."""
         if session.id not in self._sessions:
             return []
         member = session.member if session.state is SessionState.RUNNING else None
@@ -178,7 +178,8 @@ class SessionTable:
     def _settle(
         self, session: StreamSession, member: Member | None, num_tokens: int, actions: list[Action]
     ) -> list[Action]:
-        """After an event of a session that was on `member`, with `num_tokens` counted there."""
+        """Updates the table after an event. The session was on `member`, which was charged with
+        `num_tokens`. Adds to `actions` and returns them."""
         if member is not None and session.state is not SessionState.RUNNING:
             placed = self._placed[member]
             del placed[session.id]

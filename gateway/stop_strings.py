@@ -1,4 +1,4 @@
-"""Finds stop strings in a text that comes in pieces, and holds back what may yet become one."""
+"""Finds stop strings in a text that comes in pieces, and holds back what may become one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _Match(NamedTuple):
 
 
 class StopStrings:
-    """The result does not depend on how the text is cut: the stop string that is complete first
-    ends the text, of several the longest, and the text before it is what is shown; with
-    `include_stop` it, too."""
+    """The result does not depend on how the text is cut into pieces. The stop string that is
+    complete first ends the text; if several are, the longest. The text before it is shown, and with
+    `include_stop` the stop string as well."""
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._stops = tuple(stops)
@@ -27,7 +27,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> FilteredText:
-        """After `stopped` nothing more may be fed."""
+        """Do not call it again after it returned `stopped`."""
         if not self._stops:
             return FilteredText(text, False)
         self._held += text
@@ -41,12 +41,12 @@ class StopStrings:
         return FilteredText(passed, False)
 
     def flush(self) -> str:
-        """The text has ended: what was held back is no stop string."""
+        """Call at the end of the text: returns what was held back, which is no stop string."""
         held, self._held = self._held, ""
         return held
 
     def _first_match(self) -> _Match | None:
-        """The stop string whose end comes first."""
+        """The stop string that ends first."""
         matches = [
             _Match(start + len(stop), start)
             for stop in self._stops
@@ -55,7 +55,7 @@ class StopStrings:
         return min(matches, default=None)
 
     def _num_held_back(self) -> int:
-        """The length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         text = self._held
         longest = min(len(text), max(map(len, self._stops)) - 1)
         for length in range(longest, 0, -1):

@@ -1,23 +1,23 @@
-"""One client request as the gateway sees it: its tokens, its attempt, and where it stands. Pure:
-events and `now` in, actions out. Which rank takes an attempt is `rank_choice`'s.
+"""One choice of a client request: its tokens, its attempt, and its state. Pure: events and `now`
+in, actions out. `rank_choice` decides which rank gets an attempt.
 
 Theory of operation. A session waits for a rank, runs on one, and ends. Its tokens are the prompt
-and what was emitted so far; whenever it loses its rank it waits again, and its next attempt is
-submitted with all of them, so that the new rank goes on at the next index. A message counts only
-if it comes from the rank and for the attempt that the session has now; of an accepted message only
-the ids from the next index on are taken. So late, repeated and overlapping messages change
-nothing, and a gap (which an ordered connection cannot make) is a reason to move. The prompt's
-log-probabilities, where they are asked for, come before the first token and count likewise, by
-their place in the prompt; once all are here no later attempt computes them again.
+and the tokens emitted so far. Whenever it loses its rank it waits again, and its next attempt is
+submitted with all its tokens, so that the new rank continues at the next index. A message counts
+only if it comes from the session's current rank and is for its current attempt; of such a message
+only the ids from the next index on are used. So late, repeated and overlapping messages change
+nothing. A gap, which an ordered connection cannot make, is a reason to move. The prompt's
+log-probabilities, if the request asks for them, come before the first token and follow the same
+rule by their place in the prompt. Once all have arrived, no later attempt computes them again.
 
     event                   waiting        running
     PLACED                  → running      –            a rank was chosen; Submit
     TOKENS                  –              running      new ids
     ENDED                   –              → finished   the rank said so, or max_tokens is reached
-    REFUSED                 –              → waiting    with backoff: the rank may not take it now
+    REFUSED                 –              → waiting    with backoff: the rank cannot take it now
     RANK_LOST               –              → waiting    at once: link broken, or left out by a map
-    REJECTED                –              → failed     the rank says that no rank can take it
-    GIVEN_UP                → failed       → failed     no rank for long, too many moves, shutdown
+    REJECTED                –              → failed     the rank says that no rank can run it
+    GIVEN_UP                → failed       → failed     no rank in time, too many moves, shutdown
     STOPPED                 → finished     → finished   a stop string was found in the text
     CLIENT_GONE             → cancelled    → cancelled
 
@@ -56,12 +56,12 @@ class SessionEvent(Enum):
 
 
 class FailureKind(Enum):
-    """Why a session failed; the HTTP edge has a status for each."""
+    """Why a session failed. The HTTP API maps each to a status."""
 
-    NO_RANK = "no_rank"  # no live rank, or all refuse, for too long
-    RANKS_LOST = "ranks_lost"  # rank after rank was lost, and none gave a token
-    REJECTED = "rejected"  # a rank answered that the request cannot be done
-    SHUTDOWN = "shutdown"  # this gateway stops
+    NO_RANK = "no_rank"  # no live rank accepted it in time
+    RANKS_LOST = "ranks_lost"  # several ranks in a row were lost before a token
+    REJECTED = "rejected"  # a rank answered that no rank can run the request
+    SHUTDOWN = "shutdown"  # this gateway is stopping
 
 
 TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
@@ -82,8 +82,8 @@ TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionPolicy:
-    """`losses_max` bounds how many ranks one session may lose in a row without a token between
-    them: a prompt that kills its rank must not kill them all."""
+    """`losses_max` limits how many ranks a session may lose in a row without a token in between, so
+    that a prompt that crashes its rank does not crash all of them."""
 
     no_rank_timeout_s: float = 30.0
     refusals_max: int = 32
@@ -99,7 +99,8 @@ class Failure:
 
 
 class SessionFailed(StarfishError):
-    """A session of this request failed; before its first byte that is an HTTP status."""
+    """A session of this request failed. Before the answer's first byte it becomes an HTTP
+    status."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -108,16 +109,16 @@ class SessionFailed(StarfishError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendToRank:
-    """To the rank, if its link is open."""
+    """Send the message if the rank's link is open."""
 
     member: Member
     message: Submit | Cancel
 
 
 class StreamSession:
-    """Mutable by its own methods only; the HTTP side reads `emitted`, `logprobs` (one for each of
-    them, where asked for), `prompt_logprobs` (of all its tokens but the first), `state`, `finish`,
-    `failure`."""
+    """Only its own methods change it. The HTTP API reads `emitted`, `logprobs` (one per emitted
+    token, if asked for), `prompt_logprobs` (one per prompt token but the first), `state`, `finish`
+    and `failure`."""
 
     __slots__ = (
         "_losses",
@@ -164,12 +165,12 @@ class StreamSession:
         self.state = SessionState.WAITING
         self.attempt = Attempt(-1)  # the first placement is attempt 0
         self.member: Member | None = None
-        self.backup_rank: RankId | None = None  # keeps copies of KV blocks, says the last attempt
+        self.backup_rank: RankId | None = None  # has KV replicas of the last attempt
         self.finish: FinishReason | None = None
         self.failure: Failure | None = None
         self.opened_at = now
-        self.ready_at = now  # waiting: not to be placed before
-        self.cached_tokens = 0  # of the prompt, where the rank of the first token had them in KV
+        self.ready_at = now  # when a waiting session may be placed
+        self.cached_tokens = 0  # of the prompt, in the KV cache of the rank of the first token
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.last_gap_s = 0.0
@@ -202,11 +203,11 @@ class StreamSession:
 
     @property
     def deadline_at(self) -> float:
-        """Waiting: when it gives up."""
+        """When a waiting session gives up."""
         return self._stalled_since + self._policy.no_rank_timeout_s
 
     def place(self, member: Member) -> list[SendToRank]:
-        """`member` takes the next attempt."""
+        """Starts the next attempt, on `member`."""
         if not self._transition(SessionEvent.PLACED):
             return []
         self.attempt = Attempt(self.attempt + 1)
@@ -237,7 +238,9 @@ class StreamSession:
         if message.error is not None:
             return self._on_error(message.error, message.retryable, now)
         if self._is_inconsistent(message):
-            return self._lose_rank(SessionEvent.RANK_LOST, now)  # starts over from what we have
+            return self._lose_rank(
+                SessionEvent.RANK_LOST, now
+            )  # continues elsewhere from `emitted`
         if message.prompt_logprobs:
             known = len(self.prompt_logprobs) + 1 - message.prompt_index
             self.prompt_logprobs += message.prompt_logprobs[known:]
@@ -249,27 +252,27 @@ class StreamSession:
         return self._maybe_end(message.finish, now)
 
     def on_rank_lost(self, member: Member, now: float) -> list[SendToRank]:
-        """Its link broke, or a map left it out."""
+        """The link to `member` broke, or a map left it out."""
         if self.member != member or self.state is not SessionState.RUNNING:
             return []
         return self._lose_rank(SessionEvent.RANK_LOST, now)
 
     def on_time(self, now: float) -> list[SendToRank]:
-        """Gives up where it has waited for too long."""
+        """Gives up if it has waited for too long."""
         if self.state is not SessionState.WAITING or now < self.deadline_at:
             return []
         waited_s = self._policy.no_rank_timeout_s
         return self._fail(
-            SessionEvent.GIVEN_UP, FailureKind.NO_RANK, f"no rank took it within {waited_s:g} s"
+            SessionEvent.GIVEN_UP, FailureKind.NO_RANK, f"no rank accepted it within {waited_s:g} s"
         )
 
     def stop(self) -> list[SendToRank]:
-        """Its text is complete: a stop string was found."""
+        """Ends it: a stop string was found in its text."""
         self.finish = self.finish if self.ended else FinishReason.STOP
         return self._end_attempt(SessionEvent.STOPPED)
 
     def cancel(self) -> list[SendToRank]:
-        """Nobody reads it any more."""
+        """Ends it: its client is gone."""
         return self._end_attempt(SessionEvent.CLIENT_GONE)
 
     def shut_down(self) -> list[SendToRank]:
@@ -278,7 +281,7 @@ class StreamSession:
         )
 
     def _is_inconsistent(self, message: SessionTokens) -> bool:
-        """This attempt stands elsewhere than we do, or does not send what it was asked for."""
+        """Whether the message skips tokens or lacks what the attempt was asked for."""
         next_index = len(self.emitted)
         end = message.index + len(message.ids)
         if message.index > next_index or (end < next_index and message.finish is not None):
@@ -311,8 +314,8 @@ class StreamSession:
 
     def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:
         if finish is FinishReason.CANCELLED:
-            # We leave an attempt before we cancel it, so this is the rank's own decision.
-            return self._on_error("the rank gave it up", True, now)
+            # A session leaves an attempt before it cancels it, so the rank decided this.
+            return self._on_error("the rank cancelled it", True, now)
         if finish is not None:
             self.finish = finish
             self._transition(SessionEvent.ENDED)
@@ -348,7 +351,7 @@ class StreamSession:
         return self._end_attempt(event)
 
     def _end_attempt(self, event: SessionEvent) -> list[SendToRank]:
-        """Whatever runs for this session on a rank is not wanted any more."""
+        """Applies the event and cancels the attempt if it runs on a rank."""
         running = self.state is SessionState.RUNNING
         if not self._transition(event) or not running or self.member is None:
             return []
@@ -357,6 +360,6 @@ class StreamSession:
 
     def _backoff_s(self) -> float:
         full_s = self._policy.backoff_min_s * 2.0 ** min(self._refusals - 1, 16)
-        # Jitter from the ids: sessions refused together come back apart, and replays agree.
+        # Jitter from the ids spreads sessions that were refused together, and is reproducible.
         spread = zlib.crc32(f"{self.id}/{self.attempt}".encode()) / 2**32
         return float(min(full_s, self._policy.backoff_max_s) * (0.5 + spread))

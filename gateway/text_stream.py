@@ -1,5 +1,5 @@
-"""The text of one session: detokenised, ended at a stop string, its end token left out, or shown
-where that is asked for. Pure."""
+"""The text of one session: detokenised and ended at a stop string. The token that ended it is left
+out unless the request asks for it. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shared.types import FinishReason
 
 
 class Piece(NamedTuple):
-    """The next text of a stream, of `num_ids` of the ids fed (all of them, unless a stop string
-    ended it)."""
+    """The next text of a stream. It comes from the first `num_ids` of the ids fed: all of them,
+    unless a stop string ended the text."""
 
     text: str
     num_ids: int
@@ -21,8 +21,8 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """Stop strings count only in the text after the first `min_tokens` tokens. `include_stop`: what
-    ends the text, a string or a token, belongs to it."""
+    """Stop strings count only in the text after the first `min_tokens` tokens. `include_stop`: the
+    string or token that ends the text is part of it."""
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class TextStream:
         self._shows_stop = include_stop
 
     def echo(self, prompt: Sequence[int]) -> str:
-        """The prompt's text; nothing in it stops. Before the first `feed`."""
+        """The prompt's text, in which no stop string counts. Call it before the first `feed`."""
         return self._detokenizer.feed(prompt)
 
     def feed(self, ids: Sequence[int], finish: FinishReason | None = None) -> Piece:
-        """`finish` is set with the last ids. After `stopped`, or `finish`, feed no more."""
-        # The rank sends a stop token as an id, but it is no text.
+        """Pass `finish` with the last ids. Do not call it again after `stopped` or `finish`."""
+        # The rank sends the stop token as an id, but it is not part of the text.
         text_ids = ids[:-1] if finish is FinishReason.STOP and not self._shows_stop else ids
         if not self._has_stops:
             text = self._detokenizer.feed(text_ids)

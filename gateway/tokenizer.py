@@ -1,5 +1,5 @@
-"""The checkpoint's tokenizer: text and chats to token ids. Long texts are encoded on threads, so
-that no stream stalls for another client's prompt."""
+"""The checkpoint's tokenizer: turns texts and chats into token ids. Threads encode long texts, so
+that no stream waits for another client's prompt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gateway.detokenizer import TokenBytes, TokenNames
 from shared.errors import CheckpointError, RequestError
 
 INLINE_CHARS_MAX = 1024
-"""Up to here encoding takes less than handing it to a thread and back."""
+"""Up to this length, encoding is faster than passing the text to a thread and back."""
 
 
 class ModelTokenizer:
-    """Immutable once loaded, but for its threads. Special tokens have no text in `token_bytes`, and
-    their names in `all_token_bytes`."""
+    """Immutable once loaded, apart from its threads. Special tokens have no text in `token_bytes`;
+    in `all_token_bytes` they have their names."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class ModelTokenizer:
         return self.token_bytes.num_ids
 
     def names(self, *, with_special: bool) -> TokenNames:
-        """`with_special`: texts show special tokens."""
+        """`with_special`: special tokens appear in texts."""
         text = self.all_token_bytes if with_special else self.token_bytes
         return TokenNames(text, self.all_token_bytes)
 
     async def encode(self, text: str, *, tokens_max: int, special: bool = True) -> tuple[int, ...]:
-        """Raises RequestError for what has more than `tokens_max` tokens, early where its length
-        alone tells."""
+        """Raises RequestError, before encoding, if the text's length alone shows that it has more
+        than `tokens_max` tokens."""
         least = len(text) // max(self.token_bytes.longest, 1)
         if least > tokens_max:
             raise context_exceeded(f"at least {least}", tokens_max)
@@ -64,7 +64,7 @@ class ModelTokenizer:
         *,
         tokens_max: int,
     ) -> tuple[int, ...]:
-        """The template writes special tokens as text, so that none are added."""
+        """The template spells special tokens itself, so none are added. Raises RequestError."""
         if self._template is None:
             raise RequestError(
                 "this model has no chat template; use /v1/completions", param="messages"
@@ -76,7 +76,7 @@ class ModelTokenizer:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _encode_long(self, text: str, special: bool) -> tuple[int, ...]:
-        """By the batch call: unlike `encode`, it releases the interpreter lock while it works."""
+        """Uses the batch call: unlike `encode`, it releases the GIL."""
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return tuple(encoding.ids)
 
@@ -84,13 +84,13 @@ class ModelTokenizer:
 def context_exceeded(num_tokens: int | str, tokens_max: int) -> RequestError:
     return RequestError(
         f"This model's maximum context length is {tokens_max} tokens, but the request needs "
-        f"{num_tokens} of them for prompt and completion. Shorten the prompt or max_tokens.",
+        f"{num_tokens} for prompt and completion. Shorten the prompt or max_tokens.",
         code="context_length_exceeded",
     )
 
 
 def load_tokenizer(folder: Path) -> ModelTokenizer:
-    """Blocking. Raises CheckpointError with a sentence."""
+    """Blocks. Raises CheckpointError if the file is missing or is not byte-level BPE."""
     path = folder / "tokenizer.json"
     try:
         raw = path.read_bytes()
@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
     except Exception as error:
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     if not _is_byte_level(decoder):
-        raise CheckpointError(f"{path} is not byte-level BPE, the only kind that Starfish serves")
+        raise CheckpointError(f"{path} is not byte-level BPE, the only kind that Starfish supports")
     added = tokenizer.get_added_tokens_decoder()
     special = {token_id: token.content for token_id, token in added.items() if token.special}
     token_bytes = TokenBytes(tokenizer.get_vocab(with_added_tokens=True), special.keys())

@@ -1,1 +1,2 @@
-"""The node agent: starts and restarts a host's ranks, and tells etcd at once when one ends."""
+"""The node agent: starts and restarts a host's ranks, and reports to etcd at once when one
+exits."""

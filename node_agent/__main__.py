@@ -60,17 +60,19 @@ def main() -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
-    """The agent's own configuration, and what stands after `--`. Raises ConfigError."""
+    """The agent's configuration, and the arguments after `--`. Raises ConfigError."""
     own, rank_flags = list(arguments), []
     if "--" in own:
         split = own.index("--")
         own, rank_flags = own[:split], own[split + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m node_agent",
-        description="Starts a host's ranks and tells etcd at once when one exits. What stands "
-        "after -- goes to every rank.",
+        description="Starts a host's ranks and reports to etcd at once when one exits. The "
+        "arguments after -- go to every rank.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [agent]")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with an [agent] section"
+    )
     add_flags(parser, AgentConfig)
     flags = vars(parser.parse_args(own))
     config = load_config(
@@ -83,7 +85,7 @@ def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
 def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     model = () if config.model is None else ("--model", str(config.model))
     logs = ("--log-level", config.log_level, *(("--log-json",) if config.log_json else ()))
-    # Addresses, not names: what a name means may differ from where the ranks' peers stand.
+    # Addresses, not names: a name may resolve differently on the hosts of the ranks' peers.
     hosts = (
         *("--control-host", address_of(config.control_host)),
         *("--data-host", address_of(config.data_host)),
@@ -99,11 +101,13 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
 
 
 def address_of(host: str) -> str:
-    """Raises ConfigError where the name is unknown."""
+    """Raises ConfigError if the name is unknown."""
     try:
         return socket.gethostbyname(host)
     except OSError as error:
-        raise ConfigError(f"cannot resolve host {host!r}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot resolve host {host!r}: {error.strerror}; pass an address"
+        ) from error
 
 
 def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
@@ -113,7 +117,7 @@ def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
 
 
 async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
-    """Until SIGTERM, SIGINT, or the end of the lifeline."""
+    """Runs until SIGTERM, SIGINT, or the end of the lifeline."""
     clock, keys, node = SystemClock(), Keys(config.instance), setup.command.node
     ranks = parse_ranks(config.ranks)
     if setup.log_dir is not None:

@@ -1,5 +1,5 @@
-"""Performs what `RankSupervisor` decides: starts processes, listens on their pidfds, writes to
-etcd. Ranks that serve are never touched for etcd's sake."""
+"""Performs what `RankSupervisor` decides: starts processes, watches their pidfds, writes to etcd.
+Trouble with etcd never makes it stop a rank that serves."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class RankSetup:
     log_dir: Path | None
     lease_ttl_s: float
     stop_grace_s: float
-    dying_poll_s: float  # how often to look for processes that have begun to die; 0: never
+    dying_poll_s: float  # interval of the search for processes that have begun to exit; 0: none
     cpus: Mapping[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
 
 
 @dataclass(slots=True, kw_only=True)
 class AgentDriver:
-    """`run` ends when `stop` was called and every rank has exited."""
+    """`run` ends after `stop` was called and every rank has exited."""
 
     store: Store
     keys: Keys
@@ -100,7 +100,8 @@ class AgentDriver:
                 await self.leased.release()
 
     def stop(self, *, grace_s: float | None = None) -> None:
-        """SIGTERM to all ranks, SIGKILL after the grace time. Later calls can only shorten it."""
+        """Sends SIGTERM to all ranks, and SIGKILL after the grace time. A later call can only
+        shorten it."""
         first, self._stopping = not self._stopping, True
         if first:
             log.info("stopping", ranks=len(self.supervisor.running()))
@@ -114,7 +115,7 @@ class AgentDriver:
             process.send_signal(signal.SIGKILL)
 
     def _adopt(self) -> set[Member]:
-        """The members that run already."""
+        """Adopts the ranks that run already, and returns their members."""
         adopted: set[Member] = set()
         for running_rank, process in find_running(self.setup.command):
             rank = running_rank.member.rank
@@ -135,7 +136,7 @@ class AgentDriver:
         return adopted
 
     async def _revoke_stale_leases(self, adopted: set[Member]) -> None:
-        """Revokes the leases of this node's ranks that died while no agent watched."""
+        """Revokes the leases of this node's ranks that died while no agent ran."""
         registered = await self.store.get_prefix(self.keys.ranks)
         started = {running_rank.member for running_rank in self.supervisor.running()}
         for kv in registered.values:
@@ -156,7 +157,8 @@ class AgentDriver:
             self._changed.set()
 
     async def _poll_for_exits(self) -> None:
-        """The pidfd fires when the kernel has taken the process apart, which may be long after."""
+        """Finds exits early: a pidfd fires only after the kernel has torn the process down, which
+        may take long."""
         poll_s = self.setup.dying_poll_s
         while poll_s > 0:
             await asyncio.sleep(poll_s)
@@ -168,7 +170,8 @@ class AgentDriver:
                     self._perform(self.supervisor.on_dying(rank, seen.exit_code))
 
     def _report_stopped_ranks(self) -> None:
-        """SIGCHLD: a child has exited (the pidfds tell), was stopped, or goes on."""
+        """On SIGCHLD: a child has exited (its pidfd reports that), was stopped, or was
+        continued."""
         for running_rank in self.supervisor.running():
             process = self._processes.get(running_rank.member.rank)
             if process is not None and process.poll_stopped():
@@ -178,7 +181,7 @@ class AgentDriver:
                 )
 
     async def _wait(self) -> None:
-        """Until something changed or a rank is due."""
+        """Waits until something has changed or a rank is due."""
         due_at = self.supervisor.next_due_at()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if due_at is None else due_at - self.clock.now()):
@@ -251,12 +254,13 @@ class AgentDriver:
                 process.set_cpu_affinity(cpus[rank])
 
     def _unpin(self) -> None:
-        """While a rank is missing its CPUs are for all: survivors have its work to do, too."""
+        """While a rank is missing all CPUs serve all ranks, because survivors do its work as
+        well."""
         everything = frozenset[int]().union(*self.setup.cpus.values())
         self._pin(dict.fromkeys(self.setup.cpus, everything))
 
     def _on_exited(self, rank: RankId) -> None:
-        """The pidfd fired. The revocation goes out before anything else is done."""
+        """On a pidfd: sends the revocation before anything else."""
         process = self._processes.pop(rank)
         asyncio.get_running_loop().remove_reader(process.fileno())
         exit_code = process.exit_code()

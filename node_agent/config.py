@@ -15,10 +15,12 @@ _DYING_POLL_MAX_MS = 1000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Filled from [agent] of the TOML file, STARFISH_AGENT_* and flags. What stands after `--` on
-    the command line goes to every rank as it is."""
+    """Filled from [agent] of the TOML file, STARFISH_AGENT_* and flags. The arguments after `--` go
+    to every rank unchanged."""
 
-    node: str = option("", "name of this host, the unit of correlated failure; default: its name")
+    node: str = option(
+        "", "name of this host, whose ranks may fail together; default: its host name"
+    )
     ranks: str = option("0-3", "the ranks of this host, such as 0-3 or 0,2")
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
@@ -26,31 +28,31 @@ class AgentConfig:
     control_host: str = option("127.0.0.1", "address of the ranks' control ports")
     data_host: str = option("127.0.0.1", "address of the ranks' data network")
     log_dir: Path | None = option(None, "folder for rank-N.log; default: the agent's own stderr")
-    lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop, ranks and all")
+    lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
     stop_grace_s: float = option(5.0, "how long a rank may take to exit before it is killed")
     dying_poll_ms: float = option(
-        10.0, "how often ranks are looked at for having begun to die; 0: their end alone is seen"
+        10.0, "how often to check whether a rank has begun to exit; 0: see only exits"
     )
     host_experts_gb: float = option(
         -1.0,
-        "cuda: GB of this host's memory for copies of experts, which its ranks share; -1: a "
-        "quarter of what is free, 0: none",
+        "cuda: GB of host memory for a cache of experts that the ranks share; -1: a quarter of "
+        "the free memory, 0: no cache",
     )
-    pin_cpus: bool = option(True, "give every rank its share of the CPUs, and no others")
+    pin_cpus: bool = option(True, "run each rank only on its own share of the CPUs")
     log_level: str = option("info", "debug, info, warning or error")
-    log_json: bool = option(False, "one JSON object a line in place of text")
+    log_json: bool = option(False, "log one JSON object per line instead of text")
 
     @property
     def node_name(self) -> str:
         return self.node or socket.gethostname()
 
     def check(self) -> None:
-        """Raises ConfigError where a value is impossible."""
+        """Raises ConfigError if a value is impossible."""
         parse_ranks(self.ranks)
         if self.lease_ttl_s < 1 or self.stop_grace_s < 0:
             raise ConfigError("--lease-ttl-s must be at least 1, --stop-grace-s at least 0")
         if not 0 <= self.dying_poll_ms <= _DYING_POLL_MAX_MS:
-            raise ConfigError(f"--dying-poll-ms must be 0 or at most {_DYING_POLL_MAX_MS:.0f}")
+            raise ConfigError(f"--dying-poll-ms must be from 0 to {_DYING_POLL_MAX_MS:.0f}")
         if "/" in self.node_name:
             raise ConfigError(f"--node {self.node_name!r} must not contain a slash")

@@ -8,9 +8,9 @@ from shared.types import RankId
 
 
 def share_cpus(cpus: Sequence[int], ranks: Sequence[RankId]) -> dict[RankId, frozenset[int]]:
-    """Equal shares of neighbouring CPUs; where there are more ranks than CPUs, several ranks on
-    each. Ranks wait for each other many times a step: one that is moved to a CPU where another
-    computes makes all of them late."""
+    """Gives each rank an equal share of neighbouring CPUs. If there are more ranks than CPUs,
+    several ranks share a CPU. Ranks wait for each other many times per step, so a rank that is
+    moved to a CPU on which another one computes delays all of them."""
     ordered = sorted(cpus)
     if len(ordered) < len(ranks):
         return {r: frozenset((ordered[i % len(ordered)],)) for i, r in enumerate(ranks)}

@@ -1,6 +1,6 @@
-"""Whether a process has begun to die. Its pidfd tells only when it is gone, and the kernel takes a
-process with a CUDA context or much memory apart for 100 ms and more; that it will not come back is
-known at once.
+"""Whether a process has begun to exit. Its pidfd fires only when it is gone, and the kernel needs
+100 ms or more to tear down a process with a CUDA context or much memory. That the process can only
+end is known at once.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _STAT_BYTES_MAX = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dying:
-    """`exit_code` as `subprocess` counts; None where the kernel does not tell it (yet)."""
+    """`exit_code` as in `subprocess`; None if the kernel does not report it yet."""
 
     exit_code: int | None
 
 
 class StatFile:
-    """/proc/PID/stat, kept open: reading it again costs a third of opening it, and it never becomes
-    that of a stranger with the same pid."""
+    """/proc/PID/stat, kept open: reading it again costs a third of opening it, and it never refers
+    to another process that gets the same pid."""
 
     def __init__(self, pid: int) -> None:
-        """Raises OSError where there is no such process."""
+        """Raises OSError if there is no such process."""
         self._fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
     def read_dying(self) -> Dying | None:
-        """None of one that may go on, such as a stopped one."""
+        """None if the process may continue, for example if it is stopped."""
         try:
             return parse_dying(os.pread(self._fd, _STAT_BYTES_MAX, 0))
         except ProcessLookupError:
@@ -43,7 +43,7 @@ class StatFile:
 
 
 def parse_dying(stat: bytes) -> Dying | None:
-    """What a line of /proc/PID/stat says."""
+    """Reads one line of /proc/PID/stat."""
     fields = stat.rpartition(b")")[2].split()
     if fields[_STATE] in (b"Z", b"X") or int(fields[_FLAGS]) & _EXITING:
         return Dying(exit_code=_exit_code(int(fields[_EXIT_STATUS])))
@@ -53,6 +53,6 @@ def parse_dying(stat: bytes) -> Dying | None:
 
 
 def _exit_code(status: int) -> int | None:
-    """Of a wait status; 0 is what stands there before the kernel has written any."""
+    """Exit code of a wait status. The field is 0 until the kernel writes it, so 0 means None."""
     killed_by = status & 0x7F
     return -killed_by if killed_by else status >> 8 or None

@@ -1,5 +1,5 @@
-"""What etcd learns when a rank's process is gone: its lease is revoked at once, and the agent
-reports the exit. Kept up until etcd has it, however long that takes."""
+"""When a rank's process exits, revokes its lease at once and reports the exit to etcd. Retries
+until etcd has both."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ RETRY_MAX_S = 1.0
 
 
 class ExitReporter:
-    """One agent's revocations. The report tells a real death from a lease that etcd's own trouble
-    made expire, and stands until the rank's next death (or as long as the agent's lease)."""
+    """The revocations of one agent. The report distinguishes a real exit from a lease that expired
+    because etcd was slow. It stays until the rank's next exit or the end of the agent's lease."""
 
     def __init__(self, store: Store, keys: Keys, node: NodeId, clock: Clock) -> None:
         self._store = store
@@ -38,7 +38,7 @@ class ExitReporter:
     async def revoke_and_report(
         self, running_rank: RunningRank, exit_code: int | None, *, agent_lease_id: Callable[[], int]
     ) -> None:
-        """Both at once, the revocation first on the wire."""
+        """Does both at once; the revocation is sent first."""
         died_at = self._clock.now()
         detail = describe_exit(exit_code)
         async with asyncio.TaskGroup() as tasks:
@@ -53,7 +53,8 @@ class ExitReporter:
     async def report_stopped(
         self, running_rank: RunningRank, *, agent_lease_id: Callable[[], int]
     ) -> None:
-        """Reports that the process was stopped: it may go on one day, but nobody should wait."""
+        """Reports that the process was stopped. It may continue later, but nothing should wait for
+        it."""
         key, value = self._suspicion_entry(
             running_rank, SuspicionReason.STOPPED, self._clock.now(), "the process was stopped"
         )
@@ -102,7 +103,7 @@ def describe_exit(exit_code: int | None) -> str:
 
 
 async def retry_until_done(attempt: Callable[[], Awaitable[object]]) -> None:
-    """For what may be repeated blindly: doing it twice is doing it once."""
+    """Repeats `attempt` until it succeeds. It must be idempotent."""
     retry_s = RETRY_MIN_S
     while True:
         try:

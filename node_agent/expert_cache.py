@@ -1,5 +1,5 @@
-"""The memory for copies of experts that a node's ranks share: that of the ranks which an earlier
-agent has left running, else new. The agent holds it, so that it outlasts every rank."""
+"""The memory of the expert cache that a node's ranks share. It comes from ranks that an earlier
+agent left running, or is new. The agent holds it, so that it outlives every rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _FLAG = "--host-experts-fd"
 
 
 def with_expert_cache(command: RankCommand, host_experts_gb: float) -> RankCommand:
-    """A command that hands the memory down; without any where the host refuses."""
+    """The command with the memory's file descriptor. Unchanged if there is to be no cache, or if
+    the host has no memory for it."""
     if host_experts_gb == 0 or _is_for_cpu(command.extra_flags, os.environ):
         return command
     try:
@@ -43,7 +44,7 @@ def _adopted_memory(command: RankCommand) -> int | None:
         argv = command_line_of(running_rank.pid)
         flags = dict(pairwise(argv))
         if found is None and _FLAG in flags:
-            with suppress(ValueError, OSError):  # it is gone meanwhile
+            with suppress(ValueError, OSError):  # the process has exited
                 found = open_memory_of_process(running_rank.pid, int(flags[_FLAG]))
         process.close()
     return found

@@ -1,5 +1,5 @@
-"""`python -m node_agent.health HOST PORT`: exit code 0 where a rank answers there, for a
-container's healthcheck."""
+"""`python -m node_agent.health HOST PORT`: exits with 0 if a rank answers there, for a container's
+health check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TIMEOUT_S = 3.0
 
 
 async def answers(host: str, port: int) -> bool:
-    """Both its event loop and its protocol live; the engine is the control plane's to judge."""
+    """Whether the rank's event loop answers the protocol. The control plane judges its engine."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)

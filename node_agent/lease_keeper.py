@@ -1,4 +1,4 @@
-"""The lease of a rank that has not registered yet."""
+"""Keeps the lease of a rank that has not registered yet."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _REGISTER_TIMEOUT_S = 180.0
 async def keep_lease_until_registered(
     store: Store, keys: Keys, running_rank: RunningRank, lease_ttl_s: float
 ) -> None:
-    """Reading a model may take longer than a lease lasts. Ends once the rank's record stands, and
-    gives up on a rank that never gets there."""
+    """Renews the lease, because loading a model may take longer than its TTL. Ends when the rank's
+    record exists, when the lease is lost, or after a timeout."""
     key = keys.rank(running_rank.member.rank, running_rank.member.incarnation)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(contextlib.suppress(LeaseLost, TimeoutError))

@@ -7,7 +7,7 @@ from shared.types import RankId
 
 
 def parse_ranks(text: str) -> tuple[RankId, ...]:
-    """Sorted, each once. Raises ConfigError."""
+    """Returns each rank once, sorted. Raises ConfigError."""
     ranks: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -15,8 +15,8 @@ def parse_ranks(text: str) -> tuple[RankId, ...]:
             low = int(first)
             high = int(last) if dash else low
         except ValueError:
-            raise ConfigError(f"--ranks {text!r}: say a list such as 0-3 or 0,2,5") from None
+            raise ConfigError(f"--ranks {text!r}: pass a list such as 0-3 or 0,2,5") from None
         if not 0 <= low <= high:
-            raise ConfigError(f"--ranks {text!r}: {part.strip()!r} is no range of ranks")
+            raise ConfigError(f"--ranks {text!r}: {part.strip()!r} is not a range of ranks")
         ranks.update(range(low, high + 1))
     return tuple(RankId(rank) for rank in sorted(ranks))

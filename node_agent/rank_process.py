@@ -1,5 +1,5 @@
-"""Processes of ranks: how one is started, found again by a later agent, watched by a pidfd, and
-signalled without ever hitting a stranger that got its pid."""
+"""Processes of ranks: starts them, finds those of an earlier agent, watches them by pidfd, and
+never signals another process that got the same pid."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ _MODULE = "gpu_worker"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCommand:
-    """The command line of this node's ranks, but for what differs from incarnation to
-    incarnation."""
+    """The command line of this node's ranks, without the flags that differ between incarnations."""
 
     node: NodeId
     etcd: str
@@ -34,7 +33,7 @@ class RankCommand:
     program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
 
     def argv(self, member: Member, lease_id: int) -> list[str]:
-        cache_flags = ("--host-experts-gb", "0")  # or each would make memory of its own
+        cache_flags = ("--host-experts-gb", "0")  # or each rank would create a cache of its own
         if self.host_experts_fd >= 0:
             cache_flags = ("--host-experts-fd", str(self.host_experts_fd))
         return [
@@ -48,8 +47,8 @@ class RankCommand:
         ]
 
     def running_rank_of(self, pid: int, argv: Sequence[str]) -> RunningRank | None:
-        """The running rank that a process with this command line is, if it is one of this node's
-        ranks."""
+        """The running rank whose process has this command line; None if it is not one of this
+        node's ranks."""
         if tuple(argv[1 : len(self.program)]) != self.program[1:]:
             return None
         flags = dict(zip(argv[len(self.program) :], argv[len(self.program) + 1 :], strict=False))
@@ -68,10 +67,10 @@ class RankCommand:
 
 
 class RankProcess:
-    """One process, held by its pidfd: `fileno()` becomes readable when it has exited."""
+    """One process, held by its pidfd: `fileno()` becomes readable when the process has exited."""
 
     def __init__(self, pid: int, child: subprocess.Popen[bytes] | None) -> None:
-        """Raises OSError where there is no such process."""
+        """Raises OSError if there is no such process."""
         self.pid = pid
         self._child = child
         self._stat = StatFile(pid)
@@ -85,15 +84,16 @@ class RankProcess:
         return self._pidfd
 
     def exit_code(self) -> int | None:
-        """Of a process that has exited; negative for a signal, None where it was adopted."""
+        """The code of a process that has exited: negative for a signal, None if it was adopted."""
         return self._child.wait() if self._child is not None else None
 
     def read_dying(self) -> Dying | None:
-        """Whether it has begun to exit and can only end, before `fileno()` tells its end."""
+        """Not None if the process has begun to exit, even before `fileno()` is readable."""
         return self._stat.read_dying()
 
     def poll_stopped(self) -> bool:
-        """Whether it has been stopped since the last call; never of an adopted process."""
+        """Whether the process has been stopped since the last call; always False if it was
+        adopted."""
         if self._child is None:
             return False
         try:
@@ -103,7 +103,7 @@ class RankProcess:
         return found is not None and found.si_code == os.CLD_STOPPED
 
     def set_cpu_affinity(self, cpus: frozenset[int]) -> None:
-        """All its threads, and those that they will start."""
+        """Applies to all its threads, and to those that they start later."""
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(int(task.name), cpus)
@@ -125,8 +125,9 @@ def spawn(
     log_path: Path | None,
     cpus: frozenset[int] = frozenset(),
 ) -> RankProcess:
-    """Raises OSError. `cpus` where it is pinned. Its own session: a terminal's Ctrl-C is for the
-    agent's parent, which stops things in order."""
+    """Starts a process, pinned to `cpus` if there are any. It has a session of its own, so that a
+    terminal's Ctrl-C reaches only the agent's parent, which stops everything in order. Raises
+    OSError."""
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         child = subprocess.Popen(
@@ -145,8 +146,8 @@ def spawn(
 
 
 def find_running(command: RankCommand) -> Iterator[tuple[RunningRank, RankProcess]]:
-    """Ranks of this node that an earlier agent has left running, newest incarnation first. The
-    process table is the truth: it knows those, too, that have not registered yet."""
+    """Ranks of this node that an earlier agent left running, newest incarnation first. It reads the
+    process table, which also has ranks that have not registered yet."""
     found: list[tuple[RunningRank, RankProcess]] = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -154,7 +155,7 @@ def find_running(command: RankCommand) -> Iterator[tuple[RunningRank, RankProces
         process = _open(int(entry.name))
         if process is None:
             continue
-        # Read after the pidfd is open, the command line is that of the process it holds.
+        # Read after the pidfd is open, so that it belongs to the process that the pidfd holds.
         running_rank = command.running_rank_of(process.pid, command_line_of(process.pid))
         if running_rank is None or _has_exited(process):
             process.close()
@@ -172,7 +173,7 @@ def _open(pid: int) -> RankProcess | None:
 
 
 def command_line_of(pid: int) -> list[str]:
-    """Empty for other users' processes: nobody can pass for a rank by its arguments alone."""
+    """Empty for another user's process, so that it cannot pass for a rank by its arguments."""
     entry = Path(f"/proc/{pid}")
     try:
         if entry.stat().st_uid != os.geteuid():

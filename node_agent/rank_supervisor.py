@@ -1,14 +1,14 @@
-"""Where each rank of this node stands between two incarnations, and what to do next. Pure: events
-and `now` in, actions out; processes and etcd are the driver's.
+"""The phase of each rank of this node, and what to do next. Pure: events and `now` in, actions out;
+the driver handles processes and etcd.
 
-A rank waits until it is due, is started (incarnation, lease, process: three steps of the driver,
-any of which may fail), runs until its process exits, has its lease revoked, and waits again for
-as long as the restart policy says. A process that is seen to die has its lease revoked at once,
-though the kernel may take long to take it apart; the next incarnation waits for its end all the
-same, for until then it holds its ports and its card's memory. Stopping is one way: nothing leaves
-STOPPED. An incarnation that the control plane declared dead exits by itself as soon as it learns
-of it; one that cannot (it hangs, or is stopped) is killed when its grace is over, so that its rank
-can live again.
+A rank waits until it is due and is then started. The driver does this in three steps, each of which
+may fail: incarnation, lease, process. The rank runs until its process exits. Then its lease is
+revoked, and it waits again for as long as the restart policy says. If a process is seen to die, its
+lease is revoked at once, although the kernel may need long to tear it down. The next incarnation
+still waits for the exit, because until then the process holds its ports and its GPU memory. Nothing
+leaves STOPPED. An incarnation that the control plane declared dead exits by itself as soon as it
+learns of it. If it cannot (it hangs, or is stopped), it is killed after a grace time, so that its
+rank can start again.
 
     phase     event         next      action
     waiting   due           starting  Spawn
@@ -19,7 +19,7 @@ can live again.
     starting  stop          stopping  –
     running   dying         dying     RevokeLease
     running   exited        waiting   RevokeLease
-    running   declared_dead     running   Kill, after the grace
+    running   declared_dead running   Kill, after the grace
     running   stop          stopping  Terminate
     dying     exited        waiting   –
     dying     stop          ending    –
@@ -66,7 +66,7 @@ class RankEvent(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRank:
-    """A running process of a rank, and the lease that stands for it."""
+    """A running process of a rank, and its lease."""
 
     member: Member
     lease_id: int
@@ -80,7 +80,7 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevokeLease:
-    """The process is gone, or can only go: revoke its lease now."""
+    """The process has exited or is exiting: revoke its lease now."""
 
     running_rank: RunningRank
     exit_code: int | None
@@ -93,7 +93,7 @@ class Terminate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """The rank has a verdict and did not leave."""
+    """The rank was declared dead and did not exit by itself."""
 
     running_rank: RunningRank
 
@@ -136,7 +136,7 @@ class _SupervisedRank:
 
 
 class RankSupervisor:
-    """All ranks of one node. An event that the table does not have is a bug of the driver."""
+    """All ranks of one node. An event that is not in the table is a bug of the driver: KeyError."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class RankSupervisor:
         return [rank.running_rank for rank in self._ranks.values() if rank.running_rank is not None]
 
     def alive(self) -> list[RunningRank]:
-        """Those that have not been seen to die."""
+        """The running ranks whose processes are not exiting, as far as is known."""
         ranks = self._ranks.values()
         return [
             r.running_rank
@@ -175,7 +175,7 @@ class RankSupervisor:
         ]
 
     def next_due_at(self) -> float | None:
-        """When `take_due` will have something to do; None where nothing waits for its time."""
+        """When `take_due` will next return an action; None if nothing waits for a time."""
         waiting = (r.due_at for r in self._ranks.values() if r.phase is RankPhase.WAITING)
         declared_dead = (r.kill_at for r in self._ranks.values() if r.kill_at is not None)
         return min((*waiting, *declared_dead), default=None)
@@ -193,8 +193,8 @@ class RankSupervisor:
         return actions
 
     def on_declared_dead(self, member: Member, now: float) -> list[SupervisorAction]:
-        """The control plane has declared this incarnation dead. It may say so more than once; the
-        grace does not begin anew."""
+        """The control plane has declared this incarnation dead. A repeated verdict does not restart
+        the grace time."""
         declared_dead = (
             running_rank for running_rank in self.alive() if running_rank.member == member
         )
@@ -205,7 +205,7 @@ class RankSupervisor:
         return []
 
     def on_adopted(self, running_rank: RunningRank, now: float) -> list[SupervisorAction]:
-        """A process of an earlier agent that still runs."""
+        """A process that an earlier agent started still runs."""
         return self._set_running(running_rank, RankEvent.ADOPTED, now)
 
     def on_spawned(self, running_rank: RunningRank, now: float) -> list[SupervisorAction]:
@@ -218,7 +218,7 @@ class RankSupervisor:
         return []
 
     def on_dying(self, rank_id: RankId, exit_code: int | None) -> list[SupervisorAction]:
-        """Its process can only end; `on_exited` follows."""
+        """Its process is exiting; `on_exited` follows."""
         rank = self._ranks[rank_id]
         self._move(rank, RankEvent.DYING)
         assert rank.running_rank is not None
@@ -228,7 +228,7 @@ class RankSupervisor:
     def on_exited(
         self, rank_id: RankId, exit_code: int | None, now: float
     ) -> list[SupervisorAction]:
-        """`exit_code` is None for an adopted process, whose parent was another."""
+        """`exit_code` is None for an adopted process, which is not our child."""
         rank = self._ranks[rank_id]
         was_revoked = rank.phase in _LEASE_REVOKED
         self._move(rank, RankEvent.EXITED)

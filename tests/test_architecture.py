@@ -21,6 +21,48 @@ MAY_IMPORT = {
     # The command starts the services as processes; of their code it uses the pure planner only.
     "cli": {"shared", "control_plane.placement"},
 }
+MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
+    # Bottom to top. A layer is a folder or a module of the package; "*" is all its other modules.
+    "gpu_worker": {
+        "exchange": set(),
+        "membership": set(),
+        "checkpoint": set(),
+        "config": {"exchange"},
+        "identity": {"config"},
+        "engine": {"exchange"},
+        "control_server": {"engine"},
+        "kv_replication": {"config", "exchange", "engine"},
+        "rank": {
+            *("config", "exchange", "membership"),
+            *("engine", "control_server", "kv_replication"),
+        },
+        "cpu": {"config", "exchange", "checkpoint", "engine", "kv_replication", "rank"},
+        "cuda": {"config", "exchange", "checkpoint", "engine", "kv_replication", "rank"},
+        "model_tools": {"exchange", "checkpoint", "engine", "cpu"},
+        "device_choice": {"config", "cuda"},
+        "__main__": {
+            *("config", "identity", "exchange", "engine", "kv_replication", "rank"),
+            *("cpu", "cuda", "device_choice"),
+        },
+    },
+    "gateway": {
+        "*": set(),
+        "api": {"*"},
+        "service": {"*", "api"},
+        "__main__": {"*", "service"},
+    },
+    "cli": {
+        "*": set(),
+        "observe": {"*"},
+        "up": {"*", "observe"},
+        "bench": {"*", "observe", "up"},
+        "evaluate": {"*", "observe", "bench"},
+        "plan": {"*"},
+        "checkpoint": {"*", "up"},
+        "__main__": {"*", "observe", "up", "bench", "evaluate", "plan", "checkpoint"},
+    },
+}
+LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for layer in layers]
 OWNERS = {
     "msgpack": {"shared/codec.py"},
     "etcd3": {"shared/etcd_client.py", "shared/etcd_watch.py"},
@@ -80,6 +122,40 @@ def test_services_import_shared_and_never_each_other(package: str) -> None:
         and not any(within(module, name) for name in allowed)
     ]
     assert wrong == []
+
+
+def layer_of(module: str, package: str) -> str | None:
+    """None for a module of another package, and for the package itself."""
+    if not module.startswith(package + "."):
+        return None
+    name = module.split(".")[1]
+    layers = MAY_IMPORT_WITHIN[package]
+    assert name in layers or "*" in layers, f"{module} belongs to no layer of {package}"
+    return name if name in layers else "*"
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+
+
+@pytest.mark.parametrize(("package", "layer"), LAYERS)
+def test_a_layer_imports_only_layers_that_the_drawing_allows(package: str, layer: str) -> None:
+    allowed = MAY_IMPORT_WITHIN[package][layer] | {layer}
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path in sources(package)
+        if path != ROOT / package / "__init__.py" and layer_of(module_of(path), package) == layer
+        for module in imports_of(path)
+        if (target := layer_of(module, package)) is not None and target not in allowed
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("package", "layer"), LAYERS)
+def test_the_drawing_has_no_arrow_upwards(package: str, layer: str) -> None:
+    layers = list(MAY_IMPORT_WITHIN[package])
+    below = set(layers[: layers.index(layer)])
+    assert MAY_IMPORT_WITHIN[package][layer] <= below
 
 
 @pytest.mark.parametrize("library", OWNERS)

@@ -1,1 +1,1 @@
-"""`starfish bench`: measures a running instance from its clients' side."""
+"""`starfish bench`: measures an instance as its clients see it."""

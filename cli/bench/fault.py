@@ -1,5 +1,5 @@
-"""`starfish bench fault`: what clients see of a rank's death under load, and where the time
-went."""
+"""`starfish bench fault`: what clients see when a rank dies under load, and where the time
+goes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench.fault_observer import FaultObserver, FaultPhases
+from cli.bench.loads import FaultLoad
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import (
     StreamClient,
@@ -32,25 +33,15 @@ _MISSES_PER_TRY_MAX = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FaultLoad:
-    tries: int
-    streams: int
-    prompt_tokens: int
-    new_tokens: int
-    seed: int
-    number: signal.Signals
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FaultResult:
-    """One fault. Gaps are each stream's longest that ended after the signal."""
+    """One fault. Each stream contributes its longest gap that ended after the signal."""
 
     rank: int
     killed_at: float
     survivors_ms: tuple[float, ...]
     victims_ms: tuple[float, ...]
     unknown_ms: tuple[float, ...]  # the gateway did not say which rank served them
-    wrong: int  # streams that ended otherwise than in the undisturbed run
+    wrong: int  # streams whose answer differs from the undisturbed run
     errors: tuple[str, ...]
     phases: FaultPhases | None
 
@@ -66,7 +57,7 @@ class FaultReport:
 
     @property
     def added_p99_ms(self) -> float:
-        """The measure of the design: the gap less what is normal between two tokens."""
+        """The design's target: the gap minus the normal time between two tokens."""
         gaps = [gap for each in self.tries for gap in each.gaps_ms]
         return percentile(gaps, 99) - self.normal_itl_p99_ms
 
@@ -77,7 +68,7 @@ class FaultReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultRun:
-    """What came of one fault, not yet compared with anything."""
+    """The outcome of one fault, before its answers are checked."""
 
     rank: int
     killed_at: float
@@ -88,15 +79,15 @@ class FaultRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultRuns:
-    """All faults of a run, before anybody knows whether the answers are right."""
+    """All faults of a run, before their answers are checked."""
 
     normal_itl_p99_ms: float
     faults: tuple[FaultRun, ...]
 
 
 async def run_faults(target: Target, load: FaultLoad, clock: Clock, console: Console) -> FaultRuns:
-    """No prompt is sent twice, so that no try finds the KV blocks of another. The instance is whole
-    at the end. Raises Unavailable where it does not serve, or does not recover."""
+    """No prompt is sent twice, so that no try finds the KV blocks of another. At the end every rank
+    is in the map again. Raises Unavailable if the instance does not serve or does not recover."""
     rng = random.Random(load.seed)
     async with (
         stream_client(_url(target), clock) as client,
@@ -116,7 +107,7 @@ async def run_faults(target: Target, load: FaultLoad, clock: Clock, console: Con
             victim = rng.choice(observer.members())
             one = await _run_fault(client, observer, victim, rng, load, clock)
             if one is None:
-                console.print(f"  rank {victim.member} had died by itself; trying again")
+                console.print(f"  rank {victim.member} had already exited; trying again")
                 continue
             console.print(_summary_line(len(faults), load.tries, one), highlight=False)
             faults.append(one)
@@ -127,8 +118,9 @@ async def run_faults(target: Target, load: FaultLoad, clock: Clock, console: Con
 async def compare_answers(
     target: Target, fault_runs: FaultRuns, load: FaultLoad, clock: Clock
 ) -> FaultReport:
-    """With the answers of `target`, which nothing disturbs now: best an instance that keeps no
-    cache. In one that was disturbed, prompts at least are computed anew. Raises Unavailable."""
+    """Compares with the answers of `target`, which nothing disturbs now. Best is a fresh instance
+    without a cache; an instance that was disturbed at least computes the prompts anew. Raises
+    Unavailable."""
     tries = []
     async with stream_client(_url(target), clock) as client:
         for one in fault_runs.faults:
@@ -141,7 +133,7 @@ async def compare_answers(
 def _url(target: Target) -> str:
     """Raises Unavailable."""
     if target.url is None:
-        raise Unavailable("which gateway? pass --url, or the --run-dir of a `starfish up`")
+        raise Unavailable("which gateway? pass --url, or the --run-dir of `starfish up`")
     return target.url
 
 
@@ -150,14 +142,14 @@ def fresh_prompts(rng: random.Random, load: FaultLoad) -> list[list[int]]:
 
 
 class _Trigger:
-    """Sends the signal once, when the streams together have so many tokens."""
+    """Sends the signal once, as soon as the streams together have `at_tokens` tokens."""
 
     def __init__(
         self, victim: RankRecord, at_tokens: int, number: signal.Signals, clock: Clock
     ) -> None:
         self._victim, self._left, self._number, self._clock = victim, at_tokens, number, clock
         self.fired_at: float | None = None
-        self.missed: str | None = None  # why the signal reached nobody
+        self.missed: str | None = None  # why the signal reached no process
 
     def __call__(self, num_tokens: int) -> None:
         self._left -= num_tokens
@@ -165,7 +157,7 @@ class _Trigger:
             self.fired_at = self._clock.now()
             try:
                 send_to_rank(self._victim, self._number)
-            except ConfigError as error:  # it had died by itself
+            except ConfigError as error:  # it had already exited
                 self.missed = str(error)
 
 
@@ -177,17 +169,17 @@ async def _run_fault(
     load: FaultLoad,
     clock: Clock,
 ) -> FaultRun | None:
-    """None where the victim had gone before the signal."""
+    """None if the victim exited before the signal."""
     prompts = fresh_prompts(rng, load)
     at_tokens = int(load.streams * load.new_tokens * rng.uniform(0.2, 0.6))
-    trigger = _Trigger(victim, at_tokens, load.number, clock)
+    trigger = _Trigger(victim, at_tokens, load.signal_number, clock)
     records = await run_all(client, prompts, load.new_tokens, trigger)
     if trigger.fired_at is None:
         raise Unavailable(f"the streams ended before the fault: {_errors(records)}")
     if trigger.missed is not None:
         return None
     killed_at = trigger.fired_at
-    if load.number is signal.SIGSTOP:  # it has been judged dead by now; let its agent have it
+    if load.signal_number is signal.SIGSTOP:  # it has its verdict; its agent restarts it
         with contextlib.suppress(ConfigError):
             send_to_rank(victim, signal.SIGKILL)
     hit = [r for r in records if r.rank == victim.rank]
@@ -199,7 +191,7 @@ async def _run_fault(
 
 
 def fault_result(one: FaultRun, answers: Sequence[StreamRecord]) -> FaultResult:
-    """With the undisturbed answers to the same prompts."""
+    """`answers` are the undisturbed answers to the same prompts."""
     records, killed_at = one.records, one.killed_at
     return FaultResult(
         rank=one.rank,
@@ -214,7 +206,7 @@ def fault_result(one: FaultRun, answers: Sequence[StreamRecord]) -> FaultResult:
 
 
 def _longest(records: Sequence[StreamRecord], killed_at: float) -> tuple[float, ...]:
-    """Of streams that were still running at the fault."""
+    """The longest gap of each stream that was still running at the fault."""
     gaps = [record.gaps_ms(since=killed_at) for record in records]
     return tuple(max(each) for each in gaps if each)
 
@@ -231,7 +223,7 @@ def _require_no_errors(records: Sequence[StreamRecord]) -> None:
 
 def _summary_line(number: int, tries: int, one: FaultRun) -> str:
     longest = max(_longest(one.records, one.killed_at), default=float("nan"))
-    again = "" if one.phases is None else f"; {one.phases.reprefill_tokens} tokens computed again"
+    again = "" if one.phases is None else f"; {one.phases.reprefill_tokens} tokens recomputed"
     errors = "".join(f"; {error}" for error in _errors(one.records)[:1])
     return f"  {number + 1}/{tries} rank {one.rank}: longest gap {longest:.0f} ms{again}{errors}"
 
@@ -254,13 +246,13 @@ def print_report(report: FaultReport, console: Console) -> None:
     if found:
         spread = Spread.of([float(each.reprefill_tokens) for each in found])
         console.print(
-            "tokens of moved streams that were computed again, a fault: "
+            "tokens of moved streams that were recomputed, per fault: "
             f"p50 {spread.p50:.0f}, max {spread.max:.0f}",
             highlight=False,
         )
     console.print(
         f"added by the fault at p99: {report.added_p99_ms:.0f} ms "
-        f"(gap less the normal {report.normal_itl_p99_ms:.1f} ms); "
+        f"(gap minus the normal {report.normal_itl_p99_ms:.1f} ms); "
         f"streams that differ from the undisturbed run: {report.wrong}",
         highlight=False,
     )

@@ -1,5 +1,5 @@
-"""What the instance itself says of a fault: verdict, map and adoptions, all in the monotonic time
-that the processes of one host share."""
+"""Observes a fault from inside the instance: verdict, map and adoptions. All times are monotonic, a
+clock that the processes of one host share."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultPhases:
-    """From the signal on, one after the other; None where nobody said, 0 where a phase was over
-    before it could begin. `adopt` and `replay` are the slowest survivor's; `reprefill` is from
-    there to the first new token of the slowest stream that the dead rank had served.
-    `reprefill_tokens` are those of moved sessions that survivors have computed again since."""
+    """Consecutive phases that begin with the signal. None: not reported. 0: the phase ended before
+    it could begin. `adopt` and `replay` are those of the slowest survivor; `reprefill` lasts from
+    there to the first new token of the slowest stream of the dead rank. `reprefill_tokens` counts
+    tokens of moved sessions that survivors have recomputed since."""
 
     detect_ms: float | None
     verdict_ms: float | None
@@ -42,7 +42,7 @@ class FaultPhases:
 
 
 class FaultObserver:
-    """Follows verdicts and maps for as long as it is open."""
+    """Follows verdicts and maps while it is open."""
 
     def __init__(self, store: EtcdStore, keys: Keys) -> None:
         self._store, self._keys = store, keys
@@ -65,16 +65,16 @@ class FaultObserver:
             await store.close()
 
     def members(self) -> list[RankRecord]:
-        """Of the map, as `wait_until_all_ranks_in_map` found it."""
+        """Members of the map that `wait_until_all_ranks_in_map` found."""
         found = self._view.expert_map
         return [r for r in self._view.ranks if found is not None and found.has(r.member)]
 
     def maps(self) -> list[ExpertMap]:
-        """Those seen so far, in order."""
+        """All maps seen so far, by epoch."""
         return [self._maps[epoch] for epoch in sorted(self._maps)]
 
     async def wait_until_all_ranks_in_map(self, timeout_s: float) -> None:
-        """Until every rank is in the map, and has been for a while. Raises Unavailable."""
+        """Waits until every rank has been in the map for a while. Raises Unavailable."""
         complete_polls = 0
         try:
             async with asyncio.timeout(timeout_s):
@@ -87,13 +87,14 @@ class FaultObserver:
                     complete_polls = complete_polls + 1 if is_complete else 0
         except TimeoutError:
             raise Unavailable(
-                f"only {len(self.members())} ranks are in the map after {timeout_s:.0f} s"
+                f"only {len(self.members())} ranks are in the map after {timeout_s:.0f} s; "
+                "see `starfish status`"
             ) from None
 
     async def phases(
         self, victim: Member, killed_at: float, first_token_at: float | None
     ) -> FaultPhases | None:
-        """None where no verdict was given in time."""
+        """None if there was no verdict in time."""
         try:
             async with asyncio.timeout(_VERDICT_TIMEOUT_S):
                 while victim not in self._verdicts:  # noqa: ASYNC110

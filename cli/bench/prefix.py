@@ -1,5 +1,5 @@
-"""`starfish bench prefix`: what a prompt costs until its first token, and what it costs where the
-rank's KV cache has its beginning."""
+"""`starfish bench prefix`: time to first token of a new prompt, and of one whose beginning is in
+the rank's KV cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from cli.bench.loads import PrefixLoad
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamClient, random_prompts, stream_client
 from shared.clock import Clock
@@ -17,17 +18,8 @@ NEW_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixLoad:
-    """`turn_tokens`: what the next turn of a chat adds to the prompt."""
-
-    tries: int
-    prompt_tokens: int
-    turn_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixRow:
-    """`faster` is how many times: the median of cold prompts over that of these."""
+    """`faster`: the median of cold prompts divided by the median of these."""
 
     prompts: str
     ttft_ms: Spread
@@ -35,14 +27,14 @@ class PrefixRow:
 
 
 async def measure_prefix(url: str, load: PrefixLoad, clock: Clock) -> list[PrefixRow]:
-    """One request at a time, cold and warm in turn: what else the machine does then strikes both
-    alike. No prompt is cold in a second run, so each run has its own. Raises Unavailable."""
+    """Sends one request at a time, cold and warm in turn, so that other work on the machine affects
+    both alike. A prompt is cold only once, so each run has new prompts. Raises Unavailable."""
     ttft_ms: dict[str, list[float]] = {"cold": [], "the same again": [], "a turn more": []}
     seed = int(clock.wall() * 1000)
     prompts = random_prompts(seed, load.tries + 1, load.prompt_tokens)
     turns = random_prompts(seed + 1, load.tries, load.turn_tokens)
     async with stream_client(url, clock) as client:
-        await _ttft_ms(client, prompts.pop())  # nobody's first request
+        await _ttft_ms(client, prompts.pop())  # warm-up
         for prompt, turn in zip(prompts, turns, strict=True):
             for kind, sent in zip(ttft_ms, (prompt, prompt, [*prompt, *turn]), strict=True):
                 ttft_ms[kind].append(await _ttft_ms(client, sent))

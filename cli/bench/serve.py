@@ -1,42 +1,29 @@
-"""`starfish bench serve`: throughput and latencies at several concurrencies, and what elasticity
-costs against a static instance without detection."""
+"""`starfish bench serve`: throughput and latencies at several concurrencies, and the cost of
+elasticity compared with a static instance without failure detection."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    nullcontext,
-)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
+from cli.bench.loads import ServeLoad
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamClient, StreamRecord, random_prompts, stream_client
-from cli.bench.temporary_instance import temporary_instance
+from cli.bench.temporary_instance import temporary_instance_with_progress
 from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.run_dir import Target
 from cli.up.device import count_gpus, plan_device
-from cli.up.stages import Stage
 from shared.clock import Clock
 from shared.errors import Unavailable
 
 TOKENS_PER_S = "tokens/s"
 ERRORS = "errors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeLoad:
-    concurrencies: tuple[int, ...]
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int  # requests of each client, one after the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +36,15 @@ class ServeRow:
 
 
 async def measure(url: str, load: ServeLoad, clock: Clock) -> list[ServeRow]:
-    """Raises Unavailable. No prompt is sent twice, in no run: it would be found in a cache."""
+    """One row per concurrency. No prompt is ever sent twice, because a cache would have it.
+    Raises Unavailable, ConfigError."""
     seeds = itertools.count(int(clock.wall() * 1000))
 
     def prompts(concurrency: int, rounds: int) -> list[list[int]]:
         return random_prompts(next(seeds), concurrency * rounds, load.prompt_tokens)
 
     async with stream_client(url, clock) as client:
-        await _round(client, load, prompts(2, 1), concurrency=2, clock=clock)  # nobody's first
+        await _round(client, load, prompts(2, 1), concurrency=2, clock=clock)  # warm-up
         return [
             await _round(client, load, prompts(c, load.rounds), concurrency=c, clock=clock)
             for c in load.concurrencies
@@ -97,8 +85,8 @@ async def _user(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedRow:
-    """Medians over pairs. `overhead` is the share by which the elastic instance is worse: slower,
-    or later; None of counts."""
+    """Medians over pairs. `overhead` is the fraction by which the elastic instance is worse; None
+    for counts."""
 
     concurrency: int
     quantity: str
@@ -113,13 +101,12 @@ async def compare_static(
     *,
     pairs: int,
     options: TemporaryInstanceOptions,
-    start_timeout_s: float,
     console: Console,
 ) -> list[ComparedRow]:
-    """Both instances are measured in turn, the order changing from pair to pair: what else the
-    machine does then strikes both alike. Raises Unavailable."""
+    """Measures both instances in turn and swaps their order from pair to pair, so that other work
+    on the machine affects both alike. Raises Unavailable, ConfigError."""
     rows: dict[bool, list[ServeRow]] = {False: [], True: []}
-    async with _instances(options, start_timeout_s, console) as open_instance:
+    async with _instances(options, console) as open_instance:
         for pair in range(pairs):
             for is_static in (False, True) if pair % 2 == 0 else (True, False):
                 async with open_instance(is_static) as target:
@@ -137,30 +124,19 @@ async def compare_static(
 
 
 OpenInstance = Callable[[bool], AbstractAsyncContextManager[Target]]
-"""To the static instance or to the elastic one, while the context lasts."""
+"""Opens the static instance (True) or the elastic one (False) while the context lasts."""
 
 
 @asynccontextmanager
 async def _instances(
-    options: TemporaryInstanceOptions, start_timeout_s: float, console: Console
+    options: TemporaryInstanceOptions, console: Console
 ) -> AsyncIterator[OpenInstance]:
-    """Both stand all the time; but where ranks outnumber the cards, each is started anew when its
-    turn comes: ranks of two instances that share a card were seen to fail."""
+    """Both instances run all the time. But if there are more ranks than GPUs, each is started anew
+    when its turn comes: ranks of two instances that share a GPU were seen to fail."""
 
-    @asynccontextmanager
-    async def start(is_static: bool) -> AsyncIterator[Target]:
+    def start(is_static: bool) -> AbstractAsyncContextManager[Target]:
         own = replace(options, static=is_static)
-        async with AsyncExitStack() as stack:
-            with Stage(console, f"{_kind(is_static)} instance") as stage:
-                target = await stack.enter_async_context(
-                    temporary_instance(
-                        [*own.flags(), "--instance", f"bench-{_kind(is_static)}"],
-                        environment=own.environment(),
-                        start_timeout_s=start_timeout_s,
-                        on_progress=stage.update,
-                    )
-                )
-            yield target
+        return temporary_instance_with_progress(own, console, f"{_kind(is_static)} instance")
 
     if plan_device(options.device, None, options.ranks, await count_gpus()).mps:
         yield start
@@ -184,7 +160,7 @@ def _describe_row(row: ServeRow) -> str:
 def comparison_rows(
     concurrencies: Sequence[int], elastic: Sequence[ServeRow], static: Sequence[ServeRow]
 ) -> list[ComparedRow]:
-    """From all rows of both, in any order."""
+    """Takes all rows of both instances, in any order."""
     quantities: list[tuple[str, Callable[[ServeRow], float]]] = [
         (TOKENS_PER_S, lambda row: row.tokens_per_s),
         ("TTFT p50 ms", lambda row: row.ttft_ms.p50),

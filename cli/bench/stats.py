@@ -1,4 +1,4 @@
-"""Percentiles of what was measured."""
+"""Percentiles of measured values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The least value that is not exceeded by `percent` of them (nearest rank): one that was
-    really measured. NaN of nothing."""
+    """The smallest of `values` that at least `percent` % of them do not exceed (nearest rank). NaN
+    if there are none."""
     if not values:
         return math.nan
     ordered = sorted(values)

@@ -21,10 +21,10 @@ RANK_HEADER = "x-starfish-rank"
 
 @dataclass(slots=True, kw_only=True)
 class StreamRecord:
-    """`arrivals` has an entry per chunk that brought tokens; times are `Clock.now()`."""
+    """`arrivals` has one entry per chunk with tokens. Times are `Clock.now()`."""
 
     sent_at: float
-    rank: int | None = None  # that the gateway chose at the start, where it says so
+    rank: int | None = None  # the first rank, if the gateway reports it
     ids: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -35,7 +35,7 @@ class StreamRecord:
         return (self.arrivals[0] - self.sent_at) * 1000
 
     def gaps_ms(self, since: float = 0.0) -> list[float]:
-        """Between neighbouring chunks, of which the later came after `since`."""
+        """Gaps between consecutive chunks, if the later chunk came after `since`."""
         pairs = itertools.pairwise(self.arrivals)
         return [(later - earlier) * 1000 for earlier, later in pairs if later > since]
 
@@ -44,7 +44,7 @@ class StreamRecord:
 
 
 class StreamClient:
-    """Greedy completions by token ids, so that runs can be compared token by token."""
+    """Requests greedy completions as token ids, so that runs can be compared token by token."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str, model: str, clock: Clock) -> None:
         self._http, self._url, self._model, self._clock = http, url, model, clock
@@ -58,8 +58,8 @@ class StreamClient:
         *,
         bypass_cache: bool = False,
     ) -> StreamRecord:
-        """Never raises for what a server may do: the record tells. It grows while the stream
-        runs. `bypass_cache`: nothing that a rank has cached is used."""
+        """A failure of the server goes into the record and is never raised. The record grows while
+        the stream runs. `bypass_cache`: ranks do not use their prefix caches."""
         record = StreamRecord(sent_at=self._clock.now())
         on_start(record)
         try:
@@ -76,7 +76,7 @@ class StreamClient:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             record.error = f"{type(error).__name__}: {error}"
         if record.error is None and record.finish is None:
-            record.error = "the stream broke off"
+            record.error = "the stream ended early"
         return record
 
     def _parse_line(
@@ -100,7 +100,7 @@ class StreamClient:
     def _body(
         self, prompt: Sequence[int], max_tokens: int, bypass_cache: bool
     ) -> dict[str, object]:
-        # Cached blocks have no log-probabilities.
+        # Cached blocks have no log-probabilities, so asking for these bypasses the cache.
         scores = {"echo": True, "logprobs": 0} if bypass_cache else {}
         return {
             **scores,
@@ -116,8 +116,8 @@ class StreamClient:
 
 @asynccontextmanager
 async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
-    """Raises Unavailable where no gateway answers. From now on this process collects no garbage of
-    what it has loaded: that would be taken for a pause of the server's."""
+    """Raises Unavailable if no gateway answers. From now on the garbage collector ignores all
+    objects that exist: a collection would look like a pause of the server."""
     freeze_loaded_objects()
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
@@ -126,12 +126,12 @@ async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
 
 
 async def served_name(http: aiohttp.ClientSession, url: str) -> str:
-    """Of the model that the gateway serves. Raises Unavailable where none answers."""
+    """Name of the model that the gateway serves. Raises Unavailable if no gateway answers."""
     try:
         async with http.get(f"{url}/v1/models") as response:
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
-        raise Unavailable(f"no gateway serves at {url}: {error}") from error
+        raise Unavailable(f"no gateway answers at {url}: {error}; check --url") from error
 
 
 def random_prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:
@@ -147,7 +147,7 @@ async def run_all(
     *,
     bypass_cache: bool = False,
 ) -> list[StreamRecord]:
-    """All at once."""
+    """Runs all prompts at once."""
     async with asyncio.TaskGroup() as tasks:
         running = [
             tasks.create_task(client.run(p, max_tokens, on_chunk, bypass_cache=bypass_cache))

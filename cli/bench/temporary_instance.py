@@ -1,5 +1,5 @@
-"""An instance that a benchmark starts for itself: `starfish up` in a process and a folder of its
-own."""
+"""An instance that a benchmark starts for itself: `starfish up` in a separate process and a
+temporary folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
+from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.run_dir import Target, read_state
+from cli.up.stages import Stage
 from shared.errors import Unavailable
 
-START_TIMEOUT_S = 600.0
 _START_SLACK_S = 10.0  # the instance gives up first, and says why
 _STOP_TIMEOUT_S = 40.0
 _POLL_S = 0.2
@@ -30,12 +33,12 @@ async def temporary_instance(
     *,
     environment: Mapping[str, str] | None = None,
     keep_logs: Path | None = None,
-    start_timeout_s: float = START_TIMEOUT_S,
+    start_timeout_s: float = 600.0,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Target]:
-    """Raises Unavailable with its words where it does not start; until then `on_progress` is told
-    how far it is. `environment` comes on top of ours. Its processes' logs are copied to
-    `keep_logs` before it stops."""
+    """Runs while the context lasts. `on_progress` is told how far the start is. The processes get
+    our environment plus `environment`. Their logs are copied to `keep_logs` before they stop.
+    Raises Unavailable with the instance's own message if it does not start."""
     with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
         run_dir = Path(folder) / "run"
         log_path = Path(folder) / "up.log"
@@ -65,6 +68,26 @@ async def temporary_instance(
                 await process.wait()
 
 
+@contextlib.asynccontextmanager
+async def temporary_instance_with_progress(
+    options: TemporaryInstanceOptions, console: Console, title: str
+) -> AsyncIterator[Target]:
+    """Shows on the console how far the start is. The instance's name in etcd says its kind, so that
+    two kinds can run at the same time. Raises Unavailable if the instance does not start."""
+    name = "bench-static" if options.static else "bench"
+    async with contextlib.AsyncExitStack() as stack:
+        with Stage(console, title) as stage:
+            target = await stack.enter_async_context(
+                temporary_instance(
+                    [*options.flags(), "--instance", name],
+                    environment=options.environment(),
+                    start_timeout_s=options.start_timeout_s,
+                    on_progress=stage.update,
+                )
+            )
+        yield target
+
+
 async def _wait_until_started(
     process: asyncio.subprocess.Process,
     run_dir: Path,
@@ -80,7 +103,7 @@ async def _wait_until_started(
                     raise Unavailable(_last_line(log) or "the instance did not start")
                 line = _last_line(log)
                 if line != said or polls % _POLLS_PER_REPORT == 0:
-                    on_progress(f"{line or 'starts'} ({polls * _POLL_S:.0f} s)")
+                    on_progress(f"{line or 'starting'} ({polls * _POLL_S:.0f} s)")
                     said = line
                 await asyncio.sleep(_POLL_S)
                 polls += 1
@@ -92,8 +115,8 @@ async def _wait_until_started(
 
 
 def _last_line(log: Path) -> str:
-    words = log.read_text(errors="replace").strip().splitlines()
-    return words[-1].strip().removeprefix("starfish: ") if words else ""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1].strip().removeprefix("starfish: ") if lines else ""
 
 
 def _free_port() -> int:

@@ -1,11 +1,14 @@
-"""What an instance of a benchmark's own is started with: flags of `starfish up`, and options of its
-ranks in their environment."""
+"""The options of an instance that a benchmark starts for itself. They become flags of
+`starfish up` and environment variables of its ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from shared.errors import ConfigError
 
@@ -14,21 +17,46 @@ _RANK_PREFIX = "STARFISH_RANK_"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemporaryInstanceOptions:
-    """Without a model: the reference size, which the figures in docs/benchmarks.md are of."""
+    """Without a model the instance serves the reference size, to which the figures in
+    docs/benchmarks.md belong."""
 
-    model: Path | None = None
-    ranks: int = 4
-    device: str = "auto"
-    redundant_experts: int = -1
-    slots_per_rank: int = 0
+    model: Annotated[Path | None, typer.Option(help="With --own: its checkpoint.")] = None
+    ranks: Annotated[int, typer.Option(help="With --own: its number of ranks.")] = 4
+    device: Annotated[str, typer.Option(help="With --own: cpu, cuda, or auto.")] = "auto"
+    redundant_experts: Annotated[
+        int,
+        typer.Option(help="With --own: extra replicas of experts per layer; -1: one of each."),
+    ] = -1
+    slots_per_rank: Annotated[
+        int,
+        typer.Option(help="With --own: expert slots on each rank; 0: as many as are useful."),
+    ] = 0
+    rank_options: Annotated[
+        list[str],
+        typer.Option(
+            "--rank-option",
+            metavar="NAME=VALUE",
+            help="With --own: an option of its ranks; repeatable.",
+        ),
+    ] = field(default_factory=list)
+    start_timeout_s: Annotated[
+        float,
+        typer.Option(
+            "--start-timeout-s", help="With --own: give up if it does not serve within this time."
+        ),
+    ] = 600.0
     static: bool = False
-    rank_options: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ConfigError if a rank option is malformed."""
+        parse_rank_options(self.rank_options)
 
     def without_cache(self) -> TemporaryInstanceOptions:
-        """Of an instance that computes every answer anew."""
-        return replace(self, rank_options={**self.rank_options, "prefix_cache": "false"})
+        """The same instance with no prefix cache: it computes every answer anew."""
+        return replace(self, rank_options=[*self.rank_options, "prefix_cache=false"])
 
     def flags(self) -> list[str]:
+        """For `starfish up`."""
         return [
             *("--device", self.device, "--ranks", str(self.ranks)),
             *("--redundant-experts", str(self.redundant_experts)),
@@ -38,15 +66,18 @@ class TemporaryInstanceOptions:
         ]
 
     def environment(self) -> dict[str, str]:
-        return {_RANK_PREFIX + name.upper(): value for name, value in self.rank_options.items()}
+        """For the ranks. Raises ConfigError if a rank option is malformed."""
+        options = parse_rank_options(self.rank_options)
+        return {_RANK_PREFIX + name.upper(): value for name, value in options.items()}
 
 
 def parse_rank_options(texts: Sequence[str]) -> dict[str, str]:
-    """Of `NAME=VALUE`, as of a rank's flags or its environment. Raises ConfigError."""
+    """Parses `NAME=VALUE`; names may be spelt as flags or as in the environment, and a later value
+    replaces an earlier one. Raises ConfigError."""
     options: dict[str, str] = {}
     for text in texts:
         name, _, value = text.partition("=")
         if not name or not value:
-            raise ConfigError(f"--rank-option {text}: say NAME=VALUE, such as kv_tokens=65536")
+            raise ConfigError(f"--rank-option {text}: pass NAME=VALUE, for example kv_tokens=65536")
         options[name.removeprefix("--").replace("-", "_").lower()] = value
     return options

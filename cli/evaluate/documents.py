@@ -1,4 +1,4 @@
-"""Held-out texts as the tokens that are scored."""
+"""Reads held-out texts as tokens to score."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """All tokens but the first are scored; the first only opens the text."""
+    """All tokens but the first are scored; the first one only begins the text."""
 
     tokens: tuple[int, ...]
     num_bytes: int  # of the text in UTF-8
 
 
 def read_documents(path: Path, model: Path, context_tokens_max: int) -> list[Document]:
-    """One JSON object with a `text` a line, each scored by itself, cut to the context. Raises
-    ConfigError, CheckpointError."""
+    """Each line is a JSON object with a `text`, which is cut to the context and scored by itself.
+    Raises ConfigError, CheckpointError."""
     tokenizer = _open_tokenizer(model)
     first = _bos_token(model, tokenizer)
     documents = []
@@ -38,7 +38,7 @@ def read_documents(path: Path, model: Path, context_tokens_max: int) -> list[Doc
         if len(first) + len(kept) > 1:
             documents.append(Document(tokens=(*first, *kept), num_bytes=len(text.encode())))
     if not documents:
-        raise ConfigError(f"{path} has no text to score")
+        raise ConfigError(f"{path} has no text to score; pass --documents FILE")
     return documents
 
 
@@ -51,7 +51,9 @@ def _texts(path: Path) -> Iterator[str]:
         try:
             text = json.loads(line)["text"] if line.strip() else ""
         except (ValueError, LookupError, TypeError) as error:
-            raise ConfigError(f'{path}:{number} is not {{"text": …}} in JSON: {error!r}') from error
+            raise ConfigError(
+                f'{path}:{number} must be {{"text": …}} in JSON: {error!r}'
+            ) from error
         if text:
             yield str(text)
 
@@ -64,7 +66,7 @@ def _open_tokenizer(model: Path) -> Tokenizer:
 
 
 def _bos_token(model: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What stands before every text in training: the model's BOS, or `<|endoftext|>`."""
+    """The token before every text in training: the model's BOS, or `<|endoftext|>`."""
     try:
         config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,5 +1,5 @@
-"""What the same model would score if the experts of dead ranks were left out, as systems do that
-mask a dead rank and go on: computed by one process beside the instance."""
+"""The score of the same model without the experts of a dead rank, as in a system that masks a dead
+rank and continues. One process beside the instance computes it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shared.errors import Unavailable
 async def score_without_rank(
     model: Path, documents: Sequence[Document], *, dead_rank: int, num_ranks: int
 ) -> Score:
-    """One replica of each expert, dealt to `num_ranks` ranks in turn; those of `dead_rank` give
-    nothing. Raises Unavailable."""
+    """Experts have one replica each and are assigned to `num_ranks` ranks in turn; those of
+    `dead_rank` contribute nothing. Raises Unavailable."""
     with tempfile.TemporaryDirectory(prefix="starfish-eval-") as folder:
         path = Path(folder) / "tokens.json"
         path.write_text(json.dumps([document.tokens for document in documents]))

@@ -1,5 +1,5 @@
-"""An evaluation: an undisturbed pass, one with a rank killed in the middle, and what would be lost
-without the dead rank's experts."""
+"""An evaluation: an undisturbed pass, a pass with a rank killed in the middle, and the loss if the
+dead rank's experts were dropped."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class EvalReport:
 async def evaluate(target: Target, plan: EvalPlan, console: Console) -> EvalReport:
     """Raises Unavailable, ConfigError."""
     if target.url is None:
-        raise Unavailable("which gateway? pass --url, or the --run-dir of a `starfish up`")
+        raise Unavailable("which gateway? pass --url, or the --run-dir of `starfish up`")
     async with open_scorer(target.url) as scorer:
         undisturbed = await _pass(scorer, plan, console, "undisturbed", lambda done: None)
         if not plan.kill:
@@ -75,7 +75,7 @@ async def evaluate(target: Target, plan: EvalPlan, console: Console) -> EvalRepo
 
 
 class _KillTrigger:
-    """Sends SIGKILL once, when so many documents are done."""
+    """Sends SIGKILL once, as soon as `after` documents are done."""
 
     def __init__(self, victim: RankRecord, *, after: int) -> None:
         self._victim = victim
@@ -132,7 +132,7 @@ def _report(
 
 
 def print_report(report: EvalReport, console: Console) -> None:
-    """Seventeen digits: what differs in the last bit shows."""
+    """Prints seventeen digits, so that a difference in the last bit shows."""
 
     def line(name: str, value: float | None, note: str = "") -> None:
         if value is not None:
@@ -140,7 +140,7 @@ def print_report(report: EvalReport, console: Console) -> None:
 
     console.print(
         f"{report.num_documents} documents, {report.num_tokens} tokens, {report.num_bytes} bytes; "
-        f"perplexity {report.perplexity:.3f} a token",
+        f"perplexity {report.perplexity:.3f} per token",
         highlight=False,
     )
     line("bits per byte", report.bits_per_byte)
@@ -161,7 +161,7 @@ def print_report(report: EvalReport, console: Console) -> None:
 
 
 def held_out_path(model: Path, documents: Path | None, name: str) -> Path:
-    """Raises ConfigError where none is named and none ships with the model."""
+    """Raises ConfigError if the file does not exist."""
     path = documents or model / name
     if not path.exists():
         raise ConfigError(f"{path} does not exist; pass --documents FILE (JSON lines with `text`)")

@@ -1,4 +1,4 @@
-"""Scores documents through a gateway: the log-probability of every token given those before it."""
+"""Scores documents through a gateway: the log-probability of each token, given those before it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """`nats` are exact sums of each document's negative log-probabilities."""
+    """`nats` has one entry per document: the exact sum of its negative log-probabilities."""
 
     nats: tuple[float, ...]
     num_tokens: int
@@ -45,7 +45,7 @@ def score_of(nats: Sequence[float], documents: Sequence[Document]) -> Score:
 
 
 class Scorer:
-    """Of one gateway and model."""
+    """Scores with one model of one gateway."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str, model: str) -> None:
         self._http, self._url, self._model = http, url, model
@@ -57,8 +57,8 @@ class Scorer:
         concurrency: int,
         on_progress: Callable[[int], None],
     ) -> Score:
-        """So many documents at once; `on_progress` hears how many are done. Raises Unavailable for
-        the first that the server could not score."""
+        """Scores `concurrency` documents at once. `on_progress` gets the number that are done.
+        Raises Unavailable if the server cannot score a document."""
         nats = [0.0] * len(documents)
         waiting = list(enumerate(documents))[::-1]
         done = 0
@@ -100,12 +100,12 @@ def _logprobs(answer: dict[str, Any], document: Document) -> list[float]:
         scored = zip(rows, document.tokens[1:], strict=True)
         return [float(row[str(token)]["logprob"]) for row, token in scored]
     except (LookupError, TypeError, ValueError) as error:
-        raise Unavailable(f"the answer has no log-probability of some token: {error!r}") from error
+        raise Unavailable(f"the answer lacks a token's log-probability: {error!r}") from error
 
 
 @asynccontextmanager
 async def open_scorer(url: str) -> AsyncIterator[Scorer]:
-    """Raises Unavailable where no gateway answers."""
+    """Raises Unavailable if no gateway answers."""
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(
         timeout=timeout, connector=aiohttp.TCPConnector(limit=0)

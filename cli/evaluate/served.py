@@ -1,4 +1,4 @@
-"""What an instance serves, from its spec in etcd."""
+"""Reads what an instance serves: its spec in etcd."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shared.records import InstanceSpec
 
 
 async def read_served_spec(target: Target) -> InstanceSpec:
-    """Raises Unavailable where no control plane has written a spec yet, StoreUnavailable."""
+    """Raises Unavailable if no control plane has written a spec yet, StoreUnavailable."""
     store = await connect_store(target.etcd.split(","))
     try:
         found = await store.get(Keys(target.instance).spec)
     finally:
         await store.close()
     if found is None:
-        raise Unavailable(f"instance {target.instance!r} has no spec yet; is it running?")
+        raise Unavailable(f"instance {target.instance!r} has no spec yet; check `starfish status`")
     return unpack(found.value, InstanceSpec)

@@ -1,1 +1,1 @@
-"""Looking at a running instance from outside: status, watch, kill."""
+"""Observes a running instance from outside: status, watch, kill."""

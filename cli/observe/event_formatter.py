@@ -1,4 +1,4 @@
-"""Turns changes in etcd into one line each. Pure: a watch's items in, lines out."""
+"""Turns each change in etcd into one line. Pure: items of a watch in, lines out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EventLine:
 
 
 class EventFormatter:
-    """Remembers what stood, to say what a deletion took away and what a map changed."""
+    """Remembers the last records, to describe what a deletion removed and what a map changed."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -87,7 +87,7 @@ def _rank(new: RankRecord, old: RankRecord | None) -> EventLine:
         return EventLine(
             kind="rank_state", text=f"rank {new.member} is {new.state.value}", fields=fields
         )
-    peers = ", ".join(str(member) for member in new.links) or "nobody"
+    peers = ", ".join(str(member) for member in new.links) or "no rank"
     return EventLine(
         kind="rank_links",
         text=f"rank {new.member} has links with {peers}",
@@ -120,7 +120,7 @@ def _map(new: ExpertMap, old: ExpertMap | None) -> EventLine:
 
 
 def _slots_changed(new: ExpertMap, old: ExpertMap | None) -> int:
-    """Over all layers, on ranks that are members of both."""
+    """Counts over all layers, on ranks that are members of both maps."""
     if old is None or old.placement.shape != new.placement.shape:
         return 0
     both = [member.rank for member in new.members if old.has(member)]

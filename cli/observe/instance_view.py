@@ -1,4 +1,4 @@
-"""All that etcd says of an instance at one revision, read by kind."""
+"""Everything in etcd about an instance at one revision, by kind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Record = (
 
 @dataclass(slots=True, kw_only=True)
 class InstanceView:
-    """Built once from a snapshot. Fields are empty or None where nothing stands."""
+    """Built once from a snapshot. A field is empty or None if etcd has no such record."""
 
     spec: InstanceSpec | None = None
     leader: LeaderRecord | None = None
@@ -56,7 +56,8 @@ class InstanceView:
         return view
 
     def record_of(self, rank: int) -> RankRecord | None:
-        """The incarnation that the map names, or else the newest."""
+        """The incarnation that the map names, else the newest one; None if the rank is not
+        registered."""
         incarnations = [record for record in self.ranks if record.rank == rank]
         mapped = [
             r for r in incarnations if self.expert_map is not None and self.expert_map.has(r.member)
@@ -84,7 +85,7 @@ class InstanceView:
 
 
 def decode_value(keys: Keys, key: str, value: bytes) -> Record | None:
-    """The record of a key; None for keys that hold no record, or one of another version."""
+    """The record of a key; None for a key without a record, or a record of another version."""
     prefixes: dict[str, type[Record]] = {
         keys.ranks: RankRecord,
         keys.residents: SlotContents,

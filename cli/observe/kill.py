@@ -1,4 +1,5 @@
-"""`starfish kill`: a fault for a demo, by a real signal to a rank's process on this host."""
+"""`starfish kill`: a fault for a demo, injected as a real signal to a rank's process on this
+host."""
 
 from __future__ import annotations
 
@@ -7,25 +8,19 @@ import signal
 from pathlib import Path
 
 from cli.observe.instance_view import InstanceView
+from cli.observe.signals import SIGNALS
 from cli.run_dir import Target
 from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
 
-SIGNALS = {
-    "KILL": signal.SIGKILL,
-    "STOP": signal.SIGSTOP,
-    "CONT": signal.SIGCONT,
-    "TERM": signal.SIGTERM,
-}
-
 
 async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
-    """Raises ConfigError where the rank does not run, or runs on another host."""
+    """Raises ConfigError if the rank does not run, or runs on another host."""
     number = SIGNALS.get(signal_name.upper().removeprefix("SIG"))
     if number is None:
-        raise ConfigError(f"--signal {signal_name!r}: say one of {', '.join(SIGNALS)}")
+        raise ConfigError(f"--signal {signal_name!r}: pass one of {', '.join(SIGNALS)}")
     keys = Keys(target.instance)
     store = await connect_store(target.etcd.split(","))
     try:
@@ -34,14 +29,18 @@ async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
         await store.close()
     record = view.record_of(rank)
     if record is None:
-        raise ConfigError(f"rank {rank} of instance {target.instance!r} does not run")
+        raise ConfigError(
+            f"rank {rank} of instance {target.instance!r} does not run; `starfish status` shows "
+            "which ranks do"
+        )
     send_to_rank(record, number)
     print(f"sent {number.name} to rank {record.member} (pid {record.pid})")
     return 0
 
 
 def send_to_rank(record: RankRecord, number: signal.Signals) -> None:
-    """Never hits a stranger: the process must call itself this rank. Raises ConfigError."""
+    """Signals the process only if its command line names this rank and incarnation. Raises
+    ConfigError."""
     try:
         pidfd = os.pidfd_open(record.pid)
     except OSError as error:

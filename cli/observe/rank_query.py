@@ -1,5 +1,5 @@
-"""Asks ranks for their own word, on their control ports. A rank that does not answer in time is an
-answer, too."""
+"""Asks ranks for their status on their control ports. A rank that does not answer in time is a
+result, not an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUERY_TIMEOUT_S = 1.0
 
 
 async def query_ranks(records: Iterable[RankRecord]) -> dict[RankId, StatusReply | None]:
-    """None for a rank that is silent or refuses."""
+    """None for a rank that does not answer."""
     wanted = list(records)
     async with asyncio.TaskGroup() as tasks:
         asked = {record.rank: tasks.create_task(query_rank(record)) for record in wanted}

@@ -24,7 +24,7 @@ STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting"
 
 
 async def read_status(target: Target) -> dict[str, Any]:
-    """Raises StoreUnavailable, or ConfigError where etcd knows no such instance."""
+    """Raises StoreUnavailable, or ConfigError if etcd has no such instance."""
     keys = Keys(target.instance)
     store = await connect_store(target.etcd.split(","))
     try:
@@ -33,7 +33,7 @@ async def read_status(target: Target) -> dict[str, Any]:
         await store.close()
     if view.spec is None and not view.ranks and not view.agents:
         raise ConfigError(
-            f"etcd at {target.etcd} knows no instance named {target.instance!r}; pass --instance"
+            f"etcd at {target.etcd} has no instance named {target.instance!r}; pass --instance"
         )
     num_ranks = view.spec.num_ranks if view.spec else 0
     ranks = sorted({*range(num_ranks), *(record.rank for record in view.ranks)})
@@ -49,7 +49,7 @@ def status_of(
     records: Mapping[RankId, RankRecord],
     replies: Mapping[RankId, StatusReply | None],
 ) -> dict[str, Any]:
-    """Pure: the JSON of `starfish status --json`."""
+    """The JSON of `starfish status --json`."""
     spec = view.spec
     return {
         "instance": target.instance,
@@ -150,21 +150,21 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
 
 
 def _reused(rank: dict[str, Any]) -> str:
-    """The share of all prompts' tokens that the prefix cache had."""
+    """The fraction of all prompt tokens that were in the prefix cache."""
     if not rank.get("prefix_tokens"):
         return "–"
     return f"{rank['prefix_tokens_cached'] / rank['prefix_tokens']:.0%}"
 
 
 def _state(record: RankRecord, in_map: bool, reply: StatusReply | None) -> str:
-    """ "live" is in the map and answers; a member that does not answer is "silent"."""
+    """For a member of the map: "live" if it answers, else "silent"."""
     if not in_map:
         return record.state.value
     return "live" if reply is not None else "silent"
 
 
 def _filled(view: InstanceView, rank: RankId) -> int:
-    """Slots of a layer that hold an expert, at most over the layers."""
+    """Filled slots of the layer in which most slots are filled."""
     assert view.expert_map is not None
     held = view.expert_map.placement[:, rank] > EMPTY_SLOT
     return int(held.sum(axis=1).max(initial=0))
@@ -174,7 +174,7 @@ def _survives(view: InstanceView) -> dict[str, int | str] | None:
     if view.expert_map is None:
         return None
     nodes = {r.rank: r.node for r in view.ranks if view.expert_map.has(r.member)}
-    for member in view.expert_map.members:  # a member whose lease has just gone still counts
+    for member in view.expert_map.members:  # a member whose lease has just ended still counts
         nodes.setdefault(member.rank, NodeId("unknown"))
     found = compute_fault_tolerance(view.expert_map, nodes)
     return {

@@ -14,8 +14,8 @@ from shared.keys import Keys
 
 
 async def watch_instance(target: Target, *, as_json: bool, clock: Clock) -> int:
-    """Raises StoreUnavailable where etcd does not answer at the start; later absences pass in
-    silence, and what was missed follows."""
+    """Raises StoreUnavailable if etcd does not answer at the start. If it stops answering later,
+    the watch waits and then shows what it missed."""
     keys = Keys(target.instance)
     formatter = EventFormatter(keys)
     store = await connect_store(target.etcd.split(","))

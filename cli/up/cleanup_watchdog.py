@@ -1,5 +1,6 @@
-"""Outlives a `starfish up` that was killed, just long enough to end what has no lifeline (etcd) and
-to remove the folder of the run. Started as a script: it imports nothing of ours."""
+"""Outlives a `starfish up` that was killed, just long enough to end processes without a lifeline
+(etcd, the MPS daemon) and to remove the folder of the run. It runs as a script, so it imports
+nothing of this project."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ _GRACE_S = 2.0
 
 
 def main() -> None:
-    """`cleanup_watchdog.py LIFELINE_FD FOLDER PID…`: waits for the lifeline's end. A folder named
-    "-" is kept."""
+    """`cleanup_watchdog.py LIFELINE_FD FOLDER PID…`: waits for the lifeline's end, then cleans up.
+    Removes no folder if FOLDER is "-"."""
     lifeline_fd, folder = int(sys.argv[1]), sys.argv[2]
     pidfds = [os.pidfd_open(int(pid)) for pid in sys.argv[3:]]
     for number in (signal.SIGINT, signal.SIGHUP):

@@ -1,4 +1,4 @@
-"""One chat completion, shown as its tokens stream: the proof that the instance serves."""
+"""Shows one chat completion as its tokens stream, which proves that the instance serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _TIMEOUT_S = 60.0
 
 
 async def stream_demo(url: str, console: Console, clock: Clock) -> str:
-    """Returns a sentence on its speed. Raises Unavailable where the answer breaks off."""
+    """Returns a sentence about its speed. Raises Unavailable if the answer does not end
+    properly."""
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     console.print(f"[bold]>[/] {PROMPT}")
     started_at, first_at, chunks = clock.now(), 0.0, 0
@@ -39,10 +40,10 @@ async def stream_demo(url: str, console: Console, clock: Clock) -> str:
         raise Unavailable(f"the first completion failed: {error or 'no answer in time'}") from error
     console.print()
     if finish is None:
-        raise Unavailable("the first completion broke off before its end")
+        raise Unavailable("the first completion ended early")
     first_ms, streaming_s = (first_at - started_at) * 1000, clock.now() - first_at
     rate = (chunks - 1) / streaming_s if chunks > 1 else 0.0
-    return f"first token after {first_ms:.0f} ms, then {rate:.0f} tokens a second"
+    return f"first token after {first_ms:.0f} ms, then {rate:.0f} tokens per second"
 
 
 def _request(model: str) -> dict[str, object]:
@@ -59,8 +60,8 @@ def _request(model: str) -> dict[str, object]:
 
 
 def _delta(line: bytes) -> tuple[str | None, str | None]:
-    """Text and finish reason of an SSE line. A random model's control characters stay harmless to
-    the terminal."""
+    """Text and finish reason of an SSE line. Replaces control characters, which a random model may
+    write, because they could disturb the terminal."""
     if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
         return None, None
     event = json.loads(line[6:])

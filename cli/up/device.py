@@ -1,4 +1,4 @@
-"""What the ranks of this host run on: CUDA or the CPU, and whether they have to share cards."""
+"""What the ranks of this host run on: GPUs or CPUs, and whether ranks share GPUs."""
 
 from __future__ import annotations
 
@@ -17,43 +17,46 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
-    """`on_cuda`: there are cards to be used; where `device` is "auto" and the model does not run on
-    them, ranks use the CPU all the same. `mps`: cards are shared under a CUDA MPS daemon of this
-    instance's own."""
+    """`on_cuda`: there are GPUs to use. If `device` is "auto" and the model does not run on GPUs,
+    the ranks still use the CPU. `mps`: ranks share GPUs through the instance's own CUDA MPS
+    daemon."""
 
     on_cuda: bool
-    cards: int
+    num_gpus: int
     mps: bool
 
     def __str__(self) -> str:
         if not self.on_cuda:
             return "CPU"
-        cards = "1 card" if self.cards == 1 else f"{self.cards} cards"
-        return f"{cards}{', shared under MPS' if self.mps else ''}"
+        gpus = "1 GPU" if self.num_gpus == 1 else f"{self.num_gpus} GPUs"
+        return f"{gpus}{', shared under MPS' if self.mps else ''}"
 
 
-def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, cards: int) -> DevicePlan:
-    """`cuda_mps` of None: where there are more ranks than cards. Without it such ranks take turns,
-    each a time slice of milliseconds, many times a step. Raises ConfigError."""
-    if device == "cuda" and not cards:
-        raise ConfigError("--device cuda: nvidia-smi finds no card here; pass --device cpu")
-    on_cuda = cards > 0 and device != "cpu"
+def plan_device(device: str, cuda_mps: bool | None, num_ranks: int, num_gpus: int) -> DevicePlan:
+    """If `cuda_mps` is None, MPS is used if there are more ranks than GPUs. Without MPS, ranks on
+    one GPU alternate in time slices of milliseconds, many times per step. Raises ConfigError."""
+    if device == "cuda" and not num_gpus:
+        raise ConfigError("--device cuda: nvidia-smi finds no GPU here; pass --device cpu")
+    on_cuda = num_gpus > 0 and device != "cpu"
     if cuda_mps and not on_cuda:
-        raise ConfigError("--cuda-mps: these ranks run on the CPU; MPS shares cards among ranks")
-    wanted = num_ranks > cards if cuda_mps is None else cuda_mps
-    return DevicePlan(on_cuda=on_cuda, cards=cards, mps=on_cuda and wanted)
+        raise ConfigError("--cuda-mps: the ranks run on the CPU, so there is no GPU to share")
+    wanted = num_ranks > num_gpus if cuda_mps is None else cuda_mps
+    return DevicePlan(on_cuda=on_cuda, num_gpus=num_gpus, mps=on_cuda and wanted)
 
 
-def num_visible_gpus(cards: int, environ: Mapping[str, str]) -> int:
-    """Of so many cards, those that a process may use."""
+def num_visible_gpus(num_gpus: int, environ: Mapping[str, str]) -> int:
+    """How many of `num_gpus` GPUs this process may use."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return cards
-    return min(cards, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")]))
+        return num_gpus
+    return min(
+        num_gpus, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")])
+    )
 
 
 async def count_gpus() -> int:
-    """Without a CUDA context of our own, which would be one more client of the cards."""
+    """Counts GPUs without creating a CUDA context, which would use their memory. Raises
+    ConfigError."""
     try:
         process = await asyncio.create_subprocess_exec(
             *_QUERY,

@@ -1,13 +1,11 @@
-"""Brings an instance up stage by stage, keeps it, and takes it down in order."""
+"""Starts an instance stage by stage, keeps it running, and stops it in order."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from cli.observe.status import read_status
-from cli.run_dir import (
-    RunState,
-    Target,
-    create_run_dir,
-    default_run_dir,
-    read_state,
-    remove_state,
-    write_state,
-)
+from cli.run_dir import RunState, Target, default_run_dir, read_state, write_state
 from cli.up import services
+from cli.up.cleanup_watchdog_process import CleanupWatchdog
 from cli.up.demo import stream_demo
 from cli.up.device import DevicePlan, count_gpus, num_visible_gpus, plan_device
 from cli.up.leftovers import kill_leftovers
@@ -32,6 +23,7 @@ from cli.up.model import check_model, run_model_tool, seeded_model, shipped_mode
 from cli.up.mps import CudaMps
 from cli.up.options import UpOptions
 from cli.up.readiness import wait_for_map, wait_until_healthy
+from cli.up.run_folder import RunFolder
 from cli.up.stages import Stages
 from cli.up.supervisor import Supervisor
 from shared.clock import Clock, SystemClock
@@ -40,15 +32,16 @@ from shared.errors import ConfigError, Unavailable
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 
-_CLEANUP_WATCHDOG = Path(__file__).with_name("cleanup_watchdog.py")
-
 
 async def run_up(options: UpOptions, console: Console) -> int:
-    """Until SIGINT or SIGTERM; a second one ends everything at once. The exit code. Raises
-    StarfishError where the instance cannot start; nothing is left behind either way."""
+    """Runs until SIGINT or SIGTERM and returns the exit code; a second signal ends everything at
+    once. Raises StarfishError if the instance cannot start. Nothing is left behind either way."""
     options.check()
     refuse_second_instance(options)
-    stop, up = asyncio.Event(), InstanceDriver(options, console, SystemClock())
+    is_default = options.run_dir == default_run_dir(options.instance)
+    folder = RunFolder(options.run_dir, is_default=is_default)
+    folder.prepare()
+    stop, up = asyncio.Event(), InstanceDriver(options, folder, console, SystemClock())
 
     def on_signal() -> None:
         if stop.is_set():
@@ -69,7 +62,7 @@ async def run_up(options: UpOptions, console: Console) -> int:
 
 
 def refuse_second_instance(options: UpOptions) -> None:
-    """Raises ConfigError where this run folder's owner still lives."""
+    """Raises ConfigError if the instance that owns this run folder still runs."""
     state = read_state(options.run_dir)
     if state is None or state.pid == os.getpid():
         return
@@ -77,13 +70,13 @@ def refuse_second_instance(options: UpOptions) -> None:
         arguments = Path(f"/proc/{state.pid}/cmdline").read_bytes().split(b"\0")
         if b"up" in arguments:
             raise ConfigError(
-                f"instance {state.instance!r} runs already (pid {state.pid}, {state.url}); stop it "
-                "by Ctrl-C, or pass another --instance and --port"
+                f"instance {state.instance!r} is already running (pid {state.pid}, {state.url}); "
+                "stop it with Ctrl-C, or pass another --instance and --port"
             )
 
 
 async def run_unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Whether the work came to its end before `stop` was set; it is cancelled otherwise."""
+    """Returns whether the work ended before `stop` was set; otherwise cancels it."""
     async with asyncio.TaskGroup() as tasks:
         working = tasks.create_task(work)
         stopping = tasks.create_task(stop.wait())
@@ -95,26 +88,26 @@ async def run_unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None
 
 
 class InstanceDriver:
-    """One instance. `start`, `serve`, then `stop`, in whatever state."""
+    """One instance. Call `start`, then `serve`; call `stop` at the end, whatever happened."""
 
-    def __init__(self, options: UpOptions, console: Console, clock: Clock) -> None:
+    def __init__(
+        self, options: UpOptions, folder: RunFolder, console: Console, clock: Clock
+    ) -> None:
         self._options = options
+        self._folder = folder
         self._console = console
         self._clock = clock
         self._stages = Stages(console, clock)
         self._keys = Keys(options.instance)
-        self._log_dir = options.run_dir / "logs"
-        self._etcd: EmbeddedEtcd | None = None
+        self._supervisor = Supervisor(folder.log_dir, clock, self._stages.warn)
+        self._cleanup_watchdog = CleanupWatchdog(
+            self._supervisor.lifeline_fd, folder.path if folder.is_default else None
+        )
+        self._etcd: EmbeddedEtcd | None = None  # None: the instance uses an etcd that runs already
         self._mps: CudaMps | None = None
         self._endpoint = ""
-        self._supervisor: Supervisor | None = None
-        self._cleanup_watchdog: asyncio.subprocess.Process | None = None
         self._services: list[services.Service] = []
         self.is_serving = False
-
-    @property
-    def _is_own_dir(self) -> bool:
-        return self._options.run_dir == default_run_dir(self._options.instance)
 
     @property
     def _url(self) -> str:
@@ -123,8 +116,6 @@ class InstanceDriver:
     async def start(self) -> None:
         """Raises StarfishError."""
         options = self._options
-        self._prepare_dir()
-        self._supervisor = Supervisor(self._log_dir, self._clock, self._stages.warn)
         try:
             async with asyncio.timeout(options.timeout_s):
                 device = await self._device()
@@ -135,7 +126,7 @@ class InstanceDriver:
         except TimeoutError:
             raise Unavailable(
                 f"the instance did not serve within {options.timeout_s:.0f} s; "
-                f"the logs in {self._log_dir} say why, or pass a longer --timeout-s"
+                f"see the logs in {self._folder.log_dir}, or pass a longer --timeout-s"
             ) from None
         write_state(
             options.run_dir,
@@ -153,8 +144,7 @@ class InstanceDriver:
         await self._print_next_steps()
 
     async def serve(self) -> None:
-        """For ever: restarts what crashes."""
-        assert self._supervisor is not None
+        """Restarts whatever crashes, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for service in self._services:
                 tasks.create_task(self._supervisor.supervise(service))
@@ -162,50 +152,32 @@ class InstanceDriver:
                 tasks.create_task(self._restart_etcd_on_exit(self._etcd))
 
     async def stop(self, *, keep_logs: bool) -> None:
-        """Clients first, etcd last. Nothing of the instance is left but, on failure, the logs."""
-        if self._supervisor is not None:
-            self._console.print("stopping …", highlight=False)
-            for service in reversed(self._services):
-                await self._supervisor.stop(service)
-            if self._endpoint:
-                kill_leftovers(self._endpoint, self._options.instance)
+        """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""
+        self._console.print("stopping …", highlight=False)
+        for service in reversed(self._services):
+            await self._supervisor.stop(service)
+        if self._endpoint:
+            kill_leftovers(self._endpoint, self._options.instance)
         if self._etcd is not None:
             await self._etcd.stop()
         if self._mps is not None:
             await self._mps.stop()
-        await self._stop_cleanup_watchdog()
-        if self._supervisor is not None:
-            self._supervisor.close_lifeline()
-            self._remove_files(keep_logs)
+        await self._cleanup_watchdog.stop()
+        self._supervisor.close_lifeline()
+        self._folder.remove_files(keep_logs=keep_logs)
 
     def kill_now(self) -> None:
-        """No waiting. Our own end is that of the lifeline, which takes the rest."""
-        if self._supervisor is not None:
-            self._supervisor.kill_all()
+        """Kills without waiting. When this process ends, the lifeline ends and stops the rest."""
+        self._supervisor.kill_all()
         if self._endpoint:
             kill_leftovers(self._endpoint, self._options.instance)
 
-    def _prepare_dir(self) -> None:
-        create_run_dir(self._options.run_dir)
-        self._remove_files(keep_logs=False)
-        create_run_dir(self._options.run_dir)
-        self._log_dir.mkdir(exist_ok=True)
-
-    def _remove_files(self, keep_logs: bool) -> None:
-        """A folder that was named by flag stays, with what others have put there."""
-        run_dir = self._options.run_dir
-        remove_state(run_dir)
-        for part in ("etcd", "mps"):
-            shutil.rmtree(run_dir / part, ignore_errors=True)
-        if not keep_logs:
-            shutil.rmtree(self._log_dir, ignore_errors=True)
-            if self._is_own_dir:
-                shutil.rmtree(run_dir, ignore_errors=True)
-
     async def _device(self) -> DevicePlan:
         options = self._options
-        cards = 0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
-        plan = plan_device(options.device, options.cuda_mps, options.ranks, cards)
+        num_gpus = (
+            0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
+        )
+        plan = plan_device(options.device, options.cuda_mps, options.ranks, num_gpus)
         with self._stages.stage("device") as stage:
             if plan.mps:
                 self._mps = CudaMps(options.run_dir)
@@ -233,7 +205,7 @@ class InstanceDriver:
                 self._endpoint = options.etcd
                 store = await connect_store(options.etcd.split(","))
                 await store.close()
-                stage.result = f"the one at {options.etcd}"
+                stage.result = f"using the one at {options.etcd}"
             else:
                 self._etcd = EmbeddedEtcd(options.run_dir / "etcd", clock=self._clock)
                 await self._etcd.start(on_progress=stage.update)
@@ -242,7 +214,6 @@ class InstanceDriver:
         await self._start_cleanup_watchdog()
 
     async def _start_services(self, model: Path) -> None:
-        assert self._supervisor is not None
         options, endpoint = self._options, self._endpoint
         planned = [
             *(
@@ -253,7 +224,7 @@ class InstanceDriver:
                 options,
                 endpoint,
                 model,
-                self._log_dir,
+                self._folder.log_dir,
                 self._mps.environment if self._mps is not None else {},
             ),
             services.gateway(options, endpoint),
@@ -277,9 +248,7 @@ class InstanceDriver:
             stage.result = self._url
 
     def _require_alive(self) -> None:
-        """At the start a service that ends has found something impossible: its words are the
-        answer. Raises Unavailable."""
-        assert self._supervisor is not None
+        """During the start, raises Unavailable with a service's own message if it has exited."""
         for service in self._services:
             self._supervisor.require_alive(service)
         for rank in range(self._options.ranks):
@@ -290,30 +259,14 @@ class InstanceDriver:
     async def _restart_etcd_on_exit(self, etcd: EmbeddedEtcd) -> None:
         while True:
             code = await etcd.wait()
-            self._stages.warn(f"etcd ended (code {code}); serving goes on, restarting it")
+            self._stages.warn(f"etcd exited (code {code}); serving continues, restarting it")
             await etcd.start()
-            await self._stop_cleanup_watchdog()
             await self._start_cleanup_watchdog()
 
     async def _start_cleanup_watchdog(self) -> None:
-        assert self._supervisor is not None
-        fd = self._supervisor.lifeline_fd
-        folder = str(self._options.run_dir) if self._is_own_dir else "-"
+        """For the daemons, which do not hold the lifeline."""
         daemons = (self._etcd, self._mps)
-        pids = [str(daemon.pid) for daemon in daemons if daemon is not None]
-        self._cleanup_watchdog = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(_CLEANUP_WATCHDOG), str(fd), folder, *pids),
-            pass_fds=[fd],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    async def _stop_cleanup_watchdog(self) -> None:
-        if self._cleanup_watchdog is not None and self._cleanup_watchdog.returncode is None:
-            self._cleanup_watchdog.kill()
-            await self._cleanup_watchdog.wait()
+        await self._cleanup_watchdog.start(daemon.pid for daemon in daemons if daemon is not None)
 
     async def _print_next_steps(self) -> None:
         target = Target(etcd=self._endpoint, instance=self._options.instance)
@@ -321,12 +274,12 @@ class InstanceDriver:
         if survived:
             self._console.print(survived["summary"], highlight=False)
         name = "" if self._options.instance == "default" else f" --instance {target.instance}"
-        folder = "" if self._is_own_dir else f" --run-dir {self._options.run_dir}"
+        folder = "" if self._folder.is_default else f" --run-dir {self._options.run_dir}"
         for text in (
             f"\nServing at {self._url}/v1 until Ctrl-C. In another terminal:",
             f"  starfish status{name}{folder}     what runs where",
             f"  starfish watch{name}{folder}      deaths, verdicts and maps as they happen",
-            f"  starfish kill 2{name}{folder}     kill -9 rank 2 and see it regrow",
-            f"  logs: {self._log_dir}",
+            f"  starfish kill 2{name}{folder}     kill -9 rank 2, then watch it come back",
+            f"  logs: {self._folder.log_dir}",
         ):
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,5 +1,5 @@
-"""Processes of one instance on this host, found by their command lines: what a stop in a hurry must
-not leave behind."""
+"""Finds remaining processes of one instance on this host by their command lines, so that a quick
+stop leaves none behind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def kill_leftovers(etcd: str, instance: str) -> int:
-    """SIGKILL to every process of ours that names this etcd and instance, stopped ones included.
-    How many there were."""
+    """Sends SIGKILL to every process of this user's that names this etcd and instance, stopped ones
+    included. Returns how many there were."""
     killed = 0
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

@@ -1,5 +1,5 @@
-"""The checkpoint that an instance serves: the one given, the one that ships with the project, or a
-seeded one, made once and kept."""
+"""The checkpoint that an instance serves: the given one, the one that ships with the project, or a
+seeded one that is created once and kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.model_spec import read_model_spec
 
 SEEDED_NAME = "starfish-seeded-moe"
 SHIPPED = Path(__file__).parents[2] / "models" / "starling-14m"
-"""Beside the packages in a checkout; not part of an installed wheel."""
+"""Part of a checkout, but not of an installed wheel."""
 
 
 def default_model_dir() -> Path:
@@ -27,7 +27,7 @@ def shipped_model() -> Path | None:
 
 
 async def seeded_model(model_dir: Path, stage: Stage) -> Path:
-    """Raises CheckpointError where it cannot be written."""
+    """Creates the checkpoint if necessary. Raises CheckpointError if it cannot be written."""
     folder = model_dir / SEEDED_NAME
     if not (folder / "config.json").exists():
         stage.update(f"creating it in {folder}")
@@ -36,15 +36,15 @@ async def seeded_model(model_dir: Path, stage: Stage) -> Path:
 
 
 async def check_model(folder: Path) -> str:
-    """A sentence on the model. Raises CheckpointError where config.json is not one we serve."""
+    """Describes the model. Raises CheckpointError if Starfish cannot serve its config.json."""
     spec = await asyncio.to_thread(read_model_spec, folder)
     experts = f"{spec.num_experts} experts, top-{spec.top_k}" if spec.moe_layers else "dense"
     return f"{folder.name} ({spec.num_layers} layers, {experts}, hidden {spec.hidden_size})"
 
 
 async def run_model_tool(*arguments: str, stage: Stage) -> None:
-    """`python -m gpu_worker.model_tools …` in a process of its own, so that what it loads is gone
-    afterwards. Raises CheckpointError with its sentence where it fails."""
+    """Runs `python -m gpu_worker.model_tools …` as a separate process, so that its memory is freed
+    afterwards. Raises CheckpointError with its message if it fails."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gpu_worker.model_tools", *arguments),
         stdin=asyncio.subprocess.DEVNULL,

@@ -1,5 +1,5 @@
-"""A CUDA MPS daemon of the instance's own, under which ranks compute on one card at the same time
-in place of taking turns."""
+"""The instance's own CUDA MPS daemon, with which ranks compute on one GPU at the same time instead
+of alternating."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SOCKET_PATH_BYTES_MAX = 90  # a Unix socket's 107, less the names that the daem
 
 
 class CudaMps:
-    """`environment` makes a process a client of it. Nothing of it is left after `stop`."""
+    """A process with `environment` is a client of the daemon. `stop` leaves nothing behind."""
 
     def __init__(self, run_dir: Path) -> None:
         self._pipe_dir = run_dir / "mps"
@@ -37,7 +37,7 @@ class CudaMps:
         }
 
     async def start(self) -> None:
-        """Raises ConfigError where there is no such daemon here, Unavailable where it fails."""
+        """Raises ConfigError if this host has no such daemon, Unavailable if it fails."""
         if len(os.fsencode(self._pipe_dir)) > _SOCKET_PATH_BYTES_MAX:
             raise ConfigError(
                 f"{self._pipe_dir} is too long for CUDA MPS; pass a shorter --run-dir"
@@ -47,8 +47,8 @@ class CudaMps:
             code, output = await self._call("-d", timeout_s=_START_TIMEOUT_S)
         except OSError as error:
             raise ConfigError(
-                f"{_CONTROL}: {error.strerror}; ranks that share a card need it: install it, start "
-                "no more ranks than there are cards, or pass --no-cuda-mps"
+                f"{_CONTROL}: {error.strerror}; ranks that share a GPU need it: install it, start "
+                "at most one rank per GPU, or pass --no-cuda-mps"
             ) from error
         if code != 0:
             raise Unavailable(f"{_CONTROL} did not start: {output or f'exit code {code}'}")
@@ -56,10 +56,10 @@ class CudaMps:
         try:
             self._pidfd = os.pidfd_open(self.pid)
         except OSError as error:
-            raise Unavailable(f"{_CONTROL} ended at once: {output}") from error
+            raise Unavailable(f"{_CONTROL} exited at once: {output}") from error
 
     async def stop(self) -> None:
-        """Once its clients are gone; idempotent."""
+        """Call it when the clients have exited. Idempotent."""
         if self._pidfd < 0:
             return
         with contextlib.suppress(OSError, Unavailable):
@@ -81,7 +81,8 @@ class CudaMps:
         return False
 
     async def _read_pid(self) -> int:
-        """The daemon has left the process that we started. Raises Unavailable."""
+        """The daemon forks away from the process that we started, and writes its pid. Raises
+        Unavailable."""
         path = self._pipe_dir / f"{_CONTROL}.pid"
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
@@ -93,7 +94,7 @@ class CudaMps:
             raise Unavailable(f"{_CONTROL} left no {path.name} in {self._pipe_dir}") from None
 
     async def _call(self, *flags: str, words: str = "", timeout_s: float) -> tuple[int, str]:
-        """Its exit code and what it said. Raises OSError where it cannot be run, Unavailable where
+        """Returns its exit code and its last line. Raises OSError if it cannot run, Unavailable if
         it does not end in time."""
         log_path = self._log_dir / "mps.log"
         with log_path.open("ab") as log:

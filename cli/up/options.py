@@ -1,70 +1,163 @@
-"""What `starfish up` was asked for, checked before anything starts."""
+"""The options of `starfish up`: each flag is declared here, and checked before anything starts."""
 
 from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from cli.run_dir import default_run_dir
+from cli.target_flags import RunDirFlag
 from cli.up.device import DEVICES
+from cli.up.model import default_model_dir
 from shared.errors import ConfigError
 
-_RDMA_NOTE = "RDMA devices need a cluster network: pass --transfer-protocol rdma with them"
+_RDMA_NOTE = "RDMA devices need an RDMA network; pass --transfer-protocol rdma as well"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions:
-    model: Path | None
-    seeded: bool  # random weights in place of a model
-    model_dir: Path  # where the seeded model is kept
-    ranks: int
-    redundant_experts: int  # -1: the control plane's default
-    slots_per_rank: int  # 0: the control plane's default
-    host: str
-    port: int
-    etcd: str | None
-    control_planes: int
-    instance: str
-    run_dir: Path
-    demo: bool
-    static: bool
-    device: str
-    cuda_mps: bool | None  # None: where there are more ranks than cards
-    transfer_protocol: str
-    ib_device: str
-    kv_tokens: int | None
-    host_experts_gb: float  # -1: a quarter of what is free
-    context_tokens_max: int  # 0: what the model was made for
-    timeout_s: float
-    log_level: str
+    """One field per flag. Where -1 or 0 stands for a default, its flag's help says which."""
+
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face checkpoint (default: the small model that ships)."),
+    ] = None
+    seeded: Annotated[
+        bool,
+        typer.Option(
+            "--seeded", help="Serve random weights of the reference size, for benchmarks."
+        ),
+    ] = False
+    chosen_model_dir: Annotated[
+        Path | None,
+        typer.Option("--model-dir", help="Folder in which --seeded keeps its checkpoint."),
+    ] = None
+    ranks: Annotated[int, typer.Option(help="Number of ranks.")] = 4
+    redundant_experts: Annotated[
+        int,
+        typer.Option(
+            "--redundant-experts",
+            "--ep-num-redundant-experts",
+            help="Extra replicas of experts per layer, beyond one of each; -1: one extra of each.",
+        ),
+    ] = -1
+    slots_per_rank: Annotated[
+        int, typer.Option(help="Expert slots on each rank; 0: as many as are useful.")
+    ] = 0
+    host: Annotated[str, typer.Option(help="Address of the HTTP API.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 8000
+    etcd: Annotated[
+        str | None,
+        typer.Option(help="Use the etcd at HOST:PORT[,…] instead of starting an embedded one."),
+    ] = None
+    control_planes: Annotated[int, typer.Option(help="1, or 2 to have one on standby.")] = 1
+    instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
+    chosen_run_dir: RunDirFlag = None
+    demo: Annotated[bool, typer.Option(help="Stream one completion after the start.")] = True
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="No failure detection: a baseline for measurements."),
+    ] = False
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, or auto: CUDA if there is a GPU and the model runs on it."),
+    ] = "auto"
+    cuda_mps: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-mps/--no-cuda-mps",
+            help="Share GPUs through a CUDA MPS daemon (default: if there are more ranks than "
+            "GPUs).",
+        ),
+    ] = None
+    transfer_protocol: Annotated[
+        str, typer.Option(help="Mooncake transport between ranks: tcp or rdma.")
+    ] = "tcp"
+    ib_device: Annotated[
+        str,
+        typer.Option("--mooncake-ib-device", help="RDMA devices for Mooncake, comma-separated."),
+    ] = ""
+    elastic_ep_backend: Annotated[
+        str | None, typer.Option(help="For SGLang's command lines; only mooncake is accepted.")
+    ] = None
+    moe_a2a_backend: Annotated[
+        str | None, typer.Option(help="For SGLang's command lines; only mooncake is accepted.")
+    ] = None
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Size of each rank's KV cache, in tokens.")
+    ] = None
+    host_experts_gb: Annotated[
+        float,
+        typer.Option(
+            help="GB of host memory for a cache of experts that all ranks on GPUs share, so that "
+            "orphans load fast; -1: a quarter of the free memory, 0: no cache."
+        ),
+    ] = -1.0
+    context_tokens_max: Annotated[
+        int,
+        typer.Option(
+            "--context-tokens-max",
+            help="Longest prompt plus answer, in tokens; 0: the model's own limit.",
+        ),
+    ] = 0
+    timeout_s: Annotated[
+        float, typer.Option(help="Give up if the instance does not serve within this time.")
+    ] = 300.0
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.chosen_model_dir or default_model_dir()
+
+    @property
+    def run_dir(self) -> Path:
+        return (self.chosen_run_dir or default_run_dir(self.instance)).absolute()
 
     def check(self) -> None:
-        """Raises ConfigError where flags are impossible or contradict each other."""
+        """Raises ConfigError if a value is impossible or two flags contradict each other."""
+        self._check_aliases()
         if self.ranks < 1:
-            raise ConfigError(f"--ranks {self.ranks}: an instance has at least one rank")
+            raise ConfigError(f"--ranks {self.ranks}: an instance needs at least one rank")
         if self.control_planes not in (1, 2):
-            raise ConfigError(f"--control-planes {self.control_planes}: say 1, or 2 for a standby")
+            raise ConfigError(
+                f"--control-planes {self.control_planes}: pass 1, or 2 to have one on standby"
+            )
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
         if not self.instance or "/" in self.instance:
-            raise ConfigError(f"--instance {self.instance!r}: a name without slashes is needed")
+            raise ConfigError(f"--instance {self.instance!r}: pass a name without slashes")
         if self.device not in DEVICES:
-            raise ConfigError(f"--device {self.device!r}: say {', '.join(DEVICES)}")
+            raise ConfigError(f"--device {self.device!r}: pass one of {', '.join(DEVICES)}")
         if self.ib_device and self.transfer_protocol != "rdma":
             raise ConfigError(f"--mooncake-ib-device {self.ib_device}: {_RDMA_NOTE}")
         if self.model is not None and not self.model.is_dir():
             raise ConfigError(
-                f"{self.model} is not a folder; --model wants a Hugging Face checkpoint"
+                f"{self.model} is not a folder; pass a Hugging Face checkpoint as --model"
             )
         check_port(self.host, self.port)
 
+    def _check_aliases(self) -> None:
+        """SGLang's flags, for which Starfish has only one value."""
+        for flag, value in (
+            ("--elastic-ep-backend", self.elastic_ep_backend),
+            ("--moe-a2a-backend", self.moe_a2a_backend),
+        ):
+            if value not in (None, "mooncake"):
+                raise ConfigError(
+                    f"{flag} {value!r}: Starfish has only mooncake; leave the flag out"
+                )
+
 
 def check_port(host: str, port: int) -> None:
-    """Raises ConfigError where the gateway could not listen there."""
+    """Raises ConfigError if the gateway could not listen there."""
     if not 0 < port < 65536:
-        raise ConfigError(f"--port {port}: a port lies between 1 and 65535")
+        raise ConfigError(f"--port {port}: pass a port between 1 and 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -73,13 +166,3 @@ def check_port(host: str, port: int) -> None:
             raise ConfigError(
                 f"cannot listen on {host}:{port} ({error.strerror}); pass another --port or --host"
             ) from error
-
-
-def check_aliases(elastic_ep_backend: str | None, moe_a2a_backend: str | None) -> None:
-    """SGLang's flags that Starfish has only one answer to. Raises ConfigError for another."""
-    for flag, value in (
-        ("--elastic-ep-backend", elastic_ep_backend),
-        ("--moe-a2a-backend", moe_a2a_backend),
-    ):
-        if value not in (None, "mooncake"):
-            raise ConfigError(f"{flag} {value!r}: Starfish has only mooncake")

@@ -1,4 +1,4 @@
-"""Waits until a starting instance serves, and says on the way where it stands."""
+"""Waits until a starting instance serves, and reports its progress."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ async def wait_for_map(
     on_progress: Callable[[str], None],
     require_alive: Callable[[], None],
 ) -> str:
-    """Until a map names every rank, in incarnations that are registered now. Raises whatever
-    `require_alive` does."""
+    """Waits until a map names registered incarnations of all ranks, and describes it. Raises
+    whatever `require_alive` raises."""
     while True:
         require_alive()
         view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
@@ -37,7 +37,7 @@ async def wait_for_map(
 
 
 async def wait_until_healthy(url: str, require_alive: Callable[[], None]) -> None:
-    """Until the gateway takes requests."""
+    """Waits until the gateway is ready. Raises whatever `require_alive` raises."""
     timeout = aiohttp.ClientTimeout(total=2.0)
     async with aiohttp.ClientSession(timeout=timeout) as http:
         while True:

@@ -1,4 +1,4 @@
-"""The command line of every process of an instance, as `starfish up` starts it."""
+"""The command lines with which `starfish up` starts the processes of an instance."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cli.up.options import UpOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """`argv` lacks the lifeline, whose number is known only at the start."""
+    """`argv` lacks the lifeline, whose descriptor is known only at the start."""
 
     name: str
     argv: tuple[str, ...]
     stop_timeout_s: float
     tail: tuple[str, ...] = ()  # comes after the lifeline
-    environment: Mapping[str, str] = field(default_factory=dict)  # beside ours
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to ours
 
     def command(self, lifeline_fd: int) -> list[str]:
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
@@ -61,7 +61,7 @@ def agent(
     log_dir: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Service:
-    """Its ranks inherit `environment`."""
+    """The agent's ranks inherit `environment`."""
     host_gb = options.host_experts_gb
     rank_flags = ["--transfer-protocol", options.transfer_protocol]
     if options.device != "auto":

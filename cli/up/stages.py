@@ -1,5 +1,4 @@
-"""Progress of `starfish up` in plain words: a line per stage, with a spinner where a person
-watches."""
+"""Progress of `starfish up`: one line per stage, with a spinner on a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from shared.clock import Clock
 
 
 class Stage:
-    """One stage under way. `update` shows where it stands, `result` what it came to."""
+    """A stage in progress. `update` shows its progress; `result` is shown at its end."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -49,7 +48,7 @@ class Stages:
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Stage]:
-        """Ticks the stage off at the end, unless it failed."""
+        """Prints the stage with a tick at its end, unless it fails."""
         started_at = self._clock.now()
         with Stage(self.console, title) as stage:
             yield stage

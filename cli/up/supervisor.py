@@ -1,5 +1,5 @@
-"""The child processes of `starfish up`: started with a lifeline, restarted when they crash, stopped
-in order."""
+"""The child processes of `starfish up`: starts them with a lifeline, restarts them if they crash,
+and stops them in order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LOG_TAIL_BYTES = 64 << 10
 
 
 class Supervisor:
-    """The lifeline is a pipe that only this process can write to, and nobody does: at its end,
-    however this process ended, every child stops by itself."""
+    """The lifeline is a pipe whose write end only this process holds, and to which it never writes.
+    However this process ends, the pipe then ends too, and every child stops by itself."""
 
     def __init__(self, log_dir: Path, clock: Clock, on_restart: Callable[[str], None]) -> None:
         self.log_dir = log_dir
@@ -45,7 +45,7 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 pass_fds=[self._lifeline_read],
-                start_new_session=True,  # Ctrl-C is for us, who stop them in order
+                start_new_session=True,  # Ctrl-C reaches only us, and we stop them in order
                 env=os.environ | service.environment,
             )
 
@@ -53,7 +53,7 @@ class Supervisor:
         return self._children[service.name].returncode is not None
 
     async def supervise(self, service: Service) -> None:
-        """Restarts the service whenever it ends, until `stop`."""
+        """Restarts the service whenever it exits, until `stop`."""
         backoff_s = _BACKOFF_FIRST_S
         while not self._stopping:
             started_at = self._clock.now()
@@ -63,7 +63,7 @@ class Supervisor:
             if self._clock.now() - started_at > _HEALTHY_AFTER_S:
                 backoff_s = _BACKOFF_FIRST_S
             self._on_restart(
-                f"{service.name} ended ({self.exit_message(service.name)}); restarting"
+                f"{service.name} exited ({self.exit_message(service.name)}); restarting it"
             )
             await asyncio.sleep(backoff_s * random.uniform(1.0, 1.5))
             backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
@@ -71,12 +71,12 @@ class Supervisor:
                 await self.start(service)
 
     def require_alive(self, service: Service) -> None:
-        """Raises Unavailable with the child's own words where it has exited."""
+        """Raises Unavailable with the child's own message if it has exited."""
         if self.has_exited(service):
             raise Unavailable(self.exit_message(service.name))
 
     def exit_message(self, name: str) -> str:
-        """The sentence that a process of ours ends with, or else the last line of its log."""
+        """The message with which a process of ours exited, else the last line of its log."""
         path = self.log_dir / f"{name}.log"
         try:
             lines = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").splitlines()
@@ -86,10 +86,11 @@ class Supervisor:
         for line in reversed(said):
             if line.startswith("starfish ") and ": " in line:
                 return line.partition(": ")[2]
-        return f"{name} ended: {said[-1]}" if said else f"{name} ended without a word"
+        return f"{name} exited: {said[-1]}" if said else f"{name} exited without a message"
 
     def startup_error(self, name: str) -> str | None:
-        """The sentence in which a rank said at its end why it cannot start; None without one."""
+        """The last message in which a rank's log says why it cannot start; None if there is
+        none."""
         try:
             lines = (self.log_dir / f"{name}.log").read_bytes().decode(errors="replace")
         except OSError:
@@ -98,7 +99,7 @@ class Supervisor:
         return found[-1].partition(": ")[2] if found else None
 
     async def stop(self, service: Service) -> None:
-        """SIGTERM, SIGKILL after the service's time, and not before it is gone."""
+        """Sends SIGTERM, then SIGKILL after the service's stop time. Returns when it has exited."""
         self._stopping = True
         child = self._children.get(service.name)
         if child is None or child.returncode is not None:
@@ -112,7 +113,7 @@ class Supervisor:
             await child.wait()
 
     def kill_all(self) -> None:
-        """Without waiting; the lifeline's end takes what these have started."""
+        """Kills the children without waiting. The end of the lifeline stops their own children."""
         for child in self._children.values():
             if child.returncode is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -1,5 +1,6 @@
-"""What clients send, as far as it is read. Unknown fields are tolerated: clients send many that
-change nothing here. What would change the answer and is not supported stands in `UNSUPPORTED`."""
+"""The request bodies that the API reads. Unknown fields are ignored, because clients send many that
+change nothing here. A field that would change the answer but is not supported is in
+`UNSUPPORTED`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
-    """Fields that both endpoints have."""
+    """The fields of both endpoints."""
 
     model: str | None = None
     stream: bool | None = None
@@ -49,7 +50,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    # Only looked at to be refused:
+    # Read only to be rejected:
     use_beam_search: Any = None
 
 
@@ -58,7 +59,7 @@ class CompletionBody(GenerationBody, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: Any = None
-    top_logprobs: Any = None  # a chat's
+    top_logprobs: Any = None  # a field of chats
 
 
 class TextPart(msgspec.Struct, kw_only=True):
@@ -96,11 +97,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
 }
-"""Field → the values, beside null, that ask for nothing special."""
+"""Field → the values, besides null, that have no effect and are therefore accepted."""
 
 
 def decode_body(raw: bytes, cls: type[B]) -> B:
-    """Raises RequestError for what is no JSON, has a wrong type, or asks for the unsupported."""
+    """Raises RequestError if the body is not JSON, has a wrong type, or asks for what is not
+    supported."""
     try:
         body = msgspec.json.decode(raw, type=cls)
     except msgspec.ValidationError as error:
@@ -121,24 +123,24 @@ def refuse_unsupported(body: GenerationBody) -> None:
         value = getattr(body, name)
         if value is None or any(_same(value, allowed) for allowed in plain):
             continue
-        raise RequestError(f"{name}={value!r:.60} is not supported here", param=name)
+        raise RequestError(f"{name}={value!r:.60} is not supported; leave it out", param=name)
     if isinstance(body, CompletionBody) and body.top_logprobs is not None:
         raise RequestError(
-            "top_logprobs is for chats; here `logprobs` is a number", param="top_logprobs"
+            "top_logprobs is for chats; pass the number as `logprobs`", param="top_logprobs"
         )
     if isinstance(body, ChatBody) and body.tools and body.tool_choice != "none":
         raise RequestError(
-            "tool calls are not supported here; leave `tools` out, or say tool_choice='none'",
+            "tool calls are not supported; leave `tools` out, or pass tool_choice='none'",
             param="tools",
         )
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """0 is no False."""
+    """Compares without taking 0 for False."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
 
 
 def _param(text: str) -> str | None:
-    """The field that msgspec's message points at: "… - at `$.stop[0]`"."""
+    """The field that msgspec's message names: "… - at `$.stop[0]`"."""
     found = re.search(r"\$\.(\w+)", text) or re.search(r"required field `(\w+)`", text)
     return found.group(1) if found else None

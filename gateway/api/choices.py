@@ -1,4 +1,4 @@
-"""A choice from the deltas of its generation to what an answer or a chunk says of it."""
+"""Turns the deltas of a choice into its part of an answer or of a stream's chunks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from shared.wire import TokenLogprob
 
 
 class ChoiceWriter:
-    """Takes every delta of one choice, in order."""
+    """Gets every delta of one choice, in order: through `take` for one body, or `chunk` for a
+    stream."""
 
     def __init__(
         self, options: RequestOptions, task: PromptTask, names: TokenNames, *, chat: bool
@@ -37,7 +38,7 @@ class ChoiceWriter:
         self._finish: FinishReason | None = None
 
     def take(self, delta: Delta) -> None:
-        """For the whole answer."""
+        """Collects a delta for `choice`."""
         self._texts.append(delta.text)
         self._token_ids += delta.token_ids
         self._scored += self._scored_of(delta)
@@ -58,8 +59,8 @@ class ChoiceWriter:
         )
 
     def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
-        """One event of a stream. A delta without text (half a character, a held-back stop string)
-        waits for the next, unless it says something else."""
+        """One event of a stream. Empty for a delta without text (half a character, a held-back stop
+        string), unless the delta has something else to say."""
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
             return b""
         logprobs = self._shape(self._scored_of(delta))

@@ -1,5 +1,5 @@
-"""Errors to HTTP: the one place where our error tree, and a session's failure, become a status and
-OpenAI's error shape."""
+"""The one place where an error or a session's failure becomes an HTTP status and OpenAI's error
+shape."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def http_error(error: StarfishError) -> HttpError:
 
 
 def plain_http_error(status: int, reason: str) -> HttpError:
-    """For what the HTTP library itself refuses: unknown paths, wrong methods."""
+    """For requests that the HTTP library itself rejects: unknown paths, wrong methods."""
     return HttpError(
         status=status, body=error_body(reason, kind="invalid_request_error", code=None)
     )

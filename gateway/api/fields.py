@@ -1,4 +1,4 @@
-"""Single fields of a body: what each may be. Every other value is a RequestError that names it."""
+"""Checks single fields of a body. Each function raises RequestError, which names the field."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def logit_bias_of(bias: dict[int, float] | None, vocab_size: int) -> tuple[tuple
     if not bias:
         return ()
     if len(bias) > LOGIT_BIAS_MAX or min(bias) < 0 or max(bias) >= vocab_size:
-        message = f"logit_bias: at most {LOGIT_BIAS_MAX} ids of 0 … {vocab_size - 1}"
+        message = f"logit_bias: at most {LOGIT_BIAS_MAX} ids, from 0 to {vocab_size - 1}"
         raise RequestError(message, param="logit_bias")
     if not all(-100 <= value <= 100 for value in bias.values()):
-        raise RequestError("logit_bias must lie in -100 … 100", param="logit_bias")
+        raise RequestError("each logit_bias must be from -100 to 100", param="logit_bias")
     return tuple(sorted(bias.items()))
 
 
@@ -35,12 +35,12 @@ def check_range(name: str, value: Any, default: Any, low: Any, high: Any) -> Any
         return default
     if not low <= value <= high:
         upper = f" and at most {high}" if high != INT64_MAX else ""
-        raise RequestError(f"{name} must be at least {low}{upper}, but is {value}", param=name)
+        raise RequestError(f"{name} must be at least {low}{upper}, but it is {value}", param=name)
     return value
 
 
 def seed_of(seed: int | None) -> int:
-    """Any 64-bit number of either sign; drawn where the client has none."""
+    """Accepts any signed or unsigned 64-bit integer; draws one if the client sent none."""
     if seed is None:
         return secrets.randbits(63)
     if not -(2**63) <= seed < 2**64:
@@ -53,7 +53,7 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
     if len(stops) > STOPS_MAX:
         raise RequestError(f"at most {STOPS_MAX} stop strings are supported", param="stop")
     if any(not text or len(text) > STOP_CHARS_MAX for text in stops):
-        message = f"a stop string must have 1 … {STOP_CHARS_MAX} characters"
+        message = f"a stop string must have 1 to {STOP_CHARS_MAX} characters"
         raise RequestError(message, param="stop")
     return stops
 
@@ -62,6 +62,6 @@ def stop_ids_of(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
     if not ids:
         return ()
     if len(ids) > STOP_IDS_MAX or min(ids) < 0 or max(ids) >= vocab_size:
-        message = f"stop_token_ids: at most {STOP_IDS_MAX} ids of 0 … {vocab_size - 1}"
+        message = f"stop_token_ids: at most {STOP_IDS_MAX} ids, from 0 to {vocab_size - 1}"
         raise RequestError(message, param="stop_token_ids")
     return tuple(sorted(set(ids)))

@@ -1,5 +1,5 @@
-"""What a request demands of the form of its answer (a JSON schema, a regular expression, a choice,
-a grammar), as one grammar of llguidance's for the rank."""
+"""Reads the form that a request demands of its answer (a JSON schema, a regular expression, a
+choice, a grammar) and turns it into one llguidance grammar for the rank."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from shared.errors import RequestError
 GRAMMAR_CHARS_MAX = 256 * 1024
 
 _JSON_SPACE = r"(\n[ \t]{0,32}| )?"
-"""Between the tokens of JSON: a space, or a new line and an indent. Unbounded space is where weak
-models get lost."""
+"""Allowed between the tokens of JSON: a space, or a new line with an indent. A weak model may never
+leave unlimited white space."""
 
 _STRUCTURED = {
     "json": "guided_json",
@@ -23,7 +23,7 @@ _STRUCTURED = {
     "choice": "guided_choice",
     "grammar": "guided_grammar",
 }
-"""Fields of `structured_outputs`, and the request's own fields that mean the same."""
+"""Field of `structured_outputs` → the request's own field with the same meaning."""
 
 FIELDS = ("response_format", "structured_outputs", *_STRUCTURED.values())
 
@@ -33,26 +33,26 @@ def asks_for_grammar(body: GenerationBody) -> bool:
 
 
 def read_grammar(body: GenerationBody) -> str:
-    """Empty where the form is free. May take a second of CPU for a huge grammar (the library
-    releases the GIL): call it off the event loop. Raises RequestError."""
+    """Returns "" if the request demands no form. A huge grammar may take a second of CPU, during
+    which the library releases the GIL: call it off the event loop. Raises RequestError."""
     constraints = _constraints(body)
     if not constraints:
         return ""
     if len(constraints) > 1:
         names = " and ".join(param for param, _, _ in constraints)
-        raise RequestError(f"{names} exclude each other; keep one", param=constraints[1][0])
+        raise RequestError(f"{names} exclude each other; pass only one", param=constraints[1][0])
     param, kind, value = constraints[0]
     grammar = _grammar(param, kind, value)
     if len(grammar) > GRAMMAR_CHARS_MAX:
         raise RequestError(f"{param} is longer than {GRAMMAR_CHARS_MAX} characters", param=param)
     error = LLMatcher.validate_grammar(grammar)
     if error and not error.startswith("WARNING"):
-        raise RequestError(f"{param} cannot be followed: {error.strip()[:500]}", param=param)
+        raise RequestError(f"{param} is not a usable grammar: {error.strip()[:500]}", param=param)
     return grammar
 
 
 def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:
-    """(field, kind, value) of everything that is asked for."""
+    """(field, kind, value) of each form that the request demands."""
     constraints = [
         (name, kind, value)
         for kind, name in _STRUCTURED.items()
@@ -80,7 +80,7 @@ def _structured_outputs(value: Any) -> list[tuple[str, str, Any]]:
             constraints.append((param, kind, constraint))
         else:
             raise RequestError(
-                f"{param} knows json, json_object, regex, choice and grammar, not {kind!r:.60}",
+                f"{param} must be json, json_object, regex, choice or grammar, not {kind!r:.60}",
                 param=param,
             )
     return constraints
@@ -107,12 +107,12 @@ def _response_format(value: Any) -> list[tuple[str, str, Any]]:
 def _grammar(param: str, kind: str, value: Any) -> str:
     if kind == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-            raise RequestError(f"{param} must be a list of texts", param=param)
+            raise RequestError(f"{param} must be a list of strings", param=param)
         return _from("choice", json.dumps(value), param)
     if kind == "json":
         return _from_schema(value, param)
     if not isinstance(value, str) or not value:
-        raise RequestError(f"{param} must be a text", param=param)
+        raise RequestError(f"{param} must be a string", param=param)
     return _from(kind, value, param)
 
 

@@ -1,5 +1,5 @@
-"""OpenAI's shapes of log-probabilities, those of vLLM's `prompt_logprobs`, and a token as a client
-may see it: a text, and the bytes that it stands for."""
+"""OpenAI's shapes of log-probabilities, and the shape of vLLM's `prompt_logprobs`. A token appears
+as a text and as its bytes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gateway.detokenizer import Detokenizer, TokenNames
 from shared.wire import TokenLogprob
 
 LOGPROB_MIN = -9999.0
-"""OpenAI's word for "impossible": JSON has no infinity."""
+"""OpenAI's value for "impossible", because JSON has no infinity."""
 
 ScoredToken = tuple[int, TokenLogprob | None]
-"""A token, and how likely it was: None for the first of a prompt."""
+"""A token and its log-probability; None for the first token of a prompt."""
 
 
 def chat_logprobs(names: TokenNames, scored: Sequence[ScoredToken], num_top: int) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]
 
 
 class CompletionLogprobs:
-    """Of one choice, piece by piece: offsets count the characters of its whole text."""
+    """The log-probabilities of one choice, piece by piece. Offsets count characters from the start
+    of its whole text."""
 
     def __init__(self, names: TokenNames, num_top: int) -> None:
         self._names = names
@@ -55,7 +56,7 @@ class CompletionLogprobs:
         }
 
     def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
-        """The likeliest, and the token itself."""
+        """The likeliest tokens and the token itself, by name."""
         entries = (*logprob.top[: self._num_top], (token, logprob.logprob))
         top: dict[str, float] = {}
         for each, value in entries:

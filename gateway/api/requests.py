@@ -1,5 +1,5 @@
-"""From a decoded body to what shall be generated: prompts, sampling, limits. Raises RequestError
-with OpenAI's `param` for every value that cannot be."""
+"""Turns a decoded body into what to generate: prompts, sampling, limits. Raises RequestError with
+OpenAI's `param` for every impossible value."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from shared.types import SamplingParams
 COMPLETION_TOKENS_DEFAULT = 16
 PROMPTS_MAX = 64
 CHOICES_MAX = 256
-"""Of a request: prompts times `n`."""
+"""Limit on prompts times `n` of one request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """What a request asks for besides its prompt. `max_tokens` is None where the client set none:
-    then the context's end, or the endpoint's default, bounds it. `num_choices` is that of each
-    prompt. `prompt_logprobs` is the field of that name; `sampling` asks for what `echo` needs, too.
+    """What a request asks for besides its prompt. If `max_tokens` is None, the end of the context
+    is the limit. `num_choices` counts the choices of each prompt. `prompt_logprobs` is the
+    request's field; `sampling.prompt_logprobs` also covers what `echo` needs.
     """
 
     sampling: SamplingParams
@@ -51,8 +51,8 @@ class RequestOptions:
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
     ) -> SamplingParams:
-        """Of the prompt's choice of that number. Raises RequestError where prompt and completion do
-        not fit into the context."""
+        """The parameters of choice number `choice` of a prompt. Raises RequestError if prompt and
+        completion do not fit into the context."""
         room = limits.context_tokens_max - num_prompt_tokens
         wanted = self.max_tokens
         least = 1 if wanted is None else wanted
@@ -65,7 +65,7 @@ class RequestOptions:
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The first choice draws as if it were alone."""
+    """The first choice has the request's seed, so it is the same as without other choices."""
     if choice == 0:
         return seed
     mixed = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
@@ -80,7 +80,7 @@ def read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
     prompt_logprobs = _prompt_logprobs(body)
     wanted = [prompt_logprobs, logprobs if echo else None]
     if body.stream_options is not None and not body.stream:
-        raise RequestError("stream_options is for stream=true only", param="stream_options")
+        raise RequestError("stream_options needs stream=true", param="stream_options")
     sampling = SamplingParams(
         temperature=check_range("temperature", body.temperature, 1.0, 0.0, 2.0),
         top_p=check_range("top_p", body.top_p, 1.0, 0.0, 1.0),
@@ -115,21 +115,21 @@ def read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
 
 
 def read_prompts(body: CompletionBody, vocab_size: int) -> list[str | tuple[int, ...]]:
-    """A text, a list of token ids, or a list of either: one choice per prompt."""
+    """`prompt` is a text, a list of token ids, or a list of either."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
     if prompt and all(type(item) is int for item in prompt):
         return [_token_prompt(prompt, vocab_size)]
     if not prompt or len(prompt) > PROMPTS_MAX:
-        raise RequestError(f"prompt must hold 1 … {PROMPTS_MAX} prompts", param="prompt")
+        raise RequestError(f"prompt must have 1 to {PROMPTS_MAX} prompts", param="prompt")
     return [item if isinstance(item, str) else _token_prompt(item, vocab_size) for item in prompt]
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """As chat templates want them: content is one text."""
+    """Messages as chat templates take them: the content is one text."""
     if not messages:
-        raise RequestError("messages must hold at least one message", param="messages")
+        raise RequestError("messages must have at least one message", param="messages")
     return [_message(message) for message in messages]
 
 
@@ -152,9 +152,9 @@ def _message(message: ChatMessage) -> dict[str, Any]:
 
 def _token_prompt(prompt: Any, vocab_size: int) -> tuple[int, ...]:
     if not isinstance(prompt, list) or not all(type(item) is int for item in prompt) or not prompt:
-        raise RequestError("a prompt is a text or a list of token ids", param="prompt")
+        raise RequestError("a prompt must be a string or a list of token ids", param="prompt")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise RequestError(f"token ids must lie in 0 … {vocab_size - 1}", param="prompt")
+        raise RequestError(f"token ids must be from 0 to {vocab_size - 1}", param="prompt")
     return tuple(prompt)
 
 
@@ -168,7 +168,7 @@ def _max_tokens(body: GenerationBody) -> int | None:
         isinstance(body, CompletionBody) and bool(body.echo)
     )
     if value == 0 and not only_prompt:
-        raise RequestError(f"{name}=0 is for echo and prompt_logprobs only", param=name)
+        raise RequestError(f"{name}=0 needs echo or prompt_logprobs", param=name)
     checked: int = check_range(name, value, 0, 0, INT64_MAX)
     return checked
 
@@ -176,12 +176,13 @@ def _max_tokens(body: GenerationBody) -> int | None:
 def _num_choices(body: GenerationBody) -> int:
     number: int = check_range("n", body.n, 1, 1, 128)
     if body.best_of is not None and body.best_of != number:
-        raise RequestError("best_of other than n is not supported here", param="best_of")
+        raise RequestError("best_of must equal n; leave it out", param="best_of")
     return number
 
 
 def _logprobs(body: GenerationBody) -> int | None:
-    """How many of the likeliest; None: no log-probabilities. A chat says it in two fields."""
+    """How many likeliest tokens to show; None: no log-probabilities. A chat has two fields for
+    it."""
     if isinstance(body, CompletionBody):
         return checked_top_logprobs("logprobs", body.logprobs)
     if not isinstance(body, ChatBody):
@@ -196,5 +197,5 @@ def _logprobs(body: GenerationBody) -> int | None:
 
 def _prompt_logprobs(body: GenerationBody) -> int | None:
     if body.prompt_logprobs is not None and body.stream:
-        raise RequestError("prompt_logprobs is not for streams", param="prompt_logprobs")
+        raise RequestError("prompt_logprobs needs stream=false", param="prompt_logprobs")
     return checked_top_logprobs("prompt_logprobs", body.prompt_logprobs)

@@ -1,5 +1,5 @@
-"""OpenAI's shapes of answers, chunks and errors, as JSON bytes. The parts of a chunk that stay the
-same all through a stream are encoded once."""
+"""OpenAI's shapes of answers, chunks and errors, as JSON bytes. The parts of a chunk that are the
+same in the whole stream are encoded once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _encode = msgspec.json.encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What every answer and chunk of one request begins with."""
+    """The fields with which every answer and chunk of a request begins."""
 
     id: str
     created: int
@@ -40,7 +40,7 @@ class Choice:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     prompt_tokens: int
-    cached_tokens: int  # of them
+    cached_tokens: int  # part of prompt_tokens
     completion_tokens: int
 
     def plain(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) 
 
 
 class ChunkWriter:
-    """Server-sent events of one stream."""
+    """Writes the server-sent events of one stream."""
 
     def __init__(self, header: Header, *, with_token_ids: bool, include_usage: bool) -> None:
         kind = "chat.completion.chunk" if header.chat else "text_completion"
@@ -105,7 +105,7 @@ class ChunkWriter:
         self.with_token_ids = with_token_ids
 
     def role_chunk(self, index: int) -> bytes:
-        """A chat says first who speaks."""
+        """The first chunk of a chat's choice, which has only the role; empty for completions."""
         if not self._chat:
             return b""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'

@@ -222,7 +222,7 @@ async def test_only_one_instance_of_a_name(run_dir: Path, model: Path) -> None:
     second = await up(run_dir, free_port(), "--model", str(model))
     _, err = await second.communicate()
     assert second.returncode == 1
-    assert "runs already" in err.decode()
+    assert "is already running" in err.decode()
     assert process.returncode is None
     process.send_signal(signal.SIGINT)
     await process.communicate()

@@ -222,7 +222,7 @@ class SimCluster:
                 policy=SessionPolicy(no_rank_timeout_s=120.0, losses_max=20, refusals_max=200),
                 tasks=tasks,
             )
-            watch = ClusterWatch(store=store, keys=self.keys, on_view=self.gateway.on_view)
+            watch = ClusterWatch(store=store, keys=self.keys, listeners=(self.gateway.on_view,))
             tasks.create_task(leased.run())
             tasks.create_task(watch.run())
             tasks.create_task(self.gateway.run_probes())

@@ -1,5 +1,5 @@
-"""A rank without an engine, for tests of those who talk to ranks: it registers, links, loads what
-it is assigned and answers probes over real sockets, and it can die or hang."""
+"""A rank without an engine, for tests of components that talk to ranks. It registers, links, loads
+its assignment and answers probes over real sockets. It can die or hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=8, kv_blocks=8)
 
 
 class FakeRank:
-    """One incarnation. `start`, then `kill`, `hang` or `stop`; always `stop` at the end."""
+    """One incarnation. Call `start`, then `kill`, `hang` or `stop`; always call `stop` at the
+    end."""
 
     def __init__(
         self,
@@ -80,15 +81,15 @@ class FakeRank:
         ]
 
     async def kill(self) -> float:
-        """As `kill -9` and a node agent: sockets close, the lease is revoked. Returns the time at
-        which the revocation was asked for."""
+        """Like `kill -9` with a node agent: sockets close and the lease is revoked. Returns the
+        time of the request to revoke it."""
         await self.kill_without_agent()
         asked_at = asyncio.get_running_loop().time()
         await self._store.revoke_lease(self.lease_id)
         return asked_at
 
     async def kill_without_agent(self) -> None:
-        """As `kill -9` where no node agent lives: sockets close, the lease stays for its TTL."""
+        """Like `kill -9` without a node agent: sockets close, but the lease stays for its TTL."""
         for task in self._tasks:
             task.cancel()
         assert self._server is not None
@@ -97,7 +98,7 @@ class FakeRank:
             writer.transport.abort()
 
     def hang(self) -> None:
-        """As SIGSTOP: connections stand, nobody answers, nothing is renewed."""
+        """Like SIGSTOP: connections stay open, nothing is answered, the lease is not renewed."""
         self.answering = False
         for task in self._tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""A gateway in the test's own process, over real sockets, with an in-memory etcd and toy ranks."""
+"""Runs a gateway in the test's process with real sockets, an in-memory etcd and toy ranks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def toy_map(epoch: int, members: Sequence[Member]) -> ExpertMap:
 
 
 class GatewayHarness:
-    """Handle for a test: the etcd, the ranks, the gateway's address."""
+    """What a test uses: the etcd, the ranks, the gateway's address."""
 
     def __init__(self, store: Store, keys: Keys, http: aiohttp.ClientSession, port: int) -> None:
         self.store = store

@@ -1,4 +1,4 @@
-"""The real node agent, with `toy_process.py` for its ranks. Takes the agent's own flags."""
+"""The real node agent with `toy_process.py` as its ranks. Takes the agent's flags."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A stand-in for a rank's process: it registers under the lease it was handed and waits for its
-end, as told by `--toy`: obedient to SIGTERM, ignoring it, or exiting at once with a code."""
+"""Stands in for a rank's process: registers with the lease that it was given, then waits. `--toy`
+says whether it obeys SIGTERM, ignores it, or exits at once with a code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A rank to a gateway's eyes: the wire protocol over a real socket, with tokens that are a function
-of the prompt and the index. For tests of the gateway alone."""
+"""A rank as a gateway sees it: the wire protocol over a real socket, with tokens that are a
+function of the prompt and the index. For tests of the gateway alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EOS = 1
 
 
 def toy_token(prompt: Sequence[int], index: int) -> int:
-    """Never special, so that every token has a text."""
+    """Never a special token, so that every token has a text."""
     return 2 + zlib.crc32(f"{list(prompt)}/{index}".encode()) % (VOCAB - 2)
 
 
@@ -48,14 +48,15 @@ def toy_tokens(prompt: Sequence[int], count: int) -> list[int]:
 
 
 def toy_logprob(token: int, num_top: int) -> TokenLogprob:
-    """A function of the token. The likeliest are the ids from 100 on; floats have many digits."""
+    """A function of the token. The likeliest tokens are the ids from 100 on."""
     top = tuple((100 + n, -0.1 / (n + 3)) for n in range(num_top))
     return TokenLogprob(logprob=-token / 7, rank=token, top=top)
 
 
 class ToyRank:
-    """`script` replaces the toy function: token `i` of every session. `hold_at` stops every session
-    before that index, until `go` is called. `refuse` answers so many Submits with "retryable"."""
+    """`script`, if set, has token `i` of every session. `hold_at` stops every session before that
+    index, until `go` is called. `refuse` is the number of Submits to refuse with a retryable
+    error."""
 
     def __init__(self, rank: int, incarnation: int = 1, *, step_s: float = 0.001) -> None:
         self.member = Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
@@ -64,8 +65,8 @@ class ToyRank:
         self.hold_at: int | None = None
         self.refuse = 0
         self.reject: str | None = None
-        self.cached_tokens = 0  # of any prompt, it says
-        self.mute = False  # reads, never answers
+        self.cached_tokens = 0  # reported for any prompt
+        self.mute = False  # reads but never answers
         self.submits: list[Submit] = []
         self.cancels: list[Cancel] = []
         self.gateways: list[str] = []
@@ -103,13 +104,13 @@ class ToyRank:
         )
 
     def reset_connections(self) -> None:
-        """As a peer's RST would; the listener stays."""
+        """Resets all connections, as a peer's RST does; the listener stays."""
         self._open.clear()
         for writer in list(self._writers):
             writer.transport.abort()
 
     async def kill(self) -> None:
-        """As `kill -9` looks from outside."""
+        """Looks from outside like `kill -9`."""
         if self._server is not None:
             self._server.close()
         self.reset_connections()
@@ -190,7 +191,7 @@ class ToyRank:
         self._send((answer,))
 
     def _score_prompt(self, submit: Submit) -> None:
-        """In two messages, as two chunks would. With max_tokens 0 that is all."""
+        """Sends the scores in two messages, like two chunks. With max_tokens 0 nothing follows."""
         num_top, only = submit.sampling.prompt_logprobs, submit.sampling.max_tokens == 0
         if num_top is None and not only:
             return

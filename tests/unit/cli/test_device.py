@@ -1,4 +1,4 @@
-"""On what ranks run, and when cards are shared."""
+"""What ranks run on, and when they share GPUs."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from shared.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("device", "cuda_mps", "num_ranks", "cards", "expected"),
+    ("device", "cuda_mps", "num_ranks", "num_gpus", "expected"),
     [
-        ("auto", None, 4, 0, DevicePlan(on_cuda=False, cards=0, mps=False)),
-        ("auto", False, 4, 0, DevicePlan(on_cuda=False, cards=0, mps=False)),
-        ("auto", None, 2, 2, DevicePlan(on_cuda=True, cards=2, mps=False)),
-        ("auto", None, 3, 2, DevicePlan(on_cuda=True, cards=2, mps=True)),
-        ("cuda", False, 3, 2, DevicePlan(on_cuda=True, cards=2, mps=False)),
-        ("cuda", True, 1, 2, DevicePlan(on_cuda=True, cards=2, mps=True)),
-        ("cpu", None, 4, 2, DevicePlan(on_cuda=False, cards=2, mps=False)),
+        ("auto", None, 4, 0, DevicePlan(on_cuda=False, num_gpus=0, mps=False)),
+        ("auto", False, 4, 0, DevicePlan(on_cuda=False, num_gpus=0, mps=False)),
+        ("auto", None, 2, 2, DevicePlan(on_cuda=True, num_gpus=2, mps=False)),
+        ("auto", None, 3, 2, DevicePlan(on_cuda=True, num_gpus=2, mps=True)),
+        ("cuda", False, 3, 2, DevicePlan(on_cuda=True, num_gpus=2, mps=False)),
+        ("cuda", True, 1, 2, DevicePlan(on_cuda=True, num_gpus=2, mps=True)),
+        ("cpu", None, 4, 2, DevicePlan(on_cuda=False, num_gpus=2, mps=False)),
     ],
 )
 def test_cards_are_shared_where_ranks_outnumber_them_or_where_told(
-    device: str, cuda_mps: bool | None, num_ranks: int, cards: int, expected: DevicePlan
+    device: str, cuda_mps: bool | None, num_ranks: int, num_gpus: int, expected: DevicePlan
 ) -> None:
-    assert plan_device(device, cuda_mps, num_ranks, cards) == expected
+    assert plan_device(device, cuda_mps, num_ranks, num_gpus) == expected
 
 
 @pytest.mark.parametrize(
-    ("device", "cuda_mps", "cards", "flag"),
+    ("device", "cuda_mps", "num_gpus", "flag"),
     [("cuda", None, 0, "--device cuda"), ("cpu", True, 2, "--cuda-mps"), ("auto", True, 0, "--cu")],
 )
 def test_what_needs_a_card_says_so_without_one(
-    device: str, cuda_mps: bool | None, cards: int, flag: str
+    device: str, cuda_mps: bool | None, num_gpus: int, flag: str
 ) -> None:
     with pytest.raises(ConfigError, match=flag):
-        plan_device(device, cuda_mps, 4, cards)
+        plan_device(device, cuda_mps, 4, num_gpus)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Held-out texts become tokens: opened as in training, cut to the context, counted in bytes."""
+"""Held-out texts become tokens: they begin as in training and are cut to the context; their bytes
+are counted."""
 
 from __future__ import annotations
 

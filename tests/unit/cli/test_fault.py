@@ -1,17 +1,15 @@
-"""What a fault did to streams: whose gaps are whose, and which tokens differ from the undisturbed
+"""The effect of a fault on streams: gaps by rank, and tokens that differ from the undisturbed
 answers."""
 
 from __future__ import annotations
 
 import random
-import signal
 
-from cli.bench.fault import FaultLoad, FaultRun, fault_result, fresh_prompts
+from cli.bench.fault import FaultRun, fault_result, fresh_prompts
+from cli.bench.loads import FaultLoad
 from cli.bench.stream_client import StreamRecord
 
-LOAD = FaultLoad(
-    tries=2, streams=5, prompt_tokens=8, new_tokens=4, seed=3, number=signal.Signals.SIGKILL
-)
+LOAD = FaultLoad(tries=2, streams=5, prompt_tokens=8, new_tokens=4, seed=3)
 
 
 def record(

@@ -1,4 +1,4 @@
-"""What `starfish up` says of the model that it is given."""
+"""How `starfish up` describes its model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`starfish plan` reports what the planner does, from files or generated loads, and refuses
-nonsense in one sentence."""
+"""`starfish plan` reports what the planner does with loads from a file or generated ones, and
+rejects impossible flags in one sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from cli.plan import plan
+from cli.plan.command import plan
 
 SMALL = ["--ranks", "4", "--nodes", "2", "--layers", "3", "--experts", "16", "--redundant", "16"]
 
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     file.write_text('{"a": 1}')
     result = run("--loads", str(file))
     assert result.exit_code == 1
-    assert "is no table of numbers" in result.stderr
+    assert "is not a table of numbers" in result.stderr
 
 
 def test_impossible_loads_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An elastic instance beside a static one: medians over pairs, and by how much it is worse."""
+"""An elastic instance compared with a static one: medians over pairs, and the overhead."""
 
 from __future__ import annotations
 

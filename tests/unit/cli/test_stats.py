@@ -1,4 +1,4 @@
-"""Percentiles are values that were measured; gaps count from the fault on."""
+"""Percentiles are measured values; only gaps after the fault count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `starfish status --json` says of each state of a rank."""
+"""`starfish status --json` in each state of a rank."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def reply(rank: int, incarnation: int) -> StatusReply:
 
 
 def view() -> InstanceView:
-    """Two ranks in the map, each holding both experts; an older life of rank 0 is still leased."""
+    """Two ranks in the map, each with both experts. An older incarnation of rank 0 still has a
+    lease."""
     members = tuple(Member(rank=RankId(r), incarnation=Incarnation(2)) for r in (0, 1))
     placement = np.array([[[0, 1], [0, 1]]], dtype=np.int16)
     expert_map = ExpertMap(epoch=Epoch(2), num_experts=2, members=members, placement=placement)

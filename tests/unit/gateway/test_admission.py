@@ -1,4 +1,4 @@
-"""Admission: what is counted in is counted out, and full means refuse."""
+"""Admission: a release undoes its admission, and a full gateway rejects."""
 
 from __future__ import annotations
 

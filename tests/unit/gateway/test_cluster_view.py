@@ -1,4 +1,4 @@
-"""The view of the instance: the newest map wins, and what vanishes from etcd does not stop
+"""The view of the instance: the newest map counts, and keys that vanish from etcd do not stop
 serving."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ async def test_a_malformed_value_is_skipped_and_the_watch_goes_on() -> None:
     etcd = MemoryEtcd(FakeClock())
     store = etcd.client()
     seen: asyncio.Queue[ClusterView] = asyncio.Queue()
-    watch = ClusterWatch(store=store, keys=KEYS, on_view=seen.put_nowait)
+    watch = ClusterWatch(store=store, keys=KEYS, listeners=(seen.put_nowait,))
     running = asyncio.create_task(watch.run())
     await store.put(KEYS.map, b"rubbish")
     await store.put(KEYS.map, pack_map(toy_map(1, [M0])))

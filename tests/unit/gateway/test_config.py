@@ -1,4 +1,4 @@
-"""The gateway's configuration: impossible values stop it with a sentence."""
+"""The gateway's configuration: an impossible value stops it with a sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Text from tokens: put together, it is what decoding all at once gives, and no half character."""
+"""Text from tokens: its pieces joined equal the text of all tokens at once, and no piece ends
+inside a character."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of a rank's prefix cache, and what goes first."""
+"""What is remembered of a rank's prefix cache, and what is forgotten first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of a rank: where there is least work, and never where there is silence."""
+"""The choice of a rank: the least work decides, and a silent rank comes last."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_prefix_does_not_draw_where_there_is_no_room_or_only_silence() -> None
 
 
 def lose(ranks: RankRouter, how: str) -> None:
-    """Member 0, whose link stands again afterwards."""
+    """Makes member 0 lose its cache; its link is open afterwards."""
     if how == "map":
         ranks.on_map([member(1)])
         ranks.on_map([member(0), member(1)])
@@ -221,15 +221,15 @@ def test_a_backup_rank_with_far_more_work_is_not_chosen() -> None:
     assert ranks.choose(PROMPT, backup_rank=RankId(2)) == member(0)
 
 
-def test_copies_of_the_last_token_spare_nothing() -> None:
-    """It is computed in any case, and with it its block."""
+def test_kv_replicas_of_the_last_token_save_nothing() -> None:
+    """The last token is always computed, and with it its block."""
     ranks = router(2)
     ranks.add(member(1), tokens=CACHED_TOKEN_WEIGHT * 80 + 1)
     assert ranks.choose(PROMPT[:96], backup_rank=RankId(1)) == member(0)
 
 
 def hinder(ranks: RankRouter, how: str) -> None:
-    """Member 0."""
+    """Gives the rank `member(0)` a reason not to be chosen."""
     if how == "no link":
         ranks.on_link_broken(member(0))
     elif how == "left out":
@@ -241,7 +241,7 @@ def hinder(ranks: RankRouter, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["no link", "left out", "silent", "no room"])
-def test_copies_do_not_draw_to_where_no_work_should_go(how: str) -> None:
+def test_kv_replicas_do_not_attract_sessions_to_an_unusable_rank(how: str) -> None:
     ranks = router(2)
     ranks.add(member(1), sessions=1, tokens=10)
     assert ranks.choose(PROMPT, backup_rank=RankId(0)) == member(0)
@@ -249,7 +249,7 @@ def test_copies_do_not_draw_to_where_no_work_should_go(how: str) -> None:
     assert ranks.choose(PROMPT, backup_rank=RankId(0)) == member(1)
 
 
-def test_copies_do_not_draw_to_who_refused_just_now() -> None:
+def test_kv_replicas_do_not_attract_a_session_to_a_rank_that_refused_it() -> None:
     ranks = router(2)
     chosen = ranks.choose(PROMPT, avoid=(member(0),), backup_rank=RankId(0))
     assert chosen == member(1)

@@ -1,5 +1,5 @@
-"""Sessions over ranks that come, go, repeat themselves and speak late: clients see the reference
-stream, and nothing ends in silence."""
+"""Sessions on ranks that come, go, and send repeated and late messages: clients see the reference
+stream, and every session ends with a result."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def open_long(table: SessionTable, num_tokens: int = 64) -> tuple[Member, Submit
     return placed, submit
 
 
-def test_a_session_goes_where_its_copies_are_said_to_be_last() -> None:
+def test_a_session_moves_to_the_last_reported_backup_rank() -> None:
     table = new_table(*(member(rank) for rank in range(4)))
     first, submit = open_long(table)
     assert first == member(0)
@@ -167,7 +167,7 @@ def test_a_session_goes_where_its_copies_are_said_to_be_last() -> None:
     assert [m for m, _ in submits(table.on_link_broken(first, 2.0))] == [member(3)]
 
 
-def test_what_a_left_attempt_says_of_copies_does_not_count() -> None:
+def test_a_backup_rank_of_a_left_attempt_does_not_count() -> None:
     table = new_table(*(member(rank) for rank in range(4)))
     first, submit = open_long(table)
     ((second, again),) = submits(table.on_link_broken(first, 1.0))
@@ -176,8 +176,8 @@ def test_what_a_left_attempt_says_of_copies_does_not_count() -> None:
     assert [m for m, _ in submits(table.on_link_broken(second, 2.0))] == [member(3)]
 
 
-def test_copies_of_an_attempt_before_the_last_draw_nobody() -> None:
-    """Its rank has gone, and it is not known for how long they are kept."""
+def test_kv_replicas_of_an_earlier_attempt_do_not_attract_a_session() -> None:
+    """Its rank is gone, and nobody knows how long the replicas are kept."""
     table = new_table(*(member(rank) for rank in range(4)))
     first, submit = open_long(table)
     busy = Load(running=9, waiting=0, tokens=9000, kv_blocks_free=100, kv_blocks=100)
@@ -199,13 +199,14 @@ def test_a_continuation_needs_room_for_what_was_emitted_too() -> None:
 
 
 def reference(submit: Submit, index: int) -> int:
-    """What any rank makes of a session at an index: it depends on the tokens so far alone."""
+    """The token that every rank gives a session at an index: a function of the tokens so far."""
     prompt = submit.tokens[: len(submit.tokens) - submit.num_emitted]
     return (sum(prompt) * 31 + index * 7) % 1000
 
 
 class UnreliableCluster:
-    """Ranks that send their sessions' tokens in pieces, twice, late, and after being left."""
+    """Ranks that send their sessions' tokens in pieces, twice, late, and after the session has
+    left."""
 
     def __init__(self, seed: int, num_ranks: int, lengths: list[int]) -> None:
         self.random = random.Random(seed)
@@ -262,7 +263,8 @@ class UnreliableCluster:
             self.running[place] = (to, submit, index + count)
 
     def deliver(self) -> None:
-        """In order, as a connection does; what was on its way may come again much later."""
+        """Delivers in order, like a connection. Messages in flight may be delivered again much
+        later."""
         if not self.on_the_way:
             return
         to, message = self.on_the_way.popleft()
@@ -276,7 +278,8 @@ class UnreliableCluster:
             self.on_the_way.append((to, frame(submit, index, error="full", retryable=True)))
 
     def kill(self) -> None:
-        """By a broken link, by a map, or by both in either order. It may babble on."""
+        """Loses a rank through a broken link, a map, or both in either order. It may go on
+        sending."""
         rank = self.random.choice(list(self.live))
         old = member(rank, self.live[rank])
         if self.random.random() < 0.5 and old in self.linked:

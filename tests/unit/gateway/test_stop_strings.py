@@ -1,4 +1,4 @@
-"""Stop strings: however the text is cut, the same text comes out."""
+"""Stop strings: the result does not depend on how the text is cut."""
 
 from __future__ import annotations
 

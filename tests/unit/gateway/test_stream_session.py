@@ -1,4 +1,4 @@
-"""A session: every event in every state, and exactly-once under whatever order messages come in."""
+"""A session: every event in every state, and exactly-once delivery for any order of messages."""
 
 from __future__ import annotations
 

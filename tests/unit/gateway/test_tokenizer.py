@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template, and what is said where they are broken."""
+"""The checkpoint's tokenizer and chat template, and the errors if they are broken."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) ->
         await asyncio.sleep(0)
         turns_at.append(clock.now())
     longest_turn = max(b - a for a, b in itertools.pairwise(turns_at))
-    assert longest_turn < (turns_at[-1] - turns_at[0]) / 2  # held, it is nearly the whole
+    assert (
+        longest_turn < (turns_at[-1] - turns_at[0]) / 2
+    )  # if the loop were blocked, nearly all of it
     loaded.close()
 
 

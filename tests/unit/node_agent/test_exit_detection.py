@@ -1,4 +1,4 @@
-"""A process that has begun to die is known by it, and no other."""
+"""A process that has begun to exit is recognised, and no other process is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Iterator[RankProcess]:
-    """One whose memory takes the kernel a while to give back."""
+    """A process whose memory takes the kernel a while to free."""
     log_path = tmp_path / "log"
     argv = [sys.executable, "-c", LARGE]
     process = spawn(argv, environment=os.environ, pass_fds=(), log_path=log_path)
@@ -49,7 +49,7 @@ def first_sign(process: RankProcess) -> Dying:
 
 
 def stat_line(*, state: str = "S", flags: int = 0, pending: int = 0, status: int = 0) -> bytes:
-    """With a command's name that tries to be the rest of the line."""
+    """The name of the command imitates the rest of the line."""
     fields = ["0"] * 50
     fields[0], fields[6], fields[28], fields[49] = state, str(flags), str(pending), str(status)
     return b"42 (a) Z 1 (b) " + " ".join(fields).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""A death reaches etcd: by the lease's end, and by the agent's word."""
+"""An exit reaches etcd: through the end of the lease, and through the agent's report."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The memory for copies of experts goes to every rank, and outlasts the agent that made it as long
-as a rank has it."""
+"""The expert cache's memory goes to every rank, and outlives its agent as long as a rank has it."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def test_a_later_agent_goes_on_with_the_memory_of_ranks_that_run(tmp_path: Path)
         pass_fds=[first.host_experts_fd],
         log_path=tmp_path / "log",
     )
-    os.close(first.host_experts_fd)  # as its end would
+    os.close(first.host_experts_fd)  # as at the agent's exit
     try:
         second = with_expert_cache(COMMAND, 0.5)
         assert os.pread(second.host_experts_fd, 6, 4096) == b"copies"

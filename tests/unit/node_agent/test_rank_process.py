@@ -1,4 +1,4 @@
-"""A rank is recognised by its command line, and by nothing less than all of it."""
+"""A rank is recognised by its command line, and only by all of it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_every_event_in_every_phase(phase: RankPhase, event: RankEvent) -> None:
     if (phase, event) in TRANSITIONS:
         assert EVENTS[event](supervisor) == ACTIONS.get((phase, event), [])
         assert supervisor.phase_of(RANK) is TRANSITIONS[phase, event]
-    elif event is RankEvent.DUE:  # a tick is no event to a rank that does not wait
+    elif event is RankEvent.DUE:  # time passing is no event for a rank that does not wait
         assert EVENTS[event](supervisor) == []
         assert supervisor.phase_of(RANK) is phase
     else:

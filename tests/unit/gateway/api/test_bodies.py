@@ -1,4 +1,4 @@
-"""Bodies: what is tolerated, what is refused, and which field an error names."""
+"""Request bodies: what is ignored, what is rejected, and which field an error names."""
 
 from __future__ import annotations
 
@@ -216,7 +216,9 @@ def test_choices_draw_with_seeds_of_their_own_and_the_first_as_if_alone() -> Non
     seeds = [asked.sampling_for(3, LIMITS, choice).seed for choice in range(50)]
     assert seeds[0] == 11
     assert len(set(seeds)) == 50
-    assert seeds[1] == 7836488980342811034  # a seeded answer stays what it was
+    assert (
+        seeds[1] == 7836488980342811034
+    )  # the same seed must give the same answer in every release
 
 
 def test_without_a_seed_each_request_draws_its_own() -> None:

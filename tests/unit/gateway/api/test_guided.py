@@ -1,4 +1,5 @@
-"""Every way of asking for a form gives one grammar; what cannot be followed is refused by name."""
+"""Each field that demands a form gives one grammar; an error for an unusable form names its
+field."""
 
 from __future__ import annotations
 

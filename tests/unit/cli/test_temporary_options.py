@@ -1,4 +1,4 @@
-"""What a benchmark's own instance is started with."""
+"""The flags and environment of an instance that a benchmark starts for itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.bench.temporary_options import TemporaryInstanceOptions, parse_rank_options
+from cli.bench.temporary_options import TemporaryInstanceOptions
 from shared.errors import ConfigError
 
 
@@ -36,9 +36,8 @@ def test_without_a_model_it_is_the_elastic_reference_size() -> None:
 
 
 def test_options_of_ranks_go_by_their_environment() -> None:
-    given = parse_rank_options(["kv_tokens=65536", "--running-max=128", "replicas=a=b"])
-    assert given == {"kv_tokens": "65536", "running_max": "128", "replicas": "a=b"}
-    assert TemporaryInstanceOptions(rank_options=given).environment() == {
+    texts = ["kv_tokens=65536", "--running-max=128", "replicas=a=b"]
+    assert TemporaryInstanceOptions(rank_options=texts).environment() == {
         "STARFISH_RANK_KV_TOKENS": "65536",
         "STARFISH_RANK_RUNNING_MAX": "128",
         "STARFISH_RANK_REPLICAS": "a=b",
@@ -48,12 +47,13 @@ def test_options_of_ranks_go_by_their_environment() -> None:
 @pytest.mark.parametrize("text", ["kv_tokens", "kv_tokens=", "=5", ""])
 def test_an_option_without_name_or_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--rank-option"):
-        parse_rank_options([text])
+        TemporaryInstanceOptions(rank_options=[text]).check()
 
 
 def test_an_instance_without_cache_keeps_all_other_options() -> None:
-    options = TemporaryInstanceOptions(
-        ranks=2, rank_options={"kv_tokens": "512", "prefix_cache": "true"}
-    )
-    assert options.without_cache().rank_options == {"kv_tokens": "512", "prefix_cache": "false"}
+    options = TemporaryInstanceOptions(ranks=2, rank_options=["kv_tokens=512", "prefix_cache=true"])
+    assert options.without_cache().environment() == {
+        "STARFISH_RANK_KV_TOKENS": "512",
+        "STARFISH_RANK_PREFIX_CACHE": "false",
+    }
     assert options.without_cache().ranks == 2

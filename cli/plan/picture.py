@@ -1,5 +1,5 @@
-"""The picture of `starfish plan --png`: one layer's slots by rank, coloured by expert heat, before
-and after a death."""
+"""The picture of `starfish plan --png`: one layer's slots by rank before and after a death,
+coloured by the load of their experts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from shared.expert_map import Placement
 def save_picture(
     file: Path, before: Placement, after: Placement, loads: NDArray[np.float64], dead: int
 ) -> None:
-    """`before` and `after` are `[num_ranks, slots_per_rank]`. Raises ConfigError where matplotlib
-    is missing or the file cannot be written."""
+    """`before` and `after` are `[num_ranks, slots_per_rank]`. Raises ConfigError if matplotlib is
+    missing or the file cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""One line per change, and none without one."""
+"""Each change gives one line, and nothing else gives any."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""`starfish plan`: placements of clusters that need not exist."""

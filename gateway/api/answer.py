@@ -1,0 +1,92 @@
+"""Answers a job from its generation: as one body, or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+from aiohttp import web
+
+from gateway.api.errors import http_error
+from gateway.api.job import Job
+from gateway.api.responses import DONE, ChunkWriter, error_event, response_body
+from gateway.generation import Generation
+from gateway.stream_session import SessionFailed
+
+log = structlog.get_logger()
+
+WRITE_TIMEOUT_S = 60.0
+"""A client that reads nothing for this long counts as gone."""
+
+RANK_HEADER = "x-starfish-rank"
+"""Header of a stream: the ranks on which its choices began, so that a client can tell which streams
+a death affects."""
+
+_EVENT_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+async def answer_whole(generation: Generation, job: Job) -> web.Response:
+    """Raises SessionFailed."""
+    writers = job.choice_writers()
+    while not generation.done:
+        for delta in await generation.next_deltas():
+            writers[delta.choice].take(delta)
+    body = response_body(
+        job.header,
+        [writer.choice() for writer in writers],
+        job.usage(generation),
+        with_token_ids=job.options.return_token_ids,
+    )
+    return web.Response(body=body, content_type="application/json")
+
+
+async def answer_stream(
+    request: web.Request, generation: Generation, job: Job
+) -> web.StreamResponse:
+    """One write per batch of tokens. Raises SessionFailed for a failure before the first batch; a
+    later one becomes the stream's last event."""
+    deltas = await generation.next_deltas()
+    ranks = ",".join(str(rank) for rank in generation.ranks)
+    response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
+    chunks = ChunkWriter(
+        job.header,
+        with_token_ids=job.options.return_token_ids,
+        include_usage=job.options.include_usage,
+    )
+    writers = job.choice_writers()
+    try:
+        await response.prepare(request)
+        data = b"".join(chunks.role_chunk(index) for index in range(len(job.tasks)))
+        while True:
+            data += b"".join(writers[d.choice].chunk(d, chunks) for d in deltas)
+            if generation.done:
+                if job.options.include_usage:
+                    data += chunks.usage_chunk(job.usage(generation))
+                data += DONE
+            if data:
+                await _write(request, response, data)
+            if generation.done:
+                break
+            data = b""
+            deltas = await generation.next_deltas()
+    except SessionFailed as error:
+        await response.write(error_event(http_error(error).body))
+    except (ConnectionError, TimeoutError):
+        log.info("client_gone", request=job.header.id)
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Raises TimeoutError if the client reads nothing for WRITE_TIMEOUT_S."""
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size() == 0:
+        await response.write(data)  # cannot wait long, and a timeout costs more than the write
+        return
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
+        await response.write(data)
