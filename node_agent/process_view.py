@@ -1,5 +1,5 @@
-"""What the kernel says of a rank's process: whether it runs, waits for a CPU, sleeps, or is stopped.
-Silence alone cannot tell a starved process from a hung one; this can.
+"""What the kernel says of a rank's process: whether it runs, waits for a CPU, sleeps, or is
+stopped. Silence alone cannot tell a starved process from a hung one; this can.
 
 Two samples some milliseconds apart are compared:
 

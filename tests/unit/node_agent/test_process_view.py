@@ -1,4 +1,4 @@
-"""What the kernel says of real processes: one that computes, sleeps, waits for a CPU, is stopped."""
+"""What the kernel says of real processes: one computes, one sleeps, one waits for a CPU."""
 
 from __future__ import annotations
 
