@@ -3,8 +3,8 @@
 A prefix can be heard of in several ways at once: its watch, a read after a write of unknown
 outcome, the results of own transactions. They arrive in any order. etcd gives every change a
 revision that only grows, so a change is news if and only if its revision is above that of the last
-change of the same key. That holds for deletions, too: a key that is gone keeps the revision at which
-it went, so that a read that etcd answered earlier does not bring it back.
+change of the same key. That holds for deletions, too: a key that is gone keeps the revision at
+which it went, so that a read that etcd answered earlier does not bring it back.
 """
 
 from __future__ import annotations
