@@ -8,7 +8,7 @@ nothing, too, and will go on. What its kernel says, through its node agent, says
     stopped (SIGSTOP)                   others answer   `stopped_s`: nothing wakes it by itself
     stopped                             silent as well  `host_pause_s`
     running, starved, sleeping          any             `hung_s`
-    nothing, or not lately              others answer   `unseen_s`: cut off, or paused with its agent
+    nothing, or not lately               others answer   `unseen_s`: cut off, or its host is paused
     nothing, or not lately              silent as well  `host_pause_s`
 
 A host is silent if all of its members that were asked are, and they are at least two, or if its
