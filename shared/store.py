@@ -31,11 +31,14 @@ class WatchEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All keys under the prefix, at the start of a watch and again wherever events may have been
-    missed (compaction): replace what you know by it."""
+    """All keys under the prefix as they stood at `revision`: at the start of a watch, and again if
+    events may have been missed (compaction). It may be older than what is known already:
+    `shared.revisions` says what of it is news. `restored`: etcd came back with other data and
+    counts its revisions anew, so that the snapshot replaces everything."""
 
     revision: int
     values: tuple[KeyValue, ...]
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

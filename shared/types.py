@@ -111,3 +111,12 @@ class DeviceKind(Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class ProcessState(Enum):
+    """What the kernel says of a rank's process. STARVED: it would run, but gets no CPU."""
+
+    RUNNING = "running"
+    STARVED = "starved"
+    SLEEPING = "sleeping"
+    STOPPED = "stopped"

@@ -1,0 +1,98 @@
+"""For how long a suspected member may be silent before that alone makes it dead. Pure.
+
+Silence says little: a process that loads weights, waits for a CPU or lies in a paused host says
+nothing, too, and will go on. What its kernel says, through its node agent, says more:
+
+    the node agent says                 its host        a member may be silent for
+    ----------------------------------+---------------+--------------------------------------
+    stopped (SIGSTOP)                   others answer   `stopped_s`: nothing wakes it by itself
+    stopped                             silent as well  `host_pause_s`
+    running, starved, sleeping          any             `hung_s`
+    nothing, or not lately               others answer   `unseen_s`: cut off, or its host is paused
+    nothing, or not lately              silent as well  `host_pause_s`
+
+A host is silent if all of its members that were asked are, and they are at least two, or if its
+node agent has itself stood still. All but `stopped_s` grow with the slowest answers that this
+instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is longer than a
+second: no bounded pause up to that ends a life.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.errors import ConfigError
+from shared.types import ProcessState
+
+_SPAN_S = 30.0
+_TIMES_USUAL = 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilenceTimings:
+    """`override_s`: if above 0, the same patience for all, in place of what is learnt."""
+
+    stopped_s: float = 0.12
+    host_pause_s: float = 1.5
+    hung_s: float = 3.0
+    unseen_s: float = 1.25
+    override_s: float = 0.0
+
+    def check(self, lease_ttl_s: float) -> None:
+        """Raises ConfigError if the last backstop, the lease, would come first."""
+        longest_s = self.override_s or max(self.hung_s, self.host_pause_s, self.unseen_s)
+        if longest_s >= lease_ttl_s:
+            raise ConfigError(
+                f"--suspicion-window-ms {longest_s * 1000:.0f} must be under the lease TTL "
+                f"({lease_ttl_s} s)"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilenceEvidence:
+    """`view`: what the node agent said lately, None if it said nothing. `usual_s`: of `Rhythm`."""
+
+    view: ProcessState | None
+    is_host_silent: bool
+    usual_s: float
+
+
+def patience_s(evidence: SilenceEvidence, timings: SilenceTimings) -> float:
+    """How long the member may be silent, in seconds of attentive time."""
+    is_stopped = evidence.view is ProcessState.STOPPED
+    if is_stopped and not evidence.is_host_silent:
+        return min(timings.stopped_s, timings.override_s or timings.stopped_s)
+    if timings.override_s > 0:
+        return timings.override_s
+    if evidence.view is not None and not is_stopped:
+        floor_s = timings.hung_s
+    elif evidence.is_host_silent:
+        floor_s = timings.host_pause_s
+    else:
+        floor_s = timings.unseen_s
+    return max(floor_s, _TIMES_USUAL * evidence.usual_s)
+
+
+class Rhythm:
+    """The slowest answer of any trusted member within the last half minute to minute."""
+
+    def __init__(self, now: float) -> None:
+        self._began_at = now
+        self._longest_s = 0.0
+        self._longest_before_s = 0.0
+
+    def observe(self, answer_s: float, now: float) -> None:
+        """`answer_s`: how old a member's sign of life was when it was heard."""
+        self._roll(now)
+        self._longest_s = max(self._longest_s, answer_s)
+
+    def usual_s(self, now: float) -> float:
+        self._roll(now)
+        return max(self._longest_s, self._longest_before_s)
+
+    def _roll(self, now: float) -> None:
+        spans = int((now - self._began_at) / _SPAN_S)
+        if spans > 0:
+            self._longest_before_s = self._longest_s if spans == 1 else 0.0
+            self._longest_s = 0.0
+            self._began_at += spans * _SPAN_S
