@@ -187,12 +187,12 @@ class ClusterState:
                 self.records[value.member] = value
                 return [RecordPut(record=value)]
             case SlotContents():
-                self._contents(key)[member_of(value)] = value
+                self._contents(key)[value.member] = value
             case Suspicion():
                 self.suspicions[key] = value
                 return [SuspicionRaised(suspicion=value)]
             case Verdict():
-                self.verdicts[member_of(value)] = value
+                self.verdicts[value.member] = value
                 return [VerdictPut(verdict=value)]
             case ExpertMap():
                 return [MapPut(expert_map=value)]
@@ -210,18 +210,14 @@ class ClusterState:
                 self.records.pop(record.member, None)
                 return [RecordDeleted(member=record.member)]
             case SlotContents() as contents:
-                self._contents(key).pop(member_of(contents), None)
+                self._contents(key).pop(contents.member, None)
             case Suspicion():
                 self.suspicions.pop(key, None)
             case Verdict() as verdict:
-                self.verdicts.pop(member_of(verdict), None)
+                self.verdicts.pop(verdict.member, None)
             case LeaderRecord():
                 return [LeaderDeleted()]
         return []
 
     def _contents(self, key: str) -> dict[Member, SlotContents]:
         return self.residents if key.startswith(self.keys.residents) else self.assignments
-
-
-def member_of(value: SlotContents | Suspicion | Verdict) -> Member:
-    return Member(rank=value.rank, incarnation=value.incarnation)

@@ -29,13 +29,12 @@ from control_plane.prober import Prober
 from control_plane.publisher import Publisher
 from control_plane.spec_publisher import publish_spec
 from control_plane.telemetry import Metrics
-from control_plane.verdicts import DeclaredDead
 from control_plane.writes import Assign, DeclareDead, PlanHeal, PublishMap, Write
 from shared.clock import Clock
 from shared.errors import StoreError
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
-from shared.records import InstanceSpec, RankRecord
+from shared.records import InstanceSpec, RankRecord, Verdict
 from shared.store import Snapshot, Store, WatchEvent
 from shared.types import Member
 
@@ -209,7 +208,7 @@ class Driver:
         if written.error is not None:
             log.warning("write_failed", error=str(written.error))
         elif isinstance(written.write, DeclareDead | Assign) and written.write.verdicts:
-            declared_dead = [f"{v.rank}.{v.incarnation}" for v in written.write.verdicts]
+            declared_dead = [str(v.member) for v in written.write.verdicts]
             log.warning("declared_dead_without_map", members=declared_dead)
         elif isinstance(written.write, PublishMap):
             expert_map = written.write.expert_map
@@ -294,14 +293,14 @@ class Driver:
 
     def _log_judgements(self, leader_term: LeaderTerm) -> None:
         for item in leader_term.take_judgements():
-            if isinstance(item, DeclaredDead):
+            if isinstance(item, Verdict):
                 took_s = item.decided_at - item.first_signal_at
                 self._metrics.verdicts.labels(item.cause.value).inc()
                 self._metrics.verdict_s.observe(took_s)
                 log.warning(
                     "rank_declared_dead",
-                    rank=item.member.rank,
-                    incarnation=item.member.incarnation,
+                    rank=item.rank,
+                    incarnation=item.incarnation,
                     cause=item.cause.value,
                     signals=[f"{s.by}:{s.reason.value}" for s in item.signals],
                     verdict_ms=round(took_s * 1000, 1),

@@ -34,9 +34,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead, Judgement
+from control_plane.judgements import Alarm, AlarmKind, Judgement
 from control_plane.watched_member import ProbeState, WatchedMember
-from shared.records import Suspicion
+from shared.records import Suspicion, Verdict
 from shared.types import Epoch, Member, Step, SuspicionReason
 from shared.wire import Pong
 
@@ -125,8 +125,7 @@ class FailureDetector:
 
     def on_suspicion(self, suspicion: Suspicion, now: float) -> list[Judgement]:
         self._advance_attentive_time(now)
-        member = Member(rank=suspicion.rank, incarnation=suspicion.incarnation)
-        watched = self._watched.get(member)
+        watched = self._watched.get(suspicion.member)
         if watched is None:
             return []
         watched.exited |= suspicion.reason is SuspicionReason.EXIT
@@ -370,12 +369,14 @@ class FailureDetector:
         self._note_progress(0, 0, forget=True)
         return [self._declare_dead(worst, SuspicionReason.LINK)]
 
-    def _declare_dead(self, watched: WatchedMember, cause: SuspicionReason) -> DeclaredDead:
+    def _declare_dead(self, watched: WatchedMember, cause: SuspicionReason) -> Verdict:
         del self._watched[watched.member]
-        return DeclaredDead(
-            member=watched.member,
+        return Verdict(
+            rank=watched.member.rank,
+            incarnation=watched.member.incarnation,
             cause=cause,
             signals=tuple(watched.signals),
+            epoch=Epoch(0),
             first_signal_at=watched.first_signal_at,
             decided_at=self._now,
         )

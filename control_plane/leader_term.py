@@ -13,6 +13,7 @@ from control_plane.cluster_state import (
     VerdictPut,
 )
 from control_plane.failure_detector import DetectorTimings, FailureDetector
+from control_plane.judgements import Alarm, Judgement
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
@@ -21,9 +22,9 @@ from control_plane.probe_events import (
     ProbePong,
     ProbeRefused,
 )
-from control_plane.verdicts import Alarm, DeclaredDead, Judgement
 from control_plane.writes import Decision
 from shared.expert_map import ExpertMap
+from shared.records import Verdict
 
 _RECHECK_S = 0.05
 
@@ -39,7 +40,7 @@ class LeaderTerm:
         self._view = view
         self._decided_on: object = None
         self._decided_at = now
-        self._dead: list[DeclaredDead] = []
+        self._dead: list[Verdict] = []
         self._alarms: list[Alarm] = []
         for record in view.records.values():
             self.on_change(RecordPut(record=record), now)
@@ -92,9 +93,9 @@ class LeaderTerm:
         self._decided_on, self._decided_at = state, now
         return self.membership.decide(now, frozen=self.detector.frozen)
 
-    def take_judgements(self) -> list[DeclaredDead | Alarm]:
+    def take_judgements(self) -> list[Judgement]:
         """What happened since the last call, for the log."""
-        judgements: list[DeclaredDead | Alarm] = [*self._dead, *self._alarms]
+        judgements: list[Judgement] = [*self._dead, *self._alarms]
         judgements += self.membership.take_alarms()
         self._dead, self._alarms = [], []
         return judgements
@@ -106,7 +107,7 @@ class LeaderTerm:
 
     def _take(self, judgements: list[Judgement]) -> None:
         for judgement in judgements:
-            if isinstance(judgement, DeclaredDead):
+            if isinstance(judgement, Verdict):
                 self.membership.on_dead(judgement)
                 self._dead.append(judgement)
             else:

@@ -33,16 +33,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from control_plane.cluster_state import ClusterState, member_of
+from control_plane.cluster_state import ClusterState
+from control_plane.judgements import Alarm, AlarmKind
 from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealStep
 from control_plane.plans import plan_formation, plan_join, plan_shrink
 from control_plane.residency import Residency
-from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead, declared_dead_of, verdict_of
 from control_plane.writes import (
     Assign,
     Decision,
@@ -78,7 +78,7 @@ class Membership:
         self._policy = policy
         self._view = view
         self._adoption = MapAdoption(policy.adoption_timeout_s)
-        self._dead: dict[Member, DeclaredDead] = {}
+        self._dead: dict[Member, Verdict] = {}
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
         self._quiet_state: object = None
@@ -97,12 +97,13 @@ class Membership:
         expert_map = self._view.expert_map
         return tuple(m for m in self._dead if expert_map is not None and expert_map.has(m))
 
-    def on_dead(self, dead: DeclaredDead) -> None:
-        self._dead[dead.member] = dead
+    def on_dead(self, verdict: Verdict) -> None:
+        """A new verdict of the failure detector."""
+        self._dead[verdict.member] = verdict
 
     def on_verdict(self, verdict: Verdict) -> None:
-        """Of an earlier leader, perhaps, whose map still names the dead."""
-        self._dead.setdefault(member_of(verdict), declared_dead_of(verdict))
+        """A verdict that etcd holds, perhaps of an earlier leader."""
+        self._dead.setdefault(verdict.member, verdict)
 
     def on_adopted(self, member: Member, epoch: Epoch) -> None:
         """A rank says under which map it runs; again and again."""
@@ -205,7 +206,7 @@ class Membership:
     def _fresh_verdicts(self, members: Iterable[Member]) -> tuple[Verdict, ...]:
         """On those that are dead and have no verdict yet."""
         fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
-        return tuple(verdict_of(self._dead[m], self._next_epoch()) for m in fresh)
+        return tuple(replace(self._dead[m], epoch=self._next_epoch()) for m in fresh)
 
     # Joiners.
 
@@ -292,7 +293,7 @@ class Membership:
             if m not in current_members
         )
         stale_suspicions = (
-            k for k, s in self._view.suspicions.items() if member_of(s) not in current_members
+            k for k, s in self._view.suspicions.items() if s.member not in current_members
         )
         keys = tuple(itertools.islice(itertools.chain(gone, stale_suspicions), _DELETED_KEYS_MAX))
         return DeleteKeys(keys=keys) if keys else None
@@ -322,7 +323,7 @@ class Membership:
         )
         return PublishMap(
             expert_map=expert_map,
-            verdicts=tuple(verdict_of(self._dead[m], epoch) for m in leavers),
+            verdicts=tuple(replace(self._dead[m], epoch=epoch) for m in leavers),
             assignments=assignments,
         )
 

@@ -99,7 +99,7 @@ class Prober:
                 welcome = await read_message(reader)
             if not isinstance(welcome, Welcome):
                 return False
-            if Member(rank=welcome.rank, incarnation=welcome.incarnation) != record.member:
+            if welcome.member != record.member:
                 raise ConnectionRefusedError("somebody else listens at its address")
             await self._report(ProbeConnected(member=record.member))
             async with asyncio.TaskGroup() as group:

@@ -113,10 +113,7 @@ class RankLink:
         member = self.member
         if welcome is None:
             raise WireError("the connection was closed before Welcome")
-        if (
-            not isinstance(welcome, Welcome)
-            or Member(rank=welcome.rank, incarnation=welcome.incarnation) != member
-        ):
+        if not isinstance(welcome, Welcome) or welcome.member != member:
             where = f"{self.record.control_host}:{self.record.control_port}"
             raise WireError(f"{where} is not rank {member}")
 

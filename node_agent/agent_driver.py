@@ -152,8 +152,9 @@ class AgentDriver:
             for each in values:
                 if each.value is not None:
                     verdict = unpack_record(each.value, Verdict)
-                    member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-                    self._perform(self.supervisor.on_declared_dead(member, self.clock.now()))
+                    self._perform(
+                        self.supervisor.on_declared_dead(verdict.member, self.clock.now())
+                    )
             self._changed.set()
 
     async def _poll_for_exits(self) -> None:

@@ -22,7 +22,7 @@ async def handshake(
     """Raises WireError where another life answers, TimeoutError, ConnectionError."""
     writer.write(encode(Hello(role="rank", name=str(own))))
     welcome = await expect(reader, Welcome)
-    if (welcome.rank, welcome.incarnation) != (peer.rank, peer.incarnation):
+    if welcome.member != peer.member:
         raise WireError(f"{peer.control_host}:{peer.control_port} is not rank {peer.member}")
     writer.write(encode(Ping(nonce=0)))
     await expect(reader, Pong)

@@ -96,6 +96,10 @@ class SlotContents:
     slots: bytes
     epoch: Epoch = Epoch(0)
 
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
     def array(self) -> Placement:
         """`[num_layers, slots_per_rank]`, a fresh writable copy."""
         flat = np.frombuffer(self.slots, dtype="<i2").astype(np.int16)
@@ -127,18 +131,30 @@ class Suspicion:
     raised_at: float
     detail: str = ""
 
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The control plane's judgement that an incarnation is dead, with the signals it rests on."""
+    """The control plane's judgement that an incarnation is dead, with the signals that led to it.
+
+    The failure detector makes it with epoch 0. Membership sets `epoch` before the verdict is
+    written to etcd. Times are the control plane's `Clock.now()`, in seconds.
+    """
 
     rank: RankId
     incarnation: Incarnation
     cause: SuspicionReason
     signals: tuple[Suspicion, ...]
-    epoch: Epoch  # of the map that leaves the rank out
+    epoch: Epoch  # of the map that leaves the rank out; 0 until membership has chosen it
     first_signal_at: float
     decided_at: float
+
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,10 @@ class Welcome:
     rank: RankId
     incarnation: Incarnation
 
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:

@@ -133,8 +133,7 @@ class FaultObserver:
                 continue
             match decode_value(self._keys, item.key, item.value):
                 case Verdict() as verdict:
-                    member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-                    self._verdicts[member] = verdict
+                    self._verdicts[verdict.member] = verdict
                 case ExpertMap() as expert_map:
                     self._maps[expert_map.epoch] = expert_map
 

@@ -274,6 +274,5 @@ class MembershipDriver:
             return membership.on_assignment(unpack(value, SlotContents))
         if key.startswith(keys.verdicts):
             verdict = unpack(value, Verdict)
-            dead = Member(rank=verdict.rank, incarnation=verdict.incarnation)
-            return membership.on_verdict(dead, verdict.epoch)
+            return membership.on_verdict(verdict.member, verdict.epoch)
         return []

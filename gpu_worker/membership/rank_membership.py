@@ -208,7 +208,7 @@ class RankMembership:
         return actions
 
     def on_assignment(self, contents: SlotContents) -> list[MembershipAction]:
-        if Member(rank=contents.rank, incarnation=contents.incarnation) != self._member:
+        if contents.member != self._member:
             return []
         self._wanted = contents.array()
         self._wanted_epoch = contents.epoch

@@ -103,7 +103,7 @@ class SimAgent:
                 for each in seen.values if isinstance(seen, Snapshot) else (seen,):
                     if each.value is not None:
                         verdict = unpack_record(each.value, Verdict)
-                        member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
+                        member = verdict.member
                         self._perform(self._supervisor.on_declared_dead(member, self._clock.now()))
                 self._changed.set()
 

@@ -272,7 +272,7 @@ class ControlPlaneHarness:
                     "a named expert is not resident"
                 )
         left = set(before.members if before else ()) - set(published.members)
-        verdicts = {Member(rank=v.rank, incarnation=v.incarnation) for v in write.verdicts}
+        verdicts = {v.member for v in write.verdicts}
         assert left == verdicts, "exactly those with a verdict leave"
         assert all(v.epoch == published.epoch for v in write.verdicts)
         assert not self.removed_members & set(published.members), "a dead incarnation is back"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from control_plane.failure_detector import DetectorTimings, FailureDetector
-from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead, Judgement
-from shared.records import Suspicion
+from control_plane.judgements import Alarm, AlarmKind, Judgement
+from shared.records import Suspicion, Verdict
 from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
 from shared.wire import Load, Pong
 
@@ -92,7 +92,7 @@ class DetectorHarness:
 
     @property
     def dead(self) -> dict[int, SuspicionReason]:
-        return {n.member.rank: n.cause for n in self.news if isinstance(n, DeclaredDead)}
+        return {n.member.rank: n.cause for n in self.news if isinstance(n, Verdict)}
 
     @property
     def alarms(self) -> list[AlarmKind]:
@@ -461,7 +461,7 @@ def test_a_verdict_carries_its_signals_and_times(harness: DetectorHarness) -> No
     harness.pass_time(0.05, 0, 2, 3)
     harness.suspect(1, SuspicionReason.LINK)
     harness.pass_time(0.3, 0, 2, 3)
-    (dead,) = [n for n in harness.news if isinstance(n, DeclaredDead)]
+    (dead,) = [n for n in harness.news if isinstance(n, Verdict)]
     assert dead.first_signal_at == began_at
     assert began_at + TIMINGS.window_s <= dead.decided_at <= began_at + TIMINGS.window_s + 0.03
     assert [s.reason for s in dead.signals] == [SuspicionReason.EXCHANGE, SuspicionReason.LINK]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from control_plane.failure_detector import DetectorTimings
-from control_plane.verdicts import Alarm, AlarmKind, DeclaredDead
+from control_plane.judgements import Alarm, AlarmKind
 from control_plane.writes import Assign, DeclareDead, DeleteKeys, PublishMap
-from shared.records import SlotContents, pack_record
+from shared.records import SlotContents, Verdict, pack_record
 from shared.store import Delete, Put
 from shared.types import EMPTY_SLOT, Epoch, SuspicionReason
 from tests.unit.control_plane.harness import POLICY, ControlPlaneHarness, spec
@@ -275,10 +275,13 @@ def harness_with_three_dead() -> ControlPlaneHarness:
     """Three of four are judged dead, and the last cannot hold all experts."""
     harness = formed()
     for rank in (0, 1, 2):
-        dead = DeclaredDead(
-            member=harness.ranks[rank].member,
+        member = harness.ranks[rank].member
+        dead = Verdict(
+            rank=member.rank,
+            incarnation=member.incarnation,
             cause=SuspicionReason.SILENCE,
             signals=(),
+            epoch=Epoch(0),
             first_signal_at=0.0,
             decided_at=harness.clock.now(),
         )
@@ -288,7 +291,7 @@ def harness_with_three_dead() -> ControlPlaneHarness:
 
 
 def declared_dead(harness: ControlPlaneHarness) -> list[str]:
-    return [f"{v.rank}.{v.incarnation}" for w in death_declarations(harness) for v in w.verdicts]
+    return [str(v.member) for w in death_declarations(harness) for v in w.verdicts]
 
 
 def death_declarations(harness: ControlPlaneHarness) -> list[DeclareDead]:
