@@ -9,34 +9,32 @@ from dataclasses import dataclass
 
 import structlog
 
-from control_plane.cluster_state import (
-    ClusterState,
-    LeaderDeleted,
-    LeaderPut,
-    MalformedValue,
-    MapPut,
-    RecordPut,
-    StateChange,
-)
+from control_plane.control_reporter import ControlReporter
 from control_plane.election import Election
 from control_plane.failure_detector import DetectorTimings
 from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
-from control_plane.placement import HealStep, advise, compute_fault_tolerance, describe
+from control_plane.placement import HealStep
 from control_plane.probe_events import ProbeEvent
+from control_plane.probe_targets import ProbeTargets
 from control_plane.prober import Prober
 from control_plane.publisher import Publisher
 from control_plane.spec_publisher import publish_spec
+from control_plane.state_applier import (
+    LeaderDeleted,
+    LeaderPut,
+    MalformedValue,
+    StateApplier,
+    StateChange,
+)
 from control_plane.telemetry import Metrics
-from control_plane.writes import Assign, DeclareDead, PlanHeal, PublishMap, Write
+from control_plane.writes import PlanHeal, Write
 from shared.clock import Clock
 from shared.errors import StoreError
-from shared.expert_map import ExpertMap
 from shared.keys import Keys
-from shared.records import InstanceSpec, RankRecord, Verdict
+from shared.records import InstanceSpec
 from shared.store import Snapshot, Store, WatchEvent
-from shared.types import Member
 
 log = structlog.get_logger()
 
@@ -95,13 +93,13 @@ class Driver:
         self._spec = spec
         self._policy = policy
         self._timings = timings
-        self._metrics = metrics
-        self._view = ClusterState(keys)
+        self._reporter = ControlReporter(metrics)
+        self._cluster = StateApplier(keys)
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._election = Election(name=name, ttl_s=leader_ttl_s)
         self._leadership = Leadership(
             store=store,
-            view=self._view,
+            cluster=self._cluster,
             election=self._election,
             clock=clock,
             name=name,
@@ -119,7 +117,7 @@ class Driver:
         self._leader_term: LeaderTerm | None = None
         self._write_under_way = False
         self._spec_published = False
-        self._last_records: dict[Member, RankRecord] = {}
+        self._probe_targets = ProbeTargets()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set; then gives up the leader key. Raises ConfigError where the instance
@@ -139,12 +137,12 @@ class Driver:
             group.create_task(self._loop(group))
 
     def health(self) -> dict[str, object]:
-        expert_map, leader = self._view.expert_map, self._view.leader
+        expert_map, leader = self._cluster.state.expert_map, self._cluster.state.leader
         return {
-            "synced": self._view.synced,
+            "synced": self._cluster.state.synced,
             "leading": self._election.may_act(self._clock.now()),
             "leader": leader.control_plane if leader else None,
-            "term": self._view.term,
+            "term": self._cluster.state.term,
             "epoch": expert_map.epoch if expert_map else 0,
             "members": [str(m) for m in expert_map.members] if expert_map else [],
             "frozen": self._leader_term.detector.frozen if self._leader_term else False,
@@ -165,10 +163,10 @@ class Driver:
             now = self._clock.now()
             await self._begin_or_end_term(now)
             if self._leader_term is not None:
-                self._leader_term.on_tick(now)
-                self._log_judgements(self._leader_term)
+                self._leader_term.on_tick(self._cluster.state, now)
+                self._reporter.report_judgements(self._leader_term.take_judgements())
                 self._act(group, self._leader_term, now)
-            self._update_metrics()
+            self._reporter.update_gauges(self._cluster.state, self._leader_term)
 
     async def _next_events(self) -> list[Event]:
         urgent = self._leader_term is not None and self._leader_term.detector.urgent
@@ -187,7 +185,7 @@ class Driver:
         now = self._clock.now()
         match event:
             case Snapshot() | WatchEvent():
-                self._handle_changes(self._view.apply(event), now)
+                self._handle_changes(self._cluster.apply(event), now)
                 if isinstance(event, Snapshot):
                     self._leadership.notify()
             case Written():
@@ -204,32 +202,16 @@ class Driver:
     def _handle_written(self, written: Written, now: float) -> None:
         outcome = written.outcome
         for item in (outcome,) if isinstance(outcome, Snapshot) else outcome:
-            self._handle_changes(self._view.apply(item), now)
-        if written.error is not None:
-            log.warning("write_failed", error=str(written.error))
-        elif isinstance(written.write, DeclareDead | Assign) and written.write.verdicts:
-            declared_dead = [str(v.member) for v in written.write.verdicts]
-            log.warning("declared_dead_without_map", members=declared_dead)
-        elif isinstance(written.write, PublishMap):
-            expert_map = written.write.expert_map
-            self._metrics.publish_s.observe(now - expert_map.published_at)
-            log.info(
-                "map_published",
-                epoch=expert_map.epoch,
-                members=[str(m) for m in expert_map.members],
-                cause=expert_map.cause,
-                publish_ms=round((now - expert_map.published_at) * 1000, 1),
-            )
-            if not written.write.verdicts:  # after a death there is something better to do
-                self._log_fault_tolerance(expert_map)
+            self._handle_changes(self._cluster.apply(item), now)
+        self._reporter.report_write(written.write, written.error, self._cluster.state, now)
 
     def _handle_changes(self, changes: list[StateChange], now: float) -> None:
         for change in changes:
             if isinstance(change, MalformedValue):
                 log.error("malformed_value", key=change.key, error=change.error)
-            self._remember_record(change)
+            self._probe_targets.on_change(change, self._cluster.state)
             if self._leader_term is not None:
-                self._leader_term.on_change(change, now)
+                self._leader_term.on_change(change, self._cluster.state, now)
             if isinstance(change, LeaderPut | LeaderDeleted):
                 self._leadership.notify()
 
@@ -237,24 +219,25 @@ class Driver:
         """A leader term begins and ends with the right to act."""
         if not self._election.may_act(now):
             if self._leader_term is not None:
-                log.warning("leadership_ended", leader=self._view.leader)
+                log.warning("leadership_ended", leader=self._cluster.state.leader)
                 self._leader_term, self._spec_published = None, False
                 self._prober.watch(())
             return
         if self._leader_term is None:
-            log.info("leadership_won", term=self._view.term)
-            self._leader_term = LeaderTerm(self._view, self._policy, self._timings, now)
+            log.info("leadership_won", term=self._cluster.state.term)
+            self._leader_term = LeaderTerm(self._cluster.state, self._policy, self._timings, now)
         if not self._spec_published:
             self._spec_published = await publish_spec(
-                self._store, self._view, self._spec, self._election.leader_revision
+                self._store, self._cluster, self._spec, self._election.leader_revision
             )
 
     def _act(self, group: asyncio.TaskGroup, leader_term: LeaderTerm, now: float) -> None:
-        self._prober.watch(self._targets(leader_term))
+        dead = leader_term.membership.dead
+        self._prober.watch(self._probe_targets.records(self._cluster.state, dead))
         self._prober.set_urgent(leader_term.detector.urgent)
         if self._write_under_way or not self._spec_published:
             return
-        decision = leader_term.decide(now)
+        decision = leader_term.decide(self._cluster.state, now)
         if isinstance(decision, PlanHeal):
             group.create_task(self._plan(leader_term, decision))
         elif decision is not None:
@@ -266,7 +249,7 @@ class Driver:
         await self._inbox.put(Planned(leader_term=leader_term, plan=plan, step=step))
 
     async def _write(self, write: Write, leader_revision: int) -> None:
-        map_revision = self._view.revision_of(self._keys.map)
+        map_revision = self._cluster.state.revision_of(self._keys.map)
         try:
             events = await self._publisher.write(write, leader_revision, map_revision)
             written = Written(write=write, outcome=events, error=None)
@@ -274,53 +257,3 @@ class Driver:
             snapshot = await self._publisher.reread()
             written = Written(write=write, outcome=snapshot, error=error)
         await self._inbox.put(written)
-
-    def _targets(self, leader_term: LeaderTerm) -> list[RankRecord]:
-        """All that are registered, and members that lost their registration and may live still."""
-        records, expert_map = self._view.records, self._view.expert_map
-        dead = leader_term.membership.dead
-        kept = {m for m in (expert_map.members if expert_map else ()) if m not in dead}
-        return [r for m, r in self._last_records.items() if m in records or m in kept]
-
-    def _remember_record(self, change: StateChange) -> None:
-        """The last record of every member, on standby too: the next leader may have to ask those
-        whose leases etcd's own trouble made expire."""
-        if isinstance(change, RecordPut):
-            self._last_records[change.record.member] = change.record
-        elif isinstance(change, MapPut):
-            kept = {*self._view.records, *change.expert_map.members}
-            self._last_records = {m: r for m, r in self._last_records.items() if m in kept}
-
-    def _log_judgements(self, leader_term: LeaderTerm) -> None:
-        for item in leader_term.take_judgements():
-            if isinstance(item, Verdict):
-                took_s = item.decided_at - item.first_signal_at
-                self._metrics.verdicts.labels(item.cause.value).inc()
-                self._metrics.verdict_s.observe(took_s)
-                log.warning(
-                    "rank_declared_dead",
-                    rank=item.rank,
-                    incarnation=item.incarnation,
-                    cause=item.cause.value,
-                    signals=[f"{s.by}:{s.reason.value}" for s in item.signals],
-                    verdict_ms=round(took_s * 1000, 1),
-                )
-            else:
-                self._metrics.alarms.labels(item.kind.value).inc()
-                log.error("alarm", kind=item.kind.value, detail=item.detail)
-
-    def _log_fault_tolerance(self, expert_map: ExpertMap) -> None:
-        records = self._view.records
-        if any(m not in records for m in expert_map.members):
-            return
-        nodes = {m.rank: records[m].node for m in expert_map.members}
-        tolerance = compute_fault_tolerance(expert_map, nodes)
-        self._metrics.survivable.set(tolerance.rank_failures)
-        log.info("fault_tolerance", text=describe(tolerance, advise(expert_map, nodes)))
-
-    def _update_metrics(self) -> None:
-        expert_map, leader_term = self._view.expert_map, self._leader_term
-        self._metrics.epoch.set(expert_map.epoch if expert_map else 0)
-        self._metrics.members.set(len(expert_map.members) if expert_map else 0)
-        self._metrics.leader.set(leader_term is not None)
-        self._metrics.suspected.set(len(leader_term.detector.suspected) if leader_term else 0)

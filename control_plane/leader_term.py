@@ -3,15 +3,7 @@ the view at every election won."""
 
 from __future__ import annotations
 
-from control_plane.cluster_state import (
-    ClusterState,
-    MapPut,
-    RecordDeleted,
-    RecordPut,
-    StateChange,
-    SuspicionRaised,
-    VerdictPut,
-)
+from control_plane.cluster_state import ClusterState
 from control_plane.failure_detector import DetectorTimings, FailureDetector
 from control_plane.judgements import Alarm, Judgement
 from control_plane.membership import Membership, MembershipPolicy
@@ -21,6 +13,14 @@ from control_plane.probe_events import (
     ProbeEvent,
     ProbePong,
     ProbeRefused,
+)
+from control_plane.state_applier import (
+    MapPut,
+    RecordDeleted,
+    RecordPut,
+    StateChange,
+    SuspicionRaised,
+    VerdictPut,
 )
 from control_plane.writes import Decision
 from shared.expert_map import ExpertMap
@@ -33,25 +33,25 @@ class LeaderTerm:
     """Feed it changes of the view and probe events; then ask for the next write."""
 
     def __init__(
-        self, view: ClusterState, policy: MembershipPolicy, timings: DetectorTimings, now: float
+        self, state: ClusterState, policy: MembershipPolicy, timings: DetectorTimings, now: float
     ) -> None:
         self.detector = FailureDetector(timings, now)
-        self.membership = Membership(policy, view)
-        self._view = view
+        self.membership = Membership(policy)
         self._decided_on: object = None
         self._decided_at = now
         self._dead: list[Verdict] = []
         self._alarms: list[Alarm] = []
-        for record in view.records.values():
-            self.on_change(RecordPut(record=record), now)
-        for verdict in view.verdicts.values():
+        for record in state.records.values():
+            self.on_change(RecordPut(record=record), state, now)
+        for verdict in state.verdicts.values():
             self.membership.on_verdict(verdict)
-        if view.expert_map is not None:
-            self.on_change(MapPut(expert_map=view.expert_map), now)
-        for suspicion in view.suspicions.values():
-            self.on_change(SuspicionRaised(suspicion=suspicion), now)
+        if state.expert_map is not None:
+            self.on_change(MapPut(expert_map=state.expert_map), state, now)
+        for suspicion in state.suspicions.values():
+            self.on_change(SuspicionRaised(suspicion=suspicion), state, now)
 
-    def on_change(self, change: StateChange, now: float) -> None:
+    def on_change(self, change: StateChange, state: ClusterState, now: float) -> None:
+        """`state` holds the change already."""
         detector = self.detector
         match change:
             case RecordPut():
@@ -64,8 +64,8 @@ class LeaderTerm:
                 self._on_map(change.expert_map, now)
             case VerdictPut():
                 self.membership.on_verdict(change.verdict)
-                if self._view.expert_map is not None:
-                    self._on_map(self._view.expert_map, now)
+                if state.expert_map is not None:
+                    self._on_map(state.expert_map, now)
 
     def on_probe(self, event: ProbeEvent, now: float) -> None:
         detector = self.detector
@@ -80,18 +80,18 @@ class LeaderTerm:
                 self._take(detector.on_pong(event.member, event.pong, now))
                 self.membership.on_adopted(event.member, event.pong.epoch)
 
-    def on_tick(self, now: float) -> None:
-        steps_paused = bool(self.membership.dead_in_map)
+    def on_tick(self, state: ClusterState, now: float) -> None:
+        steps_paused = bool(self.membership.dead_in_map(state))
         self._take(self.detector.on_tick(now, steps_paused=steps_paused))
 
-    def decide(self, now: float) -> Decision | None:
+    def decide(self, state: ClusterState, now: float) -> Decision | None:
         """Pongs come by the hundred and change nothing that membership looks at: then it looks
         again only for the sake of its own waits."""
-        state = (self._view.version, self.membership.dead, self.detector.frozen)
-        if state == self._decided_on and now - self._decided_at < _RECHECK_S:
+        inputs = (state.version, self.membership.dead, self.detector.frozen)
+        if inputs == self._decided_on and now - self._decided_at < _RECHECK_S:
             return None
-        self._decided_on, self._decided_at = state, now
-        return self.membership.decide(now, frozen=self.detector.frozen)
+        self._decided_on, self._decided_at = inputs, now
+        return self.membership.decide(state, now, frozen=self.detector.frozen)
 
     def take_judgements(self) -> list[Judgement]:
         """What happened since the last call, for the log."""

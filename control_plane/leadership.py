@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import structlog
 
-from control_plane.cluster_state import ClusterState
 from control_plane.election import (
     Action,
     Campaign,
@@ -17,6 +16,7 @@ from control_plane.election import (
     RenewLease,
     RevokeLease,
 )
+from control_plane.state_applier import StateApplier
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable, TxnConflict
 from shared.records import LeaderRecord, pack_record
@@ -34,7 +34,7 @@ class Leadership:
         self,
         *,
         store: Store,
-        view: ClusterState,
+        cluster: StateApplier,
         election: Election,
         clock: Clock,
         name: str,
@@ -43,7 +43,7 @@ class Leadership:
         on_change: Callable[[], None],
     ) -> None:
         self._store = store
-        self._view = view
+        self._cluster = cluster
         self._election = election
         self._clock = clock
         self._name = name
@@ -53,10 +53,10 @@ class Leadership:
         self._notified = asyncio.Event()
 
     def notify(self) -> None:
-        if self._view.synced:
-            leader = self._view.leader
-            name = leader.control_plane if leader else None
-            self._election.on_key(name, self._view.revision_of(self._view.keys.leader))
+        state = self._cluster.state
+        if state.synced:
+            name = state.leader.control_plane if state.leader else None
+            self._election.on_key(name, state.revision_of(state.keys.leader))
         self._notified.set()
 
     async def run(self) -> None:
@@ -112,17 +112,18 @@ class Leadership:
         return True
 
     async def _campaign(self, lease_id: int) -> None:
-        keys, view = self._view.keys, self._view
+        state = self._cluster.state
+        keys = state.keys
         record = LeaderRecord(
             control_plane=self._name,
             pid=self._pid,
-            term=view.term + 1,
+            term=state.term + 1,
             since=self._clock.wall(),
         )
         value, term = pack_record(record), pack_record(record.term)
         compare = [
             Compare(key=keys.leader, mod_revision=0),
-            Compare(key=keys.term, mod_revision=view.revision_of(keys.term)),
+            Compare(key=keys.term, mod_revision=state.revision_of(keys.term)),
         ]
         puts = [
             Put(key=keys.leader, value=value, lease_id=lease_id),
@@ -134,5 +135,5 @@ class Leadership:
             self._election.on_not_won(self._clock.now())
             return
         for put in puts:
-            view.apply(WatchEvent(key=put.key, value=put.value, mod_revision=revision))
+            self._cluster.apply(WatchEvent(key=put.key, value=put.value, mod_revision=revision))
         self._election.on_won(revision)

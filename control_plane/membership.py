@@ -74,9 +74,8 @@ class Membership:
     """Call `decide` after each change of the view and from time to time, and perform its write
     before the next call."""
 
-    def __init__(self, policy: MembershipPolicy, view: ClusterState) -> None:
+    def __init__(self, policy: MembershipPolicy) -> None:
         self._policy = policy
-        self._view = view
         self._adoption = MapAdoption(policy.adoption_timeout_s)
         self._dead: dict[Member, Verdict] = {}
         self._first_seen: dict[Member, float] = {}
@@ -91,10 +90,9 @@ class Membership:
     def dead(self) -> frozenset[Member]:
         return frozenset(self._dead)
 
-    @property
-    def dead_in_map(self) -> tuple[Member, ...]:
-        """Dead members that the map still names: steps stand still."""
-        expert_map = self._view.expert_map
+    def dead_in_map(self, state: ClusterState) -> tuple[Member, ...]:
+        """Dead members that the map still names. While there are any, no step completes."""
+        expert_map = state.expert_map
         return tuple(m for m in self._dead if expert_map is not None and expert_map.has(m))
 
     def on_dead(self, verdict: Verdict) -> None:
@@ -118,21 +116,21 @@ class Membership:
         alarms, self._alarms = self._alarms, []
         return alarms
 
-    def decide(self, now: float, *, frozen: bool = False) -> Decision | None:
-        """`frozen`: nothing but deaths may change the map."""
-        spec = self._view.spec
-        if spec is None or not self._view.synced:
+    def decide(self, state: ClusterState, now: float, *, frozen: bool = False) -> Decision | None:
+        """The next write that `state` calls for. If `frozen`, only deaths may change the map."""
+        spec = state.spec
+        if spec is None or not state.synced:
             return None
-        self._note_time(now)
-        residency = Residency(self._view, spec)
+        self._note_time(state, now)
+        residency = Residency(state, spec)
         expert_map = residency.expert_map
         members = expert_map.members if expert_map is not None else ()
         survivors = [m for m in members if m not in self._dead]
         if expert_map is None or not survivors:
             return (
-                self._declare_dead(members)
+                self._declare_dead(residency, members)
                 or self._form(residency, [], now)
-                or self._delete_stale_keys(members)
+                or self._delete_stale_keys(state, members)
             )
         if len(survivors) < len(members):
             return self._remove_dead(residency, expert_map, survivors, now)
@@ -142,14 +140,14 @@ class Membership:
             self._admit(residency, expert_map, now)
             or self._publish_loaded(residency, expert_map, now)
             or self._heal(residency, expert_map, now)
-            or self._delete_stale_keys(members)
+            or self._delete_stale_keys(state, members)
         )
 
     # Forming.
 
     def _form(self, residency: Residency, survivors: Sequence[Member], now: float) -> Write | None:
         candidates = sorted({*survivors, *self._newcomers(residency, survivors)})
-        if not candidates or any(m not in self._view.records for m in survivors):
+        if not candidates or any(m not in residency.state.records for m in survivors):
             return None  # who lost its record registers again, or is judged
         spec = residency.spec
         waited_s = now - min(self._first_seen[m] for m in candidates)
@@ -158,7 +156,7 @@ class Membership:
                 return None
             candidates = self._already_assigned(residency, candidates, survivors)
         if not residency.covers(residency.intended_rows(candidates)) or not all(
-            m in self._view.assignments for m in candidates
+            m in residency.state.assignments for m in candidates
         ):
             return self._assign_afresh(residency, candidates)
         rows = residency.available_rows(candidates)
@@ -171,7 +169,7 @@ class Membership:
         self, residency: Residency, candidates: list[Member], survivors: Sequence[Member]
     ) -> list[Member]:
         """Those for whom a partial formation is under way: late-comers join its map later."""
-        assigned = [m for m in candidates if m in survivors or m in self._view.assignments]
+        assigned = [m for m in candidates if m in survivors or m in residency.state.assignments]
         return assigned if residency.covers(residency.intended_rows(assigned)) else candidates
 
     def _assign_afresh(self, residency: Residency, candidates: Sequence[Member]) -> Write | None:
@@ -195,18 +193,21 @@ class Membership:
             return self._publish(residency, rows, f"dead: {names}", now)
         result = plan_shrink(residency, expert_map, survivors, dead)
         if result.uncoverable:
-            return self._declare_dead(dead) or self._form(residency, survivors, now)
+            return self._declare_dead(residency, dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
-        return self._assign(residency, wanted, dead=dead) or self._declare_dead(dead)
+        return self._assign(residency, wanted, dead=dead) or self._declare_dead(residency, dead)
 
-    def _declare_dead(self, members: Sequence[Member]) -> DeclareDead | None:
-        verdicts = self._fresh_verdicts(members)
+    def _declare_dead(self, residency: Residency, members: Sequence[Member]) -> DeclareDead | None:
+        verdicts = self._fresh_verdicts(residency.state, members)
         return DeclareDead(verdicts=verdicts) if verdicts else None
 
-    def _fresh_verdicts(self, members: Iterable[Member]) -> tuple[Verdict, ...]:
+    def _fresh_verdicts(
+        self, state: ClusterState, members: Iterable[Member]
+    ) -> tuple[Verdict, ...]:
         """On those that are dead and have no verdict yet."""
-        fresh = [m for m in members if m in self._dead and m not in self._view.verdicts]
-        return tuple(replace(self._dead[m], epoch=self._next_epoch()) for m in fresh)
+        fresh = [m for m in members if m in self._dead and m not in state.verdicts]
+        epoch = _next_epoch(state)
+        return tuple(replace(self._dead[m], epoch=epoch) for m in fresh)
 
     # Joiners.
 
@@ -246,8 +247,8 @@ class Membership:
         return self._publish(residency, rows, cause, now)
 
     def _heal(self, residency: Residency, expert_map: ExpertMap, now: float) -> Decision | None:
-        revision = self._map_revision()
-        if not self._is_quiet(residency, now) or self._planning_revision == revision:
+        revision = _map_revision(residency.state)
+        if not self._is_quiet(residency, expert_map, now) or self._planning_revision == revision:
             return None
         if self._planned is None or self._planned[0] != revision:
             self._planning_revision = revision
@@ -273,9 +274,7 @@ class Membership:
             survive=self._policy.survive,
         )
 
-    def _is_quiet(self, residency: Residency, now: float) -> bool:
-        expert_map = residency.expert_map
-        assert expert_map is not None
+    def _is_quiet(self, residency: Residency, expert_map: ExpertMap, now: float) -> bool:
         waiting = (
             now - self._first_seen[m] for m in self._newcomers(residency, expert_map.members)
         )
@@ -285,15 +284,15 @@ class Membership:
             and all(residency.is_settled(m) for m in expert_map.members)
         )
 
-    def _delete_stale_keys(self, members: Iterable[Member]) -> Write | None:
-        current_members = {*members, *self._view.records}
+    def _delete_stale_keys(self, state: ClusterState, members: Iterable[Member]) -> Write | None:
+        current_members = {*members, *state.records}
         gone = (
-            self._view.keys.assignment(m.rank, m.incarnation)
-            for m in self._view.assignments
+            state.keys.assignment(m.rank, m.incarnation)
+            for m in state.assignments
             if m not in current_members
         )
         stale_suspicions = (
-            k for k, s in self._view.suspicions.items() if s.member not in current_members
+            k for k, s in state.suspicions.items() if s.member not in current_members
         )
         keys = tuple(itertools.islice(itertools.chain(gone, stale_suspicions), _DELETED_KEYS_MAX))
         return DeleteKeys(keys=keys) if keys else None
@@ -308,7 +307,7 @@ class Membership:
         now: float,
         assignments: tuple[SlotContents, ...] = (),
     ) -> PublishMap | None:
-        current, epoch = self._view.expert_map, self._next_epoch()
+        current, epoch = residency.state.expert_map, _next_epoch(residency.state)
         leavers = [m for m in (current.members if current else ()) if m not in rows]
         if any(m not in self._dead for m in leavers):  # the map of an older spec: judge it first
             return None
@@ -335,28 +334,19 @@ class Membership:
         force: bool = False,
         dead: Iterable[Member] = (),
     ) -> Write | None:
-        epoch = self._next_epoch() - 1
+        epoch = _next_epoch(residency.state) - 1
         assignments = residency.assignments(wanted, epoch=epoch, force=force)
-        verdicts = self._fresh_verdicts(dead)
+        verdicts = self._fresh_verdicts(residency.state, dead)
         return Assign(assignments=assignments, verdicts=verdicts) if assignments else None
 
-    # Looks.
-
-    def _next_epoch(self) -> Epoch:
-        current = self._view.expert_map
-        return Epoch((current.epoch if current is not None else 0) + 1)
-
-    def _map_revision(self) -> int:
-        return self._view.revision_of(self._view.keys.map)
-
-    def _note_time(self, now: float) -> None:
-        for member in self._view.records:
+    def _note_time(self, state: ClusterState, now: float) -> None:
+        for member in state.records:
             self._first_seen.setdefault(member, now)
-        state = (self._map_revision(), frozenset(self._view.records))
-        if state != self._quiet_state:
-            self._quiet_state, self._quiet_since = state, now
-        expert_map = self._view.expert_map
-        kept = {*self._view.records, *(expert_map.members if expert_map else ())}
+        quiet_state = (_map_revision(state), frozenset(state.records))
+        if quiet_state != self._quiet_state:
+            self._quiet_state, self._quiet_since = quiet_state, now
+        expert_map = state.expert_map
+        kept = {*state.records, *(expert_map.members if expert_map else ())}
         self._first_seen = {m: t for m, t in self._first_seen.items() if m in kept}
         self._dead = {m: d for m, d in self._dead.items() if m in kept}
         self._adoption.on_map(expert_map, kept, now)
@@ -372,3 +362,12 @@ class Membership:
                 "serving waits for more ranks"
             )
             self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))
+
+
+def _next_epoch(state: ClusterState) -> Epoch:
+    current = state.expert_map
+    return Epoch((current.epoch if current is not None else 0) + 1)
+
+
+def _map_revision(state: ClusterState) -> int:
+    return state.revision_of(state.keys.map)

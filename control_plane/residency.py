@@ -24,15 +24,15 @@ _UNKNOWN_NODE = NodeId("?")
 class Residency:
     """Looks at one moment of the view. All rows are `[num_layers, slots_per_rank]`."""
 
-    def __init__(self, view: ClusterState, spec: InstanceSpec) -> None:
-        self._view = view
+    def __init__(self, state: ClusterState, spec: InstanceSpec) -> None:
+        self.state = state
         self.spec = spec
         self._shape = (spec.num_moe_layers, spec.slots_per_rank)
 
     @property
     def expert_map(self) -> ExpertMap | None:
         """The map in force, unless it is of another spec."""
-        expert_map = self._view.expert_map
+        expert_map = self.state.expert_map
         if expert_map is None or expert_map.num_experts != self.spec.num_experts:
             return None
         wanted = (self.spec.num_moe_layers, self.spec.num_ranks, self.spec.slots_per_rank)
@@ -45,10 +45,10 @@ class Residency:
         return result
 
     def assigned(self, member: Member) -> Placement | None:
-        return self._row(self._view.assignments.get(member))
+        return self._row(self.state.assignments.get(member))
 
     def resident(self, member: Member) -> Placement | None:
-        return self._row(self._view.residents.get(member))
+        return self._row(self.state.residents.get(member))
 
     def intended(self, member: Member) -> Placement:
         row = self.assigned(member)
@@ -76,7 +76,7 @@ class Residency:
 
     def is_ready(self, member: Member) -> bool:
         """Whether a joiner has loaded what it was assigned, and says so."""
-        record = self._view.records.get(member)
+        record = self.state.records.get(member)
         return (
             record is not None
             and record.state is RankState.READY
@@ -133,11 +133,11 @@ class Residency:
         return bool(seen[:, :num_experts].all())
 
     def nodes(self, members: Iterable[Member]) -> dict[RankId, NodeId]:
-        records = self._view.records
+        records = self.state.records
         return {m.rank: records[m].node if m in records else _UNKNOWN_NODE for m in members}
 
     def slots(self, members: Iterable[Member]) -> dict[RankId, int]:
-        records, width = self._view.records, self._shape[1]
+        records, width = self.state.records, self._shape[1]
         return {m.rank: records[m].slots if m in records else width for m in members}
 
     def newcomers(self, members: Iterable[Member]) -> list[Member]:
@@ -145,11 +145,11 @@ class Residency:
         taken = {m.rank for m in members}
         return [
             record.member
-            for rank, record in sorted(self._view.newest_records().items())
+            for rank, record in sorted(self.state.newest_records().items())
             if rank not in taken
             and 0 <= rank < self.spec.num_ranks
             and 0 < record.slots <= self.spec.slots_per_rank
-            and record.member not in self._view.verdicts
+            and record.member not in self.state.verdicts
         ]
 
     def assignments(
@@ -163,7 +163,7 @@ class Residency:
         )
 
     def _links(self, member: Member) -> Iterable[Member]:
-        record = self._view.records.get(member)
+        record = self.state.records.get(member)
         return record.links if record else ()
 
     def _row(self, contents: SlotContents | None) -> Placement | None:

@@ -3,35 +3,36 @@ that live."""
 
 from __future__ import annotations
 
-from control_plane.cluster_state import ClusterState
+from control_plane.state_applier import StateApplier
 from shared.errors import ConfigError, StoreUnavailable, TxnConflict
 from shared.records import InstanceSpec, pack_record
 from shared.store import Compare, Put, Store, WatchEvent
 
 
 async def publish_spec(
-    store: Store, view: ClusterState, spec: InstanceSpec, leader_revision: int
+    store: Store, cluster: StateApplier, spec: InstanceSpec, leader_revision: int
 ) -> bool:
     """Whether etcd holds `spec` now. Raises ConfigError where it holds another and ranks live."""
-    published = view.spec
+    state = cluster.state
+    published = state.spec
     if published == spec:
         return True
-    if published is not None and view.records:
+    if published is not None and state.records:
         raise ConfigError(
-            f"instance {view.keys.instance!r} serves {difference(published, spec)} and "
-            f"{len(view.records)} of its ranks live; stop them first, or pass another --instance"
+            f"instance {state.keys.instance!r} serves {difference(published, spec)} and "
+            f"{len(state.records)} of its ranks live; stop them first, or pass another --instance"
         )
-    key = view.keys.spec
+    key = state.keys.spec
     compare = [
-        Compare(key=view.keys.leader, mod_revision=leader_revision),
-        Compare(key=key, mod_revision=view.revision_of(key)),
+        Compare(key=state.keys.leader, mod_revision=leader_revision),
+        Compare(key=key, mod_revision=state.revision_of(key)),
     ]
     value = pack_record(spec)
     try:
         revision = await store.txn(compare, [Put(key=key, value=value)])
     except (TxnConflict, StoreUnavailable):
         return False
-    view.apply(WatchEvent(key=key, value=value, mod_revision=revision))
+    cluster.apply(WatchEvent(key=key, value=value, mod_revision=revision))
     return True
 
 

@@ -8,13 +8,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from control_plane.cluster_state import ClusterState
 from control_plane.failure_detector import DetectorTimings
 from control_plane.leader_term import LeaderTerm
 from control_plane.membership import MembershipPolicy
 from control_plane.probe_events import ProbeConnected, ProbePong, ProbeRefused
 from control_plane.publisher import Publisher
-from control_plane.writes import Assign, DeclareDead, DeleteKeys, PlanHeal, PublishMap, Write
+from control_plane.state_applier import StateApplier, StateChange
+from control_plane.writes import (
+    Assign,
+    Decision,
+    DeclareDead,
+    DeleteKeys,
+    PlanHeal,
+    PublishMap,
+    Write,
+)
 from shared.errors import TxnConflict
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
@@ -175,12 +183,14 @@ class ControlPlaneHarness:
         self.leader_revision = self.etcd.apply(
             [Put(key=self.keys.leader, value=pack_record(record))]
         )
-        self.view = ClusterState(self.keys)
+        self.cluster = StateApplier(self.keys)
         self.watch = self.etcd.open_watch(self.keys.root)
         first = self.watch.items.popleft()
         assert isinstance(first, Snapshot)
-        self.view.apply(first)
-        self.leader_term = LeaderTerm(self.view, POLICY, DetectorTimings(), self.clock.now())
+        self.cluster.apply(first)
+        self.leader_term = LeaderTerm(
+            self.cluster.state, POLICY, DetectorTimings(), self.clock.now()
+        )
         for rank in self.ranks.values():
             self._connect(rank)
 
@@ -202,8 +212,8 @@ class ControlPlaneHarness:
                 if rank.answering and rank.registered:
                     pong = self._pong(rank)
                     self.leader_term.on_probe(ProbePong(member=rank.member, pong=pong), now)
-            self.leader_term.on_tick(now)
-            write = self.leader_term.decide(now)
+            self.leader_term.on_tick(self.cluster.state, now)
+            write = self.decide()
             if write is None:
                 return
             if isinstance(write, PlanHeal):
@@ -217,7 +227,7 @@ class ControlPlaneHarness:
         """One fenced transaction, its effect checked, and told to the leader as the driver does."""
         compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
         if not isinstance(write, DeleteKeys):
-            revision = self.view.revision_of(self.keys.map)
+            revision = self.cluster.state.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
         before = self.expert_map
@@ -229,14 +239,14 @@ class ControlPlaneHarness:
         if isinstance(write, Assign | DeclareDead):
             self._check_verdicts(write, before)
         if reply_lost:
-            for change in self.view.apply(self.etcd.snapshot(self.keys.root)):
-                self.leader_term.on_change(change, self.clock.now())
+            for change in self.cluster.apply(self.etcd.snapshot(self.keys.root)):
+                self._on_change(change)
             return
         for operation in operations:
             value = operation.value if isinstance(operation, Put) else None
             event = WatchEvent(key=operation.key, value=value, mod_revision=revision)
-            for change in self.view.apply(event):
-                self.leader_term.on_change(change, self.clock.now())
+            for change in self.cluster.apply(event):
+                self._on_change(change)
 
     def perform_expecting_conflict(self, write: Write, leader_revision: int) -> bool:
         try:
@@ -245,18 +255,24 @@ class ControlPlaneHarness:
             return True
         return False
 
+    def decide(self) -> Decision | None:
+        return self.leader_term.decide(self.cluster.state, self.clock.now())
+
+    def _on_change(self, change: StateChange) -> None:
+        self.leader_term.on_change(change, self.cluster.state, self.clock.now())
+
     def _deliver(self) -> None:
         while self.watch.items:
             item = self.watch.items.popleft()
             assert item is not None
-            for change in self.view.apply(item):
-                self.leader_term.on_change(change, self.clock.now())
+            for change in self.cluster.apply(item):
+                self._on_change(change)
 
     def _check_verdicts(self, write: Assign | DeclareDead, before: ExpertMap | None) -> None:
         """They name the map to come; and nothing of the dead is given away before they stand."""
         epoch = before.epoch if before else 0
         assert all(v.epoch == epoch + 1 for v in write.verdicts)
-        dead = self.leader_term.membership.dead_in_map
+        dead = self.leader_term.membership.dead_in_map(self.cluster.state)
         assert all(self.keys.verdict(m.rank, m.incarnation) in self.etcd.values for m in dead)
 
     def _check_map(self, write: PublishMap, before: ExpertMap | None) -> None:
@@ -299,7 +315,7 @@ class ControlPlaneHarness:
         """A survivor's replica stays, unless its slot was given to an orphan by an assignment."""
         for member in set(before.members) & set(published.members):
             old, new = (m.placement[:, member.rank] for m in (before, published))
-            assigned = self.view.assignments.get(member)
+            assigned = self.cluster.state.assignments.get(member)
             given = old != assigned.array() if assigned else np.zeros(old.shape, dtype=bool)
             assert ((old == new) | (old < 0) | given).all(), "a death moved a survivor's replica"
 

@@ -28,9 +28,10 @@ def members(harness: ControlPlaneHarness) -> list[str]:
 
 def test_without_a_spec_nothing_is_decided() -> None:
     harness = ControlPlaneHarness()
-    harness.view._entries.pop(harness.keys.spec)
+    harness.etcd.apply([Delete(key=harness.keys.spec)])
     harness.start(0)
-    assert harness.leader_term.decide(harness.clock.now()) is None
+    harness.run()
+    assert harness.writes == []
 
 
 def test_the_first_map_waits_for_all_ranks_their_weights_and_their_links() -> None:
@@ -322,8 +323,8 @@ def test_a_new_leader_knows_whom_the_old_one_declared_dead() -> None:
 
 def test_a_verdict_of_the_former_leader_that_arrives_late_counts() -> None:
     harness = harness_with_three_dead()
-    harness.leader_term.on_tick(harness.clock.now())
-    write = harness.leader_term.decide(harness.clock.now())
+    harness.leader_term.on_tick(harness.cluster.state, harness.clock.now())
+    write = harness.decide()
     assert isinstance(write, DeclareDead)
     harness.begin_term()
     member = harness.ranks[0].member
@@ -354,8 +355,8 @@ def test_a_former_leader_can_write_nothing() -> None:
     old = harness.leader_revision
     harness.kill(3)
     harness._deliver()
-    harness.leader_term.on_tick(harness.clock.now())
-    write = harness.leader_term.decide(harness.clock.now())
+    harness.leader_term.on_tick(harness.cluster.state, harness.clock.now())
+    write = harness.decide()
     assert isinstance(write, PublishMap)
     harness.begin_term()
     assert harness.perform_expecting_conflict(write, old)
@@ -377,7 +378,8 @@ def test_a_frozen_map_takes_no_joiner() -> None:
     harness.settle(0.4)
     harness.start(3)
     harness.load_all()
-    assert harness.leader_term.membership.decide(harness.clock.now(), frozen=True) is None
+    membership, now = harness.leader_term.membership, harness.clock.now()
+    assert membership.decide(harness.cluster.state, now, frozen=True) is None
 
 
 def test_a_member_without_residents_key_keeps_its_experts() -> None:
@@ -506,7 +508,7 @@ def test_a_new_leader_that_has_heard_nothing_yet_lists_joiners_again() -> None:
     harness.begin_term()
     harness.kill(0)
     harness._deliver()
-    harness.leader_term.on_tick(harness.clock.now())
-    write = harness.leader_term.decide(harness.clock.now())
+    harness.leader_term.on_tick(harness.cluster.state, harness.clock.now())
+    write = harness.decide()
     assert isinstance(write, PublishMap)
     assert write.expert_map.joiners == (1, 2, 3)

@@ -1,0 +1,83 @@
+"""What the control plane logs and counts about its own decisions. It changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import structlog
+
+from control_plane.cluster_state import ClusterState
+from control_plane.judgements import Judgement
+from control_plane.leader_term import LeaderTerm
+from control_plane.placement import advise, compute_fault_tolerance, describe
+from control_plane.telemetry import Metrics
+from control_plane.writes import Assign, DeclareDead, PublishMap, Write
+from shared.errors import StoreError
+from shared.expert_map import ExpertMap
+from shared.records import Verdict
+
+log = structlog.get_logger()
+
+
+class ControlReporter:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def report_judgements(self, judgements: Iterable[Judgement]) -> None:
+        for item in judgements:
+            if isinstance(item, Verdict):
+                self._report_verdict(item)
+            else:
+                self._metrics.alarms.labels(item.kind.value).inc()
+                log.error("alarm", kind=item.kind.value, detail=item.detail)
+
+    def report_write(
+        self, write: Write, error: StoreError | None, state: ClusterState, now: float
+    ) -> None:
+        """After etcd answered, or failed to. `now` is the control plane's `Clock.now()`."""
+        if error is not None:
+            log.warning("write_failed", error=str(error))
+        elif isinstance(write, DeclareDead | Assign) and write.verdicts:
+            declared_dead = [str(v.member) for v in write.verdicts]
+            log.warning("declared_dead_without_map", members=declared_dead)
+        elif isinstance(write, PublishMap):
+            expert_map = write.expert_map
+            self._metrics.publish_s.observe(now - expert_map.published_at)
+            log.info(
+                "map_published",
+                epoch=expert_map.epoch,
+                members=[str(m) for m in expert_map.members],
+                cause=expert_map.cause,
+                publish_ms=round((now - expert_map.published_at) * 1000, 1),
+            )
+            if not write.verdicts:  # the event loop has more urgent work after a death
+                self._report_fault_tolerance(expert_map, state)
+
+    def update_gauges(self, state: ClusterState, leader_term: LeaderTerm | None) -> None:
+        expert_map = state.expert_map
+        self._metrics.epoch.set(expert_map.epoch if expert_map else 0)
+        self._metrics.members.set(len(expert_map.members) if expert_map else 0)
+        self._metrics.leader.set(leader_term is not None)
+        self._metrics.suspected.set(len(leader_term.detector.suspected) if leader_term else 0)
+
+    def _report_verdict(self, verdict: Verdict) -> None:
+        took_s = verdict.decided_at - verdict.first_signal_at
+        self._metrics.verdicts.labels(verdict.cause.value).inc()
+        self._metrics.verdict_s.observe(took_s)
+        log.warning(
+            "rank_declared_dead",
+            rank=verdict.rank,
+            incarnation=verdict.incarnation,
+            cause=verdict.cause.value,
+            signals=[f"{s.by}:{s.reason.value}" for s in verdict.signals],
+            verdict_ms=round(took_s * 1000, 1),
+        )
+
+    def _report_fault_tolerance(self, expert_map: ExpertMap, state: ClusterState) -> None:
+        records = state.records
+        if any(m not in records for m in expert_map.members):
+            return
+        nodes = {m.rank: records[m].node for m in expert_map.members}
+        tolerance = compute_fault_tolerance(expert_map, nodes)
+        self._metrics.survivable.set(tolerance.rank_failures)
+        log.info("fault_tolerance", text=describe(tolerance, advise(expert_map, nodes)))

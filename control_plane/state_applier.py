@@ -1,0 +1,236 @@
+"""Follows etcd for the control plane: applies a watch to `ClusterState`, and says what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from control_plane.cluster_state import ClusterState
+from shared.errors import WireError
+from shared.expert_map import ExpertMap
+from shared.keys import Keys
+from shared.records import (
+    InstanceSpec,
+    LeaderRecord,
+    RankRecord,
+    SlotContents,
+    Suspicion,
+    Verdict,
+    unpack_map,
+    unpack_record,
+)
+from shared.store import Snapshot, WatchEvent
+from shared.types import Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordPut:
+    record: RankRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordDeleted:
+    """The record's lease expired or was revoked."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspicionRaised:
+    suspicion: Suspicion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapPut:
+    expert_map: ExpertMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictPut:
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderPut:
+    record: LeaderRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderDeleted:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MalformedValue:
+    """A value that no Starfish service wrote. The state does not contain it."""
+
+    key: str
+    error: str
+
+
+StateChange = (
+    RecordPut
+    | RecordDeleted
+    | SuspicionRaised
+    | MapPut
+    | VerdictPut
+    | LeaderPut
+    | LeaderDeleted
+    | MalformedValue
+)
+
+
+class _Kind(NamedTuple):
+    """What stands at one key, or under one prefix (which ends with a slash)."""
+
+    key: str
+    field: str  # of ClusterState
+    decode: Callable[[bytes], Any]
+
+    @property
+    def is_table(self) -> bool:
+        return self.key.endswith("/")
+
+    def holds(self, key: str) -> bool:
+        return key.startswith(self.key) if self.is_table else key == self.key
+
+
+class _Entry(NamedTuple):
+    kind: _Kind
+    value: Any
+    mod_revision: int
+
+
+class _Update:
+    """The next state while it is being made. Copies a table when it first changes."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+        self._changed: dict[str, Any] = {}
+
+    def synced(self) -> None:
+        self._changed["synced"] = True
+
+    def put(self, key: str, entry: _Entry) -> None:
+        self._changed["version"] = self._changed.get("version", self._state.version) + 1
+        if entry.kind.is_table:
+            self._table(entry.kind.field)[_index_of(key, entry.value)] = entry.value
+        else:
+            self._changed[entry.kind.field] = entry.value
+            self._table("revisions")[key] = entry.mod_revision
+
+    def remove(self, key: str, entry: _Entry) -> None:
+        self._changed["version"] = self._changed.get("version", self._state.version) + 1
+        if entry.kind.is_table:
+            self._table(entry.kind.field).pop(_index_of(key, entry.value), None)
+        else:
+            self._changed[entry.kind.field] = 0 if entry.kind.field == "term" else None
+            self._table("revisions").pop(key, None)
+
+    def result(self) -> ClusterState:
+        return replace(self._state, **self._changed) if self._changed else self._state
+
+    def _table(self, field: str) -> dict[Any, Any]:
+        if field not in self._changed:
+            self._changed[field] = dict(getattr(self._state, field))
+        table: dict[Any, Any] = self._changed[field]
+        return table
+
+
+class StateApplier:
+    """`state` is the newest snapshot; `apply` replaces it.
+
+    One watch event copies only the table that it changes: when a rank dies, every peer writes a
+    suspicion, and each of them arrives as an event of its own.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.state = ClusterState(keys=keys)
+        self._entries: dict[str, _Entry] = {}
+        self._kinds = (
+            _Kind(keys.spec, "spec", lambda b: unpack_record(b, InstanceSpec)),
+            _Kind(keys.leader, "leader", lambda b: unpack_record(b, LeaderRecord)),
+            _Kind(keys.term, "term", lambda b: unpack_record(b, int)),
+            _Kind(keys.map, "expert_map", unpack_map),
+            _Kind(keys.ranks, "records", lambda b: unpack_record(b, RankRecord)),
+            _Kind(keys.residents, "residents", lambda b: unpack_record(b, SlotContents)),
+            _Kind(keys.assignments, "assignments", lambda b: unpack_record(b, SlotContents)),
+            _Kind(keys.suspicions, "suspicions", lambda b: unpack_record(b, Suspicion)),
+            _Kind(keys.verdicts, "verdicts", lambda b: unpack_record(b, Verdict)),
+        )
+
+    def apply(self, item: Snapshot | WatchEvent) -> list[StateChange]:
+        """Replaces `state`, and returns what changed. Idempotent: an event that is known already,
+        or older than what is known, changes nothing."""
+        update = _Update(self.state)
+        if isinstance(item, WatchEvent):
+            changes = self._apply(update, item.key, item.value, item.mod_revision)
+        else:
+            changes = self._apply_snapshot(update, item)
+        self.state = update.result()
+        return changes
+
+    def _apply_snapshot(self, update: _Update, snapshot: Snapshot) -> list[StateChange]:
+        update.synced()
+        changes: list[StateChange] = []
+        present_keys = {kv.key for kv in snapshot.values}
+        for key in [k for k in self._entries if k not in present_keys]:
+            changes += self._apply(update, key, None, snapshot.revision)
+        for kv in snapshot.values:
+            known = self._entries.get(kv.key)
+            if known is not None and known.mod_revision > kv.mod_revision <= snapshot.revision:
+                update.remove(kv.key, self._entries.pop(kv.key))  # etcd lost data, counts anew
+            changes += self._apply(update, kv.key, kv.value, kv.mod_revision)
+        return changes
+
+    def _apply(
+        self, update: _Update, key: str, data: bytes | None, mod_revision: int
+    ) -> list[StateChange]:
+        known = self._entries.get(key)
+        if known is not None and mod_revision <= known.mod_revision:
+            return []
+        if data is None:
+            return self._remove(update, key)
+        kind = next((kind for kind in self._kinds if kind.holds(key)), None)
+        if kind is None:
+            return []
+        try:
+            value = kind.decode(data)
+        except WireError as error:
+            return [MalformedValue(key=key, error=str(error))]
+        entry = self._entries[key] = _Entry(kind, value, mod_revision)
+        update.put(key, entry)
+        return _changes_of_put(value)
+
+    def _remove(self, update: _Update, key: str) -> list[StateChange]:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return []
+        update.remove(key, entry)
+        match entry.value:
+            case RankRecord() as record:
+                return [RecordDeleted(member=record.member)]
+            case LeaderRecord():
+                return [LeaderDeleted()]
+        return []
+
+
+def _index_of(key: str, value: RankRecord | SlotContents | Suspicion | Verdict) -> Member | str:
+    """Many may suspect one member, so suspicions are found by key."""
+    return key if isinstance(value, Suspicion) else value.member
+
+
+def _changes_of_put(value: Any) -> list[StateChange]:
+    match value:
+        case RankRecord():
+            return [RecordPut(record=value)]
+        case Suspicion():
+            return [SuspicionRaised(suspicion=value)]
+        case Verdict():
+            return [VerdictPut(verdict=value)]
+        case ExpertMap():
+            return [MapPut(expert_map=value)]
+        case LeaderRecord():
+            return [LeaderPut(record=value)]
+    return []

@@ -1,0 +1,218 @@
+"""The state of the cluster: what changes it, what does not, and how gaps and malformed values are
+handled."""
+
+from __future__ import annotations
+
+import pytest
+
+from control_plane.state_applier import (
+    LeaderDeleted,
+    LeaderPut,
+    MalformedValue,
+    RecordDeleted,
+    RecordPut,
+    StateApplier,
+    SuspicionRaised,
+    VerdictPut,
+)
+from shared.keys import Keys
+from shared.records import (
+    LeaderRecord,
+    RankRecord,
+    SlotContents,
+    Suspicion,
+    Verdict,
+    pack_record,
+)
+from shared.store import KeyValue, Snapshot, WatchEvent
+from shared.types import (
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    Step,
+    SuspicionReason,
+)
+
+KEYS = Keys("cluster")
+LEADER = LeaderRecord(control_plane="a", pid=1, term=3, since=0.0)
+
+
+def record(rank: int, incarnation: int = 1) -> RankRecord:
+    return RankRecord(
+        rank=RankId(rank),
+        incarnation=Incarnation(incarnation),
+        node=NodeId("n"),
+        pid=1,
+        lease_id=1,
+        state=RankState.READY,
+        control_host="h",
+        control_port=1,
+        transfer_name="t",
+        slots=2,
+        kv_blocks=1,
+        kv_block_tokens=1,
+        exchange="local",
+    )
+
+
+def put(key: str, value: object, revision: int) -> WatchEvent:
+    return WatchEvent(key=key, value=pack_record(value), mod_revision=revision)
+
+
+def gone(key: str, revision: int) -> WatchEvent:
+    return WatchEvent(key=key, value=None, mod_revision=revision)
+
+
+def key_value(key: str, value: object, revision: int) -> KeyValue:
+    return KeyValue(
+        key=key, value=pack_record(value), create_revision=revision, mod_revision=revision
+    )
+
+
+@pytest.fixture
+def cluster() -> StateApplier:
+    return StateApplier(KEYS)
+
+
+def key_of(value: RankRecord) -> str:
+    return KEYS.rank(value.rank, value.incarnation)
+
+
+def test_records_come_and_go(cluster: StateApplier) -> None:
+    one = record(1)
+    assert cluster.apply(put(key_of(one), one, 5)) == [RecordPut(record=one)]
+    assert cluster.state.records == {one.member: one}
+    assert cluster.apply(gone(key_of(one), 6)) == [RecordDeleted(member=one.member)]
+    assert cluster.state.records == {}
+
+
+def test_a_state_that_somebody_holds_never_changes(cluster: StateApplier) -> None:
+    one, two = record(1), record(2)
+    cluster.apply(put(key_of(one), one, 5))
+    cluster.apply(put(KEYS.term, 4, 6))
+    before = cluster.state
+    cluster.apply(put(key_of(two), two, 7))
+    cluster.apply(put(KEYS.term, 5, 8))
+    cluster.apply(gone(key_of(one), 9))
+    assert before.records == {one.member: one}
+    assert (before.term, before.revision_of(KEYS.term)) == (4, 6)
+    assert cluster.state.records == {two.member: two}
+    assert (cluster.state.term, cluster.state.revision_of(KEYS.term)) == (5, 8)
+
+
+def test_a_change_copies_only_its_own_table(cluster: StateApplier) -> None:
+    one = record(1)
+    cluster.apply(put(key_of(one), one, 5))
+    before = cluster.state
+    cluster.apply(put(KEYS.leader, LEADER, 6))
+    assert cluster.state.records is before.records
+
+
+def test_the_newest_incarnation_of_a_rank_represents_it(cluster: StateApplier) -> None:
+    for value in (record(1, 2), record(1, 1), record(0, 1)):
+        cluster.apply(put(key_of(value), value, 5))
+    assert {r: v.incarnation for r, v in cluster.state.newest_records().items()} == {0: 1, 1: 2}
+
+
+def test_what_is_old_or_known_changes_nothing(cluster: StateApplier) -> None:
+    one = record(1)
+    cluster.apply(put(key_of(one), one, 5))
+    version = cluster.state.version
+    assert cluster.apply(put(key_of(one), record(1), 5)) == []
+    assert cluster.apply(gone(key_of(one), 4)) == []
+    assert cluster.state.version == version
+    assert cluster.state.records == {one.member: one}
+
+
+def test_a_snapshot_tells_what_was_missed(cluster: StateApplier) -> None:
+    stays, leaves, comes = record(0), record(1), record(2)
+    for value in (stays, leaves):
+        cluster.apply(put(key_of(value), value, 5))
+    values = (key_value(key_of(stays), stays, 5), key_value(key_of(comes), comes, 8))
+    changes = cluster.apply(Snapshot(revision=9, values=values))
+    assert changes == [RecordDeleted(member=leaves.member), RecordPut(record=comes)]
+    assert cluster.state.synced
+
+
+def test_a_snapshot_of_an_etcd_that_lost_its_data_counts_though_its_revisions_are_lower(
+    cluster: StateApplier,
+) -> None:
+    cluster.apply(put(KEYS.leader, LEADER, 500))
+    other = LeaderRecord(control_plane="b", pid=2, term=1, since=0.0)
+    cluster.apply(Snapshot(revision=3, values=(key_value(KEYS.leader, other, 2),)))
+    assert cluster.state.leader == other
+    assert cluster.state.revision_of(KEYS.leader) == 2
+
+
+def test_the_leader_key_and_its_revision(cluster: StateApplier) -> None:
+    assert cluster.apply(put(KEYS.leader, LEADER, 5)) == [LeaderPut(record=LEADER)]
+    assert cluster.state.revision_of(KEYS.leader) == 5
+    assert cluster.apply(gone(KEYS.leader, 6)) == [LeaderDeleted()]
+    assert cluster.state.revision_of(KEYS.leader) == 0
+    cluster.apply(put(KEYS.term, 4, 7))
+    assert cluster.state.term == 4
+
+
+def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(cluster: StateApplier) -> None:
+    member = Member(rank=RankId(1), incarnation=Incarnation(2))
+    contents = SlotContents(
+        rank=member.rank, incarnation=member.incarnation, num_layers=1, slots=b"\0\0"
+    )
+    doubt = Suspicion(
+        rank=member.rank,
+        incarnation=member.incarnation,
+        by="x",
+        reason=SuspicionReason.LINK,
+        epoch=Epoch(1),
+        step=Step(0),
+        raised_at=0.0,
+    )
+    verdict = Verdict(
+        rank=member.rank,
+        incarnation=member.incarnation,
+        cause=SuspicionReason.LINK,
+        signals=(doubt,),
+        epoch=Epoch(2),
+        first_signal_at=0.0,
+        decided_at=0.0,
+    )
+    keys = {
+        KEYS.resident(*member_ids(member)): contents,
+        KEYS.assignment(*member_ids(member)): contents,
+        KEYS.suspicion(*member_ids(member), "x"): doubt,
+        KEYS.verdict(*member_ids(member)): verdict,
+    }
+    changes = [c for key, value in keys.items() for c in cluster.apply(put(key, value, 5))]
+    assert changes == [SuspicionRaised(suspicion=doubt), VerdictPut(verdict=verdict)]
+    assert cluster.state.residents == cluster.state.assignments == {member: contents}
+    assert cluster.state.verdicts == {member: verdict}
+    assert list(cluster.state.suspicions.values()) == [doubt]
+    for key in keys:
+        assert cluster.apply(gone(key, 6)) == []
+    state = cluster.state
+    left = (state.residents, state.assignments, state.verdicts, state.suspicions)
+    assert left == ({}, {}, {}, {})
+
+
+def member_ids(member: Member) -> tuple[RankId, Incarnation]:
+    return member.rank, member.incarnation
+
+
+def test_garbage_is_named_and_left_out(cluster: StateApplier) -> None:
+    one = record(1)
+    (change,) = cluster.apply(WatchEvent(key=key_of(one), value=b"\xc1", mod_revision=5))
+    assert isinstance(change, MalformedValue)
+    assert cluster.state.records == {}
+
+
+def test_keys_of_others_are_none_of_our_business(cluster: StateApplier) -> None:
+    for key in (
+        KEYS.agents + "n",
+        KEYS.gateways + "g",
+        KEYS.map + "s",
+        KEYS.incarnation_counter(RankId(0)),
+    ):
+        assert cluster.apply(WatchEvent(key=key, value=b"?", mod_revision=5)) == []
