@@ -71,8 +71,7 @@ def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
 
 async def serve(config: ControlPlaneConfig) -> None:
     """Until SIGTERM, SIGINT or the end of the lifeline. Raises StarfishError."""
-    assert config.model is not None
-    model = read_model_spec(config.model)
+    model = read_model_spec(config.model_folder)
     metrics = Metrics()
     stop = stop_event(config.lifeline_fd)
     async with AsyncExitStack() as stack:

@@ -49,8 +49,7 @@ class ControlPlaneConfig:
     def check(self) -> None:
         """Raises ConfigError where a value is impossible."""
         self.timings.check()
-        if self.model is None:
-            raise ConfigError("--model is missing; pass the folder of a Hugging Face checkpoint")
+        _ = self.model_folder
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance has at least one rank")
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
@@ -67,13 +66,20 @@ class ControlPlaneConfig:
         if self.probe_interval_ms < self.urgent_probe_interval_ms:
             raise ConfigError("--probe-interval-ms must not be under the urgent interval")
 
+    @property
+    def model_folder(self) -> Path:
+        """Raises ConfigError if no model is configured."""
+        if self.model is None:
+            raise ConfigError("--model is missing; pass the folder of a Hugging Face checkpoint")
+        return self.model
+
     def unique_name(self, pid: int) -> str:
         return self.name or f"{socket.gethostname()}-{pid}"
 
 
 def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
     """Raises ConfigError where the ranks cannot hold every expert."""
-    assert config.model is not None
+    folder = config.model_folder.resolve()
     experts, ranks = model.num_experts, config.ranks
     redundant = config.redundant_experts
     if redundant < 0:
@@ -94,8 +100,8 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
             f"pass --slots-per-rank {_ceil(experts + redundant, ranks)} or more, or fewer redundant"
         )
     return InstanceSpec(
-        model_name=config.model_name or config.model.resolve().name,
-        model_path=str(config.model.resolve()),
+        model_name=config.model_name or folder.name,
+        model_path=str(folder),
         num_moe_layers=model.num_moe_layers,
         num_experts=experts,
         num_ranks=ranks,

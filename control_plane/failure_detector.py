@@ -274,19 +274,17 @@ class FailureDetector:
             return watched.signals[0].reason
         if watched.unleased_attentive_s is not None:
             waited_s = self._attentive_s - watched.unleased_attentive_s
-            if watched.probe is ProbeState.BROKEN or waited_s >= self._lease_grace_s(watched):
+            grace_s = self._lease_grace_s(watched, watched.unleased_attentive_s)
+            if watched.probe is ProbeState.BROKEN or waited_s >= grace_s:
                 return SuspicionReason.LEASE
         return None
 
-    def _lease_grace_s(self, watched: WatchedMember) -> float:
+    def _lease_grace_s(self, watched: WatchedMember, unleased_attentive_s: float) -> float:
         if not watched.lease_grace:
             return self._timings.reregister_timeout_s
-        assert watched.unleased_attentive_s is not None
-        return (
-            inf
-            if watched.heartbeat_attentive_s > watched.unleased_attentive_s
-            else self._timings.mass_expiry_grace_s
-        )
+        if watched.heartbeat_attentive_s > unleased_attentive_s:
+            return inf
+        return self._timings.mass_expiry_grace_s
 
     def _is_silent(self, watched: WatchedMember) -> bool:
         if watched.suspected_attentive_s is None or watched.is_never_probed:

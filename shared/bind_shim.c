@@ -1,7 +1,7 @@
-/* Preloaded into a rank. Mooncake listens on all interfaces, without authentication, and has no
- * setting for that: a stream socket that is bound to the wildcard address goes to the address in
- * STARFISH_DATA_BIND (default 127.0.0.1) instead, and is not inherited over exec. Everything else
- * passes through untouched. */
+/* Preloaded into a rank. Mooncake listens on all interfaces, without authentication, and no setting
+ * changes that. This shim binds a stream socket to the address in STARFISH_DATA_BIND (default
+ * 127.0.0.1) when the caller asks for the wildcard address, and marks it close-on-exec. It leaves
+ * every other call as it is. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dlfcn.h>
@@ -33,7 +33,7 @@ static int bind_v4(bind_fn next, int fd, const struct sockaddr *addr, const char
     return next(fd, (struct sockaddr *)&to, sizeof to);
 }
 
-/* The host is IPv4; on an IPv6 socket it stands as its mapped address. */
+/* The host is IPv4; an IPv6 socket is bound to its IPv4-mapped address. */
 static int bind_v6(bind_fn next, int fd, const struct sockaddr *addr, const char *host) {
     struct sockaddr_in6 to;
     struct in_addr v4;

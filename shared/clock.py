@@ -1,4 +1,4 @@
-"""Time as the services see it: injected, monotonic, in seconds."""
+"""The clock that is passed to every service, so that tests can replace it. Seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """`now()` for deadlines (monotonic seconds), `wall()` for people (Unix seconds)."""
+    """`now()` is monotonic, for deadlines. `wall()` is Unix time, to show to people."""
 
     def now(self) -> float: ...
 

@@ -18,7 +18,7 @@ def to_plain(value: object) -> Any:
 
 
 def from_plain(plain: Any, cls: type[T]) -> T:
-    """Raises WireError where `plain` does not have the fields and types of `cls`."""
+    """Raises WireError if `plain` does not have the fields and types of `cls`."""
     try:
         return msgspec.convert(plain, type=cls)
     except msgspec.ValidationError as error:

@@ -27,7 +27,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """The waits that must fit into each other: exchange deadline < suspicion window < lease TTL."""
+    """Waits that depend on each other: exchange deadline < suspicion window < lease TTL."""
 
     exchange_deadline_ms: float = option(
         40.0, "a peer's data later than this raises a suspicion (the wait itself goes on)"
@@ -38,7 +38,7 @@ class Timings:
     lease_ttl_s: float = option(5.0, "etcd lease of every process; the last backstop")
 
     def check(self) -> None:
-        """Raises ConfigError where the order does not hold."""
+        """Raises ConfigError if the order does not hold."""
         if not 0 < self.exchange_deadline_ms < self.suspicion_window_ms < self.lease_ttl_s * 1000:
             raise ConfigError(
                 "timings must satisfy 0 < exchange deadline < suspicion window < lease TTL, "

@@ -1,6 +1,6 @@
-"""Keeps a rank's listeners on the data network: the environment in which a rank must be spawned,
-and the rank's own check that it worked. Mooncake would listen on every interface, and lets anybody
-who connects read and overwrite registered memory."""
+"""Keeps a rank's listeners on the data network: the environment in which a rank must be started,
+and the rank's own check that it works. Mooncake would listen on every interface, and anybody who
+connects can read and overwrite registered memory."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Listener(NamedTuple):
 
 
 def confined_environment(base_env: Mapping[str, str], data_host: str) -> dict[str, str]:
-    """`base_env` plus what makes a process listen on `data_host` wherever it would listen on all
-    interfaces. Compiles the shim where this user has not yet. Raises ConfigError."""
+    """`base_env` plus variables that make a process listen on `data_host` instead of on all
+    interfaces. Compiles the shim if this user has none yet. Raises ConfigError."""
     shim = compile_shim(base_env)
     others = [p for p in base_env.get("LD_PRELOAD", "").split(":") if p and p != str(shim)]
     preload = ":".join([str(shim), *others])
@@ -40,8 +40,8 @@ def confined_environment(base_env: Mapping[str, str], data_host: str) -> dict[st
 
 
 def require_confined() -> None:
-    """Raises ConfigError where this process listens on all interfaces. Call it when every
-    listener is open."""
+    """Raises ConfigError if this process listens on all interfaces. Call it once every listener is
+    open."""
     exposed = [listener.port for listener in listeners_of("self") if listener.is_wildcard]
     if exposed:
         ports = ", ".join(str(port) for port in sorted(exposed))
@@ -52,7 +52,8 @@ def require_confined() -> None:
 
 
 def compile_shim(environ: Mapping[str, str]) -> Path:
-    """The shim's shared object in the user's cache, named after its source. Raises ConfigError."""
+    """The shim's shared object in the user's cache, named after a hash of its source. Raises
+    ConfigError."""
     source = _SOURCE.read_bytes()
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starfish"
     target = cache / f"bind_shim-{hashlib.sha256(source).hexdigest()[:16]}.so"

@@ -1,5 +1,5 @@
-"""A single etcd as a child process, for machines without a cluster of their own: the default of
-`starfish up`, and the etcd of the integration tests."""
+"""A single etcd as a child process: the default of `starfish up`, and the etcd of the integration
+tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _COMPACT_AFTER_REVISIONS = 10_000
 
 
 class EmbeddedEtcd:
-    """Ports are chosen at the first start and kept, so that a restart is a restart to clients."""
+    """Chooses its ports at the first start and keeps them, so that clients reconnect after a
+    restart."""
 
     def __init__(self, data_dir: Path, *, clock: Clock | None = None) -> None:
         self._data_dir = data_dir
@@ -49,12 +50,12 @@ class EmbeddedEtcd:
     async def start(
         self, *, timeout_s: float = 15.0, on_progress: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Returns once etcd serves. Raises StoreUnavailable with its own last words where it does
-        not, ConfigError where the binary is missing."""
+        """Returns once etcd serves. Raises StoreUnavailable with etcd's last log line if it does
+        not, and ConfigError if the binary is missing."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
         on_progress("starting etcd")
         for attempt in range(_START_ATTEMPTS):
-            # Another process may take a port between our look and etcd's bind: look again.
+            # Another process may take a port before etcd binds it: then choose again.
             if not self._client_port:
                 self._client_port, self._peer_port = _free_ports(2)
             await self._spawn()
@@ -70,7 +71,7 @@ class EmbeddedEtcd:
                 return
 
     async def wait(self) -> int:
-        """Until the process that runs now has ended; its exit code."""
+        """Waits until the present process has ended, and returns its exit code."""
         assert self._process is not None, "etcd was never started"
         return await self._process.wait()
 
@@ -85,7 +86,7 @@ class EmbeddedEtcd:
             await self.kill()
 
     async def kill(self) -> None:
-        """SIGKILL, as a crash would; `start` then goes on with the same data."""
+        """SIGKILL, like a crash. `start` then continues with the same data."""
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGKILL)
             await self._process.wait()
@@ -97,7 +98,7 @@ class EmbeddedEtcd:
                 *self._flags(),
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for its parent, which stops it last
+                start_new_session=True,  # Ctrl-C goes to its parent, which stops etcd last
             )
 
     def _flags(self) -> list[str]:
@@ -112,9 +113,9 @@ class EmbeddedEtcd:
             *("--heartbeat-interval", "50", "--election-timeout", "250"),
             *("--auto-compaction-mode", "revision"),
             *("--auto-compaction-retention", str(_COMPACT_AFTER_REVISIONS)),
-            # One node on the host of all the ranks: what a power cut could lose, it has killed
-            # anyway. A stalled disk, though, would hold up lease renewals of healthy ranks. A
-            # killed etcd loses nothing; the page cache outlives it.
+            # This etcd runs on the host of all the ranks. A power cut could lose its data, but it
+            # also ends the ranks. A stalled disk would delay lease renewals of healthy ranks. If
+            # etcd is killed, nothing is lost, because the page cache outlives it.
             "--unsafe-no-fsync",
             *("--log-level", "warn", "--logger", "zap"),
         ]
@@ -147,14 +148,14 @@ class EmbeddedEtcd:
                 entry = json.loads(line)
                 if entry.get("level") in ("fatal", "panic", "error"):
                     return str(entry.get("error") or entry.get("msg"))
-        return lines[-1] if lines else "without a word"
+        return lines[-1] if lines else "without a message"
 
 
 @contextlib.asynccontextmanager
 async def embedded_etcd(
     data_dir: Path, *, on_progress: Callable[[str], None] = lambda _: None
 ) -> AsyncIterator[EmbeddedEtcd]:
-    """A served etcd for the body, stopped at its end."""
+    """Runs an etcd while the body runs."""
     etcd = EmbeddedEtcd(data_dir)
     try:
         await etcd.start(on_progress=on_progress)

@@ -7,15 +7,15 @@
     ├── Overloaded             admission is full; retry later (HTTP 429)
     ├── Unavailable            no live rank can take the work now (HTTP 503)
     ├── StoreError             etcd did not do what was asked
-    │   ├── StoreUnavailable   …or did not answer: the outcome is unknown
-    │   ├── TxnConflict        …because a compared key had moved: definitely not done
-    │   └── LeaseLost          …because the lease is gone
-    ├── GrammarError             a grammar is none, or does not allow what was generated
+    │   ├── StoreUnavailable   etcd did not answer: the outcome is unknown
+    │   ├── TxnConflict        a compared key had changed: definitely not done
+    │   └── LeaseLost          the lease is gone: definitely not done
+    ├── GrammarError           a grammar is malformed, or does not allow what was generated
     ├── WireError              a frame or message is malformed
     └── StepAbandoned          a lockstep step will not complete in this epoch
 
-`definitely_not_done` says whether the operation surely had no effect; only then may a caller retry
-blindly. A timeout never says so.
+`definitely_not_done` is true if the operation surely had no effect. Only then is a blind retry
+safe. A timeout never says so.
 """
 
 from __future__ import annotations

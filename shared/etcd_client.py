@@ -1,5 +1,5 @@
 """Single calls to etcd through etcd3, and the translation of gRPC's errors into ours. The only
-module that imports etcd3; watching is `shared.etcd_watch`'s."""
+module that imports etcd3. Watches are in `shared.etcd_watch`."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def to_key_value(kv: Any) -> KeyValue:
 
 
 class EtcdClient:
-    """One gRPC channel to one etcd cluster. Unary calls are started on the event loop and completed
-    by gRPC's own thread: no hand-over to a pool stands in the way of a publication."""
+    """One gRPC channel to one etcd cluster. Unary calls start on the event loop and complete on
+    gRPC's own thread, so that publishing a map never waits for a thread pool."""
 
     def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
         self.endpoints = ",".join(endpoints)
@@ -104,7 +104,7 @@ class EtcdClient:
         return snapshot_of(await self._call(self._kv.Range, range_request(prefix)))
 
     def get_prefix_blocking(self, prefix: str) -> Snapshot:
-        """For a watcher's thread. Raises grpc.RpcError."""
+        """For the thread of a watch. Raises grpc.RpcError."""
         return snapshot_of(self._kv.Range(range_request(prefix), self.timeout_s))
 
     async def put(self, key: str, value: bytes, lease_id: int) -> int:
@@ -145,7 +145,7 @@ class EtcdClient:
         return ttl_s
 
     def _keep_alive_once(self, lease_id: int) -> float:
-        """etcd has no unary renewal: a stream of one request and one reply."""
+        """etcd has no unary call for this, so it is a stream of one request and one reply."""
         requests = iter([rpc.LeaseKeepAliveRequest(ID=lease_id)])
         for reply in self._lease.LeaseKeepAlive(requests, self.timeout_s, wait_for_ready=True):
             return float(reply.TTL)
@@ -156,7 +156,7 @@ class EtcdClient:
         done: asyncio.Future[None] = loop.create_future()
         try:
             call = method.future(request, timeout=self.timeout_s, wait_for_ready=True)
-        except ValueError as error:  # grpc's word for a closed channel
+        except ValueError as error:  # grpc raises this if the channel is closed
             raise StoreUnavailable("the connection to etcd is closed") from error
         call.add_done_callback(lambda _: _wake(loop, done))
         try:
@@ -216,8 +216,8 @@ def _operation(operation: Put | Delete) -> Any:
 
 
 def _target(endpoints: Sequence[str]) -> tuple[str, str]:
-    """etcd3 takes one host and one port and joins them by a colon: several endpoints go through
-    gRPC's ipv4 resolver, whose last port is split off again. Raises ConfigError."""
+    """etcd3 takes one host and one port, and joins them with a colon. Several endpoints go through
+    gRPC's ipv4 resolver; the port of the last one is passed as the port. Raises ConfigError."""
     pairs = [_split(endpoint) for endpoint in endpoints]
     if not pairs:
         raise ConfigError("no etcd endpoint is given; pass --etcd HOST:PORT")

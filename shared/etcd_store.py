@@ -1,4 +1,4 @@
-"""`shared.store.Store` over a real etcd: puts together the calls and the watches."""
+"""`shared.store.Store` on a real etcd: combines the single calls and the watches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _JOIN_TIMEOUT_S = 2.0
 
 async def connect_store(endpoints: Sequence[str], *, timeout_s: float = 2.0) -> EtcdStore:
     """A store whose etcd has answered once. Raises ConfigError for a malformed endpoint, and
-    StoreUnavailable after `timeout_s` where no etcd answers."""
+    StoreUnavailable if no etcd answers within `timeout_s`."""
     store = EtcdStore(endpoints, timeout_s)
     try:
         await store.get("/starfish/")
@@ -72,7 +72,7 @@ class EtcdStore:
             self._watches.discard(watch)
 
     async def close(self) -> None:
-        """Ends every watch, too."""
+        """Ends every watch as well."""
         watches = list(self._watches)
         for watch in watches:
             watch.stop()

@@ -1,11 +1,11 @@
-"""One watch on an etcd prefix: a thread of its own that never loses an event, and the bounded hand-
-over to the event loop.
+"""One watch on an etcd prefix: a thread that loses no event, and its bounded queue to the event
+loop.
 
 Theory of operation. The thread reads the prefix (a Snapshot at revision r), watches from r+1, and
-remembers the revision up to which it has handed everything over. Whatever goes wrong with the
-stream (etcd restarts, a leader changes, the connection breaks) it watches again from the revision
-after that: etcd replays what was missed. Only where etcd has compacted that revision away, or came
-back with older data, does it read the prefix again and hand over a new Snapshot.
+remembers the revision up to which it has delivered everything. If the stream fails (etcd restarts,
+its leader changes, the connection breaks), the thread watches again from the revision after that,
+and etcd replays what was missed. If etcd has compacted that revision away, or came back with older
+data, the thread reads the prefix again and delivers a new Snapshot.
 
     state     | what happens        | next
     ----------+---------------------+------------------------------------
@@ -16,7 +16,7 @@ back with older data, does it read the prefix again and hand over a new Snapshot
     watching  | error, stream ended | watching, after a jittered backoff
     any       | stop()              | end
 
-A consumer that falls behind fills the hand-over; the thread then waits, and gRPC's flow control
+If the consumer falls behind, the queue fills up and the thread waits; gRPC's flow control then
 holds the rest back in etcd.
 """
 
@@ -42,7 +42,7 @@ _Batch = list[Snapshot | WatchEvent]
 
 
 class _Handover:
-    """Batches from the thread to the event loop, at most `_BATCHES_MAX` under way."""
+    """A queue of batches from the thread to the event loop, `_BATCHES_MAX` at most."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -51,7 +51,7 @@ class _Handover:
         self._arrived = asyncio.Event()
 
     def offer(self, batch: _Batch, stopped: threading.Event) -> None:
-        """Thread side; waits while there is no room."""
+        """Called by the thread; waits while the queue is full."""
         while not self._free_batches.acquire(timeout=0.5):
             if stopped.is_set():
                 return
@@ -71,7 +71,7 @@ class _Handover:
         self._arrived.set()
 
     async def take(self) -> _Batch | None:
-        """Loop side; None once the watch has ended."""
+        """Called on the event loop. None once the watch has ended."""
         while not self._batches:
             self._arrived.clear()
             await self._arrived.wait()
@@ -90,7 +90,7 @@ class EtcdWatch:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._call: Any = None
-        self._revision: int | None = None  # everything up to it is handed over
+        self._revision: int | None = None  # everything up to it is delivered
         self._thread = threading.Thread(target=self._run, name=f"etcd-watch {prefix}", daemon=True)
         self._thread.start()
 
@@ -98,7 +98,7 @@ class EtcdWatch:
         return await self._handover.take()
 
     def stop(self) -> None:
-        """Idempotent, does not wait."""
+        """Idempotent. Does not wait for the thread."""
         self._stopped.set()
         with self._lock:
             if self._call is not None:
@@ -111,48 +111,47 @@ class EtcdWatch:
         while not self._stopped.is_set():
             try:
                 if self._revision is None:
-                    self._read_snapshot()
-                self._stream_events()
+                    self._revision = self._read_snapshot()
+                self._stream_events(self._revision)
             except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
                 self._stopped.wait(random.uniform(*_BACKOFF_S))
         self._handover.end()
 
-    def _read_snapshot(self) -> None:
+    def _read_snapshot(self) -> int:
         snapshot = self._client.get_prefix_blocking(self._prefix)
         self._handover.offer([snapshot], self._stopped)
-        self._revision = snapshot.revision
+        return snapshot.revision
 
-    def _stream_events(self) -> None:
-        """Returns or raises when the stream has ended; `_revision` then says how to go on."""
-        assert self._revision is not None
+    def _stream_events(self, revision: int) -> None:
+        """Returns or raises when the stream has ended. `_revision` then says how to go on."""
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        requests.put(watch_request(self._prefix, self._revision + 1))
+        requests.put(watch_request(self._prefix, revision + 1))
         call = self._client.watch_stub.Watch(iter(requests.get, None), metadata=_REQUIRE_LEADER)
         with self._lock:
             self._call = call
         try:
             if not self._stopped.is_set():
-                self._deliver(call)
+                self._deliver(call, revision)
         finally:
             call.cancel()
             requests.put(None)  # ends the thread in which gRPC reads the requests
 
-    def _deliver(self, responses: Iterator[Any]) -> None:
+    def _deliver(self, responses: Iterator[Any], revision: int) -> None:
         for response in responses:
-            if response.compact_revision or self._is_older_than_known(response):
+            if response.compact_revision or _is_older(response, revision):
                 self._revision = None
                 return
             if response.canceled:
                 break
             if response.events:
                 self._handover.offer([_event(e) for e in response.events], self._stopped)
-                self._revision = response.events[-1].kv.mod_revision
+                self._revision = revision = response.events[-1].kv.mod_revision
         self._stopped.wait(random.uniform(*_BACKOFF_S))
 
-    def _is_older_than_known(self, response: Any) -> bool:
-        """etcd came back older than what it told us: its data was lost or replaced."""
-        assert self._revision is not None
-        return bool(response.created and response.header.revision < self._revision)
+
+def _is_older(response: Any, revision: int) -> bool:
+    """Whether etcd came back with older data than it had told us: its data was lost or replaced."""
+    return bool(response.created and response.header.revision < revision)
 
 
 def _event(event: Any) -> WatchEvent:

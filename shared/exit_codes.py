@@ -3,4 +3,5 @@
 from __future__ import annotations
 
 EXIT_FENCED = 75
-"""A rank's exit code for "a map left me out": not a fault of its own, so no reason to wait."""
+"""A rank exits with this code after a verdict, or a map without it. That is no fault of its own, so
+the node agent restarts it at once."""

@@ -1,6 +1,6 @@
-"""The memory that copies of experts lie in: a file without a name, which whoever holds a descriptor
-of it shares, and which is gone with the last of them, however they ended. Knows nothing of what
-lies in it."""
+"""The host memory that holds copies of experts: an anonymous file (memfd) that all processes with a
+descriptor share. It disappears with the last descriptor, however its processes ended. Its contents
+are not this module's concern."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ _GB = 1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCacheMemory:
-    """`bytes_max`: what this process uses of it, from the start."""
+    """`bytes_max`: how much of it this process uses, counted from the start of the file."""
 
     fd: int
     bytes_max: int
 
 
 def expert_cache_bytes(host_experts_gb: float, free_bytes: int) -> int:
-    """Below 0: a quarter of what is free, so that most stays with the page cache, which copies are
-    filled from. Never more than is free: the kernel would end a process for it."""
+    """The size in bytes. `host_experts_gb < 0` means a quarter of `free_bytes`: most stays free for
+    the page cache, from which the copies are filled. It is never more than `free_bytes`, because
+    the kernel would kill a process for it."""
     if host_experts_gb < 0:
         return free_bytes // _SHARE_OF_FREE
     return min(int(host_experts_gb * _GB), free_bytes)
 
 
 def create_memory(num_bytes: int) -> int:
-    """Zeros; a page takes room once it is touched. Nobody can shrink it under others. Raises
-    OSError."""
+    """A descriptor of new memory, all zeros. A page takes memory once it is touched. No process can
+    change the size afterwards. Raises OSError."""
     fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
@@ -51,8 +52,7 @@ def create_memory(num_bytes: int) -> int:
 
 
 def open_memory_of_process(pid: int, fd: int) -> int:
-    """What another process has under this number, as a descriptor of ours. Raises OSError where
-    that is no such memory."""
+    """Opens descriptor `fd` of another process. Raises OSError if it is not such memory."""
     ours = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     if not os.readlink(f"/proc/self/fd/{ours}").startswith(_LINK):
         os.close(ours)
@@ -63,8 +63,8 @@ def open_memory_of_process(pid: int, fd: int) -> int:
 def expert_cache_memory_of_rank(
     inherited_fd: int, host_experts_gb: float
 ) -> ExpertCacheMemory | None:
-    """What the node agent has handed down; without one a rank has memory of its own. None, too,
-    where the host refuses: the log says why."""
+    """The memory that the node agent passed on as `inherited_fd`; if that is below 0, new memory.
+    None if `host_experts_gb` is 0, or if the host refuses; the log then says why."""
     if host_experts_gb == 0:
         return None
     fd = inherited_fd

@@ -1,5 +1,5 @@
-"""The expert map: which expert each slot of each rank holds, in one epoch. Pure data and look-ups;
-placing experts is the control plane's."""
+"""The expert map: which expert each slot of each rank holds, in one epoch. Data and look-ups only;
+the control plane decides where experts go."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ABSENT_SLOT."""
 class ExpertMap:
     """An immutable snapshot of who takes part in steps, and of what their slots hold.
 
-    `placement` counts only for ranks in `members`; rows of other ranks are EMPTY or ABSENT.
-    `joiners` are members that have not been seen yet to take part under an earlier map: whoever
-    steps by counting gives their ranks up first and starts with them anew.
+    `placement` is int16; rows of ranks that are not in `members` are EMPTY_SLOT or ABSENT_SLOT.
+    `joiners` are the members that have not yet been seen to step under an earlier map. Ranks that
+    meet by counting CUDA graph launches restart their count with them.
     `cause` says in words why this epoch follows the last one.
-    `published_at` is the publisher's `Clock.now()`, for measurements on one host.
+    `published_at` is the publisher's `Clock.now()` in seconds, for measurements on one host.
     """
 
     epoch: Epoch
@@ -53,7 +53,7 @@ class ExpertMap:
         return int(self.placement.shape[2])
 
     def incarnation_of(self, rank: RankId) -> Incarnation | None:
-        """The incarnation that takes part, or None where the rank is no member."""
+        """The incarnation that takes part, or None if the rank is not a member."""
         return self._incarnations.get(rank)
 
     def has(self, member: Member) -> bool:
@@ -85,7 +85,7 @@ class ExpertMap:
 
     @classmethod
     def from_wire(cls, raw: dict[str, object]) -> ExpertMap:
-        """Raises WireError where a field is missing or disagrees with another."""
+        """Raises WireError if a field is missing or contradicts another."""
         try:
             shape = tuple(int(n) for n in raw["shape"])  # type: ignore[attr-defined]
             placement = np.frombuffer(raw["placement"], dtype="<i2").reshape(shape)  # type: ignore[call-overload]

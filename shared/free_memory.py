@@ -1,4 +1,4 @@
-"""How much memory of this host could be taken now."""
+"""How much memory a process of this host could allocate now."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(memory_info: Path = MEMORY_INFO, control_group: Path = CONTROL_GROUP) -> int:
-    """Page cache included, under our control group's limit. Memory that processes share is not
-    free, though the kernel counts it among the files that it keeps."""
+    """Free bytes, page cache included, within the limit of our control group. Shared memory is not
+    free, though the kernel counts it as cached files."""
     lines = (line.split() for line in memory_info.read_text().splitlines())
     free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
     limit = control_group / "memory.max"

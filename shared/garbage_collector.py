@@ -1,4 +1,5 @@
-"""Python's cyclic garbage collector in a process that must not pause, or that times others."""
+"""Settings of Python's garbage collector for a process that must not pause, or that measures
+others."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import gc
 
 
 def freeze_loaded_objects() -> None:
-    """Once all is loaded that stays: later collections look at what is made from now on alone. A
-    full one over everything that libraries bring takes 0.1 to 0.3 s, and holds up every peer of a
-    rank that it meets in a step."""
+    """Call once everything long-lived is loaded: later collections only look at newer objects. A
+    full collection over all that the libraries load takes 0.1 to 0.3 s. In a rank, it delays every
+    peer of the step."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

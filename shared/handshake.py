@@ -1,5 +1,5 @@
-"""How a rank begins a control connection to a peer: it makes sure who answers, and that the peer's
-own heart does."""
+"""How a rank begins a control connection to a peer: it checks who answers, and that the peer is
+ready to answer probes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANSWER_TIMEOUT_S = 2.0
 async def handshake(
     peer: RankRecord, own: Member, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """Raises WireError where another life answers, TimeoutError, ConnectionError."""
+    """Raises WireError if another incarnation answers, TimeoutError, ConnectionError."""
     writer.write(encode(Hello(role="rank", name=str(own))))
     welcome = await expect(reader, Welcome)
     if welcome.member != peer.member:
@@ -31,7 +31,8 @@ async def handshake(
 async def expect(
     reader: asyncio.StreamReader, kind: type[M], timeout_s: float = ANSWER_TIMEOUT_S
 ) -> M:
-    """The next message. Raises WireError where it is of another kind or the stream ends."""
+    """The next message. Raises WireError if it is of another kind or the stream ends, and
+    TimeoutError after `timeout_s`."""
     async with asyncio.timeout(timeout_s):
         message = await read_message(reader)
     if not isinstance(message, kind):

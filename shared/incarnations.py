@@ -1,5 +1,4 @@
-"""What etcd must hold before a rank's process may start: its next incarnation number and a lease,
-until the rank keeps it alive itself."""
+"""What a rank needs from etcd before it may start: its next incarnation number and a lease."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ _CONFLICTS_MAX = 10
 
 
 async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnation:
-    """Counts up in etcd: a number is never given twice, whoever asks. Raises StoreUnavailable, and
-    TxnConflict where others kept counting at the same time."""
+    """Increments the rank's counter in etcd, so that no number is given twice. Raises
+    StoreUnavailable, and TxnConflict if others incremented it at every attempt."""
     key = keys.incarnation_counter(rank)
     for attempt in range(_CONFLICTS_MAX):
         known = await store.get(key)
@@ -38,6 +37,7 @@ async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnatio
 async def allocate_incarnation(
     store: Store, keys: Keys, rank: RankId, lease_ttl_s: float
 ) -> tuple[Member, int]:
-    """Raises StoreError."""
+    """The member to start, and the id of its lease, which the caller keeps alive. Raises
+    StoreError."""
     incarnation = await next_incarnation(store, keys, rank)
     return Member(rank=rank, incarnation=incarnation), await store.grant_lease(lease_ttl_s)

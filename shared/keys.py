@@ -1,6 +1,6 @@
-"""The only place that spells an etcd key. All keys of one instance live under one prefix, and those
-that serving follows under one of their own: ranks and gateways watch nothing else, because a death
-makes others write a lot at the very moment that counts."""
+"""The only place that spells an etcd key. All keys of one instance share a prefix. The keys that
+ranks and gateways watch share a longer one, `serving/`: a death makes many processes write
+suspicions and residents at once, and ranks and gateways must not be woken by those."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Keys:
 
     @property
     def serving(self) -> str:
-        """Prefix of the spec, the map, and what is known of ranks and told to them."""
+        """Prefix of the spec, the map, the rank records, the assignments and the verdicts."""
         return self.root + "serving/"
 
     @property
     def spec(self) -> str:
-        """InstanceSpec: the model and the number of ranks. Not leased."""
+        """InstanceSpec. No lease."""
         return self.serving + "spec"
 
     @property
@@ -36,12 +36,12 @@ class Keys:
 
     @property
     def term(self) -> str:
-        """int: the number of elections so far, written with the leader key. Not leased."""
+        """int: the number of elections so far, written together with the leader key. No lease."""
         return self.root + "term"
 
     @property
     def map(self) -> str:
-        """ExpertMap. Not leased: it outlives every control plane."""
+        """ExpertMap. No lease: it outlives every control plane."""
         return self.serving + "map"
 
     @property
@@ -49,8 +49,8 @@ class Keys:
         return self.serving + "ranks/"
 
     def rank(self, rank: RankId, incarnation: Incarnation) -> str:
-        """RankRecord under the rank's lease. A key per incarnation: a life that wakes up late can
-        not overwrite its successor's record."""
+        """RankRecord under the rank's lease. Every incarnation has its own key, so that one that
+        wakes up late cannot overwrite its successor's record."""
         return f"{self.ranks}{rank:05d}/{incarnation:08d}"
 
     @property
@@ -58,7 +58,7 @@ class Keys:
         return self.root + "residents/"
 
     def resident(self, rank: RankId, incarnation: Incarnation) -> str:
-        """SlotContents under the rank's lease: the experts whose weights its slots really hold."""
+        """SlotContents under the rank's lease: the experts that its slots really hold."""
         return f"{self.residents}{rank:05d}/{incarnation:08d}"
 
     @property
@@ -66,8 +66,10 @@ class Keys:
         return self.serving + "assignments/"
 
     def assignment(self, rank: RankId, incarnation: Incarnation) -> str:
-        """SlotContents that the control plane wants a rank to load. Only slots that are empty in
-        the map may differ from what is resident."""
+        """SlotContents that the control plane wants a rank to hold. No lease; the control plane
+        deletes it after the incarnation has gone. It differs from what is resident only in slots
+        that the map leaves empty, or, after a death, in slots of surplus replicas that orphans
+        take."""
         return f"{self.assignments}{rank:05d}/{incarnation:08d}"
 
     @property
@@ -75,7 +77,7 @@ class Keys:
         return self.root + "suspicions/"
 
     def suspicion(self, rank: RankId, incarnation: Incarnation, by: str) -> str:
-        """Suspicion under the accuser's lease."""
+        """Suspicion under the accuser's lease. `by` names the accuser."""
         return f"{self.suspicions}{rank:05d}/{incarnation:08d}/{by}"
 
     @property
@@ -83,10 +85,12 @@ class Keys:
         return self.serving + "verdicts/"
 
     def verdict(self, rank: RankId, incarnation: Incarnation) -> str:
-        """Verdict, written at the latest together with the map without the rank."""
+        """Verdict. Written before the first map without the member, or in the same transaction,
+        under a lease of the control plane that lasts some minutes."""
         return f"{self.verdicts}{rank:05d}/{incarnation:08d}"
 
     def incarnation_counter(self, rank: RankId) -> str:
+        """Decimal digits: the highest incarnation given to the rank so far. No lease."""
         return f"{self.root}incarnations/{rank:05d}"
 
     @property

@@ -1,6 +1,6 @@
-"""What a process says in etcd under one lease: the newest value of each key, and the lease kept
-alive. Whether a lost one is replaced is its owner's to decide, and serving never waits for any of
-it."""
+"""The keys that a process holds in etcd under one lease: writes the newest value of each, and keeps
+the lease alive. The owner decides whether a lost lease is replaced. Serving never waits for
+this."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
 DEFERRED_WRITE_S = 0.2
 KEEP_ALIVE_RETRY_S = 0.3
-"""Short: whoever comes back from an outage of etcd without a lease is under suspicion."""
+"""Short, because a process that comes back from an outage of etcd without a lease is suspected."""
 
 
 class LeasedKeys:
-    """`put` and `delete` say what shall stand, and return at once; a value that is overtaken before
-    it was written is never written. `run` makes it so, for whom a lost lease means only a new one;
-    others drive `write`, `keep_alive` and `renew` themselves."""
+    """`put` and `delete` set what etcd should hold, and return at once. A value that is replaced
+    before it was written is never written. Owners that simply take a new lease after a lost one
+    call `run`; others call `write`, `keep_alive` and `renew` themselves."""
 
     def __init__(self, store: Store, *, ttl_s: float, lease_id: int = 0) -> None:
         self._store = store
         self._ttl_s = ttl_s
         self._lease_id = lease_id
         self._values: dict[str, bytes] = {}
-        self._dirty: dict[str, None] = {}  # in the order in which they were said
+        self._dirty: dict[str, None] = {}  # in the order of the calls
         self._wake = asyncio.Event()
         self._recheck_requested = asyncio.Event()
 
     @property
     def lease_id(self) -> int:
-        """The newest one, which may be lost; 0 before the first."""
+        """The newest lease, which may be lost; 0 before the first."""
         return self._lease_id
 
     def put(self, key: str, value: bytes, *, urgent: bool = True) -> None:
-        """Not urgent: what nobody waits for is written DEFERRED_WRITE_S later, because at a death
-        all ranks have something to say, and the survivors' next step waits for the same CPUs."""
+        """A value that is not urgent is written DEFERRED_WRITE_S later: at a death all ranks write
+        at once, and the survivors' next step needs the same CPUs."""
         self._values[key] = value
         self._mark(key, urgent)
 
     def delete(self, key: str, *, urgent: bool = True) -> None:
-        """Of a key that was put here; others are left alone."""
+        """Deletes a key that was put here, and ignores any other."""
         if self._values.pop(key, None) is not None:
             self._mark(key, urgent)
 
     async def run(self) -> None:
-        """Takes a lease, and after each that is lost another, and says everything again. For
-        ever."""
+        """Takes a lease. Whenever it is lost, takes another and writes everything again. Never
+        returns."""
         await self.renew()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.write())
@@ -65,7 +65,7 @@ class LeasedKeys:
                     self._mark(key, True)
 
     async def write(self) -> None:
-        """Writes what was said under the present lease, oldest first, for ever."""
+        """Writes what was put or deleted, oldest first, under the present lease. Never returns."""
         retry_s = RETRY_MIN_S
         while True:
             await self._wake.wait()
@@ -78,8 +78,8 @@ class LeasedKeys:
                     retry_s = min(retry_s * 2, RETRY_MAX_S)
 
     async def keep_alive(self) -> None:
-        """Refreshes the lease three times per TTL, and asks at once where it is in doubt. Returns
-        when it is gone though etcd answers."""
+        """Refreshes the lease three times per TTL, and at once after `recheck_lease`. Returns when
+        etcd says that the lease is gone."""
         wait_s = self._ttl_s / 3
         while True:
             with contextlib.suppress(TimeoutError):
@@ -97,11 +97,12 @@ class LeasedKeys:
                 wait_s = min(wait_s, KEEP_ALIVE_RETRY_S)
 
     def recheck_lease(self) -> None:
-        """Something speaks against it: `keep_alive` asks etcd now."""
+        """The lease may be lost: `keep_alive` asks etcd now."""
         self._recheck_requested.set()
 
     async def renew(self) -> int:
-        """A new lease in place of a lost one, or of none; later writes go under it."""
+        """Takes a new lease for all later writes, and returns its id. Retries until etcd grants
+        it."""
         retry_s = RETRY_MIN_S
         while True:
             try:
@@ -113,7 +114,7 @@ class LeasedKeys:
                 retry_s = min(retry_s * 2, RETRY_MAX_S)
 
     async def release(self) -> None:
-        """Takes everything back at once, at the end; best effort."""
+        """Revokes the lease, which deletes all keys at once. Ignores a failure."""
         if self._lease_id:
             with contextlib.suppress(StoreError):
                 await self._store.revoke_lease(self._lease_id)
@@ -135,7 +136,7 @@ class LeasedKeys:
             else:
                 await self._store.put(key, value, lease_id=lease_id)
         except LeaseLost:
-            self.recheck_lease()  # it is put again under the next one
+            self.recheck_lease()  # the next lease writes it again
             return False
         except StoreError as error:
             log.warning("put_failed", key=key, detail=str(error))

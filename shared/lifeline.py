@@ -1,5 +1,5 @@
-"""The lifeline: an inherited pipe that nobody writes to. It ends when its last writer is gone,
-however that process ended, and with it shall end whoever holds the other side."""
+"""The lifeline: an inherited pipe that nobody writes to. It reaches end of file when the process
+that holds the write end is gone, however it ended. The process with the read end then stops too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 
 def watch_lifeline(fd: int, on_end: Callable[[], object]) -> None:
-    """Calls `on_end` once, on the running event loop; never where there is no lifeline (fd < 0)."""
+    """Calls `on_end` once, on the running event loop. With `fd < 0` there is no lifeline, and
+    `on_end` is never called."""
     if fd < 0:
         return
     loop = asyncio.get_running_loop()

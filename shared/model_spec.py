@@ -1,5 +1,5 @@
-"""The shape of a model, read from a Hugging Face `config.json`: what the planner, the gateway and
-the rank each need to know before any weight is loaded."""
+"""The sizes of a model, read from a Hugging Face `config.json`, for the planner, the gateway and
+the ranks. No weight is read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from shared.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes of a decoder. `moe_layers` are the decoder layers that have experts, in order: the
-    layer axis of a placement indexes this tuple. A dense model has none: to those who place experts
-    it has one layer of one expert that weighs nothing."""
+    """Sizes of a decoder. `moe_layers` are the decoder layers that have experts, in order; the
+    layer axis of a placement indexes this tuple. A dense model has none, and placement treats it as
+    one layer with one expert of size 0."""
 
     architecture: str
     num_layers: int
@@ -50,12 +50,12 @@ ARCHITECTURES = {
 
 _NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")
-"""What families call the same thing; the first that is there counts."""
+"""Different families' names for the same value. The first that is present counts."""
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Raises CheckpointError where the folder or its config.json is missing, malformed, or of an
-    architecture that Starfish does not serve."""
+    """Raises CheckpointError if the folder or its config.json is missing or malformed, or if
+    Starfish does not serve the architecture."""
     config = read_json(folder, "config.json")
     architectures = config.get("architectures") or [None]
     if architectures[0] not in ARCHITECTURES:
@@ -87,7 +87,7 @@ def _first_of(config: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _moe_layers(config: dict[str, Any]) -> tuple[int, ...]:
-    """Every layer has experts but those that one of the families' ways leaves out."""
+    """All layers, except those that one of the families' settings excludes."""
     num_layers = int(config["num_hidden_layers"])
     if (kinds := config.get("mlp_layer_types")) is not None:
         return tuple(layer for layer in range(num_layers) if kinds[layer] == "sparse")
@@ -119,7 +119,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """generation_config.json wins over config.json, as in transformers."""
+    """generation_config.json overrides config.json, as in transformers."""
     eos = config.get("eos_token_id")
     if (folder / "generation_config.json").exists():
         eos = read_json(folder, "generation_config.json").get("eos_token_id", eos)

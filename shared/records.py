@@ -1,5 +1,5 @@
-"""What stands in etcd: the values behind `shared.keys`. Rendezvous goes through these, so that no
-rank is special."""
+"""The values that etcd holds under the keys of `shared.keys`. Ranks find each other through these
+records, so that no rank is special."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from shared.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
-    """What the instance serves and how large it is meant to be. Written once, by the control
-    plane."""
+    """What the instance serves, and how large it is meant to be. The leading control plane writes
+    it, and replaces it only while no rank is registered."""
 
     model_name: str
     model_path: str
     num_moe_layers: int
     num_experts: int
     num_ranks: int
-    slots_per_rank: int  # physical places for experts on every rank, spare ones included
-    redundant_experts: int  # slots beyond num_experts that the planner fills per layer in peace
+    slots_per_rank: int  # slots of every rank in each layer, spare ones included
+    redundant_experts: int  # replicas per layer, beyond one of each expert, when no rank is missing
     context_tokens_max: int
     vocab_size: int
 
@@ -41,8 +41,8 @@ class InstanceSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeHandles:
     """What a peer must know to write into a CUDA rank's exchange buffer: RDMA keys and queue pairs
-    where there is an HCA, and the CUDA IPC handle for ranks of the same host. `step_tokens_max` is
-    what the buffer is laid out for."""
+    if the host has an RDMA adapter, and the CUDA IPC handle for ranks of the same host. The
+    buffer's layout follows from `step_tokens_max`, which all ranks of an instance must share."""
 
     host: str
     address: int
@@ -57,7 +57,8 @@ class ExchangeHandles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
-    """One incarnation of a rank, registered under its lease."""
+    """One incarnation of a rank. The rank keeps it in etcd under its lease, and writes it again
+    whenever its links, its state or its lease change."""
 
     rank: RankId
     incarnation: Incarnation
@@ -66,15 +67,15 @@ class RankRecord:
     lease_id: int
     state: RankState
     control_host: str
-    control_port: int  # framed msgpack over TCP: sessions, probes, links (`shared.wire`)
-    transfer_name: str  # the Mooncake segment, `host:port`; never reused by another incarnation
+    control_port: int  # TCP, for sessions, probes and links; messages of `shared.wire`
+    transfer_name: str  # the Mooncake segment, `host:port`; no other incarnation has the same
     slots: int
     kv_blocks: int
     kv_block_tokens: int
     exchange: str  # "transfer", "ep", "ep-fp8" or "none"
-    links: tuple[Member, ...] = ()  # peers whose transfer path is open in both directions
+    links: tuple[Member, ...] = ()  # peers to which this rank has an open link; not the way back
     started_at: float = 0.0  # Unix seconds
-    exchange_handles: ExchangeHandles | None = None  # with "ep"
+    exchange_handles: ExchangeHandles | None = None  # only with "ep" and "ep-fp8"
 
     @property
     def member(self) -> Member:
@@ -83,11 +84,13 @@ class RankRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotContents:
-    """Experts by slot of one rank: what it holds (`residents/`) or shall load (`assignments/`).
+    """The expert in each slot of one rank: what it holds (`residents/`), or what it is to load
+    (`assignments/`).
 
-    `slots` is `[num_layers, slots_per_rank]` little-endian int16, EMPTY_SLOT where nothing is.
-    `epoch` of an assignment is that of the newest map when it was decided; 0 in residents. Where a
-    slot to load is named by the map of that very epoch, its expert is given up for an orphan.
+    `slots` is `[num_layers, slots_per_rank]` little-endian int16; a slot without an expert has
+    EMPTY_SLOT. An assignment's `epoch` is that of the newest map when it was decided; residents
+    have 0. An assignment may name another expert than the map of that epoch does: then an orphan
+    replaces a surplus replica after a death.
     """
 
     rank: RankId
@@ -101,7 +104,8 @@ class SlotContents:
         return Member(rank=self.rank, incarnation=self.incarnation)
 
     def array(self) -> Placement:
-        """`[num_layers, slots_per_rank]`, a fresh writable copy."""
+        """`[num_layers, slots_per_rank]` int16, a fresh writable copy. Raises WireError if `slots`
+        does not divide into layers."""
         flat = np.frombuffer(self.slots, dtype="<i2").astype(np.int16)
         if self.num_layers <= 0 or flat.size % self.num_layers:
             raise WireError("malformed slot contents: slots do not divide into layers")
@@ -109,6 +113,7 @@ class SlotContents:
 
     @classmethod
     def of(cls, member: Member, slots: Placement, *, epoch: int = 0) -> SlotContents:
+        """`slots` is `[num_layers, slots_per_rank]`."""
         return cls(
             rank=member.rank,
             incarnation=member.incarnation,
@@ -120,7 +125,8 @@ class SlotContents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suspicion:
-    """Somebody doubts that a rank lives. `raised_at` is the accuser's `Clock.now()`."""
+    """`by` doubts that an incarnation is alive. `raised_at` is the accuser's `Clock.now()` in
+    seconds; `epoch` and `step` are the accuser's, or 0 if it has none."""
 
     rank: RankId
     incarnation: Incarnation
@@ -169,7 +175,7 @@ class LeaderRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
-    """A node agent and the ranks it owns."""
+    """A node agent, and the ranks that it starts and watches."""
 
     node: NodeId
     pid: int
@@ -178,7 +184,7 @@ class AgentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayRecord:
-    """A gateway, for status."""
+    """A gateway and its HTTP address, for `starfish status`."""
 
     gateway: str
     pid: int
@@ -191,6 +197,7 @@ def pack_map(expert_map: ExpertMap) -> bytes:
 
 
 def unpack_map(data: bytes) -> ExpertMap:
+    """Raises WireError."""
     plain = unpack_plain(data)
     if not isinstance(plain, dict):
         raise WireError("malformed expert map: not a table")

@@ -1,5 +1,5 @@
-"""The seam to etcd: what Starfish asks of it. `shared.etcd_store` is the real one; the simulator
-has an in-memory twin with the same semantics."""
+"""The interface to etcd. `shared.etcd_store` talks to a real one; the tests have an in-memory store
+with the same semantics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyValue:
-    """A key as it stood at `mod_revision`. `lease_id` is 0 where it has none."""
+    """A key and its value at `mod_revision`. `lease_id` is 0 if it has no lease."""
 
     key: str
     value: bytes
@@ -21,7 +21,8 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchEvent:
-    """A change under a watched prefix. `value` is None for a deletion (or a lease's end)."""
+    """A change under a watched prefix. `value` is None if the key was deleted or its lease
+    ended."""
 
     key: str
     value: bytes | None
@@ -31,10 +32,10 @@ class WatchEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All keys under the prefix as they stood at `revision`: at the start of a watch, and again if
-    events may have been missed (compaction). It may be older than what is known already:
-    `shared.revisions` says what of it is news. `restored`: etcd came back with other data and
-    counts its revisions anew, so that the snapshot replaces everything."""
+    """All keys under the prefix as they stood at `revision`. A watch begins with one, and sends
+    another if events may have been missed (compaction). It may be older than what the receiver
+    knows: `shared.revisions` says which of its values are new. If `restored`, etcd came back with
+    other data and counts its revisions anew, and the snapshot replaces everything."""
 
     revision: int
     values: tuple[KeyValue, ...]
@@ -70,7 +71,7 @@ class Store(Protocol):
     async def get_prefix(self, prefix: str) -> Snapshot: ...
 
     async def put(self, key: str, value: bytes, *, lease_id: int = 0) -> int:
-        """Returns the new mod revision. Raises LeaseLost where the lease is gone."""
+        """Returns the new mod revision. Raises LeaseLost if the lease is gone."""
         ...
 
     async def delete(self, key: str) -> bool:
@@ -78,22 +79,24 @@ class Store(Protocol):
         ...
 
     async def txn(self, compare: Sequence[Compare], then: Sequence[Put | Delete]) -> int:
-        """All of `then`, if all of `compare` hold; returns the revision. Raises TxnConflict."""
+        """Does all of `then` if all of `compare` hold, and returns the revision. Raises
+        TxnConflict if one does not hold, LeaseLost if a lease is gone; then nothing was done."""
         ...
 
     async def grant_lease(self, ttl_s: float) -> int: ...
 
     async def keep_alive(self, lease_id: int) -> float:
-        """The remaining TTL in seconds. Raises LeaseLost where the lease is gone."""
+        """Returns the remaining TTL in seconds. Raises LeaseLost if the lease is gone."""
         ...
 
     async def revoke_lease(self, lease_id: int) -> None:
-        """Deletes the lease's keys at once. A lease that is gone already is no error."""
+        """Deletes the lease's keys at once. It is no error if the lease is gone already."""
         ...
 
     def watch(self, prefix: str) -> AsyncGenerator[Snapshot | WatchEvent, None]:
-        """First a Snapshot, then every event in order, none lost, across restarts of etcd. It keeps
-        trying while etcd is away (silence, no exception) and ends only by `aclose()`."""
+        """Yields a Snapshot first, then every event in order, none lost, across restarts of etcd.
+        While etcd is away it yields nothing, raises nothing, and keeps trying. Ends only by
+        `aclose()` or by closing the store."""
         ...
 
     async def close(self) -> None: ...

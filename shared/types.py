@@ -1,4 +1,22 @@
-"""Ids, enums and small value types of the domain. One word, one spelling, everywhere."""
+"""Ids, enums and small value types, and the project's words. Each word has one meaning everywhere.
+
+rank         a data-parallel rank, known by a stable number that survives its process
+incarnation  one run of a rank's process, numbered by a counter in etcd
+member       a rank in one incarnation; the members of a map take part in its steps
+expert       a logical expert of one MoE layer
+slot         a physical place for one expert's weights, on one rank and in one layer
+replica      one copy of an expert in a slot; an expert may have several
+residents    the experts whose weights a rank's slots really hold
+map          which expert each slot of each member holds, in all layers (`ExpertMap`)
+epoch        the version of the map
+step         one forward pass that all members of a map run together
+session      one client request that generates tokens
+attempt      one placement of a session on a rank
+suspicion    somebody's doubt, written to etcd, that a member is alive
+verdict      the control plane's decision that a member is dead
+joiner       a member that is new in a map, or not yet known to have stepped under an earlier one
+orphan       an expert that lost its last replica when a rank died
+"""
 
 from __future__ import annotations
 
@@ -7,48 +25,51 @@ from enum import Enum
 from typing import NewType
 
 RankId = NewType("RankId", int)
-"""A stable number of a data-parallel rank, 0 … num_ranks-1. Survives restarts of the process."""
+"""The number of a data-parallel rank, 0 … num_ranks-1. Stays the same when its process restarts."""
 
 Incarnation = NewType("Incarnation", int)
-"""One life of a rank's process. Grows by one at each start; comes from a counter in etcd."""
+"""One run of a rank's process. Later runs of the same rank have higher numbers; a number may be
+skipped. It comes from a counter in etcd, and starts at 1."""
 
 ExpertId = NewType("ExpertId", int)
 """A logical expert of a layer, 0 … num_experts-1."""
 
 SlotId = NewType("SlotId", int)
-"""A physical place for one expert's weights, local to a rank and layer."""
+"""A physical place for one expert's weights, 0 … slots_per_rank-1 within one rank and layer."""
 
 Epoch = NewType("Epoch", int)
-"""Version of the expert map. Only grows; 0 means that no map was published yet."""
+"""Version of the expert map. It only grows. 0 means that no map has been published yet."""
 
 Step = NewType("Step", int)
-"""Index of a lockstep forward within an epoch, from 0."""
+"""Index of a step. Within an epoch it starts at 0; ranks that meet by counting CUDA graph launches
+count on across epochs."""
 
 SessionId = NewType("SessionId", str)
-"""One client request, named by the gateway."""
+"""Name of one client request. The gateway chooses it."""
 
 Attempt = NewType("Attempt", int)
-"""One placement of a session on a rank, from 0."""
+"""Number of a session's placement on a rank. The first is 0."""
 
 NodeId = NewType("NodeId", str)
-"""A host, as the node agent names it; the unit of correlated failure."""
+"""Name of a host, given by its node agent. Ranks of one host are expected to fail together."""
 
 EMPTY_SLOT = -1
 """In a placement array: the slot exists and holds no expert."""
 
 ABSENT_SLOT = -2
-"""In a placement array: the rank has no such slot (ranks may own different numbers)."""
+"""In a placement array: the rank has no such slot. Ranks may have different numbers of slots."""
 
 
 class RankState(Enum):
-    """Where a rank's incarnation stands, as its own record tells it."""
+    """How far an incarnation has come, according to its own record."""
 
-    STARTING = "starting"  # registered; loads the model, opens links to its peers
-    READY = "ready"  # can load assigned experts and take part in steps once a map names it
+    STARTING = "starting"  # registered, but not yet with everything loaded that it was assigned
+    READY = "ready"  # holds what it was assigned; takes part in steps once a map names it
 
 
 class FinishReason(Enum):
-    """Why a session's tokens end; the values are OpenAI's `finish_reason`."""
+    """Why a session ended. STOP and LENGTH have the values of OpenAI's `finish_reason`. CANCELLED
+    is never sent to a client."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -56,20 +77,20 @@ class FinishReason(Enum):
 
 
 class SuspicionReason(Enum):
-    """What made somebody doubt that a rank lives. Never a verdict by itself."""
+    """Why somebody doubts that a rank is alive. A verdict names the reason of its first signal."""
 
     EXIT = "exit"  # the node agent's pidfd fired
     STOPPED = "stopped"  # the node agent saw the process stopped by a signal
-    LEASE = "lease"  # its lease expired or was revoked
-    EXCHANGE = "exchange"  # a peer waits for its data past the exchange deadline
+    LEASE = "lease"  # its record is gone from etcd: the lease expired or was revoked
+    EXCHANGE = "exchange"  # a peer has waited for its data past the exchange deadline
     LINK = "link"  # a peer's transfer or control connection to it failed
-    RESET = "reset"  # the gateway's connection to it broke
-    SILENCE = "silence"  # it does not answer the control plane's probes
+    RESET = "reset"  # the gateway's or the control plane's connection to it broke
+    SILENCE = "silence"  # it does not answer the gateway's or the control plane's probes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Member:
-    """A rank in one of its lives."""
+    """A rank in one incarnation. Sorted by rank, then incarnation; printed as "3.7"."""
 
     rank: RankId
     incarnation: Incarnation
@@ -80,14 +101,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to turn logits into tokens. Keyed by `(seed, position)`: a continuation on another
-    rank draws the same numbers. `temperature == 0` is greedy. `top_k == 0` keeps all.
+    """How to turn logits into tokens.
 
-    `logprobs` asks for the log-probability of each new token and of so many of the likeliest (0:
-    the token's alone); `prompt_logprobs` for those of the prompt's tokens, which with `max_tokens
-    == 0` are all that is computed. Penalties count what the session generated;
-    `repetition_penalty` its prompt, too. `grammar` is one of llguidance's (empty: none), which the
-    generated text follows."""
+    Random numbers are keyed by `(seed, position)`, so that a continuation on another rank draws the
+    same ones. `temperature == 0` is greedy. `top_k == 0` keeps all tokens.
+
+    `logprobs` asks for the log-probability of each new token and of that many of the likeliest
+    tokens; 0 asks for the new token's alone. `prompt_logprobs` asks the same for the prompt's
+    tokens; with `max_tokens == 0` nothing else is computed. `presence_penalty` and
+    `frequency_penalty` count the generated tokens, `repetition_penalty` the prompt's too. `grammar`
+    is a grammar of llguidance that the generated text must follow; empty means none."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -1,5 +1,6 @@
-"""An in-memory twin of etcd with the semantics that `shared.store.Store` promises, on an injected
-clock: revisions, transactions, leases, ordered watches. `StoreContract` holds both to the same."""
+"""An in-memory etcd with the semantics that `shared.store.Store` promises, on an injected clock:
+revisions, transactions, leases, ordered watches. `StoreContract` tests it and the real one
+alike."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class _Lease:
 
 
 class MemoryEtcd:
-    """The state that several `MemoryStore`s (one per process) share. Leases end when `expire` is
-    called after their time, as it is at the start of every operation."""
+    """The state that several `MemoryStore`s share, one per process. `expire` ends the leases whose
+    time is over; every operation calls it first."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -45,7 +46,8 @@ class MemoryEtcd:
         return Snapshot(revision=self.revision, values=tuple(found))
 
     def apply(self, operations: Sequence[Put | Delete]) -> int:
-        """All at one revision, or nothing where a lease is gone."""
+        """Applies all at one revision. Raises LeaseLost if a lease is gone; then applies
+        nothing."""
         keys = [operation.key for operation in operations]
         if len(set(keys)) != len(keys):
             raise StoreError("a transaction names a key twice")
@@ -134,8 +136,9 @@ class _MemoryWatch:
 
 
 class MemoryStore:
-    """One process's connection. `reachable = False` is a partition from etcd: calls fail, watches
-    fall silent and catch up afterwards. `replies_lost = True`: calls happen, then fail."""
+    """One process's connection. `reachable = False` cuts it off from etcd: calls fail, and watches
+    yield nothing until it is reachable again. `replies_lost = True` lets calls happen, then
+    fail."""
 
     def __init__(self, etcd: MemoryEtcd) -> None:
         self._etcd = etcd
