@@ -30,7 +30,7 @@ from shared.model_spec import read_model_spec
 
 log = structlog.get_logger()
 
-_SWITCH_INTERVAL_S = 0.0005  # a heal is planned in a thread; a death must not wait for it
+_SWITCH_INTERVAL_S = 0.0005  # a heal is planned in a thread, and a death must not wait for it
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
         prog="python -m control_plane",
         description="Watches the ranks of a Starfish instance, decides which of them are dead and "
         "which experts go where, and publishes the map. Run one or more: one leads, the others "
-        "stand by. Serving goes on while none is there.",
+        "stand by. Serving goes on without any.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with [control_plane]")
     add_flags(parser, ControlPlaneConfig)
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
 
 
 async def serve(config: ControlPlaneConfig) -> None:
-    """Until SIGTERM, SIGINT or the end of the lifeline. Raises StarfishError."""
+    """Runs until SIGTERM, SIGINT or the end of the lifeline. Raises StarfishError."""
     model = read_model_spec(config.model_folder)
     metrics = Metrics()
     stop = stop_event(config.lifeline_fd)
@@ -110,7 +110,7 @@ async def serve(config: ControlPlaneConfig) -> None:
 
 
 def stop_event(lifeline_fd: int) -> asyncio.Event:
-    """Set by SIGTERM, by SIGINT, and when whoever holds the other end of the lifeline is gone."""
+    """Set by SIGTERM, by SIGINT, and when the process at the other end of the lifeline is gone."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

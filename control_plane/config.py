@@ -47,7 +47,7 @@ class ControlPlaneConfig:
     timings: Timings = field(default_factory=Timings)
 
     def check(self) -> None:
-        """Raises ConfigError where a value is impossible."""
+        """Raises ConfigError if a value is impossible."""
         self.timings.check()
         _ = self.model_folder
         if self.ranks < 1:
@@ -78,14 +78,14 @@ class ControlPlaneConfig:
 
 
 def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
-    """Raises ConfigError where the ranks cannot hold every expert."""
+    """Raises ConfigError if the ranks cannot hold every expert."""
     folder = config.model_folder.resolve()
     experts, ranks = model.num_experts, config.ranks
     redundant = config.redundant_experts
     if redundant < 0:
         redundant = experts if ranks > 1 else 0
     if not model.moe_layers:
-        redundant = ranks - 1  # nothing to load, so every rank has it
+        redundant = ranks - 1  # a dense model's one expert needs no load, so every rank has it
     slots = config.slots_per_rank or max(
         _ceil(experts + redundant, ranks), _ceil(experts, _ceil(ranks, 2))
     )
@@ -122,7 +122,7 @@ def _context(config: ControlPlaneConfig, model: ModelSpec) -> int:
 
 
 def bytes_per_expert(model: ModelSpec) -> int:
-    """Gate, up and down projections in fp32."""
+    """Bytes of the gate, up and down projections of one expert in fp32."""
     return 3 * model.hidden_size * model.moe_intermediate_size * 4
 
 

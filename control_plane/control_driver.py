@@ -1,5 +1,5 @@
-"""The control plane's loop: watch and probes in, decisions out to etcd. It decides nothing itself:
-`leader_term` judges and plans, `election` says whether it may act."""
+"""The control plane's event loop: etcd changes and probe results in, writes to etcd out. It decides
+nothing itself: `leader_term` judges and plans, `election` says whether it may act."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TICK_URGENT_S = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A write came back: what etcd holds now, or why nobody knows."""
+    """A write has ended. `outcome` is what etcd holds now; `error` says why the write failed."""
 
     write: Write
     outcome: tuple[WatchEvent, ...] | Snapshot
@@ -54,7 +54,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A heal's next step, for the leader term that asked for it."""
+    """The next step of a heal, for the leader term that asked for it."""
 
     leader_term: LeaderTerm
     plan: PlanHeal
@@ -63,7 +63,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElectionChanged:
-    """The election moved; look again."""
+    """The election state may have changed."""
 
 
 Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | ElectionChanged
@@ -120,8 +120,8 @@ class Driver:
         self._probe_targets = ProbeTargets()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set; then gives up the leader key. Raises ConfigError where the instance
-        serves something else."""
+        """Runs until `stop` is set, then gives up the leader key. Raises ConfigError if the
+        instance serves something else."""
         async with asyncio.TaskGroup() as group:
             work = group.create_task(self._work())
             await stop.wait()
@@ -216,7 +216,7 @@ class Driver:
                 self._leadership.notify()
 
     async def _begin_or_end_term(self, now: float) -> None:
-        """A leader term begins and ends with the right to act."""
+        """A leader term lasts exactly as long as the election lets this process act."""
         if not self._election.may_act(now):
             if self._leader_term is not None:
                 log.warning("leadership_ended", leader=self._cluster.state.leader)

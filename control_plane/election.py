@@ -1,9 +1,10 @@
-"""Who may act: the leader key under a control plane's own lease. Pure; `leadership` does the I/O.
+"""Decides who leads: the leader key under a control plane's own lease. Pure; `leadership` does the
+I/O.
 
-Theory of operation. The key is taken by a transaction that finds it absent, together with the next
-term. Whoever holds it acts only until shortly before its lease *could* expire, counted from the
-moment a successful renewal was asked for. Writes are fenced by the key's revision all the same:
-this rule only spares futile ones.
+Theory of operation. A transaction takes the key if it is absent, and writes the next term with it.
+The holder acts only until shortly before its lease could expire, counted from the moment at which
+it asked for the last successful renewal. Every write also compares the key's revision, so this rule
+is not needed for safety; it only avoids writes that would fail.
 
     state     | event                        | next      | action
     ----------+------------------------------+-----------+------------------------
@@ -11,7 +12,7 @@ this rule only spares futile ones.
     no_lease | granted                      | standby   | Campaign, if the key is absent
     standby   | key gone                     | standby   | Campaign
     standby   | won                          | leading   |
-    standby   | not won                      | standby   | Campaign after a pause, if absent
+    standby   | not won                      | standby   | Campaign after a backoff, if absent
     leading   | key gone, or another's       | standby   | Campaign, if absent
     leading   | renewal late                 | leading   | may not act until renewed
     any       | renewal due                  | same      | RenewLease
@@ -39,7 +40,7 @@ class RenewLease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
-    """Take the key, if it is absent still."""
+    """Take the key, if it is still absent."""
 
     lease_id: int
 
@@ -60,7 +61,8 @@ class ElectionState(Enum):
 
 
 class Election:
-    """`next_action(now)` names the next action to perform; its outcome comes back as an event."""
+    """`next_action(now)` returns the next action to perform. Its outcome comes back through an
+    `on_` method."""
 
     def __init__(self, *, name: str, ttl_s: float) -> None:
         self._name = name
@@ -100,7 +102,7 @@ class Election:
         return None
 
     def next_action_in_s(self, now: float) -> float:
-        """How long nothing falls due, unless an event comes."""
+        """Seconds until `next_action` may return an action, if no event comes before."""
         due_at = self._renewed_at + self._ttl_s / 3
         if self.state is ElectionState.STANDBY and self._key_revision == 0:
             due_at = min(due_at, self._campaign_at)
@@ -115,7 +117,7 @@ class Election:
         self._renewed_at = max(self._renewed_at, asked_at)
 
     def on_lease_lost(self) -> None:
-        """The key has gone with it, or will have before anybody can take it."""
+        """The key was deleted with the lease, or will be before anybody can take it."""
         if self.state is not ElectionState.RESIGNED:
             self.state = ElectionState.NO_LEASE
         self._lease_id = 0
@@ -126,11 +128,12 @@ class Election:
             self.state, self.leader_revision = ElectionState.LEADING, revision
 
     def on_not_won(self, now: float) -> None:
-        """Somebody was quicker, or the outcome is unknown; the watch will tell."""
+        """Another control plane was faster, or the outcome is unknown; the watch will tell."""
         self._campaign_at = now + _CAMPAIGN_BACKOFF_S
 
     def on_key(self, name: str | None, revision: int) -> None:
-        """What the watch shows now: whose the key is (None: absent) and its mod revision (0)."""
+        """The watch shows the key: the holder's name and the mod revision, or None and 0 if
+        absent."""
         self._key_revision = revision
         mine = name == self._name and self._campaigned_lease_id == self._lease_id != 0
         if self.state is ElectionState.LEADING and not (mine and revision == self.leader_revision):

@@ -1,12 +1,13 @@
-"""Judges which members of the map are dead, by fusing the signals on each incarnation. Pure: it
+"""Judges which members of the map are dead, by combining the signals on each incarnation. Pure: it
 neither probes nor publishes.
 
-Theory of operation. A signal alone makes a member *suspected*; the prober then asks all members
-quickly. What a process's own kernel says about it is proof: its exit, a refused connection, a
-broken connection together with somebody else's doubt. Silence is proof only when it lasted the
-whole suspicion window while we were listening and could hear others. A rank vouches for itself by
-its event loop (a Pong came) and its engine thread (the Pong's `engine_age_ms` is small): a wait for
-peers beats the heart, a stuck engine does not.
+Theory of operation. A signal alone makes a member *suspected*; the prober then probes all members
+at the urgent interval. What the kernel of the member's host reports is proof: its exit, a refused
+connection, or a broken connection together with a suspicion from somebody else. Silence is proof
+only if it lasted the whole suspicion window while we were listening and heard others. A rank is
+known to be alive if its event loop and its engine thread run: a Pong came, and the Pong's
+`engine_age_ms` is small. Such a Pong *vouches* for the member. An engine that waits for peers
+keeps its age small; a stuck engine does not.
 
     state     | signal                                              | next
     ----------+-----------------------------------------------------+--------------------------
@@ -20,11 +21,12 @@ peers beats the heart, a stuck engine does not.
     any       | exit; connection refused; a successor registered    | dead
     any       | accused, waited for, and no step moves for long     | the most waited for is dead
 
-Held by "own link": more than half of the members are silent, so it may be us who are cut off. Held
-by "mass expiry": more than half of the members lost their leases at once and nothing says that they
-are gone, so it was etcd. They have as long as a lease lasts; then only those are dead that neither
-registered again nor answer. Whom nobody could ask is not silent: a new leader knows no address of a
-member without a record. Silence is measured in *attentive* time, which leaves out our own stalls.
+"Held: own link" means that more than half of the members are silent, so we may be cut off
+ourselves. "Held: mass expiry" means that more than half of the members lost their leases at once,
+without any other sign of death, so etcd is the likely cause. They then have as long as a lease
+lasts; after that, those that neither registered again nor answer are dead. A member that was never
+probed is not silent: a new leader does not know the address of a member without a record. Silence
+is measured in *attentive* time, which does not count our own stalls.
 """
 
 from __future__ import annotations
@@ -47,20 +49,24 @@ _INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorTimings:
-    window_s: float = 0.25  # a suspected member silent for so long is dead
-    stopped_s: float = 0.05  # the same, where its node agent saw the process stopped
-    reregister_timeout_s: float = 2.0  # time to register again: a keep-alive interval, and a little
-    mass_expiry_grace_s: float = (
-        5.0  # the same, where most leases went at once: as long as a lease lasts
-    )
-    probe_silence_s: float = 1.2  # unanswered probes of peace that make us suspect by ourselves
-    stuck_s: float = 5.0  # members wait for an accused one and nobody's step moves
-    gap_max_s: float = 0.25  # more time between two events is our own stall
+    window_s: float = 0.25  # a suspected member that is silent for this long is dead
+    stopped_s: float = 0.05  # the same, if its node agent saw the process stopped
+    # Time to register again after a lost lease: a little more than a keep-alive interval.
+    reregister_timeout_s: float = 2.0
+    # The same, if most leases expired at once: as long as a lease lasts.
+    mass_expiry_grace_s: float = 5.0
+    # A member that is not suspected becomes so after this long without an answer.
+    probe_silence_s: float = 1.2
+    # Members have waited for an accused member for this long, and no step has completed.
+    stuck_s: float = 5.0
+    # Time between two events beyond this is our own stall, and not attentive time.
+    gap_max_s: float = 0.25
     gap_max_urgent_s: float = 0.03
 
 
 class FailureDetector:
-    """Feed it every event with `now`; it returns each death once."""
+    """Call the `on_` method of each event with `now`, in monotonic seconds. Each returns the new
+    judgements; every dead member is returned once, as a Verdict with epoch 0."""
 
     def __init__(self, timings: DetectorTimings, now: float) -> None:
         self._timings = timings
@@ -70,19 +76,20 @@ class FailureDetector:
         self._attentive_s = 0.0
         self._own_link_suspect_attentive_s = -inf
         self._progress: tuple[int, int] = (0, 0)
-        self._progress_attentive_s = (
-            0.0  # of the last one, or of the first wait after it: sleep is no wait
-        )
+        # The time of the last progress, or of the first wait after it: sleeping ranks do not wait.
+        self._progress_attentive_s = 0.0
         self._alarmed: set[AlarmKind] = set()
 
     @property
     def urgent(self) -> bool:
-        """Whether to probe quickly: all members, so that silence can be told from a lost link."""
+        """Whether to probe at the urgent interval: all members, so that a silent member can be told
+        from our own lost link."""
         return any(w.suspected_attentive_s is not None for w in self._watched.values())
 
     @property
     def frozen(self) -> bool:
-        """Leases expired in masses, and not all have come back: leave the map as it is."""
+        """Most leases expired at once, and not all members have registered again. Only deaths may
+        change the map."""
         return any(w.lease_grace for w in self._watched.values())
 
     @property
@@ -90,7 +97,7 @@ class FailureDetector:
         return tuple(m for m, w in self._watched.items() if w.suspected_attentive_s is not None)
 
     def on_members(self, members: Iterable[Member], now: float) -> list[Judgement]:
-        """The members of the newest map, less those found dead already."""
+        """The members of the newest map, without those already judged dead."""
         self._advance_attentive_time(now)
         wanted = set(members)
         self._watched = {m: w for m, w in self._watched.items() if m in wanted}
@@ -103,7 +110,7 @@ class FailureDetector:
         return self._judge_all()
 
     def on_record(self, member: Member, now: float) -> list[Judgement]:
-        """Registered, or registered anew under another lease."""
+        """`member` registered, perhaps again under another lease."""
         self._advance_attentive_time(now)
         self._registered.add(member)
         watched = self._watched.get(member)
@@ -166,7 +173,8 @@ class FailureDetector:
         return self._judge_all()
 
     def on_tick(self, now: float, *, steps_paused: bool = False) -> list[Judgement]:
-        """`steps_paused`: steps rightly stand still, while weights are loaded for orphans."""
+        """`steps_paused`: no step completes because weights are loaded for orphans, which is no
+        fault of any member."""
         self._advance_attentive_time(now)
         if steps_paused:
             self._note_progress(0, 0, forget=True)
@@ -202,7 +210,7 @@ class FailureDetector:
             watched.suspected_attentive_s = self._attentive_s
 
     def _restart_silence(self, watched: WatchedMember) -> None:
-        """Its address is known only now: it was not silent before."""
+        """If its address was unknown until now, it was not silent before."""
         if watched.is_never_probed:
             watched.suspected_attentive_s = watched.pong_attentive_s = self._attentive_s
 
@@ -298,8 +306,8 @@ class FailureDetector:
         return self._attentive_s - since_attentive_s >= window_s
 
     def _is_own_link_suspect(self) -> bool:
-        """More than half of the members say nothing, though nothing says that they are gone, and
-        have been asked quickly for the whole window."""
+        """Whether more than half of the members have not answered for the whole window, though they
+        were probed at the urgent interval and show no other sign of death."""
         asked_attentive_s = min(
             (
                 w.suspected_attentive_s
@@ -322,7 +330,7 @@ class FailureDetector:
         return 2 * len(heard_nothing) > len(asked)
 
     def _judge_own_link(self) -> list[Judgement]:
-        """While our own link is suspect no silence counts, and none of it once we hear again."""
+        """While our own link is suspect, silence does not count, neither then nor later."""
         if not self._is_own_link_suspect():
             self._alarmed.discard(AlarmKind.OWN_LINK)
             return []
@@ -353,7 +361,7 @@ class FailureDetector:
             self._progress_attentive_s = self._attentive_s
         if self._attentive_s - self._progress_attentive_s < self._timings.stuck_s:
             return []
-        # What they said long ago says nothing: it may be us who hear no progress.
+        # Old Pongs do not count: the missing progress may be our own lost link.
         heard = (
             w
             for w in self._watched.values()

@@ -1,5 +1,5 @@
-"""One leader's term: the detector's judgements handed to membership. Pure; made anew from
-the view at every election won."""
+"""One leader's term: passes the failure detector's judgements to membership. Pure. Every won
+election makes a new one from the cluster state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RECHECK_S = 0.05
 
 
 class LeaderTerm:
-    """Feed it changes of the view and probe events; then ask for the next write."""
+    """Takes changes of the cluster state and probe events, and returns the next write."""
 
     def __init__(
         self, state: ClusterState, policy: MembershipPolicy, timings: DetectorTimings, now: float
@@ -51,7 +51,7 @@ class LeaderTerm:
             self.on_change(SuspicionRaised(suspicion=suspicion), state, now)
 
     def on_change(self, change: StateChange, state: ClusterState, now: float) -> None:
-        """`state` holds the change already."""
+        """`state` contains the change."""
         detector = self.detector
         match change:
             case RecordPut():
@@ -85,8 +85,9 @@ class LeaderTerm:
         self._take(self.detector.on_tick(now, steps_paused=steps_paused))
 
     def decide(self, state: ClusterState, now: float) -> Decision | None:
-        """Pongs come by the hundred and change nothing that membership looks at: then it looks
-        again only for the sake of its own waits."""
+        """The next write or computation. If nothing that membership reads has changed, as after
+        most Pongs, it is asked again only every _RECHECK_S, because some of its rules wait for
+        time."""
         inputs = (state.version, self.membership.dead, self.detector.frozen)
         if inputs == self._decided_on and now - self._decided_at < _RECHECK_S:
             return None
@@ -94,7 +95,7 @@ class LeaderTerm:
         return self.membership.decide(state, now, frozen=self.detector.frozen)
 
     def take_judgements(self) -> list[Judgement]:
-        """What happened since the last call, for the log."""
+        """The judgements since the last call, for the log."""
         judgements: list[Judgement] = [*self._dead, *self._alarms]
         judgements += self.membership.take_alarms()
         self._dead, self._alarms = [], []

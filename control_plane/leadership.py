@@ -1,4 +1,4 @@
-"""Performs what `election` decides: leases, renewals, campaigns. Decides nothing."""
+"""Performs what `election` decides: leases, renewals, campaigns. It decides nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _RETRY_S = (0.1, 0.5)
 
 
 class Leadership:
-    """`notify()` after every change of the leader key; `on_change` is called after each action."""
+    """Call `notify()` after every change of the leader key. `on_change` is called after each
+    action."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Leadership:
             self._on_change()
 
     async def resign(self) -> None:
-        """Gives the key up, so that a standby takes over at once."""
+        """Gives up the key, so that a standby takes over at once."""
         self._election.resign()
         action = self._election.next_action(self._clock.now())
         if action is not None:
@@ -86,7 +87,7 @@ class Leadership:
             return
 
     async def _perform(self, action: Action) -> bool:
-        """False where etcd did not answer."""
+        """False if etcd did not answer."""
         asked_at = self._clock.now()
         election = self._election
         try:

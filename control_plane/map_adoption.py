@@ -1,5 +1,5 @@
-"""How far the map in force has come: which of its members run under it, as their Pongs say, and
-which of its joiners therefore count as proven. Pure; it decides no map."""
+"""Which members run under the present map, according to their Pongs, and which of its joiners have
+therefore been seen to step under it. Pure; it decides no map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from shared.types import Epoch, Member, RankId
 
 
 class MapAdoption:
-    """A leader that has heard nothing yet takes every joiner of the standing map for unproven."""
+    """A new leader has heard no Pong yet, so it assumes that no joiner of the present map has
+    stepped under it."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -19,7 +20,7 @@ class MapAdoption:
         self._epochs: dict[Member, Epoch] = {}
 
     def on_map(self, expert_map: ExpertMap | None, kept: set[Member], now: float) -> None:
-        """The map in force now; of other lives than `kept` nothing needs to be remembered."""
+        """The present map. Forgets all members that are not in `kept`."""
         known = self._map.epoch if self._map is not None else None
         if expert_map is None or expert_map.epoch != known:
             self._since = now
@@ -31,19 +32,20 @@ class MapAdoption:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every member is known to run under the map, or under a newer one."""
+        """Whether every member is known to run under the map or a newer one."""
         if self._map is None:
             return True
         needed = self._map.epoch
         return all(self._epochs.get(m, Epoch(0)) >= needed for m in self._map.members)
 
     def may_follow(self, now: float) -> bool:
-        """Whether a map that no death calls for may come next. A member that never says that it
-        runs under this one holds the others up for a while only."""
+        """Whether a map that removes nobody may come next. A member that does not adopt the present
+        map delays that only until the timeout."""
         return self.is_complete or now - self._since >= self._timeout_s
 
     def joiners(self, members: Iterable[Member]) -> tuple[RankId, ...]:
-        """Those of the next map's members that have not been seen to take part under this one."""
+        """The ranks among the next map's members that have not been seen to step under the present
+        one."""
         current_map = self._map
         if current_map is None:
             return tuple(sorted(m.rank for m in members))

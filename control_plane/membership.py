@@ -1,15 +1,17 @@
-"""Decides which map, and which loads, the instance needs next. Pure: a view of etcd and the
-detector's deaths in, at most one write out.
+"""Decides which map, and which loads, the instance needs next. Pure: the cluster state and the
+detector's verdicts in, at most one write out.
 
-Theory of operation. Every decision is made afresh from the view: nothing but the deaths that are
-not yet published is remembered, so that a new leader goes on where the old one stopped. The first
-line that applies decides; each write changes the view, and the next decision follows from that.
+Theory of operation. Every decision is made from the cluster state alone. Only verdicts that are not
+yet published, and times, are remembered, so that a new leader continues where the old one stopped.
+The first line that applies decides; each write changes the state, and the next decision follows
+from that.
 
-    the view shows                             | the write
+    the state shows                            | the write
     -------------------------------------------+-----------------------------------------------
     no map, or none of its members alive       | DeclareDead the dead; then forming: Assign to all
-                                               | who came, PublishMap when they hold it, linked
-    a dead member, the rest covers all experts | PublishMap without it, with the verdict
+                                               | registered ranks, PublishMap when they have loaded
+                                               | their assignments and are linked
+    a dead member, the rest hold all experts   | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
                                                | survivors, with the verdict; the line above
                                                | applies once they are resident
@@ -17,16 +19,16 @@ line that applies decides; each write changes the view, and the next decision fo
                                                | joiners together
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
-    members hold more or other than the map    | PublishMap of what they hold (a heal's second half)
-    all quiet for a while                      | PlanHeal, then its step: PublishMap with the slots
+    members hold something else than the map   | PublishMap of what they hold (a heal's second half)
+    no change for a while                      | PlanHeal, then its step: PublishMap with the slots
                                                | emptied, together with the assignment
-    keys of lives that are over                | DeleteKeys
+    keys of incarnations that are gone         | DeleteKeys
 
-A published map names only what is resident, and all experts. It follows the map that was compared
-in its transaction, and leaves out only members with a verdict. One that leaves nobody out waits
-until all members run under the map that it follows: ranks that step by counting take a joiner in
-together, and one that has missed a map does not know with whom its peers count. A map after a death
-waits for nothing, and so lists the joiners of which nobody knows yet that all have taken them in.
+A published map names all experts, and only where they are resident. Its transaction compares the
+map before it, and it leaves out only members with a verdict. A map that removes nobody waits until
+all members run under the map before it: ranks that meet by counting CUDA graph launches admit a
+joiner together, and a rank that missed a map does not know with whom its peers count. A map after a
+death does not wait, and therefore lists the joiners that may not yet have been admitted by all.
 """
 
 from __future__ import annotations
@@ -62,17 +64,17 @@ _DELETED_KEYS_MAX = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipPolicy:
     bytes_per_expert: int
-    survive: int = 1  # rank failures without a reload that placement buys at any cost in balance
-    formation_window_s: float = 30.0  # the first map waits so long for all ranks
-    heal_after_s: float = 5.0  # quiet time before experts are moved
-    joiner_timeout_s: float = 30.0  # a newcomer holds heals up for so long
+    survive: int = 1  # rank failures to survive without a reload, whatever it costs in balance
+    formation_window_s: float = 30.0  # the first map waits this long for all ranks
+    heal_after_s: float = 5.0  # time without a change before experts are moved
+    joiner_timeout_s: float = 30.0  # a newcomer delays heals for this long at most
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
-    adoption_timeout_s: float = 10.0  # a member that runs under an old map holds up so long
+    adoption_timeout_s: float = 10.0  # a member under an old map delays the next for this long
 
 
 class Membership:
-    """Call `decide` after each change of the view and from time to time, and perform its write
-    before the next call."""
+    """Call `decide` after each change of the cluster state and at regular intervals, and perform
+    its write before the next call."""
 
     def __init__(self, policy: MembershipPolicy) -> None:
         self._policy = policy
@@ -104,11 +106,11 @@ class Membership:
         self._dead.setdefault(verdict.member, verdict)
 
     def on_adopted(self, member: Member, epoch: Epoch) -> None:
-        """A rank says under which map it runs; again and again."""
+        """A Pong says under which map a member runs."""
         self._adoption.on_adopted(member, epoch)
 
     def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
-        """None: nothing is worth a move under that map."""
+        """`step` is None if nothing is worth a move under that map."""
         self._planning_revision = -1
         self._planned = (plan.map_revision, step)
 
@@ -148,7 +150,7 @@ class Membership:
     def _form(self, residency: Residency, survivors: Sequence[Member], now: float) -> Write | None:
         candidates = sorted({*survivors, *self._newcomers(residency, survivors)})
         if not candidates or any(m not in residency.state.records for m in survivors):
-            return None  # who lost its record registers again, or is judged
+            return None  # a survivor without a record registers again, or is judged dead
         spec = residency.spec
         waited_s = now - min(self._first_seen[m] for m in candidates)
         if len(candidates) < spec.num_ranks:
@@ -168,7 +170,8 @@ class Membership:
     def _already_assigned(
         self, residency: Residency, candidates: list[Member], survivors: Sequence[Member]
     ) -> list[Member]:
-        """Those for whom a partial formation is under way: late-comers join its map later."""
+        """If a partial formation is under way, its ranks only: later ones join its map
+        afterwards."""
         assigned = [m for m in candidates if m in survivors or m in residency.state.assignments]
         return assigned if residency.covers(residency.intended_rows(assigned)) else candidates
 
@@ -204,7 +207,7 @@ class Membership:
     def _fresh_verdicts(
         self, state: ClusterState, members: Iterable[Member]
     ) -> tuple[Verdict, ...]:
-        """On those that are dead and have no verdict yet."""
+        """For the dead among `members` that have no verdict in etcd yet."""
         fresh = [m for m in members if m in self._dead and m not in state.verdicts]
         epoch = _next_epoch(state)
         return tuple(replace(self._dead[m], epoch=epoch) for m in fresh)
@@ -231,7 +234,7 @@ class Membership:
         cause = "joined: " + ", ".join(str(m) for m in admitted)
         return self._publish(residency, rows, cause, now) if residency.covers(rows) else None
 
-    # Peace.
+    # Heals.
 
     def _publish_loaded(
         self, residency: Residency, expert_map: ExpertMap, now: float
@@ -309,7 +312,7 @@ class Membership:
     ) -> PublishMap | None:
         current, epoch = residency.state.expert_map, _next_epoch(residency.state)
         leavers = [m for m in (current.members if current else ()) if m not in rows]
-        if any(m not in self._dead for m in leavers):  # the map of an older spec: judge it first
+        if any(m not in self._dead for m in leavers):  # a map of an older spec: judge it first
             return None
         if not leavers and not self._adoption.may_follow(now):
             return None

@@ -1,5 +1,5 @@
-"""The planner's answers for the instance as the view shows it: who holds what if all begin afresh,
-if some die, if some join. Whether a plan is wanted, and what becomes of it, is membership's."""
+"""Calls the planner with the present state of the instance: for a first placement, for deaths, for
+joiners. Membership decides whether a plan is needed and what to do with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.types import Member
 def plan_formation(
     residency: Residency, members: Sequence[Member], *, survive: int
 ) -> PlacementPlan:
-    """As if no slot held anything."""
+    """A placement for `members` that ignores what their slots hold."""
     spec = residency.spec
     loads = np.ones((spec.num_moe_layers, spec.num_experts))
     return place(
@@ -36,7 +36,8 @@ def plan_shrink(
     survivors: Sequence[Member],
     dead: Sequence[Member],
 ) -> ShrinkResult:
-    """From what survivors are meant to hold: orphans that load already stay where they are."""
+    """Starts from what the survivors are meant to hold, so that orphans that are being loaded stay
+    where they are."""
     rows = residency.intended_rows(survivors)
     rows |= {m: expert_map.placement[:, m.rank] for m in dead}
     base = residency.map_of(rows, epoch=expert_map.epoch)
@@ -49,7 +50,7 @@ def plan_join(
     known: Sequence[Member],
     joiners: Sequence[Member],
 ) -> GrowResult:
-    """`known` hold what they are meant to hold, joiners nothing yet."""
+    """Assumes that `known` hold what they are meant to hold, and that `joiners` hold nothing."""
     everybody = [*known, *joiners]
     return grow(
         residency.map_of(residency.intended_rows(known), epoch=expert_map.epoch),

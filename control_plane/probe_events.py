@@ -1,4 +1,4 @@
-"""What the prober sees of a rank: the vocabulary between it and the failure detector."""
+"""What the prober reports about a rank to the failure detector."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from shared.wire import Pong
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeConnected:
-    """Connected, and welcomed by this very incarnation."""
+    """Connected, and this incarnation answered with Welcome."""
 
     member: Member
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeBroken:
-    """A connection that stood was closed or reset by the other side."""
+    """The other side closed or reset the connection, or sent something malformed."""
 
     member: Member
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRefused:
-    """Nobody listens at its address any more, or somebody else does."""
+    """Nothing listens at its address any more, or another incarnation does."""
 
     member: Member
 

@@ -1,5 +1,5 @@
-"""Standing connections to the ranks' control ports, over which every rank is asked whether it
-lives: seldom in peace, often while anybody is suspected. It reports and judges nothing."""
+"""Keeps a connection to every rank's control port and pings it: at a long interval normally, at a
+short one while any member is suspected. It reports what it sees and judges nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Report = Callable[[ProbeEvent], Awaitable[None]]
 
 
 class Prober:
-    """`watch` names the ranks to ask; `urgent` how eagerly. Run `run()` once."""
+    """`watch` sets the ranks to probe, `set_urgent` the interval. Call `run` once."""
 
     def __init__(
         self, *, name: str, report: Report, interval_s: float, urgent_interval_s: float
@@ -70,8 +70,9 @@ class Prober:
                 await self._changed.wait()
 
     async def _probe(self, record: RankRecord) -> None:
-        """A connection that had worked is tried again at once: a refusal would be proof. A process
-        that dies closes its listener last, perhaps, so a few quick tries follow the first."""
+        """After a connection that worked has ended, connects again at once, because a refusal would
+        prove the death. A dying process may close its listener last, so a few quick attempts
+        follow."""
         quick_retries: Iterator[float] = iter(())
         while True:
             worked = False
@@ -83,13 +84,13 @@ class Prober:
             except (ConnectionError, WireError):
                 await self._report(ProbeBroken(member=record.member))
             except (OSError, TimeoutError):
-                pass  # out of reach: silence, which the detector measures
+                pass  # unreachable: the detector counts this as silence
             if worked:
                 quick_retries = iter(_QUICK_RETRIES_S)
             await asyncio.sleep(next(quick_retries, random.uniform(*_RECONNECT_S)))
 
     async def _run_connection(self, record: RankRecord) -> bool:
-        """Returns when the connection ends, and whether it ever answered. Raises OSError,
+        """Returns, when the connection ends, whether it ever answered a Ping. Raises OSError,
         TimeoutError, WireError."""
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(record.control_host, record.control_port)
@@ -130,7 +131,7 @@ class Prober:
             await self._wait_for_next_ping()
 
     async def _wait_for_next_ping(self) -> None:
-        """The interval of peace, cut short where hurry begins."""
+        """Waits for the present interval. If probing becomes urgent, a long wait ends at once."""
         normal_s, urgent_s = self._intervals_s
         if self._urgent:
             await asyncio.sleep(urgent_s)

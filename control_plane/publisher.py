@@ -1,4 +1,4 @@
-"""Turns a decision into one fenced transaction, and keeps the lease under which verdicts stand."""
+"""Turns a decision into one fenced transaction, and keeps a lease for verdicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _RETRY_S = (0.1, 0.5)
 
 
 class Publisher:
-    """`run()` keeps a young lease at hand, so that a verdict costs no extra round trip."""
+    """`run` always has a recent lease ready, so that a verdict needs no extra round trip. A
+    verdict's lease is never renewed: it expires about _VERDICT_TTL_S after the verdict."""
 
     def __init__(self, store: Store, keys: Keys, clock: Clock) -> None:
         self._store = store
@@ -41,8 +42,8 @@ class Publisher:
     async def write(
         self, write: Write, leader_revision: int, map_revision: int
     ) -> tuple[WatchEvent, ...]:
-        """Returns what the watch will show of it. Raises StoreUnavailable (done or not),
-        TxnConflict or LeaseLost (not done)."""
+        """Returns the events that the watch will show. Raises StoreUnavailable if the outcome is
+        unknown, and TxnConflict or LeaseLost if nothing was written."""
         compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
         if not isinstance(write, DeleteKeys):
             compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
@@ -62,7 +63,7 @@ class Publisher:
         )
 
     async def reread(self) -> Snapshot:
-        """After a write of unknown outcome; tries until etcd answers."""
+        """What etcd holds, after a write that failed. Retries until etcd answers."""
         while True:
             try:
                 return await self._store.get_prefix(self._keys.root)

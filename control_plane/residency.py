@@ -1,9 +1,9 @@
-"""What the slots of the instance's ranks are meant to hold, and what they surely hold: arithmetic
-over a ClusterState, without decisions.
+"""What the slots of the instance's ranks are meant to hold, and what they surely hold, computed
+from a ClusterState. It decides nothing.
 
-*Intended* is the assignment, or the map's row where there is none yet. *Available* is what is
-intended and resident already; a slot whose load is under way is neither its old expert nor its new
-one, and counts as empty.
+*Intended* is the assignment, or the map's row if there is none yet. *Available* is what is both
+intended and resident. A slot that is being loaded holds neither its old expert nor its new one, and
+counts as empty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _UNKNOWN_NODE = NodeId("?")
 
 
 class Residency:
-    """Looks at one moment of the view. All rows are `[num_layers, slots_per_rank]`."""
+    """Rows are `[num_layers, slots_per_rank]` int16."""
 
     def __init__(self, state: ClusterState, spec: InstanceSpec) -> None:
         self.state = state
@@ -31,7 +31,7 @@ class Residency:
 
     @property
     def expert_map(self) -> ExpertMap | None:
-        """The map in force, unless it is of another spec."""
+        """The present map, or None if its sizes are not those of the spec."""
         expert_map = self.state.expert_map
         if expert_map is None or expert_map.num_experts != self.spec.num_experts:
             return None
@@ -39,7 +39,7 @@ class Residency:
         return expert_map if expert_map.placement.shape == wanted else None
 
     def widen(self, row: Placement) -> Placement:
-        """As wide as the widest rank may be; the slots beyond `row` are absent."""
+        """`row` with ABSENT_SLOT appended up to the spec's slots per rank."""
         result = np.full(self._shape, ABSENT_SLOT, dtype=np.int16)
         result[:, : row.shape[1]] = row
         return result
@@ -64,7 +64,7 @@ class Residency:
         intended, resident = self.intended(member), self.resident(member)
         expert_map = self.expert_map
         if resident is None and expert_map is not None and expert_map.has(member):
-            # Its lease expired and took the key along, not the weights.
+            # The key was deleted with its expired lease; the weights are still there.
             resident = expert_map.placement[:, member.rank]
         if resident is None:
             return np.minimum(intended, EMPTY_SLOT)
@@ -75,7 +75,7 @@ class Residency:
         return bool(np.array_equal(self.available(member), self.intended(member)))
 
     def is_ready(self, member: Member) -> bool:
-        """Whether a joiner has loaded what it was assigned, and says so."""
+        """Whether a joiner has loaded its assignment, and its record says READY."""
         record = self.state.records.get(member)
         return (
             record is not None
@@ -85,7 +85,7 @@ class Residency:
         )
 
     def are_linked(self, members: Sequence[Member]) -> bool:
-        """Whether each of them can reach each other, as both of them say."""
+        """Whether each has an open link to every other, according to their records."""
         links = {m: frozenset(self._links(m)) for m in members}
         return all(b in links[a] for a in members for b in members if a != b)
 
@@ -141,7 +141,8 @@ class Residency:
         return {m.rank: records[m].slots if m in records else width for m in members}
 
     def newcomers(self, members: Iterable[Member]) -> list[Member]:
-        """The newest life of each rank that is not among `members`, unless it has a verdict."""
+        """The newest incarnation of each rank that is not among `members`, unless it has a verdict
+        or its record does not fit the spec."""
         taken = {m.rank for m in members}
         return [
             record.member
@@ -155,7 +156,8 @@ class Residency:
     def assignments(
         self, wanted: Mapping[Member, Placement], *, epoch: int, force: bool = False
     ) -> tuple[SlotContents, ...]:
-        """Those that differ from what is intended; all of them where `force`."""
+        """Assignments for the rows that differ from what is intended, or for all rows if
+        `force`."""
         return tuple(
             SlotContents.of(m, row[:, : self.slots([m])[m.rank]], epoch=epoch)
             for m, row in wanted.items()

@@ -1,5 +1,4 @@
-"""Publishes what the instance serves, once, by the leader; and refuses to change it under ranks
-that live."""
+"""Publishes what the instance serves. Refuses to change it while ranks are registered."""
 
 from __future__ import annotations
 
@@ -12,7 +11,8 @@ from shared.store import Compare, Put, Store, WatchEvent
 async def publish_spec(
     store: Store, cluster: StateApplier, spec: InstanceSpec, leader_revision: int
 ) -> bool:
-    """Whether etcd holds `spec` now. Raises ConfigError where it holds another and ranks live."""
+    """Whether etcd holds `spec` now. Raises ConfigError if it holds another one and ranks are
+    registered."""
     state = cluster.state
     published = state.spec
     if published == spec:
@@ -37,7 +37,7 @@ async def publish_spec(
 
 
 def difference(published: InstanceSpec, wanted: InstanceSpec) -> str:
-    """The first field in which they differ, for people."""
+    """The first field in which they differ, for an error message."""
     for name in InstanceSpec.__dataclass_fields__:
         if getattr(published, name) != getattr(wanted, name):
             return f"{name} {getattr(published, name)!r}, not {getattr(wanted, name)!r},"

@@ -1,4 +1,4 @@
-"""What a control plane shows of itself: Prometheus metrics and /health over HTTP."""
+"""A control plane's Prometheus metrics, and /health over HTTP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Metrics:
-    """A registry of its own: two control planes may live in one process."""
+    """Has its own registry, because tests run two control planes in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -53,7 +53,7 @@ class Metrics:
 async def http_endpoint(
     metrics: Metrics, health: Callable[[], dict[str, object]], *, host: str, port: int
 ) -> AsyncIterator[int]:
-    """Serves while the body runs; yields the port. Raises ConfigError where it is taken."""
+    """Serves while the body runs, and yields the port. Raises ConfigError if the port is taken."""
 
     async def show_metrics(_: web.Request) -> web.Response:
         return web.Response(

@@ -1,5 +1,5 @@
-"""What is known of one member of the map: its connection, its lease, what was said against it and
-when it last vouched for itself. What follows from it is the failure detector's."""
+"""What the failure detector knows of one member of the map: its connection, its lease, the
+suspicions against it, and its last sign of life. It judges nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.types import Member, SuspicionReason
 
 
 class ProbeState(Enum):
-    """The control plane's standing connection to a rank's control port."""
+    """The control plane's connection to a rank's control port."""
 
     UNTRIED = "untried"
     CONNECTED = "connected"
@@ -22,7 +22,8 @@ class ProbeState(Enum):
 
 @dataclass(slots=True)
 class WatchedMember:
-    """Times ending in `_attentive_s` are in attentive time."""
+    """Times whose names end in `_attentive_s` are in attentive time: seconds that leave out our own
+    stalls."""
 
     member: Member
     added_attentive_s: float
@@ -48,7 +49,7 @@ class WatchedMember:
 
     @property
     def may_be_alive_without_lease(self) -> bool:
-        """Whether its lease is gone and nothing else says that it is."""
+        """Whether its lease is gone, but nothing else suggests that it is dead."""
         return (
             self.unleased_attentive_s is not None
             and not self.exited

@@ -1,5 +1,5 @@
-"""What membership may decide: the fenced writes to etcd, and the one computation that is too long
-for the event loop. How a write becomes a transaction is `publisher`'s."""
+"""What membership may decide: fenced writes to etcd, and one computation that is too long for the
+event loop. `publisher` turns a write into a transaction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.types import NodeId, RankId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishMap:
-    """One transaction: the map, the verdicts on whom it leaves out, and new assignments."""
+    """One transaction: the map, the verdicts on the members that it leaves out, and assignments."""
 
     expert_map: ExpertMap
     verdicts: tuple[Verdict, ...] = ()
@@ -22,18 +22,18 @@ class PublishMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclareDead:
-    """Verdicts that no map can carry yet: too few are left to cover all experts, or survivors load
-    what the dead held. A life that was judged dead and lives learns it by them, and makes room for
-    one that a map can take; the others learn whom to wait for no longer."""
+    """Verdicts before there is a map without the dead: too few ranks are left to hold all experts,
+    or survivors are still loading what the dead held. An incarnation that was judged dead but is
+    alive learns of it and restarts as a new one. The others learn for whom to wait no longer."""
 
     verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assign:
-    """Where orphans are to be loaded before a map can follow, together with the verdicts on those
-    who held them: nobody waits for the dead meanwhile, and no slot in use is overwritten that a
-    rank may still send tokens to for want of knowing."""
+    """What ranks are to load. After a death, the orphans, before a map can follow, together with
+    the verdicts on the dead: nobody waits for the dead meanwhile, and every rank knows of the death
+    before a slot is overwritten to which it might still send tokens."""
 
     assignments: tuple[SlotContents, ...]
     verdicts: tuple[Verdict, ...] = ()
@@ -46,8 +46,8 @@ class DeleteKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanHeal:
-    """No write: a computation too long for between two events. Its answer comes back by
-    `on_heal_planned`; deaths are decided meanwhile."""
+    """No write, but a computation that is too long for the event loop. Its result comes back
+    through `Membership.on_heal_planned`; deaths are decided meanwhile."""
 
     expert_map: ExpertMap
     map_revision: int

@@ -32,7 +32,7 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """First frame of a connection, by the side that opened it. `role` is "gateway",
+    """The first frame of a connection, from the side that opened it. `role` is "gateway",
     "control_plane", "rank" or "cli"; `name` is unique per process. The rank answers with
     Welcome."""
 
@@ -52,8 +52,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """Place attempt `attempt` of a session. `tokens` is the prompt and all tokens already emitted,
-    of which the last `num_emitted` were; the first new token has index `num_emitted`."""
+    """Starts an attempt of a session. `tokens` is the prompt followed by the `num_emitted` tokens
+    that the client has already; the first new token has index `num_emitted`."""
 
     session: SessionId
     attempt: Attempt
@@ -64,7 +64,8 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """The session needs no more tokens (client gone, stop string found, or moved elsewhere)."""
+    """The attempt needs no more tokens: the client is gone, a stop string was found, or the session
+    moved to another rank."""
 
     session: SessionId
     attempt: Attempt
@@ -72,9 +73,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """How likely the model alone (before penalties, bias, temperature) found a token at its place:
-    the natural logarithm of its probability, its rank among all (1 is the likeliest), and the
-    likeliest ids with theirs, falling, as many as were asked for."""
+    """The natural logarithm of a token's probability according to the model alone, before
+    penalties, bias and temperature. `rank` is its place among all tokens, 1 for the likeliest.
+    `top` lists the likeliest ids with their log-probabilities, likeliest first, as many as were
+    asked for."""
 
     logprob: float
     rank: int
@@ -82,20 +84,22 @@ class TokenLogprob:
 
 
 class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """New tokens of one attempt. `index` is that of the first of `ids`; `finish` is set on the last
-    message of an attempt, whose `ids` may be empty. A stop token is sent, too, as the last id
-    beside `finish=STOP`: it counts as a token, and the gateway leaves it out of the text. `error`
-    set means failed, and `retryable` that another rank may take it. `cached_tokens` says how many
-    of the tokens given were found in the KV cache when the attempt began; it is set on the first
-    message that has ids. `backup_rank` names the rank that keeps copies of its KV blocks, whenever
-    that has changed since the last message; -1 says nothing.
+    """New tokens of one attempt.
 
-    Where the sampling asks for them, `logprobs` holds one for each of `ids`, and `prompt_logprobs`
-    come chunk by chunk before the first id: the first of them is that of the prompt's token
-    `prompt_index`. The prompt's token 0 has none.
+    `index` is that of the first of `ids`. `finish` is set on the last message of an attempt, whose
+    `ids` may be empty. A stop token is sent too, as the last id with `finish=STOP`: it counts as a
+    token, and the gateway leaves it out of the text. If `error` is set, the attempt failed; if
+    `retryable` is set as well, another rank may take the session. `cached_tokens` is the number of
+    submitted tokens that the KV cache held when the attempt began; the first message with ids has
+    it. `backup_rank` names the rank that keeps the session's KV replicas, whenever it has changed
+    since the last message; -1 means no change.
 
-    No dataclass, but a Struct: it goes over the wire for every token, and so without the fields
-    that have their defaults."""
+    If the sampling parameters ask for them, `logprobs` holds one entry for each of `ids`, and
+    `prompt_logprobs` come in chunks before the first id: the first entry of a chunk is that of the
+    prompt's token `prompt_index`. The prompt's token 0 has none.
+
+    A Struct and not a dataclass, so that fields with default values are left out: a message is sent
+    for every token."""
 
     session: SessionId
     attempt: Attempt
@@ -113,21 +117,21 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """A rank's load, for the gateway's choice."""
+    """A rank's load, by which the gateway chooses a rank."""
 
     running: int
     waiting: int
     tokens: int  # prompt and generated tokens of running and waiting sessions
-    kv_blocks_free: int  # cached ones that nobody uses among them
+    kv_blocks_free: int  # including cached blocks that no session uses
     kv_blocks: int
-    kv_blocks_cached: int = 0  # named: a later prompt may begin with them
-    prefix_tokens: int = 0  # known tokens of all sequences that began to run, since the start
-    prefix_tokens_cached: int = 0  # … of which the KV cache had these
+    kv_blocks_cached: int = 0  # a later prompt with the same prefix can reuse them
+    prefix_tokens: int = 0  # tokens of all sequences at the time they began to run, since the start
+    prefix_tokens_cached: int = 0  # how many of those the KV cache held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """All tokens that one committed step made for one gateway."""
+    """All tokens that one committed step generated for one gateway."""
 
     rank: RankId
     incarnation: Incarnation
@@ -144,9 +148,9 @@ class Ping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
-    """A rank vouches for itself by its event loop (it answers) and by its engine thread:
-    `engine_age_ms` is the time since that thread last passed a heartbeat point (it beats while it
-    waits for peers, too). `waiting_for` names the peers it waits for now."""
+    """The answer to a Ping shows that the rank's event loop runs. `engine_age_ms` shows whether its
+    engine thread does: it is the time since that thread last passed a heartbeat point, which it
+    does while it waits for peers as well. `waiting_for` names the peers that it waits for now."""
 
     nonce: int
     rank: RankId
@@ -160,7 +164,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wake:
-    """Rank to rank: step `step` of `epoch` has work; leave the common sleep and take part."""
+    """Rank to rank: step `step` of `epoch` has work, so a sleeping rank must wake and take part."""
 
     rank: RankId
     incarnation: Incarnation
@@ -170,23 +174,23 @@ class Wake:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphBarrierUpdate:
-    """Rank to rank, where ranks meet by counting the graphs that they launch: where the sender
-    stands. The newest one replaces those before; see `gpu_worker/exchange/graph_barrier.py`."""
+    """Rank to rank, if ranks meet by counting the CUDA graphs that they launch: the sender's state.
+    A newer one replaces all before it. See `gpu_worker/exchange/graph_barrier.py`."""
 
     member: Member
     joining: Epoch  # the newest map with joiners that it waits to adopt, or has adopted; 0: none
-    limit: int  # graphs it had launched when it heard of that map; it launches no more on its own
-    paused: Epoch  # the last of these maps whose joiners may be mapped: nothing is in flight here
+    limit: int  # graphs launched when it heard of that map; it launches no more by itself
+    paused: Epoch  # the last such map whose joiners' memory may be mapped: nothing is in flight
     entered: Epoch  # the map that it runs under
-    sleep_at: int  # it agrees to sleep once so many graphs are launched; -1: it does not
-    slept_at: int  # where all had agreed to sleep the last time, as far as it knows; -1: nowhere
-    invalidated: Epoch  # it will deliver no more step of this map, nor of an older one
+    sleep_at: int  # it agrees to sleep once this many graphs are launched; -1: it does not
+    slept_at: int  # the count at which all last agreed to sleep, as far as it knows; -1: never
+    invalidated: Epoch  # it will deliver no more steps of this map or an older one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRegion:
-    """Rank to rank: give me (`source`) a region of your memory to write my messages into. A higher
-    `generation` asks for a fresh region, after a write into the old one timed out."""
+    """Rank to rank: `source` asks for a region of the receiver's memory, to write its messages
+    into. A higher `generation` asks for a new region, after a write into the old one timed out."""
 
     source: Member
     transfer_name: str
@@ -195,8 +199,8 @@ class OpenRegion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionOpened:
-    """The region that the answering rank keeps for `source`: an address in its registered
-    memory."""
+    """The answer: the region that `target` keeps for `source`, at `address` in the memory that it
+    registered, `nbytes` long."""
 
     target: Member
     source: Member
@@ -208,9 +212,9 @@ class RegionOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenKvReplicaRegion:
-    """Rank to rank: give me (`source`) room in your host memory for copies of my KV blocks, of so
-    many bytes each and in this layout. Every call has a higher `generation`, and gets fresh
-    room."""
+    """Rank to rank: `source` asks for a region of the receiver's host memory for replicas of its KV
+    blocks, of `block_bytes` each and in this `layout`. Every request has a higher `generation` and
+    gets a new region."""
 
     source: Member
     generation: int
@@ -220,9 +224,9 @@ class OpenKvReplicaRegion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvReplicaRegionOpened:
-    """Slot i of the answering rank's region begins at `address + i * block_bytes`; behind the last
-    one is room for the write that opens the way. `refusal` says why there is none, where
-    `num_slots` is 0."""
+    """The answer: slot i of the region begins at `address + i * block_bytes`. After the last slot
+    there is space for the first write, which opens the data path. If `num_slots` is 0, there is no
+    region, and `refusal` says why."""
 
     target: Member
     source: Member
@@ -235,8 +239,8 @@ class KvReplicaRegionOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvReplicasStored:
-    """Rank to rank: the blocks of these names stand in these slots of my region; the writes have
-    completed."""
+    """Rank to rank: these slots of the sender's region hold the blocks with these names; the writes
+    have completed."""
 
     source: Member
     generation: int
@@ -246,7 +250,8 @@ class KvReplicasStored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropKvReplicas:
-    """Rank to rank: know these slots no more; I shall write to them after your answer."""
+    """Rank to rank: the receiver must forget these slots; the sender overwrites them after the
+    answer."""
 
     source: Member
     generation: int
@@ -267,7 +272,7 @@ class StatusQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adoption:
-    """One change of epoch as a rank lived it, in its `Clock.now()`; 0 where not reached."""
+    """One change of epoch on one rank. Times are its `Clock.now()` in seconds; 0 if not reached."""
 
     epoch: Epoch
     seen_at: float  # the map arrived
@@ -291,7 +296,7 @@ class StatusReply:
     steps_abandoned: int
     tokens_generated: int
     adoptions: tuple[Adoption, ...]  # the last few, oldest first
-    blocks_restored: int = 0  # KV blocks that were filled from copies
+    blocks_restored: int = 0  # KV blocks that were filled from KV replicas
 
 
 Message = (
@@ -341,7 +346,7 @@ _KINDS: dict[str, type[Message]] = {
 
 
 def encode(message: Message) -> bytes:
-    """The whole frame, length included. Raises WireError where it would exceed FRAME_BYTES_MAX."""
+    """The whole frame, length included. Raises WireError if its body exceeds FRAME_BYTES_MAX."""
     body = pack_plain([type(message).__name__, to_plain(message)])
     if len(body) > FRAME_BYTES_MAX:
         raise WireError(f"message of {len(body)} bytes exceeds the limit of {FRAME_BYTES_MAX}")
@@ -349,7 +354,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | memoryview) -> Message:
-    """The message of a frame's body. Raises WireError on anything else."""
+    """The message in a frame's body. Raises WireError if it is malformed."""
     plain = unpack_plain(body)
     if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[0], str):
         raise WireError("malformed frame: not [kind, fields]")
