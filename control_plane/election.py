@@ -8,15 +8,15 @@ is not needed for safety; it only avoids writes that would fail.
 
     state     | event                        | next      | action
     ----------+------------------------------+-----------+------------------------
-    no_lease | begin, lease lost            | no_lease | GrantLease, until granted
-    no_lease | granted                      | standby   | Campaign, if the key is absent
+    no_lease  | begin, lease lost            | no_lease  | GrantLease, until granted
+    no_lease  | granted                      | standby   | Campaign, if the key is absent
     standby   | key gone                     | standby   | Campaign
     standby   | won                          | leading   |
     standby   | not won                      | standby   | Campaign after a backoff, if absent
     leading   | key gone, or another's       | standby   | Campaign, if absent
     leading   | renewal late                 | leading   | may not act until renewed
     any       | renewal due                  | same      | RenewLease
-    any       | lease lost                   | no_lease | GrantLease
+    any       | lease lost                   | no_lease  | GrantLease
     any       | resign                       | resigned  | RevokeLease
 """
 

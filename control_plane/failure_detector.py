@@ -13,11 +13,11 @@ keeps its age small; a stuck engine does not.
     ----------+-----------------------------------------------------+--------------------------
     trusted   | suspicion; probes unanswered; connection broken     | suspected
     trusted   | record gone                                         | unleased
-    suspected | a vouching Pong, newer than the last signal         | trusted
+    suspected | a vouching Pong, newer than the first signal        | trusted
     suspected | connection broken and somebody else's suspicion     | dead
     suspected | no vouching Pong for the window                     | dead, or held: own link
     unleased  | registered again                                    | suspected (until a Pong)
-    unleased  | connection broken; the settle time ends             | dead, or held: mass expiry
+    unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
     any       | accused, waited for, and no step moves for long     | the most waited for is dead
 

@@ -1,5 +1,11 @@
-"""Which experts sit in which slots of which ranks: a pure planner over numpy arrays. It decides and
-never loads; the control plane publishes what it answers."""
+"""Which experts are in which slots of which ranks: a pure planner over numpy arrays. It loads
+nothing; the control plane publishes its results.
+
+Shapes: placements are `[num_layers, num_ranks, slots_per_rank]` int16, loads are `[num_layers,
+num_experts]`, counts are `[num_layers, num_experts]` int64. The planner follows EPLB, DeepSeek's
+expert-parallelism load balancer (https://github.com/deepseek-ai/EPLB): first the number of replicas
+of each expert, then packing them into ranks. Each module names what it takes from there.
+"""
 
 from control_plane.placement.fault_tolerance import advise, compute_fault_tolerance, describe
 from control_plane.placement.grow import grow

@@ -1,4 +1,4 @@
-"""Which failures a map survives, and what redundancy would survive more. Exact, not estimated."""
+"""Which failures a map survives, and what redundancy would survive more. The answers are exact."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from shared.types import ExpertId, NodeId, RankId
 def compute_fault_tolerance(
     expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]
 ) -> FaultTolerance:
-    """Any `rank_failures` deaths leave every expert a replica, and some set of one more does not:
-    the least number of distinct ranks that hold an expert, less one. Likewise for nodes."""
+    """`rank_failures` is the largest number such that any so many deaths leave every expert a
+    replica: min over layers and experts of the number of distinct ranks that hold it, minus 1. The
+    same with nodes. `nodes` must name every member's node; raises ValueError if it does not."""
     topology = RankTopology.of_map(expert_map, nodes)
     on_rank = presence(expert_map.placement[:, topology.ranks], expert_map.num_experts) > 0
     on_node = _by_node(on_rank, topology)
@@ -42,8 +43,9 @@ def compute_fault_tolerance(
 
 
 def advise(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> tuple[Advice, ...]:
-    """For each number of rank failures above what the map survives, up to three: the redundancy
-    that survives them with the hot experts keeping the replicas they have."""
+    """For each of the next three numbers of rank failures that the map does not survive: the
+    redundancy that would survive them, if no expert loses a replica that it has now. For f
+    failures, a layer needs the sum over its experts of max(replicas now, f + 1) slots."""
     topology = RankTopology.of_map(expert_map, nodes)
     on_rank = presence(expert_map.placement[:, topology.ranks], expert_map.num_experts) > 0
     counts = on_rank.sum(axis=2)
@@ -63,7 +65,7 @@ def advise(expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> tuple[Advic
 
 
 def describe(tolerance: FaultTolerance, advice: tuple[Advice, ...]) -> str:
-    """What a start-up log says: a sentence on what is survived, one on what would survive more."""
+    """For the log: one sentence on what the map survives, and one on what would survive more."""
     text = (
         f"The map survives {_any(tolerance.rank_failures, 'rank')} and "
         f"{_any(tolerance.node_failures, 'node')} without a reload, "
@@ -84,7 +86,7 @@ def _any(count: int, what: str) -> str:
 
 
 def _by_node(on_rank: NDArray[np.bool_], topology: RankTopology) -> NDArray[np.bool_]:
-    """`[num_layers, num_experts, num_nodes]`"""
+    """`[num_layers, num_experts, num_nodes]` bool: whether a rank of the node holds the expert."""
     result = np.zeros((*on_rank.shape[:2], topology.num_nodes), dtype=bool)
     for node in range(topology.num_nodes):
         result[:, :, node] = on_rank[:, :, topology.node == node].any(axis=2)
@@ -92,15 +94,16 @@ def _by_node(on_rank: NDArray[np.bool_], topology: RankTopology) -> NDArray[np.b
 
 
 def _num_solely_held(holds: NDArray[np.bool_]) -> Ints:
-    """How many experts each holder (last axis) is the only one to hold."""
+    """`[num_holders]`: of how many experts, over all layers, each holder has the only replica."""
     alone = holds & (holds.sum(axis=2) == 1)[:, :, None]
     result: Ints = alone.sum(axis=(0, 1)).astype(np.int64)
     return result
 
 
 def _with_reload(slots: Ints, num_experts: int) -> int:
-    """The most failures after which the remaining slots still hold every expert once. The worst
-    case loses the largest first; a surplus replica's slot counts, for it may be overwritten."""
+    """The most failures after which the remaining slots suffice for one replica of each expert. The
+    worst case loses the largest first. Slots of surplus replicas count, since they may be
+    overwritten."""
     left = int(slots.sum()) - np.cumsum(np.sort(slots)[::-1])
     return int((left >= num_experts).sum())
 

@@ -1,5 +1,5 @@
-"""Places one layer by a greedy rule that respects any mix of slot counts. Slow and plain: the
-vectorised packing falls back on it where it finds no spread placement."""
+"""Places one layer by a greedy rule that works with any mix of slot counts. Slow: `packing` uses it
+only for layers in which its exchanges leave an expert twice on one rank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from control_plane.placement.topology import Floats, Ints, RankTopology
 def place_layer(
     loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints
 ) -> list[list[int]]:
-    """Experts by live rank (rows of `topology`), none twice on a rank, at most `quotas` a rank.
+    """The experts of each live rank (in the order of `topology`), none twice on a rank, at most
+    `quotas` on each. `loads` and `counts` are `[num_experts]`, `quotas` is `[num_live]`.
 
-    Every expert with a count gets one replica while slots last, then the others follow, hottest
-    first, each to the rank with most slots left among those that lack it (which realises any
-    realisable counts), nodes without it first. Slots still free take what is hottest per replica.
+    First every expert with a count gets one replica, while there are slots; then the further ones
+    follow. Both go hottest first. A replica goes to a node without the expert if there is one, and
+    there to the rank with the most slots left among those without the expert. This rule realises
+    any counts that can be realised. Slots that are still free get the experts with the most load
+    per replica.
     """
     rows: list[list[int]] = [[] for _ in topology.ranks]
     left = quotas.copy()

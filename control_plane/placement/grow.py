@@ -1,5 +1,5 @@
-"""What a joiner's slots shall hold: first what lacks replicas, then its share of the load. No
-member's slot moves."""
+"""What a joiner's slots should hold: first experts that lack replicas, then a fair share of the
+load. No slot of a member changes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ def grow(
     *,
     redundant: int | None = None,
 ) -> GrowResult:
-    """`nodes` and `slots` must know the joiners, `nodes` the members too. A joiner fills as many
-    slots as it would in a fresh placement (`redundant` as in `place`) and keeps the rest spare;
-    what it doubles on members, `heal` gives back. Raises ValueError where a joiner is a member."""
+    """The map's placement with the joiners' slots filled.
+
+    `nodes` must name the joiners and the members, `slots` the joiners. `loads` is `[num_layers,
+    num_experts]`; None means even load. A joiner fills as many slots as it would in a fresh
+    placement (`redundant` as in `place`) and keeps the rest spare. `heal` later empties the
+    members' replicas that it made superfluous. Raises ValueError if a joiner is a member."""
     members = np.array(sorted(m.rank for m in expert_map.members), dtype=np.int64)
     joiners = sorted(joined)
     if set(joiners) & {int(r) for r in members}:
@@ -65,7 +68,7 @@ def grow(
 def _widened_placement(
     placement: Placement, joiners: Sequence[RankId], slots: Mapping[RankId, int]
 ) -> Placement:
-    """A copy that is wide enough for the joiners, their rows empty."""
+    """A copy with rows for the joiners, which are empty."""
     num_layers, num_ranks, width = placement.shape
     num_ranks = max([num_ranks, *(r + 1 for r in joiners)])
     wider = max([width, *(slots[r] for r in joiners)])
@@ -80,7 +83,7 @@ def _widened_placement(
 def _choose(
     placement: Placement, loads: Floats, topology: RankTopology, rank: RankId, quota: int
 ) -> Placement:
-    """`[num_layers, quota]` experts for the joiner, all layers at once, one slot after another."""
+    """`[num_layers, quota]` int16: experts for the joiner, chosen slot by slot for all layers."""
     num_layers, num_experts = loads.shape
     held = presence(placement[:, topology.ranks], num_experts) > 0
     need = _need(held, topology, topology.ranks.tolist().index(rank))
@@ -100,7 +103,8 @@ def _choose(
 
 
 def _need(held: NDArray[np.bool_], topology: RankTopology, joiner: int) -> Ints:
-    """`[num_layers, num_experts]`: 3 uncovered, 2 on one rank, 1 on one node other than ours, 0."""
+    """`[num_layers, num_experts]`: 3 if no rank holds the expert, 2 if one does, 1 if all replicas
+    are on one other node, else 0."""
     on_ranks = held.sum(axis=2)
     ours = topology.node == topology.node[joiner]
     elsewhere = np.zeros(held.shape[:2], dtype=np.int64)
@@ -111,8 +115,9 @@ def _need(held: NDArray[np.bool_], topology: RankTopology, joiner: int) -> Ints:
 
 
 def _best(need: Ints, loads: Floats, counts: Ints, taken: NDArray[np.bool_], fair: Floats) -> Ints:
-    """`[num_layers]`: the neediest expert; among equals the one whose share, with us as one more
-    replica, comes closest to `fair`, the load that each of our open slots should still take."""
+    """`[num_layers]`: the expert with the highest need. Among equals, the one for which load /
+    (counts + 1), its share with the joiner's replica, is closest to `fair` (`[num_layers]`), the
+    load that each of the joiner's open slots should still take."""
     distance = np.abs(loads / (counts + 1) - fair[:, None])
     scale = distance.max(axis=1, keepdims=True) + 1.0
     key = np.where(taken, np.inf, distance / scale - need)

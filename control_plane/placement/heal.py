@@ -1,4 +1,5 @@
-"""Small safe steps from the present map to a covered, spread and balanced one, cover first."""
+"""Small safe steps from the present map to one that holds every expert, spreads its replicas over
+nodes, and balances the load, in this order."""
 
 from __future__ import annotations
 
@@ -29,11 +30,15 @@ def heal(
     survive: int = 0,
     tolerance: float = 0.05,
 ) -> Iterator[HealStep]:
-    """Steps of at most `budget_bytes` of weights each (at least one expert; an exchange between two
-    full ranks takes two); a dense model's one expert weighs nothing. Lazy: take the first, perform
-    it, and ask again with the new map; the answer goes on where it stopped. Ends where nothing is
-    worth a move: every expert as replicated as `redundant` and `survive` ask (see `place`), and the
-    busiest rank of each layer within `tolerance` of the mean, or no single change brings it nearer.
+    """Yields steps that load at most `budget_bytes` of weights each, but at least one expert. (An
+    exchange between two full ranks loads two.) `bytes_per_expert` is 0 for a dense model.
+
+    The iterator is lazy: take the first step, perform it, and call `heal` again with the new map,
+    which continues from there. `loads` is `[num_layers, num_experts]`; None means even load. It
+    ends when nothing is worth a move: every expert has the replicas that `redundant` and `survive`
+    ask for (see `place`), and in each layer the busiest rank's load is at most (1 + `tolerance`)
+    times the mean, or no single change lowers the imbalance cost (see `LayerState`). Raises
+    ValueError if `bytes_per_expert` is negative.
     """
     if bytes_per_expert < 0:
         raise ValueError("bytes_per_expert must not be negative")
@@ -62,8 +67,9 @@ def heal(
 
 
 def _gather(layers: list[LayerState], num_loads_max: int) -> list[tuple[int, SlotChange]]:
-    """Changes of one step, those of the neediest layer first; applies them to `layers`. No slot is
-    touched twice, and no expert loses the last replica that the step's changes leave in place."""
+    """The changes of one step as (layer, change), the layer with the most urgent need first;
+    applies them to `layers`. No slot changes twice, and every expert keeps a replica that the step
+    does not touch."""
     result: list[tuple[int, SlotChange]] = []
     left = num_loads_max
     kept = [layer.flat.copy() for layer in layers]  # -1 once emptied, loads not counted

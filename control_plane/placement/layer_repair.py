@@ -1,5 +1,5 @@
-"""The next change that would better one layer of a live map. Each is small and safe by itself;
-`heal` gathers those of all layers into steps."""
+"""The next change that improves one layer of a live map. Each is small and safe by itself; `heal`
+combines those of all layers into steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ GAIN_MIN = 0.002
 
 
 class SlotChange(NamedTuple):
-    """Slots (`rank * width + slot`) and what they shall hold, -1 to empty one."""
+    """Slots, numbered `rank * width + slot`, and their new experts; -1 empties a slot. `gain` is
+    the decrease of the imbalance cost (see `LayerState`), 0 for changes with another reason."""
 
     reason: HealReason
     gain: float
@@ -28,8 +29,9 @@ class SlotChange(NamedTuple):
 
 
 def urgency(layer: LayerState) -> tuple[int, float] | None:
-    """What the layer needs most, 0 the most urgent, and minus its peak load over the mean;
-    None where all is well. Cheap: whether the need can be met is not asked."""
+    """A sort key, most urgent first: the kind of the layer's greatest need (0 is the most urgent),
+    and minus its peak load over the mean. None if the layer needs nothing. Cheap, because it does
+    not check whether the need can be met."""
     peak = float(layer.load.max() / layer.mean) if layer.mean > 0 else 1.0
     filled = int((layer.flat >= 0).sum())
     needs = (
@@ -44,7 +46,7 @@ def urgency(layer: LayerState) -> tuple[int, float] | None:
 
 
 def next_change(layer: LayerState, budget_loads: int) -> SlotChange | None:
-    """The first kind of change that the layer needs and that is possible, most urgent first."""
+    """The most urgent change that the layer needs and that is possible, or None."""
     return (
         _cover(layer)
         or _replicate(layer)
@@ -84,7 +86,7 @@ def _replicate(layer: LayerState) -> SlotChange | None:
 
 
 def _spread(layer: LayerState, budget_loads: int) -> SlotChange | None:
-    """An expert whose replicas share fewer nodes than they could gets one on another node."""
+    """If an expert's replicas are on fewer nodes than possible, gives it one on another node."""
     for expert in np.flatnonzero(layer.nodes_of < layer.nodes_possible()):
         slots = np.concatenate(
             (np.flatnonzero(layer.flat == -1), layer.surplus(layer.target.num_replicas_min))
@@ -100,8 +102,8 @@ def _spread(layer: LayerState, budget_loads: int) -> SlotChange | None:
 
 
 def _release_surplus(layer: LayerState) -> SlotChange | None:
-    """Empties a surplus slot where more are filled than should be in peace; a move's second
-    half, so of doubles on one node first."""
+    """If more slots are filled than the target says, empties one with a surplus replica. This is
+    the second half of a move, so experts with several replicas on one node come first."""
     if (layer.flat >= 0).sum() <= layer.target.filled:
         return None
     slots = layer.surplus(1 if layer.may_lack_more() else layer.target.num_replicas_min)
@@ -115,7 +117,8 @@ def _release_surplus(layer: LayerState) -> SlotChange | None:
 
 
 def _fill(layer: LayerState) -> SlotChange | None:
-    """One more replica while slots are to be filled: of what lacks one, or of the hottest."""
+    """If fewer slots are filled than the target says, adds a replica: of an expert that lacks one,
+    or of the one with the most load per replica."""
     slots = layer.open_slots()
     if slots.size == 0:
         return None
@@ -141,7 +144,8 @@ def _balance(layer: LayerState, budget_loads: int) -> SlotChange | None:
 
 
 def _replace(layer: LayerState, now: float) -> SlotChange | None:
-    """One more replica of what the busiest rank holds, in place of a surplus one elsewhere."""
+    """Replaces a surplus replica on an idle rank by one of an expert that the busiest rank
+    holds."""
     idlest = layer.idlest()
     spared, any_second = (
         slots[np.isin(layer.rank[slots], idlest)]
@@ -158,7 +162,8 @@ def _replace(layer: LayerState, now: float) -> SlotChange | None:
 
 
 def _move(layer: LayerState, now: float) -> SlotChange | None:
-    """A replica of the busiest rank goes to an empty slot; its old slot is given back later."""
+    """Copies an expert of the busiest rank into an empty slot of an idle rank. Its old slot is
+    emptied by a later change."""
     busiest, idlest = int(layer.load.argmax()), layer.idlest()
     empty = np.flatnonzero(layer.flat == -1)
     empty = empty[np.isin(layer.rank[empty], idlest)]
@@ -181,7 +186,8 @@ def _move(layer: LayerState, now: float) -> SlotChange | None:
 
 
 def _swap(layer: LayerState, now: float) -> SlotChange | None:
-    """Two ranks exchange an expert each; both have another replica, which covers meanwhile."""
+    """Exchanges an expert of the busiest rank with one of another rank. Both experts have other
+    replicas, which serve meanwhile."""
     busiest = int(layer.load.argmax())
     mine = np.flatnonzero((layer.rank == busiest) & (layer.flat >= 0))
     mine = mine[layer.counts[layer.flat[mine]] > 1]
@@ -208,7 +214,7 @@ def _swap(layer: LayerState, now: float) -> SlotChange | None:
 
 
 def _swap_to_new_node(layer: LayerState, expert: int) -> SlotChange | None:
-    """Exchanges one of the expert's replicas with a slot of a node that lacks it."""
+    """Exchanges one of the expert's replicas with a replica on a node without the expert."""
     crowded = layer.on_node[expert] > 1
     mine = np.flatnonzero((layer.flat == expert) & crowded[layer.node[layer.rank]])
     others = np.flatnonzero((layer.flat >= 0) & (layer.holds[expert, layer.rank] == 0))
@@ -232,8 +238,9 @@ def _swap_to_new_node(layer: LayerState, expert: int) -> SlotChange | None:
 def _best_load(
     layer: LayerState, reason: HealReason, expert: int, slots: Ints, now: float = 0.0
 ) -> SlotChange | None:
-    """The slot of `slots` for `expert` with the least imbalance cost, on a node that lacks it if
-    it should be on more; balance alone is no reason to put two on one node."""
+    """The slot of `slots` for `expert` with the least imbalance cost. If the expert should be on
+    more nodes, only slots on new nodes count; without any, "balance" is no reason to add a
+    replica."""
     if slots.size == 0:
         return None
     possible = min(layer.num_ranks[expert] + 1, layer.num_nodes, layer.nodes_wanted())

@@ -1,5 +1,5 @@
-"""One layer of a live map under repair: who holds what, what may be emptied, how unbalanced a
-change would leave the ranks. Decides nothing."""
+"""One layer of a live map while it is repaired: which rank holds what, which slots may be emptied,
+and how balanced the ranks would be after a change. It decides nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ IDLEST_RANKS = 6
 
 
 class LayerTarget(NamedTuple):
-    """What a layer should come to: so many slots filled, `num_replicas_min` of each expert, of
-    which `shortfall` may lack (balance needs them for hot experts)."""
+    """What a layer should reach: the number of `filled` slots, and `num_replicas_min` replicas of
+    each expert on distinct ranks, of which `shortfall` in all may be missing, because hot experts
+    need those slots. `tolerance`: the busiest rank may carry 1 + tolerance times the mean load."""
 
     filled: int
     num_replicas_min: int
@@ -25,10 +26,12 @@ class LayerTarget(NamedTuple):
 
 
 class LayerState:
-    """Ranks and nodes are live indices; `flat` is `[num_live * width]`: expert, or empty or absent.
+    """Ranks are indices of live ranks, nodes indices into the topology's. `flat` is `[num_live *
+    width]` int64: the expert of slot `rank * width + slot`, or EMPTY_SLOT or ABSENT_SLOT.
 
-    The imbalance cost is the sum over ranks of (load / mean) to the fourth: every choice minimises
-    it, and a balance change must lower it, so that repairs cannot go in circles.
+    The imbalance cost is the sum over ranks of (load / mean)^4. Every choice minimises it, and a
+    change for balance must lower it, so repairs cannot repeat themselves. The fourth power (our
+    choice) makes the busiest ranks count most, but lets changes on others count too.
     """
 
     def __init__(
@@ -58,12 +61,12 @@ class LayerState:
         self.load = self.share @ self.holds
 
     def fill(self, slots: Sequence[int], experts: Sequence[int]) -> None:
-        """Gives each slot its expert, or -1."""
+        """Puts each expert into its slot; -1 empties the slot."""
         self.flat[list(slots)] = experts
         self.recount()
 
     def lacking(self) -> Ints:
-        """Replicas on distinct ranks that each expert is short of."""
+        """`[num_experts]`: how many replicas on distinct ranks each expert lacks."""
         result: Ints = np.maximum(self.target.num_replicas_min - self.num_ranks, 0)
         return result
 
@@ -78,7 +81,7 @@ class LayerState:
         return result
 
     def open_slots(self) -> Ints:
-        """Empty slots, while fewer are filled than should be."""
+        """The empty slots, if fewer slots are filled than the target says; else none."""
         if (self.flat >= 0).sum() >= self.target.filled:
             return np.empty(0, dtype=np.int64)
         return np.flatnonzero(self.flat == -1)
@@ -88,8 +91,8 @@ class LayerState:
         return result
 
     def surplus(self, least: int) -> Ints:
-        """Slots that may be emptied: their expert keeps `least` other replicas on distinct ranks,
-        and as many nodes as these could have."""
+        """Slots that may be emptied: without the slot, their expert is on `least` distinct ranks or
+        more, and on as many nodes as those ranks allow."""
         slots = np.flatnonzero(self.flat >= 0)
         experts, rank = self.flat[slots], self.rank[slots]
         twice = self.holds[experts, rank] > 1
@@ -105,7 +108,8 @@ class LayerState:
         return bool(self.keeps_nodes_each(np.array(expert), nodes[:1], nodes[1:])[0])
 
     def keeps_nodes_each(self, experts: Ints, source: Ints, target: Ints) -> NDArray[np.bool_]:
-        """Broadcasting: whether a replica may go from node to node without harm to its spread."""
+        """Whether a replica may move from node `source` to node `target` without reducing the nodes
+        of its expert below what is wanted. The arguments broadcast."""
         now = self.nodes_of[experts]
         after = now - (self.on_node[experts, source] == 1) + (self.on_node[experts, target] == 0)
         after = np.where(source == target, now, after)
@@ -120,7 +124,8 @@ class LayerState:
         return [int(e) for e in experts if e >= 0]
 
     def after(self, slots: Ints, expert: int | None) -> Floats:
-        """`[len(slots), num_live]`: loads when each of `slots` in turn is given to `expert`."""
+        """`[len(slots), num_live]` float64: the ranks' loads if one of `slots` were given to
+        `expert` (None: emptied), a row for each slot."""
         at, rank = np.arange(slots.size), self.rank[slots]
         result: Floats = np.repeat(self.load[None], slots.size, axis=0)
         held = np.flatnonzero(self.flat[slots] >= 0)

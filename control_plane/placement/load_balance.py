@@ -1,11 +1,13 @@
-"""The most experts that one survivor must load: brought down to the least that the slots permit, by
-handing loads from rank to rank. Seating the orphans in the first place is `orphan_placement`'s.
+"""Minimises the largest number of experts that one survivor must load, by moving loads between
+ranks. `orphan_placement` chooses the slots that this starts from.
 
-A *move* hands one layer's orphan from a giver to a taker: from an empty slot to an empty slot; or,
-where the layer has none left, from a surplus slot to a surplus slot, whereby the giver keeps its
-replica and the taker's gives way. Moves in a *chain* (a to b, b to c) relieve a at the cost of c
-alone. Where no chain leads from the ranks that load most to one that loads two fewer, all ranks in
-their reach load as many, or one fewer, and nobody else can take any of it: less is impossible.
+A *move* takes one layer's orphan from a giver to a taker: from an empty slot to an empty slot. If
+the layer has no empty slot left, it goes from a surplus slot to a surplus slot: then the giver
+keeps its replica, and the taker's is overwritten. Moves in a *chain* (a to b, b to c) relieve a and
+burden only c. These are augmenting paths, as in bipartite matching and maximum flow. If no chain
+leads from the ranks that load most to one that loads at least two fewer, then all ranks that they
+can reach load as many or one fewer, and no other rank can take any of those loads: a lower maximum
+is impossible.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ class _Move(NamedTuple):
 
 
 def balance_orphan_loads(held: Placement, refilled: Placement, num_experts: int) -> None:
-    """Edits `refilled` `[num_layers, num_survivors, slots_per_rank]`, which differs from `held` in
-    the slots to load: in empty ones, and in surplus ones where a layer has none empty left."""
+    """Edits `refilled` in place. It and `held` are `[num_layers, num_survivors, slots_per_rank]`
+    int16 and differ in the slots to load: empty ones, and surplus ones in layers without empty
+    ones."""
     num_loaded: Ints = (refilled != held).sum(axis=(0, 2))
     least = -(-int(num_loaded.sum()) // len(num_loaded))
     if num_loaded.max() <= least:
@@ -43,7 +46,7 @@ def balance_orphan_loads(held: Placement, refilled: Placement, num_experts: int)
         chain = _chain(placements, num_loaded)
         if not chain:
             return
-        # Chosen before any is made: in a shortest chain no move stands in another's way.
+        # Choose all moves before applying any: in a shortest chain they do not conflict.
         for move in [placements.move(giver, taker) for giver, taker in pairwise(chain)]:
             placements.apply(move)
         num_loaded[chain[0]] -= 1
@@ -51,7 +54,8 @@ def balance_orphan_loads(held: Placement, refilled: Placement, num_experts: int)
 
 
 def _chain(placements: _LoadPlacements, num_loaded: Ints) -> list[int]:
-    """The shortest way from a rank that loads most to one that loads two fewer, or none."""
+    """The shortest chain (by breadth-first search) from a rank that loads most to one that loads at
+    least two fewer, or an empty list."""
     most = int(num_loaded.max())
     queue = np.flatnonzero(num_loaded == most).tolist()
     before = dict.fromkeys(queue, -1)
@@ -70,7 +74,7 @@ def _chain(placements: _LoadPlacements, num_loaded: Ints) -> list[int]:
 
 
 class _LoadPlacements:
-    """Who can give and who can take which layer's loads. Edits `refilled`."""
+    """Which ranks can give and take which layers' loads. Edits `refilled` in place."""
 
     def __init__(self, held: Placement, refilled: Placement, num_experts: int) -> None:
         self._held, self._rows = held, refilled
@@ -83,19 +87,19 @@ class _LoadPlacements:
         self._refresh(np.arange(num_layers))
 
     def takers(self, giver: int) -> Bools:
-        """`[num_ranks]`: those to which a move leads from `giver`."""
+        """`[num_ranks]`: whether a move from `giver` to the rank is possible."""
         movable = self._movable[:, giver]
         result: Bools = np.logical_or.reduce(self._takes[movable.any(axis=1)])
         layers, slots = np.nonzero(movable & (self._held[:, giver] >= 0))
         back = self._held[layers, giver, slots]
-        # An expert's only replica may give way where another of its replicas stays for it.
+        # An expert's only replica may be overwritten if the giver keeps another for it.
         only = self._counts[layers, back] == 1
         result[self._holder[layers[only], back[only]]] = True
         result[giver] = False
         return result
 
     def move(self, giver: int, taker: int) -> _Move:
-        """Of those that there are, the first that leaves most experts with a second replica."""
+        """Of all possible moves, the first that leaves most experts with a second replica."""
         layers, slots = np.nonzero(self._movable[:, giver])
         back = self._held[layers, giver, slots].astype(np.int64)[:, None]
         gone = self._rows[layers, taker].astype(np.int64)

@@ -1,5 +1,5 @@
-"""One layer's slots while orphans are put into them, one after another: a greedy that keeps step
-with a pace and, within it, takes the slot that is missed least."""
+"""Puts the orphans of one layer into slots, one after another: greedily into the slot whose loss
+matters least, on ranks that do not yet load more than their target."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from shared.types import EMPTY_SLOT
 
 
 class _Candidate(NamedTuple):
-    """A surplus replica's slot; the least one gives way first."""
+    """A surplus replica's slot. The candidate that compares least is overwritten first."""
 
     num_loaded_after: int
-    is_last_spare: bool  # its expert is left with one replica
+    is_last_spare: bool  # its expert would be left with one replica
     inherited_load: float
     rank_load: float
     rank: int
@@ -28,7 +28,7 @@ class _Candidate(NamedTuple):
 
 
 class _Queue:
-    """Seats, least first: those known at the beginning, which are sorted, and those that came."""
+    """Candidates, least first: a sorted sequence, merged with those that are pushed later."""
 
     def __init__(self, ordered: Iterator[_Candidate]) -> None:
         self._ordered, self._next = ordered, next(ordered, None)
@@ -46,9 +46,9 @@ class _Queue:
 
 
 class OrphanPlacement:
-    """Edits `rows` `[num_ranks, slots_per_rank]` and `num_loaded`, what each rank has to load so
-    far. `num_loaded_target` is the number that no rank shall load more than, if others can
-    instead."""
+    """Edits `rows` (`[num_ranks, slots_per_rank]` int16) and `num_loaded` (what each rank has to
+    load so far) in place. `counts` and `loads` are `[num_experts]`, `per_rank` is the load of each
+    rank. Ranks that would load more than `num_loaded_target` are chosen last."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class OrphanPlacement:
         self._per_rank: list[float] = per_rank.tolist()
 
     def fill(self, orphans: Sequence[int]) -> int:
-        """Seats the first so many of `orphans`, all that find a slot: empty ones come first."""
+        """Places `orphans` in order while there are slots, empty ones first, and returns how many
+        were placed."""
         num_placed = self._into_empty(orphans)
         return num_placed + self._into_surplus(orphans[num_placed:])
 
@@ -121,8 +122,9 @@ class OrphanPlacement:
         return map(_Candidate, *(column[order].tolist() for column in columns))
 
     def _pop_cheapest(self, queue: _Queue) -> _Candidate | None:
-        """Of an expert with three replicas or more before one with two, then of the one whose
-        other replicas inherit least, then on the idlest rank."""
+        """The least candidate. Among ranks within the target, experts with three replicas or more
+        come before those with two, then the one whose other replicas inherit least (each load /
+        (count * (count - 1))), then the idlest rank. None if no surplus replica is left."""
         while (candidate := queue.pop()) is not None:
             if (
                 self._rows[candidate.rank, candidate.slot] != candidate.expert
@@ -136,7 +138,7 @@ class OrphanPlacement:
         return None
 
     def _push_row(self, queue: _Queue, rank: int) -> None:
-        """An idler rank's placements come earlier than what the queue has of them."""
+        """The rank became less busy, so its candidates now compare less than those in the queue."""
         for slot, expert in enumerate(self._rows[rank].tolist()):
             if expert >= 0 and self._counts[expert] > 1:
                 queue.push(self._candidate(rank, slot, expert))
@@ -156,7 +158,7 @@ class OrphanPlacement:
         count, load = self._counts[expert], self._loads[expert]
         for holder in np.nonzero(self._rows == expert)[0].tolist():
             self._per_rank[holder] += load / (count * (count - 1))
-        # It is among the holders itself.
+        # `rank` is itself among the holders, and loses its whole share.
         self._per_rank[rank] -= load / (count - 1)
         self._counts[expert] = count - 1
 

@@ -1,5 +1,10 @@
-"""Deals replicas to ranks, all layers at once: in rounds over the ranks, hottest first, then swaps
-that part doubles and level the load. Knows counts and quotas, not why they are so."""
+"""Assigns replicas to ranks for all layers at once: in rounds over the ranks, hottest first, then
+by exchanges that separate duplicates and level the load. Counts and quotas are given.
+
+The task is that of EPLB's `balanced_packing`: put weighted items into packs of fixed size, so that
+the heaviest pack is light. `_deal_singly` is that rule: the heaviest item first, to the lightest
+pack with space (the longest-processing-time rule, Graham 1969). `_deal` and the exchanges are ours.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,10 @@ REFINE_ROUNDS = 96
 
 
 def pack(loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> Ints:
-    """`[num_layers, num_live, max quota]`: experts by slot, -1 beyond a rank's quota. No rank holds
-    an expert twice; nodes share an expert's replicas evenly where their slots permit."""
+    """`[num_layers, num_live, max(quotas)]` int64: the expert of each slot, -1 beyond a rank's
+    quota. `loads` and `counts` are `[num_layers, num_experts]`, `quotas` is `[num_live]`; each row
+    of `counts` sums to the sum of `quotas`. No rank holds an expert twice, and nodes share an
+    expert's replicas evenly, as far as their slots permit."""
     share = loads / np.maximum(counts, 1)
     single = bool((counts <= 1).all())
     rows = _deal_singly(share, counts, quotas) if single else _deal(share, counts, topology, quotas)
@@ -31,8 +38,9 @@ def pack(loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> I
 
 
 def _deal(share: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> Ints:
-    """Sorted by share, an expert's replicas are neighbours: a round gives them to different ranks,
-    and to different nodes while there are any, for it visits the nodes in turn."""
+    """Replicas sorted by share, so that those of an expert are neighbours. Each round visits the
+    nodes in turn and each rank once, so it gives neighbours to different ranks, and to different
+    nodes if there are enough."""
     num_layers, num_ranks = len(share), len(quotas)
     order = np.argsort(-share, axis=1, kind="stable")
     repeats = np.take_along_axis(counts, order, axis=1).ravel()
@@ -45,7 +53,9 @@ def _deal(share: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> 
         ranks = _visiting_order(load, topology, quotas > slot)
         end = start + ranks.shape[1]
         if slot % 2:
-            ranks = np.roll(ranks, -1, axis=1)  # else pairs of ranks would hold the same experts
+            ranks = np.roll(
+                ranks, -1, axis=1
+            )  # otherwise pairs of ranks would hold the same experts
         rows[at, ranks, slot] = items[:, start:end]
         load[at, ranks] += weights[:, start:end]
         start = end
@@ -53,7 +63,8 @@ def _deal(share: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> 
 
 
 def _deal_singly(share: Floats, counts: Ints, quotas: Ints) -> Ints:
-    """Without a second replica of anything: the hottest left to the idlest rank with a slot."""
+    """For counts of at most 1: repeatedly the hottest remaining expert to the idlest rank with a
+    slot."""
     num_layers, total = len(share), int(quotas.sum())
     order = np.argsort(np.where(counts > 0, -share, np.inf), axis=1, kind="stable")[:, :total]
     rows = np.full((num_layers, len(quotas), int(quotas.max())), -1, dtype=np.int64)
@@ -71,8 +82,8 @@ def _deal_singly(share: Floats, counts: Ints, quotas: Ints) -> Ints:
 
 
 def _visiting_order(load: Floats, topology: RankTopology, takes_part: NDArray[np.bool_]) -> Ints:
-    """`[num_layers, num_taking_part]`: idlest rank of each node, then the second idlest of each, …;
-    the idlest nodes first."""
+    """`[num_layers, num_taking_part]`: the idlest rank of each node, then the second idlest of
+    each, and so on, with the idlest nodes first."""
     num_layers = len(load)
     grid = _node_grid(topology, takes_part)
     num_nodes, width = grid.shape

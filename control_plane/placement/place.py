@@ -1,4 +1,5 @@
-"""A fresh placement: replica counts, then packing, for a cluster without a map."""
+"""A fresh placement, for an instance without a map: replica counts, then packing, like EPLB's
+`rebalance_experts`."""
 
 from __future__ import annotations
 
@@ -30,11 +31,14 @@ def place(
     num_ranks: int | None = None,
     survive: int = 0,
 ) -> PlacementPlan:
-    """Fills `num_experts + redundant` slots of each layer (all of them where None) and leaves the
-    others spare, for the orphans of a death. `num_ranks` rows, or as many as the largest rank
-    needs. `survive` rank failures without reload are bought at any cost in balance, as far as
-    slots go; without it second copies are given as far as balance hardly suffers.
-    Raises ValueError on malformed input."""
+    """Fills `num_experts + redundant` slots of each layer and leaves the others spare, for the
+    orphans of a death. If `redundant` is None, it fills as many as it can.
+
+    `loads` is `[num_layers, num_experts]`, any real dtype, not negative. `slots` gives the slots
+    per layer of each rank. The placement is `[num_layers, num_ranks, slots_per_rank]` int16; if
+    `num_ranks` is None, the largest rank decides. As far as the slots suffice, every expert gets
+    `survive + 1` replicas, whatever that costs in balance; further second replicas are given only
+    if they hardly cost balance. Raises ValueError if the input is malformed."""
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError("loads must be [num_layers, num_experts], neither of them zero")
     if (redundant is not None and redundant < 0) or survive < 0:
@@ -56,7 +60,7 @@ def place(
 
 
 def _outside(placement: Placement, loads: Floats) -> tuple[LayerExpert, ...]:
-    """The experts without a slot, coldest first."""
+    """The experts without a slot, those with the least load first."""
     inside = np.zeros((loads.shape[0], loads.shape[1] + 1), dtype=bool)
     inside[np.arange(len(placement))[:, None, None], placement.clip(min=-1)] = True
     layer, expert = np.nonzero(~inside[:, :-1])

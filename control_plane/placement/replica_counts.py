@@ -1,5 +1,10 @@
-"""How many replicas each expert gets: enough of the hot ones to balance, then a second one for
-everybody, then the rest to the hottest. All layers at once."""
+"""How many replicas each expert gets: enough for the hot ones to balance the load, then a second
+one for all, then the rest for the hottest. All layers at once.
+
+The basis is EPLB's `replicate_experts`: give each further replica to the expert with the largest
+load / count. That greedy rule minimises the largest load per replica. The rules that give every
+expert a second replica are ours, because EPLB balances only and does not plan for deaths.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +15,24 @@ import numpy as np
 from control_plane.placement.topology import Floats, Ints, RankTopology
 
 HOT_SHARES = (np.inf, 1.0, 0.6, 0.35, 0.2)
-"""How much of a rank's mean load one replica may carry, the fewest extra replicas first."""
+"""How much of a rank's mean load one replica may carry. The first needs the fewest extra
+replicas."""
 IMBALANCE_MAX = 0.95
 GUARANTEE_COST_MAX = 0.005
-"""What a second copy of everything may cost the mean layer, before hot experts override it."""
+"""How much the mean layer's imbalance may grow, as a fraction, to give every expert a second
+replica."""
 FEW_SLOTS = 4
 BISECTIONS = 16
 
 
 def choose_counts(loads: Floats, topology: RankTopology, quotas: Ints, survive: int) -> Ints:
-    """`[num_layers, num_experts]`, each row summing to the quotas' sum.
+    """`[num_layers, num_experts]` int64; each row sums to the sum of `quotas` (`[num_live]`).
 
-    With room for two copies of everything they are given, if the mean layer hardly suffers. Else
-    a row takes the first of HOT_SHARES with which a balanced packing seems possible, or as good as
-    the one without any regard to cover. `survive + 1` replicas are held whatever that costs, as
-    far as the slots go. With fewer slots than experts the coldest get none.
+    If there are slots for two replicas of every expert, and the mean layer's balance hardly
+    suffers, every expert gets two. Otherwise a layer takes the first of HOT_SHARES with which a
+    balanced packing seems possible, or one as balanced as with counts chosen by load alone. Every
+    expert gets `survive + 1` replicas as far as the slots suffice, whatever that costs. With fewer
+    slots than experts, the coldest experts get none.
     """
     total, cap = int(quotas.sum()), int((quotas > 0).sum())
     num_experts = loads.shape[1]
@@ -61,13 +69,14 @@ def choose_counts(loads: Floats, topology: RankTopology, quotas: Ints, survive: 
 
 
 def _costs_little(imbalance: Floats, reference: Floats) -> bool:
-    """Whether layers take hardly longer, one after another, than with the reference."""
+    """Whether all layers together take at most 1 + GUARANTEE_COST_MAX times as long as with the
+    reference. A layer's time is its imbalance, at least 1."""
     cost = np.maximum(imbalance, 1.0).sum() / np.maximum(reference, 1.0).sum()
     return bool(cost <= 1.0 + GUARANTEE_COST_MAX)
 
 
 def cover_floor(num_experts: int, quotas: Ints, survive: int) -> int:
-    """Replicas that every expert should have on distinct ranks, if balance permits."""
+    """How many replicas every expert should have on distinct ranks, if balance permits."""
     cap = int((quotas > 0).sum())
     return min(cap, max(2, survive + 1, int(quotas.sum()) // num_experts))
 
@@ -75,8 +84,10 @@ def cover_floor(num_experts: int, quotas: Ints, survive: int) -> int:
 def _covering(
     loads: Floats, hot_share: float, floor: int, cover_level: int, total: int, cap: int
 ) -> Ints:
-    """Replicas for which no one carries more than `hot_share` of a rank's mean load; then levels 2,
-    3, … for all, hottest first; then the rest by load. Where the first does not fit: by load."""
+    """Counts with which no replica carries more than `hot_share` of a rank's mean load: count =
+    ceil(load / (hot_share * mean)). Then all experts are raised to 2, 3, … `cover_level` replicas,
+    hottest first, while slots last; the rest is given by load. If the first counts do not fit, they
+    are all `floor`."""
     mean = loads.sum(axis=1, keepdims=True) / cap
     counts = np.clip(np.ceil(loads / (hot_share * mean)), floor, cap).astype(np.int64)
     counts[counts.sum(axis=1) > total] = floor
@@ -92,8 +103,9 @@ def _covering(
 
 
 def spread_out(loads: Floats, least: Ints, total: int, cap: int) -> Ints:
-    """The counts of at least `least`, at most `cap`, and `total` a row, that minimise the largest
-    load per replica: the greedy choice, found by bisection on that load."""
+    """The counts between `least` and `cap`, with `total` in each row, that minimise the largest
+    load per replica. They are those of EPLB's greedy rule, but found by bisection on that load, and
+    then greedily for the remainder, so that all layers are computed at once."""
     high = loads.max(axis=1, keepdims=True)
     low: Floats = loads.sum(axis=1, keepdims=True) / total / 2
     for _ in range(BISECTIONS):
@@ -111,7 +123,8 @@ def spread_out(loads: Floats, least: Ints, total: int, cap: int) -> Ints:
 
 
 def estimate_imbalance(loads: Floats, counts: Ints, topology: RankTopology, quotas: Ints) -> Floats:
-    """`[num_layers]`: how balanced a packing can be, as busiest over mean, without packing."""
+    """`[num_layers]` float64: an estimate of the busiest rank's load over the mean after packing,
+    without packing."""
     total, slots = int(quotas.sum()), int(quotas.max())
     shares = np.sort(np.repeat((loads / counts).ravel(), counts.ravel()).reshape(-1, total))
     mean = loads.sum(axis=1, keepdims=True) / len(topology.ranks)
@@ -123,8 +136,8 @@ def estimate_imbalance(loads: Floats, counts: Ints, topology: RankTopology, quot
 
 
 def _imbalance_few_slots(shares: Floats, quotas: Ints) -> Floats:
-    """Of few slots: deal in rounds, the hottest left to the idlest rank. Close to what swaps can
-    reach, for few slots leave them little to choose from."""
+    """For few slots per rank: deals in rounds, the hottest replica left to the idlest rank.
+    Exchanges hardly improve on that, because few slots leave them little choice."""
     load = np.zeros((len(shares), len(quotas)))
     end = shares.shape[1]
     for slot in range(int(quotas.max())):
@@ -137,8 +150,9 @@ def _imbalance_few_slots(shares: Floats, quotas: Ints) -> Floats:
 
 
 def _imbalance_many_slots(shares: Floats, slots: int) -> Floats:
-    """Of many slots: the k hottest replicas sit on k ranks, whose other slots hold the coldest ones
-    at best. With more slots than a few, swaps come close to that."""
+    """For many slots per rank, a lower bound that exchanges nearly reach: for each k, the k hottest
+    replicas are on k ranks at best, whose other slots hold the coldest ones at best, so the busiest
+    of them carries the mean of that."""
     total = shares.shape[1]
     rising = np.concatenate((np.zeros((len(shares), 1)), np.cumsum(shares, axis=1)), axis=1)
     k = np.arange(1, max(2, total // slots // 2 + 1))

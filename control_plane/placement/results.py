@@ -1,4 +1,4 @@
-"""What the planner answers: named results, and the shapes that its functions share."""
+"""The planner's results, and the array types that its functions share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from shared.expert_map import Placement
 from shared.types import ExpertId, NodeId, RankId, SlotId
 
 Loads = NDArray[np.floating] | NDArray[np.integer]
-"""`[num_layers, num_experts]`: tokens (or any measure of work) that each expert receives."""
+"""`[num_layers, num_experts]`: the tokens, or any other measure of work, that each expert gets."""
 
 
 HealReason = Literal["cover", "spread", "spare", "redundancy", "balance"]
-"""Why `heal` changes something; "spare" gives a slot back."""
+"""Why `heal` changes something: "cover" gives an expert without a replica one, "spread" gives it
+more ranks or nodes, "spare" empties a surplus slot, "redundancy" fills an empty one, "balance"
+moves load."""
 
 
 class LayerExpert(NamedTuple):
@@ -35,8 +37,8 @@ class SlotFill(NamedTuple):
 
 
 class PlacementPlan(NamedTuple):
-    """A fresh placement. `unplaced_experts` lists, coldest first, the experts that found no
-    slot."""
+    """A fresh placement. `unplaced_experts` are those that found no slot, the least loaded
+    first."""
 
     placement: Placement  # [num_layers, num_ranks, slots_per_rank]
     unplaced_experts: tuple[LayerExpert, ...]
@@ -45,11 +47,12 @@ class PlacementPlan(NamedTuple):
 class ShrinkResult(NamedTuple):
     """The map after a death.
 
-    `placement` has the survivors' slots exactly as they were and the dead ranks' slots empty. Where
-    `slot_fills` is empty it can be published at once. Otherwise all of `slot_fills` must be loaded
-    before serving goes on, and `refilled` is the placement to publish then: it differs from
-    `placement` in the refilled slots alone (empty ones first, then those of surplus replicas).
-    `uncoverable` are the coldest orphans, for which the survivors have no slot left.
+    `placement` has the survivors' slots exactly as they were, and the dead ranks' slots empty. If
+    `slot_fills` is empty, it can be published at once. Otherwise all of `slot_fills` must be loaded
+    first, and then `refilled` is published: it differs from `placement` only in the filled slots
+    (empty ones, and those of surplus replicas). `uncoverable` are the least loaded orphans, for
+    which the survivors have no slot left. Both placements are `[num_layers, num_ranks,
+    slots_per_rank]` int16.
     """
 
     placement: Placement
@@ -59,7 +62,8 @@ class ShrinkResult(NamedTuple):
 
 
 class GrowResult(NamedTuple):
-    """The map with the joiners: members' slots as they were, the joiners' filled by `loads`."""
+    """The placement with the joiners: the members' slots as they were, the joiners' filled.
+    `slot_fills` are the joiners' loads."""
 
     placement: Placement
     slot_fills: tuple[SlotFill, ...]
@@ -68,25 +72,25 @@ class GrowResult(NamedTuple):
 class HealStep(NamedTuple):
     """One safe step: publish `emptied`, load `slot_fills`, publish `placement`.
 
-    Both maps cover what the map before covered. `emptied` equals the map before where the slots to
-    fill were empty already (then it need not be published); `slot_fills` is empty where slots are
-    given back as spare ones (then `emptied` equals `placement`).
+    Both placements hold every expert that the map before held. If all slots to fill were empty
+    already, `emptied` equals the map before and need not be published. If slots are only emptied,
+    `slot_fills` is empty and `emptied` equals `placement`. `bytes` is the weights to load.
     """
 
     emptied: Placement
     slot_fills: tuple[SlotFill, ...]
     placement: Placement
     bytes: int
-    reason: HealReason  # of its most urgent change
+    reason: HealReason  # of the step's most urgent change
 
 
 class FaultTolerance(NamedTuple):
     """Which failures a map survives, whichever ranks or nodes they hit.
 
-    Without reload: every expert keeps a replica. With reload: the survivors' slots suffice for
+    Without a reload, every expert keeps a replica. With a reload, the survivors' slots suffice for
     every expert, but serving waits for weights from host memory or disk. `at_risk_*` are the
-    experts with replicas on one rank (node) only; `lost_by_*` counts, summed over layers, what dies
-    with each.
+    experts whose replicas are all on one rank or node. `lost_by_*` is the number of experts, over
+    all layers, whose last replica is lost with each rank or node.
     """
 
     rank_failures: int
@@ -100,7 +104,8 @@ class FaultTolerance(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """The redundancy that survives so many failures without a reload, and the room it takes."""
+    """The redundancy that survives `rank_failures` without a reload, and the slots that it
+    needs."""
 
     rank_failures: int
     node_failures: int

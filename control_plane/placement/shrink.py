@@ -1,5 +1,6 @@
-"""The map after a death: no survivor's slot moves; orphans go to empty slots, then to those of
-surplus replicas, so that the survivor that must load most loads as little as it can."""
+"""The map after a death. No replica of a survivor moves. Orphans go into empty slots, then into
+slots of surplus replicas, such that the most that one survivor must load is as little as
+possible."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, RankId, SlotId
 def shrink(
     expert_map: ExpertMap, dead: Collection[RankId], loads: Loads | None = None
 ) -> ShrinkResult:
-    """Raises ValueError where nobody survives."""
+    """`loads` is `[num_layers, num_experts]`; None means even load. Raises ValueError if no rank
+    survives."""
     alive = np.array(sorted({m.rank for m in expert_map.members} - set(dead)), dtype=np.int64)
     if alive.size == 0:
         raise ValueError("no rank survives: a fresh placement is needed, not a smaller one")
@@ -47,9 +49,9 @@ def shrink(
 
 
 def _place_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[LayerExpert, ...]:
-    """Puts orphans into `rows` `[num_layers, num_survivors, slots_per_rank]`, layer by layer, at
-    the pace of what the survivors had to load by then if all loaded alike. Answers the orphans for
-    which there is no slot, coldest first."""
+    """Puts orphans into `rows` (`[num_layers, num_survivors, slots_per_rank]`), layer by layer. In
+    each layer, a survivor's target is what it would have to load so far if all loaded equally.
+    Returns the orphans for which there is no slot, the least loaded first."""
     per_rank = rank_loads(rows, weights)
     covered = np.minimum((rows > ABSENT_SLOT).sum(axis=(1, 2)), counts.shape[1])
     to_load = np.cumsum(covered - (counts > 0).sum(axis=1))
@@ -74,7 +76,7 @@ def _place_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[Laye
 
 
 def without_ranks(placement: Placement, alive: Ints) -> Placement:
-    """A copy in which only the rows of `alive` hold anything."""
+    """A copy in which the slots of all ranks but `alive` are empty."""
     result = placement.copy()
     gone = np.setdiff1d(np.arange(placement.shape[1]), alive)
     result[:, gone] = np.minimum(result[:, gone], EMPTY_SLOT)

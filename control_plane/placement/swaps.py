@@ -1,5 +1,5 @@
-"""A packing that improves by exchanging the contents of two slots, one exchange a layer at a time:
-first to part an expert's replicas, then to level the load."""
+"""Improves a packing by exchanging the contents of two slots, one exchange per layer at a time:
+first to separate an expert's replicas, then to level the load."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ PARTNERS = 1
 
 
 class Packing:
-    """Edits `rows` (`[num_layers, num_live, width]`, -1 where nothing is) in place."""
+    """Edits `rows` (`[num_layers, num_live, width]` int64, -1 in unused slots) in place. `share` is
+    the load per replica and `counts` the replicas, both `[num_layers, num_experts]`."""
 
     def __init__(self, rows: Ints, share: Floats, counts: Ints, topology: RankTopology) -> None:
         self._rows, self._node = rows, topology.node
         num_layers, num_ranks, width = rows.shape
         num_experts = share.shape[1]
-        self._share = np.concatenate((share, np.zeros((num_layers, 1))), axis=1)  # [-1] is nothing
+        self._share = np.concatenate(
+            (share, np.zeros((num_layers, 1))), axis=1
+        )  # [-1] is the load of an unused slot
         layer, rank, slot = np.nonzero(rows >= 0)
         pair = layer * num_experts + rows[layer, rank, slot]
         self._on_rank = _count_pairs(pair, rank, (num_layers, num_experts, num_ranks))
@@ -38,7 +41,8 @@ class Packing:
         return np.flatnonzero((self._on_rank > 1).any(axis=(1, 2)))
 
     def separate_duplicates(self) -> None:
-        """Until no rank holds an expert twice and no node too many, or no exchange helps."""
+        """Exchanges until no rank holds an expert twice and no node too many replicas of it, or no
+        exchange helps."""
         flat = self._rows.reshape(len(self._rows), -1)
         hopeless = np.zeros(flat.shape, dtype=bool)
         layers = np.arange(len(flat))
@@ -51,7 +55,7 @@ class Packing:
             self._exchange(layers[found], slots[found], partners[found])
 
     def _crowded(self, layers: Ints, flat: Ints) -> NDArray[np.bool_]:
-        """`[len(layers), num_live * width]`: slots whose expert should rather sit elsewhere."""
+        """`[len(layers), num_live * width]` bool: whether the slot's expert should be elsewhere."""
         at = layers[:, None]
         twice = self._on_rank[at, flat, self._slot_rank] > 1
         here = self._on_node[at, flat, self._node[self._slot_rank]]
@@ -63,7 +67,7 @@ class Packing:
         return result
 
     def _misses_nodes(self, layers: Ints, experts: Ints) -> NDArray[np.bool_]:
-        """Whether the replicas share fewer nodes than they could."""
+        """Whether the expert's replicas are on fewer nodes than they could be."""
         used = (self._on_node[layers, experts] > 0).sum(axis=-1)
         result: NDArray[np.bool_] = used < np.minimum(
             self._counts[layers, experts], self._num_nodes
@@ -71,7 +75,8 @@ class Packing:
         return result
 
     def _partners(self, layers: Ints, slots: Ints, flat: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """For one slot of each of `layers`: the slot of most similar load to exchange with."""
+        """For one slot of each of `layers`: the valid slot of the most similar load to exchange
+        with, and whether there is one."""
         at = layers[:, None]
         mine, theirs = flat[layers, slots][:, None], flat[layers]
         my_rank, their_rank = self._slot_rank[slots][:, None], self._slot_rank[None, :]
@@ -91,11 +96,11 @@ class Packing:
         return gap.argmin(axis=1), valid.any(axis=1)
 
     def level(self, rounds: int) -> None:
-        """Exchanges between the busiest rank and one of the idlest; where these don't help, one of
-        the next idlest, and so on while the layer is uneven."""
+        """Exchanges between the busiest rank and the idlest. If that does not help, tries the next
+        idlest, and so on while the layer is uneven."""
         mean, num_ranks = self._load.mean(axis=1), self._load.shape[1]
         if self._rows.shape[2] < 2:
-            return  # exchanging all that two ranks hold levels nothing
+            return  # with one slot per rank, an exchange only swaps the loads of two ranks
         layers, skip = np.arange(len(self._rows)), np.zeros(len(self._rows), dtype=np.int64)
         for _ in range(rounds):
             peak = self._load[layers].max(axis=1) / mean[layers]
@@ -114,8 +119,9 @@ class Packing:
     def _best_exchange(
         self, layers: Ints, busy: Ints, others: Ints
     ) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-        """Slots of the busy rank and of one of `others` (`[len(layers), k]`) whose exchange leaves
-        the busier of the two least loaded."""
+        """The slot of the `busy` rank and the slot of one of `others` (`[len(layers), k]`) after
+        whose exchange the busier of the two ranks has the least load, and whether any exchange
+        helps."""
         width = self._rows.shape[2]
         at = layers[:, None]
         mine = self._rows[layers, busy]
@@ -137,7 +143,8 @@ class Packing:
         return busy * width + mine_at, second, found
 
     def _may_move(self, at: Ints, experts: Ints, source: Ints, target: Ints) -> NDArray[np.bool_]:
-        """Broadcasting: whether an expert may go and neither meet itself nor crowd a node."""
+        """Whether an expert may move from rank `source` to rank `target`, so that no rank holds it
+        twice and no node too many of it. The arguments broadcast."""
         here, there = self._node[source], self._node[target]
         on_here, on_there = self._on_node[at, experts, here], self._on_node[at, experts, there]
         limit = np.maximum(self._node_cap[at, experts], on_here)
@@ -149,7 +156,7 @@ class Packing:
         return result
 
     def _exchange(self, layers: Ints, first: Ints, second: Ints) -> None:
-        """Slots are numbered `rank * width + slot`; at most one exchange a layer."""
+        """Slots are numbered `rank * width + slot`; at most one exchange per layer."""
         flat = self._rows.reshape(len(self._rows), -1)
         a, b = flat[layers, first], flat[layers, second]
         flat[layers, first], flat[layers, second] = b, a
@@ -164,6 +171,6 @@ class Packing:
 
 
 def _count_pairs(pair: Ints, place: Ints, shape: tuple[int, int, int]) -> NDArray[np.int16]:
-    """`shape`: how often each (layer and expert, place) occurs."""
+    """Of `shape` int16: how often each `place` occurs with each (layer, expert) pair."""
     size = shape[0] * shape[1] * shape[2]
     return np.bincount(pair * shape[2] + place, minlength=size).astype(np.int16).reshape(shape)

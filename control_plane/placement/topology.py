@@ -1,4 +1,4 @@
-"""The machines that a placement is made for, as arrays; and what a placement does to them."""
+"""The ranks and nodes that a placement is made for, as arrays, and the load that it gives them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTopology:
-    """The taking part ranks, in ascending order: their nodes (as indices from 0) and slots."""
+    """The ranks that take part, in ascending order, with their nodes (as indices) and their slots
+    per layer."""
 
     ranks: Ints  # [num_live]
     node: Ints  # [num_live]
@@ -33,7 +34,8 @@ class RankTopology:
     def of(
         cls, ranks: Sequence[RankId], nodes: Mapping[RankId, NodeId], slots: Mapping[RankId, int]
     ) -> RankTopology:
-        """Raises ValueError where a rank is named twice, has no node, or has no slot count."""
+        """Raises ValueError if there is no rank, or if one is named twice, is negative, has no
+        node, or has no valid slot count."""
         ordered = sorted(ranks)
         if not ordered:
             raise ValueError("placement needs at least one rank")
@@ -55,14 +57,15 @@ class RankTopology:
 
     @classmethod
     def of_map(cls, expert_map: ExpertMap, nodes: Mapping[RankId, NodeId]) -> RankTopology:
-        """The members of a map; slots are those that its first layer has."""
+        """The members of a map, with the slots that its first layer has."""
         members = sorted(m.rank for m in expert_map.members)
         exists = (expert_map.placement[0] != ABSENT_SLOT).sum(axis=1)
         return cls.of(members, nodes, {r: int(exists[r]) for r in members})
 
 
 def checked_loads(loads: Loads, num_layers: int, num_experts: int) -> Floats:
-    """A float copy of `loads`; a layer without any load counts as evenly loaded."""
+    """A float64 copy of `loads`. A layer without any load counts as evenly loaded. Raises
+    ValueError if the shape is wrong or a value is negative or not finite."""
     result = np.array(loads, dtype=np.float64)
     if result.shape != (num_layers, num_experts):
         raise ValueError(
@@ -81,7 +84,7 @@ def loads_or_even(loads: Loads | None, num_layers: int, num_experts: int) -> Flo
 
 
 def presence(placement: Placement, num_experts: int) -> NDArray[np.int16]:
-    """`[num_layers, num_experts, num_ranks]`: how many slots of the rank hold the expert."""
+    """`[num_layers, num_experts, num_ranks]` int16: how many slots of the rank hold the expert."""
     num_layers, num_ranks, _ = placement.shape
     result = np.zeros((num_layers, num_experts, num_ranks), dtype=np.int16)
     layer, rank, slot = np.nonzero(placement >= 0)
@@ -90,7 +93,7 @@ def presence(placement: Placement, num_experts: int) -> NDArray[np.int16]:
 
 
 def replica_counts(placement: Placement, num_experts: int) -> Ints:
-    """`[num_layers, num_experts]`: slots that hold the expert."""
+    """`[num_layers, num_experts]` int64: how many slots hold the expert."""
     num_layers = placement.shape[0]
     flat = placement.reshape(num_layers, -1).astype(np.int64)
     keys = np.where(flat >= 0, flat, num_experts) + np.arange(num_layers)[:, None] * (
@@ -101,7 +104,8 @@ def replica_counts(placement: Placement, num_experts: int) -> Ints:
 
 
 def rank_loads(placement: Placement, loads: Loads) -> Floats:
-    """`[num_layers, num_ranks]`: the load of each rank when an expert's replicas share evenly."""
+    """`[num_layers, num_ranks]` float64: the load of each rank. Each replica of an expert carries
+    load / count, as EPLB assumes."""
     num_experts = loads.shape[1]
     counts = np.maximum(replica_counts(placement, num_experts), 1)
     share = np.zeros((loads.shape[0], num_experts + 1))
@@ -113,23 +117,26 @@ def rank_loads(placement: Placement, loads: Loads) -> Floats:
 
 
 def balance(placement: Placement, loads: Loads, ranks: Sequence[RankId]) -> Floats:
-    """`[num_layers]`: the busiest rank's load over the mean of `ranks`; 1 is perfect."""
+    """`[num_layers]` float64: the largest load among `ranks` over their mean load; 1 is perfect,
+    and a layer without load has 1."""
     per_rank = rank_loads(placement, loads)[:, np.array(ranks, dtype=np.int64)]
     mean = per_rank.mean(axis=1)
     return np.where(mean > 0, per_rank.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
 
 
 def fill_target(topology: RankTopology, num_experts: int, redundant: int | None) -> int:
-    """Slots filled in each layer in peace: no rank holds an expert twice, so not more than so."""
+    """How many slots of each layer are filled when no rank is missing: `num_experts + redundant`,
+    or all if None, but no rank needs more slots than there are experts."""
     capacity = int(np.minimum(topology.slots, num_experts).sum())
     return capacity if redundant is None else min(capacity, num_experts + redundant)
 
 
 def fill_quotas(topology: RankTopology, num_experts: int, redundant: int | None) -> Ints:
-    """`[num_live]`: how many slots each rank has filled in peace, as even as its slots permit.
+    """`[num_live]` int64: how many slots of each rank are filled when no rank is missing.
 
-    Water-filling: everybody gets the same number, or all it has. The remainder goes round the
-    nodes, so that no node is favoured.
+    They are as equal as the ranks' slots permit (water-filling): each rank gets the same number, or
+    all its slots if it has fewer. The remainder goes to one rank of each node in turn, so that no
+    node is favoured.
     """
     capacity = np.minimum(topology.slots, num_experts)
     target = fill_target(topology, num_experts, redundant)
@@ -144,7 +151,7 @@ def fill_quotas(topology: RankTopology, num_experts: int, redundant: int | None)
 
 
 def _place_in_node(node: Ints) -> Ints:
-    """0 for each node's first rank, 1 for its second, and so on."""
+    """`[num_live]`: 0 for the first rank of each node, 1 for the second, and so on."""
     order = np.argsort(node, kind="stable")
     starts = np.concatenate(([True], np.diff(node[order]) > 0))
     first = np.maximum.accumulate(np.where(starts, np.arange(len(node)), 0))
@@ -156,7 +163,8 @@ def _place_in_node(node: Ints) -> Ints:
 def empty_placement(
     topology: RankTopology, num_layers: int, num_ranks: int, slots_per_rank: int
 ) -> Placement:
-    """Every slot of `topology` empty, every other place absent."""
+    """`[num_layers, num_ranks, slots_per_rank]` int16: EMPTY_SLOT in every slot of `topology`,
+    ABSENT_SLOT elsewhere."""
     result = np.full((num_layers, num_ranks, slots_per_rank), ABSENT_SLOT, dtype=np.int16)
     for rank, count in zip(topology.ranks, topology.slots, strict=True):
         result[:, rank, :count] = EMPTY_SLOT
