@@ -25,20 +25,23 @@ class ControlPlaneConfig:
         -1, "replicas of experts beyond one each, per layer; -1: a second one of every expert"
     )
     slots_per_rank: int = option(
-        0, "places for experts on a rank, per layer; 0: enough for half of the ranks to hold all"
+        0, "slots for experts on a rank, per layer; 0: enough for half of the ranks to hold all"
     )
     context_tokens_max: int = option(
         0, "longest prompt and answer together, in tokens; 0: what the model was made for"
     )
     name: str = option("", "name of this control plane in etcd; default: host and pid")
-    leader_ttl_s: float = option(2.0, "lease of the leader key; a killed leader is missed so long")
-    formation_window_s: float = option(
-        30.0, "the first map waits so long for all ranks, then takes those that hold all experts"
+    leader_ttl_s: float = option(
+        2.0, "lease of the leader key; a killed leader is replaced after it"
     )
-    heal_after_s: float = option(5.0, "quiet time after a change before experts are moved")
+    formation_window_s: float = option(
+        30.0,
+        "how long the first map waits for all ranks; then it takes those that hold all experts",
+    )
+    heal_after_s: float = option(5.0, "time without a change before experts are moved")
     heal_budget_mb: int = option(256, "weights that one step of healing may move")
-    probe_interval_ms: float = option(500.0, "how often every rank is asked whether it lives")
-    urgent_probe_interval_ms: float = option(20.0, "the same, while anybody is suspected")
+    probe_interval_ms: float = option(500.0, "how often every rank is probed")
+    urgent_probe_interval_ms: float = option(20.0, "the same, while any rank is suspected")
     host: str = option("127.0.0.1", "address of /health and /metrics")
     port: int = option(-1, "port of /health and /metrics; 0 takes a free one, -1 serves neither")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")

@@ -82,7 +82,7 @@ StateChange = (
 
 
 class _Kind(NamedTuple):
-    """What stands at one key, or under one prefix (which ends with a slash)."""
+    """What one key holds, or the keys under one prefix, which ends with a slash."""
 
     key: str
     field: str  # of ClusterState

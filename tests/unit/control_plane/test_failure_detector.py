@@ -1,4 +1,4 @@
-"""The failure detector: every signal in every state, and the guards against our own blindness."""
+"""The failure detector: every signal in every state, and the guards against false verdicts."""
 
 from __future__ import annotations
 
