@@ -20,7 +20,7 @@ async def publish_spec(
     if published is not None and state.records:
         raise ConfigError(
             f"instance {state.keys.instance!r} serves {difference(published, spec)} and "
-            f"{len(state.records)} of its ranks are running; stop them first, or pass another --instance"
+            f"{len(state.records)} of its ranks live; stop them first, or pass another --instance"
         )
     key = state.keys.spec
     compare = [
