@@ -117,6 +117,7 @@ def _broadcast(pipes: Sequence[Connection], value: object) -> None:
 def _rank(case: _Case, rank: int, pipe: Connection) -> None:
     from gpu_worker.exchange.links import TransferEndpoint
     from gpu_worker.exchange.message import MessageLayout
+    from gpu_worker.exchange.transfer import TransferExchange
     from shared.clock import SystemClock
 
     members = [Member(rank=RankId(r), incarnation=Incarnation(1)) for r in range(case.ranks)]
@@ -145,7 +146,7 @@ def _rank(case: _Case, rank: int, pipe: Connection) -> None:
     for region in pipe.recv():
         if region.source == own:
             endpoint.connect(region)
-    exchange = endpoint.exchange(own, _NoFaultMonitor(), SystemClock(), 1e9)
+    exchange = TransferExchange(endpoint, own, _NoFaultMonitor(), SystemClock(), 1e9)
     expert_map = _even_map(case, members)
     exchange.adopt(expert_map)
     rng = np.random.default_rng(rank)

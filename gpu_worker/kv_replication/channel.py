@@ -33,14 +33,6 @@ class RemoteSlots:
     block_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WakeCallbacks:
-    """Rung from any thread: something was put where the sender, or the link, takes it."""
-
-    sender: Callable[[Channel], None]
-    link: Callable[[], None]
-
-
 class SendRequest(NamedTuple):
     staging_buffer: Bytes
     slot: int
@@ -49,15 +41,24 @@ class SendRequest(NamedTuple):
 
 
 class Channel:
-    """Implements `ports.ReplicaChannel`."""
+    """Implements `engine.kv_replication.ReplicaChannel`. `notify_sender` and `notify_link` are
+    called from any thread, when the sender or the link has something to take."""
 
-    def __init__(self, remote: RemoteSlots, rooms: StagingBuffers, wake: WakeCallbacks) -> None:
+    def __init__(
+        self,
+        remote: RemoteSlots,
+        staging_buffers: StagingBuffers,
+        *,
+        notify_sender: Callable[[Channel], None],
+        notify_link: Callable[[], None],
+    ) -> None:
         self.remote = remote
         self.sends: deque[SendRequest] = deque()
-        """In order; the sender's to take."""
+        """In order. The sender takes them."""
         self.failure = ""
-        self._staging_buffers = rooms
-        self._wake = wake
+        self._staging_buffers = staging_buffers
+        self._notify_sender = notify_sender
+        self._notify_link = notify_link
         self._lock = threading.Lock()
         self._num_staging_buffers = 0
         self._written: deque[tuple[int, bytes]] = deque()
@@ -96,7 +97,7 @@ class Channel:
     ) -> None:
         assert 0 <= slot < self.remote.num_slots, "no such slot"
         self.sends.append(SendRequest(staging_buffer, slot, name, is_saved))
-        self._wake.sender(self)
+        self._notify_sender(self)
 
     @property
     def has_confirmations(self) -> bool:
@@ -107,7 +108,7 @@ class Channel:
 
     def drop(self, slots: Sequence[int]) -> None:
         self._to_drop.extend(slots)
-        self._wake.link()
+        self._notify_link()
 
     def take_dropped(self) -> Sequence[int]:
         return _take_all(self._dropped)
@@ -128,7 +129,7 @@ class Channel:
     def wrote(self, sends: Sequence[SendRequest]) -> None:
         """They stand in their slots."""
         self._written.extend((send.slot, send.name) for send in sends)
-        self._wake.link()
+        self._notify_link()
 
     # The link's side.
 
@@ -155,7 +156,7 @@ class Channel:
         """For good; the first reason counts."""
         with self._lock:
             self.failure = self.failure or why
-        self._wake.link()
+        self._notify_link()
 
 
 def _take_all(queue: deque[T]) -> list[T]:

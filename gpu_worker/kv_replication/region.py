@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.exchange.regions import Registry
+from gpu_worker.exchange.mooncake_engine import TransferEngine
 
 SCRATCH_BYTES = 4096
 """Behind the last slot: takes the write that opens the way, which may land at any later time."""
@@ -20,7 +20,7 @@ class ReplicaRegion:
     (over RDMA registration does it). Whoever calls takes care that no two threads do at once."""
 
     def __init__(
-        self, registry: Registry, *, generation: int, num_slots: int, block_bytes: int
+        self, engine: TransferEngine, *, generation: int, num_slots: int, block_bytes: int
     ) -> None:
         """Raises MemoryError."""
         self.generation = generation
@@ -32,10 +32,10 @@ class ReplicaRegion:
             raise MemoryError(f"no {nbytes} bytes of address space: {error.strerror}") from error
         self._memory = np.frombuffer(memory, dtype=np.uint8)
         self._block_bytes = block_bytes
-        self._registry = registry
+        self._engine = engine
         self._readings: dict[int, list[weakref.ref[_Reading]]] = {}
         self.address = int(self._memory.ctypes.data)
-        if registry.register_memory(self.address, nbytes) != 0:
+        if engine.register_memory(self.address, nbytes) != 0:
             raise MemoryError(f"Mooncake cannot register {nbytes} bytes")
 
     def read(self, slot: int) -> Bytes:
@@ -55,7 +55,7 @@ class ReplicaRegion:
 
     def unregister(self) -> None:
         """The memory itself goes with the last view of it."""
-        self._registry.unregister_memory(self.address)
+        self._engine.unregister_memory(self.address)
 
 
 class _Reading:

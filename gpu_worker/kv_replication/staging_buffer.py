@@ -9,7 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.exchange.regions import Registry
+from gpu_worker.exchange.mooncake_engine import TransferEngine
 
 log = structlog.get_logger()
 
@@ -23,10 +23,10 @@ point to something that does not heal, and memory is not given away without end.
 class StagingBuffers:
     """Taken by the engine thread, given back by the sender's."""
 
-    def __init__(self, make: Callable[[], Bytes], registry: Registry) -> None:
+    def __init__(self, make: Callable[[], Bytes], engine: TransferEngine) -> None:
         """Raises OSError where there is no memory for them."""
         self._make = make
-        self._registry = registry
+        self._engine = engine
         self._lock = threading.Lock()
         self._num_missing = 0
         self._num_lost = 0
@@ -70,7 +70,7 @@ class StagingBuffers:
     def _new(self) -> Bytes:
         staging_buffer = self._make()
         if (
-            self._registry.register_memory(int(staging_buffer.ctypes.data), staging_buffer.nbytes)
+            self._engine.register_memory(int(staging_buffer.ctypes.data), staging_buffer.nbytes)
             != 0
         ):
             raise OSError(f"Mooncake cannot register {staging_buffer.nbytes} bytes")

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.exchange.regions import QUARANTINE_S, Registry
+from gpu_worker.exchange.mooncake_engine import TransferEngine
+from gpu_worker.exchange.regions import QUARANTINE_S
 from gpu_worker.kv_replication.block_form import BlockForm
 from gpu_worker.kv_replication.region import ReplicaRegion
 from shared.types import Member
@@ -47,8 +48,8 @@ class StoredReplicas:
     is not counted when its rank's next life asks: over TCP memory is used by what is written, no
     sooner, and what is counted twice is rarely full twice."""
 
-    def __init__(self, registry: Registry, form: BlockForm, region_bytes: int) -> None:
-        self._registry = registry
+    def __init__(self, engine: TransferEngine, form: BlockForm, region_bytes: int) -> None:
+        self._engine = engine
         self._form = form
         self._num_slots = region_bytes // form.block_bytes
         self._lock = threading.Lock()
@@ -65,7 +66,7 @@ class StoredReplicas:
         self._check(request)
         # Outside the lock: the engine thread must not wait for a registration.
         region = ReplicaRegion(
-            self._registry,
+            self._engine,
             generation=request.generation,
             num_slots=self._num_slots,
             block_bytes=self._form.block_bytes,

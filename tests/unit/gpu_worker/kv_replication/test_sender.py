@@ -14,7 +14,6 @@ from gpu_worker.kv_replication.channel import (
     CHANNEL_STAGING_BUFFERS_MAX,
     Channel,
     RemoteSlots,
-    WakeCallbacks,
 )
 from gpu_worker.kv_replication.sender import WRITE_TIMEOUT_S, WRITES_MAX, Sender
 from gpu_worker.kv_replication.staging_buffer import (
@@ -24,7 +23,7 @@ from gpu_worker.kv_replication.staging_buffer import (
 )
 from shared.types import Incarnation, Member, RankId
 from tests.support.fake_clock import FakeClock
-from tests.unit.gpu_worker.kv_replication.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 BLOCK_BYTES = 256
 NUM_SLOTS = 1000
@@ -63,7 +62,7 @@ class SenderHarness:
     maker: StagingBufferAllocator = field(default_factory=StagingBufferAllocator)
 
     def __post_init__(self) -> None:
-        self.rooms = StagingBuffers(self.maker.new, self.engine)
+        self.staging_buffers = StagingBuffers(self.maker.new, self.engine)
         self.sender = Sender(self.engine, self.clock)
 
     def channel(self, rank: int = 1) -> Channel:
@@ -77,7 +76,10 @@ class SenderHarness:
             block_bytes=BLOCK_BYTES,
         )
         return Channel(
-            remote, self.rooms, WakeCallbacks(sender=self.sender.notify, link=lambda: None)
+            remote,
+            self.staging_buffers,
+            notify_sender=self.sender.notify,
+            notify_link=lambda: None,
         )
 
     def targets(self) -> list[int]:

@@ -13,7 +13,7 @@ from gpu_worker.kv_replication.region import ReplicaRegion
 from gpu_worker.kv_replication.store import RETENTION_S, StoredReplicas
 from shared.types import Incarnation, Member, RankId
 from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
-from tests.unit.gpu_worker.kv_replication.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 BLOCK_BYTES = 512
 NUM_SLOTS = 4
