@@ -204,7 +204,7 @@ async def test_a_slot_is_made_known_before_it_is_dropped() -> None:
         assert isinstance(await harness.hear(), DropKvReplicas)
 
 
-async def test_what_came_from_other_threads_before_the_link_was_held_is_told() -> None:
+async def test_what_came_from_other_threads_before_the_link_was_held_is_sent() -> None:
     async with linked() as harness:
         thread = threading.Thread(target=harness.write, args=(3,))
         thread.start()

@@ -164,7 +164,7 @@ def test_blocks_of_another_form_are_refused(
 
 def test_a_budget_below_one_block_is_a_refusal(engine: ScriptedEngine) -> None:
     store = StoredReplicas(engine, FORM, region_bytes=BLOCK_BYTES - 1)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="no memory"):
         store.give(request(source()), NOW)
 
 
