@@ -1,1 +1,2 @@
-"""Measurements; nothing here runs in a service."""
+"""Measurements. Services do not use this package. `python -m benchmarks.NAME --help` describes a
+program."""

@@ -1,6 +1,6 @@
-"""Where the CPU time of decode steps goes, by kernel, and how fast the experts' weights are read.
-Kernels are called as attributes of their modules, which are replaced by timed ones as long as a
-profile is entered."""
+"""The CPU time of decode steps by kernel, and how fast the experts' weights are read. Part of
+`benchmarks.model`. Kernels are called as attributes of their modules; while a profile is entered,
+timed functions replace them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CountingExchange:
 
 
 class DecodeProfile:
-    """Enter it, call `end_step` after each step, the prefill first, then print `table`."""
+    """Enter it, call `end_step` after each step (the first is the prefill), then print `table`."""
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
@@ -59,7 +59,8 @@ class DecodeProfile:
         self._seconds.clear()
 
     def table(self, num_slots: list[int], memory_rate: float) -> str:
-        """Medians over the steps; of each layer that ran, `num_slots` are its distinct experts."""
+        """Medians over the decode steps. `num_slots` are the numbers of distinct experts of each
+        layer that ran."""
         decodes = self._steps[1:]
         middle = {name: median(step[name] for step in decodes) for name in decodes[0]}
         lines = [
@@ -89,7 +90,7 @@ class DecodeProfile:
 
 
 def measure_memory_rate() -> float:
-    """Bytes a second that one thread reads from memory, at best."""
+    """The most bytes a second that one thread reads from memory."""
     values = np.ones(1 << 26, dtype=np.float32)
     seconds = []
     for _ in range(5):

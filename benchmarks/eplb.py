@@ -1,5 +1,6 @@
-"""EPLB as its README describes it, written anew: replicate the heaviest, pack into equal packs,
-over all ranks or node by node. A baseline for `benchmarks.placement`, not for serving."""
+"""EPLB, implemented from the description in its README: replicate the heaviest experts and pack
+them into equal packs, over all ranks or node by node. A baseline for `benchmarks.placement`, not
+for serving."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Grouping(Enum):
 def eplb(
     loads: Floats, num_ranks: int, num_nodes: int, slots_per_rank: int, grouping: Grouping
 ) -> NDArray[np.int16]:
-    """`[num_layers, num_ranks, slots_per_rank]`. Hierarchical falls back on global where groups or
-    ranks do not divide by nodes, as described."""
+    """int16 `[num_layers, num_ranks, slots_per_rank]`. As described, hierarchical falls back on
+    global if groups or ranks do not divide by nodes."""
     divides = NUM_GROUPS % num_nodes == 0 and num_ranks % num_nodes == 0
     if grouping is Grouping.GLOBAL or not divides:
         return np.stack([_layer(row, num_ranks, slots_per_rank) for row in loads]).astype(np.int16)
@@ -48,8 +49,8 @@ def _layer(loads: Floats, num_ranks: int, slots_per_rank: int) -> Ints:
 
 
 def _replicate(loads: Floats, total: int) -> Ints:
-    """One replica each, then one more to whichever expert has most load per replica, till all are
-    given."""
+    """One replica of each expert, then one more of the expert with most load for each replica,
+    until `total` are assigned."""
     counts = np.ones(len(loads), dtype=np.int64)
     for _ in range(total - len(loads)):
         counts[np.argmax(loads / counts)] += 1
@@ -57,7 +58,7 @@ def _replicate(loads: Floats, total: int) -> Ints:
 
 
 def _pack(weights: Floats, num_packs: int) -> Ints:
-    """Packs of equal size: the heaviest item left goes to the lightest pack that is not full."""
+    """Packs of equal size: the heaviest item left goes to the lightest pack with space."""
     size = len(weights) // num_packs
     load, filled = np.zeros(num_packs), np.zeros(num_packs, dtype=np.int64)
     result = np.empty(len(weights), dtype=np.int64)

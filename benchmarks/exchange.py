@@ -1,4 +1,8 @@
-"""Times dispatch + combine between real rank processes over Mooncake."""
+"""Times dispatch + combine between real rank processes over Mooncake, on one host. Prints one row
+for each number of ranks and tokens.
+
+    python -m benchmarks.exchange --ranks 2 4 --tokens 1 8 32
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Microseconds per dispatch + combine of one layer, seen by the slowest rank of each."""
+    """Microseconds for dispatch + combine of one layer, each time of the slowest rank."""
 
     ranks: int
     tokens: int  # per rank
@@ -117,6 +121,7 @@ def _broadcast(pipes: Sequence[Connection], value: object) -> None:
 def _rank(case: _Case, rank: int, pipe: Connection) -> None:
     from gpu_worker.exchange.links import TransferEndpoint
     from gpu_worker.exchange.message import MessageLayout
+    from gpu_worker.exchange.transfer import TransferExchange
     from shared.clock import SystemClock
 
     members = [Member(rank=RankId(r), incarnation=Incarnation(1)) for r in range(case.ranks)]
@@ -145,7 +150,7 @@ def _rank(case: _Case, rank: int, pipe: Connection) -> None:
     for region in pipe.recv():
         if region.source == own:
             endpoint.connect(region)
-    exchange = endpoint.exchange(own, _NoFaultMonitor(), SystemClock(), 1e9)
+    exchange = TransferExchange(endpoint, own, _NoFaultMonitor(), SystemClock(), 1e9)
     expert_map = _even_map(case, members)
     exchange.adopt(expert_map)
     rng = np.random.default_rng(rank)
@@ -181,7 +186,9 @@ def _even_map(case: _Case, members: Sequence[Member]) -> ExpertMap:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--hidden", type=int, default=256)

@@ -1,10 +1,11 @@
-"""One rank's decoder on one CUDA card, measured in one call:
-`python -m benchmarks.gpu --out FOLDER`.
+"""Measures one rank's decoder on one CUDA card.
 
-Random bf16 weights of Qwen3-30B-A3B's shape or of DeepSeek-V3's with small experts (`--shape`):
-decode tokens/s by batch size as a share of the roofline, what batch invariance costs, prefill,
-refilling slots beside decode, tiles of kernels; for Qwen3 also transformers' generate on the same
-weights. What is correct is for tests/gpu to say.
+    python -m benchmarks.gpu --out FOLDER
+
+It has random bf16 weights of Qwen3-30B-A3B's shape, or of DeepSeek-V3's with small experts
+(`--shape`). It measures decode tokens/s by batch size as a share of the roofline, the cost of batch
+invariance, prefill, loads of slots beside decode, and tiles of kernels; for Qwen3 also
+transformers' generate on the same weights. Correctness is tested in tests/gpu.
 """
 
 from __future__ import annotations
@@ -95,14 +96,14 @@ def random_ids(count: int) -> np.ndarray:
 
 
 def copy_rate(nbytes: int = 4 << 30) -> float:
-    """TB/s, read plus written."""
+    """TB/s of a copy on the card, read plus written."""
     source = torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * nbytes / median_ms(lambda: target.copy_(source)) / 1e9
 
 
 def link_rate(nbytes: int = 1 << 30) -> float:
-    """GB/s from pinned memory."""
+    """GB/s of a copy from pinned memory to the card."""
     source = torch.empty(nbytes, dtype=torch.uint8).pin_memory()
     target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     return nbytes / median_ms(lambda: target.copy_(source, non_blocking=True)) / 1e6
@@ -122,8 +123,8 @@ def median_ms(run: Callable[[], Any], repeats: int = 7) -> float:
 
 
 def decode_rates(bench: GpuBench, decoder: Any, batch: int, copy_tb_per_s: float) -> dict[str, Any]:
-    """Whole steps, arrays in and tokens out: `step_ms` where each is enqueued before the former's
-    tokens are read, `waiting_step_ms` where it needs them."""
+    """Times of whole steps, from input arrays to tokens: `step_ms` if each step is enqueued before
+    the tokens of the previous one are read, `waiting_step_ms` if it needs them."""
     sizes = bench.sizes
     ids, times, distinct = random_ids(batch), [], []
     for step in range(HOST_STEPS // 2):
@@ -173,7 +174,8 @@ def graph_of(decoder: Any, batch: int) -> torch.cuda.CUDAGraph:
 
 
 def invariance(decoder: Any, batch: int = 32) -> dict[str, Any]:
-    """The logits of a row alone and among others, to the bit, at the full size."""
+    """Whether the logits of a row have the same bits alone and among other rows, at the full
+    size."""
     ids = random_ids(batch)
     crowd = decoder.launch(batch_at(CONTEXT, ids))
     crowd.ids()
@@ -204,7 +206,8 @@ def prefill_rate(decoder: Any) -> dict[str, float]:
 
 
 def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any]:
-    """The spare slots of all layers, alone and beside decode at batch 8, whose bits must stay."""
+    """Loads of the spare slots of all layers, alone and beside decode at batch 8, whose bits must
+    not change."""
     import threading
 
     from gpu_worker.cuda.experts.slots import SlotUpload
@@ -256,7 +259,7 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
 
 
 def transformers_rate(bench: GpuBench, batch: int) -> dict[str, Any]:
-    """Decode only: the time of 10 new tokens less that of 2, over 8."""
+    """Tokens/s of decode alone: the time of 10 new tokens minus that of 2, divided by 8."""
     import transformers
 
     from benchmarks.gpu_reference import reference_model
@@ -289,7 +292,7 @@ def transformers_rate(bench: GpuBench, batch: int) -> dict[str, Any]:
 
 
 def profile(decoder: Any, batch: int) -> dict[str, float]:
-    """Microseconds a step by kernel, as traced."""
+    """Microseconds of a step by kernel, from a trace."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -301,7 +304,7 @@ def profile(decoder: Any, batch: int) -> dict[str, float]:
 
 
 class Report:
-    """Written after every section: a failure later loses nothing."""
+    """The results. They are written after every section, so that a later failure loses nothing."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "gpu.json"
@@ -364,7 +367,7 @@ def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -
 
 
 def _measure_free(report: Report, bench: GpuBench, copy: float) -> None:
-    """What batch invariance costs: the same with the library's dense products."""
+    """Decode rates with the library's dense products, to show the cost of batch invariance."""
     decoder = bench.decoder(BATCHES, invariant=False)
     for batch in BATCHES:
         report.run(f"decode_free_{batch}", lambda n=batch: decode_rates(bench, decoder, n, copy))
@@ -393,7 +396,9 @@ def _measure_latent_kernels(report: Report, bench: GpuBench) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("var/bench"))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")

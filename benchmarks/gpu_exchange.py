@@ -1,6 +1,6 @@
-"""Dispatch and combine of Mooncake's EP buffer between ranks: whether bf16 comes back exact, how
-close fp8 is, and what a pair of them costs under a CUDA graph, with the widening of fp8 rows where
-a rank does that. Ranks that outnumber the cards share them under CUDA MPS.
+"""Measures dispatch and combine of Mooncake's EP buffer between ranks: whether bf16 arrives
+exactly, the error of fp8, and the time of a pair of them in a CUDA graph, with the widening of fp8
+rows if a rank does that. If there are more ranks than cards, ranks share cards under CUDA MPS.
 
     python -m benchmarks.gpu_exchange --ranks 2 --tokens 128 --slots 512
 """
@@ -81,7 +81,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def sharing_cards(num_ranks: int) -> Iterator[None]:
-    """Processes started meanwhile are clients of an MPS daemon, where they need one."""
+    """Processes that start inside are clients of an MPS daemon, if they need one."""
     if num_ranks <= asyncio.run(count_gpus()):
         yield
         return
@@ -97,7 +97,8 @@ def sharing_cards(num_ranks: int) -> Iterator[None]:
 
 
 def measure(shape: Shape) -> dict[str, Any]:
-    """Over all ranks: exact only where all are, the largest error, the longest time."""
+    """The result over all ranks: exact only if all ranks are, the largest error, the longest
+    time."""
     context = mp.get_context("spawn")
     pipes, processes = [], []
     for rank in range(shape.num_ranks):
@@ -147,8 +148,8 @@ def run_rank(shape: Shape, rank: int, pipe: Connection) -> None:
 
 
 class ExchangeRank:
-    """Slots multiply by a power of two of their own, and weights are eighths: every product and sum
-    is exact in bf16's range, so that results must be equal, not close."""
+    """Each slot multiplies by its own power of two, and weights are eighths. So every product and
+    sum is exact in bf16, and results must be equal, not only close."""
 
     def __init__(self, shape: Shape, rank: int, pipe: Connection, stream: Any, *, fp8: bool):
         import torch
@@ -208,7 +209,7 @@ class ExchangeRank:
         }
 
     def _all_gather(self, phase: str, what: object) -> list[Any]:
-        """Returns what all ranks have gathered, once all have."""
+        """Returns what all ranks have gathered, as soon as all have."""
         self.pipe.send((phase, what))
         gathered: list[Any] = self.pipe.recv()
         return gathered

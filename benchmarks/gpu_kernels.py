@@ -1,5 +1,5 @@
-"""Tiles of the GEMM kernels against each other and against the library's, over the layers of a
-large model, so that no weight is in the cache: which to take, and what the choice is worth."""
+"""Compares tiles of the GEMM kernels with each other and with the library, over the layers of a
+large model, so that no weight is in the card's cache. Part of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPLAYS = 5
 
 
 def graph_ms(run: Callable[[], None]) -> float:
-    """The median of replays of everything that `run` enqueues."""
+    """Milliseconds for all work that `run` enqueues: the median of graph replays."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -48,7 +48,7 @@ def random_slots(tokens: int, sizes: DecoderSizes, device: torch.device) -> Tens
 
 
 class KernelSweep:
-    """Rates in TB/s: bytes of the distinct weights that are touched, over the time."""
+    """Rates in TB/s: bytes of the distinct weights that are read, divided by the time."""
 
     def __init__(self, sizes: DecoderSizes, weights: DecoderWeights, slots: CudaSlots) -> None:
         self.sizes, self.weights, self.slots = sizes, weights, slots
@@ -83,7 +83,7 @@ class KernelSweep:
         return result
 
     def grouped_mm(self, tokens: int) -> dict[str, Any]:
-        """The library's, on pairs that lie ordered by expert already: gate and up only."""
+        """The library's kernel, on pairs that are already ordered by expert: gate and up only."""
         sizes = self.sizes
         experts_LN = random_slots(tokens, sizes, self.device).flatten(1).sort().values
         every = torch.arange(sizes.num_experts, device=self.device)
@@ -101,7 +101,7 @@ class KernelSweep:
         return {"ms": milliseconds, "tb_per_s": nbytes / milliseconds / 1e9}
 
     def dense(self, tokens: int) -> dict[str, Any]:
-        """Queries, keys and values: ours in parts, and the library's."""
+        """Queries, keys and values: our kernel in parts, and the library's."""
         sizes = self.sizes
         x = torch.randn(tokens, sizes.hidden_size, device=self.device).bfloat16()
         parts = torch.empty(4, tokens, self.w_qkv[0].shape[0], device=self.device)
@@ -122,7 +122,7 @@ class KernelSweep:
         return result
 
     def attention(self, tokens: int, context: int = 544) -> dict[str, float]:
-        """Over as many caches as there are layers, so that none is in the cache."""
+        """Over one KV cache for each layer, so that none is in the card's cache."""
         sizes, shape, device = self.sizes, self.shape, self.device
         blocks = -(-context // 16)
         cache = (sizes.num_layers, tokens * blocks, shape.num_kv_heads, 16, shape.head_dim)
@@ -177,7 +177,8 @@ def down_tiles() -> Iterator[experts.ExpertTile]:
 
 
 def dense_tiles(tokens: int) -> Iterator[linear.LinearTile]:
-    """Fewer than 64 rows a warp group of four: else another instruction, and other bits."""
+    """Fewer than 64 rows for a warp group of four: more would use another instruction and give
+    other bits."""
     if tokens <= 16:
         yield linear.LinearTile(16, 32, 128, 4, 3)
         yield linear.LinearTile(16, 64, 128, 4, 3)

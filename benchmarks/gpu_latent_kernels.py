@@ -1,5 +1,5 @@
-"""Latent attention's kernels by themselves, over the layers of a large model, so that neither cache
-nor weights are in the card's cache: which tile to take."""
+"""Measures the kernels of latent attention with different tiles, over the layers of a large model,
+so that neither KV cache nor weights are in the card's cache. Part of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK_TOKENS = 16
 
 
 class LatentSweep:
-    """Rates in TB/s: bytes of the cache or of the weights that are touched, over the time."""
+    """Rates in TB/s: bytes of the KV cache or of the weights that are read, divided by the time."""
 
     def __init__(self, sizes: DecoderSizes, weights: DecoderWeights) -> None:
         assert isinstance(sizes.attention, MlaShape), "this sweep is latent attention's"
@@ -64,7 +64,7 @@ class LatentSweep:
         return dict(sorted(rates.items(), key=lambda item: -item[1]))
 
     def heads(self, tokens: int) -> dict[str, float]:
-        """Queries into the latent space and sums out of it."""
+        """Projects queries to the latent space, and sums of latents to values."""
         shape, size = self._shape, self._shape.qk_nope_head_dim + self._shape.qk_rope_head_dim
         q = torch.randn(4, tokens, shape.q_size, device=self._device)
         q_latent = self._random(tokens, shape.num_heads, shape.rank)

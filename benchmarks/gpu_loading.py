@@ -1,11 +1,12 @@
-"""How fast experts come into a CUDA rank's slots, and what it costs the steps meanwhile:
-`python -m benchmarks.gpu_loading --out FOLDER`.
+"""Measures how fast experts are loaded to a CUDA rank's slots, and how that slows its steps.
 
-Random bf16 experts of Qwen3-30B-A3B's size in files (by default in memory: the page cache's case),
-loaded by the rank's own loader: out of the checkpoint, and from pinned copies that its background
-thread has made of them. Pinning is measured twice: with pages that come into being by it, and again
-as another rank of the host would, which finds them there. A step is a captured graph of some
-milliseconds whose result the host waits for.
+    python -m benchmarks.gpu_loading --out FOLDER
+
+Random bf16 experts of Qwen3-30B-A3B's size are in files (by default in memory, as if they were in
+the page cache). The rank's own loader loads them: from the checkpoint, and from pinned copies that
+its background thread has made. Pinning is measured twice: with new pages, and as another rank of
+the host would do it, for pages that exist already. A step is a captured graph of some milliseconds;
+the host waits for its result.
 """
 
 from __future__ import annotations
@@ -91,13 +92,13 @@ class Rank:
         return wanted_LS.size * self.reader.num_bytes / GB / took_s
 
     def pin(self) -> tuple[HostExperts, float]:
-        """Copies, none of them whole at first, and the GB/s of having them pinned."""
+        """An expert cache without complete experts, and the GB/s of pinning its memory."""
         began = time.perf_counter()
         host_experts = open_host_experts(self.reader, self._memory, self._header, self._device)
         return host_experts, self.num_bytes / GB / (time.perf_counter() - began)
 
     def fill(self, host_experts: HostExperts) -> float:
-        """GB/s of the background thread."""
+        """GB/s of the background thread that fills the cache."""
         began = time.perf_counter()
         host_experts.fill_in_background()
         assert host_experts.wait_until_filled(FILL_TIMEOUT_S), "the copies take too long"
@@ -109,7 +110,7 @@ def prefix_of(layer: int, expert: int) -> str:
 
 
 def save_experts(folder: Path, num_layers: int, num_experts: int) -> dict[str, tuple[int, ...]]:
-    """A shard a layer; the shapes of all tensors."""
+    """Writes one shard for each layer; returns the shapes of all tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     weight_map: dict[str, str] = {}
     for layer in range(num_layers):
@@ -127,7 +128,7 @@ def save_experts(folder: Path, num_layers: int, num_experts: int) -> dict[str, t
 
 
 class Steps:
-    """Stands for decode: reads some GB of weights, and a result that the host waits for."""
+    """A substitute for decode steps: reads some GB of weights, and the host waits for a result."""
 
     def __init__(self, device: torch.device) -> None:
         self._x = torch.randn(8, STEP_WIDTH, device=device, dtype=torch.bfloat16)
@@ -143,7 +144,7 @@ class Steps:
                 self._run()
 
     def measure_during(self, work: Callable[[], float]) -> dict[str, Any]:
-        """What `work` gives, and the milliseconds of the steps while it runs."""
+        """The result of `work`, and the milliseconds of the steps while it runs."""
         results: list[float] = []
         thread = threading.Thread(target=lambda: results.append(work()))
         thread.start()
@@ -202,7 +203,9 @@ def measure(rank: Rank, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("var/bench"))
     parser.add_argument("--files", type=Path, default=Path("/dev/shm"), help="where experts go")
     parser.add_argument("--layers", type=int, default=8)

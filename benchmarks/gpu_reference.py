@@ -1,5 +1,5 @@
-"""transformers' Qwen3-MoE over the very weights of our decoder, as views: what its logits and its
-speed are compared with."""
+"""transformers' Qwen3-MoE with views of our decoder's weights: the reference for its logits and its
+speed. Part of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def reference_model(
     context: int,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Expert e must lie in slot e. `dtype` None: views; else converted copies."""
+    """Expert e must be in slot e. If `dtype` is None the weights are views, else converted
+    copies."""
     import transformers
 
     shape = sizes.attention
@@ -53,7 +54,7 @@ def reference_model(
 def filled_model(
     kind: Any, config: Any, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """A model of transformers with these for its parameters and buffers."""
+    """A model of transformers with these parameters and buffers."""
     with torch.device("meta"):
         model = kind._from_config(config, dtype=dtype)
     rotary = type(model.model.rotary_emb)
@@ -105,7 +106,7 @@ def _tensors(
 def expert_tensors(
     prefix: str, sizes: DecoderSizes, slots: CudaSlots, index: int
 ) -> dict[str, Tensor]:
-    """Of one MoE layer, in both forms that versions of transformers have."""
+    """The experts of one MoE layer, in both forms that versions of transformers use."""
     gate_up = slots.w_gate_up_LSJH[index, : sizes.num_experts]
     down = slots.w_down_LSHI[index, : sizes.num_experts]
     tensors = {f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down}

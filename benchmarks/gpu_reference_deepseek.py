@@ -1,5 +1,5 @@
-"""DeepSeek-V2 or V3 of transformers over the very weights of our decoder: what its logits are
-compared with. V3 where routing is by sigmoid."""
+"""DeepSeek-V2 or V3 of transformers with our decoder's weights: the reference for its logits. V3 if
+routing is by sigmoid. Part of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def deepseek_reference(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Expert e must lie in slot e; dense layers come first. `dtype` None: the weights' own."""
+    """Expert e must be in slot e; dense layers come first. If `dtype` is None it is that of the
+    weights."""
     import transformers
 
     kind = "DeepseekV3" if sizes.routing.sigmoid else "DeepseekV2"

@@ -1,7 +1,7 @@
-"""The whole server through deaths, as its clients see it: etcd, control plane, gateway, agent and
-ranks under a steady load of greedy streams; 1 … 16 ranks are struck at once and rejoin. Every token
-of the streams that ran when ranks died or came is compared with that of another instance, which
-nothing disturbs and which keeps no cache. Prints a table last; `--out` gets the JSON.
+"""Measures the whole server through deaths, as its clients see it: etcd, control plane, gateway,
+node agent and ranks under a steady load of greedy streams. Faults hit 1 … 16 ranks at once, which
+then rejoin. Every token of the streams that ran when ranks died or joined is compared with that of
+an undisturbed instance without prefix cache. Prints a table at the end; `--out` gets the JSON.
 
     python -m benchmarks.gpu_serve --device cpu --ranks 4 --faults KILL:1 STOP:1
     python -m benchmarks.gpu_serve --device cuda --ranks 32 --streams 128 --seeded-dir /dev/shm/m \\
@@ -116,7 +116,7 @@ def own_options(args: argparse.Namespace, model: Path | None) -> TemporaryInstan
 
 
 class Experiment:
-    """`result` is whole after every fault."""
+    """`result` is complete after every fault."""
 
     def __init__(self, args: argparse.Namespace, faults: Sequence[Fault]) -> None:
         self._args, self._faults = args, faults
@@ -193,7 +193,7 @@ class Experiment:
             loading.cancel()
 
     async def _compare(self, client: StreamClient, index: int, turns: Sequence[Turn]) -> None:
-        """Raises Unavailable where the undisturbed instance does not answer."""
+        """Raises Unavailable if the undisturbed instance does not answer."""
         wrong: list[str] = []
         for first in range(0, len(turns), self._args.streams):
             batch = turns[first : first + self._args.streams]
@@ -221,7 +221,8 @@ class Experiment:
 
 
 def _wrong(turn: Turn, token: int, struck: FaultResult) -> str:
-    """When: to the chunk of tokens that as many chunks precede, mostly one token each."""
+    """The time of the first wrong token: that of the chunk with the same index, as most chunks have
+    one token."""
     record = turn.record
     whose = "victim" if record.rank in struck.victims else "survivor"
     came = [at - struck.struck_at for at in record.arrivals]

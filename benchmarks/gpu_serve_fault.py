@@ -1,5 +1,5 @@
-"""One fault under a steady load: ranks are struck at once, and the load goes on until they have
-rejoined. What their clients saw of both."""
+"""One fault under a steady load: several ranks are hit at once, and the load goes on until they
+have rejoined. Reports what clients saw of both. Part of `benchmarks.gpu_serve`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultTiming:
-    """`before_s` of load come before a fault; what is not over `settle_s` after it, or begins
-    later, is the rejoining's."""
+    """The load runs for `before_s` before a fault. Pauses that end later than `settle_s` after it,
+    or begin later, are counted as those of rejoining."""
 
     before_s: float
     settle_s: float
@@ -54,7 +54,8 @@ class FaultTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultResult:
-    """One fault. Gaps are the longest of each stream that it interrupted; None where none was."""
+    """One fault. Gaps are the longest of each stream that it interrupted; None if there was
+    none."""
 
     fault: str
     struck_at: float  # `Clock.now()`
@@ -88,8 +89,8 @@ async def inject_fault(
     draw: random.Random,
     clock: Clock,
 ) -> tuple[FaultResult, list[Turn]]:
-    """The instance is whole. With the streams whose tokens are still to be compared with those of
-    an undisturbed run. Raises Unavailable where a victim had died by itself."""
+    """All ranks must be in the map. Also returns the streams whose tokens are to be compared with
+    those of an undisturbed run. Raises Unavailable if a victim had died on its own."""
     await asyncio.sleep(pace.before_s)
     members = observer.members()
     victims = draw.sample(members, fault.num_ranks)
@@ -205,7 +206,7 @@ class _Seen:
         return [m for m in self.maps if m.published_at > self.struck_at]
 
     def _joins_at(self, num_members: int) -> float:
-        """When the first map with a rank more than its forerunner came; else now."""
+        """The time of the first map that has a rank more than the one before it, or now."""
         fewest = num_members
         for expert_map in self._maps_since():
             if len(expert_map.members) > fewest:
@@ -221,7 +222,7 @@ def _ends_after(turn: Turn, moment: float) -> bool:
 
 
 def _usual_gaps_ms(turns: Sequence[Turn], before: Window) -> list[float]:
-    """Of pauses that were over before the fault."""
+    """Milliseconds of the pauses that ended before the fault."""
     return [
         (later - earlier) * 1e3
         for turn in turns

@@ -1,4 +1,4 @@
-"""What clients saw of a fault, read off their streams. Pure."""
+"""Computes what clients saw of a fault from their streams. Pure. Part of `benchmarks.gpu_serve`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RECOVERED = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Holds the pauses that begin before its end and end after its begin."""
+    """Contains the pauses that begin before its end and end after its begin."""
 
     begin: float
     end: float
@@ -27,7 +27,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Pause:
-    """Of one stream, between two tokens. `rank` is the one that it began on."""
+    """Between two tokens of one stream. `rank` is the one that it began on."""
 
     ms: float
     begin: float
@@ -35,8 +35,8 @@ class Pause:
 
 
 def longest_pauses(turns: Sequence[Turn], window: Window, now: float) -> list[Pause]:
-    """Of every stream with a pause in the window, the longest. A stream that still runs has a
-    pause that is not over."""
+    """The longest pause of every stream that has one in the window. The last pause of a running
+    stream has not ended yet."""
     longest = (max(_pauses(turn, window, now), default=None) for turn in turns)
     return [pause for pause in longest if pause is not None]
 
@@ -55,7 +55,7 @@ def _pauses(turn: Turn, window: Window, now: float) -> Iterator[Pause]:
 
 
 def first_tokens_ms(turns: Sequence[Turn], window: Window, now: float) -> list[float]:
-    """How long streams that waited for their first token in the window did so."""
+    """How long streams waited for their first token, if they did so in the window."""
     waits = (
         (t.record.sent_at, t.record.arrivals[0] if t.record.arrivals else now)
         for t in turns
@@ -69,12 +69,12 @@ def first_tokens_ms(turns: Sequence[Turn], window: Window, now: float) -> list[f
 
 
 def had_begun(turns: Sequence[Turn], moment: float) -> list[Turn]:
-    """Streams with a token by then: what a fault interrupts."""
+    """Streams that had a token by then. These can be interrupted by a fault."""
     return [t for t in turns if t.record.arrivals and t.record.arrivals[0] <= moment]
 
 
 class Throughput:
-    """Of all streams together."""
+    """The tokens of all streams together."""
 
     def __init__(self, arrivals: Sequence[Arrival]) -> None:
         self._at_N: NDArray[np.float64] = np.array([a.at for a in arrivals])
@@ -88,9 +88,9 @@ class Throughput:
         return float(self._before_N[last] - self._before_N[first]) / (end - begin)
 
     def recovered_ms(self, fault: Window, wanted: float, now: float) -> float | None:
-        """From the fault until the half second begins that has 95 % of the wanted rate, after the
-        longest silence of all streams together that begins in its window. None where that has not
-        happened."""
+        """Milliseconds from the fault to the begin of the first half second with 95 % of the wanted
+        rate, after the longest silence of all streams together that begins in the window. None if
+        that has not happened."""
         first, last = np.searchsorted(self._at_N, [fault.begin, fault.end])
         after = self._at_N[first : last + 1]
         if not len(after):
@@ -104,7 +104,7 @@ class Throughput:
 
 
 def ran_at(turns: Sequence[Turn], moments: Sequence[float], now: float) -> list[Turn]:
-    """Streams that had begun and not ended at one of these moments."""
+    """Streams that had begun and had not ended at one of these moments."""
     return [t for t in turns if any(_ran_at(t, moment, now) for moment in moments)]
 
 
@@ -116,8 +116,8 @@ def _ran_at(turn: Turn, moment: float, now: float) -> bool:
 
 
 def first_wrong(turn: Turn, answer: Sequence[int]) -> int | None:
-    """Which of its tokens is the first that is not that of the undisturbed answer to its prompt, or
-    is missing, or one too many. None where there is none."""
+    """The index of the first token that differs from the undisturbed answer to the same prompt, or
+    is missing, or is extra. None if all are equal."""
     record = turn.record
     for index, (token, expected) in enumerate(zip(record.ids, answer, strict=False)):
         if token != expected:

@@ -1,5 +1,5 @@
-"""A steady load on a gateway, and what its streams have seen at any moment. No prompt is sent
-twice: it would be found in some rank's cache."""
+"""A steady load on a gateway, with the arrivals of all its streams. Each prompt is sent once,
+because a second one would be found in a prefix cache. Part of `benchmarks.gpu_serve`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Arrival:
 
 
 class SteadyLoad:
-    """So many streams at once; each begins anew when it ends. `turns` and `arrivals` grow while it
-    runs."""
+    """A fixed number of streams; each starts a new turn when one ends. `turns` and `arrivals` grow
+    while it runs."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class SteadyLoad:
         self.arrivals: list[Arrival] = []
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Runs until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for stream in range(self._streams):
                 tasks.create_task(self._keep(stream))
 
     async def _keep(self, stream: int) -> None:
-        """The first streams end one after the other: later ones then do not begin all at once."""
+        """The first turns have different lengths, so that later ones do not begin all at once."""
         wanted = max(1, self._new_tokens * (stream + 1) // self._streams)
         while True:
             record = await self._turn(wanted)

@@ -1,23 +1,26 @@
-"""The server on cards as its clients see it: decode tokens/s, time to first token (TTFT) and time
-between tokens (ITL) by batch, and the share of the roofline. Prints a table last; `--out` gets the
-JSON after every row.
+"""Measures the server as its clients see it: decode tokens/s, time to first token (TTFT) and time
+between tokens (ITL) by batch, and the share of the roofline. Prints a table at the end; `--out`
+gets the JSON after every row.
 
     python -m benchmarks.gpu_server --seeded-dir /dev/shm/qwen3 --ranks 1 2 --out server.json
     python -m benchmarks.gpu_server --device cpu --seeded-dir /tmp/m --shape reference --ranks 2 \\
         --batches 1 4 --config num_hidden_layers=2
 
-Of each instance: batch × ranks clients send a random prompt each, all at once. Tokens/s are counted
-from the moment when all streams have their first token to the moment when the first one ends; TTFT
-and ITL are of whole streams. The floor of a step is what the card reads for it, over the copy rate
-(reads plus writes) that is measured in the same run: attention, routers and head once for each rank
-on the card, the KV of all sequences, and each expert that the step's tokens chose once. Which these
-are is not seen through the server: it is their expected number where tokens choose uniformly at
-random, E (1 - (1 - k/E)^batch) of E experts with top-k, the batch being that of all ranks. With
-several cards it is the floor of the one with most ranks. On the CPU the share says little: all
+For each instance, batch × ranks clients send one random prompt each, all at once. Tokens/s are
+counted from the moment when all streams have their first token to the moment when the first stream
+ends; TTFT and ITL are of whole streams.
+
+The floor of a step is the bytes that the card reads for it, divided by the copy rate (reads plus
+writes), which the same run measures. The bytes are: attention, routers and head once for each rank
+on the card, the KV of all sequences, and each expert that the step's tokens chose once. The number
+of these experts is not measured. It is the expected number if tokens choose uniformly at random:
+E (1 - (1 - k/E)^batch) of E experts with top-k, where batch counts the sequences of all ranks. With
+several cards the floor is that of the card with most ranks. On the CPU the share means little: all
 ranks share one memory, and small weights stay in caches.
 
-Ranks that outnumber cards share them under CUDA MPS. Every rank holds --slots-per-rank experts of
-each layer; the default has every expert twice where there are two ranks or more.
+If there are more ranks than cards, ranks share cards under CUDA MPS. Every rank holds
+--slots-per-rank experts of each layer; by default every expert is held twice if there are two ranks
+or more.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ def parse() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="options of the ranks; default: room for the largest batch",
+        help="options of the ranks; default: KV memory for the largest batch",
     )
     parser.add_argument("--start-timeout-s", type=float, default=600.0)
     parser.add_argument("--limit-s", type=float, default=3600.0, help="no batch begins later")
@@ -102,8 +105,8 @@ def parse() -> argparse.Namespace:
 
 
 def rank_options(batch_max: int, prompt_tokens: int, new_tokens: int) -> dict[str, str]:
-    """Room for the largest batch, and for as many tokens of prompts in a step: streams that begin
-    together then decode together soon."""
+    """KV memory for the largest batch, and as many prompt tokens in a step, so that streams that
+    begin together soon decode together."""
     step_tokens = max(2 * batch_max, _PREFILL_CHUNK_TOKENS)
     blocks = -(-(prompt_tokens + new_tokens) // _BLOCK_TOKENS) + 1
     return {
@@ -116,7 +119,7 @@ def rank_options(batch_max: int, prompt_tokens: int, new_tokens: int) -> dict[st
 
 
 def cpu_copy_rate(nbytes: int = 512 << 20) -> float:
-    """TB/s, read plus written."""
+    """TB/s of a copy in memory, read plus written."""
     import torch
 
     source = torch.ones(nbytes, dtype=torch.uint8)
@@ -130,7 +133,7 @@ def cpu_copy_rate(nbytes: int = 512 << 20) -> float:
 
 
 def copy_rate(on_cuda: bool) -> float:
-    """In a process of its own, which leaves nothing on the card."""
+    """TB/s, measured in a process of its own, which leaves nothing on the card."""
     from benchmarks.gpu import copy_rate as cuda_copy_rate
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -229,7 +232,7 @@ class Measurement:
         return Round(records=[task.result() for task in running], streams=streams)
 
     def _prompts(self, count: int) -> list[list[int]]:
-        """None is sent twice: it would be found in a cache."""
+        """Each prompt is sent once, because a second one would be found in a prefix cache."""
         self._seed += 1
         return random_prompts(self._seed, count, self._args.prompt_tokens)
 

@@ -1,5 +1,5 @@
-"""What bench.gpu_server makes of the arrivals that clients saw, and what a card has to read for one
-step. Pure."""
+"""Computes the results of `benchmarks.gpu_server` from the arrivals that clients saw, and the bytes
+that a card reads for one step. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Stream = Sequence[Arrival]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyWindow:
-    """The time in which all streams decode. `emitted` is how many tokens of its own a stream had in
-    the middle of it, the mean of all."""
+    """The time in which all streams decode. `emitted` is the mean number of tokens that a stream
+    had emitted in the middle of it."""
 
     seconds: float
     num_tokens: int
@@ -28,7 +28,7 @@ class SteadyWindow:
 
 def steady_window(streams: Sequence[Stream]) -> SteadyWindow | None:
     """From the moment when the last stream has its first token to the moment when the first stream
-    ends; None where the one comes not before the other."""
+    ends. None if the second is not later than the first."""
     if not streams or not all(streams):
         return None
     begin = max(stream[0].at for stream in streams)
@@ -46,26 +46,26 @@ def steady_window(streams: Sequence[Stream]) -> SteadyWindow | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardSharing:
-    """So many ranks, in turn, on so many cards."""
+    """This many ranks, assigned in turn to this many cards."""
 
     ranks: int
     cards: int
 
     @property
     def of_a_card(self) -> int:
-        """Ranks of the card that has most of them."""
+        """The number of ranks on the card that has most of them."""
         return -(-self.ranks // min(self.cards, self.ranks))
 
 
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """Expected in one layer where every token chooses uniformly at random."""
+    """The expected number in one layer, if every token chooses uniformly at random."""
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
 def step_bytes(sizes: DecoderSizes, shared: CardSharing, *, batch: int, context: float) -> float:
-    """What the card with most ranks reads for one step, each rank with `batch` sequences of
-    `context` tokens: attention, routers and head once for each of its ranks, their KV, and of the
-    experts that all ranks' tokens chose its share, each once."""
+    """Bytes that the card with most ranks reads for one step, if each rank has `batch` sequences of
+    `context` tokens: attention, routers and head once for each of its ranks, their KV, and the
+    card's share of the experts that the tokens of all ranks chose, each once."""
     of_a_card = shared.of_a_card
     chosen = distinct_experts(sizes.num_experts, sizes.top_k, batch * shared.ranks)
     experts = chosen * sizes.num_moe_layers * sizes.num_expert_weights * of_a_card / shared.ranks
@@ -84,8 +84,8 @@ class Floor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerRow:
-    """All rounds of one batch. `tokens_per_s` and what follows from it are of the steady windows;
-    None where a stream failed or there was no such window."""
+    """All rounds of one batch. `tokens_per_s` and the values derived from it are of the steady
+    windows; None if a stream failed or there was no such window."""
 
     ranks: int
     cards: int

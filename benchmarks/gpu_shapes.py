@@ -1,4 +1,5 @@
-"""The models that bench.gpu and bench.gpu_server measure: sizes alone. Imports no kernels."""
+"""The sizes of the models that `benchmarks.gpu` and `benchmarks.gpu_server` measure. Imports no
+kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from shared.model_spec import read_model_spec
 
 
 def qwen3_30b(layers: int | None) -> DecoderSizes:
-    """Qwen3-30B-A3B, in full."""
+    """Qwen3-30B-A3B, complete."""
     layers = layers or 48
     return DecoderSizes(
         num_layers=layers,
@@ -31,8 +32,8 @@ def qwen3_30b(layers: int | None) -> DecoderSizes:
 
 
 def deepseek_small(layers: int | None) -> DecoderSizes:
-    """DeepSeek-V3's layers with experts of a quarter of their inner size, and a few of them: one
-    dense, the others with experts."""
+    """DeepSeek-V3's layers with experts of a quarter of their inner size, and only a few layers:
+    one dense, the others with experts."""
     layers = layers or 8
     return DecoderSizes(
         num_layers=layers,
@@ -96,7 +97,7 @@ size as it is."""
 
 
 def sizes_of(folder: Path) -> DecoderSizes | None:
-    """None where CUDA ranks do not know the checkpoint's architecture. Raises CheckpointError."""
+    """None if CUDA ranks do not support the checkpoint's architecture. Raises CheckpointError."""
     spec = read_model_spec(folder)
     layout = CHECKPOINT_LAYOUTS.get(spec.architecture)
     return None if layout is None else layout(spec).sizes

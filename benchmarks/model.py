@@ -1,10 +1,13 @@
-"""Tokens per second of one rank's model, without engine or network, and where a decode step's time
-goes; with --reference against transformers' generate in the same run: same checkpoint, same type of
-weights, same prompts, one thread each, taking turns.
+"""Measures tokens per second of one rank's model, without engine or network, and the time of a
+decode step by kernel. With --reference it compares with transformers' generate in the same run:
+same checkpoint, same dtype of weights, same prompts, one thread each, taking turns.
 
-Every figure is a median of --runs, after one that does not count. Seconds are CPU time of the
-thread, so that other work on the machine blurs the ratios little; it still takes caches and memory
-away: figures to keep need a quiet machine."""
+    python -m benchmarks.model --reference --batch 1 8 32
+
+Every figure is a median of --runs, after one run that does not count. Seconds are CPU time of the
+thread, so that other work on the machine changes the ratios little. It still takes caches and
+memory bandwidth, so figures to keep need a quiet machine.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Generator(Protocol):
 
 
 class Rank:
-    """One that holds every expert, and steps over sequences of equal length."""
+    """A rank that holds every expert and runs sequences of equal length."""
 
     def __init__(self, folder: Path, sequences_max: int) -> None:
         blocks = -(-max(PROMPT_TOKENS + NEW_TOKENS, LONG_PROMPT_TOKENS) // BLOCK_TOKENS)
@@ -64,7 +67,8 @@ class Rank:
         num_tokens: int,
         after_step: Callable[[float], None] = lambda _: None,
     ) -> float:
-        """`after_step` is told what the prefill took, then each decode step."""
+        """Calls `after_step` with the seconds of the prefill, then with those of each decode
+        step."""
         began = time.thread_time()
         chunks = range(0, prompts_SC.shape[1], PREFILL_CHUNK_TOKENS)
         for start in chunks:
@@ -80,7 +84,8 @@ class Rank:
         return prefill_s + sum(self.decode_seconds)
 
     def _step(self, tokens_SC: np.ndarray, start: int) -> np.ndarray:
-        """The same number of tokens of every sequence; the next token of each, greedily."""
+        """Runs the same number of tokens of every sequence; returns the next token of each,
+        greedily."""
         sequences, count = tokens_SC.shape
         batch = StepBatch(
             token_ids_T=tokens_SC.ravel().astype(np.int32),
@@ -146,7 +151,7 @@ def profile(rank: Rank, prompts_SC: np.ndarray, memory_rate: float) -> str:
 
 
 def _in_turn(runs: int, *measures: Callable[[], float]) -> list[float]:
-    """The median of each."""
+    """The median of each measure. The measures take turns."""
     rounds = [[measure() for measure in measures] for _ in range(runs + 1)]
     return [median(values) for values in zip(*rounds[1:], strict=True)]
 

@@ -1,6 +1,9 @@
-"""The planner against EPLB as published (`benchmarks.eplb`): balance, replicas moved and experts
-lost at a death, time to plan; then `shrink` after one and after many deaths. Run it as
-`python -m benchmarks.placement [--json]`."""
+"""Compares the planner with EPLB as published (`benchmarks.eplb`): balance, replicas moved and
+experts lost at a death, and the time to plan. Then measures `shrink` after one and after many
+deaths.
+
+    python -m benchmarks.placement [--json]
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ DEATHS = (
 
 
 def measure(case: Case) -> Iterator[dict[str, object]]:
-    """One row per planner: ours, ours with a guarantee, EPLB's two policies."""
+    """One row for each planner: ours, ours with a guarantee, and EPLB's two policies."""
     loads = _draw(case)
     ranks, nodes = sorted(case.node_of), case.node_of
     slots = dict.fromkeys(ranks, case.slots)
@@ -173,8 +176,9 @@ def _quality(case: Case, placement: Placement, loads: NDArray[np.float64]) -> di
 def _death(
     case: Case, name: str, placement: Placement, loads: NDArray[np.float64], filled: int
 ) -> dict[str, object]:
-    """When rank 3 dies: surviving replicas that leave their rank, experts that survivors load (slot
-    order within a rank is free, to EPLB's favour), and the balance right after."""
+    """The effect of the death of rank 3: surviving replicas that leave their rank, experts that
+    survivors load (the order of slots in a rank is free, which favours EPLB), and the balance right
+    after."""
     dead = RankId(3)
     alive = [r for r in sorted(case.node_of) if r != dead]
     before = placement[:, alive]
@@ -210,7 +214,9 @@ def _map_of(case: Case, placement: Placement) -> ExpertMap:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     as_json = parser.parse_args().json
     for case in CASES:

@@ -1,4 +1,5 @@
-"""The random checkpoint that a benchmark of the server makes for itself, with progress."""
+"""The random checkpoint that `benchmarks.gpu_serve` and `benchmarks.gpu_server` make, with
+progress."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _NUM_SHARDS = 32
 
 
 def entries_of(texts: Sequence[str]) -> dict[str, Any]:
-    """Of `KEY=VALUE`, the value as in JSON. Raises ConfigError."""
+    """The entries of texts `KEY=VALUE`, whose values are JSON. Raises ConfigError."""
     pairs = dict(text.partition("=")[::2] for text in texts)
     if "" in pairs.values():
         raise ConfigError(f"--config {' '.join(texts)}: say NAME=VALUE")
@@ -24,7 +25,7 @@ def entries_of(texts: Sequence[str]) -> dict[str, Any]:
 def make_checkpoint(
     folder: Path, entries: Mapping[str, Any], clock: Clock, *, family: str = "qwen3_moe"
 ) -> None:
-    """In bfloat16, with these entries of config.json. Raises CheckpointError."""
+    """Writes a bfloat16 checkpoint with these entries of config.json. Raises CheckpointError."""
     import torch
 
     from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint

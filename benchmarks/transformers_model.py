@@ -1,5 +1,5 @@
-"""transformers' generate over a checkpoint, on one thread and as the checkpoint is stored: what
-`benchmarks.model` compares a rank with."""
+"""transformers' generate over a checkpoint, on one thread and in the stored dtype. Part of
+`benchmarks.model`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 
 class TransformersModel:
-    """Greedy, and deaf to end tokens."""
+    """Greedy, and ignores end tokens."""
 
     def __init__(self, folder: Path) -> None:
         torch.set_num_threads(1)

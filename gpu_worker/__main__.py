@@ -20,6 +20,7 @@ from gpu_worker.engine.grammar_matcher import GrammarCompiler
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import acquire_identity
 from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
+from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, Rank, RankParts
@@ -74,7 +75,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
     clock = SystemClock()
-    opened = _open_replication(config, member, spec, clock)
+    transport = _open_replication_transport(config, spec, clock)
     if uses_cuda(config, model_spec):
         from gpu_worker.cuda.hardware import CudaHardware
 
@@ -85,7 +86,9 @@ async def run_rank(config: RankConfig) -> NoReturn:
 
         cpu = CpuHardware(config, member, model_spec, clock)
         hardware = await asyncio.to_thread(cpu.load, spec, folder)
-    replication = await asyncio.to_thread(_start_replication, opened, hardware, config)
+    replication = await asyncio.to_thread(
+        _make_replication, transport, hardware, member, spec, config
+    )
     rank = Rank(
         RankParts(
             member=member,
@@ -105,34 +108,42 @@ async def run_rank(config: RankConfig) -> NoReturn:
     exit_process(await run_until_signal(rank, store))
 
 
-def _open_replication(
-    config: RankConfig, member: Member, spec: InstanceSpec, clock: Clock
-) -> MooncakeReplicator | None:
+def _open_replication_transport(
+    config: RankConfig, spec: InstanceSpec, clock: Clock
+) -> DataTransport | None:
     """None if this rank keeps no KV replicas. On the main thread, to which Mooncake binds its
     port. Raises ConfigError."""
     if not uses_kv_replication(config, spec):
         return None
-    replication = MooncakeReplicator(
-        member=member,
-        node=NodeId(config.node),
-        host=config.data_host,
-        clock=clock,
-        num_ranks=spec.num_ranks,
+    transport = DataTransport(
+        config.data_host,
+        clock,
         protocol=Protocols(config.transfer_protocol),
         device=config.mooncake_ib_device,
     )
     require_confined()
-    return replication
+    return transport
 
 
-def _start_replication(
-    endpoint: MooncakeReplicator | None, hardware: Hardware, config: RankConfig
+def _make_replication(
+    transport: DataTransport | None,
+    hardware: Hardware,
+    member: Member,
+    spec: InstanceSpec,
+    config: RankConfig,
 ) -> KvReplication | None:
     """Blocks. Raises OSError if there is no memory for it."""
     blocks = hardware.blocks
-    if endpoint is None or blocks is None:
+    if transport is None or blocks is None:
         return None
-    endpoint.open(blocks, kv_replica_bytes(config, blocks.block_bytes))
+    endpoint = MooncakeReplicator(
+        member=member,
+        node=NodeId(config.node),
+        transport=transport,
+        cache=blocks,
+        budget_bytes=kv_replica_bytes(config, blocks.block_bytes),
+        num_ranks=spec.num_ranks,
+    )
     replicator = ReplicaWriter(blocks, endpoint, rank=RankId(config.rank))
     return KvReplication(endpoint=endpoint, replicator=replicator)
 

@@ -1,1 +1,1 @@
-"""Reading of checkpoints, which CPU and card ranks share."""
+"""Reads checkpoints, for CPU ranks and CUDA ranks."""

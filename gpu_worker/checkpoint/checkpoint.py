@@ -1,5 +1,5 @@
-"""A Hugging Face checkpoint: checked when opened, read tensor by tensor as float32, verified
-against its hash manifest where there is one. Knows nothing of architectures."""
+"""A Hugging Face checkpoint: checked when it is opened, read tensor by tensor, and verified against
+its hash manifest if there is one. Knows nothing of architectures."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "OnRead", "Shape", "open_c
 _Values = TypeVar("_Values", NDArray[np.float32], NDArray[np.uint16])
 
 ALWAYS_FLOAT32 = ("bias", ".gate.weight", ".router.weight", ".weights_proj.weight")
-"""How the names of what is small end, and is read with `read` whatever it is stored as, as all that
-has one axis: biases, routers, the weights of an indexer's heads. Some checkpoints have these alone
-in F32."""
+"""Name endings of small tensors that are always read with `read`, as tensors of one axis are:
+biases, routers, and the weights of an indexer's heads. Some checkpoints store only these in F32."""
 
 OnRead = Callable[[int], None]
-"""Is told of each tensor's bytes in the file, once they are read."""
+"""Called with the number of bytes in the file, after each read."""
 
 
 class Checkpoint:
-    """The tensors of an opened folder, under the names that the model has for them: how they are
-    stored does not show. Reads may run in several threads; what they return is the caller's own.
-    Each raises CheckpointError where the bytes are not those that the manifest knows."""
+    """The tensors of an opened folder, under the model's names for them, however they are stored.
+    Several threads may read. Reads return arrays that the caller owns, and raise CheckpointError if
+    the bytes do not match the manifest."""
 
     def __init__(
         self,
@@ -59,15 +58,17 @@ class Checkpoint:
             for name, form in forms.items()
             if len(form.shape) > 1 and not name.endswith(ALWAYS_FLOAT32)
         )
-        """Whether `read_bits` serves for all matrices that are not read as float32 in any case."""
+        """Whether `read_bits` works for all matrices, except those that are always read as
+        float32."""
         self._shards = MappedShards({part.path for form in forms.values() for part in form.parts})
 
     def fingerprint(self) -> str:
-        """Of the files as they were when it was opened: whoever opens the same has the same."""
+        """A hash of the files as they were when opened. It is equal for everyone who opens the
+        same."""
         return self._shards.fingerprint()
 
     def has(self, name: str) -> bool:
-        """Whether it was asked for when the checkpoint was opened."""
+        """Whether the tensor was requested when the checkpoint was opened."""
         return name in self._forms
 
     def shape(self, name: str) -> Shape:
@@ -81,19 +82,19 @@ class Checkpoint:
         return self._decode(self._forms[name], None, StoredForm.decode)
 
     def read_part(self, name: str, index: int) -> NDArray[np.float32]:
-        """One index of the leading axis, without touching the others."""
+        """One index of the leading axis. Does not read the others."""
         return self._decode(self._forms[name], index, StoredForm.decode)
 
     def read_bits(self, name: str) -> NDArray[np.uint16]:
-        """In bfloat16, of a tensor stored in BF16 or MXFP4, of which it loses nothing."""
+        """A tensor stored in BF16 or MXFP4, as bfloat16 bits. Exact."""
         return self._decode(self._forms[name], None, StoredForm.decode_bits)
 
     def read_bits_part(self, name: str, index: int) -> NDArray[np.uint16]:
         return self._decode(self._forms[name], index, StoredForm.decode_bits)
 
     def copy_bits(self, name: str, out_N: NDArray[np.uint16]) -> None:
-        """Of a tensor stored in BF16, flat, into memory of the caller's: fresh memory would cost as
-        much as the reading."""
+        """Copies a tensor stored in BF16, flat, to the caller's memory. New memory would cost as
+        much as the read."""
         form = self._forms[name]
         assert form.dtype == "BF16", f"{form.values.name} is {form.dtype}"
         with ExitStack() as views:
@@ -116,7 +117,7 @@ class Checkpoint:
                 ) from error
 
     def _view(self, tensor: StoredTensor, index: int | None, views: ExitStack) -> Codes:
-        """Verified bytes of the tensor or of its part, for as long as `views` is open."""
+        """The verified bytes of the tensor or of its part. Valid as long as `views` is open."""
         part = tensor if index is None else tensor.part(index)
         raw = views.enter_context(self._shards.bytes_of(part))
         if self._manifest is not None:
@@ -133,11 +134,11 @@ class Checkpoint:
 def open_checkpoint(
     folder: Path, shapes: Mapping[str, Shape], on_read: OnRead | None = None
 ) -> Checkpoint:
-    """`shapes` are the tensors that must be there, in the shape they have for the model; others are
-    ignored. Where X is quantised, the files hold `X` and `X_scale_inv` (block-scaled FP8), or
-    `X_blocks` and `X_scales` (MXFP4, whose values are transposed). Raises CheckpointError where a
-    shard is missing or truncated, or a tensor is missing, of another shape, in a form that is not
-    served, or unknown to the manifest."""
+    """`shapes` are the tensors that must exist, with their shapes in the model; others are ignored.
+    A quantised tensor X is stored as `X` and `X_scale_inv` (block-scaled FP8), or as `X_blocks` and
+    `X_scales` (MXFP4, whose values are transposed). Raises CheckpointError if a shard is missing or
+    truncated, or if a tensor is missing, has another shape, is stored in an unsupported form, or is
+    not in the manifest."""
     tensors, manifest = read_tensors(folder), read_manifest(folder)
     config = read_json(folder, "config.json") if (folder / "config.json").exists() else {}
     check_method(folder, config)

@@ -1,5 +1,5 @@
-"""What the families' checkpoints have in common whatever their layers are: the names and shapes of
-what stands around attention and MLPs, and how a config is refused."""
+"""What the checkpoints of all families have in common: the names and shapes of the tensors outside
+attention and MLPs, and how an unsupported config is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def head_name(spec: ModelSpec) -> str:
 
 
 def common_tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Embedding, head, and every norm of whole hidden states."""
+    """Shapes of the embedding, the head, and every norm over the hidden state."""
     shapes: dict[str, Shape] = {
         EMBEDDING_NAME: (spec.vocab_size, spec.hidden_size),
         FINAL_NORM_NAME: (spec.hidden_size,),
@@ -37,7 +37,7 @@ def dense_size(spec: ModelSpec) -> int:
 
 
 def raise_if_unsupported(spec: ModelSpec, reasons: dict[str, bool]) -> None:
-    """Raises CheckpointError for the first reason that applies, or where top-k exceeds the
+    """Raises CheckpointError for the first reason that applies, or if top-k exceeds the number of
     experts."""
     too_many = {f"top-{spec.top_k} of {spec.num_experts} experts": spec.top_k > spec.num_experts}
     for reason, applies in (reasons | too_many).items():

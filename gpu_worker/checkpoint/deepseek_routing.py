@@ -1,5 +1,5 @@
-"""How DeepSeek's expert layers choose, by config.json, and the tensors that a checkpoint has for
-such layers. Knows no kernels."""
+"""The routing of DeepSeek's expert layers as config.json defines it, and the tensors that a
+checkpoint has for such layers. Knows no kernels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _METHODS = {True: ("noaux_tc",), False: ("greedy", "group_limited_greedy")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepseekRouting:
-    """`sigmoid`: V3's scores, with a correction; else V2's, by softmax. The top-k come from the
-    `topk_group` best of `num_groups` groups; `factor` scales their weights."""
+    """`sigmoid`: V3's scores, with a correction; else V2's, which are a softmax. The top-k come
+    from the `topk_group` best of `num_groups` groups; `factor` scales their weights."""
 
     sigmoid: bool
     num_groups: int
@@ -28,7 +28,7 @@ class DeepseekRouting:
 
 
 def read_deepseek_routing(spec: ModelSpec, *, sigmoid: bool) -> DeepseekRouting:
-    """Raises CheckpointError for what is malformed, cannot be, or is not served."""
+    """Raises CheckpointError if the config is malformed, inconsistent or unsupported."""
     raw = spec.raw
     method = raw.get("topk_method") or _METHODS[sigmoid][0]
     usual = "sigmoid" if sigmoid else "softmax"
@@ -71,7 +71,7 @@ def _groups_are_valid(routing: DeepseekRouting, spec: ModelSpec) -> bool:
 
 
 def deepseek_shapes(spec: ModelSpec, routing: DeepseekRouting, layer: int) -> dict[str, Shape]:
-    """Tensors of the layer's MLP half, dense or with experts."""
+    """Shapes of the tensors of a layer's MLP half, dense or with experts."""
     prefix = f"model.layers.{layer}.mlp"
     if layer not in spec.moe_layers:
         return mlp_shapes(prefix, spec.hidden_size, dense_size(spec))

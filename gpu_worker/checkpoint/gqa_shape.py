@@ -1,5 +1,5 @@
-"""The sizes of grouped-query attention by config.json, and the tensors that a checkpoint has for
-them. Knows no kernels."""
+"""The sizes of grouped-query attention in config.json, and the tensors that a checkpoint has for
+it. Knows no kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_WHOLE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GqaShape:
-    """Heads of a layer, and how they attend. `window`: tokens that a row sees, itself included; 0:
-    all. `clip` bounds queries, keys and values; 0: nothing."""
+    """The heads of a layer and how they attend. `window` is the number of tokens that a row sees,
+    itself included; 0: all. `clip` bounds queries, keys and values; 0: no bound."""
 
     num_heads: int
     num_kv_heads: int
@@ -35,7 +35,7 @@ class GqaShape:
 
 
 def read_gqa_shape(spec: ModelSpec, qk_norm: int) -> GqaShape:
-    """Raises CheckpointError where the sizes are missing or cannot be."""
+    """Raises CheckpointError if sizes are missing or invalid."""
     raw = spec.raw
     try:
         num_heads, num_kv_heads = int(raw["num_attention_heads"]), raw.get("num_key_value_heads")
@@ -59,7 +59,7 @@ def read_gqa_shape(spec: ModelSpec, qk_norm: int) -> GqaShape:
 def gqa_shapes(
     prefix: str, hidden_size: int, shape: GqaShape, *, qkv_bias: bool = False, o_bias: bool = False
 ) -> dict[str, Shape]:
-    """Tensors of `prefix` (…self_attn) as most families name them."""
+    """Shapes of the tensors under `prefix` (…self_attn), as most families name them."""
     sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
     shapes: dict[str, Shape] = {f"{prefix}.{n}_proj.weight": (sizes[n], hidden_size) for n in "qkv"}
     shapes[f"{prefix}.o_proj.weight"] = (hidden_size, shape.q_size)

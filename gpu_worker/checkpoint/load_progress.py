@@ -1,4 +1,4 @@
-"""How far the reading of a checkpoint is: bytes and rate, in the log now and then. It reads nothing
+"""The progress of reading a checkpoint: bytes and rate, logged now and then. Reads nothing
 itself."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ GB = 1e9
 
 
 class LoadProgress:
-    """Counts what a `Checkpoint` reads, in whichever thread."""
+    """Counts the reads of a `Checkpoint`. Any thread."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -23,12 +23,12 @@ class LoadProgress:
         self.restart()
 
     def restart(self) -> None:
-        """Counts from here on: what comes is a load of its own."""
+        """Resets the counts, before another load."""
         self._began_at = self._logged_at = self._clock.now()
         self._num_tensors = self._num_bytes = 0
 
     def count(self, num_bytes: int) -> None:
-        """Implements `model.checkpoint.OnRead`."""
+        """Implements `checkpoint.OnRead`."""
         self._num_tensors += 1
         self._num_bytes += num_bytes
         if self._clock.now() - self._logged_at >= LOG_EVERY_S:

@@ -24,14 +24,14 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """`hashes` of a tensor: one of the whole, or where it has parts, one of each."""
+    """`hashes` of a tensor: one for the whole tensor, or one for each part if it has parts."""
 
     shard_bytes: Mapping[str, int]
     hashes: Mapping[str, tuple[str, ...]]
 
 
 def has_parts(tensor: StoredTensor) -> bool:
-    """Experts stored together are read one by one, hence hashed one by one."""
+    """Whether parts are hashed separately: experts that are stored together are read one by one."""
     return len(tensor.shape) > 2
 
 
@@ -40,8 +40,8 @@ def hash_of(raw: NDArray[np.uint8]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """None where there is none. Raises CheckpointError where it is malformed, or a shard has
-    another size than it says."""
+    """The folder's manifest, or None if it has none. Raises CheckpointError if the manifest is
+    malformed, or if a shard is missing or has another size than the manifest says."""
     if not (folder / MANIFEST_FILE).exists():
         return None
     found = _parse(folder, read_json(folder, MANIFEST_FILE))
@@ -79,7 +79,7 @@ def _malformed(folder: Path, reason: str) -> str:
 
 
 def check_listed(manifest: Manifest, tensor: StoredTensor) -> None:
-    """Raises CheckpointError where a read of the tensor could not be verified."""
+    """Raises CheckpointError if the manifest cannot verify reads of the tensor."""
     wanted = tensor.shape[0] if has_parts(tensor) else 1
     if len(manifest.hashes.get(tensor.name, ())) != wanted:
         raise CheckpointError(
@@ -91,7 +91,8 @@ def check_listed(manifest: Manifest, tensor: StoredTensor) -> None:
 def verify(
     manifest: Manifest, tensor: StoredTensor, raw: NDArray[np.uint8], part: int | None = None
 ) -> None:
-    """`raw` are the bytes of the tensor, or of its `part`. Raises CheckpointError."""
+    """`raw` are the bytes of the tensor, or of its `part`. Raises CheckpointError if a hash
+    differs."""
     expected = manifest.hashes[tensor.name]
     if part is not None:
         expected = expected[part : part + 1]
@@ -105,7 +106,8 @@ def verify(
 
 
 def write_manifest(folder: Path, on_progress: OnProgress | None = None) -> Path:
-    """Of the files as they are: right after the checkpoint was made or its download checked."""
+    """Writes the manifest of the files as they are now, so the files must be known to be good.
+    Returns its path."""
     tensors = read_tensors(folder)
     hashes: dict[str, str | list[str]] = {}
     for tensor, raws in _each(tensors, on_progress):
@@ -121,7 +123,7 @@ def write_manifest(folder: Path, on_progress: OnProgress | None = None) -> Path:
 
 
 def verify_folder(folder: Path, on_progress: OnProgress | None = None) -> int:
-    """Reads and checks everything; how many tensors that were. Raises CheckpointError."""
+    """Reads and checks everything. Returns the number of tensors. Raises CheckpointError."""
     tensors, manifest = read_tensors(folder), read_manifest(folder)
     if manifest is None:
         raise CheckpointError(
@@ -146,7 +148,8 @@ def _paths(tensors: Mapping[str, StoredTensor]) -> list[Path]:
 def _each(
     tensors: Mapping[str, StoredTensor], on_progress: OnProgress | None
 ) -> Iterator[tuple[StoredTensor, Iterator[NDArray[np.uint8]]]]:
-    """In the order of the files. The second of a pair is to be used up before the next pair."""
+    """Tensors in the order of the files, each with its parts. The parts must be consumed before the
+    next tensor."""
     shards = MappedShards(_paths(tensors))
     in_order = sorted(tensors.values(), key=lambda tensor: (tensor.path, tensor.first_byte))
     for done, tensor in enumerate(in_order):

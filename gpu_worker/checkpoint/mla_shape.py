@@ -1,5 +1,5 @@
-"""The sizes of latent attention by config.json, and the tensors that a checkpoint has for them.
-Knows no kernels."""
+"""The sizes of latent attention in config.json, and the tensors that a checkpoint has for it. Knows
+no kernels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shared.model_spec import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlaShape:
-    """Sizes of a layer. `q_lora_rank` is 0 where queries have no latent; `num_index_heads` is 0
-    where attention is dense."""
+    """The sizes of a layer. `q_lora_rank` is 0 if queries have no latent; `num_index_heads` is 0 if
+    attention is dense."""
 
     hidden_size: int
     num_heads: int
-    qk_nope_head_dim: int  # of a head's query and key that is not rotated
+    qk_nope_head_dim: int  # unrotated elements of a head's query and key
     qk_rope_head_dim: int
     v_head_dim: int
     rank: int  # of the cached latent
@@ -37,7 +37,7 @@ class MlaShape:
 
 
 def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
-    """Raises CheckpointError where sizes are missing or cannot be."""
+    """Raises CheckpointError if sizes are missing or invalid."""
     raw = spec.raw
     try:
         shape = MlaShape(
@@ -70,7 +70,7 @@ def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
 
 
 def mla_shapes(prefix: str, shape: MlaShape, *, bias: bool = False) -> dict[str, Shape]:
-    """Tensors of `prefix` (…self_attn), without the indexer's."""
+    """Shapes of the tensors under `prefix` (…self_attn), without the indexer's."""
     hidden_size = shape.hidden_size
     kv_size = shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim)
     kva_size = shape.rank + shape.qk_rope_head_dim
@@ -95,7 +95,7 @@ def mla_shapes(prefix: str, shape: MlaShape, *, bias: bool = False) -> dict[str,
 
 
 def indexer_shapes(prefix: str, shape: MlaShape) -> dict[str, Shape]:
-    """Tensors of `prefix` (…self_attn.indexer)."""
+    """Shapes of the tensors under `prefix` (…self_attn.indexer)."""
     hidden_size = shape.hidden_size
     return {
         f"{prefix}.wq_b.weight": (shape.num_index_heads * shape.index_head_dim, shape.q_lora_rank),

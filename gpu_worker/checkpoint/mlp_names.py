@@ -1,4 +1,4 @@
-"""What checkpoints call the matrices of a gated MLP, and their shapes."""
+"""The names and shapes of a gated MLP's matrices in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpu_worker.checkpoint.checkpoint import Shape
 
 
 class MlpNames(NamedTuple):
-    """What a family calls the three matrices of a gated MLP."""
+    """A family's names for the three matrices of a gated MLP."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -21,7 +21,7 @@ USUAL_NAMES = MlpNames()
 def mlp_shapes(
     prefix: str, hidden_size: int, inner_size: int, names: MlpNames = USUAL_NAMES
 ) -> dict[str, Shape]:
-    """Tensors of a gated MLP."""
+    """Shapes of a gated MLP's tensors, by name."""
     return {
         f"{prefix}.{names.gate}.weight": (inner_size, hidden_size),
         f"{prefix}.{names.up}.weight": (inner_size, hidden_size),

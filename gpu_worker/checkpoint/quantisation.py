@@ -1,5 +1,5 @@
 """Block-scaled number formats of checkpoints, decoded to float32: FP8 (E4M3 with a scale for each
-block of a matrix) and MXFP4 (E2M1 in groups of 32 with a power of two each). Pure; knows no files.
+block of a matrix) and MXFP4 (E2M1 in groups of 32, each with a power of two). Pure; knows no files.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ _E4M3_TO_FLOAT = np.float32(2.0**120)  # float32's exponents are biased by 120 m
 _E8M0_BIAS = 127
 _E8M0_NAN = 0xFF
 
-# What is decoded at once, so that the passes over it find it in the cache.
+# How much is decoded at once, so that all passes over it find it in the cache.
 _FP8_VALUES_MAX = 2**17
 _MXFP4_GROUPS_MAX = 2**14
 
 
 def _mxfp4_pairs() -> Floats:
-    """`[scale, byte, 2]`: the two values of every byte, the low nibble first, under every scale."""
+    """`[scale, byte, 2]`: the two values of every byte for every scale, the low nibble first."""
     magnitudes = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float32)
     values = np.concatenate([magnitudes, -magnitudes])
     pairs: Floats = values[np.arange(256)[:, np.newaxis] >> np.array([0, 4]) & 15]
-    # 2^-127 is a subnormal of float32, and exact. The last entry stands for NaN and is never used.
+    # 2^-127 is a subnormal of float32, and exact. The last entry is for NaN and is never used.
     scales = np.ldexp(np.float32(1), np.minimum(np.arange(256), _E8M0_NAN - 1) - _E8M0_BIAS)
     with np.errstate(over="ignore"):  # 4 and 6 times 2^127 are infinite, as in other readers
         pairs_by_scale: Floats = pairs * scales[:, np.newaxis, np.newaxis]
     return pairs_by_scale
 
 
-# As one word each: a look-up copies words, whatever they hold.
+# Each pair as one word, so that a look-up copies one word.
 _FLOAT_PAIRS = _mxfp4_pairs().view(np.uint64).reshape(-1)
 _BFLOAT_PAIRS = (_mxfp4_pairs().view(np.uint32) >> 16).astype(np.uint16).view(np.uint32).reshape(-1)
 
 
 def decode_fp8_blocks(codes: Codes, scales: NDArray[Any], block: tuple[int, int]) -> Floats:
-    """`codes` `[..., N, K]`, `scales` `[..., ceil(N/n), ceil(K/k)]` of blocks `[n, k]`, of which
-    the last of a row or column may be cut short. Each value is its code's times its block's scale,
-    rounded once. Raises ValueError where a code is NaN or a scale is not finite."""
+    """`codes` are uint8 `[..., N, K]`; `scales` are `[..., ceil(N/n), ceil(K/k)]` for blocks `[n,
+    k]`, of which the last in a row or column may be partial. Each value is that of its code times
+    its block's scale, rounded once to float32. Raises ValueError if a code is NaN or a scale is not
+    finite."""
     if not np.isfinite(scales).all():
         raise ValueError("has a scale that is not finite")
     num_rows, num_columns = codes.shape[-2:]
@@ -63,7 +64,8 @@ def decode_fp8_blocks(codes: Codes, scales: NDArray[Any], block: tuple[int, int]
 
 
 def _widen_e4m3(codes: Codes, values: Floats) -> None:
-    """Sign, exponent and mantissa are moved to where float32 has them, those of subnormals too."""
+    """Moves sign, exponent and mantissa to their places in float32, also for subnormals. Raises
+    ValueError if a code is NaN."""
     if (codes & 0x7F).max(initial=0) == _E4M3_NAN:
         raise ValueError("holds NaN")
     bits = values.view(np.int32)
@@ -74,13 +76,13 @@ def _widen_e4m3(codes: Codes, values: Floats) -> None:
 
 
 def decode_mxfp4(blocks: Codes, scales: Codes) -> Floats:
-    """`blocks` `[..., G, 16]`, `scales` `[..., G]`: `[..., 32 * G]`. Raises ValueError where a
-    scale is NaN."""
+    """`blocks` are uint8 `[..., G, 16]`, `scales` uint8 `[..., G]`; returns float32 `[..., 32 *
+    G]`. Raises ValueError if a scale is NaN."""
     return _look_up(_FLOAT_PAIRS, blocks, scales).view(np.float32)
 
 
 def decode_mxfp4_bits(blocks: Codes, scales: Codes) -> NDArray[np.uint16]:
-    """`decode_mxfp4` in bfloat16, which is exact: of a code two bits are significant."""
+    """`decode_mxfp4` as bfloat16 bits. Exact: a code has two significant bits."""
     return _look_up(_BFLOAT_PAIRS, blocks, scales).view(np.uint16)
 
 

@@ -1,8 +1,8 @@
-"""Rotary position embeddings: tables of cosines and sines by position, from what config.json says.
+"""Rotary position embeddings: tables of cosines and sines by position, as config.json defines them.
 
 Formulas: RoPE, arXiv 2104.09864; YaRN, arXiv 2309.00071; the factor of YaRN's cosines with `mscale`
-is DeepSeek-V2's, arXiv 2405.04434. They are rounded as the reference implementation rounds, so that
-long contexts agree: exponents and powers in float32.
+is DeepSeek-V2's, arXiv 2405.04434. Exponents and powers are rounded to float32, as in the reference
+implementation, so that results agree over long contexts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from shared.errors import CheckpointError
 
 Floats = NDArray[np.float32]
 Rotations = tuple[Floats, Floats]
-"""Cosines and sines, `[C, size/2]`: by position, then by frequency."""
+"""Cosines and sines, each float32 `[positions, size/2]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """What config.json asks for. `scaling` has the keys of `rope_scaling` / `rope_parameters`."""
+    """The embeddings that config.json asks for. `scaling` has the keys of `rope_scaling` or
+    `rope_parameters`."""
 
     theta: float
     kind: str
@@ -40,7 +41,7 @@ class Rope:
 
     @property
     def softmax_factor(self) -> float:
-        """By which DeepSeek's attention multiplies its scale."""
+        """The factor by which DeepSeek's attention multiplies its scale."""
         mscale = float(self.scaling.get("mscale_all_dim") or 0.0)
         if self.kind == "default" or not mscale:
             return 1.0
@@ -48,8 +49,8 @@ class Rope:
 
 
 def read_rope(raw: Mapping[str, Any], *, kinds: tuple[str, ...] = ("default",)) -> Rope:
-    """Of a whole config.json, in its old spelling or its new one. Raises CheckpointError for a kind
-    that the family does not know."""
+    """Reads a whole config.json, with the old key or the new one. Raises CheckpointError if the
+    kind is not one of `kinds`, or if the config is malformed."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     if kind not in kinds:
@@ -73,7 +74,8 @@ def _powers(theta: float, size: int) -> Floats:
 
 
 def _tables(inverse: Floats, context_tokens: int, factor: float) -> Rotations:
-    """The angles are rounded to float32, their functions are exact, so that all machines agree."""
+    """Angles are rounded to float32; cosines and sines are computed in float64, so that all
+    machines agree."""
     positions = np.arange(context_tokens, dtype=np.float32)
     angles = (positions[:, None] * inverse.astype(np.float32)[None, :]).astype(np.float64)
     cos = np.cos(angles).astype(np.float32) * np.float32(factor)
@@ -87,7 +89,7 @@ def _yarn(rope: Rope, size: int) -> tuple[Floats, float]:
     factor, trained = _factor(rope), _trained_tokens(rope)
 
     def correction_dimension(num_rotations: float) -> float:
-        """Where a dimension makes so many turns over the trained context."""
+        """The dimension that makes this many rotations over the trained context."""
         return size * math.log(trained / (num_rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low = correction_dimension(float(scaling.get("beta_fast") or 32))

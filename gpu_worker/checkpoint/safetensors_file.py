@@ -1,6 +1,6 @@
-"""A safetensors file that is laid out first and then filled, tensor by tensor, in any order and by
-any number of threads. The library's `save_file` wants all tensors in memory, and writes them by one
-thread; the bytes are the same."""
+"""A safetensors file whose header is written first and whose tensors are then written one by one,
+in any order and by any number of threads. The library's `save_file` needs all tensors in memory and
+writes them from one thread; the bytes are the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALIGNMENT = 8
 
 
 class SafetensorsFile:
-    """Sparse until every tensor is written."""
+    """The file is sparse until every tensor is written."""
 
     def __init__(
         self, path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
@@ -31,7 +31,7 @@ class SafetensorsFile:
         _write_at(self._fd, memoryview(header), 0)
 
     def write(self, name: str, values: torch.Tensor) -> int:
-        """How many bytes. From any thread, each tensor once."""
+        """Writes one tensor; returns its bytes. Any thread; each tensor once."""
         assert values.dtype is self._dtypes[name]
         raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         _write_at(self._fd, raw, self._offsets[name])
@@ -52,8 +52,8 @@ class SafetensorsFile:
 def _layout(
     shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
 ) -> tuple[bytes, dict[str, int], int]:
-    """The header, where each tensor begins in the file, and the file's size. Wide types first, so
-    that all are aligned."""
+    """The header, the offset of each tensor in the file, and the size of the file. Wide dtypes come
+    first, so that all tensors are aligned."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
@@ -72,7 +72,7 @@ def _layout(
 
 
 def _write_at(fd: int, raw: memoryview, offset: int) -> None:
-    """One call writes 2 GiB at most."""
+    """Repeats the call, because one call writes at most 2 GiB."""
     while raw.nbytes:
         written = os.pwrite(fd, raw, offset)
         raw, offset = raw[written:], offset + written

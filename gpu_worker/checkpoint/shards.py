@@ -1,5 +1,5 @@
-"""The safetensors files of a checkpoint folder: which there must be, what their headers say, and
-their bytes, memory-mapped. Knows neither number formats nor which tensors a model wants."""
+"""The safetensors files of a checkpoint folder: which files must exist, their headers, and their
+bytes, memory-mapped. Knows neither number formats nor which tensors a model needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor's bytes are. `dtype` is spelled as in the header."""
+    """The location of a tensor's bytes. `dtype` is spelled as in the header."""
 
     name: str
     path: Path
@@ -46,8 +46,8 @@ class StoredTensor:
 
 
 class MappedShards:
-    """Only the pages of tensors that are looked at come into memory, and they leave it after the
-    look: the page cache keeps them for the next start, and for other ranks of this host."""
+    """Memory-mapped files. Only pages of tensors that are read are mapped, and only during the
+    read. The page cache keeps them for the next start and for other ranks of this host."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
@@ -59,17 +59,17 @@ class MappedShards:
                     (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
                 )
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Reading ahead would fetch the experts of others: `bytes_of` says what is wanted.
+            # Read-ahead would fetch experts of other ranks. `bytes_of` requests what is needed.
             mapped.madvise(mmap.MADV_RANDOM)
             self._maps[path] = mapped
 
     def fingerprint(self) -> str:
-        """Another, once a file of them was written or replaced, or stands in another folder."""
+        """A hash that changes when a file is written, replaced or moved to another folder."""
         return hashlib.sha256(repr(sorted(self._opened)).encode()).hexdigest()
 
     @contextmanager
     def bytes_of(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
-        """The view must not outlive the block."""
+        """The bytes as uint8. The view must not be used after the `with` block."""
         mapped = self._maps[tensor.path]
         start = tensor.first_byte - tensor.first_byte % mmap.PAGESIZE
         length = tensor.first_byte + tensor.num_bytes - start
@@ -84,7 +84,7 @@ class MappedShards:
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of all shards, by the headers. Raises CheckpointError where a shard is missing or
+    """All tensors of all shards, from the headers. Raises CheckpointError if a shard is missing or
     truncated, or lacks a tensor that the index places in it."""
     weight_map = _weight_map(folder)
     if weight_map is None:
@@ -101,7 +101,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(folder: Path) -> Mapping[str, str] | None:
-    """From tensor to shard; None where there is one file for all."""
+    """The shard of each tensor; None if there is one file for all. Raises CheckpointError."""
     if not (folder / INDEX_FILE).exists():
         if not (folder / SINGLE_FILE).exists():
             raise CheckpointError(
@@ -121,7 +121,8 @@ def _weight_map(folder: Path) -> Mapping[str, str] | None:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The library checks the header against itself and against the file's size."""
+    """The library checks the header, and that the file has the right size. Raises
+    CheckpointError."""
     try:
         with safe_open(path, framework="np"):
             pass

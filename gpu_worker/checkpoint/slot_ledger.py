@@ -1,4 +1,4 @@
-"""What each expert slot of a rank holds, whatever memory the weights are in."""
+"""Which expert each slot of a rank holds, for slots in any kind of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.types import EMPTY_SLOT
 
 
 class SlotLedger:
-    """Layers L (MoE layers only), slots S. One thread loads, others look."""
+    """Layers L (MoE layers only), slots S. One thread writes, others read."""
 
     def __init__(self, num_layers: int, slots_per_rank: int) -> None:
         self._contents: NDArray[np.int16] = np.full(
@@ -21,7 +21,7 @@ class SlotLedger:
 
     @property
     def contents(self) -> NDArray[np.int16]:
-        """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
+        """A copy, int16 `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         with self._lock:
             return self._contents.copy()
 

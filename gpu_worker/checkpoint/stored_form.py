@@ -1,5 +1,5 @@
-"""How a checkpoint stores one tensor that a model asks for: as plain floats, or quantised in two
-parts. Recognises and checks it by headers and config.json alone, before a weight is read."""
+"""How a checkpoint stores one tensor of a model: as plain floats, or quantised in two parts.
+Recognises and checks the form by headers and config.json alone, before a weight is read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ _SCALES = ("F32", "BF16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredForm:
-    """`dtype` is that of the values: MXFP4, or as in the header. Plain floats have no `scales`."""
+    """`dtype` is that of the values: MXFP4, or the dtype in the header. Plain floats have no
+    `scales`."""
 
     dtype: str
     values: StoredTensor
@@ -52,7 +53,7 @@ class StoredForm:
 
     @property
     def shape(self) -> Shape:
-        """Decoded."""
+        """The shape of the decoded tensor."""
         if self.dtype != MXFP4:
             return self.values.shape
         *leading, rows, groups, _ = self.values.shape
@@ -64,8 +65,8 @@ class StoredForm:
         return self.dtype in ("BF16", MXFP4)
 
     def decode(self, raw_values: Codes, raw_scales: Codes | None, leading: int) -> Floats:
-        """An array of its own, from the bytes of all of the tensor, or with `leading` 1 of one
-        index of its leading axis. Raises ValueError where the bytes cannot be right."""
+        """A new float32 array, from the bytes of the whole tensor, or (with `leading` 1) of one
+        index of its leading axis. Raises ValueError if the bytes are invalid."""
         values = _view(self.values, raw_values, leading)
         if self.scales is None or raw_scales is None:
             return _as_floats(self.values.dtype, values)
@@ -77,7 +78,7 @@ class StoredForm:
     def decode_bits(
         self, raw_values: Codes, raw_scales: Codes | None, leading: int
     ) -> NDArray[np.uint16]:
-        """As `decode`, in bfloat16."""
+        """Like `decode`, as bfloat16 bits."""
         assert self.is_bfloat16, f"{self.values.name} is {self.dtype}"
         values = _view(self.values, raw_values, leading)
         if self.scales is None or raw_scales is None:
@@ -99,7 +100,7 @@ def _as_floats(dtype: str, values: NDArray[Any]) -> Floats:
 
 
 def check_method(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a quantisation that nothing here decodes."""
+    """Raises CheckpointError for a quantisation that is not supported."""
     quantisation = config.get("quantization_config") or {}
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
     if method not in _SERVED_METHODS:
@@ -116,7 +117,7 @@ def find_form(
     name: str,
     shape: Shape,
 ) -> StoredForm:
-    """Raises CheckpointError where the tensor is missing, or not stored in a form we know."""
+    """Raises CheckpointError if the tensor is missing, or stored in an unsupported form."""
     blocks = tensors.get(f"{name}_blocks")
     if name not in tensors and blocks is not None:
         return _mxfp4_form(tensors, blocks, name, shape)
@@ -148,7 +149,7 @@ def _fp8_form(
 def _mxfp4_form(
     tensors: Mapping[str, StoredTensor], blocks: StoredTensor, name: str, shape: Shape
 ) -> StoredForm:
-    """The groups lie along the input axis, which is the last but one of the logical shape."""
+    """Groups run along the input axis, which is the second to last of the logical shape."""
     if blocks.dtype != "U8":
         raise CheckpointError(
             f"{blocks.path}: tensor {blocks.name} is stored as {blocks.dtype} in place of U8; "

@@ -1,1 +1,1 @@
-"""Models: checkpoints, layers and CPU kernels."""
+"""A rank's model on the CPU: its layers, weights and kernels."""

@@ -20,8 +20,8 @@ Floats = NDArray[np.float32]
 
 
 class GqaWeights(NamedTuple):
-    """A layer's, with the norm before it; matrices are in panels. The norms of queries
-    and keys may be empty, and so may the sinks, one of a query head each."""
+    """The weights of a layer's attention and of the norm before it. Matrices are in panels. The
+    norms of queries and keys may be empty. The sinks, one for each query head, may be empty too."""
 
     norm_H: Floats
     w_qkv: Weights
@@ -34,7 +34,7 @@ class GqaWeights(NamedTuple):
 
 
 _TILE_ROWS = 12
-"""Query rows that attend together, where they share a sequence and a KV head."""
+"""Query rows in a tile: rows that share a sequence and a KV head are computed together."""
 
 
 class GqaScratch:
@@ -48,7 +48,7 @@ class GqaScratch:
         self._allocate(0)
 
     def grow(self, *, num_tokens: int, context_tokens: int) -> None:
-        """`context_tokens` in whole blocks."""
+        """`context_tokens` is rounded up to whole blocks."""
         if num_tokens > self.h_TH.shape[0]:
             self._allocate(next_capacity(num_tokens))
         if context_tokens > self.scores_RC.shape[1]:
@@ -63,9 +63,9 @@ class GqaScratch:
 class GqaAttention:
     """One layer. Implements `family.Attention`.
 
-    Keys lie transposed inside a block (blocks B, KV heads J, head size D, block_tokens U:
-    `k_BJDU`, `v_BJUD`), so that scores of a block's tokens are computed side by side. Stale values
-    stay finite for ever, and are masked by position.
+    Keys are transposed inside a block (blocks B, KV heads J, head size D, block_tokens U: `k_BJDU`,
+    `v_BJUD`), so that the scores of a block's tokens are computed side by side. Stale values are
+    always finite, and are masked by position.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ EMPTY: Floats = np.zeros(0, dtype=np.float32)
 
 
 def read_gqa(checkpoint: Checkpoint, prefix: str, norm_name: str) -> GqaWeights:
-    """What `gqa_shapes` names; biases, norms and sinks where the checkpoint was opened with
-    them."""
+    """Reads the tensors that `gqa_shapes` names. Biases are zeros, and norms and sinks are empty,
+    if the checkpoint was opened without them."""
 
     def vector(name: str) -> Floats:
         return read_vector(checkpoint, name) if checkpoint.has(name) else EMPTY

@@ -1,4 +1,4 @@
-"""Multi-head latent attention with its paged cache of latents, and its sparse form."""
+"""Multi-head latent attention with its paged cache of latents, dense and sparse."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from gpu_worker.engine.step_batch import StepBatch
 Floats = NDArray[np.float32]
 
 INNER_EPS = np.float32(1e-6)
-"""Of the norms of the latents and of the indexer's keys: fixed in the published code."""
+"""The epsilon of the norms of latents and of the indexer's keys, as in the published code."""
 
 
 class MlaWeights(NamedTuple):
-    """A layer's, with the norm before it; matrices are `[inputs, outputs]`. Without a latent of the
-    queries `w_qa_HQ` has no columns, and `w_qb_QP` takes the hidden state."""
+    """The weights of a layer's attention and of the norm before it. Matrices are `[inputs,
+    outputs]`, float32. If queries have no latent, `w_qa_HQ` has no columns and `w_qb_QP` is applied
+    to the hidden state."""
 
     norm_H: Floats
     w_qa_HQ: Floats
@@ -41,7 +42,7 @@ class MlaWeights(NamedTuple):
 
 
 class IndexerWeights(NamedTuple):
-    """The lightning indexer's."""
+    """The weights of a layer's lightning indexer."""
 
     w_q_QP: Floats
     w_k_HL: Floats
@@ -64,7 +65,7 @@ class MlaScratch:
         )
         self.zeros: Floats = np.zeros(max(*widest, shape.index_head_dim), dtype=np.float32)
         self.tile_AU: Floats = _floats(shape.num_heads, block_tokens)
-        # Rows behind the last chosen position get the weight zero: they must be finite.
+        # Rows after the last chosen position get the weight zero, so they must be finite.
         self.latent_UR: Floats = prefaulted_zeros(block_tokens, shape.rank)
         self.key_UW: Floats = _floats(block_tokens, shape.qk_rope_head_dim)
         self.index_UI: Floats = _floats(block_tokens, shape.num_index_heads)
@@ -103,11 +104,11 @@ class MlaScratch:
 
 
 class MlaAttention:
-    """One layer; dense, or sparse where it has an indexer. Implements `family.Attention`.
+    """One layer: sparse if it has an indexer, else dense. Implements `family.Attention`.
 
     The cache holds each token's normed latent and its rotated shared key (blocks B, block_tokens U:
-    `latent_BUR`, `key_BUW`), and the indexer's keys `index_key_BUL`. Stale values stay finite, and
-    get the weight zero.
+    `latent_BUR`, `key_BUW`), and the indexer's keys `index_key_BUL`. Stale values are always finite
+    and get the weight zero.
     """
 
     def __init__(

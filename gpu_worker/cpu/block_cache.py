@@ -1,5 +1,5 @@
-"""Contents of a CPU model's KV blocks, out of its caches and into them. Implements
-`copies.ports.BlockCache`; who wants which block copied is not its matter."""
+"""Saves the contents of a CPU model's KV blocks and loads them. Implements
+`engine.kv_replication.BlockCache`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class CpuBlockCache:
         return self._layout
 
     def staging_buffer(self) -> Bytes:
-        """Whole pages, written now: the first touch of fresh memory must not fall into a step."""
+        """Whole pages. They are written now, because the first touch of new memory is slow and must
+        not happen during a step."""
         pages = mmap.mmap(-1, self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         staging_buffer = np.frombuffer(pages, dtype=np.uint8)
         staging_buffer.fill(0)
@@ -54,7 +55,7 @@ class CpuBlockCache:
 
 
 def _form(layers: Sequence[Sequence[Floats]]) -> str:
-    """Of a block: runs of equal layers, each as its number of layers and their arrays' rows."""
+    """The layout of a block: for each run of equal layers their number, dtypes and row shapes."""
     forms = [" ".join(f"{a.dtype.str}{list(a.shape[1:])}" for a in layer) for layer in layers]
     return ", ".join(f"{len(list(run))} x {form}" for form, run in groupby(forms))
 

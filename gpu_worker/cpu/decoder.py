@@ -1,5 +1,5 @@
-"""A decoder on a CPU rank: the forward over its layers, with the rank's expert slots. What a layer
-computes is its family's to say, and the kernels' to do."""
+"""A decoder on a CPU rank: the forward over its layers, with the rank's expert slots. The model's
+family defines what a layer computes; kernels do the arithmetic."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shared.model_spec import ModelSpec
 
 
 class Decoder:
-    """Implements `engine.step_batch.Model`. `slots` is filled by the caller before the first
-    step that a map names it in."""
+    """Implements `engine.step_batch.Model`. The caller loads a slot before the first step whose map
+    names it."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Decoder:
         checkpoint = open_checkpoint(folder, family.tensor_shapes(), on_read)
         self.spec = spec
         self.context_tokens_max = min(spec.context_tokens_max, kv.num_tokens)
-        """Positions must stay below: the model's own limit, or the whole KV cache."""
+        """Positions must be below this: the model's limit, or the size of the KV cache."""
         self.weights_dtype = weights_dtype(checkpoint)
         self.slots = ExpertSlots(
             num_layers=spec.num_moe_layers,
@@ -49,7 +49,7 @@ class Decoder:
             read_expert=lambda layer, expert, slot: (
                 family.read_expert(checkpoint, spec.moe_layers[layer], expert, slot)
                 if spec.moe_layers
-                else None  # the expert of a dense model is nothing
+                else None  # a dense model has no experts to read
             ),
             dtype=self.weights_dtype,
         )
@@ -94,7 +94,7 @@ class Decoder:
             assert last < self.context_tokens_max, "a position beyond the context"
             tokens.grow(num_tokens)
             np.take(self._embedding_VH, batch.token_ids_T, axis=0, out=tokens.x_TH[:num_tokens])
-        # Without MoE layers there is nothing to agree on: each rank sleeps by itself.
+        # Without MoE layers ranks exchange nothing, and each rank sleeps on its own.
         any_work: bool | None = None if self.spec.moe_layers else num_tokens > 0
         moe_layer = 0
         for attention, mlp in zip(self.attention, self._mlps, strict=True):
@@ -156,7 +156,8 @@ class Decoder:
         kernels.add_rows(tokens.x_TH, y_TH, num_tokens)
 
     def _logits(self, rows_R: NDArray[np.int32]) -> Floats:
-        """A new array: the sampler may keep it over the next step."""
+        """`[rows, vocabulary]`, float32: a new array, which the sampler may keep during the next
+        step."""
         logits_RV: Floats = np.empty((rows_R.shape[0], self.vocab_size), dtype=np.float32)
         if rows_R.shape[0]:
             kernels.head_logits(
@@ -173,6 +174,6 @@ class Decoder:
 
 
 def _inner_size(mlp: MoeLayer | DenseLayer) -> int:
-    """Of what every token goes through; 0 without."""
+    """The inner size of the MLP that every token goes through; 0 if there is none."""
     weights = mlp.mlp if isinstance(mlp, DenseLayer) else mlp.shared
     return 0 if weights is None else int(weights.w_down.shape[2])

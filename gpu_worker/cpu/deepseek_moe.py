@@ -1,5 +1,5 @@
-"""The expert layers of DeepSeek's kind, which GLM has, too: routed experts of groups, shared ones
-that every token goes through, dense layers first."""
+"""DeepSeek's expert layers, which GLM has too: routed experts in groups, shared experts that every
+token goes through, and dense layers first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.model_spec import ModelSpec
 
 
 class DeepseekMoe:
-    """`sigmoid`: V3's routing; else V2's."""
+    """With V3's routing if `sigmoid`, else with V2's."""
 
     def __init__(self, spec: ModelSpec, *, sigmoid: bool) -> None:
         """Raises CheckpointError."""

@@ -1,5 +1,5 @@
-"""The physical expert slots of one rank: preallocated weights, what each slot holds, and loading
-into them while the engine uses others. Which expert belongs where is the planner's."""
+"""The physical expert slots of one rank: preallocated weights, the expert that each slot holds, and
+loading of some slots while the engine uses others. The planner decides which expert goes where."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from shared.types import EMPTY_SLOT
 
 
 class MlpSlot(NamedTuple):
-    """Where the weights of one MLP go, matrix by matrix, so that beside the slot nobody holds more
-    than one of them. As checkpoints store them: `gate_IH`, `up_IH`, `down_HI`."""
+    """The destination of one MLP's weights. They are put matrix by matrix, so that no more than one
+    matrix is in memory beside the slot. The arguments have the shapes of checkpoints: `gate_IH`,
+    `up_IH`, `down_HI`."""
 
     w_gate_up: Weights
     w_down: Weights
@@ -40,7 +41,8 @@ class MlpSlot(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """Of S MLPs, in panels of `[H, J]` and `[I, H]`: hidden H, inner I, J = 2I (gate, then up)."""
+    """The weights of S MLPs, in panels of `[H, J]` and `[I, H]`: hidden H, inner I, J = 2I (gate,
+    then up)."""
 
     w_gate_up: Weights
     w_down: Weights
@@ -54,8 +56,9 @@ class MlpWeights(NamedTuple):
 class ExpertSlots:
     """Layers L (MoE layers only), slots S, hidden H, inner I.
 
-    One thread loads, another computes: `load` touches only the slot's own memory, and no map names
-    a slot before its contents were published. `read_expert(layer, expert, slot)` puts the weights.
+    One thread loads while another computes: `load` touches only the slot's own memory, and no map
+    names a slot before its contents are published. `read_expert(layer, expert, slot)` puts the
+    weights.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class ExpertSlots:
         read_expert: Callable[[int, int, MlpSlot], None],
         dtype: np.dtype[Any] = WEIGHT_DTYPES[0],
     ) -> None:
-        """`dtype` is that of what `read_expert` puts."""
+        """`dtype` is that of the weights that `read_expert` puts."""
         leading = (num_layers, slots_per_rank)
         self.w_gate_up = empty_panels(leading, hidden_size, 2 * inner_size, dtype)
         self.w_down = empty_panels(leading, inner_size, hidden_size, dtype)
@@ -83,7 +86,7 @@ class ExpertSlots:
         return self._ledger.contents
 
     def weights(self, layer: int) -> MlpWeights:
-        """Of all slots of a layer."""
+        """The weights of all slots of a layer."""
         return MlpWeights(
             w_gate_up=self.w_gate_up[layer],
             w_down=self.w_down[layer],
@@ -92,7 +95,7 @@ class ExpertSlots:
         )
 
     def load(self, layer: int, slot: int, expert: int) -> None:
-        """The slot is EMPTY until the last byte is in."""
+        """The slot counts as empty until the expert is loaded completely."""
         self._ledger.set(layer, slot, EMPTY_SLOT)
         self._read_expert(layer, expert, self.weights(layer).slot(slot))
         self._ledger.set(layer, slot, expert)
@@ -102,8 +105,8 @@ class ExpertSlots:
         desired_LS: NDArray[np.int16],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Makes `contents` equal to `desired_LS`: loads what differs, forgets what is desired
-        EMPTY. `on_progress(loaded, to_load)` after each load."""
+        """Makes `contents` equal to `desired_LS`: loads the slots that differ, and marks a slot
+        empty if EMPTY_SLOT is desired. Calls `on_progress(loaded, to_load)` after each load."""
         present_LS = self.contents
         assert desired_LS.shape == present_LS.shape, "the assignment is for other slots"
         differs_LS = desired_LS != present_LS

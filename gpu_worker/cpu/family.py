@@ -1,5 +1,5 @@
-"""What a model family tells the decoder: the one file that serves an architecture implements
-`Family` out of the layers that `attention_*`, `routers` and `mlp` offer."""
+"""The interface between a model family and the decoder. One file for each architecture implements
+`Family`, with layers from `attention_*`, `routers` and `mlp`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Attention(Protocol):
     """The attention half of one layer, with its norm, weights and KV cache."""
 
     def attend(self, x_TH: Floats, batch: StepBatch) -> None:
-        """x += attention(norm(x)) for the step's tokens; writes their KV first. Rows of `x_TH`
-        beyond the step's are left alone."""
+        """x += attention(norm(x)) for the step's tokens. Writes their KV first. Rows of `x_TH`
+        after the step's tokens do not change."""
         ...
 
     def cache_arrays(self) -> Sequence[Floats]:
@@ -62,7 +62,7 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayer:
-    """x += sum of weights * experts(norm(x)) + shared(norm(x)). Every rank holds `shared`, and
+    """x += sum of weights * experts(norm(x)) + shared(norm(x)). Every rank has `shared` and
     computes it for its own tokens."""
 
     norm_H: Floats
@@ -81,13 +81,13 @@ class DenseLayer:
 class Family(Protocol):
     """One architecture, for one config.json.
 
-    Layers are counted as decoder layers; which of them have experts is `ModelSpec.moe_layers`.
-    Everything is read once, when the rank starts, but experts: those whenever a slot is loaded, by
-    another thread.
+    `layer` counts decoder layers; `ModelSpec.moe_layers` says which of them have experts. Experts
+    are read whenever a slot is loaded, by another thread. Everything else is read once, when the
+    rank starts.
     """
 
     entry_points: ClassVar[Sequence[EntryPoint]]
-    """The kernels of its attention and routers."""
+    """The kernels of the family's attention and routers."""
 
     expert_activation: ClassVar[int]
     norm_eps: float
@@ -96,18 +96,18 @@ class Family(Protocol):
     head_name: str
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Raises CheckpointError where the config is malformed or asks for what is not built."""
+        """Raises CheckpointError if the config is malformed or asks for something unsupported."""
         ...
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Every tensor that a complete checkpoint has, by its name there."""
+        """The shape of every tensor of a complete checkpoint, by its name in the checkpoint."""
         ...
 
     def read_attention(
         self, checkpoint: Checkpoint, kv: KvShape, context_tokens_max: int
     ) -> list[Attention]:
-        """One for each layer. They may share scratch memory: they run in turn. Positions stay below
-        `context_tokens_max`."""
+        """One for each layer. They may share scratch memory, because they run one after the other.
+        Positions are below `context_tokens_max`."""
         ...
 
     def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer: ...

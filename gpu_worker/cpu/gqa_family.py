@@ -1,5 +1,4 @@
-"""What families with grouped-query attention have in common: names, sizes, reading. A family says
-how it differs."""
+"""What families with grouped-query attention have in common: names, sizes and reading."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ from shared.model_spec import ModelSpec
 
 
 class GqaFamily:
-    """Implements `family.Family`, as Llama and its children have it, with softmax routing where
-    there are experts. Subclasses override what differs."""
+    """Implements `family.Family` for models of Llama's kind, with softmax routing if there are
+    experts. Subclasses override what differs."""
 
     entry_points: ClassVar[Sequence[EntryPoint]] = (*gqa.ENTRY_POINTS, *router.ENTRY_POINTS)
     expert_activation: ClassVar[int] = experts.SWIGLU
@@ -54,7 +53,7 @@ class GqaFamily:
         self.shape = read_gqa_shape(spec, self.qk_norm)
         self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", False))
         self.rotary_dim = self.shape.head_dim
-        """How many elements of a head are rotated."""
+        """The number of elements of a head that are rotated."""
 
     def shape_of(self, layer: int) -> GqaShape:
         return self.shape

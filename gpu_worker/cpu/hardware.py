@@ -1,5 +1,5 @@
-"""What a CPU rank computes with and talks over: a model in numba's kernels, Mooncake's
-TransferEngine."""
+"""The hardware of a CPU rank: a model with numba kernels, and Mooncake's TransferEngine for the
+exchange."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
+from gpu_worker.exchange.transfer import TransferExchange
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
@@ -31,8 +32,8 @@ log = structlog.get_logger()
 
 
 class CpuHardware:
-    """Opened in two steps: the endpoint at once, because Mooncake binds its port on this thread;
-    the model where waiting holds nobody up."""
+    """Opened in two steps. The constructor opens the endpoint, because Mooncake binds its port on
+    the calling thread. `load` reads the model and may run on another thread."""
 
     def __init__(self, config: RankConfig, member: Member, model: ModelSpec, clock: Clock) -> None:
         """Raises ConfigError."""
@@ -50,7 +51,7 @@ class CpuHardware:
         require_confined()
 
     def load(self, spec: InstanceSpec, folder: Path) -> Hardware:
-        """Raises CheckpointError."""
+        """Blocks for as long as reading and compiling take. Raises CheckpointError."""
         progress = LoadProgress(self._clock)
         model = self._load_model(spec, folder, progress)
         log.info("model_loaded", folder=str(folder), **progress.log_fields())
@@ -58,7 +59,9 @@ class CpuHardware:
         deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
 
         def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
-            exchange = self._endpoint.exchange(self._member, monitor, self._clock, deadline_ms)
+            exchange = TransferExchange(
+                self._endpoint, self._member, monitor, self._clock, deadline_ms
+            )
             return RunnerParts(ModelRunner(model, exchange))
 
         return Hardware(

@@ -1,4 +1,4 @@
-"""What DeepSeek's families have in common: names, sizes, reading."""
+"""What DeepSeek's families have in common: names, sizes and reading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from shared.model_spec import ModelSpec
 
 
 class MlaFamily:
-    """Implements `family.Family`. Subclasses say how they route, and whether they index."""
+    """Implements `family.Family`. Subclasses set the kind of routing, and whether they have an
+    indexer."""
 
     entry_points: ClassVar[Sequence[EntryPoint]] = (
         *mla.ENTRY_POINTS,

@@ -1,4 +1,4 @@
-"""Gated MLPs: reading them into the layout of the kernels, and computing many of them at once."""
+"""Gated MLPs: reads them into the layout of the kernels, and computes many of them at once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Ints = NDArray[np.int32]
 
 
 DenseWeights = MlpWeights
-"""One MLP that every token goes through: S is 1."""
+"""One MLP that every token goes through, so S is 1."""
 
 
 class MlpRunner:
-    """Computes (row, MLP) pairs; keeps the scratch memory, which only ever grows."""
+    """Computes (row, MLP) pairs. Owns the scratch memory, which only grows."""
 
     def __init__(
         self, *, hidden_size: int, inner_size: int, num_mlps: int, activation: int
@@ -33,8 +33,8 @@ class MlpRunner:
         self._allocate(0)
 
     def run(self, x_MH: Floats, rows_N: Ints, mlps_N: Ints, weights: MlpWeights) -> Floats:
-        """`y_NH`: for each pair the output of MLP `mlps_N` for row `rows_N` of x. Valid until the
-        next call."""
+        """`y_NH`, float32: for each pair the output of MLP `mlps_N` for row `rows_N` of x. Valid
+        until the next call."""
         num_pairs = rows_N.shape[0]
         if num_pairs > self._y_NH.shape[0]:
             self._allocate(next_capacity(num_pairs))

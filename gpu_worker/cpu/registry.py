@@ -1,5 +1,6 @@
-"""From a checkpoint folder to a model: the family that serves its architecture, and the kernels
-that this family needs. Which file serves which architecture stands in `shared.model_spec`."""
+"""Loads a model from a checkpoint folder: finds the family that serves its architecture, and
+compiles the kernels of that family. `shared.model_spec` lists which file serves which
+architecture."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ def load_model(
     on_warm_up: Callable[[int, int], None] | None = None,
     on_read: OnRead | None = None,
 ) -> Decoder:
-    """A model ready to step once its expert slots are loaded: kernels compiled, shared weights
-    read. Raises CheckpointError; checks the checkpoint before it spends time on the kernels."""
+    """A model that can step as soon as its expert slots are loaded: its kernels are compiled and
+    its other weights are read. The checkpoint is checked before the kernels are compiled. Raises
+    CheckpointError."""
     spec = read_model_spec(folder)
     family = family_class(spec.architecture)(spec)
     model = Decoder(
@@ -52,7 +54,7 @@ def warm_up(on_progress: Callable[[int, int], None] | None = None) -> None:
 
 
 def family_class(architecture: str) -> type[Family]:
-    """`FAMILY` of the file that serves this architecture."""
+    """The class `FAMILY` in the file that serves this architecture."""
     module = importlib.import_module(f"gpu_worker.cpu.families.{ARCHITECTURES[architecture]}")
     family: type[Family] = module.FAMILY
     return family

@@ -1,4 +1,4 @@
-"""The ways in which families choose experts. Each implements `family.Router`."""
+"""The routers of all families. Each implements `family.Router`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ints = NDArray[np.int32]
 
 
 class _Scratch:
-    """Scores of a step's tokens; only ever grown."""
+    """Memory for the scores of a step's tokens. It only grows."""
 
     def __init__(self, num_experts: int) -> None:
         self._scores_TE: Floats = np.empty((0, num_experts), dtype=np.float32)
@@ -48,7 +48,7 @@ class SoftmaxRouter:
 
 
 class TopKSoftmaxRouter:
-    """The top-k logits (of a linear layer with a bias), then a softmax over these alone."""
+    """The top-k logits of a linear layer with a bias, then a softmax over these alone."""
 
     def __init__(self, w_router_HE: Floats, b_router_E: Floats) -> None:
         self._w_router_HE = w_router_HE
@@ -68,9 +68,10 @@ class TopKSoftmaxRouter:
 
 
 class GroupRouter:
-    """DeepSeek's: a correction takes part in the choice, not in the weight; experts come from the
-    `topk_group` best of `num_groups` groups; weights are scaled by `factor`. Scores are sigmoids,
-    a group counting by its two best experts (V3), or softmax, a group counting by its best (V2)."""
+    """DeepSeek's router. The correction is added to scores for the choice, not for the weight.
+    Experts come from the `topk_group` best of `num_groups` groups, and weights are scaled by
+    `factor`. V3: scores are sigmoids, and a group's value is the sum of its two best. V2: scores
+    are a softmax, and a group's value is its best."""
 
     def __init__(
         self,

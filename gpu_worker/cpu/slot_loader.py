@@ -1,4 +1,4 @@
-"""Loads assigned experts into slots, off the event loop, and says how far it is."""
+"""Loads assigned experts into slots, off the event loop, and logs its progress."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PROGRESS_EVERY = 64
 
 
 class ExpertSlotLoader:
-    """Implements `membership.driver.SlotLoader`. `progress` counts what the slots' checkpoint
-    reads."""
+    """Implements `membership_driver.SlotLoader`. `progress` counts the reads of the slots'
+    checkpoint."""
 
     def __init__(self, slots: ExpertSlots, progress: LoadProgress) -> None:
         self._slots = slots

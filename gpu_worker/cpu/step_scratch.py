@@ -1,4 +1,4 @@
-"""Working memory of a forward, kept between steps and only ever grown, so that a step allocates
+"""Working memory of a forward. It is kept between steps and only grows, so that a step allocates
 nothing."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ Floats = NDArray[np.float32]
 
 
 class TokenScratch:
-    """For the rank's own tokens of a step. Rows beyond the step's tokens are garbage."""
+    """Arrays for the rank's own tokens of a step. Rows after the step's tokens are undefined."""
 
     def __init__(self, *, hidden_size: int, top_k: int) -> None:
         self._hidden_size = hidden_size
@@ -31,13 +31,13 @@ class TokenScratch:
 
 
 def next_capacity(count: int) -> int:
-    """The next power of two: few reallocations while a load builds up."""
+    """The next power of two, so that a growing load causes few reallocations."""
     return 1 << (count - 1).bit_length()
 
 
 def prefaulted_zeros(*shape: int) -> Floats:
-    """Written now: the first touch of fresh memory costs milliseconds a page on a virtual machine,
-    and must not fall into a step."""
+    """Zeros whose pages are written now: on a virtual machine the first touch of new memory costs
+    milliseconds for each page, which must not happen during a step."""
     zeros: Floats = np.empty(shape, dtype=np.float32)
     zeros.fill(0.0)
     return zeros

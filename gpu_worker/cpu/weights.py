@@ -1,4 +1,4 @@
-"""Reading tensors into the layout that the kernels want."""
+"""Reads tensors into the memory layout of the kernels."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ Weights = NDArray[Any]
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> Floats:
-    """As stored."""
+    """As float32, in the stored shape."""
     return checkpoint.read(name)
 
 
 def weights_dtype(checkpoint: Checkpoint) -> np.dtype[Any]:
-    """Of all that is in panels."""
+    """The dtype of all weights in panels: uint16 (bfloat16 bits) or float32."""
     return np.dtype(np.uint16 if checkpoint.is_bfloat16 else np.float32)
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Weights:
-    """For `into_panels`, as stored: `[outputs, inputs]`, bfloat16 as uint16 where all is."""
+    """A matrix as stored, `[outputs, inputs]`, in `weights_dtype`."""
     return checkpoint.read_bits(name) if checkpoint.is_bfloat16 else checkpoint.read(name)
 
 
 def read_weight_part(checkpoint: Checkpoint, name: str, index: int) -> Weights:
-    """One index of the leading axis."""
+    """One index of the leading axis, in `weights_dtype`."""
     if checkpoint.is_bfloat16:
         return checkpoint.read_bits_part(name, index)
     return checkpoint.read_part(name, index)
 
 
 def read_panels(checkpoint: Checkpoint, *names: str) -> Weights:
-    """Side by side, as one matrix `[inputs, all outputs]` in panels."""
+    """Several matrices side by side, as one `[inputs, all outputs]` in panels."""
     shapes = [checkpoint.shape(name) for name in names]
     dtype = weights_dtype(checkpoint)
     panels = empty_panels((), shapes[0][1], sum(outputs for outputs, _ in shapes), dtype)
@@ -49,19 +49,13 @@ def read_panels(checkpoint: Checkpoint, *names: str) -> Weights:
     return panels
 
 
-def into_panels(w_KN: Weights) -> Weights:
-    panels: Weights = empty_panels((), w_KN.shape[0], w_KN.shape[1], w_KN.dtype)
-    pack(w_KN, panels)
-    return panels
-
-
 def empty_panels(
     leading: tuple[int, ...], num_inputs: int, num_outputs: int, dtype: np.dtype[Any]
 ) -> Weights:
-    """Zeros."""
+    """Zeros, `[*leading, panels, num_inputs, PANEL]`."""
     return np.zeros((*leading, -(-num_outputs // PANEL), num_inputs, PANEL), dtype=dtype)
 
 
 def read_matrix(checkpoint: Checkpoint, name: str) -> Floats:
-    """Transposed to `[inputs, outputs]`."""
+    """A float32 matrix, transposed to `[inputs, outputs]`."""
     return np.array(checkpoint.read(name).T, order="C")

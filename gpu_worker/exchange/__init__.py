@@ -1,1 +1,1 @@
-"""Where ranks talk in a forward: the interface, and its implementations."""
+"""The exchange of tokens between ranks in a forward: its interface and its implementations."""

@@ -1,5 +1,5 @@
-"""How a waiting engine thread passes its time: it yields the CPU, later it sleeps, so that neither
-a slow peer on the same cores nor a dead one costs a core."""
+"""How an engine thread waits: it first yields the CPU and later sleeps, so that neither a slow peer
+on the same cores nor a dead one costs a core."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import time
 from shared.clock import Clock
 
 _YIELD_S = 100e-6
-"""How long a wait yields the CPU before it starts to sleep. Longer is quicker on idle cores only:
-where ranks share cores, a waiting rank takes them from those it waits for."""
+"""How long a wait yields the CPU before it starts to sleep. A longer time is faster only on idle
+cores: if ranks share cores, a waiting rank takes CPU time from those it waits for."""
 
 _SLEEP_S_MIN, _SLEEP_S_MAX, _SLEEP_GROWTH = 30e-6, 200e-6, 1.1
 _MAINTENANCE_INTERVAL_S = 0.001
@@ -28,8 +28,8 @@ class Backoff:
         self._sleep_s = _SLEEP_S_MIN
 
     def wait_once(self) -> bool:
-        """A moment's rest. True about once a millisecond: time for what need not be done at every
-        look."""
+        """Yields or sleeps once. True about once a millisecond, when periodic maintenance is
+        due."""
         now = self._clock.now()
         if now < self._sleep_from:
             os.sched_yield()
@@ -43,5 +43,6 @@ class Backoff:
 
 
 def reduce_timer_slack() -> None:
-    """For the calling thread. Linux may prolong each sleep by 50 µs, which is much here."""
+    """Reduces the calling thread's timer slack to 1 µs. By default Linux may lengthen each sleep by
+    50 µs, which is much here."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)

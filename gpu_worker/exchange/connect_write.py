@@ -1,5 +1,5 @@
-"""The small write that makes Mooncake connect to a peer, tried again while there is time. On which
-thread, and after what proof that the peer lives, is the caller's matter."""
+"""The small write that makes Mooncake connect to a peer, with retries until a deadline. The caller
+chooses the thread, and first makes sure that the peer lives."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _RETRY_S = 0.1
 def connect_write(
     engine: TransferEngine, submit: Callable[[], int], clock: Clock, until: float
 ) -> str:
-    """What went wrong, or nothing. Blocks, and beyond `until` where the peer hangs. A broken
-    connection is in Mooncake's way for a while, so a failure is not the end; a write that failed
-    may land later all the same."""
-    pause_s = _RETRY_S
+    """Returns what went wrong, or an empty string. `submit` returns a batch, or 0. Blocks, and
+    beyond `until` if the peer hangs. A broken connection hinders Mooncake for a while, so a failed
+    write is tried again. A write that failed may still arrive later."""
+    backoff_s = _RETRY_S
     error = _write_once(engine, submit, clock, until)
-    while error and clock.now() + pause_s < until:
-        time.sleep(pause_s)
-        pause_s *= 2
+    while error and clock.now() + backoff_s < until:
+        time.sleep(backoff_s)
+        backoff_s *= 2
         error = _write_once(engine, submit, clock, until)
     return error
 

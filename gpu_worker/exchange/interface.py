@@ -2,7 +2,7 @@
 place where ranks talk in a forward.
 
 Shape letters: T tokens of this rank in the step, K top-k, H hidden size, M distinct token rows that
-this rank's experts must see (its own and its peers'), N (row, slot) pairs to compute.
+this rank's experts need (its own and its peers'), N (row, slot) pairs to compute.
 """
 
 from __future__ import annotations
@@ -28,49 +28,50 @@ class Dispatched(NamedTuple):
 
 
 class StepMonitor(Protocol):
-    """What an exchange tells and asks the rest of its rank while it waits. Called on the engine
-    thread, often: every call must be cheap."""
+    """How an exchange communicates with the rest of its rank while it waits. Called often, on the
+    engine thread: every call must be cheap."""
 
     def newest_epoch(self) -> Epoch:
         """The epoch of the newest map that reached this rank."""
         ...
 
     def beat(self, waiting_for: Sequence[RankId]) -> None:
-        """The engine thread lives, and waits for these peers (empty: for none)."""
+        """The engine thread is alive and waits for these peers; empty if it waits for none."""
         ...
 
     def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
-        """Raise one suspicion; the exchange calls it at most once per peer and step."""
+        """Raises one suspicion. The exchange calls it at most once for each peer and step."""
         ...
 
 
 class Exchange(Protocol):
     """One rank's end. All methods run on the engine thread.
 
-    Per step: `begin_step`, then for every MoE layer in order `dispatch` and `combine`. Both raise
-    StepAbandoned as soon as `StepMonitor.newest_epoch()` exceeds the step's epoch, or a peer's
-    message shows that it did: the caller throws the step away, waits for the map, adopts, begins
-    again.
+    Each step calls `begin_step`, then `dispatch` and `combine` for every MoE layer in order. Both
+    raise StepAbandoned as soon as `StepMonitor.newest_epoch()` exceeds the step's epoch, or a
+    peer's message shows a later epoch. The caller then discards the step, waits for the map, adopts
+    it and begins again.
     """
 
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Use this map from the next `begin_step` on. The rank itself must be one of its members,
-        and every member's link must be open."""
+        """Uses this map from the next `begin_step` on. The rank itself must be a member, and every
+        member's link must be open."""
         ...
 
     def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
-        """No I/O: fixes what the step's dispatch messages will say."""
+        """Sets what the step's dispatch messages will say. No I/O."""
         ...
 
     def dispatch(
         self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
     ) -> Dispatched:
-        """Send each token to the ranks whose slots hold its experts (one replica each); return what
-        arrived for this rank. `layer` counts MoE layers. Row order in the result: by member rank,
-        then by that rank's token; pairs in the order of rows, then k."""
+        """Sends each token to the ranks whose slots hold its experts (one replica each), and
+        returns what arrived for this rank. `layer` counts MoE layers. Rows of the result are
+        ordered by member rank, then by that rank's token; pairs by row, then by k."""
         ...
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`y_NH[n]` is the output of pair n of the matching `dispatch`. Returns `y_TKH`: for each
-        own token the output of its k-th expert, unweighted. Valid until the next `combine`."""
+        """`y_NH[n]` is the output of pair n of the matching `dispatch`. Returns `y_TKH`, float32:
+        for each token of this rank the output of its k-th expert, unweighted. Valid until the next
+        `combine`."""
         ...

@@ -1,9 +1,9 @@
-"""A rank's Mooncake endpoint: the regions it gives, the links it has opened, and its exchange.
+"""A rank's Mooncake endpoint: the regions that it gives to peers, and the links that it has opened.
 
-Mooncake's first contact with a stopped process blocks for a minute, and with it writes to healthy
-peers. So a link is opened before the peer is needed, on a thread of its own, and only after the
-peer has answered a Ping on the control connection (the caller's duty). Everything here but the
-exchange itself may be called from any thread.
+Mooncake's first contact with a stopped process blocks for a minute, and blocks writes to healthy
+peers as well. So a link is opened before the peer is needed, on a thread of its own, and only after
+the peer has answered a Ping on the control connection, which the caller ensures. Any thread may
+call the endpoint.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from __future__ import annotations
 import threading
 
 from gpu_worker.exchange.connect_write import connect_write
-from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 from gpu_worker.exchange.outbox import Link, Outbox, submit_connect_write
 from gpu_worker.exchange.regions import Region, Regions
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
-from gpu_worker.exchange.transfer import TransferExchange
-from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
 from shared.records import RankRecord
 from shared.types import Member
@@ -29,9 +26,9 @@ _GRACE_S = 0.001
 
 
 class TransferEndpoint:
-    """`name` is the transfer name for the rank's record; never given to a second engine. Mooncake's
-    engine and the registered memory go with the process: taking an engine down takes a second, and
-    late writes of peers must find their region until then."""
+    """`name` is the transfer name in the rank's record; no other engine ever gets it. Mooncake's
+    engine and the registered memory are freed only when the process ends: stopping an engine takes
+    a second, and late writes of peers must find their regions until then."""
 
     def __init__(
         self,
@@ -44,10 +41,10 @@ class TransferEndpoint:
         replica_policy: ReplicaPolicy = ReplicaPolicy.GATHER,
     ) -> None:
         """Raises ConfigError."""
-        self._layout = layout
+        self.layout = layout
+        self.replica_policy = replica_policy
         self._clock = clock
         self._protocol = protocol
-        self._replica_policy = replica_policy
         self._engine, self.name = open_engine(host, protocol, device)
         self._regions = Regions(self._engine, layout)
         self._scratch = Region(self._engine, layout, 0)
@@ -57,26 +54,28 @@ class TransferEndpoint:
         self._discarded: list[Outbox] = []
 
     def next_generation(self, target: Member) -> int:
-        """For the next OpenRegion to this peer: never the same twice."""
+        """The generation for the next OpenRegion to this peer: never the same one twice."""
         with self._lock:
             generation = self._generations.get(target, 0) + 1
             self._generations[target] = generation
             return generation
 
     def open_region(self, source: Member, generation: int) -> tuple[int, int]:
-        """Address and size of the region for a peer's OpenRegion. Raises ValueError,
-        MemoryError."""
+        """The address and the size in bytes of the region for a peer's OpenRegion. Raises
+        ValueError if a later generation was given, MemoryError if the region cannot be
+        registered."""
         self._regions.sweep(self._clock.now())
         region = self._regions.give(source, generation)
         return region.address, region.nbytes
 
     def connect(self, region: RegionOpened, peer: RankRecord | None = None) -> None:
-        """Opens the link to the region that a peer has given. Blocks; raises ValueError where the
-        peer's layout differs, ConnectionError or TimeoutError where the write did not succeed."""
-        if region.nbytes != self._layout.region_bytes:
+        """Opens the link to the region that a peer has given. Blocks. Raises ValueError if the
+        peer's layout differs, ConnectionError or TimeoutError if the first write did not
+        succeed."""
+        if region.nbytes != self.layout.region_bytes:
             raise ValueError(
                 f"rank {region.target} keeps regions of {region.nbytes} bytes, not "
-                f"{self._layout.region_bytes}: the ranks' models or limits differ"
+                f"{self.layout.region_bytes}: the ranks' models or limits differ"
             )
         link = Link(
             target=region.target,
@@ -85,7 +84,7 @@ class TransferEndpoint:
             address=region.address,
         )
         attempt = _ConnectAttempt(self._clock.now() + _CONNECT_TIMEOUT_S)
-        # A daemon thread: where Mooncake blocks for a minute, nobody has to wait for it.
+        # A daemon thread: if Mooncake blocks for a minute, nobody has to wait for it.
         threading.Thread(
             target=self._open, args=(link, attempt), name=f"open-{region.target}", daemon=True
         ).start()
@@ -99,8 +98,8 @@ class TransferEndpoint:
                 self._links[link.target] = link
 
     def is_open(self, target: Member) -> bool:
-        """Whether this rank can write to the peer. Turns false when a write fails: then open the
-        link again, with the next generation."""
+        """Whether this rank can write to the peer. Becomes false when a write fails; then the link
+        must be opened again, with the next generation."""
         return target in self._links
 
     def link(self, target: Member) -> Link | None:
@@ -115,27 +114,18 @@ class TransferEndpoint:
                 del self._links[link.target]
 
     def forget(self, member: Member) -> None:
-        """The member's record is gone. Its regions stay in quarantine for a while."""
+        """The member's record is gone. Closes its link and quarantines its regions."""
         with self._lock:
             self._links.pop(member, None)
         self._regions.retire(member, self._clock.now())
 
     def outbox(self, link: Link) -> Outbox:
-        return Outbox(self._engine, self._layout, link, self._protocol)
+        return Outbox(self._engine, self.layout, link, self._protocol)
 
     def discard(self, outbox: Outbox) -> None:
-        """Releases this outbox, and those before it, once no write reads them any more."""
+        """Releases this outbox, and earlier ones, as soon as no write reads them any more."""
         with self._lock:
             self._discarded = [box for box in (*self._discarded, outbox) if not box.release()]
-
-    def exchange(
-        self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
-    ) -> TransferExchange:
-        """This rank's exchange; one per endpoint."""
-        wait_policy = WaitPolicy(monitor, clock, exchange_deadline_ms)
-        return TransferExchange(
-            self, member, self._layout, wait_policy, clock, self._replica_policy
-        )
 
     def _open(self, link: Link, attempt: _ConnectAttempt) -> None:
         def submit() -> int:
@@ -146,7 +136,7 @@ class TransferEndpoint:
 
 
 class _ConnectAttempt:
-    """What the opening thread tells the one that waits for it."""
+    """The result that the opening thread hands to the thread that waits for it."""
 
     def __init__(self, until: float) -> None:
         self.until = until

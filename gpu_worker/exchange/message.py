@@ -1,15 +1,15 @@
-"""How a dispatch or combine message lies in memory, in the sender's buffer and, after one write, in
-the receiver's region. Nothing that lies there can make the reader crash or index out of range.
+"""The memory layout of a dispatch or combine message, in the sender's buffer and, after one write,
+in the receiver's region. No content of a message can make the reader crash or index out of range.
 
     header 64 B │ pairs: (row, slot) int32 each │ rows: float32 [n, H] │ pad │ tail stamp 8 B
 
-A combine message has no pairs; its rows are the outputs of the pairs, in the order in which the
-dispatch listed them. The stamp names one message of one sender for good: it stands at both ends, so
-a message is there when both agree, and what a late or foreign write left fits neither.
+A combine message has no pairs; its rows are the outputs of the pairs, in the order of the dispatch.
+A stamp is used for one message of one sender only. It is written at both ends, so a message is
+complete when both stamps are the expected one. What a late or foreign write left has other stamps.
 
-A region has one message_buffer per phase and parity of the exchange's number. Two suffice: a peer
-sends exchange n+2 only after it has everybody's n+1, which nobody sends before it is done with n.
-"""
+A region has one message buffer for each phase and each parity of the exchange's ordinal. Two
+suffice: a peer sends exchange n+2 only after it has received n+1 from everybody, and nobody sends
+n+1 before it is done with n."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from shared.types import Epoch, Member, Step
 
 SCRATCH_BYTES = 4096
-"""Head of every region: takes the write that opens the link."""
+"""Bytes at the head of every region, for the write that opens the link."""
 
 HEADER_BYTES = 64
 TAIL_BYTES = 8
@@ -43,7 +43,7 @@ class ExchangePhase(IntEnum):
 
 NUM_MESSAGE_BUFFERS = 4
 FIRST_DISPATCH_BUFFER = 0
-"""MessageBuffer of an epoch's first dispatch, which tells that a peer has moved on."""
+"""The message buffer of an epoch's first dispatch, which shows that a peer has moved on."""
 
 
 def message_buffer_index(phase: ExchangePhase, ordinal: int) -> int:
@@ -51,7 +51,7 @@ def message_buffer_index(phase: ExchangePhase, ordinal: int) -> int:
 
 
 def make_stamp(epoch: Epoch, step: Step, layer: int, phase: ExchangePhase) -> int:
-    """Positive, never 0, and not met again before 2^21 epochs or 2^32 steps have passed."""
+    """Positive, never 0. It is not used again before 2^21 epochs or 2^32 steps have passed."""
     assert 0 <= layer < LAYERS_MAX, f"layer {layer} does not fit a stamp"
     high = (epoch & ((1 << _EPOCH_BITS) - 1)) << _STEP_BITS | (step & ((1 << _STEP_BITS) - 1))
     return (high << _LAYER_BITS | (layer + 1)) << 1 | phase
@@ -64,7 +64,7 @@ def is_of_later_epoch(stamp: int, epoch: Epoch) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageLayout:
-    """Sizes that sender and receiver agree on: both derive them from the instance's model and
+    """Sizes that sender and receiver share: both derive them from the instance's model and
     limits."""
 
     hidden_size: int
@@ -81,7 +81,7 @@ class MessageLayout:
         return self.step_tokens_max * self.top_k
 
     def message_buffer(self, index: int) -> tuple[int, int]:
-        """Offset and size of a message_buffer within the region."""
+        """Offset and size in bytes of a message buffer within the region."""
         sizes = [
             _round_up(self.message_bytes(phase, rows, self.pairs_max))
             for phase, rows in (
@@ -103,7 +103,7 @@ def _round_up(nbytes: int) -> int:
 
 
 class MessageBuffer:
-    """One message's place, with the views that a reader or a writer needs."""
+    """The memory of one message, with the views that readers and writers need."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.bytes = memory
@@ -135,7 +135,7 @@ def seal(
     sender: Member,
     header: Header,
 ) -> int:
-    """Writes both ends around a body that is in place; returns the message's size."""
+    """Writes the header and both stamps around a finished body. Returns the message's bytes."""
     _HEADER.pack_into(
         message_buffer.raw,
         0,
@@ -160,7 +160,8 @@ def read_header(
     stamp: int,
     sender: Member,
 ) -> Header | None:
-    """The header of a message that is complete and that `sender` wrote under `stamp`, else None."""
+    """The header of the message, if it is complete and `sender` wrote it under `stamp`, else
+    None."""
     if message_buffer.stamps[0] != stamp:
         return None
     _, incarnation, rank, tokens, rows, pairs, flags, hidden = _HEADER.unpack_from(

@@ -9,7 +9,7 @@ from typing import Protocol
 from shared.errors import ConfigError
 
 _SETTINGS = {
-    # A write to a stopped process must come to an end; the defaults are 30 s.
+    # A write to a stopped process must end soon; the defaults are 30 s.
     "MC_TCP_STATUS_TIMEOUT_SEC": "1",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
     # One lane keeps the slices of a write in order, so that its tail arrives last.
@@ -26,7 +26,7 @@ class Protocols(Enum):
 
 
 class TransferEngine(Protocol):
-    """What we use of Mooncake's TransferEngine: codes, no exceptions."""
+    """The part of Mooncake's TransferEngine that we use. It returns codes and raises nothing."""
 
     def register_memory(self, buffer_addr: int, capacity: int) -> int:
         """0 is success."""
@@ -37,11 +37,12 @@ class TransferEngine(Protocol):
     def transfer_submit_write(
         self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int
     ) -> int:
-        """A batch to ask for, or 0 where the write cannot even start."""
+        """A batch to poll, or 0 if the write cannot start."""
         ...
 
     def transfer_check_status(self, batch: int, /) -> int:
-        """1 done, 0 pending, -1 failed, -2 timed out; a batch is gone after a terminal answer."""
+        """1 done, 0 pending, -1 failed, -2 timed out. A batch must not be polled after a result
+        other than 0."""
         ...
 
     def get_rpc_port(self) -> int: ...

@@ -1,8 +1,10 @@
-"""The sending side of one link: a registered copy of the peer's region, written part by part.
+"""The sending side of one link: a registered copy of the peer's region, written one message buffer
+at a time.
 
-A part's memory is not touched while a write from it is under way, and a write that timed out may
-still read its memory at any later time: such an outbox is broken for good, and so is one of which a
-write failed. Whoever owns the link opens it anew; the new outbox takes the unsent messages over."""
+The memory of a message buffer is not touched while a write from it is pending. A write that timed
+out may still read its memory at any later time. So an outbox is broken for good once one of its
+writes has failed or timed out. The owner of the link then opens it again, and a new outbox takes
+over the unsent messages."""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from shared.types import Member
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Where this rank may write: the region that `target` keeps for it."""
+    """Where this rank may write: the region that `target` has given to it."""
 
     target: Member
     generation: int
@@ -32,7 +34,7 @@ class Link:
 
 
 class WriteStatus(Enum):
-    """Where a part's last write stands."""
+    """The status of a message buffer's last write."""
 
     DONE = "done"
     PENDING = "pending"
@@ -53,21 +55,20 @@ class Outbox:
         self._offsets = [layout.message_buffer(index)[0] for index in range(NUM_MESSAGE_BUFFERS)]
         self._sends_tail_separately = protocol is Protocols.RDMA
         self._batches = [0] * NUM_MESSAGE_BUFFERS
-        self._tails = [
-            -1
-        ] * NUM_MESSAGE_BUFFERS  # offset of a tail that waits for its payload's completion
+        # The offset of a tail that waits for the completion of its payload's write; -1: none.
+        self._tails = [-1] * NUM_MESSAGE_BUFFERS
         self._sizes = [0] * NUM_MESSAGE_BUFFERS
         self._failed = [False] * NUM_MESSAGE_BUFFERS
         self._timed_out = False
 
     def message_buffer(self, index: int) -> MessageBuffer:
-        """Where to build the next message; only while its last write is not pending."""
-        assert not self._batches[index], "the buffer of a write under way must not be touched"
+        """Where to build the next message. Not while its last write is pending."""
+        assert not self._batches[index], "the buffer of a pending write must not be touched"
         return self._buffer.message_buffers[index]
 
     def commit(self, index: int, nbytes: int) -> None:
-        """Makes the peer see the message of `nbytes` that stands in the message_buffer: wholly or
-        not."""
+        """Sends the message of `nbytes` in the message buffer. The peer sees all of it or
+        nothing."""
         self._sizes[index] = nbytes
         self._failed[index] = False
         if self.broken:
@@ -75,7 +76,7 @@ class Outbox:
             return
         start = self._offsets[index]
         if self._sends_tail_separately:
-            # RDMA keeps no order within a write: the tail goes when the payload has arrived.
+            # RDMA keeps no order within a write: the tail is sent after the payload has arrived.
             self._tails[index] = start + nbytes - TAIL_BYTES
             nbytes -= TAIL_BYTES
         self._submit(index, start, nbytes)
@@ -97,7 +98,7 @@ class Outbox:
         return WriteStatus.FAILED if self._failed[index] else WriteStatus.DONE
 
     def progress(self) -> bool:
-        """Moves every write on. Whether one is still under way."""
+        """Advances every write. Whether one is still pending."""
         pending = False
         for index in range(NUM_MESSAGE_BUFFERS):
             if self._batches[index] and self.poll_write(index) is WriteStatus.PENDING:
@@ -105,7 +106,7 @@ class Outbox:
         return pending
 
     def take_over(self, old: Outbox) -> None:
-        """Sends what the broken outbox could not, from memory of our own."""
+        """Sends what the broken outbox `old` could not send, from this outbox's own memory."""
         for index in range(NUM_MESSAGE_BUFFERS):
             if old._failed[index]:
                 nbytes = old._sizes[index]
@@ -115,11 +116,12 @@ class Outbox:
                 self.commit(index, nbytes)
 
     def forget_failed(self) -> None:
-        """An epoch's end makes its messages pointless."""
+        """Drops unsent messages: after the end of their epoch nobody needs them."""
         self._failed = [False] * NUM_MESSAGE_BUFFERS
 
     def release(self) -> bool:
-        """Gives the memory back if no write can read it any more; else call again later."""
+        """Releases the memory if no write can read it any more. If it returns false, call it again
+        later."""
         if self.progress() or self._timed_out:
             return False
         self._buffer.unregister()

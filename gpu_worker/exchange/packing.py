@@ -1,5 +1,6 @@
-"""The loops over tokens of an exchange, compiled: which pair goes to which rank, and copying rows
-and pairs into and out of messages. They hold no GIL and trust nothing that a peer wrote."""
+"""The compiled loops over the tokens of an exchange: they choose which pair goes to which rank, and
+copy rows and pairs to and from messages. They release the GIL and check everything that a peer
+wrote."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ _Floats = NDArray[np.float32]
 
 
 class Routes:
-    """Buffers for one layer's routes: for each of R ranks its pairs (N: which token and k, which
-    row of the message, which slot) and its rows (which token)."""
+    """Buffers for one layer's routes. For each of R ranks: its N pairs (token and k, row of the
+    message, slot) and its M rows (token)."""
 
     def __init__(self, num_ranks: int, tokens_max: int, top_k: int) -> None:
         pairs = (num_ranks, max(1, tokens_max * top_k))
@@ -37,7 +38,7 @@ def route(
     token_RM: _Ints,
     counts_R2: _Ints,
 ) -> bool:
-    """Fills the routes in the order of tokens, then k. False where an expert has no replica."""
+    """Fills the routes in the order of tokens, then k. False if an expert has no replica."""
     counts_R2[:] = 0
     num_tokens, top_k = experts_TK.shape
     for t in range(num_tokens):
@@ -72,7 +73,7 @@ def write_dispatch(
     num_rows: int,
     num_pairs: int,
 ) -> None:
-    """The body of a dispatch message to `rank`."""
+    """Writes the body of a dispatch message to `rank`."""
     for i in range(num_pairs):
         words[HEADER_WORDS + 2 * i] = row_RN[rank, i]
         words[HEADER_WORDS + 2 * i + 1] = slot_RN[rank, i]
@@ -97,7 +98,7 @@ def take_own(
     first_row: int,
     first_pair: int,
 ) -> None:
-    """What `rank` would have sent to itself, from `first_row` and `first_pair` on."""
+    """Copies what `rank` would have sent to itself, from `first_row` and `first_pair` on."""
     for i in range(num_rows):
         x_MH[first_row + i] = x_TH[token_RM[rank, i]]
     for i in range(num_pairs):
@@ -118,7 +119,7 @@ def read_dispatch(
     first_row: int,
     first_pair: int,
 ) -> bool:
-    """Copies a body out. False where a pair names a row or slot that is not there."""
+    """Copies a body out. False if a pair names a row or a slot that does not exist."""
     for i in range(num_pairs):
         row, slot = words[HEADER_WORDS + 2 * i], words[HEADER_WORDS + 2 * i + 1]
         if row < 0 or row >= num_rows or slot < 0 or slot >= num_slots:
@@ -140,7 +141,7 @@ def scatter_rows(y_NH: _Floats, flat_RN: NDArray[np.int64], rank: int, y_PH: _Fl
 
 
 def compile_all(hidden_size: int, top_k: int) -> None:
-    """Compiles every loop (or loads it from the cache), so that no step has to wait for that."""
+    """Compiles every loop, or loads it from the cache, so that no step waits for a compilation."""
     routes = Routes(1, 1, top_k)
     ints = np.zeros(HEADER_WORDS + 2 * top_k + hidden_size, dtype=np.int32)
     floats = ints.view(np.float32)

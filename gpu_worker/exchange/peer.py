@@ -1,48 +1,32 @@
-"""Both directions of the traffic with one peer: the messages it has left in this rank's regions,
-and the outbox towards it, which follows the link when the endpoint opens it anew."""
+"""Both directions of the traffic with one peer: the messages that it has written to this rank's
+regions, and the outbox to it. The outbox is replaced when the endpoint opens the link again."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import (
     FIRST_DISPATCH_BUFFER,
     ExchangePhase,
     Header,
     MessageBuffer,
-    MessageLayout,
     read_header,
 )
 from gpu_worker.exchange.message import is_of_later_epoch as is_later
-from gpu_worker.exchange.outbox import Link, Outbox
+from gpu_worker.exchange.outbox import Outbox
 from gpu_worker.exchange.regions import Region
 from shared.types import Epoch, Member
 
 
-class PeerLinks(Protocol):
-    """What an exchange needs of its rank's endpoint. Calls must be cheap."""
-
-    def link(self, target: Member) -> Link | None: ...
-
-    def regions_of(self, source: Member) -> tuple[Region, ...]: ...
-
-    def mark_broken(self, link: Link) -> None: ...
-
-    def outbox(self, link: Link) -> Outbox: ...
-
-    def discard(self, outbox: Outbox) -> None: ...
-
-
 class Peer:
-    """Engine thread only."""
+    """One peer of an exchange. Engine thread only."""
 
-    def __init__(self, endpoint: PeerLinks, layout: MessageLayout, member: Member) -> None:
+    def __init__(self, endpoint: TransferEndpoint, member: Member) -> None:
         self.member = member
         self.rank = member.rank
         self.header = Header(0, 0, 0, False)
-        """Of the peer's last dispatch."""
+        """The header of the peer's last dispatch."""
         self._endpoint = endpoint
-        self._layout = layout
+        self._layout = endpoint.layout
         self._regions: tuple[Region, ...] = ()
         self._outbox: Outbox | None = None
         self._message_buffer: MessageBuffer | None = None
@@ -54,7 +38,7 @@ class Peer:
 
     @property
     def message_buffer(self) -> MessageBuffer:
-        """Of the message found last."""
+        """The buffer of the message that was found last."""
         assert self._message_buffer is not None, f"nothing from rank {self.member} was found"
         return self._message_buffer
 
@@ -91,20 +75,22 @@ class Peer:
         return False
 
     def report_failure(self) -> str:
-        """Why the link is broken, or nothing. The endpoint is told, so that it is opened anew."""
+        """Why the link is broken, or an empty string. Marks it broken at the endpoint, so that it
+        is opened again."""
         if self._outbox is None or not self._outbox.broken:
             return ""
         self._endpoint.mark_broken(self._outbox.link)
         return self._outbox.broken
 
     def maintain(self) -> None:
-        """Moves own writes on; sends again what was lost once the link is open anew."""
+        """Advances this rank's writes. Sends lost messages again once the link is open again."""
         if self._outbox is not None:
             self._outbox.progress()
         self._renew(send_again=True)
 
     def drain(self) -> bool:
-        """Whether the link is open and carries nothing of an earlier epoch any more."""
+        """Advances the link to a new epoch. True once it is open and no write of an earlier epoch
+        is pending."""
         if self._outbox is not None:
             if self._outbox.progress():
                 return False

@@ -1,83 +1,77 @@
-"""The memory that a rank gives to its peers: one region per life of a source and generation of its
-link, registered with Mooncake, never given twice, released only when no late write can come."""
+"""The memory that a rank gives to its peers: one region for each incarnation of a source and each
+generation of its link. Regions are registered with Mooncake, never given twice, and released only
+when no late write can arrive any more."""
 
 from __future__ import annotations
 
 import mmap
 import threading
-from typing import Protocol
 
 import numpy as np
 
 from gpu_worker.exchange.message import MessageLayout, message_buffers_of
+from gpu_worker.exchange.mooncake_engine import TransferEngine
 from shared.types import Member
 
 QUARANTINE_S = 180.0
-"""Longer than any write that Mooncake still has in flight: its longest stall is 61 s."""
-
-
-class Registry(Protocol):
-    """Mooncake's memory registration: 0 is success."""
-
-    def register_memory(self, buffer_addr: int, capacity: int) -> int: ...
-
-    def unregister_memory(self, buffer_addr: int, /) -> int: ...
+"""Longer than any write that Mooncake may still have in flight: its longest stall is 61 s."""
 
 
 class Region:
-    """Registered anonymous memory in a region's layout; a receive region or a send buffer."""
+    """Registered anonymous memory in the layout of a region: a receive region or a send buffer."""
 
-    def __init__(self, registry: Registry, layout: MessageLayout, generation: int) -> None:
+    def __init__(self, engine: TransferEngine, layout: MessageLayout, generation: int) -> None:
         self.generation = generation
         self.nbytes = layout.region_bytes
-        # Populated: no step shall wait for the first touch of a page.
+        # Populated now, so that no step waits for the first touch of a page.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         self._memory = np.frombuffer(mmap.mmap(-1, self.nbytes, flags=flags), dtype=np.uint8)
         self.address = int(self._memory.ctypes.data)
         self.message_buffers = message_buffers_of(self._memory, layout)
-        self._registry = registry
-        if registry.register_memory(self.address, self.nbytes) != 0:
+        self._engine = engine
+        if engine.register_memory(self.address, self.nbytes) != 0:
             raise MemoryError(f"Mooncake cannot register {self.nbytes} bytes")
 
     def unregister(self) -> None:
-        """The memory itself goes with the last view of it."""
-        self._registry.unregister_memory(self.address)
+        """The memory itself is freed with the last view of it."""
+        self._engine.unregister_memory(self.address)
 
 
 class Regions:
-    """All receive regions of a rank. Safe to use from several threads."""
+    """All receive regions of a rank. Any thread may call it."""
 
-    def __init__(self, registry: Registry, layout: MessageLayout) -> None:
-        self._registry = registry
+    def __init__(self, engine: TransferEngine, layout: MessageLayout) -> None:
+        self._engine = engine
         self._layout = layout
         self._lock = threading.Lock()
         self._given: dict[Member, tuple[Region, ...]] = {}
         self._retired: list[tuple[float, Region]] = []
 
     def give(self, source: Member, generation: int) -> Region:
-        """The region of this generation; the same one when asked again. Raises ValueError where a
-        later generation has been given."""
+        """The region of this generation: the same one on every call. Raises ValueError if a later
+        generation has been given, MemoryError if Mooncake cannot register the region."""
         with self._lock:
             regions = self._given.get(source, ())
             if regions and regions[0].generation == generation:
                 return regions[0]
             if regions and regions[0].generation > generation:
                 raise ValueError(f"{source} asks for generation {generation} of its region again")
-            region = Region(self._registry, self._layout, generation)
+            region = Region(self._engine, self._layout, generation)
             self._given[source] = (region, *regions)
             return region
 
     def of(self, source: Member) -> tuple[Region, ...]:
-        """Its regions, newest first: a message may have landed before the link was opened anew."""
+        """The source's regions, newest first. A message may have arrived in an older one before the
+        link was opened again."""
         return self._given.get(source, ())
 
     def retire(self, source: Member, now: float) -> None:
-        """The source's record is gone: nobody reads its regions again."""
+        """Quarantines the source's regions: its record is gone, so nobody reads them again."""
         with self._lock:
             self._retired += [(now, region) for region in self._given.pop(source, ())]
 
     def sweep(self, now: float) -> None:
-        """Releases what has been in quarantine long enough."""
+        """Releases the regions whose quarantine has ended."""
         with self._lock:
             due = [region for at, region in self._retired if now - at >= QUARANTINE_S]
             self._retired = [

@@ -1,5 +1,5 @@
-"""Which replica of each expert a rank sends its tokens to. Decides only who computes, never what:
-every replica holds the same weights. Pure."""
+"""Which replica of each expert a rank sends its tokens to. This changes only who computes, never
+the result: every replica has the same weights. Pure."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _LAYER_STRIDE = 31
 
 class ReplicaPolicy(Enum):
     """GATHER: all ranks send an expert's tokens to one replica, so that its weights are read once a
-    step; the others are there for deaths. Best where reading weights bounds the step: CPUs, and
-    few tokens an expert. SPREAD: the ranks use all replicas, each the nearest or its share; best
-    where arithmetic bounds the step."""
+    step; the other replicas are spare. Best if reading weights limits the step: on CPUs, and with
+    few tokens for each expert. SPREAD: the ranks use all replicas, each rank its own or a fair
+    share. Best if arithmetic limits the step."""
 
     GATHER = "gather"
     SPREAD = "spread"
 
 
 class ReplicaChoice(NamedTuple):
-    """For every layer L and expert E the rank and its local slot; UNCOVERED where no member holds
-    the expert."""
+    """For every layer L and expert E the rank and its local slot; UNCOVERED if no member holds the
+    expert."""
 
     rank_LE: NDArray[np.int32]
     slot_LE: NDArray[np.int32]
@@ -53,8 +53,8 @@ def choose_replicas(
 
 
 def _gather(holds_LRE: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """`[L, E]`: one holder for each expert, the same seen from every rank. Experts with the fewest
-    holders choose first; each takes the holder that has the fewest so far."""
+    """`[L, E]`: one holder for each expert, the same on every rank. Experts with the fewest holders
+    are assigned first, each to the holder that has the fewest experts so far."""
     layers, num_ranks, experts = holds_LRE.shape
     order_LE = np.argsort(holds_LRE.sum(axis=1), axis=1, kind="stable")
     taken_LR = np.zeros((layers, num_ranks), dtype=np.int64)
@@ -72,8 +72,8 @@ def _gather(holds_LRE: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _spread(
     holds_LRE: NDArray[np.bool_], is_member_R: NDArray[np.bool_], own_rank: RankId
 ) -> NDArray[np.int64]:
-    """`[L, E]`: the rank itself where it holds the expert: that costs no message. Else the ranks
-    that lack the expert are dealt over its holders in turn, starting at another holder for each
+    """`[L, E]`: the rank itself if it holds the expert, because that costs no message. The ranks
+    without the expert are assigned to its holders in turn, starting at a different holder for each
     expert, so that holders are loaded evenly."""
     turn_LE = _turns(holds_LRE, is_member_R, own_rank)
     order_LRE = np.cumsum(holds_LRE, axis=1) - 1
@@ -83,7 +83,7 @@ def _spread(
 
 
 def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:
-    """`[L, R, E]`: the lowest slot of the rank that holds the expert, or -1."""
+    """`[L, R, E]`: the rank's lowest slot that holds the expert, or -1."""
     layers, ranks, slots = expert_map.placement.shape
     result = np.full((layers, ranks, expert_map.num_experts), -1, dtype=np.int32)
     for slot in reversed(range(slots)):
@@ -95,7 +95,7 @@ def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:
 def _turns(
     holds_LRE: NDArray[np.bool_], is_member_R: NDArray[np.bool_], own_rank: RankId
 ) -> NDArray[np.int64]:
-    """`[L, E]`: which of the holders, counted by rank, serves `own_rank`."""
+    """`[L, E]`: the index, in the order of ranks, of the holder that serves `own_rank`."""
     layers, _, experts = holds_LRE.shape
     lacking_before_LE = (~holds_LRE & is_member_R[None, :, None])[:, :own_rank].sum(axis=1)
     start_LE = _LAYER_STRIDE * np.arange(layers)[:, None] + np.arange(experts)[None, :]

@@ -1,5 +1,4 @@
-"""The exchange of a rank that holds every expert, each in the slot of its number: nothing is sent,
-and nothing copied."""
+"""The exchange of a rank that holds every expert, expert e in slot e. Nothing is sent or copied."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from shared.types import Epoch, Step
 
 
 class SingleRankExchange:
-    """Implements `gpu_worker.exchange.interface.Exchange` without peers, hence without epochs."""
+    """Implements `interface.Exchange` without peers, and therefore without epochs."""
 
     def __init__(self) -> None:
         self._has_work = False

@@ -1,8 +1,9 @@
-"""The exchange over Mooncake: one-sided writes into the peers' regions, and polling of our own.
+"""The exchange over Mooncake: one-sided writes to the peers' regions, and polling of this rank's
+own.
 
-Peers are served first, then the rank's own part. A write that fails raises one suspicion; the rank
-goes on waiting, for a newer epoch or for the link to be opened anew, and then sends the message
-again into the fresh region.
+Messages to peers are sent before the rank copies its own part. A write that fails raises one
+suspicion. The rank then waits on: for a newer epoch, or until the link is open again, when it sends
+the message once more, to the new region.
 """
 
 from __future__ import annotations
@@ -14,23 +15,19 @@ from numpy.typing import NDArray
 
 from gpu_worker.exchange import packing
 from gpu_worker.exchange.backoff import Backoff, reduce_timer_slack
-from gpu_worker.exchange.interface import Dispatched
+from gpu_worker.exchange.interface import Dispatched, StepMonitor
+from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import (
     ExchangePhase,
     Header,
-    MessageLayout,
     combine_rows,
     make_stamp,
     message_buffer_index,
     seal,
 )
 from gpu_worker.exchange.outbox import Outbox, WriteStatus
-from gpu_worker.exchange.peer import Peer, PeerLinks
-from gpu_worker.exchange.replica_policy import (
-    ReplicaChoice,
-    ReplicaPolicy,
-    choose_replicas,
-)
+from gpu_worker.exchange.peer import Peer
+from gpu_worker.exchange.replica_policy import ReplicaChoice, choose_replicas
 from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
 from shared.errors import StepAbandoned
@@ -39,24 +36,24 @@ from shared.types import Epoch, Member, Step, SuspicionReason
 
 
 class TransferExchange:
-    """One rank's end. See `interface.Exchange`; results are valid until the next call of their
-    kind."""
+    """One rank's end. Implements `interface.Exchange`. A result is valid until the next call of the
+    same method."""
 
     def __init__(
         self,
-        endpoint: PeerLinks,
+        endpoint: TransferEndpoint,
         member: Member,
-        layout: MessageLayout,
-        wait_policy: WaitPolicy,
+        monitor: StepMonitor,
         clock: Clock,
-        policy: ReplicaPolicy = ReplicaPolicy.GATHER,
+        exchange_deadline_ms: float,
     ) -> None:
+        """At most one for each endpoint."""
+        layout = endpoint.layout
         self._endpoint = endpoint
         self._member = member
         self._layout = layout
-        self._wait_policy = wait_policy
+        self._wait_policy = WaitPolicy(monitor, clock, exchange_deadline_ms)
         self._clock = clock
-        self._policy = policy
         self._peers: dict[Member, Peer] = {}
         self._order: list[Peer | None] = []  # all members by rank; None is this rank
         self._choice: ReplicaChoice | None = None
@@ -76,20 +73,20 @@ class TransferExchange:
         packing.compile_all(layout.hidden_size, layout.top_k)
 
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Waits until nothing of an earlier epoch is under way to a peer that stays, and until
-        every member's link is open. Raises StepAbandoned where a newer map arrives meanwhile."""
+        """Waits until no write of an earlier epoch is pending to a member, and until every member's
+        link is open. Raises StepAbandoned if a newer map arrives meanwhile."""
         assert expert_map.has(self._member), f"{self._member} is no member of the map"
         reduce_timer_slack()
         for member in [m for m in self._peers if not expert_map.has(m)]:
             self._peers.pop(member).close()
         others = [m for m in sorted(expert_map.members) if m != self._member]
-        peers = {m: self._peers.get(m) or Peer(self._endpoint, self._layout, m) for m in others}
+        peers = {m: self._peers.get(m) or Peer(self._endpoint, m) for m in others}
         self._peers = peers
         self._epoch = expert_map.epoch
         self._wait_policy.begin_step(expert_map.epoch, Step(0))
         self._wait(list(peers.values()), Peer.drain)
         self._order = [peers.get(m) for m in sorted(expert_map.members)]
-        self._choice = choose_replicas(expert_map, self._member.rank, self._policy)
+        self._choice = choose_replicas(expert_map, self._member.rank, self._endpoint.replica_policy)
         self._num_slots = expert_map.slots_per_rank
         limits = self._layout
         self._routes = packing.Routes(expert_map.num_ranks, limits.step_tokens_max, limits.top_k)
@@ -197,7 +194,7 @@ class TransferExchange:
         self._check(peer)
 
     def _claim(self, peer: Peer, index: int) -> Outbox:
-        """The outbox, with the part free to be written: it is at once, unless the peer hangs."""
+        """The outbox, once its buffer `index` may be written: at once, unless the peer hangs."""
         outbox = peer.outbox
         if outbox.poll_write(index) is WriteStatus.PENDING:
             self._wait([peer], lambda _: outbox.poll_write(index) is not WriteStatus.PENDING)
@@ -208,7 +205,7 @@ class TransferExchange:
             self._wait_policy.suspect(peer.rank, SuspicionReason.LINK, failure)
 
     def _receive(self, peers: Sequence[Peer], is_there: Callable[[Peer], bool]) -> None:
-        """Waits for a message of each peer. Raises StepAbandoned."""
+        """Waits for a message from each peer. Raises StepAbandoned."""
         self._wait(peers, is_there, self._maintain)
 
     def _wait(
@@ -237,8 +234,8 @@ class TransferExchange:
                 raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
 
     def _gather(self, x_TH: NDArray[np.float32]) -> Dispatched:
-        """Everything that arrived, by rank. Raises StepAbandoned where a message was overwritten
-        meanwhile: only a peer of a later epoch does that."""
+        """All rows and pairs that arrived, in the order of ranks. Raises StepAbandoned if a message
+        was overwritten meanwhile, which only a peer in a later epoch does."""
         own_rows, own_pairs = self._counts[self._member.rank]
         headers = [p.header for p in self._order if p is not None]
         num_rows = own_rows + sum(h.num_rows for h in headers)

@@ -1,5 +1,5 @@
-"""The rules of a wait for peers, for every implementation of the interface: it ends by data or by a
-newer epoch; passing the deadline only raises a suspicion. Does not wait itself."""
+"""The rules of a wait for peers, for every implementation of the exchange. A wait ends with data or
+with a newer epoch; a passed deadline only raises a suspicion. Does not wait itself."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class WaitPolicy:
         self._monitor.beat(())
 
     def check_epoch(self) -> None:
-        """Raises StepAbandoned where a newer map has reached this rank."""
+        """Raises StepAbandoned if a newer map has reached this rank."""
         newest = self._monitor.newest_epoch()
         if newest > self._epoch:
             raise StepAbandoned(f"epoch {newest} overtook step {self._step} of {self._epoch}")
 
     def watch(self, waiting_for: Sequence[RankId]) -> None:
-        """Call it again and again while waiting. Raises StepAbandoned."""
+        """To be called repeatedly during a wait. Raises StepAbandoned."""
         self.check_epoch()
         self._monitor.beat(waiting_for)
         if self._clock.now() >= self._late_at:
@@ -49,7 +49,7 @@ class WaitPolicy:
                 self.suspect(rank, SuspicionReason.EXCHANGE, "no data within the exchange deadline")
 
     def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
-        """At most one suspicion per peer and step, whatever the reasons."""
+        """Raises at most one suspicion for each peer and step, whatever the reasons."""
         if rank in self._suspected:
             return
         self._suspected.add(rank)

@@ -1,2 +1,3 @@
-"""Copies of running sessions' KV blocks in the host memory of other ranks: `ports` says how they
-work, `writer` sends and restores them, `mooncake_replicator` keeps and carries them."""
+"""Replicas of running sessions' KV blocks in the host memory of other ranks.
+`engine.kv_replication` explains how they work, `writer` sends and restores them, and
+`mooncake_replicator` stores and transports them."""

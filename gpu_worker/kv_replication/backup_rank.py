@@ -1,5 +1,5 @@
-"""One life of a backup rank, as this rank sends to it: whose blocks it shall have, which of them it
-was sent, and which are next. Who is sent where is the writer's."""
+"""One incarnation of a backup rank, as seen by the source: which chains it is to store, which
+blocks it was sent, and which are next. Which chain goes to which rank is decided by `writer`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
 
 class ReplicatedChain:
     """A running session's named blocks, from its first token on. The first `num_sent` of them are
-    at its target, or on their way."""
+    stored at its backup rank, or being sent."""
 
     __slots__ = ("blocks", "names", "num_sent")
 
@@ -27,7 +27,8 @@ class ReplicatedChain:
 
 
 class BackupRank:
-    """Chains are sent in order, a block of each in turn: behind a hole no block is of use."""
+    """Sends the blocks of each chain in order, because a block is of no use without those before
+    it. Chains take turns, one block at a time."""
 
     def __init__(self, channel: ReplicaChannel) -> None:
         self.channel = channel
@@ -41,25 +42,25 @@ class BackupRank:
 
     @property
     def is_full(self) -> bool:
-        """Takes no further block before a session that it serves has ended."""
+        """It can take no further block until one of its sessions has ended."""
         return self._ledger.is_full
 
     @property
     def has_more(self) -> bool:
-        """Something can be sent, now or soon."""
+        """Whether something can be sent, now or soon."""
         return bool(self._unsent) and not self.is_full
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is under way."""
+        """Whether no write and no drop is pending."""
         return self._ledger.is_settled
 
     def holds(self, chain: ReplicatedChain) -> bool:
-        """Whether it has at least the first block."""
+        """Whether it stores at least the first block."""
         return chain.num_sent > 0 and self._ledger.is_known(chain.names[0])
 
     def want(self, chain: ReplicatedChain) -> None:
-        """Its blocks that are not sent are to be."""
+        """Queues the chain's blocks that are not sent yet."""
         self._chains[chain] = None
         if self._advance(chain):
             self._unsent.pop(chain, None)
@@ -73,13 +74,13 @@ class BackupRank:
         self._request_drops()
 
     def settle(self) -> None:
-        """Hears what has become of blocks and drops."""
+        """Takes the channel's confirmations of writes and drops."""
         self._ledger.note_known(self.channel.take_sent())
         self._ledger.note_dropped(self.channel.take_dropped())
         self._request_drops()
 
     def send_next(self, cache: BlockCache) -> bool:
-        """One block; False: none can go out now."""
+        """Sends one block. False if none can be sent now."""
         if not self._ledger.has_free:
             return False
         for _ in range(len(self._unsent)):
@@ -105,7 +106,7 @@ class BackupRank:
             self.channel.drop(slots)
 
     def _advance(self, chain: ReplicatedChain) -> bool:
-        """Past blocks that were sent for others; whether none is left."""
+        """Skips blocks that were sent for other chains. Whether none is left to send."""
         while not chain.is_sent and self._ledger.has(chain.names[chain.num_sent]):
             self._ledger.use(chain.names[chain.num_sent])
             chain.num_sent += 1

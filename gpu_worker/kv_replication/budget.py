@@ -1,4 +1,4 @@
-"""Whether a rank takes part in copies of KV blocks, and how much memory it gives them."""
+"""Whether a rank takes part in KV replication, and how much host memory it gives to replicas."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ DEFAULT_BYTES_MAX = 4_000_000_000
 
 
 def uses_kv_replication(config: RankConfig, spec: InstanceSpec) -> bool:
-    """Copies are found by the prefix cache's names; a static instance is the one without all that
-    deaths need."""
+    """Replicas are found by the names of the prefix cache, so they need it. A static instance has
+    nothing that handles deaths, so it has no replicas either."""
     return config.kv_copies and config.prefix_cache and not config.static and spec.num_ranks > 1
 
 
 def kv_replica_bytes(config: RankConfig, block_bytes: int) -> int:
-    """Of the host's memory, for the blocks of all peers; taken as they come."""
+    """Bytes of host memory for the blocks of all peers. Pages are allocated as they are written."""
     if config.kv_copies_gb >= 0:
         return int(config.kv_copies_gb * 1e9)
     own_cache_bytes = config.kv_tokens // config.kv_block_tokens * block_bytes

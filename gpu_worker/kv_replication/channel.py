@@ -1,6 +1,6 @@
-"""The way to one life of a backup rank, where the threads that use it meet: the engine says what is
-to be sent and dropped, the sender writes, the link on the event loop carries the messages. Each
-takes from queues what the others have put there; a channel that has failed stays so."""
+"""The channel to one incarnation of a backup rank, shared by three threads: the engine's queues
+what is to be sent and dropped, the sender's writes, and the event loop's link sends the messages.
+Each takes from queues what the others have put there. A channel that has failed stays failed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shared.types import Member
 T = TypeVar("T")
 
 CHANNEL_STAGING_BUFFERS_MAX = 8
-"""Of all rooms: a target that hangs must not have the others starve."""
+"""Staging buffers that one channel may hold: a target that hangs must leave some to the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteSlots:
-    """What the target has given: slot i begins at `address + i * block_bytes`."""
+    """The slots that the target has given: slot i begins at `address + i * block_bytes`."""
 
     target: Member
     is_on_other_node: bool
@@ -33,14 +33,6 @@ class RemoteSlots:
     block_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WakeCallbacks:
-    """Rung from any thread: something was put where the sender, or the link, takes it."""
-
-    sender: Callable[[Channel], None]
-    link: Callable[[], None]
-
-
 class SendRequest(NamedTuple):
     staging_buffer: Bytes
     slot: int
@@ -49,15 +41,24 @@ class SendRequest(NamedTuple):
 
 
 class Channel:
-    """Implements `ports.ReplicaChannel`."""
+    """Implements `engine.kv_replication.ReplicaChannel`. `notify_sender` and `notify_link` are
+    called from any thread, when the sender or the link has something to take."""
 
-    def __init__(self, remote: RemoteSlots, rooms: StagingBuffers, wake: WakeCallbacks) -> None:
+    def __init__(
+        self,
+        remote: RemoteSlots,
+        staging_buffers: StagingBuffers,
+        *,
+        notify_sender: Callable[[Channel], None],
+        notify_link: Callable[[], None],
+    ) -> None:
         self.remote = remote
         self.sends: deque[SendRequest] = deque()
-        """In order; the sender's to take."""
+        """In order. The sender takes them."""
         self.failure = ""
-        self._staging_buffers = rooms
-        self._wake = wake
+        self._staging_buffers = staging_buffers
+        self._notify_sender = notify_sender
+        self._notify_link = notify_link
         self._lock = threading.Lock()
         self._num_staging_buffers = 0
         self._written: deque[tuple[int, bytes]] = deque()
@@ -65,7 +66,7 @@ class Channel:
         self._sent: deque[bytes] = deque()
         self._dropped: deque[int] = deque()
 
-    # The engine's side.
+    # Called by the engine.
 
     @property
     def target(self) -> Member:
@@ -96,7 +97,7 @@ class Channel:
     ) -> None:
         assert 0 <= slot < self.remote.num_slots, "no such slot"
         self.sends.append(SendRequest(staging_buffer, slot, name, is_saved))
-        self._wake.sender(self)
+        self._notify_sender(self)
 
     @property
     def has_confirmations(self) -> bool:
@@ -107,12 +108,12 @@ class Channel:
 
     def drop(self, slots: Sequence[int]) -> None:
         self._to_drop.extend(slots)
-        self._wake.link()
+        self._notify_link()
 
     def take_dropped(self) -> Sequence[int]:
         return _take_all(self._dropped)
 
-    # The sender's side.
+    # Called by the sender.
 
     def give_back(self, staging_buffer: Bytes) -> None:
         """No write reads it any more."""
@@ -121,20 +122,20 @@ class Channel:
         self._staging_buffers.give_back(staging_buffer)
 
     def lose_staging_buffer(self) -> None:
-        """A write that has timed out may still read it; the channel is of no use any more."""
+        """A write that has timed out may still read the buffer. Fails the channel."""
         self._staging_buffers.lose()
         self.fail("a write timed out")
 
     def wrote(self, sends: Sequence[SendRequest]) -> None:
-        """They stand in their slots."""
+        """These blocks have been written to their slots."""
         self._written.extend((send.slot, send.name) for send in sends)
-        self._wake.link()
+        self._notify_link()
 
-    # The link's side.
+    # Called by the link.
 
     @property
     def num_pending_notifications(self) -> int:
-        """Of slots that the target is to be told of."""
+        """The number of slots that the target must be notified of."""
         return len(self._written) + len(self._to_drop)
 
     def take_written(self) -> Sequence[tuple[int, bytes]]:
@@ -149,15 +150,16 @@ class Channel:
     def confirm_dropped(self, slots: Sequence[int]) -> None:
         self._dropped.extend(slots)
 
-    # Anybody's.
+    # Called by any of them.
 
     def fail(self, why: str) -> None:
-        """For good; the first reason counts."""
+        """Fails the channel for good. The first reason is kept."""
         with self._lock:
             self.failure = self.failure or why
-        self._wake.link()
+        self._notify_link()
 
 
 def _take_all(queue: deque[T]) -> list[T]:
-    """What others append meanwhile stays for the next call."""
+    """Removes what the queue holds now. Items that are appended meanwhile stay for the next
+    call."""
     return [queue.popleft() for _ in range(len(queue))]

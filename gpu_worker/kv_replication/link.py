@@ -1,12 +1,12 @@
-"""The control connection that goes with a channel: tells the target what stands in its slots and
-what it shall forget, and hears that it has. Event loop only, but `ring`.
+"""The control connection of a channel: notifies the target of stored blocks and of slots to drop,
+and receives its confirmations. Event loop only, except `notify`.
 
-Each telling costs both ends far more than the news in it, and holds up the engine's thread, so they
-are told together: the fewer there are, the later, up to the link's pace after the last ones.
+A message costs both ends far more than one more slot in it, and delays the engine's thread. So
+notifications are collected: the fewer are pending, the longer they wait, up to the link's pace
+after the last message.
 
-After each message the target is asked for a Pong, one at a time: it answers in order, so that a
-Pong proves that all before it was taken in, and one that does not come that the target hangs.
-"""
+After a message the link sends a Ping, one at a time. The target answers in order, so a Pong proves
+that it has handled everything before it, and a missing Pong proves that it hangs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from shared.wire import (
 
 PONG_TIMEOUT_S = 5.0
 NOTIFY_AT_ONCE_MIN = 32
-"""So many news wait for nothing."""
+"""This many pending notifications are sent at once."""
 
 
 class ReplicaLink:
-    """`hold` runs it; `ring` may be called before."""
+    """`hold` runs it. `notify` may be called before."""
 
     def __init__(
         self,
@@ -56,20 +56,20 @@ class ReplicaLink:
         self._notify_timer: asyncio.TimerHandle | None = None
         self._nonce = 0
         self._overdue: asyncio.TimerHandle | None = None
-        self._asked: list[bytes] = []  # known once the Pong is here
-        self._unconfirmed: list[bytes] = []  # … once the next one is
+        self._asked: list[bytes] = []  # confirmed by the next Pong
+        self._unconfirmed: list[bytes] = []  # confirmed by the Pong after that
         self._wants_pong = False
 
     def notify(self) -> None:
-        """The channel has news. Any thread."""
+        """The channel has something to send. Any thread."""
         if not self._is_notified:
             self._is_notified = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
                 self._loop.call_soon_threadsafe(self._schedule_notify)
 
     async def hold(self, channel: Channel, reader: asyncio.StreamReader) -> str:
-        """Until the connection ends or the channel has failed; says which. The channel is closed
-        then."""
+        """Runs until the connection ends or the channel has failed; returns the reason. The channel
+        has failed then."""
         self._channel = channel
         try:
             self._send_pending()
@@ -80,7 +80,7 @@ class ReplicaLink:
             channel.fail(str(error) or type(error).__name__)
         finally:
             self._channel = None
-            channel.fail("given up")
+            channel.fail("the link was closed")
             for timer in (self._overdue, self._notify_timer):
                 if timer is not None:
                     timer.cancel()
@@ -102,7 +102,7 @@ class ReplicaLink:
                 raise WireError(f"{type(message).__name__} was not asked for")
 
     def _schedule_notify(self) -> None:
-        self._is_notified = False  # first: what is put there from now on rings again
+        self._is_notified = False  # first: what is queued from now on notifies again
         channel = self._channel
         if channel is None:
             return
@@ -146,7 +146,7 @@ class ReplicaLink:
             self._writer.write(encode(message))
 
     def _ask(self) -> None:
-        """For a Pong, where something was told since the last Ping and none is under way."""
+        """Sends a Ping if a message was sent since the last one, unless a Pong is still awaited."""
         if not self._wants_pong or self._overdue is not None:
             return
         self._nonce += 1

@@ -1,5 +1,5 @@
-"""The memory that this rank gives to one life of a source, for one generation of its channel: slots
-for copies of blocks, written from outside. What stands in them is not its matter."""
+"""The memory that this rank gives to one incarnation of a source, for one generation of its
+channel: slots for replicas of blocks, which the source writes. Knows nothing of their contents."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import weakref
 import numpy as np
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.exchange.regions import Registry
+from gpu_worker.exchange.mooncake_engine import TransferEngine
 
 SCRATCH_BYTES = 4096
-"""Behind the last slot: takes the write that opens the way, which may land at any later time."""
+"""Bytes after the last slot, for the write of first contact, which may arrive at any later time."""
 
 
 class ReplicaRegion:
     """Registered anonymous memory. Its pages are not touched before something is written to them
-    (over RDMA registration does it). Whoever calls takes care that no two threads do at once."""
+    (over RDMA, registration touches them). Callers must not call it from two threads at once."""
 
     def __init__(
-        self, registry: Registry, *, generation: int, num_slots: int, block_bytes: int
+        self, engine: TransferEngine, *, generation: int, num_slots: int, block_bytes: int
     ) -> None:
         """Raises MemoryError."""
         self.generation = generation
@@ -32,15 +32,15 @@ class ReplicaRegion:
             raise MemoryError(f"no {nbytes} bytes of address space: {error.strerror}") from error
         self._memory = np.frombuffer(memory, dtype=np.uint8)
         self._block_bytes = block_bytes
-        self._registry = registry
+        self._engine = engine
         self._readings: dict[int, list[weakref.ref[_Reading]]] = {}
         self.address = int(self._memory.ctypes.data)
-        if registry.register_memory(self.address, nbytes) != 0:
+        if engine.register_memory(self.address, nbytes) != 0:
             raise MemoryError(f"Mooncake cannot register {nbytes} bytes")
 
     def read(self, slot: int) -> Bytes:
-        """A view of the slot, which counts as being read as long as anything refers to the view or
-        to a part of it."""
+        """A view of the slot, uint8. The slot counts as being read as long as anything refers to
+        the view or to a part of it."""
         begin = slot * self._block_bytes
         reading = _Reading(self._memory[begin : begin + self._block_bytes])
         others = [ref for ref in self._readings.get(slot, ()) if ref() is not None]
@@ -54,12 +54,12 @@ class ReplicaRegion:
         return False
 
     def unregister(self) -> None:
-        """The memory itself goes with the last view of it."""
-        self._registry.unregister_memory(self.address)
+        """The memory itself is freed with the last view of it."""
+        self._engine.unregister_memory(self.address)
 
 
 class _Reading:
-    """The base of all arrays that are made of one `read`: it lives as long as they do."""
+    """The base of all arrays that come from one `read`: it exists as long as they do."""
 
     def __init__(self, memory: Bytes) -> None:
         self._memory = memory

@@ -1,24 +1,26 @@
-"""Keeps a channel open to every peer: the proof that it lives, the request for room, first contact
-over the data network, and all that again after a failure. What is sent is not decided here."""
+"""Keeps a channel open to every peer: connects to it, requests a region, makes first contact over
+the data network, and repeats all of that after a failure. What is sent is not decided here."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import structlog
 
 from gpu_worker.kv_replication.block_form import BlockForm
-from gpu_worker.kv_replication.channel import Channel
+from gpu_worker.kv_replication.channel import Channel, RemoteSlots
+from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.link import ReplicaLink
+from gpu_worker.kv_replication.sender import Sender
+from gpu_worker.kv_replication.staging_buffer import StagingBuffers
 from shared.errors import WireError
 from shared.handshake import ANSWER_TIMEOUT_S, expect, handshake
 from shared.records import RankRecord
-from shared.types import Member, RankId
+from shared.types import Member, NodeId, RankId
 from shared.wire import KvReplicaRegionOpened, OpenKvReplicaRegion, encode
 
 log = structlog.get_logger()
@@ -26,43 +28,41 @@ log = structlog.get_logger()
 REGISTRATION_TIMEOUT_S = 10.0
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 10.0
-"""Each attempt takes a region of the peer that stays in quarantine for minutes."""
+"""The backoff grows, because each attempt uses a region of the peer that then stays in quarantine
+for minutes."""
 STABLE_AFTER_S = 10.0
-"""A link that stood for so long is opened anew without hesitation."""
+"""A link that was open for this long is opened again after the shortest backoff."""
 REFUSED_RETRY_S = 60.0
 NOTIFY_INTERVAL_S = 0.15
-"""All links together tell no more often than that, but where many news wait. So what a rank spends
-on it does not grow with the number of ranks, and what each survivor has to compute again after a
-death does not either."""
-
-
-class DataTransport(Protocol):
-    """What moves the bytes. See `mooncake_replicator.MooncakeReplicator`."""
-
-    async def contact(self, opened: KvReplicaRegionOpened) -> None:
-        """First contact. Raises ConnectionError, TimeoutError."""
-        ...
-
-    def channel(
-        self, peer: RankRecord, opened: KvReplicaRegionOpened, ring: Callable[[], None]
-    ) -> Channel:
-        """`ring`, from any thread, when it has news for its link."""
-        ...
+"""All links together send notifications no more often than this, unless many are pending. So
+neither what a rank spends on notifications nor what a survivor has to compute again after a death
+grows with the number of ranks."""
 
 
 class Refused(Exception):
-    """The peer keeps no copies for this rank."""
+    """The peer stores no replicas for this rank."""
 
 
 class ReplicaLinks:
-    """One task per peer, from its record's appearance until `close`."""
+    """One task for each peer, from the appearance of its record until `close`."""
 
     def __init__(
-        self, *, member: Member, form: BlockForm, data: DataTransport, tasks: asyncio.TaskGroup
+        self,
+        *,
+        member: Member,
+        node: NodeId,
+        form: BlockForm,
+        transport: DataTransport,
+        sender: Sender,
+        staging_buffers: StagingBuffers,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self._member = member
+        self._node = node
         self._form = form
-        self._data = data
+        self._transport = transport
+        self._sender = sender
+        self._staging_buffers = staging_buffers
         self._tasks = tasks
         self._generations = itertools.count(1)
         self._running: dict[Member, asyncio.Task[None]] = {}
@@ -70,7 +70,7 @@ class ReplicaLinks:
 
     @property
     def channels(self) -> Mapping[RankId, Channel]:
-        """Never changed, but replaced. Any thread."""
+        """By the rank of their target. The mapping is replaced, never changed. Any thread."""
         return self._open
 
     def keep(self, peer: RankRecord) -> None:
@@ -105,21 +105,41 @@ class ReplicaLinks:
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
     async def _run_link(self, peer: RankRecord) -> str:
-        """One connection, from its beginning to its end; says why it ended."""
+        """One connection, from its beginning to its end. Returns why it ended."""
         async with self._connect(peer) as (reader, writer):
             await handshake(peer, self._member, reader, writer)
             opened = await self._request_region(peer, reader, writer)
-            await self._data.contact(opened)
+            after_last_slot = opened.address + opened.num_slots * self._form.block_bytes
+            await self._transport.contact(opened.target, opened.transfer_name, after_last_slot)
             link = ReplicaLink(
                 self._member, writer, pace_s=lambda: NOTIFY_INTERVAL_S * len(self._open)
             )
-            channel = self._data.channel(peer, opened, link.notify)
+            channel = self._make_channel(peer, opened, link)
             self._open = {**self._open, peer.rank: channel}
             log.info("kv_replica_link_open", peer=str(peer.member), slots=opened.num_slots)
             try:
                 return await link.hold(channel, reader)
             finally:
                 self._open = {r: c for r, c in self._open.items() if c is not channel}
+
+    def _make_channel(
+        self, peer: RankRecord, opened: KvReplicaRegionOpened, link: ReplicaLink
+    ) -> Channel:
+        remote = RemoteSlots(
+            target=peer.member,
+            is_on_other_node=peer.node != self._node,
+            generation=opened.generation,
+            transfer_name=opened.transfer_name,
+            address=opened.address,
+            num_slots=opened.num_slots,
+            block_bytes=self._form.block_bytes,
+        )
+        return Channel(
+            remote,
+            self._staging_buffers,
+            notify_sender=self._sender.notify,
+            notify_link=link.notify,
+        )
 
     @asynccontextmanager
     async def _connect(
@@ -135,7 +155,7 @@ class ReplicaLinks:
     async def _request_region(
         self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> KvReplicaRegionOpened:
-        """Raises Refused."""
+        """Raises Refused, WireError, TimeoutError."""
         request = OpenKvReplicaRegion(
             source=self._member,
             generation=next(self._generations),
@@ -146,7 +166,7 @@ class ReplicaLinks:
         opened = await expect(reader, KvReplicaRegionOpened, REGISTRATION_TIMEOUT_S)
         asked = (peer.member, self._member, request.generation)
         if (opened.target, opened.source, opened.generation) != asked:
-            raise WireError(f"rank {opened.target} has opened what was not asked for")
+            raise WireError(f"rank {opened.target} has opened what was not requested")
         if opened.num_slots == 0:
             raise Refused(opened.refusal)
         return opened

@@ -1,10 +1,9 @@
-"""Writes blocks to backup ranks: one thread for all channels, because none of this may cost the
-engine's thread more than a call. Which block goes where was decided by those who queued it.
+"""Writes blocks to backup ranks: one thread for all channels, so that a write costs the engine's
+thread no more than a call. Which block goes where is decided by the caller that queued it.
 
-A staging_buffer may be read by its write until the write has ended, and for ever where that ended
-by a timeout: then it is lost. After the first write of a channel that does not succeed nothing
-more is written over it, but what is under way is waited for, to get its rooms back.
-"""
+A staging buffer may be read by its write until the write has ended. If a write times out, it may
+read its buffer at any later time, so the buffer is lost. After the first failed write of a channel
+nothing more is written over it, but pending writes are waited for, to get their buffers back."""
 
 from __future__ import annotations
 
@@ -23,14 +22,16 @@ from shared.clock import Clock
 log = structlog.get_logger()
 
 WRITES_MAX = 4
-"""Under way over a channel: as many as it takes to keep its connection busy while nobody looks, and
-no more rooms to lose."""
+"""Pending writes of a channel: enough to keep its connection busy between two polls, and few
+staging buffers to lose."""
 WRITE_TIMEOUT_S = 3.0
-"""A backstop: Mooncake itself ends a write that makes no progress after a second."""
+"""A backstop: Mooncake itself ends a write that makes no progress for a second."""
 _BATCH_WAIT_S = 0.05
-"""From the first block on: a look costs the engine's thread the same for one block as for many …"""
+"""How long the sender waits for more blocks after the first: a wake-up costs the engine's thread
+the same for one block as for many …"""
 _BATCH_BLOCKS = 4
-"""… but the engine waits for rooms where so many blocks of a channel are not on their way."""
+"""… unless this many blocks of a channel are queued: the engine would run out of staging
+buffers."""
 _POLL_S = 0.005
 
 
@@ -42,20 +43,22 @@ class _Write:
 
 
 class Sender:
+    """Owns the writes of all channels."""
+
     def __init__(self, engine: TransferEngine, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
         self._wake_condition = threading.Condition()
-        self._busy: dict[Channel, None] = {}  # ordered: a set that is fair
+        self._busy: dict[Channel, None] = {}  # an ordered set: channels are served fairly
         self._writes: defaultdict[Channel, list[_Write]] = defaultdict(list)
         self._failure = ""
 
     def start(self) -> None:
         """A daemon thread: nobody waits for writes when the process ends."""
-        threading.Thread(target=self._run, name="copies", daemon=True).start()
+        threading.Thread(target=self._run, name="kv-sender", daemon=True).start()
 
     def notify(self, channel: Channel) -> None:
-        """It has something to send. Any thread."""
+        """The channel has something to send. Any thread."""
         with self._wake_condition:
             is_new = channel not in self._busy
             self._busy[channel] = None
@@ -65,7 +68,7 @@ class Sender:
             channel.fail(self._failure)
 
     def poll(self) -> bool:
-        """Moves everything on. Whether something is left to do. The sender's thread."""
+        """Advances all writes. Whether something is left to do. The sender's thread only."""
         with self._wake_condition:
             busy = list(self._busy)
         for channel in busy:
@@ -84,7 +87,7 @@ class Sender:
                     self._wake_condition.wait_for(self._has_full_batch, _BATCH_WAIT_S)
                 while self.poll():
                     time.sleep(_POLL_S)
-        except Exception as error:  # copies are an offer: the rank serves on without
+        except Exception as error:  # replicas are optional: the rank serves on without them
             log.exception("kv_replication_disabled")
             self._failure = f"the sender has ended: {error}"
             with self._wake_condition:
@@ -116,7 +119,7 @@ class Sender:
         self._writes[channel] = [*left, *self._begin(channel, WRITES_MAX - len(left))]
 
     def _begin(self, channel: Channel, num_max: int) -> Sequence[_Write]:
-        """Submits what is saved, in order, as far as it may be under way at once."""
+        """Submits saved blocks in order, up to `num_max` writes."""
         begun: list[_Write] = []
         while channel.sends and channel.sends[0].is_saved():
             if channel.is_open and len(begun) == num_max:
@@ -131,7 +134,7 @@ class Sender:
         return begun
 
     def _submit(self, channel: Channel, send: SendRequest) -> int:
-        """The batch, or 0 where the write could not start."""
+        """The batch, or 0 if the write could not start."""
         remote = channel.remote
         batch = self._engine.transfer_submit_write(
             remote.transfer_name,

@@ -1,5 +1,5 @@
-"""The memory that blocks are saved into on their way to a backup rank: a fixed number of rooms,
-registered once, shared by all channels."""
+"""The memory that blocks are saved to before they are written to a backup rank: a fixed number of
+staging buffers, registered once and shared by all channels."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from collections.abc import Callable
 import structlog
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.exchange.regions import Registry
+from gpu_worker.exchange.mooncake_engine import TransferEngine
 
 log = structlog.get_logger()
 
 NUM_STAGING_BUFFERS = 32
 LOST_STAGING_BUFFERS_MAX = 64
-"""A staging_buffer of a write that timed out may be read at any later time and is never used
-again. Each peer that hangs takes a few with it (`sender.WRITES_MAX`); more than so many lost rooms
-point to something that does not heal, and memory is not given away without end."""
+"""The buffer of a write that timed out may be read at any later time and is never used again. Each
+peer that hangs costs a few (`sender.WRITES_MAX`). More losses than this mean a lasting fault, and
+replication stops rather than lose memory without end."""
 
 
 class StagingBuffers:
-    """Taken by the engine thread, given back by the sender's."""
+    """The engine thread takes buffers, the sender's thread gives them back."""
 
-    def __init__(self, make: Callable[[], Bytes], registry: Registry) -> None:
-        """Raises OSError where there is no memory for them."""
+    def __init__(self, make: Callable[[], Bytes], engine: TransferEngine) -> None:
+        """`make` returns a new buffer for one block. Raises OSError if there is no memory for
+        them."""
         self._make = make
-        self._registry = registry
+        self._engine = engine
         self._lock = threading.Lock()
         self._num_missing = 0
         self._num_lost = 0
         self._free = [self._new() for _ in range(NUM_STAGING_BUFFERS)]
 
     def take(self) -> Bytes | None:
-        """None where all are in use, or too many were lost. Engine thread: `ports.BlockCache` makes
-        rooms there alone."""
+        """A buffer, or None if all are in use or too many were lost. Engine thread only, because
+        `engine.kv_replication.BlockCache` makes buffers only there."""
         with self._lock:
             if self._num_lost > LOST_STAGING_BUFFERS_MAX:
                 return None
@@ -55,7 +56,7 @@ class StagingBuffers:
             self._free.append(staging_buffer)
 
     def lose(self) -> None:
-        """One that was taken may still be read, by a write that has timed out."""
+        """A buffer that was taken is lost: a write that has timed out may still read it."""
         with self._lock:
             self._num_missing += 1
             self._num_lost += 1
@@ -70,7 +71,7 @@ class StagingBuffers:
     def _new(self) -> Bytes:
         staging_buffer = self._make()
         if (
-            self._registry.register_memory(int(staging_buffer.ctypes.data), staging_buffer.nbytes)
+            self._engine.register_memory(int(staging_buffer.ctypes.data), staging_buffer.nbytes)
             != 0
         ):
             raise OSError(f"Mooncake cannot register {staging_buffer.nbytes} bytes")

@@ -1,13 +1,11 @@
-"""All that peers have left on this rank: the regions that they write into, and which blocks are
-known to stand there. Implements `ports.ReplicaStore`. Who is asked, and by which way, is not its
-matter.
+"""All replicas that peers have stored on this rank: the regions that they write to, and the blocks
+that are known to be there. Implements `engine.kv_replication.ReplicaStore`. Does no network I/O.
 
     given ──newer generation, or 60 s without a record──▶ quarantine ──180 s──▶ released
       ▲ a slot is known from KvReplicasStored to DropKvReplicas
 
-A region in quarantine is known no more, but late writes may still land in it, as
-`exchange/regions.py` explains: they harm nothing as long as the memory is there.
-"""
+The blocks of a region in quarantine are no longer known, but late writes may still arrive in it, as
+`exchange/regions.py` explains. They do no harm as long as the memory exists."""
 
 from __future__ import annotations
 
@@ -16,15 +14,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.exchange.regions import QUARANTINE_S, Registry
+from gpu_worker.exchange.mooncake_engine import TransferEngine
+from gpu_worker.exchange.regions import QUARANTINE_S
 from gpu_worker.kv_replication.block_form import BlockForm
 from gpu_worker.kv_replication.region import ReplicaRegion
 from shared.types import Member
 from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
 
 RETENTION_S = 60.0
-"""How long the blocks of a source are kept after its record has gone: its sessions are moved within
-seconds, but may wait for their turn here behind long prompts."""
+"""How long the blocks of a source are kept after its record is gone. Its sessions are moved within
+seconds, but may wait here behind long prompts."""
 
 
 class _Place(NamedTuple):
@@ -33,7 +32,7 @@ class _Place(NamedTuple):
 
 
 class Dropping(NamedTuple):
-    """Slots that are known no more, and yet may be read by those who had found them before."""
+    """Slots that are no longer known, but may still be read by a caller that found them before."""
 
     region: ReplicaRegion | None
     slots: Sequence[int]
@@ -43,29 +42,29 @@ class Dropping(NamedTuple):
 
 
 class StoredReplicas:
-    """Any thread. `region_bytes` is what each source gets; that of a dead life that is still kept
-    is not counted when its rank's next life asks: over TCP memory is used by what is written, no
-    sooner, and what is counted twice is rarely full twice."""
+    """Any thread. `region_bytes` is what each source gets. The region of a dead incarnation that is
+    still kept is not counted when the rank's next incarnation asks for one: over TCP memory is used
+    only when it is written, and two regions of one rank are rarely both full."""
 
-    def __init__(self, registry: Registry, form: BlockForm, region_bytes: int) -> None:
-        self._registry = registry
+    def __init__(self, engine: TransferEngine, form: BlockForm, region_bytes: int) -> None:
+        self._engine = engine
         self._form = form
         self._num_slots = region_bytes // form.block_bytes
         self._lock = threading.Lock()
         self._regions: dict[Member, ReplicaRegion] = {}
-        self._names: dict[ReplicaRegion, dict[int, bytes]] = {}  # by slot, of those that are given
+        self._names: dict[ReplicaRegion, dict[int, bytes]] = {}  # by slot; regions in use only
         self._places: dict[bytes, tuple[_Place, ...]] = {}
         self._present: set[Member] = set()
         self._gone: dict[Member, float] = {}
         self._quarantine: list[tuple[float, ReplicaRegion]] = []
 
     def give(self, request: OpenKvReplicaRegion, now: float) -> ReplicaRegion:
-        """A fresh region; those of older generations are retired. May block. Raises ValueError
-        where the source's blocks are of no use here or the request is late, MemoryError."""
+        """A new region; the source's older one is retired. May block. Raises ValueError if the
+        source's blocks cannot be loaded here or the request is late, MemoryError."""
         self._check(request)
         # Outside the lock: the engine thread must not wait for a registration.
         region = ReplicaRegion(
-            self._registry,
+            self._engine,
             generation=request.generation,
             num_slots=self._num_slots,
             block_bytes=self._form.block_bytes,
@@ -85,10 +84,10 @@ class StoredReplicas:
         return region
 
     def keep(self, kept: KvReplicasStored) -> None:
-        """Makes slots known, unless they are of an older generation. Raises ValueError where this
-        rank has nothing of the source, or the source says what cannot be."""
+        """Makes slots known, unless they are of an older generation. Raises ValueError if this rank
+        has no region of the source, or if the message is inconsistent."""
         with self._lock:
-            region = self._area_of(kept.source, kept.generation)
+            region = self._region_of(kept.source, kept.generation)
             if region is None:
                 return
             names = self._names[region]
@@ -101,9 +100,9 @@ class StoredReplicas:
                 self._places[name] = (*self._places.get(name, ()), _Place(region, slot))
 
     def drop(self, request: DropKvReplicas) -> Dropping:
-        """Nobody finds these slots any more. Raises ValueError as `keep` does."""
+        """`find` no longer returns these slots. Raises ValueError as `keep` does."""
         with self._lock:
-            region = self._area_of(request.source, request.generation)
+            region = self._region_of(request.source, request.generation)
             if region is None:
                 return Dropping(None, ())
             if any(not 0 <= slot < region.num_slots for slot in request.slots):
@@ -113,26 +112,28 @@ class StoredReplicas:
             return Dropping(region, request.slots)
 
     def find(self, name: bytes) -> Bytes | None:
-        """As `ports.ReplicaStore`: no slot is written to while a view of it is referred to."""
+        """See `engine.kv_replication.ReplicaStore`. No slot is written while a view of it
+        exists."""
         with self._lock:
             places = self._places.get(name)
             return places[0].region.read(places[0].slot) if places else None
 
     def on_member_present(self, source: Member) -> None:
-        """It has a record."""
+        """The source has a record."""
         with self._lock:
             self._present.add(source)
             self._gone.pop(source, None)
 
     def on_member_gone(self, source: Member, now: float) -> None:
-        """Its record is gone."""
+        """The source's record is gone."""
         with self._lock:
             self._present.discard(source)
             if source in self._regions:
                 self._gone.setdefault(source, now)
 
     def sweep(self, now: float) -> None:
-        """Forgets what has been kept long enough, releases what was long enough in quarantine."""
+        """Forgets the blocks of sources that are gone for `RETENTION_S`, and releases regions whose
+        quarantine has ended."""
         with self._lock:
             for source in [s for s, at in self._gone.items() if now - at >= RETENTION_S]:
                 del self._gone[source]
@@ -152,10 +153,10 @@ class StoredReplicas:
                 f"they have {ours.block_bytes} ({ours.layout})"
             )
         if self._num_slots == 0:
-            raise ValueError(f"no room for even one block of {ours.block_bytes} bytes")
+            raise ValueError(f"no memory for even one block of {ours.block_bytes} bytes")
 
-    def _area_of(self, source: Member, generation: int) -> ReplicaRegion | None:
-        """None where a later one has taken its place."""
+    def _region_of(self, source: Member, generation: int) -> ReplicaRegion | None:
+        """None if a later generation has replaced it. Raises ValueError if there is none."""
         region = self._regions.get(source)
         if region is None or region.generation < generation:
             raise ValueError(f"this rank keeps nothing of {source}, generation {generation}")

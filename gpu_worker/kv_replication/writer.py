@@ -1,5 +1,5 @@
-"""Keeps copies of this rank's running sessions on others, each session on one of them, and takes
-those that others have left here. What is under way, and how, is the channels'."""
+"""Sends KV replicas of this rank's running sessions to other ranks, each session to one of them,
+and restores replicas that others have stored here. The channels do the I/O."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from gpu_worker.kv_replication.backup_rank import BackupRank, ReplicatedChain
 from shared.types import Member, RankId, SessionId
 
 BLOCKS_PER_PUMP = 8
-"""A CPU rank's block is some 130 KB, saved in 20 µs while its peers wait for it: so few lengthen no
-step that one would notice, and are as many as 128 decoding sessions fill in one."""
+"""A CPU rank's block is some 130 KB and is saved in 20 µs, while its peers wait for it. So few
+blocks lengthen no step noticeably, and they are as many as 128 decoding sessions fill in one
+step."""
 
 
 class ReplicaWriter:
-    """Implements `ports.KvReplicator`. A session's target is a member of the adopted map with an
-    open channel, on another node where there is any, in turn, so that the sessions of a dead rank
-    spread over the others. It stays until its channel closes or it leaves the map; then the session
-    starts over with another. What a full region has no slot for is not sent."""
+    """Implements `engine.kv_replication.KvReplicator`. A session's backup rank is a member of the
+    adopted map with an open channel, on another node if possible. Sessions are assigned in turn, so
+    that those of a dead rank spread over the others. The assignment lasts until the channel closes
+    or the rank leaves the map; then the session starts again with another rank. Blocks for which a
+    full region has no slot are not sent."""
 
     def __init__(
         self,
@@ -32,15 +34,15 @@ class ReplicaWriter:
         self._cache = cache
         self._endpoint = endpoint
         self._blocks_per_pump = blocks_per_pump
-        self._last_rank = rank  # that was given a session; at first one's own: not all begin alike
+        self._last_rank = rank  # assigned last; at first this rank, so that ranks begin differently
         self._others: frozenset[Member] = frozenset()
         self._chains: dict[SessionId, ReplicatedChain] = {}
         self._target_of: dict[ReplicatedChain, BackupRank] = {}
-        self._unassigned: dict[ReplicatedChain, None] = {}  # have no target
+        self._unassigned: dict[ReplicatedChain, None] = {}  # have no backup rank
         self._targets: dict[RankId, BackupRank] = {}
-        # A pump comes with every step: it looks at no others than these.
+        # `pump` runs with every step, so it visits only these.
         self._unsettled: dict[BackupRank, None] = {}
-        self._wanting: OrderedDict[BackupRank, None] = OrderedDict()  # may have something to send
+        self._wanting: OrderedDict[BackupRank, None] = OrderedDict()  # may have blocks to send
 
     def use(self, others: Sequence[Member]) -> None:
         self._others = frozenset(others)
@@ -75,7 +77,7 @@ class ReplicaWriter:
         self._unassigned.pop(chain, None)
         if target := self._target_of.pop(chain, None):
             target.leave(chain)
-            self._unsettled[target] = None  # it may have been asked to drop some
+            self._unsettled[target] = None  # it may have to drop blocks
             self._wanting[target] = None  # others may have waited for these
 
     def backup_of(self, session: SessionId) -> RankId | None:
@@ -100,7 +102,8 @@ class ReplicaWriter:
         return bool(self._wanting)
 
     def _send(self) -> None:
-        """From one target after the other; those that were served last come last the next time."""
+        """One block to each backup rank in turn. Those that were served last come last next
+        time."""
         waiting = deque(self._wanting)
         num_left = self._blocks_per_pump
         while waiting and num_left:
@@ -138,7 +141,7 @@ class ReplicaWriter:
             self._wanting[target] = None
 
     def _eligible(self) -> list[BackupRank]:
-        """By their rank."""
+        """Backup ranks that sessions may be assigned to, in the order of their ranks."""
         channels = [
             c
             for _, c in sorted(self._endpoint.channels().items())

@@ -1,1 +1,2 @@
-"""Programs beside the services that work on a model's files."""
+"""Command-line programs that work on a model's files: seeded checkpoints, hash manifests,
+scores."""

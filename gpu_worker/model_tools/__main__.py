@@ -1,12 +1,14 @@
-"""Work on models that comes before any rank runs, one process each, so that ranks that start
-together do not all do it. Progress goes to stdout as `done/total` lines.
+"""Programs that work on a model's files, outside of any rank. Ranks that start together rely on the
+results, so that each of them does not repeat the work.
 
-    python -m gpu_worker.model_tools warm-up           compiles the kernels into numba's cache
-    python -m gpu_worker.model_tools seed --out FOLDER writes a checkpoint of random weights
-    python -m gpu_worker.model_tools score FOLDER TOKENS
-                                                       scores tokens: a JSON list of nats on stdout
-    python -m gpu_worker.model_tools manifest FOLDER   writes the hashes of a checkpoint's tensors
-    python -m gpu_worker.model_tools verify FOLDER     checks the files against them
+    python -m gpu_worker.model_tools warm-up              compile the CPU kernels to numba's cache
+    python -m gpu_worker.model_tools seed --out FOLDER    write a checkpoint of random weights
+    python -m gpu_worker.model_tools score FOLDER TOKENS  print the scores of given tokens
+    python -m gpu_worker.model_tools manifest FOLDER      write the hashes of a checkpoint's tensors
+    python -m gpu_worker.model_tools verify FOLDER        check the files against their hashes
+
+`score` prints a JSON list: for each list of tokens the sum of its negative log-likelihoods, in
+nats. The others print progress as lines `done/total`.
 """
 
 from __future__ import annotations
@@ -23,20 +25,29 @@ from shared.model_spec import read_model_spec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpu_worker.model_tools")
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_worker.model_tools",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("warm-up", help="compile the CPU kernels")
-    seed = commands.add_parser("seed", help="write a checkpoint of random weights, to try things")
-    seed.add_argument("--out", type=Path, required=True, help="the folder to make")
+    commands.add_parser("warm-up", help="compile the CPU kernels to numba's cache")
+    seed = commands.add_parser("seed", help="write a checkpoint of random weights")
+    seed.add_argument("--out", type=Path, required=True, help="the folder to create")
     seed.add_argument("--family", choices=sorted(SEEDED_CONFIGS), default=DEFAULT_FAMILY)
     seed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     seed.add_argument("--seed", type=int, default=0)
-    score = commands.add_parser("score", help="negative log-likelihoods of given tokens")
+    score = commands.add_parser("score", help="print negative log-likelihoods of given tokens")
     score.add_argument("folder", type=Path)
     score.add_argument("tokens", type=Path, help="a JSON list of lists of token ids")
-    score.add_argument("--num-ranks", type=int, default=1)
-    score.add_argument("--without-rank", type=int, help="whose experts give nothing")
-    for name, what in (("manifest", "write the hash manifest"), ("verify", "check by it")):
+    score.add_argument(
+        "--num-ranks", type=int, default=1, help="over which the experts are divided evenly"
+    )
+    score.add_argument("--without-rank", type=int, help="a rank whose experts contribute nothing")
+    for name, what in (
+        ("manifest", "write the hash manifest of a checkpoint"),
+        ("verify", "check a checkpoint against its hash manifest"),
+    ):
         commands.add_parser(name, help=what).add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
     try:

@@ -1,5 +1,5 @@
-"""Log-probabilities of given tokens by a model in one process, with experts left out on wish: what
-a system would answer that masks a dead rank's experts and goes on."""
+"""Log-probabilities of given tokens from a model in one process. Experts can be left out, to
+measure what a system would answer that masks a dead rank's experts and continues."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EPOCH = Epoch(1)
 
 
 class _ExpertDroppingExchange:
-    """An exchange in which some experts never answer: their share is absent from the sum, as it is
-    where a combine skips a dead rank."""
+    """An exchange in which some experts never answer. Their terms are missing from the sum, as if a
+    combine skipped a dead rank."""
 
     def __init__(self, inner: SingleRankExchange, missing: Collection[int]) -> None:
         self._inner = inner
@@ -59,8 +59,8 @@ class LocalScorer:
         self._steps = 0
 
     def nats(self, tokens: Sequence[int]) -> float:
-        """The exact sum of the negative log-probabilities of all tokens but the first. Each is
-        log-softmax in float64, as the server's."""
+        """The exact sum of the negative log-probabilities of all tokens except the first. Each is a
+        log-softmax in float64, as in the server."""
         parts: list[float] = []
         for first in range(0, len(tokens), _CHUNK_TOKENS):
             chunk = tokens[first : first + _CHUNK_TOKENS]
@@ -88,7 +88,7 @@ class LocalScorer:
 
 
 def experts_of_rank(rank: int, num_ranks: int, num_experts: int) -> range:
-    """Where each expert has one replica and they are dealt in contiguous shares."""
+    """The experts of a rank if each expert has one replica and ranks hold contiguous shares."""
     return range(rank * num_experts // num_ranks, (rank + 1) * num_experts // num_ranks)
 
 

@@ -1,9 +1,9 @@
 """Makes a random checkpoint of any family from a seed, in the standard Hugging Face format: the
-model that Starfish serves where none is given, and the small ones that tests use.
+default model of Starfish, and the small models of tests.
 
-Its text is nonsense, but hangs on the whole context, as a trained model's does: with plain random
-weights a greedy continuation soon repeats one token, and would hide a lost or doubled one.
-"""
+Its text is nonsense, but depends on the whole context, as that of a trained model does. With plain
+random weights a greedy continuation soon repeats one token, which would hide a lost or a doubled
+one."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def create_seeded_checkpoint(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> None:
-    """Writes the whole folder aside and renames it; where `folder` appears meanwhile, made by
-    another process, that one stays. `changes` are entries of config.json. Raises CheckpointError
-    where another family's checkpoint is there."""
+    """Writes a temporary folder and renames it to `folder`. If another process makes `folder`
+    meanwhile, that one stays. `changes` are entries of config.json. Raises CheckpointError if
+    `folder` has a checkpoint of another family."""
     config = SEEDED_CONFIGS[family] | changes
     if (folder / "config.json").exists():
         there = read_model_spec(folder).architecture
@@ -130,8 +130,8 @@ def _write_weights(
 
 
 def _on_all_cores(write: Callable[[str], int], names: list[str]) -> Generator[int, None, None]:
-    """In order; once closed nobody writes any more. numpy draws without the GIL; torch's own
-    threads would be as many again for each of ours."""
+    """Yields results in order; after `close` no thread writes any more. Numpy draws without the
+    GIL. Torch gets one thread in each worker, because its own pool would multiply the threads."""
     num_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -142,7 +142,7 @@ def _on_all_cores(write: Callable[[str], int], names: list[str]) -> Generator[in
 
 
 def _split(shapes: dict[str, Shape], num_shards: int) -> list[list[str]]:
-    """Names in order, cut where the bytes pass each shard's share."""
+    """Names in order, divided so that all shards have about the same size."""
     total = sum(int(np.prod(shape)) for shape in shapes.values())
     shards: list[list[str]] = [[] for _ in range(num_shards)]
     before = 0
@@ -153,7 +153,7 @@ def _split(shapes: dict[str, Shape], num_shards: int) -> list[list[str]]:
 
 
 def _random_tensor(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
-    """A generator of its own per tensor: no tensor's values depend on the others."""
+    """Each tensor has its own generator, so its values do not depend on other tensors."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     values: NDArray[np.float32] = rng.standard_normal(shape, dtype=np.float32)
     if name.endswith("norm.weight"):

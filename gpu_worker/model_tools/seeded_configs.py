@@ -1,6 +1,6 @@
-"""What stands in config.json of a seeded checkpoint, family by family: the reference model of
-Starfish, and for the others small models in which every part of the family has work. Their sizes
-are those that no vector width divides."""
+"""The config.json of a seeded checkpoint, for each family: the reference model of Starfish, and for
+the other families small models that use every part of the family. Their sizes are not multiples of
+a vector width."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SEEDED_CONFIGS: dict[str, Config] = {
     | {
         "architectures": ["DeepseekV32ForCausalLM"],
         "model_type": "deepseek_v32",
-        # So many heads that no two positions have all of them at zero.
+        # Enough heads that no two positions have zero scores in all of them.
         "index_n_heads": 17,
         "index_head_dim": 11,
         "index_topk": 8,
@@ -165,4 +165,4 @@ SEEDED_CONFIGS: dict[str, Config] = {
         "use_sliding_window": False,
     },
 }
-"""By the family's file in `families/`."""
+"""By the name of the family's file in `cpu/families/`."""

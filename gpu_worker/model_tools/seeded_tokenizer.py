@@ -1,5 +1,5 @@
-"""The tokenizer of a seeded checkpoint: byte-level BPE trained on Python's own manual, with ChatML
-turns. The same on every run of one Python version; any text round-trips."""
+"""The tokenizer of a seeded checkpoint: byte-level BPE trained on Python's own manual, with a
+ChatML template. It is the same on every run of one Python version, and any text round-trips."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _CHAT_TEMPLATE = """\
 
 
 def write_tokenizer(folder: Path, *, vocab_size: int, context_tokens: int) -> dict[str, int]:
-    """Writes tokenizer.json and tokenizer_config.json with exactly `vocab_size` tokens; returns the
-    ids of the special ones, which are the last."""
+    """Writes tokenizer.json and tokenizer_config.json with exactly `vocab_size` tokens. Returns the
+    ids of the special tokens, which are the last ones."""
     special = {
         token: vocab_size - len(_SPECIAL_TOKENS) + n for n, token in enumerate(_SPECIAL_TOKENS)
     }
@@ -68,7 +68,8 @@ def _train(vocab_size: int) -> Tokenizer:
 
 
 def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """The manual gives some 10,000 tokens. Those beyond have a text, but no text becomes them."""
+    """Adds unused tokens up to `vocab_size`: the manual yields only some 10,000. They decode to a
+    text, but no text encodes to them."""
     num_trained = tokenizer.get_vocab_size()
     if num_trained >= vocab_size:
         return tokenizer

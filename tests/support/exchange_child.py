@@ -1,5 +1,5 @@
-"""A rank's exchange in a process of its own, driven over a pipe: what the tests of the exchange
-start, kill and stop. Its "model" multiplies, so that every result can be computed by hand."""
+"""A rank's exchange in a process of its own, driven over a pipe. Tests of the exchange start, kill
+and stop such processes. Its "model" multiplies, so that every result can be computed by hand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gpu_worker.exchange.interface import Dispatched, Exchange
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
+from gpu_worker.exchange.transfer import TransferExchange
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
@@ -31,7 +32,7 @@ def member(rank: int) -> Member:
 
 
 def make_map(epoch: int, ranks: Sequence[int], num_ranks: int) -> ExpertMap:
-    """Every expert on two ranks, where there are two."""
+    """Every expert is on two ranks, or on the only one."""
     placement = np.full((L, num_ranks, 2 * E), -1, dtype=np.int16)
     for layer in range(L):
         for expert in range(E):
@@ -51,7 +52,7 @@ def compute(expert_map: ExpertMap, layer: int, rank: int, d: Dispatched) -> NDAr
 
 
 def run_step(exchange: Exchange, expert_map: ExpertMap, rank: int, step: int) -> str:
-    """A digest of all that the exchange gave this rank in one step."""
+    """A digest of all results of the exchange on this rank in one step."""
     rng = np.random.default_rng((rank, expert_map.epoch, step))
     num_tokens = int(rng.integers(0, TOKENS_MAX + 1)) if step % 5 else int(rank == 0)
     exchange.begin_step(
@@ -96,7 +97,9 @@ class _Child:
         self.lock = threading.Lock()
         self.monitor = _Monitor(pipe, self.lock)
         self.endpoint = TransferEndpoint("127.0.0.1", LAYOUT, SystemClock())
-        self.exchange = self.endpoint.exchange(self.own, self.monitor, SystemClock(), deadline_ms)
+        self.exchange = TransferExchange(
+            self.endpoint, self.own, self.monitor, SystemClock(), deadline_ms
+        )
 
     def send(self, kind: str, value: object) -> None:
         with self.lock:

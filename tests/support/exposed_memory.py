@@ -1,6 +1,6 @@
-"""Two small programs around Mooncake's listeners. `hold_buffer HOST`: a process with a registered
-buffer, as a rank has one; prints where it is, and for every line of input whether it is still
-intact. `overwrite_buffer HOST PORT ADDRESS`: a stranger who tries to overwrite it."""
+"""Two small programs that test Mooncake's listeners. `hold_buffer HOST` registers a buffer, as a
+rank does; it prints the buffer's address, and for every line of input whether the buffer is intact.
+`overwrite_buffer HOST PORT ADDRESS` is an intruder that tries to overwrite it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A rank's end of KV copies in a process of its own, driven over a pipe: what the tests of their
-transport start, kill and stop. A block's content is a function of its name."""
+"""A rank's end of KV replication in a process of its own, driven over a pipe. Tests of the
+transport start, kill and stop such processes. A block's content is a function of its name."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
+from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from shared.clock import SystemClock
 from shared.confinement import require_confined
@@ -35,7 +36,7 @@ from tests.unit.gpu_worker.engine.toy import HIDDEN, ToyModel, scheduler
 
 BLOCK_BYTES = 96 << 10
 NUM_SLOTS = 24
-NUM_NAMES = 64  # that a flood uses, over and over
+NUM_NAMES = 64  # a flood uses these over and over
 HOST = "127.0.0.1"
 POLL_S = 0.001
 
@@ -45,13 +46,13 @@ def flood_name(source: int, number: int) -> bytes:
 
 
 def content_of(name: bytes) -> Bytes:
-    """No two parts of a block are alike, nor are the same parts of two blocks."""
+    """Random bytes: no two parts of a block are equal, and no two blocks share a part."""
     seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
     return np.random.default_rng(seed).integers(0, 256, BLOCK_BYTES, dtype=np.uint8)
 
 
 class NamedBlocks:
-    """Implements `copies.ports.BlockCache`, but that blocks are looked up by name."""
+    """Implements `engine.kv_replication.BlockCache`, except that blocks are looked up by name."""
 
     block_bytes = BLOCK_BYTES
 
@@ -108,7 +109,7 @@ def idle_engine(member: Member) -> EngineClient:
 
 @dataclass
 class Flood:
-    """Sends without end over one channel, and has every slot dropped as soon as it is known."""
+    """Sends without end over one channel, and drops every slot as soon as its name is known."""
 
     channel: ReplicaChannel
     free: list[int] = field(default_factory=list)
@@ -133,29 +134,30 @@ class Flood:
 
 
 class _Child:
-    """Its one thread stands for the engine's; the event loop has the main thread."""
+    """One thread plays the engine; the event loop runs on the main thread."""
 
     def __init__(self, member: Member, pipe: Connection, layout: str, keeps: bool) -> None:
         self.member = member
         self.pipe = pipe
         self.cache = NamedBlocks(layout)
-        # A rank has the exchange's engine beside that of the copies.
+        # As in a rank, beside the engine of the replicator.
         self.exchange = TransferEndpoint(
             HOST, MessageLayout(hidden_size=4, top_k=2, step_tokens_max=4), SystemClock()
         )
-        self.copies = MooncakeReplicator(
+        transport = DataTransport(HOST, SystemClock())
+        require_confined()
+        self.replicator = MooncakeReplicator(
             member=member,
             node=NodeId(f"node-{member.rank % 2}"),
-            host=HOST,
-            clock=SystemClock(),
+            transport=transport,
+            cache=self.cache,
+            budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES,
             num_ranks=3,
         )
-        require_confined()
-        self.copies.open(self.cache, budget_bytes=2 * NUM_SLOTS * BLOCK_BYTES)
         self.keeps = keeps
         self.floods: dict[RankId, Flood] = {}
         self.lock = threading.Lock()
-        self.verified = [0, 0]  # looked at, wrong
+        self.verified = [0, 0]  # number of blocks checked, of wrong ones
 
     def send(self, kind: str, value: object) -> None:
         with self.lock:
@@ -183,12 +185,12 @@ class _Child:
             member=self.member,
             engine=idle_engine(self.member),
             endpoint=self.exchange,
-            replication=self.copies if self.keeps else None,
+            replication=self.replicator if self.keeps else None,
         )
         port = await server.start(HOST, 0)
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
-            self.copies.start(tasks)
+            self.replicator.start(tasks)
             self.send("record", self.record(port))
             await loop.run_in_executor(None, self.serve, loop)
             raise SystemExit
@@ -199,7 +201,7 @@ class _Child:
                 if self.pipe.poll(POLL_S):
                     kind, value = self.pipe.recv()
                     if kind in ("keep", "close"):
-                        loop.call_soon_threadsafe(getattr(self.copies, kind), value)
+                        loop.call_soon_threadsafe(getattr(self.replicator, kind), value)
                     else:
                         self.handle(kind, value)
             except EOFError:
@@ -210,7 +212,7 @@ class _Child:
             self.verify_found_blocks()
 
     def handle(self, kind: str, value: Any) -> None:
-        channels = self.copies.channels()
+        channels = self.replicator.channels()
         match kind:
             case "channels":
                 self.send(
@@ -227,7 +229,7 @@ class _Child:
             case "dropped":
                 self.send(kind, list(channels[value].take_dropped()))
             case "find":
-                found = self.copies.store.find(value)
+                found = self.replicator.store.find(value)
                 equal = None if found is None else bool((found == content_of(value)).all())
                 self.send(kind, equal)
             case "flood":
@@ -247,11 +249,11 @@ class _Child:
         channel.send(staging_buffer, slot, name, lambda: True)
 
     def verify_found_blocks(self) -> None:
-        """Looks at what floods have left here, while it is being written and dropped."""
+        """Checks the blocks of floods here, while they are being written and dropped."""
         for source in range(3):
             for number in range(NUM_NAMES):
                 name = flood_name(source, number)
-                found = self.copies.store.find(name)
+                found = self.replicator.store.find(name)
                 if found is not None:
                     self.verified[0] += 1
                     self.verified[1] += not (found == self.cache.content(name)).all()

@@ -1,5 +1,6 @@
-"""An exchange between ranks that are threads of one process. The plain reading of the seam: tests
-use it in place of the network, and as the oracle for the implementation that uses one."""
+"""An exchange between ranks that are threads of one process: a simple implementation of the
+interface. Tests use it in place of the network, and as the reference for the implementation over
+the network."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _PARK_S = 0.001
 
 
 class _Place(NamedTuple):
-    """Which exchange of which step a message belongs to; ordered by epoch first."""
+    """The exchange that a message belongs to. Ordered by epoch first."""
 
     epoch: Epoch
     step: Step
@@ -62,7 +63,7 @@ class LocalHub:
             self._sent.notify_all()
 
     def take(self, source: Member, target: Member, place: _Place) -> _Message | None:
-        """Raises StepAbandoned where the source has moved on to a later epoch."""
+        """Raises StepAbandoned if the source has moved on to a later epoch."""
         with self._sent:
             box = self._mailboxes.get((source, target), {})
             message = box.pop(place, None)
@@ -71,13 +72,13 @@ class LocalHub:
             return message
 
     def forget_sender(self, source: Member) -> None:
-        """Drops what `source` has sent and nobody took."""
+        """Drops messages of `source` that nobody has taken."""
         with self._sent:
             for key in [key for key in self._mailboxes if key[0] == source]:
                 del self._mailboxes[key]
 
     def park(self) -> None:
-        """Called, without the lock, while a rank waits."""
+        """Waits a moment for new messages. Called without the lock."""
         with self._sent:
             self._sent.wait(_PARK_S)
 
@@ -162,7 +163,7 @@ class LocalExchange:
         return y_TKH
 
     def _receive(self, sources: list[Member]) -> list[_Message]:
-        """One message of the present place from each source. Raises StepAbandoned."""
+        """One message of the current exchange from each source. Raises StepAbandoned."""
         self._wait_policy.begin_wait()
         found: dict[RankId, _Message] = {}
         while True:

@@ -1,2 +1,2 @@
-"""The model families that are served, one file each. `shared.model_spec.ARCHITECTURES` says whose
-file is which."""
+"""The model families that are served, one file each. `shared.model_spec.ARCHITECTURES` maps an
+architecture to its file."""

@@ -1,4 +1,4 @@
-"""DeepSeek-V2: latent attention (the lite one's queries without a latent), softmax routing."""
+"""DeepSeek-V2: latent attention (queries of the Lite model have no latent), softmax routing."""
 
 from __future__ import annotations
 

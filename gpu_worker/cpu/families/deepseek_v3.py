@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1: latent attention, sigmoid routing with a correction among groups, shared
+"""DeepSeek-V3 and R1: latent attention, sigmoid routing with a correction and groups, shared
 experts, dense layers first."""
 
 from __future__ import annotations

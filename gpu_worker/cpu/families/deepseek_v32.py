@@ -1,4 +1,5 @@
-"""DeepSeek-V3.2: V3 with sparse attention: an indexer chooses the positions that a row sees."""
+"""DeepSeek-V3.2: V3 with sparse attention: an indexer chooses the positions that a row attends
+to."""
 
 from __future__ import annotations
 

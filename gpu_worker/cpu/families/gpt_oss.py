@@ -1,5 +1,5 @@
 """gpt-oss: attention sinks, a sliding window in some layers, experts with biases and a clamped
-activation, stored together for a layer (in MXFP4 as published)."""
+activation. The experts of a layer are stored together (as published, in MXFP4)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class GptOss(GqaFamily):
         )
 
     def read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, slot: MlpSlot) -> None:
-        """Gate and up lie in turn: column 2i is gate i, column 2i + 1 is up i."""
+        """Gate and up are interleaved: column 2i is gate i, column 2i + 1 is up i."""
         prefix = f"{self.mlp_prefix(layer)}.experts"
         gate_up_HJ = read_weight_part(checkpoint, f"{prefix}.gate_up_proj", expert)
         slot.put_gate(gate_up_HJ[:, ::2].T)

@@ -1,4 +1,4 @@
-"""Mixtral: plain grouped-query attention, in some checkpoints over a sliding window."""
+"""Mixtral: plain grouped-query attention, with a sliding window in some checkpoints."""
 
 from __future__ import annotations
 

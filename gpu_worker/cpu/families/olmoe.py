@@ -1,4 +1,4 @@
-"""OLMoE: a norm over all heads' queries and over all heads' keys, which may be clipped."""
+"""OLMoE: one norm over the queries of all heads and one over their keys; values may be clipped."""
 
 from __future__ import annotations
 

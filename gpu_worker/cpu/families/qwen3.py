@@ -1,5 +1,4 @@
-"""Qwen3, dense: the degenerate case. Ranks have nothing to exchange, and a death only moves
-sessions."""
+"""Qwen3, dense: ranks exchange nothing, and a death only moves sessions."""
 
 from __future__ import annotations
 

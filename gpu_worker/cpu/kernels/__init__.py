@@ -1,2 +1,2 @@
-"""CPU kernels of a rank. They own every floating-point operation between the token ids and the
-logits, and no buffer and no weight. How they are batch-invariant is told in `arithmetic`."""
+"""CPU kernels of a rank: every floating-point operation between the token ids and the logits. They
+own no buffer and no weight. `arithmetic` explains why they are batch-invariant."""

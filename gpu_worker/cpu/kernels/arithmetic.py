@@ -1,16 +1,16 @@
-"""The arithmetic that all CPU kernels are spelt in, and how they are compiled and cached.
+"""The arithmetic that all CPU kernels use, and how they are compiled and cached.
 
-The kernels are batch-invariant by construction: each output element is one chain of fused
-multiply-adds in a fixed order (k ascending), spelt out with `fma` so that no compiler choice can
-change a bit. Blocking and unrolling only change which elements advance together. Hence no result
-depends on the other rows of a call, on how a prompt was cut into chunks, or on which rank ran it,
-and machines with different vector widths agree.
+The kernels are batch-invariant by construction. Each output element is one chain of fused
+multiply-adds in a fixed order (k ascending). Every multiply-add is an explicit `fma`, so no choice
+of the compiler changes a bit. Blocking and unrolling only change which elements advance together.
+So a result depends neither on the other rows of a call, nor on how a prompt was cut into chunks,
+nor on which rank computed it, and machines with different vector widths agree.
 
 Shape letters: T tokens of the step, S sequences (in `experts`: slots), B KV blocks of a sequence,
 R wanted rows, H hidden size, P width of q+k+v, O width of all query heads, D head size,
-V vocabulary, E experts, K top-k, I expert's inner size, J its gate and up together, M rows that
-this rank's experts see, N (row, slot) pairs, C context positions that the score buffer holds.
-Weights lie transposed, `[inputs, outputs]`, or in panels (`tiles`).
+V vocabulary, E experts, K top-k, I an expert's inner size, J its gate and up together, M rows that
+this rank's experts compute, N (row, slot) pairs, C context positions that the score buffer has
+columns for. Weights are transposed, `[inputs, outputs]`, or in panels (`tiles`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-SHARED_SOURCES = ("arithmetic.py", "tiles.py", "linear.py")
+SHARED_SOURCES = ("arithmetic.py", "tiles.py", "linear.py", "attention.py")
 
 
 def _cache_folder() -> str:
-    """Named by the only sources that kernel files import from: numba itself watches but the file of
-    an entry point, and would run old code."""
+    """The name contains a hash of the sources that kernel files import from. Numba itself watches
+    only the file of an entry point, so it would run old code after a change in one of the
+    others."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for name in SHARED_SOURCES:
@@ -73,7 +74,7 @@ def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _float_bits(typing_context: Any, value: Any) -> Any:
-    """The int32 with the bits of a float32."""
+    """The int32 that has the bits of a float32."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -82,7 +83,7 @@ def _float_bits(typing_context: Any, value: Any) -> Any:
 
 
 def _bits_float(typing_context: Any, value: Any) -> Any:
-    """The float32 with the bits of an int32."""
+    """The float32 that has the bits of an int32."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -98,8 +99,8 @@ bits_float: Any = intrinsic(_bits_float)
 
 @inlined
 def exp32(x: Any) -> Any:
-    """e**x, clamped to float32's normal range; our own, because libraries' differ between their
-    scalar and vector forms and between versions."""
+    """e**x, clamped to float32's normal range. We have our own, because a library's result differs
+    between its scalar and vector forms and between versions."""
     x = min(max(x, _EXP_MIN), _EXP_MAX)
     shifted = fma(x, _LOG2_E, _ROUND)
     n = shifted - _ROUND

@@ -28,7 +28,7 @@ _ALPHA = np.float32(1.702)
 
 @kernel
 def _order_by_slot(slots_N: Any, order_N: Any, ends_S: Any) -> None:
-    """A stable counting sort: pairs of slot s are order[ends[s-1]:ends[s]]."""
+    """A stable counting sort: the pairs of slot s are order[ends[s-1]:ends[s]]."""
     ends_S[:] = 0
     for n in range(slots_N.shape[0]):
         ends_S[slots_N[n]] += 1
@@ -52,7 +52,7 @@ def _gate(gate_up: Any, out: Any) -> None:
 
 @kernel
 def _gate_clamped(gate_up: Any, out: Any) -> None:
-    """out = g * sigmoid(1.702 g) * (u + 1), g clamped from above and u from both sides: gpt-oss."""
+    """gpt-oss: out = g * sigmoid(1.702 g) * (u + 1), with g clamped above and u on both sides."""
     size = out.shape[0]
     gate, up = gate_up[:size], gate_up[size:]
     for i in range(size):
@@ -67,9 +67,9 @@ def run_experts(
     activation: int, y_NH: Any, order_N: Any, ends_S: Any, x_NH: Any, gate_up_NJ: Any,
     inner_NI: Any, out_NH: Any,
 ) -> None:  # fmt: skip
-    """y[n] = expert in slot slots[n] applied to x[rows[n]]. Weights are panels of `[H, 2I]` and
-    `[I, H]` a slot, biases `[S, 2I]` and `[S, H]`; a slot's come from memory once per call. All
-    after `y_NH` is scratch."""
+    """y[n] = the expert in slot slots[n], applied to x[rows[n]]. A slot's weights are panels of
+    `[H, 2I]` and `[I, H]`; biases are `[S, 2I]` and `[S, H]`. Each slot's weights are read from
+    memory once per call. Every argument after `y_NH` is scratch."""
     _order_by_slot(slots_N, order_N, ends_S)
     first = 0
     for s in range(ends_S.shape[0]):

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, QK_NORM_WHOLE
 from gpu_worker.cpu.kernels.arithmetic import ZERO, exp32, kernel
+from gpu_worker.cpu.kernels.attention import cache_row, rotate
 from gpu_worker.cpu.kernels.linear import (
     accumulate_block,
     add_rows,
@@ -31,27 +32,15 @@ from gpu_worker.cpu.kernels.warm_up import (
 
 
 @kernel
-def _rotate(head: Any, cos: Any, sin: Any) -> None:
-    """The first half of the rotated elements with the second; what lies beyond stays."""
-    half = cos.shape[0]
-    for i in range(half):
-        low, high = head[i], head[i + half]
-        head[i] = low * cos[i] - high * sin[i]
-        head[i + half] = high * cos[i] + low * sin[i]
-
-
-@kernel
 def _store_qkv(
-    qkv_P: Any, position: int, block: int, k_cache: Any, v_cache: Any, qk_norm: int,
-    q_norm: Any, k_norm: Any, clip: Any, eps: Any, cos_CD: Any, sin_CD: Any,
+    qkv_P: Any, block: int, offset: int, k_cache: Any, v_cache: Any, qk_norm: int, q_norm: Any,
+    k_norm: Any, clip: Any, eps: Any, cos: Any, sin: Any,
 ) -> None:  # fmt: skip
-    """Norms, clips and rotates the query heads in place, the key heads into the cache, and copies
-    the value heads there."""
-    num_kv_heads, head_size, block_tokens = k_cache.shape[1:]
+    """Norms, clips and rotates one token's query and key heads in place. Then copies the key and
+    value heads into row `offset` of `block`. `cos` and `sin` are those of the token's position."""
+    num_kv_heads, head_size = k_cache.shape[1:3]
     num_heads = qkv_P.shape[0] // head_size - 2 * num_kv_heads
     keys, values = num_heads * head_size, (num_heads + num_kv_heads) * head_size
-    cos, sin = cos_CD[position], sin_CD[position]
-    offset = position % block_tokens
     if qk_norm == QK_NORM_WHOLE:
         rms_norm(qkv_P[:keys], q_norm, eps, qkv_P[:keys])
         rms_norm(qkv_P[keys:values], k_norm, eps, qkv_P[keys:values])
@@ -62,7 +51,7 @@ def _store_qkv(
         head = qkv_P[h * head_size : (h + 1) * head_size]
         if qk_norm == QK_NORM_HEAD:
             rms_norm(head, q_norm if h < num_heads else k_norm, eps, head)
-        _rotate(head, cos, sin)
+        rotate(head, cos, sin, False, head)
     for h in range(num_kv_heads):
         key, value = keys + h * head_size, values + h * head_size
         for i in range(head_size):
@@ -75,8 +64,9 @@ def _score(
     q_RD: Any, k_NDU: Any, head: int, num_heads: int, table_B: Any, first: int, end: int,
     scores_RC: Any,
 ) -> None:  # fmt: skip
-    """Of all rows with the keys of blocks first … end-1. Keys lie as [D, block_tokens] in a block,
-    so that scores too are chains in order of D; several blocks advance side by side."""
+    """Scores of all rows with the keys of blocks first … end-1. The keys of a block are
+    `[D, block_tokens]`, so each score is a chain in order of D; several blocks advance side by
+    side."""
     rows, head_size, block_tokens = q_RD.shape[0], k_NDU.shape[1], k_NDU.shape[2]
     scores_RC[:rows, first * block_tokens : end * block_tokens] = ZERO
     b = first
@@ -102,7 +92,7 @@ def _add_values(
     scores_RC: Any, v_NUD: Any, head: int, num_heads: int, table_B: Any, begin: int, end: int,
     out_RD: Any,
 ) -> None:  # fmt: skip
-    """out += weights @ values of positions begin … end-1."""
+    """out += weights @ values, for positions begin … end-1."""
     block_tokens = v_NUD.shape[1]
     position = begin
     while position < end:
@@ -120,9 +110,9 @@ def _add_values(
 def _scores_to_weights(
     group: int, context: int, window: int, sinks_G: Any, scale: Any, scores_RC: Any, totals_R: Any
 ) -> None:
-    """Scores to weights, before they are divided by `totals_R`. Rows are G heads of a token, then
-    of the next; the first token's context is given. A sink takes part in the sum, and gives
-    nothing."""
+    """Turns scores into weights that are still to be divided by `totals_R`. Rows are the G heads of
+    one token, then those of the next. `context` is the first token's. A sink adds to the total and
+    has no value."""
     for r in range(totals_R.shape[0]):
         end = context + r // group
         begin = max(0, end - window) if window else 0
@@ -138,8 +128,8 @@ def _attend_tile(
     q_RD: Any, group: int, context: int, window: int, head: int, num_heads: int, table_B: Any,
     k_NDU: Any, v_NUD: Any, sinks_G: Any, scale: Any, scores_RC: Any, totals_R: Any, out_RD: Any,
 ) -> None:  # fmt: skip
-    """A few tokens of a sequence that follow each other, `group` query heads of each, which share a
-    KV head. A block that all tokens see whole is read once for all."""
+    """A few consecutive tokens of a sequence, with `group` query heads each, which share a KV head.
+    A block that all these tokens see in full is read once for all of them."""
     tokens = q_RD.shape[0] // group
     block_tokens = k_NDU.shape[2]
     last = context + tokens - 1
@@ -190,7 +180,7 @@ def attend_rows(
     qkv_TP: Any, position_T: Any, sequence_T: Any, table_SB: Any, k_cache: Any, v_cache: Any,
     window: int, sinks_A: Any, scale: Any, scores_RC: Any, out_TO: Any,
 ) -> None:  # fmt: skip
-    """Every row attends, in tiles of as many rows as `scores_RC` has."""
+    """Attention of every row, in tiles of as many rows as `scores_RC` has."""
     num_blocks, num_kv_heads, head_size, block_tokens = k_cache.shape
     k_NDU = k_cache.reshape(num_blocks * num_kv_heads, head_size, block_tokens)
     v_NUD = v_cache.reshape(num_blocks * num_kv_heads, block_tokens, head_size)
@@ -226,18 +216,17 @@ def attend(
     h_TH: Any, qkv_TP: Any, out_TO: Any, scores_RC: Any,
 ) -> None:  # fmt: skip
     """The attention half of a layer: x += attention(norm(x)). Writes the tokens' KV first, then
-    lets every row attend. `sinks_A` has one for each of the A query heads, or none; `clip` and
-    `window` (tokens that a row sees, itself included) are off at 0. `h_TH`, `qkv_TP`, `out_TO` and
-    `scores_RC` are scratch."""
+    computes the attention of every row. `sinks_A` has one entry for each of the A query heads, or
+    is empty. `clip` and `window` (tokens that a row sees, itself included) are off at 0. `h_TH`,
+    `qkv_TP`, `out_TO` and `scores_RC` are scratch."""
     num_tokens, block_tokens = position_T.shape[0], k_cache.shape[3]
     norm_rows(x_TH, norm_H, eps, h_TH, num_tokens)
     linear(h_TH, w_qkv, b_qkv, qkv_TP, num_tokens)
     for t in range(num_tokens):
-        position = position_T[t]
-        block = table_SB[sequence_T[t], position // block_tokens]
+        block, offset = cache_row(t, position_T, sequence_T, table_SB, block_tokens)
         _store_qkv(
-            qkv_TP[t], position, block, k_cache, v_cache, qk_norm, q_norm, k_norm, clip, eps,
-            cos_CD, sin_CD,
+            qkv_TP[t], block, offset, k_cache, v_cache, qk_norm, q_norm, k_norm, clip, eps,
+            cos_CD[position_T[t]], sin_CD[position_T[t]],
         )  # fmt: skip
     attend_rows(
         qkv_TP, position_T, sequence_T, table_SB, k_cache, v_cache, window, sinks_A, scale,

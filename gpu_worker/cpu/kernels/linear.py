@@ -19,7 +19,7 @@ from gpu_worker.cpu.kernels.warm_up import (
 )
 
 _VECTORS = 4
-"""Of a tile's width, so that there are chains enough to hide the latency of an addition."""
+"""Vectors in the width of a tile: enough independent chains to hide the latency of an addition."""
 
 
 @kernel
@@ -74,14 +74,14 @@ def accumulate_block(
 
 @kernel
 def accumulate(x: Any, w_KN: Any, out: Any, num_rows: int) -> None:
-    """out += x @ w for the first `num_rows` rows, as far as w reaches."""
+    """out += x @ w for the first `num_rows` rows, in the columns that w has."""
     depth, width = w_KN.shape
     accumulate_block(x, 0, w_KN.reshape(1, depth, width), 0, 0, depth, out, 0, num_rows)
 
 
 @kernel
 def _accumulate_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
-    """Rows in groups as equal as can be: each reads a panel once."""
+    """Splits the rows into groups of nearly equal size; each group reads a panel once."""
     depth, width = w.shape[1], out_MN.shape[1]
     groups = (num_rows + ROWS_MAX - 1) // ROWS_MAX
     panels = width // PANEL
@@ -96,7 +96,7 @@ def _accumulate_panels(x_MK: Any, w: Any, out_MN: Any, num_rows: int) -> None:
 
 @kernel
 def _accumulate_part(x_MK: Any, w: Any, p: int, out_MN: Any, num_rows: int) -> None:
-    """The last panel, of which `out` has only a part."""
+    """The last panel, if `out` ends inside it."""
     n = p * PANEL
     size = out_MN.shape[1] - n
     whole_MP = np.zeros((num_rows, PANEL), dtype=np.float32)
@@ -108,7 +108,7 @@ def _accumulate_part(x_MK: Any, w: Any, p: int, out_MN: Any, num_rows: int) -> N
 
 @kernel
 def linear(x_MK: Any, w: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
-    """out = bias + x @ w for the first `num_rows` rows; w is `[inputs, outputs]`, or panels."""
+    """out = bias + x @ w for the first `num_rows` rows. w is `[inputs, outputs]` or in panels."""
     for m in range(num_rows):
         out_MN[m, :] = bias_N
     if w.ndim == 3:
@@ -153,7 +153,8 @@ def add_rows(x_TH: Any, y_TH: Any, num_rows: int) -> None:
 
 @kernel
 def _largest(x: Any, size: int) -> Any:
-    """In eight chains: the order does not matter to a maximum, and one would wait for itself."""
+    """The maximum, in eight independent chains: its order does not matter, and one chain alone
+    would wait for the latency of each step."""
     m0 = m1 = m2 = m3 = m4 = m5 = m6 = m7 = x[0]
     i = 0
     while i + 8 <= size:
@@ -169,7 +170,7 @@ def _largest(x: Any, size: int) -> Any:
 
 @kernel
 def softmax(scores: Any, scale: Any, size: int) -> Any:
-    """Replaces the first `size` scores by exp(scale * (score - max)); returns their sum."""
+    """Replaces the first `size` scores with exp(scale * (score - max)); returns their sum."""
     top = _largest(scores, size)
     for i in range(size):
         scores[i] = exp32((scores[i] - top) * scale)

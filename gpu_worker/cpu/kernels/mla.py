@@ -1,13 +1,13 @@
 """Multi-head latent attention (arXiv 2405.04434) over a paged cache of latents, and its sparse form
 with the lightning indexer of DeepSeek-V3.2.
 
-Keys and values are never expanded: W_UK is absorbed into the query and W_UV applied to the sum of
-latents, in prefill as in decode, so that both give the same bits. All heads share a cached row;
-rows are read in tiles, each once for all heads.
+Keys and values are never expanded: W_UK is absorbed into the query, and W_UV is applied to the sum
+of latents. Prefill and decode both do so, hence both give the same bits. All heads share a cached
+row. Rows are read in tiles, each tile once for all heads.
 
-More shape letters: A heads, R latent rank, W rotated size of a head, F its other size, G value size
-of a head, Q rank of the queries' latent, U tokens of a tile (a KV block), I heads of the indexer,
-L its head size.
+More shape letters: A heads, R latent rank, W rotated size of a head, F its unrotated size, G value
+size of a head, Q rank of the queries' latent, U tokens of a tile (a KV block), I heads of the
+indexer, L its head size.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from typing import Any
 import numpy as np
 
 from gpu_worker.cpu.kernels.arithmetic import ONE, ZERO, fma, kernel
-from gpu_worker.cpu.kernels.linear import (
-    accumulate,
-    linear,
-    rms_norm,
-    softmax,
-)
+from gpu_worker.cpu.kernels.attention import cache_row, rotate
+from gpu_worker.cpu.kernels.linear import accumulate, linear, rms_norm, softmax
 from gpu_worker.cpu.kernels.warm_up import (
     FLAG,
     FLOAT,
@@ -38,29 +34,17 @@ from gpu_worker.cpu.kernels.warm_up import (
 
 
 @kernel
-def _rotate(head_W: Any, cos: Any, sin: Any, interleaved: bool, out_W: Any) -> None:
-    """Pairs are neighbours, or an element of each half; the result has its pairs in halves."""
-    half = cos.shape[0]
-    for i in range(half):
-        low = head_W[2 * i] if interleaved else head_W[i]
-        high = head_W[2 * i + 1] if interleaved else head_W[i + half]
-        out_W[i] = low * cos[i] - high * sin[i]
-        out_W[i + half] = high * cos[i] + low * sin[i]
-
-
-@kernel
 def store_latents(
     kva_TP: Any, position_T: Any, sequence_T: Any, table_SB: Any, latent_BUR: Any, key_BUW: Any,
     kva_norm_R: Any, inner_eps: Any, cos_CD: Any, sin_CD: Any, interleaved: bool,
 ) -> None:  # fmt: skip
-    """The normed latents and the rotated shared keys of the step's tokens, into the cache."""
+    """Writes the normed latents and the rotated shared keys of the step's tokens to the cache."""
     block_tokens, rank = latent_BUR.shape[1:]
     for t in range(position_T.shape[0]):
         position = position_T[t]
-        block = table_SB[sequence_T[t], position // block_tokens]
-        offset = position % block_tokens
+        block, offset = cache_row(t, position_T, sequence_T, table_SB, block_tokens)
         rms_norm(kva_TP[t, :rank], kva_norm_R, inner_eps, latent_BUR[block, offset])
-        _rotate(
+        rotate(
             kva_TP[t, rank:], cos_CD[position], sin_CD[position], interleaved,
             key_BUW[block, offset],
         )  # fmt: skip
@@ -71,8 +55,8 @@ def absorb_queries(
     q_TP: Any, position_T: Any, w_uk_AFR: Any, cos_CD: Any, sin_CD: Any, interleaved: bool,
     zeros: Any, plain_TF: Any, latent_TR: Any, q_latent_TRA: Any, q_rotated_TWA: Any,
 ) -> None:  # fmt: skip
-    """Each head's query as it meets the latents, and its rotated part; heads side by side.
-    `plain_TF` and `latent_TR` are scratch."""
+    """`q_latent_TRA`: each head's query times W_UK, to be multiplied with latents. `q_rotated_TWA`:
+    its rotated part. `plain_TF` and `latent_TR` are scratch."""
     num_heads, qk_nope_head_dim, rank = w_uk_AFR.shape
     num_tokens, qk_rope_head_dim = position_T.shape[0], q_rotated_TWA.shape[1]
     head_size = qk_nope_head_dim + qk_rope_head_dim
@@ -83,7 +67,7 @@ def absorb_queries(
             for f in range(qk_nope_head_dim):
                 plain_TF[t, f] = head[f]
             position = position_T[t]
-            _rotate(
+            rotate(
                 head[qk_nope_head_dim:], cos_CD[position], sin_CD[position], interleaved, rotated_W
             )
             for w in range(qk_rope_head_dim):
@@ -98,7 +82,7 @@ def absorb_queries(
 def _score_tile(
     latent_UR: Any, key_UW: Any, q_latent_RA: Any, q_rotated_WA: Any, scores_UA: Any, size: int
 ) -> None:
-    """A chain over the latent's elements, then the rotated ones."""
+    """Each score is one chain: over the latent's elements, then over the rotated ones."""
     scores_UA[:size] = ZERO
     accumulate(latent_UR, q_latent_RA, scores_UA, size)
     accumulate(key_UW, q_rotated_WA, scores_UA, size)
@@ -106,7 +90,7 @@ def _score_tile(
 
 @kernel
 def _scores_to_weights(scores_CA: Any, scale: Any, size: int, weights_AC: Any) -> None:
-    """Softmax of every head over its scores: weights that sum to one."""
+    """Each head's weights: the softmax of its scores, which sums to one."""
     for a in range(weights_AC.shape[0]):
         weights = weights_AC[a]
         for c in range(size):
@@ -121,7 +105,7 @@ def _scores_to_weights(scores_CA: Any, scale: Any, size: int, weights_AC: Any) -
 def _add_tile(
     weights_AC: Any, first: int, size: int, latent_UR: Any, tile_AU: Any, sum_AR: Any
 ) -> None:
-    """sum += weights @ latents. What lies behind the last position has the weight zero."""
+    """sum += weights @ latents. Rows of the tile after the last position have the weight zero."""
     for a in range(tile_AU.shape[0]):
         for u in range(tile_AU.shape[1]):
             tile_AU[a, u] = weights_AC[a, first + u] if u < size else ZERO
@@ -134,8 +118,8 @@ def attend_dense(
     q_latent_TRA: Any, q_rotated_TWA: Any, scale: Any, scores_CA: Any, weights_AC: Any,
     tile_AU: Any, sum_TAR: Any,
 ) -> None:  # fmt: skip
-    """Every row attends to all positions up to its own. `scores_CA`, `weights_AC` and `tile_AU` are
-    scratch."""
+    """Attention of every row over all positions up to its own. `scores_CA`, `weights_AC` and
+    `tile_AU` are scratch."""
     block_tokens = latent_BUR.shape[1]
     for t in range(position_T.shape[0]):
         context, table_B = position_T[t] + 1, table_SB[sequence_T[t]]
@@ -161,8 +145,8 @@ def attend_sparse(
     top_k: int, scale: Any, index_scale: Any, scores_CA: Any, weights_AC: Any, tile_AU: Any,
     latent_UR: Any, key_UW: Any, index_UI: Any, index_C: Any, chosen_C: Any, sum_TAR: Any,
 ) -> None:  # fmt: skip
-    """Every row attends to the `top_k` positions that the indexer prefers, in rising order. All
-    between `index_scale` and `sum_TAR` is scratch."""
+    """Attention of every row over the `top_k` positions that the indexer scores highest, in rising
+    order of position. The arguments between `index_scale` and `sum_TAR` are scratch."""
     block_tokens = latent_BUR.shape[1]
     for t in range(position_T.shape[0]):
         context, table_B = position_T[t] + 1, table_SB[sequence_T[t]]
@@ -222,7 +206,8 @@ def _score_index(
 
 @kernel
 def _choose_positions(index_C: Any, context: int, size: int, chosen_C: Any) -> None:
-    """The positions of the `size` largest scores, rising; the lower one first among equals."""
+    """The positions of the `size` largest scores, in rising order. Among equal scores the lower
+    position is chosen."""
     edge = np.partition(index_C[:context], context - size)[context - size]
     above = 0
     for c in range(context):
@@ -240,7 +225,7 @@ def expand_sums(
     sum_TAR: Any, w_uv_ARG: Any, zeros: Any, latent_TR: Any, value_TG: Any, heads_TO: Any,
     num_tokens: int,
 ) -> None:  # fmt: skip
-    """Each head's values from its sum of latents. `latent_TR` and `value_TG` are scratch."""
+    """Each head's value: its sum of latents times W_UV. `latent_TR` and `value_TG` are scratch."""
     num_heads, rank, v_head_dim = w_uv_ARG.shape
     for a in range(num_heads):
         for t in range(num_tokens):
@@ -257,16 +242,16 @@ def store_index_keys(
     key_TL: Any, position_T: Any, sequence_T: Any, table_SB: Any, index_key_BUL: Any, norm_L: Any,
     bias_L: Any, eps: Any, cos_CD: Any, sin_CD: Any,
 ) -> None:  # fmt: skip
-    """The indexer's keys of the step's tokens, into their cache: layer norm, then the first
-    elements rotated by halves."""
+    """Writes the indexer's keys of the step's tokens to their cache: a layer norm, then a rotation
+    of the first elements, paired by halves."""
     block_tokens, size = index_key_BUL.shape[1:]
     rotated = 2 * cos_CD.shape[1]
     for t in range(position_T.shape[0]):
         position = position_T[t]
-        key = index_key_BUL[table_SB[sequence_T[t], position // block_tokens]]
-        out = key[position % block_tokens]
+        block, offset = cache_row(t, position_T, sequence_T, table_SB, block_tokens)
+        out = index_key_BUL[block, offset]
         _layer_norm(key_TL[t], norm_L, bias_L, eps, key_TL[t])
-        _rotate(key_TL[t, :rotated], cos_CD[position], sin_CD[position], False, out[:rotated])
+        rotate(key_TL[t, :rotated], cos_CD[position], sin_CD[position], False, out[:rotated])
         for i in range(rotated, size):
             out[i] = key_TL[t, i]
 
@@ -290,7 +275,7 @@ def _layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
 def rotate_index_queries(
     q_TP: Any, position_T: Any, cos_CD: Any, sin_CD: Any, q_index_TLI: Any
 ) -> None:
-    """The indexer's queries, rotated by halves, heads side by side."""
+    """The indexer's queries, rotated in pairs by halves, with the head as the last axis."""
     size, num_heads = q_index_TLI.shape[1:]
     rotated = 2 * cos_CD.shape[1]
     rotated_W = np.empty(rotated, dtype=np.float32)
@@ -298,14 +283,14 @@ def rotate_index_queries(
         position = position_T[t]
         for i in range(num_heads):
             head = q_TP[t, i * size : (i + 1) * size]
-            _rotate(head[:rotated], cos_CD[position], sin_CD[position], False, rotated_W)
+            rotate(head[:rotated], cos_CD[position], sin_CD[position], False, rotated_W)
             for n in range(size):
                 q_index_TLI[t, n, i] = rotated_W[n] if n < rotated else head[n]
 
 
 @kernel
 def project(x_MK: Any, w_KN: Any, bias_N: Any, out_MN: Any, num_rows: int) -> None:
-    """`linear`, for callers outside of kernels."""
+    """`linear`, for callers that are not kernels."""
     linear(x_MK, w_KN, bias_N, out_MN, num_rows)
 
 
@@ -317,12 +302,12 @@ def scale_rows(x_TH: Any, factor: Any, num_rows: int) -> None:
 
 
 F1, F2, F3 = FLOATS_1D, FLOATS_2D, FLOATS_3D
-_WHERE = (READONLY_INTS_1D, READONLY_INTS_1D, READONLY_INTS_2D)
+_BATCH = (READONLY_INTS_1D, READONLY_INTS_1D, READONLY_INTS_2D)
 
 ENTRY_POINTS: list[EntryPoint] = [
-    (store_latents, (F2, *_WHERE, F3, F3, F1, FLOAT, F2, F2, FLAG)),
+    (store_latents, (F2, *_BATCH, F3, F3, F1, FLOAT, F2, F2, FLAG)),
     (absorb_queries, (F2, READONLY_INTS_1D, F3, F2, F2, FLAG, F1, F2, F2, F3, F3)),
-    (attend_dense, (*_WHERE, F3, F3, F3, F3, FLOAT, F2, F2, F2, F3)),
+    (attend_dense, (*_BATCH, F3, F3, F3, F3, FLOAT, F2, F2, F2, F3)),
     (expand_sums, (F3, F3, F1, F2, F2, F2, INT)),
     (project, (F2, F2, F1, F2, INT)),
 ]
@@ -331,11 +316,11 @@ SPARSE_ENTRY_POINTS: list[EntryPoint] = [
     (
         attend_sparse,
         (
-            *_WHERE, F3, F3, F3, F3, F3, F3, F2, INT, FLOAT, FLOAT, F2, F2, F2, F2, F2, F2, F1,
+            *_BATCH, F3, F3, F3, F3, F3, F3, F2, INT, FLOAT, FLOAT, F2, F2, F2, F2, F2, F2, F1,
             INTS_1D, F3,
         ),
     ),
-    (store_index_keys, (F2, *_WHERE, F3, F1, F1, FLOAT, F2, F2)),
+    (store_index_keys, (F2, *_BATCH, F3, F1, F1, FLOAT, F2, F2)),
     (rotate_index_queries, (F2, READONLY_INTS_1D, F2, F2, F3)),
     (scale_rows, (F2, FLOAT, INT)),
 ]  # fmt: skip

@@ -19,12 +19,13 @@ from gpu_worker.cpu.kernels.warm_up import (
 )
 
 _TINY = np.float32(1e-20)
-"""Keeps a sum of weights from being zero, as the reference does."""
+"""Added to a sum of weights so that it is never zero, as in the reference implementation."""
 
 
 @kernel
 def _top_k(scores_E: Any, experts_K: Any) -> None:
-    """The largest scores, falling; the lower expert first among equals."""
+    """The experts with the largest scores, in falling order; the lower expert first among
+    equals."""
     top_k, held = experts_K.shape[0], 0
     for e in range(scores_E.shape[0]):
         if held == top_k and not scores_E[e] > scores_E[experts_K[top_k - 1]]:
@@ -55,7 +56,8 @@ def route_softmax(
     h_TH: Any, w_router: Any, zeros: Any, normalise: bool, logits_TE: Any, experts_TK: Any,
     weights_TK: Any, num_tokens: int,
 ) -> None:  # fmt: skip
-    """The experts of normed tokens: the top-k by probability among all. `logits_TE` is scratch."""
+    """Softmax over all experts, then the top-k by probability. `h_TH` is normed; `logits_TE` is
+    scratch."""
     linear(h_TH, w_router, zeros, logits_TE, num_tokens)
     for t in range(num_tokens):
         logits_E, experts_K, weights_K = logits_TE[t], experts_TK[t], weights_TK[t]
@@ -71,7 +73,7 @@ def route_top_k_softmax(
     h_TH: Any, w_router: Any, b_router: Any, logits_TE: Any, experts_TK: Any, weights_TK: Any,
     num_tokens: int,
 ) -> None:  # fmt: skip
-    """The top-k logits, and a softmax over these alone. `logits_TE` is scratch."""
+    """The top-k logits, then a softmax over these alone. `logits_TE` is scratch."""
     linear(h_TH, w_router, b_router, logits_TE, num_tokens)
     for t in range(num_tokens):
         experts_K, weights_K = experts_TK[t], weights_TK[t]
@@ -85,8 +87,8 @@ def route_top_k_softmax(
 
 @kernel
 def _keep_best_groups(choice_E: Any, num_groups: int, topk_group: int, by_two: bool) -> None:
-    """-inf for experts outside the `topk_group` best groups: those with the largest sum of their
-    two largest scores, or the largest one."""
+    """Sets the choice of every expert outside the `topk_group` best groups to -inf. A group's value
+    is the sum of its two largest scores (`by_two`), or its largest score."""
     size = choice_E.shape[0] // num_groups
     values = np.empty(num_groups, dtype=np.float32)
     for g in range(num_groups):
@@ -113,8 +115,9 @@ def route_groups(
     topk_group: int, normalise: bool, factor: Any, scores_TE: Any, choice_E: Any, experts_TK: Any,
     weights_TK: Any, num_tokens: int,
 ) -> None:  # fmt: skip
-    """DeepSeek's: scores by sigmoid (or softmax), the choice by score plus correction among the
-    best groups, the weight by the score alone. `scores_TE` and `choice_E` are scratch."""
+    """DeepSeek's routing. Scores are sigmoids (or a softmax). Experts are chosen by score plus
+    correction among the best groups; their weights are the scores alone. `scores_TE` and `choice_E`
+    are scratch."""
     linear(h_TH, w_router, zeros, scores_TE, num_tokens)
     num_experts = scores_TE.shape[1]
     for t in range(num_tokens):

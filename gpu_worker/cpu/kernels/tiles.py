@@ -1,12 +1,12 @@
-"""Matrix products in vector registers, and the layout of weights that they stream: panels of 32
-columns, `[panels, inputs, 32]`, zeros behind the last column.
+"""Matrix products in vector registers, and the layout of the weights that they read: panels of 32
+columns, `[panels, inputs, 32]`, with zeros after the last column.
 
-A tile is a few rows by a few vectors of columns. Its sums stay in registers over all inputs, one
-lane an output element: every lane is the chain of `arithmetic`, so the tile's shape changes no bit.
-Vectors are spelt with 16 lanes; the compiler splits them where the machine's are shorter.
+A tile is a few rows by a few vectors of columns. Its sums stay in registers over all inputs. Each
+lane is one output element and computes the chain that `arithmetic` describes, so the shape of the
+tile changes no bit. Vectors have 16 lanes; the compiler splits them on machines with shorter ones.
 
-Weights stored as bfloat16 stay so, and are widened in registers (exactly: the low half of a float32
-is zero): columns c and c + 16 of a panel lie side by side, in one 32-bit word.
+Weights that are stored as bfloat16 stay bfloat16 in memory and are widened in registers. That is
+exact: the low half of the float32 is zero. Columns c and c + 16 of a panel share a 32-bit word.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LANES = 16
 PANEL = 2 * LANES
 ROWS_MAX = 8
 ROWS_MAX_WIDE = 6
-"""Of a tile two and four vectors wide: 16 and 24 of 32 registers are chains enough to keep the
-multipliers busy."""
+"""Rows of a tile that is two vectors wide, and of one that is four wide: 16 and 24 of 32 registers,
+which are enough independent chains to keep the multipliers busy."""
 
 _PREFETCH_BYTES = 4096
 _PREFETCHED_ROWS_MIN = 5
-"""A panel is one stream from memory, which the processor foresees by itself: only where a tile
-computes for as long as its weights take to come does it help to ask ahead."""
+"""The processor predicts the reads of a panel by itself. A software prefetch helps only if a tile
+computes for about as long as its weights take to arrive, which takes this many rows."""
 
 _LINE_BYTES = 64
 
@@ -43,8 +43,8 @@ _INTS = ir.VectorType(_INT, LANES)
 
 
 def pack(w_KN: NDArray[Any], out: NDArray[Any], first: int = 0) -> None:
-    """Float32, or bfloat16 as uint16, as columns `first` … of panels, which are zeros where no
-    column is."""
+    """Writes `w_KN` (float32, or bfloat16 as uint16) to the panels `out`, from column `first` on.
+    Elements of `out` without a column stay as they are: zeros."""
     end = first + w_KN.shape[1]
     for panel in range(first // PANEL, -(-end // PANEL)):
         start = panel * PANEL
@@ -65,8 +65,8 @@ def _accumulate_tile(
 ) -> Any:  # fmt: skip
     """out[m : m + rows, n …] += x[m : m + rows, k : k + depth] @ w, for 1 to ROWS_MAX rows.
 
-    w is side by side, for each index in the tuple `at`, `depth` rows of w[index], `vectors` (a
-    literal; 2 where w is bfloat16) wide, from its element number `start`."""
+    The columns of w are, side by side for each index in the tuple `at`, `depth` rows of w[index]
+    from its element `start` on, `vectors` vectors wide (a literal; 2 if w is bfloat16)."""
     intp = types.intp
     signature = types.void(intp, vectors, x, intp, intp, w, at, intp, intp, out, intp)
 
@@ -93,7 +93,8 @@ accumulate_tile: Any = intrinsic(prefer_literal=True)(_accumulate_tile)
 
 
 class _Weights(NamedTuple):
-    """Pointers to where they start, and elements from a row to the next."""
+    """Pointers to the first row of each part, and the number of elements from a row to the
+    next."""
 
     starts: list[Any]
     stride: Any
@@ -102,7 +103,7 @@ class _Weights(NamedTuple):
 
 @contextmanager
 def _one_case_for_each(builder: Any, value: Any, count: int) -> Iterator[list[Any]]:
-    """Code for value 1, 2 … count, each to be written inside its own context."""
+    """A switch over the values 1, 2 … count: the code of each case is built inside its context."""
     end = builder.append_basic_block("end")
     blocks = [builder.append_basic_block("rows") for _ in range(count)]
     switch = builder.switch(value, blocks[-1])
@@ -127,7 +128,7 @@ def _accumulate_rows(
     depth: Any,
     out_rows: list[Any],
 ) -> None:
-    """The sums' memory becomes registers."""
+    """LLVM promotes the memory of the sums to registers."""
     count = vectors * len(weights.starts)
     places = [_vector_pointers(builder, row, count) for row in out_rows]
     sums = [
@@ -152,7 +153,7 @@ def _accumulate_rows(
 
 
 def _row_pointers(builder: Any, array: Any, first: Any, count: int, column: Any) -> list[Any]:
-    """To `column` of rows `first` …"""
+    """Pointers to `column` of `count` rows from `first` on."""
     width = cgutils.unpack_tuple(builder, array.shape)[1]
     rows = [builder.add(first, _WORD(r)) for r in range(count)]
     return [builder.gep(array.data, [builder.add(builder.mul(row, width), column)]) for row in rows]
@@ -195,7 +196,8 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _prefetch(builder: Any, pointer: Any, vectors: int) -> None:
-    """The lines of a row further on: vectors of float32 are a line each, of bfloat16 half a one."""
+    """Prefetches cache lines of a later row: a vector of float32 fills a line, a vector of bfloat16
+    half a line."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")

@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 EntryPoint = tuple[Any, tuple[Any, ...]]
-"""A kernel that the model calls from Python, and the types of its arguments."""
+"""A kernel that the model calls from Python, with the types of its arguments."""
 
 FLOAT, INT, FLAG = types.float32, types.intp, types.boolean
 FLOATS_1D, FLOATS_2D = FLOAT[::1], FLOAT[:, ::1]
@@ -20,8 +20,8 @@ INTS_1D, INTS_2D = types.int32[::1], types.int32[:, ::1]
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Weights in panels: float32, or bfloat16 as uint16, as the checkpoint has them. All of a call
-    are of one kind."""
+    """The type of weights in panels: float32, or bfloat16 as uint16, as the checkpoint stores them.
+    All weights of one call have the same type."""
 
     ndim: int
 
@@ -38,7 +38,7 @@ def _readonly(dtype: Any, ndim: int) -> Any:
     return types.Array(dtype, ndim, "C", readonly=True)
 
 
-# What comes from outside the model may be read-only.
+# Arrays that are made outside the model may be read-only.
 READONLY_INTS_1D, READONLY_INTS_2D = _readonly(types.int32, 1), _readonly(types.int32, 2)
 READONLY_FLOATS_2D, READONLY_FLOATS_3D = _readonly(FLOAT, 2), _readonly(FLOAT, 3)
 
@@ -48,9 +48,9 @@ def compile_all(
     on_progress: Callable[[int, int], None] | None = None,
     weight_dtypes: Sequence[np.dtype[Any]] = WEIGHT_DTYPES,
 ) -> None:
-    """Compiles the kernels (seconds of CPU each) for weights of these kinds, or loads them from
-    numba's cache (half a second for all). Afterwards a call with other types fails, where it would
-    have stalled the engine with a compilation."""
+    """Compiles the kernels (seconds of CPU each) for weights of these types, or loads them from
+    numba's cache (half a second for all). After that, a call with other types raises TypeError
+    rather than stall the engine with a compilation."""
     wanted = [
         (kernel, signature)
         for kernel, arguments in entry_points

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gpu_worker.cpu.expert_slots import ExpertSlots, MlpSlot
-from gpu_worker.cpu.weights import empty_panels, into_panels
+from gpu_worker.cpu.weights import empty_panels
+from tests.support.panels import into_panels
 from tests.unit.gpu_worker.cpu.runs import Chunk, open_ranks
 
 L, S, H, I = 2, 3, 4, 5  # noqa: E741

@@ -17,7 +17,7 @@ from gpu_worker.cpu.kernels import arithmetic, experts, linear, router
 from gpu_worker.cpu.kernels.warm_up import compile_all
 from gpu_worker.cpu.mlp import MlpRunner
 from gpu_worker.cpu.registry import COMMON_KERNELS
-from gpu_worker.cpu.weights import into_panels
+from tests.support.panels import into_panels
 
 
 @njit

@@ -9,45 +9,15 @@ from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.exchange.outbox import Link, Outbox, WriteStatus
 from gpu_worker.exchange.regions import QUARANTINE_S, Regions
 from shared.types import Incarnation, Member, RankId
+from tests.support.scripted_engine import ScriptedEngine
 
 LAYOUT = MessageLayout(hidden_size=4, top_k=2, step_tokens_max=4)
 PEER = Member(rank=RankId(1), incarnation=Incarnation(1))
 
 
-class ScriptedEngine:
-    """Stands for the network: each write's status is what the test sets."""
-
-    def __init__(self) -> None:
-        self.writes: list[tuple[int, int]] = []  # remote address, length
-        self.status: dict[int, int] = {}
-        self.refuses = False
-        self.registered: set[int] = set()
-
-    def register_memory(self, buffer_addr: int, capacity: int) -> int:
-        self.registered.add(buffer_addr)
-        return 0
-
-    def unregister_memory(self, buffer_addr: int, /) -> int:
-        self.registered.remove(buffer_addr)
-        return 0
-
-    def transfer_submit_write(
-        self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int
-    ) -> int:
-        if self.refuses:
-            return 0
-        self.writes.append((peer_buffer_address, length))
-        self.status[len(self.writes)] = 0
-        return len(self.writes)
-
-    def transfer_check_status(self, batch: int, /) -> int:
-        status = self.status[batch]
-        if status != 0:
-            del self.status[batch]  # a terminal answer comes once
-        return status
-
-    def get_rpc_port(self) -> int:
-        return 0
+def written(engine: ScriptedEngine) -> list[tuple[int, int]]:
+    """Remote address and length of each write, in order."""
+    return [(write.target, write.length) for write in engine.writes.values()]
 
 
 def make(
@@ -65,7 +35,7 @@ def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
     with pytest.raises(AssertionError):
         outbox.message_buffer(0)
     outbox.message_buffer(1)
-    engine.status[1] = 1
+    engine.end(1, 1)
     assert outbox.poll_write(0) is WriteStatus.DONE
     outbox.message_buffer(0)
 
@@ -73,7 +43,7 @@ def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
 def test_a_message_is_one_write_over_tcp() -> None:
     engine = ScriptedEngine()
     make(engine).commit(2, 128)
-    assert engine.writes == [((1 << 32) + LAYOUT.message_buffer(2)[0], 128)]
+    assert written(engine) == [((1 << 32) + LAYOUT.message_buffer(2)[0], 128)]
 
 
 def test_over_rdma_the_tail_goes_only_after_the_payload_has_arrived() -> None:
@@ -82,11 +52,11 @@ def test_over_rdma_the_tail_goes_only_after_the_payload_has_arrived() -> None:
     start = (1 << 32) + LAYOUT.message_buffer(0)[0]
     outbox.commit(0, 128)
     assert outbox.progress()
-    assert engine.writes == [(start, 128 - TAIL_BYTES)]
-    engine.status[1] = 1
+    assert written(engine) == [(start, 128 - TAIL_BYTES)]
+    engine.end(1, 1)
     assert outbox.progress()
-    assert engine.writes[1:] == [(start + 128 - TAIL_BYTES, TAIL_BYTES)]
-    engine.status[2] = 1
+    assert written(engine)[1:] == [(start + 128 - TAIL_BYTES, TAIL_BYTES)]
+    engine.end(2, 1)
     assert not outbox.progress()
     assert outbox.poll_write(0) is WriteStatus.DONE
 
@@ -99,7 +69,7 @@ def test_a_failed_write_is_not_tried_again_and_its_message_goes_over_the_next_li
     old = make(engine)
     old.message_buffer(0).bytes[:128] = 5
     old.commit(0, 128)
-    engine.status[1] = status
+    engine.end(1, status)
     assert old.poll_write(0) is WriteStatus.FAILED
     assert old.broken
     old.message_buffer(3).bytes[:64] = 6
@@ -108,7 +78,7 @@ def test_a_failed_write_is_not_tried_again_and_its_message_goes_over_the_next_li
     new = make(engine, generation=2)
     new.take_over(old)
     starts = [(2 << 32) + LAYOUT.message_buffer(index)[0] for index in (0, 3)]
-    assert engine.writes[1:] == [(starts[0], 128), (starts[1], 64)]
+    assert written(engine)[1:] == [(starts[0], 128), (starts[1], 64)]
 
 
 def test_a_write_that_cannot_start_breaks_the_outbox() -> None:
@@ -125,7 +95,7 @@ def test_memory_that_a_write_may_still_read_is_never_released() -> None:
     outbox = make(engine)
     outbox.commit(0, 128)
     assert not outbox.release()
-    engine.status[1] = -2
+    engine.end(1, -2)
     assert not outbox.release()
     assert engine.registered
 
@@ -134,7 +104,7 @@ def test_memory_is_released_when_all_writes_have_ended() -> None:
     engine = ScriptedEngine()
     outbox = make(engine)
     outbox.commit(0, 128)
-    engine.status[1] = 1
+    engine.end(1, 1)
     assert outbox.release()
     assert not engine.registered
 

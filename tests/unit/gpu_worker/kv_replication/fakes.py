@@ -64,12 +64,12 @@ class Region:
 
     def content(self, name: bytes) -> Bytes | None:
         slots = [slot for slot, known in self.known.items() if known == name]
-        assert len(slots) <= 1, "a name stands in one slot"
+        assert len(slots) <= 1, "a name is in one slot"
         return self.slots[slots[0]] if slots else None
 
 
 class Channel:
-    """To a region in the store of its target. What is under way stands in `pending`."""
+    """To a region in the store of its target. What is under way is in `pending`."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Channel:
         store: Store | None = None,
         *,
         num_slots: int = 16,
-        num_rooms: int = 16,
+        num_staging_buffers: int = 16,
         is_on_other_node: bool = True,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
@@ -88,7 +88,7 @@ class Channel:
         self.is_open = True
         self.region = Region()
         (store or Store()).regions.append(self.region)
-        self.num_rooms = num_rooms
+        self.num_staging_buffers = num_staging_buffers
         self.sent: list[bytes] = []  # in order
         self.pending: list[Callable[[], None]] = []
         self._news_sent: list[bytes] = []
@@ -100,9 +100,9 @@ class Channel:
         return list(self.region.known.values())
 
     def take_staging_buffer(self) -> Bytes | None:
-        if not self.num_rooms:
+        if not self.num_staging_buffers:
             return None
-        self.num_rooms -= 1
+        self.num_staging_buffers -= 1
         return np.zeros(self.block_bytes, dtype=np.uint8)
 
     def send(
@@ -151,7 +151,7 @@ class Channel:
     def _write_rest(self, staging_buffer: Bytes, slot: int, name: bytes) -> None:
         assert slot not in self.region.known, "a slot is written that is known by a name"
         self.region.slots[slot][:] = staging_buffer
-        self.num_rooms += 1
+        self.num_staging_buffers += 1
         self.pending.append(lambda: self._know(slot, name))
 
     def _know(self, slot: int, name: bytes) -> None:

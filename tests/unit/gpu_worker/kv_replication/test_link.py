@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.kv_replication.channel import Channel, RemoteSlots, SendRequest, WakeCallbacks
+from gpu_worker.kv_replication.channel import Channel, RemoteSlots, SendRequest
 from gpu_worker.kv_replication.link import NOTIFY_AT_ONCE_MIN, ReplicaLink
 from gpu_worker.kv_replication.staging_buffer import StagingBuffers
 from shared.types import Epoch, Incarnation, Member, RankId, Step
@@ -27,7 +27,7 @@ from shared.wire import (
     encode,
     read_message,
 )
-from tests.unit.gpu_worker.kv_replication.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 SOURCE = Member(rank=RankId(0), incarnation=Incarnation(1))
 TARGET = Member(rank=RankId(1), incarnation=Incarnation(4))
@@ -95,8 +95,12 @@ async def linked(pace_s: float = 0.0, pong_timeout_s: float = 1e6) -> AsyncItera
         num_slots=100,
         block_bytes=8,
     )
-    wake = WakeCallbacks(sender=lambda channel: None, link=link.notify)
-    channel = Channel(remote, StagingBuffers(new_staging_buffer, ScriptedEngine()), wake)
+    channel = Channel(
+        remote,
+        StagingBuffers(new_staging_buffer, ScriptedEngine()),
+        notify_sender=lambda channel: None,
+        notify_link=link.notify,
+    )
     held = asyncio.create_task(link.hold(channel, reader))
     try:
         yield LinkHarness(channel, their_reader, their_writer, held)
@@ -200,7 +204,7 @@ async def test_a_slot_is_made_known_before_it_is_dropped() -> None:
         assert isinstance(await harness.hear(), DropKvReplicas)
 
 
-async def test_what_came_from_other_threads_before_the_link_was_held_is_told() -> None:
+async def test_what_came_from_other_threads_before_the_link_was_held_is_sent() -> None:
     async with linked() as harness:
         thread = threading.Thread(target=harness.write, args=(3,))
         thread.start()

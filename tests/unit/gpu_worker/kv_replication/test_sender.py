@@ -14,7 +14,6 @@ from gpu_worker.kv_replication.channel import (
     CHANNEL_STAGING_BUFFERS_MAX,
     Channel,
     RemoteSlots,
-    WakeCallbacks,
 )
 from gpu_worker.kv_replication.sender import WRITE_TIMEOUT_S, WRITES_MAX, Sender
 from gpu_worker.kv_replication.staging_buffer import (
@@ -24,7 +23,7 @@ from gpu_worker.kv_replication.staging_buffer import (
 )
 from shared.types import Incarnation, Member, RankId
 from tests.support.fake_clock import FakeClock
-from tests.unit.gpu_worker.kv_replication.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 BLOCK_BYTES = 256
 NUM_SLOTS = 1000
@@ -43,7 +42,7 @@ class Save:
 
 
 class StagingBufferAllocator:
-    """Keeps what it makes, as `ports.BlockCache` must."""
+    """Keeps what it makes, as `engine.kv_replication.BlockCache` must."""
 
     def __init__(self) -> None:
         self.refuses = False
@@ -63,7 +62,7 @@ class SenderHarness:
     maker: StagingBufferAllocator = field(default_factory=StagingBufferAllocator)
 
     def __post_init__(self) -> None:
-        self.rooms = StagingBuffers(self.maker.new, self.engine)
+        self.staging_buffers = StagingBuffers(self.maker.new, self.engine)
         self.sender = Sender(self.engine, self.clock)
 
     def channel(self, rank: int = 1) -> Channel:
@@ -77,7 +76,10 @@ class SenderHarness:
             block_bytes=BLOCK_BYTES,
         )
         return Channel(
-            remote, self.rooms, WakeCallbacks(sender=self.sender.notify, link=lambda: None)
+            remote,
+            self.staging_buffers,
+            notify_sender=self.sender.notify,
+            notify_link=lambda: None,
         )
 
     def targets(self) -> list[int]:
@@ -103,8 +105,8 @@ def staging_buffers_of(channel: Channel) -> Iterator[Bytes]:
         yield staging_buffer
 
 
-def addresses(rooms: Iterator[Bytes]) -> set[int]:
-    return {int(staging_buffer.ctypes.data) for staging_buffer in rooms}
+def addresses(staging_buffers: Iterator[Bytes]) -> set[int]:
+    return {int(staging_buffer.ctypes.data) for staging_buffer in staging_buffers}
 
 
 def test_a_block_is_written_to_its_slot_and_named_once_that_has_completed(
@@ -170,7 +172,7 @@ def test_all_staging_buffers_come_back(harness: SenderHarness) -> None:
     assert len(list(staging_buffers_of(channel))) == CHANNEL_STAGING_BUFFERS_MAX
 
 
-def test_a_channel_whose_target_hangs_leaves_rooms_and_time_to_the_others(
+def test_a_channel_whose_target_hangs_leaves_staging_buffers_and_time_to_the_others(
     harness: SenderHarness,
 ) -> None:
     hung, healthy = harness.channel(1), harness.channel(2)
@@ -188,7 +190,7 @@ def test_a_channel_whose_target_hangs_leaves_rooms_and_time_to_the_others(
     assert hung.is_open
 
 
-def test_a_failed_write_closes_the_channel_and_all_its_rooms_come_back(
+def test_a_failed_write_closes_the_channel_and_all_its_staging_buffers_come_back(
     harness: SenderHarness,
 ) -> None:
     channel, other = harness.channel(), harness.channel(2)
@@ -274,7 +276,9 @@ def lose(harness: SenderHarness, count: int) -> None:
         harness.sender.poll()
 
 
-def test_after_too_many_lost_rooms_nothing_is_sent_any_more(harness: SenderHarness) -> None:
+def test_after_too_many_lost_staging_buffers_nothing_is_sent_any_more(
+    harness: SenderHarness,
+) -> None:
     lose(harness, LOST_STAGING_BUFFERS_MAX)
     assert harness.channel().take_staging_buffer() is not None
     lose(harness, 1)
@@ -290,7 +294,7 @@ def test_where_the_host_refuses_memory_for_another_room_nothing_is_raised(
     assert sum(map(len, taken)) == NUM_STAGING_BUFFERS - 1
 
 
-def test_a_write_that_never_ends_closes_the_channel_and_keeps_its_room(
+def test_a_write_that_never_ends_closes_the_channel_and_keeps_its_staging_buffer(
     harness: SenderHarness,
 ) -> None:
     channel = harness.channel()

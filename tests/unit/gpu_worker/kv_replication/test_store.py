@@ -13,7 +13,7 @@ from gpu_worker.kv_replication.region import ReplicaRegion
 from gpu_worker.kv_replication.store import RETENTION_S, StoredReplicas
 from shared.types import Incarnation, Member, RankId
 from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
-from tests.unit.gpu_worker.kv_replication.scripted_engine import ScriptedEngine
+from tests.support.scripted_engine import ScriptedEngine
 
 BLOCK_BYTES = 512
 NUM_SLOTS = 4
@@ -164,7 +164,7 @@ def test_blocks_of_another_form_are_refused(
 
 def test_a_budget_below_one_block_is_a_refusal(engine: ScriptedEngine) -> None:
     store = StoredReplicas(engine, FORM, region_bytes=BLOCK_BYTES - 1)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="no memory"):
         store.give(request(source()), NOW)
 
 

@@ -96,7 +96,7 @@ def test_a_backup_rank_is_named_once_it_has_the_first_block() -> None:
 
 
 def test_little_is_sent_at_a_time_and_nothing_once_all_is() -> None:
-    channel = Channel(member(0), num_slots=64, num_rooms=64)
+    channel = Channel(member(0), num_slots=64, num_staging_buffers=64)
     source = Source(channel, blocks_per_pump=BLOCKS_PER_PUMP)
     source.offer("s", "a", 0, 2 * BLOCKS_PER_PUMP + 1)
     assert source.writer.pump()
@@ -178,8 +178,8 @@ def test_on_one_node_a_copy_on_it_is_better_than_none() -> None:
 
 def test_who_is_in_no_map_or_has_no_room_or_no_channel_gets_nothing() -> None:
     outside, empty = Channel(member(0)), Channel(member(1), num_slots=0)
-    old_life = Channel(member(3, incarnation=1))
-    source = Source(outside, empty, old_life)
+    old_incarnation = Channel(member(3, incarnation=1))
+    source = Source(outside, empty, old_incarnation)
     source.writer.use([member(1), member(3, incarnation=2), member(4)])
     source.offer("s", "a", 0, 1)
     assert not source.writer.pump()
@@ -248,7 +248,7 @@ def test_in_a_full_area_a_prefix_is_kept_and_the_rest_waits_for_another_sessions
     assert {*names_of("b", 6)} <= {*channel.known}
 
 
-def test_a_full_area_is_passed_over_where_another_has_room() -> None:
+def test_a_full_region_is_passed_over_if_another_has_free_slots() -> None:
     channels = [Channel(member(3), num_slots=2), Channel(member(4))]
     source = Source(*channels)
     for session in "abc":
@@ -257,8 +257,8 @@ def test_a_full_area_is_passed_over_where_another_has_room() -> None:
     assert [source.backup_of(session) for session in "abc"] == [3, 4, 4]
 
 
-def test_a_slow_channel_holds_up_no_other_and_goes_on_when_it_has_rooms_again() -> None:
-    slow, other = Channel(member(0), num_rooms=1), Channel(member(1))
+def test_a_slow_channel_holds_up_no_other_and_goes_on_when_it_has_staging_buffers_again() -> None:
+    slow, other = Channel(member(0), num_staging_buffers=1), Channel(member(1))
     source = Source(slow, other)
     source.offer("s", "a", 0, 3)
     source.offer("t", "b", 0, 3)
@@ -272,8 +272,8 @@ def test_a_slow_channel_holds_up_no_other_and_goes_on_when_it_has_rooms_again() 
     assert slow.sent == names_of("a", 3)
 
 
-def test_sessions_take_turns_also_where_rooms_are_scarce() -> None:
-    channel = Channel(member(0), num_rooms=1)
+def test_sessions_take_turns_also_if_staging_buffers_are_scarce() -> None:
+    channel = Channel(member(0), num_staging_buffers=1)
     source = Source(channel)
     source.offer("s", "a", 0, 2)
     source.offer("t", "b", 0, 2)
@@ -308,7 +308,7 @@ def test_nothing_is_sent_of_a_session_that_has_ended() -> None:
 
 
 def test_what_is_left_of_a_session_that_ends_in_mid_way_is_not_sent() -> None:
-    channel = Channel(member(0), num_rooms=2)
+    channel = Channel(member(0), num_staging_buffers=2)
     source = Source(channel)
     source.offer("s", "a", 0, 4)
     source.writer.pump()
@@ -340,14 +340,14 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(num_slots=st.integers(1, 9), num_rooms=st.integers(1, 3), events=EVENTS)
+@given(num_slots=st.integers(1, 9), num_staging_buffers=st.integers(1, 3), events=EVENTS)
 def test_what_is_known_is_whole_whatever_comes_in_which_order(
-    num_slots: int, num_rooms: int, events: list[tuple[str, int]]
+    num_slots: int, num_staging_buffers: int, events: list[tuple[str, int]]
 ) -> None:
     """The regions themselves fail where a slot is written that is known."""
 
     def open_channel(rank: int) -> Channel:
-        return Channel(member(rank), num_slots=num_slots, num_rooms=num_rooms)
+        return Channel(member(rank), num_slots=num_slots, num_staging_buffers=num_staging_buffers)
 
     source = Source(*(open_channel(rank) for rank in range(2)), blocks_per_pump=3)
     channels = source.endpoint.all

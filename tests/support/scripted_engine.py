@@ -1,4 +1,4 @@
-"""Stands for the network: a write lands, and ends, when the test says so."""
+"""A fake of the data network: a write arrives, and ends, when the test says so."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ScriptedEngine:
         return 0
 
     def land(self, batch: int) -> None:
-        """The bytes are there, whether or not the source ever learns it."""
+        """The bytes arrive, whether or not the source ever learns it."""
         write = self.writes[batch]
         ctypes.memmove(write.target, write.source, write.length)
 

@@ -1,5 +1,8 @@
-"""Gigabytes per second at which a checkpoint's experts are read, from disk and from the page cache,
-in each form and with or without a manifest: `python -m benchmarks.load [--mib 512] [--tries 5]`."""
+"""Measures how fast a checkpoint's experts are read, in GB/s of file: from disk and from the page
+cache, in each stored form, with and without a manifest.
+
+    python -m benchmarks.checkpoint_reading --mib 512 --tries 5
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def evict(folder: Path) -> None:
 
 
 def rate(folder: Path, shapes: dict[str, Shape], *, bits: bool = False) -> float:
-    """Of the bytes in the file."""
+    """GB/s of one read of all tensors, by their bytes in the file."""
     num_bytes = sum(tensor.num_bytes for tensor in read_tensors(folder).values())
     checkpoint = open_checkpoint(folder, shapes)
     read = Checkpoint.read_bits if bits else Checkpoint.read
@@ -84,7 +87,9 @@ def rates(folder: Path, shapes: dict[str, Shape], tries: int, bits: bool) -> Ite
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mib", type=int, default=512, help="size of each checkpoint")
     parser.add_argument("--tries", type=int, default=5, help="the median of so many")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the usual")
