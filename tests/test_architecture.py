@@ -25,12 +25,12 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
     # Bottom to top. A layer is a folder or a module of the package; "*" is all its other modules.
     "gpu_worker": {
         "exchange": set(),
-        "membership": set(),
         "checkpoint": set(),
         "config": {"exchange"},
         "identity": {"config"},
         "engine": {"exchange"},
-        "control_server": {"engine"},
+        "membership": {"engine"},
+        "control_server": {"engine", "membership"},
         "kv_replication": {"config", "exchange", "engine"},
         "rank": {
             *("config", "exchange", "membership"),
