@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu_kernels import graph_ms
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.kernels import latent
-from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, MlaWeights

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.sampling import Draws
 from gpu_worker.cuda.sampling_inputs import BANNED_MAX, RowDraw
 from gpu_worker.engine.step_batch import StepBatch

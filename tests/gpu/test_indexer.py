@@ -25,7 +25,7 @@ from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cpu.kernels.mla import _choose_positions
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions
 from gpu_worker.cuda.kernels import indexer, latent
-from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.stages.moe_stage import LocalMoe

@@ -24,7 +24,7 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from gpu_worker.cuda.kernels import latent, residual, routing
-from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.splits import Partials
 
 pytestmark = pytest.mark.gpu

@@ -17,8 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.paging import Paging, cache_row, cache_rows
 from gpu_worker.cuda.kernels.rotated_heads import rotated_key, rotated_queries, summed_value
-from gpu_worker.cuda.kernels.splits import SPAN, Partials, merge_after, merge_splits
+from gpu_worker.cuda.kernels.splits import (
+    SPAN,
+    Partials,
+    merge_after,
+    merge_splits,
+    store_partials,
+)
 
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
@@ -37,17 +44,6 @@ class AttentionTile(NamedTuple):
 
 
 ATTENTION_TILE = AttentionTile(warps=2, stages=1, programs=2048)
-
-
-class Paging(NamedTuple):
-    """Where a step's tokens stand: `tables_SB` by sequence, the rest by token or by tile. With
-    `tiles_C2` None each token is its own tile; else a tile is (first token, number of tokens)."""
-
-    position_T: torch.Tensor
-    sequence_T: torch.Tensor
-    tables_SB: torch.Tensor
-    tiles_C2: torch.Tensor | None
-    tile_tokens: int
 
 
 class MergeBuffers(NamedTuple):
@@ -186,22 +182,6 @@ def attend(
         merge_splits(partials, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS, warps=1)
 
 
-@triton.jit
-def _place(
-    tables_ptr,
-    sequence,
-    position,
-    kv_head,
-    table_width,
-    KV_HEADS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    """Of a position in the cache, counted in heads."""
-    block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
-    first = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_TOKENS
-    return first + position % BLOCK_TOKENS
-
-
 @triton.jit(do_not_specialize=["part_stride", "table_width"])
 def _rotate_and_store(
     qkv_ptr,
@@ -257,7 +237,7 @@ def _rotate_and_store(
             tl.store(out, q.to(q_ptr.dtype.element_ty), mask=is_head[:, None])
         else:
             sequence = tl.load(sequence_ptr + row)
-            place = _place(
+            place = cache_row(
                 tables_ptr, sequence, position, kv_head, table_width, KV_HEADS, BLOCK_TOKENS
             )
             if kind == 1:
@@ -297,9 +277,7 @@ def _split_rows(
     """(keys, values) of a split's positions up to `last`, zero beyond."""
     at = split * SPLIT + tl.arange(0, SPLIT)
     is_past = at <= last
-    # 32 bits suffice for the offsets of four million tokens of a layer's cache.
-    block = tl.load(tables_ptr + at // BLOCK_TOKENS, mask=is_past, other=0)
-    kv = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS
+    kv = cache_rows(tables_ptr, at, is_past, kv_head, KV_HEADS, BLOCK_TOKENS)
     kv = kv[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)
     v = tl.load(v_ptr + kv, mask=is_past[:, None], other=0.0)
@@ -414,7 +392,9 @@ def _attend_splits(
             value = summed_value(row_ptr, part_stride, column, PARTS, HEAD_DIM)
             value = value.to(v_ptr.dtype.element_ty)
             if (last // SPLIT - first_split) % tl.num_programs(2) == 0:
-                new = _place(own_tables_ptr, 0, last, kv_head, table_width, KV_HEADS, BLOCK_TOKENS)
+                new = cache_row(
+                    own_tables_ptr, 0, last, kv_head, table_width, KV_HEADS, BLOCK_TOKENS
+                )
                 tl.store(k_ptr + new * HEAD_DIM + d, key)
                 tl.store(v_ptr + new * HEAD_DIM + d, value)
         ones = tl.full([SPLIT, 16], 1.0, dtype=q.dtype)
@@ -433,11 +413,9 @@ def _attend_splits(
             out = place * splits_max + split
             values = tl.dot(p, v)
             sums = tl.max(tl.dot(p, ones), axis=1)
-            tl.store(
-                values_ptr + out[:, None] * HEAD_DIM + d[None, :], values, mask=is_row[:, None]
+            store_partials(
+                values_ptr, maximum_ptr, sum_ptr, out, values, peak, sums, is_row, HEAD_DIM
             )
-            tl.store(maximum_ptr + out, peak, mask=is_row)
-            tl.store(sum_ptr + out, sums, mask=is_row)
             if PARTS > 0:
                 merge_after(
                     split,

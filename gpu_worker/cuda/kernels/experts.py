@@ -92,13 +92,7 @@ def gate_up(
         INNER=inner,
         DIVISOR=rows.slots_TK.shape[-1],
         **_choice_sizes(chosen),
-        BLOCK_T=_tile_rows(rows),
-        BLOCK_N=columns,
-        BLOCK_K=depth,
-        GROUPED=rows.tiles is not None,
-        PADDED=rows.padded,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **_launch_options(rows, columns, depth, tile),
     )
 
 
@@ -120,14 +114,22 @@ def down(
         y_NH,
         HIDDEN=hidden,
         INNER=inner,
-        BLOCK_T=_tile_rows(rows),
-        BLOCK_N=columns,
-        BLOCK_K=depth,
-        GROUPED=rows.tiles is not None,
-        PADDED=rows.padded,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **_launch_options(rows, columns, depth, tile),
     )
+
+
+def _launch_options(
+    rows: Rows, columns: int, depth: int, tile: ExpertTile
+) -> dict[str, int | bool]:
+    return {
+        "BLOCK_T": 16 if rows.tiles is None else rows.tiles.rows,
+        "BLOCK_N": columns,
+        "BLOCK_K": depth,
+        "GROUPED": rows.tiles is not None,
+        "PADDED": rows.padded,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _fit(block: int, size: int) -> int:
@@ -144,10 +146,6 @@ def _tiles_at_once(rows: Rows, blocks: int) -> int:
         return rows.slots_TK.numel()
     tiles_max = rows.tiles.tiles_C3.shape[0]
     return min(tiles_max, triton.cdiv(_PADDED_PROGRAMS, blocks)) if rows.padded else tiles_max
-
-
-def _tile_rows(rows: Rows) -> int:
-    return 16 if rows.tiles is None else rows.tiles.rows
 
 
 def _row_pointers(rows: Rows) -> tuple[torch.Tensor, ...]:

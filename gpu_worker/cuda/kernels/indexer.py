@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.attention import Paging
 from gpu_worker.cuda.kernels.latent import Rotation, SelectedPositions
+from gpu_worker.cuda.kernels.paging import Paging, cache_row, cache_rows
+from gpu_worker.cuda.kernels.summed_parts import sum_pairs
 
 _HEADS_AT_ONCE = 16
 _DIGIT_BITS = 8
@@ -227,8 +228,7 @@ def _norm_and_store_keys(
         partner += tl.load(bias_ptr + partner_at).to(tl.float32)
         cos, sin = _load_angles(cos_ptr, sin_ptr, position, z, HALF)
         sequence = tl.load(sequence_ptr + row)
-        block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
-        place = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
+        place = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
         rotated = (key * cos + partner * sin).to(key_ptr.dtype.element_ty)
         tl.store(key_ptr + place * SIZE + z, rotated)
         tl.store(weight_ptr + row * HEADS + y, weight * factor, mask=is_head)
@@ -257,12 +257,9 @@ def _rotate_index_queries(
         is_head = y[:, None] < HEADS
         partner_at = _partner(z, HALF)
         head = (row * HEADS + y[:, None]) * SIZE
-        q = tl.zeros([BLOCK_Y, SIZE], dtype=tl.float32)
-        partner = tl.zeros([BLOCK_Y, SIZE], dtype=tl.float32)
-        for part in tl.static_range(PARTS):
-            ptr = q_ptr + part * part_stride.to(tl.int64) + head
-            q += tl.load(ptr + z[None, :], mask=is_head, other=0.0).to(tl.float32)
-            partner += tl.load(ptr + partner_at[None, :], mask=is_head, other=0.0).to(tl.float32)
+        q, partner = sum_pairs(
+            q_ptr + head, part_stride, z, partner_at, is_head, PARTS, BLOCK_Y, SIZE
+        )
         cos, sin = _load_angles(cos_ptr, sin_ptr, position, z, HALF)
         rotated = q * cos[None, :] + partner * sin[None, :]
         tl.store(out_ptr + head + z[None, :], rotated.to(out_ptr.dtype.element_ty), mask=is_head)
@@ -301,9 +298,8 @@ def _score_positions(
         for step in range(tl.program_id(1), position // STEP + 1, tl.num_programs(1)):
             at = step * STEP + n
             is_past = at <= position
-            table = tables_ptr + sequence * table_width + at // BLOCK_TOKENS
-            # 32 bits suffice for the offsets of sixteen million tokens of a layer's cache.
-            place = tl.load(table, mask=is_past, other=0) * BLOCK_TOKENS + at % BLOCK_TOKENS
+            table_ptr = tables_ptr + sequence * table_width
+            place = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
             key = tl.load(
                 key_ptr + place[:, None] * SIZE + z[None, :], mask=is_past[:, None], other=0.0
             )
@@ -350,8 +346,8 @@ def _select_positions(
         for start in range(0, position + 1, BLOCK_C):
             at = start + n
             is_past = at <= position
-            block = tl.load(table_ptr + at // BLOCK_TOKENS, mask=is_past, other=0)
-            tl.store(row_ptr + at, block * BLOCK_TOKENS + at % BLOCK_TOKENS, mask=is_past)
+            place = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
+            tl.store(row_ptr + at, place, mask=is_past)
     else:
         edge = tl.full([], 0, dtype=tl.uint32)
         wanted = tl.full([], TOP_K, dtype=tl.int32)
@@ -380,8 +376,8 @@ def _select_positions(
             above_yet = num_above + tl.cumsum(above, axis=0)
             equal_yet = num_equal + tl.cumsum(equal, axis=0)
             taken = (above == 1) | ((equal == 1) & (equal_yet <= wanted))
-            block = tl.load(table_ptr + at // BLOCK_TOKENS, mask=taken, other=0)
+            place = cache_rows(table_ptr, at, taken, 0, 1, BLOCK_TOKENS)
             out = row_ptr + above_yet + tl.minimum(equal_yet, wanted) - 1
-            tl.store(out, block * BLOCK_TOKENS + at % BLOCK_TOKENS, mask=taken)
+            tl.store(out, place, mask=taken)
             num_above += tl.sum(above, axis=0)
             num_equal += tl.sum(equal, axis=0)

@@ -17,8 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels.attention import Paging
-from gpu_worker.cuda.kernels.splits import SPLITS_MAX, Partials, merge_splits, split_size
+from gpu_worker.cuda.kernels.paging import Paging, cache_row, cache_rows
+from gpu_worker.cuda.kernels.splits import (
+    SPLITS_MAX,
+    Partials,
+    merge_splits,
+    split_size,
+    store_partials,
+)
+from gpu_worker.cuda.kernels.summed_parts import add_parts_onto, sum_pairs
 
 SPLIT_TOKENS = 256
 _LOG2_E = 1.4426950408889634
@@ -256,6 +263,14 @@ def _pair_columns(i, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def _store_rotated(out_ptrs, low, high, cos, sin, mask, HALF: tl.constexpr):
+    """Rotates pairs by their angles; the high elements go `HALF` behind the low ones."""
+    dtype: tl.constexpr = out_ptrs.dtype.element_ty
+    tl.store(out_ptrs, (low * cos - high * sin).to(dtype), mask=mask)
+    tl.store(out_ptrs + HALF, (high * cos + low * sin).to(dtype), mask=mask)
+
+
 @triton.jit(do_not_specialize=["part_stride", "table_width"])
 def _norm_and_store(
     in_ptr,
@@ -302,19 +317,15 @@ def _norm_and_store(
             cos = tl.load(cos_ptr + position * HALF + i)
             sin = tl.load(sin_ptr + position * HALF + i)
             sequence = tl.load(sequence_ptr + row)
-            block = tl.load(tables_ptr + sequence * table_width + position // BLOCK_TOKENS)
-            place = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
+            place = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
             tl.store(latent_ptr + place * RANK + r, latent.to(latent_ptr.dtype.element_ty))
             key = key_ptr + place * (2 * HALF) + i
-            tl.store(key, (low * cos - high * sin).to(key_ptr.dtype.element_ty))
-            tl.store(key + HALF, (high * cos + low * sin).to(key_ptr.dtype.element_ty))
+            _store_rotated(key, low, high, cos, sin, True, HALF)
     else:
         m = tl.arange(0, BLOCK_M)
         mask = m < Q_RANK
         q = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for part in tl.static_range(PARTS):
-            ptr = row_ptr + part * part_stride.to(tl.int64) + m
-            q += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+        q = add_parts_onto(q, row_ptr, m, part_stride, mask, PARTS)
         scale = tl.rsqrt(tl.sum(q * q, axis=0) / Q_RANK + eps)
         q = q * scale * tl.load(q_norm_ptr + m, mask=mask, other=0.0).to(tl.float32)
         tl.store(q_ptr + row * Q_RANK + m, q.to(q_ptr.dtype.element_ty), mask=mask)
@@ -345,17 +356,13 @@ def _rotate_queries(
         low_at, high_at = _pair_columns(i, HALF, INTERLEAVED)
         is_head = a[:, None] < HEADS
         heads_ptr = q_ptr + row * COLUMNS + FIRST + a[:, None] * STRIDE
-        low = tl.zeros([BLOCK_A, HALF], dtype=tl.float32)
-        high = tl.zeros([BLOCK_A, HALF], dtype=tl.float32)
-        for part in tl.static_range(PARTS):
-            ptr = heads_ptr + part * part_stride.to(tl.int64)
-            low += tl.load(ptr + low_at[None, :], mask=is_head, other=0.0).to(tl.float32)
-            high += tl.load(ptr + high_at[None, :], mask=is_head, other=0.0).to(tl.float32)
+        low, high = sum_pairs(
+            heads_ptr, part_stride, low_at, high_at, is_head, PARTS, BLOCK_A, HALF
+        )
         cos = tl.load(cos_ptr + position * HALF + i)[None, :]
         sin = tl.load(sin_ptr + position * HALF + i)[None, :]
         out = out_ptr + (row * HEADS + a[:, None]) * (2 * HALF) + i[None, :]
-        tl.store(out, (low * cos - high * sin).to(out_ptr.dtype.element_ty), mask=is_head)
-        tl.store(out + HALF, (high * cos + low * sin).to(out_ptr.dtype.element_ty), mask=is_head)
+        _store_rotated(out, low, high, cos, sin, is_head, HALF)
 
 
 @triton.jit(do_not_specialize=["num_rows", "part_stride"])
@@ -448,13 +455,11 @@ def _attend_latents(
             for start in range(split * size, end, STEP):
                 at = start + n
                 is_past = at <= last
-                # 32 bits suffice for the offsets of four million tokens of a layer's cache.
                 if TOP_K:
                     place = tl.load(where_ptr + row * TOP_K + at, mask=is_past, other=0)
                 else:
-                    table = where_ptr + sequence * table_width + at // BLOCK_TOKENS
-                    block = tl.load(table, mask=is_past, other=0)
-                    place = block * BLOCK_TOKENS + at % BLOCK_TOKENS
+                    table_ptr = where_ptr + sequence * table_width
+                    place = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
                 latent = tl.load(
                     latent_ptr + place[:, None] * RANK + r[None, :],
                     mask=is_past[:, None],
@@ -475,6 +480,6 @@ def _attend_latents(
                 values = tl.dot(p.to(latent.dtype), latent, values * keep[:, None])
                 peak = new_peak
             out = head * splits_max + split
-            tl.store(values_ptr + out[:, None] * RANK + r[None, :], values, mask=q_mask)
-            tl.store(maximum_ptr + out, peak, mask=is_head)
-            tl.store(sum_ptr + out, total, mask=is_head)
+            store_partials(
+                values_ptr, maximum_ptr, sum_ptr, out, values, peak, total, is_head, RANK
+            )

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.summed_parts import add_parts_onto
+
 _ROUTER_WARPS = 8
 _FUSED_ROWS_MAX = 8
 _ADD_COLUMNS = 1024
@@ -221,9 +223,7 @@ def _add_norm(
     if EXPERTS > 0:
         w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
     x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
-    for part in tl.static_range(PARTS):
-        ptr = parts_ptr + part * part_stride.to(tl.int64) + row * HIDDEN + i
-        x += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    x = add_parts_onto(x, parts_ptr + row * HIDDEN, i, part_stride, mask, PARTS)
     h = _norm(x, norm_w, eps, HIDDEN).to(h_ptr.dtype.element_ty)
     if first == 0:
         tl.store(x_out_ptr + row * HIDDEN + i, x, mask=mask)
@@ -277,9 +277,7 @@ def _add_parts(
     i = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = i < HIDDEN
     x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
-    for part in tl.static_range(PARTS):
-        ptr = parts_ptr + part * part_stride.to(tl.int64) + row * HIDDEN + i
-        x += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    x = add_parts_onto(x, parts_ptr + row * HIDDEN, i, part_stride, mask, PARTS)
     tl.store(x_ptr + row * HIDDEN + i, x, mask=mask)
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.summed_parts import sum_pairs
+
 
 @triton.jit
 def _norm_and_rotate(x, partner, norm, norm_partner, cos, sin, square, eps, HALF: tl.constexpr):
@@ -43,13 +45,10 @@ def rotated_queries(
     for every caller: the order of the sums is part of the result."""
     d = tl.arange(0, 2 * HALF)
     other = (d + HALF) % (2 * HALF)
-    x = tl.zeros([ROWS, 2 * HALF], dtype=tl.float32)
-    partner = tl.zeros([ROWS, 2 * HALF], dtype=tl.float32)
     heads_ptr = row_ptr + head[:, None] * (2 * HALF)
-    for part in tl.static_range(PARTS):
-        ptr = heads_ptr + part * part_stride.to(tl.int64)
-        x += tl.load(ptr + d[None, :], mask=is_head[:, None], other=0.0).to(tl.float32)
-        partner += tl.load(ptr + other[None, :], mask=is_head[:, None], other=0.0).to(tl.float32)
+    x, partner = sum_pairs(
+        heads_ptr, part_stride, d, other, is_head[:, None], PARTS, ROWS, 2 * HALF
+    )
     norm = tl.load(q_norm_ptr + d).to(tl.float32)[None, :]
     norm_partner = tl.load(q_norm_ptr + other).to(tl.float32)[None, :]
     cos, sin = _rotation(cos_ptr, sin_ptr, position, d, HALF)

@@ -149,6 +149,16 @@ def fill_padded_tiles(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTile
 
 
 @triton.jit
+def _num_before(theirs, own, their_id, own_id):
+    """For each of our values, how many of theirs come before it (int32): the larger ones, and of
+    the equal ones those with the lower id."""
+    before = (theirs[None, :] > own[:, None]) | (
+        (theirs[None, :] == own[:, None]) & (their_id[None, :] < own_id[:, None])
+    )
+    return tl.sum(before.to(tl.int32), axis=1)
+
+
+@triton.jit
 def _score_choices(
     scores_ptr,
     correction_ptr,
@@ -178,10 +188,7 @@ def _score_choices(
             is_best = choice == best[:, None]
             below = tl.max(tl.where(is_best, float("-inf"), choice), axis=1)
             value = best + tl.where(tl.sum(is_best.to(tl.int32), axis=1) > 1, best, below)
-        before = (value[None, :] > value[:, None]) | (
-            (value[None, :] == value[:, None]) & (g[None, :] < g[:, None])
-        )
-        place = tl.sum(before.to(tl.int32), axis=1)
+        place = _num_before(value, value, g, g)
         choice = tl.where(place[:, None] < TOPK_GROUP, choice, float("-inf"))
     tl.store(choices_ptr + row * (GROUPS * SIZE) + e, choice, mask=mask)
 
@@ -195,10 +202,7 @@ def ranked(choices_ptr, choice, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, CH
     for start in tl.static_range(0, EXPERTS, CHUNK):
         other = start + tl.arange(0, CHUNK)
         theirs = tl.load(choices_ptr + other, mask=other < EXPERTS, other=float("-inf"))
-        before = (theirs[None, :] > choice[:, None]) | (
-            (theirs[None, :] == choice[:, None]) & (other[None, :] < e[:, None])
-        )
-        place += tl.sum(before.to(tl.int32), axis=1)
+        place += _num_before(theirs, choice, other, e)
     return tl.where(e < EXPERTS, place, EXPERTS)
 
 

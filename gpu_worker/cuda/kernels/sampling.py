@@ -50,6 +50,42 @@ def _load(row_ptr, banned_ptr, start, v, VOCAB: tl.constexpr, BANNED: tl.constex
 
 
 @triton.jit
+def _load_weights(
+    row_ptr,
+    banned_ptr,
+    start,
+    v,
+    peak,
+    temperature,
+    VOCAB: tl.constexpr,
+    BANNED: tl.constexpr,
+):
+    """Weights in [0, 1] of the tokens from `start` on."""
+    x = _load(row_ptr, banned_ptr, start, v, VOCAB, BANNED)
+    return tl.exp((x - peak) / temperature)
+
+
+@triton.jit
+def _sum_from(
+    threshold,
+    row_ptr,
+    banned_ptr,
+    peak,
+    temperature,
+    VOCAB: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BANNED: tl.constexpr,
+):
+    """The sum of a row's weights that are at least `threshold`."""
+    v = tl.arange(0, BLOCK_V)
+    total = 0.0
+    for start in range(0, VOCAB, BLOCK_V):
+        weight = _load_weights(row_ptr, banned_ptr, start, v, peak, temperature, VOCAB, BANNED)
+        total += tl.sum(tl.where(weight >= threshold, weight, 0.0), axis=0)
+    return total
+
+
+@triton.jit
 def _sample_rows(
     logits_ptr,
     temperature_ptr,
@@ -88,40 +124,28 @@ def _sample_rows(
                 middle = (low + high) / 2
                 count = 0
                 for start in range(0, VOCAB, BLOCK_V):
-                    x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
-                    weight = tl.exp((x - peak) / temperature)
+                    weight = _load_weights(
+                        row_ptr, banned, start, v, peak, temperature, VOCAB, BANNED
+                    )
                     count += tl.sum((weight >= middle).to(tl.int32), axis=0)
                 low = tl.where(count >= top_k, middle, low)
                 high = tl.where(count >= top_k, high, middle)
-        total = 0.0
-        for start in range(0, VOCAB, BLOCK_V):
-            x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
-            weight = tl.exp((x - peak) / temperature)
-            total += tl.sum(tl.where(weight >= low, weight, 0.0), axis=0)
+        total = _sum_from(low, row_ptr, banned, peak, temperature, VOCAB, BLOCK_V, BANNED)
         if top_p < 1.0:
             wanted = tl.maximum(top_p, 0.0) * total
             high = 1.0
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
-                mass = 0.0
-                for start in range(0, VOCAB, BLOCK_V):
-                    x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
-                    weight = tl.exp((x - peak) / temperature)
-                    mass += tl.sum(tl.where(weight >= middle, weight, 0.0), axis=0)
+                mass = _sum_from(middle, row_ptr, banned, peak, temperature, VOCAB, BLOCK_V, BANNED)
                 low = tl.where(mass >= wanted, middle, low)
                 high = tl.where(mass >= wanted, high, middle)
-            total = 0.0
-            for start in range(0, VOCAB, BLOCK_V):
-                x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
-                weight = tl.exp((x - peak) / temperature)
-                total += tl.sum(tl.where(weight >= low, weight, 0.0), axis=0)
+            total = _sum_from(low, row_ptr, banned, peak, temperature, VOCAB, BLOCK_V, BANNED)
         goal = tl.load(uniform_ptr + row) * total
         passed = 0.0
         chosen = best
         is_open = True
         for start in range(0, VOCAB, BLOCK_V):
-            x = _load(row_ptr, banned, start, v, VOCAB, BANNED)
-            weight = tl.exp((x - peak) / temperature)
+            weight = _load_weights(row_ptr, banned, start, v, peak, temperature, VOCAB, BANNED)
             weight = tl.where(weight >= low, weight, 0.0)
             share = tl.sum(weight, axis=0)
             if is_open & (passed + share > goal):

@@ -63,6 +63,26 @@ def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLING
 
 
 @triton.jit
+def store_partials(
+    values_ptr, maximum_ptr, sum_ptr, at, values, maximum, sums, mask, HEAD_DIM: tl.constexpr
+):
+    """Stores one partial result per row at index `at`, for the rows in `mask`."""
+    d = tl.arange(0, HEAD_DIM)
+    tl.store(values_ptr + at[:, None] * HEAD_DIM + d[None, :], values, mask=mask[:, None])
+    tl.store(maximum_ptr + at, maximum, mask=mask)
+    tl.store(sum_ptr + at, sums, mask=mask)
+
+
+@triton.jit
+def _store_normalised(out_ptr, head, values, total, mask, HEAD_DIM: tl.constexpr):
+    """Divides by the sum and stores; a head that has attended to nothing gives zeros."""
+    d = tl.arange(0, HEAD_DIM)
+    out = values / tl.where(total > 0.0, total, 1.0)[:, None]
+    out_ptrs = out_ptr + head[:, None] * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _add_partial(peak, total, values, maximum, sums, parts):
     """Exactly what was before where `maximum` is -inf."""
     new_peak = tl.maximum(peak, maximum)
@@ -151,10 +171,17 @@ def merge_after(
         if num_spans > 1:
             place = head * spans_max
             out = place + span
-            span_values = span_values_ptr + out[:, None] * HEAD_DIM + d[None, :]
-            tl.store(span_values, values, mask=is_head[:, None])
-            tl.store(span_maximum_ptr + out, peak, mask=is_head)
-            tl.store(span_sum_ptr + out, total, mask=is_head)
+            store_partials(
+                span_values_ptr,
+                span_maximum_ptr,
+                span_sum_ptr,
+                out,
+                values,
+                peak,
+                total,
+                is_head,
+                HEAD_DIM,
+            )
             is_whole = arrive_and_test_last(arrivals_ptr, num_spans)
             if is_whole:
                 peak, total, values = _merged(
@@ -169,9 +196,7 @@ def merge_after(
                     SPAN,
                 )
         if is_whole:
-            result = values / tl.where(total > 0.0, total, 1.0)[:, None]
-            out = head[:, None] * HEAD_DIM + d[None, :]
-            tl.store(out_ptr + out, result.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+            _store_normalised(out_ptr, head, values, total, is_head[:, None], HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["splits_max"])
@@ -211,5 +236,4 @@ def _merge_splits(
             SPAN,
         )
         peak, total, values = _add_partial(peak, total, values, maximum, sums, parts)
-    out = values / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(out_ptr + head[:, None] * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty))
+    _store_normalised(out_ptr, head, values, total, True, HEAD_DIM)

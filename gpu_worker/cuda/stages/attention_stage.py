@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.paging import Paging
 
 
 class AttentionStage(Protocol):

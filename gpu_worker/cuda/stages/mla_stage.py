@@ -12,7 +12,7 @@ from torch import Tensor
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import Rope
 from gpu_worker.cuda.kernels import latent
-from gpu_worker.cuda.kernels.attention import Paging
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.stages.indexer_stage import INNER_EPS, IndexerStage

@@ -1,0 +1,39 @@
+"""Sums of the partial results of a GEMM that is split along its inner dimension, added in the order
+of the parts. These are pieces of other kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_parts_onto(total, row_ptr, i, part_stride, mask, PARTS: tl.constexpr):
+    """`total` (float32) plus the elements `i` of every part's row, if `mask` is set. `row_ptr` is
+    the row of part 0."""
+    for part in tl.static_range(PARTS):
+        ptr = row_ptr + part * part_stride.to(tl.int64) + i
+        total += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def sum_pairs(
+    heads_ptr,
+    part_stride,
+    low_at,
+    high_at,
+    is_head,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Two elements per pair and head, `[HEADS, SIZE]` each, in float32: those at `low_at` and those
+    at `high_at`. `heads_ptr` and the mask `is_head` are `[HEADS, 1]`; heads outside it give 0."""
+    low = tl.zeros([HEADS, SIZE], dtype=tl.float32)
+    high = tl.zeros([HEADS, SIZE], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        ptr = heads_ptr + part * part_stride.to(tl.int64)
+        low += tl.load(ptr + low_at[None, :], mask=is_head, other=0.0).to(tl.float32)
+        high += tl.load(ptr + high_at[None, :], mask=is_head, other=0.0).to(tl.float32)
+    return low, high
