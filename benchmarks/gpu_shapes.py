@@ -10,7 +10,7 @@ from typing import Any
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import Rope
-from gpu_worker.cuda.model_loading import CHECKPOINT_LAYOUTS
+from gpu_worker.cuda.weights.checkpoint_layouts import CHECKPOINT_LAYOUTS
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes, Routing
 from shared.model_spec import read_model_spec
 

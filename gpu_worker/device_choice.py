@@ -29,7 +29,7 @@ def uses_cuda(config: RankConfig, model: ModelSpec) -> bool:
 
 
 def _is_served(model: ModelSpec) -> bool:
-    from gpu_worker.cuda.model_loading import checkpoint_layout_of
+    from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 
     try:
         checkpoint_layout_of(model)

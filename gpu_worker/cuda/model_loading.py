@@ -1,56 +1,26 @@
-"""From a checkpoint folder to what a CUDA rank's decoder is built of. Which architectures CUDA
-ranks serve stands here. Imports neither numba nor Triton."""
+"""Loads from a checkpoint folder what a CUDA rank's decoder is built of: shared weights, empty
+expert slots and their loader. Imports neither numba nor Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape, open_checkpoint
+from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
 from gpu_worker.cuda.experts.slots import CudaSlots
-from gpu_worker.cuda.weights.common_weights import check_tiles
+from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
-from gpu_worker.cuda.weights.deepseek_weights import DeepseekCheckpoint
-from gpu_worker.cuda.weights.qwen3_moe_weights import Qwen3MoeCheckpoint
 from gpu_worker.cuda.weights.weight_reader import WeightReader
-from shared.errors import CheckpointError
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
-
-
-class CheckpointLayout(Protocol):
-    """One architecture, for one config.json. `expert_prefix` counts MoE layers alone."""
-
-    @property
-    def sizes(self) -> DecoderSizes: ...
-
-    def tensor_shapes(self) -> dict[str, Shape]:
-        """Every tensor that a complete checkpoint has and a CUDA rank reads."""
-        ...
-
-    def expert_prefix(self, layer: int, expert: int) -> str: ...
-
-    def read(self, reader: WeightReader) -> DecoderWeights: ...
-
-
-CHECKPOINT_LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
-    "DeepseekV2ForCausalLM": partial(DeepseekCheckpoint, sigmoid=False, has_indexer=False),
-    "DeepseekV3ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=False),
-    "DeepseekV32ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=True),
-    "Qwen3MoeForCausalLM": Qwen3MoeCheckpoint,
-}
-"""By the architecture that config.json names. Each raises CheckpointError for what is not built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,15 +84,3 @@ def expert_cache_header(
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
     )
-
-
-def checkpoint_layout_of(spec: ModelSpec) -> CheckpointLayout:
-    """Raises CheckpointError where CUDA ranks do not serve the model."""
-    if spec.architecture not in CHECKPOINT_LAYOUTS:
-        raise CheckpointError(
-            f"CUDA ranks do not serve {spec.architecture}, but {', '.join(CHECKPOINT_LAYOUTS)}; "
-            "start the ranks with --device cpu"
-        )
-    layout = CHECKPOINT_LAYOUTS[spec.architecture](spec)
-    check_tiles(layout.sizes)
-    return layout

@@ -15,7 +15,14 @@ from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import read_rope
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes, Routing
-from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, LayerWeights, MlpWeights
+from gpu_worker.cuda.weights.decoder_weights import (
+    DecoderWeights,
+    GqaWeights,
+    LayerWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+)
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
@@ -34,6 +41,23 @@ def read_decoder(
         layers=tuple(read_layer(layer) for layer in range(spec.num_layers)),
         final_norm_H=reader.read(FINAL_NORM_NAME),
         w_head_VH=embedding_VH if head == EMBEDDING_NAME else reader.read(head),
+    )
+
+
+def read_layer(
+    reader: WeightReader,
+    layer: int,
+    attention: GqaWeights | MlaWeights,
+    mlp: MoeWeights | MlpWeights,
+) -> LayerWeights:
+    """Adds the layer's norms and output projection. Raises CheckpointError."""
+    prefix = f"model.layers.{layer}"
+    return LayerWeights(
+        input_norm_H=reader.read(f"{prefix}.input_layernorm.weight"),
+        attention=attention,
+        w_o_HO=reader.read(f"{prefix}.self_attn.o_proj.weight"),
+        mlp_norm_H=reader.read(f"{prefix}.post_attention_layernorm.weight"),
+        mlp=mlp,
     )
 
 

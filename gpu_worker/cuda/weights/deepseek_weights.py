@@ -12,6 +12,7 @@ from gpu_worker.cuda.weights.common_weights import (
     expert_prefix,
     raise_if_unsupported_on_cuda,
     read_decoder,
+    read_layer,
     read_mlp,
 )
 from gpu_worker.cuda.weights.decoder_sizes import Routing
@@ -28,7 +29,7 @@ from shared.model_spec import ModelSpec
 
 
 class DeepseekCheckpoint:
-    """Implements `model_loading.CheckpointLayout`."""
+    """Implements `checkpoint_layouts.CheckpointLayout`."""
 
     def __init__(self, spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> None:
         raw = spec.raw
@@ -74,14 +75,8 @@ class DeepseekCheckpoint:
         return read_decoder(reader, self._spec, lambda layer: self._read_layer(reader, layer))
 
     def _read_layer(self, reader: WeightReader, layer: int) -> LayerWeights:
-        prefix = f"model.layers.{layer}"
-        return LayerWeights(
-            input_norm_H=reader.read(f"{prefix}.input_layernorm.weight"),
-            attention=self._read_attention(reader, f"{prefix}.self_attn"),
-            w_o_HO=reader.read(f"{prefix}.self_attn.o_proj.weight"),
-            mlp_norm_H=reader.read(f"{prefix}.post_attention_layernorm.weight"),
-            mlp=self._read_mlp(reader, layer),
-        )
+        attention = self._read_attention(reader, f"model.layers.{layer}.self_attn")
+        return read_layer(reader, layer, attention, self._read_mlp(reader, layer))
 
     def _read_attention(self, reader: WeightReader, prefix: str) -> MlaWeights:
         shape = self._shape

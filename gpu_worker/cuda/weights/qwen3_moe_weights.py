@@ -11,6 +11,7 @@ from gpu_worker.cuda.weights.common_weights import (
     expert_prefix,
     raise_if_unsupported_on_cuda,
     read_decoder,
+    read_layer,
     read_mlp,
 )
 from gpu_worker.cuda.weights.decoder_sizes import Routing
@@ -26,7 +27,7 @@ from shared.model_spec import ModelSpec
 
 
 class Qwen3MoeCheckpoint:
-    """Implements `model_loading.CheckpointLayout`."""
+    """Implements `checkpoint_layouts.CheckpointLayout`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
@@ -70,19 +71,13 @@ class Qwen3MoeCheckpoint:
         return read_decoder(reader, self._spec, lambda layer: self._read_layer(reader, layer))
 
     def _read_layer(self, reader: WeightReader, layer: int) -> LayerWeights:
-        prefix = f"model.layers.{layer}"
-        attention = f"{prefix}.self_attn"
-        return LayerWeights(
-            input_norm_H=reader.read(f"{prefix}.input_layernorm.weight"),
-            attention=GqaWeights(
-                w_qkv_CH=reader.read(*(f"{attention}.{n}_proj.weight" for n in "qkv")),
-                q_norm_D=reader.read(f"{attention}.q_norm.weight"),
-                k_norm_D=reader.read(f"{attention}.k_norm.weight"),
-            ),
-            w_o_HO=reader.read(f"{attention}.o_proj.weight"),
-            mlp_norm_H=reader.read(f"{prefix}.post_attention_layernorm.weight"),
-            mlp=self._read_mlp(reader, layer),
+        prefix = f"model.layers.{layer}.self_attn"
+        attention = GqaWeights(
+            w_qkv_CH=reader.read(*(f"{prefix}.{n}_proj.weight" for n in "qkv")),
+            q_norm_D=reader.read(f"{prefix}.q_norm.weight"),
+            k_norm_D=reader.read(f"{prefix}.k_norm.weight"),
         )
+        return read_layer(reader, layer, attention, self._read_mlp(reader, layer))
 
     def _read_mlp(self, reader: WeightReader, layer: int) -> MoeWeights | MlpWeights:
         prefix = f"model.layers.{layer}.mlp"

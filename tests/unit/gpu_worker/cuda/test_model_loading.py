@@ -4,11 +4,9 @@ all. On the CPU, without kernels."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.checkpoint.manifest import write_manifest
-from gpu_worker.cuda.model_loading import CudaModel, checkpoint_layout_of, load_cuda_model
+from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.weights.decoder_weights import GqaWeights, MlpWeights, MoeWeights
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
@@ -86,13 +84,6 @@ def load(folder: Path) -> CudaModel:
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
-
-
-def changed(folder: Path, tmp_path: Path, **changes: Any) -> Path:
-    """A folder with no weights and another config.json."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
 
 
 def test_shared_weights_lie_as_the_decoder_wants_them(folder: Path) -> None:
@@ -185,37 +176,3 @@ def test_neither_numba_nor_triton_is_needed(folder: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "held [[0, 1, 2, 3], [0, 1, 2, 3]]" in ended.stdout
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"architectures": ["GptOssForCausalLM"], "num_local_experts": 4}, "GptOssForCausalLM"),
-        ({"use_sliding_window": True}, "sliding-window attention"),
-        ({"attention_bias": True}, "biases in attention"),
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"mlp_only_layers": [0, 1, 2]}, "without expert layers"),
-        ({"moe_intermediate_size": 24}, "experts of 24"),
-        ({"intermediate_size": 40}, "dense layers of 40"),
-        ({"head_dim": 48}, "heads of 48, no power of two"),
-    ],
-    ids=str,
-)
-def test_what_cuda_ranks_do_not_serve_is_refused_with_what_to_do(
-    folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
-) -> None:
-    spec = read_model_spec(changed(folder, tmp_path, **changes))
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint_layout_of(spec)
-    text = str(caught.value)
-    assert complaint in text
-    assert "--device cpu" in text
-    assert "\n" not in text
-
-
-def test_the_refusal_of_an_architecture_names_those_that_are_served(
-    folder: Path, tmp_path: Path
-) -> None:
-    spec = read_model_spec(changed(folder, tmp_path, architectures=["OlmoeForCausalLM"]))
-    with pytest.raises(CheckpointError, match="Qwen3MoeForCausalLM"):
-        checkpoint_layout_of(spec)

@@ -1,0 +1,77 @@
+"""A model that CUDA ranks do not serve is refused before a weight is read, with what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from shared.errors import CheckpointError
+from shared.model_spec import read_model_spec
+
+SIZES = {
+    "vocab_size": 304,
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "qwen3_moe"
+    create_seeded_checkpoint(folder, seed=7, mlp_only_layers=(1,), **SIZES)
+    return folder
+
+
+def changed(folder: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A folder with no weights and another config.json."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"architectures": ["GptOssForCausalLM"], "num_local_experts": 4}, "GptOssForCausalLM"),
+        ({"use_sliding_window": True}, "sliding-window attention"),
+        ({"attention_bias": True}, "biases in attention"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"mlp_only_layers": [0, 1, 2]}, "without expert layers"),
+        ({"moe_intermediate_size": 24}, "experts of 24"),
+        ({"intermediate_size": 40}, "dense layers of 40"),
+        ({"head_dim": 48}, "heads of 48, no power of two"),
+    ],
+    ids=str,
+)
+def test_what_cuda_ranks_do_not_serve_is_refused_with_what_to_do(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    spec = read_model_spec(changed(folder, tmp_path, **changes))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint_layout_of(spec)
+    text = str(caught.value)
+    assert complaint in text
+    assert "--device cpu" in text
+    assert "\n" not in text
+
+
+def test_the_refusal_of_an_architecture_names_those_that_are_served(
+    folder: Path, tmp_path: Path
+) -> None:
+    spec = read_model_spec(changed(folder, tmp_path, architectures=["OlmoeForCausalLM"]))
+    with pytest.raises(CheckpointError, match="Qwen3MoeForCausalLM"):
+        checkpoint_layout_of(spec)
