@@ -26,6 +26,18 @@ class Partials(NamedTuple):
     sum_TQX: torch.Tensor
 
 
+def new_partials(
+    rows: int, heads: int, parts_max: int, head_dim: int, device: torch.device
+) -> Partials:
+    """Zeros in float32, for up to `parts_max` results per row and head."""
+    shape = (rows, heads, parts_max)
+    return Partials(
+        torch.zeros(*shape, head_dim, device=device, dtype=torch.float32),
+        torch.zeros(*shape, device=device, dtype=torch.float32),
+        torch.zeros(*shape, device=device, dtype=torch.float32),
+    )
+
+
 def merge_splits(
     partials: Partials,
     position_T: torch.Tensor,
@@ -155,7 +167,6 @@ def merge_after(
     """Of the OWN heads of a row and KV head, `kv_row` of all: the span of `split` if this was its
     last, and then all spans if that was the last."""
     g = tl.arange(0, GROUP)
-    d = tl.arange(0, HEAD_DIM)
     is_head = g < OWN
     head = kv_row * OWN + g
     span = split // SPAN
@@ -216,7 +227,6 @@ def _merge_splits(
 ):
     row = tl.program_id(0).to(tl.int64)
     head = row * HEADS + tl.program_id(1) + tl.arange(0, 1)
-    d = tl.arange(0, HEAD_DIM)
     position = tl.load(position_ptr + row)
     size = split_size(position, SPLIT, SPLITS_MAX, DOUBLINGS)
     num_splits = (position + size) // size

@@ -51,15 +51,7 @@ class FeedForward:
         """`residual_norm.h_TH` holds the normed stream, and then what comes after."""
         if isinstance(mlp, MlpWeights):
             assert self._dense is not None, "the sizes know of no dense layer"
-            parts_PTH = self._dense.run(mlp, residual_norm.h_TH)
-            residual.add_norm(
-                residual_norm.x_TH,
-                parts_PTH,
-                residual_norm.norm_H,
-                residual_norm.x_out_TH,
-                residual_norm.h_TH,
-                eps=residual_norm.eps,
-            )
+            residual_norm.add(self._dense.run(mlp, residual_norm.h_TH))
             return
         index = self._moe_index[layer]
         routed = self._route(index, mlp, position_T, residual_norm.h_TH)

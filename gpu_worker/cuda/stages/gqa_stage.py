@@ -11,6 +11,7 @@ from torch import Tensor
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.checkpoint.rope import Rope
 from gpu_worker.cuda.kernels import attention, splits
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import GqaWeights
 
@@ -47,17 +48,19 @@ class GqaStage:
         self._heads_TO = allocator.zeros(allocator.tokens_max, shape.q_size)
         splits_max = -(-context_tokens_max // attention.SPLIT_TOKENS)
         spans_max = -(-splits_max // splits.SPAN)
-        self._partials = _partials(allocator, allocator.tokens_max, shape, splits_max)
-        rows = min(allocator.tokens_max, attention.FUSED_ATTENTION_ROWS_MAX)
+        heads, head_dim, device = shape.num_heads, shape.head_dim, allocator.device
+        tokens = allocator.tokens_max
+        self._partials = splits.new_partials(tokens, heads, splits_max, head_dim, device)
+        rows = min(tokens, attention.FUSED_ATTENTION_ROWS_MAX)
         self._merging = attention.MergeBuffers(
-            _partials(allocator, rows, shape, spans_max),
+            splits.new_partials(rows, heads, spans_max, head_dim, device),
             allocator.zeros(rows, shape.num_kv_heads, 1 + spans_max, of=torch.int32),
         )
 
     def cache(self) -> tuple[Tensor, ...]:
         return (self.k_LBJUD, self.v_LBJUD)
 
-    def run(self, layer: int, h_TH: Tensor, paging: attention.Paging) -> Tensor:
+    def run(self, layer: int, h_TH: Tensor, paging: Paging) -> Tensor:
         weights, tokens = self._weights[layer], h_TH.shape[0]
         k_BJUD, v_BJUD = self.k_LBJUD[layer], self.v_LBJUD[layer]
         q_TQD, heads_TO = self._q_TQD[:tokens], self._heads_TO[:tokens]
@@ -80,14 +83,3 @@ class GqaStage:
             heads_TO,
         )
         return heads_TO
-
-
-def _partials(
-    allocator: StepAllocator, rows: int, shape: GqaShape, parts_max: int
-) -> splits.Partials:
-    places = (rows, shape.num_heads, parts_max)
-    return splits.Partials(
-        allocator.zeros(*places, shape.head_dim, of=torch.float32),
-        allocator.zeros(*places, of=torch.float32),
-        allocator.zeros(*places, of=torch.float32),
-    )

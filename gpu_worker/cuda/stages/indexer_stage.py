@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.kernels import indexer
-from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.latent import Rotation, SelectedPositions
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import IndexerWeights
 

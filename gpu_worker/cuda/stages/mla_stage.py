@@ -13,7 +13,7 @@ from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import Rope
 from gpu_worker.cuda.kernels import latent
 from gpu_worker.cuda.kernels.paging import Paging
-from gpu_worker.cuda.kernels.splits import Partials
+from gpu_worker.cuda.kernels.splits import new_partials
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.stages.indexer_stage import INNER_EPS, IndexerStage
 from gpu_worker.cuda.weights.decoder_weights import MlaWeights
@@ -79,12 +79,12 @@ class MlaStage:
         self._q_rotated_TAW = allocator.zeros(tokens, heads, shape.qk_rope_head_dim)
         self._sum_TAR = allocator.zeros(tokens, heads, shape.rank)
         self._heads_TO = allocator.zeros(tokens, shape.heads_size)
-        splits_max = latent.num_splits(seen_max)
-        splits = (min(tokens, _ROWS_AT_ONCE), heads, splits_max)
-        self._partials = Partials(
-            allocator.zeros(*splits, shape.rank, of=torch.float32),
-            allocator.zeros(*splits, of=torch.float32),
-            allocator.zeros(*splits, of=torch.float32),
+        self._partials = new_partials(
+            min(tokens, _ROWS_AT_ONCE),
+            heads,
+            latent.num_splits(seen_max),
+            shape.rank,
+            allocator.device,
         )
 
     def cache(self) -> tuple[Tensor, ...]:

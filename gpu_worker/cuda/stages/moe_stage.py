@@ -46,6 +46,10 @@ class ResidualNorm:
     h_TH: Tensor
     eps: float
 
+    def add(self, parts_PTH: Tensor) -> None:
+        """With what has come as parts P."""
+        residual.add_norm(self.x_TH, parts_PTH, self.norm_H, self.x_out_TH, self.h_TH, eps=self.eps)
+
 
 class MoeStage(Protocol):
     """`LocalMoe` or `ExchangedMoe`."""
@@ -185,14 +189,7 @@ class ExchangedMoe:
         y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
         if overlapped_work is not None:
             self._side_stream.join()
-        residual.add_norm(
-            residual_norm.x_TH,
-            y_TH[None],
-            residual_norm.norm_H,
-            residual_norm.x_out_TH,
-            residual_norm.h_TH,
-            eps=residual_norm.eps,
-        )
+        residual_norm.add(y_TH[None])
 
     def _in_own_type(self, x_SMH: Tensor, counts_S: Tensor) -> Tensor:
         """Rows of fp8 are widened to where the experts' results go: these come after the last read
