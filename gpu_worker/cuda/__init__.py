@@ -1,1 +1,1 @@
-"""The rank's engine on CUDA. Imported only where there is a CUDA device: it needs Triton."""
+"""The rank's engine on CUDA. Imported only if there is a CUDA device, because it needs Triton."""

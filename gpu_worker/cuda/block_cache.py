@@ -1,11 +1,11 @@
-"""Contents of a CUDA decoder's KV blocks, out of its caches and into them. Implements
-`copies.ports.BlockCache`; who wants which block copied is not its matter.
+"""Copies the contents of KV blocks out of a CUDA decoder's caches and into them. Implements
+`engine.kv_replication.BlockCache`. It does not decide which blocks are copied.
 
-All that touches the caches is enqueued on the steps' stream, so that the order of calls is the
-order of effects, whatever is in flight. The host waits for no step: to save, a block is gathered
-into a stage on the device, and goes from there to the host on a side stream; where all stages are
-still full the steps' stream waits for the oldest of these copies, which wait for nothing but the
-link. To load, the host waits only where as many loads as there are stages have not begun yet.
+Everything that touches the caches is enqueued on the steps' stream, so effects come in the order of
+the calls, whatever is in flight. The host waits for no step. `save` gathers a block into a staging
+buffer on the device, and a side stream copies it from there to the host. If all staging buffers are
+full, the steps' stream waits for the oldest of these copies, which wait only for the link. `load`
+makes the host wait only if all staging buffers hold loads that have not begun.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from gpu_worker.cuda.weights.pinned_memory import PinnedBlock
 from gpu_worker.engine.kv_replication import Bytes
 
 NUM_STAGING_BUFFERS = 8
-"""Blocks under way in each direction."""
+"""Blocks in flight in each direction."""
 
 
 class CudaBlockCache:
-    """A block's bytes are those of each cache in turn, of all its layers. `caches` as
-    `attention_stage.AttentionStage.cache` gives them. Where they lie in the host's memory, all is
-    done at once."""
+    """The bytes of a block are those of each cache in turn, for all layers. `caches` come from
+    `AttentionStage.cache`. If they are in host memory, every call finishes at once."""
 
     def __init__(
         self,
@@ -37,12 +36,12 @@ class CudaBlockCache:
         architecture: str,
         num_staging_buffers: int = NUM_STAGING_BUFFERS,
     ) -> None:
-        """No step may be in flight. Raises OSError where the host refuses to pin memory."""
+        """No step may be in flight. Raises OSError if the host refuses to pin memory."""
         self._caches = caches
         self._device = caches[0].device
         self._block_bytes = sum(cache[:, 0].nbytes for cache in caches)
-        forms = [f"{cache.dtype} {list(cache[:, 0].shape)}" for cache in caches]
-        self._layout = f"cuda {architecture} {', '.join(forms)}"
+        block_shapes = [f"{cache.dtype} {list(cache[:, 0].shape)}" for cache in caches]
+        self._layout = f"cuda {architecture} {', '.join(block_shapes)}"
         self._staging_buffers: list[PinnedBlock] = []
         self._savers = deque(_DeviceStaging(caches) for _ in range(num_staging_buffers))
         self._loaders = deque(
@@ -63,41 +62,42 @@ class CudaBlockCache:
         return self._layout
 
     def staging_buffer(self) -> Bytes:
-        """Pinned, in whole pages. Raises OSError where the host refuses."""
+        """A pinned buffer of `block_bytes`, in whole pages. Raises OSError if the host refuses."""
         staging_buffer: Bytes = self._new_staging_buffer().numpy()
         return staging_buffer
 
     def save(self, block: int, into: Bytes) -> Callable[[], bool]:
         self._savers.rotate(-1)
-        stage = self._savers[-1]
-        if stage.emptied is not None:
-            torch.cuda.current_stream(self._device).wait_event(stage.emptied)
-        for cache, part in zip(self._caches, stage.parts, strict=True):
+        staging = self._savers[-1]
+        if staging.emptied is not None:
+            torch.cuda.current_stream(self._device).wait_event(staging.emptied)
+        for cache, part in zip(self._caches, staging.parts, strict=True):
             part.copy_(cache[:, block])
-        to_host = partial(torch.from_numpy(into).copy_, stage.bytes_B, non_blocking=True)
+        to_host = partial(torch.from_numpy(into).copy_, staging.bytes_B, non_blocking=True)
         if self._side_stream is None:
             to_host()
             return _always
         self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side_stream):
             to_host()
-            stage.emptied = self._side_stream.record_event()
-        return partial(_has_passed, stage.emptied, self._device)
+            staging.emptied = self._side_stream.record_event()
+        return partial(_has_passed, staging.emptied, self._device)
 
     def load(self, block: int, content: Bytes) -> None:
         self._loaders.rotate(-1)
-        stage = self._loaders[-1]
-        if stage.emptied is not None:
-            stage.emptied.synchronize()
-        np.copyto(stage.values_B, content)
-        self._loaded.bytes_B.copy_(stage.bytes_B, non_blocking=True)
+        staging = self._loaders[-1]
+        if staging.emptied is not None:
+            staging.emptied.synchronize()
+        np.copyto(staging.values_B, content)
+        self._loaded.bytes_B.copy_(staging.bytes_B, non_blocking=True)
         if self._side_stream is not None:
-            stage.emptied = torch.cuda.current_stream(self._device).record_event()
+            staging.emptied = torch.cuda.current_stream(self._device).record_event()
         for cache, part in zip(self._caches, self._loaded.parts, strict=True):
             cache[:, block].copy_(part)
 
     def _warm_up(self) -> None:
-        """Kernels are loaded when they are first launched, and that may wait for all that run."""
+        """A kernel is loaded at its first launch, which may wait for every running kernel. So
+        launch them all now."""
         content = self._loaders[0].values_B
         self.save(0, content)
         torch.cuda.synchronize(self._device)
@@ -111,7 +111,7 @@ class CudaBlockCache:
 
 
 class _DeviceStaging:
-    """A block's bytes on the device, and the same as its part of each cache."""
+    """A block's bytes on the device, and views of them as the block of each cache."""
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
         blocks = [cache[:, 0] for cache in caches]
@@ -125,7 +125,7 @@ class _DeviceStaging:
 
 
 class _HostStaging:
-    """A block's bytes in pinned memory, for the host as an array."""
+    """A block's bytes in pinned memory, as a tensor and as an array."""
 
     def __init__(self, bytes_B: Tensor) -> None:
         self.bytes_B = bytes_B
@@ -134,7 +134,7 @@ class _HostStaging:
 
 
 def _has_passed(event: torch.cuda.Event, device: torch.device) -> bool:
-    """On any thread: its own current device need not be this one."""
+    """May run on any thread, whose current device need not be this one."""
     with torch.cuda.device(device):
         return bool(event.query())  # type: ignore[no-untyped-call]
 

@@ -1,8 +1,8 @@
-"""A decoder with experts on one CUDA rank: decode under CUDA graphs for a ladder of batch sizes,
-prefill in chunks through the same kernels, tokens sampled on the device.
+"""A MoE decoder on one CUDA rank. Decode runs under CUDA graphs for several batch sizes, prefill
+runs in chunks through the same kernels, and the device samples the tokens.
 
 Graphs hold addresses, never values: expert map, slots, block tables and batch change in place, so a
-death, a heal or a rejoin needs no capture. A step makes one copy to the device and one back.
+death, a heal or a rejoin needs no new capture. A step makes one copy to the device and one back.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ DECODE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderOptions:
-    """`invariant`: dense products in fixed parts, so that a row's bits do not depend on its batch;
-    without it they are the library's."""
+    """Sizes of the KV cache and of steps. With `invariant`, dense GEMMs are computed in fixed
+    parts, so that the bits of a row do not depend on its batch; without it, torch computes them."""
 
     kv_blocks: int
     block_tokens: int = 16
@@ -48,13 +48,13 @@ class DecoderOptions:
 
     @property
     def positions_max(self) -> int:
-        """Of a sequence: it does not outgrow the cache."""
+        """Positions of a sequence, which is never longer than the cache."""
         return min(self.context_tokens_max, self.kv_blocks * self.block_tokens)
 
 
 class PendingStep:
-    """A step in flight: `ids()` waits for it. Ids and mask stand until the next step but one, the
-    logits until the next."""
+    """A step in flight; `ids()` waits for it. Read ids and mask before the step after the next is
+    launched, and logits before the next step is."""
 
     def __init__(
         self, report_N: Tensor, logits_RV: Tensor, *, num_ranks: int, num_rows: int
@@ -72,11 +72,12 @@ class PendingStep:
         return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
 
     def ids(self) -> NDArray[np.int32]:
-        """A token for each wanted row; -1 where its logits have no finite maximum."""
+        """A token per wanted row, int32; -1 if its logits have no finite maximum. Waits for the
+        step."""
         return self._read(self._num_ranks, self._num_ranks + self._num_rows)
 
     def mask(self) -> NDArray[np.int32] | None:
-        """The exchange's mask as the step's last kernel has left it; None without an exchange.
+        """The exchange's mask after the step's last kernel, int32 `[R]`; None without an exchange.
         Waits for the step."""
         return self._read(0, self._num_ranks) if self._num_ranks else None
 
@@ -88,9 +89,9 @@ class PendingStep:
 
 
 class Decoder:
-    """Engine thread only. `moe` is the way through the experts; `slot_of_LE` names, for each MoE
-    layer and expert, the physical slot that this rank's tokens go to. `mask_R`, int32 on the
-    device, is the exchange's mask of ranks: a step brings it to the host with the sampled ids."""
+    """For the engine thread only. `moe` computes the experts. `slot_of_LE` holds, per MoE layer and
+    expert, the physical slot that this rank's tokens go to. `mask_R`, int32 on the device, is the
+    exchange's mask of ranks: each step copies it to the host with the sampled ids."""
 
     def __init__(
         self,
@@ -114,12 +115,12 @@ class Decoder:
             rows=options.prefill_sequences,
             decode=False,
         )
-        ladder = [
+        decode_sizes = [
             StepSize(tokens=n, sequences=n, rows=n, decode=True) for n in options.decode_batch_sizes
         ]
-        rows_max = max(s.rows for s in (prefill, *ladder))
+        rows_max = max(s.rows for s in (prefill, *decode_sizes))
         allocator = StepAllocator(
-            tokens_max=max(s.tokens for s in (prefill, *ladder)),
+            tokens_max=max(s.tokens for s in (prefill, *decode_sizes)),
             invariant=options.invariant,
             device=device,
             dtype=weights.dtype,
@@ -135,20 +136,20 @@ class Decoder:
         )
         width = -(-options.positions_max // options.block_tokens)
         self._prefill = StepInputs(prefill, width, device)
-        self._decode = [StepInputs(size, width, device) for size in ladder]
+        self._decode = [StepInputs(size, width, device) for size in decode_sizes]
         self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}
         self._buffer_index = 0
 
     def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None:
-        """From the next step on; nothing may be in flight. Graphs stay."""
+        """Takes effect from the next step on. No step may be in flight. Graphs stay valid."""
         self.slot_of_LE.copy_(torch.from_numpy(slot_of_LE))
 
     def capture(self) -> None:
-        """A graph for every rung of the ladder and for the prefill chunk. Compiles what is not
-        compiled yet. Writes nothing to the KV cache."""
+        """Captures a graph for every decode batch size and for the prefill chunk. Compiles kernels
+        that are not compiled yet. Writes nothing to the KV cache."""
         pool = None
         for inputs in (self._prefill, *self._decode):
-            self._enqueue(inputs)  # compiles; the inputs name no token
+            self._enqueue(inputs)  # compiles; the inputs hold no token
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -157,9 +158,12 @@ class Decoder:
             self._graphs[inputs.size] = graph
 
     def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> PendingStep:
-        """Enqueues one step; `draws` one per wanted row, none: greedy. At most one earlier step may
-        still have its ids unread. A token id of -1 - r stands for what the former step samples in
-        its row r, so that the host can enqueue a step before it knows the former one's tokens."""
+        """Enqueues one step. `draws` has one entry per wanted row, or none for greedy sampling.
+
+        At most one earlier step may still have its ids unread. A token id of -1 - r stands for what
+        the former step samples in its row r, so that the host can enqueue a step before it knows
+        the former step's tokens.
+        """
         inputs = self._inputs_for(batch)
         inputs.fill(batch, draws)
         inputs.upload()
@@ -181,7 +185,7 @@ class Decoder:
         )
 
     def slots_of_last_step(self) -> Tensor:
-        """`[L, T, K]` physical slots, for counting; rows beyond the last step's are old."""
+        """`[L, T, K]` physical slots, for counting. Rows after those of the last step are stale."""
         return self._buffers.slots_LTK
 
     def _inputs_for(self, batch: StepBatch) -> StepInputs:

@@ -25,7 +25,7 @@ from shared.model_spec import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaModel:
-    """`slots` are empty until `loader` has filled them."""
+    """A loaded model. `slots` are empty until `loader` fills them."""
 
     sizes: DecoderSizes
     weights: DecoderWeights
@@ -44,9 +44,8 @@ def load_cuda_model(
     progress: LoadProgress,
     cache_memory: ExpertCacheMemory | None = None,
 ) -> CudaModel:
-    """Reads the shared weights and makes room for slots. Copies of experts go into `cache_memory`.
-    Raises CheckpointError, before anything is read where the architecture or the files are not as
-    they should be."""
+    """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`.
+    Raises CheckpointError; if the architecture or the files are wrong, before it reads anything."""
     layout = checkpoint_layout_of(spec)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
     weights = layout.read(WeightReader(checkpoint, device, dtype))

@@ -1,5 +1,6 @@
-"""Which rows of a step the device can sample by itself, and how; the others' logits come to the
-host. A row's way depends on its own session alone, so that a continuation draws alike."""
+"""Decides which rows of a step the device samples, and how. The logits of the others go to the
+host. The decision for a row depends on its own session alone, so that a continuation draws the
+same."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ BANNED_MAX = 4
 
 
 class RowDraw(NamedTuple):
-    """How one wanted row becomes a token on the device. `uniform` is derived from (seed,
+    """How the device samples one wanted row. `uniform`, in [0, 1), is derived from (seed,
     position). At most BANNED_MAX ids are banned."""
 
     temperature: float = 0.0
@@ -37,7 +38,8 @@ def needs_logits(draw: Draw) -> bool:
 
 
 def row_draws(draws: Sequence[Draw]) -> list[RowDraw]:
-    """For every row; those that need their logits are drawn greedily, for nothing."""
+    """One draw per row. For rows whose logits the host needs it is greedy, and its token is
+    unused."""
     return [RowDraw() if needs_logits(draw) else _row_draw(draw) for draw in draws]
 
 

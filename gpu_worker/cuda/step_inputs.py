@@ -1,5 +1,5 @@
-"""What a step's graph reads from the host: one pinned buffer, one copy to the device, for one size
-of step. Knows the layout, not the model."""
+"""What a step's graph reads from the host, for one size of step: one pinned buffer and one copy to
+the device. Knows the layout, not the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _TILE_TOKENS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
-    """T tokens of S sequences, R wanted rows. In a decode step all three are one: row t is the one
-    token of sequence t."""
+    """T tokens of S sequences, and R wanted rows. In a decode step all three are equal: row t is
+    the one token of sequence t."""
 
     tokens: int
     sequences: int
@@ -35,15 +35,17 @@ class StepSize:
 
 
 class StepInputs:
+    """Views of one device buffer, which `upload` fills with what `fill` has written on the host."""
+
     def __init__(self, size: StepSize, table_width: int, device: torch.device) -> None:
         self.size = size
         self._fields: dict[str, tuple[int, tuple[int, ...]]] = {}
         end = 0
         for name, shape in _shapes(size, table_width).items():
             self._fields[name] = (end, shape)
-            end += -(-int(np.prod(shape)) // 4) * 4  # each field starts at 16 bytes
+            end += -(-int(np.prod(shape)) // 4) * 4  # each field is aligned to 16 bytes
         pinned = device.type == "cuda"
-        # Two, so that a step may be filled in while the former one still waits to be copied.
+        # There are two, so that a step may be filled while the former still waits to be copied.
         self._hosts = [torch.zeros(end, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() if pinned else None for _ in range(2)]  # type: ignore[no-untyped-call]
         self._buffer_index = 0
@@ -67,7 +69,8 @@ class StepInputs:
         )
 
     def fill(self, batch: StepBatch, draws: Sequence[RowDraw]) -> None:
-        """The host's side only. Rows beyond the batch are none."""
+        """Fills the host buffer. Rows after those of the batch have no token. `draws` has one entry
+        per wanted row, or none for greedy sampling."""
         self._buffer_index ^= 1
         copied = self._copied[self._buffer_index]
         if copied is not None:
@@ -75,7 +78,7 @@ class StepInputs:
         self._host_values = self._hosts[self._buffer_index].numpy()
         tokens, rows = batch.num_tokens, batch.logits_rows_R.shape[0]
         sequences, width = batch.block_tables_SB.shape
-        assert tokens <= self.size.tokens, "more tokens than this step has room for"
+        assert tokens <= self.size.tokens, "more tokens than this size of step holds"
         self._set("ids", batch.token_ids_T, 0)
         self._set("position", batch.position_T, -1)
         self._set("sequence", batch.sequence_T, 0)
@@ -95,7 +98,7 @@ class StepInputs:
             banned_RX[row, : len(ids)] = ids
 
     def upload(self) -> None:
-        """Enqueues the one copy."""
+        """Enqueues the copy to the device."""
         self._device.copy_(self._hosts[self._buffer_index], non_blocking=True)
         copied = self._copied[self._buffer_index]
         if copied is not None:
@@ -138,7 +141,7 @@ def _shapes(size: StepSize, table_width: int) -> dict[str, tuple[int, ...]]:
 
 
 def _tiles(sequence_T: NDArray[np.int32]) -> NDArray[np.int32]:
-    """(first token, count): each sequence's run of tokens cut into tiles."""
+    """(first token, count) per tile: the tokens of each sequence split into tiles."""
     starts = np.flatnonzero(np.diff(sequence_T, prepend=-1))
     ends = np.append(starts[1:], len(sequence_T))
     tiles = [

@@ -1,6 +1,6 @@
-"""Contents of a decoder's KV blocks go to another decoder, which goes on to the bit as the first
-would have; and copies are of the moment of their call, whatever is enqueued before and behind them.
-On a CUDA device in bf16, with graphs; elsewhere on Triton's interpreter in float32."""
+"""A decoder that gets the contents of another decoder's KV blocks continues with the same bits. A
+copy has the content at the moment of its call, whatever is enqueued before and after it. Runs on a
+CUDA device in bf16, with graphs; elsewhere on Triton's interpreter in float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 NUM_BLOCKS, NUM_STAGING_BUFFERS = 8 * BLOCKS_EACH, 3
 WHILE_CYCLES = 200_000_000
-"""That the device is busy: some 0.1 s."""
+"""Keeps the device busy for about 0.1 s."""
 
 GROUPED = GqaShape(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=QK_NORM_HEAD)
 SPARSE = MlaShape(
@@ -54,7 +54,7 @@ SPARSE = MlaShape(
 
 
 def make_decoders(attention: GqaShape | MlaShape) -> list[Decoder]:
-    """Two, of the same weights."""
+    """Two decoders with the same weights."""
     sizes = DecoderSizes(
         num_layers=2,
         hidden_size=64,
@@ -104,12 +104,14 @@ def test_a_sequence_goes_on_from_copies_as_where_they_came_from(
     tokens = np.random.default_rng(1).integers(0, 128, 3 * BLOCK_TOKENS + 5).tolist()
     known = 3 * BLOCK_TOKENS
     step(source, {0: tokens[:known]}, [0])
-    rooms = [saver.staging_buffer() for _ in range(3)]
-    saved = [saver.save(block, staging_buffer) for block, staging_buffer in enumerate(rooms)]
+    staging_buffers = [saver.staging_buffer() for _ in range(3)]
+    saved = [
+        saver.save(block, staging_buffer) for block, staging_buffer in enumerate(staging_buffers)
+    ]
     expected = go_on(source, 0, tokens, known)
     wait()
     assert all(is_saved() for is_saved in saved)
-    for block, staging_buffer in enumerate(rooms):
+    for block, staging_buffer in enumerate(staging_buffers):
         loader.load(2 * BLOCKS_EACH + block, staging_buffer)
         staging_buffer.fill(255)
     assert torch.equal(go_on(target, 2, tokens, known), expected)
@@ -122,7 +124,7 @@ def open_cache(decoder: Decoder) -> CudaBlockCache:
 
 
 def go_on(decoder: Decoder, sequence: int, tokens: list[int], known: int) -> Tensor:
-    """The logits of the rest as one chunk, then of one step more."""
+    """The logits of the remaining tokens as one chunk, then those of one more step."""
     ids, first = step(decoder, {sequence: tokens[known:]}, [known])
     _, second = step(decoder, {sequence: [int(ids[0])]}, [len(tokens)])
     return torch.cat([first, second])
@@ -134,7 +136,7 @@ def make_caches() -> list[Tensor]:
 
 
 def keep_busy() -> None:
-    """The steps' stream, as a step in flight does."""
+    """Occupies the steps' stream, as a step in flight does."""
     if ON_CUDA:
         torch.cuda._sleep(WHILE_CYCLES)
 
@@ -153,18 +155,18 @@ def are_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def test_what_is_written_behind_a_save_is_not_in_it() -> None:
-    """Though neither has run when both are enqueued, and there are more blocks than stages."""
+    """Neither has run when both are enqueued, and there are more blocks than staging buffers."""
     caches = make_caches()
     cache = CudaBlockCache(caches, architecture="Some", num_staging_buffers=NUM_STAGING_BUFFERS)
     blocks = (4, 0, 7, 1, 8, 2, 3)
     expected = [contents(caches, block) for block in blocks]
-    rooms = [cache.staging_buffer() for _ in blocks]
-    torch.empty_like(caches[0]).zero_()  # its kernel is loaded now
+    staging_buffers = [cache.staging_buffer() for _ in blocks]
+    torch.empty_like(caches[0]).zero_()  # loads its kernel now
     wait()
     keep_busy()
     saved = [
         cache.save(block, staging_buffer)
-        for block, staging_buffer in zip(blocks, rooms, strict=True)
+        for block, staging_buffer in zip(blocks, staging_buffers, strict=True)
     ]
     for each in caches:
         each.zero_()
@@ -174,13 +176,13 @@ def test_what_is_written_behind_a_save_is_not_in_it() -> None:
         assert not any(asked_early), "the host has waited for the device"
     with ThreadPoolExecutor(1) as elsewhere:
         assert all(elsewhere.map(lambda is_saved: is_saved(), saved))
-    for staging_buffer, wanted in zip(rooms, expected, strict=True):
+    for staging_buffer, wanted in zip(staging_buffers, expected, strict=True):
         cache.load(5, staging_buffer)
         assert are_equal(contents(caches, 5), wanted)
 
 
 def test_a_load_comes_behind_what_was_begun_and_before_what_is_begun_next() -> None:
-    """More blocks than stages, from one array that is written anew each time."""
+    """There are more blocks than staging buffers, and one array is rewritten for each load."""
     caches = make_caches()
     cache = CudaBlockCache(caches, architecture="Some", num_staging_buffers=NUM_STAGING_BUFFERS)
     source = cache.staging_buffer()

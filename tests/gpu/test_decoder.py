@@ -1,5 +1,5 @@
-"""The whole decoder against transformers over the same weights, and the same bits for a sequence
-alone, in a batch, in other chunks, and after its experts have moved to other slots. On a CUDA
+"""Compares the whole decoder with transformers over the same weights. A sequence gets the same bits
+alone, in a batch, in other chunks, and after its experts have moved to other slots. Runs on a CUDA
 device in bf16, with graphs; elsewhere on Triton's interpreter in float32."""
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_tokens_do_not_depend_on_neighbours_chunks_or_slots(parts: Parts) -> Non
         crowd.append(int(ids[0]))
         crowd_logits.append(rows[0])
     assert crowd == alone
-    if ON_CUDA:  # the interpreter's products are numpy's, which round by shape
+    if ON_CUDA:  # the interpreter multiplies with numpy, whose rounding depends on the shape
         assert torch.equal(other_chunks, logits)
         assert torch.equal(torch.stack(crowd_logits), logits[1:])
 
@@ -163,8 +163,8 @@ def test_a_step_may_be_enqueued_before_the_former_ones_token_is_known(parts: Par
 def test_rows_are_wanted_in_any_order(parts: Parts) -> None:
     batch = batch_of({0: [5], 1: [9]}, [0, 0])
     in_order = parts.decoder.launch(batch).logits_RV.float().clone()
-    turned = replace(batch, logits_rows_R=np.array([1, 0], dtype=np.int32))
-    pending = parts.decoder.launch(turned)
+    reversed_rows = replace(batch, logits_rows_R=np.array([1, 0], dtype=np.int32))
+    pending = parts.decoder.launch(reversed_rows)
     pending.ids()
     assert distance(pending.logits_RV, in_order.flip(0)) < TOLERANCE
     assert distance(pending.logits_RV, in_order) > 0.1
@@ -190,7 +190,8 @@ def test_each_of_two_steps_in_flight_brings_the_mask_that_it_has_seen(parts: Par
 
 
 def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
-    """Into another slot, from the host; the one it leaves is filled with what nobody may read."""
+    """Loads the expert into another slot from the host, and fills its old slot with values that
+    must not be read."""
     values = torch.cat(
         [
             parts.slots.w_gate_up_LSJH[layer, expert].flatten(),
@@ -247,6 +248,6 @@ def test_fp8_dispatch_leaves_tokens_independent_of_neighbours_and_chunks(parts: 
     ids, crowd_logits = step(decoder, {0: tokens[10:], 1: [6]}, [10, 21])
     assert alone == again
     assert int(ids[0]) == alone[0]
-    if ON_CUDA:  # the interpreter's products are numpy's, which round by shape
+    if ON_CUDA:  # the interpreter multiplies with numpy, whose rounding depends on the shape
         assert torch.equal(other_chunks, logits)
         assert torch.equal(crowd_logits[0], logits[0])

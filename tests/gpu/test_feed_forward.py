@@ -1,5 +1,5 @@
-"""Shared experts beside an exchange give the bits of shared experts before it; also in a graph, of
-which they are a branch."""
+"""Shared experts that run beside an exchange give the same bits as before it, also in a graph,
+which they run in as a parallel path."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def seeded() -> None:
 
 
 class Halves:
-    """The feed-forward halves of two layers, the second on what the first gives; `h_TH` and
-    `x_TH[0]` are what they take, `h_TH` and `x_TH[2]` what they give."""
+    """The feed-forward parts of two layers; the second takes the output of the first. The inputs
+    are `h_TH` and `x_TH[0]`, and the outputs `h_TH` and `x_TH[2]`."""
 
     def __init__(self, moe: MoeStage) -> None:
         self.buffers = StepBuffers(SIZES, ROOM, rows_max=TOKENS, num_ranks=0)

@@ -1,6 +1,6 @@
-"""The indexer's kernels against plain torch in float64 and the CPU model's choice; and a decoder
-whose context outgrows what its indexer chooses, against the CPU model on the same folder. On a CUDA
-device in bf16; elsewhere on Triton's interpreter in float32."""
+"""Compares the indexer's kernels with plain torch in float64 and with the CPU model's selection,
+and a decoder whose context is longer than what its indexer selects with the CPU model on the same
+folder. Runs on a CUDA device in bf16; elsewhere on Triton's interpreter in float32."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rotation(positions: int) -> tuple[latent.Rotation, torch.Tensor]:
     return latent.Rotation(angles.cos(), angles.sin(), True), angles.double()
 
 
-def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotated_by(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     low, high = x[..., :ROTATED].chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     halves = [low * cos - high * sin, high * cos + low * sin]
@@ -83,7 +83,7 @@ def test_keys_are_normed_rotated_and_stored_and_weights_scaled() -> None:
         normed = torch.nn.functional.layer_norm(
             whole[row, :SIZE], (SIZE,), norm.double(), bias.double(), EPS
         )
-        assert_close(keys[block, position % BLOCK_TOKENS], turned(normed, angles[position]))
+        assert_close(keys[block, position % BLOCK_TOKENS], rotated_by(normed, angles[position]))
     assert int((keys != before).any(-1).sum()) == 2, "a row without a token stores none"
 
 
@@ -95,7 +95,7 @@ def test_queries_of_rows_that_choose_are_rotated() -> None:
     indexer.rotate_index_queries(q, rotations, position, out, top_k=TOP_K)
     heads = q.double().sum(0).view(4, HEADS, SIZE)
     for row in (1, 3):
-        assert_close(out[row], turned(heads[row], angles[int(position[row])]))
+        assert_close(out[row], rotated_by(heads[row], angles[int(position[row])]))
     assert out[[0, 2]].isnan().all(), "the others have no use for them"
 
 
@@ -149,14 +149,14 @@ def test_a_rows_scores_depend_on_neither_neighbours_nor_programs() -> None:
 
 def chosen_of(scores: torch.Tensor, where: Paging, top_k: int) -> latent.SelectedPositions:
     rows = scores.shape[0]
-    places = torch.full((rows, top_k), -7, dtype=torch.int32, device=DEVICE)
-    chosen = latent.SelectedPositions(places, ints([-7] * rows))
+    cached = torch.full((rows, top_k), -7, dtype=torch.int32, device=DEVICE)
+    chosen = latent.SelectedPositions(cached, ints([-7] * rows))
     indexer.select_positions(scores, where, chosen, block_tokens=BLOCK_TOKENS)
     return chosen
 
 
 def wanted_positions(scores: torch.Tensor, position: int, top_k: int) -> list[int]:
-    """The CPU model's choice."""
+    """The selection of the CPU model."""
     size = min(top_k, position + 1)
     if size == position + 1:
         return list(range(size))
@@ -185,9 +185,9 @@ def test_the_highest_scores_are_chosen_the_lower_position_first_among_equals(top
         assert int(chosen.last_T[row]) == min(position, top_k - 1)
         wanted = torch.tensor(wanted_positions(scores[row], position, top_k), dtype=torch.long)
         table = where.tables_SB[int(where.sequence_T[row])].cpu()
-        places = table[wanted // BLOCK_TOKENS] * BLOCK_TOKENS + wanted % BLOCK_TOKENS
-        out = chosen.place_TK[row].cpu()
-        assert out[: len(wanted)].tolist() == places.tolist()
+        cached = table[wanted // BLOCK_TOKENS] * BLOCK_TOKENS + wanted % BLOCK_TOKENS
+        out = chosen.cached_TK[row].cpu()
+        assert out[: len(wanted)].tolist() == cached.tolist()
         assert (out[len(wanted) :] == -7).all()
 
 
@@ -288,7 +288,7 @@ def model(folder: Path) -> CudaModel:
 
 
 def decoder_of(model: CudaModel, *, top_k: int | None = SPARSE_TOP_K) -> Decoder:
-    """With another `index_topk`, or with None without its indexer."""
+    """The folder with another `index_topk`; with None, without the indexer."""
     sizes = model.sizes
     assert isinstance(sizes.attention, MlaShape)
     changes = {"index_top_k": top_k} if top_k else {"num_index_heads": 0, "index_head_dim": 0}

@@ -1,6 +1,6 @@
-"""Every tile of a matrix product, compiled for an H100, uses one instruction: what a row's bits not
-depending on its batch rests on; and fp8 is the card's own. Needs Triton's compiler, but no
-device."""
+"""Every tile of a matrix multiplication, compiled for an H100, uses the same instruction. Batch
+invariance rests on this. The conversion from fp8 uses the card's own instruction. Needs Triton's
+compiler, but no device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EXPERTS = ["*bf16", "*bf16", "*i64", "*i32", "*i32", "*i32", "*bf16"]
 def instructions(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
 ) -> set[str]:
-    """Of the matrix products in what `kernel` compiles to."""
+    """The instructions of the matrix multiplications that `kernel` compiles to."""
     text = compiled(kernel, arguments, constants, warps, stages)
     return set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", text))
 
@@ -48,14 +48,14 @@ def instructions(
 def compiled(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
 ) -> str:
-    """Its PTX, with aligned pointers."""
+    """The kernel's PTX, with aligned pointers."""
     return str(assembled(kernel, arguments, constants, warps, stages)["ptx"])
 
 
 def assembled(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int, stages: int
 ) -> Any:
-    """What each stage of the compiler gives."""
+    """The output of each stage of the compiler."""
     kinds = iter(arguments)
     signature = {n: "constexpr" if n in constants else next(kinds) for n in kernel.arg_names}
     aligned = {
@@ -69,7 +69,7 @@ def assembled(
 
 
 def summed(kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int) -> list[str]:
-    """The layouts over threads of the tensors that `kernel` sums up: they fix a sum's order."""
+    """The layouts over threads of the tensors that `kernel` sums. They determine a sum's order."""
     text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
     reductions = re.findall(r'"tt\.reduce"(.*?)\}\) : \((tensor<.*?>)\)', text, re.DOTALL)
     sums = [tensor for body, tensor in reductions if "arith.addf" in body]
@@ -79,8 +79,8 @@ def summed(kernel: Any, arguments: list[str], constants: dict[str, Any], warps: 
 def multiplied(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int
 ) -> list[str]:
-    """The layouts of the operands of each product of `kernel`, but for how warps share rows: they
-    say which positions an instruction sums up."""
+    """The layouts of the operands of each dot product of `kernel`, without the distribution of rows
+    over warps. They determine which positions an instruction adds."""
     text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
     products = re.findall(r"tt\.dot .*? : (tensor<.*?) loc", text)
     layouts = spelled_out(products, text)
@@ -88,7 +88,7 @@ def multiplied(
 
 
 def spelled_out(tensors: list[str], text: str) -> list[str]:
-    """With each layout's definition in `text` in place of its name."""
+    """Replaces the name of each layout by its definition in `text`."""
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
     return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), t) for t in tensors]
 
@@ -201,7 +201,8 @@ def test_attention_takes_the_one_instruction() -> None:
 
 
 def test_attention_sums_alike_whether_or_not_it_turns_its_own_queries() -> None:
-    """A joined operand once had the products of queries take their positions in other fours."""
+    """With a joined operand, the dot products of queries once took positions in other groups of
+    four."""
     given = multiplied(attention._attend_splits, *attending(0), attention.ATTENTION_TILE.warps)
     assert given == multiplied(attention._attend_splits, *attending(4), TURNING_WARPS)
     assert len(given) == 3

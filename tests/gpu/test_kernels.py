@@ -1,6 +1,6 @@
-"""Every kernel against plain torch in float64, and batch invariance to the bit. On a CUDA device in
-bf16; elsewhere on Triton's interpreter in float32, where Triton is installed and TRITON_INTERPRET=1
-is set."""
+"""Compares every kernel with plain torch in float64, and checks batch invariance to the bit. Runs
+on a CUDA device in bf16; elsewhere on Triton's interpreter in float32, if Triton is installed and
+TRITON_INTERPRET=1 is set."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_lone_pairs_choose_for_themselves_as_the_choice_before_them_does(
 def test_experts_take_rows_that_lie_padded_by_slot(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many programs share the tiles."""
+    """For any number of programs that share the tiles."""
     monkeypatch.setattr(experts, "_PADDED_PROGRAMS", programs)
     counts, width = ints([0, 3, 20, 0, 1, *[0] * (EXPERTS - 5)]), 24
     x = random(EXPERTS * width, HIDDEN)
@@ -383,8 +383,8 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
 def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
     span: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where one program goes through several splits, and spans are merged in turn; what lay
-    in a new token's place in the cache is never seen. Counts of arrivals are zero again."""
+    """Also if one program computes several splits and spans are merged. The old content of a new
+    token's cache row is never seen. The counts of arrivals are zero again."""
     tile = attention.ATTENTION_TILE._replace(programs=programs)
     monkeypatch.setattr(attention, "ATTENTION_TILE", tile)
     monkeypatch.setattr(attention, "SPAN", span)

@@ -1,5 +1,6 @@
-"""Latent attention's kernels and the choice among groups against plain torch in float64, and batch
-invariance to the bit. On a CUDA device in bf16; elsewhere on Triton's interpreter in float32."""
+"""Compares the kernels of latent attention and the choice among expert groups with plain torch in
+float64, and checks batch invariance to the bit. Runs on a CUDA device in bf16; elsewhere on
+Triton's interpreter in float32."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def paging(positions: list[int], sequences: list[int], blocks: int = BLOCKS) -> 
 
 
 def poisoned_beyond(where: Paging, lengths: list[int]) -> latent.LatentCache:
-    """Sequence s has `lengths[s]` positions; what lies beyond must not be read."""
+    """Sequence s has `lengths[s]` positions. What comes after them must not be read."""
     blocks = where.tables_SB.numel()
     cache = latent.LatentCache(
         poison(blocks, BLOCK_TOKENS, RANK), poison(blocks, BLOCK_TOKENS, ROTATED)
@@ -164,8 +165,8 @@ def test_latents_are_normed_and_stored_and_queries_normed(
         block = int(where.tables_SB[int(where.sequence_T[row]), position // BLOCK_TOKENS])
         own = whole[row, -RANK - ROTATED :]
         assert_close(cache.latent_BUR[block, position % BLOCK_TOKENS], normed(own[:RANK], kv_norm))
-        turned = turn(own[RANK:], angles[position], interleaved)
-        assert_close(cache.key_BUW[block, position % BLOCK_TOKENS], turned)
+        rotated_out = turn(own[RANK:], angles[position], interleaved)
+        assert_close(cache.key_BUW[block, position % BLOCK_TOKENS], rotated_out)
     assert int((cache.latent_BUR != before).any(-1).sum()) == 2, "a row without a token stores none"
 
 
@@ -174,16 +175,16 @@ def test_queries_go_into_the_latent_space_head_by_head(rows: int) -> None:
     size = PLAIN + ROTATED
     q = random(2, rows, HEADS * size + 3, dtype=torch.float32)
     w = random(HEADS, RANK, PLAIN)
-    out, turned = poison(rows, HEADS, RANK), poison(rows, HEADS, ROTATED)
+    out, rotated_out = poison(rows, HEADS, RANK), poison(rows, HEADS, ROTATED)
     latent.multiply_heads(q, latent.HeadColumns(0, size), w, out)
     angles = torch.rand(64, ROTATED // 2, device=DEVICE) * 6
     position = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     rotation = latent.Rotation(angles.cos(), angles.sin(), True)
-    latent.rotate_queries(q, rotation, position, latent.HeadColumns(PLAIN, size), turned)
+    latent.rotate_queries(q, rotation, position, latent.HeadColumns(PLAIN, size), rotated_out)
     heads = q.sum(0)[:, : HEADS * size].view(rows, HEADS, size)
     plain = heads[..., :PLAIN].to(DTYPE).double()
     assert_close(out, torch.einsum("taf,arf->tar", plain, w.double()))
-    assert_close(turned, turn(heads[..., PLAIN:], angles[position.long(), None], True))
+    assert_close(rotated_out, turn(heads[..., PLAIN:], angles[position.long(), None], True))
     alone = poison(1, HEADS, RANK)
     last = q[:, -1:].contiguous()
     latent.multiply_heads(last, latent.HeadColumns(0, size), w, alone)

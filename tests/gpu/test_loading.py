@@ -1,6 +1,6 @@
-"""A checkpoint on a CUDA rank: the decoder's logits are those of the CPU model on the same folder,
-with experts in slots in no order. On a CUDA device in bf16; elsewhere on Triton's interpreter in
-float32."""
+"""Loads a checkpoint on a CUDA rank, with experts in slots in no order. The decoder's logits are
+those of the CPU model on the same folder. Runs on a CUDA device in bf16; elsewhere on Triton's
+interpreter in float32."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load(folder: Path, cache_memory: ExpertCacheMemory | None = None) -> CudaMod
 
 
 def spread(num_layers: int, num_experts: int) -> NDArray[np.int16]:
-    """`[L, S]`: every expert in a slot, some in two, in another order in each layer."""
+    """`[L, S]`: every expert is in a slot, some in two, in another order in each layer."""
     rng = np.random.default_rng(8)
     held = [
         np.append(np.arange(num_experts), rng.integers(0, num_experts, SPARE))
@@ -102,7 +102,7 @@ def spread(num_layers: int, num_experts: int) -> NDArray[np.int16]:
 
 
 def table_of(contents_LS: NDArray[np.int16], num_experts: int) -> NDArray[np.int32]:
-    """`[L, E]`: the last slot that holds each."""
+    """`[L, E]`: the last slot that holds each expert."""
     slot_of_LE = np.full((contents_LS.shape[0], num_experts), -1, dtype=np.int32)
     for layer, slot in np.argwhere(contents_LS >= 0):
         slot_of_LE[layer, contents_LS[layer, slot]] = slot
@@ -125,7 +125,7 @@ def decoder_of(model: CudaModel, contents_LS: NDArray[np.int16]) -> Decoder:
 
 
 def logits_of(decoder: Decoder, tokens: NDArray[np.int32], cuts: list[int]) -> NDArray[np.float32]:
-    """Of the last row of each chunk between two cuts."""
+    """The logits of the last row of each chunk between two cuts."""
     rows = []
     for start, end in itertools.pairwise(cuts):
         batch = make_batch([Chunk(tokens[start:end], start, TABLE)], all_rows=False)

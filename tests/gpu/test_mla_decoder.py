@@ -1,6 +1,6 @@
-"""DeepSeek's decoders against transformers over the same weights, and the same bits for a sequence
-alone, in a batch and in other chunks. On a CUDA device in bf16, with graphs; elsewhere on Triton's
-interpreter in float32."""
+"""Compares DeepSeek's decoders with transformers over the same weights. A sequence gets the same
+bits alone, in a batch and in other chunks. Runs on a CUDA device in bf16, with graphs; elsewhere on
+Triton's interpreter in float32."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_tokens_do_not_depend_on_neighbours_or_chunks() -> None:
         crowd.append(int(ids[0]))
         crowd_logits.append(rows[0])
     assert crowd == alone
-    if ON_CUDA:  # the interpreter's products are numpy's, which round by shape
+    if ON_CUDA:  # the interpreter multiplies with numpy, whose rounding depends on the shape
         assert torch.equal(other_chunks, logits)
         assert torch.equal(torch.stack(crowd_logits), logits[1:])
 

@@ -1,5 +1,5 @@
-"""Steps of a CUDA decoder as the tests take them: sequence s owns the blocks from s times
-`BLOCKS_EACH`; and exchanges of one rank that pad by slot."""
+"""Runs steps of a CUDA decoder for tests, in which sequence s owns the blocks from `s ·
+BLOCKS_EACH` on. Also exchanges of one rank that pad rows by slot."""
 
 from __future__ import annotations
 
@@ -50,16 +50,15 @@ def continue_alone(
 
 
 class LoopbackExchange:
-    """By plain indexing, with the layout of Mooncake's EP; of one rank, all of whose slots are
-    here. Reads nothing on the host, so that graphs may hold it."""
+    """An exchange of one rank with the layout of Mooncake's EP, by plain indexing. It reads nothing
+    on the host, so that graphs may capture it."""
 
     def __init__(self, num_slots: int, rows_of_slot: int) -> None:
         self.num_slots, self.rows_of_slot = num_slots, rows_of_slot
         self.scales: torch.Tensor | None = None
         self.layers: list[int] = []
-        self.row_TK = torch.empty(
-            0
-        )  # of the last dispatch, in all slots' rows; one past them: none
+        # Row of each pair of the last dispatch among all slots' rows; one past them means none.
+        self.row_TK = torch.empty(0)
 
     def dispatch(
         self, layer: int, x_TH: torch.Tensor, slots_TK: torch.Tensor
@@ -79,7 +78,7 @@ class LoopbackExchange:
         return y_TH.to(y_SMH.dtype)
 
     def pad(self, values_TV: torch.Tensor) -> torch.Tensor:
-        """Where the tokens' slots have them; the rest is no number."""
+        """The rows of each slot, `[S, M, V]`; rows without a token are NaN."""
         num_rows = self.num_slots * self.rows_of_slot
         shape = (num_rows + 1, values_TV.shape[1])
         padded_NV = torch.full(shape, float("nan"), device=values_TV.device)
@@ -102,8 +101,8 @@ class LoopbackExchange:
 
 
 class Fp8LoopbackExchange(LoopbackExchange):
-    """Tokens travel as Mooncake sends them in fp8: scales for `group` values lie with the rows of a
-    slot side by side."""
+    """Delivers tokens as Mooncake sends them in fp8, with one scale per `group` values. In memory,
+    the scales of a slot's rows are adjacent."""
 
     def __init__(self, num_slots: int, rows_of_slot: int, group: int) -> None:
         super().__init__(num_slots, rows_of_slot)
@@ -120,7 +119,7 @@ class Fp8LoopbackExchange(LoopbackExchange):
 
 
 class RoundingLoopbackExchange(LoopbackExchange):
-    """Delivers, in their own type, the tokens that fp8 leaves."""
+    """Delivers tokens rounded to fp8, in their own dtype."""
 
     def __init__(self, num_slots: int, rows_of_slot: int, group: int) -> None:
         super().__init__(num_slots, rows_of_slot)
@@ -135,7 +134,7 @@ class RoundingLoopbackExchange(LoopbackExchange):
 
 
 def fp8_of(x_TH: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 values, scales `[T, H / group]`)"""
+    """(e4m3 values `[T, H]`, scales `[T, H / group]`)."""
     x_TGV = x_TH.float().unflatten(1, (-1, group))
     largest_TG = x_TGV.abs().amax(-1).clamp(min=1e-4)
     values_TGV = (x_TGV * (448.0 / largest_TG)[..., None]).clamp(-448.0, 448.0)

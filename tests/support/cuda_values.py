@@ -1,4 +1,4 @@
-"""What the tests of the kernels put in and compare: on a CUDA device in bf16, elsewhere for
+"""Inputs and comparisons for the tests of the kernels: on a CUDA device in bf16, elsewhere for
 Triton's interpreter in float32."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 class Closeness:
-    """How near results must be in one file of tests: `tolerance` bounds the relative error."""
+    """How close results must be in one file of tests. `tolerance` bounds the relative error."""
 
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
@@ -36,8 +36,8 @@ class Closeness:
         assert error.item() < limit, f"relative error {error.item():.2e}"
 
     def assert_same(self, out: torch.Tensor, other: torch.Tensor) -> None:
-        """To the bit; the interpreter's products are numpy's, whose rounding depends on the
-        shape."""
+        """Compares bits. The interpreter multiplies with numpy, whose rounding depends on the
+        shape, so there it compares values."""
         if ON_CUDA:
             assert torch.equal(out, other)
         else:

@@ -1,1 +1,1 @@
-"""Experts of a card rank: their slots, and where their weights come from."""
+"""The experts of a CUDA rank: their slots and the sources of their weights."""

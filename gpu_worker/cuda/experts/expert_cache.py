@@ -1,12 +1,12 @@
-"""Places for copies of experts in memory that the ranks of a host share: what lies there, which
-copies are whole, and who fills which. Reads no checkpoint.
+"""Copies of experts in memory that a host's ranks share: the layout of the memory, which copies
+are complete, and who fills which. Reads no checkpoint.
 
-The memory holds a header, a byte for each entry, and the entries. The header is written once, by
-the first rank; one that would lay things out differently uses none of it. An entry's byte says that
-its copy is whole, and from then on neither is written again. Who fills an entry holds a lock on
-that byte, which the kernel takes back from a process that ends, however it does: what that one
-has left unfinished another fills. Which expert an entry is for follows from the header, so that it
-is the same for all; where there are fewer entries than experts every layer has its share.
+The memory holds a header, one byte per entry, and the entries. The first rank writes the header,
+once; a rank whose header differs does not use the memory. The byte of an entry says that its copy
+is complete, and from then on neither is written again. Whoever fills an entry holds a lock on that
+byte. The kernel releases the lock if the process ends for any reason, and then another process
+fills the entry. The header determines which expert an entry is for, so it is the same for all. If
+there are fewer entries than experts, every layer gets its share.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _COMPLETE = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCacheHeader:
-    """What lies on a cache, and how: `num_values` of `dtype` are an expert. Layers are MoE layers.
-    `form` is that of the cache itself, `folder` for those who read of it."""
+    """What a cache holds. An expert has `num_values` values of `dtype`. Layers are MoE layers.
+    `form` is the version of the cache's own layout. `folder` is only for error messages."""
 
     folder: str
     fingerprint: str  # of the checkpoint
@@ -52,7 +52,7 @@ class ExpertCacheHeader:
     form: int = 1
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
-        """Where another's fields are not ours."""
+        """How another header differs from this one; None if it does not."""
         for name, ours in dataclasses.asdict(self).items():
             theirs = other.get(name)
             if theirs != ours and name != "folder":
@@ -61,12 +61,12 @@ class ExpertCacheHeader:
 
 
 class ExpertCache:
-    """May be used by several threads: to each other they are as other processes."""
+    """May be used by several threads, which are to each other like other processes."""
 
     def __init__(
         self, memory: ExpertCacheMemory, header: ExpertCacheHeader, dtype: torch.dtype
     ) -> None:
-        """Raises OSError, and ValueError where something else lies there."""
+        """Raises OSError, and ValueError if the memory holds something else."""
         self._fd = memory.fd
         self._dtype = dtype
         self._num_layers, num_pairs = header.num_layers, header.num_layers * header.num_experts
@@ -81,7 +81,6 @@ class ExpertCache:
             self._map(first, each)
 
     def layer_and_expert_of(self, entry: int) -> tuple[int, int]:
-        """Layer and expert."""
         expert, layer = divmod(entry, self._num_layers)
         return layer, expert
 
@@ -96,12 +95,12 @@ class ExpertCache:
         return int(np.count_nonzero(self._states_P == _COMPLETE)) if self.num_entries else 0
 
     def entry_values(self, entry: int) -> Tensor:
-        """Flat as `SlotUpload.values`; stays valid."""
+        """The entry's memory, flat as `SlotUpload.values`. Valid until `close`."""
         return self._entries_PB[entry, : self._expert_bytes].view(self._dtype)
 
     def fill(self, entry: int, write: Callable[[Tensor], None], *, wait: bool) -> bool:
-        """Has the copy written, unless it is whole. False where another is about it; `wait` waits
-        for the end of that one instead, or of what it does."""
+        """Calls `write` for the entry, unless it is complete. If another process or thread is
+        filling it, returns False; with `wait`, waits until that one finishes or ends."""
         if self.is_complete(entry):
             return True
         with _locked(self._fd, _STATES_AT + entry, wait=wait) as is_ours:
@@ -111,12 +110,12 @@ class ExpertCache:
         return is_ours
 
     def pin(self, device: torch.device) -> None:
-        """All entries, in pieces of whole experts. Takes long, and holds a lock of the driver that
-        steps need. Raises OSError where the host refuses."""
+        """Pins all entries, in pieces of whole experts. This takes long and holds a lock of the
+        driver that steps need. Raises OSError if the host refuses."""
         if device.type != "cuda" or not self.num_entries:
             return
         pieces = torch.split(self._entries_PB, max(1, _PIECE_BYTES // self._entries_PB.shape[1]))
-        # Ranks that start together begin in different entries: pages come into being side by side.
+        # Ranks that start together begin at different entries, so pages are created in parallel.
         first = os.getpid() % len(pieces)
         for piece_PB in (*pieces[first:], *pieces[:first]):
             piece_B = piece_PB.view(-1)
@@ -125,7 +124,7 @@ class ExpertCache:
             self._pinned.append((piece_B, device))
 
     def close(self) -> None:
-        """No copy may be used any more."""
+        """No copy may be in use any more."""
         for piece_B, device in self._pinned:
             unpin(piece_B, device)
         self._pinned.clear()
@@ -154,8 +153,8 @@ class ExpertCache:
 
 @contextmanager
 def _locked(fd: int, byte: int, *, wait: bool) -> Iterator[bool]:
-    """Whether we have the lock, for as long as the block runs. It belongs to what is opened here,
-    and is not shared with those who have the same descriptor."""
+    """Yields whether we got the lock, and holds it while the block runs. It belongs to the file
+    description that is opened here, so other users of `fd` do not share it."""
     opened = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
         yield _lock(opened, byte, wait=wait)

@@ -1,4 +1,4 @@
-"""One expert out of a checkpoint, in the layout of a CUDA rank's slots, into memory of the host."""
+"""Reads one expert from a checkpoint into host memory, in the layout of a CUDA rank's slots."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpu_worker.cuda.weights.weight_reader import copy_onto_host
 
 
 class ExpertReader:
-    """May be used by several threads. `prefix_of` gives, for a MoE layer and an expert, what the
-    names of its tensors begin with."""
+    """May be used by several threads. `prefix_of` takes a MoE layer and an expert, and returns what
+    the names of the expert's tensors begin with."""
 
     def __init__(
         self, checkpoint: Checkpoint, prefix_of: Callable[[int, int], str], dtype: torch.dtype
@@ -30,7 +30,7 @@ class ExpertReader:
         return self.num_values * self.dtype.itemsize
 
     def read(self, layer: int, expert: int, out_N: Tensor) -> None:
-        """Gate, up and down, flat. Raises CheckpointError."""
+        """Writes gate, up and down, flat, to `out_N`. Raises CheckpointError."""
         first = 0
         for name in self._names(layer, expert):
             end = first + _size(self._checkpoint, name)

@@ -1,9 +1,9 @@
-"""Pinned copies of experts in the host's memory, so that an orphan comes into a slot as fast as the
-link allows: no file is read for it, nothing converted.
+"""Pinned copies of experts in host memory. With them an orphan is loaded into a slot at the speed
+of the link: no file is read, and nothing is converted.
 
-What a rank reads for its own slots it leaves as copies; a thread fills in the others once the rank
-has its own experts, beside those of the host's other ranks, and they stay. That thread is no less
-urgent than others to the scheduler: it holds the interpreter's lock now and then, which steps need.
+What a rank reads for its own slots stays as a copy. Once the rank has its own experts, a thread
+fills in the others, together with the host's other ranks, and they stay. That thread does not run
+at a lower priority: it sometimes holds the interpreter's lock, which steps need.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _GB = 1e9
 
 
 class HostExperts:
-    """Layers are MoE layers. May be used by several threads; a copy once given stays valid. Without
-    a cache there are none."""
+    """May be used by several threads. Layers are MoE layers. A returned copy stays valid until
+    `close`. Without a cache there are no copies."""
 
     def __init__(self, reader: ExpertReader, cache: ExpertCache | None) -> None:
         self._reader = reader
@@ -38,7 +38,7 @@ class HostExperts:
         self._closed = False
 
     def cached_values(self, layer: int, expert: int) -> Tensor | None:
-        """Flat as `SlotUpload.values`, where it is here."""
+        """The copy, flat as `SlotUpload.values`; None if it is not complete."""
         if self._cache is None:
             return None
         entry = self._cache.entry_of(layer, expert)
@@ -47,8 +47,8 @@ class HostExperts:
         return self._cache.entry_values(entry)
 
     def cache_expert(self, layer: int, expert: int) -> Tensor | None:
-        """Reads the checkpoint into its entry. None where it has none or another fills it just now.
-        Raises CheckpointError."""
+        """Reads the expert from the checkpoint into its cache entry. None if it has no entry or
+        another process or thread is filling it. Raises CheckpointError."""
         if self._cache is None:
             return None
         entry = self._cache.entry_of(layer, expert)
@@ -57,7 +57,7 @@ class HostExperts:
         return self._cache.entry_values(entry)
 
     def fill_in_background(self) -> None:
-        """Starts or goes on with what it was started with."""
+        """Starts filling, or continues after `pause`."""
         self._may_fill.set()
         if self._thread is None and self._cache is not None:
             self._thread = threading.Thread(
@@ -66,17 +66,18 @@ class HostExperts:
             self._thread.start()
 
     def pause(self) -> None:
-        """Until `fill_in_background`: at most the expert being read is still finished."""
+        """Stops filling until `fill_in_background`. The expert that is being read is still
+        finished."""
         self._may_fill.clear()
 
     def wait_until_filled(self, timeout_s: float) -> bool:
-        """Whether nothing more will come from here."""
+        """True if filling has ended or was never started."""
         if self._thread is not None:
             self._thread.join(timeout_s)
         return self._thread is None or not self._thread.is_alive()
 
     def close(self) -> None:
-        """Nobody may use a copy any more."""
+        """No copy may be in use any more."""
         self._closed = True
         self._may_fill.set()
         self.wait_until_filled(timeout_s=60)
@@ -84,7 +85,8 @@ class HostExperts:
             self._cache.close()
 
     def _fill_and_log(self, cache: ExpertCache) -> None:
-        """A copy is a convenience: what prevents it is told, and met again where it matters."""
+        """Copies are optional, so an error is only logged. It occurs again if the expert is
+        needed."""
         try:
             self._fill(cache)
         except (CheckpointError, OSError) as error:
@@ -95,7 +97,8 @@ class HostExperts:
             log.info("host_experts_filled", **_log_fields(cache, self._reader))
 
     def _fill(self, cache: ExpertCache) -> None:
-        """What others fill comes last: by then it is whole, or they have died over it."""
+        """Entries that others are filling come last: by then they are complete, or the others have
+        died."""
         left: Iterable[int] = range(cache.num_entries)
         for wait in (False, True):
             with_others = []
@@ -119,8 +122,8 @@ def open_host_experts(
     header: ExpertCacheHeader,
     device: torch.device,
 ) -> HostExperts:
-    """Pinned: while steps run, it would hold them up. None are used, and the log says why, where
-    others lie in the memory or the host refuses."""
+    """Pins the memory, so call this before steps run: pinning would delay them. If the memory holds
+    other experts or the host refuses, no copies are used, and the log says why."""
     if memory is None:
         return HostExperts(reader, None)
     cache = None

@@ -1,5 +1,5 @@
-"""The expert slots of a CUDA rank: preallocated weights, what each slot holds, and loading into
-them from pinned host memory on a side stream while decode goes on."""
+"""The expert slots of a CUDA rank: preallocated weights, what each slot holds, and loads from
+pinned host memory on a side stream while decode continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.types import EMPTY_SLOT
 
 
 class SlotAssignment(NamedTuple):
-    """A slot, and the expert that it is to hold."""
+    """A slot and the expert that it should hold."""
 
     layer: int
     slot: int
@@ -24,8 +24,8 @@ class SlotAssignment(NamedTuple):
 
 
 class SlotUpload(NamedTuple):
-    """`values` holds one expert: gate and up `[2I, H]`, then down `[H, I]`, flat. Pinned, or the
-    copy blocks."""
+    """`values` holds one expert, flat: gate and up `[2I, H]`, then down `[H, I]`. It should be
+    pinned; otherwise the copy blocks."""
 
     layer: int
     slot: int
@@ -36,8 +36,8 @@ class SlotUpload(NamedTuple):
 class CudaSlots:
     """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up).
 
-    A slot that a upload writes must be named by no table that a running step reads: the planner
-    names a slot only after `contents` shows it.
+    No table that a running step reads may name a slot that an upload writes. The planner ensures
+    this: it names a slot only after `contents` shows its expert.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class CudaSlots:
         return self._ledger.contents
 
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]:
-        """Forgets what is wanted EMPTY; gives what is wanted and not there, which stays as it is
-        until `load`."""
+        """Marks slots that are wanted EMPTY as empty. Returns the wanted assignments that are
+        missing; their slots stay as they are until `load`."""
         present_LS = self.contents
         assert wanted_LS.shape == present_LS.shape, "the assignment is for other slots"
         differs_LS = wanted_LS != present_LS
@@ -80,8 +80,8 @@ class CudaSlots:
         ]
 
     def load(self, uploads: Sequence[SlotUpload]) -> None:
-        """Returns when the last byte is in. Slots are EMPTY meanwhile. The steps' stream does not
-        wait; nor does this one for it."""
+        """Returns when all slots are loaded. They are EMPTY until then. This does not wait for the
+        steps' stream, which does not wait for this either."""
         for upload in uploads:
             self._ledger.set(upload.layer, upload.slot, EMPTY_SLOT)
         if self._side_stream is None:
@@ -96,7 +96,7 @@ class CudaSlots:
             self._ledger.set(upload.layer, upload.slot, upload.expert)
 
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
-        """Expert e into slot e of every layer; for measurements."""
+        """Puts a random expert e into slot e of every layer, for measurements and tests."""
         for layer in range(self.num_layers):
             self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
             self.w_down_LSHI[layer, :num_experts].normal_(std=std)

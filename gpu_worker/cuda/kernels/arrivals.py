@@ -1,12 +1,13 @@
-"""Which program of a group is the last to finish: it goes on with what all have stored, in place of
-a kernel after them. Nobody waits for anybody, so that programs may run in any order and number.
+"""Finds the program of a group that finishes last. That program continues with what all of them
+have stored, so no second kernel is needed. No program waits for another, so they may run in any
+order and number.
 
-The protocol, for each group a count that is zero between launches: a program's threads store, meet
-at a barrier, and one of them adds to the count with acquire-release order at the scope of the
-device. The barrier puts all their stores before the addition. Who finds the count complete has
-acquired what was released by every addition before; Triton hands the count to the other threads
-through a barrier, which puts their loads behind it. The last one sets the count back to zero, which
-the next kernel sees as it sees all that this one has stored.
+The protocol: each group has a count, which is zero between launches. The threads of a program
+store, meet at a barrier, and one of them adds to the count with acquire-release order at device
+scope. The barrier orders all their stores before the addition. The program that completes the count
+has acquired what every earlier addition released. Triton passes the count to the other threads
+through a barrier, which orders their loads after it. The last program sets the count back to zero,
+and the next kernel sees that as it sees every other store of this one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def arrive_and_test_last(count_ptr, expected):
-    """Whether this is the last of `expected` arrivals, whose stores before it may then be read."""
+    """Counts one arrival. True for the last of `expected`: it may read what all others stored."""
     tl.debug_barrier()
     arrived = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") + 1
     if arrived == expected:

@@ -1,12 +1,13 @@
-"""Attention over the paged KV cache: norm and rotation of queries and keys with the write into the
-cache, attention in splits of a fixed number of positions, and their merge.
+"""Grouped-query attention over the paged KV cache: norm and rotation of queries and keys, the write
+into the cache, attention in splits of a fixed number of positions, and the merge of the splits.
 
 The cache is `k_BJUD` and `v_BJUD`. A *tile* is one or more tokens of one sequence at rising
-positions, so that a prefill chunk reads each key once a tile. Row position -1 means: no token.
+positions, so that a prefill chunk reads each key once per tile. A row position of -1 means that the
+row has no token.
 
-Where few sequences have one token each, attention is one kernel: programs turn their own queries,
-no others read the new keys and values than those that store them, and the last program of a span
-of splits merges it, the last of all spans these.
+If there are few sequences with one token each, attention is one kernel. Each program rotates its
+own queries. Only the program that stores a new key and value reads it. The last program of a span
+of splits merges that span, and the last program of all spans merges the spans.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from gpu_worker.cuda.kernels.splits import (
 
 SPLIT_TOKENS = 64
 _LOG2_E = 1.4426950408889634
-_ROTATION_WARPS = 4  # part of the result, unlike those of given queries' attention
-FUSED_ATTENTION_ROWS_MAX = (
-    2  # beyond, turning the same queries in every split costs more than a launch
-)
+_ROTATION_WARPS = 4
+"""The number of warps of a rotation changes its bits; that of attention alone does not."""
+FUSED_ATTENTION_ROWS_MAX = 2
+"""With more rows, rotating the same queries in every split costs more than a second launch."""
 
 
 class AttentionTile(NamedTuple):
-    """None of these changes a bit of the result."""
+    """Launch parameters. None of them changes a bit of the result."""
 
     warps: int
     stages: int
@@ -47,16 +48,19 @@ ATTENTION_TILE = AttentionTile(warps=2, stages=1, programs=2048)
 
 
 class MergeBuffers(NamedTuple):
-    """Room for merging within attention. `arrivals_TJY` counts, for a row's KV head, spans, then
-    the splits of each; it is zero between launches."""
+    """Buffers for merging within the attention kernel.
+
+    `spans` holds the partial results of spans. `arrivals_TJY` (int32) counts per row and KV head
+    the finished spans, then the finished splits of each span. It is zero between launches.
+    """
 
     spans: Partials
     arrivals_TJY: torch.Tensor
 
 
 class QkvParts(NamedTuple):
-    """A step's queries, keys and values as the parts of a product, side by side in this order, and
-    what norms and turns the first two."""
+    """A step's queries, keys and values as parts of a split-K GEMM, side by side in this order, and
+    the inputs of norm and rotation for queries and keys. Cosines and sines are by position."""
 
     qkv_PTC: torch.Tensor
     q_norm_D: torch.Tensor
@@ -67,7 +71,7 @@ class QkvParts(NamedTuple):
 
 
 class FusedInputs(NamedTuple):
-    """What attention takes to do all by itself."""
+    """The inputs of attention that also does the rotation and the merge."""
 
     qkv_parts: QkvParts
     merging: MergeBuffers
@@ -80,6 +84,7 @@ def rotate_and_store(
     k_BJUD: torch.Tensor,
     v_BJUD: torch.Tensor,
 ) -> None:
+    """Writes normed and rotated queries to `q_TQD`, and keys and values to the cache."""
     parts, rows, columns = qkv_parts.qkv_PTC.shape
     _, heads, head_dim = q_TQD.shape
     _, num_kv_heads, block_tokens, _ = k_BJUD.shape
@@ -113,8 +118,9 @@ def attend_projected(
     merging: MergeBuffers,
     out_TC: torch.Tensor,
 ) -> None:
-    """`rotate_and_store`, then `attend`: in one, to the same bits, where rows are few and each is
-    the only one of its sequence (`tiles_C2` is None). `q_TQD` is room for what comes between."""
+    """Does `rotate_and_store`, then `attend`. If there are few rows and each is the only one of its
+    sequence (`tiles_C2` is None), one kernel does both and gives the same bits. `q_TQD` is scratch
+    for the rotated queries."""
     if paging.tiles_C2 is None and q_TQD.shape[0] <= FUSED_ATTENTION_ROWS_MAX:
         fused_inputs = FusedInputs(qkv_parts, merging)
         attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, fused_inputs=fused_inputs)
@@ -134,8 +140,12 @@ def attend(
     fused_inputs: FusedInputs | None = None,
     tile: AttentionTile | None = None,
 ) -> None:
-    """`out_TC` holds the heads side by side. What is attended to lies in the cache, and splits are
-    merged by a second kernel, unless all is done `fused_inputs`: see `attend_projected`."""
+    """Writes the heads side by side to `out_TC`.
+
+    Without `fused_inputs`, all keys and values are already in the cache, `q_TQD` holds the rotated
+    queries, and a second kernel merges the splits. With them, this one kernel does everything: see
+    `attend_projected`.
+    """
     rows, heads, head_dim = q_TQD.shape
     _, num_kv_heads, block_tokens, _ = k_BJUD.shape
     tile = tile or ATTENTION_TILE
@@ -205,8 +215,8 @@ def _rotate_and_store(
     ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """A program turns the queries that share a key, another one that key, a third stores the
-    value."""
+    """Per row and KV head there are three programs: one rotates the queries that share the key, one
+    rotates the key, and one stores the value."""
     HEAD_DIM: tl.constexpr = 2 * HALF
     row = tl.program_id(0).to(tl.int64)
     kind = tl.program_id(1) // KV_HEADS
@@ -237,7 +247,7 @@ def _rotate_and_store(
             tl.store(out, q.to(q_ptr.dtype.element_ty), mask=is_head[:, None])
         else:
             sequence = tl.load(sequence_ptr + row)
-            place = cache_row(
+            cached = cache_row(
                 tables_ptr, sequence, position, kv_head, table_width, KV_HEADS, BLOCK_TOKENS
             )
             if kind == 1:
@@ -254,11 +264,11 @@ def _rotate_and_store(
                     PARTS,
                     HALF,
                 )
-                tl.store(k_ptr + place * HEAD_DIM + d, key.to(k_ptr.dtype.element_ty))
+                tl.store(k_ptr + cached * HEAD_DIM + d, key.to(k_ptr.dtype.element_ty))
             else:
                 column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
                 value = summed_value(row_ptr, part_stride, column, PARTS, HEAD_DIM)
-                tl.store(v_ptr + place * HEAD_DIM + d, value.to(v_ptr.dtype.element_ty))
+                tl.store(v_ptr + cached * HEAD_DIM + d, value.to(v_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -274,7 +284,7 @@ def _split_rows(
     SPLIT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """(keys, values) of a split's positions up to `last`, zero beyond."""
+    """(keys, values) of a split's positions up to `last`; zeros after it."""
     at = split * SPLIT + tl.arange(0, SPLIT)
     is_past = at <= last
     kv = cache_rows(tables_ptr, at, is_past, kv_head, KV_HEADS, BLOCK_TOKENS)
@@ -323,11 +333,13 @@ def _attend_splits(
     SPAN: tl.constexpr,
     TILED: tl.constexpr,
 ):
-    """Each split by itself: which program does it changes nothing. A row's sum comes from a
-    product with ones, because a row-wise sum's order would depend on the tile's shape. With PARTS,
-    the program of a row's last split stores its key and value, and takes them from its registers:
-    no other program reads them; and splits are merged. A split's rows are on their way while the
-    one before, or the queries, are computed."""
+    """Computes each split by itself, so it does not matter which program does it.
+
+    A row's sum is a dot product with ones, because the order of a row-wise sum would depend on the
+    shape of the tile. With PARTS, the program of a row's last split stores the new key and value
+    and uses them from its registers, since no other program reads them; then splits are merged.
+    The rows of the next split are loaded while the current one, or the queries, are computed.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     first_split = tl.program_id(2)
@@ -356,9 +368,9 @@ def _attend_splits(
             SPLIT,
             BLOCK_TOKENS,
         )
-        place = row.to(tl.int64) * HEADS + head
+        head_row = row.to(tl.int64) * HEADS + head
         if PARTS == 0:
-            q_rows = q_ptr + place[:, None] * HEAD_DIM + d[None, :]
+            q_rows = q_ptr + head_row[:, None] * HEAD_DIM + d[None, :]
             q = tl.load(q_rows, mask=is_row[:, None], other=0.0)
         else:
             row_ptr = qkv_ptr + first.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
@@ -410,7 +422,7 @@ def _attend_splits(
             peak = tl.max(scores, axis=1)
             base = tl.where(peak > float("-inf"), peak, 0.0)
             p = tl.exp2(scores - base[:, None]).to(q.dtype)
-            out = place * splits_max + split
+            out = head_row * splits_max + split
             values = tl.dot(p, v)
             sums = tl.max(tl.dot(p, ones), axis=1)
             store_partials(

@@ -1,5 +1,5 @@
-"""The experts of a rank's slots on their rows: gate and up with the activation, then down. Each
-weight is read once a tile of rows, so at decode once a step."""
+"""Applies the experts in a rank's slots to their rows: gate and up with the activation, then down.
+Each weight is read once per tile of rows, so at decode once per step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpu_worker.cuda.kernels.routing import (
 
 
 class ExpertTile(NamedTuple):
-    """None of these changes a bit of the result."""
+    """Launch parameters. None of them changes a bit of the result."""
 
     columns: int
     depth: int
@@ -28,29 +28,32 @@ class ExpertTile(NamedTuple):
     stages: int
 
 
-# Measured: a few experts want more programs, many want longer reads.
+# The fastest as measured: few experts need more programs, many need longer reads.
 _GATE_UP_UNGROUPED = ExpertTile(columns=32, depth=128, warps=4, stages=3)
 _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
 _DOWN_UNGROUPED = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
-_SMALL_INNER = 4096  # up to here 32 columns a program leave a large card idle
+_SMALL_INNER = 4096  # up to this size, 32 columns per program leave parts of a large card idle
 _PADDED_PROGRAMS = 1024
-"""Of one product of padded rows. How many tiles there are only the device knows, and programs for
-all that might be take longer to come and go than the work does."""
+"""Programs of one GEMM over padded rows. Only the device knows how many tiles there are, and
+starting a program for every possible tile would take longer than the work."""
 
 
 class FusedChoice(NamedTuple):
-    """A choice that the first product makes on its way, and where its weights go; the slots go to
-    `Rows.slots_TK`."""
+    """A choice that the gate-and-up kernel makes itself. It writes the weights to `weights_TK` and
+    the slots to `Rows.slots_TK`."""
 
     choice: Choice
     weights_TK: torch.Tensor
 
 
 class Rows(NamedTuple):
-    """Which rows of the input a tile takes. `pairs`: row n of the work is pair `order[n]`, its
-    input row `pair // divisor`. Without `tiles`, tile c is pair c alone, in slot `slots[c]`. With
-    `padded`, row numbers of the tiles are rows of the input and of the output themselves."""
+    """Which rows each tile computes.
+
+    Row n of the work is pair `tiles.order_N[n]`, and its input row is `pair // K`. Without `tiles`,
+    tile c is pair c alone, in slot `slots_TK.flatten()[c]`. With `padded`, the row numbers of the
+    tiles are rows of the input and of the output themselves.
+    """
 
     slots_TK: torch.Tensor
     tiles: SlotTiles | None
@@ -58,8 +61,9 @@ class Rows(NamedTuple):
 
 
 def dense_mlp_tile(rows: int, inner: int) -> ExpertTile:
-    """For one MLP that all rows go through, in tiles of so many rows. A small one is cut into more
-    programs; from 64 rows on two warps, for on four the compiler takes another instruction."""
+    """The tile for one MLP that all rows go through, in tiles of `rows` rows. A small MLP is split
+    into more programs. Tiles of 64 rows and more run on two warps, because with four the compiler
+    would choose another instruction."""
     if rows >= 64:
         return ExpertTile(columns=32, depth=64, warps=2, stages=3)
     return ExpertTile(columns=16 if inner <= _SMALL_INNER else 32, depth=256, warps=4, stages=4)
@@ -74,10 +78,12 @@ def gate_up(
     chosen: FusedChoice | None = None,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`inner = silu(gate x) · (up x)`; gate and up lie one after the other in `w_gate_up_SJH`.
-    Where each pair is its own tile, what is `chosen` need not be known before: to the bit as
-    `routing.choose_slots` gives it, and no kernel has to come between."""
-    assert chosen is None or rows.tiles is None, "only lone pairs choose for themselves"
+    """`inner = silu(gate x) · (up x)`. `w_gate_up_SJH` holds gate, then up.
+
+    If each pair is its own tile, `chosen` lets this kernel choose the slots itself. The choice has
+    the same bits as that of `routing.choose_slots`, and saves its launch.
+    """
+    assert chosen is None or rows.tiles is None, "only pairs without tiles choose their slots here"
     _, double_inner, hidden = w_gate_up_SJH.shape
     inner = double_inner // 2
     tile = tile or (_GATE_UP_UNGROUPED if rows.tiles is None else _GATE_UP_GROUPED)
@@ -104,6 +110,7 @@ def down(
     *,
     tile: ExpertTile | None = None,
 ) -> None:
+    """`y = w_down inner`, per row in the weights of its slot."""
     _, hidden, inner = w_down_SHI.shape
     tile = tile or (_DOWN_UNGROUPED if rows.tiles is None else _DOWN_GROUPED)
     columns, depth = _fit(tile.columns, hidden), _fit(tile.depth, inner)
@@ -133,15 +140,15 @@ def _launch_options(
 
 
 def _fit(block: int, size: int) -> int:
-    """The block halved until it divides the size; a product needs 16 at least."""
+    """The block, halved until it divides the size. A dot product needs at least 16."""
     block = math.gcd(block, size)
     assert block >= 16, "inner and hidden sizes must be multiples of 16"
     return block
 
 
 def _tiles_at_once(rows: Rows, blocks: int) -> int:
-    """Of all tiles that there may be, `blocks` programs each. Only those of padded rows go on to a
-    next tile."""
+    """The number of tiles that have programs of their own, `blocks` each. Only the programs of
+    padded rows continue with a further tile."""
     if rows.tiles is None:
         return rows.slots_TK.numel()
     tiles_max = rows.tiles.tiles_C3.shape[0]
@@ -163,7 +170,7 @@ def _choice_arguments(chosen: FusedChoice | None, rows: Rows) -> tuple[torch.Ten
 
 
 def _choice_sizes(chosen: FusedChoice | None) -> dict[str, int | bool]:
-    """EXPERTS 0: slots are given."""
+    """EXPERTS of 0 means that the slots are given."""
     if chosen is None:
         return {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
     experts = chosen.choice.scores_TE.shape[1]
@@ -177,7 +184,7 @@ def _choice_sizes(chosen: FusedChoice | None) -> dict[str, int | bool]:
 
 @triton.jit
 def _tiles_end(num_tiles_ptr, PADDED: tl.constexpr):
-    """Before which tile a program ends, that goes from its own in steps of `num_programs(1)`."""
+    """The end of the tiles that a program steps through by `num_programs(1)`."""
     end = tl.num_programs(1)
     if PADDED:
         end = tl.load(num_tiles_ptr)
@@ -186,7 +193,7 @@ def _tiles_end(num_tiles_ptr, PADDED: tl.constexpr):
 
 @triton.jit
 def _ungrouped_row(pair, BLOCK_T: tl.constexpr):
-    """(rows of the work, which of them count) of a pair that is a tile."""
+    """(rows of the work, mask) of a pair that is its own tile."""
     t = tl.arange(0, BLOCK_T)
     return (pair + t * 0).to(tl.int64), t < 1
 
@@ -202,7 +209,7 @@ def _find_rows(
     GROUPED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """(slot or -1, rows of the work, which of them count) of a tile."""
+    """(slot or -1, rows of the work, mask) of a tile."""
     t = tl.arange(0, BLOCK_T)
     if GROUPED:
         is_tile = tile < tl.load(num_tiles_ptr)
@@ -235,7 +242,7 @@ def _choose_slot(
     CHUNK: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """The slot of a pair's expert; of the programs that find it, one stores it with its weight."""
+    """The slot of a pair's expert. Of the programs that find it, one stores it with its weight."""
     row = pair // TOP_K
     e = tl.arange(0, BLOCK_E)
     is_expert = e < EXPERTS
@@ -243,11 +250,11 @@ def _choose_slot(
     row_ptr = scores_ptr + row * EXPERTS
     scores = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
-    place = ranked(row_ptr, scores, EXPERTS, BLOCK_E, CHUNK)
-    is_own = place == pair % TOP_K
+    index = ranked(row_ptr, scores, EXPERTS, BLOCK_E, CHUNK)
+    is_own = index == pair % TOP_K
     slot = tl.max(tl.where(is_own & is_token, slot_of, -1), axis=0).to(tl.int64)
     if tl.program_id(0) == 0:
-        weight = softmax_weights(scores, place < TOP_K, factor, NORMALISE)
+        weight = softmax_weights(scores, index < TOP_K, factor, NORMALISE)
         tl.store(slots_ptr + pair, slot.to(slots_ptr.dtype.element_ty))
         tl.store(weights_ptr + pair + e * 0, weight, mask=is_own)
     return slot

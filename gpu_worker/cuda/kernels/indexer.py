@@ -1,10 +1,10 @@
-"""The lightning indexer of DeepSeek-V3.2: its keys into their paged cache, a score for every
-earlier position of a row, and the places in the cache of the K positions that score highest.
+"""The lightning indexer of DeepSeek-V3.2: writes its keys into their paged cache, scores every
+earlier position of a row, and selects the cache rows of the K positions that score highest.
 
-A score is `Σ_y weight_y · relu(q_y · key)`. Only rows whose position is K or more have to choose;
-the others see all their positions. Each row is scored and chosen for by itself, in tiles of one
-shape. More shape letters: Y heads of the indexer, Z the size of each, C positions of the context,
-K positions that a row may see, M rank of the queries' latent.
+A score is `Σ_y weight_y · relu(q_y · key)`. Only rows whose position is K or more have to select;
+the others see all their positions. Each row is scored by itself, in tiles of one shape. More shape
+letters: Y heads of the indexer, Z the size of each, C positions of the context, K positions that a
+row may see, M rank of the queries' latent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _CHOICE_WARPS = 8
 
 
 class ScoreTile(NamedTuple):
-    """Positions of a product. All but stages and programs are part of the result."""
+    """Launch parameters: positions of a dot product, and more. All but `stages` and `programs`
+    change the bits of the result."""
 
     step_tokens: int
     warps: int
@@ -48,9 +49,9 @@ def norm_and_store_keys(
     *,
     eps: float,
 ) -> None:
-    """The columns of `in_PTC`: key, then a weight for each head. Keys of rows with a token go into
-    the cache, by layer norm, their first elements rotated by halves; weights, with the scores'
-    scale in them, into `weight_TY` (float32)."""
+    """Processes the columns of `in_PTC`: the key, then one weight per head. Keys of rows with a
+    token get a layer norm, their first elements are rotated by halves, and they go into the cache.
+    Weights are multiplied by the scale of the scores and go into `weight_TY` (float32)."""
     parts, rows, columns = in_PTC.shape
     _, block_tokens, size = key_BUZ.shape
     heads = weight_TY.shape[1]
@@ -88,7 +89,8 @@ def rotate_index_queries(
     *,
     top_k: int,
 ) -> None:
-    """The queries of rows that have to choose: their first elements rotated by halves."""
+    """Writes the queries of rows that have to select, with their first elements rotated by
+    halves."""
     parts, rows, columns = q_PTN.shape
     _, heads, size = q_TYZ.shape
     _rotate_index_queries[(rows, triton.cdiv(heads, _HEADS_AT_ONCE))](
@@ -118,7 +120,8 @@ def score_positions(
     top_k: int,
     tile: ScoreTile = SCORE_TILE,
 ) -> None:
-    """Of rows that have to choose, for all positions up to their own."""
+    """Writes the scores (float32) of rows that have to select, for all positions up to their
+    own."""
     rows, heads, size = q_TYZ.shape
     context = score_TC.shape[1]
     steps_max = triton.cdiv(context, tile.step_tokens)
@@ -146,8 +149,8 @@ def score_positions(
 def select_positions(
     score_TC: torch.Tensor, paging: Paging, chosen: SelectedPositions, *, block_tokens: int
 ) -> None:
-    """The K positions of the highest scores, the lower position first among equals, as places in
-    the cache by rising position; all positions for rows that have no more than K."""
+    """Selects the K positions with the highest scores; of equal ones, the lower positions. Writes
+    their cache rows by rising position. Rows with at most K positions get all of them."""
     _select_positions[(paging.position_T.shape[0],)](
         score_TC,
         paging.position_T,
@@ -156,7 +159,7 @@ def select_positions(
         *chosen,
         score_TC.shape[1],
         paging.tables_SB.shape[1],
-        TOP_K=chosen.place_TK.shape[1],
+        TOP_K=chosen.cached_TK.shape[1],
         BLOCK_TOKENS=block_tokens,
         BLOCK_C=_CHOICE_TOKENS,
         BITS=_DIGIT_BITS,
@@ -166,14 +169,13 @@ def select_positions(
 
 @triton.jit
 def _partner(z, HALF: tl.constexpr):
-    """The element that z is rotated with; itself beyond the rotated ones."""
+    """The element that z is rotated with; z itself if it is not rotated."""
     return tl.where(z < HALF, z + HALF, tl.where(z < 2 * HALF, z - HALF, z))
 
 
 @triton.jit
 def _load_angles(cos_ptr, sin_ptr, position, z, HALF: tl.constexpr):
-    """Cosine and sine by which elements are rotated, the sine with the sign that their partner
-    takes."""
+    """(cosine, sine) for each element. The sine has the sign for the element's partner."""
     at = position * HALF + z % HALF
     cos = tl.load(cos_ptr + at, mask=z < 2 * HALF, other=1.0)
     sin = tl.load(sin_ptr + at, mask=z < 2 * HALF, other=0.0)
@@ -228,9 +230,9 @@ def _norm_and_store_keys(
         partner += tl.load(bias_ptr + partner_at).to(tl.float32)
         cos, sin = _load_angles(cos_ptr, sin_ptr, position, z, HALF)
         sequence = tl.load(sequence_ptr + row)
-        place = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
+        cached = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
         rotated = (key * cos + partner * sin).to(key_ptr.dtype.element_ty)
-        tl.store(key_ptr + place * SIZE + z, rotated)
+        tl.store(key_ptr + cached * SIZE + z, rotated)
         tl.store(weight_ptr + row * HEADS + y, weight * factor, mask=is_head)
 
 
@@ -283,7 +285,7 @@ def _score_positions(
     BLOCK_TOKENS: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """In steps of a fixed number of positions: which program does one changes nothing."""
+    """Works in steps of STEP positions; it does not matter which program does a step."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + row)
     if position >= TOP_K:
@@ -299,18 +301,18 @@ def _score_positions(
             at = step * STEP + n
             is_past = at <= position
             table_ptr = tables_ptr + sequence * table_width
-            place = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
+            cached = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
             key = tl.load(
-                key_ptr + place[:, None] * SIZE + z[None, :], mask=is_past[:, None], other=0.0
+                key_ptr + cached[:, None] * SIZE + z[None, :], mask=is_past[:, None], other=0.0
             )
-            products = tl.maximum(tl.dot(key, q.T), 0.0)
-            score = tl.sum(products * weight[None, :], axis=1)
+            dots = tl.maximum(tl.dot(key, q.T), 0.0)
+            score = tl.sum(dots * weight[None, :], axis=1)
             tl.store(score_ptr + row * context + at, score, mask=is_past)
 
 
 @triton.jit
 def _load_sort_keys(score_ptr, at, is_past):
-    """Whole numbers in the order of the scores; both zeros are equal."""
+    """Unsigned integers that sort as the scores do; both zeros are equal."""
     score = tl.load(score_ptr + at, mask=is_past, other=0.0)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
     return bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
@@ -322,7 +324,7 @@ def _select_positions(
     position_ptr,
     sequence_ptr,
     tables_ptr,
-    place_ptr,
+    cached_ptr,
     last_ptr,
     context,
     table_width,
@@ -331,23 +333,23 @@ def _select_positions(
     BLOCK_C: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """The K-th highest score digit by digit, from counts of those that share the digits before;
-    then whatever is above it, and as many of its equals as are still wanted."""
+    """Finds the K-th highest score digit by digit, by counting the scores that share the digits
+    before. Then takes all scores above it, and as many equal ones as are still wanted."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + row)
     sequence = tl.load(sequence_ptr + row)
     n = tl.arange(0, BLOCK_C)
     b = tl.arange(0, 1 << BITS)
     table_ptr = tables_ptr + sequence * table_width
-    row_ptr = place_ptr + row * TOP_K
+    row_ptr = cached_ptr + row * TOP_K
     score_ptr += row * context
     tl.store(last_ptr + row, tl.minimum(position, TOP_K - 1))
     if position < TOP_K:
         for start in range(0, position + 1, BLOCK_C):
             at = start + n
             is_past = at <= position
-            place = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
-            tl.store(row_ptr + at, place, mask=is_past)
+            cached = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
+            tl.store(row_ptr + at, cached, mask=is_past)
     else:
         edge = tl.full([], 0, dtype=tl.uint32)
         wanted = tl.full([], TOP_K, dtype=tl.int32)
@@ -376,8 +378,8 @@ def _select_positions(
             above_yet = num_above + tl.cumsum(above, axis=0)
             equal_yet = num_equal + tl.cumsum(equal, axis=0)
             taken = (above == 1) | ((equal == 1) & (equal_yet <= wanted))
-            place = cache_rows(table_ptr, at, taken, 0, 1, BLOCK_TOKENS)
+            cached = cache_rows(table_ptr, at, taken, 0, 1, BLOCK_TOKENS)
             out = row_ptr + above_yet + tl.minimum(equal_yet, wanted) - 1
-            tl.store(out, place, mask=taken)
+            tl.store(out, cached, mask=taken)
             num_above += tl.sum(above, axis=0)
             num_equal += tl.sum(equal, axis=0)

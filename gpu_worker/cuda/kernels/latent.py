@@ -1,11 +1,11 @@
-"""Latent attention over the paged cache: norms, rotation and the write into the cache; queries into
-the latent space and sums out of it; attention there, in splits of a fixed number of positions.
+"""Multi-head latent attention over the paged cache: norms, rotation and the write into the cache;
+queries into the latent space and sums out of it; and attention there, in splits of positions.
 
-The cache holds a token's normed latent `latent_BUR` and its rotated shared key `key_BUW`; all heads
-read the same rows. Each row is a tile of its own, in prefill as in decode: the shape of every
-product and sum is the model's. More shape letters: A heads, R rank of the latent, M rank of the
-queries' latent, F the size of a head's query that is not rotated, W the rotated size, G the size of
-a head's value.
+The cache holds each token's normed latent `latent_BUR` and its rotated shared key `key_BUW`; all
+heads read the same rows. Each row is its own tile, in prefill as in decode, so the model alone
+determines the shape of every dot product and sum. More shape letters: A heads, R rank of the
+latent, M rank of the queries' latent, F the unrotated size of a head's query, W the rotated size,
+G the size of a head's value.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _LOG2_E = 1.4426950408889634
 
 
 class LatentTile(NamedTuple):
-    """Heads and positions of a product. All but stages and programs are part of the result."""
+    """Launch parameters: heads and positions of a dot product, and more. All but `stages` and
+    `programs` change the bits of the result."""
 
     heads: int
     step_tokens: int
@@ -41,35 +42,35 @@ class LatentTile(NamedTuple):
     programs: int
 
 
-# With these nothing spills at rank 512.
+# No register spills with these at rank 512.
 LATENT_TILE = LatentTile(heads=32, step_tokens=32, warps=8, stages=2, programs=1024)
 
 
 class HeadColumns(NamedTuple):
-    """Where head a's elements stand in a row: `first + a · stride`."""
+    """The columns of head a in a row start at `first + a · stride`."""
 
     first: int
     stride: int
 
 
 class LatentCache(NamedTuple):
-    """A layer's."""
+    """The cache of one layer."""
 
     latent_BUR: torch.Tensor
     key_BUW: torch.Tensor
 
 
 class SelectedPositions(NamedTuple):
-    """The positions that each row sees, as places in the cache: the first `last + 1` of its K; none
-    where `last` is -1."""
+    """The positions that each row attends to, as rows of the cache (int32): the first `last + 1` of
+    its K. A `last` of -1 means none."""
 
-    place_TK: torch.Tensor
+    cached_TK: torch.Tensor
     last_T: torch.Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines by position. `interleaved`: pairs of elements are neighbours, else an
-    element of each half."""
+    """Cosines and sines by position, float32. With `interleaved`, rotated pairs are neighbouring
+    elements; otherwise they are one element of each half."""
 
     cos_CD: torch.Tensor
     sin_CD: torch.Tensor
@@ -87,8 +88,9 @@ def norm_and_store(
     *,
     eps: float,
 ) -> None:
-    """The columns of `in_PTC`: queries, latent, shared key. Queries are normed into `q_TM` where
-    they have a latent; latents and keys of rows with a token go into the cache."""
+    """Norms and rotates the columns of `in_PTC`: queries, latent, shared key. If queries have a
+    latent, they are normed into `q_TM`. The latents and keys of rows with a token go into the
+    cache."""
     parts, rows, columns = in_PTC.shape
     _, block_tokens, rank = cache.latent_BUR.shape
     rotated = cache.key_BUW.shape[2]
@@ -123,10 +125,10 @@ def rotate_queries(
     q_PTN: torch.Tensor,
     rotation: Rotation,
     position_T: torch.Tensor,
-    where: HeadColumns,
+    head_columns: HeadColumns,
     q_rotated_TAW: torch.Tensor,
 ) -> None:
-    """The rotated parts of the heads that stand at `where` in `q_PTN`."""
+    """Writes the rotated part of each head, which starts at `head_columns` in `q_PTN`."""
     parts, rows, columns = q_PTN.shape
     _, heads, rotated = q_rotated_TAW.shape
     block = min(16, triton.next_power_of_2(heads))
@@ -139,8 +141,8 @@ def rotate_queries(
         rows * columns,
         PARTS=parts,
         COLUMNS=columns,
-        FIRST=where.first,
-        STRIDE=where.stride,
+        FIRST=head_columns.first,
+        STRIDE=head_columns.stride,
         HEADS=heads,
         HALF=rotated // 2,
         BLOCK_A=block,
@@ -150,9 +152,9 @@ def rotate_queries(
 
 
 def multiply_heads(
-    x_PTC: torch.Tensor, where: HeadColumns, w_ANK: torch.Tensor, out_TAN: torch.Tensor
+    x_PTC: torch.Tensor, head_columns: HeadColumns, w_ANK: torch.Tensor, out_TAN: torch.Tensor
 ) -> None:
-    """`out[t, a] = x[t, a] w[a]ᵀ`, where head a's K elements of a row stand at `where`."""
+    """`out[t, a] = x[t, a] w[a]ᵀ`. The K elements of head a start at `head_columns` in a row."""
     parts, rows, columns = x_PTC.shape
     heads, size, inner = w_ANK.shape
     block_rows = 16 if rows <= 16 else 32
@@ -166,8 +168,8 @@ def multiply_heads(
         rows * columns,
         PARTS=parts,
         COLUMNS=columns,
-        FIRST=where.first,
-        STRIDE=where.stride,
+        FIRST=head_columns.first,
+        STRIDE=head_columns.stride,
         HEADS=heads,
         SIZE=size,
         INNER=inner,
@@ -191,13 +193,13 @@ def attend_latents(
     chosen: SelectedPositions | None = None,
     tile: LatentTile = LATENT_TILE,
 ) -> None:
-    """Every row attends to all positions up to its own, or to the `chosen` as if there were no
-    others; rows without a token give zero. As many rows at a time as `partials` has room for."""
+    """Each row attends to all positions up to its own, or only to the `chosen` ones. Rows without a
+    token give zeros. A launch computes as many rows as `partials` has space for."""
     rows, heads, rank = q_latent_TAR.shape
     at_once, _, splits_max = partials.maximum_TQX.shape
     block_tokens = cache.latent_BUR.shape[1]
     context = paging.tables_SB.shape[1] * block_tokens
-    top_k = 0 if chosen is None else chosen.place_TK.shape[1]
+    top_k = 0 if chosen is None else chosen.cached_TK.shape[1]
     doublings = _doublings(min(context, top_k or context))
     for first in range(0, rows, at_once):
         part = slice(first, min(first + at_once, rows))
@@ -210,7 +212,7 @@ def attend_latents(
             *cache,
             last_T,
             paging.sequence_T[part],
-            paging.tables_SB if chosen is None else chosen.place_TK[part],
+            paging.tables_SB if chosen is None else chosen.cached_TK[part],
             *partials,
             scale * _LOG2_E,
             paging.tables_SB.shape[1],
@@ -239,12 +241,12 @@ def attend_latents(
 
 
 def num_splits(context_tokens: int) -> int:
-    """Room for the splits of rows of so much context."""
+    """The number of splits of a row with `context_tokens` positions, at most."""
     return min(SPLITS_MAX, -(-context_tokens // SPLIT_TOKENS))
 
 
 def _doublings(context_tokens: int) -> int:
-    """How often the last of so many positions doubles its split."""
+    """How often `split_size` doubles the split of the last of so many positions."""
     doublings = 0
     while (context_tokens - 1) // (SPLIT_TOKENS << doublings) >= SPLITS_MAX:
         doublings += 1
@@ -253,7 +255,7 @@ def _doublings(context_tokens: int) -> int:
 
 @triton.jit
 def _pair_columns(i, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """(low, high) of pair i among the rotated elements."""
+    """(low, high) element of pair i."""
     if INTERLEAVED:
         low = 2 * i
         high = 2 * i + 1
@@ -317,9 +319,9 @@ def _norm_and_store(
             cos = tl.load(cos_ptr + position * HALF + i)
             sin = tl.load(sin_ptr + position * HALF + i)
             sequence = tl.load(sequence_ptr + row)
-            place = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
-            tl.store(latent_ptr + place * RANK + r, latent.to(latent_ptr.dtype.element_ty))
-            key = key_ptr + place * (2 * HALF) + i
+            cached = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
+            tl.store(latent_ptr + cached * RANK + r, latent.to(latent_ptr.dtype.element_ty))
+            key = key_ptr + cached * (2 * HALF) + i
             _store_rotated(key, low, high, cos, sin, True, HALF)
     else:
         m = tl.arange(0, BLOCK_M)
@@ -410,7 +412,7 @@ def _attend_latents(
     key_ptr,
     last_ptr,
     sequence_ptr,
-    where_ptr,
+    cached_ptr,
     values_ptr,
     maximum_ptr,
     sum_ptr,
@@ -428,9 +430,9 @@ def _attend_latents(
     BLOCK_TOKENS: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """Each split by itself, in steps of a fixed number of positions: which program does it changes
-    nothing. A step's first position always counts, so its maximum is finite. `where_ptr`: the
-    places of a row's TOP_K positions, or with none to choose the tables of the sequences."""
+    """Computes each split by itself in steps of STEP positions, so it does not matter which program
+    does it. The first position of a step always counts, so its maximum is finite. `cached_ptr`
+    holds the cache rows of each row's TOP_K positions, or the block tables if TOP_K is 0."""
     row = tl.program_id(0)
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     r = tl.arange(0, RANK)
@@ -456,17 +458,17 @@ def _attend_latents(
                 at = start + n
                 is_past = at <= last
                 if TOP_K:
-                    place = tl.load(where_ptr + row * TOP_K + at, mask=is_past, other=0)
+                    cached = tl.load(cached_ptr + row * TOP_K + at, mask=is_past, other=0)
                 else:
-                    table_ptr = where_ptr + sequence * table_width
-                    place = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
+                    table_ptr = cached_ptr + sequence * table_width
+                    cached = cache_rows(table_ptr, at, is_past, 0, 1, BLOCK_TOKENS)
                 latent = tl.load(
-                    latent_ptr + place[:, None] * RANK + r[None, :],
+                    latent_ptr + cached[:, None] * RANK + r[None, :],
                     mask=is_past[:, None],
                     other=0.0,
                 )
                 key = tl.load(
-                    key_ptr + place[:, None] * ROTATED + w[None, :],
+                    key_ptr + cached[:, None] * ROTATED + w[None, :],
                     mask=is_past[:, None],
                     other=0.0,
                 )

@@ -1,5 +1,5 @@
-"""`y = x wᵀ` for few rows: bound by reading `w` once. The inner dimension is cut into fixed parts,
-whose fp32 results the next kernel adds in order."""
+"""`y = x wᵀ` for few rows. Reading `w` once is the bottleneck. The inner dimension is split into
+fixed parts, and the next kernel adds their float32 results in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARTS = 4
 
 
 class LinearTile(NamedTuple):
-    """None of these changes a bit of the result."""
+    """Launch parameters. None of them changes a bit of the result."""
 
     rows: int
     columns: int
@@ -24,8 +24,8 @@ class LinearTile(NamedTuple):
 
 
 def _tile_for(num_rows: int) -> LinearTile:
-    """As measured. Up to 16 rows more programs win; from 64 rows on, taller tiles, on two warps: on
-    four the compiler takes another instruction."""
+    """The fastest as measured. Up to 16 rows, more programs are faster; for more than 32, taller
+    tiles are, on two warps: with four the compiler would choose another instruction."""
     if num_rows <= 16:
         return LinearTile(rows=16, columns=32, depth=128, warps=4, stages=3)
     if num_rows <= 32:
@@ -34,7 +34,8 @@ def _tile_for(num_rows: int) -> LinearTile:
 
 
 def num_parts(inner: int) -> int:
-    """Part of the result, unlike the tiles: a property of the model."""
+    """The number of parts follows from the model alone, because it changes the bits of the
+    result."""
     return _PARTS if inner % (_PARTS * 16) == 0 else 1
 
 

@@ -1,5 +1,5 @@
-"""The residual stream between the layers' parts: adding what a part computed, the norm after it,
-and the router's scores. The stream is float32 and alternates between two buffers."""
+"""The residual stream between attention and MLP: adds what each computed, applies the norm after
+it, and computes the router's scores. The stream is float32 and alternates between two buffers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def embed_norm(
     *,
     eps: float,
 ) -> None:
-    """An id of -1 - r stands for `former_ids_R[r]`."""
+    """Writes the embeddings to `x_TH` and their norm to `h_TH`. An id of -1 - r stands for
+    `former_ids_R[r]`, which the step before sampled."""
     rows, hidden = h_TH.shape
     _embed_norm[(rows,)](
         ids_T,
@@ -50,8 +51,8 @@ def add_norm(
     eps: float,
     router: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """`x_out = x + Σ parts_PTH`, `h = norm(x_out)`. With `router = (w_EH, scores_TE)` its scores of
-    `h`, too."""
+    """`x_out = x + Σ parts_PTH`, `h = norm(x_out)`. With `router = (w_EH, scores_TE)`, also writes
+    the router's scores of `h`."""
     rows, hidden = h_TH.shape
     num_parts = parts.shape[0]
     fused = router is not None and rows <= _FUSED_ROWS_MAX
@@ -89,8 +90,8 @@ def add_pairs_norm(
     *,
     eps: float,
 ) -> None:
-    """`x_out = x + Σ_k weights_TK · y_TKH` in the order of k, `h = norm(x_out)`. Pairs without a
-    slot count as zero."""
+    """`x_out = x + Σ_k weights_TK · y_TKH`, added in the order of k, and `h = norm(x_out)`. Pairs
+    without a slot count as zero."""
     rows, hidden = h_TH.shape
     _add_pairs_norm[(rows,)](
         x_TH,
@@ -123,7 +124,8 @@ def add_parts(x_TH: torch.Tensor, parts_PTH: torch.Tensor) -> None:
 
 
 def _router_experts(hidden: int) -> int:
-    """Experts a program scores. Part of the reduction's shape: by the model, never by batch."""
+    """Experts per program. This is part of the reduction's shape, so it depends on the model
+    alone."""
     return 8 if hidden <= 4096 else 4
 
 
@@ -168,7 +170,7 @@ def _router_tile(
 
 @triton.jit
 def _scores(w, h):
-    """One block shape for every caller: the order of the sum is part of the result."""
+    """Every caller uses the same block shape: the order of the sum changes the bits."""
     return tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], axis=1)
 
 
@@ -190,7 +192,7 @@ def _embed_norm(
     norm_w = tl.load(norm_ptr + i, mask=mask, other=0.0).to(tl.float32)
     token = tl.load(ids_ptr + row)
     former = tl.load(former_ids_ptr + tl.maximum(-1 - token, 0))
-    # A row without a token (no finite logits) samples -1; what follows it is thrown away.
+    # A row without finite logits samples -1; what follows it is discarded.
     token = tl.where(token < 0, tl.maximum(former, 0), token).to(tl.int64)
     x = tl.load(embedding_ptr + token * HIDDEN + i, mask=mask, other=0.0).to(tl.float32)
     h = _norm(x, norm_w, eps, HIDDEN)

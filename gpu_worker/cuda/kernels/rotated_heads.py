@@ -1,5 +1,5 @@
-"""Heads of one row from the parts of a product: queries and keys normed and rotated, values as they
-are. Pieces of kernels: those of `attention`."""
+"""The heads of one row from the parts of a split-K GEMM: normed and rotated queries and keys, and
+plain values. These are pieces of the kernels in `attention`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from gpu_worker.cuda.kernels.summed_parts import sum_pairs
 
 @triton.jit
 def _norm_and_rotate(x, partner, norm, norm_partner, cos, sin, square, eps, HALF: tl.constexpr):
-    """Heads whose squares add up to `square`, normed and rotated: each value takes its partner in
-    the other half along. Halves are never joined: a product takes its sums in another order where
-    one of its operands was."""
+    """Norms and rotates heads whose squares add up to `square`. `partner` holds for each value the
+    one in the other half that it is rotated with. The halves are never joined, because a dot
+    product adds in another order if one of its operands was joined."""
     scale = tl.rsqrt(square / (2 * HALF) + eps)
     return tl.fma(x * scale * norm, cos, partner * scale * norm_partner * sin)
 
 
 @triton.jit
 def _rotation(cos_ptr, sin_ptr, position, d, HALF: tl.constexpr):
-    """(cosine, sine with the sign that it has for value `d`)."""
+    """(cosine, sine with its sign for value `d`) at a position."""
     at = position * HALF + d % HALF
     sin = tl.load(sin_ptr + at)
     return tl.load(cos_ptr + at), tl.where(d < HALF, -sin, sin)
@@ -41,8 +41,8 @@ def rotated_queries(
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Of the heads of one row, `[ROWS, 2 · HALF]` in float32. One block shape, and as many warps,
-    for every caller: the order of the sums is part of the result."""
+    """The heads `head` of one row, `[ROWS, 2 · HALF]` in float32. Every caller must use the same
+    block shape and number of warps: the order of the sums changes the bits."""
     d = tl.arange(0, 2 * HALF)
     other = (d + HALF) % (2 * HALF)
     heads_ptr = row_ptr + head[:, None] * (2 * HALF)
@@ -71,7 +71,7 @@ def rotated_key(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Of the head that starts at `column`, `[2 · HALF]` in float32; as `rotated_queries`."""
+    """The head that starts at `column`, `[2 · HALF]` in float32. As `rotated_queries`."""
     d = tl.arange(0, 2 * HALF)
     other = (d + HALF) % (2 * HALF)
     x = tl.zeros([2 * HALF], dtype=tl.float32)
@@ -89,6 +89,7 @@ def rotated_key(
 
 @triton.jit
 def summed_value(row_ptr, part_stride, column, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The head that starts at `column`, `[HEAD_DIM]` in float32."""
     d = tl.arange(0, HEAD_DIM)
     value = tl.zeros([HEAD_DIM], dtype=tl.float32)
     for part in tl.static_range(PARTS):

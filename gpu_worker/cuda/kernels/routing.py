@@ -1,5 +1,5 @@
-"""From router scores to work: groups and top-k, the slots of the chosen experts, and the tiles of
-rows that each slot computes."""
+"""Turns router scores into work: expert groups and top-k, the slots of the chosen experts, and the
+tiles of rows that each slot computes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import triton.language as tl
 
 _CHUNK = 256
 _FIXED_POINT = tl.constexpr(2.0**40)
-_COMPARISONS = 4_096  # a block of them, over 8 warps: measured
+_COMPARISONS = 4_096  # per block, over 8 warps: the fastest as measured
 NO_SLOT = -1
 
 
 class SlotTiles(NamedTuple):
-    """Work for the expert kernels: tile c computes rows `order[first … first + count - 1]` with the
-    weights of its slot. `order_N` names pairs; `tiles_C3` is (slot, first, count)."""
+    """Work for the expert kernels, all int32. `order_N` holds pair numbers. A tile is (slot, first,
+    count): it computes the pairs `order_N[first : first + count]` with the weights of its slot. The
+    first `num_tiles_1[0]` of `tiles_C3` count. `rows` bounds the count of a tile."""
 
     order_N: torch.Tensor
     tiles_C3: torch.Tensor
@@ -26,7 +27,7 @@ class SlotTiles(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a choice by softmax among all experts takes. `slot_of_E`: the experts' slots."""
+    """The inputs of a choice by softmax among all experts. `slot_of_E` holds each expert's slot."""
 
     scores_TE: torch.Tensor
     slot_of_E: torch.Tensor
@@ -54,9 +55,12 @@ def score_choices(
     num_groups: int,
     topk_group: int,
 ) -> None:
-    """What experts are chosen by: the scores, or their sigmoids plus the correction; -inf outside
-    the `topk_group` best groups, which count by their best expert, or by the two best with
-    sigmoid."""
+    """Writes the values by which experts are chosen to `choices_TE`.
+
+    They are the scores, or with `sigmoid` the sigmoids of the scores, plus the correction if there
+    is one. Experts outside the `topk_group` best groups get -inf. A group counts by its best
+    expert, or with `sigmoid` by the sum of its two best.
+    """
     rows, experts = scores_TE.shape
     size = experts // num_groups
     _score_choices[(rows,)](
@@ -86,9 +90,11 @@ def choose_slots(
     sigmoid: bool = False,
     factor: float = 1.0,
 ) -> None:
-    """The k largest choices (of equals the lowest id), their slots by `slot_of_E`, and weights:
-    `factor` times the softmax over all experts or the sigmoid of the scores, normalised over the
-    chosen where asked. Rows without a token (position -1) get NO_SLOT."""
+    """Chooses the k experts with the largest choices; of equal ones, those with the lowest ids.
+
+    Writes their slots by `slot_of_E`, and their weights: `factor` times the softmax over all
+    experts, or with `sigmoid` the sigmoid of the scores. With `normalise`, the chosen weights sum
+    to one before `factor`. Rows without a token (position -1) get NO_SLOT."""
     rows, experts = scores_TE.shape
     _choose_slots[(rows,)](
         scores_TE,
@@ -109,13 +115,13 @@ def choose_slots(
 
 
 def comparisons_at_once(experts: int) -> int:
-    """Of how many others with each."""
+    """How many other experts each expert is compared with at a time."""
     block = int(triton.next_power_of_2(experts))
     return max(16, min(_COMPARISONS // block, block))
 
 
 def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> None:
-    """Fills `tiles`: pairs in the order of their slots, then of the pairs themselves."""
+    """Fills `tiles` with the pairs, ordered by slot and then by pair number."""
     rows, top_k = slots_TK.shape
     _group_by_slot[(rows + 1,)](
         slots_TK,
@@ -134,7 +140,8 @@ def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> N
 
 
 def fill_padded_tiles(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles) -> None:
-    """For rows that lie padded by slot: slot s holds `counts_S[s]` rows from `s · rows_of_slot`."""
+    """Fills `tiles` for rows padded by slot: slot s has `counts_S[s]` rows from `s · rows_of_slot`
+    on."""
     num_slots = counts_S.shape[0]
     _fill_padded_tiles[(1,)](
         counts_S,
@@ -188,34 +195,34 @@ def _score_choices(
             is_best = choice == best[:, None]
             below = tl.max(tl.where(is_best, float("-inf"), choice), axis=1)
             value = best + tl.where(tl.sum(is_best.to(tl.int32), axis=1) > 1, best, below)
-        place = _num_before(value, value, g, g)
-        choice = tl.where(place[:, None] < TOPK_GROUP, choice, float("-inf"))
+        index = _num_before(value, value, g, g)
+        choice = tl.where(index[:, None] < TOPK_GROUP, choice, float("-inf"))
     tl.store(choices_ptr + row * (GROUPS * SIZE) + e, choice, mask=mask)
 
 
 @triton.jit
 def ranked(choices_ptr, choice, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr):
-    """An expert's place is the number of experts before it: no search for one maximum after the
-    other. `choice` is what lies at `choices_ptr`."""
+    """The number of experts that come before each expert; EXPERTS for padding. This needs no search
+    for one maximum after the other. `choice` holds the values at `choices_ptr`."""
     e = tl.arange(0, BLOCK_E)
-    place = tl.zeros([BLOCK_E], dtype=tl.int32)
+    index = tl.zeros([BLOCK_E], dtype=tl.int32)
     for start in tl.static_range(0, EXPERTS, CHUNK):
         other = start + tl.arange(0, CHUNK)
         theirs = tl.load(choices_ptr + other, mask=other < EXPERTS, other=float("-inf"))
-        place += _num_before(theirs, choice, other, e)
-    return tl.where(e < EXPERTS, place, EXPERTS)
+        index += _num_before(theirs, choice, other, e)
+    return tl.where(e < EXPERTS, index, EXPERTS)
 
 
 @triton.jit
 def _sum_of_shares(share):
-    """Of numbers up to 1, the largest of which is far above 2⁻⁴⁰. In whole numbers, so that the
-    order does not matter, nor how many threads add."""
+    """The sum of numbers up to 1, the largest of which is far above 2⁻⁴⁰. It adds integers, so the
+    order and the number of threads do not matter."""
     return tl.sum((share * _FIXED_POINT).to(tl.int64), axis=0).to(tl.float32) / _FIXED_POINT
 
 
 @triton.jit
 def softmax_weights(scores, is_chosen, factor, NORMALISE: tl.constexpr):
-    """Of all experts; `scores` are -inf beyond."""
+    """The weights of all experts; the `scores` of padding must be -inf."""
     weight = tl.exp(scores - tl.max(scores, axis=0))
     weight = weight / _sum_of_shares(weight)
     if NORMALISE:
@@ -247,19 +254,19 @@ def _choose_slots(
     choice = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     scores = tl.load(scores_ptr + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
     is_token = tl.load(position_ptr + row) >= 0
-    place = ranked(row_ptr, choice, EXPERTS, BLOCK_E, CHUNK)
-    is_chosen = place < TOP_K
+    index = ranked(row_ptr, choice, EXPERTS, BLOCK_E, CHUNK)
+    is_chosen = index < TOP_K
     if SIGMOID:
         weight = tl.where(is_expert, 1.0 / (1.0 + tl.exp(-scores)), 0.0)
         if NORMALISE:
-            # As the published code: a sum of weights that all vanish is not zero.
+            # As in the published code: keeps the divisor above zero if all weights vanish.
             weight = weight / (tl.sum(tl.where(is_chosen, weight, 0.0), axis=0) + 1e-20)
         weight = weight * factor
     else:
         weight = softmax_weights(scores, is_chosen, factor, NORMALISE)
     slot = tl.where(is_token, slot, -1).to(slots_ptr.dtype.element_ty)
-    tl.store(slots_ptr + row * TOP_K + place, slot, mask=is_chosen)
-    tl.store(weights_ptr + row * TOP_K + place, weight, mask=is_chosen)
+    tl.store(slots_ptr + row * TOP_K + index, slot, mask=is_chosen)
+    tl.store(weights_ptr + row * TOP_K + index, weight, mask=is_chosen)
 
 
 @triton.jit
@@ -299,7 +306,8 @@ def _group_by_slot(
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program t finds the places of token t's pairs; one more counts and cuts the tiles."""
+    """Program t finds the index of token t's pairs in the order. One more program counts the pairs
+    per slot and writes the tiles."""
     row = tl.program_id(0)
     n = tl.arange(0, CHUNK)
     if row * TOP_K < num_pairs:
@@ -307,7 +315,7 @@ def _group_by_slot(
         pair = row * TOP_K + k
         mine = tl.load(slots_ptr + pair, mask=k < TOP_K, other=-1).to(tl.int32)
         mine = tl.where(mine < 0, SLOTS, mine)
-        place = tl.zeros([BLOCK_K], dtype=tl.int32)
+        index = tl.zeros([BLOCK_K], dtype=tl.int32)
         for start in range(0, num_pairs, CHUNK):
             at = start + n
             slot = tl.load(slots_ptr + at, mask=at < num_pairs, other=SLOTS + 1).to(tl.int32)
@@ -315,8 +323,8 @@ def _group_by_slot(
             before = (slot[None, :] < mine[:, None]) | (
                 (slot[None, :] == mine[:, None]) & (at[None, :] < pair[:, None])
             )
-            place += tl.sum(before.to(tl.int32), axis=1)
-        tl.store(order_ptr + place, pair, mask=k < TOP_K)
+            index += tl.sum(before.to(tl.int32), axis=1)
+        tl.store(order_ptr + index, pair, mask=k < TOP_K)
     else:
         counts = tl.zeros([BLOCK_S], dtype=tl.int32)
         for start in range(0, num_pairs, CHUNK):

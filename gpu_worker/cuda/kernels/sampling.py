@@ -1,4 +1,4 @@
-"""Logits to token ids on the device: greedy, or a draw by a uniform number that the host derives
+"""Samples token ids from logits on the device: greedy, or by a uniform number that the host derives
 from (seed, position). A row's id depends on its own logits and draw alone."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _BISECTIONS = 30
 
 
 class Draws(NamedTuple):
-    """One per row. `temperature_T` 0: greedy. `top_k_T` 0 and `top_p_T` 1: all tokens.
-    `uniform_T` in [0, 1). `banned_TX` padded with -1."""
+    """One draw per row. A temperature of 0 means greedy. A top-k of 0 and a top-p of 1 mean all
+    tokens. `uniform_T` is in [0, 1). `banned_TX` holds token ids, padded with -1."""
 
     temperature_T: torch.Tensor
     top_p_T: torch.Tensor
@@ -25,8 +25,8 @@ class Draws(NamedTuple):
 
 
 def sample_rows(logits_TV: torch.Tensor, draws: Draws, ids_T: torch.Tensor) -> None:
-    """-1 where a row has no finite maximum. Tokens that tie at the edge of top-k or top-p are all
-    kept."""
+    """Writes one id per row; -1 if the row has no finite maximum. Tokens that tie at the edge of
+    top-k or top-p are all kept."""
     rows, vocab = logits_TV.shape
     _sample_rows[(rows,)](
         logits_TV,
@@ -99,8 +99,8 @@ def _sample_rows(
     BANNED: tl.constexpr,
     BISECTIONS: tl.constexpr,
 ):
-    """`weight = exp((x - peak) / temperature)` lies in [0, 1]; a threshold on it that keeps enough
-    tokens, or enough of their sum, is found by bisection, without a sort."""
+    """A token's weight is `exp((x - peak) / temperature)`, in [0, 1]. Bisection finds the threshold
+    that keeps enough tokens (top-k) or enough of their sum (top-p), without a sort."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     row_ptr = logits_ptr + row * VOCAB

@@ -1,5 +1,5 @@
-"""Rows that an exchange delivers in fp8, each value in the type that the experts compute in. A
-value's bits depend on nothing but its own and its scale."""
+"""Converts rows that an exchange delivers in fp8 to the type that the experts compute in. The bits
+of a value depend only on its own fp8 value and its scale."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import torch
 import triton
 import triton.language as tl
 
-_PROGRAMS = 512  # over all slots: enough for a card, few where most slots are idle
+_PROGRAMS = 512  # over all slots: enough for a card, and few if most slots are idle
 
 
 def dequantise(
     x_SMH: torch.Tensor, scales_SMG: torch.Tensor, counts_S: torch.Tensor, out_NH: torch.Tensor
 ) -> None:
-    """`out = x · scale` for the first `counts_S[s]` of each slot's M rows, which lie in `out_NH`
-    one slot after the other; the other rows are neither read nor written. Each of the G scales of a
-    row, with whatever strides, belongs to H / G values."""
+    """`out = x · scale` for the first `counts_S[s]` of the M rows of each slot s.
+
+    Row m of slot s goes to row `s · M + m` of `out_NH`. The other rows are neither read nor
+    written. A row has G scales, one per H / G values; `scales_SMG` may have any strides.
+    """
     num_slots, rows_of_slot, hidden = x_SMH.shape
     groups = scales_SMG.shape[2]
     each = max(1, min(rows_of_slot, _PROGRAMS // num_slots))

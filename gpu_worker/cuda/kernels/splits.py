@@ -1,6 +1,9 @@
-"""Attention in splits of a row's positions, each by itself, and their merge. A row's splits are
-merged in rising order within spans of a fixed number of them, then the spans: element by element,
-so that neither tiles nor threads nor who merges change a bit."""
+"""The merge of attention that is computed in splits of a row's positions.
+
+A row's splits are merged in rising order within spans of SPAN splits, and then the spans are
+merged in rising order. All merging is element by element, so tiles, threads and the program that
+merges do not change a bit.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.arrivals import arrive_and_test_last
 
 SPLITS_MAX = 16
-"""Where splits grow with a row's context."""
+"""The number of splits of a row at most, for kernels whose splits grow with the row's context."""
 SPAN = 16
 
 
 class Partials(NamedTuple):
-    """Results of splits, or of spans of them, X: unnormalised values, their maximum and their
-    sum."""
+    """Results of splits, or of spans of splits, X, in float32: unnormalised values, the maximum
+    score, and the sum of the weights."""
 
     values_TQXD: torch.Tensor
     maximum_TQX: torch.Tensor
@@ -47,7 +50,8 @@ def merge_splits(
     warps: int,
     doublings: int = 0,
 ) -> None:
-    """Of the rows of `position_T`. The splits' size is part of the result: see `split_size`."""
+    """Merges the splits of each row of `position_T` into `out_TC`, heads side by side. The size of
+    the splits changes the bits: see `split_size`."""
     _, heads, splits_max, head_dim = partials.values_TQXD.shape
     _merge_splits[(position_T.shape[0], heads)](
         *partials,
@@ -66,8 +70,8 @@ def merge_splits(
 
 @triton.jit
 def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLINGS: tl.constexpr):
-    """Of a row's splits, by its own position alone: doubled until there are SPLITS_MAX at most.
-    `DOUBLINGS` suffice for every position that there is."""
+    """The size of a row's splits, which depends on its own position alone: SPLIT, doubled until
+    there are at most SPLITS_MAX. `DOUBLINGS` must be enough for every position."""
     size = position * 0 + SPLIT
     for _ in tl.static_range(DOUBLINGS):
         size = tl.where(position // size >= SPLITS_MAX, size * 2, size)
@@ -96,7 +100,7 @@ def _store_normalised(out_ptr, head, values, total, mask, HEAD_DIM: tl.constexpr
 
 @triton.jit
 def _add_partial(peak, total, values, maximum, sums, parts):
-    """Exactly what was before where `maximum` is -inf."""
+    """Adds a partial result to the running one. A `maximum` of -inf leaves it exactly as it is."""
     new_peak = tl.maximum(peak, maximum)
     base = tl.where(new_peak > float("-inf"), new_peak, 0.0)
     keep = tl.exp2(peak - base)
@@ -112,15 +116,15 @@ def _merged(
     values_ptr,
     maximum_ptr,
     sum_ptr,
-    place,
+    first,
     count,
     is_row,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """(maximum, sum, unnormalised values) of the `count` partial results of each row that start at
-    `place`."""
+    """(maximum, sum, unnormalised values) of each row's `count` partial results from index `first`
+    on."""
     d = tl.arange(0, HEAD_DIM)
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -129,13 +133,13 @@ def _merged(
         loaded = ()
         for x in tl.static_range(SPAN):
             has = is_row & (start + x < count)
-            at = place + start + x
+            at = first + start + x
             maximum = tl.load(maximum_ptr + at, mask=has, other=float("-inf"))
             sums = tl.load(sum_ptr + at, mask=has, other=0.0)
             parts_ptr = values_ptr + at[:, None] * HEAD_DIM + d[None, :]
             parts = tl.load(parts_ptr, mask=has[:, None], other=0.0)
             loaded = loaded + (maximum, sums, parts)  # type: ignore[assignment]  # noqa: RUF005
-        # All loads before the first use, or their latencies would add up.
+        # All loads come before the first use, or their latencies would add up.
         tl.debug_barrier()
         for x in tl.static_range(SPAN):
             peak, total, values = _add_partial(
@@ -164,8 +168,8 @@ def merge_after(
     HEAD_DIM: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Of the OWN heads of a row and KV head, `kv_row` of all: the span of `split` if this was its
-    last, and then all spans if that was the last."""
+    """Merges for the OWN query heads of one row and KV head, number `kv_row` of all. The last split
+    of a span merges the span of `split`, and the last span merges all spans."""
     g = tl.arange(0, GROUP)
     is_head = g < OWN
     head = kv_row * OWN + g
@@ -173,15 +177,15 @@ def merge_after(
     num_spans = (num_splits + SPAN - 1) // SPAN
     arrivals_ptr += kv_row * (spans_max + 1)
     if arrive_and_test_last(arrivals_ptr + 1 + span, tl.minimum(num_splits - span * SPAN, SPAN)):
-        place = head * splits_max + span * SPAN
+        first = head * splits_max + span * SPAN
         count = tl.minimum(num_splits - span * SPAN, SPAN)
         peak, total, values = _merged(
-            values_ptr, maximum_ptr, sum_ptr, place, count, is_head, GROUP, HEAD_DIM, SPAN
+            values_ptr, maximum_ptr, sum_ptr, first, count, is_head, GROUP, HEAD_DIM, SPAN
         )
         is_whole = num_spans == 1
         if num_spans > 1:
-            place = head * spans_max
-            out = place + span
+            first_span = head * spans_max
+            out = first_span + span
             store_partials(
                 span_values_ptr,
                 span_maximum_ptr,
@@ -199,7 +203,7 @@ def merge_after(
                     span_values_ptr,
                     span_maximum_ptr,
                     span_sum_ptr,
-                    place,
+                    first_span,
                     num_spans,
                     is_head,
                     GROUP,

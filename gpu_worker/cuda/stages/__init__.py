@@ -1,1 +1,1 @@
-"""The stages of a decoder layer on a card."""
+"""The stages of a decoder layer on a CUDA device."""

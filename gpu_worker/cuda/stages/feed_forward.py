@@ -1,4 +1,4 @@
-"""The half of a layer after attention: routed and shared experts, or a dense MLP."""
+"""The part of a layer after attention: routed and shared experts, or a dense MLP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu_worker.cuda.weights.decoder_weights import MlpWeights, MoeWeights
 
 
 class FeedForward:
-    """Of all layers. `slot_of_LE` and `slots_LTK` count MoE layers alone, as `moe` does."""
+    """For all layers. `slot_of_LE`, `slots_LTK` and `moe` count only the MoE layers."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class FeedForward:
         self._dense = _mlp(allocator, sizes.hidden_size, sizes.dense_size)
 
     def router(self, mlp: MoeWeights | MlpWeights, tokens: int) -> tuple[Tensor, Tensor] | None:
-        """(weights, where its scores go) for the norm before this half."""
+        """(router weights, buffer for its scores) for the norm before this part. None for a dense
+        MLP."""
         if isinstance(mlp, MlpWeights):
             return None
         return mlp.w_router_EH, self._buffers.scores_TE[:tokens]
@@ -48,7 +49,7 @@ class FeedForward:
         position_T: Tensor,
         residual_norm: ResidualNorm,
     ) -> None:
-        """`residual_norm.h_TH` holds the normed stream, and then what comes after."""
+        """`residual_norm.h_TH` holds the normed stream, and afterwards that of the next part."""
         if isinstance(mlp, MlpWeights):
             assert self._dense is not None, "the sizes know of no dense layer"
             residual_norm.add(self._dense.run(mlp, residual_norm.h_TH))

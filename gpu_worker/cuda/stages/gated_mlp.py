@@ -1,4 +1,5 @@
-"""An MLP that every token of a step goes through: a dense layer's, or a layer's shared experts."""
+"""An MLP that every token of a step goes through: that of a dense layer, or a layer's shared
+experts."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from gpu_worker.cuda.weights.decoder_weights import MlpWeights
 
 
 class GatedMlp:
-    """For every layer of the same inner size."""
+    """Serves every layer of the same inner size."""
 
     def __init__(self, allocator: StepAllocator, *, hidden_size: int, inner_size: int) -> None:
         self._inner_TI = allocator.zeros(allocator.tokens_max, inner_size)
@@ -21,7 +22,7 @@ class GatedMlp:
         self._rows: dict[int, experts.Rows] = {}
 
     def run(self, weights: MlpWeights, h_TH: Tensor) -> Tensor:
-        """`[P, T, H]`, parts to be added; until the next call."""
+        """`[P, T, H]`: parts that the next kernel adds. Valid until the next call."""
         tokens = h_TH.shape[0]
         if tokens not in self._rows:
             self._rows[tokens] = self._rows_for(tokens)

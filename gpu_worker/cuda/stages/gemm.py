@@ -1,5 +1,5 @@
-"""A dense product of a step, with room for its result: made once for the largest step, so that
-every graph holds the same addresses."""
+"""A dense GEMM of a step, with the buffer for its result. The buffer is allocated once for the
+largest step, so that every graph holds the same addresses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpu_worker.cuda.kernels.linear import linear_parts, num_parts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAllocator:
-    """What a step's buffers are made for. `invariant`: dense products in fixed parts, so that a
-    row's bits do not depend on its batch; without it they are the library's."""
+    """Allocates a step's buffers. With `invariant`, dense GEMMs are computed in fixed parts, so
+    that the bits of a row do not depend on its batch; without it, torch computes them."""
 
     tokens_max: int
     invariant: bool
@@ -22,13 +22,14 @@ class StepAllocator:
     dtype: torch.dtype
 
     def zeros(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
-        """In the model's type, unless told. Finite, for padding rows are computed, too."""
+        """Of the model's dtype by default. They must be finite, because padding rows are computed
+        too."""
         return torch.zeros(shape, device=self.device, dtype=of or self.dtype)
 
 
 class Gemm:
-    """`y = x wᵀ` as parts P that the next kernel adds: in float32 where batch-invariant, else one
-    part in the model's type."""
+    """`y = x wᵀ` as P parts that the next kernel adds. If batch-invariant, they are float32;
+    otherwise there is one part of the model's dtype."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Gemm:
         self._out = allocator.zeros(self._parts * rows_max * columns, of=dtype)
 
     def run(self, x_TK: Tensor, w_NK: Tensor) -> Tensor:
-        """`[P, T, N]`, until the next call."""
+        """`[P, T, N]`, valid until the next call."""
         out_PTN = self.result_view(x_TK.shape[0])
         if self._invariant:
             linear_parts(x_TK, w_NK, out_PTN)
@@ -56,6 +57,6 @@ class Gemm:
         return out_PTN
 
     def result_view(self, rows: int) -> Tensor:
-        """Where `run` puts the result for so many rows."""
+        """The buffer, `[P, T, N]`, in which `run` returns the result for `rows` rows."""
         values = self._parts * rows * self._columns
         return self._out[:values].view(self._parts, rows, self._columns)

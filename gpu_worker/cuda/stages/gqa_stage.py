@@ -1,5 +1,5 @@
-"""Grouped-query attention of a step, with its paged cache of keys and values. Queries and keys have
-a norm per head."""
+"""Grouped-query attention of a step, with its paged cache of keys and values. Each head of queries
+and keys has a norm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GqaStage:
         context_tokens_max: int,
         norm_eps: float,
     ) -> None:
-        """Raises ValueError for what has no kernels."""
+        """Raises ValueError for attention that has no kernels."""
         if shape.qk_norm != QK_NORM_HEAD or shape.window or shape.clip:
             raise ValueError("CUDA ranks serve grouped-query attention with norms per head alone")
         self._weights = weights

@@ -1,5 +1,5 @@
-"""The indexer of latent attention in a step, with its paged cache of keys: which positions each row
-sees. For contexts longer than what it chooses; where they are not, nobody need ask."""
+"""The indexer of latent attention in a step, with its paged cache of keys. It selects the positions
+that each row sees. It is needed only for contexts longer than what it selects."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import IndexerWeights
 
 INNER_EPS = 1e-6
-"""Of the norms of latents and of the indexer's keys: fixed in the published code."""
+"""The epsilon of the norms of latents and of the indexer's keys, as the published code fixes it."""
 _ROWS_AT_ONCE = 128
-"""Bounds the room for scores; changes no bit."""
+"""Bounds the memory for scores; changes no bit."""
 
 
 class IndexerStage:
-    """Shape letters as in `kernels.indexer`."""
+    """All layers' indexers. Shape letters as in `kernels.indexer`."""
 
     def __init__(
         self,
@@ -47,12 +47,12 @@ class IndexerStage:
         self._weight_TY = allocator.zeros(tokens, heads, of=torch.float32)
         scores = (min(tokens, _ROWS_AT_ONCE), context_tokens_max)
         self._score_TC = allocator.zeros(*scores, of=torch.float32)
-        self._place_TK = allocator.zeros(tokens, shape.index_top_k, of=torch.int32)
+        self._cached_TK = allocator.zeros(tokens, shape.index_top_k, of=torch.int32)
         self._last_T = allocator.zeros(tokens, of=torch.int32)
 
     def choose(self, layer: int, h_TH: Tensor, q_TM: Tensor, paging: Paging) -> SelectedPositions:
-        """From the normed stream and the queries' normed latent; writes the rows' own keys first.
-        The result stands until the next call."""
+        """Writes the rows' own keys to the cache, then selects positions from the normed stream
+        `h_TH` and the queries' normed latent `q_TM`. The result is valid until the next call."""
         rows = h_TH.shape[0]
         weights, key_BUZ = self._weights[layer], self.key_LBUZ[layer]
         q_TYZ, weight_TY = self._q_TYZ[:rows], self._weight_TY[:rows]
@@ -70,16 +70,16 @@ class IndexerStage:
         indexer.rotate_index_queries(
             q_PTN, self._rotation, paging.position_T, q_TYZ, top_k=self._top_k
         )
-        chosen = SelectedPositions(self._place_TK[:rows], self._last_T[:rows])
+        chosen = SelectedPositions(self._cached_TK[:rows], self._last_T[:rows])
         for first in range(0, rows, _ROWS_AT_ONCE):
             part = slice(first, min(first + _ROWS_AT_ONCE, rows))
             score_TC = self._score_TC[: part.stop - first]
-            where = paging._replace(
+            own_paging = paging._replace(
                 position_T=paging.position_T[part], sequence_T=paging.sequence_T[part]
             )
-            own = SelectedPositions(chosen.place_TK[part], chosen.last_T[part])
+            own = SelectedPositions(chosen.cached_TK[part], chosen.last_T[part])
             indexer.score_positions(
-                q_TYZ[part], weight_TY[part], key_BUZ, where, score_TC, top_k=self._top_k
+                q_TYZ[part], weight_TY[part], key_BUZ, own_paging, score_TC, top_k=self._top_k
             )
-            indexer.select_positions(score_TC, where, own, block_tokens=self._block_tokens)
+            indexer.select_positions(score_TC, own_paging, own, block_tokens=self._block_tokens)
         return chosen

@@ -1,6 +1,6 @@
 """Latent attention of a step, with its paged cache of latents. Keys and values are never expanded:
-queries go into the latent space, sums of latents out of it. Where a context may grow beyond what
-the model's indexer chooses, rows see only those positions."""
+queries go into the latent space, and sums of latents come out of it. If a context may be longer
+than what the model's indexer selects, rows see only the selected positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpu_worker.cuda.stages.indexer_stage import INNER_EPS, IndexerStage
 from gpu_worker.cuda.weights.decoder_weights import MlaWeights
 
 _ROWS_AT_ONCE = 128
-"""Bounds the room for the splits' results; changes no bit."""
+"""Bounds the memory for the splits' results; changes no bit."""
 
 
 class MlaStage:
@@ -36,7 +36,7 @@ class MlaStage:
         block_tokens: int,
         context_tokens_max: int,
     ) -> None:
-        """Raises ValueError for what has no kernels."""
+        """Raises ValueError for sizes that have no kernels."""
         _check(shape)
         self._weights = weights
         blocks = (len(weights), kv_blocks, block_tokens)
@@ -122,7 +122,8 @@ class MlaStage:
     def _project(
         self, weights: MlaWeights, h_TH: Tensor, paging: Paging, cache: latent.LatentCache
     ) -> Tensor:
-        """The heads' queries in the first columns of the result; the latents into the cache."""
+        """Returns the heads' queries in the first columns of the result. Writes the latents to the
+        cache."""
         in_PTC = self._in.run(h_TH, weights.w_in_CH)
         q_TM = None if self._q_TM is None else self._q_TM[: h_TH.shape[0]]
         latent.norm_and_store(

@@ -1,7 +1,8 @@
-"""What happens between the router and the residual stream, in two layouts: on one rank without an
-exchange, where rows stay where they are, and around an exchange that delivers rows padded by slot.
+"""The work between the router and the residual stream, in two layouts: `LocalMoe` on one rank
+without an exchange, which copies no rows, and `ExchangedMoe` around an exchange that delivers rows
+padded by slot.
 
-All of it may be captured into a CUDA graph: buffers are made once and stay.
+All of it may be captured into a CUDA graph: buffers are allocated once and stay.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from gpu_worker.cuda.stages.side_stream import SideStream
 
 Work = Callable[[], None]
 
-_UNGROUPED_TOKENS_MAX = (
-    4  # up to here each pair is a tile of its own: two tokens seldom share an expert
-)
-_TALL_TILE_TOKENS = 256  # from here on a slot has rows for taller tiles
+_UNGROUPED_TOKENS_MAX = 4
+"""With so few tokens each pair is its own tile, because two tokens seldom share an expert."""
+_TALL_TILE_TOKENS = 256
+"""With so many tokens a slot has enough rows for taller tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """A layer's routed tokens. `slots_TK` are physical slots of the whole instance, -1 for none.
-    With `choice` slots and weights are still to be chosen: see `MoeStage.fuses_routing`."""
+    """A layer's routed tokens. `slots_TK` (int64) are physical slots of the whole instance; -1
+    means none. If `choice` is set, slots and weights are not chosen yet: see
+    `MoeStage.fuses_routing`."""
 
     h_TH: Tensor
     slots_TK: Tensor
@@ -38,7 +40,7 @@ class Routed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualNorm:
-    """`x_out = x + (what the experts gave)`, `h = norm(x_out)`."""
+    """`x_out = x + (the output of the MLP)`, `h = norm(x_out)`."""
 
     x_TH: Tensor
     norm_H: Tensor
@@ -47,15 +49,15 @@ class ResidualNorm:
     eps: float
 
     def add(self, parts_PTH: Tensor) -> None:
-        """With what has come as parts P."""
+        """Applies it to an output that is given as parts P."""
         residual.add_norm(self.x_TH, parts_PTH, self.norm_H, self.x_out_TH, self.h_TH, eps=self.eps)
 
 
 class MoeStage(Protocol):
-    """`LocalMoe` or `ExchangedMoe`."""
+    """Implemented by `LocalMoe` and `ExchangedMoe`."""
 
     def fuses_routing(self, num_tokens: int) -> bool:
-        """Whether `run` takes so many tokens with a choice that is still to be made."""
+        """Whether `run` makes the choice itself for so many tokens."""
         ...
 
     def run(
@@ -65,31 +67,32 @@ class MoeStage(Protocol):
         residual_norm: ResidualNorm,
         overlapped_work: Work | None = None,
     ) -> None:
-        """`overlapped_work` adds to `residual_norm.x_TH` what comes before the experts' sum; it
-        reads `residual_norm.h_TH` and has its buffers for itself."""
+        """`overlapped_work` adds to `residual_norm.x_TH` before the experts' sum is added. It reads
+        `residual_norm.h_TH` and uses buffers of its own."""
         ...
 
 
 class PaddedExchange(Protocol):
-    """See `ep_exchange.EpExchange`."""
+    """Implemented by `ep.exchange.EpExchange`."""
 
     @property
     def scales(self) -> Tensor | None:
-        """Of the last dispatch, `[S, M, G]`, where its rows are fp8: one for each H / G values."""
+        """The scales of the last dispatch, `[S, M, G]`, one per H / G values. None if its rows are
+        not fp8."""
         ...
 
     def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """`x_SMH` and `counts_S`: rows for this rank's slots are `x_SMH[s, :counts_S[s]]`, the rest
-        undefined."""
+        """(`x_SMH`, `counts_S`): the rows for this rank's slot s are `x_SMH[s, :counts_S[s]]`; the
+        rest is undefined."""
         ...
 
-    def combine(
-        self, layer: int, y_SMH: Tensor, slots_TK: Tensor, weights_TK: Tensor
-    ) -> Tensor: ...
+    def combine(self, layer: int, y_SMH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum over K of the results of the matching dispatch's rows, `[T, H]`."""
+        ...
 
 
 class LocalMoe:
-    """A single rank that holds every expert: no row is copied, pairs are ordered by slot."""
+    """A single rank that holds every expert. It copies no rows; pairs are ordered by slot."""
 
     def __init__(self, slots: CudaSlots, *, top_k: int, step_tokens_max: int) -> None:
         self._slots = slots
@@ -149,8 +152,9 @@ class LocalMoe:
 
 
 class ExchangedMoe:
-    """This rank's slots compute what the exchange delivers; M rows a slot at most. What runs beside
-    is enqueued after dispatch, whose kernel needs many SMs at once and shall have them first."""
+    """This rank's slots compute what the exchange delivers, up to M rows per slot. Overlapped work
+    is enqueued after dispatch, because the dispatch kernel needs many SMs at once and must get them
+    first."""
 
     def __init__(self, slots: CudaSlots, exchange: PaddedExchange, *, rows_of_slot: int) -> None:
         self._slots = slots
@@ -165,7 +169,7 @@ class ExchangedMoe:
         self._side_stream = SideStream(like.device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
-        """Dispatch takes slots."""
+        """Never, because dispatch needs the slots."""
         return False
 
     def run(
@@ -192,8 +196,8 @@ class ExchangedMoe:
         residual_norm.add(y_TH[None])
 
     def _in_own_type(self, x_SMH: Tensor, counts_S: Tensor) -> Tensor:
-        """Rows of fp8 are widened to where the experts' results go: these come after the last read
-        of them."""
+        """The rows in the model's dtype, `[S · M, H]`. Rows of fp8 are converted into the buffer of
+        the experts' results, which are written only after the last read of the rows."""
         scales_SMG = self._exchange.scales
         if scales_SMG is None:
             return x_SMH.view(-1, x_SMH.shape[-1])
@@ -202,6 +206,6 @@ class ExchangedMoe:
 
 
 def slot_table(num_layers: int, num_experts: int, device: torch.device) -> Tensor:
-    """`[L, E]` int32: the physical slot whose replica of an expert this rank uses; -1 where none is
-    live. Written in place, between steps: graphs read it, and so survive every map."""
+    """`[L, E]` int32: the physical slot of the replica of each expert that this rank uses; NO_SLOT
+    if none is live. It is written in place between steps, so graphs stay valid with every map."""
     return torch.full((num_layers, num_experts), routing.NO_SLOT, dtype=torch.int32, device=device)

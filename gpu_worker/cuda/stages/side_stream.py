@@ -1,5 +1,5 @@
 """Work that runs beside the current stream, between two of its points. In a captured graph it is a
-branch, which the card computes while the trunk waits for peers."""
+parallel path, which the card computes while the main path waits for peers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 class SideStream:
-    """`fork`, `run`, `join`, in this order and on one thread. On the CPU, which has no streams,
-    work is done where it is handed in."""
+    """Call `fork`, `run` and `join` in this order and on one thread. The CPU has no streams, so
+    there `run` does the work at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -19,13 +19,13 @@ class SideStream:
         self._forked: torch.cuda.Event | None = None
 
     def fork(self) -> None:
-        """Here the work may begin: it sees what the current stream has enqueued so far."""
+        """The work may begin here. It sees what the current stream has enqueued so far."""
         if self._stream is not None:
             self._forked = torch.cuda.current_stream(self._stream.device).record_event()
 
     def run(self, work: Callable[[], None]) -> None:
-        """Until `join` nobody else touches what the work writes, nor writes what it reads. A
-        capture may not end in between."""
+        """Until `join`, nothing else may touch what the work writes or write what it reads. A
+        capture must not end before `join`."""
         if self._stream is None:
             work()
             return
@@ -35,6 +35,6 @@ class SideStream:
             work()
 
     def join(self) -> None:
-        """What the current stream enqueues from now on sees the work done."""
+        """What the current stream enqueues after this call sees the results of the work."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

@@ -1,5 +1,5 @@
-"""The device memory that a step passes between its stages: made once for the largest step, so that
-every graph holds the same addresses."""
+"""The device memory that a step passes between its stages. It is allocated once for the largest
+step, so that every graph holds the same addresses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 
 class StepBuffers:
-    """Shapes as in `kernels`. `report_N` is what the host reads of a step: the mask of ranks, then
-    the sampled ids."""
+    """Shape letters as in `kernels`. `report_N` (int32) is what the host reads of a step: the mask
+    of ranks, then the sampled ids."""
 
     def __init__(
         self, sizes: DecoderSizes, allocator: StepAllocator, *, rows_max: int, num_ranks: int
@@ -27,7 +27,7 @@ class StepBuffers:
         self.report_N = allocator.zeros(num_ranks + rows_max, of=torch.int32)
         self.mask_R = self.report_N[:num_ranks]
         self.ids_R = self.report_N[num_ranks:]
-        # Two, so that a step may be enqueued before the former one's report has been read.
+        # There are two, so that a step may be enqueued before the report of the former is read.
         self.host_reports_2N = torch.zeros(
             2, num_ranks + rows_max, dtype=torch.int32, pin_memory=allocator.device.type == "cuda"
         )

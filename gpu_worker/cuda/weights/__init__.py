@@ -1,1 +1,1 @@
-"""Weights of a model in a card's memory, but for those of experts."""
+"""The shared weights of a model on a CUDA device; those of experts are in `experts`."""

@@ -19,18 +19,22 @@ from shared.model_spec import ModelSpec
 
 
 class CheckpointLayout(Protocol):
-    """One architecture, for one config.json. `expert_prefix` counts MoE layers alone."""
+    """The checkpoint of one architecture, for one config.json."""
 
     @property
     def sizes(self) -> DecoderSizes: ...
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Every tensor that a complete checkpoint has and a CUDA rank reads."""
+        """Every tensor of a complete checkpoint that a CUDA rank reads."""
         ...
 
-    def expert_prefix(self, layer: int, expert: int) -> str: ...
+    def expert_prefix(self, layer: int, expert: int) -> str:
+        """What the names of an expert's tensors begin with. `layer` counts only the MoE layers."""
+        ...
 
-    def read(self, reader: WeightReader) -> DecoderWeights: ...
+    def read(self, reader: WeightReader) -> DecoderWeights:
+        """Raises CheckpointError."""
+        ...
 
 
 CHECKPOINT_LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
@@ -39,11 +43,12 @@ CHECKPOINT_LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
     "DeepseekV32ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=True),
     "Qwen3MoeForCausalLM": Qwen3MoeCheckpoint,
 }
-"""By the architecture that config.json names. Each raises CheckpointError for what is not built."""
+"""By the architecture in config.json. Each raises CheckpointError for options that CUDA ranks do
+not serve."""
 
 
 def checkpoint_layout_of(spec: ModelSpec) -> CheckpointLayout:
-    """Raises CheckpointError where CUDA ranks do not serve the model."""
+    """Raises CheckpointError if CUDA ranks do not serve the model."""
     if spec.architecture not in CHECKPOINT_LAYOUTS:
         raise CheckpointError(
             f"CUDA ranks do not serve {spec.architecture}, but {', '.join(CHECKPOINT_LAYOUTS)}; "

@@ -1,5 +1,5 @@
-"""What checkpoints have in common whatever their attention is, read for a CUDA rank's decoder; and
-how a config is refused that such a decoder is not built for."""
+"""What all checkpoints have in common, read for a CUDA rank's decoder, and the refusal of configs
+that such a decoder does not serve."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_layer(
 def decoder_sizes(
     spec: ModelSpec, *, attention: GqaShape | MlaShape, routing: Routing, shared_size: int = 0
 ) -> DecoderSizes:
-    """Raises CheckpointError for a rotation that CUDA ranks do not know."""
+    """Raises CheckpointError for a rotary embedding that CUDA ranks do not serve."""
     has_dense = len(spec.moe_layers) < spec.num_layers
     return DecoderSizes(
         num_layers=spec.num_layers,
@@ -91,12 +91,12 @@ def read_mlp(reader: WeightReader, prefix: str) -> MlpWeights:
 
 
 def expert_prefix(spec: ModelSpec, layer: int, expert: int) -> str:
-    """`layer` counts MoE layers alone."""
+    """`layer` counts only the MoE layers."""
     return f"model.layers.{spec.moe_layers[layer]}.mlp.experts.{expert}"
 
 
 def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
-    """Raises CheckpointError for the first that applies."""
+    """Raises CheckpointError for the first reason that applies."""
     for reason, applies in reasons.items():
         if applies:
             raise CheckpointError(
@@ -106,8 +106,8 @@ def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
 
 
 def check_tiles(sizes: DecoderSizes) -> None:
-    """Raises CheckpointError where tiles of the kernels do not cut the matrices evenly, or blocks
-    of them do not hold a head."""
+    """Raises CheckpointError if the kernels' tiles do not divide the matrices evenly, or if their
+    blocks do not hold a head."""
     even = {
         "a hidden size": sizes.hidden_size,
         "experts": sizes.inner_size,

@@ -1,5 +1,5 @@
-"""The sizes of a CUDA rank's decoder: what its kernels, buffers and caches are laid out by. Imports
-no kernels."""
+"""The sizes of a CUDA rank's decoder, which determine its kernels, buffers and caches. Imports no
+kernels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from gpu_worker.checkpoint.rope import Rope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """How a token's experts are chosen: by softmax, or by sigmoid plus the layer's correction; from
-    the `topk_group` best of `num_groups` groups, which count by their best expert, or by the two
-    best with sigmoid. `normalise`: the chosen weights sum to one; then `factor` scales them."""
+    """How a token's experts are chosen: by softmax, or by sigmoid plus the layer's correction.
+
+    Only the `topk_group` best of `num_groups` groups take part. A group counts by its best expert,
+    or with sigmoid by its two best. With `normalise`, the chosen weights sum to one before `factor`
+    scales them.
+    """
 
     sigmoid: bool = False
     num_groups: int = 1
@@ -25,10 +28,12 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSizes:
-    """Attention is of one kind in all layers. `moe_layers` are the layers that have experts, as in
-    `ModelSpec`: the layer axis of slots, tables and exchange counts these alone. The others are
-    dense MLPs of `dense_size`. `shared_size` is the inner size of a layer's shared experts taken
-    together; 0: none."""
+    """All layers have the same kind of attention.
+
+    `moe_layers` are the layers with experts, as in `ModelSpec`; the layer axis of slots, tables and
+    exchange counts only these. The other layers have dense MLPs of `dense_size`. `shared_size` is
+    the inner size of all shared experts of a layer together; 0 means none.
+    """
 
     num_layers: int
     hidden_size: int
@@ -50,7 +55,7 @@ class DecoderSizes:
 
     @property
     def heads_size(self) -> int:
-        """Of what attention gives a token, before the output projection."""
+        """Values per token that attention passes to the output projection."""
         if isinstance(self.attention, MlaShape):
             return self.attention.heads_size
         return self.attention.q_size
@@ -61,8 +66,8 @@ class DecoderSizes:
 
     @property
     def num_shared_weights(self) -> int:
-        """Weights that every step reads whole: attention, routers, shared experts, dense layers,
-        head."""
+        """Weights that every step reads completely: attention, routers, shared experts, dense
+        layers, head."""
         hidden = self.hidden_size
         attention = _attention_values(self.attention, hidden) + self.heads_size * hidden
         moe = (self.num_experts + 3 * self.shared_size) * hidden
@@ -73,7 +78,7 @@ class DecoderSizes:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Of all layers."""
+        """Cached values per token, over all layers."""
         shape = self.attention
         if isinstance(shape, MlaShape):
             return self.num_layers * (shape.rank + shape.qk_rope_head_dim + shape.index_head_dim)
@@ -81,7 +86,7 @@ class DecoderSizes:
 
 
 def _attention_values(shape: GqaShape | MlaShape, hidden: int) -> int:
-    """Without the output projection."""
+    """Weights of a layer's attention without the output projection."""
     if isinstance(shape, GqaShape):
         return (shape.q_size + 2 * shape.kv_size) * hidden
     expanded = shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim) * shape.rank

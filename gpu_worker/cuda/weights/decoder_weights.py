@@ -1,10 +1,10 @@
-"""The shared weights of a decoder on the device. Routed experts live in slots; see `slots`.
+"""The shared weights of a decoder on the device. Routed experts are in slots; see `experts.slots`.
 
-Shape letters: C = (Q + 2J)·D columns of queries, keys and values; O = Q·D (or A·G) what the output
-projection takes; J = 2I of an MLP: gate, then up; the rest as in `kernels`. Of latent attention, as
-in the CPU kernels: A heads, R rank of the cached latent, M rank of the queries' latent, F the size
-of a head's query that is not rotated, W the rotated size, G the size of a head's value; and of its
-indexer: Y heads, Z the size of each.
+Shape letters: C = (Q + 2J)·D columns of queries, keys and values; O = Q·D (or A·G) input size of
+the output projection; J = 2I of an MLP: gate, then up; the rest as in `kernels`. For latent
+attention, as in the CPU kernels: A heads, R rank of the cached latent, M rank of the queries'
+latent, F the unrotated size of a head's query, W the rotated size, G the size of a head's value.
+For its indexer: Y heads, Z the size of each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GqaWeights:
-    """`w_qkv_CH`: the projections of queries, keys and values one below the other. The norms are
-    per head."""
+    """`w_qkv_CH` holds the projections of queries, keys and values along the first axis. The norms
+    are per head."""
 
     w_qkv_CH: Tensor
     q_norm_D: Tensor
@@ -27,8 +27,8 @@ class GqaWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexerWeights:
-    """`w_in_CH` takes the hidden state: wk, then weights_proj, one below the other (C = Z + Y);
-    `w_q_NM` (wq_b, N = Y·Z) the queries' latent. The norm of keys is float32."""
+    """`w_in_CH` multiplies the hidden state: wk, then weights_proj along the first axis (C = Z +
+    Y). `w_q_NM` (wq_b, N = Y·Z) multiplies the queries' latent. The norm of keys is float32."""
 
     w_in_CH: Tensor
     w_q_NM: Tensor
@@ -38,12 +38,12 @@ class IndexerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlaWeights:
-    """`w_in_CH` takes the hidden state: q_a_proj, then kv_a_proj_with_mqa, one below the other
-    (C = M + R + W); without a latent of the queries q_proj, then the same (C = A·(F + W) + R + W).
+    """`w_in_CH` multiplies the hidden state: q_a_proj, then kv_a_proj_with_mqa along the first axis
+    (C = M + R + W). If queries have no latent, q_proj takes the place of q_a_proj
+    (C = A·(F + W) + R + W), and `q_norm_M` and `w_q_NM` (q_b_proj, N = A·(F + W)) are None.
 
-    `q_norm_M` and `w_q_NM` (q_b_proj, N = A·(F + W)) are None without a latent of the queries.
-    From kv_b_proj, seen as `[A, F + G, R]`: `w_uk_ARF` is its first F rows of each head,
-    transposed; `w_uv_AGR` the other G. All contiguous. Biases are not served.
+    With kv_b_proj viewed as `[A, F + G, R]`, `w_uk_ARF` is the first F rows of each head,
+    transposed, and `w_uv_AGR` is the other G. All are contiguous. There are no biases.
     """
 
     w_in_CH: Tensor
@@ -57,7 +57,7 @@ class MlaWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpWeights:
-    """A gated MLP that every token goes through: gate_proj then up_proj, and down_proj."""
+    """A gated MLP that every token goes through: gate_proj, then up_proj; and down_proj."""
 
     w_gate_up_JH: Tensor
     w_down_HI: Tensor
@@ -65,8 +65,8 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeWeights:
-    """`correction_E` (e_score_correction_bias) is float32, None where routing has none. `shared`:
-    all shared experts as the one MLP that checkpoints hold."""
+    """`correction_E` (e_score_correction_bias) is float32; None if routing has none. `shared` is
+    the one MLP that holds all shared experts, as in checkpoints."""
 
     w_router_EH: Tensor
     correction_E: Tensor | None = None
@@ -75,7 +75,7 @@ class MoeWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """`mlp` is a MoeWeights in the layers that `DecoderSizes.moe_layers` names."""
+    """`mlp` is a MoeWeights in the layers `DecoderSizes.moe_layers`, and a MlpWeights in others."""
 
     input_norm_H: Tensor
     attention: GqaWeights | MlaWeights
@@ -86,7 +86,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderWeights:
-    """Matrices and norms are of one type, the model's."""
+    """All matrices and norms have the model's dtype."""
 
     embedding_VH: Tensor
     layers: tuple[LayerWeights, ...]

@@ -1,5 +1,4 @@
-"""DeepSeek's checkpoints (V2, V3, V3.2) as a CUDA rank's decoder wants them: sizes, names,
-reading."""
+"""DeepSeek's checkpoints (V2, V3, V3.2) for a CUDA rank's decoder: sizes, tensor names, reading."""
 
 from __future__ import annotations
 

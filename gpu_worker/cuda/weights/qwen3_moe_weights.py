@@ -1,4 +1,4 @@
-"""Qwen3-MoE's checkpoints as a CUDA rank's decoder wants them: sizes, names, reading."""
+"""Qwen3-MoE's checkpoints for a CUDA rank's decoder: sizes, tensor names, reading."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from gpu_worker.cuda.weights.decoder_weights import (
 def random_weights(
     sizes: DecoderSizes, device: torch.device, dtype: torch.dtype, *, std: float = 0.02
 ) -> DecoderWeights:
-    """By torch's generator of the device. The embedding has unit variance, so that tokens differ
-    in which experts they choose."""
+    """Uses the device's default generator. The embedding has unit variance, so that tokens choose
+    different experts."""
     source = _Source(device, dtype, std)
     hidden = sizes.hidden_size
     return DecoderWeights(

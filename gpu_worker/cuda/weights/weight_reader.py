@@ -1,5 +1,5 @@
-"""Tensors of a checkpoint onto the device, through one pinned buffer: the host holds that and one
-tensor at most."""
+"""Reads tensors of a checkpoint to the device through one pinned buffer. The host holds that buffer
+and at most one tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGING_VALUES = 2**25
 
 
 class WeightReader:
-    """One thread. Each read raises CheckpointError."""
+    """For one thread. Each read raises CheckpointError."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class WeightReader:
         self._staging_N = pinned(staging_values, dtype, device)
 
     def read(self, *names: str) -> Tensor:
-        """In the model's type; several one below the other, along the first axis."""
+        """Tensors in the model's dtype, concatenated along the first axis."""
         shapes = [self._checkpoint.shape(name) for name in names]
         rows = [shape[0] for shape in shapes]
         out = torch.empty((sum(rows), *shapes[0][1:]), device=self._device, dtype=self._dtype)
@@ -38,7 +38,7 @@ class WeightReader:
         return out
 
     def read_exact(self, name: str) -> Tensor:
-        """In float32; for what is small."""
+        """A small tensor in float32."""
         return torch.from_numpy(self._checkpoint.read(name)).to(self._device)
 
     def _copy(self, name: str, out_N: Tensor) -> None:
@@ -56,7 +56,7 @@ class WeightReader:
 
 
 def copy_onto_host(checkpoint: Checkpoint, name: str, out_N: Tensor) -> None:
-    """Flat, in the type of `out_N`. Raises CheckpointError."""
+    """Reads a tensor, flat and in the dtype of `out_N`. Raises CheckpointError."""
     if out_N.dtype == torch.bfloat16 and checkpoint.stored_dtype(name) == "BF16":
         checkpoint.copy_bits(name, out_N.view(torch.uint16).numpy())
     else:
@@ -64,7 +64,7 @@ def copy_onto_host(checkpoint: Checkpoint, name: str, out_N: Tensor) -> None:
 
 
 def _on_host(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Flat, in a type that loses nothing."""
+    """The tensor, flat, in a dtype that loses nothing."""
     if checkpoint.stored_dtype(name) == "BF16":
         return torch.from_numpy(checkpoint.read_bits(name)).view(torch.bfloat16).view(-1)
     return torch.from_numpy(checkpoint.read(name)).view(-1)

@@ -1,6 +1,6 @@
-"""A block's content goes out of all caches and into another block of others, byte for byte, and
-touches nothing else. On the CPU: the class copies wherever the caches lie; what streams do to it is
-tested in `tests/gpu`."""
+"""A block's content is copied from all caches into another block of other caches, byte for byte,
+and nothing else changes. Runs on the CPU, because the class works on any device; `tests/gpu` tests
+it with streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def make_caches(
     forms: tuple[tuple[int, ...], ...], dtype: torch.dtype, *, num_blocks: int = 6, seed: int = 0
 ) -> list[Tensor]:
-    """Of three layers."""
+    """Caches of three layers."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(3, num_blocks, *form, generator=generator).to(dtype) for form in forms]
 
@@ -40,10 +40,10 @@ def test_contents_travel_to_other_blocks_and_touch_no_third(
     expected = [cache.clone() for cache in target]
     moves = {4: 0, 0: 7, 1: 8, 5: 3, 2: 4}
     saver, loader = open_cache(source), open_cache(target)
-    rooms = {block: saver.staging_buffer() for block in moves}
+    staging_buffers = {block: saver.staging_buffer() for block in moves}
     for block, other in moves.items():
-        assert saver.save(block, rooms[block])()
-        loader.load(other, rooms[block])
+        assert saver.save(block, staging_buffers[block])()
+        loader.load(other, staging_buffers[block])
         for cache, values in zip(expected, source, strict=True):
             cache[:, other] = values[:, block]
     for cache, wanted in zip(target, expected, strict=True):

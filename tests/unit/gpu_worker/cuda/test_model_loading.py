@@ -1,6 +1,5 @@
-"""A CUDA rank's shared weights are those of the checkpoint, in the decoder's layout; what such
-ranks are not built for is refused before a weight is read; and a machine without numba can do it
-all. On the CPU, without kernels."""
+"""A CUDA rank loads the shared weights of the checkpoint in the decoder's layout, and needs neither
+numba nor Triton for that. Runs on the CPU, without kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A process of its own that fills copies of experts in memory which it inherits:
-`python expert_cache_process.py FD FOLDER STUCK_AT`. It says on its standard output what it does;
-at the read of that number (0: never) it writes half an expert and stops there for good."""
+"""A process that fills copies of experts in memory that it inherits:
+`python expert_cache_process.py FD FOLDER STUCK_AT`. It prints what it does on its standard output.
+At read number STUCK_AT (0: never) it writes half an expert and hangs."""
 
 from __future__ import annotations
 

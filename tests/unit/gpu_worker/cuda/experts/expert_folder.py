@@ -1,4 +1,4 @@
-"""Checkpoints that hold experts and nothing else, and what their slots are to hold."""
+"""Checkpoints that hold only experts, and what slots should hold of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.expert_cache_memory import ExpertCacheMemory, create_memory
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
 HIDDEN, INNER = 8, 4
-PLACES_AT = 2 * 2**20
+ENTRIES_AT = 2 * 2**20
 
 
 def prefix_of(layer: int, expert: int) -> str:
@@ -57,15 +57,15 @@ def header_of(folder: Path, reader: ExpertReader) -> ExpertCacheHeader:
 
 
 def memory_for(num_experts: int) -> ExpertCacheMemory | None:
-    """Of so many: experts this small take a page each."""
+    """Memory for `num_experts` experts; experts this small take one page each."""
     if num_experts == 0:
         return None
-    num_bytes = PLACES_AT + num_experts * mmap.PAGESIZE
+    num_bytes = ENTRIES_AT + num_experts * mmap.PAGESIZE
     return ExpertCacheMemory(fd=create_memory(num_bytes), bytes_max=num_bytes)
 
 
 def damage(folder: Path, name: str) -> None:
-    """Turns one bit of a tensor."""
+    """Flips one bit of a tensor."""
     path = folder / SINGLE_FILE
     raw = bytearray(path.read_bytes())
     header_bytes = int(np.frombuffer(raw[:8], "<u8")[0])

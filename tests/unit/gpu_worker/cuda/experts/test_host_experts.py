@@ -1,6 +1,6 @@
-"""Copies of experts on the host are those of the checkpoint, as many as there is room for, and one
-set for all ranks: whoever lives fills them, nobody writes a whole one again. On the CPU: pinning is
-the device's."""
+"""The copies of experts on the host are those of the checkpoint, as many as fit, and all ranks
+share them: any live rank fills them, and no rank rewrites a complete copy. Runs on the CPU, where
+nothing is pinned."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_all(copies: HostExperts, folder: Path) -> None:
 def process_of(
     memory: ExpertCacheMemory, folder: Path, stuck_at: int = 0
 ) -> Iterator[subprocess.Popen[str]]:
-    """Killed when the block ends."""
+    """A process that is killed when the block ends."""
     with subprocess.Popen(
         [sys.executable, str(PROCESS), str(memory.fd), str(folder), str(stuck_at)],
         stdout=subprocess.PIPE,

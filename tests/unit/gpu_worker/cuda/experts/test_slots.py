@@ -1,5 +1,5 @@
-"""Slots hold what was loaded into them, and say so only when it is there. On the CPU: the class
-copies wherever its weights lie."""
+"""Slots hold what was loaded into them, and report it only once it is complete. Runs on the CPU,
+because the class works on any device."""
 
 from __future__ import annotations
 

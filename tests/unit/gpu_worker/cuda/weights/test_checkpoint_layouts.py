@@ -1,4 +1,5 @@
-"""A model that CUDA ranks do not serve is refused before a weight is read, with what to do."""
+"""A model that CUDA ranks do not serve is refused before a weight is read. The message says what to
+do."""
 
 from __future__ import annotations
 

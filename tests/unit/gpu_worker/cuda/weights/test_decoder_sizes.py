@@ -1,4 +1,4 @@
-"""What a step reads, by the sizes, is what the weights hold."""
+"""What a step reads according to the sizes is what the weights hold."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""DeepSeek's shared weights as a CUDA rank reads them are those of the checkpoint, in the decoder's
-layout. On the CPU, without kernels."""
+"""A CUDA rank reads DeepSeek's shared weights from the checkpoint into the decoder's layout. Runs
+on the CPU, without kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """V3, the first of three layers dense. Read-only."""
+    """V3; the first of three layers is dense. Read-only."""
     folder = tmp_path_factory.mktemp("checkpoints") / "v3"
     create_seeded_checkpoint(folder, family="deepseek_v3", **SIZES)
     return folder

@@ -1,5 +1,5 @@
-"""Tensors reach the device as they are stored, in the model's type, whether or not the pinned
-buffer has room for the whole. On the CPU."""
+"""Tensors reach the device as they are stored, in the model's dtype, whether or not they fit into
+the pinned buffer. Runs on the CPU."""
 
 from __future__ import annotations
 
