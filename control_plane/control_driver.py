@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from dataclasses import dataclass
 
 import structlog
@@ -104,6 +105,7 @@ class Driver:
             clock=clock,
             name=name,
             pid=os.getpid(),
+            host=socket.gethostname(),
             ttl_s=leader_ttl_s,
             on_change=self._notify_election_changed,
         )

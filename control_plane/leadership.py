@@ -40,6 +40,7 @@ class Leadership:
         clock: Clock,
         name: str,
         pid: int,
+        host: str,
         ttl_s: float,
         on_change: Callable[[], None],
     ) -> None:
@@ -49,6 +50,7 @@ class Leadership:
         self._clock = clock
         self._name = name
         self._pid = pid
+        self._host = host
         self._ttl_s = ttl_s
         self._on_change = on_change
         self._notified = asyncio.Event()
@@ -120,6 +122,7 @@ class Leadership:
             pid=self._pid,
             term=state.term + 1,
             since=self._clock.wall(),
+            host=self._host,
         )
         value, term = pack_record(record), pack_record(record.term)
         compare = [

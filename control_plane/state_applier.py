@@ -20,6 +20,7 @@ from shared.records import (
     unpack_map,
     unpack_record,
 )
+from shared.revisions import Revisions
 from shared.store import Snapshot, WatchEvent
 from shared.types import Member
 
@@ -99,7 +100,6 @@ class _Kind(NamedTuple):
 class _Entry(NamedTuple):
     kind: _Kind
     value: Any
-    mod_revision: int
 
 
 class _Update:
@@ -112,13 +112,13 @@ class _Update:
     def synced(self) -> None:
         self._changed["synced"] = True
 
-    def put(self, key: str, entry: _Entry) -> None:
+    def put(self, key: str, entry: _Entry, mod_revision: int) -> None:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field)[_index_of(key, entry.value)] = entry.value
         else:
             self._changed[entry.kind.field] = entry.value
-            self._table("revisions")[key] = entry.mod_revision
+            self._table("revisions")[key] = mod_revision
 
     def remove(self, key: str, entry: _Entry) -> None:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
@@ -143,10 +143,14 @@ class StateApplier:
 
     One watch event copies only the table that it changes: when a rank dies, every peer writes a
     suspicion, and each of them arrives as an event of its own.
+
+    The watch, reads after writes of unknown outcome and the results of own transactions arrive in
+    any order: `Revisions` says which of it is news.
     """
 
     def __init__(self, keys: Keys) -> None:
         self.state = ClusterState(keys=keys)
+        self._revisions = Revisions()
         self._entries: dict[str, _Entry] = {}
         self._kinds = (
             _Kind(keys.spec, "spec", lambda b: unpack_record(b, InstanceSpec)),
@@ -161,46 +165,30 @@ class StateApplier:
         )
 
     def apply(self, item: Snapshot | WatchEvent) -> list[StateChange]:
-        """Replaces `state`, and returns what changed. Idempotent: an event that is known already,
-        or older than what is known, changes nothing."""
+        """Replaces `state`, and returns what changed. Idempotent: what is known already, or older
+        than what is known, changes nothing. A Snapshot must be of all keys of the instance."""
         update = _Update(self.state)
-        if isinstance(item, WatchEvent):
-            changes = self._apply(update, item.key, item.value, item.mod_revision)
-        else:
-            changes = self._apply_snapshot(update, item)
+        if isinstance(item, Snapshot):
+            update.synced()
+        changes: list[StateChange] = []
+        for event in self._revisions.admit(item):
+            changes += self._apply(update, event)
         self.state = update.result()
         return changes
 
-    def _apply_snapshot(self, update: _Update, snapshot: Snapshot) -> list[StateChange]:
-        update.synced()
-        changes: list[StateChange] = []
-        present_keys = {kv.key for kv in snapshot.values}
-        for key in [k for k in self._entries if k not in present_keys]:
-            changes += self._apply(update, key, None, snapshot.revision)
-        for kv in snapshot.values:
-            known = self._entries.get(kv.key)
-            if known is not None and known.mod_revision > kv.mod_revision <= snapshot.revision:
-                update.remove(kv.key, self._entries.pop(kv.key))  # etcd lost data, counts anew
-            changes += self._apply(update, kv.key, kv.value, kv.mod_revision)
-        return changes
-
-    def _apply(
-        self, update: _Update, key: str, data: bytes | None, mod_revision: int
-    ) -> list[StateChange]:
-        known = self._entries.get(key)
-        if known is not None and mod_revision <= known.mod_revision:
-            return []
-        if data is None:
+    def _apply(self, update: _Update, event: WatchEvent) -> list[StateChange]:
+        key = event.key
+        if event.value is None:
             return self._remove(update, key)
         kind = next((kind for kind in self._kinds if kind.holds(key)), None)
         if kind is None:
             return []
         try:
-            value = kind.decode(data)
+            value = kind.decode(event.value)
         except WireError as error:
             return [MalformedValue(key=key, error=str(error))]
-        entry = self._entries[key] = _Entry(kind, value, mod_revision)
-        update.put(key, entry)
+        entry = self._entries[key] = _Entry(kind, value)
+        update.put(key, entry, event.mod_revision)
         return _changes_of_put(value)
 
     def _remove(self, update: _Update, key: str) -> list[StateChange]:

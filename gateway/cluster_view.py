@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from shared.changes import changes
 from shared.codec import unpack
 from shared.errors import WireError
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import InstanceSpec, RankRecord, unpack_map
-from shared.store import Snapshot, Store, WatchEvent
+from shared.store import Store, WatchEvent
 from shared.types import Epoch, Member
 
 log = structlog.get_logger()
@@ -62,12 +63,6 @@ class ClusterView:
             return self
         return replace(self, ranks={k: v for k, v in self.ranks.items() if k != key})
 
-    def with_snapshot(self, keys: Keys, snapshot: Snapshot) -> ClusterView:
-        view = replace(self, ranks={})
-        for item in snapshot.values:
-            view = _with_valid(view, keys, item.key, item.value)
-        return view
-
 
 class ClusterWatch:
     """Follows etcd and passes every new view to the listeners, in their order."""
@@ -81,20 +76,20 @@ class ClusterWatch:
         self._view = ClusterView()
 
     async def run(self) -> None:
-        async for seen in self._store.watch(self._keys.serving):
-            view = self._after(seen)
+        async for seen in changes(self._store, self._keys.serving):
+            view = self._view
+            for event in seen.events:
+                view = self._after(view, event)
             if view is self._view:
                 continue
             self._view = view
             for listener in self._listeners:
                 listener(view)
 
-    def _after(self, seen: Snapshot | WatchEvent) -> ClusterView:
-        if isinstance(seen, Snapshot):
-            return self._view.with_snapshot(self._keys, seen)
-        if seen.value is None:
-            return self._view.without(seen.key)
-        return _with_valid(self._view, self._keys, seen.key, seen.value)
+    def _after(self, view: ClusterView, event: WatchEvent) -> ClusterView:
+        if event.value is None:
+            return view.without(event.key)
+        return _with_valid(view, self._keys, event.key, event.value)
 
 
 def _with_valid(view: ClusterView, keys: Keys, key: str, value: bytes) -> ClusterView:

@@ -25,13 +25,14 @@ from node_agent.rank_supervisor import (
     SupervisorAction,
     Terminate,
 )
+from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Verdict, unpack_record
-from shared.store import Snapshot, Store
+from shared.store import Store
 from shared.types import Member, RankId
 
 log = structlog.get_logger()
@@ -147,11 +148,10 @@ class AgentDriver:
                 await self.store.revoke_lease(record.lease_id)
 
     async def _watch_verdicts(self) -> None:
-        async for seen in self.store.watch(self.keys.verdicts):
-            values = seen.values if isinstance(seen, Snapshot) else (seen,)
-            for each in values:
-                if each.value is not None:
-                    verdict = unpack_record(each.value, Verdict)
+        async for seen in changes(self.store, self.keys.verdicts):
+            for event in seen.events:
+                if event.value is not None:
+                    verdict = unpack_record(event.value, Verdict)
                     self._perform(
                         self.supervisor.on_declared_dead(verdict.member, self.clock.now())
                     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from node_agent.exit_detection import Dying, StatFile
 from node_agent.rank_supervisor import RunningRank
+from shared.logs import open_log
 from shared.types import Incarnation, Member, NodeId, RankId
 
 _MODULE = "gpu_worker"
@@ -129,7 +130,7 @@ def spawn(
     terminal's Ctrl-C reaches only the agent's parent, which stops everything in order. Raises
     OSError."""
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
+        log = stack.enter_context(open_log(log_path)) if log_path is not None else None
         child = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ from pathlib import Path
 from shared.clock import Clock, SystemClock
 from shared.errors import ConfigError, StoreUnavailable
 from shared.etcd_store import EtcdStore
+from shared.logs import open_log
 
 _HOST = "127.0.0.1"
 _START_ATTEMPTS = 3
@@ -32,6 +33,7 @@ class EmbeddedEtcd:
         self._client_port = 0
         self._peer_port = 0
         self._process: asyncio.subprocess.Process | None = None
+        self._has_served = False
 
     @property
     def endpoint(self) -> str:
@@ -51,7 +53,7 @@ class EmbeddedEtcd:
         self, *, timeout_s: float = 15.0, on_progress: Callable[[str], None] = lambda _: None
     ) -> None:
         """Returns once etcd serves. Raises StoreUnavailable with etcd's last log line if it does
-        not, and ConfigError if the binary is missing."""
+        not, OSError if the host cannot start it, and ConfigError if the binary is missing."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
         on_progress("starting etcd")
         for attempt in range(_START_ATTEMPTS):
@@ -63,10 +65,12 @@ class EmbeddedEtcd:
                 await self._wait_until_healthy(timeout_s, on_progress)
             except StoreUnavailable as error:
                 await self.stop()
-                if "address already in use" not in str(error) or attempt == _START_ATTEMPTS - 1:
+                is_taken = "address already in use" in str(error)
+                if self._has_served or not is_taken or attempt == _START_ATTEMPTS - 1:
                     raise
                 self._client_port = 0
             else:
+                self._has_served = True
                 on_progress(f"etcd serves at {self.endpoint}")
                 return
 
@@ -92,7 +96,7 @@ class EmbeddedEtcd:
             await self._process.wait()
 
     async def _spawn(self) -> None:
-        with self.log_path.open("ab") as log:
+        with open_log(self.log_path) as log:
             self._process = await asyncio.create_subprocess_exec(
                 str(_binary()),
                 *self._flags(),
@@ -142,7 +146,10 @@ class EmbeddedEtcd:
             await store.close()
 
     def _last_log_error(self) -> str:
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
         for line in reversed(lines):
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)

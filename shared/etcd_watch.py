@@ -1,15 +1,15 @@
 """One watch on an etcd prefix: a thread that loses no event, and its bounded queue to the event
 loop.
 
-Theory of operation. The thread reads the prefix (a Snapshot at revision r), watches from r+1, and
+Theory of operation. The thread reads the prefix (a Snapshot at revision r), watches from r, and
 remembers the revision up to which it has delivered everything. If the stream fails (etcd restarts,
-its leader changes, the connection breaks), the thread watches again from the revision after that,
-and etcd replays what was missed. If etcd has compacted that revision away, or came back with older
-data, the thread reads the prefix again and delivers a new Snapshot.
+its leader changes, the connection breaks), the thread watches again from that revision, and etcd
+replays what was missed. If etcd has compacted what came after it, or came back with older data, the
+thread reads the prefix again and delivers a new Snapshot. `watch_position` decides all that.
 
     state     | what happens        | next
     ----------+---------------------+------------------------------------
-    snapshot  | range answered      | watching, from its revision + 1
+    snapshot  | range answered      | watching, from its revision
     snapshot  | error               | snapshot, after a jittered backoff
     watching  | events              | watching; deliver, remember revision
     watching  | compacted, or older | snapshot
@@ -34,6 +34,7 @@ import grpc
 
 from shared.etcd_client import EtcdClient, watch_request
 from shared.store import Snapshot, WatchEvent
+from shared.watch_position import WatchPosition
 
 _BATCHES_MAX = 256
 _BACKOFF_S = (0.1, 0.5)
@@ -90,7 +91,7 @@ class EtcdWatch:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._call: Any = None
-        self._revision: int | None = None  # everything up to it is delivered
+        self._position = WatchPosition()
         self._thread = threading.Thread(target=self._run, name=f"etcd-watch {prefix}", daemon=True)
         self._thread.start()
 
@@ -110,48 +111,45 @@ class EtcdWatch:
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
-                if self._revision is None:
-                    self._revision = self._read_snapshot()
-                self._stream_events(self._revision)
+                if self._position.revision is None:
+                    self._read_snapshot()
+                else:
+                    self._stream_events(self._position.revision)
             except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
                 self._stopped.wait(random.uniform(*_BACKOFF_S))
         self._handover.end()
 
-    def _read_snapshot(self) -> int:
+    def _read_snapshot(self) -> None:
         snapshot = self._client.get_prefix_blocking(self._prefix)
-        self._handover.offer([snapshot], self._stopped)
-        return snapshot.revision
+        self._handover.offer([self._position.on_snapshot(snapshot)], self._stopped)
 
     def _stream_events(self, revision: int) -> None:
-        """Returns or raises when the stream has ended. `_revision` then says how to go on."""
+        """Returns or raises when the stream has ended. `_position` then says how to go on."""
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        requests.put(watch_request(self._prefix, revision + 1))
+        requests.put(watch_request(self._prefix, revision))
         call = self._client.watch_stub.Watch(iter(requests.get, None), metadata=_REQUIRE_LEADER)
         with self._lock:
             self._call = call
         try:
             if not self._stopped.is_set():
-                self._deliver(call, revision)
+                self._deliver(call)
         finally:
             call.cancel()
             requests.put(None)  # ends the thread in which gRPC reads the requests
 
-    def _deliver(self, responses: Iterator[Any], revision: int) -> None:
+    def _deliver(self, responses: Iterator[Any]) -> None:
+        position = self._position
         for response in responses:
-            if response.compact_revision or _is_older(response, revision):
-                self._revision = None
+            if response.compact_revision:
+                position.on_compacted()
+                return
+            if response.created and not position.on_created(response.header.revision):
                 return
             if response.canceled:
                 break
-            if response.events:
-                self._handover.offer([_event(e) for e in response.events], self._stopped)
-                self._revision = revision = response.events[-1].kv.mod_revision
+            if news := position.on_events(_event(e) for e in response.events):
+                self._handover.offer(list(news), self._stopped)
         self._stopped.wait(random.uniform(*_BACKOFF_S))
-
-
-def _is_older(response: Any, revision: int) -> bool:
-    """Whether etcd came back with older data than it had told us: its data was lost or replaced."""
-    return bool(response.created and response.header.revision < revision)
 
 
 def _event(event: Any) -> WatchEvent:

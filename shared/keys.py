@@ -35,6 +35,11 @@ class Keys:
         return self.root + "leader"
 
     @property
+    def owner(self) -> str:
+        """OwnerRecord under the lease of the `starfish up` that runs the instance."""
+        return self.root + "owner"
+
+    @property
     def term(self) -> str:
         """int: the number of elections so far, written together with the leader key. No lease."""
         return self.root + "term"

@@ -1,11 +1,47 @@
-"""structlog, set up once per process: events with fields, to stderr."""
+"""structlog, set up once per process: events with fields, to stderr. A disk without space costs
+lines, never a process."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
+from typing import IO, TextIO
 
 import structlog
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """To append to. Nothing is kept if the file cannot be opened."""
+    try:
+        return path.open("ab")
+    except OSError:
+        return open(os.devnull, "ab")
+
+
+class TolerantStream:
+    """Drops what cannot be written, and says so once writing works again."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._has_lost = False
+
+    def write(self, text: str) -> int:
+        try:
+            if self._has_lost:
+                self._stream.write("log lines were lost: they could not be written\n")
+                self._has_lost = False
+            return self._stream.write(text)
+        except OSError:
+            self._has_lost = True
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._has_lost = True
 
 
 def configure_logs(
@@ -29,7 +65,7 @@ def configure_logs(
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
         ),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(TolerantStream(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service, **context)

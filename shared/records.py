@@ -171,6 +171,21 @@ class LeaderRecord:
     pid: int
     term: int  # grows with every election
     since: float  # Unix seconds
+    host: str = ""  # on which `pid` is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerRecord:
+    """The `starfish up` that runs the instance. `pid` and `started_ticks` name a process within
+    `pid_namespace` on `host`."""
+
+    run: str  # in the environment of all its processes as STARFISH_RUN
+    host: str
+    pid: int
+    pid_namespace: str
+    started_ticks: int
+    url: str
+    since: float  # Unix seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

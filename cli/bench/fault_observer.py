@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from cli.observe.instance_view import InstanceView, decode_value
 from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
+from shared.changes import changes
 from shared.errors import Unavailable
 from shared.etcd_store import EtcdStore, connect_store
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import RankRecord, Verdict
-from shared.store import WatchEvent
 from shared.types import Epoch, Member
 from shared.wire import Adoption
 
@@ -128,14 +128,17 @@ class FaultObserver:
         ]
 
     async def _follow(self) -> None:
-        async for item in self._store.watch(self._keys.root):
-            if not isinstance(item, WatchEvent) or item.value is None:
-                continue
-            match decode_value(self._keys, item.key, item.value):
-                case Verdict() as verdict:
-                    self._verdicts[verdict.member] = verdict
-                case ExpertMap() as expert_map:
-                    self._maps[expert_map.epoch] = expert_map
+        async for seen in changes(self._store, self._keys.root):
+            for event in seen.events:
+                if event.value is not None:
+                    self._on_value(event.key, event.value)
+
+    def _on_value(self, key: str, value: bytes) -> None:
+        match decode_value(self._keys, key, value):
+            case Verdict() as verdict:
+                self._verdicts[verdict.member] = verdict
+            case ExpertMap() as expert_map:
+                self._maps[expert_map.epoch] = expert_map
 
 
 def _ms(start: float | None, end: float | None) -> float | None:

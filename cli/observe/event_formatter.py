@@ -1,8 +1,8 @@
-"""Turns each change in etcd into one line. Pure: items of a watch in, lines out."""
+"""Turns each change in etcd into one line. Pure: events in, lines out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from shared.records import (
     Suspicion,
     Verdict,
 )
-from shared.store import Snapshot, WatchEvent
+from shared.store import WatchEvent
 from shared.types import EMPTY_SLOT
 
 
@@ -40,16 +40,10 @@ class EventFormatter:
         self._keys = keys
         self._known: dict[str, Record] = {}
 
-    def lines(self, item: Snapshot | WatchEvent) -> Iterator[EventLine]:
-        if isinstance(item, WatchEvent):
-            yield from self._change(item.key, item.value)
-            return
-        values = {kv.key: kv.value for kv in item.values}
-        for key in sorted(set(self._known) - set(values)):
-            yield from self._change(key, None)
-        for key, value in values.items():
-            if decode_value(self._keys, key, value) != self._known.get(key):
-                yield from self._change(key, value)
+    def lines(self, events: Iterable[WatchEvent]) -> Iterator[EventLine]:
+        """`events` are changes that were not shown before."""
+        for event in events:
+            yield from self._change(event.key, event.value)
 
     def _change(self, key: str, value: bytes | None) -> Iterator[EventLine]:
         old = self._known.pop(key, None)

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from cli.observe.event_formatter import EventFormatter, EventLine
 from cli.run_dir import Target
+from shared.changes import changes
 from shared.clock import Clock
 from shared.etcd_store import connect_store
 from shared.keys import Keys
@@ -20,8 +21,8 @@ async def watch_instance(target: Target, *, as_json: bool, clock: Clock) -> int:
     formatter = EventFormatter(keys)
     store = await connect_store(target.etcd.split(","))
     try:
-        async for item in store.watch(keys.root):
-            for line in formatter.lines(item):
+        async for seen in changes(store, keys.root):
+            for line in formatter.lines(seen.events):
                 try:
                     print(_format(line, clock.wall(), as_json), flush=True)
                 except BrokenPipeError:  # `starfish watch | head`

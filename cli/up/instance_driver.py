@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,18 +19,21 @@ from cli.up import services
 from cli.up.cleanup_watchdog_process import CleanupWatchdog
 from cli.up.demo import stream_demo
 from cli.up.device import DevicePlan, count_gpus, num_visible_gpus, plan_device
+from cli.up.instance_claim import InstanceClaim, owner_record
+from cli.up.leader_lease import revoke_leader_lease
 from cli.up.leftovers import kill_leftovers
 from cli.up.model import check_model, run_model_tool, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.options import UpOptions
 from cli.up.readiness import wait_for_map, wait_until_healthy
+from cli.up.restart_backoff import RestartBackoff
 from cli.up.run_folder import RunFolder
 from cli.up.stages import Stages
 from cli.up.supervisor import Supervisor
 from shared.clock import Clock, SystemClock
 from shared.embedded_etcd import EmbeddedEtcd
-from shared.errors import ConfigError, Unavailable
-from shared.etcd_store import connect_store
+from shared.errors import ConfigError, StoreUnavailable, Unavailable
+from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 
 
@@ -99,12 +103,21 @@ class InstanceDriver:
         self._clock = clock
         self._stages = Stages(console, clock)
         self._keys = Keys(options.instance)
-        self._supervisor = Supervisor(folder.log_dir, clock, self._stages.warn)
+        self._owner = owner_record(clock, self._url)
+        self._supervisor = Supervisor(
+            folder.log_dir,
+            clock,
+            run=self._owner.run,
+            warn=self._stages.warn,
+            revoke_leadership=self._revoke_leadership,
+        )
         self._cleanup_watchdog = CleanupWatchdog(
             self._supervisor.lifeline_fd, folder.path if folder.is_default else None
         )
         self._etcd: EmbeddedEtcd | None = None  # None: the instance uses an etcd that runs already
         self._mps: CudaMps | None = None
+        self._store: EtcdStore | None = None
+        self._claim: InstanceClaim | None = None
         self._endpoint = ""
         self._services: list[services.Service] = []
         self.is_serving = False
@@ -121,8 +134,9 @@ class InstanceDriver:
                 device = await self._device()
                 model = await self._model(device)
                 await self._start_etcd()
-                await self._start_services(model)
-                await self._wait_until_serving()
+                async with (await self._claim_instance()).held():
+                    await self._start_services(model)
+                    await self._wait_until_serving()
         except TimeoutError:
             raise Unavailable(
                 f"the instance did not serve within {options.timeout_s:.0f} s; "
@@ -145,7 +159,8 @@ class InstanceDriver:
 
     async def serve(self) -> None:
         """Restarts whatever crashes, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        assert self._claim is not None, "`start` comes first"
+        async with self._claim.held(), asyncio.TaskGroup() as tasks:
             for service in self._services:
                 tasks.create_task(self._supervisor.supervise(service))
             if self._etcd is not None:
@@ -156,8 +171,11 @@ class InstanceDriver:
         self._console.print("stopping …", highlight=False)
         for service in reversed(self._services):
             await self._supervisor.stop(service)
-        if self._endpoint:
-            kill_leftovers(self._endpoint, self._options.instance)
+        kill_leftovers(self._owner.run)
+        if self._claim is not None:
+            await self._claim.release()
+        if self._store is not None:
+            await self._store.close()
         if self._etcd is not None:
             await self._etcd.stop()
         if self._mps is not None:
@@ -169,8 +187,7 @@ class InstanceDriver:
     def kill_now(self) -> None:
         """Kills without waiting. When this process ends, the lifeline ends and stops the rest."""
         self._supervisor.kill_all()
-        if self._endpoint:
-            kill_leftovers(self._endpoint, self._options.instance)
+        kill_leftovers(self._owner.run)
 
     async def _device(self) -> DevicePlan:
         options = self._options
@@ -203,15 +220,26 @@ class InstanceDriver:
         with self._stages.stage("etcd") as stage:
             if options.etcd:
                 self._endpoint = options.etcd
-                store = await connect_store(options.etcd.split(","))
-                await store.close()
+                self._store = await connect_store(options.etcd.split(","))
                 stage.result = f"using the one at {options.etcd}"
             else:
                 self._etcd = EmbeddedEtcd(options.run_dir / "etcd", clock=self._clock)
                 await self._etcd.start(on_progress=stage.update)
                 self._endpoint = self._etcd.endpoint
+                self._store = await connect_store([self._endpoint])
                 stage.result = f"embedded, at {self._endpoint}"
         await self._start_cleanup_watchdog()
+
+    async def _claim_instance(self) -> InstanceClaim:
+        """Raises ConfigError if another `starfish up` has it."""
+        assert self._store is not None, "etcd comes first"
+        claim = InstanceClaim(self._store, self._keys, self._owner, self._stages.warn)
+        await claim.take()
+        self._claim = claim
+        return claim
+
+    async def _revoke_leadership(self, pid: int) -> bool:
+        return self._store is not None and await revoke_leader_lease(self._store, self._keys, pid)
 
     async def _start_services(self, model: Path) -> None:
         options, endpoint = self._options, self._endpoint
@@ -260,8 +288,27 @@ class InstanceDriver:
         while True:
             code = await etcd.wait()
             self._stages.warn(f"etcd exited (code {code}); serving continues, restarting it")
-            await etcd.start()
+            await self._restart_etcd(etcd)
+
+    async def _restart_etcd(self, etcd: EmbeddedEtcd) -> None:
+        """Tries for as long as it takes: the disk may be full, or the host short of memory. Ranks
+        and gateways go on with what they know."""
+        backoff, told = RestartBackoff(), ""
+        while True:
+            try:
+                await etcd.start()
+            except (StoreUnavailable, OSError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    self._stages.warn(f"etcd does not start; serving continues: {error}")
+                await asyncio.sleep(backoff.on_exit(0.0, led=False) * random.uniform(1.0, 1.5))
+            else:
+                break
+        self._stages.warn("etcd serves again")
+        try:
             await self._start_cleanup_watchdog()
+        except OSError as error:
+            self._stages.warn(f"nobody ends etcd if this process is killed: {error.strerror}")
 
     async def _start_cleanup_watchdog(self) -> None:
         """For the daemons, which do not hold the lifeline."""

@@ -1,17 +1,18 @@
-"""Finds remaining processes of one instance on this host by their command lines, so that a quick
-stop leaves none behind."""
+"""Finds remaining processes of one `starfish up` on this host by its mark in their environment, so
+that a quick stop leaves none behind, and harms nobody else's."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 from pathlib import Path
 
+RUN_VARIABLE = "STARFISH_RUN"
 
-def kill_leftovers(etcd: str, instance: str) -> int:
-    """Sends SIGKILL to every process of this user's that names this etcd and instance, stopped ones
+
+def kill_leftovers(run: str) -> int:
+    """Sends SIGKILL to every service process that inherited RUN_VARIABLE=`run`, stopped ones
     included. Returns how many there were."""
     killed = 0
     for entry in Path("/proc").iterdir():
@@ -20,7 +21,7 @@ def kill_leftovers(etcd: str, instance: str) -> int:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(int(entry.name))
             try:
-                if _is_ours(entry, etcd, instance):
+                if _is_ours(entry, run):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     killed += 1
             finally:
@@ -28,11 +29,10 @@ def kill_leftovers(etcd: str, instance: str) -> int:
     return killed
 
 
-def _is_ours(entry: Path, etcd: str, instance: str) -> bool:
+def _is_ours(entry: Path, run: str) -> bool:
     if entry.stat().st_uid != os.geteuid():
         return False
     arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
     if not {"gpu_worker", "node_agent", "control_plane", "gateway"} & set(arguments[2:3]):
         return False
-    flags = dict(itertools.pairwise(arguments))
-    return flags.get("--etcd") == etcd and flags.get("--instance") == instance
+    return f"{RUN_VARIABLE}={run}".encode() in (entry / "environ").read_bytes().split(b"\0")

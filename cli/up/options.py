@@ -54,7 +54,7 @@ class UpOptions:
         str | None,
         typer.Option(help="Use the etcd at HOST:PORT[,…] instead of starting an embedded one."),
     ] = None
-    control_planes: Annotated[int, typer.Option(help="1, or 2 to have one on standby.")] = 1
+    control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
     chosen_run_dir: RunDirFlag = None
     demo: Annotated[bool, typer.Option(help="Stream one completion after the start.")] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -59,4 +59,6 @@ class Stages:
         )
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]![/] {escape(text)}", highlight=False)
+        """Serving goes on even if nobody can read it: the output may be a file on a full disk."""
+        with suppress(OSError):
+            self.console.print(f"[yellow]![/] {escape(text)}", highlight=False)

@@ -8,16 +8,17 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from cli.up.leftovers import RUN_VARIABLE
+from cli.up.restart_backoff import RestartBackoff
 from cli.up.services import Service
 from shared.clock import Clock
 from shared.errors import Unavailable
+from shared.logs import open_log
 
-_BACKOFF_FIRST_S = 0.2
-_BACKOFF_MAX_S = 10.0
-_HEALTHY_AFTER_S = 20.0
+_JITTER = (1.0, 1.5)
 _LOG_TAIL_BYTES = 64 << 10
 
 
@@ -25,10 +26,22 @@ class Supervisor:
     """The lifeline is a pipe whose write end only this process holds, and to which it never writes.
     However this process ends, the pipe then ends too, and every child stops by itself."""
 
-    def __init__(self, log_dir: Path, clock: Clock, on_restart: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        clock: Clock,
+        *,
+        run: str,
+        warn: Callable[[str], None],
+        revoke_leadership: Callable[[int], Awaitable[bool]],
+    ) -> None:
+        """`run` marks all children, and theirs. `revoke_leadership` is called with the pid of a
+        child that has exited, and returns whether that was the leader."""
         self.log_dir = log_dir
         self._clock = clock
-        self._on_restart = on_restart
+        self._run = run
+        self._warn = warn
+        self._revoke_leadership = revoke_leadership
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._stopping = False
@@ -38,7 +51,8 @@ class Supervisor:
         return self._lifeline_read
 
     async def start(self, service: Service) -> None:
-        with (self.log_dir / f"{service.name}.log").open("ab") as log:
+        """Raises OSError."""
+        with open_log(self.log_dir / f"{service.name}.log") as log:
             self._children[service.name] = await asyncio.create_subprocess_exec(
                 *service.command(self._lifeline_read),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -46,7 +60,7 @@ class Supervisor:
                 stderr=log,
                 pass_fds=[self._lifeline_read],
                 start_new_session=True,  # Ctrl-C reaches only us, and we stop them in order
-                env=os.environ | service.environment,
+                env=os.environ | service.environment | {RUN_VARIABLE: self._run},
             )
 
     def has_exited(self, service: Service) -> bool:
@@ -54,21 +68,31 @@ class Supervisor:
 
     async def supervise(self, service: Service) -> None:
         """Restarts the service whenever it exits, until `stop`."""
-        backoff_s = _BACKOFF_FIRST_S
+        backoff = RestartBackoff()
         while not self._stopping:
             started_at = self._clock.now()
-            await self._children[service.name].wait()
+            child = self._children[service.name]
+            await child.wait()
+            lived_s = self._clock.now() - started_at
+            led = await self._revoke_leadership(child.pid)
             if self._stopping:
                 return
-            if self._clock.now() - started_at > _HEALTHY_AFTER_S:
-                backoff_s = _BACKOFF_FIRST_S
-            self._on_restart(
-                f"{service.name} exited ({self.exit_message(service.name)}); restarting it"
-            )
-            await asyncio.sleep(backoff_s * random.uniform(1.0, 1.5))
-            backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
-            if not self._stopping:
+            self._warn(f"{service.name} exited ({self.exit_message(service.name)}); restarting it")
+            await self._restart(service, backoff, backoff.on_exit(lived_s, led=led))
+
+    async def _restart(self, service: Service, backoff: RestartBackoff, wait_s: float) -> None:
+        """Tries again for as long as the host cannot start a process, until `stop`."""
+        while True:
+            await asyncio.sleep(wait_s * random.uniform(*_JITTER))
+            if self._stopping:
+                return
+            try:
                 await self.start(service)
+            except OSError as error:
+                self._warn(f"{service.name} cannot be started ({error.strerror}); trying again")
+                wait_s = backoff.on_exit(0.0, led=False)
+            else:
+                return
 
     def require_alive(self, service: Service) -> None:
         """Raises Unavailable with the child's own message if it has exited."""

@@ -27,6 +27,7 @@ from gpu_worker.membership.rank_membership import (
     RankMembership,
     SuspectPeer,
 )
+from shared.changes import changes
 from shared.clock import Clock
 from shared.codec import pack, unpack
 from shared.errors import CheckpointError, WireError
@@ -34,7 +35,7 @@ from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
-from shared.store import Snapshot, Store, WatchEvent
+from shared.store import Store, WatchEvent
 from shared.types import Epoch, Member, Step, SuspicionReason
 from shared.wire import GraphBarrierUpdate
 
@@ -88,6 +89,7 @@ class MembershipDriver:
         self._leave = leave
         self._tasks = tasks
         self._suspicion_interval_s = suspicion_interval_s
+        self._is_registered = False  # etcd holds the own record, as far as the watch has shown
         self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
         self._links = LinkKeeper(
             member=membership.record.member,
@@ -134,11 +136,11 @@ class MembershipDriver:
 
     async def _watch(self) -> None:
         """Follows everything of the instance. Never returns."""
-        async for seen in self._store.watch(self._keys.serving):
-            if isinstance(seen, Snapshot):
-                self._on_snapshot(seen)
-            else:
-                self._on_event(seen)
+        async for seen in changes(self._store, self._keys.serving):
+            for event in seen.events:
+                self._on_event(event)
+            if seen.synced and not self._is_registered:
+                self._leased.recheck_lease()
 
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may
@@ -236,23 +238,13 @@ class MembershipDriver:
         by = f"rank-{self._membership.record.member}"
         return self._keys.suspicion(peer.rank, peer.incarnation, by)
 
-    def _on_snapshot(self, snapshot: Snapshot) -> None:
-        present = set()
-        for item in snapshot.values:
-            self._on_value(item.key, item.value)
-            if item.key.startswith(self._keys.ranks):
-                present.add(item.key)
-        if self._own_key not in present:
-            self._leased.recheck_lease()
-        for peer in self._membership.peers:
-            if self._keys.rank(peer.rank, peer.incarnation) not in present:
-                self._perform(self._membership.on_peer_gone(peer.member))
-
     def _on_event(self, event: WatchEvent) -> None:
+        if event.key == self._own_key:
+            self._is_registered = event.value is not None
+            if event.value is None:
+                self._leased.recheck_lease()
         if event.value is not None:
             self._on_value(event.key, event.value)
-        elif event.key == self._own_key:
-            self._leased.recheck_lease()
         elif event.key.startswith(self._keys.ranks):
             for peer in self._membership.peers:
                 if self._keys.rank(peer.rank, peer.incarnation) == event.key:

@@ -18,6 +18,9 @@ import pytest
 
 from cli.run_dir import read_state
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from shared.etcd_store import EtcdStore, connect_store
+from shared.keys import Keys
+from shared.records import LeaderRecord, unpack_record
 from tests.support.cluster import free_port
 
 pytestmark = pytest.mark.timeout(240)
@@ -210,6 +213,97 @@ async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) ->
     async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
         while not await serves():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode == 0
+    await gone(run_dir)
+
+
+async def test_only_one_instance_of_a_name_on_an_etcd(
+    run_dir: Path, model: Path, tmp_path: Path, etcd: str
+) -> None:
+    """A second run from another folder is refused, and interrupting it harms nobody."""
+    flags = ("--model", str(model), "--etcd", etcd)
+    process = await up(run_dir, free_port(), *flags)
+    await started(process, run_dir)
+    before = sorted(line.split()[0] for line in processes_of(run_dir))
+    other = ("--run-dir", str(tmp_path / "other"), "--instance", run_dir.name)
+    second = await starfish("up", "--no-demo", "--port", str(free_port()), *flags, *other)
+    _, err = await second.communicate()
+    assert second.returncode == 1
+    assert f"pid {process.pid} on" in err.decode()
+    third = await starfish("up", "--no-demo", "--port", str(free_port()), *flags, *other)
+    await asyncio.sleep(0.5)
+    third.send_signal(signal.SIGINT)
+    await third.communicate()
+    assert sorted(line.split()[0] for line in processes_of(run_dir)) == before
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode == 0
+    await gone(run_dir)
+
+
+async def answers(port: int) -> bool:
+    """Whether a completion comes to its end."""
+    body = {"model": "model", "prompt": "Hello", "max_tokens": 4}
+    async with aiohttp.ClientSession() as http:
+        models = await (await http.get(f"http://127.0.0.1:{port}/v1/models")).json()
+        body["model"] = models["data"][0]["id"]
+        async with http.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
+            return response.status == 200 and bool((await response.json())["choices"])
+
+
+async def leader_of(store: EtcdStore, keys: Keys) -> LeaderRecord | None:
+    found = await store.get(keys.leader)
+    return unpack_record(found.value, LeaderRecord) if found else None
+
+
+async def test_a_killed_leader_is_succeeded_before_its_lease_would_expire(
+    run_dir: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STARFISH_CONTROL_PLANE_LEADER_TTL_S", "60")
+    process = await up(run_dir, free_port(), "--model", str(model))
+    await started(process, run_dir)
+    state = read_state(run_dir)
+    assert state is not None
+    keys, store = Keys(run_dir.name), await connect_store([state.etcd])
+    first = await leader_of(store, keys)
+    assert first is not None
+    (victim,) = [line for line in processes_of(run_dir) if "gpu_worker --rank 1 " in line]
+    os.kill(first.pid, signal.SIGKILL)
+    os.kill(int(victim.split()[0]), signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while await leader_of(store, keys) in (None, first):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while not (await store.get_prefix(keys.verdicts)).values:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await store.close()
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    await gone(run_dir)
+
+
+async def test_an_etcd_that_cannot_restart_does_not_stop_serving(
+    run_dir: Path, model: Path
+) -> None:
+    port = free_port()
+    process = await up(run_dir, port, "--model", str(model))
+    await started(process, run_dir)
+    (etcd,) = [line for line in processes_of(run_dir) if "/etcdbin/etcd " in line]
+    data, kept = run_dir / "etcd" / "data", run_dir / "etcd" / "kept"
+    data.rename(kept)
+    data.write_text("no folder")  # as good as a disk that is full: etcd exits at every start
+    os.kill(int(etcd.split()[0]), signal.SIGKILL)
+    assert process.stdout is not None
+    async with asyncio.timeout(WAIT_S):
+        while b"etcd does not start" not in await process.stdout.readline():
+            assert process.returncode is None
+        assert await answers(port)
+        data.unlink()
+        kept.rename(data)
+        while b"etcd serves again" not in await process.stdout.readline():
+            assert process.returncode is None
+    assert await answers(port)
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 0

@@ -20,13 +20,14 @@ from node_agent.rank_supervisor import (
     SupervisorAction,
 )
 from node_agent.restart_policy import RestartPolicy
+from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import AgentRecord, Verdict, pack_record, unpack_record
-from shared.store import Snapshot, Store
+from shared.store import Store
 from shared.types import Member, NodeId, RankId
 from tests.sim.sim_loop import SimProcess, kill, stop
 
@@ -98,11 +99,11 @@ class SimAgent:
             await self._exit_reporter.report_stopped(running_rank, agent_lease_id=self._lease_id)
 
     async def _watch_verdicts(self) -> None:
-        async with contextlib.aclosing(self._store.watch(self._keys.verdicts)) as watch:
+        async with contextlib.aclosing(changes(self._store, self._keys.verdicts)) as watch:
             async for seen in watch:
-                for each in seen.values if isinstance(seen, Snapshot) else (seen,):
-                    if each.value is not None:
-                        verdict = unpack_record(each.value, Verdict)
+                for event in seen.events:
+                    if event.value is not None:
+                        verdict = unpack_record(event.value, Verdict)
                         member = verdict.member
                         self._perform(self._supervisor.on_declared_dead(member, self._clock.now()))
                 self._changed.set()

@@ -1,5 +1,6 @@
 """An in-memory etcd with the semantics that `shared.store.Store` promises, on an injected clock:
-revisions, transactions, leases, ordered watches. `StoreContract` tests it and the real one
+revisions, transactions, leases, ordered watches, and the faults of a real one: restarts,
+compaction, lost data, a full disk, slow replies. `StoreContract` tests it and the real one
 alike."""
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from dataclasses import dataclass, field
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreError, StoreUnavailable, TxnConflict
 from shared.store import Compare, Delete, KeyValue, Put, Snapshot, WatchEvent
+from shared.watch_position import WatchPosition
+
+
+class _CompactedError(Exception):
+    """The history that a watch asks for is gone."""
 
 
 @dataclass(slots=True)
@@ -32,6 +38,10 @@ class MemoryEtcd:
         self._leases: dict[int, _Lease] = {}
         self._next_lease_id = 1
         self._watches: list[_MemoryWatch] = []
+        self._history: list[WatchEvent] = []
+        self._compacted_revision = 0
+        self.disk_full = False
+        """etcd refuses puts and new leases; deletions and renewals go on."""
 
     def client(self) -> MemoryStore:
         return MemoryStore(self)
@@ -40,6 +50,39 @@ class MemoryEtcd:
         now = self._clock.now()
         for lease_id in [i for i, lease in self._leases.items() if lease.expires_at <= now]:
             self.revoke(lease_id)
+
+    # Faults.
+
+    def restart(self) -> None:
+        """Streams break, and what they had not delivered is sent again. Leases last their whole
+        TTL from now on, as etcd grants it to them when it starts."""
+        for lease in self._leases.values():
+            lease.expires_at = self._clock.now() + lease.ttl_s
+        for watch in self._watches:
+            watch.break_stream()
+
+    def compact(self, revision: int) -> None:
+        """Drops the history below `revision`, and of it keeps what still holds. As etcd does before
+        3.5.6, a deletion at `revision` is dropped as well."""
+        self._compacted_revision = max(self._compacted_revision, min(revision, self.revision))
+        self._history = [
+            event
+            for event in self._history
+            if event.mod_revision > self._compacted_revision
+            or (event.mod_revision == self._compacted_revision and event.value is not None)
+        ]
+
+    def lose_data(self) -> None:
+        """etcd starts again with an empty disk."""
+        self.revision, self._compacted_revision = 1, 0
+        self.values, self._leases, self._history = {}, {}, []
+        for watch in self._watches:
+            watch.break_stream()
+
+    def check_space(self) -> None:
+        """Raises StoreUnavailable if the disk is full."""
+        if self.disk_full:
+            raise StoreUnavailable("etcd's disk is full")
 
     def snapshot(self, prefix: str) -> Snapshot:
         found = [kv for key, kv in sorted(self.values.items()) if key.startswith(prefix)]
@@ -52,8 +95,10 @@ class MemoryEtcd:
         if len(set(keys)) != len(keys):
             raise StoreError("a transaction names a key twice")
         for operation in operations:
-            if isinstance(operation, Put) and operation.lease_id:
-                self._lease(operation.lease_id)
+            if isinstance(operation, Put):
+                self.check_space()
+                if operation.lease_id:
+                    self._lease(operation.lease_id)
         changes = [op for op in operations if isinstance(op, Put) or op.key in self.values]
         self.revision += bool(changes)
         for change in changes:
@@ -84,13 +129,36 @@ class MemoryEtcd:
 
     def open_watch(self, prefix: str) -> _MemoryWatch:
         watch = _MemoryWatch(prefix)
-        watch.offer(self.snapshot(prefix))
+        self.resume(watch)
         self._watches.append(watch)
         return watch
+
+    def resume(self, watch: _MemoryWatch) -> None:
+        """Begins a stream where the watch stands."""
+        watch.is_broken = False
+        start = watch.position.revision
+        try:
+            if start is not None and watch.position.on_created(self.revision):
+                for event in self._events_from(start, watch.prefix):
+                    watch.offer(event)
+                return
+        except _CompactedError:
+            watch.position.on_compacted()
+        watch.offer(self.snapshot(watch.prefix))
+
+    def _events_from(self, revision: int, prefix: str) -> list[WatchEvent]:
+        if revision < self._compacted_revision:
+            raise _CompactedError
+        return [
+            event
+            for event in self._history
+            if event.mod_revision >= revision and event.key.startswith(prefix)
+        ]
 
     def close_watch(self, watch: _MemoryWatch) -> None:
         if watch in self._watches:
             self._watches.remove(watch)
+        watch.is_broken = False
         watch.offer(None)
 
     def _lease(self, lease_id: int) -> _Lease:
@@ -119,14 +187,19 @@ class MemoryEtcd:
         )
 
     def _publish(self, event: WatchEvent) -> None:
+        self._history.append(event)
         for watch in self._watches:
-            if event.key.startswith(watch.prefix):
+            if event.key.startswith(watch.prefix) and not watch.is_broken:
                 watch.offer(event)
 
 
 @dataclass(slots=True, eq=False)
 class _MemoryWatch:
+    """`items` are under way to the watcher."""
+
     prefix: str
+    position: WatchPosition = field(default_factory=WatchPosition)
+    is_broken: bool = False
     items: deque[Snapshot | WatchEvent | None] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -134,16 +207,43 @@ class _MemoryWatch:
         self.items.append(item)
         self.changed.set()
 
+    def break_stream(self) -> None:
+        ended = None in self.items
+        self.items.clear()
+        self.is_broken = not ended
+        if ended:
+            self.items.append(None)
+        self.changed.set()
+
+    def take(self) -> list[Snapshot | WatchEvent] | None:
+        """What the next item brings; None once the watch has ended."""
+        item = self.items.popleft()
+        if item is None:
+            return None
+        if isinstance(item, Snapshot):
+            return [self.position.on_snapshot(item)]
+        # All events of one revision are one response.
+        events = [item]
+        while self.items and _revision_of(self.items[0]) == item.mod_revision:
+            events.append(self.items.popleft())  # type: ignore[arg-type]
+        return list(self.position.on_events(events))
+
+
+def _revision_of(item: Snapshot | WatchEvent | None) -> int:
+    return item.mod_revision if isinstance(item, WatchEvent) else 0
+
 
 class MemoryStore:
     """One process's connection. `reachable = False` cuts it off from etcd: calls fail, and watches
     yield nothing until it is reachable again. `replies_lost = True` lets calls happen, then
-    fail."""
+    fail. A read of a prefix arrives `read_reply_s` seconds after etcd answered it."""
 
     def __init__(self, etcd: MemoryEtcd) -> None:
         self._etcd = etcd
         self._reachable = True
         self.replies_lost = False
+        self.read_reply_s = 0.0
+        self.num_reads_under_way = 0  # answered, but not arrived
         self._watches: list[_MemoryWatch] = []
 
     @property
@@ -156,6 +256,11 @@ class MemoryStore:
         for watch in self._watches:
             watch.changed.set()
 
+    def break_streams(self) -> None:
+        """What the watches had not delivered is sent again, if etcd still has it."""
+        for watch in self._watches:
+            watch.break_stream()
+
     async def get(self, key: str) -> KeyValue | None:
         await self._arrive()
         self._reply()
@@ -163,8 +268,15 @@ class MemoryStore:
 
     async def get_prefix(self, prefix: str) -> Snapshot:
         await self._arrive()
+        snapshot = self._etcd.snapshot(prefix)
+        if self.read_reply_s:
+            self.num_reads_under_way += 1
+            try:
+                await asyncio.sleep(self.read_reply_s)
+            finally:
+                self.num_reads_under_way -= 1
         self._reply()
-        return self._etcd.snapshot(prefix)
+        return snapshot
 
     async def put(self, key: str, value: bytes, *, lease_id: int = 0) -> int:
         await self._arrive()
@@ -188,6 +300,7 @@ class MemoryStore:
 
     async def grant_lease(self, ttl_s: float) -> int:
         await self._arrive()
+        self._etcd.check_space()
         lease_id = self._etcd.grant(ttl_s)
         self._reply()
         return lease_id
@@ -208,13 +321,17 @@ class MemoryStore:
         self._watches.append(watch)
         try:
             while True:
-                while not self._reachable or not watch.items:
+                while not self._reachable or not (watch.items or watch.is_broken):
                     watch.changed.clear()
                     await watch.changed.wait()
-                item = watch.items.popleft()
-                if item is None:
+                if watch.is_broken:
+                    self._etcd.resume(watch)
+                    continue
+                items = watch.take()
+                if items is None:
                     return
-                yield item
+                for item in items:
+                    yield item
         finally:
             self._etcd.close_watch(watch)
             self._watches.remove(watch)

@@ -17,7 +17,7 @@ from shared.records import (
     pack_map,
     pack_record,
 )
-from shared.store import KeyValue, Snapshot, WatchEvent
+from shared.store import WatchEvent
 from shared.types import (
     Epoch,
     Incarnation,
@@ -65,7 +65,7 @@ def event(key: str, value: bytes | None) -> WatchEvent:
 
 
 def narrate(formatter: EventFormatter, *events: WatchEvent) -> list[EventLine]:
-    return [line for item in events for line in formatter.lines(item)]
+    return list(formatter.lines(events))
 
 
 def test_a_lease_comes_and_goes() -> None:
@@ -147,30 +147,6 @@ def test_assignments_and_residents_are_told_apart() -> None:
     )
     assert (assigned.kind, assigned.fields["experts"]) == ("assignment", 3)
     assert holds.kind == "residents"
-
-
-def test_a_second_snapshot_tells_only_what_changed_meanwhile() -> None:
-    stays, leaves, comes = rank_record(0), rank_record(1), rank_record(2)
-
-    def snapshot(*records: RankRecord) -> Snapshot:
-        values = [
-            KeyValue(
-                key=KEYS.rank(r.rank, r.incarnation),
-                value=pack_record(r),
-                create_revision=1,
-                mod_revision=1,
-            )
-            for r in records
-        ]
-        return Snapshot(revision=1, values=tuple(values))
-
-    formatter = EventFormatter(KEYS)
-    assert len(list(formatter.lines(snapshot(stays, leaves)))) == 2
-    lines = list(formatter.lines(snapshot(stays, comes)))
-    assert [(line.kind, line.fields["rank"]) for line in lines] == [
-        ("lease_gone", 1),
-        ("lease_came", 2),
-    ]
 
 
 def test_a_garbled_or_foreign_value_is_passed_over() -> None:

@@ -133,7 +133,7 @@ def test_a_snapshot_tells_what_was_missed(cluster: StateApplier) -> None:
         cluster.apply(put(key_of(value), value, 5))
     values = (key_value(key_of(stays), stays, 5), key_value(key_of(comes), comes, 8))
     changes = cluster.apply(Snapshot(revision=9, values=values))
-    assert changes == [RecordDeleted(member=leaves.member), RecordPut(record=comes)]
+    assert changes == [RecordPut(record=comes), RecordDeleted(member=leaves.member)]
     assert cluster.state.synced
 
 
@@ -142,9 +142,34 @@ def test_a_snapshot_of_an_etcd_that_lost_its_data_counts_though_its_revisions_ar
 ) -> None:
     cluster.apply(put(KEYS.leader, LEADER, 500))
     other = LeaderRecord(control_plane="b", pid=2, term=1, since=0.0)
-    cluster.apply(Snapshot(revision=3, values=(key_value(KEYS.leader, other, 2),)))
+    values = (key_value(KEYS.leader, other, 2),)
+    cluster.apply(Snapshot(revision=3, values=values, restored=True))
     assert cluster.state.leader == other
     assert cluster.state.revision_of(KEYS.leader) == 2
+
+
+def test_a_read_that_etcd_answered_before_the_leader_went_does_not_bring_it_back(
+    cluster: StateApplier,
+) -> None:
+    """A read after a failed write may be applied long after etcd answered it. A leader that is
+    gone and stays in the state would never be succeeded."""
+    read = Snapshot(revision=5, values=(key_value(KEYS.leader, LEADER, 5),))
+    cluster.apply(read)
+    cluster.apply(gone(KEYS.leader, 6))
+    assert cluster.apply(read) == []
+    assert cluster.state.leader is None
+    assert cluster.state.revision_of(KEYS.leader) == 0
+
+
+def test_a_read_that_etcd_answered_before_a_write_does_not_undo_it(cluster: StateApplier) -> None:
+    read = Snapshot(revision=5, values=(key_value(KEYS.term, 1, 5),))
+    one = record(1)
+    cluster.apply(read)
+    cluster.apply(put(KEYS.term, 2, 7))
+    cluster.apply(put(key_of(one), one, 8))
+    assert cluster.apply(read) == []
+    assert (cluster.state.term, cluster.state.revision_of(KEYS.term)) == (2, 7)
+    assert cluster.state.records == {one.member: one}
 
 
 def test_the_leader_key_and_its_revision(cluster: StateApplier) -> None:

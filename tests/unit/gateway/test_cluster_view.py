@@ -10,7 +10,6 @@ from gateway.cluster_view import ClusterView, ClusterWatch
 from shared.codec import pack
 from shared.keys import Keys
 from shared.records import pack_map
-from shared.store import KeyValue, Snapshot
 from shared.types import Incarnation, Member, RankId
 from tests.support.fake_clock import FakeClock
 from tests.support.gateway_harness import toy_map, toy_spec
@@ -22,26 +21,31 @@ M0 = Member(rank=RankId(0), incarnation=Incarnation(1))
 M1 = Member(rank=RankId(1), incarnation=Incarnation(1))
 
 
-def snapshot(**values: bytes) -> Snapshot:
-    items = [
-        KeyValue(key=KEYS.serving + key, value=value, create_revision=1, mod_revision=1)
-        for key, value in values.items()
-    ]
-    return Snapshot(revision=1, values=tuple(items))
-
-
 def test_an_older_map_changes_nothing() -> None:
     view = ClusterView().with_map(toy_map(5, [M0, M1]))
     assert view.with_map(toy_map(4, [M0])) is view
     assert view.with_map(toy_map(6, [M0])).members == (M0,)
 
 
-def test_a_snapshot_without_map_and_spec_keeps_the_known_ones() -> None:
-    known = ClusterView().with_snapshot(
-        KEYS, snapshot(spec=pack(toy_spec(Path("m"))), map=pack_map(toy_map(3, [M0])))
-    )
-    after = known.with_snapshot(KEYS, snapshot())
+async def test_an_etcd_that_lost_its_data_takes_the_ranks_but_not_the_map_and_the_spec() -> None:
+    etcd = MemoryEtcd(FakeClock())
+    store = etcd.client()
+    rank_key = KEYS.rank(M0.rank, M0.incarnation)
+    await store.put(KEYS.spec, pack(toy_spec(Path("m"))))
+    await store.put(KEYS.map, pack_map(toy_map(3, [M0])))
+    await store.put(rank_key, pack(ToyRank(0).record()))
+    seen: asyncio.Queue[ClusterView] = asyncio.Queue()
+    watch = ClusterWatch(store=store, keys=KEYS, listeners=(seen.put_nowait,))
+    running = asyncio.create_task(watch.run())
+    async with asyncio.timeout(10):
+        known = await seen.get()
+        assert list(known.ranks) == [rank_key]
+        etcd.lose_data()
+        after = await seen.get()
+    assert not after.ranks
     assert (after.spec, after.epoch, after.members) == (known.spec, 3, (M0,))
+    await store.close()
+    await running
 
 
 def test_ranks_come_and_go_with_their_keys() -> None:
@@ -49,7 +53,6 @@ def test_ranks_come_and_go_with_their_keys() -> None:
     view = ClusterView().with_value(KEYS, key, pack(ToyRank(0).record()))
     assert [record.member for record in view.ranks.values()] == [M0]
     assert not view.without(key).ranks
-    assert not view.with_snapshot(KEYS, snapshot()).ranks
 
 
 def test_the_smallest_cache_of_the_members_bounds_a_session() -> None:

@@ -1,0 +1,68 @@
+"""Schedules in which etcd misbehaves, and proof that they would notice: bugs planted on purpose
+must fall."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from shared.revisions import Revisions
+from shared.watch_position import WatchPosition
+from tests.sim.etcd_schedules import run_etcd_schedule
+from tests.sim.test_schedules import be_quiet
+
+NUM_SCHEDULES = 30
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    be_quiet()
+    yield
+    structlog.reset_defaults()
+
+
+def failure_of(seed: int) -> str | None:
+    try:
+        run_etcd_schedule(seed)
+    except BaseException as error:  # noqa: BLE001 - all failures are reported together
+        notes = "; ".join(getattr(error, "__notes__", []))
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        return f"seed {seed}: {type(error).__name__}: {error} [{notes}]"
+    return None
+
+
+@pytest.mark.timeout(600)
+def test_no_schedule_breaks_an_invariant() -> None:
+    broken = [text for seed in range(NUM_SCHEDULES) if (text := failure_of(seed)) is not None]
+    assert not broken, "\n".join(broken)
+
+
+def any_schedule_fails() -> bool:
+    return any(failure_of(seed) is not None for seed in range(NUM_SCHEDULES))
+
+
+@pytest.mark.timeout(600)
+def test_a_deletion_that_a_stale_read_undoes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = Revisions._admit_event
+
+    def forget(self, event):  # type: ignore[no-untyped-def]
+        news = admit(self, event)
+        self._deleted.clear()
+        return news
+
+    monkeypatch.setattr(Revisions, "_admit_event", forget)
+    assert any_schedule_fails()
+
+
+@pytest.mark.timeout(600)
+def test_a_watch_that_goes_on_after_what_it_knows_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def after(self: WatchPosition) -> int | None:
+        return None if self._revision is None else self._revision + 1
+
+    monkeypatch.setattr(WatchPosition, "revision", property(after))
+    assert any_schedule_fails()
