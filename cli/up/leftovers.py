@@ -9,6 +9,8 @@ import os
 import signal
 from pathlib import Path
 
+_MODULES = {"gpu_worker", "gpu_worker.fork_server", "node_agent", "control_plane", "gateway"}
+
 
 def kill_leftovers(etcd: str, instance: str) -> int:
     """Sends SIGKILL to every process of this user's that names this etcd and instance, stopped ones
@@ -32,7 +34,7 @@ def _is_ours(entry: Path, etcd: str, instance: str) -> bool:
     if entry.stat().st_uid != os.geteuid():
         return False
     arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    if not {"gpu_worker", "node_agent", "control_plane", "gateway"} & set(arguments[2:3]):
+    if not _MODULES & set(arguments[2:3]):
         return False
     flags = dict(itertools.pairwise(arguments))
     return flags.get("--etcd") == etcd and flags.get("--instance") == instance
