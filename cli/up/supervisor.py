@@ -112,7 +112,7 @@ class Supervisor:
         if not found or found[-1]["done"] is None:
             return None
         percent = 20 * (5 * int(found[-1]["done"]) // max(int(found[-1]["total"]), 1))
-        return f"compiling kernels, {percent} %"
+        return f"loading kernels, {percent} %"
 
     async def stop(self, service: Service) -> None:
         """Sends SIGTERM, then SIGKILL after the service's stop time. Returns when it has exited."""
