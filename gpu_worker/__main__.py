@@ -24,6 +24,7 @@ from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, Rank, RankParts
+from gpu_worker.startup_timer import StartupTimer
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -67,25 +68,31 @@ def main() -> None:
 
 async def run_rank(config: RankConfig) -> NoReturn:
     """Ends the process. Raises StarfishError, OSError, and whatever the engine raised."""
-    keys = Keys(config.instance)
+    clock, keys = SystemClock(), Keys(config.instance)
+    timer = StartupTimer(clock)
     store = await connect_store(config.etcd.split(","))
     watch_lifeline(config.lifeline_fd, exit_at_once)
     member, lease_id = await acquire_identity(config, store, keys)
+    timer.end_stage("etcd")
     spec = await wait_for_spec(store, keys)
+    timer.end_stage("spec")
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
-    clock = SystemClock()
     transport = _open_replication_transport(config, spec, clock)
+    timer.end_stage("kv_replication")
     if uses_cuda(config, model_spec):
         from gpu_worker.cuda.hardware import CudaHardware
 
         cuda = CudaHardware(config, member, clock)
+        timer.end_stage("device")
         hardware = await asyncio.to_thread(cuda.load, model_spec, spec, folder)
     else:
         from gpu_worker.cpu.hardware import CpuHardware  # a host with a card may lack numba
 
         cpu = CpuHardware(config, member, model_spec, clock)
+        timer.end_stage("device")
         hardware = await asyncio.to_thread(cpu.load, spec, folder)
+    timer.end_stage("model")
     replication = await asyncio.to_thread(
         _make_replication, transport, hardware, member, spec, config
     )
@@ -105,6 +112,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
         )
     )
     freeze_loaded_objects()
+    timer.end_stage("wiring")
     exit_process(await run_until_signal(rank, store))
 
 

@@ -39,8 +39,13 @@ def _is_served(model: ModelSpec) -> bool:
     return True
 
 
+def has_device_file() -> bool:
+    """Whether this host seems to have a card. Touches no driver, so a fork may follow."""
+    return any(_DEVICES.glob("nvidia[0-9]*"))
+
+
 def _has_card() -> bool:
-    if not any(_DEVICES.glob("nvidia[0-9]*")):
+    if not has_device_file():
         return False
     import torch
 

@@ -17,6 +17,7 @@ from node_agent.config import AgentConfig
 from node_agent.cpu_share import share_cpus
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
+from node_agent.fork_client import ForkClient, ForkServerCommand
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
@@ -35,6 +36,7 @@ from shared.records import AgentRecord, pack_record
 from shared.types import NodeId, RankId
 
 _LIFELINE_GRACE_S = 1.0
+_FORK_SERVER = (sys.executable, "-m", "gpu_worker.fork_server")
 
 
 def main() -> int:
@@ -51,6 +53,7 @@ def main() -> int:
             stop_grace_s=config.stop_grace_s,
             dying_poll_s=config.dying_poll_ms / 1000,
             cpus=cpu_shares(config),
+            fork_server=_FORK_SERVER if config.fork_ranks else (),
         )
         asyncio.run(run_agent(config, setup))
     except (StarfishError, OSError) as error:
@@ -116,6 +119,19 @@ def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
     return share_cpus(sorted(os.sched_getaffinity(0)), parse_ranks(config.ranks))
 
 
+def fork_client_of(setup: RankSetup) -> ForkClient | None:
+    if not setup.fork_server:
+        return None
+    return ForkClient(
+        command=ForkServerCommand(
+            program=setup.fork_server,
+            flags=setup.command.common_flags,
+            environment=setup.environment,
+            pass_fds=setup.command.shared_fds,
+        )
+    )
+
+
 async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     """Runs until SIGTERM, SIGINT, or the end of the lifeline."""
     clock, keys, node = SystemClock(), Keys(config.instance), setup.command.node
@@ -134,6 +150,7 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
         exit_reporter=ExitReporter(store, keys, node, clock),
         setup=setup,
         clock=clock,
+        fork_client=fork_client_of(setup),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, driver.stop)

@@ -13,8 +13,16 @@ from pathlib import Path
 import structlog
 
 from node_agent.exit_report import ExitReporter, describe_exit, retry_until_done
+from node_agent.fork_client import ForkClient, ForkUnavailable
 from node_agent.lease_keeper import keep_lease_until_registered
-from node_agent.rank_process import RankCommand, RankProcess, find_running, spawn
+from node_agent.rank_process import (
+    RankCommand,
+    RankProcess,
+    adopt_fork,
+    find_running,
+    reap_orphans,
+    spawn,
+)
 from node_agent.rank_supervisor import (
     Kill,
     RankPhase,
@@ -28,6 +36,7 @@ from node_agent.rank_supervisor import (
 from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
+from shared.exit_codes import EXIT_FENCED
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
@@ -38,6 +47,7 @@ from shared.types import Member, RankId
 log = structlog.get_logger()
 
 _FINAL_WRITES_TIMEOUT_S = 1.0
+_ENDED_FROM_OUTSIDE = frozenset({0, EXIT_FENCED, -signal.SIGKILL, -signal.SIGTERM, None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,7 @@ class RankSetup:
     stop_grace_s: float
     dying_poll_s: float  # interval of the search for processes that have begun to exit; 0: none
     cpus: Mapping[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
+    fork_server: tuple[str, ...] = ()  # its program; empty: there is none
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,8 +75,10 @@ class AgentDriver:
     exit_reporter: ExitReporter
     setup: RankSetup
     clock: Clock
+    fork_client: ForkClient | None  # None: every rank is started by `exec`
     _processes: dict[RankId, RankProcess] = field(default_factory=dict)
     _lease_tasks: dict[RankId, asyncio.Task[None]] = field(default_factory=dict)
+    _crashed_forks: set[RankId] = field(default_factory=set)
     _revocations: set[asyncio.Task[None]] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
@@ -80,12 +93,14 @@ class AgentDriver:
             )
             verdict_watcher = self._tasks.create_task(self._watch_verdicts())
             exit_poller = self._tasks.create_task(self._poll_for_exits())
-            asyncio.get_running_loop().add_signal_handler(
-                signal.SIGCHLD, self._report_stopped_ranks
-            )
+            asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._on_child_changed)
+            if self.fork_client is not None:
+                self.fork_client.start()
             while not self.supervisor.all_stopped:
                 self._perform(self.supervisor.take_due(self.clock.now()))
                 await self._wait()
+            if self.fork_client is not None:
+                self.fork_client.close()
             if self._revocations:
                 await asyncio.wait(self._revocations, timeout=_FINAL_WRITES_TIMEOUT_S)
             for task in (
@@ -107,6 +122,8 @@ class AgentDriver:
         if first:
             log.info("stopping", ranks=len(self.supervisor.running()))
             self._perform(self.supervisor.stop())
+            if self.fork_client is not None:
+                self.fork_client.close()
         grace_s = self.setup.stop_grace_s if grace_s is None else grace_s
         asyncio.get_running_loop().call_later(grace_s, self._kill_all)
         self._changed.set()
@@ -170,9 +187,10 @@ class AgentDriver:
                     log.info("rank_dying", member=str(running_rank.member), pid=running_rank.pid)
                     self._perform(self.supervisor.on_dying(rank, seen.exit_code))
 
-    def _report_stopped_ranks(self) -> None:
+    def _on_child_changed(self) -> None:
         """On SIGCHLD: a child has exited (its pidfd reports that), was stopped, or was
         continued."""
+        self._reap_orphans()
         for running_rank in self.supervisor.running():
             process = self._processes.get(running_rank.member.rank)
             if process is not None and process.poll_stopped():
@@ -180,6 +198,12 @@ class AgentDriver:
                 self._tasks.create_task(
                     self.exit_reporter.report_stopped(running_rank, agent_lease_id=self._lease_id)
                 )
+
+    def _reap_orphans(self) -> None:
+        if self.fork_client is None or self.fork_client.is_forking:
+            return  # a dead child may be the rank that is being forked
+        own = {process.pid for process in self._processes.values()}
+        reap_orphans(own | {self.fork_client.pid or 0})
 
     async def _wait(self) -> None:
         """Waits until something has changed or a rank is due."""
@@ -212,7 +236,7 @@ class AgentDriver:
             member, lease_id = await allocate_incarnation(
                 self.store, self.keys, rank, self.setup.lease_ttl_s
             )
-            process = self._start(member, lease_id)
+            process = await self._start(member, lease_id)
         except (StoreError, OSError) as error:
             log.error("spawn_failed", rank=rank, detail=str(error))
             if lease_id:
@@ -222,18 +246,28 @@ class AgentDriver:
             self._changed.set()
             return
         running_rank = RunningRank(member=member, lease_id=lease_id, pid=process.pid)
-        log.info("rank_started", member=str(member), pid=process.pid)
+        log.info("rank_started", member=str(member), pid=process.pid, forked=process.is_forked)
         self._track(running_rank, process)
         self._perform(self.supervisor.on_spawned(running_rank, self.clock.now()))
 
-    def _start(self, member: Member, lease_id: int) -> RankProcess:
+    async def _start(self, member: Member, lease_id: int) -> RankProcess:
         log_dir, command = self.setup.log_dir, self.setup.command
+        argv = command.argv(member, lease_id)
+        log_path = None if log_dir is None else log_dir / f"rank-{member.rank}.log"
+        cpus = self.setup.cpus.get(member.rank, frozenset())
+        if self.fork_client is not None and member.rank not in self._crashed_forks:
+            try:
+                pid = await self.fork_client.fork(argv, log_path)
+                return adopt_fork(pid, cpus)
+            except ForkUnavailable as error:
+                log.warning("rank_not_forked", member=str(member), detail=str(error))
+        self._crashed_forks.discard(member.rank)
         return spawn(
-            command.argv(member, lease_id),
+            argv,
             environment=self.setup.environment,
-            pass_fds=[command.lifeline_fd, command.host_experts_fd],
-            log_path=None if log_dir is None else log_dir / f"rank-{member.rank}.log",
-            cpus=self.setup.cpus.get(member.rank, frozenset()),
+            pass_fds=command.shared_fds,
+            log_path=log_path,
+            cpus=cpus,
         )
 
     def _track(self, running_rank: RunningRank, process: RankProcess) -> None:
@@ -270,7 +304,11 @@ class AgentDriver:
         log.info("rank_exited", rank=rank, pid=process.pid, detail=describe_exit(exit_code))
         if self.setup.cpus:
             self._unpin()
-        self._lease_tasks.pop(rank).cancel()
+        lease_task = self._lease_tasks.pop(rank)
+        if process.is_forked and not lease_task.done() and exit_code not in _ENDED_FROM_OUTSIDE:
+            self._crashed_forks.add(rank)  # perhaps only a new process can do what it could not
+        lease_task.cancel()
+        self._reap_orphans()
         self._changed.set()
 
     def _revoke_lease(self, running_rank: RunningRank, exit_code: int | None) -> None:

@@ -40,6 +40,9 @@ class AgentConfig:
         "the free memory, 0: no cache",
     )
     pin_cpus: bool = option(True, "run each rank only on its own share of the CPUs")
+    fork_ranks: bool = option(
+        True, "start ranks as copies of one prepared process, which is faster than a new one"
+    )
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "log one JSON object per line instead of text")
 

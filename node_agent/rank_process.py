@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,18 +34,29 @@ class RankCommand:
     program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
 
     def argv(self, member: Member, lease_id: int) -> list[str]:
-        cache_flags = ("--host-experts-gb", "0")  # or each rank would create a cache of its own
-        if self.host_experts_fd >= 0:
-            cache_flags = ("--host-experts-fd", str(self.host_experts_fd))
         return [
             *self.program,
             *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
-            *("--lease-id", str(lease_id), "--node", self.node),
-            *("--etcd", self.etcd, "--instance", self.instance),
+            *("--lease-id", str(lease_id)),
+            *self.common_flags,
+        ]
+
+    @property
+    def common_flags(self) -> tuple[str, ...]:
+        cache_flags = ("--host-experts-gb", "0")  # or each rank would create a cache of its own
+        if self.host_experts_fd >= 0:
+            cache_flags = ("--host-experts-fd", str(self.host_experts_fd))
+        return (
+            *("--node", self.node, "--etcd", self.etcd, "--instance", self.instance),
             *("--lifeline-fd", str(self.lifeline_fd)),
             *cache_flags,
             *self.extra_flags,
-        ]
+        )
+
+    @property
+    def shared_fds(self) -> tuple[int, ...]:
+        """The file descriptors that every rank inherits."""
+        return tuple(fd for fd in (self.lifeline_fd, self.host_experts_fd) if fd >= 0)
 
     def running_rank_of(self, pid: int, argv: Sequence[str]) -> RunningRank | None:
         """The running rank whose process has this command line; None if it is not one of this
@@ -70,9 +81,13 @@ class RankCommand:
 class RankProcess:
     """One process, held by its pidfd: `fileno()` becomes readable when the process has exited."""
 
-    def __init__(self, pid: int, child: subprocess.Popen[bytes] | None) -> None:
-        """Raises OSError if there is no such process."""
+    def __init__(
+        self, pid: int, child: subprocess.Popen[bytes] | None = None, *, is_forked: bool = False
+    ) -> None:
+        """`is_forked`: a fork server started it, as a child of this process. Raises OSError if
+        there is no such process."""
         self.pid = pid
+        self.is_forked = is_forked
         self._child = child
         self._stat = StatFile(pid)
         try:
@@ -86,7 +101,9 @@ class RankProcess:
 
     def exit_code(self) -> int | None:
         """The code of a process that has exited: negative for a signal, None if it was adopted."""
-        return self._child.wait() if self._child is not None else None
+        if self._child is not None:
+            return self._child.wait()
+        return _wait_for(self._pidfd) if self.is_forked else None
 
     def read_dying(self) -> Dying | None:
         """Not None if the process has begun to exit, even before `fileno()` is readable."""
@@ -95,7 +112,7 @@ class RankProcess:
     def poll_stopped(self) -> bool:
         """Whether the process has been stopped since the last call; always False if it was
         adopted."""
-        if self._child is None:
+        if self._child is None and not self.is_forked:
             return False
         try:
             found = os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED | os.WNOHANG)
@@ -146,6 +163,34 @@ def spawn(
     return process
 
 
+def adopt_fork(pid: int, cpus: frozenset[int]) -> RankProcess:
+    """A child of this process that a fork server has just started, pinned to `cpus` if there are
+    any. Raises OSError."""
+    process = RankProcess(pid, is_forked=True)
+    if cpus:
+        process.set_cpu_affinity(cpus)
+    return process
+
+
+def _wait_for(pidfd: int) -> int | None:
+    try:
+        found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        return None
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def reap_orphans(own: Collection[int]) -> None:
+    """Reaps the processes that became our children when their own parents died, for they would stay
+    as zombies. Leaves the children in `own` alone."""
+    with contextlib.suppress(ChildProcessError):
+        look = os.WEXITED | os.WNOHANG
+        while (found := os.waitid(os.P_ALL, 0, look | os.WNOWAIT)) and found.si_pid not in own:
+            os.waitid(os.P_PID, found.si_pid, look)
+
+
 def find_running(command: RankCommand) -> Iterator[tuple[RunningRank, RankProcess]]:
     """Ranks of this node that an earlier agent left running, newest incarnation first. It reads the
     process table, which also has ranks that have not registered yet."""
@@ -168,7 +213,7 @@ def find_running(command: RankCommand) -> Iterator[tuple[RunningRank, RankProces
 
 def _open(pid: int) -> RankProcess | None:
     try:
-        return RankProcess(pid, None)
+        return RankProcess(pid)
     except OSError:
         return None
 
@@ -179,7 +224,9 @@ def command_line_of(pid: int) -> list[str]:
     try:
         if entry.stat().st_uid != os.geteuid():
             return []
-        return (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        # A forked process has zeros behind its arguments.
+        text = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0")
+        return text.split("\0") if text else []
     except OSError:
         return []
 

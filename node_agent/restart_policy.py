@@ -9,10 +9,10 @@ from shared.exit_codes import EXIT_FENCED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """Even the first restart waits, because a starting process takes CPU from the survivors while
-    they recover."""
+    """Even the first restart waits a little, because a starting process takes CPU from the
+    survivors while they recover."""
 
-    first_delay_s: float = 0.5
+    first_delay_s: float = 0.1
     delay_s_max: float = 15.0
     healthy_after_s: float = 20.0  # a run this long resets the count of failures
 

@@ -29,6 +29,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "config": {"exchange"},
         "identity": {"config"},
         "engine": {"exchange"},
+        "startup_timer": set(),
         "membership": {"engine"},
         "control_server": {"engine", "membership"},
         "kv_replication": {"config", "exchange", "engine"},
@@ -42,8 +43,9 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "device_choice": {"config", "cuda"},
         "__main__": {
             *("config", "identity", "exchange", "engine", "kv_replication", "rank"),
-            *("cpu", "cuda", "device_choice"),
+            *("cpu", "cuda", "device_choice", "startup_timer"),
         },
+        "fork_server": {"__main__", "config", "cpu", "cuda", "device_choice"},
     },
     "gateway": {
         "*": set(),

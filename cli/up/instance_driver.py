@@ -18,11 +18,11 @@ from cli.run_dir import RunState, Target, default_run_dir, read_state, write_sta
 from cli.up import services
 from cli.up.cleanup_watchdog_process import CleanupWatchdog
 from cli.up.demo import stream_demo
-from cli.up.device import DevicePlan, count_gpus, num_visible_gpus, plan_device
+from cli.up.device import count_gpus, num_visible_gpus, plan_device
 from cli.up.instance_claim import InstanceClaim, owner_record
 from cli.up.leader_lease import revoke_leader_lease
 from cli.up.leftovers import kill_leftovers
-from cli.up.model import check_model, run_model_tool, seeded_model, shipped_model
+from cli.up.model import check_model, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.options import UpOptions
 from cli.up.readiness import wait_for_map, wait_until_healthy
@@ -131,8 +131,8 @@ class InstanceDriver:
         options = self._options
         try:
             async with asyncio.timeout(options.timeout_s):
-                device = await self._device()
-                model = await self._model(device)
+                await self._device()
+                model = await self._model()
                 await self._start_etcd()
                 async with (await self._claim_instance()).held():
                     await self._start_services(model)
@@ -189,7 +189,7 @@ class InstanceDriver:
         self._supervisor.kill_all()
         kill_leftovers(self._owner.run)
 
-    async def _device(self) -> DevicePlan:
+    async def _device(self) -> None:
         options = self._options
         num_gpus = (
             0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
@@ -200,9 +200,8 @@ class InstanceDriver:
                 self._mps = CudaMps(options.run_dir)
                 await self._mps.start()
             stage.result = str(plan)
-        return plan
 
-    async def _model(self, device: DevicePlan) -> Path:
+    async def _model(self) -> Path:
         with self._stages.stage("model") as stage:
             folder = self._options.model
             if folder is None and not self._options.seeded:
@@ -210,9 +209,6 @@ class InstanceDriver:
             if folder is None:
                 folder = await seeded_model(self._options.model_dir, stage)
             stage.result = await check_model(folder)
-        if not device.on_cuda:
-            with self._stages.stage("CPU kernels") as stage:
-                await run_model_tool("warm-up", stage=stage)
         return folder
 
     async def _start_etcd(self) -> None:
@@ -266,8 +262,12 @@ class InstanceDriver:
         store = await connect_store(self._endpoint.split(","))
         try:
             with self._stages.stage(f"{num_ranks} ranks") as stage:
+
+                def show(registered: str) -> None:
+                    stage.update(self._supervisor.preparation() or registered)
+
                 stage.result = await wait_for_map(
-                    store, self._keys, num_ranks, stage.update, self._require_alive
+                    store, self._keys, num_ranks, show, self._require_alive
                 )
         finally:
             await store.close()

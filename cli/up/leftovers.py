@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 RUN_VARIABLE = "STARFISH_RUN"
+_MODULES = {"gpu_worker", "gpu_worker.fork_server", "node_agent", "control_plane", "gateway"}
 
 
 def kill_leftovers(run: str) -> int:
@@ -33,6 +34,6 @@ def _is_ours(entry: Path, run: str) -> bool:
     if entry.stat().st_uid != os.geteuid():
         return False
     arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    if not {"gpu_worker", "node_agent", "control_plane", "gateway"} & set(arguments[2:3]):
+    if not _MODULES & set(arguments[2:3]):
         return False
     return f"{RUN_VARIABLE}={run}".encode() in (entry / "environ").read_bytes().split(b"\0")

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from shared.logs import open_log
 
 _JITTER = (1.0, 1.5)
 _LOG_TAIL_BYTES = 64 << 10
+_PREPARATION = re.compile(
+    r"fork_server_(?:ready|prepares\s+done=(?P<done>\d+)\s.*\btotal=(?P<total>\d+))"
+)
 
 
 class Supervisor:
@@ -121,6 +125,18 @@ class Supervisor:
             return None
         found = [line for line in lines.splitlines() if line.startswith("starfish rank: ")]
         return found[-1].partition(": ")[2] if found else None
+
+    def preparation(self) -> str | None:
+        """How much the agent's log says is prepared before the ranks start; None if all is."""
+        try:
+            text = (self.log_dir / "agent.log").read_bytes()[-_LOG_TAIL_BYTES:].decode()
+        except (OSError, UnicodeDecodeError):
+            return None
+        found = list(_PREPARATION.finditer(text))
+        if not found or found[-1]["done"] is None:
+            return None
+        percent = 20 * (5 * int(found[-1]["done"]) // max(int(found[-1]["total"]), 1))
+        return f"loading kernels, {percent} %"
 
     async def stop(self, service: Service) -> None:
         """Sends SIGTERM, then SIGKILL after the service's stop time. Returns when it has exited."""

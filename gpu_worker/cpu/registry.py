@@ -8,12 +8,14 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_worker.checkpoint.checkpoint import OnRead
+from gpu_worker.checkpoint.checkpoint import OnRead, open_checkpoint
 from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.family import Family, KvShape
 from gpu_worker.cpu.kernels import experts, linear
 from gpu_worker.cpu.kernels.warm_up import EntryPoint, compile_all
-from shared.model_spec import ARCHITECTURES, read_model_spec
+from gpu_worker.cpu.weights import weights_dtype
+from gpu_worker.exchange import packing
+from shared.model_spec import ARCHITECTURES, ModelSpec, read_model_spec
 
 COMMON_KERNELS: tuple[EntryPoint, ...] = (*linear.ENTRY_POINTS, *experts.ENTRY_POINTS)
 
@@ -44,8 +46,19 @@ def load_model(
     return model
 
 
+def load_kernels(
+    folder: Path, spec: ModelSpec, on_progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Compiles or loads all that a rank with this checkpoint runs. Raises CheckpointError."""
+    family = family_class(spec.architecture)(spec)
+    dtype = weights_dtype(open_checkpoint(folder, family.tensor_shapes()))
+    compile_all([*COMMON_KERNELS, *family.entry_points], on_progress, [dtype])
+    packing.compile_all(spec.hidden_size, spec.top_k)
+
+
 def warm_up(on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Fills numba's cache with the kernels of every family."""
+    """Fills numba's cache with the kernels of every family, and with the exchange's."""
+    packing.compile_all(hidden_size=1, top_k=1)
     wanted = [*COMMON_KERNELS]
     for architecture in ARCHITECTURES:
         wanted += family_class(architecture).entry_points

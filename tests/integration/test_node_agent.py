@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +38,13 @@ class Node:
         self.pids: set[int] = set()
         self.agents: list[Agent] = []
 
-    async def start(self, *flags: str, toy: str = "obedient", fds: tuple[int, ...] = ()) -> Agent:
+    async def start(
+        self,
+        *flags: str,
+        toy: str = "obedient",
+        fds: tuple[int, ...] = (),
+        fork_server: str = "",
+    ) -> Agent:
         with (self.folder / "agent.log").open("ab") as log:
             agent = await asyncio.create_subprocess_exec(
                 *(sys.executable, str(TOY_AGENT), "--node", "n", "--etcd", self.endpoint),
@@ -44,7 +52,7 @@ class Node:
                 *("--", "--toy", toy),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), "TOY_FORK_SERVER": fork_server},
                 pass_fds=fds,
             )
         self.agents.append(agent)
@@ -69,6 +77,15 @@ class Node:
         await until(holds)
         return found
 
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "agent.log").read_text().splitlines()
+        entries = [json.loads(line) for line in lines if line.startswith("{")]
+        return [entry for entry in entries if entry["event"] == event]
+
+    def forked(self) -> list[bool]:
+        """Of each started rank."""
+        return [entry["forked"] for entry in self.logged("rank_started")]
+
     def alive(self) -> set[int]:
         return {pid for pid in self.pids if is_running(pid)}
 
@@ -78,6 +95,21 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the command: state, parent, group, session, …"""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def zombies_of(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            state, parent_of_entry, *_ = stat_of(int(entry.name))
+            if (state, parent_of_entry) == ("Z", str(parent)):
+                found.append(int(entry.name))
+    return found
 
 
 def shared_memory_of(pid: int) -> int:
@@ -119,8 +151,9 @@ async def node(tmp_path: Path, etcd: str) -> AsyncIterator[Node]:
         yield running
 
 
-async def test_each_rank_is_started_and_a_stop_leaves_nothing(node: Node) -> None:
-    agent = await node.start("--ranks", "0-1")
+@pytest.mark.parametrize("flag", ["--fork-ranks", "--no-fork-ranks"])
+async def test_each_rank_is_started_and_a_stop_leaves_nothing(node: Node, flag: str) -> None:
+    agent = await node.start("--ranks", "0-1", flag)
     records = await node.until(lambda records: len(records) == 2)
     assert {r.incarnation for r in records.values()} == {1}
     told = await node.store.get(node.keys.agent(NodeId("n")))
@@ -133,6 +166,111 @@ async def test_each_rank_is_started_and_a_stop_leaves_nothing(node: Node) -> Non
     assert node.alive() == set()
     left = [kv.key for kv in (await node.store.get_prefix(node.keys.root)).values]
     assert left == [node.keys.incarnation_counter(RankId(r)) for r in (0, 1)]
+    assert node.forked() == [flag == "--fork-ranks"] * 2
+
+
+async def test_a_forked_rank_is_in_every_way_like_one_that_was_executed(node: Node) -> None:
+    def shape_of(pid: int) -> tuple[list[str], list[str], dict[str, str], set[str]]:
+        argv = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+        del argv[argv.index("--lease-id") : argv.index("--lease-id") + 2]
+        environment = dict(
+            entry.split("=", 1)
+            for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
+            if entry
+        )
+        environment.pop("OPENBLAS_NUM_THREADS", None)
+        _, parent, _, session, *_ = stat_of(pid)
+        fds = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        files = {fd for fd in fds if fd.startswith("/")}
+        return argv, [str(int(parent) == agent.pid), str(int(session) == pid)], environment, files
+
+    shapes = []
+    for flag in ("--fork-ranks", "--no-fork-ranks"):
+        agent = await node.start("--ranks", "0", flag)
+        records = await node.until(lambda records: len(records) == 1)
+        shapes.append(shape_of(records[0].pid))
+        agent.send_signal(signal.SIGTERM)
+        assert await ended(agent) == 0
+        await node.store.delete(node.keys.incarnation_counter(RankId(0)))
+    assert node.forked() == [True, False]
+    assert shapes[0] == shapes[1]
+
+
+async def test_a_forked_rank_that_is_stopped_is_reported(node: Node) -> None:
+    agent = await node.start("--ranks", "0")
+    records = await node.until(lambda records: len(records) == 1)
+    os.kill(records[0].pid, signal.SIGSTOP)
+
+    async def is_reported() -> bool:
+        found = (await node.store.get_prefix(node.keys.suspicions)).values
+        reasons = [unpack_record(kv.value, Suspicion).reason for kv in found]
+        return reasons == [SuspicionReason.STOPPED]
+
+    await until(is_reported)
+    agent.send_signal(signal.SIGTERM)
+    os.kill(records[0].pid, signal.SIGCONT)
+    assert await ended(agent) == 0
+
+
+async def test_a_killed_fork_server_is_replaced_and_takes_no_rank_with_it(node: Node) -> None:
+    agent = await node.start("--ranks", "0-1")
+    before = await node.until(lambda records: len(records) == 2)
+    (ready,) = node.logged("fork_server_ready")
+    os.kill(ready["pid"], signal.SIGKILL)
+    await until(lambda: asyncio.to_thread(lambda: not is_running(ready["pid"])))
+    assert await node.records() == before
+    os.kill(before[1].pid, signal.SIGKILL)
+    after = await node.until(lambda records: len(records) == 2 and records[1] != before[1])
+    assert after[0] == before[0]
+    assert node.forked() == [True, True, True]
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+    assert node.alive() == set()
+
+
+@pytest.mark.parametrize("fork_server", ["broken", "threaded"])
+async def test_without_a_fork_server_that_works_ranks_are_executed(
+    node: Node, fork_server: str
+) -> None:
+    agent = await node.start("--ranks", "0-1", fork_server=fork_server)
+    await node.until(lambda records: len(records) == 2)
+    assert node.forked() == [False, False]
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_a_fork_that_crashed_before_it_registered_is_followed_by_an_executed_rank(
+    node: Node,
+) -> None:
+    agent = await node.start("--ranks", "0", toy="exit-70")
+
+    async def has_started_thrice() -> bool:
+        return len(node.forked()) >= 3
+
+    await until(has_started_thrice)
+    assert node.forked()[:3] == [True, False, True]
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_children_that_a_killed_rank_leaves_behind_are_reaped(node: Node) -> None:
+    agent = await node.start("--ranks", "0", toy="parent")
+    before = await node.until(lambda records: len(records) == 1)
+    os.kill(before[0].pid, signal.SIGKILL)
+    await node.until(lambda records: len(records) == 1 and records[0] != before[0])
+    await asyncio.sleep(1.0)  # longer than the orphan lives
+    assert zombies_of(agent.pid) == []
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_the_fork_server_ends_with_its_agent(node: Node) -> None:
+    agent = await node.start("--ranks", "0")
+    await node.until(lambda records: len(records) == 1)
+    (ready,) = node.logged("fork_server_ready")
+    agent.kill()
+    await ended(agent)
+    await until(lambda: asyncio.to_thread(lambda: not is_running(ready["pid"])))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from node_agent.expert_cache import with_expert_cache
 from shared.logs import configure_logs
 
 TOY_RANK = Path(__file__).with_name("toy_process.py")
+TOY_FORK_SERVER = Path(__file__).with_name("toy_fork_server.py")
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,6 +32,7 @@ def main() -> None:
         lease_ttl_s=config.lease_ttl_s,
         stop_grace_s=config.stop_grace_s,
         dying_poll_s=config.dying_poll_ms / 1000,
+        fork_server=(sys.executable, str(TOY_FORK_SERVER)) if config.fork_ranks else (),
     )
     asyncio.run(run_agent(config, setup))
 

@@ -1,5 +1,5 @@
 """Stands in for a rank's process: registers with the lease that it was given, then waits. `--toy`
-says whether it obeys SIGTERM, ignores it, or exits at once with a code."""
+says whether it obeys SIGTERM, ignores it, exits at once with a code, or has a child of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 
 from shared.etcd_store import EtcdStore
@@ -26,6 +27,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if flags.toy.startswith("exit-"):
         sys.exit(int(flags.toy.removeprefix("exit-")))
+    if flags.toy == "parent":
+        subprocess.Popen(["sleep", "0.5"])
     asyncio.run(register(flags))
     while True:
         signal.pause()
