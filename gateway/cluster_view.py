@@ -24,8 +24,9 @@ _UNKNOWN_TOKENS = 1 << 40
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
     """Replaced whole, never edited. `ranks` has every registered incarnation, member of the map or
-    not."""
+    not. Until etcd has answered once, `is_read` is False, and what is missing here may exist."""
 
+    is_read: bool = False
     spec: InstanceSpec | None = None
     epoch: Epoch = Epoch(0)
     members: tuple[Member, ...] = ()
@@ -63,7 +64,7 @@ class ClusterView:
         return replace(self, ranks={k: v for k, v in self.ranks.items() if k != key})
 
     def with_snapshot(self, keys: Keys, snapshot: Snapshot) -> ClusterView:
-        view = replace(self, ranks={})
+        view = replace(self, ranks={}, is_read=True)
         for item in snapshot.values:
             view = _with_valid(view, keys, item.key, item.value)
         return view

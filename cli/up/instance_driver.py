@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from shared.embedded_etcd import EmbeddedEtcd
 from shared.errors import ConfigError, Unavailable
 from shared.etcd_store import connect_store
 from shared.keys import Keys
+from shared.listener import listen_on
 
 
 async def run_up(options: UpOptions, console: Console) -> int:
@@ -106,6 +108,7 @@ class InstanceDriver:
         self._etcd: EmbeddedEtcd | None = None  # None: the instance uses an etcd that runs already
         self._mps: CudaMps | None = None
         self._endpoint = ""
+        self._listener: socket.socket | None = None
         self._services: list[services.Service] = []
         self.is_serving = False
 
@@ -154,6 +157,8 @@ class InstanceDriver:
     async def stop(self, *, keep_logs: bool) -> None:
         """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""
         self._console.print("stopping …", highlight=False)
+        if self._listener is not None:
+            self._listener.close()  # from now on clients are refused instead of queued
         for service in reversed(self._services):
             await self._supervisor.stop(service)
         if self._endpoint:
@@ -227,11 +232,17 @@ class InstanceDriver:
                 self._folder.log_dir,
                 self._mps.environment if self._mps is not None else {},
             ),
-            services.gateway(options, endpoint),
+            services.gateway(options, endpoint, self._listen()),
         ]
         for service in planned:
             await self._supervisor.start(service)
             self._services.append(service)
+
+    def _listen(self) -> int:
+        """The socket stays open as long as the instance runs. Raises ConfigError."""
+        options = self._options
+        self._listener = listen_on(options.host, options.port)
+        return self._listener.fileno()
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks

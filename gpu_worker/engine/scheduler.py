@@ -187,9 +187,9 @@ class Scheduler:
         assert not self._plans, "a plan is in flight"
         self._running.sort(key=_priority)
         projected = {s: current_state(s) for s in self._running}
-        while len(
-            growing := self._growing(projected)
-        ) > self._kv.num_free or self._has_to_yield(growing):
+        while len(growing := self._growing(projected)) > self._kv.num_free or self._has_to_yield(
+            growing
+        ):
             preempted = self._running.pop()
             del projected[preempted]
             self._stop_running(preempted)
@@ -229,9 +229,7 @@ class Scheduler:
         if not _is_in_mid_stream(first) or _is_in_mid_stream(last):
             return False
         num_wanted = len(self._running) + len(growing) + self._blocks.num_needed(first)
-        return (
-            len(self._running) >= self._limits.mid_stream_max or num_wanted > self._kv.num_free
-        )
+        return len(self._running) >= self._limits.mid_stream_max or num_wanted > self._kv.num_free
 
     def _fill_step(
         self, projected: Mapping[Sequence, ProjectedState], growing: Items[Sequence]
