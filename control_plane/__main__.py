@@ -85,6 +85,8 @@ async def serve(config: ControlPlaneConfig) -> None:
             spec=instance_spec(config, model),
             policy=MembershipPolicy(
                 bytes_per_expert=bytes_per_expert(model),
+                formation_grace_s=config.formation_grace_s,
+                first_formation_grace_s=config.first_formation_grace_s,
                 formation_window_s=config.formation_window_s,
                 heal_after_s=config.heal_after_s,
                 heal_budget_bytes=config.heal_budget_mb << 20,

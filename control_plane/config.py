@@ -34,9 +34,14 @@ class ControlPlaneConfig:
     leader_ttl_s: float = option(
         2.0, "lease of the leader key; a killed leader is replaced after it"
     )
+    formation_grace_s: float = option(
+        1.0,
+        "after an outage, ranks that can hold all experts wait this long for another one, then "
+        "serve without it",
+    )
+    first_formation_grace_s: float = option(5.0, "the same, for the first map of an instance")
     formation_window_s: float = option(
-        30.0,
-        "how long the first map waits for all ranks; then it takes those that hold all experts",
+        30.0, "ranks that keep coming delay a map for this long at most"
     )
     heal_after_s: float = option(5.0, "time without a change before experts are moved")
     heal_budget_mb: int = option(256, "weights that one step of healing may move")
@@ -61,6 +66,14 @@ class ControlPlaneConfig:
             raise ConfigError("--context-tokens-max must not be negative")
         if self.leader_ttl_s < 1:
             raise ConfigError("--leader-ttl-s must be at least 1: etcd grants no shorter lease")
+        if not (
+            0 <= self.formation_grace_s <= self.formation_window_s
+            and 0 <= self.first_formation_grace_s <= self.formation_window_s
+        ):
+            raise ConfigError(
+                "--formation-grace-s and --first-formation-grace-s must lie between 0 and "
+                f"--formation-window-s ({self.formation_window_s} s)"
+            )
         if not 0 < self.urgent_probe_interval_ms < self.timings.suspicion_window_ms / 2:
             raise ConfigError(
                 "--urgent-probe-interval-ms must be under half of the suspicion window "

@@ -8,9 +8,9 @@ from that.
 
     the state shows                            | the write
     -------------------------------------------+-----------------------------------------------
-    no map, or none of its members alive       | DeclareDead the dead; then forming: Assign to all
-                                               | registered ranks, PublishMap when they have loaded
-                                               | their assignments and are linked
+    no map, or none of its members alive       | DeclareDead the dead; then forming (`formation`):
+                                               | Assign to registered ranks, PublishMap when they
+                                               | have loaded their assignments and are linked
     a dead member, the rest hold all experts   | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
                                                | survivors, with the verdict; the line above
@@ -40,10 +40,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from control_plane.cluster_state import ClusterState
+from control_plane.formation import (
+    AssignRows,
+    Formation,
+    FormationPolicy,
+    PublishRows,
+    TooFewSlots,
+)
 from control_plane.judgements import Alarm, AlarmKind
 from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealStep
-from control_plane.plans import plan_formation, plan_join, plan_shrink
+from control_plane.plans import plan_join, plan_shrink
 from control_plane.residency import Residency
 from control_plane.writes import (
     Assign,
@@ -65,7 +72,9 @@ _DELETED_KEYS_MAX = 64
 class MembershipPolicy:
     bytes_per_expert: int
     survive: int = 1  # rank failures to survive without a reload, whatever it costs in balance
-    formation_window_s: float = 30.0  # the first map waits this long for all ranks
+    formation_grace_s: float = 1.0  # see FormationPolicy, for this and the next two
+    first_formation_grace_s: float = 5.0
+    formation_window_s: float = 30.0
     heal_after_s: float = 5.0  # time without a change before experts are moved
     joiner_timeout_s: float = 30.0  # a newcomer delays heals for this long at most
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
@@ -79,6 +88,14 @@ class Membership:
     def __init__(self, policy: MembershipPolicy) -> None:
         self._policy = policy
         self._adoption = MapAdoption(policy.adoption_timeout_s)
+        self._formation = Formation(
+            FormationPolicy(
+                grace_s=policy.formation_grace_s,
+                first_grace_s=policy.first_formation_grace_s,
+                window_s=policy.formation_window_s,
+                survive=policy.survive,
+            )
+        )
         self._dead: dict[Member, Verdict] = {}
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
@@ -136,6 +153,7 @@ class Membership:
             )
         if len(survivors) < len(members):
             return self._remove_dead(residency, expert_map, survivors, now)
+        self._formation.end()
         if frozen:
             return None
         return (
@@ -148,41 +166,19 @@ class Membership:
     # Forming.
 
     def _form(self, residency: Residency, survivors: Sequence[Member], now: float) -> Write | None:
-        candidates = sorted({*survivors, *self._newcomers(residency, survivors)})
-        if not candidates or any(m not in residency.state.records for m in survivors):
-            return None  # a survivor without a record registers again, or is judged dead
-        spec = residency.spec
-        waited_s = now - min(self._first_seen[m] for m in candidates)
-        if len(candidates) < spec.num_ranks:
-            if waited_s < self._policy.formation_window_s:
-                return None
-            candidates = self._already_assigned(residency, candidates, survivors)
-        if not residency.covers(residency.intended_rows(candidates)) or not all(
-            m in residency.state.assignments for m in candidates
-        ):
-            return self._assign_afresh(residency, candidates)
-        rows = residency.available_rows(candidates)
-        if all(residency.is_ready(m) for m in candidates) and residency.are_linked(candidates):
-            cause = f"formed by {len(candidates)} of {spec.num_ranks} ranks"
-            return self._publish(residency, rows, cause, now)
+        newcomers = self._newcomers(residency, survivors)
+        step = self._formation.next_step(residency, survivors, newcomers, now)
+        match step:
+            case TooFewSlots():
+                self._alarm_slots(step)
+            case AssignRows():
+                self._alarmed.discard(AlarmKind.TOO_FEW_SLOTS)
+                return self._assign(residency, step.by_member, force=True)
+            case PublishRows():
+                num_ranks = residency.spec.num_ranks
+                cause = f"formed by {len(step.by_member)} of {num_ranks} ranks"
+                return self._publish(residency, step.by_member, cause, now)
         return None
-
-    def _already_assigned(
-        self, residency: Residency, candidates: list[Member], survivors: Sequence[Member]
-    ) -> list[Member]:
-        """If a partial formation is under way, its ranks only: later ones join its map
-        afterwards."""
-        assigned = [m for m in candidates if m in survivors or m in residency.state.assignments]
-        return assigned if residency.covers(residency.intended_rows(assigned)) else candidates
-
-    def _assign_afresh(self, residency: Residency, candidates: Sequence[Member]) -> Write | None:
-        plan = plan_formation(residency, candidates, survive=self._policy.survive)
-        if plan.unplaced_experts:
-            self._alarm_slots(len(plan.unplaced_experts), len(candidates))
-            return None
-        self._alarmed.discard(AlarmKind.TOO_FEW_SLOTS)
-        rows = {m: residency.widen(plan.placement[:, m.rank]) for m in candidates}
-        return self._assign(residency, rows, force=True)
 
     # Deaths.
 
@@ -357,12 +353,12 @@ class Membership:
     def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
         return [m for m in residency.newcomers(members) if m not in self._dead]
 
-    def _alarm_slots(self, missing: int, num_ranks: int) -> None:
+    def _alarm_slots(self, step: TooFewSlots) -> None:
         if AlarmKind.TOO_FEW_SLOTS not in self._alarmed:
             self._alarmed.add(AlarmKind.TOO_FEW_SLOTS)
             detail = (
-                f"{num_ranks} ranks have too few slots: {missing} experts find no place; "
-                "serving waits for more ranks"
+                f"{step.num_ranks} ranks have too few slots: {step.num_unplaced} experts find no "
+                "place; serving waits for more ranks"
             )
             self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))
 

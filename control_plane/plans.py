@@ -3,13 +3,13 @@ joiners. Membership decides whether a plan is needed and what to do with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from control_plane.placement import GrowResult, PlacementPlan, ShrinkResult, grow, place, shrink
 from control_plane.residency import Residency
-from shared.expert_map import ExpertMap
+from shared.expert_map import ExpertMap, Placement
 from shared.types import Member
 
 
@@ -28,6 +28,33 @@ def plan_formation(
         num_ranks=spec.num_ranks,
         survive=survive,
     )
+
+
+def plan_what_is_missing(
+    residency: Residency, held: Mapping[Member, Placement]
+) -> dict[Member, Placement] | None:
+    """Rows for all members of `held`, so that they hold all experts together. Those that hold
+    something keep it, apart from surplus replicas if the slots are needed; the others are filled.
+    None if nobody holds anything, or if there are too few slots."""
+    holders = {m: row for m, row in held.items() if (row >= 0).any()}
+    if not holders:
+        return None
+    rows = dict(held)
+    if others := [m for m in held if m not in holders]:
+        grown = grow(
+            residency.map_of(holders, epoch=1),
+            [m.rank for m in others],
+            residency.nodes(held),
+            residency.slots(held),
+            redundant=residency.spec.redundant_experts,
+        )
+        rows |= {m: residency.widen(grown.placement[:, m.rank]) for m in others}
+    if residency.covers(rows):
+        return rows
+    result = shrink(residency.map_of(rows, epoch=1), ())
+    if result.uncoverable:
+        return None
+    return {m: result.refilled[:, m.rank] for m in rows}
 
 
 def plan_shrink(

@@ -16,10 +16,11 @@ from gateway.config import GatewayConfig
 from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
-from shared.errors import ConfigError, StarfishError
+from shared.errors import StarfishError
 from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
 from shared.lifeline import watch_lifeline
+from shared.listener import inherited_listener, listen_on
 from shared.logs import configure_logs
 
 _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
@@ -45,7 +46,7 @@ def main() -> None:
         )
         config.check()
         configure_logs(service="gateway", level=config.log_level, json=config.log_json)
-        with _listen(config.host, config.port) as listener:
+        with _listen(config) as listener:
             uvloop.run(_run(config, listener))
     except* StarfishError as group:
         sys.exit(f"gateway: {_first(group)}")
@@ -70,14 +71,11 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
         await store.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; pass another --port"
-        ) from error
+def _listen(config: GatewayConfig) -> socket.socket:
+    """Raises ConfigError."""
+    if config.listen_fd >= 0:
+        return inherited_listener(config.listen_fd)
+    return listen_on(config.host, config.port)
 
 
 def _first(group: BaseExceptionGroup[StarfishError]) -> BaseException:

@@ -25,8 +25,9 @@ _UNKNOWN_TOKENS = 1 << 40
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
     """Replaced whole, never edited. `ranks` has every registered incarnation, member of the map or
-    not."""
+    not. Until etcd has answered once, `is_read` is False, and what is missing here may exist."""
 
+    is_read: bool = False
     spec: InstanceSpec | None = None
     epoch: Epoch = Epoch(0)
     members: tuple[Member, ...] = ()
@@ -77,7 +78,7 @@ class ClusterWatch:
 
     async def run(self) -> None:
         async for seen in changes(self._store, self._keys.serving):
-            view = self._view
+            view = self._view if self._view.is_read else replace(self._view, is_read=True)
             for event in seen.events:
                 view = self._after(view, event)
             if view is self._view:

@@ -27,9 +27,16 @@ class GatewayConfig:
     sessions_max: int = option(2048, "limit on requests in flight; beyond it: 429")
     body_bytes_max: int = option(4 << 20, "limit on a request's body, in bytes; beyond it: 413")
     no_rank_timeout_s: float = option(
-        30.0, "a request that no live rank accepts within this time fails with 503"
+        120.0,
+        "a request that no live rank accepts within this time fails; several times the control "
+        "plane's --formation-window-s, so that streams outlive an outage",
     )
     drain_s: float = option(3.0, "how long streams may go on after SIGTERM")
+    listen_fd: int = option(
+        -1,
+        "inherited listening socket, used in place of --host and --port; whoever started the "
+        "gateway keeps it open, so that clients wait while a crashed gateway is replaced",
+    )
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the gateway")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "log one JSON object per line instead of text")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from gateway.cluster_view import ClusterView
 from gateway.model_loader import ModelLoader
 from gateway.session_driver import SessionDriver
+from shared.types import RankState
 
 
 class Health:
@@ -15,16 +17,27 @@ class Health:
         self.draining = False
 
     def reasons_not_ready(self) -> list[str]:
-        reasons = []
+        """What is being waited for, one sentence each. A gateway that has just started knows
+        nothing of the instance yet, and does not say of anything that it does not exist."""
+        reasons = ["shutting down"] if self.draining else []
         view = self._driver.view
-        if self.draining:
-            reasons.append("shutting down")
+        if not view.is_read:
+            return [*reasons, "this gateway has just started and has not read etcd yet"]
         if view.spec is None:
             reasons.append("the control plane has written no spec yet")
         elif self._models.served is None:
             reasons.append("the tokenizer is loading")
         if not view.members:
-            reasons.append("no expert map is published yet")
+            reasons.append(f"no expert map is published yet: {_progress(view)}")
         elif not self._driver.live_ranks():
-            reasons.append(f"none of the {len(view.members)} ranks of the map is connected")
+            reasons.append(
+                f"none of the {len(view.members)} ranks of the map is connected: {_progress(view)}"
+            )
         return reasons
+
+
+def _progress(view: ClusterView) -> str:
+    registered = {record.rank for record in view.ranks.values()}
+    ready = {r.rank for r in view.ranks.values() if r.state is RankState.READY}
+    num_ranks = f" of {view.spec.num_ranks}" if view.spec is not None else ""
+    return f"{len(registered)}{num_ranks} ranks are registered, {len(ready)} of them ready"

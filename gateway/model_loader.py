@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import structlog
@@ -27,6 +28,7 @@ class ModelLoader:
         self._clock = clock
         self._spec: InstanceSpec | None = None
         self._has_spec = asyncio.Event()
+        self._is_loaded = asyncio.Event()
         self.served: ServedModel | None = None
 
     def on_view(self, view: ClusterView) -> None:
@@ -48,4 +50,13 @@ class ModelLoader:
             name=self._name,
             created=int(self._clock.wall()),
         )
+        self._is_loaded.set()
         log.info("model_ready", model=self.served.name)
+
+    async def wait(self, timeout_s: float) -> ServedModel | None:
+        """The model as soon as it is loaded; None if it is not loaded in time."""
+        if self.served is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._is_loaded.wait()
+        return self.served

@@ -85,7 +85,7 @@ class SessionPolicy:
     """`losses_max` limits how many ranks a session may lose in a row without a token in between, so
     that a prompt that crashes its rank does not crash all of them."""
 
-    no_rank_timeout_s: float = 30.0
+    no_rank_timeout_s: float = 120.0
     refusals_max: int = 32
     losses_max: int = 6
     backoff_min_s: float = 0.02

@@ -89,7 +89,9 @@ class RankConfig:
     )
     step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
     prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")
-    running_max: int = option(64, "most sequences that decode at once")
+    running_max: int = option(
+        64, "most sequences that decode at once; sessions moved from a dead rank may exceed it"
+    )
     waiting_max: int = option(
         256, "most sequences that wait; more are refused, the gateway retries"
     )

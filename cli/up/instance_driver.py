@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from shared.embedded_etcd import EmbeddedEtcd
 from shared.errors import ConfigError, StoreUnavailable, Unavailable
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
+from shared.listener import listen_on
 
 
 async def run_up(options: UpOptions, console: Console) -> int:
@@ -119,6 +121,7 @@ class InstanceDriver:
         self._store: EtcdStore | None = None
         self._claim: InstanceClaim | None = None
         self._endpoint = ""
+        self._listener: socket.socket | None = None
         self._services: list[services.Service] = []
         self.is_serving = False
 
@@ -169,6 +172,8 @@ class InstanceDriver:
     async def stop(self, *, keep_logs: bool) -> None:
         """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""
         self._console.print("stopping …", highlight=False)
+        if self._listener is not None:
+            self._listener.close()  # from now on clients are refused instead of queued
         for service in reversed(self._services):
             await self._supervisor.stop(service)
         kill_leftovers(self._owner.run)
@@ -251,11 +256,17 @@ class InstanceDriver:
                 self._folder.log_dir,
                 self._mps.environment if self._mps is not None else {},
             ),
-            services.gateway(options, endpoint),
+            services.gateway(options, endpoint, self._listen()),
         ]
         for service in planned:
             await self._supervisor.start(service)
             self._services.append(service)
+
+    def _listen(self) -> int:
+        """The socket stays open as long as the instance runs. Raises ConfigError."""
+        options = self._options
+        self._listener = listen_on(options.host, options.port)
+        return self._listener.fileno()
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks

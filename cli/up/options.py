@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from cli.target_flags import RunDirFlag
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
 from shared.errors import ConfigError
+from shared.listener import listen_on
 
 _RDMA_NOTE = "RDMA devices need an RDMA network; pass --transfer-protocol rdma as well"
 
@@ -158,11 +158,4 @@ def check_port(host: str, port: int) -> None:
     """Raises ConfigError if the gateway could not listen there."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port}: pass a port between 1 and 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} ({error.strerror}); pass another --port or --host"
-            ) from error
+    listen_on(host, port).close()

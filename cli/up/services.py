@@ -19,6 +19,7 @@ class Service:
     stop_timeout_s: float
     tail: tuple[str, ...] = ()  # comes after the lifeline
     environment: Mapping[str, str] = field(default_factory=dict)  # added to ours
+    inherited_fds: tuple[int, ...] = ()
 
     def command(self, lifeline_fd: int) -> list[str]:
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
@@ -41,15 +42,17 @@ def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Se
     )
 
 
-def gateway(options: UpOptions, etcd: str) -> Service:
+def gateway(options: UpOptions, etcd: str, listen_fd: int) -> Service:
+    """`listen_fd` is our listening socket. Clients that connect while no gateway runs wait in its
+    queue."""
     return Service(
         name="gateway",
         argv=(
             *(sys.executable, "-m", "gateway"),
             *("--etcd", etcd, "--instance", options.instance),
-            *("--host", options.host, "--port", str(options.port)),
-            *("--log-level", options.log_level),
+            *("--listen-fd", str(listen_fd), "--log-level", options.log_level),
         ),
+        inherited_fds=(listen_fd,),
         stop_timeout_s=5.0,
     )
 

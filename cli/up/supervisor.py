@@ -62,7 +62,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._lifeline_read],
+                pass_fds=[self._lifeline_read, *service.inherited_fds],
                 start_new_session=True,  # Ctrl-C reaches only us, and we stop them in order
                 env=os.environ | service.environment | {RUN_VARIABLE: self._run},
             )

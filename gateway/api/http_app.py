@@ -37,6 +37,9 @@ from shared.errors import RequestError, StarfishError, Unavailable
 log = structlog.get_logger()
 
 BODY_TIMEOUT_S = 60.0
+MODEL_WAIT_S = 5.0
+"""How long a request waits for a model that is not loaded yet."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -96,7 +99,7 @@ class HttpApp:
         return response
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        served = self._require_served_model()
+        served = await self._require_served_model()
         body = await self._read(request, ChatBody)
         limits = self._check(served, body)
         options = await _read_options(body, limits)
@@ -110,7 +113,7 @@ class HttpApp:
         return await self._run(request, self._job(served, options, [prompt], limits, True))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        served = self._require_served_model()
+        served = await self._require_served_model()
         body = await self._read(request, CompletionBody)
         limits = self._check(served, body)
         options = await _read_options(body, limits)
@@ -124,14 +127,15 @@ class HttpApp:
             raise RequestError("the prompt has no tokens", param="prompt")
         return await self._run(request, self._job(served, options, prompts, limits, False))
 
-    def _require_served_model(self) -> ServedModel:
+    async def _require_served_model(self) -> ServedModel:
+        """Raises Unavailable with what is being waited for. A gateway that has just started needs
+        a moment to read etcd and the tokenizer, which its clients need not notice."""
         if self._health.draining:
             raise Unavailable("the gateway is shutting down")
-        if self._models.served is None:
-            raise Unavailable(
-                "the instance has no model yet; check that its control plane is running"
-            )
-        return self._models.served
+        served = await self._models.wait(MODEL_WAIT_S)
+        if served is None:
+            raise Unavailable("not ready: " + "; ".join(self._health.reasons_not_ready()))
+        return served
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         if (request.content_length or 0) > self._body_bytes_max:
@@ -203,15 +207,14 @@ class HttpApp:
             return await answer_whole(generation, job)
 
     async def _list_models(self, request: web.Request) -> web.Response:
-        served = self._models.served
-        names = [served.name] if served else []
-        created = served.created if served else 0
-        return web.Response(body=model_list(names, created), content_type="application/json")
+        served = await self._require_served_model()
+        body = model_list([served.name], served.created)
+        return web.Response(body=body, content_type="application/json")
 
     async def _show_model(self, request: web.Request) -> web.Response:
-        name, served = request.match_info["name"], self._models.served
-        if served is None or name != served.name:
-            raise _model_not_found(name, served.name if served else "none yet")
+        name, served = request.match_info["name"], await self._require_served_model()
+        if name != served.name:
+            raise _model_not_found(name, served.name)
         return web.json_response(model_entry(served.name, served.created))
 
     async def _show_ready(self, request: web.Request) -> web.Response:

@@ -33,6 +33,10 @@ When blocks run out, the sequence of lowest priority gives up its own. It is rec
 all its known tokens, less what the cache still has of them. The first in priority is never
 preempted for another and always fits alone, so every sequence ends.
 
+A sequence whose client has tokens is *in mid-stream*: its rank died, or it was preempted. It never
+waits for a whole answer of another because too many run: it may exceed `running_max`. Nor does it
+wait for KV blocks while a sequence runs whose client has seen nothing; that one gives up its own.
+
 The prefix cache (`sequence_blocks`). Full blocks whose step was committed are published under the
 hash of all tokens up to their end, generated ones included, and are not written again. A sequence
 begins with the longest published prefix of its known tokens, less the last token, whose logits it
@@ -103,7 +107,7 @@ class Scheduler:
         self._kv = KvBlocks(
             num_blocks=limits.kv_blocks,
             block_tokens=limits.kv_block_tokens,
-            rows_max=limits.running_max,
+            rows_max=limits.mid_stream_max,
             row_blocks_max=-(-limits.tokens_max // limits.kv_block_tokens),
         )
         self._replicator = replicator or NoKvReplication()
@@ -183,7 +187,9 @@ class Scheduler:
         assert not self._plans, "a plan is in flight"
         self._running.sort(key=_priority)
         projected = {s: current_state(s) for s in self._running}
-        while len(growing := self._growing(projected)) > self._kv.num_free:
+        while len(growing := self._growing(projected)) > self._kv.num_free or self._has_to_yield(
+            growing
+        ):
             preempted = self._running.pop()
             del projected[preempted]
             self._stop_running(preempted)
@@ -198,7 +204,7 @@ class Scheduler:
         self._running.sort(key=_priority)
         projected = projected_after(before, self._running)
         growing = self._growing(projected)
-        if len(growing) > self._kv.num_free:
+        if len(growing) > self._kv.num_free or self._has_to_yield(growing):
             return None
         plan = self._fill_step(projected, growing)
         if not plan.chunks:
@@ -213,6 +219,17 @@ class Scheduler:
             for s, state in projected.items()
             if state.num_tokens > self._kv.capacity_tokens(s.row)
         ]
+
+    def _has_to_yield(self, growing: Items[Sequence]) -> bool:
+        """Whether the running sequence of lowest priority, whose client has seen nothing, has what
+        a waiting one in mid-stream needs. `growing` take a block each before that one does."""
+        if not self._waiting or not self._running:
+            return False
+        first, last = self._waiting[0], self._running[-1]
+        if not _is_in_mid_stream(first) or _is_in_mid_stream(last):
+            return False
+        num_wanted = len(self._running) + len(growing) + self._blocks.num_needed(first)
+        return len(self._running) >= self._limits.mid_stream_max or num_wanted > self._kv.num_free
 
     def _fill_step(
         self, projected: Mapping[Sequence, ProjectedState], growing: Items[Sequence]
@@ -306,16 +323,20 @@ class Scheduler:
         """The first waiting sequence, except those that wait for a block of another. Besides blocks
         for all its known tokens, one must be free for each running sequence to grow: else it would
         soon be preempted."""
-        if len(self._running) >= self._limits.running_max:
-            return None
         num_reserved = len(self._running)
         for sequence in self._waiting:
+            if len(self._running) >= self._running_max_for(sequence):
+                return None
             num_reserved += self._blocks.num_needed(sequence)
             if num_reserved > self._kv.num_free:
                 return None
             if not self._blocks.awaits_another(sequence, self._running):
                 return sequence
         return None
+
+    def _running_max_for(self, sequence: Sequence) -> int:
+        limits = self._limits
+        return limits.mid_stream_max if _is_in_mid_stream(sequence) else limits.running_max
 
     def _admit(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
@@ -378,3 +399,7 @@ class Scheduler:
 
 def _priority(sequence: Sequence) -> tuple[bool, int]:
     return sequence.priority
+
+
+def _is_in_mid_stream(sequence: Sequence) -> bool:
+    return sequence.next_index > 0

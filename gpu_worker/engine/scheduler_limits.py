@@ -14,7 +14,8 @@ class SchedulerLimits:
     """`kv_blocks` times `kv_block_tokens` is the KV cache. A session ends with LENGTH when prompt
     and generated tokens reach `context_tokens_max`, or the whole cache. `waiting_max` bounds new
     sessions and continued ones separately, so that many new ones never refuse a client who is in
-    mid-stream."""
+    mid-stream. `running_max` bounds how many run when new ones are admitted; sessions in
+    mid-stream run up to `mid_stream_max`."""
 
     vocab_size: int
     context_tokens_max: int
@@ -31,6 +32,13 @@ class SchedulerLimits:
     @property
     def scored_rows_max(self) -> int:
         return max(1, self.scored_logits_max // self.vocab_size)
+
+    @property
+    def mid_stream_max(self) -> int:
+        """Most sequences that run when one in mid-stream is admitted: as many as can decode in one
+        step. Beyond `running_max` steps are longer than they should be, but nobody who has read
+        half an answer waits for another's whole answer."""
+        return max(self.running_max, self.step_tokens_max)
 
     @property
     def tokens_max(self) -> int:

@@ -408,7 +408,9 @@ async def test_no_rank_for_too_long_is_a_503(model: Path) -> None:
         assert body["error"]["code"] == "no_rank_available"
         async with harness.http.get(harness.url + "/health") as response:
             assert response.status == 503
-            assert (await response.json())["reasons"] == ["no expert map is published yet"]
+            assert (await response.json())["reasons"] == [
+                "no expert map is published yet: 0 of 0 ranks are registered, 0 of them ready"
+            ]
 
 
 async def test_a_stream_that_loses_its_last_rank_ends_with_an_error_event(model: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,11 +29,14 @@ BODY = {"prompt": [3, 4], "max_tokens": 20, "ignore_eos": True, "return_token_id
 
 
 @asynccontextmanager
-async def gateway(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def gateway(
+    *flags: str, inherited_fds: Sequence[int] = ()
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", *flags),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
+        pass_fds=inherited_fds,
     )
     try:
         yield process
@@ -108,6 +111,34 @@ async def test_it_waits_for_the_spec_then_serves_and_outlives_etcd(tmp_path: Pat
             assert await complete(harness) == toy_tokens([3, 4], 20)
             assert len(replacement.submits) == 1
         await store.close()
+
+
+async def test_requests_wait_while_a_killed_gateway_is_replaced(
+    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+) -> None:
+    """None is refused: not by the port, and not by a gateway that has not read etcd yet."""
+    write_tokenizer(tmp_path)
+    await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fd = listener.fileno()
+        flags = ("--etcd", etcd, "--instance", keys.instance, "--listen-fd", str(fd))
+        async with aiohttp.ClientSession() as http:
+            harness = GatewayHarness(store, keys, http, listener.getsockname()[1])
+            await harness.publish([await harness.add_rank(ToyRank(0))])
+            async with gateway(*flags, inherited_fds=[fd]) as killed:
+                await health(harness, 200)
+                killed.kill()
+                await killed.wait()
+                waiting = [asyncio.create_task(complete(harness)) for _ in range(20)]
+                await asyncio.sleep(0.2)
+                async with gateway(*flags, inherited_fds=[fd]), asyncio.timeout(30):
+                    assert await asyncio.gather(*waiting) == [toy_tokens([3, 4], 20)] * 20
+            await harness.ranks[0].kill()
+
+
+async def test_a_descriptor_that_is_no_listening_socket() -> None:
+    said = await fails_to_start("--listen-fd", "0")
+    assert "no listening socket" in said
 
 
 async def test_sigterm_lets_a_stream_end_and_leaves_nothing_in_etcd(

@@ -182,6 +182,7 @@ class SimCluster:
                 spec=self.spec,
                 policy=MembershipPolicy(
                     bytes_per_expert=1000,
+                    first_formation_grace_s=2.0,
                     formation_window_s=5.0,
                     heal_after_s=self.sizes.heal_after_s,
                 ),

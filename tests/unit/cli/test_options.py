@@ -87,10 +87,16 @@ def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> No
     model = Path("/m")
     for service in (
         control_plane(options, "e:1", model, 0),
-        gateway(options, "e:1"),
+        gateway(options, "e:1", 5),
         agent(options, "e:1", model, Path("/logs")),
     ):
         assert {("--etcd", "e:1"), ("--instance", "t"), ("--lifeline-fd", "9")} <= pairs(service)
+
+
+def test_the_gateway_inherits_the_listening_socket(options: UpOptions) -> None:
+    service = gateway(options, "e:1", 5)
+    assert ("--listen-fd", "5") in pairs(service)
+    assert service.inherited_fds == (5,)
 
 
 def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:

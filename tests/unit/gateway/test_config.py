@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from control_plane.config import ControlPlaneConfig
 from gateway.config import GatewayConfig
 from shared.config import load_config
 from shared.errors import ConfigError
@@ -17,6 +18,12 @@ def load(**flags: str) -> GatewayConfig:
 
 def test_the_defaults_are_possible() -> None:
     assert load() == GatewayConfig()
+
+
+def test_the_patience_outlasts_an_outage_in_which_ranks_keep_coming() -> None:
+    formation = ControlPlaneConfig()
+    slowest_s = formation.formation_window_s + formation.first_formation_grace_s
+    assert GatewayConfig().no_rank_timeout_s > 3 * slowest_s
 
 
 @pytest.mark.parametrize(

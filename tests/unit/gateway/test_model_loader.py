@@ -34,6 +34,19 @@ async def test_the_first_spec_names_the_model(tmp_path: Path) -> None:
     models.served.tokenizer.close()
 
 
+async def test_a_request_waits_for_the_model_and_no_longer_than_it_says(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    models = loader()
+    assert await models.wait(0) is None
+    running = asyncio.create_task(models.run())
+    waiting = asyncio.create_task(models.wait(60))
+    models.on_view(ClusterView(spec=toy_spec(tmp_path)))
+    await running
+    assert await waiting is models.served
+    assert models.served is not None
+    models.served.tokenizer.close()
+
+
 async def test_flags_replace_the_specs_folder_and_name(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     models = loader(folder=tmp_path, name="mine")

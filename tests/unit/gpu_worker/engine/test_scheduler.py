@@ -457,6 +457,58 @@ def test_running_sequences_are_bounded() -> None:
     assert (load.running, load.waiting) == (2, 1)
 
 
+def test_moved_sessions_run_beyond_the_limit_for_new_ones() -> None:
+    engine = scheduler(running_max=2, step_tokens_max=8, kv_blocks=64)
+    for number in range(2):
+        engine.submit(origin(), submit(f"own-{number}", (number + 1,) * 3))
+        run_step(engine)
+    engine.submit(origin(), submit("new", (9, 9, 9)))
+    for number in range(5):
+        engine.submit(origin(), submit(f"moved-{number}", (9, 8, number), num_emitted=1))
+    for _ in range(3):
+        run_step(engine)
+    load = engine.load()
+    assert (load.running, load.waiting) == (7, 1), "only the new one waits"
+
+
+def test_steps_hold_the_decodes_of_all_moved_sessions_that_run() -> None:
+    engine = scheduler(running_max=2, step_tokens_max=4, kv_blocks=64)
+    for number in range(6):
+        engine.submit(origin(), submit(f"moved-{number}", (9, 8, number), num_emitted=1))
+    while engine.has_work:
+        assert engine.load().running <= 4
+        run_step(engine)
+
+
+def test_a_moved_session_takes_blocks_from_one_whose_client_has_seen_nothing() -> None:
+    engine = scheduler(kv_blocks=8, kv_block_tokens=4, prefill_chunk_tokens=4)
+    engine.submit(origin(), submit("fresh", (1,) * 22))
+    run_step(engine)
+    engine.submit(origin(), submit("moved", (2,) * 12, num_emitted=4, max_tokens=8))
+    assert planned(engine) == [("moved", 4)]
+    ended = [r.session for _ in range(60) if engine.has_work for r in replies(run_step(engine))]
+    assert set(ended) == {"fresh", "moved"}
+    assert is_empty(engine)
+
+
+def test_a_moved_session_takes_no_blocks_from_one_in_mid_stream() -> None:
+    engine = scheduler(kv_blocks=8, kv_block_tokens=4)
+    engine.submit(origin(), submit("own", (1,) * 8, max_tokens=12))
+    run_step(engine)
+    engine.submit(origin(), submit("moved", (2,) * 24, num_emitted=4, max_tokens=8))
+    assert planned(engine) == [("own", 1)]
+
+
+def test_no_step_is_planned_ahead_while_blocks_are_owed_to_a_moved_session() -> None:
+    engine = scheduler(kv_blocks=8, kv_block_tokens=4, prefill_chunk_tokens=4)
+    engine.submit(origin(), submit("fresh", (1,) * 22))
+    plan = engine.plan()
+    engine.submit(origin(), submit("moved", (2,) * 12, num_emitted=4, max_tokens=8))
+    assert engine.plan_ahead() is None
+    engine.commit(plan, [])
+    assert planned(engine) == [("moved", 4)]
+
+
 def test_admission_leaves_each_running_sequence_a_block_to_grow() -> None:
     engine = scheduler(kv_blocks=4, kv_block_tokens=4, context_tokens_max=16)
     engine.submit(origin(), submit("a", (1,) * 7))

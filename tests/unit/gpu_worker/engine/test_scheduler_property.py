@@ -166,7 +166,7 @@ class FakeKvReplicas:
             member(target),
             self._stores[target],
             num_slots=self._given.num_slots,
-            num_rooms=self._given.num_rooms,
+            num_staging_buffers=self._given.num_rooms,
             block_bytes=self._block_bytes,
         )
 

@@ -1,0 +1,33 @@
+"""Opens the socket that clients connect to."""
+
+from __future__ import annotations
+
+import socket
+
+from shared.errors import ConfigError
+
+_BACKLOG = 1024
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """Raises ConfigError if this address is taken or is not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); pass another --port or "
+            "--host"
+        ) from error
+
+
+def inherited_listener(fd: int) -> socket.socket:
+    """Raises ConfigError if `fd` is not a listening socket."""
+    try:
+        listener = socket.socket(fileno=fd)
+        if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return listener
+        listener.detach()  # somebody else's descriptor
+    except OSError:
+        pass
+    raise ConfigError(f"--listen-fd {fd}: no listening socket was inherited under this number")
