@@ -8,13 +8,13 @@ nothing, too, and will go on. What its kernel says, through its node agent, says
     stopped (SIGSTOP)                   others answer   `stopped_s`: nothing wakes it by itself
     stopped                             silent as well  `host_pause_s`
     running, starved, sleeping          any             `hung_s`
-    nothing, or not lately               others answer   `unseen_s`: cut off, or its host is paused
+    nothing, or not lately              others answer   `unseen_s`: cut off, or its host is paused
     nothing, or not lately              silent as well  `host_pause_s`
 
 A host is silent if all of its members that were asked are, and they are at least two, or if its
 node agent has itself stood still. All but `stopped_s` grow, up to `hung_s`, with the slowest
-answers that this instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is longer than a
-second: no bounded pause up to that ends a life.
+answers that this instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is
+longer than a second: no bounded pause up to that ends a life.
 """
 
 from __future__ import annotations
