@@ -92,7 +92,7 @@ async def serve(config: ControlPlaneConfig) -> None:
                 heal_budget_bytes=config.heal_budget_mb << 20,
             ),
             timings=DetectorTimings(
-                window_s=config.timings.suspicion_window_ms / 1000,
+                silence=config.silence,
                 reregister_timeout_s=0.4 * config.timings.lease_ttl_s,
                 mass_expiry_grace_s=config.timings.lease_ttl_s,
                 probe_silence_s=2.4 * config.probe_interval_ms / 1000,

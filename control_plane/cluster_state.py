@@ -11,6 +11,7 @@ from shared.keys import Keys
 from shared.records import (
     InstanceSpec,
     LeaderRecord,
+    ProcessView,
     RankRecord,
     SlotContents,
     Suspicion,
@@ -40,6 +41,7 @@ class ClusterState:
     assignments: Mapping[Member, SlotContents] = field(default_factory=dict)
     verdicts: Mapping[Member, Verdict] = field(default_factory=dict)
     suspicions: Mapping[str, Suspicion] = field(default_factory=dict)  # by etcd key
+    views: Mapping[Member, ProcessView] = field(default_factory=dict)
 
     def revision_of(self, key: str) -> int:
         """The mod revision that a transaction compares; 0 if the key does not exist."""

@@ -6,10 +6,14 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from control_plane.silence import SilenceTimings
 from shared.config import Timings, option
 from shared.errors import ConfigError
 from shared.model_spec import ModelSpec
 from shared.records import InstanceSpec
+
+LEARNT_WINDOW_MIN_MS = 120.0
+"""The shortest silence that ends a member if the window is learnt: `SilenceTimings.stopped_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,10 @@ class ControlPlaneConfig:
     log_json: bool = option(False, "one JSON object a line in place of text")
     timings: Timings = field(default_factory=Timings)
 
+    @property
+    def silence(self) -> SilenceTimings:
+        return SilenceTimings(override_s=self.timings.suspicion_window_ms / 1000)
+
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
         self.timings.check()
@@ -74,10 +82,11 @@ class ControlPlaneConfig:
                 "--formation-grace-s and --first-formation-grace-s must lie between 0 and "
                 f"--formation-window-s ({self.formation_window_s} s)"
             )
-        if not 0 < self.urgent_probe_interval_ms < self.timings.suspicion_window_ms / 2:
+        window_ms = self.timings.suspicion_window_ms or LEARNT_WINDOW_MIN_MS
+        if not 0 < self.urgent_probe_interval_ms < window_ms / 2:
             raise ConfigError(
                 "--urgent-probe-interval-ms must be under half of the suspicion window "
-                f"({self.timings.suspicion_window_ms} ms)"
+                f"({window_ms} ms)"
             )
         if self.probe_interval_ms < self.urgent_probe_interval_ms:
             raise ConfigError("--probe-interval-ms must not be under the urgent interval")

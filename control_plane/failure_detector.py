@@ -4,7 +4,7 @@ neither probes nor publishes.
 Theory of operation. A signal alone makes a member *suspected*; the prober then probes all members
 at the urgent interval. What the kernel of the member's host reports is proof: its exit, a refused
 connection, or a broken connection together with a suspicion from somebody else. Silence is proof
-only if it lasted the whole suspicion window while we were listening and heard others. A rank is
+only if it lasted as long as `silence` says while we were listening and heard others. A rank is
 known to be alive if its event loop and its engine thread run: a Pong came, and the Pong's
 `engine_age_ms` is small. Such a Pong *vouches* for the member. An engine that waits for peers
 keeps its age small; a stuck engine does not.
@@ -12,10 +12,11 @@ keeps its age small; a stuck engine does not.
     state     | signal                                              | next
     ----------+-----------------------------------------------------+--------------------------
     trusted   | suspicion; probes unanswered; connection broken     | suspected
+    trusted   | its node agent says that its process is stopped     | suspected
     trusted   | record gone                                         | unleased
     suspected | a vouching Pong, newer than the first signal        | trusted
     suspected | connection broken and somebody else's suspicion     | dead
-    suspected | no vouching Pong for the window                     | dead, or held: own link
+    suspected | no vouching Pong for longer than `silence` allows   | dead, or held: own link
     unleased  | registered again                                    | suspected (until a Pong)
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
@@ -37,9 +38,10 @@ from dataclasses import dataclass
 from math import inf
 
 from control_plane.judgements import Alarm, AlarmKind, Judgement
+from control_plane.silence import Rhythm, SilenceEvidence, SilenceTimings, patience_s
 from control_plane.watched_member import ProbeState, WatchedMember
-from shared.records import Suspicion, Verdict
-from shared.types import Epoch, Member, Step, SuspicionReason
+from shared.records import ProcessView, Suspicion, Verdict
+from shared.types import Epoch, Member, NodeId, ProcessState, Step, SuspicionReason
 from shared.wire import Pong
 
 OWN_NAME = "control-plane"
@@ -49,8 +51,15 @@ _INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorTimings:
-    window_s: float = 0.25  # a suspected member that is silent for this long is dead
-    stopped_s: float = 0.05  # the same, if its node agent saw the process stopped
+    silence: SilenceTimings = SilenceTimings()
+    # What a node agent said of a process that is not stopped says nothing after this long.
+    view_age_max_s: float = 0.3
+    # A node agent that did not run for this long was paused or starved, and so was its host.
+    host_gap_min_s: float = 0.1
+    # A member that is probed at the urgent interval and has not answered for this long is quiet.
+    quiet_s: float = 0.06
+    # Most members have been quiet for this long: our own link is suspect.
+    own_link_s: float = 0.25
     # Time to register again after a lost lease: a little more than a keep-alive interval.
     reregister_timeout_s: float = 2.0
     # The same, if most leases expired at once: as long as a lease lasts.
@@ -71,7 +80,9 @@ class FailureDetector:
     def __init__(self, timings: DetectorTimings, now: float) -> None:
         self._timings = timings
         self._watched: dict[Member, WatchedMember] = {}
-        self._registered: set[Member] = set()
+        self._registered: dict[Member, NodeId] = {}
+        self._rhythm = Rhythm(now)
+        self._host_paused_attentive_s: dict[NodeId, float] = {}  # by node, when it was last so
         self._now = now
         self._attentive_s = 0.0
         self._own_link_suspect_attentive_s = -inf
@@ -93,6 +104,15 @@ class FailureDetector:
         return any(w.lease_grace for w in self._watched.values())
 
     @property
+    def doubts(self) -> tuple[Suspicion, ...]:
+        """One suspicion of ours for each suspected member. Its node agent watches for these."""
+        return tuple(
+            self._own_suspicion(w, w.signals[0].reason, "suspected by the control plane")
+            for w in self._watched.values()
+            if w.suspected_attentive_s is not None and w.signals
+        )
+
+    @property
     def suspected(self) -> tuple[Member, ...]:
         return tuple(m for m, w in self._watched.items() if w.suspected_attentive_s is not None)
 
@@ -102,18 +122,25 @@ class FailureDetector:
         wanted = set(members)
         self._watched = {m: w for m, w in self._watched.items() if m in wanted}
         for member in wanted - self._watched.keys():
-            watched = WatchedMember(member, self._attentive_s, pong_attentive_s=self._attentive_s)
+            watched = WatchedMember(
+                member,
+                self._attentive_s,
+                node=self._registered.get(member),
+                pong_attentive_s=self._attentive_s,
+            )
             self._watched[member] = watched
             if member not in self._registered:
                 self._lose_lease(watched)
         self._note_progress(0, 0, forget=True)
         return self._judge_all()
 
-    def on_record(self, member: Member, now: float) -> list[Judgement]:
+    def on_record(self, member: Member, node: NodeId, now: float) -> list[Judgement]:
         """`member` registered, perhaps again under another lease."""
         self._advance_attentive_time(now)
-        self._registered.add(member)
+        self._registered[member] = node
         watched = self._watched.get(member)
+        if watched is not None:
+            watched.node = node
         if watched is not None and watched.unleased_attentive_s is not None:
             self._restart_silence(watched)
             watched.unleased_attentive_s, watched.lease_grace = None, False
@@ -123,7 +150,7 @@ class FailureDetector:
 
     def on_record_deleted(self, member: Member, now: float) -> list[Judgement]:
         self._advance_attentive_time(now)
-        self._registered.discard(member)
+        self._registered.pop(member, None)
         watched = self._watched.get(member)
         if watched is None:
             return []
@@ -133,11 +160,26 @@ class FailureDetector:
     def on_suspicion(self, suspicion: Suspicion, now: float) -> list[Judgement]:
         self._advance_attentive_time(now)
         watched = self._watched.get(suspicion.member)
-        if watched is None:
+        if watched is None or suspicion.by == OWN_NAME:
             return []
         watched.exited |= suspicion.reason is SuspicionReason.EXIT
         watched.accusers.add(suspicion.by)
         self._suspect(watched, suspicion)
+        return self._judge_all()
+
+    def on_view(self, view: ProcessView, now: float) -> list[Judgement]:
+        """What the node agent says of the member's process. A stopped one is suspected at once; any
+        other view only says how much its silence means."""
+        self._advance_attentive_time(now)
+        watched = self._watched.get(view.member)
+        if watched is None:
+            return []
+        if view.host_gap_ms / 1000 >= self._timings.host_gap_min_s and watched.node is not None:
+            self._host_paused_attentive_s[watched.node] = self._attentive_s
+        watched.view, watched.view_attentive_s = view.state, self._attentive_s
+        if view.state is ProcessState.STOPPED:
+            detail = "its node agent says that the process is stopped"
+            self._suspect(watched, self._own_suspicion(watched, SuspicionReason.STOPPED, detail))
         return self._judge_all()
 
     def on_probe_connected(self, member: Member, now: float) -> list[Judgement]:
@@ -163,6 +205,8 @@ class FailureDetector:
         watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
         watched.pong_attentive_s = self._attentive_s
+        if watched.suspected_attentive_s is None:
+            self._rhythm.observe(pong.engine_age_ms / 1000, self._attentive_s)
         heartbeat_attentive_s = self._attentive_s - pong.engine_age_ms / 1000
         watched.heartbeat_attentive_s = max(watched.heartbeat_attentive_s, heartbeat_attentive_s)
         if (
@@ -302,13 +346,54 @@ class FailureDetector:
             watched.heartbeat_attentive_s,
             self._own_link_suspect_attentive_s,
         )
-        window_s = self._timings.stopped_s if watched.is_stopped else self._timings.window_s
-        return self._attentive_s - since_attentive_s >= window_s
+        is_host_silent = self._is_host_silent(watched)
+        if is_host_silent:
+            watched.host_silent_attentive_s = self._attentive_s
+        else:
+            # Processes of a paused host do not all continue at one instant.
+            since_attentive_s = max(since_attentive_s, watched.host_silent_attentive_s)
+        evidence = SilenceEvidence(
+            view=self._view_of(watched),
+            is_host_silent=is_host_silent,
+            usual_s=self._rhythm.usual_s(self._attentive_s),
+        )
+        waited_s = self._attentive_s - since_attentive_s
+        return waited_s >= patience_s(evidence, self._timings.silence)
 
-    def _is_own_link_suspect(self) -> bool:
-        """Whether more than half of the members have not answered for the whole window, though they
-        were probed at the urgent interval and show no other sign of death."""
-        asked_attentive_s = min(
+    def _view_of(self, watched: WatchedMember) -> ProcessState | None:
+        """A stopped process stays so until its node agent says otherwise."""
+        age_s = self._attentive_s - watched.view_attentive_s
+        if watched.is_stopped or age_s <= self._timings.view_age_max_s:
+            return watched.view
+        return None
+
+    def _is_host_silent(self, watched: WatchedMember) -> bool:
+        """Whether the whole host is quiet or stopped, or its node agent itself did not run."""
+        if watched.node is None:
+            return False
+        paused_attentive_s = self._host_paused_attentive_s.get(watched.node, -inf)
+        if self._attentive_s - paused_attentive_s < self._timings.silence.host_pause_s:
+            return True
+        others = [
+            other
+            for other in self._watched.values()
+            if other.node == watched.node and other is not watched and not other.is_never_probed
+        ]
+        return bool(others) and all(self._is_quiet(other) for other in others)
+
+    def _is_quiet(self, watched: WatchedMember) -> bool:
+        """Stopped, or asked and not heard, and its node agent does not say that it runs."""
+        if watched.is_stopped:
+            return True
+        asked_attentive_s = self._urgent_since_attentive_s()
+        if asked_attentive_s is None or self._view_of(watched) is not None:
+            return False
+        heard_attentive_s = max(watched.pong_attentive_s, asked_attentive_s)
+        return self._attentive_s - heard_attentive_s >= self._timings.quiet_s
+
+    def _urgent_since_attentive_s(self) -> float | None:
+        """Since when all members are probed at the urgent interval."""
+        return min(
             (
                 w.suspected_attentive_s
                 for w in self._watched.values()
@@ -316,6 +401,11 @@ class FailureDetector:
             ),
             default=None,
         )
+
+    def _is_own_link_suspect(self) -> bool:
+        """Whether more than half of the members have not answered for the whole window, though they
+        were probed at the urgent interval and show no other sign of death."""
+        asked_attentive_s = self._urgent_since_attentive_s()
         if asked_attentive_s is None:
             return False
         asked = [w for w in self._watched.values() if not w.is_never_probed]
@@ -325,7 +415,7 @@ class FailureDetector:
             if w.probe in (ProbeState.CONNECTED, ProbeState.UNTRIED)
             and not w.is_stopped
             and self._attentive_s - max(w.pong_attentive_s, asked_attentive_s)
-            >= self._timings.window_s
+            >= self._timings.own_link_s
         ]
         return 2 * len(heard_nothing) > len(asked)
 

@@ -21,6 +21,7 @@ from control_plane.state_applier import (
     StateChange,
     SuspicionRaised,
     VerdictPut,
+    ViewPut,
 )
 from control_plane.writes import Decision
 from shared.expert_map import ExpertMap
@@ -49,17 +50,22 @@ class LeaderTerm:
             self.on_change(MapPut(expert_map=state.expert_map), state, now)
         for suspicion in state.suspicions.values():
             self.on_change(SuspicionRaised(suspicion=suspicion), state, now)
+        for view in state.views.values():
+            self.on_change(ViewPut(view=view), state, now)
 
     def on_change(self, change: StateChange, state: ClusterState, now: float) -> None:
         """`state` contains the change."""
         detector = self.detector
         match change:
             case RecordPut():
-                self._take(detector.on_record(change.record.member, now))
+                record = change.record
+                self._take(detector.on_record(record.member, record.node, now))
             case RecordDeleted():
                 self._take(detector.on_record_deleted(change.member, now))
             case SuspicionRaised():
                 self._take(detector.on_suspicion(change.suspicion, now))
+            case ViewPut():
+                self._take(detector.on_view(change.view, now))
             case MapPut():
                 self._on_map(change.expert_map, now)
             case VerdictPut():

@@ -8,24 +8,24 @@ nothing, too, and will go on. What its kernel says, through its node agent, says
     stopped (SIGSTOP)                   others answer   `stopped_s`: nothing wakes it by itself
     stopped                             silent as well  `host_pause_s`
     running, starved, sleeping          any             `hung_s`
-    nothing, or not lately               others answer   `unseen_s`: cut off, or its host is paused
+    nothing, or not lately              others answer   `unseen_s`: cut off, or its host is paused
     nothing, or not lately              silent as well  `host_pause_s`
 
 A host is silent if all of its members that were asked are, and they are at least two, or if its
-node agent has itself stood still. All but `stopped_s` grow with the slowest answers that this
-instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is longer than a
-second: no bounded pause up to that ends a life.
+node agent has itself stood still. All but `stopped_s` grow, up to `hung_s`, with the slowest
+answers that this instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is
+longer than a second: no bounded pause up to that ends a life.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.errors import ConfigError
+from shared.config import LONGEST_LEARNT_SILENCE_MS
 from shared.types import ProcessState
 
 _SPAN_S = 30.0
-_TIMES_USUAL = 6.0
+_TIMES_USUAL = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,18 +34,9 @@ class SilenceTimings:
 
     stopped_s: float = 0.12
     host_pause_s: float = 1.5
-    hung_s: float = 3.0
+    hung_s: float = LONGEST_LEARNT_SILENCE_MS / 1000
     unseen_s: float = 1.25
     override_s: float = 0.0
-
-    def check(self, lease_ttl_s: float) -> None:
-        """Raises ConfigError if the last backstop, the lease, would come first."""
-        longest_s = self.override_s or max(self.hung_s, self.host_pause_s, self.unseen_s)
-        if longest_s >= lease_ttl_s:
-            raise ConfigError(
-                f"--suspicion-window-ms {longest_s * 1000:.0f} must be under the lease TTL "
-                f"({lease_ttl_s} s)"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +61,7 @@ def patience_s(evidence: SilenceEvidence, timings: SilenceTimings) -> float:
         floor_s = timings.host_pause_s
     else:
         floor_s = timings.unseen_s
-    return max(floor_s, _TIMES_USUAL * evidence.usual_s)
+    return max(floor_s, min(_TIMES_USUAL * evidence.usual_s, timings.hung_s))
 
 
 class Rhythm:

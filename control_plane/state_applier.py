@@ -13,6 +13,7 @@ from shared.keys import Keys
 from shared.records import (
     InstanceSpec,
     LeaderRecord,
+    ProcessView,
     RankRecord,
     SlotContents,
     Suspicion,
@@ -40,6 +41,13 @@ class RecordDeleted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuspicionRaised:
     suspicion: Suspicion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewPut:
+    """What a node agent says of a rank's process."""
+
+    view: ProcessView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +82,7 @@ StateChange = (
     RecordPut
     | RecordDeleted
     | SuspicionRaised
+    | ViewPut
     | MapPut
     | VerdictPut
     | LeaderPut
@@ -161,6 +170,7 @@ class StateApplier:
             _Kind(keys.residents, "residents", lambda b: unpack_record(b, SlotContents)),
             _Kind(keys.assignments, "assignments", lambda b: unpack_record(b, SlotContents)),
             _Kind(keys.suspicions, "suspicions", lambda b: unpack_record(b, Suspicion)),
+            _Kind(keys.views, "views", lambda b: unpack_record(b, ProcessView)),
             _Kind(keys.verdicts, "verdicts", lambda b: unpack_record(b, Verdict)),
         )
 
@@ -204,7 +214,9 @@ class StateApplier:
         return []
 
 
-def _index_of(key: str, value: RankRecord | SlotContents | Suspicion | Verdict) -> Member | str:
+def _index_of(
+    key: str, value: RankRecord | SlotContents | Suspicion | ProcessView | Verdict
+) -> Member | str:
     """Many may suspect one member, so suspicions are found by key."""
     return key if isinstance(value, Suspicion) else value.member
 
@@ -215,6 +227,8 @@ def _changes_of_put(value: Any) -> list[StateChange]:
             return [RecordPut(record=value)]
         case Suspicion():
             return [SuspicionRaised(suspicion=value)]
+        case ProcessView():
+            return [ViewPut(view=value)]
         case Verdict():
             return [VerdictPut(verdict=value)]
         case ExpertMap():

@@ -8,7 +8,7 @@ from enum import Enum
 from math import inf
 
 from shared.records import Suspicion
-from shared.types import Member, SuspicionReason
+from shared.types import Member, NodeId, ProcessState
 
 
 class ProbeState(Enum):
@@ -27,6 +27,7 @@ class WatchedMember:
 
     member: Member
     added_attentive_s: float
+    node: NodeId | None = None  # of its record
     probe: ProbeState = ProbeState.UNTRIED
     exited: bool = False
     signals: list[Suspicion] = field(default_factory=list)
@@ -34,6 +35,9 @@ class WatchedMember:
     suspected_attentive_s: float | None = None
     heartbeat_attentive_s: float = -inf
     pong_attentive_s: float = -inf
+    view: ProcessState | None = None  # what its node agent said last
+    view_attentive_s: float = -inf
+    host_silent_attentive_s: float = -inf  # when its whole host was last silent
     unleased_attentive_s: float | None = None
     lease_grace: bool = False  # lost its lease in a mass expiry
     accusers: set[str] = field(default_factory=set)  # since the last progress
@@ -45,7 +49,7 @@ class WatchedMember:
 
     @property
     def is_stopped(self) -> bool:
-        return any(s.reason is SuspicionReason.STOPPED for s in self.signals)
+        return self.view is ProcessState.STOPPED
 
     @property
     def may_be_alive_without_lease(self) -> bool:

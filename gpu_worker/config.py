@@ -106,10 +106,11 @@ class RankConfig:
         self.timings.check()
         if self.transfer_protocol not in ("tcp", "rdma"):
             raise ConfigError(f"--transfer-protocol {self.transfer_protocol!r}: say tcp or rdma")
-        if self.graph_timeout_ms <= self.timings.suspicion_window_ms:
+        window_ms = self.timings.longest_silence_ms
+        if self.graph_timeout_ms <= window_ms:
             raise ConfigError(
                 f"--graph-timeout-ms {self.graph_timeout_ms} must be above the suspicion window "
-                f"({self.timings.suspicion_window_ms} ms): it is a backstop, verdicts end waits"
+                f"({window_ms} ms): it is a backstop, verdicts end waits"
             )
         if self.kv_block_tokens < 1 or self.kv_tokens < self.kv_block_tokens:
             raise ConfigError("--kv-tokens must hold at least one block of --kv-block-tokens")

@@ -22,6 +22,7 @@ from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
 from node_agent.restart_policy import RestartPolicy
+from node_agent.view_reporter import ViewReporter
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.confinement import confined_environment
@@ -142,12 +143,16 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
     record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
     leased.put(keys.agent(node), pack_record(record))
+    supervisor = RankSupervisor(ranks, RestartPolicy(), random.Random(), clock.now())
     driver = AgentDriver(
         store=store,
         keys=keys,
-        supervisor=RankSupervisor(ranks, RestartPolicy(), random.Random(), clock.now()),
+        supervisor=supervisor,
         leased=leased,
         exit_reporter=ExitReporter(store, keys, node, clock),
+        view_reporter=ViewReporter(
+            store=store, keys=keys, clock=clock, leased=leased, alive=supervisor.alive
+        ),
         setup=setup,
         clock=clock,
         fork_client=fork_client_of(setup),

@@ -33,6 +33,7 @@ from node_agent.rank_supervisor import (
     SupervisorAction,
     Terminate,
 )
+from node_agent.view_reporter import ViewReporter
 from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
@@ -73,6 +74,7 @@ class AgentDriver:
     supervisor: RankSupervisor
     leased: LeasedKeys
     exit_reporter: ExitReporter
+    view_reporter: ViewReporter
     setup: RankSetup
     clock: Clock
     fork_client: ForkClient | None  # None: every rank is started by `exec`
@@ -93,6 +95,7 @@ class AgentDriver:
             )
             verdict_watcher = self._tasks.create_task(self._watch_verdicts())
             exit_poller = self._tasks.create_task(self._poll_for_exits())
+            view_reports = self._tasks.create_task(self.view_reporter.run())
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._on_child_changed)
             if self.fork_client is not None:
                 self.fork_client.start()
@@ -108,6 +111,7 @@ class AgentDriver:
                 stale_lease_task,
                 verdict_watcher,
                 exit_poller,
+                view_reports,
                 *self._revocations,
             ):
                 task.cancel()
@@ -193,11 +197,9 @@ class AgentDriver:
         self._reap_orphans()
         for running_rank in self.supervisor.running():
             process = self._processes.get(running_rank.member.rank)
-            if process is not None and process.poll_stopped():
-                log.warning("rank_stopped", member=str(running_rank.member), pid=running_rank.pid)
-                self._tasks.create_task(
-                    self.exit_reporter.report_stopped(running_rank, agent_lease_id=self._lease_id)
-                )
+            stopped = None if process is None else process.poll_stopped()
+            if stopped is not None:
+                self.view_reporter.report_stopped(running_rank, stopped=stopped)
 
     def _reap_orphans(self) -> None:
         if self.fork_client is None or self.fork_client.is_forking:
@@ -312,6 +314,7 @@ class AgentDriver:
         self._changed.set()
 
     def _revoke_lease(self, running_rank: RunningRank, exit_code: int | None) -> None:
+        self.view_reporter.forget(running_rank.member)
         revocation = self._tasks.create_task(
             self.exit_reporter.revoke_and_report(
                 running_rank, exit_code, agent_lease_id=self._lease_id

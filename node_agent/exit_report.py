@@ -50,16 +50,6 @@ class ExitReporter:
         took_ms = round((self._clock.now() - died_at) * 1000, 2)
         log.info("lease_revoked", member=str(running_rank.member), took_ms=took_ms)
 
-    async def report_stopped(
-        self, running_rank: RunningRank, *, agent_lease_id: Callable[[], int]
-    ) -> None:
-        """Reports that the process was stopped. It may continue later, but nothing should wait for
-        it."""
-        key, value = self._suspicion_entry(
-            running_rank, SuspicionReason.STOPPED, self._clock.now(), "the process was stopped"
-        )
-        await retry_until_done(lambda: self._store.put(key, value, lease_id=agent_lease_id()))
-
     async def _report_exit(
         self,
         running_rank: RunningRank,

@@ -109,16 +109,17 @@ class RankProcess:
         """Not None if the process has begun to exit, even before `fileno()` is readable."""
         return self._stat.read_dying()
 
-    def poll_stopped(self) -> bool:
-        """Whether the process has been stopped since the last call; always False if it was
-        adopted."""
+    def poll_stopped(self) -> bool | None:
+        """Whether the process was stopped (True) or continued (False) last, if either has happened
+        since the last call; None otherwise, and always if it was adopted from an earlier agent."""
         if self._child is None and not self.is_forked:
-            return False
-        try:
-            found = os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED | os.WNOHANG)
-        except ChildProcessError:
-            return False
-        return found is not None and found.si_code == os.CLD_STOPPED
+            return None
+        last: bool | None = None
+        options = os.WSTOPPED | os.WCONTINUED | os.WNOHANG
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitid(os.P_PIDFD, self._pidfd, options)) is not None:
+                last = found.si_code == os.CLD_STOPPED
+        return last
 
     def set_cpu_affinity(self, cpus: frozenset[int]) -> None:
         """Applies to all its threads, and to those that they start later."""

@@ -25,24 +25,37 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+LONGEST_LEARNT_SILENCE_MS = 3000.0
+"""The longest silence before a verdict if the window is learnt (`control_plane/silence.py`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Waits that depend on each other: exchange deadline < suspicion window < lease TTL."""
+    """Waits that depend on each other: exchange deadline < suspicion window < lease TTL. A window
+    of 0 is learnt: the control plane follows what the instance and the kernel tell."""
 
     exchange_deadline_ms: float = option(
         40.0, "a peer's data later than this raises a suspicion (the wait itself goes on)"
     )
     suspicion_window_ms: float = option(
-        250.0, "a suspected rank that answers no probe for this long is declared dead"
+        0.0,
+        "a suspected rank that answers no probe for this long is declared dead; 0: follow what its "
+        "node agent sees and how fast this instance usually answers",
     )
     lease_ttl_s: float = option(5.0, "etcd lease of every process; the last backstop")
 
+    @property
+    def longest_silence_ms(self) -> float:
+        """For how long a suspected rank may be silent at the most before a verdict."""
+        return self.suspicion_window_ms or LONGEST_LEARNT_SILENCE_MS
+
     def check(self) -> None:
         """Raises ConfigError if the order does not hold."""
-        if not 0 < self.exchange_deadline_ms < self.suspicion_window_ms < self.lease_ttl_s * 1000:
+        lease_ttl_ms = self.lease_ttl_s * 1000
+        if not 0 < self.exchange_deadline_ms < self.longest_silence_ms < lease_ttl_ms:
             raise ConfigError(
                 "timings must satisfy 0 < exchange deadline < suspicion window < lease TTL, "
-                f"but are {self.exchange_deadline_ms} ms, {self.suspicion_window_ms} ms, "
+                f"but are {self.exchange_deadline_ms} ms, {self.longest_silence_ms} ms, "
                 f"{self.lease_ttl_s} s"
             )
 

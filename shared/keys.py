@@ -81,9 +81,21 @@ class Keys:
     def suspicions(self) -> str:
         return self.root + "suspicions/"
 
+    def suspicions_of(self, rank: RankId, incarnation: Incarnation) -> str:
+        """The prefix of all suspicions of one incarnation."""
+        return f"{self.suspicions}{rank:05d}/{incarnation:08d}/"
+
     def suspicion(self, rank: RankId, incarnation: Incarnation, by: str) -> str:
         """Suspicion under the accuser's lease. `by` names the accuser."""
-        return f"{self.suspicions}{rank:05d}/{incarnation:08d}/{by}"
+        return self.suspicions_of(rank, incarnation) + by
+
+    @property
+    def views(self) -> str:
+        return self.root + "views/"
+
+    def view(self, rank: RankId, incarnation: Incarnation) -> str:
+        """ProcessView under the lease of the rank's node agent."""
+        return f"{self.views}{rank:05d}/{incarnation:08d}"
 
     @property
     def verdicts(self) -> str:

@@ -15,6 +15,7 @@ from shared.types import (
     Incarnation,
     Member,
     NodeId,
+    ProcessState,
     RankId,
     RankState,
     Step,
@@ -136,6 +137,26 @@ class Suspicion:
     step: Step
     raised_at: float
     detail: str = ""
+
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessView:
+    """What the kernel of a rank's host says of its process, told by the node agent while anybody
+    suspects the rank, and whenever the process is stopped or continued.
+
+    `host_gap_ms` is the longest time within the last second for which the node agent itself did not
+    run: a paused or starved host looks like this from within.
+    """
+
+    rank: RankId
+    incarnation: Incarnation
+    state: ProcessState
+    taken_at: float  # the agent's `Clock.now()`
+    host_gap_ms: float = 0.0
 
     @property
     def member(self) -> Member:

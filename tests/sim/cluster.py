@@ -187,7 +187,6 @@ class SimCluster:
                     heal_after_s=self.sizes.heal_after_s,
                 ),
                 timings=DetectorTimings(
-                    window_s=0.15,
                     reregister_timeout_s=0.4 * LEASE_TTL_S,
                     mass_expiry_grace_s=LEASE_TTL_S,
                     probe_silence_s=1.2,

@@ -8,7 +8,6 @@ import random
 from collections.abc import Awaitable, Callable
 
 from tests.sim.cluster import ETCD, SimCluster
-from tests.sim.sim_loop import resume
 
 WAIT_FOR_MOMENT_S = 3.0
 
@@ -122,7 +121,7 @@ class Faults:
         self._cluster.agents[rank].stop_rank()
         await asyncio.sleep(seconds)
         if not process.dead:
-            resume(process, self._cluster.loop)
+            self._cluster.agents[rank].continue_rank(process, self._cluster.loop)
 
     # Partitions.
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 from node_agent.exit_report import ExitReporter
 from node_agent.lease_keeper import keep_lease_until_registered
+from node_agent.process_view import ProcessSample
 from node_agent.rank_supervisor import (
     Kill,
     RankSupervisor,
@@ -20,6 +21,7 @@ from node_agent.rank_supervisor import (
     SupervisorAction,
 )
 from node_agent.restart_policy import RestartPolicy
+from node_agent.view_reporter import ViewReporter
 from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError
@@ -29,7 +31,7 @@ from shared.leased_keys import LeasedKeys
 from shared.records import AgentRecord, Verdict, pack_record, unpack_record
 from shared.store import Store
 from shared.types import Member, NodeId, RankId
-from tests.sim.sim_loop import SimProcess, kill, stop
+from tests.sim.sim_loop import SimLoop, SimProcess, kill, resume, stop
 
 VERDICT_GRACE_S = 2.0
 EXIT_SEEN_S = (0.001, 0.005)
@@ -74,13 +76,24 @@ class SimAgent:
         )
         self._changed = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
-        self._stopped = asyncio.Queue[RunningRank]()
+        self._stopped = asyncio.Queue[tuple[RunningRank, bool]]()
+        self._view_reporter = ViewReporter(
+            store=store,
+            keys=keys,
+            clock=clock,
+            leased=self._leased,
+            alive=self._supervisor.alive,
+            sample=self._sample,
+            gap_tick_s=0.25,
+        )
+        self._num_samples = 0
 
     async def run(self) -> None:
         async with self._tasks:
             self._tasks.create_task(self._leased.run())
             self._tasks.create_task(self._watch_verdicts())
             self._tasks.create_task(self._report_stopped())
+            self._tasks.create_task(self._view_reporter.run())
             while True:
                 self._perform(self._supervisor.take_due(self._clock.now()))
                 await self._wait()
@@ -89,14 +102,36 @@ class SimAgent:
         """SIGSTOP, which the real agent learns of by SIGCHLD."""
         assert self.process is not None
         stop(self.process)
+        self._on_child_signal(stopped=True)
+
+    def continue_rank(self, process: SimProcess, loop: SimLoop) -> None:
+        """SIGCONT. `process` may be of an incarnation that has ended meanwhile."""
+        resume(process, loop)
+        if process is self.process:
+            self._on_child_signal(stopped=False)
+
+    def _on_child_signal(self, *, stopped: bool) -> None:
         for running_rank in self._supervisor.running():
-            self._stopped.put_nowait(running_rank)
+            self._stopped.put_nowait((running_rank, stopped))
+
+    def _sample(self, pid: int) -> ProcessSample:
+        """What the kernel would say: a simulated process runs unless it is stopped."""
+        if self.process is None or self.process.dead:
+            raise ProcessLookupError(pid)
+        self._num_samples += 1
+        return ProcessSample(
+            is_stopped=self.process.stopped,
+            is_runnable=False,
+            cpu_ticks=0,
+            run_ns=self._num_samples,
+            wait_ns=0,
+        )
 
     async def _report_stopped(self) -> None:
         while True:
-            running_rank = await self._stopped.get()
+            running_rank, stopped = await self._stopped.get()
             await asyncio.sleep(self._rng.uniform(*EXIT_SEEN_S))
-            await self._exit_reporter.report_stopped(running_rank, agent_lease_id=self._lease_id)
+            self._view_reporter.report_stopped(running_rank, stopped=stopped)
 
     async def _watch_verdicts(self) -> None:
         async with contextlib.aclosing(changes(self._store, self._keys.verdicts)) as watch:
@@ -121,6 +156,7 @@ class SimAgent:
                 case Spawn(rank=rank):
                     self._tasks.create_task(self._run_rank(rank))
                 case RevokeLease(running_rank=running_rank, exit_code=exit_code):
+                    self._view_reporter.forget(running_rank.member)
                     self._tasks.create_task(
                         self._exit_reporter.revoke_and_report(
                             running_rank, exit_code, agent_lease_id=self._lease_id

@@ -8,11 +8,24 @@ import pytest
 
 from control_plane.failure_detector import DetectorTimings, FailureDetector
 from control_plane.judgements import Alarm, AlarmKind, Judgement
-from shared.records import Suspicion, Verdict
-from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from control_plane.silence import SilenceTimings
+from shared.records import ProcessView, Suspicion, Verdict
+from shared.types import (
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    ProcessState,
+    RankId,
+    Step,
+    SuspicionReason,
+)
 from shared.wire import Load, Pong
 
-TIMINGS = DetectorTimings()
+WINDOW_S = 0.25
+TIMINGS = DetectorTimings(silence=SilenceTimings(override_s=WINDOW_S))
+"""Of the tests of signals: one window for all kinds of silence."""
+NODE = NodeId("host")
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
 
 
@@ -37,14 +50,17 @@ def suspicion(
 class DetectorHarness:
     """A detector with members 0 … n-1, all registered, connected and heard of at the start."""
 
-    def __init__(self, count: int = 4, timings: DetectorTimings = TIMINGS) -> None:
+    def __init__(
+        self, count: int = 4, timings: DetectorTimings = TIMINGS, node: NodeId | None = None
+    ) -> None:
+        """On a host each, or all on `node`."""
         self.now = 100.0
         self.detector = FailureDetector(timings, self.now)
         self.news: list[Judgement] = []
         self.members = [member(rank) for rank in range(count)]
         self.step = 1
         for one in self.members:
-            self.take(self.detector.on_record(one, self.now))
+            self.take(self.detector.on_record(one, node or NodeId(f"host-{one.rank}"), self.now))
         self.take(self.detector.on_members(self.members, self.now))
         for one in self.members:
             self.take(self.detector.on_probe_connected(one, self.now))
@@ -75,6 +91,16 @@ class DetectorHarness:
 
     def suspect(self, rank: int, reason: SuspicionReason = SuspicionReason.EXCHANGE) -> None:
         self.take(self.detector.on_suspicion(suspicion(rank, reason), self.now))
+
+    def view(self, rank: int, state: ProcessState, host_gap_ms: float = 0.0) -> None:
+        view = ProcessView(
+            rank=RankId(rank),
+            incarnation=Incarnation(1),
+            state=state,
+            taken_at=0.0,
+            host_gap_ms=host_gap_ms,
+        )
+        self.take(self.detector.on_view(view, self.now))
 
     def lose_lease(self, *ranks: int) -> None:
         for rank in ranks:
@@ -138,18 +164,149 @@ def test_a_suspected_member_that_is_silent_for_the_window_is_dead(
 ) -> None:
     harness.suspect(1, reason)
     if reason is not SuspicionReason.EXIT:
-        stopped = reason is SuspicionReason.STOPPED
-        window_s = TIMINGS.stopped_s if stopped else TIMINGS.window_s
-        harness.pass_time(window_s - 0.02, 0, 2, 3)
+        harness.pass_time(WINDOW_S - 0.02, 0, 2, 3)
         assert harness.dead == {}
         harness.pass_time(0.04, 0, 2, 3)
     assert harness.dead == {1: reason}
 
 
-def test_a_stopped_process_that_goes_on_in_time_lives(harness: DetectorHarness) -> None:
-    harness.suspect(1, SuspicionReason.STOPPED)
-    harness.pass_time(TIMINGS.stopped_s - 0.02, 0, 2, 3)
-    harness.pass_time(1.0, 0, 1, 2, 3)
+LEARNT = DetectorTimings()
+STOPPED_S = LEARNT.silence.stopped_s
+UNSEEN_S = LEARNT.silence.unseen_s
+HOST_PAUSE_S = LEARNT.silence.host_pause_s
+HUNG_S = LEARNT.silence.hung_s
+
+
+@pytest.fixture
+def one_host() -> DetectorHarness:
+    """Four members on one host; patience is learnt."""
+    return DetectorHarness(timings=LEARNT, node=NODE)
+
+
+def test_a_process_that_its_node_agent_saw_stopped_is_dead_soon(one_host: DetectorHarness) -> None:
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S - 0.02, 0, 2, 3)
+    assert one_host.dead == {}
+    one_host.pass_time(0.04, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.STOPPED}
+
+
+def test_a_stopped_process_that_goes_on_in_time_lives(one_host: DetectorHarness) -> None:
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S - 0.02, 0, 2, 3)
+    one_host.view(1, ProcessState.RUNNING)
+    one_host.pass_time(1.0, 0, 1, 2, 3)
+    assert one_host.news == []
+
+
+def test_a_host_whose_processes_are_all_stopped_for_a_second_loses_none(
+    one_host: DetectorHarness,
+) -> None:
+    for rank in range(4):
+        one_host.view(rank, ProcessState.STOPPED)
+    one_host.pass_time(1.0)
+    for rank in range(4):
+        one_host.view(rank, ProcessState.RUNNING)
+    one_host.pass_time(1.0, 0, 1, 2, 3)
+    assert one_host.dead == {}
+
+
+def test_a_host_whose_processes_stay_stopped_is_lost(one_host: DetectorHarness) -> None:
+    for rank in range(4):
+        one_host.view(rank, ProcessState.STOPPED)
+    one_host.pass_time(HOST_PAUSE_S + STOPPED_S + 0.1)
+    assert set(one_host.dead) == {0, 1, 2, 3}
+
+
+def test_half_of_a_host_stopped_is_no_paused_host(one_host: DetectorHarness) -> None:
+    for rank in (1, 2):
+        one_host.view(rank, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S + 0.02, 0, 3)
+    assert set(one_host.dead) == {1, 2}
+
+
+def test_a_host_of_several_that_falls_silent_for_a_second_loses_none() -> None:
+    """As when a virtual machine is paused: nothing of it says anything, its node agent neither."""
+    harness = DetectorHarness(count=8, timings=LEARNT, node=NODE)
+    for rank in range(4, 8):
+        harness.take(harness.detector.on_record(member(rank), NodeId("other"), harness.now))
+    for rank in range(3):
+        harness.suspect(rank)
+    harness.pass_time(1.0, 3, 4, 5, 6, 7)
+    assert harness.dead == {}
+    harness.pass_time(1.0, 0, 1, 2, 3, 4, 5, 6, 7)
+    assert harness.dead == {}
+
+
+@pytest.mark.parametrize(
+    "state", [ProcessState.RUNNING, ProcessState.STARVED, ProcessState.SLEEPING]
+)
+def test_a_process_that_its_kernel_knows_to_live_has_time(
+    one_host: DetectorHarness, state: ProcessState
+) -> None:
+    one_host.suspect(1)
+    for _ in range(round(HUNG_S / 0.1) - 1):
+        one_host.view(1, state)
+        one_host.pass_time(0.1, 0, 2, 3)
+    assert one_host.dead == {}
+    one_host.view(1, state)
+    one_host.pass_time(0.2, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def test_a_member_of_which_nobody_says_anything_is_dead_after_more_than_a_second(
+    one_host: DetectorHarness,
+) -> None:
+    one_host.suspect(1)
+    one_host.pass_time(UNSEEN_S - 0.05, 0, 2, 3)
+    assert one_host.dead == {}
+    one_host.pass_time(0.1, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def test_what_a_node_agent_said_long_ago_does_not_count(one_host: DetectorHarness) -> None:
+    one_host.view(1, ProcessState.RUNNING)
+    one_host.pass_time(1.0, 0, 1, 2, 3)
+    one_host.suspect(1)
+    one_host.pass_time(UNSEEN_S + 0.05, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def test_a_node_agent_that_did_not_run_itself_says_that_its_host_was_paused(
+    one_host: DetectorHarness,
+) -> None:
+    one_host.view(1, ProcessState.STOPPED, host_gap_ms=300.0)
+    one_host.pass_time(1.0, 0, 2, 3)
+    assert one_host.dead == {}
+
+
+def test_an_exit_is_a_death_at_once_though_its_host_is_paused(one_host: DetectorHarness) -> None:
+    one_host.view(1, ProcessState.RUNNING, host_gap_ms=300.0)
+    one_host.suspect(1, SuspicionReason.EXIT)
+    assert one_host.dead == {1: SuspicionReason.EXIT}
+
+
+def test_slow_answers_of_an_instance_make_silence_mean_less() -> None:
+    harness = DetectorHarness(timings=LEARNT)
+    harness.pass_time(1.0, 0, 1, 2, 3, engine_age_ms=700.0)
+    harness.suspect(1)
+    harness.pass_time(UNSEEN_S + 0.1, 0, 2, 3)
+    assert harness.dead == {}
+
+
+def test_each_suspected_member_is_one_doubt_that_is_no_signal_itself(
+    one_host: DetectorHarness,
+) -> None:
+    assert one_host.detector.doubts == ()
+    one_host.suspect(1)
+    (doubt,) = one_host.detector.doubts
+    assert doubt.member == member(1)
+    one_host.take(one_host.detector.on_probe_broken(member(1), one_host.now))
+    before = dict(one_host.dead)
+    harness = DetectorHarness(timings=LEARNT, node=NODE)
+    harness.take(harness.detector.on_probe_broken(member(1), harness.now))
+    harness.take(harness.detector.on_suspicion(doubt, harness.now))
+    assert before == {1: SuspicionReason.EXCHANGE}
     assert harness.dead == {}
 
 
@@ -177,7 +334,7 @@ def test_a_pong_from_before_the_suspicion_does_not_clear_it(harness: DetectorHar
 
 
 def test_silence_without_signals_raises_our_own_suspicion(harness: DetectorHarness) -> None:
-    harness.pass_time(TIMINGS.probe_silence_s + TIMINGS.window_s + 0.5, 0, 2, 3, tick_s=0.02)
+    harness.pass_time(TIMINGS.probe_silence_s + WINDOW_S + 0.5, 0, 2, 3, tick_s=0.02)
     assert harness.dead == {1: SuspicionReason.SILENCE}
 
 
@@ -222,7 +379,7 @@ def test_a_rank_that_answers_without_a_lease_has_a_moment_to_register_again(
 ) -> None:
     harness.lose_lease(0)
     harness.pass_time(0.05, 0, 1, 2, 3)
-    harness.take(harness.detector.on_record(member(0), harness.now))
+    harness.take(harness.detector.on_record(member(0), NODE, harness.now))
     harness.pass_time(1.0, 0, 1, 2, 3)
     assert harness.news == []
 
@@ -244,7 +401,7 @@ def test_leases_that_expire_in_masses_freeze_the_map_while_ranks_answer(
     assert harness.alarms == [AlarmKind.MASS_EXPIRY]
     assert harness.detector.frozen
     for rank in (0, 1, 2):
-        harness.take(harness.detector.on_record(member(rank), harness.now))
+        harness.take(harness.detector.on_record(member(rank), NODE, harness.now))
     assert not harness.detector.frozen
     harness.pass_time(1.0, 0, 1, 2, 3)
     assert harness.dead == {}
@@ -254,7 +411,7 @@ def test_in_a_mass_expiry_the_last_to_register_is_not_punished(harness: Detector
     harness.lose_lease(0, 1, 2)
     harness.pass_time(0.3, 0, 1, 2, 3)
     for rank in (0, 1):
-        harness.take(harness.detector.on_record(member(rank), harness.now))
+        harness.take(harness.detector.on_record(member(rank), NODE, harness.now))
     harness.pass_time(5.0, 0, 1, 2, 3)
     assert harness.dead == {}
     assert harness.detector.frozen
@@ -319,7 +476,7 @@ def test_our_own_stall_without_signals_raises_no_suspicion(harness: DetectorHarn
 
 
 def test_a_successor_proves_the_death(harness: DetectorHarness) -> None:
-    harness.take(harness.detector.on_record(member(2, 2), harness.now))
+    harness.take(harness.detector.on_record(member(2, 2), NODE, harness.now))
     assert harness.dead == {2: SuspicionReason.EXIT}
 
 
@@ -344,7 +501,7 @@ def test_leases_that_all_expired_before_a_new_leader_came_are_no_deaths() -> Non
     harness.pass_time(TIMINGS.mass_expiry_grace_s - 1.0)
     assert harness.detector.frozen
     for rank in range(4):
-        harness.take(harness.detector.on_record(member(rank), harness.now))
+        harness.take(harness.detector.on_record(member(rank), NODE, harness.now))
     harness.pass_time(2.0, 0, 1, 2, 3)
     assert harness.dead == {}
     assert harness.alarms == [AlarmKind.MASS_EXPIRY]
@@ -353,7 +510,7 @@ def test_leases_that_all_expired_before_a_new_leader_came_are_no_deaths() -> Non
 
 def test_after_a_mass_expiry_who_neither_registers_nor_answers_is_dead_in_the_end() -> None:
     harness = leader_after_an_outage_of_etcd()
-    harness.take(harness.detector.on_record(member(0), harness.now))
+    harness.take(harness.detector.on_record(member(0), NODE, harness.now))
     harness.pass_time(TIMINGS.mass_expiry_grace_s - 0.1, 0, 1)
     assert harness.dead == {}
     harness.pass_time(1.0, 0, 1)
@@ -375,7 +532,7 @@ def test_processes_known_to_be_stopped_do_not_make_our_own_link_suspect(
     harness: DetectorHarness,
 ) -> None:
     for rank in (0, 1, 2):
-        harness.suspect(rank, SuspicionReason.STOPPED)
+        harness.view(rank, ProcessState.STOPPED)
     harness.pass_time(1.0, 3)
     assert set(harness.dead) == {0, 1, 2}
     assert harness.alarms == []
@@ -463,5 +620,5 @@ def test_a_verdict_carries_its_signals_and_times(harness: DetectorHarness) -> No
     harness.pass_time(0.3, 0, 2, 3)
     (dead,) = [n for n in harness.news if isinstance(n, Verdict)]
     assert dead.first_signal_at == began_at
-    assert began_at + TIMINGS.window_s <= dead.decided_at <= began_at + TIMINGS.window_s + 0.03
+    assert began_at + WINDOW_S <= dead.decided_at <= began_at + WINDOW_S + 0.03
     assert [s.reason for s in dead.signals] == [SuspicionReason.EXCHANGE, SuspicionReason.LINK]

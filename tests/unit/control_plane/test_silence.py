@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from control_plane.silence import Rhythm, SilenceEvidence, SilenceTimings, patience_s
-from shared.errors import ConfigError
 from shared.types import ProcessState
 
 TIMINGS = SilenceTimings()
@@ -47,8 +46,9 @@ def test_no_pause_of_a_second_is_ever_the_end(
 
 
 def test_an_instance_whose_answers_are_slow_is_given_more_time() -> None:
-    assert patience_s(evidence(None, usual_s=0.5), TIMINGS) == 3.0
-    assert patience_s(evidence(RUNNING, usual_s=1.0), TIMINGS) == 6.0
+    assert patience_s(evidence(None, usual_s=0.7), TIMINGS) == pytest.approx(2.1)
+    assert patience_s(evidence(None, usual_s=20.0), TIMINGS) == TIMINGS.hung_s
+    assert patience_s(evidence(RUNNING, usual_s=20.0), TIMINGS) == TIMINGS.hung_s
     assert patience_s(evidence(STOPPED, usual_s=1.0), TIMINGS) == TIMINGS.stopped_s
 
 
@@ -59,14 +59,6 @@ def test_the_override_replaces_what_is_learnt() -> None:
     timings = SilenceTimings(override_s=4.0)
     assert patience_s(evidence(None), timings) == 4.0
     assert patience_s(evidence(STOPPED), timings) == TIMINGS.stopped_s
-
-
-def test_patience_must_end_before_the_lease() -> None:
-    SilenceTimings().check(5.0)
-    with pytest.raises(ConfigError, match="lease TTL"):
-        SilenceTimings(override_s=6.0).check(5.0)
-    with pytest.raises(ConfigError, match="lease TTL"):
-        SilenceTimings().check(2.0)
 
 
 def test_a_slow_answer_counts_for_half_a_minute_to_a_minute() -> None:

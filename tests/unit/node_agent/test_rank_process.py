@@ -67,17 +67,20 @@ def test_a_garbled_number_is_no_rank() -> None:
     assert COMMAND.running_rank_of(42, argv) is None
 
 
-def test_a_stop_is_seen_once_and_an_exit_is_no_stop(tmp_path: Path) -> None:
+def test_a_stop_and_what_ends_it_are_seen_once_and_an_exit_is_neither(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", "import time; time.sleep(60)"]
     process = spawn(argv, environment=os.environ, pass_fds=(), log_path=tmp_path / "log")
     try:
-        assert not process.poll_stopped()
+        assert process.poll_stopped() is None
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PIDFD, process.fileno(), os.WSTOPPED | os.WNOWAIT)
-        assert process.poll_stopped()
-        assert not process.poll_stopped()
+        assert process.poll_stopped() is True
+        assert process.poll_stopped() is None
+        process.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PIDFD, process.fileno(), os.WCONTINUED | os.WNOWAIT)
+        assert process.poll_stopped() is False
     finally:
         process.send_signal(signal.SIGKILL)
     assert process.exit_code() == -signal.SIGKILL
-    assert not process.poll_stopped()
+    assert process.poll_stopped() is None
     process.close()
