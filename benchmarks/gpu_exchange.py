@@ -139,9 +139,11 @@ def receive(pipe: Connection, phase: str) -> Any:
 def run_rank(shape: Shape, rank: int, pipe: Connection) -> None:
     import torch
 
+    from gpu_worker.cuda.streams import on_stream
+
     torch.cuda.set_device(rank % torch.cuda.device_count())
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
+    with on_stream(stream):
         for fp8 in (False, True):
             pipe.send(("answer", ExchangeRank(shape, rank, pipe, stream, fp8=fp8).run()))
     pipe.poll(_RECEIVE_TIMEOUT_S)  # peers may still look into this process's memory

@@ -18,6 +18,7 @@ from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.cuda.streams import on_stream
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.step_runner import RunnerParts
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
@@ -70,7 +71,7 @@ class CudaHardware:
         exchange = self._open_exchange(model, spec) if spec.num_ranks > 1 else None
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             decoder = Decoder(
                 loaded.sizes,
                 loaded.weights,

@@ -37,6 +37,7 @@ from torch import Tensor
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.mappings import EpMappings
 from gpu_worker.cuda.ep.members import EpMembers
+from gpu_worker.cuda.streams import on_stream
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
@@ -150,12 +151,12 @@ class EpExchange:
         moment; it returns when the running kernel can see it, and no step that has not completed by
         then will be delivered. Lives that this rank has not met, or whose successors it has met
         already, are nothing to it."""
-        with self._mask_lock, torch.cuda.device(self._device):
+        with self._mask_lock:
             ranks = self._ep_members.give_up(dead, epoch)
-            with torch.cuda.stream(self._side_stream):
+            with on_stream(self._side_stream):
                 for rank in ranks:
                     self.mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
-            self._side_stream.synchronize()
+                self._side_stream.synchronize()
 
     def adopt(self, expert_map: ExpertMap) -> None:
         """Between steps, nothing in flight; for a map with joiners, nowhere. Graphs stay as they
