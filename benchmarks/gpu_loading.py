@@ -31,7 +31,7 @@ from gpu_worker.checkpoint.mlp_names import mlp_shapes
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
-from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
+from gpu_worker.cuda.experts.slot_loader import open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.streams import on_stream
 from shared.clock import SystemClock
@@ -77,7 +77,7 @@ class Rank:
 
     def load(self, host_experts: HostExperts, shift: int) -> float:
         """GB/s of one load that changes every slot."""
-        loader = CudaSlotLoader(
+        loader = open_slot_loader(
             slots=self.slots,
             reader=self.reader,
             host_experts=host_experts,

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import structlog
 
 from gpu_worker.exchange.graph_barrier import GraphBarrier
+from gpu_worker.exchange.worker_thread import Worker
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, Step
 from shared.wire import GraphBarrierUpdate
@@ -39,12 +40,14 @@ class GraphBarrierDriver:
         member: Member,
         release: Release,
         loop: asyncio.AbstractEventLoop,
+        release_worker: Worker,
         callbacks: GraphBarrierCallbacks,
     ) -> None:
+        """`release` is called on `release_worker`: a card in trouble may not answer."""
         self._barrier = GraphBarrier(member)
         self._release = release
         self._loop = loop
-        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._release_worker = release_worker
         self._lock = threading.Lock()
         self._callbacks = callbacks
         self._newest: ExpertMap | None = None
@@ -92,7 +95,7 @@ class GraphBarrierDriver:
                 then()
             self._loop.call_soon_threadsafe(self._send_own_update)
 
-        self._releaser.submit(work).add_done_callback(self._on_release_done)
+        self._release_worker.submit(work).add_done_callback(self._on_release_done)
 
     def _on_release_done(self, done: Future[None]) -> None:
         if (error := done.exception()) is not None:
