@@ -1,6 +1,6 @@
-"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. While one is in
-flight the next may be launched behind it, so that the card does not wait for the host between them.
-Which graphs are launched when is agreed on with the peers by the barrier_driver."""
+"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. While one graph
+is in flight the next may be launched behind it, so that the card does not wait for the host between
+them. The graph barrier agrees with the peers on which graphs are launched when."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class CudaRunner:
         self._join_suspect_at: float | None = None  # then somebody is suspected
 
     def can_run_ahead_of(self, plan: StepPlan) -> bool:
-        """Not where the host reads the step's logits: the next one overwrites them."""
+        """Not if the host reads the step's logits: the next step overwrites them."""
         return not reads_logits(plan)
 
     def prepare_to_adopt(self, expert_map: ExpertMap) -> bool:
@@ -134,8 +134,8 @@ class CudaRunner:
         try:
             return self._finish(step_in_flight)
         except StepAbandoned:
-            # What was launched behind it goes on from its tokens. Its peers meet it before or after
-            # they adopt the next map, and wait for nothing from this rank in between.
+            # The graph behind it continues from its tokens. Peers meet that graph before or after
+            # they adopt the next map, and wait for nothing else from this rank in between.
             while self._steps_in_flight:
                 self._wait(self._steps_in_flight.popleft().launched)
             raise
@@ -150,8 +150,9 @@ class CudaRunner:
         return StepResult(*_sampled(step_in_flight.plan, launched), any_work=not asleep)
 
     def _wait(self, launched: LaunchedStep) -> None:
-        """Peers that die or hang hold a step up: the heart beats on, and one peer is suspected, so
-        that the control plane looks at all of them. Which one it is no kernel tells."""
+        """A peer that dies or hangs delays the step. This rank goes on to report that it lives,
+        and suspects one peer, so that the control plane probes all of them. No kernel tells which
+        peer it is."""
         suspects_at = self._clock.now() + self._deadline_s
         waiting_for: tuple[RankId, ...] = ()
         while not launched.is_done():
@@ -163,7 +164,8 @@ class CudaRunner:
         self._barrier_driver.on_graph_done()
 
     def _suspect_if_join_stalls(self, may: bool) -> bool:
-        """In the pause of a join no kernel waits for who hangs: it is suspected here."""
+        """In the pause of a join no kernel waits for a member that hangs, so it is suspected
+        here."""
         awaited = [] if may else [m.rank for m in self._barrier_driver.awaited()]
         now = self._clock.now()
         if not awaited:
@@ -176,7 +178,7 @@ class CudaRunner:
         return may
 
     def _suspect_next(self, ranks: Sequence[RankId], detail: str) -> None:
-        """One of these; each rank another one, as far as there are several."""
+        """Suspects one of these. Different ranks suspect different ones, if there are several."""
         later = [rank for rank in ranks if rank > self._member.rank]
         for rank in (later or ranks)[:1]:
             self._monitor.suspect(rank, SuspicionReason.EXCHANGE, detail)
