@@ -139,9 +139,11 @@ def receive(pipe: Connection, phase: str) -> Any:
 def run_rank(shape: Shape, rank: int, pipe: Connection) -> None:
     import torch
 
+    from gpu_worker.cuda.streams import on_stream
+
     torch.cuda.set_device(rank % torch.cuda.device_count())
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
+    with on_stream(stream):
         for fp8 in (False, True):
             pipe.send(("answer", ExchangeRank(shape, rank, pipe, stream, fp8=fp8).run()))
     pipe.poll(_RECEIVE_TIMEOUT_S)  # peers may still look into this process's memory
@@ -194,12 +196,12 @@ class ExchangeRank:
         many, _ = self._capture(_PAIRS_A_GRAPH, multiply=False)
         self._connect_peers(self._all_gather("handles", self.exchange.handles()))
         self._all_gather("connected", None)
-        self.exchange.adopt(self._map())
+        self.exchange.mask.adopt(self._map())
         self._all_gather("adopted", None)
         out_TH.fill_(float("nan"))
         once.replay()
         torch.cuda.synchronize()
-        self.exchange.check_step(self.exchange.mask_R.cpu().numpy())
+        self.exchange.mask.check_step(self.exchange.mask_R.cpu().numpy())
         expected_TH = self._expected()
         error = (out_TH.double() - expected_TH.double()).norm() / expected_TH.double().norm()
         return {
@@ -217,7 +219,7 @@ class ExchangeRank:
     def _connect_peers(self, handles: list[ExchangeHandles]) -> None:
         for rank, theirs in enumerate(handles):
             if rank != self.own.rank:
-                self.exchange.connect(member(rank), theirs)
+                self.exchange.mask.connect(member(rank), theirs)
 
     def _map(self) -> ExpertMap:
         shape = self.shape

@@ -31,8 +31,9 @@ from gpu_worker.checkpoint.mlp_names import mlp_shapes
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
-from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
+from gpu_worker.cuda.experts.slot_loader import open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
+from gpu_worker.cuda.streams import on_stream
 from shared.clock import SystemClock
 from shared.expert_cache_memory import ExpertCacheMemory, create_memory
 
@@ -76,7 +77,7 @@ class Rank:
 
     def load(self, host_experts: HostExperts, shift: int) -> float:
         """GB/s of one load that changes every slot."""
-        loader = CudaSlotLoader(
+        loader = open_slot_loader(
             slots=self.slots,
             reader=self.reader,
             host_experts=host_experts,
@@ -136,7 +137,7 @@ class Steps:
         self._y = torch.empty_like(self._x)
         self._host = torch.empty(8, dtype=torch.bfloat16, pin_memory=True)
         self._stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             self._run()
             self._stream.synchronize()
             self._graph = torch.cuda.CUDAGraph()
@@ -149,7 +150,7 @@ class Steps:
         thread = threading.Thread(target=lambda: results.append(work()))
         thread.start()
         times = []
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             while thread.is_alive():
                 began = time.perf_counter()
                 self._graph.replay()

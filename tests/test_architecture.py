@@ -196,6 +196,19 @@ def test_only_keys_spells_an_etcd_key() -> None:
     assert wrong == []
 
 
+def test_only_one_helper_enters_a_cuda_stream() -> None:
+    """A bare `torch.cuda.stream` on a new thread ends by switching to card 0."""
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in [*ALL_SOURCES, *sources("benchmarks")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in ("torch.cuda.stream", "torch.cuda.StreamContext")
+        and name_of(path) != "gpu_worker/cuda/streams.py"
+    ]
+    assert wrong == []
+
+
 def test_placement_is_pure() -> None:
     io = {"asyncio", "socket", "subprocess", "time", "structlog", "aiohttp", "os"}
     wrong = [

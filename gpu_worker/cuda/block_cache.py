@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.cuda.streams import on_stream
 from gpu_worker.cuda.weights.pinned_memory import PinnedBlock
 from gpu_worker.engine.kv_replication import Bytes
 
@@ -78,7 +79,7 @@ class CudaBlockCache:
             to_host()
             return _always
         self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side_stream):
+        with on_stream(self._side_stream):
             to_host()
             staging.emptied = self._side_stream.record_event()
         return partial(_has_passed, staging.emptied, self._device)

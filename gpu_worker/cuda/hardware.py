@@ -1,9 +1,10 @@
-"""What a CUDA rank computes with and talks over: captured graphs on one card, Mooncake's EP buffer
-to its peers. All is loaded, compiled and captured before anybody hears of the rank."""
+"""What a CUDA rank computes with and talks over: captured graphs on one card, and Mooncake's EP
+buffer to its peers. Everything is loaded, compiled and captured before the rank registers."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,11 @@ from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.cuda.streams import on_stream
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.step_runner import RunnerParts
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
+from gpu_worker.exchange.worker_thread import WorkerThread
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
 from shared.clock import Clock
@@ -36,11 +39,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_POLL_INTERVAL_S = 20e-6  # the engine looks so often whether a graph has ended
 _DECODE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class CudaHardware:
-    """`load` takes as long as the weights and the kernels' compilers do."""
+    """`load` blocks while weights are read and kernels compiled."""
 
     def __init__(self, config: RankConfig, member: Member, clock: Clock) -> None:
         """Raises ConfigError."""
@@ -56,7 +60,7 @@ class CudaHardware:
 
     def load(self, model: ModelSpec, spec: InstanceSpec, folder: Path) -> Hardware:
         """Raises CheckpointError, ConfigError."""
-        # Triton is there beside a card only.
+        # Triton is installed only on machines with a card.
         from gpu_worker.cuda.decoder import Decoder
 
         if spec.num_ranks > 1:
@@ -70,7 +74,7 @@ class CudaHardware:
         exchange = self._open_exchange(model, spec) if spec.num_ranks > 1 else None
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             decoder = Decoder(
                 loaded.sizes,
                 loaded.weights,
@@ -101,23 +105,28 @@ class CudaHardware:
     ) -> Hardware:
         config, member, clock = self._config, self._member, self._clock
         kind = ExchangeKind.NONE if exchange is None else exchange_kind(config.ep_dispatch)
-        release = (lambda *_: None) if exchange is None else exchange.release
+        mask = None if exchange is None else exchange.mask
+        release = (lambda *_: None) if mask is None else mask.release
+        release_worker = WorkerThread("release", lambda: torch.cuda.set_device(self._device))
 
         def init_thread() -> None:
             torch.cuda.set_device(self._device)
             torch.cuda.set_stream(stream)
 
         def make_runner(monitor: EngineMonitor, callbacks: GraphBarrierCallbacks) -> RunnerParts:
-            barrier_driver = GraphBarrierDriver(member, release, self._loop, callbacks)
+            barrier_driver = GraphBarrierDriver(
+                member, release, self._loop, release_worker, callbacks
+            )
             runner = CudaRunner(
                 member=member,
                 decoder=decoder,
-                exchange=exchange,
+                mask=mask,
                 barrier_driver=barrier_driver,
                 monitor=monitor,
                 clock=clock,
                 deadline_ms=1e12 if config.static else config.timings.exchange_deadline_ms,
                 replicas=config.replicas,
+                pause=lambda: time.sleep(_POLL_INTERVAL_S),
                 init_thread=init_thread,
             )
             return RunnerParts(runner, barrier_driver)
@@ -129,7 +138,9 @@ class CudaHardware:
             endpoint=(
                 SingleRankEndpoint(member)
                 if exchange is None
-                else EpEndpoint(member, exchange, kind)
+                else EpEndpoint(
+                    member, exchange.mask, kind, step_tokens_max=exchange.step_tokens_max
+                )
             ),
             exchange=kind,
             blocks=blocks,

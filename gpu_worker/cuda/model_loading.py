@@ -13,7 +13,7 @@ from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
-from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
+from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader, open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
@@ -60,7 +60,7 @@ def load_cuda_model(
     reader = ExpertReader(checkpoint, layout.expert_prefix, dtype)
     header = expert_cache_header(checkpoint, reader, spec)
     host_experts = open_host_experts(reader, cache_memory, header, device)
-    loader = CudaSlotLoader(
+    loader = open_slot_loader(
         slots=slots,
         reader=reader,
         host_experts=host_experts,

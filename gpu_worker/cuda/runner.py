@@ -1,11 +1,10 @@
-"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. While one is in
-flight the next may be launched behind it, so that the card does not wait for the host between them.
-Which graphs are launched when is agreed on with the peers by the barrier_driver."""
+"""Runs the engine's steps as captured graphs: one launch, one wait, one copy back. While one graph
+is in flight the next may be launched behind it, so that the card does not wait for the host between
+them. The graph barrier agrees with the peers on which graphs are launched when."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -14,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.cuda.ep.exchange import EpExchange
 from gpu_worker.cuda.sampling_inputs import RowDraw, needs_logits, row_draws
 from gpu_worker.engine.logprobs import StepScores, score_step
 from gpu_worker.engine.sampler import sample
@@ -29,7 +27,13 @@ from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, RankId, Step, SuspicionReason
 
-_POLL_INTERVAL_S = 20e-6
+
+class StepMask(Protocol):
+    """Which members the kernels wait for. See `ep.rank_mask.RankMask`."""
+
+    def adopt(self, expert_map: ExpertMap) -> None: ...
+
+    def check_step(self, mask_R: NDArray[np.int32]) -> None: ...
 
 
 class LaunchedStep(Protocol):
@@ -59,7 +63,7 @@ class _StepInFlight(NamedTuple):
 
 
 class CudaRunner:
-    """Implements `engine.step_runner.StepRunner`. `exchange` is None in an instance of one rank."""
+    """Implements `engine.step_runner.StepRunner`. `mask` is None in an instance of one rank."""
 
     counts_across_epochs = True
 
@@ -68,18 +72,21 @@ class CudaRunner:
         *,
         member: Member,
         decoder: GraphDecoder,
-        exchange: EpExchange | None,
+        mask: StepMask | None,
         barrier_driver: GraphBarrierDriver,
         monitor: StepMonitor,
         clock: Clock,
         deadline_ms: float,
         replicas: ReplicaPolicy,
+        pause: Callable[[], None],
         init_thread: Callable[[], None] = lambda: None,
     ) -> None:
-        """`init_thread` is called once, on the engine thread, before anything else."""
+        """`pause` is called between two looks at a running graph. `init_thread` is called once, on
+        the engine thread, before anything else."""
         self._member = member
         self._decoder = decoder
-        self._exchange = exchange
+        self._mask = mask
+        self._pause = pause
         self._barrier_driver = barrier_driver
         self._monitor = monitor
         self._clock = clock
@@ -91,7 +98,7 @@ class CudaRunner:
         self._join_suspect_at: float | None = None  # then somebody is suspected
 
     def can_run_ahead_of(self, plan: StepPlan) -> bool:
-        """Not where the host reads the step's logits: the next one overwrites them."""
+        """Not if the host reads the step's logits: the next step overwrites them."""
         return not reads_logits(plan)
 
     def prepare_to_adopt(self, expert_map: ExpertMap) -> bool:
@@ -105,8 +112,8 @@ class CudaRunner:
     def adopt(self, expert_map: ExpertMap) -> Step:
         def apply_map() -> None:
             self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
-            if self._exchange is not None:
-                self._exchange.adopt(expert_map)
+            if self._mask is not None:
+                self._mask.adopt(expert_map)
 
         first = self._barrier_driver.adopt(expert_map, apply_map)
         self._peers = tuple(m.rank for m in expert_map.members if m != self._member)
@@ -127,8 +134,8 @@ class CudaRunner:
         try:
             return self._finish(step_in_flight)
         except StepAbandoned:
-            # What was launched behind it goes on from its tokens. Its peers meet it before or after
-            # they adopt the next map, and wait for nothing from this rank in between.
+            # The graph behind it continues from its tokens. Peers meet that graph before or after
+            # they adopt the next map, and wait for nothing else from this rank in between.
             while self._steps_in_flight:
                 self._wait(self._steps_in_flight.popleft().launched)
             raise
@@ -137,14 +144,15 @@ class CudaRunner:
         launched = step_in_flight.launched
         self._wait(launched)
         mask_R = launched.mask()
-        if self._exchange is not None and mask_R is not None:
-            self._exchange.check_step(mask_R)
+        if self._mask is not None and mask_R is not None:
+            self._mask.check_step(mask_R)
         asleep = self._barrier_driver.commit(had_work=step_in_flight.has_work)
         return StepResult(*_sampled(step_in_flight.plan, launched), any_work=not asleep)
 
     def _wait(self, launched: LaunchedStep) -> None:
-        """Peers that die or hang hold a step up: the heart beats on, and one peer is suspected, so
-        that the control plane looks at all of them. Which one it is no kernel tells."""
+        """A peer that dies or hangs delays the step. This rank goes on to report that it lives,
+        and suspects one peer, so that the control plane probes all of them. No kernel tells which
+        peer it is."""
         suspects_at = self._clock.now() + self._deadline_s
         waiting_for: tuple[RankId, ...] = ()
         while not launched.is_done():
@@ -152,11 +160,12 @@ class CudaRunner:
                 waiting_for = self._peers
                 self._suspect_next(self._peers, "a graph waits for some peer")
             self._monitor.beat(waiting_for)
-            time.sleep(_POLL_INTERVAL_S)
+            self._pause()
         self._barrier_driver.on_graph_done()
 
     def _suspect_if_join_stalls(self, may: bool) -> bool:
-        """In the pause of a join no kernel waits for who hangs: it is suspected here."""
+        """In the pause of a join no kernel waits for a member that hangs, so it is suspected
+        here."""
         awaited = [] if may else [m.rank for m in self._barrier_driver.awaited()]
         now = self._clock.now()
         if not awaited:
@@ -169,7 +178,7 @@ class CudaRunner:
         return may
 
     def _suspect_next(self, ranks: Sequence[RankId], detail: str) -> None:
-        """One of these; each rank another one, as far as there are several."""
+        """Suspects one of these. Different ranks suspect different ones, if there are several."""
         later = [rank for rank in ranks if rank > self._member.rank]
         for rank in (later or ranks)[:1]:
             self._monitor.suspect(rank, SuspicionReason.EXCHANGE, detail)

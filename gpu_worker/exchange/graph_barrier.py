@@ -1,32 +1,36 @@
-"""What ranks agree on where they meet by counting graphs: before which graph all adopt a map with
-joiners, after which one all sleep, and when nobody can deliver a step of an old map any more. Pure:
-update in, answers out.
+"""What ranks agree on if they meet by counting graphs: before which graph all adopt a map with
+joiners, after which graph all sleep, and when nobody can deliver a step of an old map any more.
+Pure: updates in, answers out.
 
-Theory of operation. Every rank launches the same sequence of graphs; graph n of one meets graph n
-of the others and waits for it. A rank may launch one more while its last is in flight; it runs when
-that has ended, so that no rank runs more than one graph ahead. A death needs no barrier: survivors
-let go of the dead and adopt the map without it whenever they see it. Three things do.
+Theory of operation. Every rank launches the same sequence of graphs. Graph n of one rank meets
+graph n of the others and waits for it. A rank may launch one more graph while its last is in
+flight. That one runs when the last has ended, so no rank runs more than one graph ahead. A death
+needs no barrier: survivors stop waiting for the dead member and adopt the map without it whenever
+they see it. Three things need one.
 
-*Joining.* A map names its `joiners`. Whoever hears of it launches nothing more and says how many
-graphs it has launched (`limit`). When all members have said so, the old ones launch empty graphs,
-still without the joiners, up to the highest limit and one more (which wipes what a former life may
-have left in their buffers), and say that they have `paused`. When all have, nothing is in flight
-anywhere: each adopts, maps whom it does not know yet, and says that it has `entered`. The joiners
-take the common number for their own. Nobody launches before everybody has entered, for unmapping a
-former life's memory may wait for all graphs of a card, also for those that wait for this very rank.
-A death meanwhile brings a newer map, and all begins anew; but who has paused launches nothing under
-the newer map either before all its members have entered one of the two. The old ones let go of the
-joiners, and a joiner that was ready for the former map leaves, because somebody may have sent it
-something already: it comes back as another life.
+*Joining.* A map names its `joiners`. A rank that hears of it launches nothing more and tells how
+many graphs it has launched (`limit`). When all members have told this, the old members launch empty
+graphs, still without the joiners, up to one more than the highest limit. The last of these wipes
+what a former incarnation may have left in their buffers. Then they tell that they have `paused`.
+When all have paused, nothing is in flight anywhere. Each rank adopts the map, maps the buffers of
+members that it does not know yet, and tells that it has `entered`. The joiners take the common
+number as their own. Nobody launches before all have entered: unmapping the memory of a former
+incarnation may wait for all graphs of a card, and those may wait for this rank.
+A death meanwhile brings a newer map, and joining begins again. A rank that has paused launches
+nothing under the newer map either, until all its members have entered one of the two maps. The old
+members stop waiting for the joiners. A joiner that was ready for the former map leaves, because
+somebody may have sent it something already. It comes back as another incarnation.
 
 *Sleeping.* A rank without work for a while promises to sleep at a graph some way ahead
-(`sleep_at`). Once all have promised, all sleep at the latest of these, without another word: a
-promise cannot be taken back. Who has work then wakes the others at once. A rank that hears of the
-last promise only after that graph goes on, and wakes the others as well. Everybody says where the
-common sleep was (`slept_at`), because the promises for the next one replace those for the last.
+(`sleep_at`). When all have promised, all sleep at the latest of these graphs, without another
+message: a promise cannot be taken back. A rank that then has work wakes the others at once. A rank
+that hears of the last promise only after that graph goes on and wakes the others as well. Everybody
+tells where the common sleep was (`slept_at`), because the promises for the next sleep replace those
+for the last one.
 
-*Loading.* A slot that a map names may be overwritten once nobody can deliver a step of that map:
-every living member has entered a newer one, or has let go of somebody (`invalidated`).
+*Loading.* A slot that a map names may be overwritten when nobody can deliver a step of that map:
+every living member has entered a newer map, or has stopped waiting for some member of it
+(`invalidated`).
 """
 
 from __future__ import annotations
@@ -40,16 +44,16 @@ from shared.types import Epoch, Member
 from shared.wire import GraphBarrierUpdate
 
 IDLE_GRAPHS = 16
-"""So many graphs without own work before a rank promises to sleep."""
+"""A rank promises to sleep after so many graphs without work of its own."""
 SLEEP_AHEAD = 32
-"""So far ahead; update takes less time than so many graphs, or costs a wake."""
+"""How many graphs ahead. An update that takes longer than these costs a wake."""
 
 _NO_SLEEP = -1
 
 
 class MapEffects(NamedTuple):
-    """`to_release`: members of the adopted map not to be waited for any more. `leave`: this life is
-    of no use any more."""
+    """`to_release`: members of the adopted map that kernels shall not wait for any more. `leave`:
+    this incarnation cannot take part any more."""
 
     to_release: frozenset[Member]
     leave: bool
@@ -76,7 +80,7 @@ class GraphBarrier:
     # Maps ----------------------------------------------------------------------------------------
 
     def on_map(self, expert_map: ExpertMap) -> MapEffects:
-        """The newest map is this one. It names this rank."""
+        """This is now the newest map. It names this rank."""
         assert expert_map.has(self.own.member)
         is_joiner = self.own.member.rank in expert_map.joiners
         if is_joiner and 0 < self.own.joining < expert_map.epoch:
@@ -88,15 +92,15 @@ class GraphBarrier:
         return MapEffects(self._members_dropped_by(expert_map), leave=False)
 
     def on_released(self, members: frozenset[Member]) -> None:
-        """Kernels wait no longer for these, whom `on_map` has named."""
+        """Kernels no longer wait for these members, which `on_map` has returned."""
         if self._adopted is not None and any(self._adopted.has(m) for m in members):
             self._invalidate(self._adopted.epoch)
 
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
-        """A verdict, and kernels wait no longer for this life: the map of `epoch` will be the first
-        without it. No step of the maps before it can be delivered any more, be they adopted or not;
-        except that graphs in flight may be, where only a map still to be adopted names the
-        dead."""
+        """There is a verdict, and kernels no longer wait for this member. The map of `epoch` will
+        be the first without it. No step of the maps before that one can be delivered any more,
+        whether they are adopted or not. There is one exception: if only a map that is still to be
+        adopted names the dead member, graphs in flight can still be delivered."""
         self._declared_dead.add(dead)
         if self._adopted is not None and self._adopted.has(dead):
             self._invalidate(Epoch(epoch - 1))
@@ -106,8 +110,8 @@ class GraphBarrier:
                 self._invalidate_as_landed()
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
-        """The number of the first graph under this map, once all members are ready for it, unless
-        this rank has got ready for a newer one."""
+        """The number of the first graph under this map. None if not all members are ready for it,
+        or if this rank is ready for a newer map."""
         if self.own.joining > expert_map.epoch:
             return None
         if not expert_map.joiners:
@@ -134,8 +138,8 @@ class GraphBarrier:
         )
 
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Nobody else is to hear of it before `enter`. Raises StepAbandoned where members are not
-        ready for it any more, because a newer map is on its way."""
+        """Nobody else may hear of it before `enter`. Raises StepAbandoned if members are not ready
+        for it any more, because a newer map is on its way."""
         at = self.join_at(expert_map)
         if at is None or not self.may_adopt(expert_map):
             raise StepAbandoned(f"the members do not meet in epoch {expert_map.epoch}")
@@ -147,8 +151,8 @@ class GraphBarrier:
         self._all_have_mapped = False
 
     def enter(self) -> None:
-        """Kernels wait from now on for the members of the adopted map, but for those whom newer
-        maps and verdicts have named since."""
+        """From now on kernels wait for the members of the adopted map, except those that newer
+        maps or verdicts have removed since."""
         assert self._adopted is not None, "adopt comes first"
         epoch = self._adopted.epoch
         self.own = replace(self.own, entered=epoch, sleep_at=_NO_SLEEP, slept_at=_NO_SLEEP)
@@ -166,8 +170,8 @@ class GraphBarrier:
         return self._all_have_mapped
 
     def may_be_mapping(self) -> list[Member]:
-        """Members of the adopted map, as far as this rank knows, that map the joiners for which it
-        has paused. Who has got ready for joiners after them does not."""
+        """Members of the adopted map that may still be mapping the joiners for which this rank has
+        paused. A member that is ready for later joiners is not mapping."""
         paused = self.own.paused
         if self._adopted is None or not paused:
             return []
@@ -175,7 +179,7 @@ class GraphBarrier:
         return [n.member for n in update if n.entered < paused and n.joining <= paused]
 
     def awaited(self) -> list[Member]:
-        """Who has still to say something before this rank goes on with the newest joiners."""
+        """Members whose next update this rank needs before it goes on with the newest joiners."""
         newest, adopted = self._newest, self._adopted
         if newest is None or not newest.joiners or newest is adopted:
             return self.may_be_mapping()
@@ -185,8 +189,8 @@ class GraphBarrier:
         return unready or [n.member for n in update if n.paused < epoch]
 
     def may_launch_ahead(self) -> bool:
-        """Whether one more may be launched while the last is in flight: nothing is known that
-        would spoil it, no map waits for that one's end, and all do not sleep after it."""
+        """Whether one more graph may be launched while the last is in flight: nothing known would
+        spoil it, no map waits for the end of the last one, and not all sleep after it."""
         newest, adopted = self._newest, self._adopted
         if newest is None or adopted is None or newest.epoch != adopted.epoch:
             return False
@@ -195,12 +199,12 @@ class GraphBarrier:
         return self._num_in_flight == 1 and not self._declared_dead and not is_last
 
     def launch(self) -> None:
-        """Then ask `note_missed_sleep`: the last promise may have come just before."""
+        """Call `note_missed_sleep` afterwards: the last promise may have come just before."""
         self.num_launched += 1
         self._num_in_flight += 1
 
     def on_graph_done(self) -> None:
-        """The first of the graphs in flight has ended, to whatever end."""
+        """The first of the graphs in flight has ended, whatever its result."""
         self._num_in_flight -= 1
         if not self._num_in_flight:
             self._invalidate_as_landed()
@@ -221,7 +225,7 @@ class GraphBarrier:
         return True
 
     def note_missed_sleep(self) -> bool:
-        """Whether the others sleep since a graph that this rank has passed: wake them."""
+        """Whether the others sleep since a graph that this rank has passed. If so, wake them."""
         at = self._sleep_at()
         if at is None or at >= self.num_launched:
             return False
@@ -247,12 +251,12 @@ class GraphBarrier:
         return self._updates.get(member) or _empty_update(member)
 
     def _is_mapping(self) -> bool:
-        """Between `adopt` and `enter`. Who says meanwhile that it is ready for a newer map makes
-        the others launch empty graphs, and these would wait for it."""
+        """Between `adopt` and `enter`. If this rank told meanwhile that it is ready for a newer
+        map, the others would launch empty graphs, and these would wait for it."""
         return self._adopted is not None and self.own.entered != self._adopted.epoch
 
     def _prepare_to_join(self) -> None:
-        """For the newest map, where all begin anew with it."""
+        """For the newest map, if it has joiners that this rank has not prepared for yet."""
         newest = self._newest
         if newest is None or not newest.joiners or newest.epoch <= self.own.joining:
             return
@@ -261,7 +265,7 @@ class GraphBarrier:
             self.pause(newest)
 
     def _members_dropped_by(self, expert_map: ExpertMap) -> frozenset[Member]:
-        """Members of the adopted map that are none of the new one, or begin anew in it."""
+        """Members of the adopted map that are not in the new one, or are joiners in it."""
         if self._adopted is None:
             return frozenset()
         return frozenset(
@@ -279,9 +283,9 @@ class GraphBarrier:
             self.own = replace(self.own, invalidated=epoch)
 
     def _sleep_at(self) -> int | None:
-        """The graph at which all members of the adopted map have agreed to sleep, where this rank
-        has not taken note of it. They can agree on the next one only after it has, so whoever says
-        that it has slept later than this rank speaks of the one that is looked for."""
+        """The graph at which all members of the adopted map have agreed to sleep, if this rank has
+        not recorded it yet. They can agree on the next one only after this rank has recorded this
+        one. So if a member tells of a later sleep than this rank knows, it means this one."""
         if self._adopted is None or self._is_mapping():
             return None
         everybody = [self._of(m) for m in self._adopted.members]
@@ -303,7 +307,7 @@ class GraphBarrier:
 
 
 def _empty_update(member: Member) -> GraphBarrierUpdate:
-    """What is known of a life that has said nothing yet."""
+    """What is known of a member that has told nothing yet."""
     return GraphBarrierUpdate(
         member=member,
         joining=Epoch(0),

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import structlog
 
 from gpu_worker.exchange.graph_barrier import GraphBarrier
+from gpu_worker.exchange.worker_thread import Worker
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, Step
 from shared.wire import GraphBarrierUpdate
@@ -19,12 +20,12 @@ from shared.wire import GraphBarrierUpdate
 log = structlog.get_logger()
 
 Release = Callable[[Collection[Member], Epoch], None]
-"""Let kernels wait for these lives no longer; the map of this epoch is without them."""
+"""Kernels shall no longer wait for these members. The map of this epoch is without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphBarrierCallbacks:
-    """All called on the event loop, but `notify_engine`: from any thread."""
+    """All are called on the event loop, except `notify_engine`: any thread may call it."""
 
     send_update: Callable[[GraphBarrierUpdate, Iterable[Member]], None]
     wake: Callable[[Step], None]  # of all other members
@@ -39,12 +40,14 @@ class GraphBarrierDriver:
         member: Member,
         release: Release,
         loop: asyncio.AbstractEventLoop,
+        release_worker: Worker,
         callbacks: GraphBarrierCallbacks,
     ) -> None:
+        """`release` is called on `release_worker`: a card in trouble may not answer."""
         self._barrier = GraphBarrier(member)
         self._release = release
         self._loop = loop
-        self._releaser = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._release_worker = release_worker
         self._lock = threading.Lock()
         self._callbacks = callbacks
         self._newest: ExpertMap | None = None
@@ -54,8 +57,8 @@ class GraphBarrierDriver:
     # On the event loop ---------------------------------------------------------------------------
 
     def on_map(self, expert_map: ExpertMap) -> None:
-        """As soon as a map is seen, whether or not it can be adopted yet. Maps without this rank,
-        and old ones, are none."""
+        """As soon as a map is seen, whether or not it can be adopted yet. Maps without this rank
+        and old maps are ignored."""
         newest = self._newest
         own = self._barrier.own.member
         if not expert_map.has(own) or (newest and expert_map.epoch <= newest.epoch):
@@ -77,14 +80,15 @@ class GraphBarrierDriver:
             )
 
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
-        """A verdict: the map of `epoch`, which may not be there yet, is without this life."""
+        """There is a verdict. The map of `epoch`, which may not exist yet, is without this
+        member."""
         self._release_members([dead], epoch, lambda: self._barrier.declare_dead(dead, epoch))
 
     def _release_members(
         self, members: Collection[Member], epoch: Epoch, then: Callable[[], None]
     ) -> None:
-        """On a thread of its own, for a card in trouble may not answer; only what has been done is
-        told."""
+        """On its own thread, because a card in trouble may not answer. Peers are told only when it
+        is done."""
 
         def work() -> None:
             self._release(members, epoch)
@@ -92,7 +96,7 @@ class GraphBarrierDriver:
                 then()
             self._loop.call_soon_threadsafe(self._send_own_update)
 
-        self._releaser.submit(work).add_done_callback(self._on_release_done)
+        self._release_worker.submit(work).add_done_callback(self._on_release_done)
 
     def _on_release_done(self, done: Future[None]) -> None:
         if (error := done.exception()) is not None:
@@ -104,7 +108,7 @@ class GraphBarrierDriver:
         self._check_progress()
 
     def handshake(self, peer: Member) -> None:
-        """A link to this peer has been opened; what was said before may not have reached it."""
+        """A link to this peer has been opened. Earlier updates may not have reached it."""
         self._callbacks.send_update(self._barrier.own, [peer])
 
     def notify_when_undeliverable(self, epoch: Epoch) -> None:
@@ -125,7 +129,8 @@ class GraphBarrierDriver:
             return True
 
     def prepare_adoption(self, expert_map: ExpertMap) -> bool:
-        """To be asked where nothing is to be launched towards this map; the others hear of that."""
+        """Whether the map may be adopted now. Call it if `claim_launch_before` has nothing more to
+        launch; the others are told that this rank has paused."""
         with self._lock:
             if self._barrier.join_at(expert_map) is None:
                 return False
@@ -138,9 +143,9 @@ class GraphBarrierDriver:
         return may_adopt
 
     def adopt(self, expert_map: ExpertMap, take: Callable[[], None]) -> Step:
-        """The number of its first graph here. `take` makes kernels wait for its members, before
-        anybody hears of it; it may take its time. Raises StepAbandoned where the members do not
-        meet in this map."""
+        """Returns the number of the first graph under this map. `take` makes kernels wait for its
+        members, before any peer hears of it; it may block. Raises StepAbandoned if the members do
+        not meet in this map."""
         with self._lock:
             self._barrier.adopt(expert_map)
         take()
@@ -151,7 +156,8 @@ class GraphBarrierDriver:
         return first
 
     def claim(self, *, ahead: bool = False) -> bool:
-        """Counts the next graph as launched, if it may be. `ahead`: while the last is in flight."""
+        """Counts the next graph as launched, if it may be launched. `ahead`: while the last one is
+        in flight."""
         barrier = self._barrier
         with self._lock:
             if not (barrier.may_launch_ahead() if ahead else barrier.may_launch()):
@@ -163,12 +169,12 @@ class GraphBarrierDriver:
         return True
 
     def awaited(self) -> list[Member]:
-        """Where nothing may be adopted or launched: whom this rank waits for, if for anybody."""
+        """The members that this rank waits for, if it may neither adopt nor launch."""
         with self._lock:
             return self._barrier.awaited()
 
     def on_graph_done(self) -> None:
-        """The first of the graphs in flight has ended, to whatever end."""
+        """The first of the graphs in flight has ended, whatever its result."""
         with self._lock:
             before = self._barrier.own
             self._barrier.on_graph_done()
@@ -177,7 +183,7 @@ class GraphBarrierDriver:
             self._loop.call_soon_threadsafe(self._send_own_update)
 
     def commit(self, *, had_work: bool) -> bool:
-        """The graph that landed last was committed. Whether all sleep now."""
+        """The graph that ended last was committed. Returns whether all sleep now."""
         with self._lock:
             before = self._barrier.own
             self._barrier.note_step(had_work=had_work)

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from control_plane.control_driver import Driver
 from control_plane.failure_detector import DetectorTimings
@@ -19,7 +19,10 @@ from gateway.metrics import GatewayMetrics
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy, StreamSession
 from gpu_worker.config import RankConfig
+from gpu_worker.membership.membership_driver import SlotLoader
+from gpu_worker.rank import Hardware, Rank
 from shared.config import Timings
+from shared.expert_map import Placement
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import InstanceSpec
@@ -30,8 +33,18 @@ from tests.sim.sim_kv_replication import KvReplicaHub
 from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
 from tests.sim.sim_network import SimNetwork
-from tests.sim.sim_rank import SimClock, build_rank
+from tests.sim.sim_rank import (
+    GreenletHost,
+    HardwareContext,
+    SimClock,
+    build_cpu_hardware,
+    build_rank,
+)
 from tests.support.memory_store import MemoryEtcd, MemoryStore
+
+if TYPE_CHECKING:
+    from tests.sim.sim_card import CardSizes
+    from tests.sim.sim_card_rank import SimCards
 
 ETCD = "etcd"
 LEASE_TTL_S = 5.0
@@ -45,6 +58,7 @@ class SimClusterSizes:
     num_control_planes: int = 2
     slow: bool = False  # loads and first contacts take seconds
     heal_after_s: float = 0.3
+    cards: CardSizes | None = None  # None: ranks on CPUs
 
 
 @dataclass(slots=True)
@@ -60,6 +74,22 @@ class ClientSession:
     @property
     def expected(self) -> tuple[int, ...]:
         return oracle(self.prompt, self.num_tokens)
+
+
+@dataclass(slots=True)
+class WatchedLoader:
+    """Implements `membership_driver.SlotLoader`: says what is loaded, and loads it."""
+
+    member: Member
+    loader: SlotLoader
+    contents: Placement
+    on_load: Callable[[Member, Placement, Placement], None]
+
+    def load(self, wanted: Placement) -> Placement:
+        """Of one at a time, as membership does."""
+        self.on_load(self.member, wanted, self.contents)
+        self.contents = self.loader.load(wanted)
+        return self.contents
 
 
 @dataclass
@@ -80,6 +110,7 @@ class SimCluster:
             self.loop.executor_s = EXECUTOR_SLOW_S
         self.hub = SimHub(self.sizes.num_ranks, HIDDEN, TOP_K, network=self.network)
         self.copies = KvReplicaHub(self.network)
+        self.cards = self._build_cards()
         self.etcd = MemoryEtcd(self.clock)
         self.keys = Keys("sim")
         self.spec = InstanceSpec(
@@ -98,6 +129,13 @@ class SimCluster:
         self.gateway: SessionDriver
         self.clients: list[ClientSession] = []
         self.crashes: list[BaseException] = []
+        self.processes: dict[Member, SimProcess] = {}
+        self.agent_processes: dict[int, SimProcess] = {}
+        self.ranks: dict[Member, Rank] = {}
+        self.engine_hosts: dict[Member, GreenletHost] = {}
+        self.violations: list[str] = [] if self.cards is None else self.cards.fabric.violations
+        self.on_load: Callable[[Member, Placement, Placement], None] = lambda *_: None
+        self.on_exit: Callable[[Member], None] = lambda _: None
         self._stores: list[tuple[str, MemoryStore]] = []
         self._kept_refs: list[Any] = []  # tasks of dead processes must not be collected half-run
         self._gateway_process = SimProcess("gateway", "host-gateway")
@@ -145,6 +183,7 @@ class SimCluster:
         self.spawn(self._run_gateway(), self._gateway_process)
         for rank in range(self.sizes.num_ranks):
             agent = SimProcess(f"agent-{rank}", self.host_of_rank(rank))
+            self.agent_processes[rank] = agent
             self.spawn(self._run_agent(rank), agent)
         await self.until(self.all_live, 60.0)
 
@@ -257,6 +296,7 @@ class SimCluster:
             running_max=8,
             waiting_max=64,
             timings=Timings(lease_ttl_s=LEASE_TTL_S),
+            **self._card_options(),
         )
         store = self.store(process.host)
 
@@ -265,20 +305,58 @@ class SimCluster:
             rank = build_rank(
                 loop=self.loop,
                 process=process,
-                hub=self.hub,
                 copies=self.copies,
                 member=member,
                 lease_id=lease_id,
                 config=config,
                 spec=self.spec,
                 store=store,
+                build_hardware=self._build_hardware,
             )
-            self._kept_refs.append(rank)
-            process.exit_code = await rank.run()
+            self.ranks[member] = rank
+            try:
+                process.exit_code = await rank.run()
+            except Exception:
+                if not process.device_failed:
+                    raise
+                process.exit_code = 1
+            else:
+                self.on_exit(member)
             self.loop.call_soon(kill, process)
 
+        self.processes[member] = process
         self.spawn(run_rank(), process)
         return process
+
+    def _build_hardware(self, context: HardwareContext) -> Hardware:
+        self.engine_hosts[context.member] = context.host
+        if self.cards is None:
+            hardware = build_cpu_hardware(self.hub, context)
+        else:
+            hardware = self.cards.build_hardware(context)
+        loader = WatchedLoader(
+            context.member,
+            hardware.loader,
+            hardware.residents,
+            lambda *load: self.on_load(*load),
+        )
+        return replace(hardware, loader=loader)
+
+    def _build_cards(self) -> SimCards | None:
+        if self.sizes.cards is None:
+            return None
+        from tests.sim.sim_card_rank import SimCards  # imports torch
+
+        self.loop.set_exception_handler(self._on_callback_error)
+        return SimCards(self.loop, self.sizes.cards, self.sizes.num_ranks, self.seed)
+
+    def _card_options(self) -> dict[str, Any]:
+        return {} if self.cards is None else self.cards.options()
+
+    def _on_callback_error(self, _: object, context: dict[str, Any]) -> None:
+        """What a device raised: nobody awaits it."""
+        if "Exception in callback" in context["message"]:
+            self.crashes.append(context["exception"])
 
     # Clients.
 
@@ -320,6 +398,7 @@ class SimCluster:
         while not condition():
             if self.crashes:
                 raise self.crashes[0]
+            assert not self.violations, self.violations[0]
             if self.clock.now() > deadline:
                 raise TimeoutError(f"{condition.__name__} does not come true: {self.describe()}")
             await asyncio.sleep(0.02)

@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+from tests.sim.card_faults import CardFaults
 from tests.sim.cluster import ETCD, SimCluster
 
 WAIT_FOR_MOMENT_S = 3.0
@@ -26,7 +27,11 @@ class Faults:
         """No rank is touched: none may lose its life, and no session may move (7 and 8)."""
 
     async def run(self) -> None:
-        kinds = self._harmless() if self.harmless else [*self._harmful(), *self._harmless()]
+        harmless, harmful = self._harmless(), self._harmful()
+        if self._cluster.cards is not None:
+            cards = CardFaults(self._cluster, self._rng, self._log_fault)
+            harmless, harmful = [*harmless, *cards.harmless()], [*harmful, *cards.harmful()]
+        kinds = harmless if self.harmless else [*harmful, *harmless]
         times = sorted(
             self._rng.uniform(0.0, self.within_s) for _ in range(self._rng.randint(1, 5))
         )
@@ -118,6 +123,7 @@ class Faults:
         if process is None or process.stopped:
             return
         self._log_fault(f"stop rank {rank} for {seconds} s")
+        process.stopped_with_all = False
         self._cluster.agents[rank].stop_rank()
         await asyncio.sleep(seconds)
         if not process.dead:

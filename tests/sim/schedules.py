@@ -17,10 +17,12 @@ from shared.store import WatchEvent
 from shared.types import Member
 from tests.sim.cluster import ETCD, LEASE_TTL_S, SimCluster, SimClusterSizes
 from tests.sim.faults import Faults
+from tests.sim.invariants import InvariantChecker
 from tests.sim.sim_loop import SimLoop
 
 SETTLE_S = 20.0  # after the last fault: an expiry, its patience, and a formation
 OUTAGE_DEADLINE_S = 10.0
+CARD_FIRST_SEED = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,10 @@ async def _run_control_plane_outage(cluster: SimCluster) -> Outcome:
 
 
 def sizes_of(seed: int) -> SimClusterSizes:
-    """Mostly the common instance; some small, large, tight and slow ones."""
+    """Mostly the common instance; some small, large, tight and slow ones. From CARD_FIRST_SEED on
+    the ranks are on cards."""
+    if seed >= CARD_FIRST_SEED:
+        return card_sizes_of(seed)
     rng = random.Random(seed * 104729 + 7)
     ranks, slots, redundant = rng.choice(
         [(4, 4, 6), (4, 4, 6), (4, 4, 6), (4, 2, 2), (2, 6, 6), (6, 3, 6)]
@@ -149,6 +154,32 @@ def sizes_of(seed: int) -> SimClusterSizes:
         redundant_experts=redundant,
         slow=rng.random() < 0.2,
         heal_after_s=rng.choice([0.05, 0.3]),
+    )
+
+
+def card_sizes_of(seed: int) -> SimClusterSizes:
+    from tests.sim.sim_card import CardSizes  # imports torch
+
+    rng = random.Random(seed * 104729 + 11)
+    ranks, slots, redundant = rng.choice(
+        [(4, 4, 6), (4, 2, 2), (2, 6, 6), (4, 3, 6), (6, 2, 6), (6, 3, 6), (8, 2, 10)]
+    )
+    has_pauses = rng.random() < 0.5
+    return SimClusterSizes(
+        num_ranks=ranks,
+        slots_per_rank=slots,
+        redundant_experts=redundant,
+        heal_after_s=rng.choice([0.05, 0.3]),
+        cards=CardSizes(
+            ranks_per_card=rng.choice([1, 1, 2, ranks]),
+            time_sliced=rng.random() < 0.3,
+            step_s=rng.choice([0.002, 0.005, 0.005, 0.02, 0.1]),
+            graph_timeout_s=rng.choice([0.4, 2.0, 5.0]),
+            expert_s=rng.choice([(0.0002, 0.002), (0.005, 0.05)]),
+            has_pauses=has_pauses,
+            map_s=rng.choice([(0.001, 0.01), (0.3, 1.0)]) if has_pauses else (0.001, 0.01),
+            load_stalls=rng.choice([(), (0.0, 0.1, 0.41)]) if has_pauses else (),
+        ),
     )
 
 
@@ -173,6 +204,7 @@ def run_world(
 
 async def _run(cluster: SimCluster) -> Outcome:
     maps = MapChecker(cluster)
+    InvariantChecker(cluster)
     await cluster.start()
     faults = Faults(cluster)
     try:
@@ -180,8 +212,9 @@ async def _run(cluster: SimCluster) -> Outcome:
             tasks.create_task(traffic(cluster, faults.within_s))
             tasks.create_task(faults.run())
         cluster.heal()
-        await cluster.until(cluster.all_ended, SETTLE_S)
-        await cluster.until(cluster.all_live, SETTLE_S)
+        settle_s = SETTLE_S if cluster.sizes.cards is None else cluster.sizes.cards.settle_s
+        await cluster.until(cluster.all_ended, settle_s)
+        await cluster.until(cluster.all_live, settle_s)
         check_sessions(cluster)
         if faults.harmless:
             check_untouched(cluster)

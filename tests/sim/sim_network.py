@@ -127,6 +127,7 @@ class SimNetwork:
         self.rng = rng
         self.listeners: dict[tuple[str, int], tuple[Callable[[], Any], SimProcess]] = {}
         self.cut: set[frozenset[str]] = set()
+        self._last_cut: dict[str, float] = {}  # when a cut of this host last ended
         self._ends: list[SimTransport] = []
         self._held: list[tuple[SimTransport, bytes | Exception | None]] = []
         self._ports = 20000
@@ -137,14 +138,22 @@ class SimNetwork:
     def reachable(self, a: str, b: str) -> bool:
         return a == b or frozenset((a, b)) not in self.cut
 
+    @property
+    def cut_until(self) -> dict[str, float]:
+        """For each host that was cut from another one, until when; now, if it still is."""
+        now = self.loop.time()
+        return {**self._last_cut, **{host: now for pair in self.cut for host in pair}}
+
     def sever(self, a: str, b: str) -> None:
         self.cut.add(frozenset((a, b)))
 
     def heal(self) -> None:
+        self._last_cut = self.cut_until
         self.cut.clear()
         self._carry_held()
 
     def reconnect(self, a: str, b: str) -> None:
+        self._last_cut = self.cut_until
         self.cut.discard(frozenset((a, b)))
         self._carry_held()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import greenlet
@@ -50,6 +51,7 @@ class GreenletHost:
         self._notified = False
         self._parked = 0
         self._parks = 0
+        self._stalled_until = 0.0
 
     @property
     def waiter(self) -> GreenletHost:
@@ -92,6 +94,10 @@ class GreenletHost:
     def arrived(self) -> None:
         self._wake_soon()
 
+    def stall(self, seconds: float) -> None:
+        """The engine alone stands still; the event loop goes on."""
+        self._stalled_until = max(self._stalled_until, self._loop.time() + seconds)
+
     def _park(self, timeout_s: float) -> None:
         self._parks += 1
         self._parked = self._parks
@@ -105,7 +111,11 @@ class GreenletHost:
             self._loop.call_soon(self._resume, self._parked, context=in_process(self._process))
 
     def _resume(self, park: int) -> None:
-        if self._parked == park:
+        if self._parked != park:
+            return
+        if (left_s := self._stalled_until - self._loop.time()) > 0:
+            self._loop.call_later(left_s, self._resume, park, context=in_process(self._process))
+        else:
             self._parked = 0
             self._engine.switch()
 
@@ -142,21 +152,54 @@ class SimEndpoint:
         self._open.discard(member)
 
 
+def build_cpu_hardware(hub: SimHub, context: HardwareContext) -> Hardware:
+    member, config, model = context.member, context.config, context.model
+    hub.attach(member, context.process, context.host)
+
+    def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
+        deadline_ms = config.timings.exchange_deadline_ms
+        exchange = hub.exchange(member, monitor, context.clock, deadline_ms)
+        return RunnerParts(ModelRunner(model, exchange))
+
+    return Hardware(
+        make_runner=make_runner,
+        loader=model,
+        residents=model.contents.copy(),
+        endpoint=SimEndpoint(hub, member),
+        exchange=ExchangeKind.TRANSFER,
+        blocks=context.blocks,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareContext:
+    """What the simulated hardware of one incarnation is built from."""
+
+    loop: SimLoop
+    process: SimProcess
+    host: GreenletHost
+    clock: SimClock
+    member: Member
+    config: RankConfig
+    spec: InstanceSpec
+    model: SimModel
+    blocks: SimBlockCache
+
+
 def build_rank(
     *,
     loop: SimLoop,
     process: SimProcess,
-    hub: SimHub,
     copies: KvReplicaHub,
     member: Member,
     lease_id: int,
     config: RankConfig,
     spec: InstanceSpec,
     store: Store,
+    build_hardware: Callable[[HardwareContext], Hardware],
 ) -> Rank:
     """In the context of `process`."""
     host = GreenletHost(loop, process)
-    hub.attach(member, process, host)
     model = SimModel(
         slots_per_rank=spec.slots_per_rank,
         kv_blocks=config.kv_tokens // config.kv_block_tokens,
@@ -164,12 +207,6 @@ def build_rank(
     )
     clock = SimClock(loop)
     blocks = SimBlockCache(model.keys, config.kv_block_tokens)
-
-    def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
-        deadline_ms = config.timings.exchange_deadline_ms
-        exchange = hub.exchange(member, monitor, clock, deadline_ms)
-        return RunnerParts(ModelRunner(model, exchange))
-
     endpoint = copies.endpoint(member, process, blocks.block_bytes)
     return Rank(
         RankParts(
@@ -180,13 +217,18 @@ def build_rank(
             eos_token_ids=(EOS,),
             store=store,
             clock=clock,
-            hardware=Hardware(
-                make_runner=make_runner,
-                loader=model,
-                residents=model.contents.copy(),
-                endpoint=SimEndpoint(hub, member),
-                exchange=ExchangeKind.TRANSFER,
-                blocks=blocks,
+            hardware=build_hardware(
+                HardwareContext(
+                    loop=loop,
+                    process=process,
+                    host=host,
+                    clock=clock,
+                    member=member,
+                    config=config,
+                    spec=spec,
+                    model=model,
+                    blocks=blocks,
+                )
             ),
             engine_host=host,
             replication=KvReplication(

@@ -1,23 +1,27 @@
 """A CUDA rank's place on the data network, as membership sees it: which peers it has met. What goes
-over it is `ep_exchange`'s."""
+over it is `exchange`'s to decide."""
 
 from __future__ import annotations
 
 from gpu_worker.config import ExchangeKind
-from gpu_worker.cuda.ep.exchange import EpExchange
+from gpu_worker.cuda.ep.rank_mask import RankMask
 from shared.records import ExchangeHandles, RankRecord
 from shared.types import Member
 from shared.wire import RegionOpened
 
 
 class EpEndpoint:
-    """Implements `link_keeper.DataEndpoint`. A pair of incarnations meets once; a buffer stays
-    mapped until the next incarnation of its rank is adopted."""
+    """Implements `link_keeper.DataEndpoint`. Two incarnations meet once. A buffer stays mapped
+    until the next incarnation of its rank is adopted."""
 
-    def __init__(self, member: Member, exchange: EpExchange, kind: ExchangeKind) -> None:
+    def __init__(
+        self, member: Member, mask: RankMask, kind: ExchangeKind, *, step_tokens_max: int
+    ) -> None:
+        """`step_tokens_max` is what this rank's buffer is laid out for."""
         self.name = f"ep-{member}"
-        self._exchange = exchange
+        self._mask = mask
         self._kind = kind
+        self._step_tokens_max = step_tokens_max
 
     def next_generation(self, target: Member) -> int:
         return 0
@@ -27,21 +31,21 @@ class EpEndpoint:
         return 0, 0
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
-        """Raises ValueError where the peer's exchange is of another kind or layout, ConnectionError
-        where its former life has not left the adopted map yet."""
-        handles = handles_of(peer, self._kind, self._exchange.step_tokens_max)
-        if not self._exchange.is_connected(peer.member):
-            self._exchange.connect(peer.member, handles)
+        """Raises ValueError if the peer's exchange is of another kind or layout, ConnectionError if
+        the adopted map still names its former incarnation."""
+        handles = handles_of(peer, self._kind, self._step_tokens_max)
+        if not self._mask.is_connected(peer.member):
+            self._mask.connect(peer.member, handles)
 
     def is_open(self, target: Member) -> bool:
-        return self._exchange.is_connected(target)
+        return self._mask.is_connected(target)
 
     def forget(self, member: Member) -> None:
         """Nothing yet: the engine may still run a map that names it."""
 
 
 def handles_of(peer: RankRecord, kind: ExchangeKind, step_tokens_max: int) -> ExchangeHandles:
-    """Raises ValueError where its exchange is not of this kind, or laid out for other steps."""
+    """Raises ValueError if its exchange is not of this kind, or is laid out for other steps."""
     handles = peer.exchange_handles
     if handles is None or peer.exchange != kind.value:
         raise ValueError(

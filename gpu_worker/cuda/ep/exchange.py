@@ -1,47 +1,39 @@
-"""The exchange between CUDA ranks: Mooncake's elastic EP Buffer over NVLink or IBGDA, with ranks
-that come and go under CUDA graphs that stay.
+"""The exchange between CUDA ranks: Mooncake's elastic EP Buffer over NVLink or IBGDA. Ranks come
+and go; the captured CUDA graphs stay. Which ranks kernels wait for is `rank_mask`'s to decide.
 
 Shape letters: T rows of a step's graph (padded), K top-k, H hidden size, R ranks, S slots of a
 rank, M rows that a slot can receive (R times `step_tokens_max`).
 
-Theory of operation. Each kernel waits for what it needs of every rank whose bit is set in one mask
-on the device, and reads that mask while it waits. A bit goes from 1 to 0 in two ways: by
-`release`, a host write on a side stream, as soon as a verdict is known; or by the kernel's own
-timeout, a backstop. Either way the kernels of the step go on and its result lacks something. The
-mask travels to the host in the copy that brings the sampled tokens, so that looking at it costs
-nothing: a step that lost a bit raises StepAbandoned and is never delivered.
-
 Ranks meet by counting exchanges, not by epoch: a graph holds whole dispatch/combine pairs, all
 ranks replay the same sequence, and a rank may be one graph ahead of another. So a death needs no
-agreement on a step. A rank that committed goes on to a next step, which its peers' replay of the
-spoilt one matches; what it sends there is computed by experts that are the same in both epochs.
-What does need agreement, joins, common sleep, slots to be overwritten, is `graph_barrier`'s.
+agreement on a step. A rank that committed goes on to its next step, and the replay of the spoilt
+step on its peers meets that one; what it sends there is computed by experts that are the same in
+both epochs. Joins, common sleep and the overwriting of slots do need agreement: see
+`graph_barrier`.
 
 A rank that has abandoned a step may wait for a map only, never for what a peer does at the end of a
-step: that peer may be one graph ahead, and wait for it. So weights are loaded beside the steps.
+step: that peer may be one graph ahead, and wait for this rank. So weights are loaded beside the
+steps.
 """
 
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.cuda.ep.handles import HandleStore
-from gpu_worker.cuda.ep.mappings import EpMappings
-from gpu_worker.cuda.ep.members import EpMembers
+from gpu_worker.cuda.ep.members import MaskChange
+from gpu_worker.cuda.ep.rank_mask import RankMask
+from gpu_worker.cuda.streams import on_stream
+from gpu_worker.exchange.worker_thread import WorkerThread
 from shared.clock import Clock
-from shared.errors import StepAbandoned
-from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
-from shared.types import Epoch, Member, RankId
+from shared.types import Member, RankId
 
 FP8_BLOCK = 128
 """Values that share a scale in an fp8 dispatch."""
@@ -75,9 +67,40 @@ class Received(NamedTuple):
     counts_S: Tensor
 
 
+class CudaMask:
+    """Implements `rank_mask.MaskDevice` on Mooncake's mask."""
+
+    def __init__(self, buffer: Any, device: torch.device, num_ranks: int) -> None:
+        self._buffer = buffer
+        self._device = device
+        self.mask_R: Tensor = buffer._active_ranks
+        """int32 on the device, at one place for ever: 1 for each rank that kernels wait for."""
+        # Of high priority, so that it shares no queue of the card with the waiting kernels.
+        self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._wanted_R = torch.zeros(num_ranks, dtype=torch.int32).pin_memory()
+
+    def clear(self, ranks: Sequence[RankId]) -> None:
+        with on_stream(self._side_stream):
+            for rank in ranks:
+                self.mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
+            self._side_stream.synchronize()
+
+    def set(self, change: MaskChange) -> None:
+        for rank in change.mask:
+            self._buffer.update_mask_buffer(rank, mask=True)
+        for rank in change.unmask:
+            self._buffer.update_mask_buffer(rank, mask=False)
+        # The Buffer does not know which bits `clear` or a timeout has cleared.
+        self._wanted_R.zero_()
+        self._wanted_R[sorted(change.active)] = 1
+        self.mask_R.copy_(self._wanted_R, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+
+
 class EpExchange:
-    """One rank's end. `dispatch`, `combine`, `check_step` and `adopt` belong to the engine thread;
-    `release` to any; `connect` to another one, beside running steps."""
+    """One rank's end. `dispatch` and `combine` belong to the engine thread; for `mask` see
+    `RankMask`."""
 
     def __init__(
         self,
@@ -91,24 +114,17 @@ class EpExchange:
         """`timeout_ms` is baked into captured graphs: a kernel waits so long for a rank before it
         goes on without it."""
         self._shape = shape
-        self._device = device
         handle_store = HandleStore()
         self._buffer = _open_buffer(member.rank, shape, handle_store, timeout_ms, device)
-        self.mask_R: Tensor = self._buffer._active_ranks
-        """int32 on the device, at one place for ever: 1 for each rank that kernels wait for."""
-        # Of high priority, so that it shares no queue of the card with the waiting kernels.
-        self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self._wanted_R = torch.zeros(shape.num_ranks, dtype=torch.int32).pin_memory()
-        self._ep_members = EpMembers(member)
-        self._mask_lock = threading.Lock()
-        self._mappings = EpMappings(
-            self._ep_members,
-            self._mask_lock,
-            self._buffer,
-            handle_store,
-            clock,
-            init_thread=lambda: torch.cuda.set_device(device),
+        cuda_mask = CudaMask(self._buffer, device, shape.num_ranks)
+        self.mask_R = cuda_mask.mask_R
+        self.mask = RankMask(
+            member,
+            device=cuda_mask,
+            buffer=self._buffer,
+            handle_store=handle_store,
+            clock=clock,
+            mapping_worker=WorkerThread("mappings", lambda: torch.cuda.set_device(device)),
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / FP8_BLOCK]`
@@ -116,8 +132,6 @@ class EpExchange:
     @property
     def step_tokens_max(self) -> int:
         return self._shape.step_tokens_max
-
-    # Who takes part ------------------------------------------------------------------------------
 
     def handles(self) -> ExchangeHandles:
         """What peers must know to write into this rank's buffer; the same for all of them."""
@@ -135,43 +149,6 @@ class EpExchange:
             ipc_handle=tuple(ipc),
             step_tokens_max=self._shape.step_tokens_max,
         )
-
-    def connect(self, peer: Member, handles: ExchangeHandles) -> None:
-        """Meet this life; it stays masked until a map names it. Raises ConnectionError where a
-        former life of its rank is in the adopted map still, or its memory cannot be mapped, as that
-        of one who has just died."""
-        self._mappings.connect(peer, handles)
-
-    def is_connected(self, member: Member) -> bool:
-        return self._ep_members.is_connected(member)
-
-    def release(self, dead: Collection[Member], epoch: Epoch) -> None:
-        """Map `epoch` is without these lives: let kernels wait for them no longer. Safe at any
-        moment; it returns when the running kernel can see it, and no step that has not completed by
-        then will be delivered. Lives that this rank has not met, or whose successors it has met
-        already, are nothing to it."""
-        with self._mask_lock, torch.cuda.device(self._device):
-            ranks = self._ep_members.give_up(dead, epoch)
-            with torch.cuda.stream(self._side_stream):
-                for rank in ranks:
-                    self.mask_R[rank : rank + 1].copy_(self._zero, non_blocking=True)
-            self._side_stream.synchronize()
-
-    def adopt(self, expert_map: ExpertMap) -> None:
-        """Between steps, nothing in flight; for a map with joiners, nowhere. Graphs stay as they
-        are. A member whose buffer cannot be mapped stays masked, so that no step is delivered."""
-        self._mappings.map_members(expert_map)
-        with self._mask_lock:
-            change = self._ep_members.adopt(expert_map)
-            for rank in change.mask:
-                self._buffer.update_mask_buffer(rank, mask=True)
-            for rank in change.unmask:
-                self._buffer.update_mask_buffer(rank, mask=False)
-            # Bits that `release` or a timeout has cleared behind the Buffer's back, too.
-            self._wanted_R.zero_()
-            self._wanted_R[sorted(change.active)] = 1
-            self.mask_R.copy_(self._wanted_R, non_blocking=True)
-            torch.cuda.current_stream(self._device).synchronize()
 
     # A step --------------------------------------------------------------------------------------
 
@@ -195,12 +172,6 @@ class EpExchange:
         handle = self._handles.pop(layer)
         result: Tensor = self._buffer.combine(y_SMH, slots_TK, weights_TK, handle)[0]
         return result
-
-    def check_step(self, mask_R: NDArray[np.int32]) -> None:
-        """`mask_R` as the completed step has left it. Raises StepAbandoned where it lacked a
-        member."""
-        if lost := self._ep_members.lost_ranks(mask_R):
-            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._ep_members.epoch}")
 
 
 def _open_buffer(

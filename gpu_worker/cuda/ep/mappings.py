@@ -1,25 +1,26 @@
-"""Whose buffers are mapped into this rank's, and when a former life's is unmapped. Who takes part
-is `ep_members`'.
+"""Which peers' buffers are mapped into this process, and when that of a former incarnation is
+unmapped. Who takes part is `members`' to decide.
 
-Mooncake disconnects a rank once no kernel of this process is left, and holds Python's lock until
-then; unmapping memory may wait for those of other processes on the card as well, which may be
-waiting for this one. So what has to be unmapped under an adopted map stays until the pause in which
-the next life is adopted (see `exchange/graph_barrier.py`), and that life is mapped there, too.
-Where nothing has to be unmapped a life is mapped at once: that waits for no kernel, and shows
-before a map names the life whether it can be mapped.
+Mooncake disconnects a rank only when no kernel of this process runs, and holds Python's lock until
+then. Unmapping memory may also wait for kernels of other processes on the card, and those may wait
+for this process. So a buffer that must be unmapped under an adopted map stays mapped until the
+pause in which the next incarnation is adopted (see `exchange/graph_barrier.py`); the next
+incarnation is mapped in that pause too. If nothing has to be unmapped, an incarnation is mapped at
+once: that waits for no kernel, and it shows before a map names the incarnation whether it can be
+mapped.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
 
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import EpMembers
+from gpu_worker.exchange.worker_thread import Worker
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
@@ -37,8 +38,8 @@ class MappedBuffer(Protocol):
 
 
 class EpMappings:
-    """Maps and unmaps on one thread of its own: one at a time, and what a failed attempt leaves
-    behind as the last error of its thread does not reach the engine's launches."""
+    """Maps and unmaps on a thread of its own, one peer at a time. CUDA keeps the last error per
+    thread, so the error of a failed attempt does not reach the engine's launches."""
 
     def __init__(
         self,
@@ -47,24 +48,25 @@ class EpMappings:
         buffer: MappedBuffer,
         handle_store: HandleStore,
         clock: Clock,
-        init_thread: Callable[[], None] = lambda: None,
+        worker: Worker,
     ) -> None:
-        """`lock` guards `ep_members`. `init_thread` is called once, on that thread."""
+        """`lock` guards `ep_members`. `worker` maps and unmaps."""
         self._ep_members = ep_members
         self._lock = lock
         self._buffer = buffer
         self._handle_store = handle_store
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, "mappings", initializer=init_thread)
+        self._worker = worker
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
-        """Meet this life, and map it if that may be done at once. Raises ConnectionError."""
-        self._thread.submit(self._connect, peer, handles).result()
+        """Meets this incarnation, and maps it if that may be done at once. Raises
+        ConnectionError."""
+        self._worker.call(lambda: self._connect(peer, handles))
 
     def map_members(self, expert_map: ExpertMap) -> None:
-        """Nothing is in flight on any member. Who cannot be mapped, as one who has just died, is
-        not met any more."""
-        self._thread.submit(self._map_members, expert_map).result()
+        """Nothing is in flight on any member. A member that cannot be mapped, such as one that has
+        just died, is not met any more."""
+        self._worker.call(lambda: self._map_members(expert_map))
 
     def _connect(self, peer: Member, handles: ExchangeHandles) -> None:
         with self._lock:
@@ -103,7 +105,7 @@ class EpMappings:
         )
 
     def _unmap(self, members: Sequence[Member]) -> None:
-        """The former lives of these."""
+        """The former incarnations of these."""
         with self._lock:
             former = self._ep_members.mapped([m.rank for m in members])
         if former:

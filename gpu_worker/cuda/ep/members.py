@@ -1,6 +1,6 @@
-"""Who takes part in an exchange: the lives that this rank has met, those of them whose buffers are
-mapped, the members of the adopted map, and whom a newer epoch has given up. Decides; touches no
-device."""
+"""Who takes part in an exchange: the incarnations that this rank has met, those whose buffers are
+mapped, the members of the adopted map, and those that a newer epoch has given up. Decides; touches
+no device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MaskChange(NamedTuple):
 
 
 class EpMembers:
-    """Not thread-safe: the exchange locks around it."""
+    """Not thread-safe: `RankMask` locks around it."""
 
     def __init__(self, own: Member) -> None:
         self._own = own
@@ -35,15 +35,18 @@ class EpMembers:
         self.epoch = Epoch(0)
 
     def may_map(self, rank: RankId) -> bool:
-        """Whether a new life of this rank may be mapped beside running steps: not where a former
-        one has to be unmapped under an adopted map. Raises ConnectionError where a life of this
-        rank is a member of that map."""
+        """Whether a new incarnation of this rank may be mapped beside running steps. It may not if
+        a former one has to be unmapped under an adopted map. Raises ConnectionError if that map
+        names an incarnation of this rank that has not been given up. One that was given up must
+        not block its successor: the map without it may need the successor's slots."""
         if any(m.rank == rank for m in self.members):
-            raise ConnectionError(f"rank {rank} is a member of the adopted map")
+            if rank not in self._given_up_ranks(self.epoch):
+                raise ConnectionError(f"rank {rank} is a member of the adopted map")
+            return False
         return not self.epoch or rank not in self._mapped
 
     def mark_connected(self, peer: Member) -> None:
-        """From now on a map may name this life."""
+        """From now on a map may name this incarnation."""
         self._met[peer.rank] = peer.incarnation
 
     def is_connected(self, member: Member) -> bool:
@@ -61,7 +64,7 @@ class EpMembers:
         ]
 
     def mapped(self, ranks: Collection[RankId]) -> list[RankId]:
-        """Those of them of which some life's buffer is mapped."""
+        """Those of them that have a mapped buffer, of whichever incarnation."""
         return sorted(rank for rank in ranks if rank in self._mapped)
 
     def note_mapped(self, member: Member) -> None:
@@ -77,16 +80,17 @@ class EpMembers:
             del self._met[member.rank]
 
     def give_up(self, dead: Collection[Member], epoch: Epoch) -> list[RankId]:
-        """Map `epoch` is without these lives. Returns the ranks that kernels need not wait for any
-        more; a life not met, or one whose successor was met already, is none of them."""
-        met = sorted(m.rank for m in dead if self._met.get(m.rank) == m.incarnation)
-        for rank in met:
+        """Map `epoch` is without these members. Returns the ranks that kernels need not wait for
+        any more. One not met, or one whose successor was met already, is none of them."""
+        met = sorted(m.rank for m in dead if self.is_connected(m))
+        unmappable = (m.rank for m in dead if m in self.members)
+        for rank in (*met, *unmappable):
             self._given_up[rank] = max(epoch, self._given_up.get(rank, epoch))
         return met
 
     def adopt(self, expert_map: ExpertMap) -> MaskChange:
-        """Who was given up by a newer map than this one stays so, and who is not mapped stays
-        masked: the next step is abandoned at once, instead of waiting for the dead."""
+        """A member that a newer map than this one has given up stays masked, and so does one that
+        is not mapped. Then the next step is abandoned at once and does not wait for the dead."""
         assert expert_map.has(self._own), f"{self._own} is no member of the map"
         peers = {m.rank for m in expert_map.members if self._mapped.get(m.rank) == m.incarnation}
         active = frozenset(peers - self._given_up_ranks(expert_map.epoch))

@@ -1,22 +1,24 @@
-"""Loads assigned experts into a CUDA rank's slots, off the event loop and beside decode: from the
-host's pinned copies where they are there, else out of the checkpoint, which makes them copies."""
+"""Loads assigned experts into a CUDA rank's slots, off the event loop and beside decode. An expert
+comes from the host's pinned copies if it is there, and from the checkpoint otherwise; then a copy
+is made of it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
-from gpu_worker.cuda.experts.host_experts import HostExperts
-from gpu_worker.cuda.experts.slots import CudaSlots, SlotAssignment, SlotUpload
+from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
 from shared.expert_map import Placement
 
@@ -24,8 +26,40 @@ log = structlog.get_logger()
 
 PROGRESS_EVERY = 64
 NUM_READERS = 4
-"""Threads that read the checkpoint, each into an expert's worth of pinned memory: one alone does
-not keep pace with the link."""
+"""Threads that read the checkpoint, each into pinned memory for one expert. One alone is slower
+than the link."""
+
+
+class LoadableSlots(Protocol):
+    """See `slots.CudaSlots`."""
+
+    @property
+    def contents(self) -> NDArray[np.int16]: ...
+
+    def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]: ...
+
+    def load(self, uploads: Sequence[SlotUpload]) -> None: ...
+
+
+class ExpertSource(Protocol):
+    """See `expert_reader.ExpertReader`."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def read(self, layer: int, expert: int, out_N: Tensor) -> None: ...
+
+
+class ExpertCopies(Protocol):
+    """See `host_experts.HostExperts`."""
+
+    def cached_values(self, layer: int, expert: int) -> Tensor | None: ...
+
+    def cache_expert(self, layer: int, expert: int) -> Tensor | None: ...
+
+    def fill_in_background(self) -> None: ...
+
+    def pause(self) -> None: ...
 
 
 class _Loaded(NamedTuple):
@@ -34,27 +68,29 @@ class _Loaded(NamedTuple):
 
 
 class CudaSlotLoader:
-    """Implements `membership.driver.SlotLoader`. `progress` counts what the checkpoint and the
-    copies give."""
+    """Implements `membership_driver.SlotLoader`. `progress` counts the bytes that come from the
+    checkpoint and from the copies."""
 
     def __init__(
         self,
         *,
-        slots: CudaSlots,
-        reader: ExpertReader,
-        host_experts: HostExperts,
+        slots: LoadableSlots,
+        reader: ExpertSource,
+        host_experts: ExpertCopies,
         progress: LoadProgress,
-        device: torch.device,
-        num_readers: int = NUM_READERS,
+        staging: Sequence[Tensor],
+        open_readers: Callable[[], Executor],
     ) -> None:
+        """`staging`: for each reader flat memory for one expert, pinned or the copy blocks.
+        `open_readers` gives an executor with as many threads, for one load."""
         self._slots = slots
         self._reader = reader
         self._host_experts = host_experts
         self._progress = progress
-        self._num_readers = num_readers
+        self._open_readers = open_readers
         self._free: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(num_readers):
-            self._free.put(pinned(reader.num_values, reader.dtype, device))
+        for buffer in staging:
+            self._free.put(buffer)
 
     def load(self, wanted: Placement) -> Placement:
         self._host_experts.pause()
@@ -102,8 +138,8 @@ class CudaSlotLoader:
             yield _Loaded(len(batch), len(batch))
 
     def _load_missing(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
-        """Raises CheckpointError; what was loaded before stays."""
-        with ThreadPoolExecutor(self._num_readers) as pool:
+        """Raises CheckpointError; experts loaded before stay."""
+        with self._open_readers() as pool:
             futures = [pool.submit(self._load_one, assignment) for assignment in assignments]
             try:
                 for future in as_completed(futures):
@@ -112,7 +148,8 @@ class CudaSlotLoader:
                 pool.shutdown(cancel_futures=True)
 
     def _load_one(self, assignment: SlotAssignment) -> _Loaded:
-        """From a copy that another rank has made meanwhile, or one made now, for all."""
+        """From a copy that another rank has made meanwhile, or from one that is made now for all
+        ranks of the host."""
         made = self._host_experts.cached_values(assignment.layer, assignment.expert)
         from_host = made is not None
         if from_host:
@@ -132,3 +169,23 @@ class CudaSlotLoader:
             self._slots.load([SlotUpload(*assignment, staging)])
         finally:
             self._free.put(staging)
+
+
+def open_slot_loader(
+    *,
+    slots: LoadableSlots,
+    reader: ExpertReader,
+    host_experts: ExpertCopies,
+    progress: LoadProgress,
+    device: torch.device,
+    num_readers: int = NUM_READERS,
+) -> CudaSlotLoader:
+    """Pins memory for `num_readers` experts, for copies to `device`."""
+    return CudaSlotLoader(
+        slots=slots,
+        reader=reader,
+        host_experts=host_experts,
+        progress=progress,
+        staging=[pinned(reader.num_values, reader.dtype, device) for _ in range(num_readers)],
+        open_readers=lambda: ThreadPoolExecutor(num_readers),
+    )

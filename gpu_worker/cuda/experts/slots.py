@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
+from gpu_worker.cuda.streams import on_stream
 from shared.types import EMPTY_SLOT
 
 
@@ -88,10 +89,10 @@ class CudaSlots:
             for upload in uploads:
                 self._copy(upload)
         else:
-            with torch.cuda.stream(self._side_stream):
+            with on_stream(self._side_stream):
                 for upload in uploads:
                     self._copy(upload)
-            self._side_stream.synchronize()
+                self._side_stream.synchronize()
         for upload in uploads:
             self._ledger.set(upload.layer, upload.slot, upload.expert)
 

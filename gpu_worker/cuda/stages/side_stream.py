@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from gpu_worker.cuda.streams import on_stream
+
 
 class SideStream:
     """Call `fork`, `run` and `join` in this order and on one thread. The CPU has no streams, so
@@ -31,7 +33,7 @@ class SideStream:
             return
         assert self._forked is not None, "nothing has been forked"
         self._stream.wait_event(self._forked)
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             work()
 
     def join(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
@@ -35,6 +36,7 @@ from gpu_worker.engine.step_batch import StepBatch
 from gpu_worker.exchange.graph_barrier import GraphBarrier
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
+from gpu_worker.exchange.worker_thread import WorkerThread
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
@@ -214,6 +216,7 @@ class OneRank:
             member,
             self.device.release,
             self.loop,
+            WorkerThread("release"),
             GraphBarrierCallbacks(
                 send_update=self._tell,
                 wake=lambda step: cluster.wake(member, Epoch(0), step),
@@ -227,12 +230,13 @@ class OneRank:
             runner=CudaRunner(
                 member=member,
                 decoder=self.device,
-                exchange=self.device,  # type: ignore[arg-type]
+                mask=self.device,
                 barrier_driver=self.barrier_driver,
                 monitor=self.monitor,
                 clock=clock,
                 deadline_ms=1e9,
                 replicas=ReplicaPolicy.SPREAD,
+                pause=lambda: time.sleep(20e-6),
             ),
             scheduler=scheduler(),
             inbox=self.inbox,
@@ -452,6 +456,7 @@ async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
         own,
         lambda *_: None,
         asyncio.get_running_loop(),
+        WorkerThread("release"),
         GraphBarrierCallbacks(
             send_update=lambda *_: None,
             wake=lambda _: None,
@@ -463,12 +468,13 @@ async def test_who_hangs_in_the_pause_of_a_join_is_suspected_once() -> None:
     runner = CudaRunner(
         member=own,
         decoder=Device(own, Fabric()),
-        exchange=None,
+        mask=None,
         barrier_driver=barrier_driver,
         monitor=EngineMonitor(inbox, events.append, clock),
         clock=clock,
         deadline_ms=50,
         replicas=ReplicaPolicy.SPREAD,
+        pause=lambda: None,
     )
     members = (own, hung, newcomer)
     joined = ExpertMap(

@@ -10,6 +10,7 @@ import pytest
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.mappings import EpMappings
 from gpu_worker.cuda.ep.members import EpMembers
+from gpu_worker.exchange.worker_thread import WorkerThread
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
@@ -44,7 +45,12 @@ class Own:
         self.card = Card()
         self.who = EpMembers(life(0))
         self.mappings = EpMappings(
-            self.who, threading.Lock(), self.card, HandleStore(), SystemClock()
+            self.who,
+            threading.Lock(),
+            self.card,
+            HandleStore(),
+            SystemClock(),
+            WorkerThread("mappings"),
         )
 
     def connect(self, peer: Member) -> None:

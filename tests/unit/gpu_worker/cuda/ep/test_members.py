@@ -74,6 +74,33 @@ def test_no_other_incarnation_of_a_members_rank_can_be_mapped(who: EpMembers) ->
         who.may_map(RankId(1))
 
 
+def test_a_member_that_was_given_up_does_not_block_its_successor(who: EpMembers) -> None:
+    """The next map may need the successor's slots: no map without both would cover all experts."""
+    who.give_up([life(2)], Epoch(2))
+    assert not who.may_map(RankId(2))
+    who.mark_connected(life(2, 2))
+    assert who.is_connected(life(2, 2))
+    assert who.lost_ranks([1, 1, 0, 1]) == [2]
+    grown = map_of(2, life(0), life(1), life(2, 2), life(3))
+    assert who.members_to_map(grown) == [life(2, 2)]
+    who.note_unmapped([RankId(2)])
+    who.note_mapped(life(2, 2))
+    assert who.adopt(grown).active == {0, 1, 2, 3}
+
+
+def test_a_member_that_could_not_be_mapped_and_was_given_up_does_not_block_its_successor(
+    who: EpMembers,
+) -> None:
+    who.adopt(map_of(2, life(0), life(1), life(3)))
+    who.mark_connected(life(2, 2))
+    who.mark_unmappable(life(2, 2))
+    who.adopt(map_of(3, life(0), life(1), life(2, 2), life(3)))
+    with pytest.raises(ConnectionError, match="member"):
+        who.may_map(RankId(2))
+    assert who.give_up([life(2, 2)], Epoch(4)) == []
+    assert not who.may_map(RankId(2))
+
+
 def test_who_replaces_a_mapped_life_is_met_at_once_and_mapped_with_the_map(who: EpMembers) -> None:
     who.adopt(map_of(2, life(0), life(1), life(3)))
     assert not who.may_map(RankId(2))

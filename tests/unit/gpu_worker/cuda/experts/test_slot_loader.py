@@ -15,7 +15,7 @@ from gpu_worker.checkpoint.checkpoint import SINGLE_FILE
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.checkpoint.manifest import write_manifest
 from gpu_worker.cuda.experts.host_experts import open_host_experts
-from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader
+from gpu_worker.cuda.experts.slot_loader import open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from shared.errors import CheckpointError
 from shared.types import ABSENT_SLOT, EMPTY_SLOT
@@ -65,7 +65,7 @@ class Rank:
             device=CPU,
             dtype=dtype,
         )
-        self.loader = CudaSlotLoader(
+        self.loader = open_slot_loader(
             slots=self.slots,
             reader=reader,
             host_experts=self.copies,

@@ -1,0 +1,96 @@
+"""The ranks that kernels of this rank wait for: which peers it has met, which of them the adopted
+map names, and whom a newer epoch has given up. Knows no torch; the device is behind `MaskDevice`.
+
+Theory of operation. Each kernel waits for what it needs of every rank whose bit is set in one mask
+on the device, and reads that mask while it waits. A bit goes from 1 to 0 in two ways: `release`
+clears it as soon as a verdict is known, and the kernel's own timeout clears it as a backstop. In
+both cases the kernels of the step go on, and its result lacks something. The mask travels to the
+host in the copy that brings the sampled tokens, so looking at it costs nothing. A step that lost a
+bit raises StepAbandoned and is never delivered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.cuda.ep.handles import HandleStore
+from gpu_worker.cuda.ep.mappings import EpMappings, MappedBuffer
+from gpu_worker.cuda.ep.members import EpMembers, MaskChange
+from gpu_worker.exchange.worker_thread import Worker
+from shared.clock import Clock
+from shared.errors import StepAbandoned
+from shared.expert_map import ExpertMap
+from shared.records import ExchangeHandles
+from shared.types import Epoch, Member, RankId
+
+
+class MaskDevice(Protocol):
+    """The mask on the card. See `exchange.CudaMask`."""
+
+    def clear(self, ranks: Sequence[RankId]) -> None:
+        """Returns when running kernels see that these bits are 0. Any thread may call it."""
+        ...
+
+    def set(self, change: MaskChange) -> None:
+        """Makes the mask what `change.active` says, and returns when it is so. No kernel may
+        run. Only the engine thread calls it."""
+        ...
+
+
+class RankMask:
+    """`adopt` and `check_step` belong to the engine thread. Any thread may call `release`.
+    `connect` belongs to another thread, beside running steps."""
+
+    def __init__(
+        self,
+        member: Member,
+        *,
+        device: MaskDevice,
+        buffer: MappedBuffer,
+        handle_store: HandleStore,
+        clock: Clock,
+        mapping_worker: Worker,
+    ) -> None:
+        """`mapping_worker` maps and unmaps peers' buffers."""
+        self._device = device
+        self._members = EpMembers(member)
+        self._lock = threading.Lock()
+        self._mappings = EpMappings(
+            self._members, self._lock, buffer, handle_store, clock, mapping_worker
+        )
+
+    def connect(self, peer: Member, handles: ExchangeHandles) -> None:
+        """Meets this incarnation. It stays masked until a map names it. Raises ConnectionError if
+        the adopted map still names a former incarnation of its rank, or if its memory cannot be
+        mapped, as that of a process that has just died."""
+        self._mappings.connect(peer, handles)
+
+    def is_connected(self, member: Member) -> bool:
+        return self._members.is_connected(member)
+
+    def release(self, dead: Collection[Member], epoch: Epoch) -> None:
+        """Map `epoch` is without these members: kernels wait for them no longer. Safe at any
+        moment. It returns when the running kernel can see it, and no step that has not completed
+        by then will be delivered. Members that this rank has not met, or whose successors it has
+        met already, change nothing."""
+        with self._lock:
+            self._device.clear(self._members.give_up(dead, epoch))
+
+    def adopt(self, expert_map: ExpertMap) -> None:
+        """Between steps, with nothing in flight; for a map with joiners, with nothing in flight on
+        any member. A member whose buffer cannot be mapped stays masked, so that no step is
+        delivered."""
+        self._mappings.map_members(expert_map)
+        with self._lock:
+            self._device.set(self._members.adopt(expert_map))
+
+    def check_step(self, mask_R: NDArray[np.int32]) -> None:
+        """`mask_R`, int32 `[R]`, as the completed step has left it. Raises StepAbandoned if the
+        step lacked a member."""
+        if lost := self._members.lost_ranks(mask_R):
+            raise StepAbandoned(f"ranks {lost} left in a step of epoch {self._members.epoch}")
