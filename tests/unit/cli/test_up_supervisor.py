@@ -13,6 +13,10 @@ _PREPARES = "2026-11-30 [info     ] fork_server_prepares     done=3 node=vm serv
 _READY = "2026-11-30 [info     ] fork_server_ready        node=vm pid=5443 service=agent\n"
 
 
+async def _revokes_nothing(pid: int) -> bool:
+    return False
+
+
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
@@ -26,6 +30,12 @@ _READY = "2026-11-30 [info     ] fork_server_ready        node=vm pid=5443 servi
 def test_progress_of_the_preparation(tmp_path: Path, log: str | None, expected: str | None) -> None:
     if log is not None:
         (tmp_path / "agent.log").write_text(log)
-    supervisor = Supervisor(tmp_path, FakeClock(), lambda text: None)
+    supervisor = Supervisor(
+        tmp_path,
+        FakeClock(),
+        run="",
+        warn=lambda text: None,
+        revoke_leadership=_revokes_nothing,
+    )
     assert supervisor.preparation() == expected
     supervisor.close_lifeline()

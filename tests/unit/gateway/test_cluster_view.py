@@ -77,3 +77,15 @@ async def test_a_malformed_value_is_skipped_and_the_watch_goes_on() -> None:
                 break
     await store.close()
     await running
+
+
+async def test_an_empty_instance_is_told_from_one_that_is_not_read_yet() -> None:
+    store = MemoryEtcd(FakeClock()).client()
+    seen: asyncio.Queue[ClusterView] = asyncio.Queue()
+    running = asyncio.create_task(
+        ClusterWatch(store=store, keys=KEYS, listeners=(seen.put_nowait,)).run()
+    )
+    async with asyncio.timeout(10):
+        assert await seen.get() == ClusterView(is_read=True)
+    await store.close()
+    await running
