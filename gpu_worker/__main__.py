@@ -23,14 +23,15 @@ from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replicati
 from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from gpu_worker.kv_replication.writer import ReplicaWriter
-from gpu_worker.rank import Hardware, KvReplication, Rank, RankParts
+from gpu_worker.rank import Hardware, KvReplication, RankParts
+from gpu_worker.rejoin import RejoiningRank
 from gpu_worker.startup_timer import StartupTimer
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
 from shared.confinement import require_confined
 from shared.errors import CheckpointError, StarfishError
-from shared.etcd_store import EtcdStore, connect_store
+from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
@@ -96,7 +97,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     replication = await asyncio.to_thread(
         _make_replication, transport, hardware, member, spec, config
     )
-    rank = Rank(
+    rank = RejoiningRank(
         RankParts(
             member=member,
             lease_id=lease_id,
@@ -113,7 +114,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     )
     freeze_loaded_objects()
     timer.end_stage("wiring")
-    exit_process(await run_until_signal(rank, store))
+    exit_process(await run_until_signal(rank))
 
 
 def _open_replication_transport(
@@ -152,21 +153,23 @@ def _make_replication(
         budget_bytes=kv_replica_bytes(config, blocks.block_bytes),
         num_ranks=spec.num_ranks,
     )
-    replicator = ReplicaWriter(blocks, endpoint, rank=RankId(config.rank))
-    return KvReplication(endpoint=endpoint, replicator=replicator)
+
+    def renew(member: Member) -> KvReplication:
+        endpoint.renew(member)
+        return of_incarnation()
+
+    def of_incarnation() -> KvReplication:
+        replicator = ReplicaWriter(blocks, endpoint, rank=RankId(config.rank))
+        return KvReplication(endpoint=endpoint, replicator=replicator, renew=renew)
+
+    return of_incarnation()
 
 
-async def run_until_signal(rank: Rank, store: EtcdStore) -> int:
-    """SIGTERM and SIGINT end the rank. Its lease is revoked, so that nobody waits for it."""
+async def run_until_signal(rank: RejoiningRank) -> int:
+    """SIGTERM and SIGINT end the rank."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, rank.stop)
-    try:
-        return await rank.run()
-    finally:
-        try:
-            await store.revoke_lease(rank.lease_id)
-        except StarfishError as error:
-            log.warning("lease_not_revoked", detail=str(error))
+    return await rank.run()
 
 
 def load_grammar_compiler(folder: Path, spec: ModelSpec) -> GrammarCompiler | None:

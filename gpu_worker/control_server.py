@@ -79,6 +79,7 @@ class ControlServer:
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
+        self._closed = False
 
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port. Raises OSError if it is taken."""
@@ -87,6 +88,8 @@ class ControlServer:
         return bound
 
     async def close(self) -> None:
+        """Nobody reaches this incarnation any more, though its process may live on."""
+        self._closed = True
         if self._server is not None:
             self._server.close()
         for writer in list(self._writers.values()):
@@ -118,6 +121,9 @@ class ControlServer:
         )
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closed:  # it was accepted before
+            writer.close()
+            return
         origin = Origin(next(self._origins))
         self._writers[origin] = writer
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ class KvReplication:
 
     endpoint: KvReplicaEndpoint
     replicator: KvReplicator
+    renew: Callable[[Member], KvReplication]  # for the process's next incarnation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,10 @@ class Hardware:
     exchange: ExchangeKind
     blocks: BlockCache | None = None  # the KV cache's contents, if they are replicated
     handles: ExchangeHandles | None = None  # for the peers, if the exchange has any
+    renew: Callable[[Member], Hardware] | None = None
+    """Makes what the process's next incarnation computes with: the same weights, but no link to a
+    peer and no region of this incarnation. May block. Not while the engine or a load still runs.
+    None: the process must end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +90,7 @@ class RankParts:
 
 
 class Rank:
-    """Runs one incarnation from its registration to its end."""
+    """Runs one incarnation from its registration to its end. See `rejoin` for what comes then."""
 
     def __init__(self, parts: RankParts) -> None:
         """On the event loop."""
@@ -94,6 +100,7 @@ class Rank:
         self._replicas = replicas
         self._tasks = asyncio.TaskGroup()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._engine_ended: asyncio.Future[None] | None = None
         self._engine = _make_engine_client(parts, self._engine_callbacks())
         self._server = ControlServer(
             member=parts.member,
@@ -142,12 +149,13 @@ class Rank:
                 if self._replicas is not None:
                     self._replicas.start(self._tasks)
                 self._membership.start(port)
-                engine = self._engine.start()
+                engine = self._engine_ended = self._engine.start()
                 either: list[asyncio.Future[Any]] = [engine, self._ended]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if engine.done():
                     engine.result()  # raises what it raised
                     self.stop(EXIT_FENCED)
+                self._engine.stop()
                 raise _Ended
         except* _Ended:
             pass
@@ -155,6 +163,13 @@ class Rank:
             self._engine.stop()
             await self._server.close()
         return self._ended.result()
+
+    async def wait_for_threads(self) -> None:
+        """After `run`. Returns once neither the engine nor a load touches the hardware any more.
+        Raises what the engine raised."""
+        await self._membership.wait_for_load()
+        if self._engine_ended is not None:
+            await self._engine_ended
 
     def _engine_callbacks(self) -> EngineCallbacks:
         """The server and the membership are looked up at each call: they use the engine, so they

@@ -88,12 +88,13 @@ class AgentDriver:
 
     async def run(self) -> None:
         async with self._tasks:
-            adopted = self._adopt()
+            self._adopt()
             leased_keys_task = self._tasks.create_task(self.leased.run())
-            stale_lease_task = self._tasks.create_task(
-                retry_until_done(lambda: self._revoke_stale_leases(adopted))
-            )
+            stale_lease_task = self._tasks.create_task(retry_until_done(self._revoke_stale_leases))
             verdict_watcher = self._tasks.create_task(self._watch_verdicts())
+            record_watchers = [
+                self._tasks.create_task(self._watch_records(rank)) for rank in self.supervisor.ranks
+            ]
             exit_poller = self._tasks.create_task(self._poll_for_exits())
             view_reports = self._tasks.create_task(self.view_reporter.run())
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._on_child_changed)
@@ -110,6 +111,7 @@ class AgentDriver:
                 leased_keys_task,
                 stale_lease_task,
                 verdict_watcher,
+                *record_watchers,
                 exit_poller,
                 view_reports,
                 *self._revocations,
@@ -136,9 +138,8 @@ class AgentDriver:
         for process in self._processes.values():
             process.send_signal(signal.SIGKILL)
 
-    def _adopt(self) -> set[Member]:
-        """Adopts the ranks that run already, and returns their members."""
-        adopted: set[Member] = set()
+    def _adopt(self) -> None:
+        """Adopts the ranks that run already."""
         for running_rank, process in find_running(self.setup.command):
             rank = running_rank.member.rank
             if (
@@ -152,21 +153,38 @@ class AgentDriver:
                 process.close()
                 continue
             log.info("rank_adopted", member=str(running_rank.member), pid=running_rank.pid)
-            adopted.add(running_rank.member)
             self._track(running_rank, process)
             self._perform(self.supervisor.on_adopted(running_rank, self.clock.now()))
-        return adopted
 
-    async def _revoke_stale_leases(self, adopted: set[Member]) -> None:
-        """Revokes the leases of this node's ranks that died while no agent ran."""
+    async def _revoke_stale_leases(self) -> None:
+        """Revokes the leases of this node's ranks that died while no agent ran. A process that runs
+        is known by its pid: its incarnation may be a later one than that of its command line."""
         registered = await self.store.get_prefix(self.keys.ranks)
-        started = {running_rank.member for running_rank in self.supervisor.running()}
+        running = {(each.member.rank, each.pid) for each in self.supervisor.running()}
         for kv in registered.values:
             record = unpack_record(kv.value, RankRecord)
-            ours = record.node == self.setup.command.node and self.supervisor.owns(record.rank)
-            if ours and record.member not in adopted | started:
+            if self._owns(record) and (record.rank, record.pid) not in running:
                 log.info("stale_lease_found", member=str(record.member))
                 await self.store.revoke_lease(record.lease_id)
+
+    def _owns(self, record: RankRecord) -> bool:
+        return record.node == self.setup.command.node and self.supervisor.owns(record.rank)
+
+    async def _watch_records(self, rank: RankId) -> None:
+        """Learns under which incarnation and lease the rank's process runs."""
+        async for seen in changes(self.store, self.keys.incarnations(rank)):
+            for each in seen.events:
+                if each.value is None:
+                    continue
+                record = unpack_record(each.value, RankRecord)
+                if self._owns(record):
+                    self._perform(
+                        self.supervisor.on_registered(
+                            RunningRank(
+                                member=record.member, lease_id=record.lease_id, pid=record.pid
+                            )
+                        )
+                    )
 
     async def _watch_verdicts(self) -> None:
         async for seen in changes(self.store, self.keys.verdicts):

@@ -6,9 +6,9 @@ may fail: incarnation, lease, process. The rank runs until its process exits. Th
 revoked, and it waits again for as long as the restart policy says. If a process is seen to die, its
 lease is revoked at once, although the kernel may need long to tear it down. The next incarnation
 still waits for the exit, because until then the process holds its ports and its GPU memory. Nothing
-leaves STOPPED. An incarnation that the control plane declared dead exits by itself as soon as it
-learns of it. If it cannot (it hangs, or is stopped), it is killed after a grace time, so that its
-rank can start again.
+leaves STOPPED. An incarnation that the control plane declared dead ends by itself as soon as it
+learns of it: its process registers as the next incarnation, or exits. If it can do neither (it
+hangs, or is stopped), it is killed after a grace time, so that its rank can start again.
 
     phase     event         next      action
     waiting   due           starting  Spawn
@@ -20,6 +20,7 @@ rank can start again.
     running   dying         dying     RevokeLease
     running   exited        waiting   RevokeLease
     running   declared_dead running   Kill, after the grace
+    running   registered    running   –, and no Kill if the incarnation is another one
     running   stop          stopping  Terminate
     dying     exited        waiting   –
     dying     stop          ending    –
@@ -145,7 +146,7 @@ class RankSupervisor:
         rng: random.Random,
         now: float,
         *,
-        verdict_grace_s: float = 10.0,
+        verdict_grace_s: float = 5.0,
     ) -> None:
         self._policy = policy
         self._verdict_grace_s = verdict_grace_s
@@ -155,6 +156,10 @@ class RankSupervisor:
     @property
     def all_stopped(self) -> bool:
         return all(rank.phase is RankPhase.STOPPED for rank in self._ranks.values())
+
+    @property
+    def ranks(self) -> tuple[RankId, ...]:
+        return tuple(self._ranks)
 
     def owns(self, rank: RankId) -> bool:
         return rank in self._ranks
@@ -207,6 +212,22 @@ class RankSupervisor:
     def on_adopted(self, running_rank: RunningRank, now: float) -> list[SupervisorAction]:
         """A process that an earlier agent started still runs."""
         return self._set_running(running_rank, RankEvent.ADOPTED, now)
+
+    def on_registered(self, registered: RunningRank) -> list[SupervisorAction]:
+        """A record of one of these ranks, in any phase. A process that was fenced may have come
+        back as a new incarnation, and one whose lease was lost has taken another."""
+        rank = self._ranks[registered.member.rank]
+        known = rank.running_rank
+        if known is None or known.pid != registered.pid or registered == known:
+            return []
+        if registered.member.incarnation < known.member.incarnation:
+            return []
+        rank.running_rank = registered
+        if registered.member != known.member:
+            rank.kill_at = None
+        if rank.phase in _LEASE_REVOKED:
+            return [RevokeLease(running_rank=registered, exit_code=None)]
+        return []
 
     def on_spawned(self, running_rank: RunningRank, now: float) -> list[SupervisorAction]:
         return self._set_running(running_rank, RankEvent.SPAWNED, now)

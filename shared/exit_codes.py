@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 EXIT_FENCED = 75
-"""A rank exits with this code after a verdict, or a map without it. That is no fault of its own, so
-the node agent restarts it at once."""
+"""A rank exits with this code if it was fenced, by a verdict or a map without it, and cannot go on
+as a new incarnation of its process. That is no fault of its own, so the node agent restarts it at
+once."""

@@ -53,10 +53,14 @@ class Keys:
     def ranks(self) -> str:
         return self.serving + "ranks/"
 
+    def incarnations(self, rank: RankId) -> str:
+        """Prefix of the records of one rank."""
+        return f"{self.ranks}{rank:05d}/"
+
     def rank(self, rank: RankId, incarnation: Incarnation) -> str:
         """RankRecord under the rank's lease. Every incarnation has its own key, so that one that
         wakes up late cannot overwrite its successor's record."""
-        return f"{self.ranks}{rank:05d}/{incarnation:08d}"
+        return f"{self.incarnations(rank)}{incarnation:08d}"
 
     @property
     def residents(self) -> str:

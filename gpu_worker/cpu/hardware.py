@@ -55,22 +55,40 @@ class CpuHardware:
         progress = LoadProgress(self._clock)
         model = self._load_model(spec, folder, progress)
         log.info("model_loaded", folder=str(folder), **progress.log_fields())
+        loader = ExpertSlotLoader(model.slots, progress)
+        blocks = CpuBlockCache(model) if uses_kv_replication(self._config, spec) else None
+        return self._of_incarnation(self._member, self._endpoint, model, loader, blocks)
+
+    def _of_incarnation(
+        self,
+        member: Member,
+        endpoint: TransferEndpoint,
+        model: Decoder,
+        loader: ExpertSlotLoader,
+        blocks: CpuBlockCache | None,
+    ) -> Hardware:
         config = self._config
         deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
+        exchanges: list[TransferExchange] = []
 
         def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
-            exchange = TransferExchange(
-                self._endpoint, self._member, monitor, self._clock, deadline_ms
-            )
+            exchange = TransferExchange(endpoint, member, monitor, self._clock, deadline_ms)
+            exchanges.append(exchange)
             return RunnerParts(ModelRunner(model, exchange))
+
+        def renew(next_member: Member) -> Hardware:
+            while exchanges:
+                exchanges.pop().close()
+            return self._of_incarnation(next_member, endpoint.renew(), model, loader, blocks)
 
         return Hardware(
             make_runner=make_runner,
-            loader=ExpertSlotLoader(model.slots, progress),
+            loader=loader,
             residents=model.slots.contents,
-            endpoint=self._endpoint,
+            endpoint=endpoint,
             exchange=ExchangeKind.TRANSFER,
-            blocks=CpuBlockCache(model) if uses_kv_replication(config, spec) else None,
+            blocks=blocks,
+            renew=renew,
         )
 
     def _load_model(self, spec: InstanceSpec, folder: Path, progress: LoadProgress) -> Decoder:

@@ -102,6 +102,7 @@ class EngineClient:
         self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(host.waiter)
+        self._stopped = False
         monitor = EngineMonitor(self._inbox, self._post, clock, host.cpu_s)
         barrier_callbacks = GraphBarrierCallbacks(
             send_update=callbacks.send_update,
@@ -132,6 +133,8 @@ class EngineClient:
         return self._host.start(self._engine.run)
 
     def stop(self) -> None:
+        """Ends the engine, and its step. Nothing that it reports is passed on from now on."""
+        self._stopped = True
         self._inbox.put(Stop())
 
     # What others ask -----------------------------------------------------------------------------
@@ -219,6 +222,8 @@ class EngineClient:
         self._loop.call_soon_threadsafe(self._dispatch_event, event)
 
     def _dispatch_event(self, event: EngineEvent) -> None:
+        if self._stopped:
+            return
         callbacks = self._callbacks
         match event:
             case StepTokens():

@@ -48,8 +48,10 @@ class Hold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Leave the loop at the next step boundary."""
+    """Leave the loop. The running step is abandoned."""
 
+
+_AFTER_ALL_EPOCHS = Epoch(1 << 62)
 
 InboxItem = Arrival | Cancel | DropOrigin | NewMap | Wake | Hold | Stop
 
@@ -93,8 +95,8 @@ class Inbox:
         self, waiter: Waiter, *, arrivals_max: int = 256, arrival_tokens_max: int = 4_000_000
     ) -> None:
         self.newest_epoch = Epoch(0)
-        """The epoch of the newest NewMap, or the one after a Hold. Read without the lock, also
-        while the engine waits for peers."""
+        """The epoch of the newest NewMap, or the one after a Hold; later than any after a Stop.
+        Read without the lock, also while the engine waits for peers."""
         self._waiter = waiter
         self._arrivals_max = arrivals_max
         self._arrival_tokens_max = arrival_tokens_max
@@ -115,6 +117,8 @@ class Inbox:
                 self.newest_epoch = max(self.newest_epoch, item.expert_map.epoch)
             elif isinstance(item, Hold):
                 self.newest_epoch = max(self.newest_epoch, Epoch(item.epoch + 1))
+            elif isinstance(item, Stop):
+                self.newest_epoch = _AFTER_ALL_EPOCHS
         self._waiter.notify()
         return True
 

@@ -8,13 +8,14 @@ call the endpoint.
 
 from __future__ import annotations
 
+import copy
 import threading
 
-from gpu_worker.exchange.connect_write import connect_write
+from gpu_worker.exchange.connect_write import close_after_exit, connect_write
 from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 from gpu_worker.exchange.outbox import Link, Outbox, submit_connect_write
-from gpu_worker.exchange.regions import Region, Regions
+from gpu_worker.exchange.regions import Quarantine, Region, Regions
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.clock import Clock
 from shared.records import RankRecord
@@ -26,9 +27,10 @@ _GRACE_S = 0.001
 
 
 class TransferEndpoint:
-    """`name` is the transfer name in the rank's record; no other engine ever gets it. Mooncake's
-    engine and the registered memory are freed only when the process ends: stopping an engine takes
-    a second, and late writes of peers must find their regions until then."""
+    """That of one incarnation. `name` is the transfer name in the rank's record; no other engine
+    ever gets it, but later incarnations of the process keep it (`renew`). Mooncake's engine is
+    freed only when the process ends, because stopping it takes a second. Registered memory stays in
+    quarantine, because late writes of peers must find it."""
 
     def __init__(
         self,
@@ -46,12 +48,25 @@ class TransferEndpoint:
         self._clock = clock
         self._protocol = protocol
         self._engine, self.name = open_engine(host, protocol, device)
-        self._regions = Regions(self._engine, layout)
         self._scratch = Region(self._engine, layout, 0)
+        self._quarantine = Quarantine()
+        self._begin_incarnation()
+
+    def _begin_incarnation(self) -> None:
+        self._regions = Regions(self._engine, self.layout, self._quarantine)
         self._lock = threading.Lock()
         self._links: dict[Member, Link] = {}
+        self._control_addresses: dict[Member, tuple[str, int]] = {}
         self._generations: dict[Member, int] = {}
-        self._discarded: list[Outbox] = []
+
+    def renew(self) -> TransferEndpoint:
+        """The endpoint of this process's next incarnation: the same engine, and nothing else of
+        this one. The regions of this one are quarantined: what peers wrote to it, and what it wrote
+        itself, is read by nobody, however late it arrives. Call it when the engine has ended."""
+        self._regions.retire_all(self._clock.now())
+        renewed = copy.copy(self)
+        renewed._begin_incarnation()
+        return renewed
 
     def next_generation(self, target: Member) -> int:
         """The generation for the next OpenRegion to this peer: never the same one twice."""
@@ -64,7 +79,6 @@ class TransferEndpoint:
         """The address and the size in bytes of the region for a peer's OpenRegion. Raises
         ValueError if a later generation was given, MemoryError if the region cannot be
         registered."""
-        self._regions.sweep(self._clock.now())
         region = self._regions.give(source, generation)
         return region.address, region.nbytes
 
@@ -93,6 +107,9 @@ class TransferEndpoint:
         if attempt.error:
             raise ConnectionError(f"the first write to rank {region.target} {attempt.error}")
         with self._lock:
+            if peer is not None:
+                address = (peer.control_host, peer.control_port)
+                self._control_addresses[link.target] = address
             current = self._links.get(link.target)
             if current is None or current.generation < link.generation:
                 self._links[link.target] = link
@@ -116,16 +133,27 @@ class TransferEndpoint:
     def forget(self, member: Member) -> None:
         """The member's record is gone. Closes its link and quarantines its regions."""
         with self._lock:
-            self._links.pop(member, None)
+            link = self._links.pop(member, None)
+            control_address = self._control_addresses.pop(member, None)
         self._regions.retire(member, self._clock.now())
+        if link is not None and control_address is not None:
+            close_after_exit(
+                self._engine,
+                lambda: submit_connect_write(self._engine, self._scratch, link),
+                self._clock,
+                control_address,
+            )
+
+    def sweep(self) -> None:
+        """Releases memory whose quarantine has ended. To be called every few seconds."""
+        self._quarantine.sweep(self._clock.now())
 
     def outbox(self, link: Link) -> Outbox:
         return Outbox(self._engine, self.layout, link, self._protocol)
 
     def discard(self, outbox: Outbox) -> None:
-        """Releases this outbox, and earlier ones, as soon as no write reads them any more."""
-        with self._lock:
-            self._discarded = [box for box in (*self._discarded, outbox) if not box.release()]
+        """Releases this outbox as soon as no write reads it any more."""
+        self._quarantine.put(outbox, self._clock.now())
 
     def _open(self, link: Link, attempt: _ConnectAttempt) -> None:
         def submit() -> int:

@@ -119,10 +119,9 @@ class Outbox:
         """Drops unsent messages: after the end of their epoch nobody needs them."""
         self._failed = [False] * NUM_MESSAGE_BUFFERS
 
-    def release(self) -> bool:
-        """Releases the memory if no write can read it any more. If it returns false, call it again
-        later."""
-        if self.progress() or self._timed_out:
+    def release(self, *, is_overdue: bool) -> bool:
+        """Implements `regions.RegisteredMemory`. After it was called only it may be called."""
+        if (self.progress() or self._timed_out) and not is_overdue:
             return False
         self._buffer.unregister()
         return True

@@ -1,11 +1,12 @@
 """The memory that a rank gives to its peers: one region for each incarnation of a source and each
 generation of its link. Regions are registered with Mooncake, never given twice, and released only
-when no late write can arrive any more."""
+when no late write can arrive any more. Until then they are in quarantine."""
 
 from __future__ import annotations
 
 import mmap
 import threading
+from typing import Protocol
 
 import numpy as np
 
@@ -36,16 +37,57 @@ class Region:
         """The memory itself is freed with the last view of it."""
         self._engine.unregister_memory(self.address)
 
+    def release(self, *, is_overdue: bool) -> bool:
+        """Implements `RegisteredMemory`: nobody knows which writes of peers are still pending."""
+        if is_overdue:
+            self.unregister()
+        return is_overdue
+
+
+class RegisteredMemory(Protocol):
+    """Memory that Mooncake may still read or write."""
+
+    def release(self, *, is_overdue: bool) -> bool:
+        """Unregisters the memory if no write can touch it any more; in any case if `is_overdue`.
+        Whether it did."""
+        ...
+
+
+class Quarantine:
+    """Memory that is no longer used, for as long as late writes may touch it. It outlives an
+    incarnation that ends in a process that lives on. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memory: list[tuple[float, RegisteredMemory]] = []
+
+    def put(self, memory: RegisteredMemory, now: float) -> None:
+        with self._lock:
+            if not memory.release(is_overdue=False):
+                self._memory.append((now, memory))
+
+    def sweep(self, now: float) -> None:
+        """Releases what can be released, and all that has been here for QUARANTINE_S. To be called
+        now and then: nothing else frees memory."""
+        with self._lock:
+            self._memory = [
+                (at, memory)
+                for at, memory in self._memory
+                if not memory.release(is_overdue=now - at >= QUARANTINE_S)
+            ]
+
 
 class Regions:
-    """All receive regions of a rank. Any thread may call it."""
+    """All receive regions of an incarnation. Any thread may call it."""
 
-    def __init__(self, engine: TransferEngine, layout: MessageLayout) -> None:
+    def __init__(
+        self, engine: TransferEngine, layout: MessageLayout, quarantine: Quarantine
+    ) -> None:
         self._engine = engine
         self._layout = layout
+        self._quarantine = quarantine
         self._lock = threading.Lock()
         self._given: dict[Member, tuple[Region, ...]] = {}
-        self._retired: list[tuple[float, Region]] = []
 
     def give(self, source: Member, generation: int) -> Region:
         """The region of this generation: the same one on every call. Raises ValueError if a later
@@ -68,14 +110,11 @@ class Regions:
     def retire(self, source: Member, now: float) -> None:
         """Quarantines the source's regions: its record is gone, so nobody reads them again."""
         with self._lock:
-            self._retired += [(now, region) for region in self._given.pop(source, ())]
+            retired = self._given.pop(source, ())
+        for region in retired:
+            self._quarantine.put(region, now)
 
-    def sweep(self, now: float) -> None:
-        """Releases the regions whose quarantine has ended."""
-        with self._lock:
-            due = [region for at, region in self._retired if now - at >= QUARANTINE_S]
-            self._retired = [
-                (at, region) for at, region in self._retired if now - at < QUARANTINE_S
-            ]
-        for region in due:
-            region.unregister()
+    def retire_all(self, now: float) -> None:
+        """Quarantines all regions: the incarnation has ended."""
+        for source in list(self._given):
+            self.retire(source, now)

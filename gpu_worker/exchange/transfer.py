@@ -92,6 +92,11 @@ class TransferExchange:
         self._routes = packing.Routes(expert_map.num_ranks, limits.step_tokens_max, limits.top_k)
         self._ordinal = -1
 
+    def close(self) -> None:
+        """Releases the memory of all outboxes. The exchange is not used any more."""
+        while self._peers:
+            self._peers.popitem()[1].close()
+
     def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
         assert epoch == self._epoch, f"step of epoch {epoch} under the map of {self._epoch}"
         if num_tokens > self._layout.step_tokens_max:

@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import mmap
 import threading
+from functools import partial
 
 import numpy as np
 
-from gpu_worker.exchange.connect_write import connect_write
+from gpu_worker.exchange.connect_write import close_after_exit, connect_write
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
 from gpu_worker.kv_replication.region import SCRATCH_BYTES
 from shared.clock import Clock
@@ -53,13 +54,9 @@ class DataTransport:
             if not ended.done():
                 ended.set_result(error)
 
-        def submit() -> int:
-            return self.engine.transfer_submit_write(
-                transfer_name, int(self._scratch.ctypes.data), scratch_address, SCRATCH_BYTES
-            )
-
         def write() -> None:
             until = self.clock.now() + CONTACT_TIMEOUT_S
+            submit = partial(self._submit, transfer_name, scratch_address)
             error = connect_write(self.engine, submit, self.clock, until)
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
                 loop.call_soon_threadsafe(settle, error)
@@ -69,3 +66,16 @@ class DataTransport:
             error = await ended
         if error:
             raise ConnectionError(f"the first write to rank {target} {error}")
+
+    def close_after_exit(
+        self, transfer_name: str, scratch_address: int, control_address: tuple[str, int]
+    ) -> None:
+        """Closes the connection to a target that was contacted, if its process has ended. See
+        `connect_write.close_after_exit`."""
+        submit = partial(self._submit, transfer_name, scratch_address)
+        close_after_exit(self.engine, submit, self.clock, control_address)
+
+    def _submit(self, transfer_name: str, scratch_address: int) -> int:
+        return self.engine.transfer_submit_write(
+            transfer_name, int(self._scratch.ctypes.data), scratch_address, SCRATCH_BYTES
+        )

@@ -60,6 +60,14 @@ class MooncakeReplicator:
         self._sender.start()
         self._links: ReplicaLinks | None = None
 
+    def renew(self, member: Member) -> None:
+        """The process goes on as `member`, and `start` follows. What peers have stored here is
+        kept: it is found by its contents. On the event loop, after the tasks of `start` have
+        ended."""
+        self._member = member
+        self._links = None
+        self.store.on_all_gone(self._clock.now())
+
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """On the event loop. `tasks` owns all tasks from now on."""
         self._links = ReplicaLinks(

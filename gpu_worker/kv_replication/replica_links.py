@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 
@@ -66,6 +67,7 @@ class ReplicaLinks:
         self._tasks = tasks
         self._generations = itertools.count(1)
         self._running: dict[Member, asyncio.Task[None]] = {}
+        self._contacted: dict[Member, Callable[[], None]] = {}  # closes what was opened
         self._open: Mapping[RankId, Channel] = {}
 
     @property
@@ -81,6 +83,8 @@ class ReplicaLinks:
         task = self._running.pop(peer, None)
         if task is not None:
             task.cancel()
+        if (close_after_exit := self._contacted.pop(peer, None)) is not None:
+            close_after_exit()
 
     async def _keep(self, peer: RankRecord) -> None:
         loop = asyncio.get_running_loop()
@@ -110,6 +114,12 @@ class ReplicaLinks:
             await handshake(peer, self._member, reader, writer)
             opened = await self._request_region(peer, reader, writer)
             after_last_slot = opened.address + opened.num_slots * self._form.block_bytes
+            self._contacted[peer.member] = partial(
+                self._transport.close_after_exit,
+                opened.transfer_name,
+                after_last_slot,
+                (peer.control_host, peer.control_port),
+            )
             await self._transport.contact(opened.target, opened.transfer_name, after_last_slot)
             link = ReplicaLink(
                 self._member, writer, pace_s=lambda: NOTIFY_INTERVAL_S * len(self._open)

@@ -131,6 +131,13 @@ class StoredReplicas:
             if source in self._regions:
                 self._gone.setdefault(source, now)
 
+    def on_all_gone(self, now: float) -> None:
+        """Nobody knows who is present: until a source's record is seen again it counts as gone."""
+        with self._lock:
+            self._present.clear()
+            for source in self._regions:
+                self._gone.setdefault(source, now)
+
     def sweep(self, now: float) -> None:
         """Forgets the blocks of sources that are gone for `RETENTION_S`, and releases regions whose
         quarantine has ended."""

@@ -46,7 +46,13 @@ class DataEndpoint(Protocol):
         """Turns false when a later write fails."""
         ...
 
-    def forget(self, member: Member) -> None: ...
+    def forget(self, member: Member) -> None:
+        """The member's record is gone. Nothing of it is kept for good."""
+        ...
+
+    def sweep(self) -> None:
+        """Frees what no late write can touch any more. Called every few seconds."""
+        ...
 
 
 class LinkKeeper:

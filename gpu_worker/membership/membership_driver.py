@@ -41,6 +41,8 @@ from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
 
+SWEEP_S = 10.0
+
 
 class SlotLoader(Protocol):
     """Loads experts into slots. Blocks, so it is called off the event loop."""
@@ -84,6 +86,8 @@ class MembershipDriver:
         self._membership = membership
         self._leased = leased
         self._loader = loader
+        self._load_ended: asyncio.Future[Placement] | None = None
+        self._endpoint = endpoint
         self._engine = engine
         self._replication = replication
         self._leave = leave
@@ -105,6 +109,12 @@ class MembershipDriver:
         self._tasks.create_task(self._leased.write())
         self._tasks.create_task(self._keep_lease())
         self._tasks.create_task(self._watch())
+        self._tasks.create_task(self._sweep())
+
+    async def wait_for_load(self) -> None:
+        """Returns once no load runs, though its task was cancelled: the slots may be used again."""
+        if self._load_ended is not None:
+            await asyncio.wait([self._load_ended])
 
     def on_adopted(self, expert_map: ExpertMap) -> None:
         self._perform(self._membership.on_adopted(expert_map))
@@ -141,6 +151,11 @@ class MembershipDriver:
                 self._on_event(event)
             if seen.synced and not self._is_registered:
                 self._leased.recheck_lease()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._endpoint.sweep()
 
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may
@@ -220,8 +235,10 @@ class MembershipDriver:
                 self._leave(reason)
 
     async def _load(self, wanted: Placement) -> None:
+        loop = asyncio.get_running_loop()
+        self._load_ended = loop.run_in_executor(None, self._loader.load, wanted)
         try:
-            residents = await asyncio.to_thread(self._loader.load, wanted)
+            residents = await asyncio.shield(self._load_ended)
         except CheckpointError as error:
             # This ends the rank, and its next incarnation tries again: a slot is never filled with
             # something else.

@@ -10,7 +10,8 @@ the map: an assignment that was replaced before its load ended has overwritten w
 plane takes for resident.
 
     event                  actions
-    server listens         our record, for the first time
+    server listens         our record, for the first time; residents, if the process was fenced
+                           before and has kept its slots
     peer's record appears  OpenLink
     peer's record goes     CloseLink, and our record without the link. For a member only once a map
                            leaves it out: its lease may have expired although it runs
@@ -115,7 +116,7 @@ class SuspectPeer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
-    """This incarnation is fenced or cannot go on: drop the work and exit."""
+    """This incarnation is fenced or cannot go on: drop the work and end."""
 
     reason: str
 
@@ -170,7 +171,11 @@ class RankMembership:
     def on_listening(self, control_port: int) -> list[MembershipAction]:
         """The control server accepts connections."""
         self.record = replace(self.record, control_port=control_port)
-        return [PutRecord(record=self.record)]
+        actions: list[MembershipAction] = [PutRecord(record=self.record)]
+        if (self._residents >= 0).any():  # of the process's former incarnation
+            contents = SlotContents.of(self._member, self._residents)
+            actions.append(PutResidents(contents=contents))
+        return actions
 
     def on_peer_record(self, record: RankRecord) -> list[MembershipAction]:
         peer = record.member

@@ -16,6 +16,7 @@ import pytest
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, RankId, SuspicionReason
+from shared.wire import OpenRegion
 from tests.support.exchange_child import H, K, main, make_map, member, run_step
 from tests.support.local_exchange import LocalHub
 
@@ -108,10 +109,11 @@ class NoFaultMonitor:
 def oracle(expert_map: ExpertMap, num_steps: int) -> dict[int, list[str]]:
     """What the same steps give in one process."""
     hub = LocalHub(expert_map.num_ranks, H, K)
+    members = {each.rank: each for each in expert_map.members}
 
-    def run_steps(rank: int) -> list[str]:
+    def run_steps(rank: RankId) -> list[str]:
         monitor = NoFaultMonitor(expert_map.epoch)
-        exchange = hub.exchange(member(rank), monitor, SystemClock(), FOREVER_MS)
+        exchange = hub.exchange(members[rank], monitor, SystemClock(), FOREVER_MS)
         exchange.adopt(expert_map)
         return [run_step(exchange, expert_map, rank, step) for step in range(num_steps)]
 
@@ -197,6 +199,41 @@ def test_a_stopped_peer_that_wakes_up_after_its_verdict_changes_nothing(
     assert not ranks[2].has_said("done")
 
 
+def test_a_fenced_process_goes_on_as_a_new_incarnation_and_reads_nothing_of_the_old_one(
+    start: Callable[..., list[Rank]],
+) -> None:
+    ranks = start(3, deadline_ms=40.0)
+    for rank in ranks:
+        rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
+    for rank in ranks:
+        rank.expect("adopted")
+    ranks[2].signal(signal.SIGSTOP)
+    survivors = ranks[:2]
+    for rank in survivors:
+        rank.expect("suspect", lambda value: value[0] == 2)
+    run_after_verdict(survivors, make_map(2, range(2), 3), num_steps=40)
+    ranks[2].signal(signal.SIGCONT)
+    ranks[2].tell("epoch", make_map(2, range(2), 3).epoch)
+    ranks[2].expect("abandoned")
+    given_before = region_for(ranks[0], ranks[2])
+    ranks[2].tell("renew")
+    ranks[2].expect("renewed")
+    assert region_for(ranks[0], ranks[2]) != given_before
+    for rank in survivors:
+        rank.tell("on_renewed", 2)
+    open_links(ranks)
+    run_and_compare(ranks, make_map(3, range(3), 3, renewed=[2]), num_steps=40)
+
+
+def region_for(source: Rank, target: Rank) -> int:
+    """The address that the source's first request gets."""
+    request = OpenRegion(source=member(source.rank), transfer_name="", generation=1)
+    target.tell("accept_link", request)
+    opened, _ = target.expect("link_accepted")
+    address: int = opened.address
+    return address
+
+
 def test_a_peer_that_hung_beyond_a_writes_patience_is_served_over_a_new_link(
     start: Callable[..., list[Rank]],
 ) -> None:
@@ -215,6 +252,29 @@ def test_a_peer_that_hung_beyond_a_writes_patience_is_served_over_a_new_link(
     expected = oracle(three, 50)
     for rank in ranks:
         assert rank.expect("done") == expected[rank.rank]
+
+
+def test_no_socket_is_kept_for_a_dead_peer(start: Callable[..., list[Rank]]) -> None:
+    ranks = start(4)
+    survivor = ranks[0]
+    for dead in ranks[1:]:
+        dead.signal(signal.SIGKILL)
+        dead.process.join()
+    wait_for_half_open(survivor, 3)  # Mooncake does nothing by itself
+    for dead in ranks[1:]:
+        survivor.tell("forget", dead.rank)
+    wait_for_half_open(survivor, 0)
+
+
+def wait_for_half_open(rank: Rank, count: int) -> None:
+    until = time.monotonic() + 10.0
+    while True:
+        rank.tell("half_open")
+        found = rank.expect("half_open")
+        if found == count:
+            return
+        assert time.monotonic() < until, f"{found} sockets are half open, not {count}"
+        time.sleep(0.02)
 
 
 def run_after_verdict(survivors: list[Rank], expert_map: ExpertMap, num_steps: int) -> None:

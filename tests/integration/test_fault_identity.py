@@ -115,11 +115,24 @@ async def test_a_stopped_rank_is_left_out_and_harms_nothing_when_it_wakes(
     running = asyncio.ensure_future(run_streams(cluster, seed=1, on_token=midway))
     await midway.reached.wait()
     os.kill(live[1], signal.SIGSTOP)
-    assert await running == oracle
+    await asyncio.sleep(1.0)
     os.kill(live[1], signal.SIGCONT)
-    again = await cluster.wait_live(NUM_RANKS)
-    assert again[1] != live[1], "the rank should have come back as a new process"
+    assert await running == oracle
+    assert await cluster.wait_live(NUM_RANKS) == live, "the process should have come back in place"
     assert await run_streams(cluster, seed=1) == oracle
+    os.kill(live[1], signal.SIGKILL)  # its agent knows its second incarnation
+    again = await cluster.wait_live(NUM_RANKS)
+    assert again[1] != live[1]
+
+
+async def test_a_rank_that_stays_stopped_is_replaced(
+    cluster: Cluster, oracle: list[StreamResult]
+) -> None:
+    live = await cluster.wait_live(NUM_RANKS)
+    os.kill(live[1], signal.SIGSTOP)
+    assert await run_streams(cluster, seed=1) == oracle
+    while (await cluster.wait_live(NUM_RANKS))[1] == live[1]:  # noqa: ASYNC110
+        await asyncio.sleep(0.2)
 
 
 async def test_sampled_streams_continue_with_the_same_draws(cluster: Cluster) -> None:

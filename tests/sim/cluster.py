@@ -20,7 +20,8 @@ from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy, StreamSession
 from gpu_worker.config import RankConfig
 from gpu_worker.membership.membership_driver import SlotLoader
-from gpu_worker.rank import Hardware, Rank
+from gpu_worker.rank import Hardware
+from gpu_worker.rejoin import RejoiningRank
 from shared.config import Timings
 from shared.expert_map import Placement
 from shared.keys import Keys
@@ -131,7 +132,7 @@ class SimCluster:
         self.crashes: list[BaseException] = []
         self.processes: dict[Member, SimProcess] = {}
         self.agent_processes: dict[int, SimProcess] = {}
-        self.ranks: dict[Member, Rank] = {}
+        self.ranks: dict[Member, RejoiningRank] = {}
         self.engine_hosts: dict[Member, GreenletHost] = {}
         self.violations: list[str] = [] if self.cards is None else self.cards.fabric.violations
         self.on_load: Callable[[Member, Placement, Placement], None] = lambda *_: None
@@ -321,7 +322,7 @@ class SimCluster:
                     raise
                 process.exit_code = 1
             else:
-                self.on_exit(member)
+                self.on_exit(rank.member)
             self.loop.call_soon(kill, process)
 
         self.processes[member] = process
@@ -340,7 +341,18 @@ class SimCluster:
             hardware.residents,
             lambda *load: self.on_load(*load),
         )
-        return replace(hardware, loader=loader)
+        return replace(
+            hardware,
+            loader=loader,
+            renew=None if self.cards else lambda member: self._renew_hardware(context, member),
+        )
+
+    def _renew_hardware(self, context: HardwareContext, member: Member) -> Hardware:
+        """The process of `context` goes on as `member`."""
+        self.on_exit(context.member)
+        self.processes[member] = context.process
+        self.ranks[member] = self.ranks[context.member]
+        return self._build_hardware(replace(context, member=member))
 
     def _build_cards(self) -> SimCards | None:
         if self.sizes.cards is None:

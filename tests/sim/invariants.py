@@ -129,7 +129,7 @@ class InvariantChecker:
         expert_map = unpack_map(found.value) if found is not None else None
         if expert_map is None or not expert_map.has(member):
             return
-        if self.cluster.ranks[member]._engine.status(StatusQuery(nonce=0)).steps_committed:
+        if self.cluster.ranks[member]._rank._engine.status(StatusQuery(nonce=0)).steps_committed:
             self._violate(f"{member}, a member, left though nobody had declared it dead")
 
     def _on_load(self, member: Member, wanted: Placement, contents: Placement) -> None:

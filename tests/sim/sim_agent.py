@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -28,7 +29,7 @@ from shared.errors import StoreError
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import AgentRecord, Verdict, pack_record, unpack_record
+from shared.records import AgentRecord, RankRecord, Verdict, pack_record, unpack_record
 from shared.store import Store
 from shared.types import Member, NodeId, RankId
 from tests.sim.sim_loop import SimLoop, SimProcess, kill, resume, stop
@@ -55,6 +56,7 @@ class SimAgent:
         spawn: Spawner,
         rng: random.Random,
     ) -> None:
+        self._rank = rank
         self._store = store
         self._keys = keys
         self._clock = clock
@@ -62,7 +64,6 @@ class SimAgent:
         self._spawn = spawn
         self._rng = rng
         self.process: SimProcess | None = None
-        self.member: Member | None = None
         record = AgentRecord(node=NodeId(node), pid=1, ranks=(rank,))
         self._leased = LeasedKeys(store, ttl_s=lease_ttl_s)
         self._leased.put(keys.agent(record.node), pack_record(record))
@@ -88,10 +89,16 @@ class SimAgent:
         )
         self._num_samples = 0
 
+    @property
+    def member(self) -> Member | None:
+        """The incarnation that runs, as far as the agent knows."""
+        return next((running.member for running in self._supervisor.running()), None)
+
     async def run(self) -> None:
         async with self._tasks:
             self._tasks.create_task(self._leased.run())
             self._tasks.create_task(self._watch_verdicts())
+            self._tasks.create_task(self._watch_records())
             self._tasks.create_task(self._report_stopped())
             self._tasks.create_task(self._view_reporter.run())
             while True:
@@ -143,6 +150,18 @@ class SimAgent:
                         self._perform(self._supervisor.on_declared_dead(member, self._clock.now()))
                 self._changed.set()
 
+    async def _watch_records(self) -> None:
+        prefix = self._keys.incarnations(self._rank)
+        async with contextlib.aclosing(changes(self._store, prefix)) as watch:
+            async for seen in watch:
+                for each in seen.events:
+                    if each.value is not None:
+                        record = unpack_record(each.value, RankRecord)
+                        registered = RunningRank(
+                            member=record.member, lease_id=record.lease_id, pid=record.pid
+                        )
+                        self._perform(self._supervisor.on_registered(registered))
+
     async def _wait(self) -> None:
         due_at = self._supervisor.next_due_at()
         with contextlib.suppress(TimeoutError):
@@ -178,8 +197,8 @@ class SimAgent:
         process = self._spawn(member, lease_id)
         exited = asyncio.Event()
         process.on_death.append(exited.set)
-        self.process, self.member = process, member
-        running_rank = RunningRank(member=member, lease_id=lease_id, pid=1)
+        self.process = process
+        running_rank = RunningRank(member=member, lease_id=lease_id, pid=os.getpid())
         self._perform(self._supervisor.on_spawned(running_rank, self._clock.now()))
         async with self._keeping_lease(running_rank):
             await exited.wait()

@@ -15,7 +15,8 @@ from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.kv_replication.writer import ReplicaWriter
-from gpu_worker.rank import Hardware, KvReplication, Rank, RankParts
+from gpu_worker.rank import Hardware, KvReplication, RankParts
+from gpu_worker.rejoin import RejoiningRank
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
@@ -151,6 +152,8 @@ class SimEndpoint:
     def forget(self, member: Member) -> None:
         self._open.discard(member)
 
+    def sweep(self) -> None: ...
+
 
 def build_cpu_hardware(hub: SimHub, context: HardwareContext) -> Hardware:
     member, config, model = context.member, context.config, context.model
@@ -197,7 +200,7 @@ def build_rank(
     spec: InstanceSpec,
     store: Store,
     build_hardware: Callable[[HardwareContext], Hardware],
-) -> Rank:
+) -> RejoiningRank:
     """In the context of `process`."""
     host = GreenletHost(loop, process)
     model = SimModel(
@@ -207,8 +210,13 @@ def build_rank(
     )
     clock = SimClock(loop)
     blocks = SimBlockCache(model.keys, config.kv_block_tokens)
-    endpoint = copies.endpoint(member, process, blocks.block_bytes)
-    return Rank(
+
+    def replication_of(member: Member) -> KvReplication:
+        endpoint = copies.endpoint(member, process, blocks.block_bytes)
+        replicator = ReplicaWriter(blocks, endpoint, rank=member.rank)
+        return KvReplication(endpoint=endpoint, replicator=replicator, renew=replication_of)
+
+    return RejoiningRank(
         RankParts(
             member=member,
             lease_id=lease_id,
@@ -231,8 +239,6 @@ def build_rank(
                 )
             ),
             engine_host=host,
-            replication=KvReplication(
-                endpoint=endpoint, replicator=ReplicaWriter(blocks, endpoint, rank=member.rank)
-            ),
+            replication=replication_of(member),
         )
     )

@@ -4,9 +4,12 @@ and stop such processes. Its "model" multiplies, so that every result can be com
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,17 @@ from gpu_worker.exchange.transfer import TransferExchange
 from shared.clock import SystemClock
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Incarnation, Member, RankId, Step, SuspicionReason
+from shared.records import RankRecord
+from shared.types import (
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    Step,
+    SuspicionReason,
+)
 from shared.wire import OpenRegion, RegionOpened
 
 H, K, E, L = 32, 2, 8, 3
@@ -27,19 +40,22 @@ TOKENS_MAX = 16
 LAYOUT = MessageLayout(hidden_size=H, top_k=K, step_tokens_max=TOKENS_MAX)
 
 
-def member(rank: int) -> Member:
-    return Member(rank=RankId(rank), incarnation=Incarnation(7))
+def member(rank: int, incarnation: int = 7) -> Member:
+    return Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
 
 
-def make_map(epoch: int, ranks: Sequence[int], num_ranks: int) -> ExpertMap:
-    """Every expert is on two ranks, or on the only one."""
+def make_map(
+    epoch: int, ranks: Sequence[int], num_ranks: int, *, renewed: Sequence[int] = ()
+) -> ExpertMap:
+    """Every expert is on two ranks, or on the only one. The ranks `renewed` are in their second
+    incarnation."""
     placement = np.full((L, num_ranks, 2 * E), -1, dtype=np.int16)
     for layer in range(L):
         for expert in range(E):
             for copy in range(min(2, len(ranks))):
                 rank = ranks[(expert + copy + layer) % len(ranks)]
                 placement[layer, rank, int((placement[layer, rank] >= 0).sum())] = expert
-    members = tuple(member(r) for r in ranks)
+    members = tuple(member(r, 8 if r in renewed else 7) for r in ranks)
     return ExpertMap(epoch=Epoch(epoch), num_experts=E, members=members, placement=placement)
 
 
@@ -96,10 +112,26 @@ class _Child:
         self.pipe = pipe
         self.lock = threading.Lock()
         self.monitor = _Monitor(pipe, self.lock)
+        self.control = socket.create_server(("127.0.0.1", 0))
         self.endpoint = TransferEndpoint("127.0.0.1", LAYOUT, SystemClock())
-        self.exchange = TransferExchange(
-            self.endpoint, self.own, self.monitor, SystemClock(), deadline_ms
+        self.deadline_ms = deadline_ms
+        self.exchange = self.new_exchange()
+
+    def new_exchange(self) -> TransferExchange:
+        return TransferExchange(
+            self.endpoint, self.own, self.monitor, SystemClock(), self.deadline_ms
         )
+
+    def renew(self) -> None:
+        """As a rank's process that was fenced."""
+        self.exchange.close()
+        self.own = member(self.own.rank, 8)
+        self.endpoint = self.endpoint.renew()
+        self.exchange = self.new_exchange()
+
+    def on_renewed(self, peer: RankId) -> None:
+        self.endpoint.forget(member(peer))
+        self.peers = [each for each in self.peers if each.rank != peer] + [member(peer, 8)]
 
     def send(self, kind: str, value: object) -> None:
         with self.lock:
@@ -119,8 +151,28 @@ class _Child:
             if not self.endpoint.is_open(peer)
         ]
 
-    def accept_link(self, request: OpenRegion) -> RegionOpened:
+    def accept_link(self, request: OpenRegion) -> tuple[RegionOpened, RankRecord]:
         address, nbytes = self.endpoint.open_region(request.source, request.generation)
+        return self.opened(request, address, nbytes), self.record()
+
+    def record(self) -> RankRecord:
+        return RankRecord(
+            rank=self.own.rank,
+            incarnation=self.own.incarnation,
+            node=NodeId("n"),
+            pid=os.getpid(),
+            lease_id=1,
+            state=RankState.READY,
+            control_host="127.0.0.1",
+            control_port=self.control.getsockname()[1],
+            transfer_name=self.endpoint.name,
+            slots=1,
+            kv_blocks=1,
+            kv_block_tokens=1,
+            exchange="transfer",
+        )
+
+    def opened(self, request: OpenRegion, address: int, nbytes: int) -> RegionOpened:
         return RegionOpened(
             target=self.own,
             source=request.source,
@@ -148,12 +200,29 @@ class _Child:
         elif kind == "accept_link":
             self.send("link_accepted", self.accept_link(value))
         elif kind == "connect":
-            self.endpoint.connect(value)
+            self.endpoint.connect(*value)
             self.send("connected", None)
+        elif kind == "forget":
+            self.endpoint.forget(member(value))
+        elif kind == "renew":
+            self.renew()
+            self.send("renewed", None)
+        elif kind == "on_renewed":
+            self.on_renewed(value)
+        elif kind == "half_open":
+            self.send("half_open", num_half_open())
         elif kind == "epoch":
             self.monitor.epoch = value
         elif kind == "run":
             threading.Thread(target=self.run_steps, args=value, daemon=True).start()
+
+
+def num_half_open() -> int:
+    """The number of sockets of this process whose peer has closed its end."""
+    lines = Path("/proc/self/net/tcp").read_text().splitlines()[1:]
+    waiting = {fields[9] for line in lines if (fields := line.split())[3] == "08"}
+    links = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    return sum(link.removeprefix("socket:[").removesuffix("]") in waiting for link in links)
 
 
 def main(rank: int, num_ranks: int, deadline_ms: float, pipe: Connection) -> None:

@@ -43,6 +43,9 @@ class EpEndpoint:
     def forget(self, member: Member) -> None:
         """Nothing yet: the engine may still run a map that names it."""
 
+    def sweep(self) -> None:
+        """Nothing: a buffer is unmapped when the next incarnation of its rank is adopted."""
+
 
 def handles_of(peer: RankRecord, kind: ExchangeKind, step_tokens_max: int) -> ExchangeHandles:
     """Raises ValueError if its exchange is not of this kind, or is laid out for other steps."""
@@ -80,3 +83,5 @@ class SingleRankEndpoint:
         return False
 
     def forget(self, member: Member) -> None: ...
+
+    def sweep(self) -> None: ...

@@ -145,9 +145,9 @@ def test_ranks_are_independent() -> None:
 def test_a_rank_declared_dead_is_killed_only_after_its_grace() -> None:
     supervisor = in_phase(RankPhase.RUNNING)
     supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
-    assert supervisor.next_due_at() == 15.0
-    assert supervisor.take_due(14.9) == []
-    assert supervisor.take_due(15.0) == [Kill(running_rank=RUNNING_RANK)]
+    assert supervisor.next_due_at() == 10.0
+    assert supervisor.take_due(9.9) == []
+    assert supervisor.take_due(10.0) == [Kill(running_rank=RUNNING_RANK)]
     assert supervisor.take_due(99.0) == []
 
 
@@ -197,4 +197,48 @@ def test_a_verdict_that_is_told_again_gives_no_new_grace() -> None:
     supervisor = in_phase(RankPhase.RUNNING)
     supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
     supervisor.on_declared_dead(RUNNING_RANK.member, now=9.0)
-    assert supervisor.next_due_at() == 15.0
+    assert supervisor.next_due_at() == 10.0
+
+
+def registered(incarnation: int, lease_id: int, pid: int = RUNNING_RANK.pid) -> RunningRank:
+    member = Member(rank=RANK, incarnation=Incarnation(incarnation))
+    return RunningRank(member=member, lease_id=lease_id, pid=pid)
+
+
+def test_a_fenced_process_that_registers_again_is_not_killed_and_its_new_lease_is_revoked() -> None:
+    supervisor, again = in_phase(RankPhase.RUNNING), registered(8, 100)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
+    assert supervisor.on_registered(again) == []
+    assert supervisor.next_due_at() is None
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=6.0)
+    assert supervisor.next_due_at() is None
+    assert supervisor.on_exited(RANK, -9, 7.0) == [RevokeLease(running_rank=again, exit_code=-9)]
+
+
+def test_a_new_lease_of_the_same_incarnation_stills_no_verdict() -> None:
+    supervisor, again = in_phase(RankPhase.RUNNING), registered(7, 100)
+    supervisor.on_declared_dead(RUNNING_RANK.member, now=5.0)
+    supervisor.on_registered(again)
+    assert supervisor.take_due(10.0) == [Kill(running_rank=again)]
+    assert supervisor.on_dying(RANK, -9) == [RevokeLease(running_rank=again, exit_code=-9)]
+
+
+def test_a_dying_process_that_had_registered_again_leaves_no_lease() -> None:
+    supervisor, again = in_phase(RankPhase.DYING), registered(8, 100)
+    assert supervisor.on_registered(again) == [RevokeLease(running_rank=again, exit_code=None)]
+
+
+@pytest.mark.parametrize(
+    "stranger", [registered(8, 100, pid=77), registered(6, 98), RUNNING_RANK], ids=str
+)
+def test_records_of_other_processes_and_of_the_past_change_nothing(stranger: RunningRank) -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    assert supervisor.on_registered(stranger) == []
+    assert supervisor.running() == [RUNNING_RANK]
+
+
+@pytest.mark.parametrize("phase", [RankPhase.WAITING, RankPhase.STARTING, RankPhase.STOPPED])
+def test_a_record_without_a_process_changes_nothing(phase: RankPhase) -> None:
+    supervisor = in_phase(phase)
+    assert supervisor.on_registered(registered(8, 100)) == []
+    assert supervisor.running() == []

@@ -7,7 +7,7 @@ import pytest
 from gpu_worker.exchange.message import TAIL_BYTES, MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.exchange.outbox import Link, Outbox, WriteStatus
-from gpu_worker.exchange.regions import QUARANTINE_S, Regions
+from gpu_worker.exchange.regions import QUARANTINE_S, Quarantine, Regions
 from shared.types import Incarnation, Member, RankId
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -90,28 +90,39 @@ def test_a_write_that_cannot_start_breaks_the_outbox() -> None:
     assert outbox.poll_write(0) is WriteStatus.FAILED
 
 
-def test_memory_that_a_write_may_still_read_is_never_released() -> None:
-    engine = ScriptedEngine()
+def test_memory_that_a_write_may_still_read_is_released_after_its_quarantine_only() -> None:
+    engine, quarantine = ScriptedEngine(), Quarantine()
     outbox = make(engine)
     outbox.commit(0, 128)
-    assert not outbox.release()
-    engine.end(1, -2)
-    assert not outbox.release()
+    quarantine.put(outbox, now=100.0)
     assert engine.registered
+    engine.end(1, -2)
+    quarantine.sweep(100.0 + QUARANTINE_S - 1)
+    assert engine.registered
+    quarantine.sweep(100.0 + QUARANTINE_S)
+    assert not engine.registered
 
 
 def test_memory_is_released_when_all_writes_have_ended() -> None:
-    engine = ScriptedEngine()
+    engine, quarantine = ScriptedEngine(), Quarantine()
     outbox = make(engine)
     outbox.commit(0, 128)
+    quarantine.put(outbox, now=100.0)
+    assert engine.registered
     engine.end(1, 1)
-    assert outbox.release()
+    quarantine.sweep(100.0)
+    assert not engine.registered
+
+
+def test_memory_that_no_write_uses_is_released_at_once() -> None:
+    engine = ScriptedEngine()
+    Quarantine().put(make(engine), now=100.0)
     assert not engine.registered
 
 
 def test_no_region_is_given_twice_and_none_released_before_its_quarantine() -> None:
-    engine = ScriptedEngine()
-    regions = Regions(engine, LAYOUT)
+    engine, quarantine = ScriptedEngine(), Quarantine()
+    regions = Regions(engine, LAYOUT, quarantine)
     first = regions.give(PEER, 1)
     assert regions.give(PEER, 1) is first
     second = regions.give(PEER, 2)
@@ -121,7 +132,18 @@ def test_no_region_is_given_twice_and_none_released_before_its_quarantine() -> N
     assert regions.of(PEER) == (second, first)
     regions.retire(PEER, now=100.0)
     assert regions.of(PEER) == ()
-    regions.sweep(100.0 + QUARANTINE_S - 1)
+    quarantine.sweep(100.0 + QUARANTINE_S - 1)
     assert engine.registered == {first.address, second.address}
-    regions.sweep(100.0 + QUARANTINE_S)
+    quarantine.sweep(100.0 + QUARANTINE_S)
+    assert not engine.registered
+
+
+def test_the_regions_of_an_incarnation_that_has_ended_are_quarantined_as_well() -> None:
+    engine, quarantine = ScriptedEngine(), Quarantine()
+    regions = Regions(engine, LAYOUT, quarantine)
+    given = regions.give(PEER, 1)
+    regions.retire_all(now=100.0)
+    assert regions.of(PEER) == ()
+    assert engine.registered == {given.address}
+    quarantine.sweep(100.0 + QUARANTINE_S)
     assert not engine.registered

@@ -76,6 +76,20 @@ def membership(rank: int = 0, incarnation: int = 1) -> RankMembership:
     return RankMembership(record(rank, incarnation), wanted(-1, -1, -1, -1))
 
 
+def test_residents_are_published_at_the_start_only_if_the_slots_hold_anything() -> None:
+    (put,) = membership().on_listening(5)
+    assert isinstance(put, PutRecord)
+    kept = wanted(3, -1, 0, -1)
+    fenced_before = RankMembership(record(0, 2), kept)
+    assert fenced_before.on_listening(5)[1:] == [
+        PutResidents(contents=SlotContents.of(member(0, 2), kept))
+    ]
+    contents = SlotContents.of(member(0, 2), kept, epoch=1)
+    (ready,) = fenced_before.on_assignment(contents)
+    assert isinstance(ready, PutRecord)
+    assert ready.record.state is RankState.READY
+
+
 def test_a_peer_is_linked_once_and_unlinked_when_its_record_goes() -> None:
     it = membership()
     assert it.on_peer_record(record(1)) == [OpenLink(peer=record(1))]

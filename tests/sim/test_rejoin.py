@@ -1,0 +1,123 @@
+"""A verdict ends an incarnation, not its process: who wakes up fenced comes back in place, and what
+it left behind changes nobody's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from gpu_worker import rejoin
+from gpu_worker.rank import Rank
+from shared.types import Incarnation, RankId
+from tests.sim.cluster import SimCluster, SimClusterSizes
+from tests.sim.schedules import Outcome, check_sessions, run_world
+from tests.sim.sim_loop import SimProcess, resume
+
+STOPPED_S = 1.0
+BACK_S = 2.0  # of virtual time, in which a load or a first contact may take 0.3 s
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
+
+
+def run(scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int) -> None:
+    async def whole(cluster: SimCluster) -> Outcome:
+        await cluster.start()
+        await scenario(cluster)
+        return Outcome(seed, (), 0, 0, 0)
+
+    run_world(seed, SimClusterSizes(), whole)
+
+
+async def stop_with_streams(cluster: SimCluster, rank: int) -> SimProcess:
+    """Stops a rank in the middle of streams, until its verdict is there and a little longer."""
+    process = cluster.process_of(rank)
+    assert process is not None
+    for first in range(8):
+        cluster.send((first, *range(10)), 40)
+    await asyncio.sleep(0.05)
+    cluster.agents[rank].stop_rank()
+    await asyncio.sleep(STOPPED_S)
+    assert cluster.agents[rank].member not in cluster.gateway.view.members
+    return process
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stopped_rank_is_back_in_place(seed: int) -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        process = await stop_with_streams(cluster, 1)
+        resume(process, cluster.loop)
+        await asyncio.sleep(0.0)
+        await cluster.until(lambda: _incarnation_in_map(cluster, 1) == 2, BACK_S)
+        assert cluster.process_of(1) is process
+        cluster.send((1, 2, 3), 20)
+        await cluster.until(cluster.all_ended, 20.0)
+        check_sessions(cluster)
+
+    run(scenario, seed)
+
+
+def test_a_rank_that_dies_in_its_second_incarnation_is_noticed_at_once() -> None:
+    """Its agent knows the lease that the process took itself."""
+
+    async def scenario(cluster: SimCluster) -> None:
+        resume(await stop_with_streams(cluster, 1), cluster.loop)
+        await cluster.until(lambda: _incarnation_in_map(cluster, 1) == 2, BACK_S)
+        record = cluster.keys.rank(RankId(1), Incarnation(2))
+        assert record in cluster.etcd.values
+        cluster.kill_rank(1)
+        await cluster.until(lambda: record not in cluster.etcd.values, 0.2)
+        await cluster.until(lambda: _incarnation_in_map(cluster, 1) is None, 0.2)
+        await cluster.until(cluster.all_live, 20.0)
+        await cluster.until(cluster.all_ended, 20.0)
+        check_sessions(cluster)
+
+    run(scenario, 1)
+
+
+def test_a_process_whose_threads_do_not_end_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(self: Rank) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Rank, "wait_for_threads", never)
+
+    async def scenario(cluster: SimCluster) -> None:
+        process = await stop_with_streams(cluster, 1)
+        resume(process, cluster.loop)
+        await cluster.until(cluster.all_live, 20.0)
+        assert cluster.process_of(1) is not process
+        await cluster.until(cluster.all_ended, 20.0)
+        check_sessions(cluster)
+
+    run(scenario, 2)
+
+
+def test_a_process_that_is_fenced_again_and_again_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rejoin, "REJOINS_MAX", 1)
+
+    async def scenario(cluster: SimCluster) -> None:
+        process = await stop_with_streams(cluster, 1)
+        resume(process, cluster.loop)
+        await cluster.until(cluster.all_live, 20.0)
+        assert cluster.process_of(1) is process
+        resume(await stop_with_streams(cluster, 1), cluster.loop)
+        await cluster.until(lambda: process.dead, 5.0)
+        await cluster.until(cluster.all_live, 20.0)
+
+    run(scenario, 3)
+
+
+def _incarnation_in_map(cluster: SimCluster, rank: int) -> Incarnation | None:
+    members = cluster.gateway.view.members
+    return next((m.incarnation for m in members if m.rank == rank), None)
