@@ -18,16 +18,23 @@ WAIT_FOR_MOMENT_S = 3.0
 
 
 class CardFaults:
-    """`harmless`: no life may end by them."""
+    """`harmless`: no life may end by these, save by a stop of all ranks."""
 
     def __init__(
-        self, cluster: SimCluster, rng: random.Random, log_fault: Callable[[str], None]
+        self,
+        cluster: SimCluster,
+        rng: random.Random,
+        log_fault: Callable[[str], None],
+        *,
+        is_harmless: bool,
     ) -> None:
+        """`is_harmless`: of a schedule in which no rank may lose its life."""
         assert cluster.cards is not None
         self._cluster = cluster
         self._fabric = cluster.cards.fabric
         self._rng = rng
         self._log_fault = log_fault
+        self._is_harmless = is_harmless
 
     def harmless(self) -> list[Fault]:
         if not self._fabric.sizes.has_pauses:
@@ -91,14 +98,16 @@ class CardFaults:
         await self._stall([self._cluster.process_of(rank), agent], seconds)
 
     async def _stop_all_ranks(self) -> None:
-        """By SIGSTOP, as when a host is paused."""
+        """By SIGSTOP. Each is alone on its host, so no agent can tell that the others are stopped
+        too: their verdicts are true, and no harmless schedule does it."""
+        if self._is_harmless:
+            return
         seconds = self._rng.choice(SHORT_S)
         self._log_fault(f"stop all ranks for {seconds} s")
         stopped = []
         for rank, agent in self._cluster.agents.items():
             process = self._cluster.process_of(rank)
             if process is not None and not process.stopped:
-                process.stopped_with_all = True
                 agent.stop_rank()
                 stopped.append(process)
         await asyncio.sleep(seconds)

@@ -29,7 +29,7 @@ class Faults:
     async def run(self) -> None:
         harmless, harmful = self._harmless(), self._harmful()
         if self._cluster.cards is not None:
-            cards = CardFaults(self._cluster, self._rng, self._log_fault)
+            cards = CardFaults(self._cluster, self._rng, self._log_fault, is_harmless=self.harmless)
             harmless, harmful = [*harmless, *cards.harmless()], [*harmful, *cards.harmful()]
         kinds = harmless if self.harmless else [*harmful, *harmless]
         times = sorted(
@@ -123,7 +123,6 @@ class Faults:
         if process is None or process.stopped:
             return
         self._log_fault(f"stop rank {rank} for {seconds} s")
-        process.stopped_with_all = False
         self._cluster.agents[rank].stop_rank()
         await asyncio.sleep(seconds)
         if not process.dead:

@@ -109,15 +109,11 @@ class InvariantChecker:
             process.dead
             or process.exit_code is not None
             or process.device_failed
-            or self._was_stopped_alone(process)
+            or process.stopped
+            or now - process.stopped_until < AFTER_CUT_S
             or max(stalled_s, process.longest_stall_s) > PAUSE_S
             or now - cut_until < AFTER_CUT_S
         )
-
-    def _was_stopped_alone(self, process: SimProcess) -> bool:
-        """One that SIGSTOP has stopped does not run. All stopped at once are a paused host."""
-        ago_s = self.cluster.clock.now() - process.stopped_until
-        return not process.stopped_with_all and (process.stopped or ago_s < AFTER_CUT_S)
 
     def _on_exit(self, member: Member) -> None:
         """By itself: a verdict or a map without it must have told it to, unless it has taken part

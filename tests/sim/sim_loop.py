@@ -32,7 +32,6 @@ class SimProcess:
     stopped_until: float = -inf  # of the last stop
     stalled_since: float = -inf  # of the present stall
     longest_stall_s: float = 0.0
-    stopped_with_all: bool = False  # the last stop was that of all ranks at once
     device_failed: bool = False
     exit_code: int | None = None  # None: killed, if it is dead
     parked: list[Callable[[], Any]] = field(default_factory=list)

@@ -50,16 +50,17 @@ BROKEN_MAX = 20  # so many are told; the rest is not run
 CARD_REGRESSION_SEEDS = {
     21: "an ordinary one, in which the planted bugs below are noticed",
     66: "survivors refused the successor of a member that had been given up",
-    225: "the same, of a member that had died before it could be mapped",
+    8: "a load held Python's lock for 0.4 s, and a verdict ended the rank",
+    10: "mapping a joiner took 0.3 to 1 s, and a verdict ended the rank that mapped",
 }
 """Counted from CARD_FIRST_SEED."""
 
 OPEN_CARD_SEEDS = {
     5: "launch counts differ after graph timeouts: a graph takes a message of a former graph",
-    8: "a load holds Python's lock for 0.4 s, and a verdict ends the rank",
-    10: "mapping a joiner takes 0.3 to 1 s, and a verdict ends the rank that maps",
     12: "a member leaves, because a map names it as a joiner that nobody has yet heard of",
-    251: "an assignment and a held map take turns at one slot: it is loaded again and again",
+    70: "graphs time out while nobody is dead: all wait for a map that never comes",
+    225: "an assignment and a held map take turns at one slot: it is loaded again and again",
+    251: "the same, in a larger instance",
 }
 """Faults that are not mended yet. Counted from CARD_FIRST_SEED."""
 
