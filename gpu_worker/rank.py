@@ -125,7 +125,6 @@ class Rank:
             replication=replicas,
             leave=self._leave,
             tasks=self._tasks,
-            suspicion_interval_s=config.timings.suspicion_window_ms / 1000,
         )
 
     @property

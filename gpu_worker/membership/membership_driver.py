@@ -41,6 +41,9 @@ from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
 
+SUSPICION_REPEAT_S = 0.25
+"""Peers that wait suspect one another in every step: etcd need not hear of each."""
+
 SWEEP_S = 10.0
 
 
@@ -77,7 +80,6 @@ class MembershipDriver:
         replication: PeerReplication | None,
         leave: Callable[[str], None],
         tasks: asyncio.TaskGroup,
-        suspicion_interval_s: float,
     ) -> None:
         """`leave` ends the rank, for the reason given. `tasks` owns what `start` begins."""
         self._store = store
@@ -92,7 +94,6 @@ class MembershipDriver:
         self._replication = replication
         self._leave = leave
         self._tasks = tasks
-        self._suspicion_interval_s = suspicion_interval_s
         self._is_registered = False  # etcd holds the own record, as far as the watch has shown
         self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
         self._links = LinkKeeper(
@@ -174,10 +175,11 @@ class MembershipDriver:
     def _suspect(
         self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
     ) -> None:
-        """Publishes a suspicion. The same one is published again only after an interval."""
+        """Publishes a suspicion. The same one is published again after SUSPICION_REPEAT_S at the
+        earliest."""
         now = self._clock.now()
         last = self._suspected_at.get((peer, reason), -1e9)
-        if now - last < self._suspicion_interval_s:
+        if now - last < SUSPICION_REPEAT_S:
             return
         self._suspected_at[peer, reason] = now
         log.info("suspicion", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)

@@ -20,8 +20,8 @@ import pytest
 from shared.embedded_etcd import embedded_etcd
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
-from shared.records import AgentRecord, RankRecord, Suspicion, unpack_record
-from shared.types import NodeId, RankId, SuspicionReason
+from shared.records import AgentRecord, ProcessView, RankRecord, Suspicion, unpack_record
+from shared.types import NodeId, ProcessState, RankId, SuspicionReason
 
 TOY_AGENT = Path(__file__).parents[1] / "support" / "toy_agent.py"
 ROOT = Path(__file__).parents[2]
@@ -196,19 +196,27 @@ async def test_a_forked_rank_is_in_every_way_like_one_that_was_executed(node: No
     assert shapes[0] == shapes[1]
 
 
-async def test_a_forked_rank_that_is_stopped_is_reported(node: Node) -> None:
-    agent = await node.start("--ranks", "0")
-    records = await node.until(lambda records: len(records) == 1)
-    os.kill(records[0].pid, signal.SIGSTOP)
+@pytest.mark.parametrize("fork", ["--fork-ranks", "--no-fork-ranks"])
+async def test_a_rank_that_is_stopped_or_continued_is_reported(node: Node, fork: str) -> None:
+    agent = await node.start("--ranks", "0", fork)
+    record = (await node.until(lambda records: len(records) == 1))[0]
 
-    async def is_reported() -> bool:
-        found = (await node.store.get_prefix(node.keys.suspicions)).values
-        reasons = [unpack_record(kv.value, Suspicion).reason for kv in found]
-        return reasons == [SuspicionReason.STOPPED]
+    async def reported() -> list[tuple[int, ProcessState]]:
+        found = (await node.store.get_prefix(node.keys.views)).values
+        views = [unpack_record(kv.value, ProcessView) for kv in found]
+        return [(view.rank, view.state) for view in views]
 
-    await until(is_reported)
+    async def is_stopped() -> bool:
+        return await reported() == [(0, ProcessState.STOPPED)]
+
+    async def is_running() -> bool:
+        return await reported() == [(0, ProcessState.RUNNING)]
+
+    os.kill(record.pid, signal.SIGSTOP)
+    await until(is_stopped)
+    os.kill(record.pid, signal.SIGCONT)
+    await until(is_running)
     agent.send_signal(signal.SIGTERM)
-    os.kill(records[0].pid, signal.SIGCONT)
     assert await ended(agent) == 0
 
 
