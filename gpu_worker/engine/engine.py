@@ -247,7 +247,9 @@ class Engine:
     def _begin_ahead(self) -> None:
         """Begins a step behind the one in flight, if that is possible."""
         (before,) = self._in_flight
-        if self._newest_epoch() > self._epoch or not self._runner.can_run_ahead_of(before):
+        if self._newest_epoch() > self._epoch or not self._inbox.may_run_ahead:
+            return
+        if not self._runner.can_run_ahead_of(before):
             return
         plan = self._scheduler.plan_ahead()
         if plan is None:

@@ -103,6 +103,8 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(host.waiter)
         self._stopped = False
+        self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
+        self._broken_links: set[Member] = set()
         monitor = EngineMonitor(self._inbox, self._post, clock, host.cpu_s)
         barrier_callbacks = GraphBarrierCallbacks(
             send_update=callbacks.send_update,
@@ -158,8 +160,18 @@ class EngineClient:
             self._barrier_driver.on_update(update)
 
     def on_link_opened(self, peer: Member) -> None:
+        self._broken_links.discard(peer)
+        self._update_may_run_ahead()
         if self._barrier_driver is not None:
             self._barrier_driver.handshake(peer)
+
+    def on_link_broken(self, peer: Member) -> None:
+        """Perhaps the peer has died; a verdict decides. Until then no step is begun ahead."""
+        self._broken_links.add(peer)
+        self._update_may_run_ahead()
+
+    def _update_may_run_ahead(self) -> None:
+        self._inbox.may_run_ahead = self._broken_links.isdisjoint(self._members)
 
     def announce_map(self, expert_map: ExpertMap) -> None:
         """This map is published. `adopt_map` follows once its members' links are open."""
@@ -167,6 +179,9 @@ class EngineClient:
             self._barrier_driver.on_map(expert_map)
 
     def adopt_map(self, expert_map: ExpertMap) -> None:
+        self._members = expert_map.members
+        self._broken_links.intersection_update(self._members)
+        self._update_may_run_ahead()
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
 
     def hold(self, epoch: Epoch) -> None:

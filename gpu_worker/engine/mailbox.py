@@ -97,6 +97,9 @@ class Inbox:
         self.newest_epoch = Epoch(0)
         """The epoch of the newest NewMap, or the one after a Hold; later than any after a Stop.
         Read without the lock, also while the engine waits for peers."""
+        self.may_run_ahead = True
+        """Read without the lock. False while the link to a member of the map is broken: if it has
+        died, every step in flight is thrown away and must first end, so one more is time lost."""
         self._waiter = waiter
         self._arrivals_max = arrivals_max
         self._arrival_tokens_max = arrival_tokens_max

@@ -170,6 +170,7 @@ class MembershipDriver:
         self._perform(self._membership.on_link_opened(peer))
 
     def _on_link_broken(self, peer: Member, detail: str) -> None:
+        self._engine.on_link_broken(peer)
         self._perform(self._membership.on_link_broken(peer, detail))
 
     def _suspect(

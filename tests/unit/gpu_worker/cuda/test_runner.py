@@ -394,6 +394,25 @@ async def test_a_step_whose_logits_the_host_reads_has_none_behind_it(cluster: Cl
     assert one.device.num_ahead <= 1, "but for its first step, behind one without work"
 
 
+async def test_while_a_peers_link_is_broken_no_step_is_launched_behind_another(
+    cluster: Cluster,
+) -> None:
+    one, two, _ = cluster.ranks.values()
+    wanted = give(one, "a", (3, 4), 60)
+    begun = await one.tokens(5)
+    for rank in cluster.ranks.values():
+        rank.inbox.may_run_ahead = False
+    begun = await one.tokens(10, tuple(begun))
+    launched_ahead = one.device.num_ahead
+    begun = await one.tokens(30, tuple(begun))
+    assert one.device.num_ahead == launched_ahead
+    for rank in cluster.ranks.values():
+        rank.inbox.may_run_ahead = True
+    assert await one.tokens(60, tuple(begun)) == wanted
+    assert one.device.num_ahead > launched_ahead
+    assert two.device.num_ahead == 0, "it has no work of its own to plan ahead"
+
+
 async def test_a_death_in_mid_stream_and_a_restart(cluster: Cluster) -> None:
     one, two, dead = cluster.ranks.values()
     wanted = [give(one, "a", (3, 4), 50), give(two, "b", (5, 6, 7), 50)]
