@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import structlog
 
 from control_plane.control_reporter import ControlReporter
-from control_plane.doubt_publisher import DoubtPublisher
 from control_plane.election import Election
 from control_plane.failure_detector import DetectorTimings
 from control_plane.leader_term import LeaderTerm
@@ -30,6 +29,7 @@ from control_plane.state_applier import (
     StateApplier,
     StateChange,
 )
+from control_plane.suspicion_publisher import SuspicionPublisher
 from control_plane.telemetry import Metrics
 from control_plane.writes import PlanHeal, Write
 from shared.clock import Clock
@@ -117,7 +117,7 @@ class Driver:
             urgent_interval_s=urgent_probe_interval_s,
         )
         self._publisher = Publisher(store, keys, clock)
-        self._doubts = DoubtPublisher(store, keys, lease_ttl_s=leader_ttl_s)
+        self._suspicions = SuspicionPublisher(store, keys, lease_ttl_s=leader_ttl_s)
         self._leader_term: LeaderTerm | None = None
         self._write_under_way = False
         self._spec_published = False
@@ -138,7 +138,7 @@ class Driver:
             group.create_task(self._leadership.run())
             group.create_task(self._prober.run())
             group.create_task(self._publisher.run())
-            group.create_task(self._doubts.run())
+            group.create_task(self._suspicions.run())
             group.create_task(self._loop(group))
 
     def health(self) -> dict[str, object]:
@@ -226,7 +226,7 @@ class Driver:
             if self._leader_term is not None:
                 log.warning("leadership_ended", leader=self._cluster.state.leader)
                 self._leader_term, self._spec_published = None, False
-                self._doubts.update((), now)
+                self._suspicions.update((), now)
                 self._prober.watch(())
             return
         if self._leader_term is None:
@@ -241,7 +241,7 @@ class Driver:
         dead = leader_term.membership.dead
         self._prober.watch(self._probe_targets.records(self._cluster.state, dead))
         self._prober.set_urgent(leader_term.detector.urgent)
-        self._doubts.update(leader_term.detector.doubts, now)
+        self._suspicions.update(leader_term.detector.doubts, now)
         if self._write_under_way or not self._spec_published:
             return
         decision = leader_term.decide(self._cluster.state, now)

@@ -1,4 +1,4 @@
-"""What the failure detector returns: a verdict on a member, or an alarm for a person."""
+"""What the failure detector returns: a verdict on a member, or an alarm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class AlarmKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """Something that only a person can repair. Raised once per episode."""
+    """Something that a person should know. Raised once per episode; MASS_EXPIRY and OWN_LINK may
+    end by themselves."""
 
     kind: AlarmKind
     detail: str

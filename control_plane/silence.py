@@ -14,7 +14,7 @@ nothing, too, and will go on. What its kernel says, through its node agent, says
 A host is silent if all of its members that were asked are, and they are at least two, or if its
 node agent has itself stood still. All but `stopped_s` grow, up to `hung_s`, with the slowest
 answers that this instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is
-longer than a second: no bounded pause up to that ends a life.
+longer than a second: a pause of up to a second ends no incarnation.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def patience_s(evidence: SilenceEvidence, timings: SilenceTimings) -> float:
 
 
 class Rhythm:
-    """The slowest answer of any trusted member within the last half minute to minute."""
+    """The slowest answer of any trusted member. Remembers each for 30 s at least, 60 s at most."""
 
     def __init__(self, now: float) -> None:
         self._began_at = now

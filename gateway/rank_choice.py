@@ -53,7 +53,7 @@ class _Rank:
         return self.load.kv_blocks_free * self.kv_block_tokens < num_tokens
 
 
-class RankRouter:
+class RankChooser:
     """A rank is live if the newest map names it and its link is open. A rank is silent if it does
     not answer a probe. It is still live, but gets sessions only if all live ranks are silent: the
     load of a hung rank does not grow, so by load alone it would be chosen."""

@@ -11,7 +11,7 @@ import structlog
 
 from gateway.cluster_view import ClusterView
 from gateway.metrics import GatewayMetrics
-from gateway.rank_choice import RankRouter
+from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
 from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
@@ -52,8 +52,8 @@ class SessionDriver:
         self._leased = leased
         self._metrics = metrics
         self._tasks = tasks
-        self._router = RankRouter()
-        self._table = SessionTable(router=self._router, policy=policy)
+        self._rank_chooser = RankChooser()
+        self._table = SessionTable(rank_chooser=self._rank_chooser, policy=policy)
         self._links: dict[Member, tuple[RankLink, asyncio.Task[None]]] = {}
         self._view = ClusterView()
         self._fenced: set[Member] = set()
@@ -73,7 +73,7 @@ class SessionDriver:
         return len(self._table.sessions)
 
     def live_ranks(self) -> list[Member]:
-        return self._router.live()
+        return self._rank_chooser.live()
 
     def open(
         self,
@@ -163,7 +163,7 @@ class SessionDriver:
         task.cancel()
         self._clear_suspicion(member)
         self._perform(self._table.on_link_broken(member, self._clock.now()))
-        self._router.forget(member)
+        self._rank_chooser.forget(member)
 
     def _on_opened(self, record: RankRecord) -> None:
         member = record.member
@@ -185,15 +185,15 @@ class SessionDriver:
 
     def _on_pong(self, member: Member, pong: Pong) -> None:
         self._mark_responsive(member)
-        self._router.on_load(member, pong.load)
+        self._rank_chooser.on_load(member, pong.load)
 
     def _on_silence(self, member: Member) -> None:
-        self._router.on_silence(member, silent=True)
+        self._rank_chooser.on_silence(member, silent=True)
         self._suspect(member, SuspicionReason.SILENCE, "a probe has no answer")
 
     def _mark_responsive(self, member: Member) -> None:
         if (member, SuspicionReason.SILENCE) in self._suspected:
-            self._router.on_silence(member, silent=False)
+            self._rank_chooser.on_silence(member, silent=False)
             self._clear_suspicion(member)
 
     def _suspect(self, member: Member, reason: SuspicionReason, detail: str) -> None:

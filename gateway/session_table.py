@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from gateway.rank_choice import RankRouter
+from gateway.rank_choice import RankChooser
 from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
 from shared.types import Member, SamplingParams, SessionId
 from shared.wire import Load, SessionTokens
@@ -25,8 +25,8 @@ Action = SendToRank | NotifyReader
 class SessionTable:
     """A session leaves the table when it ends; its reader still holds it."""
 
-    def __init__(self, *, router: RankRouter, policy: SessionPolicy) -> None:
-        self._router = router
+    def __init__(self, *, rank_chooser: RankChooser, policy: SessionPolicy) -> None:
+        self._rank_chooser = rank_chooser
         self._policy = policy
         self._sessions: dict[SessionId, StreamSession] = {}
         self._waiting: dict[SessionId, StreamSession] = {}
@@ -46,7 +46,7 @@ class SessionTable:
         if not self._waiting:
             return None
         return min(
-            min(s.ready_at, s.deadline_at) if self._router.live() else s.deadline_at
+            min(s.ready_at, s.deadline_at) if self._rank_chooser.live() else s.deadline_at
             for s in self._waiting.values()
         )
 
@@ -75,16 +75,16 @@ class SessionTable:
 
     def on_map(self, members: tuple[Member, ...], now: float) -> list[Action]:
         """Takes the newest map's members. Sessions on ranks that it leaves out are moved."""
-        self._router.on_map(members)
+        self._rank_chooser.on_map(members)
         left_out = [member for member in self._placed if member not in set(members)]
         return self._move(left_out, now)
 
     def on_link_opened(self, member: Member, kv_block_tokens: int, now: float) -> list[Action]:
-        self._router.on_link_opened(member, kv_block_tokens=kv_block_tokens)
+        self._rank_chooser.on_link_opened(member, kv_block_tokens=kv_block_tokens)
         return self._place_waiting(now)
 
     def on_link_broken(self, member: Member, now: float) -> list[Action]:
-        self._router.on_link_broken(member)
+        self._rank_chooser.on_link_broken(member)
         return self._move([member], now)
 
     def on_tokens(
@@ -96,7 +96,7 @@ class SessionTable:
             session = self._sessions.get(message.session)
             if session is not None:
                 actions += self._on_message(session, member, message, now)
-        self._router.on_load(member, load)
+        self._rank_chooser.on_load(member, load)
         if self._waiting:
             actions += self._place_waiting(now)
         return actions
@@ -131,7 +131,7 @@ class SessionTable:
         grown = len(session.emitted) - before
         if not grown:
             return []
-        self._router.add(member, tokens=grown)
+        self._rank_chooser.add(member, tokens=grown)
         return [NotifyReader(session=session)]
 
     def _move(self, lost: Iterable[Member], now: float) -> list[Action]:
@@ -146,13 +146,13 @@ class SessionTable:
 
     def _place_waiting(self, now: float) -> list[Action]:
         """Sessions with tokens come first: their clients wait in mid-stream."""
-        if not self._waiting or not self._router.live():
+        if not self._waiting or not self._rank_chooser.live():
             return []
         actions: list[Action] = []
         ready = [s for s in self._waiting.values() if s.ready_at <= now]
         for session in sorted(ready, key=lambda s: (not s.emitted, s.opened_at)):
             refused_by = self._refused_by.get(session.id)
-            member = self._router.choose(
+            member = self._rank_chooser.choose(
                 session.tokens,
                 avoid=(refused_by,) if refused_by else (),
                 backup_rank=session.backup_rank,
@@ -164,7 +164,7 @@ class SessionTable:
     def _place(self, session: StreamSession, member: Member) -> list[Action]:
         del self._waiting[session.id]
         self._placed.setdefault(member, {})[session.id] = session
-        self._router.add(member, sessions=1, tokens=session.num_tokens)
+        self._rank_chooser.add(member, sessions=1, tokens=session.num_tokens)
         return [*session.place(member)]
 
     def _apply(self, session: StreamSession, event: Callable[[], list[SendToRank]]) -> list[Action]:
@@ -185,7 +185,7 @@ class SessionTable:
             del placed[session.id]
             if not placed:
                 del self._placed[member]
-            self._router.add(member, sessions=-1, tokens=-num_tokens)
+            self._rank_chooser.add(member, sessions=-1, tokens=-num_tokens)
             if session.state is SessionState.WAITING:
                 self._waiting[session.id] = session
         if session.ended:

@@ -1,1 +1,1 @@
-"""One data-parallel rank, and the node agent that starts a host's ranks."""
+"""One data-parallel rank, on a CPU or a card, and the fork server that such ranks are copies of."""

@@ -107,7 +107,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
             store=store,
             clock=clock,
             hardware=hardware,
-            engine_host=EngineThread(),
+            engine_executor=EngineThread(),
             grammars=load_grammar_compiler(folder, model_spec),
             replication=replication,
         )

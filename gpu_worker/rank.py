@@ -13,7 +13,7 @@ import structlog
 
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.control_server import ControlServer, KvReplicaHost
-from gpu_worker.engine.engine_client import EngineCallbacks, EngineClient, EngineHost
+from gpu_worker.engine.engine_client import EngineCallbacks, EngineClient, EngineExecutor
 from gpu_worker.engine.grammar_matcher import GrammarCompiler
 from gpu_worker.engine.kv_replication import BlockCache, KvReplicator, ReplicaEndpoint
 from gpu_worker.engine.no_kv_replication import NoKvReplication
@@ -84,7 +84,7 @@ class RankParts:
     store: Store
     clock: Clock
     hardware: Hardware
-    engine_host: EngineHost
+    engine_executor: EngineExecutor
     grammars: GrammarCompiler | None = None  # for guided decoding
     replication: KvReplication | None = None
 
@@ -197,7 +197,7 @@ def _make_engine_client(parts: RankParts, callbacks: EngineCallbacks) -> EngineC
     replicator = NoKvReplication() if replication is None else replication.replicator
     return EngineClient(
         member=parts.member,
-        host=parts.engine_host,
+        executor=parts.engine_executor,
         make_runner=parts.hardware.make_runner,
         scheduler=Scheduler(
             scheduler_limits(parts.config, parts.spec),

@@ -152,7 +152,7 @@ class AgentDriver:
                 process.send_signal(signal.SIGKILL)
                 process.close()
                 continue
-            log.info("rank_adopted", member=str(running_rank.member), pid=running_rank.pid)
+            log.info("process_adopted", member=str(running_rank.member), pid=running_rank.pid)
             self._track(running_rank, process)
             self._perform(self.supervisor.on_adopted(running_rank, self.clock.now()))
 

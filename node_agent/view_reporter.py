@@ -1,8 +1,8 @@
 """Tells the control plane what the kernel says of this node's ranks: at once if one is stopped or
 continued, and again and again while anybody suspects one. It judges nothing.
 
-Nobody pays for it in peace: processes are sampled only while they are suspected. The node agent's
-own gaps are measured all the time, because a paused host can not be noticed while it is paused.
+It costs nothing without a fault: processes are sampled only while they are suspected. The node
+agent's own gaps are measured all the time: a paused host cannot notice its pause while it lasts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GAP_TICK_S = 0.02
 GAP_SPAN_S = 1.0
 
 
-class OwnGaps:
+class AgentGaps:
     """The longest time within the last second for which this process did not run."""
 
     def __init__(self, now: float, tick_s: float = GAP_TICK_S) -> None:
@@ -81,7 +81,7 @@ class ViewReporter:
         self._leased = leased
         self._alive = alive
         self._sample = sample
-        self._gaps = OwnGaps(clock.now(), gap_tick_s)
+        self._gaps = AgentGaps(clock.now(), gap_tick_s)
         self._gap_tick_s = gap_tick_s
         self._watched: dict[Member, _Watched] = {}
         self._suspected = asyncio.Event()
@@ -96,9 +96,9 @@ class ViewReporter:
         """Its process was stopped by a signal, or goes on."""
         state = ProcessState.STOPPED if stopped else ProcessState.RUNNING
         if stopped:
-            log.warning("rank_stopped", member=str(running_rank.member), pid=running_rank.pid)
+            log.warning("rank_paused", member=str(running_rank.member), pid=running_rank.pid)
         else:
-            log.info("rank_continued", member=str(running_rank.member), pid=running_rank.pid)
+            log.info("rank_resumed", member=str(running_rank.member), pid=running_rank.pid)
         self._put(running_rank.member, state)
 
     def forget(self, member: Member) -> None:

@@ -1,7 +1,8 @@
 """Ids, enums and small value types, and the project's words. Each word has one meaning everywhere.
 
 rank         a data-parallel rank, known by a stable number that survives its process
-incarnation  one run of a rank's process, numbered by a counter in etcd
+incarnation  a rank from one registration to its end by a verdict or by the end of its process; a
+             process may go through several; numbered by a counter in etcd
 member       a rank in one incarnation; the members of a map take part in its steps
 expert       a logical expert of one MoE layer
 slot         a physical place for one expert's weights, on one rank and in one layer
@@ -10,7 +11,7 @@ residents    the experts whose weights a rank's slots really hold
 map          which expert each slot of each member holds, in all layers (`ExpertMap`)
 epoch        the version of the map
 step         one forward pass that all members of a map run together
-session      one client request that generates tokens
+session      one choice of a client request: it generates one sequence of tokens
 attempt      one placement of a session on a rank
 suspicion    somebody's doubt, written to etcd, that a member is alive
 verdict      the control plane's decision that a member is dead
@@ -28,8 +29,9 @@ RankId = NewType("RankId", int)
 """The number of a data-parallel rank, 0 … num_ranks-1. Stays the same when its process restarts."""
 
 Incarnation = NewType("Incarnation", int)
-"""One run of a rank's process. Later runs of the same rank have higher numbers; a number may be
-skipped. It comes from a counter in etcd, and starts at 1."""
+"""A rank until a verdict or the end of its process: a fenced process may go on as the next one.
+Later incarnations of a rank have higher numbers; a number may be skipped. It comes from a counter
+in etcd, and starts at 1."""
 
 ExpertId = NewType("ExpertId", int)
 """A logical expert of a layer, 0 … num_experts-1."""
@@ -45,7 +47,7 @@ Step = NewType("Step", int)
 count on across epochs."""
 
 SessionId = NewType("SessionId", str)
-"""Name of one client request. The gateway chooses it."""
+"""Name of one choice of a client request. The gateway chooses it."""
 
 Attempt = NewType("Attempt", int)
 """Number of a session's placement on a rank. The first is 0."""
@@ -79,7 +81,7 @@ class FinishReason(Enum):
 class SuspicionReason(Enum):
     """Why somebody doubts that a rank is alive. A verdict names the reason of its first signal."""
 
-    EXIT = "exit"  # the node agent's pidfd fired
+    EXIT = "exit"  # the node agent saw that the process is exiting or gone
     STOPPED = "stopped"  # the node agent saw the process stopped by a signal
     LEASE = "lease"  # its record is gone from etcd: the lease expired or was revoked
     EXCHANGE = "exchange"  # a peer has waited for its data past the exchange deadline

@@ -153,7 +153,7 @@ class Engine:
             if self._try_claim_step():
                 self._begin_step()
             else:
-                self._monitor.park(_SEND_PENDING_S if self._replicator.pump() else _PARK_S)
+                self._monitor.park(_SEND_PENDING_S if self._replicator.send_offered() else _PARK_S)
 
     def _process_inbox(self, items: list[InboxItem]) -> bool:
         """Returns whether to stop."""
@@ -293,7 +293,7 @@ class Engine:
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
-        self._replicator.pump()
+        self._replicator.send_offered()
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:
         if replies:

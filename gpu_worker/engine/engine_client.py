@@ -53,7 +53,7 @@ from shared.wire import (
 log = structlog.get_logger()
 
 
-class EngineHost(Protocol):
+class EngineExecutor(Protocol):
     """What the engine runs on: a thread, or a greenlet of the simulator."""
 
     @property
@@ -88,7 +88,7 @@ class EngineClient:
         self,
         *,
         member: Member,
-        host: EngineHost,
+        executor: EngineExecutor,
         make_runner: MakeRunner,
         scheduler: Scheduler,
         replicator: KvReplicator,
@@ -97,15 +97,15 @@ class EngineClient:
     ) -> None:
         """`replicator` is the scheduler's."""
         self._member = member
-        self._host = host
+        self._executor = executor
         self._clock = clock
         self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
-        self._inbox = Inbox(host.waiter)
+        self._inbox = Inbox(executor.waiter)
         self._stopped = False
         self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
         self._broken_links: set[Member] = set()
-        monitor = EngineMonitor(self._inbox, self._post, clock, host.cpu_s)
+        monitor = EngineMonitor(self._inbox, self._post, clock, executor.cpu_s)
         barrier_callbacks = GraphBarrierCallbacks(
             send_update=callbacks.send_update,
             wake=lambda step: callbacks.send_wake(Epoch(0), step),
@@ -132,7 +132,7 @@ class EngineClient:
 
     def start(self) -> asyncio.Future[None]:
         """Ends when the engine stops, or with the exception that it raised."""
-        return self._host.start(self._engine.run)
+        return self._executor.start(self._engine.run)
 
     def stop(self) -> None:
         """Ends the engine, and its step. Nothing that it reports is passed on from now on."""

@@ -11,8 +11,8 @@ from gpu_worker.engine.mailbox import ThreadWaiter
 
 
 class EngineThread:
-    """Implements `engine_client.EngineHost`. It is a daemon thread: an engine that waits for dead
-    peers must not keep its process from ending."""
+    """Implements `engine_client.EngineExecutor`. It is a daemon thread: an engine that waits for
+    dead peers must not keep its process from ending."""
 
     def __init__(self) -> None:
         self.waiter = ThreadWaiter()

@@ -150,7 +150,7 @@ class KvReplicator(Protocol):
         """The rank that holds a replica of at least its first block and takes the next ones."""
         ...
 
-    def pump(self) -> bool:
+    def send_offered(self) -> bool:
         """Between steps: sends a little of what has been offered. Returns whether it can soon send
         more without a further event."""
         ...

@@ -25,5 +25,5 @@ class NoKvReplication:
     def backup_of(self, session: SessionId) -> RankId | None:
         return None
 
-    def pump(self) -> bool:
+    def send_offered(self) -> bool:
         return False

@@ -59,11 +59,14 @@ class StepRunner(Protocol):
         `begin` next."""
         ...
 
-    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None: ...
+    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
+        """Begins a step. A card computes it from now on, a CPU rank in `end`."""
+        ...
 
     def end(self) -> StepResult:
-        """Waits for the first step in flight. Raises StepAbandoned: the caller abandons the plans
-        of all steps in flight and waits for a newer map."""
+        """Ends the first step in flight: waits for a card, and computes it on a CPU rank.
+        Raises StepAbandoned: the caller abandons the plans of all steps in flight and waits for a
+        newer map."""
         ...
 
 

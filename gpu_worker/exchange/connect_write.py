@@ -14,7 +14,7 @@ from shared.clock import Clock
 _POLL_S = 0.001
 _RETRY_S = 0.1
 _END_POLL_S = 0.2
-_END_PATIENCE_S = 60.0
+_END_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -47,7 +47,7 @@ def close_after_exit(
     returns a batch, or 0; its write must harm nobody if the process lives after all."""
 
     def close() -> None:
-        until = clock.now() + _END_PATIENCE_S
+        until = clock.now() + _END_TIMEOUT_S
         while not _is_refused(control_address):
             if clock.now() >= until:
                 return

@@ -40,7 +40,7 @@ class ReplicaWriter:
         self._target_of: dict[ReplicatedChain, BackupRank] = {}
         self._unassigned: dict[ReplicatedChain, None] = {}  # have no backup rank
         self._targets: dict[RankId, BackupRank] = {}
-        # `pump` runs with every step, so it visits only these.
+        # `send_offered` runs with every step, so it visits only these.
         self._unsettled: dict[BackupRank, None] = {}
         self._wanting: OrderedDict[BackupRank, None] = OrderedDict()  # may have blocks to send
 
@@ -87,7 +87,7 @@ class ReplicaWriter:
             return None
         return target.channel.target.rank
 
-    def pump(self) -> bool:
+    def send_offered(self) -> bool:
         for target in tuple(self._unsettled):
             if not target.channel.is_open:
                 self._lose(target)

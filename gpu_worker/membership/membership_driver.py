@@ -15,8 +15,8 @@ from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
     AnnounceMap,
+    AnnounceVerdict,
     CloseLink,
-    DeclareDead,
     HoldEngine,
     Leave,
     LoadSlots,
@@ -146,7 +146,7 @@ class MembershipDriver:
         return tuple(m for m in newest.members if m != me) if newest is not None else ()
 
     async def _watch(self) -> None:
-        """Follows everything of the instance. Never returns."""
+        """Follows the keys under `serving/`. Never returns."""
         async for seen in changes(self._store, self._keys.serving):
             for event in seen.events:
                 self._on_event(event)
@@ -228,7 +228,7 @@ class MembershipDriver:
                 self._engine.announce_map(expert_map)
             case AdoptMap(expert_map=expert_map):
                 self._engine.adopt_map(expert_map)
-            case DeclareDead(peer=peer, epoch=epoch):
+            case AnnounceVerdict(peer=peer, epoch=epoch):
                 self._engine.declare_dead(peer, epoch)
             case SuspectPeer(peer=peer, reason=reason, detail=detail):
                 newest = self._membership.expert_map

@@ -30,7 +30,7 @@ plane takes for resident.
     engine adopted a map   LoadSlots that waited for it
     engine held            LoadSlots that waited for it
     engine stopped         Leave
-    verdict                on a peer DeclareDead, on this incarnation Leave
+    verdict                on a peer AnnounceVerdict, on this incarnation Leave
     another lease granted  our record and residents again
 """
 
@@ -99,9 +99,9 @@ class AdoptMap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeclareDead:
-    """A verdict on a peer: no step waits for it any more. The map of `epoch`, which may not be
-    here yet, is without it."""
+class AnnounceVerdict:
+    """A verdict on a peer. Ranks that count graphs stop waiting for it at once; on CPU ranks only
+    the map of `epoch` ends a wait. That map, which may not be here yet, is without the peer."""
 
     peer: Member
     epoch: Epoch
@@ -130,7 +130,7 @@ MembershipAction = (
     | PutResidents
     | AnnounceMap
     | AdoptMap
-    | DeclareDead
+    | AnnounceVerdict
     | SuspectPeer
     | Leave
 )
@@ -263,7 +263,7 @@ class RankMembership:
     def on_verdict(self, member: Member, epoch: Epoch) -> list[MembershipAction]:
         """The map of `epoch` is the first without this member."""
         if member != self._member:
-            return [DeclareDead(peer=member, epoch=epoch)]
+            return [AnnounceVerdict(peer=member, epoch=epoch)]
         return [Leave(reason="the control plane declared this rank dead")]
 
     def on_lease_granted(self, lease_id: int) -> list[MembershipAction]:

@@ -78,7 +78,7 @@ class CardFaults:
             return
         self._log_fault(f"stall the engine of rank {rank} for {seconds} s")
         member = next(m for m, p in self._cluster.processes.items() if p is process)
-        if (host := self._cluster.engine_hosts.get(member)) is not None:
+        if (host := self._cluster.engine_executors.get(member)) is not None:
             host.stall(seconds)
 
     async def _starve(self) -> None:

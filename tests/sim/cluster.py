@@ -35,7 +35,7 @@ from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process,
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
 from tests.sim.sim_network import SimNetwork
 from tests.sim.sim_rank import (
-    GreenletHost,
+    GreenletExecutor,
     HardwareContext,
     SimClock,
     build_cpu_hardware,
@@ -133,7 +133,7 @@ class SimCluster:
         self.processes: dict[Member, SimProcess] = {}
         self.agent_processes: dict[int, SimProcess] = {}
         self.ranks: dict[Member, RejoiningRank] = {}
-        self.engine_hosts: dict[Member, GreenletHost] = {}
+        self.engine_executors: dict[Member, GreenletExecutor] = {}
         self.violations: list[str] = [] if self.cards is None else self.cards.fabric.violations
         self.on_load: Callable[[Member, Placement, Placement], None] = lambda *_: None
         self.on_exit: Callable[[Member], None] = lambda _: None
@@ -330,7 +330,7 @@ class SimCluster:
         return process
 
     def _build_hardware(self, context: HardwareContext) -> Hardware:
-        self.engine_hosts[context.member] = context.host
+        self.engine_executors[context.member] = context.host
         if self.cards is None:
             hardware = build_cpu_hardware(self.hub, context)
         else:

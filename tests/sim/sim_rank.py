@@ -40,9 +40,9 @@ class SimClock:
         return self._loop.time()
 
 
-class GreenletHost:
-    """Implements `engine_client.EngineHost` and its Waiter. The engine blocks by switching to the
-    loop."""
+class GreenletExecutor:
+    """Implements `engine_client.EngineExecutor` and its Waiter. The engine blocks by switching to
+    the loop."""
 
     def __init__(self, loop: SimLoop, process: SimProcess) -> None:
         self._loop = loop
@@ -55,7 +55,7 @@ class GreenletHost:
         self._stalled_until = 0.0
 
     @property
-    def waiter(self) -> GreenletHost:
+    def waiter(self) -> GreenletExecutor:
         return self
 
     def cpu_s(self) -> float:
@@ -180,7 +180,7 @@ class HardwareContext:
 
     loop: SimLoop
     process: SimProcess
-    host: GreenletHost
+    host: GreenletExecutor
     clock: SimClock
     member: Member
     config: RankConfig
@@ -202,7 +202,7 @@ def build_rank(
     build_hardware: Callable[[HardwareContext], Hardware],
 ) -> RejoiningRank:
     """In the context of `process`."""
-    host = GreenletHost(loop, process)
+    host = GreenletExecutor(loop, process)
     model = SimModel(
         slots_per_rank=spec.slots_per_rank,
         kv_blocks=config.kv_tokens // config.kv_block_tokens,
@@ -238,7 +238,7 @@ def build_rank(
                     blocks=blocks,
                 )
             ),
-            engine_host=host,
+            engine_executor=host,
             replication=replication_of(member),
         )
     )

@@ -90,7 +90,7 @@ def idle_engine(member: Member) -> EngineClient:
 
     return EngineClient(
         member=member,
-        host=EngineThread(),
+        executor=EngineThread(),
         make_runner=make_runner,
         scheduler=scheduler(),
         replicator=NoKvReplication(),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.rank_choice import CACHED_TOKEN_WEIGHT, RankRouter
+from gateway.rank_choice import CACHED_TOKEN_WEIGHT, RankChooser
 from shared.types import Incarnation, Member, RankId
 from shared.wire import Load
 
@@ -23,15 +23,15 @@ def load(*, tokens: int = 0, running: int = 0, waiting: int = 0, free: int = 100
     )
 
 
-def router(num_ranks: int = 3) -> RankRouter:
-    result = RankRouter()
+def router(num_ranks: int = 3) -> RankChooser:
+    result = RankChooser()
     result.on_map([member(rank) for rank in range(num_ranks)])
     for rank in range(num_ranks):
         result.on_link_opened(member(rank), kv_block_tokens=16)
     return result
 
 
-def place(ranks: RankRouter, prompt: tuple[int, ...]) -> Member:
+def place(ranks: RankChooser, prompt: tuple[int, ...]) -> Member:
     chosen = ranks.choose(prompt)
     assert chosen is not None
     ranks.add(chosen, sessions=1, tokens=len(prompt))
@@ -39,7 +39,7 @@ def place(ranks: RankRouter, prompt: tuple[int, ...]) -> Member:
 
 
 def test_nobody_lives_before_a_map_and_a_link() -> None:
-    ranks = RankRouter()
+    ranks = RankChooser()
     ranks.on_link_opened(member(0), kv_block_tokens=16)
     assert ranks.choose(PROMPT) is None
     ranks.on_map([member(0), member(1)])
@@ -104,7 +104,7 @@ def test_who_refused_just_now_comes_last() -> None:
     assert ranks.choose(PROMPT, avoid=(member(0),)) == member(1)
 
 
-def done(ranks: RankRouter, chosen: Member, prompt: tuple[int, ...]) -> None:
+def done(ranks: RankChooser, chosen: Member, prompt: tuple[int, ...]) -> None:
     ranks.add(chosen, sessions=-1, tokens=-len(prompt))
 
 
@@ -155,7 +155,7 @@ def test_a_prefix_does_not_draw_where_there_is_no_room_or_only_silence() -> None
     assert ranks.choose(PROMPT) == member(1)
 
 
-def lose(ranks: RankRouter, how: str) -> None:
+def lose(ranks: RankChooser, how: str) -> None:
     """Makes member 0 lose its cache; its link is open afterwards."""
     if how == "map":
         ranks.on_map([member(1)])
@@ -228,7 +228,7 @@ def test_kv_replicas_of_the_last_token_save_nothing() -> None:
     assert ranks.choose(PROMPT[:96], backup_rank=RankId(1)) == member(0)
 
 
-def hinder(ranks: RankRouter, how: str) -> None:
+def hinder(ranks: RankChooser, how: str) -> None:
     """Gives the rank `member(0)` a reason not to be chosen."""
     if how == "no link":
         ranks.on_link_broken(member(0))

@@ -9,7 +9,7 @@ from collections import deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.rank_choice import RankRouter
+from gateway.rank_choice import RankChooser
 from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.stream_session import (
     FailureKind,
@@ -30,7 +30,7 @@ def member(rank: int, incarnation: int = 1) -> Member:
 
 
 def new_table(*linked: Member, policy: SessionPolicy | None = None) -> SessionTable:
-    table = SessionTable(router=RankRouter(), policy=policy or SessionPolicy())
+    table = SessionTable(rank_chooser=RankChooser(), policy=policy or SessionPolicy())
     table.on_map(linked, 0.0)
     for each in linked:
         table.on_link_opened(each, BLOCK, 0.0)
@@ -67,7 +67,7 @@ def test_a_session_is_placed_at_once_where_a_rank_lives() -> None:
 
 
 def test_a_rank_must_be_both_linked_and_in_the_map() -> None:
-    table = SessionTable(router=RankRouter(), policy=SessionPolicy())
+    table = SessionTable(rank_chooser=RankChooser(), policy=SessionPolicy())
     _, actions = open_one(table)
     actions += table.on_link_opened(member(0), BLOCK, 0.0)
     assert submits(actions) == []
@@ -211,7 +211,7 @@ class UnreliableCluster:
     def __init__(self, seed: int, num_ranks: int, lengths: list[int]) -> None:
         self.random = random.Random(seed)
         policy = SessionPolicy(no_rank_timeout_s=1e6, losses_max=10**6, refusals_max=10**6)
-        self.table = SessionTable(router=RankRouter(), policy=policy)
+        self.table = SessionTable(rank_chooser=RankChooser(), policy=policy)
         self.now = 0.0
         self.live = dict.fromkeys(range(num_ranks), 1)  # incarnation by rank
         self.linked: set[Member] = set()

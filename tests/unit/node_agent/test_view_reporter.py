@@ -12,7 +12,7 @@ import pytest
 
 from node_agent.process_view import ProcessSample
 from node_agent.rank_supervisor import RunningRank
-from node_agent.view_reporter import OwnGaps, ViewReporter
+from node_agent.view_reporter import AgentGaps, ViewReporter
 from shared.clock import SystemClock
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
@@ -140,7 +140,7 @@ async def test_the_view_of_a_process_that_is_gone_goes_too() -> None:
 
 
 def test_own_gaps_are_what_is_beyond_a_tick_within_the_last_second() -> None:
-    gaps = OwnGaps(now=10.0, tick_s=0.02)
+    gaps = AgentGaps(now=10.0, tick_s=0.02)
     for number in range(1, 11):
         gaps.tick(10.0 + 0.02 * number)
     assert gaps.longest_ms(10.2) == pytest.approx(0.0, abs=1e-6)
@@ -152,5 +152,5 @@ def test_own_gaps_are_what_is_beyond_a_tick_within_the_last_second() -> None:
 
 
 def test_a_gap_that_has_not_ended_counts() -> None:
-    gaps = OwnGaps(now=10.0, tick_s=0.02)
+    gaps = AgentGaps(now=10.0, tick_s=0.02)
     assert gaps.longest_ms(10.32) == pytest.approx(300.0)

@@ -53,7 +53,7 @@ class FakeReplicator:
     def backup_of(self, session: SessionId) -> RankId | None:
         return self.backups.get(session)
 
-    def pump(self) -> bool:
+    def send_offered(self) -> bool:
         return False
 
     def names_offered(self, session: str) -> list[bytes]:

@@ -244,7 +244,7 @@ class SchedulerHarness:
         for batch in self.ranks[rank].commit(plan, ids).replies.values():
             for reply in batch:
                 self.clients[reply.session].accept(reply)
-        self.replicas.writers[rank].pump()
+        self.replicas.writers[rank].send_offered()
         self.replicas.carry(rank)
 
     def check(self) -> None:

@@ -57,10 +57,10 @@ class Source:
     def pump_out(self) -> None:
         """Until nothing is under way."""
         for _ in range(50):
-            self.writer.pump()
+            self.writer.send_offered()
             for channel in self.endpoint.all:
                 channel.deliver_all()
-        self.writer.pump()
+        self.writer.send_offered()
 
 
 def names_of(chain: str, num_blocks: int) -> list[bytes]:
@@ -87,10 +87,10 @@ def test_a_backup_rank_is_named_once_it_has_the_first_block() -> None:
     source = Source(channel)
     source.offer("s", "a", 0, 2)
     assert source.backup_of("s") is None
-    source.writer.pump()
+    source.writer.send_offered()
     assert source.backup_of("s") is None
     channel.deliver_all()
-    source.writer.pump()
+    source.writer.send_offered()
     assert source.backup_of("s") == 0
     assert source.backup_of("unknown") is None
 
@@ -99,10 +99,10 @@ def test_little_is_sent_at_a_time_and_nothing_once_all_is() -> None:
     channel = Channel(member(0), num_slots=64, num_staging_buffers=64)
     source = Source(channel, blocks_per_pump=BLOCKS_PER_PUMP)
     source.offer("s", "a", 0, 2 * BLOCKS_PER_PUMP + 1)
-    assert source.writer.pump()
+    assert source.writer.send_offered()
     assert len(channel.sent) == BLOCKS_PER_PUMP
-    assert source.writer.pump()
-    assert not source.writer.pump()
+    assert source.writer.send_offered()
+    assert not source.writer.send_offered()
     assert len(channel.sent) == 2 * BLOCKS_PER_PUMP + 1
 
 
@@ -114,7 +114,7 @@ def test_with_all_sent_no_channel_is_asked_anything() -> None:
     source.pump_out()
     for channel in channels:
         del channel.is_open  # who asks for it now fails
-    assert not source.writer.pump()
+    assert not source.writer.send_offered()
 
 
 def test_sessions_and_targets_take_turns() -> None:
@@ -122,12 +122,12 @@ def test_sessions_and_targets_take_turns() -> None:
     source = Source(*channels, blocks_per_pump=6)
     for session in "abcd":
         source.offer(session, session, 0, 9)
-    source.writer.pump()
+    source.writer.send_offered()
     assert [channel.sent for channel in channels] == [
         [b"a0", b"c0", b"a1"],
         [b"b0", b"d0", b"b1"],
     ]
-    source.writer.pump()
+    source.writer.send_offered()
     assert [len(channel.sent) for channel in channels] == [6, 6]
 
 
@@ -137,7 +137,7 @@ def test_targets_far_behind_each_other_are_all_served() -> None:
     for session in "abcd":
         source.offer(session, session, 0, 4)
     for _ in range(4):
-        source.writer.pump()
+        source.writer.send_offered()
     assert [len(channel.sent) for channel in channels] == [1, 1, 1, 1]
 
 
@@ -182,7 +182,7 @@ def test_who_is_in_no_map_or_has_no_room_or_no_channel_gets_nothing() -> None:
     source = Source(outside, empty, old_incarnation)
     source.writer.use([member(1), member(3, incarnation=2), member(4)])
     source.offer("s", "a", 0, 1)
-    assert not source.writer.pump()
+    assert not source.writer.send_offered()
     assert [channel.sent for channel in source.endpoint.all] == [[], [], []]
     source.endpoint.all.append(late := Channel(member(4)))
     source.pump_out()
@@ -193,10 +193,10 @@ def test_a_session_starts_over_elsewhere_when_its_channel_closes_in_mid_way() ->
     first, second = Channel(member(0)), Channel(member(1))
     source = Source(first, second)
     source.offer("s", "a", 0, 4)
-    source.writer.pump()
+    source.writer.send_offered()
     for _ in range(8):
         first.deliver()
-    source.writer.pump()
+    source.writer.send_offered()
     first.close()
     source.offer("s", "a", 4, 5)
     source.pump_out()
@@ -240,7 +240,7 @@ def test_in_a_full_area_a_prefix_is_kept_and_the_rest_waits_for_another_sessions
     source.offer("t", "b", 0, 6)
     source.pump_out()
     assert channel.sent == [*names_of("a", 6), *names_of("b", 2)]
-    assert not source.writer.pump()
+    assert not source.writer.send_offered()
     assert [source.backup_of(session) for session in "st"] == [0, 0]
     source.forget("s")
     source.pump_out()
@@ -262,11 +262,11 @@ def test_a_slow_channel_holds_up_no_other_and_goes_on_when_it_has_staging_buffer
     source = Source(slow, other)
     source.offer("s", "a", 0, 3)
     source.offer("t", "b", 0, 3)
-    assert source.writer.pump()
+    assert source.writer.send_offered()
     assert (slow.sent, other.sent) == (names_of("a", 1), names_of("b", 3))
-    assert source.writer.pump()
+    assert source.writer.send_offered()
     slow.deliver_all()
-    assert source.writer.pump()
+    assert source.writer.send_offered()
     assert slow.sent == names_of("a", 2)
     source.pump_out()
     assert slow.sent == names_of("a", 3)
@@ -300,7 +300,7 @@ def test_nothing_is_sent_of_a_session_that_has_ended() -> None:
     source.offer("s", "a", 0, 4)
     source.forget("s")
     source.forget("unknown")
-    assert not source.writer.pump()
+    assert not source.writer.send_offered()
     assert channel.sent == []
     source.offer("s", "a", 0, 1)
     source.pump_out()
@@ -311,7 +311,7 @@ def test_what_is_left_of_a_session_that_ends_in_mid_way_is_not_sent() -> None:
     channel = Channel(member(0), num_staging_buffers=2)
     source = Source(channel)
     source.offer("s", "a", 0, 4)
-    source.writer.pump()
+    source.writer.send_offered()
     source.forget("s")
     source.pump_out()
     assert {*channel.known} == {b"a0", b"a1"} == {*channel.sent}
@@ -332,7 +332,9 @@ def test_blocks_are_restored_in_order_up_to_the_first_that_is_missing() -> None:
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["offer", "offer", "pump", "pump", "deliver", "deliver", "end", "break"]),
+        st.sampled_from(
+            ["offer", "offer", "send_offered", "send_offered", "deliver", "deliver", "end", "break"]
+        ),
         st.integers(0, 30),
     ),
     max_size=150,
@@ -361,8 +363,8 @@ def test_what_is_known_is_whole_whatever_comes_in_which_order(
         elif event == "end":
             lengths.pop(session, None)
             source.forget(session)
-        elif event == "pump":
-            source.writer.pump()
+        elif event == "send_offered":
+            source.writer.send_offered()
         elif event == "deliver":
             channels[number % 2].deliver(number // 2)
         elif number % 4 == 0:
@@ -378,4 +380,4 @@ def test_what_is_known_is_whole_whatever_comes_in_which_order(
     source.offer("last", "z", 0, 1)
     source.pump_out()
     assert source.backup_of("last") is not None
-    assert not source.writer.pump()
+    assert not source.writer.send_offered()

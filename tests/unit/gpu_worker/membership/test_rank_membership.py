@@ -8,8 +8,8 @@ import pytest
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
     AnnounceMap,
+    AnnounceVerdict,
     CloseLink,
-    DeclareDead,
     HoldEngine,
     Leave,
     LoadSlots,
@@ -317,7 +317,7 @@ def test_it_leaves_on_its_own_verdict() -> None:
 
 
 def test_a_verdict_on_a_peer_ends_the_waits_for_it() -> None:
-    dead = DeclareDead(peer=member(1), epoch=Epoch(2))
+    dead = AnnounceVerdict(peer=member(1), epoch=Epoch(2))
     assert membership().on_verdict(member(1), Epoch(2)) == [dead]
 
 

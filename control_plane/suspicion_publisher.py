@@ -14,7 +14,7 @@ from shared.types import Member
 _REPEAT_S = 1.0
 
 
-class DoubtPublisher:
+class SuspicionPublisher:
     """Keeps one suspicion of ours for each suspected member, under a lease of its own. Run `run()`
     once."""
 
@@ -27,15 +27,15 @@ class DoubtPublisher:
     async def run(self) -> None:
         await self._leased.run()
 
-    def update(self, doubts: Iterable[Suspicion], now: float) -> None:
-        """`doubts` are all that stand now. One that stays is written again now and then: a node
-        agent looks into it for a while only."""
-        doubted = {doubt.member: doubt for doubt in doubts}
-        for member in [m for m in self._written_at if m not in doubted]:
+    def update(self, suspicions: Iterable[Suspicion], now: float) -> None:
+        """`suspicions` are all that we have now. One that stays is written again every second: a
+        node agent looks into it for a few seconds only."""
+        suspected = {suspicion.member: suspicion for suspicion in suspicions}
+        for member in [m for m in self._written_at if m not in suspected]:
             del self._written_at[member]
             self._leased.delete(self._key_of.pop(member), urgent=False)
-        for member, doubt in doubted.items():
+        for member, suspicion in suspected.items():
             if now - self._written_at.get(member, -_REPEAT_S) >= _REPEAT_S:
-                key = self._keys.suspicion(member.rank, member.incarnation, doubt.by)
+                key = self._keys.suspicion(member.rank, member.incarnation, suspicion.by)
                 self._written_at[member], self._key_of[member] = now, key
-                self._leased.put(key, pack_record(doubt))
+                self._leased.put(key, pack_record(suspicion))
