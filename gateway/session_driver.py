@@ -131,7 +131,7 @@ class SessionDriver:
                     self._on_silence(link.member)
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
-        log.info("map", epoch=view.epoch, members=[str(m) for m in view.members])
+        log.info("map_received", epoch=view.epoch, members=[str(m) for m in view.members])
         # A member that a map leaves out stays fenced; its rank returns as a new incarnation.
         self._fenced |= set(old.members) - set(view.members)
         self._perform(self._table.on_map(view.members, self._clock.now()))

@@ -62,7 +62,7 @@ class Revisions:
         return was_live
 
     def _replace_all(self, snapshot: Snapshot) -> list[WatchEvent]:
-        """etcd lost its data and counts anew: revisions before and after do not compare."""
+        """etcd lost its data and restarted its count: revisions before and after do not compare."""
         present = {kv.key for kv in snapshot.values}
         gone = [key for key in self._live if key not in present]
         self._live = {kv.key: kv.mod_revision for kv in snapshot.values}

@@ -35,7 +35,7 @@ class Snapshot:
     """All keys under the prefix as they stood at `revision`. A watch begins with one, and sends
     another if events may have been missed (compaction). It may be older than what the receiver
     knows: `shared.revisions` says which of its values are new. If `restored`, etcd came back with
-    other data and counts its revisions anew, and the snapshot replaces everything."""
+    other data and counts its revisions from the start, and the snapshot replaces everything."""
 
     revision: int
     values: tuple[KeyValue, ...]

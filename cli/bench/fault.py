@@ -119,7 +119,7 @@ async def compare_answers(
     target: Target, fault_runs: FaultRuns, load: FaultLoad, clock: Clock
 ) -> FaultReport:
     """Compares with the answers of `target`, which nothing disturbs now. Best is a fresh instance
-    without a cache; an instance that was disturbed at least computes the prompts anew. Raises
+    without a cache; an instance that was disturbed at least computes the prompts again. Raises
     Unavailable."""
     tries = []
     async with stream_client(_url(target), clock) as client:

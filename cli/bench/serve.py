@@ -131,7 +131,7 @@ OpenInstance = Callable[[bool], AbstractAsyncContextManager[Target]]
 async def _instances(
     options: TemporaryInstanceOptions, console: Console
 ) -> AsyncIterator[OpenInstance]:
-    """Both instances run all the time. But if there are more ranks than GPUs, each is started anew
+    """Both instances run all the time. But if there are more ranks than GPUs, each is started again
     when its turn comes: ranks of two instances that share a GPU were seen to fail."""
 
     def start(is_static: bool) -> AbstractAsyncContextManager[Target]:

@@ -52,7 +52,7 @@ class TemporaryInstanceOptions:
         parse_rank_options(self.rank_options)
 
     def without_cache(self) -> TemporaryInstanceOptions:
-        """The same instance with no prefix cache: it computes every answer anew."""
+        """The same instance with no prefix cache: it computes every answer whole."""
         return replace(self, rank_options=[*self.rank_options, "prefix_cache=false"])
 
     def flags(self) -> list[str]:

@@ -248,7 +248,7 @@ class EngineClient:
             case SendWake(epoch=epoch, step=step):
                 callbacks.send_wake(epoch, step)
             case Adopted(expert_map=expert_map, adoption=adoption):
-                log.info("adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
+                log.info("map_adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
                 callbacks.adopted(expert_map)
             case Held(epoch=epoch):
                 callbacks.held(epoch)

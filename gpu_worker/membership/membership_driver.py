@@ -183,7 +183,7 @@ class MembershipDriver:
         if now - last < SUSPICION_REPEAT_S:
             return
         self._suspected_at[peer, reason] = now
-        log.info("suspicion", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)
+        log.info("peer_suspected", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)
         me = self._membership.record.member
         suspicion = Suspicion(
             rank=peer.rank,

@@ -5,7 +5,7 @@ Theory of operation. A rank learns of its peers from their records. It opens a l
 own record lists the links that are open. It loads what the control plane assigns and publishes what
 its slots hold. The control plane puts it into a map only after both, so adopting a map rarely
 waits. The engine may adopt a map once every member's link is open and the own slots hold what the
-map says. Until then the map is held back, and a newer one replaces it. The slots may differ from
+map says. Until then the map is postponed, and a newer one replaces it. The slots may differ from
 the map: an assignment that was replaced before its load ended has overwritten what the control
 plane takes for resident.
 
@@ -15,7 +15,7 @@ plane takes for resident.
     peer's record appears  OpenLink
     peer's record goes     CloseLink, and our record without the link. For a member only once a map
                            leaves it out: its lease may have expired although it runs
-    link opened            our record again; AdoptMap, if a held map can be adopted now
+    link opened            our record again; AdoptMap, if a postponed map can be adopted now
     link broken            SuspectPeer(LINK) if it is a member; our record again
     assignment             LoadSlots of what differs, one load at a time. HoldEngine first, if it
                            takes a slot that the engine's map names. Either a newer map empties the
@@ -23,9 +23,9 @@ plane takes for resident.
                            surplus replica after a death; no step can complete anyway. If messages
                            carry no epoch (`peers_may_lag`), peers that still run an older map use
                            the slot as well, so a member always holds first
-    slots loaded           residents again; AdoptMap, if a held map can be adopted now; LoadSlots if
-                           the assignment has changed meanwhile
-    map                    AnnounceMap; AdoptMap, or held back; LoadSlots of what it says, if the
+    slots loaded           residents again; AdoptMap, if a postponed map can be adopted now;
+                           LoadSlots if the assignment has changed meanwhile
+    map                    AnnounceMap; AdoptMap, or postponed; LoadSlots of what it says, if the
                            slots do not hold it. Leave, if it says that this incarnation is dead
     engine adopted a map   LoadSlots that waited for it
     engine held            LoadSlots that waited for it
@@ -155,7 +155,7 @@ class RankMembership:
         self._engine_held_epoch = Epoch(0)
         self._loading: NDArray[np.bool_] | None = None  # which slots
         self._map: ExpertMap | None = None
-        self._held_map: ExpertMap | None = None
+        self._postponed_map: ExpertMap | None = None
         self._adopted: ExpertMap | None = None
         self._was_member = False
 
@@ -203,7 +203,7 @@ class RankMembership:
         record is gone."""
         if peer not in self._peers:
             return []
-        newest, was_open = self._held_map or self._map, peer in self._open
+        newest, was_open = self._postponed_map or self._map, peer in self._open
         if not was_open:
             return []
         self._open.discard(peer)
@@ -242,12 +242,12 @@ class RankMembership:
         return [Leave(reason=reason)]
 
     def on_map(self, expert_map: ExpertMap) -> list[MembershipAction]:
-        newest = self._held_map or self._map
+        newest = self._postponed_map or self._map
         if newest is not None and expert_map.epoch <= newest.epoch:
             return []
         if expert_map.has(self._member):
             self._was_member = True
-            self._held_map = expert_map
+            self._postponed_map = expert_map
             return [
                 AnnounceMap(expert_map=expert_map),
                 *self._drop_gone(),
@@ -275,7 +275,7 @@ class RankMembership:
         ]
 
     def _drop_gone(self) -> list[MembershipAction]:
-        newest = self._held_map or self._map
+        newest = self._postponed_map or self._map
         dropped = {p for p in self._gone if newest is None or not newest.has(p)}
         self._gone -= dropped
         return [action for peer in sorted(dropped) for action in self._drop(peer)]
@@ -289,14 +289,16 @@ class RankMembership:
         return actions
 
     def _adopt_if_able(self) -> list[MembershipAction]:
-        held = self._held_map
-        if held is None or any(m != self._member and m not in self._open for m in held.members):
+        postponed = self._postponed_map
+        if postponed is None or any(
+            m != self._member and m not in self._open for m in postponed.members
+        ):
             return []
-        if self._missing_slots(held).any():
+        if self._missing_slots(postponed).any():
             return []
-        self._held_map = None
-        self._map = held
-        return [AdoptMap(expert_map=held)]
+        self._postponed_map = None
+        self._map = postponed
+        return [AdoptMap(expert_map=postponed)]
 
     def _publish_links(self, *, urgent: bool = True) -> list[MembershipAction]:
         self.record = replace(self.record, links=tuple(sorted(self._open)))
@@ -305,15 +307,18 @@ class RankMembership:
     def _load_if_needed(self) -> list[MembershipAction]:
         if self._loading is not None:
             return []
-        if self._held_map is not None and (missing := self._missing_slots(self._held_map)).any():
-            return self._load_held_map(self._held_map, missing)
+        if (
+            self._postponed_map is not None
+            and (missing := self._missing_slots(self._postponed_map)).any()
+        ):
+            return self._load_postponed_map(self._postponed_map, missing)
         wanted = self._wanted
         if wanted is None:
             return []
         differs = wanted != self._residents
         if not differs.any():
             return self._publish_ready()
-        newest = self._held_map or self._map
+        newest = self._postponed_map or self._map
         newest_epoch = newest.epoch if newest is not None else Epoch(0)
         if self._wanted_epoch > newest_epoch:
             return []
@@ -327,12 +332,14 @@ class RankMembership:
         self._loading = differs
         return [LoadSlots(wanted=wanted)]
 
-    def _load_held_map(self, held: ExpertMap, missing: NDArray[np.bool_]) -> list[MembershipAction]:
-        before = Epoch(held.epoch - 1)
+    def _load_postponed_map(
+        self, postponed: ExpertMap, missing: NDArray[np.bool_]
+    ) -> list[MembershipAction]:
+        before = Epoch(postponed.epoch - 1)
         if self._is_used_by_engine(missing) or self._may_be_used_by_peers(before):
             return [HoldEngine(epoch=before)]
         self._loading = missing
-        row = held.placement[:, self._member.rank]
+        row = postponed.placement[:, self._member.rank]
         return [LoadSlots(wanted=np.where(missing, row, self._residents))]
 
     def _missing_slots(self, expert_map: ExpertMap) -> NDArray[np.bool_]:
