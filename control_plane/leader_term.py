@@ -85,6 +85,7 @@ class LeaderTerm:
             case ProbePong():
                 self._take(detector.on_pong(event.member, event.pong, now))
                 self.membership.on_adopted(event.member, event.pong.epoch)
+                self.membership.on_out_of_step(event.member, event.pong.out_of_step)
 
     def on_tick(self, state: ClusterState, now: float) -> None:
         steps_paused = bool(self.membership.dead_in_map(state))
