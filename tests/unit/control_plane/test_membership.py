@@ -522,7 +522,7 @@ def test_a_member_that_has_lost_count_gets_the_same_map_with_all_as_joiners() ->
     assert before is not None
     harness.lag(2)  # it does not wait for members that have yet to adopt the map before
     harness.ranks[1].out_of_step = before.epoch
-    harness.settle(0.1)
+    harness.pass_time(0.2)
     resync = harness.expert_map
     assert resync is not None
     assert resync.epoch == before.epoch + 1
@@ -530,7 +530,7 @@ def test_a_member_that_has_lost_count_gets_the_same_map_with_all_as_joiners() ->
     assert np.array_equal(resync.placement, before.placement)
     assert joiners(harness) == (0, 1, 2, 3)
     harness.settle(0.4)
-    assert harness.expert_map is resync  # once
+    assert harness.expert_map.epoch == resync.epoch  # once
 
 
 def test_a_death_and_a_lost_count_take_one_map() -> None:
