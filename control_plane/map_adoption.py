@@ -19,6 +19,7 @@ class MapAdoption:
         self._since = 0.0
         self._epochs: dict[Member, Epoch] = {}
         self._out_of_step: dict[Member, Epoch] = {}
+        self._standstill = Epoch(0)
 
     def on_map(self, expert_map: ExpertMap | None, kept: set[Member], now: float) -> None:
         """The present map. Forgets all members that are not in `kept`."""
@@ -36,13 +37,17 @@ class MapAdoption:
         """Under this map the member has lost count of its peers; 0: it has not, or no longer."""
         self._out_of_step[member] = epoch
 
+    def on_standstill(self) -> None:
+        """No step moves under the present map."""
+        self._standstill = self._map.epoch if self._map is not None else Epoch(0)
+
     def needs_resync(self, members: Iterable[Member]) -> bool:
         """Whether one of these can go on only as a joiner, and the present map does not name it as
-        one, or it has lost count under that map."""
+        one, or it has lost count under that map; or whether nothing moves under that map."""
         current_map = self._map
         if current_map is None:
             return False
-        return any(
+        return self._standstill == current_map.epoch or any(
             epoch == current_map.epoch or (epoch > 0 and m.rank not in current_map.joiners)
             for m in members
             if current_map.has(m) and (epoch := self._out_of_step.get(m, Epoch(0)))

@@ -17,7 +17,7 @@ from that.
                                                | applies once they are resident
     a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
                                                | joiners together
-    a member has lost count of graphs          | PublishMap of the same, all of them joiners
+    a member has lost count, or a standstill   | PublishMap of the same, all of them joiners
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
     members hold something else than the map   | PublishMap of what they hold (a heal's second half)
@@ -132,6 +132,10 @@ class Membership:
         not."""
         self._adoption.on_out_of_step(member, epoch)
 
+    def on_standstill(self) -> None:
+        """No step moves under the present map, though all members live."""
+        self._adoption.on_standstill()
+
     def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
         """`step` is None if nothing is worth a move under that map."""
         self._planning_revision = -1
@@ -221,7 +225,7 @@ class Membership:
     def _resync(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
         """The same placement, and every member a joiner: counts of graphs begin together."""
         rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
-        return self._publish(residency, rows, "resync: a member has lost count", now, at_once=True)
+        return self._publish(residency, rows, "resync: counts begin together", now, at_once=True)
 
     # Joiners.
 

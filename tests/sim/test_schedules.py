@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
 import pytest
 import structlog
 
@@ -59,9 +58,17 @@ CARD_REGRESSION_SEEDS = {
     5: "launch counts differed after graph timeouts: a graph took a message of a former graph",
     12: "a member left, because a map named it as a joiner that nobody had yet heard of",
     168: "the same as 5, and a client got other tokens",
+    357: "no step moved, and of ranks that all waited for all the last was declared dead",
+    312: "all ranks were stopped at once, on a host each, and one was declared dead",
     10: "mapping a joiner took 0.3 to 1 s, and a verdict ended the rank that maps",
 }
 """Counted from CARD_FIRST_SEED."""
+
+
+OPEN_CARD_SEEDS = {
+    438: "all ranks die one after another while maps follow each other, and no map forms again",
+}
+"""Faults that are not mended yet. Counted from CARD_FIRST_SEED."""
 
 
 def be_quiet() -> None:
@@ -128,6 +135,12 @@ def test_a_schedule_that_once_failed_passes(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", CARD_REGRESSION_SEEDS)
 def test_a_schedule_on_cards_that_once_failed_passes(seed: int) -> None:
+    run_schedule(CARD_FIRST_SEED + seed)
+
+
+@pytest.mark.xfail(strict=True, reason="not mended yet")
+@pytest.mark.parametrize("seed", OPEN_CARD_SEEDS)
+def test_a_schedule_on_cards_with_an_open_fault_passes(seed: int) -> None:
     run_schedule(CARD_FIRST_SEED + seed)
 
 
@@ -235,21 +248,6 @@ def test_a_resync_that_wipes_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(CudaRunner, "adopt", adopt_as_if_new)
     monkeypatch.setattr(GraphBarrier, "may_flush", lambda self, *, stopped: False)
     assert isinstance(outcome_of(CARD_FIRST_SEED + 5), str)
-
-
-def test_a_slot_with_two_targets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work converges. A held map and an assignment, neither of which outranks the other."""
-
-    def target(self):  # type: ignore[no-untyped-def]
-        held = self._held_map
-        if held is not None:
-            row = held.placement[:, self.record.rank]
-            if (lacks := (row >= 0) & (row != self._residents)).any():
-                return np.where(lacks, row, self._residents)
-        return self._residents if self._wanted is None else self._wanted
-
-    monkeypatch.setattr(RankMembership, "_target", target)
-    assert isinstance(outcome_of(CARD_FIRST_SEED + 251), str)
 
 
 def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

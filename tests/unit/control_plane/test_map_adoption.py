@@ -129,3 +129,12 @@ def test_a_map_that_does_not_name_the_one_that_has_lost_count_as_a_joiner_is_no_
     adoption.on_out_of_step(member(2), Epoch(5))
     adoption.on_map(map_of(6, MEMBERS[:3]), set(MEMBERS), 0.0)
     assert adoption.needs_resync(MEMBERS[:3])
+
+
+def test_a_standstill_makes_all_members_joiners_of_one_map() -> None:
+    adoption = with_pongs(under(map_of(5, MEMBERS)), 0, 1, 2, 3, epoch=5)
+    adoption.on_standstill()
+    assert adoption.needs_resync(MEMBERS)
+    assert adoption.joiners(MEMBERS) == (0, 1, 2, 3)
+    adoption.on_map(map_of(6, MEMBERS, (0, 1, 2, 3)), set(MEMBERS), 0.0)
+    assert not adoption.needs_resync(MEMBERS)
