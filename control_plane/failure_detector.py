@@ -20,7 +20,8 @@ keeps its age small; a stuck engine does not.
     unleased  | registered again                                    | suspected (until a Pong)
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
-    any       | accused, waited for, and no step moves for long     | the most waited for is dead
+    any       | accused, waited for, and no step moves for long     | all begin together (a resync)
+    any       | the same after that, and others are not waited for  | the most waited for is dead
 
 "Held: own link" means that more than half of the members are silent, so we may be cut off
 ourselves. "Held: mass expiry" means that more than half of the members lost their leases at once,
@@ -37,7 +38,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from control_plane.judgements import Alarm, AlarmKind, Judgement
+from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
 from control_plane.silence import Rhythm, SilenceEvidence, SilenceTimings, patience_s
 from control_plane.watched_member import ProbeState, WatchedMember
 from shared.records import ProcessView, Suspicion, Verdict
@@ -66,8 +67,9 @@ class DetectorTimings:
     mass_expiry_grace_s: float = 5.0
     # A member that is not suspected becomes so after this long without an answer.
     probe_silence_s: float = 1.2
-    # Members have waited for an accused member for this long, and no step has completed.
-    stuck_s: float = 5.0
+    # Members have waited for an accused member for this long, and no step has completed. Then all
+    # begin together; a member dies only if after that no step completes for as long again.
+    stuck_s: float = 2.5
     # Time between two events beyond this is our own stall, and not attentive time.
     gap_max_s: float = 0.25
     gap_max_urgent_s: float = 0.03
@@ -89,6 +91,7 @@ class FailureDetector:
         self._progress: tuple[int, int] = (0, 0)
         # The time of the last progress, or of the first wait after it: sleeping ranks do not wait.
         self._progress_attentive_s = 0.0
+        self._began_together = False  # since a step last completed
         self._alarmed: set[AlarmKind] = set()
 
     @property
@@ -176,6 +179,8 @@ class FailureDetector:
             return []
         if view.host_gap_ms / 1000 >= self._timings.host_gap_min_s and watched.node is not None:
             self._host_paused_attentive_s[watched.node] = self._attentive_s
+        if view.state is ProcessState.STOPPED and not watched.is_stopped:
+            watched.stopped_attentive_s = self._attentive_s
         watched.view, watched.view_attentive_s = view.state, self._attentive_s
         if view.state is ProcessState.STOPPED:
             detail = "its node agent says that the process is stopped"
@@ -296,6 +301,9 @@ class FailureDetector:
         )
 
     def _note_progress(self, epoch: int, step: int, *, forget: bool = False) -> None:
+        if not forget and epoch == self._progress[0] and step > self._progress[1]:
+            self._began_together = False
+            self._alarmed.discard(AlarmKind.STANDSTILL)
         if forget or (epoch, step) > self._progress:
             self._progress = (0, 0) if forget else (epoch, step)
             self._progress_attentive_s = self._attentive_s
@@ -352,6 +360,9 @@ class FailureDetector:
         else:
             # Processes of a paused host do not all continue at one instant.
             since_attentive_s = max(since_attentive_s, watched.host_silent_attentive_s)
+        if watched.is_stopped:
+            # What it was silent for while it ran says nothing of the stop.
+            since_attentive_s = max(since_attentive_s, watched.stopped_attentive_s)
         evidence = SilenceEvidence(
             view=self._view_of(watched),
             is_host_silent=is_host_silent,
@@ -368,7 +379,11 @@ class FailureDetector:
         return None
 
     def _is_host_silent(self, watched: WatchedMember) -> bool:
-        """Whether the whole host is quiet or stopped, or its node agent itself did not run."""
+        """Whether the whole host is quiet or stopped, or its node agent itself did not run. If most
+        members are stopped at once, something has stopped their hosts."""
+        num_stopped = sum(w.is_stopped for w in self._watched.values())
+        if watched.is_stopped and 2 * num_stopped > len(self._watched) > 1:
+            return True
         if watched.node is None:
             return False
         paused_attentive_s = self._host_paused_attentive_s.get(watched.node, -inf)
@@ -452,17 +467,25 @@ class FailureDetector:
         if self._attentive_s - self._progress_attentive_s < self._timings.stuck_s:
             return []
         # Old Pongs do not count: the missing progress may be our own lost link.
-        heard = (
+        heard = [
             w
             for w in self._watched.values()
             if self._attentive_s - w.pong_attentive_s < self._timings.probe_silence_s
-        )
+        ]
         waits = Counter(rank for w in heard for rank in w.waiting_for)
         accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
         if not accused:
             return []
-        worst = max(accused, key=lambda w: (waits[w.member.rank], w.member.rank))
         self._note_progress(0, 0, forget=True)
+        if not self._began_together:
+            self._began_together = True
+            return [Standstill()]
+        most = max(waits[w.member.rank] for w in accused)
+        if all(waits[w.member.rank] == most for w in heard):
+            # Who waits for all does not say whom it cannot reach. A death would be a guess.
+            detail = "no step completes, and all members wait for all others"
+            return [Standstill(), *self._alarm(AlarmKind.STANDSTILL, detail)]
+        worst = next(w for w in accused if waits[w.member.rank] == most)
         return [self._declare_dead(worst, SuspicionReason.LINK)]
 
     def _declare_dead(self, watched: WatchedMember, cause: SuspicionReason) -> Verdict:

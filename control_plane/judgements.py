@@ -1,4 +1,4 @@
-"""What the failure detector returns: a verdict on a member, or an alarm."""
+"""What the failure detector returns: a verdict on a member, a standstill, or an alarm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shared.records import Verdict
 class AlarmKind(Enum):
     MASS_EXPIRY = "mass_expiry"
     OWN_LINK = "own_link"
+    STANDSTILL = "standstill"
     TOO_FEW_SLOTS = "too_few_slots"
 
 
@@ -23,4 +24,10 @@ class Alarm:
     detail: str
 
 
-Judgement = Verdict | Alarm
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standstill:
+    """Members wait for each other, all of them live, and no step moves. A map of the same members
+    in which all begin together ends it, unless some cannot reach each other."""
+
+
+Judgement = Verdict | Alarm | Standstill

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from control_plane.cluster_state import ClusterState
 from control_plane.failure_detector import DetectorTimings, FailureDetector
-from control_plane.judgements import Alarm, Judgement
+from control_plane.judgements import Alarm, Judgement, Standstill
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
@@ -41,7 +41,7 @@ class LeaderTerm:
         self._decided_on: object = None
         self._decided_at = now
         self._dead: list[Verdict] = []
-        self._alarms: list[Alarm] = []
+        self._news: list[Alarm | Standstill] = []
         for record in state.records.values():
             self.on_change(RecordPut(record=record), state, now)
         for verdict in state.verdicts.values():
@@ -85,6 +85,7 @@ class LeaderTerm:
             case ProbePong():
                 self._take(detector.on_pong(event.member, event.pong, now))
                 self.membership.on_adopted(event.member, event.pong.epoch)
+                self.membership.on_out_of_step(event.member, event.pong.out_of_step)
 
     def on_tick(self, state: ClusterState, now: float) -> None:
         steps_paused = bool(self.membership.dead_in_map(state))
@@ -102,9 +103,9 @@ class LeaderTerm:
 
     def take_judgements(self) -> list[Judgement]:
         """The judgements since the last call, for the log."""
-        judgements: list[Judgement] = [*self._dead, *self._alarms]
+        judgements: list[Judgement] = [*self._dead, *self._news]
         judgements += self.membership.take_alarms()
-        self._dead, self._alarms = [], []
+        self._dead, self._news = [], []
         return judgements
 
     def _on_map(self, expert_map: ExpertMap, now: float) -> None:
@@ -117,5 +118,8 @@ class LeaderTerm:
             if isinstance(judgement, Verdict):
                 self.membership.on_dead(judgement)
                 self._dead.append(judgement)
+            elif isinstance(judgement, Standstill):
+                self.membership.on_standstill()
+                self._news.append(judgement)
             else:
-                self._alarms.append(judgement)
+                self._news.append(judgement)

@@ -18,6 +18,8 @@ class MapAdoption:
         self._map: ExpertMap | None = None
         self._since = 0.0
         self._epochs: dict[Member, Epoch] = {}
+        self._out_of_step: dict[Member, Epoch] = {}
+        self._standstill = Epoch(0)
 
     def on_map(self, expert_map: ExpertMap | None, kept: set[Member], now: float) -> None:
         """The present map. Forgets all members that are not in `kept`."""
@@ -26,9 +28,30 @@ class MapAdoption:
             self._since = now
         self._map = expert_map
         self._epochs = {m: epoch for m, epoch in self._epochs.items() if m in kept}
+        self._out_of_step = {m: epoch for m, epoch in self._out_of_step.items() if m in kept}
 
     def on_adopted(self, member: Member, epoch: Epoch) -> None:
         self._epochs[member] = max(epoch, self._epochs.get(member, epoch))
+
+    def on_out_of_step(self, member: Member, epoch: Epoch) -> None:
+        """Under this map the member has lost count of its peers; 0: it has not, or no longer."""
+        self._out_of_step[member] = epoch
+
+    def on_standstill(self) -> None:
+        """No step moves under the present map."""
+        self._standstill = self._map.epoch if self._map is not None else Epoch(0)
+
+    def needs_resync(self, members: Iterable[Member]) -> bool:
+        """Whether one of these can go on only as a joiner, and the present map does not name it as
+        one, or it has lost count under that map; or whether nothing moves under that map."""
+        current_map = self._map
+        if current_map is None:
+            return False
+        return self._standstill == current_map.epoch or any(
+            epoch == current_map.epoch or (epoch > 0 and m.rank not in current_map.joiners)
+            for m in members
+            if current_map.has(m) and (epoch := self._out_of_step.get(m, Epoch(0)))
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -45,9 +68,10 @@ class MapAdoption:
 
     def joiners(self, members: Iterable[Member]) -> tuple[RankId, ...]:
         """The ranks among the next map's members that have not been seen to step under the present
-        one."""
+        one; all of them, if one has lost count."""
+        members = list(members)
         current_map = self._map
-        if current_map is None:
+        if current_map is None or self.needs_resync(members):
             return tuple(sorted(m.rank for m in members))
         unproven = () if self.is_complete else current_map.joiners
         return tuple(

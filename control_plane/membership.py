@@ -17,6 +17,7 @@ from that.
                                                | applies once they are resident
     a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
                                                | joiners together
+    a member has lost count, or a standstill   | PublishMap of the same, all of them joiners
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
     members hold something else than the map   | PublishMap of what they hold (a heal's second half)
@@ -126,6 +127,15 @@ class Membership:
         """A Pong says under which map a member runs."""
         self._adoption.on_adopted(member, epoch)
 
+    def on_out_of_step(self, member: Member, epoch: Epoch) -> None:
+        """A Pong says under which map a member has lost count of its peers' graphs; 0: it has
+        not."""
+        self._adoption.on_out_of_step(member, epoch)
+
+    def on_standstill(self) -> None:
+        """No step moves under the present map, though all members live."""
+        self._adoption.on_standstill()
+
     def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
         """`step` is None if nothing is worth a move under that map."""
         self._planning_revision = -1
@@ -154,6 +164,8 @@ class Membership:
         if len(survivors) < len(members):
             return self._remove_dead(residency, expert_map, survivors, now)
         self._formation.end()
+        if self._adoption.needs_resync(members):
+            return self._resync(residency, expert_map, now)
         if frozen:
             return None
         return (
@@ -207,6 +219,13 @@ class Membership:
         fresh = [m for m in members if m in self._dead and m not in state.verdicts]
         epoch = _next_epoch(state)
         return tuple(replace(self._dead[m], epoch=epoch) for m in fresh)
+
+    # Resync.
+
+    def _resync(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
+        """The same placement, and every member a joiner: counts of graphs begin together."""
+        rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
+        return self._publish(residency, rows, "resync: counts begin together", now, at_once=True)
 
     # Joiners.
 
@@ -305,12 +324,14 @@ class Membership:
         cause: str,
         now: float,
         assignments: tuple[SlotContents, ...] = (),
+        *,
+        at_once: bool = False,
     ) -> PublishMap | None:
         current, epoch = residency.state.expert_map, _next_epoch(residency.state)
         leavers = [m for m in (current.members if current else ()) if m not in rows]
         if any(m not in self._dead for m in leavers):  # a map of an older spec: judge it first
             return None
-        if not leavers and not self._adoption.may_follow(now):
+        if not leavers and not at_once and not self._adoption.may_follow(now):
             return None
         expert_map = residency.map_of(
             rows,

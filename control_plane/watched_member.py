@@ -37,6 +37,7 @@ class WatchedMember:
     pong_attentive_s: float = -inf
     view: ProcessState | None = None  # what its node agent said last
     view_attentive_s: float = -inf
+    stopped_attentive_s: float = -inf  # when it was first said to be stopped
     host_silent_attentive_s: float = -inf  # when its whole host was last silent
     unleased_attentive_s: float | None = None
     lease_grace: bool = False  # lost its lease in a mass expiry

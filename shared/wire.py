@@ -150,7 +150,9 @@ class Ping:
 class Pong:
     """The answer to a Ping shows that the rank's event loop runs. `engine_age_ms` shows whether its
     engine thread does: it is the time since that thread last passed a heartbeat point, which it
-    does while it waits for peers as well. `waiting_for` names the peers that it waits for now."""
+    does while it waits for peers as well. `waiting_for` names the peers that it waits for now.
+    `out_of_step` is the map under which a CUDA graph of it has ended without a member that may
+    live, so that it can go on only as a joiner; 0 if there is none."""
 
     nonce: int
     rank: RankId
@@ -160,6 +162,7 @@ class Pong:
     engine_age_ms: float
     waiting_for: tuple[RankId, ...]
     load: Load
+    out_of_step: Epoch = Epoch(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +188,7 @@ class GraphBarrierUpdate:
     sleep_at: int  # it agrees to sleep once this many graphs are launched; -1: it does not
     slept_at: int  # the count at which all last agreed to sleep, as far as it knows; -1: never
     invalidated: Epoch  # it will deliver no more steps of this map or an older one
+    launched: int  # graphs, when it last told so: while those in flight cannot be delivered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

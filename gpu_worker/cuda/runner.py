@@ -33,6 +33,10 @@ class StepMask(Protocol):
 
     def adopt(self, expert_map: ExpertMap) -> None: ...
 
+    def isolate(self) -> None: ...
+
+    def lost_members(self, mask_R: NDArray[np.int32]) -> list[Member]: ...
+
     def check_step(self, mask_R: NDArray[np.int32]) -> None: ...
 
 
@@ -94,6 +98,7 @@ class CudaRunner:
         self._replicas = replicas
         self._init_thread: Callable[[], None] | None = init_thread
         self._peers: tuple[RankId, ...] = ()
+        self._has_met_others = False  # since its start: its buffer may hold what they have sent
         self._steps_in_flight: deque[_StepInFlight] = deque()
         self._join_suspect_at: float | None = None  # then somebody is suspected
 
@@ -110,14 +115,28 @@ class CudaRunner:
         return self._suspect_if_join_stalls(self._barrier_driver.prepare_adoption(expert_map))
 
     def adopt(self, expert_map: ExpertMap) -> Step:
+        is_joiner = self._member.rank in expert_map.joiners
+
         def apply_map() -> None:
+            if is_joiner and self._mask is not None and self._has_met_others:
+                self._mask.isolate()
+                self._wait_alone(self._decoder.launch(_EMPTY))
             self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
             if self._mask is not None:
                 self._mask.adopt(expert_map)
 
         first = self._barrier_driver.adopt(expert_map, apply_map)
         self._peers = tuple(m.rank for m in expert_map.members if m != self._member)
+        self._has_met_others = True
         return first
+
+    def flush(self, *, stopped: bool) -> None:
+        while self._barrier_driver.claim_flush(stopped=stopped):
+            self._wait(self._decoder.launch(_EMPTY))
+
+    @property
+    def out_of_step(self) -> Epoch:
+        return self._barrier_driver.out_of_step
 
     def claim_step(self) -> bool:
         return self._suspect_if_join_stalls(self._barrier_driver.claim())
@@ -161,7 +180,26 @@ class CudaRunner:
                 self._suspect_next(self._peers, "a graph waits for some peer")
             self._monitor.beat(waiting_for)
             self._pause()
-        self._barrier_driver.on_graph_done()
+        lost = self._lost_members(launched)
+        for member in lost:
+            self._monitor.suspect(
+                member.rank, SuspicionReason.EXCHANGE, "a graph has ended without it"
+            )
+        self._barrier_driver.on_graph_done(lost)
+
+    def _wait_alone(self, launched: LaunchedStep) -> None:
+        """For a graph that waits for nobody, and is not counted."""
+        while not launched.is_done():
+            self._monitor.beat(())
+            self._pause()
+
+    def _lost_members(self, launched: LaunchedStep) -> list[Member]:
+        """Whom a graph lacks without a reason known by now, whether or not anybody wants its
+        result: counts would differ unnoticed."""
+        mask_R = launched.mask()
+        if self._mask is None or mask_R is None:
+            return []
+        return self._mask.lost_members(mask_R)
 
     def _suspect_if_join_stalls(self, may: bool) -> bool:
         """In the pause of a join no kernel waits for a member that hangs, so it is suspected

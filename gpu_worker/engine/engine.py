@@ -81,6 +81,7 @@ class EngineSnapshot:
     tokens_generated: int
     blocks_restored: int
     adoptions: tuple[Adoption, ...]
+    out_of_step: Epoch
 
 
 class Engine:
@@ -134,6 +135,7 @@ class Engine:
             tokens_generated=self._tokens_generated,
             blocks_restored=self._scheduler.num_restored,
             adoptions=self._adoptions.entries,
+            out_of_step=self._runner.out_of_step,
         )
 
     def run(self) -> None:
@@ -153,6 +155,8 @@ class Engine:
             if self._try_claim_step():
                 self._begin_step()
             else:
+                stopped = self._is_behind or self._epoch <= self._held_epoch
+                self._runner.flush(stopped=stopped)
                 self._monitor.park(_SEND_PENDING_S if self._replicator.send_offered() else _PARK_S)
 
     def _process_inbox(self, items: list[InboxItem]) -> bool:

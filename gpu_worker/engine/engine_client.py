@@ -210,6 +210,7 @@ class EngineClient:
             engine_age_ms=now.engine_age_ms,
             waiting_for=now.waiting_for,
             load=now.load,
+            out_of_step=now.out_of_step,
         )
 
     def status(self, query: StatusQuery) -> StatusReply:

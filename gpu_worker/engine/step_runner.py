@@ -59,6 +59,17 @@ class StepRunner(Protocol):
         `begin` next."""
         ...
 
+    def flush(self, *, stopped: bool) -> None:
+        """Meets what peers have in flight and wait for this rank in. Nothing is in flight here.
+        `stopped`: no step will begin before a newer map is adopted."""
+        ...
+
+    @property
+    def out_of_step(self) -> Epoch:
+        """The map under which this rank has lost count of its peers, so that it can go on only as a
+        joiner of a newer one. 0: it has not. Any thread may ask."""
+        ...
+
     def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
         """Begins a step. A card computes it from now on, a CPU rank in `end`."""
         ...
@@ -106,6 +117,13 @@ class ModelRunner:
 
     def claim_ahead(self) -> bool:
         return False
+
+    def flush(self, *, stopped: bool) -> None:
+        """Messages carry epoch and step: none is taken for another."""
+
+    @property
+    def out_of_step(self) -> Epoch:
+        return Epoch(0)
 
     def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
         self._plan = plan

@@ -18,8 +18,21 @@ number as their own. Nobody launches before all have entered: unmapping the memo
 incarnation may wait for all graphs of a card, and those may wait for this rank.
 A death meanwhile brings a newer map, and joining begins again. A rank that has paused launches
 nothing under the newer map either, until all its members have entered one of the two maps. The old
-members stop waiting for the joiners. A joiner that was ready for the former map leaves, because
-somebody may have sent it something already. It comes back as another incarnation.
+members stop waiting for the joiners. A joiner that has run under a former map stops waiting for all
+others, and is ready for the newer one only when its graphs have ended. In the pause it launches one
+graph that waits for nobody, which wipes what others have sent it.
+
+*Counts that may differ.* A kernel waits for a member no longer than its timeout. If that member
+lives, both have now launched different numbers of graphs with each other, or what one has sent lies
+in the other's buffer, and a later graph would take it for its own. Messages carry no number, so
+nothing shows it later. So every graph that ends, also one that nobody wants any more, shows which
+members it lacks (`on_graph_done`). A rank that lacks a member with neither a verdict nor a map
+without it is `out_of_step`. It launches nothing more until a map names it as a joiner; the control
+plane publishes one that names all members (a *resync*), in which counts begin together.
+
+*Flushing.* So that this stays rare, nobody lets a graph of another run into its timeout. A rank
+whose graphs cannot be delivered any more tells how many it has `launched`. Those under the same map
+that have stopped launching, launch empty graphs up to that number.
 
 *Sleeping.* A rank without work for a while promises to sleep at a graph some way ahead
 (`sleep_at`). When all have promised, all sleep at the latest of these graphs, without another
@@ -35,6 +48,7 @@ every living member has entered a newer map, or has stopped waiting for some mem
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,11 +66,9 @@ _NO_SLEEP = -1
 
 
 class MapEffects(NamedTuple):
-    """`to_release`: members of the adopted map that kernels shall not wait for any more. `leave`:
-    this incarnation cannot take part any more."""
+    """`to_release`: members of the adopted map that kernels shall not wait for any more."""
 
     to_release: frozenset[Member]
-    leave: bool
 
 
 class GraphBarrier:
@@ -70,6 +82,7 @@ class GraphBarrier:
         self._adopted: ExpertMap | None = None
         self._all_have_mapped = False  # of the adopted map, since this rank paused
         self._declared_dead: set[Member] = set()
+        self._lost: set[Member] = set()  # graphs have ended without them, though they may live
         self._idle_graphs = 0
         self._num_in_flight = 0
         self._invalidated_on_landing = Epoch(0)
@@ -82,19 +95,19 @@ class GraphBarrier:
     def on_map(self, expert_map: ExpertMap) -> MapEffects:
         """This is now the newest map. It names this rank."""
         assert expert_map.has(self.own.member)
-        is_joiner = self.own.member.rank in expert_map.joiners
-        if is_joiner and 0 < self.own.joining < expert_map.epoch:
-            return MapEffects(frozenset(), leave=True)
         self._newest = expert_map
         if not self._is_mapping():
             self._prepare_to_join()
         self._declared_dead = {m for m in self._declared_dead if expert_map.has(m)}
-        return MapEffects(self._members_dropped_by(expert_map), leave=False)
+        self._lost = {m for m in self._lost if expert_map.has(m)}
+        return MapEffects(self._members_dropped_by(expert_map))
 
-    def on_released(self, members: frozenset[Member]) -> None:
-        """Kernels no longer wait for these members, which `on_map` has returned."""
-        if self._adopted is not None and any(self._adopted.has(m) for m in members):
-            self._invalidate(self._adopted.epoch)
+    def on_released(self, members: frozenset[Member], epoch: Epoch) -> None:
+        """Kernels no longer wait for these members, which `on_map` has returned for the map of
+        this epoch. If that map is adopted by now, this changes nothing."""
+        adopted = self._adopted
+        if adopted is not None and adopted.epoch < epoch and any(map(adopted.has, members)):
+            self._invalidate(adopted.epoch)
 
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
         """There is a verdict, and kernels no longer wait for this member. The map of `epoch` will
@@ -102,6 +115,8 @@ class GraphBarrier:
         whether they are adopted or not. There is one exception: if only a map that is still to be
         adopted names the dead member, graphs in flight can still be delivered."""
         self._declared_dead.add(dead)
+        self._lost.discard(dead)
+        self._tell_launched()
         if self._adopted is not None and self._adopted.has(dead):
             self._invalidate(Epoch(epoch - 1))
         elif self._newest is not None and self._newest.has(dead):
@@ -111,16 +126,19 @@ class GraphBarrier:
 
     def join_at(self, expert_map: ExpertMap) -> int | None:
         """The number of the first graph under this map. None if not all members are ready for it,
-        or if this rank is ready for a newer map."""
+        or if this rank is ready for a newer map, or out of step and no joiner."""
         if self.own.joining > expert_map.epoch:
+            return None
+        if self._lost and self.own.member.rank not in expert_map.joiners:
             return None
         if not expert_map.joiners:
             return self.num_launched
-        others = [m for m in expert_map.members if m != self.own.member]
-        if any(self._of(m).joining != expert_map.epoch for m in others):
+        if any(self._of(m).joining != expert_map.epoch for m in expert_map.members):
             return None
-        old = [m for m in expert_map.members if m.rank not in expert_map.joiners]
-        return max((self._of(m).limit for m in old), default=-1) + 1
+        # Numbers never go back: those of sleeps and wakes would be taken for later ones.
+        return max(
+            self._of(m).limit + (m.rank not in expert_map.joiners) for m in expert_map.members
+        )
 
     def pause(self, expert_map: ExpertMap) -> None:
         """The last graph before `join_at` has ended."""
@@ -145,6 +163,7 @@ class GraphBarrier:
             raise StepAbandoned(f"the members do not meet in epoch {expert_map.epoch}")
         if self.own.member.rank in expert_map.joiners:
             self.num_launched = at
+            self._lost.clear()
         assert self.num_launched == at, f"{self.num_launched} graphs launched, not {at}"
         assert not self._num_in_flight, "a graph is in flight under the former map"
         self._adopted = expert_map
@@ -164,7 +183,7 @@ class GraphBarrier:
     def may_launch(self) -> bool:
         """Whether the next graph may be launched under the adopted map."""
         adopted = self._adopted
-        if adopted is None or self.own.joining > adopted.epoch:
+        if adopted is None or self.own.joining > adopted.epoch or self._lost:
             return False
         self._all_have_mapped = self._all_have_mapped or not self.may_be_mapping()
         return self._all_have_mapped
@@ -196,18 +215,49 @@ class GraphBarrier:
             return False
         at = self._sleep_at()
         is_last = at is not None and self.num_launched >= at
-        return self._num_in_flight == 1 and not self._declared_dead and not is_last
+        is_spoilt = bool(self._declared_dead or self._lost)
+        return self._num_in_flight == 1 and not is_spoilt and not is_last
+
+    def may_flush(self, *, stopped: bool) -> bool:
+        """Whether an empty graph is to be launched for a peer that has launched more, and whose
+        graph would wait for this rank until its timeout. `stopped`: this rank runs no more steps
+        under the adopted map. A peer under a newer map is not met: what it launches can be
+        delivered, and needs the slots of that map."""
+        adopted, own = self._adopted, self.own
+        if adopted is None or self._is_mapping() or self._num_in_flight:
+            return False
+        if own.paused > adopted.epoch or not (stopped or own.joining > adopted.epoch):
+            return False
+        gone = self._declared_dead | self._lost
+        peers = [self._of(m) for m in adopted.members if m not in gone and m != own.member]
+        counts = [max(u.launched, u.limit) for u in peers if u.entered == own.entered]
+        return max(counts, default=0) > self.num_launched
 
     def launch(self) -> None:
         """Call `note_missed_sleep` afterwards: the last promise may have come just before."""
         self.num_launched += 1
         self._num_in_flight += 1
+        self._tell_launched()
 
-    def on_graph_done(self) -> None:
-        """The first of the graphs in flight has ended, whatever its result."""
+    def on_graph_done(self, lost: Collection[Member] = ()) -> None:
+        """The first of the graphs in flight has ended, whatever its result. `lost`: members of the
+        adopted map that it lacks, without those that kernels no longer wait for."""
         self._num_in_flight -= 1
+        newest = self._newest
+        self._lost.update(
+            m for m in lost if m not in self._declared_dead and (newest is None or newest.has(m))
+        )
+        self._tell_launched()
         if not self._num_in_flight:
             self._invalidate_as_landed()
+            if not self._is_mapping():
+                self._prepare_to_join()
+
+    @property
+    def out_of_step(self) -> Epoch:
+        """The adopted map, if a graph under it has ended without a member that may live: counts may
+        differ, and only a map that names this rank as a joiner ends that. Otherwise 0."""
+        return self._adopted.epoch if self._adopted is not None and self._lost else Epoch(0)
 
     def note_step(self, *, had_work: bool) -> None:
         """A step was committed."""
@@ -256,12 +306,17 @@ class GraphBarrier:
         return self._adopted is not None and self.own.entered != self._adopted.epoch
 
     def _prepare_to_join(self) -> None:
-        """For the newest map, if it has joiners that this rank has not prepared for yet."""
+        """For the newest map, if it has joiners that this rank has not prepared for yet. A joiner
+        is ready only when nothing of it is in flight: what it sends later would lie in buffers that
+        the old members have wiped."""
         newest = self._newest
         if newest is None or not newest.joiners or newest.epoch <= self.own.joining:
             return
+        is_joiner = self.own.member.rank in newest.joiners
+        if is_joiner and self._num_in_flight:
+            return
         self.own = replace(self.own, joining=newest.epoch, limit=self.num_launched)
-        if self.own.member.rank in newest.joiners:
+        if is_joiner:
             self.pause(newest)
 
     def _members_dropped_by(self, expert_map: ExpertMap) -> frozenset[Member]:
@@ -274,6 +329,14 @@ class GraphBarrier:
             if m != self.own.member and (not expert_map.has(m) or m.rank in expert_map.joiners)
         )
 
+    def _tell_launched(self) -> None:
+        """If no graph in flight can be delivered, peers must meet it before its timeout."""
+        if self._declared_dead or self._lost or self._is_invalid():
+            self.own = _with_launched(self.own, self.num_launched)
+
+    def _is_invalid(self) -> bool:
+        return self._adopted is not None and self.own.invalidated >= self._adopted.epoch
+
     def _invalidate_as_landed(self) -> None:
         self._invalidate(self._invalidated_on_landing)
         self._invalidated_on_landing = Epoch(0)
@@ -281,6 +344,7 @@ class GraphBarrier:
     def _invalidate(self, epoch: Epoch) -> None:
         if epoch > self.own.invalidated:
             self.own = replace(self.own, invalidated=epoch)
+            self._tell_launched()
 
     def _sleep_at(self) -> int | None:
         """The graph at which all members of the adopted map have agreed to sleep, if this rank has
@@ -303,7 +367,13 @@ class GraphBarrier:
         self._idle_graphs = 0
 
     def _never_ran(self, member: Member, newest: ExpertMap, epoch: Epoch) -> bool:
-        return epoch < newest.epoch and member.rank in newest.joiners
+        """A joiner that is not known to have entered any map has launched nothing with us."""
+        is_joiner = member.rank in newest.joiners
+        return epoch < newest.epoch and is_joiner and not self._of(member).entered
+
+
+def _with_launched(update: GraphBarrierUpdate, launched: int) -> GraphBarrierUpdate:
+    return update if update.launched == launched else replace(update, launched=launched)
 
 
 def _empty_update(member: Member) -> GraphBarrierUpdate:
@@ -317,4 +387,5 @@ def _empty_update(member: Member) -> GraphBarrierUpdate:
         sleep_at=_NO_SLEEP,
         slept_at=_NO_SLEEP,
         invalidated=Epoch(0),
+        launched=0,
     )

@@ -66,17 +66,13 @@ class GraphBarrierDriver:
         self._newest = expert_map
         with self._lock:
             effects = self._barrier.on_map(expert_map)
-        if effects.leave:
-            reason = f"the map of epoch {expert_map.epoch} begins anew with this rank"
-            self._callbacks.on_failed(reason)
-            return
         self._peers = frozenset(expert_map.members) - {own}
         self._send_own_update()
         if effects.to_release:
             self._release_members(
                 effects.to_release,
                 expert_map.epoch,
-                lambda: self._barrier.on_released(effects.to_release),
+                lambda: self._barrier.on_released(effects.to_release, expert_map.epoch),
             )
 
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
@@ -162,22 +158,46 @@ class GraphBarrierDriver:
         with self._lock:
             if not (barrier.may_launch_ahead() if ahead else barrier.may_launch()):
                 return False
-            self._barrier.launch()
-            missed_sleep, launched = self._barrier.note_missed_sleep(), self._barrier.num_launched
+            before = barrier.own
+            barrier.launch()
+            missed_sleep, launched = barrier.note_missed_sleep(), barrier.num_launched
+            changed = barrier.own is not before
         if missed_sleep:
             self._loop.call_soon_threadsafe(self._wake_others, launched)
+        elif changed:
+            self._loop.call_soon_threadsafe(self._send_own_update)
         return True
+
+    def claim_flush(self, *, stopped: bool) -> bool:
+        """Whether one more empty graph is to be launched for a peer that waits in one. `stopped`:
+        this rank runs no more steps under the adopted map."""
+        with self._lock:
+            if not self._barrier.may_flush(stopped=stopped):
+                return False
+            before = self._barrier.own
+            self._barrier.launch()
+            changed = self._barrier.own is not before
+        if changed:
+            self._loop.call_soon_threadsafe(self._send_own_update)
+        return True
+
+    @property
+    def out_of_step(self) -> Epoch:
+        """Any thread. See `GraphBarrier.out_of_step`."""
+        with self._lock:
+            return self._barrier.out_of_step
 
     def awaited(self) -> list[Member]:
         """The members that this rank waits for, if it may neither adopt nor launch."""
         with self._lock:
             return self._barrier.awaited()
 
-    def on_graph_done(self) -> None:
-        """The first of the graphs in flight has ended, whatever its result."""
+    def on_graph_done(self, lost: Collection[Member] = ()) -> None:
+        """The first of the graphs in flight has ended, whatever its result. `lost`: members that it
+        lacks, without those that kernels no longer wait for."""
         with self._lock:
             before = self._barrier.own
-            self._barrier.on_graph_done()
+            self._barrier.on_graph_done(lost)
             changed = self._barrier.own is not before
         if changed:
             self._loop.call_soon_threadsafe(self._send_own_update)

@@ -7,7 +7,9 @@ its slots hold. The control plane puts it into a map only after both, so adoptin
 waits. The engine may adopt a map once every member's link is open and the own slots hold what the
 map says. Until then the map is postponed, and a newer one replaces it. The slots may differ from
 the map: an assignment that was replaced before its load ended has overwritten what the control
-plane takes for resident.
+plane takes for resident. Maps and assignments are ordered: the assignment of epoch e comes after
+map e, and before map e + 1. The last of them that says something of a slot decides what is loaded
+there (`_target`).
 
     event                  actions
     server listens         our record, for the first time; residents, if the process was fenced
@@ -307,45 +309,50 @@ class RankMembership:
     def _load_if_needed(self) -> list[MembershipAction]:
         if self._loading is not None:
             return []
-        if (
-            self._postponed_map is not None
-            and (missing := self._missing_slots(self._postponed_map)).any()
-        ):
-            return self._load_postponed_map(self._postponed_map, missing)
-        wanted = self._wanted
-        if wanted is None:
-            return []
-        differs = wanted != self._residents
+        target = self._target()
+        differs = target != self._residents
         if not differs.any():
-            return self._publish_ready()
+            return self._publish_ready() if self._wanted is not None else []
         newest = self._postponed_map or self._map
         newest_epoch = newest.epoch if newest is not None else Epoch(0)
-        if self._wanted_epoch > newest_epoch:
+        if self._wanted is not None and self._wanted_epoch > newest_epoch:
             return []
-        is_named = newest is not None and self._names(newest, differs)
-        last = newest_epoch if is_named else Epoch(newest_epoch - 1)
+        if newest is not None and self._gives_up(newest, differs):
+            last = newest_epoch
+        else:
+            last = Epoch(newest_epoch - 1)
         if self._is_used_by_engine(differs) or self._may_be_used_by_peers(last):
             assert newest is not None, "an engine with a map, and no map"
-            if is_named and self._wanted_epoch != newest_epoch:
-                return []
             return [HoldEngine(epoch=last)]
         self._loading = differs
-        return [LoadSlots(wanted=wanted)]
+        return [LoadSlots(wanted=target)]
 
-    def _load_postponed_map(
-        self, postponed: ExpertMap, missing: NDArray[np.bool_]
-    ) -> list[MembershipAction]:
-        before = Epoch(postponed.epoch - 1)
-        if self._is_used_by_engine(missing) or self._may_be_used_by_peers(before):
-            return [HoldEngine(epoch=before)]
-        self._loading = missing
-        row = postponed.placement[:, self._member.rank]
-        return [LoadSlots(wanted=np.where(missing, row, self._residents))]
+    def _target(self) -> Placement:
+        """What the own slots shall hold: one expert per slot, by the newest map and the assignment
+        alone. So a slot's target changes only with a new map or a new assignment, and nothing is
+        loaded twice. An assignment of epoch e is decided knowing map e and may give up slots of it;
+        map e + 1 outranks that assignment, except for slots that it leaves empty."""
+        newest = self._postponed_map or self._map
+        base = self._residents if self._wanted is None else self._wanted
+        if newest is None or not newest.has(self._member):
+            return base
+        if self._wanted is not None and self._wanted_epoch >= newest.epoch:
+            return base
+        row = newest.placement[:, self._member.rank]
+        return np.where(row >= 0, row, base)
+
+    def _gives_up(self, expert_map: ExpertMap, slots: NDArray[np.bool_]) -> bool:
+        """Whether one of these own slots shall hold something else than this map says."""
+        if not expert_map.has(self._member):
+            return False
+        row = expert_map.placement[:, self._member.rank]
+        return bool((slots & (row >= 0) & (row != self._target())).any())
 
     def _missing_slots(self, expert_map: ExpertMap) -> NDArray[np.bool_]:
-        """Own slots that do not hold what the map says, or may not hold it any more."""
+        """Own slots that do not hold what the map says, or may not hold it any more, or shall hold
+        something else. Under a map that an assignment takes a slot from, no step could complete."""
         row = expert_map.placement[:, self._member.rank]
-        unsure: NDArray[np.bool_] = row != self._residents
+        unsure: NDArray[np.bool_] = (row != self._residents) | (row != self._target())
         if self._loading is not None:
             unsure |= self._loading
         return unsure & (row >= 0)

@@ -81,7 +81,10 @@ class EpMembers:
 
     def give_up(self, dead: Collection[Member], epoch: Epoch) -> list[RankId]:
         """Map `epoch` is without these members. Returns the ranks that kernels need not wait for
-        any more. One not met, or one whose successor was met already, is none of them."""
+        any more. One not met, or one whose successor was met already, is none of them. Nobody is,
+        if that map or a newer one is adopted by now: it may name them as joiners."""
+        if epoch <= self.epoch:
+            return []
         met = sorted(m.rank for m in dead if self.is_connected(m))
         unmappable = (m.rank for m in dead if m in self.members)
         for rank in (*met, *unmappable):
@@ -103,6 +106,18 @@ class EpMembers:
         self.members = frozenset(expert_map.members)
         self.epoch = expert_map.epoch
         return change
+
+    def isolate(self) -> MaskChange:
+        """Kernels shall wait for nobody, and send to nobody."""
+        change = MaskChange(frozenset({self._own.rank}), tuple(sorted(self._active)), ())
+        self._active = frozenset()
+        return change
+
+    def lost_unexplained(self, mask_R: Sequence[int] | NDArray[np.int32]) -> list[Member]:
+        """Members that did not take part to the end, by the mask that a graph has left, and that
+        nobody has given up: kernels have waited for them in vain."""
+        gone = self._given_up_ranks(self.epoch)
+        return sorted(m for m in self.members if not mask_R[m.rank] and m.rank not in gone)
 
     def lost_ranks(self, mask_R: Sequence[int] | NDArray[np.int32]) -> list[RankId]:
         """Members that did not take part to the end, by the mask that the step has left."""

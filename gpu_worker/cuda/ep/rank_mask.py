@@ -89,6 +89,18 @@ class RankMask:
         with self._lock:
             self._device.set(self._members.adopt(expert_map))
 
+    def isolate(self) -> None:
+        """Between steps: until the next `adopt`, kernels wait for nobody and send to nobody. One
+        such graph wipes what others have sent."""
+        with self._lock:
+            self._device.set(self._members.isolate())
+
+    def lost_members(self, mask_R: NDArray[np.int32]) -> list[Member]:
+        """`mask_R`, int32 `[R]`, as a graph has left it. Members that it lacks although neither a
+        verdict nor a newer map has removed them."""
+        with self._lock:
+            return self._members.lost_unexplained(mask_R)
+
     def check_step(self, mask_R: NDArray[np.int32]) -> None:
         """`mask_R`, int32 `[R]`, as the completed step has left it. Raises StepAbandoned if the
         step lacked a member."""

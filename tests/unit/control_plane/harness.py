@@ -95,6 +95,7 @@ class Rank:
         self.loading: Placement | None = None
         self.answering = True
         self.lagging_epoch: Epoch | None = None  # None: the newest map
+        self.out_of_step = Epoch(0)
         self.registered = False
         self.lease_id = harness.etcd.grant(TTL_S)
         self.record = RankRecord(
@@ -403,4 +404,5 @@ class ControlPlaneHarness:
             engine_age_ms=0.0,
             waiting_for=(),
             load=LOAD,
+            out_of_step=rank.out_of_step,
         )

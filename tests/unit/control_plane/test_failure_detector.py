@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from control_plane.failure_detector import DetectorTimings, FailureDetector
-from control_plane.judgements import Alarm, AlarmKind, Judgement
+from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
 from control_plane.silence import SilenceTimings
 from shared.records import ProcessView, Suspicion, Verdict
 from shared.types import (
@@ -555,20 +555,76 @@ def test_signals_about_strangers_and_former_incarnations_are_ignored(
     assert harness.dead == {}
 
 
+def test_most_ranks_stopped_at_once_are_paused_with_their_hosts() -> None:
+    """Each has a host of its own, so that no host shows it alone."""
+    harness = DetectorHarness(4, LEARNT)
+    for rank in range(4):
+        harness.view(rank, ProcessState.STOPPED)
+    harness.pass_time(1.0)
+    for rank in (1, 2, 3):
+        harness.view(rank, ProcessState.RUNNING)
+    harness.pass_time(STOPPED_S - 0.02, 1, 2, 3)
+    assert harness.dead == {}
+    harness.pass_time(0.1, 1, 2, 3)
+    assert harness.dead == {0: SuspicionReason.STOPPED}
+
+
+def test_what_a_rank_was_silent_for_before_it_was_stopped_does_not_count() -> None:
+    harness = DetectorHarness(4, LEARNT)
+    harness.suspect(1)
+    harness.pass_time(0.5, 0, 2, 3)
+    harness.view(1, ProcessState.STOPPED)
+    harness.pass_time(STOPPED_S - 0.02, 0, 2, 3)
+    assert harness.dead == {}
+    harness.pass_time(0.04, 0, 2, 3)
+    assert list(harness.dead) == [1]
+
+
 def test_two_ranks_that_cannot_reach_each_other_lose_the_more_waited_for(
     harness: DetectorHarness,
 ) -> None:
-    for _ in range(round(TIMINGS.stuck_s / 0.02) + 10):
-        harness.now += 0.02
-        if not harness.dead:
-            harness.suspect(1)
-            harness.suspect(2)
-        harness.pong(0, waiting_for=(1,))
-        harness.pong(1, waiting_for=(2,))
-        harness.pong(2, waiting_for=(1,))
-        harness.pong(3, waiting_for=(1,))
-        harness.take(harness.detector.on_tick(harness.now))
+    waits = {0: (1,), 1: (2,), 2: (1,), 3: (1,)}
+    stand_still(harness, waits)
+    assert harness.news == [Standstill()]
+    stand_still(harness, waits)
     assert harness.dead == {1: SuspicionReason.LINK}
+
+
+def stand_still(harness: DetectorHarness, waits: dict[int, tuple[int, ...]]) -> None:
+    """Until there is one more judgement."""
+    num_judgements = len(harness.news)
+    for _ in range(round(TIMINGS.stuck_s / 0.02) + 10):
+        if len(harness.news) > num_judgements:
+            return
+        harness.now += 0.02
+        for rank, waiting_for in waits.items():
+            for accused in waiting_for:
+                harness.suspect(accused)
+            harness.pong(rank, waiting_for=waiting_for)
+        harness.take(harness.detector.on_tick(harness.now))
+
+
+WAIT_FOR_ALL = {rank: tuple(r for r in range(4) if r != rank) for rank in range(4)}
+
+
+def test_nobody_dies_where_all_wait_for_all(harness: DetectorHarness) -> None:
+    """Kernels do not say for whom they wait. Whoever has the highest number is no more to blame
+    than others."""
+    for _ in range(5):
+        stand_still(harness, WAIT_FOR_ALL)
+    assert harness.dead == {}
+    assert sum(isinstance(each, Standstill) for each in harness.news) == 5
+    assert sum(isinstance(each, Alarm) for each in harness.news) == 1
+
+
+def test_each_standstill_is_first_met_by_beginning_together(harness: DetectorHarness) -> None:
+    waits = {0: (1,), 1: (2,), 2: (1,), 3: (1,)}
+    stand_still(harness, waits)
+    harness.step += 1
+    harness.pass_time(0.1, 0, 1, 2, 3)
+    stand_still(harness, waits)
+    assert harness.news == [Standstill(), Standstill()]
+    assert harness.dead == {}
 
 
 def test_a_slow_first_step_after_a_long_sleep_is_not_stuck(harness: DetectorHarness) -> None:

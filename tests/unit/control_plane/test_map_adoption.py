@@ -102,3 +102,39 @@ def test_patience_begins_anew_with_each_map() -> None:
     adoption.on_map(map_of(6, MEMBERS), set(MEMBERS), 109.0)
     assert not adoption.may_follow(100.0 + PATIENCE_S)
     assert adoption.may_follow(109.0 + PATIENCE_S)
+
+
+def test_a_member_that_has_lost_count_makes_all_members_joiners_of_the_next_map() -> None:
+    adoption = with_pongs(under(map_of(5, MEMBERS)), 0, 1, 2, 3, epoch=5)
+    assert not adoption.needs_resync(MEMBERS)
+    adoption.on_out_of_step(member(2), Epoch(5))
+    assert adoption.needs_resync(MEMBERS)
+    assert adoption.joiners(MEMBERS) == (0, 1, 2, 3)
+    assert not adoption.needs_resync(MEMBERS[:2])  # without that one
+
+
+def test_a_map_of_joiners_resyncs_once() -> None:
+    adoption = under(map_of(5, MEMBERS))
+    adoption.on_out_of_step(member(2), Epoch(5))
+    adoption.on_map(map_of(6, MEMBERS, (0, 1, 2, 3)), set(MEMBERS), 0.0)
+    assert not adoption.needs_resync(MEMBERS)  # it has yet to adopt it
+    adoption.on_out_of_step(member(2), Epoch(6))
+    assert adoption.needs_resync(MEMBERS)
+    adoption.on_out_of_step(member(2), Epoch(0))
+    assert not adoption.needs_resync(MEMBERS)
+
+
+def test_a_map_that_does_not_name_the_one_that_has_lost_count_as_a_joiner_is_no_resync() -> None:
+    adoption = under(map_of(5, MEMBERS))
+    adoption.on_out_of_step(member(2), Epoch(5))
+    adoption.on_map(map_of(6, MEMBERS[:3]), set(MEMBERS), 0.0)
+    assert adoption.needs_resync(MEMBERS[:3])
+
+
+def test_a_standstill_makes_all_members_joiners_of_one_map() -> None:
+    adoption = with_pongs(under(map_of(5, MEMBERS)), 0, 1, 2, 3, epoch=5)
+    adoption.on_standstill()
+    assert adoption.needs_resync(MEMBERS)
+    assert adoption.joiners(MEMBERS) == (0, 1, 2, 3)
+    adoption.on_map(map_of(6, MEMBERS, (0, 1, 2, 3)), set(MEMBERS), 0.0)
+    assert not adoption.needs_resync(MEMBERS)

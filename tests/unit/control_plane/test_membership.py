@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from control_plane.failure_detector import DetectorTimings
 from control_plane.judgements import Alarm, AlarmKind
 from control_plane.writes import Assign, DeclareDead, DeleteKeys, PublishMap
@@ -512,3 +514,31 @@ def test_a_new_leader_that_has_heard_nothing_yet_lists_joiners_again() -> None:
     write = harness.decide()
     assert isinstance(write, PublishMap)
     assert write.expert_map.joiners == (1, 2, 3)
+
+
+def test_a_member_that_has_lost_count_gets_the_same_map_with_all_as_joiners() -> None:
+    harness = formed()
+    before = harness.expert_map
+    assert before is not None
+    harness.lag(2)  # it does not wait for members that have yet to adopt the map before
+    harness.ranks[1].out_of_step = before.epoch
+    harness.pass_time(0.2)
+    resync = harness.expert_map
+    assert resync is not None
+    assert resync.epoch == before.epoch + 1
+    assert resync.members == before.members
+    assert np.array_equal(resync.placement, before.placement)
+    assert joiners(harness) == (0, 1, 2, 3)
+    harness.settle(0.4)
+    assert harness.expert_map.epoch == resync.epoch  # once
+
+
+def test_a_death_and_a_lost_count_take_one_map() -> None:
+    harness = formed()
+    before = harness.expert_map
+    assert before is not None
+    harness.ranks[1].out_of_step = before.epoch
+    harness.kill(3)
+    harness.run()
+    assert members(harness) == ["0.1", "1.1", "2.1"]
+    assert joiners(harness) == (0, 1, 2)

@@ -120,6 +120,16 @@ class Device:
             for rank in self.who.give_up(list(dead), epoch):
                 self.mask_R[rank] = 0
 
+    def isolate(self) -> None:
+        with self.fabric.lock:
+            self.who.isolate()
+            self.mask_R[:] = 0
+            self.mask_R[self.own.rank] = 1
+
+    def lost_members(self, mask_R: NDArray[np.int32]) -> list[Member]:
+        with self.fabric.lock:
+            return self.who.lost_unexplained(mask_R)
+
     def check_step(self, mask_R: NDArray[np.int32]) -> None:
         with self.fabric.lock:
             if lost := self.who.lost_ranks(mask_R):

@@ -41,6 +41,7 @@ class GraphInFlight:
     number: int
     filler: bool
     lost: bool
+    timed_out: tuple[Member, ...] = ()
 
 
 class SimRank:
@@ -61,7 +62,6 @@ class SimRank:
         self.asleep = False
         self.work = 0
         self.woken = -1
-        self.left = False
         self.committed: list[tuple[int, int]] = []  # epoch, number
 
     # What the event loop does
@@ -73,9 +73,8 @@ class SimRank:
             return
         self.newest = expert_map
         effects = self.barrier.on_map(expert_map)
-        self.left = self.left or effects.leave
         self.release(effects.to_release, expert_map.epoch)
-        self.barrier.on_released(effects.to_release)
+        self.barrier.on_released(effects.to_release, expert_map.epoch)
 
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
         self.release(frozenset({dead}), epoch)
@@ -104,8 +103,6 @@ class SimRank:
         )
 
     def turn(self, sim: BarrierSim) -> None:
-        if self.left:
-            return
         if self.mapping:
             self.enter()
             return
@@ -131,6 +128,10 @@ class SimRank:
                 self.mapping = True
                 sim.note_adopted(self, at)
                 return
+        if barrier.may_flush(stopped=self.behind):
+            sim.num_flushed += 1
+            self.launch(filler=True)
+            return
         if self.adopted is None or self.behind:
             return
         if self.asleep and self.work:
@@ -154,9 +155,18 @@ class SimRank:
         self.mask = {m for m in self.adopted.members if self.given_up.get(m, 0) <= epoch}
         self.barrier.enter()
 
+    def time_out(self, sim: BarrierSim) -> None:
+        """The running kernel waits no longer for those that have not launched its graph."""
+        flight = self.graphs_in_flight[0]
+        late = [m for m in self.mask - {self.member} if not sim.has_launched(m, flight.number)]
+        self.mask -= set(late)
+        for each in self.graphs_in_flight:
+            each.lost = True
+            each.timed_out = (*each.timed_out, *late)
+
     def complete(self, sim: BarrierSim) -> None:
         flight = self.graphs_in_flight.popleft()
-        self.barrier.on_graph_done()
+        self.barrier.on_graph_done(flight.timed_out)
         if flight.filler:
             return
         self.behind = self.behind or flight.lost
@@ -183,6 +193,8 @@ class BarrierSim:
         self.verdicts: list[tuple[Member, Epoch]] = []
         self.judged: dict[Member, int] = {}
         self.first_graph: dict[int, int] = {}
+        self.num_flushed = 0
+        self.timeouts = 0.0  # how likely a kernel that waits for somebody gives it up
 
     def start(self, member: Member) -> None:
         self.ranks[member] = SimRank(member)
@@ -217,6 +229,21 @@ class BarrierSim:
         again = [] if settled else [m for m in current_map.members if m.rank in current_map.joiners]
         self.publish([*current_map.members, member], [*again, member])
 
+    def has_launched(self, member: Member, number: int) -> bool:
+        peer = self.ranks.get(member)
+        return peer is not None and peer.barrier.num_launched > number
+
+    def needs_resync(self) -> bool:
+        newest = self.maps[-1]
+        epochs = [(r.member.rank, r.barrier.out_of_step) for r in self.alive()]
+        return any(e == newest.epoch or (e and r not in newest.joiners) for r, e in epochs)
+
+    def _may_time_out(self, rank: SimRank) -> bool:
+        if not self.timeouts or not rank.graphs_in_flight or self.draw.random() > self.timeouts:
+            return False
+        number = rank.graphs_in_flight[0].number
+        return any(not self.has_launched(m, number) for m in rank.mask - {rank.member})
+
     def wake(self, by: SimRank, number: int) -> None:
         self.send(by.member, ("wake", number))
 
@@ -235,6 +262,9 @@ class BarrierSim:
         """One thing happens somewhere. False: nothing can."""
         options: list[tuple[str, object]] = [("turn", r) for r in self.alive() if self._may_turn(r)]
         options += [("complete", r) for r in self.alive() if self._may_complete(r)]
+        options += [("time out", r) for r in self.alive() if self._may_time_out(r)]
+        if self.needs_resync():
+            options.append(("resync", None))
         options += [("deliver", pair) for pair, wire in self.channels.items() if wire]
         options += [("map", r) for r in self.alive() if self.seen[r.member] < len(self.maps)]
         options += [
@@ -244,7 +274,10 @@ class BarrierSim:
         if not options:
             return False
         kind, what = self.draw.choice(options)
-        if kind == "deliver":
+        if kind == "resync":
+            members = [m for m in self.maps[-1].members if m in self.ranks]
+            self.publish(members, members)
+        elif kind == "deliver":
             assert isinstance(what, tuple)
             self._deliver(*what)
         else:
@@ -267,7 +300,9 @@ class BarrierSim:
         return not any(rank.graphs_in_flight for rank in self.alive())
 
     def _do(self, kind: str, rank: SimRank) -> None:
-        if kind == "turn":
+        if kind == "time out":
+            rank.time_out(self)
+        elif kind == "turn":
             rank.turn(self)
         elif kind == "complete":
             rank.complete(self)
@@ -280,8 +315,6 @@ class BarrierSim:
             self.judged[rank.member] += 1
             rank.declare_dead(*self.verdicts[self.judged[rank.member] - 1])
         self._tell(rank)
-        if rank.left:
-            self.kill(rank.member)
 
     def _tell(self, rank: SimRank) -> None:
         if rank.barrier.own != rank.told:
@@ -305,8 +338,6 @@ class BarrierSim:
 
     def _may_turn(self, rank: SimRank) -> bool:
         """Whether a turn would change something: a trial on nothing but the questions it asks."""
-        if rank.left:
-            return False
         if rank.mapping:
             return not rank.maps_joiners() or self.is_still()
         if rank.graphs_in_flight:
@@ -318,6 +349,8 @@ class BarrierSim:
             must_pause = newest.joiners and barrier.own.paused < newest.epoch
             if at is not None and (must_pause or barrier.may_adopt(newest)):
                 return True
+        if barrier.may_flush(stopped=rank.behind):
+            return True
         if adopted is None or rank.behind:
             return False
         awake = not rank.asleep or rank.work > 0 or rank.woken >= barrier.num_launched
@@ -396,6 +429,35 @@ def test_joiners_are_mapped_slowly_while_others_die_and_join(seed: int) -> None:
     disturb(sim, rounds=8, turns=150, patience=0.7)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_kernels_time_out_at_any_moment(seed: int) -> None:
+    """Also while they wait for members that live: all meet again, in a map that names everybody as
+    a joiner."""
+    sim = formed(seed)
+    sim.settle()
+    sim.timeouts = 0.02
+    disturb(sim, rounds=6, turns=300, patience=1.0)
+
+
+def test_a_graph_that_nobody_else_has_launched_is_met_by_empty_graphs() -> None:
+    """Before its timeout, although no map without the dead comes."""
+    flushed = 0
+    for seed in range(40):
+        sim = formed(seed)
+        sim.settle()
+        give_work(sim, 100)
+        sim.run(sim.draw.randrange(200))
+        dead = life(RANKS - 1)
+        del sim.ranks[dead]
+        sim.verdicts.append((dead, Epoch(2)))
+        sim.run(20_000)
+        counts = {rank.barrier.num_launched for rank in sim.alive()}
+        assert len(counts) == 1
+        assert not any(rank.graphs_in_flight for rank in sim.alive())
+        flushed += sim.num_flushed
+    assert flushed
+
+
 def disturb(sim: BarrierSim, *, rounds: int, turns: int, patience: float) -> None:
     """`patience`: how often a join waits for the one before."""
     sim.run(sim.draw.randrange(turns))
@@ -453,6 +515,7 @@ def news_of(member: Member, *, entered: int, invalidated: int) -> GraphBarrierUp
         sleep_at=-1,
         slept_at=-1,
         invalidated=Epoch(invalidated),
+        launched=0,
     )
 
 
@@ -605,10 +668,77 @@ def test_who_maps_joiners_gets_ready_for_the_next_ones_only_after_it() -> None:
     assert barrier.own.joining == 2
 
 
-def test_a_joiner_that_was_ready_once_does_not_begin_anew() -> None:
-    barrier = GraphBarrier(life(1))
-    assert not barrier.on_map(map_of(4, [life(0), life(1)], [life(1)])).leave
-    assert barrier.on_map(map_of(5, [life(1)], [life(1)])).leave
+def test_a_joiner_of_two_maps_is_ready_for_the_newer_one_once_its_graphs_have_ended() -> None:
+    one, two = life(0), life(1)
+    barrier = running(one, map_of(1, [one, two], []))
+    barrier.launch()
+    effects = barrier.on_map(map_of(2, [one, two], [one, two]))
+    assert effects.to_release == {two}
+    assert barrier.own.joining == 0
+    barrier.on_graph_done()
+    assert (barrier.own.joining, barrier.own.limit, barrier.own.paused) == (2, 1, 2)
+
+
+def test_numbers_of_graphs_never_go_back() -> None:
+    one, two = life(0), life(1)
+    barrier = running(one, map_of(1, [one, two], []))
+    for _ in range(5):
+        barrier.launch()
+        barrier.on_graph_done()
+    second = map_of(2, [one, two], [one, two])
+    barrier.on_map(second)
+    told = replace(news_of(two, entered=1, invalidated=0), joining=Epoch(2), limit=7)
+    barrier.on_update(told)
+    assert barrier.join_at(second) == 7
+
+
+def out_of_step() -> tuple[GraphBarrier, Member]:
+    """A kernel has waited in vain for the other member."""
+    one, two = life(0), life(1)
+    barrier = running(one, map_of(1, [one, two, life(2)], []))
+    barrier.launch()
+    barrier.on_graph_done([two])
+    return barrier, two
+
+
+def test_who_has_lost_count_launches_nothing_until_a_map_names_it_as_a_joiner() -> None:
+    barrier, two = out_of_step()
+    assert barrier.out_of_step == 1
+    assert not barrier.may_launch()
+    without_third = map_of(2, [life(0), two], [])
+    barrier.on_map(without_third)
+    assert barrier.join_at(without_third) is None
+    third = map_of(3, [life(0), two], [life(0), two])
+    barrier.on_map(third)
+    ready = replace(
+        news_of(two, entered=1, invalidated=0), joining=Epoch(3), paused=Epoch(3), limit=4
+    )
+    barrier.on_update(ready)
+    barrier.adopt(third)
+    barrier.enter()
+    assert barrier.out_of_step == 0
+    assert barrier.num_launched == 4
+
+
+@pytest.mark.parametrize("has_map", [False, True])
+def test_who_was_lost_because_it_is_dead_leaves_counts_alone(has_map: bool) -> None:
+    barrier, two = out_of_step()
+    if has_map:
+        barrier.on_map(map_of(2, [life(0), life(2)], []))
+    else:
+        barrier.declare_dead(two, Epoch(2))
+    assert barrier.out_of_step == 0
+
+
+def test_a_joiner_that_has_entered_the_map_before_may_still_deliver_a_step_of_it() -> None:
+    one, two = life(0), life(1)
+    barrier = running(one, map_of(1, [one, two], []))
+    barrier.on_update(news_of(two, entered=1, invalidated=0))
+    barrier.on_map(map_of(2, [one, two], [one, two]))
+    barrier.on_released(frozenset({two}), Epoch(2))
+    assert not barrier.is_clear_of(Epoch(1))
+    barrier.on_update(news_of(two, entered=1, invalidated=1))
+    assert barrier.is_clear_of(Epoch(1))
 
 
 def test_a_promise_comes_after_idle_graphs_only() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -295,6 +298,105 @@ def test_where_peers_lag_an_orphan_takes_a_surplus_slot_of_a_map_that_nobody_can
     assert it.on_assignment(orphan) == [HoldEngine(epoch=Epoch(1))]
     (load,) = it.on_held(Epoch(1))
     assert isinstance(load, LoadSlots)
+
+
+def survivor_of_two(experts: tuple[int, ...], orphan: tuple[int, ...]) -> RankMembership:
+    """Epoch 1 is adopted. Epoch 2 names a second dead member, whose link is broken. An assignment
+    of that epoch gives a slot of it to an orphan."""
+    it = serving(*experts, peers_may_lag=True)
+    it.on_peer_record(record(1))
+    placement = np.array(map_of(2, *experts).placement)
+    second = ExpertMap(
+        epoch=Epoch(2), num_experts=2, members=(member(0), member(1)), placement=placement
+    )
+    assert it.on_map(second) == [AnnounceMap(expert_map=second)]
+    assignment = SlotContents.of(member(0), wanted(*orphan), epoch=2)
+    assert it.on_assignment(assignment) == [HoldEngine(epoch=Epoch(2))]
+    return it
+
+
+def test_an_assignment_that_takes_a_slot_of_the_held_map_is_loaded_once() -> None:
+    it = survivor_of_two((0, 1, 1, -1), (0, 1, 0, -1))
+    (load,) = it.on_held(Epoch(2))
+    assert isinstance(load, LoadSlots)
+    (put,) = it.on_slots_loaded(load.wanted)
+    assert isinstance(put, PutResidents)
+    assert put.contents.array().tolist() == [[0, 1, 0, -1]]
+
+
+def test_a_held_map_is_not_adopted_once_an_assignment_takes_a_slot_of_it() -> None:
+    it = survivor_of_two((0, 1, 1, -1), (0, 1, 0, -1))
+    assert not any(isinstance(a, AdoptMap) for a in it.on_link_opened(member(1)))
+    third = map_of(3, 0, 1, 0, -1)
+    it.on_held(Epoch(2))
+    it.on_map(third)
+    assert AdoptMap(expert_map=third) in it.on_slots_loaded(wanted(0, 1, 0, -1))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_nothing_is_loaded_twice_for_one_target(seed: int) -> None:
+    """Maps and assignments as a control plane may write them, seen in any interleaving with the
+    ends of loads, holds and adoptions."""
+    rng = random.Random(seed)
+    it = RankMembership(record(0), wanted(-1, -1, -1, -1), peers_may_lag=rng.random() < 0.5)
+    it.on_peer_record(record(1))
+    changes = Counter[tuple[int, int]]()  # by slot and expert: how often it has become its target
+    loads = Counter[tuple[int, int]]()
+    target = [EMPTY_SLOT] * 4
+    residents = wanted(-1, -1, -1, -1)
+    loading: np.ndarray | None = None
+    pending: list[MembershipAction] = []
+    epoch = 0
+
+    def want(experts: list[int]) -> None:
+        for slot, expert in enumerate(experts):
+            if target[slot] != expert:
+                target[slot] = expert
+                changes[slot, expert] += 1
+
+    def take(actions: list[MembershipAction]) -> None:
+        nonlocal loading
+        for action in actions:
+            if isinstance(action, LoadSlots):
+                assert loading is None
+                loading = action.wanted
+                for _, slot in np.argwhere(loading != residents).tolist():
+                    loads[slot, int(loading[0, slot])] += 1
+            elif isinstance(action, HoldEngine | AdoptMap):
+                pending.append(action)
+
+    for _ in range(60):
+        match rng.randrange(6):
+            case 0:  # a map of what is there or was meant to be there, perhaps with the dead peer
+                epoch += 1
+                row = [e if rng.random() < 0.8 else EMPTY_SLOT for e in target]
+                members = (member(0), member(1)) if rng.random() < 0.5 else (member(0),)
+                want(row)
+                placement = np.full((1, 3, 4), EMPTY_SLOT, dtype=np.int16)
+                placement[0, 0] = row
+                new = ExpertMap(
+                    epoch=Epoch(epoch), num_experts=2, members=members, placement=placement
+                )
+                take(it.on_map(new))
+            case 1:
+                row = [rng.choice([-1, 0, 1]) if rng.random() < 0.3 else e for e in target]
+                want(row)
+                take(it.on_assignment(SlotContents.of(member(0), wanted(*row), epoch=epoch)))
+            case 2 if loading is not None:
+                residents, loading = loading, None
+                take(it.on_slots_loaded(residents))
+            case 3 if pending:
+                action = pending.pop(0)
+                if isinstance(action, HoldEngine):
+                    take(it.on_held(action.epoch))
+                elif isinstance(action, AdoptMap):
+                    take(it.on_adopted(action.expert_map))
+            case 4:
+                take(it.on_link_opened(member(1)))
+            case 5:
+                take(it.on_link_broken(member(1), "reset"))
+    for each, num in loads.items():
+        assert each[1] < 0 or num <= changes[each], f"slot and expert {each}"
 
 
 def test_it_leaves_when_a_map_leaves_it_out_but_not_before_it_was_in_one() -> None:

@@ -147,3 +147,25 @@ def test_a_member_whose_next_life_was_met_already_stays_masked(who: EpMembers) -
     late = map_of(3, life(0), life(1), life(2, 2), life(3))
     assert who.members_to_map(late) == []
     assert who.adopt(late).active == {0, 1, 3}
+
+
+def test_who_lacks_a_member_that_nobody_has_given_up_has_waited_in_vain(who: EpMembers) -> None:
+    assert who.lost_unexplained([1, 1, 0, 1]) == [life(2)]
+    who.give_up([life(2)], Epoch(2))
+    assert who.lost_unexplained([1, 1, 0, 1]) == []
+    assert who.lost_unexplained([1, 0, 0, 1]) == [life(1)]
+
+
+def test_who_is_alone_waits_for_all_again_under_the_next_map(who: EpMembers) -> None:
+    alone = who.isolate()
+    assert alone.active == {0}
+    assert alone.mask == (1, 2, 3)
+    again = who.adopt(map_of(2, *(life(r) for r in range(NUM_RANKS))))
+    assert again.active == {0, 1, 2, 3}
+    assert again.unmask == (1, 2, 3)
+
+
+def test_a_release_that_comes_after_its_map_masks_nobody(who: EpMembers) -> None:
+    """The map names the same members again, as joiners."""
+    who.adopt(map_of(2, *(life(r) for r in range(NUM_RANKS))))
+    assert who.give_up([life(1), life(2)], Epoch(2)) == []
