@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from shared.errors import ConfigError
+from shared.private_folder import open_folder
 
-_STATE_FILE = "starfish.json"
+STATE_FILE = "starfish.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,46 +40,45 @@ class Target:
 
 
 def default_run_dir(instance: str) -> Path:
-    """A folder of this user, which does not survive the login session or the next boot."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = Path(runtime) / "starfish" if runtime else Path(f"/tmp/starfish-{os.geteuid()}")
-    return base / instance
+    """A folder of this user, which does not survive the login session or the next boot. It is not
+    looked at: whoever uses it checks that it is this user's."""
+    return _runtime_folder() / instance
 
 
-def create_run_dir(run_dir: Path) -> None:
-    """Raises ConfigError if the folder cannot belong to this user alone."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = run_dir.stat().st_uid
-    except OSError as error:
-        raise ConfigError(f"cannot create {run_dir}: {error.strerror}; pass --run-dir") from error
-    if owner != os.geteuid():
-        raise ConfigError(f"{run_dir} belongs to another user; pass --run-dir with your own")
+def _runtime_folder() -> Path:
+    if explicit := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(explicit) / "starfish"
+    if os.geteuid() == 0 and os.access("/run", os.W_OK):
+        return Path("/run/starfish")
+    session = Path(f"/run/user/{os.geteuid()}")
+    if os.geteuid() != 0 and os.access(session, os.W_OK):
+        return session / "starfish"
+    return Path(f"/tmp/starfish-{os.geteuid()}")
 
 
 def write_state(run_dir: Path, state: RunState) -> None:
     """Replaces the file in one step: a reader sees the old or the new one, never a part."""
-    fresh = run_dir / f"{_STATE_FILE}.new"
+    fresh = run_dir / f"{STATE_FILE}.new"
     fresh.write_text(json.dumps(msgspec.to_builtins(state), indent=2) + "\n")
-    fresh.rename(run_dir / _STATE_FILE)
-
-
-def remove_state(run_dir: Path) -> None:
-    (run_dir / _STATE_FILE).unlink(missing_ok=True)
+    fresh.rename(run_dir / STATE_FILE)
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """None if there is no state file. Raises ConfigError if it is malformed."""
+    """None if there is no state file. Raises ConfigError if it is malformed, or if another user
+    may have written it: commands send signals to what it names."""
     try:
-        raw = (run_dir / _STATE_FILE).read_bytes()
+        os.close(open_folder(run_dir))
+        raw = (run_dir / STATE_FILE).read_bytes()
     except FileNotFoundError:
         return None
+    except ConfigError as error:
+        raise ConfigError(f"{error}; pass --run-dir with a folder of your own") from error
     except OSError as error:
-        raise ConfigError(f"cannot read {run_dir / _STATE_FILE}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {run_dir / STATE_FILE}: {error.strerror}") from error
     try:
         return msgspec.json.decode(raw, type=RunState)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{run_dir / _STATE_FILE} is malformed: {error}; delete it") from error
+        raise ConfigError(f"{run_dir / STATE_FILE} is malformed: {error}; delete it") from error
 
 
 def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
@@ -98,5 +98,5 @@ def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | No
 
 
 def _others(folder: Path) -> str:
-    names = sorted(path.parent.name for path in folder.parent.glob(f"*/{_STATE_FILE}"))
+    names = sorted(path.parent.name for path in folder.parent.glob(f"*/{STATE_FILE}"))
     return f" (but --instance {', --instance '.join(names)} does)" if names else ""

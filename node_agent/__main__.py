@@ -25,7 +25,7 @@ from node_agent.restart_policy import RestartPolicy
 from node_agent.view_reporter import ViewReporter
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
-from shared.confinement import confined_environment
+from shared.confinement import confined_environment, require_internal
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
 from shared.garbage_collector import freeze_loaded_objects
@@ -46,6 +46,8 @@ def main() -> int:
         configure_logs(
             service="agent", level=config.log_level, json=config.log_json, node=config.node_name
         )
+        if not config.public_data_host:
+            require_internal(config.data_host)
         setup = RankSetup(
             command=with_expert_cache(rank_command(config, rank_flags), config.host_experts_gb),
             environment=confined_environment(os.environ, config.data_host),

@@ -27,6 +27,9 @@ class AgentConfig:
     model: Path | None = option(None, "checkpoint folder, for the ranks")
     control_host: str = option("127.0.0.1", "address of the ranks' control ports")
     data_host: str = option("127.0.0.1", "address of the ranks' data network")
+    public_data_host: bool = option(
+        False, "accept a public address as --data-host; a firewall must keep strangers away from it"
+    )
     log_dir: Path | None = option(None, "folder for rank-N.log; default: the agent's own stderr")
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared.errors import ConfigError
+from shared.private_folder import cache_folder, is_own_file, prepare_cache
 
 BIND_VARIABLE = "STARFISH_DATA_BIND"
 _SOURCE = Path(__file__).with_name("bind_shim.c")
@@ -32,8 +33,8 @@ class Listener(NamedTuple):
 
 def confined_environment(base_env: Mapping[str, str], data_host: str) -> dict[str, str]:
     """`base_env` plus variables that make a process listen on `data_host` instead of on all
-    interfaces. Compiles the shim if this user has none yet. Raises ConfigError."""
-    shim = compile_shim(base_env)
+    interfaces. Compiles the shim if there is none yet. Raises ConfigError."""
+    shim = find_shim(base_env)
     others = [p for p in base_env.get("LD_PRELOAD", "").split(":") if p and p != str(shim)]
     preload = ":".join([str(shim), *others])
     return {**base_env, "LD_PRELOAD": preload, BIND_VARIABLE: _address_of(data_host)}
@@ -51,14 +52,34 @@ def require_confined() -> None:
         )
 
 
-def compile_shim(environ: Mapping[str, str]) -> Path:
-    """The shim's shared object in the user's cache, named after a hash of its source. Raises
-    ConfigError."""
-    source = _SOURCE.read_bytes()
-    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starfish"
-    target = cache / f"bind_shim-{hashlib.sha256(source).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+def find_shim(environ: Mapping[str, str]) -> Path:
+    """The shim's shared object, named after a hash of its source: the one that was built beside the
+    source (`build_shim`, as in an image), else the one in the user's cache, which is compiled if
+    necessary. Code of a rank's process, so one that another user could have written is never taken.
+    Raises ConfigError."""
+    name = shim_name()
+    built = _SOURCE.with_name(name)
+    if built.exists():
+        if not is_own_file(built):
+            raise ConfigError(
+                f"{built} is code that other users can change: run `chmod go-w {built}` as its "
+                "owner, or remove it"
+            )
+        return built
+    cache = cache_folder(environ)
+    prepare_cache(cache)
+    target = cache / name
+    if not (target.exists() and is_own_file(target)):
+        build_shim(target)
+    return target
+
+
+def shim_name() -> str:
+    return f"bind_shim-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so"
+
+
+def build_shim(target: Path) -> None:
+    """Compiles the shim, which only the owner may change. Raises ConfigError."""
     compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if compiler is None:
         raise ConfigError(
@@ -66,14 +87,13 @@ def compile_shim(environ: Mapping[str, str]) -> Path:
             "run `apt-get install gcc libc6-dev`"
         )
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built = Path(folder) / "shim.so"
             _compile(compiler, built)
+            built.chmod(0o555)
             os.replace(built, target)
     except OSError as error:
-        raise ConfigError(f"cannot write the bind shim to {cache}: {error.strerror}") from error
-    return target
+        raise ConfigError(f"cannot write the bind shim to {target}: {error.strerror}") from error
 
 
 def _compile(compiler: str, target: Path) -> None:
@@ -86,6 +106,18 @@ def _compile(compiler: str, target: Path) -> None:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConfigError(
             f"{compiler} cannot build the bind shim ({last}): run `apt-get install gcc libc6-dev`"
+        )
+
+
+def require_internal(data_host: str) -> None:
+    """Raises ConfigError if the address is one that the Internet routes to: whoever reaches the
+    data network reads and overwrites the memory of ranks."""
+    address = _address_of(data_host)
+    if ipaddress.ip_address(address).is_global:
+        raise ConfigError(
+            f"the data address {address} is a public one, and whoever reaches it can read and "
+            "overwrite a rank's memory: pass --data-host with an address of an internal network, "
+            "or, if a firewall lets only the instance's hosts in, --public-data-host"
         )
 
 

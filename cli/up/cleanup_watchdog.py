@@ -15,7 +15,8 @@ _GRACE_S = 2.0
 
 def main() -> None:
     """`cleanup_watchdog.py LIFELINE_FD FOLDER PID…`: waits for the lifeline's end, then cleans up.
-    Removes no folder if FOLDER is "-"."""
+    FOLDER is `PARENT_FD/NAME`, so that nobody can exchange a folder on the way to it, or "-": then
+    none is removed."""
     lifeline_fd, folder = int(sys.argv[1]), sys.argv[2]
     pidfds = [os.pidfd_open(int(pid)) for pid in sys.argv[3:]]
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -29,7 +30,8 @@ def main() -> None:
                 continue
         time.sleep(grace_s)
     if folder != "-":
-        shutil.rmtree(folder, ignore_errors=True)
+        parent_fd, _, name = folder.partition("/")
+        shutil.rmtree(name, ignore_errors=True, dir_fd=int(parent_fd))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from cli.up.run_folder import RunFolder
+
 _SCRIPT = Path(__file__).with_name("cleanup_watchdog.py")
 
 
 class CleanupWatchdog:
     """`folder` is removed after our end; None: nothing is removed."""
 
-    def __init__(self, lifeline_fd: int, folder: Path | None) -> None:
+    def __init__(self, lifeline_fd: int, folder: RunFolder | None) -> None:
         self._lifeline_fd = lifeline_fd
-        self._folder = "-" if folder is None else str(folder)
+        self._parent_fds = [] if folder is None else [folder.parent_fd]
+        self._folder = "-" if folder is None else f"{folder.parent_fd}/{folder.path.name}"
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, pids: Iterable[int]) -> None:
@@ -25,7 +28,7 @@ class CleanupWatchdog:
         fd = self._lifeline_fd
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(_SCRIPT), str(fd), self._folder, *map(str, pids)),
-            pass_fds=[fd],
+            pass_fds=[fd, *self._parent_fds],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,

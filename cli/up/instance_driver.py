@@ -46,7 +46,6 @@ async def run_up(options: UpOptions, console: Console) -> int:
     refuse_second_instance(options)
     is_default = options.run_dir == default_run_dir(options.instance)
     folder = RunFolder(options.run_dir, is_default=is_default)
-    folder.prepare()
     stop, up = asyncio.Event(), InstanceDriver(options, folder, console, SystemClock())
 
     def on_signal() -> None:
@@ -114,7 +113,7 @@ class InstanceDriver:
             revoke_leadership=self._revoke_leadership,
         )
         self._cleanup_watchdog = CleanupWatchdog(
-            self._supervisor.lifeline_fd, folder.path if folder.is_default else None
+            self._supervisor.lifeline_fd, folder if folder.is_default else None
         )
         self._etcd: EmbeddedEtcd | None = None  # None: the instance uses an etcd that runs already
         self._mps: CudaMps | None = None

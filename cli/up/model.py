@@ -11,6 +11,7 @@ from pathlib import Path
 from cli.up.stages import Stage
 from shared.errors import CheckpointError
 from shared.model_spec import read_model_spec
+from shared.private_folder import cache_folder
 
 SEEDED_NAME = "starfish-seeded-moe"
 SHIPPED = Path(__file__).parents[2] / "models" / "starling-14m"
@@ -18,8 +19,7 @@ SHIPPED = Path(__file__).parents[2] / "models" / "starling-14m"
 
 
 def default_model_dir() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "starfish" / "models"
+    return cache_folder(os.environ) / "models"
 
 
 def shipped_model() -> Path | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from pathlib import Path
 
-from cli.run_dir import create_run_dir, remove_state
+from cli.run_dir import STATE_FILE
 from shared.errors import ConfigError
+from shared.private_folder import PrivateFolder
 
 _LOCK_FILE = "lock"
 
@@ -19,23 +19,31 @@ class RunFolder:
     stays, with whatever others have put there."""
 
     def __init__(self, path: Path, *, is_default: bool) -> None:
+        """Creates the folder, without files of an earlier run. Raises ConfigError if it does not
+        belong to this user alone, or if another run uses it."""
         self.path = path
         self.is_default = is_default
         self.log_dir = path / "logs"
-        self._lock_fd = -1
-
-    def prepare(self) -> None:
-        """Creates the folder, without files of an earlier run. Raises ConfigError if it cannot
-        belong to this user alone, or if another run uses it."""
-        create_run_dir(self.path)
-        self._lock()
+        try:
+            self._folder = PrivateFolder(path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or pass --run-dir with a folder of your own") from error
+        try:
+            self._lock_fd = self._lock()
+        except BaseException:
+            self._folder.close()
+            raise
         self._remove_parts(keep_logs=False)
-        self.log_dir.mkdir(exist_ok=True)
+        self.log_dir.mkdir(mode=0o700, exist_ok=True)
 
-    def _lock(self) -> None:
+    @property
+    def parent_fd(self) -> int:
+        """Of the folder that contains this one."""
+        return self._folder.parent_fd
+
+    def _lock(self) -> int:
         """Ends with this process."""
-        path = self.path / _LOCK_FILE
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fd = self._folder.open_file(_LOCK_FILE)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -47,21 +55,17 @@ class RunFolder:
             ) from None
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
-        self._lock_fd = fd
+        return fd
 
     def remove_files(self, *, keep_logs: bool) -> None:
-        """At the end of the run."""
+        """At the end of the run. Call it once."""
         self._remove_parts(keep_logs=keep_logs)
-        if self._lock_fd >= 0:
-            (self.path / _LOCK_FILE).unlink(missing_ok=True)
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        self._folder.remove_part(_LOCK_FILE)
+        os.close(self._lock_fd)
         if not keep_logs and self.is_default:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._folder.remove()
+        self._folder.close()
 
     def _remove_parts(self, *, keep_logs: bool) -> None:
-        remove_state(self.path)
-        for part in ("etcd", "mps"):
-            shutil.rmtree(self.path / part, ignore_errors=True)
-        if not keep_logs:
-            shutil.rmtree(self.log_dir, ignore_errors=True)
+        for part in (STATE_FILE, "etcd", "mps", *(() if keep_logs else ("logs",))):
+            self._folder.remove_part(part)

@@ -15,9 +15,12 @@ columns for. Weights are transposed, `[inputs, outputs]`, or in panels (`tiles`)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+
+from shared.private_folder import cache_folder, prepare_cache
 
 SHARED_SOURCES = ("arithmetic.py", "tiles.py", "linear.py", "attention.py")
 
@@ -40,10 +45,27 @@ def _cache_folder() -> str:
         digest.update((here / name).read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
     beside = here / "__pycache__"
-    if os.access(beside if beside.exists() else here, os.W_OK) or (beside / name).exists():
+    if os.access(beside if beside.exists() else here, os.W_OK):
         return str(beside / name)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(home) / "starfish" / name)
+    cache = cache_folder(os.environ)
+    prepare_cache(cache)
+    if (beside / name).exists():
+        _link_built_kernels(beside / name, cache / name)
+    return str(cache / name)
+
+
+def _link_built_kernels(built: Path, target: Path) -> None:
+    """Numba takes no folder that it cannot write, such as an image's. So `target` becomes one that
+    it can write, with links to the kernels in `built`."""
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        linked = Path(scratch) / "kernels"
+        shutil.copytree(built.resolve(), linked, copy_function=os.symlink)
+        for folder in (linked, *(path for path in linked.iterdir() if path.is_dir())):
+            folder.chmod(0o700)  # copytree copies the mode of a folder that nobody may write
+        with contextlib.suppress(OSError):  # another rank of this host was faster
+            linked.rename(target)
 
 
 numba.config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]

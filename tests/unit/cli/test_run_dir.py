@@ -11,21 +11,21 @@ from cli.run_dir import (
     Target,
     default_run_dir,
     read_state,
-    remove_state,
     resolve_target,
     write_state,
 )
+from cli.up.run_folder import RunFolder
 from shared.errors import ConfigError
 
 STATE = RunState(instance="blue", etcd="h:1", url="http://x:2", pid=3, model="/m")
 
 
-def test_what_is_written_is_read_until_it_is_removed(tmp_path: Path) -> None:
+def test_what_is_written_is_read_until_the_run_ends(tmp_path: Path) -> None:
     assert read_state(tmp_path) is None
     write_state(tmp_path, STATE)
     assert read_state(tmp_path) == STATE
-    remove_state(tmp_path)
-    remove_state(tmp_path)
+    RunFolder(tmp_path, is_default=False).remove_files(keep_logs=False)
+    assert read_state(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 

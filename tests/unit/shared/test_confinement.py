@@ -11,8 +11,8 @@ import pytest
 from shared.confinement import (
     BIND_VARIABLE,
     Listener,
-    compile_shim,
     confined_environment,
+    find_shim,
     listeners_of,
     parse_listeners,
 )
@@ -70,10 +70,10 @@ def test_without_a_compiler_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="apt-get install gcc libc6-dev"):
-        compile_shim({"XDG_CACHE_HOME": str(tmp_path)})
+        find_shim({"XDG_CACHE_HOME": str(tmp_path)})
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "starfish").write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match="cannot write"):
-        compile_shim({"XDG_CACHE_HOME": str(tmp_path)})
+    with pytest.raises(ConfigError, match="cannot write to"):
+        find_shim({"XDG_CACHE_HOME": str(tmp_path)})
