@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
 
 from gateway.config import GatewayConfig
+from gateway.descriptor_limit import allowed_connections
 from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
@@ -46,6 +48,7 @@ def main() -> None:
         )
         config.check()
         configure_logs(service="gateway", level=config.log_level, json=config.log_json)
+        config = replace(config, connections_max=allowed_connections(config.connections_max))
         with _listen(config) as listener:
             uvloop.run(_run(config, listener))
     except* StarfishError as group:

@@ -26,6 +26,20 @@ class GatewayConfig:
     )
     sessions_max: int = option(2048, "limit on requests in flight; beyond it: 429")
     body_bytes_max: int = option(4 << 20, "limit on a request's body, in bytes; beyond it: 413")
+    connections_max: int = option(
+        4096, "limit on connections of clients; beyond it: 503, and the connection is closed"
+    )
+    connections_per_address_max: int = option(
+        2048,
+        "limit on connections of one client address (a /64 of IPv6); beyond it: 429. Behind a "
+        "proxy, all clients have the proxy's address",
+    )
+    header_timeout_s: float = option(
+        20.0, "a connection is closed if the header of a request is not whole within this time"
+    )
+    idle_timeout_s: float = option(
+        75.0, "a connection is closed if no request follows an answer within this time"
+    )
     no_rank_timeout_s: float = option(
         120.0,
         "a request that no live rank accepts within this time fails; several times the control "
@@ -51,6 +65,12 @@ class GatewayConfig:
             raise ConfigError(
                 "--tokens-in-flight-max, --sessions-max and --body-bytes-max must be at least 1"
             )
+        if min(self.connections_max, self.connections_per_address_max) < 1:
+            raise ConfigError(
+                "--connections-max and --connections-per-address-max must be at least 1"
+            )
+        if min(self.header_timeout_s, self.idle_timeout_s) <= 0:
+            raise ConfigError("--header-timeout-s and --idle-timeout-s must be above 0")
         if self.no_rank_timeout_s <= 0 or self.drain_s < 0:
             raise ConfigError("--no-rank-timeout-s must be above 0, and --drain-s at least 0")
         if self.log_level not in ("debug", "info", "warning", "error"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from gateway.connection_table import Refusal
 from gateway.stream_session import FailureKind, SessionState, StreamSession
 from shared.types import SuspicionReason
 
@@ -20,6 +21,12 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "HTTP requests answered", "endpoint", "status")
+        self._refused = self._counter(
+            "connections_refused", "Connections refused because there are too many", "reason"
+        )
+        self._timed_out = self._counter(
+            "connection_timeouts", "Connections closed because their client sent nothing whole"
+        )
         self._sessions = self._counter("sessions", "Sessions that ended", "outcome")
         self._moves = self._counter("session_moves", "Placements after a session's first one")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of ended sessions")
@@ -41,6 +48,12 @@ class GatewayMetrics:
 
     def on_request(self, endpoint: str, status: int) -> None:
         self._requests.labels(endpoint, str(status)).inc()
+
+    def on_connection_refused(self, refusal: Refusal) -> None:
+        self._refused.labels(refusal.value).inc()
+
+    def on_connection_timeout(self) -> None:
+        self._timed_out.inc()
 
     def on_suspicion(self, reason: SuspicionReason) -> None:
         self._suspicions.labels(reason.value).inc()

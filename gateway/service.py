@@ -14,8 +14,10 @@ from aiohttp import web
 
 from gateway.admission import Admission, AdmissionLimits
 from gateway.api.http_app import HttpApp
+from gateway.api.http_listener import HttpListener
 from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
+from gateway.connection_table import ConnectionLimits
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
@@ -75,30 +77,40 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             models=models,
             body_bytes_max=config.body_bytes_max,
         )
+        http_listener = HttpListener(
+            ConnectionLimits(
+                connections_max=config.connections_max,
+                per_address_max=config.connections_per_address_max,
+                header_timeout_s=config.header_timeout_s,
+                idle_timeout_s=config.idle_timeout_s,
+            ),
+            clock=dependencies.clock,
+            metrics=metrics,
+        )
         watch = ClusterWatch(
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
-        _add_gauges(metrics, driver, admission)
+        _add_gauges(metrics, driver, admission, http_listener)
         leased.put(keys.gateway(name), pack(_record(name, dependencies.listener)))
         background = [
             tasks.create_task(watch.run()),
             tasks.create_task(leased.run()),
             tasks.create_task(driver.run_probes()),
             tasks.create_task(models.run()),
+            tasks.create_task(http_listener.run()),
         ]
         runner = web.AppRunner(
-            app.build(),
+            app.build(http_listener.track_request),
             handler_cancellation=True,  # a client that leaves ends its sessions
             access_log=None,
             shutdown_timeout=CLOSE_TIMEOUT_S,
         )
         await runner.setup()
-        site = web.SockSite(runner, dependencies.listener, backlog=1024)
-        await site.start()
+        await http_listener.start(runner, dependencies.listener)
         host, port = dependencies.listener.getsockname()[:2]
         log.info("gateway_listening", host=host, port=port, instance=config.instance)
         await dependencies.stop.wait()
-        await _drain(config, site, health, driver)
+        await _drain(config, http_listener, health, driver)
         await runner.cleanup()
         await leased.release()
         driver.close()
@@ -107,11 +119,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
 
 
 async def _drain(
-    config: GatewayConfig, site: web.SockSite, health: Health, driver: SessionDriver
+    config: GatewayConfig, http_listener: HttpListener, health: Health, driver: SessionDriver
 ) -> None:
     health.draining = True
     log.info("gateway_draining", sessions=driver.num_sessions, drain_s=config.drain_s)
-    await site.stop()
+    http_listener.stop()
     try:
         async with asyncio.timeout(config.drain_s):
             await driver.wait_until_idle()
@@ -125,7 +137,15 @@ def _record(name: str, listener: socket.socket) -> GatewayRecord:
     return GatewayRecord(gateway=name, pid=os.getpid(), host=str(host), port=int(port))
 
 
-def _add_gauges(metrics: GatewayMetrics, driver: SessionDriver, admission: Admission) -> None:
+def _add_gauges(
+    metrics: GatewayMetrics,
+    driver: SessionDriver,
+    admission: Admission,
+    http_listener: HttpListener,
+) -> None:
+    metrics.add_gauge(
+        "connections", "Open connections of clients", lambda: http_listener.num_connections
+    )
     metrics.add_gauge("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
     metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
     metrics.add_gauge("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)

@@ -54,7 +54,7 @@ def require_confined() -> None:
 
 def find_shim(environ: Mapping[str, str]) -> Path:
     """The shim's shared object, named after a hash of its source: the one that was built beside the
-    source (`build_shim`, as in an image), else the one in the user's cache, which is compiled if
+    source (as in an image), else the one in the user's cache, which is compiled if
     necessary. Code of a rank's process, so one that another user could have written is never taken.
     Raises ConfigError."""
     name = shim_name()
@@ -70,15 +70,20 @@ def find_shim(environ: Mapping[str, str]) -> Path:
     prepare_cache(cache)
     target = cache / name
     if not (target.exists() and is_own_file(target)):
-        build_shim(target)
+        _build_shim(target)
     return target
+
+
+def build_shim_beside_source() -> None:
+    """For an image or a package: whoever runs from it needs no compiler. Raises ConfigError."""
+    _build_shim(_SOURCE.with_name(shim_name()))
 
 
 def shim_name() -> str:
     return f"bind_shim-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so"
 
 
-def build_shim(target: Path) -> None:
+def _build_shim(target: Path) -> None:
     """Compiles the shim, which only the owner may change. Raises ConfigError."""
     compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if compiler is None:
@@ -157,3 +162,7 @@ def parse_listeners(table: str) -> list[Listener]:
         if fields[3] == _LISTEN:
             result.append(Listener(int(port, 16), int(fields[9]), address in _WILDCARDS))
     return result
+
+
+if __name__ == "__main__":
+    build_shim_beside_source()

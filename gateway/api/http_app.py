@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from gateway.admission import Admission
 from gateway.api.answer import answer_stream, answer_whole
@@ -63,9 +64,10 @@ class HttpApp:
         self._models = models
         self._body_bytes_max = body_bytes_max
 
-    def build(self) -> web.Application:
+    def build(self, *outer: Middleware) -> web.Application:
+        """`outer` are middlewares around its own ones, the outermost first."""
         app = web.Application(
-            middlewares=[self._handle_errors], client_max_size=self._body_bytes_max
+            middlewares=[*outer, self._handle_errors], client_max_size=self._body_bytes_max
         )
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)

@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shared import confinement
-from shared.confinement import build_shim, confined_environment, find_shim, require_internal
+from shared.confinement import (
+    build_shim_beside_source,
+    confined_environment,
+    find_shim,
+    require_internal,
+)
 from shared.errors import ConfigError
 from shared.private_folder import cache_folder
 
@@ -76,18 +80,18 @@ def test_a_cache_that_others_can_write_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The shim's source in a folder of the test's own, as in an image."""
     copy = Path(shutil.copy(ROOT / "shared" / "bind_shim.c", tmp_path / "bind_shim.c"))
     monkeypatch.setattr(confinement, "_SOURCE", copy)
-    yield copy
+    return copy
 
 
 def test_a_shim_built_into_an_image_needs_neither_compiler_nor_cache(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = source.with_name(confinement.shim_name())
-    build_shim(built)
+    build_shim_beside_source()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert find_shim({"XDG_CACHE_HOME": "/proc/no/folder"}) == built
 
@@ -95,7 +99,7 @@ def test_a_shim_built_into_an_image_needs_neither_compiler_nor_cache(
 @as_root
 def test_a_shim_beside_the_source_is_checked_too(source: Path) -> None:
     built = source.with_name(confinement.shim_name())
-    build_shim(built)
+    build_shim_beside_source()
     os.chown(built, STRANGER, STRANGER)
     with pytest.raises(ConfigError, match="code that other users can change"):
         find_shim({})
