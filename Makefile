@@ -21,7 +21,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit sim integration test-compose clean system-packages
+.PHONY: help install up test lint unit security sim integration test-compose clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -31,7 +31,7 @@ install: $(STAMPS)/warm ## Everything that is missing, into .venv (and Debian's 
 up: install ## Start a whole instance, stream one completion, serve until Ctrl-C
 	@exec $(BIN)/starfish up $(UP_FLAGS)
 
-test: install lint unit sim integration ## All that CI runs
+test: install lint unit security sim integration ## All that CI runs
 	$(call say,all tests passed)
 
 lint: install ## Format, lint, types, documentation, container files
@@ -51,6 +51,10 @@ lint: install ## Format, lint, types, documentation, container files
 unit: install ## Pure logic, in milliseconds
 	$(call say,unit tests)
 	$(PYTEST) tests/unit tests/test_architecture.py
+
+security: install ## Attacks that must fail
+	$(call say,attacks)
+	$(PYTEST) tests/security
 
 sim: install ## All services on a fake clock, under seeded faults
 	$(call say,simulator)
