@@ -8,8 +8,9 @@ import os
 import shutil
 from pathlib import Path
 
-from cli.run_dir import create_run_dir, remove_state
+from cli.run_dir import SECRET_FILE, create_run_dir, remove_state
 from shared.errors import ConfigError
+from shared.secret import create_secret
 
 _LOCK_FILE = "lock"
 
@@ -22,6 +23,7 @@ class RunFolder:
         self.path = path
         self.is_default = is_default
         self.log_dir = path / "logs"
+        self.secret_file = path / SECRET_FILE
         self._lock_fd = -1
 
     def prepare(self) -> None:
@@ -31,6 +33,10 @@ class RunFolder:
         self._lock()
         self._remove_parts(keep_logs=False)
         self.log_dir.mkdir(exist_ok=True)
+        try:
+            create_secret(self.secret_file)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.secret_file}: {error.strerror}") from error
 
     def _lock(self) -> None:
         """Ends with this process."""
@@ -61,6 +67,7 @@ class RunFolder:
 
     def _remove_parts(self, *, keep_logs: bool) -> None:
         remove_state(self.path)
+        self.secret_file.unlink(missing_ok=True)
         for part in ("etcd", "mps"):
             shutil.rmtree(self.path / part, ignore_errors=True)
         if not keep_logs:
