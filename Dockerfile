@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 starfish \
-    && install -d -o starfish -g starfish /models /var/lib/starfish
+    && install -d -o starfish -g starfish /models /run/starfish /var/lib/starfish
 WORKDIR /opt/starfish
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
