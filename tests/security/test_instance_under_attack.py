@@ -130,7 +130,9 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
         assert await is_prompt(cluster) < 3.0
 
         # With the secret, as a member: a map that nobody has published is not believed.
-        await enter_and_send(target, rank_caller(peer), ours, [wake_of(peer)])
+        for attacked, forger in ((records[0], records[1]), (records[1], records[0])):
+            me = forger.member
+            await enter_and_send(attacked, rank_caller(me), ours, [wake_of(me)])
         await asyncio.sleep(0.5)
         assert await is_prompt(cluster) < 3.0
         assert await cluster.live_ranks() == members, "a verdict has ended a healthy rank"
