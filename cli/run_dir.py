@@ -11,9 +11,12 @@ from pathlib import Path
 import msgspec
 
 from shared.errors import ConfigError
+from shared.handshake import Access
 from shared.private_folder import open_folder
+from shared.secret import read_secret
 
 STATE_FILE = "starfish.json"
+SECRET_FILE = "secret"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,11 @@ class RunState:
     url: str
     pid: int  # of `starfish up`
     model: str
+    secret_file: str = ""  # with the secret that the instance's processes share
+
+    def target(self) -> Target:
+        secret_file = Path(self.secret_file) if self.secret_file else None
+        return Target(etcd=self.etcd, instance=self.instance, url=self.url, secret_file=secret_file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +42,11 @@ class Target:
     etcd: str
     instance: str
     url: str | None = None  # of a gateway, if one is known
+    secret_file: Path | None = None
+
+    def access(self) -> Access:
+        """What its ranks ask for. Raises ConfigError."""
+        return Access(self.instance, read_secret(self.secret_file))
 
     def with_url(self, url: str) -> Target:
         return replace(self, url=url)
@@ -81,11 +94,18 @@ def read_state(run_dir: Path) -> RunState | None:
         raise ConfigError(f"{run_dir / STATE_FILE} is malformed: {error}; delete it") from error
 
 
-def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | None) -> Target:
-    """`etcd` takes precedence over the state file. Raises ConfigError if no instance is found."""
+def resolve_target(
+    *,
+    etcd: str | None,
+    instance: str | None,
+    run_dir: Path | None,
+    secret_file: Path | None = None,
+) -> Target:
+    """`etcd` and `secret_file` take precedence over the state file. Raises ConfigError if no
+    instance is found."""
     name = instance or "default"
     if etcd:
-        return Target(etcd=etcd, instance=name)
+        return Target(etcd=etcd, instance=name, secret_file=secret_file)
     folder = run_dir or default_run_dir(name)
     state = read_state(folder)
     if state is None:
@@ -94,7 +114,8 @@ def resolve_target(*, etcd: str | None, instance: str | None, run_dir: Path | No
             f"no instance runs from {folder}{hint}; start one with `starfish up`, or pass --etcd "
             "HOST:PORT and --instance NAME"
         )
-    return Target(etcd=state.etcd, instance=state.instance, url=state.url)
+    found = state.target()
+    return found if secret_file is None else replace(found, secret_file=secret_file)
 
 
 def _others(folder: Path) -> str:

@@ -23,6 +23,13 @@ InstanceFlag = Annotated[
 RunDirFlag = Annotated[
     Path | None, typer.Option("--run-dir", help="Folder of the run, as given to `starfish up`.")
 ]
+SecretFileFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--secret-file",
+        help="File with the instance's secret, if another command than `starfish up` runs it.",
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs to read.")]
 
 
@@ -33,10 +40,16 @@ class TargetFlags:
     etcd: EtcdFlag = None
     instance: InstanceFlag = None
     run_dir: RunDirFlag = None
+    secret_file: SecretFileFlag = None
 
     def target(self, url: str | None = None) -> Target:
         """`url` replaces the gateway that was found. Raises ConfigError if there is no instance."""
-        found = resolve_target(etcd=self.etcd, instance=self.instance, run_dir=self.run_dir)
+        found = resolve_target(
+            etcd=self.etcd,
+            instance=self.instance,
+            run_dir=self.run_dir,
+            secret_file=self.secret_file,
+        )
         return found if url is None else found.with_url(url)
 
 

@@ -23,10 +23,12 @@ from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.model_spec import read_model_spec
+from shared.secret import read_secret
 
 log = structlog.get_logger()
 
@@ -72,6 +74,7 @@ def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
 async def serve(config: ControlPlaneConfig) -> None:
     """Runs until SIGTERM, SIGINT or the end of the lifeline. Raises StarfishError."""
     model = read_model_spec(config.model_folder)
+    access = Access(config.instance, read_secret(config.secret_file))
     metrics = Metrics()
     stop = stop_event(config.lifeline_fd)
     async with AsyncExitStack() as stack:
@@ -82,6 +85,7 @@ async def serve(config: ControlPlaneConfig) -> None:
             keys=Keys(config.instance),
             clock=SystemClock(),
             name=config.unique_name(os.getpid()),
+            access=access,
             spec=instance_spec(config, model),
             policy=MembershipPolicy(
                 bytes_per_expert=bytes_per_expert(model),

@@ -24,6 +24,11 @@ class ControlPlaneConfig:
     model_name: str = option("", "the name that clients ask for; default: the folder's name")
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    secret_file: Path | None = option(
+        None,
+        "file with the secret that all processes of the instance share, closed to other users; "
+        "without it, whoever reaches a rank's control port is let in",
+    )
     ranks: int = option(4, "how many ranks the instance has")
     redundant_experts: int = option(
         -1, "replicas of experts beyond one each, per layer; -1: a second one of every expert"

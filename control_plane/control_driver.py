@@ -34,6 +34,7 @@ from control_plane.telemetry import Metrics
 from control_plane.writes import PlanHeal, Write
 from shared.clock import Clock
 from shared.errors import StoreError
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec
 from shared.store import Snapshot, Store, WatchEvent
@@ -81,6 +82,7 @@ class Driver:
         keys: Keys,
         clock: Clock,
         name: str,
+        access: Access,
         spec: InstanceSpec,
         policy: MembershipPolicy,
         timings: DetectorTimings,
@@ -112,6 +114,7 @@ class Driver:
         )
         self._prober = Prober(
             name=name,
+            access=access,
             report=self._inbox.put,
             interval_s=probe_interval_s,
             urgent_interval_s=urgent_probe_interval_s,

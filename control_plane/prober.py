@@ -14,10 +14,11 @@ from control_plane.probe_events import (
     ProbePong,
     ProbeRefused,
 )
-from shared.errors import WireError
+from shared.errors import AddressReused, WireError
+from shared.handshake import Access, Caller, introduce
 from shared.records import RankRecord
-from shared.types import Member
-from shared.wire import Hello, Ping, Pong, Welcome, encode, read_message
+from shared.types import Member, Role
+from shared.wire import Ping, Pong, encode, read_message
 
 _CONNECT_TIMEOUT_S = 1.0
 _WELCOME_TIMEOUT_S = 2.0
@@ -32,9 +33,16 @@ class Prober:
     """`watch` sets the ranks to probe, `set_urgent` the interval. Call `run` once."""
 
     def __init__(
-        self, *, name: str, report: Report, interval_s: float, urgent_interval_s: float
+        self,
+        *,
+        name: str,
+        access: Access,
+        report: Report,
+        interval_s: float,
+        urgent_interval_s: float,
     ) -> None:
-        self._hello = encode(Hello(role="control_plane", name=name))
+        self._caller = Caller(role=Role.CONTROL_PLANE, name=name)
+        self._access = access
         self._report = report
         self._intervals_s = (interval_s, urgent_interval_s)
         self._urgent = False
@@ -79,7 +87,7 @@ class Prober:
             try:
                 worked = await self._run_connection(record)
                 await self._report(ProbeBroken(member=record.member))
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, AddressReused):  # either way it listens no more
                 await self._report(ProbeRefused(member=record.member))
             except (ConnectionError, WireError):
                 await self._report(ProbeBroken(member=record.member))
@@ -95,13 +103,8 @@ class Prober:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(record.control_host, record.control_port)
         try:
-            writer.write(self._hello)
             async with asyncio.timeout(_WELCOME_TIMEOUT_S):
-                welcome = await read_message(reader)
-            if not isinstance(welcome, Welcome):
-                return False
-            if welcome.member != record.member:
-                raise ConnectionRefusedError("somebody else listens at its address")
+                await introduce(self._caller, record, self._access, reader, writer)
             await self._report(ProbeConnected(member=record.member))
             async with asyncio.TaskGroup() as group:
                 pings = group.create_task(self._ping(writer))

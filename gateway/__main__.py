@@ -21,9 +21,11 @@ from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
+from shared.handshake import Access
 from shared.lifeline import watch_lifeline
 from shared.listener import inherited_listener, listen_on
 from shared.logs import configure_logs
+from shared.secret import read_secret
 
 _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
 /v1/completions, /v1/models), /health and /metrics. It finds the ranks through etcd, sends each
@@ -63,12 +65,15 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     watch_lifeline(config.lifeline_fd, stop.set)
+    access = Access(config.instance, read_secret(config.secret_file))
     freeze_loaded_objects()
     store = await connect_store([part for part in config.etcd.split(",") if part])
     try:
         await run_gateway(
             config,
-            GatewayDependencies(store=store, clock=SystemClock(), listener=listener, stop=stop),
+            GatewayDependencies(
+                store=store, clock=SystemClock(), listener=listener, stop=stop, access=access
+            ),
         )
     finally:
         await store.close()

@@ -17,6 +17,11 @@ class GatewayConfig:
     port: int = option(8000, "port that clients connect to; 0 takes a free one")
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    secret_file: Path | None = option(
+        None,
+        "file with the secret that all processes of the instance share, closed to other users; "
+        "without it, whoever reaches a rank's control port is let in",
+    )
     model: Path | None = option(
         None, "checkpoint folder, for its tokenizer; default: the one in the instance's spec"
     )

@@ -1,5 +1,5 @@
-"""One connection to one incarnation of a rank, reopened until it is closed. It carries Hello,
-sessions and probes. What a broken or silent link means is decided by its owner."""
+"""One connection to one incarnation of a rank, reopened until it is closed. It carries sessions and
+probes. What a broken or silent link means is decided by its owner."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from shared.clock import Clock
 from shared.errors import WireError
+from shared.handshake import Access, Caller, introduce
 from shared.records import RankRecord
 from shared.types import Member, SuspicionReason
-from shared.wire import Cancel, Hello, Ping, Pong, Submit, Tokens, Welcome, encode, read_message
+from shared.wire import Cancel, Ping, Pong, Submit, Tokens, encode, read_message
 
 CONNECT_TIMEOUT_S = 1.0
 BACKOFF_MIN_S = 0.02
@@ -34,10 +35,19 @@ class LinkEvents:
 class RankLink:
     """`run` is its only task."""
 
-    def __init__(self, *, record: RankRecord, name: str, events: LinkEvents, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        record: RankRecord,
+        caller: Caller,
+        access: Access,
+        events: LinkEvents,
+        clock: Clock,
+    ) -> None:
         self.record = record
         self.member = record.member
-        self._name = name
+        self._caller = caller
+        self._access = access
         self._events = events
         self._clock = clock
         self._writer: asyncio.StreamWriter | None = None
@@ -95,9 +105,7 @@ class RankLink:
                 reader, writer = await asyncio.open_connection(
                     record.control_host, record.control_port
                 )
-                writer.write(encode(Hello(role="gateway", name=self._name)))
-                welcome = await read_message(reader)
-            self._check(welcome)
+                await introduce(self._caller, record, self._access, reader, writer)
             self._writer, self._probed_at = writer, None
             self._heard_at = self._clock.now()
             self._events.opened(record)
@@ -106,16 +114,6 @@ class RankLink:
             if writer is not None:
                 # Drops unsent bytes: a hung peer must not keep the socket open.
                 writer.transport.abort()
-
-    def _check(self, welcome: object) -> None:
-        """Another process may have taken the port since the record was written. Raises
-        WireError."""
-        member = self.member
-        if welcome is None:
-            raise WireError("the connection was closed before Welcome")
-        if not isinstance(welcome, Welcome) or welcome.member != member:
-            where = f"{self.record.control_host}:{self.record.control_port}"
-            raise WireError(f"{where} is not rank {member}")
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (message := await read_message(reader)) is not None:

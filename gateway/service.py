@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
-import uuid
 from dataclasses import dataclass
 
 import structlog
@@ -25,6 +25,7 @@ from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
 from shared.clock import Clock
 from shared.codec import pack
+from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
@@ -43,11 +44,14 @@ class GatewayDependencies:
     clock: Clock
     listener: socket.socket
     stop: asyncio.Event
+    access: Access
 
 
 async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
     """Raises CheckpointError if the tokenizer of the instance's model cannot be read."""
-    name = f"gateway-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+    name_key = secrets.token_bytes(NAME_KEY_BYTES)
+    caller = gateway_caller(f"gateway-{socket.gethostname()}", name_key)
+    name = caller.name
     keys = Keys(config.instance)
     metrics = GatewayMetrics()
     leased = LeasedKeys(dependencies.store, ttl_s=config.timings.lease_ttl_s)
@@ -56,7 +60,8 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
     )
     async with asyncio.TaskGroup() as tasks:
         driver = SessionDriver(
-            name=name,
+            caller=caller,
+            access=dependencies.access,
             clock=dependencies.clock,
             keys=keys,
             leased=leased,

@@ -17,6 +17,7 @@ from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
 from shared.clock import Clock
 from shared.codec import pack
+from shared.handshake import Access, Caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Suspicion
@@ -32,13 +33,14 @@ SILENCE_S = 0.3
 
 
 class SessionDriver:
-    """All methods run on the event loop. `name` prefixes session ids, so no gateway may ever have
-    used it before."""
+    """All methods run on the event loop. The caller's name prefixes session ids, so no gateway may
+    ever have used it before."""
 
     def __init__(
         self,
         *,
-        name: str,
+        caller: Caller,
+        access: Access,
         clock: Clock,
         keys: Keys,
         leased: LeasedKeys,
@@ -46,7 +48,9 @@ class SessionDriver:
         policy: SessionPolicy,
         tasks: asyncio.TaskGroup,
     ) -> None:
-        self._name = name
+        self._name = caller.name
+        self._caller = caller
+        self._access = access
         self._clock = clock
         self._keys = keys
         self._leased = leased
@@ -155,7 +159,13 @@ class SessionDriver:
             pong=self._on_pong,
             broken=self._on_broken,
         )
-        link = RankLink(record=record, name=self._name, events=events, clock=self._clock)
+        link = RankLink(
+            record=record,
+            caller=self._caller,
+            access=self._access,
+            events=events,
+            clock=self._clock,
+        )
         self._links[record.member] = (link, self._tasks.create_task(link.run()))
 
     def _close_link(self, member: Member) -> None:

@@ -33,11 +33,13 @@ from shared.confinement import require_confined
 from shared.errors import CheckpointError, StarfishError
 from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.model_spec import ModelSpec, read_model_spec
 from shared.records import InstanceSpec
+from shared.secret import read_secret
 from shared.store import Store
 from shared.types import Member, NodeId, RankId
 
@@ -70,6 +72,7 @@ def main() -> None:
 async def run_rank(config: RankConfig) -> NoReturn:
     """Ends the process. Raises StarfishError, OSError, and whatever the engine raised."""
     clock, keys = SystemClock(), Keys(config.instance)
+    access = Access(config.instance, read_secret(config.secret_file))
     timer = StartupTimer(clock)
     store = await connect_store(config.etcd.split(","))
     watch_lifeline(config.lifeline_fd, exit_at_once)
@@ -95,13 +98,14 @@ async def run_rank(config: RankConfig) -> NoReturn:
         hardware = await asyncio.to_thread(cpu.load, spec, folder)
     timer.end_stage("model")
     replication = await asyncio.to_thread(
-        _make_replication, transport, hardware, member, spec, config
+        _make_replication, transport, hardware, member, access, spec, config
     )
     rank = RejoiningRank(
         RankParts(
             member=member,
             lease_id=lease_id,
             config=config,
+            access=access,
             spec=spec,
             eos_token_ids=model_spec.eos_token_ids,
             store=store,
@@ -138,6 +142,7 @@ def _make_replication(
     transport: DataTransport | None,
     hardware: Hardware,
     member: Member,
+    access: Access,
     spec: InstanceSpec,
     config: RankConfig,
 ) -> KvReplication | None:
@@ -147,6 +152,7 @@ def _make_replication(
         return None
     endpoint = MooncakeReplicator(
         member=member,
+        access=access,
         node=NodeId(config.node),
         transport=transport,
         cache=blocks,

@@ -9,6 +9,7 @@ from pathlib import Path
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.config import Timings, option
 from shared.errors import ConfigError
+from shared.secret import require_secret
 from shared.types import DeviceKind
 
 
@@ -42,6 +43,11 @@ class RankConfig:
     node: str = option("localhost", "name of this host, the unit of correlated failure")
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    secret_file: Path | None = option(
+        None,
+        "file with the secret that all processes of the instance share, closed to other users; "
+        "without it, whoever reaches a rank's control port is let in",
+    )
     model: Path | None = option(None, "checkpoint folder; default: the one in the instance's spec")
     device: DeviceKind = option(
         DeviceKind.AUTO, "cpu, cuda, or auto: cuda if there is a card and the model runs on it"
@@ -104,6 +110,7 @@ class RankConfig:
     def check(self) -> None:
         """Raises ConfigError if values contradict each other."""
         self.timings.check()
+        require_secret(self.control_host, self.secret_file)
         if self.transfer_protocol not in ("tcp", "rdma"):
             raise ConfigError(f"--transfer-protocol {self.transfer_protocol!r}: say tcp or rdma")
         window_ms = self.timings.longest_silence_ms

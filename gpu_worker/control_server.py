@@ -1,10 +1,13 @@
 """The rank's control port: sessions from gateways, probes, links from peers, each a connection of
-framed messages. What a message means to the engine is the `EngineClient`'s."""
+framed messages. It takes a message only from a process whose role may send it, and only for what is
+that process's own: a gateway's sessions, a member's regions. What a message means to the engine is
+the `EngineClient`'s."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import structlog
@@ -14,12 +17,13 @@ from gpu_worker.engine.mailbox import StepTokens
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.membership.link_keeper import DataEndpoint
 from shared.errors import WireError
-from shared.types import Epoch, Member, Step
+from shared.handshake import Access, Caller, admit
+from shared.types import Epoch, Member, Role, SessionId, Step
 from shared.wire import (
+    FRAME_BYTES_MAX,
     Cancel,
     DropKvReplicas,
     GraphBarrierUpdate,
-    Hello,
     KvReplicaRegionOpened,
     KvReplicasDropped,
     KvReplicasStored,
@@ -34,15 +38,45 @@ from shared.wire import (
     Submit,
     Tokens,
     Wake,
-    Welcome,
     encode,
     read_message,
 )
 
 log = structlog.get_logger()
 
-HELLO_TIMEOUT_S = 5.0
+HANDSHAKE_TIMEOUT_S = 5.0
+STRANGERS_MAX = 64
+"""Connections that have not been let in yet. One more ends the oldest of them: who belongs here
+needs milliseconds, and must not be kept out by others who wait."""
+KNOWN_WITHIN_S = 1.5
+KNOWN_POLL_S = 0.01
+"""A peer may connect before this rank has seen its record."""
 UNSENT_BYTES_MAX = 8 << 20
+GENERATION_MAX = 1 << 31
+COUNT_MAX = 1 << 48
+REFUSALS_LOG_S = 1.0
+"""Strangers must not fill the log: of those refused, one is logged in this time."""
+
+MAY_SEND: Mapping[Role, tuple[type[Message], ...]] = {
+    Role.GATEWAY: (Submit, Cancel, Ping),
+    Role.RANK: (
+        Wake,
+        GraphBarrierUpdate,
+        OpenRegion,
+        OpenKvReplicaRegion,
+        KvReplicasStored,
+        DropKvReplicas,
+        Ping,
+    ),
+    Role.CONTROL_PLANE: (Ping,),
+    Role.CLI: (Ping, StatusQuery),
+}
+FRAME_BYTES_MAX_OF = {
+    Role.GATEWAY: FRAME_BYTES_MAX,
+    Role.RANK: 4 << 20,  # the names of all blocks that a peer keeps here
+    Role.CONTROL_PLANE: 4 << 10,
+    Role.CLI: 4 << 10,
+}
 
 
 class KvReplicaHost(Protocol):
@@ -62,24 +96,32 @@ class KvReplicaHost(Protocol):
 
 class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
-    `replication`, the rank refuses to keep KV replicas for its peers."""
+    `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
+    is registered or in the newest map: no other gets anything."""
 
     def __init__(
         self,
         *,
         member: Member,
+        access: Access,
+        knows: Callable[[Member], bool],
         engine: EngineClient,
         endpoint: DataEndpoint,
         replication: KvReplicaHost | None = None,
     ) -> None:
         self._member = member
+        self._access = access
+        self._knows = knows
         self._engine = engine
         self._endpoint = endpoint
         self._replication = replication
         self._origins = itertools.count(1)
-        self._writers: dict[Origin, asyncio.StreamWriter] = {}
+        self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
+        self._strangers: dict[Origin, asyncio.StreamWriter] = {}  # oldest first
         self._server: asyncio.Server | None = None
         self._closed = False
+        self._refusal_logged_at = -REFUSALS_LOG_S
+        self._num_refused = 0  # since then
 
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port. Raises OSError if it is taken."""
@@ -92,7 +134,7 @@ class ControlServer:
         self._closed = True
         if self._server is not None:
             self._server.close()
-        for writer in list(self._writers.values()):
+        for writer in [*self._writers.values(), *self._strangers.values()]:
             writer.close()
 
     def send_tokens(self, tokens: StepTokens) -> None:
@@ -125,31 +167,75 @@ class ControlServer:
             writer.close()
             return
         origin = Origin(next(self._origins))
-        self._writers[origin] = writer
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await read_message(reader)
-            if not isinstance(hello, Hello):
-                raise WireError("the first frame must be Hello")
-            writer.write(
-                encode(Welcome(rank=self._member.rank, incarnation=self._member.incarnation))
-            )
-            while (message := await read_message(reader)) is not None:
-                if isinstance(message, OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas):
-                    reply = await self._answer_on_kv_replicas(message)
-                else:
-                    reply = self._answer(origin, message)
-                if reply is not None:
-                    writer.write(encode(reply))
-                    await writer.drain()
-        except (WireError, TimeoutError) as error:
-            log.warning("bad_peer", origin=origin, detail=str(error) or "no Hello in time")
+            caller = await self._admit(origin, reader, writer)
+            if caller is not None:
+                await self._serve_caller(origin, caller, reader, writer)
+        except WireError as error:
+            log.warning("bad_peer", origin=origin, detail=str(error))
         except ConnectionError:
             pass
         finally:
-            del self._writers[origin]
-            self._engine.drop_origin(origin)
+            if self._writers.pop(origin, None) is not None:
+                self._engine.drop_origin(origin)
             writer.close()
+
+    async def _admit(
+        self, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Caller | None:
+        """None if it is refused. Raises ConnectionError."""
+        self._strangers[origin] = writer
+        if len(self._strangers) > STRANGERS_MAX:
+            self._strangers.pop(next(iter(self._strangers))).transport.abort()
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                caller, welcome = await admit(self._member, self._access, reader, writer)
+            self._strangers.pop(origin, None)
+            if caller.member is not None:
+                await self._wait_until_known(caller.member)
+        except (WireError, TimeoutError) as error:
+            self._log_refusal(str(error) or "no handshake in time")
+            return None
+        finally:
+            self._strangers.pop(origin, None)
+        self._writers[origin] = writer
+        writer.write(encode(welcome))
+        return caller
+
+    def _log_refusal(self, detail: str) -> None:
+        self._num_refused += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._refusal_logged_at >= REFUSALS_LOG_S:
+            log.warning("refused_connection", detail=detail, connections=self._num_refused)
+            self._refusal_logged_at, self._num_refused = now, 0
+
+    async def _wait_until_known(self, peer: Member) -> None:
+        """Raises WireError if the peer is not registered."""
+        try:
+            async with asyncio.timeout(KNOWN_WITHIN_S):
+                while not self._knows(peer):  # noqa: ASYNC110
+                    await asyncio.sleep(KNOWN_POLL_S)
+        except TimeoutError:
+            raise WireError(f"rank {peer} is not registered") from None
+
+    async def _serve_caller(
+        self,
+        origin: Origin,
+        caller: Caller,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Until the connection ends. Raises WireError, ConnectionError."""
+        bytes_max = FRAME_BYTES_MAX_OF[caller.role]
+        while (message := await read_message(reader, bytes_max=bytes_max)) is not None:
+            require_allowed(caller, message)
+            if isinstance(message, OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas):
+                reply = await self._answer_on_kv_replicas(message)
+            else:
+                reply = self._answer(origin, message)
+            if reply is not None:
+                writer.write(encode(reply))
+                await writer.drain()
 
     def _answer(self, origin: Origin, message: Message) -> Message | None:
         match message:
@@ -174,7 +260,10 @@ class ControlServer:
         return None
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
-        address, nbytes = self._endpoint.open_region(request.source, request.generation)
+        try:
+            address, nbytes = self._endpoint.open_region(request.source, request.generation)
+        except (ValueError, MemoryError) as error:
+            raise WireError(str(error)) from error
         return RegionOpened(
             target=self._member,
             source=request.source,
@@ -228,3 +317,41 @@ class ControlServer:
             sessions=(refused,),
             load=self._engine.load(),
         )
+
+
+def require_allowed(caller: Caller, message: Message) -> None:
+    """Raises WireError if this caller may not send this message."""
+    if not isinstance(message, MAY_SEND[caller.role]):
+        raise WireError(f"a {caller.role.value} must not send {type(message).__name__}")
+    match message:
+        case Submit(session=session) | Cancel(session=session):
+            _require_own_session(caller, session)
+        case Wake(rank=rank, incarnation=incarnation):
+            _require_own_member(caller, Member(rank=rank, incarnation=incarnation))
+        case GraphBarrierUpdate(member=member):
+            _require_own_member(caller, member)
+            if not all(
+                -1 <= n <= COUNT_MAX for n in (message.limit, message.sleep_at, message.slept_at)
+            ):
+                raise WireError(f"rank {member} cannot have launched so many graphs")
+        case KvReplicasStored(source=source):
+            _require_own_member(caller, source)
+        case (
+            OpenRegion(source=source, generation=generation)
+            | OpenKvReplicaRegion(source=source, generation=generation)
+            | DropKvReplicas(source=source, generation=generation)
+        ):
+            _require_own_member(caller, source)
+            if not 0 <= generation <= GENERATION_MAX:
+                raise WireError(f"rank {source} has no generation {generation}")
+
+
+def _require_own_session(caller: Caller, session: SessionId) -> None:
+    """A gateway's sessions begin with its name, so no other gateway can cancel or move them."""
+    if session.rpartition("/")[0] != caller.name:
+        raise WireError(f"the session {session[:128]!r} is not of {caller.name}")
+
+
+def _require_own_member(caller: Caller, member: Member) -> None:
+    if member != caller.member:
+        raise WireError(f"{caller.name} sends a message of rank {member}")

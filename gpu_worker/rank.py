@@ -26,6 +26,7 @@ from gpu_worker.membership.rank_membership import RankMembership
 from shared.clock import Clock
 from shared.exit_codes import EXIT_FENCED
 from shared.expert_map import Placement
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import ExchangeHandles, InstanceSpec, RankRecord
@@ -79,6 +80,7 @@ class RankParts:
     member: Member
     lease_id: int
     config: RankConfig
+    access: Access
     spec: InstanceSpec
     eos_token_ids: tuple[int, ...]
     store: Store
@@ -104,6 +106,8 @@ class Rank:
         self._engine = _make_engine_client(parts, self._engine_callbacks())
         self._server = ControlServer(
             member=parts.member,
+            access=parts.access,
+            knows=lambda member: self._membership.knows(member),
             engine=self._engine,
             endpoint=hardware.endpoint,
             replication=replicas,
@@ -118,6 +122,7 @@ class Rank:
             membership=RankMembership(
                 _first_record(parts), hardware.residents, peers_may_lag=self._engine.counts_graphs
             ),
+            access=parts.access,
             leased=self._leased,
             loader=hardware.loader,
             endpoint=hardware.endpoint,

@@ -34,6 +34,7 @@ from shared.leased_keys import LeasedKeys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.records import AgentRecord, pack_record
+from shared.secret import read_secret, require_secret
 from shared.types import NodeId, RankId
 
 _LIFELINE_GRACE_S = 1.0
@@ -48,6 +49,7 @@ def main() -> int:
         )
         if not config.public_data_host:
             require_internal(config.data_host)
+        read_secret(config.secret_file)  # says at once what the ranks would say
         setup = RankSetup(
             command=with_expert_cache(rank_command(config, rank_flags), config.host_experts_gb),
             environment=confined_environment(os.environ, config.data_host),
@@ -92,17 +94,20 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     model = () if config.model is None else ("--model", str(config.model))
     logs = ("--log-level", config.log_level, *(("--log-json",) if config.log_json else ()))
     # Addresses, not names: a name may resolve differently on the hosts of the ranks' peers.
+    control_host = address_of(config.control_host)
+    require_secret(control_host, config.secret_file)
     hosts = (
-        *("--control-host", address_of(config.control_host)),
+        *("--control-host", control_host),
         *("--data-host", address_of(config.data_host)),
     )
     ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
+    secret = () if config.secret_file is None else ("--secret-file", str(config.secret_file))
     return RankCommand(
         node=NodeId(config.node_name),
         etcd=config.etcd,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
-        extra_flags=(*model, *hosts, *ttl, *logs, *rank_flags),
+        extra_flags=(*model, *hosts, *ttl, *secret, *logs, *rank_flags),
     )
 
 

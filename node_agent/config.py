@@ -24,6 +24,11 @@ class AgentConfig:
     ranks: str = option("0-3", "the ranks of this host, such as 0-3 or 0,2")
     etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
+    secret_file: Path | None = option(
+        None,
+        "file with the secret that all processes of the instance share, closed to other users; "
+        "without it, whoever reaches a rank's control port is let in",
+    )
     model: Path | None = option(None, "checkpoint folder, for the ranks")
     control_host: str = option("127.0.0.1", "address of the ranks' control ports")
     data_host: str = option("127.0.0.1", "address of the ranks' data network")

@@ -1,5 +1,5 @@
-"""`python -m node_agent.health HOST PORT`: exits with 0 if a rank answers there, for a container's
-health check."""
+"""`python -m node_agent.health HOST PORT`: exits with 0 if a rank listens there and its event loop
+runs, for a container's health check. It needs no secret: it asks who is there, and goes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import asyncio
 import sys
 
 from shared.errors import WireError
-from shared.wire import Hello, Ping, Pong, encode, read_message
+from shared.handshake import HANDSHAKE_FRAME_BYTES_MAX
+from shared.types import Role
+from shared.wire import Challenge, Hello, encode, read_message
 
 _TIMEOUT_S = 3.0
 
@@ -18,12 +20,11 @@ async def answers(host: str, port: int) -> bool:
         async with asyncio.timeout(_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                writer.write(encode(Hello(role="cli", name="healthcheck")))
-                writer.write(encode(Ping(nonce=1)))
-                while (message := await read_message(reader)) is not None:
-                    if isinstance(message, Pong):
-                        return True
-                return False
+                writer.write(
+                    encode(Hello(role=Role.CLI, name="healthcheck", instance="", nonce=b""))
+                )
+                message = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+                return isinstance(message, Challenge)
             finally:
                 writer.close()
     except (OSError, WireError, TimeoutError):

@@ -11,7 +11,8 @@
     │   ├── TxnConflict        a compared key had changed: definitely not done
     │   └── LeaseLost          the lease is gone: definitely not done
     ├── GrammarError           a grammar is malformed, or does not allow what was generated
-    ├── WireError              a frame or message is malformed
+    ├── WireError              a frame or message is malformed, or its sender may not send it
+    │   └── AddressReused      somebody else listens at a rank's address: the rank does not
     └── StepAbandoned          a lockstep step will not complete in this epoch
 
 `definitely_not_done` is true if the operation surely had no effect. Only then is a blind retry
@@ -78,6 +79,10 @@ class GrammarError(StarfishError):
 
 class WireError(StarfishError):
     definitely_not_done = True
+
+
+class AddressReused(WireError):
+    pass
 
 
 class StepAbandoned(StarfishError):

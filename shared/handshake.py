@@ -1,31 +1,194 @@
-"""How a rank begins a control connection to a peer: it checks who answers, and that the peer is
-ready to answer probes."""
+"""How a control connection begins. Both ends prove that they know the instance's secret, and the
+caller says what it is, which decides what it may send.
+
+    caller                                   rank
+    Hello(role, name, instance, nonce) ────▶
+                                       ◀──── Challenge(instance, rank, incarnation, nonce)
+    Proof(HMAC of both)                ────▶
+                                       ◀──── Welcome(instance, rank, incarnation, HMAC of both)
+
+Challenge tells a caller that somebody else has taken over the address, before any proof. An
+instance without a secret has an empty one: then the handshake only keeps instances apart. What
+follows the handshake is neither encrypted nor signed."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
 from typing import TypeVar
 
-from shared.errors import WireError
+from shared.codec import pack_plain, to_plain
+from shared.errors import AddressReused, WireError
 from shared.records import RankRecord
-from shared.types import Member
-from shared.wire import Hello, Message, Ping, Pong, Welcome, encode, read_message
+from shared.types import Member, Role
+from shared.wire import (
+    Challenge,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Proof,
+    Welcome,
+    encode,
+    read_message,
+)
 
 M = TypeVar("M", bound=Message)
 
 ANSWER_TIMEOUT_S = 2.0
+HANDSHAKE_FRAME_BYTES_MAX = 1024
+NONCE_BYTES = 16
+NAME_KEY_BYTES = 16
+_CALLER, _RANK = "caller", "rank"
 
 
-async def handshake(
-    peer: RankRecord, own: Member, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What belongs to one instance: its name, and the secret that its processes share. `repr` does
+    not show the secret."""
+
+    instance: str
+    secret: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"Access({self.instance!r})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """The side that opens connections. `name` is unique per process. See the functions below."""
+
+    role: Role
+    name: str
+    name_key: bytes = b""
+    member: Member | None = None
+
+
+def gateway_caller(prefix: str, name_key: bytes) -> Caller:
+    """A name that ends in a hash of the key: who does not know the key cannot use the name, and so
+    cannot touch the sessions of this gateway. Ranks alone are told the key."""
+    name = f"{prefix}-{_name_ending(name_key)}"
+    return Caller(role=Role.GATEWAY, name=name, name_key=name_key)
+
+
+def rank_caller(member: Member) -> Caller:
+    return Caller(role=Role.RANK, name=f"rank-{member}", member=member)
+
+
+async def introduce(
+    caller: Caller,
+    peer: RankRecord,
+    access: Access,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
 ) -> None:
-    """Raises WireError if another incarnation answers, TimeoutError, ConnectionError."""
-    writer.write(encode(Hello(role="rank", name=str(own))))
-    welcome = await expect(reader, Welcome)
-    if welcome.member != peer.member:
-        raise WireError(f"{peer.control_host}:{peer.control_port} is not rank {peer.member}")
+    """The caller's side: returns when the rank of this record has let it in. Takes as long as the
+    rank does. Raises AddressReused if somebody else answers, WireError, ConnectionError."""
+    where = f"{peer.control_host}:{peer.control_port}"
+    hello = Hello(
+        role=caller.role,
+        name=caller.name,
+        instance=access.instance,
+        nonce=secrets.token_bytes(NONCE_BYTES),
+        name_key=caller.name_key,
+        member=caller.member,
+    )
+    writer.write(encode(hello))
+    challenge = await _expect(reader, Challenge, where)
+    if (challenge.instance, challenge.member) != (access.instance, peer.member):
+        raise AddressReused(
+            f"{where} is not rank {peer.member} of {access.instance!r}, but rank "
+            f"{challenge.member} of {challenge.instance[:64]!r}"
+        )
+    writer.write(encode(Proof(proof=_proof(access, _CALLER, hello, challenge))))
+    welcome = await _expect(reader, Welcome, where)
+    if not hmac.compare_digest(welcome.proof, _proof(access, _RANK, hello, challenge)):
+        raise WireError(f"{where} does not know this instance's secret")
+
+
+async def open_link(
+    peer: RankRecord,
+    own: Member,
+    access: Access,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """How a rank begins a connection to a peer, which must also be ready to answer probes. Raises
+    AddressReused, WireError, TimeoutError, ConnectionError."""
+    async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        await introduce(rank_caller(own), peer, access, reader, writer)
     writer.write(encode(Ping(nonce=0)))
     await expect(reader, Pong)
+
+
+async def admit(
+    member: Member, access: Access, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> tuple[Caller, Welcome]:
+    """The rank's side, up to the Welcome, which the caller of this function sends. Reads small
+    frames only. Raises WireError if the caller does not belong to the instance, ConnectionError."""
+    hello = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+    if not isinstance(hello, Hello):
+        raise WireError("the first frame must be Hello")
+    challenge = Challenge(
+        instance=access.instance,
+        rank=member.rank,
+        incarnation=member.incarnation,
+        nonce=secrets.token_bytes(NONCE_BYTES),
+    )
+    writer.write(encode(challenge))
+    proof = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+    if proof is None:
+        raise ConnectionError("it has gone after Challenge")
+    if not isinstance(proof, Proof):
+        raise WireError("the second frame must be Proof")
+    if hello.instance != access.instance:
+        raise WireError(f"it belongs to the instance {hello.instance!r}")
+    if not hmac.compare_digest(proof.proof, _proof(access, _CALLER, hello, challenge)):
+        raise WireError("it does not know this instance's secret")
+    welcome = Welcome(
+        instance=access.instance,
+        rank=member.rank,
+        incarnation=member.incarnation,
+        proof=_proof(access, _RANK, hello, challenge),
+    )
+    return _caller_of(hello), welcome
+
+
+def _caller_of(hello: Hello) -> Caller:
+    """Raises WireError if it may not have this name."""
+    if hello.role is Role.GATEWAY and not (
+        len(hello.name_key) == NAME_KEY_BYTES
+        and hello.name.endswith(f"-{_name_ending(hello.name_key)}")
+    ):
+        raise WireError(f"{hello.name!r} is the name of another gateway")
+    if (hello.role is Role.RANK) != (hello.member is not None):
+        raise WireError("a rank, and nobody else, says which member it is")
+    return Caller(role=hello.role, name=hello.name, name_key=hello.name_key, member=hello.member)
+
+
+def _name_ending(name_key: bytes) -> str:
+    return hashlib.sha256(name_key).hexdigest()[:24]
+
+
+def _proof(access: Access, side: str, hello: Hello, challenge: Challenge) -> bytes:
+    """Covers all that both have said, and which of them says this."""
+    said = pack_plain([side, to_plain(hello), to_plain(challenge)])
+    return hmac.digest(access.secret, said, "sha256")
+
+
+async def _expect(reader: asyncio.StreamReader, kind: type[M], where: str) -> M:
+    message = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+    if message is None:
+        raise WireError(
+            f"{where} closed the connection before {kind.__name__}: it knows why, and if the "
+            "secrets differ, its log says so"
+        )
+    if not isinstance(message, kind):
+        raise WireError(f"{where} answered {type(message).__name__}, not {kind.__name__}")
+    return message
 
 
 async def expect(

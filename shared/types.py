@@ -101,6 +101,16 @@ class Member:
         return f"{self.rank}.{self.incarnation}"
 
 
+class Role(Enum):
+    """What the process at the other end of a control connection is. It says which messages it may
+    send."""
+
+    GATEWAY = "gateway"
+    RANK = "rank"
+    CONTROL_PLANE = "control_plane"
+    CLI = "cli"  # `starfish` and health checks: they ask, and change nothing
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to turn logits into tokens.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shared.codec import from_plain, pack_plain, to_plain, unpack_plain
+from shared.codec import pack_plain, to_plain
 from shared.errors import WireError
 from shared.types import (
     Attempt,
@@ -21,6 +21,7 @@ from shared.types import (
     Incarnation,
     Member,
     RankId,
+    Role,
     SamplingParams,
     SessionId,
     Step,
@@ -32,18 +33,48 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """The first frame of a connection, from the side that opened it. `role` is "gateway",
-    "control_plane", "rank" or "cli"; `name` is unique per process. The rank answers with
-    Welcome."""
+    """The first frame of a connection, from the side that opened it, which says what it is and
+    which instance it means. `name` is unique per process; `name_key` is what a gateway's name was
+    made from, and `member` is set by a rank. The rank answers with Challenge. See
+    `shared.handshake`."""
 
-    role: str
+    role: Role
     name: str
+    instance: str
+    nonce: bytes
+    name_key: bytes = b""
+    member: Member | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    """Who answers, which Welcome proves, and what the caller's Proof must cover."""
+
+    instance: str
+    rank: RankId
+    incarnation: Incarnation
+    nonce: bytes
+
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """That the caller knows the instance's secret."""
+
+    proof: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
+    """The caller is let in. Proves that the rank knows the instance's secret too."""
+
+    instance: str
     rank: RankId
     incarnation: Incarnation
+    proof: bytes
 
     @property
     def member(self) -> Member:
@@ -305,6 +336,8 @@ class StatusReply:
 
 Message = (
     Hello
+    | Challenge
+    | Proof
     | Welcome
     | Submit
     | Cancel
@@ -328,6 +361,8 @@ _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
         Hello,
+        Challenge,
+        Proof,
         Welcome,
         Submit,
         Cancel,
@@ -348,6 +383,9 @@ _KINDS: dict[str, type[Message]] = {
     )
 }
 
+_FRAME = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+_DECODERS = {kind: msgspec.msgpack.Decoder(kind) for kind in _KINDS.values()}
+
 
 def encode(message: Message) -> bytes:
     """The whole frame, length included. Raises WireError if its body exceeds FRAME_BYTES_MAX."""
@@ -358,22 +396,27 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | memoryview) -> Message:
-    """The message in a frame's body. Raises WireError if it is malformed."""
-    plain = unpack_plain(body)
-    if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[0], str):
-        raise WireError("malformed frame: not [kind, fields]")
-    kind = _KINDS.get(plain[0])
-    if kind is None:
-        raise WireError(f"unknown message kind {plain[0]!r}")
-    return from_plain(plain[1], kind)
+    """The message in a frame's body. Raises WireError if it is malformed. Nothing is built that the
+    kind's fields do not ask for: a small frame of other things would become large objects."""
+    try:
+        name, fields = _FRAME.decode(body)
+        kind = _KINDS.get(name)
+        if kind is None:
+            raise WireError(f"unknown message kind {name[:64]!r}")
+        return _DECODERS[kind].decode(fields)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"malformed frame: {error}") from error
 
 
-async def read_message(reader: asyncio.StreamReader) -> Message | None:
-    """The next message, or None at a clean end of the stream. Raises WireError, ConnectionError."""
+async def read_message(
+    reader: asyncio.StreamReader, *, bytes_max: int = FRAME_BYTES_MAX
+) -> Message | None:
+    """The next message, or None at a clean end of the stream. Raises WireError, also for a frame
+    of more than `bytes_max` bytes, whose body is not read, and ConnectionError."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        if length > FRAME_BYTES_MAX:
-            raise WireError(f"frame of {length} bytes exceeds the limit of {FRAME_BYTES_MAX}")
+        if length > bytes_max:
+            raise WireError(f"frame of {length} bytes exceeds the limit of {bytes_max}")
         return decode(await reader.readexactly(length))
     except asyncio.IncompleteReadError as error:
         if error.partial:

@@ -15,6 +15,7 @@ from shared.changes import changes
 from shared.errors import Unavailable
 from shared.etcd_store import EtcdStore, connect_store
 from shared.expert_map import ExpertMap
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import RankRecord, Verdict
 from shared.types import Epoch, Member
@@ -44,8 +45,8 @@ class FaultPhases:
 class FaultObserver:
     """Follows verdicts and maps while it is open."""
 
-    def __init__(self, store: EtcdStore, keys: Keys) -> None:
-        self._store, self._keys = store, keys
+    def __init__(self, store: EtcdStore, keys: Keys, access: Access) -> None:
+        self._store, self._keys, self._access = store, keys, access
         self._verdicts: dict[Member, Verdict] = {}
         self._maps: dict[Epoch, ExpertMap] = {}
         self._view = InstanceView()
@@ -55,7 +56,7 @@ class FaultObserver:
     async def watching(cls, target: Target) -> AsyncIterator[FaultObserver]:
         """Raises StoreUnavailable."""
         store = await connect_store(target.etcd.split(","))
-        observer = cls(store, Keys(target.instance))
+        observer = cls(store, Keys(target.instance), target.access())
         try:
             async with asyncio.TaskGroup() as tasks:
                 following = tasks.create_task(observer._follow())
@@ -118,7 +119,7 @@ class FaultObserver:
         )
 
     async def _adoptions(self, epoch: Epoch) -> list[Adoption]:
-        replies = await query_ranks(self.members())
+        replies = await query_ranks(self.members(), self._access)
         return [
             adoption
             for reply in replies.values()

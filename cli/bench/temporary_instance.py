@@ -111,7 +111,7 @@ async def _wait_until_started(
         raise Unavailable(
             f"the instance did not serve within {timeout_s:.0f} s: {_last_line(log)}"
         ) from None
-    return Target(etcd=state.etcd, instance=state.instance, url=state.url)
+    return state.target()
 
 
 def _last_line(log: Path) -> str:

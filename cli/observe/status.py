@@ -38,7 +38,7 @@ async def read_status(target: Target) -> dict[str, Any]:
     num_ranks = view.spec.num_ranks if view.spec else 0
     ranks = sorted({*range(num_ranks), *(record.rank for record in view.ranks)})
     records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
-    replies = await query_ranks(records.values())
+    replies = await query_ranks(records.values(), target.access())
     return status_of(target, view, [RankId(r) for r in ranks], records, replies)
 
 

@@ -152,6 +152,7 @@ class InstanceDriver:
                 url=self._url,
                 pid=os.getpid(),
                 model=str(model),
+                secret_file=str(options.secret_file),
             ),
         )
         self.is_serving = True
@@ -326,7 +327,11 @@ class InstanceDriver:
         await self._cleanup_watchdog.start(daemon.pid for daemon in daemons if daemon is not None)
 
     async def _print_next_steps(self) -> None:
-        target = Target(etcd=self._endpoint, instance=self._options.instance)
+        target = Target(
+            etcd=self._endpoint,
+            instance=self._options.instance,
+            secret_file=self._options.secret_file,
+        )
         survived = (await read_status(target))["survives"]
         if survived:
             self._console.print(survived["summary"], highlight=False)

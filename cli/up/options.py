@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from cli.run_dir import default_run_dir
+from cli.run_dir import SECRET_FILE, default_run_dir
 from cli.target_flags import RunDirFlag
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
 from shared.errors import ConfigError
 from shared.listener import listen_on
+from shared.secret import read_secret
 
 _RDMA_NOTE = "RDMA devices need an RDMA network; pass --transfer-protocol rdma as well"
 
@@ -57,6 +58,14 @@ class UpOptions:
     control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
     chosen_run_dir: RunDirFlag = None
+    chosen_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--secret-file",
+            help="File with the secret that the instance's processes share (default: a new one, "
+            "in the run folder).",
+        ),
+    ] = None
     demo: Annotated[bool, typer.Option(help="Stream one completion after the start.")] = True
     static: Annotated[
         bool,
@@ -117,6 +126,12 @@ class UpOptions:
     def run_dir(self) -> Path:
         return (self.chosen_run_dir or default_run_dir(self.instance)).absolute()
 
+    @property
+    def secret_file(self) -> Path:
+        if self.chosen_secret_file is None:
+            return self.run_dir / SECRET_FILE
+        return self.chosen_secret_file.absolute()
+
     def check(self) -> None:
         """Raises ConfigError if a value is impossible or two flags contradict each other."""
         self._check_aliases()
@@ -140,6 +155,7 @@ class UpOptions:
             raise ConfigError(
                 f"{self.model} is not a folder; pass a Hugging Face checkpoint as --model"
             )
+        read_secret(self.chosen_secret_file)
         check_port(self.host, self.port)
 
     def _check_aliases(self) -> None:

@@ -7,9 +7,10 @@ import fcntl
 import os
 from pathlib import Path
 
-from cli.run_dir import STATE_FILE
+from cli.run_dir import SECRET_FILE, STATE_FILE
 from shared.errors import ConfigError
 from shared.private_folder import PrivateFolder
+from shared.secret import create_secret
 
 _LOCK_FILE = "lock"
 
@@ -24,6 +25,7 @@ class RunFolder:
         self.path = path
         self.is_default = is_default
         self.log_dir = path / "logs"
+        self.secret_file = path / SECRET_FILE
         try:
             self._folder = PrivateFolder(path)
         except ConfigError as error:
@@ -35,6 +37,10 @@ class RunFolder:
             raise
         self._remove_parts(keep_logs=False)
         self.log_dir.mkdir(mode=0o700, exist_ok=True)
+        try:
+            create_secret(self.secret_file)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.secret_file}: {error.strerror}") from error
 
     @property
     def parent_fd(self) -> int:
@@ -67,5 +73,5 @@ class RunFolder:
         self._folder.close()
 
     def _remove_parts(self, *, keep_logs: bool) -> None:
-        for part in (STATE_FILE, "etcd", "mps", *(() if keep_logs else ("logs",))):
+        for part in (STATE_FILE, SECRET_FILE, "etcd", "mps", *(() if keep_logs else ("logs",))):
             self._folder.remove_part(part)

@@ -33,6 +33,7 @@ def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Se
         argv=(
             *(sys.executable, "-m", "control_plane"),
             *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
+            *("--secret-file", str(options.secret_file)),
             *("--ranks", str(options.ranks), *slots),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
             *(("--context-tokens-max", str(context)) if context else ()),
@@ -50,6 +51,7 @@ def gateway(options: UpOptions, etcd: str, listen_fd: int) -> Service:
         argv=(
             *(sys.executable, "-m", "gateway"),
             *("--etcd", etcd, "--instance", options.instance),
+            *("--secret-file", str(options.secret_file)),
             *("--listen-fd", str(listen_fd), "--log-level", options.log_level),
         ),
         inherited_fds=(listen_fd,),
@@ -80,6 +82,7 @@ def agent(
         argv=(
             *(sys.executable, "-m", "node_agent"),
             *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
+            *("--secret-file", str(options.secret_file)),
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
             *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),
             *("--log-level", options.log_level, "--stop-grace-s", "4"),

@@ -52,6 +52,9 @@ from shared.wire import (
 
 log = structlog.get_logger()
 
+WAKE_STEPS_AHEAD_MAX = 64
+"""Ranks step together, so that a peer is a step or two ahead at most."""
+
 
 class EngineExecutor(Protocol):
     """What the engine runs on: a thread, or a greenlet of the simulator."""
@@ -105,6 +108,8 @@ class EngineClient:
         self._stopped = False
         self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
         self._broken_links: set[Member] = set()
+        self._known_epoch = Epoch(0)  # of the newest map or verdict that etcd has shown
+        self._early_updates: dict[Member, GraphBarrierUpdate] = {}  # the last one of each peer
         monitor = EngineMonitor(self._inbox, self._post, clock, executor.cpu_s)
         barrier_callbacks = GraphBarrierCallbacks(
             send_update=callbacks.send_update,
@@ -153,11 +158,29 @@ class EngineClient:
         self._inbox.put(DropOrigin(origin=origin))
 
     def wake(self, wake: Wake) -> None:
+        """Ignored if it names a map that this rank does not know, or a step that no peer can have
+        reached: nothing is lost, because a rank that adopts a map runs its first step unasked."""
+        here = self._engine.snapshot()
+        step = here.step if wake.epoch in (Epoch(0), here.epoch) else 0
+        if wake.epoch > self._known_epoch or wake.step > step + WAKE_STEPS_AHEAD_MAX:
+            log.warning("wake_ignored", peer=wake.rank, epoch=wake.epoch, step=wake.step)
+            return
         self._inbox.put(wake)
 
     def on_graph_update(self, update: GraphBarrierUpdate) -> None:
-        if self._barrier_driver is not None:
-            self._barrier_driver.on_update(update)
+        """One that names a map unknown here is kept until etcd has shown a map as new as that."""
+        if self._barrier_driver is None:
+            return
+        if _newest_epoch_of(update) > self._known_epoch:
+            self._early_updates[update.member] = update
+            return
+        self._early_updates.pop(update.member, None)
+        self._barrier_driver.on_update(update)
+
+    def _on_epoch_known(self, epoch: Epoch) -> None:
+        self._known_epoch = max(self._known_epoch, epoch)
+        for update in list(self._early_updates.values()):
+            self.on_graph_update(update)
 
     def on_link_opened(self, peer: Member) -> None:
         self._broken_links.discard(peer)
@@ -177,11 +200,13 @@ class EngineClient:
         """This map is published. `adopt_map` follows once its members' links are open."""
         if self._barrier_driver is not None:
             self._barrier_driver.on_map(expert_map)
+        self._on_epoch_known(expert_map.epoch)
 
     def adopt_map(self, expert_map: ExpertMap) -> None:
         self._members = expert_map.members
         self._broken_links.intersection_update(self._members)
         self._update_may_run_ahead()
+        self._on_epoch_known(expert_map.epoch)
         self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
 
     def hold(self, epoch: Epoch) -> None:
@@ -195,6 +220,7 @@ class EngineClient:
         """A verdict on a peer. If messages carry no epoch, it ends the waits for this peer."""
         if self._barrier_driver is not None:
             self._barrier_driver.declare_dead(dead, epoch)
+        self._on_epoch_known(epoch)
 
     def load(self) -> Load:
         return self._engine.snapshot().load
@@ -259,3 +285,7 @@ class EngineClient:
                 )
             case Fenced(epoch=epoch):
                 callbacks.stopped(f"the map of epoch {epoch} leaves this rank out")
+
+
+def _newest_epoch_of(update: GraphBarrierUpdate) -> Epoch:
+    return max(update.joining, update.paused, update.entered, update.invalidated)

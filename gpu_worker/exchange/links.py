@@ -78,8 +78,8 @@ class TransferEndpoint:
     def open_region(self, source: Member, generation: int) -> tuple[int, int]:
         """The address and the size in bytes of the region for a peer's OpenRegion. Raises
         ValueError if a later generation was given, MemoryError if the region cannot be
-        registered."""
-        region = self._regions.give(source, generation)
+        registered or the source has had too many."""
+        region = self._regions.give(source, generation, self._clock.now())
         return region.address, region.nbytes
 
     def connect(self, region: RegionOpened, peer: RankRecord | None = None) -> None:

@@ -18,6 +18,13 @@ QUARANTINE_S = 180.0
 """Longer than any write that Mooncake may still have in flight: its longest stall is 61 s."""
 
 
+REGIONS_READ_MAX = 4
+"""Of one source: older ones are quarantined. A message of the present step cannot have arrived so
+many generations ago."""
+REGIONS_MAX = 32
+"""Of one source, those in quarantine included: a link that breaks again and again waits then."""
+
+
 class Region:
     """Registered anonymous memory in the layout of a region: a receive region or a send buffer."""
 
@@ -88,18 +95,27 @@ class Regions:
         self._quarantine = quarantine
         self._lock = threading.Lock()
         self._given: dict[Member, tuple[Region, ...]] = {}
+        self._replaced_at: dict[Member, tuple[float, ...]] = {}  # less than QUARANTINE_S ago
 
-    def give(self, source: Member, generation: int) -> Region:
+    def give(self, source: Member, generation: int, now: float) -> Region:
         """The region of this generation: the same one on every call. Raises ValueError if a later
-        generation has been given, MemoryError if Mooncake cannot register the region."""
+        generation has been given, MemoryError if Mooncake cannot register the region or the source
+        has had REGIONS_MAX."""
         with self._lock:
             regions = self._given.get(source, ())
             if regions and regions[0].generation == generation:
                 return regions[0]
             if regions and regions[0].generation > generation:
                 raise ValueError(f"{source} asks for generation {generation} of its region again")
+            replaced_at = [t for t in self._replaced_at.get(source, ()) if now - t < QUARANTINE_S]
+            if len(regions) + len(replaced_at) >= REGIONS_MAX:
+                raise MemoryError(f"{source} has had {REGIONS_MAX} regions; wait for some to end")
             region = Region(self._engine, self._layout, generation)
-            self._given[source] = (region, *regions)
+            for replaced in regions[REGIONS_READ_MAX - 1 :]:
+                self._quarantine.put(replaced, now)
+                replaced_at.append(now)
+            self._given[source] = (region, *regions[: REGIONS_READ_MAX - 1])
+            self._replaced_at[source] = tuple(replaced_at)
             return region
 
     def of(self, source: Member) -> tuple[Region, ...]:
@@ -111,6 +127,7 @@ class Regions:
         """Quarantines the source's regions: its record is gone, so nobody reads them again."""
         with self._lock:
             retired = self._given.pop(source, ())
+            self._replaced_at.pop(source, None)
         for region in retired:
             self._quarantine.put(region, now)
 

@@ -16,6 +16,7 @@ from gpu_worker.kv_replication.sender import Sender
 from gpu_worker.kv_replication.staging_buffer import StagingBuffers
 from gpu_worker.kv_replication.store import StoredReplicas
 from shared.errors import WireError
+from shared.handshake import Access
 from shared.records import RankRecord
 from shared.types import Member, NodeId, RankId
 from shared.wire import (
@@ -39,6 +40,7 @@ class MooncakeReplicator:
         self,
         *,
         member: Member,
+        access: Access,
         node: NodeId,
         transport: DataTransport,
         cache: BlockCache,
@@ -51,6 +53,7 @@ class MooncakeReplicator:
         engine, clock = transport.engine, transport.clock
         self.store = StoredReplicas(engine, form, budget_bytes // max(1, num_ranks - 1))
         self._member = member
+        self._access = access
         self._node = node
         self._transport = transport
         self._form = form
@@ -72,6 +75,7 @@ class MooncakeReplicator:
         """On the event loop. `tasks` owns all tasks from now on."""
         self._links = ReplicaLinks(
             member=self._member,
+            access=self._access,
             node=self._node,
             form=self._form,
             transport=self._transport,

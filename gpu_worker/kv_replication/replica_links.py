@@ -19,7 +19,7 @@ from gpu_worker.kv_replication.link import ReplicaLink
 from gpu_worker.kv_replication.sender import Sender
 from gpu_worker.kv_replication.staging_buffer import StagingBuffers
 from shared.errors import WireError
-from shared.handshake import ANSWER_TIMEOUT_S, expect, handshake
+from shared.handshake import ANSWER_TIMEOUT_S, Access, expect, open_link
 from shared.records import RankRecord
 from shared.types import Member, NodeId, RankId
 from shared.wire import KvReplicaRegionOpened, OpenKvReplicaRegion, encode
@@ -51,6 +51,7 @@ class ReplicaLinks:
         self,
         *,
         member: Member,
+        access: Access,
         node: NodeId,
         form: BlockForm,
         transport: DataTransport,
@@ -59,6 +60,7 @@ class ReplicaLinks:
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._member = member
+        self._access = access
         self._node = node
         self._form = form
         self._transport = transport
@@ -111,7 +113,7 @@ class ReplicaLinks:
     async def _run_link(self, peer: RankRecord) -> str:
         """One connection, from its beginning to its end. Returns why it ended."""
         async with self._connect(peer) as (reader, writer):
-            await handshake(peer, self._member, reader, writer)
+            await open_link(peer, self._member, self._access, reader, writer)
             opened = await self._request_region(peer, reader, writer)
             after_last_slot = opened.address + opened.num_slots * self._form.block_bytes
             self._contacted[peer.member] = partial(

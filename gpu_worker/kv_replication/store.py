@@ -25,6 +25,10 @@ RETENTION_S = 60.0
 """How long the blocks of a source are kept after its record is gone. Its sessions are moved within
 seconds, but may wait here behind long prompts."""
 
+REGIONS_MAX = 8
+"""Of one source, those in quarantine included. A link that breaks again and again waits then."""
+NAME_BYTES_MAX = 64
+
 
 class _Place(NamedTuple):
     region: ReplicaRegion
@@ -56,11 +60,12 @@ class StoredReplicas:
         self._places: dict[bytes, tuple[_Place, ...]] = {}
         self._present: set[Member] = set()
         self._gone: dict[Member, float] = {}
-        self._quarantine: list[tuple[float, ReplicaRegion]] = []
+        self._quarantine: list[tuple[float, Member, ReplicaRegion]] = []
 
     def give(self, request: OpenKvReplicaRegion, now: float) -> ReplicaRegion:
         """A new region; the source's older one is retired. May block. Raises ValueError if the
-        source's blocks cannot be loaded here or the request is late, MemoryError."""
+        source's blocks cannot be loaded here, the request is late or the source has had
+        REGIONS_MAX, MemoryError."""
         self._check(request)
         # Outside the lock: the engine thread must not wait for a registration.
         region = ReplicaRegion(
@@ -95,6 +100,8 @@ class StoredReplicas:
                 raise ValueError(f"{kept.source} does not name each slot once")
             if any(not 0 <= slot < region.num_slots or slot in names for slot in kept.slots):
                 raise ValueError(f"{kept.source} has written where it must not")
+            if any(len(name) > NAME_BYTES_MAX for name in kept.names):
+                raise ValueError(f"{kept.source} has blocks with long names")
             for slot, name in zip(kept.slots, kept.names, strict=True):
                 names[slot] = name
                 self._places[name] = (*self._places.get(name, ()), _Place(region, slot))
@@ -145,9 +152,9 @@ class StoredReplicas:
             for source in [s for s, at in self._gone.items() if now - at >= RETENTION_S]:
                 del self._gone[source]
                 self._retire(source, now)
-            due = [region for at, region in self._quarantine if now - at >= QUARANTINE_S]
+            due = [region for at, _, region in self._quarantine if now - at >= QUARANTINE_S]
             self._quarantine = [
-                (at, region) for at, region in self._quarantine if now - at < QUARANTINE_S
+                entry for entry in self._quarantine if now - entry[0] < QUARANTINE_S
             ]
         for region in due:
             region.unregister()
@@ -161,6 +168,12 @@ class StoredReplicas:
             )
         if self._num_slots == 0:
             raise ValueError(f"no memory for even one block of {ours.block_bytes} bytes")
+        with self._lock:
+            num_had = sum(source == request.source for _, source, _ in self._quarantine)
+        if num_had + 1 >= REGIONS_MAX:
+            raise ValueError(
+                f"{request.source} has had {REGIONS_MAX} regions; wait for some to end"
+            )
 
     def _region_of(self, source: Member, generation: int) -> ReplicaRegion | None:
         """None if a later generation has replaced it. Raises ValueError if there is none."""
@@ -186,4 +199,4 @@ class StoredReplicas:
         for slot in list(self._names[region]):
             self._forget(region, slot)
         del self._names[region]
-        self._quarantine.append((now, region))
+        self._quarantine.append((now, source, region))

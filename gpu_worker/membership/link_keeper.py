@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from shared.errors import WireError
-from shared.handshake import ANSWER_TIMEOUT_S, expect, handshake
+from shared.handshake import ANSWER_TIMEOUT_S, Access, expect, open_link
 from shared.records import RankRecord
 from shared.types import Epoch, Member, Step
 from shared.wire import Message, OpenRegion, RegionOpened, Wake, encode, read_message
@@ -62,6 +62,7 @@ class LinkKeeper:
         self,
         *,
         member: Member,
+        access: Access,
         endpoint: DataEndpoint,
         opened: Callable[[Member], None],
         broken: Callable[[Member, str], None],
@@ -69,6 +70,7 @@ class LinkKeeper:
     ) -> None:
         """`opened` and `broken` are called on the event loop."""
         self._member = member
+        self._access = access
         self._endpoint = endpoint
         self._opened = opened
         self._broken = broken
@@ -149,7 +151,7 @@ class LinkKeeper:
     ) -> RegionOpened:
         """Asks for a region to write to. The peer's event loop must have answered before the first
         contact over the data network, which would block for a minute if the peer hangs."""
-        await handshake(peer, self._member, reader, writer)
+        await open_link(peer, self._member, self._access, reader, writer)
         writer.write(
             encode(
                 OpenRegion(

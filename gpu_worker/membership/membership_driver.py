@@ -32,6 +32,7 @@ from shared.clock import Clock
 from shared.codec import pack, unpack
 from shared.errors import CheckpointError, WireError
 from shared.expert_map import ExpertMap, Placement
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
@@ -73,6 +74,7 @@ class MembershipDriver:
         keys: Keys,
         clock: Clock,
         membership: RankMembership,
+        access: Access,
         leased: LeasedKeys,
         loader: SlotLoader,
         endpoint: DataEndpoint,
@@ -98,6 +100,7 @@ class MembershipDriver:
         self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
         self._links = LinkKeeper(
             member=membership.record.member,
+            access=access,
             endpoint=endpoint,
             opened=self._on_link_opened,
             broken=self._on_link_broken,
@@ -111,6 +114,10 @@ class MembershipDriver:
         self._tasks.create_task(self._keep_lease())
         self._tasks.create_task(self._watch())
         self._tasks.create_task(self._sweep())
+
+    def knows(self, member: Member) -> bool:
+        """Whether it is registered, or in the newest map."""
+        return self._membership.knows(member)
 
     async def wait_for_load(self) -> None:
         """Returns once no load runs, though its task was cancelled: the slots may be used again."""

@@ -170,6 +170,11 @@ class RankMembership:
     def peers(self) -> tuple[RankRecord, ...]:
         return tuple(self._peers.values())
 
+    def knows(self, member: Member) -> bool:
+        """Whether it has a record, or is in the newest map: a member's lease may have expired
+        although it runs."""
+        return member in self._peers
+
     def on_listening(self, control_port: int) -> list[MembershipAction]:
         """The control server accepts connections."""
         self.record = replace(self.record, control_port=control_port)

@@ -10,12 +10,14 @@ import uvloop
 
 from gateway.rank_link import LinkEvents, RankLink
 from shared.clock import SystemClock
+from shared.handshake import NAME_KEY_BYTES, Access, admit, gateway_caller
 from shared.records import RankRecord
 from shared.types import Attempt, Incarnation, Member, NodeId, RankId, RankState, SessionId
-from shared.wire import Cancel, Welcome, encode, read_message
+from shared.wire import Cancel, encode
 
 RANK = Member(rank=RankId(0), incarnation=Incarnation(1))
 CANCEL = Cancel(session=SessionId("s"), attempt=Attempt(1))
+ACCESS = Access("default")
 TURNS = 50  # of the loop: more than a reader takes to see that its connection is closed
 
 
@@ -28,14 +30,15 @@ async def _send_around_the_end() -> None:
     opened, broken = asyncio.Event(), asyncio.Event()
 
     async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        writer.write(encode(Welcome(rank=RANK.rank, incarnation=RANK.incarnation)))
+        _, welcome = await admit(RANK, ACCESS, reader, writer)
+        writer.write(encode(welcome))
         accepted.append(writer)
 
     server = await asyncio.start_server(welcome, "127.0.0.1", 0)
     link = RankLink(
         record=_record(server.sockets[0].getsockname()[1]),
-        name="g",
+        caller=gateway_caller("g", bytes(NAME_KEY_BYTES)),
+        access=ACCESS,
         events=LinkEvents(
             opened=lambda record: opened.set(),
             tokens=lambda member, tokens: None,

@@ -24,6 +24,7 @@ from gpu_worker.rank import Hardware
 from gpu_worker.rejoin import RejoiningRank
 from shared.config import Timings
 from shared.expert_map import Placement
+from shared.handshake import Access, gateway_caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import InstanceSpec
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from tests.sim.sim_card_rank import SimCards
 
 ETCD = "etcd"
+ACCESS = Access("sim", b"a secret of thirty-two characters")
 LEASE_TTL_S = 5.0
 
 
@@ -113,7 +115,7 @@ class SimCluster:
         self.copies = KvReplicaHub(self.network)
         self.cards = self._build_cards()
         self.etcd = MemoryEtcd(self.clock)
-        self.keys = Keys("sim")
+        self.keys = Keys(ACCESS.instance)
         self.spec = InstanceSpec(
             model_name="sim",
             model_path="",
@@ -219,6 +221,7 @@ class SimCluster:
                 keys=self.keys,
                 clock=self.clock,
                 name=f"plane-{number}-{self.clock.now():.6f}",
+                access=ACCESS,
                 spec=self.spec,
                 policy=MembershipPolicy(
                     bytes_per_expert=1000,
@@ -254,7 +257,8 @@ class SimCluster:
         async with asyncio.TaskGroup() as tasks:
             leased = LeasedKeys(store, ttl_s=LEASE_TTL_S)
             self.gateway = SessionDriver(
-                name=f"gateway-{self.seed}",
+                caller=gateway_caller("gateway", self.seed.to_bytes(16)),
+                access=ACCESS,
                 clock=self.clock,
                 keys=self.keys,
                 leased=leased,
@@ -305,6 +309,7 @@ class SimCluster:
             await asyncio.sleep(self.rng.uniform(0.01, 0.3))  # reading the model
             rank = build_rank(
                 loop=self.loop,
+                access=ACCESS,
                 process=process,
                 copies=self.copies,
                 member=member,

@@ -17,6 +17,7 @@ from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, RankParts
 from gpu_worker.rejoin import RejoiningRank
+from shared.handshake import Access
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
 from shared.types import Member
@@ -192,6 +193,7 @@ class HardwareContext:
 def build_rank(
     *,
     loop: SimLoop,
+    access: Access,
     process: SimProcess,
     copies: KvReplicaHub,
     member: Member,
@@ -221,6 +223,7 @@ def build_rank(
             member=member,
             lease_id=lease_id,
             config=config,
+            access=access,
             spec=spec,
             eos_token_ids=(EOS,),
             store=store,

@@ -7,8 +7,9 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
-from shared.errors import LeaseLost, StoreUnavailable
+from shared.errors import LeaseLost, StoreUnavailable, WireError
 from shared.expert_map import ExpertMap
+from shared.handshake import Access, admit
 from shared.keys import Keys
 from shared.records import (
     RankRecord,
@@ -20,7 +21,7 @@ from shared.records import (
 )
 from shared.store import Snapshot, Store
 from shared.types import Epoch, Incarnation, Member, NodeId, RankId, RankState, Step
-from shared.wire import Hello, Load, Ping, Pong, Welcome, encode, read_message
+from shared.wire import Load, Ping, Pong, encode, read_message
 
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=8, kv_blocks=8)
 
@@ -165,16 +166,15 @@ class FakeRank:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         try:
+            if not self.answering:
+                await reader.read()
+                return
+            _, welcome = await admit(self.member, Access(self._keys.instance), reader, writer)
+            writer.write(encode(welcome))
             while (message := await read_message(reader)) is not None:
-                if not self.answering:
-                    continue
-                if isinstance(message, Hello):
-                    writer.write(
-                        encode(Welcome(rank=self.member.rank, incarnation=self.member.incarnation))
-                    )
-                elif isinstance(message, Ping):
+                if self.answering and isinstance(message, Ping):
                     writer.write(encode(self._pong(message)))
-        except ConnectionError:
+        except (ConnectionError, WireError):
             pass
         finally:
             self._writers.discard(writer)

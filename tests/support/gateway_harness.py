@@ -17,6 +17,7 @@ from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
 from shared.codec import pack
 from shared.expert_map import ExpertMap
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec, pack_map
 from shared.store import Store
@@ -114,6 +115,7 @@ async def running_gateway(
                 clock=SystemClock(),
                 listener=listener,
                 stop=harness.stop,
+                access=Access(config.instance),
             )
             gateway = asyncio.create_task(run_gateway(config, dependencies))
             try:

@@ -29,6 +29,7 @@ from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
 from shared.clock import SystemClock
 from shared.confinement import require_confined
+from shared.handshake import Access
 from shared.records import RankRecord
 from shared.types import Member, NodeId, RankId, RankState
 from tests.support.local_exchange import LocalHub
@@ -38,6 +39,7 @@ BLOCK_BYTES = 96 << 10
 NUM_SLOTS = 24
 NUM_NAMES = 64  # a flood uses these over and over
 HOST = "127.0.0.1"
+ACCESS = Access("test")
 POLL_S = 0.001
 
 
@@ -148,6 +150,7 @@ class _Child:
         require_confined()
         self.replicator = MooncakeReplicator(
             member=member,
+            access=ACCESS,
             node=NodeId(f"node-{member.rank % 2}"),
             transport=transport,
             cache=self.cache,
@@ -183,6 +186,8 @@ class _Child:
     async def run(self) -> None:
         server = ControlServer(
             member=self.member,
+            access=ACCESS,
+            knows=lambda member: True,
             engine=idle_engine(self.member),
             endpoint=self.exchange,
             replication=self.replicator if self.keeps else None,

@@ -7,6 +7,7 @@ import asyncio
 import zlib
 from collections.abc import Sequence
 
+from shared.handshake import Access, admit
 from shared.records import RankRecord
 from shared.types import (
     Epoch,
@@ -21,7 +22,6 @@ from shared.types import (
 )
 from shared.wire import (
     Cancel,
-    Hello,
     Load,
     Ping,
     Pong,
@@ -29,7 +29,6 @@ from shared.wire import (
     Submit,
     TokenLogprob,
     Tokens,
-    Welcome,
     encode,
     read_message,
 )
@@ -58,7 +57,15 @@ class ToyRank:
     index, until `go` is called. `refuse` is the number of Submits to refuse with a retryable
     error."""
 
-    def __init__(self, rank: int, incarnation: int = 1, *, step_s: float = 0.001) -> None:
+    def __init__(
+        self,
+        rank: int,
+        incarnation: int = 1,
+        *,
+        step_s: float = 0.001,
+        access: Access = Access("default"),  # noqa: B008
+    ) -> None:
+        self.access = access
         self.member = Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
         self.step_s = step_s
         self.script: Sequence[int] | None = None
@@ -131,14 +138,12 @@ class ToyRank:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         try:
-            hello = await read_message(reader)
-            assert isinstance(hello, Hello)
-            self.gateways.append(hello.name)
+            caller, welcome = await admit(self.member, self.access, reader, writer)
+            self.gateways.append(caller.name)
             if self.mute:
                 await reader.read()
                 return
-            me = self.member
-            writer.write(encode(Welcome(rank=me.rank, incarnation=me.incarnation)))
+            writer.write(encode(welcome))
             while (message := await read_message(reader)) is not None:
                 self._answer(message, writer)
         except ConnectionError:

@@ -91,6 +91,7 @@ def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> No
         agent(options, "e:1", model, Path("/logs")),
     ):
         assert {("--etcd", "e:1"), ("--instance", "t"), ("--lifeline-fd", "9")} <= pairs(service)
+        assert ("--secret-file", str(options.run_dir / "secret")) in pairs(service)
 
 
 def test_the_gateway_inherits_the_listening_socket(options: UpOptions) -> None:

@@ -17,6 +17,7 @@ from shared.types import (
     Incarnation,
     Member,
     RankId,
+    Role,
     SamplingParams,
     SessionId,
     Step,
@@ -119,7 +120,7 @@ async def test_a_frame_that_claims_to_be_huge_is_refused_before_it_is_read() -> 
 
 def test_a_message_too_large_to_send_is_refused() -> None:
     with pytest.raises(WireError, match="exceeds the limit"):
-        encode(Hello(role="x" * (FRAME_BYTES_MAX + 1), name="n"))
+        encode(Hello(role=Role.CLI, name="x" * (FRAME_BYTES_MAX + 1), instance="", nonce=b""))
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,12 @@ def test_memory_that_no_write_uses_is_released_at_once() -> None:
 def test_no_region_is_given_twice_and_none_released_before_its_quarantine() -> None:
     engine, quarantine = ScriptedEngine(), Quarantine()
     regions = Regions(engine, LAYOUT, quarantine)
-    first = regions.give(PEER, 1)
-    assert regions.give(PEER, 1) is first
-    second = regions.give(PEER, 2)
+    first = regions.give(PEER, 1, 0.0)
+    assert regions.give(PEER, 1, 0.0) is first
+    second = regions.give(PEER, 2, 0.0)
     assert second.address != first.address
     with pytest.raises(ValueError, match="generation"):
-        regions.give(PEER, 1)
+        regions.give(PEER, 1, 0.0)
     assert regions.of(PEER) == (second, first)
     regions.retire(PEER, now=100.0)
     assert regions.of(PEER) == ()
@@ -141,7 +141,7 @@ def test_no_region_is_given_twice_and_none_released_before_its_quarantine() -> N
 def test_the_regions_of_an_incarnation_that_has_ended_are_quarantined_as_well() -> None:
     engine, quarantine = ScriptedEngine(), Quarantine()
     regions = Regions(engine, LAYOUT, quarantine)
-    given = regions.give(PEER, 1)
+    given = regions.give(PEER, 1, 0.0)
     regions.retire_all(now=100.0)
     assert regions.of(PEER) == ()
     assert engine.registered == {given.address}

@@ -1,0 +1,62 @@
+"""The secret that the processes of one instance share, in a file that only their user reads. It is
+never an argument, and never logged."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from shared.errors import ConfigError
+
+CHARACTERS_MIN = 32
+_BYTES_MAX = 4096
+_OTHERS = stat.S_IRWXO | stat.S_IWGRP
+
+
+def create_secret(path: Path) -> None:
+    """Replaces a file of an earlier run. Raises OSError."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(fd, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+
+
+def require_secret(address: str, path: Path | None) -> None:
+    """Raises ConfigError if other hosts could reach a control port at this address and be let in
+    without a secret."""
+    if path is None and not _is_loopback(address):
+        raise ConfigError(
+            f"--control-host {address} can be reached from other hosts: pass --secret-file to "
+            "every process of the instance"
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def read_secret(path: Path | None) -> bytes:
+    """Empty without a file. Raises ConfigError if it cannot be read, is too short, or if anybody
+    but its user and group can read it or anybody but its user can write it."""
+    if path is None:
+        return b""
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            secret = file.read(_BYTES_MAX).strip()
+    except OSError as error:
+        raise ConfigError(f"--secret-file {path}: {error.strerror}") from error
+    if mode & _OTHERS:
+        raise ConfigError(f"--secret-file {path} is open to other users; run chmod 600 on it")
+    if len(secret) < CHARACTERS_MIN:
+        raise ConfigError(
+            f"--secret-file {path}: a secret has at least {CHARACTERS_MIN} characters; make one "
+            "with `openssl rand -hex 32`"
+        )
+    return secret

@@ -1,0 +1,143 @@
+"""A whole instance as `starfish up` starts it, attacked at its control ports: by a stranger, and by
+a process that has the secret and says too much."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from cli.up.model import shipped_model
+from shared.etcd_store import connect_store
+from shared.handshake import Access, Caller, introduce, rank_caller
+from shared.keys import Keys
+from shared.records import RankRecord, unpack_record
+from shared.secret import read_secret
+from shared.types import Epoch, Member, Role, Step
+from shared.wire import Message, OpenRegion, StatusQuery, Wake, encode, read_message
+from tests.support.cluster import Cluster, running_cluster
+
+FORGED = Epoch(1 << 40)
+
+
+async def records_of(cluster: Cluster) -> dict[int, RankRecord]:
+    state = json.loads((cluster.run_dir / "starfish.json").read_text())
+    store = await connect_store([state["etcd"]])
+    try:
+        values = (await store.get_prefix(Keys(state["instance"]).ranks)).values
+    finally:
+        await store.close()
+    found = [unpack_record(value.value, RankRecord) for value in values]
+    return {record.rank: record for record in found}
+
+
+async def enter_and_send(
+    record: RankRecord, caller: Caller, access: Access, messages: list[Message]
+) -> list[Message]:
+    """The answers, until the rank is silent or ends the connection."""
+    reader, writer = await asyncio.open_connection(record.control_host, record.control_port)
+    answers: list[Message] = []
+    try:
+        await introduce(caller, record, access, reader, writer)
+        for message in messages:
+            writer.write(encode(message))
+        async with asyncio.timeout(1.0):
+            while (answer := await read_message(reader)) is not None:
+                answers.append(answer)
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        writer.transport.abort()
+    return answers
+
+
+async def forge(record: RankRecord, data: bytes) -> bytes:
+    """What the rank answers to bytes without a handshake."""
+    reader, writer = await asyncio.open_connection(record.control_host, record.control_port)
+    try:
+        writer.write(data)
+        async with asyncio.timeout(7):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.transport.abort()
+
+
+def wake_of(member: Member) -> Wake:
+    return Wake(rank=member.rank, incarnation=member.incarnation, epoch=FORGED, step=Step(0))
+
+
+def everything_readable(run_dir: Path) -> list[tuple[str, bytes]]:
+    """Arguments and environment of every process here, and the logs and the state of the run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        for name in ("cmdline", "environ"):
+            try:
+                found.append((str(entry / name), (entry / name).read_bytes()))
+            except OSError:
+                continue
+    files = [*run_dir.glob("logs/*"), run_dir / "up.log", run_dir / "starfish.json"]
+    return found + [(str(path), path.read_bytes()) for path in files]
+
+
+async def is_prompt(cluster: Cluster) -> float:
+    began = time.monotonic()
+    result = await cluster.stream([5, 6, 7], max_tokens=4)
+    assert len(result.token_ids) == 4, result.error
+    return time.monotonic() - began
+
+
+@pytest.mark.timeout(240)
+async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    model = shipped_model()
+    assert model is not None
+    async with running_cluster(run_dir, model, ranks=2) as cluster:
+        async with asyncio.timeout(30):
+            while not (run_dir / "starfish.json").exists():  # noqa: ASYNC110 - a file tells nobody
+                await asyncio.sleep(0.1)
+        path = run_dir / "secret"
+        secret = read_secret(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        leaks = [where for where, text in everything_readable(run_dir) if secret in text]
+        assert leaks == []
+
+        records = await records_of(cluster)
+        members = await cluster.live_ranks()
+        target, peer = records[0], records[1].member
+        state = json.loads((run_dir / "starfish.json").read_text())
+        ours = Access(state["instance"], secret)
+
+        # Strangers: without a handshake, and with another secret.
+        for data in (
+            encode(wake_of(peer)),
+            encode(OpenRegion(source=peer, transfer_name="t", generation=1 << 30)),
+            (16 << 20).to_bytes(4, "big") + bytes(4096),
+        ):
+            assert await forge(target, data) == b""
+        with pytest.raises(Exception, match="closed the connection"):
+            await enter_and_send(
+                target,
+                Caller(role=Role.CLI, name="x"),
+                Access(ours.instance, b"0" * 64),
+                [StatusQuery(nonce=1)],
+            )
+        assert await is_prompt(cluster) < 3.0
+
+        # With the secret, as a member: a map that nobody has published is not believed.
+        for attacked, forger in ((records[0], records[1]), (records[1], records[0])):
+            me = forger.member
+            await enter_and_send(attacked, rank_caller(me), ours, [wake_of(me)])
+        await asyncio.sleep(0.5)
+        assert await is_prompt(cluster) < 3.0
+        assert await cluster.live_ranks() == members, "a verdict has ended a healthy rank"
+        assert (await records_of(cluster)).keys() == records.keys()
+        assert {r.member for r in (await records_of(cluster)).values()} == {
+            r.member for r in records.values()
+        }
+    assert not path.exists()
