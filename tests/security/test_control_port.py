@@ -94,6 +94,7 @@ def update(member: Member = PEER, limit: int = 0) -> GraphBarrierUpdate:
         sleep_at=-1,
         slept_at=-1,
         invalidated=Epoch(0),
+        launched=0,
     )
 
 

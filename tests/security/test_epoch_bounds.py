@@ -31,7 +31,7 @@ FORGED = Epoch(1 << 40)
 
 
 class CountingHost:
-    """Implements `EngineHost` and its Waiter: counts what reaches the engine."""
+    """Implements `EngineExecutor` and its Waiter: counts what reaches the engine."""
 
     def __init__(self) -> None:
         self.num_notified = 0
@@ -81,7 +81,7 @@ def client(host: CountingHost, barrier: Barrier | None = None) -> EngineClient:
 
     return EngineClient(
         member=ME,
-        host=host,
+        executor=host,
         make_runner=make_runner,
         scheduler=scheduler(),
         replicator=NoKvReplication(),
@@ -109,7 +109,7 @@ def wake(epoch: int, step: int) -> Wake:
 def update(**epochs: int) -> GraphBarrierUpdate:
     fields: dict[str, Any] = dict.fromkeys(("joining", "paused", "entered", "invalidated"), 0)
     return GraphBarrierUpdate(
-        member=PEER, limit=0, sleep_at=-1, slept_at=-1, **{**fields, **epochs}
+        member=PEER, limit=0, sleep_at=-1, slept_at=-1, launched=0, **{**fields, **epochs}
     )
 
 

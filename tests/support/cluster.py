@@ -145,7 +145,7 @@ async def running_cluster(
 ) -> AsyncIterator[Cluster]:
     """Starts `starfish up`, waits until it serves, stops it by SIGINT and checks that it ended
     well. Its output is in `run_dir/up.log`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     port = free_port()
     with (run_dir / "up.log").open("wb") as output:
         process = await asyncio.create_subprocess_exec(
