@@ -8,7 +8,7 @@ import contextlib
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,8 +27,17 @@ class EmbeddedEtcd:
     """Chooses its ports at the first start and keeps them, so that clients reconnect after a
     restart."""
 
-    def __init__(self, data_dir: Path, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        clock: Clock | None = None,
+        on_spawned: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`on_spawned` is awaited as soon as there is a process, long before it serves: whoever
+        must end it if this process dies can learn its pid then."""
         self._data_dir = data_dir
+        self._on_spawned = on_spawned
         self._clock = clock or SystemClock()
         self._client_port = 0
         self._peer_port = 0
@@ -104,6 +113,8 @@ class EmbeddedEtcd:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C goes to its parent, which stops etcd last
             )
+        if self._on_spawned is not None:
+            await self._on_spawned()
 
     def _flags(self) -> list[str]:
         client = f"http://{self.endpoint}"

@@ -224,12 +224,17 @@ class InstanceDriver:
                 self._store = await connect_store(options.etcd.split(","))
                 stage.result = f"using the one at {options.etcd}"
             else:
-                self._etcd = EmbeddedEtcd(options.run_dir / "etcd", clock=self._clock)
+                self._etcd = EmbeddedEtcd(
+                    options.run_dir / "etcd",
+                    clock=self._clock,
+                    on_spawned=self._start_cleanup_watchdog,
+                )
                 await self._etcd.start(on_progress=stage.update)
                 self._endpoint = self._etcd.endpoint
                 self._store = await connect_store([self._endpoint])
                 stage.result = f"embedded, at {self._endpoint}"
-        await self._start_cleanup_watchdog()
+        if self._etcd is None:
+            await self._start_cleanup_watchdog()
 
     async def _claim_instance(self) -> InstanceClaim:
         """Raises ConfigError if another `starfish up` has it."""
@@ -316,15 +321,15 @@ class InstanceDriver:
             else:
                 break
         self._stages.warn("etcd serves again")
-        try:
-            await self._start_cleanup_watchdog()
-        except OSError as error:
-            self._stages.warn(f"nobody ends etcd if this process is killed: {error.strerror}")
 
     async def _start_cleanup_watchdog(self) -> None:
-        """For the daemons, which do not hold the lifeline."""
+        """For the daemons, which do not hold the lifeline. etcd's start calls it, too, before etcd
+        serves: a full disk may keep it from that for long."""
         daemons = (self._etcd, self._mps)
-        await self._cleanup_watchdog.start(daemon.pid for daemon in daemons if daemon is not None)
+        try:
+            await self._cleanup_watchdog.start(d.pid for d in daemons if d is not None)
+        except OSError as error:
+            self._stages.warn(f"nobody ends etcd if this process is killed: {error.strerror}")
 
     async def _print_next_steps(self) -> None:
         target = Target(

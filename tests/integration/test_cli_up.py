@@ -183,6 +183,19 @@ async def test_a_killed_up_takes_all_with_it(run_dir: Path, model: Path) -> None
     await gone(run_dir)
 
 
+async def test_an_up_that_is_killed_while_etcd_starts_takes_etcd_with_it(
+    run_dir: Path, model: Path
+) -> None:
+    process = await up(run_dir, free_port(), "--model", str(model))
+    async with asyncio.timeout(WAIT_S):
+        while not any("--data-dir" in c for c in processes_of(run_dir)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # the process that will end etcd needs a moment to begin
+    process.kill()
+    await process.wait()
+    await gone(run_dir)
+
+
 async def test_a_second_interrupt_ends_even_a_stopped_rank(run_dir: Path, model: Path) -> None:
     process = await up(run_dir, free_port(), "--model", str(model))
     await started(process, run_dir)
