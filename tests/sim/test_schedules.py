@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -108,7 +108,7 @@ def test_no_schedule_on_cards_breaks_an_invariant() -> None:
     check_schedules([s for s in range(first, first + NUM_CARD_SCHEDULES) if s not in is_open])
 
 
-def check_schedules(seeds: Sequence[int]) -> None:
+def check_schedules(seeds: Collection[int]) -> None:
     outcomes, broken = list[Outcome](), list[str]()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
