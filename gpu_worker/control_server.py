@@ -330,9 +330,8 @@ def require_allowed(caller: Caller, message: Message) -> None:
             _require_own_member(caller, Member(rank=rank, incarnation=incarnation))
         case GraphBarrierUpdate(member=member):
             _require_own_member(caller, member)
-            if not all(
-                -1 <= n <= COUNT_MAX for n in (message.limit, message.sleep_at, message.slept_at)
-            ):
+            counts = (message.limit, message.sleep_at, message.slept_at, message.launched)
+            if not all(-1 <= count <= COUNT_MAX for count in counts):
                 raise WireError(f"rank {member} cannot have launched so many graphs")
         case KvReplicasStored(source=source):
             _require_own_member(caller, source)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -158,14 +158,12 @@ class EngineClient:
         self._inbox.put(DropOrigin(origin=origin))
 
     def wake(self, wake: Wake) -> None:
-        """Ignored if it names a map that this rank does not know, or a step that no peer can have
-        reached: nothing is lost, because a rank that adopts a map runs its first step unasked."""
         here = self._engine.snapshot()
-        step = here.step if wake.epoch in (Epoch(0), here.epoch) else 0
-        if wake.epoch > self._known_epoch or wake.step > step + WAKE_STEPS_AHEAD_MAX:
+        believed = believable_wake(wake, self._known_epoch, here.epoch, here.step)
+        if believed is None:
             log.warning("wake_ignored", peer=wake.rank, epoch=wake.epoch, step=wake.step)
-            return
-        self._inbox.put(wake)
+        else:
+            self._inbox.put(believed)
 
     def on_graph_update(self, update: GraphBarrierUpdate) -> None:
         """One that names a map unknown here is kept until etcd has shown a map as new as that."""
@@ -285,6 +283,17 @@ class EngineClient:
                 )
             case Fenced(epoch=epoch):
                 callbacks.stopped(f"the map of epoch {epoch} leaves this rank out")
+
+
+def believable_wake(wake: Wake, known: Epoch, epoch: Epoch, step: Step) -> Wake | None:
+    """What a rank at this step of this epoch, which knows maps up to `known`, believes of a Wake.
+    None if it names a later map: nothing is lost, because a rank that adopts a map runs its first
+    step unasked. A step that is too far ahead counts as the farthest that may be, so that a forged
+    one wakes the rank for a few steps at most."""
+    if wake.epoch > known:
+        return None
+    here = step if wake.epoch in (Epoch(0), epoch) else 0  # 0: steps are counted across epochs
+    return replace(wake, step=Step(min(wake.step, here + WAKE_STEPS_AHEAD_MAX)))
 
 
 def _newest_epoch_of(update: GraphBarrierUpdate) -> Epoch:

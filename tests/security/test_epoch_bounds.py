@@ -11,6 +11,7 @@ from gpu_worker.engine.engine_client import (
     WAKE_STEPS_AHEAD_MAX,
     EngineCallbacks,
     EngineClient,
+    believable_wake,
 )
 from gpu_worker.engine.mailbox import Waiter
 from gpu_worker.engine.no_kv_replication import NoKvReplication
@@ -113,27 +114,37 @@ def update(**epochs: int) -> GraphBarrierUpdate:
     )
 
 
+FAR = 1 << 40
+FARTHEST = 100 + WAKE_STEPS_AHEAD_MAX
+
+
 @pytest.mark.parametrize(
-    ("forged", "reaches_engine"),
+    ("said", "believed"),
     [
-        (wake(FORGED, 0), False),
-        (wake(4, 0), False),
-        (wake(3, 1 << 40), False),
-        (wake(3, WAKE_STEPS_AHEAD_MAX + 1), False),
-        (wake(0, 1 << 40), False),
-        (wake(3, 1), True),
-        (wake(0, 1), True),
+        (wake(FORGED, 0), None),
+        (wake(4, 0), None),
+        (wake(3, FAR), wake(3, FARTHEST)),
+        (wake(0, FAR), wake(0, FARTHEST)),
+        (wake(2, FAR), wake(2, WAKE_STEPS_AHEAD_MAX)),
+        (wake(3, 101), wake(3, 101)),
+        (wake(0, 99), wake(0, 99)),
     ],
 )
-async def test_a_wake_counts_only_in_a_known_map_for_a_step_that_can_be_near(
-    forged: Wake, reaches_engine: bool
+def test_a_wake_counts_in_a_known_map_for_a_step_that_can_be_near(
+    said: Wake, believed: Wake | None
 ) -> None:
+    assert believable_wake(said, Epoch(3), Epoch(3), Step(100)) == believed
+
+
+async def test_a_wake_for_an_unknown_map_does_not_reach_the_engine() -> None:
     host = CountingHost()
     engine = client(host)
     engine.announce_map(map_of(3))
     before = host.num_notified
-    engine.wake(forged)
-    assert (host.num_notified > before) is reaches_engine
+    engine.wake(wake(FORGED, 0))
+    assert host.num_notified == before
+    engine.wake(wake(3, 0))
+    assert host.num_notified > before
 
 
 @pytest.mark.parametrize("name", ["joining", "paused", "entered", "invalidated"])

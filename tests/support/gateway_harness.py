@@ -66,6 +66,7 @@ class GatewayHarness:
         self.epoch = 0
 
     async def add_rank(self, rank: ToyRank) -> ToyRank:
+        rank.access = Access(self.keys.instance)
         record = await rank.start()
         self.ranks.append(rank)
         await self.store.put(self.keys.rank(record.rank, record.incarnation), pack(record))

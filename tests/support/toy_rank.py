@@ -57,15 +57,8 @@ class ToyRank:
     index, until `go` is called. `refuse` is the number of Submits to refuse with a retryable
     error."""
 
-    def __init__(
-        self,
-        rank: int,
-        incarnation: int = 1,
-        *,
-        step_s: float = 0.001,
-        access: Access = Access("default"),  # noqa: B008
-    ) -> None:
-        self.access = access
+    def __init__(self, rank: int, incarnation: int = 1, *, step_s: float = 0.001) -> None:
+        self.access = Access("default")
         self.member = Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
         self.step_s = step_s
         self.script: Sequence[int] | None = None
