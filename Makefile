@@ -21,7 +21,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security sim integration test-compose clean system-packages
+.PHONY: help install up test lint unit security sim sim-long integration test-compose clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -59,6 +59,12 @@ security: install ## Attacks that must fail
 sim: install ## All services on a fake clock, under seeded faults
 	$(call say,simulator)
 	$(PYTEST) tests/sim
+
+sim-long: install ## Thousands of fresh schedules, for hours (SCHEDULES=20000 FIRST_SEED=100000)
+	$(call say,simulator: $(or $(SCHEDULES),20000) schedules and half as many on cards)
+	STARFISH_SIM_SCHEDULES=$(or $(SCHEDULES),20000) \
+	STARFISH_SIM_FIRST_SEED=$(or $(FIRST_SEED),100000) STARFISH_SIM_TIMEOUT_S=86400 \
+	$(PYTEST) tests/sim/test_schedules.py -k no_schedule
 
 integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)

@@ -47,6 +47,7 @@ REGRESSION_SEEDS = {
 
 
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
+TIMEOUT_S = int(os.environ.get("STARFISH_SIM_TIMEOUT_S", "1800"))
 BROKEN_MAX = 20  # so many are told; the rest is not run
 
 CARD_REGRESSION_SEEDS = {
@@ -96,12 +97,12 @@ def outcome_of(seed: int) -> Outcome | str:
         return f"seed {seed}: {type(error).__name__}: {error} [{notes}]"
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(TIMEOUT_S)
 def test_no_schedule_breaks_an_invariant() -> None:
     check_schedules(range(FIRST_SEED, FIRST_SEED + NUM_SCHEDULES))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(TIMEOUT_S)
 def test_no_schedule_on_cards_breaks_an_invariant() -> None:
     first = CARD_FIRST_SEED + FIRST_SEED
     is_open = {CARD_FIRST_SEED + seed for seed in OPEN_CARD_SEEDS}
