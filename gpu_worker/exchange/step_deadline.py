@@ -27,7 +27,7 @@ class StepDeadline:
         """For a wait within a step, in milliseconds."""
         if not self._step_ms:
             return max(self._floor_ms, UNKNOWN_MS)
-        return max(self._floor_ms, TIMES_LONGEST * max(self._step_ms))
+        return max(self._floor_ms, TIMES_LONGEST * self.longest_step_ms)
 
     @property
     def longest_step_ms(self) -> float:

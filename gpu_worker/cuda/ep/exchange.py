@@ -35,9 +35,6 @@ from shared.clock import Clock
 from shared.records import ExchangeHandles
 from shared.types import Member, RankId
 
-FP8_BLOCK = 128
-"""Values that share a scale in an fp8 dispatch."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpShape:
@@ -61,7 +58,7 @@ class EpShape:
 
 class Received(NamedTuple):
     """Rows for this rank's slots: `x_SMH[s, :counts_S[s]]`, the rest undefined. bf16; or fp8 with a
-    scale per FP8_BLOCK values in `EpExchange.scales`."""
+    scale per 128 values in `EpExchange.scales`."""
 
     x_SMH: Tensor
     counts_S: Tensor
@@ -127,7 +124,7 @@ class EpExchange:
             mapping_worker=WorkerThread("mappings", lambda: torch.cuda.set_device(device)),
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
-        self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / FP8_BLOCK]`
+        self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / 128]`
 
     @property
     def step_tokens_max(self) -> int:
