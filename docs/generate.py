@@ -20,7 +20,7 @@ from cli.__main__ import app
 from control_plane.config import ControlPlaneConfig
 from control_plane.telemetry import Metrics
 from gateway.config import GatewayConfig
-from gateway.metrics import GatewayMetrics
+from gateway.metrics import FrequentHistogram, GatewayMetrics
 from gpu_worker.config import RankConfig
 from node_agent.config import AgentConfig
 from shared.config import Timings
@@ -191,10 +191,10 @@ def metrics_page() -> str:
 
 def metric_rows(owner: object) -> Iterator[tuple[str, ...]]:
     for metric in vars(owner).values():
-        if isinstance(metric, Counter | Gauge | Histogram):
+        if isinstance(metric, Counter | Gauge | Histogram | FrequentHistogram):
             family = next(iter(metric.describe()))
             name = family.name + ("_total" if isinstance(metric, Counter) else "")
-            labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+            labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
             yield f"`{name}`", family.type, labels, family.documentation
 
 

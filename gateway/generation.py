@@ -56,7 +56,6 @@ class _Reader:
         self.index = index
         self.session = session
         self.num_read = 0
-        self.done = False
         self._text = text
         self._echo = echo
         self._is_first = True
@@ -65,7 +64,7 @@ class _Reader:
         session = self.session
         ids = session.emitted[self.num_read :]
         finished = session.state is SessionState.FINISHED
-        if self.done or not (ids or finished):
+        if not (ids or finished):
             return None
         finish = session.finish if finished else None
         is_first, self._is_first = self._is_first, False
@@ -73,7 +72,6 @@ class _Reader:
         text, num_ids, stopped = self._text.feed(ids, finish)
         begin = self.num_read
         self.num_read += num_ids
-        self.done = stopped or finished
         return Delta(
             choice=self.index,
             text=echoed + text,
@@ -110,10 +108,11 @@ class Generation:
         self._began_at = 0.0
         self._changed = asyncio.Event()
         self._readers: list[_Reader] = []
+        self._open: list[_Reader] = []  # those that are not done
 
     @property
     def done(self) -> bool:
-        return all(reader.done for reader in self._readers)
+        return not self._open
 
     @property
     def num_generated(self) -> int:
@@ -146,6 +145,7 @@ class Generation:
                 include_stop=task.include_stop,
             )
             self._readers.append(_Reader(index, session, text, echo=task.echo))
+        self._open = list(self._readers)
         return self
 
     def __exit__(
@@ -170,13 +170,17 @@ class Generation:
         token from before the failure has been returned."""
         while True:
             self._changed.clear()
-            deltas = [d for reader in self._readers if (d := reader.take_delta()) is not None]
+            deltas = [d for reader in self._open if (d := reader.take_delta()) is not None]
             for delta in deltas:
                 if delta.finish is not None:
-                    self._driver.stop(self._readers[delta.choice].session)
+                    self._end(self._readers[delta.choice])
             if deltas:
                 return deltas
-            for reader in self._readers:
+            for reader in self._open:
                 if reader.session.failure is not None:
                     raise SessionFailed(reader.session.failure)
             await self._changed.wait()
+
+    def _end(self, reader: _Reader) -> None:
+        self._driver.stop(reader.session)
+        self._open.remove(reader)

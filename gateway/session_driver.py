@@ -14,7 +14,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
 from gateway.session_table import Action, NotifyReader, SessionTable
-from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
+from gateway.stream_session import SessionPolicy, StreamSession
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import Access, Caller
@@ -237,13 +237,10 @@ class SessionDriver:
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            match action:
-                case SendToRank(member=member, message=message):
-                    entry = self._links.get(member)
-                    if entry is not None:
-                        entry[0].send(message)
-                case NotifyReader(session=session):
-                    self._notify_reader(session)
+            if isinstance(action, NotifyReader):
+                self._notify_reader(action.session)
+            elif (entry := self._links.get(action.member)) is not None:
+                entry[0].send(action.message)
         if self._table.num_waiting or self._timer is not None:
             self._set_timer()
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gateway.rank_choice import RankChooser
 from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
@@ -12,9 +12,9 @@ from shared.types import Member, SamplingParams, SessionId
 from shared.wire import Load, SessionTokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NotifyReader:
-    """The session has new tokens or has ended: notify its reader."""
+class NotifyReader(NamedTuple):
+    """The session has new tokens or has ended: notify its reader. Made for every token, and a tuple
+    is made in half the time of a frozen dataclass."""
 
     session: StreamSession
 
@@ -92,10 +92,16 @@ class SessionTable:
     ) -> list[Action]:
         """Takes one frame of a rank: the tokens of one step for all its sessions."""
         actions: list[Action] = []
+        num_added = 0
         for message in messages:
             session = self._sessions.get(message.session)
-            if session is not None:
+            if session is None:
+                continue
+            if message.error is None and message.finish is None:
+                num_added += self._apply_tokens(session, member, message, now, actions)
+            else:
                 actions += self._on_message(session, member, message, now)
+        self._rank_chooser.add(member, tokens=num_added)
         self._rank_chooser.on_load(member, load)
         if self._waiting:
             actions += self._place_waiting(now)
@@ -114,25 +120,28 @@ class SessionTable:
     ) -> list[Action]:
         if message.error is not None and message.retryable:
             self._refused_by[session.id] = member
-        if message.error is not None or message.finish is not None:
-            return self._apply(session, lambda: session.on_tokens(member, message, now))
-        return self._apply_tokens(session, member, message, now)
+        return self._apply(session, lambda: session.on_tokens(member, message, now))
 
     def _apply_tokens(
-        self, session: StreamSession, member: Member, message: SessionTokens, now: float
-    ) -> list[Action]:
-        """`_apply` for the one frequent event, which nearly always only adds tokens."""
+        self,
+        session: StreamSession,
+        member: Member,
+        message: SessionTokens,
+        now: float,
+        actions: list[Action],
+    ) -> int:
+        """`_apply` for the one frequent event, which nearly always only adds tokens. Adds to
+        `actions`. Returns the number of tokens by which a running session has grown."""
         before = len(session.emitted)
         was_there = session.member if session.state is SessionState.RUNNING else None
         sent = session.on_tokens(member, message, now)
-        if session.state is not SessionState.RUNNING:
-            grown = len(session.emitted) - before
-            return self._settle(session, was_there, session.num_tokens - grown, [*sent])
         grown = len(session.emitted) - before
-        if not grown:
-            return []
-        self._rank_chooser.add(member, tokens=grown)
-        return [NotifyReader(session=session)]
+        if session.state is not SessionState.RUNNING:
+            actions += self._settle(session, was_there, session.num_tokens - grown, [*sent])
+            return 0
+        if grown:
+            actions.append(NotifyReader(session))
+        return grown
 
     def _move(self, lost: Iterable[Member], now: float) -> list[Action]:
         actions: list[Action] = []
@@ -192,5 +201,5 @@ class SessionTable:
             del self._sessions[session.id]
             self._waiting.pop(session.id, None)
             self._refused_by.pop(session.id, None)
-            actions.append(NotifyReader(session=session))
+            actions.append(NotifyReader(session))
         return actions

@@ -227,12 +227,12 @@ class StreamSession:
         return [SendToRank(member=member, message=submit)]
 
     def on_tokens(self, member: Member, message: SessionTokens, now: float) -> list[SendToRank]:
-        if (
-            self.state is not SessionState.RUNNING
-            or message.attempt != self.attempt
-            or member != self.member
-        ):
+        if self.state is not SessionState.RUNNING or message.attempt != self.attempt:
             return []
+        if member is not self.member:  # comparing values takes longer, and this is every token
+            if member != self.member:
+                return []
+            self.member = member
         if message.backup_rank >= 0:
             self.backup_rank = RankId(message.backup_rank)
         if message.error is not None:
@@ -302,15 +302,16 @@ class StreamSession:
     ) -> None:
         room = self.sampling.max_tokens - len(self.emitted)
         self.emitted += ids if len(ids) <= room else ids[:room]
-        self.logprobs += logprobs[:room]
+        if logprobs:
+            self.logprobs += logprobs[:room]
         if self.first_token_at is None:
             self.first_token_at = now
         else:
-            self.last_gap_s = now - self.last_token_at
-            self.longest_gap_s = max(self.longest_gap_s, self.last_gap_s)
+            self.last_gap_s = gap_s = now - self.last_token_at
+            if gap_s > self.longest_gap_s:
+                self.longest_gap_s = gap_s
         self.last_token_at = now
-        self._losses = self._refusals = 0
-        self._transition(SessionEvent.TOKENS)
+        self._losses = self._refusals = 0  # and TOKENS leads from running to running
 
     def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:
         if finish is FinishReason.CANCELLED:
