@@ -3,7 +3,7 @@ records. While etcd does not answer the last snapshot stays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -31,6 +31,7 @@ class ClusterView:
     spec: InstanceSpec | None = None
     epoch: Epoch = Epoch(0)
     members: tuple[Member, ...] = ()
+    expert_map: ExpertMap | None = None
     ranks: Mapping[str, RankRecord] = field(default_factory=dict)  # by etcd key
 
     @property
@@ -46,7 +47,15 @@ class ClusterView:
         """A map of the same or an older epoch changes nothing."""
         if expert_map.epoch <= self.epoch:
             return self
-        return replace(self, epoch=expert_map.epoch, members=expert_map.members)
+        return replace(
+            self, epoch=expert_map.epoch, members=expert_map.members, expert_map=expert_map
+        )
+
+    def num_uncovered(self, live: Collection[Member]) -> int:
+        """Experts, counted in every layer, that no rank of `live` has in the newest map."""
+        if self.expert_map is None:
+            return 0
+        return self.expert_map.num_uncovered({member.rank for member in live})
 
     def with_value(self, keys: Keys, key: str, value: bytes) -> ClusterView:
         """Raises WireError if the value is malformed."""

@@ -25,7 +25,9 @@ class GatewayConfig:
     model: Path | None = option(
         None, "checkpoint folder, for its tokenizer; default: the one in the instance's spec"
     )
-    served_model_name: str = option("", "name that clients ask for; default: the spec's")
+    served_model_name: str = option(
+        "", "name that clients ask for; more, comma-separated, are aliases; default: the spec's"
+    )
     tokens_in_flight_max: int = option(
         8_000_000, "limit on prompt + max_tokens, summed over requests in flight; beyond it: 429"
     )
@@ -47,10 +49,23 @@ class GatewayConfig:
     )
     no_rank_timeout_s: float = option(
         120.0,
-        "a request that no live rank accepts within this time fails; several times the control "
-        "plane's --formation-window-s, so that streams outlive an outage",
+        "a request fails if for this time no live rank accepts it, or its rank finishes no step; "
+        "several times the control plane's --formation-window-s, so that streams outlive an outage",
     )
-    drain_s: float = option(3.0, "how long streams may go on after SIGTERM")
+    drain_s: float = option(
+        30.0,
+        "how long streams may go on after SIGTERM; new requests get 503 meanwhile, and streams "
+        "that are not done then end with an error event",
+    )
+    tls_cert: Path | None = option(
+        None, "PEM file with the certificate chain for HTTPS; read again when it changes"
+    )
+    tls_key: Path | None = option(None, "PEM file with the key of --tls-cert, unencrypted")
+    cors_origins: str = option(
+        "",
+        "origins whose pages may call this gateway from a browser, comma-separated, such as "
+        "https://chat.example.com; * allows all",
+    )
     listen_fd: int = option(
         -1,
         "inherited listening socket, used in place of --host and --port; whoever started the "
@@ -64,6 +79,8 @@ class GatewayConfig:
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
         self.timings.check()
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: pass a port from 0 to 65535")
         if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:

@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
 from gateway.cluster_view import ClusterView
 from gateway.model_loader import ModelLoader
 from gateway.session_driver import SessionDriver
-from shared.types import RankState
+from shared.clock import Clock
+from shared.types import Member, RankState
+
+RECOVERY_MAX_S = 3.0
+"""A lost rank is usually out of the map after a fraction of a second. Until then requests wait."""
+STALL_MAX_S = 3.0
+"""Ranks finish many steps a second."""
+
+
+class ServingState(Enum):
+    SERVING = "serving"
+    SCALING = "scaling"  # ranks are registered that the map does not name yet
+    RECOVERING = "recovering"  # the map names a rank that is lost
+    STOPPED = "stopped"
 
 
 class Health:
-    """A gateway that answers at all is live. It is ready if there are no reasons against it."""
+    """A gateway that answers at all is live. It is ready if a request that is sent now would run:
+    if there are no reasons against it."""
 
-    def __init__(self, driver: SessionDriver, models: ModelLoader) -> None:
+    def __init__(self, driver: SessionDriver, models: ModelLoader, clock: Clock) -> None:
         self._driver = driver
         self._models = models
+        self._clock = clock
         self.draining = False
+
+    def report(self) -> dict[str, Any]:
+        """The body of `/health`. `since_s`: for how long a recovery has gone on."""
+        reasons = self.reasons_not_ready()
+        lost = self._driver.lost_ranks()
+        joining = _joining(self._driver.view)
+        if reasons and not lost:
+            state = ServingState.STOPPED
+        elif lost:
+            state = ServingState.RECOVERING
+        else:
+            state = ServingState.SCALING if joining else ServingState.SERVING
+        return {
+            "status": "not_ready" if reasons else "ready",
+            "live": True,
+            "state": state.value,
+            "since_s": round(self._age_s(lost.values()), 3) if lost else None,
+            "lost_ranks": sorted(member.rank for member in lost),
+            "joining_ranks": joining,
+            "reasons": reasons,
+        }
 
     def reasons_not_ready(self) -> list[str]:
         """What is being waited for, one sentence each. A gateway that has just started knows
@@ -33,7 +73,46 @@ class Health:
             reasons.append(
                 f"none of the {len(view.members)} ranks of the map is connected: {_progress(view)}"
             )
+        else:
+            reasons += self._reasons_of_map(view)
         return reasons
+
+    def _reasons_of_map(self, view: ClusterView) -> list[str]:
+        """What keeps the ranks of the map from stepping."""
+        reasons = []
+        uncovered = view.num_uncovered(self._driver.live_ranks())
+        if uncovered:
+            reasons.append(
+                f"{uncovered} experts have no replica on a live rank: survivors load them, or a "
+                "lost rank returns"
+            )
+        lost = self._driver.lost_ranks()
+        if lost and self._age_s(lost.values()) > RECOVERY_MAX_S:
+            reasons.append(
+                f"recovering for {self._age_s(lost.values()):.0f} s: no map without rank "
+                f"{_names(lost)} is published yet; is a control plane running?"
+            )
+        stalled = self._driver.stalled_ranks(STALL_MAX_S)
+        if stalled:
+            reasons.append(
+                f"rank {_names(stalled)} has finished no step for "
+                f"{self._age_s(stalled.values()):.0f} s"
+            )
+        return reasons
+
+    def _age_s(self, times: Iterable[float]) -> float:
+        return self._clock.now() - min(times)
+
+
+def _names(members: Mapping[Member, float]) -> str:
+    return ", ".join(str(member.rank) for member in sorted(members))
+
+
+def _joining(view: ClusterView) -> list[int]:
+    """Ranks of which a registered incarnation is in no map yet, although there is one."""
+    if not view.members:
+        return []
+    return sorted({r.rank for r in view.ranks.values() if r.member not in view.members})
 
 
 def _progress(view: ClusterView) -> str:

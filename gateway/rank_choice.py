@@ -69,6 +69,10 @@ class RankChooser:
     def live(self) -> list[Member]:
         return [m for m in self._members if m in self._ranks and self._ranks[m].linked]
 
+    def loads(self) -> list[Load]:
+        """The last reports of the live ranks."""
+        return [load for m in self.live() if (load := self._ranks[m].load) is not None]
+
     def on_map(self, members: Sequence[Member]) -> None:
         for left_out in set(self._members) - set(members):
             if left_out in self._ranks:

@@ -20,10 +20,16 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    name: str
+    """`names` are what clients may ask for; answers name the first."""
+
+    names: tuple[str, ...]
     tokenizer: ModelTokenizer
     spec: InstanceSpec
     created: int
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     def limits(self, view: ClusterView) -> ModelLimits:
         return ModelLimits(
@@ -35,13 +41,15 @@ class ServedModel:
 async def load_served_model(
     spec: InstanceSpec, *, folder: Path | None, name: str, created: int
 ) -> ServedModel:
-    """A `folder` or a `name` replaces the spec's. Raises CheckpointError."""
+    """A `folder` or a `name` (several, separated by commas) replaces the spec's. Raises
+    CheckpointError."""
     tokenizer = await asyncio.to_thread(load_tokenizer, folder or Path(spec.model_path))
     if tokenizer.num_ids > spec.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.num_ids} token ids, but the model has only "
             f"{spec.vocab_size}; pass the checkpoint of this instance as --model"
         )
+    names = tuple(part.strip() for part in name.split(",") if part.strip())
     return ServedModel(
-        name=name or spec.model_name, tokenizer=tokenizer, spec=spec, created=created
+        names=names or (spec.model_name,), tokenizer=tokenizer, spec=spec, created=created
     )

@@ -13,8 +13,9 @@ import structlog
 from aiohttp import web
 
 from gateway.admission import Admission, AdmissionLimits
+from gateway.api.cross_origin import CrossOrigin
 from gateway.api.http_app import HttpApp
-from gateway.api.http_listener import HttpListener
+from gateway.api.http_listener import HttpListener, quiet_http_logger
 from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.connection_table import ConnectionLimits
@@ -23,6 +24,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
+from gateway.tls import ServerCertificate
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
@@ -72,7 +74,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         models = ModelLoader(
             folder=config.model, name=config.served_model_name, clock=dependencies.clock
         )
-        health = Health(driver, models)
+        health = Health(driver, models, dependencies.clock)
         app = HttpApp(
             driver=driver,
             admission=admission,
@@ -81,6 +83,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             health=health,
             models=models,
             body_bytes_max=config.body_bytes_max,
+            cross_origin=CrossOrigin(_origins(config.cors_origins)),
         )
         http_listener = HttpListener(
             ConnectionLimits(
@@ -96,7 +99,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission, http_listener)
-        leased.put(keys.gateway(name), pack(_record(name, dependencies.listener)))
+        leased.put(keys.gateway(name), pack(_record(name, dependencies.listener, config)))
         background = [
             tasks.create_task(watch.run()),
             tasks.create_task(leased.run()),
@@ -108,10 +111,16 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             app.build(http_listener.track_request),
             handler_cancellation=True,  # a client that leaves ends its sessions
             access_log=None,
+            logger=quiet_http_logger(),
             shutdown_timeout=CLOSE_TIMEOUT_S,
         )
         await runner.setup()
-        await http_listener.start(runner, dependencies.listener)
+        certificate = _certificate(config)
+        await http_listener.start(
+            runner, dependencies.listener, certificate.context if certificate else None
+        )
+        if certificate is not None:
+            background.append(tasks.create_task(certificate.follow_files()))
         host, port = dependencies.listener.getsockname()[:2]
         log.info("gateway_listening", host=host, port=port, instance=config.instance)
         await dependencies.stop.wait()
@@ -126,20 +135,42 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
 async def _drain(
     config: GatewayConfig, http_listener: HttpListener, health: Health, driver: SessionDriver
 ) -> None:
+    """New requests get 503 meanwhile."""
     health.draining = True
     log.info("gateway_draining", sessions=driver.num_sessions, drain_s=config.drain_s)
-    http_listener.stop()
     try:
         async with asyncio.timeout(config.drain_s):
             await driver.wait_until_idle()
     except TimeoutError:
         log.warning("drain_incomplete", sessions=driver.num_sessions)
         driver.shut_down()
+    http_listener.stop()
 
 
-def _record(name: str, listener: socket.socket) -> GatewayRecord:
+def _certificate(config: GatewayConfig) -> ServerCertificate | None:
+    """Raises ConfigError."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return ServerCertificate(config.tls_cert, config.tls_key)
+
+
+def _origins(text: str) -> list[str]:
+    return [part.strip().rstrip("/") for part in text.split(",") if part.strip()]
+
+
+def _kv_usage(driver: SessionDriver) -> float:
+    loads = driver.loads()
+    num_blocks = sum(load.kv_blocks for load in loads)
+    num_free = sum(load.kv_blocks_free for load in loads)
+    return 1.0 - num_free / num_blocks if num_blocks else 0.0
+
+
+def _record(name: str, listener: socket.socket, config: GatewayConfig) -> GatewayRecord:
     host, port = listener.getsockname()[:2]
-    return GatewayRecord(gateway=name, pid=os.getpid(), host=str(host), port=int(port))
+    scheme = "https" if config.tls_cert is not None else "http"
+    return GatewayRecord(
+        gateway=name, pid=os.getpid(), host=str(host), port=int(port), scheme=scheme
+    )
 
 
 def _add_gauges(
@@ -154,6 +185,25 @@ def _add_gauges(
     metrics.add_gauge("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
     metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
     metrics.add_gauge("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
+    metrics.add_gauge(
+        "sessions_waiting", "Sessions that wait for a rank", lambda: driver.num_waiting
+    )
+    metrics.add_gauge(
+        "rank_requests_running",
+        "Requests in the ranks' batches, of all gateways",
+        lambda: sum(load.running for load in driver.loads()),
+    )
+    metrics.add_gauge(
+        "rank_requests_waiting",
+        "Requests in the ranks' queues, of all gateways",
+        lambda: sum(load.waiting for load in driver.loads()),
+    )
+    metrics.add_gauge(
+        "kv_cache_usage", "Share of the ranks' KV blocks in use, 0 to 1", lambda: _kv_usage(driver)
+    )
+    metrics.add_counter(
+        "generated_tokens", "Tokens that ranks have generated", lambda: driver.num_generated
+    )
     metrics.add_gauge(
         "tokens_in_flight", "prompt + max_tokens of admitted requests", lambda: admission.tokens
     )

@@ -11,6 +11,7 @@ import structlog
 
 from gateway.cluster_view import ClusterView
 from gateway.metrics import GatewayMetrics
+from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
 from gateway.session_table import Action, NotifyReader, SessionTable
@@ -22,7 +23,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Suspicion
 from shared.types import Member, SamplingParams, SessionId, Step, SuspicionReason
-from shared.wire import Pong, Tokens
+from shared.wire import Load, Pong, Tokens
 
 log = structlog.get_logger()
 
@@ -64,6 +65,9 @@ class SessionDriver:
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
         self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
         self._numbers = itertools.count(1)
+        self._progress = ProgressWatch()
+        self._stall_timeout_s = policy.no_rank_timeout_s
+        self._lost_at: dict[Member, float] = {}  # members of the map whose link is broken
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._ended = asyncio.Event()
@@ -76,8 +80,37 @@ class SessionDriver:
     def num_sessions(self) -> int:
         return len(self._table.sessions)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sessions that wait for a rank."""
+        return self._table.num_waiting
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all sessions since the start."""
+        return self._table.num_generated
+
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
+
+    def loads(self) -> list[Load]:
+        """What the live ranks last reported."""
+        return self._rank_chooser.loads()
+
+    def lost_ranks(self) -> dict[Member, float]:
+        """The members of the map whose links are broken, with the time when each broke."""
+        return {m: at for m, at in self._lost_at.items() if m in self._view.members}
+
+    def stalled_ranks(self, after_s: float) -> dict[Member, float]:
+        """The live ranks that have work and have finished no step for so long, with the time of
+        the last one."""
+        now = self._clock.now()
+        progress = self._progress
+        return {
+            member: since
+            for member in self.live_ranks()
+            if (since := progress.stands_still_since(member, now, after_s=after_s)) is not None
+        }
 
     def open(
         self,
@@ -89,6 +122,7 @@ class SessionDriver:
         must `cancel` the session at the end; that does nothing if it has already ended."""
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
+        self._metrics.on_session_begin(len(prompt))
         session, actions = self._table.open(session_id, prompt, sampling, self._clock.now())
         self._perform(actions)
         return session
@@ -133,6 +167,8 @@ class SessionDriver:
             for link, _ in list(self._links.values()):
                 if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
                     self._on_silence(link.member)
+            for member in self.stalled_ranks(self._stall_timeout_s):
+                self._perform(self._table.on_standstill(member))
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
         log.info("map_received", epoch=view.epoch, members=[str(m) for m in view.members])
@@ -174,11 +210,14 @@ class SessionDriver:
         self._clear_suspicion(member)
         self._perform(self._table.on_link_broken(member, self._clock.now()))
         self._rank_chooser.forget(member)
+        self._progress.forget(member)
+        self._lost_at.pop(member, None)
 
     def _on_opened(self, record: RankRecord) -> None:
         member = record.member
         log.info("rank_linked", rank=member.rank, incarnation=member.incarnation)
         self._clear_suspicion(member)
+        self._lost_at.pop(member, None)
         now = self._clock.now()
         self._perform(self._table.on_link_opened(member, record.kv_block_tokens, now))
 
@@ -186,16 +225,21 @@ class SessionDriver:
         if member not in self._links:
             return
         self._suspect(member, reason, detail)
-        self._perform(self._table.on_link_broken(member, self._clock.now()))
+        now = self._clock.now()
+        self._lost_at.setdefault(member, now)
+        self._progress.forget(member)
+        self._perform(self._table.on_link_broken(member, now))
 
     def _on_tokens(self, member: Member, frame: Tokens) -> None:
         self._mark_responsive(member)
         now = self._clock.now()
+        self._progress.on_report(member, frame.epoch, frame.step, frame.load, now)
         self._perform(self._table.on_tokens(member, frame.sessions, frame.load, now))
 
     def _on_pong(self, member: Member, pong: Pong) -> None:
         self._mark_responsive(member)
         self._rank_chooser.on_load(member, pong.load)
+        self._progress.on_report(member, pong.epoch, pong.step, pong.load, self._clock.now())
 
     def _on_silence(self, member: Member) -> None:
         self._rank_chooser.on_silence(member, silent=True)

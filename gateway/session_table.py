@@ -32,6 +32,7 @@ class SessionTable:
         self._waiting: dict[SessionId, StreamSession] = {}
         self._placed: dict[Member, dict[SessionId, StreamSession]] = {}
         self._refused_by: dict[SessionId, Member] = {}
+        self._num_tokens_ended = 0  # tokens of sessions that have ended
 
     @property
     def sessions(self) -> Collection[StreamSession]:
@@ -40,6 +41,11 @@ class SessionTable:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all sessions since the start."""
+        return self._num_tokens_ended + sum(len(s.emitted) for s in self._sessions.values())
 
     def wake_at(self) -> float | None:
         """When to call `on_time` next; None if no session waits."""
@@ -86,6 +92,13 @@ class SessionTable:
     def on_link_broken(self, member: Member, now: float) -> list[Action]:
         self._rank_chooser.on_link_broken(member)
         return self._move([member], now)
+
+    def on_standstill(self, member: Member) -> list[Action]:
+        """This rank answers probes, but has finished no step for too long."""
+        actions: list[Action] = []
+        for session in list(self._placed.get(member, {}).values()):
+            actions += self._apply(session, lambda s=session: s.on_standstill(member))  # type: ignore[misc]
+        return actions
 
     def on_tokens(
         self, member: Member, messages: Iterable[SessionTokens], load: Load, now: float
@@ -199,6 +212,7 @@ class SessionTable:
                 self._waiting[session.id] = session
         if session.ended:
             del self._sessions[session.id]
+            self._num_tokens_ended += len(session.emitted)
             self._waiting.pop(session.id, None)
             self._refused_by.pop(session.id, None)
             actions.append(NotifyReader(session))

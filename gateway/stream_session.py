@@ -62,6 +62,7 @@ class FailureKind(Enum):
     RANKS_LOST = "ranks_lost"  # several ranks in a row were lost before a token
     REJECTED = "rejected"  # a rank answered that no rank can run the request
     SHUTDOWN = "shutdown"  # this gateway is stopping
+    STALLED = "stalled"  # its rank answers, but has finished no step for too long
 
 
 TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
@@ -274,6 +275,14 @@ class StreamSession:
     def cancel(self) -> list[SendToRank]:
         """Ends it: its client is gone."""
         return self._end_attempt(SessionEvent.CLIENT_GONE)
+
+    def on_standstill(self, member: Member) -> list[SendToRank]:
+        """Its rank has finished no step for as long as a session waits for a rank."""
+        if self.member != member or self.state is not SessionState.RUNNING:
+            return []
+        waited_s = self._policy.no_rank_timeout_s
+        message = f"its rank has finished no step for {waited_s:g} s; is a control plane running?"
+        return self._fail(SessionEvent.GIVEN_UP, FailureKind.STALLED, message)
 
     def shut_down(self) -> list[SendToRank]:
         return self._fail(

@@ -3,6 +3,7 @@ the control plane decides where experts go."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +67,13 @@ class ExpertMap:
         layers = np.repeat(np.arange(self.num_layers), flat.shape[1])
         np.add.at(counts, (layers, flat.ravel() - ABSENT_SLOT), 1)
         return counts[:, -ABSENT_SLOT:]
+
+    def num_uncovered(self, ranks: Collection[RankId]) -> int:
+        """`(layer, expert)` pairs that no slot of these ranks holds."""
+        live = [rank for rank in ranks if rank < self.num_ranks]
+        held = self.placement[:, live].reshape(self.num_layers, -1)
+        covered = sum(np.unique(row[row >= 0]).size for row in held)
+        return self.num_layers * self.num_experts - int(covered)
 
     def uncovered(self) -> list[tuple[int, int]]:
         """`(layer, expert)` pairs that no member's slot holds. A published map has none."""

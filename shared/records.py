@@ -226,6 +226,7 @@ class GatewayRecord:
     pid: int
     host: str
     port: int
+    scheme: str = "http"
 
 
 def pack_map(expert_map: ExpertMap) -> bytes:

@@ -119,7 +119,8 @@ def render_status(status: dict[str, Any], console: Console) -> None:
         else "[yellow]no leader: serving goes on, deaths are not noticed[/]"
     )
     for gateway in status["gateways"]:
-        console.print(f"gateway http://{gateway['host']}:{gateway['port']} (pid {gateway['pid']})")
+        url = f"{gateway['scheme']}://{gateway['host']}:{gateway['port']}"
+        console.print(f"gateway {url} (pid {gateway['pid']})")
     console.print(_table(status["ranks"]))
     if status["survives"]:
         console.print(status["survives"]["summary"])

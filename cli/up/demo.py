@@ -7,6 +7,7 @@ import json
 import aiohttp
 from rich.console import Console
 
+from cli.up.readiness import own_gateway_session
 from shared.clock import Clock
 from shared.errors import Unavailable
 
@@ -23,7 +24,7 @@ async def stream_demo(url: str, console: Console, clock: Clock) -> str:
     started_at, first_at, chunks = clock.now(), 0.0, 0
     finish: str | None = None
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as http:
+        async with own_gateway_session(timeout) as http:
             async with http.get(f"{url}/v1/models") as response:
                 name = (await response.json())["data"][0]["id"]
             async with http.post(f"{url}/v1/chat/completions", json=_request(name)) as response:

@@ -126,7 +126,8 @@ class InstanceDriver:
 
     @property
     def _url(self) -> str:
-        return f"http://{self._options.host}:{self._options.port}"
+        scheme = "https" if self._options.tls_cert else "http"
+        return f"{scheme}://{self._options.host}:{self._options.port}"
 
     async def start(self) -> None:
         """Raises StarfishError."""

@@ -113,6 +113,23 @@ class UpOptions:
             help="Longest prompt plus answer, in tokens; 0: the model's own limit.",
         ),
     ] = 0
+    drain_s: Annotated[
+        float,
+        typer.Option(help="On the first Ctrl-C, let streams go on for so long; new requests wait."),
+    ] = 30.0
+    served_model_name: Annotated[
+        str, typer.Option(help="Name that clients ask for; more, comma-separated, are aliases.")
+    ] = ""
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file with the certificate chain, for HTTPS.")
+    ] = None
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with the key of it.")] = None
+    cors_origins: Annotated[
+        str, typer.Option(help="Origins whose pages may call the API, comma-separated; * for all.")
+    ] = ""
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Services log a JSON object per line.")
+    ] = False
     timeout_s: Annotated[
         float, typer.Option(help="Give up if the instance does not serve within this time.")
     ] = 300.0
@@ -145,6 +162,8 @@ class UpOptions:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
         if not self.instance or "/" in self.instance:
             raise ConfigError(f"--instance {self.instance!r}: pass a name without slashes")
         if self.device not in DEVICES:

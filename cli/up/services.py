@@ -37,7 +37,7 @@ def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Se
             *("--ranks", str(options.ranks), *slots),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
             *(("--context-tokens-max", str(context)) if context else ()),
-            *("--log-level", options.log_level),
+            *log_flags(options),
         ),
         stop_timeout_s=5.0,
     )
@@ -52,11 +52,25 @@ def gateway(options: UpOptions, etcd: str, listen_fd: int) -> Service:
             *(sys.executable, "-m", "gateway"),
             *("--etcd", etcd, "--instance", options.instance),
             *("--secret-file", str(options.secret_file)),
-            *("--listen-fd", str(listen_fd), "--log-level", options.log_level),
+            *("--listen-fd", str(listen_fd), "--drain-s", str(options.drain_s)),
+            *_given("--served-model-name", options.served_model_name),
+            *_given("--cors-origins", options.cors_origins),
+            *_given("--tls-cert", options.tls_cert),
+            *_given("--tls-key", options.tls_key),
+            *log_flags(options),
         ),
         inherited_fds=(listen_fd,),
-        stop_timeout_s=5.0,
+        stop_timeout_s=options.drain_s + 5.0,
     )
+
+
+def log_flags(options: UpOptions) -> tuple[str, ...]:
+    return ("--log-level", options.log_level, *(("--log-json",) if options.log_json else ()))
+
+
+def _given(flag: str, value: object) -> tuple[str, ...]:
+    """The flag with its value, if it has one."""
+    return (flag, str(value)) if value else ()
 
 
 def agent(
@@ -85,7 +99,8 @@ def agent(
             *("--secret-file", str(options.secret_file)),
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
             *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),
-            *("--log-level", options.log_level, "--stop-grace-s", "4"),
+            *log_flags(options),
+            *("--stop-grace-s", "4"),
         ),
         stop_timeout_s=8.0,
         tail=("--", *rank_flags),

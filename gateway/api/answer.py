@@ -74,7 +74,7 @@ async def answer_stream(
             data = b""
             deltas = await generation.next_deltas()
     except SessionFailed as error:
-        await response.write(error_event(http_error(error).body))
+        await response.write(error_event(http_error(error).body) + DONE)
     except (ConnectionError, TimeoutError):
         log.info("client_gone", request=job.header.id)
         if request.transport is not None:

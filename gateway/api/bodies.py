@@ -11,7 +11,7 @@ import msgspec
 
 from shared.errors import RequestError
 
-B = TypeVar("B", bound="GenerationBody")
+B = TypeVar("B", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct):
@@ -111,7 +111,8 @@ def decode_body(raw: bytes, cls: type[B]) -> B:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    refuse_unsupported(body)
+    if isinstance(body, GenerationBody):
+        refuse_unsupported(body)
     return body
 
 

@@ -3,7 +3,8 @@ shape."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
@@ -17,7 +18,25 @@ _STATUS_BY_FAILURE = {
     FailureKind.RANKS_LOST: (500, "ranks_lost"),
     FailureKind.REJECTED: (500, "rejected_by_rank"),
     FailureKind.SHUTDOWN: (503, "shutting_down"),
+    FailureKind.STALLED: (503, "stalled"),
 }
+
+
+_NO_EMBEDDINGS = ": this instance generates text and has no embeddings"
+_NO_SOUND_OR_PICTURES = ": this instance reads and writes text only"
+_NOT_SERVED = {
+    "embeddings": _NO_EMBEDDINGS,
+    "pooling": _NO_EMBEDDINGS,
+    "rerank": ": this instance generates text and ranks no documents",
+    "score": ": this instance generates text and ranks no documents",
+    "classify": ": this instance generates text and classifies none",
+    "audio": _NO_SOUND_OR_PICTURES,
+    "images": _NO_SOUND_OR_PICTURES,
+    "moderations": ": this instance judges no texts",
+    "files": ": requests carry their input themselves",
+    "batches": ": send requests at once; a gateway runs many side by side",
+}
+"""A word of a path that other servers have → why it is missing here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +78,29 @@ def http_error(error: StarfishError) -> HttpError:
     return HttpError(status=500, body=body)
 
 
-def plain_http_error(status: int, reason: str) -> HttpError:
-    """For requests that the HTTP library itself rejects: unknown paths, wrong methods."""
+def plain_http_error(status: int, reason: str, *, code: str | None = None) -> HttpError:
+    """For requests that the HTTP library itself rejects."""
     return HttpError(
-        status=status, body=error_body(reason, kind="invalid_request_error", code=None)
+        status=status, body=error_body(reason, kind="invalid_request_error", code=code)
+    )
+
+
+def body_too_large(bytes_max: int) -> RequestError:
+    return RequestError(f"the body is larger than {bytes_max} bytes", code="request_too_large")
+
+
+def not_allowed(method: str, path: str, allowed: Sequence[str]) -> HttpError:
+    """405, with the methods that the path has."""
+    error = plain_http_error(
+        405, f"{method} {path} is not served; use {' or '.join(allowed)}", code="method_not_allowed"
+    )
+    return replace(error, headers={"Allow": ", ".join(allowed)})
+
+
+def not_found(method: str, path: str, served: Sequence[str]) -> HttpError:
+    """404, which says what there is, and of what other servers have at this path why it is not."""
+    words = path.strip("/").split("/")
+    absent = next((why for name, why in _NOT_SERVED.items() if name in words), "")
+    return plain_http_error(
+        404, f"{method} {path} is not served{absent}. Served: {', '.join(served)}", code="not_found"
     )

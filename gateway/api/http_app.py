@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import structlog
@@ -15,8 +14,10 @@ from aiohttp.typedefs import Middleware
 from gateway.admission import Admission
 from gateway.api.answer import answer_stream, answer_whole
 from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
-from gateway.api.errors import http_error, plain_http_error
+from gateway.api.cross_origin import CrossOrigin
+from gateway.api.errors import body_too_large, http_error
 from gateway.api.guided import asks_for_grammar, read_grammar
+from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.requests import (
     CHOICES_MAX,
@@ -25,7 +26,9 @@ from gateway.api.requests import (
     read_options,
     read_prompts,
 )
-from gateway.api.responses import Header, model_entry, model_list
+from gateway.api.responses import Header
+from gateway.api.routes import Handler, Routes, endpoint_of
+from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from gateway.generation import Generation, PromptTask
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
@@ -41,8 +44,6 @@ BODY_TIMEOUT_S = 60.0
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 class HttpApp:
     def __init__(
@@ -55,6 +56,7 @@ class HttpApp:
         health: Health,
         models: ModelLoader,
         body_bytes_max: int,
+        cross_origin: CrossOrigin,
     ) -> None:
         self._driver = driver
         self._admission = admission
@@ -63,20 +65,27 @@ class HttpApp:
         self._health = health
         self._models = models
         self._body_bytes_max = body_bytes_max
+        self._cross_origin = cross_origin
 
     def build(self, *outer: Middleware) -> web.Application:
         """`outer` are middlewares around its own ones, the outermost first."""
         app = web.Application(
-            middlewares=[*outer, self._handle_errors], client_max_size=self._body_bytes_max
+            middlewares=[*outer, self._cross_origin.answer_preflight, self._handle_errors],
+            client_max_size=self._body_bytes_max,
         )
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_post("/v1/completions", self._completions)
-        app.router.add_get("/v1/models", self._list_models)
-        app.router.add_get("/v1/models/{name:.+}", self._show_model)
-        app.router.add_get("/health", self._show_ready)
-        app.router.add_get("/health/ready", self._show_ready)
-        app.router.add_get("/health/live", self._show_live)
-        app.router.add_get("/metrics", self._metrics_page)
+        app.on_response_prepare.append(self._cross_origin.on_prepare)
+        self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
+        routes.post("/v1/chat/completions", self._chat)
+        routes.post("/v1/completions", self._completions)
+        routes.post("/tokenize", self._tokenize)
+        routes.post("/detokenize", self._detokenize)
+        info = InfoRoutes(
+            driver=self._driver,
+            health=self._health,
+            metrics=self._metrics,
+            require_model=self._require_served_model,
+        )
+        info.add_to(routes)
         return app
 
     @web.middleware
@@ -87,17 +96,17 @@ class HttpApp:
         except StarfishError as error:
             response = http_error(error).response()
         except web.HTTPRequestEntityTooLarge:
-            response = http_error(self._too_large()).response()
+            response = http_error(body_too_large(self._body_bytes_max)).response()
         except web.HTTPException as error:
-            response = plain_http_error(error.status, error.reason).response()
+            response = self._routes.error_for(request, error).response()
         except Exception:  # the outermost loop of a request
             log.exception("request_crashed", path=request.path)
             response = http_error(
                 StarfishError("the gateway failed; its log has the details")
             ).response()
-        resource = request.match_info.route.resource
-        endpoint = resource.canonical if resource is not None else "unknown"
-        self._metrics.on_request(endpoint, response.status)
+        if self._health.draining:
+            response.force_close()
+        self._metrics.on_request(endpoint_of(request), response.status)
         return response
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -129,6 +138,20 @@ class HttpApp:
             raise RequestError("the prompt has no tokens", param="prompt")
         return await self._run(request, self._job(served, options, prompts, limits, False))
 
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        served = await self._require_served_model()
+        body = await self._read(request, TokenizeBody)
+        self._check_name(served, body.model)
+        limits = served.limits(self._driver.view)
+        plain = await tokenize(served, body, limits, chars_max=self._body_bytes_max)
+        return web.json_response(plain)
+
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        served = await self._require_served_model()
+        body = await self._read(request, DetokenizeBody)
+        self._check_name(served, body.model)
+        return web.json_response(detokenize(served, body, served.limits(self._driver.view)))
+
     async def _require_served_model(self) -> ServedModel:
         """Raises Unavailable with what is being waited for. A gateway that has just started needs
         a moment to read etcd and the tokenizer, which its clients need not notice."""
@@ -141,7 +164,7 @@ class HttpApp:
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         if (request.content_length or 0) > self._body_bytes_max:
-            raise self._too_large()
+            raise body_too_large(self._body_bytes_max)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 raw = await request.read()
@@ -149,15 +172,14 @@ class HttpApp:
             raise RequestError("the body did not arrive in time", code="request_timeout") from error
         return decode_body(raw, cls)
 
-    def _too_large(self) -> RequestError:
-        return RequestError(
-            f"the body is larger than {self._body_bytes_max} bytes", code="request_too_large"
-        )
-
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
-        if body.model not in (None, "", served.name):
-            raise _model_not_found(str(body.model), served.name)
+        self._check_name(served, body.model)
         return served.limits(self._driver.view)
+
+    def _check_name(self, served: ServedModel, name: str | None) -> None:
+        """Raises RequestError."""
+        if name and name not in served.names:
+            raise model_not_found(name, served)
 
     def _job(
         self,
@@ -208,32 +230,6 @@ class HttpApp:
                 return await answer_stream(request, generation, job)
             return await answer_whole(generation, job)
 
-    async def _list_models(self, request: web.Request) -> web.Response:
-        served = await self._require_served_model()
-        body = model_list([served.name], served.created)
-        return web.Response(body=body, content_type="application/json")
-
-    async def _show_model(self, request: web.Request) -> web.Response:
-        name, served = request.match_info["name"], await self._require_served_model()
-        if name != served.name:
-            raise _model_not_found(name, served.name)
-        return web.json_response(model_entry(served.name, served.created))
-
-    async def _show_ready(self, request: web.Request) -> web.Response:
-        reasons = self._health.reasons_not_ready()
-        status = 503 if reasons else 200
-        plain = {"status": "not_ready" if reasons else "ready", "live": True, "reasons": reasons}
-        return web.json_response(plain, status=status)
-
-    async def _show_live(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "live"})
-
-    async def _metrics_page(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=self._metrics.render(),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-        )
-
 
 async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
     """Reads a grammar on a thread: a huge one takes long, and no other client may wait for it."""
@@ -242,11 +238,3 @@ async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOpt
         return options
     grammar = await asyncio.to_thread(read_grammar, body)
     return replace(options, sampling=replace(options.sampling, grammar=grammar))
-
-
-def _model_not_found(name: str, served: str) -> RequestError:
-    return RequestError(
-        f"the model {name!r:.200} does not exist here; served: {served}",
-        param="model",
-        code="model_not_found",
-    )

@@ -4,18 +4,24 @@ and closes those that wait too long. What is too many and too long, `connection_
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import cast
 
+import structlog
 from aiohttp import web
 
 from gateway.api.errors import http_error
 from gateway.connection_table import ConnectionId, ConnectionLimits, ConnectionTable, Refusal
 from gateway.metrics import GatewayMetrics
+from gateway.tls import HANDSHAKE_TIMEOUT_S
 from shared.clock import Clock
 from shared.errors import Overloaded, Unavailable
+
+log = structlog.get_logger()
 
 BACKLOG = 1024
 _SWEEP_S = 0.25
@@ -44,7 +50,9 @@ class HttpListener:
     def num_connections(self) -> int:
         return len(self._table)
 
-    async def start(self, runner: web.AppRunner, listener: socket.socket) -> None:
+    async def start(
+        self, runner: web.AppRunner, listener: socket.socket, tls: ssl.SSLContext | None
+    ) -> None:
         """Call it once `runner` is set up."""
         handlers = runner.server
         assert handlers is not None, "`runner.setup` comes first"
@@ -53,6 +61,8 @@ class HttpListener:
             lambda: cast("asyncio.Protocol", _Connection(self, make_inner)),
             sock=listener,
             backlog=BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls is not None else None,
         )
 
     def stop(self) -> None:
@@ -143,6 +153,20 @@ class _Connection:
     def resume_writing(self) -> None:
         if self._inner is not None:
             self._inner.resume_writing()
+
+
+def quiet_http_logger() -> logging.Logger:
+    """For what the HTTP library says of requests that it cannot read: a line each, and no traceback
+    for what a stranger sends."""
+    logger = logging.Logger("gateway.http", level=logging.WARNING)
+    logger.addFilter(_log_line)
+    return logger
+
+
+def _log_line(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    log.warning("malformed_request", detail=record.getMessage(), error=repr(error)[:200])
+    return False
 
 
 def _refusal(refusal: Refusal) -> bytes:

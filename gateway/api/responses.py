@@ -152,9 +152,16 @@ def error_event(body: bytes) -> bytes:
     return b"data: " + body + b"\n\n"
 
 
-def model_list(names: Sequence[str], created: int) -> bytes:
-    return _encode({"object": "list", "data": [model_entry(name, created) for name in names]})
+def model_list(names: Sequence[str], created: int, context_tokens_max: int) -> bytes:
+    data = [model_entry(name, created, context_tokens_max) for name in names]
+    return _encode({"object": "list", "data": data})
 
 
-def model_entry(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "starfish"}
+def model_entry(name: str, created: int, context_tokens_max: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "starfish",
+        "max_model_len": context_tokens_max,
+    }

@@ -55,11 +55,13 @@ def toy_map(epoch: int, members: Sequence[Member]) -> ExpertMap:
 class GatewayHarness:
     """What a test uses: the etcd, the ranks, the gateway's address."""
 
-    def __init__(self, store: Store, keys: Keys, http: aiohttp.ClientSession, port: int) -> None:
+    def __init__(
+        self, store: Store, keys: Keys, http: aiohttp.ClientSession, port: int, scheme: str = "http"
+    ) -> None:
         self.store = store
         self.keys = keys
         self.http = http
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{scheme}://127.0.0.1:{port}"
         self.stop = asyncio.Event()
         self.ranks: list[ToyRank] = []
         self.gateway_store: MemoryStore | None = None
@@ -95,15 +97,21 @@ class GatewayHarness:
 
 @asynccontextmanager
 async def running_gateway(
-    model: Path, *, num_ranks: int = 2, context_tokens_max: int = 2048, **options: object
+    model: Path,
+    *,
+    num_ranks: int = 2,
+    context_tokens_max: int = 2048,
+    scheme: str = "http",
+    **options: object,
 ) -> AsyncIterator[GatewayHarness]:
     """`options` are fields of GatewayConfig. The gateway is ready when the body begins."""
     etcd = MemoryEtcd(SystemClock())
     config = dataclasses.replace(GatewayConfig(), drain_s=1.0, **options)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        async with aiohttp.ClientSession() as http:
-            harness = GatewayHarness(etcd.client(), Keys(config.instance), http, port)
+        connector = aiohttp.TCPConnector(ssl=False)  # certificates of tests are their own
+        async with aiohttp.ClientSession(connector=connector) as http:
+            harness = GatewayHarness(etcd.client(), Keys(config.instance), http, port, scheme)
             harness.gateway_store = etcd.client()
             spec = toy_spec(model, context_tokens_max=context_tokens_max, num_ranks=num_ranks)
             await harness.store.put(harness.keys.spec, pack(spec))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gateway.cluster_view import ClusterView
 from gateway.health import Health
 from gateway.model_loader import ModelLoader
-from shared.types import Member, RankState
+from shared.expert_map import ExpertMap
+from shared.types import Epoch, Member, RankState
 from tests.support.fake_clock import FakeClock
 from tests.support.gateway_harness import toy_spec
 from tests.support.toy_rank import ToyRank
@@ -22,9 +24,17 @@ class Driver:
     def __init__(self) -> None:
         self.view = ClusterView()
         self.live: list[Member] = []
+        self.lost: dict[Member, float] = {}
+        self.stalled: dict[Member, float] = {}
 
     def live_ranks(self) -> list[Member]:
         return self.live
+
+    def lost_ranks(self) -> dict[Member, float]:
+        return self.lost
+
+    def stalled_ranks(self, after_s: float) -> dict[Member, float]:
+        return self.stalled
 
 
 @pytest.fixture
@@ -33,8 +43,28 @@ def driver() -> Driver:
 
 
 @pytest.fixture
-def health(driver: Driver) -> Health:
-    return Health(driver, ModelLoader(folder=None, name="", clock=FakeClock()))  # type: ignore[arg-type]
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def health(driver: Driver, clock: FakeClock) -> Health:
+    return Health(driver, ModelLoader(folder=None, name="", clock=clock), clock)  # type: ignore[arg-type]
+
+
+def serving(driver: Driver, tmp_path: Path) -> tuple[Member, Member]:
+    """Two ranks in a map: expert 0 on both, expert 1 on rank 1 alone."""
+    members = ToyRank(0).member, ToyRank(1).member
+    placement = np.array([[[0, -1], [0, 1]]], dtype=np.int16)
+    expert_map = ExpertMap(epoch=Epoch(1), num_experts=2, members=members, placement=placement)
+    driver.view = replace(READ, spec=toy_spec(tmp_path)).with_map(expert_map)
+    driver.live = list(members)
+    return members
+
+
+def of_model(health: Health) -> list[str]:
+    """The reasons, without that of the tokenizer, which these tests do not load."""
+    return [reason for reason in health.reasons_not_ready() if "tokenizer" not in reason]
 
 
 def test_before_etcd_is_read_nothing_is_said_to_be_missing(health: Health) -> None:
@@ -61,3 +91,49 @@ def test_a_map_to_come_is_waited_for_with_the_ranks_that_are_there(
     assert "none of the 1 ranks of the map is connected" in health.reasons_not_ready()[1]
     driver.live = [ready.member]
     assert health.reasons_not_ready() == ["the tokenizer is loading"]
+
+
+def test_a_lost_rank_whose_experts_have_other_replicas_is_a_recovery(
+    driver: Driver, health: Health, clock: FakeClock, tmp_path: Path
+) -> None:
+    first, second = serving(driver, tmp_path)
+    driver.live, driver.lost = [second], {first: clock.now()}
+    clock.advance(0.2)
+    assert of_model(health) == []
+    report = health.report()
+    assert (report["state"], report["since_s"], report["lost_ranks"]) == ("recovering", 0.2, [0])
+
+
+def test_an_expert_without_a_replica_is_not_ready_at_once(
+    driver: Driver, health: Health, clock: FakeClock, tmp_path: Path
+) -> None:
+    first, second = serving(driver, tmp_path)
+    driver.live, driver.lost = [first], {second: clock.now()}
+    assert "1 experts have no replica on a live rank" in of_model(health)[0]
+
+
+def test_a_recovery_that_does_not_end_is_not_ready(
+    driver: Driver, health: Health, clock: FakeClock, tmp_path: Path
+) -> None:
+    first, second = serving(driver, tmp_path)
+    driver.live, driver.lost = [second], {first: clock.now()}
+    clock.advance(4)
+    assert of_model(health) == [
+        "recovering for 4 s: no map without rank 0 is published yet; is a control plane running?"
+    ]
+
+
+def test_ranks_that_stand_still_are_not_ready(
+    driver: Driver, health: Health, clock: FakeClock, tmp_path: Path
+) -> None:
+    first, _ = serving(driver, tmp_path)
+    driver.stalled = {first: clock.now()}
+    clock.advance(5)
+    assert of_model(health) == ["rank 0 has finished no step for 5 s"]
+
+
+def test_ranks_that_join_are_said(driver: Driver, health: Health, tmp_path: Path) -> None:
+    serving(driver, tmp_path)
+    newcomer = ToyRank(2).record()
+    driver.view = replace(driver.view, ranks={"a": newcomer})
+    assert health.report()["joining_ranks"] == [2]

@@ -1,0 +1,106 @@
+"""What the gateway tells of itself and of its model: no route here generates anything."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from gateway.api.responses import model_entry, model_list
+from gateway.api.routes import Routes
+from gateway.health import Health
+from gateway.metrics import GatewayMetrics
+from gateway.served_model import ServedModel
+from gateway.session_driver import SessionDriver
+from shared.errors import RequestError
+from shared.version import starfish_version
+
+
+class InfoRoutes:
+    """`require_model` returns the served model, or raises Unavailable."""
+
+    def __init__(
+        self,
+        *,
+        driver: SessionDriver,
+        health: Health,
+        metrics: GatewayMetrics,
+        require_model: Callable[[], Awaitable[ServedModel]],
+    ) -> None:
+        self._driver = driver
+        self._health = health
+        self._metrics = metrics
+        self._require_model = require_model
+
+    def add_to(self, routes: Routes) -> None:
+        routes.get("/v1/models", self._list_models)
+        routes.get("/v1/models/{name:.+}", self._show_model)
+        routes.get("/get_model_info", self._describe_model)
+        routes.get("/health", self._show_ready)
+        routes.get("/health/ready", self._show_ready)
+        routes.get("/health/live", self._show_live)
+        routes.get("/ping", self._show_ready)
+        routes.post("/ping", self._show_ready)
+        routes.get("/version", self._show_version)
+        routes.get("/load", self._show_load)
+        routes.get("/metrics", self._show_metrics)
+
+    async def _list_models(self, request: web.Request) -> web.Response:
+        served = await self._require_model()
+        body = model_list(served.names, served.created, self._context(served))
+        return web.Response(body=body, content_type="application/json")
+
+    async def _show_model(self, request: web.Request) -> web.Response:
+        name, served = request.match_info["name"].rstrip("/"), await self._require_model()
+        if name not in served.names:
+            raise model_not_found(name, served)
+        return web.json_response(model_entry(name, served.created, self._context(served)))
+
+    async def _describe_model(self, request: web.Request) -> web.Response:
+        """SGLang's description."""
+        served = await self._require_model()
+        return web.json_response(
+            {
+                "model_path": served.spec.model_path,
+                "tokenizer_path": served.spec.model_path,
+                "is_generation": True,
+                "served_model_name": served.name,
+                "max_context_length": self._context(served),
+                "vocab_size": served.spec.vocab_size,
+            }
+        )
+
+    def _context(self, served: ServedModel) -> int:
+        return served.limits(self._driver.view).context_tokens_max
+
+    async def _show_ready(self, request: web.Request) -> web.Response:
+        report = self._health.report()
+        return web.json_response(report, status=503 if report["reasons"] else 200)
+
+    async def _show_live(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "live"})
+
+    async def _show_version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": starfish_version()})
+
+    async def _show_load(self, request: web.Request) -> web.Response:
+        """`server_load`: this gateway's sessions in flight, as vLLM counts its requests."""
+        return web.json_response(
+            {
+                "server_load": self._driver.num_sessions,
+                "waiting": self._driver.num_waiting,
+                "live_ranks": len(self._driver.live_ranks()),
+            }
+        )
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+def model_not_found(name: str, served: ServedModel) -> RequestError:
+    return RequestError(
+        f"the model {name!r:.200} does not exist here; served: {', '.join(served.names)}",
+        param="model",
+        code="model_not_found",
+    )

@@ -1,0 +1,41 @@
+"""Whether ranks go on: when each of them last finished a step, or had nothing to do. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.types import Epoch, Member, Step
+from shared.wire import Load
+
+
+@dataclass(slots=True)
+class _Progress:
+    epoch: Epoch
+    step: Step
+    moved_at: float
+
+
+class ProgressWatch:
+    """Ranks step together, so one that waits for a dead peer stands still although it answers
+    probes. Times are those of one monotonic clock, in seconds."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[Member, _Progress] = {}
+
+    def on_report(self, member: Member, epoch: Epoch, step: Step, load: Load, now: float) -> None:
+        """A rank's tokens or its answer to a probe have come."""
+        known = self._ranks.get(member)
+        if known is None:
+            self._ranks[member] = _Progress(epoch, step, now)
+        elif (epoch, step) != (known.epoch, known.step) or not (load.running or load.waiting):
+            known.epoch, known.step, known.moved_at = epoch, step, now
+
+    def forget(self, member: Member) -> None:
+        self._ranks.pop(member, None)
+
+    def stands_still_since(self, member: Member, now: float, *, after_s: float) -> float | None:
+        """When it last moved, if that is at least `after_s` ago and it has work; else None."""
+        known = self._ranks.get(member)
+        if known is None or now - known.moved_at < after_s:
+            return None
+        return known.moved_at

@@ -1,0 +1,42 @@
+"""When a rank that answers counts as standing still."""
+
+from __future__ import annotations
+
+from gateway.progress_watch import ProgressWatch
+from shared.types import Epoch, Step
+from shared.wire import Load
+from tests.support.toy_rank import ToyRank
+
+MEMBER = ToyRank(0).member
+IDLE = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
+BUSY = Load(running=0, waiting=1, tokens=5, kv_blocks_free=1, kv_blocks=1)
+
+
+def report(watch: ProgressWatch, step: int, load: Load, now: float, epoch: int = 1) -> None:
+    watch.on_report(MEMBER, Epoch(epoch), Step(step), load, now)
+
+
+def test_a_rank_with_work_and_without_steps_stands_still() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    report(watch, 7, BUSY, 4.0)
+    assert watch.stands_still_since(MEMBER, 4.0, after_s=5.0) is None
+    assert watch.stands_still_since(MEMBER, 5.0, after_s=5.0) == 0.0
+
+
+def test_a_step_an_epoch_or_idleness_is_progress() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    report(watch, 8, BUSY, 1.0)
+    assert watch.stands_still_since(MEMBER, 5.9, after_s=5.0) is None
+    report(watch, 8, BUSY, 6.0, epoch=2)
+    report(watch, 8, IDLE, 9.0, epoch=2)
+    assert watch.stands_still_since(MEMBER, 13.9, after_s=5.0) is None
+    assert watch.stands_still_since(MEMBER, 14.0, after_s=5.0) == 9.0
+
+
+def test_a_rank_that_is_not_known_does_not_stand_still() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    watch.forget(MEMBER)
+    assert watch.stands_still_since(MEMBER, 99.0, after_s=5.0) is None
