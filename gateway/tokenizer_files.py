@@ -137,5 +137,5 @@ def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
 def _added_token(entry: Any, *, special: bool = False) -> AddedToken:
     if not isinstance(entry, Mapping):
         return AddedToken(str(entry), special=special)
-    fields = {key: value for key, value in entry.items() if key != "__type"}
-    return AddedToken(**({"special": special} | fields))
+    fields = {key: value for key, value in entry.items() if key not in ("__type", "content")}
+    return AddedToken(entry["content"], **({"special": special} | fields))

@@ -14,7 +14,8 @@ from gateway.chat_template import ChatOptions, ChatTemplate
 from gateway.context_limit import ContextLimit
 from shared.clock import SystemClock
 from shared.errors import RequestError
-from tests.support.chat_templates import (
+from tests.support.fake_clock import FakeClock
+from tests.support.published_templates import (
     ONE_CALL,
     REASONED,
     TEMPLATES,
@@ -28,7 +29,6 @@ from tests.support.chat_templates import (
     text_parts,
     user,
 )
-from tests.support.fake_clock import FakeClock
 from tests.support.tiny_tokenizer import build_tokenizer
 
 if TYPE_CHECKING:

@@ -154,7 +154,7 @@ async def test_a_template_that_does_not_compile_leaves_completions(
     loaded = load(tmp_path)
     assert await loaded.encode("arm", tokens_max=10)
     assert list(loaded.template_problems) == ["default"]
-    with pytest.raises(RequestError, match="does not compile.*/v1/completions") as caught:
+    with pytest.raises(RequestError, match=r"does not compile.*/v1/completions") as caught:
         await loaded.encode_chat(USER, ChatOptions(), tokens_max=10)
     assert caught.value.param == "messages"
     loaded.close()
