@@ -38,7 +38,7 @@ class TextEncoder:
 
     def with_starts(self, text: str, *, special: bool) -> EncodedText:
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
-        return EncodedText(tuple(encoding.ids), tuple(_starts(encoding)))
+        return EncodedText(tuple(encoding.ids), tuple(_starts(text, encoding)))
 
     def inside(self, text: str) -> EncodedText:
         """A text from the middle of a prompt: nothing is put before it."""
@@ -50,10 +50,14 @@ class TextEncoder:
         return EncodedText(ids[num:], tuple(moved))
 
 
-def _starts(encoding: Encoding) -> Iterable[int]:
-    """Offsets may leave out the spaces before a word, so a token begins where the one before it
-    ended, if not earlier. Tokens that are not from the text have no offsets."""
+def _starts(text: str, encoding: Encoding) -> Iterable[int]:
+    """Offsets may leave out the spaces before a word, which are its token's. They may also leave
+    out the rest of a character that a normaliser composed: it belongs to the token before. Tokens
+    that are not from the text have no offsets."""
     ended = 0
     for (start, end), inserted in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
-        yield ended if inserted else min(start, ended)
+        if inserted or text[ended:start].isspace():
+            yield ended
+        else:
+            yield start
         ended = max(ended, end)
