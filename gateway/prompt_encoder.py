@@ -16,13 +16,17 @@ from gateway.text_encoder import EncodedText, TextEncoder
 class PromptEncoder(Protocol):
     """Immutable; threads may share it. None of its methods awaits anything."""
 
-    def encode(self, text: str) -> tuple[int, ...]: ...
+    def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        """`special`: with the tokens that the tokenizer puts around a prompt."""
+        ...
 
-    def encode_inline(self, text: str) -> tuple[int, ...]:
+    def encode_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
         """As `encode`, for a short text."""
         ...
 
-    def encode_with_starts(self, text: str) -> EncodedText: ...
+    def encode_with_starts(self, text: str) -> EncodedText:
+        """As `encode` with `special`."""
+        ...
 
     def encode_chat(
         self,
@@ -41,11 +45,11 @@ class TrustingEncoder:
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return self._encoder.ids(text, special=True)
+    def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        return self._encoder.ids(text, special=special)
 
-    def encode_inline(self, text: str) -> tuple[int, ...]:
-        return self._encoder.ids_inline(text, special=True)
+    def encode_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
+        return self._encoder.ids_inline(text, special=special)
 
     def encode_with_starts(self, text: str) -> EncodedText:
         return self._encoder.with_starts(text, special=True)
@@ -80,11 +84,13 @@ class DistrustingEncoder:
         self._id_of = dict(id_of)
         self._control = ControlTokens(id_of)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return self.encode_with_starts(text).ids
+    def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        if special:
+            return self.encode_with_starts(text).ids
+        return self._join(self._control.split(text)).ids
 
-    def encode_inline(self, text: str) -> tuple[int, ...]:
-        return self.encode_with_starts(text).ids
+    def encode_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
+        return self.encode(text, special=special)
 
     def encode_with_starts(self, text: str) -> EncodedText:
         ids, starts = self._join(self._control.split(text))

@@ -55,13 +55,16 @@ class ModelTokenizer:
         text = self.all_token_bytes if with_special else self.token_bytes
         return TokenNames(text, self.all_token_bytes)
 
-    async def encode(self, text: str, *, tokens_max: int) -> tuple[int, ...]:
-        """A prompt, with the tokens that the tokenizer puts around it. Raises RequestError, before
-        encoding, if the text's length alone shows that it has more than `tokens_max` tokens."""
+    async def encode(self, text: str, *, tokens_max: int, special: bool = True) -> tuple[int, ...]:
+        """A prompt, if `special` with the tokens that the tokenizer puts around it. Raises
+        RequestError, before encoding, if the text's length alone shows that it has more than
+        `tokens_max` tokens."""
         self._limit(tokens_max).check_chars(len(text))
         if len(text) <= INLINE_CHARS_MAX:
-            return self._encoder.encode_inline(text)
-        return await self._in(self._text_threads, lambda: self._encoder.encode(text))
+            return self._encoder.encode_inline(text, special=special)
+        return await self._in(
+            self._text_threads, lambda: self._encoder.encode(text, special=special)
+        )
 
     async def encode_with_starts(self, text: str, *, tokens_max: int) -> EncodedText:
         """As `encode`."""

@@ -139,7 +139,9 @@ TEMPLATE = ChatTemplate(
 )
 def test_any_messages_are_rendered_or_refused(messages: list[Any], continues: bool) -> None:
     options = ChatOptions(continue_final_message=continues)
+    param = "messages"
     try:
-        assert isinstance(TEMPLATE.render(read_messages(messages), options), str)
+        TEMPLATE.render(read_messages(messages), options)
     except RequestError as error:
-        assert error.param in ("messages", "continue_final_message")
+        param = error.param or ""
+    assert param in ("messages", "continue_final_message")

@@ -35,7 +35,7 @@ DERIVED = {
     "Qwen3ForCausalLM": {"sliding_window", "max_window_layers"},
     "Qwen3MoeForCausalLM": {"sliding_window"},
 }
-"""Replaced by another key, read only with one that is refused, or null and demanded by the model."""
+"""Replaced by another key, read only with one that is refused, or demanded of each model."""
 
 
 def config_class(architecture: str) -> Any:
@@ -120,6 +120,11 @@ def test_the_angles_are_those_of_transformers(architecture: str, spelling: str) 
     assert np.abs(sin_CD - (angles.sin() * factor).numpy()).max() < 2e-5
 
 
+def open_family(folder: Path) -> None:
+    spec = read_model_spec(folder)
+    family_class(spec.architecture)(spec)
+
+
 @pytest.mark.parametrize(
     ("family", "change", "said"),
     [
@@ -150,8 +155,7 @@ def test_what_changes_the_arithmetic_and_is_not_understood_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SEEDED_CONFIGS[family] | change))
     with pytest.raises(CheckpointError, match=said):
-        spec = read_model_spec(tmp_path)
-        family_class(spec.architecture)(spec)
+        open_family(tmp_path)
 
 
 def test_names_for_one_value_replace_each_others_defaults() -> None:
