@@ -27,6 +27,10 @@ from shared.listener import inherited_listener, listen_on
 from shared.logs import configure_logs
 from shared.secret import read_secret
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread that renders a huge chat may keep the event loop from running. Python's own
+5 ms would come on top of every token of every stream."""
+
 _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
 /v1/completions, /v1/models), /health and /metrics. It finds the ranks through etcd, sends each
 request to a live rank, and if that rank dies, continues it on another one from the next token. It
@@ -51,6 +55,7 @@ def main() -> None:
         config.check()
         configure_logs(service="gateway", level=config.log_level, json=config.log_json)
         config = replace(config, connections_max=allowed_connections(config.connections_max))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         with _listen(config) as listener:
             uvloop.run(_run(config, listener))
     except* StarfishError as group:

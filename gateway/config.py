@@ -25,6 +25,14 @@ class GatewayConfig:
     model: Path | None = option(
         None, "checkpoint folder, for its tokenizer; default: the one in the instance's spec"
     )
+    chat_template: Path | None = option(
+        None, "file with a Jinja chat template, used in place of the checkpoint's"
+    )
+    trust_special_tokens: bool = option(
+        True,
+        "special tokens that clients spell in texts and messages (<|im_end|>) are special tokens, "
+        "as in transformers; --no-trust-special-tokens makes them ordinary text",
+    )
     served_model_name: str = option(
         "", "name that clients ask for; more, comma-separated, are aliases; default: the spec's"
     )

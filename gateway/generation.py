@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from gateway.admission import Admission
 from gateway.detokenizer import TokenBytes
+from gateway.prompt import SentText
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionFailed, SessionState, StreamSession
 from gateway.text_stream import TextStream
@@ -21,14 +22,21 @@ from shared.wire import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTask:
-    """One choice to generate. `echo`: its text begins with the prompt's. `include_stop`: its text
-    ends with the string or token that stopped it."""
+    """One choice to generate. `echo`: its text begins with the prompt's, which is `sent`, or if the
+    prompt was sent as ids, what these decode to. `include_stop`: its text ends with the string or
+    token that stopped it."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    sent: SentText | None = None
     stops: tuple[str, ...] = ()
     echo: bool = False
     include_stop: bool = False
+
+    @property
+    def hidden_prompt(self) -> tuple[int, ...]:
+        """The tokens before the first one whose text is shown by decoding."""
+        return () if self.echo and self.sent is None else self.prompt
 
     @property
     def tokens(self) -> int:
@@ -52,12 +60,14 @@ class Delta(NamedTuple):
 class _Reader:
     """Reads one session; `num_read` tokens of it so far."""
 
-    def __init__(self, index: int, session: StreamSession, text: TextStream, *, echo: bool) -> None:
+    def __init__(
+        self, index: int, session: StreamSession, text: TextStream, task: PromptTask
+    ) -> None:
         self.index = index
         self.session = session
         self.num_read = 0
         self._text = text
-        self._echo = echo
+        self._task = task
         self._is_first = True
 
     def take_delta(self) -> Delta | None:
@@ -68,7 +78,7 @@ class _Reader:
             return None
         finish = session.finish if finished else None
         is_first, self._is_first = self._is_first, False
-        echoed = self._text.echo(session.prompt) if is_first and self._echo else ""
+        echoed = self._echoed() if is_first else ""
         text, num_ids, stopped = self._text.feed(ids, finish)
         begin = self.num_read
         self.num_read += num_ids
@@ -81,6 +91,12 @@ class _Reader:
             is_first=is_first,
             prompt_logprobs=session.prompt_logprobs if is_first else [],
         )
+
+    def _echoed(self) -> str:
+        task = self._task
+        if not task.echo:
+            return ""
+        return self._text.echo(task.prompt) if task.sent is None else task.sent.text
 
 
 class Generation:
@@ -140,11 +156,12 @@ class Generation:
             session = self._driver.open(task.prompt, task.sampling, self._wake)
             text = TextStream(
                 self._token_bytes,
+                follows=task.hidden_prompt,
                 stops=task.stops,
                 min_tokens=task.sampling.min_tokens,
                 include_stop=task.include_stop,
             )
-            self._readers.append(_Reader(index, session, text, echo=task.echo))
+            self._readers.append(_Reader(index, session, text, task))
         self._open = list(self._readers)
         return self
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.cluster_view import ClusterView
-from gateway.tokenizer import ModelTokenizer, load_tokenizer
+from gateway.tokenizer import ModelTokenizer
+from gateway.tokenizer_loader import TokenizerOptions, load_tokenizer
+from shared.clock import Clock
 from shared.errors import CheckpointError
 from shared.records import InstanceSpec
 
@@ -39,11 +41,18 @@ class ServedModel:
 
 
 async def load_served_model(
-    spec: InstanceSpec, *, folder: Path | None, name: str, created: int
+    spec: InstanceSpec,
+    *,
+    folder: Path | None,
+    name: str,
+    clock: Clock,
+    tokenizer_options: TokenizerOptions,
 ) -> ServedModel:
     """A `folder` or a `name` (several, separated by commas) replaces the spec's. Raises
     CheckpointError."""
-    tokenizer = await asyncio.to_thread(load_tokenizer, folder or Path(spec.model_path))
+    tokenizer = await asyncio.to_thread(
+        load_tokenizer, folder or Path(spec.model_path), clock, tokenizer_options
+    )
     if tokenizer.num_ids > spec.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.num_ids} token ids, but the model has only "
@@ -51,5 +60,8 @@ async def load_served_model(
         )
     names = tuple(part.strip() for part in name.split(",") if part.strip())
     return ServedModel(
-        names=names or (spec.model_name,), tokenizer=tokenizer, spec=spec, created=created
+        names=names or (spec.model_name,),
+        tokenizer=tokenizer,
+        spec=spec,
+        created=int(clock.wall()),
     )

@@ -25,6 +25,7 @@ from gateway.model_loader import ModelLoader
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
 from gateway.tls import ServerCertificate
+from gateway.tokenizer_loader import TokenizerOptions
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
@@ -72,7 +73,13 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tasks=tasks,
         )
         models = ModelLoader(
-            folder=config.model, name=config.served_model_name, clock=dependencies.clock
+            folder=config.model,
+            name=config.served_model_name,
+            clock=dependencies.clock,
+            tokenizer_options=TokenizerOptions(
+                chat_template=config.chat_template,
+                trust_special_tokens=config.trust_special_tokens,
+            ),
         )
         health = Health(driver, models, dependencies.clock)
         app = HttpApp(

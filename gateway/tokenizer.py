@@ -1,23 +1,26 @@
-"""The checkpoint's tokenizer: turns texts and chats into token ids. Threads encode long texts, so
+"""The checkpoint's tokenizer: turns texts and chats into token ids. Threads work on long ones, so
 that no stream waits for another client's prompt."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
-from tokenizers import Tokenizer
-
-from gateway.chat_template import ChatTemplate, load_chat_template
+from gateway.chat_template import ChatOptions
+from gateway.chat_templates import ChatTemplates
+from gateway.context_limit import ContextLimit
 from gateway.detokenizer import TokenBytes, TokenNames
-from shared.errors import CheckpointError, RequestError
+from gateway.prompt_encoder import PromptEncoder
+from gateway.text_encoder import EncodedText
 
 INLINE_CHARS_MAX = 1024
 """Up to this length, encoding is faster than passing the text to a thread and back."""
+
+INLINE_MESSAGES_MAX = 16
+
+T = TypeVar("T")
 
 
 class ModelTokenizer:
@@ -26,20 +29,26 @@ class ModelTokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
+        encoder: PromptEncoder,
+        templates: ChatTemplates,
         token_bytes: TokenBytes,
         all_token_bytes: TokenBytes,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
+        self._encoder = encoder
+        self._templates = templates
         self.token_bytes = token_bytes
         self.all_token_bytes = all_token_bytes
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._chat_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="chat-template")
 
     @property
     def num_ids(self) -> int:
         return self.token_bytes.num_ids
+
+    @property
+    def template_problems(self) -> Mapping[str, str]:
+        """Why chat templates cannot be used, by their names."""
+        return self._templates.problems
 
     def names(self, *, with_special: bool) -> TokenNames:
         """`with_special`: special tokens appear in texts."""
@@ -47,71 +56,53 @@ class ModelTokenizer:
         return TokenNames(text, self.all_token_bytes)
 
     async def encode(self, text: str, *, tokens_max: int, special: bool = True) -> tuple[int, ...]:
-        """Raises RequestError, before encoding, if the text's length alone shows that it has more
-        than `tokens_max` tokens."""
-        least = len(text) // max(self.token_bytes.longest, 1)
-        if least > tokens_max:
-            raise context_exceeded(f"at least {least}", tokens_max)
+        """A prompt, if `special` with the tokens that the tokenizer puts around it. Raises
+        RequestError, before encoding, if the text's length alone shows that it has more than
+        `tokens_max` tokens."""
+        self._limit(tokens_max).check_chars(len(text))
         if len(text) <= INLINE_CHARS_MAX:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encode_long, text, special)
+            return self._encoder.encode_inline(text, special=special)
+        return await self._in(
+            self._text_threads, lambda: self._encoder.encode(text, special=special)
+        )
+
+    async def encode_with_starts(self, text: str, *, tokens_max: int) -> EncodedText:
+        """As `encode`."""
+        self._limit(tokens_max).check_chars(len(text))
+        if len(text) <= INLINE_CHARS_MAX:
+            return self._encoder.encode_with_starts(text)
+        return await self._in(self._text_threads, lambda: self._encoder.encode_with_starts(text))
 
     async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        options: Mapping[str, Any] | None,
-        *,
-        tokens_max: int,
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, *, tokens_max: int
     ) -> tuple[int, ...]:
         """The template spells special tokens itself, so none are added. Raises RequestError."""
-        if self._template is None:
-            raise RequestError(
-                "this model has no chat template; use /v1/completions", param="messages"
-            )
-        text = self._template.render(messages, options)
-        return await self.encode(text, tokens_max=tokens_max, special=False)
+        template = self._templates.choose(has_tools=options.tools is not None)
+        limit = self._limit(tokens_max)
+
+        def encode() -> tuple[int, ...]:
+            return self._encoder.encode_chat(template, messages, options, limit)
+
+        if _is_small(messages, options):
+            return encode()
+        return await self._in(self._chat_threads, encode)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._text_threads, self._chat_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode_long(self, text: str, special: bool) -> tuple[int, ...]:
-        """Uses the batch call: unlike `encode`, it releases the GIL."""
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-        return tuple(encoding.ids)
+    def _limit(self, tokens_max: int) -> ContextLimit:
+        return ContextLimit(tokens_max=tokens_max, longest_token=self.token_bytes.longest)
 
-
-def context_exceeded(num_tokens: int | str, tokens_max: int) -> RequestError:
-    return RequestError(
-        f"This model's maximum context length is {tokens_max} tokens, but the request needs "
-        f"{num_tokens} for prompt and completion. Shorten the prompt or max_tokens.",
-        code="context_length_exceeded",
-    )
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
-def load_tokenizer(folder: Path) -> ModelTokenizer:
-    """Blocks. Raises CheckpointError if the file is missing or is not byte-level BPE."""
-    path = folder / "tokenizer.json"
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        decoder = msgspec.json.decode(raw).get("decoder")
-        tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    if not _is_byte_level(decoder):
-        raise CheckpointError(f"{path} is not byte-level BPE, the only kind that Starfish supports")
-    added = tokenizer.get_added_tokens_decoder()
-    special = {token_id: token.content for token_id, token in added.items() if token.special}
-    token_bytes = TokenBytes(tokenizer.get_vocab(with_added_tokens=True), special.keys())
-    template = load_chat_template(folder)
-    return ModelTokenizer(tokenizer, template, token_bytes, token_bytes.showing(special))
-
-
-def _is_byte_level(decoder: Any) -> bool:
-    if not isinstance(decoder, dict):
+def _is_small(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> bool:
+    """Whether rendering is faster than passing it to a thread and back."""
+    if len(messages) > INLINE_MESSAGES_MAX or options.tools or options.documents:
         return False
-    parts = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]
-    return any(part.get("type") == "ByteLevel" for part in parts or [])
+    values = [value for message in messages for value in message.values() if value is not None]
+    values += [value for value in options.variables.values() if not isinstance(value, bool)]
+    num_chars = sum(len(value) if isinstance(value, str) else INLINE_CHARS_MAX for value in values)
+    return num_chars <= INLINE_CHARS_MAX

@@ -120,6 +120,12 @@ class UpOptions:
     served_model_name: Annotated[
         str, typer.Option(help="Name that clients ask for; more, comma-separated, are aliases.")
     ] = ""
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file to use in place of the checkpoint's template.")
+    ] = None
+    trust_special_tokens: Annotated[
+        bool, typer.Option(help="Special tokens that clients spell are special tokens, not text.")
+    ] = True
     tls_cert: Annotated[
         Path | None, typer.Option(help="PEM file with the certificate chain, for HTTPS.")
     ] = None
@@ -162,6 +168,8 @@ class UpOptions:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
+        if self.chat_template is not None and not self.chat_template.is_file():
+            raise ConfigError(f"--chat-template {self.chat_template}: there is no such file")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
         if not self.instance or "/" in self.instance:

@@ -54,6 +54,8 @@ def gateway(options: UpOptions, etcd: str, listen_fd: int) -> Service:
             *("--secret-file", str(options.secret_file)),
             *("--listen-fd", str(listen_fd), "--drain-s", str(options.drain_s)),
             *_given("--served-model-name", options.served_model_name),
+            *_given("--chat-template", options.chat_template),
+            *(() if options.trust_special_tokens else ("--no-trust-special-tokens",)),
             *_given("--cors-origins", options.cors_origins),
             *_given("--tls-cert", options.tls_cert),
             *_given("--tls-key", options.tls_key),

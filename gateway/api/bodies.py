@@ -62,23 +62,14 @@ class CompletionBody(GenerationBody, kw_only=True):
     top_logprobs: Any = None  # a field of chats
 
 
-class TextPart(msgspec.Struct, kw_only=True):
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, kw_only=True):
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[Any] | None = None
-    tool_call_id: str | None = None
-
-
 class ChatBody(GenerationBody, kw_only=True):
-    messages: list[ChatMessage]
+    messages: list[Any]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[Any] | None = None
+    chat_template: Any = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: Any = None
@@ -128,6 +119,12 @@ def refuse_unsupported(body: GenerationBody) -> None:
     if isinstance(body, CompletionBody) and body.top_logprobs is not None:
         raise RequestError(
             "top_logprobs is for chats; pass the number as `logprobs`", param="top_logprobs"
+        )
+    if isinstance(body, ChatBody) and body.chat_template is not None:
+        raise RequestError(
+            "a request cannot bring a chat_template; whoever runs the gateway can replace the "
+            "model's with --chat-template FILE",
+            param="chat_template",
         )
     if isinstance(body, ChatBody) and body.tools and body.tool_choice != "none":
         raise RequestError(

@@ -30,7 +30,12 @@ class ChoiceWriter:
         self._names = names
         self._chat = chat
         self._num_top = task.sampling.logprobs
-        self._completion = CompletionLogprobs(names, task.sampling.logprobs or 0)
+        self._completion = CompletionLogprobs(
+            names,
+            task.sampling.logprobs or 0,
+            follows=task.hidden_prompt,
+            echoed=task.sent if task.echo else None,
+        )
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._scored: list[ScoredToken] = []

@@ -19,10 +19,10 @@ from gateway.api.errors import body_too_large, http_error
 from gateway.api.guided import asks_for_grammar, read_grammar
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
+from gateway.api.messages import read_chat_options, read_messages
 from gateway.api.requests import (
     CHOICES_MAX,
     RequestOptions,
-    read_messages,
     read_options,
     read_prompts,
 )
@@ -33,6 +33,7 @@ from gateway.generation import Generation, PromptTask
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.prompt import Prompt, SentText
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
@@ -116,12 +117,13 @@ class HttpApp:
         options = await _read_options(body, limits)
         prompt = await served.tokenizer.encode_chat(
             read_messages(body.messages),
-            body.chat_template_kwargs,
+            read_chat_options(body),
             tokens_max=limits.context_tokens_max,
         )
         if not prompt:
             raise RequestError("the prompt has no tokens", param="messages")
-        return await self._run(request, self._job(served, options, [prompt], limits, True))
+        prompts = [Prompt(ids=prompt)]
+        return await self._run(request, self._job(served, options, prompts, limits, True))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         served = await self._require_served_model()
@@ -129,12 +131,10 @@ class HttpApp:
         limits = self._check(served, body)
         options = await _read_options(body, limits)
         prompts = [
-            await served.tokenizer.encode(prompt, tokens_max=limits.context_tokens_max)
-            if isinstance(prompt, str)
-            else prompt
+            await _encoded(served, prompt, options, limits)
             for prompt in read_prompts(body, limits.vocab_size)
         ]
-        if not all(prompts):
+        if not all(prompt.ids for prompt in prompts):
             raise RequestError("the prompt has no tokens", param="prompt")
         return await self._run(request, self._job(served, options, prompts, limits, False))
 
@@ -185,7 +185,7 @@ class HttpApp:
         self,
         served: ServedModel,
         options: RequestOptions,
-        prompts: list[tuple[int, ...]],
+        prompts: list[Prompt],
         limits: ModelLimits,
         chat: bool,
     ) -> Job:
@@ -199,8 +199,9 @@ class HttpApp:
         )
         tasks = [
             PromptTask(
-                prompt=prompt,
-                sampling=options.sampling_for(len(prompt), limits, choice),
+                prompt=prompt.ids,
+                sent=prompt.sent,
+                sampling=options.sampling_for(len(prompt.ids), limits, choice),
                 stops=options.stops,
                 echo=options.echo,
                 include_stop=options.include_stop,
@@ -213,7 +214,7 @@ class HttpApp:
             options=options,
             tasks=tasks,
             names=served.tokenizer.names(with_special=options.include_special),
-            num_prompt_tokens=sum(map(len, prompts)),
+            num_prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
         )
 
     async def _run(self, request: web.Request, job: Job) -> web.StreamResponse:
@@ -238,3 +239,17 @@ async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOpt
         return options
     grammar = await asyncio.to_thread(read_grammar, body)
     return replace(options, sampling=replace(options.sampling, grammar=grammar))
+
+
+async def _encoded(
+    served: ServedModel, prompt: str | tuple[int, ...], options: RequestOptions, limits: ModelLimits
+) -> Prompt:
+    """An echo needs the text, and its log-probabilities where each token begins in it."""
+    if not isinstance(prompt, str):
+        return Prompt(ids=prompt)
+    tokenizer, tokens_max = served.tokenizer, limits.context_tokens_max
+    if options.echo and options.sampling.logprobs is not None:
+        ids, starts = await tokenizer.encode_with_starts(prompt, tokens_max=tokens_max)
+        return Prompt(ids=ids, sent=SentText(text=prompt, starts=starts))
+    ids = await tokenizer.encode(prompt, tokens_max=tokens_max)
+    return Prompt(ids=ids, sent=SentText(text=prompt))

@@ -4,11 +4,10 @@ OpenAI's `param` for every impossible value."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gateway.api.bodies import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from gateway.api.bodies import ChatBody, CompletionBody, GenerationBody
 from gateway.api.fields import (
     INT64_MAX,
     check_range,
@@ -18,8 +17,8 @@ from gateway.api.fields import (
     stop_ids_of,
     stops_of,
 )
+from gateway.context_limit import context_exceeded
 from gateway.served_model import ModelLimits
-from gateway.tokenizer import context_exceeded
 from shared.errors import RequestError
 from shared.types import SamplingParams
 
@@ -124,30 +123,6 @@ def read_prompts(body: CompletionBody, vocab_size: int) -> list[str | tuple[int,
     if not prompt or len(prompt) > PROMPTS_MAX:
         raise RequestError(f"prompt must have 1 to {PROMPTS_MAX} prompts", param="prompt")
     return [item if isinstance(item, str) else _token_prompt(item, vocab_size) for item in prompt]
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: the content is one text."""
-    if not messages:
-        raise RequestError("messages must have at least one message", param="messages")
-    return [_message(message) for message in messages]
-
-
-def _message(message: ChatMessage) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        for part in content:
-            if part.type != "text" or part.text is None:
-                raise RequestError(
-                    f"content of type {part.type!r} is not supported, only text", param="messages"
-                )
-        content = "".join(part.text or "" for part in content)
-    plain: dict[str, Any] = {"role": message.role, "content": content or ""}
-    extra = {"name": message.name, "tool_call_id": message.tool_call_id}
-    plain.update({key: value for key, value in extra.items() if value is not None})
-    if message.tool_calls:
-        plain["tool_calls"] = message.tool_calls
-    return plain
 
 
 def _token_prompt(prompt: Any, vocab_size: int) -> tuple[int, ...]:

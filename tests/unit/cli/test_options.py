@@ -100,6 +100,17 @@ def test_the_gateway_inherits_the_listening_socket(options: UpOptions) -> None:
     assert service.inherited_fds == (5,)
 
 
+def test_the_gateway_is_told_how_to_read_chats(options: UpOptions, tmp_path: Path) -> None:
+    assert "--chat-template" not in gateway(options, "e:1", 5).argv
+    template = tmp_path / "chat.jinja"
+    changed = dataclasses.replace(options, chat_template=template, trust_special_tokens=False)
+    argv = gateway(changed, "e:1", 5).argv
+    assert argv[argv.index("--chat-template") + 1] == str(template)
+    assert "--no-trust-special-tokens" in argv
+    with pytest.raises(ConfigError, match="--chat-template"):
+        changed.check()
+
+
 def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:
     changed = dataclasses.replace(options, static=True, kv_tokens=4096)
     command = agent(changed, "e:1", Path("/m"), Path("/logs")).command(9)
