@@ -327,8 +327,8 @@ EXAMPLES = [
         name="DeepSeek V3",
         tools="deepseek_v3",
         text="Let me see.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
-        'get_weather\n```json\n{"city": "Hangzhou\\n```"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function'
-        "<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        'get_weather\n```json\n{"city": "Hangzhou\\n```"}\n```'
+        "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         content="Let me see.",
         calls=[("get_weather", '{"city": "Hangzhou\\n```"}'), ("now", "{}")],
     ),
@@ -401,9 +401,9 @@ EXAMPLES = [
         tools="openai",
         reasoning="openai_gptoss",
         text="<|channel|>analysis<|message|>Need both.<|end|><|start|>assistant<|channel|>"
-        "commentary<|message|>I will look.<|end|><|start|>assistant<|channel|>commentary to=functions."
-        'get_weather <|constrain|>json<|message|>{"city":"Tokyo"}<|call|><|start|>assistant to='
-        "functions.now<|channel|>commentary json<|message|>{}",
+        "commentary<|message|>I will look.<|end|><|start|>assistant<|channel|>commentary "
+        'to=functions.get_weather <|constrain|>json<|message|>{"city":"Tokyo"}<|call|>'
+        "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}",
         thought="Need both.",
         content="I will look.",
         calls=[("get_weather", '{"city":"Tokyo"}'), ("now", "{}")],
