@@ -38,7 +38,7 @@ async def answer_whole(generation: Generation, job: Job) -> web.Response:
     body = response_body(
         job.header,
         [writer.choice() for writer in writers],
-        job.usage(generation),
+        job.usage(generation, writers),
         with_token_ids=job.options.return_token_ids,
     )
     return web.Response(body=body, content_type="application/json")
@@ -60,12 +60,16 @@ async def answer_stream(
     writers = job.choice_writers()
     try:
         await response.prepare(request)
-        data = b"".join(chunks.role_chunk(index) for index in range(len(job.tasks)))
+        content = not (job.plan is not None and job.plan.must_call)
+        roles = (chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
+        data = b"".join(roles)
         while True:
+            if job.options.continuous_usage:
+                chunks.set_usage(job.usage(generation, writers))
             data += b"".join(writers[d.choice].chunk(d, chunks) for d in deltas)
             if generation.done:
                 if job.options.include_usage:
-                    data += chunks.usage_chunk(job.usage(generation))
+                    data += chunks.usage_chunk(job.usage(generation, writers))
                 data += DONE
             if data:
                 await _write(request, response, data)

@@ -198,6 +198,13 @@ def choose_formats(
     return OutputFormats(tools=tools, reasoning=reasoning)
 
 
+def check_parser_names(tool_parser: str, reasoning_parser: str) -> None:
+    """Raises ConfigError."""
+    choose_formats(
+        template="", model_type="", tool_parser=tool_parser, reasoning_parser=reasoning_parser
+    )
+
+
 def _named(formats: dict[str, F], name: str, flag: str) -> F | None:
     if name == NONE:
         return None
