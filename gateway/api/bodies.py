@@ -99,7 +99,8 @@ def decode_body(raw: bytes, cls: type[B]) -> B:
     supported."""
     try:
         body = msgspec.json.decode(raw, type=cls)
-        refuse_unsupported(raw, cls)
+        if issubclass(cls, GenerationBody):
+            refuse_unsupported(raw, cls)
     except msgspec.ValidationError as error:
         raise RequestError(str(error), param=_param(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -121,12 +122,15 @@ def refuse_unsupported(raw: bytes, cls: type[GenerationBody]) -> None:
             raise RequestError(f"{name} is not supported: {advice}", param=name)
 
 
-def ignored_fields(raw: bytes, cls: type[GenerationBody]) -> list[str]:
+def ignored_fields(raw: bytes, cls: type[msgspec.Struct]) -> list[str]:
     """Names of fields that no API has, fit for a header: they may be misspelt. `raw` has been
     decoded as `cls`."""
-    known, values = fields_of(cls), _values(raw)
+    values = _values(raw)
+    is_generation = issubclass(cls, GenerationBody)
+    known = fields_of(cls) if is_generation else frozenset(cls.__struct_fields__)
     names = [name for name in values if name not in known]
-    if (options := values.get("stream_options")) is not None:
+    options = values.get("stream_options")
+    if is_generation and options is not None:
         names += [f"stream_options.{name}" for name in _values(options, STREAM_OPTIONS)]
     return [_UNPRINTABLE.sub("?", name)[:64] for name in names[:IGNORED_NAMES_MAX]]
 

@@ -54,8 +54,7 @@ BODY_TIMEOUT_S = 60.0
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
 
-
-IGNORED_FIELDS = "ignored_fields"
+IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
 IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
 """Header of an answer: the fields of the request that no API has."""
 

@@ -13,7 +13,7 @@ from shared.errors import RequestError
 
 TOOLS_MAX = 256
 CALLS_MAX = 16
-"""Limit on the calls of one answer that must call tools."""
+"""Limit on the calls of an answer that must call tools."""
 
 _NAME = re.compile(r"[\w.\-]{1,128}")
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -28,19 +28,16 @@ class ToolMode(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolRequest:
     """`tools` as the client sent them, for the chat template; empty in mode NONE. `schemas` are the
-    parameters of the tools that may be called. `parallel`: several calls in one answer."""
+    parameters of the tools that may be called. `calls_max` limits the calls of an answer; None: the
+    model decides."""
 
     mode: ToolMode
     tools: tuple[Mapping[str, Any], ...]
     schemas: Mapping[str, Mapping[str, Any]]
-    parallel: bool
-
-    @property
-    def calls_max(self) -> int | None:
-        return None if self.parallel else 1
+    calls_max: int | None
 
 
-NO_TOOLS = ToolRequest(mode=ToolMode.NONE, tools=(), schemas={}, parallel=True)
+NO_TOOLS = ToolRequest(mode=ToolMode.NONE, tools=(), schemas={}, calls_max=None)
 
 
 def read_tools(body: ChatBody) -> ToolRequest:
@@ -49,13 +46,20 @@ def read_tools(body: ChatBody) -> ToolRequest:
     mode, named = _choice(body.tool_choice, schemas)
     if mode is ToolMode.NONE:
         return NO_TOOLS
-    is_named = named is not None
     return ToolRequest(
         mode=mode,
         tools=tuple(body.tools or ()),
         schemas={named: schemas[named]} if named is not None else schemas,
-        parallel=body.parallel_tool_calls is not False and not is_named,
+        calls_max=_calls_max(mode, named, body.parallel_tool_calls),
     )
+
+
+def _calls_max(mode: ToolMode, named: str | None, parallel: bool | None) -> int | None:
+    """A model that must call goes on calling as long as it may, if it is weak: so several calls are
+    for those who ask for them."""
+    if mode is ToolMode.AUTO:
+        return 1 if parallel is False else None
+    return CALLS_MAX if parallel and named is None else 1
 
 
 def _schemas(tools: list[Any] | None) -> dict[str, Mapping[str, Any]]:
