@@ -155,6 +155,26 @@ async def test_a_stream_is_made_of_openais_deltas(
     assert all(choice["finish_reason"] is None for choice in choices[:-1])
 
 
+async def test_every_token_of_a_parsed_stream_has_its_logprob_and_id(
+    harness: GatewayHarness, tokenizer: Tokenizer
+) -> None:
+    num_tokens = say(harness, tokenizer, TEXT)
+    body = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "stream": True}
+    body |= {"logprobs": True, "return_token_ids": True}
+    ids: list[int] = []
+    names: list[str] = []
+    async with harness.http.post(harness.url + "/v1/chat/completions", json=body) as response:
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                (choice,) = json.loads(line[6:])["choices"]
+                ids += choice.get("token_ids") or []
+                names += [
+                    entry["token"] for entry in (choice["logprobs"] or {"content": []})["content"]
+                ]
+    assert len(ids) == len(names) == num_tokens
+    assert tokenizer.decode(ids) == TEXT
+
+
 @pytest.mark.parametrize("choice", ["none", None])
 async def test_without_tools_a_call_is_content(
     harness: GatewayHarness, tokenizer: Tokenizer, choice: str | None
