@@ -126,11 +126,11 @@ def ignored_fields(raw: bytes, cls: type[msgspec.Struct]) -> list[str]:
     """Names of fields that no API has, fit for a header: they may be misspelt. `raw` has been
     decoded as `cls`."""
     values = _values(raw)
-    is_generation = issubclass(cls, GenerationBody)
-    known = fields_of(cls) if is_generation else frozenset(cls.__struct_fields__)
+    known: Container[str] = frozenset(cls.__struct_fields__)
+    if issubclass(cls, GenerationBody):
+        known = fields_of(cls)
     names = [name for name in values if name not in known]
-    options = values.get("stream_options")
-    if is_generation and options is not None:
+    if (options := values.get("stream_options")) is not None and "stream_options" in known:
         names += [f"stream_options.{name}" for name in _values(options, STREAM_OPTIONS)]
     return [_UNPRINTABLE.sub("?", name)[:64] for name in names[:IGNORED_NAMES_MAX]]
 

@@ -58,6 +58,7 @@ IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
 IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
 """Header of an answer: the fields of the request that no API has."""
 
+
 class HttpApp:
     def __init__(
         self,
