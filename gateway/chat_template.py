@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from gateway.chat_messages import prepare_messages
 from gateway.context_limit import ContextLimit
@@ -51,7 +51,7 @@ class ChatTemplate:
     (`eos_token`). Raises CheckpointError if the source does not compile."""
 
     def __init__(self, source: str, variables: Mapping[str, str], clock: Clock) -> None:
-        self._source = source
+        self.source = source
         self._environment = template_environment(clock.wall)
         self._variables = dict(variables)
         self._clock = clock
@@ -60,10 +60,12 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template does not compile: {error}") from error
         self._forms = find_forms(self._probe)
+        self.reads = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))
+        """The names of the variables that it reads."""
 
     def literals(self) -> list[str]:
         """The texts in the source."""
-        parsed = self._environment.parse(self._source)
+        parsed = self._environment.parse(self.source)
         data = [node.data for node in parsed.find_all(nodes.TemplateData)]
         constants = [node.value for node in parsed.find_all(nodes.Const)]
         return data + [value for value in constants if isinstance(value, str)]

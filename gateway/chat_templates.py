@@ -39,6 +39,11 @@ class ChatTemplates:
         texts = (text for each in self._templates.values() for text in each.literals())
         return "\n".join(texts)
 
+    @property
+    def source(self) -> str:
+        """The sources of all of them."""
+        return "\n".join(each.source for each in self._templates.values())
+
     def choose(self, *, has_tools: bool) -> ChatTemplate:
         """As transformers: a template named for tools is for chats with tools. Raises
         RequestError."""

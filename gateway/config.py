@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gateway.parsers.formats import AUTO, check_parser_names
 from shared.config import Timings, option
 from shared.errors import ConfigError
 
@@ -32,6 +33,17 @@ class GatewayConfig:
         True,
         "special tokens that clients spell in texts and messages (<|im_end|>) are special tokens, "
         "as in transformers; --no-trust-special-tokens makes them ordinary text",
+    )
+    tool_call_parser: str = option(
+        AUTO,
+        "format of the model's tool calls, by vLLM's name (hermes, qwen3_coder, glm45, mistral, "
+        "deepseek_v3, deepseek_v31, deepseek_v32, openai); auto: by the chat template; none: "
+        "tools are refused",
+    )
+    reasoning_parser: str = option(
+        AUTO,
+        "format of the model's reasoning, by vLLM's name (qwen3, deepseek_r1, deepseek_v3, glm45, "
+        "mistral, openai_gptoss); auto: by the chat template; none: it stays in the content",
     )
     served_model_name: str = option(
         "", "name that clients ask for; more, comma-separated, are aliases; default: the spec's"
@@ -89,6 +101,7 @@ class GatewayConfig:
         self.timings.check()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
+        check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: pass a port from 0 to 65535")
         if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from gateway.cluster_view import ClusterView
-from gateway.served_model import ServedModel, load_served_model
+from gateway.served_model import ParserNames, ServedModel, load_served_model
 from gateway.tokenizer_loader import TokenizerOptions
 from shared.clock import Clock
 from shared.records import InstanceSpec
@@ -30,11 +30,13 @@ class ModelLoader:
         name: str,
         clock: Clock,
         tokenizer_options: TokenizerOptions | None = None,
+        parsers: ParserNames | None = None,
     ) -> None:
         self._folder = folder
         self._name = name
         self._clock = clock
         self._tokenizer_options = tokenizer_options or TokenizerOptions()
+        self._parsers = parsers or ParserNames()
         self._spec: InstanceSpec | None = None
         self._has_spec = asyncio.Event()
         self._is_loaded = asyncio.Event()
@@ -59,6 +61,7 @@ class ModelLoader:
             name=self._name,
             clock=self._clock,
             tokenizer_options=self._tokenizer_options,
+            parsers=self._parsers,
         )
         for template, reason in self.served.tokenizer.template_problems.items():
             log.warning("chat_template_unusable", template=template, reason=reason)

@@ -28,6 +28,10 @@ class PromptEncoder(Protocol):
         """As `encode` with `special`."""
         ...
 
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        """A text of ours from the middle of a prompt, in which special tokens count."""
+        ...
+
     def encode_chat(
         self,
         template: ChatTemplate,
@@ -53,6 +57,9 @@ class TrustingEncoder:
 
     def encode_with_starts(self, text: str) -> EncodedText:
         return self._encoder.with_starts(text, special=True)
+
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        return self._encoder.inside(text).ids
 
     def encode_chat(
         self,
@@ -98,6 +105,9 @@ class DistrustingEncoder:
             (*self._before, *ids, *self._after),
             (*(0 for _ in self._before), *starts, *(len(text) for _ in self._after)),
         )
+
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        return self._encoder.inside(text).ids
 
     def encode_chat(
         self,

@@ -22,6 +22,7 @@ from gateway.connection_table import ConnectionLimits
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
 from gateway.tls import ServerCertificate
@@ -79,6 +80,9 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tokenizer_options=TokenizerOptions(
                 chat_template=config.chat_template,
                 trust_special_tokens=config.trust_special_tokens,
+            ),
+            parsers=ParserNames(
+                tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
             ),
         )
         health = Health(driver, models, dependencies.clock)

@@ -4,11 +4,11 @@ that no stream waits for another client's prompt."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from gateway.chat_template import ChatOptions
+from gateway.chat_template import ChatOptions, ChatTemplate
 from gateway.chat_templates import ChatTemplates
 from gateway.context_limit import ContextLimit
 from gateway.detokenizer import TokenBytes, TokenNames
@@ -33,11 +33,15 @@ class ModelTokenizer:
         templates: ChatTemplates,
         token_bytes: TokenBytes,
         all_token_bytes: TokenBytes,
+        added_ids: Mapping[str, int],
     ) -> None:
+        """`added_ids` are the ids of the tokens that the tokenizer adds to its vocabulary, by their
+        texts."""
         self._encoder = encoder
         self._templates = templates
         self.token_bytes = token_bytes
         self.all_token_bytes = all_token_bytes
+        self.added_ids = added_ids
         self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
         self._chat_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="chat-template")
 
@@ -49,6 +53,23 @@ class ModelTokenizer:
     def template_problems(self) -> Mapping[str, str]:
         """Why chat templates cannot be used, by their names."""
         return self._templates.problems
+
+    @property
+    def template_source(self) -> str:
+        return self._templates.source
+
+    def chat_template(self, *, has_tools: bool) -> ChatTemplate:
+        """The one that a chat takes. Raises RequestError if there is none."""
+        return self._templates.choose(has_tools=has_tools)
+
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        """A short text of ours, as in the middle of a prompt."""
+        return self._encoder.encode_inside(text)
+
+    def names_showing(self, texts: Collection[str]) -> TokenNames:
+        """Of the special tokens, those with these texts appear in texts. Copies the vocabulary."""
+        shown = {token: text for text in texts if (token := self.added_ids.get(text)) is not None}
+        return TokenNames(self.token_bytes.showing(shown), self.all_token_bytes)
 
     def names(self, *, with_special: bool) -> TokenNames:
         """`with_special`: special tokens appear in texts."""
@@ -77,7 +98,7 @@ class ModelTokenizer:
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, *, tokens_max: int
     ) -> tuple[int, ...]:
         """The template spells special tokens itself, so none are added. Raises RequestError."""
-        template = self._templates.choose(has_tools=options.tools is not None)
+        template = self.chat_template(has_tools=options.tools is not None)
         limit = self._limit(tokens_max)
 
         def encode() -> tuple[int, ...]:

@@ -48,6 +48,7 @@ def load_tokenizer(folder: Path, clock: Clock, options: TokenizerOptions) -> Mod
         templates,
         token_bytes,
         token_bytes.showing(special),
+        {token.content: token_id for token_id, token in added.items()},
     )
 
 

@@ -112,6 +112,18 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingBudget:
+    """After `tokens` tokens of reasoning, `forced_ids` are generated, which end it. It begins with
+    the answer if `opened`, else after `start_ids`. `end_ids` are its end if it comes by itself."""
+
+    tokens: int
+    opened: bool
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    forced_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to turn logits into tokens.
 
@@ -122,7 +134,9 @@ class SamplingParams:
     tokens; 0 asks for the new token's alone. `prompt_logprobs` asks the same for the prompt's
     tokens; with `max_tokens == 0` nothing else is computed. `presence_penalty` and
     `frequency_penalty` count the generated tokens, `repetition_penalty` the prompt's too. `grammar`
-    is a grammar of llguidance that the generated text must follow; empty means none."""
+    is a grammar of llguidance that the generated text must follow; empty means none. `bad_words`
+    are sequences of tokens that must not be generated. If `allowed_token_ids` is not empty, no
+    other token is; it does not go with a grammar."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -140,6 +154,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    thinking_budget: ThinkingBudget | None = None
 
 
 class DeviceKind(Enum):

@@ -49,8 +49,9 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "fork_server": {"__main__", "config", "cpu", "cuda", "device_choice"},
     },
     "gateway": {
-        "*": set(),
-        "api": {"*"},
+        "parsers": set(),
+        "*": {"parsers"},
+        "api": {"*", "parsers"},
         "service": {"*", "api"},
         "__main__": {"*", "service"},
     },

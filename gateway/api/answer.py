@@ -38,7 +38,7 @@ async def answer_whole(generation: Generation, job: Job) -> web.Response:
     body = response_body(
         job.header,
         [writer.choice() for writer in writers],
-        job.usage(generation),
+        job.usage(generation, writers),
         with_token_ids=job.options.return_token_ids,
     )
     return web.Response(body=body, content_type="application/json")
@@ -58,14 +58,20 @@ async def answer_stream(
         include_usage=job.options.include_usage,
     )
     writers = job.choice_writers()
+    is_first = True
     try:
         await response.prepare(request)
-        data = b"".join(chunks.role_chunk(index) for index in range(len(job.tasks)))
+        data = b""
         while True:
+            if job.options.continuous_usage:
+                chunks.set_usage(job.usage(generation, writers))
+            if is_first:
+                data = _role_chunks(job, chunks)
+                is_first = False
             data += b"".join(writers[d.choice].chunk(d, chunks) for d in deltas)
             if generation.done:
                 if job.options.include_usage:
-                    data += chunks.usage_chunk(job.usage(generation))
+                    data += chunks.usage_chunk(job.usage(generation, writers))
                 data += DONE
             if data:
                 await _write(request, response, data)
@@ -80,6 +86,11 @@ async def answer_stream(
         if request.transport is not None:
             request.transport.abort()
     return response
+
+
+def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
+    content = not (job.plan is not None and job.plan.must_call)
+    return b"".join(chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
 
 
 async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:

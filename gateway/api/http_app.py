@@ -13,13 +13,22 @@ from aiohttp.typedefs import Middleware
 
 from gateway.admission import Admission
 from gateway.api.answer import answer_stream, answer_whole
-from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
+from gateway.api.answer_plan import AnswerPlan
+from gateway.api.bodies import (
+    B,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    decode_body,
+    ignored_fields,
+)
+from gateway.api.chat_request import plan_answer, read_budget, read_chat
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.errors import body_too_large, http_error
-from gateway.api.guided import asks_for_grammar, read_grammar
+from gateway.api.fields import bad_word_ids
+from gateway.api.guidance import answer_grammar
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
-from gateway.api.messages import read_chat_options, read_messages
 from gateway.api.requests import (
     CHOICES_MAX,
     RequestOptions,
@@ -44,6 +53,10 @@ log = structlog.get_logger()
 BODY_TIMEOUT_S = 60.0
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
+
+IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
+IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
+"""Header of an answer: the fields of the request that no API has."""
 
 
 class HttpApp:
@@ -75,6 +88,7 @@ class HttpApp:
             client_max_size=self._body_bytes_max,
         )
         app.on_response_prepare.append(self._cross_origin.on_prepare)
+        app.on_response_prepare.append(_name_ignored_fields)
         self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
         routes.post("/v1/chat/completions", self._chat)
         routes.post("/v1/completions", self._completions)
@@ -114,29 +128,30 @@ class HttpApp:
         served = await self._require_served_model()
         body = await self._read(request, ChatBody)
         limits = self._check(served, body)
-        options = await _read_options(body, limits)
-        prompt = await served.tokenizer.encode_chat(
-            read_messages(body.messages),
-            read_chat_options(body),
-            tokens_max=limits.context_tokens_max,
+        options = read_options(body, limits)
+        chat = read_chat(body, served)
+        ids = await served.tokenizer.encode_chat(
+            chat.messages, chat.options, tokens_max=options.prompt_tokens_max(limits)
         )
-        if not prompt:
+        if not ids:
             raise RequestError("the prompt has no tokens", param="messages")
-        prompts = [Prompt(ids=prompt)]
-        return await self._run(request, self._job(served, options, prompts, limits, True))
+        prompt = options.fitted(Prompt(ids=ids), limits)
+        plan = plan_answer(body, chat, served, prompt.ids)
+        options = await _guided(body, options, served, plan)
+        return await self._run(request, self._job(served, options, [prompt], limits, plan))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         served = await self._require_served_model()
         body = await self._read(request, CompletionBody)
         limits = self._check(served, body)
-        options = await _read_options(body, limits)
+        options = await _guided(body, read_options(body, limits), served)
         prompts = [
-            await _encoded(served, prompt, options, limits)
+            options.fitted(await _encoded(served, prompt, options, limits), limits)
             for prompt in read_prompts(body, limits.vocab_size)
         ]
         if not all(prompt.ids for prompt in prompts):
             raise RequestError("the prompt has no tokens", param="prompt")
-        return await self._run(request, self._job(served, options, prompts, limits, False))
+        return await self._run(request, self._job(served, options, prompts, limits))
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         served = await self._require_served_model()
@@ -170,7 +185,9 @@ class HttpApp:
                 raw = await request.read()
         except TimeoutError as error:
             raise RequestError("the body did not arrive in time", code="request_timeout") from error
-        return decode_body(raw, cls)
+        body = decode_body(raw, cls)
+        request[IGNORED_FIELDS] = ignored_fields(raw, cls)
+        return body
 
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         self._check_name(served, body.model)
@@ -187,8 +204,10 @@ class HttpApp:
         options: RequestOptions,
         prompts: list[Prompt],
         limits: ModelLimits,
-        chat: bool,
+        plan: AnswerPlan | None = None,
     ) -> Job:
+        """`plan` is a chat's."""
+        chat = plan is not None
         if len(prompts) * options.num_choices > CHOICES_MAX:
             raise RequestError(f"at most {CHOICES_MAX} choices in all are supported", param="n")
         header = Header(
@@ -213,8 +232,11 @@ class HttpApp:
             header=header,
             options=options,
             tasks=tasks,
-            names=served.tokenizer.names(with_special=options.include_special),
+            names=served.token_names(
+                with_special=options.include_special, parsed=plan is not None and plan.is_parsed
+            ),
             num_prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+            plan=plan,
         )
 
     async def _run(self, request: web.Request, job: Job) -> web.StreamResponse:
@@ -224,7 +246,8 @@ class HttpApp:
             clock=self._clock,
             token_bytes=job.names.text,
             tasks=job.tasks,
-            streaming=job.options.stream,
+            # What is parsed is read as it comes: at its end it would hold up the event loop.
+            streaming=job.options.stream or job.is_parsed,
         )
         with generation:
             if job.options.stream:
@@ -232,13 +255,27 @@ class HttpApp:
             return await answer_whole(generation, job)
 
 
-async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
-    """Reads a grammar on a thread: a huge one takes long, and no other client may wait for it."""
-    options = read_options(body, limits)
-    if not asks_for_grammar(body):
-        return options
-    grammar = await asyncio.to_thread(read_grammar, body)
-    return replace(options, sampling=replace(options.sampling, grammar=grammar))
+async def _name_ignored_fields(request: web.Request, response: web.StreamResponse) -> None:
+    """A field that no API has may be misspelt; its client should know that it had no effect."""
+    if names := request.get(IGNORED_FIELDS):
+        response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)
+
+
+async def _guided(
+    body: GenerationBody,
+    options: RequestOptions,
+    served: ServedModel,
+    plan: AnswerPlan | None = None,
+) -> RequestOptions:
+    """With what the tokenizer and the chat's plan add to the sampling."""
+    sampling = replace(
+        options.sampling,
+        bad_words=bad_word_ids(body.bad_words, served.tokenizer.encode_inside),
+        grammar=await answer_grammar(body, plan, served),
+    )
+    if plan is not None and isinstance(body, ChatBody):
+        sampling = replace(sampling, thinking_budget=read_budget(body, plan, served))
+    return replace(options, sampling=sampling)
 
 
 async def _encoded(
@@ -247,7 +284,7 @@ async def _encoded(
     """An echo needs the text, and its log-probabilities where each token begins in it."""
     if not isinstance(prompt, str):
         return Prompt(ids=prompt)
-    tokenizer, tokens_max = served.tokenizer, limits.context_tokens_max
+    tokenizer, tokens_max = served.tokenizer, options.prompt_tokens_max(limits)
     if options.echo and options.sampling.logprobs is not None:
         ids, starts = await tokenizer.encode_with_starts(prompt, tokens_max=tokens_max)
         return Prompt(ids=ids, sent=SentText(text=prompt, starts=starts))

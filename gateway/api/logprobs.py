@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.detokenizer import Detokenizer, TokenNames
+from gateway.api.token_offsets import TokenOffsets
+from gateway.detokenizer import TokenNames
 from gateway.prompt import SentText
 from shared.wire import TokenLogprob
 
@@ -50,9 +51,9 @@ class CompletionLogprobs:
     ) -> None:
         self._names = names
         self._num_top = num_top
-        self._text = Detokenizer(names.text, follows=follows)
         self._echoed_starts = deque(echoed.starts if echoed else ())
-        self._offset = len(echoed.text) if echoed else 0
+        begin = len(echoed.text) if echoed else 0
+        self._offsets = TokenOffsets(names.text, follows=follows, begin=begin)
 
     def next(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         offsets = [self._next_offset(token) for token, _ in scored]
@@ -66,10 +67,7 @@ class CompletionLogprobs:
     def _next_offset(self, token: int) -> int:
         if self._echoed_starts:
             return self._echoed_starts.popleft()
-        self._offset += len(self._text.end_before(token))
-        offset = self._offset
-        self._offset += len(self._text.feed((token,)))
-        return offset
+        return self._offsets.next(token)
 
     def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens and the token itself, by name."""

@@ -8,6 +8,7 @@ from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
 from gpu_worker.engine.grammar_matcher import GrammarMatcher
+from gpu_worker.engine.token_limits import TokenBitmask, token_limits
 from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
@@ -50,6 +51,7 @@ class Sequence:
         "state",
         "stop_ids",
         "token_counts",
+        "token_limits",
         "tokens",
         "tokens_max",
     )
@@ -76,6 +78,7 @@ class Sequence:
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
+        self.token_limits = token_limits(submit.sampling, self.tokens[self.num_prompt :])
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as requested
@@ -113,10 +116,29 @@ class Sequence:
         return (self.next_index == 0, self.arrival)
 
     def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:
-        """Ids that must not be drawn after so many tokens, because they would end it too early.
-        Empty if a grammar guides it: that may allow nothing but the end."""
+        """Ids that must not be drawn after so many tokens, because the request bans them or because
+        they would end it too early. A grammar may allow nothing but the end, which is not banned
+        then."""
         is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.matcher is None
-        return self.stop_ids if is_early else ()
+        banned = () if self.token_limits is None else self.token_limits.banned()
+        return (*self.stop_ids, *banned) if is_early else banned
+
+    @property
+    def allowed(self) -> TokenBitmask | None:
+        """The tokens that may come next; None: all."""
+        by_grammar = None if self.matcher is None else self.matcher.allowed
+        if self.token_limits is None:
+            return by_grammar
+        return self.token_limits.allowed(by_grammar)
+
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether what may come next depends on tokens that a step in flight samples."""
+        return (
+            self.matcher is not None
+            or self.token_counts is not None
+            or (self.token_limits is not None and self.token_limits.depends_on_tokens)
+        )
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -146,6 +168,8 @@ class Sequence:
         self.tokens.append(token)
         if self.token_counts is not None:
             self.token_counts.add(token)
+        if self.token_limits is not None:
+            self.token_limits.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
         if self.matcher is not None:

@@ -21,6 +21,7 @@ from shared.types import (
     SamplingParams,
     SessionId,
     Step,
+    ThinkingBudget,
 )
 from shared.wire import (
     FRAME_BYTES_MAX,
@@ -46,7 +47,15 @@ def submit(tokens: tuple[int, ...] = (1, 2, 3)) -> Submit:
         tokens=tokens,
         num_emitted=1,
         sampling=SamplingParams(
-            temperature=0.5, seed=2**63, stop_token_ids=(7,), logit_bias=((3, -1.5),)
+            temperature=0.5,
+            seed=2**63,
+            stop_token_ids=(7,),
+            logit_bias=((3, -1.5),),
+            bad_words=((1,), (2, 3)),
+            allowed_token_ids=(4,),
+            thinking_budget=ThinkingBudget(
+                tokens=8, opened=True, start_ids=(), end_ids=(5,), forced_ids=(5, 6)
+            ),
         ),
     )
 

@@ -65,8 +65,6 @@ def test_what_would_change_the_answer_is_refused_by_name(param: str, value: Any)
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
     ],
@@ -93,11 +91,6 @@ def test_what_chats_cannot_ask_is_refused_by_name(fields: dict[str, Any], param:
     with pytest.raises(RequestError) as caught:
         read_options(chat(**fields), LIMITS)
     assert caught.value.param == param
-
-
-def test_tools_that_may_not_be_called_are_tolerated() -> None:
-    chat(tools=[{"type": "function"}], tool_choice="none")
-    chat(tools=[], tool_choice="auto", parallel_tool_calls=True)
 
 
 @pytest.mark.parametrize(
