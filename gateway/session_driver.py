@@ -22,7 +22,7 @@ from shared.handshake import Access, Caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Suspicion
-from shared.types import Member, SamplingParams, SessionId, Step, SuspicionReason
+from shared.types import Accuser, Member, SamplingParams, SessionId, Step, SuspicionReason
 from shared.wire import Load, Pong, Tokens
 
 log = structlog.get_logger()
@@ -277,7 +277,7 @@ class SessionDriver:
             self._leased.delete(self._suspicion_key(member))
 
     def _suspicion_key(self, member: Member) -> str:
-        return self._keys.suspicion(member.rank, member.incarnation, self._name)
+        return self._keys.suspicion(member.rank, member.incarnation, Accuser.GATEWAY, self._name)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:

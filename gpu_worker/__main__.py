@@ -74,7 +74,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     clock, keys = SystemClock(), Keys(config.instance)
     access = Access(config.instance, read_secret(config.secret_file))
     timer = StartupTimer(clock)
-    store = await connect_store(config.etcd.split(","))
+    store = await connect_store(config.store)
     watch_lifeline(config.lifeline_fd, exit_at_once)
     member, lease_id = await acquire_identity(config, store, keys)
     timer.end_stage("etcd")

@@ -112,8 +112,8 @@ class ViewReporter:
             now = self._clock.now()
             for running_rank in self._alive():
                 member = running_rank.member
-                prefix = self._keys.suspicions_of(member.rank, member.incarnation)
-                if any(key.startswith(prefix) for key in suspected_keys):
+                prefixes = self._keys.suspicions_of(member.rank, member.incarnation)
+                if any(key.startswith(prefixes) for key in suspected_keys):
                     known = self._watched.setdefault(member, _Watched(running_rank, now))
                     known.until = now + SUSPECTED_FOR_S
                     self._suspected.set()

@@ -26,7 +26,7 @@ STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting"
 async def read_status(target: Target) -> dict[str, Any]:
     """Raises StoreUnavailable, or ConfigError if etcd has no such instance."""
     keys = Keys(target.instance)
-    store = await connect_store(target.etcd.split(","))
+    store = await connect_store(target.store)
     try:
         view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.run_dir import read_state
 from cli.up.model import shipped_model
 from shared.etcd_store import connect_store
 from shared.handshake import Access, Caller, introduce, rank_caller
@@ -25,10 +26,11 @@ FORGED = Epoch(1 << 40)
 
 
 async def records_of(cluster: Cluster) -> dict[int, RankRecord]:
-    state = json.loads((cluster.run_dir / "starfish.json").read_text())
-    store = await connect_store([state["etcd"]])
+    state = read_state(cluster.run_dir)
+    assert state is not None
+    store = await connect_store(state.target().store)
     try:
-        values = (await store.get_prefix(Keys(state["instance"]).ranks)).values
+        values = (await store.get_prefix(Keys(state.instance).ranks)).values
     finally:
         await store.close()
     found = [unpack_record(value.value, RankRecord) for value in values]
