@@ -90,6 +90,11 @@ class SessionDriver:
         """Tokens of all sessions since the start."""
         return self._table.num_generated
 
+    @property
+    def kv_replicas_rejected(self) -> int:
+        """See `Load`: on all ranks."""
+        return self._rank_chooser.kv_replicas_rejected
+
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
 

@@ -97,6 +97,7 @@ def rank_status(
             "kv_blocks": load.kv_blocks,
             "kv_blocks_used": load.kv_blocks - load.kv_blocks_free,
             "kv_blocks_cached": load.kv_blocks_cached,
+            "kv_replicas_rejected": load.kv_replicas_rejected,
             "prefix_tokens": load.prefix_tokens,
             "prefix_tokens_cached": load.prefix_tokens_cached,
             "engine_age_ms": reply.engine_age_ms,
