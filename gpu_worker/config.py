@@ -57,6 +57,9 @@ class RankConfig:
     control_host: str = option("127.0.0.1", "address of the control port (sessions, probes, links)")
     control_port: int = option(0, "port of the control listener; 0 takes a free one")
     data_host: str = option("127.0.0.1", "address of the ranks' data network; Mooncake binds to it")
+    public_data_host: bool = option(
+        False, "accept a public address as --data-host; a firewall must keep strangers away from it"
+    )
     transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
     mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
     graph_timeout_ms: int = option(

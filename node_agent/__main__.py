@@ -99,6 +99,7 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     hosts = (
         *("--control-host", control_host),
         *("--data-host", address_of(config.data_host)),
+        *(("--public-data-host",) if config.public_data_host else ()),
     )
     ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
     secret = () if config.secret_file is None else ("--secret-file", str(config.secret_file))

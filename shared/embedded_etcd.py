@@ -38,11 +38,14 @@ class EmbeddedEtcd:
         data_dir: Path,
         *,
         clock: Clock | None = None,
+        token_ttl_s: int = 300,
         on_spawned: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`on_spawned` is awaited as soon as there is a process, long before it serves: whoever
+        """`token_ttl_s` is for users with passwords, of which there are none unless somebody makes
+        them. `on_spawned` is awaited as soon as there is a process, long before it serves: whoever
         must end it if this process dies can learn its pid then."""
         self._data_dir = data_dir
+        self._token_ttl_s = token_ttl_s
         self._authority: CertificateAuthority | None = None
         self._root: EtcdOptions | None = None
         self._instances: dict[Keys, None] = {}
@@ -91,6 +94,11 @@ class EmbeddedEtcd:
             self._authority.issue_client(account.name)
         await self._set_up([keys])
         self._instances[keys] = None
+
+    @property
+    def peer_port(self) -> int:
+        """On which etcd's members would talk to each other."""
+        return self._peer_port
 
     @property
     def pid(self) -> int:
@@ -197,7 +205,7 @@ class EmbeddedEtcd:
             "--enable-grpc-gateway=false",  # it would speak in the name of etcd's own certificate
             # Passwords, which nobody uses here, are random and long: to hash them slowly adds
             # nothing.
-            *("--bcrypt-cost", "4"),
+            *("--bcrypt-cost", "4", "--auth-token-ttl", str(self._token_ttl_s)),
             *("--name", "embedded", "--data-dir", str(self._data_dir / "data")),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
