@@ -15,10 +15,10 @@ from pathlib import Path
 
 from shared.clock import Clock, SystemClock
 from shared.errors import ConfigError, StoreUnavailable
-from shared.etcd_admin import ROOT, EtcdAdmin
+from shared.etcd_admin import EtcdAdmin
 from shared.etcd_certificates import SERVER, CertificateAuthority
 from shared.etcd_options import EtcdOptions
-from shared.etcd_permissions import EtcdService, accounts, user_of
+from shared.etcd_permissions import ROOT, EtcdService, accounts, user_of
 from shared.etcd_store import EtcdStore
 from shared.keys import Keys
 from shared.logs import open_log

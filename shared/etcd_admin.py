@@ -10,11 +10,10 @@ from typing import Any
 from shared.errors import StoreError
 from shared.etcd_client import EtcdClient, prefix_end, rpc
 from shared.etcd_options import EtcdOptions
-from shared.etcd_permissions import Account, KeyRange
+from shared.etcd_permissions import ROOT, Account, KeyRange
 
 # etcd3 exports the messages that use it, but not the message itself.
 _Permission: Any = rpc.AuthRoleGrantPermissionRequest().perm.__class__
-ROOT = "root"
 _TIMEOUT_S = 10.0
 """etcd takes a tenth of a second for a password, one after the other."""
 _THERE_ALREADY = "already exists"

@@ -15,9 +15,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.clock import Clock
 from shared.errors import ConfigError
+from shared.etcd_credentials import CA_FILE, CA_KEY_FILE
 from shared.secret import read_private_file, write_private_file
 
-CA_FILE, CA_KEY_FILE = "ca.pem", "ca.key"
 SERVER = "server"
 _LIFE = datetime.timedelta(days=3650)
 _SLACK = datetime.timedelta(days=1)

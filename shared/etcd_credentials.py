@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.errors import ConfigError
-from shared.etcd_certificates import CA_FILE
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import EtcdService, user_of
 from shared.keys import Keys
+
+CA_FILE, CA_KEY_FILE = "ca.pem", "ca.key"
 
 
 def password_path(folder: Path, user: str) -> Path:

@@ -10,6 +10,9 @@ from enum import Enum
 from shared.keys import Keys
 from shared.types import Accuser
 
+ROOT = "root"
+"""etcd's own name for the user, and the role, that may do everything."""
+
 
 class EtcdService(Enum):
     """The kinds of processes that use etcd. A value is a part of the name of its user."""
