@@ -99,12 +99,15 @@ def etcd_certificates(
             help="Name or address of an etcd member; repeat it for each (default: this host)."
         ),
     ] = None,
+    instance: Annotated[
+        str, typer.Option(help="Also make those of this instance's services.")
+    ] = "",
 ) -> None:
     """Make an authority, etcd's certificate and root's. An authority that is there is used."""
     from cli.etcd_setup import make_certificates
 
     async def work() -> int:
-        for text in make_certificates(folder, host or ["localhost", "127.0.0.1"]):
+        for text in make_certificates(folder, host or ["localhost", "127.0.0.1"], instance):
             print(text)
         return 0
 

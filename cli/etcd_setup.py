@@ -23,21 +23,23 @@ from shared.secret import read_private_file, write_private_file
 Progress = Callable[[str], None]
 
 
-def make_certificates(folder: Path, hosts: Sequence[str]) -> list[str]:
+def make_certificates(folder: Path, hosts: Sequence[str], instance: str = "") -> list[str]:
     """What there is now, for people. Raises ConfigError."""
+    users = [ROOT, *(account.name for account in accounts(Keys(instance)) if instance)]
     PrivateFolder(folder).close()
     try:
         authority = CertificateAuthority.load_or_create(folder, SystemClock())
         authority.issue_server(hosts)
-        if not (folder / f"{ROOT}.pem").exists():
-            authority.issue_client(ROOT)
+        for user in users:
+            if not (folder / f"{user}.pem").exists():
+                authority.issue_client(user)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
     return [
         f"{folder / CA_FILE}: the authority, for everybody",
         f"{folder / CA_KEY_FILE}: its key; `starfish etcd-setup` needs it, etcd does not",
         f"{folder / SERVER}.pem and .key: for etcd, as {', '.join(hosts)}",
-        f"{folder / ROOT}.pem and .key: for etcd's root",
+        *(f"{folder / user}.pem and .key: for etcd's user {user}" for user in users),
     ]
 
 
