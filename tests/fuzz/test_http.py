@@ -17,6 +17,7 @@ from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 
 ANSWER_TIMEOUT_S = 10.0
+CONTEXT_TOKENS_MAX = 128  # an answer without a limit of its own ends soon
 CRASHES = range(500, 503)
 PATHS = ("/v1/completions", "/v1/chat/completions")
 COMPLETION: dict[str, Any] = {
@@ -101,7 +102,9 @@ async def test_every_body_gets_an_answer_and_others_are_served(tmp_path: Path) -
     fuzzing = Fuzzing("http")
     mutator = Mutator(fuzzing.rng)
     write_tokenizer(tmp_path)
-    async with running_gateway(tmp_path, num_ranks=2) as harness:
+    async with running_gateway(
+        tmp_path, num_ranks=2, context_tokens_max=CONTEXT_TOKENS_MAX
+    ) as harness:
         await expect_served(harness)
         for data in fuzzing.corpus():
             for path in PATHS:
