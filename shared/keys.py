@@ -89,16 +89,13 @@ class Keys:
         """The prefix of all suspicions that this kind of process raises: others may not."""
         return f"{self.suspicions}{accuser.value}/"
 
-    def suspicions_of(self, rank: RankId, incarnation: Incarnation) -> tuple[str, ...]:
-        """The prefixes of all suspicions of one incarnation."""
-        return tuple(self._suspicions_of(rank, incarnation, accuser) for accuser in Accuser)
+    def suspicions_of(self, rank: RankId, incarnation: Incarnation, accuser: Accuser) -> str:
+        """The prefix of all suspicions of one incarnation by this kind of process."""
+        return f"{self.suspicions_by(accuser)}{rank:05d}/{incarnation:08d}/"
 
     def suspicion(self, rank: RankId, incarnation: Incarnation, accuser: Accuser, by: str) -> str:
         """Suspicion under the accuser's lease. `by` names the accuser."""
-        return self._suspicions_of(rank, incarnation, accuser) + by
-
-    def _suspicions_of(self, rank: RankId, incarnation: Incarnation, accuser: Accuser) -> str:
-        return f"{self.suspicions_by(accuser)}{rank:05d}/{incarnation:08d}/"
+        return self.suspicions_of(rank, incarnation, accuser) + by
 
     @property
     def views(self) -> str:
