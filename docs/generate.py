@@ -33,7 +33,7 @@ from gpu_worker.config import RankConfig
 from node_agent.config import AgentConfig
 from shared.config import Timings
 from shared.keys import Keys
-from shared.types import Incarnation, NodeId, RankId
+from shared.types import Accuser, Incarnation, NodeId, RankId
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -310,6 +310,7 @@ def key_rows() -> Iterator[tuple[str, ...]]:
     examples: dict[str, object] = {
         "rank": RankId(3),
         "incarnation": Incarnation(7),
+        "accuser": Accuser.AGENT,
         "by": "agent:node-a",
         "node": NodeId("node-a"),
         "gateway_id": "gateway-1",

@@ -72,7 +72,7 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
     watch_lifeline(config.lifeline_fd, stop.set)
     access = Access(config.instance, read_secret(config.secret_file))
     freeze_loaded_objects()
-    store = await connect_store([part for part in config.etcd.split(",") if part])
+    store = await connect_store(config.store)
     try:
         await run_gateway(
             config,

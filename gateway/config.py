@@ -8,6 +8,7 @@ from pathlib import Path
 from gateway.parsers.formats import AUTO, check_parser_names
 from shared.config import Timings, option
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,7 @@ class GatewayConfig:
 
     host: str = option("127.0.0.1", "address that clients connect to")
     port: int = option(8000, "port that clients connect to; 0 takes a free one")
-    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    store: EtcdOptions = field(default_factory=EtcdOptions)
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     secret_file: Path | None = option(
         None,
@@ -98,6 +99,7 @@ class GatewayConfig:
 
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
+        self.store.check()
         self.timings.check()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")

@@ -103,6 +103,12 @@ class RankChooser:
             if load.prefix_tokens and not load.kv_blocks_cached:  # its cache is off, or lost
                 rank.served.clear()
 
+    @property
+    def kv_replicas_rejected(self) -> int:
+        """On all ranks that are known now."""
+        loads = (rank.load for rank in self._ranks.values())
+        return sum(load.kv_replicas_rejected for load in loads if load is not None)
+
     def add(self, member: Member, *, sessions: int = 0, tokens: int = 0) -> None:
         """A session was placed (+1, its tokens), grew, or left (-1, minus its tokens)."""
         rank = self._ranks.get(member)

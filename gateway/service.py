@@ -194,6 +194,11 @@ def _add_gauges(
         "connections", "Open connections of clients", lambda: http_listener.num_connections
     )
     metrics.add_gauge("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
+    metrics.add_gauge(
+        "kv_replicas_rejected",
+        "KV replicas that the live ranks did not believe: somebody writes to their memory",
+        lambda: driver.kv_replicas_rejected,
+    )
     metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
     metrics.add_gauge("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
     metrics.add_gauge(

@@ -22,7 +22,7 @@ from shared.handshake import Access, Caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Suspicion
-from shared.types import Member, SamplingParams, SessionId, Step, SuspicionReason
+from shared.types import Accuser, Member, SamplingParams, SessionId, Step, SuspicionReason
 from shared.wire import Load, Pong, Tokens
 
 log = structlog.get_logger()
@@ -89,6 +89,11 @@ class SessionDriver:
     def num_generated(self) -> int:
         """Tokens of all sessions since the start."""
         return self._table.num_generated
+
+    @property
+    def kv_replicas_rejected(self) -> int:
+        """See `Load`: on all ranks."""
+        return self._rank_chooser.kv_replicas_rejected
 
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
@@ -277,7 +282,7 @@ class SessionDriver:
             self._leased.delete(self._suspicion_key(member))
 
     def _suspicion_key(self, member: Member) -> str:
-        return self._keys.suspicion(member.rank, member.incarnation, self._name)
+        return self._keys.suspicion(member.rank, member.incarnation, Accuser.GATEWAY, self._name)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:

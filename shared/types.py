@@ -21,8 +21,10 @@ orphan       an expert that lost its last replica when a rank died
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import NewType
 
 RankId = NewType("RankId", int)
@@ -88,6 +90,30 @@ class SuspicionReason(Enum):
     LINK = "link"  # a peer's transfer or control connection to it failed
     RESET = "reset"  # the gateway's or the control plane's connection to it broke
     SILENCE = "silence"  # it does not answer the gateway's or the control plane's probes
+
+
+class Accuser(Enum):
+    """The kind of process that raises a suspicion. It is a part of the key, so that etcd lets each
+    write its own alone; `ACCUSERS` says which reasons it may have."""
+
+    AGENT = "agent"
+    RANK = "rank"
+    GATEWAY = "gateway"
+    CONTROL_PLANE = "control_plane"
+
+
+ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
+    {
+        SuspicionReason.EXIT: frozenset({Accuser.AGENT}),
+        SuspicionReason.STOPPED: frozenset({Accuser.CONTROL_PLANE}),
+        SuspicionReason.LEASE: frozenset({Accuser.CONTROL_PLANE}),
+        SuspicionReason.EXCHANGE: frozenset({Accuser.RANK}),
+        SuspicionReason.LINK: frozenset({Accuser.RANK}),
+        SuspicionReason.RESET: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
+        SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
+    }
+)
+"""Who may raise a suspicion for which reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

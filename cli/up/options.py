@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,22 @@ from typing import Annotated
 import typer
 
 from cli.run_dir import SECRET_FILE, default_run_dir
-from cli.target_flags import RunDirFlag
+from cli.target_flags import (
+    EtcdCaFlag,
+    EtcdCertFlag,
+    EtcdKeyFlag,
+    EtcdPasswordFileFlag,
+    EtcdServerNameFlag,
+    EtcdUserFlag,
+    RunDirFlag,
+)
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
 from shared.errors import ConfigError
+from shared.etcd_credentials import read_credentials
+from shared.etcd_options import EtcdOptions
+from shared.etcd_permissions import EtcdService
+from shared.keys import Keys
 from shared.listener import listen_on
 from shared.secret import read_secret
 
@@ -54,6 +67,19 @@ class UpOptions:
     etcd: Annotated[
         str | None,
         typer.Option(help="Use the etcd at HOST:PORT[,…] instead of starting an embedded one."),
+    ] = None
+    etcd_ca: EtcdCaFlag = None
+    etcd_cert: EtcdCertFlag = None
+    etcd_key: EtcdKeyFlag = None
+    etcd_server_name: EtcdServerNameFlag = ""
+    etcd_user: EtcdUserFlag = ""
+    etcd_password_file: EtcdPasswordFileFlag = None
+    etcd_credentials: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `starfish etcd-setup` made: with it each service reaches etcd as a "
+            "user of its own, instead of all as the one of the flags above."
+        ),
     ] = None
     control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
@@ -155,6 +181,26 @@ class UpOptions:
             return self.run_dir / SECRET_FILE
         return self.chosen_secret_file.absolute()
 
+    def stores(self, keys: Keys) -> Mapping[EtcdService, EtcdOptions]:
+        """As whom each service reaches an etcd that runs already. Raises ConfigError."""
+        assert self.etcd is not None, "there is no such etcd"
+        base = EtcdOptions(
+            etcd=self.etcd,
+            etcd_ca=self.etcd_ca,
+            etcd_cert=self.etcd_cert,
+            etcd_key=self.etcd_key,
+            etcd_server_name=self.etcd_server_name,
+            etcd_user=self.etcd_user,
+            etcd_password_file=self.etcd_password_file,
+        ).absolute()
+        folder = self.etcd_credentials
+        if folder is None:
+            return dict.fromkeys(EtcdService, base)
+        return {
+            service: read_credentials(folder.absolute(), base, keys, service)
+            for service in EtcdService
+        }
+
     def check(self) -> None:
         """Raises ConfigError if a value is impossible or two flags contradict each other."""
         self._check_aliases()
@@ -182,6 +228,11 @@ class UpOptions:
             raise ConfigError(
                 f"{self.model} is not a folder; pass a Hugging Face checkpoint as --model"
             )
+        if self.etcd is not None:
+            for store in self.stores(Keys(self.instance)).values():
+                store.check()
+        elif self.etcd_ca or self.etcd_cert or self.etcd_user or self.etcd_credentials:
+            raise ConfigError("without --etcd an etcd of our own is started: leave --etcd-… out")
         read_secret(self.chosen_secret_file)
         check_port(self.host, self.port)
 

@@ -138,6 +138,7 @@ class Scheduler:
             kv_blocks_cached=self._kv.num_named,
             prefix_tokens=self._blocks.num_prefix_tokens,
             prefix_tokens_cached=self._blocks.num_prefix_cached,
+            kv_replicas_rejected=self._replicator.num_rejected,
         )
 
     def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
