@@ -11,6 +11,7 @@ from cli.bench.commands import bench
 from cli.checkpoint import checkpoint
 from cli.evaluate.command import evaluate_command
 from cli.flags import flags_from_dataclasses
+from cli.keys import keys
 from cli.outcome import run_command
 from cli.plan.command import plan
 from cli.target_flags import JsonFlag, TargetFlags
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(keys, name="keys")
 app.command()(plan)
 app.command(name="eval")(evaluate_command)
 

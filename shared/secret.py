@@ -27,14 +27,15 @@ def create_secret(path: Path) -> None:
 def require_secret(address: str, path: Path | None) -> None:
     """Raises ConfigError if other hosts could reach a control port at this address and be let in
     without a secret."""
-    if path is None and not _is_loopback(address):
+    if path is None and not is_loopback(address):
         raise ConfigError(
             f"--control-host {address} can be reached from other hosts: pass --secret-file to "
             "every process of the instance"
         )
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches it."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -46,17 +47,24 @@ def read_secret(path: Path | None) -> bytes:
     but its user and group can read it or anybody but its user can write it."""
     if path is None:
         return b""
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            secret = file.read(_BYTES_MAX).strip()
-    except OSError as error:
-        raise ConfigError(f"--secret-file {path}: {error.strerror}") from error
-    if mode & _OTHERS:
-        raise ConfigError(f"--secret-file {path} is open to other users; run chmod 600 on it")
+    secret = read_private_file(path, flag="--secret-file", bytes_max=_BYTES_MAX).strip()
     if len(secret) < CHARACTERS_MIN:
         raise ConfigError(
             f"--secret-file {path}: a secret has at least {CHARACTERS_MIN} characters; make one "
             "with `openssl rand -hex 32`"
         )
     return secret
+
+
+def read_private_file(path: Path, *, flag: str, bytes_max: int) -> bytes:
+    """The first `bytes_max` bytes. Raises ConfigError, which names the `flag`, if it cannot be
+    read, or if anybody but its user and group can read it or anybody but its user can write it."""
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(bytes_max)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from error
+    if mode & _OTHERS:
+        raise ConfigError(f"{flag} {path} is open to other users; run chmod 600 on it")
+    return content

@@ -50,6 +50,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    priority: int | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
     # Read only to be rejected:
     use_beam_search: Any = None
 
