@@ -324,7 +324,8 @@ async def test_a_late_stream_ends_with_an_error(harness: GatewayHarness) -> None
     async with harness.http.post(url, json=fields, headers=bearer(ALICE)) as response:
         assert response.status == 200
         lines = [line async for line in response.content if line.startswith(b"data: ")]
-    error = json.loads(lines[-1][6:])["error"]
+    assert lines[-1].strip() == b"data: [DONE]"
+    error = json.loads(lines[-2][6:])["error"]
     assert error["code"] == "deadline_exceeded"
     assert error["request_id"] == response.headers["X-Request-Id"]
 

@@ -79,6 +79,6 @@ def test_keys_that_come_and_go_for_ever_make_no_more_labels() -> None:
     metrics = GatewayMetrics()
     for number in range(KEY_LABELS_MAX + 50):
         metrics.on_key_request(f"k{number}", 200, num_prompt_tokens=1, num_generated=1)
-    text = metrics.render().decode()
+    text = metrics.render("")[0].decode()
     assert text.count("starfish_gateway_key_prompt_tokens_total{") == KEY_LABELS_MAX + 1
     assert f'key_prompt_tokens_total{{key="{OTHER_KEYS}"}} 50.0' in text
