@@ -384,6 +384,35 @@ async def test_a_request_is_named_in_its_answer_its_errors_and_the_log(
     assert "two words" not in logged
 
 
+async def test_a_client_that_leaves_is_in_the_log_and_counts_no_more(
+    harness: GatewayHarness, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in harness.ranks:
+        rank.hold_at = 1
+    leaving = asyncio.create_task(ask(harness, bearer(ALICE)))
+    await submits_of(harness, 1)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await harness.wait_metric("tokens_in_flight", 0)
+    assert "status=499" in capsys.readouterr().out
+
+
+async def test_tokenising_alone_counts_against_the_rate_too(model: Path, tmp_path: Path) -> None:
+    text = f'[keys.k]\nhash = "{spelt_hash(ALICE)}"\nrequests_per_minute = 2\n'
+    keys = write_keys(tmp_path / "keys.toml", text)
+    async with running_gateway(model, api_key_file=keys, api_key=ALICE) as harness:
+        statuses = []
+        for path, fields in (
+            ("/tokenize", {"prompt": "x"}),
+            ("/detokenize", {"tokens": [5]}),
+            ("/tokenize", {"prompt": "x"}),
+        ):
+            url = harness.url + path
+            async with harness.http.post(url, json=fields, headers=bearer(ALICE)) as response:
+                statuses.append(response.status)
+        assert statuses == [200, 200, 429]
+
+
 def test_a_gateway_that_anybody_reaches_warns() -> None:
     """It has no etcd, and so it ends; it warns before."""
     ended = subprocess.run(
