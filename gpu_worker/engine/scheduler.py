@@ -29,9 +29,10 @@ such a token (a grammar, a penalty) or takes a running sequence's blocks. A sequ
 meanwhile is skipped when the later plan is committed or abandoned. Its blocks may be handed out at
 once, because steps run in the order of their plans.
 
-When blocks run out, the sequence of lowest priority gives up its own. It is recomputed later from
-all its known tokens, less what the cache still has of them. The first in priority is never
-preempted for another and always fits alone, so every sequence ends.
+When blocks run out, the last of those that run gives up its own: of the lowest priority, of the
+tenant that runs most, the latest. It is recomputed later from all its known tokens, less what the
+cache still has of them. A sequence needs a further block only after it has made a token, and what
+runs alone always fits: so between two preemptions somebody makes a token, and every sequence ends.
 
 A sequence whose client has tokens is *in mid-stream*: its rank died, or it was preempted. It never
 waits for a whole answer of another because too many run: it may exceed `running_max`. Nor does it
@@ -106,7 +107,7 @@ class Scheduler:
         self._sequences: dict[SessionId, Sequence] = {}
         self._shares = TenantShares()
         self._waiting = WaitingQueue(self._shares)
-        self._running: list[Sequence] = []  # sorted by priority when a plan begins
+        self._running: list[Sequence] = []  # sorted when a plan begins: the last is preempted first
         self._num_tokens = 0
         self._arrivals = 0
         self._plans: deque[StepPlan] = deque()  # neither committed nor abandoned
@@ -176,10 +177,10 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Takes decodes first, then prefill chunks of running sequences, then of newly admitted
-        ones, unless these are ahead of the running ones. If blocks run out, the sequences of lowest
-        priority are preempted."""
+        ones, unless these are ahead of the running ones. If blocks run out, the last of
+        the running ones are preempted."""
         assert not self._plans, "a plan is in flight"
-        self._running.sort(key=_priority)
+        self._shares.sort_running(self._running)
         projected = {s: current_state(s) for s in self._running}
         while len(growing := self._growing(projected)) > self._kv.num_free or self._has_to_yield(
             growing
@@ -195,7 +196,7 @@ class Scheduler:
         (before,) = self._plans
         if depends_on_tokens(before):
             return None
-        self._running.sort(key=_priority)
+        self._shares.sort_running(self._running)
         projected = projected_after(before, self._running)
         growing = self._growing(projected)
         if len(growing) > self._kv.num_free or self._has_to_yield(growing):
@@ -215,7 +216,7 @@ class Scheduler:
         ]
 
     def _has_to_yield(self, growing: Items[Sequence]) -> bool:
-        """Whether the running sequence of lowest priority, whose client has seen nothing, has what
+        """Whether the last of the running sequences, whose client has seen nothing, has what
         a waiting one in mid-stream needs. `growing` take a block each before that one does."""
         first = self._waiting.first()
         if first is None or not self._running:
@@ -406,10 +407,6 @@ class Scheduler:
         self._shares.leave(sequence)
         del self._sequences[sequence.session]
         self._num_tokens -= len(sequence.tokens)
-
-
-def _priority(sequence: Sequence) -> tuple[bool, int, int]:
-    return sequence.priority
 
 
 def _is_in_mid_stream(sequence: Sequence) -> bool:

@@ -115,9 +115,8 @@ class Sequence:
     @property
     def priority(self) -> tuple[bool, int, int]:
         """Lower runs first: clients in mid-stream before those who have seen no token, then the
-        request's priority, then by arrival. The highest is preempted first. What its tenant has
-        been served is not part of it: it decides who begins, and if it decided who is preempted,
-        two sequences could stop each other for ever."""
+        request's priority, then by arrival. Its tenant's share counts before arrival:
+        `TenantShares`."""
         return (self.next_index == 0, self.scheduling.priority, self.arrival)
 
     def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:

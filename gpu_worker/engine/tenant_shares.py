@@ -5,7 +5,8 @@ Among those that wait, a request in mid-stream comes first, then its priority co
 tenant: who has been served fewest tokens for its weight is next. This also decides whose prompts
 get a part of the step. A new sequence of the tenant that was served least may exceed `running_max`
 if that tenant runs less than its part of it, so nobody waits until answers to other tenants end,
-unless these hold the KV blocks. Nobody who runs is stopped for the sake of a share."""
+unless these hold the KV blocks. Nobody who runs is stopped for the sake of a share. But if
+KV blocks run out, it is the tenant that runs most that gives up a sequence."""
 
 from __future__ import annotations
 
@@ -77,6 +78,21 @@ class TenantShares:
             return False
         part = self._fair.part_of(tenant) * running_max
         return self._num_running[tenant] + 1 <= max(1.0, part)
+
+    def sort_running(self, running: list[Sequence]) -> None:
+        """The last is preempted first: the least urgent, then of the tenant that runs most for its
+        weight, then the latest."""
+        if len(self._num_running) < 2:
+            running.sort(key=lambda sequence: sequence.priority)
+            return
+
+        def keeping_order(sequence: Sequence) -> tuple[bool, int, float, int]:
+            is_new, priority, arrival = sequence.priority
+            scheduling = sequence.scheduling
+            excess = self._num_running[scheduling.tenant] / scheduling.weight
+            return (is_new, priority, excess, arrival)
+
+        running.sort(key=keeping_order)
 
     def order(self, sequence: Sequence) -> tuple[bool, int, float, int, int]:
         """Lower is served first: clients in mid-stream, then the more urgent, then the tenant that

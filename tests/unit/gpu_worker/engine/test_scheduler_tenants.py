@@ -181,6 +181,24 @@ def test_the_least_urgent_is_preempted_first() -> None:
     assert waiting.session == "idle"
 
 
+def test_if_blocks_run_out_the_tenant_that_runs_most_gives_up_a_sequence() -> None:
+    """Although the other came last: its few would else pay for the many."""
+    engine = scheduler(kv_blocks=12, kv_block_tokens=2, context_tokens_max=24)
+    for number in range(3):
+        engine.submit(origin(), of("many", f"many/{number}", tokens=(1, number + 2), max_tokens=9))
+    step(engine)
+    engine.submit(origin(), of("few", "few", tokens=(9, 8), max_tokens=9))
+    step(engine)
+    assert engine.load().running == 4
+    while not engine.load().waiting:
+        step(engine)
+    waiting = engine._waiting.first()
+    assert waiting is not None
+    assert waiting.session == "many/2"
+    while engine.has_work:
+        step(engine)
+
+
 def test_an_abandoned_step_charges_nobody() -> None:
     engine = scheduler(waiting_max=64, running_max=1)
     engine.submit(origin(), of("a", "a", tokens=tuple(range(1, 9)), max_tokens=1))
