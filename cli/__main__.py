@@ -13,6 +13,7 @@ from cli.checkpoint import checkpoint
 from cli.etcd_setup_options import EtcdSetupOptions
 from cli.evaluate.command import evaluate_command
 from cli.flags import flags_from_dataclasses
+from cli.keys import keys
 from cli.outcome import run_command
 from cli.plan.command import plan
 from cli.target_flags import JsonFlag, TargetFlags
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(keys, name="keys")
 app.command()(plan)
 app.command(name="eval")(evaluate_command)
 

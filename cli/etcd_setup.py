@@ -85,7 +85,7 @@ def _password(path: Path, on_progress: Progress) -> str:
     if not path.exists():
         write_private_file(path, secrets.token_hex(32).encode() + b"\n")
         on_progress(f"{path.stem}: password in {path}")
-    return read_private_file("--credentials", path).decode()
+    return read_private_file(path, flag="--credentials").decode()
 
 
 def _root_password(options: EtcdSetupOptions, root: EtcdOptions) -> str | None:

@@ -52,7 +52,7 @@ class GatewayConfig:
     tokens_in_flight_max: int = option(
         8_000_000, "limit on prompt + max_tokens, summed over requests in flight; beyond it: 429"
     )
-    sessions_max: int = option(2048, "limit on requests in flight; beyond it: 429")
+    sessions_max: int = option(2048, "limit on choices in flight; beyond it: 429")
     body_bytes_max: int = option(4 << 20, "limit on a request's body, in bytes; beyond it: 413")
     connections_max: int = option(
         4096, "limit on connections of clients; beyond it: 503, and the connection is closed"
@@ -67,6 +67,22 @@ class GatewayConfig:
     )
     idle_timeout_s: float = option(
         75.0, "a connection is closed if no request follows an answer within this time"
+    )
+    api_key_file: Path | None = option(
+        None,
+        "TOML file with the API keys of clients and their limits, closed to other users; read "
+        "again when it changes. Without it, and without STARFISH_API_KEYS, nobody needs a key",
+    )
+    metrics_need_key: bool = option(
+        False, "/metrics needs an API key that has reads_metrics = true in the file"
+    )
+    share_prefix_cache: bool = option(
+        False,
+        "clients with different API keys use each other's cached prompts: fewer tokens to compute, "
+        "but cached_tokens and the time to the first token tell a client what others have sent",
+    )
+    access_log: bool = option(
+        True, "log a line for each request; for /health and /metrics only if they fail"
     )
     no_rank_timeout_s: float = option(
         120.0,

@@ -1,22 +1,20 @@
-"""One request in progress: its sessions (one per choice), read as text. Admission counts it from
-its start to its end, however it ends."""
+"""One request in progress: its sessions (one per choice), read as text."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
-from gateway.admission import Admission
 from gateway.detokenizer import TokenBytes
 from gateway.prompt import SentText
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionFailed, SessionState, StreamSession
 from gateway.text_stream import TextStream
-from shared.clock import Clock
-from shared.types import FinishReason, SamplingParams
+from shared.types import DEFAULT_SCHEDULING, FinishReason, SamplingParams, SchedulingParams
 from shared.wire import TokenLogprob
 
 
@@ -29,6 +27,8 @@ class PromptTask:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     sent: SentText | None = None
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    expires_at: float = math.inf
     stops: tuple[str, ...] = ()
     echo: bool = False
     include_stop: bool = False
@@ -100,28 +100,21 @@ class _Reader:
 
 
 class Generation:
-    """A context manager: admits and opens the sessions on entry (raises Overloaded), and cancels
-    them on exit."""
+    """A context manager: opens the sessions on entry, and cancels them on exit."""
 
     def __init__(
         self,
         *,
         driver: SessionDriver,
-        admission: Admission,
-        clock: Clock,
         token_bytes: TokenBytes,
         tasks: Sequence[PromptTask],
         streaming: bool,
     ) -> None:
         self._driver = driver
-        self._admission = admission
-        self._clock = clock
         self._token_bytes = token_bytes
         self._tasks = tasks
         # An answer that is not streamed is read once, at its end, unless a stop string may end it.
         self._eager = streaming or any(task.stops for task in tasks)
-        self._tokens = sum(task.tokens for task in tasks)
-        self._began_at = 0.0
         self._changed = asyncio.Event()
         self._readers: list[_Reader] = []
         self._open: list[_Reader] = []  # those that are not done
@@ -150,10 +143,14 @@ class Generation:
         return [member.rank for member in members if member is not None]
 
     def __enter__(self) -> Generation:
-        self._admission.admit(tokens=self._tokens, sessions=len(self._tasks))
-        self._began_at = self._clock.now()
         for index, task in enumerate(self._tasks):
-            session = self._driver.open(task.prompt, task.sampling, self._wake)
+            session = self._driver.open(
+                task.prompt,
+                task.sampling,
+                self._wake,
+                scheduling=task.scheduling,
+                expires_at=task.expires_at,
+            )
             text = TextStream(
                 self._token_bytes,
                 follows=task.hidden_prompt,
@@ -173,10 +170,6 @@ class Generation:
     ) -> None:
         for reader in self._readers:
             self._driver.cancel(reader.session)
-        duration_s = self._clock.now() - self._began_at
-        self._admission.release(
-            tokens=self._tokens, sessions=len(self._tasks), duration_s=duration_s
-        )
 
     def _wake(self, session: StreamSession) -> None:
         if self._eager or session.ended:

@@ -122,17 +122,20 @@ class RankChooser:
         *,
         avoid: Collection[Member] = (),
         backup_rank: RankId | None = None,
+        cache_salt: bytes = b"",
     ) -> Member | None:
         """The live rank with the least work after subtracting what its prefix cache saves; None if
         no rank is live. Ranks in `avoid` have just refused the session; only silent ones are worse.
-        `backup_rank` has KV replicas of these tokens, which save as much as its own blocks."""
+        `backup_rank` has KV replicas of these tokens, which save as much as its own blocks. Only
+        prefixes of the same `cache_salt` count: else the choice would tell one client what another
+        has sent."""
         chains: dict[int, tuple[int, ...]] = {}
         ranked = []
         for member in self.live():
             rank = self._ranks[member]
             size = rank.kv_block_tokens
             if size not in chains:
-                chains[size] = prefix_chain(tokens, size)
+                chains[size] = prefix_chain(tokens, size, cache_salt=cache_salt)
             usable = chains[size][
                 : max(0, len(tokens) - 1) // size
             ]  # the last token is always computed

@@ -13,15 +13,21 @@ import structlog
 from aiohttp import web
 
 from gateway.admission import Admission, AdmissionLimits
+from gateway.api.authentication import Authenticator
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.http_app import HttpApp
 from gateway.api.http_listener import HttpListener, quiet_http_logger
+from gateway.api.request_admission import RequestAdmission
+from gateway.api.request_log import RequestLog
+from gateway.api_key_watch import ApiKeyWatch
+from gateway.cache_salt import CacheSalts
 from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.connection_table import ConnectionLimits
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.preparation import Preparation
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
@@ -49,6 +55,7 @@ class GatewayDependencies:
     listener: socket.socket
     stop: asyncio.Event
     access: Access
+    api_keys: ApiKeyWatch
 
 
 async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
@@ -62,6 +69,8 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
     admission = Admission(
         AdmissionLimits(tokens_max=config.tokens_in_flight_max, sessions_max=config.sessions_max)
     )
+    salts = CacheSalts(dependencies.access.secret, share=config.share_prefix_cache)
+    preparation = Preparation()
     async with asyncio.TaskGroup() as tasks:
         driver = SessionDriver(
             caller=caller,
@@ -88,7 +97,13 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         health = Health(driver, models, dependencies.clock)
         app = HttpApp(
             driver=driver,
-            admission=admission,
+            admission=RequestAdmission(admission, preparation, salts, dependencies.clock),
+            authenticator=Authenticator(
+                lambda: dependencies.api_keys.keys,
+                metrics,
+                metrics_need_key=config.metrics_need_key,
+            ),
+            request_log=RequestLog(dependencies.clock, access_log=config.access_log),
             clock=dependencies.clock,
             metrics=metrics,
             health=health,
@@ -110,6 +125,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission, http_listener)
+        metrics.add_gauge(
+            "preparations_waiting",
+            "Requests that wait to be tokenised",
+            lambda: preparation.num_waiting,
+        )
         leased.put(keys.gateway(name), pack(_record(name, dependencies.listener, config)))
         background = [
             tasks.create_task(watch.run()),
@@ -117,6 +137,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tasks.create_task(driver.run_probes()),
             tasks.create_task(models.run()),
             tasks.create_task(http_listener.run()),
+            tasks.create_task(dependencies.api_keys.run()),
         ]
         runner = web.AppRunner(
             app.build(http_listener.track_request),

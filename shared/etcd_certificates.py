@@ -61,7 +61,7 @@ class CertificateAuthority:
     @classmethod
     def load(cls, folder: Path, clock: Clock) -> CertificateAuthority:
         """Raises ConfigError if it is not there or was damaged, OSError."""
-        key_pem = read_private_file("the key", folder / CA_KEY_FILE)
+        key_pem = read_private_file(folder / CA_KEY_FILE, flag="the key")
         try:
             certificate = x509.load_pem_x509_certificate((folder / CA_FILE).read_bytes())
             key = serialization.load_pem_private_key(key_pem, password=None)

@@ -61,14 +61,14 @@ class EtcdOptions:
             if path is not None and not path.is_file():
                 raise ConfigError(f"{flag} {path}: there is no such file")
         if self.etcd_key is not None:
-            read_private_file("--etcd-key", self.etcd_key)
+            read_private_file(self.etcd_key, flag="--etcd-key")
 
     def password(self, environ: Mapping[str, str]) -> str | None:
         """None without a user. Raises ConfigError if a user has none."""
         if not self.etcd_user:
             return None
         if self.etcd_password_file is not None:
-            found = read_private_file("--etcd-password-file", self.etcd_password_file).decode()
+            found = read_private_file(self.etcd_password_file, flag="--etcd-password-file").decode()
         else:
             found = environ.get(PASSWORD_VARIABLE, "")
         if not found:

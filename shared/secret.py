@@ -24,14 +24,15 @@ def create_secret(path: Path) -> None:
 def require_secret(address: str, path: Path | None) -> None:
     """Raises ConfigError if other hosts could reach a control port at this address and be let in
     without a secret."""
-    if path is None and not _is_loopback(address):
+    if path is None and not is_loopback(address):
         raise ConfigError(
             f"--control-host {address} can be reached from other hosts: pass --secret-file to "
             "every process of the instance"
         )
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches it."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -43,7 +44,7 @@ def read_secret(path: Path | None) -> bytes:
     but its user and group can read it or anybody but its user can write it."""
     if path is None:
         return b""
-    secret = read_private_file("--secret-file", path)
+    secret = read_private_file(path, flag="--secret-file")
     if len(secret) < CHARACTERS_MIN:
         raise ConfigError(
             f"--secret-file {path}: a secret has at least {CHARACTERS_MIN} characters; make one "
@@ -52,18 +53,19 @@ def read_secret(path: Path | None) -> bytes:
     return secret
 
 
-def read_private_file(flag: str, path: Path) -> bytes:
-    """What a flag's file says, without white space around it. Raises ConfigError if it cannot be
-    read, or if anybody but its user and group can read it or anybody but its user can write it."""
+def read_private_file(path: Path, *, flag: str, bytes_max: int = _BYTES_MAX) -> bytes:
+    """The first `bytes_max` bytes, without white space around them. Raises ConfigError, which names
+    the `flag`, if it cannot be read, or if anybody but its user and group can read it or anybody
+    but its user can write it."""
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            found = file.read(_BYTES_MAX).strip()
+            content = file.read(bytes_max).strip()
     except OSError as error:
         raise ConfigError(f"{flag} {path}: {error.strerror}") from error
     if mode & _OTHERS:
         raise ConfigError(f"{flag} {path} is open to other users; run chmod 600 on it")
-    return found
+    return content
 
 
 def write_private_file(path: Path, content: bytes) -> None:

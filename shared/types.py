@@ -13,6 +13,7 @@ epoch        the version of the map
 step         one forward pass that all members of a map run together
 session      one choice of a client request: it generates one sequence of tokens
 attempt      one placement of a session on a rank
+tenant       whom sessions are served for: the client that has an API key, known by the key's name
 suspicion    somebody's doubt, written to etcd, that a member is alive
 verdict      the control plane's decision that a member is dead
 joiner       a member that is new in a map, or not yet known to have stepped under an earlier one
@@ -25,7 +26,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import NewType
+from typing import Annotated, NewType
+
+from msgspec import Meta
 
 RankId = NewType("RankId", int)
 """The number of a data-parallel rank, 0 … num_ranks-1. Stays the same when its process restarts."""
@@ -183,6 +186,30 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     thinking_budget: ThinkingBudget | None = None
+
+
+PRIORITY_MAX = 2**31 - 1
+WEIGHT_MIN, WEIGHT_MAX = 0.001, 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingParams:
+    """For whom a session runs and how urgent it is. The same for all its attempts.
+
+    `tenant` is "" if there are no API keys: then there is one tenant. `weight` is the tenant's part
+    compared with those of others. A lower `priority` runs earlier, as vLLM has it. `deadline_at` is
+    in seconds since 1970, 0 if there is none; hosts' clocks differ, so ranks only order sessions by
+    it, and the gateway ends those that are late. Sessions share KV blocks only if they have the
+    same `cache_salt`."""
+
+    tenant: Annotated[str, Meta(max_length=64)] = ""
+    weight: Annotated[float, Meta(ge=WEIGHT_MIN, le=WEIGHT_MAX)] = 1.0
+    priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] = 0
+    deadline_at: Annotated[float, Meta(ge=0.0)] = 0.0
+    cache_salt: Annotated[bytes, Meta(max_length=32)] = b""
+
+
+DEFAULT_SCHEDULING = SchedulingParams()
 
 
 class DeviceKind(Enum):

@@ -15,6 +15,7 @@ import msgspec
 from shared.codec import pack_plain, to_plain
 from shared.errors import WireError
 from shared.types import (
+    DEFAULT_SCHEDULING,
     Attempt,
     Epoch,
     FinishReason,
@@ -23,6 +24,7 @@ from shared.types import (
     RankId,
     Role,
     SamplingParams,
+    SchedulingParams,
     SessionId,
     Step,
 )
@@ -91,6 +93,7 @@ class Submit:
     tokens: tuple[int, ...]
     num_emitted: int
     sampling: SamplingParams
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cli.client_headers import client_headers
 from cli.observe.status import read_status
 from cli.run_dir import (
     RunState,
@@ -166,8 +167,15 @@ class InstanceDriver:
             ),
         )
         self.is_serving = True
-        if options.demo:
-            self._console.print(await stream_demo(self._url, self._console, self._clock))
+        if options.is_open_to_all:
+            self._stages.warn(
+                f"{options.host} can be reached from other hosts, and nobody needs an API key: "
+                "whoever reaches it is served. Pass --api-key-file (`starfish keys new NAME` makes "
+                "a key), or --host 127.0.0.1"
+            )
+        headers = client_headers(os.environ)
+        if options.demo and (headers or not options.needs_api_key):
+            self._console.print(await stream_demo(self._url, self._console, self._clock, headers))
         await self._print_next_steps()
 
     async def serve(self) -> None:

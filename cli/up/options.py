@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import EtcdService
 from shared.keys import Keys
 from shared.listener import listen_on
-from shared.secret import read_secret
+from shared.secret import is_loopback, read_private_file, read_secret
 
+API_KEYS_VARIABLE = "STARFISH_API_KEYS"
 _RDMA_NOTE = "RDMA devices need an RDMA network; pass --transfer-protocol rdma as well"
 
 
@@ -92,7 +94,21 @@ class UpOptions:
             "in the run folder).",
         ),
     ] = None
-    demo: Annotated[bool, typer.Option(help="Stream one completion after the start.")] = True
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="TOML file with the API keys of clients and their limits (`starfish keys new` "
+            "makes one); without it nobody needs a key.",
+        ),
+    ] = None
+    demo: Annotated[
+        bool,
+        typer.Option(
+            help="Stream one completion after the start; if that needs an API key, only with one "
+            "in STARFISH_API_KEY."
+        ),
+    ] = True
     static: Annotated[
         bool,
         typer.Option("--static", help="No failure detection: a baseline for measurements."),
@@ -201,6 +217,15 @@ class UpOptions:
             for service in EtcdService
         }
 
+    @property
+    def needs_api_key(self) -> bool:
+        return self.api_key_file is not None or bool(os.environ.get(API_KEYS_VARIABLE, "").strip())
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether other hosts reach the HTTP API, and nobody needs a key."""
+        return not self.needs_api_key and not is_loopback(self.host)
+
     def check(self) -> None:
         """Raises ConfigError if a value is impossible or two flags contradict each other."""
         self._check_aliases()
@@ -234,6 +259,8 @@ class UpOptions:
         elif self.etcd_ca or self.etcd_cert or self.etcd_user or self.etcd_credentials:
             raise ConfigError("without --etcd an etcd of our own is started: leave --etcd-… out")
         read_secret(self.chosen_secret_file)
+        if self.api_key_file is not None:
+            read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
         check_port(self.host, self.port)
 
     def _check_aliases(self) -> None:

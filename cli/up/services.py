@@ -60,6 +60,7 @@ def gateway(options: UpOptions, etcd: EtcdOptions, listen_fd: int) -> Service:
             *_given("--cors-origins", options.cors_origins),
             *_given("--tls-cert", options.tls_cert),
             *_given("--tls-key", options.tls_key),
+            *_given("--api-key-file", options.api_key_file and options.api_key_file.absolute()),
             *log_flags(options),
         ),
         inherited_fds=(listen_fd,),

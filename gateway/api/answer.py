@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gateway.api.errors import http_error
 from gateway.api.job import Job
+from gateway.api.request_context import require_context
 from gateway.api.responses import DONE, ChunkWriter, error_event, response_body
 from gateway.generation import Generation
 from gateway.stream_session import SessionFailed
@@ -80,7 +81,8 @@ async def answer_stream(
             data = b""
             deltas = await generation.next_deltas()
     except SessionFailed as error:
-        await response.write(error_event(http_error(error).body) + DONE)
+        problem = http_error(error).of_request(require_context(request).id)
+        await response.write(error_event(problem.body) + DONE)
     except (ConnectionError, TimeoutError):
         log.info("client_gone", request=job.header.id)
         if request.transport is not None:

@@ -62,6 +62,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):

@@ -179,6 +179,13 @@ def error_body(message: str, *, kind: str, param: str | None = None, code: str |
     return _encode({"error": plain})
 
 
+def with_request_id(body: bytes, request_id: str) -> bytes:
+    """An error's body that also names the request, for whoever reports it."""
+    plain = msgspec.json.decode(body)
+    plain["error"]["request_id"] = request_id
+    return _encode(plain)
+
+
 def error_event(body: bytes) -> bytes:
     return b"data: " + body + b"\n\n"
 

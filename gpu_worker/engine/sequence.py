@@ -34,8 +34,10 @@ class Sequence:
         "arrival",
         "attempt",
         "block_names",
+        "is_charged",
         "matcher",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_emitted",
         "num_given",
@@ -47,6 +49,7 @@ class Sequence:
         "reported_backup",
         "row",
         "sampling",
+        "scheduling",
         "session",
         "state",
         "stop_ids",
@@ -70,6 +73,7 @@ class Sequence:
         self.origin = origin
         self.arrival = arrival
         self.sampling = submit.sampling
+        self.scheduling = submit.scheduling
         self.tokens = list(submit.tokens)
         self.num_given = len(submit.tokens)
         self.num_emitted = submit.num_emitted
@@ -85,6 +89,8 @@ class Sequence:
         self.num_published = 0  # blocks of its row that are named, so never written again
         self.num_offered = 0  # of these, how many were offered to the replicator
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
+        self.num_charged = 0  # tokens of its prompt that its tenant was charged
+        self.is_charged = False  # and that cannot be taken back any more
         self.reported_backup: RankId | None = None  # the backup rank that its client knows
         self.state = SequenceState.WAITING
         self.row = NO_ROW
@@ -110,10 +116,11 @@ class Sequence:
         return self._index_at(len(self.tokens))
 
     @property
-    def priority(self) -> tuple[bool, int]:
-        """Lower runs first: clients in mid-stream before those who have seen no token, then by
-        arrival. The highest is preempted first."""
-        return (self.next_index == 0, self.arrival)
+    def priority(self) -> tuple[bool, int, int]:
+        """Lower runs first: clients in mid-stream before those who have seen no token, then the
+        request's priority, then by arrival. Its tenant's share counts before arrival:
+        `TenantShares`."""
+        return (self.next_index == 0, self.scheduling.priority, self.arrival)
 
     def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:
         """Ids that must not be drawn after so many tokens, because the request bans them or because

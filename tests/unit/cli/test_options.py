@@ -109,14 +109,46 @@ def test_the_gateway_inherits_the_listening_socket(options: UpOptions) -> None:
 
 
 def test_the_gateway_is_told_how_to_read_chats(options: UpOptions, tmp_path: Path) -> None:
-    assert "--chat-template" not in gateway(options, "e:1", 5).argv
+    assert "--chat-template" not in gateway(options, ETCD, 5).argv
     template = tmp_path / "chat.jinja"
     changed = dataclasses.replace(options, chat_template=template, trust_special_tokens=False)
-    argv = gateway(changed, "e:1", 5).argv
+    argv = gateway(changed, ETCD, 5).argv
     assert argv[argv.index("--chat-template") + 1] == str(template)
     assert "--no-trust-special-tokens" in argv
     with pytest.raises(ConfigError, match="--chat-template"):
         changed.check()
+
+
+def test_the_gateway_gets_the_file_of_api_keys(options: UpOptions, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    changed = dataclasses.replace(options, api_key_file=file)
+    assert ("--api-key-file", str(file)) in pairs(gateway(changed, ETCD, 5))
+    assert "--api-key-file" not in gateway(options, ETCD, 5).command(9)
+    with pytest.raises(ConfigError, match="--api-key-file"):
+        changed.check()
+    file.touch(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        changed.check()
+    file.chmod(0o600)
+    changed.check()
+
+
+@pytest.mark.parametrize(
+    ("host", "has_keys", "is_open"),
+    [
+        ("127.0.0.1", False, False),
+        ("localhost", False, False),
+        ("::1", False, False),
+        ("0.0.0.0", False, True),
+        ("10.0.0.1", False, True),
+        ("0.0.0.0", True, False),
+    ],
+)
+def test_who_serves_everybody_is_told(
+    options: UpOptions, host: str, has_keys: bool, is_open: bool
+) -> None:
+    keys = Path("/keys.toml") if has_keys else None
+    assert dataclasses.replace(options, host=host, api_key_file=keys).is_open_to_all == is_open
 
 
 def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:

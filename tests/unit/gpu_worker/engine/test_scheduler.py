@@ -553,7 +553,7 @@ def test_a_preemption_in_an_abandoned_step_stays_and_loses_no_token() -> None:
     engine = scheduler(kv_blocks=4, kv_block_tokens=2, context_tokens_max=8)
     engine.submit(origin(), submit("old", (1, 2), max_tokens=6))
     engine.submit(origin(), submit("young", (1, 2), max_tokens=6))
-    young = next(s for s in engine._waiting if s.session == "young")
+    young = next(s for s in engine._waiting.in_order() if s.session == "young")
     while young.state is not SequenceState.RUNNING or engine.load().kv_blocks_free:
         run_step(engine)
     while young.state is SequenceState.RUNNING:
