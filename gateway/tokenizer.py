@@ -85,12 +85,12 @@ class ModelTokenizer:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _limit(self, tokens_max: int) -> ContextLimit:
-        return ContextLimit(tokens_max=tokens_max, longest_token=self.token_bytes.longest)
+        return ContextLimit(tokens_max=tokens_max, longest_token=self.all_token_bytes.longest)
 
     async def _encode(self, text: str, encode: Callable[[], T]) -> T:
-        return (
-            encode() if len(text) <= SHORT_CHARS_MAX else await self._in(self._text_threads, encode)
-        )
+        if len(text) <= SHORT_CHARS_MAX:
+            return encode()
+        return await self._in(self._text_threads, encode)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work)

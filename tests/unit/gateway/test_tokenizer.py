@@ -70,6 +70,16 @@ async def test_a_text_that_cannot_fit_is_refused_by_its_length_alone(tmp_path: P
     loaded.close()
 
 
+async def test_special_tokens_longer_than_all_others_may_fill_the_context(tmp_path: Path) -> None:
+    reference = write_tokenizer(tmp_path)
+    reference.add_special_tokens(["<|" + "long" * 20 + "|>"])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    loaded = load(tmp_path)
+    text = ("<|" + "long" * 20 + "|>") * 10
+    assert len(await loaded.encode(text, tokens_max=10)) == 10
+    loaded.close()
+
+
 async def test_without_a_template_chats_are_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
