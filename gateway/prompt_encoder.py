@@ -20,10 +20,6 @@ class PromptEncoder(Protocol):
         """`special`: with the tokens that the tokenizer puts around a prompt."""
         ...
 
-    def encode_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """As `encode`, for a short text."""
-        ...
-
     def encode_with_starts(self, text: str) -> EncodedText:
         """As `encode` with `special`."""
         ...
@@ -32,15 +28,17 @@ class PromptEncoder(Protocol):
         """A text of ours from the middle of a prompt, in which special tokens count."""
         ...
 
-    def encode_chat(
+    def render(
         self,
         template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
         options: ChatOptions,
         limit: ContextLimit,
-    ) -> tuple[int, ...]:
-        """Raises RequestError."""
+    ) -> str:
+        """A chat, to be encoded by `encode_rendered`. Raises RequestError."""
         ...
+
+    def encode_rendered(self, chat: str) -> tuple[int, ...]: ...
 
 
 class TrustingEncoder:
@@ -52,24 +50,23 @@ class TrustingEncoder:
     def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         return self._encoder.ids(text, special=special)
 
-    def encode_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
-        return self._encoder.ids_inline(text, special=special)
-
     def encode_with_starts(self, text: str) -> EncodedText:
         return self._encoder.with_starts(text, special=True)
 
     def encode_inside(self, text: str) -> tuple[int, ...]:
         return self._encoder.inside(text).ids
 
-    def encode_chat(
+    def render(
         self,
         template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
         options: ChatOptions,
         limit: ContextLimit,
-    ) -> tuple[int, ...]:
-        prompt = template.render(messages, options, limit=limit)
-        return self._encoder.ids(prompt, special=False)
+    ) -> str:
+        return template.render(messages, options, limit=limit)
+
+    def encode_rendered(self, chat: str) -> tuple[int, ...]:
+        return self._encoder.ids(chat, special=False)
 
 
 class DistrustingEncoder:
@@ -96,9 +93,6 @@ class DistrustingEncoder:
             return self.encode_with_starts(text).ids
         return self._join(self._control.split(text)).ids
 
-    def encode_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
-        return self.encode(text, special=special)
-
     def encode_with_starts(self, text: str) -> EncodedText:
         ids, starts = self._join(self._control.split(text))
         return EncodedText(
@@ -109,13 +103,13 @@ class DistrustingEncoder:
     def encode_inside(self, text: str) -> tuple[int, ...]:
         return self._encoder.inside(text).ids
 
-    def encode_chat(
+    def render(
         self,
         template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
         options: ChatOptions,
         limit: ContextLimit,
-    ) -> tuple[int, ...]:
+    ) -> str:
         mark = self._control.mark
         marked = replace(
             options,
@@ -123,8 +117,10 @@ class DistrustingEncoder:
             documents=mark(options.documents),
             variables=mark(options.variables),
         )
-        prompt = template.render(mark(messages), marked, limit=limit)
-        return self._join(self._control.split_marked(prompt)).ids
+        return template.render(mark(messages), marked, limit=limit)
+
+    def encode_rendered(self, chat: str) -> tuple[int, ...]:
+        return self._join(self._control.split_marked(chat)).ids
 
     def _join(self, pieces: Sequence[Piece]) -> EncodedText:
         ids: list[int] = []

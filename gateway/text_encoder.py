@@ -7,6 +7,10 @@ from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
+SHORT_CHARS_MAX = 1024
+"""Up to this length, encoding is faster than passing the text to a thread and back, and the call
+that keeps the GIL is faster than the one that does not."""
+
 _ANCHOR = "\n"
 """Put before a text that does not begin a prompt, and taken off again: SentencePiece's tokenizers
 put a space before the first word of a text."""
@@ -29,12 +33,10 @@ class TextEncoder:
 
     def ids(self, text: str, *, special: bool) -> tuple[int, ...]:
         """`special`: with the tokens that the tokenizer puts around a prompt."""
+        if len(text) <= SHORT_CHARS_MAX:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return tuple(encoding.ids)
-
-    def ids_inline(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """As `ids`, with the GIL: faster for a short text."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def with_starts(self, text: str, *, special: bool) -> EncodedText:
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=special)

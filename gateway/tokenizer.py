@@ -13,10 +13,7 @@ from gateway.chat_templates import ChatTemplates
 from gateway.context_limit import ContextLimit
 from gateway.detokenizer import TokenBytes, TokenNames
 from gateway.prompt_encoder import PromptEncoder
-from gateway.text_encoder import EncodedText
-
-INLINE_CHARS_MAX = 1024
-"""Up to this length, encoding is faster than passing the text to a thread and back."""
+from gateway.text_encoder import SHORT_CHARS_MAX, EncodedText
 
 INLINE_MESSAGES_MAX = 16
 
@@ -81,18 +78,12 @@ class ModelTokenizer:
         RequestError, before encoding, if the text's length alone shows that it has more than
         `tokens_max` tokens."""
         self._limit(tokens_max).check_chars(len(text))
-        if len(text) <= INLINE_CHARS_MAX:
-            return self._encoder.encode_inline(text, special=special)
-        return await self._in(
-            self._text_threads, lambda: self._encoder.encode(text, special=special)
-        )
+        return await self._encode(text, lambda: self._encoder.encode(text, special=special))
 
     async def encode_with_starts(self, text: str, *, tokens_max: int) -> EncodedText:
         """As `encode`."""
         self._limit(tokens_max).check_chars(len(text))
-        if len(text) <= INLINE_CHARS_MAX:
-            return self._encoder.encode_with_starts(text)
-        return await self._in(self._text_threads, lambda: self._encoder.encode_with_starts(text))
+        return await self._encode(text, lambda: self._encoder.encode_with_starts(text))
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, *, tokens_max: int
@@ -101,19 +92,26 @@ class ModelTokenizer:
         template = self.chat_template(has_tools=options.tools is not None)
         limit = self._limit(tokens_max)
 
-        def encode() -> tuple[int, ...]:
-            return self._encoder.encode_chat(template, messages, options, limit)
+        def render() -> str:
+            return self._encoder.render(template, messages, options, limit)
 
         if _is_small(messages, options):
-            return encode()
-        return await self._in(self._chat_threads, encode)
+            chat = render()
+        else:
+            chat = await self._in(self._chat_threads, render)
+        return await self._encode(chat, lambda: self._encoder.encode_rendered(chat))
 
     def close(self) -> None:
         for threads in (self._text_threads, self._chat_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _limit(self, tokens_max: int) -> ContextLimit:
-        return ContextLimit(tokens_max=tokens_max, longest_token=self.token_bytes.longest)
+        return ContextLimit(tokens_max=tokens_max, longest_token=self.all_token_bytes.longest)
+
+    async def _encode(self, text: str, encode: Callable[[], T]) -> T:
+        if len(text) <= SHORT_CHARS_MAX:
+            return encode()
+        return await self._in(self._text_threads, encode)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -125,5 +123,5 @@ def _is_small(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> bo
         return False
     values = [value for message in messages for value in message.values() if value is not None]
     values += [value for value in options.variables.values() if not isinstance(value, bool)]
-    num_chars = sum(len(value) if isinstance(value, str) else INLINE_CHARS_MAX for value in values)
-    return num_chars <= INLINE_CHARS_MAX
+    num_chars = sum(len(value) if isinstance(value, str) else SHORT_CHARS_MAX for value in values)
+    return num_chars <= SHORT_CHARS_MAX

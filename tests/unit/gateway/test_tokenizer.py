@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gateway.chat_template import ChatOptions
-from gateway.tokenizer import INLINE_CHARS_MAX, ModelTokenizer
+from gateway.text_encoder import SHORT_CHARS_MAX
+from gateway.tokenizer import ModelTokenizer
 from gateway.tokenizer_loader import TokenizerOptions, load_tokenizer
 from shared.clock import SystemClock
 from shared.errors import CheckpointError, RequestError
@@ -27,7 +28,7 @@ def load(folder: Path, **options: Any) -> ModelTokenizer:
 async def test_long_and_short_texts_give_the_tokenizers_ids(tmp_path: Path) -> None:
     reference = write_tokenizer(tmp_path)
     loaded = load(tmp_path)
-    for text in ("The starfish", "grün 🌊 " * INLINE_CHARS_MAX):
+    for text in ("The starfish", "grün 🌊 " * SHORT_CHARS_MAX):
         ids = await loaded.encode(text, tokens_max=10**6)
         assert list(ids) == reference.encode(text).ids
     loaded.close()
@@ -36,7 +37,7 @@ async def test_long_and_short_texts_give_the_tokenizers_ids(tmp_path: Path) -> N
 async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     loaded = load(tmp_path)
-    await loaded.encode("warm " * INLINE_CHARS_MAX, tokens_max=10**6)
+    await loaded.encode("warm " * SHORT_CHARS_MAX, tokens_max=10**6)
     clock = SystemClock()
     encoding = asyncio.ensure_future(loaded.encode("grün 🌊 " * 40_000, tokens_max=10**6))
     turns_at = [clock.now()]
@@ -66,6 +67,16 @@ async def test_a_text_that_cannot_fit_is_refused_by_its_length_alone(tmp_path: P
     with pytest.raises(RequestError) as caught:
         await loaded.encode("x" * 1_000_000, tokens_max=10)
     assert caught.value.code == "context_length_exceeded"
+    loaded.close()
+
+
+async def test_special_tokens_longer_than_all_others_may_fill_the_context(tmp_path: Path) -> None:
+    reference = write_tokenizer(tmp_path)
+    reference.add_special_tokens(["<|" + "long" * 20 + "|>"])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    loaded = load(tmp_path)
+    text = ("<|" + "long" * 20 + "|>") * 10
+    assert len(await loaded.encode(text, tokens_max=10)) == 10
     loaded.close()
 
 

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from gateway.chat_template import ChatOptions
-from gateway.tokenizer import INLINE_CHARS_MAX, ModelTokenizer
+from gateway.text_encoder import SHORT_CHARS_MAX
+from gateway.tokenizer import ModelTokenizer
 from gateway.tokenizer_files import read_tokenizer_files
 from gateway.tokenizer_loader import TokenizerOptions, load_tokenizer
 from shared.clock import SystemClock
@@ -187,7 +188,7 @@ async def test_a_texts_special_tokens_are_text_if_it_is_not_trusted(
         special,
         f"an {special} arm",
         f"{special}{special}",
-        f"{special} {INLINE_CHARS_MAX * 'x'}",
+        f"{special} {SHORT_CHARS_MAX * 'x'}",
     ):
         trusted = await trusting.encode(text, tokens_max=10**6)
         plain, starts = await distrusting.encode_with_starts(text, tokens_max=10**6)
