@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shared.clock import Clock, SystemClock
-from shared.errors import ConfigError, StoreUnavailable
+from shared.errors import ConfigError, StoreError, StoreUnavailable
 from shared.etcd_admin import EtcdAdmin
 from shared.etcd_certificates import SERVER, CertificateAuthority
 from shared.etcd_options import EtcdOptions
@@ -169,12 +169,17 @@ class EmbeddedEtcd:
         )
 
     async def _set_up(self, instances: Iterable[Keys]) -> None:
-        """etcd may have started with an empty data directory, and then knows nobody."""
+        """etcd may have started with an empty data directory, and then knows nobody. Raises
+        StoreUnavailable."""
         admin = EtcdAdmin(self.root)
         try:
             for keys in instances:
                 await admin.set_up(accounts(keys), {})
             await admin.enable()
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            raise StoreUnavailable(f"etcd does not take its users: {error}") from error
         finally:
             admin.close()
 
