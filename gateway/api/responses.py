@@ -42,6 +42,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # part of prompt_tokens
     completion_tokens: int
+    reasoning_tokens: int | None = None  # part of completion_tokens; None: not split off
 
     def plain(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
