@@ -75,10 +75,18 @@ class HttpApp:
         )
         app.on_response_prepare.append(self._cross_origin.on_prepare)
         self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
-        routes.post("/v1/chat/completions", self._chat)
-        routes.post("/v1/completions", self._completions)
-        routes.post("/tokenize", self._tokenize)
-        routes.post("/detokenize", self._detokenize)
+        routes.post(
+            "/v1/chat/completions", self._chat, "answers a chat", body=ChatBody, streams=True
+        )
+        routes.post(
+            "/v1/completions",
+            self._completions,
+            "goes on with texts",
+            body=CompletionBody,
+            streams=True,
+        )
+        routes.post("/tokenize", self._tokenize, "the token ids of a text", body=TokenizeBody)
+        routes.post("/detokenize", self._detokenize, "the text of token ids", body=DetokenizeBody)
         info = InfoRoutes(
             driver=self._driver,
             health=self._health,
