@@ -51,7 +51,9 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends libcurl4 libibverbs1 libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 starfish \
-    && install -d -o starfish -g starfish /models /run/starfish /var/lib/starfish
+    && install -d -o starfish -g starfish /models /run/starfish /var/lib/starfish \
+    && for name in authority etcd control-plane gateway rank; do \
+         install -d -m 0700 -o starfish -g starfish "/run/starfish/$name"; done
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/starfish /opt/starfish
 

@@ -21,7 +21,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security sim sim-long integration test-compose clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration test-compose clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,9 +52,17 @@ unit: install ## Pure logic, in milliseconds
 	$(call say,unit tests)
 	$(PYTEST) tests/unit tests/test_architecture.py
 
-security: install ## Attacks that must fail
+security: install ## Attacks that must fail, and hostile inputs for some seconds
 	$(call say,attacks)
 	$(PYTEST) tests/security
+	$(call say,hostile inputs)
+	$(PYTEST) tests/fuzz
+
+fuzz: install ## Fresh hostile inputs, for MINUTES (60) in all; what finds a fault joins the corpus
+	$(call say,hostile inputs for $(or $(MINUTES),60) minutes)
+	STARFISH_FUZZ_SECONDS=$$(( $(or $(MINUTES),60) * 60 / 4 )) \
+	STARFISH_FUZZ_SEED=$(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom)) \
+	$(PYTEST) -s tests/fuzz
 
 sim: install ## All services on a fake clock, under seeded faults
 	$(call say,simulator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,8 +10,10 @@ from rich.console import Console
 
 from cli.bench.commands import bench
 from cli.checkpoint import checkpoint
+from cli.etcd_setup_options import EtcdSetupOptions
 from cli.evaluate.command import evaluate_command
 from cli.flags import flags_from_dataclasses
+from cli.keys import keys
 from cli.outcome import run_command
 from cli.plan.command import plan
 from cli.target_flags import JsonFlag, TargetFlags
@@ -28,6 +31,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(keys, name="keys")
 app.command()(plan)
 app.command(name="eval")(evaluate_command)
 
@@ -84,6 +88,43 @@ def kill(
 
     async def work() -> int:
         return await kill_rank(target.target(), rank, signal)
+
+    run_command(work())
+
+
+@app.command(name="etcd-certificates")
+def etcd_certificates(
+    folder: Annotated[Path, typer.Argument(help="Folder, closed to other users.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or address of an etcd member; repeat it for each (default: this host)."
+        ),
+    ] = None,
+    instance: Annotated[
+        str, typer.Option(help="Also make those of this instance's services.")
+    ] = "",
+) -> None:
+    """Make an authority, etcd's certificate and root's. An authority that is there is used."""
+    from cli.etcd_setup import make_certificates
+
+    async def work() -> int:
+        for text in make_certificates(folder, host or ["localhost", "127.0.0.1"], instance):
+            print(text)
+        return 0
+
+    run_command(work())
+
+
+@app.command(name="etcd-setup")
+@flags_from_dataclasses
+def etcd_setup(options: EtcdSetupOptions) -> None:
+    """Make the users and roles of an instance on an etcd that runs elsewhere. Can be repeated."""
+    from cli.etcd_setup import set_up
+
+    async def work() -> int:
+        await set_up(options, print)
+        return 0
 
     run_command(work())
 

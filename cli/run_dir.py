@@ -3,6 +3,7 @@ without flags."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 from shared.handshake import Access
 from shared.private_folder import open_folder
 from shared.secret import read_secret
@@ -29,20 +31,56 @@ class RunState:
     pid: int  # of `starfish up`
     model: str
     secret_file: str = ""  # with the secret that the instance's processes share
+    etcd_ca: str = ""  # this and what follows: as whom commands reach etcd (`EtcdOptions`)
+    etcd_cert: str = ""
+    etcd_key: str = ""
+    etcd_server_name: str = ""
+    etcd_user: str = ""
+    etcd_password_file: str = ""
 
     def target(self) -> Target:
-        secret_file = Path(self.secret_file) if self.secret_file else None
-        return Target(etcd=self.etcd, instance=self.instance, url=self.url, secret_file=secret_file)
+        return Target(
+            store=self._store(),
+            instance=self.instance,
+            url=self.url,
+            secret_file=_path(self.secret_file),
+        )
+
+    def _store(self) -> EtcdOptions:
+        return EtcdOptions(
+            etcd=self.etcd,
+            etcd_ca=_path(self.etcd_ca),
+            etcd_cert=_path(self.etcd_cert),
+            etcd_key=_path(self.etcd_key),
+            etcd_server_name=self.etcd_server_name,
+            etcd_user=self.etcd_user,
+            etcd_password_file=_path(self.etcd_password_file),
+        )
+
+
+def state_of_store(store: EtcdOptions) -> dict[str, str]:
+    """The fields of `RunState` that say how to reach etcd."""
+    values = dataclasses.asdict(store)
+    return {name: str(value) if value else "" for name, value in values.items()}
+
+
+def _path(name: str) -> Path | None:
+    return Path(name) if name else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """The instance that a command is about."""
 
-    etcd: str
+    store: EtcdOptions
     instance: str
     url: str | None = None  # of a gateway, if one is known
     secret_file: Path | None = None
+
+    @property
+    def etcd(self) -> str:
+        """Its endpoints."""
+        return self.store.etcd
 
     def access(self) -> Access:
         """What its ranks ask for. Raises ConfigError."""
@@ -96,16 +134,16 @@ def read_state(run_dir: Path) -> RunState | None:
 
 def resolve_target(
     *,
-    etcd: str | None,
+    store: EtcdOptions | None,
     instance: str | None,
     run_dir: Path | None,
     secret_file: Path | None = None,
 ) -> Target:
-    """`etcd` and `secret_file` take precedence over the state file. Raises ConfigError if no
+    """`store` and `secret_file` take precedence over the state file. Raises ConfigError if no
     instance is found."""
     name = instance or "default"
-    if etcd:
-        return Target(etcd=etcd, instance=name, secret_file=secret_file)
+    if store is not None:
+        return Target(store=store, instance=name, secret_file=secret_file)
     folder = run_dir or default_run_dir(name)
     state = read_state(folder)
     if state is None:

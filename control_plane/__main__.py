@@ -78,7 +78,7 @@ async def serve(config: ControlPlaneConfig) -> None:
     metrics = Metrics()
     stop = stop_event(config.lifeline_fd)
     async with AsyncExitStack() as stack:
-        store = await connect_store(config.etcd.split(","))
+        store = await connect_store(config.store)
         stack.push_async_callback(store.close)
         driver = Driver(
             store=store,

@@ -9,6 +9,7 @@ from pathlib import Path
 from control_plane.silence import SilenceTimings
 from shared.config import Timings, option
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 from shared.model_spec import ModelSpec
 from shared.records import InstanceSpec
 
@@ -22,7 +23,7 @@ class ControlPlaneConfig:
 
     model: Path | None = option(None, "checkpoint folder (Hugging Face); required")
     model_name: str = option("", "the name that clients ask for; default: the folder's name")
-    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    store: EtcdOptions = field(default_factory=EtcdOptions)
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     secret_file: Path | None = option(
         None,
@@ -69,6 +70,7 @@ class ControlPlaneConfig:
 
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
+        self.store.check()
         self.timings.check()
         _ = self.model_folder
         if self.ranks < 1:

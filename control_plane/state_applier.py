@@ -23,7 +23,7 @@ from shared.records import (
 )
 from shared.revisions import Revisions
 from shared.store import Snapshot, WatchEvent
-from shared.types import Member
+from shared.types import ACCUSERS, Member
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +195,8 @@ class StateApplier:
             return []
         try:
             value = kind.decode(event.value)
+            if isinstance(value, Suspicion):
+                _check_accuser(self.state.keys, key, value)
         except WireError as error:
             return [MalformedValue(key=key, error=str(error))]
         entry = self._entries[key] = _Entry(kind, value)
@@ -212,6 +214,17 @@ class StateApplier:
             case LeaderRecord():
                 return [LeaderDeleted()]
         return []
+
+
+def _check_accuser(keys: Keys, key: str, suspicion: Suspicion) -> None:
+    """etcd lets each kind of process write its own suspicions alone: it says who raised this one.
+    Raises WireError if that process may not have this reason, or speaks of another rank."""
+    ids = suspicion.rank, suspicion.incarnation
+    may_raise = ACCUSERS[suspicion.reason]
+    if all(key != keys.suspicion(*ids, accuser, suspicion.by) for accuser in may_raise):
+        raise WireError(
+            f"its writer may not suspect {suspicion.reason.value} of {suspicion.member}"
+        )
 
 
 def _index_of(

@@ -9,7 +9,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import Suspicion, pack_record
 from shared.store import Store
-from shared.types import Member
+from shared.types import Accuser, Member
 
 _REPEAT_S = 1.0
 
@@ -36,6 +36,8 @@ class SuspicionPublisher:
             self._leased.delete(self._key_of.pop(member), urgent=False)
         for member, suspicion in suspected.items():
             if now - self._written_at.get(member, -_REPEAT_S) >= _REPEAT_S:
-                key = self._keys.suspicion(member.rank, member.incarnation, suspicion.by)
+                key = self._keys.suspicion(
+                    member.rank, member.incarnation, Accuser.CONTROL_PLANE, suspicion.by
+                )
                 self._written_at[member], self._key_of[member] = now, key
                 self._leased.put(key, pack_record(suspicion))

@@ -1,11 +1,12 @@
 """Writes `docs/reference/*.md` from the code: flags, environment and TOML; metrics; log events;
-etcd keys. `--check` writes nothing and fails if a page is not current."""
+etcd keys; fields of requests. `--check` writes nothing and fails if a page is not current."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
+import json
 import sys
 import typing
 from collections.abc import Iterable, Iterator
@@ -19,13 +20,20 @@ from prometheus_client import Counter, Gauge, Histogram
 from cli.__main__ import app
 from control_plane.config import ControlPlaneConfig
 from control_plane.telemetry import Metrics
+from gateway.api.http_app import IGNORED_FIELDS_HEADER
+from gateway.api.request_fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    STREAM_OPTIONS,
+    RequestField,
+)
 from gateway.config import GatewayConfig
 from gateway.metrics import FrequentHistogram, GatewayMetrics
 from gpu_worker.config import RankConfig
 from node_agent.config import AgentConfig
 from shared.config import Timings
 from shared.keys import Keys
-from shared.types import Incarnation, NodeId, RankId
+from shared.types import Accuser, Incarnation, NodeId, RankId
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -61,6 +69,7 @@ def pages() -> dict[str, str]:
         "metrics.md": metrics_page(),
         "log_events.md": log_events_page(),
         "etcd_keys.md": etcd_keys_page(),
+        "request_fields.md": request_fields_page(),
     }
 
 
@@ -301,6 +310,7 @@ def key_rows() -> Iterator[tuple[str, ...]]:
     examples: dict[str, object] = {
         "rank": RankId(3),
         "incarnation": Incarnation(7),
+        "accuser": Accuser.AGENT,
         "by": "agent:node-a",
         "node": NodeId("node-a"),
         "gateway_id": "gateway-1",
@@ -336,6 +346,38 @@ def field_rows(file: Path, record: ast.ClassDef) -> Iterator[tuple[str, ...]]:
 
 
 # Markdown.
+
+
+# Fields of requests.
+
+
+def request_fields_page() -> str:
+    lines = [
+        "# Fields of requests",
+        "",
+        NOTICE,
+        "",
+        "What becomes of every field of OpenAI's, vLLM's and SGLang's bodies. A harmless field is",
+        "accepted, because it changes nothing in the answer. A refused one is a 400 that names it,",
+        "unless it is null or has one of the values in brackets, with which it asks for nothing. A",
+        "field that is not in the table has no effect; the answer's header",
+        f"`{IGNORED_FIELDS_HEADER}` names it.",
+    ]
+    for title, fields in (
+        ("/v1/chat/completions", CHAT_FIELDS),
+        ("/v1/completions", COMPLETION_FIELDS),
+        ("stream_options", STREAM_OPTIONS),
+    ):
+        lines += ["", f"## {title}", ""]
+        lines += table(("field", "of", "", "note"), map(request_field_row, fields.values()))
+    return page(lines)
+
+
+def request_field_row(about: RequestField) -> tuple[str, ...]:
+    origins = ", ".join(origin.value for origin in about.origins)
+    neutral = ", ".join(f"`{json.dumps(value)}`" for value in about.neutral)
+    support = about.support.value + (f" ({neutral})" if neutral else "")
+    return f"`{about.name}`", origins or "–", support, about.note
 
 
 def page(lines: Iterable[str]) -> str:

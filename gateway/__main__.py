@@ -11,8 +11,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import structlog
 import uvloop
 
+from gateway.api_key_watch import ENVIRONMENT, ApiKeyWatch
 from gateway.config import GatewayConfig
 from gateway.descriptor_limit import allowed_connections
 from gateway.service import GatewayDependencies, run_gateway
@@ -25,12 +27,24 @@ from shared.handshake import Access
 from shared.lifeline import watch_lifeline
 from shared.listener import inherited_listener, listen_on
 from shared.logs import configure_logs
-from shared.secret import read_secret
+from shared.secret import is_loopback, read_secret
+
+log = structlog.get_logger()
+
+_OPEN_HINT = (
+    "whoever reaches this address is served, and the prefix cache tells what others have sent: "
+    "pass --api-key-file (`starfish keys new NAME` makes a key), or --host 127.0.0.1"
+)
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread that renders a huge chat may keep the event loop from running. Python's own
+5 ms would come on top of every token of every stream."""
 
 _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/completions,
 /v1/completions, /v1/models), /health and /metrics. It finds the ranks through etcd, sends each
 request to a live rank, and if that rank dies, continues it on another one from the next token. It
-keeps no state, so any number of gateways can run."""
+keeps no state, so any number of gateways can run. STARFISH_API_KEYS holds API keys of clients
+(NAME=KEY or NAME=sha256:…, separated by commas) in addition to those of --api-key-file."""
 
 
 def main() -> None:
@@ -51,6 +65,7 @@ def main() -> None:
         config.check()
         configure_logs(service="gateway", level=config.log_level, json=config.log_json)
         config = replace(config, connections_max=allowed_connections(config.connections_max))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         with _listen(config) as listener:
             uvloop.run(_run(config, listener))
     except* StarfishError as group:
@@ -66,13 +81,21 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
         loop.add_signal_handler(number, stop.set)
     watch_lifeline(config.lifeline_fd, stop.set)
     access = Access(config.instance, read_secret(config.secret_file))
+    api_keys = ApiKeyWatch(config.api_key_file, os.environ.get(ENVIRONMENT, ""))
+    loop.add_signal_handler(signal.SIGHUP, api_keys.reload_now)
+    _warn_if_open(listener, api_keys)
     freeze_loaded_objects()
-    store = await connect_store([part for part in config.etcd.split(",") if part])
+    store = await connect_store(config.store)
     try:
         await run_gateway(
             config,
             GatewayDependencies(
-                store=store, clock=SystemClock(), listener=listener, stop=stop, access=access
+                store=store,
+                clock=SystemClock(),
+                listener=listener,
+                stop=stop,
+                access=access,
+                api_keys=api_keys,
             ),
         )
     finally:
@@ -84,6 +107,12 @@ def _listen(config: GatewayConfig) -> socket.socket:
     if config.listen_fd >= 0:
         return inherited_listener(config.listen_fd)
     return listen_on(config.host, config.port)
+
+
+def _warn_if_open(listener: socket.socket, api_keys: ApiKeyWatch) -> None:
+    host, port = listener.getsockname()[:2]
+    if not len(api_keys.keys) and not is_loopback(str(host)):
+        log.warning("gateway_open_to_all", host=host, port=port, do=_OPEN_HINT)
 
 
 def _first(group: BaseExceptionGroup[StarfishError]) -> BaseException:

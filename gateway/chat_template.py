@@ -1,85 +1,161 @@
-"""Turns the messages of a chat into the prompt text that the model was trained on, by the
-checkpoint's own Jinja template in a sandbox."""
+"""A chat template: turns the messages of a chat into the prompt text that the model was trained on,
+as transformers' `apply_chat_template` does."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta, nodes
 
+from gateway.chat_messages import prepare_messages
+from gateway.context_limit import ContextLimit
+from gateway.continued_message import cut_at_end, mark_end
+from gateway.template_environment import template_environment
+from gateway.template_forms import Message, find_forms
+from shared.clock import Clock
 from shared.errors import CheckpointError, RequestError
-from shared.model_spec import read_json
+
+RENDER_TIMEOUT_S = 5.0
+"""Limit on the time for one chat, looked at whenever the template has written something."""
+
+_PROBE_LIMIT = ContextLimit(tokens_max=100_000, longest_token=1)
+
+_RESERVED = ("messages", "tools", "continue_final_message", "chat_template", "tokenize")
+"""Fields of a request, or options of transformers, that are no variables of a template."""
+
+_FAILURES = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError),
+    *(MemoryError, RuntimeError, TypeError, ValueError),
+)
+"""What a template may raise on the messages of a client, its own refusals included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """What a request asks for besides its messages. If `add_generation_prompt` is None, the prompt
+    ends with the header of the assistant's next message, unless the last message is to be
+    continued. `variables` may replace special tokens, but not what has a field of its own."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
-    """Compiled once; `render` is thread-safe."""
+    """Compiled once; `render` is thread-safe. `variables` are the special tokens by their names
+    (`eos_token`). Raises CheckpointError if the source does not compile."""
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template does not compile: {error}") from error
+    def __init__(self, source: str, variables: Mapping[str, str], clock: Clock) -> None:
+        self.source = source
+        self._environment = template_environment(clock.wall)
         self._variables = dict(variables)
+        self._clock = clock
+        try:
+            self._template = self._environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"the chat template does not compile: {error}") from error
+        self._forms = find_forms(self._probe)
+        self.reads = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))
+        """The names of the variables that it reads."""
+
+    def literals(self) -> list[str]:
+        """The texts in the source."""
+        parsed = self._environment.parse(self.source)
+        data = [node.data for node in parsed.find_all(nodes.TemplateData)]
+        constants = [node.value for node in parsed.find_all(nodes.Const)]
+        return data + [value for value in constants if isinstance(value, str)]
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions | None = None,
+        *,
+        limit: ContextLimit | None = None,
     ) -> str:
-        """`options` may add template variables but not replace ours. Raises RequestError if the
-        template rejects the messages."""
-        ours = {"messages": messages, "add_generation_prompt": True, **self._variables}
+        """`content` is a text, null, or a list of text parts. Raises RequestError if the template
+        rejects the messages, or writes more than `limit`."""
+        options = options or ChatOptions()
+        prepared = prepare_messages(messages, self._forms)
+        variables = self._checked_variables(options)
+        text = mark_end(prepared[-1]) if options.continue_final_message else None
         try:
-            return self._template.render({**(options or {}), **ours})
-        # The template runs on whatever a client sends, so its failures are the request's.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+            rendered = self._render_prepared(prepared, variables, limit)
+        except _FAILURES as error:
             raise RequestError(
-                f"the model's chat template rejects these messages: {error}", param="messages"
+                f"the model's chat template rejects these messages: {_reason(error)}",
+                param="messages",
             ) from error
+        return rendered if text is None else cut_at_end(rendered, text)
+
+    def _checked_variables(self, options: ChatOptions) -> dict[str, Any]:
+        for name in _RESERVED:
+            if name in options.variables:
+                raise RequestError(
+                    f"chat_template_kwargs: {name} is no variable of a template; pass it as a "
+                    "field of the request, if it is one",
+                    param="chat_template_kwargs",
+                )
+        continues = options.continue_final_message
+        wanted = options.variables.get("add_generation_prompt", options.add_generation_prompt)
+        if continues and wanted:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other: the model "
+                "either goes on with the last message or begins a new one",
+                param="continue_final_message",
+            )
+        return {
+            **self._variables,
+            "documents": options.documents,
+            **options.variables,
+            "tools": options.tools,
+            "add_generation_prompt": not continues if wanted is None else wanted,
+        }
+
+    def _render_prepared(
+        self, messages: list[Message], variables: Mapping[str, Any], limit: ContextLimit | None
+    ) -> str:
+        try:
+            return self._render_plain(messages, variables, limit)
+        except jinja2.UndefinedError:
+            # Null is an absent key, as in transformers. Some templates add to the content of every
+            # message, and fail without one.
+            if all("content" in message for message in messages):
+                raise
+        filled = [{"content": "", **message} for message in messages]
+        return self._render_plain(filled, variables, limit)
+
+    def _render_plain(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        limit: ContextLimit | None = None,
+    ) -> str:
+        """Messages as the template reads them. Raises what a template may raise."""
+        pieces = self._template.generate({**variables, "messages": messages})
+        return "".join(self._bounded(pieces, limit))
+
+    def _probe(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str | None:
+        ours = {"documents": None, "add_generation_prompt": False, **self._variables}
+        try:
+            return self._render_plain(messages, {**ours, **variables}, _PROBE_LIMIT)
+        except (*_FAILURES, RequestError):
+            return None
+
+    def _bounded(self, pieces: Iterator[str], limit: ContextLimit | None) -> Iterator[str]:
+        ends_at, num_chars = self._clock.now() + RENDER_TIMEOUT_S, 0
+        for piece in pieces:
+            num_chars += len(piece)
+            if limit is not None:
+                limit.check_chars(num_chars)
+            if self._clock.now() > ends_at:
+                raise RuntimeError(f"it took longer than {RENDER_TIMEOUT_S:.0f} s")
+            yield piece
 
 
-def load_chat_template(folder: Path) -> ChatTemplate | None:
-    """None if the checkpoint has no template. Raises CheckpointError."""
-    config = _tokenizer_config(folder)
-    source = _template_source(folder, config)
-    if source is None:
-        return None
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    variables = {name: _token_text(config[name]) for name in names if config.get(name)}
-    return ChatTemplate(source, variables)
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    has_one = (folder / "tokenizer_config.json").exists()
-    return read_json(folder, "tokenizer_config.json") if has_one else {}
-
-
-def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    source = config.get("chat_template")
-    if isinstance(source, list):  # named templates
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default")
-    return source if isinstance(source, str) else None
-
-
-def _token_text(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    """Replaces Jinja's own filter, which escapes HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _reason(error: BaseException) -> str:
+    return "they are nested too deeply" if isinstance(error, RecursionError) else str(error)

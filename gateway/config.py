@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gateway.parsers.formats import AUTO, check_parser_names
 from shared.config import Timings, option
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +17,7 @@ class GatewayConfig:
 
     host: str = option("127.0.0.1", "address that clients connect to")
     port: int = option(8000, "port that clients connect to; 0 takes a free one")
-    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    store: EtcdOptions = field(default_factory=EtcdOptions)
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     secret_file: Path | None = option(
         None,
@@ -25,13 +27,32 @@ class GatewayConfig:
     model: Path | None = option(
         None, "checkpoint folder, for its tokenizer; default: the one in the instance's spec"
     )
+    chat_template: Path | None = option(
+        None, "file with a Jinja chat template, used in place of the checkpoint's"
+    )
+    trust_special_tokens: bool = option(
+        True,
+        "special tokens that clients spell in texts and messages (<|im_end|>) are special tokens, "
+        "as in transformers; --no-trust-special-tokens makes them ordinary text",
+    )
+    tool_call_parser: str = option(
+        AUTO,
+        "format of the model's tool calls, by vLLM's name (hermes, qwen3_coder, glm45, mistral, "
+        "deepseek_v3, deepseek_v31, deepseek_v32, openai); auto: by the chat template; none: "
+        "tools are refused",
+    )
+    reasoning_parser: str = option(
+        AUTO,
+        "format of the model's reasoning, by vLLM's name (qwen3, deepseek_r1, deepseek_v3, glm45, "
+        "mistral, openai_gptoss); auto: by the chat template; none: it stays in the content",
+    )
     served_model_name: str = option(
         "", "name that clients ask for; more, comma-separated, are aliases; default: the spec's"
     )
     tokens_in_flight_max: int = option(
         8_000_000, "limit on prompt + max_tokens, summed over requests in flight; beyond it: 429"
     )
-    sessions_max: int = option(2048, "limit on requests in flight; beyond it: 429")
+    sessions_max: int = option(2048, "limit on choices in flight; beyond it: 429")
     body_bytes_max: int = option(4 << 20, "limit on a request's body, in bytes; beyond it: 413")
     connections_max: int = option(
         4096, "limit on connections of clients; beyond it: 503, and the connection is closed"
@@ -46,6 +67,22 @@ class GatewayConfig:
     )
     idle_timeout_s: float = option(
         75.0, "a connection is closed if no request follows an answer within this time"
+    )
+    api_key_file: Path | None = option(
+        None,
+        "TOML file with the API keys of clients and their limits, closed to other users; read "
+        "again when it changes. Without it, and without STARFISH_API_KEYS, nobody needs a key",
+    )
+    metrics_need_key: bool = option(
+        False, "/metrics needs an API key that has reads_metrics = true in the file"
+    )
+    share_prefix_cache: bool = option(
+        False,
+        "clients with different API keys use each other's cached prompts: fewer tokens to compute, "
+        "but cached_tokens and the time to the first token tell a client what others have sent",
+    )
+    access_log: bool = option(
+        True, "log a line for each request; for /health and /metrics only if they fail"
     )
     no_rank_timeout_s: float = option(
         120.0,
@@ -78,9 +115,11 @@ class GatewayConfig:
 
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
+        self.store.check()
         self.timings.check()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
+        check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: pass a port from 0 to 65535")
         if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:

@@ -1,5 +1,5 @@
-"""Turns a stream of token ids into text, for byte-level BPE: a token is bytes, and a character may
-be split across tokens. Linear in the number of tokens."""
+"""Turns a stream of token ids into text: a token is bytes, and a character may be split across
+tokens. Linear in the number of tokens."""
 
 from __future__ import annotations
 
@@ -8,23 +8,37 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
+from gateway.token_decoder import TokenDecoder
+
 
 class TokenBytes:
     """The bytes of every token of a vocabulary, and which tokens are special. Shared by all
     streams."""
 
-    def __init__(self, vocabulary: Mapping[str, int], special_ids: AbstractSet[int]) -> None:
-        byte_of = {char: byte for byte, char in byte_characters().items()}
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        special_ids: AbstractSet[int],
+        decoder: TokenDecoder | None = None,
+    ) -> None:
+        decoder = decoder or TokenDecoder()
         self._bytes: list[bytes] = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, token_id in vocabulary.items():
             if token_id not in special_ids:
-                self._bytes[token_id] = _token_bytes(token, byte_of)
-
+                self._bytes[token_id] = decoder.bytes_of(token)
+        self.decoder = decoder
+        self.single_byte_ids = frozenset(
+            token_id
+            for token, token_id in vocabulary.items()
+            if token_id not in special_ids and decoder.is_byte(token)
+        )
+        """Tokens of a vocabulary with byte fallback that are one byte."""
         self.longest = max(map(len, self._bytes), default=0)
 
     def showing(self, texts: Mapping[int, str]) -> TokenBytes:
         """The same vocabulary, in which the ids of `texts` have these texts."""
-        shown = TokenBytes({}, frozenset())
+        shown = TokenBytes({}, frozenset(), self.decoder)
+        shown.single_byte_ids = self.single_byte_ids
         shown._bytes = self._bytes.copy()
         for token_id, text in texts.items():
             shown._bytes[token_id] = text.encode()
@@ -61,35 +75,59 @@ class TokenNames(NamedTuple):
 
 
 class Detokenizer:
-    """The text of one stream. Its pieces joined are the text that decoding all ids at once
-    gives."""
+    """The text of one stream. Its pieces joined are the text that decoding all ids at once gives.
+    `follows`: the ids before the first one, whose text is not shown."""
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
+    def __init__(self, token_bytes: TokenBytes, *, follows: Sequence[int] = ()) -> None:
         self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._fallback = token_bytes.decoder.byte_fallback
+        self._byte_run = bytearray()
+        strips = self._fallback and not token_bytes.join(follows)
+        self._spaces_to_strip = token_bytes.decoder.strip_left if strips else 0
 
     def feed(self, ids: Sequence[int]) -> str:
         """The characters that these ids complete."""
+        if self._fallback:
+            return self._stripped("".join([self._feed_one(token) for token in ids]))
         return self._utf8.decode(self._token_bytes.join(ids))
+
+    def end_before(self, token: int) -> str:
+        """The characters that are complete because `token` is the next one. `feed` does not return
+        them again."""
+        if not self._byte_run or token in self._token_bytes.single_byte_ids:
+            return ""
+        return self._stripped(self._end_of_byte_run())
 
     def flush(self) -> str:
         """Call at the end: U+FFFD if the last character is incomplete."""
+        if self._fallback:
+            return self._stripped(self._end_of_byte_run())
         return self._utf8.decode(b"", final=True)
 
+    def _feed_one(self, token: int) -> str:
+        raw = self._token_bytes.join((token,))
+        if token in self._token_bytes.single_byte_ids:
+            self._byte_run += raw
+            return ""
+        return self._end_of_byte_run() + raw.decode() if raw else ""
 
-def byte_characters() -> dict[int, str]:
-    """The printable character for each byte in a byte-level vocabulary: printable Latin-1 bytes map
-    to themselves, the others to the code points from 256 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in table]
-    table.update({byte: chr(256 + n) for n, byte in enumerate(others)})
-    return table
+    def _end_of_byte_run(self) -> str:
+        """Byte tokens in a row are text only together: if they are no UTF-8, each of them is
+        U+FFFD, also one that belongs to a whole character. So their text comes with their end."""
+        if not self._byte_run:
+            return ""
+        run = bytes(self._byte_run)
+        self._byte_run.clear()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
 
-
-def _token_bytes(token: str, byte_of: Mapping[str, int]) -> bytes:
-    """A token with a character outside the table is an added token, spelt as plain text."""
-    try:
-        return bytes([byte_of[char] for char in token])
-    except KeyError:
-        return token.encode()
+    def _stripped(self, text: str) -> str:
+        if not self._spaces_to_strip or not text:
+            return text
+        rest = text.lstrip(" ")
+        num_spaces = min(len(text) - len(rest), self._spaces_to_strip)
+        self._spaces_to_strip = 0 if rest else self._spaces_to_strip - num_spaces
+        return text[num_spaces:]

@@ -1,34 +1,42 @@
-"""One request in progress: its sessions (one per choice), read as text. Admission counts it from
-its start to its end, however it ends."""
+"""One request in progress: its sessions (one per choice), read as text."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
-from gateway.admission import Admission
 from gateway.detokenizer import TokenBytes
+from gateway.prompt import SentText
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionFailed, SessionState, StreamSession
 from gateway.text_stream import TextStream
-from shared.clock import Clock
-from shared.types import FinishReason, SamplingParams
+from shared.types import DEFAULT_SCHEDULING, FinishReason, SamplingParams, SchedulingParams
 from shared.wire import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTask:
-    """One choice to generate. `echo`: its text begins with the prompt's. `include_stop`: its text
-    ends with the string or token that stopped it."""
+    """One choice to generate. `echo`: its text begins with the prompt's, which is `sent`, or if the
+    prompt was sent as ids, what these decode to. `include_stop`: its text ends with the string or
+    token that stopped it."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    sent: SentText | None = None
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    expires_at: float = math.inf
     stops: tuple[str, ...] = ()
     echo: bool = False
     include_stop: bool = False
+
+    @property
+    def hidden_prompt(self) -> tuple[int, ...]:
+        """The tokens before the first one whose text is shown by decoding."""
+        return () if self.echo and self.sent is None else self.prompt
 
     @property
     def tokens(self) -> int:
@@ -52,12 +60,14 @@ class Delta(NamedTuple):
 class _Reader:
     """Reads one session; `num_read` tokens of it so far."""
 
-    def __init__(self, index: int, session: StreamSession, text: TextStream, *, echo: bool) -> None:
+    def __init__(
+        self, index: int, session: StreamSession, text: TextStream, task: PromptTask
+    ) -> None:
         self.index = index
         self.session = session
         self.num_read = 0
         self._text = text
-        self._echo = echo
+        self._task = task
         self._is_first = True
 
     def take_delta(self) -> Delta | None:
@@ -68,7 +78,7 @@ class _Reader:
             return None
         finish = session.finish if finished else None
         is_first, self._is_first = self._is_first, False
-        echoed = self._text.echo(session.prompt) if is_first and self._echo else ""
+        echoed = self._echoed() if is_first else ""
         text, num_ids, stopped = self._text.feed(ids, finish)
         begin = self.num_read
         self.num_read += num_ids
@@ -82,30 +92,29 @@ class _Reader:
             prompt_logprobs=session.prompt_logprobs if is_first else [],
         )
 
+    def _echoed(self) -> str:
+        task = self._task
+        if not task.echo:
+            return ""
+        return self._text.echo(task.prompt) if task.sent is None else task.sent.text
+
 
 class Generation:
-    """A context manager: admits and opens the sessions on entry (raises Overloaded), and cancels
-    them on exit."""
+    """A context manager: opens the sessions on entry, and cancels them on exit."""
 
     def __init__(
         self,
         *,
         driver: SessionDriver,
-        admission: Admission,
-        clock: Clock,
         token_bytes: TokenBytes,
         tasks: Sequence[PromptTask],
         streaming: bool,
     ) -> None:
         self._driver = driver
-        self._admission = admission
-        self._clock = clock
         self._token_bytes = token_bytes
         self._tasks = tasks
         # An answer that is not streamed is read once, at its end, unless a stop string may end it.
         self._eager = streaming or any(task.stops for task in tasks)
-        self._tokens = sum(task.tokens for task in tasks)
-        self._began_at = 0.0
         self._changed = asyncio.Event()
         self._readers: list[_Reader] = []
         self._open: list[_Reader] = []  # those that are not done
@@ -134,17 +143,22 @@ class Generation:
         return [member.rank for member in members if member is not None]
 
     def __enter__(self) -> Generation:
-        self._admission.admit(tokens=self._tokens, sessions=len(self._tasks))
-        self._began_at = self._clock.now()
         for index, task in enumerate(self._tasks):
-            session = self._driver.open(task.prompt, task.sampling, self._wake)
+            session = self._driver.open(
+                task.prompt,
+                task.sampling,
+                self._wake,
+                scheduling=task.scheduling,
+                expires_at=task.expires_at,
+            )
             text = TextStream(
                 self._token_bytes,
+                follows=task.hidden_prompt,
                 stops=task.stops,
                 min_tokens=task.sampling.min_tokens,
                 include_stop=task.include_stop,
             )
-            self._readers.append(_Reader(index, session, text, echo=task.echo))
+            self._readers.append(_Reader(index, session, text, task))
         self._open = list(self._readers)
         return self
 
@@ -156,10 +170,6 @@ class Generation:
     ) -> None:
         for reader in self._readers:
             self._driver.cancel(reader.session)
-        duration_s = self._clock.now() - self._began_at
-        self._admission.release(
-            tokens=self._tokens, sessions=len(self._tasks), duration_s=duration_s
-        )
 
     def _wake(self, session: StreamSession) -> None:
         if self._eager or session.ended:

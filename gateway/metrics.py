@@ -16,6 +16,8 @@ from gateway.stream_session import FailureKind, SessionState, StreamSession
 from shared.types import SuspicionReason
 
 _PREFIX = "starfish_gateway_"
+KEY_LABELS_MAX = 256
+OTHER_KEYS = "(other)"
 _FINE_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 _COARSE_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -34,6 +36,20 @@ class GatewayMetrics:
             "connection_timeouts", "Connections closed because their client sent nothing whole"
         )
         self._sessions = self._counter("sessions", "Sessions that ended", "outcome")
+        self._unauthenticated = self._counter("unauthenticated", "Requests without a valid API key")
+        self._key_requests = self._counter(
+            "key_requests",
+            "Answers to requests that generate or tokenise, by API key",
+            "key",
+            "status",
+        )
+        self._key_prompt = self._counter(
+            "key_prompt_tokens", "Prompt tokens of requests, by API key", "key"
+        )
+        self._key_generated = self._counter(
+            "key_generated_tokens", "Tokens generated for requests, by API key", "key"
+        )
+        self._keys_shown: set[str] = set()
         self._moves = self._counter("session_moves", "Placements after a session's first one")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens, counted as requests begin")
         self._cached = self._counter(
@@ -64,6 +80,20 @@ class GatewayMetrics:
 
     def on_request(self, endpoint: str, status: int) -> None:
         self._requests.labels(endpoint, str(status)).inc()
+
+    def on_unauthenticated(self) -> None:
+        self._unauthenticated.inc()
+
+    def on_key_request(
+        self, key: str, status: int, *, num_prompt_tokens: int, num_generated: int
+    ) -> None:
+        """Names beyond the first KEY_LABELS_MAX share one label: keys may come and go for ever."""
+        if key not in self._keys_shown and len(self._keys_shown) >= KEY_LABELS_MAX:
+            key = OTHER_KEYS
+        self._keys_shown.add(key)
+        self._key_requests.labels(key, str(status)).inc()
+        self._key_prompt.labels(key).inc(num_prompt_tokens)
+        self._key_generated.labels(key).inc(num_generated)
 
     def on_connection_refused(self, refusal: Refusal) -> None:
         self._refused.labels(refusal.value).inc()

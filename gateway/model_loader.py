@@ -9,7 +9,8 @@ from pathlib import Path
 import structlog
 
 from gateway.cluster_view import ClusterView
-from gateway.served_model import ServedModel, load_served_model
+from gateway.served_model import ParserNames, ServedModel, load_served_model
+from gateway.tokenizer_loader import TokenizerOptions
 from shared.clock import Clock
 from shared.records import InstanceSpec
 
@@ -22,10 +23,20 @@ class ModelLoader:
     """`served` is None until `run` has loaded the model. A `folder` or `name` that is not empty
     replaces the spec's. The first spec counts: an instance serves one model all its life."""
 
-    def __init__(self, *, folder: Path | None, name: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path | None,
+        name: str,
+        clock: Clock,
+        tokenizer_options: TokenizerOptions | None = None,
+        parsers: ParserNames | None = None,
+    ) -> None:
         self._folder = folder
         self._name = name
         self._clock = clock
+        self._tokenizer_options = tokenizer_options or TokenizerOptions()
+        self._parsers = parsers or ParserNames()
         self._spec: InstanceSpec | None = None
         self._has_spec = asyncio.Event()
         self._is_loaded = asyncio.Event()
@@ -48,8 +59,12 @@ class ModelLoader:
             self._spec,
             folder=self._folder,
             name=self._name,
-            created=int(self._clock.wall()),
+            clock=self._clock,
+            tokenizer_options=self._tokenizer_options,
+            parsers=self._parsers,
         )
+        for template, reason in self.served.tokenizer.template_problems.items():
+            log.warning("chat_template_unusable", template=template, reason=reason)
         self._is_loaded.set()
         log.info("model_ready", model=self.served.name)
 

@@ -8,11 +8,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def prefix_chain(prompt: Sequence[int], block_tokens: int) -> tuple[int, ...]:
-    """One hash per full block of the prompt, over all tokens up to the block's end. It is the same
-    in every process, because hashes of numbers are not salted."""
+def prefix_chain(
+    prompt: Sequence[int], block_tokens: int, *, cache_salt: bytes = b""
+) -> tuple[int, ...]:
+    """One hash per full block of the prompt, over the salt of its blocks' names and all tokens up
+    to the block's end. It is the same in every process, because hashes of numbers are not
+    salted."""
     chain = []
-    parent = 0
+    parent = int.from_bytes(cache_salt[:8], "little")
     for begin in range(0, len(prompt) - block_tokens + 1, block_tokens):
         parent = hash((parent, *prompt[begin : begin + block_tokens]))
         chain.append(parent)

@@ -103,6 +103,12 @@ class RankChooser:
             if load.prefix_tokens and not load.kv_blocks_cached:  # its cache is off, or lost
                 rank.served.clear()
 
+    @property
+    def kv_replicas_rejected(self) -> int:
+        """On all ranks that are known now."""
+        loads = (rank.load for rank in self._ranks.values())
+        return sum(load.kv_replicas_rejected for load in loads if load is not None)
+
     def add(self, member: Member, *, sessions: int = 0, tokens: int = 0) -> None:
         """A session was placed (+1, its tokens), grew, or left (-1, minus its tokens)."""
         rank = self._ranks.get(member)
@@ -116,17 +122,20 @@ class RankChooser:
         *,
         avoid: Collection[Member] = (),
         backup_rank: RankId | None = None,
+        cache_salt: bytes = b"",
     ) -> Member | None:
         """The live rank with the least work after subtracting what its prefix cache saves; None if
         no rank is live. Ranks in `avoid` have just refused the session; only silent ones are worse.
-        `backup_rank` has KV replicas of these tokens, which save as much as its own blocks."""
+        `backup_rank` has KV replicas of these tokens, which save as much as its own blocks. Only
+        prefixes of the same `cache_salt` count: else the choice would tell one client what another
+        has sent."""
         chains: dict[int, tuple[int, ...]] = {}
         ranked = []
         for member in self.live():
             rank = self._ranks[member]
             size = rank.kv_block_tokens
             if size not in chains:
-                chains[size] = prefix_chain(tokens, size)
+                chains[size] = prefix_chain(tokens, size, cache_salt=cache_salt)
             usable = chains[size][
                 : max(0, len(tokens) - 1) // size
             ]  # the last token is always computed

@@ -13,18 +13,26 @@ import structlog
 from aiohttp import web
 
 from gateway.admission import Admission, AdmissionLimits
+from gateway.api.authentication import Authenticator
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.http_app import HttpApp
 from gateway.api.http_listener import HttpListener, quiet_http_logger
+from gateway.api.request_admission import RequestAdmission
+from gateway.api.request_log import RequestLog
+from gateway.api_key_watch import ApiKeyWatch
+from gateway.cache_salt import CacheSalts
 from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.connection_table import ConnectionLimits
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.preparation import Preparation
+from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
 from gateway.tls import ServerCertificate
+from gateway.tokenizer_loader import TokenizerOptions
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
@@ -47,6 +55,7 @@ class GatewayDependencies:
     listener: socket.socket
     stop: asyncio.Event
     access: Access
+    api_keys: ApiKeyWatch
 
 
 async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
@@ -60,6 +69,8 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
     admission = Admission(
         AdmissionLimits(tokens_max=config.tokens_in_flight_max, sessions_max=config.sessions_max)
     )
+    salts = CacheSalts(dependencies.access.secret, share=config.share_prefix_cache)
+    preparation = Preparation()
     async with asyncio.TaskGroup() as tasks:
         driver = SessionDriver(
             caller=caller,
@@ -72,12 +83,27 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tasks=tasks,
         )
         models = ModelLoader(
-            folder=config.model, name=config.served_model_name, clock=dependencies.clock
+            folder=config.model,
+            name=config.served_model_name,
+            clock=dependencies.clock,
+            tokenizer_options=TokenizerOptions(
+                chat_template=config.chat_template,
+                trust_special_tokens=config.trust_special_tokens,
+            ),
+            parsers=ParserNames(
+                tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
+            ),
         )
         health = Health(driver, models, dependencies.clock)
         app = HttpApp(
             driver=driver,
-            admission=admission,
+            admission=RequestAdmission(admission, preparation, salts, dependencies.clock),
+            authenticator=Authenticator(
+                lambda: dependencies.api_keys.keys,
+                metrics,
+                metrics_need_key=config.metrics_need_key,
+            ),
+            request_log=RequestLog(dependencies.clock, access_log=config.access_log),
             clock=dependencies.clock,
             metrics=metrics,
             health=health,
@@ -99,6 +125,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission, http_listener)
+        metrics.add_gauge(
+            "preparations_waiting",
+            "Requests that wait to be tokenised",
+            lambda: preparation.num_waiting,
+        )
         leased.put(keys.gateway(name), pack(_record(name, dependencies.listener, config)))
         background = [
             tasks.create_task(watch.run()),
@@ -106,6 +137,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tasks.create_task(driver.run_probes()),
             tasks.create_task(models.run()),
             tasks.create_task(http_listener.run()),
+            tasks.create_task(dependencies.api_keys.run()),
         ]
         runner = web.AppRunner(
             app.build(http_listener.track_request),
@@ -183,6 +215,11 @@ def _add_gauges(
         "connections", "Open connections of clients", lambda: http_listener.num_connections
     )
     metrics.add_gauge("live_ranks", "Ranks that take sessions", lambda: len(driver.live_ranks()))
+    metrics.add_gauge(
+        "kv_replicas_rejected",
+        "KV replicas that the live ranks did not believe: somebody writes to their memory",
+        lambda: driver.kv_replicas_rejected,
+    )
     metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
     metrics.add_gauge("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
     metrics.add_gauge(

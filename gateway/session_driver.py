@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import structlog
@@ -22,7 +23,16 @@ from shared.handshake import Access, Caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, Suspicion
-from shared.types import Member, SamplingParams, SessionId, Step, SuspicionReason
+from shared.types import (
+    DEFAULT_SCHEDULING,
+    Accuser,
+    Member,
+    SamplingParams,
+    SchedulingParams,
+    SessionId,
+    Step,
+    SuspicionReason,
+)
 from shared.wire import Load, Pong, Tokens
 
 log = structlog.get_logger()
@@ -90,6 +100,11 @@ class SessionDriver:
         """Tokens of all sessions since the start."""
         return self._table.num_generated
 
+    @property
+    def kv_replicas_rejected(self) -> int:
+        """See `Load`: on all ranks."""
+        return self._rank_chooser.kv_replicas_rejected
+
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
 
@@ -117,13 +132,24 @@ class SessionDriver:
         prompt: tuple[int, ...],
         sampling: SamplingParams,
         wake: Callable[[StreamSession], None],
+        *,
+        scheduling: SchedulingParams = DEFAULT_SCHEDULING,
+        expires_at: float = math.inf,
     ) -> StreamSession:
-        """`wake` is called whenever the session has new tokens, and when it has ended. The caller
-        must `cancel` the session at the end; that does nothing if it has already ended."""
+        """`wake` is called whenever the session has new tokens, and when it has ended. At
+        `expires_at` (of the clock's `now`) it fails. The caller must `cancel` the session at the
+        end; that does nothing if it has already ended."""
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
         self._metrics.on_session_begin(len(prompt))
-        session, actions = self._table.open(session_id, prompt, sampling, self._clock.now())
+        session, actions = self._table.open(
+            session_id,
+            prompt,
+            sampling,
+            self._clock.now(),
+            scheduling=scheduling,
+            expires_at=expires_at,
+        )
         self._perform(actions)
         return session
 
@@ -277,7 +303,7 @@ class SessionDriver:
             self._leased.delete(self._suspicion_key(member))
 
     def _suspicion_key(self, member: Member) -> str:
-        return self._keys.suspicion(member.rank, member.incarnation, self._name)
+        return self._keys.suspicion(member.rank, member.incarnation, Accuser.GATEWAY, self._name)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -285,7 +311,7 @@ class SessionDriver:
                 self._notify_reader(action.session)
             elif (entry := self._links.get(action.member)) is not None:
                 entry[0].send(action.message)
-        if self._table.num_waiting or self._timer is not None:
+        if self._table.needs_time or self._timer is not None:
             self._set_timer()
 
     def _notify_reader(self, session: StreamSession) -> None:

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from gateway.rank_choice import RankChooser
 from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
-from shared.types import Member, SamplingParams, SessionId
+from shared.types import (
+    DEFAULT_SCHEDULING,
+    Member,
+    SamplingParams,
+    SchedulingParams,
+    SessionId,
+)
 from shared.wire import Load, SessionTokens
 
 
@@ -33,6 +41,7 @@ class SessionTable:
         self._placed: dict[Member, dict[SessionId, StreamSession]] = {}
         self._refused_by: dict[SessionId, Member] = {}
         self._num_tokens_ended = 0  # tokens of sessions that have ended
+        self._expiries: list[tuple[float, SessionId]] = []  # a heap; some have ended already
 
     @property
     def sessions(self) -> Collection[StreamSession]:
@@ -43,26 +52,50 @@ class SessionTable:
         return len(self._waiting)
 
     @property
+    def needs_time(self) -> bool:
+        """Whether a session waits, or has a deadline."""
+        return bool(self._waiting or self._expiries)
+
+    @property
     def num_generated(self) -> int:
         """Tokens of all sessions since the start."""
         return self._num_tokens_ended + sum(len(s.emitted) for s in self._sessions.values())
 
     def wake_at(self) -> float | None:
-        """When to call `on_time` next; None if no session waits."""
-        if not self._waiting:
-            return None
-        return min(
-            min(s.ready_at, s.deadline_at) if self._rank_chooser.live() else s.deadline_at
+        """When to call `on_time` next; None if no session waits or has a deadline."""
+        while self._expiries and self._expiries[0][1] not in self._sessions:
+            heapq.heappop(self._expiries)
+        times = [at for at, _ in self._expiries[:1]]
+        is_live = bool(self._waiting and self._rank_chooser.live())
+        times += [
+            min(s.ready_at, s.deadline_at) if is_live else s.deadline_at
             for s in self._waiting.values()
-        )
+        ]
+        return min(times, default=None)
 
     def open(
-        self, session: SessionId, prompt: tuple[int, ...], sampling: SamplingParams, now: float
+        self,
+        session: SessionId,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        now: float,
+        *,
+        scheduling: SchedulingParams = DEFAULT_SCHEDULING,
+        expires_at: float = math.inf,
     ) -> tuple[StreamSession, list[Action]]:
         assert session not in self._sessions
         opened = StreamSession(
-            session=session, prompt=prompt, sampling=sampling, policy=self._policy, now=now
+            session=session,
+            prompt=prompt,
+            sampling=sampling,
+            policy=self._policy,
+            now=now,
+            scheduling=scheduling,
+            expires_at=expires_at,
         )
+        if expires_at < math.inf:
+            self._forget_ended_expiries()
+            heapq.heappush(self._expiries, (expires_at, session))
         self._sessions[session] = opened
         self._waiting[session] = opened
         return opened, self._place_waiting(now)
@@ -121,12 +154,22 @@ class SessionTable:
         return actions
 
     def on_time(self, now: float) -> list[Action]:
-        """Places sessions whose backoff is over, and ends those whose deadline has passed."""
-        actions = self._place_waiting(now)
+        """Places sessions whose backoff is over, and ends those whose time is over."""
+        actions: list[Action] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, expired = heapq.heappop(self._expiries)
+            if (late := self._sessions.get(expired)) is not None:
+                actions += self._apply(late, lambda s=late: s.on_time(now))  # type: ignore[misc]
+        actions += self._place_waiting(now)
         for session in list(self._waiting.values()):
             if now >= session.deadline_at:
                 actions += self._apply(session, lambda s=session: s.on_time(now))  # type: ignore[misc]
         return actions
+
+    def _forget_ended_expiries(self) -> None:
+        if len(self._expiries) > 64 + 2 * len(self._sessions):
+            self._expiries = [entry for entry in self._expiries if entry[1] in self._sessions]
+            heapq.heapify(self._expiries)
 
     def _on_message(
         self, session: StreamSession, member: Member, message: SessionTokens, now: float
@@ -167,17 +210,19 @@ class SessionTable:
         return actions + self._place_waiting(now)
 
     def _place_waiting(self, now: float) -> list[Action]:
-        """Sessions with tokens come first: their clients wait in mid-stream."""
+        """Sessions with tokens come first: their clients wait in mid-stream. Then the more urgent:
+        a lower priority."""
         if not self._waiting or not self._rank_chooser.live():
             return []
         actions: list[Action] = []
         ready = [s for s in self._waiting.values() if s.ready_at <= now]
-        for session in sorted(ready, key=lambda s: (not s.emitted, s.opened_at)):
+        for session in sorted(ready, key=_urgency):
             refused_by = self._refused_by.get(session.id)
             member = self._rank_chooser.choose(
                 session.tokens,
                 avoid=(refused_by,) if refused_by else (),
                 backup_rank=session.backup_rank,
+                cache_salt=session.scheduling.cache_salt,
             )
             if member is not None:
                 actions += self._place(session, member)
@@ -217,3 +262,7 @@ class SessionTable:
             self._refused_by.pop(session.id, None)
             actions.append(NotifyReader(session))
         return actions
+
+
+def _urgency(session: StreamSession) -> tuple[bool, int, float]:
+    return (not session.emitted, session.scheduling.priority, session.opened_at)

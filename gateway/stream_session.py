@@ -17,7 +17,8 @@ rule by their place in the prompt. Once all have arrived, no later attempt compu
     REFUSED                 –              → waiting    with backoff: the rank cannot take it now
     RANK_LOST               –              → waiting    at once: link broken, or left out by a map
     REJECTED                –              → failed     the rank says that no rank can run it
-    GIVEN_UP                → failed       → failed     no rank in time, too many moves, shutdown
+    GIVEN_UP                → failed       → failed     no rank in time, too many moves, too late,
+                                                        shutdown
     STOPPED                 → finished     → finished   a stop string was found in the text
     CLIENT_GONE             → cancelled    → cancelled
 
@@ -26,12 +27,22 @@ Every other pair, and every event in finished, failed and cancelled, is ignored.
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from shared.errors import StarfishError
-from shared.types import Attempt, FinishReason, Member, RankId, SamplingParams, SessionId
+from shared.types import (
+    DEFAULT_SCHEDULING,
+    Attempt,
+    FinishReason,
+    Member,
+    RankId,
+    SamplingParams,
+    SchedulingParams,
+    SessionId,
+)
 from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
 
 
@@ -63,6 +74,7 @@ class FailureKind(Enum):
     REJECTED = "rejected"  # a rank answered that no rank can run the request
     SHUTDOWN = "shutdown"  # this gateway is stopping
     STALLED = "stalled"  # its rank answers, but has finished no step for too long
+    DEADLINE = "deadline"  # the request's own time is over
 
 
 TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
@@ -130,6 +142,7 @@ class StreamSession:
         "backup_rank",
         "cached_tokens",
         "emitted",
+        "expires_at",
         "failure",
         "finish",
         "first_token_at",
@@ -145,6 +158,7 @@ class StreamSession:
         "prompt_logprobs",
         "ready_at",
         "sampling",
+        "scheduling",
         "state",
     )
 
@@ -156,10 +170,14 @@ class StreamSession:
         sampling: SamplingParams,
         policy: SessionPolicy,
         now: float,
+        scheduling: SchedulingParams = DEFAULT_SCHEDULING,
+        expires_at: float = math.inf,
     ) -> None:
         self.id = session
         self.prompt = prompt
         self.sampling = sampling
+        self.scheduling = scheduling
+        self.expires_at = expires_at  # whatever happens on the way
         self.emitted: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -224,6 +242,7 @@ class StreamSession:
             tokens=self.tokens,
             num_emitted=len(self.emitted),
             sampling=sampling,
+            scheduling=self.scheduling,
         )
         return [SendToRank(member=member, message=submit)]
 
@@ -259,7 +278,15 @@ class StreamSession:
         return self._lose_rank(SessionEvent.RANK_LOST, now)
 
     def on_time(self, now: float) -> list[SendToRank]:
-        """Gives up if it has waited for too long."""
+        """Gives up if it has waited for too long, or if the request's time is over."""
+        if now >= self.expires_at:
+            after_s = self.expires_at - self.opened_at
+            return self._fail(
+                SessionEvent.GIVEN_UP,
+                FailureKind.DEADLINE,
+                f"the request's timeout is over, {after_s:.3g} s after it began; "
+                f"{len(self.emitted)} tokens were generated",
+            )
         if self.state is not SessionState.WAITING or now < self.deadline_at:
             return []
         waited_s = self._policy.no_rank_timeout_s

@@ -22,24 +22,25 @@ class Piece(NamedTuple):
 
 class TextStream:
     """Stop strings count only in the text after the first `min_tokens` tokens. `include_stop`: the
-    string or token that ends the text is part of it."""
+    string or token that ends the text is part of it. `follows`: the ids before the first one."""
 
     def __init__(
         self,
         token_bytes: TokenBytes,
         *,
+        follows: Sequence[int] = (),
         stops: Sequence[str] = (),
         min_tokens: int = 0,
         include_stop: bool = False,
     ) -> None:
-        self._detokenizer = Detokenizer(token_bytes)
+        self._detokenizer = Detokenizer(token_bytes, follows=follows)
         self._has_stops = bool(stops)
         self._stops = StopStrings(stops, include_stop=include_stop)
         self._num_unchecked_left = min_tokens if stops else 0
         self._shows_stop = include_stop
 
     def echo(self, prompt: Sequence[int]) -> str:
-        """The prompt's text, in which no stop string counts. Call it before the first `feed`."""
+        """The text of a prompt's ids, in which no stop string counts. Call it before `feed`."""
         return self._detokenizer.feed(prompt)
 
     def feed(self, ids: Sequence[int], finish: FinishReason | None = None) -> Piece:

@@ -1,23 +1,23 @@
-"""The checkpoint's tokenizer: turns texts and chats into token ids. Threads encode long texts, so
+"""The checkpoint's tokenizer: turns texts and chats into token ids. Threads work on long ones, so
 that no stream waits for another client's prompt."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
-from tokenizers import Tokenizer
-
-from gateway.chat_template import ChatTemplate, load_chat_template
+from gateway.chat_template import ChatOptions, ChatTemplate
+from gateway.chat_templates import ChatTemplates
+from gateway.context_limit import ContextLimit
 from gateway.detokenizer import TokenBytes, TokenNames
-from shared.errors import CheckpointError, RequestError
+from gateway.prompt_encoder import PromptEncoder
+from gateway.text_encoder import SHORT_CHARS_MAX, EncodedText
 
-INLINE_CHARS_MAX = 1024
-"""Up to this length, encoding is faster than passing the text to a thread and back."""
+INLINE_MESSAGES_MAX = 16
+
+T = TypeVar("T")
 
 
 class ModelTokenizer:
@@ -26,20 +26,47 @@ class ModelTokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
+        encoder: PromptEncoder,
+        templates: ChatTemplates,
         token_bytes: TokenBytes,
         all_token_bytes: TokenBytes,
+        added_ids: Mapping[str, int],
     ) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
+        """`added_ids` are the ids of the tokens that the tokenizer adds to its vocabulary, by their
+        texts."""
+        self._encoder = encoder
+        self._templates = templates
         self.token_bytes = token_bytes
         self.all_token_bytes = all_token_bytes
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self.added_ids = added_ids
+        self._text_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._chat_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="chat-template")
 
     @property
     def num_ids(self) -> int:
         return self.token_bytes.num_ids
+
+    @property
+    def template_problems(self) -> Mapping[str, str]:
+        """Why chat templates cannot be used, by their names."""
+        return self._templates.problems
+
+    @property
+    def template_source(self) -> str:
+        return self._templates.source
+
+    def chat_template(self, *, has_tools: bool) -> ChatTemplate:
+        """The one that a chat takes. Raises RequestError if there is none."""
+        return self._templates.choose(has_tools=has_tools)
+
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        """A short text of ours, as in the middle of a prompt."""
+        return self._encoder.encode_inside(text)
+
+    def names_showing(self, texts: Collection[str]) -> TokenNames:
+        """Of the special tokens, those with these texts appear in texts. Copies the vocabulary."""
+        shown = {token: text for text in texts if (token := self.added_ids.get(text)) is not None}
+        return TokenNames(self.token_bytes.showing(shown), self.all_token_bytes)
 
     def names(self, *, with_special: bool) -> TokenNames:
         """`with_special`: special tokens appear in texts."""
@@ -47,71 +74,54 @@ class ModelTokenizer:
         return TokenNames(text, self.all_token_bytes)
 
     async def encode(self, text: str, *, tokens_max: int, special: bool = True) -> tuple[int, ...]:
-        """Raises RequestError, before encoding, if the text's length alone shows that it has more
-        than `tokens_max` tokens."""
-        least = len(text) // max(self.token_bytes.longest, 1)
-        if least > tokens_max:
-            raise context_exceeded(f"at least {least}", tokens_max)
-        if len(text) <= INLINE_CHARS_MAX:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encode_long, text, special)
+        """A prompt, if `special` with the tokens that the tokenizer puts around it. Raises
+        RequestError, before encoding, if the text's length alone shows that it has more than
+        `tokens_max` tokens."""
+        self._limit(tokens_max).check_chars(len(text))
+        return await self._encode(text, lambda: self._encoder.encode(text, special=special))
+
+    async def encode_with_starts(self, text: str, *, tokens_max: int) -> EncodedText:
+        """As `encode`."""
+        self._limit(tokens_max).check_chars(len(text))
+        return await self._encode(text, lambda: self._encoder.encode_with_starts(text))
 
     async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        options: Mapping[str, Any] | None,
-        *,
-        tokens_max: int,
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, *, tokens_max: int
     ) -> tuple[int, ...]:
         """The template spells special tokens itself, so none are added. Raises RequestError."""
-        if self._template is None:
-            raise RequestError(
-                "this model has no chat template; use /v1/completions", param="messages"
-            )
-        text = self._template.render(messages, options)
-        return await self.encode(text, tokens_max=tokens_max, special=False)
+        template = self.chat_template(has_tools=options.tools is not None)
+        limit = self._limit(tokens_max)
+
+        def render() -> str:
+            return self._encoder.render(template, messages, options, limit)
+
+        if _is_small(messages, options):
+            chat = render()
+        else:
+            chat = await self._in(self._chat_threads, render)
+        return await self._encode(chat, lambda: self._encoder.encode_rendered(chat))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._text_threads, self._chat_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode_long(self, text: str, special: bool) -> tuple[int, ...]:
-        """Uses the batch call: unlike `encode`, it releases the GIL."""
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-        return tuple(encoding.ids)
+    def _limit(self, tokens_max: int) -> ContextLimit:
+        return ContextLimit(tokens_max=tokens_max, longest_token=self.all_token_bytes.longest)
 
+    async def _encode(self, text: str, encode: Callable[[], T]) -> T:
+        if len(text) <= SHORT_CHARS_MAX:
+            return encode()
+        return await self._in(self._text_threads, encode)
 
-def context_exceeded(num_tokens: int | str, tokens_max: int) -> RequestError:
-    return RequestError(
-        f"This model's maximum context length is {tokens_max} tokens, but the request needs "
-        f"{num_tokens} for prompt and completion. Shorten the prompt or max_tokens.",
-        code="context_length_exceeded",
-    )
-
-
-def load_tokenizer(folder: Path) -> ModelTokenizer:
-    """Blocks. Raises CheckpointError if the file is missing or is not byte-level BPE."""
-    path = folder / "tokenizer.json"
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        decoder = msgspec.json.decode(raw).get("decoder")
-        tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    if not _is_byte_level(decoder):
-        raise CheckpointError(f"{path} is not byte-level BPE, the only kind that Starfish supports")
-    added = tokenizer.get_added_tokens_decoder()
-    special = {token_id: token.content for token_id, token in added.items() if token.special}
-    token_bytes = TokenBytes(tokenizer.get_vocab(with_added_tokens=True), special.keys())
-    template = load_chat_template(folder)
-    return ModelTokenizer(tokenizer, template, token_bytes, token_bytes.showing(special))
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
-def _is_byte_level(decoder: Any) -> bool:
-    if not isinstance(decoder, dict):
+def _is_small(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> bool:
+    """Whether rendering is faster than passing it to a thread and back."""
+    if len(messages) > INLINE_MESSAGES_MAX or options.tools or options.documents:
         return False
-    parts = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]
-    return any(part.get("type") == "ByteLevel" for part in parts or [])
+    values = [value for message in messages for value in message.values() if value is not None]
+    values += [value for value in options.variables.values() if not isinstance(value, bool)]
+    num_chars = sum(len(value) if isinstance(value, str) else SHORT_CHARS_MAX for value in values)
+    return num_chars <= SHORT_CHARS_MAX

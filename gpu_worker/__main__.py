@@ -29,7 +29,7 @@ from gpu_worker.startup_timer import StartupTimer
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
-from shared.confinement import require_confined
+from shared.confinement import require_confined, require_internal
 from shared.errors import CheckpointError, StarfishError
 from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
@@ -71,10 +71,12 @@ def main() -> None:
 
 async def run_rank(config: RankConfig) -> NoReturn:
     """Ends the process. Raises StarfishError, OSError, and whatever the engine raised."""
+    if not config.public_data_host:
+        require_internal(config.data_host)
     clock, keys = SystemClock(), Keys(config.instance)
     access = Access(config.instance, read_secret(config.secret_file))
     timer = StartupTimer(clock)
-    store = await connect_store(config.etcd.split(","))
+    store = await connect_store(config.store)
     watch_lifeline(config.lifeline_fd, exit_at_once)
     member, lease_id = await acquire_identity(config, store, keys)
     timer.end_stage("etcd")

@@ -9,6 +9,7 @@ from pathlib import Path
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.config import Timings, option
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 from shared.secret import require_secret
 from shared.types import DeviceKind
 
@@ -41,7 +42,7 @@ class RankConfig:
     incarnation: int = option(0, "incarnation of this rank; 0 takes the next number from etcd")
     lease_id: int = option(0, "etcd lease to register under and keep alive; 0 grants one")
     node: str = option("localhost", "name of this host, the unit of correlated failure")
-    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    store: EtcdOptions = field(default_factory=EtcdOptions)
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     secret_file: Path | None = option(
         None,
@@ -56,6 +57,9 @@ class RankConfig:
     control_host: str = option("127.0.0.1", "address of the control port (sessions, probes, links)")
     control_port: int = option(0, "port of the control listener; 0 takes a free one")
     data_host: str = option("127.0.0.1", "address of the ranks' data network; Mooncake binds to it")
+    public_data_host: bool = option(
+        False, "accept a public address as --data-host; a firewall must keep strangers away from it"
+    )
     transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
     mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
     graph_timeout_ms: int = option(
@@ -109,6 +113,7 @@ class RankConfig:
 
     def check(self) -> None:
         """Raises ConfigError if values contradict each other."""
+        self.store.check()
         self.timings.check()
         require_secret(self.control_host, self.secret_file)
         if self.transfer_protocol not in ("tcp", "rdma"):

@@ -99,12 +99,13 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     hosts = (
         *("--control-host", control_host),
         *("--data-host", address_of(config.data_host)),
+        *(("--public-data-host",) if config.public_data_host else ()),
     )
     ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
     secret = () if config.secret_file is None else ("--secret-file", str(config.secret_file))
     return RankCommand(
         node=NodeId(config.node_name),
-        etcd=config.etcd,
+        store=config.store,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
         extra_flags=(*model, *hosts, *ttl, *secret, *logs, *rank_flags),
@@ -146,7 +147,7 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     ranks = parse_ranks(config.ranks)
     if setup.log_dir is not None:
         setup.log_dir.mkdir(parents=True, exist_ok=True)
-    store = EtcdStore(config.etcd.split(","))
+    store = EtcdStore(config.store)
     leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
     record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
     leased.put(keys.agent(node), pack_record(record))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from node_agent.rank_list import parse_ranks
 from shared.config import option
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 
 _DYING_POLL_MAX_MS = 1000.0
 
@@ -22,7 +23,7 @@ class AgentConfig:
         "", "name of this host, whose ranks may fail together; default: its host name"
     )
     ranks: str = option("0-3", "the ranks of this host, such as 0-3 or 0,2")
-    etcd: str = option("127.0.0.1:2379", "etcd endpoints, comma-separated host:port")
+    store: EtcdOptions = field(default_factory=EtcdOptions)
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     secret_file: Path | None = option(
         None,
@@ -60,6 +61,7 @@ class AgentConfig:
 
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
+        self.store.check()
         parse_ranks(self.ranks)
         if self.lease_ttl_s < 1 or self.stop_grace_s < 0:
             raise ConfigError("--lease-ttl-s must be at least 1, --stop-grace-s at least 0")

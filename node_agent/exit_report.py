@@ -16,7 +16,7 @@ from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys
 from shared.records import Suspicion, pack_record
 from shared.store import Store
-from shared.types import Epoch, NodeId, RankId, Step, SuspicionReason
+from shared.types import Accuser, Epoch, NodeId, RankId, Step, SuspicionReason
 
 log = structlog.get_logger()
 
@@ -79,7 +79,7 @@ class ExitReporter:
             detail=detail,
         )
         key = self._keys.suspicion(
-            running_rank.member.rank, running_rank.member.incarnation, self._by
+            running_rank.member.rank, running_rank.member.incarnation, Accuser.AGENT, self._by
         )
         return key, pack_record(suspicion)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from node_agent.exit_detection import Dying, StatFile
 from node_agent.rank_supervisor import RunningRank
+from shared.etcd_options import EtcdOptions
 from shared.logs import open_log
 from shared.types import Incarnation, Member, NodeId, RankId
 
@@ -26,7 +27,7 @@ class RankCommand:
     """The command line of this node's ranks, without the flags that differ between incarnations."""
 
     node: NodeId
-    etcd: str
+    store: EtcdOptions
     instance: str
     lifeline_fd: int
     extra_flags: tuple[str, ...]
@@ -47,7 +48,7 @@ class RankCommand:
         if self.host_experts_fd >= 0:
             cache_flags = ("--host-experts-fd", str(self.host_experts_fd))
         return (
-            *("--node", self.node, "--etcd", self.etcd, "--instance", self.instance),
+            *("--node", self.node, *self.store.flags(), "--instance", self.instance),
             *("--lifeline-fd", str(self.lifeline_fd)),
             *cache_flags,
             *self.extra_flags,
@@ -66,7 +67,7 @@ class RankCommand:
         flags = dict(zip(argv[len(self.program) :], argv[len(self.program) + 1 :], strict=False))
         if flags.get("--node") != self.node or flags.get("--instance") != self.instance:
             return None
-        if flags.get("--etcd") != self.etcd:
+        if flags.get("--etcd") != self.store.etcd:
             return None
         try:
             member = Member(

@@ -22,7 +22,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import ProcessView, pack_record
 from shared.store import Store
-from shared.types import Member, ProcessState
+from shared.types import Accuser, Member, ProcessState
 
 log = structlog.get_logger()
 
@@ -112,8 +112,9 @@ class ViewReporter:
             now = self._clock.now()
             for running_rank in self._alive():
                 member = running_rank.member
-                prefix = self._keys.suspicions_of(member.rank, member.incarnation)
-                if any(key.startswith(prefix) for key in suspected_keys):
+                ids = member.rank, member.incarnation
+                prefixes = tuple(self._keys.suspicions_of(*ids, accuser) for accuser in Accuser)
+                if any(key.startswith(prefixes) for key in suspected_keys):
                     known = self._watched.setdefault(member, _Watched(running_rank, now))
                     known.until = now + SUSPECTED_FOR_S
                     self._suspected.set()

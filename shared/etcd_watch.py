@@ -14,6 +14,7 @@ thread reads the prefix again and delivers a new Snapshot. `watch_position` deci
     watching  | events              | watching; deliver, remember revision
     watching  | compacted, or older | snapshot
     watching  | error, stream ended | watching, after a jittered backoff
+    watching  | etcd refuses us     | the same, with a new token and a longer wait each time
     any       | stop()              | end
 
 If the consumer falls behind, the queue fills up and the thread waits; gRPC's flow control then
@@ -23,6 +24,7 @@ holds the rest back in etcd.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import random
 import threading
@@ -31,13 +33,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import structlog
 
 from shared.etcd_client import EtcdClient, watch_request
+from shared.etcd_login import has_lapsed
 from shared.store import Snapshot, WatchEvent
 from shared.watch_position import WatchPosition
 
+log = structlog.get_logger()
+
 _BATCHES_MAX = 256
 _BACKOFF_S = (0.1, 0.5)
+_REFUSED_BACKOFF_MAX_S = 5.0
 _REQUIRE_LEADER = (("hasleader", "true"),)  # an etcd node cut off from its quorum ends the stream
 _Batch = list[Snapshot | WatchEvent]
 
@@ -92,6 +99,8 @@ class EtcdWatch:
         self._lock = threading.Lock()
         self._call: Any = None
         self._position = WatchPosition()
+        self._refusals = 0  # in a row
+        self._token: str | None = None  # with which the last stream began
         self._thread = threading.Thread(target=self._run, name=f"etcd-watch {prefix}", daemon=True)
         self._thread.start()
 
@@ -115,7 +124,9 @@ class EtcdWatch:
                     self._read_snapshot()
                 else:
                     self._stream_events(self._position.revision)
-            except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
+            except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed
+                if isinstance(error, grpc.RpcError) and is_refusal(error):
+                    self._on_refusal(error.details() or "")
                 self._stopped.wait(random.uniform(*_BACKOFF_S))
         self._handover.end()
 
@@ -127,7 +138,12 @@ class EtcdWatch:
         """Returns or raises when the stream has ended. `_position` then says how to go on."""
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests.put(watch_request(self._prefix, revision))
-        call = self._client.watch_stub.Watch(iter(requests.get, None), metadata=_REQUIRE_LEADER)
+        login = self._client.login
+        if login.needs_renewal:
+            login.renew(None)
+        self._token = login.token
+        metadata = (*_REQUIRE_LEADER, *login.metadata)
+        call = self._client.watch_stub.Watch(iter(requests.get, None), metadata=metadata)
         with self._lock:
             self._call = call
         try:
@@ -146,10 +162,27 @@ class EtcdWatch:
             if response.created and not position.on_created(response.header.revision):
                 return
             if response.canceled:
+                self._on_refusal(response.cancel_reason)
                 break
+            self._refusals = 0
             if news := position.on_events(_event(e) for e in response.events):
                 self._handover.offer(list(news), self._stopped)
         self._stopped.wait(random.uniform(*_BACKOFF_S))
+
+    def _on_refusal(self, reason: str) -> None:
+        """etcd says "permission denied" of a token that it has forgotten, and of roles that have
+        just changed, as of what we may not read. So we ask again, less and less often."""
+        self._refusals += 1
+        log.warning("watch_refused", prefix=self._prefix, reason=reason, times=self._refusals)
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            self._client.login.renew(self._token)
+        if self._refusals > 1:
+            self._stopped.wait(min(_BACKOFF_S[0] * 2**self._refusals, _REFUSED_BACKOFF_MAX_S))
+
+
+def is_refusal(error: grpc.RpcError) -> bool:
+    refusals = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+    return has_lapsed(error) or error.code() in refusals
 
 
 def _event(event: Any) -> WatchEvent:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.types import Incarnation, NodeId, RankId
+from shared.types import Accuser, Incarnation, NodeId, RankId
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,17 @@ class Keys:
     def suspicions(self) -> str:
         return self.root + "suspicions/"
 
-    def suspicions_of(self, rank: RankId, incarnation: Incarnation) -> str:
-        """The prefix of all suspicions of one incarnation."""
-        return f"{self.suspicions}{rank:05d}/{incarnation:08d}/"
+    def suspicions_by(self, accuser: Accuser) -> str:
+        """The prefix of all suspicions that this kind of process raises: others may not."""
+        return f"{self.suspicions}{accuser.value}/"
 
-    def suspicion(self, rank: RankId, incarnation: Incarnation, by: str) -> str:
+    def suspicions_of(self, rank: RankId, incarnation: Incarnation, accuser: Accuser) -> str:
+        """The prefix of all suspicions of one incarnation by this kind of process."""
+        return f"{self.suspicions_by(accuser)}{rank:05d}/{incarnation:08d}/"
+
+    def suspicion(self, rank: RankId, incarnation: Incarnation, accuser: Accuser, by: str) -> str:
         """Suspicion under the accuser's lease. `by` names the accuser."""
-        return self.suspicions_of(rank, incarnation) + by
+        return self.suspicions_of(rank, incarnation, accuser) + by
 
     @property
     def views(self) -> str:
@@ -110,9 +114,13 @@ class Keys:
         under a lease of the control plane that lasts some minutes."""
         return f"{self.verdicts}{rank:05d}/{incarnation:08d}"
 
+    @property
+    def incarnation_counters(self) -> str:
+        return self.root + "incarnations/"
+
     def incarnation_counter(self, rank: RankId) -> str:
         """Decimal digits: the highest incarnation given to the rank so far. No lease."""
-        return f"{self.root}incarnations/{rank:05d}"
+        return f"{self.incarnation_counters}{rank:05d}"
 
     @property
     def agents(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.config_defaults import NUM_EXPERTS, complete_config
 from shared.errors import CheckpointError
 
 
@@ -48,14 +49,13 @@ ARCHITECTURES = {
 """The registry of models: the architecture that config.json names, and the file in
 `gpu_worker/cpu/families` that serves it."""
 
-_NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")
 """Different families' names for the same value. The first that is present counts."""
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
     """Raises CheckpointError if the folder or its config.json is missing or malformed, or if
-    Starfish does not serve the architecture."""
+    Starfish does not serve the architecture or a key."""
     config = read_json(folder, "config.json")
     architectures = config.get("architectures") or [None]
     if architectures[0] not in ARCHITECTURES:
@@ -63,8 +63,9 @@ def read_model_spec(folder: Path) -> ModelSpec:
             f"{folder}: architecture {architectures[0]!r} is not served; "
             f"known: {', '.join(ARCHITECTURES)}"
         )
+    config = complete_config(architectures[0], config)
     try:
-        num_experts = int(_first_of(config, _NUM_EXPERTS) or 0)
+        num_experts = int(_first_of(config, NUM_EXPERTS) or 0)
         return ModelSpec(
             architecture=architectures[0],
             num_layers=int(config["num_hidden_layers"]),

@@ -1,5 +1,5 @@
-"""The secret that the processes of one instance share, in a file that only their user reads. It is
-never an argument, and never logged."""
+"""Files with secrets: the one that the processes of an instance share, and passwords and keys. Only
+their user reads them; what they hold is never an argument, and never logged."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ _OTHERS = stat.S_IRWXO | stat.S_IWGRP
 
 def create_secret(path: Path) -> None:
     """Replaces a file of an earlier run. Raises OSError."""
-    path.unlink(missing_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with open(fd, "w") as file:
-        file.write(secrets.token_hex(32) + "\n")
+    write_private_file(path, secrets.token_hex(32).encode() + b"\n")
 
 
 def require_secret(address: str, path: Path | None) -> None:
     """Raises ConfigError if other hosts could reach a control port at this address and be let in
     without a secret."""
-    if path is None and not _is_loopback(address):
+    if path is None and not is_loopback(address):
         raise ConfigError(
             f"--control-host {address} can be reached from other hosts: pass --secret-file to "
             "every process of the instance"
         )
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches it."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -46,17 +44,33 @@ def read_secret(path: Path | None) -> bytes:
     but its user and group can read it or anybody but its user can write it."""
     if path is None:
         return b""
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            secret = file.read(_BYTES_MAX).strip()
-    except OSError as error:
-        raise ConfigError(f"--secret-file {path}: {error.strerror}") from error
-    if mode & _OTHERS:
-        raise ConfigError(f"--secret-file {path} is open to other users; run chmod 600 on it")
+    secret = read_private_file(path, flag="--secret-file")
     if len(secret) < CHARACTERS_MIN:
         raise ConfigError(
             f"--secret-file {path}: a secret has at least {CHARACTERS_MIN} characters; make one "
             "with `openssl rand -hex 32`"
         )
     return secret
+
+
+def read_private_file(path: Path, *, flag: str, bytes_max: int = _BYTES_MAX) -> bytes:
+    """The first `bytes_max` bytes, without white space around them. Raises ConfigError, which names
+    the `flag`, if it cannot be read, or if anybody but its user and group can read it or anybody
+    but its user can write it."""
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(bytes_max).strip()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from error
+    if mode & _OTHERS:
+        raise ConfigError(f"{flag} {path} is open to other users; run chmod 600 on it")
+    return content
+
+
+def write_private_file(path: Path, content: bytes) -> None:
+    """Replaces an earlier one, readable by this user alone. Raises OSError."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(fd, "wb") as file:
+        file.write(content)

@@ -13,6 +13,7 @@ epoch        the version of the map
 step         one forward pass that all members of a map run together
 session      one choice of a client request: it generates one sequence of tokens
 attempt      one placement of a session on a rank
+tenant       whom sessions are served for: the client that has an API key, known by the key's name
 suspicion    somebody's doubt, written to etcd, that a member is alive
 verdict      the control plane's decision that a member is dead
 joiner       a member that is new in a map, or not yet known to have stepped under an earlier one
@@ -21,9 +22,13 @@ orphan       an expert that lost its last replica when a rank died
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import NewType
+from types import MappingProxyType
+from typing import Annotated, NewType
+
+from msgspec import Meta
 
 RankId = NewType("RankId", int)
 """The number of a data-parallel rank, 0 … num_ranks-1. Stays the same when its process restarts."""
@@ -90,6 +95,30 @@ class SuspicionReason(Enum):
     SILENCE = "silence"  # it does not answer the gateway's or the control plane's probes
 
 
+class Accuser(Enum):
+    """The kind of process that raises a suspicion. It is a part of the key, so that etcd lets each
+    write its own alone; `ACCUSERS` says which reasons it may have."""
+
+    AGENT = "agent"
+    RANK = "rank"
+    GATEWAY = "gateway"
+    CONTROL_PLANE = "control_plane"
+
+
+ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
+    {
+        SuspicionReason.EXIT: frozenset({Accuser.AGENT}),
+        SuspicionReason.STOPPED: frozenset({Accuser.CONTROL_PLANE}),
+        SuspicionReason.LEASE: frozenset({Accuser.CONTROL_PLANE}),
+        SuspicionReason.EXCHANGE: frozenset({Accuser.RANK}),
+        SuspicionReason.LINK: frozenset({Accuser.RANK}),
+        SuspicionReason.RESET: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
+        SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
+    }
+)
+"""Who may raise a suspicion for which reason."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Member:
     """A rank in one incarnation. Sorted by rank, then incarnation; printed as "3.7"."""
@@ -112,6 +141,18 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingBudget:
+    """After `tokens` tokens of reasoning, `forced_ids` are generated, which end it. It begins with
+    the answer if `opened`, else after `start_ids`. `end_ids` are its end if it comes by itself."""
+
+    tokens: int
+    opened: bool
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    forced_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to turn logits into tokens.
 
@@ -122,7 +163,9 @@ class SamplingParams:
     tokens; 0 asks for the new token's alone. `prompt_logprobs` asks the same for the prompt's
     tokens; with `max_tokens == 0` nothing else is computed. `presence_penalty` and
     `frequency_penalty` count the generated tokens, `repetition_penalty` the prompt's too. `grammar`
-    is a grammar of llguidance that the generated text must follow; empty means none."""
+    is a grammar of llguidance that the generated text must follow; empty means none. `bad_words`
+    are sequences of tokens that must not be generated. If `allowed_token_ids` is not empty, no
+    other token is; it does not go with a grammar."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -140,6 +183,33 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    thinking_budget: ThinkingBudget | None = None
+
+
+PRIORITY_MAX = 2**31 - 1
+WEIGHT_MIN, WEIGHT_MAX = 0.001, 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingParams:
+    """For whom a session runs and how urgent it is. The same for all its attempts.
+
+    `tenant` is "" if there are no API keys: then there is one tenant. `weight` is the tenant's part
+    compared with those of others. A lower `priority` runs earlier, as vLLM has it. `deadline_at` is
+    in seconds since 1970, 0 if there is none; hosts' clocks differ, so ranks only order sessions by
+    it, and the gateway ends those that are late. Sessions share KV blocks only if they have the
+    same `cache_salt`."""
+
+    tenant: Annotated[str, Meta(max_length=64)] = ""
+    weight: Annotated[float, Meta(ge=WEIGHT_MIN, le=WEIGHT_MAX)] = 1.0
+    priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] = 0
+    deadline_at: Annotated[float, Meta(ge=0.0)] = 0.0
+    cache_salt: Annotated[bytes, Meta(max_length=32)] = b""
+
+
+DEFAULT_SCHEDULING = SchedulingParams()
 
 
 class DeviceKind(Enum):

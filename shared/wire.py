@@ -15,6 +15,7 @@ import msgspec
 from shared.codec import pack_plain, to_plain
 from shared.errors import WireError
 from shared.types import (
+    DEFAULT_SCHEDULING,
     Attempt,
     Epoch,
     FinishReason,
@@ -23,6 +24,7 @@ from shared.types import (
     RankId,
     Role,
     SamplingParams,
+    SchedulingParams,
     SessionId,
     Step,
 )
@@ -91,6 +93,7 @@ class Submit:
     tokens: tuple[int, ...]
     num_emitted: int
     sampling: SamplingParams
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +161,7 @@ class Load:
     kv_blocks_cached: int = 0  # a later prompt with the same prefix can reuse them
     prefix_tokens: int = 0  # tokens of all sequences at the time they began to run, since the start
     prefix_tokens_cached: int = 0  # how many of those the KV cache held
+    kv_replicas_rejected: int = 0  # kept here for peers, and not what their source had written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,12 +279,13 @@ class KvReplicaRegionOpened:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvReplicasStored:
     """Rank to rank: these slots of the sender's region hold the blocks with these names; the writes
-    have completed."""
+    have completed. What a slot holds is believed only if it fits its tag."""
 
     source: Member
     generation: int
     slots: tuple[int, ...]
     names: tuple[bytes, ...]
+    tags: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,9 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "fork_server": {"__main__", "config", "cpu", "cuda", "device_choice"},
     },
     "gateway": {
-        "*": set(),
-        "api": {"*"},
+        "parsers": set(),
+        "*": {"parsers"},
+        "api": {"*", "parsers"},
         "service": {"*", "api"},
         "__main__": {"*", "service"},
     },
@@ -69,7 +70,8 @@ LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for 
 OWNERS = {
     "msgpack": {"shared/codec.py"},
     "etcd3": {"shared/etcd_client.py", "shared/etcd_watch.py"},
-    "grpc": {"shared/etcd_client.py", "shared/etcd_watch.py"},
+    "grpc": {"shared/etcd_client.py", "shared/etcd_watch.py", "shared/etcd_login.py"},
+    "cryptography": {"shared/etcd_certificates.py", "gpu_worker/kv_replication/block_tags.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},
     "torch": {"gpu_worker/"},

@@ -55,7 +55,7 @@ class FaultObserver:
     @asynccontextmanager
     async def watching(cls, target: Target) -> AsyncIterator[FaultObserver]:
         """Raises StoreUnavailable."""
-        store = await connect_store(target.etcd.split(","))
+        store = await connect_store(target.store)
         observer = cls(store, Keys(target.instance), target.access())
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from cli.client_headers import VARIABLE, client_headers
 from shared.clock import Clock
 from shared.errors import Unavailable
 from shared.garbage_collector import freeze_loaded_objects
@@ -121,7 +123,8 @@ async def stream_client(url: str, clock: Clock) -> AsyncIterator[StreamClient]:
     freeze_loaded_objects()
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+    headers = client_headers(os.environ)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as http:
         yield StreamClient(http, url, await served_name(http, url), clock)
 
 
@@ -129,6 +132,8 @@ async def served_name(http: aiohttp.ClientSession, url: str) -> str:
     """Name of the model that the gateway serves. Raises Unavailable if no gateway answers."""
     try:
         async with http.get(f"{url}/v1/models") as response:
+            if response.status == 401:
+                raise Unavailable(f"{url} asks for an API key: pass a right one in {VARIABLE}")
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
         raise Unavailable(f"no gateway answers at {url}: {error}; check --url") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from cli.bench.stream_client import served_name
+from cli.client_headers import client_headers
 from cli.evaluate.documents import Document
 from shared.errors import Unavailable
 
@@ -108,6 +110,8 @@ async def open_scorer(url: str) -> AsyncIterator[Scorer]:
     """Raises Unavailable if no gateway answers."""
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(
-        timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+        timeout=timeout,
+        connector=aiohttp.TCPConnector(limit=0),
+        headers=client_headers(os.environ),
     ) as http:
         yield Scorer(http, url, await served_name(http, url))

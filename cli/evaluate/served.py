@@ -12,7 +12,7 @@ from shared.records import InstanceSpec
 
 async def read_served_spec(target: Target) -> InstanceSpec:
     """Raises Unavailable if no control plane has written a spec yet, StoreUnavailable."""
-    store = await connect_store(target.etcd.split(","))
+    store = await connect_store(target.store)
     try:
         found = await store.get(Keys(target.instance).spec)
     finally:

@@ -22,7 +22,7 @@ async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
     if number is None:
         raise ConfigError(f"--signal {signal_name!r}: pass one of {', '.join(SIGNALS)}")
     keys = Keys(target.instance)
-    store = await connect_store(target.etcd.split(","))
+    store = await connect_store(target.store)
     try:
         view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
     finally:

@@ -26,7 +26,7 @@ STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting"
 async def read_status(target: Target) -> dict[str, Any]:
     """Raises StoreUnavailable, or ConfigError if etcd has no such instance."""
     keys = Keys(target.instance)
-    store = await connect_store(target.etcd.split(","))
+    store = await connect_store(target.store)
     try:
         view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
     finally:
@@ -97,6 +97,7 @@ def rank_status(
             "kv_blocks": load.kv_blocks,
             "kv_blocks_used": load.kv_blocks - load.kv_blocks_free,
             "kv_blocks_cached": load.kv_blocks_cached,
+            "kv_replicas_rejected": load.kv_replicas_rejected,
             "prefix_tokens": load.prefix_tokens,
             "prefix_tokens_cached": load.prefix_tokens_cached,
             "engine_age_ms": reply.engine_age_ms,

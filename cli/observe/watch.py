@@ -19,7 +19,7 @@ async def watch_instance(target: Target, *, as_json: bool, clock: Clock) -> int:
     the watch waits and then shows what it missed."""
     keys = Keys(target.instance)
     formatter = EventFormatter(keys)
-    store = await connect_store(target.etcd.split(","))
+    store = await connect_store(target.store)
     try:
         async for seen in changes(store, keys.root):
             for line in formatter.lines(seen.events):

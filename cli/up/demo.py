@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import aiohttp
 from rich.console import Console
@@ -16,15 +17,15 @@ _MAX_TOKENS = 80
 _TIMEOUT_S = 60.0
 
 
-async def stream_demo(url: str, console: Console, clock: Clock) -> str:
-    """Returns a sentence about its speed. Raises Unavailable if the answer does not end
-    properly."""
+async def stream_demo(url: str, console: Console, clock: Clock, headers: Mapping[str, str]) -> str:
+    """Returns a sentence about its speed. `headers` have an API key, if the gateway asks for one.
+    Raises Unavailable if the answer does not end properly."""
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     console.print(f"[bold]>[/] {PROMPT}")
     started_at, first_at, chunks = clock.now(), 0.0, 0
     finish: str | None = None
     try:
-        async with own_gateway_session(timeout) as http:
+        async with own_gateway_session(timeout, headers) as http:
             async with http.get(f"{url}/v1/models") as response:
                 name = (await response.json())["data"][0]["id"]
             async with http.post(f"{url}/v1/chat/completions", json=_request(name)) as response:

@@ -8,14 +8,22 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cli.client_headers import client_headers
 from cli.observe.status import read_status
-from cli.run_dir import RunState, Target, default_run_dir, read_state, write_state
+from cli.run_dir import (
+    RunState,
+    Target,
+    default_run_dir,
+    read_state,
+    state_of_store,
+    write_state,
+)
 from cli.up import services
 from cli.up.cleanup_watchdog_process import CleanupWatchdog
 from cli.up.demo import stream_demo
@@ -34,6 +42,8 @@ from cli.up.supervisor import Supervisor
 from shared.clock import Clock, SystemClock
 from shared.embedded_etcd import EmbeddedEtcd
 from shared.errors import ConfigError, StoreUnavailable, Unavailable
+from shared.etcd_options import EtcdOptions
+from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.listener import listen_on
@@ -119,7 +129,7 @@ class InstanceDriver:
         self._mps: CudaMps | None = None
         self._store: EtcdStore | None = None
         self._claim: InstanceClaim | None = None
-        self._endpoint = ""
+        self._stores: Mapping[EtcdService, EtcdOptions] = {}
         self._listener: socket.socket | None = None
         self._services: list[services.Service] = []
         self.is_serving = False
@@ -149,16 +159,23 @@ class InstanceDriver:
             options.run_dir,
             RunState(
                 instance=options.instance,
-                etcd=self._endpoint,
                 url=self._url,
                 pid=os.getpid(),
                 model=str(model),
                 secret_file=str(options.secret_file),
+                **state_of_store(self._stores[EtcdService.READER]),
             ),
         )
         self.is_serving = True
-        if options.demo:
-            self._console.print(await stream_demo(self._url, self._console, self._clock))
+        if options.is_open_to_all:
+            self._stages.warn(
+                f"{options.host} can be reached from other hosts, and nobody needs an API key: "
+                "whoever reaches it is served. Pass --api-key-file (`starfish keys new NAME` makes "
+                "a key), or --host 127.0.0.1"
+            )
+        headers = client_headers(os.environ)
+        if options.demo and (headers or not options.needs_api_key):
+            self._console.print(await stream_demo(self._url, self._console, self._clock, headers))
         await self._print_next_steps()
 
     async def serve(self) -> None:
@@ -221,8 +238,8 @@ class InstanceDriver:
         options = self._options
         with self._stages.stage("etcd") as stage:
             if options.etcd:
-                self._endpoint = options.etcd
-                self._store = await connect_store(options.etcd.split(","))
+                self._stores = options.stores(self._keys)
+                self._store = await connect_store(self._stores[EtcdService.OPERATOR])
                 stage.result = f"using the one at {options.etcd}"
             else:
                 self._etcd = EmbeddedEtcd(
@@ -231,9 +248,10 @@ class InstanceDriver:
                     on_spawned=self._start_cleanup_watchdog,
                 )
                 await self._etcd.start(on_progress=stage.update)
-                self._endpoint = self._etcd.endpoint
-                self._store = await connect_store([self._endpoint])
-                stage.result = f"embedded, at {self._endpoint}"
+                await self._etcd.admit(self._keys)
+                self._stores = {s: self._etcd.options(self._keys, s) for s in EtcdService}
+                self._store = await connect_store(self._stores[EtcdService.OPERATOR])
+                stage.result = f"embedded, at {self._etcd.endpoint}"
         if self._etcd is None:
             await self._start_cleanup_watchdog()
 
@@ -249,20 +267,21 @@ class InstanceDriver:
         return self._store is not None and await revoke_leader_lease(self._store, self._keys, pid)
 
     async def _start_services(self, model: Path) -> None:
-        options, endpoint = self._options, self._endpoint
+        options, stores = self._options, self._stores
         planned = [
             *(
-                services.control_plane(options, endpoint, model, number)
+                services.control_plane(options, stores[EtcdService.CONTROL_PLANE], model, number)
                 for number in range(options.control_planes)
             ),
             services.agent(
                 options,
-                endpoint,
+                stores[EtcdService.AGENT],
+                stores[EtcdService.RANK],
                 model,
                 self._folder.log_dir,
                 self._mps.environment if self._mps is not None else {},
             ),
-            services.gateway(options, endpoint, self._listen()),
+            services.gateway(options, stores[EtcdService.GATEWAY], self._listen()),
         ]
         for service in planned:
             await self._supervisor.start(service)
@@ -276,7 +295,7 @@ class InstanceDriver:
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks
-        store = await connect_store(self._endpoint.split(","))
+        store = await connect_store(self._stores[EtcdService.READER])
         try:
             with self._stages.stage(f"{num_ranks} ranks") as stage:
 
@@ -334,7 +353,7 @@ class InstanceDriver:
 
     async def _print_next_steps(self) -> None:
         target = Target(
-            etcd=self._endpoint,
+            store=self._stores[EtcdService.READER],
             instance=self._options.instance,
             secret_file=self._options.secret_file,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +11,26 @@ from typing import Annotated
 import typer
 
 from cli.run_dir import SECRET_FILE, default_run_dir
-from cli.target_flags import RunDirFlag
+from cli.target_flags import (
+    EtcdCaFlag,
+    EtcdCertFlag,
+    EtcdKeyFlag,
+    EtcdPasswordFileFlag,
+    EtcdServerNameFlag,
+    EtcdUserFlag,
+    RunDirFlag,
+)
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
 from shared.errors import ConfigError
+from shared.etcd_credentials import read_credentials
+from shared.etcd_options import EtcdOptions
+from shared.etcd_permissions import EtcdService
+from shared.keys import Keys
 from shared.listener import listen_on
-from shared.secret import read_secret
+from shared.secret import is_loopback, read_private_file, read_secret
 
+API_KEYS_VARIABLE = "STARFISH_API_KEYS"
 _RDMA_NOTE = "RDMA devices need an RDMA network; pass --transfer-protocol rdma as well"
 
 
@@ -55,6 +70,19 @@ class UpOptions:
         str | None,
         typer.Option(help="Use the etcd at HOST:PORT[,…] instead of starting an embedded one."),
     ] = None
+    etcd_ca: EtcdCaFlag = None
+    etcd_cert: EtcdCertFlag = None
+    etcd_key: EtcdKeyFlag = None
+    etcd_server_name: EtcdServerNameFlag = ""
+    etcd_user: EtcdUserFlag = ""
+    etcd_password_file: EtcdPasswordFileFlag = None
+    etcd_credentials: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `starfish etcd-setup` made: with it each service reaches etcd as a "
+            "user of its own, instead of all as the one of the flags above."
+        ),
+    ] = None
     control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
     chosen_run_dir: RunDirFlag = None
@@ -66,7 +94,21 @@ class UpOptions:
             "in the run folder).",
         ),
     ] = None
-    demo: Annotated[bool, typer.Option(help="Stream one completion after the start.")] = True
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="TOML file with the API keys of clients and their limits (`starfish keys new` "
+            "makes one); without it nobody needs a key.",
+        ),
+    ] = None
+    demo: Annotated[
+        bool,
+        typer.Option(
+            help="Stream one completion after the start; if that needs an API key, only with one "
+            "in STARFISH_API_KEY."
+        ),
+    ] = True
     static: Annotated[
         bool,
         typer.Option("--static", help="No failure detection: a baseline for measurements."),
@@ -120,6 +162,12 @@ class UpOptions:
     served_model_name: Annotated[
         str, typer.Option(help="Name that clients ask for; more, comma-separated, are aliases.")
     ] = ""
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file to use in place of the checkpoint's template.")
+    ] = None
+    trust_special_tokens: Annotated[
+        bool, typer.Option(help="Special tokens that clients spell are special tokens, not text.")
+    ] = True
     tls_cert: Annotated[
         Path | None, typer.Option(help="PEM file with the certificate chain, for HTTPS.")
     ] = None
@@ -149,6 +197,35 @@ class UpOptions:
             return self.run_dir / SECRET_FILE
         return self.chosen_secret_file.absolute()
 
+    def stores(self, keys: Keys) -> Mapping[EtcdService, EtcdOptions]:
+        """As whom each service reaches an etcd that runs already. Raises ConfigError."""
+        assert self.etcd is not None, "there is no such etcd"
+        base = EtcdOptions(
+            etcd=self.etcd,
+            etcd_ca=self.etcd_ca,
+            etcd_cert=self.etcd_cert,
+            etcd_key=self.etcd_key,
+            etcd_server_name=self.etcd_server_name,
+            etcd_user=self.etcd_user,
+            etcd_password_file=self.etcd_password_file,
+        ).absolute()
+        folder = self.etcd_credentials
+        if folder is None:
+            return dict.fromkeys(EtcdService, base)
+        return {
+            service: read_credentials(folder.absolute(), base, keys, service)
+            for service in EtcdService
+        }
+
+    @property
+    def needs_api_key(self) -> bool:
+        return self.api_key_file is not None or bool(os.environ.get(API_KEYS_VARIABLE, "").strip())
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether other hosts reach the HTTP API, and nobody needs a key."""
+        return not self.needs_api_key and not is_loopback(self.host)
+
     def check(self) -> None:
         """Raises ConfigError if a value is impossible or two flags contradict each other."""
         self._check_aliases()
@@ -162,6 +239,8 @@ class UpOptions:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
+        if self.chat_template is not None and not self.chat_template.is_file():
+            raise ConfigError(f"--chat-template {self.chat_template}: there is no such file")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
         if not self.instance or "/" in self.instance:
@@ -174,7 +253,14 @@ class UpOptions:
             raise ConfigError(
                 f"{self.model} is not a folder; pass a Hugging Face checkpoint as --model"
             )
+        if self.etcd is not None:
+            for store in self.stores(Keys(self.instance)).values():
+                store.check()
+        elif self.etcd_ca or self.etcd_cert or self.etcd_user or self.etcd_credentials:
+            raise ConfigError("without --etcd an etcd of our own is started: leave --etcd-… out")
         read_secret(self.chosen_secret_file)
+        if self.api_key_file is not None:
+            read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
         check_port(self.host, self.port)
 
     def _check_aliases(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import aiohttp
 
@@ -51,8 +51,10 @@ async def wait_until_healthy(url: str, require_alive: Callable[[], None]) -> Non
             await asyncio.sleep(_POLL_S)
 
 
-def own_gateway_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+def own_gateway_session(
+    timeout: aiohttp.ClientTimeout, headers: Mapping[str, str] | None = None
+) -> aiohttp.ClientSession:
     """For the gateway that this process has started: its certificate, which is made out to the name
     that clients use, proves nothing here."""
     connector = aiohttp.TCPConnector(ssl=False)
-    return aiohttp.ClientSession(connector=connector, timeout=timeout)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.up.options import UpOptions
+from shared.etcd_options import EtcdOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +26,14 @@ class Service:
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
 
 
-def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Service:
+def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: int) -> Service:
     slots = ("--slots-per-rank", str(options.slots_per_rank)) if options.slots_per_rank else ()
     redundant, context = options.redundant_experts, options.context_tokens_max
     return Service(
         name=f"control-plane-{number}",
         argv=(
             *(sys.executable, "-m", "control_plane"),
-            *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
+            *(*etcd.flags(), "--instance", options.instance, "--model", str(model)),
             *("--secret-file", str(options.secret_file)),
             *("--ranks", str(options.ranks), *slots),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
@@ -43,20 +44,23 @@ def control_plane(options: UpOptions, etcd: str, model: Path, number: int) -> Se
     )
 
 
-def gateway(options: UpOptions, etcd: str, listen_fd: int) -> Service:
+def gateway(options: UpOptions, etcd: EtcdOptions, listen_fd: int) -> Service:
     """`listen_fd` is our listening socket. Clients that connect while no gateway runs wait in its
     queue."""
     return Service(
         name="gateway",
         argv=(
             *(sys.executable, "-m", "gateway"),
-            *("--etcd", etcd, "--instance", options.instance),
+            *(*etcd.flags(), "--instance", options.instance),
             *("--secret-file", str(options.secret_file)),
             *("--listen-fd", str(listen_fd), "--drain-s", str(options.drain_s)),
             *_given("--served-model-name", options.served_model_name),
+            *_given("--chat-template", options.chat_template),
+            *(() if options.trust_special_tokens else ("--no-trust-special-tokens",)),
             *_given("--cors-origins", options.cors_origins),
             *_given("--tls-cert", options.tls_cert),
             *_given("--tls-key", options.tls_key),
+            *_given("--api-key-file", options.api_key_file and options.api_key_file.absolute()),
             *log_flags(options),
         ),
         inherited_fds=(listen_fd,),
@@ -75,14 +79,15 @@ def _given(flag: str, value: object) -> tuple[str, ...]:
 
 def agent(
     options: UpOptions,
-    etcd: str,
+    etcd: EtcdOptions,
+    rank_etcd: EtcdOptions,
     model: Path,
     log_dir: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Service:
     """The agent's ranks inherit `environment`."""
     host_gb = options.host_experts_gb
-    rank_flags = ["--transfer-protocol", options.transfer_protocol]
+    rank_flags = [*rank_etcd.flags(), "--transfer-protocol", options.transfer_protocol]
     if options.device != "auto":
         rank_flags += ["--device", options.device]
     if options.ib_device:
@@ -95,7 +100,7 @@ def agent(
         name="agent",
         argv=(
             *(sys.executable, "-m", "node_agent"),
-            *("--etcd", etcd, "--instance", options.instance, "--model", str(model)),
+            *(*etcd.flags(), "--instance", options.instance, "--model", str(model)),
             *("--secret-file", str(options.secret_file)),
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
             *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),

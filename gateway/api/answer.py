@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gateway.api.errors import http_error
 from gateway.api.job import Job
+from gateway.api.request_context import require_context
 from gateway.api.responses import DONE, ChunkWriter, error_event, response_body
 from gateway.generation import Generation
 from gateway.stream_session import SessionFailed
@@ -38,7 +39,7 @@ async def answer_whole(generation: Generation, job: Job) -> web.Response:
     body = response_body(
         job.header,
         [writer.choice() for writer in writers],
-        job.usage(generation),
+        job.usage(generation, writers),
         with_token_ids=job.options.return_token_ids,
     )
     return web.Response(body=body, content_type="application/json")
@@ -58,14 +59,20 @@ async def answer_stream(
         include_usage=job.options.include_usage,
     )
     writers = job.choice_writers()
+    is_first = True
     try:
         await response.prepare(request)
-        data = b"".join(chunks.role_chunk(index) for index in range(len(job.tasks)))
+        data = b""
         while True:
+            if job.options.continuous_usage:
+                chunks.set_usage(job.usage(generation, writers))
+            if is_first:
+                data = _role_chunks(job, chunks)
+                is_first = False
             data += b"".join(writers[d.choice].chunk(d, chunks) for d in deltas)
             if generation.done:
                 if job.options.include_usage:
-                    data += chunks.usage_chunk(job.usage(generation))
+                    data += chunks.usage_chunk(job.usage(generation, writers))
                 data += DONE
             if data:
                 await _write(request, response, data)
@@ -74,12 +81,18 @@ async def answer_stream(
             data = b""
             deltas = await generation.next_deltas()
     except SessionFailed as error:
-        await response.write(error_event(http_error(error).body) + DONE)
+        problem = http_error(error).of_request(require_context(request).id)
+        await response.write(error_event(problem.body) + DONE)
     except (ConnectionError, TimeoutError):
         log.info("client_gone", request=job.header.id)
         if request.transport is not None:
             request.transport.abort()
     return response
+
+
+def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
+    content = not (job.plan is not None and job.plan.must_call)
+    return b"".join(chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
 
 
 async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:

@@ -1,14 +1,21 @@
-"""The request bodies that the API reads. Unknown fields are ignored, because clients send many that
-change nothing here. A field that would change the answer but is not supported is in
-`UNSUPPORTED`."""
+"""The request bodies that the API reads: the fields that are served. What becomes of all others,
+`request_fields` says."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any, TypeVar
 
 import msgspec
 
+from gateway.api.request_fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    STREAM_OPTIONS,
+    RequestField,
+    Support,
+)
 from shared.errors import RequestError
 
 B = TypeVar("B", bound=msgspec.Struct)
@@ -16,6 +23,7 @@ B = TypeVar("B", bound=msgspec.Struct)
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -50,54 +58,43 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    # Read only to be rejected:
-    use_beam_search: Any = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[Any] = msgspec.field()
     echo: bool | None = None
     logprobs: int | None = None
-    suffix: Any = None
-    top_logprobs: Any = None  # a field of chats
-
-
-class TextPart(msgspec.Struct, kw_only=True):
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, kw_only=True):
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[Any] | None = None
-    tool_call_id: str | None = None
 
 
 class ChatBody(GenerationBody, kw_only=True):
-    messages: list[ChatMessage]
+    messages: list[Any]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: Any = None
+    tools: list[Any] | None = None
     tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    thinking_token_budget: int | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
 
 
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (False,),
-    "suffix": ("",),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "audio": (),
-    "modalities": (["text"],),
-}
-"""Field → the values, besides null, that have no effect and are therefore accepted."""
+IGNORED_NAMES_MAX = 32
+"""So many unknown fields are named."""
+
+_UNPRINTABLE = re.compile(r"[^\w.\-]", re.ASCII)
 
 
 def decode_body(raw: bytes, cls: type[B]) -> B:
@@ -105,35 +102,52 @@ def decode_body(raw: bytes, cls: type[B]) -> B:
     supported."""
     try:
         body = msgspec.json.decode(raw, type=cls)
+        if issubclass(cls, GenerationBody):
+            refuse_unsupported(raw, cls)
     except msgspec.ValidationError as error:
         raise RequestError(str(error), param=_param(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    if isinstance(body, GenerationBody):
-        refuse_unsupported(body)
     return body
 
 
-def refuse_unsupported(body: GenerationBody) -> None:
-    for name in body.__struct_fields__:
-        plain = UNSUPPORTED.get(name)
-        if plain is None:
+def refuse_unsupported(raw: bytes, cls: type[GenerationBody]) -> None:
+    known = fields_of(cls)
+    for name, value in _values(raw).items():
+        about = known.get(name)
+        if about is None or about.support is not Support.REFUSED:
             continue
-        value = getattr(body, name)
-        if value is None or any(_same(value, allowed) for allowed in plain):
-            continue
-        raise RequestError(f"{name}={value!r:.60} is not supported; leave it out", param=name)
-    if isinstance(body, CompletionBody) and body.top_logprobs is not None:
-        raise RequestError(
-            "top_logprobs is for chats; pass the number as `logprobs`", param="top_logprobs"
-        )
-    if isinstance(body, ChatBody) and body.tools and body.tool_choice != "none":
-        raise RequestError(
-            "tool calls are not supported; leave `tools` out, or pass tool_choice='none'",
-            param="tools",
-        )
+        plain = msgspec.json.decode(value)
+        if plain is not None and not any(_same(plain, allowed) for allowed in about.neutral):
+            advice = about.note or "leave it out"
+            raise RequestError(f"{name} is not supported: {advice}", param=name)
+
+
+def ignored_fields(raw: bytes, cls: type[msgspec.Struct]) -> list[str]:
+    """Names of fields that no API has, fit for a header: they may be misspelt. `raw` has been
+    decoded as `cls`."""
+    values = _values(raw)
+    known: Container[str] = frozenset(cls.__struct_fields__)
+    if issubclass(cls, GenerationBody):
+        known = fields_of(cls)
+    names = [name for name in values if name not in known]
+    if (options := values.get("stream_options")) is not None and "stream_options" in known:
+        names += [f"stream_options.{name}" for name in _values(options, STREAM_OPTIONS)]
+    return [_UNPRINTABLE.sub("?", name)[:64] for name in names[:IGNORED_NAMES_MAX]]
+
+
+def fields_of(cls: type[GenerationBody]) -> dict[str, RequestField]:
+    return CHAT_FIELDS if cls is ChatBody else COMPLETION_FIELDS
+
+
+def _values(
+    raw: bytes | msgspec.Raw, without: Container[str] = frozenset()
+) -> dict[str, msgspec.Raw]:
+    """The fields of an object, not decoded; none for null."""
+    values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw] | None) or {}
+    return {name: value for name, value in values.items() if name not in without}
 
 
 def _same(value: Any, allowed: Any) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from gateway.api.answer_reader import AnswerReader
 from gateway.api.logprobs import (
     CompletionLogprobs,
     ScoredToken,
@@ -23,27 +27,48 @@ class ChoiceWriter:
     stream."""
 
     def __init__(
-        self, options: RequestOptions, task: PromptTask, names: TokenNames, *, chat: bool
+        self,
+        options: RequestOptions,
+        task: PromptTask,
+        names: TokenNames,
+        *,
+        chat: bool,
+        answer: AnswerReader | None = None,
     ) -> None:
+        """`answer` reads the text of a chat; None: it is all content."""
         self._options = options
         self._prompt = task.prompt
         self._names = names
         self._chat = chat
         self._num_top = task.sampling.logprobs
-        self._completion = CompletionLogprobs(names, task.sampling.logprobs or 0)
+        self._completion = CompletionLogprobs(
+            names,
+            task.sampling.logprobs or 0,
+            follows=task.hidden_prompt,
+            echoed=task.sent if task.echo else None,
+        )
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._scored: list[ScoredToken] = []
         self._prompt_logprobs: list[TokenLogprob] = []
-        self._finish: FinishReason | None = None
+        self._finish = FinishReason.LENGTH
+        self._answer = answer
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """None if its reasoning is not split off."""
+        return None if self._answer is None else self._answer.num_reasoning_tokens
 
     def take(self, delta: Delta) -> None:
         """Collects a delta for `choice`."""
-        self._texts.append(delta.text)
+        if self._answer is None:
+            self._texts.append(delta.text)
+        else:
+            self._answer.feed(delta.text, delta.token_ids, delta.finish)
         self._token_ids += delta.token_ids
         self._scored += self._scored_of(delta)
         self._prompt_logprobs += delta.prompt_logprobs
-        self._finish = delta.finish
+        self._finish = delta.finish or self._finish
 
     def choice(self) -> Choice:
         num_prompt = self._options.prompt_logprobs
@@ -51,7 +76,10 @@ class ChoiceWriter:
             text="".join(self._texts),
             token_ids=self._token_ids,
             prompt_ids=self._prompt,
-            finish=self._finish or FinishReason.LENGTH,
+            finish_reason=self._finish.value
+            if self._answer is None
+            else self._answer.finish_reason(self._finish),
+            message=None if self._answer is None else self._answer.message(),
             logprobs=self._shape(self._scored),
             prompt_logprobs=None
             if num_prompt is None
@@ -61,10 +89,30 @@ class ChoiceWriter:
     def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
         """One event of a stream. Empty for a delta without text (half a character, a held-back stop
         string), unless the delta has something else to say."""
+        if self._answer is not None:
+            return self._parsed_chunks(self._answer, delta, writer)
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
             return b""
         logprobs = self._shape(self._scored_of(delta))
         return writer.delta_chunk(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
+
+    def _parsed_chunks(self, answer: AnswerReader, delta: Delta, writer: ChunkWriter) -> bytes:
+        """A chunk for each kind of text, the first with what belongs to the tokens, and one for the
+        end."""
+        deltas = answer.feed(delta.text, delta.token_ids, delta.finish)
+        logprobs = self._shape(self._scored_of(delta))
+        ids: Sequence[int] = delta.token_ids
+        if ids and not deltas and (writer.with_token_ids or logprobs is not None):
+            deltas = [{}]
+        chunks = b""
+        for each in deltas:
+            body = b'"delta":' + msgspec.json.encode(each)
+            chunks += writer.body_chunk(delta.choice, body, ids, None, logprobs)
+            ids, logprobs = (), None
+        if delta.finish is not None:
+            reason = answer.finish_reason(delta.finish)
+            chunks += writer.body_chunk(delta.choice, b'"delta":{}', ids, reason, logprobs)
+        return chunks
 
     def _scored_of(self, delta: Delta) -> list[ScoredToken]:
         if self._num_top is None:

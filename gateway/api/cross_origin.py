@@ -6,9 +6,16 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
+from gateway.api.rate_headers import RATES
+
 _ANY = "*"
 _PREFLIGHT_S = 600
-_EXPOSED = "X-Request-Id, Retry-After, X-Starfish-Rank, X-Starfish-Ignored-Fields"
+_EXPOSED = ", ".join(
+    [
+        *("X-Request-Id", "Retry-After", "X-Starfish-Rank", "X-Starfish-Ignored-Fields"),
+        *(f"X-RateLimit-{part}-{of}" for part in ("Limit", "Remaining", "Reset") for of in RATES),
+    ]
+)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

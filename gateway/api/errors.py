@@ -3,22 +3,35 @@ shape."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
-from gateway.api.responses import error_body
+from gateway.api.responses import error_body, with_request_id
 from gateway.stream_session import FailureKind, SessionFailed
-from shared.errors import Overloaded, RequestError, StarfishError, Unavailable
+from shared.errors import (
+    Overloaded,
+    RequestError,
+    StarfishError,
+    Unauthenticated,
+    Unavailable,
+)
 
-_STATUS_BY_CODE = {"model_not_found": 404, "request_too_large": 413, "request_timeout": 408}
+_STATUS_BY_CODE = {
+    "forbidden": 403,
+    "model_not_found": 404,
+    "request_too_large": 413,
+    "request_timeout": 408,
+}
 _STATUS_BY_FAILURE = {
     FailureKind.NO_RANK: (503, "no_rank_available"),
     FailureKind.RANKS_LOST: (500, "ranks_lost"),
     FailureKind.REJECTED: (500, "rejected_by_rank"),
     FailureKind.SHUTDOWN: (503, "shutting_down"),
     FailureKind.STALLED: (503, "stalled"),
+    FailureKind.DEADLINE: (504, "deadline_exceeded"),
 }
 
 
@@ -45,6 +58,9 @@ class HttpError:
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
 
+    def of_request(self, request_id: str) -> HttpError:
+        return replace(self, body=with_request_id(self.body, request_id))
+
     def response(self) -> web.Response:
         return web.Response(
             status=self.status,
@@ -62,9 +78,13 @@ def http_error(error: StarfishError) -> HttpError:
                 str(error), kind="invalid_request_error", param=error.param, code=error.code
             )
             return HttpError(status=status, body=body)
+        case Unauthenticated():
+            body = error_body(str(error), kind="invalid_request_error", code="invalid_api_key")
+            headers = {"WWW-Authenticate": 'Bearer realm="starfish"'}
+            return HttpError(status=401, body=body, headers=headers)
         case Overloaded():
-            body = error_body(str(error), kind="rate_limit_error", code="overloaded")
-            headers = {"Retry-After": str(error.retry_after_s)}
+            body = error_body(str(error), kind="rate_limit_error", code=error.code)
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return HttpError(status=429, body=body, headers=headers)
         case Unavailable():
             body = error_body(str(error), kind="server_error", code="unavailable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shared.errors import RequestError
@@ -10,6 +11,8 @@ from shared.errors import RequestError
 STOPS_MAX = 16
 STOP_CHARS_MAX = 1024
 STOP_IDS_MAX = 128
+BAD_WORDS_MAX = 128
+BAD_WORD_CHARS_MAX = 256
 TOP_LOGPROBS_MAX = 20
 LOGIT_BIAS_MAX = 1024
 INT64_MAX = 2**63 - 1
@@ -56,6 +59,31 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
         message = f"a stop string must have 1 to {STOP_CHARS_MAX} characters"
         raise RequestError(message, param="stop")
     return stops
+
+
+def allowed_ids_of(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if not ids or min(ids) < 0 or max(ids) >= vocab_size:
+        message = f"allowed_token_ids: at least one id, from 0 to {vocab_size - 1}"
+        raise RequestError(message, param="allowed_token_ids")
+    return tuple(sorted(set(ids)))
+
+
+def bad_word_ids(
+    words: list[str] | None, ids_of: Callable[[str], Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """As vLLM: each word as it is written at the beginning of a text and after a space. `ids_of`
+    encodes a short text."""
+    if not words:
+        return ()
+    if len(words) > BAD_WORDS_MAX:
+        raise RequestError(f"at most {BAD_WORDS_MAX} bad words are supported", param="bad_words")
+    if any(not word.strip() or len(word) > BAD_WORD_CHARS_MAX for word in words):
+        message = f"a bad word must have 1 to {BAD_WORD_CHARS_MAX} characters"
+        raise RequestError(message, param="bad_words")
+    spelt = (tuple(ids_of(form)) for w in words for form in (w.lstrip(), " " + w.lstrip()))
+    return tuple(dict.fromkeys(ids for ids in spelt if ids))
 
 
 def stop_ids_of(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:

@@ -43,12 +43,17 @@ def read_grammar(body: GenerationBody) -> str:
         raise RequestError(f"{names} exclude each other; pass only one", param=constraints[1][0])
     param, kind, value = constraints[0]
     grammar = _grammar(param, kind, value)
+    check_grammar(grammar, param)
+    return grammar
+
+
+def check_grammar(grammar: str, param: str) -> None:
+    """`param` is the field that it was made of. Call it off the event loop. Raises RequestError."""
     if len(grammar) > GRAMMAR_CHARS_MAX:
         raise RequestError(f"{param} is longer than {GRAMMAR_CHARS_MAX} characters", param=param)
     error = LLMatcher.validate_grammar(grammar)
     if error and not error.startswith("WARNING"):
         raise RequestError(f"{param} is not a usable grammar: {error.strip()[:500]}", param=param)
-    return grammar
 
 
 def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:

@@ -11,28 +11,42 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gateway.admission import Admission
 from gateway.api.answer import answer_stream, answer_whole
-from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
+from gateway.api.answer_plan import AnswerPlan
+from gateway.api.authentication import Authenticator
+from gateway.api.bodies import (
+    B,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    decode_body,
+    ignored_fields,
+)
+from gateway.api.chat_request import plan_answer, read_budget, read_chat
 from gateway.api.cross_origin import CrossOrigin
-from gateway.api.errors import body_too_large, http_error
-from gateway.api.guided import asks_for_grammar, read_grammar
+from gateway.api.errors import HttpError, body_too_large, http_error
+from gateway.api.fields import bad_word_ids
+from gateway.api.guidance import answer_grammar
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
+from gateway.api.rate_headers import RateHeaders
+from gateway.api.request_admission import RequestAdmission
+from gateway.api.request_context import require_context
+from gateway.api.request_log import RequestLog, name_request
 from gateway.api.requests import (
-    CHOICES_MAX,
     RequestOptions,
-    read_messages,
     read_options,
     read_prompts,
 )
 from gateway.api.responses import Header
 from gateway.api.routes import Handler, Routes, endpoint_of
+from gateway.api.scheduling import RequestScheduling
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from gateway.generation import Generation, PromptTask
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.prompt import Prompt, SentText
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
@@ -44,13 +58,19 @@ BODY_TIMEOUT_S = 60.0
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
 
+IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
+IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
+"""Header of an answer: the fields of the request that no API has."""
+
 
 class HttpApp:
     def __init__(
         self,
         *,
         driver: SessionDriver,
-        admission: Admission,
+        admission: RequestAdmission,
+        authenticator: Authenticator,
+        request_log: RequestLog,
         clock: Clock,
         metrics: GatewayMetrics,
         health: Health,
@@ -60,6 +80,8 @@ class HttpApp:
     ) -> None:
         self._driver = driver
         self._admission = admission
+        self._authenticator = authenticator
+        self._request_log = request_log
         self._clock = clock
         self._metrics = metrics
         self._health = health
@@ -70,10 +92,19 @@ class HttpApp:
     def build(self, *outer: Middleware) -> web.Application:
         """`outer` are middlewares around its own ones, the outermost first."""
         app = web.Application(
-            middlewares=[*outer, self._cross_origin.answer_preflight, self._handle_errors],
+            middlewares=[
+                *outer,
+                self._request_log.log_request,
+                self._cross_origin.answer_preflight,
+                self._handle_errors,
+                self._authenticator.authenticate,
+            ],
             client_max_size=self._body_bytes_max,
         )
         app.on_response_prepare.append(self._cross_origin.on_prepare)
+        app.on_response_prepare.append(_name_ignored_fields)
+        app.on_response_prepare.append(name_request)
+        app.on_response_prepare.append(RateHeaders(self._clock).add)
         self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
         routes.post(
             "/v1/chat/completions", self._chat, "answers a chat", body=ChatBody, streams=True
@@ -99,66 +130,89 @@ class HttpApp:
     @web.middleware
     async def _handle_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turns every failure into OpenAI's error shape, and counts every answer."""
+        context = require_context(request)
         try:
             response = await handler(request)
-        except StarfishError as error:
-            response = http_error(error).response()
-        except web.HTTPRequestEntityTooLarge:
-            response = http_error(body_too_large(self._body_bytes_max)).response()
-        except web.HTTPException as error:
-            response = self._routes.error_for(request, error).response()
+        except (StarfishError, web.HTTPException) as error:
+            response = self._problem(request, error).of_request(context.id).response()
         except Exception:  # the outermost loop of a request
             log.exception("request_crashed", path=request.path)
-            response = http_error(
-                StarfishError("the gateway failed; its log has the details")
-            ).response()
+            problem = http_error(StarfishError("the gateway failed; its log has the details"))
+            response = problem.of_request(context.id).response()
         if self._health.draining:
             response.force_close()
         self._metrics.on_request(endpoint_of(request), response.status)
+        if context.account is not None:
+            self._metrics.on_key_request(
+                context.key.name,
+                response.status,
+                num_prompt_tokens=context.num_prompt_tokens,
+                num_generated=context.num_generated,
+            )
         return response
 
+    def _problem(self, request: web.Request, error: StarfishError | web.HTTPException) -> HttpError:
+        if isinstance(error, StarfishError):
+            return http_error(error)
+        if isinstance(error, web.HTTPRequestEntityTooLarge):
+            return http_error(body_too_large(self._body_bytes_max))
+        return self._routes.error_for(request, error)
+
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        served = await self._require_served_model()
-        body = await self._read(request, ChatBody)
-        limits = self._check(served, body)
-        options = await _read_options(body, limits)
-        prompt = await served.tokenizer.encode_chat(
-            read_messages(body.messages),
-            body.chat_template_kwargs,
-            tokens_max=limits.context_tokens_max,
-        )
-        if not prompt:
-            raise RequestError("the prompt has no tokens", param="messages")
-        return await self._run(request, self._job(served, options, [prompt], limits, True))
+        with self._admission.enter(request):
+            served = await self._require_served_model()
+            body = await self._read(request, ChatBody)
+            limits = self._check(served, body)
+            scheduling = self._admission.reserve(request, body, limits)
+            async with self._admission.turn(request, expires_at=scheduling.expires_at):
+                options = read_options(body, limits)
+                chat = read_chat(body, served)
+                ids = await served.tokenizer.encode_chat(
+                    chat.messages, chat.options, tokens_max=options.prompt_tokens_max(limits)
+                )
+                if not ids:
+                    raise RequestError("the prompt has no tokens", param="messages")
+                prompt = options.fitted(Prompt(ids=ids), limits)
+                plan = plan_answer(body, chat, served, prompt.ids)
+                options = await _guided(body, options, served, plan)
+            job = self._job(served, options, [prompt], limits, scheduling, plan)
+            return await self._run(request, job)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        served = await self._require_served_model()
-        body = await self._read(request, CompletionBody)
-        limits = self._check(served, body)
-        options = await _read_options(body, limits)
-        prompts = [
-            await served.tokenizer.encode(prompt, tokens_max=limits.context_tokens_max)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in read_prompts(body, limits.vocab_size)
-        ]
-        if not all(prompts):
-            raise RequestError("the prompt has no tokens", param="prompt")
-        return await self._run(request, self._job(served, options, prompts, limits, False))
+        with self._admission.enter(request):
+            served = await self._require_served_model()
+            body = await self._read(request, CompletionBody)
+            limits = self._check(served, body)
+            scheduling = self._admission.reserve(request, body, limits)
+            async with self._admission.turn(request, expires_at=scheduling.expires_at):
+                options = await _guided(body, read_options(body, limits), served)
+                prompts = [
+                    options.fitted(await _encoded(served, prompt, options, limits), limits)
+                    for prompt in read_prompts(body, limits.vocab_size)
+                ]
+            if not all(prompt.ids for prompt in prompts):
+                raise RequestError("the prompt has no tokens", param="prompt")
+            job = self._job(served, options, prompts, limits, scheduling)
+            return await self._run(request, job)
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
-        served = await self._require_served_model()
-        body = await self._read(request, TokenizeBody)
-        self._check_name(served, body.model)
-        limits = served.limits(self._driver.view)
-        plain = await tokenize(served, body, limits, chars_max=self._body_bytes_max)
-        return web.json_response(plain)
+        with self._admission.enter(request):
+            served = await self._require_served_model()
+            body = await self._read(request, TokenizeBody)
+            self._check_name(served, body.model)
+            limits = served.limits(self._driver.view)
+            async with self._admission.turn(request):
+                plain = await tokenize(served, body, limits, chars_max=self._body_bytes_max)
+            return web.json_response(plain)
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
-        served = await self._require_served_model()
-        body = await self._read(request, DetokenizeBody)
-        self._check_name(served, body.model)
-        return web.json_response(detokenize(served, body, served.limits(self._driver.view)))
+        with self._admission.enter(request):
+            served = await self._require_served_model()
+            body = await self._read(request, DetokenizeBody)
+            self._check_name(served, body.model)
+            async with self._admission.turn(request):
+                plain = detokenize(served, body, served.limits(self._driver.view))
+            return web.json_response(plain)
 
     async def _require_served_model(self) -> ServedModel:
         """Raises Unavailable with what is being waited for. A gateway that has just started needs
@@ -178,7 +232,10 @@ class HttpApp:
                 raw = await request.read()
         except TimeoutError as error:
             raise RequestError("the body did not arrive in time", code="request_timeout") from error
-        return decode_body(raw, cls)
+        body = decode_body(raw, cls)
+        require_context(request).body_bytes = len(raw)
+        request[IGNORED_FIELDS] = ignored_fields(raw, cls)
+        return body
 
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         self._check_name(served, body.model)
@@ -193,12 +250,13 @@ class HttpApp:
         self,
         served: ServedModel,
         options: RequestOptions,
-        prompts: list[tuple[int, ...]],
+        prompts: list[Prompt],
         limits: ModelLimits,
-        chat: bool,
+        scheduling: RequestScheduling,
+        plan: AnswerPlan | None = None,
     ) -> Job:
-        if len(prompts) * options.num_choices > CHOICES_MAX:
-            raise RequestError(f"at most {CHOICES_MAX} choices in all are supported", param="n")
+        """`plan` is a chat's."""
+        chat = plan is not None
         header = Header(
             id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             created=int(self._clock.wall()),
@@ -207,8 +265,11 @@ class HttpApp:
         )
         tasks = [
             PromptTask(
-                prompt=prompt,
-                sampling=options.sampling_for(len(prompt), limits, choice),
+                prompt=prompt.ids,
+                sent=prompt.sent,
+                sampling=options.sampling_for(len(prompt.ids), limits, choice),
+                scheduling=scheduling.params,
+                expires_at=scheduling.expires_at,
                 stops=options.stops,
                 echo=options.echo,
                 include_stop=options.include_stop,
@@ -220,29 +281,67 @@ class HttpApp:
             header=header,
             options=options,
             tasks=tasks,
-            names=served.tokenizer.names(with_special=options.include_special),
-            num_prompt_tokens=sum(map(len, prompts)),
+            names=served.token_names(
+                with_special=options.include_special, parsed=plan is not None and plan.is_parsed
+            ),
+            num_prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+            plan=plan,
         )
 
     async def _run(self, request: web.Request, job: Job) -> web.StreamResponse:
+        context = require_context(request)
+        context.num_prompt_tokens = job.num_prompt_tokens
+        self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
         generation = Generation(
             driver=self._driver,
-            admission=self._admission,
-            clock=self._clock,
             token_bytes=job.names.text,
             tasks=job.tasks,
-            streaming=job.options.stream,
+            # What is parsed is read as it comes: at its end it would hold up the event loop.
+            streaming=job.options.stream or job.is_parsed,
         )
-        with generation:
-            if job.options.stream:
-                return await answer_stream(request, generation, job)
-            return await answer_whole(generation, job)
+        try:
+            with generation:
+                if job.options.stream:
+                    return await answer_stream(request, generation, job)
+                return await answer_whole(generation, job)
+        finally:
+            context.num_generated = generation.num_generated
+            num_prompt_tokens = sum(len(task.prompt) for task in job.tasks)
+            self._admission.use(request, tokens=num_prompt_tokens + context.num_generated)
 
 
-async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
-    """Reads a grammar on a thread: a huge one takes long, and no other client may wait for it."""
-    options = read_options(body, limits)
-    if not asks_for_grammar(body):
-        return options
-    grammar = await asyncio.to_thread(read_grammar, body)
-    return replace(options, sampling=replace(options.sampling, grammar=grammar))
+async def _name_ignored_fields(request: web.Request, response: web.StreamResponse) -> None:
+    """A field that no API has may be misspelt; its client should know that it had no effect."""
+    if names := request.get(IGNORED_FIELDS):
+        response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)
+
+
+async def _guided(
+    body: GenerationBody,
+    options: RequestOptions,
+    served: ServedModel,
+    plan: AnswerPlan | None = None,
+) -> RequestOptions:
+    """With what the tokenizer and the chat's plan add to the sampling."""
+    sampling = replace(
+        options.sampling,
+        bad_words=bad_word_ids(body.bad_words, served.tokenizer.encode_inside),
+        grammar=await answer_grammar(body, plan, served),
+    )
+    if plan is not None and isinstance(body, ChatBody):
+        sampling = replace(sampling, thinking_budget=read_budget(body, plan, served))
+    return replace(options, sampling=sampling)
+
+
+async def _encoded(
+    served: ServedModel, prompt: str | tuple[int, ...], options: RequestOptions, limits: ModelLimits
+) -> Prompt:
+    """An echo needs the text, and its log-probabilities where each token begins in it."""
+    if not isinstance(prompt, str):
+        return Prompt(ids=prompt)
+    tokenizer, tokens_max = served.tokenizer, options.prompt_tokens_max(limits)
+    if options.echo and options.sampling.logprobs is not None:
+        ids, starts = await tokenizer.encode_with_starts(prompt, tokens_max=tokens_max)
+        return Prompt(ids=ids, sent=SentText(text=prompt, starts=starts))
+    ids = await tokenizer.encode(prompt, tokens_max=tokens_max)
+    return Prompt(ids=ids, sent=SentText(text=prompt))

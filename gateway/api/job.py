@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gateway.api.answer_plan import AnswerPlan
+from gateway.api.answer_reader import AnswerReader
 from gateway.api.choices import ChoiceWriter
 from gateway.api.requests import RequestOptions
 from gateway.api.responses import Header, Usage
@@ -21,14 +24,35 @@ class Job:
     tasks: list[PromptTask]
     names: TokenNames
     num_prompt_tokens: int
+    plan: AnswerPlan | None = None
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether anything may be split off its texts."""
+        return self.plan is not None and self.plan.is_parsed
 
     def choice_writers(self) -> list[ChoiceWriter]:
         chat = self.header.chat
-        return [ChoiceWriter(self.options, task, self.names, chat=chat) for task in self.tasks]
+        return [
+            ChoiceWriter(
+                self.options, task, self.names, chat=chat, answer=self._reader(task, index)
+            )
+            for index, task in enumerate(self.tasks)
+        ]
 
-    def usage(self, generation: Generation) -> Usage:
+    def _reader(self, task: PromptTask, index: int) -> AnswerReader | None:
+        if self.plan is None:
+            return None
+        answer = self.header.id
+        return self.plan.reader(self.names, task.prompt, answer=answer, choice=index)
+
+    def usage(self, generation: Generation, writers: Sequence[ChoiceWriter] = ()) -> Usage:
+        """Of the whole request so far."""
+        counts = [writer.num_reasoning_tokens for writer in writers]
+        known = [count for count in counts if count is not None]
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             cached_tokens=generation.num_cached,
             completion_tokens=generation.num_generated,
+            reasoning_tokens=sum(known) if known else None,
         )

@@ -3,10 +3,13 @@ as a text and as its bytes."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.detokenizer import Detokenizer, TokenNames
+from gateway.api.token_offsets import TokenOffsets
+from gateway.detokenizer import TokenNames
+from gateway.prompt import SentText
 from shared.wire import TokenLogprob
 
 LOGPROB_MIN = -9999.0
@@ -35,25 +38,36 @@ def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]
 
 class CompletionLogprobs:
     """The log-probabilities of one choice, piece by piece. Offsets count characters from the start
-    of its whole text."""
+    of its whole text. `echoed`: the text begins with it, and the first tokens are those of it.
+    `follows`: the ids before the first one whose text is decoded."""
 
-    def __init__(self, names: TokenNames, num_top: int) -> None:
+    def __init__(
+        self,
+        names: TokenNames,
+        num_top: int,
+        *,
+        follows: Sequence[int] = (),
+        echoed: SentText | None = None,
+    ) -> None:
         self._names = names
         self._num_top = num_top
-        self._text = Detokenizer(names.text)
-        self._offset = 0
+        self._echoed_starts = deque(echoed.starts if echoed else ())
+        begin = len(echoed.text) if echoed else 0
+        self._offsets = TokenOffsets(names.text, follows=follows, begin=begin)
 
     def next(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
-        offsets: list[int] = []
-        for token, _ in scored:
-            offsets.append(self._offset)
-            self._offset += len(self._text.feed((token,)))
+        offsets = [self._next_offset(token) for token, _ in scored]
         return {
             "tokens": [self._names.unique_name(token) for token, _ in scored],
             "token_logprobs": [each and _finite(each.logprob) for _, each in scored],
             "top_logprobs": [each and self._top(token, each) for token, each in scored],
             "text_offset": offsets,
         }
+
+    def _next_offset(self, token: int) -> int:
+        if self._echoed_starts:
+            return self._echoed_starts.popleft()
+        return self._offsets.next(token)
 
     def _top(self, token: int, logprob: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens and the token itself, by name."""

@@ -4,13 +4,13 @@ OpenAI's `param` for every impossible value."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gateway.api.bodies import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from gateway.api.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from gateway.api.fields import (
     INT64_MAX,
+    allowed_ids_of,
     check_range,
     checked_top_logprobs,
     logit_bias_of,
@@ -18,8 +18,10 @@ from gateway.api.fields import (
     stop_ids_of,
     stops_of,
 )
+from gateway.api.truncation import Truncation, truncation_of
+from gateway.context_limit import context_exceeded
+from gateway.prompt import Prompt
 from gateway.served_model import ModelLimits
-from gateway.tokenizer import context_exceeded
 from shared.errors import RequestError
 from shared.types import SamplingParams
 
@@ -44,9 +46,21 @@ class RequestOptions:
     echo: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    truncation: Truncation | None
     return_token_ids: bool
     include_stop: bool
     include_special: bool
+
+    def prompt_tokens_max(self, limits: ModelLimits) -> int:
+        """How long a prompt may be that is not truncated yet."""
+        return limits.context_tokens_max if self.truncation is None else INT64_MAX
+
+    def fitted(self, prompt: Prompt, limits: ModelLimits) -> Prompt:
+        if self.truncation is None:
+            return prompt
+        least = 1 if self.max_tokens is None else self.max_tokens
+        return self.truncation.apply(prompt, room=limits.context_tokens_max - least)
 
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
@@ -79,6 +93,8 @@ def read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
     logprobs, echo = _logprobs(body), isinstance(body, CompletionBody) and bool(body.echo)
     prompt_logprobs = _prompt_logprobs(body)
     wanted = [prompt_logprobs, logprobs if echo else None]
+    stream_options = body.stream_options or StreamOptions()
+    include_usage = bool(stream_options.include_usage)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true", param="stream_options")
     sampling = SamplingParams(
@@ -98,6 +114,7 @@ def read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
         logprobs=logprobs,
         prompt_logprobs=max((k for k in wanted if k is not None), default=None),
         stop_token_ids=stop_ids_of(body.stop_token_ids, limits.vocab_size),
+        allowed_token_ids=allowed_ids_of(body.allowed_token_ids, limits.vocab_size),
     )
     return RequestOptions(
         sampling=sampling,
@@ -107,7 +124,9 @@ def read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
         stops=stops_of(body.stop),
         echo=echo,
         stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=include_usage,
+        continuous_usage=include_usage and bool(stream_options.continuous_usage_stats),
+        truncation=truncation_of(body.truncate_prompt_tokens, body.truncation_side, limits),
         return_token_ids=bool(body.return_token_ids),
         include_stop=bool(body.include_stop_str_in_output),
         include_special=body.skip_special_tokens is False,
@@ -124,30 +143,6 @@ def read_prompts(body: CompletionBody, vocab_size: int) -> list[str | tuple[int,
     if not prompt or len(prompt) > PROMPTS_MAX:
         raise RequestError(f"prompt must have 1 to {PROMPTS_MAX} prompts", param="prompt")
     return [item if isinstance(item, str) else _token_prompt(item, vocab_size) for item in prompt]
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: the content is one text."""
-    if not messages:
-        raise RequestError("messages must have at least one message", param="messages")
-    return [_message(message) for message in messages]
-
-
-def _message(message: ChatMessage) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        for part in content:
-            if part.type != "text" or part.text is None:
-                raise RequestError(
-                    f"content of type {part.type!r} is not supported, only text", param="messages"
-                )
-        content = "".join(part.text or "" for part in content)
-    plain: dict[str, Any] = {"role": message.role, "content": content or ""}
-    extra = {"name": message.name, "tool_call_id": message.tool_call_id}
-    plain.update({key: value for key, value in extra.items() if value is not None})
-    if message.tool_calls:
-        plain["tool_calls"] = message.tool_calls
-    return plain
 
 
 def _token_prompt(prompt: Any, vocab_size: int) -> tuple[int, ...]:

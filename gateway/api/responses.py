@@ -27,14 +27,15 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A finished choice."""
+    """A finished choice. `message` is a chat's, if its text was parsed; else it has the text."""
 
     text: str
     token_ids: list[int]
     prompt_ids: tuple[int, ...]
-    finish: FinishReason
+    finish_reason: str
     logprobs: dict[str, Any] | None
     prompt_logprobs: list[Any] | None
+    message: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +43,20 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # part of prompt_tokens
     completion_tokens: int
-    reasoning_tokens: int | None = None  # part of completion_tokens; None: not split off
+    reasoning_tokens: int | None = None  # part of completion_tokens; None: nobody counts them
 
     def plain(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
-        return {
+        plain: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            details = {"reasoning_tokens": self.reasoning_tokens}
+            plain["completion_tokens_details"] = details
+        return plain
 
 
 def response_body(
@@ -76,11 +81,12 @@ def response_body(
 def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) -> dict[str, Any]:
     plain: dict[str, Any] = {"index": index}
     if chat:
-        plain["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        text = {"role": "assistant", "content": choice.text, "refusal": None}
+        plain["message"] = choice.message or text
     else:
         plain["text"] = choice.text
     plain["logprobs"] = choice.logprobs
-    plain["finish_reason"] = choice.finish.value
+    plain["finish_reason"] = choice.finish_reason
     if with_token_ids:
         plain["token_ids"] = choice.token_ids
         plain["prompt_token_ids"] = choice.prompt_ids
@@ -90,7 +96,8 @@ def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) 
 
 
 class ChunkWriter:
-    """Writes the server-sent events of one stream."""
+    """Writes the server-sent events of one stream. `usage` is what chunks say of it until the last
+    one; None: nothing."""
 
     def __init__(self, header: Header, *, with_token_ids: bool, include_usage: bool) -> None:
         kind = "chat.completion.chunk" if header.chat else "text_completion"
@@ -105,12 +112,23 @@ class ChunkWriter:
         self._chat = header.chat
         self.with_token_ids = with_token_ids
 
-    def role_chunk(self, index: int) -> bytes:
-        """The first chunk of a chat's choice, which has only the role; empty for completions."""
+    def set_usage(self, usage: Usage) -> None:
+        """From now on every chunk says it."""
+        self._tail = b',"usage":%b}\n\n' % _encode(usage.plain())
+
+    def role_chunk(self, index: int, *, content: bool = True) -> bytes:
+        """The first chunk of a chat's choice, which has only the role; empty for completions. The
+        content is null if there will be none."""
         if not self._chat:
             return b""
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return b'%b,"choices":[{"index":%d,%b}]%b' % (self._head, index, delta, self._tail)
+        text = b'""' if content else b"null"
+        delta = b'"delta":{"role":"assistant","content":%b},"logprobs":null' % text
+        return b'%b,"choices":[{"index":%d,%b,"finish_reason":null}]%b' % (
+            self._head,
+            index,
+            delta,
+            self._tail,
+        )
 
     def delta_chunk(
         self,
@@ -127,7 +145,19 @@ class ChunkWriter:
             body = b'"delta":{"content":' + content + b"}"
         else:
             body = b'"delta":{}'
-        reason = b"null" if finish is None else b'"' + finish.value.encode() + b'"'
+        reason = None if finish is None else finish.value
+        return self.body_chunk(index, body, token_ids, reason, logprobs)
+
+    def body_chunk(
+        self,
+        index: int,
+        body: bytes,
+        token_ids: Sequence[int],
+        finish_reason: str | None,
+        logprobs: dict[str, Any] | None,
+    ) -> bytes:
+        """`body` is the member `"delta":…` of a chat's choice, or `"text":…`."""
+        reason = _encode(finish_reason)
         ids = b',"token_ids":' + _encode(token_ids) if self.with_token_ids else b""
         shown = b"null" if logprobs is None else _encode(logprobs)
         return b'%b,"choices":[{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}]%b' % (
@@ -147,6 +177,13 @@ class ChunkWriter:
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None) -> bytes:
     plain = {"message": message, "type": kind, "param": param, "code": code}
     return _encode({"error": plain})
+
+
+def with_request_id(body: bytes, request_id: str) -> bytes:
+    """An error's body that also names the request, for whoever reports it."""
+    plain = msgspec.json.decode(body)
+    plain["error"]["request_id"] = request_id
+    return _encode(plain)
 
 
 def error_event(body: bytes) -> bytes:

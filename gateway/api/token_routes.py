@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
-from gateway.api.bodies import ChatMessage
-from gateway.api.requests import read_messages
+from gateway.api.messages import read_messages
+from gateway.chat_template import ChatOptions
+from gateway.detokenizer import Detokenizer
 from gateway.served_model import ModelLimits, ServedModel
 from shared.errors import RequestError
 
@@ -20,10 +21,12 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: list[Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):
@@ -43,8 +46,13 @@ async def tokenize(
             body.prompt, tokens_max=chars_max, special=body.add_special_tokens
         )
     else:
+        options = ChatOptions(
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs or {},
+        )
         ids = await served.tokenizer.encode_chat(
-            read_messages(body.messages or []), body.chat_template_kwargs, tokens_max=chars_max
+            read_messages(body.messages or []), options, tokens_max=chars_max
         )
     names = served.tokenizer.names(with_special=True)
     return {
@@ -62,5 +70,5 @@ def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLimits) -
         raise RequestError(f"at most {DETOKENIZE_MAX} tokens", param="tokens")
     if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
         raise RequestError(f"token ids must be from 0 to {limits.vocab_size - 1}", param="tokens")
-    text = served.tokenizer.names(with_special=True).text.join(ids)
-    return {"prompt": text.decode(errors="replace")}
+    text = Detokenizer(served.tokenizer.names(with_special=True).text)
+    return {"prompt": text.feed(ids) + text.flush()}

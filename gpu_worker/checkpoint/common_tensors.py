@@ -36,6 +36,23 @@ def dense_size(spec: ModelSpec) -> int:
         raise CheckpointError(f"config.json: missing or malformed {error}") from error
 
 
+def read_layer_types(spec: ModelSpec, served: tuple[str, ...]) -> list[str] | None:
+    """The kind of each layer's attention; None if the config leaves it to the family. Raises
+    CheckpointError if one is not in `served`."""
+    kinds = spec.raw.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) < spec.num_layers:
+        raise CheckpointError("config.json: layer_types must list a kind for each layer")
+    for kind in kinds[: spec.num_layers]:
+        if kind not in served:
+            raise CheckpointError(
+                f"config.json asks for layers of {kind!r:.60}, which Starfish does not serve for "
+                "this model"
+            )
+    return kinds
+
+
 def raise_if_unsupported(spec: ModelSpec, reasons: dict[str, bool]) -> None:
     """Raises CheckpointError for the first reason that applies, or if top-k exceeds the number of
     experts."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_worker.checkpoint.checkpoint import Shape
+from gpu_worker.checkpoint.common_tensors import read_layer_types
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
@@ -55,6 +56,10 @@ def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: missing or malformed {error}") from error
+    if raw.get("num_key_value_heads") not in (None, shape.num_heads):
+        raise CheckpointError(
+            "config.json: latent attention has as many num_key_value_heads as num_attention_heads"
+        )
     sizes = (
         shape.num_heads,
         shape.qk_nope_head_dim,
@@ -64,6 +69,8 @@ def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
     )
     if min(sizes) < 1 or shape.qk_rope_head_dim % 2:
         raise CheckpointError("config.json: attention sizes must be positive, the rotated one even")
+    if has_indexer:
+        read_layer_types(spec, ("indexed_attention",))
     if has_indexer and (shape.q_lora_rank < 1 or shape.index_head_dim < shape.qk_rope_head_dim):
         raise CheckpointError("config.json: the indexer's sizes cannot be")
     return shape

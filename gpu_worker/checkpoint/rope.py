@@ -22,18 +22,30 @@ Rotations = tuple[Floats, Floats]
 """Cosines and sines, each float32 `[positions, size/2]`."""
 
 
+_TRAINED = "original_max_position_embeddings"
+"""The context before it was stretched."""
+
+_KNOWN_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "attention_factor"),
+    *(_TRAINED, "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("truncate", "finetuned"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
     """The embeddings that config.json asks for. `scaling` has the keys of `rope_scaling` or
-    `rope_parameters`."""
+    `rope_parameters`, completed. `rotated_share` is the part of a head's elements that is
+    rotated."""
 
     theta: float
     kind: str
     scaling: Mapping[str, Any]
     context_tokens_max: int
+    rotated_share: float = 1.0
 
     def rotations(self, size: int, context_tokens: int) -> Rotations:
-        """For `size` rotated elements of a head. Raises CheckpointError."""
+        """For `size` rotated elements of a head."""
         if self.kind == "default":
             return _tables(1.0 / _powers(self.theta, size), context_tokens, 1.0)
         inverse, factor = _yarn(self, size)
@@ -48,24 +60,53 @@ class Rope:
         return _mscale(_factor(self), mscale) ** 2
 
 
-def read_rope(raw: Mapping[str, Any], *, kinds: tuple[str, ...] = ("default",)) -> Rope:
-    """Reads a whole config.json, with the old key or the new one. Raises CheckpointError if the
-    kind is not one of `kinds`, or if the config is malformed."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def read_rope(
+    raw: Mapping[str, Any],
+    *,
+    kinds: tuple[str, ...] = ("default",),
+    may_be_partial: bool = False,
+) -> Rope:
+    """Reads a whole config.json, with the old spelling or the new one, as transformers'
+    `standardize_rope_params` does. Raises CheckpointError if the kind is not one of `kinds`, if
+    there is a key that is not known, or if the config is malformed."""
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError("config.json: rope_scaling must be an object")
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     if kind not in kinds:
         raise CheckpointError(
             f"config.json asks for rope scaling {kind!r}, which Starfish does not serve"
         )
+    for key in scaling:
+        if key not in _KNOWN_KEYS:
+            raise CheckpointError(f"config.json: rope scaling has {key!r}, which is not known here")
     try:
-        return Rope(
-            theta=float(scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            kind=kind,
-            scaling=scaling,
-            context_tokens_max=int(raw["max_position_embeddings"]),
-        )
+        rope = _read(raw, scaling, kind)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: missing or malformed {error}") from error
+    if rope.rotated_share != 1.0 and not may_be_partial:
+        raise CheckpointError(
+            f"config.json asks for partial_rotary_factor={rope.rotated_share}, which Starfish does "
+            "not serve for this model"
+        )
+    return rope
+
+
+def _read(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str) -> Rope:
+    context_tokens_max = int(raw["max_position_embeddings"])
+    trained = raw.get(_TRAINED)
+    if trained is None:
+        trained = scaling.get(_TRAINED, context_tokens_max)
+    share = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if kind == "yarn":
+        scaling["factor"]  # has no default
+    return Rope(
+        theta=float(scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        kind=kind,
+        scaling={**scaling, _TRAINED: int(trained)},
+        context_tokens_max=context_tokens_max,
+        rotated_share=1.0 if share is None else float(share),
+    )
 
 
 def _powers(theta: float, size: int) -> Floats:
@@ -86,7 +127,7 @@ def _tables(inverse: Floats, context_tokens: int, factor: float) -> Rotations:
 def _yarn(rope: Rope, size: int) -> tuple[Floats, float]:
     """Inverse frequencies and the factor of cosines and sines."""
     scaling = rope.scaling
-    factor, trained = _factor(rope), _trained_tokens(rope)
+    factor, trained = _factor(rope), int(rope.scaling[_TRAINED])
 
     def correction_dimension(num_rotations: float) -> float:
         """The dimension that makes this many rotations over the trained context."""
@@ -123,11 +164,4 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def _factor(rope: Rope) -> float:
     given = rope.scaling.get("factor")
-    return rope.context_tokens_max / _trained_tokens(rope) if given is None else float(given)
-
-
-def _trained_tokens(rope: Rope) -> int:
-    trained = rope.scaling.get("original_max_position_embeddings")
-    if trained is None:
-        raise CheckpointError("config.json: YaRN lacks original_max_position_embeddings")
-    return int(trained)
+    return rope.context_tokens_max / int(rope.scaling[_TRAINED]) if given is None else float(given)

@@ -39,6 +39,7 @@ class GqaFamily:
     qk_norm: ClassVar[int] = QK_NORM_NONE
     has_sinks: ClassVar[bool] = False
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "yarn")
+    rotates_partly: ClassVar[bool] = False
     mlp_name: ClassVar[str] = "mlp"
     router_name: ClassVar[str] = "gate"
     expert_names: ClassVar[MlpNames] = USUAL_NAMES
@@ -47,7 +48,7 @@ class GqaFamily:
         raw = spec.raw
         raise_if_unsupported(spec, {f"activation {raw.get('hidden_act')!r}": not _is_silu(raw)})
         self.spec = spec
-        self.rope = read_rope(raw, kinds=self.rope_kinds)
+        self.rope = read_rope(raw, kinds=self.rope_kinds, may_be_partial=self.rotates_partly)
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))
         self.head_name = head_name(spec)
         self.shape = read_gqa_shape(spec, self.qk_norm)

@@ -78,10 +78,9 @@ def edited_logits(logits_V: NDArray[np.float32], draw: Draw) -> NDArray[np.float
             x_V[token] += bias
     if draw.counts is not None:
         _penalise(x_V, sampling, draw.counts)
-    banned = [token for token in draw.banned if 0 <= token < len(x_V)]
-    x_V[banned] = -np.inf
     if draw.allowed is not None:
         _mask(x_V, draw.allowed)
+    _ban(x_V, draw)
     return x_V
 
 
@@ -94,6 +93,15 @@ def _penalise(x_V: NDArray[np.float64], sampling: SamplingParams, counts: TokenC
     x_U -= sampling.frequency_penalty * counts_U
     x_U -= sampling.presence_penalty * (counts_U > 0)
     x_V[ids_U] = x_U
+
+
+def _ban(x_V: NDArray[np.float64], draw: Draw) -> None:
+    """Bans yield where a mask allows nothing else: a session must be able to go on."""
+    banned = [token for token in draw.banned if 0 <= token < len(x_V)]
+    before = x_V[banned]
+    x_V[banned] = -np.inf
+    if draw.allowed is not None and banned and not np.isfinite(x_V.max()):
+        x_V[banned] = before
 
 
 def _mask(x_V: NDArray[np.float64], allowed: NDArray[np.int32]) -> None:

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from numpy.typing import NDArray
 
+from gpu_worker.engine.token_limits import TokenBitmask
 from shared.errors import CheckpointError, GrammarError
-
-TokenBitmask = NDArray[np.int32]
 
 
 class GrammarCompiler:

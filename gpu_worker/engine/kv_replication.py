@@ -8,7 +8,8 @@ named block is never written again. After each step the source hands newly named
 backup rank keeps for this incarnation of the source. There a slot is known by its block's name only
 after its write has completed, and until the backup rank has confirmed that it dropped the name. The
 source never writes to a slot that is known. So a block that is found by name is complete, even if
-the source dies, stops or wakes up in the middle of a write.
+the source dies, stops or wakes up in the middle of a write. It is genuine, too: a stranger who
+wrote to the region does not know the instance's secret, so that the block does not fit its tag.
 
 Replicas are optional: if one is missing, its tokens are computed again.
 """
@@ -107,9 +108,14 @@ class ReplicaChannel(Protocol):
 class ReplicaStore(Protocol):
     """The replicas that peers have stored here. Any thread."""
 
+    @property
+    def num_rejected(self) -> int:
+        """How many contents were not what their source had written, and were forgotten."""
+        ...
+
     def find(self, name: bytes) -> Bytes | None:
-        """A view of the content that has this name. It is valid until the calling step is planned:
-        regions are released only long after their source has gone."""
+        """The content that has this name, as its source has written it. It is valid until the
+        calling step is planned."""
         ...
 
 
@@ -135,6 +141,11 @@ class KvReplicator(Protocol):
     def restore(self, names: Sequence[bytes], blocks: Sequence[int]) -> int:
         """Fills blocks with the contents of these names, in order, as far as they are kept here;
         returns how many."""
+        ...
+
+    @property
+    def num_rejected(self) -> int:
+        """Replicas kept here that were not what their source had written."""
         ...
 
     def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:

@@ -16,6 +16,10 @@ class NoKvReplication:
     def restore(self, names: Sequence[bytes], blocks: Sequence[int]) -> int:
         return 0
 
+    @property
+    def num_rejected(self) -> int:
+        return 0
+
     def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
         pass
 

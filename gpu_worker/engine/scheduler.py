@@ -29,31 +29,21 @@ such a token (a grammar, a penalty) or takes a running sequence's blocks. A sequ
 meanwhile is skipped when the later plan is committed or abandoned. Its blocks may be handed out at
 once, because steps run in the order of their plans.
 
-When blocks run out, the sequence of lowest priority gives up its own. It is recomputed later from
-all its known tokens, less what the cache still has of them. The first in priority is never
-preempted for another and always fits alone, so every sequence ends.
+When blocks run out, the last of those that run gives up its own: of the lowest priority, of the
+tenant that runs most, the latest. It is recomputed later from all its known tokens, less what the
+cache still has of them. A sequence needs a further block only after it has made a token, and what
+runs alone always fits: so between two preemptions somebody makes a token, and every sequence ends.
 
 A sequence whose client has tokens is *in mid-stream*: its rank died, or it was preempted. It never
 waits for a whole answer of another because too many run: it may exceed `running_max`. Nor does it
 wait for KV blocks while a sequence runs whose client has seen nothing; that one gives up its own.
 
-The prefix cache (`sequence_blocks`). Full blocks whose step was committed are published under the
-hash of all tokens up to their end, generated ones included, and are not written again. A sequence
-begins with the longest published prefix of its known tokens, less the last token, whose logits it
-needs; its first own block is the one after. Its KV is the same to the bit, so tokens do not depend
-on what was cached. If a running sequence of higher priority has yet to compute the very block that
-a waiting one would compute first, the waiting one is passed over until that is done: n choices of
-one prompt cost one prefill. The blocks that it would need stay reserved, so that those behind it
-cannot take them.
-
-Replicas (`engine/kv_replication`). After its cached blocks a sequence begins with those that a peer
-has stored here. They are restored while the plan is made, and published at once. A plan that has
-restored many admits no more sequences: a rank whose peer has died must serve its own sessions, too.
+Who is next among several tenants: `tenant_shares`, `waiting_queue`. What a sequence begins with,
+and for whose blocks it waits: `sequence_blocks`.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
@@ -79,6 +69,8 @@ from gpu_worker.engine.step_plan import (
     depends_on_tokens,
     projected_after,
 )
+from gpu_worker.engine.tenant_shares import TenantShares
+from gpu_worker.engine.waiting_queue import WaitingQueue
 from shared.errors import GrammarError
 from shared.types import Attempt, FinishReason, SessionId
 from shared.wire import Load, SessionTokens, Submit, TokenLogprob
@@ -113,8 +105,9 @@ class Scheduler:
         self._replicator = replicator or NoKvReplication()
         self._blocks = SequenceBlocks(self._kv, self._replicator, is_shared=limits.prefix_cache)
         self._sequences: dict[SessionId, Sequence] = {}
-        self._waiting: list[Sequence] = []  # sorted by priority
-        self._running: list[Sequence] = []  # sorted by priority when a plan begins
+        self._shares = TenantShares()
+        self._waiting = WaitingQueue(self._shares)
+        self._running: list[Sequence] = []  # sorted when a plan begins: the last is preempted first
         self._num_tokens = 0
         self._arrivals = 0
         self._plans: deque[StepPlan] = deque()  # neither committed nor abandoned
@@ -138,6 +131,7 @@ class Scheduler:
             kv_blocks_cached=self._kv.num_named,
             prefix_tokens=self._blocks.num_prefix_tokens,
             prefix_tokens_cached=self._blocks.num_prefix_cached,
+            kv_replicas_rejected=self._replicator.num_rejected,
         )
 
     def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
@@ -163,7 +157,8 @@ class Scheduler:
         if reply is None:
             self._sequences[sequence.session] = sequence
             self._num_tokens += len(sequence.tokens)
-            insort(self._waiting, sequence, key=_priority)
+            self._shares.enter(sequence)
+            self._waiting.add(sequence)
         return reply
 
     def cancel(self, session: SessionId, attempt: Attempt) -> tuple[Origin, SessionTokens] | None:
@@ -183,9 +178,10 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Takes decodes first, then prefill chunks of running sequences, then of newly admitted
-        ones. If blocks run out, the sequences of lowest priority are preempted."""
+        ones, unless these are ahead of the running ones. If blocks run out, the last of
+        the running ones are preempted."""
         assert not self._plans, "a plan is in flight"
-        self._running.sort(key=_priority)
+        self._shares.sort_running(self._running)
         projected = {s: current_state(s) for s in self._running}
         while len(growing := self._growing(projected)) > self._kv.num_free or self._has_to_yield(
             growing
@@ -201,7 +197,7 @@ class Scheduler:
         (before,) = self._plans
         if depends_on_tokens(before):
             return None
-        self._running.sort(key=_priority)
+        self._shares.sort_running(self._running)
         projected = projected_after(before, self._running)
         growing = self._growing(projected)
         if len(growing) > self._kv.num_free or self._has_to_yield(growing):
@@ -221,11 +217,12 @@ class Scheduler:
         ]
 
     def _has_to_yield(self, growing: Items[Sequence]) -> bool:
-        """Whether the running sequence of lowest priority, whose client has seen nothing, has what
+        """Whether the last of the running sequences, whose client has seen nothing, has what
         a waiting one in mid-stream needs. `growing` take a block each before that one does."""
-        if not self._waiting or not self._running:
+        first = self._waiting.first()
+        if first is None or not self._running:
             return False
-        first, last = self._waiting[0], self._running[-1]
+        last = self._running[-1]
         if not _is_in_mid_stream(first) or _is_in_mid_stream(last):
             return False
         num_wanted = len(self._running) + len(growing) + self._blocks.num_needed(first)
@@ -241,17 +238,22 @@ class Scheduler:
         for sequence, state in projected.items():
             if state.num_pending == 1:
                 budget.add_decode(sequence, state)
-        for sequence, state in projected.items():
-            if state.num_pending > 1:
-                budget.add_prefill(sequence, state)
+        prefilling = deque(
+            self._shares.in_order(s for s, state in projected.items() if state.num_pending > 1)
+        )
         admitted: list[Sequence] = []
         restored_max = self.num_restored + self._limits.restored_blocks_enough
-        while not budget.is_spent and self.num_restored < restored_max:
-            if (found := self._next_admissible()) is None:
+        while not budget.is_spent:
+            found = self._next_admissible() if self.num_restored < restored_max else None
+            if prefilling and (found is None or not self._shares.is_ahead(found, prefilling[0])):
+                sequence = prefilling.popleft()
+                budget.add_prefill(sequence, projected[sequence])
+            elif found is not None:
+                self._admit(found)
+                admitted.append(found)
+                budget.add_prefill(found, current_state(found))
+            else:
                 break
-            self._admit(found)
-            admitted.append(found)
-            budget.add_prefill(found, current_state(found))
         plan = build_plan(budget.chunks, self._kv, grown=growing, admitted=admitted)
         self._plans.append(plan)
         return plan
@@ -266,6 +268,8 @@ class Scheduler:
         num_reprefilled = num_generated = 0
         for sequence in plan.admitted:
             self._blocks.count_begun(sequence)
+            self._shares.confirm(sequence)
+        self._shares.charge_tokens(plan.sampled)
         for sequence, num_tokens, _ in plan.chunks:
             if sequence.state is not SequenceState.RUNNING:  # ended while the step was in flight
                 continue
@@ -300,6 +304,7 @@ class Scheduler:
         for sequence in plan.admitted:
             if sequence.state is SequenceState.RUNNING:
                 self._running.remove(sequence)
+                self._shares.take_back(sequence)
                 self._stop_running(sequence)
 
     def _compile_grammar(self, submit: Submit) -> GrammarMatcher | None:
@@ -312,21 +317,21 @@ class Scheduler:
         return self._grammars.compile(submit.sampling.grammar, emitted)
 
     def _refuse_if_full(self, sequence: Sequence) -> SessionTokens | None:
-        is_new = sequence.num_emitted == 0
-        num_waiting = sum((s.num_emitted == 0) == is_new for s in self._waiting)
-        if num_waiting < self._limits.waiting_max:
+        if self._waiting.has_room_for(sequence, self._limits.waiting_max):
             return None
         error = "the waiting queue of this rank is full"
         return replace(sequence.reply(index=sequence.next_index, error=error), retryable=True)
 
     def _next_admissible(self) -> Sequence | None:
-        """The first waiting sequence, except those that wait for a block of another. Besides blocks
-        for all its known tokens, one must be free for each running sequence to grow: else it would
-        soon be preempted."""
+        """The first waiting sequence, except those that wait for a block of another, and those of
+        tenants that run enough. Besides blocks for all its known tokens, one must be free for each
+        running sequence to grow: else it would soon be preempted."""
         num_reserved = len(self._running)
-        for sequence in self._waiting:
-            if len(self._running) >= self._running_max_for(sequence):
-                return None
+        have_enough: set[str] = set()
+        for sequence in self._waiting.in_order(have_enough):
+            if not self._may_run_one_more(sequence):
+                have_enough.add(sequence.scheduling.tenant)
+                continue
             num_reserved += self._blocks.num_needed(sequence)
             if num_reserved > self._kv.num_free:
                 return None
@@ -334,21 +339,27 @@ class Scheduler:
                 return sequence
         return None
 
-    def _running_max_for(self, sequence: Sequence) -> int:
-        limits = self._limits
-        return limits.mid_stream_max if _is_in_mid_stream(sequence) else limits.running_max
+    def _may_run_one_more(self, sequence: Sequence) -> bool:
+        limits, num_running = self._limits, len(self._running)
+        if num_running < limits.running_max:
+            return True
+        if num_running >= limits.mid_stream_max:
+            return False
+        return _is_in_mid_stream(sequence) or self._shares.may_exceed(sequence, limits.running_max)
 
     def _admit(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._blocks.open(sequence)
+        self._shares.begin(sequence)
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
         """Back to waiting. The caller has removed it from the running list."""
         self._blocks.close(sequence)
+        self._shares.stop(sequence)
         sequence.state = SequenceState.WAITING
-        insort(self._waiting, sequence, key=_priority)
+        self._waiting.add(sequence)
 
     def _take_prompt_scores(
         self, rows: ScoredRows, logprobs: tuple[TokenLogprob, ...] | None
@@ -390,15 +401,13 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
             self._blocks.close(sequence)
+            self._shares.stop(sequence)
         else:
             self._waiting.remove(sequence)
         sequence.state = SequenceState.ENDED
+        self._shares.leave(sequence)
         del self._sequences[sequence.session]
         self._num_tokens -= len(sequence.tokens)
-
-
-def _priority(sequence: Sequence) -> tuple[bool, int]:
-    return sequence.priority
 
 
 def _is_in_mid_stream(sequence: Sequence) -> bool:

@@ -15,7 +15,8 @@ class SchedulerLimits:
     and generated tokens reach `context_tokens_max`, or the whole cache. `waiting_max` bounds new
     sessions and continued ones separately, so that many new ones never refuse a client who is in
     mid-stream. `running_max` bounds how many run when new ones are admitted; sessions in
-    mid-stream run up to `mid_stream_max`."""
+    mid-stream, and new ones of a tenant that was served less than others, run up to
+    `mid_stream_max`."""
 
     vocab_size: int
     context_tokens_max: int

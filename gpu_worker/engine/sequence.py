@@ -8,6 +8,7 @@ from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
 from gpu_worker.engine.grammar_matcher import GrammarMatcher
+from gpu_worker.engine.token_limits import TokenBitmask, token_limits
 from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
@@ -33,8 +34,10 @@ class Sequence:
         "arrival",
         "attempt",
         "block_names",
+        "is_charged",
         "matcher",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_emitted",
         "num_given",
@@ -46,10 +49,12 @@ class Sequence:
         "reported_backup",
         "row",
         "sampling",
+        "scheduling",
         "session",
         "state",
         "stop_ids",
         "token_counts",
+        "token_limits",
         "tokens",
         "tokens_max",
     )
@@ -68,6 +73,7 @@ class Sequence:
         self.origin = origin
         self.arrival = arrival
         self.sampling = submit.sampling
+        self.scheduling = submit.scheduling
         self.tokens = list(submit.tokens)
         self.num_given = len(submit.tokens)
         self.num_emitted = submit.num_emitted
@@ -76,12 +82,15 @@ class Sequence:
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
+        self.token_limits = token_limits(submit.sampling, self.tokens[self.num_prompt :])
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as requested
         self.num_published = 0  # blocks of its row that are named, so never written again
         self.num_offered = 0  # of these, how many were offered to the replicator
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
+        self.num_charged = 0  # tokens of its prompt that its tenant was charged
+        self.is_charged = False  # and that cannot be taken back any more
         self.reported_backup: RankId | None = None  # the backup rank that its client knows
         self.state = SequenceState.WAITING
         self.row = NO_ROW
@@ -107,16 +116,36 @@ class Sequence:
         return self._index_at(len(self.tokens))
 
     @property
-    def priority(self) -> tuple[bool, int]:
-        """Lower runs first: clients in mid-stream before those who have seen no token, then by
-        arrival. The highest is preempted first."""
-        return (self.next_index == 0, self.arrival)
+    def priority(self) -> tuple[bool, int, int]:
+        """Lower runs first: clients in mid-stream before those who have seen no token, then the
+        request's priority, then by arrival. Its tenant's share counts before arrival:
+        `TenantShares`."""
+        return (self.next_index == 0, self.scheduling.priority, self.arrival)
 
     def banned_ids_at(self, num_tokens: int) -> tuple[int, ...]:
-        """Ids that must not be drawn after so many tokens, because they would end it too early.
-        Empty if a grammar guides it: that may allow nothing but the end."""
+        """Ids that must not be drawn after so many tokens, because the request bans them or because
+        they would end it too early. A grammar may allow nothing but the end, which is not banned
+        then."""
         is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.matcher is None
-        return self.stop_ids if is_early else ()
+        banned = () if self.token_limits is None else self.token_limits.banned()
+        return (*self.stop_ids, *banned) if is_early else banned
+
+    @property
+    def allowed(self) -> TokenBitmask | None:
+        """The tokens that may come next; None: all."""
+        by_grammar = None if self.matcher is None else self.matcher.allowed
+        if self.token_limits is None:
+            return by_grammar
+        return self.token_limits.allowed(by_grammar)
+
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether what may come next depends on tokens that a step in flight samples."""
+        return (
+            self.matcher is not None
+            or self.token_counts is not None
+            or (self.token_limits is not None and self.token_limits.depends_on_tokens)
+        )
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -146,6 +175,8 @@ class Sequence:
         self.tokens.append(token)
         if self.token_counts is not None:
             self.token_counts.add(token)
+        if self.token_limits is not None:
+            self.token_limits.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
         if self.matcher is not None:

@@ -1,6 +1,20 @@
 """The KV blocks of running sequences: those that a sequence begins with, cached here or replicated
 by a peer that had its session, and those that it fills and publishes. The scheduler decides when a
-sequence runs."""
+sequence runs.
+
+The prefix cache. Full blocks whose step was committed are published under the hash of all tokens up
+to their end, generated ones included, and are not written again. The hash begins with a salt, so
+tenants do not find each other's blocks. A sequence begins with the longest published prefix of its
+known tokens, less the last token, whose logits it needs; its first own block is the one after. Its
+KV is the same to the bit, so tokens do not depend on what was cached. If a running sequence of
+higher priority has yet to compute the very block that a waiting one would compute first, the
+waiting one is passed over until that is done: n choices of one prompt cost one prefill. The blocks
+that it would need stay reserved, so that those behind it cannot take them.
+
+Replicas (`engine/kv_replication`). After its cached blocks a sequence begins with those that a peer
+has stored here. They are restored while the plan is made, and published at once. A plan that has
+restored many admits no more sequences: a rank whose peer has died must serve its own sessions, too.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +27,8 @@ from gpu_worker.engine.sequence import NO_ROW, Sequence
 
 
 class SequenceBlocks:
-    """Implements the prefix cache, as described in `scheduler.py`, over `kv_blocks` and a
-    replicator. If `is_shared` is false, every sequence computes all its blocks, and none is
-    published."""
+    """Implements this over `kv_blocks` and a replicator. If `is_shared` is false, every sequence
+    computes all its blocks, and none is published."""
 
     def __init__(self, kv: KvBlocks, replicator: KvReplicator, *, is_shared: bool) -> None:
         self.num_restored = 0  # blocks, since the start
@@ -81,7 +94,7 @@ class SequenceBlocks:
         end = sequence.num_computed // self._kv.block_tokens
         if end == sequence.num_published or not self._is_shared:
             return
-        extend_names(sequence.block_names, sequence.tokens, self._kv.block_tokens)
+        self._extend_names(sequence)
         for column in range(sequence.num_published, end):
             self._kv.publish(sequence.row, column, sequence.block_names[column])
         sequence.num_published = end
@@ -99,8 +112,16 @@ class SequenceBlocks:
         """Names of the blocks that it need not compute itself if they exist already."""
         if not self._is_shared:
             return []
-        extend_names(sequence.block_names, sequence.tokens, self._kv.block_tokens)
+        self._extend_names(sequence)
         num_usable = len(sequence.tokens) - 1
         if sequence.wants_prompt_logits:
             num_usable = sequence.num_scored
         return sequence.block_names[: num_usable // self._kv.block_tokens]
+
+    def _extend_names(self, sequence: Sequence) -> None:
+        extend_names(
+            sequence.block_names,
+            sequence.tokens,
+            self._kv.block_tokens,
+            salt=sequence.scheduling.cache_salt,
+        )

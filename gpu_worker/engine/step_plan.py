@@ -117,9 +117,7 @@ def projected_after(
 
 def depends_on_tokens(before: StepPlan) -> bool:
     """Whether the step after this one can be planned only once this one's tokens are known."""
-    return bool(before.scored) or any(
-        s.matcher is not None or s.token_counts is not None for s in before.sampled
-    )
+    return bool(before.scored) or any(s.depends_on_tokens for s in before.sampled)
 
 
 def _draw(sequence: Sequence, num_tokens: int) -> Draw:
@@ -128,7 +126,7 @@ def _draw(sequence: Sequence, num_tokens: int) -> Draw:
         num_tokens,
         sequence.banned_ids_at(num_tokens),
         sequence.token_counts,
-        None if sequence.matcher is None else sequence.matcher.allowed,
+        sequence.allowed,
     )
 
 

@@ -40,6 +40,14 @@ class SendRequest(NamedTuple):
     is_saved: Callable[[], bool]
 
 
+class StoredBlock(NamedTuple):
+    """A block whose write to its slot has completed. `tag` is `block_tags`'s."""
+
+    slot: int
+    name: bytes
+    tag: bytes
+
+
 class Channel:
     """Implements `engine.kv_replication.ReplicaChannel`. `notify_sender` and `notify_link` are
     called from any thread, when the sender or the link has something to take."""
@@ -61,7 +69,7 @@ class Channel:
         self._notify_link = notify_link
         self._lock = threading.Lock()
         self._num_staging_buffers = 0
-        self._written: deque[tuple[int, bytes]] = deque()
+        self._written: deque[StoredBlock] = deque()
         self._to_drop: deque[int] = deque()
         self._sent: deque[bytes] = deque()
         self._dropped: deque[int] = deque()
@@ -126,9 +134,8 @@ class Channel:
         self._staging_buffers.lose()
         self.fail("a write timed out")
 
-    def wrote(self, sends: Sequence[SendRequest]) -> None:
-        """These blocks have been written to their slots."""
-        self._written.extend((send.slot, send.name) for send in sends)
+    def wrote(self, blocks: Sequence[StoredBlock]) -> None:
+        self._written.extend(blocks)
         self._notify_link()
 
     # Called by the link.
@@ -138,7 +145,7 @@ class Channel:
         """The number of slots that the target must be notified of."""
         return len(self._written) + len(self._to_drop)
 
-    def take_written(self) -> Sequence[tuple[int, bytes]]:
+    def take_written(self) -> Sequence[StoredBlock]:
         return _take_all(self._written)
 
     def take_drops(self) -> Sequence[int]:

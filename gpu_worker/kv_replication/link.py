@@ -129,8 +129,10 @@ class ReplicaLink:
             return
         source, generation = self._source, channel.remote.generation
         if written := channel.take_written():
-            slots, names = zip(*written, strict=True)
-            kept = KvReplicasStored(source=source, generation=generation, slots=slots, names=names)
+            slots, names, tags = zip(*written, strict=True)
+            kept = KvReplicasStored(
+                source=source, generation=generation, slots=slots, names=names, tags=tags
+            )
             self._send(kept)
             self._unconfirmed += names
         if drops := channel.take_drops():

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from gpu_worker.engine.kv_replication import BlockCache
 from gpu_worker.kv_replication.block_form import BlockForm
+from gpu_worker.kv_replication.block_tags import BlockTags
 from gpu_worker.kv_replication.channel import Channel
 from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.replica_links import ReplicaLinks
@@ -51,7 +52,8 @@ class MooncakeReplicator:
         Raises OSError if there is no memory for the staging buffers."""
         form = BlockForm(layout=cache.layout, block_bytes=cache.block_bytes)
         engine, clock = transport.engine, transport.clock
-        self.store = StoredReplicas(engine, form, budget_bytes // max(1, num_ranks - 1))
+        tags = BlockTags(access)
+        self.store = StoredReplicas(engine, form, tags, budget_bytes // max(1, num_ranks - 1))
         self._member = member
         self._access = access
         self._node = node
@@ -59,7 +61,7 @@ class MooncakeReplicator:
         self._form = form
         self._clock = clock
         self._staging_buffers = StagingBuffers(cache.staging_buffer, engine)
-        self._sender = Sender(engine, clock)
+        self._sender = Sender(engine, clock, tags)
         self._sender.start()
         self._links: ReplicaLinks | None = None
 

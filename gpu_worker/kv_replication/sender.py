@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import structlog
 
 from gpu_worker.exchange.mooncake_engine import TransferEngine
-from gpu_worker.kv_replication.channel import Channel, SendRequest
+from gpu_worker.kv_replication.block_tags import BlockTags
+from gpu_worker.kv_replication.channel import Channel, SendRequest, StoredBlock
 from shared.clock import Clock
 
 log = structlog.get_logger()
@@ -38,6 +39,7 @@ _POLL_S = 0.005
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Write:
     send: SendRequest
+    tag: bytes
     batch: int
     until: float
 
@@ -45,8 +47,9 @@ class _Write:
 class Sender:
     """Owns the writes of all channels."""
 
-    def __init__(self, engine: TransferEngine, clock: Clock) -> None:
+    def __init__(self, engine: TransferEngine, clock: Clock, tags: BlockTags) -> None:
         self._engine = engine
+        self._tags = tags
         self._clock = clock
         self._wake_condition = threading.Condition()
         self._busy: dict[Channel, None] = {}  # an ordered set: channels are served fairly
@@ -109,7 +112,7 @@ class Sender:
             else:
                 channel.give_back(write.send.staging_buffer)
                 if status == 1:
-                    done.append(write.send)
+                    done.append(StoredBlock(write.send.slot, write.send.name, write.tag))
                 else:
                     channel.fail("a write failed")
         if left and self._clock.now() >= left[0].until:
@@ -125,10 +128,11 @@ class Sender:
             if channel.is_open and len(begun) == num_max:
                 break
             send = channel.sends.popleft()
+            tag = self._tags.tag(send.name, send.staging_buffer) if channel.is_open else b""
             batch = self._submit(channel, send) if channel.is_open else 0
             if batch:
                 until = self._clock.now() + WRITE_TIMEOUT_S
-                begun.append(_Write(send=send, batch=batch, until=until))
+                begun.append(_Write(send=send, tag=tag, batch=batch, until=until))
             else:
                 channel.give_back(send.staging_buffer)
         return begun

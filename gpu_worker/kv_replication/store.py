@@ -13,13 +13,18 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import structlog
+
 from gpu_worker.engine.kv_replication import Bytes
 from gpu_worker.exchange.mooncake_engine import TransferEngine
 from gpu_worker.exchange.regions import QUARANTINE_S
 from gpu_worker.kv_replication.block_form import BlockForm
+from gpu_worker.kv_replication.block_tags import TAG_BYTES, BlockTags
 from gpu_worker.kv_replication.region import ReplicaRegion
 from shared.types import Member
 from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
+
+log = structlog.get_logger()
 
 RETENTION_S = 60.0
 """How long the blocks of a source are kept after its record is gone. Its sessions are moved within
@@ -33,6 +38,7 @@ NAME_BYTES_MAX = 64
 class _Place(NamedTuple):
     region: ReplicaRegion
     slot: int
+    tag: bytes
 
 
 class Dropping(NamedTuple):
@@ -50,8 +56,13 @@ class StoredReplicas:
     still kept is not counted when the rank's next incarnation asks for one: over TCP memory is used
     only when it is written, and two regions of one rank are rarely both full."""
 
-    def __init__(self, engine: TransferEngine, form: BlockForm, region_bytes: int) -> None:
+    def __init__(
+        self, engine: TransferEngine, form: BlockForm, tags: BlockTags, region_bytes: int
+    ) -> None:
+        self.num_rejected = 0
+        """Replicas that did not fit their tags when they were to be used."""
         self._engine = engine
+        self._tags = tags
         self._form = form
         self._num_slots = region_bytes // form.block_bytes
         self._lock = threading.Lock()
@@ -102,9 +113,11 @@ class StoredReplicas:
                 raise ValueError(f"{kept.source} has written where it must not")
             if any(len(name) > NAME_BYTES_MAX for name in kept.names):
                 raise ValueError(f"{kept.source} has blocks with long names")
-            for slot, name in zip(kept.slots, kept.names, strict=True):
+            if [len(tag) for tag in kept.tags] != [TAG_BYTES] * len(kept.slots):
+                raise ValueError(f"{kept.source} does not give each block its tag")
+            for slot, name, tag in zip(kept.slots, kept.names, kept.tags, strict=True):
                 names[slot] = name
-                self._places[name] = (*self._places.get(name, ()), _Place(region, slot))
+                self._places[name] = (*self._places.get(name, ()), _Place(region, slot, tag))
 
     def drop(self, request: DropKvReplicas) -> Dropping:
         """`find` no longer returns these slots. Raises ValueError as `keep` does."""
@@ -119,11 +132,27 @@ class StoredReplicas:
             return Dropping(region, request.slots)
 
     def find(self, name: bytes) -> Bytes | None:
-        """See `engine.kv_replication.ReplicaStore`. No slot is written while a view of it
-        exists."""
-        with self._lock:
-            places = self._places.get(name)
-            return places[0].region.read(places[0].slot) if places else None
+        """See `engine.kv_replication.ReplicaStore`. The content is a copy: whoever reaches the data
+        network can write to the slot even after it was checked. No source writes to a slot while it
+        is being copied."""
+        while True:
+            with self._lock:
+                places = self._places.get(name)
+                if not places:
+                    return None
+                place = places[0]
+                view = place.region.read(place.slot)
+            content = view.copy()
+            if self._tags.is_genuine(name, content, place.tag):
+                return content
+            with self._lock:
+                self._reject(name, place)
+
+    def _reject(self, name: bytes, place: _Place) -> None:
+        self.num_rejected += 1
+        log.error("kv_replica_rejected", name=name.hex(), slot=place.slot)
+        if self._names.get(place.region, {}).get(place.slot) == name:
+            self._forget(place.region, place.slot)
 
     def on_member_present(self, source: Member) -> None:
         """The source has a record."""
@@ -186,7 +215,9 @@ class StoredReplicas:
         name = self._names[region].pop(slot, None)
         if name is None:
             return
-        places = tuple(p for p in self._places[name] if p != _Place(region, slot))
+        places = tuple(
+            place for place in self._places[name] if (place.region, place.slot) != (region, slot)
+        )
         if places:
             self._places[name] = places
         else:

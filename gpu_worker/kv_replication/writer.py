@@ -59,6 +59,10 @@ class ReplicaWriter:
             num_restored += 1
         return num_restored
 
+    @property
+    def num_rejected(self) -> int:
+        return self._endpoint.store.num_rejected
+
     def offer(self, session: SessionId, names: Sequence[bytes], blocks: Sequence[int]) -> None:
         chain = self._chains.get(session)
         if chain is None:

@@ -37,7 +37,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Store, WatchEvent
-from shared.types import Epoch, Member, Step, SuspicionReason
+from shared.types import Accuser, Epoch, Member, Step, SuspicionReason
 from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
@@ -202,8 +202,7 @@ class MembershipDriver:
             raised_at=now,
             detail=detail,
         )
-        key = self._keys.suspicion(peer.rank, peer.incarnation, f"rank-{me}")
-        self._leased.put(key, pack(suspicion))
+        self._leased.put(self._own_suspicion_key(peer), pack(suspicion))
 
     def _perform(self, actions: list[MembershipAction]) -> None:
         for action in actions:
@@ -263,7 +262,7 @@ class MembershipDriver:
 
     def _own_suspicion_key(self, peer: Member) -> str:
         by = f"rank-{self._membership.record.member}"
-        return self._keys.suspicion(peer.rank, peer.incarnation, by)
+        return self._keys.suspicion(peer.rank, peer.incarnation, Accuser.RANK, by)
 
     def _on_event(self, event: WatchEvent) -> None:
         if event.key == self._own_key:

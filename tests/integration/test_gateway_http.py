@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from shared.codec import unpack
 from shared.records import GatewayRecord, Suspicion
-from shared.types import SuspicionReason
+from shared.types import Accuser, SuspicionReason
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, ToyRank, toy_tokens
@@ -122,7 +122,7 @@ async def test_a_stream_goes_on_exactly_when_its_rank_is_killed(harness: Gateway
     assert stream.ids == toy_tokens(PROMPT, 12)
     assert stream.done
     assert [s.num_emitted for s in survivor.submits] == [5]
-    key = harness.keys.suspicion(*_ids(victim), victim.gateways[0])
+    key = harness.keys.suspicion(*_ids(victim), Accuser.GATEWAY, victim.gateways[0])
     found = await _eventually_there(harness, key)
     suspicion = unpack(found, Suspicion)
     assert (suspicion.rank, suspicion.reason) == (victim.member.rank, SuspicionReason.RESET)

@@ -17,10 +17,12 @@ import aiohttp
 import pytest
 
 from shared.codec import pack
-from shared.embedded_etcd import embedded_etcd
+from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
+from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from tests.support.cluster import free_port
+from tests.support.etcd import flags_of
 from tests.support.gateway_harness import GatewayHarness, toy_spec
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import ToyRank, toy_tokens
@@ -56,10 +58,10 @@ async def fails_to_start(*flags: str) -> str:
 
 @asynccontextmanager
 async def harness_of(
-    etcd: str, keys: Keys, store: EtcdStore, *flags: str
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, *flags: str
 ) -> AsyncIterator[tuple[GatewayHarness, asyncio.subprocess.Process]]:
     port = free_port()
-    options = ("--etcd", etcd, "--instance", keys.instance, "--port", str(port), *flags)
+    options = (*flags_of(etcd, keys, EtcdService.GATEWAY), "--port", str(port), *flags)
     async with aiohttp.ClientSession() as http, gateway(*options) as process:
         harness = GatewayHarness(store, keys, http, port)
         try:
@@ -94,8 +96,9 @@ async def test_it_waits_for_the_spec_then_serves_and_outlives_etcd(tmp_path: Pat
     write_tokenizer(tmp_path)
     keys = Keys("i")
     async with embedded_etcd(tmp_path / "etcd") as etcd:
-        store = await connect_store([etcd.endpoint])
-        async with harness_of(etcd.endpoint, keys, store) as (harness, _):
+        await etcd.admit(keys)
+        store = await connect_store(etcd.root)
+        async with harness_of(etcd, keys, store) as (harness, _):
             await health(harness, 503, "no spec yet")
             await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
             await health(harness, 503, "no expert map")
@@ -114,14 +117,14 @@ async def test_it_waits_for_the_spec_then_serves_and_outlives_etcd(tmp_path: Pat
 
 
 async def test_requests_wait_while_a_killed_gateway_is_replaced(
-    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, tmp_path: Path
 ) -> None:
     """None is refused: not by the port, and not by a gateway that has not read etcd yet."""
     write_tokenizer(tmp_path)
     await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fd = listener.fileno()
-        flags = ("--etcd", etcd, "--instance", keys.instance, "--listen-fd", str(fd))
+        flags = (*flags_of(etcd, keys, EtcdService.GATEWAY), "--listen-fd", str(fd))
         async with aiohttp.ClientSession() as http:
             harness = GatewayHarness(store, keys, http, listener.getsockname()[1])
             await harness.publish([await harness.add_rank(ToyRank(0))])
@@ -142,7 +145,7 @@ async def test_a_descriptor_that_is_no_listening_socket() -> None:
 
 
 async def test_sigterm_lets_a_stream_end_and_leaves_nothing_in_etcd(
-    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path)
     async with harness_of(etcd, keys, store) as (harness, process):
@@ -168,7 +171,7 @@ async def test_sigterm_lets_a_stream_end_and_leaves_nothing_in_etcd(
 
 
 async def test_a_stream_that_outlasts_the_drain_ends_with_an_error(
-    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path)
     async with harness_of(etcd, keys, store, "--drain-s", "0.1") as (harness, process):
@@ -186,11 +189,11 @@ async def test_a_stream_that_outlasts_the_drain_ends_with_an_error(
             assert (await process.communicate(), process.returncode)[1] == 0
 
 
-async def test_the_end_of_its_lifeline_ends_it(etcd: str, keys: Keys) -> None:
+async def test_the_end_of_its_lifeline_ends_it(etcd: EmbeddedEtcd, keys: Keys) -> None:
     read_end, write_end = os.pipe()
     os.set_inheritable(read_end, True)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", "--etcd", etcd, "--instance", keys.instance),
+        *(sys.executable, "-m", "gateway", *flags_of(etcd, keys, EtcdService.GATEWAY)),
         *("--port", "0", "--lifeline-fd", str(read_end)),
         stderr=asyncio.subprocess.DEVNULL,
         pass_fds=(read_end,),
@@ -201,10 +204,10 @@ async def test_the_end_of_its_lifeline_ends_it(etcd: str, keys: Keys) -> None:
         assert await process.wait() == 0
 
 
-async def test_a_taken_port_is_said_in_one_sentence(etcd: str) -> None:
+async def test_a_taken_port_is_said_in_one_sentence(etcd: EmbeddedEtcd, keys: Keys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        said = await fails_to_start("--etcd", etcd, "--port", port)
+        said = await fails_to_start(*flags_of(etcd, keys, EtcdService.GATEWAY), "--port", port)
     assert len(said.strip().splitlines()) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in said
 
@@ -216,10 +219,10 @@ async def test_an_etcd_that_is_not_there_is_said_in_one_sentence() -> None:
 
 
 async def test_a_broken_checkpoint_is_said_in_one_sentence_without_a_traceback(
-    etcd: str, keys: Keys, store: EtcdStore, tmp_path: Path
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, tmp_path: Path
 ) -> None:
     await store.put(keys.spec, pack(toy_spec(tmp_path)))
-    said = await fails_to_start("--etcd", etcd, "--instance", keys.instance, "--port", "0")
+    said = await fails_to_start(*flags_of(etcd, keys, EtcdService.GATEWAY), "--port", "0")
     assert "cannot read" in said.strip().splitlines()[-1]
     assert "Traceback" not in said
 

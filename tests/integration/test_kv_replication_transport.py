@@ -16,7 +16,7 @@ import pytest
 from shared.confinement import confined_environment
 from shared.records import RankRecord
 from shared.types import Incarnation, Member, RankId
-from tests.support.kv_replication_child import HOST, NUM_SLOTS, main
+from tests.support.kv_replication_child import HOST, NUM_SLOTS, content_of, main
 
 WAIT_S = 60.0
 SECONDS_S = 10.0  # Mooncake's own patience is 1 s, that with a Pong 5 s
@@ -157,6 +157,21 @@ def test_blocks_arrive_whole_are_dropped_and_make_room_for_others(start: Start) 
     target.expect_link("kv_replica_link_open", source)
     target.send(source, {0: b"the other way"})
     assert source.ask("find", b"the other way")
+
+
+def test_a_block_that_a_stranger_has_changed_is_not_believed(start: Start) -> None:
+    """Mooncake lets anybody on the data network write: one byte, of one block."""
+    source, target, stranger = start(0), start(1), start(2)
+    introduce(source, target)
+    source.expect_link("kv_replica_link_open", target)
+    names = {slot: b"block-%d" % slot for slot in range(3)}
+    source.send(target, names)
+    where, address = source.ask("slot_address", (target.rank, 1))
+    changed = address + next(i for i, byte in enumerate(content_of(names[1])) if byte != 0xFF)
+    assert stranger.ask("overwrite", (where, changed)), "it was not confined"
+    assert [target.ask("find", name) for name in names.values()] == [True, None, True]
+    assert target.ask("rejected") == 1
+    target.expect("log", lambda e: e["event"] == "kv_replica_rejected")
 
 
 def test_what_is_found_is_whole_while_slots_are_dropped_and_written_anew(start: Start) -> None:

@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
-from shared.embedded_etcd import embedded_etcd
+from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
+from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.records import AgentRecord, ProcessView, RankRecord, Suspicion, unpack_record
 from shared.types import NodeId, ProcessState, RankId, SuspicionReason
+from tests.support.etcd import flags_of
 
 TOY_AGENT = Path(__file__).parents[1] / "support" / "toy_agent.py"
 ROOT = Path(__file__).parents[2]
@@ -32,8 +34,8 @@ Agent = asyncio.subprocess.Process
 class Node:
     """One node's agents, one after the other, and what etcd says of its ranks."""
 
-    def __init__(self, folder: Path, endpoint: str, store: EtcdStore) -> None:
-        self.folder, self.endpoint, self.store = folder, endpoint, store
+    def __init__(self, folder: Path, etcd: EmbeddedEtcd, store: EtcdStore) -> None:
+        self.folder, self.etcd, self.store = folder, etcd, store
         self.keys = Keys(uuid.uuid4().hex[:12])
         self.pids: set[int] = set()
         self.agents: list[Agent] = []
@@ -47,9 +49,9 @@ class Node:
     ) -> Agent:
         with (self.folder / "agent.log").open("ab") as log:
             agent = await asyncio.create_subprocess_exec(
-                *(sys.executable, str(TOY_AGENT), "--node", "n", "--etcd", self.endpoint),
-                *("--instance", self.keys.instance, "--log-dir", str(self.folder), *flags),
-                *("--", "--toy", toy),
+                *(sys.executable, str(TOY_AGENT), "--node", "n", "--log-dir", str(self.folder)),
+                *(*flags_of(self.etcd, self.keys, EtcdService.AGENT), *flags),
+                *("--", *flags_of(self.etcd, self.keys, EtcdService.RANK), "--toy", toy),
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "TOY_FORK_SERVER": fork_server},
@@ -133,9 +135,10 @@ async def ended(agent: Agent) -> int:
 
 
 @asynccontextmanager
-async def node_of(folder: Path, endpoint: str) -> AsyncIterator[Node]:
-    store = await connect_store([endpoint])
-    node = Node(folder, endpoint, store)
+async def node_of(folder: Path, etcd: EmbeddedEtcd) -> AsyncIterator[Node]:
+    store = await connect_store(etcd.root)
+    node = Node(folder, etcd, store)
+    await etcd.admit(node.keys)
     try:
         yield node
     finally:
@@ -146,8 +149,8 @@ async def node_of(folder: Path, endpoint: str) -> AsyncIterator[Node]:
 
 
 @pytest.fixture
-async def node(tmp_path: Path, etcd: str) -> AsyncIterator[Node]:
-    async with node_of(tmp_path, etcd) as running:
+async def node(tmp_path: Path, shared_etcd: EmbeddedEtcd) -> AsyncIterator[Node]:
+    async with node_of(tmp_path, shared_etcd) as running:
         yield running
 
 
@@ -395,7 +398,7 @@ async def test_an_agent_whose_lease_was_lost_registers_again(node: Node) -> None
 async def test_with_etcd_away_ranks_run_on_and_deaths_are_told_later(tmp_path: Path) -> None:
     async with (
         embedded_etcd(tmp_path / "etcd") as etcd,
-        node_of(tmp_path, etcd.endpoint) as node,
+        node_of(tmp_path, etcd) as node,
     ):
         agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "60")
         before = await node.until(lambda records: len(records) == 2)

@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from shared.embedded_etcd import embedded_etcd
+from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
+from shared.etcd_permissions import EtcdService
+from shared.keys import Keys
 from tests.support.cluster import free_port
+from tests.support.etcd import flags_of
+
+KEYS = Keys("default")
 
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Drop: "
 WHOLE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -51,10 +56,17 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(etcd: str, *flags: str) -> AsyncIterator[Gateway]:
+async def running(etcd: EmbeddedEtcd, *flags: str) -> AsyncIterator[Gateway]:
     gateway = Gateway(free_port())
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", "--etcd", etcd, "--port", str(gateway.port)),
+        *(
+            sys.executable,
+            "-m",
+            "gateway",
+            *flags_of(etcd, KEYS, EtcdService.GATEWAY),
+            "--port",
+            str(gateway.port),
+        ),
         *("--header-timeout-s", str(HEADER_TIMEOUT_S), "--idle-timeout-s", str(IDLE_TIMEOUT_S)),
         *flags,
         stderr=asyncio.subprocess.DEVNULL,
@@ -74,9 +86,10 @@ async def running(etcd: str, *flags: str) -> AsyncIterator[Gateway]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def etcd(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+async def etcd(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedEtcd]:
     async with embedded_etcd(tmp_path_factory.mktemp("etcd")) as server:
-        yield server.endpoint
+        await server.admit(KEYS)
+        yield server
 
 
 async def end_of(streams: Streams) -> float:
@@ -88,7 +101,7 @@ async def end_of(streams: Streams) -> float:
     return loop.time() - began
 
 
-async def test_half_headers_and_silence_end_and_others_are_served(etcd: str) -> None:
+async def test_half_headers_and_silence_end_and_others_are_served(etcd: EmbeddedEtcd) -> None:
     async with running(etcd) as gateway:
         hostile = [await gateway.connect(HALF) for _ in range(20)]
         hostile += [await gateway.connect() for _ in range(20)]
@@ -99,7 +112,7 @@ async def test_half_headers_and_silence_end_and_others_are_served(etcd: str) -> 
         assert await gateway.metric("connection_timeouts_total") >= 40
 
 
-async def test_a_header_in_drops_gets_no_more_time(etcd: str) -> None:
+async def test_a_header_in_drops_gets_no_more_time(etcd: EmbeddedEtcd) -> None:
     async with running(etcd) as gateway:
         reader, writer = await gateway.connect(HALF)
         with suppress(ConnectionError):
@@ -111,7 +124,7 @@ async def test_a_header_in_drops_gets_no_more_time(etcd: str) -> None:
 
 
 async def test_an_idle_connection_ends_and_a_header_in_drops_after_an_answer_too(
-    etcd: str,
+    etcd: EmbeddedEtcd,
 ) -> None:
     async with running(etcd) as gateway:
         idle, drops = await gateway.connect(WHOLE), await gateway.connect(WHOLE)
@@ -123,7 +136,7 @@ async def test_an_idle_connection_ends_and_a_header_in_drops_after_an_answer_too
         assert drops_s < IDLE_TIMEOUT_S
 
 
-async def test_a_connection_that_goes_on_asking_is_kept(etcd: str) -> None:
+async def test_a_connection_that_goes_on_asking_is_kept(etcd: EmbeddedEtcd) -> None:
     async with running(etcd) as gateway:
         reader, writer = await gateway.connect()
         for _ in range(5):
@@ -135,7 +148,7 @@ async def test_a_connection_that_goes_on_asking_is_kept(etcd: str) -> None:
             await asyncio.sleep(HEADER_TIMEOUT_S * 0.9)
 
 
-async def test_one_address_leaves_room_for_others(etcd: str) -> None:
+async def test_one_address_leaves_room_for_others(etcd: EmbeddedEtcd) -> None:
     async with running(etcd, "--connections-per-address-max", "5") as gateway:
         hostile = [await gateway.connect(HALF, source="127.0.0.2") for _ in range(5)]
         refused = await gateway.connect(source="127.0.0.2")
@@ -149,7 +162,7 @@ async def test_one_address_leaves_room_for_others(etcd: str) -> None:
         assert await gateway.is_live(source="127.0.0.2"), "places come free again"
 
 
-async def test_the_number_of_all_connections_is_bounded(etcd: str) -> None:
+async def test_the_number_of_all_connections_is_bounded(etcd: EmbeddedEtcd) -> None:
     async with running(etcd, "--connections-max", "8", "--idle-timeout-s", "0.1") as gateway:
         while await gateway.metric("connections") > 1:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
@@ -161,13 +174,21 @@ async def test_the_number_of_all_connections_is_bounded(etcd: str) -> None:
         assert await gateway.is_live()
 
 
-async def test_more_connections_than_descriptors_do_not_stop_it(etcd: str, tmp_path: Path) -> None:
+async def test_more_connections_than_descriptors_do_not_stop_it(
+    etcd: EmbeddedEtcd, tmp_path: Path
+) -> None:
     """With a limit of 300 descriptors and connections_max beyond it, a stranger holds many."""
     script = tmp_path / "limited.sh"
     script.write_text(f'ulimit -n 300\nexec {sys.executable} -m gateway "$@"\n')
     gateway = Gateway(free_port())
     process = await asyncio.create_subprocess_exec(
-        *("bash", str(script), "--etcd", etcd, "--port", str(gateway.port)),
+        *(
+            "bash",
+            str(script),
+            *flags_of(etcd, KEYS, EtcdService.GATEWAY),
+            "--port",
+            str(gateway.port),
+        ),
         *("--header-timeout-s", str(HEADER_TIMEOUT_S)),
         stderr=asyncio.subprocess.PIPE,
     )

@@ -109,7 +109,7 @@ def messages_of(member: Member, session: str) -> list[Message]:
         update(member),
         OpenRegion(source=member, transfer_name="t", generation=1),
         OpenKvReplicaRegion(source=member, generation=1, layout="l", block_bytes=1),
-        KvReplicasStored(source=member, generation=1, slots=(0,), names=(b"n",)),
+        KvReplicasStored(source=member, generation=1, slots=(0,), names=(b"n",), tags=(b"",)),
         DropKvReplicas(source=member, generation=1, slots=(0,)),
     ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.run_dir import read_state
 from cli.up.model import shipped_model
 from shared.etcd_store import connect_store
 from shared.handshake import Access, Caller, introduce, rank_caller
@@ -25,10 +26,11 @@ FORGED = Epoch(1 << 40)
 
 
 async def records_of(cluster: Cluster) -> dict[int, RankRecord]:
-    state = json.loads((cluster.run_dir / "starfish.json").read_text())
-    store = await connect_store([state["etcd"]])
+    state = read_state(cluster.run_dir)
+    assert state is not None
+    store = await connect_store(state.target().store)
     try:
-        values = (await store.get_prefix(Keys(state["instance"]).ranks)).values
+        values = (await store.get_prefix(Keys(state.instance).ranks)).values
     finally:
         await store.close()
     found = [unpack_record(value.value, RankRecord) for value in values]
@@ -81,8 +83,34 @@ def everything_readable(run_dir: Path) -> list[tuple[str, bytes]]:
                 found.append((str(entry / name), (entry / name).read_bytes()))
             except OSError:
                 continue
-    files = [*run_dir.glob("logs/*"), run_dir / "up.log", run_dir / "starfish.json"]
+    files = [*run_dir.glob("logs/*"), *run_dir.glob("*.json"), *run_dir.glob("*.log")]
+    files += [run_dir / "etcd" / "etcd.log"]
     return found + [(str(path), path.read_bytes()) for path in files]
+
+
+def secrets_of(run_dir: Path) -> list[bytes]:
+    """The instance's secret, and every line of every private key: each is in a file of its own that
+    only its user may read, in folders that only its user may enter."""
+    paths = [run_dir / "secret", *run_dir.rglob("*.key"), *run_dir.rglob("*.password")]
+    found: list[bytes] = []
+    for path in paths:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+        found += [line for line in path.read_bytes().splitlines() if b"-----" not in line]
+    for folder in {path.parent for path in paths}:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
+    assert len(paths) >= 8
+    return [line for line in found if len(line) > 8]
+
+
+async def expect_no_secret_shown(cluster: Cluster) -> None:
+    shown = everything_readable(cluster.run_dir)
+    shown.append(("status", json.dumps(await cluster.status()).encode()))
+    for path in cluster.run_dir.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o077:
+            shown.append((str(path), path.read_bytes()))
+    secrets = secrets_of(cluster.run_dir)
+    leaks = [where for where, text in shown for secret in secrets if secret in text]
+    assert leaks == []
 
 
 async def is_prompt(cluster: Cluster) -> float:
@@ -103,10 +131,7 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
                 await asyncio.sleep(0.1)
         path = run_dir / "secret"
         secret = read_secret(path)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        leaks = [where for where, text in everything_readable(run_dir) if secret in text]
-        assert leaks == []
-
+        await expect_no_secret_shown(cluster)
         records = await records_of(cluster)
         members = await cluster.live_ranks()
         target, peer = records[0], records[1].member
@@ -140,4 +165,5 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
         assert {r.member for r in (await records_of(cluster)).values()} == {
             r.member for r in records.values()
         }
+        await expect_no_secret_shown(cluster)
     assert not path.exists()

@@ -15,8 +15,10 @@ from gpu_worker.exchange.regions import (
     Regions,
 )
 from gpu_worker.kv_replication.block_form import BlockForm
+from gpu_worker.kv_replication.block_tags import BlockTags
 from gpu_worker.kv_replication.store import REGIONS_MAX as REPLICA_REGIONS_MAX
 from gpu_worker.kv_replication.store import StoredReplicas
+from shared.handshake import Access
 from shared.types import Incarnation, Member, RankId
 from shared.wire import OpenKvReplicaRegion
 from tests.support.scripted_engine import ScriptedEngine
@@ -52,7 +54,9 @@ def test_a_flapping_link_has_no_more_than_so_many_exchange_regions() -> None:
 
 def test_a_flapping_link_has_no_more_than_so_many_replica_regions() -> None:
     engine = ScriptedEngine()
-    store = StoredReplicas(engine, BlockForm(layout="toy", block_bytes=512), region_bytes=2048)
+    store = StoredReplicas(
+        engine, BlockForm(layout="toy", block_bytes=512), BlockTags(Access("toy")), 2048
+    )
     store.on_member_present(PEER)
 
     def ask(generation: int, now: float) -> None:

@@ -28,7 +28,7 @@ from shared.handshake import Access, gateway_caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import InstanceSpec
-from shared.types import Member, RankId, SamplingParams
+from shared.types import DEFAULT_SCHEDULING, Member, RankId, SamplingParams, SchedulingParams
 from tests.sim.sim_agent import SimAgent
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_kv_replication import KvReplicaHub
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 ETCD = "etcd"
 ACCESS = Access("sim", b"a secret of thirty-two characters")
 LEASE_TTL_S = 5.0
+SEEDS_PER_TENANTS = 4
+"""In one schedule of so many, on CPUs, clients are of two tenants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,17 @@ class ClientSession:
     @property
     def expected(self) -> tuple[int, ...]:
         return oracle(self.prompt, self.num_tokens)
+
+
+def scheduling_of(number: int) -> SchedulingParams:
+    """By turns of two tenants, which share no KV blocks, and of three priorities."""
+    tenant = number % 2
+    return SchedulingParams(
+        tenant="ab"[tenant],
+        weight=1.0 + tenant,
+        priority=number % 3 - 1,
+        cache_salt=bytes([tenant]) * 32,
+    )
 
 
 @dataclass(slots=True)
@@ -380,8 +393,11 @@ class SimCluster:
     def send(self, prompt: tuple[int, ...], num_tokens: int) -> ClientSession:
         client = ClientSession(prompt=prompt, num_tokens=num_tokens)
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        scheduling = DEFAULT_SCHEDULING
+        if self.cards is None and self.seed % SEEDS_PER_TENANTS == 1:
+            scheduling = scheduling_of(len(self.clients))
         client.session = in_process(self._gateway_process).run(
-            self.gateway.open, prompt, sampling, lambda *_: None
+            lambda: self.gateway.open(prompt, sampling, lambda *_: None, scheduling=scheduling)
         )
         self.clients.append(client)
         return client

@@ -64,6 +64,8 @@ class SimStore:
         self.regions: dict[tuple[Member, int], _Region] = {}
         self.num_found = 0
 
+    num_rejected = 0
+
     def find(self, name: bytes) -> Bytes | None:
         for region in self.regions.values():
             if name in region.known:

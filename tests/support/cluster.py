@@ -141,10 +141,10 @@ async def stream_events(
 
 @asynccontextmanager
 async def running_cluster(
-    run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = ()
+    run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = (), api_key: str = "none"
 ) -> AsyncIterator[Cluster]:
     """Starts `starfish up`, waits until it serves, stops it by SIGINT and checks that it ended
-    well. Its output is in `run_dir/up.log`."""
+    well. Its output is in `run_dir/up.log`. The cluster's requests are made with `api_key`."""
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     port = free_port()
     with (run_dir / "up.log").open("wb") as output:
@@ -156,7 +156,8 @@ async def running_cluster(
             stderr=output,
         )
     try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
+        timeout, headers = aiohttp.ClientTimeout(total=120), {"x-api-key": api_key}
+        async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
             cluster = Cluster(run_dir, port, http)
             await _wait_ready(cluster, process, http)
             yield cluster

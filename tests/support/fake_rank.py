@@ -20,7 +20,7 @@ from shared.records import (
     unpack_record,
 )
 from shared.store import Snapshot, Store
-from shared.types import Epoch, Incarnation, Member, NodeId, RankId, RankState, Step
+from shared.types import Accuser, Epoch, Incarnation, Member, NodeId, RankId, RankState, Step
 from shared.wire import Load, Ping, Pong, encode, read_message
 
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=8, kv_blocks=8)
@@ -114,7 +114,8 @@ class FakeRank:
             writer.transport.abort()
 
     async def suspect(self, other: Member, suspicion: Suspicion) -> None:
-        key = self._keys.suspicion(other.rank, other.incarnation, f"rank-{self.member}")
+        by = suspicion.by
+        key = self._keys.suspicion(other.rank, other.incarnation, Accuser.RANK, by)
         await self._store.put(key, pack_record(suspicion), lease_id=self.lease_id)
 
     async def _write_record(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
+from gateway.api_key_watch import ApiKeyWatch
 from gateway.config import GatewayConfig
 from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
@@ -56,8 +57,16 @@ class GatewayHarness:
     """What a test uses: the etcd, the ranks, the gateway's address."""
 
     def __init__(
-        self, store: Store, keys: Keys, http: aiohttp.ClientSession, port: int, scheme: str = "http"
+        self,
+        store: Store,
+        keys: Keys,
+        http: aiohttp.ClientSession,
+        port: int,
+        *,
+        scheme: str = "http",
+        api_key: str = "none",
     ) -> None:
+        self._headers = {"Authorization": f"Bearer {api_key}"}
         self.store = store
         self.keys = keys
         self.http = http
@@ -88,7 +97,7 @@ class GatewayHarness:
                 await asyncio.sleep(0.01)
 
     async def metric(self, name: str) -> float:
-        async with self.http.get(self.url + "/metrics") as response:
+        async with self.http.get(self.url + "/metrics", headers=self._headers) as response:
             for line in (await response.text()).splitlines():
                 if line.startswith(f"starfish_gateway_{name} "):
                     return float(line.split()[1])
@@ -102,16 +111,20 @@ async def running_gateway(
     num_ranks: int = 2,
     context_tokens_max: int = 2048,
     scheme: str = "http",
+    api_key: str = "none",
     **options: object,
 ) -> AsyncIterator[GatewayHarness]:
-    """`options` are fields of GatewayConfig. The gateway is ready when the body begins."""
+    """`options` are fields of GatewayConfig. The gateway is ready when the body begins; if it wants
+    an API key, `api_key` is used to find that out."""
     etcd = MemoryEtcd(SystemClock())
     config = dataclasses.replace(GatewayConfig(), drain_s=1.0, **options)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         connector = aiohttp.TCPConnector(ssl=False)  # certificates of tests are their own
         async with aiohttp.ClientSession(connector=connector) as http:
-            harness = GatewayHarness(etcd.client(), Keys(config.instance), http, port, scheme)
+            harness = GatewayHarness(
+                etcd.client(), Keys(config.instance), http, port, scheme=scheme, api_key=api_key
+            )
             harness.gateway_store = etcd.client()
             spec = toy_spec(model, context_tokens_max=context_tokens_max, num_ranks=num_ranks)
             await harness.store.put(harness.keys.spec, pack(spec))
@@ -125,6 +138,7 @@ async def running_gateway(
                 listener=listener,
                 stop=harness.stop,
                 access=Access(config.instance),
+                api_keys=ApiKeyWatch(config.api_key_file, "", poll_s=0.05),
             )
             gateway = asyncio.create_task(run_gateway(config, dependencies))
             try:
@@ -145,7 +159,9 @@ async def _wait_ready(harness: GatewayHarness, gateway: asyncio.Task[None], num_
         while True:
             if gateway.done():
                 await gateway
-            async with harness.http.get(harness.url + "/v1/models") as response:
+            async with harness.http.get(
+                harness.url + "/v1/models", headers=harness._headers
+            ) as response:
                 if (await response.json())["data"]:
                     break
             await asyncio.sleep(0.01)

@@ -135,6 +135,24 @@ class Flood:
             self.channel.send(staging_buffer, slot, name, lambda: True)
 
 
+class Stranger:
+    """Writes over Mooncake to memory that others have registered: it asks nobody who it is."""
+
+    def __init__(self, transport: DataTransport) -> None:
+        self._engine = transport.engine
+        self._junk = np.full(1, 0xFF, dtype=np.uint8)
+        assert self._engine.register_memory(int(self._junk.ctypes.data), 1) == 0
+
+    def overwrite(self, transfer_name: str, address: int) -> bool:
+        """One byte. Whether the target has acknowledged it."""
+        batch = self._engine.transfer_submit_write(
+            transfer_name, int(self._junk.ctypes.data), address, 1
+        )
+        while (status := self._engine.transfer_check_status(batch)) == 0:
+            time.sleep(POLL_S)
+        return bool(batch) and status == 1
+
+
 class _Child:
     """One thread plays the engine; the event loop runs on the main thread."""
 
@@ -147,6 +165,7 @@ class _Child:
             HOST, MessageLayout(hidden_size=4, top_k=2, step_tokens_max=4), SystemClock()
         )
         transport = DataTransport(HOST, SystemClock())
+        self.stranger = Stranger(transport)
         require_confined()
         self.replicator = MooncakeReplicator(
             member=member,
@@ -237,6 +256,14 @@ class _Child:
                 found = self.replicator.store.find(value)
                 equal = None if found is None else bool((found == content_of(value)).all())
                 self.send(kind, equal)
+            case "rejected":
+                self.send(kind, self.replicator.store.num_rejected)
+            case "slot_address":
+                rank, slot = value
+                remote = channels[rank].remote
+                self.send(kind, (remote.transfer_name, remote.address + slot * BLOCK_BYTES))
+            case "overwrite":
+                self.send(kind, self.stranger.overwrite(*value))
             case "flood":
                 channel = channels[value]
                 self.floods[value] = Flood(channel, free=list(range(channel.num_slots)))

@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+from shared.etcd_options import EtcdOptions
 from shared.etcd_store import EtcdStore
 from shared.keys import Keys
 from shared.records import RankRecord, pack_record
@@ -20,6 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("rank", "incarnation", "lease-id", "lifeline-fd"):
         parser.add_argument(f"--{name}", type=int)
+    for name in ("etcd-ca", "etcd-cert", "etcd-key"):
+        parser.add_argument(f"--{name}", type=Path)
     for name in ("node", "etcd", "instance", "toy"):
         parser.add_argument(f"--{name}")
     flags, _ = parser.parse_known_args()
@@ -50,7 +54,14 @@ async def register(flags: argparse.Namespace) -> None:
         kv_block_tokens=1,
         exchange="local",
     )
-    store = EtcdStore([flags.etcd])
+    store = EtcdStore(
+        EtcdOptions(
+            etcd=flags.etcd,
+            etcd_ca=flags.etcd_ca,
+            etcd_cert=flags.etcd_cert,
+            etcd_key=flags.etcd_key,
+        )
+    )
     key = Keys(flags.instance).rank(record.rank, record.incarnation)
     await store.put(key, pack_record(record), lease_id=record.lease_id)
     await store.close()

@@ -18,14 +18,15 @@ from shared.model_spec import ModelSpec
 class Glm4Moe(GqaFamily):
     entry_points: ClassVar = (*gqa.ENTRY_POINTS, *router.GROUP_ENTRY_POINTS)
 
+    rotates_partly = True
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         raw = spec.raw
         normed = bool(raw.get("use_qk_norm", False))
         self.shape = read_gqa_shape(spec, QK_NORM_HEAD if normed else QK_NORM_NONE)
         self.o_bias = False
-        share = self.rope.scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        self.rotary_dim = int(self.shape.head_dim * float(0.5 if share is None else share))
+        self.rotary_dim = int(self.shape.head_dim * self.rope.rotated_share)
         raise_if_unsupported(
             spec,
             {f"{self.rotary_dim} rotated elements": self.rotary_dim < 2 or self.rotary_dim % 2 > 0},

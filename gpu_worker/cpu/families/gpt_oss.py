@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
-from gpu_worker.checkpoint.common_tensors import raise_if_unsupported
+from gpu_worker.checkpoint.common_tensors import raise_if_unsupported, read_layer_types
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.cpu.expert_slots import MlpSlot
 from gpu_worker.cpu.family import Router
@@ -19,6 +19,7 @@ from gpu_worker.cpu.weights import read_matrix, read_vector, read_weight_part
 from shared.model_spec import ModelSpec
 
 _ALPHA, _LIMIT = 1.702, 7.0
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 class GptOss(GqaFamily):
@@ -35,12 +36,11 @@ class GptOss(GqaFamily):
         super().__init__(spec)
         self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", True))
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-5))
-        kinds = raw.get("layer_types") or [
-            "full_attention" if layer % 2 else "sliding_attention"
-            for layer in range(spec.num_layers)
+        kinds = read_layer_types(spec, (_SLIDING, _FULL)) or [
+            _FULL if layer % 2 else _SLIDING for layer in range(spec.num_layers)
         ]
         window = int(raw.get("sliding_window") or 0)
-        self._windows = [window if kind == "sliding_attention" else 0 for kind in kinds]
+        self._windows = [window if kind == _SLIDING else 0 for kind in kinds]
 
     def shape_of(self, layer: int) -> GqaShape:
         return replace(self.shape, window=self._windows[layer])

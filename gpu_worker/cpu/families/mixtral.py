@@ -16,6 +16,7 @@ class Mixtral(GqaFamily):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self.shape = replace(self.shape, window=int(spec.raw.get("sliding_window") or 0))
+        self.qkv_bias = self.o_bias = False
         self.norm_eps = float(spec.raw.get("rms_norm_eps", 1e-5))
 
     def normalises_weights(self) -> bool:

@@ -19,6 +19,7 @@ from shared.records import (
 )
 from shared.store import WatchEvent
 from shared.types import (
+    Accuser,
     Epoch,
     Incarnation,
     Member,
@@ -127,9 +128,12 @@ def test_suspicions_and_verdicts_name_their_reasons() -> None:
     )
     raised, judged, dropped = narrate(
         EventFormatter(KEYS),
-        event(KEYS.suspicion(RankId(2), Incarnation(1), "agent:n"), pack_record(suspicion)),
+        event(
+            KEYS.suspicion(RankId(2), Incarnation(1), Accuser.AGENT, "agent:n"),
+            pack_record(suspicion),
+        ),
         event(KEYS.verdict(RankId(2), Incarnation(1)), pack_record(verdict)),
-        event(KEYS.suspicion(RankId(2), Incarnation(1), "agent:n"), None),
+        event(KEYS.suspicion(RankId(2), Incarnation(1), Accuser.AGENT, "agent:n"), None),
     )
     assert raised.fields["reason"] == "exit"
     assert "killed by SIGKILL" in raised.text

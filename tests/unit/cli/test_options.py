@@ -14,6 +14,10 @@ import pytest
 from cli.up.options import UpOptions
 from cli.up.services import Service, agent, control_plane, gateway
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
+
+ETCD = EtcdOptions(etcd="e:1")
+OF_RANKS = EtcdOptions(etcd="e:1", etcd_user="ranks")
 
 
 @pytest.fixture
@@ -50,6 +54,10 @@ def test_what_is_possible_passes(options: UpOptions) -> None:
     ("change", "flag"),
     [
         ({"ranks": 0}, "--ranks"),
+        ({"etcd_user": "u"}, "--etcd"),
+        ({"etcd": "h:1", "etcd_user": "u"}, "--etcd-ca"),
+        ({"etcd": "h:1", "etcd_cert": Path("c")}, "--etcd-key"),
+        ({"etcd": "h:1", "etcd_credentials": Path("/nowhere")}, "etcd-setup"),
         ({"control_planes": 3}, "--control-planes"),
         ({"redundant_experts": -2}, "--redundant-experts"),
         ({"context_tokens_max": -1}, "--context-tokens-max"),
@@ -86,37 +94,90 @@ def pairs(service: Service) -> set[tuple[str, str]]:
 def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> None:
     model = Path("/m")
     for service in (
-        control_plane(options, "e:1", model, 0),
-        gateway(options, "e:1", 5),
-        agent(options, "e:1", model, Path("/logs")),
+        control_plane(options, ETCD, model, 0),
+        gateway(options, ETCD, 5),
+        agent(options, ETCD, OF_RANKS, model, Path("/logs")),
     ):
         assert {("--etcd", "e:1"), ("--instance", "t"), ("--lifeline-fd", "9")} <= pairs(service)
         assert ("--secret-file", str(options.run_dir / "secret")) in pairs(service)
 
 
 def test_the_gateway_inherits_the_listening_socket(options: UpOptions) -> None:
-    service = gateway(options, "e:1", 5)
+    service = gateway(options, ETCD, 5)
     assert ("--listen-fd", "5") in pairs(service)
     assert service.inherited_fds == (5,)
 
 
+def test_the_gateway_is_told_how_to_read_chats(options: UpOptions, tmp_path: Path) -> None:
+    assert "--chat-template" not in gateway(options, ETCD, 5).argv
+    template = tmp_path / "chat.jinja"
+    changed = dataclasses.replace(options, chat_template=template, trust_special_tokens=False)
+    argv = gateway(changed, ETCD, 5).argv
+    assert argv[argv.index("--chat-template") + 1] == str(template)
+    assert "--no-trust-special-tokens" in argv
+    with pytest.raises(ConfigError, match="--chat-template"):
+        changed.check()
+
+
+def test_the_gateway_gets_the_file_of_api_keys(options: UpOptions, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    changed = dataclasses.replace(options, api_key_file=file)
+    assert ("--api-key-file", str(file)) in pairs(gateway(changed, ETCD, 5))
+    assert "--api-key-file" not in gateway(options, ETCD, 5).command(9)
+    with pytest.raises(ConfigError, match="--api-key-file"):
+        changed.check()
+    file.touch(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        changed.check()
+    file.chmod(0o600)
+    changed.check()
+
+
+@pytest.mark.parametrize(
+    ("host", "has_keys", "is_open"),
+    [
+        ("127.0.0.1", False, False),
+        ("localhost", False, False),
+        ("::1", False, False),
+        ("0.0.0.0", False, True),
+        ("10.0.0.1", False, True),
+        ("0.0.0.0", True, False),
+    ],
+)
+def test_who_serves_everybody_is_told(
+    options: UpOptions, host: str, has_keys: bool, is_open: bool
+) -> None:
+    keys = Path("/keys.toml") if has_keys else None
+    assert dataclasses.replace(options, host=host, api_key_file=keys).is_open_to_all == is_open
+
+
 def test_flags_of_ranks_stand_after_the_agents_own(options: UpOptions) -> None:
     changed = dataclasses.replace(options, static=True, kv_tokens=4096)
-    command = agent(changed, "e:1", Path("/m"), Path("/logs")).command(9)
+    command = agent(changed, ETCD, OF_RANKS, Path("/m"), Path("/logs")).command(9)
     tail = command[command.index("--") + 1 :]
-    assert tail == ["--transfer-protocol", "tcp", "--static", "--kv-tokens", "4096"]
+    assert tail == [
+        "--etcd",
+        "e:1",
+        "--etcd-user",
+        "ranks",
+        "--transfer-protocol",
+        "tcp",
+        "--static",
+        "--kv-tokens",
+        "4096",
+    ]
 
 
 def test_ranks_choose_their_device_unless_told(options: UpOptions) -> None:
     told = dataclasses.replace(options, device="cuda")
-    tail = agent(told, "e:1", Path("/m"), Path("/logs")).tail
-    assert tail == ("--", "--transfer-protocol", "tcp", "--device", "cuda")
-    assert "--device" not in agent(options, "e:1", Path("/m"), Path("/logs")).tail
+    tail = agent(told, ETCD, OF_RANKS, Path("/m"), Path("/logs")).tail
+    assert tail == ("--", *OF_RANKS.flags(), "--transfer-protocol", "tcp", "--device", "cuda")
+    assert "--device" not in agent(options, ETCD, OF_RANKS, Path("/m"), Path("/logs")).tail
 
 
 def test_the_agent_creates_the_expert_caches_memory(options: UpOptions) -> None:
     command = agent(
-        dataclasses.replace(options, host_experts_gb=1.5), "e:1", Path("/m"), Path("/logs")
+        dataclasses.replace(options, host_experts_gb=1.5), ETCD, OF_RANKS, Path("/m"), Path("/logs")
     ).command(9)
     own = command[: command.index("--")]
     assert ("--host-experts-gb", "1.5") in itertools.pairwise(own)
@@ -124,11 +185,11 @@ def test_the_agent_creates_the_expert_caches_memory(options: UpOptions) -> None:
 
 def test_an_environment_for_the_ranks_is_given_to_their_agent(options: UpOptions) -> None:
     shared = {"CUDA_MPS_PIPE_DIRECTORY": "/p"}
-    assert agent(options, "e:1", Path("/m"), Path("/logs"), shared).environment == shared
+    assert agent(options, ETCD, OF_RANKS, Path("/m"), Path("/logs"), shared).environment == shared
 
 
 def test_redundancy_is_the_control_planes_choice_unless_given(options: UpOptions) -> None:
-    given = control_plane(options, "e:1", Path("/m"), 0).argv
+    given = control_plane(options, ETCD, Path("/m"), 0).argv
     assert given[given.index("--redundant-experts") + 1] == "16"
     default = dataclasses.replace(options, redundant_experts=-1)
-    assert "--redundant-experts" not in control_plane(default, "e:1", Path("/m"), 0).argv
+    assert "--redundant-experts" not in control_plane(default, ETCD, Path("/m"), 0).argv

@@ -16,6 +16,7 @@ from cli.run_dir import (
 )
 from cli.up.run_folder import RunFolder
 from shared.errors import ConfigError
+from shared.etcd_options import EtcdOptions
 
 STATE = RunState(instance="blue", etcd="h:1", url="http://x:2", pid=3, model="/m")
 
@@ -31,10 +32,10 @@ def test_what_is_written_is_read_until_the_run_ends(tmp_path: Path) -> None:
 
 def test_flags_win_over_the_state_file(tmp_path: Path) -> None:
     write_state(tmp_path, STATE)
-    found = resolve_target(etcd=None, instance=None, run_dir=tmp_path)
-    assert found == Target(etcd="h:1", instance="blue", url="http://x:2")
-    found = resolve_target(etcd="other:2", instance="red", run_dir=tmp_path)
-    assert found == Target(etcd="other:2", instance="red")
+    found = resolve_target(store=None, instance=None, run_dir=tmp_path)
+    assert found == Target(store=EtcdOptions(etcd="h:1"), instance="blue", url="http://x:2")
+    found = resolve_target(store=EtcdOptions(etcd="other:2"), instance="red", run_dir=tmp_path)
+    assert found == Target(store=EtcdOptions(etcd="other:2"), instance="red")
 
 
 def test_the_default_folder_is_told_by_the_instances_name(
@@ -44,9 +45,9 @@ def test_the_default_folder_is_told_by_the_instances_name(
     folder = default_run_dir("blue")
     folder.mkdir(parents=True)
     write_state(folder, STATE)
-    assert resolve_target(etcd=None, instance="blue", run_dir=None).etcd == "h:1"
+    assert resolve_target(store=None, instance="blue", run_dir=None).etcd == "h:1"
     with pytest.raises(ConfigError, match="--instance blue"):
-        resolve_target(etcd=None, instance=None, run_dir=None)
+        resolve_target(store=None, instance=None, run_dir=None)
 
 
 def test_a_garbled_state_file_is_named(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import pytest
 from cli.observe.instance_view import InstanceView
 from cli.observe.status import rank_status, status_of
 from cli.run_dir import Target
+from shared.etcd_options import EtcdOptions
 from shared.expert_map import ExpertMap
 from shared.records import RankRecord
 from shared.types import Epoch, Incarnation, Member, NodeId, RankId, RankState, Step
 from shared.wire import Load, StatusReply
 
-TARGET = Target(etcd="e", instance="t")
+TARGET = Target(store=EtcdOptions(etcd="e"), instance="t")
 
 
 def record(rank: int, incarnation: int, state: RankState = RankState.READY) -> RankRecord:

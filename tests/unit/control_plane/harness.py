@@ -39,6 +39,7 @@ from shared.records import (
 from shared.store import Compare, Put, Snapshot, WatchEvent
 from shared.types import (
     EMPTY_SLOT,
+    Accuser,
     Epoch,
     Incarnation,
     Member,
@@ -362,7 +363,9 @@ class ControlPlaneHarness:
             step=Step(0),
             raised_at=self.clock.now(),
         )
-        key = self.keys.suspicion(rank.member.rank, rank.member.incarnation, suspicion.by)
+        key = self.keys.suspicion(
+            rank.member.rank, rank.member.incarnation, Accuser.RANK, suspicion.by
+        )
         self.etcd.apply([Put(key=key, value=pack_record(suspicion))])
 
     def lag(self, rank_id: int) -> None:

@@ -26,6 +26,8 @@ from shared.records import (
 )
 from shared.store import KeyValue, Snapshot, WatchEvent
 from shared.types import (
+    ACCUSERS,
+    Accuser,
     Epoch,
     Incarnation,
     Member,
@@ -207,7 +209,7 @@ def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(cluster: State
     keys = {
         KEYS.resident(*member_ids(member)): contents,
         KEYS.assignment(*member_ids(member)): contents,
-        KEYS.suspicion(*member_ids(member), "x"): doubt,
+        KEYS.suspicion(*member_ids(member), Accuser.RANK, "x"): doubt,
         KEYS.verdict(*member_ids(member)): verdict,
     }
     changes = [c for key, value in keys.items() for c in cluster.apply(put(key, value, 5))]
@@ -220,6 +222,48 @@ def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(cluster: State
     state = cluster.state
     left = (state.residents, state.assignments, state.verdicts, state.suspicions)
     assert left == ({}, {}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("accuser", "reason"),
+    [
+        (accuser, reason)
+        for reason in SuspicionReason
+        for accuser in set(Accuser) - ACCUSERS[reason]
+    ],
+)
+def test_nobody_gives_a_reason_that_another_kind_of_process_has(
+    cluster: StateApplier, accuser: Accuser, reason: SuspicionReason
+) -> None:
+    """A rank that was taken over cannot tell of an exit, which only a node agent can see."""
+    member = Member(rank=RankId(1), incarnation=Incarnation(2))
+    doubt = suspicion_of(member, reason)
+    key = KEYS.suspicion(*member_ids(member), accuser, doubt.by)
+    (change,) = cluster.apply(put(key, doubt, 5))
+    assert isinstance(change, MalformedValue)
+    assert cluster.state.suspicions == {}
+
+
+def test_a_suspicion_under_the_key_of_another_member_counts_for_nothing(
+    cluster: StateApplier,
+) -> None:
+    doubt = suspicion_of(Member(rank=RankId(1), incarnation=Incarnation(2)), SuspicionReason.LINK)
+    key = KEYS.suspicion(RankId(3), Incarnation(2), Accuser.RANK, doubt.by)
+    (change,) = cluster.apply(put(key, doubt, 5))
+    assert isinstance(change, MalformedValue)
+    assert cluster.state.suspicions == {}
+
+
+def suspicion_of(member: Member, reason: SuspicionReason) -> Suspicion:
+    return Suspicion(
+        rank=member.rank,
+        incarnation=member.incarnation,
+        by="x",
+        reason=reason,
+        epoch=Epoch(1),
+        step=Step(0),
+        raised_at=0.0,
+    )
 
 
 def member_ids(member: Member) -> tuple[RankId, Incarnation]:

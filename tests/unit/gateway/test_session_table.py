@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections import deque
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,15 @@ from gateway.stream_session import (
     SessionState,
     StreamSession,
 )
-from shared.types import FinishReason, Incarnation, Member, RankId, SamplingParams, SessionId
+from shared.types import (
+    FinishReason,
+    Incarnation,
+    Member,
+    RankId,
+    SamplingParams,
+    SchedulingParams,
+    SessionId,
+)
 from shared.wire import Cancel, Load, SessionTokens, Submit
 
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=100, kv_blocks=100)
@@ -148,6 +157,107 @@ def test_a_shutdown_fails_every_session_with_a_reason() -> None:
     looks = [a for a in table.shut_down() if isinstance(a, NotifyReader)]
     assert [look.session for look in looks] == sessions
     assert all(s.failure and s.failure.kind is FailureKind.SHUTDOWN for s in sessions)
+
+
+def open_timed(table: SessionTable, name: str, expires_at: float) -> StreamSession:
+    sampling = SamplingParams(max_tokens=8)
+    session, _ = table.open(SessionId(name), (1, 2), sampling, 0.0, expires_at=expires_at)
+    return session
+
+
+def test_a_session_that_is_late_fails_wherever_it_is_and_leaves_its_rank() -> None:
+    table = new_table(member(0))
+    running = open_timed(table, "running", 5.0)
+    later = open_timed(table, "later", 9.0)
+    assert table.wake_at() == 5.0
+    actions = table.on_time(5.0)
+    assert NotifyReader(session=running) in actions
+    sent = [a.message for a in actions if isinstance(a, SendToRank)]
+    assert [type(message) for message in sent] == [Cancel]
+    assert running.failure is not None
+    assert running.failure.kind is FailureKind.DEADLINE
+    assert (later.state, table.wake_at()) == (SessionState.RUNNING, 9.0)
+
+
+def test_a_deadline_outlives_a_move() -> None:
+    table = new_table(member(0))
+    session = open_timed(table, "s", 5.0)
+    states = [session.state]
+    for happen in (
+        lambda: table.on_link_broken(member(0), 1.0),
+        lambda: table.on_link_opened(member(0), BLOCK, 2.0),
+        lambda: table.on_time(4.9),
+        lambda: table.on_time(5.0),
+    ):
+        happen()
+        states.append(session.state)
+    running, waiting = SessionState.RUNNING, SessionState.WAITING
+    assert states == [running, waiting, running, running, SessionState.FAILED]
+
+
+def test_the_earlier_of_two_ends_counts_for_a_waiting_session() -> None:
+    table = new_table(policy=SessionPolicy(no_rank_timeout_s=5))
+    session = open_timed(table, "s", 3.0)
+    assert table.wake_at() == 3.0
+    table.on_time(3.0)
+    assert session.failure is not None
+    assert session.failure.kind is FailureKind.DEADLINE
+
+
+def test_deadlines_of_ended_sessions_are_forgotten() -> None:
+    table = new_table(member(0))
+    first = open_timed(table, "first", 1000.0)
+    for number in range(1000):
+        table.cancel(open_timed(table, str(number), 1.0 + number))
+    assert table.wake_at() == 1000.0
+    assert len(table._expiries) < 100
+    table.cancel(first)
+    assert table.wake_at() is None
+    assert not table.needs_time
+
+
+def test_the_more_urgent_are_placed_first_and_those_in_mid_stream_before_them() -> None:
+    table = new_table(member(0))
+    _, actions = open_one(table, "old")
+    table.on_tokens(member(0), [frame(submits(actions)[0][1], 0, 5)], LOAD, 1.0)
+    table.on_link_broken(member(0), 1.0)
+    for name, priority in (("plain", 0), ("urgent", -1)):
+        scheduling = SchedulingParams(priority=priority)
+        table.open(SessionId(name), (1,), SamplingParams(), 2.0, scheduling=scheduling)
+    placed = submits(table.on_link_opened(member(0), BLOCK, 3.0))
+    assert [s.session for _, s in placed] == ["old", "urgent", "plain"]
+
+
+def test_every_attempt_carries_the_same_scheduling() -> None:
+    table = new_table(member(0), member(1))
+    scheduling = SchedulingParams(
+        tenant="t", weight=2.0, priority=-3, deadline_at=1e9, cache_salt=b"s" * 32
+    )
+    sampling = SamplingParams(max_tokens=8)
+    _, actions = table.open(SessionId("s"), (1, 2), sampling, 0.0, scheduling=scheduling)
+    ((first, one),) = submits(actions)
+    ((_, two),) = submits(table.on_link_broken(first, 1.0))
+    assert one.scheduling == two.scheduling == scheduling
+    assert (one.attempt, two.attempt) == (0, 1)
+
+
+@pytest.mark.parametrize(("client", "rank"), [(b"a", 0), (b"b", 1), (b"", 1)])
+def test_a_prompt_goes_where_its_own_client_has_sent_it(client: bytes, rank: int) -> None:
+    """And not where another client has: the choice would tell."""
+    table = new_table(member(0), member(1))
+
+    def place(name: str, prompt: tuple[int, ...], salt: bytes) -> tuple[StreamSession, Member]:
+        scheduling = SchedulingParams(cache_salt=salt)
+        sampling = SamplingParams(max_tokens=8)
+        session, actions = table.open(SessionId(name), prompt, sampling, 0.0, scheduling=scheduling)
+        return session, submits(actions)[0][0]
+
+    long = tuple(range(200))
+    first, served_by = place("first", long, b"a" * 32)
+    table.cancel(first)
+    _, busy = place("busy", (1,), b"")
+    assert busy == served_by == member(0)
+    assert place("second", long, client * 32)[1] == member(rank)
 
 
 def open_long(table: SessionTable, num_tokens: int = 64) -> tuple[Member, Submit]:

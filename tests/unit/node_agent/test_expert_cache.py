@@ -13,11 +13,12 @@ import pytest
 
 from node_agent.expert_cache import with_expert_cache
 from node_agent.rank_process import RankCommand, spawn
+from shared.etcd_options import EtcdOptions
 from shared.types import Incarnation, Member, NodeId, RankId
 
 COMMAND = RankCommand(
     node=NodeId("expert-cache-test"),
-    etcd="127.0.0.1:1",
+    store=EtcdOptions(etcd="127.0.0.1:1"),
     instance="expert-cache",
     lifeline_fd=-1,
     extra_flags=("--static",),

@@ -12,11 +12,12 @@ import pytest
 
 from node_agent.rank_process import RankCommand, spawn
 from node_agent.rank_supervisor import RunningRank
+from shared.etcd_options import EtcdOptions
 from shared.types import Incarnation, Member, NodeId, RankId
 
 COMMAND = RankCommand(
     node=NodeId("a"),
-    etcd="127.0.0.1:2379",
+    store=EtcdOptions(etcd="127.0.0.1:2379"),
     instance="blue",
     lifeline_fd=5,
     extra_flags=("--model", "/models/m", "--static"),
@@ -45,7 +46,7 @@ def test_another_interpreter_path_and_lifeline_are_the_same_rank() -> None:
     [
         {"node": NodeId("b")},
         {"instance": "green"},
-        {"etcd": "127.0.0.1:2380"},
+        {"store": EtcdOptions(etcd="127.0.0.1:2380")},
         {"program": ("python", "-m", "node_agent")},
     ],
 )

@@ -19,6 +19,7 @@ from shared.leased_keys import LeasedKeys
 from shared.records import ProcessView, Suspicion, pack_record, unpack_record
 from shared.store import Snapshot
 from shared.types import (
+    Accuser,
     Epoch,
     Incarnation,
     Member,
@@ -73,7 +74,7 @@ class Reports:
             step=Step(1),
             raised_at=0.0,
         )
-        key = KEYS.suspicion(member.rank, member.incarnation, "rank-0.1")
+        key = KEYS.suspicion(member.rank, member.incarnation, Accuser.RANK, "rank-0.1")
         await self.store.put(key, pack_record(suspicion))
 
     async def until(self, holds: Callable[[list[ProcessView]], bool]) -> None:

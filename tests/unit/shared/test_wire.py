@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import math
 
 import msgpack
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from shared.errors import WireError
 from shared.types import (
+    DEFAULT_SCHEDULING,
     Attempt,
     Epoch,
     Incarnation,
@@ -19,8 +22,10 @@ from shared.types import (
     RankId,
     Role,
     SamplingParams,
+    SchedulingParams,
     SessionId,
     Step,
+    ThinkingBudget,
 )
 from shared.wire import (
     FRAME_BYTES_MAX,
@@ -46,7 +51,15 @@ def submit(tokens: tuple[int, ...] = (1, 2, 3)) -> Submit:
         tokens=tokens,
         num_emitted=1,
         sampling=SamplingParams(
-            temperature=0.5, seed=2**63, stop_token_ids=(7,), logit_bias=((3, -1.5),)
+            temperature=0.5,
+            seed=2**63,
+            stop_token_ids=(7,),
+            logit_bias=((3, -1.5),),
+            bad_words=((1,), (2, 3)),
+            allowed_token_ids=(4,),
+            thinking_budget=ThinkingBudget(
+                tokens=8, opened=True, start_ids=(), end_ids=(5,), forced_ids=(5, 6)
+            ),
         ),
     )
 
@@ -137,6 +150,42 @@ def test_a_message_too_large_to_send_is_refused() -> None:
 def test_other_msgpack_is_a_wire_error(plain: object) -> None:
     with pytest.raises(WireError):
         decode(msgpack.packb(plain))
+
+
+def test_a_submit_says_for_whom_it_is_and_without_that_it_is_for_nobody_in_particular() -> None:
+    scheduling = SchedulingParams(
+        tenant="t", weight=2.5, priority=-3, deadline_at=1.7e9, cache_salt=b"s" * 32
+    )
+    sent = dataclasses.replace(submit(), scheduling=scheduling)
+    assert decode(encode(sent)[4:]) == sent
+    plain = {"session": "s", "attempt": 0, "tokens": [1], "num_emitted": 0, "sampling": {}}
+    found = decode(msgpack.packb(["Submit", plain]))
+    assert isinstance(found, Submit)
+    assert found.scheduling == DEFAULT_SCHEDULING
+
+
+@pytest.mark.parametrize(
+    "scheduling",
+    [
+        {"weight": 0.0},
+        {"weight": -1.0},
+        {"weight": math.inf},
+        {"weight": math.nan},
+        {"weight": 1e9},
+        {"priority": 2**31},
+        {"priority": -(2**31)},
+        {"deadline_at": -1.0},
+        {"deadline_at": math.nan},
+        {"tenant": "x" * 65},
+        {"cache_salt": b"x" * 33},
+    ],
+)
+def test_numbers_that_would_upset_a_scheduler_are_a_wire_error(
+    scheduling: dict[str, object],
+) -> None:
+    plain = {"session": "s", "attempt": 0, "tokens": [1], "num_emitted": 0, "sampling": {}}
+    with pytest.raises(WireError):
+        decode(msgpack.packb(["Submit", {**plain, "scheduling": scheduling}]))
 
 
 @given(st.binary(max_size=64))

@@ -13,7 +13,6 @@ from gateway.api.bodies import ChatBody, CompletionBody, decode_body
 from gateway.api.requests import (
     COMPLETION_TOKENS_DEFAULT,
     RequestOptions,
-    read_messages,
     read_options,
     read_prompts,
 )
@@ -66,8 +65,6 @@ def test_what_would_change_the_answer_is_refused_by_name(param: str, value: Any)
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
     ],
@@ -94,11 +91,6 @@ def test_what_chats_cannot_ask_is_refused_by_name(fields: dict[str, Any], param:
     with pytest.raises(RequestError) as caught:
         read_options(chat(**fields), LIMITS)
     assert caught.value.param == param
-
-
-def test_tools_that_may_not_be_called_are_tolerated() -> None:
-    chat(tools=[{"type": "function"}], tool_choice="none")
-    chat(tools=[], tool_choice="auto", parallel_tool_calls=True)
 
 
 @pytest.mark.parametrize(
@@ -261,27 +253,3 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
     with pytest.raises(RequestError) as caught:
         read_prompts(completion(prompt=prompt), 100)
     assert caught.value.param == "prompt"
-
-
-def test_content_parts_become_one_text() -> None:
-    body = chat(
-        messages=[
-            {
-                "role": "user",
-                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-            },
-            {"role": "assistant", "content": None},
-        ]
-    )
-    assert [m["content"] for m in read_messages(body.messages)] == ["ab", ""]
-
-
-def test_content_that_is_no_text_is_refused() -> None:
-    body = chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}])
-    with pytest.raises(RequestError, match="image_url"):
-        read_messages(body.messages)
-
-
-def test_a_chat_needs_a_message() -> None:
-    with pytest.raises(RequestError):
-        read_messages(chat(messages=[]).messages)

@@ -116,7 +116,6 @@ def test_another_architecture_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "YaRN lacks original_max"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),

@@ -22,6 +22,15 @@ from tests.unit.gpu_worker.cpu.runs import SMALL
 VOCAB = SEEDED_CONFIGS["mixtral"]["vocab_size"]
 YARN = SEEDED_CONFIGS["gpt_oss"]["rope_parameters"] | {"original_max_position_embeddings": 32}
 
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "deepseek_v3_defaults": ("rms_norm_eps", "rope_interleave", "hidden_act", "attention_bias"),
+    "glm4_moe_defaults": ("rms_norm_eps", "rope_parameters", "norm_topk_prob", "n_group"),
+    "gpt_oss_defaults": ("rope_parameters", "layer_types", "rms_norm_eps", "attention_bias"),
+    "mixtral_defaults": ("rope_parameters", "sliding_window", "rms_norm_eps", "hidden_act"),
+    "olmoe_defaults": ("rope_parameters", "rms_norm_eps", "norm_topk_prob", "clip_qkv"),
+}
+"""Keys that the config.json of a variant lacks."""
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", {}),
     "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy"}),
@@ -34,16 +43,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_interleave": False,
         },
     ),
+    "deepseek_v3_defaults": (
+        "deepseek_v3",
+        {"rope_scaling": {"type": "yarn", "factor": 8.0, "mscale_all_dim": 0.7}},
+    ),
     "deepseek_v32": ("deepseek_v32", {}),
     "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe_defaults": ("glm4_moe", {"n_group": 1}),
     "gpt_oss": ("gpt_oss", {"rope_parameters": YARN}),
+    "gpt_oss_defaults": ("gpt_oss", {"sliding_window": 5}),
     # Sizes that MXFP4's blocks of 32 divide.
     "gpt_oss_wide": (
         "gpt_oss",
         {"hidden_size": 64, "num_local_experts": 4, "intermediate_size": 32},
     ),
     "mixtral": ("mixtral", {}),
+    "mixtral_defaults": ("mixtral", {"sliding_window": None}),
     "olmoe": ("olmoe", {}),
+    "olmoe_defaults": ("olmoe", {}),
     "qwen3": ("qwen3", {"rope_parameters": YARN | {"truncate": True}}),
     "qwen3_moe": ("qwen3_moe", SMALL | {"vocab_size": VOCAB, "mlp_only_layers": [1]}),
 }
@@ -52,6 +69,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def save_checkpoint(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
     family, changes = VARIANTS[variant]
     create_seeded_checkpoint(folder, 11, num_shards=1, family=family, dtype=dtype, **changes)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    left_out = LEFT_OUT.get(variant, ())
+    path.write_text(json.dumps({key: config[key] for key in config if key not in left_out}))
     return folder
 
 

@@ -10,9 +10,9 @@ from gpu_worker.engine.block_names import extend_names
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=30)
 
 
-def names_of(tokens: list[int], block_tokens: int = 4) -> list[bytes]:
+def names_of(tokens: list[int], block_tokens: int = 4, salt: bytes = b"") -> list[bytes]:
     names: list[bytes] = []
-    extend_names(names, tokens, block_tokens)
+    extend_names(names, tokens, block_tokens, salt=salt)
     return names
 
 
@@ -43,3 +43,11 @@ def test_names_are_equal_as_far_as_the_prefixes_are(
 
 def test_equal_blocks_at_different_places_differ() -> None:
     assert len(set(names_of([1] * 16))) == 4
+
+
+@given(tokens=TOKENS, salts=st.sets(st.binary(min_size=32, max_size=32), min_size=2, max_size=4))
+def test_no_name_is_known_under_two_salts(tokens: list[int], salts: set[bytes]) -> None:
+    chains = [names_of(tokens, salt=salt) for salt in (b"", *salts)]
+    names = [name for chain in chains for name in chain]
+    assert len(set(names)) == len(names)
+    assert {len(chain) for chain in chains} == {len(tokens) // 4}

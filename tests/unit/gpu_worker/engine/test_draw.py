@@ -133,3 +133,12 @@ def test_min_p_of_one_is_greedy() -> None:
     rows = noise(50)
     draws = [draw(n, min_p=1.0) for n in range(50)]
     assert sample(rows, draws) == rows.argmax(axis=1).tolist()
+
+
+def test_bans_yield_where_a_mask_allows_nothing_else() -> None:
+    (row,) = noise()
+    sampling = SamplingParams(temperature=0.0)
+    both = Draw(sampling, 9, (4, 8), allowed=mask_of({4, 8}))
+    assert sample(row[None], [both]) == [4 if row[4] > row[8] else 8]
+    one = Draw(sampling, 9, (4,), allowed=mask_of({4, 8}))
+    assert sample(row[None], [one]) == [8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.scheduler import Committed, Scheduler
 from gpu_worker.engine.sequence import SequenceState
 from gpu_worker.engine.step_plan import StepPlan
-from shared.types import Attempt, FinishReason, SessionId
+from shared.types import Attempt, FinishReason, SessionId, ThinkingBudget
 from shared.wire import SessionTokens
 from tests.unit.gpu_worker.engine.toy import EOS, VOCAB, origin, scheduler, submit
 
@@ -213,9 +214,20 @@ def test_nothing_is_planned_beyond_the_last_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"presence_penalty": 0.5}, {"repetition_penalty": 1.5}, {"prompt_logprobs": 0}]
+    "sampling",
+    [
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.5},
+        {"prompt_logprobs": 0},
+        {"bad_words": ((1, 2),)},
+        {
+            "thinking_budget": ThinkingBudget(
+                tokens=3, opened=True, start_ids=(), end_ids=(1,), forced_ids=(1,)
+            )
+        },
+    ],
 )
-def test_what_hangs_on_tokens_waits_for_them(sampling: dict[str, float]) -> None:
+def test_what_hangs_on_tokens_waits_for_them(sampling: dict[str, Any]) -> None:
     engine = scheduler()
     engine.submit(origin(), submit(**sampling))
     engine.plan()
@@ -541,7 +553,7 @@ def test_a_preemption_in_an_abandoned_step_stays_and_loses_no_token() -> None:
     engine = scheduler(kv_blocks=4, kv_block_tokens=2, context_tokens_max=8)
     engine.submit(origin(), submit("old", (1, 2), max_tokens=6))
     engine.submit(origin(), submit("young", (1, 2), max_tokens=6))
-    young = next(s for s in engine._waiting if s.session == "young")
+    young = next(s for s in engine._waiting.in_order() if s.session == "young")
     while young.state is not SequenceState.RUNNING or engine.load().kv_blocks_free:
         run_step(engine)
     while young.state is SequenceState.RUNNING:

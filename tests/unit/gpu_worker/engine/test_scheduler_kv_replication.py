@@ -53,6 +53,8 @@ class FakeReplicator:
     def backup_of(self, session: SessionId) -> RankId | None:
         return self.backups.get(session)
 
+    num_rejected = 0
+
     def send_offered(self) -> bool:
         return False
 

@@ -148,7 +148,7 @@ def test_nobody_waits_for_a_block_of_one_that_goes_after_it() -> None:
     engine.submit(origin(), submit("fresh", LONG))
     run_step(engine)
     engine.submit(origin(), submit("moved", LONG, num_emitted=1))
-    assert [session for session, _ in planned(engine)] == ["fresh", "moved"]
+    assert [session for session, _ in planned(engine)] == ["moved", "fresh"]
 
 
 def test_a_session_that_waits_for_a_block_goes_on_when_the_other_is_gone() -> None:

@@ -13,6 +13,7 @@ from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_batch import Forward, StepBatch
+from gpu_worker.engine.token_limits import token_limits
 from gpu_worker.exchange.interface import Exchange
 from shared.types import Attempt, FinishReason, SamplingParams, SessionId
 from shared.wire import Submit
@@ -80,7 +81,11 @@ def alone(
         num_made = len(tokens) - len(prompt)
         banned = tuple(stops) if num_made < sampling.min_tokens else ()
         row = logits_after(tokens)[None]
-        (token,) = sample(row, [Draw(sampling, len(tokens), banned)])
+        own = token_limits(sampling, tokens[len(prompt) :])
+        if own is not None:
+            banned = (*banned, *own.banned())
+        allowed = None if own is None else own.allowed(None)
+        (token,) = sample(row, [Draw(sampling, len(tokens), banned, allowed=allowed)])
         tokens.append(token)
         if token in stops:
             return tokens[len(prompt) :], FinishReason.STOP

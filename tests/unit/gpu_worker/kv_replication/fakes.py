@@ -48,6 +48,8 @@ class Store:
         self.regions: list[Region] = []
         self._is_lost = is_lost
 
+    num_rejected = 0
+
     def find(self, name: bytes) -> Bytes | None:
         if self._is_lost(name):
             return None

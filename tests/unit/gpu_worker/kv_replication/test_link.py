@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.engine.kv_replication import Bytes
-from gpu_worker.kv_replication.channel import Channel, RemoteSlots, SendRequest
+from gpu_worker.kv_replication.channel import Channel, RemoteSlots, StoredBlock
 from gpu_worker.kv_replication.link import NOTIFY_AT_ONCE_MIN, ReplicaLink
 from gpu_worker.kv_replication.staging_buffer import StagingBuffers
 from shared.types import Epoch, Incarnation, Member, RankId, Step
@@ -41,7 +41,10 @@ def new_staging_buffer() -> Bytes:
 
 def kept(*slots: int) -> KvReplicasStored:
     names = tuple(b"%d" % slot for slot in slots)
-    return KvReplicasStored(source=SOURCE, generation=GENERATION, slots=slots, names=names)
+    tags = tuple(b"tag of %d" % slot for slot in slots)
+    return KvReplicasStored(
+        source=SOURCE, generation=GENERATION, slots=slots, names=names, tags=tags
+    )
 
 
 def pong(nonce: int) -> Pong:
@@ -68,9 +71,7 @@ class LinkHarness:
 
     def write(self, *slots: int) -> None:
         """As the sender does, when blocks have been written."""
-        self.channel.wrote(
-            [SendRequest(new_staging_buffer(), slot, b"%d" % slot, lambda: True) for slot in slots]
-        )
+        self.channel.wrote([StoredBlock(slot, b"%d" % slot, b"tag of %d" % slot) for slot in slots])
 
     async def hear(self) -> Message | None:
         return await read_message(self.reader)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpu_worker.engine.kv_replication import Bytes
+from gpu_worker.kv_replication.block_tags import BlockTags
 from gpu_worker.kv_replication.channel import (
     CHANNEL_STAGING_BUFFERS_MAX,
     Channel,
@@ -21,6 +22,7 @@ from gpu_worker.kv_replication.staging_buffer import (
     NUM_STAGING_BUFFERS,
     StagingBuffers,
 )
+from shared.handshake import Access
 from shared.types import Incarnation, Member, RankId
 from tests.support.fake_clock import FakeClock
 from tests.support.scripted_engine import ScriptedEngine
@@ -63,7 +65,7 @@ class SenderHarness:
 
     def __post_init__(self) -> None:
         self.staging_buffers = StagingBuffers(self.maker.new, self.engine)
-        self.sender = Sender(self.engine, self.clock)
+        self.sender = Sender(self.engine, self.clock, BlockTags(Access("toy")))
 
     def channel(self, rank: int = 1) -> Channel:
         remote = RemoteSlots(
@@ -121,7 +123,7 @@ def test_a_block_is_written_to_its_slot_and_named_once_that_has_completed(
     assert channel.take_written() == []
     harness.engine.end(1)
     assert not harness.sender.poll()
-    assert channel.take_written() == [(5, b"5")]
+    assert [block[:2] for block in channel.take_written()] == [(5, b"5")]
     assert channel.take_written() == []
     assert channel.is_open
 
@@ -150,7 +152,7 @@ def test_few_writes_are_under_way_at_once_and_the_next_follow_as_they_end(
     harness.engine.end(2)
     harness.sender.poll()
     assert harness.targets() == list(range(WRITES_MAX + 1))
-    assert channel.take_written() == [(1, b"1")]
+    assert [block[:2] for block in channel.take_written()] == [(1, b"1")]
 
 
 def test_a_room_is_not_handed_out_again_while_its_write_reads_it(harness: SenderHarness) -> None:
@@ -325,7 +327,7 @@ def test_a_write_that_has_ended_is_not_late_however_late_the_sender_looks(
     harness.clock.advance(10 * WRITE_TIMEOUT_S)
     harness.sender.poll()
     assert channel.is_open
-    assert channel.take_written() == [(0, b"0")]
+    assert [block[:2] for block in channel.take_written()] == [(0, b"0")]
 
 
 def test_a_closed_channel_keeps_its_first_reason(harness: SenderHarness) -> None:

@@ -4,13 +4,17 @@ late writes change about it."""
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gpu_worker.exchange.regions import QUARANTINE_S
 from gpu_worker.kv_replication.block_form import BlockForm
+from gpu_worker.kv_replication.block_tags import TAG_BYTES, BlockTags
 from gpu_worker.kv_replication.region import ReplicaRegion
 from gpu_worker.kv_replication.store import RETENTION_S, StoredReplicas
+from shared.handshake import Access
 from shared.types import Incarnation, Member, RankId
 from shared.wire import DropKvReplicas, KvReplicasStored, OpenKvReplicaRegion
 from tests.support.scripted_engine import ScriptedEngine
@@ -18,6 +22,7 @@ from tests.support.scripted_engine import ScriptedEngine
 BLOCK_BYTES = 512
 NUM_SLOTS = 4
 FORM = BlockForm(layout="toy", block_bytes=BLOCK_BYTES)
+TAGS = BlockTags(Access("toy", b"a secret"))
 NOW = 100.0
 
 
@@ -33,9 +38,17 @@ def request(
     )
 
 
-def kept(of: Member, names: dict[int, bytes], generation: int = 1) -> KvReplicasStored:
+def kept(
+    of: Member, names: dict[int, bytes], generation: int = 1, value: int = 0
+) -> KvReplicasStored:
+    """`value` is what the source has written to all bytes of these slots."""
+    content = np.full(BLOCK_BYTES, value, dtype=np.uint8)
     return KvReplicasStored(
-        source=of, generation=generation, slots=tuple(names), names=tuple(names.values())
+        source=of,
+        generation=generation,
+        slots=tuple(names),
+        names=tuple(names.values()),
+        tags=tuple(TAGS.tag(name, content) for name in names.values()),
     )
 
 
@@ -66,7 +79,7 @@ def engine() -> ScriptedEngine:
 @pytest.fixture
 def store(engine: ScriptedEngine) -> StoredReplicas:
     """With sources 1 and 2, which have records."""
-    made = StoredReplicas(engine, FORM, region_bytes=NUM_SLOTS * BLOCK_BYTES + 100)
+    made = StoredReplicas(engine, FORM, TAGS, region_bytes=NUM_SLOTS * BLOCK_BYTES + 100)
     for rank in (1, 2):
         made.on_member_present(source(rank))
     return made
@@ -78,7 +91,8 @@ def test_a_block_is_found_by_its_name_from_the_message_to_the_drop(store: Stored
     for slot in range(NUM_SLOTS):
         write(region, slot, 10 + slot)
     assert store.find(b"b") is None
-    store.keep(kept(source(), {1: b"a", 3: b"b"}))
+    store.keep(kept(source(), {1: b"a"}, value=11))
+    store.keep(kept(source(), {3: b"b"}, value=13))
     assert value_of(store, b"b") == 13
     assert store.drop(drop(source(), 3)).is_done()
     assert store.find(b"b") is None
@@ -91,29 +105,52 @@ def test_what_several_sources_keep_is_found_as_long_as_one_of_them_does(
 ) -> None:
     for rank in (1, 2):
         write(store.give(request(source(rank)), NOW), rank, rank)
-        store.keep(kept(source(rank), {rank: b"a"}))
+        store.keep(kept(source(rank), {rank: b"a"}, value=rank))
     store.drop(drop(source(first), first))
     assert value_of(store, b"a") == last
     store.drop(drop(source(last), last))
     assert store.find(b"a") is None
 
 
-def test_a_slot_may_not_be_written_to_while_anything_of_what_was_found_is_in_use(
-    store: StoredReplicas,
-) -> None:
-    store.give(request(source()), NOW)
-    store.keep(kept(source(), {0: b"a", 1: b"b"}))
+def test_what_was_found_stays_as_it_was_checked(store: StoredReplicas) -> None:
+    """It is a copy: nobody has to wait for whoever uses it, and no later write reaches it."""
+    region = store.give(request(source()), NOW)
+    store.keep(kept(source(), {0: b"a"}))
     found = store.find(b"a")
     assert found is not None
-    part, others = found[100:200].view("int16"), store.find(b"b")
-    dropping = store.drop(drop(source(), 0))
+    assert store.drop(drop(source(), 0)).is_done()
+    write(region, 0, 9)
+    assert set(found.tolist()) == {0}
+
+
+def test_one_changed_byte_is_not_believed_and_forgotten(store: StoredReplicas) -> None:
+    region = store.give(request(source()), NOW)
+    store.keep(kept(source(), {0: b"a", 1: b"b"}))
+    ctypes.memset(region.address + BLOCK_BYTES - 1, 1, 1)
     assert store.find(b"a") is None
-    del found
-    assert not dropping.is_done()
-    del part
-    assert dropping.is_done()
-    assert others is not None
-    assert not store.drop(drop(source(), 1)).is_done()
+    assert store.find(b"b") is not None
+    assert store.num_rejected == 1
+    ctypes.memset(region.address + BLOCK_BYTES - 1, 0, 1)
+    assert store.find(b"a") is None
+
+
+def test_a_replica_of_another_source_stands_in_for_a_changed_one(store: StoredReplicas) -> None:
+    first, second = (store.give(request(source(rank)), NOW) for rank in (1, 2))
+    write(first, 0, 3)
+    write(second, 0, 5)
+    store.keep(kept(source(1), {0: b"a"}))
+    store.keep(kept(source(2), {0: b"a"}, value=5))
+    assert value_of(store, b"a") == 5
+    assert store.num_rejected == 1
+
+
+def test_a_genuine_block_counts_under_its_own_name_and_in_its_own_instance_alone() -> None:
+    content = np.arange(BLOCK_BYTES, dtype=np.uint16).view(np.uint8)[:BLOCK_BYTES]
+    tag = TAGS.tag(b"a", content)
+    assert TAGS.is_genuine(b"a", content, tag)
+    assert not TAGS.is_genuine(b"b", content, tag)
+    for other in (Access("toy", b"another secret"), Access("other", b"a secret")):
+        assert not BlockTags(other).is_genuine(b"a", content, tag)
 
 
 def test_a_newer_generation_gets_fresh_memory_and_the_older_ones_blocks_are_forgotten(
@@ -124,7 +161,7 @@ def test_a_newer_generation_gets_fresh_memory_and_the_older_ones_blocks_are_forg
     new = store.give(request(source(), 4), NOW)
     assert store.find(b"a") is None
     write(new, 0, 7)
-    store.keep(kept(source(), {0: b"b"}, generation=4))
+    store.keep(kept(source(), {0: b"b"}, generation=4, value=7))
     write(old, 0, 9)  # a late one
     assert value_of(store, b"b") == 7
 
@@ -163,7 +200,7 @@ def test_blocks_of_another_form_are_refused(
 
 
 def test_a_budget_below_one_block_is_a_refusal(engine: ScriptedEngine) -> None:
-    store = StoredReplicas(engine, FORM, region_bytes=BLOCK_BYTES - 1)
+    store = StoredReplicas(engine, FORM, TAGS, region_bytes=BLOCK_BYTES - 1)
     with pytest.raises(ValueError, match="no memory"):
         store.give(request(source()), NOW)
 
@@ -185,8 +222,10 @@ def test_a_source_without_a_region_is_told_so(store: StoredReplicas) -> None:
         kept(source(), {0: b"a", NUM_SLOTS: b"b"}),
         kept(source(), {0: b"a", -1: b"b"}),
         kept(source(), {0: b"a", 2: b"b"}),  # 2 is known
-        KvReplicasStored(source=source(), generation=1, slots=(0, 0), names=(b"a", b"b")),
-        KvReplicasStored(source=source(), generation=1, slots=(0, 1), names=(b"a",)),
+        replace(kept(source(), {0: b"a", 1: b"b"}), slots=(0, 0)),
+        replace(kept(source(), {0: b"a", 1: b"b"}), names=(b"a",)),
+        replace(kept(source(), {0: b"a", 1: b"b"}), tags=(bytes(TAG_BYTES),)),
+        replace(kept(source(), {0: b"a"}), tags=(b"short",)),
     ],
 )
 def test_of_a_message_that_cannot_be_nothing_is_believed(
@@ -194,7 +233,7 @@ def test_of_a_message_that_cannot_be_nothing_is_believed(
 ) -> None:
     store.give(request(source()), NOW)
     store.keep(kept(source(), {2: b"known"}))
-    with pytest.raises(ValueError, match=r"slot|written"):
+    with pytest.raises(ValueError, match=r"slot|written|tag"):
         store.keep(message)
     assert store.find(b"a") is None
     assert store.find(b"known") is not None
@@ -205,7 +244,7 @@ def test_a_slot_is_known_anew_under_its_next_name(store: StoredReplicas) -> None
     store.keep(kept(source(), {0: b"a"}))
     store.drop(drop(source(), 0))
     write(region, 0, 5)
-    store.keep(kept(source(), {0: b"b"}))
+    store.keep(kept(source(), {0: b"b"}, value=5))
     assert store.find(b"a") is None
     assert value_of(store, b"b") == 5
 

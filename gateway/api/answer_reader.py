@@ -1,0 +1,130 @@
+"""Turns the text of one chat choice into OpenAI's shapes: content, reasoning and tool calls, as one
+message or as the deltas of a stream."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.api.token_offsets import TokenOffsets
+from gateway.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from gateway.parsers.formats import ToolFormat
+from gateway.parsers.output_parser import OutputParser
+from shared.types import FinishReason
+
+TOOL_CALLS = "tool_calls"
+
+_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallIds:
+    """Ids of the calls of one choice. They depend on the answer's id, the choice and the call's
+    number alone."""
+
+    answer: str
+    choice: int
+    form: ToolFormat | None
+
+    def id(self, call: int) -> str:
+        chars, prefix = (24, "call_")
+        if self.form is not None:
+            chars, prefix = self.form.call_id_chars, self.form.call_id_prefix
+        seed = f"{self.answer}/{self.choice}/{call}".encode()
+        number = int.from_bytes(hashlib.blake2b(seed, digest_size=32).digest(), "little")
+        digits: list[str] = []
+        for _ in range(chars):
+            number, digit = divmod(number, len(_ALPHABET))
+            digits.append(_ALPHABET[digit])
+        return prefix + "".join(digits)
+
+
+@dataclass(slots=True)
+class _Call:
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+
+class AnswerReader:
+    """Gets the text and tokens of a choice in order, and at the end `finish`. The calls, texts and
+    ids of a stream are those of the message."""
+
+    def __init__(
+        self,
+        parser: OutputParser,
+        offsets: TokenOffsets,
+        call_ids: CallIds,
+        *,
+        shows_reasoning: bool,
+    ) -> None:
+        self._parser = parser
+        self._offsets = offsets
+        self._call_ids = call_ids
+        self._shows_reasoning = shows_reasoning
+        self._token_starts: list[int] = []
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[_Call] = []
+
+    def feed(
+        self, text: str, token_ids: Sequence[int], finish: FinishReason | None
+    ) -> list[dict[str, Any]]:
+        """The deltas of a stream for it."""
+        self._token_starts += map(self._offsets.next, token_ids)
+        events = self._parser.feed(text)
+        if finish is not None:
+            events += self._parser.finish()
+        return [delta for event in events if (delta := self._delta(event)) is not None]
+
+    def message(self) -> dict[str, Any]:
+        content, reasoning = "".join(self._content), "".join(self._reasoning)
+        shown = None if self._calls and not content else content
+        message: dict[str, Any] = {"role": "assistant", "content": shown, "refusal": None}
+        if reasoning:
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if self._calls:
+            message[TOOL_CALLS] = [
+                {
+                    "id": self._call_ids.id(number),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": "".join(call.arguments)},
+                }
+                for number, call in enumerate(self._calls)
+            ]
+        return message
+
+    def finish_reason(self, finish: FinishReason) -> str:
+        return TOOL_CALLS if self._calls and finish is FinishReason.STOP else finish.value
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens that begin in the reasoning, without those of its markers."""
+        starts = self._token_starts
+        return sum(
+            bisect_left(starts, end) - bisect_left(starts, begin)
+            for begin, end in self._parser.reasoning_spans
+        )
+
+    def _delta(self, event: Event) -> dict[str, Any] | None:
+        match event:
+            case Content(text):
+                self._content.append(text)
+                return {"content": text}
+            case Reasoning(text):
+                if not self._shows_reasoning:
+                    return None
+                self._reasoning.append(text)
+                return {"reasoning_content": text, "reasoning": text}
+            case CallStart(name):
+                self._calls.append(_Call(name))
+                number = len(self._calls) - 1
+                function = {"name": name, "arguments": ""}
+                call = {"id": self._call_ids.id(number), "type": "function", "function": function}
+                return {TOOL_CALLS: [{"index": number, **call}]}
+            case CallArguments(text):
+                self._calls[-1].arguments.append(text)
+                number = len(self._calls) - 1
+                return {TOOL_CALLS: [{"index": number, "function": {"arguments": text}}]}

@@ -1,0 +1,70 @@
+"""Who asks: finds the API key of a request. Where no keys are configured, everybody may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+
+from aiohttp import web
+
+from gateway.api.request_context import require_context
+from gateway.api_keys import ANYBODY, ApiKey, KeySet
+from gateway.metrics import GatewayMetrics
+from shared.errors import RequestError, Unauthenticated
+
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+"""Load balancers and orchestrators ask for these, and cannot have a key."""
+METRICS_PATH = "/metrics"
+_HINT = "Send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`."
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Authenticator:
+    """`keys` gives the present ones: they may change at any time. A request goes on with the key
+    that it came with."""
+
+    def __init__(
+        self, keys: Callable[[], KeySet], metrics: GatewayMetrics, *, metrics_need_key: bool
+    ) -> None:
+        self._keys = keys
+        self._metrics = metrics
+        self._metrics_need_key = metrics_need_key
+
+    @web.middleware
+    async def authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Before a route is looked for, so that strangers do not learn which there are. A
+        browser's preflight (OPTIONS) never has a key."""
+        if self._needs_key(request):
+            require_context(request).key = self._key_of(request)
+        return await handler(request)
+
+    def _needs_key(self, request: web.Request) -> bool:
+        path = request.path.rstrip("/")
+        if request.method == "OPTIONS" or path in OPEN_PATHS:
+            return False
+        return path != METRICS_PATH or self._metrics_need_key
+
+    def _key_of(self, request: web.Request) -> ApiKey:
+        """Raises Unauthenticated, and RequestError if the key may not have this page."""
+        keys = self._keys()
+        if not len(keys):
+            return ANYBODY
+        sent = list(_sent_keys(request))
+        for text in sent:
+            key = keys.find(text)
+            if key is None:
+                continue
+            if request.path.rstrip("/") == METRICS_PATH and not key.reads_metrics:
+                raise RequestError("this key may not read metrics", code="forbidden")
+            return key
+        self._metrics.on_unauthenticated()
+        problem = "Incorrect API key provided." if sent else "You didn't provide an API key."
+        raise Unauthenticated(f"{problem} {_HINT}")
+
+
+def _sent_keys(request: web.Request) -> Iterator[str]:
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and credentials.strip():
+        yield credentials.strip()
+    if other := request.headers.get("x-api-key", "").strip():
+        yield other

@@ -1,0 +1,79 @@
+"""Brings the messages of a chat into the form that a template reads: without nulls, with reasoning
+under every name for it, and with contents and arguments of calls as texts or as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from gateway.template_forms import Message, TemplateForms
+from shared.errors import RequestError
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+_NO_ARGUMENTS = (None, "", "null")
+
+
+def prepare_messages(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
+    """New messages; their other keys, custom ones too, are handed on. Raises RequestError if a
+    call's arguments are no JSON object."""
+    return [_prepared(message, forms) for message in messages]
+
+
+def _prepared(message: Mapping[str, Any], forms: TemplateForms) -> Message:
+    plain = {key: value for key, value in message.items() if value is not None}
+    if isinstance(plain.get("content"), list) and plain.get("role") not in forms.list_roles:
+        plain["content"] = "".join(part["text"] for part in plain["content"])
+    if "tool_calls" in plain:
+        calls = [_prepared_call(call, forms) for call in plain.pop("tool_calls")]
+        # A template takes an empty list for a message of calls, and leaves its content out.
+        plain |= {"tool_calls": calls} if calls else {}
+    return _with_reasoning(plain)
+
+
+def _with_reasoning(message: Message) -> Message:
+    """As transformers: templates read `reasoning_content`, gpt-oss's reads `thinking`."""
+    names = (name for name in _REASONING_NAMES if name in message)
+    name = next(names, None)
+    if name is None:
+        return message
+    reasoning = message[name]
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _prepared_call(call: Mapping[str, Any], forms: TemplateForms) -> Message:
+    """OpenAI's shape holds the call in `function`; some clients send it flat."""
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        return {**call, "function": _with_arguments(function, forms)}
+    return _with_arguments(call, forms)
+
+
+def _with_arguments(function: Mapping[str, Any], forms: TemplateForms) -> Message:
+    arguments = function.get("arguments")
+    values = _parsed(arguments)
+    if not forms.text_arguments:
+        return {**function, "arguments": values}
+    if isinstance(arguments, str) and arguments not in _NO_ARGUMENTS:
+        return {**function, "arguments": arguments}
+    return {**function, "arguments": msgspec.json.encode(values).decode()}
+
+
+def _parsed(arguments: Any) -> dict[str, Any]:
+    if arguments in _NO_ARGUMENTS:
+        return {}
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(
+                f"messages: the arguments of a tool call are not JSON ({error}); send the call's "
+                "arguments whole, as the model wrote them",
+                param="messages",
+            ) from error
+    if not isinstance(arguments, dict):
+        raise RequestError(
+            "messages: the arguments of a tool call must be a JSON object", param="messages"
+        )
+    return arguments

@@ -1,0 +1,1 @@
+"""Output parsers: split a model's text into reasoning, content and tool calls. Pure."""

@@ -1,0 +1,59 @@
+"""Lets requests wait for their turn to be prepared: to have texts tokenised, templates rendered and
+grammars checked. `turn_queue` decides who is next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from gateway.api_keys import ApiKey
+from gateway.stream_session import Failure, FailureKind, SessionFailed
+from gateway.turn_queue import Turn, TurnQueue
+
+RUNNING_MAX = 4
+"""Two threads tokenise; others check grammars and render templates."""
+WAITING_MAX = 256
+WAITING_BYTES_MAX = 64 << 20
+"""Of bodies: what waits is kept in memory."""
+
+
+class Preparation:
+    def __init__(self) -> None:
+        self._queue = TurnQueue(
+            running_max=RUNNING_MAX, waiting_max=WAITING_MAX, waiting_cost_max=WAITING_BYTES_MAX
+        )
+        self._wakers: dict[Turn, asyncio.Event] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return self._queue.num_waiting
+
+    @asynccontextmanager
+    async def turn(
+        self, key: ApiKey, *, cost: float, timeout_s: float | None
+    ) -> AsyncIterator[None]:
+        """`cost` is in bytes of the request's body. Raises Overloaded, and SessionFailed if its
+        turn does not come in time."""
+        turn = self._queue.ask(key, cost)
+        try:
+            if not turn.is_granted:
+                await self._wait(turn, timeout_s)
+            yield
+        finally:
+            self._wake(self._queue.give_up(turn))
+
+    async def _wait(self, turn: Turn, timeout_s: float | None) -> None:
+        waker = self._wakers[turn] = asyncio.Event()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await waker.wait()
+        except TimeoutError:
+            message = "the request's timeout was over before its prompt could be tokenised"
+            raise SessionFailed(Failure(kind=FailureKind.DEADLINE, message=message)) from None
+        finally:
+            del self._wakers[turn]
+
+    def _wake(self, turns: Iterable[Turn]) -> None:
+        for turn in turns:
+            self._wakers[turn].set()

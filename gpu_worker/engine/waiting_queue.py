@@ -1,0 +1,82 @@
+"""The sequences that wait for their turn: who comes first, and who is refused because too many do.
+When one may run, the scheduler decides."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import insort
+from collections.abc import Collection, Iterator
+
+from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.tenant_shares import TenantShares
+from shared.fair_share import fits_share
+
+
+class WaitingQueue:
+    """One line for each tenant. Within a line those in mid-stream come first, then by priority,
+    deadline and arrival. Between the heads of the lines `TenantShares` decides."""
+
+    def __init__(self, shares: TenantShares) -> None:
+        self._shares = shares
+        self._lines: dict[str, list[Sequence]] = {}
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, sequence: Sequence) -> None:
+        line = self._lines.setdefault(sequence.scheduling.tenant, [])
+        insort(line, sequence, key=_place_in_line)
+        self._length += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        tenant = sequence.scheduling.tenant
+        line = self._lines[tenant]
+        line.remove(sequence)
+        self._length -= 1
+        if not line:
+            del self._lines[tenant]
+
+    def first(self) -> Sequence | None:
+        return next(self.in_order(), None)
+
+    def in_order(self, left_out: Collection[str] = ()) -> Iterator[Sequence]:
+        """Everybody, as if nothing was served meanwhile. `left_out` are tenants; the caller may add
+        to it on the way, and nothing more of these comes. The queue must not change on the way."""
+        order = self._shares.order
+        heads = [(order(line[0]), tenant, 0) for tenant, line in self._lines.items()]
+        heapq.heapify(heads)
+        while heads:
+            _, tenant, place = heads[0]
+            line = self._lines[tenant]
+            if tenant not in left_out:
+                yield line[place]
+            if tenant in left_out or place + 1 == len(line):
+                heapq.heappop(heads)
+            else:
+                heapq.heapreplace(heads, (order(line[place + 1]), tenant, place + 1))
+
+    def has_room_for(self, sequence: Sequence, waiting_max: int) -> bool:
+        """`waiting_max` bounds new sequences and those in mid-stream separately. A tenant with a
+        name leaves some of the room to others."""
+        is_new = sequence.num_emitted == 0
+        num_waiting = num_own = 0
+        for tenant, line in self._lines.items():
+            num_alike = sum((s.num_emitted == 0) == is_new for s in line)
+            num_waiting += num_alike
+            if tenant == sequence.scheduling.tenant:
+                num_own = num_alike
+        if not sequence.scheduling.tenant or not is_new:
+            return num_waiting < waiting_max
+        return fits_share(
+            used=num_own,
+            added=1,
+            free=waiting_max - num_waiting,
+            weight=sequence.scheduling.weight,
+        )
+
+
+def _place_in_line(sequence: Sequence) -> tuple[bool, int, float, int]:
+    is_new, priority, arrival = sequence.priority
+    return (is_new, priority, sequence.scheduling.deadline_at or math.inf, arrival)

@@ -1,0 +1,139 @@
+"""Every example at every split: the events joined never depend on how the text was cut."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from gateway.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from gateway.parsers.formats import REASONING_FORMATS, TOOL_FORMATS, output_parser
+from gateway.parsers.output_parser import OutputParser
+from tests.unit.gateway.parsers.examples import EXAMPLES, SCHEMAS, Call, Example
+
+ALL = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+
+
+def parser_of(example: Example, *, calls_max: int | None = None) -> OutputParser:
+    parser = output_parser(
+        tools=TOOL_FORMATS[example.tools] if example.tools else None,
+        reasoning=REASONING_FORMATS[example.reasoning] if example.reasoning else None,
+        schemas=SCHEMAS,
+        opened=example.opened,
+        calls_max=calls_max,
+    )
+    assert parser is not None
+    return parser
+
+
+def events_of(parser: OutputParser, pieces: list[str]) -> list[Event]:
+    events: list[Event] = []
+    for piece in pieces:
+        events += parser.feed(piece)
+    return events + parser.finish()
+
+
+def read(events: list[Event]) -> tuple[str, str, list[Call]]:
+    """Content, reasoning and calls."""
+    content, thought = "", ""
+    calls: list[Call] = []
+    for event in events:
+        match event:
+            case Content(text):
+                content += text
+            case Reasoning(text):
+                thought += text
+            case CallStart(name):
+                calls.append((name, ""))
+            case CallArguments(text):
+                name, before = calls[-1]
+                calls[-1] = (name, before + text)
+    return content, thought, calls
+
+
+@ALL
+def test_the_whole_text_gives_what_it_says(example: Example) -> None:
+    events = events_of(parser_of(example), [example.text])
+    assert read(events) == (example.content, example.thought, example.calls)
+
+
+@ALL
+def test_no_split_into_two_changes_anything(example: Example) -> None:
+    wanted = (example.content, example.thought, example.calls)
+    for at in range(1, len(example.text)):
+        pieces = [example.text[:at], example.text[at:]]
+        assert read(events_of(parser_of(example), pieces)) == wanted, pieces
+
+
+@ALL
+def test_character_by_character_and_at_random_splits(example: Example) -> None:
+    wanted = (example.content, example.thought, example.calls)
+    assert read(events_of(parser_of(example), list(example.text))) == wanted
+    rng = random.Random(7)
+    for _ in range(20):
+        cuts = sorted(rng.sample(range(len(example.text) + 1), k=min(6, len(example.text))))
+        pieces = [example.text[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+        assert read(events_of(parser_of(example), pieces)) == wanted, pieces
+
+
+@ALL
+def test_what_was_shown_is_never_taken_back(example: Example) -> None:
+    """Cut off anywhere, an answer begins as the whole one does, but for what is at its very end:
+    text that may yet become a marker."""
+    whole = parser_of(example)
+    shown: list[Event] = []
+    for at, char in enumerate(example.text):
+        shown += whole.feed(char)
+        content, thought, calls = read(shown)
+        cut_content, cut_thought, cut_calls = read(
+            events_of(parser_of(example), [example.text[: at + 1]])
+        )
+        assert cut_content.startswith(content)
+        assert cut_thought.startswith(thought)
+        assert [name for name, _ in cut_calls[: len(calls)]] == [name for name, _ in calls]
+        for (_, cut), (_, seen) in zip(cut_calls, calls, strict=False):
+            assert cut.startswith(seen)
+
+
+@ALL
+def test_spans_say_where_the_reasoning_is(example: Example) -> None:
+    parser = parser_of(example)
+    events_of(parser, list(example.text))
+    spans = [example.text[begin:end].strip() for begin, end in parser.reasoning_spans]
+    assert "\n".join(span for span in spans if span) == example.thought
+
+
+@ALL
+def test_complete_calls_of_well_formed_examples_are_json(example: Example) -> None:
+    complete = ("cut off" not in example.name) and ("break" not in example.name)
+    for _, arguments in example.calls if complete else []:
+        assert isinstance(json.loads(arguments), dict)
+
+
+def test_the_arguments_come_as_they_are_written() -> None:
+    """The name is known before the first argument, and no piece waits for the end."""
+    example = next(e for e in EXAMPLES if e.name == "hermes")
+    parser = parser_of(example)
+    seen = parser.feed('<tool_call>{"name": "a", "arguments": {"te')
+    assert seen == [CallStart("a"), CallArguments('{"te')]
+    assert parser.feed('xt": "one') == [CallArguments('xt": "one')]
+    assert parser.feed(' two"}}') == [CallArguments(' two"}')]
+
+
+def test_strings_of_xml_formats_come_as_they_are_written() -> None:
+    parser = parser_of(next(e for e in EXAMPLES if e.name == "Qwen3-Coder"))
+    parser.feed("<tool_call>\n<function=get_weather>\n<parameter=city>\nNew")
+    assert parser.feed(" York, the") == [CallArguments(" York, the")]
+
+
+def test_calls_beyond_the_first_are_left_out_when_only_one_may_be() -> None:
+    example = next(e for e in EXAMPLES if len(e.calls) == 2 and e.tools == "glm45")
+    content, thought, calls = read(events_of(parser_of(example, calls_max=1), list(example.text)))
+    assert (content, thought, calls) == (example.content, example.thought, example.calls[:1])
+
+
+def test_a_model_without_formats_needs_no_parser() -> None:
+    assert (
+        output_parser(tools=None, reasoning=None, schemas={}, opened=None, calls_max=None) is None
+    )

@@ -1,0 +1,47 @@
+"""Tools, calls and results as texts, for models whose chat template knows none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.tool_prompt import with_tools
+
+TOOL = {"type": "function", "function": {"name": "wetter", "description": "Für Köln"}}
+USER = {"role": "user", "content": "hi"}
+
+
+def test_tools_come_into_a_system_message_of_their_own() -> None:
+    system, user = with_tools([USER], [TOOL, TOOL])
+    assert user == USER
+    assert system["role"] == "system"
+    assert system["content"].count('"description": "Für Köln"') == 2
+    assert '{"name": <function-name>, "arguments": <args-json-object>}' in system["content"]
+
+
+def test_tools_follow_the_system_message_that_is_there() -> None:
+    parts: Any = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    for content in ("Be kind.", parts):
+        system, _ = with_tools([{"role": "system", "content": content, "name": "n"}, USER], [TOOL])
+        assert system["content"].startswith("Be kind.\n\n# Tools")
+        assert system["name"] == "n"
+
+
+def test_calls_and_results_of_the_history_become_texts() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    assistant = {"role": "assistant", "content": None, "tool_calls": [call]}
+    spoken = {**assistant, "content": "Let me see.", "tool_calls": [call, call]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+    text = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert with_tools([USER, assistant, spoken, result], []) == [
+        USER,
+        {"role": "assistant", "content": text},
+        {"role": "assistant", "content": f"Let me see.\n{text}\n{text}"},
+        {"role": "user", "content": "<tool_response>\nsunny\n</tool_response>"},
+    ]
+
+
+def test_arguments_may_be_values_or_missing() -> None:
+    for arguments, shown in (({"x": "é"}, '{"x": "é"}'), (None, "{}"), ("", "{}")):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        (message,) = with_tools([{"role": "assistant", "tool_calls": [call]}], [])
+        assert f'"arguments": {shown}}}' in message["content"]
