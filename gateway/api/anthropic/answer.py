@@ -124,13 +124,14 @@ class MessagesAnswer:
         }
 
 
-def error_body(error: HttpError) -> bytes:
+def error_body(error: HttpError, request_id: str | None = None) -> bytes:
     """Anthropic's shape of an error whose body has OpenAI's."""
     message = msgspec.json.decode(error.body)["error"]["message"]
     kind = _ERROR_TYPES.get(error.status)
     if kind is None:
         kind = "invalid_request_error" if error.status < 500 else "api_error"
-    return _encode({"type": "error", "error": {"type": kind, "message": message}})
+    plain = {"type": "error", "error": {"type": kind, "message": message}}
+    return _encode(plain if request_id is None else {**plain, "request_id": request_id})
 
 
 def read_arguments(text: str) -> dict[str, Any]:
