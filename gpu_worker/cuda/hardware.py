@@ -145,6 +145,7 @@ class CudaHardware:
             exchange=kind,
             blocks=blocks,
             handles=None if exchange is None else exchange.handles(),
+            check_device=(lambda: None) if mask is None else mask.check_device,
         )
 
     def _load_model(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from control_plane.control_driver import Driver
 from control_plane.failure_detector import DetectorTimings
 from control_plane.membership import MembershipPolicy
+from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics
 from gateway.cluster_view import ClusterWatch
 from gateway.metrics import GatewayMetrics
@@ -23,6 +24,7 @@ from gpu_worker.membership.membership_driver import SlotLoader
 from gpu_worker.rank import Hardware
 from gpu_worker.rejoin import RejoiningRank
 from shared.config import Timings
+from shared.exit_codes import EXIT_DEVICE_LOST
 from shared.expert_map import Placement
 from shared.handshake import Access, gateway_caller
 from shared.keys import Keys
@@ -61,6 +63,7 @@ class SimClusterSizes:
     num_control_planes: int = 2
     slow: bool = False  # loads and first contacts take seconds
     heal_after_s: float = 0.3
+    suspicion_window_s: float = 0.0  # 0: learnt
     cards: CardSizes | None = None  # None: ranks on CPUs
 
 
@@ -230,6 +233,7 @@ class SimCluster:
                     heal_after_s=self.sizes.heal_after_s,
                 ),
                 timings=DetectorTimings(
+                    silence=SilenceTimings(override_s=self.sizes.suspicion_window_s),
                     reregister_timeout_s=0.4 * LEASE_TTL_S,
                     mass_expiry_grace_s=LEASE_TTL_S,
                     probe_silence_s=1.2,
@@ -327,7 +331,8 @@ class SimCluster:
                     raise
                 process.exit_code = 1
             else:
-                self.on_exit(rank.member)
+                if process.exit_code != EXIT_DEVICE_LOST:
+                    self.on_exit(rank.member)
             self.loop.call_soon(kill, process)
 
         self.processes[member] = process

@@ -198,6 +198,9 @@ class SimDevice:
         self.mask_R[:] = 0
         self.mask_R[sorted(change.active)] = 1
 
+    def check(self) -> None:
+        self._check_driver()
+
     # MappedBuffer --------------------------------------------------------------------------------
 
     def connect_ranks(self, remote_ranks: list[int], activate: bool = True) -> None:

@@ -98,6 +98,7 @@ class SimCards:
             exchange=ExchangeKind.EP,
             blocks=context.blocks,
             handles=_handles(member),
+            check_device=mask.check_device,
         )
 
     def _worker(self, context: HardwareContext) -> GreenletWorker:

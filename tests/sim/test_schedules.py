@@ -61,18 +61,12 @@ CARD_REGRESSION_SEEDS = {
     168: "the same as 5, and a client got other tokens",
     357: "no step moved, and of ranks that all waited for all the last was declared dead",
     312: "all ranks were stopped at once, on a host each, and one was declared dead",
+    164: "a rank whose own context was gone lived on, linked to nobody, and no map formed again",
     10: "mapping a joiner took 0.3 to 1 s, and a verdict ended the rank that maps",
     # Connections begin with a handshake now: the schedule is another one, so it may not be mended.
     438: "all ranks die one after another while maps follow each other, and no map forms again",
 }
 """Counted from CARD_FIRST_SEED."""
-
-
-OPEN_CARD_SEEDS = {
-    164: "a rank whose own context is gone lives on, and links to nobody: no map forms again",
-}
-"""Faults that are not mended yet. Counted from CARD_FIRST_SEED. Each is run alone, and must fail
-until it is mended: then it belongs to the regression seeds."""
 
 
 def be_quiet() -> None:
@@ -106,8 +100,7 @@ def test_no_schedule_breaks_an_invariant() -> None:
 @pytest.mark.timeout(TIMEOUT_S)
 def test_no_schedule_on_cards_breaks_an_invariant() -> None:
     first = CARD_FIRST_SEED + FIRST_SEED
-    is_open = {CARD_FIRST_SEED + seed for seed in OPEN_CARD_SEEDS}
-    check_schedules([s for s in range(first, first + NUM_CARD_SCHEDULES) if s not in is_open])
+    check_schedules(range(first, first + NUM_CARD_SCHEDULES))
 
 
 def check_schedules(seeds: Collection[int]) -> None:
@@ -140,12 +133,6 @@ def test_a_schedule_that_once_failed_passes(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", CARD_REGRESSION_SEEDS)
 def test_a_schedule_on_cards_that_once_failed_passes(seed: int) -> None:
-    run_schedule(CARD_FIRST_SEED + seed)
-
-
-@pytest.mark.xfail(strict=True, reason="not mended yet")
-@pytest.mark.parametrize("seed", OPEN_CARD_SEEDS)
-def test_a_schedule_on_cards_with_an_open_fault_passes(seed: int) -> None:
     run_schedule(CARD_FIRST_SEED + seed)
 
 
@@ -231,6 +218,12 @@ def test_survivors_that_refuse_a_successor_are_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("gpu_worker.cuda.ep.members.EpMembers.may_map", may_map)
     assert isinstance(outcome_of(CARD_FIRST_SEED + 66), str)
+
+
+def test_a_rank_that_outlives_its_own_card_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 9, on cards. One that blames its peers for what its own card does not do."""
+    monkeypatch.setattr("gpu_worker.cuda.ep.rank_mask.RankMask.check_device", lambda _: None)
+    assert isinstance(outcome_of(CARD_FIRST_SEED + 164), str)
 
 
 def test_a_graph_that_ends_unseen_without_a_member_is_noticed(

@@ -76,6 +76,7 @@ class CudaMask:
         self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(num_ranks, dtype=torch.int32).pin_memory()
+        self._checked = torch.zeros(1, dtype=torch.int32, device=device)
 
     def clear(self, ranks: Sequence[RankId]) -> None:
         with on_stream(self._side_stream):
@@ -93,6 +94,12 @@ class CudaMask:
         self._wanted_R[sorted(change.active)] = 1
         self.mask_R.copy_(self._wanted_R, non_blocking=True)
         torch.cuda.current_stream(self._device).synchronize()
+
+    def check(self) -> None:
+        """A context that is gone fails every call, also one that touches no peer's memory."""
+        with on_stream(self._side_stream):
+            self._checked.copy_(self._zero, non_blocking=True)
+            self._side_stream.synchronize()
 
 
 class EpExchange:

@@ -13,7 +13,8 @@ mapped.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import structlog
@@ -49,24 +50,28 @@ class EpMappings:
         handle_store: HandleStore,
         clock: Clock,
         worker: Worker,
+        check_device: Callable[[], None],
     ) -> None:
-        """`lock` guards `ep_members`. `worker` maps and unmaps."""
+        """`lock` guards `ep_members`. `worker` maps and unmaps. `check_device` raises DeviceLost if
+        this process can use its own card no more."""
         self._ep_members = ep_members
         self._lock = lock
         self._buffer = buffer
         self._handle_store = handle_store
         self._clock = clock
         self._worker = worker
+        self._check_device = check_device
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
-        """Meets this incarnation, and maps it if that may be done at once. Raises
-        ConnectionError."""
+        """Meets this incarnation, and maps it if that may be done at once. Raises ConnectionError
+        if the peer cannot be mapped, DeviceLost if nobody can."""
         self._worker.call(lambda: self._connect(peer, handles))
 
-    def map_members(self, expert_map: ExpertMap) -> None:
-        """Nothing is in flight on any member. A member that cannot be mapped, such as one that has
-        just died, is not met any more."""
-        self._worker.call(lambda: self._map_members(expert_map))
+    def map_members(self, expert_map: ExpertMap) -> Future[None]:
+        """Nothing is in flight on any member until the future has ended. A member that cannot be
+        mapped, such as one that has just died, is not met any more. The future may raise
+        DeviceLost."""
+        return self._worker.submit(lambda: self._map_members(expert_map))
 
     def _connect(self, peer: Member, handles: ExchangeHandles) -> None:
         with self._lock:
@@ -76,7 +81,8 @@ class EpMappings:
             self._unmap([peer])
             try:
                 self._map(peer)
-            except RuntimeError as error:  # Mooncake's only kind
+            except RuntimeError as error:  # Mooncake's only kind, whoever is to blame
+                self._check_device()
                 raise ConnectionError(f"rank {peer}: {error}") from error
         with self._lock:
             self._ep_members.mark_connected(peer)
@@ -93,6 +99,7 @@ class EpMappings:
             try:
                 self._map(member)
             except RuntimeError as error:
+                self._check_device()
                 log.warning("peer_not_mapped", peer=str(member), detail=str(error))
                 with self._lock:
                     self._ep_members.mark_unmappable(member)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from gpu_worker.cuda.ep.mappings import EpMappings, MappedBuffer
 from gpu_worker.cuda.ep.members import EpMembers, MaskChange
 from gpu_worker.exchange.worker_thread import Worker
 from shared.clock import Clock
-from shared.errors import StepAbandoned
+from shared.errors import DeviceLost, StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
 from shared.types import Epoch, Member, RankId
@@ -39,6 +40,11 @@ class MaskDevice(Protocol):
     def set(self, change: MaskChange) -> None:
         """Makes the mask what `change.active` says, and returns when it is so. No kernel may
         run. Only the engine thread calls it."""
+        ...
+
+    def check(self) -> None:
+        """Raises RuntimeError if this process can use its card no more. Waits for no kernel. Any
+        thread may call it."""
         ...
 
 
@@ -61,13 +67,26 @@ class RankMask:
         self._members = EpMembers(member)
         self._lock = threading.Lock()
         self._mappings = EpMappings(
-            self._members, self._lock, buffer, handle_store, clock, mapping_worker
+            self._members,
+            self._lock,
+            buffer,
+            handle_store,
+            clock,
+            mapping_worker,
+            self.check_device,
         )
+
+    def check_device(self) -> None:
+        """Any thread. Raises DeviceLost if this process can use its card no more."""
+        try:
+            self._device.check()
+        except RuntimeError as error:
+            raise DeviceLost(f"this process can use its card no more: {error}") from error
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
         """Meets this incarnation. It stays masked until a map names it. Raises ConnectionError if
         the adopted map still names a former incarnation of its rank, or if its memory cannot be
-        mapped, as that of a process that has just died."""
+        mapped, as that of a process that has just died. Raises DeviceLost if the own card fails."""
         self._mappings.connect(peer, handles)
 
     def is_connected(self, member: Member) -> bool:
@@ -81,11 +100,15 @@ class RankMask:
         with self._lock:
             self._device.clear(self._members.give_up(dead, epoch))
 
+    def map_members(self, expert_map: ExpertMap) -> Future[None]:
+        """Before `adopt` of the same map: with nothing in flight, and for a map with joiners with
+        nothing in flight on any member. Ends when each member that can be mapped is. Its result may
+        raise DeviceLost."""
+        return self._mappings.map_members(expert_map)
+
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Between steps, with nothing in flight; for a map with joiners, with nothing in flight on
-        any member. A member whose buffer cannot be mapped stays masked, so that no step is
-        delivered."""
-        self._mappings.map_members(expert_map)
+        """Between steps, with nothing in flight. A member whose buffer is not mapped stays masked,
+        so that no step is delivered."""
         with self._lock:
             self._device.set(self._members.adopt(expert_map))
 

@@ -12,6 +12,7 @@ from gpu_worker.cuda.ep.mappings import EpMappings
 from gpu_worker.cuda.ep.members import EpMembers
 from gpu_worker.exchange.worker_thread import WorkerThread
 from shared.clock import SystemClock
+from shared.errors import DeviceLost
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
 from shared.types import Epoch, Incarnation, Member, RankId
@@ -51,7 +52,13 @@ class Own:
             HandleStore(),
             SystemClock(),
             WorkerThread("mappings"),
+            self._check_device,
         )
+        self.context_is_gone = False
+
+    def _check_device(self) -> None:
+        if self.context_is_gone:
+            raise DeviceLost("the context is gone")
 
     def connect(self, peer: Member) -> None:
         self.mappings.connect(peer, HANDLES)
@@ -63,7 +70,7 @@ class Own:
             members=members,
             placement=np.zeros((1, 3, 1), dtype=np.int16),
         )
-        self.mappings.map_members(expert_map)
+        self.mappings.map_members(expert_map).result()
         return self.who.adopt(expert_map).active
 
 
@@ -139,3 +146,22 @@ def test_who_cannot_be_mapped_at_once_is_not_met() -> None:
     with pytest.raises(ConnectionError, match="no such memory"):
         own.connect(life(1))
     assert not own.who.is_connected(life(1))
+
+
+def test_a_failure_of_the_own_card_is_not_taken_for_the_peers() -> None:
+    own = Own()
+    own.card.dead = {1}
+    own.context_is_gone = True
+    with pytest.raises(DeviceLost, match="context"):
+        own.connect(life(1))
+    own.context_is_gone = False
+    own.card.dead = set()
+    own.connect(life(1))
+    own.connect(life(2))
+    own.adopt(1, life(0), life(1))
+    own.connect(life(2, 2))
+    own.card.dead = {2}
+    own.context_is_gone = True
+    with pytest.raises(DeviceLost, match="context"):
+        own.adopt(2, life(0), life(1), life(2, 2))
+    assert own.who.is_connected(life(2, 2))
