@@ -73,6 +73,9 @@ class Hardware:
     """Makes what the process's next incarnation computes with: the same weights, but no link to a
     peer and no region of this incarnation. May block. Not while the engine or a load still runs.
     None: the process must end."""
+    end_waits: Callable[[], None] = lambda: None
+    """This incarnation is over: what its engine may wait for on the device ends. Raises
+    DeviceLost."""
     check_device: Callable[[], None] = lambda: None
     """Raises DeviceLost if this process can compute on its device no more. May block."""
 
@@ -104,6 +107,7 @@ class Rank:
         replicas = None if replication is None else replication.endpoint
         self._config = config
         self._check_device = hardware.check_device
+        self._end_waits = hardware.end_waits
         self._replicas = replicas
         self._tasks = asyncio.TaskGroup()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -181,7 +185,8 @@ class Rank:
 
     async def wait_for_threads(self) -> None:
         """After `run`. Returns once neither the engine nor a load touches the hardware any more.
-        Raises what the engine raised."""
+        Raises what the engine raised, DeviceLost."""
+        await asyncio.to_thread(self._end_waits)
         await self._membership.wait_for_load()
         if self._engine_ended is not None:
             await self._engine_ended

@@ -88,9 +88,11 @@ class CudaRunner:
         replicas: ReplicaPolicy,
         pause: Callable[[], None],
         init_thread: Callable[[], None] = lambda: None,
+        has_met_others: bool = False,
     ) -> None:
         """`pause` is called between two looks at a running graph. `init_thread` is called once, on
-        the engine thread, before anything else."""
+        the engine thread, before anything else. `has_met_others`: a former incarnation of this
+        process has, with the same buffer."""
         self._member = member
         self._decoder = decoder
         self._mask = mask
@@ -102,7 +104,7 @@ class CudaRunner:
         self._replicas = replicas
         self._init_thread: Callable[[], None] | None = init_thread
         self._peers: tuple[RankId, ...] = ()
-        self._has_met_others = False  # since its start: its buffer may hold what they have sent
+        self._has_met_others = has_met_others  # the buffer may hold what they have sent
         self._steps_in_flight: deque[_StepInFlight] = deque()
         self._join_suspect_at: float | None = None  # then somebody is suspected
 

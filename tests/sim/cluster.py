@@ -24,7 +24,6 @@ from gpu_worker.membership.membership_driver import SlotLoader
 from gpu_worker.rank import Hardware
 from gpu_worker.rejoin import RejoiningRank
 from shared.config import Timings
-from shared.exit_codes import EXIT_DEVICE_LOST
 from shared.expert_map import Placement
 from shared.handshake import Access, gateway_caller
 from shared.keys import Keys
@@ -331,7 +330,7 @@ class SimCluster:
                     raise
                 process.exit_code = 1
             else:
-                if process.exit_code != EXIT_DEVICE_LOST:
+                if not process.device_failed:
                     self.on_exit(rank.member)
             self.loop.call_soon(kill, process)
 
@@ -340,29 +339,30 @@ class SimCluster:
         return process
 
     def _build_hardware(self, context: HardwareContext) -> Hardware:
-        self.engine_executors[context.member] = context.host
         if self.cards is None:
-            hardware = build_cpu_hardware(self.hub, context)
-        else:
-            hardware = self.cards.build_hardware(context)
+            return self._watched(context, build_cpu_hardware(self.hub, context))
+        return self._watched(context, self.cards.build_hardware(context))
+
+    def _watched(self, context: HardwareContext, hardware: Hardware) -> Hardware:
+        """Of the incarnation of `context`."""
+        self.engine_executors[context.member] = context.host
         loader = WatchedLoader(
             context.member,
             hardware.loader,
             hardware.residents,
             lambda *load: self.on_load(*load),
         )
-        return replace(
-            hardware,
-            loader=loader,
-            renew=None if self.cards else lambda member: self._renew_hardware(context, member),
-        )
 
-    def _renew_hardware(self, context: HardwareContext, member: Member) -> Hardware:
-        """The process of `context` goes on as `member`."""
-        self.on_exit(context.member)
-        self.processes[member] = context.process
-        self.ranks[member] = self.ranks[context.member]
-        return self._build_hardware(replace(context, member=member))
+        def renew(member: Member) -> Hardware:
+            """The process of `context` goes on as `member`."""
+            assert hardware.renew is not None
+            renewed = hardware.renew(member)
+            self.on_exit(context.member)
+            self.processes[member] = context.process
+            self.ranks[member] = self.ranks[context.member]
+            return self._watched(replace(context, member=member), renewed)
+
+        return replace(hardware, loader=loader, renew=renew)
 
     def _build_cards(self) -> SimCards | None:
         if self.sizes.cards is None:

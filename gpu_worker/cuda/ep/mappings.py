@@ -7,7 +7,8 @@ for this process. So a buffer that must be unmapped under an adopted map stays m
 pause in which the next incarnation is adopted (see `exchange/graph_barrier.py`); the next
 incarnation is mapped in that pause too. If nothing has to be unmapped, an incarnation is mapped at
 once: that waits for no kernel, and it shows before a map names the incarnation whether it can be
-mapped.
+mapped. An incarnation that came back in its process has the buffer of the one before it, which is
+mapped already.
 """
 
 from __future__ import annotations
@@ -73,11 +74,19 @@ class EpMappings:
         DeviceLost."""
         return self._worker.submit(lambda: self._map_members(expert_map))
 
+    def call(self, work: Callable[[], None]) -> None:
+        """After all mapping that was asked for before. Returns when it has ended, and raises what
+        it raised."""
+        self._worker.call(work)
+
     def _connect(self, peer: Member, handles: ExchangeHandles) -> None:
         with self._lock:
             at_once = self._ep_members.may_map(peer.rank)
+            is_mapped = self._handle_store.is_mapped(peer.rank, handles)
+            if is_mapped:
+                self._ep_members.note_mapped(peer)
         self._handle_store.set_handles(peer.rank, handles)
-        if at_once:
+        if at_once and not is_mapped:
             self._unmap([peer])
             try:
                 self._map(peer)
@@ -119,8 +128,11 @@ class EpMappings:
             self._buffer.disconnect_ranks([int(rank) for rank in former])
             with self._lock:
                 self._ep_members.note_unmapped(former)
+            for rank in former:
+                self._handle_store.note_unmapped(rank)
 
     def _map(self, member: Member) -> None:
         self._buffer.connect_ranks([member.rank], activate=False)
+        self._handle_store.note_mapped(member.rank)
         with self._lock:
             self._ep_members.note_mapped(member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ class Own:
             raise DeviceLost("the context is gone")
 
     def connect(self, peer: Member) -> None:
-        self.mappings.connect(peer, HANDLES)
+        """As a process of its own."""
+        self.mappings.connect(peer, handles_of(peer))
 
     def adopt(self, epoch: int, *members: Member) -> frozenset[RankId]:
         expert_map = ExpertMap(
@@ -84,7 +86,12 @@ HANDLES = ExchangeHandles(
     local_ids=(),
     ipc_handle=(),
     step_tokens_max=1,
+    buffer_id="one",
 )
+
+
+def handles_of(peer: Member) -> ExchangeHandles:
+    return replace(HANDLES, buffer_id=str(peer))
 
 
 def life(rank: int, incarnation: int = 1) -> Member:
@@ -165,3 +172,16 @@ def test_a_failure_of_the_own_card_is_not_taken_for_the_peers() -> None:
     with pytest.raises(DeviceLost, match="context"):
         own.adopt(2, life(0), life(1), life(2, 2))
     assert own.who.is_connected(life(2, 2))
+
+
+def test_who_comes_back_in_its_process_is_mapped_already(own: Own) -> None:
+    own.mappings.connect(life(2, 2), handles_of(life(2)))
+    assert own.adopt(3, life(0), life(1), life(2, 2)) == {0, 1, 2}
+    assert own.card.num_unmapped == 0
+
+
+def test_the_buffer_that_was_only_met_is_not_taken_for_the_one_that_is_mapped(own: Own) -> None:
+    own.connect(life(2, 2))
+    own.mappings.connect(life(2, 3), handles_of(life(2, 2)))
+    assert own.adopt(3, life(0), life(1), life(2, 3)) == {0, 1, 2}
+    assert own.card.num_unmapped == 1
