@@ -188,12 +188,6 @@ def test_survivors_that_refuse_a_successor_are_noticed(monkeypatch: pytest.Monke
     assert isinstance(outcome_of(CARD_FIRST_SEED + 66), str)
 
 
-def test_a_rank_that_outlives_its_own_card_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 9, on cards. One that blames its peers for what its own card does not do."""
-    monkeypatch.setattr("gpu_worker.cuda.ep.rank_mask.RankMask.check_device", lambda _: None)
-    assert isinstance(outcome_of(CARD_FIRST_SEED + 164), str)
-
-
 def test_a_graph_that_ends_unseen_without_a_member_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
