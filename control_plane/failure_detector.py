@@ -17,6 +17,7 @@ keeps its age small; a stuck engine does not.
     suspected | a vouching Pong, newer than the first signal        | trusted
     suspected | connection broken and somebody else's suspicion     | dead
     suspected | no vouching Pong for longer than `silence` allows   | dead, or held: own link
+    any       | a Pong announces what may keep it from answering    | silence is excused until then
     unleased  | registered again                                    | suspected (until a Pong)
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
@@ -209,6 +210,9 @@ class FailureDetector:
         self._note_progress(pong.epoch, pong.step)
         watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
+        watched.announced_until_attentive_s = self._attentive_s + max(
+            (each.at_most_ms / 1000 for each in pong.announced), default=-inf
+        )
         watched.pong_attentive_s = self._attentive_s
         if watched.suspected_attentive_s is None:
             self._rhythm.observe(pong.engine_age_ms / 1000, self._attentive_s)
@@ -335,9 +339,18 @@ class FailureDetector:
         if watched.unleased_attentive_s is not None:
             waited_s = self._attentive_s - watched.unleased_attentive_s
             grace_s = self._lease_grace_s(watched, watched.unleased_attentive_s)
-            if watched.probe is ProbeState.BROKEN or waited_s >= grace_s:
+            is_overdue = waited_s >= grace_s and not self._is_excused(watched)
+            if watched.probe is ProbeState.BROKEN or is_overdue:
                 return SuspicionReason.LEASE
         return None
+
+    def _is_excused(self, watched: WatchedMember) -> bool:
+        """Whether it announced what may keep it from answering now, and that can be believed."""
+        until_attentive_s = min(
+            watched.announced_until_attentive_s,
+            watched.heartbeat_attentive_s + self._timings.silence.announced_max_s,
+        )
+        return self._attentive_s < until_attentive_s and not watched.is_stopped
 
     def _lease_grace_s(self, watched: WatchedMember, unleased_attentive_s: float) -> float:
         if not watched.lease_grace:
@@ -367,6 +380,7 @@ class FailureDetector:
             view=self._view_of(watched),
             is_host_silent=is_host_silent,
             usual_s=self._rhythm.usual_s(self._attentive_s),
+            announced_s=watched.announced_until_attentive_s - since_attentive_s,
         )
         waited_s = self._attentive_s - since_attentive_s
         return waited_s >= patience_s(evidence, self._timings.silence)
@@ -474,7 +488,7 @@ class FailureDetector:
         ]
         waits = Counter(rank for w in heard for rank in w.waiting_for)
         accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
-        if not accused:
+        if not accused or any(self._is_excused(w) for w in accused):
             return []
         self._note_progress(0, 0, forget=True)
         if not self._began_together:

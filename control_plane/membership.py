@@ -13,7 +13,8 @@ from that.
                                                | have loaded their assignments and are linked
     a dead member, the rest hold all experts   | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
-                                               | survivors, with the verdict; the line above
+                                               | survivors (joiners that have not stepped yet
+                                               | come last), with the verdict; the line above
                                                | applies once they are resident
     a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
                                                | joiners together
@@ -202,7 +203,8 @@ class Membership:
         if residency.covers(rows):
             names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
             return self._publish(residency, rows, f"dead: {names}", now)
-        result = plan_shrink(residency, expert_map, survivors, dead)
+        unproven = self._adoption.unproven
+        result = plan_shrink(residency, expert_map, survivors, dead, unproven)
         if result.uncoverable:
             return self._declare_dead(residency, dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}

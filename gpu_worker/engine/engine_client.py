@@ -39,6 +39,7 @@ from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, Step
 from shared.wire import (
+    AnnouncedOperation,
     Cancel,
     GraphBarrierUpdate,
     Load,
@@ -223,7 +224,7 @@ class EngineClient:
     def load(self) -> Load:
         return self._engine.snapshot().load
 
-    def pong(self, ping: Ping) -> Pong:
+    def pong(self, ping: Ping, announced: tuple[AnnouncedOperation, ...]) -> Pong:
         now = self._engine.snapshot()
         return Pong(
             nonce=ping.nonce,
@@ -235,6 +236,7 @@ class EngineClient:
             waiting_for=now.waiting_for,
             load=now.load,
             out_of_step=now.out_of_step,
+            announced=announced,
         )
 
     def status(self, query: StatusQuery) -> StatusReply:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Protocol
 
 import structlog
@@ -64,14 +64,17 @@ class LinkKeeper:
         member: Member,
         access: Access,
         endpoint: DataEndpoint,
+        contact: Callable[[], AbstractContextManager[None]],
         opened: Callable[[Member], None],
         broken: Callable[[Member, str], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
-        """`opened` and `broken` are called on the event loop."""
+        """`opened` and `broken` are called on the event loop. `contact()` is entered for as long as
+        a first contact over the data network takes."""
         self._member = member
         self._access = access
         self._endpoint = endpoint
+        self._contact = contact
         self._opened = opened
         self._broken = broken
         self._tasks = tasks
@@ -123,8 +126,9 @@ class LinkKeeper:
             reader, writer = await asyncio.open_connection(peer.control_host, peer.control_port)
         try:
             region = await self._handshake(peer, reader, writer)
-            async with asyncio.timeout(CONTACT_TIMEOUT_S):
-                await asyncio.to_thread(self._endpoint.connect, region, peer)
+            with self._contact():
+                async with asyncio.timeout(CONTACT_TIMEOUT_S):
+                    await asyncio.to_thread(self._endpoint.connect, region, peer)
             self._writers[peer.member] = writer
             log.info("link_open", peer=str(peer.member))
             self._opened(peer.member)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import structlog
 
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import Suspect
+from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
@@ -37,7 +39,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Store, WatchEvent
-from shared.types import Accuser, Epoch, Member, Step, SuspicionReason
+from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReason
 from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
@@ -79,6 +81,7 @@ class MembershipDriver:
         loader: SlotLoader,
         endpoint: DataEndpoint,
         engine: EngineClient,
+        announcements: Announcements,
         replication: PeerReplication | None,
         leave: Callable[[str], None],
         tasks: asyncio.TaskGroup,
@@ -93,6 +96,8 @@ class MembershipDriver:
         self._load_ended: asyncio.Future[Placement] | None = None
         self._endpoint = endpoint
         self._engine = engine
+        self._announcements = announcements
+        self._mapping: int | None = None  # the announcement for the map that is being adopted
         self._replication = replication
         self._leave = leave
         self._tasks = tasks
@@ -102,6 +107,7 @@ class MembershipDriver:
             member=membership.record.member,
             access=access,
             endpoint=endpoint,
+            contact=self._announce_contact,
             opened=self._on_link_opened,
             broken=self._on_link_broken,
             tasks=tasks,
@@ -125,6 +131,7 @@ class MembershipDriver:
             await asyncio.wait([self._load_ended])
 
     def on_adopted(self, expert_map: ExpertMap) -> None:
+        self._end_mapping()
         self._perform(self._membership.on_adopted(expert_map))
 
     def on_held(self, epoch: Epoch) -> None:
@@ -233,6 +240,7 @@ class MembershipDriver:
             case AnnounceMap(expert_map=expert_map):
                 self._engine.announce_map(expert_map)
             case AdoptMap(expert_map=expert_map):
+                self._announce_mapping(expert_map)
                 self._engine.adopt_map(expert_map)
             case AnnounceVerdict(peer=peer, epoch=epoch):
                 self._engine.declare_dead(peer, epoch)
@@ -243,11 +251,28 @@ class MembershipDriver:
             case Leave(reason=reason):
                 self._leave(reason)
 
+    def _announce_contact(self) -> AbstractContextManager[None]:
+        if not self._engine.counts_graphs:
+            return nullcontext()
+        return self._announcements.during(Operation.MAP)
+
+    def _announce_mapping(self, expert_map: ExpertMap) -> None:
+        """Ranks on cards map joiners as they adopt their map. Until then the engine may wait."""
+        self._end_mapping()
+        if expert_map.joiners and self._engine.counts_graphs:
+            self._mapping = self._announcements.begin(Operation.MAP)
+
+    def _end_mapping(self) -> None:
+        if self._mapping is not None:
+            self._announcements.end(self._mapping)
+            self._mapping = None
+
     async def _load(self, wanted: Placement) -> None:
         loop = asyncio.get_running_loop()
-        self._load_ended = loop.run_in_executor(None, self._loader.load, wanted)
         try:
-            residents = await asyncio.shield(self._load_ended)
+            with self._announcements.during(Operation.LOAD):
+                self._load_ended = loop.run_in_executor(None, self._loader.load, wanted)
+                residents = await asyncio.shield(self._load_ended)
         except CheckpointError as error:
             # This ends the rank, and its next incarnation tries again: a slot is never filled with
             # something else.

@@ -123,6 +123,34 @@ def test_orphans_are_loaded_into_survivors_before_the_map_is_published() -> None
     assert len(members(harness)) == 2
 
 
+def test_orphans_do_not_go_to_a_joiner_that_has_not_been_seen_to_step() -> None:
+    assert 4 in _ranks_given_orphans(is_proven=True)
+    others = _ranks_given_orphans(is_proven=False)
+    assert others
+    assert 4 not in others
+
+
+def _ranks_given_orphans(*, is_proven: bool) -> frozenset[int]:
+    """Rank 4 has joined anew when two others die that alone had an expert."""
+    harness = formed(ControlPlaneHarness(spec(ranks=5, slots=6, redundant=2)))
+    harness.kill(4)
+    harness.settle(0.4)
+    harness.start(4)
+    harness.lag(4)
+    harness.settle(0.4)
+    assert "4.2" in members(harness)
+    if is_proven:
+        harness.ranks[4].lagging_epoch = None
+        harness.settle(0.4)
+    harness.writes.clear()
+    harness.kill(0)
+    harness.kill(1)
+    harness.run()
+    orphaned = harness.writes[0]
+    assert isinstance(orphaned, Assign)
+    return frozenset(int(each.rank) for each in orphaned.assignments)
+
+
 def test_a_second_death_while_orphans_load_is_told_at_once_too() -> None:
     harness = formed(ControlPlaneHarness(spec(ranks=5, slots=4, redundant=4)))
     first = harness.published[-1]
