@@ -137,7 +137,7 @@ def fork_client_of(setup: RankSetup, clock: Clock) -> ForkClient | None:
             flags=setup.command.common_flags,
             environment=setup.environment,
             pass_fds=setup.command.shared_fds,
-        )
+        ),
     )
 
 

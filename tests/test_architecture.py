@@ -53,6 +53,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "api": {"*"},
         "service": {"*", "api"},
         "__main__": {"*", "service"},
+        "standby": {"__main__"},
     },
     "cli": {
         "*": set(),

@@ -167,6 +167,8 @@ class InstanceDriver:
         async with self._claim.held(), asyncio.TaskGroup() as tasks:
             for service in self._services:
                 tasks.create_task(self._supervisor.supervise(service))
+                if service.standby_program:
+                    tasks.create_task(self._supervisor.keep_standby(service))
             if self._etcd is not None:
                 tasks.create_task(self._restart_etcd_on_exit(self._etcd))
 

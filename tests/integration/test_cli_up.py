@@ -209,12 +209,19 @@ async def test_a_second_interrupt_ends_even_a_stopped_rank(run_dir: Path, model:
     await gone(run_dir)
 
 
-async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) -> None:
+def pids_of(run_dir: Path, module: str) -> list[int]:
+    return [int(p.split()[0]) for p in processes_of(run_dir) if f"-m {module} " in p]
+
+
+async def test_the_standby_takes_over_from_a_killed_gateway(run_dir: Path, model: Path) -> None:
     port = free_port()
     process = await up(run_dir, port, "--model", str(model))
     await started(process, run_dir)
-    (gateway,) = [line for line in processes_of(run_dir) if "-m gateway " in line]
-    os.kill(int(gateway.split()[0]), signal.SIGKILL)
+    (gateway,) = pids_of(run_dir, "gateway")
+    async with asyncio.timeout(WAIT_S):
+        while not (standby := pids_of(run_dir, "gateway.standby")):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    os.kill(gateway, signal.SIGKILL)
 
     async def serves() -> bool:
         try:
@@ -226,6 +233,7 @@ async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) ->
     async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
         while not await serves():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+    assert pids_of(run_dir, "gateway") == standby
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 0
