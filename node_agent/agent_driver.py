@@ -257,7 +257,11 @@ class AgentDriver:
         lease_id = 0
         try:
             member, lease_id = await allocate_incarnation(
-                self.store, self.keys, rank, self.setup.lease_ttl_s
+                self.store,
+                self.keys,
+                rank,
+                self.setup.lease_ttl_s,
+                above=self.supervisor.last_incarnation(rank),
             )
             process = await self._start(member, lease_id)
         except (StoreError, OSError) as error:

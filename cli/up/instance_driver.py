@@ -231,6 +231,7 @@ class InstanceDriver:
                     options.run_dir / "etcd",
                     clock=self._clock,
                     on_spawned=self._start_cleanup_watchdog,
+                    on_damaged=self._stages.warn,
                 )
                 await self._etcd.start(on_progress=stage.update)
                 self._endpoint = self._etcd.endpoint
