@@ -233,7 +233,7 @@ class ControlPlaneHarness:
             revision = self.cluster.state.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
-        before = self.expert_map
+        before = self.expert_map or self.cluster.state.expert_map  # etcd may have lost it
         self.etcd.check(compare)
         revision = self.etcd.apply(operations)
         self.writes.append(write)
@@ -283,7 +283,7 @@ class ControlPlaneHarness:
         assert published.uncovered() == [], "a published map leaves experts without a slot"
         if before is not None:
             assert published.epoch == before.epoch + 1
-        else:  # the first one, or etcd has lost the others
+        else:  # the first one, or the leader is new and etcd has lost the others
             assert published.epoch > max((each.epoch for each in self.published), default=0)
         for member in published.members:
             rank = self._rank_of(member)
