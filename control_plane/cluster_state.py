@@ -25,8 +25,8 @@ class ClusterState:
     """Never edited: every change of etcd leads to a new one with a higher `version`.
 
     `synced` says whether the first snapshot of the watch is in it. `revisions` holds the mod
-    revisions of the keys that transactions compare: leader, term, spec and map. If etcd lost its
-    data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
+    revisions of the keys that transactions compare: leader, term, spec, map, views. If etcd lost
+    its data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
     """
 
     keys: Keys

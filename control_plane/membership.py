@@ -121,6 +121,10 @@ class Membership:
         """A new verdict of the failure detector."""
         self._dead[verdict.member] = verdict
 
+    def withdraw(self, member: Member) -> None:
+        """A verdict of ours on it, which was not written, does not stand any more."""
+        self._dead.pop(member, None)
+
     def on_verdict(self, verdict: Verdict) -> None:
         """A verdict that etcd holds, perhaps of an earlier leader."""
         self._dead.setdefault(verdict.member, verdict)

@@ -125,6 +125,8 @@ class _Update:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field)[_index_of(key, entry.value)] = entry.value
+            if isinstance(entry.value, ProcessView):
+                self._table("revisions")[key] = mod_revision
         else:
             self._changed[entry.kind.field] = entry.value
             self._table("revisions")[key] = mod_revision
@@ -135,6 +137,8 @@ class _Update:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field).pop(_index_of(key, entry.value), None)
+            if isinstance(entry.value, ProcessView):
+                self._table("revisions").pop(key, None)
         else:
             self._changed[entry.kind.field] = 0 if entry.kind.field == "term" else None
             self._table("revisions").pop(key, None)
