@@ -124,6 +124,12 @@ class EmbeddedEtcd:
             self._process.send_signal(signal.SIGKILL)
             await self._process.wait()
 
+    def kill_now(self) -> None:
+        """SIGKILL, without waiting for its end. It does not start again."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def _spawn(self) -> None:
         with contextlib.suppress(OSError):
             self._log_start = self.log_path.stat().st_size

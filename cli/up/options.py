@@ -12,6 +12,7 @@ from cli.run_dir import SECRET_FILE, default_run_dir
 from cli.target_flags import RunDirFlag
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
+from cli.up.port_holder import holder_of
 from shared.errors import ConfigError
 from shared.listener import listen_on
 from shared.secret import read_secret
@@ -150,7 +151,13 @@ class UpOptions:
         return self.chosen_secret_file.absolute()
 
     def check(self) -> None:
-        """Raises ConfigError if a value is impossible or two flags contradict each other."""
+        """Raises ConfigError if a value is impossible, two flags contradict each other, or the
+        port is taken."""
+        self.check_values()
+        check_port(self.host, self.port)
+
+    def check_values(self) -> None:
+        """As `check`, without the port."""
         self._check_aliases()
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance needs at least one rank")
@@ -164,8 +171,10 @@ class UpOptions:
             raise ConfigError("--context-tokens-max must not be negative")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
-        if not self.instance or "/" in self.instance:
-            raise ConfigError(f"--instance {self.instance!r}: pass a name without slashes")
+        if not self.instance or "/" in self.instance or self.instance.startswith("."):
+            raise ConfigError(
+                f"--instance {self.instance!r}: pass a name without slashes and leading dots"
+            )
         if self.device not in DEVICES:
             raise ConfigError(f"--device {self.device!r}: pass one of {', '.join(DEVICES)}")
         if self.ib_device and self.transfer_protocol != "rdma":
@@ -175,7 +184,8 @@ class UpOptions:
                 f"{self.model} is not a folder; pass a Hugging Face checkpoint as --model"
             )
         read_secret(self.chosen_secret_file)
-        check_port(self.host, self.port)
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
 
     def _check_aliases(self) -> None:
         """SGLang's flags, for which Starfish has only one value."""
@@ -191,6 +201,13 @@ class UpOptions:
 
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError if the gateway could not listen there."""
-    if not 0 < port < 65536:
-        raise ConfigError(f"--port {port}: pass a port between 1 and 65535")
-    listen_on(host, port).close()
+    try:
+        listen_on(host, port).close()
+    except ConfigError as error:
+        holder = holder_of(port)
+        if holder is None:
+            raise
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: another process does ({holder}); stop it, or pass "
+            "another --port"
+        ) from error

@@ -75,22 +75,28 @@ class Supervisor:
                 env=os.environ | service.environment | {RUN_VARIABLE: self._run},
             )
 
-    async def keep_standby(self, service: Service) -> None:
-        """Has another process of the service ready to take over, until `stop`."""
+    async def start_standby(self, service: Service) -> None:
+        """Has another process of the service prepare itself to take over."""
 
         async def spawn(begin_fd: int) -> asyncio.subprocess.Process:
             command = service.standby_command(self._lifeline_read, begin_fd)
             return await self._spawn(service, command, begin_fd)
 
         standby = self._standbys[service.name] = WarmStandby(spawn)
-        backoff = RestartBackoff()
+        with contextlib.suppress(OSError):  # `keep_standby` tries again
+            await standby.start()
+
+    async def keep_standby(self, service: Service) -> None:
+        """After `start_standby`: replaces a standby that was needed, or has exited, until
+        `stop`."""
+        standby, backoff = self._standbys[service.name], RestartBackoff()
         while not self._stopping:
-            started_at, is_taken = self._clock.now(), False
-            with contextlib.suppress(OSError):
-                await standby.start()
-                is_taken = await standby.until_gone()
+            started_at = self._clock.now()
+            is_taken = await standby.until_gone()
             wait_s = backoff.on_exit(self._clock.now() - started_at, led=is_taken)
             await asyncio.sleep(wait_s * random.uniform(*_JITTER))
+            with contextlib.suppress(OSError):
+                await standby.start()
 
     def has_exited(self, service: Service) -> bool:
         return self._children[service.name].returncode is not None

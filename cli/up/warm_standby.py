@@ -24,7 +24,9 @@ class WarmStandby:
         self._is_taken = asyncio.Event()
 
     async def start(self) -> None:
-        """Raises OSError."""
+        """Also in place of one that has exited. Raises OSError."""
+        self.kill()
+        self._is_taken.clear()
         begin_read, begin_write = os.pipe()
         try:
             self._process = await self._spawn(begin_read)
@@ -34,10 +36,9 @@ class WarmStandby:
         finally:
             os.close(begin_read)
         self._begin_fd = begin_write
-        self._is_taken.clear()
 
     async def until_gone(self) -> bool:
-        """Whether the process has been taken; otherwise it has exited."""
+        """Whether the process has been taken; otherwise it has exited, or did not start."""
         if self._process is None:
             return self._is_taken.is_set()
         async with asyncio.TaskGroup() as tasks:

@@ -187,6 +187,7 @@ async def test_a_killed_up_takes_all_with_it(run_dir: Path, model: Path) -> None
     process.kill()
     await process.wait()
     await gone(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == ["logs"]
 
 
 async def test_an_up_that_is_killed_while_etcd_starts_takes_etcd_with_it(
@@ -213,6 +214,7 @@ async def test_a_second_interrupt_ends_even_a_stopped_rank(run_dir: Path, model:
     async with asyncio.timeout(WAIT_S):
         await process.communicate()
     await gone(run_dir)
+    assert list(run_dir.iterdir()) == []
 
 
 def pids_of(run_dir: Path, module: str) -> list[int]:
@@ -448,13 +450,27 @@ async def is_whole(run_dir: Path, num_ranks: int) -> bool:
     return found is not None and sum(found.has(r.member) for r in view.ranks) == num_ranks
 
 
-async def test_only_one_instance_of_a_name(run_dir: Path, model: Path) -> None:
-    process = await up(run_dir, free_port(), "--model", str(model))
+async def test_only_one_instance_of_a_name(run_dir: Path, model: Path, tmp_path: Path) -> None:
+    """Whether or not they share a run folder, an etcd or a port."""
+    port = free_port()
+    process = await up(run_dir, port, "--model", str(model))
     await started(process, run_dir)
-    second = await up(run_dir, free_port(), "--model", str(model))
-    _, err = await second.communicate()
-    assert second.returncode == 1
-    assert "is already running" in err.decode()
+
+    async def refused(*flags: str) -> str:
+        second = await up(run_dir, free_port(), "--model", str(model), *flags)
+        _, err = await second.communicate()
+        assert second.returncode == 1
+        (sentence,) = err.decode().strip().splitlines()
+        return sentence
+
+    for flags in ((), ("--port", str(port)), ("--run-dir", str(tmp_path / "other"))):
+        sentence = await refused(*flags)
+        assert f"instance {run_dir.name!r} is already running" in sentence
+        assert f"pid {process.pid}" in sentence
+    elsewhere = ("--run-dir", str(tmp_path / "other"), "--instance", f"{run_dir.name}-2")
+    sentence = await refused(*elsewhere, "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in sentence
+    assert f"pid {process.pid}" in sentence
     assert process.returncode is None
     process.send_signal(signal.SIGINT)
     await process.communicate()
