@@ -44,8 +44,10 @@ async def test_the_process_that_is_taken_begins(standby: WarmStandby) -> None:
 async def test_one_that_waits_for_the_end_learns_that_it_was_taken(standby: WarmStandby) -> None:
     gone = asyncio.ensure_future(standby.until_gone())
     await asyncio.sleep(0)
-    assert standby.take() is not None
+    process = standby.take()
+    assert process is not None
     assert await gone
+    assert await said(process) == b"1"
 
 
 async def test_there_is_one_process_for_one_need(standby: WarmStandby) -> None:
