@@ -99,7 +99,11 @@ class RejoiningRank:
         parts, config = self._parts, self._parts.config
         assert parts.hardware.renew is not None, "checked before"
         member, lease_id = await allocate_incarnation(
-            parts.store, Keys(config.instance), parts.member.rank, config.timings.lease_ttl_s
+            parts.store,
+            Keys(config.instance),
+            parts.member.rank,
+            config.timings.lease_ttl_s,
+            above=parts.member.incarnation,
         )
         hardware = await asyncio.to_thread(parts.hardware.renew, member)
         replication = parts.replication

@@ -158,7 +158,6 @@ class ProcessView:
     rank: RankId
     incarnation: Incarnation
     state: ProcessState
-    taken_at: float  # the agent's `Clock.now()`
     host_gap_ms: float = 0.0
 
     @property

@@ -37,7 +37,7 @@ from gpu_worker.engine.step_runner import MakeRunner
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Member, Step
+from shared.types import Epoch, Member, RankId, Step
 from shared.wire import (
     AnnouncedOperation,
     Cancel,
@@ -223,6 +223,11 @@ class EngineClient:
 
     def load(self) -> Load:
         return self._engine.snapshot().load
+
+    def waits(self) -> tuple[tuple[Epoch, Step], frozenset[RankId]]:
+        """The present step, and the ranks that it waits for."""
+        now = self._engine.snapshot()
+        return (now.epoch, now.step), frozenset(now.waiting_for)
 
     def pong(self, ping: Ping, announced: tuple[AnnouncedOperation, ...]) -> Pong:
         now = self._engine.snapshot()

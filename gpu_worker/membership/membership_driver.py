@@ -14,6 +14,7 @@ from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import Suspect
 from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
+from gpu_worker.membership.peer_suspicions import LOOK_S, PeerSuspicions
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
     AnnounceMap,
@@ -43,9 +44,6 @@ from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReaso
 from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
-
-SUSPICION_REPEAT_S = 0.25
-"""Peers that wait suspect one another in every step: etcd need not hear of each."""
 
 SWEEP_S = 10.0
 
@@ -102,7 +100,7 @@ class MembershipDriver:
         self._leave = leave
         self._tasks = tasks
         self._is_registered = False  # etcd holds the own record, as far as the watch has shown
-        self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
+        self._suspicions = PeerSuspicions()
         self._links = LinkKeeper(
             member=membership.record.member,
             access=access,
@@ -120,6 +118,7 @@ class MembershipDriver:
         self._tasks.create_task(self._keep_lease())
         self._tasks.create_task(self._watch())
         self._tasks.create_task(self._sweep())
+        self._tasks.create_task(self._withdraw_suspicions())
 
     def knows(self, member: Member) -> bool:
         """Whether it is registered, or in the newest map."""
@@ -145,6 +144,8 @@ class MembershipDriver:
         peer = next((m for m in self._other_members if m.rank == suspect.rank), None)
         if peer is not None:
             self._suspect(peer, suspect.reason, suspect.epoch, suspect.step, suspect.detail)
+            if suspect.reason is SuspicionReason.LINK:
+                self._links.recheck(peer)
 
     def send_wake(self, epoch: Epoch, step: Step) -> None:
         """Tells all other members that this step has work."""
@@ -172,6 +173,23 @@ class MembershipDriver:
             await asyncio.sleep(SWEEP_S)
             self._endpoint.sweep()
 
+    async def _withdraw_suspicions(self) -> None:
+        """Deletes a suspicion once the peer has answered again. Never returns."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if not self._suspicions.peers:
+                continue
+            at_step, waiting_for = self._engine.waits()
+            withdrawn = self._suspicions.on_look(
+                self._clock.now(),
+                at_step=at_step,
+                waiting_for=[m for m in self._other_members if m.rank in waiting_for],
+                linked=self._membership.record.links,
+            )
+            for peer in withdrawn:
+                log.info("suspicion_withdrawn", peer=str(peer))
+                self._leased.delete(self._own_suspicion_key(peer), urgent=False)
+
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may
         expire healthy leases, and only a verdict ends an incarnation."""
@@ -190,13 +208,10 @@ class MembershipDriver:
     def _suspect(
         self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
     ) -> None:
-        """Publishes a suspicion. The same one is published again after SUSPICION_REPEAT_S at the
-        earliest."""
+        """Publishes a suspicion, unless the same was published a moment ago."""
         now = self._clock.now()
-        last = self._suspected_at.get((peer, reason), -1e9)
-        if now - last < SUSPICION_REPEAT_S:
+        if not self._suspicions.on_suspected(peer, reason, now):
             return
-        self._suspected_at[peer, reason] = now
         log.info("peer_suspected", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)
         me = self._membership.record.member
         suspicion = Suspicion(
@@ -225,6 +240,7 @@ class MembershipDriver:
                 self._links.close(peer)
                 if self._replication is not None:
                     self._replication.close(peer)
+                self._suspicions.forget(peer)
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))

@@ -102,7 +102,6 @@ class DetectorHarness:
             rank=RankId(rank),
             incarnation=Incarnation(1),
             state=state,
-            taken_at=0.0,
             host_gap_ms=host_gap_ms,
         )
         self.take(self.detector.on_view(view, self.now))
@@ -202,6 +201,40 @@ def test_a_stopped_process_that_goes_on_in_time_lives(one_host: DetectorHarness)
     one_host.view(1, ProcessState.RUNNING)
     one_host.pass_time(1.0, 0, 1, 2, 3)
     assert one_host.news == []
+
+
+def test_a_stopped_process_that_answers_is_not_stopped_though_nobody_says_so(
+    one_host: DetectorHarness,
+) -> None:
+    """Its node agent may be gone."""
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S - 0.02, 0, 2, 3)
+    one_host.pass_time(2.0, 0, 1, 2, 3)
+    one_host.suspect(1)
+    one_host.pass_time(2 * STOPPED_S, 0, 2, 3)
+    assert one_host.dead == {}
+
+
+def test_an_answer_that_was_under_way_when_the_process_stopped_proves_nothing(
+    one_host: DetectorHarness,
+) -> None:
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(0.02, 0, 1, 2, 3)
+    one_host.pass_time(STOPPED_S + 0.03, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.STOPPED}
+
+
+def test_what_a_node_agent_said_before_this_term_only_makes_a_suspect(
+    one_host: DetectorHarness,
+) -> None:
+    view = ProcessView(rank=RankId(1), incarnation=Incarnation(1), state=ProcessState.STOPPED)
+    one_host.take(one_host.detector.on_view(view, one_host.now, is_news=False))
+    assert one_host.detector.suspected == (member(1),)
+    one_host.pass_time(3 * STOPPED_S, 0, 2, 3)
+    assert one_host.dead == {}
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S + 0.02, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.STOPPED}
 
 
 def test_a_host_whose_processes_are_all_stopped_for_a_second_loses_none(

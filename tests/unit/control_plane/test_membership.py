@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from control_plane.failure_detector import DetectorTimings
@@ -21,6 +23,57 @@ def formed(harness: ControlPlaneHarness | None = None) -> ControlPlaneHarness:
     assert harness.expert_map is not None
     assert len(harness.expert_map.members) == harness.spec.num_ranks
     return harness
+
+
+def register_again(harness: ControlPlaneHarness) -> None:
+    """After etcd has lost its data: what the leader and the ranks do by themselves."""
+    harness.etcd.apply([Put(key=harness.keys.spec, value=pack_record(harness.spec))])
+    leader = harness.cluster.state.leader
+    harness.leader_revision = harness.etcd.apply(
+        [Put(key=harness.keys.leader, value=pack_record(leader))]
+    )
+    for rank in harness.ranks.values():
+        rank.lease_id = harness.etcd.grant(5.0)
+        rank.write_record(lease_id=rank.lease_id)
+        contents = SlotContents.of(rank.member, rank.actual_contents)
+        key = harness.keys.resident(rank.member.rank, rank.member.incarnation)
+        harness.etcd.apply([Put(key=key, value=pack_record(contents), lease_id=rank.lease_id)])
+    harness.watch.is_broken = False
+    harness.watch.offer(replace(harness.etcd.snapshot(harness.keys.root), restored=True))
+
+
+def test_a_map_that_etcd_has_lost_is_published_again_above_the_one_that_ranks_run() -> None:
+    harness = formed()
+    harness.kill(3)
+    harness.settle()
+    harness.start(3)
+    harness.settle()
+    running = harness.expert_map
+    assert running is not None
+    assert running.epoch > 2
+    harness.etcd.lose_data()
+    register_again(harness)
+    harness.run()
+    again = harness.expert_map
+    assert again is not None
+    assert again.epoch == running.epoch + 1
+    assert again.members == running.members
+    assert (again.placement == running.placement).all()
+    harness.kill(1)
+    harness.settle(0.5)
+    assert "1.1" not in members(harness)
+
+
+def test_a_leader_without_a_past_numbers_its_first_map_above_what_ranks_run() -> None:
+    harness = formed()
+    for rank in harness.ranks.values():
+        rank.lagging_epoch = Epoch(7)  # as they say in their Pongs
+    harness.etcd.lose_data()
+    register_again(harness)
+    harness.begin_term()
+    harness.settle()
+    assert harness.expert_map is not None
+    assert harness.expert_map.epoch == 8
 
 
 def members(harness: ControlPlaneHarness) -> list[str]:
