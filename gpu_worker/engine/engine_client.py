@@ -113,11 +113,13 @@ class EngineClient:
         self._early_updates: dict[Member, GraphBarrierUpdate] = {}  # the last one of each peer
         monitor = EngineMonitor(self._inbox, self._post, clock, executor.cpu_s)
         barrier_callbacks = GraphBarrierCallbacks(
-            send_update=callbacks.send_update,
-            wake=lambda step: callbacks.send_wake(Epoch(0), step),
+            send_update=lambda update, peers: (
+                None if self._stopped else callbacks.send_update(update, peers)
+            ),
+            wake=lambda step: None if self._stopped else callbacks.send_wake(Epoch(0), step),
             notify_engine=self._inbox.notify,
-            on_undeliverable=callbacks.held,
-            on_failed=callbacks.stopped,
+            on_undeliverable=lambda epoch: None if self._stopped else callbacks.held(epoch),
+            on_failed=lambda reason: None if self._stopped else callbacks.stopped(reason),
         )
         runner, self._barrier_driver = make_runner(monitor, barrier_callbacks)
         self._engine = Engine(
@@ -141,7 +143,8 @@ class EngineClient:
         return self._executor.start(self._engine.run)
 
     def stop(self) -> None:
-        """Ends the engine, and its step. Nothing that it reports is passed on from now on."""
+        """Ends the engine, and its step. Nothing that it or its graph barrier reports is passed on
+        from now on: a release may end after the incarnation."""
         self._stopped = True
         self._inbox.put(Stop())
 

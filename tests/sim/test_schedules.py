@@ -58,6 +58,7 @@ CARD_REGRESSION_SEEDS = {
     357: "no step moved, and of ranks that all waited for all the last was declared dead",
     312: "all ranks were stopped at once, on a host each, and one was declared dead",
     164: "a rank whose own context was gone lived on, linked to nobody, and no map formed again",
+    820050: "a release that ended after its incarnation began a load in what had ended",
     10: "mapping a joiner took 0.3 to 1 s, and a verdict ended the rank that maps",
     # Connections begin with a handshake now: the schedule is another one, so it may not be mended.
     438: "all ranks die one after another while maps follow each other, and no map forms again",
