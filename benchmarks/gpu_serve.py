@@ -275,7 +275,10 @@ def main() -> int:
                 make_checkpoint(model, entries, SystemClock(), family=args.family)
         uvloop.run(experiment.run(model))
     except* StarfishError as group:
-        print(f"gpu_serve: {group.exceptions[0]}", file=sys.stderr)
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        print(f"gpu_serve: {type(error).__name__}: {error}", file=sys.stderr)
         failed = True
     finally:
         if made:

@@ -110,13 +110,14 @@ ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
         SuspicionReason.EXIT: frozenset({Accuser.AGENT}),
         SuspicionReason.STOPPED: frozenset({Accuser.CONTROL_PLANE}),
         SuspicionReason.LEASE: frozenset({Accuser.CONTROL_PLANE}),
-        SuspicionReason.EXCHANGE: frozenset({Accuser.RANK}),
-        SuspicionReason.LINK: frozenset({Accuser.RANK}),
+        SuspicionReason.EXCHANGE: frozenset({Accuser.RANK, Accuser.CONTROL_PLANE}),
+        SuspicionReason.LINK: frozenset({Accuser.RANK, Accuser.CONTROL_PLANE}),
         SuspicionReason.RESET: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
         SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
     }
 )
-"""Who may raise a suspicion for which reason."""
+"""Who may raise a suspicion for which reason. The control plane repeats those of ranks, so that node
+agents look at the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -39,8 +39,8 @@ async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
 
 
 def send_to_rank(record: RankRecord, number: signal.Signals) -> None:
-    """Signals the process only if its command line names this rank and incarnation. Raises
-    ConfigError."""
+    """Signals the process only if its command line names this rank, and this incarnation or one
+    before it, after which the process went on. Raises ConfigError."""
     try:
         pidfd = os.pidfd_open(record.pid)
     except OSError as error:
@@ -49,11 +49,11 @@ def send_to_rank(record: RankRecord, number: signal.Signals) -> None:
         ) from error
     try:
         command = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
-        expected = {b"--rank": record.rank, b"--incarnation": record.incarnation}
-        for flag, value in expected.items():
-            at = command.index(flag)
-            if command[at + 1] != str(value).encode():
-                raise ValueError
+        rank, first_incarnation = (
+            int(command[command.index(flag) + 1]) for flag in (b"--rank", b"--incarnation")
+        )
+        if rank != record.rank or first_incarnation > record.incarnation:
+            raise ValueError
         signal.pidfd_send_signal(pidfd, number)
     except (ValueError, IndexError, OSError) as error:
         raise ConfigError(
