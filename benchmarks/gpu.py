@@ -52,21 +52,27 @@ class GpuBench:
         )
         self.slots.fill_randomly(self.sizes.num_experts, std=0.02)
 
-    def decoder(self, ladder: tuple[int, ...], **options: Any) -> Any:
+    def decoder(
+        self,
+        ladder: tuple[int, ...],
+        *,
+        prefill_tokens: int = CONTEXT,
+        context: int = CONTEXT + NEW_TOKENS_MAX,
+        **options: Any,
+    ) -> Any:
         from gpu_worker.cuda.decoder import Decoder, DecoderOptions
         from gpu_worker.cuda.stages.moe_stage import LocalMoe
 
-        context = CONTEXT + NEW_TOKENS_MAX
         settings = DecoderOptions(
             kv_blocks=max(*ladder, 1) * context // BLOCK_TOKENS,
             block_tokens=BLOCK_TOKENS,
             context_tokens_max=context,
             decode_batch_sizes=ladder,
-            prefill_tokens=512,
+            prefill_tokens=prefill_tokens,
             prefill_sequences=1,
             **options,
         )
-        moe = LocalMoe(self.slots, top_k=self.sizes.top_k, step_tokens_max=512)
+        moe = LocalMoe(self.slots, top_k=self.sizes.top_k, step_tokens_max=prefill_tokens)
         decoder = Decoder(self.sizes, self.weights, moe, settings)
         table = np.arange(self.sizes.num_experts, dtype=np.int32)
         decoder.use_slots(np.tile(table, (self.sizes.num_moe_layers, 1)))
@@ -188,21 +194,6 @@ def invariance(decoder: Any, batch: int = 32) -> dict[str, Any]:
         "largest_difference": difference,
         "logits_std": logits.float().std().item(),
     }
-
-
-def prefill_rate(decoder: Any) -> dict[str, float]:
-    from gpu_worker.engine.step_batch import StepBatch
-
-    width = (CONTEXT + NEW_TOKENS_MAX) // BLOCK_TOKENS
-    batch = StepBatch(
-        token_ids_T=random_ids(512).astype(np.int32),
-        position_T=np.arange(512, dtype=np.int32),
-        sequence_T=np.zeros(512, dtype=np.int32),
-        block_tables_SB=np.arange(width, dtype=np.int32)[None],
-        logits_rows_R=np.array([511], dtype=np.int32),
-    )
-    milliseconds = median_ms(lambda: decoder.launch(batch).ids(), 3)
-    return {"chunk_ms": milliseconds, "tokens_per_s": 512e3 / milliseconds}
 
 
 def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any]:
@@ -344,6 +335,8 @@ def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
     bench = GpuBench(sizes)
     if "decode" in sections:
         _measure_decode(report, bench, copy, link)
+    if "prefill" in sections:
+        _measure_prefill(report, bench)
     if "free" in sections:
         _measure_free(report, bench, copy)
     is_qwen = isinstance(sizes.attention, GqaShape)
@@ -362,8 +355,15 @@ def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -
     for batch in (1, 8, 128):
         report.run(f"profile_{batch}", lambda n=batch: profile(decoder, n))
     report.run("invariance", lambda: invariance(decoder))
-    report.run("prefill", lambda: prefill_rate(decoder))
     report.run("refill", lambda: refill(bench, decoder, link))
+
+
+def _measure_prefill(report: Report, bench: GpuBench) -> None:
+    from benchmarks.gpu_prefill import LENGTHS, prefill_rates
+
+    context = LENGTHS[-1] + BLOCK_TOKENS
+    decoder = bench.decoder((1,), prefill_tokens=LENGTHS[-1], context=context)
+    report.run("prefill", lambda: prefill_rates(decoder, BLOCK_TOKENS, median_ms))
 
 
 def _measure_free(report: Report, bench: GpuBench, copy: float) -> None:
@@ -372,7 +372,6 @@ def _measure_free(report: Report, bench: GpuBench, copy: float) -> None:
     for batch in BATCHES:
         report.run(f"decode_free_{batch}", lambda n=batch: decode_rates(bench, decoder, n, copy))
     report.run("invariance_free", lambda: invariance(decoder))
-    report.run("prefill_free", lambda: prefill_rate(decoder))
 
 
 def _measure_kernels(report: Report, bench: GpuBench) -> None:
@@ -403,7 +402,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument(
-        "--sections", default="decode,free,kernels,transformers", help="comma-separated"
+        "--sections", default="decode,prefill,free,kernels,transformers", help="comma-separated"
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -177,8 +177,8 @@ def down_tiles() -> Iterator[experts.ExpertTile]:
 
 
 def dense_tiles(tokens: int) -> Iterator[linear.LinearTile]:
-    """Fewer than 64 rows for a warp group of four: more would use another instruction and give
-    other bits."""
+    """Of decode. With 64 rows on four warps they would be left to warp groups, as those of large
+    steps are."""
     if tokens <= 16:
         yield linear.LinearTile(16, 32, 128, 4, 3)
         yield linear.LinearTile(16, 64, 128, 4, 3)

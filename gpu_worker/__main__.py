@@ -26,6 +26,7 @@ from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, RankParts
 from gpu_worker.rejoin import RejoiningRank
 from gpu_worker.startup_timer import StartupTimer
+from gpu_worker.step_sizes import with_step_sizes
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -86,7 +87,9 @@ async def run_rank(config: RankConfig) -> NoReturn:
     model_spec = read_model_spec(folder)
     transport = _open_replication_transport(config, spec, clock)
     timer.end_stage("kv_replication")
-    if uses_cuda(config, model_spec):
+    on_card = uses_cuda(config, model_spec)
+    config = with_step_sizes(config, on_card=on_card, num_ranks=spec.num_ranks)
+    if on_card:
         from gpu_worker.cuda.hardware import CudaHardware
 
         cuda = CudaHardware(config, member, clock)

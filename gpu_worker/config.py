@@ -25,6 +25,10 @@ class ExchangeKind(Enum):
     NONE = "none"
 
 
+_STEP_SEQUENCES_ENOUGH = 192
+"""So many sequences may be in a step even if fewer decode at once, for those in mid-stream."""
+
+
 class DispatchForm(Enum):
     """The number format in which tokens are sent to the experts of CUDA ranks."""
 
@@ -97,8 +101,21 @@ class RankConfig:
         "GB of host memory for replicas of peers' KV blocks; -1: as much as the own KV cache, "
         "but at most 4",
     )
-    step_tokens_max: int = option(192, "most tokens that this rank runs in one step")
-    prefill_chunk_tokens: int = option(128, "most prompt tokens of one sequence in one step")
+    step_tokens_max: int = option(
+        0,
+        "most tokens that this rank runs in one step; 0: 4,096 on a card that is the only rank, "
+        "else 192",
+    )
+    prefill_chunk_tokens: int = option(
+        0,
+        "most prompt tokens of one sequence in one step; 0: 4,096 on a card that is the only rank, "
+        "else 128",
+    )
+    mixed_prefill_tokens: int = option(
+        0,
+        "most prompt tokens in a step in which others decode, fewer the longer the prompt already "
+        "is; 0: 512 on a card that is the only rank, else no limit of its own",
+    )
     running_max: int = option(
         64, "most sequences that decode at once; sessions moved from a dead rank may exceed it"
     )
@@ -128,7 +145,26 @@ class RankConfig:
             raise ConfigError("--kv-tokens must hold at least one block of --kv-block-tokens")
         if self.kv_copies_gb < 0 and self.kv_copies_gb != -1:
             raise ConfigError("--kv-copies-gb must be 0 or more, or -1 for a default")
-        if not 1 <= self.prefill_chunk_tokens <= self.step_tokens_max:
-            raise ConfigError("--prefill-chunk-tokens must lie between 1 and --step-tokens-max")
-        if not 1 <= self.running_max <= self.step_tokens_max:
+        self._check_steps()
+
+    @property
+    def step_sequences_max(self) -> int:
+        """Most sequences, and most wanted rows of logits, in one step."""
+        return min(self.step_tokens_max, max(self.running_max, _STEP_SEQUENCES_ENOUGH))
+
+    def _check_steps(self) -> None:
+        """A size of 0 is not chosen yet: see `step_sizes`. Raises ConfigError."""
+        if min(self.step_tokens_max, self.prefill_chunk_tokens, self.mixed_prefill_tokens) < 0:
+            raise ConfigError(
+                "--step-tokens-max, --prefill-chunk-tokens and --mixed-prefill-tokens must be at "
+                "least 1, or 0 for the device's default"
+            )
+        if self.step_tokens_max and self.prefill_chunk_tokens > self.step_tokens_max:
+            raise ConfigError(
+                f"--prefill-chunk-tokens {self.prefill_chunk_tokens} must be at most "
+                f"--step-tokens-max {self.step_tokens_max}"
+            )
+        if self.running_max < 1 or (
+            self.step_tokens_max and self.running_max > self.step_tokens_max
+        ):
             raise ConfigError("--running-max must lie between 1 and --step-tokens-max")

@@ -18,7 +18,7 @@ from gpu_worker.engine.grammar_matcher import GrammarCompiler
 from gpu_worker.engine.kv_replication import BlockCache, KvReplicator, ReplicaEndpoint
 from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
-from gpu_worker.engine.scheduler_limits import SchedulerLimits
+from gpu_worker.engine.scheduler_limits import NO_LIMIT, SchedulerLimits
 from gpu_worker.engine.step_runner import MakeRunner
 from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint
@@ -267,7 +267,9 @@ def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
         kv_blocks=config.kv_tokens // config.kv_block_tokens,
         kv_block_tokens=config.kv_block_tokens,
         step_tokens_max=config.step_tokens_max,
+        step_sequences_max=config.step_sequences_max,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
+        mixed_prefill_tokens=config.mixed_prefill_tokens or NO_LIMIT,
         running_max=config.running_max,
         waiting_max=config.waiting_max,
         prefix_cache=config.prefix_cache,

@@ -42,9 +42,10 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "cuda": {"config", "exchange", "checkpoint", "engine", "kv_replication", "rank"},
         "model_tools": {"exchange", "checkpoint", "engine", "cpu"},
         "device_choice": {"config", "cuda"},
+        "step_sizes": {"config"},
         "__main__": {
             *("config", "identity", "exchange", "engine", "kv_replication", "rank"),
-            *("rejoin", "cpu", "cuda", "device_choice", "startup_timer"),
+            *("rejoin", "cpu", "cuda", "device_choice", "startup_timer", "step_sizes"),
         },
         "fork_server": {"__main__", "config", "cpu", "cuda", "device_choice"},
     },

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.kernels import residual, sampling
+from gpu_worker.cuda.kernels.chunk_attention import chunk_tile_tokens
 from gpu_worker.cuda.sampling_inputs import RowDraw
 from gpu_worker.cuda.stages.attention_stage import AttentionStage
 from gpu_worker.cuda.stages.feed_forward import FeedForward
@@ -31,12 +32,16 @@ from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, GqaWeights, 
 from gpu_worker.engine.step_batch import StepBatch
 
 DECODE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_PREFILL_TOKENS_MIN = 128
+"""No smaller graphs are captured for steps with prefill."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderOptions:
-    """Sizes of the KV cache and of steps. With `invariant`, dense GEMMs are computed in fixed
-    parts, so that the bits of a row do not depend on its batch; without it, torch computes them."""
+    """Sizes of the KV cache and of steps. A step with prefill has up to `prefill_tokens` tokens of
+    up to `prefill_sequences` sequences and as many wanted rows. With `invariant`, dense GEMMs are
+    computed in fixed parts, so that the bits of a row do not depend on its batch; without it, torch
+    computes them."""
 
     kv_blocks: int
     block_tokens: int = 16
@@ -50,6 +55,28 @@ class DecoderOptions:
     def positions_max(self) -> int:
         """Positions of a sequence, which is never longer than the cache."""
         return min(self.context_tokens_max, self.kv_blocks * self.block_tokens)
+
+    def decode_sizes(self) -> list[StepSize]:
+        """In rising order."""
+        batches = self.decode_batch_sizes
+        return [StepSize(tokens=n, sequences=n, rows=n, decode=True) for n in batches]
+
+    def prefill_sizes(self, tile_tokens: int) -> list[StepSize]:
+        """In rising order, each twice the one before, so that a short prompt does not pay for the
+        longest chunk."""
+        tokens = [self.prefill_tokens]
+        while tokens[0] >= 2 * _PREFILL_TOKENS_MIN:
+            tokens.insert(0, -(-tokens[0] // 2))
+        return [
+            StepSize(
+                tokens=n,
+                sequences=min(n, self.prefill_sequences),
+                rows=min(n, self.prefill_sequences),
+                decode=False,
+                tile_tokens=tile_tokens,
+            )
+            for n in tokens
+        ]
 
 
 class PendingStep:
@@ -109,18 +136,12 @@ class Decoder:
         self._mask_R = mask_R
         device = weights.device
         self.slot_of_LE = slot_table(sizes.num_moe_layers, sizes.num_experts, device)
-        prefill = StepSize(
-            tokens=options.prefill_tokens,
-            sequences=options.prefill_sequences,
-            rows=options.prefill_sequences,
-            decode=False,
-        )
-        decode_sizes = [
-            StepSize(tokens=n, sequences=n, rows=n, decode=True) for n in options.decode_batch_sizes
-        ]
-        rows_max = max(s.rows for s in (prefill, *decode_sizes))
+        decode_sizes = options.decode_sizes()
+        prefill_sizes = options.prefill_sizes(_tile_tokens(sizes))
+        step_sizes = (*decode_sizes, *prefill_sizes)
+        rows_max = max(s.rows for s in step_sizes)
         allocator = StepAllocator(
-            tokens_max=max(s.tokens for s in (prefill, *decode_sizes)),
+            tokens_max=max(s.tokens for s in step_sizes),
             invariant=options.invariant,
             device=device,
             dtype=weights.dtype,
@@ -135,8 +156,8 @@ class Decoder:
             allocator, inner=hidden, columns=sizes.vocab_size, rows_max=rows_max, in_parts=False
         )
         width = -(-options.positions_max // options.block_tokens)
-        self._prefill = StepInputs(prefill, width, device)
         self._decode = [StepInputs(size, width, device) for size in decode_sizes]
+        self._prefill = [StepInputs(size, width, device) for size in prefill_sizes]
         self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}
         self._buffer_index = 0
 
@@ -145,10 +166,10 @@ class Decoder:
         self.slot_of_LE.copy_(torch.from_numpy(slot_of_LE))
 
     def capture(self) -> None:
-        """Captures a graph for every decode batch size and for the prefill chunk. Compiles kernels
-        that are not compiled yet. Writes nothing to the KV cache."""
+        """Captures a graph for every size of step. Compiles kernels that are not compiled yet.
+        Writes nothing to the KV cache."""
         pool = None
-        for inputs in (self._prefill, *self._decode):
+        for inputs in (*reversed(self._prefill), *self._decode):
             self._enqueue(inputs)  # compiles; the inputs hold no token
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -195,7 +216,9 @@ class Decoder:
             for inputs in self._decode:
                 if tokens <= inputs.size.tokens:
                     return inputs
-        return self._prefill
+        return next(
+            (inputs for inputs in self._prefill if tokens <= inputs.size.tokens), self._prefill[-1]
+        )
 
     def _enqueue(self, inputs: StepInputs) -> None:
         buffers, weights = self._buffers, self._weights
@@ -232,6 +255,14 @@ class Decoder:
         sampling.sample_rows(logits_1RV[0], inputs.draws, self._buffers.ids_R[:rows])
 
 
+def _tile_tokens(sizes: DecoderSizes) -> int:
+    """Tokens of an attention tile. Latent attention has no tiles of several tokens."""
+    shape = sizes.attention
+    return (
+        1 if isinstance(shape, MlaShape) else chunk_tile_tokens(shape.num_heads, shape.num_kv_heads)
+    )
+
+
 def _attention_stage(
     sizes: DecoderSizes, weights: DecoderWeights, options: DecoderOptions, allocator: StepAllocator
 ) -> AttentionStage:
@@ -254,5 +285,6 @@ def _attention_stage(
         kv_blocks=options.kv_blocks,
         block_tokens=options.block_tokens,
         context_tokens_max=options.positions_max,
+        decode_rows_max=max(options.decode_batch_sizes, default=0),
         norm_eps=sizes.norm_eps,
     )

@@ -244,5 +244,5 @@ class CudaHardware:
                 n for n in _DECODE_BATCH_SIZES if n <= min(longest, config.step_tokens_max)
             ),
             prefill_tokens=config.step_tokens_max,
-            prefill_sequences=config.step_tokens_max,
+            prefill_sequences=config.step_sequences_max,
         )

@@ -16,22 +16,22 @@ from gpu_worker.cuda.kernels.sampling import Draws
 from gpu_worker.cuda.sampling_inputs import BANNED_MAX, RowDraw
 from gpu_worker.engine.step_batch import StepBatch
 
-_TILE_TOKENS = 4
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
     """T tokens of S sequences, and R wanted rows. In a decode step all three are equal: row t is
-    the one token of sequence t."""
+    the one token of sequence t. In other steps, tiles have up to `tile_tokens` tokens of one
+    sequence."""
 
     tokens: int
     sequences: int
     rows: int
     decode: bool
+    tile_tokens: int = 1
 
     @property
     def tiles(self) -> int:
-        return 0 if self.decode else self.tokens // _TILE_TOKENS + self.sequences
+        return 0 if self.decode else self.tokens // self.tile_tokens + self.sequences
 
 
 class StepInputs:
@@ -58,7 +58,7 @@ class StepInputs:
             self._view("sequence"),
             self._view("tables"),
             None if size.decode else self._view("tiles"),
-            1 if size.decode else _TILE_TOKENS,
+            size.tile_tokens,
         )
         self.draws = Draws(
             self._view("temperature").view(torch.float32),
@@ -85,7 +85,7 @@ class StepInputs:
         self._set("logits_rows", batch.logits_rows_R, 0)
         self._host_field("tables")[:sequences, :width] = batch.block_tables_SB
         if not self.size.decode:
-            self._set("tiles", _tiles(batch.sequence_T), 0)
+            self._set("tiles", _tiles(batch.sequence_T, self.size.tile_tokens), 0)
         columns = list(zip(*draws, strict=True)) if draws else [()] * 5
         self._set_floats("temperature", columns[0])
         self._set_floats("top_p", columns[1])
@@ -140,13 +140,13 @@ def _shapes(size: StepSize, table_width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _tiles(sequence_T: NDArray[np.int32]) -> NDArray[np.int32]:
+def _tiles(sequence_T: NDArray[np.int32], tile_tokens: int) -> NDArray[np.int32]:
     """(first token, count) per tile: the tokens of each sequence split into tiles."""
     starts = np.flatnonzero(np.diff(sequence_T, prepend=-1))
     ends = np.append(starts[1:], len(sequence_T))
     tiles = [
-        (first, min(_TILE_TOKENS, end - first))
+        (first, min(tile_tokens, end - first))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        for first in range(start, end, _TILE_TOKENS)
+        for first in range(start, end, tile_tokens)
     ]
     return np.array(tiles, dtype=np.int32).reshape(-1, 2)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from gpu_worker.engine.sequence import Sequence
 from shared.wire import SessionTokens
 
+NO_LIMIT = 1 << 30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -26,6 +28,8 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     running_max: int
     waiting_max: int
+    step_sequences_max: int = NO_LIMIT  # in one step; also its wanted rows of logits
+    mixed_prefill_tokens: int = NO_LIMIT  # in a step with decodes: see `step_budget`
     prefix_cache: bool = True
     scored_logits_max: int = 1 << 24  # prompt rows of one step times the vocabulary
     restored_blocks_enough: int = 64  # in one plan; on CPUs some 10 ms
@@ -39,7 +43,7 @@ class SchedulerLimits:
         """Most sequences that run when one in mid-stream is admitted: as many as can decode in one
         step. Beyond `running_max` steps are longer than they should be, but nobody who has read
         half an answer waits for another's whole answer."""
-        return max(self.running_max, self.step_tokens_max)
+        return max(self.running_max, min(self.step_tokens_max, self.step_sequences_max))
 
     @property
     def tokens_max(self) -> int:

@@ -7,34 +7,63 @@ from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_plan import Chunk
 
+_CONTEXT_TOKENS = 4096
+"""After so many positions, attention takes as long as the rest of a prompt token's arithmetic."""
+
 
 class StepBudget:
-    """For one plan. All decodes are added before the first prefill."""
+    """For one plan. All decodes are added before the first prefill.
+
+    A step with decodes takes only so much prefill that they do not wait much longer than usual:
+    `mixed_prefill_tokens` of the beginning of a prompt, or fewer of a later part.
+    """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.chunks: list[Chunk] = []
         self._prefill_chunk_tokens = limits.prefill_chunk_tokens
         self._tokens_left = limits.step_tokens_max
+        self._rows_left = limits.step_sequences_max
+        self._mixed_left = limits.mixed_prefill_tokens
+        self._has_decodes = False
         # The logits of a step are one matrix: rows times the vocabulary.
         self._scored_rows_left = limits.scored_rows_max
 
     @property
     def is_spent(self) -> bool:
-        return self._tokens_left <= 0
+        is_mixed_spent = self._has_decodes and self._mixed_left <= 0
+        return self._tokens_left <= 0 or self._rows_left <= 0 or is_mixed_spent
 
     def add_decode(self, sequence: Sequence, projected: ProjectedState) -> None:
+        self._has_decodes = True
         self._add(Chunk(sequence, 1, projected))
 
     def add_prefill(self, sequence: Sequence, projected: ProjectedState) -> None:
         """Adds as many of its pending tokens as fit, which may be none."""
         num_tokens = min(projected.num_pending, self._prefill_chunk_tokens, self._tokens_left)
+        if self._has_decodes:
+            num_tokens = min(num_tokens, self._mixed_tokens(projected))
         if sequence.wants_prompt_logits:
-            num_tokens = min(num_tokens, self._scored_rows_left)
-        if num_tokens > 0:
+            num_tokens = min(num_tokens, self._scored_rows_left, self._rows_left)
+        if num_tokens > 0 and self._rows_left > 0:
             self._add(Chunk(sequence, num_tokens, projected))
+            self._mixed_left -= num_tokens * _cost(projected) // _CONTEXT_TOKENS
+
+    def _mixed_tokens(self, projected: ProjectedState) -> int:
+        """How many of the sequence's next tokens fit beside decodes."""
+        if self._mixed_left <= 0:
+            return 0
+        return max(1, self._mixed_left * _CONTEXT_TOKENS // _cost(projected))
 
     def _add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
         self._tokens_left -= chunk.num_tokens
         if chunk.sequence.wants_prompt_logits:
             self._scored_rows_left = max(0, self._scored_rows_left - chunk.num_tokens)
+            self._rows_left -= chunk.num_tokens
+        else:
+            self._rows_left -= 1
+
+
+def _cost(projected: ProjectedState) -> int:
+    """Of one prompt token; `_CONTEXT_TOKENS` at the beginning of a prompt."""
+    return _CONTEXT_TOKENS + projected.num_computed

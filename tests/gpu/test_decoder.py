@@ -104,6 +104,19 @@ def make_decoder(weights, moe, mask_R: torch.Tensor | None = None) -> Decoder:
     return decoder
 
 
+def test_a_short_prompt_has_a_smaller_step_than_the_longest_chunk() -> None:
+    options = DecoderOptions(kv_blocks=8, prefill_tokens=1024, prefill_sequences=192)
+    sizes = options.prefill_sizes(8)
+    assert [(size.tokens, size.sequences, size.rows) for size in sizes] == [
+        (128, 128, 128),
+        (256, 192, 192),
+        (512, 192, 192),
+        (1024, 192, 192),
+    ]
+    small = DecoderOptions(kv_blocks=8, prefill_tokens=192, prefill_sequences=192)
+    assert [size.tokens for size in small.prefill_sizes(8)] == [192]
+
+
 def prompt(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, SIZES.vocab_size, length).tolist()
 

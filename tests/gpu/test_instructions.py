@@ -1,6 +1,7 @@
-"""Every tile of a matrix multiplication, compiled for an H100, uses the same instruction. Batch
-invariance rests on this. The conversion from fp8 uses the card's own instruction. Needs Triton's
-compiler, but no device."""
+"""Every tile of a matrix multiplication, compiled for an H100, adds 16 positions at a time: that of
+decode by one instruction of a warp, that of a large step by one of a warp group. Batch invariance
+rests on this; that both round alike, only a device can show (test_prefill_kernels). The conversion
+from fp8 uses the card's own instruction. Needs Triton's compiler, but no device."""
 
 from __future__ import annotations
 
@@ -20,17 +21,21 @@ from triton.compiler import ASTSource  # noqa: E402
 from benchmarks.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
 from gpu_worker.cuda.kernels import (  # noqa: E402
     attention,
+    chunk_attention,
     experts,
     indexer,
     latent,
     linear,
+    residual,
     scaled_rows,
+    tall_experts,
 )
 
 pytestmark = pytest.mark.gpu
 
 H100 = GPUTarget("cuda", 90, 32)
 ONE_INSTRUCTION = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
+OF_WARP_GROUPS = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16")
 HIDDEN, INNER = 7168, 2048
 CHOICE = ["*fp32", "*i32", "*i32", "*fp32", "fp32"]
 LINEAR = ["*bf16", "*bf16", "*fp32", "i32"]
@@ -71,7 +76,7 @@ def assembled(
 def summed(kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int) -> list[str]:
     """The layouts over threads of the tensors that `kernel` sums. They determine a sum's order."""
     text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
-    reductions = re.findall(r'"tt\.reduce"(.*?)\}\) : \((tensor<.*?>)\)', text, re.DOTALL)
+    reductions = re.findall(r'"tt\.reduce"(.*?)\}\) : \((tensor<.*?>)[,)]', text, re.DOTALL)
     sums = [tensor for body, tensor in reductions if "arith.addf" in body]
     return sorted(spelled_out(sums, text))
 
@@ -80,11 +85,11 @@ def multiplied(
     kernel: Any, arguments: list[str], constants: dict[str, Any], warps: int
 ) -> list[str]:
     """The layouts of the operands of each dot product of `kernel`, without the distribution of rows
-    over warps. They determine which positions an instruction adds."""
+    and columns over warps. They determine which positions an instruction adds."""
     text = assembled(kernel, arguments, constants, warps, 1)["ttgir"]
     products = re.findall(r"tt\.dot .*? : (tensor<.*?) loc", text)
     layouts = spelled_out(products, text)
-    return [re.sub(r"warpsPerCTA = \[\d+, 1\]", "", each) for each in layouts]
+    return [re.sub(r"warpsPerCTA = \[\d+, \d+\]", "", each) for each in layouts]
 
 
 def spelled_out(tensors: list[str], text: str) -> list[str]:
@@ -111,8 +116,44 @@ def test_dense_tiles_take_the_one_instruction(rows: int) -> None:
         assert linear_instructions(tile) == ONE_INSTRUCTION
 
 
-def test_a_tall_tile_on_four_warps_would_take_another() -> None:
-    assert linear_instructions(linear.LinearTile(64, 64, 64, 4, 3)) != ONE_INSTRUCTION
+def assert_of_warp_groups(found: set[str]) -> None:
+    assert found
+    assert all(OF_WARP_GROUPS.fullmatch(name) for name in found), found
+
+
+@pytest.mark.parametrize("tile", linear._WHOLE_TILES)
+def test_whole_products_are_left_to_warp_groups(tile: linear.LinearTile) -> None:
+    constants = {
+        "INNER": HIDDEN,
+        "COLUMNS": 2112,
+        "STEPS": HIDDEN // 4 // tile.depth,
+        "BLOCK_T": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "ABREAST": 8,
+    }
+    kinds = [described(tile.rows, tile.depth), described(tile.columns, tile.depth), "*fp32", "i32"]
+    found = instructions(linear._linear_whole, kinds, constants, tile.warps, tile.stages)
+    assert_of_warp_groups(found)
+
+
+def described(rows: int, columns: int) -> str:
+    return f"tensordesc<bf16[{rows}, {columns}]>"
+
+
+def test_tall_tiles_of_experts_are_left_to_warp_groups() -> None:
+    sizes = {"HIDDEN": HIDDEN, "INNER": INNER, "BLOCK_T": tall_experts.TALL_ROWS, "BLOCK_K": 64}
+    for kernel, columns, of_kernel in (
+        (tall_experts._gate_up_tall, tall_experts._GATE_UP_COLUMNS, {"DIVISOR": 8}),
+        (tall_experts._down_tall, tall_experts._DOWN_COLUMNS, {"PADDED": False}),
+    ):
+        kinds = ["*bf16", described(columns, 64), "*i32", "*i32", "*i32", "*bf16"]
+        constants = sizes | {"BLOCK_N": columns} | of_kernel
+        found = instructions(kernel, kinds, constants, tall_experts._WARPS, tall_experts._STAGES)
+        assert_of_warp_groups(found)
+    rows = experts._MANY_ROWS
+    assert_of_warp_groups(gate_up_instructions(experts._GATE_UP_MANY, rows))
+    assert_of_warp_groups(expert_instructions(experts._down, experts._DOWN_MANY, rows))
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
@@ -160,6 +201,18 @@ def test_products_by_heads_take_the_one_instruction(rows: int) -> None:
         assert instructions(latent._multiply_heads, kinds, constants, 4, 2) == ONE_INSTRUCTION
 
 
+@pytest.mark.parametrize("rows", [16, 32])
+def test_products_by_heads_take_a_whole_product_as_they_take_parts(rows: int) -> None:
+    """Large steps hand them one part, small ones four."""
+    sizes = {"COLUMNS": 24_576, "STRIDE": 192, "SIZE": 512, "INNER": 128, "BLOCK_K": 64}
+    sizes |= {"FIRST": 0, "HEADS": 128, "BLOCK_T": rows, "BLOCK_N": 64}
+    kinds = ["*fp32", "*bf16", "*bf16", "i32", "i32"]
+    kernel = latent._multiply_heads
+    whole, parts = (multiplied(kernel, kinds, sizes | {"PARTS": parts}, 4) for parts in (1, 4))
+    assert whole == parts
+    assert len(whole) == 1
+
+
 def test_rows_of_fp8_are_widened_by_the_cards_own_conversion() -> None:
     kinds = ["*fp8e4nv", "*fp32", "*i32", "*bf16", "i32", "i32", "i32"]
     constants = {"ROWS_OF_SLOT": 512, "PROGRAMS": 16, "GROUPS": 56, "BLOCK_G": 64, "SIZE": 128}
@@ -200,6 +253,15 @@ def test_attention_takes_the_one_instruction() -> None:
     assert instructions(attention._attend_splits, *turning, TURNING_WARPS, 1) == ONE_INSTRUCTION
 
 
+def test_attention_of_chunks_is_left_to_warp_groups_and_stores_no_split() -> None:
+    tile = chunk_attention.CHUNK_TILE
+    kinds = [*["*bf16"] * 3, *["*i32"] * 4, *["*fp32"] * 3, "*bf16", "fp32", "i32", "i32"]
+    constants = GQA | {"ROWS": 64, "HEAD_DIM": 128, "GROUP": 8, "SPLIT": 64, "SPAN": 16}
+    constants |= {"APART": False}
+    kernel = chunk_attention._attend_chunks
+    assert_of_warp_groups(instructions(kernel, kinds, constants, tile.warps, tile.stages))
+
+
 def test_attention_sums_alike_whether_or_not_it_turns_its_own_queries() -> None:
     """With a joined operand, the dot products of queries once took positions in other groups of
     four."""
@@ -214,6 +276,19 @@ def test_heads_are_normed_in_one_order_by_attention_and_before_it() -> None:
     before = summed(attention._rotate_and_store, kinds, constants, TURNING_WARPS)
     assert before == summed(attention._attend_splits, *attending(4), TURNING_WARPS)
     assert len(before) == 2
+
+
+def test_the_router_sums_alike_in_the_norm_before_it_and_by_itself() -> None:
+    hidden, warps = 2048, residual._router_warps(2048)
+    shape = {"HIDDEN": hidden, "BLOCK_H": hidden, "EXPERTS": 128, "BLOCK_E": 8}
+    kinds = ["*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*bf16", "*fp32", "fp32", "i32"]
+    fused = summed(residual._add_norm, kinds, shape | {"PARTS": 4}, warps)
+    scores = [tensor for tensor in fused if "8x2048" in tensor]
+    assert len(scores) == 1
+    for by_four in (False, True):
+        constants = shape | {"BLOCK_T": 32, "BY_FOUR": by_four}
+        kinds = ["*bf16", "*bf16", "*fp32", "i32"]
+        assert summed(residual._score_rows, kinds, constants, warps) == scores
 
 
 def test_a_last_arrival_sees_what_all_have_stored_before_theirs() -> None:

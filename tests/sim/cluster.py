@@ -314,6 +314,7 @@ class SimCluster:
             kv_block_tokens=4,
             step_tokens_max=16,
             prefill_chunk_tokens=8,
+            mixed_prefill_tokens=6,
             running_max=8,
             waiting_max=64,
             timings=Timings(lease_ttl_s=LEASE_TTL_S),

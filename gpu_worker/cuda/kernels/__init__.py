@@ -1,13 +1,18 @@
 """Triton kernels of the decoder, one file per stage, each with the function that launches it.
 
 All kernels are batch-invariant: the bits of a row do not depend on the other rows, on their number,
-or on the tile that the row is in. This rests on three things:
+or on the tile that the row is in. This rests on four things:
 
 - Reductions run over ranges that the model fixes (split-K parts, attention splits by position), in
   rising order.
-- Matrix multiplications use one instruction, m16n8k16, whose rounding does not depend on the tile.
-  Therefore tiles have fewer than 64 rows or run on two warps. Which positions are added together
-  depends on how the compiler lays operands out; tests/gpu/test_instructions.py compares that.
+- Matrix multiplications add 16 positions at a time, in rising order, whatever the tile. Small tiles
+  do so by one instruction of a warp (mma.sync m16n8k16). Tiles of large steps, with 64 rows or more
+  for each four warps, do so by that of warp groups (wgmma m64nNk16), which alone reaches the card's
+  rate. On Hopper both round alike, for either operand on either side: tests/gpu compares the bits
+  on the card. Which positions are added together depends on how the compiler lays operands out;
+  tests/gpu/test_instructions.py compares that.
+- What a small step does in several programs, and a large one in one, is added in the same order:
+  split-K parts, splits of attention.
 - Row-wise sums always have the same block shape and number of warps. Latent attention and its
   indexer have one tile shape each.
 

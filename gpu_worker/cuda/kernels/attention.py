@@ -29,7 +29,7 @@ from gpu_worker.cuda.kernels.splits import (
 )
 
 SPLIT_TOKENS = 64
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _ROTATION_WARPS = 4
 """The number of warps of a rotation changes its bits; that of attention alone does not."""
 FUSED_ATTENTION_ROWS_MAX = 2
@@ -170,7 +170,7 @@ def attend(
         *merging.spans,
         merging.arrivals_TJY,
         out_TC,
-        head_dim**-0.5 * _LOG2_E,
+        head_dim**-0.5 * LOG2_E,
         rows * (heads + 2 * num_kv_heads) * head_dim,
         paging.tables_SB.shape[1],
         splits_max,
@@ -294,6 +294,24 @@ def _split_rows(
     return k, v
 
 
+@triton.jit
+def split_result(q, k, v, ones, at, position, scale, MASKED: tl.constexpr):
+    """(maximum score, sum of weights, unnormalised values) of the rows `q` over a split, whose keys
+    are at the positions `at`. Without MASKED, every row sees every key.
+
+    A row's sum is a dot product with ones, because the order of a row-wise sum would depend on the
+    shape of the tile.
+    """
+    scores = tl.dot(q, k.T)
+    if MASKED:
+        scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+    maximum = tl.max(scores, axis=1) * scale
+    base = tl.where(maximum > float("-inf"), maximum, 0.0)
+    against = tl.broadcast_to(-base[:, None], scores.shape)
+    p = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), against)).to(q.dtype)
+    return maximum, tl.max(tl.dot(p, ones), axis=1), tl.dot(p, v)
+
+
 @triton.jit(do_not_specialize=["part_stride", "table_width", "splits_max", "spans_max"])
 def _attend_splits(
     q_ptr,
@@ -335,8 +353,7 @@ def _attend_splits(
 ):
     """Computes each split by itself, so it does not matter which program does it.
 
-    A row's sum is a dot product with ones, because the order of a row-wise sum would depend on the
-    shape of the tile. With PARTS, the program of a row's last split stores the new key and value
+    With PARTS, the program of a row's last split stores the new key and value
     and uses them from its registers, since no other program reads them; then splits are merged.
     The rows of the next split are loaded while the current one, or the queries, are computed.
     """
@@ -416,15 +433,8 @@ def _attend_splits(
                 is_new = (at == last)[:, None]
                 k = tl.where(is_new, key[None, :], k)
                 v = tl.where(is_new, value[None, :], v)
-            scores = tl.dot(q, k.T) * scale
-            sees = at[None, :] <= position[:, None]
-            scores = tl.where(sees, scores, float("-inf"))
-            peak = tl.max(scores, axis=1)
-            base = tl.where(peak > float("-inf"), peak, 0.0)
-            p = tl.exp2(scores - base[:, None]).to(q.dtype)
+            peak, sums, values = split_result(q, k, v, ones, at, position, scale, True)
             out = head_row * splits_max + split
-            values = tl.dot(p, v)
-            sums = tl.max(tl.dot(p, ones), axis=1)
             store_partials(
                 values_ptr, maximum_ptr, sum_ptr, out, values, peak, sums, is_row, HEAD_DIM
             )

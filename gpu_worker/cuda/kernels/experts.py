@@ -17,6 +17,7 @@ from gpu_worker.cuda.kernels.routing import (
     ranked,
     softmax_weights,
 )
+from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS, down_tall, gate_up_tall
 
 
 class ExpertTile(NamedTuple):
@@ -33,6 +34,9 @@ _GATE_UP_UNGROUPED = ExpertTile(columns=32, depth=128, warps=4, stages=3)
 _GATE_UP_GROUPED = ExpertTile(columns=32, depth=256, warps=4, stages=4)
 _DOWN_UNGROUPED = ExpertTile(columns=64, depth=128, warps=4, stages=3)
 _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
+_GATE_UP_MANY = ExpertTile(columns=64, depth=64, warps=4, stages=4)
+_DOWN_MANY = ExpertTile(columns=128, depth=64, warps=4, stages=4)
+_MANY_ROWS = 64  # of a tile
 _SMALL_INNER = 4096  # up to this size, 32 columns per program leave parts of a large card idle
 _PADDED_PROGRAMS = 1024
 """Programs of one GEMM over padded rows. Only the device knows how many tiles there are, and
@@ -83,10 +87,13 @@ def gate_up(
     If each pair is its own tile, `chosen` lets this kernel choose the slots itself. The choice has
     the same bits as that of `routing.choose_slots`, and saves its launch.
     """
+    if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
+        gate_up_tall(x, w_gate_up_SJH, rows.tiles, inner_NI, divisor=_divisor(rows))
+        return
     assert chosen is None or rows.tiles is None, "only pairs without tiles choose their slots here"
     _, double_inner, hidden = w_gate_up_SJH.shape
     inner = double_inner // 2
-    tile = tile or (_GATE_UP_UNGROUPED if rows.tiles is None else _GATE_UP_GROUPED)
+    tile = tile or _tile_for(rows, _GATE_UP_UNGROUPED, _GATE_UP_GROUPED, _GATE_UP_MANY)
     columns, depth = _fit(tile.columns, inner), _fit(tile.depth, hidden)
     _gate_up[(inner // columns, _tiles_at_once(rows, inner // columns))](
         x,
@@ -111,8 +118,11 @@ def down(
     tile: ExpertTile | None = None,
 ) -> None:
     """`y = w_down inner`, per row in the weights of its slot."""
+    if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
+        down_tall(inner_NI, w_down_SHI, rows.tiles, y_NH, padded=rows.padded)
+        return
     _, hidden, inner = w_down_SHI.shape
-    tile = tile or (_DOWN_UNGROUPED if rows.tiles is None else _DOWN_GROUPED)
+    tile = tile or _tile_for(rows, _DOWN_UNGROUPED, _DOWN_GROUPED, _DOWN_MANY)
     columns, depth = _fit(tile.columns, hidden), _fit(tile.depth, inner)
     _down[(hidden // columns, _tiles_at_once(rows, hidden // columns))](
         inner_NI,
@@ -123,6 +133,20 @@ def down(
         INNER=inner,
         **_launch_options(rows, columns, depth, tile),
     )
+
+
+def _divisor(rows: Rows) -> int:
+    """By how much the number of a row of work is divided for that of its input; 0 if it is padded:
+    see `Rows`."""
+    return 0 if rows.padded else rows.slots_TK.shape[-1]
+
+
+def _tile_for(
+    rows: Rows, ungrouped: ExpertTile, grouped: ExpertTile, many: ExpertTile
+) -> ExpertTile:
+    if rows.tiles is None:
+        return ungrouped
+    return many if rows.tiles.rows >= _MANY_ROWS else grouped
 
 
 def _launch_options(

@@ -9,9 +9,12 @@ import triton.language as tl
 
 from gpu_worker.cuda.kernels.summed_parts import add_parts_onto
 
-_ROUTER_WARPS = 8
+_NORM_WARPS = 8
+_ROUTER_MANY_ROWS = 256
+"""From so many rows on, a program of the router sums four at a time."""
 _FUSED_ROWS_MAX = 8
 _ADD_COLUMNS = 1024
+_ROUTER_ROWS_MAX = 32  # of one program, one after the other
 
 
 def embed_norm(
@@ -37,7 +40,7 @@ def embed_norm(
         eps,
         HIDDEN=hidden,
         BLOCK_H=triton.next_power_of_2(hidden),
-        num_warps=_ROUTER_WARPS,
+        num_warps=_NORM_WARPS,
     )
 
 
@@ -73,7 +76,7 @@ def add_norm(
         PARTS=num_parts,
         EXPERTS=experts,
         BLOCK_E=block,
-        num_warps=_ROUTER_WARPS,
+        num_warps=_router_warps(hidden),
     )
     if router is not None and not fused:
         _score(h_TH, *router)
@@ -105,7 +108,7 @@ def add_pairs_norm(
         HIDDEN=hidden,
         BLOCK_H=triton.next_power_of_2(hidden),
         TOP_K=slots_TK.shape[1],
-        num_warps=_ROUTER_WARPS,
+        num_warps=_NORM_WARPS,
     )
 
 
@@ -129,10 +132,16 @@ def _router_experts(hidden: int) -> int:
     return 8 if hidden <= 4096 else 4
 
 
+def _router_warps(hidden: int) -> int:
+    """Fewer warps exchange less for a sum, if their registers hold the weights. This determines the
+    order of the sums, too."""
+    return 4 if hidden <= 2048 else 8
+
+
 def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> None:
     rows, hidden = h_TH.shape
     experts, block = w_EH.shape[0], _router_experts(hidden)
-    rows_each = max(2, triton.next_power_of_2(triton.cdiv(rows, 16)))
+    rows_each = min(max(2, int(triton.next_power_of_2(triton.cdiv(rows, 16)))), _ROUTER_ROWS_MAX)
     grid = (triton.cdiv(experts, block), triton.cdiv(rows, rows_each))
     _score_rows[grid](
         h_TH,
@@ -144,7 +153,8 @@ def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> N
         EXPERTS=experts,
         BLOCK_E=block,
         BLOCK_T=rows_each,
-        num_warps=_ROUTER_WARPS,
+        BY_FOUR=rows >= _ROUTER_MANY_ROWS,
+        num_warps=_router_warps(hidden),
     )
 
 
@@ -169,9 +179,14 @@ def _router_tile(
 
 
 @triton.jit
-def _scores(w, h):
-    """Every caller uses the same block shape: the order of the sum changes the bits."""
-    return tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], axis=1)
+def _products(w, h):
+    """Every caller sums them in the same block shape: the order of the sum changes the bits."""
+    return w.to(tl.float32) * h.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
@@ -232,7 +247,7 @@ def _add_norm(
         tl.store(h_ptr + row * HIDDEN + i, h, mask=mask)
     if EXPERTS > 0:
         e = first + tl.arange(0, BLOCK_E)
-        tl.store(scores_ptr + row * EXPERTS + e, _scores(w, h), mask=e < EXPERTS)
+        tl.store(scores_ptr + row * EXPERTS + e, tl.sum(_products(w, h), axis=1), mask=e < EXPERTS)
 
 
 @triton.jit
@@ -294,12 +309,28 @@ def _score_rows(
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BY_FOUR: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_E
     i = tl.arange(0, BLOCK_H)
     e = first + tl.arange(0, BLOCK_E)
     w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
     start = tl.program_id(1) * BLOCK_T
-    for row in range(start, tl.minimum(start + BLOCK_T, num_rows)):
-        h = tl.load(h_ptr + row * HIDDEN + i, mask=i < HIDDEN, other=0.0)
-        tl.store(scores_ptr + row * EXPERTS + e, _scores(w, h), mask=e < EXPERTS)
+    end = tl.minimum(start + BLOCK_T, num_rows)
+    if BY_FOUR:
+        for row in range(start, end, 4):
+            products = ()
+            for r in tl.static_range(4):
+                at = tl.minimum(row + r, end - 1) * HIDDEN + i
+                h = tl.load(h_ptr + at, mask=i < HIDDEN, other=0.0)
+                products = products + (_products(w, h),)  # type: ignore[assignment]  # noqa: RUF005
+            # Sums side by side wait only once for the other threads.
+            scores = tl.reduce(products, 1, _add_four)
+            for r in tl.static_range(4):
+                out = scores_ptr + (row + r) * EXPERTS + e
+                tl.store(out, scores[r], mask=(e < EXPERTS) & (row + r < end))
+    else:
+        for row in range(start, end):
+            h = tl.load(h_ptr + row * HIDDEN + i, mask=i < HIDDEN, other=0.0)
+            scores = tl.sum(_products(w, h), axis=1)
+            tl.store(scores_ptr + row * EXPERTS + e, scores, mask=e < EXPERTS)

@@ -270,7 +270,7 @@ def _choose_slots(
 
 
 @triton.jit
-def _write_tiles(
+def write_tiles(
     counts,
     first_rows,
     tiles_ptr,
@@ -332,7 +332,7 @@ def _group_by_slot(
             slot = tl.load(slots_ptr + at, mask=at < num_pairs, other=-1).to(tl.int32)
             counts += tl.histogram(tl.maximum(slot, 0), BLOCK_S, mask=slot >= 0)
         first_rows = tl.cumsum(counts, axis=0) - counts
-        _write_tiles(counts, first_rows, tiles_ptr, num_tiles_ptr, SLOTS, BLOCK_S, TILE_ROWS)
+        write_tiles(counts, first_rows, tiles_ptr, num_tiles_ptr, SLOTS, BLOCK_S, TILE_ROWS)
 
 
 @triton.jit
@@ -347,7 +347,7 @@ def _fill_padded_tiles(
 ):
     s = tl.arange(0, BLOCK_S)
     counts = tl.load(counts_ptr + s, mask=s < SLOTS, other=0).to(tl.int32)
-    _write_tiles(
+    write_tiles(
         counts,
         s * ROWS_OF_SLOT,
         tiles_ptr,

@@ -68,6 +68,37 @@ def merge_splits(
     )
 
 
+def spans_view(partials: Partials, spans_max: int) -> Partials:
+    """The same memory for spans of as many rows as fit."""
+    rows, heads, splits_max, head_dim = partials.values_TQXD.shape
+    shape = (rows * splits_max // spans_max, heads, spans_max)
+    places = shape[0] * heads * spans_max
+    return Partials(
+        partials.values_TQXD.view(-1)[: places * head_dim].view(*shape, head_dim),
+        partials.maximum_TQX.view(-1)[:places].view(shape),
+        partials.sum_TQX.view(-1)[:places].view(shape),
+    )
+
+
+def merge_spans(
+    spans: Partials, position_T: torch.Tensor, out_TC: torch.Tensor, *, split_tokens: int
+) -> None:
+    """Merges the spans of each row of `position_T` into `out_TC`, heads side by side, as
+    `merge_splits` does. Rows without a token get zeros."""
+    _, heads, spans_max, head_dim = spans.values_TQXD.shape
+    _merge_spans[(position_T.shape[0], heads)](
+        *spans,
+        position_T,
+        out_TC,
+        spans_max,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        SPAN_TOKENS=SPAN * split_tokens,
+        SPAN=SPAN,
+        num_warps=1,
+    )
+
+
 @triton.jit
 def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLINGS: tl.constexpr):
     """The size of a row's splits, which depends on its own position alone: SPLIT, doubled until
@@ -90,7 +121,7 @@ def store_partials(
 
 
 @triton.jit
-def _store_normalised(out_ptr, head, values, total, mask, HEAD_DIM: tl.constexpr):
+def store_normalised(out_ptr, head, values, total, mask, HEAD_DIM: tl.constexpr):
     """Divides by the sum and stores; a head that has attended to nothing gives zeros."""
     d = tl.arange(0, HEAD_DIM)
     out = values / tl.where(total > 0.0, total, 1.0)[:, None]
@@ -99,7 +130,7 @@ def _store_normalised(out_ptr, head, values, total, mask, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def _add_partial(peak, total, values, maximum, sums, parts):
+def add_partial(peak, total, values, maximum, sums, parts):
     """Adds a partial result to the running one. A `maximum` of -inf leaves it exactly as it is."""
     new_peak = tl.maximum(peak, maximum)
     base = tl.where(new_peak > float("-inf"), new_peak, 0.0)
@@ -142,7 +173,7 @@ def _merged(
         # All loads come before the first use, or their latencies would add up.
         tl.debug_barrier()
         for x in tl.static_range(SPAN):
-            peak, total, values = _add_partial(
+            peak, total, values = add_partial(
                 peak, total, values, loaded[3 * x], loaded[3 * x + 1], loaded[3 * x + 2]
             )
     return peak, total, values
@@ -211,7 +242,7 @@ def merge_after(
                     SPAN,
                 )
         if is_whole:
-            _store_normalised(out_ptr, head, values, total, is_head[:, None], HEAD_DIM)
+            store_normalised(out_ptr, head, values, total, is_head[:, None], HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["splits_max"])
@@ -249,5 +280,35 @@ def _merge_splits(
             HEAD_DIM,
             SPAN,
         )
-        peak, total, values = _add_partial(peak, total, values, maximum, sums, parts)
-    _store_normalised(out_ptr, head, values, total, True, HEAD_DIM)
+        peak, total, values = add_partial(peak, total, values, maximum, sums, parts)
+    store_normalised(out_ptr, head, values, total, True, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["spans_max"])
+def _merge_spans(
+    values_ptr,
+    maximum_ptr,
+    sum_ptr,
+    position_ptr,
+    out_ptr,
+    spans_max,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPAN_TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = row * HEADS + tl.program_id(1) + tl.arange(0, 1)
+    num_spans = (tl.load(position_ptr + row) + SPAN_TOKENS) // SPAN_TOKENS
+    _, total, values = _merged(
+        values_ptr,
+        maximum_ptr,
+        sum_ptr,
+        head * spans_max,
+        num_spans,
+        head >= 0,
+        1,
+        HEAD_DIM,
+        SPAN,
+    )
+    store_normalised(out_ptr, head, values, total, True, HEAD_DIM)

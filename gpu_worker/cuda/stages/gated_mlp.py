@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpu_worker.cuda.kernels import experts
 from gpu_worker.cuda.kernels.routing import SlotTiles
+from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import MlpWeights
 
@@ -27,7 +28,8 @@ class GatedMlp:
         if tokens not in self._rows:
             self._rows[tokens] = self._rows_for(tokens)
         rows, inner_TI = self._rows[tokens], self._inner_TI[:tokens]
-        tile = experts.dense_mlp_tile(_tile_rows(tokens), inner_TI.shape[1])
+        size = _tile_rows(tokens)
+        tile = None if size == TALL_ROWS else experts.dense_mlp_tile(size, inner_TI.shape[1])
         experts.gate_up(h_TH, weights.w_gate_up_JH[None], rows, inner_TI, tile=tile)
         return self._down.run(inner_TI, weights.w_down_HI)
 
@@ -50,4 +52,6 @@ class GatedMlp:
 def _tile_rows(tokens: int) -> int:
     if tokens <= 16:
         return 16
-    return 32 if tokens <= 32 else 64
+    if tokens <= 32:
+        return 32
+    return 64 if tokens < 2 * TALL_ROWS else TALL_ROWS

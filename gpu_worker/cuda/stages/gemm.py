@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.linear import linear_parts, num_parts
+from gpu_worker.cuda.kernels.linear import (
+    PARTS_ROWS_MAX,
+    linear_parts,
+    linear_whole,
+    num_parts,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +33,8 @@ class StepAllocator:
 
 
 class Gemm:
-    """`y = x wᵀ` as P parts that the next kernel adds. If batch-invariant, they are float32;
-    otherwise there is one part of the model's dtype."""
+    """`y = x wᵀ` as P parts that the next kernel adds. If batch-invariant, they are float32, and a
+    single one for many rows; otherwise there is one part of the model's dtype."""
 
     def __init__(
         self,
@@ -45,12 +50,15 @@ class Gemm:
         self._columns = columns
         rows_max = rows_max or allocator.tokens_max
         dtype = torch.float32 if allocator.invariant else allocator.dtype
-        self._out = allocator.zeros(self._parts * rows_max * columns, of=dtype)
+        rows = max(self._parts * min(rows_max, PARTS_ROWS_MAX), rows_max)
+        self._out = allocator.zeros(rows * columns, of=dtype)
 
     def run(self, x_TK: Tensor, w_NK: Tensor) -> Tensor:
         """`[P, T, N]`, valid until the next call."""
         out_PTN = self.result_view(x_TK.shape[0])
-        if self._invariant:
+        if self._invariant and x_TK.shape[0] > PARTS_ROWS_MAX:
+            linear_whole(x_TK, w_NK, out_PTN[0], parts=self._parts)
+        elif self._invariant:
             linear_parts(x_TK, w_NK, out_PTN)
         else:
             torch.mm(x_TK, w_NK.T, out=out_PTN[0])
@@ -58,5 +66,5 @@ class Gemm:
 
     def result_view(self, rows: int) -> Tensor:
         """The buffer, `[P, T, N]`, in which `run` returns the result for `rows` rows."""
-        values = self._parts * rows * self._columns
-        return self._out[:values].view(self._parts, rows, self._columns)
+        parts = 1 if rows > PARTS_ROWS_MAX else self._parts
+        return self._out[: parts * rows * self._columns].view(parts, rows, self._columns)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.checkpoint.rope import Rope
-from gpu_worker.cuda.kernels import attention, splits
+from gpu_worker.cuda.kernels import attention, chunk_attention, splits
 from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import GqaWeights
@@ -29,9 +29,11 @@ class GqaStage:
         kv_blocks: int,
         block_tokens: int,
         context_tokens_max: int,
+        decode_rows_max: int,
         norm_eps: float,
     ) -> None:
-        """Raises ValueError for attention that has no kernels."""
+        """Steps that are not in tiles have at most `decode_rows_max` rows. Raises
+        ValueError for attention that has no kernels."""
         if shape.qk_norm != QK_NORM_HEAD or shape.window or shape.clip:
             raise ValueError("CUDA ranks serve grouped-query attention with norms per head alone")
         self._weights = weights
@@ -50,8 +52,12 @@ class GqaStage:
         spans_max = -(-splits_max // splits.SPAN)
         heads, head_dim, device = shape.num_heads, shape.head_dim, allocator.device
         tokens = allocator.tokens_max
-        self._partials = splits.new_partials(tokens, heads, splits_max, head_dim, device)
-        rows = min(tokens, attention.FUSED_ATTENTION_ROWS_MAX)
+        self._partials = splits.new_partials(decode_rows_max, heads, splits_max, head_dim, device)
+        self._spans = splits.spans_view(self._partials, spans_max)
+        spans_rows = self._spans.maximum_TQX.shape[0]
+        self._apart_rows_max = min(spans_rows, chunk_attention.SPANS_APART_ROWS_MAX)
+        self._merged_TQD = allocator.zeros(tokens, heads, head_dim, of=torch.float32)
+        rows = min(decode_rows_max, attention.FUSED_ATTENTION_ROWS_MAX)
         self._merging = attention.MergeBuffers(
             splits.new_partials(rows, heads, spans_max, head_dim, device),
             allocator.zeros(rows, shape.num_kv_heads, 1 + spans_max, of=torch.int32),
@@ -72,6 +78,13 @@ class GqaStage:
             self._sin_CD,
             self._eps,
         )
+        if paging.tiles_C2 is not None:
+            attention.rotate_and_store(qkv_parts, paging, q_TQD, k_BJUD, v_BJUD)
+            spans = self._spans if tokens <= self._apart_rows_max else None
+            chunk_attention.attend_chunks(
+                q_TQD, k_BJUD, v_BJUD, paging, self._merged_TQD, heads_TO, spans=spans
+            )
+            return heads_TO
         attention.attend_projected(
             qkv_parts,
             paging,

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.experts.slots import CudaSlots
-from gpu_worker.cuda.kernels import experts, residual, routing, scaled_rows
+from gpu_worker.cuda.kernels import experts, pair_order, residual, routing, scaled_rows
+from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.stages.side_stream import SideStream
 
 Work = Callable[[], None]
 
 _UNGROUPED_TOKENS_MAX = 4
 """With so few tokens each pair is its own tile, because two tokens seldom share an expert."""
-_TALL_TILE_TOKENS = 256
-"""With so many tokens a slot has enough rows for taller tiles."""
+_TILE_ROWS = ((1536, TALL_ROWS), (256, 64), (0, 16))
+"""(tokens of a step, rows of its tiles): with many tokens a slot has enough rows for tall tiles."""
+_ORDERED_PAIRS_MIN = 2048
+"""With so many pairs, three kernels that count are faster than one that compares all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,8 @@ class LocalMoe:
         self._inner_NI = like.new_empty(pairs_max, inner)
         self._y_NH = like.new_empty(pairs_max, hidden)
         self._tiles: dict[int, routing.SlotTiles] = {}
+        num_slots, device = slots.slots_per_rank, like.device
+        self._counts_BS = pair_order.new_block_counts(pairs_max, num_slots, device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
         return num_tokens <= _UNGROUPED_TOKENS_MAX
@@ -143,12 +148,16 @@ class LocalMoe:
             return None
         num_slots = self._slots.slots_per_rank
         if tokens not in self._tiles:
-            tile_rows = 32 if tokens >= _TALL_TILE_TOKENS else 16
+            tile_rows = next(rows for least, rows in _TILE_ROWS if tokens >= least)
             self._tiles[tokens] = routing.new_slot_tiles(
                 slots_TK.numel(), num_slots, tile_rows, slots_TK.device
             )
-        routing.group_by_slot(slots_TK, num_slots, self._tiles[tokens])
-        return self._tiles[tokens]
+        tiles = self._tiles[tokens]
+        if slots_TK.numel() < _ORDERED_PAIRS_MIN:
+            routing.group_by_slot(slots_TK, num_slots, tiles)
+        else:
+            pair_order.order_by_slot(slots_TK, num_slots, self._counts_BS, tiles)
+        return tiles
 
 
 class ExchangedMoe:
