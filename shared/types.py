@@ -116,8 +116,8 @@ ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
         SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
     }
 )
-"""Who may raise a suspicion for which reason. The control plane repeats those of ranks, so that node
-agents look at the process."""
+"""Who may raise a suspicion for which reason. The control plane repeats those of ranks, so that
+node agents look at the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
