@@ -26,6 +26,7 @@ class ServedModel:
     tokenizer: ModelTokenizer
     spec: InstanceSpec
     created: int
+    tokenizer_file: Path
 
     @property
     def name(self) -> str:
@@ -43,7 +44,8 @@ async def load_served_model(
 ) -> ServedModel:
     """A `folder` or a `name` (several, separated by commas) replaces the spec's. Raises
     CheckpointError."""
-    tokenizer = await asyncio.to_thread(load_tokenizer, folder or Path(spec.model_path))
+    folder = folder or Path(spec.model_path)
+    tokenizer = await asyncio.to_thread(load_tokenizer, folder)
     if tokenizer.num_ids > spec.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.num_ids} token ids, but the model has only "
@@ -51,5 +53,9 @@ async def load_served_model(
         )
     names = tuple(part.strip() for part in name.split(",") if part.strip())
     return ServedModel(
-        names=names or (spec.model_name,), tokenizer=tokenizer, spec=spec, created=created
+        names=names or (spec.model_name,),
+        tokenizer=tokenizer,
+        spec=spec,
+        created=created,
+        tokenizer_file=folder / "tokenizer.json",
     )

@@ -37,7 +37,7 @@ async def answer_whole(generation: Generation, job: Job) -> web.Response:
             writers[delta.choice].take(delta)
     body = response_body(
         job.header,
-        [writer.choice() for writer in writers],
+        [await writer.choice() for writer in writers],
         job.usage(generation),
         with_token_ids=job.options.return_token_ids,
     )
@@ -62,7 +62,8 @@ async def answer_stream(
         await response.prepare(request)
         data = b"".join(chunks.role_chunk(index) for index in range(len(job.tasks)))
         while True:
-            data += b"".join(writers[d.choice].chunk(d, chunks) for d in deltas)
+            for delta in deltas:
+                data += await writers[delta.choice].chunk(delta, chunks)
             if generation.done:
                 if job.options.include_usage:
                     data += chunks.usage_chunk(job.usage(generation))

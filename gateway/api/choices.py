@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from gateway.api.logprobs import (
     CompletionLogprobs,
+    PromptLogprobs,
     ScoredToken,
     chat_logprobs,
-    prompt_logprobs,
 )
 from gateway.api.requests import RequestOptions
 from gateway.api.responses import Choice, ChunkWriter
 from gateway.detokenizer import TokenNames
 from gateway.generation import Delta, PromptTask
 from shared.types import FinishReason
-from shared.wire import TokenLogprob
 
 
 class ChoiceWriter:
@@ -23,8 +22,17 @@ class ChoiceWriter:
     stream."""
 
     def __init__(
-        self, options: RequestOptions, task: PromptTask, names: TokenNames, *, chat: bool
+        self,
+        options: RequestOptions,
+        task: PromptTask,
+        names: TokenNames,
+        *,
+        chat: bool,
+        of_prompt: PromptLogprobs | None,
+        is_first: bool,
     ) -> None:
+        """`of_prompt` is what the request shows of the prompt's log-probabilities; the first choice
+        of the prompt brings them."""
         self._options = options
         self._prompt = task.prompt
         self._names = names
@@ -34,7 +42,8 @@ class ChoiceWriter:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._scored: list[ScoredToken] = []
-        self._prompt_logprobs: list[TokenLogprob] = []
+        self._of_prompt = of_prompt
+        self._is_first = is_first
         self._finish: FinishReason | None = None
 
     def take(self, delta: Delta) -> None:
@@ -42,28 +51,27 @@ class ChoiceWriter:
         self._texts.append(delta.text)
         self._token_ids += delta.token_ids
         self._scored += self._scored_of(delta)
-        self._prompt_logprobs += delta.prompt_logprobs
+        if self._of_prompt is not None and self._is_first:
+            self._of_prompt.add(delta.prompt_logprobs)
         self._finish = delta.finish
 
-    def choice(self) -> Choice:
-        num_prompt = self._options.prompt_logprobs
+    async def choice(self) -> Choice:
+        """The choices of a prompt are asked in their order."""
         return Choice(
             text="".join(self._texts),
             token_ids=self._token_ids,
             prompt_ids=self._prompt,
             finish=self._finish or FinishReason.LENGTH,
-            logprobs=self._shape(self._scored),
-            prompt_logprobs=None
-            if num_prompt is None
-            else prompt_logprobs(self._names, self._prompt, self._prompt_logprobs, num_prompt),
+            logprobs=await self._shape(self._scored),
+            prompt_logprobs=None if self._of_prompt is None else await self._of_prompt.shaped(),
         )
 
-    def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
+    async def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
         """One event of a stream. Empty for a delta without text (half a character, a held-back stop
         string), unless the delta has something else to say."""
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
             return b""
-        logprobs = self._shape(self._scored_of(delta))
+        logprobs = await self._shape(self._scored_of(delta))
         return writer.delta_chunk(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
 
     def _scored_of(self, delta: Delta) -> list[ScoredToken]:
@@ -75,9 +83,9 @@ class ChoiceWriter:
         scored += zip(delta.token_ids, delta.logprobs, strict=True)
         return scored
 
-    def _shape(self, scored: list[ScoredToken]) -> dict[str, Any] | None:
+    async def _shape(self, scored: list[ScoredToken]) -> msgspec.Raw | None:
         if self._num_top is None:
             return None
         if self._chat:
-            return chat_logprobs(self._names, scored, self._num_top)
-        return self._completion.next(scored)
+            return await chat_logprobs(self._names, scored, self._num_top)
+        return await self._completion.next(scored)

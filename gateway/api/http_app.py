@@ -16,12 +16,15 @@ from gateway.api.answer import answer_stream, answer_whole
 from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody, decode_body
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.errors import body_too_large, http_error
-from gateway.api.guided import asks_for_grammar, read_grammar
+from gateway.api.grammar_reader import GrammarReader
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
+from gateway.api.request_body import content_coding, decompress
 from gateway.api.requests import (
     CHOICES_MAX,
+    ChoiceSize,
     RequestOptions,
+    check_num_logprobs,
     read_messages,
     read_options,
     read_prompts,
@@ -55,7 +58,9 @@ class HttpApp:
         metrics: GatewayMetrics,
         health: Health,
         models: ModelLoader,
+        grammars: GrammarReader,
         body_bytes_max: int,
+        logprobs_max: int,
         cross_origin: CrossOrigin,
     ) -> None:
         self._driver = driver
@@ -64,6 +69,8 @@ class HttpApp:
         self._metrics = metrics
         self._health = health
         self._models = models
+        self._grammars = grammars
+        self._logprobs_max = logprobs_max
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
 
@@ -113,7 +120,7 @@ class HttpApp:
         served = await self._require_served_model()
         body = await self._read(request, ChatBody)
         limits = self._check(served, body)
-        options = await _read_options(body, limits)
+        options = await self._read_options(served, body, limits)
         prompt = await served.tokenizer.encode_chat(
             read_messages(body.messages),
             body.chat_template_kwargs,
@@ -127,7 +134,7 @@ class HttpApp:
         served = await self._require_served_model()
         body = await self._read(request, CompletionBody)
         limits = self._check(served, body)
-        options = await _read_options(body, limits)
+        options = await self._read_options(served, body, limits)
         prompts = [
             await served.tokenizer.encode(prompt, tokens_max=limits.context_tokens_max)
             if isinstance(prompt, str)
@@ -165,12 +172,22 @@ class HttpApp:
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         if (request.content_length or 0) > self._body_bytes_max:
             raise body_too_large(self._body_bytes_max)
+        coding = content_coding(request.headers.get("Content-Encoding", ""))
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 raw = await request.read()
         except TimeoutError as error:
             raise RequestError("the body did not arrive in time", code="request_timeout") from error
+        if coding is not None:
+            raw = await asyncio.to_thread(decompress, raw, coding, self._body_bytes_max)
         return decode_body(raw, cls)
+
+    async def _read_options(
+        self, served: ServedModel, body: GenerationBody, limits: ModelLimits
+    ) -> RequestOptions:
+        options = read_options(body, limits)
+        grammar = await self._grammars.read(body, served)
+        return replace(options, sampling=replace(options.sampling, grammar=grammar))
 
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         self._check_name(served, body.model)
@@ -208,6 +225,8 @@ class HttpApp:
             for prompt in prompts
             for choice in range(options.num_choices)
         ]
+        sizes = [ChoiceSize(len(task.prompt), task.sampling.max_tokens) for task in tasks]
+        check_num_logprobs(options, sizes, self._logprobs_max)
         return Job(
             header=header,
             options=options,
@@ -231,10 +250,3 @@ class HttpApp:
             return await answer_whole(generation, job)
 
 
-async def _read_options(body: GenerationBody, limits: ModelLimits) -> RequestOptions:
-    """Reads a grammar on a thread: a huge one takes long, and no other client may wait for it."""
-    options = read_options(body, limits)
-    if not asks_for_grammar(body):
-        return options
-    grammar = await asyncio.to_thread(read_grammar, body)
-    return replace(options, sampling=replace(options.sampling, grammar=grammar))

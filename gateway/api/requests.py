@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.api.bodies import ChatBody, ChatMessage, CompletionBody, GenerationBody
 from gateway.api.fields import (
@@ -27,6 +27,15 @@ COMPLETION_TOKENS_DEFAULT = 16
 PROMPTS_MAX = 64
 CHOICES_MAX = 256
 """Limit on prompts times `n` of one request."""
+MESSAGES_MAX = 1024
+MESSAGE_PARTS_MAX = 4096
+MESSAGES_BYTES_MAX = 2 << 20
+"""Limits on a chat: a template runs over each message and each part, however short."""
+
+
+class ChoiceSize(NamedTuple):
+    num_prompt_tokens: int
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +60,9 @@ class RequestOptions:
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
     ) -> SamplingParams:
-        """The parameters of choice number `choice` of a prompt. Raises RequestError if prompt and
-        completion do not fit into the context."""
+        """The parameters of choice number `choice` of a prompt. Its first choice alone has the
+        prompt scored, unless each echoes it. Raises RequestError if prompt and completion do not
+        fit into the context."""
         room = limits.context_tokens_max - num_prompt_tokens
         wanted = self.max_tokens
         least = 1 if wanted is None else wanted
@@ -61,7 +71,14 @@ class RequestOptions:
         max_tokens = room if wanted is None else wanted
         min_tokens = min(self.sampling.min_tokens, max_tokens)
         seed = choice_seed(self.sampling.seed, choice)
-        return replace(self.sampling, max_tokens=max_tokens, min_tokens=min_tokens, seed=seed)
+        is_scored = choice == 0 or self.echo
+        return replace(
+            self.sampling,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            seed=seed,
+            prompt_logprobs=self.sampling.prompt_logprobs if is_scored else None,
+        )
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -130,7 +147,45 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as chat templates take them: the content is one text."""
     if not messages:
         raise RequestError("messages must have at least one message", param="messages")
+    _check_size(messages)
     return [_message(message) for message in messages]
+
+
+def _check_size(messages: Sequence[ChatMessage]) -> None:
+    if len(messages) > MESSAGES_MAX:
+        raise RequestError(f"a chat may have {MESSAGES_MAX} messages", param="messages")
+    parts = [
+        part.text or ""
+        for message in messages
+        if isinstance(message.content, list)
+        for part in message.content
+    ]
+    if len(parts) > MESSAGE_PARTS_MAX:
+        raise RequestError(
+            f"the messages of a chat may have {MESSAGE_PARTS_MAX} parts", param="messages"
+        )
+    texts = [m.content for m in messages if isinstance(m.content, str)] + parts
+    if sum(len(text.encode()) for text in texts) > MESSAGES_BYTES_MAX:
+        raise RequestError(
+            f"the messages of a chat may have {MESSAGES_BYTES_MAX} bytes", param="messages"
+        )
+
+
+def check_num_logprobs(options: RequestOptions, choices: Sequence[ChoiceSize], most: int) -> None:
+    """Raises RequestError if these choices of a request may show more than `most`
+    log-probabilities. Those of a stream's completion are never all here at once."""
+    of_prompt, of_token = options.sampling.prompt_logprobs, options.sampling.logprobs
+    of_prompts = of_tokens = 0
+    for num_prompt, max_tokens in choices:
+        of_prompts += 0 if of_prompt is None else num_prompt * (of_prompt + 1)
+        if of_token is not None and not options.stream:
+            of_tokens += max_tokens * (of_token + 1)
+    if of_prompts + of_tokens > most:
+        raise RequestError(
+            f"the request may show {of_prompts + of_tokens} log-probabilities, but the limit is "
+            f"{most}: ask for fewer likeliest tokens, choices or tokens",
+            param="prompt_logprobs" if of_prompts > of_tokens else "logprobs",
+        )
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:
