@@ -82,7 +82,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             GrammarLimits(
                 bytes_max=config.grammar_bytes_max, properties_max=config.grammar_properties_max
             ),
-            GrammarBudget(compile_s=config.grammar_compile_s, memory_mb=config.grammar_memory_mb),
+            GrammarBudget(
+                compile_s=config.grammar_compile_s,
+                step_s=0.0,  # it only compiles
+                memory_mb=config.grammar_memory_mb,
+            ),
         )
         app = HttpApp(
             driver=driver,

@@ -69,6 +69,7 @@ LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for 
 OWNERS = {
     "msgpack": {"shared/codec.py"},
     "etcd3": {"shared/etcd_client.py", "shared/etcd_watch.py"},
+    "llguidance": {"shared/grammars/"},
     "grpc": {"shared/etcd_client.py", "shared/etcd_watch.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},

@@ -1,6 +1,6 @@
-"""Guided decoding, as the scheduler sees it: which tokens a session's grammar allows next. The state
-is a function of the grammar and the tokens generated so far, so a continuation on another rank has
-the same state."""
+"""Guided decoding, as the scheduler sees it: which tokens a session's grammar allows next. The
+state is a function of the grammar and the tokens generated so far, so a continuation on another
+rank has the same state."""
 
 from __future__ import annotations
 

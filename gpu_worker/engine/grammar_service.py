@@ -35,7 +35,7 @@ WAIT_S = 0.002
 PROMPT_AGAIN_AFTER = 32
 """A matcher that was late is waited for again after so many masks in time."""
 DEATHS_MAX = 2
-"""A matcher that ran when so many children died is taken to be the reason."""
+"""A matcher that ran when so many children in a row died is taken to be the reason."""
 
 
 @dataclass(slots=True, eq=False)
@@ -152,6 +152,7 @@ class GrammarService:
             elif error is not None:
                 state.allowed, state.error = None, error
             state.job = -1
+            state.deaths = 0
             if self._clock.now() - state.sent_at < WAIT_S:
                 state.masks_in_time += 1
             self._changed.notify_all()

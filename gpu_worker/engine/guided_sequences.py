@@ -1,5 +1,6 @@
-"""The sequences that a grammar guides and that cannot go on yet: their grammar is being compiled, or
-the mask of their next token is being computed. No step contains them, and none waits for them."""
+"""The sequences that a grammar guides and that cannot go on yet: their grammar is being compiled,
+or the mask of their next token is being computed. No step contains them, and none waits for
+them."""
 
 from __future__ import annotations
 

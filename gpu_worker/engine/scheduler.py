@@ -24,9 +24,9 @@ have written into them). They cost work, never tokens. Restored blocks stay as w
     abandon             –                     as before the plan;         –
                                               admitted in it → waits
 
-A sequence that a grammar guides first has it compiled (COMPILING), then waits like others. While the
-mask of its next token is computed, it is *held* (`guided_sequences`): it keeps its blocks, and steps
-go on without it. A grammar that cannot be followed ends its sequence, in `settle_grammars`.
+A sequence that a grammar guides first has it compiled (COMPILING), then waits like others. While
+the mask of its next token is computed, it is *held* (`guided_sequences`): it keeps its blocks, and
+steps go on without it. A grammar that cannot be followed ends its sequence, in `settle_grammars`.
 
 A step may be planned while the one before is in flight (`plan_ahead`): if a sequence samples in
 that one, its next token is known by its place alone. Nothing is planned this way that depends on

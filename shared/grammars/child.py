@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import socket
 import subprocess
 import sys
@@ -26,12 +27,15 @@ from shared.grammars.messages import (
     Refused,
     Reply,
     Request,
+    Unusable,
     frame,
     read_reply,
 )
 from shared.grammars.running_jobs import RunningJobs
 
 _LOOK_S = 0.05  # how often a running job's cost is looked at
+_IDLE_LOOK_S = 1.0
+_EXIT_S = 1.0  # from the end of its messages to its exit
 _CPU_CLOCK = 2  # of a process: the kernel's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED)
 
 
@@ -116,8 +120,7 @@ class GrammarChild:
                 self._take(reply)
         except (OSError, msgspec.DecodeError, msgspec.ValidationError):
             pass
-        self.kill()
-        code = self._process.wait()
+        code = self._exit_code()
         self._requests.put(None)
         self._channel.close()
         with self._lock:
@@ -126,6 +129,14 @@ class GrammarChild:
         detail = "a job took too long" if overran else f"it ended with {code}"
         self._on_end(ChildEnd(blamed=blamed, overran=overran, detail=detail))
 
+    def _exit_code(self) -> int:
+        """Of a child that has closed its end, or says what is none."""
+        try:
+            return self._process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
+
     def _take(self, reply: Reply) -> None:
         with self._lock:
             match reply:
@@ -133,14 +144,14 @@ class GrammarChild:
                     self._running.on_began(job, self._cpu_s())
                 case Checked(job=job) | Mask(job=job) | Refused(job=job):
                     self._running.on_ended(job, self._cpu_s())
-                case Ready():
+                case Ready() | Unusable():
                     pass
         if not isinstance(reply, Began):
             self._on_reply(reply)
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
         """Kills the child if a job has used up its budget: of CPU seconds, because a loaded host
-        makes everything late."""
+        makes everything late. Returns whether any job runs."""
         with self._lock:
             job = self._running.overrun(
                 self._cpu_s(), compile_s=self._budget.compile_s, step_s=self._budget.step_s
@@ -148,6 +159,7 @@ class GrammarChild:
             if job is not None and self._overran is None:
                 self._overran = job
                 self.kill()
+            return self._running.suspect is not None
 
     def _cpu_s(self) -> float:
         try:
@@ -158,19 +170,20 @@ class GrammarChild:
 
 class _FrameReader:
     def __init__(self, channel: socket.socket) -> None:
-        channel.settimeout(None)
         self._channel = channel
+        self._readable = select.poll()  # a timeout of the socket would be the writer's, too
+        self._readable.register(channel, select.POLLIN)
         self._data = bytearray()
 
-    def next(self, look: Callable[[], None]) -> Reply | None:
-        """None at the end. Calls `look` whenever nothing has come for a while."""
+    def next(self, look: Callable[[], bool]) -> Reply | None:
+        """None at the end. Calls `look`, which says whether to look again soon, whenever nothing
+        has come for a while."""
+        is_busy = True
         while (body := self._whole()) is None:
-            self._channel.settimeout(_LOOK_S)
-            try:
-                data = self._channel.recv(1 << 20)
-            except TimeoutError:
-                look()
+            if not self._readable.poll((_LOOK_S if is_busy else _IDLE_LOOK_S) * 1000):
+                is_busy = look()
                 continue
+            data = self._channel.recv(1 << 20)
             if not data:
                 return None
             self._data += data

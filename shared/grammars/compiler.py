@@ -7,7 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -56,7 +56,7 @@ class GrammarCompiler:
                 f"{tokenizer_file} does not serve guided decoding: {error}"
             ) from error
         self._cache_bytes_max = cache_bytes_max
-        self._cache: OrderedDict[str, tuple[LLMatcher, int]] = OrderedDict()
+        self._cache: OrderedDict[str, _Compiled] = OrderedDict()
         self._cache_bytes = 0
 
     @property
@@ -64,14 +64,19 @@ class GrammarCompiler:
         return tuple(self._tokenizer.eos_tokens)
 
     @property
-    def num_cached(self) -> int:
-        return len(self._cache)
+    def cached_bytes(self) -> int:
+        return self._cache_bytes
+
+    def has_cached(self, grammar: str) -> bool:
+        return grammar in self._cache
 
     def open(self, grammar: str, emitted: Sequence[int]) -> Matcher:
         """A matcher after the tokens `emitted` so far. Raises GrammarError if the grammar is
         malformed, or does not allow them."""
-        matcher = Matcher(self._compiled(grammar).deep_copy())
-        matcher.accept(emitted)
+        compiled = self._compiled(grammar)
+        matcher = Matcher(compiled.matcher.deep_copy(), None if emitted else compiled.first_bits)
+        if emitted:
+            matcher.accept(emitted)
         return matcher
 
     def try_out(self, grammar: str) -> None:
@@ -84,44 +89,58 @@ class GrammarCompiler:
                 return
             matcher.accept((token,))
 
-    def _compiled(self, grammar: str) -> LLMatcher:
+    def _compiled(self, grammar: str) -> _Compiled:
         found = self._cache.get(grammar)
         if found is not None:
             self._cache.move_to_end(grammar)
-            return found[0]
+            return found
         before = _resident_bytes()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         _require_sound(matcher)
+        first_bits = Matcher(matcher.deep_copy()).bits()
         # What the library took is seen only as growth of the process; its text is the least.
-        self._keep(grammar, matcher, max(_resident_bytes() - before, len(grammar)))
-        return matcher
+        num_bytes = max(_resident_bytes() - before, len(grammar) + len(first_bits))
+        compiled = _Compiled(matcher, first_bits, num_bytes)
+        self._keep(grammar, compiled)
+        return compiled
 
-    def _keep(self, grammar: str, matcher: LLMatcher, num_bytes: int) -> None:
-        self._cache[grammar] = (matcher, num_bytes)
-        self._cache_bytes += num_bytes
+    def _keep(self, grammar: str, compiled: _Compiled) -> None:
+        self._cache[grammar] = compiled
+        self._cache_bytes += compiled.num_bytes
         while self._cache_bytes > self._cache_bytes_max and len(self._cache) > 1:
-            _, (_, freed) = self._cache.popitem(last=False)
-            self._cache_bytes -= freed
+            self._cache_bytes -= self._cache.popitem(last=False)[1].num_bytes
+
+
+class _Compiled(NamedTuple):
+    """A matcher that has taken nothing in, and its first mask, which may be the dearest."""
+
+    matcher: LLMatcher
+    first_bits: bytes
+    num_bytes: int
 
 
 class Matcher:
     """For one session. If the text may end, the end tokens are among the allowed ones; if it must
     end, they are the only ones."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, bits: bytes | None = None) -> None:
+        """`bits`: its mask, if it is known."""
         self._matcher = matcher
+        self._bits = bits
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Raises GrammarError if the grammar does not allow them."""
+        self._bits = None
         self._matcher.consume_tokens(list(tokens))
         _require_sound(self._matcher)
 
     def bits(self) -> bytes:
         """The tokens that may come next, a bit each. Raises GrammarError if that takes too much,
         or if there is none."""
-        bits = self._matcher.compute_bitmask()
-        _require_sound(self._matcher)
-        return bits
+        if self._bits is None:
+            self._bits = self._matcher.compute_bitmask()
+            _require_sound(self._matcher)
+        return self._bits
 
 
 def _require_sound(matcher: LLMatcher) -> None:

@@ -69,6 +69,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     end_ids: list[int]
 
 
+class Unusable(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Instead of Ready: the tokenizer cannot be used, nor will it be by another child."""
+
+    error: str
+
+
 class Began(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From now on the job counts against its budget."""
 
@@ -95,7 +101,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Request = Check | Open | Advance | Close
-Reply = Ready | Began | Checked | Mask | Refused
+Reply = Ready | Unusable | Began | Checked | Mask | Refused
 
 _encode = msgspec.msgpack.encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

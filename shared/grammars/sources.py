@@ -8,6 +8,7 @@ import json
 from llguidance import LLMatcher, grammar_from
 
 from shared.errors import GrammarError
+from shared.grammars.compiler import client_words
 from shared.grammars.closed_schema import close_objects
 from shared.grammars.messages import GrammarKind
 
@@ -36,4 +37,4 @@ def grammar_of(kind: GrammarKind, text: str) -> str:
     except RecursionError as error:
         raise GrammarError("it is nested too deeply") from error
     except ValueError as error:
-        raise GrammarError(f"it cannot be read: {error}") from error
+        raise GrammarError(f"it cannot be read: {client_words(str(error))}") from error

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from shared.grammars.child import ChildEnd, GrammarChild, TokenizerFile
-from shared.grammars.messages import GrammarBudget, Ready, Reply, Request
+from shared.grammars.messages import GrammarBudget, Ready, Reply, Request, Unusable
 
 UNREADY_ENDS_MAX = 5
 """After so many children in a row that never were ready, there is no more: no tokenizer, or not
@@ -41,6 +41,7 @@ class GrammarSupervisor:
         self._on_unavailable = on_unavailable
         self._closed = threading.Event()
         self._unready_ends = 0
+        self._unusable: str | None = None
         self._child: GrammarChild | None = None
 
     def start(self) -> None:
@@ -66,8 +67,12 @@ class GrammarSupervisor:
         return GrammarChild(self._tokenizer, self._budget, on_reply=self._take, on_end=self._on_end)
 
     def _take(self, reply: Reply) -> None:
-        if isinstance(reply, Ready):
-            self._unready_ends = 0
+        match reply:
+            case Ready():
+                self._unready_ends = 0
+            case Unusable(error=error):
+                self._unusable = error
+                return
         self._on_reply(reply)
 
     def _on_end(self, end: ChildEnd) -> None:
@@ -76,8 +81,8 @@ class GrammarSupervisor:
         if self._closed.is_set():
             return
         self._unready_ends += 1
-        if self._unready_ends > UNREADY_ENDS_MAX:
-            self._on_unavailable(end.detail)
+        if self._unusable is not None or self._unready_ends > UNREADY_ENDS_MAX:
+            self._on_unavailable(self._unusable or end.detail)
             return
         delay_s = min(_BACKOFF_S * 2.0 ** (self._unready_ends - 1), _BACKOFF_MAX_S)
         if self._closed.wait(delay_s):

@@ -10,7 +10,6 @@ import os
 import queue
 import resource
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from shared.grammars.messages import (
     Ready,
     Refused,
     Reply,
+    Unusable,
     frame,
     read_request,
 )
@@ -53,8 +53,9 @@ def main() -> None:
                 cache_bytes_max=limit // 4,
             )
         except StarfishError as error:
-            sys.exit(str(error))
-        GrammarWorker(channel, compiler).run()
+            channel.sendall(frame(Unusable(error=str(error))))
+        else:
+            GrammarWorker(channel, compiler).run()
     os._exit(0)  # whatever is being compiled
 
 
