@@ -114,7 +114,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
             clock=clock,
             hardware=hardware,
             engine_executor=EngineThread(),
-            grammars=start_grammars(config, folder, model_spec, clock),
+            grammars=start_grammars(config, folder, model_spec),
             replication=replication,
         )
     )
@@ -180,9 +180,7 @@ async def run_until_signal(rank: RejoiningRank) -> int:
     return await rank.run()
 
 
-def start_grammars(
-    config: RankConfig, folder: Path, spec: ModelSpec, clock: Clock
-) -> GrammarService | None:
+def start_grammars(config: RankConfig, folder: Path, spec: ModelSpec) -> GrammarService | None:
     """None if the checkpoint has no tokenizer for it; requests without a grammar are still
     served. Raises OSError."""
     file = folder / "tokenizer.json"
@@ -193,7 +191,7 @@ def start_grammars(
         path=file, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids
     )
     budget = GrammarBudget(compile_s=config.grammar_compile_s, memory_mb=config.grammar_memory_mb)
-    grammars = GrammarService(tokenizer, budget, clock)
+    grammars = GrammarService(tokenizer, budget)
     grammars.start()
     return grammars
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import structlog
 
 from gpu_worker.engine.grammar_matcher import TokenBitmask
-from shared.clock import Clock
+from gpu_worker.engine.mask_patience import MaskPatience
 from shared.errors import GrammarError
 from shared.grammars.child import ChildEnd, TokenizerFile
 from shared.grammars.messages import (
@@ -30,10 +30,6 @@ from shared.grammars.supervisor import TOO_LARGE, TOO_LONG, UNAVAILABLE, Grammar
 
 log = structlog.get_logger()
 
-WAIT_S = 0.002
-"""How long a step may wait for masks."""
-PROMPT_AGAIN_AFTER = 32
-"""A matcher that was late is waited for again after so many masks in time."""
 DEATHS_MAX = 2
 """A matcher that ran when so many children in a row died is taken to be the reason."""
 
@@ -46,27 +42,19 @@ class _State:
     grammar: str
     emitted: list[int]
     job: int = -1  # the request whose answer gives `allowed`; -1: none
-    sent_at: float = 0.0
-    is_step: bool = False
     allowed: TokenBitmask | None = None
     error: str | None = None
     deaths: int = 0
-    masks_in_time: int = field(default=PROMPT_AGAIN_AFTER)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether a step waits for it."""
-        return self.is_step and self.job >= 0 and self.masks_in_time >= PROMPT_AGAIN_AFTER
 
 
 class GrammarService:
     """Implements `grammar_matcher.Grammars`."""
 
-    def __init__(self, tokenizer: TokenizerFile, budget: GrammarBudget, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, tokenizer: TokenizerFile, budget: GrammarBudget) -> None:
         self._changed = threading.Condition()
         self._states: dict[int, _State] = {}
         self._jobs: dict[int, _State] = {}
+        self._patience = MaskPatience()
         self._numbers = itertools.count(1)
         self._notify: Callable[[], None] = _nobody
         self._is_unavailable = False
@@ -103,13 +91,9 @@ class GrammarService:
 
     def wait(self) -> None:
         with self._changed:
-            if self._changed.wait_for(
-                lambda: not any(s.is_due for s in self._jobs.values()), WAIT_S
-            ):
-                return
-            for state in self._jobs.values():
-                if state.is_step:
-                    state.masks_in_time = 0
+            wait_s = self._patience.wait_s
+            if wait_s and not self._changed.wait_for(lambda: not self._patience.wait_s, wait_s):
+                self._patience.on_waited()
 
     def renew(self, notify: Callable[[], None]) -> None:
         with self._changed:
@@ -121,14 +105,15 @@ class GrammarService:
         with self._changed:
             state.emitted.append(token)
             state.allowed = None
-            state.is_step = True
             job = self._new_job(state)
+            self._patience.on_sent(job, state.id)
             self._supervisor.send(Advance(job=job, matcher=state.id, token=token))
 
     def close_matcher(self, state: _State) -> None:
         with self._changed:
             self._states.pop(state.id, None)
             self._jobs.pop(state.job, None)
+            self._patience.forget(state.job, state.id)
             self._supervisor.send(Close(matcher=state.id))
 
     # What the child answers ----------------------------------------------------------------------
@@ -137,12 +122,14 @@ class GrammarService:
         match reply:
             case Ready(end_ids=end_ids):
                 self.end_ids = tuple(end_ids)
-            case Mask(job=job, bits=bits):
-                self._settle(job, np.frombuffer(bits, dtype=np.int32), None)
+            case Mask(job=job, bits=bits, cost_s=cost_s):
+                self._settle(job, np.frombuffer(bits, dtype=np.int32), None, cost_s)
             case Refused(job=job, error=error):
-                self._settle(job, None, f"the grammar cannot be followed: {error}")
+                self._settle(job, None, f"the grammar cannot be followed: {error}", 0.0)
 
-    def _settle(self, job: int, allowed: TokenBitmask | None, error: str | None) -> None:
+    def _settle(
+        self, job: int, allowed: TokenBitmask | None, error: str | None, cost_s: float
+    ) -> None:
         with self._changed:
             state = self._jobs.pop(job, None)
             if state is None:
@@ -153,8 +140,7 @@ class GrammarService:
                 state.allowed, state.error = None, error
             state.job = -1
             state.deaths = 0
-            if self._clock.now() - state.sent_at < WAIT_S:
-                state.masks_in_time += 1
+            self._patience.on_mask(job, state.id, cost_s)
             self._changed.notify_all()
         self._notify()
 
@@ -168,6 +154,7 @@ class GrammarService:
                     words = TOO_LONG if end.overran else TOO_LARGE
                     self._fail(blamed, words)
             self._jobs.clear()
+            self._patience.on_waited()
             for state in self._states.values():
                 self._send_open(state)
             self._changed.notify_all()
@@ -188,7 +175,6 @@ class GrammarService:
         state.allowed, state.error = None, f"the grammar cannot be followed: {words}"
 
     def _send_open(self, state: _State) -> None:
-        state.is_step = False
         job = self._new_job(state)
         self._supervisor.send(
             Open(job=job, matcher=state.id, grammar=state.grammar, emitted=state.emitted)
@@ -196,7 +182,6 @@ class GrammarService:
 
     def _new_job(self, state: _State) -> int:
         state.job = next(self._numbers)
-        state.sent_at = self._clock.now()
         self._jobs[state.job] = state
         return state.job
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,11 @@ _LIMITS = LLParserLimits(
 _FAITHFUL = ("Prepend", "Replace")  # normalisers that only spell spaces
 
 
+def _resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * 4096
+
+
 class GrammarCompiler:
     """The library works on bytes: a token may begin and end anywhere in the text. One thread at a
     time may call `open`; matchers are independent of it."""
@@ -38,8 +43,10 @@ class GrammarCompiler:
         vocab_size: int | None = None,
         eos_token_ids: Sequence[int] = (),
         cache_bytes_max: int = 256 << 20,
+        resident_bytes: Callable[[], int] = _resident_bytes,
     ) -> None:
-        """Raises CheckpointError if the file is no tokenizer that serves guided decoding."""
+        """`resident_bytes` tells the memory of this process. Raises CheckpointError if the file is
+        no tokenizer that serves guided decoding."""
         try:
             plain = json.loads(tokenizer_file.read_bytes())
             self._tokenizer = LLTokenizer(
@@ -58,6 +65,7 @@ class GrammarCompiler:
         self._cache_bytes_max = cache_bytes_max
         self._cache: OrderedDict[str, _Compiled] = OrderedDict()
         self._cache_bytes = 0
+        self._resident_bytes = resident_bytes
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -94,12 +102,12 @@ class GrammarCompiler:
         if found is not None:
             self._cache.move_to_end(grammar)
             return found
-        before = _resident_bytes()
+        before = self._resident_bytes()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         _require_sound(matcher)
         first_bits = Matcher(matcher.deep_copy()).bits()
         # What the library took is seen only as growth of the process; its text is the least.
-        num_bytes = max(_resident_bytes() - before, len(grammar) + len(first_bits))
+        num_bytes = max(self._resident_bytes() - before, len(grammar) + len(first_bits))
         compiled = _Compiled(matcher, first_bits, num_bytes)
         self._keep(grammar, compiled)
         return compiled
@@ -172,8 +180,3 @@ def _faithful(tokenizer: dict[str, Any]) -> dict[str, Any]:
     kept = [step for step in steps if step.get("type") in _FAITHFUL]
     plain = {"type": "Sequence", "normalizers": kept} if kept else None
     return {**tokenizer, "normalizer": plain, "truncation": None, "padding": None}
-
-
-def _resident_bytes() -> int:
-    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return int(fields[1]) * 4096

@@ -8,8 +8,8 @@ import json
 from llguidance import LLMatcher, grammar_from
 
 from shared.errors import GrammarError
-from shared.grammars.compiler import client_words
 from shared.grammars.closed_schema import close_objects
+from shared.grammars.compiler import client_words
 from shared.grammars.messages import GrammarKind
 
 _JSON_SPACE = r"(\n[ \t]{0,32}| )?"

@@ -11,6 +11,7 @@ import queue
 import resource
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,8 +126,10 @@ class GrammarWorker:
         try:
             if matcher is None:
                 raise GrammarError("closed")
+            began_s = time.thread_time()
             matcher.accept((request.token,))
-            self._send(Mask(job=request.job, bits=matcher.bits()))
+            bits = matcher.bits()
+            self._send(Mask(job=request.job, bits=bits, cost_s=time.thread_time() - began_s))
         except GrammarError as error:
             self._send(Refused(job=request.job, error=str(error)))
 

@@ -21,7 +21,6 @@ import pytest_asyncio
 from gateway.grammar_checker import GrammarChecker
 from gpu_worker.engine.grammar_matcher import GrammarMatcher
 from gpu_worker.engine.grammar_service import GrammarService
-from shared.clock import SystemClock
 from shared.errors import GrammarError, Unavailable
 from shared.grammars.child import TokenizerFile
 from shared.grammars.messages import GRAMMAR_MEMORY_MB_MIN, GrammarBudget, GrammarKind
@@ -44,7 +43,7 @@ class Running:
     """A grammar service, and a wait for what it makes known."""
 
     def __init__(self, budget: GrammarBudget, tokenizer: TokenizerFile = TOKENIZER) -> None:
-        self.service = GrammarService(tokenizer, budget, SystemClock())
+        self.service = GrammarService(tokenizer, budget)
         self._changed = threading.Event()
         self.service.renew(self._changed.set)
         self.service.start()

@@ -1,5 +1,5 @@
-"""Each field that demands a form gives one form, whose size is compared before anybody parses it; an
-error for an unusable one names its field."""
+"""Each field that demands a form gives one form, whose size is compared before anybody parses it;
+an error for an unusable one names its field."""
 
 from __future__ import annotations
 
