@@ -21,6 +21,7 @@ from shared.grammars.messages import (
     Advance,
     Began,
     Checked,
+    Gone,
     GrammarBudget,
     Mask,
     Ready,
@@ -142,7 +143,7 @@ class GrammarChild:
             match reply:
                 case Began(job=job):
                     self._running.on_began(job, self._cpu_s())
-                case Checked(job=job) | Mask(job=job) | Refused(job=job):
+                case Checked(job=job) | Mask(job=job) | Refused(job=job) | Gone(job=job):
                     self._running.on_ended(job, self._cpu_s())
                 case Ready() | Unusable():
                     pass

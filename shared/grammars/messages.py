@@ -81,6 +81,12 @@ class Began(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     job: int
 
 
+class Gone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The job's matcher is not here: it was closed, or a child before had it."""
+
+    job: int
+
+
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     job: int
     grammar: str
@@ -103,7 +109,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Request = Check | Open | Advance | Close
-Reply = Ready | Unusable | Began | Checked | Mask | Refused
+Reply = Ready | Unusable | Began | Gone | Checked | Mask | Refused
 
 _encode = msgspec.msgpack.encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -23,6 +23,7 @@ from shared.grammars.messages import (
     Check,
     Checked,
     Close,
+    Gone,
     Mask,
     Open,
     Ready,
@@ -108,7 +109,7 @@ class GrammarWorker:
 
     def _open(self, request: Open) -> None:
         if request.matcher not in self._matchers:  # closed meanwhile
-            self._send(Refused(job=request.job, error="closed"))
+            self._send(Gone(job=request.job))
             return
         self._send(Began(job=request.job))
         try:
@@ -123,9 +124,10 @@ class GrammarWorker:
 
     def _advance(self, request: Advance) -> None:
         matcher = self._matchers.get(request.matcher)
+        if matcher is None:
+            self._send(Gone(job=request.job))
+            return
         try:
-            if matcher is None:
-                raise GrammarError("closed")
             began_s = time.thread_time()
             matcher.accept((request.token,))
             bits = matcher.bits()

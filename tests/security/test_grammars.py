@@ -63,7 +63,7 @@ def running(budget: GrammarBudget, tokenizer: TokenizerFile = TOKENIZER) -> Iter
     try:
         yield found
     finally:
-        found.service.close()
+        found.service.shut_down()
 
 
 def only_token(matcher: GrammarMatcher) -> int:
