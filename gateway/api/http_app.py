@@ -248,5 +248,3 @@ class HttpApp:
             if job.options.stream:
                 return await answer_stream(request, generation, job)
             return await answer_whole(generation, job)
-
-
