@@ -26,15 +26,19 @@ from gateway.api.chat_request import plan_answer, read_budget, read_chat
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.errors import HttpError, body_too_large, http_error
 from gateway.api.fields import bad_word_ids
+from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission
+from gateway.api.request_body import content_coding, decompress
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
 from gateway.api.requests import (
+    ChoiceSize,
     RequestOptions,
+    check_num_logprobs,
     read_options,
     read_prompts,
 )
@@ -75,7 +79,9 @@ class HttpApp:
         metrics: GatewayMetrics,
         health: Health,
         models: ModelLoader,
+        grammars: GrammarReader,
         body_bytes_max: int,
+        logprobs_max: int,
         cross_origin: CrossOrigin,
     ) -> None:
         self._driver = driver
@@ -86,6 +92,8 @@ class HttpApp:
         self._metrics = metrics
         self._health = health
         self._models = models
+        self._grammars = grammars
+        self._logprobs_max = logprobs_max
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
 
@@ -158,6 +166,7 @@ class HttpApp:
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 options = read_options(body, limits)
+                form = await self._grammars.read(body, served)
                 chat = read_chat(body, served)
                 ids = await served.tokenizer.encode_chat(
                     chat.messages, chat.options, tokens_max=options.prompt_tokens_max(limits)
@@ -165,8 +174,8 @@ class HttpApp:
                 if not ids:
                     raise RequestError("the prompt has no tokens", param="messages")
                 prompt = options.fitted(Prompt(ids=ids), limits)
-                plan = plan_answer(body, chat, served, prompt.ids)
-                options = await _guided(body, options, served, plan)
+                plan = plan_answer(body, chat, served, prompt.ids, demands_form=bool(form))
+                options = await self._guided(body, options, served, form, plan)
             job = self._job(served, options, [prompt], limits, scheduling, plan)
             return await self._run(request, job)
 
@@ -177,7 +186,8 @@ class HttpApp:
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
-                options = await _guided(body, read_options(body, limits), served)
+                form = await self._grammars.read(body, served)
+                options = await self._guided(body, read_options(body, limits), served, form)
                 prompts = [
                     options.fitted(await _encoded(served, prompt, options, limits), limits)
                     for prompt in read_prompts(body, limits.vocab_size)
@@ -219,15 +229,37 @@ class HttpApp:
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         if (request.content_length or 0) > self._body_bytes_max:
             raise body_too_large(self._body_bytes_max)
+        coding = content_coding(request.headers.get("Content-Encoding", ""))
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 raw = await request.read()
         except TimeoutError as error:
             raise RequestError("the body did not arrive in time", code="request_timeout") from error
+        if coding is not None:
+            raw = await asyncio.to_thread(decompress, raw, coding, self._body_bytes_max)
         body = decode_body(raw, cls)
         require_context(request).body_bytes = len(raw)
         request[IGNORED_FIELDS] = ignored_fields(raw, cls)
         return body
+
+    async def _guided(
+        self,
+        body: GenerationBody,
+        options: RequestOptions,
+        served: ServedModel,
+        form: str,
+        plan: AnswerPlan | None = None,
+    ) -> RequestOptions:
+        """With what the tokenizer, the form that the request demands and the chat's plan add to
+        the sampling."""
+        sampling = replace(
+            options.sampling,
+            bad_words=bad_word_ids(body.bad_words, served.tokenizer.encode_inside),
+            grammar=await answer_grammar(body, form, plan, served, self._grammars),
+        )
+        if plan is not None and isinstance(body, ChatBody):
+            sampling = replace(sampling, thinking_budget=read_budget(body, plan, served))
+        return replace(options, sampling=sampling)
 
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         self._check_name(served, body.model)
@@ -269,6 +301,8 @@ class HttpApp:
             for prompt in prompts
             for choice in range(options.num_choices)
         ]
+        sizes = [ChoiceSize(len(task.prompt), task.sampling.max_tokens) for task in tasks]
+        check_num_logprobs(options, sizes, self._logprobs_max)
         return Job(
             header=header,
             options=options,
@@ -306,23 +340,6 @@ async def _name_ignored_fields(request: web.Request, response: web.StreamRespons
     """A field that no API has may be misspelt; its client should know that it had no effect."""
     if names := request.get(IGNORED_FIELDS):
         response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)
-
-
-async def _guided(
-    body: GenerationBody,
-    options: RequestOptions,
-    served: ServedModel,
-    plan: AnswerPlan | None = None,
-) -> RequestOptions:
-    """With what the tokenizer and the chat's plan add to the sampling."""
-    sampling = replace(
-        options.sampling,
-        bad_words=bad_word_ids(body.bad_words, served.tokenizer.encode_inside),
-        grammar=await answer_grammar(body, plan, served),
-    )
-    if plan is not None and isinstance(body, ChatBody):
-        sampling = replace(sampling, thinking_budget=read_budget(body, plan, served))
-    return replace(options, sampling=sampling)
 
 
 async def _encoded(
