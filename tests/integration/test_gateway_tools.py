@@ -383,12 +383,10 @@ async def test_what_cannot_be_is_a_400_that_names_the_field(
 @pytest.mark.parametrize(
     "schema",
     [
-        {"properties": {f"p{n}": {"type": "string"} for n in range(50_000)}},
-        {"properties": {"a": {"enum": ["x" * 1000] * 3000}}},
         json.loads('{"properties": {"a": ' + '{"items": ' * 300 + "{}" + "}" * 300 + "}}"),
         {"properties": {"a": {"$ref": "#"}}, "$ref": "#"},
     ],
-    ids=["properties", "bytes", "depth", "itself"],
+    ids=["depth", "itself"],
 )
 async def test_hostile_schemas_are_refused(harness: GatewayHarness, schema: Any) -> None:
     function = {"name": "f", "parameters": {"type": "object", **schema}}

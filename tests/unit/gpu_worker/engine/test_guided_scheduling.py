@@ -3,11 +3,13 @@ the others go on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpu_worker.engine.scheduler import Scheduler
-from shared.types import FinishReason, SessionId
-from shared.wire import SessionTokens
+from shared.types import FinishReason, SchedulingParams, SessionId
+from shared.wire import SessionTokens, Submit
 from tests.unit.gpu_worker.engine.hand_grammars import HandGrammars
 from tests.unit.gpu_worker.engine.toy import EOS, limits, origin, submit
 
@@ -24,6 +26,11 @@ def engine(grammars: HandGrammars) -> Scheduler:
 
 def put(engine: Scheduler, session: str, grammar: str = "", **fields: object) -> None:
     assert engine.submit(origin(), submit(session, grammar=grammar, **fields)) is None  # type: ignore[arg-type]
+
+
+def of(tenant: str, session: str, grammar: str = "", **fields: int) -> Submit:
+    plain = submit(session, grammar=grammar, **fields)  # type: ignore[arg-type]
+    return replace(plain, scheduling=SchedulingParams(tenant=tenant))
 
 
 def step(engine: Scheduler, token: int = 5) -> dict[str, SessionTokens]:
@@ -166,6 +173,45 @@ def test_grammars_that_wait_are_bounded_as_sequences_that_wait(
     assert refused is not None
     assert refused.retryable
     assert len(grammars.opened) == 8
+
+
+@pytest.mark.parametrize("grammar", ["", "g"])
+def test_those_that_compile_count_in_the_part_of_their_tenant(
+    grammars: HandGrammars, grammar: str
+) -> None:
+    engine = Scheduler(limits(waiting_max=18), (EOS,), grammars)
+    num_taken = 0
+    while engine.submit(origin(), of("a", f"a{num_taken}", grammar=grammar)) is None:
+        num_taken += 1
+    assert 0 < num_taken < 18
+    assert engine.submit(origin(), of("b", "b0", grammar=grammar)) is None
+    assert engine.load().waiting == num_taken + 1
+
+
+def test_the_tenant_that_was_served_least_is_next_when_its_grammar_has_compiled(
+    grammars: HandGrammars,
+) -> None:
+    engine = Scheduler(limits(running_max=1), (EOS,), grammars)
+    assert engine.submit(origin(), of("b", "b0", grammar="g", max_tokens=1)) is None
+    for number in range(3):
+        assert engine.submit(origin(), of("a", f"a{number}", max_tokens=1)) is None
+    assert set(step(engine)) == {"a0"}
+    grammars.opened[0].allow()
+    settle(engine)
+    assert [set(step(engine)) for _ in range(3)] == [{"b0"}, {"a1"}, {"a2"}]
+
+
+def test_a_tenant_has_left_when_its_grammar_could_not_be_followed(
+    grammars: HandGrammars,
+) -> None:
+    engine = Scheduler(limits(waiting_max=18), (EOS,), grammars)
+    for _ in range(3):
+        assert engine.submit(origin(), of("b", "b0", grammar="g")) is None
+        grammars.opened[-1].error = "too long"
+        assert settle(engine)["b0"].invalid
+    assert engine.load().waiting == 0
+    assert engine.submit(origin(), of("b", "b1")) is None
+    assert set(step(engine)) == {"b1"}
 
 
 def test_a_rank_without_a_tokenizer_says_so() -> None:
