@@ -68,11 +68,10 @@ sim: install ## All services on a fake clock, under seeded faults
 	$(call say,simulator)
 	$(PYTEST) tests/sim
 
-sim-long: install ## Thousands of fresh schedules, for hours (SCHEDULES=20000 FIRST_SEED=100000)
+sim-long: install ## Thousands of fresh schedules (SCHEDULES=20000 FIRST_SEED=100000 JOBS=cores)
 	$(call say,simulator: $(or $(SCHEDULES),20000) schedules and half as many on cards)
-	STARFISH_SIM_SCHEDULES=$(or $(SCHEDULES),20000) \
-	STARFISH_SIM_FIRST_SEED=$(or $(FIRST_SEED),100000) STARFISH_SIM_TIMEOUT_S=86400 \
-	$(PYTEST) tests/sim/test_schedules.py -k no_schedule
+	$(BIN)/python -m tests.sim.many_schedules --schedules $(or $(SCHEDULES),20000) \
+	--first-seed $(or $(FIRST_SEED),100000) $(if $(JOBS),--jobs $(JOBS))
 
 integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)

@@ -25,6 +25,7 @@ from aiohttp import web
 
 from shared.codec import pack
 from shared.embedded_etcd import embedded_etcd
+from shared.etcd_permissions import EtcdService
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from tests.support.cluster import free_port
@@ -123,9 +124,11 @@ async def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         async with embedded_etcd(Path(folder) / "etcd") as etcd:
-            store = await connect_store([etcd.endpoint])
+            store = await connect_store(etcd.root)
             port, floor_port = free_port(), free_port()
-            gateway = ("-m", "gateway", "--etcd", etcd.endpoint, "--instance", keys.instance)
+            await etcd.admit(keys)
+            reach = etcd.options(keys, EtcdService.GATEWAY).flags()
+            gateway = ("-m", "gateway", *reach, "--instance", keys.instance)
             floor = ("-m", "benchmarks.gateway", "--floor-port", str(floor_port))
             connector = aiohttp.TCPConnector(limit=0)
             async with (

@@ -196,6 +196,7 @@ class ExchangeRank:
         many, _ = self._capture(_PAIRS_A_GRAPH, multiply=False)
         self._connect_peers(self._all_gather("handles", self.exchange.handles()))
         self._all_gather("connected", None)
+        self.exchange.mask.map_members(self._map()).result()
         self.exchange.mask.adopt(self._map())
         self._all_gather("adopted", None)
         out_TH.fill_(float("nan"))

@@ -43,6 +43,7 @@ from shared.clock import SystemClock
 from shared.errors import ConfigError, StarfishError, Unavailable
 
 _WARM_UP_S = 1.0
+_PAUSE_S = 1.0  # longer than a rank that others outlive may be stopped
 _FORM_TIMEOUT_S = 60.0
 
 
@@ -79,7 +80,8 @@ def parse() -> argparse.Namespace:
         nargs="*",
         default=["KILL:1"],
         metavar="SIGNAL:RANKS",
-        help="KILL or STOP so many ranks at once; between two faults they rejoin",
+        help="KILL, STOP or PAUSE (stop for a second) so many ranks at once; between two faults "
+        "they rejoin",
     )
     parser.add_argument("--before-s", type=float, default=3.0)
     parser.add_argument("--settle-s", type=float, default=3.0)
@@ -97,9 +99,15 @@ def faults_of(texts: Sequence[str], num_ranks: int) -> list[Fault]:
     faults = []
     for text in texts:
         name, _, count = text.partition(":")
-        if name not in ("KILL", "STOP") or not count.isdigit() or not 0 < int(count) < num_ranks:
-            raise ConfigError(f"--faults {text}: say KILL:N or STOP:N, N below --ranks")
-        faults.append(Fault(number=signal.Signals[f"SIG{name}"], num_ranks=int(count)))
+        if (
+            name not in ("KILL", "STOP", "PAUSE")
+            or not count.isdigit()
+            or not 0 < int(count) < num_ranks
+        ):
+            raise ConfigError(f"--faults {text}: say KILL:N, STOP:N or PAUSE:N, N below --ranks")
+        paused_s = _PAUSE_S if name == "PAUSE" else 0.0
+        number = signal.SIGKILL if name == "KILL" else signal.SIGSTOP
+        faults.append(Fault(number=number, num_ranks=int(count), paused_s=paused_s))
     return faults
 
 
@@ -243,7 +251,7 @@ def row(struck: FaultResult) -> str:
         f"{struck.tokens_per_s_before:.0f} -> {struck.tokens_per_s_after:.0f} tok/s "
         f"(share {struck.surviving_share:.2f}), streams {struck.streams}, failed "
         f"{len(struck.failed)}, wrong {len(struck.wrong)} of {struck.checked}; rejoined after "
-        f"{rejoined}, gap {_cells(struck.rejoin_gap_ms)} ms"
+        f"{rejoined}, {len(struck.in_place)} in place, gap {_cells(struck.rejoin_gap_ms)} ms"
     )
 
 

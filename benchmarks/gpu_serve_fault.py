@@ -35,10 +35,15 @@ _WORST = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
+    """`paused_s`: how long after SIGSTOP the ranks get SIGCONT; 0: never."""
+
     number: signal.Signals
     num_ranks: int
+    paused_s: float = 0.0
 
     def __str__(self) -> str:
+        if self.paused_s:
+            return f"PAUSE:{self.num_ranks}"
         return f"{self.number.name.removeprefix('SIG')}:{self.num_ranks}"
 
 
@@ -77,6 +82,7 @@ class FaultResult:
     worst: tuple[str, ...]  # of all pauses since
     phases: tuple[FaultPhases, ...]  # of the victims whose verdicts were seen
     rejoined_s: float | None
+    in_place: tuple[int, ...]  # victims that rejoined as new incarnations of the same process
     rejoin_gap_ms: Spread | None
     rejoin_first_token_ms: Spread | None
 
@@ -96,7 +102,10 @@ async def inject_fault(
     victims = draw.sample(members, fault.num_ranks)
     struck_at = clock.now()
     _signal(victims, fault.number)
-    await asyncio.sleep(pace.settle_s)
+    if fault.paused_s:
+        await asyncio.sleep(fault.paused_s)
+        _signal(victims, signal.SIGCONT)
+    await asyncio.sleep(pace.settle_s - fault.paused_s)
     first = [
         at
         for turn in _of_ranks(load.turns, victims)
@@ -115,6 +124,7 @@ async def inject_fault(
         pace=pace,
         phases=tuple(p for p in phases if p is not None),
         rejoined_at=rejoined_at,
+        in_place=_in_place(victims, observer.members()),
     )
     return struck, seen.disturbed()
 
@@ -125,6 +135,13 @@ def _signal(victims: Sequence[RankRecord], number: signal.Signals) -> None:
             send_to_rank(victim, number)
     except ConfigError as error:
         raise Unavailable(f"a rank had died by itself: {error}") from error
+
+
+def _in_place(victims: Sequence[RankRecord], now: Sequence[RankRecord]) -> tuple[int, ...]:
+    renewed = {(r.rank, r.node, r.pid): r.incarnation for r in now}
+    return tuple(
+        int(v.rank) for v in victims if renewed.get((v.rank, v.node, v.pid), 0) > v.incarnation
+    )
 
 
 def _of_ranks(turns: Sequence[Turn], ranks: Sequence[RankRecord]) -> list[Turn]:
@@ -148,6 +165,7 @@ class _Seen:
         pace: FaultTiming,
         phases: tuple[FaultPhases, ...],
         rejoined_at: float | None,
+        in_place: tuple[int, ...],
     ) -> FaultResult:
         struck_at, now = self.struck_at, self.now
         before = Window(begin=struck_at - pace.before_s, end=struck_at)
@@ -186,6 +204,7 @@ class _Seen:
             worst=self._worst(turns),
             phases=phases,
             rejoined_s=None if rejoined_at is None else rejoined_at - struck_at,
+            in_place=in_place,
             rejoin_gap_ms=_spread(longest_gaps_ms(turns, rejoining, now)),
             rejoin_first_token_ms=_spread(first_tokens_ms(turns, rejoining, now)),
         )

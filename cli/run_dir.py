@@ -96,6 +96,11 @@ def default_run_dir(instance: str) -> Path:
     return _runtime_folder() / instance
 
 
+def names_folder() -> Path:
+    """Where each running instance of this user has a file of its name."""
+    return _runtime_folder() / ".names"
+
+
 def _runtime_folder() -> Path:
     if explicit := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(explicit) / "starfish"

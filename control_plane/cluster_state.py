@@ -25,7 +25,8 @@ class ClusterState:
     """Never edited: every change of etcd leads to a new one with a higher `version`.
 
     `synced` says whether the first snapshot of the watch is in it. `revisions` holds the mod
-    revisions of the keys that transactions compare: leader, term, spec and map.
+    revisions of the keys that transactions compare: leader, term, spec, map, views. If etcd lost
+    its data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
     """
 
     keys: Keys
@@ -33,6 +34,7 @@ class ClusterState:
     synced: bool = False
     spec: InstanceSpec | None = None
     expert_map: ExpertMap | None = None
+    is_map_stored: bool = True
     leader: LeaderRecord | None = None
     term: int = 0
     revisions: Mapping[str, int] = field(default_factory=dict)

@@ -259,9 +259,8 @@ class Driver:
         await self._inbox.put(Planned(leader_term=leader_term, plan=plan, step=step))
 
     async def _write(self, write: Write, leader_revision: int) -> None:
-        map_revision = self._cluster.state.revision_of(self._keys.map)
         try:
-            events = await self._publisher.write(write, leader_revision, map_revision)
+            events = await self._publisher.write(write, leader_revision, self._cluster.state)
             written = Written(write=write, outcome=events, error=None)
         except StoreError as error:
             snapshot = await self._publisher.reread()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import structlog
 
 from control_plane.cluster_state import ClusterState
-from control_plane.judgements import Judgement, Standstill
+from control_plane.judgements import Judgement, Standstill, VerdictCancelled
 from control_plane.leader_term import LeaderTerm
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from control_plane.telemetry import Metrics
@@ -29,6 +29,8 @@ class ControlReporter:
                 self._report_verdict(item)
             elif isinstance(item, Standstill):
                 log.warning("standstill")
+            elif isinstance(item, VerdictCancelled):
+                log.warning("verdict_cancelled", member=str(item.member), detail="it goes on")
             else:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)

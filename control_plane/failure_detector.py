@@ -17,6 +17,7 @@ keeps its age small; a stuck engine does not.
     suspected | a vouching Pong, newer than the first signal        | trusted
     suspected | connection broken and somebody else's suspicion     | dead
     suspected | no vouching Pong for longer than `silence` allows   | dead, or held: own link
+    any       | a Pong announces what may keep it from answering    | silence is excused until then
     unleased  | registered again                                    | suspected (until a Pong)
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
@@ -55,6 +56,10 @@ class DetectorTimings:
     silence: SilenceTimings = SilenceTimings()
     # What a node agent said of a process that is not stopped says nothing after this long.
     view_age_max_s: float = 0.3
+    # The same for a stopped one, of which the node agent says so again while it is suspected.
+    stopped_view_age_max_s: float = 3.0
+    # A sign of life that is so much newer than a view which says "stopped" disproves it.
+    answer_under_way_s: float = 0.05
     # A node agent that did not run for this long was paused or starved, and so was its host.
     host_gap_min_s: float = 0.1
     # A member that is probed at the urgent interval and has not answered for this long is quiet.
@@ -170,21 +175,25 @@ class FailureDetector:
         self._suspect(watched, suspicion)
         return self._judge_all()
 
-    def on_view(self, view: ProcessView, now: float) -> list[Judgement]:
+    def on_view(self, view: ProcessView, now: float, *, is_news: bool = True) -> list[Judgement]:
         """What the node agent says of the member's process. A stopped one is suspected at once; any
-        other view only says how much its silence means."""
+        other view only says how much its silence means. One that is not news, which etcd held
+        before this term began, only makes a suspect: the agent looks again then."""
         self._advance_attentive_time(now)
         watched = self._watched.get(view.member)
         if watched is None:
             return []
+        if not is_news:
+            if view.state is ProcessState.STOPPED:
+                self._suspect_stopped(watched)
+            return self._judge_all()
         if view.host_gap_ms / 1000 >= self._timings.host_gap_min_s and watched.node is not None:
             self._host_paused_attentive_s[watched.node] = self._attentive_s
         if view.state is ProcessState.STOPPED and not watched.is_stopped:
             watched.stopped_attentive_s = self._attentive_s
         watched.view, watched.view_attentive_s = view.state, self._attentive_s
         if view.state is ProcessState.STOPPED:
-            detail = "its node agent says that the process is stopped"
-            self._suspect(watched, self._own_suspicion(watched, SuspicionReason.STOPPED, detail))
+            self._suspect_stopped(watched)
         return self._judge_all()
 
     def on_probe_connected(self, member: Member, now: float) -> list[Judgement]:
@@ -209,14 +218,21 @@ class FailureDetector:
         self._note_progress(pong.epoch, pong.step)
         watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
+        watched.announced_until_attentive_s = self._attentive_s + max(
+            (each.at_most_ms / 1000 for each in pong.announced), default=-inf
+        )
         watched.pong_attentive_s = self._attentive_s
         if watched.suspected_attentive_s is None:
             self._rhythm.observe(pong.engine_age_ms / 1000, self._attentive_s)
         heartbeat_attentive_s = self._attentive_s - pong.engine_age_ms / 1000
+        said_attentive_s = watched.view_attentive_s + self._timings.answer_under_way_s
+        if watched.is_stopped and heartbeat_attentive_s > said_attentive_s:
+            watched.view = None
         watched.heartbeat_attentive_s = max(watched.heartbeat_attentive_s, heartbeat_attentive_s)
         if (
             watched.suspected_attentive_s is not None
             and watched.heartbeat_attentive_s > watched.suspected_attentive_s
+            and not watched.is_stopped
         ):
             self._trust(watched)
         return self._judge_all()
@@ -257,6 +273,10 @@ class FailureDetector:
             watched.signals.append(signal)
         if watched.suspected_attentive_s is None:
             watched.suspected_attentive_s = self._attentive_s
+
+    def _suspect_stopped(self, watched: WatchedMember) -> None:
+        detail = "its node agent says that the process is stopped"
+        self._suspect(watched, self._own_suspicion(watched, SuspicionReason.STOPPED, detail))
 
     def _restart_silence(self, watched: WatchedMember) -> None:
         """If its address was unknown until now, it was not silent before."""
@@ -313,6 +333,7 @@ class FailureDetector:
     # Judgements.
 
     def _judge_all(self) -> list[Judgement]:
+        self._drop_old_views()
         alarms = self._judge_mass_expiry() + self._judge_own_link()
         dead: list[Judgement] = []
         for watched in list(self._watched.values()):
@@ -322,6 +343,13 @@ class FailureDetector:
             if cause is not None:
                 dead.append(self._declare_dead(watched, cause))
         return alarms + dead + self._judge_stuck()
+
+    def _drop_old_views(self) -> None:
+        """A node agent that is gone cannot say that the process goes on."""
+        for watched in self._watched.values():
+            age_s = self._attentive_s - watched.view_attentive_s
+            if watched.is_stopped and age_s > self._timings.stopped_view_age_max_s:
+                watched.view = None
 
     def _cause_of_death(self, watched: WatchedMember) -> SuspicionReason | None:
         if watched.exited or self._has_successor(watched.member):
@@ -335,9 +363,18 @@ class FailureDetector:
         if watched.unleased_attentive_s is not None:
             waited_s = self._attentive_s - watched.unleased_attentive_s
             grace_s = self._lease_grace_s(watched, watched.unleased_attentive_s)
-            if watched.probe is ProbeState.BROKEN or waited_s >= grace_s:
+            is_overdue = waited_s >= grace_s and not self._is_excused(watched)
+            if watched.probe is ProbeState.BROKEN or is_overdue:
                 return SuspicionReason.LEASE
         return None
+
+    def _is_excused(self, watched: WatchedMember) -> bool:
+        """Whether it announced what may keep it from answering now, and that can be believed."""
+        until_attentive_s = min(
+            watched.announced_until_attentive_s,
+            watched.heartbeat_attentive_s + self._timings.silence.announced_max_s,
+        )
+        return self._attentive_s < until_attentive_s and not watched.is_stopped
 
     def _lease_grace_s(self, watched: WatchedMember, unleased_attentive_s: float) -> float:
         if not watched.lease_grace:
@@ -367,12 +404,13 @@ class FailureDetector:
             view=self._view_of(watched),
             is_host_silent=is_host_silent,
             usual_s=self._rhythm.usual_s(self._attentive_s),
+            announced_s=watched.announced_until_attentive_s - since_attentive_s,
         )
         waited_s = self._attentive_s - since_attentive_s
         return waited_s >= patience_s(evidence, self._timings.silence)
 
     def _view_of(self, watched: WatchedMember) -> ProcessState | None:
-        """A stopped process stays so until its node agent says otherwise."""
+        """A stopped process stays so until its node agent says otherwise, or nothing for long."""
         age_s = self._attentive_s - watched.view_attentive_s
         if watched.is_stopped or age_s <= self._timings.view_age_max_s:
             return watched.view
@@ -474,7 +512,7 @@ class FailureDetector:
         ]
         waits = Counter(rank for w in heard for rank in w.waiting_for)
         accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
-        if not accused:
+        if not accused or any(self._is_excused(w) for w in accused):
             return []
         self._note_progress(0, 0, forget=True)
         if not self._began_together:

@@ -1,4 +1,5 @@
-"""What the failure detector returns: a verdict on a member, a standstill, or an alarm."""
+"""What the failure detector returns: a verdict on a member, a standstill, or an alarm; and what may
+become of a verdict."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shared.records import Verdict
+from shared.types import Member
 
 
 class AlarmKind(Enum):
@@ -30,4 +32,12 @@ class Standstill:
     in which all begin together ends it, unless some cannot reach each other."""
 
 
-Judgement = Verdict | Alarm | Standstill
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictCancelled:
+    """The member was judged because its process was stopped, and it goes on before the verdict is
+    written: it lives."""
+
+    member: Member
+
+
+Judgement = Verdict | Alarm | Standstill | VerdictCancelled

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from control_plane.cluster_state import ClusterState
 from control_plane.failure_detector import DetectorTimings, FailureDetector
-from control_plane.judgements import Alarm, Judgement, Standstill
+from control_plane.judgements import Alarm, Judgement, Standstill, VerdictCancelled
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
@@ -25,7 +25,8 @@ from control_plane.state_applier import (
 )
 from control_plane.writes import Decision
 from shared.expert_map import ExpertMap
-from shared.records import Verdict
+from shared.records import ProcessView, Verdict
+from shared.types import Member, ProcessState, SuspicionReason
 
 _RECHECK_S = 0.05
 
@@ -41,7 +42,9 @@ class LeaderTerm:
         self._decided_on: object = None
         self._decided_at = now
         self._dead: list[Verdict] = []
-        self._news: list[Alarm | Standstill] = []
+        self._news: list[Alarm | Standstill | VerdictCancelled] = []
+        self._stopped: set[Member] = set()  # as their node agents say
+        self._judged_while_stopped: set[Member] = set()
         for record in state.records.values():
             self.on_change(RecordPut(record=record), state, now)
         for verdict in state.verdicts.values():
@@ -51,7 +54,7 @@ class LeaderTerm:
         for suspicion in state.suspicions.values():
             self.on_change(SuspicionRaised(suspicion=suspicion), state, now)
         for view in state.views.values():
-            self.on_change(ViewPut(view=view), state, now)
+            self._take(self.detector.on_view(view, now, is_news=False))
 
     def on_change(self, change: StateChange, state: ClusterState, now: float) -> None:
         """`state` contains the change."""
@@ -65,7 +68,7 @@ class LeaderTerm:
             case SuspicionRaised():
                 self._take(detector.on_suspicion(change.suspicion, now))
             case ViewPut():
-                self._take(detector.on_view(change.view, now))
+                self._on_view(change.view, state, now)
             case MapPut():
                 self._on_map(change.expert_map, now)
             case VerdictPut():
@@ -108,14 +111,40 @@ class LeaderTerm:
         self._dead, self._news = [], []
         return judgements
 
+    def _on_view(self, view: ProcessView, state: ClusterState, now: float) -> None:
+        """A process that goes on before the verdict on it is written is not dead: `Publisher`
+        writes none if its node agent has said so before."""
+        member = view.member
+        if view.state is ProcessState.STOPPED:
+            self._stopped.add(member)
+        else:
+            self._stopped.discard(member)
+            expert_map = state.expert_map
+            is_written = member in state.verdicts
+            is_in_map = expert_map is not None and expert_map.has(member)
+            if member in self._judged_while_stopped and is_in_map and not is_written:
+                assert expert_map is not None
+                self._judged_while_stopped.discard(member)
+                self.membership.withdraw(member)
+                self._news.append(VerdictCancelled(member=member))
+                self._on_map(expert_map, now)
+        self._take(self.detector.on_view(view, now))
+
     def _on_map(self, expert_map: ExpertMap, now: float) -> None:
         dead = self.membership.dead
         alive = [m for m in expert_map.members if m not in dead]
+        self._stopped.intersection_update(expert_map.members)
+        self._judged_while_stopped.intersection_update(expert_map.members)
         self._take(self.detector.on_members(alive, now))
 
     def _take(self, judgements: list[Judgement]) -> None:
         for judgement in judgements:
             if isinstance(judgement, Verdict):
+                if (
+                    judgement.member in self._stopped
+                    and judgement.cause is not SuspicionReason.EXIT
+                ):
+                    self._judged_while_stopped.add(judgement.member)
                 self.membership.on_dead(judgement)
                 self._dead.append(judgement)
             elif isinstance(judgement, Standstill):

@@ -99,6 +99,8 @@ class Leadership:
                 case RenewLease():
                     await self._store.keep_alive(action.lease_id)
                     election.on_renewed(asked_at)
+                    if not election.may_act(asked_at):
+                        await self._reread_leader()
                 case Campaign():
                     await self._campaign(action.lease_id)
                 case RevokeLease():
@@ -113,6 +115,18 @@ class Leadership:
                 election.on_not_won(self._clock.now())
             return False
         return True
+
+    async def _reread_leader(self) -> None:
+        """On standby, with each renewal: an event that the watch has not brought must not leave the
+        instance without a leader."""
+        key = self._cluster.state.keys.leader
+        read = await self._store.get_prefix(key)
+        found = next((kv for kv in read.values if kv.key == key), None)
+        value, revision = (
+            (None, read.revision) if found is None else (found.value, found.mod_revision)
+        )
+        self._cluster.apply(WatchEvent(key=key, value=value, mod_revision=revision))
+        self.notify()
 
     async def _campaign(self, lease_id: int) -> None:
         state = self._cluster.state

@@ -61,6 +61,11 @@ class MapAdoption:
         needed = self._map.epoch
         return all(self._epochs.get(m, Epoch(0)) >= needed for m in self._map.members)
 
+    @property
+    def unproven(self) -> tuple[RankId, ...]:
+        """The present map's joiners, until all members are known to run under it."""
+        return () if self._map is None or self.is_complete else self._map.joiners
+
     def may_follow(self, now: float) -> bool:
         """Whether a map that removes nobody may come next. A member that does not adopt the present
         map delays that only until the timeout."""
@@ -73,7 +78,7 @@ class MapAdoption:
         current_map = self._map
         if current_map is None or self.needs_resync(members):
             return tuple(sorted(m.rank for m in members))
-        unproven = () if self.is_complete else current_map.joiners
+        unproven = self.unproven
         return tuple(
             sorted(m.rank for m in members if not current_map.has(m) or m.rank in unproven)
         )

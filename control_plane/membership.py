@@ -13,10 +13,12 @@ from that.
                                                | have loaded their assignments and are linked
     a dead member, the rest hold all experts   | PublishMap without it, with the verdict
     a dead member, orphans                     | Assign the orphans to spare or surplus slots of
-                                               | survivors, with the verdict; the line above
+                                               | survivors (joiners that have not stepped yet
+                                               | come last), with the verdict; the line above
                                                | applies once they are resident
     a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
                                                | joiners together
+    etcd has lost the map that ranks run       | PublishMap of the same
     a member has lost count, or a standstill   | PublishMap of the same, all of them joiners
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
@@ -98,6 +100,7 @@ class Membership:
             )
         )
         self._dead: dict[Member, Verdict] = {}
+        self._running_epoch = Epoch(0)  # the newest under which a member was seen to run
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
         self._quiet_state: object = None
@@ -119,12 +122,17 @@ class Membership:
         """A new verdict of the failure detector."""
         self._dead[verdict.member] = verdict
 
+    def withdraw(self, member: Member) -> None:
+        """A verdict of ours on it, which was not written, does not stand any more."""
+        self._dead.pop(member, None)
+
     def on_verdict(self, verdict: Verdict) -> None:
         """A verdict that etcd holds, perhaps of an earlier leader."""
         self._dead.setdefault(verdict.member, verdict)
 
     def on_adopted(self, member: Member, epoch: Epoch) -> None:
         """A Pong says under which map a member runs."""
+        self._running_epoch = max(self._running_epoch, epoch)
         self._adoption.on_adopted(member, epoch)
 
     def on_out_of_step(self, member: Member, epoch: Epoch) -> None:
@@ -164,8 +172,10 @@ class Membership:
         if len(survivors) < len(members):
             return self._remove_dead(residency, expert_map, survivors, now)
         self._formation.end()
+        if not state.is_map_stored:
+            return self._republish(residency, expert_map, "published again: etcd lost it", now)
         if self._adoption.needs_resync(members):
-            return self._resync(residency, expert_map, now)
+            return self._republish(residency, expert_map, "resync: counts begin together", now)
         if frozen:
             return None
         return (
@@ -202,7 +212,8 @@ class Membership:
         if residency.covers(rows):
             names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
             return self._publish(residency, rows, f"dead: {names}", now)
-        result = plan_shrink(residency, expert_map, survivors, dead)
+        unproven = self._adoption.unproven
+        result = plan_shrink(residency, expert_map, survivors, dead, unproven)
         if result.uncoverable:
             return self._declare_dead(residency, dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
@@ -217,15 +228,17 @@ class Membership:
     ) -> tuple[Verdict, ...]:
         """For the dead among `members` that have no verdict in etcd yet."""
         fresh = [m for m in members if m in self._dead and m not in state.verdicts]
-        epoch = _next_epoch(state)
+        epoch = self._next_epoch(state)
         return tuple(replace(self._dead[m], epoch=epoch) for m in fresh)
 
-    # Resync.
+    # The same placement again.
 
-    def _resync(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
-        """The same placement, and every member a joiner: counts of graphs begin together."""
+    def _republish(
+        self, residency: Residency, expert_map: ExpertMap, cause: str, now: float
+    ) -> Write | None:
+        """In a resync every member is a joiner: counts of graphs begin together."""
         rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
-        return self._publish(residency, rows, "resync: counts begin together", now, at_once=True)
+        return self._publish(residency, rows, cause, now, at_once=True)
 
     # Joiners.
 
@@ -327,7 +340,7 @@ class Membership:
         *,
         at_once: bool = False,
     ) -> PublishMap | None:
-        current, epoch = residency.state.expert_map, _next_epoch(residency.state)
+        current, epoch = residency.state.expert_map, self._next_epoch(residency.state)
         leavers = [m for m in (current.members if current else ()) if m not in rows]
         if any(m not in self._dead for m in leavers):  # a map of an older spec: judge it first
             return None
@@ -354,10 +367,16 @@ class Membership:
         force: bool = False,
         dead: Iterable[Member] = (),
     ) -> Write | None:
-        epoch = _next_epoch(residency.state) - 1
+        epoch = self._next_epoch(residency.state) - 1
         assignments = residency.assignments(wanted, epoch=epoch, force=force)
         verdicts = self._fresh_verdicts(residency.state, dead)
         return Assign(assignments=assignments, verdicts=verdicts) if assignments else None
+
+    def _next_epoch(self, state: ClusterState) -> Epoch:
+        """Above that of every map that somebody may run, also if etcd has lost it."""
+        current = state.expert_map
+        known = current.epoch if current is not None else Epoch(0)
+        return Epoch(max(known, self._running_epoch) + 1)
 
     def _note_time(self, state: ClusterState, now: float) -> None:
         for member in state.records:
@@ -382,11 +401,6 @@ class Membership:
                 "place; serving waits for more ranks"
             )
             self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))
-
-
-def _next_epoch(state: ClusterState) -> Epoch:
-    current = state.expert_map
-    return Epoch((current.epoch if current is not None else 0) + 1)
 
 
 def _map_revision(state: ClusterState) -> int:

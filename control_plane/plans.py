@@ -3,14 +3,14 @@ joiners. Membership decides whether a plan is needed and what to do with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from control_plane.placement import GrowResult, PlacementPlan, ShrinkResult, grow, place, shrink
 from control_plane.residency import Residency
 from shared.expert_map import ExpertMap, Placement
-from shared.types import Member
+from shared.types import Member, RankId
 
 
 def plan_formation(
@@ -62,13 +62,14 @@ def plan_shrink(
     expert_map: ExpertMap,
     survivors: Sequence[Member],
     dead: Sequence[Member],
+    unproven: Collection[RankId],
 ) -> ShrinkResult:
     """Starts from what the survivors are meant to hold, so that orphans that are being loaded stay
-    where they are."""
+    where they are. `unproven`: see `shrink`."""
     rows = residency.intended_rows(survivors)
     rows |= {m: expert_map.placement[:, m.rank] for m in dead}
     base = residency.map_of(rows, epoch=expert_map.epoch)
-    return shrink(base, [m.rank for m in dead])
+    return shrink(base, [m.rank for m in dead], unproven=unproven)
 
 
 def plan_join(
@@ -77,7 +78,8 @@ def plan_join(
     known: Sequence[Member],
     joiners: Sequence[Member],
 ) -> GrowResult:
-    """Assumes that `known` hold what they are meant to hold, and that `joiners` hold nothing."""
+    """Assumes that `known` hold what they are meant to hold. `joiners` have what they report: they
+    may have come back in their process."""
     everybody = [*known, *joiners]
     return grow(
         residency.map_of(residency.intended_rows(known), epoch=expert_map.epoch),
@@ -85,4 +87,5 @@ def plan_join(
         residency.nodes(everybody),
         residency.slots(everybody),
         redundant=residency.spec.redundant_experts,
+        resident={m.rank: row for m in joiners if (row := residency.resident(m)) is not None},
     )

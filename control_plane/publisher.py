@@ -7,7 +7,15 @@ import random
 
 import structlog
 
-from control_plane.writes import Assign, DeclareDead, DeleteKeys, PublishMap, Write
+from control_plane.cluster_state import ClusterState
+from control_plane.writes import (
+    Assign,
+    DeclareDead,
+    DeleteKeys,
+    PublishMap,
+    Write,
+    stopped_verdicts,
+)
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable
 from shared.keys import Keys
@@ -34,24 +42,31 @@ class Publisher:
     async def run(self) -> None:
         while True:
             try:
-                self._verdict_lease_id = await self._store.grant_lease(_VERDICT_TTL_S)
+                await self.grant_verdict_lease()
                 await asyncio.sleep(_VERDICT_LEASE_AGE_S)
             except StoreUnavailable:
                 await asyncio.sleep(random.uniform(*_RETRY_S))
 
+    async def grant_verdict_lease(self) -> None:
+        """For the next verdicts. Raises StoreUnavailable."""
+        self._verdict_lease_id = await self._store.grant_lease(_VERDICT_TTL_S)
+
     async def write(
-        self, write: Write, leader_revision: int, map_revision: int
+        self, write: Write, leader_revision: int, state: ClusterState
     ) -> tuple[WatchEvent, ...]:
-        """Returns the events that the watch will show. Raises StoreUnavailable if the outcome is
-        unknown, and TxnConflict or LeaseLost if nothing was written."""
+        """Returns the events that the watch will show. `state` is what was decided on. Raises
+        StoreUnavailable if the outcome is unknown, and TxnConflict or LeaseLost if nothing was
+        written."""
         compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
         if not isinstance(write, DeleteKeys):
+            map_revision = state.revision_of(self._keys.map)
             compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
+            compare += [self._is_stopped(v, state) for v in stopped_verdicts(write, state)]
         operations = self._operations(write)
         try:
             revision = await self._store.txn(compare, operations)
         except LeaseLost:
-            self._verdict_lease_id = await self._store.grant_lease(_VERDICT_TTL_S)
+            await self.grant_verdict_lease()
             raise
         return tuple(
             WatchEvent(
@@ -70,6 +85,11 @@ class Publisher:
             except StoreUnavailable as error:
                 log.warning("etcd_unavailable", doing="reread", error=str(error))
                 await asyncio.sleep(random.uniform(*_RETRY_S))
+
+    def _is_stopped(self, verdict: Verdict, state: ClusterState) -> Compare:
+        """Its node agent has not said otherwise: a process that goes on in this moment lives."""
+        key = self._keys.view(verdict.rank, verdict.incarnation)
+        return Compare(key=key, mod_revision=state.revision_of(key))
 
     def _operations(self, write: Write) -> list[Put | Delete]:
         match write:

@@ -125,17 +125,27 @@ class _Update:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field)[_index_of(key, entry.value)] = entry.value
+            if isinstance(entry.value, ProcessView):
+                self._table("revisions")[key] = mod_revision
         else:
             self._changed[entry.kind.field] = entry.value
             self._table("revisions")[key] = mod_revision
+            if entry.kind.field == "expert_map":
+                self._changed["is_map_stored"] = True
 
     def remove(self, key: str, entry: _Entry) -> None:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field).pop(_index_of(key, entry.value), None)
+            if isinstance(entry.value, ProcessView):
+                self._table("revisions").pop(key, None)
         else:
             self._changed[entry.kind.field] = 0 if entry.kind.field == "term" else None
             self._table("revisions").pop(key, None)
+
+    def keep_map(self, expert_map: ExpertMap) -> None:
+        """Whatever etcd holds now, ranks run this newer one."""
+        self._changed["expert_map"], self._changed["is_map_stored"] = expert_map, False
 
     def result(self) -> ClusterState:
         return replace(self._state, **self._changed) if self._changed else self._state
@@ -183,6 +193,12 @@ class StateApplier:
         changes: list[StateChange] = []
         for event in self._revisions.admit(item):
             changes += self._apply(update, event)
+        running = self.state.expert_map
+        if isinstance(item, Snapshot) and item.restored and running is not None:
+            stored = update.result().expert_map
+            if stored is None or stored.epoch < running.epoch:
+                update.keep_map(running)
+                changes = [change for change in changes if not isinstance(change, MapPut)]
         self.state = update.result()
         return changes
 

@@ -40,6 +40,7 @@ class WatchedMember:
     stopped_attentive_s: float = -inf  # when it was first said to be stopped
     host_silent_attentive_s: float = -inf  # when its whole host was last silent
     unleased_attentive_s: float | None = None
+    announced_until_attentive_s: float = -inf  # it may be kept from answering until then
     lease_grace: bool = False  # lost its lease in a mass expiry
     accusers: set[str] = field(default_factory=set)  # since the last progress
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from control_plane.cluster_state import ClusterState
 from control_plane.placement import HealStep, heal
 from shared.expert_map import ExpertMap
 from shared.records import SlotContents, Verdict
-from shared.types import NodeId, RankId
+from shared.types import NodeId, ProcessState, RankId, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +73,17 @@ class PlanHeal:
 
 Write = PublishMap | DeclareDead | Assign | DeleteKeys
 Decision = Write | PlanHeal
+
+
+def stopped_verdicts(
+    write: PublishMap | DeclareDead | Assign, state: ClusterState
+) -> list[Verdict]:
+    """The verdicts that follow from the silence of a process that is stopped, as far as its node
+    agent has said. If it says that the process goes on, they do not stand."""
+    return [
+        verdict
+        for verdict in write.verdicts
+        if verdict.cause is not SuspicionReason.EXIT
+        and (view := state.views.get(verdict.member)) is not None
+        and view.state is ProcessState.STOPPED
+    ]

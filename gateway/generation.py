@@ -46,7 +46,9 @@ class PromptTask:
 
 class Delta(NamedTuple):
     """What is new in a choice. `logprobs` has one entry per id if the request asks for them. A
-    choice's first delta comes when all `prompt_logprobs` are known, and has them."""
+    choice's first delta comes when all `prompt_logprobs` are known, and has them. With the finish
+    reason STOP, `stop` is the stop string, or the id among `stop_token_ids`, that ended it; None
+    for the model's own end."""
 
     choice: int
     text: str
@@ -55,6 +57,7 @@ class Delta(NamedTuple):
     logprobs: list[TokenLogprob]
     is_first: bool
     prompt_logprobs: list[TokenLogprob]
+    stop: str | int | None = None
 
 
 class _Reader:
@@ -79,18 +82,23 @@ class _Reader:
         finish = session.finish if finished else None
         is_first, self._is_first = self._is_first, False
         echoed = self._echoed() if is_first else ""
-        text, num_ids, stopped = self._text.feed(ids, finish)
+        text, num_ids, stop = self._text.feed(ids, finish)
         begin = self.num_read
         self.num_read += num_ids
         return Delta(
             choice=self.index,
             text=echoed + text,
             token_ids=ids[:num_ids],
-            finish=FinishReason.STOP if stopped else finish,
+            finish=finish if stop is None else FinishReason.STOP,
             logprobs=session.logprobs[begin : self.num_read],
             is_first=is_first,
             prompt_logprobs=session.prompt_logprobs if is_first else [],
+            stop=self._stop_token(ids) if finish is FinishReason.STOP and stop is None else stop,
         )
+
+    def _stop_token(self, ids: Sequence[int]) -> int | None:
+        last = ids[-1] if ids else None
+        return last if last in self._task.sampling.stop_token_ids else None
 
     def _echoed(self) -> str:
         task = self._task

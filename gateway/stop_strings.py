@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 class FilteredText(NamedTuple):
     text: str  # may be shown
-    stopped: bool
+    stop: str | None  # the stop string that ended the text
 
 
 class _Match(NamedTuple):
     end: int
     start: int
+    stop: str
 
 
 class StopStrings:
@@ -27,18 +28,17 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> FilteredText:
-        """Do not call it again after it returned `stopped`."""
+        """Do not call it again after it returned a `stop`."""
         if not self._stops:
-            return FilteredText(text, False)
+            return FilteredText(text, None)
         self._held += text
         found = self._first_match()
         if found is not None:
-            return FilteredText(
-                self._held[: found.end if self._include_stop else found.start], True
-            )
+            shown = self._held[: found.end if self._include_stop else found.start]
+            return FilteredText(shown, found.stop)
         kept = len(self._held) - self._num_held_back()
         passed, self._held = self._held[:kept], self._held[kept:]
-        return FilteredText(passed, False)
+        return FilteredText(passed, None)
 
     def flush(self) -> str:
         """Call at the end of the text: returns what was held back, which is no stop string."""
@@ -48,7 +48,7 @@ class StopStrings:
     def _first_match(self) -> _Match | None:
         """The stop string that ends first."""
         matches = [
-            _Match(start + len(stop), start)
+            _Match(start + len(stop), start, stop)
             for stop in self._stops
             if (start := self._held.find(stop)) >= 0
         ]

@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
     text: str
     num_ids: int
-    stopped: bool
+    stop: str | None  # the stop string that ended it
 
 
 class TextStream:
@@ -44,27 +44,27 @@ class TextStream:
         return self._detokenizer.feed(prompt)
 
     def feed(self, ids: Sequence[int], finish: FinishReason | None = None) -> Piece:
-        """Pass `finish` with the last ids. Do not call it again after `stopped` or `finish`."""
+        """Pass `finish` with the last ids. Do not call it again after a `stop` or `finish`."""
         # The rank sends the stop token as an id, but it is not part of the text.
         text_ids = ids[:-1] if finish is FinishReason.STOP and not self._shows_stop else ids
         if not self._has_stops:
             text = self._detokenizer.feed(text_ids)
-            return Piece(text + self._detokenizer.flush() if finish else text, len(ids), False)
+            return Piece(text + self._detokenizer.flush() if finish else text, len(ids), None)
         text = ""
         for num_ids, token in enumerate(text_ids, start=1):
-            passed, stopped = self._feed_one(token)
+            passed, stop = self._feed_one(token)
             text += passed
-            if stopped:
-                return Piece(text, num_ids, True)
+            if stop is not None:
+                return Piece(text, num_ids, stop)
         if finish:
-            passed, stopped = self._stops.feed(self._detokenizer.flush())
-            text += passed if stopped else passed + self._stops.flush()
-            return Piece(text, len(ids), stopped)
-        return Piece(text, len(ids), False)
+            passed, stop = self._stops.feed(self._detokenizer.flush())
+            text += passed if stop is not None else passed + self._stops.flush()
+            return Piece(text, len(ids), stop)
+        return Piece(text, len(ids), None)
 
-    def _feed_one(self, token: int) -> tuple[str, bool]:
+    def _feed_one(self, token: int) -> tuple[str, str | None]:
         text = self._detokenizer.feed((token,))
         if self._num_unchecked_left > 0:
             self._num_unchecked_left -= 1
-            return text, False
+            return text, None
         return self._stops.feed(text)

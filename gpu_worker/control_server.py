@@ -21,6 +21,7 @@ from shared.handshake import Access, Caller, admit
 from shared.types import Epoch, Member, Role, SessionId, Step
 from shared.wire import (
     FRAME_BYTES_MAX,
+    AnnouncedOperation,
     Cancel,
     DropKvReplicas,
     GraphBarrierUpdate,
@@ -97,7 +98,7 @@ class KvReplicaHost(Protocol):
 class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
-    is registered or in the newest map: no other gets anything."""
+    is registered or in the newest map: no other gets anything. `announced` is told in each Pong."""
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class ControlServer:
         knows: Callable[[Member], bool],
         engine: EngineClient,
         endpoint: DataEndpoint,
+        announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         replication: KvReplicaHost | None = None,
     ) -> None:
         self._member = member
@@ -114,9 +116,11 @@ class ControlServer:
         self._knows = knows
         self._engine = engine
         self._endpoint = endpoint
+        self._announced = announced
         self._replication = replication
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
+        self._control_planes: set[Origin] = set()  # among these
         self._strangers: dict[Origin, asyncio.StreamWriter] = {}  # oldest first
         self._server: asyncio.Server | None = None
         self._closed = False
@@ -148,6 +152,14 @@ class ControlServer:
                 log.error("gateway_too_slow", origin=origin)
                 writer.transport.abort()
 
+    def send_announcements(self) -> None:
+        """Tells the control planes what is announced now."""
+        if not self._control_planes:
+            return
+        pong = encode(self._engine.pong(Ping(nonce=0), self._announced()))
+        for origin in self._control_planes:
+            self._writers[origin].write(pong)
+
     def _tokens(
         self, sessions: tuple[SessionTokens, ...], epoch: Epoch, step: Step, load: Load
     ) -> bytes:
@@ -176,6 +188,7 @@ class ControlServer:
         except ConnectionError:
             pass
         finally:
+            self._control_planes.discard(origin)
             if self._writers.pop(origin, None) is not None:
                 self._engine.drop_origin(origin)
             writer.close()
@@ -200,6 +213,8 @@ class ControlServer:
             self._strangers.pop(origin, None)
         self._writers[origin] = writer
         writer.write(encode(welcome))
+        if caller.role is Role.CONTROL_PLANE:
+            self._control_planes.add(origin)
         return caller
 
     def _log_refusal(self, detail: str) -> None:
@@ -250,7 +265,7 @@ class ControlServer:
             case GraphBarrierUpdate():
                 self._engine.on_graph_update(message)
             case Ping():
-                return self._engine.pong(message)
+                return self._engine.pong(message, self._announced())
             case OpenRegion():
                 return self._open_region(message)
             case StatusQuery():

@@ -20,11 +20,13 @@ from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.step_runner import MakeRunner
+from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint
 from gpu_worker.membership.membership_driver import MembershipDriver, SlotLoader
 from gpu_worker.membership.rank_membership import RankMembership
 from shared.clock import Clock
-from shared.exit_codes import EXIT_FENCED
+from shared.errors import DeviceLost
+from shared.exit_codes import EXIT_DEVICE_LOST, EXIT_FENCED
 from shared.expert_map import Placement
 from shared.handshake import Access
 from shared.keys import Keys
@@ -71,6 +73,11 @@ class Hardware:
     """Makes what the process's next incarnation computes with: the same weights, but no link to a
     peer and no region of this incarnation. May block. Not while the engine or a load still runs.
     None: the process must end."""
+    end_waits: Callable[[], None] = lambda: None
+    """This incarnation is over: what its engine may wait for on the device ends. Raises
+    DeviceLost."""
+    check_device: Callable[[], None] = lambda: None
+    """Raises DeviceLost if this process can compute on its device no more. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,17 +106,21 @@ class Rank:
         config, hardware, replication = parts.config, parts.hardware, parts.replication
         replicas = None if replication is None else replication.endpoint
         self._config = config
+        self._check_device = hardware.check_device
+        self._end_waits = hardware.end_waits
         self._replicas = replicas
         self._tasks = asyncio.TaskGroup()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._engine_ended: asyncio.Future[None] | None = None
         self._engine = _make_engine_client(parts, self._engine_callbacks())
+        announcements = Announcements(parts.clock, lambda: self._server.send_announcements())
         self._server = ControlServer(
             member=parts.member,
             access=parts.access,
             knows=lambda member: self._membership.knows(member),
             engine=self._engine,
             endpoint=hardware.endpoint,
+            announced=announcements.current,
             replication=replicas,
         )
         self._leased = LeasedKeys(
@@ -127,6 +138,7 @@ class Rank:
             loader=hardware.loader,
             endpoint=hardware.endpoint,
             engine=self._engine,
+            announcements=announcements,
             replication=replicas,
             leave=self._leave,
             tasks=self._tasks,
@@ -143,8 +155,8 @@ class Rank:
             self._ended.set_result(exit_code)
 
     async def run(self) -> int:
-        """The exit code: 0 after `stop`, EXIT_FENCED after a verdict. Raises what the engine
-        raised."""
+        """The exit code: 0 after `stop`, EXIT_FENCED after a verdict, EXIT_DEVICE_LOST if the
+        process can use its device no more. Raises what else the engine raised."""
         try:
             async with self._tasks:
                 port = await self._server.start(
@@ -157,12 +169,15 @@ class Rank:
                 either: list[asyncio.Future[Any]] = [engine, self._ended]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if engine.done():
-                    engine.result()  # raises what it raised
+                    await self._raise_engine_error(engine)
                     self.stop(EXIT_FENCED)
                 self._engine.stop()
                 raise _Ended
         except* _Ended:
             pass
+        except* DeviceLost as lost:
+            log.error("device_lost", detail=str(lost.exceptions[0]))
+            self.stop(EXIT_DEVICE_LOST)
         finally:
             self._engine.stop()
             await self._server.close()
@@ -170,10 +185,17 @@ class Rank:
 
     async def wait_for_threads(self) -> None:
         """After `run`. Returns once neither the engine nor a load touches the hardware any more.
-        Raises what the engine raised."""
+        Raises what the engine raised, DeviceLost."""
+        await asyncio.to_thread(self._end_waits)
         await self._membership.wait_for_load()
         if self._engine_ended is not None:
             await self._engine_ended
+
+    async def _raise_engine_error(self, engine: asyncio.Future[None]) -> None:
+        """Raises what the engine raised, if anything; DeviceLost if that is the cause."""
+        if engine.exception() is not None:
+            await asyncio.to_thread(self._check_device)
+        engine.result()
 
     def _engine_callbacks(self) -> EngineCallbacks:
         """The server and the membership are looked up at each call: they use the engine, so they

@@ -12,8 +12,8 @@ from dataclasses import replace
 import structlog
 
 from gpu_worker.rank import Rank, RankParts
-from shared.errors import StarfishError, StoreError
-from shared.exit_codes import EXIT_FENCED
+from shared.errors import DeviceLost, StarfishError, StoreError
+from shared.exit_codes import EXIT_DEVICE_LOST, EXIT_FENCED
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.types import Member
@@ -49,18 +49,25 @@ class RejoiningRank:
         self._rank.stop()
 
     async def run(self) -> int:
-        """0 after `stop`, EXIT_FENCED if a fenced rank could not come back in this process. Raises
-        what the engine raised. All leases are revoked, so that nobody waits for this rank."""
+        """0 after `stop`, EXIT_FENCED if a fenced rank could not come back in this process,
+        EXIT_DEVICE_LOST if none can. Raises what else the engine raised. All leases are revoked, so
+        that nobody waits for this rank."""
         while True:
             try:
                 exit_code = await self._rank.run()
             finally:
                 await self._revoke(self._rank.lease_id)
-            if exit_code != EXIT_FENCED or self._stopped or not await self._try_rejoin():
+            if exit_code != EXIT_FENCED or self._stopped:
                 return exit_code
+            try:
+                if not await self._try_rejoin():
+                    return exit_code
+            except DeviceLost as error:
+                log.error("device_lost", detail=str(error))
+                return EXIT_DEVICE_LOST
 
     async def _try_rejoin(self) -> bool:
-        """Whether there is a next incarnation to run."""
+        """Whether there is a next incarnation to run. Raises DeviceLost."""
         if self._parts.hardware.renew is None:
             return False
         now = self._parts.clock.now()
@@ -75,6 +82,8 @@ class RejoiningRank:
                 # A thread that still runs may write to the slots, or to a peer's region.
                 await self._rank.wait_for_threads()
                 self._parts = await self._next_parts()
+        except DeviceLost:
+            raise
         except (TimeoutError, StarfishError, OSError, MemoryError) as error:
             log.warning("rejoin_failed", detail=str(error) or type(error).__name__)
             return False
@@ -86,11 +95,15 @@ class RejoiningRank:
         return True
 
     async def _next_parts(self) -> RankParts:
-        """Raises StoreError, OSError, MemoryError."""
+        """Raises StoreError, OSError, MemoryError, DeviceLost."""
         parts, config = self._parts, self._parts.config
         assert parts.hardware.renew is not None, "checked before"
         member, lease_id = await allocate_incarnation(
-            parts.store, Keys(config.instance), parts.member.rank, config.timings.lease_ttl_s
+            parts.store,
+            Keys(config.instance),
+            parts.member.rank,
+            config.timings.lease_ttl_s,
+            above=parts.member.incarnation,
         )
         hardware = await asyncio.to_thread(parts.hardware.renew, member)
         replication = parts.replication

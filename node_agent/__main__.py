@@ -23,7 +23,7 @@ from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
 from node_agent.restart_policy import RestartPolicy
 from node_agent.view_reporter import ViewReporter
-from shared.clock import SystemClock
+from shared.clock import Clock, SystemClock
 from shared.config import add_flags, load_config
 from shared.confinement import confined_environment, require_internal
 from shared.errors import ConfigError, StarfishError
@@ -128,16 +128,17 @@ def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
     return share_cpus(sorted(os.sched_getaffinity(0)), parse_ranks(config.ranks))
 
 
-def fork_client_of(setup: RankSetup) -> ForkClient | None:
+def fork_client_of(setup: RankSetup, clock: Clock) -> ForkClient | None:
     if not setup.fork_server:
         return None
     return ForkClient(
+        clock=clock,
         command=ForkServerCommand(
             program=setup.fork_server,
             flags=setup.command.common_flags,
             environment=setup.environment,
             pass_fds=setup.command.shared_fds,
-        )
+        ),
     )
 
 
@@ -163,7 +164,7 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
         ),
         setup=setup,
         clock=clock,
-        fork_client=fork_client_of(setup),
+        fork_client=fork_client_of(setup, clock),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, driver.stop)

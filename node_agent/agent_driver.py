@@ -98,8 +98,10 @@ class AgentDriver:
             exit_poller = self._tasks.create_task(self._poll_for_exits())
             view_reports = self._tasks.create_task(self.view_reporter.run())
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._on_child_changed)
+            fork_server_keepers = []
             if self.fork_client is not None:
                 self.fork_client.start()
+                fork_server_keepers = [self._tasks.create_task(self.fork_client.keep_ready())]
             while not self.supervisor.all_stopped:
                 self._perform(self.supervisor.take_due(self.clock.now()))
                 await self._wait()
@@ -114,6 +116,7 @@ class AgentDriver:
                 *record_watchers,
                 exit_poller,
                 view_reports,
+                *fork_server_keepers,
                 *self._revocations,
             ):
                 task.cancel()
@@ -254,7 +257,11 @@ class AgentDriver:
         lease_id = 0
         try:
             member, lease_id = await allocate_incarnation(
-                self.store, self.keys, rank, self.setup.lease_ttl_s
+                self.store,
+                self.keys,
+                rank,
+                self.setup.lease_ttl_s,
+                above=self.supervisor.last_incarnation(rank),
             )
             process = await self._start(member, lease_id)
         except (StoreError, OSError) as error:

@@ -1,4 +1,5 @@
-"""The agent's side of a fork server: starts one, asks it for processes, replaces it if it died."""
+"""The agent's side of a fork server: starts one, asks it for processes, replaces it when it
+exits."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import structlog
 
+from node_agent.restart_policy import RestartPolicy
+from shared.clock import Clock
 from shared.codec import pack, unpack
 from shared.errors import WireError
 from shared.fork_server import (
@@ -33,6 +37,7 @@ log = structlog.get_logger()
 _PREPARE_TIMEOUT_S = 300.0  # if there are kernels to compile
 _FORK_TIMEOUT_S = 10.0
 _FAILURES_MAX = 3
+_RESTARTS = RestartPolicy(delay_s_max=60.0)  # each attempt costs seconds of a CPU
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -52,9 +57,11 @@ class ForkServerCommand:
 
 @dataclass(slots=True, kw_only=True)
 class ForkClient:
-    """One request at a time. Call `start` once on the event loop, `close` at the end."""
+    """One request at a time. Call `start` once on the event loop, then run `keep_ready`; call
+    `close` at the end."""
 
     command: ForkServerCommand
+    clock: Clock
     _server: subprocess.Popen[bytes] | None = None
     _channel: socket.socket | None = None
     _is_ready: bool = False
@@ -95,6 +102,38 @@ class ForkClient:
             raise ForkUnavailable(reply.error)
         self._failures = 0
         return reply.pid
+
+    async def keep_ready(self) -> None:
+        """Prepares another server as soon as one has exited, long before a rank may need it.
+        Returns after `close`."""
+        failures = 0
+        while not self._is_closed:
+            started_at = self.clock.now()
+            await self._until_exited()
+            lived_s = self.clock.now() - started_at
+            failures = _RESTARTS.failures_after(failures, uptime_s=lived_s, exit_code=None)
+            wait_s = _RESTARTS.delay_s(failures, exit_code=None, jitter=random.random())
+            await asyncio.sleep(wait_s)
+            async with self._lock:
+                self._failures = min(self._failures, _FAILURES_MAX - 1)
+                with contextlib.suppress(ForkUnavailable):
+                    await self._make_ready()
+
+    async def _until_exited(self) -> None:
+        """At once if there is no server."""
+        if self._server is None:
+            return
+        try:
+            pidfd = os.pidfd_open(self._server.pid)
+        except OSError:
+            return
+        exited, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(pidfd, exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     def close(self) -> None:
         """Ends a server that is not in the middle of a request; it also ends when this process

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from node_agent.restart_policy import RestartPolicy
-from shared.types import Member, RankId
+from shared.types import Incarnation, Member, RankId
 
 
 class RankPhase(Enum):
@@ -131,6 +131,7 @@ class _SupervisedRank:
     due_at: float
     phase: RankPhase = RankPhase.WAITING
     running_rank: RunningRank | None = None
+    last_incarnation: Incarnation = Incarnation(0)
     running_since: float = 0.0
     kill_at: float | None = None
     failures: int = 0
@@ -166,6 +167,10 @@ class RankSupervisor:
 
     def phase_of(self, rank: RankId) -> RankPhase:
         return self._ranks[rank].phase
+
+    def last_incarnation(self, rank: RankId) -> Incarnation:
+        """The highest that a process of ours has had; 0 before the first."""
+        return self._ranks[rank].last_incarnation
 
     def running(self) -> list[RunningRank]:
         return [rank.running_rank for rank in self._ranks.values() if rank.running_rank is not None]
@@ -223,6 +228,7 @@ class RankSupervisor:
         if registered.member.incarnation < known.member.incarnation:
             return []
         rank.running_rank = registered
+        rank.last_incarnation = registered.member.incarnation
         if registered.member != known.member:
             rank.kill_at = None
         if rank.phase in _LEASE_REVOKED:
@@ -273,6 +279,7 @@ class RankSupervisor:
         rank = self._ranks[running_rank.member.rank]
         self._move(rank, event)
         rank.running_rank, rank.running_since = running_rank, now
+        rank.last_incarnation = running_rank.member.incarnation
         return [Terminate(running_rank=running_rank)] if rank.phase is RankPhase.STOPPING else []
 
     def _wait(

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 
 import structlog
 
@@ -28,6 +29,8 @@ log = structlog.get_logger()
 
 FIRST_SAMPLE_S = 0.01
 SAMPLE_S = 0.05
+STOPPED_REPEAT_S = 0.2
+"""A verdict on a stopped process is only written if no view has come meanwhile."""
 SUSPECTED_FOR_S = 3.0
 """A suspicion is looked into for this long. Whoever still suspects says so again."""
 GAP_TICK_S = 0.02
@@ -59,6 +62,7 @@ class _Watched:
     running_rank: RunningRank
     until: float
     sample: ProcessSample | None = None
+    stopped_told_at: float = -inf
 
 
 class ViewReporter:
@@ -99,7 +103,8 @@ class ViewReporter:
             log.warning("rank_paused", member=str(running_rank.member), pid=running_rank.pid)
         else:
             log.info("rank_resumed", member=str(running_rank.member), pid=running_rank.pid)
-        self._put(running_rank.member, state)
+        # A resumed process may be about to be judged.
+        self._put(running_rank.member, state, before_others=not stopped)
 
     def forget(self, member: Member) -> None:
         """Its process is gone."""
@@ -143,16 +148,25 @@ class ViewReporter:
             watched.sample = self._sample(watched.running_rank.pid)
         except OSError:
             return  # it is gone: the exit report says so
-        if before is not None:
-            self._put(watched.running_rank.member, classify(before, watched.sample))
+        if before is None:
+            return
+        state, now = classify(before, watched.sample), self._clock.now()
+        if state is ProcessState.STOPPED:
+            if now - watched.stopped_told_at < STOPPED_REPEAT_S:
+                return
+            watched.stopped_told_at = now
+        self._put(watched.running_rank.member, state)
 
-    def _put(self, member: Member, state: ProcessState) -> None:
+    def _put(self, member: Member, state: ProcessState, *, before_others: bool = False) -> None:
         now = self._clock.now()
         view = ProcessView(
             rank=member.rank,
             incarnation=member.incarnation,
             state=state,
-            taken_at=now,
             host_gap_ms=round(self._gaps.longest_ms(now), 1),
         )
-        self._leased.put(self._keys.view(member.rank, member.incarnation), pack_record(view))
+        self._leased.put(
+            self._keys.view(member.rank, member.incarnation),
+            pack_record(view),
+            before_others=before_others,
+        )

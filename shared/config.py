@@ -29,6 +29,11 @@ LONGEST_LEARNT_SILENCE_MS = 3000.0
 """The longest silence before a verdict if the window is learnt (`control_plane/silence.py`)."""
 
 
+LONGEST_ANNOUNCED_S = 4.0
+"""An operation that a rank announces excuses a silence of this length at most. It is shorter than
+a lease lasts by default."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """Waits that depend on each other: exchange deadline < suspicion window < lease TTL. A window

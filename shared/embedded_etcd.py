@@ -6,17 +6,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 import socket
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from shared.clock import Clock, SystemClock
-from shared.errors import ConfigError, StoreUnavailable
+from shared.errors import ConfigError, StoreError, StoreUnavailable
 from shared.etcd_admin import EtcdAdmin
 from shared.etcd_certificates import SERVER, CertificateAuthority
+from shared.etcd_data import is_damaged, set_aside
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import ROOT, EtcdService, accounts, user_of
 from shared.etcd_store import EtcdStore
@@ -40,21 +43,25 @@ class EmbeddedEtcd:
         clock: Clock | None = None,
         token_ttl_s: int = 300,
         on_spawned: Callable[[], Awaitable[None]] | None = None,
+        on_damaged: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`token_ttl_s` is for users with passwords, of which there are none unless somebody makes
         them. `on_spawned` is awaited as soon as there is a process, long before it serves: whoever
-        must end it if this process dies can learn its pid then."""
+        must end it if this process dies can learn its pid then. `on_damaged` gets a sentence when
+        data from which etcd cannot start were set aside, so that it starts without them."""
         self._data_dir = data_dir
         self._token_ttl_s = token_ttl_s
         self._authority: CertificateAuthority | None = None
         self._root: EtcdOptions | None = None
         self._instances: dict[Keys, None] = {}
         self._on_spawned = on_spawned
+        self._on_damaged = on_damaged
         self._clock = clock or SystemClock()
         self._client_port = 0
         self._peer_port = 0
         self._process: asyncio.subprocess.Process | None = None
         self._has_served = False
+        self._log_start = 0  # of the present process, in bytes
 
     @property
     def endpoint(self) -> str:
@@ -109,6 +116,10 @@ class EmbeddedEtcd:
     def log_path(self) -> Path:
         return self._data_dir / "etcd.log"
 
+    @property
+    def _data(self) -> Path:
+        return self._data_dir / "data"
+
     async def start(
         self, *, timeout_s: float = 15.0, on_progress: Callable[[str], None] = lambda _: None
     ) -> None:
@@ -117,6 +128,7 @@ class EmbeddedEtcd:
         self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._make_certificates()
         on_progress("starting etcd")
+        num_damaged = 0
         for attempt in range(_START_ATTEMPTS):
             # Another process may take a port before etcd binds it: then choose again.
             if not self._client_port:
@@ -126,7 +138,13 @@ class EmbeddedEtcd:
                 await self._wait_until_healthy(timeout_s, on_progress)
                 await self._set_up(self._instances)
             except StoreUnavailable as error:
+                has_exited = self._has_exited
                 await self.stop()
+                if self._has_served and has_exited and self._is_damaged():
+                    num_damaged += 1
+                    if num_damaged > 1:  # it said so twice
+                        self._set_data_aside(str(error))
+                    continue
                 is_taken = "address already in use" in str(error)
                 if self._has_served or not is_taken or attempt == _START_ATTEMPTS - 1:
                     raise
@@ -135,6 +153,8 @@ class EmbeddedEtcd:
                 self._has_served = True
                 on_progress(f"etcd serves at {self.endpoint}")
                 return
+
+        raise StoreUnavailable(f"etcd does not start; see {self.log_path}")
 
     async def wait(self) -> int:
         """Waits until the present process has ended, and returns its exit code."""
@@ -157,6 +177,12 @@ class EmbeddedEtcd:
             self._process.send_signal(signal.SIGKILL)
             await self._process.wait()
 
+    def kill_now(self) -> None:
+        """SIGKILL, without waiting for its end. It does not start again."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     def _make_certificates(self) -> None:
         """At the first start."""
         if self._authority is not None:
@@ -169,16 +195,23 @@ class EmbeddedEtcd:
         )
 
     async def _set_up(self, instances: Iterable[Keys]) -> None:
-        """etcd may have started with an empty data directory, and then knows nobody."""
+        """etcd may have started with an empty data directory, and then knows nobody. Raises
+        StoreUnavailable."""
         admin = EtcdAdmin(self.root)
         try:
             for keys in instances:
                 await admin.set_up(accounts(keys), {})
             await admin.enable()
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            raise StoreUnavailable(f"etcd does not take its users: {error}") from error
         finally:
             admin.close()
 
     async def _spawn(self) -> None:
+        with contextlib.suppress(OSError):
+            self._log_start = self.log_path.stat().st_size
         with open_log(self.log_path) as log:
             self._process = await asyncio.create_subprocess_exec(
                 str(binary()),
@@ -206,10 +239,12 @@ class EmbeddedEtcd:
             # Passwords, which nobody uses here, are random and long: to hash them slowly adds
             # nothing.
             *("--bcrypt-cost", "4", "--auth-token-ttl", str(self._token_ttl_s)),
-            *("--name", "embedded", "--data-dir", str(self._data_dir / "data")),
+            *("--name", "embedded", "--data-dir", str(self._data)),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"embedded={peer}"),
+            # Only used if there are no data: then it is another cluster, and watchers see that.
+            *("--initial-cluster-token", uuid.uuid4().hex),
             # Leases shorter than the election timeout are lengthened: allow 1 s.
             *("--heartbeat-interval", "50", "--election-timeout", "250"),
             *("--auto-compaction-mode", "revision"),
@@ -228,7 +263,7 @@ class EmbeddedEtcd:
         store = EtcdStore(self.root, timeout_s=1.0)
         try:
             while True:
-                if self._process is None or self._process.returncode is not None:
+                if self._has_exited:
                     raise StoreUnavailable(f"etcd exited at start: {self._last_log_error()}")
                 with contextlib.suppress(StoreUnavailable):
                     await store.check()
@@ -242,17 +277,42 @@ class EmbeddedEtcd:
         finally:
             await store.close()
 
-    def _last_log_error(self) -> str:
+    @property
+    def _has_exited(self) -> bool:
+        return self._process is None or self._process.returncode is not None
+
+    def _is_damaged(self) -> bool:
+        free_bytes = shutil.disk_usage(self._data_dir).free
+        return is_damaged("\n".join(self._log_lines()), free_bytes)
+
+    def _set_data_aside(self, why: str) -> None:
         try:
-            lines = self.log_path.read_text(errors="replace").splitlines()
+            aside = set_aside(self._data)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"etcd's data in {self._data} are damaged and cannot be set aside "
+                f"({error.strerror}): {why}"
+            ) from error
+        self._on_damaged(f"etcd's data are damaged ({why}); they lie in {aside} now")
+
+    def _log_lines(self) -> list[str]:
+        """What the present process has written."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._log_start)
+                return log.read().decode(errors="replace").splitlines()
         except OSError:
-            lines = []
+            return []
+
+    def _last_log_error(self) -> str:
+        lines = self._log_lines()
         for line in reversed(lines):
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if entry.get("level") in ("fatal", "panic", "error"):
                     return str(entry.get("error") or entry.get("msg"))
-        return lines[-1] if lines else "without a message"
+        panics = [line for line in lines if line.startswith(("panic: ", "fatal error: "))]
+        return [*lines, *panics][-1] if lines else "without a message"
 
 
 @contextlib.asynccontextmanager

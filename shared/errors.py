@@ -14,7 +14,8 @@
     ├── GrammarError           a grammar is malformed, or does not allow what was generated
     ├── WireError              a frame or message is malformed, or its sender may not send it
     │   └── AddressReused      somebody else listens at a rank's address: the rank does not
-    └── StepAbandoned          a lockstep step will not complete in this epoch
+    ├── StepAbandoned          a lockstep step will not complete in this epoch
+    └── DeviceLost             this process can use its accelerator no more
 
 `definitely_not_done` is true if the operation surely had no effect. Only then is a blind retry
 safe. A timeout never says so.
@@ -95,4 +96,8 @@ class AddressReused(WireError):
 
 
 class StepAbandoned(StarfishError):
+    pass
+
+
+class DeviceLost(StarfishError):
     pass

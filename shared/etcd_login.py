@@ -3,7 +3,8 @@ etcd does not know it any more. A process with a certificate, or without a user,
 
 etcd forgets a simple token 5 minutes after its last use (`--auth-token-ttl`), at its restart, and
 when the password changes; a JWT ends after its own time and with any change of users and roles. A
-token that ends sooner than it is renewed teaches this class to renew earlier.
+token that ends sooner than it is renewed teaches this class to renew earlier. That may have been a
+restart, so with each renewal in time it waits a little longer again.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import grpc
 from shared.clock import Clock
 
 RENEW_AFTER_S = 150.0
-RENEW_AFTER_MIN_S = 2.0
+RENEW_AFTER_MIN_S = 10.0
+_PATIENCE_GROWS = 1.1
 _RETRY_S = 1.0
 _NOT_ENABLED = "authentication is not enabled"
 _LAPSED = (
     "invalid auth token",
     "revision in header is old",
     "revision of auth store is old",
+    "user name is empty",  # authentication was turned on after we had asked
 )
 Metadata = tuple[tuple[str, str], ...]
 
@@ -63,6 +66,11 @@ class EtcdLogin:
     @property
     def token(self) -> str | None:
         return self._token
+
+    @property
+    def renew_after_s(self) -> float:
+        """The age at which a token is renewed, if etcd does not forget it before."""
+        return self._renew_after_s
 
     @property
     def metadata(self) -> Metadata:
@@ -106,6 +114,7 @@ class EtcdLogin:
             try:
                 with self._lock:
                     self._fetch()
+                    self._renew_after_s = min(self._renew_after_s * _PATIENCE_GROWS, RENEW_AFTER_S)
                 wait_s = self._renew_after_s
             except (grpc.RpcError, ValueError):  # the calls that need it say so
                 wait_s = _RETRY_S

@@ -159,7 +159,8 @@ class EtcdWatch:
             if response.compact_revision:
                 position.on_compacted()
                 return
-            if response.created and not position.on_created(response.header.revision):
+            header = response.header
+            if response.created and not position.on_created(header.revision, header.cluster_id):
                 return
             if response.canceled:
                 self._on_refusal(response.cancel_reason)

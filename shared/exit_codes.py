@@ -6,3 +6,7 @@ EXIT_FENCED = 75
 """A rank exits with this code if it was fenced, by a verdict or a map without it, and cannot go on
 as a new incarnation of its process. That is no fault of its own, so the node agent restarts it at
 once."""
+
+EXIT_DEVICE_LOST = 74
+"""A rank exits with this code if its process can use its accelerator no more, as after the failure
+of a process that shares a context with it. Only another process can."""

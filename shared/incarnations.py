@@ -14,15 +14,19 @@ from shared.types import Incarnation, Member, RankId
 log = structlog.get_logger()
 
 _CONFLICTS_MAX = 10
+_NONE = Incarnation(0)
 
 
-async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnation:
-    """Increments the rank's counter in etcd, so that no number is given twice. Raises
-    StoreUnavailable, and TxnConflict if others incremented it at every attempt."""
+async def next_incarnation(
+    store: Store, keys: Keys, rank: RankId, above: Incarnation = _NONE
+) -> Incarnation:
+    """Increments the rank's counter in etcd, so that no number is given twice, not even after etcd
+    has lost its data: then the number is higher than `above`, the highest that the caller knows.
+    Raises StoreUnavailable, and TxnConflict if others incremented it at every attempt."""
     key = keys.incarnation_counter(rank)
     for attempt in range(_CONFLICTS_MAX):
         known = await store.get(key)
-        number = 1 if known is None else int(known.value) + 1
+        number = 1 + max(above, 0 if known is None else int(known.value))
         revision = 0 if known is None else known.mod_revision
         with contextlib.suppress(TxnConflict):
             await store.txn(
@@ -35,9 +39,13 @@ async def next_incarnation(store: Store, keys: Keys, rank: RankId) -> Incarnatio
 
 
 async def allocate_incarnation(
-    store: Store, keys: Keys, rank: RankId, lease_ttl_s: float
+    store: Store,
+    keys: Keys,
+    rank: RankId,
+    lease_ttl_s: float,
+    above: Incarnation = _NONE,
 ) -> tuple[Member, int]:
     """The member to start, and the id of its lease, which the caller keeps alive. Raises
     StoreError."""
-    incarnation = await next_incarnation(store, keys, rank)
+    incarnation = await next_incarnation(store, keys, rank, above)
     return Member(rank=rank, incarnation=incarnation), await store.grant_lease(lease_ttl_s)

@@ -41,11 +41,16 @@ class LeasedKeys:
         """The newest lease, which may be lost; 0 before the first."""
         return self._lease_id
 
-    def put(self, key: str, value: bytes, *, urgent: bool = True) -> None:
+    def put(
+        self, key: str, value: bytes, *, urgent: bool = True, before_others: bool = False
+    ) -> None:
         """A value that is not urgent is written DEFERRED_WRITE_S later: at a death all ranks write
-        at once, and the survivors' next step needs the same CPUs."""
+        at once, and the survivors' next step needs the same CPUs. One that comes `before_others`
+        waits for the write under way alone."""
         self._values[key] = value
         self._mark(key, urgent)
+        if before_others:
+            self._dirty = {key: None, **self._dirty}
 
     def delete(self, key: str, *, urgent: bool = True) -> None:
         """Deletes a key that was put here, and ignores any other."""

@@ -112,6 +112,10 @@ class PrivateFolder:
         except OSError as error:
             raise ConfigError(f"cannot create {path}: {error.strerror}") from error
 
+    @property
+    def fd(self) -> int:
+        return self._fd
+
     def open_file(self, name: str) -> int:
         """A descriptor for reading and writing. Raises OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -43,7 +43,9 @@ class InstanceSpec:
 class ExchangeHandles:
     """What a peer must know to write into a CUDA rank's exchange buffer: RDMA keys and queue pairs
     if the host has an RDMA adapter, and the CUDA IPC handle for ranks of the same host. The
-    buffer's layout follows from `step_tokens_max`, which all ranks of an instance must share."""
+    buffer's layout follows from `step_tokens_max`, which all ranks of an instance must share.
+    `buffer_id` is of this buffer alone: two incarnations that tell the same one share its memory,
+    one after the other, so that it need not be mapped anew."""
 
     host: str
     address: int
@@ -54,6 +56,7 @@ class ExchangeHandles:
     local_ids: tuple[int, ...]
     ipc_handle: tuple[int, ...]
     step_tokens_max: int
+    buffer_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +158,6 @@ class ProcessView:
     rank: RankId
     incarnation: Incarnation
     state: ProcessState
-    taken_at: float  # the agent's `Clock.now()`
     host_gap_ms: float = 0.0
 
     @property

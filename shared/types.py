@@ -218,6 +218,13 @@ class DeviceKind(Enum):
     CUDA = "cuda"
 
 
+class Operation(Enum):
+    """What a rank announces before it begins it: it may keep the rank from answering."""
+
+    LOAD = "load"  # experts into slots
+    MAP = "map"  # a peer's memory into this process, and that of its predecessor out of it
+
+
 class ProcessState(Enum):
     """What the kernel says of a rank's process. STARVED: it would run, but gets no CPU."""
 

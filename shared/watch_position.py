@@ -22,6 +22,7 @@ class WatchPosition:
 
     def __init__(self) -> None:
         self._revision: int | None = None
+        self._cluster_id: int | None = None
         self._has_forgotten = False
 
     @property
@@ -35,10 +36,13 @@ class WatchPosition:
         self._revision = snapshot.revision
         return replace(snapshot, restored=True) if restored else snapshot
 
-    def on_created(self, etcd_revision: int) -> bool:
+    def on_created(self, etcd_revision: int, cluster_id: int) -> bool:
         """A stream was accepted by an etcd at this revision. False if etcd came back with older
-        data than it had told: it lost its data, or they were replaced."""
-        if self._revision is not None and etcd_revision < self._revision:
+        data than it had told: it lost its data, or they were replaced. An etcd that began without
+        data is another cluster, and may be far beyond our revision again."""
+        is_another = self._cluster_id not in (None, cluster_id)
+        self._cluster_id = cluster_id
+        if self._revision is not None and (is_another or etcd_revision < self._revision):
             self._revision, self._has_forgotten = None, True
         return self._revision is not None
 

@@ -21,6 +21,7 @@ from shared.types import (
     FinishReason,
     Incarnation,
     Member,
+    Operation,
     RankId,
     Role,
     SamplingParams,
@@ -184,12 +185,22 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnnouncedOperation:
+    """It has begun or is about to, and ends `at_most_ms` from now."""
+
+    operation: Operation
+    at_most_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """The answer to a Ping shows that the rank's event loop runs. `engine_age_ms` shows whether its
     engine thread does: it is the time since that thread last passed a heartbeat point, which it
     does while it waits for peers as well. `waiting_for` names the peers that it waits for now.
     `out_of_step` is the map under which a CUDA graph of it has ended without a member that may
-    live, so that it can go on only as a joiner; 0 if there is none."""
+    live, so that it can go on only as a joiner; 0 if there is none. `announced` is what may keep
+    the rank from answering from now on: when that changes, control planes get a Pong with nonce 0
+    unasked."""
 
     nonce: int
     rank: RankId
@@ -200,6 +211,7 @@ class Pong:
     waiting_for: tuple[RankId, ...]
     load: Load
     out_of_step: Epoch = Epoch(0)
+    announced: tuple[AnnouncedOperation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "api": {"*", "parsers"},
         "service": {"*", "api"},
         "__main__": {"*", "service"},
+        "standby": {"__main__"},
     },
     "cli": {
         "*": set(),

@@ -45,7 +45,7 @@ async def temporary_instance(
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "cli", "up", "--no-demo", "--run-dir", str(run_dir)),
-                *("--instance", "bench", "--port", str(_free_port())),
+                *("--instance", f"bench-{os.getpid()}", "--port", str(_free_port())),
                 *("--timeout-s", str(start_timeout_s), *flags),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -72,9 +72,9 @@ async def temporary_instance(
 async def temporary_instance_with_progress(
     options: TemporaryInstanceOptions, console: Console, title: str
 ) -> AsyncIterator[Target]:
-    """Shows on the console how far the start is. The instance's name in etcd says its kind, so that
-    two kinds can run at the same time. Raises Unavailable if the instance does not start."""
-    name = "bench-static" if options.static else "bench"
+    """Shows on the console how far the start is. The instance's name says its kind and who started
+    it, so that several can run at the same time. Raises Unavailable if it does not start."""
+    name = f"bench-{'static-' if options.static else ''}{os.getpid()}"
     async with contextlib.AsyncExitStack() as stack:
         with Stage(console, title) as stage:
             target = await stack.enter_async_context(

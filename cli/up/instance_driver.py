@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from cli.up.leader_lease import revoke_leader_lease
 from cli.up.leftovers import kill_leftovers
 from cli.up.model import check_model, seeded_model, shipped_model
 from cli.up.mps import CudaMps
+from cli.up.name_lock import lock_name
 from cli.up.options import UpOptions
 from cli.up.readiness import wait_for_map, wait_until_healthy
 from cli.up.restart_backoff import RestartBackoff
@@ -52,10 +53,28 @@ from shared.listener import listen_on
 async def run_up(options: UpOptions, console: Console) -> int:
     """Runs until SIGINT or SIGTERM and returns the exit code; a second signal ends everything at
     once. Raises StarfishError if the instance cannot start. Nothing is left behind either way."""
-    options.check()
+    options.check_values()
     refuse_second_instance(options)
-    is_default = options.run_dir == default_run_dir(options.instance)
-    folder = RunFolder(options.run_dir, is_default=is_default)
+    with _held_name(options, console):
+        options.check()
+        is_default = options.run_dir == default_run_dir(options.instance)
+        folder = RunFolder(options.run_dir, is_default=is_default)
+        return await _run_from(folder, options, console)
+
+
+@contextlib.contextmanager
+def _held_name(options: UpOptions, console: Console) -> Iterator[None]:
+    """Raises ConfigError."""
+    warn = Stages(console, SystemClock()).warn
+    lock = lock_name(options.instance, options.run_dir, url_of(options), warn)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+async def _run_from(folder: RunFolder, options: UpOptions, console: Console) -> int:
     stop, up = asyncio.Event(), InstanceDriver(options, folder, console, SystemClock())
 
     def on_signal() -> None:
@@ -102,6 +121,12 @@ async def run_unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None
     return not working.cancelled()
 
 
+def url_of(options: UpOptions) -> str:
+    """Of the HTTP API."""
+    scheme = "https" if options.tls_cert else "http"
+    return f"{scheme}://{options.host}:{options.port}"
+
+
 class InstanceDriver:
     """One instance. Call `start`, then `serve`; call `stop` at the end, whatever happened."""
 
@@ -114,6 +139,7 @@ class InstanceDriver:
         self._clock = clock
         self._stages = Stages(console, clock)
         self._keys = Keys(options.instance)
+        self._url = url_of(options)
         self._owner = owner_record(clock, self._url)
         self._supervisor = Supervisor(
             folder.log_dir,
@@ -122,9 +148,7 @@ class InstanceDriver:
             warn=self._stages.warn,
             revoke_leadership=self._revoke_leadership,
         )
-        self._cleanup_watchdog = CleanupWatchdog(
-            self._supervisor.lifeline_fd, folder if folder.is_default else None
-        )
+        self._cleanup_watchdog = CleanupWatchdog(self._supervisor.lifeline_fd, folder)
         self._etcd: EmbeddedEtcd | None = None  # None: the instance uses an etcd that runs already
         self._mps: CudaMps | None = None
         self._store: EtcdStore | None = None
@@ -133,11 +157,6 @@ class InstanceDriver:
         self._listener: socket.socket | None = None
         self._services: list[services.Service] = []
         self.is_serving = False
-
-    @property
-    def _url(self) -> str:
-        scheme = "https" if self._options.tls_cert else "http"
-        return f"{scheme}://{self._options.host}:{self._options.port}"
 
     async def start(self) -> None:
         """Raises StarfishError."""
@@ -150,6 +169,7 @@ class InstanceDriver:
                 async with (await self._claim_instance()).held():
                     await self._start_services(model)
                     await self._wait_until_serving()
+                    await self._start_standbys()
         except TimeoutError:
             raise Unavailable(
                 f"the instance did not serve within {options.timeout_s:.0f} s; "
@@ -184,6 +204,8 @@ class InstanceDriver:
         async with self._claim.held(), asyncio.TaskGroup() as tasks:
             for service in self._services:
                 tasks.create_task(self._supervisor.supervise(service))
+                if service.standby_program:
+                    tasks.create_task(self._supervisor.keep_standby(service))
             if self._etcd is not None:
                 tasks.create_task(self._restart_etcd_on_exit(self._etcd))
 
@@ -208,9 +230,13 @@ class InstanceDriver:
         self._folder.remove_files(keep_logs=keep_logs)
 
     def kill_now(self) -> None:
-        """Kills without waiting. When this process ends, the lifeline ends and stops the rest."""
+        """Kills without waiting, and removes what the run has created. When this process ends, the
+        lifeline ends and stops the rest."""
         self._supervisor.kill_all()
         kill_leftovers(self._owner.run)
+        if self._etcd is not None:
+            self._etcd.kill_now()
+        self._folder.remove_files(keep_logs=False)
 
     async def _device(self) -> None:
         options = self._options
@@ -246,6 +272,7 @@ class InstanceDriver:
                     options.run_dir / "etcd",
                     clock=self._clock,
                     on_spawned=self._start_cleanup_watchdog,
+                    on_damaged=self._stages.warn,
                 )
                 await self._etcd.start(on_progress=stage.update)
                 await self._etcd.admit(self._keys)
@@ -286,6 +313,12 @@ class InstanceDriver:
         for service in planned:
             await self._supervisor.start(service)
             self._services.append(service)
+
+    async def _start_standbys(self) -> None:
+        """Now that their imports delay nothing else."""
+        for service in self._services:
+            if service.standby_program:
+                await self._supervisor.start_standby(service)
 
     def _listen(self) -> int:
         """The socket stays open as long as the instance runs. Raises ConfigError."""

@@ -9,7 +9,10 @@ import signal
 from pathlib import Path
 
 RUN_VARIABLE = "STARFISH_RUN"
-_MODULES = {"gpu_worker", "gpu_worker.fork_server", "node_agent", "control_plane", "gateway"}
+_MODULES = {
+    *("gpu_worker", "gpu_worker.fork_server", "node_agent", "control_plane"),
+    *("gateway", "gateway.standby"),
+}
 
 
 def kill_leftovers(run: str) -> int:

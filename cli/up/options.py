@@ -22,6 +22,7 @@ from cli.target_flags import (
 )
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
+from cli.up.port_holder import holder_of
 from shared.errors import ConfigError
 from shared.etcd_credentials import read_credentials
 from shared.etcd_options import EtcdOptions
@@ -227,7 +228,13 @@ class UpOptions:
         return not self.needs_api_key and not is_loopback(self.host)
 
     def check(self) -> None:
-        """Raises ConfigError if a value is impossible or two flags contradict each other."""
+        """Raises ConfigError if a value is impossible, two flags contradict each other, or the
+        port is taken."""
+        self.check_values()
+        check_port(self.host, self.port)
+
+    def check_values(self) -> None:
+        """As `check`, without the port."""
         self._check_aliases()
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance needs at least one rank")
@@ -243,8 +250,10 @@ class UpOptions:
             raise ConfigError(f"--chat-template {self.chat_template}: there is no such file")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
-        if not self.instance or "/" in self.instance:
-            raise ConfigError(f"--instance {self.instance!r}: pass a name without slashes")
+        if not self.instance or "/" in self.instance or self.instance.startswith("."):
+            raise ConfigError(
+                f"--instance {self.instance!r}: pass a name without slashes and leading dots"
+            )
         if self.device not in DEVICES:
             raise ConfigError(f"--device {self.device!r}: pass one of {', '.join(DEVICES)}")
         if self.ib_device and self.transfer_protocol != "rdma":
@@ -261,7 +270,8 @@ class UpOptions:
         read_secret(self.chosen_secret_file)
         if self.api_key_file is not None:
             read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
-        check_port(self.host, self.port)
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
 
     def _check_aliases(self) -> None:
         """SGLang's flags, for which Starfish has only one value."""
@@ -277,6 +287,13 @@ class UpOptions:
 
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError if the gateway could not listen there."""
-    if not 0 < port < 65536:
-        raise ConfigError(f"--port {port}: pass a port between 1 and 65535")
-    listen_on(host, port).close()
+    try:
+        listen_on(host, port).close()
+    except ConfigError as error:
+        holder = holder_of(port)
+        if holder is None:
+            raise
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: another process does ({holder}); stop it, or pass "
+            "another --port"
+        ) from error

@@ -9,8 +9,8 @@ HEALTHY_AFTER_S = 20.0
 
 class RestartBackoff:
     """A process that served for long is restarted at once; one that crashes again and again waits
-    twice as long each time. A control plane that led has done its work, so that however often it is
-    killed its next restart is soon."""
+    twice as long each time. A control plane that led, or a standby that was needed, has done its
+    work, so that however often it is killed its next restart is soon."""
 
     def __init__(self) -> None:
         self._next_s = 0.0

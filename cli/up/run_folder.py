@@ -13,6 +13,8 @@ from shared.private_folder import PrivateFolder
 from shared.secret import create_secret
 
 _LOCK_FILE = "lock"
+PARTS = (STATE_FILE, SECRET_FILE, "etcd", "mps")
+"""What a run creates in its folder, apart from its logs and its lock."""
 
 
 class RunFolder:
@@ -26,6 +28,7 @@ class RunFolder:
         self.is_default = is_default
         self.log_dir = path / "logs"
         self.secret_file = path / SECRET_FILE
+        self._is_removed = False
         try:
             self._folder = PrivateFolder(path)
         except ConfigError as error:
@@ -47,6 +50,10 @@ class RunFolder:
         """Of the folder that contains this one."""
         return self._folder.parent_fd
 
+    @property
+    def fd(self) -> int:
+        return self._folder.fd
+
     def _lock(self) -> int:
         """Ends with this process."""
         fd = self._folder.open_file(_LOCK_FILE)
@@ -64,7 +71,11 @@ class RunFolder:
         return fd
 
     def remove_files(self, *, keep_logs: bool) -> None:
-        """At the end of the run. Call it once."""
+        """At the end of the run. A second call, of one who cannot wait for the first, does
+        nothing."""
+        if self._is_removed:
+            return
+        self._is_removed = True
         self._remove_parts(keep_logs=keep_logs)
         self._folder.remove_part(_LOCK_FILE)
         os.close(self._lock_fd)
@@ -73,5 +84,5 @@ class RunFolder:
         self._folder.close()
 
     def _remove_parts(self, *, keep_logs: bool) -> None:
-        for part in (STATE_FILE, SECRET_FILE, "etcd", "mps", *(() if keep_logs else ("logs",))):
+        for part in (*PARTS, *(() if keep_logs else ("logs",))):
             self._folder.remove_part(part)

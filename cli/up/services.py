@@ -13,7 +13,9 @@ from shared.etcd_options import EtcdOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """`argv` lacks the lifeline, whose descriptor is known only at the start."""
+    """`argv` lacks the lifeline, whose descriptor is known only at the start. `standby_program`,
+    if there is one, stands for the first part of `argv` in a process that waits to take over, as
+    `shared.standby` has it."""
 
     name: str
     argv: tuple[str, ...]
@@ -21,9 +23,14 @@ class Service:
     tail: tuple[str, ...] = ()  # comes after the lifeline
     environment: Mapping[str, str] = field(default_factory=dict)  # added to ours
     inherited_fds: tuple[int, ...] = ()
+    standby_program: tuple[str, ...] = ()
 
     def command(self, lifeline_fd: int) -> list[str]:
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
+
+    def standby_command(self, lifeline_fd: int, begin_fd: int) -> list[str]:
+        flags = self.command(lifeline_fd)[len(self.standby_program) :]
+        return [*self.standby_program, str(begin_fd), *flags]
 
 
 def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: int) -> Service:
@@ -65,6 +72,7 @@ def gateway(options: UpOptions, etcd: EtcdOptions, listen_fd: int) -> Service:
         ),
         inherited_fds=(listen_fd,),
         stop_timeout_s=options.drain_s + 5.0,
+        standby_program=(sys.executable, "-m", "gateway.standby"),
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from cli.up.leftovers import RUN_VARIABLE
 from cli.up.restart_backoff import RestartBackoff
 from cli.up.services import Service
+from cli.up.warm_standby import WarmStandby
 from shared.clock import Clock
 from shared.errors import Unavailable
 from shared.logs import open_log
@@ -48,6 +49,7 @@ class Supervisor:
         self._revoke_leadership = revoke_leadership
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._standbys: dict[str, WarmStandby] = {}
         self._stopping = False
 
     @property
@@ -56,16 +58,45 @@ class Supervisor:
 
     async def start(self, service: Service) -> None:
         """Raises OSError."""
+        command = service.command(self._lifeline_read)
+        self._children[service.name] = await self._spawn(service, command)
+
+    async def _spawn(
+        self, service: Service, command: list[str], *fds: int
+    ) -> asyncio.subprocess.Process:
         with open_log(self.log_dir / f"{service.name}.log") as log:
-            self._children[service.name] = await asyncio.create_subprocess_exec(
-                *service.command(self._lifeline_read),
+            return await asyncio.create_subprocess_exec(
+                *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._lifeline_read, *service.inherited_fds],
+                pass_fds=[self._lifeline_read, *service.inherited_fds, *fds],
                 start_new_session=True,  # Ctrl-C reaches only us, and we stop them in order
                 env=os.environ | service.environment | {RUN_VARIABLE: self._run},
             )
+
+    async def start_standby(self, service: Service) -> None:
+        """Has another process of the service prepare itself to take over."""
+
+        async def spawn(begin_fd: int) -> asyncio.subprocess.Process:
+            command = service.standby_command(self._lifeline_read, begin_fd)
+            return await self._spawn(service, command, begin_fd)
+
+        standby = self._standbys[service.name] = WarmStandby(spawn)
+        with contextlib.suppress(OSError):  # `keep_standby` tries again
+            await standby.start()
+
+    async def keep_standby(self, service: Service) -> None:
+        """After `start_standby`: replaces a standby that was needed, or has exited, until
+        `stop`."""
+        standby, backoff = self._standbys[service.name], RestartBackoff()
+        while not self._stopping:
+            started_at = self._clock.now()
+            is_taken = await standby.until_gone()
+            wait_s = backoff.on_exit(self._clock.now() - started_at, led=is_taken)
+            await asyncio.sleep(wait_s * random.uniform(*_JITTER))
+            with contextlib.suppress(OSError):
+                await standby.start()
 
     def has_exited(self, service: Service) -> bool:
         return self._children[service.name].returncode is not None
@@ -88,7 +119,7 @@ class Supervisor:
         """Tries again for as long as the host cannot start a process, until `stop`."""
         while True:
             await asyncio.sleep(wait_s * random.uniform(*_JITTER))
-            if self._stopping:
+            if self._stopping or self._take_over(service):
                 return
             try:
                 await self.start(service)
@@ -97,6 +128,14 @@ class Supervisor:
                 wait_s = backoff.on_exit(0.0, led=False)
             else:
                 return
+
+    def _take_over(self, service: Service) -> bool:
+        """Whether a standby is the service now."""
+        standby = self._standbys.get(service.name)
+        process = None if standby is None else standby.take()
+        if process is not None:
+            self._children[service.name] = process
+        return process is not None
 
     def require_alive(self, service: Service) -> None:
         """Raises Unavailable with the child's own message if it has exited."""
@@ -141,6 +180,8 @@ class Supervisor:
     async def stop(self, service: Service) -> None:
         """Sends SIGTERM, then SIGKILL after the service's stop time. Returns when it has exited."""
         self._stopping = True
+        if (standby := self._standbys.get(service.name)) is not None:
+            await standby.stop()
         child = self._children.get(service.name)
         if child is None or child.returncode is not None:
             return
@@ -154,6 +195,8 @@ class Supervisor:
 
     def kill_all(self) -> None:
         """Kills the children without waiting. The end of the lifeline stops their own children."""
+        for standby in self._standbys.values():
+            standby.kill()
         for child in self._children.values():
             if child.returncode is None:
                 with contextlib.suppress(ProcessLookupError):

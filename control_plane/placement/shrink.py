@@ -5,6 +5,7 @@ possible."""
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,30 +23,52 @@ from shared.expert_map import ExpertMap, Placement
 from shared.types import ABSENT_SLOT, EMPTY_SLOT, ExpertId, RankId, SlotId
 
 
+class _Refilled(NamedTuple):
+    placement: Placement
+    uncoverable: tuple[LayerExpert, ...]
+
+
 def shrink(
-    expert_map: ExpertMap, dead: Collection[RankId], loads: Loads | None = None
+    expert_map: ExpertMap,
+    dead: Collection[RankId],
+    loads: Loads | None = None,
+    *,
+    unproven: Collection[RankId] = (),
 ) -> ShrinkResult:
-    """`loads` is `[num_layers, num_experts]`; None means even load. Raises ValueError if no rank
-    survives."""
+    """`loads` is `[num_layers, num_experts]`; None means even load. `unproven` are survivors that
+    have not been seen to step yet: they get orphans only if the others have no slots for all of
+    them. Raises ValueError if no rank survives."""
     alive = np.array(sorted({m.rank for m in expert_map.members} - set(dead)), dtype=np.int64)
     if alive.size == 0:
         raise ValueError("no rank survives: a fresh placement is needed, not a smaller one")
     placement = without_ranks(expert_map.placement, alive)
     weights = loads_or_even(loads, expert_map.num_layers, expert_map.num_experts)
     counts = replica_counts(placement, expert_map.num_experts)
-    uncoverable: tuple[LayerExpert, ...] = ()
-    refilled = placement.copy()
+    refilled = _Refilled(placement, ())
     if (counts == 0).any():
-        held = placement[:, alive]
-        rows = held.copy()
-        uncoverable = _place_orphans(rows, counts, weights)
-        balance_orphan_loads(held, rows, expert_map.num_experts)
-        refilled[:, alive] = rows
+        proven = np.setdiff1d(alive, list(unproven))
+        refilled = _refilled(placement, proven if proven.size else alive, counts, weights)
+        if refilled.uncoverable and 0 < proven.size < alive.size:
+            refilled = _refilled(placement, alive, counts, weights)
+    after = refilled.placement
     slot_fills = tuple(
-        SlotFill(layer, RankId(rank), SlotId(slot), ExpertId(int(refilled[layer, rank, slot])))
-        for layer, rank, slot in np.argwhere(refilled != placement).tolist()
+        SlotFill(layer, RankId(rank), SlotId(slot), ExpertId(int(after[layer, rank, slot])))
+        for layer, rank, slot in np.argwhere(after != placement).tolist()
     )
-    return ShrinkResult(placement, slot_fills, refilled, uncoverable)
+    return ShrinkResult(placement, slot_fills, after, refilled.uncoverable)
+
+
+def _refilled(placement: Placement, ranks: Ints, counts: Ints, weights: Floats) -> _Refilled:
+    """With the orphans in slots of `ranks`, the only ones that change. `counts` are those of all
+    survivors; a replica is surplus only if another of `ranks` has one."""
+    held = placement[:, ranks]
+    rows = held.copy()
+    own_counts = np.maximum(replica_counts(held, counts.shape[1]), counts > 0)
+    uncoverable = _place_orphans(rows, own_counts, weights)
+    balance_orphan_loads(held, rows, counts.shape[1])
+    result = placement.copy()
+    result[:, ranks] = rows
+    return _Refilled(result, uncoverable)
 
 
 def _place_orphans(rows: Placement, counts: Ints, weights: Floats) -> tuple[LayerExpert, ...]:

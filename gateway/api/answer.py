@@ -23,7 +23,7 @@ RANK_HEADER = "x-starfish-rank"
 """Header of a stream: the ranks on which its choices began, so that a client can tell which streams
 a death affects."""
 
-_EVENT_STREAM_HEADERS = {
+EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
@@ -52,7 +52,7 @@ async def answer_stream(
     later one becomes the stream's last event."""
     deltas = await generation.next_deltas()
     ranks = ",".join(str(rank) for rank in generation.ranks)
-    response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
+    response = web.StreamResponse(headers={**EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
     chunks = ChunkWriter(
         job.header,
         with_token_ids=job.options.return_token_ids,
@@ -76,7 +76,7 @@ async def answer_stream(
                     data += chunks.usage_chunk(job.usage(generation, writers))
                 data += DONE
             if data:
-                await _write(request, response, data)
+                await write_events(request, response, data)
             if generation.done:
                 break
             data = b""
@@ -85,9 +85,7 @@ async def answer_stream(
         problem = http_error(error).of_request(require_context(request).id)
         await response.write(error_event(problem.body) + DONE)
     except (ConnectionError, TimeoutError):
-        log.info("client_gone", request=job.header.id)
-        if request.transport is not None:
-            request.transport.abort()
+        give_up_on_client(request, job)
     return response
 
 
@@ -96,7 +94,7 @@ def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
     return b"".join(chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
 
 
-async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+async def write_events(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
     """Raises TimeoutError if the client reads nothing for WRITE_TIMEOUT_S."""
     transport = request.transport
     if transport is not None and transport.get_write_buffer_size() == 0:
@@ -104,3 +102,10 @@ async def _write(request: web.Request, response: web.StreamResponse, data: bytes
         return
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write(data)
+
+
+def give_up_on_client(request: web.Request, job: Job) -> None:
+    """It reads nothing, or has closed the connection."""
+    log.info("client_gone", request=job.header.id)
+    if request.transport is not None:
+        request.transport.abort()

@@ -55,9 +55,15 @@ class AnswerPlan:
     ) -> AnswerReader | None:
         """For choice number `choice` of the answer with the id `answer`. None: the whole text is
         content."""
-        parser = self._parser()
-        if parser is None:
+        if not self.is_parsed:
             return None
+        return self.whole_reader(names, prompt, answer=answer, choice=choice)
+
+    def whole_reader(
+        self, names: TokenNames, prompt: tuple[int, ...], *, answer: str, choice: int
+    ) -> AnswerReader:
+        """As `reader`, also if the whole text is content."""
+        parser = self._parser() or OutputParser(first=None, then=None, calls_max=None)
         return AnswerReader(
             parser,
             TokenOffsets(names.text, follows=prompt),

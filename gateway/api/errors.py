@@ -22,6 +22,7 @@ from shared.errors import (
 _STATUS_BY_CODE = {
     "forbidden": 403,
     "model_not_found": 404,
+    "response_not_found": 404,
     "request_too_large": 413,
     "request_timeout": 408,
     "unsupported_content_encoding": 415,

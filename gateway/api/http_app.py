@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
@@ -13,6 +14,7 @@ from aiohttp.typedefs import Middleware
 
 from gateway.api.answer import answer_stream, answer_whole
 from gateway.api.answer_plan import AnswerPlan
+from gateway.api.anthropic.answer import error_body as messages_error
 from gateway.api.authentication import Authenticator
 from gateway.api.bodies import (
     B,
@@ -24,12 +26,16 @@ from gateway.api.bodies import (
 )
 from gateway.api.chat_request import plan_answer, read_budget, read_chat
 from gateway.api.cross_origin import CrossOrigin
+from gateway.api.dialect import Dialect
+from gateway.api.dialect_answer import answer_stream_in, answer_whole_in
+from gateway.api.dialect_routes import MESSAGES_PATH, DialectRoutes
 from gateway.api.errors import HttpError, body_too_large, http_error
 from gateway.api.fields import bad_word_ids
 from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
+from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission
 from gateway.api.request_body import content_coding, decompress
@@ -59,6 +65,8 @@ from shared.errors import RequestError, StarfishError, Unavailable
 log = structlog.get_logger()
 
 BODY_TIMEOUT_S = 60.0
+RESPONSES_BYTES_MAX = 64 << 20
+"""Size of what the Responses API remembers."""
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
 
@@ -114,10 +122,18 @@ class HttpApp:
         app.on_response_prepare.append(name_request)
         app.on_response_prepare.append(RateHeaders(self._clock).add)
         self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
-        routes.post("/v1/chat/completions", self._chat)
-        routes.post("/v1/completions", self._completions)
-        routes.post("/tokenize", self._tokenize)
-        routes.post("/detokenize", self._detokenize)
+        routes.post(
+            "/v1/chat/completions", self._chat, "answers a chat", body=ChatBody, streams=True
+        )
+        routes.post(
+            "/v1/completions",
+            self._completions,
+            "goes on with texts",
+            body=CompletionBody,
+            streams=True,
+        )
+        routes.post("/tokenize", self._tokenize, "the token ids of a text", body=TokenizeBody)
+        routes.post("/detokenize", self._detokenize, "the text of token ids", body=DetokenizeBody)
         info = InfoRoutes(
             driver=self._driver,
             health=self._health,
@@ -125,6 +141,12 @@ class HttpApp:
             require_model=self._require_served_model,
         )
         info.add_to(routes)
+        dialects = DialectRoutes(
+            answer_chat=self.answer_chat,
+            count_prompt=self.count_prompt,
+            store=ResponseStore(RESPONSES_BYTES_MAX),
+        )
+        dialects.add_to(routes)
         return app
 
     @web.middleware
@@ -134,11 +156,11 @@ class HttpApp:
         try:
             response = await handler(request)
         except (StarfishError, web.HTTPException) as error:
-            response = self._problem(request, error).of_request(context.id).response()
+            response = _shaped(request, self._problem(request, error)).response()
         except Exception:  # the outermost loop of a request
             log.exception("request_crashed", path=request.path)
             problem = http_error(StarfishError("the gateway failed; its log has the details"))
-            response = problem.of_request(context.id).response()
+            response = _shaped(request, problem).response()
         if self._health.draining:
             response.force_close()
         self._metrics.on_request(endpoint_of(request), response.status)
@@ -159,9 +181,20 @@ class HttpApp:
         return self._routes.error_for(request, error)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self.answer_chat(request, ChatBody, lambda body: body, None)
+
+    async def answer_chat(
+        self,
+        request: web.Request,
+        cls: type[B],
+        chat_of: Callable[[B], ChatBody],
+        dialect_of: Callable[[Job], Dialect] | None,
+    ) -> web.StreamResponse:
+        """Answers a chat whose body is of type `cls`. `dialect_of`: how the answer is spelt, if not
+        as OpenAI's chat completions."""
         with self._admission.enter(request):
             served = await self._require_served_model()
-            body = await self._read(request, ChatBody)
+            body = chat_of(await self._read(request, cls))
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
@@ -177,7 +210,23 @@ class HttpApp:
                 plan = plan_answer(body, chat, served, prompt.ids, demands_form=bool(form))
                 options = await self._guided(body, options, served, form, plan)
             job = self._job(served, options, [prompt], limits, scheduling, plan)
-            return await self._run(request, job)
+            return await self._run(request, job, dialect_of and dialect_of(job))
+
+    async def count_prompt(
+        self, request: web.Request, cls: type[B], chat_of: Callable[[B], ChatBody]
+    ) -> int:
+        """The number of tokens of a chat's prompt."""
+        with self._admission.enter(request):
+            served = await self._require_served_model()
+            body = chat_of(await self._read(request, cls))
+            self._check(served, body)
+            async with self._admission.turn(request):
+                chat = read_chat(body, served)
+                most = self._body_bytes_max
+                ids = await served.tokenizer.encode_chat(
+                    chat.messages, chat.options, tokens_max=most
+                )
+            return len(ids)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         with self._admission.enter(request):
@@ -314,7 +363,9 @@ class HttpApp:
             plan=plan,
         )
 
-    async def _run(self, request: web.Request, job: Job) -> web.StreamResponse:
+    async def _run(
+        self, request: web.Request, job: Job, dialect: Dialect | None = None
+    ) -> web.StreamResponse:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
@@ -327,6 +378,10 @@ class HttpApp:
         )
         try:
             with generation:
+                if dialect is not None and job.options.stream:
+                    return await answer_stream_in(dialect, request, generation, job)
+                if dialect is not None:
+                    return await answer_whole_in(dialect, generation, job)
                 if job.options.stream:
                     return await answer_stream(request, generation, job)
                 return await answer_whole(generation, job)
@@ -334,6 +389,14 @@ class HttpApp:
             context.num_generated = generation.num_generated
             num_prompt_tokens = sum(len(task.prompt) for task in job.tasks)
             self._admission.use(request, tokens=num_prompt_tokens + context.num_generated)
+
+
+def _shaped(request: web.Request, error: HttpError) -> HttpError:
+    """The error in the shape of the API that was asked, with the request's id."""
+    request_id = require_context(request).id
+    if request.path.startswith(MESSAGES_PATH):
+        return replace(error, body=messages_error(error, request_id))
+    return error.of_request(request_id)
 
 
 async def _name_ignored_fields(request: web.Request, response: web.StreamResponse) -> None:

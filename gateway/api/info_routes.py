@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
+from gateway.api.openapi import Endpoint, openapi_document, openapi_page
 from gateway.api.responses import model_entry, model_list
 from gateway.api.routes import Routes
 from gateway.health import Health
@@ -31,19 +32,23 @@ class InfoRoutes:
         self._health = health
         self._metrics = metrics
         self._require_model = require_model
+        self._endpoints: Sequence[Endpoint] = ()
 
     def add_to(self, routes: Routes) -> None:
-        routes.get("/v1/models", self._list_models)
-        routes.get("/v1/models/{name:.+}", self._show_model)
-        routes.get("/get_model_info", self._describe_model)
-        routes.get("/health", self._show_ready)
-        routes.get("/health/ready", self._show_ready)
-        routes.get("/health/live", self._show_live)
-        routes.get("/ping", self._show_ready)
-        routes.post("/ping", self._show_ready)
-        routes.get("/version", self._show_version)
-        routes.get("/load", self._show_load)
-        routes.get("/metrics", self._show_metrics)
+        routes.get("/v1/models", self._list_models, "the served model and its aliases")
+        routes.get("/v1/models/{name:.+}", self._show_model, "one of them")
+        routes.get("/get_model_info", self._describe_model, "the model, as SGLang describes it")
+        routes.get("/health", self._show_ready, "whether a request that is sent now would run")
+        routes.get("/health/ready", self._show_ready, "the same")
+        routes.get("/health/live", self._show_live, "whether the gateway answers at all")
+        routes.get("/ping", self._show_ready, "as /health")
+        routes.post("/ping", self._show_ready, "as /health")
+        routes.get("/version", self._show_version, "the version of Starfish")
+        routes.get("/load", self._show_load, "the sessions in flight")
+        routes.get("/metrics", self._show_metrics, "metrics for Prometheus")
+        routes.get("/openapi.json", self._show_openapi, "this description")
+        routes.get("/docs", self._show_docs, "this description, for people")
+        self._endpoints = routes.endpoints  # of all of them, when a request comes
 
     async def _list_models(self, request: web.Request) -> web.Response:
         served = await self._require_model()
@@ -92,6 +97,13 @@ class InfoRoutes:
                 "live_ranks": len(self._driver.live_ranks()),
             }
         )
+
+    async def _show_openapi(self, request: web.Request) -> web.Response:
+        return web.json_response(openapi_document(self._endpoints))
+
+    async def _show_docs(self, request: web.Request) -> web.Response:
+        page = openapi_page(openapi_document(self._endpoints))
+        return web.Response(text=page, content_type="text/html")
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         body, content_type = self._metrics.render(request.headers.get("Accept", ""))

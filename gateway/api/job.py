@@ -53,6 +53,12 @@ class Job:
             )
         return writers
 
+    def chat_reader(self) -> AnswerReader:
+        """Of a chat with one choice."""
+        (task,) = self.tasks
+        assert self.plan is not None, "every chat has a plan"
+        return self.plan.whole_reader(self.names, task.prompt, answer=self.header.id, choice=0)
+
     def _reader(self, task: PromptTask, index: int) -> AnswerReader | None:
         if self.plan is None:
             return None

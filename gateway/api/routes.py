@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
+import msgspec
 from aiohttp import web
 
 from gateway.api.errors import (
@@ -16,6 +17,7 @@ from gateway.api.errors import (
     not_found,
     plain_http_error,
 )
+from gateway.api.openapi import Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -26,16 +28,31 @@ class Routes:
     def __init__(self, router: web.UrlDispatcher, *, body_bytes_max: int) -> None:
         self._router = router
         self._body_bytes_max = body_bytes_max
-        self._served: list[str] = []
+        self.endpoints: list[Endpoint] = []
 
-    def get(self, path: str, handler: Handler) -> None:
+    def get(self, path: str, handler: Handler, summary: str) -> None:
         """HEAD is answered as well."""
-        self._served.append(f"GET {path}")
+        self.endpoints.append(Endpoint(method="GET", path=path, summary=summary))
         for spelt in (path, path + "/"):
             self._router.add_get(spelt, handler)
 
-    def post(self, path: str, handler: Handler) -> None:
-        self._served.append(f"POST {path}")
+    def delete(self, path: str, handler: Handler, summary: str) -> None:
+        self.endpoints.append(Endpoint(method="DELETE", path=path, summary=summary))
+        self._router.add_delete(path, handler)
+
+    def post(
+        self,
+        path: str,
+        handler: Handler,
+        summary: str,
+        *,
+        body: type[msgspec.Struct] | None = None,
+        streams: bool = False,
+    ) -> None:
+        """`body` decodes the request's; `streams`: the answer may be a stream of events."""
+        self.endpoints.append(
+            Endpoint(method="POST", path=path, summary=summary, body=body, streams=streams)
+        )
         for spelt in (path, path + "/"):
             self._router.add_post(spelt, handler, expect_handler=self._on_expect)
 
@@ -44,7 +61,8 @@ class Routes:
         if isinstance(error, web.HTTPMethodNotAllowed):
             return not_allowed(request.method, request.path, sorted(error.allowed_methods))
         if error.status == HTTPStatus.NOT_FOUND:
-            return not_found(request.method, request.path, self._served)
+            served = [f"{each.method} {each.plain_path}" for each in self.endpoints]
+            return not_found(request.method, request.path, served)
         return plain_http_error(error.status, error.reason)
 
     async def _on_expect(self, request: web.Request) -> web.Response | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,12 @@ from gpu_worker.cuda.block_cache import CudaBlockCache
 from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
 from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
+from gpu_worker.cuda.ep.rank_mask import RankMask
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.streams import on_stream
 from gpu_worker.engine.monitor import EngineMonitor
-from gpu_worker.engine.step_runner import RunnerParts
+from gpu_worker.engine.step_runner import MakeRunner, RunnerParts
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.exchange.worker_thread import WorkerThread
 from gpu_worker.kv_replication.budget import uses_kv_replication
@@ -41,6 +43,17 @@ log = structlog.get_logger()
 
 _POLL_INTERVAL_S = 20e-6  # the engine looks so often whether a graph has ended
 _DECODE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ProcessParts:
+    """What all incarnations of one process compute with."""
+
+    loaded: CudaModel
+    decoder: Decoder
+    blocks: CudaBlockCache | None
+    stream: torch.cuda.Stream
+    release_worker: WorkerThread
 
 
 class CudaHardware:
@@ -93,59 +106,84 @@ class CudaHardware:
             seconds=round(self._clock.now() - began, 2),
             device_gb=round(torch.cuda.memory_allocated(self._device) / 1e9, 2),
         )
-        return self._hardware(loaded, decoder, exchange, blocks, stream)
+        parts = _ProcessParts(
+            loaded=loaded,
+            decoder=decoder,
+            blocks=blocks,
+            stream=stream,
+            release_worker=WorkerThread("release", lambda: torch.cuda.set_device(self._device)),
+        )
+        if exchange is None:
+            return self._alone(parts)
+        return self._of_incarnation(self._member, parts, exchange, exchange.mask)
 
-    def _hardware(
-        self,
-        loaded: CudaModel,
-        decoder: Decoder,
-        exchange: EpExchange | None,
-        blocks: CudaBlockCache | None,
-        stream: torch.cuda.Stream,
+    def _alone(self, parts: _ProcessParts) -> Hardware:
+        """In an instance of one rank."""
+        return Hardware(
+            make_runner=self._runner_maker(self._member, parts, None, is_renewed=False),
+            loader=parts.loaded.loader,
+            residents=parts.loaded.slots.contents,
+            endpoint=SingleRankEndpoint(self._member),
+            exchange=ExchangeKind.NONE,
+            blocks=parts.blocks,
+        )
+
+    def _of_incarnation(
+        self, member: Member, parts: _ProcessParts, exchange: EpExchange, mask: RankMask
     ) -> Hardware:
-        config, member, clock = self._config, self._member, self._clock
-        kind = ExchangeKind.NONE if exchange is None else exchange_kind(config.ep_dispatch)
-        mask = None if exchange is None else exchange.mask
+        """The first incarnation has the exchange's own mask. The next ones have the same weights,
+        graphs and buffer: graphs hold the buffer's addresses. Nothing of the former one is in
+        flight by then, and what others have sent it is wiped before the first step."""
+        kind = exchange_kind(self._config.ep_dispatch)
+
+        def renew(next_member: Member) -> Hardware:
+            return self._of_incarnation(next_member, parts, exchange, mask.renew(next_member))
+
+        return Hardware(
+            make_runner=self._runner_maker(
+                member, parts, mask, is_renewed=mask is not exchange.mask
+            ),
+            loader=parts.loaded.loader,
+            residents=parts.loaded.slots.contents,
+            endpoint=EpEndpoint(member, mask, kind, step_tokens_max=exchange.step_tokens_max),
+            exchange=kind,
+            blocks=parts.blocks,
+            handles=exchange.handles(),
+            renew=renew,
+            end_waits=mask.end,
+            check_device=mask.check_device,
+        )
+
+    def _runner_maker(
+        self, member: Member, parts: _ProcessParts, mask: RankMask | None, *, is_renewed: bool
+    ) -> MakeRunner:
+        config = self._config
         release = (lambda *_: None) if mask is None else mask.release
-        release_worker = WorkerThread("release", lambda: torch.cuda.set_device(self._device))
 
         def init_thread() -> None:
             torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(stream)
+            torch.cuda.set_stream(parts.stream)
 
         def make_runner(monitor: EngineMonitor, callbacks: GraphBarrierCallbacks) -> RunnerParts:
             barrier_driver = GraphBarrierDriver(
-                member, release, self._loop, release_worker, callbacks
+                member, release, self._loop, parts.release_worker, callbacks
             )
             runner = CudaRunner(
                 member=member,
-                decoder=decoder,
+                decoder=parts.decoder,
                 mask=mask,
                 barrier_driver=barrier_driver,
                 monitor=monitor,
-                clock=clock,
+                clock=self._clock,
                 deadline_ms=1e12 if config.static else config.timings.exchange_deadline_ms,
                 replicas=config.replicas,
                 pause=lambda: time.sleep(_POLL_INTERVAL_S),
                 init_thread=init_thread,
+                has_met_others=is_renewed,
             )
             return RunnerParts(runner, barrier_driver)
 
-        return Hardware(
-            make_runner=make_runner,
-            loader=loaded.loader,
-            residents=loaded.slots.contents,
-            endpoint=(
-                SingleRankEndpoint(member)
-                if exchange is None
-                else EpEndpoint(
-                    member, exchange.mask, kind, step_tokens_max=exchange.step_tokens_max
-                )
-            ),
-            exchange=kind,
-            blocks=blocks,
-            handles=None if exchange is None else exchange.handles(),
-        )
+        return make_runner
 
     def _load_model(
         self, model: ModelSpec, spec: InstanceSpec, folder: Path, progress: LoadProgress

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from gpu_worker.exchange.graph_barrier_driver import GraphBarrierDriver
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.replica_policy import ReplicaPolicy, choose_replicas
 from shared.clock import Clock
+from shared.config import LONGEST_ANNOUNCED_S
 from shared.errors import StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, RankId, Step, SuspicionReason
@@ -30,6 +32,8 @@ from shared.types import Epoch, Member, RankId, Step, SuspicionReason
 
 class StepMask(Protocol):
     """Which members the kernels wait for. See `ep.rank_mask.RankMask`."""
+
+    def map_members(self, expert_map: ExpertMap) -> Future[None]: ...
 
     def adopt(self, expert_map: ExpertMap) -> None: ...
 
@@ -84,9 +88,11 @@ class CudaRunner:
         replicas: ReplicaPolicy,
         pause: Callable[[], None],
         init_thread: Callable[[], None] = lambda: None,
+        has_met_others: bool = False,
     ) -> None:
         """`pause` is called between two looks at a running graph. `init_thread` is called once, on
-        the engine thread, before anything else."""
+        the engine thread, before anything else. `has_met_others`: a former incarnation of this
+        process has, with the same buffer."""
         self._member = member
         self._decoder = decoder
         self._mask = mask
@@ -98,7 +104,7 @@ class CudaRunner:
         self._replicas = replicas
         self._init_thread: Callable[[], None] | None = init_thread
         self._peers: tuple[RankId, ...] = ()
-        self._has_met_others = False  # since its start: its buffer may hold what they have sent
+        self._has_met_others = has_met_others  # the buffer may hold what they have sent
         self._steps_in_flight: deque[_StepInFlight] = deque()
         self._join_suspect_at: float | None = None  # then somebody is suspected
 
@@ -123,6 +129,8 @@ class CudaRunner:
                 self._wait_alone(self._decoder.launch(_EMPTY))
             self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
             if self._mask is not None:
+                mapping = self._mask.map_members(expert_map)
+                self._wait_until_mapped(mapping, num_joiners=len(expert_map.joiners))
                 self._mask.adopt(expert_map)
 
         first = self._barrier_driver.adopt(expert_map, apply_map)
@@ -192,6 +200,16 @@ class CudaRunner:
         while not launched.is_done():
             self._monitor.beat(())
             self._pause()
+
+    def _wait_until_mapped(self, mapping: Future[None], *, num_joiners: int) -> None:
+        """A joiner may take a second beside a busy card. This rank goes on to report that it lives,
+        for as long as it could announce of each. Raises what the mapping raised."""
+        until = self._clock.now() + max(1, num_joiners) * LONGEST_ANNOUNCED_S
+        while not mapping.done():
+            if self._clock.now() < until:
+                self._monitor.beat(())
+            self._pause()
+        mapping.result()
 
     def _lost_members(self, launched: LaunchedStep) -> list[Member]:
         """Whom a graph lacks without a reason known by now, whether or not anybody wants its

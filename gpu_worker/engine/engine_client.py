@@ -38,8 +38,9 @@ from gpu_worker.engine.step_runner import MakeRunner
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from shared.clock import Clock
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Member, Step
+from shared.types import Epoch, Member, RankId, Step
 from shared.wire import (
+    AnnouncedOperation,
     Cancel,
     GraphBarrierUpdate,
     Load,
@@ -227,7 +228,12 @@ class EngineClient:
     def load(self) -> Load:
         return self._engine.snapshot().load
 
-    def pong(self, ping: Ping) -> Pong:
+    def waits(self) -> tuple[tuple[Epoch, Step], frozenset[RankId]]:
+        """The present step, and the ranks that it waits for."""
+        now = self._engine.snapshot()
+        return (now.epoch, now.step), frozenset(now.waiting_for)
+
+    def pong(self, ping: Ping, announced: tuple[AnnouncedOperation, ...]) -> Pong:
         now = self._engine.snapshot()
         return Pong(
             nonce=ping.nonce,
@@ -239,6 +245,7 @@ class EngineClient:
             waiting_for=now.waiting_for,
             load=now.load,
             out_of_step=now.out_of_step,
+            announced=announced,
         )
 
     def status(self, query: StatusQuery) -> StatusReply:

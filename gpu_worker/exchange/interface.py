@@ -40,7 +40,8 @@ class StepMonitor(Protocol):
         ...
 
     def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
-        """Raises one suspicion. The exchange calls it at most once for each peer and step."""
+        """Raises one suspicion. The exchange calls it at most once for each peer, reason and
+        step."""
         ...
 
 

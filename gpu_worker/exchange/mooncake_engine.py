@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from enum import Enum
+from math import ceil
 from typing import Protocol
 
+from shared.config import LONGEST_LEARNT_SILENCE_MS
 from shared.errors import ConfigError
 
+# A write to a process that is gone for good must end soon; Mooncake's default is 30 s. But when it
+# gives a connection up, it opens no other for a second, and so a pause must not make it do that if
+# the paused process is not dead for it.
+_WRITE_TIMEOUT_S = ceil(LONGEST_LEARNT_SILENCE_MS / 1000) + 2
 _SETTINGS = {
-    # A write to a stopped process must end soon; the defaults are 30 s.
-    "MC_TCP_STATUS_TIMEOUT_SEC": "1",
-    "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
+    "MC_TCP_STATUS_TIMEOUT_SEC": str(_WRITE_TIMEOUT_S),
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": str(_WRITE_TIMEOUT_S),
     # One lane keeps the slices of a write in order, so that its tail arrives last.
     "MC_TCP_LANES_PER_PEER": "1",
     "MC_LOG_LEVEL": "ERROR",

@@ -29,7 +29,7 @@ class WaitPolicy:
         self._epoch = Epoch(0)
         self._step = Step(0)
         self._late_at = 0.0
-        self._suspected: set[RankId] = set()
+        self._suspected: set[tuple[RankId, SuspicionReason]] = set()
 
     def begin_step(self, epoch: Epoch, step: Step) -> None:
         if self._waited_until is not None:
@@ -69,8 +69,9 @@ class WaitPolicy:
                 self.suspect(rank, SuspicionReason.EXCHANGE, "no data within the exchange deadline")
 
     def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
-        """Raises at most one suspicion for each peer and step, whatever the reasons."""
-        if rank in self._suspected:
+        """Raises at most one suspicion for each peer, reason and step. A broken link is reported
+        also of a peer that is late: it must be opened again."""
+        if (rank, reason) in self._suspected:
             return
-        self._suspected.add(rank)
+        self._suspected.add((rank, reason))
         self._monitor.suspect(rank, reason, f"step {self._step} of epoch {self._epoch}: {detail}")

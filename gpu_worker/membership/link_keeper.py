@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Protocol
 
 import structlog
@@ -64,19 +64,23 @@ class LinkKeeper:
         member: Member,
         access: Access,
         endpoint: DataEndpoint,
+        contact: Callable[[], AbstractContextManager[None]],
         opened: Callable[[Member], None],
         broken: Callable[[Member, str], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
-        """`opened` and `broken` are called on the event loop."""
+        """`opened` and `broken` are called on the event loop. `contact()` is entered for as long as
+        a first contact over the data network takes."""
         self._member = member
         self._access = access
         self._endpoint = endpoint
+        self._contact = contact
         self._opened = opened
         self._broken = broken
         self._tasks = tasks
         self._running: dict[Member, asyncio.Task[None]] = {}
         self._writers: dict[Member, asyncio.StreamWriter] = {}
+        self._rechecks: dict[Member, asyncio.Event] = {}
 
     def open(self, peer: RankRecord) -> None:
         if peer.member not in self._running:
@@ -87,6 +91,11 @@ class LinkKeeper:
         if task is not None:
             task.cancel()
         self._endpoint.forget(peer)
+
+    def recheck(self, peer: Member) -> None:
+        """A write to the peer may have failed: looks at once instead of after a while."""
+        if peer in self._rechecks:
+            self._rechecks[peer].set()
 
     def wake(self, peers: Iterable[Member], epoch: Epoch, step: Step) -> None:
         """Tells the peers that a step has work."""
@@ -123,8 +132,9 @@ class LinkKeeper:
             reader, writer = await asyncio.open_connection(peer.control_host, peer.control_port)
         try:
             region = await self._handshake(peer, reader, writer)
-            async with asyncio.timeout(CONTACT_TIMEOUT_S):
-                await asyncio.to_thread(self._endpoint.connect, region, peer)
+            with self._contact():
+                async with asyncio.timeout(CONTACT_TIMEOUT_S):
+                    await asyncio.to_thread(self._endpoint.connect, region, peer)
             self._writers[peer.member] = writer
             log.info("link_open", peer=str(peer.member))
             self._opened(peer.member)
@@ -135,15 +145,21 @@ class LinkKeeper:
 
     async def _wait_until_broken(self, peer: Member, reader: asyncio.StreamReader) -> str:
         """Returns which has failed: the control connection or the data path."""
+        recheck = self._rechecks[peer] = asyncio.Event()
         ended = asyncio.ensure_future(read_message(reader))
+        ended.add_done_callback(lambda _: recheck.set())
         try:
             while self._endpoint.is_open(peer):
-                done, _ = await asyncio.wait([ended], timeout=DATA_PATH_CHECK_S)
-                if done:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(DATA_PATH_CHECK_S):
+                        await recheck.wait()
+                recheck.clear()
+                if ended.done():
                     ended.result()
                     return "the control connection ended"
             return "a write over the data network failed"
         finally:
+            del self._rechecks[peer]
             ended.cancel()
 
     async def _handshake(

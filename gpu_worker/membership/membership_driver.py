@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import structlog
 
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import Suspect
+from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
+from gpu_worker.membership.peer_suspicions import LOOK_S, PeerSuspicions
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
     AnnounceMap,
@@ -37,13 +40,10 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Store, WatchEvent
-from shared.types import Accuser, Epoch, Member, Step, SuspicionReason
+from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReason
 from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
-
-SUSPICION_REPEAT_S = 0.25
-"""Peers that wait suspect one another in every step: etcd need not hear of each."""
 
 SWEEP_S = 10.0
 
@@ -79,6 +79,7 @@ class MembershipDriver:
         loader: SlotLoader,
         endpoint: DataEndpoint,
         engine: EngineClient,
+        announcements: Announcements,
         replication: PeerReplication | None,
         leave: Callable[[str], None],
         tasks: asyncio.TaskGroup,
@@ -93,15 +94,18 @@ class MembershipDriver:
         self._load_ended: asyncio.Future[Placement] | None = None
         self._endpoint = endpoint
         self._engine = engine
+        self._announcements = announcements
+        self._mapping: int | None = None  # the announcement for the map that is being adopted
         self._replication = replication
         self._leave = leave
         self._tasks = tasks
         self._is_registered = False  # etcd holds the own record, as far as the watch has shown
-        self._suspected_at: dict[tuple[Member, SuspicionReason], float] = {}
+        self._suspicions = PeerSuspicions()
         self._links = LinkKeeper(
             member=membership.record.member,
             access=access,
             endpoint=endpoint,
+            contact=self._announce_contact,
             opened=self._on_link_opened,
             broken=self._on_link_broken,
             tasks=tasks,
@@ -114,6 +118,7 @@ class MembershipDriver:
         self._tasks.create_task(self._keep_lease())
         self._tasks.create_task(self._watch())
         self._tasks.create_task(self._sweep())
+        self._tasks.create_task(self._withdraw_suspicions())
 
     def knows(self, member: Member) -> bool:
         """Whether it is registered, or in the newest map."""
@@ -125,6 +130,7 @@ class MembershipDriver:
             await asyncio.wait([self._load_ended])
 
     def on_adopted(self, expert_map: ExpertMap) -> None:
+        self._end_mapping()
         self._perform(self._membership.on_adopted(expert_map))
 
     def on_held(self, epoch: Epoch) -> None:
@@ -138,6 +144,8 @@ class MembershipDriver:
         peer = next((m for m in self._other_members if m.rank == suspect.rank), None)
         if peer is not None:
             self._suspect(peer, suspect.reason, suspect.epoch, suspect.step, suspect.detail)
+            if suspect.reason is SuspicionReason.LINK:
+                self._links.recheck(peer)
 
     def send_wake(self, epoch: Epoch, step: Step) -> None:
         """Tells all other members that this step has work."""
@@ -165,6 +173,23 @@ class MembershipDriver:
             await asyncio.sleep(SWEEP_S)
             self._endpoint.sweep()
 
+    async def _withdraw_suspicions(self) -> None:
+        """Deletes a suspicion once the peer has answered again. Never returns."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if not self._suspicions.peers:
+                continue
+            at_step, waiting_for = self._engine.waits()
+            withdrawn = self._suspicions.on_look(
+                self._clock.now(),
+                at_step=at_step,
+                waiting_for=[m for m in self._other_members if m.rank in waiting_for],
+                linked=self._membership.record.links,
+            )
+            for peer in withdrawn:
+                log.info("suspicion_withdrawn", peer=str(peer))
+                self._leased.delete(self._own_suspicion_key(peer), urgent=False)
+
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may
         expire healthy leases, and only a verdict ends an incarnation."""
@@ -183,13 +208,10 @@ class MembershipDriver:
     def _suspect(
         self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
     ) -> None:
-        """Publishes a suspicion. The same one is published again after SUSPICION_REPEAT_S at the
-        earliest."""
+        """Publishes a suspicion, unless the same was published a moment ago."""
         now = self._clock.now()
-        last = self._suspected_at.get((peer, reason), -1e9)
-        if now - last < SUSPICION_REPEAT_S:
+        if not self._suspicions.on_suspected(peer, reason, now):
             return
-        self._suspected_at[peer, reason] = now
         log.info("peer_suspected", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)
         me = self._membership.record.member
         suspicion = Suspicion(
@@ -218,6 +240,7 @@ class MembershipDriver:
                 self._links.close(peer)
                 if self._replication is not None:
                     self._replication.close(peer)
+                self._suspicions.forget(peer)
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))
@@ -233,6 +256,7 @@ class MembershipDriver:
             case AnnounceMap(expert_map=expert_map):
                 self._engine.announce_map(expert_map)
             case AdoptMap(expert_map=expert_map):
+                self._announce_mapping(expert_map)
                 self._engine.adopt_map(expert_map)
             case AnnounceVerdict(peer=peer, epoch=epoch):
                 self._engine.declare_dead(peer, epoch)
@@ -243,11 +267,28 @@ class MembershipDriver:
             case Leave(reason=reason):
                 self._leave(reason)
 
+    def _announce_contact(self) -> AbstractContextManager[None]:
+        if not self._engine.counts_graphs:
+            return nullcontext()
+        return self._announcements.during(Operation.MAP)
+
+    def _announce_mapping(self, expert_map: ExpertMap) -> None:
+        """Ranks on cards map joiners as they adopt their map. Until then the engine may wait."""
+        self._end_mapping()
+        if expert_map.joiners and self._engine.counts_graphs:
+            self._mapping = self._announcements.begin(Operation.MAP)
+
+    def _end_mapping(self) -> None:
+        if self._mapping is not None:
+            self._announcements.end(self._mapping)
+            self._mapping = None
+
     async def _load(self, wanted: Placement) -> None:
         loop = asyncio.get_running_loop()
-        self._load_ended = loop.run_in_executor(None, self._loader.load, wanted)
         try:
-            residents = await asyncio.shield(self._load_ended)
+            with self._announcements.during(Operation.LOAD):
+                self._load_ended = loop.run_in_executor(None, self._loader.load, wanted)
+                residents = await asyncio.shield(self._load_ended)
         except CheckpointError as error:
             # This ends the rank, and its next incarnation tries again: a slot is never filled with
             # something else.

@@ -12,8 +12,8 @@ map e, and before map e + 1. The last of them that says something of a slot deci
 there (`_target`).
 
     event                  actions
-    server listens         our record, for the first time; residents, if the process was fenced
-                           before and has kept its slots
+    server listens         residents, if the process was fenced before and has kept its slots; our
+                           record, for the first time
     peer's record appears  OpenLink
     peer's record goes     CloseLink, and our record without the link. For a member only once a map
                            leaves it out: its lease may have expired although it runs
@@ -178,11 +178,12 @@ class RankMembership:
     def on_listening(self, control_port: int) -> list[MembershipAction]:
         """The control server accepts connections."""
         self.record = replace(self.record, control_port=control_port)
-        actions: list[MembershipAction] = [PutRecord(record=self.record)]
+        actions: list[MembershipAction] = []
         if (self._residents >= 0).any():  # of the process's former incarnation
+            # First: what it is assigned when its record appears depends on what it holds.
             contents = SlotContents.of(self._member, self._residents)
             actions.append(PutResidents(contents=contents))
-        return actions
+        return [*actions, PutRecord(record=self.record)]
 
     def on_peer_record(self, record: RankRecord) -> list[MembershipAction]:
         peer = record.member

@@ -53,6 +53,10 @@ class Mutator:
             return hint(
                 **{f.name: self.sample(hints[f.name], depth + 1) for f in dataclasses.fields(hint)}
             )
+        if isinstance(hint, type) and hasattr(hint, "__struct_fields__"):
+            hints = typing.get_type_hints(hint)
+            names = hint.__struct_fields__
+            return hint(**{name: self.sample(hints[name], depth + 1) for name in names})
         return self._sample_plain(hint)
 
     def _sample_plain(self, hint: Any) -> Any:
@@ -67,6 +71,7 @@ class Mutator:
             return rng.choice(TEXTS)
         if hint is bytes:
             return rng.randbytes(rng.choice((0, 1, 16, 32, 200)))
+        assert hint in (None, type(None)), f"no values of {hint} can be made"
         return None
 
     def value(self, value: Any) -> Any:

@@ -40,16 +40,36 @@ def test_what_comes_back_is_exact_in_bf16_and_close_in_fp8(tmp_path: Path) -> No
     assert result["fp8"]["relative_error"] < 0.04
 
 
+SMALL = (
+    *("num_hidden_layers=4", "hidden_size=512", "num_experts=16", "num_experts_per_tok=4"),
+    *("moe_intermediate_size=64", "head_dim=64"),
+)
+
+
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 def test_every_client_gets_the_undisturbed_tokens(form: str, tmp_path: Path) -> None:
-    small = ("num_hidden_layers=4", "hidden_size=512", "num_experts=16", "num_experts_per_tok=4")
     faults = ("--faults", "KILL:1", "STOP:1", "KILL:1")
     result = run(
         tmp_path / "out.json",
         "benchmarks.gpu_serve",
         *("--device", "cuda", "--seeded-dir", str(tmp_path / "model"), "--streams", "8"),
-        *("--config", *small, "moe_intermediate_size=64", "head_dim=64", *faults),
+        *("--config", *SMALL, *faults),
         *("--rank-option", f"ep_dispatch={form}"),
     )
     assert [fault["fault"] for fault in result["faults"]] == ["KILL:1", "STOP:1", "KILL:1"]
     assert [(fault["failed"], fault["wrong"]) for fault in result["faults"]] == [([], [])] * 3
+
+
+def test_a_rank_that_was_stopped_comes_back_in_its_process(tmp_path: Path) -> None:
+    """With the weights, graphs and buffer that it has, as a new incarnation, twice."""
+    result = run(
+        tmp_path / "out.json",
+        "benchmarks.gpu_serve",
+        *("--device", "cuda", "--seeded-dir", str(tmp_path / "model"), "--streams", "8"),
+        *("--redundant-experts", "16", "--config", *SMALL, "--faults", "PAUSE:1", "PAUSE:1"),
+    )
+    assert [fault["fault"] for fault in result["faults"]] == ["PAUSE:1", "PAUSE:1"]
+    for fault in result["faults"]:
+        assert (fault["failed"], fault["wrong"]) == ([], [])
+        assert fault["in_place"] == fault["victims"]
+        assert fault["checked"] > 0

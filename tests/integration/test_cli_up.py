@@ -4,11 +4,13 @@ behind, however it ends."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,16 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from cli.observe.instance_view import InstanceView
 from cli.run_dir import read_state
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.embedded_etcd import EmbeddedEtcd
+from shared.errors import StoreUnavailable
 from shared.etcd_store import EtcdStore, connect_store
+from shared.expert_map import ExpertMap
 from shared.keys import Keys
-from shared.records import LeaderRecord, unpack_record
+from shared.records import LeaderRecord, unpack_map, unpack_record
+from shared.types import RankId
 from tests.support.cluster import free_port
 
 pytestmark = pytest.mark.timeout(240)
@@ -182,6 +188,7 @@ async def test_a_killed_up_takes_all_with_it(run_dir: Path, model: Path) -> None
     process.kill()
     await process.wait()
     await gone(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == ["logs"]
 
 
 async def test_an_up_that_is_killed_while_etcd_starts_takes_etcd_with_it(
@@ -208,14 +215,22 @@ async def test_a_second_interrupt_ends_even_a_stopped_rank(run_dir: Path, model:
     async with asyncio.timeout(WAIT_S):
         await process.communicate()
     await gone(run_dir)
+    assert list(run_dir.iterdir()) == []
 
 
-async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) -> None:
+def pids_of(run_dir: Path, module: str) -> list[int]:
+    return [int(p.split()[0]) for p in processes_of(run_dir) if f"-m {module} " in p]
+
+
+async def test_the_standby_takes_over_from_a_killed_gateway(run_dir: Path, model: Path) -> None:
     port = free_port()
     process = await up(run_dir, port, "--model", str(model))
     await started(process, run_dir)
-    (gateway,) = [line for line in processes_of(run_dir) if "-m gateway " in line]
-    os.kill(int(gateway.split()[0]), signal.SIGKILL)
+    (gateway,) = pids_of(run_dir, "gateway")
+    async with asyncio.timeout(WAIT_S):
+        while not (standby := pids_of(run_dir, "gateway.standby")):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    os.kill(gateway, signal.SIGKILL)
 
     async def serves() -> bool:
         try:
@@ -227,6 +242,7 @@ async def test_a_crashed_gateway_is_started_again(run_dir: Path, model: Path) ->
     async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
         while not await serves():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+    assert pids_of(run_dir, "gateway") == standby
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 0
@@ -299,40 +315,165 @@ async def test_a_killed_leader_is_succeeded_before_its_lease_would_expire(
     await gone(run_dir)
 
 
+def etcd_of(run_dir: Path) -> int:
+    (etcd,) = [line for line in processes_of(run_dir) if "/etcdbin/etcd " in line]
+    return int(etcd.split()[0])
+
+
+async def says(process: Process, text: str) -> None:
+    assert process.stdout is not None
+    while text.encode() not in await process.stdout.readline():
+        assert process.returncode is None
+
+
+async def rejoins(run_dir: Path, rank: int) -> None:
+    """Kills the rank, and waits until a map above the present one has its next incarnation."""
+    state = read_state(run_dir)
+    assert state is not None
+    keys, store = Keys(run_dir.name), await connect_store([state.etcd])
+
+    async def newest_map() -> ExpertMap:
+        found = await store.get(keys.map)
+        assert found is not None
+        return unpack_map(found.value)
+
+    before = await newest_map()
+    (victim,) = [line for line in processes_of(run_dir) if f"gpu_worker --rank {rank} " in line]
+    os.kill(int(victim.split()[0]), signal.SIGKILL)
+    while True:
+        after = await newest_map()
+        incarnation = after.incarnation_of(RankId(rank))
+        if incarnation not in (None, before.incarnation_of(RankId(rank))):
+            break
+        await asyncio.sleep(0.05)
+    assert after.epoch > before.epoch
+    assert (incarnation or 0) > (before.incarnation_of(RankId(rank)) or 0)
+    await store.close()
+
+
 async def test_an_etcd_that_cannot_restart_does_not_stop_serving(
     run_dir: Path, model: Path
 ) -> None:
     port = free_port()
     process = await up(run_dir, port, "--model", str(model))
     await started(process, run_dir)
-    (etcd,) = [line for line in processes_of(run_dir) if "/etcdbin/etcd " in line]
     data, kept = run_dir / "etcd" / "data", run_dir / "etcd" / "kept"
+    etcd = etcd_of(run_dir)
     data.rename(kept)
     data.write_text("no folder")  # as good as a disk that is full: etcd exits at every start
-    os.kill(int(etcd.split()[0]), signal.SIGKILL)
-    assert process.stdout is not None
+    os.kill(etcd, signal.SIGKILL)
     async with asyncio.timeout(WAIT_S):
-        while b"etcd does not start" not in await process.stdout.readline():
-            assert process.returncode is None
+        await says(process, "etcd does not start")
         assert await answers(port)
         data.unlink()
         kept.rename(data)
-        while b"etcd serves again" not in await process.stdout.readline():
-            assert process.returncode is None
-    assert await answers(port)
+        await says(process, "etcd serves again")
+        assert await answers(port)
+        await rejoins(run_dir, 1)
+        etcd = etcd_of(run_dir)
+        for file in data.rglob("*"):
+            if file.is_file():
+                file.write_bytes(os.urandom(file.stat().st_size % (1 << 20)))
+        os.kill(etcd, signal.SIGKILL)
+        await says(process, "etcd's data are damaged")
+        await says(process, "etcd serves again")
+        assert await answers(port)
+        while not await is_whole(run_dir, 2):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        await rejoins(run_dir, 1)
+        assert await answers(port)
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 0
     await gone(run_dir)
 
 
-async def test_only_one_instance_of_a_name(run_dir: Path, model: Path) -> None:
-    process = await up(run_dir, free_port(), "--model", str(model))
+@pytest.fixture
+def small_disk(run_dir: Path) -> Iterator[Path]:
+    """The run folder as a file system of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    run_dir.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300m,mode=0700", "tmpfs", str(run_dir)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine lets nobody mount a file system")
+    yield run_dir
+    subprocess.run(["umount", "--lazy", str(run_dir)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no free byte."""
+    path = folder / "fill"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    return path
+
+
+async def test_a_full_disk_stops_no_answer_and_when_it_has_room_everything_comes_back(
+    small_disk: Path, model: Path
+) -> None:
+    port = free_port()
+    process = await up(small_disk, port, "--model", str(model))
+    await started(process, small_disk)
+    async with asyncio.timeout(WAIT_S):
+        filled = fill(small_disk)
+        assert shutil.disk_usage(small_disk).free == 0
+        os.kill(etcd_of(small_disk), signal.SIGKILL)
+        (victim,) = [p for p in processes_of(small_disk) if "gpu_worker --rank 1 " in p]
+        os.kill(int(victim.split()[0]), signal.SIGKILL)
+        for _ in range(10):
+            assert await answers(port)
+            await asyncio.sleep(0.2)
+        filled.unlink()
+        while not await is_whole(small_disk, 2):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        await rejoins(small_disk, 0)
+        assert await answers(port)
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode == 0
+    await gone(small_disk)
+
+
+async def is_whole(run_dir: Path, num_ranks: int) -> bool:
+    """Whether etcd answers, and its map has so many registered members."""
+    state = read_state(run_dir)
+    assert state is not None
+    keys = Keys(run_dir.name)
+    try:
+        store = await connect_store([state.etcd])
+    except StoreUnavailable:
+        return False
+    view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
+    await store.close()
+    found = view.expert_map
+    return found is not None and sum(found.has(r.member) for r in view.ranks) == num_ranks
+
+
+async def test_only_one_instance_of_a_name(run_dir: Path, model: Path, tmp_path: Path) -> None:
+    """Whether or not they share a run folder, an etcd or a port."""
+    port = free_port()
+    process = await up(run_dir, port, "--model", str(model))
     await started(process, run_dir)
-    second = await up(run_dir, free_port(), "--model", str(model))
-    _, err = await second.communicate()
-    assert second.returncode == 1
-    assert "is already running" in err.decode()
+
+    async def refused(*flags: str) -> str:
+        second = await up(run_dir, free_port(), "--model", str(model), *flags)
+        _, err = await second.communicate()
+        assert second.returncode == 1
+        (sentence,) = err.decode().strip().splitlines()
+        return sentence
+
+    for flags in ((), ("--port", str(port)), ("--run-dir", str(tmp_path / "other"))):
+        sentence = await refused(*flags)
+        assert f"instance {run_dir.name!r} is already running" in sentence
+        assert f"pid {process.pid}" in sentence
+    elsewhere = ("--run-dir", str(tmp_path / "other"), "--instance", f"{run_dir.name}-2")
+    sentence = await refused(*elsewhere, "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in sentence
+    assert f"pid {process.pid}" in sentence
     assert process.returncode is None
     process.send_signal(signal.SIGINT)
     await process.communicate()

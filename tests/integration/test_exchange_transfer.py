@@ -254,6 +254,28 @@ def test_a_peer_that_hung_beyond_a_writes_patience_is_served_over_a_new_link(
         assert rank.expect("done") == expected[rank.rank]
 
 
+def test_a_paused_host_loses_no_link(start: Callable[..., list[Rank]]) -> None:
+    """Mooncake opens no other connection for a second after it has given one up."""
+    ranks = start(3, deadline_ms=40.0)
+    three = make_map(1, range(3), 3)
+    ranks[2].tell("run", (three, 50))
+    ranks[2].expect("adopted")
+    ranks[2].signal(signal.SIGSTOP)
+    for rank in ranks[:2]:
+        rank.tell("run", (three, 50))
+    for rank in ranks[:2]:
+        rank.expect("suspect", lambda value: value[0] == 2)  # so a write to it is under way
+        rank.signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    for rank in ranks:
+        rank.signal(signal.SIGCONT)
+    expected = oracle(three, 50)
+    for rank in ranks:
+        assert rank.expect("done") == expected[rank.rank]
+        rank.tell("link_requests")
+        assert rank.expect("link_requests") == []
+
+
 def test_no_socket_is_kept_for_a_dead_peer(start: Callable[..., list[Rank]]) -> None:
     ranks = start(4)
     survivor = ranks[0]

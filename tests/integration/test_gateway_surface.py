@@ -251,3 +251,18 @@ async def test_https_and_a_renewed_certificate(
             return "second" in await asyncio.to_thread(served_subject, harness.url)
 
         await until(is_renewed)
+
+
+async def test_the_description_names_every_endpoint_and_its_fields(harness: GatewayHarness) -> None:
+    _, _, document = await call(harness, "GET", "/openapi.json")
+    assert document["openapi"].startswith("3.")
+    assert "post" in document["paths"]["/v1/chat/completions"]
+    schema = document["components"]["schemas"]["ChatBody"]
+    assert schema["required"] == ["messages"]
+    assert "temperature" in schema["properties"]
+    assert document["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["name"] == "name"
+    async with harness.http.get(harness.url + "/docs") as response:
+        assert response.content_type == "text/html"
+        page = await response.text()
+    assert "POST /v1/chat/completions" in page
+    assert "<script" not in page

@@ -163,10 +163,11 @@ def use_kernel(tree: Path, *, uid: int) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.parametrize("service", ["node_agent", "gpu_worker"])
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1"])
-def test_a_public_data_address_is_refused_at_start(address: str) -> None:
+def test_a_public_data_address_is_refused_at_start(service: str, address: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "node_agent", "--data-host", address],
+        [sys.executable, "-m", service, "--data-host", address],
         cwd=ROOT,
         capture_output=True,
         text=True,

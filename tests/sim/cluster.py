@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from control_plane.control_driver import Driver
 from control_plane.failure_detector import DetectorTimings
 from control_plane.membership import MembershipPolicy
+from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics
 from gateway.cluster_view import ClusterWatch
 from gateway.metrics import GatewayMetrics
@@ -63,6 +64,7 @@ class SimClusterSizes:
     num_control_planes: int = 2
     slow: bool = False  # loads and first contacts take seconds
     heal_after_s: float = 0.3
+    suspicion_window_s: float = 0.0  # 0: learnt
     cards: CardSizes | None = None  # None: ranks on CPUs
 
 
@@ -243,6 +245,7 @@ class SimCluster:
                     heal_after_s=self.sizes.heal_after_s,
                 ),
                 timings=DetectorTimings(
+                    silence=SilenceTimings(override_s=self.sizes.suspicion_window_s),
                     reregister_timeout_s=0.4 * LEASE_TTL_S,
                     mass_expiry_grace_s=LEASE_TTL_S,
                     probe_silence_s=1.2,
@@ -340,7 +343,8 @@ class SimCluster:
                     raise
                 process.exit_code = 1
             else:
-                self.on_exit(rank.member)
+                if not process.device_failed:
+                    self.on_exit(rank.member)
             self.loop.call_soon(kill, process)
 
         self.processes[member] = process
@@ -348,29 +352,30 @@ class SimCluster:
         return process
 
     def _build_hardware(self, context: HardwareContext) -> Hardware:
-        self.engine_executors[context.member] = context.host
         if self.cards is None:
-            hardware = build_cpu_hardware(self.hub, context)
-        else:
-            hardware = self.cards.build_hardware(context)
+            return self._watched(context, build_cpu_hardware(self.hub, context))
+        return self._watched(context, self.cards.build_hardware(context))
+
+    def _watched(self, context: HardwareContext, hardware: Hardware) -> Hardware:
+        """Of the incarnation of `context`."""
+        self.engine_executors[context.member] = context.host
         loader = WatchedLoader(
             context.member,
             hardware.loader,
             hardware.residents,
             lambda *load: self.on_load(*load),
         )
-        return replace(
-            hardware,
-            loader=loader,
-            renew=None if self.cards else lambda member: self._renew_hardware(context, member),
-        )
 
-    def _renew_hardware(self, context: HardwareContext, member: Member) -> Hardware:
-        """The process of `context` goes on as `member`."""
-        self.on_exit(context.member)
-        self.processes[member] = context.process
-        self.ranks[member] = self.ranks[context.member]
-        return self._build_hardware(replace(context, member=member))
+        def renew(member: Member) -> Hardware:
+            """The process of `context` goes on as `member`."""
+            assert hardware.renew is not None
+            renewed = hardware.renew(member)
+            self.on_exit(context.member)
+            self.processes[member] = context.process
+            self.ranks[member] = self.ranks[context.member]
+            return self._watched(replace(context, member=member), renewed)
+
+        return replace(hardware, loader=loader, renew=renew)
 
     def _build_cards(self) -> SimCards | None:
         if self.sizes.cards is None:

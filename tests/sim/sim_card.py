@@ -36,6 +36,7 @@ from tests.sim.sim_model import NUM_LAYERS, PRIME, TOP_K, SimModel, expert_outpu
 
 BOX_MESSAGES_MAX = 2
 """A rank is at most one graph ahead of another."""
+DRAIN_POLL_S = 0.001
 _GARBAGE = 4711
 
 
@@ -136,7 +137,7 @@ class Wakeable(Protocol):
 
 
 class SimDevice:
-    """What one incarnation has on its card: captured graphs, mask, mapped buffers. Implements
+    """What one process has on its card: captured graphs, mask, mapped buffers. Implements
     `runner.GraphDecoder`, `rank_mask.MaskDevice` and `mappings.MappedBuffer`."""
 
     def __init__(
@@ -151,7 +152,7 @@ class SimDevice:
         slots: SimSlots,
         handle_store: HandleStore,
     ) -> None:
-        self.member = member
+        self.member = member  # its present incarnation
         self.process = process
         self.fabric = fabric
         self.engine = engine
@@ -198,6 +199,14 @@ class SimDevice:
         self.mask_R[:] = 0
         self.mask_R[sorted(change.active)] = 1
 
+    def drain(self) -> None:
+        while self.queue:
+            pause(self.process, self.fabric.loop, DRAIN_POLL_S)
+        self._check_driver()
+
+    def check(self) -> None:
+        self._check_driver()
+
     # MappedBuffer --------------------------------------------------------------------------------
 
     def connect_ranks(self, remote_ranks: list[int], activate: bool = True) -> None:
@@ -224,6 +233,13 @@ class SimDevice:
             del self.mapped[rank]
 
     # ---------------------------------------------------------------------------------------------
+
+    def renew(self, member: Member) -> None:
+        """Its process goes on as this incarnation. Peers that have mapped a former one send here,
+        and what they get from now on is of this one."""
+        assert not self.queue, "a graph of the former incarnation still runs"
+        self.member = member
+        self.fabric.devices[member] = self
 
     @property
     def _sizes(self) -> CardSizes:
@@ -344,7 +360,8 @@ class SimGraph:
         for rank in range(len(device.mask_R)):
             if rank not in taken:
                 device.box(rank, self._phase).clear()
-        for rank, peer in peers:
+        for rank, mapped in peers:
+            peer = device.fabric.devices[mapped].member
             if taken[rank].source != peer:
                 self._mismatches.append(f"took a message of {taken[rank].source}, not of {peer}")
         if self._phase % 2:

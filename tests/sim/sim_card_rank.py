@@ -64,7 +64,35 @@ class SimCards:
             clock=context.clock,
             mapping_worker=self._worker(context),
         )
-        release_worker = self._worker(context)
+        loader = CudaSlotLoader(
+            slots=slots,
+            reader=slots,
+            host_experts=slots,
+            progress=LoadProgress(context.clock),
+            staging=[torch.zeros(1)],
+            open_readers=InlineExecutor,
+        )
+        return self._of_incarnation(context, device, mask, loader, self._worker(context))
+
+    def _of_incarnation(
+        self,
+        context: HardwareContext,
+        device: SimDevice,
+        mask: RankMask,
+        loader: CudaSlotLoader,
+        release_worker: GreenletWorker,
+        *,
+        is_renewed: bool = False,
+    ) -> Hardware:
+        """`context` is that of the process's first incarnation."""
+        member, host = device.member, context.host
+
+        def renew(next_member: Member) -> Hardware:
+            next_mask = mask.renew(next_member)
+            device.renew(next_member)
+            return self._of_incarnation(
+                context, device, next_mask, loader, release_worker, is_renewed=True
+            )
 
         def make_runner(monitor: EngineMonitor, callbacks: GraphBarrierCallbacks) -> RunnerParts:
             barrier_driver = GraphBarrierDriver(
@@ -80,24 +108,21 @@ class SimCards:
                 deadline_ms=context.config.timings.exchange_deadline_ms,
                 replicas=self.replicas,
                 pause=host.park_exchange,
+                has_met_others=is_renewed,
             )
             return RunnerParts(runner, barrier_driver)
 
         return Hardware(
             make_runner=make_runner,
-            loader=CudaSlotLoader(
-                slots=slots,
-                reader=slots,
-                host_experts=slots,
-                progress=LoadProgress(context.clock),
-                staging=[torch.zeros(1)],
-                open_readers=InlineExecutor,
-            ),
-            residents=slots.contents,
+            loader=loader,
+            residents=device.slots.contents,
             endpoint=EpEndpoint(member, mask, ExchangeKind.EP, step_tokens_max=STEP_TOKENS_MAX),
             exchange=ExchangeKind.EP,
             blocks=context.blocks,
-            handles=_handles(member),
+            handles=_handles(context.member),
+            renew=renew,
+            end_waits=mask.end,
+            check_device=mask.check_device,
         )
 
     def _worker(self, context: HardwareContext) -> GreenletWorker:
@@ -106,7 +131,7 @@ class SimCards:
 
 
 def _handles(member: Member) -> ExchangeHandles:
-    """They name the incarnation, as memory handles do."""
+    """They name the process's first incarnation, as memory handles name their memory."""
     return ExchangeHandles(
         host="sim",
         address=0,
@@ -117,4 +142,5 @@ def _handles(member: Member) -> ExchangeHandles:
         local_ids=(),
         ipc_handle=(member.incarnation,),
         step_tokens_max=STEP_TOKENS_MAX,
+        buffer_id=str(member),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import greenlet
@@ -172,6 +172,7 @@ def build_cpu_hardware(hub: SimHub, context: HardwareContext) -> Hardware:
         endpoint=SimEndpoint(hub, member),
         exchange=ExchangeKind.TRANSFER,
         blocks=context.blocks,
+        renew=lambda member: build_cpu_hardware(hub, replace(context, member=member)),
     )
 
 

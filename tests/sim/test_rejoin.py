@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from gpu_worker.rank import Rank
 from shared.types import Incarnation, RankId
 from tests.sim.cluster import SimCluster, SimClusterSizes
 from tests.sim.schedules import Outcome, check_sessions, run_world
+from tests.sim.sim_card import CardSizes
 from tests.sim.sim_loop import SimProcess, resume
 
 STOPPED_S = 1.0
@@ -29,13 +31,25 @@ def quiet() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def run(scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int) -> None:
+ON_CPUS = SimClusterSizes()
+ON_CARDS = SimClusterSizes(cards=CardSizes(graph_timeout_s=2.0))
+ON_ONE_CARD = SimClusterSizes(cards=CardSizes(ranks_per_card=4, time_sliced=True, step_s=0.02))
+SIZES = pytest.mark.parametrize(
+    "sizes", [ON_CPUS, ON_CARDS, ON_ONE_CARD], ids=["cpus", "cards", "one_card"]
+)
+
+
+def run(
+    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]],
+    seed: int,
+    sizes: SimClusterSizes = ON_CPUS,
+) -> None:
     async def whole(cluster: SimCluster) -> Outcome:
         await cluster.start()
         await scenario(cluster)
         return Outcome(seed, (), 0, 0, 0)
 
-    run_world(seed, SimClusterSizes(), whole)
+    run_world(seed, sizes, whole)
 
 
 async def stop_with_streams(cluster: SimCluster, rank: int) -> SimProcess:
@@ -51,8 +65,9 @@ async def stop_with_streams(cluster: SimCluster, rank: int) -> SimProcess:
     return process
 
 
+@SIZES
 @pytest.mark.parametrize("seed", range(5))
-def test_a_stopped_rank_is_back_in_place(seed: int) -> None:
+def test_a_stopped_rank_is_back_in_place(seed: int, sizes: SimClusterSizes) -> None:
     async def scenario(cluster: SimCluster) -> None:
         process = await stop_with_streams(cluster, 1)
         resume(process, cluster.loop)
@@ -63,7 +78,40 @@ def test_a_stopped_rank_is_back_in_place(seed: int) -> None:
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, seed)
+    run(scenario, seed, sizes)
+
+
+@SIZES
+def test_two_ranks_that_were_stopped_are_back_in_place(sizes: SimClusterSizes) -> None:
+    """Each has to meet the other's next incarnation."""
+
+    async def scenario(cluster: SimCluster) -> None:
+        second = cluster.process_of(2)
+        assert second is not None
+        cluster.agents[2].stop_rank()
+        first = await stop_with_streams(cluster, 1)
+        for process in (first, second):
+            resume(process, cluster.loop)
+        await cluster.until(lambda: _incarnation_in_map(cluster, 1) == 2, BACK_S)
+        await cluster.until(lambda: _incarnation_in_map(cluster, 2) == 2, BACK_S)
+        assert [cluster.process_of(1), cluster.process_of(2)] == [first, second]
+        await cluster.until(cluster.all_ended, 20.0)
+        check_sessions(cluster)
+
+    run(scenario, 4, replace(sizes, slots_per_rank=6, redundant_experts=12))
+
+
+def test_a_rank_whose_card_fails_while_it_is_fenced_is_replaced() -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        process = await stop_with_streams(cluster, 1)
+        process.device_failed = True
+        resume(process, cluster.loop)
+        await cluster.until(cluster.all_live, 20.0)
+        assert cluster.process_of(1) is not process
+        await cluster.until(cluster.all_ended, 20.0)
+        check_sessions(cluster)
+
+    run(scenario, 5, ON_CARDS)
 
 
 def test_a_rank_that_dies_in_its_second_incarnation_is_noticed_at_once() -> None:

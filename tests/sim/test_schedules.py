@@ -7,25 +7,22 @@ STARFISH_SIM_SCHEDULES sets how many are run; a failing seed is run alone by
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-from collections.abc import Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import pytest
 import structlog
 
 from gpu_worker.cuda.runner import CudaRunner
-from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine import sequence
 from gpu_worker.exchange.graph_barrier import GraphBarrier
 from gpu_worker.exchange.wait_policy import WaitPolicy
 from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
 from gpu_worker.membership.rank_membership import RankMembership
 from node_agent.rank_supervisor import RankSupervisor
+from tests.sim.many_schedules import be_quiet, outcome_of, run_many
 from tests.sim.schedules import (
     CARD_FIRST_SEED,
-    Outcome,
     run_control_plane_outage,
     run_schedule,
 )
@@ -48,7 +45,6 @@ REGRESSION_SEEDS = {
 
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
 TIMEOUT_S = int(os.environ.get("STARFISH_SIM_TIMEOUT_S", "1800"))
-BROKEN_MAX = 20  # so many are told; the rest is not run
 
 CARD_REGRESSION_SEEDS = {
     21: "an ordinary one, in which the planted bugs below are noticed",
@@ -61,6 +57,7 @@ CARD_REGRESSION_SEEDS = {
     168: "the same as 5, and a client got other tokens",
     357: "no step moved, and of ranks that all waited for all the last was declared dead",
     312: "all ranks were stopped at once, on a host each, and one was declared dead",
+    164: "a rank whose own context was gone lived on, linked to nobody, and no map formed again",
     10: "mapping a joiner took 0.3 to 1 s, and a verdict ended the rank that maps",
     # Connections begin with a handshake now: the schedule is another one, so it may not be mended.
     438: "all ranks die one after another while maps follow each other, and no map forms again",
@@ -68,34 +65,11 @@ CARD_REGRESSION_SEEDS = {
 """Counted from CARD_FIRST_SEED."""
 
 
-OPEN_CARD_SEEDS = {
-    164: "a rank whose own context is gone lives on, and links to nobody: no map forms again",
-}
-"""Faults that are not mended yet. Counted from CARD_FIRST_SEED. Each is run alone, and must fail
-until it is mended: then it belongs to the regression seeds."""
-
-
-def be_quiet() -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     be_quiet()
     yield
     structlog.reset_defaults()
-
-
-def outcome_of(seed: int) -> Outcome | str:
-    be_quiet()
-    try:
-        return run_schedule(seed)
-    except BaseException as error:  # noqa: BLE001 - it crosses a process boundary as text
-        notes = "; ".join(getattr(error, "__notes__", []))
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        return f"seed {seed}: {type(error).__name__}: {error} [{notes}]"
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -106,27 +80,14 @@ def test_no_schedule_breaks_an_invariant() -> None:
 @pytest.mark.timeout(TIMEOUT_S)
 def test_no_schedule_on_cards_breaks_an_invariant() -> None:
     first = CARD_FIRST_SEED + FIRST_SEED
-    is_open = {CARD_FIRST_SEED + seed for seed in OPEN_CARD_SEEDS}
-    check_schedules([s for s in range(first, first + NUM_CARD_SCHEDULES) if s not in is_open])
+    check_schedules(range(first, first + NUM_CARD_SCHEDULES))
 
 
-def check_schedules(seeds: Collection[int]) -> None:
-    outcomes, broken = list[Outcome](), list[str]()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        for each in pool.map(outcome_of, seeds, chunksize=10):
-            if isinstance(each, Outcome):
-                outcomes.append(each)
-            else:
-                broken.append(each)
-            if len(broken) == BROKEN_MAX:
-                pool.shutdown(wait=False, cancel_futures=True)
-                break
-    assert not broken, "\n".join(broken)
-    moves = sum(each.moves for each in outcomes)
-    assert moves > len(seeds) // 4, "the faults should have moved sessions"
-    restored = sum(each.restored for each in outcomes)
-    assert restored > len(seeds) // 4, "sessions should have found copies of their blocks"
+def check_schedules(seeds: Sequence[int]) -> None:
+    found = run_many(seeds, jobs=os.cpu_count() or 1)
+    assert not found.broken, "\n".join(found.broken)
+    assert found.moves > len(seeds) // 4, "the faults should have moved sessions"
+    assert found.restored > len(seeds) // 4, "sessions should have found copies of their blocks"
 
 
 def test_a_seed_is_one_schedule() -> None:
@@ -140,12 +101,6 @@ def test_a_schedule_that_once_failed_passes(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", CARD_REGRESSION_SEEDS)
 def test_a_schedule_on_cards_that_once_failed_passes(seed: int) -> None:
-    run_schedule(CARD_FIRST_SEED + seed)
-
-
-@pytest.mark.xfail(strict=True, reason="not mended yet")
-@pytest.mark.parametrize("seed", OPEN_CARD_SEEDS)
-def test_a_schedule_on_cards_with_an_open_fault_passes(seed: int) -> None:
     run_schedule(CARD_FIRST_SEED + seed)
 
 
@@ -181,7 +136,7 @@ def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Invariant 1. A rank that starts over from the prompt."""
-    init = Sequence.__init__
+    init = sequence.Sequence.__init__
 
     def forget(self, submit, **more):  # type: ignore[no-untyped-def]
         init(self, submit, **more)
@@ -189,7 +144,7 @@ def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
             del self.tokens[-1]
             self.num_given -= 1
 
-    monkeypatch.setattr(Sequence, "__init__", forget)
+    monkeypatch.setattr(sequence.Sequence, "__init__", forget)
     assert any_schedule_fails()
 
 

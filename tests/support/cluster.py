@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -150,7 +151,8 @@ async def running_cluster(
     with (run_dir / "up.log").open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "cli", "up", "--no-demo", "--model", str(model)),
-            *("--ranks", str(ranks), "--port", str(port), "--run-dir", str(run_dir), *flags),
+            *("--ranks", str(ranks), "--port", str(port), "--run-dir", str(run_dir)),
+            *("--instance", f"test-{port}-{os.getpid()}", *flags),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,

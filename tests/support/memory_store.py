@@ -34,6 +34,7 @@ class MemoryEtcd:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.revision = 1
+        self._cluster_id = 1
         self.values: dict[str, KeyValue] = {}
         self._leases: dict[int, _Lease] = {}
         self._next_lease_id = 1
@@ -75,6 +76,7 @@ class MemoryEtcd:
     def lose_data(self) -> None:
         """etcd starts again with an empty disk."""
         self.revision, self._compacted_revision = 1, 0
+        self._cluster_id += 1
         self.values, self._leases, self._history = {}, {}, []
         for watch in self._watches:
             watch.break_stream()
@@ -138,7 +140,7 @@ class MemoryEtcd:
         watch.is_broken = False
         start = watch.position.revision
         try:
-            if start is not None and watch.position.on_created(self.revision):
+            if start is not None and watch.position.on_created(self.revision, self._cluster_id):
                 for event in self._events_from(start, watch.prefix):
                     watch.offer(event)
                 return

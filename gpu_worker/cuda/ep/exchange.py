@@ -19,6 +19,7 @@ steps.
 from __future__ import annotations
 
 import socket
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ class CudaMask:
         self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(num_ranks, dtype=torch.int32).pin_memory()
+        self._checked = torch.zeros(1, dtype=torch.int32, device=device)
 
     def clear(self, ranks: Sequence[RankId]) -> None:
         with on_stream(self._side_stream):
@@ -93,6 +95,15 @@ class CudaMask:
         self._wanted_R[sorted(change.active)] = 1
         self.mask_R.copy_(self._wanted_R, non_blocking=True)
         torch.cuda.current_stream(self._device).synchronize()
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def check(self) -> None:
+        """A context that is gone fails every call, also one that touches no peer's memory."""
+        with on_stream(self._side_stream):
+            self._checked.copy_(self._zero, non_blocking=True)
+            self._side_stream.synchronize()
 
 
 class EpExchange:
@@ -112,6 +123,7 @@ class EpExchange:
         goes on without it."""
         self._shape = shape
         handle_store = HandleStore()
+        self._buffer_id = uuid.uuid4().hex
         self._buffer = _open_buffer(member.rank, shape, handle_store, timeout_ms, device)
         cuda_mask = CudaMask(self._buffer, device, shape.num_ranks)
         self.mask_R = cuda_mask.mask_R
@@ -131,7 +143,8 @@ class EpExchange:
         return self._shape.step_tokens_max
 
     def handles(self) -> ExchangeHandles:
-        """What peers must know to write into this rank's buffer; the same for all of them."""
+        """What peers must know to write into this rank's buffer; the same for all of them, and for
+        all incarnations of this process."""
         address, key, subnet, interface, queue_pairs, local_ids, ipc = (
             self._buffer._get_local_peer_metadata()
         )
@@ -145,6 +158,7 @@ class EpExchange:
             local_ids=tuple(local_ids),
             ipc_handle=tuple(ipc),
             step_tokens_max=self._shape.step_tokens_max,
+            buffer_id=self._buffer_id,
         )
 
     # A step --------------------------------------------------------------------------------------

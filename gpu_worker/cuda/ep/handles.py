@@ -17,10 +17,22 @@ class HandleStore:
 
     def __init__(self) -> None:
         self._handles: dict[RankId, ExchangeHandles] = {}
+        self._mapped: dict[RankId, ExchangeHandles] = {}
 
     def set_handles(self, rank: RankId, handles: ExchangeHandles) -> None:
         """Of the life that is to be met under this number from now on."""
         self._handles[rank] = handles
+
+    def note_mapped(self, rank: RankId) -> None:
+        """The buffer of the life that is to be met under this number is mapped."""
+        self._mapped[rank] = self._handles[rank]
+
+    def note_unmapped(self, rank: RankId) -> None:
+        self._mapped.pop(rank, None)
+
+    def is_mapped(self, rank: RankId, handles: ExchangeHandles) -> bool:
+        """Whether the buffer mapped under this number is exactly this one."""
+        return self._mapped.get(rank) == handles
 
     def set(self, key: str, value: bytes) -> None:
         """The own record says it already."""

@@ -7,13 +7,15 @@ for this process. So a buffer that must be unmapped under an adopted map stays m
 pause in which the next incarnation is adopted (see `exchange/graph_barrier.py`); the next
 incarnation is mapped in that pause too. If nothing has to be unmapped, an incarnation is mapped at
 once: that waits for no kernel, and it shows before a map names the incarnation whether it can be
-mapped.
+mapped. An incarnation that came back in its process has the buffer of the one before it, which is
+mapped already.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import structlog
@@ -49,34 +51,47 @@ class EpMappings:
         handle_store: HandleStore,
         clock: Clock,
         worker: Worker,
+        check_device: Callable[[], None],
     ) -> None:
-        """`lock` guards `ep_members`. `worker` maps and unmaps."""
+        """`lock` guards `ep_members`. `worker` maps and unmaps. `check_device` raises DeviceLost if
+        this process can use its own card no more."""
         self._ep_members = ep_members
         self._lock = lock
         self._buffer = buffer
         self._handle_store = handle_store
         self._clock = clock
         self._worker = worker
+        self._check_device = check_device
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
-        """Meets this incarnation, and maps it if that may be done at once. Raises
-        ConnectionError."""
+        """Meets this incarnation, and maps it if that may be done at once. Raises ConnectionError
+        if the peer cannot be mapped, DeviceLost if nobody can."""
         self._worker.call(lambda: self._connect(peer, handles))
 
-    def map_members(self, expert_map: ExpertMap) -> None:
-        """Nothing is in flight on any member. A member that cannot be mapped, such as one that has
-        just died, is not met any more."""
-        self._worker.call(lambda: self._map_members(expert_map))
+    def map_members(self, expert_map: ExpertMap) -> Future[None]:
+        """Nothing is in flight on any member until the future has ended. A member that cannot be
+        mapped, such as one that has just died, is not met any more. The future may raise
+        DeviceLost."""
+        return self._worker.submit(lambda: self._map_members(expert_map))
+
+    def call(self, work: Callable[[], None]) -> None:
+        """After all mapping that was asked for before. Returns when it has ended, and raises what
+        it raised."""
+        self._worker.call(work)
 
     def _connect(self, peer: Member, handles: ExchangeHandles) -> None:
         with self._lock:
             at_once = self._ep_members.may_map(peer.rank)
+            is_mapped = self._handle_store.is_mapped(peer.rank, handles)
+            if is_mapped:
+                self._ep_members.note_mapped(peer)
         self._handle_store.set_handles(peer.rank, handles)
-        if at_once:
+        if at_once and not is_mapped:
             self._unmap([peer])
             try:
                 self._map(peer)
-            except RuntimeError as error:  # Mooncake's only kind
+            except RuntimeError as error:  # Mooncake's only kind, whoever is to blame
+                self._check_device()
                 raise ConnectionError(f"rank {peer}: {error}") from error
         with self._lock:
             self._ep_members.mark_connected(peer)
@@ -93,6 +108,7 @@ class EpMappings:
             try:
                 self._map(member)
             except RuntimeError as error:
+                self._check_device()
                 log.warning("peer_not_mapped", peer=str(member), detail=str(error))
                 with self._lock:
                     self._ep_members.mark_unmappable(member)
@@ -112,8 +128,11 @@ class EpMappings:
             self._buffer.disconnect_ranks([int(rank) for rank in former])
             with self._lock:
                 self._ep_members.note_unmapped(former)
+            for rank in former:
+                self._handle_store.note_unmapped(rank)
 
     def _map(self, member: Member) -> None:
         self._buffer.connect_ranks([member.rank], activate=False)
+        self._handle_store.note_mapped(member.rank)
         with self._lock:
             self._ep_members.note_mapped(member)

@@ -31,14 +31,30 @@ class EpMembers:
         self._mapped: dict[RankId, Incarnation] = {}
         self._given_up: dict[RankId, Epoch] = {}
         self._active: frozenset[RankId] = frozenset()
+        self._has_ended = False
         self.members: frozenset[Member] = frozenset({own})
         self.epoch = Epoch(0)
+
+    def end(self) -> list[RankId]:
+        """This incarnation is over: from now on it waits for nobody, whatever the engine still
+        does. Returns the ranks that kernels may wait for now."""
+        self._has_ended = True
+        return sorted(self._active)
+
+    def renewed(self, own: Member) -> EpMembers:
+        """For the next incarnation of this process: it has met nobody. What is mapped stays so."""
+        assert self._has_ended, "an incarnation that may still map and wait"
+        renewed = EpMembers(own)
+        renewed._mapped = dict(self._mapped)
+        return renewed
 
     def may_map(self, rank: RankId) -> bool:
         """Whether a new incarnation of this rank may be mapped beside running steps. It may not if
         a former one has to be unmapped under an adopted map. Raises ConnectionError if that map
         names an incarnation of this rank that has not been given up. One that was given up must
         not block its successor: the map without it may need the successor's slots."""
+        if self._has_ended:
+            raise ConnectionError(f"incarnation {self._own} is over")
         if any(m.rank == rank for m in self.members):
             if rank not in self._given_up_ranks(self.epoch):
                 raise ConnectionError(f"rank {rank} is a member of the adopted map")
@@ -83,7 +99,7 @@ class EpMembers:
         """Map `epoch` is without these members. Returns the ranks that kernels need not wait for
         any more. One not met, or one whose successor was met already, is none of them. Nobody is,
         if that map or a newer one is adopted by now: it may name them as joiners."""
-        if epoch <= self.epoch:
+        if epoch <= self.epoch or self._has_ended:
             return []
         met = sorted(m.rank for m in dead if self.is_connected(m))
         unmappable = (m.rank for m in dead if m in self.members)
@@ -97,6 +113,8 @@ class EpMembers:
         assert expert_map.has(self._own), f"{self._own} is no member of the map"
         peers = {m.rank for m in expert_map.members if self._mapped.get(m.rank) == m.incarnation}
         active = frozenset(peers - self._given_up_ranks(expert_map.epoch))
+        if self._has_ended:
+            active = frozenset()
         change = MaskChange(
             active | {self._own.rank},
             tuple(sorted(self._active - active)),

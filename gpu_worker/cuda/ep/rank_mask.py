@@ -12,7 +12,9 @@ bit raises StepAbandoned and is never delivered.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +25,7 @@ from gpu_worker.cuda.ep.mappings import EpMappings, MappedBuffer
 from gpu_worker.cuda.ep.members import EpMembers, MaskChange
 from gpu_worker.exchange.worker_thread import Worker
 from shared.clock import Clock
-from shared.errors import StepAbandoned
+from shared.errors import DeviceLost, StepAbandoned
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
 from shared.types import Epoch, Member, RankId
@@ -41,6 +43,15 @@ class MaskDevice(Protocol):
         run. Only the engine thread calls it."""
         ...
 
+    def drain(self) -> None:
+        """Returns when no kernel of this process runs any more. Raises RuntimeError."""
+        ...
+
+    def check(self) -> None:
+        """Raises RuntimeError if this process can use its card no more. Waits for no kernel. Any
+        thread may call it."""
+        ...
+
 
 class RankMask:
     """`adopt` and `check_step` belong to the engine thread. Any thread may call `release`.
@@ -55,19 +66,74 @@ class RankMask:
         handle_store: HandleStore,
         clock: Clock,
         mapping_worker: Worker,
+        former: RankMask | None = None,
     ) -> None:
-        """`mapping_worker` maps and unmaps peers' buffers."""
+        """`mapping_worker` maps and unmaps peers' buffers. `former`: see `renew`."""
         self._device = device
-        self._members = EpMembers(member)
-        self._lock = threading.Lock()
-        self._mappings = EpMappings(
-            self._members, self._lock, buffer, handle_store, clock, mapping_worker
+        self._buffer = buffer
+        self._handle_store = handle_store
+        self._clock = clock
+        self._mapping_worker = mapping_worker
+        self._lock: threading.Lock = threading.Lock() if former is None else former._lock
+        self._members: EpMembers = (
+            EpMembers(member) if former is None else former._members.renewed(member)
         )
+        self._mappings = EpMappings(
+            self._members,
+            self._lock,
+            buffer,
+            handle_store,
+            clock,
+            mapping_worker,
+            self.check_device,
+        )
+
+    def end(self) -> None:
+        """This incarnation is over: no kernel of it waits for anybody from now on, so that its
+        graphs end, and no peer is met any more. Any thread. Raises DeviceLost."""
+        with self._lock, self._device_errors():
+            self._device.clear(self._members.end())
+
+    def renew(self, member: Member) -> RankMask:
+        """The mask of this process's next incarnation, on the same device and buffer. After `end`,
+        and after the engine has ended. Returns when no kernel of this incarnation runs any more,
+        so that nothing of it reaches a peer after the next one has registered. Raises
+        DeviceLost."""
+        self._mappings.call(self._isolate_for_good)
+        return RankMask(
+            member,
+            device=self._device,
+            buffer=self._buffer,
+            handle_store=self._handle_store,
+            clock=self._clock,
+            mapping_worker=self._mapping_worker,
+            former=self,
+        )
+
+    def _isolate_for_good(self) -> None:
+        """On the worker: no peer is being mapped."""
+        with self._device_errors():
+            self._device.check()
+            self._device.drain()
+            with self._lock:
+                self._device.set(self._members.isolate())
+
+    @contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise DeviceLost(f"this process can use its card no more: {error}") from error
+
+    def check_device(self) -> None:
+        """Any thread. Raises DeviceLost if this process can use its card no more."""
+        with self._device_errors():
+            self._device.check()
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
         """Meets this incarnation. It stays masked until a map names it. Raises ConnectionError if
         the adopted map still names a former incarnation of its rank, or if its memory cannot be
-        mapped, as that of a process that has just died."""
+        mapped, as that of a process that has just died. Raises DeviceLost if the own card fails."""
         self._mappings.connect(peer, handles)
 
     def is_connected(self, member: Member) -> bool:
@@ -81,11 +147,15 @@ class RankMask:
         with self._lock:
             self._device.clear(self._members.give_up(dead, epoch))
 
+    def map_members(self, expert_map: ExpertMap) -> Future[None]:
+        """Before `adopt` of the same map: with nothing in flight, and for a map with joiners with
+        nothing in flight on any member. Ends when each member that can be mapped is. Its result may
+        raise DeviceLost."""
+        return self._mappings.map_members(expert_map)
+
     def adopt(self, expert_map: ExpertMap) -> None:
-        """Between steps, with nothing in flight; for a map with joiners, with nothing in flight on
-        any member. A member whose buffer cannot be mapped stays masked, so that no step is
-        delivered."""
-        self._mappings.map_members(expert_map)
+        """Between steps, with nothing in flight. A member whose buffer is not mapped stays masked,
+        so that no step is delivered."""
         with self._lock:
             self._device.set(self._members.adopt(expert_map))
 

@@ -210,14 +210,7 @@ class ControlPlaneHarness:
     def run(self, *, reply_lost: bool = False) -> None:
         """Events, Pongs, a tick, and writes until there is none."""
         for _ in range(50):
-            now = self.clock.now()
-            self._deliver()
-            for rank in self.ranks.values():
-                if rank.answering and rank.registered:
-                    pong = self._pong(rank)
-                    self.leader_term.on_probe(ProbePong(member=rank.member, pong=pong), now)
-            self.leader_term.on_tick(self.cluster.state, now)
-            write = self.decide()
+            write = self.next_decision()
             if write is None:
                 return
             if isinstance(write, PlanHeal):
@@ -227,6 +220,27 @@ class ControlPlaneHarness:
             self.perform(write, self.leader_revision, reply_lost=reply_lost)
         raise AssertionError("the control plane writes without end")
 
+    def next_decision(self) -> Decision | None:
+        """After all events, a Pong of each rank that answers, and a tick."""
+        now = self.clock.now()
+        self._deliver()
+        for rank in self.ranks.values():
+            if rank.answering and rank.registered:
+                pong = self._pong(rank)
+                self.leader_term.on_probe(ProbePong(member=rank.member, pong=pong), now)
+        self.leader_term.on_tick(self.cluster.state, now)
+        return self.decide()
+
+    async def publish(self, write: Write) -> None:
+        """As the driver does it, with all that the transaction compares. Raises TxnConflict."""
+        await self._publisher.grant_verdict_lease()
+        await self._publisher.write(write, self.leader_revision, self.cluster.state)
+
+    def reread(self) -> None:
+        """As the driver does after a write that failed."""
+        for change in self.cluster.apply(self.etcd.snapshot(self.keys.root)):
+            self._on_change(change)
+
     def perform(self, write: Write, leader_revision: int, *, reply_lost: bool = False) -> None:
         """One fenced transaction, its effect checked, and told to the leader as the driver does."""
         compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
@@ -234,7 +248,7 @@ class ControlPlaneHarness:
             revision = self.cluster.state.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
-        before = self.expert_map
+        before = self.expert_map or self.cluster.state.expert_map  # etcd may have lost it
         self.etcd.check(compare)
         revision = self.etcd.apply(operations)
         self.writes.append(write)
@@ -243,8 +257,7 @@ class ControlPlaneHarness:
         if isinstance(write, Assign | DeclareDead):
             self._check_verdicts(write, before)
         if reply_lost:
-            for change in self.cluster.apply(self.etcd.snapshot(self.keys.root)):
-                self._on_change(change)
+            self.reread()
             return
         for operation in operations:
             value = operation.value if isinstance(operation, Put) else None
@@ -282,7 +295,10 @@ class ControlPlaneHarness:
     def _check_map(self, write: PublishMap, before: ExpertMap | None) -> None:
         published = write.expert_map
         assert published.uncovered() == [], "a published map leaves experts without a slot"
-        assert published.epoch == (before.epoch if before else 0) + 1
+        if before is not None:
+            assert published.epoch == before.epoch + 1
+        else:  # the first one, or the leader is new and etcd has lost the others
+            assert published.epoch > max((each.epoch for each in self.published), default=0)
         for member in published.members:
             rank = self._rank_of(member)
             row = published.placement[:, member.rank]

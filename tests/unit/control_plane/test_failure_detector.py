@@ -15,12 +15,13 @@ from shared.types import (
     Incarnation,
     Member,
     NodeId,
+    Operation,
     ProcessState,
     RankId,
     Step,
     SuspicionReason,
 )
-from shared.wire import Load, Pong
+from shared.wire import AnnouncedOperation, Load, Pong
 
 WINDOW_S = 0.25
 TIMINGS = DetectorTimings(silence=SilenceTimings(override_s=WINDOW_S))
@@ -76,7 +77,10 @@ class DetectorHarness:
         engine_age_ms: float = 0.0,
         waiting_for: tuple[int, ...] = (),
         step: int | None = None,
+        loads_for_ms: float = 0.0,
     ) -> None:
+        """`loads_for_ms`: it announces a load that ends so much later at the latest."""
+        load = AnnouncedOperation(operation=Operation.LOAD, at_most_ms=loads_for_ms)
         pong = Pong(
             nonce=1,
             rank=RankId(rank),
@@ -86,6 +90,7 @@ class DetectorHarness:
             engine_age_ms=engine_age_ms,
             waiting_for=tuple(RankId(r) for r in waiting_for),
             load=LOAD,
+            announced=(load,) if loads_for_ms else (),
         )
         self.take(self.detector.on_pong(member(rank), pong, self.now))
 
@@ -97,7 +102,6 @@ class DetectorHarness:
             rank=RankId(rank),
             incarnation=Incarnation(1),
             state=state,
-            taken_at=0.0,
             host_gap_ms=host_gap_ms,
         )
         self.take(self.detector.on_view(view, self.now))
@@ -197,6 +201,40 @@ def test_a_stopped_process_that_goes_on_in_time_lives(one_host: DetectorHarness)
     one_host.view(1, ProcessState.RUNNING)
     one_host.pass_time(1.0, 0, 1, 2, 3)
     assert one_host.news == []
+
+
+def test_a_stopped_process_that_answers_is_not_stopped_though_nobody_says_so(
+    one_host: DetectorHarness,
+) -> None:
+    """Its node agent may be gone."""
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S - 0.02, 0, 2, 3)
+    one_host.pass_time(2.0, 0, 1, 2, 3)
+    one_host.suspect(1)
+    one_host.pass_time(2 * STOPPED_S, 0, 2, 3)
+    assert one_host.dead == {}
+
+
+def test_an_answer_that_was_under_way_when_the_process_stopped_proves_nothing(
+    one_host: DetectorHarness,
+) -> None:
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(0.02, 0, 1, 2, 3)
+    one_host.pass_time(STOPPED_S + 0.03, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.STOPPED}
+
+
+def test_what_a_node_agent_said_before_this_term_only_makes_a_suspect(
+    one_host: DetectorHarness,
+) -> None:
+    view = ProcessView(rank=RankId(1), incarnation=Incarnation(1), state=ProcessState.STOPPED)
+    one_host.take(one_host.detector.on_view(view, one_host.now, is_news=False))
+    assert one_host.detector.suspected == (member(1),)
+    one_host.pass_time(3 * STOPPED_S, 0, 2, 3)
+    assert one_host.dead == {}
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S + 0.02, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.STOPPED}
 
 
 def test_a_host_whose_processes_are_all_stopped_for_a_second_loses_none(
@@ -316,6 +354,106 @@ def test_a_stuck_engine_is_silence_though_the_event_loop_answers(harness: Detect
         harness.pong(1, engine_age_ms=(harness.now - 99.0) * 1000)
         harness.pass_time(0.01, 0, 2, 3)
     assert harness.dead == {1: SuspicionReason.EXCHANGE}
+
+
+ANNOUNCED_MAX_S = TIMINGS.silence.announced_max_s
+
+
+def test_what_a_member_announced_excuses_its_silence_until_it_should_be_over(
+    harness: DetectorHarness,
+) -> None:
+    harness.pong(1, loads_for_ms=1000.0)
+    harness.suspect(1)
+    harness.pass_time(0.95, 0, 2, 3)
+    assert harness.dead == {}
+    harness.pass_time(0.1, 0, 2, 3)
+    assert harness.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def test_what_is_over_before_it_had_to_be_excuses_nothing(harness: DetectorHarness) -> None:
+    harness.pong(1, loads_for_ms=1000.0)
+    harness.pong(1)
+    harness.suspect(1)
+    harness.pass_time(WINDOW_S + 0.02, 0, 2, 3)
+    assert harness.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def test_no_announcement_excuses_for_longer_than_the_longest(harness: DetectorHarness) -> None:
+    harness.pong(1, loads_for_ms=1e9)
+    harness.suspect(1)
+    harness.pass_time(ANNOUNCED_MAX_S - 0.05, 0, 2, 3)
+    assert harness.dead == {}
+    harness.pass_time(0.1, 0, 2, 3)
+    assert harness.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def test_a_stuck_engine_that_announces_again_and_again_is_dead(harness: DetectorHarness) -> None:
+    began = harness.now
+    harness.suspect(1)
+    for _ in range(round(ANNOUNCED_MAX_S / 0.1) + 1):
+        harness.pong(1, engine_age_ms=(harness.now - began) * 1000 + 1, loads_for_ms=2000.0)
+        harness.pass_time(0.1, 0, 2, 3)
+    assert harness.dead == {1: SuspicionReason.EXCHANGE}
+
+
+def _exit(harness: DetectorHarness) -> None:
+    harness.suspect(1, SuspicionReason.EXIT)
+
+
+def _refuse(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_probe_refused(member(1), harness.now))
+
+
+def _succeed(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_record(member(1, 2), NODE, harness.now))
+
+
+def _break_twice(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    harness.take(harness.detector.on_probe_broken(member(1), harness.now))
+
+
+def _lose_lease_and_break(harness: DetectorHarness) -> None:
+    harness.lose_lease(1)
+    harness.take(harness.detector.on_probe_broken(member(1), harness.now))
+
+
+@pytest.mark.parametrize("die", [_exit, _refuse, _succeed, _break_twice, _lose_lease_and_break])
+def test_proof_of_a_death_outranks_what_was_announced(
+    harness: DetectorHarness, die: Callable[[DetectorHarness], None]
+) -> None:
+    harness.pong(1, loads_for_ms=2000.0)
+    die(harness)
+    assert set(harness.dead) == {1}
+
+
+def test_a_stop_outranks_what_was_announced(one_host: DetectorHarness) -> None:
+    one_host.pong(1, loads_for_ms=2000.0)
+    one_host.view(1, ProcessState.STOPPED)
+    one_host.pass_time(STOPPED_S + 0.02, 0, 2, 3)
+    assert one_host.dead == {1: SuspicionReason.STOPPED}
+
+
+def test_a_lease_lost_in_an_announced_operation_may_be_taken_again_after_it(
+    harness: DetectorHarness,
+) -> None:
+    harness.pong(1, loads_for_ms=3000.0)
+    harness.lose_lease(1)
+    harness.pass_time(2.5, 0, 2, 3)
+    assert harness.dead == {}
+    harness.take(harness.detector.on_record(member(1), NodeId("host-1"), harness.now))
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+
+
+def test_an_announced_operation_is_no_standstill(harness: DetectorHarness) -> None:
+    harness.suspect(1)
+    for _ in range(round(3.0 / 0.1)):
+        harness.pong(1, loads_for_ms=1000.0)
+        for rank in (0, 2, 3):
+            harness.pong(rank, waiting_for=(1,))
+        harness.pass_time(0.1)
+    assert harness.news == []
 
 
 def test_a_rank_that_only_waits_for_its_peers_is_fine(harness: DetectorHarness) -> None:

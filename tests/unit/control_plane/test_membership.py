@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from control_plane.failure_detector import DetectorTimings
@@ -21,6 +23,57 @@ def formed(harness: ControlPlaneHarness | None = None) -> ControlPlaneHarness:
     assert harness.expert_map is not None
     assert len(harness.expert_map.members) == harness.spec.num_ranks
     return harness
+
+
+def register_again(harness: ControlPlaneHarness) -> None:
+    """After etcd has lost its data: what the leader and the ranks do by themselves."""
+    harness.etcd.apply([Put(key=harness.keys.spec, value=pack_record(harness.spec))])
+    leader = harness.cluster.state.leader
+    harness.leader_revision = harness.etcd.apply(
+        [Put(key=harness.keys.leader, value=pack_record(leader))]
+    )
+    for rank in harness.ranks.values():
+        rank.lease_id = harness.etcd.grant(5.0)
+        rank.write_record(lease_id=rank.lease_id)
+        contents = SlotContents.of(rank.member, rank.actual_contents)
+        key = harness.keys.resident(rank.member.rank, rank.member.incarnation)
+        harness.etcd.apply([Put(key=key, value=pack_record(contents), lease_id=rank.lease_id)])
+    harness.watch.is_broken = False
+    harness.watch.offer(replace(harness.etcd.snapshot(harness.keys.root), restored=True))
+
+
+def test_a_map_that_etcd_has_lost_is_published_again_above_the_one_that_ranks_run() -> None:
+    harness = formed()
+    harness.kill(3)
+    harness.settle()
+    harness.start(3)
+    harness.settle()
+    running = harness.expert_map
+    assert running is not None
+    assert running.epoch > 2
+    harness.etcd.lose_data()
+    register_again(harness)
+    harness.run()
+    again = harness.expert_map
+    assert again is not None
+    assert again.epoch == running.epoch + 1
+    assert again.members == running.members
+    assert (again.placement == running.placement).all()
+    harness.kill(1)
+    harness.settle(0.5)
+    assert "1.1" not in members(harness)
+
+
+def test_a_leader_without_a_past_numbers_its_first_map_above_what_ranks_run() -> None:
+    harness = formed()
+    for rank in harness.ranks.values():
+        rank.lagging_epoch = Epoch(7)  # as they say in their Pongs
+    harness.etcd.lose_data()
+    register_again(harness)
+    harness.begin_term()
+    harness.settle()
+    assert harness.expert_map is not None
+    assert harness.expert_map.epoch == 8
 
 
 def members(harness: ControlPlaneHarness) -> list[str]:
@@ -121,6 +174,34 @@ def test_orphans_are_loaded_into_survivors_before_the_map_is_published() -> None
     harness.settle(1.0)
     assert harness.published[-1].epoch == 3
     assert len(members(harness)) == 2
+
+
+def test_orphans_do_not_go_to_a_joiner_that_has_not_been_seen_to_step() -> None:
+    assert 4 in _ranks_given_orphans(is_proven=True)
+    others = _ranks_given_orphans(is_proven=False)
+    assert others
+    assert 4 not in others
+
+
+def _ranks_given_orphans(*, is_proven: bool) -> frozenset[int]:
+    """Rank 4 has joined anew when two others die that alone had an expert."""
+    harness = formed(ControlPlaneHarness(spec(ranks=5, slots=6, redundant=2)))
+    harness.kill(4)
+    harness.settle(0.4)
+    harness.start(4)
+    harness.lag(4)
+    harness.settle(0.4)
+    assert "4.2" in members(harness)
+    if is_proven:
+        harness.ranks[4].lagging_epoch = None
+        harness.settle(0.4)
+    harness.writes.clear()
+    harness.kill(0)
+    harness.kill(1)
+    harness.run()
+    orphaned = harness.writes[0]
+    assert isinstance(orphaned, Assign)
+    return frozenset(int(each.rank) for each in orphaned.assignments)
 
 
 def test_a_second_death_while_orphans_load_is_told_at_once_too() -> None:

@@ -52,6 +52,23 @@ def test_an_instance_whose_answers_are_slow_is_given_more_time() -> None:
     assert patience_s(evidence(STOPPED, usual_s=1.0), TIMINGS) == TIMINGS.stopped_s
 
 
+def announced(view: ProcessState | None, announced_s: float) -> SilenceEvidence:
+    return SilenceEvidence(view=view, is_host_silent=False, usual_s=0.0, announced_s=announced_s)
+
+
+@pytest.mark.parametrize("view", [None, RUNNING, STARVED, SLEEPING])
+def test_what_was_announced_only_adds_patience_and_is_bounded(view: ProcessState | None) -> None:
+    usual_s = patience_s(evidence(view), TIMINGS)
+    assert patience_s(announced(view, 0.5), TIMINGS) == usual_s
+    assert patience_s(announced(view, 3.5), TIMINGS) == 3.5
+    assert patience_s(announced(view, 60.0), TIMINGS) == TIMINGS.announced_max_s
+    assert patience_s(announced(view, 2.0), SilenceTimings(override_s=0.05)) == 2.0
+
+
+def test_a_stopped_process_is_not_excused_by_what_it_announced() -> None:
+    assert patience_s(announced(STOPPED, 3.5), TIMINGS) == TIMINGS.stopped_s
+
+
 def test_the_override_replaces_what_is_learnt() -> None:
     timings = SilenceTimings(override_s=0.05)
     for view in (None, RUNNING, STOPPED):

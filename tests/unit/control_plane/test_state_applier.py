@@ -3,6 +3,7 @@ handled."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from control_plane.state_applier import (
@@ -15,6 +16,7 @@ from control_plane.state_applier import (
     SuspicionRaised,
     VerdictPut,
 )
+from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
     LeaderRecord,
@@ -22,6 +24,7 @@ from shared.records import (
     SlotContents,
     Suspicion,
     Verdict,
+    pack_map,
     pack_record,
 )
 from shared.store import KeyValue, Snapshot, WatchEvent
@@ -72,6 +75,19 @@ def key_value(key: str, value: object, revision: int) -> KeyValue:
     return KeyValue(
         key=key, value=pack_record(value), create_revision=revision, mod_revision=revision
     )
+
+
+def expert_map(epoch: int) -> ExpertMap:
+    return ExpertMap(
+        epoch=Epoch(epoch),
+        num_experts=1,
+        members=(Member(rank=RankId(0), incarnation=Incarnation(1)),),
+        placement=np.zeros((1, 1, 1), dtype=np.int16),
+    )
+
+
+def put_map(value: ExpertMap, mod_revision: int) -> WatchEvent:
+    return WatchEvent(key=KEYS.map, value=pack_map(value), mod_revision=mod_revision)
 
 
 @pytest.fixture
@@ -148,6 +164,26 @@ def test_a_snapshot_of_an_etcd_that_lost_its_data_counts_though_its_revisions_ar
     cluster.apply(Snapshot(revision=3, values=values, restored=True))
     assert cluster.state.leader == other
     assert cluster.state.revision_of(KEYS.leader) == 2
+
+
+def test_the_map_that_ranks_run_stays_known_when_etcd_has_lost_it(cluster: StateApplier) -> None:
+    running, older = expert_map(7), expert_map(5)
+    cluster.apply(put_map(running, 500))
+    assert cluster.state.is_map_stored
+    assert cluster.apply(Snapshot(revision=3, values=(), restored=True)) == []
+    assert cluster.state.expert_map is not None
+    assert cluster.state.expert_map.epoch == 7
+    assert not cluster.state.is_map_stored
+    assert cluster.state.revision_of(KEYS.map) == 0
+    found = KeyValue(
+        key=KEYS.map, value=pack_map(older), create_revision=2, mod_revision=2, lease_id=0
+    )
+    assert cluster.apply(Snapshot(revision=3, values=(found,), restored=True)) == []
+    assert cluster.state.expert_map.epoch == 7
+    assert (cluster.state.is_map_stored, cluster.state.revision_of(KEYS.map)) == (False, 2)
+    cluster.apply(put_map(expert_map(8), 4))
+    assert cluster.state.expert_map.epoch == 8
+    assert cluster.state.is_map_stored
 
 
 def test_a_read_that_etcd_answered_before_the_leader_went_does_not_bring_it_back(

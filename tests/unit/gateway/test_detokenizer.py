@@ -61,7 +61,7 @@ def test_a_stop_token_is_left_out_but_a_last_token_is_not() -> None:
 def test_the_end_flushes_what_a_stop_string_held_back() -> None:
     stream = TextStream(BYTES, stops=["arms"])
     assert stream.feed(ids_of("an arm")).text == "an "
-    assert stream.feed([], FinishReason.LENGTH) == ("arm", 0, False)
+    assert stream.feed([], FinishReason.LENGTH) == ("arm", 0, None)
 
 
 def test_a_stop_string_across_tokens_tells_how_many_tokens_it_took() -> None:
@@ -73,7 +73,7 @@ def test_a_stop_string_across_tokens_tells_how_many_tokens_it_took() -> None:
             piece = stream.feed(ids[start : start + cut])
             text += piece.text
             used += piece.num_ids
-            if piece.stopped:
+            if piece.stop is not None:
                 break
         assert text == "cut off a"
         assert TOKENIZER.decode(ids[:used]).startswith("cut off an ar")
@@ -85,4 +85,4 @@ def test_stop_strings_count_only_after_min_tokens(min_tokens: int, shown: str) -
     arm, space_arm = ids_of("arm"), ids_of(" arm")
     stream = TextStream(BYTES, stops=["arm"], min_tokens=min_tokens and len(arm))
     piece = stream.feed([*arm, *space_arm])
-    assert (piece.text, piece.stopped) == (shown, True)
+    assert (piece.text, piece.stop) == (shown, "arm")

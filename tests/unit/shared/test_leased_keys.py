@@ -138,6 +138,20 @@ async def test_a_value_said_during_the_write_of_an_older_one_is_written_after_it
 
 
 @on_virtual_time
+async def test_what_comes_before_others_waits_for_the_write_under_way_alone() -> None:
+    async with left_alone() as harness:
+        harness.store.answers.clear()
+        harness.leased.put("a", b"1")
+        await asyncio.sleep(SOON_S)
+        harness.leased.put("b", b"1")
+        harness.leased.put("c", b"1")
+        harness.leased.put("d", b"1", before_others=True)
+        harness.store.answers.set()
+        await asyncio.sleep(SOON_S)
+        assert [key for key, _ in harness.changes] == ["a", "d", "b", "c"]
+
+
+@on_virtual_time
 async def test_a_deleted_key_goes_and_others_stay() -> None:
     async with left_alone() as harness:
         harness.leased.put("a", b"1")

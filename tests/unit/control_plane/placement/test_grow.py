@@ -87,6 +87,68 @@ def test_a_rejoining_rank_restores_every_second_copy_and_takes_its_share() -> No
     assert (per_rank[:, dead] > 0.7 * per_rank.mean(axis=1)).all()
 
 
+@bounded
+@given(joins())
+def test_who_holds_experts_already_loads_no_more_and_serves_as_well(
+    case: tuple[Cluster, list[RankId], list[RankId]],
+) -> None:
+    """Joiners hold what they held before they were lost: they keep it where it is, unless something
+    else is needed more, and no expert has fewer replicas on fewer nodes for it."""
+    cluster, joined, members = case
+    before = cluster.place().placement
+    shrunk = shrink(cluster.map_of(before), joined, cluster.loads).refilled
+    expert_map = cluster.map_of(shrunk, members)
+    resident = {rank: before[:, rank, : cluster.slots[rank]] for rank in joined}
+    results = [
+        grow(
+            expert_map,
+            joined,
+            cluster.nodes,
+            cluster.slots,
+            redundant=cluster.redundant,
+            resident=has,
+        )
+        for has in (None, resident)
+    ]
+    anew, kept = results
+    assert len(kept.slot_fills) <= len(anew.slot_fills)
+    for result in results:
+        for rank in joined:
+            for row in result.placement[:, rank]:
+                held = row[row >= 0]
+                assert len(set(held.tolist())) == len(held)
+    filled = [(r.placement[:, joined] >= 0).sum(axis=(1, 2)) for r in results]
+    assert (filled[0] == filled[1]).all()
+    lacking = [(replica_counts(r.placement, cluster.num_experts) == 0).sum(axis=1) for r in results]
+    assert (lacking[0] == lacking[1]).all()
+    loads = {(fill.layer, fill.rank, fill.slot) for fill in kept.slot_fills}
+    for layer, index, slot in np.argwhere(kept.placement[:, joined] >= 0).tolist():
+        rank = joined[index]
+        is_held = resident[rank][layer, slot] == kept.placement[layer, rank, slot]
+        assert is_held != ((layer, rank, slot) in loads)
+
+
+def test_a_rank_that_comes_back_with_all_it_had_loads_nothing_that_it_has() -> None:
+    """Redundant experts enough: no orphan had to be placed elsewhere in a slot that is needed."""
+    cluster = bench_cluster()
+    back = RankId(3)
+    before = cluster.place().placement
+    shrunk = shrink(cluster.map_of(before), {back}).refilled
+    members = [r for r in cluster.ranks if r != back]
+    result = grow(
+        cluster.map_of(shrunk, members),
+        [back],
+        cluster.nodes,
+        cluster.slots,
+        resident={back: before[:, back]},
+    )
+    assert (replica_counts(result.placement, cluster.num_experts) >= 2).all()
+    num_slots = before[:, back].size
+    anew = grow(cluster.map_of(shrunk, members), [back], cluster.nodes, cluster.slots)
+    assert len(anew.slot_fills) == num_slots
+    assert len(result.slot_fills) < num_slots // 4
+
+
 def test_spare_slots_of_a_joiner_stay_empty() -> None:
     cluster = bench_cluster(slots=20)
     members = cluster.ranks[:-1]

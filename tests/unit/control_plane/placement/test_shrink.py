@@ -139,3 +139,43 @@ def test_nobody_left_is_refused() -> None:
     cluster = bench_cluster(ranks=2, nodes=1, slots=64)
     with pytest.raises(ValueError, match="no rank survives"):
         shrink(cluster.map_of(cluster.place().placement), set(cluster.ranks))
+
+
+@bounded
+@given(deaths(), st.data())
+def test_orphans_go_to_the_unproven_only_if_the_others_have_no_slots(
+    case: tuple[Cluster, set[RankId], list[RankId]], data: st.DataObject
+) -> None:
+    cluster, dead, alive = case
+    unproven = data.draw(st.sets(st.sampled_from(alive)))
+    expert_map = cluster.map_of(cluster.place().placement)
+    result = shrink(expert_map, dead, cluster.loads, unproven=unproven)
+    anybody = shrink(expert_map, dead, cluster.loads)
+    assert len(result.uncoverable) == len(anybody.uncoverable)
+    orphans = cluster.map_of(result.placement, alive).uncovered()
+    loaded = [(fill.layer, fill.expert) for fill in result.slot_fills]
+    assert sorted([*loaded, *result.uncoverable]) == sorted(orphans)
+    given = {fill.rank for fill in result.slot_fills} & unproven
+    proven = [rank for rank in alive if rank not in unproven]
+    room = (result.placement[:, proven] == EMPTY_SLOT).sum(axis=(1, 2))
+    needed = np.bincount([layer for layer, _ in orphans], minlength=len(room))
+    if proven and (room >= needed).all():
+        assert not given
+
+
+def test_a_joiner_that_has_not_stepped_gets_no_orphan_and_is_no_reason_to_overwrite() -> None:
+    """Slots are 0-3 on rank 0, 4-5 and two spare ones on rank 1, the same on rank 2 (unproven)."""
+    cluster = bench_cluster(layers=1, experts=6, ranks=4, nodes=1, slots=4)
+    placement = np.array(
+        [[[0, 1, 2, 3], [4, 5, -1, -1], [4, 5, -1, -1], [0, 1, 4, 5]]], dtype=np.int16
+    )
+    dead, unproven = RankId(0), RankId(2)
+    result = shrink(cluster.map_of(placement), {dead}, unproven={unproven})
+    assert {(fill.rank, fill.slot) for fill in result.slot_fills} == {(1, 2), (1, 3)}
+    full = placement.copy()
+    full[0, 1] = [4, 5, 0, 1]
+    result = shrink(cluster.map_of(full), {dead}, unproven={unproven})
+    assert not result.uncoverable
+    assert {fill.rank for fill in result.slot_fills} <= {1, 3}
+    held_by_proven = set(result.refilled[0, [1, 3]].ravel().tolist())
+    assert {0, 1, 2, 3, 4, 5} <= held_by_proven

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -107,10 +108,16 @@ class Device:
         self.who.note_mapped(peer)
         self.member_of_rank[peer.rank] = peer
 
-    def adopt(self, expert_map: ExpertMap) -> None:
+    def map_members(self, expert_map: ExpertMap) -> Future[None]:
         with self.fabric.lock:
             for peer in self.who.members_to_map(expert_map):
                 self.map(peer)
+        mapped: Future[None] = Future()
+        mapped.set_result(None)
+        return mapped
+
+    def adopt(self, expert_map: ExpertMap) -> None:
+        with self.fabric.lock:
             change = self.who.adopt(expert_map)
             self.mask_R[:] = 0
             self.mask_R[sorted(change.active)] = 1

@@ -115,3 +115,13 @@ def test_a_step_that_was_thrown_away_teaches_nothing() -> None:
     waits.begin()
     waits.look(0.05)
     assert waits.monitor.suspected == [PEER]
+
+
+def test_a_broken_link_to_a_peer_that_is_late_is_reported_as_well() -> None:
+    waits = Waits()
+    waits.run_step(0.0)
+    waits.begin()
+    waits.look(0.05)
+    for _ in range(2):
+        waits.policy.suspect(PEER, SuspicionReason.LINK, "a write failed")
+    assert waits.monitor.suspected == [PEER, PEER]

@@ -84,9 +84,9 @@ def test_residents_are_published_at_the_start_only_if_the_slots_hold_anything() 
     assert isinstance(put, PutRecord)
     kept = wanted(3, -1, 0, -1)
     fenced_before = RankMembership(record(0, 2), kept)
-    assert fenced_before.on_listening(5)[1:] == [
-        PutResidents(contents=SlotContents.of(member(0, 2), kept))
-    ]
+    residents, put = fenced_before.on_listening(5)
+    assert residents == PutResidents(contents=SlotContents.of(member(0, 2), kept))
+    assert isinstance(put, PutRecord)
     contents = SlotContents.of(member(0, 2), kept, epoch=1)
     (ready,) = fenced_before.on_assignment(contents)
     assert isinstance(ready, PutRecord)

@@ -53,6 +53,7 @@ HANDLES = ExchangeHandles(
     local_ids=(6,),
     ipc_handle=(7,),
     step_tokens_max=64,
+    buffer_id="one",
 )
 
 

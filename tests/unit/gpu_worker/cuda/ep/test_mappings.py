@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from gpu_worker.cuda.ep.mappings import EpMappings
 from gpu_worker.cuda.ep.members import EpMembers
 from gpu_worker.exchange.worker_thread import WorkerThread
 from shared.clock import SystemClock
+from shared.errors import DeviceLost
 from shared.expert_map import ExpertMap
 from shared.records import ExchangeHandles
 from shared.types import Epoch, Incarnation, Member, RankId
@@ -51,10 +53,17 @@ class Own:
             HandleStore(),
             SystemClock(),
             WorkerThread("mappings"),
+            self._check_device,
         )
+        self.context_is_gone = False
+
+    def _check_device(self) -> None:
+        if self.context_is_gone:
+            raise DeviceLost("the context is gone")
 
     def connect(self, peer: Member) -> None:
-        self.mappings.connect(peer, HANDLES)
+        """As a process of its own."""
+        self.mappings.connect(peer, handles_of(peer))
 
     def adopt(self, epoch: int, *members: Member) -> frozenset[RankId]:
         expert_map = ExpertMap(
@@ -63,7 +72,7 @@ class Own:
             members=members,
             placement=np.zeros((1, 3, 1), dtype=np.int16),
         )
-        self.mappings.map_members(expert_map)
+        self.mappings.map_members(expert_map).result()
         return self.who.adopt(expert_map).active
 
 
@@ -77,7 +86,12 @@ HANDLES = ExchangeHandles(
     local_ids=(),
     ipc_handle=(),
     step_tokens_max=1,
+    buffer_id="one",
 )
+
+
+def handles_of(peer: Member) -> ExchangeHandles:
+    return replace(HANDLES, buffer_id=str(peer))
 
 
 def life(rank: int, incarnation: int = 1) -> Member:
@@ -139,3 +153,35 @@ def test_who_cannot_be_mapped_at_once_is_not_met() -> None:
     with pytest.raises(ConnectionError, match="no such memory"):
         own.connect(life(1))
     assert not own.who.is_connected(life(1))
+
+
+def test_a_failure_of_the_own_card_is_not_taken_for_the_peers() -> None:
+    own = Own()
+    own.card.dead = {1}
+    own.context_is_gone = True
+    with pytest.raises(DeviceLost, match="context"):
+        own.connect(life(1))
+    own.context_is_gone = False
+    own.card.dead = set()
+    own.connect(life(1))
+    own.connect(life(2))
+    own.adopt(1, life(0), life(1))
+    own.connect(life(2, 2))
+    own.card.dead = {2}
+    own.context_is_gone = True
+    with pytest.raises(DeviceLost, match="context"):
+        own.adopt(2, life(0), life(1), life(2, 2))
+    assert own.who.is_connected(life(2, 2))
+
+
+def test_who_comes_back_in_its_process_is_mapped_already(own: Own) -> None:
+    own.mappings.connect(life(2, 2), handles_of(life(2)))
+    assert own.adopt(3, life(0), life(1), life(2, 2)) == {0, 1, 2}
+    assert own.card.num_unmapped == 0
+
+
+def test_the_buffer_that_was_only_met_is_not_taken_for_the_one_that_is_mapped(own: Own) -> None:
+    own.connect(life(2, 2))
+    own.mappings.connect(life(2, 3), handles_of(life(2, 2)))
+    assert own.adopt(3, life(0), life(1), life(2, 3)) == {0, 1, 2}
+    assert own.card.num_unmapped == 1

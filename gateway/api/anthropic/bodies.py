@@ -1,0 +1,36 @@
+"""The bodies of `/v1/messages` and `/v1/messages/count_tokens`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Thinking(msgspec.Struct, kw_only=True):
+    """`type` is enabled, adaptive or disabled."""
+
+    type: str
+    budget_tokens: int | None = None
+
+
+class CountBody(msgspec.Struct, kw_only=True):
+    """What makes up the prompt."""
+
+    model: str | None = None
+    messages: list[Any]
+    system: str | list[Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: Thinking | None = None
+
+
+class MessagesBody(CountBody, kw_only=True):
+    max_tokens: int
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+    metadata: Any = None
+    service_tier: Any = None

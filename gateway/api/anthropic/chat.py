@@ -1,0 +1,178 @@
+"""A request of the Messages API as the body of `/v1/chat/completions` that asks for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from gateway.api.anthropic.bodies import CountBody, MessagesBody
+from shared.errors import RequestError
+
+_THINKING_ON = ("enabled", "adaptive")
+_TEXT_ONLY = "only text, tool_use, tool_result and thinking are supported"
+
+
+def prompt_fields(body: CountBody) -> dict[str, Any]:
+    """The fields that make up the prompt. Raises RequestError."""
+    chat: dict[str, Any] = {"messages": _messages(body), "model": body.model}
+    thinks = body.thinking is not None and body.thinking.type in _THINKING_ON
+    chat["chat_template_kwargs"] = {"enable_thinking": thinks, "thinking": thinks}
+    if body.tools:
+        chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
+        chat.update(_tool_choice(body.tool_choice))
+    return chat
+
+
+def chat_fields(body: MessagesBody) -> dict[str, Any]:
+    """Raises RequestError."""
+    chat = prompt_fields(body)
+    chat |= {
+        "max_tokens": body.max_tokens,
+        "stream": body.stream,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": body.stop_sequences,
+    }
+    thinking = body.thinking
+    chat["include_reasoning"] = thinking is not None and thinking.type in _THINKING_ON
+    if thinking is not None and thinking.type == "enabled" and thinking.budget_tokens is not None:
+        chat["thinking_token_budget"] = thinking.budget_tokens
+    return {name: value for name, value in chat.items() if value is not None}
+
+
+def _messages(body: CountBody) -> list[dict[str, Any]]:
+    messages = []
+    if body.system:
+        messages.append({"role": "system", "content": _text("system", body.system)})
+    for index, message in enumerate(body.messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
+            raise _refusal(f"{where} must be an object whose role is user or assistant")
+        content = message.get("content")
+        if isinstance(content, str):
+            messages.append({"role": message["role"], "content": content})
+        elif isinstance(content, list):
+            read = _assistant_turn if message["role"] == "assistant" else _user_turn
+            messages += read(where, content)
+        else:
+            raise _refusal(f"the content of {where} must be a text or a list of blocks")
+    return messages
+
+
+def _assistant_turn(where: str, blocks: Sequence[Any]) -> list[dict[str, Any]]:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for block in blocks:
+        match _kind(where, block):
+            case "text":
+                texts.append(_string(where, block, "text"))
+            case "thinking":
+                thoughts.append(_string(where, block, "thinking"))
+            case "redacted_thinking":
+                pass  # nobody but who made it can read it
+            case "tool_use":
+                calls.append(_call(where, block))
+            case kind:
+                raise _refusal(f"{where} has a block of type {kind!r:.60}; {_TEXT_ONLY}")
+    turn: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        turn["reasoning_content"] = "".join(thoughts)
+    if calls:
+        turn["tool_calls"] = calls
+    return [turn]
+
+
+def _user_turn(where: str, blocks: Sequence[Any]) -> list[dict[str, Any]]:
+    """The results of tools are messages of their own, in the order of the blocks."""
+    turns: list[dict[str, Any]] = []
+    for block in blocks:
+        match _kind(where, block):
+            case "text":
+                text = _string(where, block, "text")
+                if turns and turns[-1]["role"] == "user":
+                    turns[-1]["content"] += text
+                else:
+                    turns.append({"role": "user", "content": text})
+            case "tool_result":
+                content = _text(where, block.get("content") or "")
+                if block.get("is_error"):
+                    content = f"Error: {content}"
+                call = _string(where, block, "tool_use_id")
+                turns.append({"role": "tool", "tool_call_id": call, "content": content})
+            case kind:
+                raise _refusal(f"{where} has a block of type {kind!r:.60}; {_TEXT_ONLY}")
+    return turns
+
+
+def _call(where: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise _refusal(f"the input of a tool_use of {where} must be an object")
+    function = {
+        "name": _string(where, block, "name"),
+        "arguments": msgspec.json.encode(arguments).decode(),
+    }
+    return {"id": _string(where, block, "id"), "type": "function", "function": function}
+
+
+def _tool(index: int, tool: Any) -> dict[str, Any]:
+    """Tools that the server would run itself (web search and the like) are not here."""
+    if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
+        raise RequestError(f"tools[{index}] must be a tool that you run yourself", param="tools")
+    function = {
+        "name": tool.get("name"),
+        "description": tool.get("description", ""),
+        "parameters": tool.get("input_schema"),
+    }
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: Mapping[str, Any] | None) -> dict[str, Any]:
+    if choice is None:
+        return {}
+    parallel = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
+    match choice.get("type"):
+        case "auto":
+            return {"tool_choice": "auto", **parallel}
+        case "none":
+            return {"tool_choice": "none"}
+        case "any":
+            return {"tool_choice": "required", **parallel}
+        case "tool":
+            function = {"name": choice.get("name")}
+            return {"tool_choice": {"type": "function", "function": function}, **parallel}
+    raise RequestError("tool_choice must have a type: auto, any, tool or none", param="tool_choice")
+
+
+def _text(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _refusal(f"{where} must be a text or a list of text blocks")
+    parts = []
+    for block in content:
+        if _kind(where, block) != "text":
+            raise _refusal(f"{where} may have blocks of text only")
+        parts.append(_string(where, block, "text"))
+    return "".join(parts)
+
+
+def _kind(where: str, block: Any) -> Any:
+    if not isinstance(block, dict):
+        raise _refusal(f"a block of {where} must be an object")
+    return block.get("type")
+
+
+def _string(where: str, block: Mapping[str, Any], name: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise _refusal(f"a block of {where} lacks {name}")
+    return value
+
+
+def _refusal(reason: str) -> RequestError:
+    return RequestError(reason, param="messages")

@@ -1,0 +1,46 @@
+"""How an answer is spelt, for APIs that are not OpenAI's chat completions: in one body, or as the
+events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.api.errors import HttpError
+from gateway.api.responses import Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """`reason` is OpenAI's finish reason; `stop_string` is what ended the text, if one did."""
+
+    reason: str
+    stop_string: str | None
+    usage: Usage
+
+
+class Dialect(Protocol):
+    """For one answer. Implemented by `anthropic.answer` and `openai_responses.answer`."""
+
+    def whole(self, message: Mapping[str, Any], ending: Ending) -> bytes:
+        """The body for OpenAI's `message`."""
+        ...
+
+    def begin(self, usage: Usage) -> bytes:
+        """The first events. `usage` knows the prompt."""
+        ...
+
+    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
+        """Events for OpenAI's deltas."""
+        ...
+
+    def end(self, ending: Ending) -> bytes: ...
+
+    def failed(self, error: HttpError) -> bytes:
+        """The last events of a stream that fails after it has begun."""
+        ...
+
+
+def sent_event(kind: str, data: bytes) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)

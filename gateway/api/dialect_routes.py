@@ -1,0 +1,180 @@
+"""Routes of the Messages and the Responses API. What they ask for is a chat, which `answer_chat`
+prepares and generates."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+
+from gateway.api.anthropic.answer import MessagesAnswer
+from gateway.api.anthropic.bodies import CountBody, MessagesBody
+from gateway.api.anthropic.chat import chat_fields as chat_of_messages
+from gateway.api.anthropic.chat import prompt_fields
+from gateway.api.bodies import B, ChatBody
+from gateway.api.dialect import Dialect
+from gateway.api.job import Job
+from gateway.api.openai_responses.answer import ResponseAnswer
+from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
+from gateway.api.openai_responses.chat import chat_fields as chat_of_response
+from gateway.api.openai_responses.chat import input_messages
+from gateway.api.openai_responses.store import ResponseStore, StoredResponse
+from gateway.api.request_context import require_context
+from gateway.api.routes import Routes
+from shared.errors import RequestError
+
+MESSAGES_PATH = "/v1/messages"
+
+
+class AnswerChat(Protocol):
+    """See `http_app.HttpApp.answer_chat`."""
+
+    async def __call__(
+        self,
+        request: web.Request,
+        cls: type[B],
+        chat_of: Callable[[B], ChatBody],
+        dialect_of: Callable[[Job], Dialect],
+    ) -> web.StreamResponse: ...
+
+
+class DialectRoutes:
+    """`count_prompt` returns the number of tokens of a chat's prompt."""
+
+    def __init__(
+        self,
+        *,
+        answer_chat: AnswerChat,
+        count_prompt: Callable[
+            [web.Request, type[CountBody], Callable[[CountBody], ChatBody]], Awaitable[int]
+        ],
+        store: ResponseStore,
+    ) -> None:
+        self._answer_chat = answer_chat
+        self._count_prompt = count_prompt
+        self._store = store
+
+    def add_to(self, routes: Routes) -> None:
+        routes.post(
+            MESSAGES_PATH,
+            self._messages,
+            "answers a chat, as Anthropic's API does",
+            body=MessagesBody,
+            streams=True,
+        )
+        routes.post(
+            f"{MESSAGES_PATH}/count_tokens",
+            self._count_tokens,
+            "the number of a chat's prompt tokens",
+            body=CountBody,
+        )
+        routes.post(
+            "/v1/responses",
+            self._responses,
+            "answers a chat, as OpenAI's newer API does",
+            body=ResponsesBody,
+            streams=True,
+        )
+        routes.get("/v1/responses/{id}", self._show_response, "a response that is remembered")
+        routes.delete("/v1/responses/{id}", self._forget_response, "forgets a response")
+
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        def dialect_of(job: Job) -> Dialect:
+            return MessagesAnswer(id=job.header.id, model=job.header.model)
+
+        return await self._answer_chat(
+            request, MessagesBody, lambda body: _chat_body(chat_of_messages(body)), dialect_of
+        )
+
+    async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
+        count = await self._count_prompt(
+            request, CountBody, lambda body: _chat_body(prompt_fields(body))
+        )
+        return web.json_response({"input_tokens": count})
+
+    async def _responses(self, request: web.Request) -> web.StreamResponse:
+        answering = _Answering(self._store, require_context(request).key.name)
+        response = await self._answer_chat(
+            request, ResponsesBody, answering.chat_of, answering.dialect_of
+        )
+        answering.remember()
+        return response
+
+    async def _show_response(self, request: web.Request) -> web.Response:
+        return web.json_response(self._require_stored(request).response)
+
+    async def _forget_response(self, request: web.Request) -> web.Response:
+        response_id = str(self._require_stored(request).response["id"])
+        self._store.delete(response_id, require_context(request).key.name)
+        return web.json_response({"id": response_id, "object": "response", "deleted": True})
+
+    def _require_stored(self, request: web.Request) -> StoredResponse:
+        """Raises RequestError."""
+        response_id = request.match_info["id"]
+        return _require(self._store, response_id, require_context(request).key.name, param=None)
+
+
+class _Answering:
+    """One request of the Responses API, with what comes before it and what is kept of it."""
+
+    def __init__(self, store: ResponseStore, owner: str) -> None:
+        self._store = store
+        self._owner = owner
+        self._body: ResponsesBody | None = None
+        self._earlier: list[Mapping[str, Any]] = []
+        self._answer: ResponseAnswer | None = None
+
+    def chat_of(self, body: ResponsesBody) -> ChatBody:
+        """Raises RequestError."""
+        refuse_unsupported(body)
+        self._body = body
+        if body.previous_response_id is not None:
+            before = _require(
+                self._store, body.previous_response_id, self._owner, param="previous_response_id"
+            )
+            self._earlier = list(before.messages)
+        return _chat_body(chat_of_response(body, self._earlier))
+
+    def dialect_of(self, job: Job) -> Dialect:
+        assert self._body is not None, "the chat is made first"
+        header = job.header
+        self._answer = ResponseAnswer(
+            id=header.id, created=header.created, model=header.model, body=self._body
+        )
+        return self._answer
+
+    def remember(self) -> None:
+        """Keeps the response unless the client asks not to, or it has failed."""
+        body, answer = self._body, self._answer
+        if body is None or answer is None or answer.done is None or body.store is False:
+            return
+        messages = [
+            *self._earlier,
+            *input_messages(body.input),
+            *input_messages(answer.done["output"]),
+        ]
+        self._store.put(StoredResponse(owner=self._owner, response=answer.done, messages=messages))
+
+
+def _require(
+    store: ResponseStore, response_id: str, owner: str, *, param: str | None
+) -> StoredResponse:
+    found = store.get(response_id, owner)
+    if found is None:
+        raise RequestError(
+            f"the response {response_id!r:.80} is not remembered here: it is unknown, has made "
+            "room for newer ones, or another gateway has it; pass the whole input",
+            param=param,
+            code="response_not_found",
+        )
+    return found
+
+
+def _chat_body(fields: dict[str, Any]) -> ChatBody:
+    """Raises RequestError."""
+    try:
+        return msgspec.convert(fields, ChatBody)
+    except msgspec.ValidationError as error:
+        raise RequestError(str(error)) from error

@@ -1,0 +1,261 @@
+"""Answers of the Responses API: items of output, in the order in which the model wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from gateway.api.dialect import Ending, sent_event
+from gateway.api.errors import HttpError
+from gateway.api.openai_responses.bodies import ResponsesBody
+from gateway.api.responses import Usage
+
+_encode = msgspec.json.encode
+
+
+@dataclass(slots=True)
+class _Item:
+    """An item of output that is being written. `kind` is message, reasoning or function_call."""
+
+    kind: str
+    index: int
+    id: str
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
+
+    def plain(self, status: str) -> dict[str, Any]:
+        match self.kind:
+            case "reasoning":
+                content = [{"type": "reasoning_text", "text": self.text}] if self.text else []
+                return {
+                    "id": self.id,
+                    "type": "reasoning",
+                    "summary": [],
+                    "content": content,
+                    "status": status,
+                }
+            case "function_call":
+                return {
+                    "id": self.id,
+                    "type": "function_call",
+                    "status": status,
+                    "call_id": self.call_id,
+                    "name": self.name,
+                    "arguments": self.text,
+                }
+        content = [_output_text(self.text)] if status != "in_progress" else []
+        return {
+            "id": self.id,
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": content,
+        }
+
+
+class ResponseAnswer:
+    """Implements `dialect.Dialect`. `id` is OpenAI's id of the chat answer. `done` is the finished
+    response, for the store."""
+
+    def __init__(self, *, id: str, created: int, model: str, body: ResponsesBody) -> None:
+        self._suffix = id.removeprefix("chatcmpl-")
+        self.id = f"resp_{self._suffix}"
+        self._created = created
+        self._model = model
+        self._body = body
+        self._items: list[_Item] = []
+        self._open: _Item | None = None
+        self._sequence = 0
+        self.done: dict[str, Any] | None = None
+
+    def whole(self, message: Mapping[str, Any], ending: Ending) -> bytes:
+        if text := message.get("reasoning_content"):
+            self._new_item("reasoning").text = text
+        if message.get("content") or not message.get("tool_calls"):
+            self._new_item("message").text = message.get("content") or ""
+        for call in message.get("tool_calls") or ():
+            item = self._new_item("function_call")
+            item.call_id, item.name = call["id"], call["function"]["name"]
+            item.text = call["function"]["arguments"]
+        self.done = self._response(ending)
+        return _encode(self.done)
+
+    def begin(self, usage: Usage) -> bytes:
+        begun = self._response(None)
+        return self._event("response.created", response=begun) + self._event(
+            "response.in_progress", response=begun
+        )
+
+    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
+        events = b""
+        for delta in deltas:
+            if text := delta.get("reasoning_content"):
+                events += self._enter("reasoning") + self._add(text)
+            elif text := delta.get("content"):
+                events += self._enter("message") + self._add(text)
+            for call in delta.get("tool_calls") or ():
+                events += self._call(call)
+        return events
+
+    def end(self, ending: Ending) -> bytes:
+        events = b""
+        if not self._items:
+            events += self._enter("message")
+        events += self._close(_item_status(ending))
+        self.done = self._response(ending)
+        return events + self._event(f"response.{self.done['status']}", response=self.done)
+
+    def failed(self, error: HttpError) -> bytes:
+        plain = msgspec.json.decode(error.body)["error"]
+        events = self._close("incomplete")
+        response = {
+            **self._response(None),
+            "status": "failed",
+            "output": [item.plain("incomplete") for item in self._items],
+            "error": {"code": "server_error", "message": plain["message"]},
+        }
+        return events + self._event("response.failed", response=response)
+
+    def _call(self, call: Mapping[str, Any]) -> bytes:
+        """A call begins with its id and name; what follows are pieces of its arguments."""
+        function = call["function"]
+        events = b""
+        if "id" in call:
+            events += self._enter("function_call", call["id"], function["name"])
+        if function.get("arguments"):
+            events += self._add(function["arguments"])
+        return events
+
+    def _enter(self, kind: str, call_id: str = "", name: str = "") -> bytes:
+        if self._open is not None and self._open.kind == kind and not call_id:
+            return b""
+        events = self._close("completed")
+        item = self._open = self._new_item(kind)
+        item.call_id, item.name = call_id, name
+        events += self._event(
+            "response.output_item.added", output_index=item.index, item=item.plain("in_progress")
+        )
+        if kind == "function_call":
+            return events
+        part = _output_text("") if kind == "message" else {"type": "reasoning_text", "text": ""}
+        return events + self._event("response.content_part.added", **_content(item), part=part)
+
+    def _add(self, text: str) -> bytes:
+        item = self._open
+        assert item is not None, "an item is entered before it is written"
+        item.text += text
+        match item.kind:
+            case "message":
+                fields: dict[str, Any] = {**_content(item), "delta": text, "logprobs": []}
+                return self._event("response.output_text.delta", **fields)
+            case "reasoning":
+                return self._event("response.reasoning_text.delta", **_content(item), delta=text)
+        fields = {"item_id": item.id, "output_index": item.index, "delta": text}
+        return self._event("response.function_call_arguments.delta", **fields)
+
+    def _close(self, status: str) -> bytes:
+        item, self._open = self._open, None
+        if item is None:
+            return b""
+        match item.kind:
+            case "message":
+                part = _output_text(item.text)
+                fields: dict[str, Any] = {**_content(item), "text": item.text, "logprobs": []}
+                events = self._event("response.output_text.done", **fields)
+                events += self._event("response.content_part.done", **_content(item), part=part)
+            case "reasoning":
+                part = {"type": "reasoning_text", "text": item.text}
+                events = self._event(
+                    "response.reasoning_text.done", **_content(item), text=item.text
+                )
+                events += self._event("response.content_part.done", **_content(item), part=part)
+            case _:
+                events = self._event(
+                    "response.function_call_arguments.done",
+                    item_id=item.id,
+                    output_index=item.index,
+                    name=item.name,
+                    arguments=item.text,
+                )
+        return events + self._event(
+            "response.output_item.done", output_index=item.index, item=item.plain(status)
+        )
+
+    def _new_item(self, kind: str) -> _Item:
+        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
+        index = len(self._items)
+        item = _Item(kind=kind, index=index, id=f"{prefix}_{self._suffix}_{index}")
+        self._items.append(item)
+        return item
+
+    def _response(self, ending: Ending | None) -> dict[str, Any]:
+        """None: it has just begun."""
+        body = self._body
+        cut_off = ending is not None and ending.reason == "length"
+        status = "in_progress" if ending is None else "incomplete" if cut_off else "completed"
+        last = len(self._items) - 1
+        output = [
+            item.plain("incomplete" if cut_off and item.index == last else "completed")
+            for item in self._items
+        ]
+        text = body.text.format if body.text is not None and body.text.format else {"type": "text"}
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "model": self._model,
+            "output": [] if ending is None else output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {
+                "effort": body.reasoning.effort if body.reasoning is not None else None,
+                "summary": None,
+            },
+            "store": body.store is not False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": {"format": text},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": body.truncation or "disabled",
+            "usage": None if ending is None else _usage(ending.usage),
+            "user": body.user,
+            "metadata": body.metadata or {},
+        }
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        data = _encode({"type": kind, "sequence_number": self._sequence, **fields})
+        self._sequence += 1
+        return sent_event(kind, data)
+
+
+def _item_status(ending: Ending) -> str:
+    return "incomplete" if ending.reason == "length" else "completed"
+
+
+def _content(item: _Item) -> dict[str, Any]:
+    return {"item_id": item.id, "output_index": item.index, "content_index": 0}
+
+
+def _output_text(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

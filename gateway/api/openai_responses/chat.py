@@ -1,0 +1,159 @@
+"""A request of the Responses API as the body of `/v1/chat/completions` that asks for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gateway.api.openai_responses.bodies import ResponsesBody
+from shared.errors import RequestError
+
+_ROLES = ("user", "assistant", "system", "developer")
+_TEXT_KEYS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+
+
+def chat_fields(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`earlier` are the messages of the response that this one follows. Raises RequestError."""
+    messages: list[Mapping[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    messages += earlier
+    messages += input_messages(body.input)
+    chat: dict[str, Any] = {
+        "messages": messages,
+        "model": body.model,
+        "max_completion_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "stream": body.stream,
+    }
+    if body.truncation == "auto":
+        chat["truncate_prompt_tokens"] = -1
+    if body.tools:
+        chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
+        chat["tool_choice"] = _tool_choice(body.tool_choice)
+        chat["parallel_tool_calls"] = body.parallel_tool_calls
+    if body.reasoning is not None:
+        chat["reasoning_effort"] = body.reasoning.effort
+    if body.text is not None and body.text.format is not None:
+        chat["response_format"] = _response_format(body.text.format)
+    return {name: value for name, value in chat.items() if value is not None}
+
+
+def input_messages(given: str | Sequence[Any]) -> list[dict[str, Any]]:
+    """The items of an input as messages: reasoning and calls belong to the assistant's turn that
+    they stand in. Raises RequestError."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    messages: list[dict[str, Any]] = []
+    thoughts = ""
+    for index, item in enumerate(given):
+        where = f"input[{index}]"
+        if not isinstance(item, dict):
+            raise _refusal(f"{where} must be an object")
+        match item.get("type", "message"):
+            case "message":
+                message = _message(where, item)
+                if message["role"] == "assistant" and thoughts:
+                    message["reasoning_content"], thoughts = thoughts, ""
+                messages.append(message)
+            case "reasoning":
+                thoughts += _reasoning_text(item)
+            case "function_call":
+                turn = _assistant_turn(messages)
+                if thoughts:
+                    turn["reasoning_content"], thoughts = thoughts, ""
+                turn.setdefault("tool_calls", []).append(_call(where, item))
+            case "function_call_output":
+                messages.append(_call_output(where, item))
+            case kind:
+                raise _refusal(
+                    f"{where} has type {kind!r:.60}; message, reasoning, function_call and "
+                    "function_call_output are supported"
+                )
+    return messages
+
+
+def _assistant_turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    return messages[-1]
+
+
+def _message(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    role, content = item.get("role"), item.get("content")
+    if role not in _ROLES:
+        raise _refusal(f"the role of {where} must be one of {', '.join(_ROLES)}")
+    role = "system" if role == "developer" else role
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    return {"role": role, "content": _text(where, content)}
+
+
+def _text(where: str, parts: Any) -> str:
+    if not isinstance(parts, list):
+        raise _refusal(f"the content of {where} must be a text or a list of parts")
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        key = _TEXT_KEYS.get(kind) if isinstance(kind, str) else None
+        if key is None or not isinstance(part.get(key), str):
+            raise _refusal(f"{where} has a part of type {kind!r:.60}; only text is supported")
+        texts.append(part[key])
+    return "".join(texts)
+
+
+def _reasoning_text(item: Mapping[str, Any]) -> str:
+    parts = item.get("content")
+    return "".join(
+        part["text"]
+        for part in (parts if isinstance(parts, list) else ())
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
+
+
+def _call(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    name, arguments, call = (item.get(key) for key in ("name", "arguments", "call_id"))
+    if not (isinstance(name, str) and isinstance(arguments, str) and isinstance(call, str)):
+        raise _refusal(f"{where} must have call_id, name and arguments, which are texts")
+    function = {"name": name, "arguments": arguments}
+    return {"id": call, "type": "function", "function": function}
+
+
+def _call_output(where: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    call, output = item.get("call_id"), item.get("output")
+    if not isinstance(call, str):
+        raise _refusal(f"{where} lacks call_id")
+    content = output if isinstance(output, str) else _text(where, output)
+    return {"role": "tool", "tool_call_id": call, "content": content}
+
+
+def _tool(index: int, tool: Any) -> dict[str, Any]:
+    """Tools that the server would run itself (search, interpreters) are not here."""
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        raise RequestError(
+            f"tools[{index}] has type {kind!r:.60}; only functions, which the client runs, are "
+            "supported",
+            param="tools",
+        )
+    function = {key: value for key, value in tool.items() if key != "type" and value is not None}
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: Any) -> Any:
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
+def _response_format(form: Mapping[str, Any]) -> dict[str, Any]:
+    """Here the schema's fields are beside its type."""
+    if form.get("type") != "json_schema":
+        return dict(form)
+    schema = {key: form[key] for key in ("name", "schema", "strict") if form.get(key) is not None}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def _refusal(reason: str) -> RequestError:
+    return RequestError(reason, param="input")

@@ -1,0 +1,211 @@
+"""The Messages and the Responses API over real sockets, as Anthropic's and OpenAI's own clients use
+them, also while a rank dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+import pytest_asyncio
+from anthropic.types import MessageParam, ToolParam
+from tokenizers import Tokenizer
+
+from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
+from tests.support.tiny_tokenizer import write_tokenizer
+from tests.support.toy_rank import EOS
+
+SAID = (
+    '<think>hm\n</think>\n\nhi<tool_call>\n{"name": "grow", "arguments": {"arms": 5}}\n</tool_call>'
+)
+QUESTION: list[MessageParam] = [{"role": "user", "content": "What is a starfish?"}]
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"arms": {"type": "integer"}}}
+GROW: ToolParam = {"name": "grow", "description": "grows arms", "input_schema": SCHEMA}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
+
+
+@pytest_asyncio.fixture
+async def harness(model: Path, tokenizer: Tokenizer) -> AsyncIterator[GatewayHarness]:
+    options = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    async with running_gateway(model, **options) as running:
+        for rank in running.ranks:
+            rank.script = [*tokenizer.encode(SAID).ids, EOS]
+        yield running
+
+
+@pytest_asyncio.fixture
+async def claude(harness: GatewayHarness) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    async with anthropic.AsyncAnthropic(
+        base_url=harness.url, api_key="none", max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def gpt(harness: GatewayHarness) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(
+        base_url=harness.url + "/v1", api_key="none", max_retries=0
+    ) as client:
+        yield client
+
+
+async def test_a_message_with_thinking_and_a_call(claude: anthropic.AsyncAnthropic) -> None:
+    message = await claude.messages.create(
+        model=MODEL,
+        max_tokens=200,
+        messages=QUESTION,
+        tools=[GROW],
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    )
+    plain = [
+        block.model_dump(include={"type", "thinking", "text", "name", "input"})
+        for block in message.content
+    ]
+    assert plain == [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "text", "text": "hi"},
+        {"type": "tool_use", "name": "grow", "input": {"arms": 5}},
+    ]
+    assert message.stop_reason == "tool_use"
+    assert message.usage.input_tokens > 0
+    assert message.usage.output_tokens > 0
+
+
+async def test_thinking_that_was_not_asked_for_is_not_shown(
+    claude: anthropic.AsyncAnthropic,
+) -> None:
+    message = await claude.messages.create(model=MODEL, max_tokens=200, messages=QUESTION)
+    assert [block.type for block in message.content] == ["text"]
+    assert message.stop_reason == "end_turn"
+
+
+async def test_a_streamed_message_goes_on_after_a_death(
+    harness: GatewayHarness, claude: anthropic.AsyncAnthropic
+) -> None:
+    for rank in harness.ranks:
+        rank.hold_at = 20
+    async with claude.messages.stream(
+        model=MODEL, max_tokens=200, messages=QUESTION, tools=[GROW]
+    ) as stream:
+        await anext(aiter(stream))
+        first = next(rank for rank in harness.ranks if rank.submits)
+        await first.kill()
+        for rank in harness.ranks:
+            rank.go()
+        message = await stream.get_final_message()
+    assert [block.type for block in message.content] == ["text", "tool_use"]
+    assert message.content[1].model_dump()["input"] == {"arms": 5}
+    assert sum(len(rank.submits) for rank in harness.ranks) == 2
+
+
+async def test_a_stop_sequence_is_named(claude: anthropic.AsyncAnthropic) -> None:
+    message = await claude.messages.create(
+        model=MODEL, max_tokens=200, messages=QUESTION, stop_sequences=["ZZ", "hm"]
+    )
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "hm")
+
+
+async def test_tokens_are_counted(claude: anthropic.AsyncAnthropic) -> None:
+    counted = await claude.messages.count_tokens(model=MODEL, messages=QUESTION)
+    message = await claude.messages.create(model=MODEL, max_tokens=1, messages=QUESTION)
+    assert counted.input_tokens == message.usage.input_tokens
+    assert message.stop_reason == "max_tokens"
+
+
+async def test_errors_are_those_that_anthropics_client_knows(
+    claude: anthropic.AsyncAnthropic,
+) -> None:
+    with pytest.raises(anthropic.NotFoundError):
+        await claude.messages.create(model="other", max_tokens=9, messages=QUESTION)
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        await claude.messages.create(model=MODEL, max_tokens=9, messages=[])
+    body: Any = caught.value.body
+    assert body["type"] == "error"
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body["request_id"]
+
+
+async def test_a_response_and_the_one_that_follows_it(
+    harness: GatewayHarness, gpt: openai.AsyncOpenAI
+) -> None:
+    first = await gpt.responses.create(
+        model=MODEL,
+        input="What is a starfish?",
+        instructions="be brief",
+        tools=[{"type": "function", "name": "grow", "parameters": SCHEMA, "strict": False}],
+    )
+    assert [item.type for item in first.output] == ["reasoning", "message", "function_call"]
+    assert first.output_text == "hi"
+    call = first.output[2].model_dump()
+    assert (call["name"], call["arguments"]) == ("grow", '{"arms": 5}')
+    assert first.usage is not None
+    assert first.usage.output_tokens_details.reasoning_tokens > 0
+    second = await gpt.responses.create(
+        model=MODEL,
+        previous_response_id=first.id,
+        input=[{"type": "function_call_output", "call_id": call["call_id"], "output": "done"}],
+    )
+    assert second.previous_response_id == first.id
+    prompts = [len(submit.tokens) for rank in harness.ranks for submit in rank.submits]
+    assert max(prompts) > min(prompts)
+    assert (await gpt.responses.retrieve(first.id)).id == first.id
+    await gpt.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        await gpt.responses.retrieve(first.id)
+
+
+async def test_a_response_that_is_not_to_be_stored_is_forgotten(gpt: openai.AsyncOpenAI) -> None:
+    response = await gpt.responses.create(model=MODEL, input="x", store=False)
+    with pytest.raises(openai.NotFoundError):
+        await gpt.responses.create(model=MODEL, input="y", previous_response_id=response.id)
+
+
+async def test_a_streamed_response_goes_on_after_a_death(
+    harness: GatewayHarness, gpt: openai.AsyncOpenAI
+) -> None:
+    for rank in harness.ranks:
+        rank.hold_at = 20
+    async with gpt.responses.stream(
+        model=MODEL,
+        input="What is a starfish?",
+        tools=[{"type": "function", "name": "grow", "parameters": SCHEMA, "strict": False}],
+    ) as stream:
+        await anext(aiter(stream))
+        first = next(rank for rank in harness.ranks if rank.submits)
+        await first.kill()
+        for rank in harness.ranks:
+            rank.go()
+        final = await stream.get_final_response()
+    assert final.output_text == "hi"
+    assert final.status == "completed"
+    assert sum(len(rank.submits) for rank in harness.ranks) == 2
+
+
+async def test_a_stream_whose_rank_is_lost_for_good_fails_with_a_reason(model: Path) -> None:
+    async with running_gateway(model, num_ranks=1, no_rank_timeout_s=0.5) as harness:
+        harness.ranks[0].hold_at = 3
+        async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none") as client:
+            stream = await client.responses.create(model=MODEL, input="x", stream=True)
+            events = []
+            async for event in stream:
+                events.append(event)
+                if event.type == "response.in_progress":
+                    await harness.ranks[0].kill()
+                    await asyncio.sleep(0)
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error is not None

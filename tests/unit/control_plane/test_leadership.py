@@ -1,0 +1,73 @@
+"""A standby whose watch is silent. On virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from control_plane.election import Election
+from control_plane.leadership import Leadership
+from control_plane.state_applier import StateApplier
+from shared.keys import Keys
+from shared.records import LeaderRecord, pack_record, unpack_record
+from shared.store import Delete, Put
+from tests.sim.sim_loop import SimLoop
+from tests.sim.sim_rank import SimClock
+from tests.support.memory_store import MemoryEtcd
+
+KEYS = Keys("test")
+TTL_S = 3.0
+OTHER = LeaderRecord(control_plane="other", pid=2, term=1, since=0.0)
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=SimLoop) as virtual:
+        yield virtual
+
+
+class Standby:
+    """It has read etcd once, and nobody tells it of a change."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        clock = SimClock(loop)
+        self.etcd = MemoryEtcd(clock)
+        self.etcd.apply([Put(key=KEYS.leader, value=pack_record(OTHER))])
+        cluster = StateApplier(KEYS)
+        cluster.apply(self.etcd.snapshot(KEYS.root))
+        self.leadership = Leadership(
+            store=self.etcd.client(),
+            cluster=cluster,
+            election=Election(name="standby", ttl_s=TTL_S),
+            clock=clock,
+            name="standby",
+            pid=1,
+            host="h",
+            ttl_s=TTL_S,
+            on_change=lambda: None,
+        )
+        self.leadership.notify()
+
+    def leader(self) -> str | None:
+        found = self.etcd.values.get(KEYS.leader)
+        return unpack_record(found.value, LeaderRecord).control_plane if found else None
+
+
+def test_a_deletion_that_the_watch_has_not_brought_is_found_with_the_next_renewal(
+    runner: asyncio.Runner,
+) -> None:
+    async def scenario() -> None:
+        standby = Standby()
+        running = asyncio.ensure_future(standby.leadership.run())
+        await asyncio.sleep(2 * TTL_S)
+        assert standby.leader() == "other"
+        standby.etcd.apply([Delete(key=KEYS.leader)])
+        await asyncio.sleep(TTL_S / 2)
+        assert standby.leader() == "standby"
+        running.cancel()
+
+    runner.run(scenario())

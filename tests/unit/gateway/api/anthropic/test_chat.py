@@ -1,0 +1,140 @@
+"""Requests of the Messages API as chats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.api.anthropic.bodies import MessagesBody
+from gateway.api.anthropic.chat import chat_fields
+from shared.errors import RequestError
+
+
+def chat_of(**fields: Any) -> dict[str, Any]:
+    plain = {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], **fields}
+    return chat_fields(msgspec.convert(plain, MessagesBody))
+
+
+def messages_of(*messages: Any, **fields: Any) -> list[dict[str, Any]]:
+    messages_: list[dict[str, Any]] = chat_of(messages=list(messages), **fields)["messages"]
+    return messages_
+
+
+def test_texts_and_the_system_prompt() -> None:
+    blocks = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert messages_of(
+        {"role": "user", "content": blocks},
+        {"role": "assistant", "content": "c"},
+        system=[{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}],
+    ) == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    ]
+
+
+def test_a_turn_with_thinking_and_calls_and_their_results() -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "f", "input": {"x": 1}}
+    said = [
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+        {"type": "text", "text": "wait"},
+        call,
+    ]
+    results = [
+        {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "7"}]},
+        {"type": "tool_result", "tool_use_id": "t2", "content": "no", "is_error": True},
+        {"type": "text", "text": "so?"},
+    ]
+    assert messages_of(
+        {"role": "assistant", "content": said}, {"role": "user", "content": results}
+    ) == [
+        {
+            "role": "assistant",
+            "content": "wait",
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {
+                    "id": "t1",
+                    "type": "function",
+                    "function": {"name": "f", "arguments": '{"x":1}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "t1", "content": "7"},
+        {"role": "tool", "tool_call_id": "t2", "content": "Error: no"},
+        {"role": "user", "content": "so?"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, {}),
+        ({"type": "auto"}, {"tool_choice": "auto"}),
+        ({"type": "none"}, {"tool_choice": "none"}),
+        (
+            {"type": "any", "disable_parallel_tool_use": True},
+            {"tool_choice": "required", "parallel_tool_calls": False},
+        ),
+        (
+            {"type": "tool", "name": "f"},
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        ),
+    ],
+)
+def test_tools_and_their_choice(choice: Any, expected: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    tool = {"name": "f", "description": "does f", "input_schema": schema}
+    chat = chat_of(tools=[tool], tool_choice=choice)
+    function = {"name": "f", "description": "does f", "parameters": schema}
+    assert chat["tools"] == [{"type": "function", "function": function}]
+    assert {
+        name: chat[name] for name in chat if name in ("tool_choice", "parallel_tool_calls")
+    } == (expected)
+
+
+def test_thinking_is_off_unless_it_is_asked_for() -> None:
+    assert chat_of()["include_reasoning"] is False
+    assert chat_of()["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
+    chat = chat_of(thinking={"type": "enabled", "budget_tokens": 1024})
+    assert chat["include_reasoning"] is True
+    assert chat["thinking_token_budget"] == 1024
+    assert chat["chat_template_kwargs"]["enable_thinking"] is True
+
+
+def test_sampling() -> None:
+    chat = chat_of(temperature=0.5, top_k=3, stop_sequences=["x"], stream=True)
+    assert (chat["temperature"], chat["top_k"], chat["stop"], chat["stream"]) == (
+        0.5,
+        3,
+        ["x"],
+        True,
+    )
+    assert "top_p" not in chat
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": 1}]}]},
+            "messages",
+        ),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
+        (
+            {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "x"}},
+            "tool_choice",
+        ),
+    ],
+)
+def test_what_cannot_be_done_names_its_field(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat_of(**fields)
+    assert caught.value.param == param

@@ -1,0 +1,214 @@
+"""The Responses API as chats and back, read with OpenAI's own types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from gateway.api.dialect import Ending
+from gateway.api.errors import http_error
+from gateway.api.openai_responses.answer import ResponseAnswer
+from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
+from gateway.api.openai_responses.chat import chat_fields, input_messages
+from gateway.api.openai_responses.store import ResponseStore, StoredResponse
+from gateway.api.responses import Usage
+from shared.errors import RequestError, Unavailable
+
+USAGE = Usage(prompt_tokens=10, cached_tokens=4, completion_tokens=7)
+EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+
+
+def body_of(**fields: Any) -> ResponsesBody:
+    return msgspec.convert({"input": "hi", **fields}, ResponsesBody)
+
+
+def answer(**fields: Any) -> ResponseAnswer:
+    return ResponseAnswer(id="chatcmpl-1", created=5, model="m", body=body_of(**fields))
+
+
+def checked_chat(body: ResponsesBody) -> dict[str, Any]:
+    refuse_unsupported(body)
+    return chat_fields(body, [])
+
+
+def ending(reason: str) -> Ending:
+    return Ending(reason=reason, stop_string=None, usage=USAGE)
+
+
+def events_of(data: bytes) -> list[dict[str, Any]]:
+    """Each is valid, named as its type, and numbered."""
+    events = []
+    for number, block in enumerate(data.decode().strip().split("\n\n")):
+        name, line = block.split("\n")
+        event = msgspec.json.decode(line.removeprefix("data: "))
+        assert event["type"] == name.removeprefix("event: ")
+        assert event["sequence_number"] == number
+        EVENT.validate_python(event)
+        events.append(event)
+    return events
+
+
+def call(index: int, **function: str) -> dict[str, Any]:
+    own = {"id": f"call_{index}", "type": "function"} if "name" in function else {}
+    return {"tool_calls": [{"index": index, **own, "function": function}]}
+
+
+def test_a_text_with_instructions_and_options() -> None:
+    chat = chat_fields(
+        body_of(
+            instructions="be brief",
+            max_output_tokens=9,
+            reasoning={"effort": "low"},
+            text={"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}},
+            tools=[{"type": "function", "name": "f", "parameters": SCHEMA, "strict": True}],
+            tool_choice={"type": "function", "name": "f"},
+        ),
+        [{"role": "user", "content": "before"}],
+    )
+    assert chat["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "before"},
+        {"role": "user", "content": "hi"},
+    ]
+    assert chat["max_completion_tokens"] == 9
+    assert chat["reasoning_effort"] == "low"
+    form = {"name": "n", "schema": SCHEMA, "strict": True}
+    assert chat["response_format"] == {"type": "json_schema", "json_schema": form}
+    assert chat["tools"][0]["function"] == {"name": "f", "parameters": SCHEMA, "strict": True}
+    assert chat["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+
+
+def test_items_become_turns() -> None:
+    items = [
+        {"role": "developer", "content": "rules"},
+        {"role": "user", "content": [{"type": "input_text", "text": "q"}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}], "summary": []},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "7"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "done"}],
+        },
+    ]
+    messages = input_messages(items)
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert messages[2]["reasoning_content"] == "hm"
+    assert [c["id"] for c in messages[2]["tool_calls"]] == ["c1", "c2"]
+    assert messages[3] == {"role": "tool", "tool_call_id": "c1", "content": "7"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input": [7]},
+        {"input": [{"role": "robot", "content": "x"}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+        {"input": [{"type": "item_reference", "id": "x"}]},
+        {"input": [{"type": "function_call", "name": "f"}]},
+        {"tools": [{"type": "web_search"}]},
+        {"background": True},
+        {"conversation": "c"},
+        {"truncation": "some"},
+        {"include": ["file_search_call.results"]},
+    ],
+)
+def test_what_cannot_be_done_names_its_field(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        checked_chat(body_of(**fields))
+    assert caught.value.param == next(iter(fields))
+
+
+def test_a_whole_response() -> None:
+    message = {
+        "role": "assistant",
+        "reasoning_content": "hm",
+        "content": "hi",
+        "tool_calls": [
+            {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        ],
+    }
+    body = msgspec.json.decode(answer().whole(message, ending("tool_calls")))
+    parsed = Response.model_validate(body)
+    assert [item.type for item in parsed.output] == ["reasoning", "message", "function_call"]
+    assert (parsed.status, parsed.output_text) == ("completed", "hi")
+    assert parsed.usage is not None
+    assert parsed.usage.input_tokens_details.cached_tokens == 4
+
+
+def test_a_response_that_was_cut_off_says_so() -> None:
+    writer = answer()
+    body = msgspec.json.decode(writer.whole({"content": "hi"}, ending("length")))
+    assert (body["status"], body["incomplete_details"]) == (
+        "incomplete",
+        {"reason": "max_output_tokens"},
+    )
+    assert body["output"][-1]["status"] == "incomplete"
+
+
+def test_a_stream_ends_with_the_same_response_as_the_whole() -> None:
+    writer = answer()
+    data = writer.begin(USAGE)
+    data += writer.deltas([{"reasoning_content": "h"}, {"reasoning_content": "m"}])
+    data += writer.deltas([{"content": "h"}, {"content": "i"}, call(0, name="f", arguments="")])
+    data += writer.deltas([call(0, arguments="{"), call(0, arguments="}")])
+    data += writer.end(ending("tool_calls"))
+    events = events_of(data)
+    message = {
+        "reasoning_content": "hm",
+        "content": "hi",
+        "tool_calls": [{"id": "call_0", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    whole = msgspec.json.decode(answer().whole(message, ending("tool_calls")))
+    assert events[-1]["type"] == "response.completed"
+    assert events[-1]["response"] == whole
+    added = [e["item"]["type"] for e in events if e["type"] == "response.output_item.added"]
+    done = [e["item"]["type"] for e in events if e["type"] == "response.output_item.done"]
+    assert added == done == ["reasoning", "message", "function_call"]
+
+
+def test_an_empty_stream_has_an_empty_message() -> None:
+    writer = answer()
+    events = events_of(writer.begin(USAGE) + writer.end(ending("stop")))
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == ""
+
+
+def test_a_failed_stream_keeps_what_came() -> None:
+    writer = answer()
+    data = writer.begin(USAGE) + writer.deltas([{"content": "hi"}])
+    events = events_of(data + writer.failed(http_error(Unavailable("no rank"))))
+    assert events[-1]["response"]["status"] == "failed"
+    assert events[-1]["response"]["error"]["message"] == "no rank"
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == "hi"
+
+
+def stored(number: int, owner: str = "a") -> StoredResponse:
+    messages = [{"role": "user", "content": "x" * 100}]
+    return StoredResponse(owner=owner, response={"id": f"resp_{number}"}, messages=messages)
+
+
+def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
+    store = ResponseStore(500)
+    for number in range(3):
+        store.put(stored(number))
+    assert store.get("resp_0", "a") is not None
+    store.put(stored(3))
+    assert store.get("resp_1", "a") is None
+    assert store.get("resp_0", "a") is not None
+    store.put(StoredResponse(owner="a", response={"id": "x" * 600}, messages=[]))
+    assert len(store) == 3
+
+
+def test_a_response_exists_for_its_owner_alone() -> None:
+    store = ResponseStore(500)
+    store.put(stored(0, "a"))
+    assert store.get("resp_0", "b") is None
+    assert not store.delete("resp_0", "b")
+    assert store.delete("resp_0", "a")
+    assert store.get("resp_0", "a") is None
