@@ -29,7 +29,7 @@ from gateway.connection_table import ConnectionLimits
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.preparation import Preparation
+from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
@@ -110,7 +110,13 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         )
         app = HttpApp(
             driver=driver,
-            admission=RequestAdmission(admission, preparation, salts, dependencies.clock),
+            admission=RequestAdmission(
+                admission,
+                preparation,
+                Preparation(GRAMMARS_RUNNING_MAX),
+                salts,
+                dependencies.clock,
+            ),
             authenticator=Authenticator(
                 lambda: dependencies.api_keys.keys,
                 metrics,

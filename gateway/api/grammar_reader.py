@@ -22,10 +22,9 @@ class GrammarReader:
         self._budget = budget
         self._checker: GrammarChecker | None = None  # a gateway serves one model all its life
 
-    async def read(self, body: GenerationBody, served: ServedModel) -> str:
-        """ "" if the request demands no form. Raises RequestError, Overloaded, Unavailable."""
-        form = read_form(body, self._limits)
-        return "" if form is None else await self.check(form, served)
+    def form_of(self, body: GenerationBody) -> DemandedForm | None:
+        """What the request demands, not checked yet. Raises RequestError."""
+        return read_form(body, self._limits)
 
     def check_schemas(self, param: str, schemas: Sequence[Any]) -> None:
         """Raises RequestError if they are too large to be read."""

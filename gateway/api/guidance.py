@@ -6,7 +6,7 @@ from __future__ import annotations
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.bodies import GenerationBody
 from gateway.api.grammar_reader import GrammarReader
-from gateway.api.guided import FIELDS, DemandedForm
+from gateway.api.guided import DemandedForm
 from gateway.served_model import ServedModel
 from shared.errors import RequestError
 from shared.grammars.messages import GrammarKind
@@ -14,14 +14,14 @@ from shared.grammars.messages import GrammarKind
 
 async def answer_grammar(
     body: GenerationBody,
-    form: str,
+    form: DemandedForm | None,
     plan: AnswerPlan | None,
     served: ServedModel,
     reader: GrammarReader,
 ) -> str:
-    """Empty if nothing guides the answer. `form` is the grammar of the form that the request
-    demands. Raises RequestError, Overloaded, Unavailable."""
-    grammar = form
+    """Empty if nothing guides the answer. `form` is what the request demands. Raises RequestError,
+    Overloaded, Unavailable."""
+    own = grammar = "" if form is None else await reader.check(form, served)
     if plan is not None:
         token_of = served.tokenizer.added_ids.get
         if plan.guides_calls:
@@ -29,10 +29,10 @@ async def answer_grammar(
         calls = plan.calls_grammar(token_of)
         if calls:
             await reader.check(_built("tools", calls), served)
-        grammar = plan.grammar(form, token_of)
-        if grammar not in ("", form, calls):
+        grammar = plan.grammar(own, token_of)
+        if grammar not in ("", own, calls):
             # Its parts are sound, but ranks compile it as a whole.
-            param = "tools" if calls else next(name for name in FIELDS if getattr(body, name))
+            param = "tools" if form is None or calls else form.param
             await reader.check(_built(param, grammar), served)
     if grammar and body.allowed_token_ids is not None:
         raise RequestError(

@@ -68,6 +68,9 @@ class RequestOptions:
         least = 1 if self.max_tokens is None else self.max_tokens
         return self.truncation.apply(prompt, room=limits.context_tokens_max - least)
 
+    def guided_by(self, grammar: str) -> RequestOptions:
+        return replace(self, sampling=replace(self.sampling, grammar=grammar))
+
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
     ) -> SamplingParams:

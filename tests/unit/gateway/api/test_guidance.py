@@ -25,7 +25,8 @@ from shared.records import InstanceSpec
 from tests.support.fake_clock import FakeClock
 from tests.support.tiny_tokenizer import write_tokenizer
 
-FORM = grammar_of(GrammarKind.JSON_SCHEMA, '{"type": "object"}')
+FORM = DemandedForm(param="guided_json", kind=GrammarKind.JSON_SCHEMA, text='{"type": "object"}')
+OWN = grammar_of(FORM.kind, FORM.text)
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"n": {"enum": ["a ::= b"]}}}
 
 
@@ -99,7 +100,7 @@ async def test_calls_are_checked_alone_and_with_what_comes_before_them(
 ) -> None:
     forced = plan(ToolMode.REQUIRED, reasoning=reasoning)
     body = ChatBody(messages=[])
-    grammar = await answer_grammar(body, "", forced, await served(folder), reader)
+    grammar = await answer_grammar(body, None, forced, await served(folder), reader)
     assert [param for param, _ in reader.asked] == ["tools", "tools"]
     assert reader.asked[-1][1] == grammar
 
@@ -108,30 +109,28 @@ async def test_a_form_after_reasoning_is_checked_as_a_whole_for_the_field_that_d
     folder: Path, reader: RecordingReader
 ) -> None:
     free = plan(ToolMode.NONE, demands_form=True, reasoning="qwen3")
-    body = ChatBody(messages=[], guided_json={"type": "object"})
-    grammar = await answer_grammar(body, FORM, free, await served(folder), reader)
-    assert reader.asked == [("guided_json", grammar)]
-    assert grammar != FORM
+    grammar = await answer_grammar(ChatBody(messages=[]), FORM, free, await served(folder), reader)
+    assert reader.asked == [("guided_json", OWN), ("guided_json", grammar)]
+    assert grammar != OWN
 
 
 async def test_a_form_beside_calls_is_checked_with_them(
     folder: Path, reader: RecordingReader
 ) -> None:
     both = plan(ToolMode.AUTO, demands_form=True)
-    body = ChatBody(messages=[], guided_json={"type": "object"})
-    grammar = await answer_grammar(body, FORM, both, await served(folder), reader)
+    grammar = await answer_grammar(ChatBody(messages=[]), FORM, both, await served(folder), reader)
     assert reader.asked[-1] == ("tools", grammar)
 
 
 @pytest.mark.parametrize("demands_form", [False, True])
-async def test_what_was_checked_already_is_not_checked_again(
+async def test_what_is_checked_already_is_not_checked_again(
     folder: Path, reader: RecordingReader, demands_form: bool
 ) -> None:
     alone = plan(ToolMode.NONE, demands_form=demands_form)
-    form = FORM if demands_form else ""
+    form, own = (FORM, OWN) if demands_form else (None, "")
     body = ChatBody(messages=[])
-    assert await answer_grammar(body, form, alone, await served(folder), reader) == form
-    assert reader.asked == []
+    assert await answer_grammar(body, form, alone, await served(folder), reader) == own
+    assert reader.asked == ([("guided_json", OWN)] if demands_form else [])
 
 
 @pytest.mark.parametrize(
@@ -147,9 +146,9 @@ async def test_schemas_that_are_too_large_are_refused_before_anybody_reads_them(
 ) -> None:
     forced = plan(ToolMode.REQUIRED, **schema)
     with pytest.raises(RequestError) as error:
-        await answer_grammar(ChatBody(messages=[]), "", forced, await served(folder), reader)
+        await answer_grammar(ChatBody(messages=[]), None, forced, await served(folder), reader)
     assert error.value.param == "tools"
     assert reader.asked == []
     called_freely = plan(ToolMode.AUTO, **schema)
     body = ChatBody(messages=[])
-    assert await answer_grammar(body, "", called_freely, await served(folder), reader) == ""
+    assert await answer_grammar(body, None, called_freely, await served(folder), reader) == ""
