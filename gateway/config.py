@@ -9,6 +9,11 @@ from gateway.parsers.formats import AUTO, check_parser_names
 from shared.config import Timings, option
 from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
+from shared.grammars.messages import (
+    COMPILE_S_DEFAULT,
+    GRAMMAR_MEMORY_MB_MIN,
+    MEMORY_MB_DEFAULT,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,25 @@ class GatewayConfig:
     )
     sessions_max: int = option(2048, "limit on choices in flight; beyond it: 429")
     body_bytes_max: int = option(4 << 20, "limit on a request's body, in bytes; beyond it: 413")
+    grammar_bytes_max: int = option(
+        128 << 10,
+        "limit on the text of a guided answer's schema, expression, choices or grammar, in bytes; "
+        "beyond it: 400",
+    )
+    grammar_properties_max: int = option(
+        2000, "limit on the properties in a JSON schema; beyond it: 400"
+    )
+    grammar_compile_s: float = option(
+        COMPILE_S_DEFAULT, "CPU seconds that a grammar may take to compile; beyond it: 400"
+    )
+    grammar_memory_mb: int = option(
+        MEMORY_MB_DEFAULT, "memory of the process in which grammars are checked; beyond it: 400"
+    )
+    logprobs_max: int = option(
+        1_000_000,
+        "limit on the log-probabilities of one request: tokens, of the prompt if it is scored and "
+        "of a whole answer, times the likeliest wanted and one, times choices; beyond it: 400",
+    )
     connections_max: int = option(
         4096, "limit on connections of clients; beyond it: 503, and the connection is closed"
     )
@@ -125,6 +149,16 @@ class GatewayConfig:
         if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:
             raise ConfigError(
                 "--tokens-in-flight-max, --sessions-max and --body-bytes-max must be at least 1"
+            )
+        if min(self.grammar_bytes_max, self.grammar_properties_max, self.logprobs_max) < 1:
+            raise ConfigError(
+                "--grammar-bytes-max, --grammar-properties-max and --logprobs-max must be at "
+                "least 1"
+            )
+        if self.grammar_compile_s <= 0 or self.grammar_memory_mb < GRAMMAR_MEMORY_MB_MIN:
+            raise ConfigError(
+                "--grammar-compile-s must be above 0, and --grammar-memory-mb at least "
+                f"{GRAMMAR_MEMORY_MB_MIN}"
             )
         if min(self.connections_max, self.connections_per_address_max) < 1:
             raise ConfigError(

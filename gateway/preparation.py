@@ -1,5 +1,5 @@
-"""Lets requests wait for their turn to be prepared: to have texts tokenised, templates rendered and
-grammars checked. `turn_queue` decides who is next."""
+"""Lets requests wait for their turn to be prepared: to have texts tokenised and templates rendered,
+or, in turns of their own, grammars checked. `turn_queue` decides who is next."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from gateway.stream_session import Failure, FailureKind, SessionFailed
 from gateway.turn_queue import Turn, TurnQueue
 
 RUNNING_MAX = 4
-"""Two threads tokenise; others check grammars and render templates."""
+"""Two threads tokenise; others render templates."""
+GRAMMARS_RUNNING_MAX = 2
+"""One process checks them, one after the other."""
 WAITING_MAX = 256
 WAITING_BYTES_MAX = 64 << 20
 """Of bodies: what waits is kept in memory."""
 
 
 class Preparation:
-    def __init__(self) -> None:
+    def __init__(self, running_max: int = RUNNING_MAX) -> None:
         self._queue = TurnQueue(
-            running_max=RUNNING_MAX, waiting_max=WAITING_MAX, waiting_cost_max=WAITING_BYTES_MAX
+            running_max=running_max, waiting_max=WAITING_MAX, waiting_cost_max=WAITING_BYTES_MAX
         )
         self._wakers: dict[Turn, asyncio.Event] = {}
 
@@ -49,7 +51,7 @@ class Preparation:
             async with asyncio.timeout(timeout_s):
                 await waker.wait()
         except TimeoutError:
-            message = "the request's timeout was over before its prompt could be tokenised"
+            message = "the request's timeout was over before it could be prepared"
             raise SessionFailed(Failure(kind=FailureKind.DEADLINE, message=message)) from None
         finally:
             del self._wakers[turn]

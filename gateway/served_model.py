@@ -40,6 +40,7 @@ class ServedModel:
     tokenizer: ModelTokenizer
     spec: InstanceSpec
     created: int
+    tokenizer_file: Path
     formats: OutputFormats
     parsed_names: TokenNames
 
@@ -90,6 +91,7 @@ async def load_served_model(
         tokenizer=tokenizer,
         spec=spec,
         created=int(clock.wall()),
+        tokenizer_file=folder / "tokenizer.json",
         formats=formats,
         parsed_names=tokenizer.names_showing(formats.markers()),
     )

@@ -15,6 +15,8 @@ from aiohttp import web
 from gateway.admission import Admission, AdmissionLimits
 from gateway.api.authentication import Authenticator
 from gateway.api.cross_origin import CrossOrigin
+from gateway.api.grammar_reader import GrammarReader
+from gateway.api.guided import GrammarLimits
 from gateway.api.http_app import HttpApp
 from gateway.api.http_listener import HttpListener, quiet_http_logger
 from gateway.api.request_admission import RequestAdmission
@@ -27,7 +29,7 @@ from gateway.connection_table import ConnectionLimits
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.preparation import Preparation
+from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
@@ -35,6 +37,7 @@ from gateway.tls import ServerCertificate
 from gateway.tokenizer_loader import TokenizerOptions
 from shared.clock import Clock
 from shared.codec import pack
+from shared.grammars.messages import GrammarBudget
 from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
@@ -95,9 +98,25 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             ),
         )
         health = Health(driver, models, dependencies.clock)
+        grammars = GrammarReader(
+            GrammarLimits(
+                bytes_max=config.grammar_bytes_max, properties_max=config.grammar_properties_max
+            ),
+            GrammarBudget(
+                compile_s=config.grammar_compile_s,
+                step_s=0.0,  # it only compiles
+                memory_mb=config.grammar_memory_mb,
+            ),
+        )
         app = HttpApp(
             driver=driver,
-            admission=RequestAdmission(admission, preparation, salts, dependencies.clock),
+            admission=RequestAdmission(
+                admission,
+                preparation,
+                Preparation(GRAMMARS_RUNNING_MAX),
+                salts,
+                dependencies.clock,
+            ),
             authenticator=Authenticator(
                 lambda: dependencies.api_keys.keys,
                 metrics,
@@ -108,8 +127,10 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             metrics=metrics,
             health=health,
             models=models,
+            grammars=grammars,
             body_bytes_max=config.body_bytes_max,
             cross_origin=CrossOrigin(_origins(config.cors_origins)),
+            logprobs_max=config.logprobs_max,
         )
         http_listener = HttpListener(
             ConnectionLimits(
@@ -144,6 +165,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             handler_cancellation=True,  # a client that leaves ends its sessions
             access_log=None,
             logger=quiet_http_logger(),
+            auto_decompress=False,  # `request_body` does it, within limits
             shutdown_timeout=CLOSE_TIMEOUT_S,
         )
         await runner.setup()
@@ -160,6 +182,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         await runner.cleanup()
         await leased.release()
         driver.close()
+        grammars.close()
         for task in background:
             task.cancel()
 

@@ -72,6 +72,7 @@ class FailureKind(Enum):
     NO_RANK = "no_rank"  # no live rank accepted it in time
     RANKS_LOST = "ranks_lost"  # several ranks in a row were lost before a token
     REJECTED = "rejected"  # a rank answered that no rank can run the request
+    INVALID = "invalid"  # a rank answered that the request itself is at fault
     SHUTDOWN = "shutdown"  # this gateway is stopping
     STALLED = "stalled"  # its rank answers, but has finished no step for too long
     DEADLINE = "deadline"  # the request's own time is over
@@ -96,11 +97,13 @@ TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionPolicy:
     """`losses_max` limits how many ranks a session may lose in a row without a token in between, so
-    that a prompt that crashes its rank does not crash all of them."""
+    that a prompt that crashes its rank does not crash all of them. `guided_losses_max` is that of
+    sessions with a grammar, which clients write freely: one loss may be a coincidence."""
 
     no_rank_timeout_s: float = 120.0
     refusals_max: int = 32
     losses_max: int = 6
+    guided_losses_max: int = 1
     backoff_min_s: float = 0.02
     backoff_max_s: float = 1.0
 
@@ -256,6 +259,8 @@ class StreamSession:
         if message.backup_rank >= 0:
             self.backup_rank = RankId(message.backup_rank)
         if message.error is not None:
+            if message.invalid:
+                return self._fail(SessionEvent.REJECTED, FailureKind.INVALID, message.error)
             return self._on_error(message.error, message.retryable, now)
         if self._is_inconsistent(message):
             return self._lose_rank(
@@ -376,7 +381,10 @@ class StreamSession:
 
     def _lose_rank(self, event: SessionEvent, now: float) -> list[SendToRank]:
         self._losses += 1
-        if self._losses > self._policy.losses_max:
+        policy = self._policy
+        if self._losses > (
+            policy.guided_losses_max if self.sampling.grammar else policy.losses_max
+        ):
             message = f"{self._losses} ranks in a row were lost before its next token"
             return self._fail(SessionEvent.GIVEN_UP, FailureKind.RANKS_LOST, message)
         self._stalled_since = self.ready_at = now

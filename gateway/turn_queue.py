@@ -53,7 +53,7 @@ class TurnQueue:
             return turn
         if not self._has_place_for(turn, own or ()):
             raise Overloaded(
-                "too many requests wait to be tokenised; retry later", retry_after_s=RETRY_AFTER_S
+                "too many requests wait to be prepared; retry later", retry_after_s=RETRY_AFTER_S
             )
         self._fair.enter(key.name, key.weight)
         self._waiting.setdefault(key.name, deque()).append(turn)

@@ -16,7 +16,7 @@ import structlog
 from gpu_worker.config import RankConfig
 from gpu_worker.device_choice import uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.grammar_matcher import GrammarCompiler
+from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
 from gpu_worker.identity import acquire_identity
 from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
@@ -31,9 +31,11 @@ from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
 from shared.confinement import require_confined, require_internal
-from shared.errors import CheckpointError, StarfishError
+from shared.errors import StarfishError
 from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
+from shared.grammars.child import TokenizerFile
+from shared.grammars.messages import GrammarBudget
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
@@ -117,7 +119,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
             clock=clock,
             hardware=hardware,
             engine_executor=EngineThread(),
-            grammars=load_grammar_compiler(folder, model_spec),
+            grammars=start_grammars(config, folder, model_spec),
             replication=replication,
         )
     )
@@ -183,14 +185,20 @@ async def run_until_signal(rank: RejoiningRank) -> int:
     return await rank.run()
 
 
-def load_grammar_compiler(folder: Path, spec: ModelSpec) -> GrammarCompiler | None:
+def start_grammars(config: RankConfig, folder: Path, spec: ModelSpec) -> GrammarService | None:
     """None if the checkpoint has no tokenizer for it; requests without a grammar are still
-    served."""
-    try:
-        return GrammarCompiler(folder, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids)
-    except CheckpointError as error:
-        log.warning("no_guided_decoding", detail=str(error))
+    served. Raises OSError."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        log.warning("no_guided_decoding", detail=f"there is no {file}")
         return None
+    tokenizer = TokenizerFile(
+        path=file, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids
+    )
+    budget = GrammarBudget(compile_s=config.grammar_compile_s, memory_mb=config.grammar_memory_mb)
+    grammars = GrammarService(tokenizer, budget)
+    grammars.start()
+    return grammars
 
 
 async def wait_for_spec(store: Store, keys: Keys) -> InstanceSpec:

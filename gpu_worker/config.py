@@ -10,6 +10,11 @@ from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from shared.config import Timings, option
 from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
+from shared.grammars.messages import (
+    COMPILE_S_DEFAULT,
+    GRAMMAR_MEMORY_MB_MIN,
+    MEMORY_MB_DEFAULT,
+)
 from shared.secret import require_secret
 from shared.types import DeviceKind
 
@@ -122,6 +127,14 @@ class RankConfig:
     waiting_max: int = option(
         256, "most sequences that wait; more are refused, the gateway retries"
     )
+    grammar_compile_s: float = option(
+        COMPILE_S_DEFAULT,
+        "CPU seconds that the grammar of a guided answer may take to compile; its session fails "
+        "beyond it",
+    )
+    grammar_memory_mb: int = option(
+        MEMORY_MB_DEFAULT, "memory of the process in which this rank follows grammars"
+    )
     static: bool = option(False, "no failure detection: the baseline for measuring overhead")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
@@ -143,6 +156,11 @@ class RankConfig:
             )
         if self.kv_block_tokens < 1 or self.kv_tokens < self.kv_block_tokens:
             raise ConfigError("--kv-tokens must hold at least one block of --kv-block-tokens")
+        if self.grammar_compile_s <= 0 or self.grammar_memory_mb < GRAMMAR_MEMORY_MB_MIN:
+            raise ConfigError(
+                "--grammar-compile-s must be above 0, and --grammar-memory-mb at least "
+                f"{GRAMMAR_MEMORY_MB_MIN}"
+            )
         if self.kv_copies_gb < 0 and self.kv_copies_gb != -1:
             raise ConfigError("--kv-copies-gb must be 0 or more, or -1 for a default")
         self._check_steps()

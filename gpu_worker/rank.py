@@ -14,7 +14,7 @@ import structlog
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.control_server import ControlServer, KvReplicaHost
 from gpu_worker.engine.engine_client import EngineCallbacks, EngineClient, EngineExecutor
-from gpu_worker.engine.grammar_matcher import GrammarCompiler
+from gpu_worker.engine.grammar_matcher import Grammars
 from gpu_worker.engine.kv_replication import BlockCache, KvReplicator, ReplicaEndpoint
 from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
@@ -94,7 +94,7 @@ class RankParts:
     clock: Clock
     hardware: Hardware
     engine_executor: EngineExecutor
-    grammars: GrammarCompiler | None = None  # for guided decoding
+    grammars: Grammars | None = None  # for guided decoding
     replication: KvReplication | None = None
 
 
@@ -235,6 +235,7 @@ def _make_engine_client(parts: RankParts, callbacks: EngineCallbacks) -> EngineC
         replicator=replicator,
         clock=parts.clock,
         callbacks=callbacks,
+        grammars=parts.grammars,
     )
 
 

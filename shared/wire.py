@@ -124,7 +124,8 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `index` is that of the first of `ids`. `finish` is set on the last message of an attempt, whose
     `ids` may be empty. A stop token is sent too, as the last id with `finish=STOP`: it counts as a
     token, and the gateway leaves it out of the text. If `error` is set, the attempt failed; if
-    `retryable` is set as well, another rank may take the session. `cached_tokens` is the number of
+    `retryable` is set as well, another rank may take the session, and if `invalid` is set, the
+    request itself is at fault. `cached_tokens` is the number of
     submitted tokens that the KV cache held when the attempt began; the first message with ids has
     it. `backup_rank` names the rank that keeps the session's KV replicas, whenever it has changed
     since the last message; -1 means no change.
@@ -143,6 +144,7 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     finish: FinishReason | None = None
     error: str | None = None
     retryable: bool = False
+    invalid: bool = False
     cached_tokens: int = 0
     backup_rank: int = -1
     logprobs: tuple[TokenLogprob, ...] = ()

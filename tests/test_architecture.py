@@ -72,6 +72,7 @@ LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for 
 OWNERS = {
     "msgpack": {"shared/codec.py"},
     "etcd3": {"shared/etcd_client.py", "shared/etcd_watch.py"},
+    "llguidance": {"shared/grammars/"},
     "grpc": {"shared/etcd_client.py", "shared/etcd_watch.py", "shared/etcd_login.py"},
     "cryptography": {"shared/etcd_certificates.py", "gpu_worker/kv_replication/block_tags.py"},
     "typer": {"cli/"},

@@ -38,7 +38,7 @@ async def answer_whole(generation: Generation, job: Job) -> web.Response:
             writers[delta.choice].take(delta)
     body = response_body(
         job.header,
-        [writer.choice() for writer in writers],
+        [await writer.choice() for writer in writers],
         job.usage(generation, writers),
         with_token_ids=job.options.return_token_ids,
     )
@@ -69,7 +69,8 @@ async def answer_stream(
             if is_first:
                 data = _role_chunks(job, chunks)
                 is_first = False
-            data += b"".join(writers[d.choice].chunk(d, chunks) for d in deltas)
+            for delta in deltas:
+                data += await writers[delta.choice].chunk(delta, chunks)
             if generation.done:
                 if job.options.include_usage:
                     data += chunks.usage_chunk(job.usage(generation, writers))

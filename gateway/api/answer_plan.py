@@ -34,12 +34,16 @@ class AnswerPlan:
         form = self.formats.tools
         if form is None or self.tools.mode is ToolMode.NONE:
             return None
-        is_guided = self.must_call or self.demands_form
-        return TOOL_FORMATS[form.guided] if is_guided else form
+        return TOOL_FORMATS[form.guided] if self.guides_calls else form
 
     @property
     def must_call(self) -> bool:
         return self.tools.mode is ToolMode.REQUIRED
+
+    @property
+    def guides_calls(self) -> bool:
+        """Whether the calls that there may be follow a grammar."""
+        return self.tools.mode is not ToolMode.NONE and (self.must_call or self.demands_form)
 
     @property
     def is_parsed(self) -> bool:
@@ -78,7 +82,7 @@ class AnswerPlan:
 
     def calls_grammar(self, token_of: TokenOf) -> str:
         """The grammar of the calls alone; empty if they are not guided."""
-        if not self.must_call and not self.demands_form:
+        if not self.guides_calls:
             return ""
         calls = self._calls(self._rules(token_of))
         return joined("calls", calls) if calls else ""

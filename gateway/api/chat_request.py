@@ -8,7 +8,6 @@ from typing import Any
 
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.bodies import ChatBody
-from gateway.api.guided import asks_for_grammar
 from gateway.api.messages import read_chat_options, read_messages
 from gateway.api.reasoning import effort_variables, reasoning_opened, thinking_budget
 from gateway.api.tools import ToolMode, ToolRequest, read_tools
@@ -61,7 +60,12 @@ def _has_calls(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def plan_answer(
-    body: ChatBody, chat: ChatRequest, served: ServedModel, prompt: Sequence[int]
+    body: ChatBody,
+    chat: ChatRequest,
+    served: ServedModel,
+    prompt: Sequence[int],
+    *,
+    demands_form: bool,
 ) -> AnswerPlan:
     reasoning, opened = served.formats.reasoning, None
     if reasoning is not None:
@@ -71,7 +75,7 @@ def plan_answer(
         formats=served.formats,
         tools=chat.tools,
         opened=opened,
-        demands_form=asks_for_grammar(body),
+        demands_form=demands_form,
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
     )

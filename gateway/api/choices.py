@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
 from gateway.api.answer_reader import AnswerReader
 from gateway.api.logprobs import (
     CompletionLogprobs,
+    PromptLogprobs,
     ScoredToken,
     chat_logprobs,
-    prompt_logprobs,
 )
 from gateway.api.requests import RequestOptions
 from gateway.api.responses import Choice, ChunkWriter
 from gateway.detokenizer import TokenNames
 from gateway.generation import Delta, PromptTask
 from shared.types import FinishReason
-from shared.wire import TokenLogprob
 
 
 class ChoiceWriter:
@@ -33,9 +31,12 @@ class ChoiceWriter:
         names: TokenNames,
         *,
         chat: bool,
+        of_prompt: PromptLogprobs | None,
+        is_first: bool,
         answer: AnswerReader | None = None,
     ) -> None:
-        """`answer` reads the text of a chat; None: it is all content."""
+        """`of_prompt` is what the request shows of the prompt's log-probabilities; the first choice
+        of the prompt brings them. `answer` reads the text of a chat; None: it is all content."""
         self._options = options
         self._prompt = task.prompt
         self._names = names
@@ -50,7 +51,8 @@ class ChoiceWriter:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._scored: list[ScoredToken] = []
-        self._prompt_logprobs: list[TokenLogprob] = []
+        self._of_prompt = of_prompt
+        self._is_first = is_first
         self._finish = FinishReason.LENGTH
         self._answer = answer
 
@@ -67,11 +69,12 @@ class ChoiceWriter:
             self._answer.feed(delta.text, delta.token_ids, delta.finish)
         self._token_ids += delta.token_ids
         self._scored += self._scored_of(delta)
-        self._prompt_logprobs += delta.prompt_logprobs
+        if self._of_prompt is not None and self._is_first:
+            self._of_prompt.add(delta.prompt_logprobs)
         self._finish = delta.finish or self._finish
 
-    def choice(self) -> Choice:
-        num_prompt = self._options.prompt_logprobs
+    async def choice(self) -> Choice:
+        """The choices of a prompt are asked in their order."""
         return Choice(
             text="".join(self._texts),
             token_ids=self._token_ids,
@@ -80,27 +83,27 @@ class ChoiceWriter:
             if self._answer is None
             else self._answer.finish_reason(self._finish),
             message=None if self._answer is None else self._answer.message(),
-            logprobs=self._shape(self._scored),
-            prompt_logprobs=None
-            if num_prompt is None
-            else prompt_logprobs(self._names, self._prompt, self._prompt_logprobs, num_prompt),
+            logprobs=await self._shape(self._scored),
+            prompt_logprobs=None if self._of_prompt is None else await self._of_prompt.shaped(),
         )
 
-    def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
+    async def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
         """One event of a stream. Empty for a delta without text (half a character, a held-back stop
         string), unless the delta has something else to say."""
         if self._answer is not None:
-            return self._parsed_chunks(self._answer, delta, writer)
+            return await self._parsed_chunks(self._answer, delta, writer)
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
             return b""
-        logprobs = self._shape(self._scored_of(delta))
+        logprobs = await self._shape(self._scored_of(delta))
         return writer.delta_chunk(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
 
-    def _parsed_chunks(self, answer: AnswerReader, delta: Delta, writer: ChunkWriter) -> bytes:
+    async def _parsed_chunks(
+        self, answer: AnswerReader, delta: Delta, writer: ChunkWriter
+    ) -> bytes:
         """A chunk for each kind of text, the first with what belongs to the tokens, and one for the
         end."""
         deltas = answer.feed(delta.text, delta.token_ids, delta.finish)
-        logprobs = self._shape(self._scored_of(delta))
+        logprobs = await self._shape(self._scored_of(delta))
         ids: Sequence[int] = delta.token_ids
         if ids and not deltas and (writer.with_token_ids or logprobs is not None):
             deltas = [{}]
@@ -123,9 +126,9 @@ class ChoiceWriter:
         scored += zip(delta.token_ids, delta.logprobs, strict=True)
         return scored
 
-    def _shape(self, scored: list[ScoredToken]) -> dict[str, Any] | None:
+    async def _shape(self, scored: list[ScoredToken]) -> msgspec.Raw | None:
         if self._num_top is None:
             return None
         if self._chat:
-            return chat_logprobs(self._names, scored, self._num_top)
-        return self._completion.next(scored)
+            return await chat_logprobs(self._names, scored, self._num_top)
+        return await self._completion.next(scored)

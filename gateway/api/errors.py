@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from aiohttp import web
 
 from gateway.api.responses import error_body, with_request_id
-from gateway.stream_session import FailureKind, SessionFailed
+from gateway.stream_session import Failure, FailureKind, SessionFailed
 from shared.errors import (
     Overloaded,
     RequestError,
@@ -25,6 +25,7 @@ _STATUS_BY_CODE = {
     "response_not_found": 404,
     "request_too_large": 413,
     "request_timeout": 408,
+    "unsupported_content_encoding": 415,
 }
 _STATUS_BY_FAILURE = {
     FailureKind.NO_RANK: (503, "no_rank_available"),
@@ -90,6 +91,9 @@ def http_error(error: StarfishError) -> HttpError:
         case Unavailable():
             body = error_body(str(error), kind="server_error", code="unavailable")
             return HttpError(status=503, body=body, headers={"Retry-After": "1"})
+        case SessionFailed(failure=Failure(kind=FailureKind.INVALID, message=message)):
+            body = error_body(message, kind="invalid_request_error", code="invalid_grammar")
+            return HttpError(status=400, body=body)
         case SessionFailed(failure=failure):
             status, code = _STATUS_BY_FAILURE[failure.kind]
             body = error_body(failure.message, kind="server_error", code=code)

@@ -3,29 +3,44 @@ reasoning before them."""
 
 from __future__ import annotations
 
-import asyncio
-
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.bodies import GenerationBody
-from gateway.api.guided import asks_for_grammar, check_grammar, read_grammar
+from gateway.api.grammar_reader import GrammarReader
+from gateway.api.guided import DemandedForm
 from gateway.served_model import ServedModel
 from shared.errors import RequestError
+from shared.grammars.messages import GrammarKind
 
 
-async def answer_grammar(body: GenerationBody, plan: AnswerPlan | None, served: ServedModel) -> str:
-    """Empty if nothing guides the answer. Grammars are read on a thread: a huge one takes long, and
-    no other client may wait for it. Raises RequestError."""
-    own = await asyncio.to_thread(read_grammar, body) if asks_for_grammar(body) else ""
-    grammar = own
+async def answer_grammar(
+    body: GenerationBody,
+    form: DemandedForm | None,
+    plan: AnswerPlan | None,
+    served: ServedModel,
+    reader: GrammarReader,
+) -> str:
+    """Empty if nothing guides the answer. `form` is what the request demands. Raises RequestError,
+    Overloaded, Unavailable."""
+    own = grammar = "" if form is None else await reader.check(form, served)
     if plan is not None:
         token_of = served.tokenizer.added_ids.get
+        if plan.guides_calls:
+            reader.check_schemas("tools", list(plan.tools.schemas.values()))
         calls = plan.calls_grammar(token_of)
         if calls:
-            await asyncio.to_thread(check_grammar, calls, "tools")
+            await reader.check(_built("tools", calls), served)
         grammar = plan.grammar(own, token_of)
+        if grammar not in ("", own, calls):
+            # Its parts are sound, but ranks compile it as a whole.
+            param = "tools" if form is None or calls else form.param
+            await reader.check(_built(param, grammar), served)
     if grammar and body.allowed_token_ids is not None:
         raise RequestError(
             "allowed_token_ids does not go with an answer that follows a form",
             param="allowed_token_ids",
         )
     return grammar
+
+
+def _built(param: str, grammar: str) -> DemandedForm:
+    return DemandedForm(param=param, kind=GrammarKind.LLGUIDANCE, text=grammar)

@@ -1,21 +1,20 @@
 """Reads the form that a request demands of its answer (a JSON schema, a regular expression, a
-choice, a grammar) and turns it into one llguidance grammar for the rank."""
+choice, a grammar), and bounds its size before anybody parses it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from llguidance import LLMatcher, grammar_from
+import msgspec
 
 from gateway.api.bodies import GenerationBody
 from shared.errors import RequestError
+from shared.grammars.messages import GrammarKind
 
-GRAMMAR_CHARS_MAX = 256 * 1024
-
-_JSON_SPACE = r"(\n[ \t]{0,32}| )?"
-"""Allowed between the tokens of JSON: a space, or a new line with an indent. A weak model may never
-leave unlimited white space."""
+SCHEMA_DEPTH_MAX = 64
+CHOICES_MAX = 4096
 
 _STRUCTURED = {
     "json": "guided_json",
@@ -28,32 +27,35 @@ _STRUCTURED = {
 FIELDS = ("response_format", "structured_outputs", *_STRUCTURED.values())
 
 
-def asks_for_grammar(body: GenerationBody) -> bool:
-    return any(getattr(body, name) is not None for name in FIELDS)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarLimits:
+    """`bytes_max` bounds the text of a schema, an expression, choices or a grammar;
+    `properties_max` the property names of a schema."""
+
+    bytes_max: int
+    properties_max: int
 
 
-def read_grammar(body: GenerationBody) -> str:
-    """Returns "" if the request demands no form. A huge grammar may take a second of CPU, during
-    which the library releases the GIL: call it off the event loop. Raises RequestError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemandedForm:
+    """`param` is the field that demands it."""
+
+    param: str
+    kind: GrammarKind
+    text: str
+
+
+def read_form(body: GenerationBody, limits: GrammarLimits) -> DemandedForm | None:
+    """None if the request demands no form. Whether the form can be followed is not known then.
+    Raises RequestError."""
     constraints = _constraints(body)
     if not constraints:
-        return ""
+        return None
     if len(constraints) > 1:
         names = " and ".join(param for param, _, _ in constraints)
         raise RequestError(f"{names} exclude each other; pass only one", param=constraints[1][0])
     param, kind, value = constraints[0]
-    grammar = _grammar(param, kind, value)
-    check_grammar(grammar, param)
-    return grammar
-
-
-def check_grammar(grammar: str, param: str) -> None:
-    """`param` is the field that it was made of. Call it off the event loop. Raises RequestError."""
-    if len(grammar) > GRAMMAR_CHARS_MAX:
-        raise RequestError(f"{param} is longer than {GRAMMAR_CHARS_MAX} characters", param=param)
-    error = LLMatcher.validate_grammar(grammar)
-    if error and not error.startswith("WARNING"):
-        raise RequestError(f"{param} is not a usable grammar: {error.strip()[:500]}", param=param)
+    return DemandedForm(param=param, kind=GrammarKind(kind), text=_text(param, kind, value, limits))
 
 
 def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:
@@ -109,30 +111,64 @@ def _response_format(value: Any) -> list[tuple[str, str, Any]]:
     )
 
 
-def _grammar(param: str, kind: str, value: Any) -> str:
+def _text(param: str, kind: str, value: Any, limits: GrammarLimits) -> str:
+    if kind == "json":
+        if not isinstance(value, str | dict | bool):
+            raise RequestError(f"{param} must be a JSON schema", param=param)
+        return _schema_text(param, value, limits)
     if kind == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
             raise RequestError(f"{param} must be a list of strings", param=param)
-        return _from("choice", json.dumps(value), param)
-    if kind == "json":
-        return _from_schema(value, param)
-    if not isinstance(value, str) or not value:
+        if len(value) > CHOICES_MAX:
+            raise RequestError(f"{param} has more than {CHOICES_MAX} choices", param=param)
+        text = msgspec.json.encode(value).decode()
+    elif isinstance(value, str) and value:
+        text = value
+    else:
         raise RequestError(f"{param} must be a string", param=param)
-    return _from(kind, value, param)
+    _check_bytes(param, text, limits)
+    return text
 
 
-def _from_schema(value: Any, param: str) -> str:
-    if not isinstance(value, str | dict | bool):
-        raise RequestError(f"{param} must be a JSON schema", param=param)
-    schema = value if isinstance(value, str) else json.dumps(value)
+def check_schemas(param: str, schemas: Sequence[Any], limits: GrammarLimits) -> None:
+    """All of them together are bounded as one schema is. Raises RequestError."""
+    _schema_text(param, {"anyOf": list(schemas)}, limits)
+
+
+def _schema_text(param: str, value: str | bool | dict[str, Any], limits: GrammarLimits) -> str:
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    _check_bytes(param, text, limits)
     try:
-        return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": _JSON_SPACE})
-    except ValueError as error:
-        raise RequestError(f"{param} cannot be read: {error}"[:500], param=param) from error
+        schema = msgspec.json.decode(text) if isinstance(value, str) else value
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"{param} is not JSON", param=param) from error
+    num_properties = 0
+    for depth, node in _objects(schema):
+        properties = node.get("properties")
+        num_properties += len(properties) if isinstance(properties, dict) else 0
+        if depth > SCHEMA_DEPTH_MAX:
+            raise RequestError(
+                f"{param} is nested more than {SCHEMA_DEPTH_MAX} levels deep", param=param
+            )
+        if num_properties > limits.properties_max:
+            raise RequestError(
+                f"{param} has more than {limits.properties_max} properties", param=param
+            )
+    return text
 
 
-def _from(kind: str, text: str, param: str) -> str:
-    try:
-        return grammar_from(kind, text)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise RequestError(f"{param} cannot be read: {error}"[:500], param=param) from error
+def _objects(schema: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every object in it, with its depth. Without recursion, which a client could exhaust."""
+    left: list[tuple[int, Any]] = [(1, schema)]
+    while left:
+        depth, node = left.pop()
+        if isinstance(node, dict):
+            yield depth, node
+            left += [(depth + 1, each) for each in node.values()]
+        elif isinstance(node, list):
+            left += [(depth + 1, each) for each in node]
+
+
+def _check_bytes(param: str, text: str, limits: GrammarLimits) -> None:
+    if len(text) > limits.bytes_max or len(text.encode(errors="replace")) > limits.bytes_max:
+        raise RequestError(f"{param} is longer than {limits.bytes_max} bytes", param=param)

@@ -24,23 +24,28 @@ from gateway.api.bodies import (
     decode_body,
     ignored_fields,
 )
-from gateway.api.chat_request import plan_answer, read_budget, read_chat
+from gateway.api.chat_request import plan_answer, read_chat
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.dialect import Dialect
 from gateway.api.dialect_answer import answer_stream_in, answer_whole_in
 from gateway.api.dialect_routes import MESSAGES_PATH, DialectRoutes
 from gateway.api.errors import HttpError, body_too_large, http_error
-from gateway.api.fields import bad_word_ids
+from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
+from gateway.api.guided import DemandedForm
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission
+from gateway.api.request_body import content_coding, decompress
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
+from gateway.api.request_tokens import encoded_prompt, with_tokens
 from gateway.api.requests import (
+    ChoiceSize,
     RequestOptions,
+    check_num_logprobs,
     read_options,
     read_prompts,
 )
@@ -52,7 +57,7 @@ from gateway.generation import Generation, PromptTask
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.prompt import Prompt, SentText
+from gateway.prompt import Prompt
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
@@ -83,7 +88,9 @@ class HttpApp:
         metrics: GatewayMetrics,
         health: Health,
         models: ModelLoader,
+        grammars: GrammarReader,
         body_bytes_max: int,
+        logprobs_max: int,
         cross_origin: CrossOrigin,
     ) -> None:
         self._driver = driver
@@ -94,6 +101,8 @@ class HttpApp:
         self._metrics = metrics
         self._health = health
         self._models = models
+        self._grammars = grammars
+        self._logprobs_max = logprobs_max
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
 
@@ -191,6 +200,7 @@ class HttpApp:
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 options = read_options(body, limits)
+                form = self._grammars.form_of(body)
                 chat = read_chat(body, served)
                 ids = await served.tokenizer.encode_chat(
                     chat.messages, chat.options, tokens_max=options.prompt_tokens_max(limits)
@@ -198,8 +208,10 @@ class HttpApp:
                 if not ids:
                     raise RequestError("the prompt has no tokens", param="messages")
                 prompt = options.fitted(Prompt(ids=ids), limits)
-                plan = plan_answer(body, chat, served, prompt.ids)
-                options = await _guided(body, options, served, plan)
+                plan = plan_answer(body, chat, served, prompt.ids, demands_form=form is not None)
+                options = with_tokens(body, options, served, plan)
+            grammar = await self._grammar(request, body, form, plan, served, scheduling)
+            options = options.guided_by(grammar)
             job = self._job(served, options, [prompt], limits, scheduling, plan)
             return await self._run(request, job, dialect_of and dialect_of(job))
 
@@ -226,13 +238,16 @@ class HttpApp:
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
-                options = await _guided(body, read_options(body, limits), served)
+                form = self._grammars.form_of(body)
+                options = with_tokens(body, read_options(body, limits), served)
                 prompts = [
-                    options.fitted(await _encoded(served, prompt, options, limits), limits)
+                    options.fitted(await encoded_prompt(served, prompt, options, limits), limits)
                     for prompt in read_prompts(body, limits.vocab_size)
                 ]
             if not all(prompt.ids for prompt in prompts):
                 raise RequestError("the prompt has no tokens", param="prompt")
+            grammar = await self._grammar(request, body, form, None, served, scheduling)
+            options = options.guided_by(grammar)
             job = self._job(served, options, prompts, limits, scheduling)
             return await self._run(request, job)
 
@@ -268,15 +283,33 @@ class HttpApp:
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         if (request.content_length or 0) > self._body_bytes_max:
             raise body_too_large(self._body_bytes_max)
+        coding = content_coding(request.headers.get("Content-Encoding", ""))
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 raw = await request.read()
         except TimeoutError as error:
             raise RequestError("the body did not arrive in time", code="request_timeout") from error
+        if coding is not None:
+            raw = await asyncio.to_thread(decompress, raw, coding, self._body_bytes_max)
         body = decode_body(raw, cls)
         require_context(request).body_bytes = len(raw)
         request[IGNORED_FIELDS] = ignored_fields(raw, cls)
         return body
+
+    async def _grammar(
+        self,
+        request: web.Request,
+        body: GenerationBody,
+        form: DemandedForm | None,
+        plan: AnswerPlan | None,
+        served: ServedModel,
+        scheduling: RequestScheduling,
+    ) -> str:
+        """What the answer follows; empty if nothing guides it."""
+        if form is None and (plan is None or not plan.guides_calls):
+            return ""
+        async with self._admission.grammar_turn(request, expires_at=scheduling.expires_at):
+            return await answer_grammar(body, form, plan, served, self._grammars)
 
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         self._check_name(served, body.model)
@@ -318,6 +351,8 @@ class HttpApp:
             for prompt in prompts
             for choice in range(options.num_choices)
         ]
+        sizes = [ChoiceSize(len(task.prompt), task.sampling.max_tokens) for task in tasks]
+        check_num_logprobs(options, sizes, self._logprobs_max)
         return Job(
             header=header,
             options=options,
@@ -369,34 +404,3 @@ async def _name_ignored_fields(request: web.Request, response: web.StreamRespons
     """A field that no API has may be misspelt; its client should know that it had no effect."""
     if names := request.get(IGNORED_FIELDS):
         response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)
-
-
-async def _guided(
-    body: GenerationBody,
-    options: RequestOptions,
-    served: ServedModel,
-    plan: AnswerPlan | None = None,
-) -> RequestOptions:
-    """With what the tokenizer and the chat's plan add to the sampling."""
-    sampling = replace(
-        options.sampling,
-        bad_words=bad_word_ids(body.bad_words, served.tokenizer.encode_inside),
-        grammar=await answer_grammar(body, plan, served),
-    )
-    if plan is not None and isinstance(body, ChatBody):
-        sampling = replace(sampling, thinking_budget=read_budget(body, plan, served))
-    return replace(options, sampling=sampling)
-
-
-async def _encoded(
-    served: ServedModel, prompt: str | tuple[int, ...], options: RequestOptions, limits: ModelLimits
-) -> Prompt:
-    """An echo needs the text, and its log-probabilities where each token begins in it."""
-    if not isinstance(prompt, str):
-        return Prompt(ids=prompt)
-    tokenizer, tokens_max = served.tokenizer, options.prompt_tokens_max(limits)
-    if options.echo and options.sampling.logprobs is not None:
-        ids, starts = await tokenizer.encode_with_starts(prompt, tokens_max=tokens_max)
-        return Prompt(ids=ids, sent=SentText(text=prompt, starts=starts))
-    ids = await tokenizer.encode(prompt, tokens_max=tokens_max)
-    return Prompt(ids=ids, sent=SentText(text=prompt))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.answer_reader import AnswerReader
 from gateway.api.choices import ChoiceWriter
+from gateway.api.logprobs import PromptLogprobs
 from gateway.api.requests import RequestOptions
 from gateway.api.responses import Header, Usage
 from gateway.detokenizer import TokenNames
@@ -32,13 +33,25 @@ class Job:
         return self.plan is not None and self.plan.is_parsed
 
     def choice_writers(self) -> list[ChoiceWriter]:
-        chat = self.header.chat
-        return [
-            ChoiceWriter(
-                self.options, task, self.names, chat=chat, answer=self._reader(task, index)
+        writers: list[ChoiceWriter] = []
+        of_prompt: PromptLogprobs | None = None
+        num_top = self.options.prompt_logprobs
+        for index, task in enumerate(self.tasks):
+            is_first = index % self.options.num_choices == 0
+            if is_first and num_top is not None:
+                of_prompt = PromptLogprobs(self.names, task.prompt, num_top)
+            writers.append(
+                ChoiceWriter(
+                    self.options,
+                    task,
+                    self.names,
+                    chat=self.header.chat,
+                    of_prompt=of_prompt,
+                    is_first=is_first,
+                    answer=self._reader(task, index),
+                )
             )
-            for index, task in enumerate(self.tasks)
-        ]
+        return writers
 
     def chat_reader(self) -> AnswerReader:
         """Of a chat with one choice."""

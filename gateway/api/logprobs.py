@@ -1,11 +1,15 @@
-"""OpenAI's shapes of log-probabilities, and the shape of vLLM's `prompt_logprobs`. A token appears
-as a text and as its bytes."""
+"""OpenAI's shapes of log-probabilities, and the shape of vLLM's `prompt_logprobs`, as JSON. A token
+appears as a text and as its bytes. Long lists are made in slices, between which the event loop
+serves others."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
+
+import msgspec
 
 from gateway.api.token_offsets import TokenOffsets
 from gateway.detokenizer import TokenNames
@@ -15,12 +19,22 @@ from shared.wire import TokenLogprob
 LOGPROB_MIN = -9999.0
 """OpenAI's value for "impossible", because JSON has no infinity."""
 
+SLICE_ENTRIES = 400
+"""Log-probabilities that are shaped in one go: one or two milliseconds."""
+
 ScoredToken = tuple[int, TokenLogprob | None]
 """A token and its log-probability; None for the first token of a prompt."""
 
+_encode = msgspec.json.encode
 
-def chat_logprobs(names: TokenNames, scored: Sequence[ScoredToken], num_top: int) -> dict[str, Any]:
-    return {"content": [_chat_token(names, *each, num_top) for each in scored], "refusal": None}
+
+async def chat_logprobs(
+    names: TokenNames, scored: Sequence[ScoredToken], num_top: int
+) -> msgspec.Raw:
+    content = _JsonList()
+    async for begin, end in _slices(len(scored), num_top):
+        content.add([_chat_token(names, *each, num_top) for each in scored[begin:end]])
+    return msgspec.Raw(b'{"content":%b,"refusal":null}' % content.whole())
 
 
 def _chat_token(
@@ -55,14 +69,18 @@ class CompletionLogprobs:
         begin = len(echoed.text) if echoed else 0
         self._offsets = TokenOffsets(names.text, follows=follows, begin=begin)
 
-    def next(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
-        offsets = [self._next_offset(token) for token, _ in scored]
-        return {
-            "tokens": [self._names.unique_name(token) for token, _ in scored],
-            "token_logprobs": [each and _finite(each.logprob) for _, each in scored],
-            "top_logprobs": [each and self._top(token, each) for token, each in scored],
-            "text_offset": offsets,
-        }
+    async def next(self, scored: Sequence[ScoredToken]) -> msgspec.Raw:
+        tokens, logprobs, tops, offsets = (_JsonList() for _ in range(4))
+        async for begin, end in _slices(len(scored), self._num_top):
+            part = scored[begin:end]
+            tokens.add([self._names.unique_name(token) for token, _ in part])
+            logprobs.add([each and _finite(each.logprob) for _, each in part])
+            tops.add([each and self._top(token, each) for token, each in part])
+            offsets.add([self._next_offset(token) for token, _ in part])
+        return msgspec.Raw(
+            b'{"tokens":%b,"token_logprobs":%b,"top_logprobs":%b,"text_offset":%b}'
+            % (tokens.whole(), logprobs.whole(), tops.whole(), offsets.whole())
+        )
 
     def _next_offset(self, token: int) -> int:
         if self._echoed_starts:
@@ -78,29 +96,68 @@ class CompletionLogprobs:
         return top
 
 
-def prompt_logprobs(
-    names: TokenNames, prompt: Sequence[int], scores: Sequence[TokenLogprob], num_top: int
-) -> list[dict[str, Any] | None]:
-    """By token id; null for the prompt's first token."""
-    shaped: list[dict[str, Any] | None] = [None]
-    for token, logprob in zip(prompt[1:], scores, strict=True):
+class PromptLogprobs:
+    """Those of one prompt, for all its choices: by token id; null for its first token."""
+
+    def __init__(self, names: TokenNames, prompt: Sequence[int], num_top: int) -> None:
+        self._names = names
+        self._prompt = prompt
+        self._num_top = num_top
+        self._scores: list[TokenLogprob] = []
+        self._shaped: msgspec.Raw | None = None
+
+    def add(self, scores: Sequence[TokenLogprob]) -> None:
+        self._scores += scores
+
+    async def shaped(self) -> msgspec.Raw:
+        """Call it once all are known."""
+        if self._shaped is None:
+            scored = list(zip(self._prompt[1:], self._scores, strict=True))
+            entries = _JsonList([None])
+            async for begin, end in _slices(len(scored), self._num_top):
+                entries.add([self._by_id(*each) for each in scored[begin:end]])
+            self._shaped = msgspec.Raw(entries.whole())
+        return self._shaped
+
+    def _by_id(self, token: int, logprob: TokenLogprob) -> dict[str, Any]:
         entries = [
             (each, value, place)
-            for place, (each, value) in enumerate(logprob.top[:num_top], start=1)
+            for place, (each, value) in enumerate(logprob.top[: self._num_top], start=1)
             if each != token
         ]
         entries.append((token, logprob.logprob, logprob.rank))
-        shaped.append(
-            {
-                str(each): {
-                    "logprob": _finite(value),
-                    "rank": place,
-                    "decoded_token": names.name(each),
-                }
-                for each, value, place in sorted(entries, key=lambda entry: entry[2])
+        return {
+            str(each): {
+                "logprob": _finite(value),
+                "rank": place,
+                "decoded_token": self._names.name(each),
             }
-        )
-    return shaped
+            for each, value, place in sorted(entries, key=lambda entry: entry[2])
+        }
+
+
+class _JsonList:
+    """A JSON array that is encoded piece by piece."""
+
+    def __init__(self, first: Sequence[Any] = ()) -> None:
+        self._pieces: list[bytes] = []
+        self.add(first)
+
+    def add(self, items: Sequence[Any]) -> None:
+        if items:
+            self._pieces.append(_encode(items)[1:-1])
+
+    def whole(self) -> bytes:
+        return b"[" + b",".join(self._pieces) + b"]"
+
+
+async def _slices(num_tokens: int, num_top: int) -> AsyncIterator[tuple[int, int]]:
+    """The bounds of slices of `num_tokens` tokens. The event loop runs between two of them."""
+    step = max(1, SLICE_ENTRIES // (num_top + 1))
+    for begin in range(0, num_tokens, step):
+        if begin:
+            await asyncio.sleep(0)
+        yield begin, min(begin + step, num_tokens)
 
 
 def _finite(logprob: float) -> float:

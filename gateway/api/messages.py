@@ -18,13 +18,32 @@ _TEXT_PARTS = {
 }
 """Type of a part of a content → the part's key that holds the text."""
 
+MESSAGES_MAX = 1024
+MESSAGE_PARTS_MAX = 4096
+MESSAGES_BYTES_MAX = 2 << 20
+"""Limits on a chat: a template runs over each message and each part, however short."""
+
 
 def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Each has a `role`, and a `content` that is a text, null or a list of `text` parts. Raises
     RequestError."""
     if not messages:
         raise _refusal("there must be at least one")
+    _check_size(messages)
     return [_message(index, message) for index, message in enumerate(messages)]
+
+
+def _check_size(messages: Sequence[Any]) -> None:
+    if len(messages) > MESSAGES_MAX:
+        raise _refusal(f"a chat may have {MESSAGES_MAX} messages")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if len(parts) > MESSAGE_PARTS_MAX:
+        raise _refusal(f"the messages of a chat may have {MESSAGE_PARTS_MAX} parts")
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    num_bytes = sum(len(t.encode()) for t in [*contents, *texts] if isinstance(t, str))
+    if num_bytes > MESSAGES_BYTES_MAX:
+        raise _refusal(f"the messages of a chat may have {MESSAGES_BYTES_MAX} bytes")
 
 
 def read_chat_options(body: ChatBody) -> ChatOptions:

@@ -26,17 +26,20 @@ BYTES_PER_TOKEN = 4
 
 class RequestAdmission:
     """Call `enter` when a request comes, `reserve` when its body is decoded, `turn` around what its
-    preparation computes, `correct` when its tokens are known, `use` when it has ended."""
+    preparation computes, `grammar_turn` around the check of its grammar, `correct` when its tokens
+    are known, `use` when it has ended."""
 
     def __init__(
         self,
         admission: Admission,
         preparation: Preparation,
+        grammar_checks: Preparation,
         salts: CacheSalts,
         clock: Clock,
     ) -> None:
         self._admission = admission
         self._preparation = preparation
+        self._grammar_checks = grammar_checks
         self._salts = salts
         self._clock = clock
 
@@ -73,12 +76,21 @@ class RequestAdmission:
         self, request: web.Request, *, expires_at: float = math.inf
     ) -> AbstractAsyncContextManager[None]:
         """Raises Overloaded, and SessionFailed if the request's time is over before its turn."""
+        return self._turn_of(self._preparation, request, expires_at)
+
+    def grammar_turn(
+        self, request: web.Request, *, expires_at: float
+    ) -> AbstractAsyncContextManager[None]:
+        """As `turn`. A check may take seconds, for which no other's prompt waits."""
+        return self._turn_of(self._grammar_checks, request, expires_at)
+
+    def _turn_of(
+        self, preparation: Preparation, request: web.Request, expires_at: float
+    ) -> AbstractAsyncContextManager[None]:
         context = require_context(request)
         left_s = expires_at - self._clock.now()
         timeout_s = None if left_s == math.inf else max(0.0, left_s)
-        return self._preparation.turn(
-            context.key, cost=float(context.body_bytes), timeout_s=timeout_s
-        )
+        return preparation.turn(context.key, cost=float(context.body_bytes), timeout_s=timeout_s)
 
     def correct(self, request: web.Request, *, tokens: int) -> None:
         """`tokens` are those of all choices, prompts and `max_tokens`. Raises Overloaded."""

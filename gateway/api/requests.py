@@ -4,8 +4,9 @@ OpenAI's `param` for every impossible value."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.api.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from gateway.api.fields import (
@@ -29,6 +30,11 @@ COMPLETION_TOKENS_DEFAULT = 16
 PROMPTS_MAX = 64
 CHOICES_MAX = 256
 """Limit on prompts times `n` of one request."""
+
+
+class ChoiceSize(NamedTuple):
+    num_prompt_tokens: int
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +68,15 @@ class RequestOptions:
         least = 1 if self.max_tokens is None else self.max_tokens
         return self.truncation.apply(prompt, room=limits.context_tokens_max - least)
 
+    def guided_by(self, grammar: str) -> RequestOptions:
+        return replace(self, sampling=replace(self.sampling, grammar=grammar))
+
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0
     ) -> SamplingParams:
-        """The parameters of choice number `choice` of a prompt. Raises RequestError if prompt and
-        completion do not fit into the context."""
+        """The parameters of choice number `choice` of a prompt. Its first choice alone has the
+        prompt scored, unless each echoes it. Raises RequestError if prompt and completion do not
+        fit into the context."""
         room = limits.context_tokens_max - num_prompt_tokens
         wanted = self.max_tokens
         least = 1 if wanted is None else wanted
@@ -75,7 +85,14 @@ class RequestOptions:
         max_tokens = room if wanted is None else wanted
         min_tokens = min(self.sampling.min_tokens, max_tokens)
         seed = choice_seed(self.sampling.seed, choice)
-        return replace(self.sampling, max_tokens=max_tokens, min_tokens=min_tokens, seed=seed)
+        is_scored = choice == 0 or self.echo
+        return replace(
+            self.sampling,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            seed=seed,
+            prompt_logprobs=self.sampling.prompt_logprobs if is_scored else None,
+        )
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -143,6 +160,23 @@ def read_prompts(body: CompletionBody, vocab_size: int) -> list[str | tuple[int,
     if not prompt or len(prompt) > PROMPTS_MAX:
         raise RequestError(f"prompt must have 1 to {PROMPTS_MAX} prompts", param="prompt")
     return [item if isinstance(item, str) else _token_prompt(item, vocab_size) for item in prompt]
+
+
+def check_num_logprobs(options: RequestOptions, choices: Sequence[ChoiceSize], most: int) -> None:
+    """Raises RequestError if these choices of a request may show more than `most`
+    log-probabilities. Those of a stream's completion are never all here at once."""
+    of_prompt, of_token = options.sampling.prompt_logprobs, options.sampling.logprobs
+    of_prompts = of_tokens = 0
+    for num_prompt, max_tokens in choices:
+        of_prompts += 0 if of_prompt is None else num_prompt * (of_prompt + 1)
+        if of_token is not None and not options.stream:
+            of_tokens += max_tokens * (of_token + 1)
+    if of_prompts + of_tokens > most:
+        raise RequestError(
+            f"the request may show {of_prompts + of_tokens} log-probabilities, but the limit is "
+            f"{most}: ask for fewer likeliest tokens, choices or tokens",
+            param="prompt_logprobs" if of_prompts > of_tokens else "logprobs",
+        )
 
 
 def _token_prompt(prompt: Any, vocab_size: int) -> tuple[int, ...]:

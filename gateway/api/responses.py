@@ -33,8 +33,8 @@ class Choice:
     token_ids: list[int]
     prompt_ids: tuple[int, ...]
     finish_reason: str
-    logprobs: dict[str, Any] | None
-    prompt_logprobs: list[Any] | None
+    logprobs: msgspec.Raw | None
+    prompt_logprobs: msgspec.Raw | None
     message: dict[str, Any] | None = None
 
 
@@ -62,7 +62,7 @@ class Usage:
 def response_body(
     header: Header, choices: Sequence[Choice], usage: Usage, *, with_token_ids: bool
 ) -> bytes:
-    plain = {
+    plain: dict[str, Any] = {
         "id": header.id,
         "object": "chat.completion" if header.chat else "text_completion",
         "created": header.created,
@@ -136,7 +136,7 @@ class ChunkWriter:
         text: str,
         token_ids: Sequence[int],
         finish: FinishReason | None,
-        logprobs: dict[str, Any] | None = None,
+        logprobs: msgspec.Raw | None = None,
     ) -> bytes:
         content = _encode(text)
         if not self._chat:
@@ -154,7 +154,7 @@ class ChunkWriter:
         body: bytes,
         token_ids: Sequence[int],
         finish_reason: str | None,
-        logprobs: dict[str, Any] | None,
+        logprobs: msgspec.Raw | None,
     ) -> bytes:
         """`body` is the member `"delta":…` of a chat's choice, or `"text":…`."""
         reason = _encode(finish_reason)

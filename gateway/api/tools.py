@@ -16,7 +16,11 @@ CALLS_MAX = 16
 """Limit on the calls of an answer that must call tools."""
 
 _NAME = re.compile(r"[\w.\-]{1,128}")
-_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+_NO_PARAMETERS: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {},
+    "additionalProperties": False,
+}
 
 
 class ToolMode(Enum):

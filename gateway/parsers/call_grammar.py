@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gateway.parsers import harmony, json_formats
 from gateway.parsers.formats import HARMONY, ReasoningFormat, ToolFormat
 from gateway.parsers.typed_arguments import Schema
+from shared.grammars.closed_schema import JSON_SPACE, close_objects
 
 TokenOf = Callable[[str], int | None]
 """The id of the added token with this text, if the tokenizer has one."""
@@ -20,9 +21,6 @@ ANSWER = "answer"
 
 _TEXT = r"/(?s:.*)/"
 _SPACE = r"/[ \n]{0,2}/"
-_JSON_SPACE = r"(\n[ \t]{0,32}| )?"
-"""Allowed between the tokens of JSON: a space, or a new line with an indent. A weak model may never
-leave unlimited white space."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,5 +145,6 @@ def around(lark: str, own: str) -> str:
 
 
 def _with_space(schema: Schema) -> str:
-    options = {"whitespace_pattern": _JSON_SPACE}
-    return json.dumps({**schema, "x-guidance": options})
+    """As a demanded schema: closed objects, and little white space."""
+    options = {"whitespace_pattern": JSON_SPACE}
+    return json.dumps({**close_objects(schema), "x-guidance": options})

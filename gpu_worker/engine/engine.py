@@ -141,6 +141,7 @@ class Engine:
     def run(self) -> None:
         """Returns after Stop, or after it has posted Fenced or Stranded."""
         while not self._process_inbox(self._inbox.drain()):
+            self._settle_grammars()
             if self._in_flight:
                 self._begin_ahead()
                 self._end_step()
@@ -188,6 +189,13 @@ class Engine:
             self._load = self._scheduler.load()
             self._post_tokens(replies)
         return stop
+
+    def _settle_grammars(self) -> None:
+        """A mask is given a moment only if no step could run meanwhile."""
+        replies = self._scheduler.settle_grammars(wait=not self._in_flight)
+        if replies:
+            self._load = self._scheduler.load()
+            self._post_tokens(replies)
 
     def _newest_epoch(self) -> Epoch:
         return self._newest.expert_map.epoch if self._newest is not None else Epoch(0)

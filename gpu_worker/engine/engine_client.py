@@ -12,6 +12,7 @@ from typing import Protocol
 import structlog
 
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.grammar_matcher import Grammars
 from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.mailbox import (
     Adopted,
@@ -98,14 +99,17 @@ class EngineClient:
         replicator: KvReplicator,
         clock: Clock,
         callbacks: EngineCallbacks,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`replicator` is the scheduler's."""
+        """`replicator` and `grammars` are the scheduler's."""
         self._member = member
         self._executor = executor
         self._clock = clock
         self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(executor.waiter)
+        if grammars is not None:
+            grammars.renew(self._inbox.notify)
         self._stopped = False
         self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
         self._broken_links: set[Member] = set()

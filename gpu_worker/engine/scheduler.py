@@ -10,7 +10,8 @@ stay: a preemption, and the loss of names of blocks that were handed out again (
 have written into them). They cost work, never tokens. Restored blocks stay as well.
 
     event               waiting               running                     unknown here
-    submit, later       replaced              replaced                    waits, ended, or refused
+    submit, later       replaced              replaced                    compiles, waits, ended,
+                                                                          or refused
     submit, no later    ignored               ignored                     –
     cancel, drop        ended                 ended, blocks freed         nothing
     plan                runs, if it fits, and decodes or prefills a part, –
@@ -22,6 +23,10 @@ have written into them). They cost work, never tokens. Restored blocks stay as w
                                               and offered for replication
     abandon             –                     as before the plan;         –
                                               admitted in it → waits
+
+A sequence that a grammar guides first has it compiled (COMPILING), then waits like others. While
+the mask of its next token is computed, it is *held* (`guided_sequences`): it keeps its blocks, and
+steps go on without it. A grammar that cannot be followed ends its sequence, in `settle_grammars`.
 
 A step may be planned while the one before is in flight (`plan_ahead`): if a sequence samples in
 that one, its next token is known by its place alone. Nothing is planned this way that depends on
@@ -51,7 +56,8 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from gpu_worker.engine.grammar_matcher import GrammarCompiler, GrammarMatcher
+from gpu_worker.engine.grammar_matcher import Grammars
+from gpu_worker.engine.guided_sequences import GuidedSequences
 from gpu_worker.engine.kv_blocks import KvBlocks
 from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.logprobs import StepScores
@@ -90,11 +96,11 @@ class Scheduler:
         self,
         limits: SchedulerLimits,
         eos_token_ids: tuple[int, ...],
-        grammars: GrammarCompiler | None = None,
+        grammars: Grammars | None = None,
         replicator: KvReplicator | None = None,
     ) -> None:
         self._limits = limits
-        self._grammars = grammars
+        self._guided = GuidedSequences(grammars)
         self._eos_token_ids = eos_token_ids
         self._kv = KvBlocks(
             num_blocks=limits.kv_blocks,
@@ -114,7 +120,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return len(self._sequences) > len(self._guided)
 
     @property
     def num_restored(self) -> int:
@@ -124,7 +130,7 @@ class Scheduler:
     def load(self) -> Load:
         return Load(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._guided.compiling),
             tokens=self._num_tokens,
             kv_blocks_free=self._kv.num_free,
             kv_blocks=self._kv.num_blocks,
@@ -149,17 +155,39 @@ class Scheduler:
             eos_token_ids=self._eos_token_ids,
             tokens_max=self._limits.tokens_max,
         )
-        try:
-            sequence.set_matcher(self._compile_grammar(submit))
-        except GrammarError as error:
-            return sequence.reply(index=sequence.next_index, error=str(error))
         reply = reply_at_once(sequence, self._limits) or self._refuse_if_full(sequence)
-        if reply is None:
-            self._sequences[sequence.session] = sequence
-            self._num_tokens += len(sequence.tokens)
-            self._shares.enter(sequence)
+        if reply is not None:
+            return reply
+        if submit.sampling.grammar:
+            try:
+                self._guided.open(sequence)
+            except GrammarError as error:
+                return sequence.reply(index=sequence.next_index, error=str(error))
+            sequence.state = SequenceState.COMPILING
+        self._sequences[sequence.session] = sequence
+        self._num_tokens += len(sequence.tokens)
+        self._shares.enter(sequence)
+        if sequence.state is SequenceState.WAITING:
             self._waiting.add(sequence)
-        return reply
+        return None
+
+    def settle_grammars(self, *, wait: bool) -> dict[Origin, list[SessionTokens]]:
+        """Lets go on whose grammar or mask has become known. Returns the replies to sessions that
+        it has ended. `wait`: a mask that is due at once is given a moment."""
+        if not self._guided:
+            return {}
+        if wait:
+            self._guided.wait()
+        settled = self._guided.settle()
+        for sequence in settled.compiled:
+            sequence.state = SequenceState.WAITING
+            self._waiting.add(sequence)
+        replies: dict[Origin, list[SessionTokens]] = {}
+        for sequence, error in settled.failed:
+            self._end(sequence)
+            reply = sequence.reply(index=sequence.next_index, error=error)
+            replies.setdefault(sequence.origin, []).append(replace(reply, invalid=True))
+        return replies
 
     def cancel(self, session: SessionId, attempt: Attempt) -> tuple[Origin, SessionTokens] | None:
         """Ends this attempt, or an earlier one that is still here. Returns the reply and the origin
@@ -236,10 +264,14 @@ class Scheduler:
             self._kv.extend(sequence.row, 1)
         budget = StepBudget(self._limits)
         for sequence, state in projected.items():
-            if state.num_pending == 1:
+            if state.num_pending == 1 and not self._guided.holds(sequence):
                 budget.add_decode(sequence, state)
         prefilling = deque(
-            self._shares.in_order(s for s, state in projected.items() if state.num_pending > 1)
+            self._shares.in_order(
+                sequence
+                for sequence, state in projected.items()
+                if state.num_pending > 1 and not self._guided.holds(sequence)
+            )
         )
         admitted: list[Sequence] = []
         restored_max = self.num_restored + self._limits.restored_blocks_enough
@@ -307,17 +339,10 @@ class Scheduler:
                 self._shares.take_back(sequence)
                 self._stop_running(sequence)
 
-    def _compile_grammar(self, submit: Submit) -> GrammarMatcher | None:
-        """Raises GrammarError."""
-        if not submit.sampling.grammar:
-            return None
-        if self._grammars is None:
-            raise GrammarError("this rank cannot follow grammars: it has no tokenizer")
-        emitted = submit.tokens[len(submit.tokens) - submit.num_emitted :]
-        return self._grammars.compile(submit.sampling.grammar, emitted)
-
     def _refuse_if_full(self, sequence: Sequence) -> SessionTokens | None:
-        if self._waiting.has_room_for(sequence, self._limits.waiting_max):
+        if self._waiting.has_room_for(
+            sequence, self._limits.waiting_max, compiling=self._guided.compiling
+        ):
             return None
         error = "the waiting queue of this rank is full"
         return replace(sequence.reply(index=sequence.next_index, error=error), retryable=True)
@@ -335,7 +360,9 @@ class Scheduler:
             num_reserved += self._blocks.num_needed(sequence)
             if num_reserved > self._kv.num_free:
                 return None
-            if not self._blocks.awaits_another(sequence, self._running):
+            if not self._blocks.awaits_another(sequence, self._running) and not self._guided.holds(
+                sequence
+            ):
                 return sequence
         return None
 
@@ -385,14 +412,12 @@ class Scheduler:
         if token == NO_TOKEN:
             return self._fail(sequence)
         self._num_tokens += 1
-        try:
-            finish = sequence.append(token)
-        except GrammarError as error:
-            self._end(sequence)
-            return sequence.reply(index=index, error=str(error))
+        finish = sequence.append(token)
         backup = sequence.take_backup_change(self._replicator.backup_of(sequence.session))
         if finish is not None:
             self._end(sequence)
+        else:
+            self._guided.hold_if_pending(sequence)
         return sequence.reply(
             (token,), index=index, finish=finish, logprobs=logprobs, backup=backup
         )
@@ -402,8 +427,9 @@ class Scheduler:
             self._running.remove(sequence)
             self._blocks.close(sequence)
             self._shares.stop(sequence)
-        else:
+        elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
+        self._guided.close(sequence)
         sequence.state = SequenceState.ENDED
         self._shares.leave(sequence)
         del self._sequences[sequence.session]

@@ -7,8 +7,8 @@ from enum import Enum
 from typing import NewType
 
 from gpu_worker.engine.draw import count_tokens
-from gpu_worker.engine.grammar_matcher import GrammarMatcher
-from gpu_worker.engine.token_limits import TokenBitmask, token_limits
+from gpu_worker.engine.grammar_matcher import GrammarMatcher, TokenBitmask
+from gpu_worker.engine.token_limits import token_limits
 from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
@@ -21,6 +21,7 @@ NO_ROW = -1
 class SequenceState(Enum):
     """`scheduler.py` has the transition table."""
 
+    COMPILING = "compiling"  # its grammar is being compiled; holds no KV blocks
     WAITING = "waiting"  # holds no KV blocks
     RUNNING = "running"  # holds blocks for all its known tokens
     ENDED = "ended"  # finished, failed or cancelled; the scheduler has forgotten it
@@ -98,12 +99,11 @@ class Sequence:
         eos = () if submit.sampling.ignore_eos else eos_token_ids
         self.stop_ids = tuple(sorted({*submit.sampling.stop_token_ids, *eos}))
 
-    def set_matcher(self, matcher: GrammarMatcher | None) -> None:
+    def set_matcher(self, matcher: GrammarMatcher) -> None:
         """From now on `matcher` limits what may be drawn. It ends the text with an end token, which
         is then a stop token even if the client ignores end tokens."""
         self.matcher = matcher
-        if matcher is not None:
-            self.stop_ids = tuple(sorted({*self.stop_ids, *matcher.end_ids}))
+        self.stop_ids = tuple(sorted({*self.stop_ids, *matcher.end_ids}))
 
     @property
     def num_pending(self) -> int:
@@ -171,7 +171,7 @@ class Sequence:
         )
 
     def append(self, token: int) -> FinishReason | None:
-        """Appends the next token; returns the reason if it is the last one. Raises GrammarError."""
+        """Appends the next token; returns the reason if it is the last one."""
         self.tokens.append(token)
         if self.token_counts is not None:
             self.token_counts.add(token)
@@ -179,9 +179,10 @@ class Sequence:
             self.token_limits.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
-        if self.matcher is not None:
+        finish = self.finish_if_full()
+        if finish is None and self.matcher is not None:
             self.matcher.accept_token(token)
-        return self.finish_if_full()
+        return finish
 
     def take_backup_change(self, backup: RankId | None) -> RankId | None:
         """The backup rank, if the client must be told of it in the next reply; else None."""

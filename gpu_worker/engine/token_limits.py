@@ -7,15 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gpu_worker.engine.grammar_matcher import TokenBitmask
 from shared.types import SamplingParams, ThinkingBudget
-
-TokenBitmask = NDArray[np.int32]
-"""Bit `t % 32` of word `t // 32` for each token t that may be drawn; none beyond its end."""
 
 
 def bitmask_of(ids: Iterable[int]) -> TokenBitmask:
+    """As long as the greatest id needs: ids beyond its end may not be drawn."""
     unique = np.unique(np.fromiter((i for i in ids if i >= 0), dtype=np.int64))
     words = np.zeros(int(unique[-1]) // 32 + 1 if len(unique) else 0, dtype=np.uint32)
     np.bitwise_or.at(words, unique // 32, np.uint32(1) << (unique % 32).astype(np.uint32))

@@ -6,7 +6,8 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.tenant_shares import TenantShares
@@ -57,20 +58,20 @@ class WaitingQueue:
             else:
                 heapq.heapreplace(heads, (order(line[place + 1]), tenant, place + 1))
 
-    def has_room_for(self, sequence: Sequence, waiting_max: int) -> bool:
+    def has_room_for(
+        self, sequence: Sequence, waiting_max: int, *, compiling: Iterable[Sequence] = ()
+    ) -> bool:
         """`waiting_max` bounds new sequences and those in mid-stream separately. A tenant with a
-        name leaves some of the room to others."""
-        is_new = sequence.num_emitted == 0
-        num_waiting = num_own = 0
-        for tenant, line in self._lines.items():
-            num_alike = sum((s.num_emitted == 0) == is_new for s in line)
-            num_waiting += num_alike
-            if tenant == sequence.scheduling.tenant:
-                num_own = num_alike
-        if not sequence.scheduling.tenant or not is_new:
+        name leaves some of the room to others. `compiling` wait for their grammars, in no line
+        yet."""
+        is_new, tenant = sequence.num_emitted == 0, sequence.scheduling.tenant
+        waiting = chain(*self._lines.values(), compiling)
+        alike = [s.scheduling.tenant for s in waiting if (s.num_emitted == 0) == is_new]
+        num_waiting = len(alike)
+        if not tenant or not is_new:
             return num_waiting < waiting_max
         return fits_share(
-            used=num_own,
+            used=alike.count(tenant),
             added=1,
             free=waiting_max - num_waiting,
             weight=sequence.scheduling.weight,

@@ -380,6 +380,21 @@ async def test_what_cannot_be_is_a_400_that_names_the_field(
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        json.loads('{"properties": {"a": ' + '{"items": ' * 300 + "{}" + "}" * 300 + "}}"),
+        {"properties": {"a": {"$ref": "#"}}, "$ref": "#"},
+    ],
+    ids=["depth", "itself"],
+)
+async def test_hostile_schemas_are_refused(harness: GatewayHarness, schema: Any) -> None:
+    function = {"name": "f", "parameters": {"type": "object", **schema}}
+    tools = [{"type": "function", "function": function}]
+    status, answer, _ = await post(harness, tools=tools, tool_choice="required")
+    assert (status, answer["error"]["param"]) == (400, "tools")
+
+
 async def test_unknown_fields_are_named_in_a_header(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import pytest
 from msgspec.structs import replace
 
+from gateway.api.errors import http_error
 from gateway.stream_session import (
     TRANSITIONS,
     FailureKind,
     SendToRank,
     SessionEvent,
+    SessionFailed,
     SessionPolicy,
     SessionState,
     StreamSession,
@@ -34,11 +36,11 @@ B = Member(rank=RankId(1), incarnation=Incarnation(1))
 POLICY = SessionPolicy(no_rank_timeout_s=10, refusals_max=3, losses_max=2)
 
 
-def new_session(max_tokens: int = 8) -> StreamSession:
+def new_session(max_tokens: int = 8, grammar: str = "") -> StreamSession:
     return StreamSession(
         session=SessionId("g/1"),
         prompt=(7, 8, 9),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=3),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=3, grammar=grammar),
         policy=POLICY,
         now=0.0,
     )
@@ -220,6 +222,30 @@ def test_a_session_that_loses_rank_after_rank_without_a_token_fails() -> None:
     session.on_rank_lost(A, 1.0)
     assert session.failure is not None
     assert session.failure.kind is FailureKind.RANKS_LOST
+
+
+def test_a_guided_session_may_lose_one_rank_without_a_token_and_no_second() -> None:
+    session = new_session(grammar="start: A")
+    session.place(A)
+    session.on_rank_lost(A, 1.0)
+    assert session.state is SessionState.WAITING
+    session.place(B)
+    session.on_rank_lost(B, 2.0)
+    assert session.state is SessionState.FAILED
+    assert session.failure is not None
+    assert session.failure.kind is FailureKind.RANKS_LOST
+
+
+def test_a_grammar_that_a_rank_cannot_follow_ends_its_session_there() -> None:
+    session = new_session(grammar="start: A")
+    session.place(A)
+    said = replace(tokens(0, error="too long"), invalid=True)
+    session.on_tokens(A, said, 1.0)
+    assert session.state is SessionState.FAILED
+    assert session.failure is not None
+    assert session.failure.kind is FailureKind.INVALID
+    assert session.attempt == 0
+    assert http_error(SessionFailed(session.failure)).status == 400
 
 
 def test_a_token_between_losses_starts_the_count_anew() -> None:

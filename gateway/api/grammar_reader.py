@@ -1,0 +1,48 @@
+"""The grammar that a request's ranks follow: reads the form that it demands and has it checked
+against the served model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.api.bodies import GenerationBody
+from gateway.api.guided import DemandedForm, GrammarLimits, check_schemas, read_form
+from gateway.grammar_checker import GrammarChecker
+from gateway.served_model import ServedModel
+from shared.errors import GrammarError, RequestError
+from shared.grammars.messages import GrammarBudget
+
+
+class GrammarReader:
+    """On the event loop, which it never holds up: it compares sizes, and a child does the rest."""
+
+    def __init__(self, limits: GrammarLimits, budget: GrammarBudget) -> None:
+        self._limits = limits
+        self._budget = budget
+        self._checker: GrammarChecker | None = None  # a gateway serves one model all its life
+
+    def form_of(self, body: GenerationBody) -> DemandedForm | None:
+        """What the request demands, not checked yet. Raises RequestError."""
+        return read_form(body, self._limits)
+
+    def check_schemas(self, param: str, schemas: Sequence[Any]) -> None:
+        """Raises RequestError if they are too large to be read."""
+        check_schemas(param, schemas, self._limits)
+
+    async def check(self, form: DemandedForm, served: ServedModel) -> str:
+        """The grammar that ranks follow. Raises RequestError, Overloaded, Unavailable."""
+        if self._checker is None:
+            self._checker = GrammarChecker(served.tokenizer_file, self._budget)
+        try:
+            return await self._checker.check(form.kind, form.text)
+        except GrammarError as error:
+            raise RequestError(
+                f"{form.param} is not a usable grammar: {error}",
+                param=form.param,
+                code="invalid_grammar",
+            ) from error
+
+    def close(self) -> None:
+        if self._checker is not None:
+            self._checker.close()

@@ -1,0 +1,51 @@
+"""How a request's body is coded: plain, gzip or deflate, and never larger than the limit, however
+small it came."""
+
+from __future__ import annotations
+
+import zlib
+from enum import Enum
+
+from gateway.api.errors import body_too_large
+from shared.errors import RequestError
+
+_AUTO_WINDOW = 32 + zlib.MAX_WBITS  # takes the header of gzip or zlib
+
+
+class ContentCoding(Enum):
+    GZIP = "gzip"
+    DEFLATE = "deflate"
+
+
+def content_coding(header: str) -> ContentCoding | None:
+    """None: as it is. Raises RequestError (415) for what is not supported."""
+    name = header.strip().lower().removeprefix("x-")
+    if name in ("", "identity"):
+        return None
+    try:
+        return ContentCoding(name)
+    except ValueError as error:
+        raise RequestError(
+            f"Content-Encoding {header[:40]!r} is not supported; send the body as it is, or as "
+            "gzip or deflate",
+            code="unsupported_content_encoding",
+        ) from error
+
+
+def decompress(raw: bytes, coding: ContentCoding, bytes_max: int) -> bytes:
+    """Never makes more than `bytes_max` bytes. Raises RequestError: 413 beyond it, 400 if the body
+    is not what `coding` says."""
+    windows = [_AUTO_WINDOW]
+    if coding is ContentCoding.DEFLATE:
+        windows.append(-zlib.MAX_WBITS)  # some clients leave zlib's header out
+    for window in windows:
+        decoder = zlib.decompressobj(window)
+        try:
+            body = decoder.decompress(raw, bytes_max + 1)
+        except zlib.error:
+            continue
+        if len(body) > bytes_max:
+            raise body_too_large(bytes_max)
+        if decoder.eof and not decoder.unused_data:
+            return body
+    raise RequestError(f"the body is not {coding.value}, as Content-Encoding says")

@@ -1,0 +1,1 @@
+"""Guided decoding by llguidance, in a child process that can be killed."""

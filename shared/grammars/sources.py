@@ -1,0 +1,38 @@
+"""Turns what a client states (a JSON schema, a regular expression, choices, a grammar in Lark or
+GBNF) into a grammar of llguidance. Runs in the grammar child: a hostile text may take long."""
+
+from __future__ import annotations
+
+import json
+
+from llguidance import LLMatcher, grammar_from
+
+from shared.errors import GrammarError
+from shared.grammars.closed_schema import JSON_SPACE, close_objects
+from shared.grammars.compiler import client_words
+from shared.grammars.messages import GrammarKind
+
+
+def grammar_of(kind: GrammarKind, text: str) -> str:
+    """Raises GrammarError if the text cannot be read. Whether it can be followed, only the compiler
+    knows."""
+    try:
+        match kind:
+            case GrammarKind.JSON_SCHEMA:
+                schema = close_objects(json.loads(text))
+                options = {"whitespace_pattern": JSON_SPACE}
+                return LLMatcher.grammar_from_json_schema(json.dumps(schema), options)  # type: ignore[arg-type]
+            case GrammarKind.CHOICE:
+                # As one lexeme: alternatives of the grammar itself would cost an item each.
+                choices = " | ".join(json.dumps(choice) for choice in json.loads(text))
+                return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+            case GrammarKind.REGEX:
+                return LLMatcher.grammar_from_regex(text)
+            case GrammarKind.GRAMMAR:
+                return grammar_from("grammar", text)
+            case GrammarKind.LLGUIDANCE:
+                return text
+    except RecursionError as error:
+        raise GrammarError("it is nested too deeply") from error
+    except ValueError as error:
+        raise GrammarError(f"it cannot be read: {client_words(str(error))}") from error

@@ -1,0 +1,81 @@
+"""What a body may be coded as, and how large it may become."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+
+import pytest
+
+from gateway.api.errors import http_error
+from gateway.api.request_body import ContentCoding, content_coding, decompress
+from shared.errors import RequestError
+
+BODY = json.dumps({"prompt": "x" * 1000}).encode()
+LIMIT = 4096
+
+
+def raw_deflate(body: bytes) -> bytes:
+    encoder = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return encoder.compress(body) + encoder.flush()
+
+
+@pytest.mark.parametrize(
+    ("header", "coding"),
+    [
+        ("", None),
+        ("identity", None),
+        ("gzip", ContentCoding.GZIP),
+        (" GZip ", ContentCoding.GZIP),
+        ("x-gzip", ContentCoding.GZIP),
+        ("deflate", ContentCoding.DEFLATE),
+    ],
+)
+def test_codings_that_are_served(header: str, coding: ContentCoding | None) -> None:
+    assert content_coding(header) is coding
+
+
+@pytest.mark.parametrize("header", ["br", "zstd", "gzip, gzip", "utf-8", "x" * 10_000])
+def test_others_are_415_in_openais_shape(header: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        content_coding(header)
+    error = http_error(refused.value)
+    assert error.status == 415
+    assert len(error.body) < 400
+    assert json.loads(error.body)["error"]["code"] == "unsupported_content_encoding"
+
+
+@pytest.mark.parametrize(
+    ("coding", "raw"),
+    [
+        (ContentCoding.GZIP, gzip.compress(BODY)),
+        (ContentCoding.DEFLATE, zlib.compress(BODY)),
+        (ContentCoding.DEFLATE, raw_deflate(BODY)),
+    ],
+)
+def test_a_coded_body_is_read(coding: ContentCoding, raw: bytes) -> None:
+    assert decompress(raw, coding, LIMIT) == BODY
+
+
+@pytest.mark.parametrize("coding", list(ContentCoding))
+@pytest.mark.parametrize("raw", [BODY, b"", b"\x00", gzip.compress(BODY)[:-9]])
+def test_what_is_not_so_coded_is_a_fault_of_the_client(coding: ContentCoding, raw: bytes) -> None:
+    with pytest.raises(RequestError) as refused:
+        decompress(raw, coding, LIMIT)
+    assert http_error(refused.value).status == 400
+
+
+@pytest.mark.parametrize("coding", list(ContentCoding))
+def test_a_body_that_becomes_too_large_is_413(coding: ContentCoding) -> None:
+    bomb = {
+        ContentCoding.GZIP: gzip.compress(b" " * (64 << 20)),
+        ContentCoding.DEFLATE: zlib.compress(b" " * (64 << 20)),
+    }[coding]
+    with pytest.raises(RequestError) as refused:
+        decompress(bomb, coding, LIMIT)
+    assert http_error(refused.value).status == 413
+
+
+def test_a_body_of_just_the_limit_is_read() -> None:
+    assert decompress(gzip.compress(b"x" * LIMIT), ContentCoding.GZIP, LIMIT) == b"x" * LIMIT
