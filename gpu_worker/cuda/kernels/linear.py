@@ -14,6 +14,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _PARTS = 4
+_STEPS_MIN = 2
+"""Steps of a part. Of a single one, the compiler would add the product to the sum of the parts
+before it in one instruction, and the sum would have other bits."""
 PARTS_ROWS_MAX = 255
 """For more rows there are enough programs without a split: see `linear_whole`."""
 _TILES_ABREAST = 8
@@ -63,7 +66,7 @@ def _whole_tile_for(num_rows: int, columns: int) -> LinearTile:
 def num_parts(inner: int) -> int:
     """The number of parts follows from the model alone, because it changes the bits of the
     result."""
-    return _PARTS if inner % (_PARTS * 16) == 0 else 1
+    return _PARTS if inner % (_PARTS * _STEPS_MIN * 16) == 0 else 1
 
 
 def linear_parts(
@@ -110,9 +113,9 @@ def linear_whole(
     num_rows, inner = x_TK.shape
     columns = out_TN.shape[1]
     tile = tile or _whole_tile_for(num_rows, columns)
-    depth = math.gcd(tile.depth, inner // parts)
-    assert inner % parts == 0, "parts must be equal"
-    assert depth >= 16, "a part must be a multiple of 16"
+    steps_min = _STEPS_MIN if parts > 1 else 1
+    assert inner % (parts * steps_min * 16) == 0, "parts must be equal, and multiples of 32"
+    depth = math.gcd(tile.depth, inner // parts // steps_min)
     grid = (triton.cdiv(columns, tile.columns) * triton.cdiv(num_rows, tile.rows),)
     _linear_whole[grid](
         TensorDescriptor.from_tensor(x_TK, [tile.rows, depth]),
