@@ -55,7 +55,8 @@ from shared.errors import StarfishError, Unavailable
 
 _WARM_UP_TOKENS = 8
 _BLOCK_TOKENS = 16
-_PREFILL_CHUNK_TOKENS = 128
+_STEP_TOKENS_OF_PEERS = 192
+"""What a step of a rank with peers holds by itself; one that is alone on its card holds more."""
 
 
 def parse() -> argparse.Namespace:
@@ -105,16 +106,16 @@ def parse() -> argparse.Namespace:
 
 
 def rank_options(batch_max: int, prompt_tokens: int, new_tokens: int) -> dict[str, str]:
-    """KV memory for the largest batch, and as many prompt tokens in a step, so that streams that
-    begin together soon decode together."""
-    step_tokens = max(2 * batch_max, _PREFILL_CHUNK_TOKENS)
+    """KV memory for the largest batch. Steps hold as many prompt tokens as sequences, so that
+    streams that begin together soon decode together, if that is more than they hold anyhow."""
     blocks = -(-(prompt_tokens + new_tokens) // _BLOCK_TOKENS) + 1
     return {
         "kv_block_tokens": str(_BLOCK_TOKENS),
         "kv_tokens": str(batch_max * blocks * _BLOCK_TOKENS),
         "running_max": str(batch_max),
-        "step_tokens_max": str(step_tokens),
-        "prefill_chunk_tokens": str(_PREFILL_CHUNK_TOKENS),
+        **(
+            {"step_tokens_max": str(2 * batch_max)} if 2 * batch_max > _STEP_TOKENS_OF_PEERS else {}
+        ),
     }
 
 
