@@ -14,6 +14,8 @@ TORCH := torch==2.13.0
 # A person sees pip's progress; a log only what went wrong.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -qq)
 PYTEST := $(BIN)/python -m pytest -q
+# Tests that share no machine resource run side by side, a file in one process.
+SIDE_BY_SIDE := -n auto --dist loadfile
 UP_FLAGS ?=
 
 define say
@@ -50,7 +52,7 @@ lint: install ## Format, lint, types, documentation, container files
 
 unit: install ## Pure logic, in milliseconds
 	$(call say,unit tests)
-	$(PYTEST) tests/unit tests/test_architecture.py
+	$(PYTEST) $(SIDE_BY_SIDE) tests/unit tests/test_architecture.py
 
 security: install ## Attacks that must fail, and hostile inputs for some seconds
 	$(call say,attacks)

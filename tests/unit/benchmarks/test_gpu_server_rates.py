@@ -20,6 +20,7 @@ from benchmarks.gpu_server_rates import (
 from benchmarks.gpu_shapes import qwen3_30b
 from cli.bench.stream_client import StreamRecord
 from gpu_worker.config import RankConfig
+from gpu_worker.step_sizes import with_step_sizes
 from shared.config import load_config
 
 SIZES = qwen3_30b(48)
@@ -141,7 +142,8 @@ def test_ranks_have_room_for_the_largest_batch(batch: int, prompt: int, new: int
         },
         flags={},
     )
-    config.check()
     assert config.running_max == batch
     assert config.kv_tokens >= batch * (prompt + new)
-    assert config.step_tokens_max - batch >= min(batch, config.prefill_chunk_tokens)
+    for num_ranks in (1, 4):
+        sized = with_step_sizes(config, on_card=True, num_ranks=num_ranks)
+        assert sized.step_tokens_max - batch >= min(batch, sized.prefill_chunk_tokens)

@@ -84,6 +84,7 @@ def test_the_environment_has_keys_or_their_hashes() -> None:
 @pytest.mark.parametrize(
     "text",
     ["alice", "alice=short", f"a={ALICE},a={BOB}", "=" + ALICE, "a b=" + ALICE, "a=sha256:1"],
+    ids=["no key", "short", "twice", "no name", "two words", "no hash"],  # keys are never the same
 )
 def test_a_wrong_environment_is_refused_and_shows_no_key(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
