@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from node_agent.exit_report import ExitReporter, describe_exit, retry_until_done
+from node_agent.exit_report import ExitReporter, retry_until_done
 from node_agent.fork_client import ForkClient, ForkUnavailable
 from node_agent.lease_keeper import keep_lease_until_registered
 from node_agent.rank_process import (
@@ -37,7 +37,7 @@ from node_agent.view_reporter import ViewReporter
 from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
-from shared.exit_codes import EXIT_FENCED
+from shared.exit_codes import EXIT_FENCED, describe_exit
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
@@ -306,7 +306,7 @@ class AgentDriver:
         asyncio.get_running_loop().add_reader(process.fileno(), self._on_exited, rank)
 
     def _keep_lease(self, member: Member, lease_id: int) -> None:
-        """From the grant on: a fork server that is replaced may take longer than the lease lasts."""
+        """From the grant on: a new fork server may take longer than the lease lasts."""
         self._lease_tasks[member.rank] = self._tasks.create_task(
             self._keep_lease_until_registered(member, lease_id)
         )
