@@ -53,6 +53,7 @@ class Health:
             "since_s": round(self._age_s(lost.values()), 3) if lost else None,
             "lost_ranks": sorted(member.rank for member in lost),
             "joining_ranks": joining,
+            "missing_ranks": _missing(self._driver.view),
             "reasons": reasons,
         }
 
@@ -113,6 +114,14 @@ def _joining(view: ClusterView) -> list[int]:
     if not view.members:
         return []
     return sorted({r.rank for r in view.ranks.values() if r.member not in view.members})
+
+
+def _missing(view: ClusterView) -> list[int]:
+    """Ranks that the instance should have, and of which nothing runs that has registered."""
+    if view.spec is None:
+        return []
+    known = {r.rank for r in view.ranks.values()} | {member.rank for member in view.members}
+    return sorted(set(range(view.spec.num_ranks)) - known)
 
 
 def _progress(view: ClusterView) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from node_agent.exit_report import ExitReporter, describe_exit, retry_until_done
+from node_agent.exit_report import ExitReporter, retry_until_done
 from node_agent.fork_client import ForkClient, ForkUnavailable
 from node_agent.lease_keeper import keep_lease_until_registered
 from node_agent.rank_process import (
@@ -37,7 +37,7 @@ from node_agent.view_reporter import ViewReporter
 from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
-from shared.exit_codes import EXIT_FENCED
+from shared.exit_codes import EXIT_FENCED, describe_exit
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
@@ -156,6 +156,7 @@ class AgentDriver:
                 process.close()
                 continue
             log.info("process_adopted", member=str(running_rank.member), pid=running_rank.pid)
+            self._keep_lease(running_rank.member, running_rank.lease_id)
             self._track(running_rank, process)
             self._perform(self.supervisor.on_adopted(running_rank, self.clock.now()))
 
@@ -263,10 +264,12 @@ class AgentDriver:
                 self.setup.lease_ttl_s,
                 above=self.supervisor.last_incarnation(rank),
             )
+            self._keep_lease(member, lease_id)
             process = await self._start(member, lease_id)
         except (StoreError, OSError) as error:
             log.error("spawn_failed", rank=rank, detail=str(error))
             if lease_id:
+                self._lease_tasks.pop(rank).cancel()
                 with contextlib.suppress(StoreUnavailable):
                     await self.store.revoke_lease(lease_id)
             self._perform(self.supervisor.on_spawn_failed(rank, self.clock.now()))
@@ -300,12 +303,17 @@ class AgentDriver:
     def _track(self, running_rank: RunningRank, process: RankProcess) -> None:
         rank = running_rank.member.rank
         self._processes[rank] = process
-        self._lease_tasks[rank] = self._tasks.create_task(self._keep_lease(running_rank))
         asyncio.get_running_loop().add_reader(process.fileno(), self._on_exited, rank)
 
-    async def _keep_lease(self, running_rank: RunningRank) -> None:
+    def _keep_lease(self, member: Member, lease_id: int) -> None:
+        """From the grant on: a new fork server may take longer than the lease lasts."""
+        self._lease_tasks[member.rank] = self._tasks.create_task(
+            self._keep_lease_until_registered(member, lease_id)
+        )
+
+    async def _keep_lease_until_registered(self, member: Member, lease_id: int) -> None:
         await keep_lease_until_registered(
-            self.store, self.keys, running_rank, self.setup.lease_ttl_s
+            self.store, self.keys, member, lease_id, self.setup.lease_ttl_s
         )
         if len(self._processes) == len(self.setup.cpus):
             self._pin(self.setup.cpus)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -13,6 +12,7 @@ import structlog
 from node_agent.rank_supervisor import RunningRank
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable
+from shared.exit_codes import describe_exit
 from shared.keys import Keys
 from shared.records import Suspicion, pack_record
 from shared.store import Store
@@ -82,14 +82,6 @@ class ExitReporter:
             running_rank.member.rank, running_rank.member.incarnation, Accuser.AGENT, self._by
         )
         return key, pack_record(suspicion)
-
-
-def describe_exit(exit_code: int | None) -> str:
-    if exit_code is None:
-        return "exited"
-    if exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
-    return f"exited with code {exit_code}"
 
 
 async def retry_until_done(attempt: Callable[[], Awaitable[object]]) -> None:

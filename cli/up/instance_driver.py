@@ -46,6 +46,7 @@ from shared.errors import ConfigError, StoreUnavailable, Unavailable
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
+from shared.exit_codes import describe_exit
 from shared.keys import Keys
 from shared.listener import listen_on
 
@@ -104,8 +105,9 @@ def refuse_second_instance(options: UpOptions) -> None:
         arguments = Path(f"/proc/{state.pid}/cmdline").read_bytes().split(b"\0")
         if b"up" in arguments:
             raise ConfigError(
-                f"instance {state.instance!r} is already running (pid {state.pid}, {state.url}); "
-                "stop it with Ctrl-C, or pass another --instance and --port"
+                f"instance {state.instance!r} is already running from {options.run_dir} (pid "
+                f"{state.pid}, {state.url}); stop it with Ctrl-C, or pass another --instance, "
+                "--port and --run-dir"
             )
 
 
@@ -356,7 +358,7 @@ class InstanceDriver:
     async def _restart_etcd_on_exit(self, etcd: EmbeddedEtcd) -> None:
         while True:
             code = await etcd.wait()
-            self._stages.warn(f"etcd exited (code {code}); serving continues, restarting it")
+            self._stages.warn(f"etcd {describe_exit(code)}; serving continues, restarting it")
             await self._restart_etcd(etcd)
 
     async def _restart_etcd(self, etcd: EmbeddedEtcd) -> None:

@@ -64,7 +64,7 @@ class RunFolder:
             os.close(fd)
             raise ConfigError(
                 f"an instance is already running from {self.path} (pid {pid}); stop it with "
-                "Ctrl-C, or pass another --instance and --port"
+                "Ctrl-C, or pass another --instance, --port and --run-dir"
             ) from None
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())

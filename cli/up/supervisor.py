@@ -18,6 +18,7 @@ from cli.up.services import Service
 from cli.up.warm_standby import WarmStandby
 from shared.clock import Clock
 from shared.errors import Unavailable
+from shared.exit_codes import describe_exit
 from shared.logs import open_log
 
 _JITTER = (1.0, 1.5)
@@ -112,7 +113,7 @@ class Supervisor:
             led = await self._revoke_leadership(child.pid)
             if self._stopping:
                 return
-            self._warn(f"{service.name} exited ({self.exit_message(service.name)}); restarting it")
+            self._warn(f"{self.exit_message(service.name)}; restarting {service.name}")
             await self._restart(service, backoff, backoff.on_exit(lived_s, led=led))
 
     async def _restart(self, service: Service, backoff: RestartBackoff, wait_s: float) -> None:
@@ -143,7 +144,11 @@ class Supervisor:
             raise Unavailable(self.exit_message(service.name))
 
     def exit_message(self, name: str) -> str:
-        """The message with which a process of ours exited, else the last line of its log."""
+        """The message with which a process of ours exited, else the last line of its log. Of one
+        that was killed the log says nothing."""
+        code = self._children[name].returncode
+        if code is not None and code < 0:
+            return f"{name} was {describe_exit(code)}"
         path = self.log_dir / f"{name}.log"
         try:
             lines = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").splitlines()

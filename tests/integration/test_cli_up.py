@@ -470,6 +470,9 @@ async def test_only_one_instance_of_a_name(run_dir: Path, model: Path, tmp_path:
         sentence = await refused(*flags)
         assert f"instance {run_dir.name!r} is already running" in sentence
         assert f"pid {process.pid}" in sentence
+    sentence = await refused("--instance", f"{run_dir.name}-2")
+    assert f"is already running from {run_dir}" in sentence
+    assert "--run-dir" in sentence, "another name and port do not help"
     elsewhere = ("--run-dir", str(tmp_path / "other"), "--instance", f"{run_dir.name}-2")
     sentence = await refused(*elsewhere, "--port", str(port))
     assert f"cannot listen on 127.0.0.1:{port}" in sentence

@@ -251,6 +251,17 @@ async def test_without_a_fork_server_that_works_ranks_are_executed(
     assert await ended(agent) == 0
 
 
+async def test_a_rank_outlives_a_wait_for_its_fork_server_that_is_longer_than_its_lease(
+    node: Node,
+) -> None:
+    agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "1", fork_server="slow")
+    records = await node.until(lambda records: len(records) == 2)
+    assert {record.incarnation for record in records.values()} == {1}
+    assert node.logged("rank_exited") == []
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
 async def test_a_fork_that_crashed_before_it_registered_is_followed_by_an_executed_rank(
     node: Node,
 ) -> None:

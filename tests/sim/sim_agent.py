@@ -210,7 +210,13 @@ class SimAgent:
     @contextlib.asynccontextmanager
     async def _keeping_lease(self, running_rank: RunningRank) -> AsyncIterator[None]:
         lease_task = self._tasks.create_task(
-            keep_lease_until_registered(self._store, self._keys, running_rank, self._lease_ttl_s)
+            keep_lease_until_registered(
+                self._store,
+                self._keys,
+                running_rank.member,
+                running_rank.lease_id,
+                self._lease_ttl_s,
+            )
         )
         try:
             yield

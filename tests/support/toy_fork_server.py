@@ -1,14 +1,17 @@
 """A fork server of `toy_process.py`. The environment variable TOY_FORK_SERVER has it fail: `broken`
-exits before it is prepared, `threaded` has a second thread."""
+exits before it is prepared, `threaded` has a second thread, `slow` takes SLOW_S to prepare."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
+import time
 
 from shared.fork_server import serve_forks, take_channel
 from tests.support import toy_process
+
+SLOW_S = 3.0  # longer than a lease of 1 s
 
 
 def main() -> None:
@@ -18,6 +21,8 @@ def main() -> None:
         sys.exit(1)
     if failure == "threaded":
         threading.Thread(target=threading.Event().wait, daemon=True).start()
+    if failure == "slow":
+        time.sleep(SLOW_S)
     serve_forks(channel, run_toy)
 
 

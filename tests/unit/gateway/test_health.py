@@ -137,3 +137,17 @@ def test_ranks_that_join_are_said(driver: Driver, health: Health, tmp_path: Path
     newcomer = ToyRank(2).record()
     driver.view = replace(driver.view, ranks={"a": newcomer})
     assert health.report()["joining_ranks"] == [2]
+
+
+def test_ranks_that_are_gone_from_the_map_are_said_until_they_register(
+    driver: Driver, health: Health, tmp_path: Path
+) -> None:
+    """Else an instance with half of its ranks would look like a whole one."""
+    assert health.report()["missing_ranks"] == []
+    serving(driver, tmp_path)
+    spec = driver.view.spec
+    assert spec is not None
+    driver.view = replace(driver.view, spec=replace(spec, num_ranks=4))
+    assert health.report()["missing_ranks"] == [2, 3]
+    driver.view = replace(driver.view, ranks={"a": ToyRank(2).record()})
+    assert health.report()["missing_ranks"] == [3]

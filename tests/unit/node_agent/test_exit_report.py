@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
-from node_agent.exit_report import ExitReporter, describe_exit
+from node_agent.exit_report import ExitReporter
 from node_agent.rank_supervisor import RunningRank
 from shared.keys import Keys
 from shared.records import Suspicion, unpack_record
@@ -70,11 +68,3 @@ async def test_with_etcd_away_the_death_is_told_later() -> None:
     await publishing
     assert (await other.get_prefix(KEYS.ranks)).values == ()
     assert len(await suspicions(etcd)) == 1
-
-
-@pytest.mark.parametrize(
-    ("code", "text"),
-    [(None, "exited"), (0, "exited with code 0"), (75, "exited with code 75"), (-15, "SIGTERM")],
-)
-def test_an_exit_is_told_in_words(code: int | None, text: str) -> None:
-    assert text in describe_exit(code)
