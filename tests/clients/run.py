@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from shared.logs import configure_logs
 from tests.support.cluster import running_cluster
 from tests.support.gateway_harness import MODEL, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -65,7 +66,7 @@ async def _servers(folder: Path) -> AsyncIterator[str]:
     toy.mkdir()
     tokenizer = write_tokenizer(toy)
     flags = ("--api-key-file", str(_write_keys(folder)))
-    formats = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3", "log_level": "error"}
+    formats = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
     async with (
         running_cluster(folder / "run", MODEL_DIR, ranks=2, flags=flags, api_key=KEY) as cluster,
         running_gateway(toy, **formats) as scripted,
@@ -95,5 +96,6 @@ def _digest(key: str) -> str:
 
 
 if __name__ == "__main__":
+    configure_logs(service="clients", level="error")
     with tempfile.TemporaryDirectory(prefix="starfish-clients-") as name:
         sys.exit(asyncio.run(main(Path(name), sys.argv[1:])))

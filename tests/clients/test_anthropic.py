@@ -97,7 +97,7 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic, served: Served)
     narrow = client.with_options(api_key=served.narrow_key).messages.create
     with served.busy(), pytest.raises(anthropic.RateLimitError) as full:
         narrow(model=served.model, messages=QUESTION, max_tokens=4)
-    assert full.value.response.headers["retry-after"] == "1"
+    assert int(full.value.response.headers["retry-after"]) >= 1
 
 
 def test_a_429_is_retried(client: anthropic.Anthropic, served: Served) -> None:

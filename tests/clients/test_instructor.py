@@ -8,13 +8,11 @@ import instructor
 import openai
 import pytest
 from instructor.core.exceptions import InstructorRetryException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from served import QUESTION, Served
 
 
 class Arms(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
     arms: int = Field(ge=0, le=9)
     alive: bool
 

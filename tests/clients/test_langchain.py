@@ -9,14 +9,12 @@ import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from served import SAID_ARGUMENTS, SAID_TEXT, Served
 
 
 class Arms(BaseModel):
     """How many arms."""
-
-    model_config = ConfigDict(extra="forbid")
 
     arms: int = Field(ge=0, le=9)
     alive: bool

@@ -8,13 +8,11 @@ from typing import Any
 
 import litellm
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from served import GROW, PARAMETERS, QUESTION, SAID_ARGUMENTS, SAID_REASONING, SAID_TEXT, Served
 
 
 class Arms(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
     arms: int = Field(ge=0, le=9)
     alive: bool
 

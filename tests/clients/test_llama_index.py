@@ -9,7 +9,7 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from served import SAID_ARGUMENTS, SAID_TEXT, Served
 
 QUESTION = [ChatMessage(role="user", content="What is a starfish?")]
@@ -17,8 +17,6 @@ QUESTION = [ChatMessage(role="user", content="What is a starfish?")]
 
 class Arms(BaseModel):
     """How many arms."""
-
-    model_config = ConfigDict(extra="forbid")
 
     arms: int = Field(ge=0, le=9)
     alive: bool

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from served import (
     GROW,
     PARAMETERS,
@@ -22,8 +22,6 @@ from served import (
 
 
 class Arms(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
     arms: int = Field(ge=0, le=9)
     alive: bool
 
@@ -156,7 +154,7 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, served: Served) -> No
     with served.busy(), pytest.raises(openai.RateLimitError) as full:
         narrow(model=served.model, messages=QUESTION, max_tokens=4)
     assert full.value.code == "rate_limit_exceeded"
-    assert full.value.response.headers["retry-after"] == "1"
+    assert int(full.value.response.headers["retry-after"]) >= 1
 
 
 def test_a_429_is_retried(client: openai.OpenAI, served: Served) -> None:

@@ -11,7 +11,12 @@ const served = JSON.parse(process.env.STARFISH_SERVED);
 const real = { baseURL: `${served.url}/v1`, apiKey: served.key };
 const script = { baseURL: `${served.scripted_url}/v1`, apiKey: "none" };
 const compatible = (where) =>
-  createOpenAICompatible({ name: "starfish", supportsStructuredOutputs: true, includeUsage: true, ...where });
+  createOpenAICompatible({
+    name: "starfish",
+    supportsStructuredOutputs: true,
+    includeUsage: true,
+    ...where,
+  });
 const providers = {
   responses: (where) => createOpenAI(where).responses,
   chat: (where) => createOpenAI(where).chat,
