@@ -17,13 +17,18 @@ PYTEST := $(BIN)/python -m pytest -q
 # Tests that share no machine resource run side by side, a file in one process.
 SIDE_BY_SIDE := -n auto --dist loadfile
 UP_FLAGS ?=
+# Beside the virtual environment: the pins of other people's clients clash.
+CLIENTS := .venv-clients
+CLIENT_PINS := tests/clients/requirements
+CLIENT_ENVIRONMENTS := $(patsubst $(CLIENT_PINS)/%.txt,$(CLIENTS)/%/.installed,$(sort $(wildcard $(CLIENT_PINS)/*.txt)))
+NODE_CLIENTS := tests/clients/node
 
 define say
 @printf '\n\033[1m== %s\033[0m\n' "$(1)"
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration test-compose clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration clients test-compose clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -79,12 +84,16 @@ integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)
 	$(PYTEST) tests/integration
 
+clients: install $(CLIENT_ENVIRONMENTS) $(CLIENTS)/.node ## Other people's clients, unchanged, each in an environment of its own
+	$(call say,clients)
+	$(BIN)/python -m tests.clients.run $(CLIENT_ENVIRONMENTS:/.installed=)
+
 test-compose: install ## The containers on a real engine of its own (root; needs dockerd, mmdebstrap)
 	$(call say,containers)
 	tests/compose/run.sh
 
 clean: ## Remove what the targets above have made here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(NODE_CLIENTS)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stages of the installation, each done once and again when what it depends on has changed.
@@ -124,4 +133,20 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 $(STAMPS)/warm: $(STAMPS)/package $(wildcard gpu_worker/cpu/kernels/*.py)
 	$(call say,install: compile the CPU kernels)
 	$(BIN)/python -m gpu_worker.model_tools warm-up
+	touch $@
+
+# Every package is pinned, so nothing is left to resolve. guidellm loads torch, which is no pin of
+# its file: torch's own requirements differ from index to index.
+$(CLIENTS)/%/.installed: $(CLIENT_PINS)/%.txt
+	$(call say,clients: install $*)
+	$(PYTHON) -m venv --clear $(CLIENTS)/$*
+	$(if $(filter guidellm,$*),$(CLIENTS)/$*/bin/python -m pip install --disable-pip-version-check -qq $(TORCH))
+	$(CLIENTS)/$*/bin/python -m pip install --disable-pip-version-check -qq --no-deps -r $<
+	touch $@
+
+$(CLIENTS)/.node: $(NODE_CLIENTS)/package-lock.json
+	$(call say,clients: install those for Node)
+	mkdir -p $(CLIENTS)
+	if command -v npm >/dev/null; then cd $(NODE_CLIENTS) && npm ci --no-audit --no-fund --silent; \
+	else echo "npm is not here: the clients for Node are left out"; fi
 	touch $@

@@ -16,6 +16,12 @@ from gateway.session_driver import SessionDriver
 from shared.errors import RequestError
 from shared.version import starfish_version
 
+_READINESS = {
+    "/health": "whether a request that is sent now would run",
+    "/health/ready": "the same",
+    "/ping": "as /health",
+}
+
 
 class InfoRoutes:
     """`require_model` returns the served model, or raises Unavailable."""
@@ -38,16 +44,19 @@ class InfoRoutes:
         routes.get("/v1/models", self._list_models, "the served model and its aliases")
         routes.get("/v1/models/{name:.+}", self._show_model, "one of them")
         routes.get("/get_model_info", self._describe_model, "the model, as SGLang describes it")
-        routes.get("/health", self._show_ready, "whether a request that is sent now would run")
-        routes.get("/health/ready", self._show_ready, "the same")
+        for path, summary in _READINESS.items():
+            routes.get(path, self._show_ready, summary, reports=True)
+        routes.post("/ping", self._show_ready, "as /health", reports=True)
         routes.get("/health/live", self._show_live, "whether the gateway answers at all")
-        routes.get("/ping", self._show_ready, "as /health")
-        routes.post("/ping", self._show_ready, "as /health")
         routes.get("/version", self._show_version, "the version of Starfish")
         routes.get("/load", self._show_load, "the sessions in flight")
-        routes.get("/metrics", self._show_metrics, "metrics for Prometheus")
+        routes.get(
+            "/metrics", self._show_metrics, "metrics for Prometheus", content_type="text/plain"
+        )
         routes.get("/openapi.json", self._show_openapi, "this description")
-        routes.get("/docs", self._show_docs, "this description, for people")
+        routes.get(
+            "/docs", self._show_docs, "this description, for people", content_type="text/html"
+        )
         self._endpoints = routes.endpoints  # of all of them, when a request comes
 
     async def _list_models(self, request: web.Request) -> web.Response:

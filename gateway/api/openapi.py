@@ -14,21 +14,49 @@ import msgspec
 from shared.version import starfish_version
 
 _REFERENCE = "#/components/schemas/{name}"
-_ERROR = {
-    "description": "what is wrong, in OpenAI's shape",
-    "content": {"application/json": {"schema": {"type": "object"}}},
+JSON = "application/json"
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
+        }
+    },
 }
+"""What OpenAI's and Anthropic's errors have in common."""
+_RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "string"}}}
+_CHALLENGE = {"WWW-Authenticate": {"schema": {"type": "string"}}}
+_ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "400": ("the request cannot be done; `error.param` names the field", {}),
+    "401": ("no right API key", _CHALLENGE),
+    "404": ("no such model, response or path", {}),
+    "408": ("the body did not come in time", {}),
+    "413": ("the body is too large", {}),
+    "429": ("the gateway is full, or the key has reached a limit", _RETRY),
+    "503": ("nobody can serve it now", _RETRY),
+    "504": ("the request's own timeout is over", {}),
+    "4XX": ("what is wrong with the request", {}),
+    "5XX": ("what failed here", {}),
+}
+"""Status → what it means, and the headers that come with it."""
+_ERRORS_WITHOUT_BODY = ("401", "4XX", "5XX")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """`path` as aiohttp writes it. `summary` is a phrase. `body`: what decodes a POST's body."""
+    """`path` as aiohttp writes it. `summary` is a phrase. `body`: what decodes a POST's body.
+    `content_type` is that of an answer with status 200; with 503 as well if `reports`."""
 
     method: str
     path: str
     summary: str
     body: type[msgspec.Struct] | None = None
     streams: bool = False
+    content_type: str = JSON
+    reports: bool = False
 
     @property
     def plain_path(self) -> str:
@@ -63,18 +91,11 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
 
 
 def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": {}}}
-    if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
     name = re.sub(r"\W+", "_", f"{endpoint.method.lower()}{endpoint.plain_path}").strip("_")
     operation: dict[str, Any] = {
         "operationId": name,
         "summary": endpoint.summary,
-        "responses": {
-            "200": {"description": "the answer", "content": content},
-            "4XX": _ERROR,
-            "5XX": _ERROR,
-        },
+        "responses": _responses(endpoint),
     }
     parameters = re.findall(r"\{(\w+)\}", endpoint.plain_path)
     if parameters:
@@ -86,6 +107,27 @@ def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, A
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         operation["requestBody"] = body
     return operation
+
+
+def _responses(endpoint: Endpoint) -> dict[str, Any]:
+    content: dict[str, Any] = {endpoint.content_type: {"schema": {}}}
+    if endpoint.content_type == JSON:
+        content[JSON] = {"schema": {"type": "object"}}
+    if endpoint.streams:
+        content["text/event-stream"] = {"schema": {"description": "events until the answer ends"}}
+    answer = {"description": "the answer", "content": content}
+    statuses = _ERRORS if endpoint.body is not None else _ERRORS_WITHOUT_BODY
+    errors = {
+        status: {
+            "description": _ERRORS[status][0],
+            "headers": _ERRORS[status][1],
+            "content": {JSON: {"schema": _ERROR_SCHEMA}},
+        }
+        for status in statuses
+    }
+    if endpoint.reports:
+        errors["503"] = {"description": "why not, in `reasons`", "content": content}
+    return {"200": answer, **errors}
 
 
 def openapi_page(document: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from gateway.api.errors import (
     not_found,
     plain_http_error,
 )
-from gateway.api.openapi import Endpoint
+from gateway.api.openapi import JSON, Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -30,9 +30,25 @@ class Routes:
         self._body_bytes_max = body_bytes_max
         self.endpoints: list[Endpoint] = []
 
-    def get(self, path: str, handler: Handler, summary: str) -> None:
-        """HEAD is answered as well."""
-        self.endpoints.append(Endpoint(method="GET", path=path, summary=summary))
+    def get(
+        self,
+        path: str,
+        handler: Handler,
+        summary: str,
+        *,
+        content_type: str = JSON,
+        reports: bool = False,
+    ) -> None:
+        """HEAD is answered as well. `reports`: the answer has the same form with status 503."""
+        self.endpoints.append(
+            Endpoint(
+                method="GET",
+                path=path,
+                summary=summary,
+                content_type=content_type,
+                reports=reports,
+            )
+        )
         for spelt in (path, path + "/"):
             self._router.add_get(spelt, handler)
 
@@ -48,10 +64,19 @@ class Routes:
         *,
         body: type[msgspec.Struct] | None = None,
         streams: bool = False,
+        reports: bool = False,
     ) -> None:
-        """`body` decodes the request's; `streams`: the answer may be a stream of events."""
+        """`body` decodes the request's; `streams`: the answer may be a stream of events; `reports`
+        as in `get`."""
         self.endpoints.append(
-            Endpoint(method="POST", path=path, summary=summary, body=body, streams=streams)
+            Endpoint(
+                method="POST",
+                path=path,
+                summary=summary,
+                body=body,
+                streams=streams,
+                reports=reports,
+            )
         )
         for spelt in (path, path + "/"):
             self._router.add_post(spelt, handler, expect_handler=self._on_expect)
