@@ -156,8 +156,9 @@ class InstanceDriver:
         self._store: EtcdStore | None = None
         self._claim: InstanceClaim | None = None
         self._stores: Mapping[EtcdService, EtcdOptions] = {}
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._services: list[services.Service] = []
+        self._standbys: list[services.Standby] = []
         self.is_serving = False
 
     async def start(self) -> None:
@@ -206,16 +207,16 @@ class InstanceDriver:
         async with self._claim.held(), asyncio.TaskGroup() as tasks:
             for service in self._services:
                 tasks.create_task(self._supervisor.supervise(service))
-                if service.standby_program:
-                    tasks.create_task(self._supervisor.keep_standby(service))
+            for standby in self._standbys:
+                tasks.create_task(self._supervisor.keep_standby(standby))
             if self._etcd is not None:
                 tasks.create_task(self._restart_etcd_on_exit(self._etcd))
 
     async def stop(self, *, keep_logs: bool) -> None:
         """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""
         self._console.print("stopping …", highlight=False)
-        if self._listener is not None:
-            self._listener.close()  # from now on clients are refused instead of queued
+        for listener in self._listeners:
+            listener.close()  # from now on clients are refused instead of queued
         for service in reversed(self._services):
             await self._supervisor.stop(service)
         kill_leftovers(self._owner.run)
@@ -310,7 +311,7 @@ class InstanceDriver:
                 self._folder.log_dir,
                 self._mps.environment if self._mps is not None else {},
             ),
-            services.gateway(options, stores[EtcdService.GATEWAY], self._listen()),
+            *services.gateways(options, stores[EtcdService.GATEWAY], self._listen()),
         ]
         for service in planned:
             await self._supervisor.start(service)
@@ -318,15 +319,20 @@ class InstanceDriver:
 
     async def _start_standbys(self) -> None:
         """Now that their imports delay nothing else."""
-        for service in self._services:
-            if service.standby_program:
-                await self._supervisor.start_standby(service)
+        fds = [listener.fileno() for listener in self._listeners]
+        etcd = self._stores[EtcdService.GATEWAY]
+        self._standbys = [services.gateway_standby(self._options, etcd, fds)]
+        for standby in self._standbys:
+            await self._supervisor.start_standby(standby)
 
-    def _listen(self) -> int:
-        """The socket stays open as long as the instance runs. Raises ConfigError."""
+    def _listen(self) -> list[int]:
+        """A socket for each gateway, which stay open as long as the instance runs. Raises
+        ConfigError."""
         options = self._options
-        self._listener = listen_on(options.host, options.port)
-        return self._listener.fileno()
+        for _ in range(options.gateways):
+            shared = options.gateways > 1
+            self._listeners.append(listen_on(options.host, options.port, reuse_port=shared))
+        return [listener.fileno() for listener in self._listeners]
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks

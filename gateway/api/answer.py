@@ -75,10 +75,11 @@ async def answer_stream(
                 if job.options.include_usage:
                     data += chunks.usage_chunk(job.usage(generation, writers))
                 data += DONE
+            if generation.done:
+                await end_events(request, response, data)
+                break
             if data:
                 await write_events(request, response, data)
-            if generation.done:
-                break
             data = b""
             deltas = await generation.next_deltas()
     except SessionFailed as error:
@@ -102,6 +103,12 @@ async def write_events(request: web.Request, response: web.StreamResponse, data:
         return
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write(data)
+
+
+async def end_events(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """`write_events` with the last ones; the end of the body is in the same write."""
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
+        await response.write_eof(data)
 
 
 def give_up_on_client(request: web.Request, job: Job) -> None:
