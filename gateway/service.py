@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 
 import structlog
@@ -153,6 +154,12 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission, http_listener)
+        metrics.add_counter(
+            "event_loop_cpu_seconds",
+            "CPU time of the thread that serves requests: near one a second, this gateway limits",
+            time.thread_time,  # metrics are rendered on that thread
+            gateway=name,
+        )
         metrics.add_gauge(
             "preparations_waiting",
             "Requests that wait to be tokenised",

@@ -35,7 +35,7 @@ from cli.up.model import check_model, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.name_lock import lock_name
 from cli.up.options import UpOptions
-from cli.up.readiness import wait_for_map, wait_until_healthy
+from cli.up.readiness import wait_for_gateways, wait_for_map
 from cli.up.restart_backoff import RestartBackoff
 from cli.up.run_folder import RunFolder
 from cli.up.stages import Stages
@@ -346,10 +346,14 @@ class InstanceDriver:
                 stage.result = await wait_for_map(
                     store, self._keys, num_ranks, show, self._require_alive
                 )
+            await self._wait_for_gateways(store)
         finally:
             await store.close()
-        with self._stages.stage("gateway") as stage:
-            await wait_until_healthy(self._url, self._require_alive)
+
+    async def _wait_for_gateways(self, store: EtcdStore) -> None:
+        number = self._options.gateways
+        with self._stages.stage("gateway" if number == 1 else f"{number} gateways") as stage:
+            await wait_for_gateways(store, self._keys, number, self._url, self._require_alive)
             stage.result = self._url
 
     def _require_alive(self) -> None:
