@@ -153,10 +153,10 @@ async def test_gateways_share_a_port_if_all_say_so_and_have_one_each(
         await health(harness, 200)
         assert "cannot listen on" in await fails_to_start(*reach)
         async with gateway(*reach, *sharing) as second:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while len(records := (await store.get_prefix(keys.gateways)).values) < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
-            found = [unpack_record(record, GatewayRecord) for record in records.values()]
+            found = [unpack_record(each.value, GatewayRecord) for each in records]
             assert {record.port for record in found} == {port}
             assert {record.pid for record in found} == {first.pid, second.pid}
             for record in found:
