@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -66,15 +67,20 @@ def main() -> None:
         configure_logs(service="gateway", level=config.log_level, json=config.log_json)
         config = replace(config, connections_max=allowed_connections(config.connections_max))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        with _listen(config) as listener:
-            uvloop.run(_run(config, listener))
+        with contextlib.ExitStack() as sockets:
+            listener = sockets.enter_context(_listen(config))
+            own = _listen_alone(config, listener)
+            own_listener = None if own is None else sockets.enter_context(own)
+            uvloop.run(_run(config, listener, own_listener))
     except* StarfishError as group:
         sys.exit(f"gateway: {_first(group)}")
     except* KeyboardInterrupt:
         sys.exit(130)
 
 
-async def _run(config: GatewayConfig, listener: socket.socket) -> None:
+async def _run(
+    config: GatewayConfig, listener: socket.socket, own_listener: socket.socket | None
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -93,6 +99,7 @@ async def _run(config: GatewayConfig, listener: socket.socket) -> None:
                 store=store,
                 clock=SystemClock(),
                 listener=listener,
+                own_listener=own_listener,
                 stop=stop,
                 access=access,
                 api_keys=api_keys,
@@ -106,7 +113,14 @@ def _listen(config: GatewayConfig) -> socket.socket:
     """Raises ConfigError."""
     if config.listen_fd >= 0:
         return inherited_listener(config.listen_fd)
-    return listen_on(config.host, config.port)
+    return listen_on(config.host, config.port, reuse_port=config.reuse_port)
+
+
+def _listen_alone(config: GatewayConfig, shared: socket.socket) -> socket.socket | None:
+    """At the same address. Raises ConfigError."""
+    if config.own_port < 0:
+        return None
+    return listen_on(str(shared.getsockname()[0]), config.own_port)
 
 
 def _warn_if_open(listener: socket.socket, api_keys: ApiKeyWatch) -> None:

@@ -14,6 +14,7 @@ from shared.grammars.messages import (
     GRAMMAR_MEMORY_MB_MIN,
     MEMORY_MB_DEFAULT,
 )
+from shared.types import ROUTING_POLICIES, RoutingPolicyName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,12 @@ class GatewayConfig:
     )
     served_model_name: str = option(
         "", "name that clients ask for; more, comma-separated, are aliases; default: the spec's"
+    )
+    routing: str = option(
+        RoutingPolicyName.PREFIX_AFFINITY.value,
+        "how a request's rank is chosen among those that are live and have room: prefix-affinity "
+        "(the least work, less what the rank's prefix cache saves), least-tokens (the least work), "
+        "power-of-two (the one of two random ranks with less work) or round-robin",
     )
     tokens_in_flight_max: int = option(
         8_000_000, "limit on prompt + max_tokens, summed over requests in flight; beyond it: 429"
@@ -127,6 +134,17 @@ class GatewayConfig:
         "origins whose pages may call this gateway from a browser, comma-separated, such as "
         "https://chat.example.com; * allows all",
     )
+    reuse_port: bool = option(
+        False,
+        "share the port with other gateways of this user that say so as well; the kernel gives "
+        "each new connection to one of them. Each gateway counts limits, also those of API keys, "
+        "and remembers stored responses for itself",
+    )
+    own_port: int = option(
+        -1,
+        "port of this gateway alone, served besides a shared one: /metrics of a shared port is "
+        "that of any gateway; 0 takes a free one (`starfish status` names it), -1: none",
+    )
     listen_fd: int = option(
         -1,
         "inherited listening socket, used in place of --host and --port; whoever started the "
@@ -144,8 +162,14 @@ class GatewayConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together: pass both, or none")
         check_parser_names(self.tool_call_parser, self.reasoning_parser)
+        if self.routing not in ROUTING_POLICIES:
+            raise ConfigError(
+                f"--routing {self.routing!r}: pass one of {', '.join(ROUTING_POLICIES)}"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: pass a port from 0 to 65535")
+        if not -1 <= self.own_port <= 65535:
+            raise ConfigError(f"--own-port {self.own_port}: pass a port from 0 to 65535, or -1")
         if min(self.tokens_in_flight_max, self.sessions_max, self.body_bytes_max) < 1:
             raise ConfigError(
                 "--tokens-in-flight-max, --sessions-max and --body-bytes-max must be at least 1"

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+
+import msgspec
 
 from gateway.detokenizer import TokenBytes
 from gateway.prompt import SentText
@@ -44,11 +45,11 @@ class PromptTask:
         return len(self.prompt) + self.sampling.max_tokens
 
 
-class Delta(NamedTuple):
-    """What is new in a choice. `logprobs` has one entry per id if the request asks for them. A
-    choice's first delta comes when all `prompt_logprobs` are known, and has them. With the finish
-    reason STOP, `stop` is the stop string, or the id among `stop_token_ids`, that ended it; None
-    for the model's own end."""
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What is new in a choice; a struct, because one is made for every token. `logprobs` has one
+    entry per id if the request asks for them. A choice's first delta comes when all
+    `prompt_logprobs` are known, and has them. With the finish reason STOP, `stop` is the stop
+    string, or the id among `stop_token_ids`, that ended it; None for the model's own end."""
 
     choice: int
     text: str

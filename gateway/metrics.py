@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -71,9 +71,9 @@ class GatewayMetrics:
         """Adds a gauge whose value is read when the metrics are rendered."""
         Gauge(_PREFIX + name, text, registry=self._registry).set_function(read)
 
-    def add_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
+    def add_counter(self, name: str, text: str, read: Callable[[], float], **labels: str) -> None:
         """Adds a counter whose value is read when the metrics are rendered."""
-        self._registry.register(ReadCounter(_PREFIX + name, text, read))
+        self._registry.register(ReadCounter(_PREFIX + name, text, read, labels))
 
     def on_session_begin(self, num_prompt_tokens: int) -> None:
         self._prompt.inc(num_prompt_tokens)
@@ -138,16 +138,21 @@ class GatewayMetrics:
 class ReadCounter(Collector):
     """A counter that is kept elsewhere."""
 
-    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, text: str, read: Callable[[], float], labels: Mapping[str, str]
+    ) -> None:
         self._name = name
         self._text = text
         self._read = read
+        self._labels = labels
 
     def describe(self) -> Iterable[Metric]:
-        return [CounterMetricFamily(self._name, self._text)]
+        return [CounterMetricFamily(self._name, self._text, labels=list(self._labels))]
 
     def collect(self) -> Iterable[Metric]:
-        yield CounterMetricFamily(self._name, self._text, value=self._read())
+        family = CounterMetricFamily(self._name, self._text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), self._read())
+        yield family
 
 
 class FrequentHistogram(Collector):

@@ -1,56 +1,18 @@
-"""Chooses the rank for a session, by each rank's load and the prefixes that it has served. Pure and
-deterministic."""
+"""Knows which ranks are live and what they do, and chooses the rank for a session: the fittest
+ranks come from here, and which of them from the routing policy. Pure, and as deterministic as the
+policy is."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 
-from gateway.prefix_memory import PrefixMemory, prefix_chain
+from gateway.prefix_memory import prefix_chain
+from gateway.rank_load import RankLoad
+from gateway.routing_policy import Candidate, PrefixAffinity, RoutingPolicy
 from shared.types import Member, RankId
 from shared.wire import Load
 
-SESSION_TOKENS = 128
-"""The weight of a session in addition to its tokens: a decoding sequence is part of every step."""
-
-CACHED_TOKEN_WEIGHT = 2
-"""How many more tokens of work a rank may have than another, per prompt token that it has cached.
-More than one, because most of a rank's tokens only occupy its KV cache while others are computed.
-Not much more, so that a prefix that every client uses is soon computed on a second rank and a third
-one too, and does not overload the first."""
-
-PREFIX_BLOCKS_MAX = 65536
-"""The most blocks that are remembered per rank, however large its cache is."""
-
-
-@dataclass(slots=True)
-class _Rank:
-    """A rank with a link that is or was open. `own_*` count this gateway's sessions there;
-    `known_*` are the same counts at the rank's last report, which includes them."""
-
-    kv_block_tokens: int
-    served: PrefixMemory = field(default_factory=lambda: PrefixMemory(PREFIX_BLOCKS_MAX))
-    linked: bool = False
-    silent: bool = False
-    load: Load | None = None
-    own_sessions: int = 0
-    own_tokens: int = 0
-    known_sessions: int = 0
-    known_tokens: int = 0
-
-    def weight(self) -> int:
-        """Work on the rank, in tokens: this gateway's as of now, others' as of the last report."""
-        tokens, sessions = self.own_tokens, self.own_sessions
-        if self.load is not None:
-            tokens += max(0, self.load.tokens - self.known_tokens)
-            sessions += max(0, self.load.running + self.load.waiting - self.known_sessions)
-        return tokens + SESSION_TOKENS * sessions
-
-    def is_short_of_kv(self, num_tokens: int) -> bool:
-        """Whether a prompt would have to wait until other sessions free KV blocks."""
-        if self.load is None:
-            return False
-        return self.load.kv_blocks_free * self.kv_block_tokens < num_tokens
+_PREFIX_AFFINITY = PrefixAffinity()  # has no state
 
 
 class RankChooser:
@@ -58,9 +20,10 @@ class RankChooser:
     not answer a probe. It is still live, but gets sessions only if all live ranks are silent: the
     load of a hung rank does not grow, so by load alone it would be chosen."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: RoutingPolicy = _PREFIX_AFFINITY) -> None:
+        self._policy = policy
         self._members: tuple[Member, ...] = ()
-        self._ranks: dict[Member, _Rank] = {}
+        self._ranks: dict[Member, RankLoad] = {}
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -80,7 +43,7 @@ class RankChooser:
         self._members = tuple(sorted(members))
 
     def on_link_opened(self, member: Member, *, kv_block_tokens: int) -> None:
-        self._ranks[member] = _Rank(kv_block_tokens=kv_block_tokens, linked=True)
+        self._ranks[member] = RankLoad(kv_block_tokens=kv_block_tokens, linked=True)
 
     def on_link_broken(self, member: Member) -> None:
         """The caller must move the rank's sessions away before the link opens again."""
@@ -97,11 +60,7 @@ class RankChooser:
     def on_load(self, member: Member, load: Load) -> None:
         rank = self._ranks.get(member)
         if rank is not None:
-            rank.load = load
-            rank.known_sessions, rank.known_tokens = rank.own_sessions, rank.own_tokens
-            rank.served.resize(min(load.kv_blocks, PREFIX_BLOCKS_MAX))
-            if load.prefix_tokens and not load.kv_blocks_cached:  # its cache is off, or lost
-                rank.served.clear()
+            rank.on_report(load)
 
     @property
     def kv_replicas_rejected(self) -> int:
@@ -124,29 +83,59 @@ class RankChooser:
         backup_rank: RankId | None = None,
         cache_salt: bytes = b"",
     ) -> Member | None:
-        """The live rank with the least work after subtracting what its prefix cache saves; None if
-        no rank is live. Ranks in `avoid` have just refused the session; only silent ones are worse.
-        `backup_rank` has KV replicas of these tokens, which save as much as its own blocks. Only
-        prefixes of the same `cache_salt` count: else the choice would tell one client what another
-        has sent."""
-        chains: dict[int, tuple[int, ...]] = {}
-        ranked = []
+        """The policy's choice among the fittest live ranks; None if no rank is live. A rank with
+        room for the tokens is fitter than one without, one that has not just refused the session
+        (`avoid`) is fitter than one with room, and a silent rank is the least fit. `backup_rank`
+        has KV replicas of these tokens. Only prefixes of the same `cache_salt` count as known: else
+        the choice would tell one client what another has sent."""
+        fittest: list[Member] = []
+        best = (True, True, True)
         for member in self.live():
             rank = self._ranks[member]
-            size = rank.kv_block_tokens
-            if size not in chains:
-                chains[size] = prefix_chain(tokens, size, cache_salt=cache_salt)
-            usable = chains[size][
-                : max(0, len(tokens) - 1) // size
-            ]  # the last token is always computed
-            kept = member.rank == backup_rank
-            num_spared = len(usable) if kept else rank.served.num_known(usable)
-            cost = rank.weight() - CACHED_TOKEN_WEIGHT * num_spared * size
-            no_room = rank.is_short_of_kv(len(tokens))
-            ranked.append(((rank.silent, member in avoid, no_room, cost), member))
-        if not ranked:
+            fitness = (rank.silent, member in avoid, rank.is_short_of_kv(len(tokens)))
+            if fitness < best or not fittest:
+                best, fittest = fitness, [member]
+            elif fitness == best:
+                fittest.append(member)
+        if not fittest:
             return None
-        _, best = min(ranked)
-        rank = self._ranks[best]
-        rank.served.remember(chains[rank.kv_block_tokens])
-        return best
+        chains = _Chains(tokens, cache_salt) if self._policy.reads_prefixes else None
+        chosen = self._policy.pick(
+            [self._candidate(member, len(tokens), backup_rank, chains) for member in fittest]
+        ).member
+        if chains is not None:
+            rank = self._ranks[chosen]
+            rank.served.remember(chains.of(rank.kv_block_tokens))
+        return chosen
+
+    def _candidate(
+        self, member: Member, num_tokens: int, backup_rank: RankId | None, chains: _Chains | None
+    ) -> Candidate:
+        rank = self._ranks[member]
+        size = rank.kv_block_tokens
+        num_usable = max(0, num_tokens - 1) // size  # the last token is always computed
+        is_backup = member.rank == backup_rank
+        num_spared = num_usable if is_backup else 0
+        if chains is not None and not is_backup:
+            num_spared = rank.served.num_known(chains.of(size)[:num_usable])
+        return Candidate(
+            member=member,
+            work_tokens=rank.weight(),
+            spared_tokens=num_spared * size,
+            is_backup=is_backup,
+        )
+
+
+class _Chains:
+    """The prefix chains of one prompt, each made once, and only if it is asked for."""
+
+    def __init__(self, tokens: Sequence[int], cache_salt: bytes) -> None:
+        self._tokens = tokens
+        self._cache_salt = cache_salt
+        self._chains: dict[int, tuple[int, ...]] = {}
+
+    def of(self, block_tokens: int) -> tuple[int, ...]:
+        if block_tokens not in self._chains:
+            salt = self._cache_salt
+            self._chains[block_tokens] = prefix_chain(self._tokens, block_tokens, cache_salt=salt)
+        return self._chains[block_tokens]

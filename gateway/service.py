@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 
 import structlog
@@ -30,6 +32,7 @@ from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
+from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy
@@ -56,9 +59,13 @@ class GatewayDependencies:
     store: Store
     clock: Clock
     listener: socket.socket
+    own_listener: socket.socket | None = None
     stop: asyncio.Event
     access: Access
     api_keys: ApiKeyWatch
+
+    def listeners(self) -> list[socket.socket]:
+        return [s for s in (self.listener, self.own_listener) if s is not None]
 
 
 async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
@@ -83,6 +90,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             leased=leased,
             metrics=metrics,
             policy=SessionPolicy(no_rank_timeout_s=config.no_rank_timeout_s),
+            routing=routing_policy(config.routing, random.Random()),
             tasks=tasks,
         )
         models = ModelLoader(
@@ -146,12 +154,18 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission, http_listener)
+        metrics.add_counter(
+            "event_loop_cpu_seconds",
+            "CPU time of the thread that serves requests: near one a second, this gateway limits",
+            time.thread_time,  # metrics are rendered on that thread
+            gateway=name,
+        )
         metrics.add_gauge(
             "preparations_waiting",
             "Requests that wait to be tokenised",
             lambda: preparation.num_waiting,
         )
-        leased.put(keys.gateway(name), pack(_record(name, dependencies.listener, config)))
+        leased.put(keys.gateway(name), pack(_record(name, dependencies, config)))
         background = [
             tasks.create_task(watch.run()),
             tasks.create_task(leased.run()),
@@ -171,7 +185,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         await runner.setup()
         certificate = _certificate(config)
         await http_listener.start(
-            runner, dependencies.listener, certificate.context if certificate else None
+            runner, dependencies.listeners(), certificate.context if certificate else None
         )
         if certificate is not None:
             background.append(tasks.create_task(certificate.follow_files()))
@@ -220,11 +234,16 @@ def _kv_usage(driver: SessionDriver) -> float:
     return 1.0 - num_free / num_blocks if num_blocks else 0.0
 
 
-def _record(name: str, listener: socket.socket, config: GatewayConfig) -> GatewayRecord:
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if config.tls_cert is not None else "http"
+def _record(name: str, dependencies: GatewayDependencies, config: GatewayConfig) -> GatewayRecord:
+    host, port = dependencies.listener.getsockname()[:2]
+    own = dependencies.own_listener
     return GatewayRecord(
-        gateway=name, pid=os.getpid(), host=str(host), port=int(port), scheme=scheme
+        gateway=name,
+        pid=os.getpid(),
+        host=str(host),
+        port=int(port),
+        scheme="https" if config.tls_cert is not None else "http",
+        own_port=0 if own is None else int(own.getsockname()[1]),
     )
 
 

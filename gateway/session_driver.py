@@ -15,6 +15,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
+from gateway.routing_policy import RoutingPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.stream_session import SessionPolicy, StreamSession
 from shared.clock import Clock
@@ -57,6 +58,7 @@ class SessionDriver:
         leased: LeasedKeys,
         metrics: GatewayMetrics,
         policy: SessionPolicy,
+        routing: RoutingPolicy,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._name = caller.name
@@ -67,7 +69,7 @@ class SessionDriver:
         self._leased = leased
         self._metrics = metrics
         self._tasks = tasks
-        self._rank_chooser = RankChooser()
+        self._rank_chooser = RankChooser(routing)
         self._table = SessionTable(rank_chooser=self._rank_chooser, policy=policy)
         self._links: dict[Member, tuple[RankLink, asyncio.Task[None]]] = {}
         self._view = ClusterView()

@@ -258,6 +258,9 @@ class StreamSession:
             self.member = member
         if message.backup_rank >= 0:
             self.backup_rank = RankId(message.backup_rank)
+        if self._only_adds_tokens(message):
+            self._append_tokens(message.ids, message.logprobs, now)
+            return []
         if message.error is not None:
             if message.invalid:
                 return self._fail(SessionEvent.REJECTED, FailureKind.INVALID, message.error)
@@ -319,6 +322,18 @@ class StreamSession:
     def shut_down(self) -> list[SendToRank]:
         return self._fail(
             SessionEvent.GIVEN_UP, FailureKind.SHUTDOWN, "the gateway is shutting down"
+        )
+
+    def _only_adds_tokens(self, message: SessionTokens) -> bool:
+        """Nearly every message of a stream does, and needs no other look."""
+        num_known = len(self.emitted)
+        return (
+            message.index == num_known > 0
+            and message.finish is None
+            and message.error is None
+            and not message.prompt_logprobs
+            and self.sampling.logprobs is None
+            and num_known + len(message.ids) < self.sampling.max_tokens
         )
 
     def _is_inconsistent(self, message: SessionTokens) -> bool:

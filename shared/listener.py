@@ -9,11 +9,15 @@ from shared.errors import ConfigError
 _BACKLOG = 1024
 
 
-def listen_on(host: str, port: int) -> socket.socket:
-    """Raises ConfigError if this address is taken or is not ours."""
+def listen_on(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """`reuse_port`: other sockets of this user that say so, too, may listen there at the same time,
+    and the kernel gives each new connection to one of them. Raises ConfigError if this address is
+    taken or is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server(
+            (host, port), family=family, backlog=_BACKLOG, reuse_port=reuse_port
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port} ({error.strerror or error}); pass another --port or "

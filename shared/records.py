@@ -222,13 +222,21 @@ class AgentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayRecord:
-    """A gateway and its HTTP address, for `starfish status`."""
+    """A gateway and its HTTP address, for `starfish status`. `own_port`: where it alone is reached,
+    if other gateways share `port`; 0: nowhere."""
 
     gateway: str
     pid: int
     host: str
     port: int
     scheme: str = "http"
+    own_port: int = 0
+
+    @property
+    def own_url(self) -> str:
+        """Without a path. Whoever asks there asks this gateway."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.own_port or self.port}"
 
 
 def pack_map(expert_map: ExpertMap) -> bytes:

@@ -83,6 +83,18 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
 
 
+class RoutingPolicyName(Enum):
+    """How a gateway chooses a session's rank: values of --routing (`gateway/routing_policy.py`)."""
+
+    PREFIX_AFFINITY = "prefix-affinity"
+    LEAST_TOKENS = "least-tokens"
+    POWER_OF_TWO = "power-of-two"
+    ROUND_ROBIN = "round-robin"
+
+
+ROUTING_POLICIES = tuple(name.value for name in RoutingPolicyName)
+
+
 class SuspicionReason(Enum):
     """Why somebody doubts that a rank is alive. A verdict names the reason of its first signal."""
 

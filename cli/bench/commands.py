@@ -49,7 +49,10 @@ def serve(
     ] = 4,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure tokens per second, time to first token, and time between tokens."""
+    """Measure tokens per second, time to first token, and time between tokens.
+
+    Says if a gateway was what limited: its event loop had 90 % of a core or more."""
+    from cli.bench.gateway_cpu import limit_warning
     from cli.bench.serve import ERRORS, comparison_table, measure, serve_table
     from cli.bench.serve import compare_static as compare
 
@@ -65,6 +68,8 @@ def serve(
         async with _gateway(gateway, options if own else None, console) as url:
             rows = await measure(url, load, clock)
         _show(rows, serve_table(rows), console, as_json)
+        if warning := limit_warning({row.concurrency: row.gateway_cpu for row in rows}):
+            console.print(warning, style="yellow", highlight=False, soft_wrap=True)
         return 1 if any(row.errors for row in rows) else 0
 
     run_command(work())

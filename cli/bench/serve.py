@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from cli.bench.gateway_cpu import busiest_share, read_gateways_cpu
 from cli.bench.loads import ServeLoad
 from cli.bench.stats import Spread, percentile
 from cli.bench.stream_client import StreamClient, StreamRecord, random_prompts, stream_client
 from cli.bench.temporary_instance import temporary_instance_with_progress
 from cli.bench.temporary_options import TemporaryInstanceOptions
+from cli.client_headers import client_headers
 from cli.run_dir import Target
 from cli.up.device import count_gpus, plan_device
 from shared.clock import Clock
@@ -33,6 +36,7 @@ class ServeRow:
     ttft_ms: Spread
     itl_ms: Spread
     errors: int
+    gateway_cpu: float | None = None  # share of a core, of the busiest gateway; None: unknown
 
 
 async def measure(url: str, load: ServeLoad, clock: Clock) -> list[ServeRow]:
@@ -46,9 +50,26 @@ async def measure(url: str, load: ServeLoad, clock: Clock) -> list[ServeRow]:
     async with stream_client(url, clock) as client:
         await _round(client, load, prompts(2, 1), concurrency=2, clock=clock)  # warm-up
         return [
-            await _round(client, load, prompts(c, load.rounds), concurrency=c, clock=clock)
+            await _watched_round(url, client, load, prompts(c, load.rounds), c, clock)
             for c in load.concurrencies
         ]
+
+
+async def _watched_round(
+    url: str,
+    client: StreamClient,
+    load: ServeLoad,
+    prompts: Sequence[Sequence[int]],
+    concurrency: int,
+    clock: Clock,
+) -> ServeRow:
+    """With what the gateway used meanwhile. Its CPU time is read outside of what is measured."""
+    headers = client_headers(os.environ)
+    before, began_at = await read_gateways_cpu(url, headers), clock.now()
+    row = await _round(client, load, prompts, concurrency=concurrency, clock=clock)
+    took_s = clock.now() - began_at
+    after = await read_gateways_cpu(url, headers)
+    return replace(row, gateway_cpu=busiest_share(before, after, took_s))
 
 
 async def _round(
@@ -197,7 +218,7 @@ def serve_table(rows: Sequence[ServeRow]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in (
         *("concurrency", "tokens/s", "TTFT p50 ms", "p99", "max"),
-        *("between tokens p50 ms", "p99", "max", "errors"),
+        *("between tokens p50 ms", "p99", "max", "errors", "gateway CPU"),
     ):
         table.add_column(name, justify="right")
     for row in rows:
@@ -207,6 +228,7 @@ def serve_table(rows: Sequence[ServeRow]) -> Table:
             *row.ttft_ms.cells(),
             *row.itl_ms.cells(),
             str(row.errors),
+            "" if row.gateway_cpu is None else f"{row.gateway_cpu:.0%}",
         )
     return table
 

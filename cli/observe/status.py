@@ -121,7 +121,8 @@ def render_status(status: dict[str, Any], console: Console) -> None:
     )
     for gateway in status["gateways"]:
         url = f"{gateway['scheme']}://{gateway['host']}:{gateway['port']}"
-        console.print(f"gateway {url} (pid {gateway['pid']})")
+        alone = f", alone at port {gateway['own_port']}" if gateway["own_port"] else ""
+        console.print(f"gateway {url} (pid {gateway['pid']}{alone})")
     console.print(_table(status["ranks"]))
     if status["survives"]:
         console.print(status["survives"]["summary"])

@@ -35,7 +35,7 @@ from cli.up.model import check_model, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.name_lock import lock_name
 from cli.up.options import UpOptions
-from cli.up.readiness import wait_for_map, wait_until_healthy
+from cli.up.readiness import wait_for_gateways, wait_for_map
 from cli.up.restart_backoff import RestartBackoff
 from cli.up.run_folder import RunFolder
 from cli.up.stages import Stages
@@ -156,8 +156,9 @@ class InstanceDriver:
         self._store: EtcdStore | None = None
         self._claim: InstanceClaim | None = None
         self._stores: Mapping[EtcdService, EtcdOptions] = {}
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._services: list[services.Service] = []
+        self._standbys: list[services.Standby] = []
         self.is_serving = False
 
     async def start(self) -> None:
@@ -206,16 +207,16 @@ class InstanceDriver:
         async with self._claim.held(), asyncio.TaskGroup() as tasks:
             for service in self._services:
                 tasks.create_task(self._supervisor.supervise(service))
-                if service.standby_program:
-                    tasks.create_task(self._supervisor.keep_standby(service))
+            for standby in self._standbys:
+                tasks.create_task(self._supervisor.keep_standby(standby))
             if self._etcd is not None:
                 tasks.create_task(self._restart_etcd_on_exit(self._etcd))
 
     async def stop(self, *, keep_logs: bool) -> None:
         """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""
         self._console.print("stopping …", highlight=False)
-        if self._listener is not None:
-            self._listener.close()  # from now on clients are refused instead of queued
+        for listener in self._listeners:
+            listener.close()  # from now on clients are refused instead of queued
         for service in reversed(self._services):
             await self._supervisor.stop(service)
         kill_leftovers(self._owner.run)
@@ -310,7 +311,7 @@ class InstanceDriver:
                 self._folder.log_dir,
                 self._mps.environment if self._mps is not None else {},
             ),
-            services.gateway(options, stores[EtcdService.GATEWAY], self._listen()),
+            *services.gateways(options, stores[EtcdService.GATEWAY], self._listen()),
         ]
         for service in planned:
             await self._supervisor.start(service)
@@ -318,15 +319,20 @@ class InstanceDriver:
 
     async def _start_standbys(self) -> None:
         """Now that their imports delay nothing else."""
-        for service in self._services:
-            if service.standby_program:
-                await self._supervisor.start_standby(service)
+        fds = [listener.fileno() for listener in self._listeners]
+        etcd = self._stores[EtcdService.GATEWAY]
+        self._standbys = [services.gateway_standby(self._options, etcd, fds)]
+        for standby in self._standbys:
+            await self._supervisor.start_standby(standby)
 
-    def _listen(self) -> int:
-        """The socket stays open as long as the instance runs. Raises ConfigError."""
+    def _listen(self) -> list[int]:
+        """A socket for each gateway, which stay open as long as the instance runs. Raises
+        ConfigError."""
         options = self._options
-        self._listener = listen_on(options.host, options.port)
-        return self._listener.fileno()
+        for _ in range(options.gateways):
+            shared = options.gateways > 1
+            self._listeners.append(listen_on(options.host, options.port, reuse_port=shared))
+        return [listener.fileno() for listener in self._listeners]
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks
@@ -340,10 +346,14 @@ class InstanceDriver:
                 stage.result = await wait_for_map(
                     store, self._keys, num_ranks, show, self._require_alive
                 )
+            await self._wait_for_gateways(store)
         finally:
             await store.close()
-        with self._stages.stage("gateway") as stage:
-            await wait_until_healthy(self._url, self._require_alive)
+
+    async def _wait_for_gateways(self, store: EtcdStore) -> None:
+        number = self._options.gateways
+        with self._stages.stage("gateway" if number == 1 else f"{number} gateways") as stage:
+            await wait_for_gateways(store, self._keys, number, self._url, self._require_alive)
             stage.result = self._url
 
     def _require_alive(self) -> None:

@@ -30,7 +30,9 @@ from shared.etcd_permissions import EtcdService
 from shared.keys import Keys
 from shared.listener import listen_on
 from shared.secret import is_loopback, read_private_file, read_secret
+from shared.types import ROUTING_POLICIES, RoutingPolicyName
 
+GATEWAYS_MAX = 64
 API_KEYS_VARIABLE = "STARFISH_API_KEYS"
 _RDMA_NOTE = "RDMA devices need an RDMA network; pass --transfer-protocol rdma as well"
 
@@ -84,6 +86,21 @@ class UpOptions:
             "user of its own, instead of all as the one of the flags above."
         ),
     ] = None
+    gateways: Annotated[
+        int,
+        typer.Option(
+            help="Gateway processes, which share the port: one takes a core at tens of thousands "
+            "of tokens/s. Each counts limits (also those of API keys) and remembers stored "
+            "responses for itself."
+        ),
+    ] = 1
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="How gateways choose a request's rank: prefix-affinity, least-tokens, "
+            "power-of-two or round-robin."
+        ),
+    ] = RoutingPolicyName.PREFIX_AFFINITY.value
     control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
     chosen_run_dir: RunDirFlag = None
@@ -238,6 +255,12 @@ class UpOptions:
         self._check_aliases()
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance needs at least one rank")
+        if not 1 <= self.gateways <= GATEWAYS_MAX:
+            raise ConfigError(f"--gateways {self.gateways}: pass a number from 1 to {GATEWAYS_MAX}")
+        if self.routing not in ROUTING_POLICIES:
+            raise ConfigError(
+                f"--routing {self.routing!r}: pass one of {', '.join(ROUTING_POLICIES)}"
+            )
         if self.control_planes not in (1, 2):
             raise ConfigError(
                 f"--control-planes {self.control_planes}: pass 1, or 2 to have one on standby"

@@ -9,6 +9,7 @@ import aiohttp
 
 from cli.observe.instance_view import InstanceView
 from shared.keys import Keys
+from shared.records import GatewayRecord
 from shared.store import Store
 from shared.types import RankState
 
@@ -34,6 +35,23 @@ async def wait_for_map(
         leader = "" if view.leader else "; no control plane leads yet"
         on_progress(f"{len(view.ranks)} of {num_ranks} registered, {ready} loaded{leader}")
         await asyncio.sleep(_POLL_S)
+
+
+async def wait_for_gateways(
+    store: Store, keys: Keys, number: int, url: str, require_alive: Callable[[], None]
+) -> None:
+    """Waits until all are ready, each by itself: which of several a connection to their port `url`
+    reaches, nobody can choose. Raises whatever `require_alive` raises."""
+    if number == 1:
+        await wait_until_healthy(url, require_alive)
+        return
+    found: list[GatewayRecord] = []
+    while len(found) < number:
+        require_alive()
+        await asyncio.sleep(_POLL_S)
+        found = InstanceView.of(keys, (await store.get_prefix(keys.gateways)).values).gateways
+    for record in found:
+        await wait_until_healthy(record.own_url, require_alive)
 
 
 async def wait_until_healthy(url: str, require_alive: Callable[[], None]) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.up.options import UpOptions
 from shared.etcd_options import EtcdOptions
 
+GATEWAY_STANDBY = "gateway-standby"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """`argv` lacks the lifeline, whose descriptor is known only at the start. `standby_program`,
-    if there is one, stands for the first part of `argv` in a process that waits to take over, as
-    `shared.standby` has it."""
+    """`argv` lacks the lifeline, whose descriptor is known only at the start. `standby` names the
+    `Standby` that takes over, if there is one, and `standby_word` tells it what."""
 
     name: str
     argv: tuple[str, ...]
@@ -23,14 +24,26 @@ class Service:
     tail: tuple[str, ...] = ()  # comes after the lifeline
     environment: Mapping[str, str] = field(default_factory=dict)  # added to ours
     inherited_fds: tuple[int, ...] = ()
-    standby_program: tuple[str, ...] = ()
+    standby: str = ""
+    standby_word: str = ""
 
     def command(self, lifeline_fd: int) -> list[str]:
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
 
-    def standby_command(self, lifeline_fd: int, begin_fd: int) -> list[str]:
-        flags = self.command(lifeline_fd)[len(self.standby_program) :]
-        return [*self.standby_program, str(begin_fd), *flags]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standby:
+    """A process that waits, as `shared.standby` has it, to take over from any service that names
+    it."""
+
+    name: str
+    program: tuple[str, ...]
+    arguments: tuple[str, ...]
+    inherited_fds: tuple[int, ...]
+
+    def command(self, lifeline_fd: int, begin_fd: int) -> list[str]:
+        flags = ("--lifeline-fd", str(lifeline_fd))
+        return [*self.program, str(begin_fd), *self.arguments, *flags]
 
 
 def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: int) -> Service:
@@ -51,28 +64,53 @@ def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: in
     )
 
 
-def gateway(options: UpOptions, etcd: EtcdOptions, listen_fd: int) -> Service:
-    """`listen_fd` is our listening socket. Clients that connect while no gateway runs wait in its
-    queue."""
-    return Service(
-        name="gateway",
-        argv=(
-            *(sys.executable, "-m", "gateway"),
-            *(*etcd.flags(), "--instance", options.instance),
-            *("--secret-file", str(options.secret_file)),
-            *("--listen-fd", str(listen_fd), "--drain-s", str(options.drain_s)),
-            *_given("--served-model-name", options.served_model_name),
-            *_given("--chat-template", options.chat_template),
-            *(() if options.trust_special_tokens else ("--no-trust-special-tokens",)),
-            *_given("--cors-origins", options.cors_origins),
-            *_given("--tls-cert", options.tls_cert),
-            *_given("--tls-key", options.tls_key),
-            *_given("--api-key-file", options.api_key_file and options.api_key_file.absolute()),
-            *log_flags(options),
+def gateways(options: UpOptions, etcd: EtcdOptions, listen_fds: Sequence[int]) -> list[Service]:
+    """One for each of `listen_fds`, our listening sockets on one port. Clients that the kernel gave
+    to the socket of a gateway that has died wait in its queue for the successor."""
+    return [
+        Service(
+            name="gateway" if len(listen_fds) == 1 else f"gateway-{number}",
+            argv=(
+                *(sys.executable, "-m", "gateway", "--listen-fd", str(listen_fd)),
+                *_gateway_flags(options, etcd),
+            ),
+            inherited_fds=(listen_fd,),
+            stop_timeout_s=options.drain_s + 5.0,
+            standby=GATEWAY_STANDBY,
+            standby_word=str(listen_fd),
+        )
+        for number, listen_fd in enumerate(listen_fds)
+    ]
+
+
+def gateway_standby(options: UpOptions, etcd: EtcdOptions, listen_fds: Sequence[int]) -> Standby:
+    """One for all gateways: that several die at once is rare, and costs only the start."""
+    return Standby(
+        name=GATEWAY_STANDBY,
+        program=(sys.executable, "-m", "gateway.standby"),
+        arguments=(
+            *("--listen-fd", ",".join(map(str, listen_fds))),
+            *_gateway_flags(options, etcd),
         ),
-        inherited_fds=(listen_fd,),
-        stop_timeout_s=options.drain_s + 5.0,
-        standby_program=(sys.executable, "-m", "gateway.standby"),
+        inherited_fds=tuple(listen_fds),
+    )
+
+
+def _gateway_flags(options: UpOptions, etcd: EtcdOptions) -> tuple[str, ...]:
+    """All but the socket."""
+    return (
+        *(*etcd.flags(), "--instance", options.instance),
+        *("--secret-file", str(options.secret_file)),
+        *("--drain-s", str(options.drain_s), "--routing", options.routing),
+        *(("--own-port", "0") if options.gateways > 1 else ()),
+        *_given("--served-model-name", options.served_model_name),
+        *_given("--chat-template", options.chat_template),
+        *(() if options.trust_special_tokens else ("--no-trust-special-tokens",)),
+        *_given("--cors-origins", options.cors_origins),
+        *_given("--tls-cert", options.tls_cert),
+        *_given("--tls-key", options.tls_key),
+        *_given("--api-key-file", options.api_key_file and options.api_key_file.absolute()),
+        *log_flags(options),
     )
 
 

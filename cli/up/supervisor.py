@@ -9,12 +9,12 @@ import os
 import random
 import re
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from cli.up.leftovers import RUN_VARIABLE
 from cli.up.restart_backoff import RestartBackoff
-from cli.up.services import Service
+from cli.up.services import Service, Standby
 from cli.up.warm_standby import WarmStandby
 from shared.clock import Clock
 from shared.errors import Unavailable
@@ -60,37 +60,47 @@ class Supervisor:
     async def start(self, service: Service) -> None:
         """Raises OSError."""
         command = service.command(self._lifeline_read)
-        self._children[service.name] = await self._spawn(service, command)
+        environment, fds = service.environment, service.inherited_fds
+        child = await self._spawn(self._log_file(service.name), command, environment, fds)
+        self._children[service.name] = child
 
     async def _spawn(
-        self, service: Service, command: list[str], *fds: int
+        self,
+        log_file: Path,
+        command: list[str],
+        environment: Mapping[str, str],
+        fds: Sequence[int],
     ) -> asyncio.subprocess.Process:
-        with open_log(self.log_dir / f"{service.name}.log") as log:
+        with open_log(log_file) as log:
             return await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._lifeline_read, *service.inherited_fds, *fds],
+                pass_fds=[self._lifeline_read, *fds],
                 start_new_session=True,  # Ctrl-C reaches only us, and we stop them in order
-                env=os.environ | service.environment | {RUN_VARIABLE: self._run},
+                env=os.environ | environment | {RUN_VARIABLE: self._run},
             )
 
-    async def start_standby(self, service: Service) -> None:
-        """Has another process of the service prepare itself to take over."""
+    def _log_file(self, name: str) -> Path:
+        return self.log_dir / f"{name}.log"
+
+    async def start_standby(self, planned: Standby) -> None:
+        """Has a process prepare itself to take over."""
+        log_file = self._log_file(planned.name)
 
         async def spawn(begin_fd: int) -> asyncio.subprocess.Process:
-            command = service.standby_command(self._lifeline_read, begin_fd)
-            return await self._spawn(service, command, begin_fd)
+            command = planned.command(self._lifeline_read, begin_fd)
+            return await self._spawn(log_file, command, {}, (*planned.inherited_fds, begin_fd))
 
-        standby = self._standbys[service.name] = WarmStandby(spawn)
+        standby = self._standbys[planned.name] = WarmStandby(spawn)
         with contextlib.suppress(OSError):  # `keep_standby` tries again
             await standby.start()
 
-    async def keep_standby(self, service: Service) -> None:
+    async def keep_standby(self, planned: Standby) -> None:
         """After `start_standby`: replaces a standby that was needed, or has exited, until
         `stop`."""
-        standby, backoff = self._standbys[service.name], RestartBackoff()
+        standby, backoff = self._standbys[planned.name], RestartBackoff()
         while not self._stopping:
             started_at = self._clock.now()
             is_taken = await standby.until_gone()
@@ -131,9 +141,10 @@ class Supervisor:
                 return
 
     def _take_over(self, service: Service) -> bool:
-        """Whether a standby is the service now."""
-        standby = self._standbys.get(service.name)
-        process = None if standby is None else standby.take()
+        """Whether a standby is the service now, and writes to its log."""
+        standby = self._standbys.get(service.standby)
+        words = (service.standby_word, str(self._log_file(service.name)))
+        process = None if standby is None else standby.take(words)
         if process is not None:
             self._children[service.name] = process
         return process is not None
@@ -149,9 +160,13 @@ class Supervisor:
         code = self._children[name].returncode
         if code is not None and code < 0:
             return f"{name} was {describe_exit(code)}"
-        path = self.log_dir / f"{name}.log"
         try:
-            lines = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").splitlines()
+            lines = (
+                self._log_file(name)
+                .read_bytes()[-_LOG_TAIL_BYTES:]
+                .decode(errors="replace")
+                .splitlines()
+            )
         except OSError:
             lines = []
         said = [line.strip() for line in lines if any(map(str.isalpha, line))]
@@ -164,7 +179,7 @@ class Supervisor:
         """The last message in which a rank's log says why it cannot start; None if there is
         none."""
         try:
-            lines = (self.log_dir / f"{name}.log").read_bytes().decode(errors="replace")
+            lines = self._log_file(name).read_bytes().decode(errors="replace")
         except OSError:
             return None
         found = [line for line in lines.splitlines() if line.startswith("starfish rank: ")]
@@ -185,7 +200,7 @@ class Supervisor:
     async def stop(self, service: Service) -> None:
         """Sends SIGTERM, then SIGKILL after the service's stop time. Returns when it has exited."""
         self._stopping = True
-        if (standby := self._standbys.get(service.name)) is not None:
+        if (standby := self._standbys.get(service.standby)) is not None:
             await standby.stop()
         child = self._children.get(service.name)
         if child is None or child.returncode is not None:

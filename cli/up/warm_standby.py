@@ -1,13 +1,13 @@
-"""A second process of a service, which has imported everything and waits: it takes over at once
-when the first one has exited."""
+"""A process which has imported everything and waits: it takes over at once when one of the services
+that it stands by for has exited."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from shared.standby import BEGIN
+from shared.standby import begin
 
 Process = asyncio.subprocess.Process
 Spawn = Callable[[int], Awaitable[Process]]
@@ -51,19 +51,18 @@ class WarmStandby:
                 task.cancel()
         return self._is_taken.is_set()
 
-    def take(self) -> Process | None:
-        """Has the process begin, and hands it over. None if there is none that runs."""
+    def take(self, words: Sequence[str]) -> Process | None:
+        """Has the process begin what the words say, and hands it over. None if there is none that
+        runs."""
         process, fd = self._process, self._begin_fd
         self._process, self._begin_fd = None, -1
         if process is None:
             return None
         self._is_taken.set()
         try:
-            os.write(fd, BEGIN)
+            begin(fd, words)
         except BrokenPipeError:
             return None
-        finally:
-            os.close(fd)
         return process if process.returncode is None else None
 
     def kill(self) -> None:

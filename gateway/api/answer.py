@@ -75,10 +75,11 @@ async def answer_stream(
                 if job.options.include_usage:
                     data += chunks.usage_chunk(job.usage(generation, writers))
                 data += DONE
+            if generation.done:
+                await write_events(request, response, data, last=True)
+                break
             if data:
                 await write_events(request, response, data)
-            if generation.done:
-                break
             data = b""
             deltas = await generation.next_deltas()
     except SessionFailed as error:
@@ -94,14 +95,18 @@ def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
     return b"".join(chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
 
 
-async def write_events(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    """Raises TimeoutError if the client reads nothing for WRITE_TIMEOUT_S."""
+async def write_events(
+    request: web.Request, response: web.StreamResponse, data: bytes, *, last: bool = False
+) -> None:
+    """With the `last` ones the body ends, in the same write. Raises TimeoutError if the client
+    reads nothing for WRITE_TIMEOUT_S."""
+    write = response.write_eof if last else response.write
     transport = request.transport
     if transport is not None and transport.get_write_buffer_size() == 0:
-        await response.write(data)  # cannot wait long, and a timeout costs more than the write
+        await write(data)  # cannot wait long, and a timeout costs more than the write
         return
     async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await response.write(data)
+        await write(data)
 
 
 def give_up_on_client(request: web.Request, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""The gateway's listening socket: accepts connections of clients, refuses those that are too many,
+"""The gateway's listening sockets: accepts connections of clients, refuses those that are too many,
 and closes those that wait too long. What is too many and too long, `connection_table` decides."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import cast
 
@@ -42,7 +42,7 @@ class HttpListener:
         self._table = ConnectionTable(limits)
         self._clock = clock
         self._metrics = metrics
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._transports: dict[ConnectionId, asyncio.Transport] = {}
         self._ids: dict[asyncio.BaseTransport, ConnectionId] = {}
 
@@ -51,24 +51,29 @@ class HttpListener:
         return len(self._table)
 
     async def start(
-        self, runner: web.AppRunner, listener: socket.socket, tls: ssl.SSLContext | None
+        self,
+        runner: web.AppRunner,
+        listeners: Iterable[socket.socket],
+        tls: ssl.SSLContext | None,
     ) -> None:
         """Call it once `runner` is set up."""
         handlers = runner.server
         assert handlers is not None, "`runner.setup` comes first"
         make_inner = cast("Callable[[], asyncio.Protocol]", handlers)
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: cast("asyncio.Protocol", _Connection(self, make_inner)),
-            sock=listener,
-            backlog=BACKLOG,
-            ssl=tls,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls is not None else None,
-        )
+        for listener in listeners:
+            server = await asyncio.get_running_loop().create_server(
+                lambda: cast("asyncio.Protocol", _Connection(self, make_inner)),
+                sock=listener,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls is not None else None,
+            )
+            self._servers.append(server)
 
     def stop(self) -> None:
         """Accepts no more. Open connections go on."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
 
     async def run(self) -> None:
         """Closes connections whose time is over, until cancelled."""

@@ -19,14 +19,16 @@ def with_tokens(
     served: ServedModel,
     plan: AnswerPlan | None = None,
 ) -> RequestOptions:
-    """With what the tokenizer and the chat's plan add to the sampling."""
-    sampling = replace(
-        options.sampling,
-        bad_words=bad_word_ids(body.bad_words, served.tokenizer.encode_inside),
-    )
+    """With what the tokenizer and the chat's plan add to the sampling, which is seldom anything."""
+    sampling = options.sampling
+    if body.bad_words:
+        words = bad_word_ids(body.bad_words, served.tokenizer.encode_inside)
+        sampling = replace(sampling, bad_words=words)
     if plan is not None and isinstance(body, ChatBody):
-        sampling = replace(sampling, thinking_budget=read_budget(body, plan, served))
-    return replace(options, sampling=sampling)
+        budget = read_budget(body, plan, served)
+        if budget is not None:
+            sampling = replace(sampling, thinking_budget=budget)
+    return options if sampling is options.sampling else replace(options, sampling=sampling)
 
 
 async def encoded_prompt(

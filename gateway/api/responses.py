@@ -109,12 +109,20 @@ class ChunkWriter:
         }
         self._head = b"data: " + _encode(head)[:-1]
         self._tail = (b',"usage":null' if include_usage else b"") + b"}\n\n"
+        self._plain_chunk = self._plain_chunk_format()
         self._chat = header.chat
         self.with_token_ids = with_token_ids
 
     def set_usage(self, usage: Usage) -> None:
         """From now on every chunk says it."""
         self._tail = b',"usage":%b}\n\n' % _encode(usage.plain())
+        self._plain_chunk = self._plain_chunk_format()
+
+    def _plain_chunk_format(self) -> bytes:
+        """Of nearly every chunk of a chat: takes the choice's index and its content."""
+        begin, end = (part.replace(b"%", b"%%") for part in (self._head, self._tail))
+        delta = b'"delta":{"content":%b},"logprobs":null,"finish_reason":null'
+        return begin + b',"choices":[{"index":%d,' + delta + b"}]" + end
 
     def role_chunk(self, index: int, *, content: bool = True) -> bytes:
         """The first chunk of a chat's choice, which has only the role; empty for completions. The
@@ -139,6 +147,8 @@ class ChunkWriter:
         logprobs: msgspec.Raw | None = None,
     ) -> bytes:
         content = _encode(text)
+        if finish is None and logprobs is None and self._chat and not self.with_token_ids:
+            return self._plain_chunk % (index, content)
         if not self._chat:
             body = b'"text":' + content
         elif text or finish is None:

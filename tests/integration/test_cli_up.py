@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -243,6 +244,73 @@ async def test_the_standby_takes_over_from_a_killed_gateway(run_dir: Path, model
         while not await serves():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert pids_of(run_dir, "gateway") == standby
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode == 0
+    await gone(run_dir)
+
+
+async def gateways_of(run_dir: Path) -> list[dict[str, Any]]:
+    process = await starfish("status", "--json", "--run-dir", str(run_dir))
+    out, _ = await process.communicate()
+    found: list[dict[str, Any]] = json.loads(out)["gateways"]
+    return found
+
+
+async def sessions_in_flight(http: aiohttp.ClientSession, own_port: int) -> int:
+    async with http.get(f"http://127.0.0.1:{own_port}/metrics") as response:
+        for line in (await response.text()).splitlines():
+            if line.startswith("starfish_gateway_sessions_in_flight "):
+                return int(float(line.split()[1]))
+    raise AssertionError("no such metric")
+
+
+async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
+    run_dir: Path, model: Path
+) -> None:
+    port, num_streams, num_tokens = free_port(), 16, 600
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    body = {"prompt": [3, 4], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    begun = asyncio.Semaphore(0)
+
+    async def stream() -> bool:
+        """Whether it came to its end."""
+        async with aiohttp.ClientSession() as http, http.post(url, json=body) as response:
+            await response.content.readany()
+            begun.release()
+            with contextlib.suppress(aiohttp.ClientPayloadError):
+                return (await response.read()).endswith(b"data: [DONE]\n\n")
+        return False
+
+    process = await up(run_dir, port, "--model", str(model), "--gateways", "2")
+    await started(process, run_dir)
+    async with asyncio.timeout(WAIT_S):
+        while not pids_of(run_dir, "gateway.standby"):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        gateways = await gateways_of(run_dir)
+        assert {g["pid"] for g in gateways} == set(pids_of(run_dir, "gateway"))
+        assert {g["port"] for g in gateways} == {port}
+        async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as tasks:
+            streams = [tasks.create_task(stream()) for _ in range(num_streams)]
+            for _ in streams:
+                await begun.acquire()
+            killed, other = gateways
+            num_other = await sessions_in_flight(http, other["own_port"])
+            os.kill(killed["pid"], signal.SIGKILL)
+            for _ in range(num_streams):  # the killed one's clients wait for its successor
+                short = {**body, "max_tokens": 1, "stream": False}
+                async with aiohttp.ClientSession() as new, new.post(url, json=short) as response:
+                    assert response.status == 200
+        assert 0 < num_other < num_streams
+        assert [task.result() for task in streams].count(True) == num_other
+        assert len(await gateways_of(run_dir)) == 2
+        assert other["pid"] in pids_of(run_dir, "gateway")
+    log = (run_dir / "logs" / "gateway-0.log").read_text()
+    assert (
+        log.count("gateway_listening")
+        + (run_dir / "logs" / "gateway-1.log").read_text().count("gateway_listening")
+        == 3
+    )
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 0

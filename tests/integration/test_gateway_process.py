@@ -21,6 +21,7 @@ from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
 from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
+from shared.records import GatewayRecord, unpack_record
 from tests.support.cluster import free_port
 from tests.support.etcd import flags_of
 from tests.support.gateway_harness import GatewayHarness, toy_spec
@@ -137,6 +138,31 @@ async def test_requests_wait_while_a_killed_gateway_is_replaced(
                 async with gateway(*flags, inherited_fds=[fd]), asyncio.timeout(30):
                     assert await asyncio.gather(*waiting) == [toy_tokens([3, 4], 20)] * 20
             await harness.ranks[0].kill()
+
+
+async def test_gateways_share_a_port_if_all_say_so_and_have_one_each(
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
+    sharing = ("--reuse-port", "--own-port", "0", "--routing", "power-of-two")
+    async with harness_of(etcd, keys, store, *sharing) as (harness, first):
+        port = int(harness.url.rpartition(":")[2])
+        reach = (*flags_of(etcd, keys, EtcdService.GATEWAY), "--port", str(port))
+        await harness.publish([await harness.add_rank(ToyRank(0))])
+        await health(harness, 200)
+        assert "cannot listen on" in await fails_to_start(*reach)
+        async with gateway(*reach, *sharing) as second:
+            async with asyncio.timeout(60):
+                while len(records := (await store.get_prefix(keys.gateways)).values) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            found = [unpack_record(each.value, GatewayRecord) for each in records]
+            assert {record.port for record in found} == {port}
+            assert {record.pid for record in found} == {first.pid, second.pid}
+            for record in found:
+                own = GatewayHarness(store, keys, harness.http, record.own_port)
+                await health(own, 200)
+                assert await complete(own) == toy_tokens([3, 4], 20)
 
 
 async def test_a_descriptor_that_is_no_listening_socket() -> None:

@@ -17,6 +17,7 @@ from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics
 from gateway.cluster_view import ClusterWatch
 from gateway.metrics import GatewayMetrics
+from gateway.routing_policy import PrefixAffinity
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionPolicy, StreamSession
 from gpu_worker.config import RankConfig
@@ -280,6 +281,7 @@ class SimCluster:
                 leased=leased,
                 metrics=GatewayMetrics(),
                 policy=SessionPolicy(no_rank_timeout_s=120.0, losses_max=20, refusals_max=200),
+                routing=PrefixAffinity(),
                 tasks=tasks,
             )
             watch = ClusterWatch(store=store, keys=self.keys, listeners=(self.gateway.on_view,))

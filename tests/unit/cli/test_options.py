@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli.up.options import UpOptions
-from cli.up.services import Service, agent, control_plane, gateway
+from cli.up.services import Service, agent, control_plane, gateway_standby, gateways
 from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
 
@@ -54,6 +54,9 @@ def test_what_is_possible_passes(options: UpOptions) -> None:
     ("change", "flag"),
     [
         ({"ranks": 0}, "--ranks"),
+        ({"gateways": 0}, "--gateways"),
+        ({"gateways": 65}, "--gateways"),
+        ({"routing": "fastest"}, "--routing"),
         ({"etcd_user": "u"}, "--etcd"),
         ({"etcd": "h:1", "etcd_user": "u"}, "--etcd-ca"),
         ({"etcd": "h:1", "etcd_cert": Path("c")}, "--etcd-key"),
@@ -95,17 +98,45 @@ def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> No
     model = Path("/m")
     for service in (
         control_plane(options, ETCD, model, 0),
-        gateway(options, ETCD, 5),
+        *gateways(options, ETCD, [5]),
         agent(options, ETCD, OF_RANKS, model, Path("/logs")),
     ):
         assert {("--etcd", "e:1"), ("--instance", "t"), ("--lifeline-fd", "9")} <= pairs(service)
         assert ("--secret-file", str(options.run_dir / "secret")) in pairs(service)
 
 
+def gateway(options: UpOptions, etcd: EtcdOptions, listen_fd: int) -> Service:
+    (only,) = gateways(options, etcd, [listen_fd])
+    return only
+
+
 def test_the_gateway_inherits_the_listening_socket(options: UpOptions) -> None:
     service = gateway(options, ETCD, 5)
     assert ("--listen-fd", "5") in pairs(service)
     assert service.inherited_fds == (5,)
+    assert "--own-port" not in service.argv
+
+
+def test_gateways_have_a_socket_and_a_log_each_and_one_standby(options: UpOptions) -> None:
+    changed = dataclasses.replace(options, gateways=2, routing="round-robin")
+    first, second = gateways(changed, ETCD, [5, 6])
+    standby = gateway_standby(changed, ETCD, [5, 6])
+    assert (first.name, second.name) == ("gateway-0", "gateway-1")
+    assert (first.inherited_fds, second.inherited_fds) == ((5,), (6,))
+    assert {first.standby, second.standby} == {standby.name}
+    assert (first.standby_word, second.standby_word) == ("5", "6")
+    assert standby.inherited_fds == (5, 6)
+    assert {("--own-port", "0"), ("--routing", "round-robin")} <= pairs(first)
+
+
+@pytest.mark.parametrize("number", [1, 2, 64])
+def test_a_standby_has_room_for_the_command_line_that_it_takes_over(
+    options: UpOptions, number: int
+) -> None:
+    fds = list(range(5, 5 + number))
+    waiting = gateway_standby(options, ETCD, fds).command(9, 4)
+    for service in gateways(options, ETCD, fds):
+        assert len("\0".join(service.command(9))) <= len("\0".join(waiting))
 
 
 def test_the_gateway_is_told_how_to_read_chats(options: UpOptions, tmp_path: Path) -> None:

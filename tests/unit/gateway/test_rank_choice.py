@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.rank_choice import CACHED_TOKEN_WEIGHT, RankChooser
+from gateway.rank_choice import RankChooser
+from gateway.routing_policy import CACHED_TOKEN_WEIGHT
 from shared.types import Incarnation, Member, RankId
 from shared.wire import Load
 

@@ -6,9 +6,10 @@ import contextlib
 import io
 from pathlib import Path
 
+import pytest
 import structlog
 
-from shared.logs import TolerantStream, open_log
+from shared.logs import TolerantStream, open_log, render_line
 
 
 def test_a_line_that_cannot_be_written_is_dropped() -> None:
@@ -52,3 +53,21 @@ def test_a_log_that_cannot_be_opened_is_discarded(tmp_path: Path) -> None:
     with open_log(tmp_path / "x.log") as log:
         log.write(b"kept")
     assert (tmp_path / "x.log").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"status": 200, "path": "/v1/models", "duration_ms": 1.5, "key": ""},
+        {"detail": "two words", "members": ["1.0", "2.0"], "cause": None},
+        {"event": "an_event_with_a_name_of_many_characters", "b": b"x"},
+        {"exception": "Traceback:\n  boom"},
+    ],
+)
+def test_lines_are_those_of_the_console_without_colours(values: dict[str, object]) -> None:
+    event = {"timestamp": "2026-01-02T03:04:05", "level": "info", "event": "request", **values}
+    console = structlog.dev.ConsoleRenderer(colors=False, pad_event_to=24)
+    line = render_line(None, "info", dict(event))
+    shown = str(console(None, "info", dict(event)))
+    assert line.splitlines() == [each.rstrip() for each in shown.splitlines()]
