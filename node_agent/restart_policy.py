@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 from dataclasses import dataclass
 
 from shared.exit_codes import EXIT_FENCED
@@ -14,6 +16,7 @@ class RestartPolicy:
 
     first_delay_s: float = 0.1
     delay_s_max: float = 15.0
+    killed_delay_s_max: float = 2.0  # SIGKILL comes from outside: it shows no fault of the rank
     healthy_after_s: float = 20.0  # a run this long resets the count of failures
 
     def failures_after(self, failures: int, *, uptime_s: float, exit_code: int | None) -> int:
@@ -27,4 +30,6 @@ class RestartPolicy:
         if exit_code == EXIT_FENCED:
             return 0.0
         doubled_s = self.first_delay_s * 2.0 ** min(max(failures - 1, 0), 16)
-        return min(doubled_s, self.delay_s_max) * (1.0 + jitter / 2)
+        is_killed = exit_code == -signal.SIGKILL
+        most_s = min(self.killed_delay_s_max if is_killed else math.inf, self.delay_s_max)
+        return min(doubled_s, most_s) * (1.0 + jitter / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -109,6 +110,20 @@ def test_short_runs_back_off_longer_each_time_and_a_long_one_resets_the_backoff(
     bases = [1, 2, 4, 8, 8]
     assert all(base <= wait <= 1.5 * base for base, wait in zip(bases, waits, strict=False))
     assert waits[-1] <= 1.5
+
+
+def test_a_rank_that_is_killed_again_and_again_does_not_wait_like_one_that_fails() -> None:
+    supervisor, now, waits = fresh(), 0.0, []
+    for _ in range(12):
+        supervisor.take_due(now)
+        supervisor.on_spawned(RUNNING_RANK, now)
+        now += 0.1
+        supervisor.on_exited(RANK, -signal.SIGKILL, now)
+        due_at = supervisor.next_due_at()
+        assert due_at is not None
+        waits.append(due_at - now)
+        now = due_at
+    assert max(waits) <= 1.5 * POLICY.killed_delay_s_max
 
 
 def test_a_fenced_rank_returns_at_once() -> None:
