@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gateway.api_keys import ApiKey, KeyLimits, joined, parse_environment, parse_keys
-from shared.api_key import new_api_key, spelt_hash
+from shared.api_key import KEY_PREFIX, new_api_key, spelt_hash
 from shared.errors import ConfigError
 
-ALICE, BOB = new_api_key(), new_api_key()
+ALICE, BOB = (KEY_PREFIX + letter * 43 for letter in "ab")
 HASH = spelt_hash(ALICE)
 
 
@@ -84,7 +84,6 @@ def test_the_environment_has_keys_or_their_hashes() -> None:
 @pytest.mark.parametrize(
     "text",
     ["alice", "alice=short", f"a={ALICE},a={BOB}", "=" + ALICE, "a b=" + ALICE, "a=sha256:1"],
-    ids=["no key", "short", "twice", "no name", "two words", "no hash"],  # keys are never the same
 )
 def test_a_wrong_environment_is_refused_and_shows_no_key(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
