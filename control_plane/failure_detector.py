@@ -22,6 +22,7 @@ keeps its age small; a stuck engine does not.
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
     any       | accused, waited for, and no step moves for long     | all begin together (a resync)
+    any       | comes to the newest epoch after others              | the steps' time begins anew
     any       | the same after that, and others are not waited for  | the most waited for is dead
 
 "Held: own link" means that more than half of the members are silent, so we may be cut off
@@ -43,7 +44,16 @@ from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
 from control_plane.silence import Rhythm, SilenceEvidence, SilenceTimings, patience_s
 from control_plane.watched_member import ProbeState, WatchedMember
 from shared.records import ProcessView, Suspicion, Verdict
-from shared.types import Epoch, Member, NodeId, ProcessState, Step, SuspicionReason
+from shared.types import (
+    ACCUSERS,
+    Accuser,
+    Epoch,
+    Member,
+    NodeId,
+    ProcessState,
+    Step,
+    SuspicionReason,
+)
 from shared.wire import Pong
 
 OWN_NAME = "control-plane"
@@ -115,7 +125,7 @@ class FailureDetector:
     def doubts(self) -> tuple[Suspicion, ...]:
         """One suspicion of ours for each suspected member. Its node agent watches for these."""
         return tuple(
-            self._own_suspicion(w, w.signals[0].reason, "suspected by the control plane")
+            self._own_suspicion(w, _own_reason(w), "suspected by the control plane")
             for w in self._watched.values()
             if w.suspected_attentive_s is not None and w.signals
         )
@@ -216,6 +226,7 @@ class FailureDetector:
         if watched is None:
             return []
         self._note_progress(pong.epoch, pong.step)
+        self._note_adopted(watched, pong.epoch)
         watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
         watched.announced_until_attentive_s = self._attentive_s + max(
@@ -330,6 +341,14 @@ class FailureDetector:
             for watched in self._watched.values():
                 watched.accusers.clear()
 
+    def _note_adopted(self, watched: WatchedMember, epoch: int) -> None:
+        """A member that comes to the newest epoch late could not before: what kept it, as a cut
+        link does, has just ended, and the step may need as long as any from here. Each member
+        comes to an epoch once, so this cannot go on for ever."""
+        if epoch > watched.epoch and epoch == self._progress[0]:
+            self._progress_attentive_s = self._attentive_s
+        watched.epoch = max(watched.epoch, epoch)
+
     # Judgements.
 
     def _judge_all(self) -> list[Judgement]:
@@ -418,9 +437,11 @@ class FailureDetector:
 
     def _is_host_silent(self, watched: WatchedMember) -> bool:
         """Whether the whole host is quiet or stopped, or its node agent itself did not run. If most
-        members are stopped at once, something has stopped their hosts."""
+        members are stopped at once, something has stopped their hosts; so it is with the last
+        member of all: nobody answers who could show that its host runs, nobody waits for it, and
+        its sessions can go nowhere else."""
         num_stopped = sum(w.is_stopped for w in self._watched.values())
-        if watched.is_stopped and 2 * num_stopped > len(self._watched) > 1:
+        if watched.is_stopped and 2 * num_stopped > len(self._watched):
             return True
         if watched.node is None:
             return False
@@ -514,6 +535,7 @@ class FailureDetector:
         accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
         if not accused or any(self._is_excused(w) for w in accused):
             return []
+        stood_still_s = self._attentive_s - self._progress_attentive_s
         self._note_progress(0, 0, forget=True)
         if not self._began_together:
             self._began_together = True
@@ -524,9 +546,17 @@ class FailureDetector:
             detail = "no step completes, and all members wait for all others"
             return [Standstill(), *self._alarm(AlarmKind.STANDSTILL, detail)]
         worst = next(w for w in accused if waits[w.member.rank] == most)
+        who_wait = sorted(str(w.member) for w in heard if worst.member.rank in w.waiting_for)
+        detail = (
+            f"no step completes for {stood_still_s:.1f} s, and {', '.join(who_wait[:16])} wait for it"
+        )
+        self._suspect(worst, self._own_suspicion(worst, SuspicionReason.LINK, detail))
+        worst.first_signal_at = min(worst.first_signal_at, self._now - stood_still_s)
         return [self._declare_dead(worst, SuspicionReason.LINK)]
 
     def _declare_dead(self, watched: WatchedMember, cause: SuspicionReason) -> Verdict:
+        if not watched.signals:
+            self._suspect(watched, self._own_suspicion(watched, cause, "its successor registered"))
         del self._watched[watched.member]
         return Verdict(
             rank=watched.member.rank,
@@ -543,3 +573,9 @@ class FailureDetector:
             return []
         self._alarmed.add(kind)
         return [Alarm(kind=kind, detail=detail)]
+
+
+def _own_reason(watched: WatchedMember) -> SuspicionReason:
+    """The first that is ours to give: what its peers saw is theirs to say (`ACCUSERS`)."""
+    ours = (s.reason for s in watched.signals if Accuser.CONTROL_PLANE in ACCUSERS[s.reason])
+    return next(ours, SuspicionReason.SILENCE)

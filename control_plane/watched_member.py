@@ -42,6 +42,7 @@ class WatchedMember:
     unleased_attentive_s: float | None = None
     announced_until_attentive_s: float = -inf  # it may be kept from answering until then
     lease_grace: bool = False  # lost its lease in a mass expiry
+    epoch: int = 0  # the newest that a Pong of it has told
     accusers: set[str] = field(default_factory=set)  # since the last progress
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
 
