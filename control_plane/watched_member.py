@@ -54,6 +54,13 @@ class WatchedMember:
     def is_stopped(self) -> bool:
         return self.view is ProcessState.STOPPED
 
+    def view_at(self, attentive_s: float, age_max_s: float) -> ProcessState | None:
+        """What its node agent says, if it said so no longer ago than `age_max_s`. A stopped process
+        stays so until the agent says otherwise, or nothing for long."""
+        if self.is_stopped or attentive_s - self.view_attentive_s <= age_max_s:
+            return self.view
+        return None
+
     @property
     def may_be_alive_without_lease(self) -> bool:
         """Whether its lease is gone, but nothing else suggests that it is dead."""

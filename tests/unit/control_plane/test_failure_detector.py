@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from control_plane.failure_detector import OWN_NAME, DetectorTimings, FailureDetector
+from control_plane.detector_timings import DetectorTimings
+from control_plane.failure_detector import OWN_NAME, FailureDetector
 from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
 from control_plane.silence import SilenceTimings
 from shared.records import ProcessView, Suspicion, Verdict
