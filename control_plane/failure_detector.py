@@ -46,8 +46,6 @@ from control_plane.standstill import StandstillWatch
 from control_plane.watched_member import ProbeState, WatchedMember
 from shared.records import ProcessView, Suspicion, Verdict
 from shared.types import (
-    ACCUSERS,
-    Accuser,
     Epoch,
     Member,
     NodeId,
@@ -94,7 +92,7 @@ class FailureDetector:
     def doubts(self) -> tuple[Suspicion, ...]:
         """One suspicion of ours for each suspected member. Its node agent watches for these."""
         return tuple(
-            self._own_suspicion(w, _own_reason(w), "suspected by the control plane")
+            self._own_suspicion(w, w.signals[0].reason, "suspected by the control plane")
             for w in self._watched.values()
             if w.suspected_attentive_s is not None and w.signals
         )
@@ -444,9 +442,3 @@ class FailureDetector:
             return []
         self._alarmed.add(kind)
         return [Alarm(kind=kind, detail=detail)]
-
-
-def _own_reason(watched: WatchedMember) -> SuspicionReason:
-    """The first that is ours to give: what its peers saw is theirs to say (`ACCUSERS`)."""
-    ours = (s.reason for s in watched.signals if Accuser.CONTROL_PLANE in ACCUSERS[s.reason])
-    return next(ours, SuspicionReason.SILENCE)

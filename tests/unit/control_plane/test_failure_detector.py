@@ -343,7 +343,6 @@ def test_each_suspected_member_is_one_doubt_that_is_no_signal_itself(
     one_host.suspect(1)
     (doubt,) = one_host.detector.doubts
     assert doubt.member == member(1)
-    assert doubt.reason is SuspicionReason.SILENCE
     one_host.take(one_host.detector.on_probe_broken(member(1), one_host.now))
     before = dict(one_host.dead)
     harness = DetectorHarness(timings=LEARNT, node=NODE)
