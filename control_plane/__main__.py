@@ -15,7 +15,7 @@ import structlog
 
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
 from control_plane.control_driver import Driver
-from control_plane.failure_detector import DetectorTimings
+from control_plane.detector_timings import DetectorTimings
 from control_plane.membership import MembershipPolicy
 from control_plane.telemetry import Metrics, http_endpoint
 from shared.clock import SystemClock

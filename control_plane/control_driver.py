@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import structlog
 
 from control_plane.control_reporter import ControlReporter
+from control_plane.detector_timings import DetectorTimings
 from control_plane.election import Election
-from control_plane.failure_detector import DetectorTimings
 from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy

@@ -22,6 +22,7 @@ keeps its age small; a stuck engine does not.
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
     any       | accused, waited for, and no step moves for long     | all begin together (a resync)
+    any       | comes to the newest epoch after others              | the steps' time begins anew
     any       | the same after that, and others are not waited for  | the most waited for is dead
 
 "Held: own link" means that more than half of the members are silent, so we may be cut off
@@ -34,50 +35,29 @@ is measured in *attentive* time, which does not count our own stalls.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import inf
 
+from control_plane.common_silence import CommonSilence
+from control_plane.detector_timings import DetectorTimings
 from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
-from control_plane.silence import Rhythm, SilenceEvidence, SilenceTimings, patience_s
+from control_plane.silence import Rhythm, SilenceEvidence, patience_s
+from control_plane.standstill import StandstillWatch
 from control_plane.watched_member import ProbeState, WatchedMember
 from shared.records import ProcessView, Suspicion, Verdict
-from shared.types import Epoch, Member, NodeId, ProcessState, Step, SuspicionReason
+from shared.types import (
+    Epoch,
+    Member,
+    NodeId,
+    ProcessState,
+    Step,
+    SuspicionReason,
+)
 from shared.wire import Pong
 
 OWN_NAME = "control-plane"
 SIGNALS_MAX = 16
 _INSTANT = frozenset({SuspicionReason.RESET, SuspicionReason.LINK, SuspicionReason.EXCHANGE})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DetectorTimings:
-    silence: SilenceTimings = SilenceTimings()
-    # What a node agent said of a process that is not stopped says nothing after this long.
-    view_age_max_s: float = 0.3
-    # The same for a stopped one, of which the node agent says so again while it is suspected.
-    stopped_view_age_max_s: float = 3.0
-    # A sign of life that is so much newer than a view which says "stopped" disproves it.
-    answer_under_way_s: float = 0.05
-    # A node agent that did not run for this long was paused or starved, and so was its host.
-    host_gap_min_s: float = 0.1
-    # A member that is probed at the urgent interval and has not answered for this long is quiet.
-    quiet_s: float = 0.06
-    # Most members have been quiet for this long: our own link is suspect.
-    own_link_s: float = 0.25
-    # Time to register again after a lost lease: a little more than a keep-alive interval.
-    reregister_timeout_s: float = 2.0
-    # The same, if most leases expired at once: as long as a lease lasts.
-    mass_expiry_grace_s: float = 5.0
-    # A member that is not suspected becomes so after this long without an answer.
-    probe_silence_s: float = 1.2
-    # Members have waited for an accused member for this long, and no step has completed. Then all
-    # begin together; a member dies only if after that no step completes for as long again.
-    stuck_s: float = 2.5
-    # Time between two events beyond this is our own stall, and not attentive time.
-    gap_max_s: float = 0.25
-    gap_max_urgent_s: float = 0.03
 
 
 class FailureDetector:
@@ -89,14 +69,11 @@ class FailureDetector:
         self._watched: dict[Member, WatchedMember] = {}
         self._registered: dict[Member, NodeId] = {}
         self._rhythm = Rhythm(now)
-        self._host_paused_attentive_s: dict[NodeId, float] = {}  # by node, when it was last so
+        self._common_silence = CommonSilence(timings)
+        self._standstill = StandstillWatch(timings)
         self._now = now
         self._attentive_s = 0.0
         self._own_link_suspect_attentive_s = -inf
-        self._progress: tuple[int, int] = (0, 0)
-        # The time of the last progress, or of the first wait after it: sleeping ranks do not wait.
-        self._progress_attentive_s = 0.0
-        self._began_together = False  # since a step last completed
         self._alarmed: set[AlarmKind] = set()
 
     @property
@@ -139,7 +116,7 @@ class FailureDetector:
             self._watched[member] = watched
             if member not in self._registered:
                 self._lose_lease(watched)
-        self._note_progress(0, 0, forget=True)
+        self._standstill.restart(self._watched.values(), self._attentive_s)
         return self._judge_all()
 
     def on_record(self, member: Member, node: NodeId, now: float) -> list[Judgement]:
@@ -187,8 +164,9 @@ class FailureDetector:
             if view.state is ProcessState.STOPPED:
                 self._suspect_stopped(watched)
             return self._judge_all()
-        if view.host_gap_ms / 1000 >= self._timings.host_gap_min_s and watched.node is not None:
-            self._host_paused_attentive_s[watched.node] = self._attentive_s
+        if watched.node is not None:
+            gap_s = view.host_gap_ms / 1000
+            self._common_silence.on_host_gap(watched.node, gap_s, self._attentive_s)
         if view.state is ProcessState.STOPPED and not watched.is_stopped:
             watched.stopped_attentive_s = self._attentive_s
         watched.view, watched.view_attentive_s = view.state, self._attentive_s
@@ -215,7 +193,10 @@ class FailureDetector:
         watched = self._watched.get(member)
         if watched is None:
             return []
-        self._note_progress(pong.epoch, pong.step)
+        at_step = pong.epoch, pong.step
+        members = self._watched.values()
+        if self._standstill.on_pong(watched, at_step, members, self._attentive_s):
+            self._alarmed.discard(AlarmKind.STANDSTILL)
         watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
         watched.announced_until_attentive_s = self._attentive_s + max(
@@ -242,7 +223,7 @@ class FailureDetector:
         fault of any member."""
         self._advance_attentive_time(now)
         if steps_paused:
-            self._note_progress(0, 0, forget=True)
+            self._standstill.restart(self._watched.values(), self._attentive_s)
         for watched in self._watched.values():
             probe_silence_s = self._attentive_s - max(
                 watched.pong_attentive_s, watched.added_attentive_s
@@ -320,16 +301,6 @@ class FailureDetector:
             detail=detail,
         )
 
-    def _note_progress(self, epoch: int, step: int, *, forget: bool = False) -> None:
-        if not forget and epoch == self._progress[0] and step > self._progress[1]:
-            self._began_together = False
-            self._alarmed.discard(AlarmKind.STANDSTILL)
-        if forget or (epoch, step) > self._progress:
-            self._progress = (0, 0) if forget else (epoch, step)
-            self._progress_attentive_s = self._attentive_s
-            for watched in self._watched.values():
-                watched.accusers.clear()
-
     # Judgements.
 
     def _judge_all(self) -> list[Judgement]:
@@ -391,7 +362,8 @@ class FailureDetector:
             watched.heartbeat_attentive_s,
             self._own_link_suspect_attentive_s,
         )
-        is_host_silent = self._is_host_silent(watched)
+        members = self._watched.values()
+        is_host_silent = self._common_silence.is_host_silent(watched, members, self._attentive_s)
         if is_host_silent:
             watched.host_silent_attentive_s = self._attentive_s
         else:
@@ -401,7 +373,7 @@ class FailureDetector:
             # What it was silent for while it ran says nothing of the stop.
             since_attentive_s = max(since_attentive_s, watched.stopped_attentive_s)
         evidence = SilenceEvidence(
-            view=self._view_of(watched),
+            view=watched.view_at(self._attentive_s, self._timings.view_age_max_s),
             is_host_silent=is_host_silent,
             usual_s=self._rhythm.usual_s(self._attentive_s),
             announced_s=watched.announced_until_attentive_s - since_attentive_s,
@@ -409,72 +381,10 @@ class FailureDetector:
         waited_s = self._attentive_s - since_attentive_s
         return waited_s >= patience_s(evidence, self._timings.silence)
 
-    def _view_of(self, watched: WatchedMember) -> ProcessState | None:
-        """A stopped process stays so until its node agent says otherwise, or nothing for long."""
-        age_s = self._attentive_s - watched.view_attentive_s
-        if watched.is_stopped or age_s <= self._timings.view_age_max_s:
-            return watched.view
-        return None
-
-    def _is_host_silent(self, watched: WatchedMember) -> bool:
-        """Whether the whole host is quiet or stopped, or its node agent itself did not run. If most
-        members are stopped at once, something has stopped their hosts."""
-        num_stopped = sum(w.is_stopped for w in self._watched.values())
-        if watched.is_stopped and 2 * num_stopped > len(self._watched) > 1:
-            return True
-        if watched.node is None:
-            return False
-        paused_attentive_s = self._host_paused_attentive_s.get(watched.node, -inf)
-        if self._attentive_s - paused_attentive_s < self._timings.silence.host_pause_s:
-            return True
-        others = [
-            other
-            for other in self._watched.values()
-            if other.node == watched.node and other is not watched and not other.is_never_probed
-        ]
-        return bool(others) and all(self._is_quiet(other) for other in others)
-
-    def _is_quiet(self, watched: WatchedMember) -> bool:
-        """Stopped, or asked and not heard, and its node agent does not say that it runs."""
-        if watched.is_stopped:
-            return True
-        asked_attentive_s = self._urgent_since_attentive_s()
-        if asked_attentive_s is None or self._view_of(watched) is not None:
-            return False
-        heard_attentive_s = max(watched.pong_attentive_s, asked_attentive_s)
-        return self._attentive_s - heard_attentive_s >= self._timings.quiet_s
-
-    def _urgent_since_attentive_s(self) -> float | None:
-        """Since when all members are probed at the urgent interval."""
-        return min(
-            (
-                w.suspected_attentive_s
-                for w in self._watched.values()
-                if w.suspected_attentive_s is not None
-            ),
-            default=None,
-        )
-
-    def _is_own_link_suspect(self) -> bool:
-        """Whether more than half of the members have not answered for the whole window, though they
-        were probed at the urgent interval and show no other sign of death."""
-        asked_attentive_s = self._urgent_since_attentive_s()
-        if asked_attentive_s is None:
-            return False
-        asked = [w for w in self._watched.values() if not w.is_never_probed]
-        heard_nothing = [
-            w
-            for w in asked
-            if w.probe in (ProbeState.CONNECTED, ProbeState.UNTRIED)
-            and not w.is_stopped
-            and self._attentive_s - max(w.pong_attentive_s, asked_attentive_s)
-            >= self._timings.own_link_s
-        ]
-        return 2 * len(heard_nothing) > len(asked)
-
     def _judge_own_link(self) -> list[Judgement]:
         """While our own link is suspect, silence does not count, neither then nor later."""
-        if not self._is_own_link_suspect():
+        members = self._watched.values()
+        if not self._common_silence.is_own_link_suspect(members, self._attentive_s):
             self._alarmed.discard(AlarmKind.OWN_LINK)
             return []
         self._own_link_suspect_attentive_s = self._attentive_s
@@ -500,33 +410,22 @@ class FailureDetector:
         return self._alarm(AlarmKind.MASS_EXPIRY, detail)
 
     def _judge_stuck(self) -> list[Judgement]:
-        if not any(w.waiting_for for w in self._watched.values()):
-            self._progress_attentive_s = self._attentive_s
-        if self._attentive_s - self._progress_attentive_s < self._timings.stuck_s:
+        found = self._standstill.look(self._watched.values(), self._attentive_s, self._is_excused)
+        if found is None:
             return []
-        # Old Pongs do not count: the missing progress may be our own lost link.
-        heard = [
-            w
-            for w in self._watched.values()
-            if self._attentive_s - w.pong_attentive_s < self._timings.probe_silence_s
-        ]
-        waits = Counter(rank for w in heard for rank in w.waiting_for)
-        accused = [w for w in self._watched.values() if w.accusers and waits[w.member.rank] > 0]
-        if not accused or any(self._is_excused(w) for w in accused):
-            return []
-        self._note_progress(0, 0, forget=True)
-        if not self._began_together:
-            self._began_together = True
+        if found.is_first:
             return [Standstill()]
-        most = max(waits[w.member.rank] for w in accused)
-        if all(waits[w.member.rank] == most for w in heard):
-            # Who waits for all does not say whom it cannot reach. A death would be a guess.
+        if found.blamed is None:
             detail = "no step completes, and all members wait for all others"
             return [Standstill(), *self._alarm(AlarmKind.STANDSTILL, detail)]
-        worst = next(w for w in accused if waits[w.member.rank] == most)
-        return [self._declare_dead(worst, SuspicionReason.LINK)]
+        blamed = found.blamed
+        self._suspect(blamed, self._own_suspicion(blamed, SuspicionReason.LINK, found.detail))
+        blamed.first_signal_at = min(blamed.first_signal_at, self._now - found.seconds)
+        return [self._declare_dead(blamed, SuspicionReason.LINK)]
 
     def _declare_dead(self, watched: WatchedMember, cause: SuspicionReason) -> Verdict:
+        if not watched.signals:
+            self._suspect(watched, self._own_suspicion(watched, cause, "its successor registered"))
         del self._watched[watched.member]
         return Verdict(
             rank=watched.member.rank,

@@ -4,7 +4,8 @@ election makes a new one from the cluster state."""
 from __future__ import annotations
 
 from control_plane.cluster_state import ClusterState
-from control_plane.failure_detector import DetectorTimings, FailureDetector
+from control_plane.detector_timings import DetectorTimings
+from control_plane.failure_detector import FailureDetector
 from control_plane.judgements import Alarm, Judgement, Standstill, VerdictCancelled
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (

@@ -16,7 +16,8 @@ A member that is not stopped may also be silent for as long as what it announced
 Whoever announces without end, or dies at it unseen, is not excused for longer.
 
 A host is silent if all of its members that were asked are, and they are at least two, or if its
-node agent has itself stood still. All but `stopped_s` grow, up to `hung_s`, with the slowest
+node agent has itself stood still. So are the hosts of stopped members if most members of the map
+are stopped, or the only one is. All but `stopped_s` grow, up to `hung_s`, with the slowest
 answers that this instance gives when all is well (`Rhythm`). Every one of them but `stopped_s` is
 longer than a second: a pause of up to a second ends no incarnation.
 """

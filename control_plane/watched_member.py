@@ -42,6 +42,7 @@ class WatchedMember:
     unleased_attentive_s: float | None = None
     announced_until_attentive_s: float = -inf  # it may be kept from answering until then
     lease_grace: bool = False  # lost its lease in a mass expiry
+    epoch: int = 0  # the newest that a Pong of it has told
     accusers: set[str] = field(default_factory=set)  # since the last progress
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
 
@@ -52,6 +53,13 @@ class WatchedMember:
     @property
     def is_stopped(self) -> bool:
         return self.view is ProcessState.STOPPED
+
+    def view_at(self, attentive_s: float, age_max_s: float) -> ProcessState | None:
+        """What its node agent says, if it said so no longer ago than `age_max_s`. A stopped process
+        stays so until the agent says otherwise, or nothing for long."""
+        if self.is_stopped or attentive_s - self.view_attentive_s <= age_max_s:
+            return self.view
+        return None
 
     @property
     def may_be_alive_without_lease(self) -> bool:

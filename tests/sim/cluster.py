@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from control_plane.control_driver import Driver
-from control_plane.failure_detector import DetectorTimings
+from control_plane.detector_timings import DetectorTimings
 from control_plane.membership import MembershipPolicy
 from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics

@@ -58,6 +58,7 @@ class InvariantChecker:
     cluster: SimCluster
     num_maps: int = 0
     targets: dict[Member, SlotTargets] = field(default_factory=dict)
+    declared_dead: set[Member] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         cluster = self.cluster
@@ -90,7 +91,16 @@ class InvariantChecker:
                 self._violate(f"{self.num_maps} maps for {len(self.cluster.processes)} lives")
 
     def _check_verdict(self, verdict: Verdict) -> None:
-        member = Member(rank=verdict.rank, incarnation=verdict.incarnation)
+        """Invariant 11 asks of a verdict when it ends the life, which is when it is first written:
+        from then on the life is fenced (6). The map that leaves it out may have to wait for orphans
+        for seconds, and writes the verdict once more, with its epoch: that ends nothing, and what
+        was cut or stopped may by then be whole again."""
+        member = verdict.member
+        if member in self.declared_dead:
+            return
+        self.declared_dead.add(member)
+        if not verdict.signals:
+            self._violate(f"a verdict on {member} does not say upon what it rests")
         process = self.cluster.processes.get(member)
         if process is None or self._may_be_declared_dead(process):
             return

@@ -40,6 +40,12 @@ REGRESSION_SEEDS = {
     299: "a death in an outage of etcd, found by a leader that could ask nobody",
     597: "a map that names what a load for an assignment since replaced was overwriting",
     100476: "a leader that heard nobody took their last words for a step that stands still",
+    203496: "a pair of ranks had its link again, and one was given up as it came to the epoch",
+    206149: "a verdict after a standstill did not say upon what it rested",
+    **dict.fromkeys(
+        (207666, 208402, 210526, 211478),
+        "the checker took a verdict's second writing, with its map's epoch, for another death",
+    ),
 }
 
 
@@ -60,6 +66,9 @@ CARD_REGRESSION_SEEDS = {
     164: "a rank whose own context was gone lived on, linked to nobody, and no map formed again",
     820050: "a release that ended after its incarnation began a load in what had ended",
     10: "mapping a joiner took 0.3 to 1 s, and a verdict ended the rank that maps",
+    206535: "the last member was stopped for 0.4 s, and a verdict ended it",
+    204209: "the checker took a verdict's second writing, with its map's epoch, for another death",
+    204624: "the same",
     # Connections begin with a handshake now: the schedule is another one, so it may not be mended.
     438: "all ranks die one after another while maps follow each other, and no map forms again",
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from control_plane.failure_detector import DetectorTimings
+from control_plane.detector_timings import DetectorTimings
 from control_plane.leader_term import LeaderTerm
 from control_plane.membership import MembershipPolicy
 from control_plane.probe_events import ProbeConnected, ProbePong, ProbeRefused

@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from control_plane.failure_detector import DetectorTimings, FailureDetector
+from control_plane.detector_timings import DetectorTimings
+from control_plane.failure_detector import OWN_NAME, FailureDetector
 from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
 from control_plane.silence import SilenceTimings
 from shared.records import ProcessView, Suspicion, Verdict
 from shared.types import (
+    ACCUSERS,
+    Accuser,
     Epoch,
     Incarnation,
     Member,
@@ -76,6 +79,7 @@ class DetectorHarness:
         *,
         engine_age_ms: float = 0.0,
         waiting_for: tuple[int, ...] = (),
+        epoch: int = 1,
         step: int | None = None,
         loads_for_ms: float = 0.0,
     ) -> None:
@@ -85,7 +89,7 @@ class DetectorHarness:
             nonce=1,
             rank=RankId(rank),
             incarnation=Incarnation(1),
-            epoch=Epoch(1),
+            epoch=Epoch(epoch),
             step=Step(self.step if step is None else step),
             engine_age_ms=engine_age_ms,
             waiting_for=tuple(RankId(r) for r in waiting_for),
@@ -707,6 +711,18 @@ def test_most_ranks_stopped_at_once_are_paused_with_their_hosts() -> None:
     assert harness.dead == {0: SuspicionReason.STOPPED}
 
 
+def test_the_last_member_stopped_is_paused_with_its_host() -> None:
+    """The others are dead: nobody can show that its host runs, and nobody waits for it."""
+    harness = DetectorHarness(3, LEARNT)
+    for rank in (0, 1):
+        harness.suspect(rank, SuspicionReason.EXIT)
+    harness.view(2, ProcessState.STOPPED)
+    harness.pass_time(1.0)
+    assert set(harness.dead) == {0, 1}
+    harness.pass_time(LEARNT.silence.host_pause_s - 1.0 + 0.02)
+    assert harness.dead[2] is SuspicionReason.STOPPED
+
+
 def test_what_a_rank_was_silent_for_before_it_was_stopped_does_not_count() -> None:
     harness = DetectorHarness(4, LEARNT)
     harness.suspect(1)
@@ -765,6 +781,49 @@ def test_each_standstill_is_first_met_by_beginning_together(harness: DetectorHar
     assert harness.dead == {}
 
 
+def wait_for(harness: DetectorHarness, accused: int, seconds: float, *late: int) -> None:
+    """In epoch 2, to which `late` have not come yet."""
+    for _ in range(round(seconds / 0.02)):
+        harness.now += 0.02
+        for rank in range(4):
+            is_late = rank in late
+            waits = () if is_late or rank == accused else (accused,)
+            harness.pong(rank, epoch=1 if is_late else 2, waiting_for=waits)
+        harness.take(harness.detector.on_tick(harness.now))
+
+
+def test_a_member_that_comes_to_the_epoch_late_gives_the_step_its_time_anew(
+    harness: DetectorHarness,
+) -> None:
+    """Ranks 0 and 2 were cut from each other: 0 has its link again, and 2 is about to."""
+    stand_still(harness, {0: (2,), 1: (2,), 2: (0,), 3: (2,)})
+    assert harness.news == [Standstill()]
+    wait_for(harness, 2, 0.02, 0, 2)
+    harness.suspect(2)
+    wait_for(harness, 2, TIMINGS.stuck_s - 0.3, 0, 2)
+    wait_for(harness, 2, TIMINGS.stuck_s - 0.1, 2)
+    assert harness.dead == {}
+    wait_for(harness, 2, 0.2, 2)
+    assert harness.dead == {2: SuspicionReason.LINK}
+
+
+def test_a_verdict_after_a_standstill_says_who_waits_and_for_how_long(
+    harness: DetectorHarness,
+) -> None:
+    """Whoever answers the control plane is trusted by it: there is no other signal then."""
+    stand_still(harness, {0: (2,), 1: (2,), 2: (0,), 3: (2,)})
+    wait_for(harness, 2, 0.02)
+    began_at = harness.now
+    harness.suspect(2)
+    wait_for(harness, 2, TIMINGS.stuck_s + 0.1)
+    verdict = harness.news[-1]
+    assert isinstance(verdict, Verdict)
+    (signal,) = verdict.signals
+    assert (signal.reason, signal.by) == (SuspicionReason.LINK, OWN_NAME)
+    assert signal.detail == "no step completes for 2.5 s, and 0.1, 1.1, 3.1 wait for it"
+    assert began_at <= verdict.first_signal_at <= began_at + 0.1
+
+
 def test_a_slow_first_step_after_a_long_sleep_is_not_stuck(harness: DetectorHarness) -> None:
     harness.pass_time(10 * TIMINGS.stuck_s, 0, 1, 2, 3, tick_s=0.1)
     harness.suspect(1)
@@ -816,3 +875,22 @@ def test_a_verdict_carries_its_signals_and_times(harness: DetectorHarness) -> No
     assert dead.first_signal_at == began_at
     assert began_at + WINDOW_S <= dead.decided_at <= began_at + WINDOW_S + 0.03
     assert [s.reason for s in dead.signals] == [SuspicionReason.EXCHANGE, SuspicionReason.LINK]
+
+
+def test_a_verdict_by_a_successor_alone_says_so(harness: DetectorHarness) -> None:
+    harness.take(harness.detector.on_record(member(1, 2), NodeId("host-1"), harness.now))
+    (dead,) = [n for n in harness.news if isinstance(n, Verdict)]
+    assert [(s.reason, s.detail) for s in dead.signals] == [
+        (SuspicionReason.EXIT, "its successor registered")
+    ]
+    assert dead.first_signal_at == dead.decided_at == harness.now
+
+
+@pytest.mark.parametrize("reason", SuspicionReason)
+def test_a_doubt_has_a_reason_that_a_control_plane_may_give(reason: SuspicionReason) -> None:
+    """Whoever reads etcd drops every other one as forged."""
+    harness = DetectorHarness()
+    harness.suspect(1, reason)
+    for doubt in harness.detector.doubts:
+        assert Accuser.CONTROL_PLANE in ACCUSERS[doubt.reason]
+    assert bool(harness.detector.doubts) is (reason is not SuspicionReason.EXIT)

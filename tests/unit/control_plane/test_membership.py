@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from control_plane.failure_detector import DetectorTimings
+from control_plane.detector_timings import DetectorTimings
 from control_plane.judgements import Alarm, AlarmKind
 from control_plane.writes import Assign, DeclareDead, DeleteKeys, PublishMap
 from shared.records import SlotContents, Verdict, pack_record
