@@ -265,7 +265,8 @@ def test_contents_suspicions_and_verdicts_are_kept_by_incarnation(cluster: State
     [
         (accuser, reason)
         for reason in SuspicionReason
-        for accuser in set(Accuser) - ACCUSERS[reason]
+        for accuser in Accuser
+        if accuser not in ACCUSERS[reason]
     ],
 )
 def test_nobody_gives_a_reason_that_another_kind_of_process_has(
