@@ -335,6 +335,7 @@ class HttpApp:
             id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             created=int(self._clock.wall()),
             model=served.name,
+            fingerprint=served.fingerprint,
             chat=chat,
         )
         tasks = [
