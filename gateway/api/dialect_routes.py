@@ -1,5 +1,5 @@
-"""Routes of the Messages and the Responses API. What they ask for is a chat, which `answer_chat`
-prepares and generates."""
+"""Routes of the Messages and the Responses API, which ask for a chat, and of SGLang's `/generate`,
+which asks for a completion."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
+from gateway.api.answer import AnswerJob
 from gateway.api.anthropic.answer import MessagesAnswer
 from gateway.api.anthropic.bodies import CountBody, MessagesBody
 from gateway.api.anthropic.chat import chat_fields as chat_of_messages
 from gateway.api.anthropic.chat import prompt_fields
-from gateway.api.bodies import B, ChatBody
+from gateway.api.bodies import B, ChatBody, CompletionBody
 from gateway.api.dialect import Dialect
 from gateway.api.job import Job
 from gateway.api.openai_responses.answer import ResponseAnswer
@@ -23,6 +24,8 @@ from gateway.api.openai_responses.chat import input_messages
 from gateway.api.openai_responses.store import ResponseStore, StoredResponse
 from gateway.api.request_context import require_context
 from gateway.api.routes import Routes
+from gateway.api.sglang.answer import GenerateAnswer
+from gateway.api.sglang.bodies import GenerateBody, completion_of
 from shared.errors import RequestError
 
 MESSAGES_PATH = "/v1/messages"
@@ -40,6 +43,18 @@ class AnswerChat(Protocol):
     ) -> web.StreamResponse: ...
 
 
+class AnswerCompletion(Protocol):
+    """See `http_app.HttpApp.answer_completion`."""
+
+    async def __call__(
+        self,
+        request: web.Request,
+        cls: type[B],
+        completion_of: Callable[[B], CompletionBody],
+        answer_of: Callable[[B], AnswerJob],
+    ) -> web.StreamResponse: ...
+
+
 class DialectRoutes:
     """`count_prompt` returns the number of tokens of a chat's prompt."""
 
@@ -47,12 +62,14 @@ class DialectRoutes:
         self,
         *,
         answer_chat: AnswerChat,
+        answer_completion: AnswerCompletion,
         count_prompt: Callable[
             [web.Request, type[CountBody], Callable[[CountBody], ChatBody]], Awaitable[int]
         ],
         store: ResponseStore,
     ) -> None:
         self._answer_chat = answer_chat
+        self._answer_completion = answer_completion
         self._count_prompt = count_prompt
         self._store = store
 
@@ -77,6 +94,13 @@ class DialectRoutes:
             body=ResponsesBody,
             streams=True,
         )
+        routes.post(
+            "/generate",
+            self._generate,
+            "goes on with texts, as SGLang's API does",
+            body=GenerateBody,
+            streams=True,
+        )
         routes.get("/v1/responses/{id}", self._show_response, "a response that is remembered")
         routes.delete("/v1/responses/{id}", self._forget_response, "forgets a response")
 
@@ -86,6 +110,14 @@ class DialectRoutes:
 
         return await self._answer_chat(
             request, MessagesBody, lambda body: _chat_body(chat_of_messages(body)), dialect_of
+        )
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer_completion(
+            request,
+            GenerateBody,
+            completion_of,
+            lambda body: GenerateAnswer(is_batch=body.is_batch),
         )
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:

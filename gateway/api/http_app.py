@@ -7,12 +7,13 @@ import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gateway.api.answer import answer_stream, answer_whole
+from gateway.api.answer import AnswerJob, answer_job
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.anthropic.answer import error_body as messages_error
 from gateway.api.authentication import Authenticator
@@ -27,7 +28,7 @@ from gateway.api.bodies import (
 from gateway.api.chat_request import plan_answer, read_chat
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.dialect import Dialect
-from gateway.api.dialect_answer import answer_stream_in, answer_whole_in
+from gateway.api.dialect_answer import answer_job_in
 from gateway.api.dialect_routes import MESSAGES_PATH, DialectRoutes
 from gateway.api.errors import HttpError, body_too_large, http_error
 from gateway.api.grammar_reader import GrammarReader
@@ -144,6 +145,7 @@ class HttpApp:
         info.add_to(routes)
         dialects = DialectRoutes(
             answer_chat=self.answer_chat,
+            answer_completion=self.answer_completion,
             count_prompt=self.count_prompt,
             store=ResponseStore(RESPONSES_BYTES_MAX),
         )
@@ -213,7 +215,8 @@ class HttpApp:
             grammar = await self._grammar(request, body, form, plan, served, scheduling)
             options = options.guided_by(grammar)
             job = self._job(served, options, [prompt], limits, scheduling, plan)
-            return await self._run(request, job, dialect_of and dialect_of(job))
+            answer = partial(answer_job_in, dialect_of(job)) if dialect_of else answer_job
+            return await self._run(request, job, answer)
 
     async def count_prompt(
         self, request: web.Request, cls: type[B], chat_of: Callable[[B], ChatBody]
@@ -232,9 +235,22 @@ class HttpApp:
             return len(ids)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self.answer_completion(
+            request, CompletionBody, lambda body: body, lambda body: answer_job
+        )
+
+    async def answer_completion(
+        self,
+        request: web.Request,
+        cls: type[B],
+        completion_of: Callable[[B], CompletionBody],
+        answer_of: Callable[[B], AnswerJob],
+    ) -> web.StreamResponse:
+        """Goes on with the texts of a body of type `cls`. `answer_of`: how that is answered."""
         with self._admission.enter(request):
             served = await self._require_served_model()
-            body = await self._read(request, CompletionBody)
+            sent = await self._read(request, cls)
+            body = completion_of(sent)
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
@@ -249,7 +265,7 @@ class HttpApp:
             grammar = await self._grammar(request, body, form, None, served, scheduling)
             options = options.guided_by(grammar)
             job = self._job(served, options, prompts, limits, scheduling)
-            return await self._run(request, job)
+            return await self._run(request, job, answer_of(sent))
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admission.enter(request):
@@ -365,9 +381,7 @@ class HttpApp:
             plan=plan,
         )
 
-    async def _run(
-        self, request: web.Request, job: Job, dialect: Dialect | None = None
-    ) -> web.StreamResponse:
+    async def _run(self, request: web.Request, job: Job, answer: AnswerJob) -> web.StreamResponse:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
@@ -380,13 +394,7 @@ class HttpApp:
         )
         try:
             with generation:
-                if dialect is not None and job.options.stream:
-                    return await answer_stream_in(dialect, request, generation, job)
-                if dialect is not None:
-                    return await answer_whole_in(dialect, generation, job)
-                if job.options.stream:
-                    return await answer_stream(request, generation, job)
-                return await answer_whole(generation, job)
+                return await answer(request, generation, job)
         finally:
             context.num_generated = generation.num_generated
             num_prompt_tokens = sum(len(task.prompt) for task in job.tasks)

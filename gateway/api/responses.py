@@ -29,7 +29,8 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A finished choice. `stop` is the stop string or stop token that ended it. `message` is a chat's, if its text was parsed; else it has the text."""
+    """A finished choice. `stop` is the stop string or stop token that ended it. `message` is a
+    chat's, if its text was parsed; else it has the text."""
 
     text: str
     token_ids: list[int]
@@ -176,8 +177,8 @@ class ChunkWriter:
         *,
         stop: str | int | None = None,
     ) -> bytes:
-        """`body` is the member `"delta":…` of a chat's choice, or `"text":…`. What stopped the choice
-        is said where it ends."""
+        """`body` is the member `"delta":…` of a chat's choice, or `"text":…`. At the choice's end
+        `stop` says what stopped it."""
         reason = _encode(finish_reason)
         if finish_reason is not None:
             reason += b',"stop_reason":' + _encode(stop)
