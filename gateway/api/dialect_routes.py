@@ -15,7 +15,7 @@ from gateway.api.anthropic.bodies import CountBody, MessagesBody
 from gateway.api.anthropic.chat import chat_fields as chat_of_messages
 from gateway.api.anthropic.chat import prompt_fields
 from gateway.api.bodies import B, ChatBody, CompletionBody
-from gateway.api.dialect import Dialect
+from gateway.api.dialect import Dialect, naming_fields
 from gateway.api.job import Job
 from gateway.api.openai_responses.answer import ResponseAnswer
 from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
@@ -29,6 +29,29 @@ from gateway.api.sglang.bodies import GenerateBody, completion_of
 from shared.errors import RequestError
 
 MESSAGES_PATH = "/v1/messages"
+
+
+MESSAGES_NAMES = {
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking",
+    "response_format": "output_config",
+}
+RESPONSES_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning",
+    "response_format": "text",
+}
+GENERATE_NAMES = {
+    "prompt": "text",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_grammar": "ebnf",
+}
+"""OpenAI's field → what the API calls it."""
 
 
 class AnswerChat(Protocol):
@@ -108,17 +131,19 @@ class DialectRoutes:
         def dialect_of(job: Job) -> Dialect:
             return MessagesAnswer(id=job.header.id, model=job.header.model)
 
-        return await self._answer_chat(
-            request, MessagesBody, lambda body: _chat_body(chat_of_messages(body)), dialect_of
-        )
+        with naming_fields(MESSAGES_NAMES):
+            return await self._answer_chat(
+                request, MessagesBody, lambda body: _chat_body(chat_of_messages(body)), dialect_of
+            )
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer_completion(
-            request,
-            GenerateBody,
-            completion_of,
-            lambda body: GenerateAnswer(is_batch=body.is_batch),
-        )
+        with naming_fields(GENERATE_NAMES):
+            return await self._answer_completion(
+                request,
+                GenerateBody,
+                completion_of,
+                lambda body: GenerateAnswer(is_batch=body.is_batch),
+            )
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         count = await self._count_prompt(
@@ -128,9 +153,10 @@ class DialectRoutes:
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         answering = _Answering(self._store, require_context(request).key.name)
-        response = await self._answer_chat(
-            request, ResponsesBody, answering.chat_of, answering.dialect_of
-        )
+        with naming_fields(RESPONSES_NAMES):
+            response = await self._answer_chat(
+                request, ResponsesBody, answering.chat_of, answering.dialect_of
+            )
         answering.remember()
         return response
 

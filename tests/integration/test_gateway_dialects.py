@@ -286,6 +286,7 @@ async def test_an_event_of_sglangs_stream_has_the_whole_text_so_far(
         {"text": "a", "return_logprob": True},
         {"text": "a", "lora_path": "x"},
         {"text": "a", "sampling_params": {"max_tokens": 5}},
+        {"text": "a", "sampling_params": {"max_new_tokens": -1}},
         {"text": "a", "sampling_params": {"stop_regex": "x"}},
         {"text": "a", "sampling_params": {"regex": "("}},
         {"text": "a", "sampling_params": {"json_schema": '{"$ref": "#"}'}},
@@ -297,3 +298,20 @@ async def test_sglangs_generate_refuses_what_is_not_served(
 ) -> None:
     status, body = await generate(harness, **fields)
     assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),
+        ("/generate", {"text": "a", "sampling_params": {"regex": "("}}, "regex"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": -1}, "max_output_tokens"),
+    ],
+)
+async def test_an_error_names_the_field_that_was_sent(
+    harness: GatewayHarness, path: str, body: dict[str, Any], param: str
+) -> None:
+    async with harness.http.post(harness.url + path, json=body) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["param"]) == (400, param)
+    assert error["message"].startswith(param)
