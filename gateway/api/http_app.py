@@ -3,7 +3,6 @@ answer is written is `answer`'s."""
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +38,7 @@ from gateway.api.job import Job
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission
-from gateway.api.request_body import content_coding, decompress
+from gateway.api.request_body import read_body
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
@@ -66,7 +65,6 @@ from shared.errors import RequestError, StarfishError, Unavailable
 
 log = structlog.get_logger()
 
-BODY_TIMEOUT_S = 60.0
 RESPONSES_BYTES_MAX = 64 << 20
 """Size of what the Responses API remembers."""
 MODEL_WAIT_S = 5.0
@@ -297,16 +295,7 @@ class HttpApp:
         return served
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
-        if (request.content_length or 0) > self._body_bytes_max:
-            raise body_too_large(self._body_bytes_max)
-        coding = content_coding(request.headers.get("Content-Encoding", ""))
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                raw = await request.read()
-        except TimeoutError as error:
-            raise RequestError("the body did not arrive in time", code="request_timeout") from error
-        if coding is not None:
-            raw = await asyncio.to_thread(decompress, raw, coding, self._body_bytes_max)
+        raw = await read_body(request, self._body_bytes_max)
         body = decode_body(raw, cls)
         require_context(request).body_bytes = len(raw)
         request[IGNORED_FIELDS] = ignored_fields(raw, cls)

@@ -315,3 +315,19 @@ async def test_an_error_names_the_field_that_was_sent(
         error = (await response.json())["error"]
     assert (response.status, error["param"]) == (400, param)
     assert error["message"].startswith(param)
+
+
+async def test_sglangs_stream_goes_on_after_a_death(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
+        rank.hold_at = 20
+    body = {"text": "a reef", "stream": True}
+    async with harness.http.post(harness.url + "/generate", json=body) as response:
+        begin = await response.content.readuntil(b"\n\n")
+        first = next(rank for rank in harness.ranks if rank.submits)
+        await first.kill()
+        for rank in harness.ranks:
+            rank.go()
+        events = (begin + await response.read()).decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert msgspec.json.decode(events[-3].removeprefix("data: "))["text"] == SAID
+    assert sum(len(rank.submits) for rank in harness.ranks) == 2
