@@ -12,6 +12,7 @@ from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
 from shared.model_spec import ModelSpec
 from shared.records import InstanceSpec
+from shared.weights_identity import weights_identity
 
 LEARNT_WINDOW_MIN_MS = 120.0
 """The shortest silence that ends a member if the window is learnt: `SilenceTimings.stopped_s`."""
@@ -110,7 +111,7 @@ class ControlPlaneConfig:
 
 
 def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
-    """Raises ConfigError if the ranks cannot hold every expert."""
+    """Raises ConfigError if the ranks cannot hold every expert, and CheckpointError."""
     folder = config.model_folder.resolve()
     experts, ranks = model.num_experts, config.ranks
     redundant = config.redundant_experts
@@ -141,6 +142,7 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
         redundant_experts=redundant,
         context_tokens_max=_context(config, model),
         vocab_size=model.vocab_size,
+        weights=weights_identity(folder),
     )
 
 

@@ -12,7 +12,8 @@ from gateway.template_forms import Message, TemplateForms
 from shared.errors import RequestError
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-_NO_ARGUMENTS = (None, "", "null")
+NO_ARGUMENTS = (None, "", "null")
+"""Spellings of a call without arguments."""
 
 
 def prepare_messages(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
@@ -52,16 +53,17 @@ def _prepared_call(call: Mapping[str, Any], forms: TemplateForms) -> Message:
 
 def _with_arguments(function: Mapping[str, Any], forms: TemplateForms) -> Message:
     arguments = function.get("arguments")
-    values = _parsed(arguments)
+    values = parsed_arguments(arguments)
     if not forms.text_arguments:
         return {**function, "arguments": values}
-    if isinstance(arguments, str) and arguments not in _NO_ARGUMENTS:
+    if isinstance(arguments, str) and arguments not in NO_ARGUMENTS:
         return {**function, "arguments": arguments}
     return {**function, "arguments": msgspec.json.encode(values).decode()}
 
 
-def _parsed(arguments: Any) -> dict[str, Any]:
-    if arguments in _NO_ARGUMENTS:
+def parsed_arguments(arguments: Any) -> dict[str, Any]:
+    """The arguments of a call as values. Raises RequestError if they are no JSON object."""
+    if arguments in NO_ARGUMENTS:
         return {}
     if isinstance(arguments, str):
         try:

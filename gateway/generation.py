@@ -145,6 +145,10 @@ class Generation:
             cached[session.prompt] = min(known, session.cached_tokens)
         return sum(cached.values())
 
+    def cached_tokens(self, choice: int) -> int:
+        """Prompt tokens that this choice did not have to compute."""
+        return self._readers[choice].session.cached_tokens
+
     @property
     def ranks(self) -> list[int]:
         """The ranks on which choices run now; a choice that waits for a rank has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from shared.clock import Clock
 from shared.errors import CheckpointError
 from shared.model_spec import read_json
 from shared.records import InstanceSpec
+from shared.version import starfish_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,13 @@ class ServedModel:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`. With the same one, the same request gives the same answer:
+        it stands for the weights and for the version that computes with them."""
+        system = f"{self.spec.weights}/{starfish_version()}"
+        return "fp_" + hashlib.sha256(system.encode()).hexdigest()[:16]
 
     def limits(self, view: ClusterView) -> ModelLimits:
         return ModelLimits(

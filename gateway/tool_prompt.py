@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gateway.chat_messages import NO_ARGUMENTS, parsed_arguments
 from gateway.parsers.json_formats import TOOL_CALL, TOOL_CALL_END
 
 Message = Mapping[str, Any]
@@ -29,7 +30,7 @@ For each function call, return a json object with function name and arguments wi
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
     """The messages, with the tools in the system message, and with calls and their results as
-    texts."""
+    texts. Raises RequestError if a call's arguments are no JSON object."""
     plain = [_as_text(message) for message in messages]
     if not tools:
         return plain
@@ -59,9 +60,10 @@ def _as_text(message: Message) -> Message:
 def _call_text(call: Mapping[str, Any]) -> str:
     function = call.get("function", call)
     name, arguments = function.get("name"), function.get("arguments")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments or {}, ensure_ascii=False)
-    shown = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments or "{}"}}}'
+    values = parsed_arguments(arguments)
+    if not isinstance(arguments, str) or arguments in NO_ARGUMENTS:
+        arguments = json.dumps(values, ensure_ascii=False)
+    shown = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
     return f"{TOOL_CALL}\n{shown}\n{TOOL_CALL_END}"
 
 

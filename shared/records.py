@@ -37,6 +37,7 @@ class InstanceSpec:
     redundant_experts: int  # replicas per layer, beyond one of each expert, when no rank is missing
     context_tokens_max: int
     vocab_size: int
+    weights: str = ""  # `weights_identity` of the checkpoint; empty: nobody has looked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

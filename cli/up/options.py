@@ -186,6 +186,14 @@ class UpOptions:
     trust_special_tokens: Annotated[
         bool, typer.Option(help="Special tokens that clients spell are special tokens, not text.")
     ] = True
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(help="Format of the model's tool calls (default: by the chat template)."),
+    ] = ""
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(help="Format of the model's reasoning (default: by the chat template)."),
+    ] = ""
     tls_cert: Annotated[
         Path | None, typer.Option(help="PEM file with the certificate chain, for HTTPS.")
     ] = None

@@ -106,6 +106,8 @@ def _gateway_flags(options: UpOptions, etcd: EtcdOptions) -> tuple[str, ...]:
         *_given("--served-model-name", options.served_model_name),
         *_given("--chat-template", options.chat_template),
         *(() if options.trust_special_tokens else ("--no-trust-special-tokens",)),
+        *_given("--tool-call-parser", options.tool_call_parser),
+        *_given("--reasoning-parser", options.reasoning_parser),
         *_given("--cors-origins", options.cors_origins),
         *_given("--tls-cert", options.tls_cert),
         *_given("--tls-key", options.tls_key),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 from aiohttp import web
@@ -28,6 +29,17 @@ EVENT_STREAM_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+
+
+AnswerJob = Callable[[web.Request, Generation, Job], Awaitable[web.StreamResponse]]
+"""Raises SessionFailed for a failure before anything is sent."""
+
+
+async def answer_job(request: web.Request, generation: Generation, job: Job) -> web.StreamResponse:
+    """Raises SessionFailed."""
+    if job.options.stream:
+        return await answer_stream(request, generation, job)
+    return await answer_whole(generation, job)
 
 
 async def answer_whole(generation: Generation, job: Job) -> web.Response:

@@ -54,6 +54,7 @@ class ChoiceWriter:
         self._of_prompt = of_prompt
         self._is_first = is_first
         self._finish = FinishReason.LENGTH
+        self._stop: str | int | None = None
         self._answer = answer
 
     @property
@@ -72,6 +73,7 @@ class ChoiceWriter:
         if self._of_prompt is not None and self._is_first:
             self._of_prompt.add(delta.prompt_logprobs)
         self._finish = delta.finish or self._finish
+        self._stop = delta.stop
 
     async def choice(self) -> Choice:
         """The choices of a prompt are asked in their order."""
@@ -83,6 +85,7 @@ class ChoiceWriter:
             if self._answer is None
             else self._answer.finish_reason(self._finish),
             message=None if self._answer is None else self._answer.message(),
+            stop=self._stop,
             logprobs=await self._shape(self._scored),
             prompt_logprobs=None if self._of_prompt is None else await self._of_prompt.shaped(),
         )
@@ -95,7 +98,9 @@ class ChoiceWriter:
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
             return b""
         logprobs = await self._shape(self._scored_of(delta))
-        return writer.delta_chunk(delta.choice, delta.text, delta.token_ids, delta.finish, logprobs)
+        return writer.delta_chunk(
+            delta.choice, delta.text, delta.token_ids, delta.finish, logprobs, stop=delta.stop
+        )
 
     async def _parsed_chunks(
         self, answer: AnswerReader, delta: Delta, writer: ChunkWriter
@@ -114,7 +119,9 @@ class ChoiceWriter:
             ids, logprobs = (), None
         if delta.finish is not None:
             reason = answer.finish_reason(delta.finish)
-            chunks += writer.body_chunk(delta.choice, b'"delta":{}', ids, reason, logprobs)
+            chunks += writer.body_chunk(
+                delta.choice, b'"delta":{}', ids, reason, logprobs, stop=delta.stop
+            )
         return chunks
 
     def _scored_of(self, delta: Delta) -> list[ScoredToken]:

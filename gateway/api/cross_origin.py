@@ -34,7 +34,7 @@ class CrossOrigin:
         if not self._origins or request.method != "OPTIONS" or wanted is None:
             return await handler(request)
         headers = {
-            "Access-Control-Allow-Methods": "GET, POST, HEAD, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, HEAD, OPTIONS",
             "Access-Control-Allow-Headers": request.headers.get(
                 "Access-Control-Request-Headers", "Authorization, Content-Type"
             ),

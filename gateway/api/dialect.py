@@ -3,12 +3,14 @@ events of a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.api.errors import HttpError
 from gateway.api.responses import Usage
+from shared.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,20 @@ class Dialect(Protocol):
     def failed(self, error: HttpError) -> bytes:
         """The last events of a stream that fails after it has begun."""
         ...
+
+
+@contextmanager
+def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """A RequestError that is raised inside names the field that the client has sent. `names`:
+    OpenAI's field → the dialect's."""
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(error.param or "")
+        if name is None:
+            raise
+        message = str(error).replace(str(error.param), name, 1)
+        raise RequestError(message, param=name, code=error.code) from error
 
 
 def sent_event(kind: str, data: bytes) -> bytes:

@@ -45,6 +45,15 @@ class _OneChoice:
         )
 
 
+async def answer_job_in(
+    dialect: Dialect, request: web.Request, generation: Generation, job: Job
+) -> web.StreamResponse:
+    """Raises SessionFailed."""
+    if job.options.stream:
+        return await answer_stream_in(dialect, request, generation, job)
+    return await answer_whole_in(dialect, generation, job)
+
+
 async def answer_whole_in(dialect: Dialect, generation: Generation, job: Job) -> web.Response:
     """Raises SessionFailed."""
     choice = _OneChoice(job, generation)

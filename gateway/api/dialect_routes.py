@@ -1,5 +1,5 @@
-"""Routes of the Messages and the Responses API. What they ask for is a chat, which `answer_chat`
-prepares and generates."""
+"""Routes of the Messages and the Responses API, which ask for a chat, and of SGLang's `/generate`,
+which asks for a completion."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
+from gateway.api.answer import AnswerJob
 from gateway.api.anthropic.answer import MessagesAnswer
 from gateway.api.anthropic.bodies import CountBody, MessagesBody
 from gateway.api.anthropic.chat import chat_fields as chat_of_messages
 from gateway.api.anthropic.chat import prompt_fields
-from gateway.api.bodies import B, ChatBody
-from gateway.api.dialect import Dialect
+from gateway.api.bodies import B, ChatBody, CompletionBody
+from gateway.api.dialect import Dialect, naming_fields
 from gateway.api.job import Job
 from gateway.api.openai_responses.answer import ResponseAnswer
 from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
@@ -23,9 +24,34 @@ from gateway.api.openai_responses.chat import input_messages
 from gateway.api.openai_responses.store import ResponseStore, StoredResponse
 from gateway.api.request_context import require_context
 from gateway.api.routes import Routes
+from gateway.api.sglang.answer import GenerateAnswer
+from gateway.api.sglang.bodies import GenerateBody, completion_of
 from shared.errors import RequestError
 
 MESSAGES_PATH = "/v1/messages"
+
+
+MESSAGES_NAMES = {
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking",
+    "response_format": "output_config",
+}
+RESPONSES_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning",
+    "response_format": "text",
+}
+GENERATE_NAMES = {
+    "prompt": "text",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_grammar": "ebnf",
+}
+"""OpenAI's field → what the API calls it."""
 
 
 class AnswerChat(Protocol):
@@ -40,6 +66,18 @@ class AnswerChat(Protocol):
     ) -> web.StreamResponse: ...
 
 
+class AnswerCompletion(Protocol):
+    """See `http_app.HttpApp.answer_completion`."""
+
+    async def __call__(
+        self,
+        request: web.Request,
+        cls: type[B],
+        completion_of: Callable[[B], CompletionBody],
+        answer_of: Callable[[B], AnswerJob],
+    ) -> web.StreamResponse: ...
+
+
 class DialectRoutes:
     """`count_prompt` returns the number of tokens of a chat's prompt."""
 
@@ -47,12 +85,14 @@ class DialectRoutes:
         self,
         *,
         answer_chat: AnswerChat,
+        answer_completion: AnswerCompletion,
         count_prompt: Callable[
             [web.Request, type[CountBody], Callable[[CountBody], ChatBody]], Awaitable[int]
         ],
         store: ResponseStore,
     ) -> None:
         self._answer_chat = answer_chat
+        self._answer_completion = answer_completion
         self._count_prompt = count_prompt
         self._store = store
 
@@ -77,6 +117,13 @@ class DialectRoutes:
             body=ResponsesBody,
             streams=True,
         )
+        routes.post(
+            "/generate",
+            self._generate,
+            "goes on with texts, as SGLang's API does",
+            body=GenerateBody,
+            streams=True,
+        )
         routes.get("/v1/responses/{id}", self._show_response, "a response that is remembered")
         routes.delete("/v1/responses/{id}", self._forget_response, "forgets a response")
 
@@ -84,9 +131,19 @@ class DialectRoutes:
         def dialect_of(job: Job) -> Dialect:
             return MessagesAnswer(id=job.header.id, model=job.header.model)
 
-        return await self._answer_chat(
-            request, MessagesBody, lambda body: _chat_body(chat_of_messages(body)), dialect_of
-        )
+        with naming_fields(MESSAGES_NAMES):
+            return await self._answer_chat(
+                request, MessagesBody, lambda body: _chat_body(chat_of_messages(body)), dialect_of
+            )
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        with naming_fields(GENERATE_NAMES):
+            return await self._answer_completion(
+                request,
+                GenerateBody,
+                completion_of,
+                lambda body: GenerateAnswer(is_batch=body.is_batch),
+            )
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         count = await self._count_prompt(
@@ -96,9 +153,10 @@ class DialectRoutes:
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         answering = _Answering(self._store, require_context(request).key.name)
-        response = await self._answer_chat(
-            request, ResponsesBody, answering.chat_of, answering.dialect_of
-        )
+        with naming_fields(RESPONSES_NAMES):
+            response = await self._answer_chat(
+                request, ResponsesBody, answering.chat_of, answering.dialect_of
+            )
         answering.remember()
         return response
 

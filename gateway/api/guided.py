@@ -125,7 +125,7 @@ def _text(param: str, kind: str, value: Any, limits: GrammarLimits) -> str:
     elif isinstance(value, str) and value:
         text = value
     else:
-        raise RequestError(f"{param} must be a string", param=param)
+        raise RequestError(f"{param} must be a string that is not empty", param=param)
     _check_bytes(param, text, limits)
     return text
 

@@ -3,16 +3,16 @@ answer is written is `answer`'s."""
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gateway.api.answer import answer_stream, answer_whole
+from gateway.api.answer import AnswerJob, answer_job
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.anthropic.answer import error_body as messages_error
 from gateway.api.authentication import Authenticator
@@ -27,7 +27,7 @@ from gateway.api.bodies import (
 from gateway.api.chat_request import plan_answer, read_chat
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.dialect import Dialect
-from gateway.api.dialect_answer import answer_stream_in, answer_whole_in
+from gateway.api.dialect_answer import answer_job_in
 from gateway.api.dialect_routes import MESSAGES_PATH, DialectRoutes
 from gateway.api.errors import HttpError, body_too_large, http_error
 from gateway.api.grammar_reader import GrammarReader
@@ -38,7 +38,7 @@ from gateway.api.job import Job
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission
-from gateway.api.request_body import content_coding, decompress
+from gateway.api.request_body import read_body
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
@@ -65,7 +65,6 @@ from shared.errors import RequestError, StarfishError, Unavailable
 
 log = structlog.get_logger()
 
-BODY_TIMEOUT_S = 60.0
 RESPONSES_BYTES_MAX = 64 << 20
 """Size of what the Responses API remembers."""
 MODEL_WAIT_S = 5.0
@@ -144,6 +143,7 @@ class HttpApp:
         info.add_to(routes)
         dialects = DialectRoutes(
             answer_chat=self.answer_chat,
+            answer_completion=self.answer_completion,
             count_prompt=self.count_prompt,
             store=ResponseStore(RESPONSES_BYTES_MAX),
         )
@@ -213,7 +213,8 @@ class HttpApp:
             grammar = await self._grammar(request, body, form, plan, served, scheduling)
             options = options.guided_by(grammar)
             job = self._job(served, options, [prompt], limits, scheduling, plan)
-            return await self._run(request, job, dialect_of and dialect_of(job))
+            answer = partial(answer_job_in, dialect_of(job)) if dialect_of else answer_job
+            return await self._run(request, job, answer)
 
     async def count_prompt(
         self, request: web.Request, cls: type[B], chat_of: Callable[[B], ChatBody]
@@ -232,9 +233,22 @@ class HttpApp:
             return len(ids)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self.answer_completion(
+            request, CompletionBody, lambda body: body, lambda body: answer_job
+        )
+
+    async def answer_completion(
+        self,
+        request: web.Request,
+        cls: type[B],
+        completion_of: Callable[[B], CompletionBody],
+        answer_of: Callable[[B], AnswerJob],
+    ) -> web.StreamResponse:
+        """Goes on with the texts of a body of type `cls`. `answer_of`: how that is answered."""
         with self._admission.enter(request):
             served = await self._require_served_model()
-            body = await self._read(request, CompletionBody)
+            sent = await self._read(request, cls)
+            body = completion_of(sent)
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
@@ -249,7 +263,7 @@ class HttpApp:
             grammar = await self._grammar(request, body, form, None, served, scheduling)
             options = options.guided_by(grammar)
             job = self._job(served, options, prompts, limits, scheduling)
-            return await self._run(request, job)
+            return await self._run(request, job, answer_of(sent))
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admission.enter(request):
@@ -281,16 +295,7 @@ class HttpApp:
         return served
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
-        if (request.content_length or 0) > self._body_bytes_max:
-            raise body_too_large(self._body_bytes_max)
-        coding = content_coding(request.headers.get("Content-Encoding", ""))
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                raw = await request.read()
-        except TimeoutError as error:
-            raise RequestError("the body did not arrive in time", code="request_timeout") from error
-        if coding is not None:
-            raw = await asyncio.to_thread(decompress, raw, coding, self._body_bytes_max)
+        raw = await read_body(request, self._body_bytes_max)
         body = decode_body(raw, cls)
         require_context(request).body_bytes = len(raw)
         request[IGNORED_FIELDS] = ignored_fields(raw, cls)
@@ -335,6 +340,7 @@ class HttpApp:
             id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             created=int(self._clock.wall()),
             model=served.name,
+            fingerprint=served.fingerprint,
             chat=chat,
         )
         tasks = [
@@ -364,9 +370,7 @@ class HttpApp:
             plan=plan,
         )
 
-    async def _run(
-        self, request: web.Request, job: Job, dialect: Dialect | None = None
-    ) -> web.StreamResponse:
+    async def _run(self, request: web.Request, job: Job, answer: AnswerJob) -> web.StreamResponse:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
@@ -379,13 +383,7 @@ class HttpApp:
         )
         try:
             with generation:
-                if dialect is not None and job.options.stream:
-                    return await answer_stream_in(dialect, request, generation, job)
-                if dialect is not None:
-                    return await answer_whole_in(dialect, generation, job)
-                if job.options.stream:
-                    return await answer_stream(request, generation, job)
-                return await answer_whole(generation, job)
+                return await answer(request, generation, job)
         finally:
             context.num_generated = generation.num_generated
             num_prompt_tokens = sum(len(task.prompt) for task in job.tasks)

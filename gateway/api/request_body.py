@@ -1,13 +1,18 @@
-"""How a request's body is coded: plain, gzip or deflate, and never larger than the limit, however
+"""Reads a request's body: plain, gzip or deflate, in time, and never larger than the limit, however
 small it came."""
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from enum import Enum
 
+from aiohttp import web
+
 from gateway.api.errors import body_too_large
 from shared.errors import RequestError
+
+BODY_TIMEOUT_S = 60.0
 
 _AUTO_WINDOW = 32 + zlib.MAX_WBITS  # takes the header of gzip or zlib
 
@@ -15,6 +20,21 @@ _AUTO_WINDOW = 32 + zlib.MAX_WBITS  # takes the header of gzip or zlib
 class ContentCoding(Enum):
     GZIP = "gzip"
     DEFLATE = "deflate"
+
+
+async def read_body(request: web.Request, bytes_max: int) -> bytes:
+    """Uncoded. Raises RequestError: 408, 413, 415, or 400."""
+    if (request.content_length or 0) > bytes_max:
+        raise body_too_large(bytes_max)
+    coding = content_coding(request.headers.get("Content-Encoding", ""))
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await request.read()
+    except TimeoutError as error:
+        raise RequestError("the body did not arrive in time", code="request_timeout") from error
+    if coding is None:
+        return raw
+    return await asyncio.to_thread(decompress, raw, coding, bytes_max)
 
 
 def content_coding(header: str) -> ContentCoding | None:

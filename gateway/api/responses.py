@@ -17,22 +17,26 @@ _encode = msgspec.json.encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """The fields with which every answer and chunk of a request begins."""
+    """The fields with which every answer and chunk of a request begins. `fingerprint` is that of
+    the served model."""
 
     id: str
     created: int
     model: str
+    fingerprint: str
     chat: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A finished choice. `message` is a chat's, if its text was parsed; else it has the text."""
+    """A finished choice. `stop` is the stop string or stop token that ended it. `message` is a
+    chat's, if its text was parsed; else it has the text."""
 
     text: str
     token_ids: list[int]
     prompt_ids: tuple[int, ...]
     finish_reason: str
+    stop: str | int | None
     logprobs: msgspec.Raw | None
     prompt_logprobs: msgspec.Raw | None
     message: dict[str, Any] | None = None
@@ -67,6 +71,7 @@ def response_body(
         "object": "chat.completion" if header.chat else "text_completion",
         "created": header.created,
         "model": header.model,
+        "system_fingerprint": header.fingerprint,
         "choices": [
             _plain_choice(header.chat, index, choice, with_token_ids)
             for index, choice in enumerate(choices)
@@ -87,6 +92,7 @@ def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) 
         plain["text"] = choice.text
     plain["logprobs"] = choice.logprobs
     plain["finish_reason"] = choice.finish_reason
+    plain["stop_reason"] = choice.stop
     if with_token_ids:
         plain["token_ids"] = choice.token_ids
         plain["prompt_token_ids"] = choice.prompt_ids
@@ -106,6 +112,7 @@ class ChunkWriter:
             "object": kind,
             "created": header.created,
             "model": header.model,
+            "system_fingerprint": header.fingerprint,
         }
         self._head = b"data: " + _encode(head)[:-1]
         self._tail = (b',"usage":null' if include_usage else b"") + b"}\n\n"
@@ -145,6 +152,8 @@ class ChunkWriter:
         token_ids: Sequence[int],
         finish: FinishReason | None,
         logprobs: msgspec.Raw | None = None,
+        *,
+        stop: str | int | None = None,
     ) -> bytes:
         content = _encode(text)
         if finish is None and logprobs is None and self._chat and not self.with_token_ids:
@@ -156,7 +165,7 @@ class ChunkWriter:
         else:
             body = b'"delta":{}'
         reason = None if finish is None else finish.value
-        return self.body_chunk(index, body, token_ids, reason, logprobs)
+        return self.body_chunk(index, body, token_ids, reason, logprobs, stop=stop)
 
     def body_chunk(
         self,
@@ -165,9 +174,14 @@ class ChunkWriter:
         token_ids: Sequence[int],
         finish_reason: str | None,
         logprobs: msgspec.Raw | None,
+        *,
+        stop: str | int | None = None,
     ) -> bytes:
-        """`body` is the member `"delta":…` of a chat's choice, or `"text":…`."""
+        """`body` is the member `"delta":…` of a chat's choice, or `"text":…`. At the choice's end
+        `stop` says what stopped it."""
         reason = _encode(finish_reason)
+        if finish_reason is not None:
+            reason += b',"stop_reason":' + _encode(stop)
         ids = b',"token_ids":' + _encode(token_ids) if self.with_token_ids else b""
         shown = b"null" if logprobs is None else _encode(logprobs)
         return b'%b,"choices":[{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}]%b' % (

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.api.messages import read_messages
-from gateway.chat_template import ChatOptions
+from gateway.api.bodies import ChatBody
+from gateway.api.chat_request import read_chat
 from gateway.detokenizer import Detokenizer
 from gateway.served_model import ModelLimits, ServedModel
 from shared.errors import RequestError
@@ -24,6 +24,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     messages: list[Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
+    tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -46,14 +47,8 @@ async def tokenize(
             body.prompt, tokens_max=chars_max, special=body.add_special_tokens
         )
     else:
-        options = ChatOptions(
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            variables=body.chat_template_kwargs or {},
-        )
-        ids = await served.tokenizer.encode_chat(
-            read_messages(body.messages or []), options, tokens_max=chars_max
-        )
+        chat = read_chat(_chat_body(body), served)
+        ids = await served.tokenizer.encode_chat(chat.messages, chat.options, tokens_max=chars_max)
     names = served.tokenizer.names(with_special=True)
     return {
         "count": len(ids),
@@ -61,6 +56,17 @@ async def tokenize(
         "tokens": ids,
         "token_strs": [names.name(token) for token in ids] if body.return_token_strs else None,
     }
+
+
+def _chat_body(body: TokenizeBody) -> ChatBody:
+    """So that a chat has the tokens here that it has when it is answered."""
+    return ChatBody(
+        messages=body.messages or [],
+        tools=body.tools,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
 
 
 def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLimits) -> dict[str, Any]:

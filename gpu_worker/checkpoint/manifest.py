@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from gpu_worker.checkpoint.shards import MappedShards, StoredTensor, read_tensors
 from shared.errors import CheckpointError
 from shared.model_spec import read_json
-
-MANIFEST_FILE = "starfish.manifest.json"
+from shared.weights_identity import MANIFEST_FILE
 
 OnProgress = Callable[[int, int], None]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import anthropic
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
-from tests.support.toy_rank import EOS
+from tests.support.toy_rank import EOS, VOCAB
 
 SAID = (
     '<think>hm\n</think>\n\nhi<tool_call>\n{"name": "grow", "arguments": {"arms": 5}}\n</tool_call>'
@@ -209,3 +211,123 @@ async def test_a_stream_whose_rank_is_lost_for_good_fails_with_a_reason(model: P
                     await asyncio.sleep(0)
     assert events[-1].type == "response.failed"
     assert events[-1].response.error is not None
+
+
+async def test_a_chat_is_tokenised_as_it_is_answered(
+    harness: GatewayHarness, gpt: openai.AsyncOpenAI
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "grow", "arguments": "{}"}}
+    tool = {"type": "function", "function": {"name": "grow", "parameters": SCHEMA}}
+    chat: dict[str, Any] = {
+        "messages": [
+            *QUESTION,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "done"},
+        ],
+        "tools": [tool],
+    }
+    answer = await gpt.chat.completions.create(
+        model=MODEL, max_tokens=1, extra_body={"return_token_ids": True}, **chat
+    )
+    async with harness.http.post(harness.url + "/tokenize", json=chat) as response:
+        tokens = (await response.json())["tokens"]
+    assert tokens == answer.choices[0].model_dump()["prompt_token_ids"]
+
+
+async def generate(harness: GatewayHarness, **fields: Any) -> tuple[int, Any]:
+    async with harness.http.post(harness.url + "/generate", json=fields) as response:
+        return response.status, await response.json()
+
+
+async def test_sglang_generates(harness: GatewayHarness, tokenizer: Tokenizer) -> None:
+    script, prompt = tokenizer.encode(SAID).ids, tokenizer.encode("a reef").ids
+    status, whole = await generate(harness, text="a reef", sampling_params={"temperature": 0})
+    assert (status, whole["text"], whole["output_ids"]) == (200, SAID, [*script, EOS])
+    about = whole["meta_info"]
+    assert about.pop("id")
+    assert about == {
+        "finish_reason": {"type": "stop", "matched": EOS},
+        "prompt_tokens": len(prompt),
+        "completion_tokens": len(script) + 1,
+        "cached_tokens": 0,
+    }
+    _, (one, two) = await generate(
+        harness, input_ids=[prompt, prompt], sampling_params={"max_new_tokens": 3}
+    )
+    assert one["output_ids"] == two["output_ids"] == script[:3]
+    assert one["meta_info"]["finish_reason"] == {"type": "length", "length": 3}
+    _, stopped = await generate(harness, text="x", sampling_params={"stop": "hm"})
+    assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": "hm"}
+
+
+async def test_an_event_of_sglangs_stream_has_the_whole_text_so_far(
+    harness: GatewayHarness,
+) -> None:
+    body = {"text": "a reef", "stream": True, "sampling_params": {"max_new_tokens": 5}}
+    events: list[dict[str, Any]] = []
+    async with harness.http.post(harness.url + "/generate", json=body) as response:
+        lines = (await response.read()).decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [msgspec.json.decode(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert all(b["text"].startswith(a["text"]) for a, b in pairwise(events))
+    assert [event["meta_info"]["finish_reason"] for event in events[:-1]] == [None] * (
+        len(events) - 1
+    )
+    whole = (await generate(harness, **{**body, "stream": False}))[1]
+    del whole["meta_info"]["id"], events[-1]["meta_info"]["id"]
+    assert events[-1] == whole
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"text": "a", "input_ids": [5]},
+        {"text": "a", "return_logprob": True},
+        {"text": "a", "lora_path": "x"},
+        {"text": "a", "sampling_params": {"max_tokens": 5}},
+        {"text": "a", "sampling_params": {"max_new_tokens": -1}},
+        {"text": "a", "sampling_params": {"stop_regex": "x"}},
+        {"text": "a", "sampling_params": {"regex": "("}},
+        {"text": "a", "sampling_params": {"json_schema": '{"$ref": "#"}'}},
+        {"input_ids": [VOCAB]},
+    ],
+)
+async def test_sglangs_generate_refuses_what_is_not_served(
+    harness: GatewayHarness, fields: dict[str, Any]
+) -> None:
+    status, body = await generate(harness, **fields)
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),
+        ("/generate", {"text": "a", "sampling_params": {"regex": "("}}, "regex"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": -1}, "max_output_tokens"),
+    ],
+)
+async def test_an_error_names_the_field_that_was_sent(
+    harness: GatewayHarness, path: str, body: dict[str, Any], param: str
+) -> None:
+    async with harness.http.post(harness.url + path, json=body) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["param"]) == (400, param)
+    assert error["message"].startswith(param)
+
+
+async def test_sglangs_stream_goes_on_after_a_death(harness: GatewayHarness) -> None:
+    for rank in harness.ranks:
+        rank.hold_at = 20
+    body = {"text": "a reef", "stream": True}
+    async with harness.http.post(harness.url + "/generate", json=body) as response:
+        begin = await response.content.readuntil(b"\n\n")
+        first = next(rank for rank in harness.ranks if rank.submits)
+        await first.kill()
+        for rank in harness.ranks:
+            rank.go()
+        events = (begin + await response.read()).decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert msgspec.json.decode(events[-3].removeprefix("data: "))["text"] == SAID
+    assert sum(len(rank.submits) for rank in harness.ranks) == 2

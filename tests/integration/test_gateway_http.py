@@ -262,8 +262,19 @@ async def test_a_stop_token_is_no_text(harness: GatewayHarness, tokenizer: Token
     )
     choice = body["choices"][0]
     assert (status, choice["text"], choice["finish_reason"]) == (200, "The starfish", "stop")
+    assert choice["stop_reason"] is None, "the model's own end"
     assert choice["token_ids"] == script
     assert body["usage"]["completion_tokens"] == len(script)
+
+
+async def test_an_answer_says_what_stopped_it(
+    harness: GatewayHarness, tokenizer: Tokenizer
+) -> None:
+    for rank in harness.ranks:
+        rank.script = tokenizer.encode("The quick brown fox").ids
+    _, body = await post(harness, "/v1/completions", completion(stop=["brown"]))
+    assert body["choices"][0]["stop_reason"] == "brown"
+    assert body["system_fingerprint"].startswith("fp_")
 
 
 async def test_several_prompts_give_a_choice_each(harness: GatewayHarness) -> None:

@@ -92,6 +92,7 @@ async def test_browsers_of_the_origins_that_are_named(harness: GatewayHarness) -
         "Access-Control-Request-Headers": "authorization,content-type",
     }
     status, headers, _ = await call(harness, "OPTIONS", "/v1/chat/completions", headers=ask)
+    assert "DELETE" in headers["Access-Control-Allow-Methods"], "for /v1/responses/{id}"
     assert status == 204
     assert headers["Access-Control-Allow-Origin"] == ORIGIN
     assert headers["Access-Control-Allow-Headers"] == "authorization,content-type"

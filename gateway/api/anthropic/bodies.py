@@ -32,5 +32,10 @@ class MessagesBody(CountBody, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: list[str] | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
     metadata: Any = None
     service_tier: Any = None
+    # Read only to be rejected:
+    container: Any = None
+    mcp_servers: list[Any] | None = None

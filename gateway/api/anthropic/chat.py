@@ -11,6 +11,10 @@ from gateway.api.anthropic.bodies import CountBody, MessagesBody
 from shared.errors import RequestError
 
 _THINKING_ON = ("enabled", "adaptive")
+_ABSENT = {
+    "container": "no code runs here",
+    "mcp_servers": "tools run at the client; pass them as tools",
+}
 _TEXT_ONLY = "only text, tool_use, tool_result and thinking are supported"
 
 
@@ -19,6 +23,8 @@ def prompt_fields(body: CountBody) -> dict[str, Any]:
     chat: dict[str, Any] = {"messages": _messages(body), "model": body.model}
     thinks = body.thinking is not None and body.thinking.type in _THINKING_ON
     chat["chat_template_kwargs"] = {"enable_thinking": thinks, "thinking": thinks}
+    if _is_begun_answer(chat["messages"][-1:]):
+        chat["continue_final_message"] = True
     if body.tools:
         chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
         chat.update(_tool_choice(body.tool_choice))
@@ -27,6 +33,9 @@ def prompt_fields(body: CountBody) -> dict[str, Any]:
 
 def chat_fields(body: MessagesBody) -> dict[str, Any]:
     """Raises RequestError."""
+    for name, why in _ABSENT.items():
+        if getattr(body, name):
+            raise RequestError(f"{name} is not supported: {why}", param=name)
     chat = prompt_fields(body)
     chat |= {
         "max_tokens": body.max_tokens,
@@ -35,12 +44,33 @@ def chat_fields(body: MessagesBody) -> dict[str, Any]:
         "top_p": body.top_p,
         "top_k": body.top_k,
         "stop": body.stop_sequences,
+        "response_format": _response_format(body),
     }
     thinking = body.thinking
     chat["include_reasoning"] = thinking is not None and thinking.type in _THINKING_ON
     if thinking is not None and thinking.type == "enabled" and thinking.budget_tokens is not None:
         chat["thinking_token_budget"] = thinking.budget_tokens
     return {name: value for name, value in chat.items() if value is not None}
+
+
+def _is_begun_answer(last: Sequence[Mapping[str, Any]]) -> bool:
+    """An answer that the client has begun is gone on with. One that ends in calls is not begun."""
+    return any(
+        message["role"] == "assistant" and message["content"] and not message.get("tool_calls")
+        for message in last
+    )
+
+
+def _response_format(body: MessagesBody) -> dict[str, Any] | None:
+    """`output_format` is the older name of `output_config.format`. Raises RequestError."""
+    param, form = "output_config", (body.output_config or {}).get("format")
+    if form is None:
+        param, form = "output_format", body.output_format
+    if form is None:
+        return None
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or "schema" not in form:
+        raise RequestError(f"{param}: a form has the type json_schema and a schema", param=param)
+    return {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
 
 
 def _messages(body: CountBody) -> list[dict[str, Any]]:

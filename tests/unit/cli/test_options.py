@@ -150,6 +150,13 @@ def test_the_gateway_is_told_how_to_read_chats(options: UpOptions, tmp_path: Pat
         changed.check()
 
 
+def test_the_gateway_is_told_how_to_read_calls_and_reasoning(options: UpOptions) -> None:
+    assert "--tool-call-parser" not in gateway(options, ETCD, 5).argv
+    changed = dataclasses.replace(options, tool_call_parser="hermes", reasoning_parser="qwen3")
+    chosen = {("--tool-call-parser", "hermes"), ("--reasoning-parser", "qwen3")}
+    assert chosen <= pairs(gateway(changed, ETCD, 5))
+
+
 def test_the_gateway_gets_the_file_of_api_keys(options: UpOptions, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     changed = dataclasses.replace(options, api_key_file=file)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from gateway.tool_prompt import with_tools
+from shared.errors import RequestError
 
 TOOL = {"type": "function", "function": {"name": "wetter", "description": "Für Köln"}}
 USER = {"role": "user", "content": "hi"}
@@ -41,7 +44,15 @@ def test_calls_and_results_of_the_history_become_texts() -> None:
 
 
 def test_arguments_may_be_values_or_missing() -> None:
-    for arguments, shown in (({"x": "é"}, '{"x": "é"}'), (None, "{}"), ("", "{}")):
+    for arguments, shown in (({"x": "é"}, '{"x": "é"}'), (None, "{}"), ("", "{}"), ("null", "{}")):
         call = {"function": {"name": "f", "arguments": arguments}}
         (message,) = with_tools([{"role": "assistant", "tool_calls": [call]}], [])
         assert f'"arguments": {shown}}}' in message["content"]
+
+
+@pytest.mark.parametrize("arguments", ['{"ci', "[1]", 7])
+def test_arguments_that_are_no_object_are_the_clients_fault(arguments: object) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(RequestError) as refused:
+        with_tools([{"role": "assistant", "tool_calls": [call]}], [])
+    assert refused.value.param == "messages"

@@ -138,3 +138,39 @@ def test_what_cannot_be_done_names_its_field(fields: dict[str, Any], param: str)
     with pytest.raises(RequestError) as caught:
         chat_of(**fields)
     assert caught.value.param == param
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+def test_a_begun_answer_is_gone_on_with() -> None:
+    begun = {"role": "assistant", "content": [{"type": "text", "text": "Once"}]}
+    call = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    called = {"role": "assistant", "content": [{"type": "text", "text": "wait"}, call]}
+    assert chat_of(messages=[USER, begun])["continue_final_message"] is True
+    for messages in ([USER], [USER, begun, USER], [USER, called]):
+        assert "continue_final_message" not in chat_of(messages=messages)
+
+
+def test_the_form_of_the_output_is_a_response_format() -> None:
+    schema = {"type": "object"}
+    form = {"type": "json_schema", "schema": schema}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    assert chat_of(output_config={"format": form})["response_format"] == wanted
+    assert chat_of(output_format=form)["response_format"] == wanted
+    assert "response_format" not in chat_of(output_config={"effort": "low"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"container": "c"},
+        {"mcp_servers": [{"url": "https://example.com"}]},
+        {"output_config": {"format": {"type": "xml"}}},
+        {"output_format": {"type": "json_schema"}},
+    ],
+)
+def test_what_would_change_the_answer_and_is_not_here_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as refused:
+        chat_of(**fields)
+    assert refused.value.param == next(iter(fields))

@@ -1,0 +1,1 @@
+"""SGLang's own API, beside the one that is OpenAI's."""

@@ -1,0 +1,116 @@
+"""Answers a job as SGLang's `/generate` does: each event of a stream has the whole text so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gateway.api.answer import EVENT_STREAM_HEADERS, RANK_HEADER, give_up_on_client, write_events
+from gateway.api.errors import http_error
+from gateway.api.job import Job
+from gateway.api.request_context import require_context
+from gateway.api.responses import DONE, error_event
+from gateway.generation import Delta, Generation
+from gateway.stream_session import SessionFailed
+from shared.types import FinishReason
+
+
+class GeneratedText:
+    """One choice so far."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        choice = f"-{index}" if len(job.tasks) > 1 else ""
+        self._id = job.header.id + choice
+        self._num_prompt_tokens = len(job.tasks[index].prompt)
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._finish: dict[str, Any] | None = None
+
+    def take(self, delta: Delta) -> None:
+        self._text += delta.text
+        self._token_ids += delta.token_ids
+        if delta.finish is FinishReason.STOP:
+            own_end = self._token_ids[-1] if self._token_ids else None
+            matched = own_end if delta.stop is None else delta.stop
+            self._finish = {"type": "stop", "matched": matched}
+        elif delta.finish is not None:
+            self._finish = {"type": delta.finish.value, "length": len(self._token_ids)}
+
+    def plain(self, *, cached_tokens: int) -> dict[str, Any]:
+        return {
+            "text": self._text,
+            "output_ids": self._token_ids,
+            "meta_info": {
+                "id": self._id,
+                "finish_reason": self._finish,
+                "prompt_tokens": self._num_prompt_tokens,
+                "completion_tokens": len(self._token_ids),
+                "cached_tokens": cached_tokens,
+            },
+        }
+
+
+class GenerateAnswer:
+    """`is_batch`: the answer is a list, and the events of a stream have an `index`."""
+
+    def __init__(self, *, is_batch: bool) -> None:
+        self._is_batch = is_batch
+
+    async def __call__(
+        self, request: web.Request, generation: Generation, job: Job
+    ) -> web.StreamResponse:
+        """Raises SessionFailed for a failure before the first tokens; a later one is the stream's
+        last event."""
+        texts = [GeneratedText(job, index) for index in range(len(job.tasks))]
+        if job.options.stream:
+            return await self._stream(request, generation, job, texts)
+        while not generation.done:
+            for delta in await generation.next_deltas():
+                texts[delta.choice].take(delta)
+        plain = [
+            text.plain(cached_tokens=generation.cached_tokens(index))
+            for index, text in enumerate(texts)
+        ]
+        body = msgspec.json.encode(plain if self._is_batch else plain[0])
+        return web.Response(body=body, content_type="application/json")
+
+    async def _stream(
+        self,
+        request: web.Request,
+        generation: Generation,
+        job: Job,
+        texts: Sequence[GeneratedText],
+    ) -> web.StreamResponse:
+        deltas = await generation.next_deltas()
+        ranks = ",".join(str(rank) for rank in generation.ranks)
+        response = web.StreamResponse(headers={**EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
+        try:
+            await response.prepare(request)
+            while True:
+                data = self._events(deltas, texts, generation)
+                await write_events(request, response, data + DONE if generation.done else data)
+                if generation.done:
+                    break
+                deltas = await generation.next_deltas()
+        except SessionFailed as error:
+            problem = http_error(error).of_request(require_context(request).id)
+            await response.write(error_event(problem.body) + DONE)
+        except (ConnectionError, TimeoutError):
+            give_up_on_client(request, job)
+        return response
+
+    def _events(
+        self, deltas: Sequence[Delta], texts: Sequence[GeneratedText], generation: Generation
+    ) -> bytes:
+        events = b""
+        for delta in deltas:
+            text = texts[delta.choice]
+            text.take(delta)
+            plain = text.plain(cached_tokens=generation.cached_tokens(delta.choice))
+            if self._is_batch:
+                plain["index"] = delta.choice
+            events += b"data: %b\n\n" % msgspec.json.encode(plain)
+        return events
