@@ -1,11 +1,15 @@
-"""`/tokenize` and `/detokenize`, in the shapes that vLLM has."""
+"""`/tokenize` and `/detokenize`, in the shapes that vLLM has. A thread makes their answers: one may
+have millions of ids."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
+from gateway.api.json_list import JsonList
 from gateway.api.messages import read_messages
 from gateway.chat_template import ChatOptions
 from gateway.detokenizer import Detokenizer
@@ -14,6 +18,8 @@ from shared.errors import RequestError
 
 DETOKENIZE_MAX = 1 << 20
 """Limit on the ids of one request."""
+_ENCODED_IN_ONE = 1 << 14
+"""Ids. While they are encoded, no other thread runs."""
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -36,9 +42,9 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
 async def tokenize(
     served: ServedModel, body: TokenizeBody, limits: ModelLimits, *, chars_max: int
-) -> dict[str, Any]:
-    """Counts any text of up to `chars_max` characters, also one that is longer than the context.
-    Raises RequestError."""
+) -> bytes:
+    """The answer, as JSON. Counts any text of up to `chars_max` characters, also one that is longer
+    than the context. Raises RequestError."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("pass either prompt or messages", param="prompt")
     if body.prompt is not None:
@@ -54,21 +60,43 @@ async def tokenize(
         ids = await served.tokenizer.encode_chat(
             read_messages(body.messages or []), options, tokens_max=chars_max
         )
-    names = served.tokenizer.names(with_special=True)
-    return {
-        "count": len(ids),
-        "max_model_len": limits.context_tokens_max,
-        "tokens": ids,
-        "token_strs": [names.name(token) for token in ids] if body.return_token_strs else None,
-    }
+    name = served.tokenizer.names(with_special=True).name if body.return_token_strs else None
+    return await asyncio.to_thread(_token_answer, ids, limits.context_tokens_max, name)
 
 
-def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLimits) -> dict[str, Any]:
-    """Special tokens are spelt by their names. Raises RequestError."""
+def _token_answer(
+    ids: Sequence[int], context_tokens_max: int, name: Callable[[int], str] | None
+) -> bytes:
+    tokens, texts = JsonList(), JsonList()
+    for begin in range(0, len(ids), _ENCODED_IN_ONE):
+        part = ids[begin : begin + _ENCODED_IN_ONE]
+        tokens.add(part)
+        if name is not None:
+            texts.add(list(map(name, part)))
+    return msgspec.json.encode(
+        {
+            "count": len(ids),
+            "max_model_len": context_tokens_max,
+            "tokens": msgspec.Raw(tokens.whole()),
+            "token_strs": None if name is None else msgspec.Raw(texts.whole()),
+        }
+    )
+
+
+async def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLimits) -> bytes:
+    """The answer, as JSON. Special tokens are spelt by their names. Raises RequestError."""
     ids = body.tokens
     if len(ids) > DETOKENIZE_MAX:
         raise RequestError(f"at most {DETOKENIZE_MAX} tokens", param="tokens")
     if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
         raise RequestError(f"token ids must be from 0 to {limits.vocab_size - 1}", param="tokens")
     text = Detokenizer(served.tokenizer.names(with_special=True).text)
-    return {"prompt": text.feed(ids) + text.flush()}
+    return await asyncio.to_thread(_text_answer, text, ids)
+
+
+def _text_answer(text: Detokenizer, ids: Sequence[int]) -> bytes:
+    parts = [
+        text.feed(ids[begin : begin + _ENCODED_IN_ONE])
+        for begin in range(0, len(ids), _ENCODED_IN_ONE)
+    ]
+    return msgspec.json.encode({"prompt": "".join(parts) + text.flush()})
