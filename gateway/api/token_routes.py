@@ -88,15 +88,16 @@ async def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLim
     ids = body.tokens
     if len(ids) > DETOKENIZE_MAX:
         raise RequestError(f"at most {DETOKENIZE_MAX} tokens", param="tokens")
-    if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
-        raise RequestError(f"token ids must be from 0 to {limits.vocab_size - 1}", param="tokens")
     text = Detokenizer(served.tokenizer.names(with_special=True).text)
-    return await asyncio.to_thread(_text_answer, text, ids)
+    return await asyncio.to_thread(_text_answer, text, ids, limits.vocab_size)
 
 
-def _text_answer(text: Detokenizer, ids: Sequence[int]) -> bytes:
-    parts = [
-        text.feed(ids[begin : begin + _ENCODED_IN_ONE])
-        for begin in range(0, len(ids), _ENCODED_IN_ONE)
-    ]
+def _text_answer(text: Detokenizer, ids: Sequence[int], vocab_size: int) -> bytes:
+    """Raises RequestError."""
+    parts: list[str] = []
+    for begin in range(0, len(ids), _ENCODED_IN_ONE):
+        part = ids[begin : begin + _ENCODED_IN_ONE]
+        if not 0 <= min(part) <= max(part) < vocab_size:
+            raise RequestError(f"token ids must be from 0 to {vocab_size - 1}", param="tokens")
+        parts.append(text.feed(part))
     return msgspec.json.encode({"prompt": "".join(parts) + text.flush()})

@@ -13,6 +13,7 @@ import pytest
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from gateway.served_model import ModelLimits, ParserNames, ServedModel, load_served_model
 from gateway.tokenizer_loader import TokenizerOptions
+from shared.errors import RequestError
 from shared.records import InstanceSpec
 from tests.support.fake_clock import FakeClock
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -65,6 +66,15 @@ async def test_a_long_text_there_and_back(served: ServedModel, in_threads: list[
     back = await detokenize(served, DetokenizeBody(tokens=list(ids)), LIMITS)
     assert json.loads(back) == {"prompt": TEXT}
     assert in_threads == ["_token_answer", "_text_answer"]
+
+
+@pytest.mark.parametrize("wrong", [-1, 1000])
+async def test_an_id_that_is_none_is_refused_wherever_it_is(
+    served: ServedModel, wrong: int
+) -> None:
+    body = DetokenizeBody(tokens=[5] * 40_000 + [wrong])
+    with pytest.raises(RequestError, match="from 0 to 999"):
+        await detokenize(served, body, LIMITS)
 
 
 @pytest.mark.parametrize("text", ["", "a"])
