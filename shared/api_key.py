@@ -15,11 +15,17 @@ KEY_CHARACTERS_MIN = 32
 NAME_RULE = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY = re.compile(re.escape(KEY_PREFIX) + r"[\w%-]+", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def new_api_key() -> str:
     return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def without_keys(text: str) -> str:
+    """For logs of what clients send: a key may be where it does not belong."""
+    return _KEY.sub(KEY_PREFIX + "…", text)
 
 
 def digest_of(key: str) -> bytes:

@@ -14,6 +14,7 @@ from shared.errors import RequestError, Unauthenticated
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 """Load balancers and orchestrators ask for these, and cannot have a key."""
 METRICS_PATH = "/metrics"
+_METHODS = "DELETE, GET, HEAD, OPTIONS, POST"
 _HINT = "Send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`."
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,7 +34,9 @@ class Authenticator:
     @web.middleware
     async def authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Before a route is looked for, so that strangers do not learn which there are. A
-        browser's preflight (OPTIONS) never has a key."""
+        browser's preflight (OPTIONS) never has a key, so it gets one answer for every path."""
+        if request.method == "OPTIONS" and len(self._keys()):
+            return web.Response(status=204, headers={"Allow": _METHODS})
         if self._needs_key(request):
             require_context(request).key = self._key_of(request)
         return await handler(request)

@@ -35,6 +35,7 @@ from gateway.api.guidance import answer_grammar
 from gateway.api.guided import DemandedForm
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
+from gateway.api.json_bounds import check_num_values
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission
@@ -272,8 +273,8 @@ class HttpApp:
             self._check_name(served, body.model)
             limits = served.limits(self._driver.view)
             async with self._admission.turn(request):
-                plain = await tokenize(served, body, limits, chars_max=self._body_bytes_max)
-            return web.json_response(plain)
+                answer = await tokenize(served, body, limits, chars_max=self._body_bytes_max)
+            return web.Response(body=answer, content_type="application/json")
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admission.enter(request):
@@ -281,8 +282,8 @@ class HttpApp:
             body = await self._read(request, DetokenizeBody)
             self._check_name(served, body.model)
             async with self._admission.turn(request):
-                plain = detokenize(served, body, served.limits(self._driver.view))
-            return web.json_response(plain)
+                answer = await detokenize(served, body, served.limits(self._driver.view))
+            return web.Response(body=answer, content_type="application/json")
 
     async def _require_served_model(self) -> ServedModel:
         """Raises Unavailable with what is being waited for. A gateway that has just started needs
@@ -296,6 +297,7 @@ class HttpApp:
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         raw = await read_body(request, self._body_bytes_max)
+        await check_num_values(raw)
         body = decode_body(raw, cls)
         require_context(request).body_bytes = len(raw)
         request[IGNORED_FIELDS] = ignored_fields(raw, cls)

@@ -162,7 +162,7 @@ class _Connection:
 
 def quiet_http_logger() -> logging.Logger:
     """For what the HTTP library says of requests that it cannot read: a line each, and no traceback
-    for what a stranger sends."""
+    for what a stranger sends. What the client sent is not in it: that may have been its key."""
     logger = logging.Logger("gateway.http", level=logging.WARNING)
     logger.addFilter(_log_line)
     return logger
@@ -170,8 +170,16 @@ def quiet_http_logger() -> logging.Logger:
 
 def _log_line(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    log.warning("malformed_request", detail=record.getMessage(), error=repr(error)[:200])
+    log.warning("malformed_request", detail=record.getMessage(), error=_without_quotation(error))
     return False
+
+
+def _without_quotation(error: BaseException | None) -> str:
+    """The library says what is wrong, ":\\n", and then quotes what it has read. Of other messages
+    it is not known where they quote."""
+    kind = type(error).__name__
+    said, separator, _ = str(getattr(error, "message", "")).partition(":\n")
+    return f"{kind}: {said}"[:200] if separator else kind
 
 
 def _refusal(refusal: Refusal) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.api.json_list import JsonList
 from gateway.api.token_offsets import TokenOffsets
 from gateway.detokenizer import TokenNames
 from gateway.prompt import SentText
@@ -31,7 +32,7 @@ _encode = msgspec.json.encode
 async def chat_logprobs(
     names: TokenNames, scored: Sequence[ScoredToken], num_top: int
 ) -> msgspec.Raw:
-    content = _JsonList()
+    content = JsonList()
     async for begin, end in _slices(len(scored), num_top):
         content.add([_chat_token(names, *each, num_top) for each in scored[begin:end]])
     return msgspec.Raw(b'{"content":%b,"refusal":null}' % content.whole())
@@ -70,7 +71,7 @@ class CompletionLogprobs:
         self._offsets = TokenOffsets(names.text, follows=follows, begin=begin)
 
     async def next(self, scored: Sequence[ScoredToken]) -> msgspec.Raw:
-        tokens, logprobs, tops, offsets = (_JsonList() for _ in range(4))
+        tokens, logprobs, tops, offsets = (JsonList() for _ in range(4))
         async for begin, end in _slices(len(scored), self._num_top):
             part = scored[begin:end]
             tokens.add([self._names.unique_name(token) for token, _ in part])
@@ -113,7 +114,7 @@ class PromptLogprobs:
         """Call it once all are known."""
         if self._shaped is None:
             scored = list(zip(self._prompt[1:], self._scores, strict=True))
-            entries = _JsonList([None])
+            entries = JsonList([None])
             async for begin, end in _slices(len(scored), self._num_top):
                 entries.add([self._by_id(*each) for each in scored[begin:end]])
             self._shaped = msgspec.Raw(entries.whole())
@@ -134,21 +135,6 @@ class PromptLogprobs:
             }
             for each, value, place in sorted(entries, key=lambda entry: entry[2])
         }
-
-
-class _JsonList:
-    """A JSON array that is encoded piece by piece."""
-
-    def __init__(self, first: Sequence[Any] = ()) -> None:
-        self._pieces: list[bytes] = []
-        self.add(first)
-
-    def add(self, items: Sequence[Any]) -> None:
-        if items:
-            self._pieces.append(_encode(items)[1:-1])
-
-    def whole(self) -> bytes:
-        return b"[" + b",".join(self._pieces) + b"]"
 
 
 async def _slices(num_tokens: int, num_top: int) -> AsyncIterator[tuple[int, int]]:

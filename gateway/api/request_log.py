@@ -9,6 +9,7 @@ import structlog
 from aiohttp import web
 
 from gateway.api.request_context import REQUEST_ID_HEADER, RequestContext, context_of, open_context
+from shared.api_key import without_keys
 from shared.clock import Clock
 
 log = structlog.get_logger()
@@ -44,7 +45,7 @@ class RequestLog:
         log.info(
             "request",
             method=request.method,
-            path=request.path[:_PATH_CHARACTERS_MAX],
+            path=without_keys(request.path)[:_PATH_CHARACTERS_MAX],
             status=status,
             duration_ms=round((self._clock.now() - context.began_at) * 1000, 1),
             client=request.remote or "",

@@ -1,19 +1,25 @@
-"""`/tokenize` and `/detokenize`, in the shapes that vLLM has."""
+"""`/tokenize` and `/detokenize`, in the shapes that vLLM has. A thread makes their answers: one may
+have millions of ids."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from gateway.api.bodies import ChatBody
 from gateway.api.chat_request import read_chat
+from gateway.api.json_list import JsonList
 from gateway.detokenizer import Detokenizer
 from gateway.served_model import ModelLimits, ServedModel
 from shared.errors import RequestError
 
-DETOKENIZE_MAX = 1 << 20
+DETOKENIZE_MAX = 1 << 17
 """Limit on the ids of one request."""
+_ENCODED_IN_ONE = 1 << 14
+"""Ids. While they are encoded, no other thread runs."""
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -37,9 +43,9 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
 async def tokenize(
     served: ServedModel, body: TokenizeBody, limits: ModelLimits, *, chars_max: int
-) -> dict[str, Any]:
-    """Counts any text of up to `chars_max` characters, also one that is longer than the context.
-    Raises RequestError."""
+) -> bytes:
+    """The answer, as JSON. Counts any text of up to `chars_max` characters, also one that is longer
+    than the context. Raises RequestError."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("pass either prompt or messages", param="prompt")
     if body.prompt is not None:
@@ -49,13 +55,27 @@ async def tokenize(
     else:
         chat = read_chat(_chat_body(body), served)
         ids = await served.tokenizer.encode_chat(chat.messages, chat.options, tokens_max=chars_max)
-    names = served.tokenizer.names(with_special=True)
-    return {
-        "count": len(ids),
-        "max_model_len": limits.context_tokens_max,
-        "tokens": ids,
-        "token_strs": [names.name(token) for token in ids] if body.return_token_strs else None,
-    }
+    name = served.tokenizer.names(with_special=True).name if body.return_token_strs else None
+    return await asyncio.to_thread(_token_answer, ids, limits.context_tokens_max, name)
+
+
+def _token_answer(
+    ids: Sequence[int], context_tokens_max: int, name: Callable[[int], str] | None
+) -> bytes:
+    tokens, texts = JsonList(), JsonList()
+    for begin in range(0, len(ids), _ENCODED_IN_ONE):
+        part = ids[begin : begin + _ENCODED_IN_ONE]
+        tokens.add(part)
+        if name is not None:
+            texts.add(list(map(name, part)))
+    return msgspec.json.encode(
+        {
+            "count": len(ids),
+            "max_model_len": context_tokens_max,
+            "tokens": msgspec.Raw(tokens.whole()),
+            "token_strs": None if name is None else msgspec.Raw(texts.whole()),
+        }
+    )
 
 
 def _chat_body(body: TokenizeBody) -> ChatBody:
@@ -69,12 +89,21 @@ def _chat_body(body: TokenizeBody) -> ChatBody:
     )
 
 
-def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLimits) -> dict[str, Any]:
-    """Special tokens are spelt by their names. Raises RequestError."""
+async def detokenize(served: ServedModel, body: DetokenizeBody, limits: ModelLimits) -> bytes:
+    """The answer, as JSON. Special tokens are spelt by their names. Raises RequestError."""
     ids = body.tokens
     if len(ids) > DETOKENIZE_MAX:
         raise RequestError(f"at most {DETOKENIZE_MAX} tokens", param="tokens")
-    if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
-        raise RequestError(f"token ids must be from 0 to {limits.vocab_size - 1}", param="tokens")
     text = Detokenizer(served.tokenizer.names(with_special=True).text)
-    return {"prompt": text.feed(ids) + text.flush()}
+    return await asyncio.to_thread(_text_answer, text, ids, limits.vocab_size)
+
+
+def _text_answer(text: Detokenizer, ids: Sequence[int], vocab_size: int) -> bytes:
+    """Raises RequestError."""
+    parts: list[str] = []
+    for begin in range(0, len(ids), _ENCODED_IN_ONE):
+        part = ids[begin : begin + _ENCODED_IN_ONE]
+        if not 0 <= min(part) <= max(part) < vocab_size:
+            raise RequestError(f"token ids must be from 0 to {vocab_size - 1}", param="tokens")
+        parts.append(text.feed(part))
+    return msgspec.json.encode({"prompt": "".join(parts) + text.flush()})

@@ -117,6 +117,16 @@ async def test_without_a_right_key_nothing_is_served(harness: GatewayHarness) ->
     assert await harness.metric("unauthenticated_total") == 4 * len(wrong)
 
 
+async def test_a_stranger_does_not_learn_by_options_which_paths_there_are(
+    harness: GatewayHarness,
+) -> None:
+    answers = set()
+    for path in ("/v1/models", "/v1/completions", "/nowhere"):
+        async with harness.http.options(harness.url + path, headers={}) as response:
+            answers.add((response.status, response.headers["Allow"], await response.text()))
+    assert len(answers) == 1
+
+
 async def test_a_key_is_taken_from_both_headers(harness: GatewayHarness) -> None:
     for headers in (bearer(ALICE), {"authorization": f"bearer {ALICE}"}, {"X-Api-Key": ALICE}):
         response, answer = await ask(harness, headers)
@@ -181,6 +191,28 @@ async def test_neither_keys_nor_hashes_are_in_logs_or_metrics(
     for secret in (ALICE, BOB, "w" * 43, spelt_hash(ALICE), spelt_hash(ALICE)[7:]):
         assert secret not in logged
         assert secret not in metrics
+
+
+async def test_a_key_in_the_wrong_place_is_not_in_logs(
+    harness: GatewayHarness, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a header that is no header, in a line that is too long, and in a path."""
+    port = harness.url.rpartition(":")[2]
+    for sent in (
+        f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {ALICE}\r\n\r\n",
+        f"GET /v1/models HTTP/1.1\r\nHost: x\r\nX: {ALICE}{'x' * 100_000}\r\n\r\n",
+        f"GET {ALICE} HTTP/1.1\r\nHost: x\r\n\r\n",
+        f"GET /v1/models/{ALICE} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        writer.write(sent.encode())
+        async with asyncio.timeout(20):
+            assert (await reader.read()).split()[1] in (b"400", b"401")
+        writer.close()
+    logged = capsys.readouterr().out
+    assert "malformed_request" in logged
+    assert "/v1/models/" in logged
+    assert ALICE not in logged
 
 
 def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
@@ -264,6 +296,27 @@ async def test_a_refused_request_is_neither_tokenised_nor_kept(model: Path, tmp_
             rank.go()
         await held
         await harness.wait_metric("tokens_in_flight", 0)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"prompt":"a","max_tokens":1' + b"".join(b',"%06d":1' % i for i in range(380_000)) + b"}",
+        b'{"prompt":[' + b"[]," * 1_390_000 + b"[]]}",
+        b'{"prompt":"a","logit_bias":{' + b",".join(b'"%d":1' % i for i in range(300_000)) + b"}}",
+    ],
+    ids=["members", "lists", "members of a member"],
+)
+async def test_a_body_of_many_small_values_is_not_decoded(
+    harness: GatewayHarness, raw: bytes
+) -> None:
+    """4 MB of them held up everybody's tokens for 0.1 to 0.8 s of the event loop."""
+    headers = {"Content-Type": "application/json", **bearer(ALICE)}
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"):
+        url = harness.url + path
+        async with harness.http.post(url, data=io.BytesIO(raw), headers=headers) as response:
+            answer = await response.json()
+        assert (response.status, answer["error"]["code"]) == (400, "too_many_values")
 
 
 # What ranks are told.
