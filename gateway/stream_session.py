@@ -69,7 +69,8 @@ class SessionEvent(Enum):
 class FailureKind(Enum):
     """Why a session failed. The HTTP API maps each to a status."""
 
-    NO_RANK = "no_rank"  # no live rank accepted it in time
+    NO_RANK = "no_rank"  # there was no live rank in time
+    OVERLOADED = "overloaded"  # ranks refused it again and again: they are full
     RANKS_LOST = "ranks_lost"  # several ranks in a row were lost before a token
     REJECTED = "rejected"  # a rank answered that no rank can run the request
     INVALID = "invalid"  # a rank answered that the request itself is at fault
@@ -388,7 +389,7 @@ class StreamSession:
         self._refusals += 1
         if self._refusals > self._policy.refusals_max:
             message = f"refused by ranks {self._refusals} times, last because {error}"
-            self._fail(SessionEvent.GIVEN_UP, FailureKind.NO_RANK, message)
+            self._fail(SessionEvent.GIVEN_UP, FailureKind.OVERLOADED, message)
             return []
         self._transition(SessionEvent.REFUSED)
         self.ready_at = now + self._backoff_s()

@@ -94,6 +94,8 @@ def http_error(error: StarfishError) -> HttpError:
         case SessionFailed(failure=Failure(kind=FailureKind.INVALID, message=message)):
             body = error_body(message, kind="invalid_request_error", code="invalid_grammar")
             return HttpError(status=400, body=body)
+        case SessionFailed(failure=Failure(kind=FailureKind.OVERLOADED, message=message)):
+            return http_error(Overloaded(message, retry_after_s=1))
         case SessionFailed(failure=failure):
             status, code = _STATUS_BY_FAILURE[failure.kind]
             body = error_body(failure.message, kind="server_error", code=code)

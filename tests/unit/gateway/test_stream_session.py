@@ -209,7 +209,10 @@ def test_refusals_back_off_and_end_after_their_limit() -> None:
     session.place(A)
     session.on_tokens(A, tokens(0, error="full", retryable=True, attempt=3), 1.0)
     assert session.failure is not None
-    assert (session.failure.kind, "full" in session.failure.message) == (FailureKind.NO_RANK, True)
+    assert session.failure.kind is FailureKind.OVERLOADED
+    assert "full" in session.failure.message
+    answer = http_error(SessionFailed(session.failure))
+    assert (answer.status, answer.headers) == (429, {"Retry-After": "1"})
 
 
 def test_a_session_that_loses_rank_after_rank_without_a_token_fails() -> None:
