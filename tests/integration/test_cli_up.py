@@ -398,7 +398,7 @@ async def rejoins(run_dir: Path, rank: int) -> None:
     """Kills the rank, and waits until a map above the present one has its next incarnation."""
     state = read_state(run_dir)
     assert state is not None
-    keys, store = Keys(run_dir.name), await connect_store([state.etcd])
+    keys, store = Keys(run_dir.name), await connect_store(state.target().store)
 
     async def newest_map() -> ExpertMap:
         found = await store.get(keys.map)
@@ -512,7 +512,7 @@ async def is_whole(run_dir: Path, num_ranks: int) -> bool:
     assert state is not None
     keys = Keys(run_dir.name)
     try:
-        store = await connect_store([state.etcd])
+        store = await connect_store(state.target().store)
     except StoreUnavailable:
         return False
     view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
