@@ -15,6 +15,7 @@ from cli.target_flags import (
     EtcdPasswordFileFlag,
     EtcdServerNameFlag,
     EtcdUserFlag,
+    etcd_options_of,
 )
 from shared.etcd_credentials import CA_FILE, password_path
 from shared.etcd_options import EtcdOptions
@@ -53,18 +54,9 @@ class EtcdSetupOptions:
     def root(self) -> EtcdOptions:
         """As whom to make users: as given, else as root of the folder, else as nobody, which etcd
         allows until its authentication is on."""
-        folder, ca = self.credentials, self.etcd_ca
-        if ca is None and (folder / CA_FILE).exists():
-            ca = folder / CA_FILE
-        given = EtcdOptions(
-            etcd=self.etcd,
-            etcd_ca=ca,
-            etcd_cert=self.etcd_cert,
-            etcd_key=self.etcd_key,
-            etcd_server_name=self.etcd_server_name,
-            etcd_user=self.etcd_user,
-            etcd_password_file=self.etcd_password_file,
-        )
+        folder, given = self.credentials, etcd_options_of(self)
+        if given.etcd_ca is None and (folder / CA_FILE).exists():
+            given = replace(given, etcd_ca=folder / CA_FILE)
         if given.etcd_cert or given.etcd_user:
             return given
         if (folder / f"{ROOT}.pem").exists():

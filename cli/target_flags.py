@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +80,11 @@ SecretFileFlag = Annotated[
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for programs to read.")]
 
 
+def etcd_options_of(flags: object) -> EtcdOptions:
+    """`flags` has a field for each of them, of the same name."""
+    return EtcdOptions(**{field.name: getattr(flags, field.name) for field in fields(EtcdOptions)})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetFlags:
     """An instance, found through its etcd or its run folder."""
@@ -109,15 +114,7 @@ class TargetFlags:
         """None without an endpoint: then the run folder says all. Raises ConfigError."""
         if not self.etcd:
             return None
-        store = EtcdOptions(
-            etcd=self.etcd,
-            etcd_ca=self.etcd_ca,
-            etcd_cert=self.etcd_cert,
-            etcd_key=self.etcd_key,
-            etcd_server_name=self.etcd_server_name,
-            etcd_user=self.etcd_user,
-            etcd_password_file=self.etcd_password_file,
-        )
+        store = etcd_options_of(self)
         store.check()
         return store
 

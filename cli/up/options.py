@@ -19,6 +19,7 @@ from cli.target_flags import (
     EtcdServerNameFlag,
     EtcdUserFlag,
     RunDirFlag,
+    etcd_options_of,
 )
 from cli.up.device import DEVICES
 from cli.up.model import default_model_dir
@@ -226,15 +227,7 @@ class UpOptions:
     def stores(self, keys: Keys) -> Mapping[EtcdService, EtcdOptions]:
         """As whom each service reaches an etcd that runs already. Raises ConfigError."""
         assert self.etcd is not None, "there is no such etcd"
-        base = EtcdOptions(
-            etcd=self.etcd,
-            etcd_ca=self.etcd_ca,
-            etcd_cert=self.etcd_cert,
-            etcd_key=self.etcd_key,
-            etcd_server_name=self.etcd_server_name,
-            etcd_user=self.etcd_user,
-            etcd_password_file=self.etcd_password_file,
-        ).absolute()
+        base = etcd_options_of(self).absolute()
         folder = self.etcd_credentials
         if folder is None:
             return dict.fromkeys(EtcdService, base)
