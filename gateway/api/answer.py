@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 import structlog
 from aiohttp import web
@@ -11,8 +12,8 @@ from aiohttp import web
 from gateway.api.errors import http_error
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
-from gateway.api.responses import DONE, ChunkWriter, error_event, response_body
-from gateway.generation import Generation
+from gateway.api.responses import DONE, ChunkWriter, Usage, error_event, response_body
+from gateway.generation import Delta, Generation
 from gateway.stream_session import SessionFailed
 
 log = structlog.get_logger()
@@ -24,7 +25,7 @@ RANK_HEADER = "x-starfish-rank"
 """Header of a stream: the ranks on which its choices began, so that a client can tell which streams
 a death affects."""
 
-EVENT_STREAM_HEADERS = {
+_EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
@@ -60,46 +61,93 @@ async def answer_whole(generation: Generation, job: Job) -> web.Response:
 async def answer_stream(
     request: web.Request, generation: Generation, job: Job
 ) -> web.StreamResponse:
+    """Raises SessionFailed for a failure before the first batch of tokens."""
+    writer = _ChunkEvents(job, generation, require_context(request).id)
+    return await stream_events(request, generation, job, writer)
+
+
+class EventWriter(Protocol):
+    """How the events of one stream are spelt."""
+
+    async def events(self, deltas: Sequence[Delta]) -> bytes:
+        """For a batch of tokens; the first time with what a stream begins with."""
+        ...
+
+    def end(self) -> bytes: ...
+
+    def failed(self, error: SessionFailed) -> bytes:
+        """The last events of a stream that fails after it has begun."""
+        ...
+
+
+async def stream_events(
+    request: web.Request, generation: Generation, job: Job, writer: EventWriter
+) -> web.StreamResponse:
     """One write per batch of tokens. Raises SessionFailed for a failure before the first batch; a
-    later one becomes the stream's last event."""
+    later one is the stream's last event."""
     deltas = await generation.next_deltas()
     ranks = ",".join(str(rank) for rank in generation.ranks)
-    response = web.StreamResponse(headers={**EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
-    chunks = ChunkWriter(
-        job.header,
-        with_token_ids=job.options.return_token_ids,
-        include_usage=job.options.include_usage,
-    )
-    writers = job.choice_writers()
-    is_first = True
+    response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
     try:
         await response.prepare(request)
-        data = b""
         while True:
-            if job.options.continuous_usage:
-                chunks.set_usage(job.usage(generation, writers))
-            if is_first:
-                data = _role_chunks(job, chunks)
-                is_first = False
-            for delta in deltas:
-                data += await writers[delta.choice].chunk(delta, chunks)
+            data = await writer.events(deltas)
             if generation.done:
-                if job.options.include_usage:
-                    data += chunks.usage_chunk(job.usage(generation, writers))
-                data += DONE
-            if generation.done:
-                await write_events(request, response, data, last=True)
+                await _write(request, response, data + writer.end(), last=True)
                 break
             if data:
-                await write_events(request, response, data)
-            data = b""
+                await _write(request, response, data)
             deltas = await generation.next_deltas()
     except SessionFailed as error:
-        problem = http_error(error).of_request(require_context(request).id)
-        await response.write(error_event(problem.body) + DONE)
+        await response.write(writer.failed(error))
     except (ConnectionError, TimeoutError):
-        give_up_on_client(request, job)
+        log.info("client_gone", request=job.header.id)
+        if request.transport is not None:
+            request.transport.abort()
     return response
+
+
+def failure_event(error: SessionFailed, request_id: str) -> bytes:
+    """The end of a stream that has failed, in OpenAI's shape."""
+    return error_event(http_error(error).of_request(request_id).body) + DONE
+
+
+class _ChunkEvents:
+    """OpenAI's chunks. Implements `EventWriter`."""
+
+    def __init__(self, job: Job, generation: Generation, request_id: str) -> None:
+        self._job = job
+        self._generation = generation
+        self._request_id = request_id
+        self._writers = job.choice_writers()
+        self._is_first = True
+        self._chunks = ChunkWriter(
+            job.header,
+            with_token_ids=job.options.return_token_ids,
+            include_usage=job.options.include_usage,
+        )
+
+    async def events(self, deltas: Sequence[Delta]) -> bytes:
+        data = b""
+        if self._job.options.continuous_usage:
+            self._chunks.set_usage(self._usage())
+        if self._is_first:
+            data = _role_chunks(self._job, self._chunks)
+            self._is_first = False
+        for delta in deltas:
+            data += await self._writers[delta.choice].chunk(delta, self._chunks)
+        return data
+
+    def end(self) -> bytes:
+        if not self._job.options.include_usage:
+            return DONE
+        return self._chunks.usage_chunk(self._usage()) + DONE
+
+    def failed(self, error: SessionFailed) -> bytes:
+        return failure_event(error, self._request_id)
+
+    def _usage(self) -> Usage:
+        return self._job.usage(self._generation, self._writers)
 
 
 def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
@@ -107,7 +155,7 @@ def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
     return b"".join(chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
 
 
-async def write_events(
+async def _write(
     request: web.Request, response: web.StreamResponse, data: bytes, *, last: bool = False
 ) -> None:
     """With the `last` ones the body ends, in the same write. Raises TimeoutError if the client
@@ -119,10 +167,3 @@ async def write_events(
         return
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await write(data)
-
-
-def give_up_on_client(request: web.Request, job: Job) -> None:
-    """It reads nothing, or has closed the connection."""
-    log.info("client_gone", request=job.header.id)
-    if request.transport is not None:
-        request.transport.abort()

@@ -3,11 +3,12 @@ events."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from aiohttp import web
 
-from gateway.api.answer import EVENT_STREAM_HEADERS, RANK_HEADER, give_up_on_client, write_events
+from gateway.api.answer import stream_events
 from gateway.api.answer_reader import AnswerReader
 from gateway.api.dialect import Dialect, Ending
 from gateway.api.errors import http_error
@@ -48,15 +49,11 @@ class _OneChoice:
 async def answer_job_in(
     dialect: Dialect, request: web.Request, generation: Generation, job: Job
 ) -> web.StreamResponse:
-    """Raises SessionFailed."""
-    if job.options.stream:
-        return await answer_stream_in(dialect, request, generation, job)
-    return await answer_whole_in(dialect, generation, job)
-
-
-async def answer_whole_in(dialect: Dialect, generation: Generation, job: Job) -> web.Response:
-    """Raises SessionFailed."""
+    """Raises SessionFailed for a failure before the first tokens of a stream, or of a whole
+    answer."""
     choice = _OneChoice(job, generation)
+    if job.options.stream:
+        return await stream_events(request, generation, job, _DialectEvents(dialect, choice))
     while not generation.done:
         for delta in await generation.next_deltas():
             choice.take(delta)
@@ -64,31 +61,25 @@ async def answer_whole_in(dialect: Dialect, generation: Generation, job: Job) ->
     return web.Response(body=body, content_type="application/json")
 
 
-async def answer_stream_in(
-    dialect: Dialect, request: web.Request, generation: Generation, job: Job
-) -> web.StreamResponse:
-    """Raises SessionFailed for a failure before the first tokens; a later one is the stream's last
-    event."""
-    choice = _OneChoice(job, generation)
-    deltas = await generation.next_deltas()
-    ranks = ",".join(str(rank) for rank in generation.ranks)
-    response = web.StreamResponse(headers={**EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
-    try:
-        await response.prepare(request)
-        data = dialect.begin(choice.usage())
-        while True:
-            for delta in deltas:
-                data += dialect.deltas(choice.take(delta))
-            if generation.done:
-                data += dialect.end(choice.ending())
-            if data:
-                await write_events(request, response, data)
-            if generation.done:
-                break
-            data = b""
-            deltas = await generation.next_deltas()
-    except SessionFailed as error:
-        await response.write(dialect.failed(http_error(error)))
-    except (ConnectionError, TimeoutError):
-        give_up_on_client(request, job)
-    return response
+class _DialectEvents:
+    """Implements `answer.EventWriter`."""
+
+    def __init__(self, dialect: Dialect, choice: _OneChoice) -> None:
+        self._dialect = dialect
+        self._choice = choice
+        self._is_first = True
+
+    async def events(self, deltas: Sequence[Delta]) -> bytes:
+        data = b""
+        if self._is_first:
+            data = self._dialect.begin(self._choice.usage())
+            self._is_first = False
+        for delta in deltas:
+            data += self._dialect.deltas(self._choice.take(delta))
+        return data
+
+    def end(self) -> bytes:
+        return self._dialect.end(self._choice.ending())
+
+    def failed(self, error: SessionFailed) -> bytes:
+        return self._dialect.failed(http_error(error))

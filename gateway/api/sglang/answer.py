@@ -8,11 +8,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gateway.api.answer import EVENT_STREAM_HEADERS, RANK_HEADER, give_up_on_client, write_events
-from gateway.api.errors import http_error
+from gateway.api.answer import failure_event, stream_events
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
-from gateway.api.responses import DONE, error_event
+from gateway.api.responses import DONE
 from gateway.generation import Delta, Generation
 from gateway.stream_session import SessionFailed
 from shared.types import FinishReason
@@ -62,11 +61,14 @@ class GenerateAnswer:
     async def __call__(
         self, request: web.Request, generation: Generation, job: Job
     ) -> web.StreamResponse:
-        """Raises SessionFailed for a failure before the first tokens; a later one is the stream's
-        last event."""
+        """Raises SessionFailed for a failure before the first tokens of a stream, or of a whole
+        answer."""
         texts = [GeneratedText(job, index) for index in range(len(job.tasks))]
         if job.options.stream:
-            return await self._stream(request, generation, job, texts)
+            events = _TextEvents(
+                texts, generation, is_batch=self._is_batch, request_id=require_context(request).id
+            )
+            return await stream_events(request, generation, job, events)
         while not generation.done:
             for delta in await generation.next_deltas():
                 texts[delta.choice].take(delta)
@@ -77,40 +79,36 @@ class GenerateAnswer:
         body = msgspec.json.encode(plain if self._is_batch else plain[0])
         return web.Response(body=body, content_type="application/json")
 
-    async def _stream(
-        self,
-        request: web.Request,
-        generation: Generation,
-        job: Job,
-        texts: Sequence[GeneratedText],
-    ) -> web.StreamResponse:
-        deltas = await generation.next_deltas()
-        ranks = ",".join(str(rank) for rank in generation.ranks)
-        response = web.StreamResponse(headers={**EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
-        try:
-            await response.prepare(request)
-            while True:
-                data = self._events(deltas, texts, generation)
-                await write_events(request, response, data + DONE if generation.done else data)
-                if generation.done:
-                    break
-                deltas = await generation.next_deltas()
-        except SessionFailed as error:
-            problem = http_error(error).of_request(require_context(request).id)
-            await response.write(error_event(problem.body) + DONE)
-        except (ConnectionError, TimeoutError):
-            give_up_on_client(request, job)
-        return response
 
-    def _events(
-        self, deltas: Sequence[Delta], texts: Sequence[GeneratedText], generation: Generation
-    ) -> bytes:
+class _TextEvents:
+    """Implements `answer.EventWriter`."""
+
+    def __init__(
+        self,
+        texts: Sequence[GeneratedText],
+        generation: Generation,
+        *,
+        is_batch: bool,
+        request_id: str,
+    ) -> None:
+        self._texts = texts
+        self._generation = generation
+        self._is_batch = is_batch
+        self._request_id = request_id
+
+    async def events(self, deltas: Sequence[Delta]) -> bytes:
         events = b""
         for delta in deltas:
-            text = texts[delta.choice]
+            text = self._texts[delta.choice]
             text.take(delta)
-            plain = text.plain(cached_tokens=generation.cached_tokens(delta.choice))
+            plain = text.plain(cached_tokens=self._generation.cached_tokens(delta.choice))
             if self._is_batch:
                 plain["index"] = delta.choice
             events += b"data: %b\n\n" % msgspec.json.encode(plain)
         return events
+
+    def end(self) -> bytes:
+        return DONE
+
+    def failed(self, error: SessionFailed) -> bytes:
+        return failure_event(error, self._request_id)
