@@ -4,11 +4,14 @@ it follows from one seed."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import types
 import typing
 from enum import Enum
 from typing import Any
+
+import msgspec
 
 INTEGERS = (0, 1, -1, 2, 63, 64, 255, 256, 1 << 15, 1 << 31, (1 << 31) - 1, 1 << 40, 1 << 62)
 INTEGERS_LARGE = (*INTEGERS, -(1 << 63), (1 << 63) - 1, (1 << 64) - 1)
@@ -39,6 +42,8 @@ class Mutator:
         if hasattr(hint, "__supertype__"):
             return self.sample(hint.__supertype__, depth)
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin is typing.Annotated:
+            return self._sample_within(*arguments)
         if origin in (typing.Union, types.UnionType):
             return self.sample(rng.choice(arguments), depth)
         if origin in (tuple, list):
@@ -49,15 +54,25 @@ class Mutator:
         if isinstance(hint, type) and issubclass(hint, Enum):
             return rng.choice(list(hint))
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            hints = typing.get_type_hints(hint)
+            hints = typing.get_type_hints(hint, include_extras=True)
             return hint(
                 **{f.name: self.sample(hints[f.name], depth + 1) for f in dataclasses.fields(hint)}
             )
         if isinstance(hint, type) and hasattr(hint, "__struct_fields__"):
-            hints = typing.get_type_hints(hint)
+            hints = typing.get_type_hints(hint, include_extras=True)
             names = hint.__struct_fields__
             return hint(**{name: self.sample(hints[name], depth + 1) for name in names})
         return self._sample_plain(hint)
+
+    def _sample_within(self, hint: Any, bounds: msgspec.Meta) -> Any:
+        """A value at the bounds or between them."""
+        if hint in (str, bytes):
+            return self._sample_plain(hint)[: bounds.max_length]
+        least = -math.inf if bounds.ge is None else bounds.ge
+        most = math.inf if bounds.le is None else bounds.le
+        values = INTEGERS if hint is int else FLOATS
+        ends = [hint(end) for end in (bounds.ge, bounds.le) if end is not None]
+        return self.rng.choice([*(v for v in values if least <= v <= most), *ends])
 
     def _sample_plain(self, hint: Any) -> Any:
         rng = self.rng
