@@ -30,6 +30,11 @@ class Keys:
         return self.serving + "spec"
 
     @property
+    def desired(self) -> str:
+        """DesiredState. No lease. Ranks, gateways and agents follow it."""
+        return self.serving + "desired"
+
+    @property
     def leader(self) -> str:
         """LeaderRecord under the active control plane's lease."""
         return self.root + "leader"
