@@ -49,7 +49,7 @@ class DrainNode:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undrain:
     """Takes the drains of these ranks back, whoever asked for them. One that was about to leave for
-    good stays."""
+    good, or to move, stays where it runs."""
 
     ranks: tuple[RankId, ...]
 
@@ -261,13 +261,14 @@ class _Changer:
         drains = tuple(drain for drain in self._desired.drains if drain.rank not in ranks)
         if not self._desired.ranks:
             return replace(self._desired, drains=drains)
-        known = {each.rank for each in self._desired.ranks}
-        back = [
-            DesiredRank(rank=rank, node=node_of(self._state, rank))
-            for rank in sorted(set(ranks) & drained)
-            if rank not in known
-        ]
-        return replace(self._desired, drains=drains, ranks=_sorted([*self._desired.ranks, *back]))
+        records = self._state.newest_records()
+        back = {
+            rank: records[rank].node if rank in records else node_of(self._state, rank)
+            for rank in set(ranks) & drained
+        }
+        others = [each for each in self._desired.ranks if each.rank not in back]
+        kept = [DesiredRank(rank=rank, node=node) for rank, node in back.items()]
+        return replace(self._desired, drains=drains, ranks=_sorted([*others, *kept]))
 
     def _undrain_node(self, node: NodeId) -> DesiredState | Refusal:
         ranks = self._ranks_of(node)

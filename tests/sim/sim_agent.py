@@ -41,16 +41,18 @@ VERDICT_GRACE_S = 2.0
 EXIT_SEEN_S = (0.001, 0.005)
 KILLED = -signal.SIGKILL
 
-Spawner = Callable[[Member, int], SimProcess]
+Spawner = Callable[[Member, int, str], SimProcess]
+"""Takes the member, its lease, and the host."""
 
 
 class SimAgent:
-    """Owns one rank. `run` never ends."""
+    """Runs one rank at most: the one of its flags, or that which the desired state places here.
+    `run` never ends."""
 
     def __init__(
         self,
         *,
-        rank: RankId,
+        ranks: tuple[RankId, ...],
         node: str,
         store: Store,
         keys: Keys,
@@ -66,11 +68,11 @@ class SimAgent:
         self._spawn = spawn
         self._rng = rng
         self.process: SimProcess | None = None
-        record = AgentRecord(node=NodeId(node), pid=1, ranks=(rank,))
+        record = AgentRecord(node=NodeId(node), pid=1, ranks=ranks, ranks_max=1)
         self._leased = LeasedKeys(store, ttl_s=lease_ttl_s)
         self._leased.put(keys.agent(record.node), pack_record(record))
         self._exit_reporter = ExitReporter(store, keys, NodeId(node), clock)
-        self._desired_ranks = DesiredRanks(node=NodeId(node), flag_ranks=[rank])
+        self._desired_ranks = DesiredRanks(node=NodeId(node), flag_ranks=ranks)
         self._view = ServingView(keys=keys)
         self._supervisor = RankSupervisor(
             [],
@@ -201,7 +203,7 @@ class SimAgent:
             self._perform(self._supervisor.on_spawn_failed(rank, self._clock.now()))
             self._changed.set()
             return
-        process = self._spawn(member, lease_id)
+        process = self._spawn(member, lease_id, self._desired_ranks.node)
         exited = asyncio.Event()
         process.on_death.append(exited.set)
         self.process = process

@@ -143,6 +143,9 @@ def test_replace_moves_a_rank_to_a_node_with_room() -> None:
     assert drains(moved) == {1: AfterDrain.LEAVE}
     assert "no room" in refused(moved, Replace(rank=RankId(2), node=NodeId("c")))
     assert "no agent" in refused(state, Replace(rank=RankId(1), node=NodeId("z")))
+    back = changed(moved, Undrain(ranks=ids(1)))
+    assert nodes(back)[1] == "a"
+    assert drains(back) == {}
     same = changed(state, Replace(rank=RankId(1), node=NodeId("a")))
     assert drains(same) == {1: AfterDrain.RESTART}
 
