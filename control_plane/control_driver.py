@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 from dataclasses import dataclass
 
 import structlog
 
+from control_plane.cluster_state import ClusterState
 from control_plane.control_reporter import ControlReporter
+from control_plane.desired_changes import Change, Refusal, change_desired
 from control_plane.detector_timings import DetectorTimings
 from control_plane.election import Election
 from control_plane.leader_term import LeaderTerm
@@ -31,9 +34,10 @@ from control_plane.state_applier import (
 )
 from control_plane.suspicion_publisher import SuspicionPublisher
 from control_plane.telemetry import Metrics
-from control_plane.writes import PlanHeal, Write
+from control_plane.writes import PlanHeal, PublishDesired, Write
 from shared.clock import Clock
-from shared.errors import StoreError
+from shared.desired_state import DesiredState
+from shared.errors import StoreError, StoreUnavailable, TxnConflict, Unavailable
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec
@@ -43,6 +47,8 @@ log = structlog.get_logger()
 
 _INBOX_MAX = 4096
 _TICK_S = 0.1
+_CHANGE_TRIES_MAX = 20
+_CHANGE_RETRY_S = (0.02, 0.1)
 _TICK_URGENT_S = 0.01
 
 
@@ -143,6 +149,38 @@ class Driver:
             group.create_task(self._publisher.run())
             group.create_task(self._suspicions.run())
             group.create_task(self._loop(group))
+
+    @property
+    def state(self) -> ClusterState:
+        """What etcd holds, as far as this process has heard. Never edited."""
+        return self._cluster.state
+
+    @property
+    def leads(self) -> bool:
+        return self._election.may_act(self._clock.now())
+
+    async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal:
+        """Puts a change on purpose into the desired state, or refuses it before anything moves.
+        The same `request_id` again changes nothing. Raises Unavailable if this process does not
+        lead, and StoreUnavailable if etcd did not answer: ask again then, with the same id."""
+        for _ in range(_CHANGE_TRIES_MAX):
+            state, election = self._cluster.state, self._election
+            if not (state.synced and self.leads):
+                raise Unavailable("this control plane does not lead; ask the one that does")
+            desired = change_desired(state, change, self._clock.wall(), request_id=request_id)
+            if isinstance(desired, Refusal) or desired == state.desired:
+                return desired
+            write = PublishDesired(desired=desired, cause=type(change).__name__)
+            try:
+                events = await self._publisher.write(write, election.leader_revision, state)
+            except TxnConflict:
+                await asyncio.sleep(random.uniform(*_CHANGE_RETRY_S))  # the watch brings the news
+                continue
+            for event in events:
+                await self._inbox.put(event)
+            log.info("change_asked", change=desired.change, what=repr(change))
+            return desired
+        raise StoreUnavailable("the desired state kept changing; ask again")
 
     def health(self) -> dict[str, object]:
         expert_map, leader = self._cluster.state.expert_map, self._cluster.state.leader

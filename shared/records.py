@@ -38,6 +38,7 @@ class InstanceSpec:
     context_tokens_max: int
     vocab_size: int
     weights: str = ""  # `weights_identity` of the checkpoint; empty: nobody has looked
+    ranks_max: int = 0  # how many ranks the exchange buffers of cards have room for; 0: num_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,7 @@ class RankRecord:
     links: tuple[Member, ...] = ()  # peers to which this rank has an open link; not the way back
     started_at: float = 0.0  # Unix seconds
     exchange_handles: ExchangeHandles | None = None  # only with "ep" and "ep-fp8"
+    leaving: bool = False  # it was told to end, and waits until it has been drained
 
     @property
     def member(self) -> Member:
@@ -214,11 +216,16 @@ class OwnerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
-    """A node agent, and the ranks that it starts and watches."""
+    """A node agent, and the ranks that its flags name: it starts and watches these, unless the
+    desired state says where each rank runs. `ranks_max` is the number of ranks for which the node
+    has room, 0 if nobody has said. `leaving`: it was told to end, and waits until its ranks have
+    been drained."""
 
     node: NodeId
     pid: int
     ranks: tuple[RankId, ...]
+    ranks_max: int = 0
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
