@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.admin.commands import add_admin_commands
 from cli.bench.commands import bench
 from cli.checkpoint import checkpoint
 from cli.etcd_setup_options import EtcdSetupOptions
@@ -90,6 +91,9 @@ def kill(
         return await kill_rank(target.target(), rank, signal)
 
     run_command(work())
+
+
+add_admin_commands(app)
 
 
 @app.command(name="etcd-certificates")
