@@ -62,5 +62,5 @@ def rank_limit(state: ClusterState) -> int:
     if spec is None:
         return 0
     if spec.ranks_max > 0 or any(r.exchange in _ON_CARDS for r in state.records.values()):
-        return max(spec.num_ranks, spec.ranks_max)
+        return spec.capacity
     return RANKS_MAX

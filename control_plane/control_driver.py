@@ -303,7 +303,7 @@ class Driver:
         self._suspicions.update(leader_term.detector.doubts, now)
         if self._write_under_way or not self._spec_published:
             return
-        decision = leader_term.decide(self._cluster.state, now)
+        decision = leader_term.decide(self._cluster.state, now, unix_now=self._clock.wall())
         if isinstance(decision, PlanHeal):
             group.create_task(self._plan(leader_term, decision))
         elif decision is not None:

@@ -302,20 +302,12 @@ class _Changer:
         self, base: DesiredState, ranks: Collection[RankId], grace_s: float, after: AfterDrain
     ) -> DesiredState:
         """A drain that is there already keeps its time if nothing else about it changes."""
-        drains = list(base.drains)
         for rank in sorted(ranks):
             old = base.drain_of(rank)
             if old is not None and old.after is after and old.grace_s <= grace_s:
                 continue
-            new = Drain(
-                rank=rank,
-                incarnation=self._registered(rank),
-                requested_at=self._now,
-                grace_s=grace_s,
-                after=after,
-            )
-            drains = [drain for drain in drains if drain.rank != rank] + [new]
-        return replace(base, drains=tuple(sorted(drains, key=lambda drain: drain.rank)))
+            base = base.with_drain(new_drain(self._state, rank, self._now, grace_s, after))
+        return base
 
     # Restart.
 
@@ -350,9 +342,19 @@ class _Changer:
         wanted = {rank for rank in self._ranks if node_of(self._state, rank) == node}
         return tuple(sorted((here | wanted) & set(self._ranks)))
 
-    def _registered(self, rank: RankId) -> Incarnation:
-        record = self._state.newest_records().get(rank)
-        return record.incarnation if record is not None else Incarnation(0)
+
+def new_drain(
+    state: ClusterState, rank: RankId, now: float, grace_s: float, after: AfterDrain
+) -> Drain:
+    """Of the incarnation that is registered now. `now` is in Unix seconds."""
+    record = state.newest_records().get(rank)
+    return Drain(
+        rank=rank,
+        incarnation=record.incarnation if record is not None else Incarnation(0),
+        requested_at=now,
+        grace_s=grace_s,
+        after=after,
+    )
 
 
 def _sorted(ranks: Iterable[DesiredRank]) -> tuple[DesiredRank, ...]:

@@ -63,6 +63,13 @@ class VerdictPut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredPut:
+    """Somebody asked for a change, a part of one is done, or the key is gone: nothing is asked."""
+
+    desired: DesiredState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderPut:
     record: LeaderRecord
 
@@ -87,6 +94,7 @@ StateChange = (
     | ViewPut
     | MapPut
     | VerdictPut
+    | DesiredPut
     | LeaderPut
     | LeaderDeleted
     | MalformedValue
@@ -237,6 +245,8 @@ class StateApplier:
                 return [RecordDeleted(member=record.member)]
             case LeaderRecord():
                 return [LeaderDeleted()]
+            case DesiredState():
+                return [DesiredPut(desired=DesiredState())]
         return []
 
 
@@ -272,6 +282,8 @@ def _changes_of_put(value: Any) -> list[StateChange]:
             return [VerdictPut(verdict=value)]
         case ExpertMap():
             return [MapPut(expert_map=value)]
+        case DesiredState():
+            return [DesiredPut(desired=value)]
         case LeaderRecord():
             return [LeaderPut(record=value)]
     return []

@@ -40,6 +40,11 @@ class InstanceSpec:
     weights: str = ""  # `weights_identity` of the checkpoint; empty: nobody has looked
     ranks_max: int = 0  # how many ranks the exchange buffers of cards have room for; 0: num_ranks
 
+    @property
+    def capacity(self) -> int:
+        """How many ranks the exchange buffers of cards are made for. CPU ranks may become more."""
+        return max(self.num_ranks, self.ranks_max)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeHandles:
@@ -83,6 +88,7 @@ class RankRecord:
     started_at: float = 0.0  # Unix seconds
     exchange_handles: ExchangeHandles | None = None  # only with "ep" and "ep-fp8"
     leaving: bool = False  # it was told to end, and waits until it has been drained
+    first_incarnation: Incarnation = Incarnation(0)  # of its process; 0: an older release
 
     @property
     def member(self) -> Member:
@@ -170,7 +176,8 @@ class ProcessView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The control plane's judgement that an incarnation is dead, with the signals that led to it.
+    """The control plane's judgement that an incarnation is dead, with the signals that led to it;
+    or, with the cause DRAINED and no signals, that it leaves because somebody asked for it.
 
     The failure detector makes it with epoch 0. Membership sets `epoch` before the verdict is
     written to etcd. Times are the control plane's `Clock.now()`, in seconds.

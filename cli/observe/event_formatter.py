@@ -21,7 +21,7 @@ from shared.records import (
     Verdict,
 )
 from shared.store import WatchEvent
-from shared.types import EMPTY_SLOT
+from shared.types import EMPTY_SLOT, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +152,15 @@ def _suspicion(new: Suspicion) -> EventLine:
 def _verdict(new: Verdict) -> EventLine:
     took_ms = (new.decided_at - new.first_signal_at) * 1000
     signals = sorted({signal.by for signal in new.signals})
+    text = (
+        f"verdict: rank {new.rank}.{new.incarnation} is dead ({new.cause.value}), "
+        f"{took_ms:.0f} ms after the first signal"
+    )
+    if new.cause is SuspicionReason.DRAINED:
+        text = f"rank {new.rank}.{new.incarnation} left, as was asked"
     return EventLine(
         kind="verdict",
-        text=f"verdict: rank {new.rank}.{new.incarnation} is dead ({new.cause.value}), "
-        f"{took_ms:.0f} ms after the first signal",
+        text=text,
         fields={
             "rank": new.rank,
             "incarnation": new.incarnation,
