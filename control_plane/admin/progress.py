@@ -10,7 +10,7 @@ import msgspec
 from control_plane.cluster_state import ClusterState
 from shared.desired_state import AfterDrain, Drain
 from shared.records import RankRecord
-from shared.types import Member, RankId, RankState
+from shared.types import Member, RankId, RankState, SuspicionReason
 from shared.wire import Load
 
 LoadOf = Callable[[Member], Load | None]
@@ -129,4 +129,4 @@ class _Progress:
     def _has_died(self, rank: RankId) -> bool:
         verdicts = [v for m, v in self._state.verdicts.items() if m.rank == rank]
         newest = max(verdicts, key=lambda verdict: verdict.incarnation, default=None)
-        return newest is not None and newest.cause.value != "drained"
+        return newest is not None and newest.cause is not SuspicionReason.DRAINED
