@@ -55,7 +55,7 @@ def status(target: TargetFlags, as_json: JsonFlag = False) -> None:
     from cli.observe.status import read_status, render_status
 
     async def work() -> int:
-        found = await read_status(target.target())
+        found = await read_status(target.target(), SystemClock())
         if as_json:
             print(json.dumps(found, indent=2))
         else:

@@ -417,7 +417,7 @@ class InstanceDriver:
             instance=self._options.instance,
             secret_file=self._options.secret_file,
         )
-        survived = (await read_status(target))["survives"]
+        survived = (await read_status(target, self._clock))["survives"]
         if survived:
             self._console.print(survived["summary"], highlight=False)
         for text in next_steps(self._options, self._folder, self._url, self._admin_url()):

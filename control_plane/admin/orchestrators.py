@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Meta
 
 from control_plane.admin.bodies import Rank, Ranks
-from control_plane.admin.progress import StepKind
 from control_plane.admin.status import RankStatus, StatusAnswer
 from control_plane.desired_changes import Change, DrainRanks, Scale
+from shared.change_progress import StepKind
 from shared.desired_state import GRACE_S_MAX, RANKS_MAX, AfterDrain
 from shared.errors import RequestError
 from shared.types import RankId

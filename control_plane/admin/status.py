@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
-from control_plane.admin.progress import (
-    LoadOf,
-    Step,
-    StepKind,
-    is_safe_to_terminate,
-    member_of,
-    sessions_left,
-    steps,
-)
 from control_plane.cluster_state import ClusterState
 from control_plane.node_choice import node_of
 from control_plane.placement import advise, compute_fault_tolerance, describe
+from shared.change_progress import Seen, Step, is_in_progress
 from shared.desired_state import Drain
 from shared.records import RankRecord
-from shared.types import NodeId, RankId
+from shared.types import Member, NodeId, RankId
+from shared.wire import Load
 
 
 class LeaderStatus(msgspec.Struct, kw_only=True):
@@ -86,6 +81,9 @@ class StatusAnswer(msgspec.Struct, kw_only=True):
     survives: Survival | None
 
 
+LoadOf = Callable[[Member], Load | None]
+
+
 def status_of(
     state: ClusterState,
     load_of: LoadOf,
@@ -96,7 +94,8 @@ def status_of(
 ) -> StatusAnswer:
     """`now` is in Unix seconds."""
     expert_map, leader = state.expert_map, state.leader
-    left = steps(state, load_of, now)
+    seen = _seen(state, load_of)
+    left = seen.steps(now)
     return StatusAnswer(
         instance=state.keys.instance,
         epoch=expert_map.epoch if expert_map is not None else 0,
@@ -111,10 +110,10 @@ def status_of(
         else None,
         verdicts_paused=state.desired.verdicts_paused,
         frozen=frozen,
-        ranks=_Ranks(state, load_of).all(),
+        ranks=_Ranks(state, seen).all(),
         change=ChangeStatus(
             number=state.desired.change,
-            in_progress=any(step.kind is not StepKind.RECOVER for step in left),
+            in_progress=is_in_progress(left),
             steps=left,
         ),
         survives=survives,
@@ -141,10 +140,25 @@ def survival_of(state: ClusterState) -> Survival | None:
     )
 
 
+def _seen(state: ClusterState, load_of: LoadOf) -> Seen:
+    def sessions_of(member: Member) -> int | None:
+        load = load_of(member)
+        return None if load is None else load.running + load.waiting
+
+    return Seen(
+        num_ranks=state.spec.num_ranks if state.spec is not None else 0,
+        desired=state.desired,
+        expert_map=state.expert_map,
+        records=state.records,
+        verdicts=tuple(state.verdicts.values()),
+        sessions_of=sessions_of,
+    )
+
+
 class _Ranks:
-    def __init__(self, state: ClusterState, load_of: LoadOf) -> None:
+    def __init__(self, state: ClusterState, seen: Seen) -> None:
         self._state = state
-        self._load_of = load_of
+        self._seen = seen
         self._records = state.newest_records()
         self._desired = state.desired.rank_ids(state.spec.num_ranks if state.spec else 0)
 
@@ -160,7 +174,7 @@ class _Ranks:
 
     def _one(self, rank: RankId) -> RankStatus:
         state = self._state
-        member, record = member_of(state, rank), self._records.get(rank)
+        member, record = self._seen.member_of(rank), self._records.get(rank)
         drain = state.desired.drain_of(rank)
         incarnation = member.incarnation if member is not None else None
         if incarnation is None and record is not None:
@@ -173,8 +187,8 @@ class _Ranks:
             in_map=member is not None,
             desired=rank in self._desired,
             drain=None if drain is None else _drain_status(drain),
-            sessions_left=sessions_left(state, rank, self._load_of),
-            safe_to_terminate=is_safe_to_terminate(state, rank),
+            sessions_left=self._seen.sessions_left(rank),
+            safe_to_terminate=self._seen.is_safe_to_terminate(rank),
         )
 
 

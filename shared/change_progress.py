@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
 
-from control_plane.cluster_state import ClusterState
-from shared.desired_state import AfterDrain, Drain
-from shared.records import RankRecord
+from shared.desired_state import AfterDrain, DesiredState, Drain
+from shared.expert_map import ExpertMap
+from shared.records import RankRecord, Verdict
 from shared.types import Member, RankId, RankState, SuspicionReason
-from shared.wire import Load
-
-LoadOf = Callable[[Member], Load | None]
 
 
 class StepKind(Enum):
@@ -34,41 +32,52 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-def steps(state: ClusterState, load_of: LoadOf, now: float) -> tuple[Step, ...]:
-    """By rank. `now` is in Unix seconds. None if everything is as it shall be."""
-    return _Progress(state, load_of, now).steps()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What etcd holds, and what ranks say. `sessions_of` tells how many sessions a member has,
+    running and waiting, or None if nobody knows. `num_ranks` is the spec's."""
+
+    num_ranks: int
+    desired: DesiredState
+    expert_map: ExpertMap | None
+    records: Mapping[Member, RankRecord]
+    verdicts: Collection[Verdict]
+    sessions_of: Callable[[Member], int | None]
+
+    def member_of(self, rank: RankId) -> Member | None:
+        """The incarnation of the rank that the map names."""
+        if self.expert_map is None:
+            return None
+        incarnation = self.expert_map.incarnation_of(rank)
+        return None if incarnation is None else Member(rank=rank, incarnation=incarnation)
+
+    def sessions_left(self, rank: RankId) -> int | None:
+        """None if it is no member or nobody knows."""
+        member = self.member_of(rank)
+        return None if member is None else self.sessions_of(member)
+
+    def is_safe_to_terminate(self, rank: RankId) -> bool:
+        """Whether its process, or its host, may be ended now without anybody's noticing."""
+        return self.desired.drain_of(rank) is not None and self.member_of(rank) is None
+
+    def steps(self, now: float) -> tuple[Step, ...]:
+        """By rank. `now` is in Unix seconds. None if everything is as it shall be."""
+        return _Progress(self, now).steps()
 
 
-def sessions_left(state: ClusterState, rank: RankId, load_of: LoadOf) -> int | None:
-    """How many sessions the rank has, running and waiting, as its member says; None if it is no
-    member or nobody has asked it."""
-    member = member_of(state, rank)
-    load = load_of(member) if member is not None else None
-    return None if load is None else load.running + load.waiting
-
-
-def member_of(state: ClusterState, rank: RankId) -> Member | None:
-    """The incarnation of the rank that the map names."""
-    expert_map = state.expert_map
-    incarnation = expert_map.incarnation_of(rank) if expert_map is not None else None
-    return None if incarnation is None else Member(rank=rank, incarnation=incarnation)
-
-
-def is_safe_to_terminate(state: ClusterState, rank: RankId) -> bool:
-    """Whether its process, or its host, may be ended now without anybody's noticing."""
-    return state.desired.drain_of(rank) is not None and member_of(state, rank) is None
+def is_in_progress(steps: Iterable[Step]) -> bool:
+    """Whether a change that somebody asked for is not done yet."""
+    return any(step.kind is not StepKind.RECOVER for step in steps)
 
 
 class _Progress:
-    def __init__(self, state: ClusterState, load_of: LoadOf, now: float) -> None:
-        self._state = state
-        self._load_of = load_of
+    def __init__(self, seen: Seen, now: float) -> None:
+        self._seen = seen
         self._now = now
-        self._records = state.newest_records()
+        self._records = {member.rank: seen.records[member] for member in sorted(seen.records)}
 
     def steps(self) -> tuple[Step, ...]:
-        desired = self._state.desired
-        num_ranks = self._state.spec.num_ranks if self._state.spec is not None else 0
+        seen, desired = self._seen, self._seen.desired
         found = [step for drain in desired.drains if (step := self._of_drain(drain))]
         drained = {drain.rank for drain in desired.drains}
         found += [
@@ -78,13 +87,13 @@ class _Progress:
         ]
         found += [
             self._of_absent(rank)
-            for rank in desired.rank_ids(num_ranks)
-            if rank not in drained and member_of(self._state, rank) is None
+            for rank in desired.rank_ids(seen.num_ranks)
+            if rank not in drained and seen.member_of(rank) is None
         ]
         return tuple(sorted(found, key=lambda step: step.rank))
 
     def _of_drain(self, drain: Drain) -> Step | None:
-        rank, is_member = drain.rank, member_of(self._state, drain.rank) is not None
+        rank, is_member = drain.rank, self._seen.member_of(drain.rank) is not None
         kind = {
             AfterDrain.STAY: StepKind.DRAIN,
             AfterDrain.RESTART: StepKind.RESTART,
@@ -98,13 +107,13 @@ class _Progress:
             case AfterDrain.RESTART:
                 text = f"rank {rank} serves nobody and gets a new process"
             case AfterDrain.LEAVE:
-                node = self._state.desired.node_of(rank)
+                node = self._seen.desired.node_of(rank)
                 then = f"; then it starts on {node}" if node else ""
                 text = f"rank {rank} serves nobody, its process ends{then}"
         return Step(kind=kind, rank=rank, text=text)
 
     def _serving_yet(self, drain: Drain) -> str:
-        num = sessions_left(self._state, drain.rank, self._load_of)
+        num = self._seen.sessions_left(drain.rank)
         if num == 0:
             return "has no sessions left; its experts get another place before it leaves the map"
         sessions = "sessions" if num is None else f"{num} session{'' if num == 1 else 's'}"
@@ -120,13 +129,13 @@ class _Progress:
 
     def _coming(self, rank: RankId, record: RankRecord | None) -> str:
         if record is None:
-            node = self._state.desired.node_of(rank)
+            node = self._seen.desired.node_of(rank)
             return f"has not registered yet{f' (on {node})' if node else ''}"
         if record.state is RankState.STARTING:
             return "loads its experts"
         return "has loaded its experts and waits for its links and the next map"
 
     def _has_died(self, rank: RankId) -> bool:
-        verdicts = [v for m, v in self._state.verdicts.items() if m.rank == rank]
+        verdicts = [verdict for verdict in self._seen.verdicts if verdict.rank == rank]
         newest = max(verdicts, key=lambda verdict: verdict.incarnation, default=None)
         return newest is not None and newest.cause is not SuspicionReason.DRAINED
