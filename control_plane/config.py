@@ -32,6 +32,11 @@ class ControlPlaneConfig:
         "without it, whoever reaches a rank's control port is let in",
     )
     ranks: int = option(4, "how many ranks the instance has")
+    ranks_max: int = option(
+        0,
+        "cuda: how many ranks it may become; exchange buffers are made for so many at the start; "
+        "0: as many as it has",
+    )
     redundant_experts: int = option(
         -1, "replicas of experts beyond one each, per layer; -1: a second one of every expert"
     )
@@ -93,6 +98,8 @@ class ControlPlaneConfig:
         _ = self.model_folder
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance has at least one rank")
+        if self.ranks_max and self.ranks_max < self.ranks:
+            raise ConfigError(f"--ranks-max {self.ranks_max} must not be below --ranks")
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
@@ -172,6 +179,7 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
         context_tokens_max=_context(config, model),
         vocab_size=model.vocab_size,
         weights=weights_identity(folder),
+        ranks_max=config.ranks_max,
     )
 
 

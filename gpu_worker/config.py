@@ -135,6 +135,9 @@ class RankConfig:
     grammar_memory_mb: int = option(
         MEMORY_MB_DEFAULT, "memory of the process in which this rank follows grammars"
     )
+    leave_grace_s: float = option(
+        30.0, "after SIGTERM, how long this rank may take to be drained before it ends; 0: none"
+    )
     static: bool = option(False, "no failure detection: the baseline for measuring overhead")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
@@ -163,6 +166,8 @@ class RankConfig:
             )
         if self.kv_copies_gb < 0 and self.kv_copies_gb != -1:
             raise ConfigError("--kv-copies-gb must be 0 or more, or -1 for a default")
+        if self.leave_grace_s < 0:
+            raise ConfigError("--leave-grace-s must not be negative")
         self._check_steps()
 
     @property

@@ -252,7 +252,9 @@ class InstanceDriver:
         num_gpus = (
             0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
         )
-        plan = plan_device(options.device, options.cuda_mps, options.ranks, num_gpus)
+        plan = plan_device(
+            options.device, options.cuda_mps, max(options.ranks, options.ranks_max), num_gpus
+        )
         with self._stages.stage("device") as stage:
             if plan.mps:
                 self._mps = CudaMps(options.run_dir)

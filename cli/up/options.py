@@ -57,6 +57,13 @@ class UpOptions:
         typer.Option("--model-dir", help="Folder in which --seeded keeps its checkpoint."),
     ] = None
     ranks: Annotated[int, typer.Option(help="Number of ranks.")] = 4
+    ranks_max: Annotated[
+        int,
+        typer.Option(
+            help="On GPUs: to how many ranks `starfish scale` may grow it; exchange buffers are "
+            "made for so many at the start. 0: as many as it has."
+        ),
+    ] = 0
     redundant_experts: Annotated[
         int,
         typer.Option(
@@ -274,6 +281,8 @@ class UpOptions:
         self._check_aliases()
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance needs at least one rank")
+        if self.ranks_max and self.ranks_max < self.ranks:
+            raise ConfigError(f"--ranks-max {self.ranks_max} must not be below --ranks")
         if not 1 <= self.gateways <= GATEWAYS_MAX:
             raise ConfigError(f"--gateways {self.gateways}: pass a number from 1 to {GATEWAYS_MAX}")
         if self.routing not in ROUTING_POLICIES:
