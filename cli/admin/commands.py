@@ -17,6 +17,7 @@ from cli.outcome import run_command
 from cli.run_dir import Target
 from cli.target_flags import JsonFlag, TargetFlags
 from shared.clock import SystemClock
+from shared.etcd_options import EtcdOptions
 
 GraceFlag = Annotated[
     float,
@@ -61,7 +62,12 @@ class AdminFlags:
         ),
     ] = 0.0
 
-    def applied_to(self, target: Target) -> Target:
+    def target(self, flags: TargetFlags) -> Target:
+        """Raises ConfigError if there is no instance. Who names address and token needs no more."""
+        if self.admin_url and self.admin_token_file:
+            target = Target(store=EtcdOptions(), instance=flags.instance or "default")
+        else:
+            target = flags.target()
         return replace(
             target,
             admin_url=self.admin_url or target.admin_url,
@@ -207,7 +213,7 @@ def _run(
     async def work() -> int:
         wish = Wish(name=name, fields=fields, goal=goal, undo=f"starfish {undo}" if undo else "")
         manner = Manner(waits=not admin.no_wait, timeout_s=admin.timeout_s, as_json=as_json)
-        return await carry_out(admin.applied_to(target.target()), wish, manner, SystemClock())
+        return await carry_out(admin.target(target), wish, manner, SystemClock())
 
     run_command(work())
 

@@ -257,11 +257,12 @@ class AdminApp:
         await self._wait_until_known(result)
         changed = result.change != before.change
         log.info(
-            "admin_changed" if changed else "admin_unchanged",
+            "admin_accepted",
             action=name,
             peer=peer,
             request_id=request_id,
             change=result.change,
+            changed=changed,
         )
         return ChangeAnswer(
             request_id=request_id,

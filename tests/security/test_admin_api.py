@@ -115,7 +115,7 @@ async def test_the_token_is_in_no_answer_no_log_and_no_record(
         ]
     finally:
         structlog.reset_defaults()
-    assert "admin_changed" in text.getvalue()
+    assert "admin_accepted" in text.getvalue()
     leader = LeaderRecord(control_plane="a", pid=1, term=1, since=0.0, admin_url=client.url)
     told = [
         text.getvalue(),
