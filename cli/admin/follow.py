@@ -53,6 +53,7 @@ async def carry_out(target: Target, wish: Wish, manner: Manner, clock: Clock) ->
     """The exit code. Raises ConfigError, and Unavailable if nobody leads for a while."""
     client = AdminClient(target, clock)
     console = Console(stderr=True, highlight=False)
+    accepted: Accepted | None = None
     try:
         accepted = await client.change(wish.name, wish.fields, patience_s=_PATIENCE_S)
         if not manner.waits:
@@ -64,6 +65,11 @@ async def carry_out(target: Target, wish: Wish, manner: Manner, clock: Clock) ->
             print(json.dumps({"refused": str(error)}))
         print(f"starfish: refused: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except asyncio.CancelledError:
+        what = "the change goes on without this command" if accepted else "it may be asked for"
+        undo = f"; `{wish.undo}` takes it back" if wish.undo else ""
+        console.print(f"{what}: see `starfish status`{undo}")
+        raise
     finally:
         await client.close()
 
@@ -78,28 +84,23 @@ async def _follow(
 ) -> int:
     deadline = clock.now() + manner.timeout_s if manner.timeout_s else float("inf")
     shown = _Shown(console)
-    try:
-        with shown:
-            while True:
-                status = await _read(client, accepted)
-                progress = (
-                    Progress(waits_for=("a control plane that leads",))
-                    if status is None
-                    else wish.goal(status)
-                )
-                if not progress.waits_for:
-                    break
-                shown.show(progress.waits_for)
-                if clock.now() >= deadline:
-                    waited = "; ".join(progress.waits_for[:_SHOWN_MAX])
-                    text = f"not done after {manner.timeout_s:g} s, and goes on: {waited}"
-                    _tell(manner, accepted, status, Progress(result=text, failed=True))
-                    return EXIT_TIMEOUT
-                await asyncio.sleep(_POLL_S)
-    except asyncio.CancelledError:
-        undo = f"; `{wish.undo}` takes it back" if wish.undo else ""
-        console.print(f"the change goes on without this command: see `starfish status`{undo}")
-        raise
+    with shown:
+        while True:
+            status = await _read(client, accepted)
+            progress = (
+                Progress(waits_for=("a control plane that leads",))
+                if status is None
+                else wish.goal(status)
+            )
+            if not progress.waits_for:
+                break
+            shown.show(progress.waits_for)
+            if clock.now() >= deadline:
+                waited = "; ".join(progress.waits_for[:_SHOWN_MAX])
+                text = f"not done after {manner.timeout_s:g} s, and goes on: {waited}"
+                _tell(manner, accepted, status, Progress(result=text, failed=True))
+                return EXIT_TIMEOUT
+            await asyncio.sleep(_POLL_S)
     _tell(manner, accepted, status, progress)
     return EXIT_FAILED if progress.failed else 0
 

@@ -195,9 +195,9 @@ class _Ranks:
 def _word(record: RankRecord | None, *, is_member: bool, is_drained: bool) -> str:
     if is_member:
         return "draining" if is_drained else "live"
-    if record is None:
-        return "absent"
-    return "drained" if is_drained else record.state.value
+    if is_drained:
+        return "drained"
+    return "absent" if record is None else record.state.value
 
 
 def _drain_status(drain: Drain) -> DrainStatus:

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from cli.admin.follow import EXIT_REFUSED
+from cli.run_dir import read_state
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, running_cluster
 
@@ -51,8 +53,14 @@ class Command:
         answer: dict[str, Any] = json.loads(out)
         return answer
 
+    async def waits_for(self) -> str:
+        """The first thing that it waits for."""
+        assert self._process.stderr is not None
+        async with asyncio.timeout(WAIT_S):
+            return (await self._process.stderr.readline()).decode()
+
     async def is_interrupted(self) -> tuple[int | None, str]:
-        """Its exit code, and what it says."""
+        """Its exit code, and what it says then."""
         self._process.send_signal(signal.SIGINT)
         async with asyncio.timeout(WAIT_S):
             _, err = await self._process.communicate()
@@ -79,12 +87,17 @@ def ranks_of(answer: dict[str, Any]) -> dict[int, str]:
     return {rank["rank"]: rank["state"] for rank in answer["status"]["ranks"]}
 
 
-async def is_asked_for(cluster: Cluster, number: int) -> dict[str, Any]:
-    """The status once the change of this number is in etcd."""
-    async with asyncio.timeout(WAIT_S):
-        while (status := await cluster.status())["change"]["number"] < number:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-    return status
+async def is_asked_for(cluster: Cluster, number: int) -> None:
+    """Until the change of this number is in etcd."""
+    state = read_state(cluster.run_dir)
+    assert state is not None
+    headers = {"Authorization": f"Bearer {Path(state.admin_token_file).read_text().strip()}"}
+    async with asyncio.timeout(WAIT_S), aiohttp.ClientSession(headers=headers) as http:
+        while True:
+            async with http.get(f"{state.admin_url}/v1/status") as response:
+                if (await response.json())["change"]["number"] >= number:
+                    return
+            await asyncio.sleep(0.02)
 
 
 async def test_drain_undrain_and_scale_while_an_answer_streams(tmp_path: Path, model: Path) -> None:
@@ -94,9 +107,10 @@ async def test_drain_undrain_and_scale_while_an_answer_streams(tmp_path: Path, m
         streaming = asyncio.create_task(repeated(cluster))
 
         # The leader is killed once the drain is asked for: the command asks on, another carries on.
+        leader = (await cluster.status())["leader"]
         draining = await begin(cluster, "drain", "1", "--grace", "2")
-        status = await is_asked_for(cluster, 1)
-        os.kill(status["leader"]["pid"], signal.SIGKILL)
+        await is_asked_for(cluster, 1)
+        os.kill(leader["pid"], signal.SIGKILL)
         answer = await draining.ends()
         assert answer["done"]
         assert ranks_of(answer) == {0: "live", 1: "drained", 2: "live"}
@@ -105,6 +119,7 @@ async def test_drain_undrain_and_scale_while_an_answer_streams(tmp_path: Path, m
         rank = status["ranks"][1]
         assert (rank["state"], rank["safe_to_terminate"]) == ("drained", True)
         assert not status["change"]["in_progress"]
+        assert status["leader"]["term"] > leader["term"]
 
         refused = await asked(cluster, "drain", "0", "--grace", "0", code=EXIT_REFUSED)
         assert "1 more rank of 5 slots must serve" in refused["refused"]
@@ -113,7 +128,7 @@ async def test_drain_undrain_and_scale_while_an_answer_streams(tmp_path: Path, m
 
         # An interrupt ends the command, not the change.
         growing = await begin(cluster, "scale", "4")
-        await is_asked_for(cluster, 3)
+        assert (await growing.waits_for()).startswith("rank 3 has not registered yet")
         code, said = await growing.is_interrupted()
         assert (code, "the change goes on" in said) == (130, True)
         assert len(await cluster.wait_live(4)) == 4
