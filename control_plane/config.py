@@ -65,6 +65,23 @@ class ControlPlaneConfig:
     urgent_probe_interval_ms: float = option(20.0, "the same, while any rank is suspected")
     host: str = option("127.0.0.1", "address of /health and /metrics")
     port: int = option(-1, "port of /health and /metrics; 0 takes a free one, -1 serves neither")
+    admin_host: str = option("127.0.0.1", "address of the admin API")
+    admin_port: int = option(
+        -1, "port of the admin API; 0 takes a free one, -1: there is none. It needs a token"
+    )
+    admin_token_file: Path | None = option(
+        None,
+        "file with the token that the admin API asks for, the same for all control planes of the "
+        "instance, closed to other users",
+    )
+    admin_address: str = option(
+        "",
+        "host name or address at which other hosts reach the admin API; default: --admin-host, or "
+        "this host's name if that stands for all addresses",
+    )
+    admin_listen_fd: int = option(
+        -1, "inherited listening socket on which the admin API is served as well"
+    )
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")
@@ -89,6 +106,11 @@ class ControlPlaneConfig:
             raise ConfigError("--context-tokens-max must not be negative")
         if self.leader_ttl_s < 1:
             raise ConfigError("--leader-ttl-s must be at least 1: etcd grants no shorter lease")
+        if self.admin_port >= 0 and self.admin_token_file is None:
+            raise ConfigError(
+                "--admin-port: the admin API needs --admin-token-file; make the file with "
+                "`openssl rand -hex 32` and chmod 600"
+            )
         if not (
             0 <= self.formation_grace_s <= self.formation_window_s
             and 0 <= self.first_formation_grace_s <= self.formation_window_s
@@ -112,6 +134,13 @@ class ControlPlaneConfig:
         if self.model is None:
             raise ConfigError("--model is missing; pass the folder of a Hugging Face checkpoint")
         return self.model
+
+    def admin_url(self, port: int) -> str:
+        """Where other control planes, and commands, reach this one's admin API."""
+        host = self.admin_address or self.admin_host
+        if host in ("0.0.0.0", "::", ""):
+            host = socket.gethostname()
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def unique_name(self, pid: int) -> str:
         return self.name or f"{socket.gethostname()}-{pid}"

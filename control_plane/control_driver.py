@@ -24,6 +24,7 @@ from control_plane.probe_events import ProbeEvent
 from control_plane.probe_targets import ProbeTargets
 from control_plane.prober import Prober
 from control_plane.publisher import Publisher
+from control_plane.rank_loads import RankLoads
 from control_plane.spec_publisher import publish_spec
 from control_plane.state_applier import (
     LeaderDeleted,
@@ -42,6 +43,8 @@ from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec
 from shared.store import Snapshot, Store, WatchEvent
+from shared.types import Member
+from shared.wire import Load
 
 log = structlog.get_logger()
 
@@ -96,6 +99,7 @@ class Driver:
         probe_interval_s: float,
         urgent_probe_interval_s: float,
         metrics: Metrics,
+        admin_url: str = "",
     ) -> None:
         self._store = store
         self._keys = keys
@@ -117,6 +121,7 @@ class Driver:
             host=socket.gethostname(),
             ttl_s=leader_ttl_s,
             on_change=self._notify_election_changed,
+            admin_url=admin_url,
         )
         self._prober = Prober(
             name=name,
@@ -131,6 +136,7 @@ class Driver:
         self._write_under_way = False
         self._spec_published = False
         self._probe_targets = ProbeTargets()
+        self._rank_loads = RankLoads()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set, then gives up the leader key. Raises ConfigError if the
@@ -158,6 +164,15 @@ class Driver:
     @property
     def leads(self) -> bool:
         return self._election.may_act(self._clock.now())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the leader holds verdicts back because most leases have expired at once."""
+        return self._leader_term is not None and self._leader_term.detector.frozen
+
+    def load_of(self, member: Member) -> Load | None:
+        """Its newest, if this process leads and has probed it."""
+        return self._rank_loads.of(member)
 
     async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal:
         """Puts a change on purpose into the desired state, or refuses it before anything moves.
@@ -191,7 +206,7 @@ class Driver:
             "term": self._cluster.state.term,
             "epoch": expert_map.epoch if expert_map else 0,
             "members": [str(m) for m in expert_map.members] if expert_map else [],
-            "frozen": self._leader_term.detector.frozen if self._leader_term else False,
+            "frozen": self.frozen,
         }
 
     async def _watch(self) -> None:
@@ -242,6 +257,7 @@ class Driver:
             case ElectionChanged():
                 pass
             case _:
+                self._rank_loads.on_probe(event)
                 if self._leader_term is not None:
                     self._leader_term.on_probe(event, now)
 
@@ -256,6 +272,7 @@ class Driver:
             if isinstance(change, MalformedValue):
                 log.error("malformed_value", key=change.key, error=change.error)
             self._probe_targets.on_change(change, self._cluster.state)
+            self._rank_loads.on_change(change)
             if self._leader_term is not None:
                 self._leader_term.on_change(change, self._cluster.state, now)
             if isinstance(change, LeaderPut | LeaderDeleted):
@@ -269,6 +286,7 @@ class Driver:
                 self._leader_term, self._spec_published = None, False
                 self._suspicions.update((), now)
                 self._prober.watch(())
+                self._rank_loads.clear()
             return
         if self._leader_term is None:
             log.info("leadership_won", term=self._cluster.state.term)

@@ -205,6 +205,7 @@ class LeaderRecord:
     term: int  # grows with every election
     since: float  # Unix seconds
     host: str = ""  # on which `pid` is
+    admin_url: str = ""  # of its admin API, without a path; empty: it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

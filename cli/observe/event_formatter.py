@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cli.observe.desired_words import changes_in_words
 from cli.observe.instance_view import Record, decode_value
+from shared.desired_state import DesiredState
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
@@ -68,6 +70,8 @@ class EventFormatter:
                 return _suspicion(new)
             case Verdict():
                 return _verdict(new)
+            case DesiredState():
+                return _desired(new, old if isinstance(old, DesiredState) else DesiredState())
             case _:
                 return _presence(new, appeared=True) if new != old else None
 
@@ -169,6 +173,17 @@ def _verdict(new: Verdict) -> EventLine:
             "took_ms": round(took_ms, 3),
             "by": signals,
         },
+    )
+
+
+def _desired(new: DesiredState, old: DesiredState) -> EventLine | None:
+    words = changes_in_words(old, new)
+    if not words:
+        return None
+    return EventLine(
+        kind="desired",
+        text=f"change {new.change}: {'; '.join(words)}",
+        fields={"change": new.change, "what": list(words)},
     )
 
 

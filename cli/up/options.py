@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.run_dir import SECRET_FILE, default_run_dir
+from cli.run_dir import ADMIN_TOKEN_FILE, SECRET_FILE, default_run_dir
 from cli.target_flags import (
     EtcdCaFlag,
     EtcdCertFlag,
@@ -128,6 +128,18 @@ class UpOptions:
             "makes one); without it nobody needs a key.",
         ),
     ] = None
+    admin_host: Annotated[
+        str, typer.Option(help="Address of the admin API, which changes the instance.")
+    ] = "127.0.0.1"
+    admin_port: Annotated[int, typer.Option(help="Port of the admin API; 0 takes a free one.")] = 0
+    chosen_admin_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-token-file",
+            help="File with the token that the admin API asks for (default: a new one, in the run "
+            "folder).",
+        ),
+    ] = None
     demo: Annotated[
         bool,
         typer.Option(
@@ -231,6 +243,12 @@ class UpOptions:
             return self.run_dir / SECRET_FILE
         return self.chosen_secret_file.absolute()
 
+    @property
+    def admin_token_file(self) -> Path:
+        if self.chosen_admin_token_file is None:
+            return self.run_dir / ADMIN_TOKEN_FILE
+        return self.chosen_admin_token_file.absolute()
+
     def stores(self, keys: Keys) -> Mapping[EtcdService, EtcdOptions]:
         """As whom each service reaches an etcd that runs already. Raises ConfigError."""
         assert self.etcd is not None, "there is no such etcd"
@@ -303,8 +321,12 @@ class UpOptions:
         read_secret(self.chosen_secret_file)
         if self.api_key_file is not None:
             read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
+        if self.chosen_admin_token_file is not None:
+            read_private_file(self.chosen_admin_token_file, flag="--admin-token-file")
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
+        if not 0 <= self.admin_port < 65536:
+            raise ConfigError(f"--admin-port {self.admin_port}: pass a port below 65536, or 0")
 
     def _check_aliases(self) -> None:
         """SGLang's flags, for which Starfish has only one value."""

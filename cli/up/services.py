@@ -46,7 +46,11 @@ class Standby:
         return [*self.program, str(begin_fd), *self.arguments, *flags]
 
 
-def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: int) -> Service:
+def control_plane(
+    options: UpOptions, etcd: EtcdOptions, model: Path, number: int, admin_fd: int
+) -> Service:
+    """`admin_fd` is our listening socket for the admin API, which all of them share: whoever leads,
+    its address stays."""
     slots = ("--slots-per-rank", str(options.slots_per_rank)) if options.slots_per_rank else ()
     redundant, context = options.redundant_experts, options.context_tokens_max
     return Service(
@@ -59,8 +63,12 @@ def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: in
             *(("--ranks-max", str(options.ranks_max)) if options.ranks_max else ()),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
             *(("--context-tokens-max", str(context)) if context else ()),
+            *("--admin-host", options.admin_host, "--admin-port", "0"),
+            *("--admin-token-file", str(options.admin_token_file)),
+            *("--admin-listen-fd", str(admin_fd)),
             *log_flags(options),
         ),
+        inherited_fds=(admin_fd,),
         stop_timeout_s=5.0,
     )
 
