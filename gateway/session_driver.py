@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from gateway.cluster_view import ClusterView
+from gateway.drains import Drains
 from gateway.metrics import GatewayMetrics
 from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
@@ -73,6 +74,7 @@ class SessionDriver:
         self._table = SessionTable(rank_chooser=self._rank_chooser, policy=policy)
         self._links: dict[Member, tuple[RankLink, asyncio.Task[None]]] = {}
         self._view = ClusterView()
+        self._drains = Drains()
         self._fenced: set[Member] = set()
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
         self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
@@ -113,6 +115,10 @@ class SessionDriver:
     def loads(self) -> list[Load]:
         """What the live ranks last reported."""
         return self._rank_chooser.loads()
+
+    def draining_ranks(self) -> frozenset[Member]:
+        """Members of the map that get no sessions because they are to leave it. They are live."""
+        return self._drains.members
 
     def lost_ranks(self) -> dict[Member, float]:
         """The members of the map whose links are broken, with the time when each broke."""
@@ -180,6 +186,8 @@ class SessionDriver:
 
     def on_view(self, view: ClusterView) -> None:
         old, self._view = self._view, view
+        self._drains.on_view(view, now=self._clock.now(), wall=self._clock.wall())
+        self._table.on_drains(self._drains.members)
         if view.epoch != old.epoch:
             self._on_map(old, view)
         self._reconcile_links()

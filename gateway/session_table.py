@@ -118,6 +118,10 @@ class SessionTable:
         left_out = [member for member in self._placed if member not in set(members)]
         return self._move(left_out, now)
 
+    def on_drains(self, draining: frozenset[Member]) -> None:
+        """These get no session while another rank can have it."""
+        self._rank_chooser.on_drains(draining)
+
     def on_link_opened(self, member: Member, kv_block_tokens: int, now: float) -> list[Action]:
         self._rank_chooser.on_link_opened(member, kv_block_tokens=kv_block_tokens)
         return self._place_waiting(now)
