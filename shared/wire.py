@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import struct
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shared.codec import pack_plain, to_plain
 from shared.errors import WireError
@@ -87,7 +89,11 @@ class Welcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """Starts an attempt of a session. `tokens` is the prompt followed by the `num_emitted` tokens
-    that the client has already; the first new token has index `num_emitted`."""
+    that the client has already; the first new token has index `num_emitted`.
+
+    `stream_key` is empty, or names the stream whichever gateway has it: if the rank has a session
+    of this key, tenant, prompt and sampling, it goes on for this gateway and no other, and its
+    tokens from `num_emitted` on come at once."""
 
     session: SessionId
     attempt: Attempt
@@ -95,6 +101,7 @@ class Submit:
     num_emitted: int
     sampling: SamplingParams
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    stream_key: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
