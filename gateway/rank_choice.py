@@ -34,6 +34,10 @@ class RankChooser:
     def live(self) -> list[Member]:
         return [m for m in self._members if m in self._ranks and self._ranks[m].linked]
 
+    def answering(self, rank: RankId) -> Member | None:
+        """The live member of this number, unless it is silent."""
+        return next((m for m in self.live() if m.rank == rank and not self._ranks[m].silent), None)
+
     def loads(self) -> list[Load]:
         """The last reports of the live ranks."""
         return [load for m in self.live() if (load := self._ranks[m].load) is not None]

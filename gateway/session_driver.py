@@ -29,6 +29,7 @@ from shared.types import (
     DEFAULT_SCHEDULING,
     Accuser,
     Member,
+    RankId,
     SamplingParams,
     SchedulingParams,
     SessionId,
@@ -143,10 +144,13 @@ class SessionDriver:
         *,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
         expires_at: float = math.inf,
+        stream_key: bytes = b"",
+        home_rank: RankId | None = None,
     ) -> StreamSession:
         """`wake` is called whenever the session has new tokens, and when it has ended. At
-        `expires_at` (of the clock's `now`) it fails. The caller must `cancel` the session at the
-        end; that does nothing if it has already ended."""
+        `expires_at` (of the clock's `now`) it fails. `stream_key` as in `Submit`; `home_rank` may
+        have it already, from another gateway. The caller must `cancel` the session at the end; that
+        does nothing if it has already ended."""
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
         self._metrics.on_session_begin(len(prompt))
@@ -157,6 +161,8 @@ class SessionDriver:
             self._clock.now(),
             scheduling=scheduling,
             expires_at=expires_at,
+            stream_key=stream_key,
+            home_rank=home_rank,
         )
         self._perform(actions)
         return session
