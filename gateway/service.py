@@ -138,7 +138,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             health=health,
             models=models,
             grammars=grammars,
-            resumption=Resumption(StreamNames(dependencies.access.secret), dependencies.clock),
+            resumption=Resumption(
+                StreamNames(dependencies.access.secret),
+                dependencies.clock,
+                event_ids=config.event_ids,
+            ),
             body_bytes_max=config.body_bytes_max,
             cross_origin=CrossOrigin(_origins(config.cors_origins)),
             logprobs_max=config.logprobs_max,

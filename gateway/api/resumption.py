@@ -47,17 +47,23 @@ class Stream:
 
 
 class Resumption:
-    """Makes streams, and finds those that are resumed. It keeps nothing of them."""
+    """Makes streams, and finds those that are resumed. It keeps nothing of them. Without
+    `event_ids` there are none."""
 
-    def __init__(self, names: StreamNames, clock: Clock) -> None:
+    def __init__(self, names: StreamNames, clock: Clock, *, event_ids: bool) -> None:
         self._names = names
         self._clock = clock
+        self._event_ids = event_ids
 
     def open(self, request: web.Request, *, fingerprint: str, num_choices: int) -> Stream | None:
         """The stream with which the request is answered, whose body has been read. `fingerprint` is
         the model's. None if it cannot be resumed: it has too many choices. Raises RequestError if
         the client wants to go on with a stream that this request has not begun."""
         sent = request.headers.get(LAST_EVENT_ID, "")
+        if not self._event_ids:
+            if sent:
+                raise not_resumable("a stream of this gateway, started with --no-event-ids,")
+            return None
         if num_choices > CHOICES_MAX:
             if sent:
                 raise not_resumable(f"an answer of more than {CHOICES_MAX} choices")

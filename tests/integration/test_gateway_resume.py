@@ -1,5 +1,5 @@
 """Streams that are resumed over HTTP: after each of its events a client may come back, and gets
-exactly the events that would have followed. The gateway keeps nothing of a stream that has ended."""
+exactly the events that would have followed. The gateway keeps nothing of a stream."""
 
 from __future__ import annotations
 
@@ -201,6 +201,16 @@ async def test_a_stream_with_too_many_choices_has_no_ids(harness: GatewayHarness
     body = {"model": MODEL, "prompt": "x", "stream": True, "max_tokens": 2, "n": 17}
     _, events = await stream(harness, COMPLETIONS, body)
     assert {event.id for event in events} == {""}
+
+
+async def test_a_gateway_without_event_ids_resumes_nothing(model: Path) -> None:
+    body = {"model": MODEL, "prompt": "x", "stream": True, "max_tokens": 2}
+    async with running_gateway(model, event_ids=False) as harness:
+        _, events = await stream(harness, COMPLETIONS, body)
+        assert {event.id for event in events} == {""}
+        status, (error,) = await stream(harness, COMPLETIONS, body, last="x.1")
+    assert status == 400
+    assert "--no-event-ids" in error.data
 
 
 async def test_a_stream_outlives_a_rank_after_it_was_resumed(harness: GatewayHarness) -> None:
