@@ -1,7 +1,7 @@
 """How far a client has read a stream, as the ids of its events say it. Pure.
 
     id: NAME.12r3            choice 0 up to its token 12; it runs on rank 3
-    id: NAME.12r3-7r0-9e     three choices; the last one has ended
+    id: NAME.12r3-7r0-9er3   three choices; the last one has ended
     id: NAME.12r3~0.4.2f     besides, 2 of the events that tell of the next 4 tokens of choice 0,
                              which are (f) its last
     id: NAME.b2              2 of the events that open the choices
@@ -105,7 +105,7 @@ class PositionWriter:
     def advance(self, choice: int, num_tokens: int, *, ended: bool, rank: int) -> None:
         """Choice number `choice` is read up to here from now on. `rank` below 0: it has none."""
         spelt = b"%de" % num_tokens if ended else b"%d" % num_tokens
-        self._choices[choice] = spelt if ended or rank < 0 else b"%br%d" % (spelt, rank)
+        self._choices[choice] = spelt if rank < 0 else b"%br%d" % (spelt, rank)
         self._join()
 
     def line(self) -> bytes:

@@ -166,6 +166,7 @@ class StreamSession:
         "scheduling",
         "state",
         "stream_key",
+        "taken_over",
     )
 
     def __init__(
@@ -188,6 +189,7 @@ class StreamSession:
         self.expires_at = expires_at  # whatever happens on the way
         self.stream_key = stream_key
         self.home_rank = home_rank  # may have it from another gateway
+        self.taken_over = False  # and did have it
         self.emitted: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -264,6 +266,8 @@ class StreamSession:
             if member != self.member:
                 return []
             self.member = member
+        if message.taken_over:
+            self.taken_over = True
         if message.backup_rank >= 0:
             self.backup_rank = RankId(message.backup_rank)
         if self._only_adds_tokens(message):

@@ -135,7 +135,8 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     request itself is at fault. `cached_tokens` is the number of
     submitted tokens that the KV cache held when the attempt began; the first message with ids has
     it. `backup_rank` names the rank that keeps the session's KV replicas, whenever it has changed
-    since the last message; -1 means no change.
+    since the last message; -1 means no change. `taken_over`: the attempt goes on with a session
+    that another gateway had here.
 
     If the sampling parameters ask for them, `logprobs` holds one entry for each of `ids`, and
     `prompt_logprobs` come in chunks before the first id: the first entry of a chunk is that of the
@@ -154,6 +155,7 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     invalid: bool = False
     cached_tokens: int = 0
     backup_rank: int = -1
+    taken_over: bool = False
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_index: int = 0

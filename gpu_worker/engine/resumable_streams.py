@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from gpu_worker.engine.sequence import Origin, Sequence
 from shared.types import FinishReason
 from shared.wire import SessionTokens, Submit
@@ -110,4 +112,9 @@ def _is_same(sequence: Sequence, submit: Submit) -> bool:
 def missed_tokens(sequence: Sequence, submit: Submit, finish: FinishReason | None) -> SessionTokens:
     """The reply to who takes it over: all tokens from the first that is wanted."""
     ids = tuple(sequence.tokens[len(submit.tokens) :])
-    return sequence.reply(ids, index=submit.num_emitted, finish=finish)
+    return replace(
+        sequence.reply(ids, index=submit.num_emitted, finish=finish),
+        session=submit.session,
+        attempt=submit.attempt,
+        taken_over=True,
+    )

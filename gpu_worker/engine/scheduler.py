@@ -194,11 +194,9 @@ class Scheduler:
                 replies.append((found.origin, found.reply(index=found.next_index, error=error)))
             self._rename(found, submit.session)
             found.origin = origin
+            found.attempt = submit.attempt
         finish = self._streams.take(found)
-        reply = missed_tokens(found, submit, finish)
-        named = replace(reply, session=submit.session, attempt=submit.attempt)
-        found.attempt = submit.attempt
-        return [*replies, (origin, named)]
+        return [*replies, (origin, missed_tokens(found, submit, finish))]
 
     def settle_grammars(self, *, wait: bool) -> dict[Origin, list[SessionTokens]]:
         """Lets go on whose grammar or mask has become known. Returns the replies to sessions that
