@@ -123,6 +123,7 @@ class Rank:
             endpoint=hardware.endpoint,
             announced=announcements.current,
             replication=replicas,
+            orphan_s=config.orphan_s,
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
@@ -281,4 +282,5 @@ def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
         running_max=config.running_max,
         waiting_max=config.waiting_max,
         prefix_cache=config.prefix_cache,
+        orphans_max=config.orphans_max,
     )
