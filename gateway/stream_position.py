@@ -21,9 +21,9 @@ from shared.types import RankId
 CHOICES_MAX = 16
 """An answer of more choices cannot be resumed: every id tells of all of them."""
 
-_CHOICE = re.compile(r"(\d{1,9})(e?)(?:r(\d{1,5}))?")
-_PART = re.compile(r"(\d{1,3})\.(\d{1,9})\.(\d{1,6})(f?)")
-_OPENING = re.compile(r"b(\d{1,3})")
+_CHOICE = re.compile(r"(\d{1,9})(e?)(?:r(\d{1,5}))?", re.ASCII)
+_PART = re.compile(r"(\d{1,3})\.(\d{1,9})\.(\d{1,6})(f?)", re.ASCII)
+_OPENING = re.compile(r"b(\d{1,3})", re.ASCII)
 _EVERYTHING = "u"
 
 
@@ -64,7 +64,7 @@ def read_position(text: str) -> StreamPosition | None:
     if (opening := _OPENING.fullmatch(text)) is not None:
         return StreamPosition(num_opened=int(opening[1]))
     spelt_choices, tilde, spelt_part = text.partition("~")
-    found = [_CHOICE.fullmatch(spelt) for spelt in spelt_choices.split("-", CHOICES_MAX)]
+    found = [_CHOICE.fullmatch(spelt) for spelt in spelt_choices.split("-", CHOICES_MAX - 1)]
     choices = [_choice(each) for each in found if each is not None]
     if len(choices) != len(found):
         return None
