@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import msgspec
 
 from gateway.prompt import SentText
+from gateway.session_state import SessionState
 from gateway.stream_position import ChoicePosition, PartlyRead
-from gateway.stream_session import SessionState, StreamSession
+from gateway.stream_session import StreamSession
 from gateway.text_stream import TextStream
 from shared.types import DEFAULT_SCHEDULING, FinishReason, SamplingParams, SchedulingParams
 from shared.wire import TokenLogprob

@@ -42,11 +42,6 @@ class Drains:
         """Those whose grace time is over, by rank."""
         return sorted(member for member, at in self._due_at.items() if at <= now)
 
-    def next_due_at(self, now: float) -> float | None:
-        """When `due` will have one more."""
-        later = [at for at in self._due_at.values() if now < at < math.inf]
-        return min(later, default=None)
-
 
 def draining_members(view: ClusterView) -> dict[Member, Drain | None]:
     """The members of the map that are being drained; None: by their own record alone."""

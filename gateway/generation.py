@@ -9,7 +9,8 @@ from types import TracebackType
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
 from gateway.detokenizer import TokenBytes
 from gateway.session_driver import SessionDriver
-from gateway.stream_session import SessionFailed, StreamSession
+from gateway.session_state import SessionFailed
+from gateway.stream_session import StreamSession
 from gateway.text_stream import TextStream
 
 

@@ -12,7 +12,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from gateway.connection_table import Refusal
-from gateway.stream_session import FailureKind, SessionState, StreamSession
+from gateway.session_state import FailureKind, SessionState
+from gateway.stream_session import StreamSession
 from shared.types import SuspicionReason
 
 _PREFIX = "starfish_gateway_"

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from gateway.api_keys import ApiKey
-from gateway.stream_session import Failure, FailureKind, SessionFailed
+from gateway.session_state import Failure, FailureKind, SessionFailed
 from gateway.turn_queue import Turn, TurnQueue
 
 RUNNING_MAX = 4

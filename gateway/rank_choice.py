@@ -31,6 +31,10 @@ class RankChooser:
     def members(self) -> tuple[Member, ...]:
         return self._members
 
+    @property
+    def draining(self) -> frozenset[Member]:
+        return self._draining
+
     def live(self) -> list[Member]:
         return [m for m in self._members if m in self._ranks and self._ranks[m].linked]
 

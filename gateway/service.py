@@ -36,8 +36,8 @@ from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
+from gateway.session_state import SessionPolicy
 from gateway.stream_names import StreamNames
-from gateway.stream_session import SessionPolicy
 from gateway.tls import ServerCertificate
 from gateway.tokenizer_loader import TokenizerOptions
 from shared.clock import Clock

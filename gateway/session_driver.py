@@ -17,8 +17,9 @@ from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
 from gateway.routing_policy import RoutingPolicy
+from gateway.session_state import SessionPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
-from gateway.stream_session import SessionPolicy, StreamSession
+from gateway.stream_session import StreamSession
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import Access, Caller
@@ -194,6 +195,7 @@ class SessionDriver:
         old, self._view = self._view, view
         self._drains.on_view(view, now=self._clock.now(), wall=self._clock.wall())
         self._table.on_drains(self._drains.members)
+        self._vacate_due()
         if view.epoch != old.epoch:
             self._on_map(old, view)
         self._reconcile_links()
@@ -204,6 +206,7 @@ class SessionDriver:
             interval_s = PROBE_BUSY_S if self._table.sessions else PROBE_IDLE_S
             before = self._clock.now()
             await asyncio.sleep(interval_s)
+            self._vacate_due()
             if self._clock.now() - before > interval_s + SILENCE_S / 2:
                 continue  # this process was paused: answers may be unread
             for link, _ in list(self._links.values()):
@@ -211,6 +214,11 @@ class SessionDriver:
                     self._on_silence(link.member)
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))
+
+    def _vacate_due(self) -> None:
+        """Called often enough for grace times of seconds."""
+        now = self._clock.now()
+        self._perform(self._table.vacate(self._drains.due(now), now))
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
         log.info("map_received", epoch=view.epoch, members=[str(m) for m in view.members])

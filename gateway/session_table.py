@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+from gateway.planned_move import MOVES_AT_ONCE
 from gateway.rank_choice import RankChooser
-from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
+from gateway.session_state import SessionPolicy, SessionState
+from gateway.stream_session import SendToRank, StreamSession
 from shared.types import (
     DEFAULT_SCHEDULING,
     Member,
@@ -41,6 +43,8 @@ class SessionTable:
         self._waiting: dict[SessionId, StreamSession] = {}
         self._placed: dict[Member, dict[SessionId, StreamSession]] = {}
         self._refused_by: dict[SessionId, Member] = {}
+        self._vacated: tuple[Member, ...] = ()  # drained; their sessions are to move
+        self._moving: dict[SessionId, StreamSession] = {}  # those with a next attempt
         self._num_tokens_ended = 0  # tokens of sessions that have ended
         self._expiries: list[tuple[float, SessionId]] = []  # a heap; some have ended already
 
@@ -129,6 +133,12 @@ class SessionTable:
         """These get no session while another rank can have it."""
         self._rank_chooser.on_drains(draining)
 
+    def vacate(self, members: Collection[Member], now: float) -> list[Action]:
+        """The sessions of these drained members, and of no others, are to move to other ranks. They
+        do so a few at a time, as tokens and time go on."""
+        self._vacated = tuple(members)
+        return self._begin_moves(now)
+
     def on_link_opened(self, member: Member, kv_block_tokens: int, now: float) -> list[Action]:
         self._rank_chooser.on_link_opened(member, kv_block_tokens=kv_block_tokens)
         return self._place_waiting(now)
@@ -162,6 +172,8 @@ class SessionTable:
         self._rank_chooser.on_load(member, load)
         if self._waiting:
             actions += self._place_waiting(now)
+        if self._vacated:
+            actions += self._begin_moves(now)
         return actions
 
     def on_time(self, now: float) -> list[Action]:
@@ -199,20 +211,55 @@ class SessionTable:
     ) -> int:
         """`_apply` for the one frequent event, which nearly always only adds tokens. Adds to
         `actions`. Returns the number of tokens by which a running session has grown."""
-        before = len(session.emitted)
+        before, attempt = len(session.emitted), session.attempt
         was_there = session.member if session.state is SessionState.RUNNING else None
         sent = session.on_tokens(member, message, now)
         grown = len(session.emitted) - before
         if session.state is not SessionState.RUNNING:
             actions += self._settle(session, was_there, session.num_tokens - grown, [*sent])
             return 0
+        actions += sent
+        if session.attempt != attempt and was_there is not None:
+            self._on_moved(session, was_there, session.num_tokens - grown)
         if grown:
             actions.append(NotifyReader(session))
         return grown
 
+    def _begin_moves(self, now: float) -> list[Action]:
+        self._moving = {name: s for name, s in self._moving.items() if s.next is not None}
+        actions: list[Action] = []
+        for member in self._vacated:
+            for session in self._placed.get(member, {}).values():
+                if len(self._moving) >= MOVES_AT_ONCE:
+                    return actions
+                if session.next is None and session.ready_at <= now and session.prompt_is_scored:
+                    actions += self._begin_move(session)
+        return actions
+
+    def _begin_move(self, session: StreamSession) -> list[Action]:
+        target = self._choose(session)
+        if target is None or target in self._rank_chooser.draining:
+            return []
+        self._moving[session.id] = session
+        return [*session.prepare_move(target)]
+
+    def _on_moved(self, session: StreamSession, former: Member, num_tokens: int) -> None:
+        """It runs on its present member now, and no more on `former`, which was charged with
+        `num_tokens`."""
+        assert session.member is not None, "it runs"
+        del self._placed[former][session.id]
+        if not self._placed[former]:
+            del self._placed[former]
+        self._rank_chooser.add(former, sessions=-1, tokens=-num_tokens)
+        self._placed.setdefault(session.member, {})[session.id] = session
+        self._rank_chooser.add(session.member, sessions=1, tokens=num_tokens)
+
     def _move(self, lost: Iterable[Member], now: float) -> list[Action]:
         actions: list[Action] = []
         for member in lost:
+            for session in self._moving.values():
+                if session.next is not None and session.next.member == member:
+                    actions += session.on_rank_lost(member, now)
             for session in list(self._placed.get(member, {}).values()):
                 actions += self._apply(
                     session,

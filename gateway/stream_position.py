@@ -64,7 +64,7 @@ def read_position(text: str) -> StreamPosition | None:
     if (opening := _OPENING.fullmatch(text)) is not None:
         return StreamPosition(num_opened=int(opening[1]))
     spelt_choices, tilde, spelt_part = text.partition("~")
-    found = [_CHOICE.fullmatch(spelt) for spelt in spelt_choices.split("-", CHOICES_MAX)]
+    found = [_CHOICE.fullmatch(spelt) for spelt in spelt_choices.split("-", CHOICES_MAX - 1)]
     choices = [_choice(each) for each in found if each is not None]
     if len(choices) != len(found):
         return None

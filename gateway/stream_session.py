@@ -16,11 +16,14 @@ rule by their place in the prompt. Once all have arrived, no later attempt compu
     ENDED                   –              → finished   the rank said so, or max_tokens is reached
     REFUSED                 –              → waiting    with backoff: the rank cannot take it now
     RANK_LOST               –              → waiting    at once: link broken, or left out by a map
+    MOVED                   –              running      its next attempt is its attempt now
     REJECTED                –              → failed     the rank says that no rank can run it
     GIVEN_UP                → failed       → failed     no rank in time, too many moves, too late,
                                                         shutdown
     STOPPED                 → finished     → finished   a stop string was found in the text
     CLIENT_GONE             → cancelled    → cancelled
+
+A running session that is to leave its rank has a *next attempt* on another one: `planned_move`.
 
 Every other pair, and every event in finished, failed and cancelled, is ignored.
 """
@@ -30,9 +33,16 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, replace
-from enum import Enum
 
-from shared.errors import StarfishError
+from gateway.planned_move import RETRY_S, NextAttempt, Readiness, repeats
+from gateway.session_state import (
+    TRANSITIONS,
+    Failure,
+    FailureKind,
+    SessionEvent,
+    SessionPolicy,
+    SessionState,
+)
 from shared.types import (
     DEFAULT_SCHEDULING,
     Attempt,
@@ -44,84 +54,6 @@ from shared.types import (
     SessionId,
 )
 from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
-
-
-class SessionState(Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-class SessionEvent(Enum):
-    PLACED = "placed"
-    TOKENS = "tokens"
-    ENDED = "ended"
-    REFUSED = "refused"
-    RANK_LOST = "rank_lost"
-    REJECTED = "rejected"
-    GIVEN_UP = "given_up"
-    STOPPED = "stopped"
-    CLIENT_GONE = "client_gone"
-
-
-class FailureKind(Enum):
-    """Why a session failed. The HTTP API maps each to a status."""
-
-    NO_RANK = "no_rank"  # there was no live rank in time
-    OVERLOADED = "overloaded"  # ranks refused it again and again: they are full
-    RANKS_LOST = "ranks_lost"  # several ranks in a row were lost before a token
-    REJECTED = "rejected"  # a rank answered that no rank can run the request
-    INVALID = "invalid"  # a rank answered that the request itself is at fault
-    SHUTDOWN = "shutdown"  # this gateway is stopping
-    STALLED = "stalled"  # its rank answers, but has finished no step for too long
-    DEADLINE = "deadline"  # the request's own time is over
-
-
-TRANSITIONS: dict[tuple[SessionState, SessionEvent], SessionState] = {
-    (SessionState.WAITING, SessionEvent.PLACED): SessionState.RUNNING,
-    (SessionState.WAITING, SessionEvent.GIVEN_UP): SessionState.FAILED,
-    (SessionState.WAITING, SessionEvent.STOPPED): SessionState.FINISHED,
-    (SessionState.WAITING, SessionEvent.CLIENT_GONE): SessionState.CANCELLED,
-    (SessionState.RUNNING, SessionEvent.TOKENS): SessionState.RUNNING,
-    (SessionState.RUNNING, SessionEvent.ENDED): SessionState.FINISHED,
-    (SessionState.RUNNING, SessionEvent.REFUSED): SessionState.WAITING,
-    (SessionState.RUNNING, SessionEvent.RANK_LOST): SessionState.WAITING,
-    (SessionState.RUNNING, SessionEvent.REJECTED): SessionState.FAILED,
-    (SessionState.RUNNING, SessionEvent.GIVEN_UP): SessionState.FAILED,
-    (SessionState.RUNNING, SessionEvent.STOPPED): SessionState.FINISHED,
-    (SessionState.RUNNING, SessionEvent.CLIENT_GONE): SessionState.CANCELLED,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionPolicy:
-    """`losses_max` limits how many ranks a session may lose in a row without a token in between, so
-    that a prompt that crashes its rank does not crash all of them. `guided_losses_max` is that of
-    sessions with a grammar, which clients write freely: one loss may be a coincidence."""
-
-    no_rank_timeout_s: float = 120.0
-    refusals_max: int = 32
-    losses_max: int = 6
-    guided_losses_max: int = 1
-    backoff_min_s: float = 0.02
-    backoff_max_s: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    kind: FailureKind
-    message: str
-
-
-class SessionFailed(StarfishError):
-    """A session of this request failed. Before the answer's first byte it becomes an HTTP
-    status."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +70,7 @@ class StreamSession:
     and `failure`."""
 
     __slots__ = (
+        "_last_attempt",
         "_losses",
         "_policy",
         "_refusals",
@@ -158,6 +91,7 @@ class StreamSession:
         "longest_gap_s",
         "member",
         "moves",
+        "next",
         "opened_at",
         "prompt",
         "prompt_logprobs",
@@ -195,12 +129,13 @@ class StreamSession:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.state = SessionState.WAITING
         self.attempt = Attempt(-1)  # the first placement is attempt 0
+        self.next: NextAttempt | None = None
         self.member: Member | None = None
         self.backup_rank: RankId | None = None  # has KV replicas of the last attempt
         self.finish: FinishReason | None = None
         self.failure: Failure | None = None
         self.opened_at = now
-        self.ready_at = now  # when a waiting session may be placed
+        self.ready_at = now  # when a waiting session may be placed, and a running one moved
         self.cached_tokens = 0  # of the prompt, in the KV cache of the rank of the first token
         self.first_token_at: float | None = None
         self.last_token_at = now
@@ -208,6 +143,7 @@ class StreamSession:
         self.longest_gap_s = 0.0
         self.moves = 0
         self._policy = policy
+        self._last_attempt = self.attempt
         self._stalled_since = now
         self._refusals = 0
         self._losses = 0
@@ -241,27 +177,43 @@ class StreamSession:
         """Starts the next attempt, on `member`."""
         if not self._transition(SessionEvent.PLACED):
             return []
-        self.attempt = Attempt(self.attempt + 1)
-        self.moves += self.attempt > 0
+        self.moves += self.attempt >= 0
+        self.attempt = self._new_attempt()
         self.member = member
         self.backup_rank = None
+        return [self._submit(member, self.attempt)]
+
+    def prepare_move(self, member: Member) -> list[SendToRank]:
+        """Begins to move it to `member`, while it goes on where it is."""
+        if self.state is not SessionState.RUNNING or self.next is not None:
+            return []
+        self.next = NextAttempt(member=member, attempt=self._new_attempt())
+        return [self._submit(member, self.next.attempt)]
+
+    def _new_attempt(self) -> Attempt:
+        self._last_attempt = Attempt(self._last_attempt + 1)
+        return self._last_attempt
+
+    def _submit(self, member: Member, attempt: Attempt) -> SendToRank:
         sampling = self.sampling
         if sampling.prompt_logprobs is not None and self.prompt_is_scored:
             sampling = replace(sampling, prompt_logprobs=None)
         submit = Submit(
             session=self.id,
-            attempt=self.attempt,
+            attempt=attempt,
             tokens=self.tokens,
             num_emitted=len(self.emitted),
             sampling=sampling,
             scheduling=self.scheduling,
             stream_key=self.stream_key,
         )
-        return [SendToRank(member=member, message=submit)]
+        return SendToRank(member=member, message=submit)
 
     def on_tokens(self, member: Member, message: SessionTokens, now: float) -> list[SendToRank]:
-        if self.state is not SessionState.RUNNING or message.attempt != self.attempt:
+        if self.state is not SessionState.RUNNING:
             return []
+        if message.attempt != self.attempt:
+            return self._on_next_attempt(member, message, now)
         if member is not self.member:  # comparing values takes longer, and this is every token
             if member != self.member:
                 return []
@@ -293,6 +245,8 @@ class StreamSession:
 
     def on_rank_lost(self, member: Member, now: float) -> list[SendToRank]:
         """The link to `member` broke, or a map left it out."""
+        if self.next is not None and self.next.member == member:
+            self.next = None
         if self.member != member or self.state is not SessionState.RUNNING:
             return []
         return self._lose_rank(SessionEvent.RANK_LOST, now)
@@ -336,6 +290,41 @@ class StreamSession:
             SessionEvent.GIVEN_UP, FailureKind.SHUTDOWN, "the gateway is shutting down"
         )
 
+    def _on_next_attempt(
+        self, member: Member, message: SessionTokens, now: float
+    ) -> list[SendToRank]:
+        following = self.next
+        if following is None or (following.member, following.attempt) != (member, message.attempt):
+            return []
+        match following.judge(message, self.emitted):
+            case Readiness.NOT_YET:
+                return []
+            case Readiness.FAILED:
+                self.ready_at = now + RETRY_S
+                return self._drop_next()
+            case Readiness.LAGS:
+                self.next = following.renewed(self._new_attempt())
+                return [self._submit(member, self.next.attempt)]
+            case Readiness.READY:
+                return [*self._switch(following), *self.on_tokens(member, message, now)]
+
+    def _switch(self, following: NextAttempt) -> list[SendToRank]:
+        """From now on its tokens come from there."""
+        former, former_attempt = self.member, self.attempt
+        assert former is not None, "it runs"
+        self._transition(SessionEvent.MOVED)
+        self.member, self.attempt, self.next = following.member, following.attempt, None
+        self.moves += 1
+        self.backup_rank = None
+        return [SendToRank(member=former, message=Cancel(session=self.id, attempt=former_attempt))]
+
+    def _drop_next(self) -> list[SendToRank]:
+        following, self.next = self.next, None
+        if following is None:
+            return []
+        cancel = Cancel(session=self.id, attempt=following.attempt)
+        return [SendToRank(member=following.member, message=cancel)]
+
     def _only_adds_tokens(self, message: SessionTokens) -> bool:
         """Nearly every message of a stream does, and needs no other look."""
         num_known = len(self.emitted)
@@ -349,10 +338,13 @@ class StreamSession:
         )
 
     def _is_inconsistent(self, message: SessionTokens) -> bool:
-        """Whether the message skips tokens or lacks what the attempt was asked for."""
+        """Whether the message skips tokens, has others than those that the client has, or lacks
+        what the attempt was asked for."""
         next_index = len(self.emitted)
         end = message.index + len(message.ids)
         if message.index > next_index or (end < next_index and message.finish is not None):
+            return True
+        if message.index < next_index and not repeats(message, self.emitted):
             return True
         if message.prompt_logprobs and message.prompt_index > len(self.prompt_logprobs) + 1:
             return True
@@ -388,23 +380,26 @@ class StreamSession:
         if finish is not None:
             self.finish = finish
             self._transition(SessionEvent.ENDED)
-        elif len(self.emitted) >= self.sampling.max_tokens and self.prompt_is_scored:
+            return self._drop_next()
+        if len(self.emitted) >= self.sampling.max_tokens and self.prompt_is_scored:
             self.finish = FinishReason.LENGTH
             return self._end_attempt(SessionEvent.ENDED)
         return []
 
     def _on_error(self, error: str, retryable: bool, now: float) -> list[SendToRank]:
+        """The rank has ended the attempt."""
+        actions = self._drop_next()
         if not retryable:
             self._fail(SessionEvent.REJECTED, FailureKind.REJECTED, error)
-            return []
+            return actions
         self._refusals += 1
         if self._refusals > self._policy.refusals_max:
             message = f"refused by ranks {self._refusals} times, last because {error}"
             self._fail(SessionEvent.GIVEN_UP, FailureKind.OVERLOADED, message)
-            return []
+            return actions
         self._transition(SessionEvent.REFUSED)
         self.ready_at = now + self._backoff_s()
-        return []
+        return actions
 
     def _lose_rank(self, event: SessionEvent, now: float) -> list[SendToRank]:
         self._losses += 1
@@ -428,7 +423,7 @@ class StreamSession:
         if not self._transition(event) or not running or self.member is None:
             return []
         cancel = Cancel(session=self.id, attempt=self.attempt)
-        return [SendToRank(member=self.member, message=cancel)]
+        return [SendToRank(member=self.member, message=cancel), *self._drop_next()]
 
     def _backoff_s(self) -> float:
         full_s = self._policy.backoff_min_s * 2.0 ** min(self._refusals - 1, 16)

@@ -15,7 +15,7 @@ from gateway.api.request_context import require_context
 from gateway.api.responses import DONE, response_body
 from gateway.choice_reader import Delta
 from gateway.generation import Generation
-from gateway.stream_session import SessionFailed
+from gateway.session_state import SessionFailed
 
 log = structlog.get_logger()
 

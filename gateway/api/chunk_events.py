@@ -10,8 +10,8 @@ from gateway.api.job import Job
 from gateway.api.responses import DONE, ChunkWriter, Usage, error_event
 from gateway.choice_reader import Delta
 from gateway.generation import Generation
+from gateway.session_state import SessionFailed
 from gateway.stream_position import PartlyRead, PositionWriter
-from gateway.stream_session import SessionFailed
 
 
 def failure_event(error: SessionFailed, request_id: str) -> bytes:

@@ -16,7 +16,7 @@ from gateway.api.job import Job
 from gateway.api.responses import Usage
 from gateway.choice_reader import Delta
 from gateway.generation import Generation
-from gateway.stream_session import SessionFailed
+from gateway.session_state import SessionFailed
 from shared.types import FinishReason
 
 

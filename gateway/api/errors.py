@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from aiohttp import web
 
 from gateway.api.responses import error_body, with_request_id
-from gateway.stream_session import Failure, FailureKind, SessionFailed
+from gateway.session_state import Failure, FailureKind, SessionFailed
 from shared.errors import (
     Overloaded,
     RequestError,

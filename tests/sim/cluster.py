@@ -20,7 +20,8 @@ from gateway.cluster_view import ClusterWatch
 from gateway.metrics import GatewayMetrics
 from gateway.routing_policy import PrefixAffinity
 from gateway.session_driver import SessionDriver
-from gateway.stream_session import SessionPolicy, StreamSession
+from gateway.session_state import SessionPolicy
+from gateway.stream_session import StreamSession
 from gpu_worker.config import RankConfig
 from gpu_worker.membership.membership_driver import SlotLoader
 from gpu_worker.rank import Hardware

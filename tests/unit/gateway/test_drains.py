@@ -44,10 +44,8 @@ def test_a_drain_is_due_when_its_grace_time_is_over() -> None:
     drains = Drains()
     drains.on_view(view(drain(1)), now=50.0, wall=WALL)
     assert drains.members == {M1}
-    assert drains.next_due_at(50.0) == 80.0
     assert drains.due(79.9) == []
     assert drains.due(80.0) == [M1]
-    assert drains.next_due_at(80.0) is None
 
 
 @pytest.mark.parametrize(
@@ -97,6 +95,5 @@ def test_a_rank_that_says_that_it_leaves_gets_nothing_and_keeps_what_it_has() ->
     drains.on_view(replace(view(), ranks={"a": leaving}), now=0.0, wall=WALL)
     assert drains.members == {M0}
     assert drains.due(1e9) == []
-    assert drains.next_due_at(0.0) is None
     drains.on_view(replace(view(drain(0)), ranks={"a": leaving}), now=5.0, wall=WALL)
     assert drains.due(35.0) == [M0]

@@ -11,14 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.rank_choice import RankChooser
+from gateway.session_state import FailureKind, SessionPolicy, SessionState
 from gateway.session_table import Action, NotifyReader, SessionTable
-from gateway.stream_session import (
-    FailureKind,
-    SendToRank,
-    SessionPolicy,
-    SessionState,
-    StreamSession,
-)
+from gateway.stream_session import SendToRank, StreamSession
 from shared.types import (
     FinishReason,
     Incarnation,
@@ -351,9 +346,8 @@ class UnreliableCluster:
 
     def step(self) -> None:
         self.now += self.random.random()
-        self.random.choice(
-            [self.generate, self.generate, self.deliver, self.deliver, self.kill, self.refuse]
-        )()
+        often = [self.generate, self.deliver]
+        self.random.choice([*often, *often, self.kill, self.refuse, self.drain])()
         self.perform(self.table.on_time(self.now))
 
     def generate(self) -> None:
@@ -386,6 +380,14 @@ class UnreliableCluster:
         if self.running:
             to, submit, index = self.running.pop(self.random.randrange(len(self.running)))
             self.on_the_way.append((to, frame(submit, index, error="full", retryable=True)))
+
+    def drain(self) -> None:
+        """Other ranks are drained than before, or none; their sessions move at once, or go on."""
+        members = [member(rank, life) for rank, life in self.live.items()]
+        drained = self.random.sample(members, self.random.randint(0, len(members)))
+        self.table.on_drains(frozenset(drained))
+        vacated = drained[: self.random.randint(0, len(drained))]
+        self.perform(self.table.vacate(vacated, self.now))
 
     def kill(self) -> None:
         """Loses a rank through a broken link, a map, or both in either order. It may go on

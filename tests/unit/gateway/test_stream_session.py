@@ -10,16 +10,15 @@ import pytest
 from msgspec.structs import replace
 
 from gateway.api.errors import http_error
-from gateway.stream_session import (
+from gateway.session_state import (
     TRANSITIONS,
     FailureKind,
-    SendToRank,
     SessionEvent,
     SessionFailed,
     SessionPolicy,
     SessionState,
-    StreamSession,
 )
+from gateway.stream_session import SendToRank, StreamSession
 from shared.types import (
     Attempt,
     FinishReason,
@@ -94,12 +93,18 @@ def reason(error: str, *, retryable: bool) -> SessionTokens:
     return tokens(1, error=error, retryable=retryable)
 
 
+def move(session: StreamSession) -> list[SendToRank]:
+    session.prepare_move(B)
+    return session.on_tokens(B, tokens(1, 2, attempt=1), 2.0)
+
+
 CASES = [
     Case(SessionEvent.PLACED, lambda s: s.place(B)),
     Case(SessionEvent.TOKENS, lambda s: s.on_tokens(A, tokens(1, 2), 2.0)),
     Case(SessionEvent.ENDED, lambda s: s.on_tokens(A, tokens(1, 2, finish=FinishReason.STOP), 2.0)),
     Case(SessionEvent.REFUSED, lambda s: s.on_tokens(A, reason("full", retryable=True), 2.0)),
     Case(SessionEvent.RANK_LOST, lambda s: s.on_rank_lost(A, 2.0)),
+    Case(SessionEvent.MOVED, move),
     Case(SessionEvent.REJECTED, lambda s: s.on_tokens(A, reason("bad", retryable=False), 2.0)),
     Case(SessionEvent.GIVEN_UP, lambda s: s.shut_down()),
     Case(SessionEvent.STOPPED, lambda s: s.stop()),
