@@ -30,6 +30,7 @@ from shared.wire import (
     KvReplicasStored,
     Load,
     Message,
+    OfferMap,
     OpenKvReplicaRegion,
     OpenRegion,
     Ping,
@@ -69,13 +70,13 @@ MAY_SEND: Mapping[Role, tuple[type[Message], ...]] = {
         DropKvReplicas,
         Ping,
     ),
-    Role.CONTROL_PLANE: (Ping,),
+    Role.CONTROL_PLANE: (Ping, OfferMap),
     Role.CLI: (Ping, StatusQuery),
 }
 FRAME_BYTES_MAX_OF = {
     Role.GATEWAY: FRAME_BYTES_MAX,
     Role.RANK: 4 << 20,  # the names of all blocks that a peer keeps here
-    Role.CONTROL_PLANE: 4 << 10,
+    Role.CONTROL_PLANE: 4 << 20,  # a map
     Role.CLI: 4 << 10,
 }
 
@@ -98,7 +99,8 @@ class KvReplicaHost(Protocol):
 class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
-    is registered or in the newest map: no other gets anything. `announced` is told in each Pong."""
+    is registered or in the newest map: no other gets anything. `announced` is told in each Pong.
+    `offer_map` takes a map that a control plane hands over; it raises WireError if that is none."""
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class ControlServer:
         engine: EngineClient,
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
+        offer_map: Callable[[bytes], None] = lambda _: None,
         replication: KvReplicaHost | None = None,
     ) -> None:
         self._member = member
@@ -117,6 +120,7 @@ class ControlServer:
         self._engine = engine
         self._endpoint = endpoint
         self._announced = announced
+        self._offer_map = offer_map
         self._replication = replication
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
@@ -268,6 +272,8 @@ class ControlServer:
                 return self._engine.pong(message, self._announced())
             case OpenRegion():
                 return self._open_region(message)
+            case OfferMap():
+                self._offer_map(message.expert_map)
             case StatusQuery():
                 return self._engine.status(message)
             case _:

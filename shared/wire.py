@@ -320,6 +320,14 @@ class KvReplicasDropped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfferMap:
+    """Control plane to rank, while etcd cannot be written: the map that follows, as etcd would hold
+    it (`shared.records.pack_map`). A map of an older epoch than the rank's changes nothing."""
+
+    expert_map: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusQuery:
     nonce: int
 
@@ -372,6 +380,7 @@ Message = (
     | KvReplicasStored
     | DropKvReplicas
     | KvReplicasDropped
+    | OfferMap
     | StatusQuery
     | StatusReply
 )
@@ -397,6 +406,7 @@ _KINDS: dict[str, type[Message]] = {
         KvReplicasStored,
         DropKvReplicas,
         KvReplicasDropped,
+        OfferMap,
         StatusQuery,
         StatusReply,
     )
