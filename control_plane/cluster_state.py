@@ -39,6 +39,7 @@ class ClusterState:
     is_map_stored: bool = True
     leader: LeaderRecord | None = None
     term: int = 0
+    first_epoch: int = 0  # of the present term
     revisions: Mapping[str, int] = field(default_factory=dict)
     records: Mapping[Member, RankRecord] = field(default_factory=dict)
     residents: Mapping[Member, SlotContents] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from control_plane.cluster_state import ClusterState
 from control_plane.control_reporter import ControlReporter
 from control_plane.desired_changes import Change, Refusal, change_desired
 from control_plane.detector_timings import DetectorTimings
-from control_plane.election import Election
+from control_plane.election import Election, ElectionState
 from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
@@ -35,7 +35,7 @@ from control_plane.state_applier import (
 )
 from control_plane.suspicion_publisher import SuspicionPublisher
 from control_plane.telemetry import Metrics
-from control_plane.writes import PlanHeal, PublishDesired, Write
+from control_plane.writes import PlanHeal, PublishDesired, PublishMap, Write
 from shared.clock import Clock
 from shared.desired_state import DesiredState
 from shared.errors import StoreError, StoreUnavailable, TxnConflict, Unavailable
@@ -50,6 +50,8 @@ log = structlog.get_logger()
 
 _INBOX_MAX = 4096
 _TICK_S = 0.1
+_OFFER_AFTER_S = 0.25
+_OFFER_INTERVAL_S = 0.05
 _CHANGE_TRIES_MAX = 20
 _CHANGE_RETRY_S = (0.02, 0.1)
 _TICK_URGENT_S = 0.01
@@ -74,11 +76,16 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteDelayed:
+    """A write has not ended after _OFFER_AFTER_S: etcd may be away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ElectionChanged:
     """The election state may have changed."""
 
 
-Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | ElectionChanged
+Event = Snapshot | WatchEvent | ProbeEvent | Written | Planned | WriteDelayed | ElectionChanged
 
 
 class Driver:
@@ -134,7 +141,9 @@ class Driver:
         self._suspicions = SuspicionPublisher(store, keys, lease_ttl_s=leader_ttl_s)
         self._leader_term: LeaderTerm | None = None
         self._write_under_way = False
+        self._write_delayed = False
         self._spec_published = False
+        self._next_offer_at = 0.0
         self._probe_targets = ProbeTargets()
         self._rank_loads = RankLoads()
 
@@ -250,10 +259,12 @@ class Driver:
                 if isinstance(event, Snapshot):
                     self._leadership.notify()
             case Written():
-                self._write_under_way = False
+                self._write_under_way = self._write_delayed = False
                 self._handle_written(event, now)
             case Planned():
                 event.leader_term.membership.on_heal_planned(event.plan, event.step)
+            case WriteDelayed():
+                self._write_delayed = self._write_under_way
             case ElectionChanged():
                 pass
             case _:
@@ -279,8 +290,10 @@ class Driver:
                 self._leadership.notify()
 
     async def _begin_or_end_term(self, now: float) -> None:
-        """A leader term lasts exactly as long as the election lets this process act."""
-        if not self._election.may_act(now):
+        """A leader term lasts as long as the election lets this process act. If its lease could not
+        be renewed in time, it lasts as long as the leader key was not seen to go and most members
+        follow it: then it only offers maps."""
+        if not self._election.may_act(now) and not self._holds_out(now):
             if self._leader_term is not None:
                 log.warning("leadership_ended", leader=self._cluster.state.leader)
                 self._leader_term, self._spec_published = None, False
@@ -301,24 +314,59 @@ class Driver:
         self._prober.watch(self._probe_targets.records(self._cluster.state, dead))
         self._prober.set_urgent(leader_term.detector.urgent)
         self._suspicions.update(leader_term.detector.doubts, now)
-        if self._write_under_way or not self._spec_published:
+        if self._write_delayed or not self._election.may_act(now):
+            self._offer_map(leader_term, now)
+        if self._write_under_way or not self._spec_published or not self._election.may_act(now):
             return
         decision = leader_term.decide(self._cluster.state, now, unix_now=self._clock.wall())
         if isinstance(decision, PlanHeal):
             group.create_task(self._plan(leader_term, decision))
         elif decision is not None:
             self._write_under_way = True
+            if isinstance(decision, PublishMap):
+                leader_term.membership.on_publishing(decision.expert_map.epoch)
             group.create_task(self._write(decision, self._election.leader_revision))
+
+    def _holds_out(self, now: float) -> bool:
+        expert_map = self._cluster.state.expert_map
+        return (
+            self._leader_term is not None
+            and expert_map is not None
+            and self._election.state is ElectionState.LEADING
+            and self._leader_term.offers.has_majority(expert_map, now)
+        )
+
+    def _offer_map(self, leader_term: LeaderTerm, now: float) -> None:
+        """etcd has the map later: until then it is kept as one that etcd has lost."""
+        expert_map = leader_term.map_to_offer(self._cluster.state, now)
+        if expert_map is None or now < self._next_offer_at:
+            return
+        self._next_offer_at = now + _OFFER_INTERVAL_S
+        self._prober.offer_map(expert_map)
+        known = self._cluster.state.expert_map
+        if known is None or expert_map.epoch > known.epoch:
+            self._handle_changes(self._cluster.keep_map(expert_map), now)
+            self._reporter.report_offer(expert_map)
 
     async def _plan(self, leader_term: LeaderTerm, plan: PlanHeal) -> None:
         step = await asyncio.to_thread(plan.first_step)
         await self._inbox.put(Planned(leader_term=leader_term, plan=plan, step=step))
 
     async def _write(self, write: Write, leader_revision: int) -> None:
+        loop = asyncio.get_running_loop()
+        delayed = loop.call_later(_OFFER_AFTER_S, self._notify_delayed)
         try:
             events = await self._publisher.write(write, leader_revision, self._cluster.state)
             written = Written(write=write, outcome=events, error=None)
         except StoreError as error:
+            if isinstance(error, StoreUnavailable):
+                self._notify_delayed()
             snapshot = await self._publisher.reread()
             written = Written(write=write, outcome=snapshot, error=error)
+        finally:
+            delayed.cancel()
         await self._inbox.put(written)
+
+    def _notify_delayed(self) -> None:
+        if not self._inbox.full():
+            self._inbox.put_nowait(WriteDelayed())

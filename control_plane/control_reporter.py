@@ -36,6 +36,16 @@ class ControlReporter:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)
 
+    def report_offer(self, expert_map: ExpertMap) -> None:
+        """The ranks have got a map that etcd does not hold yet."""
+        log.warning(
+            "map_offered",
+            epoch=expert_map.epoch,
+            members=[str(m) for m in expert_map.members],
+            cause=expert_map.cause,
+            detail="etcd cannot be written; it gets the map when it is back",
+        )
+
     def report_write(
         self, write: Write, error: StoreError | None, state: ClusterState, now: float
     ) -> None:

@@ -7,6 +7,7 @@ from control_plane.cluster_state import ClusterState
 from control_plane.detector_timings import DetectorTimings
 from control_plane.failure_detector import FailureDetector
 from control_plane.judgements import Alarm, Judgement, Standstill, VerdictCancelled
+from control_plane.map_offers import MapOffers
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
@@ -25,10 +26,10 @@ from control_plane.state_applier import (
     VerdictPut,
     ViewPut,
 )
-from control_plane.writes import Decision
+from control_plane.writes import Decision, PublishMap
 from shared.expert_map import ExpertMap
 from shared.records import ProcessView, Verdict
-from shared.types import Member, ProcessState, SuspicionReason
+from shared.types import Epoch, Member, ProcessState, SuspicionReason
 
 _RECHECK_S = 0.05
 
@@ -40,7 +41,8 @@ class LeaderTerm:
         self, state: ClusterState, policy: MembershipPolicy, timings: DetectorTimings, now: float
     ) -> None:
         self.detector = FailureDetector(timings, now)
-        self.membership = Membership(policy)
+        self.membership = Membership(policy, first_epoch=Epoch(state.first_epoch))
+        self.offers = MapOffers(state.first_epoch)
         self.detector.set_paused(state.desired.verdicts_paused)
         self._decided_on: object = None
         self._decided_at = now
@@ -73,6 +75,8 @@ class LeaderTerm:
             case ViewPut():
                 self._on_view(change.view, state, now)
             case MapPut():
+                if state.is_map_stored:
+                    self.offers.on_written(change.expert_map.epoch)
                 self._on_map(change.expert_map, now)
             case DesiredPut():
                 detector.set_paused(change.desired.verdicts_paused)
@@ -88,10 +92,12 @@ class LeaderTerm:
                 self._take(detector.on_probe_connected(event.member, now))
             case ProbeBroken():
                 self._take(detector.on_probe_broken(event.member, now))
+                self.offers.on_broken(event.member)
             case ProbeRefused():
                 self._take(detector.on_probe_refused(event.member, now))
             case ProbePong():
                 self._take(detector.on_pong(event.member, event.pong, now))
+                self.offers.on_pong(event.member, event.pong.epoch, now)
                 self.membership.on_adopted(event.member, event.pong.epoch)
                 self.membership.on_out_of_step(event.member, event.pong.out_of_step)
                 self.membership.on_load(event.member, event.pong.load)
@@ -109,6 +115,20 @@ class LeaderTerm:
             return None
         self._decided_on, self._decided_at = inputs, now
         return self.membership.decide(state, now, unix_now=unix_now, frozen=self.detector.frozen)
+
+    def map_to_offer(self, state: ClusterState, now: float) -> ExpertMap | None:
+        """The map that the ranks shall have now, though etcd cannot be written: the one without the
+        dead, or the newest, if a rank had not read it before. None: there is none, or the ranks do
+        not answer. Its loads and verdicts wait for etcd."""
+        newest = state.expert_map
+        if newest is None or not self.offers.has_majority(newest, now):
+            return None
+        decision = self.membership.decide(state, now, frozen=True)
+        if isinstance(decision, PublishMap) and not decision.assignments:
+            following = decision.expert_map
+            if following.members != newest.members:
+                return following if self.offers.may_offer(following.epoch) else None
+        return newest if self.offers.lag(newest, now) else None
 
     def take_judgements(self) -> list[Judgement]:
         """The judgements since the last call, for the log."""

@@ -16,6 +16,7 @@ from control_plane.election import (
     RenewLease,
     RevokeLease,
 )
+from control_plane.map_offers import first_epoch_of_next_term
 from control_plane.state_applier import StateApplier
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable, TxnConflict
@@ -142,13 +143,17 @@ class Leadership:
             admin_url=self._admin_url,
         )
         value, term = pack_record(record), pack_record(record.term)
+        # The map is compared, because the first epoch must be beyond all that a former leader may
+        # give to ranks itself (`map_offers`).
         compare = [
             Compare(key=keys.leader, mod_revision=0),
             Compare(key=keys.term, mod_revision=state.revision_of(keys.term)),
+            Compare(key=keys.map, mod_revision=state.revision_of(keys.map)),
         ]
         puts = [
             Put(key=keys.leader, value=value, lease_id=lease_id),
             Put(key=keys.term, value=term),
+            Put(key=keys.first_epoch, value=pack_record(first_epoch_of_next_term(state))),
         ]
         try:
             revision = await self._store.txn(compare, puts)

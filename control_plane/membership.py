@@ -68,6 +68,7 @@ from shared.records import Verdict
 from shared.types import Epoch, Member
 from shared.wire import Load
 
+_NO_EPOCH = Epoch(0)
 _DELETED_KEYS_MAX = 64
 
 
@@ -89,7 +90,8 @@ class Membership:
     """Call `decide` after each change of the cluster state and at regular intervals, and perform
     its write before the next call."""
 
-    def __init__(self, policy: MembershipPolicy) -> None:
+    def __init__(self, policy: MembershipPolicy, *, first_epoch: Epoch = _NO_EPOCH) -> None:
+        """No map gets a lower epoch than `first_epoch`."""
         self._policy = policy
         self._adoption = MapAdoption(policy.adoption_timeout_s)
         self._formation = Formation(
@@ -101,7 +103,7 @@ class Membership:
             )
         )
         self._dead: dict[Member, Verdict] = {}
-        self._writes = WriteBuilder(self._adoption, self._dead)
+        self._writes = WriteBuilder(self._adoption, self._dead, first_epoch)
         self._healing = Healing(
             HealPolicy(
                 bytes_per_expert=policy.bytes_per_expert,
@@ -140,6 +142,10 @@ class Membership:
         """A Pong says under which map a member runs."""
         self._writes.on_running(epoch)
         self._adoption.on_adopted(member, epoch)
+
+    def on_publishing(self, epoch: Epoch) -> None:
+        """A map of this epoch may come to be in etcd: no other one gets it."""
+        self._writes.on_publishing(epoch)
 
     def on_out_of_step(self, member: Member, epoch: Epoch) -> None:
         """A Pong says under which map a member has lost count of its peers' graphs; 0: it has
@@ -351,7 +357,8 @@ class Membership:
         emptied = emptied_for(expert_map, wanted)
         if np.array_equal(residency.placement(emptied), expert_map.placement):
             return self._writes.assign(residency, wanted)
-        assignments = residency.assignments(wanted, epoch=expert_map.epoch + 1)
+        epoch = self._writes.next_epoch(residency.state)
+        assignments = residency.assignments(wanted, epoch=epoch)
         return self._writes.publish(residency, emptied, cause, now, assignments)
 
     def _delete_stale_keys(self, state: ClusterState, members: Iterable[Member]) -> Write | None:

@@ -1,5 +1,6 @@
 """Keeps a connection to every rank's control port and pings it: at a long interval normally, at a
-short one while any member is suspected. It reports what it sees and judges nothing."""
+short one while any member is suspected. It reports what it sees and judges nothing. While etcd
+cannot be written, the leader hands maps to the ranks on these connections."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from control_plane.probe_events import (
     ProbeRefused,
 )
 from shared.errors import AddressReused, WireError
+from shared.expert_map import ExpertMap
 from shared.handshake import Access, Caller, introduce
-from shared.records import RankRecord
+from shared.records import RankRecord, pack_map
 from shared.types import Member, Role
-from shared.wire import Ping, Pong, encode, read_message
+from shared.wire import OfferMap, Ping, Pong, encode, read_message
 
 _CONNECT_TIMEOUT_S = 1.0
 _WELCOME_TIMEOUT_S = 2.0
@@ -48,6 +50,7 @@ class Prober:
         self._urgent = False
         self._urgent_event = asyncio.Event()
         self._wanted: dict[Member, RankRecord] = {}
+        self._writers: dict[Member, asyncio.StreamWriter] = {}  # of those that have let us in
         self._changed = asyncio.Event()
 
     def watch(self, records: Iterable[RankRecord]) -> None:
@@ -64,6 +67,13 @@ class Prober:
             self._urgent_event.set()
         else:
             self._urgent_event.clear()
+
+    def offer_map(self, expert_map: ExpertMap) -> None:
+        """Hands the map to those of its members that are connected."""
+        offer = encode(OfferMap(expert_map=pack_map(expert_map)))
+        for member in expert_map.members:
+            if (writer := self._writers.get(member)) is not None:
+                writer.write(offer)
 
     async def run(self) -> None:
         tasks: dict[Member, asyncio.Task[None]] = {}
@@ -105,6 +115,7 @@ class Prober:
         try:
             async with asyncio.timeout(_WELCOME_TIMEOUT_S):
                 await introduce(self._caller, record, self._access, reader, writer)
+            self._writers[record.member] = writer
             await self._report(ProbeConnected(member=record.member))
             async with asyncio.TaskGroup() as group:
                 pings = group.create_task(self._ping(writer))
@@ -112,6 +123,8 @@ class Prober:
                 pings.cancel()
             return answered
         finally:
+            if self._writers.get(record.member) is writer:
+                del self._writers[record.member]
             writer.close()
 
     async def _listen(self, reader: asyncio.StreamReader, member: Member) -> bool:

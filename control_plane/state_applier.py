@@ -121,7 +121,7 @@ class _Entry(NamedTuple):
     value: Any
 
 
-_ABSENT: Mapping[str, Any] = {"term": 0, "desired": DesiredState()}
+_ABSENT: Mapping[str, Any] = {"term": 0, "first_epoch": 0, "desired": DesiredState()}
 """What a field of ClusterState has if its key does not exist, where that is not None."""
 
 
@@ -159,6 +159,7 @@ class _Update:
 
     def keep_map(self, expert_map: ExpertMap) -> None:
         """Whatever etcd holds now, ranks run this newer one."""
+        self._changed["version"] = self._changed.get("version", self._state.version) + 1
         self._changed["expert_map"], self._changed["is_map_stored"] = expert_map, False
 
     def result(self) -> ClusterState:
@@ -189,6 +190,7 @@ class StateApplier:
             _Kind(keys.spec, "spec", lambda b: unpack_record(b, InstanceSpec)),
             _Kind(keys.leader, "leader", lambda b: unpack_record(b, LeaderRecord)),
             _Kind(keys.term, "term", lambda b: unpack_record(b, int)),
+            _Kind(keys.first_epoch, "first_epoch", lambda b: unpack_record(b, int)),
             _Kind(keys.map, "expert_map", unpack_map),
             _Kind(keys.ranks, "records", lambda b: unpack_record(b, RankRecord)),
             _Kind(keys.residents, "residents", lambda b: unpack_record(b, SlotContents)),
@@ -210,13 +212,21 @@ class StateApplier:
         for event in self._revisions.admit(item):
             changes += self._apply(update, event)
         running = self.state.expert_map
-        if isinstance(item, Snapshot) and item.restored and running is not None:
+        is_restored = isinstance(item, Snapshot) and item.restored
+        if running is not None and (is_restored or not self.state.is_map_stored):
             stored = update.result().expert_map
             if stored is None or stored.epoch < running.epoch:
                 update.keep_map(running)
                 changes = [change for change in changes if not isinstance(change, MapPut)]
         self.state = update.result()
         return changes
+
+    def keep_map(self, expert_map: ExpertMap) -> list[StateChange]:
+        """Ranks were given this map, which etcd does not hold yet."""
+        update = _Update(self.state)
+        update.keep_map(expert_map)
+        self.state = update.result()
+        return [MapPut(expert_map=expert_map)]
 
     def _apply(self, update: _Update, event: WatchEvent) -> list[StateChange]:
         key = event.key

@@ -17,15 +17,26 @@ from shared.types import Epoch, Member
 
 
 class WriteBuilder:
-    def __init__(self, adoption: MapAdoption, dead: Mapping[Member, Verdict]) -> None:
-        """`dead` is followed: the verdicts that are known, written or not."""
+    def __init__(
+        self,
+        adoption: MapAdoption,
+        dead: Mapping[Member, Verdict],
+        first_epoch: Epoch,
+    ) -> None:
+        """`dead` is followed: the verdicts that are known, written or not. No map gets a lower
+        epoch than `first_epoch`."""
         self._adoption = adoption
         self._dead = dead
+        self._first_epoch = first_epoch
         self._running_epoch = Epoch(0)
 
     def on_running(self, epoch: Epoch) -> None:
         """A member was seen to run under this map."""
         self._running_epoch = max(self._running_epoch, epoch)
+
+    def on_publishing(self, epoch: Epoch) -> None:
+        """A write of the map of this epoch has begun. Whether it succeeds may stay unknown."""
+        self._first_epoch = max(self._first_epoch, Epoch(epoch + 1))
 
     def publish(
         self,
@@ -43,6 +54,12 @@ class WriteBuilder:
         current, epoch = residency.state.expert_map, self.next_epoch(residency.state)
         missing = [m for m in (current.members if current else ()) if m not in rows]
         dead = [m for m in missing if m not in drained]
+        # Left out by maps that were offered while etcd was away.
+        overdue = [
+            m
+            for m in residency.state.records
+            if m in self._dead and m not in missing and m not in residency.state.verdicts
+        ]
         if any(m not in self._dead for m in dead):  # a map of an older spec: judge it first
             return None
         if not dead and not at_once and not self._adoption.may_follow(now):
@@ -57,7 +74,7 @@ class WriteBuilder:
         return PublishMap(
             expert_map=expert_map,
             verdicts=(
-                *(replace(self._dead[m], epoch=epoch) for m in dead),
+                *(replace(self._dead[m], epoch=epoch) for m in (*dead, *overdue)),
                 *verdicts_on(drained, epoch=epoch, now=now),
             ),
             assignments=assignments,
@@ -73,7 +90,7 @@ class WriteBuilder:
     ) -> Assign | None:
         """What differs from what is assigned, or all if `force`, with the verdicts on `dead` that
         etcd does not hold yet."""
-        epoch = self.next_epoch(residency.state) - 1
+        epoch = self._newest_epoch(residency.state)
         assignments = residency.assignments(wanted, epoch=epoch, force=force)
         verdicts = self._fresh_verdicts(residency.state, dead)
         return Assign(assignments=assignments, verdicts=verdicts) if assignments else None
@@ -84,9 +101,12 @@ class WriteBuilder:
 
     def next_epoch(self, state: ClusterState) -> Epoch:
         """Above that of every map that somebody may run, also if etcd has lost it."""
+        return Epoch(max(self._newest_epoch(state) + 1, self._first_epoch))
+
+    def _newest_epoch(self, state: ClusterState) -> Epoch:
         current = state.expert_map
         known = current.epoch if current is not None else Epoch(0)
-        return Epoch(max(known, self._running_epoch) + 1)
+        return max(known, self._running_epoch)
 
     def _fresh_verdicts(
         self, state: ClusterState, members: Iterable[Member]

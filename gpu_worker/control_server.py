@@ -30,6 +30,7 @@ from shared.wire import (
     KvReplicasStored,
     Load,
     Message,
+    OfferMap,
     OpenKvReplicaRegion,
     OpenRegion,
     Ping,
@@ -69,13 +70,13 @@ MAY_SEND: Mapping[Role, tuple[type[Message], ...]] = {
         DropKvReplicas,
         Ping,
     ),
-    Role.CONTROL_PLANE: (Ping,),
+    Role.CONTROL_PLANE: (Ping, OfferMap),
     Role.CLI: (Ping, StatusQuery),
 }
 FRAME_BYTES_MAX_OF = {
     Role.GATEWAY: FRAME_BYTES_MAX,
     Role.RANK: 4 << 20,  # the names of all blocks that a peer keeps here
-    Role.CONTROL_PLANE: 4 << 10,
+    Role.CONTROL_PLANE: 4 << 20,  # a map
     Role.CLI: 4 << 10,
 }
 
@@ -99,7 +100,8 @@ class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
     is registered or in the newest map: no other gets anything. `announced` is told in each Pong.
-    For `orphan_s` seconds sessions go on after the connection of their gateway has broken."""
+    For `orphan_s` seconds sessions go on after the connection of their gateway has broken.
+    `offer_map` takes a map that a control plane hands over; it raises WireError if that is none."""
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class ControlServer:
         engine: EngineClient,
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
+        offer_map: Callable[[bytes], None] = lambda _: None,
         replication: KvReplicaHost | None = None,
         orphan_s: float = 0.0,
     ) -> None:
@@ -119,6 +122,7 @@ class ControlServer:
         self._engine = engine
         self._endpoint = endpoint
         self._announced = announced
+        self._offer_map = offer_map
         self._replication = replication
         self._orphan_s = orphan_s
         self._origins = itertools.count(1)
@@ -271,6 +275,8 @@ class ControlServer:
                 return self._engine.pong(message, self._announced())
             case OpenRegion():
                 return self._open_region(message)
+            case OfferMap():
+                self._offer_map(message.expert_map)
             case StatusQuery():
                 return self._engine.status(message)
             case _:

@@ -50,6 +50,11 @@ class Keys:
         return self.root + "term"
 
     @property
+    def first_epoch(self) -> str:
+        """int: no map of the present term has a lower epoch; written with the term. No lease."""
+        return self.root + "first_epoch"
+
+    @property
     def map(self) -> str:
         """ExpertMap. No lease: it outlives every control plane."""
         return self.serving + "map"

@@ -329,6 +329,14 @@ class KvReplicasDropped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfferMap:
+    """Control plane to rank, while etcd cannot be written: the map that follows, as etcd would hold
+    it (`shared.records.pack_map`). A map of an older epoch than the rank's changes nothing."""
+
+    expert_map: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusQuery:
     nonce: int
 
@@ -381,6 +389,7 @@ Message = (
     | KvReplicasStored
     | DropKvReplicas
     | KvReplicasDropped
+    | OfferMap
     | StatusQuery
     | StatusReply
 )
@@ -406,6 +415,7 @@ _KINDS: dict[str, type[Message]] = {
         KvReplicasStored,
         DropKvReplicas,
         KvReplicasDropped,
+        OfferMap,
         StatusQuery,
         StatusReply,
     )

@@ -81,6 +81,12 @@ EXPLORATIONS = (
         is_long=True,
     ),
     Exploration(
+        name="maps alone: outage, two lost leases, two healthy ranks are judged dead",
+        rules=Rules(num_tokens=0, offers=True, epochs_per_term=2),
+        budget=Budget(outages=1, lost_leases=2, false_verdicts=2),
+        is_long=True,
+    ),
+    Exploration(
         name="outage, kill, lost lease",
         rules=Rules(num_tokens=1, offers=True),
         budget=Budget(kills=1, outages=1, lost_leases=1),
@@ -109,6 +115,18 @@ EXPLORATIONS = (
         rules=Rules(num_tokens=0, offers=True, broken=_broken(Rule.NEW_TERM_SKIPS_EPOCHS)),
         budget=Budget(outages=1, lost_leases=1, false_verdicts=2),
         problem=SAME_EPOCH,
+    ),
+    Exploration(
+        name="a term skips epochs above what etcd holds, not above the term before",
+        rules=Rules(
+            num_tokens=0,
+            offers=True,
+            epochs_per_term=2,
+            broken=_broken(Rule.SKIPS_ADD_UP),
+        ),
+        budget=Budget(outages=1, lost_leases=2, false_verdicts=2),
+        problem=SAME_EPOCH,
+        is_long=True,
     ),
     Exploration(
         name="a transaction compares nothing",

@@ -40,19 +40,22 @@ class Rank(NamedTuple):
 
 
 class ControlPlane(NamedTuple):
-    """`term` is 0 if it does not believe that it leads. `known` is the newest map that it knows;
-    `published` the number of maps that it has made in its term."""
+    """`term` is 0 if it does not believe that it leads. `known` is the newest map that it knows,
+    `written` the epoch that etcd holds as far as it knows; no map of its term has an epoch below
+    `first_epoch`."""
 
     term: int = 0
     known: ExpertMap | None = None
     dead: Members = ()
-    published: int = 0
+    first_epoch: int = 0
+    written: int = 0
 
 
 class Etcd(NamedTuple):
     available: bool = True
     leader: int = -1  # index of a control plane; -1: the key is gone
     term: int = 0
+    first_epoch: int = 0  # of the present term
     maps: tuple[ExpertMap, ...] = ()  # all that were ever written; the last one counts
     verdicts: Members = ()
 
@@ -110,13 +113,14 @@ class Rule(Enum):
     TOKEN_IS_OF_THE_ATTEMPT = auto()  # the gateway takes none of another attempt
     PUBLISHED_MAPS_ARE_OFFERED_TOO = auto()  # a rank may not have read them before the outage
     NEW_TERM_SKIPS_EPOCHS = auto()  # so that no two leaders ever choose the same number
+    SKIPS_ADD_UP = auto()  # also over terms that have written no map
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """`offers`: a leader that cannot write to etcd gives the map without the dead to the ranks. A
-    term has fewer than `epochs_per_term` maps that are offered. With `num_tokens` 0 there is no
-    session and no step: maps alone, so that more faults can be explored."""
+    """`offers`: a leader that cannot write to etcd gives the map without the dead to the ranks.
+    `epochs_per_term`: so far above what etcd holds does the next term begin. With `num_tokens` 0
+    there is no session and no step: maps alone, so that more faults can be explored."""
 
     broken: frozenset[Rule] = frozenset()
     offers: bool = False
@@ -138,7 +142,7 @@ NUM_RANKS, NUM_CONTROL_PLANES = 3, 2
 def first_state(rules: Rules, budget: Budget) -> State:
     """All ranks are members of the first map, control plane 0 leads, the session is submitted."""
     expert_map = ExpertMap(1, tuple((rank, 1) for rank in range(NUM_RANKS)))
-    leader = ControlPlane(term=1, known=expert_map, published=1)
+    leader = ControlPlane(term=1, known=expert_map, written=1)
     target = (0, 1)
     return State(
         ranks=(Rank(expert_map=expert_map),) * NUM_RANKS,
@@ -215,13 +219,7 @@ def _steps_of_etcd(state: State, rules: Rules) -> Iterator[Step]:
 def _steps_of_control_plane(state: State, rules: Rules, index: int) -> Iterator[Step]:
     own, etcd = state.control_planes[index], state.etcd
     if etcd.available and etcd.leader < 0:
-        won = ControlPlane(term=etcd.term + 1, known=etcd.maps[-1])
-        yield (
-            f"control plane {index} is elected",
-            _with_control_plane(
-                state._replace(etcd=etcd._replace(leader=index, term=etcd.term + 1)), index, won
-            ),
-        )
+        yield f"control plane {index} is elected", _elect(state, rules, index)
     if not own.term or own.known is None:
         return
     if etcd.available and (etcd.leader != index or etcd.term != own.term):
@@ -234,6 +232,21 @@ def _steps_of_control_plane(state: State, rules: Rules, index: int) -> Iterator[
     yield from _publications(state, rules, index)
 
 
+def _elect(state: State, rules: Rules, index: int) -> State:
+    """One transaction, which compares the map: no former leader has written a newer one."""
+    etcd = state.etcd
+    newest = etcd.maps[-1]
+    first_epoch = 0
+    if rules.offers and rules.hold(Rule.NEW_TERM_SKIPS_EPOCHS):
+        before = etcd.first_epoch if rules.hold(Rule.SKIPS_ADD_UP) else 0
+        first_epoch = max(before, newest.epoch) + rules.epochs_per_term
+    won = etcd._replace(leader=index, term=etcd.term + 1, first_epoch=first_epoch)
+    elected = ControlPlane(
+        term=won.term, known=newest, first_epoch=first_epoch, written=newest.epoch
+    )
+    return _with_control_plane(state._replace(etcd=won), index, elected)
+
+
 def _news(state: State, index: int) -> Iterator[Step]:
     """The control plane reads etcd, or a rank tells it under which map it runs."""
     own = state.control_planes[index]
@@ -242,7 +255,7 @@ def _news(state: State, index: int) -> Iterator[Step]:
     if state.etcd.available and newest.epoch > own.known.epoch:
         yield (
             f"control plane {index} reads epoch {newest.epoch}",
-            _with_control_plane(state, index, own._replace(known=newest)),
+            _with_control_plane(state, index, own._replace(known=newest, written=newest.epoch)),
         )
     for number, rank in enumerate(state.ranks):
         if rank.alive and rank.expert_map and rank.expert_map.epoch > own.known.epoch:
@@ -301,11 +314,9 @@ def _publications(state: State, rules: Rules, index: int) -> Iterator[Step]:
                 yield from _publish(state, rules, index, tuple(sorted((*remaining, newcomer))))
 
 
-def _next_epoch(own: ControlPlane, rules: Rules) -> int:
-    """The first map of a later term skips as many epochs as a term may have."""
+def _next_epoch(own: ControlPlane) -> int:
     assert own.known is not None
-    skips = own.term > 1 and not own.published and rules.hold(Rule.NEW_TERM_SKIPS_EPOCHS)
-    return own.known.epoch + (rules.epochs_per_term if skips and rules.offers else 1)
+    return max(own.known.epoch + 1, own.first_epoch)
 
 
 def _publish(
@@ -324,9 +335,9 @@ def _publish(
     newest = etcd.maps[-1]
     if rules.hold(Rule.TRANSACTION_COMPARES_MAP) and newest.epoch > own.known.epoch:
         return
-    expert_map = own.known if known else ExpertMap(_next_epoch(own, rules), members)
+    expert_map = own.known if known else ExpertMap(_next_epoch(own), members)
     verdicts = tuple(sorted({*etcd.verdicts, *(m for m in own.dead if m not in members)}))
-    after = own._replace(known=expert_map, dead=(), published=own.published + 1)
+    after = own._replace(known=expert_map, dead=(), written=expert_map.epoch)
     yield (
         f"control plane {index} publishes epoch {expert_map.epoch}: {members}",
         _with_control_plane(
@@ -342,15 +353,15 @@ def _offer(state: State, rules: Rules, index: int, members: Members) -> Iterator
     the next map itself."""
     own = state.control_planes[index]
     assert own.known is not None
-    if own.published + 1 >= rules.epochs_per_term:
-        return
+    expert_map = ExpertMap(_next_epoch(own), members)
+    if expert_map.epoch >= max(own.first_epoch, own.written) + rules.epochs_per_term:
+        return  # a later leader may choose this epoch
     answering = [
         m for m in members if state.ranks[m[0]].alive and state.ranks[m[0]].incarnation == m[1]
     ]
     if 2 * len(answering) <= len(own.known.members):
         return
-    expert_map = ExpertMap(_next_epoch(own, rules), members)
-    after = own._replace(known=expert_map, published=own.published + 1)
+    after = own._replace(known=expert_map)
     yield (
         f"control plane {index} offers epoch {expert_map.epoch}: {members}",
         _with_control_plane(state._replace(offers=state.offers | {expert_map}), index, after),

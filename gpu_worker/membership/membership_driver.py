@@ -124,6 +124,13 @@ class MembershipDriver:
         """Whether it is registered, or in the newest map."""
         return self._membership.knows(member)
 
+    def on_offered_map(self, packed: bytes) -> None:
+        """A control plane gives the next map itself, because etcd cannot be written. Raises
+        WireError if it is none."""
+        expert_map = unpack_map(packed)
+        log.info("map_offered", epoch=expert_map.epoch, cause=expert_map.cause)
+        self._perform(self._membership.on_map(expert_map))
+
     def ask_to_leave(self) -> bool:
         """Asks to be drained. False if no other rank could take over."""
         me = self._membership.record.member

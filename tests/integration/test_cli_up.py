@@ -304,7 +304,7 @@ async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
         assert 0 < num_other < num_streams
         assert [task.result() for task in streams].count(True) == num_other
         # The killed one stays listed until its lease has ended.
-        while len(await gateways_of(run_dir)) != 2:
+        while len(await gateways_of(run_dir)) != 2:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
         assert other["pid"] in pids_of(run_dir, "gateway")
     log = (run_dir / "logs" / "gateway-0.log").read_text()
@@ -316,6 +316,51 @@ async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
     process.send_signal(signal.SIGINT)
     await process.communicate()
     assert process.returncode == 0
+    await gone(run_dir)
+
+
+async def test_a_death_while_etcd_is_stopped_holds_nobody_up(run_dir: Path, model: Path) -> None:
+    port, num_streams, num_tokens = free_port(), 8, 400
+    url = f"http://127.0.0.1:{port}/v1/completions"
+
+    async def answer(first: int) -> list[str]:
+        body = {"prompt": [first, 4], "max_tokens": num_tokens, "ignore_eos": True, "seed": 1}
+        async with aiohttp.ClientSession() as http, http.post(url, json=body) as response:
+            assert response.status == 200, await response.text()
+            return [choice["text"] for choice in (await response.json())["choices"]]
+
+    process = await starfish(
+        *("up", "--no-demo", "--ranks", "3", "--run-dir", str(run_dir), "--port", str(port)),
+        *("--instance", run_dir.name, "--model", str(model), "--redundant-experts", "8"),
+    )
+    await started(process, run_dir)
+
+    def control_plane_logs() -> str:
+        return "".join(log.read_text() for log in (run_dir / "logs").glob("control-plane-?.log"))
+
+    async with asyncio.timeout(WAIT_S):
+        undisturbed = await asyncio.gather(*(answer(first) for first in range(num_streams)))
+        (etcd_pid,) = [
+            pid
+            for each in processes_of(run_dir)
+            if Path(f"/proc/{(pid := int(each.split()[0]))}/comm").read_text() == "etcd\n"
+        ]
+        os.kill(etcd_pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(0.2)
+            rank_0 = next(int(p.split()[0]) for p in processes_of(run_dir) if "--rank 0" in p)
+            answers = [asyncio.create_task(answer(first)) for first in range(num_streams)]
+            await asyncio.sleep(0.1)
+            os.kill(rank_0, signal.SIGKILL)
+            assert await asyncio.gather(*answers) == undisturbed  # while etcd is still stopped
+            assert control_plane_logs().count("map_offered") == 1
+        finally:
+            os.kill(etcd_pid, signal.SIGCONT)
+        while "joined: 0." not in control_plane_logs():  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+        assert await answer(0) == undisturbed[0]
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
     await gone(run_dir)
 
 

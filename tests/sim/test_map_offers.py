@@ -1,0 +1,90 @@
+"""A death while etcd cannot be reached: the leader gives the map without the dead to the ranks
+itself, and etcd has it later."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from control_plane.prober import Prober
+from tests.sim.cluster import SimCluster, SimClusterSizes
+from tests.sim.schedules import ETCD, LEASE_TTL_S, Outcome, check_sessions, run_world
+from tests.sim.sim_card import CardSizes
+
+SOON_S = 5.0
+"""Of virtual time, without etcd. A verdict of the control plane's own takes a part of a second."""
+SIZES = pytest.mark.parametrize(
+    "sizes", [SimClusterSizes(), SimClusterSizes(cards=CardSizes())], ids=["cpus", "cards"]
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
+
+
+def run(
+    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int, sizes: SimClusterSizes
+) -> None:
+    async def whole(cluster: SimCluster) -> Outcome:
+        await cluster.start()
+        await scenario(cluster)
+        return Outcome(seed, (), 0, 0, 0)
+
+    run_world(seed, sizes, whole)
+
+
+def take_etcd_away(cluster: SimCluster) -> None:
+    for host in cluster.hosts():
+        if host != ETCD:
+            cluster.sever(host, ETCD)
+
+
+async def kill_without_etcd(cluster: SimCluster, away_for_s: float) -> None:
+    """Kills a rank that serves, etcd being away for so long already."""
+    take_etcd_away(cluster)
+    await asyncio.sleep(away_for_s)
+    for first in range(8):
+        cluster.send((first, *range(10)), 40)
+    await asyncio.sleep(0.05)
+    cluster.kill_rank(1)
+
+
+@SIZES
+@pytest.mark.parametrize("away_for_s", [0.1, 3 * LEASE_TTL_S], ids=["just_now", "for_long"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_death_without_etcd_stops_nobody(
+    seed: int, away_for_s: float, sizes: SimClusterSizes
+) -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        await kill_without_etcd(cluster, away_for_s)
+        await cluster.until(cluster.all_ended, SOON_S)
+        cluster.heal()
+        await cluster.until(cluster.all_live, 60.0)
+        cluster.send((1, 2, 3), 20)
+        await cluster.until(cluster.all_ended, 20.0)
+        check_sessions(cluster)
+
+    run(scenario, seed, sizes)
+
+
+def test_without_offers_all_wait_for_etcd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: the tests above would notice."""
+    monkeypatch.setattr(Prober, "offer_map", lambda self, expert_map: None)
+
+    async def scenario(cluster: SimCluster) -> None:
+        await kill_without_etcd(cluster, 0.1)
+        await asyncio.sleep(SOON_S)
+        assert not cluster.all_ended()
+        cluster.heal()
+        await cluster.until(cluster.all_ended, 60.0)
+        check_sessions(cluster)
+
+    run(scenario, 0, SimClusterSizes())
