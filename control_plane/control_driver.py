@@ -338,15 +338,16 @@ class Driver:
 
     def _offer_map(self, leader_term: LeaderTerm, now: float) -> None:
         """etcd has the map later: until then it is kept as one that etcd has lost."""
-        expert_map = leader_term.map_to_offer(self._cluster.state, now)
-        if expert_map is None or now < self._next_offer_at:
+        offered = leader_term.map_to_offer(self._cluster.state, now)
+        if offered is None or now < self._next_offer_at:
             return
         self._next_offer_at = now + _OFFER_INTERVAL_S
+        expert_map = offered.expert_map
         self._prober.offer_map(expert_map)
         known = self._cluster.state.expert_map
         if known is None or expert_map.epoch > known.epoch:
             self._handle_changes(self._cluster.keep_map(expert_map), now)
-            self._reporter.report_offer(expert_map)
+            self._reporter.report_offer(offered)
 
     async def _plan(self, leader_term: LeaderTerm, plan: PlanHeal) -> None:
         step = await asyncio.to_thread(plan.first_step)

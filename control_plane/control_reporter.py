@@ -36,8 +36,9 @@ class ControlReporter:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)
 
-    def report_offer(self, expert_map: ExpertMap) -> None:
+    def report_offer(self, offered: PublishMap) -> None:
         """The ranks have got a map that etcd does not hold yet."""
+        expert_map = offered.expert_map
         log.warning(
             "map_offered",
             epoch=expert_map.epoch,

@@ -101,6 +101,23 @@ class LeaderTerm:
                 self.membership.on_adopted(event.member, event.pong.epoch)
                 self.membership.on_out_of_step(event.member, event.pong.out_of_step)
                 self.membership.on_load(event.member, event.pong.load)
+                self._on_left_out(event.pong.left_out, now)
+
+    def _on_left_out(self, members: tuple[Member, ...], now: float) -> None:
+        """Their peers run maps without them that another leader gave them, or this process in an
+        earlier term. They may be registered still, and alive."""
+        for member in members:
+            if member not in self.membership.dead:
+                verdict = Verdict(
+                    rank=member.rank,
+                    incarnation=member.incarnation,
+                    cause=SuspicionReason.OFFERED,
+                    signals=(),
+                    epoch=Epoch(0),
+                    first_signal_at=now,
+                    decided_at=now,
+                )
+                self._take([verdict])
 
     def on_tick(self, state: ClusterState, now: float) -> None:
         steps_paused = bool(self.membership.dead_in_map(state))
@@ -116,7 +133,7 @@ class LeaderTerm:
         self._decided_on, self._decided_at = inputs, now
         return self.membership.decide(state, now, unix_now=unix_now, frozen=self.detector.frozen)
 
-    def map_to_offer(self, state: ClusterState, now: float) -> ExpertMap | None:
+    def map_to_offer(self, state: ClusterState, now: float) -> PublishMap | None:
         """The map that the ranks shall have now, though etcd cannot be written: the one without the
         dead, or the newest, if a rank had not read it before. None: there is none, or the ranks do
         not answer. Its loads and verdicts wait for etcd."""
@@ -127,8 +144,8 @@ class LeaderTerm:
         if isinstance(decision, PublishMap) and not decision.assignments:
             following = decision.expert_map
             if following.members != newest.members:
-                return following if self.offers.may_offer(following.epoch) else None
-        return newest if self.offers.lag(newest, now) else None
+                return decision if self.offers.may_offer(following.epoch) else None
+        return PublishMap(expert_map=newest) if self.offers.lag(newest, now) else None
 
     def take_judgements(self) -> list[Judgement]:
         """The judgements since the last call, for the log."""

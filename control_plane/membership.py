@@ -197,6 +197,9 @@ class Membership:
             return self._republish(residency, expert_map, "resync: counts begin together", now)
         if frozen:
             return None
+        left_out = [m for m in state.records if m in self._dead and not expert_map.has(m)]
+        if declared := self._writes.declare_dead(residency, left_out):
+            return declared  # by maps that ranks were given while etcd was away
         newcomers = self._newcomers(residency, members)
         leavers = self._planned_change.leavers(state, members, now)
         return (

@@ -54,12 +54,6 @@ class WriteBuilder:
         current, epoch = residency.state.expert_map, self.next_epoch(residency.state)
         missing = [m for m in (current.members if current else ()) if m not in rows]
         dead = [m for m in missing if m not in drained]
-        # Left out by maps that were offered while etcd was away.
-        overdue = [
-            m
-            for m in residency.state.records
-            if m in self._dead and m not in missing and m not in residency.state.verdicts
-        ]
         if any(m not in self._dead for m in dead):  # a map of an older spec: judge it first
             return None
         if not dead and not at_once and not self._adoption.may_follow(now):
@@ -74,7 +68,7 @@ class WriteBuilder:
         return PublishMap(
             expert_map=expert_map,
             verdicts=(
-                *(replace(self._dead[m], epoch=epoch) for m in (*dead, *overdue)),
+                *(replace(self._dead[m], epoch=epoch) for m in dead),
                 *verdicts_on(drained, epoch=epoch, now=now),
             ),
             assignments=assignments,

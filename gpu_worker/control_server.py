@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -34,6 +35,7 @@ from shared.wire import (
     OpenKvReplicaRegion,
     OpenRegion,
     Ping,
+    Pong,
     RegionOpened,
     SessionTokens,
     StatusQuery,
@@ -99,7 +101,8 @@ class KvReplicaHost(Protocol):
 class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
-    is registered or in the newest map: no other gets anything. `announced` is told in each Pong.
+    is registered or in the newest map: no other gets anything. `announced` and
+    `left_out` are told in each Pong.
     For `orphan_s` seconds sessions go on after the connection of their gateway has broken.
     `offer_map` takes a map that a control plane hands over; it raises WireError if that is none."""
 
@@ -112,6 +115,7 @@ class ControlServer:
         engine: EngineClient,
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
+        left_out: Callable[[], tuple[Member, ...]] = tuple,
         offer_map: Callable[[bytes], None] = lambda _: None,
         replication: KvReplicaHost | None = None,
         orphan_s: float = 0.0,
@@ -122,6 +126,7 @@ class ControlServer:
         self._engine = engine
         self._endpoint = endpoint
         self._announced = announced
+        self._left_out = left_out
         self._offer_map = offer_map
         self._replication = replication
         self._orphan_s = orphan_s
@@ -163,7 +168,7 @@ class ControlServer:
         """Tells the control planes what is announced now."""
         if not self._control_planes:
             return
-        pong = encode(self._engine.pong(Ping(nonce=0), self._announced()))
+        pong = encode(self._pong(Ping(nonce=0)))
         for origin in self._control_planes:
             self._writers[origin].write(pong)
 
@@ -272,7 +277,7 @@ class ControlServer:
             case GraphBarrierUpdate():
                 self._engine.on_graph_update(message)
             case Ping():
-                return self._engine.pong(message, self._announced())
+                return self._pong(message)
             case OpenRegion():
                 return self._open_region(message)
             case OfferMap():
@@ -282,6 +287,11 @@ class ControlServer:
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
+
+    def _pong(self, ping: Ping) -> Pong:
+        pong = self._engine.pong(ping, self._announced())
+        left_out = self._left_out()
+        return replace(pong, left_out=left_out) if left_out else pong
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
         try:

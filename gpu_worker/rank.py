@@ -122,6 +122,7 @@ class Rank:
             engine=self._engine,
             endpoint=hardware.endpoint,
             announced=announcements.current,
+            left_out=lambda: self._membership.left_out,
             offer_map=lambda packed: self._membership.on_offered_map(packed),
             replication=replicas,
             orphan_s=config.orphan_s,

@@ -105,6 +105,7 @@ class SuspicionReason(Enum):
     LINK = "link"  # a peer's transfer or control connection to it failed
     RESET = "reset"  # the gateway's or the control plane's connection to it broke
     SILENCE = "silence"  # it does not answer the gateway's or the control plane's probes
+    OFFERED = "offered"  # of verdicts alone: maps given to ranks while etcd was away left it out
     DRAINED = "drained"  # of verdicts alone: it lives, and leaves because somebody asked for it
 
 
@@ -127,6 +128,7 @@ ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
         SuspicionReason.LINK: frozenset({Accuser.RANK, Accuser.CONTROL_PLANE}),
         SuspicionReason.RESET: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
         SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
+        SuspicionReason.OFFERED: frozenset(),
         SuspicionReason.DRAINED: frozenset(),
     }
 )

@@ -209,7 +209,8 @@ class Pong:
     `out_of_step` is the map under which a CUDA graph of it has ended without a member that may
     live, so that it can go on only as a joiner; 0 if there is none. `announced` is what may keep
     the rank from answering from now on: when that changes, control planes get a Pong with nonce 0
-    unasked."""
+    unasked. `left_out` are members that maps of this rank have left out, and on whom it has seen no
+    verdict: a leader that has not made these maps must not take them for members."""
 
     nonce: int
     rank: RankId
@@ -221,6 +222,7 @@ class Pong:
     load: Load
     out_of_step: Epoch = Epoch(0)
     announced: tuple[AnnouncedOperation, ...] = ()
+    left_out: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,11 @@ class MembershipDriver:
         """Whether it is registered, or in the newest map."""
         return self._membership.knows(member)
 
+    @property
+    def left_out(self) -> tuple[Member, ...]:
+        """Members that maps have left out, and on whom no verdict has been seen."""
+        return self._membership.left_out
+
     def on_offered_map(self, packed: bytes) -> None:
         """A control plane gives the next map itself, because etcd cannot be written. Raises
         WireError if it is none."""

@@ -160,6 +160,8 @@ class RankMembership:
         self._map: ExpertMap | None = None
         self._postponed_map: ExpertMap | None = None
         self._adopted: ExpertMap | None = None
+        self._judged: set[Member] = set()  # members of the newest map on whom there is a verdict
+        self._left_out: set[Member] = set()  # without a verdict
         self._was_member = False
 
     @property
@@ -195,7 +197,12 @@ class RankMembership:
         self._gone.discard(peer)
         return [] if known else [OpenLink(peer=record)]
 
+    @property
+    def left_out(self) -> tuple[Member, ...]:
+        return tuple(sorted(self._left_out))
+
     def on_peer_gone(self, peer: Member) -> list[MembershipAction]:
+        self._left_out.discard(peer)
         if peer not in self._peers:
             return []
         self._gone.add(peer)
@@ -252,8 +259,12 @@ class RankMembership:
 
     def on_map(self, expert_map: ExpertMap) -> list[MembershipAction]:
         newest = self._postponed_map or self._map
-        if newest is not None and expert_map.epoch <= newest.epoch:
-            return []
+        if newest is not None:
+            if expert_map.epoch <= newest.epoch:
+                return []
+            gone = {m for m in newest.members if not expert_map.has(m)}
+            self._left_out |= {m for m in gone if m in self._peers} - self._judged
+            self._judged -= gone
         if expert_map.has(self._member):
             self._was_member = True
             self._postponed_map = expert_map
@@ -274,6 +285,10 @@ class RankMembership:
     ) -> list[MembershipAction]:
         """The map of `epoch` is the first without this member, which is dead, or `is_drained`."""
         if member != self._member:
+            self._left_out.discard(member)
+            newest = self._postponed_map or self._map
+            if newest is not None and newest.has(member):
+                self._judged.add(member)
             return [AnnounceVerdict(peer=member, epoch=epoch)]
         if is_drained:
             return [Leave(reason="it has been drained")]

@@ -16,6 +16,7 @@ from control_plane.membership import MembershipPolicy
 from control_plane.planned_change import DrainPolicy
 from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics
+from control_plane.writes import PublishMap
 from gateway.cluster_view import ClusterWatch
 from gateway.metrics import GatewayMetrics
 from gateway.routing_policy import PrefixAffinity
@@ -165,6 +166,7 @@ class SimCluster:
         self.engine_executors: dict[Member, GreenletExecutor] = {}
         self.violations: list[str] = [] if self.cards is None else self.cards.fabric.violations
         self.on_load: Callable[[Member, Placement, Placement], None] = lambda *_: None
+        self.on_offer: Callable[[PublishMap], None] = lambda _: None
         self.on_exit: Callable[[Member], None] = lambda _: None
         self._stores: list[tuple[str, MemoryStore]] = []
         self._kept_refs: list[Any] = []  # tasks of dead processes must not be collected half-run
@@ -274,6 +276,13 @@ class SimCluster:
                 metrics=Metrics(),
             )
         )
+        report_offer = driver._reporter.report_offer
+
+        def on_offer(offered: PublishMap) -> None:
+            self.on_offer(offered)
+            report_offer(offered)
+
+        driver._reporter.report_offer = on_offer  # type: ignore[method-assign]
         self.drivers[process] = driver
         self.spawn(driver.run(asyncio.Event()), process)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from control_plane.writes import PublishMap
 from shared.desired_state import DesiredState
 from shared.expert_map import Placement
 from shared.records import SlotContents, Verdict, unpack_map, unpack_record
@@ -73,6 +74,7 @@ class InvariantChecker:
 
         cluster.etcd._publish = seen  # type: ignore[method-assign]
         cluster.on_load = self._on_load
+        cluster.on_offer = self._on_offer
         cluster.on_exit = self._on_exit
 
     def _on_put(self, key: str, value: bytes) -> None:
@@ -91,6 +93,12 @@ class InvariantChecker:
             bound = MAPS_PER_INCARNATION * len(self.cluster.processes)
             if self.num_maps > bound:
                 self._violate(f"{self.num_maps} maps for {len(self.cluster.processes)} lives")
+
+    def _on_offer(self, offered: PublishMap) -> None:
+        """A map that ranks get without etcd ends the lives of those that it leaves out. etcd has
+        their verdicts later, perhaps from a leader that knows no more than that."""
+        for verdict in offered.verdicts:
+            self._check_verdict(verdict)
 
     def _check_verdict(self, verdict: Verdict) -> None:
         """Invariant 11 asks of a verdict when it ends the life, which is when it is first written:
