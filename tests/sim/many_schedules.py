@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from tests.sim.change_schedules import run_change_schedule
 from tests.sim.schedules import CARD_FIRST_SEED, Outcome, run_schedule
 
 BROKEN_MAX = 20
@@ -117,6 +118,9 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=20000, help="on CPU ranks")
     parser.add_argument("--card-schedules", type=int, help="on cards (default: half as many)")
     parser.add_argument("--first-seed", type=int, default=100000)
+    parser.add_argument(
+        "--changes", action="store_true", help="those in which people change the instance"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     flags = parser.parse_args()
     num_on_cards = flags.schedules // 2 if flags.card_schedules is None else flags.card_schedules
@@ -128,7 +132,8 @@ def main() -> int:
     random.Random(flags.first_seed).shuffle(seeds)  # the cost of the rest is that of the first
     began = time.monotonic()
     lines = _ProgressLines(len(seeds))
-    found = run_many(seeds, jobs=flags.jobs, on_progress=lines.tell)
+    run = run_change_schedule if flags.changes else run_schedule
+    found = run_many(seeds, jobs=flags.jobs, run=run, on_progress=lines.tell)
     each_ms = (time.monotonic() - began) * flags.jobs / max(1, found.num_done) * 1000
     print(
         f"{found.num_done} schedules from seed {first} on, {len(found.broken)} failed; "

@@ -1,5 +1,5 @@
 """`python -m tests.sim.replay SEED`: one schedule with its log on virtual time, for a failing
-seed."""
+seed; with `--changes` the one in which people change the instance on purpose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import structlog
 
-from tests.sim import schedules
+from tests.sim import change_schedules, schedules
 from tests.sim.sim_loop import SimLoop
 
 
@@ -32,7 +32,9 @@ def main() -> None:
         ]
     )
     schedules.SimLoop = WatchedLoop  # type: ignore[misc]
-    print(schedules.run_schedule(int(sys.argv[1])))
+    *flags, seed = sys.argv[1:]
+    run = change_schedules.run_change_schedule if flags else schedules.run_schedule
+    print(run(int(seed)))
 
 
 if __name__ == "__main__":
