@@ -37,6 +37,13 @@ from shared.records import AgentRecord, pack_record
 from shared.secret import read_secret, require_secret
 from shared.types import NodeId, RankId
 
+_ABOUT = """Runs the ranks of one host: starts them, tells etcd at once when one exits, and starts
+it again. An instance over several hosts has one agent on each, with ranks of its own. The
+arguments after -- go to every rank (`python -m gpu_worker --help`)."""
+_EXAMPLE = """example, the second host of two with eight cards each:
+  starfish agent --etcd etcd-1:2379,etcd-2:2379,etcd-3:2379 --etcd-ca ca.pem
+    --etcd-cert agent.pem --etcd-key agent.key --node host-2 --ranks 8-15 --device cuda
+    --control-host 10.0.0.2 --data-host 10.1.0.2 --secret-file secret"""
 _LIFELINE_GRACE_S = 1.0
 _FORK_SERVER = (sys.executable, "-m", "gpu_worker.fork_server")
 
@@ -74,9 +81,10 @@ def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
         split = own.index("--")
         own, rank_flags = own[:split], own[split + 1 :]
     parser = argparse.ArgumentParser(
-        prog="python -m node_agent",
-        description="Starts a host's ranks and reports to etcd at once when one exits. The "
-        "arguments after -- go to every rank.",
+        prog="starfish agent",
+        description=_ABOUT,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with an [agent] section"
@@ -103,12 +111,18 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     )
     ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
     secret = () if config.secret_file is None else ("--secret-file", str(config.secret_file))
+    protocol, rdma = config.transfer_protocol, config.mooncake_ib_device
+    hardware = (
+        *(("--device", config.device) if config.device != "auto" else ()),
+        *(("--transfer-protocol", protocol) if protocol != "tcp" else ()),
+        *(("--mooncake-ib-device", rdma) if rdma else ()),
+    )
     return RankCommand(
         node=NodeId(config.node_name),
-        store=config.store,
+        store=config.rank_store,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
-        extra_flags=(*model, *hosts, *ttl, *secret, *logs, *rank_flags),
+        extra_flags=(*model, *hosts, *hardware, *ttl, *secret, *logs, *rank_flags),
     )
 
 
