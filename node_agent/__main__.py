@@ -12,12 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import structlog
+
 from node_agent.agent_driver import AgentDriver, RankSetup
 from node_agent.config import AgentConfig
 from node_agent.cpu_share import share_cpus
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
 from node_agent.fork_client import ForkClient, ForkServerCommand
+from node_agent.health_endpoint import NodeHealth
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
@@ -36,6 +39,8 @@ from shared.logs import configure_logs
 from shared.records import AgentRecord, pack_record
 from shared.secret import read_secret, require_secret
 from shared.types import NodeId, RankId
+
+log = structlog.get_logger()
 
 _ABOUT = """Runs the ranks of one host: starts them, tells etcd at once when one exits, and starts
 it again. An instance over several hosts has one agent on each, with ranks of its own. The
@@ -185,9 +190,27 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
     freeze_loaded_objects()
     try:
-        await driver.run()
+        await run_with_health(config, driver, store, keys)
     finally:
         await store.close()
+
+
+async def run_with_health(
+    config: AgentConfig, driver: AgentDriver, store: EtcdStore, keys: Keys
+) -> None:
+    """Raises ConfigError if the port of /health is taken, before a rank is started."""
+    if config.port < 0:
+        await driver.run()
+        return
+    supervisor = driver.supervisor
+    health = NodeHealth(
+        lambda: supervisor.ranks, lambda: [each.member for each in supervisor.alive()]
+    )
+    async with health.serve(config.host, config.port) as port, asyncio.TaskGroup() as tasks:
+        log.info("listening", host=config.host, port=port)
+        follower = tasks.create_task(health.follow(store, keys))
+        await driver.run()
+        follower.cancel()
 
 
 if __name__ == "__main__":
