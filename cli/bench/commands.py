@@ -159,9 +159,10 @@ def chaos(
 ) -> None:
     """Inject faults of every kind under load: sessions and tokens lost, gaps, time to whole."""
     from cli.bench.chaos.faults import chosen_faults
+    from cli.bench.chaos.multi_host import cluster_site
     from cli.bench.chaos.picture import save_picture
     from cli.bench.chaos.report import is_exact, print_reports, to_json
-    from cli.bench.chaos.run import run_chaos
+    from cli.bench.chaos.run import SiteOpener, run_chaos
     from cli.bench.chaos.single_host import own_site, running_site
 
     async def work() -> int:
@@ -169,7 +170,10 @@ def chaos(
         options.check()
         console, clock = Console(stderr=as_json), SystemClock()
         faults = chosen_faults(load.faults)
-        if own:
+        opener: SiteOpener
+        if load.hosts > 1:
+            opener = functools.partial(cluster_site, options, console, clock)
+        elif own:
             opener = functools.partial(own_site, options, console)
         else:
             running = target.target(url)
@@ -179,7 +183,9 @@ def chaos(
                     f"or --yes-break-it {running.instance}"
                 )
             opener = functools.partial(running_site, running)
-        reports = await run_chaos(opener, faults, load, clock, console, may_reopen=own)
+        reports = await run_chaos(
+            opener, faults, load, clock, console, may_reopen=own or load.hosts > 1
+        )
         if as_json:
             print(json.dumps(to_json(reports)))
         else:

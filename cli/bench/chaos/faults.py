@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from signal import SIGKILL, SIGSTOP, SIGTERM
 from typing import Protocol
 
+from cli.bench.chaos.host_faults import BadLink, LinkDown, Partition, PowerLoss
 from cli.bench.chaos.process_faults import DiskFull, SignalFault, SlowFault, StoreAway
 from cli.bench.chaos.processes import ProcessKind, ServiceProcess
 from cli.bench.chaos.site import Site, choose
@@ -62,13 +63,21 @@ def _leader(site: Site, rng: random.Random) -> list[ServiceProcess]:
     return site.leader()
 
 
-def _host(site: Site, rng: random.Random) -> list[ServiceProcess]:
-    """All processes of one of several hosts."""
-    hosts = site.hosts()
-    if len(hosts) < 2:
+def _etcd_leader(site: Site, rng: random.Random) -> list[ServiceProcess]:
+    """Of several etcd members."""
+    members = site.processes(ProcessKind.ETCD)
+    if site.cluster is None:
         return []
-    mark = rng.choice(hosts)
-    return [process for process in site.processes(*ProcessKind) if process.mark == mark]
+    leader = site.cluster.etcd_leader()
+    return [process for process in members if process.pid == leader]
+
+
+def _host(site: Site, rng: random.Random) -> list[ServiceProcess]:
+    """All processes of one of several hosts with ranks."""
+    if site.cluster is None:
+        return []
+    host = rng.choice(site.cluster.rank_hosts)
+    return [process for process in site.processes(*ProcessKind) if process.mark == host.mark]
 
 
 def all_faults() -> list[Fault]:
@@ -184,19 +193,103 @@ def all_faults() -> list[Fault]:
             hold_s=3.0,
             target_ms=KILL_TARGET_MS,
         ),
-        SignalFault(
+        *_host_faults(),
+    ]
+
+
+def _host_faults() -> list[Fault]:
+    """Those that need several hosts."""
+    rank, etcd = ProcessKind.RANK, ProcessKind.ETCD
+    control, gateway = ProcessKind.CONTROL_PLANE, ProcessKind.GATEWAY
+    return [
+        PowerLoss(
             name="kill-host",
-            summary="kill -9 of all processes of one of several hosts",
-            chosen=_host,
+            summary="kill -9 of all processes of a host, which stays away for 3 s",
+            hold_s=3.0,
             target_ms=KILL_TARGET_MS,
         ),
         SignalFault(
             name="pause-host",
-            summary="all processes of one of several hosts stopped for 1 s",
+            summary="all processes of a host stopped for 1 s",
             chosen=_host,
             number=SIGSTOP,
             hold_s=1.0,
             target_ms=1000.0 + HANG_TARGET_MS,
+        ),
+        SlowFault(
+            name="slow-host",
+            summary="all processes of a host get 10 % of a core together for 4 s (control group)",
+            chosen=_host,
+            share=0.1,
+            hold_s=4.0,
+        ),
+        SignalFault(
+            name="kill-etcd-leader",
+            summary="kill -9 of the leader of three etcd members",
+            chosen=_etcd_leader,
+            target_ms=KILL_TARGET_MS,
+        ),
+        LinkDown(
+            name="link-down",
+            summary="the links of a host down for 8 s",
+            hold_s=8.0,
+            target_ms=HANG_TARGET_MS,
+        ),
+        Partition(
+            name="one-way-ranks",
+            summary="what one host's ranks send does not reach another's for 4 s",
+            between=(rank, rank),
+            is_one_way=True,
+            hold_s=4.0,
+            target_ms=HANG_TARGET_MS,
+        ),
+        Partition(
+            name="partition-ranks",
+            summary="the ranks of two hosts cannot reach each other for 4 s",
+            between=(rank, rank),
+            hold_s=4.0,
+            target_ms=HANG_TARGET_MS,
+        ),
+        Partition(
+            name="partition-ranks-etcd",
+            summary="a host's ranks and agent cannot reach etcd for 8 s",
+            between=(rank, etcd),
+            hold_s=8.0,
+            target_ms=HANG_TARGET_MS,
+        ),
+        Partition(
+            name="partition-gateway-ranks",
+            summary="a gateway cannot reach a host's ranks for 4 s",
+            between=(gateway, rank),
+            hold_s=4.0,
+            target_ms=HANG_TARGET_MS,
+        ),
+        Partition(
+            name="partition-control-etcd",
+            summary="the leading control plane cannot reach etcd for 6 s",
+            between=(control, etcd),
+            hold_s=6.0,
+            target_ms=KILL_TARGET_MS,
+        ),
+        Partition(
+            name="partition-control-ranks",
+            summary="the leading control plane cannot reach two of three hosts' ranks for 4 s",
+            between=(control, rank),
+            far_ends=2,
+            hold_s=4.0,
+            target_ms=KILL_TARGET_MS,
+        ),
+        BadLink(
+            name="loss-5",
+            summary="5 % of what a host's ranks send and get is lost for 6 s",
+            loss=0.05,
+            hold_s=6.0,
+        ),
+        BadLink(
+            name="delay-50ms",
+            summary="what a host's ranks send and get comes 50 ms later for 6 s",
+            delay_s=0.05,
+            hold_s=6.0,
         ),
     ]
 

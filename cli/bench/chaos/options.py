@@ -16,6 +16,13 @@ class ChaosOptions:
     faults: Annotated[
         str, typer.Option(help="Names of faults, comma-separated (see docs/chaos.md); or all.")
     ] = "all"
+    hosts: Annotated[
+        int,
+        typer.Option(
+            help="3: start an instance on three hosts of its own, which are network namespaces "
+            "(as root)."
+        ),
+    ] = 1
     tries: Annotated[int, typer.Option(help="Tries of each fault.")] = 20
     streams: Annotated[int, typer.Option(help="Number of concurrent streams.")] = 16
     num_prompts: Annotated[
@@ -37,6 +44,8 @@ class ChaosOptions:
 
     def check(self) -> None:
         """Raises ConfigError."""
+        if self.hosts not in (1, 3):
+            raise ConfigError(f"--hosts {self.hosts}: pass 1 or 3")
         for flag, value in (
             ("--tries", self.tries),
             ("--streams", self.streams),

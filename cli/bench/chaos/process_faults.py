@@ -103,7 +103,11 @@ class DiskFull:
     _filler: Path | None = field(default=None)
 
     def missing(self, site: Site) -> str | None:
-        return None if site.folder is not None else "needs root and --own: a disk of its own"
+        return (
+            None
+            if site.folder is not None
+            else "needs root and an instance of its own, whose disk nobody else uses"
+        )
 
     async def inject(self, site: Site, rng: random.Random) -> str:
         assert site.folder is not None, "`missing` comes first"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cli.bench.chaos.cluster import Cluster
 from cli.bench.chaos.processes import ProcessKind, ServiceProcess, processes_of, send
 from cli.bench.fault_observer import FaultObserver
 
@@ -16,13 +17,15 @@ from cli.bench.fault_observer import FaultObserver
 @dataclass(slots=True, kw_only=True)
 class Site:
     """`mark` and `owner` find its processes (`processes_of`). `urls` are its gateways'. `folder` is
-    a folder that its services write to, on a file system of its own; None if there is none."""
+    a folder that its services write to, on a file system of its own; None if there is none.
+    `cluster`: its hosts, if it has several here."""
 
     urls: tuple[str, ...]
     mark: str
     observer: FaultObserver
     owner: int = 0
     folder: Path | None = None
+    cluster: Cluster | None = None
     stopped: set[ServiceProcess] = field(default_factory=set)
 
     def processes(self, *kinds: ProcessKind) -> list[ServiceProcess]:
@@ -42,10 +45,6 @@ class Site:
         """The control plane that leads; none while nobody does."""
         pid = self.observer.leader_pid
         return [p for p in self.processes(ProcessKind.CONTROL_PLANE) if p.pid == pid]
-
-    def hosts(self) -> list[str]:
-        """The marks of its hosts."""
-        return sorted({process.mark for process in self.processes(*ProcessKind) if process.mark})
 
     def send(self, victims: Iterable[ServiceProcess], number: signal.Signals) -> None:
         for victim in victims:
