@@ -194,7 +194,7 @@ class SessionDriver:
                 continue  # this process was paused: answers may be unread
             for link, _ in list(self._links.values()):
                 if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
-                    self._on_silence(link.member)
+                    self._on_silence(link)
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))
 
@@ -269,9 +269,13 @@ class SessionDriver:
         self._rank_chooser.on_load(member, pong.load)
         self._progress.on_report(member, pong.epoch, pong.step, pong.load, self._clock.now())
 
-    def _on_silence(self, member: Member) -> None:
-        self._rank_chooser.on_silence(member, silent=True)
-        self._suspect(member, SuspicionReason.SILENCE, "a probe has no answer")
+    def _on_silence(self, link: RankLink) -> None:
+        """No verdict will come on a rank that others hear: its sessions go elsewhere at once."""
+        self._rank_chooser.on_silence(link.member, silent=True)
+        self._suspect(link.member, SuspicionReason.SILENCE, "a probe has no answer")
+        if self._progress.is_left_behind(link.member):
+            log.warning("rank_unreachable", rank=link.member.rank)
+            link.abort()
 
     def _mark_responsive(self, member: Member) -> None:
         if (member, SuspicionReason.SILENCE) in self._suspected:

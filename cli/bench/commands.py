@@ -172,9 +172,9 @@ def chaos(
         faults = chosen_faults(load.faults)
         opener: SiteOpener
         if load.hosts > 1:
-            opener = functools.partial(cluster_site, options, console, clock)
+            opener = functools.partial(cluster_site, options, console, clock, load.keep_logs)
         elif own:
-            opener = functools.partial(own_site, options, console)
+            opener = functools.partial(own_site, options, console, load.keep_logs)
         else:
             running = target.target(url)
             if yes_break_it != running.instance:
@@ -194,7 +194,7 @@ def chaos(
             save_picture(load.png, reports)
         return 0 if is_exact(reports) else 1
 
-    run_command(work())
+    run_command(work(), cleans_up_on_term=True)
 
 
 @bench.command(

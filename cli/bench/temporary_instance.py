@@ -78,6 +78,7 @@ async def temporary_instance_with_progress(
     *,
     flags: Sequence[str] = (),
     parent: Path | None = None,
+    keep_logs: Path | None = None,
 ) -> AsyncIterator[Target]:
     """Shows on the console how far the start is. `flags` are more of `starfish up`. The instance's
     name says its kind and who started it, so that several can run at the same time. Raises
@@ -89,6 +90,7 @@ async def temporary_instance_with_progress(
                 temporary_instance(
                     [*options.flags(), "--instance", name, *flags],
                     parent=parent,
+                    keep_logs=keep_logs,
                     environment=options.environment(),
                     start_timeout_s=options.start_timeout_s,
                     on_progress=stage.update,

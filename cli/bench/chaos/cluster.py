@@ -210,7 +210,7 @@ class ClusterPlan:
                 *("--listen-client-urls", client, "--advertise-client-urls", client),
                 *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                 *("--initial-cluster", initial, "--initial-cluster-token", self.run),
-                *("--heartbeat-interval", "100", "--election-timeout", "600"),
+                *("--heartbeat-interval", "50", "--election-timeout", "250"),
                 *("--unsafe-no-fsync", "--log-level", "warn", "--logger", "zap"),
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -39,7 +40,7 @@ from shared.secret import create_secret
 
 @asynccontextmanager
 async def cluster_site(
-    options: TemporaryInstanceOptions, console: Console, clock: Clock
+    options: TemporaryInstanceOptions, console: Console, clock: Clock, keep_logs: Path | None
 ) -> AsyncIterator[Site]:
     """This thread is in a namespace of the cluster's network meanwhile. Raises Unavailable if the
     host does not allow it, or the instance does not start."""
@@ -67,6 +68,9 @@ async def cluster_site(
             finally:
                 net.heal()
                 await cluster.stop()
+                if keep_logs is not None:
+                    for host in cluster.hosts:
+                        shutil.copytree(host.folder, keep_logs / host.name, dirs_exist_ok=True)
 
 
 async def _plan(options: TemporaryInstanceOptions, folder: Path, console: Console) -> ClusterPlan:

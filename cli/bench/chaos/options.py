@@ -38,6 +38,9 @@ class ChaosOptions:
     time_limit_s: Annotated[
         float, typer.Option(help="Begin no further try after so many seconds.")
     ] = 3600.0
+    keep_logs: Annotated[
+        Path | None, typer.Option(help="Copy the logs of an instance of its own into this folder.")
+    ] = None
     png: Annotated[
         Path | None, typer.Option(help="Write a picture of all gaps between tokens over time.")
     ] = None

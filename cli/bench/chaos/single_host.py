@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -23,13 +24,15 @@ _GATEWAYS = 2
 
 
 @asynccontextmanager
-async def own_site(options: TemporaryInstanceOptions, console: Console) -> AsyncIterator[Site]:
+async def own_site(
+    options: TemporaryInstanceOptions, console: Console, keep_logs: Path | None
+) -> AsyncIterator[Site]:
     """Raises Unavailable if it does not start."""
     flags = ("--gateways", str(_GATEWAYS))
     with private_disk() as disk:
         async with (
             temporary_instance_with_progress(
-                options, console, "instance", flags=flags, parent=disk
+                options, console, "instance", flags=flags, parent=disk, keep_logs=keep_logs
             ) as target,
             running_site(target) as site,
         ):
