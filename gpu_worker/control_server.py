@@ -38,6 +38,7 @@ from shared.wire import (
     StatusQuery,
     Submit,
     Tokens,
+    UnheardPeer,
     Wake,
     encode,
     read_message,
@@ -98,7 +99,8 @@ class KvReplicaHost(Protocol):
 class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
-    is registered or in the newest map: no other gets anything. `announced` is told in each Pong."""
+    is registered or in the newest map: no other gets anything. `announced` and `unheard` are told
+    in each Pong."""
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class ControlServer:
         engine: EngineClient,
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
+        unheard: Callable[[], tuple[UnheardPeer, ...]] = tuple,
         replication: KvReplicaHost | None = None,
     ) -> None:
         self._member = member
@@ -117,6 +120,7 @@ class ControlServer:
         self._engine = engine
         self._endpoint = endpoint
         self._announced = announced
+        self._unheard = unheard
         self._replication = replication
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
@@ -156,7 +160,7 @@ class ControlServer:
         """Tells the control planes what is announced now."""
         if not self._control_planes:
             return
-        pong = encode(self._engine.pong(Ping(nonce=0), self._announced()))
+        pong = encode(self._engine.pong(Ping(nonce=0), self._announced(), self._unheard()))
         for origin in self._control_planes:
             self._writers[origin].write(pong)
 
@@ -265,7 +269,7 @@ class ControlServer:
             case GraphBarrierUpdate():
                 self._engine.on_graph_update(message)
             case Ping():
-                return self._engine.pong(message, self._announced())
+                return self._engine.pong(message, self._announced(), self._unheard())
             case OpenRegion():
                 return self._open_region(message)
             case StatusQuery():

@@ -121,6 +121,7 @@ class Rank:
             engine=self._engine,
             endpoint=hardware.endpoint,
             announced=announcements.current,
+            unheard=lambda: self._membership.unheard(),
             replication=replicas,
         )
         self._leased = LeasedKeys(

@@ -193,6 +193,14 @@ class AnnouncedOperation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnheardPeer:
+    """A peer that was asked so long ago, over the sender's link to it, and has not answered."""
+
+    rank: RankId
+    for_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """The answer to a Ping shows that the rank's event loop runs. `engine_age_ms` shows whether its
     engine thread does: it is the time since that thread last passed a heartbeat point, which it
@@ -200,7 +208,7 @@ class Pong:
     `out_of_step` is the map under which a CUDA graph of it has ended without a member that may
     live, so that it can go on only as a joiner; 0 if there is none. `announced` is what may keep
     the rank from answering from now on: when that changes, control planes get a Pong with nonce 0
-    unasked."""
+    unasked. `unheard` are peers that it waits for and that do not answer it."""
 
     nonce: int
     rank: RankId
@@ -212,6 +220,7 @@ class Pong:
     load: Load
     out_of_step: Epoch = Epoch(0)
     announced: tuple[AnnouncedOperation, ...] = ()
+    unheard: tuple[UnheardPeer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

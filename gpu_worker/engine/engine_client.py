@@ -49,6 +49,7 @@ from shared.wire import (
     StatusQuery,
     StatusReply,
     Submit,
+    UnheardPeer,
     Wake,
 )
 
@@ -236,7 +237,12 @@ class EngineClient:
         now = self._engine.snapshot()
         return (now.epoch, now.step), frozenset(now.waiting_for)
 
-    def pong(self, ping: Ping, announced: tuple[AnnouncedOperation, ...]) -> Pong:
+    def pong(
+        self,
+        ping: Ping,
+        announced: tuple[AnnouncedOperation, ...],
+        unheard: tuple[UnheardPeer, ...],
+    ) -> Pong:
         now = self._engine.snapshot()
         return Pong(
             nonce=ping.nonce,
@@ -249,6 +255,7 @@ class EngineClient:
             load=now.load,
             out_of_step=now.out_of_step,
             announced=announced,
+            unheard=unheard,
         )
 
     def status(self, query: StatusQuery) -> StatusReply:
