@@ -80,6 +80,7 @@ class SessionDriver:
         self._progress = ProgressWatch()
         self._stall_timeout_s = policy.no_rank_timeout_s
         self._lost_at: dict[Member, float] = {}  # members of the map whose link is broken
+        self._late: set[Member] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._ended = asyncio.Event()
@@ -109,6 +110,10 @@ class SessionDriver:
 
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
+
+    def stragglers(self) -> dict[Member, float]:
+        """The live ranks that hold the others up, with the ms by which they are late."""
+        return self._rank_chooser.stragglers()
 
     def loads(self) -> list[Load]:
         """What the live ranks last reported."""
@@ -195,8 +200,15 @@ class SessionDriver:
             for link, _ in list(self._links.values()):
                 if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
                     self._on_silence(link)
+            self._log_stragglers()
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))
+
+    def _log_stragglers(self) -> None:
+        late = self.stragglers()
+        for member in late.keys() - self._late:
+            log.warning("rank_straggles", rank=member.rank, late_ms=round(late[member], 1))
+        self._late = set(late)
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
         log.info("map_received", epoch=view.epoch, members=[str(m) for m in view.members])

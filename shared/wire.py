@@ -165,6 +165,8 @@ class Load:
     prefix_tokens: int = 0  # tokens of all sequences at the time they began to run, since the start
     prefix_tokens_cached: int = 0  # how many of those the KV cache held
     kv_replicas_rejected: int = 0  # kept here for peers, and not what their source had written
+    step_ms: float = 0.0  # an average step, and for how much of it this rank waits for peers;
+    waited_ms: float = 0.0  # 0: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

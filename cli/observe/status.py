@@ -17,6 +17,7 @@ from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
+from shared.stragglers import lateness_ms, stragglers
 from shared.types import EMPTY_SLOT, NodeId, RankId
 from shared.wire import StatusReply
 
@@ -51,6 +52,8 @@ def status_of(
 ) -> dict[str, Any]:
     """The JSON of `starfish status --json`."""
     spec = view.spec
+    loads = {rank: reply.load for rank, reply in replies.items() if reply is not None}
+    late, slow = lateness_ms(loads), stragglers(loads)
     return {
         "instance": target.instance,
         "etcd": target.etcd,
@@ -58,7 +61,11 @@ def status_of(
         "epoch": view.expert_map.epoch if view.expert_map else 0,
         "cause": view.expert_map.cause if view.expert_map else None,
         "leader": msgspec.to_builtins(view.leader),
-        "ranks": [rank_status(view, r, records.get(r), replies.get(r)) for r in ranks],
+        "ranks": [
+            rank_status(view, r, records.get(r), replies.get(r))
+            | {"late_ms": late.get(r), "straggles": r in slow}
+            for r in ranks
+        ],
         "survives": _survives(view),
         "gateways": [msgspec.to_builtins(g) for g in view.gateways],
         "agents": [msgspec.to_builtins(a) for a in view.agents],
@@ -142,7 +149,7 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
         cells = [rank.get(k) for k in ("incarnation", "pid", "address", "running", "waiting")]
         table.add_row(
             str(rank["rank"]),
-            f"[{style}]{rank['state']}[/]",
+            f"[{style}]{rank['state']}[/]" + (" (slow)" if rank.get("straggles") else ""),
             *("–" if cell is None else str(cell) for cell in cells),
             kv,
             _reused(rank),

@@ -59,7 +59,7 @@ class ClusterHost:
         await self._cancel()
         if self._supervisor is None:
             return
-        for process in processes_of(self.mark):
+        for process in await asyncio.to_thread(processes_of, self.mark):
             send(process, signal.SIGKILL)
         self._supervisor.kill_all()
         self._supervisor.close_lifeline()

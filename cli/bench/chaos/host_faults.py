@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 from dataclasses import dataclass, field
@@ -58,12 +59,13 @@ class LinkDown:
     async def inject(self, site: Site, rng: random.Random) -> str:
         cluster = _cluster(site)
         host = rng.choice(cluster.rank_hosts)
-        for namespace in set(host.namespaces.values()):
-            cluster.network.set_link(namespace, up=False)
-        return ", ".join(sorted(n.name for n in set(host.namespaces.values())))
+        namespaces = set(host.namespaces.values())
+        for namespace in namespaces:
+            await asyncio.to_thread(cluster.network.cut, namespace)
+        return ", ".join(sorted(namespace.name for namespace in namespaces))
 
     async def heal(self, site: Site) -> None:
-        _cluster(site).network.heal()
+        await asyncio.to_thread(_cluster(site).network.heal)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,9 +91,9 @@ class Partition:
         others = [each for each in cluster.namespaces(kind) if each is not near]
         far = others if kind is ProcessKind.ETCD else rng.sample(others, self.far_ends)
         for each in far:
-            cluster.network.drop(near, each)
+            await asyncio.to_thread(cluster.network.drop, near, each)
             if not self.is_one_way:
-                cluster.network.drop(each, near)
+                await asyncio.to_thread(cluster.network.drop, each, near)
         arrow = "->" if self.is_one_way else "<->"
         return f"{near.name} {arrow} {', '.join(each.name for each in far)}"
 
@@ -107,7 +109,7 @@ class Partition:
         ]
 
     async def heal(self, site: Site) -> None:
-        _cluster(site).network.heal()
+        await asyncio.to_thread(_cluster(site).network.heal)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,8 +130,9 @@ class BadLink:
     async def inject(self, site: Site, rng: random.Random) -> str:
         cluster = _cluster(site)
         host = rng.choice(cluster.namespaces(ProcessKind.RANK))
-        self._relays.enter_context(cluster.network.relayed(host, self.delay_s, self.loss))
+        relay = cluster.network.relayed(host, self.delay_s, self.loss)
+        await asyncio.to_thread(self._relays.enter_context, relay)
         return host.name
 
     async def heal(self, site: Site) -> None:
-        self._relays.close()
+        await asyncio.to_thread(self._relays.close)

@@ -65,10 +65,13 @@ def networks_are_possible() -> str | None:
 
 @dataclass(slots=True, kw_only=True)
 class Network:
-    """The switch and all that is plugged into it."""
+    """The switch and all that is plugged into it. Every method runs programs, and blocks so
+    long."""
 
     switch: Namespace
     hosts: list[Namespace] = field(default_factory=list)
+    _down: list[Namespace] = field(default_factory=list)
+    _dropping: list[Namespace] = field(default_factory=list)
 
     def add(self, name: str) -> Namespace:
         """A new namespace with a link to the switch. Raises Unavailable."""
@@ -89,13 +92,15 @@ class Network:
         host.run("ip", "rule", "delete", "priority", "0")
         return host
 
-    def set_link(self, host: Namespace, *, up: bool) -> None:
-        """Raises Unavailable."""
-        self.switch.run("ip", "link", "set", host.port(), "up" if up else "down")
+    def cut(self, host: Namespace) -> None:
+        """From now on nothing reaches it, nor leaves it. Raises Unavailable."""
+        self._down.append(host)
+        self.switch.run("ip", "link", "set", host.port(), "down")
 
     def drop(self, source: Namespace, destination: Namespace) -> None:
         """From now on nothing from `source` reaches `destination`; the way back stays. Raises
         Unavailable."""
+        self._dropping.append(destination)
         destination.run(
             *("ip", "rule", "add", "priority", _DROP_RULE),
             *("iif", "eth0", "from", source.address, "blackhole"),
@@ -131,12 +136,14 @@ class Network:
 
     def heal(self) -> None:
         """All links are up, nothing is dropped. Idempotent."""
-        for host in self.hosts:
+        for host in self._down:
             with contextlib.suppress(Unavailable):
-                self.set_link(host, up=True)
+                self.switch.run("ip", "link", "set", host.port(), "up")
+        for host in self._dropping:  # once for each rule
             with contextlib.suppress(Unavailable):
-                while True:  # until there is no such rule
-                    host.run("ip", "rule", "delete", "priority", _DROP_RULE)
+                host.run("ip", "rule", "delete", "priority", _DROP_RULE)
+        self._down.clear()
+        self._dropping.clear()
 
     def close(self) -> None:
         for namespace in (*self.hosts, self.switch):

@@ -35,7 +35,7 @@ class SignalFault:
         return "the instance has no such process here, or too few of them"
 
     async def inject(self, site: Site, rng: random.Random) -> str:
-        victims = self.chosen(site, rng)
+        victims = await asyncio.to_thread(self.chosen, site, rng)
         site.send(victims, self.number)
         return ", ".join(map(str, victims))
 
@@ -81,7 +81,7 @@ class SlowFault:
         return limits_are_possible()
 
     async def inject(self, site: Site, rng: random.Random) -> str:
-        victims = self.chosen(site, rng)
+        victims = await asyncio.to_thread(self.chosen, site, rng)
         self._limit = CpuLimit(self.share)
         self._limit.begin([victim.pid for victim in victims])
         return ", ".join(map(str, victims))

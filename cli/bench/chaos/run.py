@@ -179,8 +179,8 @@ async def _wait_until_whole(
     give_up_at = clock.now() + timeout_s
     while clock.now() < give_up_at:
         asked_at = clock.now()
-        is_whole = site.observer.are_all_ranks_in_map() and bool(site.leader())
-        found = site.census()
+        is_whole = site.observer.are_all_ranks_in_map() and site.observer.leader_pid is not None
+        found = await asyncio.to_thread(site.census)
         if not is_whole or any(found[kind] < number for kind, number in census.items()):
             since = None
         elif since is None:
