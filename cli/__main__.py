@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.admin.commands import add_admin_commands
 from cli.bench.commands import bench
 from cli.checkpoint import checkpoint
 from cli.etcd_setup_options import EtcdSetupOptions
@@ -56,7 +57,7 @@ def status(target: TargetFlags, as_json: JsonFlag = False) -> None:
     from cli.observe.status import read_status, render_status
 
     async def work() -> int:
-        found = await read_status(target.target())
+        found = await read_status(target.target(), SystemClock())
         if as_json:
             print(json.dumps(found, indent=2))
         else:
@@ -92,6 +93,9 @@ def kill(
         return await kill_rank(target.target(), rank, signal)
 
     run_command(work())
+
+
+add_admin_commands(app)
 
 
 @app.command(name="etcd-certificates")

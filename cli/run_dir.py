@@ -19,6 +19,7 @@ from shared.secret import read_secret
 
 STATE_FILE = "starfish.json"
 SECRET_FILE = "secret"
+ADMIN_TOKEN_FILE = "admin-token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class RunState:
     etcd_server_name: str = ""
     etcd_user: str = ""
     etcd_password_file: str = ""
+    admin_url: str = ""  # of the admin API, whichever control plane leads
+    admin_token_file: str = ""
 
     def target(self) -> Target:
         return Target(
@@ -44,6 +47,8 @@ class RunState:
             instance=self.instance,
             url=self.url,
             secret_file=_path(self.secret_file),
+            admin_url=self.admin_url or None,
+            admin_token_file=_path(self.admin_token_file),
         )
 
     def _store(self) -> EtcdOptions:
@@ -76,6 +81,8 @@ class Target:
     instance: str
     url: str | None = None  # of a gateway, if one is known
     secret_file: Path | None = None
+    admin_url: str | None = None  # None: only etcd knows it
+    admin_token_file: Path | None = None
 
     @property
     def etcd(self) -> str:

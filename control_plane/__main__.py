@@ -6,13 +6,18 @@ import argparse
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from control_plane.admin.admin_app import AdminApp
+from control_plane.admin.admin_server import serving
+from control_plane.admin.authentication import read_admin_token
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
@@ -26,6 +31,7 @@ from shared.garbage_collector import freeze_loaded_objects
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
+from shared.listener import inherited_listener, listen_on
 from shared.logs import configure_logs
 from shared.model_spec import read_model_spec
 from shared.secret import read_secret
@@ -87,10 +93,12 @@ async def serve(config: ControlPlaneConfig) -> None:
     async with AsyncExitStack() as stack:
         store = await connect_store(config.store)
         stack.push_async_callback(store.close)
+        clock = SystemClock()
+        admin = open_admin_api(config)
         driver = Driver(
             store=store,
             keys=Keys(config.instance),
-            clock=SystemClock(),
+            clock=clock,
             name=config.unique_name(os.getpid()),
             access=access,
             spec=instance_spec(config, model),
@@ -112,7 +120,12 @@ async def serve(config: ControlPlaneConfig) -> None:
             probe_interval_s=config.probe_interval_ms / 1000,
             urgent_probe_interval_s=config.urgent_probe_interval_ms / 1000,
             metrics=metrics,
+            admin_url=admin.url if admin is not None else "",
         )
+        if admin is not None:
+            app = AdminApp(driver, token=admin.token, url=admin.url, clock=clock)
+            await stack.enter_async_context(serving(app, admin.listeners))
+            log.info("admin_api_listening", url=admin.url)
         if config.port >= 0:
             endpoint = http_endpoint(metrics, driver.health, host=config.host, port=config.port)
             port = await stack.enter_async_context(endpoint)
@@ -120,6 +133,26 @@ async def serve(config: ControlPlaneConfig) -> None:
         freeze_loaded_objects()
         await driver.run(stop)
         log.info("stopped")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminSockets:
+    url: str
+    token: bytes
+    listeners: tuple[socket.socket, ...]
+
+
+def open_admin_api(config: ControlPlaneConfig) -> AdminSockets | None:
+    """None if there is none. Its address must be known before this process may lead. Raises
+    ConfigError."""
+    if config.admin_port < 0 or config.admin_token_file is None:
+        return None
+    token = read_admin_token(config.admin_token_file)
+    own = listen_on(config.admin_host, config.admin_port)
+    fd = config.admin_listen_fd
+    shared = () if fd < 0 else (inherited_listener(fd, flag="--admin-listen-fd"),)
+    url = config.admin_url(own.getsockname()[1])
+    return AdminSockets(url=url, token=token, listeners=(own, *shared))
 
 
 def stop_event(lifeline_fd: int) -> asyncio.Event:

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from shared.desired_state import DesiredState
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
+    AgentRecord,
     InstanceSpec,
     LeaderRecord,
     ProcessView,
@@ -17,7 +19,7 @@ from shared.records import (
     Suspicion,
     Verdict,
 )
-from shared.types import Member
+from shared.types import Member, NodeId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +27,8 @@ class ClusterState:
     """Never edited: every change of etcd leads to a new one with a higher `version`.
 
     `synced` says whether the first snapshot of the watch is in it. `revisions` holds the mod
-    revisions of the keys that transactions compare: leader, term, spec, map, views. If etcd lost
-    its data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
+    revisions of the keys that transactions compare: leader, term, spec, desired, map, views. If
+    etcd lost its data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
     """
 
     keys: Keys
@@ -44,6 +46,8 @@ class ClusterState:
     verdicts: Mapping[Member, Verdict] = field(default_factory=dict)
     suspicions: Mapping[str, Suspicion] = field(default_factory=dict)  # by etcd key
     views: Mapping[Member, ProcessView] = field(default_factory=dict)
+    desired: DesiredState = DesiredState()
+    agents: Mapping[NodeId, AgentRecord] = field(default_factory=dict)
 
     def revision_of(self, key: str) -> int:
         """The mod revision that a transaction compares; 0 if the key does not exist."""

@@ -32,6 +32,11 @@ class ControlPlaneConfig:
         "without it, whoever reaches a rank's control port is let in",
     )
     ranks: int = option(4, "how many ranks the instance has")
+    ranks_max: int = option(
+        0,
+        "cuda: how many ranks it may become; exchange buffers are made for so many at the start; "
+        "0: as many as it has",
+    )
     redundant_experts: int = option(
         -1, "replicas of experts beyond one each, per layer; -1: a second one of every expert"
     )
@@ -60,6 +65,23 @@ class ControlPlaneConfig:
     urgent_probe_interval_ms: float = option(20.0, "the same, while any rank is suspected")
     host: str = option("127.0.0.1", "address of /health and /metrics")
     port: int = option(-1, "port of /health and /metrics; 0 takes a free one, -1 serves neither")
+    admin_host: str = option("127.0.0.1", "address of the admin API")
+    admin_port: int = option(
+        -1, "port of the admin API; 0 takes a free one, -1: there is none. It needs a token"
+    )
+    admin_token_file: Path | None = option(
+        None,
+        "file with the token that the admin API asks for, the same for all control planes of the "
+        "instance, closed to other users",
+    )
+    admin_address: str = option(
+        "",
+        "host name or address at which other hosts reach the admin API; default: --admin-host, or "
+        "this host's name if that stands for all addresses",
+    )
+    admin_listen_fd: int = option(
+        -1, "inherited listening socket on which the admin API is served as well"
+    )
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")
@@ -76,12 +98,19 @@ class ControlPlaneConfig:
         _ = self.model_folder
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance has at least one rank")
+        if self.ranks_max and self.ranks_max < self.ranks:
+            raise ConfigError(f"--ranks-max {self.ranks_max} must not be below --ranks")
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
         if self.leader_ttl_s < 1:
             raise ConfigError("--leader-ttl-s must be at least 1: etcd grants no shorter lease")
+        if self.admin_port >= 0 and self.admin_token_file is None:
+            raise ConfigError(
+                "--admin-port: the admin API needs --admin-token-file; make the file with "
+                "`openssl rand -hex 32` and chmod 600"
+            )
         if not (
             0 <= self.formation_grace_s <= self.formation_window_s
             and 0 <= self.first_formation_grace_s <= self.formation_window_s
@@ -105,6 +134,13 @@ class ControlPlaneConfig:
         if self.model is None:
             raise ConfigError("--model is missing; pass the folder of a Hugging Face checkpoint")
         return self.model
+
+    def admin_url(self, port: int) -> str:
+        """Where other control planes, and commands, reach this one's admin API."""
+        host = self.admin_address or self.admin_host
+        if host in ("0.0.0.0", "::", ""):
+            host = socket.gethostname()
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def unique_name(self, pid: int) -> str:
         return self.name or f"{socket.gethostname()}-{pid}"
@@ -143,6 +179,7 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
         context_tokens_max=_context(config, model),
         vocab_size=model.vocab_size,
         weights=weights_identity(folder),
+        ranks_max=config.ranks_max,
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 from dataclasses import dataclass
 
 import structlog
 
+from control_plane.cluster_state import ClusterState
 from control_plane.control_reporter import ControlReporter
+from control_plane.desired_changes import Change, Refusal, change_desired
 from control_plane.detector_timings import DetectorTimings
 from control_plane.election import Election
 from control_plane.leader_term import LeaderTerm
@@ -21,6 +24,7 @@ from control_plane.probe_events import ProbeEvent
 from control_plane.probe_targets import ProbeTargets
 from control_plane.prober import Prober
 from control_plane.publisher import Publisher
+from control_plane.rank_loads import RankLoads
 from control_plane.spec_publisher import publish_spec
 from control_plane.state_applier import (
     LeaderDeleted,
@@ -31,18 +35,23 @@ from control_plane.state_applier import (
 )
 from control_plane.suspicion_publisher import SuspicionPublisher
 from control_plane.telemetry import Metrics
-from control_plane.writes import PlanHeal, Write
+from control_plane.writes import PlanHeal, PublishDesired, Write
 from shared.clock import Clock
-from shared.errors import StoreError
+from shared.desired_state import DesiredState
+from shared.errors import StoreError, StoreUnavailable, TxnConflict, Unavailable
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec
 from shared.store import Snapshot, Store, WatchEvent
+from shared.types import Member
+from shared.wire import Load
 
 log = structlog.get_logger()
 
 _INBOX_MAX = 4096
 _TICK_S = 0.1
+_CHANGE_TRIES_MAX = 20
+_CHANGE_RETRY_S = (0.02, 0.1)
 _TICK_URGENT_S = 0.01
 
 
@@ -90,6 +99,7 @@ class Driver:
         probe_interval_s: float,
         urgent_probe_interval_s: float,
         metrics: Metrics,
+        admin_url: str = "",
     ) -> None:
         self._store = store
         self._keys = keys
@@ -111,6 +121,7 @@ class Driver:
             host=socket.gethostname(),
             ttl_s=leader_ttl_s,
             on_change=self._notify_election_changed,
+            admin_url=admin_url,
         )
         self._prober = Prober(
             name=name,
@@ -125,6 +136,7 @@ class Driver:
         self._write_under_way = False
         self._spec_published = False
         self._probe_targets = ProbeTargets()
+        self._rank_loads = RankLoads()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set, then gives up the leader key. Raises ConfigError if the
@@ -144,6 +156,47 @@ class Driver:
             group.create_task(self._suspicions.run())
             group.create_task(self._loop(group))
 
+    @property
+    def state(self) -> ClusterState:
+        """What etcd holds, as far as this process has heard. Never edited."""
+        return self._cluster.state
+
+    @property
+    def leads(self) -> bool:
+        return self._election.may_act(self._clock.now())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the leader holds verdicts back because most leases have expired at once."""
+        return self._leader_term is not None and self._leader_term.detector.frozen
+
+    def load_of(self, member: Member) -> Load | None:
+        """Its newest, if this process leads and has probed it."""
+        return self._rank_loads.of(member)
+
+    async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal:
+        """Puts a change on purpose into the desired state, or refuses it before anything moves.
+        The same `request_id` again changes nothing. Raises Unavailable if this process does not
+        lead, and StoreUnavailable if etcd did not answer: ask again then, with the same id."""
+        for _ in range(_CHANGE_TRIES_MAX):
+            state, election = self._cluster.state, self._election
+            if not (state.synced and self.leads):
+                raise Unavailable("this control plane does not lead; ask the one that does")
+            desired = change_desired(state, change, self._clock.wall(), request_id=request_id)
+            if isinstance(desired, Refusal) or desired == state.desired:
+                return desired
+            write = PublishDesired(desired=desired, cause=type(change).__name__)
+            try:
+                events = await self._publisher.write(write, election.leader_revision, state)
+            except TxnConflict:
+                await asyncio.sleep(random.uniform(*_CHANGE_RETRY_S))  # the watch brings the news
+                continue
+            for event in events:
+                await self._inbox.put(event)
+            log.info("change_asked", change=desired.change, what=repr(change))
+            return desired
+        raise StoreUnavailable("the desired state kept changing; ask again")
+
     def health(self) -> dict[str, object]:
         expert_map, leader = self._cluster.state.expert_map, self._cluster.state.leader
         return {
@@ -153,7 +206,7 @@ class Driver:
             "term": self._cluster.state.term,
             "epoch": expert_map.epoch if expert_map else 0,
             "members": [str(m) for m in expert_map.members] if expert_map else [],
-            "frozen": self._leader_term.detector.frozen if self._leader_term else False,
+            "frozen": self.frozen,
         }
 
     async def _watch(self) -> None:
@@ -204,6 +257,7 @@ class Driver:
             case ElectionChanged():
                 pass
             case _:
+                self._rank_loads.on_probe(event)
                 if self._leader_term is not None:
                     self._leader_term.on_probe(event, now)
 
@@ -218,6 +272,7 @@ class Driver:
             if isinstance(change, MalformedValue):
                 log.error("malformed_value", key=change.key, error=change.error)
             self._probe_targets.on_change(change, self._cluster.state)
+            self._rank_loads.on_change(change)
             if self._leader_term is not None:
                 self._leader_term.on_change(change, self._cluster.state, now)
             if isinstance(change, LeaderPut | LeaderDeleted):
@@ -231,6 +286,7 @@ class Driver:
                 self._leader_term, self._spec_published = None, False
                 self._suspicions.update((), now)
                 self._prober.watch(())
+                self._rank_loads.clear()
             return
         if self._leader_term is None:
             log.info("leadership_won", term=self._cluster.state.term)
@@ -247,7 +303,7 @@ class Driver:
         self._suspicions.update(leader_term.detector.doubts, now)
         if self._write_under_way or not self._spec_published:
             return
-        decision = leader_term.decide(self._cluster.state, now)
+        decision = leader_term.decide(self._cluster.state, now, unix_now=self._clock.wall())
         if isinstance(decision, PlanHeal):
             group.create_task(self._plan(leader_term, decision))
         elif decision is not None:

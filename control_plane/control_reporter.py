@@ -11,10 +11,11 @@ from control_plane.judgements import Judgement, Standstill, VerdictCancelled
 from control_plane.leader_term import LeaderTerm
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from control_plane.telemetry import Metrics
-from control_plane.writes import Assign, DeclareDead, PublishMap, Write
+from control_plane.writes import Assign, DeclareDead, PublishDesired, PublishMap, Write
 from shared.errors import StoreError
 from shared.expert_map import ExpertMap
 from shared.records import Verdict
+from shared.types import SuspicionReason
 
 log = structlog.get_logger()
 
@@ -54,8 +55,14 @@ class ControlReporter:
                 cause=expert_map.cause,
                 publish_ms=round((now - expert_map.published_at) * 1000, 1),
             )
-            if not write.verdicts:  # the event loop has more urgent work after a death
+            drained = [v for v in write.verdicts if v.cause is SuspicionReason.DRAINED]
+            for verdict in drained:
+                self._metrics.verdicts.labels(verdict.cause.value).inc()
+                log.info("rank_left", rank=verdict.rank, incarnation=verdict.incarnation)
+            if len(drained) == len(write.verdicts):  # after a death there is more urgent work
                 self._report_fault_tolerance(expert_map, state)
+        elif isinstance(write, PublishDesired):
+            log.info("desired_state_changed", change=write.desired.change, cause=write.cause)
 
     def update_gauges(self, state: ClusterState, leader_term: LeaderTerm | None) -> None:
         expert_map = state.expert_map

@@ -34,9 +34,9 @@ class DetectorTimings:
     stuck_s: float = 2.5
     # Two members that both answer us without a pause, and of which one does not hear the other for
     # this long, are cut off from each other. TCP needs 0.2 s to send again what was lost.
-    cut_off_s: float = 0.3
+    cut_off_s: float = 0.4
     # Two signs of life that are further apart are not without a pause.
-    answer_gap_max_s: float = 0.15
+    answer_gap_max_s: float = 0.2
     # Time between two events beyond this is our own stall, and not attentive time.
     gap_max_s: float = 0.25
     gap_max_urgent_s: float = 0.03

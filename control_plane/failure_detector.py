@@ -25,6 +25,7 @@ keeps its age small; a stuck engine does not.
     any       | accused, waited for, and no step moves for long     | all begin together (a resync)
     any       | comes to the newest epoch after others              | the steps' time begins anew
     any       | the same after that, and others are not waited for  | the most waited for is dead
+    any       | anything but an exit, while verdicts are paused     | as it was
 
 "Held: own link" means that more than half of the members are silent, so we may be cut off
 ourselves. "Held: mass expiry" means that more than half of the members lost their leases at once,
@@ -77,6 +78,7 @@ class FailureDetector:
         self._attentive_s = 0.0
         self._own_link_suspect_attentive_s = -inf
         self._alarmed: set[AlarmKind] = set()
+        self._is_paused = False
 
     @property
     def urgent(self) -> bool:
@@ -102,6 +104,11 @@ class FailureDetector:
     @property
     def suspected(self) -> tuple[Member, ...]:
         return tuple(m for m, w in self._watched.items() if w.suspected_attentive_s is not None)
+
+    def set_paused(self, is_paused: bool) -> None:
+        """While verdicts are paused only processes that are seen to have ended are dead. What else
+        was seen counts once verdicts go on."""
+        self._is_paused = is_paused
 
     def on_members(self, members: Iterable[Member], now: float) -> list[Judgement]:
         """The members of the newest map, without those already judged dead."""
@@ -319,6 +326,8 @@ class FailureDetector:
             cause = self._cause_of_death(watched)
             if cause is None and self._is_silent(watched):
                 cause = watched.signals[0].reason
+            if self._is_paused and cause is not SuspicionReason.EXIT:
+                continue
             if cause is not None:
                 dead.append(self._declare_dead(watched, cause))
         return alarms + dead + self._judge_cut_links() + self._judge_stuck()
@@ -434,7 +443,7 @@ class FailureDetector:
         found = self._standstill.look(self._watched.values(), self._attentive_s, self._is_excused)
         if found is None:
             return []
-        if found.is_first:
+        if found.is_first or self._is_paused:
             return [Standstill()]
         if found.blamed is None:
             detail = "no step completes, and all members wait for all others"

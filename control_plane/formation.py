@@ -4,8 +4,8 @@ while no map can serve, and performs the answer.
 Theory of operation. There is no map yet, or its members are dead, or the survivors' slots cannot
 hold all experts. Ranks register one after the other. Those that are there form a map as soon as
 
-    1. they can hold every expert, and all ranks of the spec have come, or no further one has for
-       the grace time, or the window is over: each gets an assignment;
+    1. they can hold every expert, and all ranks that are wanted have come, or no further one has
+       for the grace time, or the window is over: each gets an assignment;
     2. all with an assignment have loaded it and are linked; or some of them are, those hold every
        expert, and the grace time has passed since.
 
@@ -105,7 +105,7 @@ class Formation:
     def _is_due(self, residency: Residency, now: float) -> bool:
         began_at = self._began_at if self._began_at is not None else now
         return (
-            len(self._ranks) >= residency.spec.num_ranks
+            len(self._ranks) >= residency.num_awaited
             or now - self._last_rank_at >= self._grace_s(residency)
             or now - began_at >= self._policy.window_s
         )

@@ -16,6 +16,7 @@ from control_plane.probe_events import (
     ProbeRefused,
 )
 from control_plane.state_applier import (
+    DesiredPut,
     MapPut,
     RecordDeleted,
     RecordPut,
@@ -40,6 +41,7 @@ class LeaderTerm:
     ) -> None:
         self.detector = FailureDetector(timings, now)
         self.membership = Membership(policy)
+        self.detector.set_paused(state.desired.verdicts_paused)
         self._decided_on: object = None
         self._decided_at = now
         self._dead: list[Verdict] = []
@@ -72,6 +74,8 @@ class LeaderTerm:
                 self._on_view(change.view, state, now)
             case MapPut():
                 self._on_map(change.expert_map, now)
+            case DesiredPut():
+                detector.set_paused(change.desired.verdicts_paused)
             case VerdictPut():
                 self.membership.on_verdict(change.verdict)
                 if state.expert_map is not None:
@@ -90,20 +94,21 @@ class LeaderTerm:
                 self._take(detector.on_pong(event.member, event.pong, now))
                 self.membership.on_adopted(event.member, event.pong.epoch)
                 self.membership.on_out_of_step(event.member, event.pong.out_of_step)
+                self.membership.on_load(event.member, event.pong.load)
 
     def on_tick(self, state: ClusterState, now: float) -> None:
         steps_paused = bool(self.membership.dead_in_map(state))
         self._take(self.detector.on_tick(now, steps_paused=steps_paused))
 
-    def decide(self, state: ClusterState, now: float) -> Decision | None:
-        """The next write or computation. If nothing that membership reads has changed, as after
-        most Pongs, it is asked again only every _RECHECK_S, because some of its rules wait for
-        time."""
+    def decide(self, state: ClusterState, now: float, *, unix_now: float = 0.0) -> Decision | None:
+        """The next write or computation. `unix_now` is the same moment in Unix seconds. If nothing
+        that membership reads has changed, as after most Pongs, it is asked again only every
+        _RECHECK_S, because some of its rules wait for time."""
         inputs = (state.version, self.membership.dead, self.detector.frozen)
         if inputs == self._decided_on and now - self._decided_at < _RECHECK_S:
             return None
         self._decided_on, self._decided_at = inputs, now
-        return self.membership.decide(state, now, frozen=self.detector.frozen)
+        return self.membership.decide(state, now, unix_now=unix_now, frozen=self.detector.frozen)
 
     def take_judgements(self) -> list[Judgement]:
         """The judgements since the last call, for the log."""

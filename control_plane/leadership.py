@@ -43,6 +43,7 @@ class Leadership:
         host: str,
         ttl_s: float,
         on_change: Callable[[], None],
+        admin_url: str = "",
     ) -> None:
         self._store = store
         self._cluster = cluster
@@ -53,6 +54,7 @@ class Leadership:
         self._host = host
         self._ttl_s = ttl_s
         self._on_change = on_change
+        self._admin_url = admin_url
         self._notified = asyncio.Event()
 
     def notify(self) -> None:
@@ -137,6 +139,7 @@ class Leadership:
             term=state.term + 1,
             since=self._clock.wall(),
             host=self._host,
+            admin_url=self._admin_url,
         )
         value, term = pack_record(record), pack_record(record.term)
         compare = [

@@ -22,9 +22,13 @@ from that.
     a member has lost count, or a standstill   | PublishMap of the same, all of them joiners
     a newcomer without assignment              | Assign what `grow` wants
     a newcomer that is ready and linked        | PublishMap with it
+    drained members, the rest hold all experts | PublishMap without them, with verdicts that say so
+    drained members, the rest lack experts     | PublishMap with slots emptied for these, together
+                                               | with the assignment; or only Assign
     members hold something else than the map   | PublishMap of what they hold (a heal's second half)
     no change for a while                      | PlanHeal, then its step: PublishMap with the slots
                                                | emptied, together with the assignment
+    a part of a change on purpose is done      | PublishDesired (`planned_change`)
     keys of incarnations that are gone         | DeleteKeys
 
 A published map names all experts, and only where they are resident. Its transaction compares the
@@ -38,7 +42,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,23 +54,19 @@ from control_plane.formation import (
     PublishRows,
     TooFewSlots,
 )
+from control_plane.healing import Healing, HealPolicy
 from control_plane.judgements import Alarm, AlarmKind
 from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealStep
-from control_plane.plans import plan_join, plan_shrink
+from control_plane.planned_change import DrainPolicy, PlannedChange
+from control_plane.plans import emptied_for, plan_join, plan_leave, plan_shrink
 from control_plane.residency import Residency
-from control_plane.writes import (
-    Assign,
-    Decision,
-    DeclareDead,
-    DeleteKeys,
-    PlanHeal,
-    PublishMap,
-    Write,
-)
+from control_plane.write_builder import WriteBuilder
+from control_plane.writes import Decision, DeleteKeys, PlanHeal, Write
 from shared.expert_map import ExpertMap, Placement
-from shared.records import SlotContents, Verdict
+from shared.records import Verdict
 from shared.types import Epoch, Member
+from shared.wire import Load
 
 _DELETED_KEYS_MAX = 64
 
@@ -82,6 +82,7 @@ class MembershipPolicy:
     joiner_timeout_s: float = 30.0  # a newcomer delays heals for this long at most
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
     adoption_timeout_s: float = 10.0  # a member under an old map delays the next for this long
+    drains: DrainPolicy = DrainPolicy()
 
 
 class Membership:
@@ -100,12 +101,17 @@ class Membership:
             )
         )
         self._dead: dict[Member, Verdict] = {}
-        self._running_epoch = Epoch(0)  # the newest under which a member was seen to run
-        self._first_seen: dict[Member, float] = {}
-        self._quiet_since = 0.0
-        self._quiet_state: object = None
-        self._planning_revision = -1
-        self._planned: tuple[int, HealStep | None] | None = None
+        self._writes = WriteBuilder(self._adoption, self._dead)
+        self._healing = Healing(
+            HealPolicy(
+                bytes_per_expert=policy.bytes_per_expert,
+                survive=policy.survive,
+                after_s=policy.heal_after_s,
+                joiner_timeout_s=policy.joiner_timeout_s,
+                budget_bytes=policy.heal_budget_bytes,
+            )
+        )
+        self._planned_change = PlannedChange(policy.drains)
         self._alarms: list[Alarm] = []
         self._alarmed: set[AlarmKind] = set()
 
@@ -132,7 +138,7 @@ class Membership:
 
     def on_adopted(self, member: Member, epoch: Epoch) -> None:
         """A Pong says under which map a member runs."""
-        self._running_epoch = max(self._running_epoch, epoch)
+        self._writes.on_running(epoch)
         self._adoption.on_adopted(member, epoch)
 
     def on_out_of_step(self, member: Member, epoch: Epoch) -> None:
@@ -146,15 +152,21 @@ class Membership:
 
     def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
         """`step` is None if nothing is worth a move under that map."""
-        self._planning_revision = -1
-        self._planned = (plan.map_revision, step)
+        self._healing.on_planned(plan, step)
+
+    def on_load(self, member: Member, load: Load) -> None:
+        """A Pong says how many sessions a member has."""
+        self._planned_change.on_load(member, load)
 
     def take_alarms(self) -> list[Alarm]:
         alarms, self._alarms = self._alarms, []
         return alarms
 
-    def decide(self, state: ClusterState, now: float, *, frozen: bool = False) -> Decision | None:
-        """The next write that `state` calls for. If `frozen`, only deaths may change the map."""
+    def decide(
+        self, state: ClusterState, now: float, *, unix_now: float = 0.0, frozen: bool = False
+    ) -> Decision | None:
+        """The next write that `state` calls for. If `frozen`, only deaths may change the map.
+        `unix_now` is the same moment in Unix seconds."""
         spec = state.spec
         if spec is None or not state.synced:
             return None
@@ -165,8 +177,9 @@ class Membership:
         survivors = [m for m in members if m not in self._dead]
         if expert_map is None or not survivors:
             return (
-                self._declare_dead(residency, members)
+                self._writes.declare_dead(residency, members)
                 or self._form(residency, [], now)
+                or self._planned_change.next_desired(state, unix_now, is_whole=False)
                 or self._delete_stale_keys(state, members)
             )
         if len(survivors) < len(members):
@@ -178,10 +191,20 @@ class Membership:
             return self._republish(residency, expert_map, "resync: counts begin together", now)
         if frozen:
             return None
+        newcomers = self._newcomers(residency, members)
+        leavers = self._planned_change.leavers(state, members, now)
         return (
-            self._admit(residency, expert_map, now)
+            self._admit(residency, expert_map, newcomers, now)
+            or self._remove_drained(residency, expert_map, leavers, now)
             or self._publish_loaded(residency, expert_map, now)
-            or self._heal(residency, expert_map, now)
+            or (None if leavers else self._heal(residency, expert_map, newcomers, now))
+            or self._planned_change.next_desired(
+                state,
+                unix_now,
+                is_whole=not leavers
+                and state.desired.restart is not None
+                and self._is_whole(residency, expert_map, newcomers),
+            )
             or self._delete_stale_keys(state, members)
         )
 
@@ -195,11 +218,10 @@ class Membership:
                 self._alarm_slots(step)
             case AssignRows():
                 self._alarmed.discard(AlarmKind.TOO_FEW_SLOTS)
-                return self._assign(residency, step.by_member, force=True)
+                return self._writes.assign(residency, step.by_member, force=True)
             case PublishRows():
-                num_ranks = residency.spec.num_ranks
-                cause = f"formed by {len(step.by_member)} of {num_ranks} ranks"
-                return self._publish(residency, step.by_member, cause, now)
+                cause = f"formed by {len(step.by_member)} of {residency.num_awaited} ranks"
+                return self._writes.publish(residency, step.by_member, cause, now)
         return None
 
     # Deaths.
@@ -211,25 +233,17 @@ class Membership:
         dead = [m for m in expert_map.members if m in self._dead]
         if residency.covers(rows):
             names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
-            return self._publish(residency, rows, f"dead: {names}", now)
+            return self._writes.publish(residency, rows, f"dead: {names}", now)
         unproven = self._adoption.unproven
         result = plan_shrink(residency, expert_map, survivors, dead, unproven)
         if result.uncoverable:
-            return self._declare_dead(residency, dead) or self._form(residency, survivors, now)
+            return self._writes.declare_dead(residency, dead) or self._form(
+                residency, survivors, now
+            )
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
-        return self._assign(residency, wanted, dead=dead) or self._declare_dead(residency, dead)
-
-    def _declare_dead(self, residency: Residency, members: Sequence[Member]) -> DeclareDead | None:
-        verdicts = self._fresh_verdicts(residency.state, members)
-        return DeclareDead(verdicts=verdicts) if verdicts else None
-
-    def _fresh_verdicts(
-        self, state: ClusterState, members: Iterable[Member]
-    ) -> tuple[Verdict, ...]:
-        """For the dead among `members` that have no verdict in etcd yet."""
-        fresh = [m for m in members if m in self._dead and m not in state.verdicts]
-        epoch = self._next_epoch(state)
-        return tuple(replace(self._dead[m], epoch=epoch) for m in fresh)
+        return self._writes.assign(residency, wanted, dead=dead) or self._writes.declare_dead(
+            residency, dead
+        )
 
     # The same placement again.
 
@@ -238,19 +252,20 @@ class Membership:
     ) -> Write | None:
         """In a resync every member is a joiner: counts of graphs begin together."""
         rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
-        return self._publish(residency, rows, cause, now, at_once=True)
+        return self._writes.publish(residency, rows, cause, now, at_once=True)
 
     # Joiners.
 
-    def _admit(self, residency: Residency, expert_map: ExpertMap, now: float) -> Write | None:
+    def _admit(
+        self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member], now: float
+    ) -> Write | None:
         members = expert_map.members
-        newcomers = self._newcomers(residency, members)
         unassigned = [m for m in newcomers if residency.assigned(m) is None]
         if unassigned:
             known = [m for m in newcomers if m not in unassigned]
             result = plan_join(residency, expert_map, [*members, *known], unassigned)
             wanted = {m: result.placement[:, m.rank] for m in unassigned}
-            return self._assign(residency, wanted, force=True)
+            return self._writes.assign(residency, wanted, force=True)
         admitted: list[Member] = []
         for newcomer in newcomers:
             together = [*members, *admitted, newcomer]
@@ -260,7 +275,44 @@ class Membership:
             return None
         rows = residency.available_rows([*members, *admitted])
         cause = "joined: " + ", ".join(str(m) for m in admitted)
-        return self._publish(residency, rows, cause, now) if residency.covers(rows) else None
+        return self._writes.publish(residency, rows, cause, now) if residency.covers(rows) else None
+
+    # Drained members.
+
+    def _remove_drained(
+        self, residency: Residency, expert_map: ExpertMap, leavers: Sequence[Member], now: float
+    ) -> Write | None:
+        """As many of them at once as the others can replace. What the others lack is loaded first,
+        while all still serve."""
+        if not self._adoption.may_follow(now):
+            return None
+        for num_leaving in range(len(leavers), 0, -1):
+            leaving = leavers[:num_leaving]
+            rest = [m for m in expert_map.members if m not in leaving]
+            rows = residency.available_rows(rest)
+            names = ", ".join(str(m) for m in leaving)
+            if residency.covers(rows):
+                cause = f"drained: {names}"
+                return self._writes.publish(residency, rows, cause, now, drained=leaving)
+            if residency.covers(residency.intended_rows(rest)):
+                return None  # it is being loaded
+            unproven = self._adoption.unproven
+            wanted = plan_leave(residency, expert_map, rest, leaving, unproven)
+            if wanted is not None:
+                return self._move(residency, expert_map, wanted, f"replacing: {names}", now)
+        return None
+
+    def _is_whole(
+        self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member]
+    ) -> bool:
+        """All ranks that are wanted serve, and nothing is left to be moved."""
+        return (
+            not newcomers
+            and len(expert_map.members) == residency.num_awaited
+            and self._adoption.is_complete
+            and all(residency.is_settled(m) for m in expert_map.members)
+            and self._healing.nothing_to_move(residency.state)
+        )
 
     # Heals.
 
@@ -275,45 +327,32 @@ class Membership:
         if not held or not residency.covers(rows):
             return None
         cause = "healed: " + ", ".join(str(m) for m in held)
-        return self._publish(residency, rows, cause, now)
+        return self._writes.publish(residency, rows, cause, now)
 
-    def _heal(self, residency: Residency, expert_map: ExpertMap, now: float) -> Decision | None:
-        revision = _map_revision(residency.state)
-        if not self._is_quiet(residency, expert_map, now) or self._planning_revision == revision:
-            return None
-        if self._planned is None or self._planned[0] != revision:
-            self._planning_revision = revision
-            return self._plan_heal(residency, expert_map, revision)
-        step = self._planned[1]
-        if step is None:
-            return None
-        wanted = {m: step.placement[:, m.rank] for m in expert_map.members}
-        if np.array_equal(step.emptied, expert_map.placement):
-            return self._assign(residency, wanted)
-        emptied = {m: step.emptied[:, m.rank] for m in expert_map.members}
+    def _heal(
+        self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member], now: float
+    ) -> Decision | None:
+        step = self._healing.next_step(residency, expert_map, newcomers, now)
+        if step is None or isinstance(step, PlanHeal):
+            return step
+        rows = {m: step.placement[:, m.rank] for m in expert_map.members}
+        return self._move(residency, expert_map, rows, f"healing: {step.reason}", now)
+
+    def _move(
+        self,
+        residency: Residency,
+        expert_map: ExpertMap,
+        wanted: dict[Member, Placement],
+        cause: str,
+        now: float,
+    ) -> Write | None:
+        """Nobody uses a slot while it is loaded: a map that leaves those slots empty comes first,
+        with the assignments, unless they are empty already."""
+        emptied = emptied_for(expert_map, wanted)
+        if np.array_equal(residency.placement(emptied), expert_map.placement):
+            return self._writes.assign(residency, wanted)
         assignments = residency.assignments(wanted, epoch=expert_map.epoch + 1)
-        return self._publish(residency, emptied, f"healing: {step.reason}", now, assignments)
-
-    def _plan_heal(self, residency: Residency, expert_map: ExpertMap, revision: int) -> PlanHeal:
-        return PlanHeal(
-            expert_map=expert_map,
-            map_revision=revision,
-            nodes=residency.nodes(expert_map.members),
-            budget_bytes=self._policy.heal_budget_bytes,
-            bytes_per_expert=self._policy.bytes_per_expert,
-            redundant=residency.spec.redundant_experts,
-            survive=self._policy.survive,
-        )
-
-    def _is_quiet(self, residency: Residency, expert_map: ExpertMap, now: float) -> bool:
-        waiting = (
-            now - self._first_seen[m] for m in self._newcomers(residency, expert_map.members)
-        )
-        return (
-            now - self._quiet_since >= self._policy.heal_after_s
-            and all(waited_s > self._policy.joiner_timeout_s for waited_s in waiting)
-            and all(residency.is_settled(m) for m in expert_map.members)
-        )
+        return self._writes.publish(residency, emptied, cause, now, assignments)
 
     def _delete_stale_keys(self, state: ClusterState, members: Iterable[Member]) -> Write | None:
         current_members = {*members, *state.records}
@@ -328,66 +367,14 @@ class Membership:
         keys = tuple(itertools.islice(itertools.chain(gone, stale_suspicions), _DELETED_KEYS_MAX))
         return DeleteKeys(keys=keys) if keys else None
 
-    # Writes.
-
-    def _publish(
-        self,
-        residency: Residency,
-        rows: dict[Member, Placement],
-        cause: str,
-        now: float,
-        assignments: tuple[SlotContents, ...] = (),
-        *,
-        at_once: bool = False,
-    ) -> PublishMap | None:
-        current, epoch = residency.state.expert_map, self._next_epoch(residency.state)
-        leavers = [m for m in (current.members if current else ()) if m not in rows]
-        if any(m not in self._dead for m in leavers):  # a map of an older spec: judge it first
-            return None
-        if not leavers and not at_once and not self._adoption.may_follow(now):
-            return None
-        expert_map = residency.map_of(
-            rows,
-            epoch=epoch,
-            joiners=self._adoption.joiners(rows),
-            cause=cause,
-            published_at=now,
-        )
-        return PublishMap(
-            expert_map=expert_map,
-            verdicts=tuple(replace(self._dead[m], epoch=epoch) for m in leavers),
-            assignments=assignments,
-        )
-
-    def _assign(
-        self,
-        residency: Residency,
-        wanted: dict[Member, Placement],
-        *,
-        force: bool = False,
-        dead: Iterable[Member] = (),
-    ) -> Write | None:
-        epoch = self._next_epoch(residency.state) - 1
-        assignments = residency.assignments(wanted, epoch=epoch, force=force)
-        verdicts = self._fresh_verdicts(residency.state, dead)
-        return Assign(assignments=assignments, verdicts=verdicts) if assignments else None
-
-    def _next_epoch(self, state: ClusterState) -> Epoch:
-        """Above that of every map that somebody may run, also if etcd has lost it."""
-        current = state.expert_map
-        known = current.epoch if current is not None else Epoch(0)
-        return Epoch(max(known, self._running_epoch) + 1)
+    # What is known.
 
     def _note_time(self, state: ClusterState, now: float) -> None:
-        for member in state.records:
-            self._first_seen.setdefault(member, now)
-        quiet_state = (_map_revision(state), frozenset(state.records))
-        if quiet_state != self._quiet_state:
-            self._quiet_state, self._quiet_since = quiet_state, now
+        self._healing.note(state, now)
         expert_map = state.expert_map
         kept = {*state.records, *(expert_map.members if expert_map else ())}
-        self._first_seen = {m: t for m, t in self._first_seen.items() if m in kept}
-        self._dead = {m: d for m, d in self._dead.items() if m in kept}
+        for member in [m for m in self._dead if m not in kept]:
+            del self._dead[member]
         self._adoption.on_map(expert_map, kept, now)
 
     def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
@@ -401,7 +388,3 @@ class Membership:
                 "place; serving waits for more ranks"
             )
             self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))
-
-
-def _map_revision(state: ClusterState) -> int:
-    return state.revision_of(state.keys.map)

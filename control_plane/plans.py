@@ -10,7 +10,7 @@ import numpy as np
 from control_plane.placement import GrowResult, PlacementPlan, ShrinkResult, grow, place, shrink
 from control_plane.residency import Residency
 from shared.expert_map import ExpertMap, Placement
-from shared.types import Member, RankId
+from shared.types import EMPTY_SLOT, Member, RankId
 
 
 def plan_formation(
@@ -25,7 +25,7 @@ def plan_formation(
         residency.nodes(members),
         residency.slots(members),
         redundant=spec.redundant_experts,
-        num_ranks=spec.num_ranks,
+        num_ranks=residency.num_ranks,
         survive=survive,
     )
 
@@ -70,6 +70,34 @@ def plan_shrink(
     rows |= {m: expert_map.placement[:, m.rank] for m in dead}
     base = residency.map_of(rows, epoch=expert_map.epoch)
     return shrink(base, [m.rank for m in dead], unproven=unproven)
+
+
+def plan_leave(
+    residency: Residency,
+    expert_map: ExpertMap,
+    rest: Sequence[Member],
+    leaving: Sequence[Member],
+    unproven: Collection[RankId],
+) -> dict[Member, Placement] | None:
+    """Rows for `rest`, so that they hold every expert without `leaving`, who live. What is being
+    loaded is waited for. None: not now, or `rest` have too few slots."""
+    if not rest or not all(residency.is_settled(m) for m in rest):
+        return None
+    result = plan_shrink(residency, expert_map, rest, leaving, unproven)
+    if result.uncoverable:
+        return None
+    return {m: result.refilled[:, m.rank] for m in rest}
+
+
+def emptied_for(
+    expert_map: ExpertMap, wanted: Mapping[Member, Placement]
+) -> dict[Member, Placement]:
+    """The map's rows, less what `wanted` has something else for."""
+    rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
+    for member, row in wanted.items():
+        changes = (rows[member] >= 0) & (rows[member] != row)
+        rows[member] = np.where(changes, EMPTY_SLOT, rows[member]).astype(np.int16)
+    return rows
 
 
 def plan_join(

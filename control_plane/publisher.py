@@ -12,6 +12,7 @@ from control_plane.writes import (
     Assign,
     DeclareDead,
     DeleteKeys,
+    PublishDesired,
     PublishMap,
     Write,
     stopped_verdicts,
@@ -58,7 +59,10 @@ class Publisher:
         StoreUnavailable if the outcome is unknown, and TxnConflict or LeaseLost if nothing was
         written."""
         compare = [Compare(key=self._keys.leader, mod_revision=leader_revision)]
-        if not isinstance(write, DeleteKeys):
+        if isinstance(write, PublishDesired):
+            desired_revision = state.revision_of(self._keys.desired)
+            compare.append(Compare(key=self._keys.desired, mod_revision=desired_revision))
+        elif not isinstance(write, DeleteKeys):
             map_revision = state.revision_of(self._keys.map)
             compare.append(Compare(key=self._keys.map, mod_revision=map_revision))
             compare += [self._is_stopped(v, state) for v in stopped_verdicts(write, state)]
@@ -104,6 +108,8 @@ class Publisher:
                     *self._verdict_puts(write.verdicts),
                     *self._assignment_puts(write.assignments),
                 ]
+            case PublishDesired():
+                return [Put(key=self._keys.desired, value=pack_record(write.desired))]
             case DeleteKeys():
                 return [Delete(key=key) for key in write.keys]
 

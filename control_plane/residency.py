@@ -8,11 +8,13 @@ counts as empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from control_plane.cluster_state import ClusterState
+from shared.desired_state import AfterDrain
 from shared.errors import WireError
 from shared.expert_map import ExpertMap, Placement
 from shared.records import InstanceSpec, SlotContents
@@ -28,15 +30,22 @@ class Residency:
         self.state = state
         self.spec = spec
         self._shape = (spec.num_moe_layers, spec.slots_per_rank)
+        self._desired_ranks = frozenset(state.desired.rank_ids(spec.num_ranks))
+        self.num_ranks = _num_rows(state, spec, self._desired_ranks)
+        self.expert_map = self._map_of_spec()
 
-    @property
-    def expert_map(self) -> ExpertMap | None:
-        """The present map, or None if its sizes are not those of the spec."""
+    def _map_of_spec(self) -> ExpertMap | None:
+        """The present map with a row for each rank that may come, or None if its sizes are not
+        those of the spec."""
         expert_map = self.state.expert_map
         if expert_map is None or expert_map.num_experts != self.spec.num_experts:
             return None
-        wanted = (self.spec.num_moe_layers, self.spec.num_ranks, self.spec.slots_per_rank)
-        return expert_map if expert_map.placement.shape == wanted else None
+        if expert_map.placement.shape[::2] != self._shape:
+            return None
+        if expert_map.num_ranks == self.num_ranks:
+            return expert_map
+        rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
+        return replace(expert_map, placement=self.placement(rows))
 
     def widen(self, row: Placement) -> Placement:
         """`row` with ABSENT_SLOT appended up to the spec's slots per rank."""
@@ -92,7 +101,7 @@ class Residency:
     def placement(self, rows: dict[Member, Placement]) -> Placement:
         """`[num_layers, num_ranks, slots_per_rank]`; ranks without a row are empty."""
         layers, width = self._shape
-        result = np.full((layers, self.spec.num_ranks, width), EMPTY_SLOT, dtype=np.int16)
+        result = np.full((layers, self.num_ranks, width), EMPTY_SLOT, dtype=np.int16)
         for member, row in rows.items():
             result[:, member.rank] = row
         return result
@@ -141,17 +150,29 @@ class Residency:
         return {m.rank: records[m].slots if m in records else width for m in members}
 
     def newcomers(self, members: Iterable[Member]) -> list[Member]:
-        """The newest incarnation of each rank that is not among `members`, unless it has a verdict
-        or its record does not fit the spec."""
+        """The newest incarnation of each rank that is not among `members`, unless it has a verdict,
+        nobody wants it, it is to leave, or its record does not fit the spec."""
         taken = {m.rank for m in members}
         return [
             record.member
             for rank, record in sorted(self.state.newest_records().items())
             if rank not in taken
-            and 0 <= rank < self.spec.num_ranks
+            and rank in self._desired_ranks
+            and not self.is_to_leave(record.member)
             and 0 < record.slots <= self.spec.slots_per_rank
             and record.member not in self.state.verdicts
         ]
+
+    def is_to_leave(self, member: Member) -> bool:
+        """Whether a drain keeps it out of the map, or ends its membership."""
+        return is_to_leave(self.state, member)
+
+    @property
+    def num_awaited(self) -> int:
+        """How many ranks are to be in the map once all have come."""
+        desired = self.state.desired
+        staying = {drain.rank for drain in desired.drains if drain.after is AfterDrain.STAY}
+        return len(self._desired_ranks - staying)
 
     def assignments(
         self, wanted: Mapping[Member, Placement], *, epoch: int, force: bool = False
@@ -178,3 +199,20 @@ class Residency:
         if row.shape[0] != self._shape[0] or row.shape[1] > self._shape[1]:
             return None
         return self.widen(row)
+
+
+def is_to_leave(state: ClusterState, member: Member) -> bool:
+    """Whether a drain keeps this member out of the map, or ends its membership."""
+    spec, record = state.spec, state.records.get(member)
+    if spec is None:
+        return False
+    process = member.incarnation if record is None else record.first_incarnation
+    node = None if record is None else record.node
+    return state.desired.is_to_leave(member.rank, process, node, num_ranks=spec.num_ranks)
+
+
+def _num_rows(state: ClusterState, spec: InstanceSpec, desired: Collection[RankId]) -> int:
+    """Rows of a map: one for each rank number that a member has or may have."""
+    members = state.expert_map.members if state.expert_map is not None else ()
+    highest = max((*desired, *(m.rank for m in members)), default=0)
+    return max(spec.capacity, highest + 1)

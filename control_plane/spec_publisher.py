@@ -1,11 +1,12 @@
-"""Publishes what the instance serves. Refuses to change it while ranks are registered."""
+"""Publishes what the instance serves. Refuses to change it while ranks are registered. What was
+asked of an instance that served something else is forgotten with it."""
 
 from __future__ import annotations
 
 from control_plane.state_applier import StateApplier
 from shared.errors import ConfigError, StoreUnavailable, TxnConflict
 from shared.records import InstanceSpec, pack_record
-from shared.store import Compare, Put, Store, WatchEvent
+from shared.store import Compare, Delete, Put, Store, WatchEvent
 
 
 async def publish_spec(
@@ -27,12 +28,16 @@ async def publish_spec(
         Compare(key=state.keys.leader, mod_revision=leader_revision),
         Compare(key=key, mod_revision=state.revision_of(key)),
     ]
-    value = pack_record(spec)
+    operations: list[Put | Delete] = [Put(key=key, value=pack_record(spec))]
+    if published is not None:
+        operations.append(Delete(key=state.keys.desired))
     try:
-        revision = await store.txn(compare, [Put(key=key, value=value)])
+        revision = await store.txn(compare, operations)
     except (TxnConflict, StoreUnavailable):
         return False
-    cluster.apply(WatchEvent(key=key, value=value, mod_revision=revision))
+    for each in operations:
+        value = each.value if isinstance(each, Put) else None
+        cluster.apply(WatchEvent(key=each.key, value=value, mod_revision=revision))
     return True
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from control_plane.cluster_state import ClusterState
+from shared.desired_state import DesiredState
 from shared.errors import WireError
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
+    AgentRecord,
     InstanceSpec,
     LeaderRecord,
     ProcessView,
@@ -23,7 +25,7 @@ from shared.records import (
 )
 from shared.revisions import Revisions
 from shared.store import Snapshot, WatchEvent
-from shared.types import ACCUSERS, Member
+from shared.types import ACCUSERS, Member, NodeId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,13 @@ class VerdictPut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredPut:
+    """Somebody asked for a change, a part of one is done, or the key is gone: nothing is asked."""
+
+    desired: DesiredState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderPut:
     record: LeaderRecord
 
@@ -85,6 +94,7 @@ StateChange = (
     | ViewPut
     | MapPut
     | VerdictPut
+    | DesiredPut
     | LeaderPut
     | LeaderDeleted
     | MalformedValue
@@ -109,6 +119,10 @@ class _Kind(NamedTuple):
 class _Entry(NamedTuple):
     kind: _Kind
     value: Any
+
+
+_ABSENT: Mapping[str, Any] = {"term": 0, "desired": DesiredState()}
+"""What a field of ClusterState has if its key does not exist, where that is not None."""
 
 
 class _Update:
@@ -140,7 +154,7 @@ class _Update:
             if isinstance(entry.value, ProcessView):
                 self._table("revisions").pop(key, None)
         else:
-            self._changed[entry.kind.field] = 0 if entry.kind.field == "term" else None
+            self._changed[entry.kind.field] = _ABSENT.get(entry.kind.field)
             self._table("revisions").pop(key, None)
 
     def keep_map(self, expert_map: ExpertMap) -> None:
@@ -182,6 +196,8 @@ class StateApplier:
             _Kind(keys.suspicions, "suspicions", lambda b: unpack_record(b, Suspicion)),
             _Kind(keys.views, "views", lambda b: unpack_record(b, ProcessView)),
             _Kind(keys.verdicts, "verdicts", lambda b: unpack_record(b, Verdict)),
+            _Kind(keys.desired, "desired", lambda b: unpack_record(b, DesiredState)),
+            _Kind(keys.agents, "agents", lambda b: unpack_record(b, AgentRecord)),
         )
 
     def apply(self, item: Snapshot | WatchEvent) -> list[StateChange]:
@@ -229,6 +245,8 @@ class StateApplier:
                 return [RecordDeleted(member=record.member)]
             case LeaderRecord():
                 return [LeaderDeleted()]
+            case DesiredState():
+                return [DesiredPut(desired=DesiredState())]
         return []
 
 
@@ -244,9 +262,11 @@ def _check_accuser(keys: Keys, key: str, suspicion: Suspicion) -> None:
 
 
 def _index_of(
-    key: str, value: RankRecord | SlotContents | Suspicion | ProcessView | Verdict
-) -> Member | str:
+    key: str, value: RankRecord | SlotContents | Suspicion | ProcessView | Verdict | AgentRecord
+) -> Member | NodeId | str:
     """Many may suspect one member, so suspicions are found by key."""
+    if isinstance(value, AgentRecord):
+        return value.node
     return key if isinstance(value, Suspicion) else value.member
 
 
@@ -262,6 +282,8 @@ def _changes_of_put(value: Any) -> list[StateChange]:
             return [VerdictPut(verdict=value)]
         case ExpertMap():
             return [MapPut(expert_map=value)]
+        case DesiredState():
+            return [DesiredPut(desired=value)]
         case LeaderRecord():
             return [LeaderPut(record=value)]
     return []

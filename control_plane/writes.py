@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from control_plane.cluster_state import ClusterState
 from control_plane.placement import HealStep, heal
+from shared.desired_state import DesiredState
 from shared.expert_map import ExpertMap
 from shared.records import SlotContents, Verdict
 from shared.types import NodeId, ProcessState, RankId, SuspicionReason
@@ -46,6 +47,14 @@ class DeleteKeys:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PublishDesired:
+    """The next desired state. Its transaction compares the revision of the one before."""
+
+    desired: DesiredState
+    cause: str  # in words, for the log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanHeal:
     """No write, but a computation that is too long for the event loop. Its result comes back
     through `Membership.on_heal_planned`; deaths are decided meanwhile."""
@@ -71,7 +80,7 @@ class PlanHeal:
         return next(iter(steps), None)
 
 
-Write = PublishMap | DeclareDead | Assign | DeleteKeys
+Write = PublishMap | DeclareDead | Assign | DeleteKeys | PublishDesired
 Decision = Write | PlanHeal
 
 

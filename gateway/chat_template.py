@@ -4,7 +4,7 @@ as transformers' `apply_chat_template` does."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -13,7 +13,7 @@ from jinja2 import meta, nodes
 from gateway.chat_messages import prepare_messages
 from gateway.context_limit import ContextLimit
 from gateway.continued_message import cut_at_end, mark_end
-from gateway.template_environment import template_environment
+from gateway.template_environment import spelt_date, template_environment
 from gateway.template_forms import Message, find_forms
 from shared.clock import Clock
 from shared.errors import CheckpointError, RequestError
@@ -37,13 +37,18 @@ _FAILURES = (
 class ChatOptions:
     """What a request asks for besides its messages. If `add_generation_prompt` is None, the prompt
     ends with the header of the assistant's next message, unless the last message is to be
-    continued. `variables` may replace special tokens, but not what has a field of its own."""
+    continued. `variables` may replace special tokens, but not what has a field of its own. If
+    `asked_at` (Unix seconds) is None, a template that writes the date takes the present one."""
 
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    asked_at: float | None = None
+
+    def at(self, asked_at: float | None) -> ChatOptions:
+        return replace(self, asked_at=asked_at)
 
 
 class ChatTemplate:
@@ -110,6 +115,7 @@ class ChatTemplate:
             )
         return {
             **self._variables,
+            **_date_at(options.asked_at),
             "documents": options.documents,
             **options.variables,
             "tools": options.tools,
@@ -155,6 +161,12 @@ class ChatTemplate:
             if self._clock.now() > ends_at:
                 raise RuntimeError(f"it took longer than {RENDER_TIMEOUT_S:.0f} s")
             yield piece
+
+
+def _date_at(asked_at: float | None) -> dict[str, Any]:
+    if asked_at is None:
+        return {}
+    return {"strftime_now": lambda form: spelt_date(asked_at, form)}
 
 
 def _reason(error: BaseException) -> str:

@@ -1,5 +1,5 @@
 """A gateway's snapshot of the instance, as etcd has it: the spec, the newest map, the ranks'
-records. While etcd does not answer the last snapshot stays."""
+records, what is desired. While etcd does not answer the last snapshot stays."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import structlog
 
 from shared.changes import changes
 from shared.codec import unpack
+from shared.desired_state import DesiredState
 from shared.errors import WireError
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
@@ -33,6 +34,7 @@ class ClusterView:
     members: tuple[Member, ...] = ()
     expert_map: ExpertMap | None = None
     ranks: Mapping[str, RankRecord] = field(default_factory=dict)  # by etcd key
+    desired: DesiredState = DesiredState()
 
     @property
     def kv_tokens_min(self) -> int:
@@ -63,12 +65,14 @@ class ClusterView:
             return self.with_map(unpack_map(value))
         if key == keys.spec:
             return replace(self, spec=unpack(value, InstanceSpec))
+        if key == keys.desired:
+            return replace(self, desired=unpack(value, DesiredState))
         if key.startswith(keys.ranks):
             return replace(self, ranks={**self.ranks, key: unpack(value, RankRecord)})
         return self
 
     def without(self, key: str) -> ClusterView:
-        """The view after a key was deleted. The spec and the map stay: serving continues."""
+        """The view after a key was deleted. All but a rank's record stays: serving continues."""
         if key not in self.ranks:
             return self
         return replace(self, ranks={k: v for k, v in self.ranks.items() if k != key})

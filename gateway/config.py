@@ -112,6 +112,11 @@ class GatewayConfig:
         "clients with different API keys use each other's cached prompts: fewer tokens to compute, "
         "but cached_tokens and the time to the first token tell a client what others have sent",
     )
+    event_ids: bool = option(
+        True,
+        "events of streams have ids, by which a client can resume a stream at any gateway; "
+        "--no-event-ids is for clients that know no line of an event but data:",
+    )
     access_log: bool = option(
         True, "log a line for each request; for /health and /metrics only if they fail"
     )

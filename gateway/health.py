@@ -20,7 +20,7 @@ STALL_MAX_S = 3.0
 
 class ServingState(Enum):
     SERVING = "serving"
-    SCALING = "scaling"  # ranks are registered that the map does not name yet
+    SCALING = "scaling"  # ranks join the map, or are drained so that they can leave it
     RECOVERING = "recovering"  # the map names a rank that is lost
     STOPPED = "stopped"
 
@@ -40,12 +40,13 @@ class Health:
         reasons = self.reasons_not_ready()
         lost = self._driver.lost_ranks()
         joining = _joining(self._driver.view)
+        draining = sorted(member.rank for member in self._driver.draining_ranks())
         if reasons and not lost:
             state = ServingState.STOPPED
         elif lost:
             state = ServingState.RECOVERING
         else:
-            state = ServingState.SCALING if joining else ServingState.SERVING
+            state = ServingState.SCALING if joining or draining else ServingState.SERVING
         return {
             "status": "not_ready" if reasons else "ready",
             "live": True,
@@ -53,6 +54,7 @@ class Health:
             "since_s": round(self._age_s(lost.values()), 3) if lost else None,
             "lost_ranks": sorted(member.rank for member in lost),
             "joining_ranks": joining,
+            "draining_ranks": draining,
             "missing_ranks": _missing(self._driver.view),
             "reasons": reasons,
         }
@@ -110,10 +112,17 @@ def _names(members: Mapping[Member, float]) -> str:
 
 
 def _joining(view: ClusterView) -> list[int]:
-    """Ranks of which a registered incarnation is in no map yet, although there is one."""
+    """Ranks of which a registered incarnation is in no map yet, although there is one. Those that
+    have been drained wait outside it on purpose."""
     if not view.members:
         return []
-    return sorted({r.rank for r in view.ranks.values() if r.member not in view.members})
+    return sorted(
+        {
+            record.rank
+            for record in view.ranks.values()
+            if record.member not in view.members and view.desired.drain_of(record.rank) is None
+        }
+    )
 
 
 def _missing(view: ClusterView) -> list[int]:
@@ -121,7 +130,7 @@ def _missing(view: ClusterView) -> list[int]:
     if view.spec is None:
         return []
     known = {r.rank for r in view.ranks.values()} | {member.rank for member in view.members}
-    return sorted(set(range(view.spec.num_ranks)) - known)
+    return sorted(set(view.desired.rank_ids(view.spec.num_ranks)) - known)
 
 
 def _progress(view: ClusterView) -> str:

@@ -50,6 +50,11 @@ class GatewayMetrics:
             "key_generated_tokens", "Tokens generated for requests, by API key", "key"
         )
         self._keys_shown: set[str] = set()
+        self._resumed = self._counter(
+            "sessions_resumed",
+            "Sessions of streams that were resumed: their rank had kept their tokens, or not",
+            "tokens",
+        )
         self._moves = self._counter("session_moves", "Placements after a session's first one")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens, counted as requests begin")
         self._cached = self._counter(
@@ -113,6 +118,8 @@ class GatewayMetrics:
         failure = session.failure.kind if session.failure else None
         self._sessions.labels(_outcome(session.state, failure)).inc()
         self._moves.inc(session.moves)
+        if session.home_rank is not None:
+            self._resumed.labels("kept" if session.taken_over else "computed_again").inc()
         self._cached.inc(session.cached_tokens)
         if session.first_token_at is not None:
             self._ttft.observe(session.first_token_at - session.opened_at)

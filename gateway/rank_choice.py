@@ -19,12 +19,14 @@ _PREFIX_AFFINITY = PrefixAffinity()  # has no state
 class RankChooser:
     """A rank is live if the newest map names it and its link is open. A rank is silent if it does
     not answer a probe. It is still live, but gets sessions only if all live ranks are silent: the
-    load of a hung rank does not grow, so by load alone it would be chosen. Of ranks that are equal
-    in all else, one that the others wait for gets none."""
+    load of a hung rank does not grow, so by load alone it would be chosen. A rank that is drained
+    is live, too, and gets sessions only if all others are drained or silent. Of ranks that are
+    equal in all else, one that the others wait for gets none."""
 
     def __init__(self, policy: RoutingPolicy = _PREFIX_AFFINITY) -> None:
         self._policy = policy
         self._members: tuple[Member, ...] = ()
+        self._draining: frozenset[Member] = frozenset()
         self._ranks: dict[Member, RankLoad] = {}
 
     @property
@@ -33,6 +35,10 @@ class RankChooser:
 
     def live(self) -> list[Member]:
         return [m for m in self._members if m in self._ranks and self._ranks[m].linked]
+
+    def answering(self, rank: RankId) -> Member | None:
+        """The live member of this number, unless it is silent."""
+        return next((m for m in self.live() if m.rank == rank and not self._ranks[m].silent), None)
 
     def loads(self) -> list[Load]:
         """The last reports of the live ranks."""
@@ -43,6 +49,10 @@ class RankChooser:
             if left_out in self._ranks:
                 self._ranks[left_out].served.clear()
         self._members = tuple(sorted(members))
+
+    def on_drains(self, draining: frozenset[Member]) -> None:
+        """These are being drained now, and no others."""
+        self._draining = draining
 
     def on_link_opened(self, member: Member, *, kv_block_tokens: int) -> None:
         self._ranks[member] = RankLoad(kv_block_tokens=kv_block_tokens, linked=True)
@@ -95,16 +105,18 @@ class RankChooser:
     ) -> Member | None:
         """The policy's choice among the fittest live ranks; None if no rank is live. A rank with
         room for the tokens is fitter than one without, one that has not just refused the session
-        (`avoid`) is fitter than one with room, and a silent rank is the least fit. `backup_rank`
+        (`avoid`) is fitter than one with room, one that is drained is less fit than these, and a
+        silent rank is the least fit. `backup_rank`
         has KV replicas of these tokens. Only prefixes of the same `cache_salt` count as known: else
         the choice would tell one client what another has sent."""
         fittest: list[Member] = []
         late = self.stragglers()
-        best = (True, True, True, True)
+        best = (True, True, True, True, True)
         for member in self.live():
             rank = self._ranks[member]
             fitness = (
                 rank.silent,
+                member in self._draining,
                 member in avoid,
                 rank.is_short_of_kv(len(tokens)),
                 member in late,

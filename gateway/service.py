@@ -23,6 +23,7 @@ from gateway.api.http_app import HttpApp
 from gateway.api.http_listener import HttpListener, quiet_http_logger
 from gateway.api.request_admission import RequestAdmission
 from gateway.api.request_log import RequestLog
+from gateway.api.resumption import Resumption
 from gateway.api_key_watch import ApiKeyWatch
 from gateway.cache_salt import CacheSalts
 from gateway.cluster_view import ClusterWatch
@@ -35,6 +36,7 @@ from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
+from gateway.stream_names import StreamNames
 from gateway.stream_session import SessionPolicy
 from gateway.tls import ServerCertificate
 from gateway.tokenizer_loader import TokenizerOptions
@@ -136,6 +138,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             health=health,
             models=models,
             grammars=grammars,
+            resumption=Resumption(
+                StreamNames(dependencies.access.secret),
+                dependencies.clock,
+                event_ids=config.event_ids,
+            ),
             body_bytes_max=config.body_bytes_max,
             cross_origin=CrossOrigin(_origins(config.cors_origins)),
             logprobs_max=config.logprobs_max,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from gateway.cluster_view import ClusterView
+from gateway.drains import Drains
 from gateway.metrics import GatewayMetrics
 from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
@@ -28,6 +29,7 @@ from shared.types import (
     DEFAULT_SCHEDULING,
     Accuser,
     Member,
+    RankId,
     SamplingParams,
     SchedulingParams,
     SessionId,
@@ -73,6 +75,7 @@ class SessionDriver:
         self._table = SessionTable(rank_chooser=self._rank_chooser, policy=policy)
         self._links: dict[Member, tuple[RankLink, asyncio.Task[None]]] = {}
         self._view = ClusterView()
+        self._drains = Drains()
         self._fenced: set[Member] = set()
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
         self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
@@ -119,6 +122,10 @@ class SessionDriver:
         """What the live ranks last reported."""
         return self._rank_chooser.loads()
 
+    def draining_ranks(self) -> frozenset[Member]:
+        """Members of the map that get no sessions because they are to leave it. They are live."""
+        return self._drains.members
+
     def lost_ranks(self) -> dict[Member, float]:
         """The members of the map whose links are broken, with the time when each broke."""
         return {m: at for m, at in self._lost_at.items() if m in self._view.members}
@@ -142,10 +149,13 @@ class SessionDriver:
         *,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
         expires_at: float = math.inf,
+        stream_key: bytes = b"",
+        home_rank: RankId | None = None,
     ) -> StreamSession:
         """`wake` is called whenever the session has new tokens, and when it has ended. At
-        `expires_at` (of the clock's `now`) it fails. The caller must `cancel` the session at the
-        end; that does nothing if it has already ended."""
+        `expires_at` (of the clock's `now`) it fails. `stream_key` as in `Submit`; `home_rank` may
+        have it already, from another gateway. The caller must `cancel` the session at the end; that
+        does nothing if it has already ended."""
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
         self._metrics.on_session_begin(len(prompt))
@@ -156,6 +166,8 @@ class SessionDriver:
             self._clock.now(),
             scheduling=scheduling,
             expires_at=expires_at,
+            stream_key=stream_key,
+            home_rank=home_rank,
         )
         self._perform(actions)
         return session
@@ -185,6 +197,8 @@ class SessionDriver:
 
     def on_view(self, view: ClusterView) -> None:
         old, self._view = self._view, view
+        self._drains.on_view(view, now=self._clock.now(), wall=self._clock.wall())
+        self._table.on_drains(self._drains.members)
         if view.epoch != old.epoch:
             self._on_map(old, view)
         self._reconcile_links()

@@ -13,6 +13,7 @@ from gateway.stream_session import SendToRank, SessionPolicy, SessionState, Stre
 from shared.types import (
     DEFAULT_SCHEDULING,
     Member,
+    RankId,
     SamplingParams,
     SchedulingParams,
     SessionId,
@@ -82,6 +83,8 @@ class SessionTable:
         *,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
         expires_at: float = math.inf,
+        stream_key: bytes = b"",
+        home_rank: RankId | None = None,
     ) -> tuple[StreamSession, list[Action]]:
         assert session not in self._sessions
         opened = StreamSession(
@@ -92,6 +95,8 @@ class SessionTable:
             now=now,
             scheduling=scheduling,
             expires_at=expires_at,
+            stream_key=stream_key,
+            home_rank=home_rank,
         )
         if expires_at < math.inf:
             self._forget_ended_expiries()
@@ -107,16 +112,22 @@ class SessionTable:
         return self._apply(session, session.cancel)
 
     def shut_down(self) -> list[Action]:
+        """Ranks are told nothing: with the links they lose the sessions, and a client may go on
+        with its stream at another gateway."""
         actions: list[Action] = []
         for session in list(self._sessions.values()):
             actions += self._apply(session, session.shut_down)
-        return actions
+        return [action for action in actions if not isinstance(action, SendToRank)]
 
     def on_map(self, members: tuple[Member, ...], now: float) -> list[Action]:
         """Takes the newest map's members. Sessions on ranks that it leaves out are moved."""
         self._rank_chooser.on_map(members)
         left_out = [member for member in self._placed if member not in set(members)]
         return self._move(left_out, now)
+
+    def on_drains(self, draining: frozenset[Member]) -> None:
+        """These get no session while another rank can have it."""
+        self._rank_chooser.on_drains(draining)
 
     def on_link_opened(self, member: Member, kv_block_tokens: int, now: float) -> list[Action]:
         self._rank_chooser.on_link_opened(member, kv_block_tokens=kv_block_tokens)
@@ -217,16 +228,22 @@ class SessionTable:
         actions: list[Action] = []
         ready = [s for s in self._waiting.values() if s.ready_at <= now]
         for session in sorted(ready, key=_urgency):
-            refused_by = self._refused_by.get(session.id)
-            member = self._rank_chooser.choose(
-                session.tokens,
-                avoid=(refused_by,) if refused_by else (),
-                backup_rank=session.backup_rank,
-                cache_salt=session.scheduling.cache_salt,
-            )
-            if member is not None:
+            if (member := self._choose(session)) is not None:
                 actions += self._place(session, member)
         return actions
+
+    def _choose(self, session: StreamSession) -> Member | None:
+        if session.home_rank is not None and session.attempt < 0:
+            home = self._rank_chooser.answering(session.home_rank)
+            if home is not None:
+                return home
+        refused_by = self._refused_by.get(session.id)
+        return self._rank_chooser.choose(
+            session.tokens,
+            avoid=(refused_by,) if refused_by else (),
+            backup_rank=session.backup_rank,
+            cache_salt=session.scheduling.cache_salt,
+        )
 
     def _place(self, session: StreamSession, member: Member) -> list[Action]:
         del self._waiting[session.id]

@@ -150,6 +150,7 @@ class StreamSession:
         "failure",
         "finish",
         "first_token_at",
+        "home_rank",
         "id",
         "last_gap_s",
         "last_token_at",
@@ -164,6 +165,8 @@ class StreamSession:
         "sampling",
         "scheduling",
         "state",
+        "stream_key",
+        "taken_over",
     )
 
     def __init__(
@@ -176,12 +179,17 @@ class StreamSession:
         now: float,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
         expires_at: float = math.inf,
+        stream_key: bytes = b"",
+        home_rank: RankId | None = None,
     ) -> None:
         self.id = session
         self.prompt = prompt
         self.sampling = sampling
         self.scheduling = scheduling
         self.expires_at = expires_at  # whatever happens on the way
+        self.stream_key = stream_key
+        self.home_rank = home_rank  # may have it from another gateway
+        self.taken_over = False  # and did have it
         self.emitted: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -247,6 +255,7 @@ class StreamSession:
             num_emitted=len(self.emitted),
             sampling=sampling,
             scheduling=self.scheduling,
+            stream_key=self.stream_key,
         )
         return [SendToRank(member=member, message=submit)]
 
@@ -257,6 +266,8 @@ class StreamSession:
             if member != self.member:
                 return []
             self.member = member
+        if message.taken_over:
+            self.taken_over = True
         if message.backup_rank >= 0:
             self.backup_rank = RankId(message.backup_rank)
         if self._only_adds_tokens(message):

@@ -25,12 +25,17 @@ def template_environment(wall: Callable[[], float]) -> jinja2.Environment:
     )
 
     def strftime_now(form: str) -> str:
-        return datetime.fromtimestamp(wall()).strftime(form)
+        return spelt_date(wall(), form)
 
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = strftime_now
     return environment
+
+
+def spelt_date(wall: float, form: str) -> str:
+    """In local time."""
+    return datetime.fromtimestamp(wall).strftime(form)
 
 
 class _GenerationTag(Extension):

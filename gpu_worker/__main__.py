@@ -33,6 +33,7 @@ from shared.config import add_flags, load_config
 from shared.confinement import require_confined, require_internal
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
+from shared.exit_codes import END_AT_ONCE
 from shared.garbage_collector import freeze_loaded_objects
 from shared.grammars.child import TokenizerFile
 from shared.grammars.messages import GrammarBudget
@@ -90,7 +91,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     transport = _open_replication_transport(config, spec, clock)
     timer.end_stage("kv_replication")
     on_card = uses_cuda(config, model_spec)
-    config = with_step_sizes(config, on_card=on_card, num_ranks=spec.num_ranks)
+    config = with_step_sizes(config, on_card=on_card, num_ranks=spec.capacity)
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware
 
@@ -125,7 +126,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     )
     freeze_loaded_objects()
     timer.end_stage("wiring")
-    exit_process(await run_until_signal(rank))
+    exit_process(await run_until_signal(rank, config.leave_grace_s))
 
 
 def _open_replication_transport(
@@ -164,7 +165,7 @@ def _make_replication(
         transport=transport,
         cache=blocks,
         budget_bytes=kv_replica_bytes(config, blocks.block_bytes),
-        num_ranks=spec.num_ranks,
+        num_ranks=spec.capacity,
     )
 
     def renew(member: Member) -> KvReplication:
@@ -178,10 +179,12 @@ def _make_replication(
     return of_incarnation()
 
 
-async def run_until_signal(rank: RejoiningRank) -> int:
-    """SIGTERM and SIGINT end the rank."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, rank.stop)
+async def run_until_signal(rank: RejoiningRank, leave_grace_s: float) -> int:
+    """SIGTERM has the rank drained first, the others end it at once."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, END_AT_ONCE):
+        loop.add_signal_handler(number, rank.stop)
+    loop.add_signal_handler(signal.SIGTERM, rank.leave, leave_grace_s)
     return await rank.run()
 
 

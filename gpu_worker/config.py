@@ -30,6 +30,7 @@ class ExchangeKind(Enum):
     NONE = "none"
 
 
+ORPHAN_S_MAX = 600.0
 _STEP_SEQUENCES_ENOUGH = 192
 """So many sequences may be in a step even if fewer decode at once, for those in mid-stream."""
 
@@ -127,6 +128,14 @@ class RankConfig:
     waiting_max: int = option(
         256, "most sequences that wait; more are refused, the gateway retries"
     )
+    orphan_s: float = option(
+        10.0,
+        "how many seconds sessions go on after their gateway is gone, so that clients can resume "
+        "their streams at another gateway; 0: they end at once",
+    )
+    orphans_max: int = option(
+        256, "most sessions that go on without a gateway; beyond it the oldest end"
+    )
     grammar_compile_s: float = option(
         COMPILE_S_DEFAULT,
         "CPU seconds that the grammar of a guided answer may take to compile; its session fails "
@@ -134,6 +143,9 @@ class RankConfig:
     )
     grammar_memory_mb: int = option(
         MEMORY_MB_DEFAULT, "memory of the process in which this rank follows grammars"
+    )
+    leave_grace_s: float = option(
+        30.0, "after SIGTERM, how long this rank may take to be drained before it ends; 0: none"
     )
     static: bool = option(False, "no failure detection: the baseline for measuring overhead")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
@@ -163,6 +175,13 @@ class RankConfig:
             )
         if self.kv_copies_gb < 0 and self.kv_copies_gb != -1:
             raise ConfigError("--kv-copies-gb must be 0 or more, or -1 for a default")
+        if self.leave_grace_s < 0:
+            raise ConfigError("--leave-grace-s must not be negative")
+        if not 0 <= self.orphan_s <= ORPHAN_S_MAX or self.orphans_max < 0:
+            raise ConfigError(
+                f"--orphan-s must lie between 0 and {ORPHAN_S_MAX:g}, and --orphans-max must be at "
+                "least 0"
+            )
         self._check_steps()
 
     @property

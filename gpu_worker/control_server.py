@@ -100,7 +100,8 @@ class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
     is registered or in the newest map: no other gets anything. `announced` and `unheard` are told
-    in each Pong."""
+    in each Pong. For `orphan_s` seconds sessions go on after the connection of their gateway has
+    broken."""
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class ControlServer:
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         unheard: Callable[[], tuple[UnheardPeer, ...]] = tuple,
         replication: KvReplicaHost | None = None,
+        orphan_s: float = 0.0,
     ) -> None:
         self._member = member
         self._access = access
@@ -122,6 +124,7 @@ class ControlServer:
         self._announced = announced
         self._unheard = unheard
         self._replication = replication
+        self._orphan_s = orphan_s
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
         self._control_planes: set[Origin] = set()  # among these
@@ -194,7 +197,7 @@ class ControlServer:
         finally:
             self._control_planes.discard(origin)
             if self._writers.pop(origin, None) is not None:
-                self._engine.drop_origin(origin)
+                self._engine.orphan_origin(origin, self._orphan_s)
             writer.close()
 
     async def _admit(

@@ -33,7 +33,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import ExchangeHandles, InstanceSpec, RankRecord
 from shared.store import Store
-from shared.types import Member, NodeId, RankState
+from shared.types import Incarnation, Member, NodeId, RankState
 
 log = structlog.get_logger()
 
@@ -96,6 +96,7 @@ class RankParts:
     engine_executor: EngineExecutor
     grammars: Grammars | None = None  # for guided decoding
     replication: KvReplication | None = None
+    first_incarnation: Incarnation = Incarnation(0)  # of the process; 0: it is this one
 
 
 class Rank:
@@ -123,6 +124,7 @@ class Rank:
             announced=announcements.current,
             unheard=lambda: self._membership.unheard(),
             replication=replicas,
+            orphan_s=config.orphan_s,
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
@@ -149,6 +151,11 @@ class Rank:
     def lease_id(self) -> int:
         """The lease under which it is registered now."""
         return self._leased.lease_id
+
+    def ask_to_leave(self) -> bool:
+        """Asks the control plane to drain this rank; a verdict then ends `run`. False if there is
+        nothing to wait for: no other rank serves with it."""
+        return self._membership.ask_to_leave()
 
     def stop(self, exit_code: int = 0) -> None:
         """Ends `run`."""
@@ -259,6 +266,7 @@ def _first_record(parts: RankParts) -> RankRecord:
         exchange=parts.hardware.exchange.value,
         exchange_handles=parts.hardware.handles,
         started_at=parts.clock.wall(),
+        first_incarnation=parts.first_incarnation or parts.member.incarnation,
     )
 
 
@@ -275,4 +283,5 @@ def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
         running_max=config.running_max,
         waiting_max=config.waiting_max,
         prefix_cache=config.prefix_cache,
+        orphans_max=config.orphans_max,
     )

@@ -36,6 +36,7 @@ class RejoiningRank:
         self._parts = parts
         self._rank = Rank(parts)
         self._stopped = False
+        self._is_leaving = False
         self._rejoined_at: deque[float] = deque(maxlen=REJOINS_MAX)
 
     @property
@@ -43,15 +44,25 @@ class RejoiningRank:
         """The present incarnation."""
         return self._parts.member
 
+    def leave(self, grace_s: float) -> None:
+        """Ends `run` once this rank has been drained, after the grace time in any case, and at the
+        second call at once; the exit code is 0."""
+        if self._is_leaving or grace_s <= 0 or not self._rank.ask_to_leave():
+            self.stop()
+            return
+        self._is_leaving = True
+        log.info("leaving", member=str(self.member), grace_s=grace_s)
+        asyncio.get_running_loop().call_later(grace_s, self.stop)
+
     def stop(self) -> None:
         """Ends `run`; the exit code is 0."""
         self._stopped = True
         self._rank.stop()
 
     async def run(self) -> int:
-        """0 after `stop`, EXIT_FENCED if a fenced rank could not come back in this process,
-        EXIT_DEVICE_LOST if none can. Raises what else the engine raised. All leases are revoked, so
-        that nobody waits for this rank."""
+        """0 after `stop` or `leave`, EXIT_FENCED if a fenced rank could not come back in this
+        process, EXIT_DEVICE_LOST if none can. Raises what else the engine raised. All leases are
+        revoked, so that nobody waits for this rank."""
         while True:
             try:
                 exit_code = await self._rank.run()
@@ -59,6 +70,8 @@ class RejoiningRank:
                 await self._revoke(self._rank.lease_id)
             if exit_code != EXIT_FENCED or self._stopped:
                 return exit_code
+            if self._is_leaving:
+                return 0
             try:
                 if not await self._try_rejoin():
                     return exit_code
@@ -110,7 +123,12 @@ class RejoiningRank:
         if replication is not None:
             replication = replication.renew(member)
         return replace(
-            parts, member=member, lease_id=lease_id, hardware=hardware, replication=replication
+            parts,
+            member=member,
+            lease_id=lease_id,
+            hardware=hardware,
+            replication=replication,
+            first_incarnation=parts.first_incarnation or parts.member.incarnation,
         )
 
     async def _revoke(self, lease_id: int) -> None:

@@ -16,7 +16,7 @@ import structlog
 
 from node_agent.agent_driver import AgentDriver, RankSetup
 from node_agent.config import AgentConfig
-from node_agent.cpu_share import share_cpus
+from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
 from node_agent.fork_client import ForkClient, ForkServerCommand
@@ -38,7 +38,7 @@ from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.records import AgentRecord, pack_record
 from shared.secret import read_secret, require_secret
-from shared.types import NodeId, RankId
+from shared.types import NodeId
 
 log = structlog.get_logger()
 
@@ -69,7 +69,8 @@ def main() -> int:
             lease_ttl_s=config.lease_ttl_s,
             stop_grace_s=config.stop_grace_s,
             dying_poll_s=config.dying_poll_ms / 1000,
-            cpus=cpu_shares(config),
+            cpus=sorted(os.sched_getaffinity(0)) if config.pin_cpus else (),
+            leave_grace_s=config.leave_grace_s,
             fork_server=_FORK_SERVER if config.fork_ranks else (),
         )
         asyncio.run(run_agent(config, setup))
@@ -141,12 +142,6 @@ def address_of(host: str) -> str:
         ) from error
 
 
-def cpu_shares(config: AgentConfig) -> dict[RankId, frozenset[int]]:
-    if not config.pin_cpus:
-        return {}
-    return share_cpus(sorted(os.sched_getaffinity(0)), parse_ranks(config.ranks))
-
-
 def fork_client_of(setup: RankSetup, clock: Clock) -> ForkClient | None:
     if not setup.fork_server:
         return None
@@ -162,20 +157,24 @@ def fork_client_of(setup: RankSetup, clock: Clock) -> ForkClient | None:
 
 
 async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
-    """Runs until SIGTERM, SIGINT, or the end of the lifeline."""
+    """Runs until SIGINT or the end of the lifeline, or until SIGTERM, and its ranks are drained."""
     clock, keys, node = SystemClock(), Keys(config.instance), setup.command.node
     ranks = parse_ranks(config.ranks)
     if setup.log_dir is not None:
         setup.log_dir.mkdir(parents=True, exist_ok=True)
     store = EtcdStore(config.store)
     leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
-    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
+    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks, ranks_max=config.ranks_max)
     leased.put(keys.agent(node), pack_record(record))
-    supervisor = RankSupervisor(ranks, RestartPolicy(), random.Random(), clock.now())
+    supervisor = RankSupervisor(
+        (), RestartPolicy(), random.Random(), clock.now(), stop_grace_s=config.stop_grace_s
+    )
     driver = AgentDriver(
         store=store,
         keys=keys,
         supervisor=supervisor,
+        desired_ranks=DesiredRanks(node=node, flag_ranks=ranks),
+        record=record,
         leased=leased,
         exit_reporter=ExitReporter(store, keys, node, clock),
         view_reporter=ViewReporter(
@@ -185,8 +184,8 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
         clock=clock,
         fork_client=fork_client_of(setup, clock),
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, driver.stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, driver.stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, driver.leave)
     watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
     freeze_loaded_objects()
     try:

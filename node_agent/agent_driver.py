@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
 
+from node_agent.cpu_share import share_cpus
+from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter, retry_until_done
 from node_agent.fork_client import ForkClient, ForkUnavailable
 from node_agent.lease_keeper import keep_lease_until_registered
@@ -25,7 +27,6 @@ from node_agent.rank_process import (
 )
 from node_agent.rank_supervisor import (
     Kill,
-    RankPhase,
     RankSupervisor,
     RevokeLease,
     RunningRank,
@@ -33,22 +34,25 @@ from node_agent.rank_supervisor import (
     SupervisorAction,
     Terminate,
 )
+from node_agent.serving_view import ServingView
 from node_agent.view_reporter import ViewReporter
 from shared.changes import changes
 from shared.clock import Clock
 from shared.errors import StoreError, StoreUnavailable
-from shared.exit_codes import EXIT_FENCED, describe_exit
+from shared.exit_codes import END_AT_ONCE, EXIT_FENCED, describe_exit
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import RankRecord, Verdict, unpack_record
+from shared.records import AgentRecord, RankRecord, Verdict, pack_record, unpack_record
 from shared.store import Store
 from shared.types import Member, RankId
 
 log = structlog.get_logger()
 
 _FINAL_WRITES_TIMEOUT_S = 1.0
-_ENDED_FROM_OUTSIDE = frozenset({0, EXIT_FENCED, -signal.SIGKILL, -signal.SIGTERM, None})
+_ENDED_FROM_OUTSIDE = frozenset(
+    {0, EXIT_FENCED, -signal.SIGKILL, -signal.SIGTERM, -END_AT_ONCE, None}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +65,20 @@ class RankSetup:
     lease_ttl_s: float
     stop_grace_s: float
     dying_poll_s: float  # interval of the search for processes that have begun to exit; 0: none
-    cpus: Mapping[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
+    cpus: Sequence[int] = ()  # that ranks share, each pinned to its part; empty: none is pinned
+    leave_grace_s: float = 0.0  # for ranks to be drained, if the agent is told to end
     fork_server: tuple[str, ...] = ()  # its program; empty: there is none
 
 
 @dataclass(slots=True, kw_only=True)
 class AgentDriver:
-    """`run` ends after `stop` was called and every rank has exited."""
+    """`run` ends after `stop` or `leave` was called and every rank has exited."""
 
     store: Store
     keys: Keys
     supervisor: RankSupervisor
+    desired_ranks: DesiredRanks
+    record: AgentRecord
     leased: LeasedKeys
     exit_reporter: ExitReporter
     view_reporter: ViewReporter
@@ -82,19 +89,20 @@ class AgentDriver:
     _lease_tasks: dict[RankId, asyncio.Task[None]] = field(default_factory=dict)
     _crashed_forks: set[RankId] = field(default_factory=set)
     _revocations: set[asyncio.Task[None]] = field(default_factory=set)
+    _cpus: dict[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
+    _view: ServingView = field(init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
     _stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self._view = ServingView(keys=self.keys)
 
     async def run(self) -> None:
         async with self._tasks:
             self._adopt()
             leased_keys_task = self._tasks.create_task(self.leased.run())
-            stale_lease_task = self._tasks.create_task(retry_until_done(self._revoke_stale_leases))
-            verdict_watcher = self._tasks.create_task(self._watch_verdicts())
-            record_watchers = [
-                self._tasks.create_task(self._watch_records(rank)) for rank in self.supervisor.ranks
-            ]
+            serving_watcher = self._tasks.create_task(self._watch_serving())
             exit_poller = self._tasks.create_task(self._poll_for_exits())
             view_reports = self._tasks.create_task(self.view_reporter.run())
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._on_child_changed)
@@ -102,7 +110,7 @@ class AgentDriver:
             if self.fork_client is not None:
                 self.fork_client.start()
                 fork_server_keepers = [self._tasks.create_task(self.fork_client.keep_ready())]
-            while not self.supervisor.all_stopped:
+            while not (self._stopping and self.supervisor.all_stopped):
                 self._perform(self.supervisor.take_due(self.clock.now()))
                 await self._wait()
             if self.fork_client is not None:
@@ -111,9 +119,7 @@ class AgentDriver:
                 await asyncio.wait(self._revocations, timeout=_FINAL_WRITES_TIMEOUT_S)
             for task in (
                 leased_keys_task,
-                stale_lease_task,
-                verdict_watcher,
-                *record_watchers,
+                serving_watcher,
                 exit_poller,
                 view_reports,
                 *fork_server_keepers,
@@ -124,9 +130,24 @@ class AgentDriver:
             async with asyncio.timeout(_FINAL_WRITES_TIMEOUT_S):
                 await self.leased.release()
 
+    def leave(self) -> None:
+        """Has all ranks drained, then ends them. They end at once if nobody can take over, after
+        the grace time, or at the second call."""
+        grace_s, desired = self.setup.leave_grace_s, self.desired_ranks
+        if grace_s <= 0 or desired.is_leaving or desired.is_alone(self._view):
+            self.stop()
+            return
+        log.info("leaving", ranks=len(self.supervisor.running()), grace_s=grace_s)
+        desired.is_leaving = True
+        self.leased.put(
+            self.keys.agent(self.record.node), pack_record(replace(self.record, leaving=True))
+        )
+        asyncio.get_running_loop().call_later(grace_s, self.stop)
+        self._follow_orders()
+
     def stop(self, *, grace_s: float | None = None) -> None:
-        """Sends SIGTERM to all ranks, and SIGKILL after the grace time. A later call can only
-        shorten it."""
+        """Tells all ranks to end at once, and sends SIGKILL after the grace time. A later call can
+        only shorten it."""
         first, self._stopping = not self._stopping, True
         if first:
             log.info("stopping", ranks=len(self.supervisor.running()))
@@ -145,16 +166,14 @@ class AgentDriver:
         """Adopts the ranks that run already."""
         for running_rank, process in find_running(self.setup.command):
             rank = running_rank.member.rank
-            if (
-                not self.supervisor.owns(rank)
-                or self.supervisor.phase_of(rank) is not RankPhase.WAITING
-            ):
+            if self.supervisor.owns(rank):  # by a later incarnation
                 log.warning(
                     "stray_rank_killed", member=str(running_rank.member), pid=running_rank.pid
                 )
                 process.send_signal(signal.SIGKILL)
                 process.close()
                 continue
+            self.supervisor.want([rank], self.clock.now())
             log.info("process_adopted", member=str(running_rank.member), pid=running_rank.pid)
             self._keep_lease(running_rank.member, running_rank.lease_id)
             self._track(running_rank, process)
@@ -174,31 +193,45 @@ class AgentDriver:
     def _owns(self, record: RankRecord) -> bool:
         return record.node == self.setup.command.node and self.supervisor.owns(record.rank)
 
-    async def _watch_records(self, rank: RankId) -> None:
-        """Learns under which incarnation and lease the rank's process runs."""
-        async for seen in changes(self.store, self.keys.incarnations(rank)):
-            for each in seen.events:
-                if each.value is None:
-                    continue
-                record = unpack_record(each.value, RankRecord)
-                if self._owns(record):
-                    self._perform(
-                        self.supervisor.on_registered(
-                            RunningRank(
-                                member=record.member, lease_id=record.lease_id, pid=record.pid
-                            )
-                        )
+    async def _watch_serving(self) -> None:
+        """Learns under which incarnation and lease a rank's process runs, which are declared dead,
+        and what shall run here."""
+        async for seen in changes(self.store, self.keys.serving):
+            is_first = not self._view.synced
+            for each in self._view.apply(seen):
+                if isinstance(each, Verdict):
+                    self._perform(self.supervisor.on_declared_dead(each.member, self.clock.now()))
+                elif self._owns(each):
+                    registered = RunningRank(
+                        member=each.member, lease_id=each.lease_id, pid=each.pid
                     )
-
-    async def _watch_verdicts(self) -> None:
-        async for seen in changes(self.store, self.keys.verdicts):
-            for event in seen.events:
-                if event.value is not None:
-                    verdict = unpack_record(event.value, Verdict)
-                    self._perform(
-                        self.supervisor.on_declared_dead(verdict.member, self.clock.now())
-                    )
+                    self._perform(self.supervisor.on_registered(registered))
+            self._follow_orders()
             self._changed.set()
+            if is_first:
+                revocation = self._tasks.create_task(retry_until_done(self._revoke_stale_leases))
+                self._revocations.add(revocation)
+                revocation.add_done_callback(self._revocations.discard)
+
+    def _follow_orders(self) -> None:
+        running = self.supervisor.processes()
+        orders = self.desired_ranks.orders(self._view, running)
+        if orders is None or self._stopping:
+            return
+        now = self.clock.now()
+        self.supervisor.want(orders.wanted, now)
+        self._perform(self.supervisor.stop_unwanted(orders.wanted, orders.ended, now))
+        for rank in orders.restarted:
+            self._perform(self.supervisor.replace(rank, now))
+        if self.desired_ranks.is_leaving and self.supervisor.all_stopped:
+            self.stop()
+        self._share_cpus(orders.wanted)
+
+    def _share_cpus(self, ranks: Collection[RankId]) -> None:
+        if self.setup.cpus and self._cpus.keys() != ranks:
+            self._cpus = share_cpus(self.setup.cpus, sorted(ranks)) if ranks else {}
+            if self._processes.keys() == self._cpus.keys():
+                self._pin(self._cpus)
 
     async def _poll_for_exits(self) -> None:
         """Finds exits early: a pidfd fires only after the kernel has torn the process down, which
@@ -245,10 +278,10 @@ class AgentDriver:
                 case Spawn(rank=rank):
                     self._tasks.create_task(self._spawn(rank))
                 case Terminate(running_rank=running_rank):
-                    self._processes[running_rank.member.rank].send_signal(signal.SIGTERM)
+                    self._processes[running_rank.member.rank].send_signal(END_AT_ONCE)
                 case Kill(running_rank=running_rank):
                     log.warning(
-                        "declared_dead_rank_killed",
+                        "rank_killed",
                         member=str(running_rank.member),
                         pid=running_rank.pid,
                     )
@@ -284,7 +317,7 @@ class AgentDriver:
         log_dir, command = self.setup.log_dir, self.setup.command
         argv = command.argv(member, lease_id)
         log_path = None if log_dir is None else log_dir / f"rank-{member.rank}.log"
-        cpus = self.setup.cpus.get(member.rank, frozenset())
+        cpus = self._cpus.get(member.rank, frozenset())
         if self.fork_client is not None and member.rank not in self._crashed_forks:
             try:
                 pid = await self.fork_client.fork(argv, log_path)
@@ -315,8 +348,8 @@ class AgentDriver:
         await keep_lease_until_registered(
             self.store, self.keys, member, lease_id, self.setup.lease_ttl_s
         )
-        if len(self._processes) == len(self.setup.cpus):
-            self._pin(self.setup.cpus)
+        if self._processes.keys() == self._cpus.keys():
+            self._pin(self._cpus)
 
     def _pin(self, cpus: Mapping[RankId, frozenset[int]]) -> None:
         for rank, process in self._processes.items():
@@ -326,8 +359,7 @@ class AgentDriver:
     def _unpin(self) -> None:
         """While a rank is missing all CPUs serve all ranks, because survivors do its work as
         well."""
-        everything = frozenset[int]().union(*self.setup.cpus.values())
-        self._pin(dict.fromkeys(self.setup.cpus, everything))
+        self._pin(dict.fromkeys(self._processes, frozenset(self.setup.cpus)))
 
     def _on_exited(self, rank: RankId) -> None:
         """On a pidfd: sends the revocation before anything else."""
@@ -344,6 +376,7 @@ class AgentDriver:
             self._crashed_forks.add(rank)  # perhaps only a new process can do what it could not
         lease_task.cancel()
         self._reap_orphans()
+        self._follow_orders()
         self._changed.set()
 
     def _revoke_lease(self, running_rank: RunningRank, exit_code: int | None) -> None:

@@ -24,7 +24,14 @@ class AgentConfig:
     node: str = option(
         "", "name of this host, whose ranks may fail together; default: its host name"
     )
-    ranks: str = option("0-3", "the ranks of this host, such as 0-3 or 0,2")
+    ranks: str = option(
+        "0-3",
+        "the ranks of this host, such as 0-3 or 0,2, as long as the desired state names none; "
+        "empty: it gets those that are to run here",
+    )
+    ranks_max: int = option(
+        0, "for how many ranks this host has room, when ranks are added; 0: for any number"
+    )
     store: EtcdOptions = field(default_factory=EtcdOptions)
     instance: str = option("default", "name of the Starfish instance, a prefix in etcd")
     secret_file: Path | None = option(
@@ -55,6 +62,9 @@ class AgentConfig:
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
     stop_grace_s: float = option(5.0, "how long a rank may take to exit before it is killed")
+    leave_grace_s: float = option(
+        30.0, "after SIGTERM, how long its ranks may take to be drained before they end; 0: none"
+    )
     dying_poll_ms: float = option(
         10.0, "how often to check whether a rank has begun to exit; 0: see only exits"
     )
@@ -92,8 +102,12 @@ class AgentConfig:
             raise ConfigError(
                 f"--transfer-protocol {self.transfer_protocol!r}: pass {' or '.join(_PROTOCOLS)}"
             )
-        if self.lease_ttl_s < 1 or self.stop_grace_s < 0:
-            raise ConfigError("--lease-ttl-s must be at least 1, --stop-grace-s at least 0")
+        if self.lease_ttl_s < 1 or min(self.stop_grace_s, self.leave_grace_s) < 0:
+            raise ConfigError(
+                "--lease-ttl-s must be at least 1, --stop-grace-s and --leave-grace-s at least 0"
+            )
+        if self.ranks_max < 0:
+            raise ConfigError("--ranks-max must not be negative")
         if not 0 <= self.dying_poll_ms <= _DYING_POLL_MAX_MS:
             raise ConfigError(f"--dying-poll-ms must be from 0 to {_DYING_POLL_MAX_MS:.0f}")
         if "/" in self.node_name:

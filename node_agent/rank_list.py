@@ -1,4 +1,4 @@
-"""The ranks that a flag such as `0-3,6` names."""
+"""The ranks that a flag such as `0-3,6` names; none if it is empty."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from shared.types import RankId
 def parse_ranks(text: str) -> tuple[RankId, ...]:
     """Returns each rank once, sorted. Raises ConfigError."""
     ranks: set[int] = set()
+    if not text.strip():
+        return ()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:

@@ -5,10 +5,12 @@ A rank waits until it is due and is then started. The driver does this in three 
 may fail: incarnation, lease, process. The rank runs until its process exits. Then its lease is
 revoked, and it waits again for as long as the restart policy says. If a process is seen to die, its
 lease is revoked at once, although the kernel may need long to tear it down. The next incarnation
-still waits for the exit, because until then the process holds its ports and its GPU memory. Nothing
-leaves STOPPED. An incarnation that the control plane declared dead ends by itself as soon as it
-learns of it: its process registers as the next incarnation, or exits. If it can do neither (it
-hangs, or is stopped), it is killed after a grace time, so that its rank can start again.
+still waits for the exit, because until then the process holds its ports and its GPU memory. A rank
+that shall not run here any more is stopped; it leaves STOPPED only if it shall run here again. A
+process that is to be replaced is told to end, and is killed if it does not. An incarnation that the
+control plane declared dead ends by itself as soon as it learns of it: its process registers as the
+next incarnation, or exits. If it can do neither (it hangs, or is stopped), it is killed after a
+grace time, so that its rank can start again.
 
     phase     event         next      action
     waiting   due           starting  Spawn
@@ -22,6 +24,7 @@ hangs, or is stopped), it is killed after a grace time, so that its rank can sta
     running   declared_dead running   Kill, after the grace
     running   registered    running   –, and no Kill if the incarnation is another one
     running   stop          stopping  Terminate
+    running   replace       running   Terminate, and Kill after the grace
     dying     exited        waiting   –
     dying     stop          ending    –
     stopping  spawned       stopping  Terminate
@@ -32,15 +35,17 @@ hangs, or is stopped), it is killed after a grace time, so that its rank can sta
     ending    exited        stopped   –
     ending    stop          ending    –
     stopped   stop          stopped   –
+    stopped   wanted        waiting   –
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from node_agent.desired_ranks import RunningProcess
 from node_agent.restart_policy import RestartPolicy
 from shared.types import Incarnation, Member, RankId
 
@@ -63,6 +68,7 @@ class RankEvent(Enum):
     DYING = "dying"
     EXITED = "exited"
     STOP = "stop"
+    WANTED = "wanted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +100,7 @@ class Terminate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """The rank was declared dead and did not exit by itself."""
+    """The rank was declared dead, or told to end, and did not exit by itself."""
 
     running_rank: RunningRank
 
@@ -121,6 +127,7 @@ TRANSITIONS: dict[tuple[RankPhase, RankEvent], RankPhase] = {
     (RankPhase.ENDING, RankEvent.EXITED): RankPhase.STOPPED,
     (RankPhase.ENDING, RankEvent.STOP): RankPhase.ENDING,
     (RankPhase.STOPPED, RankEvent.STOP): RankPhase.STOPPED,
+    (RankPhase.STOPPED, RankEvent.WANTED): RankPhase.WAITING,
 }
 
 _LEASE_REVOKED = frozenset({RankPhase.DYING, RankPhase.ENDING})
@@ -132,13 +139,16 @@ class _SupervisedRank:
     phase: RankPhase = RankPhase.WAITING
     running_rank: RunningRank | None = None
     last_incarnation: Incarnation = Incarnation(0)
+    first_incarnation: Incarnation = Incarnation(0)  # of the process
+    is_told_to_end: bool = False
     running_since: float = 0.0
     kill_at: float | None = None
     failures: int = 0
 
 
 class RankSupervisor:
-    """All ranks of one node. An event that is not in the table is a bug of the driver: KeyError."""
+    """All ranks of one node, those that it shall run no more included. An event that is not in the
+    table is a bug of the driver: KeyError."""
 
     def __init__(
         self,
@@ -148,8 +158,12 @@ class RankSupervisor:
         now: float,
         *,
         verdict_grace_s: float = 5.0,
+        stop_grace_s: float = 5.0,
     ) -> None:
+        """A process may take `verdict_grace_s` to go on after a verdict, and `stop_grace_s` to end
+        once it is told to, before it is killed."""
         self._policy = policy
+        self._stop_grace_s = stop_grace_s
         self._verdict_grace_s = verdict_grace_s
         self._rng = rng
         self._ranks = {rank: _SupervisedRank(due_at=now) for rank in ranks}
@@ -171,6 +185,17 @@ class RankSupervisor:
     def last_incarnation(self, rank: RankId) -> Incarnation:
         """The highest that a process of ours has had; 0 before the first."""
         return self._ranks[rank].last_incarnation
+
+    def processes(self) -> list[RunningProcess]:
+        return [
+            RunningProcess(
+                rank=rank_id,
+                first=rank.first_incarnation,
+                newest=rank.running_rank.member.incarnation,
+            )
+            for rank_id, rank in self._ranks.items()
+            if rank.running_rank is not None
+        ]
 
     def running(self) -> list[RunningRank]:
         return [rank.running_rank for rank in self._ranks.values() if rank.running_rank is not None]
@@ -229,7 +254,7 @@ class RankSupervisor:
             return []
         rank.running_rank = registered
         rank.last_incarnation = registered.member.incarnation
-        if registered.member != known.member:
+        if registered.member != known.member and not rank.is_told_to_end:
             rank.kill_at = None
         if rank.phase in _LEASE_REVOKED:
             return [RevokeLease(running_rank=registered, exit_code=None)]
@@ -264,14 +289,48 @@ class RankSupervisor:
         self._wait(rank, uptime_s=now - rank.running_since, exit_code=exit_code, now=now)
         return [] if was_revoked else [RevokeLease(running_rank=running_rank, exit_code=exit_code)]
 
+    def want(self, ranks: Iterable[RankId], now: float) -> None:
+        """These shall run here. Those that do, or wait for their next start, go on."""
+        for rank_id in ranks:
+            rank = self._ranks.setdefault(rank_id, _SupervisedRank(due_at=now))
+            if rank.phase is RankPhase.STOPPED:
+                self._move(rank, RankEvent.WANTED)
+                rank.due_at, rank.failures = now, 0
+
     def stop(self) -> list[SupervisorAction]:
+        """None shall run here. The caller kills what does not end in time."""
+        return [action for rank in self._ranks.values() for action in self._stop(rank)]
+
+    def stop_unwanted(
+        self, wanted: Collection[RankId], ended: Collection[RankId], now: float
+    ) -> list[SupervisorAction]:
+        """Ranks that are not `wanted` start no more; the processes of those in `ended` end."""
         actions: list[SupervisorAction] = []
-        for rank in self._ranks.values():
-            was_running = rank.phase is RankPhase.RUNNING
-            self._move(rank, RankEvent.STOP)
-            if was_running and rank.running_rank is not None:
-                actions.append(Terminate(running_rank=rank.running_rank))
+        for rank_id, rank in self._ranks.items():
+            if rank_id in wanted or (rank.running_rank is not None and rank_id not in ended):
+                continue
+            told = self._stop(rank)
+            if told:
+                rank.kill_at = now + self._stop_grace_s
+            actions += told
         return actions
+
+    def replace(self, rank_id: RankId, now: float) -> list[SupervisorAction]:
+        """Its process ends, and another one follows. Once is enough."""
+        rank = self._ranks[rank_id]
+        if rank.phase is not RankPhase.RUNNING or rank.is_told_to_end:
+            return []
+        assert rank.running_rank is not None
+        rank.is_told_to_end, rank.kill_at = True, now + self._stop_grace_s
+        return [Terminate(running_rank=rank.running_rank)]
+
+    def _stop(self, rank: _SupervisedRank) -> list[SupervisorAction]:
+        was_running = rank.phase is RankPhase.RUNNING
+        self._move(rank, RankEvent.STOP)
+        if was_running and rank.running_rank is not None:
+            rank.is_told_to_end = True
+            return [Terminate(running_rank=rank.running_rank)]
+        return []
 
     def _set_running(
         self, running_rank: RunningRank, event: RankEvent, now: float
@@ -279,8 +338,12 @@ class RankSupervisor:
         rank = self._ranks[running_rank.member.rank]
         self._move(rank, event)
         rank.running_rank, rank.running_since = running_rank, now
-        rank.last_incarnation = running_rank.member.incarnation
-        return [Terminate(running_rank=running_rank)] if rank.phase is RankPhase.STOPPING else []
+        rank.last_incarnation = rank.first_incarnation = running_rank.member.incarnation
+        rank.is_told_to_end = rank.phase is RankPhase.STOPPING
+        if not rank.is_told_to_end:
+            return []
+        rank.kill_at = now + self._stop_grace_s
+        return [Terminate(running_rank=running_rank)]
 
     def _wait(
         self, rank: _SupervisedRank, *, uptime_s: float, exit_code: int | None, now: float
@@ -288,6 +351,8 @@ class RankSupervisor:
         rank.failures = self._policy.failures_after(
             rank.failures, uptime_s=uptime_s, exit_code=exit_code
         )
+        if rank.is_told_to_end:
+            rank.failures = 0
         rank.due_at = now + self._policy.delay_s(
             rank.failures, exit_code=exit_code, jitter=self._rng.random()
         )

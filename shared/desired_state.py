@@ -90,3 +90,26 @@ class DesiredState:
 
     def without_drain(self, rank: RankId) -> DesiredState:
         return replace(self, drains=tuple(drain for drain in self.drains if drain.rank != rank))
+
+    def with_drain(self, new: Drain) -> DesiredState:
+        """It replaces another one of the rank."""
+        drains = (*self.without_drain(new.rank).drains, new)
+        return replace(self, drains=tuple(sorted(drains, key=lambda drain: drain.rank)))
+
+    def is_to_leave(
+        self, rank: RankId, process: Incarnation, node: NodeId | None, *, num_ranks: int
+    ) -> bool:
+        """Whether a drain keeps this process of the rank out of the map, or ends its membership.
+        `process` is the first incarnation of the process, `node` where it runs, None if nobody
+        knows. `num_ranks` as for `rank_ids`."""
+        drain = self.drain_of(rank)
+        if drain is None:
+            return False
+        match drain.after:
+            case AfterDrain.STAY:
+                return True
+            case AfterDrain.RESTART:
+                return process <= drain.incarnation
+            case AfterDrain.LEAVE:
+                is_desired = rank in self.rank_ids(num_ranks)
+                return not is_desired or self.node_of(rank) not in (NodeId(""), node)

@@ -1,5 +1,5 @@
 """Exit codes: those of a rank's process that its node agent tells apart, and what any says in
-words."""
+words; and the signal by which an agent ends a rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ once."""
 EXIT_DEVICE_LOST = 74
 """A rank exits with this code if its process can use its accelerator no more, as after the failure
 of a process that shares a context with it. Only another process can."""
+
+END_AT_ONCE = signal.SIGHUP
+"""A node agent sends this to a rank that is to end now. SIGTERM, which people and service managers
+send, asks a rank to be drained first."""
 
 
 def describe_exit(exit_code: int | None) -> str:

@@ -25,8 +25,8 @@ def listen_on(host: str, port: int, *, reuse_port: bool = False) -> socket.socke
         ) from error
 
 
-def inherited_listener(fd: int) -> socket.socket:
-    """Raises ConfigError if `fd` is not a listening socket."""
+def inherited_listener(fd: int, *, flag: str = "--listen-fd") -> socket.socket:
+    """Raises ConfigError, which names the `flag`, if `fd` is not a listening socket."""
     try:
         listener = socket.socket(fileno=fd)
         if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -34,4 +34,4 @@ def inherited_listener(fd: int) -> socket.socket:
         listener.detach()  # somebody else's descriptor
     except OSError:
         pass
-    raise ConfigError(f"--listen-fd {fd}: no listening socket was inherited under this number")
+    raise ConfigError(f"{flag} {fd}: no listening socket was inherited under this number")

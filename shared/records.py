@@ -38,6 +38,12 @@ class InstanceSpec:
     context_tokens_max: int
     vocab_size: int
     weights: str = ""  # `weights_identity` of the checkpoint; empty: nobody has looked
+    ranks_max: int = 0  # how many ranks the exchange buffers of cards have room for; 0: num_ranks
+
+    @property
+    def capacity(self) -> int:
+        """How many ranks the exchange buffers of cards are made for. CPU ranks may become more."""
+        return max(self.num_ranks, self.ranks_max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +87,8 @@ class RankRecord:
     links: tuple[Member, ...] = ()  # peers to which this rank has an open link; not the way back
     started_at: float = 0.0  # Unix seconds
     exchange_handles: ExchangeHandles | None = None  # only with "ep" and "ep-fp8"
+    leaving: bool = False  # it was told to end, and waits until it has been drained
+    first_incarnation: Incarnation = Incarnation(0)  # of its process; 0: an older release
 
     @property
     def member(self) -> Member:
@@ -168,7 +176,8 @@ class ProcessView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The control plane's judgement that an incarnation is dead, with the signals that led to it.
+    """The control plane's judgement that an incarnation is dead, with the signals that led to it;
+    or, with the cause DRAINED and no signals, that it leaves because somebody asked for it.
 
     The failure detector makes it with epoch 0. Membership sets `epoch` before the verdict is
     written to etcd. Times are the control plane's `Clock.now()`, in seconds.
@@ -196,6 +205,7 @@ class LeaderRecord:
     term: int  # grows with every election
     since: float  # Unix seconds
     host: str = ""  # on which `pid` is
+    admin_url: str = ""  # of its admin API, without a path; empty: it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,11 +224,16 @@ class OwnerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
-    """A node agent, and the ranks that it starts and watches."""
+    """A node agent, and the ranks that its flags name: it starts and watches these, unless the
+    desired state says where each rank runs. `ranks_max` is the number of ranks for which the node
+    has room, 0 if nobody has said. `leaving`: it was told to end, and waits until its ranks have
+    been drained."""
 
     node: NodeId
     pid: int
     ranks: tuple[RankId, ...]
+    ranks_max: int = 0
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

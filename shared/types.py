@@ -15,7 +15,7 @@ session      one choice of a client request: it generates one sequence of tokens
 attempt      one placement of a session on a rank
 tenant       whom sessions are served for: the client that has an API key, known by the key's name
 suspicion    somebody's doubt, written to etcd, that a member is alive
-verdict      the control plane's decision that a member is dead
+verdict      the control plane's decision that a member is dead, or has been drained and leaves
 joiner       a member that is new in a map, or not yet known to have stepped under an earlier one
 orphan       an expert that lost its last replica when a rank died
 """
@@ -105,6 +105,7 @@ class SuspicionReason(Enum):
     LINK = "link"  # a peer's transfer or control connection to it failed
     RESET = "reset"  # the gateway's or the control plane's connection to it broke
     SILENCE = "silence"  # it does not answer the gateway's or the control plane's probes
+    DRAINED = "drained"  # of verdicts alone: it lives, and leaves because somebody asked for it
 
 
 class Accuser(Enum):
@@ -126,6 +127,7 @@ ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
         SuspicionReason.LINK: frozenset({Accuser.RANK, Accuser.CONTROL_PLANE}),
         SuspicionReason.RESET: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
         SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
+        SuspicionReason.DRAINED: frozenset(),
     }
 )
 """Who may raise a suspicion for which reason. The control plane repeats those of ranks, so that

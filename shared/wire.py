@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import struct
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shared.codec import pack_plain, to_plain
 from shared.errors import WireError
@@ -87,7 +89,11 @@ class Welcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """Starts an attempt of a session. `tokens` is the prompt followed by the `num_emitted` tokens
-    that the client has already; the first new token has index `num_emitted`."""
+    that the client has already; the first new token has index `num_emitted`.
+
+    `stream_key` is empty, or names the stream whichever gateway has it: if the rank has a session
+    of this key, tenant, prompt and sampling, it goes on for this gateway and no other, and its
+    tokens from `num_emitted` on come at once."""
 
     session: SessionId
     attempt: Attempt
@@ -95,6 +101,7 @@ class Submit:
     num_emitted: int
     sampling: SamplingParams
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    stream_key: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +135,8 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     request itself is at fault. `cached_tokens` is the number of
     submitted tokens that the KV cache held when the attempt began; the first message with ids has
     it. `backup_rank` names the rank that keeps the session's KV replicas, whenever it has changed
-    since the last message; -1 means no change.
+    since the last message; -1 means no change. `taken_over`: the attempt goes on with a session
+    that another gateway had here.
 
     If the sampling parameters ask for them, `logprobs` holds one entry for each of `ids`, and
     `prompt_logprobs` come in chunks before the first id: the first entry of a chunk is that of the
@@ -147,6 +155,7 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     invalid: bool = False
     cached_tokens: int = 0
     backup_rank: int = -1
+    taken_over: bool = False
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_index: int = 0

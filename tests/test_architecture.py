@@ -59,13 +59,14 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
     },
     "cli": {
         "*": set(),
+        "admin": {"*"},
         "observe": {"*"},
         "up": {"*", "observe"},
         "bench": {"*", "observe", "up"},
         "evaluate": {"*", "observe", "bench"},
         "plan": {"*"},
         "checkpoint": {"*", "up"},
-        "__main__": {"*", "observe", "up", "bench", "evaluate", "plan", "checkpoint"},
+        "__main__": {"*", "admin", "observe", "up", "bench", "evaluate", "plan", "checkpoint"},
     },
 }
 LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for layer in layers]

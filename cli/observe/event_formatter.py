@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cli.observe.desired_words import changes_in_words
 from cli.observe.instance_view import Record, decode_value
+from shared.desired_state import DesiredState
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
@@ -21,7 +23,7 @@ from shared.records import (
     Verdict,
 )
 from shared.store import WatchEvent
-from shared.types import EMPTY_SLOT
+from shared.types import EMPTY_SLOT, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ class EventFormatter:
                 return _suspicion(new)
             case Verdict():
                 return _verdict(new)
+            case DesiredState():
+                return _desired(new, old if isinstance(old, DesiredState) else DesiredState())
             case _:
                 return _presence(new, appeared=True) if new != old else None
 
@@ -152,10 +156,15 @@ def _suspicion(new: Suspicion) -> EventLine:
 def _verdict(new: Verdict) -> EventLine:
     took_ms = (new.decided_at - new.first_signal_at) * 1000
     signals = sorted({signal.by for signal in new.signals})
+    text = (
+        f"verdict: rank {new.rank}.{new.incarnation} is dead ({new.cause.value}), "
+        f"{took_ms:.0f} ms after the first signal"
+    )
+    if new.cause is SuspicionReason.DRAINED:
+        text = f"rank {new.rank}.{new.incarnation} left, as was asked"
     return EventLine(
         kind="verdict",
-        text=f"verdict: rank {new.rank}.{new.incarnation} is dead ({new.cause.value}), "
-        f"{took_ms:.0f} ms after the first signal",
+        text=text,
         fields={
             "rank": new.rank,
             "incarnation": new.incarnation,
@@ -164,6 +173,17 @@ def _verdict(new: Verdict) -> EventLine:
             "took_ms": round(took_ms, 3),
             "by": signals,
         },
+    )
+
+
+def _desired(new: DesiredState, old: DesiredState) -> EventLine | None:
+    words = changes_in_words(old, new)
+    if not words:
+        return None
+    return EventLine(
+        kind="desired",
+        text=f"change {new.change}: {'; '.join(words)}",
+        fields={"change": new.change, "what": list(words)},
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from shared.change_progress import Seen
+from shared.desired_state import DesiredState
 from shared.errors import StarfishError
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
@@ -21,10 +23,12 @@ from shared.records import (
     unpack_record,
 )
 from shared.store import KeyValue
+from shared.types import Member
 
 Record = (
     ExpertMap
     | InstanceSpec
+    | DesiredState
     | LeaderRecord
     | RankRecord
     | SlotContents
@@ -41,6 +45,7 @@ class InstanceView:
 
     spec: InstanceSpec | None = None
     leader: LeaderRecord | None = None
+    desired: DesiredState = DesiredState()
     expert_map: ExpertMap | None = None
     ranks: list[RankRecord] = field(default_factory=list)
     agents: list[AgentRecord] = field(default_factory=list)
@@ -64,10 +69,23 @@ class InstanceView:
         ]
         return max(mapped or incarnations, key=lambda record: record.incarnation, default=None)
 
+    def seen(self, sessions_of: Callable[[Member], int | None]) -> Seen:
+        """`sessions_of` as in `Seen`."""
+        return Seen(
+            num_ranks=self.spec.num_ranks if self.spec is not None else 0,
+            desired=self.desired,
+            expert_map=self.expert_map,
+            records={record.member: record for record in self.ranks},
+            verdicts=self.verdicts,
+            sessions_of=sessions_of,
+        )
+
     def _add(self, record: Record | None) -> None:
         match record:
             case InstanceSpec():
                 self.spec = record
+            case DesiredState():
+                self.desired = record
             case LeaderRecord():
                 self.leader = record
             case ExpertMap():
@@ -95,7 +113,11 @@ def decode_value(keys: Keys, key: str, value: bytes) -> Record | None:
         keys.agents: AgentRecord,
         keys.gateways: GatewayRecord,
     }
-    single: dict[str, type[Record]] = {keys.spec: InstanceSpec, keys.leader: LeaderRecord}
+    single: dict[str, type[Record]] = {
+        keys.spec: InstanceSpec,
+        keys.desired: DesiredState,
+        keys.leader: LeaderRecord,
+    }
     try:
         if key == keys.map:
             return unpack_map(value)

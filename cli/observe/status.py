@@ -13,18 +13,28 @@ from cli.observe.instance_view import InstanceView
 from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
+from shared.change_progress import is_in_progress
+from shared.clock import Clock
+from shared.desired_state import Drain
 from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
 from shared.stragglers import lateness_ms, stragglers
-from shared.types import EMPTY_SLOT, NodeId, RankId
+from shared.types import EMPTY_SLOT, Member, NodeId, RankId
 from shared.wire import StatusReply
 
-STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting": "cyan"}
+STATE_STYLES = {
+    "live": "green",
+    "silent": "yellow",
+    "draining": "yellow",
+    "drained": "blue",
+    "ready": "cyan",
+    "starting": "cyan",
+}
 
 
-async def read_status(target: Target) -> dict[str, Any]:
+async def read_status(target: Target, clock: Clock) -> dict[str, Any]:
     """Raises StoreUnavailable, or ConfigError if etcd has no such instance."""
     keys = Keys(target.instance)
     store = await connect_store(target.store)
@@ -37,10 +47,11 @@ async def read_status(target: Target) -> dict[str, Any]:
             f"etcd at {target.etcd} has no instance named {target.instance!r}; pass --instance"
         )
     num_ranks = view.spec.num_ranks if view.spec else 0
-    ranks = sorted({*range(num_ranks), *(record.rank for record in view.ranks)})
+    wanted = view.desired.rank_ids(num_ranks)
+    ranks = sorted({*wanted, *(record.rank for record in view.ranks)})
     records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
     replies = await query_ranks(records.values(), target.access())
-    return status_of(target, view, [RankId(r) for r in ranks], records, replies)
+    return status_of(target, view, [RankId(r) for r in ranks], records, replies, clock.wall())
 
 
 def status_of(
@@ -49,11 +60,14 @@ def status_of(
     ranks: list[RankId],
     records: Mapping[RankId, RankRecord],
     replies: Mapping[RankId, StatusReply | None],
+    now: float,
 ) -> dict[str, Any]:
-    """The JSON of `starfish status --json`."""
+    """The JSON of `starfish status --json`. `now` is in Unix seconds."""
     spec = view.spec
     loads = {rank: reply.load for rank, reply in replies.items() if reply is not None}
     late, slow = lateness_ms(loads), stragglers(loads)
+    seen = view.seen(lambda member: _sessions(replies.get(member.rank), member))
+    steps = seen.steps(now)
     return {
         "instance": target.instance,
         "etcd": target.etcd,
@@ -61,6 +75,12 @@ def status_of(
         "epoch": view.expert_map.epoch if view.expert_map else 0,
         "cause": view.expert_map.cause if view.expert_map else None,
         "leader": msgspec.to_builtins(view.leader),
+        "verdicts_paused": view.desired.verdicts_paused,
+        "change": {
+            "number": view.desired.change,
+            "in_progress": is_in_progress(steps),
+            "steps": msgspec.to_builtins(steps),
+        },
         "ranks": [
             rank_status(view, r, records.get(r), replies.get(r))
             | {"late_ms": late.get(r), "straggles": r in slow}
@@ -75,12 +95,18 @@ def status_of(
 def rank_status(
     view: InstanceView, rank: RankId, record: RankRecord | None, reply: StatusReply | None
 ) -> dict[str, Any]:
+    drain = view.desired.drain_of(rank)
+    planned = {
+        "drain": msgspec.to_builtins(drain),
+        "safe_to_terminate": view.seen(lambda member: None).is_safe_to_terminate(rank),
+    }
     if record is None:
-        return {"rank": rank, "state": "dead", "pid": None, "incarnation": None}
+        state = "dead" if drain is None else "drained"
+        return {"rank": rank, "state": state, "pid": None, "incarnation": None, **planned}
     in_map = view.expert_map is not None and view.expert_map.has(record.member)
     status: dict[str, Any] = {
         "rank": rank,
-        "state": _state(record, in_map, reply),
+        "state": _state(record, in_map, drain, reply),
         "pid": record.pid,
         "incarnation": record.incarnation,
         "node": record.node,
@@ -92,6 +118,7 @@ def rank_status(
         "links": [str(member) for member in record.links],
         "started_at": record.started_at,
         "answers": reply is not None,
+        **planned,
     }
     if reply is not None:
         load = reply.load
@@ -126,6 +153,13 @@ def render_status(status: dict[str, Any], console: Console) -> None:
         if leader
         else "[yellow]no leader: serving goes on, deaths are not noticed[/]"
     )
+    if status["verdicts_paused"]:
+        console.print("[yellow]verdicts are paused[/]: `starfish resume` ends that")
+    for step in status["change"]["steps"]:
+        console.print(f"[cyan]under way[/]  {step['text']}")
+    safe = [str(rank["rank"]) for rank in status["ranks"] if rank["safe_to_terminate"]]
+    if safe:
+        console.print(f"[blue]safe to terminate[/]  rank {', '.join(safe)}")
     for gateway in status["gateways"]:
         url = f"{gateway['scheme']}://{gateway['host']}:{gateway['port']}"
         alone = f", alone at port {gateway['own_port']}" if gateway["own_port"] else ""
@@ -166,11 +200,19 @@ def _reused(rank: dict[str, Any]) -> str:
     return f"{rank['prefix_tokens_cached'] / rank['prefix_tokens']:.0%}"
 
 
-def _state(record: RankRecord, in_map: bool, reply: StatusReply | None) -> str:
-    """For a member of the map: "live" if it answers, else "silent"."""
+def _state(record: RankRecord, in_map: bool, drain: Drain | None, reply: StatusReply | None) -> str:
+    """For a member of the map: "live" or "draining" if it answers, else "silent"."""
     if not in_map:
-        return record.state.value
-    return "live" if reply is not None else "silent"
+        return record.state.value if drain is None else "drained"
+    if reply is None:
+        return "silent"
+    return "live" if drain is None else "draining"
+
+
+def _sessions(reply: StatusReply | None, member: Member) -> int | None:
+    if reply is None or reply.incarnation != member.incarnation:
+        return None
+    return reply.load.running + reply.load.waiting
 
 
 def _filled(view: InstanceView, rank: RankId) -> int:

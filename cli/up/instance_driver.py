@@ -34,6 +34,7 @@ from cli.up.leftovers import kill_leftovers
 from cli.up.model import check_model, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.name_lock import lock_name
+from cli.up.next_steps import next_steps
 from cli.up.options import UpOptions
 from cli.up.readiness import wait_for_gateways, wait_for_map
 from cli.up.restart_backoff import RestartBackoff
@@ -157,6 +158,7 @@ class InstanceDriver:
         self._claim: InstanceClaim | None = None
         self._stores: Mapping[EtcdService, EtcdOptions] = {}
         self._listeners: list[socket.socket] = []
+        self._admin_listener: socket.socket | None = None
         self._services: list[services.Service] = []
         self._standbys: list[services.Standby] = []
         self.is_serving = False
@@ -186,6 +188,8 @@ class InstanceDriver:
                 pid=os.getpid(),
                 model=str(model),
                 secret_file=str(options.secret_file),
+                admin_url=self._admin_url(),
+                admin_token_file=str(options.admin_token_file),
                 **state_of_store(self._stores[EtcdService.READER]),
             ),
         )
@@ -217,6 +221,8 @@ class InstanceDriver:
         self._console.print("stopping …", highlight=False)
         for listener in self._listeners:
             listener.close()  # from now on clients are refused instead of queued
+        if self._admin_listener is not None:
+            self._admin_listener.close()
         for service in reversed(self._services):
             await self._supervisor.stop(service)
         kill_leftovers(self._owner.run)
@@ -246,7 +252,9 @@ class InstanceDriver:
         num_gpus = (
             0 if options.device == "cpu" else num_visible_gpus(await count_gpus(), os.environ)
         )
-        plan = plan_device(options.device, options.cuda_mps, options.ranks, num_gpus)
+        plan = plan_device(
+            options.device, options.cuda_mps, max(options.ranks, options.ranks_max), num_gpus
+        )
         with self._stages.stage("device") as stage:
             if plan.mps:
                 self._mps = CudaMps(options.run_dir)
@@ -298,9 +306,13 @@ class InstanceDriver:
 
     async def _start_services(self, model: Path) -> None:
         options, stores = self._options, self._stores
+        self._admin_listener = listen_on(options.admin_host, options.admin_port)
+        admin_fd = self._admin_listener.fileno()
         planned = [
             *(
-                services.control_plane(options, stores[EtcdService.CONTROL_PLANE], model, number)
+                services.control_plane(
+                    options, stores[EtcdService.CONTROL_PLANE], model, number, admin_fd
+                )
                 for number in range(options.control_planes)
             ),
             services.agent(
@@ -333,6 +345,11 @@ class InstanceDriver:
             shared = options.gateways > 1
             self._listeners.append(listen_on(options.host, options.port, reuse_port=shared))
         return [listener.fileno() for listener in self._listeners]
+
+    def _admin_url(self) -> str:
+        assert self._admin_listener is not None, "the control planes come first"
+        host, port = self._admin_listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks
@@ -402,16 +419,8 @@ class InstanceDriver:
             instance=self._options.instance,
             secret_file=self._options.secret_file,
         )
-        survived = (await read_status(target))["survives"]
+        survived = (await read_status(target, self._clock))["survives"]
         if survived:
             self._console.print(survived["summary"], highlight=False)
-        name = "" if self._options.instance == "default" else f" --instance {target.instance}"
-        folder = "" if self._folder.is_default else f" --run-dir {self._options.run_dir}"
-        for text in (
-            f"\nServing at {self._url}/v1 until Ctrl-C. In another terminal:",
-            f"  starfish status{name}{folder}     what runs where",
-            f"  starfish watch{name}{folder}      deaths, verdicts and maps as they happen",
-            f"  starfish kill 2{name}{folder}     kill -9 rank 2, then watch it come back",
-            f"  logs: {self._folder.log_dir}",
-        ):
+        for text in next_steps(self._options, self._folder, self._url, self._admin_url()):
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)

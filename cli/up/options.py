@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli.run_dir import SECRET_FILE, default_run_dir
+from cli.run_dir import ADMIN_TOKEN_FILE, SECRET_FILE, default_run_dir
 from cli.target_flags import (
     EtcdCaFlag,
     EtcdCertFlag,
@@ -57,6 +57,13 @@ class UpOptions:
         typer.Option("--model-dir", help="Folder in which --seeded keeps its checkpoint."),
     ] = None
     ranks: Annotated[int, typer.Option(help="Number of ranks.")] = 4
+    ranks_max: Annotated[
+        int,
+        typer.Option(
+            help="On GPUs: to how many ranks `starfish scale` may grow it; exchange buffers are "
+            "made for so many at the start. 0: as many as it has."
+        ),
+    ] = 0
     redundant_experts: Annotated[
         int,
         typer.Option(
@@ -119,6 +126,18 @@ class UpOptions:
             "--api-key-file",
             help="TOML file with the API keys of clients and their limits (`starfish keys new` "
             "makes one); without it nobody needs a key.",
+        ),
+    ] = None
+    admin_host: Annotated[
+        str, typer.Option(help="Address of the admin API, which changes the instance.")
+    ] = "127.0.0.1"
+    admin_port: Annotated[int, typer.Option(help="Port of the admin API; 0 takes a free one.")] = 0
+    chosen_admin_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-token-file",
+            help="File with the token that the admin API asks for (default: a new one, in the run "
+            "folder).",
         ),
     ] = None
     demo: Annotated[
@@ -224,6 +243,12 @@ class UpOptions:
             return self.run_dir / SECRET_FILE
         return self.chosen_secret_file.absolute()
 
+    @property
+    def admin_token_file(self) -> Path:
+        if self.chosen_admin_token_file is None:
+            return self.run_dir / ADMIN_TOKEN_FILE
+        return self.chosen_admin_token_file.absolute()
+
     def stores(self, keys: Keys) -> Mapping[EtcdService, EtcdOptions]:
         """As whom each service reaches an etcd that runs already. Raises ConfigError."""
         assert self.etcd is not None, "there is no such etcd"
@@ -256,6 +281,8 @@ class UpOptions:
         self._check_aliases()
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: an instance needs at least one rank")
+        if self.ranks_max and self.ranks_max < self.ranks:
+            raise ConfigError(f"--ranks-max {self.ranks_max} must not be below --ranks")
         if not 1 <= self.gateways <= GATEWAYS_MAX:
             raise ConfigError(f"--gateways {self.gateways}: pass a number from 1 to {GATEWAYS_MAX}")
         if self.routing not in ROUTING_POLICIES:
@@ -294,8 +321,12 @@ class UpOptions:
         read_secret(self.chosen_secret_file)
         if self.api_key_file is not None:
             read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
+        if self.chosen_admin_token_file is not None:
+            read_private_file(self.chosen_admin_token_file, flag="--admin-token-file")
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
+        if not 0 <= self.admin_port < 65536:
+            raise ConfigError(f"--admin-port {self.admin_port}: pass a port below 65536, or 0")
 
     def _check_aliases(self) -> None:
         """SGLang's flags, for which Starfish has only one value."""

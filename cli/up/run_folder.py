@@ -7,13 +7,13 @@ import fcntl
 import os
 from pathlib import Path
 
-from cli.run_dir import SECRET_FILE, STATE_FILE
+from cli.run_dir import ADMIN_TOKEN_FILE, SECRET_FILE, STATE_FILE
 from shared.errors import ConfigError
 from shared.private_folder import PrivateFolder
 from shared.secret import create_secret
 
 _LOCK_FILE = "lock"
-PARTS = (STATE_FILE, SECRET_FILE, "etcd", "mps")
+PARTS = (STATE_FILE, SECRET_FILE, ADMIN_TOKEN_FILE, "etcd", "mps")
 """What a run creates in its folder, apart from its logs and its lock."""
 
 
@@ -40,10 +40,11 @@ class RunFolder:
             raise
         self._remove_parts(keep_logs=False)
         self.log_dir.mkdir(mode=0o700, exist_ok=True)
-        try:
-            create_secret(self.secret_file)
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.secret_file}: {error.strerror}") from error
+        for file in (self.secret_file, path / ADMIN_TOKEN_FILE):
+            try:
+                create_secret(file)
+            except OSError as error:
+                raise ConfigError(f"cannot write {file}: {error.strerror}") from error
 
     @property
     def parent_fd(self) -> int:

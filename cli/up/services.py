@@ -46,7 +46,11 @@ class Standby:
         return [*self.program, str(begin_fd), *self.arguments, *flags]
 
 
-def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: int) -> Service:
+def control_plane(
+    options: UpOptions, etcd: EtcdOptions, model: Path, number: int, admin_fd: int
+) -> Service:
+    """`admin_fd` is our listening socket for the admin API, which all of them share: whoever leads,
+    its address stays."""
     slots = ("--slots-per-rank", str(options.slots_per_rank)) if options.slots_per_rank else ()
     redundant, context = options.redundant_experts, options.context_tokens_max
     return Service(
@@ -56,10 +60,15 @@ def control_plane(options: UpOptions, etcd: EtcdOptions, model: Path, number: in
             *(*etcd.flags(), "--instance", options.instance, "--model", str(model)),
             *("--secret-file", str(options.secret_file)),
             *("--ranks", str(options.ranks), *slots),
+            *(("--ranks-max", str(options.ranks_max)) if options.ranks_max else ()),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
             *(("--context-tokens-max", str(context)) if context else ()),
+            *("--admin-host", options.admin_host, "--admin-port", "0"),
+            *("--admin-token-file", str(options.admin_token_file)),
+            *("--admin-listen-fd", str(admin_fd)),
             *log_flags(options),
         ),
+        inherited_fds=(admin_fd,),
         stop_timeout_s=5.0,
     )
 
@@ -153,7 +162,7 @@ def agent(
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
             *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),
             *log_flags(options),
-            *("--stop-grace-s", "4"),
+            *("--stop-grace-s", "4", "--leave-grace-s", "0"),
         ),
         stop_timeout_s=8.0,
         tail=("--", *rank_flags),

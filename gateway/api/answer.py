@@ -9,11 +9,12 @@ from typing import Protocol
 import structlog
 from aiohttp import web
 
-from gateway.api.errors import http_error
+from gateway.api.chunk_events import ChunkEvents
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
-from gateway.api.responses import DONE, ChunkWriter, Usage, error_event, response_body
-from gateway.generation import Delta, Generation
+from gateway.api.responses import DONE, response_body
+from gateway.choice_reader import Delta
+from gateway.generation import Generation
 from gateway.stream_session import SessionFailed
 
 log = structlog.get_logger()
@@ -62,8 +63,16 @@ async def answer_stream(
     request: web.Request, generation: Generation, job: Job
 ) -> web.StreamResponse:
     """Raises SessionFailed for a failure before the first batch of tokens."""
-    writer = _ChunkEvents(job, generation, require_context(request).id)
+    writer = ChunkEvents(job, generation, require_context(request).id)
     return await stream_events(request, generation, job, writer)
+
+
+async def answer_read(request: web.Request) -> web.StreamResponse:
+    """The end of a stream of which the client has everything else."""
+    response = web.StreamResponse(headers=_EVENT_STREAM_HEADERS)
+    await response.prepare(request)
+    await _write(request, response, DONE, last=True)
+    return response
 
 
 class EventWriter(Protocol):
@@ -105,54 +114,6 @@ async def stream_events(
         if request.transport is not None:
             request.transport.abort()
     return response
-
-
-def failure_event(error: SessionFailed, request_id: str) -> bytes:
-    """The end of a stream that has failed, in OpenAI's shape."""
-    return error_event(http_error(error).of_request(request_id).body) + DONE
-
-
-class _ChunkEvents:
-    """OpenAI's chunks. Implements `EventWriter`."""
-
-    def __init__(self, job: Job, generation: Generation, request_id: str) -> None:
-        self._job = job
-        self._generation = generation
-        self._request_id = request_id
-        self._writers = job.choice_writers()
-        self._is_first = True
-        self._chunks = ChunkWriter(
-            job.header,
-            with_token_ids=job.options.return_token_ids,
-            include_usage=job.options.include_usage,
-        )
-
-    async def events(self, deltas: Sequence[Delta]) -> bytes:
-        data = b""
-        if self._job.options.continuous_usage:
-            self._chunks.set_usage(self._usage())
-        if self._is_first:
-            data = _role_chunks(self._job, self._chunks)
-            self._is_first = False
-        for delta in deltas:
-            data += await self._writers[delta.choice].chunk(delta, self._chunks)
-        return data
-
-    def end(self) -> bytes:
-        if not self._job.options.include_usage:
-            return DONE
-        return self._chunks.usage_chunk(self._usage()) + DONE
-
-    def failed(self, error: SessionFailed) -> bytes:
-        return failure_event(error, self._request_id)
-
-    def _usage(self) -> Usage:
-        return self._job.usage(self._generation, self._writers)
-
-
-def _role_chunks(job: Job, chunks: ChunkWriter) -> bytes:
-    content = not (job.plan is not None and job.plan.must_call)
-    return b"".join(chunks.role_chunk(index, content=content) for index in range(len(job.tasks)))
 
 
 async def _write(

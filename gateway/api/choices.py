@@ -15,13 +15,13 @@ from gateway.api.logprobs import (
 )
 from gateway.api.requests import RequestOptions
 from gateway.api.responses import Choice, ChunkWriter
+from gateway.choice_reader import Delta, PromptTask
 from gateway.detokenizer import TokenNames
-from gateway.generation import Delta, PromptTask
 from shared.types import FinishReason
 
 
 class ChoiceWriter:
-    """Gets every delta of one choice, in order: through `take` for one body, or `chunk` for a
+    """Gets every delta of one choice, in order: through `take` for one body, or `chunks` for a
     stream."""
 
     def __init__(
@@ -90,21 +90,23 @@ class ChoiceWriter:
             prompt_logprobs=None if self._of_prompt is None else await self._of_prompt.shaped(),
         )
 
-    async def chunk(self, delta: Delta, writer: ChunkWriter) -> bytes:
-        """One event of a stream. Empty for a delta without text (half a character, a held-back stop
+    async def chunks(self, delta: Delta, writer: ChunkWriter) -> list[bytes]:
+        """The events of a stream. None for a delta without text (half a character, a held-back stop
         string), unless the delta has something else to say."""
         if self._answer is not None:
             return await self._parsed_chunks(self._answer, delta, writer)
         if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
-            return b""
+            return []
         logprobs = await self._shape(self._scored_of(delta))
-        return writer.delta_chunk(
-            delta.choice, delta.text, delta.token_ids, delta.finish, logprobs, stop=delta.stop
-        )
+        return [
+            writer.delta_chunk(
+                delta.choice, delta.text, delta.token_ids, delta.finish, logprobs, stop=delta.stop
+            )
+        ]
 
     async def _parsed_chunks(
         self, answer: AnswerReader, delta: Delta, writer: ChunkWriter
-    ) -> bytes:
+    ) -> list[bytes]:
         """A chunk for each kind of text, the first with what belongs to the tokens, and one for the
         end."""
         deltas = answer.feed(delta.text, delta.token_ids, delta.finish)
@@ -112,15 +114,17 @@ class ChoiceWriter:
         ids: Sequence[int] = delta.token_ids
         if ids and not deltas and (writer.with_token_ids or logprobs is not None):
             deltas = [{}]
-        chunks = b""
+        chunks: list[bytes] = []
         for each in deltas:
             body = b'"delta":' + msgspec.json.encode(each)
-            chunks += writer.body_chunk(delta.choice, body, ids, None, logprobs)
+            chunks.append(writer.body_chunk(delta.choice, body, ids, None, logprobs))
             ids, logprobs = (), None
         if delta.finish is not None:
             reason = answer.finish_reason(delta.finish)
-            chunks += writer.body_chunk(
-                delta.choice, b'"delta":{}', ids, reason, logprobs, stop=delta.stop
+            chunks.append(
+                writer.body_chunk(
+                    delta.choice, b'"delta":{}', ids, reason, logprobs, stop=delta.stop
+                )
             )
         return chunks
 

@@ -14,7 +14,8 @@ from gateway.api.dialect import Dialect, Ending
 from gateway.api.errors import http_error
 from gateway.api.job import Job
 from gateway.api.responses import Usage
-from gateway.generation import Delta, Generation
+from gateway.choice_reader import Delta
+from gateway.generation import Generation
 from gateway.stream_session import SessionFailed
 from shared.types import FinishReason
 

@@ -39,6 +39,7 @@ _STATUS_BY_FAILURE = {
 
 _NO_EMBEDDINGS = ": this instance generates text and has no embeddings"
 _NO_SOUND_OR_PICTURES = ": this instance reads and writes text only"
+_BY_CONTROL_PLANE = ": the control plane's admin API serves it (docs/admin_api.md)"
 _NOT_SERVED = {
     "embeddings": _NO_EMBEDDINGS,
     "pooling": _NO_EMBEDDINGS,
@@ -49,6 +50,9 @@ _NOT_SERVED = {
     "images": _NO_SOUND_OR_PICTURES,
     "moderations": ": this instance judges no texts",
     "files": ": requests carry their input themselves",
+    "scale_elastic_ep": _BY_CONTROL_PLANE,
+    "is_scaling_elastic_ep": _BY_CONTROL_PLANE,
+    "fault_tolerance": _BY_CONTROL_PLANE,
     "batches": ": send requests at once; a gateway runs many side by side",
 }
 """A word of a path that other servers have → why it is missing here."""

@@ -3,7 +3,6 @@ answer is written is `answer`'s."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gateway.api.answer import AnswerJob, answer_job
+from gateway.api.answer import AnswerJob, answer_job, answer_read
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.anthropic.answer import error_body as messages_error
 from gateway.api.authentication import Authenticator
@@ -35,26 +34,21 @@ from gateway.api.guidance import answer_grammar
 from gateway.api.guided import DemandedForm
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
+from gateway.api.job_builder import JobBuilder
 from gateway.api.json_bounds import check_num_values
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
-from gateway.api.request_admission import RequestAdmission
+from gateway.api.request_admission import RequestAdmission, num_choices
 from gateway.api.request_body import read_body
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
-from gateway.api.requests import (
-    ChoiceSize,
-    RequestOptions,
-    check_num_logprobs,
-    read_options,
-    read_prompts,
-)
-from gateway.api.responses import Header
+from gateway.api.requests import read_options, read_prompts
+from gateway.api.resumption import Resumption, Stream, body_digest, check_not_resumed
 from gateway.api.routes import Handler, Routes, endpoint_of
 from gateway.api.scheduling import RequestScheduling
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
-from gateway.generation import Generation, PromptTask
+from gateway.generation import Generation
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
@@ -89,6 +83,7 @@ class HttpApp:
         health: Health,
         models: ModelLoader,
         grammars: GrammarReader,
+        resumption: Resumption,
         body_bytes_max: int,
         logprobs_max: int,
         cross_origin: CrossOrigin,
@@ -102,7 +97,8 @@ class HttpApp:
         self._health = health
         self._models = models
         self._grammars = grammars
-        self._logprobs_max = logprobs_max
+        self._resumption = resumption
+        self._jobs = JobBuilder(clock=clock, logprobs_max=logprobs_max)
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
 
@@ -199,12 +195,15 @@ class HttpApp:
             body = chat_of(await self._read(request, cls))
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
+            stream = self._stream(request, body, served, has_ids=dialect_of is None)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
-                options = read_options(body, limits)
+                options = read_options(body, limits).of_stream(stream, body.seed)
                 form = self._grammars.form_of(body)
                 chat = read_chat(body, served)
                 ids = await served.tokenizer.encode_chat(
-                    chat.messages, chat.options, tokens_max=options.prompt_tokens_max(limits)
+                    chat.messages,
+                    chat.options.at(None if stream is None else stream.created),
+                    tokens_max=options.prompt_tokens_max(limits),
                 )
                 if not ids:
                     raise RequestError("the prompt has no tokens", param="messages")
@@ -212,8 +211,16 @@ class HttpApp:
                 plan = plan_answer(body, chat, served, prompt.ids, demands_form=form is not None)
                 options = with_tokens(body, options, served, plan)
             grammar = await self._grammar(request, body, form, plan, served, scheduling)
-            options = options.guided_by(grammar)
-            job = self._job(served, options, [prompt], limits, scheduling, plan)
+            job = self._jobs.build(
+                served,
+                options.guided_by(grammar),
+                [prompt],
+                limits,
+                scheduling,
+                plan=plan,
+                stream=stream,
+                names_seed=body.seed is None,
+            )
             answer = partial(answer_job_in, dialect_of(job)) if dialect_of else answer_job
             return await self._run(request, job, answer)
 
@@ -250,11 +257,14 @@ class HttpApp:
             served = await self._require_served_model()
             sent = await self._read(request, cls)
             body = completion_of(sent)
+            answer = answer_of(sent)
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
+            stream = self._stream(request, body, served, has_ids=answer is answer_job)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 form = self._grammars.form_of(body)
-                options = with_tokens(body, read_options(body, limits), served)
+                options = read_options(body, limits).of_stream(stream, body.seed)
+                options = with_tokens(body, options, served)
                 prompts = [
                     options.fitted(await encoded_prompt(served, prompt, options, limits), limits)
                     for prompt in read_prompts(body, limits.vocab_size)
@@ -262,9 +272,16 @@ class HttpApp:
             if not all(prompt.ids for prompt in prompts):
                 raise RequestError("the prompt has no tokens", param="prompt")
             grammar = await self._grammar(request, body, form, None, served, scheduling)
-            options = options.guided_by(grammar)
-            job = self._job(served, options, prompts, limits, scheduling)
-            return await self._run(request, job, answer_of(sent))
+            job = self._jobs.build(
+                served,
+                options.guided_by(grammar),
+                prompts,
+                limits,
+                scheduling,
+                stream=stream,
+                names_seed=body.seed is None,
+            )
+            return await self._run(request, job, answer)
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admission.enter(request):
@@ -299,7 +316,10 @@ class HttpApp:
         raw = await read_body(request, self._body_bytes_max)
         await check_num_values(raw)
         body = decode_body(raw, cls)
-        require_context(request).body_bytes = len(raw)
+        context = require_context(request)
+        context.body_bytes = len(raw)
+        if getattr(body, "stream", False):
+            context.body_digest = body_digest(raw)
         request[IGNORED_FIELDS] = ignored_fields(raw, cls)
         return body
 
@@ -318,6 +338,19 @@ class HttpApp:
         async with self._admission.grammar_turn(request, expires_at=scheduling.expires_at):
             return await answer_grammar(body, form, plan, served, self._grammars)
 
+    def _stream(
+        self, request: web.Request, body: GenerationBody, served: ServedModel, *, has_ids: bool
+    ) -> Stream | None:
+        """None if the answer is not streamed, or its events have no ids. Raises RequestError."""
+        if not body.stream:
+            return None
+        if not has_ids:
+            check_not_resumed(request)
+            return None
+        return self._resumption.open(
+            request, fingerprint=served.fingerprint, num_choices=num_choices(body)
+        )
+
     def _check(self, served: ServedModel, body: GenerationBody) -> ModelLimits:
         self._check_name(served, body.model)
         return served.limits(self._driver.view)
@@ -327,54 +360,11 @@ class HttpApp:
         if name and name not in served.names:
             raise model_not_found(name, served)
 
-    def _job(
-        self,
-        served: ServedModel,
-        options: RequestOptions,
-        prompts: list[Prompt],
-        limits: ModelLimits,
-        scheduling: RequestScheduling,
-        plan: AnswerPlan | None = None,
-    ) -> Job:
-        """`plan` is a chat's."""
-        chat = plan is not None
-        header = Header(
-            id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
-            created=int(self._clock.wall()),
-            model=served.name,
-            fingerprint=served.fingerprint,
-            chat=chat,
-        )
-        tasks = [
-            PromptTask(
-                prompt=prompt.ids,
-                sent=prompt.sent,
-                sampling=options.sampling_for(len(prompt.ids), limits, choice),
-                scheduling=scheduling.params,
-                expires_at=scheduling.expires_at,
-                stops=options.stops,
-                echo=options.echo,
-                include_stop=options.include_stop,
-            )
-            for prompt in prompts
-            for choice in range(options.num_choices)
-        ]
-        sizes = [ChoiceSize(len(task.prompt), task.sampling.max_tokens) for task in tasks]
-        check_num_logprobs(options, sizes, self._logprobs_max)
-        return Job(
-            header=header,
-            options=options,
-            tasks=tasks,
-            names=served.token_names(
-                with_special=options.include_special, parsed=plan is not None and plan.is_parsed
-            ),
-            num_prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
-            plan=plan,
-        )
-
     async def _run(self, request: web.Request, job: Job, answer: AnswerJob) -> web.StreamResponse:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
+        if job.is_all_read:
+            return await answer_read(request)
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
         generation = Generation(
             driver=self._driver,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
-from gateway.api.openapi import Endpoint, openapi_document, openapi_page
+from gateway.api.api_info import GATEWAY_API
 from gateway.api.responses import model_entry, model_list
 from gateway.api.routes import Routes
 from gateway.health import Health
@@ -14,6 +14,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.served_model import ServedModel
 from gateway.session_driver import SessionDriver
 from shared.errors import RequestError
+from shared.openapi import Endpoint, openapi_document, openapi_page
 from shared.version import starfish_version
 
 _READINESS = {
@@ -108,10 +109,10 @@ class InfoRoutes:
         )
 
     async def _show_openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(openapi_document(self._endpoints))
+        return web.json_response(openapi_document(GATEWAY_API, self._endpoints))
 
     async def _show_docs(self, request: web.Request) -> web.Response:
-        page = openapi_page(openapi_document(self._endpoints))
+        page = openapi_page(openapi_document(GATEWAY_API, self._endpoints))
         return web.Response(text=page, content_type="text/html")
 
     async def _show_metrics(self, request: web.Request) -> web.Response:

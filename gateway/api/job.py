@@ -11,14 +11,17 @@ from gateway.api.choices import ChoiceWriter
 from gateway.api.logprobs import PromptLogprobs
 from gateway.api.requests import RequestOptions
 from gateway.api.responses import Header, Usage
+from gateway.api.resumption import Stream
+from gateway.choice_reader import PromptTask
 from gateway.detokenizer import TokenNames
-from gateway.generation import Generation, PromptTask
+from gateway.generation import Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """`tasks` are the request's choices, prompt by prompt. `num_prompt_tokens` counts each prompt
-    once, however many choices it has."""
+    once, however many choices it has. `stream`: its events have ids.
+    `named_seed` is what the first event tells."""
 
     header: Header
     options: RequestOptions
@@ -26,6 +29,17 @@ class Job:
     names: TokenNames
     num_prompt_tokens: int
     plan: AnswerPlan | None = None
+    stream: Stream | None = None
+    named_seed: int | None = None
+
+    @property
+    def is_all_read(self) -> bool:
+        """Whether the client of a resumed stream has everything but its end."""
+        read = None if self.stream is None else self.stream.read
+        if read is None:
+            return False
+        has_ended = bool(read.choices) and all(choice.ended for choice in read.choices)
+        return read.all_read or (has_ended and not self.options.include_usage)
 
     @property
     def is_parsed(self) -> bool:

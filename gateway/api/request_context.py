@@ -25,6 +25,7 @@ class RequestContext:
     account: TenantAccount | None = None
     ticket: Ticket | None = None
     body_bytes: int = 0
+    body_digest: bytes = b""  # of a body that asks for a stream
     num_prompt_tokens: int = 0
     num_generated: int = 0
 

@@ -19,6 +19,7 @@ from gateway.api.fields import (
     stop_ids_of,
     stops_of,
 )
+from gateway.api.resumption import Stream
 from gateway.api.truncation import Truncation, truncation_of
 from gateway.context_limit import context_exceeded
 from gateway.prompt import Prompt
@@ -70,6 +71,13 @@ class RequestOptions:
 
     def guided_by(self, grammar: str) -> RequestOptions:
         return replace(self, sampling=replace(self.sampling, grammar=grammar))
+
+    def of_stream(self, stream: Stream | None, seed: int | None) -> RequestOptions:
+        """`seed` is the client's. Without one a stream that can be resumed has a seed of its
+        own."""
+        if stream is None or seed is not None:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=stream.seed))
 
     def sampling_for(
         self, num_prompt_tokens: int, limits: ModelLimits, choice: int = 0

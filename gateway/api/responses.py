@@ -102,10 +102,16 @@ def _plain_choice(chat: bool, index: int, choice: Choice, with_token_ids: bool) 
 
 
 class ChunkWriter:
-    """Writes the server-sent events of one stream. `usage` is what chunks say of it until the last
-    one; None: nothing."""
+    """Writes the server-sent events of one stream. `seed`: the first one names it."""
 
-    def __init__(self, header: Header, *, with_token_ids: bool, include_usage: bool) -> None:
+    def __init__(
+        self,
+        header: Header,
+        *,
+        with_token_ids: bool,
+        include_usage: bool,
+        seed: int | None = None,
+    ) -> None:
         kind = "chat.completion.chunk" if header.chat else "text_completion"
         head = {
             "id": header.id,
@@ -118,6 +124,7 @@ class ChunkWriter:
         self._tail = (b',"usage":null' if include_usage else b"") + b"}\n\n"
         self._plain_chunk = self._plain_chunk_format()
         self._chat = header.chat
+        self._seed = b"" if seed is None else b',"seed":%d' % seed  # until it is named
         self.with_token_ids = with_token_ids
 
     def set_usage(self, usage: Usage) -> None:
@@ -138,10 +145,12 @@ class ChunkWriter:
             return b""
         text = b'""' if content else b"null"
         delta = b'"delta":{"role":"assistant","content":%b},"logprobs":null' % text
-        return b'%b,"choices":[{"index":%d,%b,"finish_reason":null}]%b' % (
+        seed, self._seed = self._seed, b""
+        return b'%b,"choices":[{"index":%d,%b,"finish_reason":null}]%b%b' % (
             self._head,
             index,
             delta,
+            seed,
             self._tail,
         )
 
@@ -184,13 +193,15 @@ class ChunkWriter:
             reason += b',"stop_reason":' + _encode(stop)
         ids = b',"token_ids":' + _encode(token_ids) if self.with_token_ids else b""
         shown = b"null" if logprobs is None else _encode(logprobs)
-        return b'%b,"choices":[{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}]%b' % (
+        seed, self._seed = self._seed, b""
+        return b'%b,"choices":[{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}]%b%b' % (
             self._head,
             index,
             body,
             shown,
             reason,
             ids,
+            seed,
             self._tail,
         )
 

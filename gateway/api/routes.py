@@ -17,7 +17,7 @@ from gateway.api.errors import (
     not_found,
     plain_http_error,
 )
-from gateway.api.openapi import JSON, Endpoint
+from shared.openapi import JSON, Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

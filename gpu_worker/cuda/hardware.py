@@ -76,7 +76,7 @@ class CudaHardware:
         # Triton is installed only on machines with a card.
         from gpu_worker.cuda.decoder import Decoder
 
-        if spec.num_ranks > 1:
+        if spec.capacity > 1:
             check_dispatch(self._ep_shape(model, spec))
         torch.cuda.set_device(self._device)
         progress = LoadProgress(self._clock)
@@ -84,7 +84,7 @@ class CudaHardware:
         log.info(
             "model_loaded", folder=str(folder), card=self._device.index, **progress.log_fields()
         )
-        exchange = self._open_exchange(model, spec) if spec.num_ranks > 1 else None
+        exchange = self._open_exchange(model, spec) if spec.capacity > 1 else None
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with on_stream(stream):
@@ -212,7 +212,7 @@ class CudaHardware:
 
     def _ep_shape(self, model: ModelSpec, spec: InstanceSpec) -> EpShape:
         return EpShape(
-            num_ranks=spec.num_ranks,
+            num_ranks=spec.capacity,
             slots_per_rank=spec.slots_per_rank,
             hidden_size=model.hidden_size,
             step_tokens_max=self._config.step_tokens_max,

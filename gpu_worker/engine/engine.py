@@ -43,6 +43,7 @@ from gpu_worker.engine.mailbox import (
     Inbox,
     InboxItem,
     NewMap,
+    OrphanOrigin,
     Post,
     SendWake,
     StepTokens,
@@ -58,7 +59,7 @@ from gpu_worker.engine.step_runner import StepResult, StepRunner
 from shared.clock import Clock
 from shared.errors import StepAbandoned
 from shared.types import Epoch, Member, RankId, Step
-from shared.wire import Adoption, Cancel, Load, SessionTokens, Wake
+from shared.wire import Adoption, Cancel, Load, SessionTokens, Submit, Wake
 
 STRANDED_S = 30.0
 """A rank that is behind its map for so long leaves and restarts."""
@@ -172,11 +173,14 @@ class Engine:
         for item in items:
             match item:
                 case Arrival(origin=origin, submit=submit):
-                    if (reply := self._scheduler.submit(origin, submit)) is not None:
-                        replies.setdefault(origin, []).append(reply)
+                    for to, reply in self._begin_attempt(origin, submit):
+                        replies.setdefault(to, []).append(reply)
                 case Cancel(session=session, attempt=attempt):
                     if (ended := self._scheduler.cancel(session, attempt)) is not None:
                         replies.setdefault(ended[0], []).append(ended[1])
+                case OrphanOrigin(origin=origin):
+                    self._scheduler.orphan_origin(origin)
+                    replies.pop(origin, None)
                 case DropOrigin(origin=origin):
                     self._scheduler.drop_origin(origin)
                     replies.pop(origin, None)
@@ -194,6 +198,13 @@ class Engine:
             self._load = self._read_load()
             self._post_tokens(replies)
         return stop
+
+    def _begin_attempt(self, origin: Origin, submit: Submit) -> list[tuple[Origin, SessionTokens]]:
+        """Returns what is to be said at once, and to whom."""
+        if (taken_over := self._scheduler.take_over(origin, submit)) is not None:
+            return taken_over
+        reply = self._scheduler.submit(origin, submit)
+        return [] if reply is None else [(origin, reply)]
 
     def _settle_grammars(self) -> None:
         """A mask is given a moment only if no step could run meanwhile."""

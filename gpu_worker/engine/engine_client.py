@@ -24,6 +24,7 @@ from gpu_worker.engine.mailbox import (
     Hold,
     Inbox,
     NewMap,
+    OrphanOrigin,
     SendWake,
     StepTokens,
     Stop,
@@ -162,6 +163,15 @@ class EngineClient:
     def cancel(self, cancel: Cancel) -> bool:
         """False if the engine's inbox is full."""
         return self._inbox.put(cancel)
+
+    def orphan_origin(self, origin: Origin, orphan_s: float) -> None:
+        """This connection is gone. What another gateway may take over goes on for `orphan_s`
+        seconds, the rest ends."""
+        if orphan_s <= 0:
+            self.drop_origin(origin)
+            return
+        self._inbox.put(OrphanOrigin(origin=origin))
+        self._loop.call_later(orphan_s, self.drop_origin, origin)
 
     def drop_origin(self, origin: Origin) -> None:
         self._inbox.put(DropOrigin(origin=origin))

@@ -30,6 +30,13 @@ class DropOrigin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OrphanOrigin:
+    """This connection is gone. Its sessions may be taken over by another, until a DropOrigin."""
+
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewMap:
     """A map that may be adopted: every member's link is open. `seen_at` is the `Clock.now()` at
     which it was put here."""
@@ -53,7 +60,7 @@ class Stop:
 
 _AFTER_ALL_EPOCHS = Epoch(1 << 62)
 
-InboxItem = Arrival | Cancel | DropOrigin | NewMap | Wake | Hold | Stop
+InboxItem = Arrival | Cancel | OrphanOrigin | DropOrigin | NewMap | Wake | Hold | Stop
 
 
 class Waiter(Protocol):

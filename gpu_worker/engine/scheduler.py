@@ -13,7 +13,9 @@ have written into them). They cost work, never tokens. Restored blocks stay as w
     submit, later       replaced              replaced                    compiles, waits, ended,
                                                                           or refused
     submit, no later    ignored               ignored                     –
+    take over           goes on for another   goes on for another         an ended orphan's tokens
     cancel, drop        ended                 ended, blocks freed         nothing
+    orphan              goes on, or ended     goes on, or ended           –
     plan                runs, if it fits, and decodes or prefills a part, –
                         begins with what      or is preempted → waits
                         cache and replicas
@@ -43,6 +45,9 @@ A sequence whose client has tokens is *in mid-stream*: its rank died, or it was 
 waits for a whole answer of another because too many run: it may exceed `running_max`. Nor does it
 wait for KV blocks while a sequence runs whose client has seen nothing; that one gives up its own.
 
+A sequence whose gateway is gone, or whose client has come back through another, goes on and may be
+taken over: `resumable_streams`.
+
 Who is next among several tenants: `tenant_shares`, `waiting_queue`. What a sequence begins with,
 and for whose blocks it waits: `sequence_blocks`.
 """
@@ -63,6 +68,7 @@ from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.logprobs import StepScores
 from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.projected_state import ProjectedState, current_state
+from gpu_worker.engine.resumable_streams import ResumableStreams, missed_tokens
 from gpu_worker.engine.sampler import NO_TOKEN
 from gpu_worker.engine.scheduler_limits import SchedulerLimits, reply_at_once
 from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
@@ -111,6 +117,7 @@ class Scheduler:
         self._replicator = replicator or NoKvReplication()
         self._blocks = SequenceBlocks(self._kv, self._replicator, is_shared=limits.prefix_cache)
         self._sequences: dict[SessionId, Sequence] = {}
+        self._streams = ResumableStreams(limits.orphans_max)
         self._shares = TenantShares()
         self._waiting = WaitingQueue(self._shares)
         self._running: list[Sequence] = []  # sorted when a plan begins: the last is preempted first
@@ -165,11 +172,31 @@ class Scheduler:
                 return sequence.reply(index=sequence.next_index, error=str(error))
             sequence.state = SequenceState.COMPILING
         self._sequences[sequence.session] = sequence
+        self._streams.add(sequence)
         self._num_tokens += len(sequence.tokens)
         self._shares.enter(sequence)
         if sequence.state is SequenceState.WAITING:
             self._waiting.add(sequence)
         return None
+
+    def take_over(
+        self, origin: Origin, submit: Submit
+    ) -> list[tuple[Origin, SessionTokens]] | None:
+        """The replies if a sequence that is here becomes that of this attempt: its tokens so far,
+        and to the gateway that had it that it is gone. None if there is no such sequence."""
+        found = self._streams.find(submit)
+        if found is None:
+            return None
+        replies: list[tuple[Origin, SessionTokens]] = []
+        if found.state is not SequenceState.ENDED:
+            if not self._streams.is_orphan(found):
+                error = "its client has gone on with this stream over another connection"
+                replies.append((found.origin, found.reply(index=found.next_index, error=error)))
+            self._rename(found, submit.session)
+            found.origin = origin
+            found.attempt = submit.attempt
+        finish = self._streams.take(found)
+        return [*replies, (origin, missed_tokens(found, submit, finish))]
 
     def settle_grammars(self, *, wait: bool) -> dict[Origin, list[SessionTokens]]:
         """Lets go on whose grammar or mask has become known. Returns the replies to sessions that
@@ -203,6 +230,15 @@ class Scheduler:
         """Ends its sessions without replies: its connection is gone."""
         for sequence in [s for s in self._sequences.values() if s.origin == origin]:
             self._end(sequence)
+        self._streams.drop(origin)
+
+    def orphan_origin(self, origin: Origin) -> None:
+        """Its connection is gone. Those of its sessions that another gateway may take over go on
+        until `drop_origin`; the others end without replies."""
+        orphans = [s for s in self._sequences.values() if s.origin == origin]
+        for sequence in self._streams.orphan(orphans):
+            if sequence.state is not SequenceState.ENDED:
+                self._end(sequence)
 
     def plan(self) -> StepPlan:
         """Takes decodes first, then prefill chunks of running sequences, then of newly admitted
@@ -415,14 +451,20 @@ class Scheduler:
         finish = sequence.append(token)
         backup = sequence.take_backup_change(self._replicator.backup_of(sequence.session))
         if finish is not None:
-            self._end(sequence)
+            self._end(sequence, finish)
         else:
             self._guided.hold_if_pending(sequence)
         return sequence.reply(
             (token,), index=index, finish=finish, logprobs=logprobs, backup=backup
         )
 
-    def _end(self, sequence: Sequence) -> None:
+    def _rename(self, sequence: Sequence, session: SessionId) -> None:
+        del self._sequences[sequence.session]
+        self._blocks.rename(sequence, session)
+        self._sequences[session] = sequence
+
+    def _end(self, sequence: Sequence, finish: FinishReason | None = None) -> None:
+        """`finish`: its last token has been generated."""
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
             self._blocks.close(sequence)
@@ -430,6 +472,7 @@ class Scheduler:
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         self._guided.close(sequence)
+        self._streams.on_end(sequence, finish)
         sequence.state = SequenceState.ENDED
         self._shares.leave(sequence)
         del self._sequences[sequence.session]

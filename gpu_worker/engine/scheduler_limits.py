@@ -18,7 +18,7 @@ class SchedulerLimits:
     sessions and continued ones separately, so that many new ones never refuse a client who is in
     mid-stream. `running_max` bounds how many run when new ones are admitted; sessions in
     mid-stream, and new ones of a tenant that was served less than others, run up to
-    `mid_stream_max`."""
+    `mid_stream_max`. `orphans_max` bounds the sessions that go on without a gateway."""
 
     vocab_size: int
     context_tokens_max: int
@@ -31,6 +31,7 @@ class SchedulerLimits:
     step_sequences_max: int = NO_LIMIT  # in one step; also its wanted rows of logits
     mixed_prefill_tokens: int = NO_LIMIT  # in a step with decodes: see `step_budget`
     prefix_cache: bool = True
+    orphans_max: int = 256
     scored_logits_max: int = 1 << 24  # prompt rows of one step times the vocabulary
     restored_blocks_enough: int = 64  # in one plan; on CPUs some 10 ms
 

@@ -54,6 +54,7 @@ class Sequence:
         "session",
         "state",
         "stop_ids",
+        "stream_key",
         "token_counts",
         "token_limits",
         "tokens",
@@ -75,6 +76,7 @@ class Sequence:
         self.arrival = arrival
         self.sampling = submit.sampling
         self.scheduling = submit.scheduling
+        self.stream_key = submit.stream_key
         self.tokens = list(submit.tokens)
         self.num_given = len(submit.tokens)
         self.num_emitted = submit.num_emitted

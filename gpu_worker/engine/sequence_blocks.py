@@ -24,6 +24,7 @@ from gpu_worker.engine.block_names import extend_names
 from gpu_worker.engine.kv_blocks import KvBlocks
 from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.sequence import NO_ROW, Sequence
+from shared.types import SessionId
 
 
 class SequenceBlocks:
@@ -81,6 +82,14 @@ class SequenceBlocks:
         self._kv.close(sequence.row)
         sequence.row = NO_ROW
         sequence.num_computed = sequence.num_published = sequence.num_offered = 0
+
+    def rename(self, sequence: Sequence, session: SessionId) -> None:
+        """It goes on as this session. Its blocks are offered again under the new name, by which the
+        replicator knows the session; what it has stored of them, it finds."""
+        self._replicator.forget(sequence.session)
+        sequence.session = session
+        sequence.num_offered = 0
+        sequence.reported_backup = None
 
     def count_begun(self, sequence: Sequence) -> None:
         """Its first step since `open` is committed."""

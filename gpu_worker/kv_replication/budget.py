@@ -11,7 +11,7 @@ DEFAULT_BYTES_MAX = 4_000_000_000
 def uses_kv_replication(config: RankConfig, spec: InstanceSpec) -> bool:
     """Replicas are found by the names of the prefix cache, so they need it. A static instance has
     nothing that handles deaths, so it has no replicas either."""
-    return config.kv_copies and config.prefix_cache and not config.static and spec.num_ranks > 1
+    return config.kv_copies and config.prefix_cache and not config.static and spec.capacity > 1
 
 
 def kv_replica_bytes(config: RankConfig, block_bytes: int) -> int:

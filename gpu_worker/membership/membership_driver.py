@@ -134,6 +134,15 @@ class MembershipDriver:
         """The peers that it waits for, and that do not answer its questions."""
         return self._echoes.unheard(self._clock.now())
 
+    def ask_to_leave(self) -> bool:
+        """Asks to be drained. False if no other rank could take over."""
+        me = self._membership.record.member
+        newest = self._membership.expert_map
+        if newest is None or not newest.has(me) or not self._other_members:
+            return False
+        self._perform(self._membership.on_told_to_leave())
+        return True
+
     async def wait_for_load(self) -> None:
         """Returns once no load runs, though its task was cancelled: the slots may be used again."""
         if self._load_ended is not None:
@@ -365,5 +374,6 @@ class MembershipDriver:
             return membership.on_assignment(unpack(value, SlotContents))
         if key.startswith(keys.verdicts):
             verdict = unpack(value, Verdict)
-            return membership.on_verdict(verdict.member, verdict.epoch)
+            is_drained = verdict.cause is SuspicionReason.DRAINED
+            return membership.on_verdict(verdict.member, verdict.epoch, is_drained=is_drained)
         return []

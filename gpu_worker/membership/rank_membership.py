@@ -33,6 +33,7 @@ there (`_target`).
     engine held            LoadSlots that waited for it
     engine stopped         Leave
     verdict                on a peer AnnounceVerdict, on this incarnation Leave
+    told to leave          our record, which asks to be drained
     another lease granted  our record and residents again
 """
 
@@ -268,11 +269,20 @@ class RankMembership:
         self._map = expert_map
         return self._drop_gone() + self._load_if_needed()
 
-    def on_verdict(self, member: Member, epoch: Epoch) -> list[MembershipAction]:
-        """The map of `epoch` is the first without this member."""
+    def on_verdict(
+        self, member: Member, epoch: Epoch, *, is_drained: bool = False
+    ) -> list[MembershipAction]:
+        """The map of `epoch` is the first without this member, which is dead, or `is_drained`."""
         if member != self._member:
             return [AnnounceVerdict(peer=member, epoch=epoch)]
+        if is_drained:
+            return [Leave(reason="it has been drained")]
         return [Leave(reason="the control plane declared this rank dead")]
+
+    def on_told_to_leave(self) -> list[MembershipAction]:
+        """Its process shall end: the control plane is asked to drain it first."""
+        self.record = replace(self.record, leaving=True)
+        return [PutRecord(record=self.record)]
 
     def on_lease_granted(self, lease_id: int) -> list[MembershipAction]:
         """The keys of the old lease are gone; publish them again under this one."""

@@ -132,7 +132,7 @@ async def test_a_stream_is_made_of_openais_deltas(
     async with harness.http.post(harness.url + "/v1/chat/completions", json=body) as response:
         lines = [line for line in (await response.text()).splitlines() if line]
     assert lines[-1] == "data: [DONE]"
-    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    events = [json.loads(line[6:]) for line in lines[:-1] if line.startswith("data: ")]
     counts = [event["usage"]["completion_tokens"] for event in events]
     assert counts == sorted(counts)
     assert events[-1]["choices"] == []

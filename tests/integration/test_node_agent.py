@@ -348,8 +348,8 @@ async def test_a_fenced_rank_is_restarted_again_and_again_without_backoff(node: 
     assert await ended(agent) == 0
 
 
-async def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_time(node: Node) -> None:
-    agent = await node.start("--ranks", "0", "--stop-grace-s", "0.3", toy="ignore-sigterm")
+async def test_a_rank_that_ignores_the_end_is_killed_after_the_grace_time(node: Node) -> None:
+    agent = await node.start("--ranks", "0", "--stop-grace-s", "0.3", toy="ignore-the-end")
     await node.until(lambda records: len(records) == 1)
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
@@ -375,7 +375,7 @@ async def test_a_new_agent_adopts_the_ranks_of_a_killed_one(node: Node) -> None:
     assert node.alive() == set()
 
 
-@pytest.mark.parametrize("toy", ["obedient", "ignore-sigterm"])
+@pytest.mark.parametrize("toy", ["obedient", "ignore-the-end"])
 async def test_the_end_of_the_lifeline_ends_the_agent_and_its_ranks(node: Node, toy: str) -> None:
     read_end, write_end = os.pipe()
     agent = await node.start(

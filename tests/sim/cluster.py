@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
 from control_plane.membership import MembershipPolicy
+from control_plane.planned_change import DrainPolicy
 from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics
 from gateway.cluster_view import ClusterWatch
@@ -62,11 +63,17 @@ class SimClusterSizes:
     num_ranks: int = 4
     slots_per_rank: int = 4
     redundant_experts: int = 6
+    num_spare_hosts: int = 0  # their agents run what is added or moved
     num_control_planes: int = 2
     slow: bool = False  # loads and first contacts take seconds
     heal_after_s: float = 0.3
     suspicion_window_s: float = 0.0  # 0: learnt
     cards: CardSizes | None = None  # None: ranks on CPUs
+
+    @property
+    def num_hosts(self) -> int:
+        """Of ranks. No more ranks than these ever run."""
+        return self.num_ranks + self.num_spare_hosts
 
 
 @dataclass(slots=True)
@@ -127,7 +134,7 @@ class SimCluster:
         self.loop.network = self.network
         if self.sizes.slow:
             self.loop.executor_s = EXECUTOR_SLOW_S
-        self.hub = SimHub(self.sizes.num_ranks, HIDDEN, TOP_K, network=self.network)
+        self.hub = SimHub(self.sizes.num_hosts, HIDDEN, TOP_K, network=self.network)
         self.copies = KvReplicaHub(self.network)
         self.cards = self._build_cards()
         self.etcd = MemoryEtcd(self.clock)
@@ -142,9 +149,12 @@ class SimCluster:
             redundant_experts=self.sizes.redundant_experts,
             context_tokens_max=256,
             vocab_size=VOCAB,
+            ranks_max=self.sizes.num_hosts,
         )
         self.agents: dict[int, SimAgent] = {}
         self.control_planes: list[SimProcess | None] = [None] * self.sizes.num_control_planes
+        self.drivers: dict[SimProcess, Driver] = {}
+        self.told_to_leave: set[SimProcess] = set()
         self.gateway: SessionDriver
         self.clients: list[ClientSession] = []
         self.crashes: list[BaseException] = []
@@ -162,10 +172,11 @@ class SimCluster:
     # Hosts and their way to etcd.
 
     def host_of_rank(self, rank: int) -> str:
+        """Where it runs unless it is moved."""
         return f"host-{rank}"
 
     def hosts(self) -> list[str]:
-        ranks = [self.host_of_rank(r) for r in range(self.sizes.num_ranks)]
+        ranks = [self.host_of_rank(r) for r in range(self.sizes.num_hosts)]
         planes = [f"host-plane-{n}" for n in range(self.sizes.num_control_planes)]
         return [*ranks, *planes, "host-gateway", ETCD]
 
@@ -200,7 +211,7 @@ class SimCluster:
         for number in range(self.sizes.num_control_planes):
             self.start_control_plane(number)
         self.spawn(self._run_gateway(), self._gateway_process)
-        for rank in range(self.sizes.num_ranks):
+        for rank in range(self.sizes.num_hosts):
             agent = SimProcess(f"agent-{rank}", self.host_of_rank(rank))
             self.agent_processes[rank] = agent
             self.spawn(self._run_agent(rank), agent)
@@ -218,9 +229,13 @@ class SimCluster:
         return task
 
     def process_of(self, rank: int) -> SimProcess | None:
-        """Of the rank's present life, while it lasts."""
+        """Of the present life of the rank on this host, while it lasts."""
         process = self.agents[rank].process
         return None if process is None or process.dead else process
+
+    def run_in(self, process: SimProcess, work: Callable[[], None]) -> None:
+        """As a signal does: at once, in that process."""
+        in_process(process).run(work)
 
     def kill_rank(self, rank: int) -> None:
         process = self.process_of(rank)
@@ -244,6 +259,7 @@ class SimCluster:
                     first_formation_grace_s=2.0,
                     formation_window_s=5.0,
                     heal_after_s=self.sizes.heal_after_s,
+                    drains=DrainPolicy(settle_s=1.0, overdue_s=1.0, leaving_grace_s=1.0),
                 ),
                 timings=DetectorTimings(
                     silence=SilenceTimings(override_s=self.sizes.suspicion_window_s),
@@ -257,6 +273,7 @@ class SimCluster:
                 metrics=Metrics(),
             )
         )
+        self.drivers[process] = driver
         self.spawn(driver.run(asyncio.Event()), process)
 
     def kill_control_plane(self, number: int) -> None:
@@ -292,7 +309,7 @@ class SimCluster:
     async def _run_agent(self, rank: int) -> None:
         host = self.host_of_rank(rank)
         agent = self.agents[rank] = SimAgent(
-            rank=RankId(rank),
+            ranks=(RankId(rank),) if rank < self.sizes.num_ranks else (),
             node=host,
             store=self.store(host),
             keys=self.keys,
@@ -303,8 +320,8 @@ class SimCluster:
         )
         await agent.run()
 
-    def _start_rank(self, member: Member, lease_id: int) -> SimProcess:
-        process = SimProcess(f"rank-{member}", self.host_of_rank(member.rank))
+    def _start_rank(self, member: Member, lease_id: int, host: str) -> SimProcess:
+        process = SimProcess(f"rank-{member}", host)
         config = RankConfig(
             rank=member.rank,
             incarnation=member.incarnation,
@@ -386,7 +403,7 @@ class SimCluster:
         from tests.sim.sim_card_rank import SimCards  # imports torch
 
         self.loop.set_exception_handler(self._on_callback_error)
-        return SimCards(self.loop, self.sizes.cards, self.sizes.num_ranks, self.seed)
+        return SimCards(self.loop, self.sizes.cards, self.sizes.num_hosts, self.seed)
 
     def _card_options(self) -> dict[str, Any]:
         return {} if self.cards is None else self.cards.options()
@@ -422,8 +439,9 @@ class SimCluster:
         if not hasattr(self, "gateway"):
             return False
         members = set(self.gateway.view.members)
-        return len(self.agents) == self.sizes.num_ranks and all(
-            agent.member in members for agent in self.agents.values()
+        ranks = range(self.sizes.num_ranks)
+        return len(self.agents) == self.sizes.num_hosts and all(
+            self.agents[rank].member in members for rank in ranks
         )
 
     def all_ended(self) -> bool:

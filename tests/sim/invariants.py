@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from shared.desired_state import DesiredState
 from shared.expert_map import Placement
 from shared.records import SlotContents, Verdict, unpack_map, unpack_record
 from shared.store import WatchEvent
-from shared.types import EMPTY_SLOT, Member
+from shared.types import EMPTY_SLOT, Member, SuspicionReason
 from shared.wire import StatusQuery
 from tests.sim.cluster import SimCluster
 from tests.sim.sim_loop import SimProcess
@@ -59,6 +60,7 @@ class InvariantChecker:
     num_maps: int = 0
     targets: dict[Member, SlotTargets] = field(default_factory=dict)
     declared_dead: set[Member] = field(default_factory=set)
+    causes: list[SuspicionReason] = field(default_factory=list)  # of the verdicts
 
     def __post_init__(self) -> None:
         cluster = self.cluster
@@ -99,6 +101,11 @@ class InvariantChecker:
         if member in self.declared_dead:
             return
         self.declared_dead.add(member)
+        self.causes.append(verdict.cause)
+        if verdict.cause is SuspicionReason.DRAINED:
+            if self._desired().drain_of(member.rank) is None:
+                self._violate(f"{member} was drained, and nobody has asked for it")
+            return
         if not verdict.signals:
             self._violate(f"a verdict on {member} does not say upon what it rests")
         process = self.cluster.processes.get(member)
@@ -110,6 +117,10 @@ class InvariantChecker:
             f"a verdict ended {member}, which lives: {verdict.cause.value} after "
             f"{waited_ms:.0f} ms; {signals}"
         )
+
+    def _desired(self) -> DesiredState:
+        found = self.cluster.etcd.values.get(self.cluster.keys.desired)
+        return DesiredState() if found is None else unpack_record(found.value, DesiredState)
 
     def _may_be_declared_dead(self, process: SimProcess) -> bool:
         now = self.cluster.clock.now()

@@ -49,10 +49,10 @@ def be_quiet() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def outcome_of(seed: int) -> Outcome | str:
+def outcome_of(seed: int, run: Callable[[int], Outcome] = run_schedule) -> Outcome | str:
     be_quiet()
     try:
-        return run_schedule(seed)
+        return run(seed)
     except BaseException as error:  # noqa: BLE001 - it crosses a process boundary as text
         notes = "; ".join(getattr(error, "__notes__", []))
         while isinstance(error, BaseExceptionGroup):
@@ -60,14 +60,15 @@ def outcome_of(seed: int) -> Outcome | str:
         return f"seed {seed}: {type(error).__name__}: {error} [{notes}]"
 
 
-def _outcomes_of(seeds: Sequence[int]) -> list[Outcome | str]:
-    return [outcome_of(seed) for seed in seeds]
+def _outcomes_of(seeds: Sequence[int], run: Callable[[int], Outcome]) -> list[Outcome | str]:
+    return [outcome_of(seed, run) for seed in seeds]
 
 
 def run_many(
     seeds: Sequence[int],
     *,
     jobs: int,
+    run: Callable[[int], Outcome] = run_schedule,
     on_progress: Callable[[ManyOutcomes], None] = lambda _: None,
 ) -> ManyOutcomes:
     """In `jobs` processes of one thread each. Ends early if BROKEN_MAX have failed."""
@@ -77,7 +78,7 @@ def run_many(
     found = ManyOutcomes()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        for done in as_completed([pool.submit(_outcomes_of, chunk) for chunk in chunks]):
+        for done in as_completed([pool.submit(_outcomes_of, chunk, run) for chunk in chunks]):
             for each in done.result():
                 found.add(each)
             on_progress(found)

@@ -63,7 +63,7 @@ class MapChecker:
         self._left |= set(last.members) - set(new.members)
         assert not self._left & set(new.members), "who was left out is back"
         assert new.epoch == last.epoch + 1, f"epoch {new.epoch} after {last.epoch}"
-        if new.cause.startswith("dead"):
+        if new.cause.startswith(("dead", "drained")):
             self._check_moves(last, new)
 
     def _check_moves(self, last: ExpertMap, new: ExpertMap) -> None:

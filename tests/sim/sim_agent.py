@@ -10,6 +10,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable
 
+from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter
 from node_agent.lease_keeper import keep_lease_until_registered
 from node_agent.process_view import ProcessSample
@@ -20,8 +21,10 @@ from node_agent.rank_supervisor import (
     RunningRank,
     Spawn,
     SupervisorAction,
+    Terminate,
 )
 from node_agent.restart_policy import RestartPolicy
+from node_agent.serving_view import ServingView
 from node_agent.view_reporter import ViewReporter
 from shared.changes import changes
 from shared.clock import Clock
@@ -29,7 +32,7 @@ from shared.errors import StoreError
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import AgentRecord, RankRecord, Verdict, pack_record, unpack_record
+from shared.records import AgentRecord, Verdict, pack_record
 from shared.store import Store
 from shared.types import Member, NodeId, RankId
 from tests.sim.sim_loop import SimLoop, SimProcess, kill, resume, stop
@@ -38,16 +41,18 @@ VERDICT_GRACE_S = 2.0
 EXIT_SEEN_S = (0.001, 0.005)
 KILLED = -signal.SIGKILL
 
-Spawner = Callable[[Member, int], SimProcess]
+Spawner = Callable[[Member, int, str], SimProcess]
+"""Takes the member, its lease, and the host."""
 
 
 class SimAgent:
-    """Owns one rank. `run` never ends."""
+    """Runs one rank at most: the one of its flags, or that which the desired state places here.
+    `run` never ends."""
 
     def __init__(
         self,
         *,
-        rank: RankId,
+        ranks: tuple[RankId, ...],
         node: str,
         store: Store,
         keys: Keys,
@@ -56,7 +61,6 @@ class SimAgent:
         spawn: Spawner,
         rng: random.Random,
     ) -> None:
-        self._rank = rank
         self._store = store
         self._keys = keys
         self._clock = clock
@@ -64,16 +68,19 @@ class SimAgent:
         self._spawn = spawn
         self._rng = rng
         self.process: SimProcess | None = None
-        record = AgentRecord(node=NodeId(node), pid=1, ranks=(rank,))
+        record = AgentRecord(node=NodeId(node), pid=1, ranks=ranks, ranks_max=1)
         self._leased = LeasedKeys(store, ttl_s=lease_ttl_s)
         self._leased.put(keys.agent(record.node), pack_record(record))
         self._exit_reporter = ExitReporter(store, keys, NodeId(node), clock)
+        self._desired_ranks = DesiredRanks(node=NodeId(node), flag_ranks=ranks)
+        self._view = ServingView(keys=keys)
         self._supervisor = RankSupervisor(
-            [rank],
+            [],
             RestartPolicy(delay_s_max=2.0),
             rng,
             clock.now(),
             verdict_grace_s=VERDICT_GRACE_S,
+            stop_grace_s=VERDICT_GRACE_S,
         )
         self._changed = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
@@ -97,8 +104,7 @@ class SimAgent:
     async def run(self) -> None:
         async with self._tasks:
             self._tasks.create_task(self._leased.run())
-            self._tasks.create_task(self._watch_verdicts())
-            self._tasks.create_task(self._watch_records())
+            self._tasks.create_task(self._watch_serving())
             self._tasks.create_task(self._report_stopped())
             self._tasks.create_task(self._view_reporter.run())
             while True:
@@ -140,27 +146,30 @@ class SimAgent:
             await asyncio.sleep(self._rng.uniform(*EXIT_SEEN_S))
             self._view_reporter.report_stopped(running_rank, stopped=stopped)
 
-    async def _watch_verdicts(self) -> None:
-        async with contextlib.aclosing(changes(self._store, self._keys.verdicts)) as watch:
+    async def _watch_serving(self) -> None:
+        async with contextlib.aclosing(changes(self._store, self._keys.serving)) as watch:
             async for seen in watch:
-                for event in seen.events:
-                    if event.value is not None:
-                        verdict = unpack_record(event.value, Verdict)
-                        member = verdict.member
+                for each in self._view.apply(seen):
+                    if isinstance(each, Verdict):
+                        member = each.member
                         self._perform(self._supervisor.on_declared_dead(member, self._clock.now()))
-                self._changed.set()
-
-    async def _watch_records(self) -> None:
-        prefix = self._keys.incarnations(self._rank)
-        async with contextlib.aclosing(changes(self._store, prefix)) as watch:
-            async for seen in watch:
-                for each in seen.events:
-                    if each.value is not None:
-                        record = unpack_record(each.value, RankRecord)
+                    elif each.node == self._desired_ranks.node and self._supervisor.owns(each.rank):
                         registered = RunningRank(
-                            member=record.member, lease_id=record.lease_id, pid=record.pid
+                            member=each.member, lease_id=each.lease_id, pid=each.pid
                         )
                         self._perform(self._supervisor.on_registered(registered))
+                self._follow_orders()
+                self._changed.set()
+
+    def _follow_orders(self) -> None:
+        running, now = self._supervisor.processes(), self._clock.now()
+        orders = self._desired_ranks.orders(self._view, running)
+        if orders is None:
+            return
+        self._supervisor.want(orders.wanted, now)
+        self._perform(self._supervisor.stop_unwanted(orders.wanted, orders.ended, now))
+        for rank in orders.restarted:
+            self._perform(self._supervisor.replace(rank, now))
 
     async def _wait(self) -> None:
         due_at = self._supervisor.next_due_at()
@@ -181,7 +190,7 @@ class SimAgent:
                             running_rank, exit_code, agent_lease_id=self._lease_id
                         )
                     )
-                case Kill():
+                case Kill() | Terminate():
                     assert self.process is not None
                     kill(self.process)
 
@@ -194,7 +203,7 @@ class SimAgent:
             self._perform(self._supervisor.on_spawn_failed(rank, self._clock.now()))
             self._changed.set()
             return
-        process = self._spawn(member, lease_id)
+        process = self._spawn(member, lease_id, self._desired_ranks.node)
         exited = asyncio.Event()
         process.on_death.append(exited.set)
         self.process = process
@@ -205,6 +214,7 @@ class SimAgent:
             await asyncio.sleep(self._rng.uniform(*EXIT_SEEN_S))
         exit_code = KILLED if process.exit_code is None else process.exit_code
         self._perform(self._supervisor.on_exited(rank, exit_code, self._clock.now()))
+        self._follow_orders()
         self._changed.set()
 
     @contextlib.asynccontextmanager

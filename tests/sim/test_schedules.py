@@ -225,7 +225,7 @@ def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     back."""
     monkeypatch.setattr(RankSupervisor, "on_declared_dead", lambda self, member, now: [])
     monkeypatch.setattr(RankMembership, "on_map", _ignore_exclusion(RankMembership.on_map))
-    monkeypatch.setattr(RankMembership, "on_verdict", lambda self, member, epoch: [])
+    monkeypatch.setattr(RankMembership, "on_verdict", lambda *_, is_drained: [])
     assert any_schedule_fails()
 
 

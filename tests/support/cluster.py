@@ -122,6 +122,11 @@ class Cluster:
                     finish = choice["finish_reason"] or finish
         return StreamResult(tuple(ids), finish, None)
 
+    async def get(self, url: str) -> str:
+        """Raises OSError if nobody answers."""
+        async with self._http.get(url) as response:
+            return await response.text()
+
     async def model_name(self) -> str:
         async with self._http.get(f"{self.url}/v1/models") as response:
             name: str = (await response.json())["data"][0]["id"]

@@ -1,5 +1,6 @@
 """Stands in for a rank's process: registers with the lease that it was given, then waits. `--toy`
-says whether it obeys SIGTERM, ignores it, exits at once with a code, or has a child of its own."""
+says whether it obeys its agent's signal to end, ignores it, exits at once with a code, or has a
+child of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from shared.etcd_options import EtcdOptions
 from shared.etcd_store import EtcdStore
+from shared.exit_codes import END_AT_ONCE
 from shared.keys import Keys
 from shared.records import RankRecord, pack_record
 from shared.types import Incarnation, NodeId, RankId, RankState
@@ -27,8 +29,8 @@ def main() -> None:
     for name in ("node", "etcd", "instance", "toy"):
         parser.add_argument(f"--{name}")
     flags, _ = parser.parse_known_args()
-    if flags.toy == "ignore-sigterm":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if flags.toy == "ignore-the-end":
+        signal.signal(END_AT_ONCE, signal.SIG_IGN)
     if flags.toy.startswith("exit-"):
         sys.exit(int(flags.toy.removeprefix("exit-")))
     if flags.toy == "parent":

@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gateway.api.answer import failure_event, stream_events
+from gateway.api.answer import stream_events
+from gateway.api.chunk_events import failure_event
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
 from gateway.api.responses import DONE
-from gateway.generation import Delta, Generation
+from gateway.choice_reader import Delta
+from gateway.generation import Generation
 from gateway.stream_session import SessionFailed
 from shared.types import FinishReason
 

@@ -138,7 +138,24 @@ def test_suspicions_and_verdicts_name_their_reasons() -> None:
     assert raised.fields["reason"] == "exit"
     assert "killed by SIGKILL" in raised.text
     assert judged.fields["took_ms"] == 25.0
+    assert "is dead (exit)" in judged.text
     assert dropped.kind == "suspicion_gone"
+
+
+def test_who_was_drained_has_left_and_is_not_dead() -> None:
+    verdict = Verdict(
+        rank=RankId(2),
+        incarnation=Incarnation(1),
+        cause=SuspicionReason.DRAINED,
+        signals=(),
+        epoch=Epoch(2),
+        first_signal_at=10.0,
+        decided_at=10.0,
+    )
+    [left] = narrate(
+        EventFormatter(KEYS), event(KEYS.verdict(RankId(2), Incarnation(1)), pack_record(verdict))
+    )
+    assert left.text == "rank 2.1 left, as was asked"
 
 
 def test_assignments_and_residents_are_told_apart() -> None:

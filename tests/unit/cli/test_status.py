@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+from typing import Any
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cli.observe.instance_view import InstanceView
-from cli.observe.status import rank_status, status_of
+from cli.observe.status import rank_status, render_status, status_of
 from cli.run_dir import Target
+from shared.desired_state import AfterDrain, DesiredState, Drain
 from shared.etcd_options import EtcdOptions
 from shared.expert_map import ExpertMap
-from shared.records import RankRecord
-from shared.types import Epoch, Incarnation, Member, NodeId, RankId, RankState, Step
+from shared.records import RankRecord, Verdict
+from shared.types import (
+    Epoch,
+    Incarnation,
+    Member,
+    NodeId,
+    RankId,
+    RankState,
+    Step,
+    SuspicionReason,
+)
 from shared.wire import Load, StatusReply
+from tests.unit.control_plane.harness import spec as spec_of
 
+NOW = 1.7e9
 TARGET = Target(store=EtcdOptions(etcd="e"), instance="t")
 
 
@@ -110,7 +127,7 @@ def test_the_whole_status_says_what_the_map_survives() -> None:
     ranks = [RankId(0), RankId(1)]
     records = {r: found.ranks[r + 1] for r in ranks}
     replies = {r: reply(r, 2) for r in ranks}
-    status = status_of(TARGET, found, ranks, records, replies)
+    status = status_of(TARGET, found, ranks, records, replies, NOW)
     assert status["epoch"] == 2
     assert [each["state"] for each in status["ranks"]] == ["live", "live"]
     assert status["survives"]["rank_failures"] == 1
@@ -119,5 +136,81 @@ def test_the_whole_status_says_what_the_map_survives() -> None:
 
 
 def test_without_a_map_nothing_is_promised() -> None:
-    status = status_of(TARGET, InstanceView(), [], {}, {})
+    status = status_of(TARGET, InstanceView(), [], {}, {}, NOW)
     assert (status["epoch"], status["survives"]) == (0, None)
+
+
+def drained_view(after: AfterDrain = AfterDrain.STAY) -> InstanceView:
+    found = view()
+    found.desired = DesiredState(
+        change=1, drains=(Drain(rank=RankId(1), requested_at=NOW - 2, grace_s=30, after=after),)
+    )
+    return found
+
+
+def whole_status(found: InstanceView, *ranks: int) -> dict[str, Any]:
+    ids = [RankId(rank) for rank in ranks]
+    records = {r: record for r in ids if (record := found.record_of(r)) is not None}
+    replies = {r: reply(r, record.incarnation) for r, record in records.items()}
+    return status_of(TARGET, found, ids, records, replies, NOW)
+
+
+def test_a_member_that_is_drained_says_for_how_long_its_sessions_may_stay() -> None:
+    status = whole_status(drained_view(), 0, 1)
+    assert [rank["state"] for rank in status["ranks"]] == ["live", "draining"]
+    assert not status["ranks"][1]["safe_to_terminate"]
+    (step,) = status["change"]["steps"]
+    assert step["text"] == "rank 1 has 4 sessions left, which may finish there for 28 s"
+    assert status["change"]["in_progress"]
+
+
+def test_a_rank_that_has_left_the_map_is_drained_and_safe_to_terminate() -> None:
+    found = drained_view()
+    assert found.expert_map is not None
+    (stays,) = [m for m in found.expert_map.members if m.rank == 0]
+    found.expert_map = dataclasses.replace(found.expert_map, members=(stays,))
+    found.ranks = [*found.ranks, record(1, 3, RankState.STARTING)]
+    status = whole_status(found, 0, 1)
+    assert [rank["state"] for rank in status["ranks"]] == ["live", "drained"]
+    assert [rank["safe_to_terminate"] for rank in status["ranks"]] == [False, True]
+    assert not status["change"]["in_progress"]
+    console = Console(width=200, file=io.StringIO())
+    render_status(status, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "safe to terminate  rank 1" in console.file.getvalue()
+
+
+def test_a_death_is_no_change_in_progress() -> None:
+    found = view()
+    found.spec = spec_of(ranks=3)
+    found.verdicts = [verdict(2, 1, SuspicionReason.EXIT)]
+    status = whole_status(found, 0, 1, 2)
+    assert [step["kind"] for step in status["change"]["steps"]] == ["recover"]
+    assert not status["change"]["in_progress"]
+    found.verdicts.append(verdict(2, 2, SuspicionReason.DRAINED))
+    status = whole_status(found, 0, 1, 2)
+    assert [step["kind"] for step in status["change"]["steps"]] == ["join"]
+    assert status["change"]["in_progress"]
+
+
+def verdict(rank: int, incarnation: int, cause: SuspicionReason) -> Verdict:
+    return Verdict(
+        rank=RankId(rank),
+        incarnation=Incarnation(incarnation),
+        cause=cause,
+        signals=(),
+        epoch=Epoch(2),
+        first_signal_at=0.0,
+        decided_at=0.0,
+    )
+
+
+def test_paused_verdicts_are_said() -> None:
+    found = view()
+    found.desired = DesiredState(change=1, verdicts_paused=True)
+    status = whole_status(found, 0, 1)
+    assert status["verdicts_paused"]
+    console = Console(width=200, file=io.StringIO())
+    render_status(status, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "verdicts are paused: `starfish resume`" in console.file.getvalue()

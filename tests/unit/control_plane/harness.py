@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from control_plane.desired_changes import Change, change_desired
 from control_plane.detector_timings import DetectorTimings
 from control_plane.leader_term import LeaderTerm
 from control_plane.membership import MembershipPolicy
@@ -20,9 +21,11 @@ from control_plane.writes import (
     DeclareDead,
     DeleteKeys,
     PlanHeal,
+    PublishDesired,
     PublishMap,
     Write,
 )
+from shared.desired_state import DesiredState
 from shared.errors import TxnConflict
 from shared.expert_map import ExpertMap, Placement
 from shared.keys import Keys
@@ -98,6 +101,7 @@ class Rank:
         self.lagging_epoch: Epoch | None = None  # None: the newest map
         self.out_of_step = Epoch(0)
         self.registered = False
+        self.sessions = 0
         self.lease_id = harness.etcd.grant(TTL_S)
         self.record = RankRecord(
             rank=member.rank,
@@ -113,6 +117,7 @@ class Rank:
             kv_blocks=1,
             kv_block_tokens=1,
             exchange="local",
+            first_incarnation=member.incarnation,
         )
 
     def write_record(self, **changes: object) -> None:
@@ -143,9 +148,12 @@ class Rank:
         if self.loading is None:
             return
         self.actual_contents, self.loading = self.loading, None
+        self.write_residents()
+        self.begin_load()
+
+    def write_residents(self) -> None:
         contents = SlotContents.of(self.member, self.actual_contents)
         self._put(self._harness.keys.resident(*self._ids), pack_record(contents))
-        self.begin_load()
 
     def _assignment(self) -> SlotContents | None:
         found = self._harness.etcd.values.get(self._harness.keys.assignment(*self._ids))
@@ -169,6 +177,7 @@ class ControlPlaneHarness:
         self.incarnations: dict[int, int] = {}
         self.published: list[ExpertMap] = []
         self.writes: list[Write] = []
+        self.plans: list[PlanHeal] = []
         self.removed_members: set[Member] = set()
         self._publisher = Publisher(self.etcd.client(), self.keys, self.clock)
         self.etcd.apply([Put(key=self.keys.spec, value=pack_record(self.spec))])
@@ -214,6 +223,7 @@ class ControlPlaneHarness:
             if write is None:
                 return
             if isinstance(write, PlanHeal):
+                self.plans.append(write)
                 self.leader_term.membership.on_heal_planned(write, write.first_step())
                 self.clock.advance(0.06)
                 continue
@@ -244,7 +254,10 @@ class ControlPlaneHarness:
     def perform(self, write: Write, leader_revision: int, *, reply_lost: bool = False) -> None:
         """One fenced transaction, its effect checked, and told to the leader as the driver does."""
         compare = [Compare(key=self.keys.leader, mod_revision=leader_revision)]
-        if not isinstance(write, DeleteKeys):
+        if isinstance(write, PublishDesired):
+            revision = self.cluster.state.revision_of(self.keys.desired)
+            compare.append(Compare(key=self.keys.desired, mod_revision=revision))
+        elif not isinstance(write, DeleteKeys):
             revision = self.cluster.state.revision_of(self.keys.map)
             compare.append(Compare(key=self.keys.map, mod_revision=revision))
         operations = self._publisher._operations(write)
@@ -273,7 +286,16 @@ class ControlPlaneHarness:
         return False
 
     def decide(self) -> Decision | None:
-        return self.leader_term.decide(self.cluster.state, self.clock.now())
+        return self.leader_term.decide(
+            self.cluster.state, self.clock.now(), unix_now=self.clock.wall()
+        )
+
+    def ask(self, change: Change) -> None:
+        """As the driver does it. Fails if it is refused."""
+        self._deliver()
+        asked = change_desired(self.cluster.state, change, self.clock.wall())
+        assert isinstance(asked, DesiredState), asked
+        self.perform(PublishDesired(desired=asked, cause="asked"), self.leader_revision)
 
     def _on_change(self, change: StateChange) -> None:
         self.leader_term.on_change(change, self.cluster.state, self.clock.now())
@@ -360,6 +382,16 @@ class ControlPlaneHarness:
             if rank.record.links != links:
                 rank.write_record(links=links)
 
+    def rejoin(self, rank_id: int) -> Rank:
+        """The process was fenced, and goes on in place with what its slots hold."""
+        fenced = self.ranks.pop(rank_id)
+        self.etcd.revoke(fenced.lease_id)
+        rank = self.start(rank_id)
+        rank.write_record(first_incarnation=fenced.record.first_incarnation)
+        rank.actual_contents = fenced.actual_contents
+        rank.write_residents()
+        return rank
+
     def kill(self, rank_id: int, *, agent: bool = True) -> None:
         rank = self.ranks.pop(rank_id)
         self.leader_term.on_probe(ProbeRefused(member=rank.member), self.clock.now())
@@ -422,6 +454,6 @@ class ControlPlaneHarness:
             step=Step(0),
             engine_age_ms=0.0,
             waiting_for=(),
-            load=LOAD,
+            load=replace(LOAD, running=rank.sessions),
             out_of_step=rank.out_of_step,
         )

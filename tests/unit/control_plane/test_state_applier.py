@@ -16,9 +16,11 @@ from control_plane.state_applier import (
     SuspicionRaised,
     VerdictPut,
 )
+from shared.desired_state import DesiredState
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import (
+    AgentRecord,
     LeaderRecord,
     RankRecord,
     SlotContents,
@@ -316,9 +318,22 @@ def test_garbage_is_named_and_left_out(cluster: StateApplier) -> None:
 
 def test_keys_of_others_are_none_of_our_business(cluster: StateApplier) -> None:
     for key in (
-        KEYS.agents + "n",
         KEYS.gateways + "g",
         KEYS.map + "s",
         KEYS.incarnation_counter(RankId(0)),
     ):
         assert cluster.apply(WatchEvent(key=key, value=b"?", mod_revision=5)) == []
+
+
+def test_the_desired_state_and_agents(cluster: StateApplier) -> None:
+    desired = DesiredState(change=3, verdicts_paused=True)
+    cluster.apply(WatchEvent(key=KEYS.desired, value=pack_record(desired), mod_revision=5))
+    agent = AgentRecord(node=NodeId("n"), pid=1, ranks=(RankId(0),))
+    cluster.apply(WatchEvent(key=KEYS.agent(agent.node), value=pack_record(agent), mod_revision=6))
+    assert cluster.state.desired == desired
+    assert cluster.state.revision_of(KEYS.desired) == 5
+    assert cluster.state.agents == {agent.node: agent}
+    cluster.apply(WatchEvent(key=KEYS.desired, value=None, mod_revision=7))
+    cluster.apply(WatchEvent(key=KEYS.agent(agent.node), value=None, mod_revision=8))
+    assert cluster.state.desired == DesiredState()
+    assert cluster.state.agents == {}

@@ -11,8 +11,9 @@ import pytest
 from gateway.cluster_view import ClusterView
 from gateway.health import Health
 from gateway.model_loader import ModelLoader
+from shared.desired_state import DesiredRank, DesiredState, Drain
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, Member, RankState
+from shared.types import Epoch, Member, RankId, RankState
 from tests.support.fake_clock import FakeClock
 from tests.support.gateway_harness import toy_spec
 from tests.support.toy_rank import ToyRank
@@ -26,6 +27,10 @@ class Driver:
         self.live: list[Member] = []
         self.lost: dict[Member, float] = {}
         self.stalled: dict[Member, float] = {}
+        self.draining: frozenset[Member] = frozenset()
+
+    def draining_ranks(self) -> frozenset[Member]:
+        return self.draining
 
     def live_ranks(self) -> list[Member]:
         return self.live
@@ -137,6 +142,29 @@ def test_ranks_that_join_are_said(driver: Driver, health: Health, tmp_path: Path
     newcomer = ToyRank(2).record()
     driver.view = replace(driver.view, ranks={"a": newcomer})
     assert health.report()["joining_ranks"] == [2]
+
+
+def test_ranks_that_are_drained_are_said_and_are_no_newcomers_afterwards(
+    driver: Driver, health: Health, tmp_path: Path
+) -> None:
+    first, _ = serving(driver, tmp_path)
+    driver.draining = frozenset({first})
+    report = health.report()
+    assert report["draining_ranks"] == [0]
+    drained = replace(driver.view, ranks={"a": ToyRank(2).record()})
+    desired = DesiredState(drains=(Drain(rank=RankId(2)),))
+    driver.view, driver.draining = replace(drained, desired=desired), frozenset()
+    report = health.report()
+    assert (report["joining_ranks"], report["draining_ranks"]) == ([], [])
+
+
+def test_a_rank_that_is_desired_no_more_is_not_missed(
+    driver: Driver, health: Health, tmp_path: Path
+) -> None:
+    serving(driver, tmp_path)
+    ranks = tuple(DesiredRank(rank=RankId(rank)) for rank in (0, 1, 3))
+    driver.view = replace(driver.view, desired=DesiredState(ranks=ranks))
+    assert health.report()["missing_ranks"] == [3]
 
 
 def test_ranks_that_are_gone_from_the_map_are_said_until_they_register(

@@ -111,6 +111,21 @@ def test_where_all_are_silent_one_is_taken_all_the_same() -> None:
     assert ranks.choose(PROMPT) is not None
 
 
+def test_a_drained_rank_gets_nothing_while_another_can_have_it() -> None:
+    ranks = router(3)
+    ranks.on_drains(frozenset({member(0)}))
+    assert member(0) in ranks.live()
+    for other in (1, 2):
+        ranks.on_load(member(other), load(tokens=10**6, running=1000, free=0))
+    assert ranks.choose(PROMPT, avoid=(member(1), member(2))) in (member(1), member(2))
+    ranks.on_link_broken(member(1))
+    ranks.on_silence(member(2), silent=True)
+    assert ranks.choose(PROMPT) == member(0)
+    ranks.on_silence(member(2), silent=False)
+    ranks.on_drains(frozenset())
+    assert ranks.choose(PROMPT) == member(0)
+
+
 def test_who_refused_just_now_comes_last() -> None:
     ranks = router(2)
     ranks.add(member(1), sessions=50, tokens=10_000)

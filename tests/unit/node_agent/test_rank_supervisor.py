@@ -36,6 +36,11 @@ def fresh(now: float = 0.0) -> RankSupervisor:
     return RankSupervisor([RANK], POLICY, random.Random(1), now)
 
 
+def wanted(supervisor: RankSupervisor) -> list[SupervisorAction]:
+    supervisor.want([RANK], 0.0)
+    return []
+
+
 EVENTS: dict[RankEvent, Callable[[RankSupervisor], list[SupervisorAction]]] = {
     RankEvent.DUE: lambda supervisor: supervisor.take_due(1e9),
     RankEvent.ADOPTED: lambda supervisor: supervisor.on_adopted(RUNNING_RANK, 0.0),
@@ -44,6 +49,7 @@ EVENTS: dict[RankEvent, Callable[[RankSupervisor], list[SupervisorAction]]] = {
     RankEvent.DYING: lambda supervisor: supervisor.on_dying(RANK, -9),
     RankEvent.EXITED: lambda supervisor: supervisor.on_exited(RANK, -9, 0.0),
     RankEvent.STOP: lambda supervisor: supervisor.stop(),
+    RankEvent.WANTED: lambda supervisor: wanted(supervisor),
 }
 PATHS: dict[RankPhase, list[RankEvent]] = {
     RankPhase.WAITING: [],
@@ -79,7 +85,7 @@ def test_every_event_in_every_phase(phase: RankPhase, event: RankEvent) -> None:
     if (phase, event) in TRANSITIONS:
         assert EVENTS[event](supervisor) == ACTIONS.get((phase, event), [])
         assert supervisor.phase_of(RANK) is TRANSITIONS[phase, event]
-    elif event is RankEvent.DUE:  # time passing is no event for a rank that does not wait
+    elif event in (RankEvent.DUE, RankEvent.WANTED):  # no events for a rank that goes on
         assert EVENTS[event](supervisor) == []
         assert supervisor.phase_of(RANK) is phase
     else:
@@ -257,3 +263,48 @@ def test_a_record_without_a_process_changes_nothing(phase: RankPhase) -> None:
     supervisor = in_phase(phase)
     assert supervisor.on_registered(registered(8, 100)) == []
     assert supervisor.running() == []
+
+
+def test_a_rank_that_shall_run_here_no_more_is_stopped_and_comes_back_if_wanted() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    assert supervisor.stop_unwanted((), (), 5.0) == [], "it still serves"
+    assert supervisor.stop_unwanted((), (RANK,), 5.0) == [Terminate(running_rank=RUNNING_RANK)]
+    assert supervisor.stop_unwanted((), (RANK,), 6.0) == []
+    assert supervisor.take_due(10.0) == [Kill(running_rank=RUNNING_RANK)]
+    supervisor.on_exited(RANK, -9, 11.0)
+    assert supervisor.take_due(1e9) == []
+    supervisor.want([RANK], 12.0)
+    assert supervisor.take_due(12.0) == [Spawn(rank=RANK)]
+
+
+def test_new_ranks_are_started_at_once() -> None:
+    supervisor = fresh()
+    supervisor.want([RANK, RankId(9)], 3.0)
+    assert supervisor.take_due(3.0) == [Spawn(rank=RANK), Spawn(rank=RankId(9))]
+
+
+def test_a_process_is_told_once_to_give_way_and_the_next_follows_without_backoff() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    assert supervisor.replace(RANK, 1.0) == [Terminate(running_rank=RUNNING_RANK)]
+    assert supervisor.replace(RANK, 2.0) == []
+    rejoined = RunningRank(
+        member=Member(rank=RANK, incarnation=Incarnation(8)), lease_id=100, pid=1234
+    )
+    supervisor.on_registered(rejoined)
+    assert supervisor.take_due(6.0) == [Kill(running_rank=rejoined)]
+    supervisor.on_exited(RANK, -9, 6.5)
+    due_at = supervisor.next_due_at()
+    assert due_at is not None
+    assert due_at <= 6.5 + 1.5 * POLICY.first_delay_s
+    supervisor.take_due(due_at)
+    supervisor.on_spawned(RUNNING_RANK, 9.0)
+    assert supervisor.replace(RANK, 9.0) == [Terminate(running_rank=RUNNING_RANK)]
+
+
+def test_a_process_knows_the_incarnations_that_it_has_gone_through() -> None:
+    supervisor = in_phase(RankPhase.RUNNING)
+    supervisor.on_registered(
+        RunningRank(member=Member(rank=RANK, incarnation=Incarnation(9)), lease_id=1, pid=1234)
+    )
+    [process] = supervisor.processes()
+    assert (process.rank, process.first, process.newest) == (RANK, 7, 9)

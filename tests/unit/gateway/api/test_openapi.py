@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.api.openapi import Endpoint, openapi_document
+from gateway.api.api_info import GATEWAY_API
+from shared.openapi import Endpoint, openapi_document
 
 
 class Body(msgspec.Struct):
@@ -15,7 +16,7 @@ class Body(msgspec.Struct):
 
 
 def responses(endpoint: Endpoint) -> dict[str, Any]:
-    document = openapi_document([endpoint])
+    document = openapi_document(GATEWAY_API, [endpoint])
     answers: dict[str, Any] = document["paths"]["/p"][endpoint.method.lower()]["responses"]
     return answers
 

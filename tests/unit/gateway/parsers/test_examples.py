@@ -67,6 +67,21 @@ def test_no_split_into_two_changes_anything(example: Example) -> None:
 
 
 @ALL
+def test_what_is_said_after_a_part_of_the_text_does_not_depend_on_its_cuts(
+    example: Example,
+) -> None:
+    """A stream that is resumed in the middle is read at once up to there."""
+    rng = random.Random(3)
+    stepwise, said = parser_of(example), list[Event]()
+    ends = sorted(rng.sample(range(1, len(example.text) + 1), k=min(20, len(example.text))))
+    for begin, end in zip([0, *ends], ends, strict=False):
+        for char in example.text[begin:end]:
+            said += stepwise.feed(char)
+        at_once = parser_of(example).feed(example.text[:end])
+        assert read(said) == read(at_once), example.text[:end]
+
+
+@ALL
 def test_character_by_character_and_at_random_splits(example: Example) -> None:
     wanted = (example.content, example.thought, example.calls)
     assert read(events_of(parser_of(example), list(example.text))) == wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from shared.version import starfish_version
 
 _REFERENCE = "#/components/schemas/{name}"
 JSON = "application/json"
-_ERROR_SCHEMA = {
+ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
     "properties": {
@@ -26,29 +26,28 @@ _ERROR_SCHEMA = {
         }
     },
 }
-"""What OpenAI's and Anthropic's errors have in common."""
-_RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "string"}}}
-_CHALLENGE = {"WWW-Authenticate": {"schema": {"type": "string"}}}
-_ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
-    "400": ("the request cannot be done; `error.param` names the field", {}),
-    "401": ("no right API key", _CHALLENGE),
-    "404": ("no such model, response or path", {}),
-    "408": ("the body did not come in time", {}),
-    "413": ("the body is too large", {}),
-    "429": ("the gateway is full, or the key has reached a limit", _RETRY),
-    "503": ("nobody can serve it now", _RETRY),
-    "504": ("the request's own timeout is over", {}),
-    "4XX": ("what is wrong with the request", {}),
-    "5XX": ("what failed here", {}),
-}
-"""Status → what it means, and the headers that come with it."""
-_ERRORS_WITHOUT_BODY = ("401", "4XX", "5XX")
+"""What OpenAI's and Anthropic's errors have in common, and ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiInfo:
+    """What all endpoints of an API share. `errors`: status → what it means, and the headers that
+    come with it; only `errors_without_body` are those of endpoints that read no body. `security` as
+    OpenAPI has it, of the schemes that `security_schemes` names."""
+
+    title: str
+    description: str
+    errors: Mapping[str, tuple[str, dict[str, Any]]]
+    errors_without_body: Sequence[str]
+    security: Sequence[Mapping[str, Any]]
+    security_schemes: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """`path` as aiohttp writes it. `summary` is a phrase. `body`: what decodes a POST's body.
-    `content_type` is that of an answer with status 200; with 503 as well if `reports`."""
+    `status` and `content_type` are those of the answer; with 503 as well if `reports`. `answer`:
+    the type that an answer in JSON has."""
 
     method: str
     path: str
@@ -57,6 +56,8 @@ class Endpoint:
     streams: bool = False
     content_type: str = JSON
     reports: bool = False
+    answer: type[msgspec.Struct] | None = None
+    status: int = 200
 
     @property
     def plain_path(self) -> str:
@@ -64,38 +65,36 @@ class Endpoint:
         return re.sub(r"\{(\w+):[^}]*\}", r"{\1}", self.path)
 
 
-def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
-    schemas, components = msgspec.json.schema_components(bodies, ref_template=_REFERENCE)
-    schema_of = dict(zip(bodies, schemas, strict=True))
+def openapi_document(api: ApiInfo, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    used = {kind for e in endpoints for kind in (e.body, e.answer) if kind is not None}
+    types = sorted(used, key=lambda kind: kind.__name__)
+    schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    schema_of = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
-        schema = None if endpoint.body is None else schema_of[endpoint.body]
         operations = paths.setdefault(endpoint.plain_path, {})
-        operations[endpoint.method.lower()] = _operation(endpoint, schema)
+        operations[endpoint.method.lower()] = _operation(api, endpoint, schema_of)
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": "Starfish gateway",
+            "title": api.title,
             "version": starfish_version(),
-            "description": "OpenAI's API, and parts of Anthropic's, vLLM's and SGLang's, served by "
-            "ranks that may die.",
+            "description": api.description,
         },
         "paths": paths,
-        "components": {
-            "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{}, {"key": []}],
+        "components": {"schemas": components, "securitySchemes": dict(api.security_schemes)},
+        "security": [dict(each) for each in api.security],
     }
 
 
-def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, Any]:
+def _operation(
+    api: ApiInfo, endpoint: Endpoint, schema_of: Mapping[type, dict[str, Any]]
+) -> dict[str, Any]:
     name = re.sub(r"\W+", "_", f"{endpoint.method.lower()}{endpoint.plain_path}").strip("_")
     operation: dict[str, Any] = {
         "operationId": name,
         "summary": endpoint.summary,
-        "responses": _responses(endpoint),
+        "responses": _responses(api, endpoint, schema_of),
     }
     parameters = re.findall(r"\{(\w+)\}", endpoint.plain_path)
     if parameters:
@@ -103,31 +102,34 @@ def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, A
             {"name": each, "in": "path", "required": True, "schema": {"type": "string"}}
             for each in parameters
         ]
-    if schema is not None:
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        operation["requestBody"] = body
+    if endpoint.body is not None:
+        content = {JSON: {"schema": schema_of[endpoint.body]}}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 
-def _responses(endpoint: Endpoint) -> dict[str, Any]:
+def _responses(
+    api: ApiInfo, endpoint: Endpoint, schema_of: Mapping[type, dict[str, Any]]
+) -> dict[str, Any]:
     content: dict[str, Any] = {endpoint.content_type: {"schema": {}}}
     if endpoint.content_type == JSON:
-        content[JSON] = {"schema": {"type": "object"}}
+        schema = {"type": "object"} if endpoint.answer is None else schema_of[endpoint.answer]
+        content[JSON] = {"schema": schema}
     if endpoint.streams:
         content["text/event-stream"] = {"schema": {"description": "events until the answer ends"}}
     answer = {"description": "the answer", "content": content}
-    statuses = _ERRORS if endpoint.body is not None else _ERRORS_WITHOUT_BODY
+    statuses = api.errors if endpoint.body is not None else api.errors_without_body
     errors = {
         status: {
-            "description": _ERRORS[status][0],
-            "headers": _ERRORS[status][1],
-            "content": {JSON: {"schema": _ERROR_SCHEMA}},
+            "description": api.errors[status][0],
+            "headers": api.errors[status][1],
+            "content": {JSON: {"schema": ERROR_SCHEMA}},
         }
         for status in statuses
     }
     if endpoint.reports:
         errors["503"] = {"description": "why not, in `reasons`", "content": content}
-    return {"200": answer, **errors}
+    return {str(endpoint.status): answer, **errors}
 
 
 def openapi_page(document: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Commands that change a running instance on purpose, through its control planes' admin API."""

@@ -1,0 +1,1 @@
+"""The admin API of a control plane: what people and orchestrators ask of a running instance."""

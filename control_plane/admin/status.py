@@ -1,0 +1,206 @@
+"""What `GET /v1/status` answers: the instance at one moment, as the control plane sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from control_plane.cluster_state import ClusterState
+from control_plane.node_choice import node_of
+from control_plane.placement import advise, compute_fault_tolerance, describe
+from shared.change_progress import Seen, Step, is_in_progress
+from shared.desired_state import Drain
+from shared.records import RankRecord
+from shared.types import Member, NodeId, RankId
+from shared.wire import Load
+
+
+class LeaderStatus(msgspec.Struct, kw_only=True):
+    control_plane: str
+    term: int
+    since: float  # Unix seconds
+    admin_url: str
+
+
+class DrainStatus(msgspec.Struct, kw_only=True):
+    """`after` says what becomes of the rank: stay, restart or leave."""
+
+    after: str
+    requested_at: float  # Unix seconds
+    grace_s: float
+
+
+class RankStatus(msgspec.Struct, kw_only=True):
+    """`state` is "live" for a member of the map and "draining" for one that is to leave it; outside
+    of the map "drained", "starting", "ready", or "absent" if no process has registered. `desired`:
+    the rank shall exist. `sessions_left` is null if it is not known."""
+
+    rank: int
+    state: str
+    node: str
+    incarnation: int | None
+    in_map: bool
+    desired: bool
+    drain: DrainStatus | None
+    sessions_left: int | None
+    safe_to_terminate: bool
+
+
+class ChangeStatus(msgspec.Struct, kw_only=True):
+    """`number` grows with every change that somebody asked for. `steps` are what is not done yet.
+    A step of the kind "recover" is no part of a change."""
+
+    number: int
+    in_progress: bool
+    steps: tuple[Step, ...]
+
+
+class Survival(msgspec.Struct, kw_only=True):
+    """How many failures the map survives without a reload, and with one."""
+
+    rank_failures: int
+    node_failures: int
+    rank_failures_with_reload: int
+    node_failures_with_reload: int
+    summary: str
+
+
+class StatusAnswer(msgspec.Struct, kw_only=True):
+    """`leader` is null if nobody leads: serving goes on, but nothing changes. `verdicts_paused`:
+    somebody has asked for it; `frozen`: most leases have expired at once."""
+
+    instance: str
+    epoch: int
+    cause: str
+    leader: LeaderStatus | None
+    verdicts_paused: bool
+    frozen: bool
+    ranks: tuple[RankStatus, ...]
+    change: ChangeStatus
+    survives: Survival | None
+
+
+LoadOf = Callable[[Member], Load | None]
+
+
+def status_of(
+    state: ClusterState,
+    load_of: LoadOf,
+    now: float,
+    *,
+    frozen: bool,
+    survives: Survival | None,
+) -> StatusAnswer:
+    """`now` is in Unix seconds."""
+    expert_map, leader = state.expert_map, state.leader
+    seen = _seen(state, load_of)
+    left = seen.steps(now)
+    return StatusAnswer(
+        instance=state.keys.instance,
+        epoch=expert_map.epoch if expert_map is not None else 0,
+        cause=expert_map.cause if expert_map is not None else "",
+        leader=LeaderStatus(
+            control_plane=leader.control_plane,
+            term=leader.term,
+            since=leader.since,
+            admin_url=leader.admin_url,
+        )
+        if leader is not None
+        else None,
+        verdicts_paused=state.desired.verdicts_paused,
+        frozen=frozen,
+        ranks=_Ranks(state, seen).all(),
+        change=ChangeStatus(
+            number=state.desired.change,
+            in_progress=is_in_progress(left),
+            steps=left,
+        ),
+        survives=survives,
+    )
+
+
+def survival_of(state: ClusterState) -> Survival | None:
+    """None without a map. Takes some 100 ms for a large instance."""
+    expert_map = state.expert_map
+    if expert_map is None:
+        return None
+    records = state.records
+    nodes = {
+        member.rank: records[member].node if member in records else NodeId("unknown")
+        for member in expert_map.members
+    }
+    found = compute_fault_tolerance(expert_map, nodes)
+    return Survival(
+        rank_failures=found.rank_failures,
+        node_failures=found.node_failures,
+        rank_failures_with_reload=found.rank_failures_with_reload,
+        node_failures_with_reload=found.node_failures_with_reload,
+        summary=describe(found, advise(expert_map, nodes)),
+    )
+
+
+def _seen(state: ClusterState, load_of: LoadOf) -> Seen:
+    def sessions_of(member: Member) -> int | None:
+        load = load_of(member)
+        return None if load is None else load.running + load.waiting
+
+    return Seen(
+        num_ranks=state.spec.num_ranks if state.spec is not None else 0,
+        desired=state.desired,
+        expert_map=state.expert_map,
+        records=state.records,
+        verdicts=tuple(state.verdicts.values()),
+        sessions_of=sessions_of,
+    )
+
+
+class _Ranks:
+    def __init__(self, state: ClusterState, seen: Seen) -> None:
+        self._state = state
+        self._seen = seen
+        self._records = state.newest_records()
+        self._desired = state.desired.rank_ids(state.spec.num_ranks if state.spec else 0)
+
+    def all(self) -> tuple[RankStatus, ...]:
+        state = self._state
+        members = state.expert_map.members if state.expert_map is not None else ()
+        known = {
+            *self._desired,
+            *(drain.rank for drain in state.desired.drains),
+            *(member.rank for member in (*state.records, *members)),
+        }
+        return tuple(self._one(rank) for rank in sorted(known))
+
+    def _one(self, rank: RankId) -> RankStatus:
+        state = self._state
+        member, record = self._seen.member_of(rank), self._records.get(rank)
+        drain = state.desired.drain_of(rank)
+        incarnation = member.incarnation if member is not None else None
+        if incarnation is None and record is not None:
+            incarnation = record.incarnation
+        return RankStatus(
+            rank=rank,
+            state=_word(record, is_member=member is not None, is_drained=drain is not None),
+            node=record.node if record is not None else node_of(state, rank),
+            incarnation=incarnation,
+            in_map=member is not None,
+            desired=rank in self._desired,
+            drain=None if drain is None else _drain_status(drain),
+            sessions_left=self._seen.sessions_left(rank),
+            safe_to_terminate=self._seen.is_safe_to_terminate(rank),
+        )
+
+
+def _word(record: RankRecord | None, *, is_member: bool, is_drained: bool) -> str:
+    if is_member:
+        return "draining" if is_drained else "live"
+    if is_drained:
+        return "drained"
+    return "absent" if record is None else record.state.value
+
+
+def _drain_status(drain: Drain) -> DrainStatus:
+    return DrainStatus(
+        after=drain.after.value, requested_at=drain.requested_at, grace_s=drain.grace_s
+    )

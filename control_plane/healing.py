@@ -1,0 +1,102 @@
+"""When experts are moved without a death, and which step comes next: once nothing has changed for a
+while, or at once if somebody asked for it. Pure; the planner's long computation runs elsewhere, and
+`Membership` turns a step into writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from control_plane.cluster_state import ClusterState
+from control_plane.placement import HealStep
+from control_plane.residency import Residency
+from control_plane.writes import PlanHeal
+from shared.expert_map import ExpertMap
+from shared.types import Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealPolicy:
+    """See `MembershipPolicy`."""
+
+    bytes_per_expert: int
+    survive: int
+    after_s: float
+    joiner_timeout_s: float
+    budget_bytes: int
+
+
+class Healing:
+    def __init__(self, policy: HealPolicy) -> None:
+        self._policy = policy
+        self._first_seen: dict[Member, float] = {}
+        self._quiet_since = 0.0
+        self._quiet_state: object = None
+        self._planning_revision = -1
+        self._planned: tuple[int, HealStep | None] | None = None
+        self._rebalances_done: int | None = None  # None: this term has not begun
+
+    def note(self, state: ClusterState, now: float) -> None:
+        """Before each `next_step`."""
+        expert_map = state.expert_map
+        kept = {*state.records, *(expert_map.members if expert_map else ())}
+        for member in state.records:
+            self._first_seen.setdefault(member, now)
+        self._first_seen = {m: t for m, t in self._first_seen.items() if m in kept}
+        quiet_state = (_map_revision(state), frozenset(state.records))
+        if quiet_state != self._quiet_state:
+            self._quiet_state, self._quiet_since = quiet_state, now
+        if self._rebalances_done is None:
+            self._rebalances_done = state.desired.rebalances  # the usual heal does them, later
+
+    def on_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
+        """`step` is None if nothing is worth a move under that map."""
+        self._planning_revision = -1
+        self._planned = (plan.map_revision, step)
+
+    def nothing_to_move(self, state: ClusterState) -> bool:
+        """Whether that is known of the present map."""
+        return self._planned == (_map_revision(state), None)
+
+    def next_step(
+        self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member], now: float
+    ) -> PlanHeal | HealStep | None:
+        state = residency.state
+        revision = _map_revision(state)
+        if self._planning_revision == revision or not self._may_move(
+            residency, expert_map, newcomers, now
+        ):
+            return None
+        if self._planned is None or self._planned[0] != revision:
+            self._planning_revision = revision
+            return self._plan(residency, expert_map, revision)
+        if self._planned[1] is None:
+            self._rebalances_done = state.desired.rebalances
+        return self._planned[1]
+
+    def _may_move(
+        self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member], now: float
+    ) -> bool:
+        desired = residency.state.desired
+        is_asked = desired.rebalances != self._rebalances_done or desired.restart is not None
+        waited_s = (now - self._first_seen[m] for m in newcomers)
+        return (
+            (is_asked or now - self._quiet_since >= self._policy.after_s)
+            and all(seconds > self._policy.joiner_timeout_s for seconds in waited_s)
+            and all(residency.is_settled(m) for m in expert_map.members)
+        )
+
+    def _plan(self, residency: Residency, expert_map: ExpertMap, revision: int) -> PlanHeal:
+        return PlanHeal(
+            expert_map=expert_map,
+            map_revision=revision,
+            nodes=residency.nodes(expert_map.members),
+            budget_bytes=self._policy.budget_bytes,
+            bytes_per_expert=self._policy.bytes_per_expert,
+            redundant=residency.spec.redundant_experts,
+            survive=self._policy.survive,
+        )
+
+
+def _map_revision(state: ClusterState) -> int:
+    return state.revision_of(state.keys.map)

@@ -1,0 +1,141 @@
+"""What is still to be done of the changes that people asked for, in words. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
+
+from shared.desired_state import AfterDrain, DesiredState, Drain
+from shared.expert_map import ExpertMap
+from shared.records import RankRecord, Verdict
+from shared.types import Member, RankId, RankState, SuspicionReason
+
+
+class StepKind(Enum):
+    """RECOVER is no part of a change: a rank has died, and comes back by itself."""
+
+    DRAIN = "drain"
+    LEAVE = "leave"
+    RESTART = "restart"
+    JOIN = "join"
+    RECOVER = "recover"
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that is not done yet. `text` says what it waits for."""
+
+    kind: StepKind
+    rank: RankId
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What etcd holds, and what ranks say. `sessions_of` tells how many sessions a member has,
+    running and waiting, or None if nobody knows. `num_ranks` is the spec's."""
+
+    num_ranks: int
+    desired: DesiredState
+    expert_map: ExpertMap | None
+    records: Mapping[Member, RankRecord]
+    verdicts: Collection[Verdict]
+    sessions_of: Callable[[Member], int | None]
+
+    def member_of(self, rank: RankId) -> Member | None:
+        """The incarnation of the rank that the map names."""
+        if self.expert_map is None:
+            return None
+        incarnation = self.expert_map.incarnation_of(rank)
+        return None if incarnation is None else Member(rank=rank, incarnation=incarnation)
+
+    def sessions_left(self, rank: RankId) -> int | None:
+        """None if it is no member or nobody knows."""
+        member = self.member_of(rank)
+        return None if member is None else self.sessions_of(member)
+
+    def is_safe_to_terminate(self, rank: RankId) -> bool:
+        """Whether its process, or its host, may be ended now without anybody's noticing."""
+        return self.desired.drain_of(rank) is not None and self.member_of(rank) is None
+
+    def steps(self, now: float) -> tuple[Step, ...]:
+        """By rank. `now` is in Unix seconds. None if everything is as it shall be."""
+        return _Progress(self, now).steps()
+
+
+def is_in_progress(steps: Iterable[Step]) -> bool:
+    """Whether a change that somebody asked for is not done yet."""
+    return any(step.kind is not StepKind.RECOVER for step in steps)
+
+
+class _Progress:
+    def __init__(self, seen: Seen, now: float) -> None:
+        self._seen = seen
+        self._now = now
+        self._records = {member.rank: seen.records[member] for member in sorted(seen.records)}
+
+    def steps(self) -> tuple[Step, ...]:
+        seen, desired = self._seen, self._seen.desired
+        found = [step for drain in desired.drains if (step := self._of_drain(drain))]
+        drained = {drain.rank for drain in desired.drains}
+        found += [
+            Step(kind=StepKind.RESTART, rank=rank, text=f"rank {rank} waits for its restart")
+            for rank in (desired.restart.ranks if desired.restart is not None else ())
+            if rank not in drained
+        ]
+        found += [
+            self._of_absent(rank)
+            for rank in desired.rank_ids(seen.num_ranks)
+            if rank not in drained and seen.member_of(rank) is None
+        ]
+        return tuple(sorted(found, key=lambda step: step.rank))
+
+    def _of_drain(self, drain: Drain) -> Step | None:
+        rank, is_member = drain.rank, self._seen.member_of(drain.rank) is not None
+        kind = {
+            AfterDrain.STAY: StepKind.DRAIN,
+            AfterDrain.RESTART: StepKind.RESTART,
+            AfterDrain.LEAVE: StepKind.LEAVE,
+        }[drain.after]
+        if is_member:
+            return Step(kind=kind, rank=rank, text=f"rank {rank} {self._serving_yet(drain)}")
+        match drain.after:
+            case AfterDrain.STAY:
+                return None
+            case AfterDrain.RESTART:
+                text = f"rank {rank} serves nobody and gets a new process"
+            case AfterDrain.LEAVE:
+                node = self._seen.desired.node_of(rank)
+                then = f"; then it starts on {node}" if node else ""
+                text = f"rank {rank} serves nobody, its process ends{then}"
+        return Step(kind=kind, rank=rank, text=text)
+
+    def _serving_yet(self, drain: Drain) -> str:
+        num = self._seen.sessions_left(drain.rank)
+        if num == 0:
+            return "has no sessions left; its experts get another place before it leaves the map"
+        sessions = "sessions" if num is None else f"{num} session{'' if num == 1 else 's'}"
+        left_s = drain.requested_at + drain.grace_s - self._now
+        if left_s > 0:
+            return f"has {sessions} left, which may finish there for {left_s:.0f} s"
+        return f"has {sessions} left, which move to other ranks"
+
+    def _of_absent(self, rank: RankId) -> Step:
+        record = self._records.get(rank)
+        kind = StepKind.RECOVER if self._has_died(rank) else StepKind.JOIN
+        return Step(kind=kind, rank=rank, text=f"rank {rank} {self._coming(rank, record)}")
+
+    def _coming(self, rank: RankId, record: RankRecord | None) -> str:
+        if record is None:
+            node = self._seen.desired.node_of(rank)
+            return f"has not registered yet{f' (on {node})' if node else ''}"
+        if record.state is RankState.STARTING:
+            return "loads its experts"
+        return "has loaded its experts and waits for its links and the next map"
+
+    def _has_died(self, rank: RankId) -> bool:
+        verdicts = [verdict for verdict in self._seen.verdicts if verdict.rank == rank]
+        newest = max(verdicts, key=lambda verdict: verdict.incarnation, default=None)
+        return newest is not None and newest.cause is not SuspicionReason.DRAINED

@@ -1,0 +1,71 @@
+"""Changes on purpose, with and without faults: clients notice nothing, nobody dies of it, and in
+the end the instance is what was asked for. Bugs planted on purpose must fall.
+
+STARFISH_SIM_SCHEDULES sets how many are run, one for six others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from control_plane.membership import Membership
+from control_plane.residency import Residency
+from tests.sim.change_schedules import run_change_schedule
+from tests.sim.many_schedules import be_quiet, outcome_of, run_many
+from tests.sim.schedules import CARD_FIRST_SEED
+
+NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "360")) // 6
+FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
+TIMEOUT_S = int(os.environ.get("STARFISH_SIM_TIMEOUT_S", "1800"))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    be_quiet()
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.parametrize("first_seed", [0, CARD_FIRST_SEED], ids=["cpu", "cards"])
+def test_no_change_on_purpose_breaks_an_invariant(first_seed: int) -> None:
+    num_schedules = NUM_SCHEDULES if first_seed == 0 else NUM_SCHEDULES // 2
+    seeds = range(first_seed + FIRST_SEED, first_seed + FIRST_SEED + num_schedules)
+    found = run_many(seeds, jobs=os.cpu_count() or 1, run=run_change_schedule)
+    assert not found.broken, "\n".join(found.broken)
+    assert found.moves > len(seeds) // 4, "leavers should have moved sessions"
+
+
+def some_schedule_fails(num_seeds: int = 30) -> bool:
+    return any(isinstance(outcome_of(seed, run_change_schedule), str) for seed in range(num_seeds))
+
+
+def test_a_leaver_whose_experts_nobody_else_holds_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Invariant 3. It leaves as soon as it serves nobody."""
+    monkeypatch.setattr(Residency, "covers", lambda self, rows: bool(rows))
+    assert some_schedule_fails()
+
+
+def test_a_drained_rank_that_joins_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process has gone on in place, and looks like any newcomer."""
+    monkeypatch.setattr(Residency, "is_to_leave", lambda self, member: False)
+    assert some_schedule_fails()
+
+
+def test_a_change_that_ends_with_its_leader_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader that carries out only what it was asked for itself."""
+    decide = Membership.decide
+
+    def forget(self, state, now, **more):  # type: ignore[no-untyped-def]
+        first = self.__dict__.setdefault("_first_change", state.desired.change)
+        if first:
+            return None
+        return decide(self, state, now, **more)
+
+    monkeypatch.setattr(Membership, "decide", forget)
+    assert some_schedule_fails()
