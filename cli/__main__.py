@@ -17,6 +17,7 @@ from cli.flags import flags_from_dataclasses
 from cli.keys import keys
 from cli.outcome import run_command
 from cli.plan.command import plan
+from cli.services import add_service_commands
 from cli.target_flags import JsonFlag, TargetFlags
 from cli.up.options import UpOptions
 from shared.clock import SystemClock
@@ -35,6 +36,7 @@ app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")
 app.command()(plan)
 app.command(name="eval")(evaluate_command)
+add_service_commands(app)
 
 
 @app.command()

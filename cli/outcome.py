@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Coroutine
 from typing import Any
@@ -12,10 +13,11 @@ import typer
 from shared.errors import StarfishError
 
 
-def run_command(work: Coroutine[Any, Any, int]) -> None:
-    """Runs the command's coroutine and exits with the code it returns."""
+def run_command(work: Coroutine[Any, Any, int], *, cleans_up_on_term: bool = False) -> None:
+    """Runs the command's coroutine and exits with the code it returns. Ctrl-C cancels it;
+    `cleans_up_on_term`: so does SIGTERM."""
     try:
-        code = asyncio.run(work)
+        code = asyncio.run(_cancelled_on_term(work) if cleans_up_on_term else work)
     except StarfishError as error:
         code = _fail(str(error))
     except ExceptionGroup as group:
@@ -23,9 +25,16 @@ def run_command(work: Coroutine[Any, Any, int]) -> None:
         if known is None or unknown is not None:
             raise
         code = _fail(str(_first(known)))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         code = 130
     raise typer.Exit(code)
+
+
+async def _cancelled_on_term(work: Coroutine[Any, Any, int]) -> int:
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
 
 
 def _fail(sentence: str) -> int:

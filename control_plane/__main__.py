@@ -38,6 +38,13 @@ from shared.secret import read_secret
 
 log = structlog.get_logger()
 
+_ABOUT = """Watches the ranks of a Starfish instance, decides which of them are dead and which
+experts go where, and publishes the map. Run two or three, on different hosts and with the same
+options: one leads, the others stand by. Serving goes on without any."""
+_EXAMPLE = """example, for an instance of 16 ranks:
+  starfish control-plane --etcd etcd-1:2379,etcd-2:2379,etcd-3:2379 --etcd-ca ca.pem
+    --etcd-cert control-plane.pem --etcd-key control-plane.key --model /models/qwen3-30b-a3b
+    --ranks 16 --secret-file secret --host 10.0.0.2 --port 9100"""
 _SWITCH_INTERVAL_S = 0.0005  # a heal is planned in a thread, and a death must not wait for it
 
 
@@ -58,10 +65,10 @@ def main() -> int:
 def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
     """Raises ConfigError."""
     parser = argparse.ArgumentParser(
-        prog="python -m control_plane",
-        description="Watches the ranks of a Starfish instance, decides which of them are dead and "
-        "which experts go where, and publishes the map. Run one or more: one leads, the others "
-        "stand by. Serving goes on without any.",
+        prog="starfish control-plane",
+        description=_ABOUT,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with [control_plane]")
     add_flags(parser, ControlPlaneConfig)

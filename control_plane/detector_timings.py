@@ -32,6 +32,11 @@ class DetectorTimings:
     # Members have waited for an accused member for this long, and no step has completed. Then all
     # begin together; a member dies only if after that no step completes for as long again.
     stuck_s: float = 2.5
+    # Two members that both answer us without a pause, and of which one does not hear the other for
+    # this long, are cut off from each other. TCP needs 0.2 s to send again what was lost.
+    cut_off_s: float = 0.4
+    # Two signs of life that are further apart are not without a pause.
+    answer_gap_max_s: float = 0.2
     # Time between two events beyond this is our own stall, and not attentive time.
     gap_max_s: float = 0.25
     gap_max_urgent_s: float = 0.03

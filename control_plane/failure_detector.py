@@ -21,6 +21,7 @@ keeps its age small; a stuck engine does not.
     unleased  | registered again                                    | suspected (until a Pong)
     unleased  | connection broken; reregister timeout               | dead, or held: mass expiry
     any       | exit; connection refused; a successor registered    | dead
+    any       | it and another do not hear each other, we hear both | one of the two is dead
     any       | accused, waited for, and no step moves for long     | all begin together (a resync)
     any       | comes to the newest epoch after others              | the steps' time begins anew
     any       | the same after that, and others are not waited for  | the most waited for is dead
@@ -40,6 +41,7 @@ from collections.abc import Iterable
 from math import inf
 
 from control_plane.common_silence import CommonSilence
+from control_plane.cut_links import find_cut_off
 from control_plane.detector_timings import DetectorTimings
 from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
 from control_plane.silence import Rhythm, SilenceEvidence, patience_s
@@ -82,7 +84,7 @@ class FailureDetector:
     def urgent(self) -> bool:
         """Whether to probe at the urgent interval: all members, so that a silent member can be told
         from our own lost link."""
-        return any(w.suspected_attentive_s is not None for w in self._watched.values())
+        return any(w.suspected_attentive_s is not None or w.unheard for w in self._watched.values())
 
     @property
     def frozen(self) -> bool:
@@ -206,6 +208,9 @@ class FailureDetector:
             self._alarmed.discard(AlarmKind.STANDSTILL)
         watched.probe = ProbeState.CONNECTED
         watched.waiting_for = frozenset(pong.waiting_for)
+        watched.unheard = {
+            peer.rank: self._attentive_s - peer.for_ms / 1000 for peer in pong.unheard
+        }
         watched.announced_until_attentive_s = self._attentive_s + max(
             (each.at_most_ms / 1000 for each in pong.announced), default=-inf
         )
@@ -216,6 +221,9 @@ class FailureDetector:
         said_attentive_s = watched.view_attentive_s + self._timings.answer_under_way_s
         if watched.is_stopped and heartbeat_attentive_s > said_attentive_s:
             watched.view = None
+        gap_s = heartbeat_attentive_s - watched.heartbeat_attentive_s
+        if gap_s > self._timings.answer_gap_max_s:
+            watched.answering_since_attentive_s = heartbeat_attentive_s
         watched.heartbeat_attentive_s = max(watched.heartbeat_attentive_s, heartbeat_attentive_s)
         if (
             watched.suspected_attentive_s is not None
@@ -322,7 +330,7 @@ class FailureDetector:
                 continue
             if cause is not None:
                 dead.append(self._declare_dead(watched, cause))
-        return alarms + dead + self._judge_stuck()
+        return alarms + dead + self._judge_cut_links() + self._judge_stuck()
 
     def _drop_old_views(self) -> None:
         """A node agent that is gone cannot say that the process goes on."""
@@ -417,6 +425,19 @@ class FailureDetector:
         names = ", ".join(sorted(str(w.member) for w in held))
         detail = f"leases of ranks {names} expired at once; the map is frozen"
         return self._alarm(AlarmKind.MASS_EXPIRY, detail)
+
+    def _judge_cut_links(self) -> list[Judgement]:
+        dead: list[Judgement] = []
+        while (
+            found := find_cut_off(
+                self._watched.values(), self._attentive_s, self._timings, self._is_excused
+            )
+        ) is not None:
+            blamed = found.blamed
+            self._suspect(blamed, self._own_suspicion(blamed, SuspicionReason.LINK, found.detail))
+            blamed.first_signal_at = min(blamed.first_signal_at, self._now - found.seconds)
+            dead.append(self._declare_dead(blamed, SuspicionReason.LINK))
+        return dead
 
     def _judge_stuck(self) -> list[Judgement]:
         found = self._standstill.look(self._watched.values(), self._attentive_s, self._is_excused)

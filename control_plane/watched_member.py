@@ -45,6 +45,8 @@ class WatchedMember:
     epoch: int = 0  # the newest that a Pong of it has told
     accusers: set[str] = field(default_factory=set)  # since the last progress
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
+    unheard: dict[int, float] = field(default_factory=dict)  # ranks, since when; in its last Pong
+    answering_since_attentive_s: float = -inf  # without a pause
 
     @property
     def is_never_probed(self) -> bool:

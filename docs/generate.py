@@ -39,9 +39,9 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 NOTICE = "<!-- Written by `python -m docs.generate` from the code. Do not edit. -->"
 SERVICES: tuple[tuple[str, str, type[Any]], ...] = (
-    ("gateway", "python -m gateway", GatewayConfig),
-    ("control_plane", "python -m control_plane", ControlPlaneConfig),
-    ("agent", "python -m node_agent", AgentConfig),
+    ("gateway", "starfish gateway", GatewayConfig),
+    ("control_plane", "starfish control-plane", ControlPlaneConfig),
+    ("agent", "starfish agent", AgentConfig),
     ("rank", "python -m gpu_worker", RankConfig),
 )
 LOGGING_PACKAGES = ("gateway", "control_plane", "node_agent", "gpu_worker", "shared", "cli")

@@ -46,10 +46,20 @@ _ABOUT = """The HTTP gateway of a Starfish instance: OpenAI's API (/v1/chat/comp
 request to a live rank, and if that rank dies, continues it on another one from the next token. It
 keeps no state, so any number of gateways can run. STARFISH_API_KEYS holds API keys of clients
 (NAME=KEY or NAME=sha256:…, separated by commas) in addition to those of --api-key-file."""
+_EXAMPLE = """example, one of several behind a balancer that asks /health/ready:
+  starfish gateway --etcd etcd-1:2379,etcd-2:2379,etcd-3:2379 --etcd-ca ca.pem
+    --etcd-cert gateway.pem --etcd-key gateway.key --secret-file secret
+    --host 0.0.0.0 --port 8000 --tls-cert server.pem --tls-key server.key
+    --api-key-file keys.toml"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gateway", description=_ABOUT)
+    parser = argparse.ArgumentParser(
+        prog="starfish gateway",
+        description=_ABOUT,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with a [gateway] section"
     )

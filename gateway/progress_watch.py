@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from shared.types import Epoch, Member, Step
 from shared.wire import Load
 
+_STEPS_AHEAD_MIN = 3
+"""A rank that has just stopped may have done its part of a step of which nobody heard, and others
+may have begun the next one."""
+
 
 @dataclass(slots=True)
 class _Progress:
@@ -32,6 +36,15 @@ class ProgressWatch:
 
     def forget(self, member: Member) -> None:
         self._ranks.pop(member, None)
+
+    def is_left_behind(self, member: Member) -> bool:
+        """Whether others have finished several steps of the same epoch since anything was heard of
+        it. They could not without it: it works, and only the way from there is cut."""
+        known = self._ranks.get(member)
+        return known is not None and any(
+            other.epoch == known.epoch and other.step >= known.step + _STEPS_AHEAD_MIN
+            for other in self._ranks.values()
+        )
 
     def stands_still_since(self, member: Member, now: float, *, after_s: float) -> float | None:
         """When it last moved, if that is at least `after_s` ago and it has work; else None."""

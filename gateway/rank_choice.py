@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from gateway.prefix_memory import prefix_chain
 from gateway.rank_load import RankLoad
 from gateway.routing_policy import Candidate, PrefixAffinity, RoutingPolicy
+from shared.stragglers import stragglers
 from shared.types import Member, RankId
 from shared.wire import Load
 
@@ -19,7 +20,8 @@ class RankChooser:
     """A rank is live if the newest map names it and its link is open. A rank is silent if it does
     not answer a probe. It is still live, but gets sessions only if all live ranks are silent: the
     load of a hung rank does not grow, so by load alone it would be chosen. A rank that is drained
-    is live, too, and gets sessions only if all others are drained or silent."""
+    is live, too, and gets sessions only if all others are drained or silent. Of ranks that are
+    equal in all else, one that the others wait for gets none."""
 
     def __init__(self, policy: RoutingPolicy = _PREFIX_AFFINITY) -> None:
         self._policy = policy
@@ -82,6 +84,14 @@ class RankChooser:
         loads = (rank.load for rank in self._ranks.values())
         return sum(load.kv_replicas_rejected for load in loads if load is not None)
 
+    def stragglers(self) -> dict[Member, float]:
+        """The live ranks that hold the others up, with the ms by which they are late."""
+        live = {member.rank: member for member in self.live()}
+        loads = {
+            rank: load for rank, m in live.items() if (load := self._ranks[m].load) is not None
+        }
+        return {live[rank]: late_ms for rank, late_ms in stragglers(loads).items()}
+
     def add(self, member: Member, *, sessions: int = 0, tokens: int = 0) -> None:
         """A session was placed (+1, its tokens), grew, or left (-1, minus its tokens)."""
         rank = self._ranks.get(member)
@@ -104,7 +114,8 @@ class RankChooser:
         has KV replicas of these tokens. Only prefixes of the same `cache_salt` count as known: else
         the choice would tell one client what another has sent."""
         fittest: list[Member] = []
-        best = (True, True, True, True)
+        late = self.stragglers()
+        best = (True, True, True, True, True)
         for member in self.live():
             rank = self._ranks[member]
             fitness = (
@@ -112,6 +123,7 @@ class RankChooser:
                 member in self._draining,
                 member in avoid,
                 rank.is_short_of_kv(len(tokens)),
+                member in late,
             )
             if fitness < best or not fittest:
                 best, fittest = fitness, [member]

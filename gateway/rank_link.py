@@ -79,6 +79,11 @@ class RankLink:
             self._writer.write(encode(Ping(nonce=next(self._nonces))))
         return now - self._probed_at
 
+    def abort(self) -> None:
+        """Breaks the connection, if there is one; then another is opened."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
     async def run(self) -> None:
         """Connects, reads, and connects again, until cancelled."""
         backoff_s = BACKOFF_MIN_S

@@ -269,6 +269,11 @@ def _add_gauges(
         "KV replicas that the live ranks did not believe: somebody writes to their memory",
         lambda: driver.kv_replicas_rejected,
     )
+    metrics.add_gauge(
+        "stragglers",
+        "Ranks for which the others wait in most of each step",
+        lambda: len(driver.stragglers()),
+    )
     metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)
     metrics.add_gauge("sessions_in_flight", "Sessions not ended", lambda: driver.num_sessions)
     metrics.add_gauge(

@@ -84,6 +84,7 @@ class SessionDriver:
         self._progress = ProgressWatch()
         self._stall_timeout_s = policy.no_rank_timeout_s
         self._lost_at: dict[Member, float] = {}  # members of the map whose link is broken
+        self._late: set[Member] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._ended = asyncio.Event()
@@ -113,6 +114,10 @@ class SessionDriver:
 
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
+
+    def stragglers(self) -> dict[Member, float]:
+        """The live ranks that hold the others up, with the ms by which they are late."""
+        return self._rank_chooser.stragglers()
 
     def loads(self) -> list[Load]:
         """What the live ranks last reported."""
@@ -211,7 +216,8 @@ class SessionDriver:
                 continue  # this process was paused: answers may be unread
             for link, _ in list(self._links.values()):
                 if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
-                    self._on_silence(link.member)
+                    self._on_silence(link)
+            self._log_stragglers()
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))
 
@@ -219,6 +225,12 @@ class SessionDriver:
         """Called often enough for grace times of seconds."""
         now = self._clock.now()
         self._perform(self._table.vacate(self._drains.due(now), now))
+
+    def _log_stragglers(self) -> None:
+        late = self.stragglers()
+        for member in late.keys() - self._late:
+            log.warning("rank_straggles", rank=member.rank, late_ms=round(late[member], 1))
+        self._late = set(late)
 
     def _on_map(self, old: ClusterView, view: ClusterView) -> None:
         log.info("map_received", epoch=view.epoch, members=[str(m) for m in view.members])
@@ -291,9 +303,13 @@ class SessionDriver:
         self._rank_chooser.on_load(member, pong.load)
         self._progress.on_report(member, pong.epoch, pong.step, pong.load, self._clock.now())
 
-    def _on_silence(self, member: Member) -> None:
-        self._rank_chooser.on_silence(member, silent=True)
-        self._suspect(member, SuspicionReason.SILENCE, "a probe has no answer")
+    def _on_silence(self, link: RankLink) -> None:
+        """No verdict will come on a rank that others hear: its sessions go elsewhere at once."""
+        self._rank_chooser.on_silence(link.member, silent=True)
+        self._suspect(link.member, SuspicionReason.SILENCE, "a probe has no answer")
+        if self._progress.is_left_behind(link.member):
+            log.warning("rank_unreachable", rank=link.member.rank)
+            link.abort()
 
     def _mark_responsive(self, member: Member) -> None:
         if (member, SuspicionReason.SILENCE) in self._suspected:

@@ -41,6 +41,7 @@ from shared.wire import (
     StatusQuery,
     Submit,
     Tokens,
+    UnheardPeer,
     Wake,
     encode,
     read_message,
@@ -101,10 +102,10 @@ class KvReplicaHost(Protocol):
 class ControlServer:
     """Owns the listener and its connections. The engine knows a connection by its `Origin`. Without
     `replication`, the rank refuses to keep KV replicas for its peers. `knows` says whether a member
-    is registered or in the newest map: no other gets anything. `announced` and
-    `left_out` are told in each Pong.
-    For `orphan_s` seconds sessions go on after the connection of their gateway has broken.
-    `offer_map` takes a map that a control plane hands over; it raises WireError if that is none."""
+    is registered or in the newest map: no other gets anything. `announced`, `unheard` and
+    `left_out` are told in each Pong. For `orphan_s` seconds sessions go on after the connection of
+    their gateway has broken. `offer_map` takes a map that a control plane hands over; it raises
+    WireError if that is none."""
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class ControlServer:
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         left_out: Callable[[], tuple[Member, ...]] = tuple,
         offer_map: Callable[[bytes], None] = lambda _: None,
+        unheard: Callable[[], tuple[UnheardPeer, ...]] = tuple,
         replication: KvReplicaHost | None = None,
         orphan_s: float = 0.0,
     ) -> None:
@@ -128,6 +130,7 @@ class ControlServer:
         self._announced = announced
         self._left_out = left_out
         self._offer_map = offer_map
+        self._unheard = unheard
         self._replication = replication
         self._orphan_s = orphan_s
         self._origins = itertools.count(1)
@@ -289,7 +292,7 @@ class ControlServer:
         return None
 
     def _pong(self, ping: Ping) -> Pong:
-        pong = self._engine.pong(ping, self._announced())
+        pong = self._engine.pong(ping, self._announced(), self._unheard())
         left_out = self._left_out()
         return replace(pong, left_out=left_out) if left_out else pong
 

@@ -124,6 +124,7 @@ class Rank:
             announced=announcements.current,
             left_out=lambda: self._membership.left_out,
             offer_map=lambda packed: self._membership.on_offered_map(packed),
+            unheard=lambda: self._membership.unheard(),
             replication=replicas,
             orphan_s=config.orphan_s,
         )

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import structlog
+
 from node_agent.agent_driver import AgentDriver, RankSetup
 from node_agent.config import AgentConfig
 from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
 from node_agent.fork_client import ForkClient, ForkServerCommand
+from node_agent.health_endpoint import NodeHealth
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
@@ -37,6 +40,15 @@ from shared.records import AgentRecord, pack_record
 from shared.secret import read_secret, require_secret
 from shared.types import NodeId
 
+log = structlog.get_logger()
+
+_ABOUT = """Runs the ranks of one host: starts them, tells etcd at once when one exits, and starts
+it again. An instance over several hosts has one agent on each, with ranks of its own. The
+arguments after -- go to every rank (`python -m gpu_worker --help`)."""
+_EXAMPLE = """example, the second host of two with eight cards each:
+  starfish agent --etcd etcd-1:2379,etcd-2:2379,etcd-3:2379 --etcd-ca ca.pem
+    --etcd-cert agent.pem --etcd-key agent.key --node host-2 --ranks 8-15 --device cuda
+    --control-host 10.0.0.2 --data-host 10.1.0.2 --secret-file secret"""
 _LIFELINE_GRACE_S = 1.0
 _FORK_SERVER = (sys.executable, "-m", "gpu_worker.fork_server")
 
@@ -75,9 +87,10 @@ def parse(arguments: Sequence[str]) -> tuple[AgentConfig, tuple[str, ...]]:
         split = own.index("--")
         own, rank_flags = own[:split], own[split + 1 :]
     parser = argparse.ArgumentParser(
-        prog="python -m node_agent",
-        description="Starts a host's ranks and reports to etcd at once when one exits. The "
-        "arguments after -- go to every rank.",
+        prog="starfish agent",
+        description=_ABOUT,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with an [agent] section"
@@ -104,12 +117,18 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
     )
     ttl = ("--lease-ttl-s", str(config.lease_ttl_s))
     secret = () if config.secret_file is None else ("--secret-file", str(config.secret_file))
+    protocol, rdma = config.transfer_protocol, config.mooncake_ib_device
+    hardware = (
+        *(("--device", config.device) if config.device != "auto" else ()),
+        *(("--transfer-protocol", protocol) if protocol != "tcp" else ()),
+        *(("--mooncake-ib-device", rdma) if rdma else ()),
+    )
     return RankCommand(
         node=NodeId(config.node_name),
-        store=config.store,
+        store=config.rank_store,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
-        extra_flags=(*model, *hosts, *ttl, *secret, *logs, *rank_flags),
+        extra_flags=(*model, *hosts, *hardware, *ttl, *secret, *logs, *rank_flags),
     )
 
 
@@ -170,9 +189,27 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
     freeze_loaded_objects()
     try:
-        await driver.run()
+        await run_with_health(config, driver, store, keys)
     finally:
         await store.close()
+
+
+async def run_with_health(
+    config: AgentConfig, driver: AgentDriver, store: EtcdStore, keys: Keys
+) -> None:
+    """Raises ConfigError if the port of /health is taken, before a rank is started."""
+    if config.port < 0:
+        await driver.run()
+        return
+    supervisor = driver.supervisor
+    health = NodeHealth(
+        lambda: supervisor.ranks, lambda: [each.member for each in supervisor.alive()]
+    )
+    async with health.serve(config.host, config.port) as port, asyncio.TaskGroup() as tasks:
+        log.info("listening", host=config.host, port=port)
+        follower = tasks.create_task(health.follow(store, keys))
+        await driver.run()
+        follower.cancel()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from node_agent.rank_list import parse_ranks
@@ -12,6 +12,8 @@ from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
 
 _DYING_POLL_MAX_MS = 1000.0
+_DEVICES = ("auto", "cpu", "cuda")
+_PROTOCOLS = ("tcp", "rdma")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +39,25 @@ class AgentConfig:
         "file with the secret that all processes of the instance share, closed to other users; "
         "without it, whoever reaches a rank's control port is let in",
     )
-    model: Path | None = option(None, "checkpoint folder, for the ranks")
+    rank_etcd_cert: Path | None = option(
+        None, "the ranks' own --etcd-cert, whose user may do less than the agent's; default: ours"
+    )
+    rank_etcd_key: Path | None = option(None, "the key of --rank-etcd-cert")
+    model: Path | None = option(
+        None, "checkpoint folder, for the ranks; default: the one in the instance's spec"
+    )
+    device: str = option("auto", "what the ranks run on: cpu, cuda, or auto")
+    transfer_protocol: str = option("tcp", "the ranks' Mooncake transport: tcp or rdma")
+    mooncake_ib_device: str = option(
+        "", "RDMA devices of this host for Mooncake, comma-separated; rdma only"
+    )
     control_host: str = option("127.0.0.1", "address of the ranks' control ports")
     data_host: str = option("127.0.0.1", "address of the ranks' data network")
     public_data_host: bool = option(
         False, "accept a public address as --data-host; a firewall must keep strangers away from it"
     )
+    host: str = option("127.0.0.1", "address of /health")
+    port: int = option(-1, "port of /health; 0 takes a free one, -1 does not serve it")
     log_dir: Path | None = option(None, "folder for rank-N.log; default: the agent's own stderr")
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
@@ -69,10 +84,24 @@ class AgentConfig:
     def node_name(self) -> str:
         return self.node or socket.gethostname()
 
+    @property
+    def rank_store(self) -> EtcdOptions:
+        """As whom the ranks reach etcd."""
+        if self.rank_etcd_cert is None and self.rank_etcd_key is None:
+            return self.store
+        return replace(self.store, etcd_cert=self.rank_etcd_cert, etcd_key=self.rank_etcd_key)
+
     def check(self) -> None:
         """Raises ConfigError if a value is impossible."""
         self.store.check()
+        self.rank_store.check()
         parse_ranks(self.ranks)
+        if self.device not in _DEVICES:
+            raise ConfigError(f"--device {self.device!r}: pass {', '.join(_DEVICES)}")
+        if self.transfer_protocol not in _PROTOCOLS:
+            raise ConfigError(
+                f"--transfer-protocol {self.transfer_protocol!r}: pass {' or '.join(_PROTOCOLS)}"
+            )
         if self.lease_ttl_s < 1 or min(self.stop_grace_s, self.leave_grace_s) < 0:
             raise ConfigError(
                 "--lease-ttl-s must be at least 1, --stop-grace-s and --leave-grace-s at least 0"

@@ -174,6 +174,8 @@ class Load:
     prefix_tokens: int = 0  # tokens of all sequences at the time they began to run, since the start
     prefix_tokens_cached: int = 0  # how many of those the KV cache held
     kv_replicas_rejected: int = 0  # kept here for peers, and not what their source had written
+    step_ms: float = 0.0  # an average step, and for how much of it this rank waits for peers;
+    waited_ms: float = 0.0  # 0: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +204,14 @@ class AnnouncedOperation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnheardPeer:
+    """A peer that was asked so long ago, over the sender's link to it, and has not answered."""
+
+    rank: RankId
+    for_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """The answer to a Ping shows that the rank's event loop runs. `engine_age_ms` shows whether its
     engine thread does: it is the time since that thread last passed a heartbeat point, which it
@@ -209,8 +219,9 @@ class Pong:
     `out_of_step` is the map under which a CUDA graph of it has ended without a member that may
     live, so that it can go on only as a joiner; 0 if there is none. `announced` is what may keep
     the rank from answering from now on: when that changes, control planes get a Pong with nonce 0
-    unasked. `left_out` are members that maps of this rank have left out, and on whom it has seen no
-    verdict: a leader that has not made these maps must not take them for members."""
+    unasked. `unheard` are peers that it waits for and that do not answer it. `left_out` are members
+    that maps of this rank have left out, and on whom it has seen no verdict: a leader that has not
+    made these maps must not take them for members."""
 
     nonce: int
     rank: RankId
@@ -223,6 +234,7 @@ class Pong:
     out_of_step: Epoch = Epoch(0)
     announced: tuple[AnnouncedOperation, ...] = ()
     left_out: tuple[Member, ...] = ()
+    unheard: tuple[UnheardPeer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

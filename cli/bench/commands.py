@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from cli.bench.chaos.options import ChaosOptions
 from cli.bench.loads import FaultLoad, PrefixLoad, ServeLoad
 from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.flags import flags_from_dataclasses
@@ -134,6 +136,65 @@ def fault(
         return 1 if report.wrong else 0
 
     run_command(work())
+
+
+@bench.command()
+@flags_from_dataclasses
+def chaos(
+    *,
+    url: UrlFlag = None,
+    target: TargetFlags,
+    own: OwnFlag = False,
+    options: TemporaryInstanceOptions,
+    load: ChaosOptions,
+    yes_break_it: Annotated[
+        str,
+        typer.Option(
+            "--yes-break-it",
+            metavar="INSTANCE",
+            help="Inject the faults into a running instance: say its name once more.",
+        ),
+    ] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Inject faults of every kind under load: sessions and tokens lost, gaps, time to whole."""
+    from cli.bench.chaos.faults import chosen_faults
+    from cli.bench.chaos.multi_host import cluster_site
+    from cli.bench.chaos.picture import save_picture
+    from cli.bench.chaos.report import is_exact, print_reports, to_json
+    from cli.bench.chaos.run import SiteOpener, run_chaos
+    from cli.bench.chaos.single_host import own_site, running_site
+
+    async def work() -> int:
+        load.check()
+        options.check()
+        console, clock = Console(stderr=as_json), SystemClock()
+        faults = chosen_faults(load.faults)
+        opener: SiteOpener
+        if load.hosts > 1:
+            opener = functools.partial(cluster_site, options, console, clock, load.keep_logs)
+        elif own:
+            opener = functools.partial(own_site, options, console, load.keep_logs)
+        else:
+            running = target.target(url)
+            if yes_break_it != running.instance:
+                raise ConfigError(
+                    f"clients of instance {running.instance!r} may notice its faults: pass --own, "
+                    f"or --yes-break-it {running.instance}"
+                )
+            opener = functools.partial(running_site, running)
+        reports = await run_chaos(
+            opener, faults, load, clock, console, may_reopen=own or load.hosts > 1
+        )
+        if as_json:
+            print(json.dumps(to_json(reports)))
+        else:
+            print_reports(reports, console)
+        if load.png is not None:
+            save_picture(load.png, reports)
+        return 0 if is_exact(reports) else 1
+
+    run_command(work(), cleans_up_on_term=True)
 
 
 @bench.command(

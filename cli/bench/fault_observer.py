@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from cli.observe.instance_view import InstanceView, decode_value
+from cli.observe.instance_view import Record, decode_value
 from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
 from shared.changes import changes
@@ -17,13 +17,15 @@ from shared.etcd_store import EtcdStore, connect_store
 from shared.expert_map import ExpertMap
 from shared.handshake import Access
 from shared.keys import Keys
-from shared.records import RankRecord, Verdict
+from shared.records import InstanceSpec, LeaderRecord, RankRecord, Verdict
+from shared.store import WatchEvent
 from shared.types import Epoch, Member
 from shared.wire import Adoption
 
 _VERDICT_TIMEOUT_S = 10.0
-_SETTLED_S = 1.0
-_POLL_S = 0.1
+SETTLED_S = 1.0
+"""An instance has recovered if every rank has been in the map for so long."""
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ class FaultObserver:
         self._store, self._keys, self._access = store, keys, access
         self._verdicts: dict[Member, Verdict] = {}
         self._maps: dict[Epoch, ExpertMap] = {}
-        self._view = InstanceView()
+        self._records: dict[str, Record] = {}  # by key; what nobody here asks for is left out
 
     @classmethod
     @asynccontextmanager
@@ -66,9 +68,23 @@ class FaultObserver:
             await store.close()
 
     def members(self) -> list[RankRecord]:
-        """Members of the map that `wait_until_all_ranks_in_map` found."""
-        found = self._view.expert_map
-        return [r for r in self._view.ranks if found is not None and found.has(r.member)]
+        """Registered members of the newest map, by rank."""
+        found = self._records.get(self._keys.map)
+        ranks = [record for record in self._records.values() if isinstance(record, RankRecord)]
+        if not isinstance(found, ExpertMap):
+            return []
+        return sorted((r for r in ranks if found.has(r.member)), key=lambda record: record.rank)
+
+    @property
+    def leader_pid(self) -> int | None:
+        """Of the control plane that leads."""
+        found = self._records.get(self._keys.leader)
+        return found.pid if isinstance(found, LeaderRecord) else None
+
+    def are_all_ranks_in_map(self) -> bool:
+        """As far as etcd has told."""
+        spec = self._records.get(self._keys.spec)
+        return isinstance(spec, InstanceSpec) and len(self.members()) == spec.num_ranks
 
     def maps(self) -> list[ExpertMap]:
         """All maps seen so far, by epoch."""
@@ -79,12 +95,9 @@ class FaultObserver:
         complete_polls = 0
         try:
             async with asyncio.timeout(timeout_s):
-                while complete_polls * _POLL_S < _SETTLED_S:
-                    await asyncio.sleep(_POLL_S)
-                    snapshot = await self._store.get_prefix(self._keys.root)
-                    self._view = InstanceView.of(self._keys, snapshot.values)
-                    spec = self._view.spec
-                    is_complete = spec is not None and len(self.members()) == spec.num_ranks
+                while complete_polls * POLL_S < SETTLED_S:
+                    await asyncio.sleep(POLL_S)
+                    is_complete = self.are_all_ranks_in_map()
                     complete_polls = complete_polls + 1 if is_complete else 0
         except TimeoutError:
             raise Unavailable(
@@ -99,7 +112,7 @@ class FaultObserver:
         try:
             async with asyncio.timeout(_VERDICT_TIMEOUT_S):
                 while victim not in self._verdicts:  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_S)
+                    await asyncio.sleep(POLL_S)
         except TimeoutError:
             return None
         verdict = self._verdicts[victim]
@@ -131,15 +144,20 @@ class FaultObserver:
     async def _follow(self) -> None:
         async for seen in changes(self._store, self._keys.root):
             for event in seen.events:
-                if event.value is not None:
-                    self._on_value(event.key, event.value)
+                self._on_event(event)
 
-    def _on_value(self, key: str, value: bytes) -> None:
-        match decode_value(self._keys, key, value):
+    def _on_event(self, event: WatchEvent) -> None:
+        if event.value is None:
+            self._records.pop(event.key, None)
+            return
+        match decode_value(self._keys, event.key, event.value):
             case Verdict() as verdict:
                 self._verdicts[verdict.member] = verdict
             case ExpertMap() as expert_map:
                 self._maps[expert_map.epoch] = expert_map
+                self._records[event.key] = expert_map
+            case RankRecord() | LeaderRecord() | InstanceSpec() as record:
+                self._records[event.key] = record
 
 
 def _ms(start: float | None, end: float | None) -> float | None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -27,6 +27,7 @@ class StreamRecord:
 
     sent_at: float
     rank: int | None = None  # the first rank, if the gateway reports it
+    accepted: bool = False  # the gateway has begun an answer
     ids: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -59,18 +60,22 @@ class StreamClient:
         on_start: Callable[[StreamRecord], None] = lambda record: None,
         *,
         bypass_cache: bool = False,
+        fields: Mapping[str, object] | None = None,
     ) -> StreamRecord:
         """A failure of the server goes into the record and is never raised. The record grows while
-        the stream runs. `bypass_cache`: ranks do not use their prefix caches."""
+        the stream runs. `bypass_cache`: ranks do not use their prefix caches. `fields` are added to
+        the request's, or replace them."""
         record = StreamRecord(sent_at=self._clock.now())
         on_start(record)
         try:
             async with self._http.post(
-                f"{self._url}/v1/completions", json=self._body(prompt, max_tokens, bypass_cache)
+                f"{self._url}/v1/completions",
+                json=self._body(prompt, max_tokens, bypass_cache) | dict(fields or {}),
             ) as response:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
                     return record
+                record.accepted = True
                 rank = response.headers.get(RANK_HEADER)
                 record.rank = int(rank) if rank is not None and rank.isdigit() else None
                 async for line in response.content:

@@ -35,11 +35,13 @@ async def temporary_instance(
     keep_logs: Path | None = None,
     start_timeout_s: float = 600.0,
     on_progress: Callable[[str], None] = lambda text: None,
+    parent: Path | None = None,
 ) -> AsyncIterator[Target]:
-    """Runs while the context lasts. `on_progress` is told how far the start is. The processes get
-    our environment plus `environment`. Their logs are copied to `keep_logs` before they stop.
-    Raises Unavailable with the instance's own message if it does not start."""
-    with tempfile.TemporaryDirectory(prefix="starfish-bench-") as folder:
+    """Runs while the context lasts, from a folder in `parent`. `on_progress` is told how far the
+    start is. The processes get our environment plus `environment`. Their logs are copied to
+    `keep_logs` before they stop. Raises Unavailable with the instance's own message if it does
+    not start."""
+    with tempfile.TemporaryDirectory(prefix="starfish-bench-", dir=parent) as folder:
         run_dir = Path(folder) / "run"
         log_path = Path(folder) / "up.log"
         with log_path.open("wb") as log:
@@ -70,16 +72,25 @@ async def temporary_instance(
 
 @contextlib.asynccontextmanager
 async def temporary_instance_with_progress(
-    options: TemporaryInstanceOptions, console: Console, title: str
+    options: TemporaryInstanceOptions,
+    console: Console,
+    title: str,
+    *,
+    flags: Sequence[str] = (),
+    parent: Path | None = None,
+    keep_logs: Path | None = None,
 ) -> AsyncIterator[Target]:
-    """Shows on the console how far the start is. The instance's name says its kind and who started
-    it, so that several can run at the same time. Raises Unavailable if it does not start."""
+    """Shows on the console how far the start is. `flags` are more of `starfish up`. The instance's
+    name says its kind and who started it, so that several can run at the same time. Raises
+    Unavailable if it does not start."""
     name = f"bench-{'static-' if options.static else ''}{os.getpid()}"
     async with contextlib.AsyncExitStack() as stack:
         with Stage(console, title) as stage:
             target = await stack.enter_async_context(
                 temporary_instance(
-                    [*options.flags(), "--instance", name],
+                    [*options.flags(), "--instance", name, *flags],
+                    parent=parent,
+                    keep_logs=keep_logs,
                     environment=options.environment(),
                     start_timeout_s=options.start_timeout_s,
                     on_progress=stage.update,

@@ -20,6 +20,7 @@ from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
+from shared.stragglers import lateness_ms, stragglers
 from shared.types import EMPTY_SLOT, Member, NodeId, RankId
 from shared.wire import StatusReply
 
@@ -63,6 +64,8 @@ def status_of(
 ) -> dict[str, Any]:
     """The JSON of `starfish status --json`. `now` is in Unix seconds."""
     spec = view.spec
+    loads = {rank: reply.load for rank, reply in replies.items() if reply is not None}
+    late, slow = lateness_ms(loads), stragglers(loads)
     seen = view.seen(lambda member: _sessions(replies.get(member.rank), member))
     steps = seen.steps(now)
     return {
@@ -78,7 +81,11 @@ def status_of(
             "in_progress": is_in_progress(steps),
             "steps": msgspec.to_builtins(steps),
         },
-        "ranks": [rank_status(view, r, records.get(r), replies.get(r)) for r in ranks],
+        "ranks": [
+            rank_status(view, r, records.get(r), replies.get(r))
+            | {"late_ms": late.get(r), "straggles": r in slow}
+            for r in ranks
+        ],
         "survives": _survives(view),
         "gateways": [msgspec.to_builtins(g) for g in view.gateways],
         "agents": [msgspec.to_builtins(a) for a in view.agents],
@@ -176,7 +183,7 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
         cells = [rank.get(k) for k in ("incarnation", "pid", "address", "running", "waiting")]
         table.add_row(
             str(rank["rank"]),
-            f"[{style}]{rank['state']}[/]",
+            f"[{style}]{rank['state']}[/]" + (" (slow)" if rank.get("straggles") else ""),
             *("–" if cell is None else str(cell) for cell in cells),
             kv,
             _reused(rank),

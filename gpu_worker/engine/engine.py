@@ -29,7 +29,7 @@ must end the process.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu_worker.engine.adoption_log import AdoptionLog
 from gpu_worker.engine.kv_replication import KvReplicator
@@ -124,6 +124,11 @@ class Engine:
         self._steps_abandoned = 0
         self._tokens_generated = 0
 
+    def _read_load(self) -> Load:
+        timing = self._monitor.timing
+        load = self._scheduler.load()
+        return replace(load, step_ms=timing.step_ms, waited_ms=timing.waited_ms)
+
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(
             epoch=self._epoch,
@@ -190,7 +195,7 @@ class Engine:
                 case Stop():
                     stop = True
         if items:
-            self._load = self._scheduler.load()
+            self._load = self._read_load()
             self._post_tokens(replies)
         return stop
 
@@ -205,7 +210,7 @@ class Engine:
         """A mask is given a moment only if no step could run meanwhile."""
         replies = self._scheduler.settle_grammars(wait=not self._in_flight)
         if replies:
-            self._load = self._scheduler.load()
+            self._load = self._read_load()
             self._post_tokens(replies)
 
     def _newest_epoch(self) -> Epoch:
@@ -309,7 +314,7 @@ class Engine:
         committed = self._scheduler.commit(plan, result.ids, result.scores)
         self._steps_committed += 1
         self._tokens_generated += committed.num_generated
-        self._load = self._scheduler.load()
+        self._load = self._read_load()
         self._adoptions.record_commit(
             now=self._clock.now(), num_reprefilled=committed.num_reprefilled
         )

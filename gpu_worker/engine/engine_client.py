@@ -50,6 +50,7 @@ from shared.wire import (
     StatusQuery,
     StatusReply,
     Submit,
+    UnheardPeer,
     Wake,
 )
 
@@ -246,7 +247,12 @@ class EngineClient:
         now = self._engine.snapshot()
         return (now.epoch, now.step), frozenset(now.waiting_for)
 
-    def pong(self, ping: Ping, announced: tuple[AnnouncedOperation, ...]) -> Pong:
+    def pong(
+        self,
+        ping: Ping,
+        announced: tuple[AnnouncedOperation, ...],
+        unheard: tuple[UnheardPeer, ...],
+    ) -> Pong:
         now = self._engine.snapshot()
         return Pong(
             nonce=ping.nonce,
@@ -259,6 +265,7 @@ class EngineClient:
             load=now.load,
             out_of_step=now.out_of_step,
             announced=announced,
+            unheard=unheard,
         )
 
     def status(self, query: StatusQuery) -> StatusReply:

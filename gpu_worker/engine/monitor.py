@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from gpu_worker.engine.mailbox import Inbox, Post, Suspect
+from gpu_worker.engine.step_timing import StepTiming
 from shared.clock import Clock
 from shared.types import Epoch, RankId, Step, SuspicionReason
 
@@ -26,6 +27,7 @@ class EngineMonitor:
         self._beat_at = clock.now()
         self._waiting_for: Sequence[RankId] = ()
         self._parked = False
+        self.timing = StepTiming()
         self._cpu_s = cpu_s
         self._cpu_seen_s = 0.0
         self._cpu_at = self._beat_at
@@ -52,6 +54,7 @@ class EngineMonitor:
     def beat(self, waiting_for: Sequence[RankId]) -> None:
         self._beat_at = self._clock.now()
         self._waiting_for = waiting_for
+        self.timing.on_beat((self.epoch, self.step), bool(waiting_for), self._beat_at)
 
     def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
         self._post(
@@ -61,6 +64,7 @@ class EngineMonitor:
     def park(self, timeout_s: float) -> None:
         """Sleeps on the inbox, because the engine has no step to run."""
         self._waiting_for = ()
+        self.timing.on_sleep()
         self._parked = True
         self._inbox.wait(timeout_s)
         self._beat_at = self._clock.now()

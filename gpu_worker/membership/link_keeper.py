@@ -16,7 +16,7 @@ from shared.errors import WireError
 from shared.handshake import ANSWER_TIMEOUT_S, Access, expect, open_link
 from shared.records import RankRecord
 from shared.types import Epoch, Member, Step
-from shared.wire import Message, OpenRegion, RegionOpened, Wake, encode, read_message
+from shared.wire import Message, OpenRegion, Pong, RegionOpened, Wake, encode, read_message
 
 log = structlog.get_logger()
 
@@ -67,9 +67,11 @@ class LinkKeeper:
         contact: Callable[[], AbstractContextManager[None]],
         opened: Callable[[Member], None],
         broken: Callable[[Member, str], None],
+        answered: Callable[[Member], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
-        """`opened` and `broken` are called on the event loop. `contact()` is entered for as long as
+        """`opened`, `broken` and `answered` (a `Ping` that was sent to the peer) are called on the
+        event loop. `contact()` is entered for as long as
         a first contact over the data network takes."""
         self._member = member
         self._access = access
@@ -77,6 +79,7 @@ class LinkKeeper:
         self._contact = contact
         self._opened = opened
         self._broken = broken
+        self._answered = answered
         self._tasks = tasks
         self._running: dict[Member, asyncio.Task[None]] = {}
         self._writers: dict[Member, asyncio.StreamWriter] = {}
@@ -146,7 +149,7 @@ class LinkKeeper:
     async def _wait_until_broken(self, peer: Member, reader: asyncio.StreamReader) -> str:
         """Returns which has failed: the control connection or the data path."""
         recheck = self._rechecks[peer] = asyncio.Event()
-        ended = asyncio.ensure_future(read_message(reader))
+        ended = asyncio.ensure_future(self._read(peer, reader))
         ended.add_done_callback(lambda _: recheck.set())
         try:
             while self._endpoint.is_open(peer):
@@ -161,6 +164,13 @@ class LinkKeeper:
         finally:
             del self._rechecks[peer]
             ended.cancel()
+
+    async def _read(self, peer: Member, reader: asyncio.StreamReader) -> None:
+        """Until the peer closes the connection. Raises WireError, ConnectionError."""
+        while (message := await read_message(reader)) is not None:
+            if not isinstance(message, Pong):
+                raise WireError(f"{type(message).__name__} is not for who opened the link")
+            self._answered(peer)
 
     async def _handshake(
         self, peer: RankRecord, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -14,6 +14,8 @@ from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import Suspect
 from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
+from gpu_worker.membership.peer_echoes import LOOK_S as ECHOES_LOOK_S
+from gpu_worker.membership.peer_echoes import PeerEchoes
 from gpu_worker.membership.peer_suspicions import LOOK_S, PeerSuspicions
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
@@ -41,7 +43,7 @@ from shared.leased_keys import LeasedKeys
 from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
 from shared.store import Store, WatchEvent
 from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReason
-from shared.wire import GraphBarrierUpdate
+from shared.wire import GraphBarrierUpdate, Ping, UnheardPeer
 
 log = structlog.get_logger()
 
@@ -101,6 +103,8 @@ class MembershipDriver:
         self._tasks = tasks
         self._is_registered = False  # etcd holds the own record, as far as the watch has shown
         self._suspicions = PeerSuspicions()
+        self._echoes = PeerEchoes()
+        self._asking = asyncio.Event()
         self._links = LinkKeeper(
             member=membership.record.member,
             access=access,
@@ -108,6 +112,7 @@ class MembershipDriver:
             contact=self._announce_contact,
             opened=self._on_link_opened,
             broken=self._on_link_broken,
+            answered=self._echoes.on_answer,
             tasks=tasks,
         )
 
@@ -119,6 +124,7 @@ class MembershipDriver:
         self._tasks.create_task(self._watch())
         self._tasks.create_task(self._sweep())
         self._tasks.create_task(self._withdraw_suspicions())
+        self._tasks.create_task(self._watch_echoes())
 
     def knows(self, member: Member) -> bool:
         """Whether it is registered, or in the newest map."""
@@ -135,6 +141,10 @@ class MembershipDriver:
         expert_map = unpack_map(packed)
         log.info("map_offered", epoch=expert_map.epoch, cause=expert_map.cause)
         self._perform(self._membership.on_map(expert_map))
+
+    def unheard(self) -> tuple[UnheardPeer, ...]:
+        """The peers that it waits for, and that do not answer its questions."""
+        return self._echoes.unheard(self._clock.now())
 
     def ask_to_leave(self) -> bool:
         """Asks to be drained. False if no other rank could take over."""
@@ -167,6 +177,8 @@ class MembershipDriver:
             self._suspect(peer, suspect.reason, suspect.epoch, suspect.step, suspect.detail)
             if suspect.reason is SuspicionReason.LINK:
                 self._links.recheck(peer)
+            elif suspect.reason is SuspicionReason.EXCHANGE:
+                self._ask([peer])
 
     def send_wake(self, epoch: Epoch, step: Step) -> None:
         """Tells all other members that this step has work."""
@@ -201,6 +213,7 @@ class MembershipDriver:
             if not self._suspicions.peers:
                 continue
             at_step, waiting_for = self._engine.waits()
+            self._ask([m for m in self._suspicions.peers if m.rank in waiting_for])
             withdrawn = self._suspicions.on_look(
                 self._clock.now(),
                 at_step=at_step,
@@ -210,6 +223,23 @@ class MembershipDriver:
             for peer in withdrawn:
                 log.info("suspicion_withdrawn", peer=str(peer))
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
+
+    def _ask(self, peers: Iterable[Member]) -> None:
+        """Those of them to which a link is open, whether they hear this rank."""
+        linked = set(self._membership.record.links)
+        asked = self._echoes.ask([m for m in peers if m in linked], self._clock.now())
+        if asked:
+            self._links.send(Ping(nonce=0), asked)
+            self._asking.set()
+
+    async def _watch_echoes(self) -> None:
+        """Never returns."""
+        while True:
+            await self._asking.wait()
+            await asyncio.sleep(ECHOES_LOOK_S)
+            self._echoes.on_look(self._clock.now())
+            if not self._echoes.is_waiting:
+                self._asking.clear()
 
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may
@@ -224,6 +254,7 @@ class MembershipDriver:
 
     def _on_link_broken(self, peer: Member, detail: str) -> None:
         self._engine.on_link_broken(peer)
+        self._echoes.forget(peer)
         self._perform(self._membership.on_link_broken(peer, detail))
 
     def _suspect(
@@ -262,6 +293,7 @@ class MembershipDriver:
                 if self._replication is not None:
                     self._replication.close(peer)
                 self._suspicions.forget(peer)
+                self._echoes.forget(peer)
                 self._leased.delete(self._own_suspicion_key(peer), urgent=False)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))

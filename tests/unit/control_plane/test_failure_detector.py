@@ -24,7 +24,7 @@ from shared.types import (
     Step,
     SuspicionReason,
 )
-from shared.wire import AnnouncedOperation, Load, Pong
+from shared.wire import AnnouncedOperation, Load, Pong, UnheardPeer
 
 WINDOW_S = 0.25
 TIMINGS = DetectorTimings(silence=SilenceTimings(override_s=WINDOW_S))
@@ -82,8 +82,10 @@ class DetectorHarness:
         epoch: int = 1,
         step: int | None = None,
         loads_for_ms: float = 0.0,
+        unheard: dict[int, float] | None = None,
     ) -> None:
-        """`loads_for_ms`: it announces a load that ends so much later at the latest."""
+        """`loads_for_ms`: it announces a load that ends so much later at the latest. `unheard`:
+        ranks that it asked so many ms ago, without an answer."""
         load = AnnouncedOperation(operation=Operation.LOAD, at_most_ms=loads_for_ms)
         pong = Pong(
             nonce=1,
@@ -95,6 +97,9 @@ class DetectorHarness:
             waiting_for=tuple(RankId(r) for r in waiting_for),
             load=LOAD,
             announced=(load,) if loads_for_ms else (),
+            unheard=tuple(
+                UnheardPeer(rank=RankId(r), for_ms=ms) for r, ms in (unheard or {}).items()
+            ),
         )
         self.take(self.detector.on_pong(member(rank), pong, self.now))
 
@@ -894,3 +899,74 @@ def test_a_doubt_has_a_reason_that_a_control_plane_may_give(reason: SuspicionRea
     for doubt in harness.detector.doubts:
         assert Accuser.CONTROL_PLANE in ACCUSERS[doubt.reason]
     assert bool(harness.detector.doubts) is (reason is not SuspicionReason.EXIT)
+
+
+# Members that do not hear each other.
+
+
+def pass_cut_off(
+    harness: DetectorHarness,
+    seconds: float,
+    pairs: tuple[tuple[int, int], ...],
+    *,
+    answering: tuple[int, ...] = (0, 1, 2, 3),
+    began_s: float = 0.0,
+) -> None:
+    """Of each pair the first has asked the second for `began_s` and does not hear it."""
+    for tick in range(round(seconds / 0.02)):
+        harness.now += 0.02
+        unheard_ms = 1000 * (began_s + 0.02 * tick)
+        for rank in answering:
+            unheard = {far: unheard_ms for near, far in pairs if near == rank}
+            harness.pong(rank, unheard=unheard)
+        harness.take(harness.detector.on_tick(harness.now))
+
+
+def test_of_two_that_do_not_hear_each_other_one_is_dead(harness: DetectorHarness) -> None:
+    pass_cut_off(harness, TIMINGS.cut_off_s - 0.1, ((0, 2), (2, 0)))
+    assert harness.dead == {}
+    assert harness.detector.urgent
+    pass_cut_off(harness, 0.2, ((0, 2), (2, 0)), began_s=TIMINGS.cut_off_s - 0.1)
+    assert harness.dead == {2: SuspicionReason.LINK}
+    (verdict,) = harness.news
+    assert isinstance(verdict, Verdict)
+    assert "0.1" in verdict.signals[0].detail
+
+
+def test_one_way_is_enough(harness: DetectorHarness) -> None:
+    pass_cut_off(harness, TIMINGS.cut_off_s + 0.1, ((0, 2),))
+    assert harness.dead == {2: SuspicionReason.LINK}
+
+
+def test_who_is_cut_off_from_most_is_dead(harness: DetectorHarness) -> None:
+    pass_cut_off(harness, TIMINGS.cut_off_s + 0.1, ((0, 2), (0, 3), (1, 0)))
+    assert harness.dead == {0: SuspicionReason.LINK}
+
+
+def test_two_hosts_that_do_not_hear_each_other_lose_one(harness: DetectorHarness) -> None:
+    pass_cut_off(harness, TIMINGS.cut_off_s + 0.1, ((0, 2), (0, 3), (1, 2), (1, 3)))
+    assert set(harness.dead) in ({0, 1}, {2, 3})
+
+
+def test_a_peer_that_we_do_not_hear_either_was_paused(harness: DetectorHarness) -> None:
+    """Of a pause of a second its peers may tell in the moment in which it goes on."""
+    pass_cut_off(harness, 1.0, ((0, 2), (1, 2)), answering=(0, 1, 3))
+    pass_cut_off(harness, 0.1, ((0, 2), (1, 2)), began_s=1.0)
+    assert harness.dead == {}
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+    assert not harness.detector.urgent
+
+
+def test_an_asker_that_was_paused_itself_is_not_believed(harness: DetectorHarness) -> None:
+    pass_cut_off(harness, 1.0, (), answering=(1, 2, 3))
+    pass_cut_off(harness, 0.1, ((0, 2), (0, 1), (0, 3)), began_s=1.0)
+    harness.pass_time(1.0, 0, 1, 2, 3)
+    assert harness.dead == {}
+
+
+def test_a_lost_packet_is_no_cut(harness: DetectorHarness) -> None:
+    for _ in range(10):
+        pass_cut_off(harness, TIMINGS.cut_off_s - 0.04, ((0, 2), (2, 0)))
+        harness.pass_time(0.1, 0, 1, 2, 3)
+    assert harness.dead == {}

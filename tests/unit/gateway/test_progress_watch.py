@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from gateway.progress_watch import ProgressWatch
-from shared.types import Epoch, Step
+from shared.types import Epoch, Member, Step
 from shared.wire import Load
 from tests.support.toy_rank import ToyRank
 
-MEMBER = ToyRank(0).member
+MEMBER, OTHER = ToyRank(0).member, ToyRank(1).member
 IDLE = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
 BUSY = Load(running=0, waiting=1, tokens=5, kv_blocks_free=1, kv_blocks=1)
 
 
-def report(watch: ProgressWatch, step: int, load: Load, now: float, epoch: int = 1) -> None:
-    watch.on_report(MEMBER, Epoch(epoch), Step(step), load, now)
+def report(
+    watch: ProgressWatch,
+    step: int,
+    load: Load,
+    now: float,
+    epoch: int = 1,
+    member: Member = MEMBER,
+) -> None:
+    watch.on_report(member, Epoch(epoch), Step(step), load, now)
 
 
 def test_a_rank_with_work_and_without_steps_stands_still() -> None:
@@ -40,3 +47,24 @@ def test_a_rank_that_is_not_known_does_not_stand_still() -> None:
     report(watch, 7, BUSY, 0.0)
     watch.forget(MEMBER)
     assert watch.stands_still_since(MEMBER, 99.0, after_s=5.0) is None
+
+
+def test_a_rank_without_which_others_step_on_is_left_behind() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    report(watch, 9, BUSY, 0.1, member=OTHER)
+    assert not watch.is_left_behind(MEMBER)
+    report(watch, 10, BUSY, 0.2, member=OTHER)
+    assert watch.is_left_behind(MEMBER)
+    assert not watch.is_left_behind(OTHER)
+    report(watch, 10, BUSY, 0.3)
+    assert not watch.is_left_behind(MEMBER)
+
+
+def test_a_rank_of_another_epoch_is_not_left_behind() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0, epoch=1)
+    report(watch, 30, BUSY, 0.1, epoch=2, member=OTHER)
+    assert not watch.is_left_behind(MEMBER)
+    watch.forget(MEMBER)
+    assert not watch.is_left_behind(MEMBER)

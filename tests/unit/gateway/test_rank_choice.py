@@ -92,6 +92,18 @@ def test_a_silent_rank_attracts_nothing_while_another_lives() -> None:
     assert ranks.choose(PROMPT) == member(0)
 
 
+def test_a_rank_that_the_others_wait_for_gets_no_more() -> None:
+    ranks = router(3)
+    for rank, waited_ms in enumerate((2.0, 80.0, 81.0)):
+        steps = replace(load(tokens=100 * rank), step_ms=100.0, waited_ms=waited_ms)
+        ranks.on_load(member(rank), steps)
+    assert ranks.stragglers() == {member(0): 78.0}
+    assert ranks.choose(PROMPT) == member(1)
+    ranks.on_link_broken(member(2))  # of two nobody can say who is slow
+    assert ranks.stragglers() == {}
+    assert ranks.choose(PROMPT[::-1]) == member(0)
+
+
 def test_where_all_are_silent_one_is_taken_all_the_same() -> None:
     ranks = router(2)
     for rank in range(2):
