@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -269,14 +270,16 @@ class ControlServer:
             case OpenRegion():
                 return self._open_region(message)
             case StatusQuery():
-                return self._engine.status(message)
+                return replace(
+                    self._engine.status(message), memory_links=self._endpoint.memory_links
+                )
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
         try:
-            address, nbytes = self._endpoint.open_region(request.source, request.generation)
+            region = self._endpoint.open_region(request.source, request.generation)
         except (ValueError, MemoryError) as error:
             raise WireError(str(error)) from error
         return RegionOpened(
@@ -284,8 +287,9 @@ class ControlServer:
             source=request.source,
             generation=request.generation,
             transfer_name=self._endpoint.name,
-            address=address,
-            nbytes=nbytes,
+            address=region.address,
+            nbytes=region.nbytes,
+            memory=region.memory,
         )
 
     async def _answer_on_kv_replicas(

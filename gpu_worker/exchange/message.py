@@ -1,11 +1,14 @@
-"""The memory layout of a dispatch or combine message, in the sender's buffer and, after one write,
-in the receiver's region. No content of a message can make the reader crash or index out of range.
+"""The memory layout of a dispatch or combine message, in the receiver's region and, if a network is
+between, in the sender's buffer before. No content of a message can make the reader crash or index
+out of range.
 
     header 64 B │ pairs: (row, slot) int32 each │ rows: float32 [n, H] │ pad │ tail stamp 8 B
 
 A combine message has no pairs; its rows are the outputs of the pairs, in the order of the dispatch.
 A stamp is used for one message of one sender only. It is written at both ends, so a message is
 complete when both stamps are the expected one. What a late or foreign write left has other stamps.
+A sender that shares the region's memory clears the head stamp before it writes anything else, and
+sets it last.
 
 A region has one message buffer for each phase and each parity of the exchange's ordinal. Two
 suffice: a peer sends exchange n+2 only after it has received n+1 from everybody, and nobody sends
@@ -21,16 +24,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.exchange.shared_words import publish
 from shared.types import Epoch, Member, Step
 
 SCRATCH_BYTES = 4096
-"""Bytes at the head of every region, for the write that opens the link."""
+"""Bytes at the head of every region, for the write that opens the link over a network."""
+BELL_OFFSET = 0
+"""Where, in the scratch of a region, a source that shares its memory rings after each message."""
+MAPPED_OFFSET = 64
+"""Where such a source writes that it does: a word that is not 0."""
 
 HEADER_BYTES = 64
-TAIL_BYTES = 8
+STAMP_BYTES = 8
+TAIL_BYTES = STAMP_BYTES
 PAIR_BYTES = 8
 HEADER_WORDS = HEADER_BYTES // 4
 _HEADER = struct.Struct("<qqiiiiii")
+_HEADER_AFTER_STAMP = struct.Struct("<qiiiiii")
 _HAS_WORK = 1
 _EPOCH_BITS, _STEP_BITS, _LAYER_BITS = 21, 32, 9
 LAYERS_MAX = (1 << _LAYER_BITS) - 1
@@ -111,6 +121,7 @@ class MessageBuffer:
         self.floats = memory.view(np.float32)
         self.raw = memory.data.cast("B")
         self.stamps = self.raw.cast("q")
+        self.head = int(memory.ctypes.data)  # the address of the head stamp
 
 
 def message_buffers_of(
@@ -135,11 +146,11 @@ def seal(
     sender: Member,
     header: Header,
 ) -> int:
-    """Writes the header and both stamps around a finished body. Returns the message's bytes."""
-    _HEADER.pack_into(
+    """Writes the header and both stamps around a finished body, the head stamp last. Returns the
+    message's bytes."""
+    _HEADER_AFTER_STAMP.pack_into(
         message_buffer.raw,
-        0,
-        stamp,
+        STAMP_BYTES,
         sender.incarnation,
         sender.rank,
         header.num_tokens,
@@ -150,6 +161,7 @@ def seal(
     )
     nbytes = layout.message_bytes(phase, header.num_rows, header.num_pairs)
     message_buffer.stamps[nbytes // 8 - 1] = stamp
+    publish(message_buffer.head, stamp)
     return nbytes
 
 

@@ -14,7 +14,11 @@ from gpu_worker.exchange.message import (
 from gpu_worker.exchange.message import is_of_later_epoch as is_later
 from gpu_worker.exchange.outbox import Outbox
 from gpu_worker.exchange.regions import Region
+from gpu_worker.exchange.shared_words import has_stamp, wait_for_stamp
 from shared.types import Epoch, Member
+
+_NUM_YIELDS = 0
+_SLEEP_NS = 1_000_000
 
 
 class Peer:
@@ -42,6 +46,18 @@ class Peer:
         assert self._message_buffer is not None, f"nothing from rank {self.member} was found"
         return self._message_buffer
 
+    @property
+    def rings(self) -> bool:
+        """Whether the peer writes through shared memory, so that this rank can sleep until it
+        does."""
+        return bool(self._regions) and self._regions[0].is_mapped
+
+    def sleep_until(self, index: int, stamp: int) -> bool:
+        """Whether the message is there, after a short sleep at most. Only if it `rings`."""
+        region = self._regions[0]
+        head = region.message_buffers[index].head
+        return wait_for_stamp(head, stamp, region.bell, _NUM_YIELDS, _SLEEP_NS)
+
     def find_dispatch(self, index: int, stamp: int) -> bool:
         header = self._find(index, ExchangePhase.DISPATCH, stamp)
         if header is None:
@@ -56,7 +72,7 @@ class Peer:
     def _find(self, index: int, phase: ExchangePhase, stamp: int) -> Header | None:
         for region in self._regions:
             message_buffer = region.message_buffers[index]
-            if message_buffer.stamps[0] == stamp:
+            if message_buffer.stamps[0] == stamp and has_stamp(message_buffer.head, stamp):
                 header = read_header(message_buffer, self._layout, phase, stamp, self.member)
                 if header is not None:
                     self._message_buffer = message_buffer

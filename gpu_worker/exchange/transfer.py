@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.exchange import packing
+from gpu_worker.exchange import packing, shared_words
 from gpu_worker.exchange.backoff import Backoff, reduce_timer_slack
 from gpu_worker.exchange.interface import Dispatched, StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
@@ -28,6 +28,7 @@ from gpu_worker.exchange.message import (
 from gpu_worker.exchange.outbox import Outbox, WriteStatus
 from gpu_worker.exchange.peer import Peer
 from gpu_worker.exchange.replica_policy import ReplicaChoice, choose_replicas
+from gpu_worker.exchange.shared_words import has_stamp
 from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
 from shared.errors import StepAbandoned
@@ -71,6 +72,7 @@ class TransferExchange:
         shape = (layout.step_tokens_max, layout.top_k, layout.hidden_size)
         self._y_TKH = np.empty(shape, dtype=np.float32)
         packing.compile_all(layout.hidden_size, layout.top_k)
+        shared_words.compile_all()
 
     def adopt(self, expert_map: ExpertMap) -> None:
         """Waits until no write of an earlier epoch is pending to a member, and until every member's
@@ -117,8 +119,11 @@ class TransferExchange:
         index = message_buffer_index(ExchangePhase.DISPATCH, self._ordinal)
         for peer in self._peers.values():
             self._send_dispatch(peer, index, stamp, x_TH)
-        self._receive(list(self._peers.values()), lambda peer: peer.find_dispatch(index, stamp))
-        return self._gather(x_TH)
+        peers = list(self._peers.values())
+        for peer in peers:
+            peer.outbox.flush()
+        self._receive(peers, index, stamp, lambda peer: peer.find_dispatch(index, stamp))
+        return self._gather(x_TH, stamp)
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
         self._wait_policy.check_epoch()
@@ -133,16 +138,22 @@ class TransferExchange:
                 own = rows
             elif count:
                 self._send_combine(peer, index, stamp, y_NH[rows])
+        for peer in self._order:
+            if peer is not None and peer.header.num_pairs:
+                peer.outbox.flush()
         y_TKH = self._y_TKH[: self._num_tokens]
         y_PH = y_TKH.reshape(-1, self._layout.hidden_size)
         own_NH = np.ascontiguousarray(y_NH[own])
         packing.scatter_rows(own_NH, self._routes.flat_RN, self._member.rank, y_PH)
         helpers = [p for p in self._peers.values() if self._counts[p.rank][1]]
         sent = self._counts
-        self._receive(helpers, lambda p: p.find_combine(index, stamp, sent[p.rank][1]))
+        self._receive(
+            helpers, index, stamp, lambda p: p.find_combine(index, stamp, sent[p.rank][1])
+        )
         for peer in helpers:
             rows_NH = combine_rows(peer.message_buffer, self._layout, self._counts[peer.rank][1])
             packing.scatter_rows(rows_NH, self._routes.flat_RN, peer.rank, y_PH)
+            self._require_intact(peer, stamp, intact=True)
         return y_TKH
 
     def _route(self, layer: int, experts_TK: NDArray[np.int32]) -> None:
@@ -209,16 +220,29 @@ class TransferExchange:
         if failure := peer.report_failure():
             self._wait_policy.suspect(peer.rank, SuspicionReason.LINK, failure)
 
-    def _receive(self, peers: Sequence[Peer], is_there: Callable[[Peer], bool]) -> None:
-        """Waits for a message from each peer. Raises StepAbandoned."""
-        self._wait(peers, is_there, self._maintain)
-
-    def _wait(
-        self,
-        peers: Sequence[Peer],
-        is_done: Callable[[Peer], bool],
-        maintain: Callable[[], None] | None = None,
+    def _receive(
+        self, peers: Sequence[Peer], index: int, stamp: int, is_there: Callable[[Peer], bool]
     ) -> None:
+        """Waits for a message from each peer. Raises StepAbandoned."""
+        missing = [peer for peer in peers if not is_there(peer)]
+        if not missing:
+            return
+        self._wait_policy.begin_wait()
+        backoff = Backoff(self._clock)
+        while missing:
+            self._wait_policy.watch([peer.rank for peer in missing])
+            # Who waits for all may sleep until any of them has come.
+            if all(peer.rings for peer in missing):
+                is_due = not missing[0].sleep_until(index, stamp)
+            else:
+                is_due = backoff.wait_once()
+            if is_due:
+                self._maintain()
+            missing = [peer for peer in missing if not is_there(peer)]
+        self._wait_policy.end_wait()
+
+    def _wait(self, peers: Sequence[Peer], is_done: Callable[[Peer], bool]) -> None:
+        """Waits for what rings no bell. Raises StepAbandoned."""
         missing = [peer for peer in peers if not is_done(peer)]
         if not missing:
             return
@@ -226,8 +250,7 @@ class TransferExchange:
         backoff = Backoff(self._clock)
         while missing:
             self._wait_policy.watch([peer.rank for peer in missing])
-            if backoff.wait_once() and maintain is not None:
-                maintain()
+            backoff.wait_once()
             missing = [peer for peer in missing if not is_done(peer)]
         self._wait_policy.end_wait()
 
@@ -238,7 +261,7 @@ class TransferExchange:
             if peer.has_left(self._epoch):
                 raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
 
-    def _gather(self, x_TH: NDArray[np.float32]) -> Dispatched:
+    def _gather(self, x_TH: NDArray[np.float32], stamp: int) -> Dispatched:
         """All rows and pairs that arrived, in the order of ranks. Raises StepAbandoned if a message
         was overwritten meanwhile, which only a peer in a later epoch does."""
         own_rows, own_pairs = self._counts[self._member.rank]
@@ -252,7 +275,7 @@ class TransferExchange:
                 self._take_own(x_TH, row, pair)
                 row, pair = row + own_rows, pair + own_pairs
             else:
-                self._take(peer, row, pair)
+                self._take(peer, stamp, row, pair)
                 row, pair = row + peer.header.num_rows, pair + peer.header.num_pairs
         return Dispatched(
             x_MH=self._x_MH[:num_rows],
@@ -289,11 +312,10 @@ class TransferExchange:
                 pair,
             )
 
-    def _take(self, peer: Peer, row: int, pair: int) -> None:
+    def _take(self, peer: Peer, stamp: int, row: int, pair: int) -> None:
         message_buffer, header = peer.message_buffer, peer.header
         if not header.num_pairs:
             return
-        stamp = message_buffer.stamps[0]
         intact = packing.read_dispatch(
             message_buffer.words,
             message_buffer.floats,
@@ -306,7 +328,11 @@ class TransferExchange:
             row,
             pair,
         )
-        if not intact or message_buffer.stamps[0] != stamp:
-            detail = "its dispatch was malformed, or overwritten while it was read"
+        self._require_intact(peer, stamp, intact=intact)
+
+    def _require_intact(self, peer: Peer, stamp: int, *, intact: bool) -> None:
+        """To be called when a message has been read. Raises StepAbandoned."""
+        if not intact or not has_stamp(peer.message_buffer.head, stamp):
+            detail = "its message was malformed, or overwritten while it was read"
             self._wait_policy.suspect(peer.rank, SuspicionReason.EXCHANGE, detail)
             raise StepAbandoned(f"rank {peer.rank}: {detail}")

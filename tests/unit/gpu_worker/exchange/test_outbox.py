@@ -6,8 +6,9 @@ import pytest
 
 from gpu_worker.exchange.message import TAIL_BYTES, MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.exchange.outbox import Link, Outbox, WriteStatus
+from gpu_worker.exchange.outbox import Link, WriteStatus
 from gpu_worker.exchange.regions import QUARANTINE_S, Quarantine, Regions
+from gpu_worker.exchange.transfer_outbox import TransferOutbox
 from shared.types import Incarnation, Member, RankId
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -22,9 +23,9 @@ def written(engine: ScriptedEngine) -> list[tuple[int, int]]:
 
 def make(
     engine: ScriptedEngine, generation: int = 1, protocol: Protocols = Protocols.TCP
-) -> Outbox:
+) -> TransferOutbox:
     link = Link(target=PEER, generation=generation, transfer_name="a:1", address=generation << 32)
-    return Outbox(engine, LAYOUT, link, protocol)
+    return TransferOutbox(engine, LAYOUT, link, protocol)
 
 
 def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
