@@ -63,9 +63,7 @@ async def start(stack: AsyncExitStack, title: str, ranks: int, options: list[str
         )
     )
     status = await read_status(target)
-    return Instance(
-        title=title, target=target, pids=tuple(rank["pid"] for rank in status["ranks"])
-    )
+    return Instance(title=title, target=target, pids=tuple(rank["pid"] for rank in status["ranks"]))
 
 
 async def sample(instance: Instance, load: ServeLoad) -> Sample:

@@ -12,7 +12,6 @@ from gpu_worker.exchange.message import (
     BELL_OFFSET,
     MAPPED_OFFSET,
     STAMP_BYTES,
-    MessageBuffer,
     MessageLayout,
     message_buffers_of,
 )
@@ -30,19 +29,16 @@ class MemoryOutbox:
         self._message_buffers = message_buffers_of(memory, layout)
         self._bell = int(memory.ctypes.data) + BELL_OFFSET
 
-    def message_buffer(self, index: int) -> MessageBuffer:
-        """What it held before ends here: a reader of it finds its head stamp gone."""
-        message_buffer = self._message_buffers[index]
-        begin_write(message_buffer.head)
-        return message_buffer
+    @property
+    def bell(self) -> int:
+        return self._bell
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return tuple(each.head for each in self._message_buffers)
 
     def commit(self, index: int, nbytes: int) -> None:
-        """The message is there since it was sealed."""
-
-    def flush(self) -> None:
-        """Wakes the peer if it sleeps. Only once all peers have their messages: it may take this
-        rank's core at once."""
-        ring(self._bell)
+        """It is the peer's since it was sealed."""
 
     def poll_write(self, index: int) -> WriteStatus:
         return WriteStatus.DONE
@@ -55,10 +51,11 @@ class MemoryOutbox:
 
     def take_over(self, old: Outbox) -> None:
         for index, message in old.unsent():
-            message_buffer = self.message_buffer(index)
+            message_buffer = self._message_buffers[index]
+            begin_write(message_buffer.head)
             message_buffer.bytes[STAMP_BYTES : message.size] = message[STAMP_BYTES:]
             publish(message_buffer.head, int(message[:STAMP_BYTES].view(np.int64)[0]))
-        self.flush()
+        ring(self._bell)
 
     def forget_failed(self) -> None:
         """None failed."""

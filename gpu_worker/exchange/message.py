@@ -16,16 +16,13 @@ n+1 before it is done with n."""
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.exchange.shared_words import publish
-from shared.types import Epoch, Member, Step
+from shared.types import Epoch, Step
 
 SCRATCH_BYTES = 4096
 """Bytes at the head of every region, for the write that opens the link over a network."""
@@ -39,9 +36,6 @@ STAMP_BYTES = 8
 TAIL_BYTES = STAMP_BYTES
 PAIR_BYTES = 8
 HEADER_WORDS = HEADER_BYTES // 4
-_HEADER = struct.Struct("<qqiiiiii")
-_HEADER_AFTER_STAMP = struct.Struct("<qiiiiii")
-_HAS_WORK = 1
 _EPOCH_BITS, _STEP_BITS, _LAYER_BITS = 21, 32, 9
 LAYERS_MAX = (1 << _LAYER_BITS) - 1
 
@@ -113,15 +107,16 @@ def _round_up(nbytes: int) -> int:
 
 
 class MessageBuffer:
-    """The memory of one message, with the views that readers and writers need."""
+    """The memory of one message. `head` is its address, where its head stamp is."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.bytes = memory
-        self.words = memory.view(np.int32)
-        self.floats = memory.view(np.float32)
-        self.raw = memory.data.cast("B")
-        self.stamps = self.raw.cast("q")
-        self.head = int(memory.ctypes.data)  # the address of the head stamp
+        self.head = int(memory.ctypes.data)
+        self._stamps = memory.view(np.int64)
+
+    @property
+    def head_stamp(self) -> int:
+        return int(self._stamps[0])
 
 
 def message_buffers_of(
@@ -129,73 +124,3 @@ def message_buffers_of(
 ) -> tuple[MessageBuffer, ...]:
     spans = [layout.message_buffer(index) for index in range(NUM_MESSAGE_BUFFERS)]
     return tuple(MessageBuffer(memory[offset : offset + size]) for offset, size in spans)
-
-
-class Header(NamedTuple):
-    num_tokens: int  # of the sender's step
-    num_rows: int
-    num_pairs: int
-    has_work: bool
-
-
-def seal(
-    message_buffer: MessageBuffer,
-    layout: MessageLayout,
-    phase: ExchangePhase,
-    stamp: int,
-    sender: Member,
-    header: Header,
-) -> int:
-    """Writes the header and both stamps around a finished body, the head stamp last. Returns the
-    message's bytes."""
-    _HEADER_AFTER_STAMP.pack_into(
-        message_buffer.raw,
-        STAMP_BYTES,
-        sender.incarnation,
-        sender.rank,
-        header.num_tokens,
-        header.num_rows,
-        header.num_pairs,
-        _HAS_WORK if header.has_work else 0,
-        layout.hidden_size,
-    )
-    nbytes = layout.message_bytes(phase, header.num_rows, header.num_pairs)
-    message_buffer.stamps[nbytes // 8 - 1] = stamp
-    publish(message_buffer.head, stamp)
-    return nbytes
-
-
-def read_header(
-    message_buffer: MessageBuffer,
-    layout: MessageLayout,
-    phase: ExchangePhase,
-    stamp: int,
-    sender: Member,
-) -> Header | None:
-    """The header of the message, if it is complete and `sender` wrote it under `stamp`, else
-    None."""
-    if message_buffer.stamps[0] != stamp:
-        return None
-    _, incarnation, rank, tokens, rows, pairs, flags, hidden = _HEADER.unpack_from(
-        message_buffer.raw
-    )
-    if rank != sender.rank or incarnation != sender.incarnation:
-        return None
-    if not (0 <= tokens <= layout.step_tokens_max and hidden == layout.hidden_size):
-        return None
-    rows_max = min(tokens, pairs) if phase is ExchangePhase.DISPATCH else pairs
-    if not (0 <= pairs <= layout.pairs_max and 0 <= rows <= rows_max):
-        return None
-    nbytes = layout.message_bytes(phase, rows, pairs)
-    if message_buffer.stamps[nbytes // 8 - 1] != stamp:
-        return None
-    return Header(tokens, rows, pairs, bool(flags & _HAS_WORK))
-
-
-def combine_rows(
-    message_buffer: MessageBuffer, layout: MessageLayout, num_rows: int
-) -> NDArray[np.float32]:
-    """The rows of a combine message, as a view `[num_rows, H]`."""
-    size = num_rows * layout.hidden_size
-    floats: NDArray[np.float32] = message_buffer.floats[HEADER_WORDS : HEADER_WORDS + size]
-    return floats.reshape(num_rows, layout.hidden_size)

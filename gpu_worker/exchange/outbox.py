@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.exchange.message import MessageBuffer
 from shared.types import Member
 
 
@@ -42,17 +41,20 @@ class Outbox(Protocol):
     broken: str
     """Why it can send nothing any more, or an empty string."""
 
-    def message_buffer(self, index: int) -> MessageBuffer:
-        """Where to build the next message. Not while its last write is pending."""
+    @property
+    def bell(self) -> int:
+        """The address at which to ring for the peer after a message; 0 if `commit` sends it."""
+        ...
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The addresses at which to build messages, by index. Not while its last write is
+        pending."""
         ...
 
     def commit(self, index: int, nbytes: int) -> None:
-        """Sends the sealed message of `nbytes` in the message buffer. The peer sees all of it or
-        nothing."""
-        ...
-
-    def flush(self) -> None:
-        """By now at the latest the peer learns of what was committed."""
+        """Sends the sealed message of `nbytes` that was built there, if it is not already the
+        peer's. The peer sees all of it or nothing."""
         ...
 
     def poll_write(self, index: int) -> WriteStatus: ...

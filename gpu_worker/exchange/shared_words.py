@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
+from numpy.typing import NDArray
 
 BELL_BYTES = 8
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
@@ -81,22 +83,47 @@ def _fence(_: Any) -> Any:
     return types.void(), generate
 
 
+def _pointer(_: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
 load: Any = intrinsic(_load)
 store: Any = intrinsic(_store)
 add: Any = intrinsic(_add)
 swap: Any = intrinsic(_swap)
 fence: Any = intrinsic(_fence)
+pointer: Any = intrinsic(_pointer)
+
+
+@njit(nogil=True, cache=True)
+def words_at(address: int, count: int) -> NDArray[np.int64]:
+    """The memory at an address, as an array; so, too, the next two. For compiled callers."""
+    words: NDArray[np.int64] = carray(pointer(address), (count,), np.int64)
+    return words
+
+
+@njit(nogil=True, cache=True)
+def ints_at(address: int, count: int) -> NDArray[np.int32]:
+    ints: NDArray[np.int32] = carray(pointer(address), (count,), np.int32)
+    return ints
+
+
+@njit(nogil=True, cache=True)
+def rows_at(address: int, count: int, hidden_size: int) -> NDArray[np.float32]:
+    rows: NDArray[np.float32] = carray(pointer(address), (count, hidden_size), np.float32)
+    return rows
 
 
 def compile_all() -> None:
-    """Compiles every function, or loads it from the cache, so that no step waits for it."""
+    """Compiles what is called from Python, or loads it from the cache."""
     words = np.zeros(2, dtype=np.int64)
     address = int(words.ctypes.data)
     begin_write(address)
     publish(address, 1)
-    has_stamp(address, 1)
     ring(address + 8)
-    wait_for_stamp(address, 1, address + 8, 1, 0)
 
 
 @njit(nogil=True, cache=True)

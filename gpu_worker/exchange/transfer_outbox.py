@@ -17,7 +17,6 @@ from gpu_worker.exchange.message import (
     NUM_MESSAGE_BUFFERS,
     SCRATCH_BYTES,
     TAIL_BYTES,
-    MessageBuffer,
     MessageLayout,
 )
 from gpu_worker.exchange.mooncake_engine import Protocols, TransferEngine
@@ -45,14 +44,18 @@ class TransferOutbox:
         self._failed = [False] * NUM_MESSAGE_BUFFERS
         self._timed_out = False
 
-    def message_buffer(self, index: int) -> MessageBuffer:
-        """Where to build the next message. Not while its last write is pending."""
-        assert not self._batches[index], "the buffer of a pending write must not be touched"
-        return self._buffer.message_buffers[index]
+    @property
+    def bell(self) -> int:
+        return 0
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return tuple(each.head for each in self._buffer.message_buffers)
 
     def commit(self, index: int, nbytes: int) -> None:
         """Sends the message of `nbytes` in the message buffer. The peer sees all of it or
         nothing."""
+        assert not self._batches[index], "the buffer of a pending write must not be touched"
         self._sizes[index] = nbytes
         self._failed[index] = False
         if self.broken:
@@ -64,9 +67,6 @@ class TransferOutbox:
             self._tails[index] = start + nbytes - TAIL_BYTES
             nbytes -= TAIL_BYTES
         self._submit(index, start, nbytes)
-
-    def flush(self) -> None:
-        """A write is under way as soon as it is committed."""
 
     def poll_write(self, index: int) -> WriteStatus:
         batch = self._batches[index]
@@ -100,7 +100,7 @@ class TransferOutbox:
 
     def take_over(self, old: Outbox) -> None:
         for index, message in old.unsent():
-            self.message_buffer(index).bytes[: message.size] = message
+            self._buffer.message_buffers[index].bytes[: message.size] = message
             self.commit(index, message.size)
 
     def forget_failed(self) -> None:
