@@ -90,13 +90,15 @@ async def run(ranks: int, concurrencies: list[int], rounds: int, console: Consol
             load = ServeLoad(
                 concurrency=str(concurrency),
                 prompt_tokens=32,
-                new_tokens=64,
-                rounds=max(2, 8 // concurrency),
+                new_tokens=48,
+                rounds=3 if concurrency < 8 else 1,
             )
             found: dict[str, list[Sample]] = {each.title: [] for each in instances}
             for _ in range(rounds):
                 for instance in instances:
-                    found[instance.title].append(await sample(instance, load))
+                    one = await sample(instance, load)
+                    found[instance.title].append(one)
+                    console.print(f"  {instance.title:20} {one}", style="dim")
             for title, samples in found.items():
                 rate = median(each.tokens_per_s for each in samples)
                 cpu_ms = median(each.cpu_ms for each in samples)

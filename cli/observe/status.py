@@ -148,13 +148,13 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
             kv,
             _reused(rank),
             slots,
-            _links(rank),
+            describe_links(rank),
             str(rank.get("steps_committed", "–")),
         )
     return table
 
 
-def _links(rank: dict[str, Any]) -> str:
+def describe_links(rank: dict[str, Any]) -> str:
     """How many links are open; through shared memory and over the network."""
     if "memory_links" not in rank:
         return "–"
