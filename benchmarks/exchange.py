@@ -1,5 +1,5 @@
-"""Times dispatch + combine between real rank processes over Mooncake, on one host. Prints one row
-for each number of ranks and tokens.
+"""Times dispatch + combine between real rank processes on one host, over Mooncake and through
+shared memory in turn. Prints one row for each path, number of ranks and tokens.
 
     python -m benchmarks.exchange --ranks 2 4 --tokens 1 8 32
 """
@@ -28,6 +28,7 @@ _TIMEOUT_S = 120.0
 class Row:
     """Microseconds for dispatch + combine of one layer, each time of the slowest rank."""
 
+    path: str
     ranks: int
     tokens: int  # per rank
     p50_us: float
@@ -43,6 +44,7 @@ class _Case:
     top_k: int
     experts: int
     repeats: int
+    shares_memory: bool
 
 
 class _NoFaultMonitor:
@@ -58,11 +60,9 @@ class _NoFaultMonitor:
         pass
 
 
-def run(ranks: int, tokens: int, hidden: int, top_k: int, experts: int, repeats: int) -> Row:
-    """One row of the table: `tokens` per rank, experts spread evenly, each on one rank."""
-    case = _Case(
-        ranks=ranks, tokens=tokens, hidden=hidden, top_k=top_k, experts=experts, repeats=repeats
-    )
+def run(case: _Case) -> Row:
+    """One row of the table: experts are spread evenly, each on one rank."""
+    ranks = case.ranks
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(ranks)]
     children = [
@@ -85,10 +85,11 @@ def run(ranks: int, tokens: int, hidden: int, top_k: int, experts: int, repeats:
             child.kill()
             child.join()
     slowest_us = np.max([spent for spent, _ in results], axis=0) * 1e6
-    cpu_us = sum(cpu for _, cpu in results) / repeats * 1e6
+    cpu_us = sum(cpu for _, cpu in results) / case.repeats * 1e6
     return Row(
+        path="memory" if case.shares_memory else "Mooncake",
         ranks=ranks,
-        tokens=tokens,
+        tokens=case.tokens,
         p50_us=float(np.percentile(slowest_us, 50)),
         p99_us=float(np.percentile(slowest_us, 99)),
         cpu_us=cpu_us,
@@ -96,11 +97,11 @@ def run(ranks: int, tokens: int, hidden: int, top_k: int, experts: int, repeats:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'ranks':>5} {'tokens/rank':>11} {'p50 µs':>9} {'p99 µs':>9} {'CPU µs, all':>12}"]
-    lines += [
-        f"{r.ranks:>5} {r.tokens:>11} {r.p50_us:>9.0f} {r.p99_us:>9.0f} {r.cpu_us:>12.0f}"
-        for r in rows
+    names = ("path", "ranks", "tokens/rank", "p50 µs", "p99 µs", "CPU µs, all")
+    cells = [
+        (r.path, r.ranks, r.tokens, round(r.p50_us), round(r.p99_us), round(r.cpu_us)) for r in rows
     ]
+    lines = [" ".join(f"{cell:>11}" for cell in line) for line in (names, *cells)]
     return "\n".join(lines)
 
 
@@ -129,21 +130,24 @@ def _rank(case: _Case, rank: int, pipe: Connection) -> None:
     layout = MessageLayout(
         hidden_size=case.hidden, top_k=case.top_k, step_tokens_max=max(case.tokens, 1)
     )
-    endpoint = TransferEndpoint("127.0.0.1", layout, SystemClock())
+    endpoint = TransferEndpoint(
+        "127.0.0.1", layout, SystemClock(), shares_memory=case.shares_memory
+    )
     pipe.send(endpoint.name)
     pipe.recv()
     given = []
     for source in members:
         if source != own:
-            address, nbytes = endpoint.open_region(source, 1)
+            region = endpoint.open_region(source, 1)
             given.append(
                 RegionOpened(
                     target=own,
                     source=source,
                     generation=1,
                     transfer_name=endpoint.name,
-                    address=address,
-                    nbytes=nbytes,
+                    address=region.address,
+                    nbytes=region.nbytes,
+                    memory=region.memory,
                 )
             )
     pipe.send(given)
@@ -197,9 +201,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000)
     args = parser.parse_args()
     rows = [
-        run(ranks, tokens, args.hidden, args.top_k, args.experts, args.repeats)
+        run(
+            _Case(
+                ranks=ranks,
+                tokens=tokens,
+                hidden=args.hidden,
+                top_k=args.top_k,
+                experts=args.experts,
+                repeats=args.repeats,
+                shares_memory=shares_memory,
+            )
+        )
         for ranks in args.ranks
         for tokens in args.tokens
+        for shares_memory in (False, True)
     ]
     print(table(rows))
 

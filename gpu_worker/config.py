@@ -71,6 +71,11 @@ class RankConfig:
         False, "accept a public address as --data-host; a firewall must keep strangers away from it"
     )
     transfer_protocol: str = option("tcp", "Mooncake transport between ranks: tcp or rdma")
+    memory_links: bool = option(
+        True,
+        "exchange with CPU ranks of the same host, user and container through memory that both "
+        "map; without it, over Mooncake as with other hosts",
+    )
     mooncake_ib_device: str = option("", "RDMA devices for Mooncake, comma-separated; rdma only")
     graph_timeout_ms: int = option(
         5000, "cuda: how long a kernel waits for a peer that no verdict has declared dead"

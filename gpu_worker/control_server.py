@@ -286,7 +286,9 @@ class ControlServer:
             case OfferMap():
                 self._offer_map(message.expert_map)
             case StatusQuery():
-                return self._engine.status(message)
+                return replace(
+                    self._engine.status(message), memory_links=self._endpoint.memory_links
+                )
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
@@ -298,7 +300,7 @@ class ControlServer:
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
         try:
-            address, nbytes = self._endpoint.open_region(request.source, request.generation)
+            region = self._endpoint.open_region(request.source, request.generation)
         except (ValueError, MemoryError) as error:
             raise WireError(str(error)) from error
         return RegionOpened(
@@ -306,8 +308,9 @@ class ControlServer:
             source=request.source,
             generation=request.generation,
             transfer_name=self._endpoint.name,
-            address=address,
-            nbytes=nbytes,
+            address=region.address,
+            nbytes=region.nbytes,
+            memory=region.memory,
         )
 
     async def _answer_on_kv_replicas(

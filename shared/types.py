@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Annotated, NewType
+from typing import Annotated, NamedTuple, NewType
 
 from msgspec import Meta
 
@@ -249,3 +249,22 @@ class ProcessState(Enum):
     STARVED = "starved"
     SLEEPING = "sleeping"
     STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryHandle:
+    """How a process of the same host, user and PID namespace opens memory that another one made: as
+    the descriptor `fd` of `pid`. `name` is random: on another host nothing has it."""
+
+    pid: int
+    fd: int
+    name: str
+
+
+class GivenRegion(NamedTuple):
+    """Where a peer may write: `nbytes` at `address` in registered memory. `memory` is None if no
+    other process can open it."""
+
+    address: int
+    nbytes: int
+    memory: MemoryHandle | None = None

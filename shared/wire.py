@@ -23,6 +23,7 @@ from shared.types import (
     FinishReason,
     Incarnation,
     Member,
+    MemoryHandle,
     Operation,
     RankId,
     Role,
@@ -276,7 +277,7 @@ class OpenRegion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionOpened:
     """The answer: the region that `target` keeps for `source`, at `address` in the memory that it
-    registered, `nbytes` long."""
+    registered, `nbytes` long. A source that can open `memory` writes into it without a network."""
 
     target: Member
     source: Member
@@ -284,6 +285,7 @@ class RegionOpened:
     transfer_name: str
     address: int
     nbytes: int
+    memory: MemoryHandle | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +384,7 @@ class StatusReply:
     tokens_generated: int
     adoptions: tuple[Adoption, ...]  # the last few, oldest first
     blocks_restored: int = 0  # KV blocks that were filled from KV replicas
+    memory_links: tuple[Member, ...] = ()  # peers to which it writes through shared memory
 
 
 Message = (

@@ -123,6 +123,7 @@ def rank_status(
     if reply is not None:
         load = reply.load
         status |= {
+            "memory_links": [str(member) for member in reply.memory_links],
             "epoch": reply.epoch,
             "step": reply.step,
             "running": load.running,
@@ -173,7 +174,7 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in (
         *("rank", "state", "incarnation", "pid", "address"),
-        *("run", "wait", "KV", "reused", "slots", "steps"),
+        *("run", "wait", "KV", "reused", "slots", "links", "steps"),
     ):
         table.add_column(name, justify="left" if name in ("state", "address") else "right")
     for rank in ranks:
@@ -188,9 +189,20 @@ def _table(ranks: list[dict[str, Any]]) -> Table:
             kv,
             _reused(rank),
             slots,
+            describe_links(rank),
             str(rank.get("steps_committed", "–")),
         )
     return table
+
+
+def describe_links(rank: dict[str, Any]) -> str:
+    """How many links are open; through shared memory and over the network."""
+    if "memory_links" not in rank:
+        return "–"
+    memory = len(set(rank["memory_links"]) & set(rank["links"]))
+    network = len(rank["links"]) - memory
+    parts = [(memory, "memory"), (network, "network")]
+    return ", ".join(f"{count} {name}" for count, name in parts if count) or "0"
 
 
 def _reused(rank: dict[str, Any]) -> str:

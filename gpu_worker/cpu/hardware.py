@@ -47,6 +47,7 @@ class CpuHardware:
             protocol=Protocols(config.transfer_protocol),
             device=config.mooncake_ib_device,
             replica_policy=config.replicas,
+            shares_memory=config.memory_links,
         )
         require_confined()
 

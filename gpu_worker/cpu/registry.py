@@ -14,7 +14,7 @@ from gpu_worker.cpu.family import Family, KvShape
 from gpu_worker.cpu.kernels import experts, linear
 from gpu_worker.cpu.kernels.warm_up import EntryPoint, compile_all
 from gpu_worker.cpu.weights import weights_dtype
-from gpu_worker.exchange import packing
+from gpu_worker.exchange import traffic
 from shared.model_spec import ARCHITECTURES, ModelSpec, read_model_spec
 
 COMMON_KERNELS: tuple[EntryPoint, ...] = (*linear.ENTRY_POINTS, *experts.ENTRY_POINTS)
@@ -53,12 +53,12 @@ def load_kernels(
     family = family_class(spec.architecture)(spec)
     dtype = weights_dtype(open_checkpoint(folder, family.tensor_shapes()))
     compile_all([*COMMON_KERNELS, *family.entry_points], on_progress, [dtype])
-    packing.compile_all(spec.hidden_size, spec.top_k)
+    traffic.compile_all(spec.hidden_size, spec.top_k)
 
 
 def warm_up(on_progress: Callable[[int, int], None] | None = None) -> None:
     """Fills numba's cache with the kernels of every family, and with the exchange's."""
-    packing.compile_all(hidden_size=1, top_k=1)
+    traffic.compile_all(hidden_size=1, top_k=1)
     wanted = [*COMMON_KERNELS]
     for architecture in ARCHITECTURES:
         wanted += family_class(architecture).entry_points

@@ -1,4 +1,5 @@
-"""A rank's Mooncake endpoint: the regions that it gives to peers, and the links that it has opened.
+"""A rank's endpoint: the regions that it gives to peers, and the links that it has opened: over
+Mooncake or, between ranks of one host, through memory that both map.
 
 Mooncake's first contact with a stopped process blocks for a minute, and blocks writes to healthy
 peers as well. So a link is opened before the peer is needed, on a thread of its own, and only after
@@ -11,16 +12,26 @@ from __future__ import annotations
 import copy
 import threading
 
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
 from gpu_worker.exchange.connect_write import close_after_exit, connect_write
+from gpu_worker.exchange.memory_outbox import MemoryOutbox, mark_mapped
 from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols, open_engine
-from gpu_worker.exchange.outbox import Link, Outbox, submit_connect_write
+from gpu_worker.exchange.outbox import Link, Outbox
 from gpu_worker.exchange.regions import Quarantine, Region, Regions
 from gpu_worker.exchange.replica_policy import ReplicaPolicy
+from gpu_worker.exchange.shared_memory import open_shared_memory
+from gpu_worker.exchange.shared_words import can_sleep_on_words
+from gpu_worker.exchange.transfer_outbox import TransferOutbox, submit_connect_write
 from shared.clock import Clock
 from shared.records import RankRecord
-from shared.types import Member
+from shared.types import GivenRegion, Member
 from shared.wire import RegionOpened
+
+log = structlog.get_logger()
 
 _CONNECT_TIMEOUT_S = 5.0
 _GRACE_S = 0.001
@@ -41,9 +52,12 @@ class TransferEndpoint:
         protocol: Protocols = Protocols.TCP,
         device: str = "",
         replica_policy: ReplicaPolicy = ReplicaPolicy.GATHER,
+        shares_memory: bool = True,
     ) -> None:
-        """Raises ConfigError."""
+        """`shares_memory`: uses memory links with peers that can be reached so. Raises
+        ConfigError."""
         self.layout = layout
+        self._shares_memory = shares_memory and can_sleep_on_words()
         self.replica_policy = replica_policy
         self._clock = clock
         self._protocol = protocol
@@ -53,7 +67,9 @@ class TransferEndpoint:
         self._begin_incarnation()
 
     def _begin_incarnation(self) -> None:
-        self._regions = Regions(self._engine, self.layout, self._quarantine)
+        self._regions = Regions(
+            self._engine, self.layout, self._quarantine, shares_memory=self._shares_memory
+        )
         self._lock = threading.Lock()
         self._links: dict[Member, Link] = {}
         self._control_addresses: dict[Member, tuple[str, int]] = {}
@@ -75,17 +91,16 @@ class TransferEndpoint:
             self._generations[target] = generation
             return generation
 
-    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
-        """The address and the size in bytes of the region for a peer's OpenRegion. Raises
-        ValueError if a later generation was given, MemoryError if the region cannot be
-        registered or the source has had too many."""
+    def open_region(self, source: Member, generation: int) -> GivenRegion:
+        """The region for a peer's OpenRegion. Raises ValueError if a later generation was given,
+        MemoryError if the region cannot be registered or the source has had too many."""
         region = self._regions.give(source, generation, self._clock.now())
-        return region.address, region.nbytes
+        return GivenRegion(region.address, region.nbytes, region.handle)
 
     def connect(self, region: RegionOpened, peer: RankRecord | None = None) -> None:
-        """Opens the link to the region that a peer has given. Blocks. Raises ValueError if the
-        peer's layout differs, ConnectionError or TimeoutError if the first write did not
-        succeed."""
+        """Opens the link to the region that a peer has given: through its memory if this process
+        can open it, else over Mooncake. Blocks. Raises ValueError if the peer's layout differs,
+        ConnectionError or TimeoutError if the first write did not succeed."""
         if region.nbytes != self.layout.region_bytes:
             raise ValueError(
                 f"rank {region.target} keeps regions of {region.nbytes} bytes, not "
@@ -96,16 +111,12 @@ class TransferEndpoint:
             generation=region.generation,
             transfer_name=region.transfer_name,
             address=region.address,
+            memory=self._open_memory(region),
         )
-        attempt = _ConnectAttempt(self._clock.now() + _CONNECT_TIMEOUT_S)
-        # A daemon thread: if Mooncake blocks for a minute, nobody has to wait for it.
-        threading.Thread(
-            target=self._open, args=(link, attempt), name=f"open-{region.target}", daemon=True
-        ).start()
-        if not attempt.ended.wait(_CONNECT_TIMEOUT_S + _GRACE_S):
-            raise TimeoutError(f"the first write to rank {region.target} did not come to an end")
-        if attempt.error:
-            raise ConnectionError(f"the first write to rank {region.target} {attempt.error}")
+        if link.memory is None:
+            self._write_first(link)
+        else:
+            mark_mapped(link.memory)
         with self._lock:
             if peer is not None:
                 address = (peer.control_host, peer.control_port)
@@ -114,10 +125,38 @@ class TransferEndpoint:
             if current is None or current.generation < link.generation:
                 self._links[link.target] = link
 
+    def _open_memory(self, region: RegionOpened) -> NDArray[np.uint8] | None:
+        """None if it is of another host, another user or another PID namespace."""
+        if region.memory is None or not self._shares_memory:
+            return None
+        try:
+            return open_shared_memory(region.memory, region.nbytes)
+        except OSError as error:
+            log.info("no_memory_link", peer=str(region.target), detail=str(error))
+            return None
+
+    def _write_first(self, link: Link) -> None:
+        """Raises ConnectionError, TimeoutError."""
+        attempt = _ConnectAttempt(self._clock.now() + _CONNECT_TIMEOUT_S)
+        # A daemon thread: if Mooncake blocks for a minute, nobody has to wait for it.
+        threading.Thread(
+            target=self._open, args=(link, attempt), name=f"open-{link.target}", daemon=True
+        ).start()
+        if not attempt.ended.wait(_CONNECT_TIMEOUT_S + _GRACE_S):
+            raise TimeoutError(f"the first write to rank {link.target} did not come to an end")
+        if attempt.error:
+            raise ConnectionError(f"the first write to rank {link.target} {attempt.error}")
+
     def is_open(self, target: Member) -> bool:
         """Whether this rank can write to the peer. Becomes false when a write fails; then the link
         must be opened again, with the next generation."""
         return target in self._links
+
+    @property
+    def memory_links(self) -> tuple[Member, ...]:
+        """The peers to which this rank writes through shared memory."""
+        with self._lock:
+            return tuple(sorted(m for m, link in self._links.items() if link.memory is not None))
 
     def link(self, target: Member) -> Link | None:
         return self._links.get(target)
@@ -136,7 +175,7 @@ class TransferEndpoint:
             link = self._links.pop(member, None)
             control_address = self._control_addresses.pop(member, None)
         self._regions.retire(member, self._clock.now())
-        if link is not None and control_address is not None:
+        if link is not None and link.memory is None and control_address is not None:
             close_after_exit(
                 self._engine,
                 lambda: submit_connect_write(self._engine, self._scratch, link),
@@ -149,7 +188,9 @@ class TransferEndpoint:
         self._quarantine.sweep(self._clock.now())
 
     def outbox(self, link: Link) -> Outbox:
-        return Outbox(self._engine, self.layout, link, self._protocol)
+        if link.memory is not None:
+            return MemoryOutbox(self.layout, link, link.memory)
+        return TransferOutbox(self._engine, self.layout, link, self._protocol)
 
     def discard(self, outbox: Outbox) -> None:
         """Releases this outbox as soon as no write reads it any more."""

@@ -1,11 +1,14 @@
-"""The memory layout of a dispatch or combine message, in the sender's buffer and, after one write,
-in the receiver's region. No content of a message can make the reader crash or index out of range.
+"""The memory layout of a dispatch or combine message, in the receiver's region and, if a network is
+between, in the sender's buffer before. No content of a message can make the reader crash or index
+out of range.
 
     header 64 B │ pairs: (row, slot) int32 each │ rows: float32 [n, H] │ pad │ tail stamp 8 B
 
 A combine message has no pairs; its rows are the outputs of the pairs, in the order of the dispatch.
 A stamp is used for one message of one sender only. It is written at both ends, so a message is
 complete when both stamps are the expected one. What a late or foreign write left has other stamps.
+A sender that shares the region's memory clears the head stamp before it writes anything else, and
+sets it last.
 
 A region has one message buffer for each phase and each parity of the exchange's ordinal. Two
 suffice: a peer sends exchange n+2 only after it has received n+1 from everybody, and nobody sends
@@ -13,25 +16,26 @@ n+1 before it is done with n."""
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.types import Epoch, Member, Step
+from shared.types import Epoch, Step
 
 SCRATCH_BYTES = 4096
-"""Bytes at the head of every region, for the write that opens the link."""
+"""Bytes at the head of every region, for the write that opens the link over a network."""
+BELL_OFFSET = 0
+"""Where, in the scratch of a region, a source that shares its memory rings after each message."""
+MAPPED_OFFSET = 64
+"""Where such a source writes that it does: a word that is not 0."""
 
 HEADER_BYTES = 64
-TAIL_BYTES = 8
+STAMP_BYTES = 8
+TAIL_BYTES = STAMP_BYTES
 PAIR_BYTES = 8
 HEADER_WORDS = HEADER_BYTES // 4
-_HEADER = struct.Struct("<qqiiiiii")
-_HAS_WORK = 1
 _EPOCH_BITS, _STEP_BITS, _LAYER_BITS = 21, 32, 9
 LAYERS_MAX = (1 << _LAYER_BITS) - 1
 
@@ -103,14 +107,16 @@ def _round_up(nbytes: int) -> int:
 
 
 class MessageBuffer:
-    """The memory of one message, with the views that readers and writers need."""
+    """The memory of one message. `head` is its address, where its head stamp is."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.bytes = memory
-        self.words = memory.view(np.int32)
-        self.floats = memory.view(np.float32)
-        self.raw = memory.data.cast("B")
-        self.stamps = self.raw.cast("q")
+        self.head = int(memory.ctypes.data)
+        self._stamps = memory.view(np.int64)
+
+    @property
+    def head_stamp(self) -> int:
+        return int(self._stamps[0])
 
 
 def message_buffers_of(
@@ -118,72 +124,3 @@ def message_buffers_of(
 ) -> tuple[MessageBuffer, ...]:
     spans = [layout.message_buffer(index) for index in range(NUM_MESSAGE_BUFFERS)]
     return tuple(MessageBuffer(memory[offset : offset + size]) for offset, size in spans)
-
-
-class Header(NamedTuple):
-    num_tokens: int  # of the sender's step
-    num_rows: int
-    num_pairs: int
-    has_work: bool
-
-
-def seal(
-    message_buffer: MessageBuffer,
-    layout: MessageLayout,
-    phase: ExchangePhase,
-    stamp: int,
-    sender: Member,
-    header: Header,
-) -> int:
-    """Writes the header and both stamps around a finished body. Returns the message's bytes."""
-    _HEADER.pack_into(
-        message_buffer.raw,
-        0,
-        stamp,
-        sender.incarnation,
-        sender.rank,
-        header.num_tokens,
-        header.num_rows,
-        header.num_pairs,
-        _HAS_WORK if header.has_work else 0,
-        layout.hidden_size,
-    )
-    nbytes = layout.message_bytes(phase, header.num_rows, header.num_pairs)
-    message_buffer.stamps[nbytes // 8 - 1] = stamp
-    return nbytes
-
-
-def read_header(
-    message_buffer: MessageBuffer,
-    layout: MessageLayout,
-    phase: ExchangePhase,
-    stamp: int,
-    sender: Member,
-) -> Header | None:
-    """The header of the message, if it is complete and `sender` wrote it under `stamp`, else
-    None."""
-    if message_buffer.stamps[0] != stamp:
-        return None
-    _, incarnation, rank, tokens, rows, pairs, flags, hidden = _HEADER.unpack_from(
-        message_buffer.raw
-    )
-    if rank != sender.rank or incarnation != sender.incarnation:
-        return None
-    if not (0 <= tokens <= layout.step_tokens_max and hidden == layout.hidden_size):
-        return None
-    rows_max = min(tokens, pairs) if phase is ExchangePhase.DISPATCH else pairs
-    if not (0 <= pairs <= layout.pairs_max and 0 <= rows <= rows_max):
-        return None
-    nbytes = layout.message_bytes(phase, rows, pairs)
-    if message_buffer.stamps[nbytes // 8 - 1] != stamp:
-        return None
-    return Header(tokens, rows, pairs, bool(flags & _HAS_WORK))
-
-
-def combine_rows(
-    message_buffer: MessageBuffer, layout: MessageLayout, num_rows: int
-) -> NDArray[np.float32]:
-    """The rows of a combine message, as a view `[num_rows, H]`."""
-    size = num_rows * layout.hidden_size
-    floats: NDArray[np.float32] = message_buffer.floats[HEADER_WORDS : HEADER_WORDS + size]
-    return floats.reshape(num_rows, layout.hidden_size)

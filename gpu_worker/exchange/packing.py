@@ -1,5 +1,5 @@
-"""The compiled loops over the tokens of an exchange: they choose which pair goes to which rank, and
-copy rows and pairs to and from messages. They release the GIL and check everything that a peer
+"""The compiled loops over the tokens of one message: they choose which pair goes to which rank, and
+copy rows and pairs to and from its body. They release the GIL and check everything that a peer
 wrote."""
 
 from __future__ import annotations
@@ -7,8 +7,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-
-from gpu_worker.exchange.message import HEADER_WORDS
 
 _Ints = NDArray[np.int32]
 _Floats = NDArray[np.float32]
@@ -63,8 +61,8 @@ def route(
 
 @njit(nogil=True, cache=True)
 def write_dispatch(
-    words: _Ints,
-    floats: _Floats,
+    pairs_2N: _Ints,
+    rows_MH: _Floats,
     x_TH: _Floats,
     row_RN: _Ints,
     slot_RN: _Ints,
@@ -73,14 +71,12 @@ def write_dispatch(
     num_rows: int,
     num_pairs: int,
 ) -> None:
-    """Writes the body of a dispatch message to `rank`."""
+    """Writes the body of a dispatch message to `rank`: row and slot of each pair, and the rows."""
     for i in range(num_pairs):
-        words[HEADER_WORDS + 2 * i] = row_RN[rank, i]
-        words[HEADER_WORDS + 2 * i + 1] = slot_RN[rank, i]
-    hidden = x_TH.shape[1]
-    at = HEADER_WORDS + 2 * num_pairs
+        pairs_2N[2 * i] = row_RN[rank, i]
+        pairs_2N[2 * i + 1] = slot_RN[rank, i]
     for i in range(num_rows):
-        floats[at + i * hidden : at + (i + 1) * hidden] = x_TH[token_RM[rank, i]]
+        rows_MH[i] = x_TH[token_RM[rank, i]]
 
 
 @njit(nogil=True, cache=True)
@@ -108,8 +104,8 @@ def take_own(
 
 @njit(nogil=True, cache=True)
 def read_dispatch(
-    words: _Ints,
-    floats: _Floats,
+    pairs_2N: _Ints,
+    sent_MH: _Floats,
     num_rows: int,
     num_pairs: int,
     num_slots: int,
@@ -121,15 +117,13 @@ def read_dispatch(
 ) -> bool:
     """Copies a body out. False if a pair names a row or a slot that does not exist."""
     for i in range(num_pairs):
-        row, slot = words[HEADER_WORDS + 2 * i], words[HEADER_WORDS + 2 * i + 1]
+        row, slot = pairs_2N[2 * i], pairs_2N[2 * i + 1]
         if row < 0 or row >= num_rows or slot < 0 or slot >= num_slots:
             return False
         rows_N[first_pair + i] = first_row + row
         slots_N[first_pair + i] = slot
-    hidden = x_MH.shape[1]
-    at = HEADER_WORDS + 2 * num_pairs
     for i in range(num_rows):
-        x_MH[first_row + i] = floats[at + i * hidden : at + (i + 1) * hidden]
+        x_MH[first_row + i] = sent_MH[i]
     return True
 
 
@@ -140,19 +134,9 @@ def scatter_rows(y_NH: _Floats, flat_RN: NDArray[np.int64], rank: int, y_PH: _Fl
         y_PH[flat_RN[rank, i]] = y_NH[i]
 
 
-def compile_all(hidden_size: int, top_k: int) -> None:
-    """Compiles every loop, or loads it from the cache, so that no step waits for a compilation."""
-    routes = Routes(1, 1, top_k)
-    ints = np.zeros(HEADER_WORDS + 2 * top_k + hidden_size, dtype=np.int32)
-    floats = ints.view(np.float32)
+def compile_route(top_k: int) -> None:
+    """Compiles `route`, or loads it from the cache."""
+    r = Routes(1, 1, top_k)
     experts_TK = np.zeros((1, top_k), dtype=np.int32)
     zero_E = np.zeros(1, dtype=np.int32)
-    x_TH = np.zeros((1, hidden_size), dtype=np.float32)
-    y_PH = np.zeros((top_k, hidden_size), dtype=np.float32)
-    r = routes
     route(experts_TK, zero_E, zero_E, r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
-    write_dispatch(ints, floats, x_TH, r.row_RN, r.slot_RN, r.token_RM, 0, 1, top_k)
-    pairs_N = np.zeros((2, top_k), dtype=np.int32)
-    take_own(x_TH, r.row_RN, r.slot_RN, r.token_RM, 0, 1, top_k, x_TH, pairs_N[0], pairs_N[1], 0, 0)
-    read_dispatch(ints, floats, 1, top_k, 1, x_TH, pairs_N[0], pairs_N[1], 0, 0)
-    scatter_rows(y_PH, r.flat_RN, 0, y_PH.copy())

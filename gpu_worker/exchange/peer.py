@@ -3,73 +3,60 @@ regions, and the outbox to it. The outbox is replaced when the endpoint opens th
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_worker.exchange.header import read_header
 from gpu_worker.exchange.links import TransferEndpoint
-from gpu_worker.exchange.message import (
-    FIRST_DISPATCH_BUFFER,
-    ExchangePhase,
-    Header,
-    MessageBuffer,
-    read_header,
-)
+from gpu_worker.exchange.message import FIRST_DISPATCH_BUFFER, ExchangePhase
 from gpu_worker.exchange.message import is_of_later_epoch as is_later
 from gpu_worker.exchange.outbox import Outbox
 from gpu_worker.exchange.regions import Region
 from shared.types import Epoch, Member
 
+_Longs = NDArray[np.int64]
+
 
 class Peer:
     """One peer of an exchange. Engine thread only."""
 
-    def __init__(self, endpoint: TransferEndpoint, member: Member) -> None:
+    def __init__(self, endpoint: TransferEndpoint, member: Member, own_1: NDArray[np.void]) -> None:
+        """`own_1` is this rank's `header.OWN`."""
         self.member = member
         self.rank = member.rank
-        self.header = Header(0, 0, 0, False)
-        """The header of the peer's last dispatch."""
         self._endpoint = endpoint
-        self._layout = endpoint.layout
+        self._own_1 = own_1
         self._regions: tuple[Region, ...] = ()
         self._outbox: Outbox | None = None
-        self._message_buffer: MessageBuffer | None = None
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Those that it may have written to, the newest first."""
+        return self._regions
 
     @property
     def outbox(self) -> Outbox:
         assert self._outbox is not None, f"no link to rank {self.member} was ever open"
         return self._outbox
 
-    @property
-    def message_buffer(self) -> MessageBuffer:
-        """The buffer of the message that was found last."""
-        assert self._message_buffer is not None, f"nothing from rank {self.member} was found"
-        return self._message_buffer
-
-    def find_dispatch(self, index: int, stamp: int) -> bool:
-        header = self._find(index, ExchangePhase.DISPATCH, stamp)
-        if header is None:
-            return False
-        self.header = header
-        return True
-
-    def find_combine(self, index: int, stamp: int, num_rows: int) -> bool:
-        header = self._find(index, ExchangePhase.COMBINE, stamp)
-        return header is not None and header.num_rows == num_rows
-
-    def _find(self, index: int, phase: ExchangePhase, stamp: int) -> Header | None:
-        for region in self._regions:
-            message_buffer = region.message_buffers[index]
-            if message_buffer.stamps[0] == stamp:
-                header = read_header(message_buffer, self._layout, phase, stamp, self.member)
-                if header is not None:
-                    self._message_buffer = message_buffer
-                    return header
-        return None
+    def describe(self, record: np.void, heads_out_4: _Longs, heads_4G: _Longs) -> None:
+        """Fills in where messages to and from the peer are: the fields of `traffic.PEER`, and the
+        addresses by index."""
+        record["rank"], record["incarnation"] = self.member.rank, self.member.incarnation
+        record["bell_out"], heads_out_4[:] = self.outbox.bell, self.outbox.heads
+        heads_4G[:] = 0
+        for g, region in enumerate(self._regions):
+            heads_4G[:, g] = [each.head for each in region.message_buffers]
+        rings = bool(self._regions) and self._regions[0].is_mapped
+        record["bell"] = self._regions[0].bell if rings else 0
 
     def has_left(self, epoch: Epoch) -> bool:
         """Whether the peer has sent the first dispatch of a later epoch."""
         for region in self._regions:
             message_buffer = region.message_buffers[FIRST_DISPATCH_BUFFER]
-            head = message_buffer.stamps[0]
-            if is_later(head, epoch) and read_header(
-                message_buffer, self._layout, ExchangePhase.DISPATCH, head, self.member
+            stamp = message_buffer.head_stamp
+            if is_later(stamp, epoch) and read_header(
+                message_buffer, self._own_1, ExchangePhase.DISPATCH, stamp, self.member
             ):
                 return True
         return False

@@ -9,10 +9,20 @@ import threading
 from typing import Protocol
 
 import numpy as np
+import structlog
+from numpy.typing import NDArray
 
-from gpu_worker.exchange.message import MessageLayout, message_buffers_of
+from gpu_worker.exchange.message import (
+    BELL_OFFSET,
+    MAPPED_OFFSET,
+    MessageLayout,
+    message_buffers_of,
+)
 from gpu_worker.exchange.mooncake_engine import TransferEngine
+from gpu_worker.exchange.shared_memory import SharedMemory
 from shared.types import Member
+
+log = structlog.get_logger()
 
 QUARANTINE_S = 180.0
 """Longer than any write that Mooncake may still have in flight: its longest stall is 61 s."""
@@ -26,29 +36,59 @@ REGIONS_MAX = 32
 
 
 class Region:
-    """Registered anonymous memory in the layout of a region: a receive region or a send buffer."""
+    """Registered memory in the layout of a region: a receive region or a send buffer."""
 
-    def __init__(self, engine: TransferEngine, layout: MessageLayout, generation: int) -> None:
+    def __init__(
+        self,
+        engine: TransferEngine,
+        layout: MessageLayout,
+        generation: int,
+        shared: SharedMemory | None = None,
+    ) -> None:
+        """Takes anonymous memory if there is none that peers of the host can open. Raises
+        MemoryError."""
         self.generation = generation
         self.nbytes = layout.region_bytes
-        # Populated now, so that no step waits for the first touch of a page.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        self._memory = np.frombuffer(mmap.mmap(-1, self.nbytes, flags=flags), dtype=np.uint8)
-        self.address = int(self._memory.ctypes.data)
-        self.message_buffers = message_buffers_of(self._memory, layout)
+        self.handle = None if shared is None else shared.handle
+        self._shared = shared
+        memory = _anonymous_memory(self.nbytes) if shared is None else shared.memory
+        self.address = int(memory.ctypes.data)
+        self.bell = self.address + BELL_OFFSET
+        self.message_buffers = message_buffers_of(memory, layout)
+        self._mapped = memory[MAPPED_OFFSET : MAPPED_OFFSET + 4].data.cast("i")
         self._engine = engine
         if engine.register_memory(self.address, self.nbytes) != 0:
+            self._close()
             raise MemoryError(f"Mooncake cannot register {self.nbytes} bytes")
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the source has opened the memory. It rings after each message then."""
+        return self._mapped[0] != 0
 
     def unregister(self) -> None:
         """The memory itself is freed with the last view of it."""
+        self._close()
         self._engine.unregister_memory(self.address)
 
     def release(self, *, is_overdue: bool) -> bool:
-        """Implements `RegisteredMemory`: nobody knows which writes of peers are still pending."""
-        if is_overdue:
+        """Implements `RegisteredMemory`: nobody knows which writes of a peer are still pending. But
+        one that has mapped the memory never writes by Mooncake, and keeps what it writes into."""
+        self._close()
+        if is_overdue or self.is_mapped:
             self.unregister()
-        return is_overdue
+            return True
+        return False
+
+    def _close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+
+
+def _anonymous_memory(nbytes: int) -> NDArray[np.uint8]:
+    # Populated now, so that no step waits for the first touch of a page.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=np.uint8)
 
 
 class RegisteredMemory(Protocol):
@@ -88,9 +128,16 @@ class Regions:
     """All receive regions of an incarnation. Any thread may call it."""
 
     def __init__(
-        self, engine: TransferEngine, layout: MessageLayout, quarantine: Quarantine
+        self,
+        engine: TransferEngine,
+        layout: MessageLayout,
+        quarantine: Quarantine,
+        *,
+        shares_memory: bool = False,
     ) -> None:
+        """`shares_memory`: sources of the same host may open their regions."""
         self._engine = engine
+        self._shares_memory = shares_memory
         self._layout = layout
         self._quarantine = quarantine
         self._lock = threading.Lock()
@@ -110,7 +157,8 @@ class Regions:
             replaced_at = [t for t in self._replaced_at.get(source, ()) if now - t < QUARANTINE_S]
             if len(regions) + len(replaced_at) >= REGIONS_MAX:
                 raise MemoryError(f"{source} has had {REGIONS_MAX} regions; wait for some to end")
-            region = Region(self._engine, self._layout, generation)
+            shared = self._make_shared_memory() if self._shares_memory else None
+            region = Region(self._engine, self._layout, generation, shared)
             for replaced in regions[REGIONS_READ_MAX - 1 :]:
                 self._quarantine.put(replaced, now)
                 replaced_at.append(now)
@@ -135,3 +183,10 @@ class Regions:
         """Quarantines all regions: the incarnation has ended."""
         for source in list(self._given):
             self.retire(source, now)
+
+    def _make_shared_memory(self) -> SharedMemory | None:
+        try:
+            return SharedMemory(self._layout.region_bytes)
+        except OSError as error:
+            log.warning("no_shared_memory", detail=str(error), instead="Mooncake")
+            return None

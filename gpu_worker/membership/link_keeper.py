@@ -15,7 +15,7 @@ import structlog
 from shared.errors import WireError
 from shared.handshake import ANSWER_TIMEOUT_S, Access, expect, open_link
 from shared.records import RankRecord
-from shared.types import Epoch, Member, Step
+from shared.types import Epoch, GivenRegion, Member, Step
 from shared.wire import Message, OpenRegion, Pong, RegionOpened, Wake, encode, read_message
 
 log = structlog.get_logger()
@@ -34,12 +34,17 @@ class DataEndpoint(Protocol):
 
     def next_generation(self, target: Member) -> int: ...
 
-    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
-        """Memory for the peer `source` to write into: its address and its size in bytes."""
+    def open_region(self, source: Member, generation: int) -> GivenRegion:
+        """Memory for the peer `source` to write into."""
         ...
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         """First contact, blocking. Raises ValueError, ConnectionError, TimeoutError."""
+        ...
+
+    @property
+    def memory_links(self) -> tuple[Member, ...]:
+        """Peers to which this rank writes through memory that both map."""
         ...
 
     def is_open(self, target: Member) -> bool:

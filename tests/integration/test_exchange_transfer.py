@@ -1,21 +1,23 @@
-"""The exchange over real Mooncake between real processes: the same bits as in one process, and what
-death, hanging and late writes of a peer do to the others."""
+"""The exchange between real processes, over real Mooncake and through shared memory: the same bits
+as in one process, and what death, hanging and late writes of a peer do to the others."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from typing import Any
 
 import pytest
 
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
-from shared.types import Epoch, RankId, SuspicionReason
+from shared.types import Epoch, MemoryHandle, RankId, SuspicionReason
 from shared.wire import OpenRegion
 from tests.support.exchange_child import H, K, main, make_map, member, run_step
 from tests.support.local_exchange import LocalHub
@@ -25,16 +27,27 @@ FOREVER_MS = 1e9
 ENDLESS = 10**9
 
 
+class Path(Enum):
+    """BOTH: ranks 0 and 1 share memory, as if the others were on another host."""
+
+    MOONCAKE = "mooncake"
+    MEMORY = "memory"
+    BOTH = "both"
+
+
+either_path = pytest.mark.parametrize("over", [Path.MOONCAKE, Path.MEMORY])
+
+
 class Rank:
     """The parent's end of one child."""
 
-    def __init__(self, rank: int, num_ranks: int, deadline_ms: float) -> None:
+    def __init__(self, rank: int, num_ranks: int, deadline_ms: float, shares_memory: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self.rank = rank
         self._pipe, theirs = context.Pipe()
         self._seen: list[tuple[str, Any]] = []
         self.process = context.Process(
-            target=main, args=(rank, num_ranks, deadline_ms, theirs), daemon=True
+            target=main, args=(rank, num_ranks, deadline_ms, shares_memory, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -79,8 +92,11 @@ def open_links(ranks: list[Rank]) -> int:
 def start() -> Iterator[Callable[..., list[Rank]]]:
     started: list[Rank] = []
 
-    def begin(num_ranks: int, deadline_ms: float = FOREVER_MS) -> list[Rank]:
-        started.extend(Rank(r, num_ranks, deadline_ms) for r in range(num_ranks))
+    def begin(
+        num_ranks: int, deadline_ms: float = FOREVER_MS, *, over: Path = Path.MOONCAKE
+    ) -> list[Rank]:
+        shares = {Path.MOONCAKE: (), Path.MEMORY: range(num_ranks), Path.BOTH: range(2)}[over]
+        started.extend(Rank(r, num_ranks, deadline_ms, r in shares) for r in range(num_ranks))
         open_links(started)
         return started
 
@@ -131,16 +147,42 @@ def run_and_compare(ranks: list[Rank], expert_map: ExpertMap, num_steps: int) ->
         assert rank.expect("done") == expected[rank.rank]
 
 
-def test_four_processes_get_the_bits_of_one(start: Callable[..., list[Rank]]) -> None:
-    ranks = start(4)
+@pytest.mark.parametrize("over", Path)
+def test_four_processes_get_the_bits_of_one(start: Callable[..., list[Rank]], over: Path) -> None:
+    ranks = start(4, over=over)
+    for rank in ranks:
+        rank.tell("memory_links")
+        shares = {Path.MOONCAKE: 0, Path.MEMORY: 4, Path.BOTH: 2}[over]
+        expected = [member(r) for r in range(shares) if r != rank.rank < shares]
+        assert list(rank.expect("memory_links")) == expected
     run_and_compare(ranks, make_map(1, range(4), 4), num_steps=40)
     run_and_compare(ranks, make_map(2, range(4), 4), num_steps=11)
 
 
-def test_death_raises_suspicion_and_only_the_new_epoch_ends_the_wait(
+def test_a_rank_that_is_stopped_at_any_moment_of_a_write_alters_nothing(
     start: Callable[..., list[Rank]],
 ) -> None:
-    ranks = start(3, deadline_ms=40.0)
+    """It lasts long enough that many stops hit a message that is half written."""
+    ranks = start(3, over=Path.MEMORY)
+    three = make_map(1, range(3), 3)
+    for rank in ranks:
+        rank.tell("run", (three, 300))
+    moments = random.Random(1)
+    while not all(rank.has_said("done") for rank in ranks):
+        ranks[2].signal(signal.SIGSTOP)
+        time.sleep(moments.uniform(0, 0.005))
+        ranks[2].signal(signal.SIGCONT)
+        time.sleep(moments.uniform(0, 0.005))
+    expected = oracle(three, 300)
+    for rank in ranks:
+        assert rank.expect("done") == expected[rank.rank]
+
+
+@either_path
+def test_death_raises_suspicion_and_only_the_new_epoch_ends_the_wait(
+    start: Callable[..., list[Rank]], over: Path
+) -> None:
+    ranks = start(3, deadline_ms=40.0, over=over)
     for rank in ranks:
         rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
     for rank in ranks:
@@ -153,10 +195,11 @@ def test_death_raises_suspicion_and_only_the_new_epoch_ends_the_wait(
     run_after_verdict(survivors, make_map(2, range(2), 3), num_steps=40)
 
 
+@either_path
 def test_a_peer_that_moved_on_ends_the_wait_of_one_that_has_not_heard_of_the_epoch(
-    start: Callable[..., list[Rank]],
+    start: Callable[..., list[Rank]], over: Path
 ) -> None:
-    ranks = start(3, deadline_ms=40.0)
+    ranks = start(3, deadline_ms=40.0, over=over)
     for rank in ranks:
         rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
     for rank in ranks:
@@ -175,10 +218,11 @@ def test_a_peer_that_moved_on_ends_the_wait_of_one_that_has_not_heard_of_the_epo
         assert rank.expect("done") == expected[rank.rank]
 
 
+@either_path
 def test_a_stopped_peer_that_wakes_up_after_its_verdict_changes_nothing(
-    start: Callable[..., list[Rank]],
+    start: Callable[..., list[Rank]], over: Path
 ) -> None:
-    ranks = start(3, deadline_ms=40.0)
+    ranks = start(3, deadline_ms=40.0, over=over)
     for rank in ranks:
         rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
     for rank in ranks:
@@ -199,10 +243,11 @@ def test_a_stopped_peer_that_wakes_up_after_its_verdict_changes_nothing(
     assert not ranks[2].has_said("done")
 
 
+@either_path
 def test_a_fenced_process_goes_on_as_a_new_incarnation_and_reads_nothing_of_the_old_one(
-    start: Callable[..., list[Rank]],
+    start: Callable[..., list[Rank]], over: Path
 ) -> None:
-    ranks = start(3, deadline_ms=40.0)
+    ranks = start(3, deadline_ms=40.0, over=over)
     for rank in ranks:
         rank.tell("run", (make_map(1, range(3), 3), ENDLESS))
     for rank in ranks:
@@ -225,13 +270,12 @@ def test_a_fenced_process_goes_on_as_a_new_incarnation_and_reads_nothing_of_the_
     run_and_compare(ranks, make_map(3, range(3), 3, renewed=[2]), num_steps=40)
 
 
-def region_for(source: Rank, target: Rank) -> int:
-    """The address that the source's first request gets."""
+def region_for(source: Rank, target: Rank) -> tuple[int, MemoryHandle | None]:
+    """Where the source's first request leads: its address, or its memory."""
     request = OpenRegion(source=member(source.rank), transfer_name="", generation=1)
     target.tell("accept_link", request)
     opened, _ = target.expect("link_accepted")
-    address: int = opened.address
-    return address
+    return (0 if opened.memory else opened.address), opened.memory
 
 
 def test_a_peer_that_hung_beyond_a_writes_patience_is_served_over_a_new_link(

@@ -20,7 +20,7 @@ from gpu_worker.rejoin import RejoiningRank
 from shared.handshake import Access
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
-from shared.types import Member
+from shared.types import GivenRegion, Member
 from shared.wire import RegionOpened
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_kv_replication import KvReplicaHub, SimBlockCache
@@ -139,13 +139,17 @@ class SimEndpoint:
         self._generation += 1
         return self._generation
 
-    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
-        return (generation, 1)
+    def open_region(self, source: Member, generation: int) -> GivenRegion:
+        return GivenRegion(generation, 1)
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         if not self._hub.can_reach(self._member, region.target):
             raise TimeoutError("first contact timed out")
         self._open.add(region.target)
+
+    @property
+    def memory_links(self) -> tuple[Member, ...]:
+        return ()
 
     def is_open(self, target: Member) -> bool:
         return target in self._open and self._hub.can_reach(self._member, target)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from gpu_worker.control_server import ControlServer
 from shared.handshake import Access, Caller, introduce, rank_caller
 from shared.records import RankRecord
-from shared.types import Incarnation, Member, NodeId, RankId, RankState
+from shared.types import GivenRegion, Incarnation, Member, NodeId, RankId, RankState
 from shared.wire import Message, Ping, Pong, RegionOpened, encode, read_message
 from tests.support.kv_replication_child import idle_engine
 
@@ -31,11 +31,15 @@ class CountingEndpoint:
     def next_generation(self, target: Member) -> int:
         return 1
 
-    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
+    def open_region(self, source: Member, generation: int) -> GivenRegion:
         self.given.append((source, generation))
-        return 4096, 1
+        return GivenRegion(4096, 1)
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None: ...
+
+    @property
+    def memory_links(self) -> tuple[Member, ...]:
+        return ()
 
     def is_open(self, target: Member) -> bool:
         return False

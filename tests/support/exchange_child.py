@@ -25,6 +25,7 @@ from shared.expert_map import ExpertMap
 from shared.records import RankRecord
 from shared.types import (
     Epoch,
+    GivenRegion,
     Incarnation,
     Member,
     NodeId,
@@ -106,14 +107,23 @@ class _Monitor:
 
 
 class _Child:
-    def __init__(self, rank: int, num_ranks: int, deadline_ms: float, pipe: Connection) -> None:
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        deadline_ms: float,
+        shares_memory: bool,
+        pipe: Connection,
+    ) -> None:
         self.own = member(rank)
         self.peers = [member(r) for r in range(num_ranks) if r != rank]
         self.pipe = pipe
         self.lock = threading.Lock()
         self.monitor = _Monitor(pipe, self.lock)
         self.control = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = TransferEndpoint("127.0.0.1", LAYOUT, SystemClock())
+        self.endpoint = TransferEndpoint(
+            "127.0.0.1", LAYOUT, SystemClock(), shares_memory=shares_memory
+        )
         self.deadline_ms = deadline_ms
         self.exchange = self.new_exchange()
 
@@ -152,8 +162,8 @@ class _Child:
         ]
 
     def accept_link(self, request: OpenRegion) -> tuple[RegionOpened, RankRecord]:
-        address, nbytes = self.endpoint.open_region(request.source, request.generation)
-        return self.opened(request, address, nbytes), self.record()
+        given = self.endpoint.open_region(request.source, request.generation)
+        return self.opened(request, given), self.record()
 
     def record(self) -> RankRecord:
         return RankRecord(
@@ -172,14 +182,15 @@ class _Child:
             exchange="transfer",
         )
 
-    def opened(self, request: OpenRegion, address: int, nbytes: int) -> RegionOpened:
+    def opened(self, request: OpenRegion, given: GivenRegion) -> RegionOpened:
         return RegionOpened(
             target=self.own,
             source=request.source,
             generation=request.generation,
             transfer_name=self.endpoint.name,
-            address=address,
-            nbytes=nbytes,
+            address=given.address,
+            nbytes=given.nbytes,
+            memory=given.memory,
         )
 
     def run_steps(self, expert_map: ExpertMap, num_steps: int) -> None:
@@ -209,6 +220,8 @@ class _Child:
             self.send("renewed", None)
         elif kind == "on_renewed":
             self.on_renewed(value)
+        elif kind == "memory_links":
+            self.send("memory_links", self.endpoint.memory_links)
         elif kind == "half_open":
             self.send("half_open", num_half_open())
         elif kind == "epoch":
@@ -225,8 +238,10 @@ def num_half_open() -> int:
     return sum(link.removeprefix("socket:[").removesuffix("]") in waiting for link in links)
 
 
-def main(rank: int, num_ranks: int, deadline_ms: float, pipe: Connection) -> None:
-    child = _Child(rank, num_ranks, deadline_ms, pipe)
+def main(
+    rank: int, num_ranks: int, deadline_ms: float, shares_memory: bool, pipe: Connection
+) -> None:
+    child = _Child(rank, num_ranks, deadline_ms, shares_memory, pipe)
     while True:
         try:
             child.handle(*pipe.recv())

@@ -6,7 +6,7 @@ from __future__ import annotations
 from gpu_worker.config import ExchangeKind
 from gpu_worker.cuda.ep.rank_mask import RankMask
 from shared.records import ExchangeHandles, RankRecord
-from shared.types import Member
+from shared.types import GivenRegion, Member
 from shared.wire import RegionOpened
 
 
@@ -26,9 +26,9 @@ class EpEndpoint:
     def next_generation(self, target: Member) -> int:
         return 0
 
-    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
+    def open_region(self, source: Member, generation: int) -> GivenRegion:
         """Peers write into the one buffer, whose handles stand in this rank's record."""
-        return 0, 0
+        return GivenRegion(0, 0)
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         """Raises ValueError if the peer's exchange is of another kind or layout, ConnectionError if
@@ -36,6 +36,10 @@ class EpEndpoint:
         handles = handles_of(peer, self._kind, self._step_tokens_max)
         if not self._mask.is_connected(peer.member):
             self._mask.connect(peer.member, handles)
+
+    @property
+    def memory_links(self) -> tuple[Member, ...]:
+        return ()
 
     def is_open(self, target: Member) -> bool:
         return self._mask.is_connected(target)
@@ -73,11 +77,15 @@ class SingleRankEndpoint:
     def next_generation(self, target: Member) -> int:
         return 0
 
-    def open_region(self, source: Member, generation: int) -> tuple[int, int]:
-        return 0, 0
+    def open_region(self, source: Member, generation: int) -> GivenRegion:
+        return GivenRegion(0, 0)
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
         raise ConnectionError("this rank was started for an instance of one rank")
+
+    @property
+    def memory_links(self) -> tuple[Member, ...]:
+        return ()
 
     def is_open(self, target: Member) -> bool:
         return False

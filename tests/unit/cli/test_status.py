@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from cli.observe.instance_view import InstanceView
-from cli.observe.status import rank_status, render_status, status_of
+from cli.observe.status import describe_links, rank_status, render_status, status_of
 from cli.run_dir import Target
 from shared.desired_state import AfterDrain, DesiredState, Drain
 from shared.etcd_options import EtcdOptions
@@ -96,6 +97,22 @@ def test_a_member_that_answers_is_live() -> None:
     assert (status["kv_blocks_used"], status["slots_filled"]) == (3, 2)
     cached = ("kv_blocks_cached", "prefix_tokens", "prefix_tokens_cached")
     assert [status[key] for key in cached] == [4, 200, 50]
+
+
+@pytest.mark.parametrize(
+    ("memory", "network", "shown"), [(2, 0, "2 memory"), (1, 2, "1 memory, 2 network"), (0, 0, "0")]
+)
+def test_links_of_each_kind_are_counted(memory: int, network: int, shown: str) -> None:
+    peers = [Member(rank=RankId(r), incarnation=Incarnation(1)) for r in range(1, 4)]
+    links = tuple(peers[: memory + network])
+    gone = Member(rank=RankId(9), incarnation=Incarnation(1))
+    status = rank_status(
+        view(),
+        RankId(0),
+        replace(record(0, 2), links=links),
+        replace(reply(0, 2), memory_links=(*peers[:memory], gone)),
+    )
+    assert describe_links(status) == shown
 
 
 def test_a_member_that_does_not_answer_is_silent() -> None:

@@ -19,6 +19,7 @@ from shared.types import (
     Epoch,
     Incarnation,
     Member,
+    MemoryHandle,
     RankId,
     Role,
     SamplingParams,
@@ -72,6 +73,7 @@ def area() -> RegionOpened:
         transfer_name="127.0.0.1:15000",
         address=2**63 + 5,
         nbytes=4096,
+        memory=MemoryHandle(pid=77, fd=12, name="starfish-0123"),
     )
 
 

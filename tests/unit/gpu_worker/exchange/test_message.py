@@ -8,25 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from gpu_worker.exchange import header as headers
 from gpu_worker.exchange import packing
+from gpu_worker.exchange.header import Header, own_record
 from gpu_worker.exchange.message import (
+    HEADER_BYTES,
     HEADER_WORDS,
+    PAIR_BYTES,
     ExchangePhase,
-    Header,
     MessageBuffer,
     MessageLayout,
-    combine_rows,
     is_of_later_epoch,
     make_stamp,
     message_buffers_of,
-    read_header,
-    seal,
 )
+from gpu_worker.exchange.shared_words import begin_write
 from shared.types import Epoch, Incarnation, Member, RankId, Step
 
 UNTIMED = settings(deadline=None)
 LAYOUT = MessageLayout(hidden_size=6, top_k=3, step_tokens_max=5)
 SENDER = Member(rank=RankId(2), incarnation=Incarnation(9))
+READER = Member(rank=RankId(0), incarnation=Incarnation(1))
 NUM_RANKS, NUM_EXPERTS = 4, 8
 STAMP = make_stamp(Epoch(3), Step(4), 5, ExchangePhase.DISPATCH)
 
@@ -34,6 +36,45 @@ STAMP = make_stamp(Epoch(3), Step(4), 5, ExchangePhase.DISPATCH)
 def fresh_message_buffer(phase: ExchangePhase = ExchangePhase.DISPATCH) -> MessageBuffer:
     memory = np.zeros(LAYOUT.region_bytes, dtype=np.uint8)
     return message_buffers_of(memory, LAYOUT)[2 * phase]
+
+
+def words_of(message_buffer: MessageBuffer) -> NDArray[np.int32]:
+    return message_buffer.bytes.view(np.int32)
+
+
+def stamps_of(message_buffer: MessageBuffer) -> NDArray[np.int64]:
+    return message_buffer.bytes.view(np.int64)
+
+
+def seal(
+    message_buffer: MessageBuffer,
+    phase: ExchangePhase,
+    stamp: int,
+    header: Header,
+) -> int:
+    own_1 = own_record(SENDER, LAYOUT)
+    own_1[0]["num_tokens"], own_1[0]["has_work"] = header.num_tokens, header.has_work
+    head = message_buffer.head
+    return headers.seal(head, own_1, int(phase), stamp, header.num_rows, header.num_pairs)
+
+
+def read_header(
+    message_buffer: MessageBuffer,
+    stamp: int = STAMP,
+    sender: Member = SENDER,
+    phase: ExchangePhase = ExchangePhase.DISPATCH,
+) -> Header | None:
+    return headers.read_header(message_buffer, own_record(READER, LAYOUT), phase, stamp, sender)
+
+
+def body_of(
+    message_buffer: MessageBuffer, num_rows: int, num_pairs: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Pairs and rows of a dispatch."""
+    rows_at = HEADER_BYTES + PAIR_BYTES * num_pairs
+    rows = message_buffer.bytes[rows_at : rows_at + 4 * LAYOUT.hidden_size * num_rows]
+    pairs = message_buffer.bytes[HEADER_BYTES:rows_at].view(np.int32)
+    return pairs, rows.view(np.float32).reshape(num_rows, LAYOUT.hidden_size)
 
 
 def routed(num_tokens: int, seed: int) -> tuple[packing.Routes, NDArray[np.int32]]:
@@ -56,8 +97,7 @@ def written(
     message_buffer = fresh_message_buffer()
     rows, pairs = r.counts_R2[rank].tolist()
     packing.write_dispatch(
-        message_buffer.words,
-        message_buffer.floats,
+        *body_of(message_buffer, rows, pairs),
         x_TH,
         r.row_RN,
         r.slot_RN,
@@ -70,7 +110,7 @@ def written(
     return (
         message_buffer,
         x_TH,
-        seal(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER, header),
+        seal(message_buffer, ExchangePhase.DISPATCH, STAMP, header),
     )
 
 
@@ -81,8 +121,7 @@ def unpacked(
     rows_N = np.zeros(header.num_pairs, dtype=np.int32)
     slots_N = np.zeros(header.num_pairs, dtype=np.int32)
     ok = packing.read_dispatch(
-        message_buffer.words,
-        message_buffer.floats,
+        *body_of(message_buffer, header.num_rows, header.num_pairs),
         header.num_rows,
         header.num_pairs,
         num_slots,
@@ -100,7 +139,7 @@ def unpacked(
 def test_a_dispatch_arrives_as_it_was_routed(num_tokens: int, seed: int, rank: int) -> None:
     r, experts_TK = routed(num_tokens, seed)
     message_buffer, x_TH, _ = written(num_tokens, seed, rank)
-    header = read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER)
+    header = read_header(message_buffer)
     assert header is not None
     ok, x_MH, rows_N, slots_N = unpacked(message_buffer, header, NUM_EXPERTS)
     assert ok
@@ -141,14 +180,25 @@ def test_a_prefix_of_a_message_is_not_a_message(
         arrived.bytes[:] = written(LAYOUT.step_tokens_max, seed + 7)[0].bytes
         older = make_stamp(Epoch(3), Step(3), 5, ExchangePhase.DISPATCH)
         header = Header(LAYOUT.step_tokens_max, 1, 1, True)
-        seal(arrived, LAYOUT, ExchangePhase.DISPATCH, older, SENDER, header)
-        arrived.stamps[nbytes // 8 - 1] = older
+        seal(arrived, ExchangePhase.DISPATCH, older, header)
+        stamps_of(arrived)[nbytes // 8 - 1] = older
     cut = data.draw(st.integers(0, nbytes - 1))
     arrived.bytes[:cut] = whole.bytes[:cut]
-    tail_arrived = arrived.stamps[nbytes // 8 - 1] == STAMP
-    assert (
-        tail_arrived or read_header(arrived, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER) is None
-    )
+    tail_arrived = stamps_of(arrived)[nbytes // 8 - 1] == STAMP
+    assert tail_arrived or read_header(arrived) is None
+
+
+@pytest.mark.parametrize("begun_again", [False, True])
+def test_a_message_whose_writer_stopped_in_the_middle_is_none(begun_again: bool) -> None:
+    message_buffer, _, nbytes = written(3, 0)
+    older = make_stamp(Epoch(3), Step(3), 5, ExchangePhase.DISPATCH)
+    if begun_again:  # over a complete message, which is torn from then on
+        stamps_of(message_buffer)[[0, nbytes // 8 - 1]] = older
+    begin_write(message_buffer.head)
+    assert read_header(message_buffer) is None
+    assert read_header(message_buffer, older) is None
+    seal(message_buffer, ExchangePhase.DISPATCH, STAMP, Header(3, 1, 1, True))
+    assert read_header(message_buffer) == Header(3, 1, 1, True)
 
 
 def test_a_message_of_another_sender_incarnation_step_layer_or_phase_is_not_ours() -> None:
@@ -158,14 +208,14 @@ def test_a_message_of_another_sender_incarnation_step_layer_or_phase_is_not_ours
         Member(rank=RankId(1), incarnation=Incarnation(9)),
     )
     for sender in others:
-        assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, sender) is None
+        assert read_header(message_buffer, sender=sender) is None
     for stamp in (
         make_stamp(Epoch(4), Step(4), 5, ExchangePhase.DISPATCH),
         make_stamp(Epoch(3), Step(5), 5, ExchangePhase.DISPATCH),
         make_stamp(Epoch(3), Step(4), 6, ExchangePhase.DISPATCH),
         make_stamp(Epoch(3), Step(4), 5, ExchangePhase.COMBINE),
     ):
-        assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, stamp, SENDER) is None
+        assert read_header(message_buffer, stamp) is None
 
 
 @UNTIMED
@@ -180,8 +230,8 @@ def test_any_bytes_at_all_are_read_within_bounds(seed: int, num_bytes: int, seal
     if sealed:  # foreign contents between stamps that fit
         pairs = seed % (LAYOUT.pairs_max + 1)
         header = Header(LAYOUT.step_tokens_max, min(pairs, 5), pairs, False)
-        seal(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER, header)
-    found = read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER)
+        seal(message_buffer, ExchangePhase.DISPATCH, STAMP, header)
+    found = read_header(message_buffer)
     assert (found is not None) == sealed
     if found is not None:
         ok, _, rows_N, slots_N = unpacked(message_buffer, found, num_slots=4)
@@ -194,20 +244,20 @@ def test_any_bytes_at_all_are_read_within_bounds(seed: int, num_bytes: int, seal
 @pytest.mark.parametrize("value", [-1, -(2**31), 2**31 - 1, 1 << 20])
 def test_a_count_out_of_bounds_makes_it_no_message(word: int, value: int) -> None:
     message_buffer, _, _ = written(3, 0)
-    assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER) is not None
-    message_buffer.words[word] = value
-    assert read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER) is None
+    assert read_header(message_buffer) is not None
+    words_of(message_buffer)[word] = value
+    assert read_header(message_buffer) is None
 
 
 @pytest.mark.parametrize(("offset", "value"), [(0, 5), (0, -1), (1, 4), (1, -1)])
 def test_a_row_or_slot_that_is_not_there_is_refused(offset: int, value: int) -> None:
     message_buffer, _, _ = written(5, 0)
-    header = read_header(message_buffer, LAYOUT, ExchangePhase.DISPATCH, STAMP, SENDER)
+    header = read_header(message_buffer)
     assert header is not None
     assert header.num_pairs > 0
-    message_buffer.words[HEADER_WORDS : HEADER_WORDS + 2 * header.num_pairs] = 0
+    words_of(message_buffer)[HEADER_WORDS : HEADER_WORDS + 2 * header.num_pairs] = 0
     assert unpacked(message_buffer, header, num_slots=4)[0]
-    message_buffer.words[HEADER_WORDS + offset] = value
+    words_of(message_buffer)[HEADER_WORDS + offset] = value
     assert not unpacked(message_buffer, header, num_slots=4)[0]
 
 
@@ -216,12 +266,13 @@ def test_a_row_or_slot_that_is_not_there_is_refused(offset: int, value: int) -> 
 def test_a_combine_arrives_whole(num_rows: int) -> None:
     message_buffer = fresh_message_buffer(ExchangePhase.COMBINE)
     y_NH = np.random.default_rng(num_rows).standard_normal((num_rows, 6), dtype=np.float32)
-    combine_rows(message_buffer, LAYOUT, num_rows)[:] = y_NH
+    rows_NH = body_of(message_buffer, num_rows, 0)[1]
+    rows_NH[:] = y_NH
     stamp = make_stamp(Epoch(1), Step(0), 0, ExchangePhase.COMBINE)
     header = Header(0, num_rows, num_rows, False)
-    seal(message_buffer, LAYOUT, ExchangePhase.COMBINE, stamp, SENDER, header)
-    assert read_header(message_buffer, LAYOUT, ExchangePhase.COMBINE, stamp, SENDER) == header
-    assert (combine_rows(message_buffer, LAYOUT, num_rows) == y_NH).all()
+    seal(message_buffer, ExchangePhase.COMBINE, stamp, header)
+    assert read_header(message_buffer, stamp, phase=ExchangePhase.COMBINE) == header
+    assert (rows_NH == y_NH).all()
 
 
 @UNTIMED

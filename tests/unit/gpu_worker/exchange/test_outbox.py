@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from gpu_worker.exchange.message import TAIL_BYTES, MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.exchange.outbox import Link, Outbox, WriteStatus
+from gpu_worker.exchange.outbox import Link, WriteStatus
 from gpu_worker.exchange.regions import QUARANTINE_S, Quarantine, Regions
+from gpu_worker.exchange.transfer_outbox import TransferOutbox
 from shared.types import Incarnation, Member, RankId
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -22,9 +25,9 @@ def written(engine: ScriptedEngine) -> list[tuple[int, int]]:
 
 def make(
     engine: ScriptedEngine, generation: int = 1, protocol: Protocols = Protocols.TCP
-) -> Outbox:
+) -> TransferOutbox:
     link = Link(target=PEER, generation=generation, transfer_name="a:1", address=generation << 32)
-    return Outbox(engine, LAYOUT, link, protocol)
+    return TransferOutbox(engine, LAYOUT, link, protocol)
 
 
 def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
@@ -33,11 +36,11 @@ def test_a_regions_memory_is_not_handed_out_while_a_write_reads_it() -> None:
     outbox.commit(0, 128)
     assert outbox.poll_write(0) is WriteStatus.PENDING
     with pytest.raises(AssertionError):
-        outbox.message_buffer(0)
-    outbox.message_buffer(1)
+        outbox.commit(0, 128)
+    outbox.commit(1, 128)
     engine.end(1, 1)
     assert outbox.poll_write(0) is WriteStatus.DONE
-    outbox.message_buffer(0)
+    outbox.commit(0, 128)
 
 
 def test_a_message_is_one_write_over_tcp() -> None:
@@ -67,12 +70,12 @@ def test_a_failed_write_is_not_tried_again_and_its_message_goes_over_the_next_li
 ) -> None:
     engine = ScriptedEngine()
     old = make(engine)
-    old.message_buffer(0).bytes[:128] = 5
+    ctypes.memset(old.heads[0], 5, 128)
     old.commit(0, 128)
     engine.end(1, status)
     assert old.poll_write(0) is WriteStatus.FAILED
     assert old.broken
-    old.message_buffer(3).bytes[:64] = 6
+    ctypes.memset(old.heads[3], 6, 64)
     old.commit(3, 64)
     assert len(engine.writes) == 1
     new = make(engine, generation=2)
