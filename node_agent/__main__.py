@@ -199,15 +199,18 @@ async def run_with_health(
     config: AgentConfig, driver: AgentDriver, store: EtcdStore, keys: Keys
 ) -> None:
     """Raises ConfigError if the port of /health is taken, before a rank is started."""
-    if config.port < 0:
+    if config.metrics_port < 0:
         await driver.run()
         return
     supervisor = driver.supervisor
     health = NodeHealth(
         lambda: supervisor.ranks, lambda: [each.member for each in supervisor.alive()]
     )
-    async with health.serve(config.host, config.port) as port, asyncio.TaskGroup() as tasks:
-        log.info("listening", host=config.host, port=port)
+    async with (
+        health.serve(config.metrics_host, config.metrics_port) as port,
+        asyncio.TaskGroup() as tasks,
+    ):
+        log.info("listening", host=config.metrics_host, port=port)
         follower = tasks.create_task(health.follow(store, keys))
         await driver.run()
         follower.cancel()

@@ -49,8 +49,8 @@ class AgentConfig:
     public_data_host: bool = option(
         False, "accept a public address as --data-host; a firewall must keep strangers away from it"
     )
-    host: str = option("127.0.0.1", "address of /health")
-    port: int = option(-1, "port of /health; 0 takes a free one, -1 does not serve it")
+    metrics_host: str = option("127.0.0.1", "address of /health")
+    metrics_port: int = option(-1, "port of /health; 0 takes a free one, -1 does not serve it")
     log_dir: Path | None = option(None, "folder for rank-N.log; default: the agent's own stderr")
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")

@@ -14,6 +14,7 @@ from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.errors import ConfigError
+from shared.etcd_health import describe_alarm
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
@@ -29,6 +30,7 @@ async def read_status(target: Target) -> dict[str, Any]:
     store = await connect_store(target.store)
     try:
         view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
+        etcd = await store.health()
     finally:
         await store.close()
     if view.spec is None and not view.ranks and not view.agents:
@@ -39,7 +41,8 @@ async def read_status(target: Target) -> dict[str, Any]:
     ranks = sorted({*range(num_ranks), *(record.rank for record in view.ranks)})
     records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
     replies = await query_ranks(records.values(), target.access())
-    return status_of(target, view, [RankId(r) for r in ranks], records, replies)
+    status = status_of(target, view, [RankId(r) for r in ranks], records, replies)
+    return status | {"etcd_health": msgspec.to_builtins(etcd)}
 
 
 def status_of(
@@ -119,6 +122,8 @@ def render_status(status: dict[str, Any], console: Console) -> None:
         if leader
         else "[yellow]no leader: serving goes on, deaths are not noticed[/]"
     )
+    for kind in status.get("etcd_health", {}).get("alarms", ()):
+        console.print(f"[red]{kind}: {describe_alarm(kind)}[/]")
     for gateway in status["gateways"]:
         url = f"{gateway['scheme']}://{gateway['host']}:{gateway['port']}"
         alone = f", alone at port {gateway['own_port']}" if gateway["own_port"] else ""
