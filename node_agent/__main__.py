@@ -127,8 +127,18 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
         store=config.rank_store,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
+        control_ports=control_ports(config),
         extra_flags=(*model, *hosts, *hardware, *ttl, *secret, *logs, *rank_flags),
     )
+
+
+def control_ports(config: AgentConfig) -> dict[RankId, int]:
+    """Empty if each rank takes a free one."""
+    if not config.control_port:
+        return {}
+    return {
+        rank: config.control_port + place for place, rank in enumerate(parse_ranks(config.ranks))
+    }
 
 
 def address_of(host: str) -> str:
