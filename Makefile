@@ -42,7 +42,7 @@ up: install ## Start a whole instance, stream one completion, serve until Ctrl-C
 test: install lint unit security sim integration ## All that CI runs
 	$(call say,all tests passed)
 
-lint: install ## Format, lint, types, documentation, container files
+lint: install $(STAMPS)/helm ## Format, lint, types, documentation, container files, chart
 	$(call say,lint: format)
 	$(BIN)/ruff format --check .
 	$(call say,lint: ruff)
@@ -55,6 +55,8 @@ lint: install ## Format, lint, types, documentation, container files
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(call say,lint: container files)
 	tests/compose/lint.sh $(BIN)
+	$(call say,lint: chart and units)
+	tests/deploy/lint.sh $(BIN)
 
 unit: install ## Pure logic, in milliseconds
 	$(call say,unit tests)
@@ -134,6 +136,11 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 $(STAMPS)/warm: $(STAMPS)/package $(wildcard gpu_worker/cpu/kernels/*.py)
 	$(call say,install: compile the CPU kernels)
 	$(BIN)/python -m gpu_worker.model_tools warm-up
+	touch $@
+
+$(STAMPS)/helm: $(STAMPS)/package tests/deploy/helm.txt
+	$(call say,install: Helm)
+	$(BIN)/python tests/deploy/fetch_helm.py $(BIN)
 	touch $@
 
 # Every package is pinned, so nothing is left to resolve. guidellm loads torch, which is no pin of

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.embedded_etcd import EmbeddedEtcd, binary, free_ports
+from shared.embedded_etcd import EmbeddedEtcd, free_ports
 from shared.errors import StoreUnavailable
+from shared.etcd_binary import etcd_binary
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
@@ -53,7 +54,7 @@ async def plain(folder: Path) -> AsyncIterator[Mapping[EtcdService, EtcdOptions]
     port, peer_port = free_ports(2)
     client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
     process = await asyncio.create_subprocess_exec(
-        *(str(binary()), "--data-dir", str(folder / "data"), "--name", "embedded"),
+        *(str(await etcd_binary()), "--data-dir", str(folder / "data"), "--name", "embedded"),
         *("--listen-client-urls", client, "--advertise-client-urls", client),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
         *("--initial-cluster", f"embedded={peer}", "--unsafe-no-fsync"),

@@ -21,6 +21,7 @@ from control_plane.admin.authentication import read_admin_token
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
+from control_plane.etcd_health_watch import EtcdHealthWatch
 from control_plane.membership import MembershipPolicy
 from control_plane.telemetry import Metrics, http_endpoint
 from shared.clock import SystemClock
@@ -126,12 +127,20 @@ async def serve(config: ControlPlaneConfig) -> None:
             app = AdminApp(driver, token=admin.token, url=admin.url, clock=clock)
             await stack.enter_async_context(serving(app, admin.listeners))
             log.info("admin_api_listening", url=admin.url)
+        etcd_watch = EtcdHealthWatch(store, metrics)
         if config.port >= 0:
-            endpoint = http_endpoint(metrics, driver.health, host=config.host, port=config.port)
+
+            def health() -> dict[str, object]:
+                return {**driver.health(), "etcd_alarms": list(etcd_watch.alarms)}
+
+            endpoint = http_endpoint(metrics, health, host=config.host, port=config.port)
             port = await stack.enter_async_context(endpoint)
             log.info("listening", host=config.host, port=port)
         freeze_loaded_objects()
-        await driver.run(stop)
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(etcd_watch.run())
+            await driver.run(stop)
+            watching.cancel()
         log.info("stopped")
 
 

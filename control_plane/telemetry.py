@@ -35,6 +35,17 @@ class Metrics:
             "starfish_verdicts", "members declared dead", ["cause"], registry=self.registry
         )
         self.alarms = Counter("starfish_alarms", "alarms raised", ["kind"], registry=self.registry)
+        self.etcd_alarm = Gauge(
+            "starfish_etcd_alarm",
+            "1 while etcd takes no writes: its space is used up, or its members differ",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.etcd_size = Gauge(
+            "starfish_etcd_size_bytes",
+            "database of the etcd member that answered last",
+            registry=self.registry,
+        )
         self.verdict_s = Histogram(
             "starfish_verdict_seconds",
             "from the first signal on a member to its verdict",

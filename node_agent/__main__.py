@@ -128,8 +128,18 @@ def rank_command(config: AgentConfig, rank_flags: Sequence[str]) -> RankCommand:
         store=config.rank_store,
         instance=config.instance,
         lifeline_fd=config.lifeline_fd,
+        control_ports=control_ports(config),
         extra_flags=(*model, *hosts, *hardware, *ttl, *secret, *logs, *rank_flags),
     )
+
+
+def control_ports(config: AgentConfig) -> dict[RankId, int]:
+    """Empty if each rank takes a free one."""
+    if not config.control_port:
+        return {}
+    return {
+        rank: config.control_port + place for place, rank in enumerate(parse_ranks(config.ranks))
+    }
 
 
 def address_of(host: str) -> str:
@@ -198,15 +208,18 @@ async def run_with_health(
     config: AgentConfig, driver: AgentDriver, store: EtcdStore, keys: Keys
 ) -> None:
     """Raises ConfigError if the port of /health is taken, before a rank is started."""
-    if config.port < 0:
+    if config.metrics_port < 0:
         await driver.run()
         return
     supervisor = driver.supervisor
     health = NodeHealth(
         lambda: supervisor.ranks, lambda: [each.member for each in supervisor.alive()]
     )
-    async with health.serve(config.host, config.port) as port, asyncio.TaskGroup() as tasks:
-        log.info("listening", host=config.host, port=port)
+    async with (
+        health.serve(config.metrics_host, config.metrics_port) as port,
+        asyncio.TaskGroup() as tasks,
+    ):
+        log.info("listening", host=config.metrics_host, port=port)
         follower = tasks.create_task(health.follow(store, keys))
         await driver.run()
         follower.cancel()

@@ -12,6 +12,7 @@ from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
 
 _DYING_POLL_MAX_MS = 1000.0
+_PORT_MAX = 65535
 _DEVICES = ("auto", "cpu", "cuda")
 _PROTOCOLS = ("tcp", "rdma")
 
@@ -52,12 +53,17 @@ class AgentConfig:
         "", "RDMA devices of this host for Mooncake, comma-separated; rdma only"
     )
     control_host: str = option("127.0.0.1", "address of the ranks' control ports")
+    control_port: int = option(
+        0,
+        "control port of the first of the ranks; the others have the next ones, in their order; 0: "
+        "each takes a free one",
+    )
     data_host: str = option("127.0.0.1", "address of the ranks' data network")
     public_data_host: bool = option(
         False, "accept a public address as --data-host; a firewall must keep strangers away from it"
     )
-    host: str = option("127.0.0.1", "address of /health")
-    port: int = option(-1, "port of /health; 0 takes a free one, -1 does not serve it")
+    metrics_host: str = option("127.0.0.1", "address of /health")
+    metrics_port: int = option(-1, "port of /health; 0 takes a free one, -1 does not serve it")
     log_dir: Path | None = option(None, "folder for rank-N.log; default: the agent's own stderr")
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
@@ -110,5 +116,7 @@ class AgentConfig:
             raise ConfigError("--ranks-max must not be negative")
         if not 0 <= self.dying_poll_ms <= _DYING_POLL_MAX_MS:
             raise ConfigError(f"--dying-poll-ms must be from 0 to {_DYING_POLL_MAX_MS:.0f}")
+        if not 0 <= self.control_port <= _PORT_MAX - len(parse_ranks(self.ranks)):
+            raise ConfigError(f"--control-port {self.control_port}: not all ranks get a port")
         if "/" in self.node_name:
             raise ConfigError(f"--node {self.node_name!r} must not contain a slash")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from node_agent.exit_detection import Dying, StatFile
@@ -32,13 +32,16 @@ class RankCommand:
     lifeline_fd: int
     extra_flags: tuple[str, ...]
     host_experts_fd: int = -1  # memory that all ranks share
+    control_ports: Mapping[RankId, int] = field(default_factory=dict)  # of others: a free one
     program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
 
     def argv(self, member: Member, lease_id: int) -> list[str]:
+        port = self.control_ports.get(member.rank)
         return [
             *self.program,
             *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
             *("--lease-id", str(lease_id)),
+            *(("--control-port", str(port)) if port else ()),
             *self.common_flags,
         ]
 

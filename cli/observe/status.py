@@ -17,6 +17,7 @@ from shared.change_progress import is_in_progress
 from shared.clock import Clock
 from shared.desired_state import Drain
 from shared.errors import ConfigError
+from shared.etcd_health import describe_alarm
 from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import RankRecord
@@ -40,6 +41,7 @@ async def read_status(target: Target, clock: Clock) -> dict[str, Any]:
     store = await connect_store(target.store)
     try:
         view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
+        etcd = await store.health()
     finally:
         await store.close()
     if view.spec is None and not view.ranks and not view.agents:
@@ -51,7 +53,8 @@ async def read_status(target: Target, clock: Clock) -> dict[str, Any]:
     ranks = sorted({*wanted, *(record.rank for record in view.ranks)})
     records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
     replies = await query_ranks(records.values(), target.access())
-    return status_of(target, view, [RankId(r) for r in ranks], records, replies, clock.wall())
+    status = status_of(target, view, [RankId(r) for r in ranks], records, replies, clock.wall())
+    return status | {"etcd_health": msgspec.to_builtins(etcd)}
 
 
 def status_of(
@@ -161,6 +164,8 @@ def render_status(status: dict[str, Any], console: Console) -> None:
     safe = [str(rank["rank"]) for rank in status["ranks"] if rank["safe_to_terminate"]]
     if safe:
         console.print(f"[blue]safe to terminate[/]  rank {', '.join(safe)}")
+    for kind in status.get("etcd_health", {}).get("alarms", ()):
+        console.print(f"[red]{kind}: {describe_alarm(kind)}[/]")
     for gateway in status["gateways"]:
         url = f"{gateway['scheme']}://{gateway['host']}:{gateway['port']}"
         alone = f", alone at port {gateway['own_port']}" if gateway["own_port"] else ""

@@ -33,6 +33,11 @@ def test_what_is_not_said_is_left_to_the_rank() -> None:
     assert not {"--device", "--transfer-protocol", "--mooncake-ib-device"} & set(rank_flags([]))
 
 
+def test_each_rank_has_its_own_control_port() -> None:
+    assert rank_flags(["--ranks", "8-15", "--control-port", "7000"])["--control-port"] == "7001"
+    assert "--control-port" not in rank_flags(["--ranks", "8-15"])
+
+
 def test_ranks_reach_etcd_as_their_own_user(tmp_path: Path) -> None:
     for name in ("ca.pem", "agent.pem", "agent.key", "rank.pem", "rank.key"):
         (tmp_path / name).write_text("")
@@ -50,7 +55,12 @@ def test_ranks_reach_etcd_as_their_own_user(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--device", "tpu"], ["--transfer-protocol", "udp"], ["--rank-etcd-cert", "/none.pem"]],
+    [
+        ["--ranks", "0-9", "--control-port", "65530"],
+        ["--device", "tpu"],
+        ["--transfer-protocol", "udp"],
+        ["--rank-etcd-cert", "/none.pem"],
+    ],
 )
 def test_an_impossible_value_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError):
