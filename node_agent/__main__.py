@@ -38,7 +38,7 @@ from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
 from shared.records import AgentRecord, pack_record
 from shared.secret import read_secret, require_secret
-from shared.types import NodeId
+from shared.types import NodeId, RankId
 
 log = structlog.get_logger()
 

