@@ -137,8 +137,9 @@ def all_faults() -> list[Fault]:
         ),
         SignalFault(
             name="kill-gateway",
-            summary="kill -9 of a gateway",
+            summary="kill -9 of a gateway; its clients resume at another",
             chosen=_some(ProcessKind.GATEWAY),
+            target_ms=HANG_TARGET_MS,
         ),
         SignalFault(
             name="stop-gateway",
