@@ -19,6 +19,9 @@ from shared.errors import Unavailable
 from shared.garbage_collector import freeze_loaded_objects
 
 RANK_HEADER = "x-starfish-rank"
+LAST_EVENT_ID = "Last-Event-ID"
+_RESUMES_MAX = 50
+_RESUME_AFTER_S = 0.02
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +31,10 @@ class StreamRecord:
     sent_at: float
     rank: int | None = None  # the first rank, if the gateway reports it
     accepted: bool = False  # the gateway has begun an answer
+    event_id: str = ""  # of the last event, if the gateway gives them ids
+    next_event_id: str = ""  # of the one that is being read
+    is_broken: bool = False  # the connection has ended before the stream had
+    resumed: int = 0  # how often it went on at a gateway after its connection had broken
     ids: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -61,20 +68,34 @@ class StreamClient:
         *,
         bypass_cache: bool = False,
         fields: Mapping[str, object] | None = None,
+        resumes: bool = False,
     ) -> StreamRecord:
         """A failure of the server goes into the record and is never raised. The record grows while
         the stream runs. `bypass_cache`: ranks do not use their prefix caches. `fields` are added to
-        the request's, or replace them."""
+        the request's, or replace them. `resumes`: a stream whose connection breaks is resumed."""
         record = StreamRecord(sent_at=self._clock.now())
         on_start(record)
+        body = self._body(prompt, max_tokens, bypass_cache) | dict(fields or {})
+        await self._read_stream(body, record, on_chunk)
+        while resumes and record.is_broken and record.event_id and record.resumed < _RESUMES_MAX:
+            record.error, record.resumed = None, record.resumed + 1
+            await asyncio.sleep(_RESUME_AFTER_S)
+            await self._read_stream(body, record, on_chunk)
+        return record
+
+    async def _read_stream(
+        self, body: Mapping[str, object], record: StreamRecord, on_chunk: Callable[[int], None]
+    ) -> None:
+        """One connection. What it was given before, it does not get again."""
+        headers = {LAST_EVENT_ID: record.event_id} if record.event_id else {}
+        record.is_broken = False
         try:
             async with self._http.post(
-                f"{self._url}/v1/completions",
-                json=self._body(prompt, max_tokens, bypass_cache) | dict(fields or {}),
+                f"{self._url}/v1/completions", json=body, headers=headers
             ) as response:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
-                    return record
+                    return
                 record.accepted = True
                 rank = response.headers.get(RANK_HEADER)
                 record.rank = int(rank) if rank is not None and rank.isdigit() else None
@@ -82,17 +103,20 @@ class StreamClient:
                     self._parse_line(line, record, on_chunk)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             record.error = f"{type(error).__name__}: {error}"
+            record.is_broken = isinstance(error, aiohttp.ClientError)
         if record.error is None and record.finish is None:
-            record.error = "the stream ended early"
-        return record
+            record.error, record.is_broken = "the stream ended early", True
 
     def _parse_line(
         self, line: bytes, record: StreamRecord, on_chunk: Callable[[int], None]
     ) -> None:
+        if line.startswith(b"id: "):
+            record.next_event_id = line[4:].decode().strip()
         if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
             return
         now = self._clock.now()
         event = json.loads(line[6:])
+        record.event_id = record.next_event_id  # only now has it been read to its end
         if "error" in event:
             record.error = str(event["error"].get("message"))
             return

@@ -8,6 +8,7 @@ from signal import SIGKILL, SIGSTOP, SIGTERM
 from typing import Protocol
 
 from cli.bench.chaos.host_faults import BadLink, LinkDown, Partition, PowerLoss
+from cli.bench.chaos.planned_changes import PlannedChange
 from cli.bench.chaos.process_faults import DiskFull, SignalFault, SlowFault, StoreAway
 from cli.bench.chaos.processes import ProcessKind, ServiceProcess
 from cli.bench.chaos.site import Site, choose
@@ -15,6 +16,7 @@ from shared.errors import ConfigError
 
 KILL_TARGET_MS = 100.0
 HANG_TARGET_MS = 300.0
+PLANNED_TARGET_MS = 20.0
 
 
 class Fault(Protocol):
@@ -135,8 +137,9 @@ def all_faults() -> list[Fault]:
         ),
         SignalFault(
             name="kill-gateway",
-            summary="kill -9 of a gateway",
+            summary="kill -9 of a gateway; its clients resume at another",
             chosen=_some(ProcessKind.GATEWAY),
+            target_ms=HANG_TARGET_MS,
         ),
         SignalFault(
             name="stop-gateway",
@@ -193,7 +196,33 @@ def all_faults() -> list[Fault]:
             hold_s=3.0,
             target_ms=KILL_TARGET_MS,
         ),
+        *_planned_changes(),
         *_host_faults(),
+    ]
+
+
+def _planned_changes() -> list[Fault]:
+    return [
+        PlannedChange(
+            name="drain",
+            summary="a rank is drained, then undrained",
+            begin=lambda site, rank: ("drain", rank),
+            end=lambda site, rank: ("undrain", rank),
+            target_ms=PLANNED_TARGET_MS,
+        ),
+        PlannedChange(
+            name="scale",
+            summary="one rank less, then one more",
+            begin=lambda site, rank: ("scale", str(len(site.ranks()) - 1)),
+            end=lambda site, rank: ("scale", str(len(site.ranks()) + 1)),
+            target_ms=PLANNED_TARGET_MS,
+        ),
+        PlannedChange(
+            name="rolling-restart",
+            summary="every rank gets a new process, one after the other",
+            begin=lambda site, rank: ("restart",),
+            target_ms=PLANNED_TARGET_MS,
+        ),
     ]
 
 

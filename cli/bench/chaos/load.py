@@ -99,7 +99,12 @@ class ChaosLoad:
             self.streams.append(started[0])
 
         record = await client.run(
-            self._prompts[prompt], self._new_tokens, self._on_tokens, on_start, fields=fields
+            self._prompts[prompt],
+            self._new_tokens,
+            self._on_tokens,
+            on_start,
+            fields=fields,
+            resumes=True,
         )
         started[0].ended_at = self._clock.now()
         return record

@@ -47,7 +47,13 @@ async def running_site(target: Target) -> AsyncIterator[Site]:
         raise ConfigError("which gateway? pass --url, --run-dir or --own")
     owner = await _owner_of(target)
     async with FaultObserver.watching(target) as observer:
-        site = Site(urls=(target.url,), mark=owner.run, owner=owner.pid, observer=observer)
+        site = Site(
+            urls=(target.url,),
+            mark=owner.run,
+            owner=owner.pid,
+            observer=observer,
+            run_dir=None if target.secret_file is None else target.secret_file.parent,
+        )
         try:
             yield site
         finally:

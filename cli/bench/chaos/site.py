@@ -18,7 +18,8 @@ from cli.bench.fault_observer import FaultObserver
 class Site:
     """`mark` and `owner` find its processes (`processes_of`). `urls` are its gateways'. `folder` is
     a folder that its services write to, on a file system of its own; None if there is none.
-    `cluster`: its hosts, if it has several here."""
+    `cluster`: its hosts, if it has several here. `run_dir`: that of `starfish up`, if that runs
+    it."""
 
     urls: tuple[str, ...]
     mark: str
@@ -26,6 +27,7 @@ class Site:
     owner: int = 0
     folder: Path | None = None
     cluster: Cluster | None = None
+    run_dir: Path | None = None
     stopped: set[ServiceProcess] = field(default_factory=set)
 
     def processes(self, *kinds: ProcessKind) -> list[ServiceProcess]:
