@@ -459,3 +459,12 @@ def test_a_member_whose_record_comes_back_was_never_gone() -> None:
     it.on_peer_gone(member(1))
     it.on_peer_record(record(1))
     assert all(not isinstance(a, CloseLink) for a in it.on_map(expert_map(2, member(0))))
+
+
+def test_a_rank_that_was_told_to_end_says_so_and_leaves_once_it_is_drained() -> None:
+    it = membership()
+    (put,) = it.on_told_to_leave()
+    assert isinstance(put, PutRecord)
+    assert put.record.leaving
+    (leave,) = it.on_verdict(member(0), Epoch(2), is_drained=True)
+    assert leave == Leave(reason="it has been drained")
