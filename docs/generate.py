@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import Metric
 
 from cli.__main__ import app
 from control_plane.config import ControlPlaneConfig
@@ -28,7 +29,7 @@ from gateway.api.request_fields import (
     RequestField,
 )
 from gateway.config import GatewayConfig
-from gateway.metrics import FrequentHistogram, GatewayMetrics
+from gateway.metrics import GatewayMetrics, TotalHistogram
 from gpu_worker.config import RankConfig
 from node_agent.config import AgentConfig
 from shared.config import Timings
@@ -193,31 +194,45 @@ def metrics_page() -> str:
     ]
     header = ("name", "kind", "labels", "meaning")
     lines += ["", "## gateway", ""]
-    lines += table(header, [*metric_rows(GatewayMetrics()), *gauge_rows()])
+    gateway = GatewayMetrics()
+    lines += table(header, [*metric_rows(gateway), *read_metric_rows()])
+    lines += ["", "## gateway, by vLLM's names", ""]
+    lines += table(header, map(family_row, gateway.vllm.collect()))
     lines += ["", "## control plane", "", *table(header, metric_rows(Metrics()))]
     return page(lines)
 
 
 def metric_rows(owner: object) -> Iterator[tuple[str, ...]]:
     for metric in vars(owner).values():
-        if isinstance(metric, Counter | Gauge | Histogram | FrequentHistogram):
+        if isinstance(metric, Counter | Gauge | Histogram | TotalHistogram):
             family = next(iter(metric.describe()))
             name = family.name + ("_total" if isinstance(metric, Counter) else "")
             labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
             yield f"`{name}`", family.type, labels, family.documentation
 
 
-def gauge_rows() -> Iterator[tuple[str, ...]]:
-    """Gauges that read something when they are asked: found where they are added."""
+def family_row(family: Metric) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
+    name = family.name + ("_total" if family.type == "counter" else "")
+    return f"`{name}`", family.type, labels, family.documentation
+
+
+READ_METRICS = {"add_gauge": ("gauge", ""), "add_counter": ("counter", "_total")}
+
+
+def read_metric_rows() -> Iterator[tuple[str, ...]]:
+    """Metrics that read something when they are asked: found where they are added."""
     for file in source_files("gateway"):
         for call in ast.walk(ast.parse(file.read_text())):
             if (
                 isinstance(call, ast.Call)
                 and isinstance(call.func, ast.Attribute)
-                and call.func.attr == "add_gauge"
+                and call.func.attr in READ_METRICS
             ):
+                kind, suffix = READ_METRICS[call.func.attr]
                 name, text = (ast.literal_eval(argument) for argument in call.args[:2])
-                yield f"`{GATEWAY_PREFIX}{name}`", "gauge", "", text
+                labels = ", ".join(f"`{word.arg}`" for word in call.keywords)
+                yield f"`{GATEWAY_PREFIX}{name}{suffix}`", kind, labels, text
 
 
 # Log events.

@@ -12,6 +12,7 @@ import msgspec
 
 from gateway.detokenizer import TokenBytes
 from gateway.prompt import SentText
+from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_driver import SessionDriver
 from gateway.stream_session import SessionFailed, SessionState, StreamSession
 from gateway.text_stream import TextStream
@@ -118,10 +119,12 @@ class Generation:
         token_bytes: TokenBytes,
         tasks: Sequence[PromptTask],
         streaming: bool,
+        tag: RequestTag = NO_TAG,
     ) -> None:
         self._driver = driver
         self._token_bytes = token_bytes
         self._tasks = tasks
+        self._tag = tag
         # An answer that is not streamed is read once, at its end, unless a stop string may end it.
         self._eager = streaming or any(task.stops for task in tasks)
         self._changed = asyncio.Event()
@@ -163,6 +166,7 @@ class Generation:
                 self._wake,
                 scheduling=task.scheduling,
                 expires_at=task.expires_at,
+                tag=self._tag,
             )
             text = TextStream(
                 self._token_bytes,

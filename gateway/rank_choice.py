@@ -32,6 +32,11 @@ class RankChooser:
     def live(self) -> list[Member]:
         return [m for m in self._members if m in self._ranks and self._ranks[m].linked]
 
+    def load_of(self, member: Member) -> Load | None:
+        """Its last report."""
+        rank = self._ranks.get(member)
+        return None if rank is None else rank.load
+
     def loads(self) -> list[Load]:
         """The last reports of the live ranks."""
         return [load for m in self.live() if (load := self._ranks[m].load) is not None]

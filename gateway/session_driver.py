@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -15,9 +15,11 @@ from gateway.metrics import GatewayMetrics
 from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
+from gateway.request_tag import NO_TAG, RequestTag
 from gateway.routing_policy import RoutingPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
-from gateway.stream_session import SessionPolicy, StreamSession
+from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
+from gateway.vllm_metrics import RankGauges
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import Access, Caller
@@ -34,7 +36,7 @@ from shared.types import (
     Step,
     SuspicionReason,
 )
-from shared.wire import Load, Pong, Tokens
+from shared.wire import Load, Pong, Submit, Tokens
 
 log = structlog.get_logger()
 
@@ -42,6 +44,8 @@ PROBE_BUSY_S = 0.1
 PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
 """A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
+LOGGED_MOVES_MAX = 64
+"""Sessions that one log line names: thousands may move at once, and they must not wait for it."""
 
 
 class SessionDriver:
@@ -98,9 +102,17 @@ class SessionDriver:
         return self._table.num_waiting
 
     @property
-    def num_generated(self) -> int:
-        """Tokens of all sessions since the start."""
-        return self._table.num_generated
+    def generated(self) -> Mapping[int, int]:
+        """Tokens of all sessions since the start, by the rank that made them."""
+        return self._table.generated
+
+    def rank_gauges(self) -> dict[int, RankGauges]:
+        """By rank, of the live ones."""
+        placed = self._table.placed()
+        return {
+            member.rank: gauges_of(self._rank_chooser.load_of(member), placed.get(member, ()))
+            for member in self.live_ranks()
+        }
 
     @property
     def kv_replicas_rejected(self) -> int:
@@ -137,6 +149,7 @@ class SessionDriver:
         *,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
         expires_at: float = math.inf,
+        tag: RequestTag = NO_TAG,
     ) -> StreamSession:
         """`wake` is called whenever the session has new tokens, and when it has ended. At
         `expires_at` (of the clock's `now`) it fails. The caller must `cancel` the session at the
@@ -151,6 +164,7 @@ class SessionDriver:
             self._clock.now(),
             scheduling=scheduling,
             expires_at=expires_at,
+            tag=tag,
         )
         self._perform(actions)
         return session
@@ -308,11 +322,21 @@ class SessionDriver:
         return self._keys.suspicion(member.rank, member.incarnation, Accuser.GATEWAY, self._name)
 
     def _perform(self, actions: Iterable[Action]) -> None:
+        moved: list[SendToRank] = []
         for action in actions:
             if isinstance(action, NotifyReader):
                 self._notify_reader(action.session)
-            elif (entry := self._links.get(action.member)) is not None:
+                continue
+            if (entry := self._links.get(action.member)) is not None:
                 entry[0].send(action.message)
+            if isinstance(action.message, Submit):
+                if action.message.attempt:
+                    moved.append(action)
+                else:
+                    num_prompt_tokens = len(action.message.tokens)
+                    self._metrics.on_first_placed(action.member.rank, num_prompt_tokens)
+        if moved:
+            _log_moves(moved)
         if self._table.needs_time or self._timer is not None:
             self._set_timer()
 
@@ -340,3 +364,29 @@ class SessionDriver:
     def _on_timer(self) -> None:
         self._timer = self._timer_at = None
         self._perform(self._table.on_time(self._clock.now()))
+
+
+def gauges_of(load: Load | None, own: Collection[StreamSession]) -> RankGauges:
+    """`own` are this gateway's sessions on the rank; `load` is the rank's last report, of those of
+    all gateways. A session without a token of its attempt waits, if so many wait there at all."""
+    if load is None:
+        return RankGauges(running=len(own), waiting=0, kv_usage=0.0)
+    unbegun = sum(len(session.emitted) == session.tokens_before for session in own)
+    waiting = min(unbegun, load.waiting)
+    used = load.kv_blocks - load.kv_blocks_free
+    return RankGauges(
+        running=len(own) - waiting,
+        waiting=waiting,
+        kv_usage=used / load.kv_blocks if load.kv_blocks else 0.0,
+    )
+
+
+def _log_moves(moved: Sequence[SendToRank]) -> None:
+    """After they were sent."""
+    submits = [a.message for a in moved[:LOGGED_MOVES_MAX] if isinstance(a.message, Submit)]
+    log.info(
+        "sessions_moved",
+        number=len(moved),
+        ranks=sorted({action.member.rank for action in moved}),
+        request_ids=sorted({submit.request_id for submit in submits}),
+    )

@@ -32,6 +32,7 @@ import zlib
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from gateway.request_tag import NO_TAG, RequestTag
 from shared.errors import StarfishError
 from shared.types import (
     DEFAULT_SCHEDULING,
@@ -125,6 +126,15 @@ class SessionFailed(StarfishError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A session went on after its rank was lost: `gap_s` from the loss to the next token. On the
+    rank that had its KV replicas, if `on_copy`."""
+
+    gap_s: float
+    on_copy: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendToRank:
     """Send the message if the rank's link is open."""
 
@@ -139,6 +149,9 @@ class StreamSession:
 
     __slots__ = (
         "_losses",
+        "_lost_at",
+        "_on_copy",
+        "_placed_at",
         "_policy",
         "_refusals",
         "_stalled_since",
@@ -160,10 +173,14 @@ class StreamSession:
         "opened_at",
         "prompt",
         "prompt_logprobs",
+        "queue_s",
         "ready_at",
+        "resumptions",
         "sampling",
         "scheduling",
         "state",
+        "tag",
+        "tokens_before",
     )
 
     def __init__(
@@ -176,8 +193,10 @@ class StreamSession:
         now: float,
         scheduling: SchedulingParams = DEFAULT_SCHEDULING,
         expires_at: float = math.inf,
+        tag: RequestTag = NO_TAG,
     ) -> None:
         self.id = session
+        self.tag = tag
         self.prompt = prompt
         self.sampling = sampling
         self.scheduling = scheduling
@@ -194,6 +213,9 @@ class StreamSession:
         self.opened_at = now
         self.ready_at = now  # when a waiting session may be placed
         self.cached_tokens = 0  # of the prompt, in the KV cache of the rank of the first token
+        self.queue_s = 0.0  # until a rank began with the prompt that gave the first token
+        self.tokens_before = 0  # emitted when its present attempt began
+        self.resumptions: list[Resumption] = []
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.last_gap_s = 0.0
@@ -203,6 +225,9 @@ class StreamSession:
         self._stalled_since = now
         self._refusals = 0
         self._losses = 0
+        self._placed_at = now
+        self._lost_at: float | None = None  # its rank; None once it has gone on
+        self._on_copy = False
 
     @property
     def ended(self) -> bool:
@@ -229,13 +254,16 @@ class StreamSession:
         """When a waiting session gives up."""
         return self._stalled_since + self._policy.no_rank_timeout_s
 
-    def place(self, member: Member) -> list[SendToRank]:
+    def place(self, member: Member, now: float) -> list[SendToRank]:
         """Starts the next attempt, on `member`."""
         if not self._transition(SessionEvent.PLACED):
             return []
         self.attempt = Attempt(self.attempt + 1)
         self.moves += self.attempt > 0
         self.member = member
+        self._placed_at = now
+        self._on_copy = member.rank == self.backup_rank
+        self.tokens_before = len(self.emitted)
         self.backup_rank = None
         sampling = self.sampling
         if sampling.prompt_logprobs is not None and self.prompt_is_scored:
@@ -247,6 +275,8 @@ class StreamSession:
             num_emitted=len(self.emitted),
             sampling=sampling,
             scheduling=self.scheduling,
+            request_id=self.tag.request_id,
+            traceparent=self.tag.traceparent,
         )
         return [SendToRank(member=member, message=submit)]
 
@@ -277,6 +307,7 @@ class StreamSession:
         if len(message.ids) > known:
             if not self.emitted:
                 self.cached_tokens = min(message.cached_tokens, len(self.prompt))
+                self.queue_s = self._placed_at - self.opened_at + message.queued_ms / 1000
             self._append_tokens(message.ids[known:], message.logprobs[known:], now)
         return self._maybe_end(message.finish, now)
 
@@ -368,6 +399,9 @@ class StreamSession:
             if gap_s > self.longest_gap_s:
                 self.longest_gap_s = gap_s
         self.last_token_at = now
+        if self._lost_at is not None:
+            self.resumptions.append(Resumption(gap_s=now - self._lost_at, on_copy=self._on_copy))
+            self._lost_at = None
         self._losses = self._refusals = 0  # and TOKENS leads from running to running
 
     def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:
@@ -397,6 +431,8 @@ class StreamSession:
 
     def _lose_rank(self, event: SessionEvent, now: float) -> list[SendToRank]:
         self._losses += 1
+        if self._lost_at is None:
+            self._lost_at = now
         policy = self._policy
         if self._losses > (
             policy.guided_losses_max if self.sampling.grammar else policy.losses_max

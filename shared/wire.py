@@ -23,11 +23,13 @@ from shared.types import (
     Member,
     Operation,
     RankId,
+    RequestId,
     Role,
     SamplingParams,
     SchedulingParams,
     SessionId,
     Step,
+    Traceparent,
 )
 
 FRAME_BYTES_MAX = 16 << 20
@@ -87,7 +89,9 @@ class Welcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """Starts an attempt of a session. `tokens` is the prompt followed by the `num_emitted` tokens
-    that the client has already; the first new token has index `num_emitted`."""
+    that the client has already; the first new token has index `num_emitted`. `request_id` names the
+    client's request in logs; `traceparent` is W3C's and says of which trace the attempt is a part,
+    if of any. Neither changes what is generated."""
 
     session: SessionId
     attempt: Attempt
@@ -95,6 +99,8 @@ class Submit:
     num_emitted: int
     sampling: SamplingParams
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    request_id: RequestId = ""
+    traceparent: Traceparent = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +131,10 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `ids` may be empty. A stop token is sent too, as the last id with `finish=STOP`: it counts as a
     token, and the gateway leaves it out of the text. If `error` is set, the attempt failed; if
     `retryable` is set as well, another rank may take the session, and if `invalid` is set, the
-    request itself is at fault. `cached_tokens` is the number of
-    submitted tokens that the KV cache held when the attempt began; the first message with ids has
-    it. `backup_rank` names the rank that keeps the session's KV replicas, whenever it has changed
-    since the last message; -1 means no change.
+    request itself is at fault. `cached_tokens` is the number of submitted tokens that the KV cache
+    held when the attempt began, and `queued_ms` how long it had waited until then; the first
+    message with ids has both. `backup_rank` names the rank that keeps the session's KV replicas,
+    whenever it has changed since the last message; -1 means no change.
 
     If the sampling parameters ask for them, `logprobs` holds one entry for each of `ids`, and
     `prompt_logprobs` come in chunks before the first id: the first entry of a chunk is that of the
@@ -146,6 +152,7 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     retryable: bool = False
     invalid: bool = False
     cached_tokens: int = 0
+    queued_ms: float = 0.0
     backup_rank: int = -1
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -59,6 +59,7 @@ from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.prompt import Prompt
+from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
@@ -382,6 +383,7 @@ class HttpApp:
             tasks=job.tasks,
             # What is parsed is read as it comes: at its end it would hold up the event loop.
             streaming=job.options.stream or job.is_parsed,
+            tag=RequestTag(request_id=context.id, endpoint=endpoint_of(request)),
         )
         try:
             with generation:

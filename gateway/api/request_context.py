@@ -12,9 +12,10 @@ from aiohttp import web
 from gateway.admission import Ticket
 from gateway.api_keys import ANYBODY, ApiKey
 from gateway.tenant_account import TenantAccount
+from shared.types import REQUEST_ID_PATTERN
 
 REQUEST_ID_HEADER = "X-Request-Id"
-_ECHOED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_ECHOED = re.compile(REQUEST_ID_PATTERN)
 
 
 @dataclass(slots=True, kw_only=True)

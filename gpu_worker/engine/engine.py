@@ -164,10 +164,11 @@ class Engine:
         """Returns whether to stop."""
         replies: dict[Origin, list[SessionTokens]] = {}
         stop = False
+        now = self._clock.now() if items else 0.0
         for item in items:
             match item:
                 case Arrival(origin=origin, submit=submit):
-                    if (reply := self._scheduler.submit(origin, submit)) is not None:
+                    if (reply := self._scheduler.submit(origin, submit, now)) is not None:
                         replies.setdefault(origin, []).append(reply)
                 case Cancel(session=session, attempt=attempt):
                     if (ended := self._scheduler.cancel(session, attempt)) is not None:
@@ -250,7 +251,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         has_work = self._scheduler.has_work
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._clock.now())
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)
         if not self._runner.can_run_ahead_of(plan):
@@ -263,7 +264,7 @@ class Engine:
             return
         if not self._runner.can_run_ahead_of(before):
             return
-        plan = self._scheduler.plan_ahead()
+        plan = self._scheduler.plan_ahead(self._clock.now())
         if plan is None:
             return
         if self._runner.claim_ahead():
