@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 
 from cli.__main__ import app
@@ -32,7 +32,9 @@ from gateway.config import GatewayConfig
 from gateway.metrics import GatewayMetrics, TotalHistogram
 from gpu_worker.config import RankConfig
 from node_agent.config import AgentConfig
+from node_agent.metrics import AgentMetrics
 from shared.config import Timings
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.types import Accuser, Incarnation, NodeId, RankId
 
@@ -188,9 +190,10 @@ def metrics_page() -> str:
         NOTICE,
         "",
         "Prometheus reads them at `/metrics`: of a gateway on its port, of a control plane on",
-        "`--port` (off by default). A counter's name ends in `_total` there. A histogram has",
-        "`_bucket`, `_sum` and `_count`. Ranks and node agents have no endpoint of their own:",
-        "`starfish status` asks the ranks.",
+        "`--port`, of a node agent on `--metrics-port` (both off by default). Ranks have no",
+        "endpoint: their node agent tells what they answer. A counter's name ends in `_total`, a",
+        "histogram has `_bucket`, `_sum` and `_count`. [Monitoring](../monitoring.md) says how to",
+        "use them.",
     ]
     header = ("name", "kind", "labels", "meaning")
     lines += ["", "## gateway", ""]
@@ -198,17 +201,33 @@ def metrics_page() -> str:
     lines += table(header, [*metric_rows(gateway), *read_metric_rows()])
     lines += ["", "## gateway, by vLLM's names", ""]
     lines += table(header, map(family_row, gateway.vllm.collect()))
-    lines += ["", "## control plane", "", *table(header, metric_rows(Metrics()))]
+    lines += ["", "## control plane", ""]
+    lines += table(header, registry_rows(Metrics().registry))
+    agent = AgentMetrics(NodeId("node-a"), "default", Access("default"))
+    lines += ["", "## node agent", "", *table(header, registry_rows(agent.registry))]
     return page(lines)
+
+
+def registry_rows(registry: CollectorRegistry) -> Iterator[tuple[str, ...]]:
+    for collector in registry._collector_to_names:
+        if isinstance(collector, Counter | Gauge | Histogram):
+            yield declared_row(collector)
+        else:
+            yield from map(family_row, collector.collect())
 
 
 def metric_rows(owner: object) -> Iterator[tuple[str, ...]]:
     for metric in vars(owner).values():
         if isinstance(metric, Counter | Gauge | Histogram | TotalHistogram):
-            family = next(iter(metric.describe()))
-            name = family.name + ("_total" if isinstance(metric, Counter) else "")
-            labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
-            yield f"`{name}`", family.type, labels, family.documentation
+            yield declared_row(metric)
+
+
+def declared_row(metric: Counter | Gauge | Histogram | TotalHistogram) -> tuple[str, ...]:
+    """Of a metric that may have no series yet."""
+    family = next(iter(metric.describe()))
+    name = family.name + ("_total" if isinstance(metric, Counter) else "")
+    labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
+    return f"`{name}`", family.type, labels, family.documentation
 
 
 def family_row(family: Metric) -> tuple[str, ...]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from gateway.connection_table import Refusal
 from gateway.rank_histogram import RankHistogram
 from gateway.stream_session import FailureKind, SessionState, StreamSession
 from gateway.vllm_metrics import VllmMetrics
+from shared.metrics_endpoint import render_metrics
 from shared.types import SuspicionReason
 
 _PREFIX = "starfish_gateway_"
@@ -57,6 +57,9 @@ class GatewayMetrics:
             "Prompt tokens of ended sessions that were in a rank's KV cache",
         )
         self._suspicions = self._counter("suspicions", "Suspicions raised on ranks", "reason")
+        self._detect = self._histogram(
+            "detect", "From a rank's last message to this gateway's suspicion on it", _FINE_S
+        )
         self._ttft = self._histogram(
             "time_to_first_token", "From admission on", _COARSE_S, "endpoint"
         )
@@ -83,6 +86,20 @@ class GatewayMetrics:
             self.vllm.inter_token,
         )
         self._registry.register(self.inter_token)
+        self._begin_series()
+
+    def _begin_series(self) -> None:
+        """From 0 on: a series that begins with 1 has not increased for who watches it."""
+        for state in (SessionState.FINISHED, SessionState.CANCELLED):
+            self._sessions.labels(_outcome(state, None))
+        for failure in FailureKind:
+            self._sessions.labels(_outcome(SessionState.FAILED, failure))
+        for reason in SuspicionReason:
+            self._suspicions.labels(reason.value)
+        for refusal in Refusal:
+            self._refused.labels(refusal.value)
+        for on_copy in ("true", "false"):
+            self._resumed.labels(on_copy)
 
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Adds a gauge whose value is read when the metrics are rendered."""
@@ -126,8 +143,10 @@ class GatewayMetrics:
     def on_connection_timeout(self) -> None:
         self._timed_out.inc()
 
-    def on_suspicion(self, reason: SuspicionReason) -> None:
+    def on_suspicion(self, reason: SuspicionReason, silent_s: float) -> None:
+        """`silent_s` since the rank's last message."""
         self._suspicions.labels(reason.value).inc()
+        self._detect.observe(silent_s)
 
     def on_tokens(self, session: StreamSession) -> None:
         """A session that has not ended got tokens."""
@@ -151,10 +170,8 @@ class GatewayMetrics:
             self._gap.observe(session.longest_gap_s)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """(the metrics, their content type): OpenMetrics if the Accept header asks for it, else
-        Prometheus' text format."""
-        encoder, content_type = choose_encoder(accept)
-        return encoder(self._registry), content_type
+        """See `render_metrics`."""
+        return render_metrics(self._registry, accept)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, labels, registry=self._registry)

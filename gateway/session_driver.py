@@ -298,7 +298,8 @@ class SessionDriver:
         if (member, reason) in self._suspected or member not in self._view.members:
             return
         self._suspected.add((member, reason))
-        self._metrics.on_suspicion(reason)
+        heard_at = self._links[member][0].heard_at
+        self._metrics.on_suspicion(reason, self._clock.now() - heard_at)
         log.warning("rank_suspected", rank=member.rank, reason=reason.value, detail=detail)
         suspicion = Suspicion(
             rank=member.rank,

@@ -10,7 +10,10 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
+
+import structlog
 
 from node_agent.agent_driver import AgentDriver, RankSetup
 from node_agent.config import AgentConfig
@@ -18,6 +21,7 @@ from node_agent.cpu_share import share_cpus
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
 from node_agent.fork_client import ForkClient, ForkServerCommand
+from node_agent.metrics import AgentMetrics
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
@@ -29,6 +33,7 @@ from shared.confinement import confined_environment, require_internal
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
 from shared.garbage_collector import freeze_loaded_objects
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.lifeline import watch_lifeline
@@ -36,6 +41,8 @@ from shared.logs import configure_logs
 from shared.records import AgentRecord, pack_record
 from shared.secret import read_secret, require_secret
 from shared.types import NodeId, RankId
+
+log = structlog.get_logger()
 
 _LIFELINE_GRACE_S = 1.0
 _FORK_SERVER = (sys.executable, "-m", "gpu_worker.fork_server")
@@ -150,8 +157,8 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
         setup.log_dir.mkdir(parents=True, exist_ok=True)
     store = EtcdStore(config.store)
     leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
-    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
-    leased.put(keys.agent(node), pack_record(record))
+    access = Access(config.instance, read_secret(config.secret_file))
+    metrics = AgentMetrics(node, config.instance, access)
     supervisor = RankSupervisor(ranks, RestartPolicy(), random.Random(), clock.now())
     driver = AgentDriver(
         store=store,
@@ -165,15 +172,34 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
         setup=setup,
         clock=clock,
         fork_client=fork_client_of(setup, clock),
+        metrics=metrics,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, driver.stop)
     watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
     freeze_loaded_objects()
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        port = 0
+        if config.metrics_port >= 0:
+            endpoint = serve_metrics(metrics, config.metrics_host, config.metrics_port)
+            port = await stack.enter_async_context(endpoint)
+            log.info("listening", host=config.metrics_host, port=port)
+        record = AgentRecord(
+            node=node, pid=os.getpid(), ranks=ranks, host=config.metrics_host, metrics_port=port
+        )
+        leased.put(keys.agent(node), pack_record(record))
         await driver.run()
-    finally:
-        await store.close()
+
+
+def serve_metrics(metrics: AgentMetrics, host: str, port: int) -> AbstractAsyncContextManager[int]:
+    """See `serve_routes`. An agent that serves none need not load the HTTP library."""
+    from aiohttp import web
+
+    from shared.metrics_endpoint import metrics_handler, serve_routes
+
+    handler = metrics_handler(metrics.registry, metrics.update)
+    return serve_routes([web.get("/metrics", handler)], host=host, port=port)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class AgentConfig:
     fork_ranks: bool = option(
         True, "start ranks as copies of one prepared process, which is faster than a new one"
     )
+    metrics_host: str = option("127.0.0.1", "address of /metrics, of this agent and its ranks")
+    metrics_port: int = option(-1, "port of /metrics; 0 takes a free one, -1 serves none")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "log one JSON object per line instead of text")
 
@@ -67,5 +69,7 @@ class AgentConfig:
             raise ConfigError("--lease-ttl-s must be at least 1, --stop-grace-s at least 0")
         if not 0 <= self.dying_poll_ms <= _DYING_POLL_MAX_MS:
             raise ConfigError(f"--dying-poll-ms must be from 0 to {_DYING_POLL_MAX_MS:.0f}")
+        if not -1 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port {self.metrics_port}: pass a port, or -1 for none")
         if "/" in self.node_name:
             raise ConfigError(f"--node {self.node_name!r} must not contain a slash")

@@ -214,11 +214,14 @@ class OwnerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
-    """A node agent, and the ranks that it starts and watches."""
+    """A node agent, and the ranks that it starts and watches. `metrics_port`: of its `/metrics` at
+    `host`; 0: it serves none."""
 
     node: NodeId
     pid: int
     ranks: tuple[RankId, ...]
+    host: str = ""
+    metrics_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

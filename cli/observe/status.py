@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.observe.instance_view import InstanceView
-from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
+from shared.rank_query import query_ranks
 from shared.records import RankRecord
 from shared.types import EMPTY_SLOT, NodeId, RankId
 from shared.wire import StatusReply

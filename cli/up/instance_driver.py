@@ -186,6 +186,7 @@ class InstanceDriver:
                 pid=os.getpid(),
                 model=str(model),
                 secret_file=str(options.secret_file),
+                metrics_ports=options.metrics_ports,
                 **state_of_store(self._stores[EtcdService.READER]),
             ),
         )

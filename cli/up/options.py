@@ -103,6 +103,13 @@ class UpOptions:
         ),
     ] = RoutingPolicyName.PREFIX_AFFINITY.value
     control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            help="First of the ports at which the control planes, one each, and then the node "
+            "agent serve /metrics, on this host alone; 0: only gateways do."
+        ),
+    ] = 0
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
     chosen_run_dir: RunDirFlag = None
     chosen_secret_file: Annotated[
@@ -237,6 +244,12 @@ class UpOptions:
         }
 
     @property
+    def metrics_ports(self) -> tuple[int, ...]:
+        """Of the control planes, then of the agent; empty: they serve none."""
+        first = self.metrics_port
+        return tuple(range(first, first + self.control_planes + 1)) if first else ()
+
+    @property
     def needs_api_key(self) -> bool:
         return self.api_key_file is not None or bool(os.environ.get(API_KEYS_VARIABLE, "").strip())
 
@@ -250,6 +263,8 @@ class UpOptions:
         port is taken."""
         self.check_values()
         check_port(self.host, self.port)
+        for port in self.metrics_ports:
+            check_port("127.0.0.1", port, flag="--metrics-port")
 
     def check_values(self) -> None:
         """As `check`, without the port."""
@@ -296,6 +311,8 @@ class UpOptions:
             read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
+        if not 0 <= self.metrics_port < 65536 - self.control_planes:
+            raise ConfigError(f"--metrics-port {self.metrics_port}: pass a port, or 0 for none")
 
     def _check_aliases(self) -> None:
         """SGLang's flags, for which Starfish has only one value."""
@@ -309,8 +326,8 @@ class UpOptions:
                 )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError if the gateway could not listen there."""
+def check_port(host: str, port: int, *, flag: str = "--port") -> None:
+    """Raises ConfigError if nobody could listen there."""
     try:
         listen_on(host, port).close()
     except ConfigError as error:
@@ -319,5 +336,5 @@ def check_port(host: str, port: int) -> None:
             raise
         raise ConfigError(
             f"cannot listen on {host}:{port}: another process does ({holder}); stop it, or pass "
-            "another --port"
+            f"another {flag}"
         ) from error
