@@ -47,6 +47,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
 from shared.store import Store
+from shared.tracing import Tracer
 from shared.version import starfish_version
 
 log = structlog.get_logger()
@@ -65,6 +66,7 @@ class GatewayDependencies:
     stop: asyncio.Event
     access: Access
     api_keys: ApiKeyWatch
+    tracer: Tracer | None = None
 
     def listeners(self) -> list[socket.socket]:
         return [s for s in (self.listener, self.own_listener) if s is not None]
@@ -141,6 +143,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             body_bytes_max=config.body_bytes_max,
             cross_origin=CrossOrigin(_origins(config.cors_origins)),
             logprobs_max=config.logprobs_max,
+            tracer=dependencies.tracer,
         )
         http_listener = HttpListener(
             ConnectionLimits(

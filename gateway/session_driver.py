@@ -18,6 +18,7 @@ from gateway.rank_link import LinkEvents, RankLink
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.routing_policy import RoutingPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
+from gateway.session_trace import trace_end, trace_placement
 from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
 from gateway.vllm_metrics import RankGauges
 from shared.clock import Clock
@@ -333,18 +334,37 @@ class SessionDriver:
             if isinstance(action.message, Submit):
                 if action.message.attempt:
                     moved.append(action)
-                else:
-                    num_prompt_tokens = len(action.message.tokens)
-                    self._metrics.on_first_placed(action.member.rank, num_prompt_tokens)
+                self._report_placement(action.member, action.message)
         if moved:
             _log_moves(moved)
         if self._table.needs_time or self._timer is not None:
             self._set_timer()
 
+    def _report_placement(self, member: Member, submit: Submit) -> None:
+        if not submit.attempt:
+            self._metrics.on_first_placed(member.rank, len(submit.tokens))
+        if submit.traceparent and (span := self._table.span_of(submit.session)) is not None:
+            trace_placement(span, member.rank, submit)
+
+    def _report_end(self, session: StreamSession) -> None:
+        self._metrics.on_session_end(session)
+        if session.tag.span is not None:
+            trace_end(session.tag.span, session)
+        if session.failure is not None:
+            log.info(
+                "session_failed",
+                request_id=session.tag.request_id,
+                session=session.id,
+                reason=session.failure.kind.value,
+                detail=session.failure.message,
+                attempt=session.attempt,
+                generated_tokens=len(session.emitted),
+            )
+
     def _notify_reader(self, session: StreamSession) -> None:
         if session.ended:
             wake = self._wakers.pop(session.id)
-            self._metrics.on_session_end(session)
+            self._report_end(session)
             self._ended.set()
         else:
             wake = self._wakers[session.id]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from gateway.rank_choice import RankChooser
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
+from shared.tracing import TraceSpan
 from shared.types import (
     DEFAULT_SCHEDULING,
     Member,
@@ -62,6 +63,11 @@ class SessionTable:
     def generated(self) -> Mapping[int, int]:
         """Tokens of all sessions since the start, by the number of the rank that made them."""
         return self._generated
+
+    def span_of(self, session: SessionId) -> TraceSpan | None:
+        """Of its request; None if that is not traced."""
+        found = self._sessions.get(session)
+        return None if found is None else found.tag.span
 
     def placed(self) -> Mapping[Member, Collection[StreamSession]]:
         """The sessions on each rank that has any."""

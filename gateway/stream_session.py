@@ -127,9 +127,10 @@ class SessionFailed(StarfishError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumption:
-    """A session went on after its rank was lost: `gap_s` from the loss to the next token. On the
-    rank that had its KV replicas, if `on_copy`."""
+    """A session went on `at` this time, `gap_s` after its rank was lost. On the rank that had its
+    KV replicas, if `on_copy`."""
 
+    at: float
     gap_s: float
     on_copy: bool
 
@@ -400,8 +401,8 @@ class StreamSession:
                 self.longest_gap_s = gap_s
         self.last_token_at = now
         if self._lost_at is not None:
-            self.resumptions.append(Resumption(gap_s=now - self._lost_at, on_copy=self._on_copy))
-            self._lost_at = None
+            gap_s, self._lost_at = now - self._lost_at, None
+            self.resumptions.append(Resumption(at=now, gap_s=gap_s, on_copy=self._on_copy))
         self._losses = self._refusals = 0  # and TOKENS leads from running to running
 
     def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:

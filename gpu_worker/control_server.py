@@ -12,6 +12,7 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.attempt_reports import AttemptReports
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import StepTokens
 from gpu_worker.engine.sequence import Origin
@@ -110,6 +111,7 @@ class ControlServer:
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         replication: KvReplicaHost | None = None,
+        reports: AttemptReports | None = None,
     ) -> None:
         self._member = member
         self._access = access
@@ -118,6 +120,7 @@ class ControlServer:
         self._endpoint = endpoint
         self._announced = announced
         self._replication = replication
+        self._reports = reports
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
         self._control_planes: set[Origin] = set()  # among these
@@ -147,6 +150,8 @@ class ControlServer:
             writer = self._writers.get(origin)
             if writer is None:
                 continue
+            if self._reports is not None:
+                self._reports.on_tokens(sessions)
             writer.write(self._tokens(sessions, tokens.epoch, tokens.step, tokens.load))
             if writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
                 log.error("gateway_too_slow", origin=origin)
@@ -191,6 +196,8 @@ class ControlServer:
             self._control_planes.discard(origin)
             if self._writers.pop(origin, None) is not None:
                 self._engine.drop_origin(origin)
+                if self._reports is not None:
+                    self._reports.on_origin_gone(origin)
             writer.close()
 
     async def _admit(
@@ -257,9 +264,13 @@ class ControlServer:
             case Submit():
                 if not self._engine.submit(origin, message):
                     return self._refusal(message)
+                if self._reports is not None:
+                    self._reports.on_submit(origin, message)
             case Cancel():
                 if not self._engine.cancel(message):
                     raise WireError("more cancellations than the engine can take")
+                if self._reports is not None:
+                    self._reports.on_cancel(message)
             case Wake():
                 self._engine.wake(message)
             case GraphBarrierUpdate():
@@ -316,6 +327,7 @@ class ControlServer:
         )
 
     def _refusal(self, submit: Submit) -> Tokens:
+        log.info("attempt_refused", request_id=submit.request_id, session=submit.session)
         refused = SessionTokens(
             session=submit.session,
             attempt=submit.attempt,

@@ -31,10 +31,11 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "engine": {"exchange"},
         "startup_timer": set(),
         "membership": {"engine"},
-        "control_server": {"engine", "membership"},
+        "attempt_reports": {"engine"},
+        "control_server": {"attempt_reports", "engine", "membership"},
         "kv_replication": {"config", "exchange", "engine"},
         "rank": {
-            *("config", "exchange", "membership"),
+            *("attempt_reports", "config", "exchange", "membership"),
             *("engine", "control_server", "kv_replication"),
         },
         "rejoin": {"rank"},
@@ -80,6 +81,7 @@ OWNERS = {
     "torch": {"gpu_worker/"},
     "numba": {"gpu_worker/"},
     "triton": {"gpu_worker/cuda/"},
+    "opentelemetry": {"shared/tracing.py"},
     "mooncake": {"gpu_worker/exchange/", "gpu_worker/cuda/"},
     "transformers": set[str](),
 }

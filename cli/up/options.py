@@ -209,6 +209,13 @@ class UpOptions:
     cors_origins: Annotated[
         str, typer.Option(help="Origins whose pages may call the API, comma-separated; * for all.")
     ] = ""
+    otlp_endpoint: Annotated[
+        str,
+        typer.Option(
+            help="Collector of OpenTelemetry traces over HTTP, such as http://localhost:4318 "
+            "(needs starfish-moe[otel]; default: no traces)."
+        ),
+    ] = ""
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Services log a JSON object per line.")
     ] = False

@@ -112,6 +112,7 @@ def _gateway_flags(options: UpOptions, etcd: EtcdOptions) -> tuple[str, ...]:
         *_given("--cors-origins", options.cors_origins),
         *_given("--tls-cert", options.tls_cert),
         *_given("--tls-key", options.tls_key),
+        *_given("--otlp-endpoint", options.otlp_endpoint),
         *_given("--api-key-file", options.api_key_file and options.api_key_file.absolute()),
         *log_flags(options),
     )
@@ -143,6 +144,7 @@ def agent(
         rank_flags += ["--mooncake-ib-device", options.ib_device]
     if options.static:
         rank_flags.append("--static")
+    rank_flags += _given("--otlp-endpoint", options.otlp_endpoint)
     if options.kv_tokens is not None:
         rank_flags += ["--kv-tokens", str(options.kv_tokens)]
     return Service(

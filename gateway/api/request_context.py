@@ -12,6 +12,7 @@ from aiohttp import web
 from gateway.admission import Ticket
 from gateway.api_keys import ANYBODY, ApiKey
 from gateway.tenant_account import TenantAccount
+from shared.tracing import TraceSpan
 from shared.types import REQUEST_ID_PATTERN
 
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -28,6 +29,7 @@ class RequestContext:
     body_bytes: int = 0
     num_prompt_tokens: int = 0
     num_generated: int = 0
+    span: TraceSpan | None = None  # if requests are traced
 
 
 _CONTEXT = web.RequestKey("context", RequestContext)
