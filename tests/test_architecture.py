@@ -65,8 +65,9 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "bench": {"*", "observe", "up"},
         "evaluate": {"*", "observe", "bench"},
         "plan": {"*"},
+        "support": {"*", "observe"},
         "checkpoint": {"*", "up"},
-        "__main__": {"*", "observe", "up", "bench", "evaluate", "plan", "checkpoint"},
+        "__main__": {"*", "observe", "up", "bench", "evaluate", "plan", "checkpoint", "support"},
     },
 }
 LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for layer in layers]

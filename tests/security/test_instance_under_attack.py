@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import stat
+import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 from cli.run_dir import read_state
 from cli.up.model import shipped_model
+from shared.api_key import new_api_key
 from shared.etcd_store import connect_store
 from shared.handshake import Access, Caller, introduce, rank_caller
 from shared.keys import Keys
@@ -113,6 +117,32 @@ async def expect_no_secret_shown(cluster: Cluster) -> None:
     assert leaks == []
 
 
+async def expect_no_secret_in_a_bundle(cluster: Cluster, folder: Path) -> None:
+    """Logs, metrics, etcd's keys, processes and status are in it, and no secret is."""
+    path = folder / "bundle.tar.gz"
+    api_key = new_api_key()
+    log = cluster.run_dir / "logs" / "agent.log"
+    with log.open("ab") as file:  # as if a service had said too much
+        file.write(secrets_of(cluster.run_dir)[0] + b"\n" + api_key.encode() + b"\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli", "support-bundle"),
+        *("--run-dir", str(cluster.run_dir), "--output", str(path)),
+        env={**os.environ, "STARFISH_API_KEY": api_key},
+    )
+    assert await process.wait() == 0
+    with tarfile.open(path) as tar:
+        found = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+    told = json.loads(found["bundle/contents.json"])
+    assert told["missing"] == {}
+    kinds = {name.partition("/")[0] for name in told["bytes"]}
+    assert kinds >= {"logs", "metrics", "host", "etcd.json", "status.json", "processes.json"}
+    assert json.loads(found["bundle/status.json"])["epoch"] > 0
+    assert any(name.endswith("/spec") for name in json.loads(found["bundle/etcd.json"]))
+    secrets = [*secrets_of(cluster.run_dir), api_key.encode()]
+    assert [n for n, text in found.items() for secret in secrets if secret in text] == []
+    log.write_bytes(b"")  # for those who look at it next
+
+
 async def is_prompt(cluster: Cluster) -> float:
     began = time.monotonic()
     result = await cluster.stream([5, 6, 7], max_tokens=4)
@@ -132,6 +162,7 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
         path = run_dir / "secret"
         secret = read_secret(path)
         await expect_no_secret_shown(cluster)
+        await expect_no_secret_in_a_bundle(cluster, tmp_path)
         records = await records_of(cluster)
         members = await cluster.live_ranks()
         target, peer = records[0], records[1].member
