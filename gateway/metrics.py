@@ -80,6 +80,7 @@ class GatewayMetrics:
         )
         self.vllm = VllmMetrics()
         self._registry.register(self.vllm)
+        self._observe_gap = self.vllm.inter_token.observe
         self.inter_token = TotalHistogram(
             _PREFIX + "inter_token_seconds",
             "Between two batches of a stream",
@@ -150,8 +151,8 @@ class GatewayMetrics:
 
     def on_tokens(self, session: StreamSession) -> None:
         """A session that has not ended got tokens."""
-        if session.last_gap_s and session.member is not None:
-            self.vllm.inter_token.observe(session.member.rank, session.last_gap_s)
+        if (gap_s := session.last_gap_s) and (member := session.member) is not None:
+            self._observe_gap(member.rank, gap_s)
 
     def on_session_end(self, session: StreamSession) -> None:
         failure = session.failure.kind if session.failure else None

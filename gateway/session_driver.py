@@ -336,7 +336,7 @@ class SessionDriver:
                     moved.append(action)
                 self._report_placement(action.member, action.message)
         if moved:
-            _log_moves(moved)
+            log_moves(moved)
         if self._table.needs_time or self._timer is not None:
             self._set_timer()
 
@@ -402,7 +402,7 @@ def gauges_of(load: Load | None, own: Collection[StreamSession]) -> RankGauges:
     )
 
 
-def _log_moves(moved: Sequence[SendToRank]) -> None:
+def log_moves(moved: Sequence[SendToRank]) -> None:
     """After they were sent."""
     submits = [a.message for a in moved[:LOGGED_MOVES_MAX] if isinstance(a.message, Submit)]
     log.info(

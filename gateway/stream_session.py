@@ -400,10 +400,16 @@ class StreamSession:
             if gap_s > self.longest_gap_s:
                 self.longest_gap_s = gap_s
         self.last_token_at = now
+        if self._losses or self._refusals:
+            self._go_on(now)
+        # And TOKENS leads from running to running.
+
+    def _go_on(self, now: float) -> None:
+        """It has got a token since ranks were lost, or refused it."""
         if self._lost_at is not None:
             gap_s, self._lost_at = now - self._lost_at, None
             self.resumptions.append(Resumption(at=now, gap_s=gap_s, on_copy=self._on_copy))
-        self._losses = self._refusals = 0  # and TOKENS leads from running to running
+        self._losses = self._refusals = 0
 
     def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:
         if finish is FinishReason.CANCELLED:

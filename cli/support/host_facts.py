@@ -78,7 +78,8 @@ def processes_of(instance: str) -> list[dict[str, object]]:
     found = []
     for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
-            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            line = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+            arguments = line.split("\0")
             if not _is_of(instance, arguments):
                 continue
             found.append(
