@@ -24,7 +24,8 @@ from shared.records import RankRecord, unpack_record
 from shared.secret import read_secret
 from shared.types import Epoch, Member, Role, Step
 from shared.wire import Message, OpenRegion, StatusQuery, Wake, encode, read_message
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster, free_ports, running_cluster
+from tests.support.metrics import metric_value
 
 FORGED = Epoch(1 << 40)
 
@@ -138,6 +139,10 @@ async def expect_no_secret_in_a_bundle(cluster: Cluster, folder: Path) -> None:
     assert kinds >= {"logs", "metrics", "host", "etcd.json", "status.json", "processes.json"}
     assert json.loads(found["bundle/status.json"])["epoch"] > 0
     assert any(name.endswith("/spec") for name in json.loads(found["bundle/etcd.json"]))
+    metrics = "".join(t.decode() for n, t in found.items() if n.startswith("bundle/metrics/"))
+    assert metric_value(metrics, "starfish_control_plane_leader") == 1
+    assert metric_value(metrics, "starfish_rank_up") == 2
+    assert metric_value(metrics, "starfish_gateway_live_ranks") == 2
     secrets = [*secrets_of(cluster.run_dir), api_key.encode()]
     assert [n for n, text in found.items() for secret in secrets if secret in text] == []
     log.write_bytes(b"")  # for those who look at it next
@@ -155,7 +160,8 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
     run_dir = tmp_path / "run"
     model = shipped_model()
     assert model is not None
-    async with running_cluster(run_dir, model, ranks=2) as cluster:
+    flags = ("--metrics-port", str(free_ports(3)))
+    async with running_cluster(run_dir, model, ranks=2, flags=flags) as cluster:
         async with asyncio.timeout(30):
             while not (run_dir / "starfish.json").exists():  # noqa: ASYNC110 - a file tells nobody
                 await asyncio.sleep(0.1)

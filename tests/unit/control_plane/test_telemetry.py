@@ -75,3 +75,12 @@ def test_a_recovery_is_told_by_phase_and_the_map_by_its_cause() -> None:
     assert metric_value(text, "starfish_publish_seconds_sum") == 0.25
     assert metric_value(text, "starfish_maps_total", cause="dead") == 1.0
     assert metric_value(text, "starfish_verdicts_total", cause="exit") == 1.0
+
+
+def test_openmetrics_if_asked_for() -> None:
+    body, content_type = render_metrics(Metrics().registry, "application/openmetrics-text")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+    body, content_type = render_metrics(Metrics().registry, "")
+    assert content_type.startswith("text/plain")
+    assert b"# EOF" not in body
