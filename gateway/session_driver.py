@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -20,7 +20,7 @@ from gateway.routing_policy import RoutingPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.session_trace import trace_end, trace_placement
 from gateway.stream_session import SendToRank, SessionPolicy, StreamSession
-from gateway.vllm_metrics import RankGauges
+from gateway.vllm_metrics import RankGauges, gauges_of
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import Access, Caller
@@ -331,20 +331,25 @@ class SessionDriver:
                 continue
             if (entry := self._links.get(action.member)) is not None:
                 entry[0].send(action.message)
-            if isinstance(action.message, Submit):
-                if action.message.attempt:
-                    moved.append(action)
-                self._report_placement(action.member, action.message)
+            if isinstance(action.message, Submit) and self._report_placement(
+                action.member, action.message
+            ):
+                moved.append(action)
         if moved:
             log_moves(moved)
         if self._table.needs_time or self._timer is not None:
             self._set_timer()
 
-    def _report_placement(self, member: Member, submit: Submit) -> None:
+    def _report_placement(self, member: Member, submit: Submit) -> bool:
+        """Whether the session was on another rank, which is lost."""
         if not submit.attempt:
             self._metrics.on_first_placed(member.rank, len(submit.tokens))
-        if submit.traceparent and (span := self._table.span_of(submit.session)) is not None:
-            trace_placement(span, member.rank, submit)
+        session = self._table.find(submit.session)
+        if session is None:
+            return False
+        if session.tag.span is not None:
+            trace_placement(session.tag.span, member.rank, submit)
+        return session.has_lost_rank
 
     def _report_end(self, session: StreamSession) -> None:
         self._metrics.on_session_end(session)
@@ -385,21 +390,6 @@ class SessionDriver:
     def _on_timer(self) -> None:
         self._timer = self._timer_at = None
         self._perform(self._table.on_time(self._clock.now()))
-
-
-def gauges_of(load: Load | None, own: Collection[StreamSession]) -> RankGauges:
-    """`own` are this gateway's sessions on the rank; `load` is the rank's last report, of those of
-    all gateways. A session without a token of its attempt waits, if so many wait there at all."""
-    if load is None:
-        return RankGauges(running=len(own), waiting=0, kv_usage=0.0)
-    unbegun = sum(len(session.emitted) == session.tokens_before for session in own)
-    waiting = min(unbegun, load.waiting)
-    used = load.kv_blocks - load.kv_blocks_free
-    return RankGauges(
-        running=len(own) - waiting,
-        waiting=waiting,
-        kv_usage=used / load.kv_blocks if load.kv_blocks else 0.0,
-    )
 
 
 def log_moves(moved: Sequence[SendToRank]) -> None:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from gateway.rank_choice import RankChooser
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.stream_session import SendToRank, SessionPolicy, SessionState, StreamSession
-from shared.tracing import TraceSpan
 from shared.types import (
     DEFAULT_SCHEDULING,
     Member,
@@ -64,10 +63,9 @@ class SessionTable:
         """Tokens of all sessions since the start, by the number of the rank that made them."""
         return self._generated
 
-    def span_of(self, session: SessionId) -> TraceSpan | None:
-        """Of its request; None if that is not traced."""
-        found = self._sessions.get(session)
-        return None if found is None else found.tag.span
+    def find(self, session: SessionId) -> StreamSession | None:
+        """None if it has ended."""
+        return self._sessions.get(session)
 
     def placed(self) -> Mapping[Member, Collection[StreamSession]]:
         """The sessions on each rank that has any."""

@@ -235,6 +235,11 @@ class StreamSession:
         return self.state is not SessionState.RUNNING and self.state is not SessionState.WAITING
 
     @property
+    def has_lost_rank(self) -> bool:
+        """And has had no token since."""
+        return self._lost_at is not None
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """All that are known."""
         return (*self.prompt, *self.emitted) if self.emitted else self.prompt

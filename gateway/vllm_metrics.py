@@ -5,7 +5,7 @@ sums over gateways are right; only the use of KV blocks is the rank's."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from gateway.rank_histogram import RankHistogram, rank_label
 from gateway.stream_session import SessionState, StreamSession
 from shared.types import FinishReason
+from shared.wire import Load
 
 NO_ENGINE = "none"
 """Of sessions that wait for a rank."""
@@ -184,6 +185,21 @@ class VllmMetrics(Collector):
         for (label, reason), count in self._ended.items():
             success.add_metric([*model.values(), label, reason], count)
         yield success
+
+
+def gauges_of(load: Load | None, own: Collection[StreamSession]) -> RankGauges:
+    """`own` are this gateway's sessions on the rank; `load` is the rank's last report, of those of
+    all gateways. A session without a token of its attempt waits, if so many wait there at all."""
+    if load is None:
+        return RankGauges(running=len(own), waiting=0, kv_usage=0.0)
+    unbegun = sum(len(session.emitted) == session.tokens_before for session in own)
+    waiting = min(unbegun, load.waiting)
+    used = load.kv_blocks - load.kv_blocks_free
+    return RankGauges(
+        running=len(own) - waiting,
+        waiting=waiting,
+        kv_usage=used / load.kv_blocks if load.kv_blocks else 0.0,
+    )
 
 
 def _finished_reason(session: StreamSession) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gateway.metrics import GatewayMetrics
 from gateway.rank_histogram import OTHER_RANKS, RANK_LABELS_MAX, RankHistogram
-from gateway.session_driver import gauges_of
 from gateway.stream_session import SessionPolicy, StreamSession
+from gateway.vllm_metrics import gauges_of
 from shared.types import (
     Attempt,
     FinishReason,
