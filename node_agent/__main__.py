@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -180,14 +181,13 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     freeze_loaded_objects()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
-        port = 0
+        record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks)
         if config.metrics_port >= 0:
-            endpoint = serve_metrics(metrics, config.metrics_host, config.metrics_port)
+            host = config.metrics_host
+            endpoint = serve_metrics(metrics, host, config.metrics_port)
             port = await stack.enter_async_context(endpoint)
-            log.info("listening", host=config.metrics_host, port=port)
-        record = AgentRecord(
-            node=node, pid=os.getpid(), ranks=ranks, host=config.metrics_host, metrics_port=port
-        )
+            record = replace(record, host=host, metrics_port=port)
+            log.info("listening", host=host, port=port)
         leased.put(keys.agent(node), pack_record(record))
         await driver.run()
 
