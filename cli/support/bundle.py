@@ -6,13 +6,13 @@ import io
 import json
 import os
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cli.support.redaction import Redactor
+from shared.clock import SystemClock
 from shared.errors import ConfigError
 
 CONTENTS = "contents.json"
@@ -49,7 +49,7 @@ class Bundle:
     def add(self, name: str, content: bytes) -> None:
         cleaned = self._redactor.clean(content)
         entry = tarfile.TarInfo(f"{self._folder}/{name}")
-        entry.size, entry.mtime, entry.mode = len(cleaned), int(time.time()), 0o600
+        entry.size, entry.mtime, entry.mode = len(cleaned), int(SystemClock().wall()), 0o600
         self._tar.addfile(entry, io.BytesIO(cleaned))
         self._written[name] = len(cleaned)
 
