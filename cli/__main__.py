@@ -135,6 +135,52 @@ def etcd_setup(options: EtcdSetupOptions) -> None:
     run_command(work())
 
 
+@app.command(name="support-bundle")
+@flags_from_dataclasses
+def support_bundle(
+    target: TargetFlags,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write (default: starfish-support-INSTANCE-TIME.tar.gz here)."),
+    ] = None,
+    log_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with further logs, as node agents keep; repeat it for each."),
+    ] = None,
+    metrics_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HTTP address of a process that is not registered in etcd, such as a control "
+            "plane; repeat it for each."
+        ),
+    ] = None,
+) -> None:
+    """Pack versions, configuration, status, etcd's keys, logs, metrics and facts about this host,
+    without secrets, for whoever helps."""
+    import os
+
+    from cli.run_dir import default_run_dir
+    from cli.support.command import BundleSources, bundle_path, run_folder_of, write_bundle
+
+    async def work() -> int:
+        found = target.target()
+        path = output or bundle_path(found.instance)
+        run_dir = target.run_dir or default_run_dir(found.instance)
+        sources = BundleSources(
+            target=found,
+            run_dir=run_folder_of(run_dir, found),
+            log_dirs=log_dir or (),
+            metrics_urls=metrics_url or (),
+        )
+        missing = await write_bundle(path, sources, os.environ)
+        print(path)
+        for name in missing:
+            print(f"without {name}: contents.json in the bundle says why")
+        return 0
+
+    run_command(work())
+
+
 def main() -> None:
     app()
 

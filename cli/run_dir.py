@@ -32,6 +32,7 @@ class RunState:
     pid: int  # of `starfish up`
     model: str
     secret_file: str = ""  # with the secret that the instance's processes share
+    metrics_ports: tuple[int, ...] = ()  # of the control planes, then of the node agent
     etcd_ca: str = ""  # this and what follows: as whom commands reach etcd (`EtcdOptions`)
     etcd_cert: str = ""
     etcd_key: str = ""

@@ -29,8 +29,10 @@ class ControlReporter:
             if isinstance(item, Verdict):
                 self._report_verdict(item)
             elif isinstance(item, Standstill):
+                self._metrics.standstills.inc()
                 log.warning("standstill")
             elif isinstance(item, VerdictCancelled):
+                self._metrics.verdicts_cancelled.inc()
                 log.warning("verdict_cancelled", member=str(item.member), detail="it goes on")
             else:
                 self._metrics.alarms.labels(item.kind.value).inc()
@@ -52,6 +54,7 @@ class ControlReporter:
     ) -> None:
         """After etcd answered, or failed to. `now` is the control plane's `Clock.now()`."""
         if error is not None:
+            self._metrics.failed_writes.inc()
             log.warning("write_failed", error=str(error))
         elif isinstance(write, DeclareDead | Assign) and write.verdicts:
             declared_dead = [str(v.member) for v in write.verdicts]
@@ -59,6 +62,9 @@ class ControlReporter:
         elif isinstance(write, PublishMap):
             expert_map = write.expert_map
             self._metrics.publish_s.observe(now - expert_map.published_at)
+            self._metrics.count_map(expert_map.cause)
+            for verdict in write.verdicts:
+                self._metrics.recovery_s.labels("publish").observe(now - verdict.decided_at)
             log.info(
                 "map_published",
                 epoch=expert_map.epoch,
@@ -79,13 +85,21 @@ class ControlReporter:
         expert_map = state.expert_map
         self._metrics.epoch.set(expert_map.epoch if expert_map else 0)
         self._metrics.members.set(len(expert_map.members) if expert_map else 0)
+        self._metrics.ranks_wanted.set(state.spec.num_ranks if state.spec else 0)
+        self._metrics.ranks_registered.set(len({m.rank for m in state.records}))
+        self._metrics.term.set(state.term)
+        self._metrics.synced.set(state.synced)
         self._metrics.leader.set(leader_term is not None)
         self._metrics.suspected.set(len(leader_term.detector.suspected) if leader_term else 0)
+        self._metrics.frozen.set(leader_term is not None and leader_term.detector.frozen)
+        dead = leader_term.membership.dead_in_map(state) if leader_term else ()
+        self._metrics.dead_members.set(len(dead))
+        self._metrics.tolerance.on_state(expert_map, state.records)
 
     def _report_verdict(self, verdict: Verdict) -> None:
         took_s = verdict.decided_at - verdict.first_signal_at
         self._metrics.verdicts.labels(verdict.cause.value).inc()
-        self._metrics.verdict_s.observe(took_s)
+        self._metrics.recovery_s.labels("verdict").observe(took_s)
         log.warning(
             "rank_declared_dead",
             rank=verdict.rank,
@@ -101,5 +115,4 @@ class ControlReporter:
             return
         nodes = {m.rank: records[m].node for m in expert_map.members}
         tolerance = compute_fault_tolerance(expert_map, nodes)
-        self._metrics.survivable.set(tolerance.rank_failures)
         log.info("fault_tolerance", text=describe(tolerance, advise(expert_map, nodes)))

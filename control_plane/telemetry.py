@@ -6,33 +6,46 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.errors import ConfigError
+from control_plane.judgements import AlarmKind
+from control_plane.tolerance_gauges import ToleranceGauges
+from shared.metrics_endpoint import metrics_handler, serve_routes
+from shared.types import SuspicionReason
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+MAP_CAUSES = ("formed", "dead", "joined", "healing", "healed", "resync", "published again")
+"""How the `cause` of a map begins."""
 
 
 class Metrics:
-    """Has its own registry, because tests run two control planes in one process."""
+    """Has its own registry, because tests run two control planes in one process. What only a leader
+    knows is 0 on one that stands by: take the largest of all control planes."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.epoch = Gauge("starfish_epoch", "epoch of the map", registry=self.registry)
-        self.leader = Gauge(
-            "starfish_control_plane_leader", "1 while this one may act", registry=self.registry
+        self.epoch = self._gauge("epoch", "epoch of the map")
+        self.leader = self._gauge("control_plane_leader", "1 while this one may act")
+        self.term = self._gauge("term", "number of the newest leader term")
+        self.members = self._gauge("members", "ranks in the map")
+        self.ranks_wanted = self._gauge("ranks_wanted", "ranks that the instance should have")
+        self.ranks_registered = self._gauge("ranks_registered", "ranks that hold a lease")
+        self.synced = self._gauge("etcd_synced", "1 once this one has read etcd")
+        self.suspected = self._gauge("suspected", "members under suspicion now")
+        self.dead_members = self._gauge(
+            "dead_members", "members of the map that are dead: until it is replaced, no step runs"
         )
-        self.members = Gauge("starfish_members", "ranks in the map", registry=self.registry)
-        self.suspected = Gauge(
-            "starfish_suspected", "members under suspicion now", registry=self.registry
+        self.frozen = self._gauge(
+            "map_frozen", "1 while only deaths may change the map, as after a mass expiry of leases"
         )
-        self.survivable = Gauge(
-            "starfish_survivable_rank_failures",
-            "rank failures that the last map without a death survives without a reload",
-            registry=self.registry,
-        )
+        self.tolerance = ToleranceGauges(self.registry)
         self.verdicts = Counter(
             "starfish_verdicts", "members declared dead", ["cause"], registry=self.registry
+        )
+        self.verdicts_cancelled = Counter(
+            "starfish_verdicts_cancelled",
+            "verdicts that were not written, because the process went on",
+            registry=self.registry,
         )
         self.alarms = Counter("starfish_alarms", "alarms raised", ["kind"], registry=self.registry)
         self.etcd_alarm = Gauge(
@@ -46,9 +59,18 @@ class Metrics:
             "database of the etcd member that answered last",
             registry=self.registry,
         )
-        self.verdict_s = Histogram(
-            "starfish_verdict_seconds",
-            "from the first signal on a member to its verdict",
+        self.standstills = Counter(
+            "starfish_standstills", "times that no step moved", registry=self.registry
+        )
+        self.maps = Counter("starfish_maps", "maps published", ["cause"], registry=self.registry)
+        self.failed_writes = Counter(
+            "starfish_failed_writes", "writes that etcd refused or lost", registry=self.registry
+        )
+        self.recovery_s = Histogram(
+            "starfish_recovery_seconds",
+            "after a death; verdict: from the first signal on, publish: from the verdict to the "
+            "committed map",
+            ["phase"],
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -58,6 +80,26 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._begin_series()
+
+    def count_map(self, cause: str) -> None:
+        """`cause` is the map's."""
+        kind = next((kind for kind in MAP_CAUSES if cause.startswith(kind)), "other")
+        self.maps.labels(kind).inc()
+
+    def _begin_series(self) -> None:
+        """From 0 on: a series that begins with 1 has not increased for who watches it."""
+        for cause in SuspicionReason:
+            self.verdicts.labels(cause.value)
+        for kind in AlarmKind:
+            self.alarms.labels(kind.value)
+        for map_cause in (*MAP_CAUSES, "other"):
+            self.maps.labels(map_cause)
+        for phase in ("verdict", "publish"):
+            self.recovery_s.labels(phase)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge("starfish_" + name, text, registry=self.registry)
 
 
 @asynccontextmanager
@@ -66,25 +108,12 @@ async def http_endpoint(
 ) -> AsyncIterator[int]:
     """Serves while the body runs, and yields the port. Raises ConfigError if the port is taken."""
 
-    async def show_metrics(_: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(metrics.registry),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-        )
-
     async def show_health(_: web.Request) -> web.Response:
         return web.json_response(health())
 
-    app = web.Application()
-    app.add_routes([web.get("/metrics", show_metrics), web.get("/health", show_health)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+    routes = [
+        web.get("/metrics", metrics_handler(metrics.registry, metrics.tolerance.update)),
+        web.get("/health", show_health),
+    ]
+    async with serve_routes(routes, host=host, port=port) as bound:
+        yield bound

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import Metric
 
 from cli.__main__ import app
 from control_plane.config import ControlPlaneConfig
@@ -28,10 +29,12 @@ from gateway.api.request_fields import (
     RequestField,
 )
 from gateway.config import GatewayConfig
-from gateway.metrics import FrequentHistogram, GatewayMetrics
+from gateway.metrics import GatewayMetrics, TotalHistogram
 from gpu_worker.config import RankConfig
 from node_agent.config import AgentConfig
+from node_agent.metrics import AgentMetrics
 from shared.config import Timings
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.types import Accuser, Incarnation, NodeId, RankId
 
@@ -187,37 +190,68 @@ def metrics_page() -> str:
         NOTICE,
         "",
         "Prometheus reads them at `/metrics`: of a gateway on its port, of a control plane on",
-        "`--port` (off by default). A counter's name ends in `_total` there. A histogram has",
-        "`_bucket`, `_sum` and `_count`. Ranks and node agents have no endpoint of their own:",
-        "`starfish status` asks the ranks.",
+        "`--port`, of a node agent on `--metrics-port` (both off by default). Ranks have no",
+        "endpoint: their node agent tells what they answer. A counter's name ends in `_total`, a",
+        "histogram has `_bucket`, `_sum` and `_count`. [Monitoring](../monitoring.md) says how to",
+        "use them.",
     ]
     header = ("name", "kind", "labels", "meaning")
     lines += ["", "## gateway", ""]
-    lines += table(header, [*metric_rows(GatewayMetrics()), *gauge_rows()])
-    lines += ["", "## control plane", "", *table(header, metric_rows(Metrics()))]
+    gateway = GatewayMetrics()
+    lines += table(header, [*metric_rows(gateway), *read_metric_rows()])
+    lines += ["", "## gateway, by vLLM's names", ""]
+    lines += table(header, map(family_row, gateway.vllm.collect()))
+    lines += ["", "## control plane", ""]
+    lines += table(header, registry_rows(Metrics().registry))
+    agent = AgentMetrics(NodeId("node-a"), "default", Access("default"))
+    lines += ["", "## node agent", "", *table(header, registry_rows(agent.registry))]
     return page(lines)
+
+
+def registry_rows(registry: CollectorRegistry) -> Iterator[tuple[str, ...]]:
+    for collector in registry._collector_to_names:
+        if isinstance(collector, Counter | Gauge | Histogram):
+            yield declared_row(collector)
+        else:
+            yield from map(family_row, collector.collect())
 
 
 def metric_rows(owner: object) -> Iterator[tuple[str, ...]]:
     for metric in vars(owner).values():
-        if isinstance(metric, Counter | Gauge | Histogram | FrequentHistogram):
-            family = next(iter(metric.describe()))
-            name = family.name + ("_total" if isinstance(metric, Counter) else "")
-            labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
-            yield f"`{name}`", family.type, labels, family.documentation
+        if isinstance(metric, Counter | Gauge | Histogram | TotalHistogram):
+            yield declared_row(metric)
 
 
-def gauge_rows() -> Iterator[tuple[str, ...]]:
-    """Gauges that read something when they are asked: found where they are added."""
+def declared_row(metric: Counter | Gauge | Histogram | TotalHistogram) -> tuple[str, ...]:
+    """Of a metric that may have no series yet."""
+    family = next(iter(metric.describe()))
+    name = family.name + ("_total" if isinstance(metric, Counter) else "")
+    labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
+    return f"`{name}`", family.type, labels, family.documentation
+
+
+def family_row(family: Metric) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
+    name = family.name + ("_total" if family.type == "counter" else "")
+    return f"`{name}`", family.type, labels, family.documentation
+
+
+READ_METRICS = {"add_gauge": ("gauge", ""), "add_counter": ("counter", "_total")}
+
+
+def read_metric_rows() -> Iterator[tuple[str, ...]]:
+    """Metrics that read something when they are asked: found where they are added."""
     for file in source_files("gateway"):
         for call in ast.walk(ast.parse(file.read_text())):
             if (
                 isinstance(call, ast.Call)
                 and isinstance(call.func, ast.Attribute)
-                and call.func.attr == "add_gauge"
+                and call.func.attr in READ_METRICS
             ):
+                kind, suffix = READ_METRICS[call.func.attr]
                 name, text = (ast.literal_eval(argument) for argument in call.args[:2])
-                yield f"`{GATEWAY_PREFIX}{name}`", "gauge", "", text
+                labels = ", ".join(f"`{word.arg}`" for word in call.keywords)
+                yield f"`{GATEWAY_PREFIX}{name}{suffix}`", kind, labels, text
 
 
 # Log events.

@@ -29,6 +29,7 @@ from shared.lifeline import watch_lifeline
 from shared.listener import inherited_listener, listen_on
 from shared.logs import configure_logs
 from shared.secret import is_loopback, read_secret
+from shared.tracing import open_tracer
 
 log = structlog.get_logger()
 
@@ -100,6 +101,11 @@ async def _run(
     api_keys = ApiKeyWatch(config.api_key_file, os.environ.get(ENVIRONMENT, ""))
     loop.add_signal_handler(signal.SIGHUP, api_keys.reload_now)
     _warn_if_open(listener, api_keys)
+    clock = SystemClock()
+    attributes = {"starfish.instance": config.instance, "host.name": socket.gethostname()}
+    tracer = open_tracer(
+        config.otlp_endpoint, clock, service="starfish-gateway", attributes=attributes
+    )
     freeze_loaded_objects()
     store = await connect_store(config.store)
     try:
@@ -107,16 +113,19 @@ async def _run(
             config,
             GatewayDependencies(
                 store=store,
-                clock=SystemClock(),
+                clock=clock,
                 listener=listener,
                 own_listener=own_listener,
                 stop=stop,
                 access=access,
                 api_keys=api_keys,
+                tracer=tracer,
             ),
         )
     finally:
         await store.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
 
 def _listen(config: GatewayConfig) -> socket.socket:

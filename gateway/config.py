@@ -156,6 +156,11 @@ class GatewayConfig:
         "gateway keeps it open, so that clients wait while a crashed gateway is replaced",
     )
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the gateway")
+    otlp_endpoint: str = option(
+        "",
+        "collector of OpenTelemetry traces over HTTP, such as http://collector:4318; needs the "
+        "packages of starfish-moe[otel]. Default: no traces",
+    )
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "log one JSON object per line instead of text")
     timings: Timings = field(default_factory=Timings)

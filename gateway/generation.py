@@ -8,6 +8,7 @@ from types import TracebackType
 
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
 from gateway.detokenizer import TokenBytes
+from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_driver import SessionDriver
 from gateway.session_state import SessionFailed
 from gateway.stream_session import StreamSession
@@ -24,10 +25,12 @@ class Generation:
         token_bytes: TokenBytes,
         tasks: Sequence[PromptTask],
         streaming: bool,
+        tag: RequestTag = NO_TAG,
     ) -> None:
         self._driver = driver
         self._token_bytes = token_bytes
         self._tasks = tasks
+        self._tag = tag
         # An answer that is not streamed is read once, at its end, unless a stop string may end it.
         self._eager = streaming or any(task.stops for task in tasks)
         self._changed = asyncio.Event()
@@ -71,6 +74,7 @@ class Generation:
                 expires_at=task.expires_at,
                 stream_key=task.stream_key,
                 home_rank=task.read.rank,
+                tag=self._tag,
             )
             text = TextStream(
                 self._token_bytes,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.connection_table import Refusal
+from gateway.rank_histogram import RankHistogram
 from gateway.session_state import FailureKind, SessionState
 from gateway.stream_session import StreamSession
+from gateway.vllm_metrics import VllmMetrics
+from shared.metrics_endpoint import render_metrics
 from shared.types import SuspicionReason
 
 _PREFIX = "starfish_gateway_"
@@ -51,9 +51,9 @@ class GatewayMetrics:
             "key_generated_tokens", "Tokens generated for requests, by API key", "key"
         )
         self._keys_shown: set[str] = set()
-        self._resumed = self._counter(
-            "sessions_resumed",
-            "Sessions of streams that were resumed: their rank had kept their tokens, or not",
+        self._streams_resumed = self._counter(
+            "streams_resumed",
+            "Streams that a client resumed at this gateway: their rank had kept their tokens, or not",
             "tokens",
         )
         self._moves = self._counter("session_moves", "Placements after a session's first one")
@@ -63,15 +63,50 @@ class GatewayMetrics:
             "Prompt tokens of ended sessions that were in a rank's KV cache",
         )
         self._suspicions = self._counter("suspicions", "Suspicions raised on ranks", "reason")
-        self._ttft = self._histogram("time_to_first_token", "From admission on", _COARSE_S)
-        self._itl = FrequentHistogram(
-            _PREFIX + "inter_token_seconds", "Between two batches of a stream", _FINE_S
+        self._detect = self._histogram(
+            "detect", "From a rank's last message to this gateway's suspicion on it", _FINE_S
         )
-        self._registry.register(self._itl)
-        self._e2e = self._histogram("request", "From admission to a session's last token", _LONG_S)
+        self._ttft = self._histogram(
+            "time_to_first_token", "From admission on", _COARSE_S, "endpoint"
+        )
+        self._e2e = self._histogram(
+            "request", "From admission to a session's last token", _LONG_S, "endpoint"
+        )
         self._gap = self._histogram(
             "longest_gap", "The longest time between two tokens of a stream", _FINE_S
         )
+        self._resumed = self._counter(
+            "sessions_resumed",
+            "Times that a session went on after its rank was lost; on_copy: on the rank that had "
+            "its KV replicas",
+            "on_copy",
+        )
+        self._resume = self._histogram(
+            "resume", "From the loss of a session's rank to its next token", _FINE_S
+        )
+        self.vllm = VllmMetrics()
+        self._registry.register(self.vllm)
+        self._observe_gap = self.vllm.inter_token.observe
+        self.inter_token = TotalHistogram(
+            _PREFIX + "inter_token_seconds",
+            "Between two batches of a stream",
+            self.vllm.inter_token,
+        )
+        self._registry.register(self.inter_token)
+        self._begin_series()
+
+    def _begin_series(self) -> None:
+        """From 0 on: a series that begins with 1 has not increased for who watches it."""
+        for state in (SessionState.FINISHED, SessionState.CANCELLED):
+            self._sessions.labels(_outcome(state, None))
+        for failure in FailureKind:
+            self._sessions.labels(_outcome(SessionState.FAILED, failure))
+        for reason in SuspicionReason:
+            self._suspicions.labels(reason.value)
+        for refusal in Refusal:
+            self._refused.labels(refusal.value)
+        for on_copy in ("true", "false"):
+            self._resumed.labels(on_copy)
 
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Adds a gauge whose value is read when the metrics are rendered."""
@@ -80,6 +115,14 @@ class GatewayMetrics:
     def add_counter(self, name: str, text: str, read: Callable[[], float], **labels: str) -> None:
         """Adds a counter whose value is read when the metrics are rendered."""
         self._registry.register(ReadCounter(_PREFIX + name, text, read, labels))
+
+    def add_info(self, text: str, read: Callable[[], Mapping[str, str]]) -> None:
+        """Adds what the gateway is, as labels of a metric whose value is 1."""
+        self._registry.register(ReadInfo(_PREFIX.rstrip("_"), text, read))
+
+    def on_first_placed(self, rank: int, num_prompt_tokens: int) -> None:
+        """A session's prompt has been sent to a rank for the first time."""
+        self.vllm.on_first_placed(rank, num_prompt_tokens)
 
     def on_session_begin(self, num_prompt_tokens: int) -> None:
         self._prompt.inc(num_prompt_tokens)
@@ -107,40 +150,46 @@ class GatewayMetrics:
     def on_connection_timeout(self) -> None:
         self._timed_out.inc()
 
-    def on_suspicion(self, reason: SuspicionReason) -> None:
+    def on_suspicion(self, reason: SuspicionReason, silent_s: float) -> None:
+        """`silent_s` since the rank's last message."""
         self._suspicions.labels(reason.value).inc()
+        self._detect.observe(silent_s)
 
     def on_tokens(self, session: StreamSession) -> None:
         """A session that has not ended got tokens."""
-        if session.last_gap_s:
-            self._itl.observe(session.last_gap_s)
+        if (gap_s := session.last_gap_s) and (member := session.member) is not None:
+            self._observe_gap(member.rank, gap_s)
 
     def on_session_end(self, session: StreamSession) -> None:
         failure = session.failure.kind if session.failure else None
         self._sessions.labels(_outcome(session.state, failure)).inc()
         self._moves.inc(session.moves)
         if session.home_rank is not None:
-            self._resumed.labels("kept" if session.taken_over else "computed_again").inc()
+            self._streams_resumed.labels("kept" if session.taken_over else "computed_again").inc()
         self._cached.inc(session.cached_tokens)
+        self.vllm.on_session_end(session)
         if session.first_token_at is not None:
-            self._ttft.observe(session.first_token_at - session.opened_at)
-            self._e2e.observe(session.last_token_at - session.opened_at)
+            endpoint = session.tag.endpoint
+            self._ttft.labels(endpoint).observe(session.first_token_at - session.opened_at)
+            self._e2e.labels(endpoint).observe(session.last_token_at - session.opened_at)
+        for resumption in session.resumptions:
+            self._resumed.labels(str(resumption.on_copy).lower()).inc()
+            self._resume.observe(resumption.gap_s)
         if len(session.emitted) > 1:
             self._gap.observe(session.longest_gap_s)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """(the metrics, their content type): OpenMetrics if the Accept header asks for it, else
-        Prometheus' text format."""
-        encoder, content_type = choose_encoder(accept)
-        return encoder(self._registry), content_type
+        """See `render_metrics`."""
+        return render_metrics(self._registry, accept)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, labels, registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            _PREFIX + name + "_seconds", text, buckets=buckets, registry=self._registry
-        )
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        name = _PREFIX + name + "_seconds"
+        return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
 
 
 class ReadCounter(Collector):
@@ -163,28 +212,32 @@ class ReadCounter(Collector):
         yield family
 
 
-class FrequentHistogram(Collector):
-    """A histogram for what happens at every token: an observation is one addition, without the
-    library's lock and checks. For one thread; the exposition is the library's."""
-
-    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+class ReadInfo(Collector):
+    def __init__(self, name: str, text: str, read: Callable[[], Mapping[str, str]]) -> None:
         self._name = name
         self._text = text
-        self._bounds = tuple(buckets)
-        self._counts = [0] * (len(self._bounds) + 1)  # not cumulative; the last is +Inf
-        self._sum = 0.0
+        self._read = read
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def describe(self) -> Iterable[Metric]:
+        return [InfoMetricFamily(self._name, self._text)]
+
+    def collect(self) -> Iterable[Metric]:
+        yield InfoMetricFamily(self._name, self._text, value=dict(self._read()))
+
+
+class TotalHistogram(Collector):
+    """Of all ranks together."""
+
+    def __init__(self, name: str, text: str, histogram: RankHistogram) -> None:
+        self._name = name
+        self._text = text
+        self._histogram = histogram
 
     def describe(self) -> Iterable[Metric]:
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        bounds = [*map(str, self._bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+        yield self._histogram.sum_family(self._name, self._text)
 
 
 def _outcome(state: SessionState, failure: FailureKind | None) -> str:

@@ -44,6 +44,11 @@ class RankChooser:
         """The live member of this number, unless it is silent."""
         return next((m for m in self.live() if m.rank == rank and not self._ranks[m].silent), None)
 
+    def load_of(self, member: Member) -> Load | None:
+        """Its last report."""
+        rank = self._ranks.get(member)
+        return None if rank is None else rank.load
+
     def loads(self) -> list[Load]:
         """The last reports of the live ranks."""
         return [load for m in self.live() if (load := self._ranks[m].load) is not None]

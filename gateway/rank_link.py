@@ -52,7 +52,7 @@ class RankLink:
         self._clock = clock
         self._writer: asyncio.StreamWriter | None = None
         self._nonces = itertools.count(1)
-        self._heard_at = 0.0
+        self.heard_at = clock.now()  # the last message
         self._probed_at: float | None = None  # time of the probe that has no answer yet
 
     def send(self, message: Submit | Cancel) -> bool:
@@ -70,7 +70,7 @@ class RankLink:
         """Sends a Ping if nothing was received for `quiet_s` seconds and no Pong is outstanding.
         Returns for how many seconds a Pong has been outstanding."""
         now = self._clock.now()
-        if self._writer is None or now - self._heard_at < quiet_s:
+        if self._writer is None or now - self.heard_at < quiet_s:
             return 0.0
         if self._writer.transport.is_closing():
             return 0.0
@@ -112,7 +112,7 @@ class RankLink:
                 )
                 await introduce(self._caller, record, self._access, reader, writer)
             self._writer, self._probed_at = writer, None
-            self._heard_at = self._clock.now()
+            self.heard_at = self._clock.now()
             self._events.opened(record)
             await self._read(reader)
         finally:
@@ -122,7 +122,7 @@ class RankLink:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (message := await read_message(reader)) is not None:
-            self._heard_at, self._probed_at = (
+            self.heard_at, self._probed_at = (
                 self._clock.now(),
                 None,
             )  # any message is a sign of life

@@ -40,6 +40,7 @@ from gateway.session_state import SessionPolicy
 from gateway.stream_names import StreamNames
 from gateway.tls import ServerCertificate
 from gateway.tokenizer_loader import TokenizerOptions
+from gateway.vllm_metrics import VllmSources
 from shared.clock import Clock
 from shared.codec import pack
 from shared.grammars.messages import GrammarBudget
@@ -48,6 +49,8 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
 from shared.store import Store
+from shared.tracing import Tracer
+from shared.version import starfish_version
 
 log = structlog.get_logger()
 
@@ -65,6 +68,7 @@ class GatewayDependencies:
     stop: asyncio.Event
     access: Access
     api_keys: ApiKeyWatch
+    tracer: Tracer | None = None
 
     def listeners(self) -> list[socket.socket]:
         return [s for s in (self.listener, self.own_listener) if s is not None]
@@ -146,6 +150,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             body_bytes_max=config.body_bytes_max,
             cross_origin=CrossOrigin(_origins(config.cors_origins)),
             logprobs_max=config.logprobs_max,
+            tracer=dependencies.tracer,
         )
         http_listener = HttpListener(
             ConnectionLimits(
@@ -161,6 +166,21 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
         )
         _add_gauges(metrics, driver, admission, http_listener)
+        metrics.vllm.sources = VllmSources(
+            model_name=lambda: models.served.name if models.served else "",
+            generated=lambda: driver.generated,
+            ranks=driver.rank_gauges,
+            unplaced=lambda: driver.num_waiting,
+        )
+        metrics.add_info(
+            "What this gateway is",
+            lambda: {
+                "gateway": name,
+                "starfish_instance": config.instance,
+                "model_name": models.served.name if models.served else "",
+                "version": starfish_version(),
+            },
+        )
         metrics.add_counter(
             "event_loop_cpu_seconds",
             "CPU time of the thread that serves requests: near one a second, this gateway limits",
@@ -293,7 +313,9 @@ def _add_gauges(
         "kv_cache_usage", "Share of the ranks' KV blocks in use, 0 to 1", lambda: _kv_usage(driver)
     )
     metrics.add_counter(
-        "generated_tokens", "Tokens that ranks have generated", lambda: driver.num_generated
+        "generated_tokens",
+        "Tokens that ranks have generated",
+        lambda: sum(driver.generated.values()),
     )
     metrics.add_gauge(
         "tokens_in_flight", "prompt + max_tokens of admitted requests", lambda: admission.tokens

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -16,10 +16,13 @@ from gateway.metrics import GatewayMetrics
 from gateway.progress_watch import ProgressWatch
 from gateway.rank_choice import RankChooser
 from gateway.rank_link import LinkEvents, RankLink
+from gateway.request_tag import NO_TAG, RequestTag
 from gateway.routing_policy import RoutingPolicy
 from gateway.session_state import SessionPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
-from gateway.stream_session import StreamSession
+from gateway.session_trace import trace_end, trace_placement
+from gateway.stream_session import SendToRank, StreamSession
+from gateway.vllm_metrics import RankGauges, gauges_of
 from shared.clock import Clock
 from shared.codec import pack
 from shared.handshake import Access, Caller
@@ -37,7 +40,7 @@ from shared.types import (
     Step,
     SuspicionReason,
 )
-from shared.wire import Load, Pong, Tokens
+from shared.wire import Load, Pong, Submit, Tokens
 
 log = structlog.get_logger()
 
@@ -45,6 +48,8 @@ PROBE_BUSY_S = 0.1
 PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
 """A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
+LOGGED_MOVES_MAX = 64
+"""Sessions that one log line names: thousands may move at once, and they must not wait for it."""
 
 
 class SessionDriver:
@@ -103,9 +108,17 @@ class SessionDriver:
         return self._table.num_waiting
 
     @property
-    def num_generated(self) -> int:
-        """Tokens of all sessions since the start."""
-        return self._table.num_generated
+    def generated(self) -> Mapping[int, int]:
+        """Tokens of all sessions since the start, by the rank that made them."""
+        return self._table.generated
+
+    def rank_gauges(self) -> dict[int, RankGauges]:
+        """By rank, of the live ones."""
+        placed = self._table.placed()
+        return {
+            member.rank: gauges_of(self._rank_chooser.load_of(member), placed.get(member, ()))
+            for member in self.live_ranks()
+        }
 
     @property
     def kv_replicas_rejected(self) -> int:
@@ -152,6 +165,7 @@ class SessionDriver:
         expires_at: float = math.inf,
         stream_key: bytes = b"",
         home_rank: RankId | None = None,
+        tag: RequestTag = NO_TAG,
     ) -> StreamSession:
         """`wake` is called whenever the session has new tokens, and when it has ended. At
         `expires_at` (of the clock's `now`) it fails. `stream_key` as in `Submit`; `home_rank` may
@@ -169,6 +183,7 @@ class SessionDriver:
             expires_at=expires_at,
             stream_key=stream_key,
             home_rank=home_rank,
+            tag=tag,
         )
         self._perform(actions)
         return session
@@ -322,7 +337,8 @@ class SessionDriver:
         if (member, reason) in self._suspected or member not in self._view.members:
             return
         self._suspected.add((member, reason))
-        self._metrics.on_suspicion(reason)
+        heard_at = self._links[member][0].heard_at
+        self._metrics.on_suspicion(reason, self._clock.now() - heard_at)
         log.warning("rank_suspected", rank=member.rank, reason=reason.value, detail=detail)
         suspicion = Suspicion(
             rank=member.rank,
@@ -346,18 +362,52 @@ class SessionDriver:
         return self._keys.suspicion(member.rank, member.incarnation, Accuser.GATEWAY, self._name)
 
     def _perform(self, actions: Iterable[Action]) -> None:
+        moved: list[SendToRank] = []
         for action in actions:
             if isinstance(action, NotifyReader):
                 self._notify_reader(action.session)
-            elif (entry := self._links.get(action.member)) is not None:
+                continue
+            if (entry := self._links.get(action.member)) is not None:
                 entry[0].send(action.message)
+            if isinstance(action.message, Submit) and self._report_placement(
+                action.member, action.message
+            ):
+                moved.append(action)
+        if moved:
+            log_moves(moved)
         if self._table.needs_time or self._timer is not None:
             self._set_timer()
+
+    def _report_placement(self, member: Member, submit: Submit) -> bool:
+        """Whether the session was on another rank, which is lost."""
+        if not submit.attempt:
+            self._metrics.on_first_placed(member.rank, len(submit.tokens))
+        session = self._table.find(submit.session)
+        if session is None:
+            return False
+        if session.tag.span is not None:
+            trace_placement(session.tag.span, member.rank, submit)
+        return session.has_lost_rank
+
+    def _report_end(self, session: StreamSession) -> None:
+        self._metrics.on_session_end(session)
+        if session.tag.span is not None:
+            trace_end(session.tag.span, session)
+        if session.failure is not None:
+            log.info(
+                "session_failed",
+                request_id=session.tag.request_id,
+                session=session.id,
+                reason=session.failure.kind.value,
+                detail=session.failure.message,
+                attempt=session.attempt,
+                generated_tokens=len(session.emitted),
+            )
 
     def _notify_reader(self, session: StreamSession) -> None:
         if session.ended:
             wake = self._wakers.pop(session.id)
-            self._metrics.on_session_end(session)
+            self._report_end(session)
             self._ended.set()
         else:
             wake = self._wakers[session.id]
@@ -378,3 +428,14 @@ class SessionDriver:
     def _on_timer(self) -> None:
         self._timer = self._timer_at = None
         self._perform(self._table.on_time(self._clock.now()))
+
+
+def log_moves(moved: Sequence[SendToRank]) -> None:
+    """After they were sent."""
+    submits = [a.message for a in moved[:LOGGED_MOVES_MAX] if isinstance(a.message, Submit)]
+    log.info(
+        "sessions_moved",
+        number=len(moved),
+        ranks=sorted({action.member.rank for action in moved}),
+        request_ids=sorted({submit.request_id for submit in submits}),
+    )

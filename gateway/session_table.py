@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from gateway.planned_move import MOVES_AT_ONCE
 from gateway.rank_choice import RankChooser
+from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_state import SessionPolicy, SessionState
 from gateway.stream_session import SendToRank, StreamSession
 from shared.types import (
@@ -45,7 +47,7 @@ class SessionTable:
         self._refused_by: dict[SessionId, Member] = {}
         self._vacated: tuple[Member, ...] = ()  # drained; their sessions are to move
         self._moving: dict[SessionId, StreamSession] = {}  # those with a next attempt
-        self._num_tokens_ended = 0  # tokens of sessions that have ended
+        self._generated: Counter[int] = Counter()  # tokens, by rank
         self._expiries: list[tuple[float, SessionId]] = []  # a heap; some have ended already
 
     @property
@@ -62,9 +64,17 @@ class SessionTable:
         return bool(self._waiting or self._expiries)
 
     @property
-    def num_generated(self) -> int:
-        """Tokens of all sessions since the start."""
-        return self._num_tokens_ended + sum(len(s.emitted) for s in self._sessions.values())
+    def generated(self) -> Mapping[int, int]:
+        """Tokens of all sessions since the start, by the number of the rank that made them."""
+        return self._generated
+
+    def find(self, session: SessionId) -> StreamSession | None:
+        """None if it has ended."""
+        return self._sessions.get(session)
+
+    def placed(self) -> Mapping[Member, Collection[StreamSession]]:
+        """The sessions on each rank that has any."""
+        return {member: sessions.values() for member, sessions in self._placed.items()}
 
     def wake_at(self) -> float | None:
         """When to call `on_time` next; None if no session waits or has a deadline."""
@@ -89,6 +99,7 @@ class SessionTable:
         expires_at: float = math.inf,
         stream_key: bytes = b"",
         home_rank: RankId | None = None,
+        tag: RequestTag = NO_TAG,
     ) -> tuple[StreamSession, list[Action]]:
         assert session not in self._sessions
         opened = StreamSession(
@@ -101,6 +112,7 @@ class SessionTable:
             expires_at=expires_at,
             stream_key=stream_key,
             home_rank=home_rank,
+            tag=tag,
         )
         if expires_at < math.inf:
             self._forget_ended_expiries()
@@ -159,15 +171,18 @@ class SessionTable:
     ) -> list[Action]:
         """Takes one frame of a rank: the tokens of one step for all its sessions."""
         actions: list[Action] = []
-        num_added = 0
+        num_added = num_generated = 0
         for message in messages:
             session = self._sessions.get(message.session)
             if session is None:
                 continue
+            num_generated -= len(session.emitted)
             if message.error is None and message.finish is None:
                 num_added += self._apply_tokens(session, member, message, now, actions)
             else:
                 actions += self._on_message(session, member, message, now)
+            num_generated += len(session.emitted)
+        self._generated[member.rank] += num_generated
         self._rank_chooser.add(member, tokens=num_added)
         self._rank_chooser.on_load(member, load)
         if self._waiting:
@@ -276,7 +291,7 @@ class SessionTable:
         ready = [s for s in self._waiting.values() if s.ready_at <= now]
         for session in sorted(ready, key=_urgency):
             if (member := self._choose(session)) is not None:
-                actions += self._place(session, member)
+                actions += self._place(session, member, now)
         return actions
 
     def _choose(self, session: StreamSession) -> Member | None:
@@ -292,11 +307,11 @@ class SessionTable:
             cache_salt=session.scheduling.cache_salt,
         )
 
-    def _place(self, session: StreamSession, member: Member) -> list[Action]:
+    def _place(self, session: StreamSession, member: Member, now: float) -> list[Action]:
         del self._waiting[session.id]
         self._placed.setdefault(member, {})[session.id] = session
         self._rank_chooser.add(member, sessions=1, tokens=session.num_tokens)
-        return [*session.place(member)]
+        return [*session.place(member, now)]
 
     def _apply(self, session: StreamSession, event: Callable[[], list[SendToRank]]) -> list[Action]:
         """Passes the event to the session and updates the table to the session's new state."""
@@ -321,7 +336,6 @@ class SessionTable:
                 self._waiting[session.id] = session
         if session.ended:
             del self._sessions[session.id]
-            self._num_tokens_ended += len(session.emitted)
             self._waiting.pop(session.id, None)
             self._refused_by.pop(session.id, None)
             actions.append(NotifyReader(session))

@@ -35,6 +35,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 from gateway.planned_move import RETRY_S, NextAttempt, Readiness, repeats
+from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_state import (
     TRANSITIONS,
     Failure,
@@ -57,6 +58,16 @@ from shared.wire import Cancel, SessionTokens, Submit, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A session went on `at` this time, `gap_s` after its rank was lost. On the rank that had its
+    KV replicas, if `on_copy`."""
+
+    at: float
+    gap_s: float
+    on_copy: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendToRank:
     """Send the message if the rank's link is open."""
 
@@ -72,6 +83,9 @@ class StreamSession:
     __slots__ = (
         "_last_attempt",
         "_losses",
+        "_lost_at",
+        "_on_copy",
+        "_placed_at",
         "_policy",
         "_refusals",
         "_stalled_since",
@@ -95,12 +109,16 @@ class StreamSession:
         "opened_at",
         "prompt",
         "prompt_logprobs",
+        "queue_s",
         "ready_at",
+        "resumptions",
         "sampling",
         "scheduling",
         "state",
         "stream_key",
+        "tag",
         "taken_over",
+        "tokens_before",
     )
 
     def __init__(
@@ -115,8 +133,10 @@ class StreamSession:
         expires_at: float = math.inf,
         stream_key: bytes = b"",
         home_rank: RankId | None = None,
+        tag: RequestTag = NO_TAG,
     ) -> None:
         self.id = session
+        self.tag = tag
         self.prompt = prompt
         self.sampling = sampling
         self.scheduling = scheduling
@@ -137,6 +157,9 @@ class StreamSession:
         self.opened_at = now
         self.ready_at = now  # when a waiting session may be placed, and a running one moved
         self.cached_tokens = 0  # of the prompt, in the KV cache of the rank of the first token
+        self.queue_s = 0.0  # until a rank began with the prompt that gave the first token
+        self.tokens_before = 0  # emitted when its present attempt began
+        self.resumptions: list[Resumption] = []
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.last_gap_s = 0.0
@@ -147,10 +170,18 @@ class StreamSession:
         self._stalled_since = now
         self._refusals = 0
         self._losses = 0
+        self._placed_at = now
+        self._lost_at: float | None = None  # its rank; None once it has gone on
+        self._on_copy = False
 
     @property
     def ended(self) -> bool:
         return self.state is not SessionState.RUNNING and self.state is not SessionState.WAITING
+
+    @property
+    def has_lost_rank(self) -> bool:
+        """And has had no token since."""
+        return self._lost_at is not None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -173,13 +204,16 @@ class StreamSession:
         """When a waiting session gives up."""
         return self._stalled_since + self._policy.no_rank_timeout_s
 
-    def place(self, member: Member) -> list[SendToRank]:
+    def place(self, member: Member, now: float) -> list[SendToRank]:
         """Starts the next attempt, on `member`."""
         if not self._transition(SessionEvent.PLACED):
             return []
         self.moves += self.attempt >= 0
         self.attempt = self._new_attempt()
         self.member = member
+        self._placed_at = now
+        self._on_copy = member.rank == self.backup_rank
+        self.tokens_before = len(self.emitted)
         self.backup_rank = None
         return [self._submit(member, self.attempt)]
 
@@ -206,6 +240,8 @@ class StreamSession:
             sampling=sampling,
             scheduling=self.scheduling,
             stream_key=self.stream_key,
+            request_id=self.tag.request_id,
+            traceparent=self.tag.traceparent,
         )
         return SendToRank(member=member, message=submit)
 
@@ -240,6 +276,7 @@ class StreamSession:
         if len(message.ids) > known:
             if not self.emitted:
                 self.cached_tokens = min(message.cached_tokens, len(self.prompt))
+                self.queue_s = self._placed_at - self.opened_at + message.queued_ms / 1000
             self._append_tokens(message.ids[known:], message.logprobs[known:], now)
         return self._maybe_end(message.finish, now)
 
@@ -371,7 +408,16 @@ class StreamSession:
             if gap_s > self.longest_gap_s:
                 self.longest_gap_s = gap_s
         self.last_token_at = now
-        self._losses = self._refusals = 0  # and TOKENS leads from running to running
+        if self._losses or self._refusals:
+            self._go_on(now)
+        # And TOKENS leads from running to running.
+
+    def _go_on(self, now: float) -> None:
+        """It has got a token since ranks were lost, or refused it."""
+        if self._lost_at is not None:
+            gap_s, self._lost_at = now - self._lost_at, None
+            self.resumptions.append(Resumption(at=now, gap_s=gap_s, on_copy=self._on_copy))
+        self._losses = self._refusals = 0
 
     def _maybe_end(self, finish: FinishReason | None, now: float) -> list[SendToRank]:
         if finish is FinishReason.CANCELLED:
@@ -403,6 +449,8 @@ class StreamSession:
 
     def _lose_rank(self, event: SessionEvent, now: float) -> list[SendToRank]:
         self._losses += 1
+        if self._lost_at is None:
+            self._lost_at = now
         policy = self._policy
         if self._losses > (
             policy.guided_losses_max if self.sampling.grammar else policy.losses_max

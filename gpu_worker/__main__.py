@@ -45,6 +45,7 @@ from shared.model_spec import ModelSpec, read_model_spec
 from shared.records import InstanceSpec
 from shared.secret import read_secret
 from shared.store import Store
+from shared.tracing import open_tracer
 from shared.types import Member, NodeId, RankId
 
 log = structlog.get_logger()
@@ -86,6 +87,12 @@ async def run_rank(config: RankConfig) -> NoReturn:
     timer.end_stage("etcd")
     spec = await wait_for_spec(store, keys)
     timer.end_stage("spec")
+    tracer = open_tracer(
+        config.otlp_endpoint,
+        clock,
+        service="starfish-rank",
+        attributes={"starfish.instance": config.instance, "starfish.node": config.node},
+    )
     folder = config.model or Path(spec.model_path)
     model_spec = read_model_spec(folder)
     transport = _open_replication_transport(config, spec, clock)
@@ -122,11 +129,15 @@ async def run_rank(config: RankConfig) -> NoReturn:
             engine_executor=EngineThread(),
             grammars=start_grammars(config, folder, model_spec),
             replication=replication,
+            tracer=tracer,
         )
     )
     freeze_loaded_objects()
     timer.end_stage("wiring")
-    exit_process(await run_until_signal(rank, config.leave_grace_s))
+    code = await run_until_signal(rank, config.leave_grace_s)
+    if tracer is not None and code == 0:
+        await asyncio.to_thread(tracer.flush)
+    exit_process(code)
 
 
 def _open_replication_transport(

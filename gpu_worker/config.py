@@ -154,6 +154,11 @@ class RankConfig:
     )
     static: bool = option(False, "no failure detection: the baseline for measuring overhead")
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
+    otlp_endpoint: str = option(
+        "",
+        "collector of OpenTelemetry traces over HTTP, such as http://collector:4318; needs the "
+        "packages of starfish-moe[otel]. Default: no traces",
+    )
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")
     timings: Timings = field(default_factory=Timings)

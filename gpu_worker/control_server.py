@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.attempt_reports import AttemptReports
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import StepTokens
 from gpu_worker.engine.sequence import Origin
@@ -121,6 +122,7 @@ class ControlServer:
         unheard: Callable[[], tuple[UnheardPeer, ...]] = tuple,
         replication: KvReplicaHost | None = None,
         orphan_s: float = 0.0,
+        reports: AttemptReports | None = None,
     ) -> None:
         self._member = member
         self._access = access
@@ -133,6 +135,7 @@ class ControlServer:
         self._unheard = unheard
         self._replication = replication
         self._orphan_s = orphan_s
+        self._reports = reports
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
         self._control_planes: set[Origin] = set()  # among these
@@ -162,6 +165,8 @@ class ControlServer:
             writer = self._writers.get(origin)
             if writer is None:
                 continue
+            if self._reports is not None:
+                self._reports.on_tokens(sessions)
             writer.write(self._tokens(sessions, tokens.epoch, tokens.step, tokens.load))
             if writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
                 log.error("gateway_too_slow", origin=origin)
@@ -206,6 +211,8 @@ class ControlServer:
             self._control_planes.discard(origin)
             if self._writers.pop(origin, None) is not None:
                 self._engine.orphan_origin(origin, self._orphan_s)
+                if self._reports is not None:
+                    self._reports.on_origin_gone(origin)
             writer.close()
 
     async def _admit(
@@ -272,9 +279,13 @@ class ControlServer:
             case Submit():
                 if not self._engine.submit(origin, message):
                     return self._refusal(message)
+                if self._reports is not None:
+                    self._reports.on_submit(origin, message)
             case Cancel():
                 if not self._engine.cancel(message):
                     raise WireError("more cancellations than the engine can take")
+                if self._reports is not None:
+                    self._reports.on_cancel(message)
             case Wake():
                 self._engine.wake(message)
             case GraphBarrierUpdate():
@@ -341,6 +352,7 @@ class ControlServer:
         )
 
     def _refusal(self, submit: Submit) -> Tokens:
+        log.info("attempt_refused", request_id=submit.request_id, session=submit.session)
         refused = SessionTokens(
             session=submit.session,
             attempt=submit.attempt,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from gpu_worker.attempt_reports import AttemptReports
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.control_server import ControlServer, KvReplicaHost
 from gpu_worker.engine.engine_client import EngineCallbacks, EngineClient, EngineExecutor
@@ -27,13 +28,15 @@ from gpu_worker.membership.rank_membership import RankMembership
 from shared.clock import Clock
 from shared.errors import DeviceLost
 from shared.exit_codes import EXIT_DEVICE_LOST, EXIT_FENCED
-from shared.expert_map import Placement
+from shared.expert_map import ExpertMap, Placement
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import ExchangeHandles, InstanceSpec, RankRecord
 from shared.store import Store
+from shared.tracing import Tracer
 from shared.types import Incarnation, Member, NodeId, RankState
+from shared.wire import Adoption
 
 log = structlog.get_logger()
 
@@ -97,6 +100,7 @@ class RankParts:
     grammars: Grammars | None = None  # for guided decoding
     replication: KvReplication | None = None
     first_incarnation: Incarnation = Incarnation(0)  # of the process; 0: it is this one
+    tracer: Tracer | None = None
 
 
 class Rank:
@@ -112,6 +116,7 @@ class Rank:
         self._replicas = replicas
         self._tasks = asyncio.TaskGroup()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._reports = _attempt_reports(parts)
         self._engine_ended: asyncio.Future[None] | None = None
         self._engine = _make_engine_client(parts, self._engine_callbacks())
         announcements = Announcements(parts.clock, lambda: self._server.send_announcements())
@@ -127,6 +132,7 @@ class Rank:
             unheard=lambda: self._membership.unheard(),
             replication=replicas,
             orphan_s=config.orphan_s,
+            reports=self._reports,
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
@@ -191,6 +197,8 @@ class Rank:
         finally:
             self._engine.stop()
             await self._server.close()
+            if self._reports is not None:
+                self._reports.close()
         return self._ended.result()
 
     async def wait_for_threads(self) -> None:
@@ -215,14 +223,25 @@ class Rank:
             send_wake=lambda epoch, step: self._membership.send_wake(epoch, step),
             send_update=lambda update, peers: self._membership.send_update(update, peers),
             suspect=lambda suspect: self._membership.on_suspect(suspect),
-            adopted=lambda expert_map: self._membership.on_adopted(expert_map),
+            adopted=self._on_adopted,
             held=lambda epoch: self._membership.on_held(epoch),
             stopped=lambda reason: self._membership.on_engine_stopped(reason),
         )
 
+    def _on_adopted(self, expert_map: ExpertMap, adoption: Adoption) -> None:
+        if self._reports is not None:
+            self._reports.on_adopted(expert_map.epoch, abandoned=adoption.abandoned)
+        self._membership.on_adopted(expert_map)
+
     def _leave(self, reason: str) -> None:
         log.warning("fenced", reason=reason)
         self.stop(EXIT_FENCED)
+
+
+def _attempt_reports(parts: RankParts) -> AttemptReports | None:
+    if parts.tracer is None and parts.config.log_level != "debug":
+        return None
+    return AttemptReports(parts.member, parts.tracer)
 
 
 class _Ended(Exception):

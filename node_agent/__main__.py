@@ -10,6 +10,8 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -20,7 +22,7 @@ from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
 from node_agent.fork_client import ForkClient, ForkServerCommand
-from node_agent.health_endpoint import NodeHealth
+from node_agent.metrics import AgentMetrics
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
@@ -32,6 +34,7 @@ from shared.confinement import confined_environment, require_internal
 from shared.errors import ConfigError, StarfishError
 from shared.etcd_store import EtcdStore
 from shared.garbage_collector import freeze_loaded_objects
+from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.lifeline import watch_lifeline
@@ -167,62 +170,54 @@ def fork_client_of(setup: RankSetup, clock: Clock) -> ForkClient | None:
 
 
 async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
-    """Runs until SIGINT or the end of the lifeline, or until SIGTERM, and its ranks are drained."""
+    """Runs until SIGINT or the end of the lifeline, or until SIGTERM, and its ranks are drained.
+    Raises ConfigError if the port of its metrics is taken, before a rank is started."""
     clock, keys, node = SystemClock(), Keys(config.instance), setup.command.node
     ranks = parse_ranks(config.ranks)
     if setup.log_dir is not None:
         setup.log_dir.mkdir(parents=True, exist_ok=True)
     store = EtcdStore(config.store)
     leased = LeasedKeys(store, ttl_s=config.lease_ttl_s)
-    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks, ranks_max=config.ranks_max)
-    leased.put(keys.agent(node), pack_record(record))
+    access = Access(config.instance, read_secret(config.secret_file))
+    metrics = AgentMetrics(node, config.instance, access)
     supervisor = RankSupervisor(
         (), RestartPolicy(), random.Random(), clock.now(), stop_grace_s=config.stop_grace_s
     )
-    driver = AgentDriver(
-        store=store,
-        keys=keys,
-        supervisor=supervisor,
-        desired_ranks=DesiredRanks(node=node, flag_ranks=ranks),
-        record=record,
-        leased=leased,
-        exit_reporter=ExitReporter(store, keys, node, clock),
-        view_reporter=ViewReporter(
-            store=store, keys=keys, clock=clock, leased=leased, alive=supervisor.alive
-        ),
-        setup=setup,
-        clock=clock,
-        fork_client=fork_client_of(setup, clock),
-    )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, driver.stop)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, driver.leave)
-    watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
-    freeze_loaded_objects()
-    try:
-        await run_with_health(config, driver, store, keys)
-    finally:
-        await store.close()
+    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks, ranks_max=config.ranks_max)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        if config.metrics_port >= 0:
+            from node_agent.http_endpoint import serve_http  # loads the HTTP library
 
-
-async def run_with_health(
-    config: AgentConfig, driver: AgentDriver, store: EtcdStore, keys: Keys
-) -> None:
-    """Raises ConfigError if the port of /health is taken, before a rank is started."""
-    if config.metrics_port < 0:
+            host = config.metrics_host
+            endpoint = serve_http(
+                supervisor, metrics, store, keys, host=host, port=config.metrics_port
+            )
+            port = await stack.enter_async_context(endpoint)
+            record = replace(record, host=host, metrics_port=port)
+            log.info("listening", host=host, port=port)
+        leased.put(keys.agent(node), pack_record(record))
+        driver = AgentDriver(
+            store=store,
+            keys=keys,
+            supervisor=supervisor,
+            desired_ranks=DesiredRanks(node=node, flag_ranks=ranks),
+            record=record,
+            leased=leased,
+            exit_reporter=ExitReporter(store, keys, node, clock),
+            view_reporter=ViewReporter(
+                store=store, keys=keys, clock=clock, leased=leased, alive=supervisor.alive
+            ),
+            setup=setup,
+            clock=clock,
+            fork_client=fork_client_of(setup, clock),
+            metrics=metrics,
+        )
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, driver.stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, driver.leave)
+        watch_lifeline(config.lifeline_fd, lambda: driver.stop(grace_s=_LIFELINE_GRACE_S))
+        freeze_loaded_objects()
         await driver.run()
-        return
-    supervisor = driver.supervisor
-    health = NodeHealth(
-        lambda: supervisor.ranks, lambda: [each.member for each in supervisor.alive()]
-    )
-    async with (
-        health.serve(config.metrics_host, config.metrics_port) as port,
-        asyncio.TaskGroup() as tasks,
-    ):
-        log.info("listening", host=config.metrics_host, port=port)
-        follower = tasks.create_task(health.follow(store, keys))
-        await driver.run()
-        follower.cancel()
 
 
 if __name__ == "__main__":

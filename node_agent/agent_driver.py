@@ -17,6 +17,7 @@ from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter, retry_until_done
 from node_agent.fork_client import ForkClient, ForkUnavailable
 from node_agent.lease_keeper import keep_lease_until_registered
+from node_agent.metrics import AgentMetrics
 from node_agent.rank_process import (
     RankCommand,
     RankProcess,
@@ -85,6 +86,7 @@ class AgentDriver:
     setup: RankSetup
     clock: Clock
     fork_client: ForkClient | None  # None: every rank is started by `exec`
+    metrics: AgentMetrics
     _processes: dict[RankId, RankProcess] = field(default_factory=dict)
     _lease_tasks: dict[RankId, asyncio.Task[None]] = field(default_factory=dict)
     _crashed_forks: set[RankId] = field(default_factory=set)
@@ -202,6 +204,7 @@ class AgentDriver:
                 if isinstance(each, Verdict):
                     self._perform(self.supervisor.on_declared_dead(each.member, self.clock.now()))
                 elif self._owns(each):
+                    self.metrics.on_record(each)
                     registered = RunningRank(
                         member=each.member, lease_id=each.lease_id, pid=each.pid
                     )
@@ -310,6 +313,7 @@ class AgentDriver:
             return
         running_rank = RunningRank(member=member, lease_id=lease_id, pid=process.pid)
         log.info("rank_started", member=str(member), pid=process.pid, forked=process.is_forked)
+        self.metrics.on_started(is_forked=process.is_forked)
         self._track(running_rank, process)
         self._perform(self.supervisor.on_spawned(running_rank, self.clock.now()))
 
@@ -369,6 +373,7 @@ class AgentDriver:
         process.close()
         self._perform(self.supervisor.on_exited(rank, exit_code, self.clock.now()))
         log.info("rank_exited", rank=rank, pid=process.pid, detail=describe_exit(exit_code))
+        self.metrics.on_exit(exit_code)
         if self.setup.cpus:
             self._unpin()
         lease_task = self._lease_tasks.pop(rank)

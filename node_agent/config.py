@@ -62,8 +62,6 @@ class AgentConfig:
     public_data_host: bool = option(
         False, "accept a public address as --data-host; a firewall must keep strangers away from it"
     )
-    metrics_host: str = option("127.0.0.1", "address of /health")
-    metrics_port: int = option(-1, "port of /health; 0 takes a free one, -1 does not serve it")
     log_dir: Path | None = option(None, "folder for rank-N.log; default: the agent's own stderr")
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the agent and its ranks")
     lease_ttl_s: float = option(5.0, "etcd lease of the agent and of every rank")
@@ -82,6 +80,12 @@ class AgentConfig:
     pin_cpus: bool = option(True, "run each rank only on its own share of the CPUs")
     fork_ranks: bool = option(
         True, "start ranks as copies of one prepared process, which is faster than a new one"
+    )
+    metrics_host: str = option(
+        "127.0.0.1", "address of /metrics, of this agent and its ranks, and of /health"
+    )
+    metrics_port: int = option(
+        -1, "port of /metrics and /health; 0 takes a free one, -1 serves none"
     )
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "log one JSON object per line instead of text")
@@ -118,5 +122,7 @@ class AgentConfig:
             raise ConfigError(f"--dying-poll-ms must be from 0 to {_DYING_POLL_MAX_MS:.0f}")
         if not 0 <= self.control_port <= _PORT_MAX - len(parse_ranks(self.ranks)):
             raise ConfigError(f"--control-port {self.control_port}: not all ranks get a port")
+        if not -1 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port {self.metrics_port}: pass a port, or -1 for none")
         if "/" in self.node_name:
             raise ConfigError(f"--node {self.node_name!r} must not contain a slash")

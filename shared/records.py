@@ -227,13 +227,15 @@ class AgentRecord:
     """A node agent, and the ranks that its flags name: it starts and watches these, unless the
     desired state says where each rank runs. `ranks_max` is the number of ranks for which the node
     has room, 0 if nobody has said. `leaving`: it was told to end, and waits until its ranks have
-    been drained."""
+    been drained. `metrics_port`: of its `/metrics` at `host`; 0: it serves none."""
 
     node: NodeId
     pid: int
     ranks: tuple[RankId, ...]
     ranks_max: int = 0
     leaving: bool = False
+    host: str = ""
+    metrics_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

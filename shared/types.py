@@ -67,6 +67,18 @@ ABSENT_SLOT = -2
 """In a placement array: the rank has no such slot. Ranks may have different numbers of slots."""
 
 
+REQUEST_ID_PATTERN = r"[A-Za-z0-9._:/+=@-]{1,128}"
+"""What may stand in a header, a log line and a file name: nothing that ends one of them."""
+
+RequestId = Annotated[str, Meta(pattern=rf"^({REQUEST_ID_PATTERN})?\Z")]
+"""Names a client's request in logs. Chosen by the client, or by the gateway."""
+
+TRACEPARENT_PATTERN = r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"
+
+Traceparent = Annotated[str, Meta(pattern=rf"^({TRACEPARENT_PATTERN})?\Z")]
+"""W3C's header of that name."""
+
+
 class RankState(Enum):
     """How far an incarnation has come, according to its own record."""
 

@@ -26,11 +26,13 @@ from shared.types import (
     MemoryHandle,
     Operation,
     RankId,
+    RequestId,
     Role,
     SamplingParams,
     SchedulingParams,
     SessionId,
     Step,
+    Traceparent,
 )
 
 FRAME_BYTES_MAX = 16 << 20
@@ -94,7 +96,9 @@ class Submit:
 
     `stream_key` is empty, or names the stream whichever gateway has it: if the rank has a session
     of this key, tenant, prompt and sampling, it goes on for this gateway and no other, and its
-    tokens from `num_emitted` on come at once."""
+    tokens from `num_emitted` on come at once. `request_id` names the client's request in logs;
+    `traceparent` is W3C's and says of which trace the attempt is a part, if of any. Neither changes
+    what is generated."""
 
     session: SessionId
     attempt: Attempt
@@ -103,6 +107,8 @@ class Submit:
     sampling: SamplingParams
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     stream_key: Annotated[bytes, Meta(max_length=32)] = b""
+    request_id: RequestId = ""
+    traceparent: Traceparent = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +139,11 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `ids` may be empty. A stop token is sent too, as the last id with `finish=STOP`: it counts as a
     token, and the gateway leaves it out of the text. If `error` is set, the attempt failed; if
     `retryable` is set as well, another rank may take the session, and if `invalid` is set, the
-    request itself is at fault. `cached_tokens` is the number of
-    submitted tokens that the KV cache held when the attempt began; the first message with ids has
-    it. `backup_rank` names the rank that keeps the session's KV replicas, whenever it has changed
-    since the last message; -1 means no change. `taken_over`: the attempt goes on with a session
-    that another gateway had here.
+    request itself is at fault. `cached_tokens` is the number of submitted tokens that the KV cache
+    held when the attempt began, and `queued_ms` how long it had waited until then; the first
+    message with ids has both. `backup_rank` names the rank that keeps the session's KV replicas,
+    whenever it has changed since the last message; -1 means no change. `taken_over`: the attempt
+    goes on with a session that another gateway had here.
 
     If the sampling parameters ask for them, `logprobs` holds one entry for each of `ids`, and
     `prompt_logprobs` come in chunks before the first id: the first entry of a chunk is that of the
@@ -155,6 +161,7 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     retryable: bool = False
     invalid: bool = False
     cached_tokens: int = 0
+    queued_ms: float = 0.0
     backup_rank: int = -1
     taken_over: bool = False
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -31,10 +31,11 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "engine": {"exchange"},
         "startup_timer": set(),
         "membership": {"engine"},
-        "control_server": {"engine", "membership"},
+        "attempt_reports": {"engine"},
+        "control_server": {"attempt_reports", "engine", "membership"},
         "kv_replication": {"config", "exchange", "engine"},
         "rank": {
-            *("config", "exchange", "membership"),
+            *("attempt_reports", "config", "exchange", "membership"),
             *("engine", "control_server", "kv_replication"),
         },
         "rejoin": {"rank"},
@@ -65,8 +66,11 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "bench": {"*", "observe", "up"},
         "evaluate": {"*", "observe", "bench"},
         "plan": {"*"},
+        "support": {"*", "observe"},
         "checkpoint": {"*", "up"},
-        "__main__": {"*", "admin", "observe", "up", "bench", "evaluate", "plan", "checkpoint"},
+        "__main__": {
+            *("*", "admin", "observe", "up", "bench", "evaluate", "plan", "checkpoint", "support")
+        },
     },
 }
 LAYERS = [(package, layer) for package, layers in MAY_IMPORT_WITHIN.items() for layer in layers]
@@ -81,6 +85,7 @@ OWNERS = {
     "torch": {"gpu_worker/"},
     "numba": {"gpu_worker/"},
     "triton": {"gpu_worker/cuda/"},
+    "opentelemetry": {"shared/tracing.py"},
     "mooncake": {"gpu_worker/exchange/", "gpu_worker/cuda/"},
     "transformers": set[str](),
 }

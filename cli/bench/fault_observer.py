@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from cli.observe.instance_view import Record, decode_value
-from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
 from shared.changes import changes
 from shared.errors import Unavailable
@@ -17,6 +16,7 @@ from shared.etcd_store import EtcdStore, connect_store
 from shared.expert_map import ExpertMap
 from shared.handshake import Access
 from shared.keys import Keys
+from shared.rank_query import query_ranks
 from shared.records import InstanceSpec, LeaderRecord, RankRecord, Verdict
 from shared.store import WatchEvent
 from shared.types import Epoch, Member

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.observe.instance_view import InstanceView
-from cli.observe.rank_query import query_ranks
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.change_progress import is_in_progress
@@ -20,6 +19,7 @@ from shared.errors import ConfigError
 from shared.etcd_health import describe_alarm
 from shared.etcd_store import connect_store
 from shared.keys import Keys
+from shared.rank_query import query_ranks
 from shared.records import RankRecord
 from shared.stragglers import lateness_ms, stragglers
 from shared.types import EMPTY_SLOT, Member, NodeId, RankId

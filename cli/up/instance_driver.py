@@ -190,6 +190,7 @@ class InstanceDriver:
                 secret_file=str(options.secret_file),
                 admin_url=self._admin_url(),
                 admin_token_file=str(options.admin_token_file),
+                metrics_ports=options.metrics_ports,
                 **state_of_store(self._stores[EtcdService.READER]),
             ),
         )

@@ -110,6 +110,13 @@ class UpOptions:
         ),
     ] = RoutingPolicyName.PREFIX_AFFINITY.value
     control_planes: Annotated[int, typer.Option(help="2: one stands by; or 1.")] = 2
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            help="First of the ports at which the control planes, one each, and then the node "
+            "agent serve /metrics, on this host alone; 0: only gateways do."
+        ),
+    ] = 0
     instance: Annotated[str, typer.Option(help="Name of the instance.")] = "default"
     chosen_run_dir: RunDirFlag = None
     chosen_secret_file: Annotated[
@@ -221,6 +228,13 @@ class UpOptions:
     cors_origins: Annotated[
         str, typer.Option(help="Origins whose pages may call the API, comma-separated; * for all.")
     ] = ""
+    otlp_endpoint: Annotated[
+        str,
+        typer.Option(
+            help="Collector of OpenTelemetry traces over HTTP, such as http://localhost:4318 "
+            "(needs starfish-moe[otel]; default: no traces)."
+        ),
+    ] = ""
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Services log a JSON object per line.")
     ] = False
@@ -262,6 +276,12 @@ class UpOptions:
         }
 
     @property
+    def metrics_ports(self) -> tuple[int, ...]:
+        """Of the control planes, then of the agent; empty: they serve none."""
+        first = self.metrics_port
+        return tuple(range(first, first + self.control_planes + 1)) if first else ()
+
+    @property
     def needs_api_key(self) -> bool:
         return self.api_key_file is not None or bool(os.environ.get(API_KEYS_VARIABLE, "").strip())
 
@@ -275,6 +295,8 @@ class UpOptions:
         port is taken."""
         self.check_values()
         check_port(self.host, self.port)
+        for port in self.metrics_ports:
+            check_port("127.0.0.1", port, flag="--metrics-port")
 
     def check_values(self) -> None:
         """As `check`, without the port."""
@@ -327,6 +349,8 @@ class UpOptions:
             raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
         if not 0 <= self.admin_port < 65536:
             raise ConfigError(f"--admin-port {self.admin_port}: pass a port below 65536, or 0")
+        if not 0 <= self.metrics_port < 65536 - self.control_planes:
+            raise ConfigError(f"--metrics-port {self.metrics_port}: pass a port, or 0 for none")
 
     def _check_aliases(self) -> None:
         """SGLang's flags, for which Starfish has only one value."""
@@ -340,8 +364,8 @@ class UpOptions:
                 )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError if the gateway could not listen there."""
+def check_port(host: str, port: int, *, flag: str = "--port") -> None:
+    """Raises ConfigError if nobody could listen there."""
     try:
         listen_on(host, port).close()
     except ConfigError as error:
@@ -350,5 +374,5 @@ def check_port(host: str, port: int) -> None:
             raise
         raise ConfigError(
             f"cannot listen on {host}:{port}: another process does ({holder}); stop it, or pass "
-            "another --port"
+            f"another {flag}"
         ) from error

@@ -66,6 +66,7 @@ def control_plane(
             *("--admin-host", options.admin_host, "--admin-port", "0"),
             *("--admin-token-file", str(options.admin_token_file)),
             *("--admin-listen-fd", str(admin_fd)),
+            *(("--port", str(options.metrics_ports[number])) if options.metrics_port else ()),
             *log_flags(options),
         ),
         inherited_fds=(admin_fd,),
@@ -120,6 +121,7 @@ def _gateway_flags(options: UpOptions, etcd: EtcdOptions) -> tuple[str, ...]:
         *_given("--cors-origins", options.cors_origins),
         *_given("--tls-cert", options.tls_cert),
         *_given("--tls-key", options.tls_key),
+        *_given("--otlp-endpoint", options.otlp_endpoint),
         *_given("--api-key-file", options.api_key_file and options.api_key_file.absolute()),
         *log_flags(options),
     )
@@ -151,6 +153,7 @@ def agent(
         rank_flags += ["--mooncake-ib-device", options.ib_device]
     if options.static:
         rank_flags.append("--static")
+    rank_flags += _given("--otlp-endpoint", options.otlp_endpoint)
     if options.kv_tokens is not None:
         rank_flags += ["--kv-tokens", str(options.kv_tokens)]
     return Service(
@@ -161,6 +164,7 @@ def agent(
             *("--secret-file", str(options.secret_file)),
             *("--ranks", f"0-{options.ranks - 1}", "--log-dir", str(log_dir)),
             *(("--host-experts-gb", str(host_gb)) if host_gb >= 0 else ()),
+            *(("--metrics-port", str(options.metrics_ports[-1])) if options.metrics_port else ()),
             *log_flags(options),
             *("--stop-grace-s", "4", "--leave-grace-s", "0"),
         ),

@@ -43,6 +43,7 @@ from gateway.api.request_body import read_body
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
+from gateway.api.request_trace import RequestTraces
 from gateway.api.requests import read_options, read_prompts
 from gateway.api.resumption import Resumption, Stream, body_digest, check_not_resumed
 from gateway.api.routes import Handler, Routes, endpoint_of
@@ -53,10 +54,12 @@ from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.prompt import Prompt
+from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
 from shared.errors import RequestError, StarfishError, Unavailable
+from shared.tracing import Tracer
 
 log = structlog.get_logger()
 
@@ -87,6 +90,7 @@ class HttpApp:
         body_bytes_max: int,
         logprobs_max: int,
         cross_origin: CrossOrigin,
+        tracer: Tracer | None = None,
     ) -> None:
         self._driver = driver
         self._admission = admission
@@ -101,6 +105,7 @@ class HttpApp:
         self._jobs = JobBuilder(clock=clock, logprobs_max=logprobs_max)
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
+        self._traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
 
     def build(self, *outer: Middleware) -> web.Application:
         """`outer` are middlewares around its own ones, the outermost first."""
@@ -108,6 +113,7 @@ class HttpApp:
             middlewares=[
                 *outer,
                 self._request_log.log_request,
+                *self._traces,
                 self._cross_origin.answer_preflight,
                 self._handle_errors,
                 self._authenticator.authenticate,
@@ -372,6 +378,7 @@ class HttpApp:
             tasks=job.tasks,
             # What is parsed is read as it comes: at its end it would hold up the event loop.
             streaming=job.options.stream or job.is_parsed,
+            tag=RequestTag(request_id=context.id, endpoint=endpoint_of(request), span=context.span),
         )
         try:
             with generation:

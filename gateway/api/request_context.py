@@ -12,9 +12,11 @@ from aiohttp import web
 from gateway.admission import Ticket
 from gateway.api_keys import ANYBODY, ApiKey
 from gateway.tenant_account import TenantAccount
+from shared.tracing import TraceSpan
+from shared.types import REQUEST_ID_PATTERN
 
 REQUEST_ID_HEADER = "X-Request-Id"
-_ECHOED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_ECHOED = re.compile(REQUEST_ID_PATTERN)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +30,7 @@ class RequestContext:
     body_digest: bytes = b""  # of a body that asks for a stream
     num_prompt_tokens: int = 0
     num_generated: int = 0
+    span: TraceSpan | None = None  # if requests are traced
 
 
 _CONTEXT = web.RequestKey("context", RequestContext)

@@ -52,6 +52,7 @@ class RequestLog:
             key=context.key.name,
             prompt_tokens=context.num_prompt_tokens,
             generated_tokens=context.num_generated,
+            **({} if context.span is None else {"trace_id": context.span.trace_id}),
         )
 
 

@@ -170,10 +170,11 @@ class Engine:
         """Returns whether to stop."""
         replies: dict[Origin, list[SessionTokens]] = {}
         stop = False
+        now = self._clock.now() if items else 0.0
         for item in items:
             match item:
                 case Arrival(origin=origin, submit=submit):
-                    for to, reply in self._begin_attempt(origin, submit):
+                    for to, reply in self._begin_attempt(origin, submit, now):
                         replies.setdefault(to, []).append(reply)
                 case Cancel(session=session, attempt=attempt):
                     if (ended := self._scheduler.cancel(session, attempt)) is not None:
@@ -199,11 +200,13 @@ class Engine:
             self._post_tokens(replies)
         return stop
 
-    def _begin_attempt(self, origin: Origin, submit: Submit) -> list[tuple[Origin, SessionTokens]]:
+    def _begin_attempt(
+        self, origin: Origin, submit: Submit, now: float
+    ) -> list[tuple[Origin, SessionTokens]]:
         """Returns what is to be said at once, and to whom."""
         if (taken_over := self._scheduler.take_over(origin, submit)) is not None:
             return taken_over
-        reply = self._scheduler.submit(origin, submit)
+        reply = self._scheduler.submit(origin, submit, now)
         return [] if reply is None else [(origin, reply)]
 
     def _settle_grammars(self) -> None:
@@ -266,7 +269,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         has_work = self._scheduler.has_work
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._clock.now())
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)
         if not self._runner.can_run_ahead_of(plan):
@@ -279,7 +282,7 @@ class Engine:
             return
         if not self._runner.can_run_ahead_of(before):
             return
-        plan = self._scheduler.plan_ahead()
+        plan = self._scheduler.plan_ahead(self._clock.now())
         if plan is None:
             return
         if self._runner.claim_ahead():

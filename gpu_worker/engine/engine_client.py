@@ -41,6 +41,7 @@ from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Member, RankId, Step
 from shared.wire import (
+    Adoption,
     AnnouncedOperation,
     Cancel,
     GraphBarrierUpdate,
@@ -83,7 +84,7 @@ class EngineCallbacks:
     send_wake: Callable[[Epoch, Step], None]  # to all other members
     send_update: Callable[[GraphBarrierUpdate, Iterable[Member]], None]
     suspect: Callable[[Suspect], None]
-    adopted: Callable[[ExpertMap], None]
+    adopted: Callable[[ExpertMap, Adoption], None]
     held: Callable[[Epoch], None]
     stopped: Callable[[str], None]  # the engine cannot go on in this incarnation, and why
 
@@ -305,7 +306,7 @@ class EngineClient:
                 callbacks.send_wake(epoch, step)
             case Adopted(expert_map=expert_map, adoption=adoption):
                 log.info("map_adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
-                callbacks.adopted(expert_map)
+                callbacks.adopted(expert_map, adoption)
             case Held(epoch=epoch):
                 callbacks.held(epoch)
             case Stranded(epoch=epoch):

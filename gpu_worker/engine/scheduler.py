@@ -147,8 +147,9 @@ class Scheduler:
             kv_replicas_rejected=self._replicator.num_rejected,
         )
 
-    def submit(self, origin: Origin, submit: Submit) -> SessionTokens | None:
-        """The reply if the attempt ends at once: refused, or nothing left to generate."""
+    def submit(self, origin: Origin, submit: Submit, now: float = 0.0) -> SessionTokens | None:
+        """The reply if the attempt ends at once: refused, or nothing left to generate. `now`, here
+        and when a plan is made, is in seconds of one clock; it only measures the wait."""
         known = self._sequences.get(submit.session)
         if known is not None:
             if submit.attempt <= known.attempt:
@@ -161,6 +162,7 @@ class Scheduler:
             arrival=self._arrivals,
             eos_token_ids=self._eos_token_ids,
             tokens_max=self._limits.tokens_max,
+            now=now,
         )
         reply = reply_at_once(sequence, self._limits) or self._refuse_if_full(sequence)
         if reply is not None:
@@ -240,7 +242,7 @@ class Scheduler:
             if sequence.state is not SequenceState.ENDED:
                 self._end(sequence)
 
-    def plan(self) -> StepPlan:
+    def plan(self, now: float = 0.0) -> StepPlan:
         """Takes decodes first, then prefill chunks of running sequences, then of newly admitted
         ones, unless these are ahead of the running ones. If blocks run out, the last of
         the running ones are preempted."""
@@ -253,9 +255,9 @@ class Scheduler:
             preempted = self._running.pop()
             del projected[preempted]
             self._stop_running(preempted)
-        return self._fill_step(projected, growing)
+        return self._fill_step(projected, growing, now)
 
-    def plan_ahead(self) -> StepPlan | None:
+    def plan_ahead(self, now: float = 0.0) -> StepPlan | None:
         """The step after the one in flight, before that one's tokens are known. None if the plan
         depends on them, or if there is nothing to run."""
         (before,) = self._plans
@@ -266,7 +268,7 @@ class Scheduler:
         growing = self._growing(projected)
         if len(growing) > self._kv.num_free or self._has_to_yield(growing):
             return None
-        plan = self._fill_step(projected, growing)
+        plan = self._fill_step(projected, growing, now)
         if not plan.chunks:
             self.abandon(plan)
             return None
@@ -293,7 +295,7 @@ class Scheduler:
         return len(self._running) >= self._limits.mid_stream_max or num_wanted > self._kv.num_free
 
     def _fill_step(
-        self, projected: Mapping[Sequence, ProjectedState], growing: Items[Sequence]
+        self, projected: Mapping[Sequence, ProjectedState], growing: Items[Sequence], now: float
     ) -> StepPlan:
         """`projected` are the running sequences, in order of priority."""
         for sequence in growing:
@@ -318,6 +320,7 @@ class Scheduler:
                 budget.add_prefill(sequence, projected[sequence])
             elif found is not None:
                 self._admit(found)
+                found.begin(now)
                 admitted.append(found)
                 budget.add_prefill(found, current_state(found))
             else:

@@ -33,6 +33,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived_at",
         "attempt",
         "block_names",
         "is_charged",
@@ -47,6 +48,7 @@ class Sequence:
         "num_published",
         "num_scored",
         "origin",
+        "queued_s",
         "reported_backup",
         "row",
         "sampling",
@@ -69,11 +71,14 @@ class Sequence:
         arrival: int,
         eos_token_ids: tuple[int, ...],
         tokens_max: int,
+        now: float = 0.0,
     ) -> None:
         self.session = submit.session
         self.attempt = submit.attempt
         self.origin = origin
         self.arrival = arrival
+        self.arrived_at = now
+        self.queued_s: float | None = None  # until it first ran
         self.sampling = submit.sampling
         self.scheduling = submit.scheduling
         self.stream_key = submit.stream_key
@@ -106,6 +111,11 @@ class Sequence:
         is then a stop token even if the client ignores end tokens."""
         self.matcher = matcher
         self.stop_ids = tuple(sorted({*self.stop_ids, *matcher.end_ids}))
+
+    def begin(self, now: float) -> None:
+        """It runs. Afterwards it may wait again, and begin again."""
+        if self.queued_s is None:
+            self.queued_s = now - self.arrived_at
 
     @property
     def num_pending(self) -> int:
@@ -206,6 +216,7 @@ class Sequence:
         logprobs: tuple[TokenLogprob, ...] = (),
         backup: RankId | None = None,
     ) -> SessionTokens:
+        is_first = bool(ids) and index == self.num_emitted
         return SessionTokens(
             session=self.session,
             attempt=self.attempt,
@@ -215,5 +226,6 @@ class Sequence:
             error=error,
             logprobs=logprobs,
             backup_rank=-1 if backup is None else backup,
-            cached_tokens=(self.num_cached or 0) if ids and index == self.num_emitted else 0,
+            cached_tokens=(self.num_cached or 0) if is_first else 0,
+            queued_ms=round((self.queued_s or 0.0) * 1000, 3) if is_first else 0.0,
         )

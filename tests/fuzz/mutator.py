@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 import types
 import typing
 from enum import Enum
@@ -28,6 +29,7 @@ TEXTS = (
     "%s%n",
     "{{7*7}}",
     "a/b",
+    "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 )
 DEPTH_MAX = 3
 
@@ -66,6 +68,9 @@ class Mutator:
 
     def _sample_within(self, hint: Any, bounds: msgspec.Meta) -> Any:
         """A value at the bounds or between them."""
+        if bounds.pattern is not None:
+            fitting = [text for text in TEXTS if re.search(bounds.pattern, text)]
+            return self.rng.choice(fitting)
         if hint in (str, bytes):
             return self._sample_plain(hint)[: bounds.max_length]
         least = -math.inf if bounds.ge is None else bounds.ge

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
+from tests.support.metrics import metric_value
 from tests.support.tiny_tokenizer import write_tokenizer
 
 ORIGIN = "https://chat.example.com"
@@ -165,7 +166,11 @@ async def test_metrics_in_both_formats(harness: GatewayHarness) -> None:
     async with harness.http.get(harness.url + "/metrics") as response:
         text = await response.text()
     assert "starfish_gateway_generated_tokens_total 8.0" in text
-    assert "starfish_gateway_request_seconds_count 1.0" in text
+    endpoint = "/v1/completions"
+    assert metric_value(text, "starfish_gateway_request_seconds_count", endpoint=endpoint) == 1.0
+    assert metric_value(text, "vllm:generation_tokens_total", model_name=MODEL) == 8.0
+    assert metric_value(text, "vllm:request_success_total", finished_reason="length") == 1.0
+    assert metric_value(text, "vllm:num_requests_waiting", engine="none") == 0.0
     wanted = {"Accept": "application/openmetrics-text"}
     async with harness.http.get(harness.url + "/metrics", headers=wanted) as response:
         assert response.content_type == "application/openmetrics-text"

@@ -93,7 +93,7 @@ async def resumed(cluster: Cluster) -> dict[str, float]:
             continue  # it is dead, and listed until its lease ends
         for line in text.splitlines():
             for kind in counts:
-                if line.startswith("starfish_gateway_sessions_resumed_total") and kind in line:
+                if line.startswith("starfish_gateway_streams_resumed_total") and kind in line:
                     counts[kind] += float(line.split()[1])
     return counts
 

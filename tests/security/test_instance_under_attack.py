@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import stat
+import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 from cli.run_dir import read_state
 from cli.up.model import shipped_model
+from shared.api_key import new_api_key
 from shared.etcd_store import connect_store
 from shared.handshake import Access, Caller, introduce, rank_caller
 from shared.keys import Keys
@@ -20,7 +24,8 @@ from shared.records import RankRecord, unpack_record
 from shared.secret import read_secret
 from shared.types import Epoch, Member, Role, Step
 from shared.wire import Message, OpenRegion, StatusQuery, Wake, encode, read_message
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster, free_ports, running_cluster
+from tests.support.metrics import metric_value
 
 FORGED = Epoch(1 << 40)
 
@@ -113,6 +118,36 @@ async def expect_no_secret_shown(cluster: Cluster) -> None:
     assert leaks == []
 
 
+async def expect_no_secret_in_a_bundle(cluster: Cluster, folder: Path) -> None:
+    """Logs, metrics, etcd's keys, processes and status are in it, and no secret is."""
+    path = folder / "bundle.tar.gz"
+    api_key = new_api_key()
+    log = cluster.run_dir / "logs" / "agent.log"
+    with log.open("ab") as file:  # as if a service had said too much
+        file.write(secrets_of(cluster.run_dir)[0] + b"\n" + api_key.encode() + b"\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli", "support-bundle"),
+        *("--run-dir", str(cluster.run_dir), "--output", str(path)),
+        env={**os.environ, "STARFISH_API_KEY": api_key},
+    )
+    assert await process.wait() == 0
+    with tarfile.open(path) as tar:
+        found = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+    told = json.loads(found["bundle/contents.json"])
+    assert told["missing"] == {}
+    kinds = {name.partition("/")[0] for name in told["bytes"]}
+    assert kinds >= {"logs", "metrics", "host", "etcd.json", "status.json", "processes.json"}
+    assert json.loads(found["bundle/status.json"])["epoch"] > 0
+    assert any(name.endswith("/spec") for name in json.loads(found["bundle/etcd.json"]))
+    metrics = "".join(t.decode() for n, t in found.items() if n.startswith("bundle/metrics/"))
+    assert metric_value(metrics, "starfish_control_plane_leader") == 1
+    assert metric_value(metrics, "starfish_rank_up") == 2
+    assert metric_value(metrics, "starfish_gateway_live_ranks") == 2
+    secrets = [*secrets_of(cluster.run_dir), api_key.encode()]
+    assert [n for n, text in found.items() for secret in secrets if secret in text] == []
+    log.write_bytes(b"")  # for those who look at it next
+
+
 async def is_prompt(cluster: Cluster) -> float:
     began = time.monotonic()
     result = await cluster.stream([5, 6, 7], max_tokens=4)
@@ -125,13 +160,15 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
     run_dir = tmp_path / "run"
     model = shipped_model()
     assert model is not None
-    async with running_cluster(run_dir, model, ranks=2) as cluster:
+    flags = ("--metrics-port", str(free_ports(3)))
+    async with running_cluster(run_dir, model, ranks=2, flags=flags) as cluster:
         async with asyncio.timeout(30):
             while not (run_dir / "starfish.json").exists():  # noqa: ASYNC110 - a file tells nobody
                 await asyncio.sleep(0.1)
         path = run_dir / "secret"
         secret = read_secret(path)
         await expect_no_secret_shown(cluster)
+        await expect_no_secret_in_a_bundle(cluster, tmp_path)
         records = await records_of(cluster)
         members = await cluster.live_ranks()
         target, peer = records[0], records[1].member

@@ -4,8 +4,10 @@ few things a test does to it: send streams, read the status, kill a rank."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -26,6 +28,19 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(number: int) -> int:
+    """The first of so many in a row. Below those that the kernel gives to connections."""
+    while True:
+        first = random.randrange(20_000, 32_000)
+        with contextlib.ExitStack() as probes:
+            try:
+                for port in range(first, first + number):
+                    probes.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return first
 
 
 @dataclass(frozen=True, slots=True)

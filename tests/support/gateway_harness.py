@@ -22,6 +22,7 @@ from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec, pack_map
 from shared.store import Store
+from shared.tracing import Tracer
 from shared.types import Epoch, Member
 from tests.support.memory_store import MemoryEtcd, MemoryStore
 from tests.support.toy_rank import VOCAB, ToyRank
@@ -112,6 +113,7 @@ async def running_gateway(
     context_tokens_max: int = 2048,
     scheme: str = "http",
     api_key: str = "none",
+    tracer: Tracer | None = None,
     **options: object,
 ) -> AsyncIterator[GatewayHarness]:
     """`options` are fields of GatewayConfig. The gateway is ready when the body begins; if it wants
@@ -139,6 +141,7 @@ async def running_gateway(
                 stop=harness.stop,
                 access=Access(config.instance),
                 api_keys=ApiKeyWatch(config.api_key_file, "", poll_s=0.05),
+                tracer=tracer,
             )
             gateway = asyncio.create_task(run_gateway(config, dependencies))
             try:

@@ -70,7 +70,7 @@ def in_state(state: SessionState) -> StreamSession:
     session = new_session()
     if state is SessionState.WAITING:
         return session
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, 1), 1.0)
     match state:
         case SessionState.FINISHED:
@@ -99,7 +99,7 @@ def move(session: StreamSession) -> list[SendToRank]:
 
 
 CASES = [
-    Case(SessionEvent.PLACED, lambda s: s.place(B)),
+    Case(SessionEvent.PLACED, lambda s: s.place(B, 0.0)),
     Case(SessionEvent.TOKENS, lambda s: s.on_tokens(A, tokens(1, 2), 2.0)),
     Case(SessionEvent.ENDED, lambda s: s.on_tokens(A, tokens(1, 2, finish=FinishReason.STOP), 2.0)),
     Case(SessionEvent.REFUSED, lambda s: s.on_tokens(A, reason("full", retryable=True), 2.0)),
@@ -133,7 +133,7 @@ def test_every_event_is_in_the_cases() -> None:
 
 def test_the_first_submit_carries_the_prompt_and_the_next_all_tokens_so_far() -> None:
     session = new_session()
-    (first,) = session.place(A)
+    (first,) = session.place(A, 0.0)
     assert first == SendToRank(
         member=A,
         message=Submit(
@@ -146,7 +146,7 @@ def test_the_first_submit_carries_the_prompt_and_the_next_all_tokens_so_far() ->
     )
     session.on_tokens(A, tokens(0, 1, 2), 1.0)
     session.on_rank_lost(A, 1.0)
-    (second,) = session.place(B)
+    (second,) = session.place(B, 0.0)
     assert isinstance(second.message, Submit)
     assert (second.message.tokens, second.message.num_emitted) == ((7, 8, 9, 1, 2), 2)
     assert (second.message.attempt, session.moves) == (1, 1)
@@ -154,14 +154,14 @@ def test_the_first_submit_carries_the_prompt_and_the_next_all_tokens_so_far() ->
 
 def test_late_repeated_and_foreign_messages_change_nothing() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, 1, 2), 1.0)
     session.on_tokens(A, tokens(0, 1, 2), 1.0)
     session.on_tokens(A, tokens(1, 2), 1.0)
     session.on_tokens(B, tokens(2, 99), 1.0)
     session.on_rank_lost(A, 1.0)
     session.on_tokens(A, tokens(2, 3), 1.0)
-    session.place(B)
+    session.place(B, 0.0)
     session.on_tokens(B, tokens(2, 99, attempt=0), 1.0)
     session.on_tokens(A, tokens(2, 99, attempt=1), 1.0)
     assert session.emitted == [1, 2]
@@ -169,7 +169,7 @@ def test_late_repeated_and_foreign_messages_change_nothing() -> None:
 
 def test_of_an_overlapping_message_only_the_new_part_counts() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, 1, 2), 1.0)
     session.on_tokens(A, tokens(1, 2, 3, 4), 1.0)
     assert session.emitted == [1, 2, 3, 4]
@@ -177,7 +177,7 @@ def test_of_an_overlapping_message_only_the_new_part_counts() -> None:
 
 def test_a_gap_moves_the_session_and_cancels_the_attempt() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     sent = session.on_tokens(A, tokens(1, 5), 1.0)
     assert session.state is SessionState.WAITING
     assert sent == [
@@ -187,7 +187,7 @@ def test_a_gap_moves_the_session_and_cancels_the_attempt() -> None:
 
 def test_it_takes_no_more_than_max_tokens_and_then_ends() -> None:
     session = new_session(max_tokens=3)
-    session.place(A)
+    session.place(A, 0.0)
     sent = session.on_tokens(A, tokens(0, 1, 2, 3, 4), 1.0)
     assert (session.emitted, session.finish) == ([1, 2, 3], FinishReason.LENGTH)
     assert session.state is SessionState.FINISHED
@@ -196,7 +196,7 @@ def test_it_takes_no_more_than_max_tokens_and_then_ends() -> None:
 
 def test_a_rank_that_cancels_by_itself_is_left_but_its_tokens_stay() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, 1, finish=FinishReason.CANCELLED), 1.0)
     assert (session.state, session.emitted) == (SessionState.WAITING, [1])
 
@@ -205,13 +205,13 @@ def test_refusals_back_off_and_end_after_their_limit() -> None:
     session = new_session()
     waits = []
     for attempt in range(POLICY.refusals_max):
-        session.place(A)
+        session.place(A, 0.0)
         session.on_tokens(A, tokens(0, error="full", retryable=True, attempt=attempt), 1.0)
         assert session.state is SessionState.WAITING
         waits.append(session.ready_at - 1.0)
     assert all(0 < wait <= POLICY.backoff_max_s * 1.5 for wait in waits)
     assert waits[2] > waits[0]
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, error="full", retryable=True, attempt=3), 1.0)
     assert session.failure is not None
     assert session.failure.kind is FailureKind.OVERLOADED
@@ -223,10 +223,10 @@ def test_refusals_back_off_and_end_after_their_limit() -> None:
 def test_a_session_that_loses_rank_after_rank_without_a_token_fails() -> None:
     session = new_session()
     for _ in range(POLICY.losses_max):
-        session.place(A)
+        session.place(A, 0.0)
         session.on_rank_lost(A, 1.0)
         assert session.state is SessionState.WAITING
-    session.place(A)
+    session.place(A, 0.0)
     session.on_rank_lost(A, 1.0)
     assert session.failure is not None
     assert session.failure.kind is FailureKind.RANKS_LOST
@@ -234,10 +234,10 @@ def test_a_session_that_loses_rank_after_rank_without_a_token_fails() -> None:
 
 def test_a_guided_session_may_lose_one_rank_without_a_token_and_no_second() -> None:
     session = new_session(grammar="start: A")
-    session.place(A)
+    session.place(A, 0.0)
     session.on_rank_lost(A, 1.0)
     assert session.state is SessionState.WAITING
-    session.place(B)
+    session.place(B, 0.0)
     session.on_rank_lost(B, 2.0)
     assert session.state is SessionState.FAILED
     assert session.failure is not None
@@ -246,7 +246,7 @@ def test_a_guided_session_may_lose_one_rank_without_a_token_and_no_second() -> N
 
 def test_a_grammar_that_a_rank_cannot_follow_ends_its_session_there() -> None:
     session = new_session(grammar="start: A")
-    session.place(A)
+    session.place(A, 0.0)
     said = replace(tokens(0, error="too long"), invalid=True)
     session.on_tokens(A, said, 1.0)
     assert session.state is SessionState.FAILED
@@ -259,7 +259,7 @@ def test_a_grammar_that_a_rank_cannot_follow_ends_its_session_there() -> None:
 def test_a_token_between_losses_starts_the_count_anew() -> None:
     session = new_session()
     for attempt in range(6):
-        session.place(A)
+        session.place(A, 0.0)
         session.on_tokens(A, tokens(attempt, 5, attempt=attempt), 1.0)
         session.on_rank_lost(A, 1.0)
     assert session.state is SessionState.WAITING
@@ -276,14 +276,14 @@ def test_it_gives_up_at_its_deadline_and_not_before() -> None:
 
 def test_the_deadline_counts_from_the_loss_of_a_rank_that_served() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     session.on_rank_lost(A, 100.0)
     assert session.deadline_at == 110.0
 
 
 def test_it_knows_its_first_token_and_its_longest_gap() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     for index, at in enumerate([2.0, 2.5, 4.0, 4.1]):
         session.on_tokens(A, tokens(index, index), at)
     assert (session.first_token_at, session.longest_gap_s) == (2.0, 1.5)
@@ -308,7 +308,7 @@ def scores(*values: float) -> tuple[TokenLogprob, ...]:
 
 def test_log_probabilities_follow_the_tokens_that_are_taken() -> None:
     stream = asking(logprobs=0)
-    stream.place(A)
+    stream.place(A, 0.0)
     stream.on_tokens(A, replace(tokens(0, 7, 8), logprobs=scores(-1, -2)), 0.0)
     stream.on_tokens(A, replace(tokens(1, 8, 9), logprobs=scores(-2, -3)), 0.0)
     assert stream.emitted == [7, 8, 9]
@@ -317,38 +317,38 @@ def test_log_probabilities_follow_the_tokens_that_are_taken() -> None:
 
 def test_tokens_without_the_log_probabilities_asked_for_are_not_taken() -> None:
     stream = asking(logprobs=0)
-    stream.place(A)
+    stream.place(A, 0.0)
     stream.on_tokens(A, tokens(0, 7), 0.0)
     assert (stream.state, stream.emitted) == (SessionState.WAITING, [])
 
 
 def test_a_prompt_cut_in_its_scoring_is_asked_again_and_each_score_taken_once() -> None:
     stream = asking(prompt_logprobs=0)
-    stream.place(A)
+    stream.place(A, 0.0)
     stream.on_tokens(A, replace(tokens(0), prompt_logprobs=scores(-1), prompt_index=1), 0.0)
     stream.on_rank_lost(A, 0.0)
-    (again,) = stream.place(B)
+    (again,) = stream.place(B, 0.0)
     assert isinstance(again.message, Submit)
     assert again.message.sampling.prompt_logprobs == 0
     late = replace(tokens(0, attempt=1), prompt_logprobs=scores(-1, -2), prompt_index=1)
     stream.on_tokens(B, late, 0.0)
     assert stream.prompt_logprobs == list(scores(-1, -2))
     stream.on_rank_lost(B, 0.0)
-    (last,) = stream.place(A)
+    (last,) = stream.place(A, 0.0)
     assert isinstance(last.message, Submit)
     assert last.message.sampling.prompt_logprobs is None
 
 
 def test_a_gap_in_a_prompts_scores_is_a_reason_to_move() -> None:
     stream = asking(prompt_logprobs=0)
-    stream.place(A)
+    stream.place(A, 0.0)
     stream.on_tokens(A, replace(tokens(0), prompt_logprobs=scores(-1), prompt_index=2), 0.0)
     assert (stream.state, stream.prompt_logprobs) == (SessionState.WAITING, [])
 
 
 def test_scoring_alone_ends_with_its_last_score_not_its_first() -> None:
     stream = asking(max_tokens=0, prompt_logprobs=0)
-    stream.place(A)
+    stream.place(A, 0.0)
     stream.on_tokens(A, replace(tokens(0), prompt_logprobs=scores(-1), prompt_index=1), 0.0)
     assert stream.state is SessionState.RUNNING
     last = replace(tokens(0), prompt_logprobs=scores(-2), prompt_index=2)
@@ -358,16 +358,16 @@ def test_scoring_alone_ends_with_its_last_score_not_its_first() -> None:
 
 def test_cached_tokens_are_those_of_the_rank_that_gave_the_first_token() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, 1, cached_tokens=2), 1.0)
     session.on_rank_lost(A, 2.0)
-    session.place(B)
+    session.place(B, 0.0)
     session.on_tokens(B, tokens(1, 2, attempt=1, cached_tokens=3), 3.0)
     assert session.cached_tokens == 2
 
 
 def test_generated_tokens_in_the_cache_are_no_prompt_tokens() -> None:
     session = new_session()
-    session.place(A)
+    session.place(A, 0.0)
     session.on_tokens(A, tokens(0, 1, cached_tokens=16), 1.0)
     assert session.cached_tokens == len(session.prompt)

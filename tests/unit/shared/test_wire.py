@@ -194,3 +194,25 @@ def test_numbers_that_would_upset_a_scheduler_are_a_wire_error(
 def test_random_bytes_are_a_message_or_a_wire_error(data: bytes) -> None:
     with contextlib.suppress(WireError):
         decode(data)
+
+
+@pytest.mark.parametrize("request_id", ["", "req-1", "a" * 128, "x/y:z@1=2+3_4.5"])
+def test_a_request_id_that_can_stand_in_a_log_is_taken(request_id: str) -> None:
+    sent = dataclasses.replace(submit(), request_id=request_id)
+    assert decode(encode(sent)[4:]) == sent
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"request_id": "a" * 129},
+        {"request_id": "two\nlines"},
+        {"request_id": "end\n"},
+        {"request_id": 'quo"te'},
+        {"traceparent": "00-xyz"},
+        {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\n"},
+    ],
+)
+def test_what_could_break_a_log_line_or_a_header_is_malformed(fields: dict[str, str]) -> None:
+    with pytest.raises(WireError, match="malformed"):
+        decode(encode(dataclasses.replace(submit(), **fields))[4:])  # type: ignore[arg-type]

@@ -17,19 +17,21 @@ QUERY_TIMEOUT_S = 1.0
 
 
 async def query_ranks(
-    records: Iterable[RankRecord], access: Access
+    records: Iterable[RankRecord], access: Access, *, asker: str = "cli"
 ) -> dict[RankId, StatusReply | None]:
-    """None for a rank that does not answer."""
+    """None for a rank that does not answer. `asker` is the kind of process that asks."""
     wanted = list(records)
     async with asyncio.TaskGroup() as tasks:
-        asked = {record.rank: tasks.create_task(query_rank(record, access)) for record in wanted}
+        asked = {
+            record.rank: tasks.create_task(query_rank(record, access, asker)) for record in wanted
+        }
     return {rank: task.result() for rank, task in asked.items()}
 
 
 async def query_rank(
-    record: RankRecord, access: Access, timeout_s: float = QUERY_TIMEOUT_S
+    record: RankRecord, access: Access, asker: str, timeout_s: float = QUERY_TIMEOUT_S
 ) -> StatusReply | None:
-    caller = Caller(role=Role.CLI, name=f"cli-{os.getpid()}")
+    caller = Caller(role=Role.CLI, name=f"{asker}-{os.getpid()}")
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(record.control_host, record.control_port)

@@ -1,0 +1,53 @@
+"""`/metrics` of a service over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from shared.errors import ConfigError
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def render_metrics(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """(the metrics, their content type): OpenMetrics if the Accept header asks for it, else
+    Prometheus' text format."""
+    encoder, content_type = choose_encoder(accept)
+    return encoder(registry), content_type
+
+
+def metrics_handler(registry: CollectorRegistry, update: Callable[[], Awaitable[None]]) -> Handler:
+    """`update` is awaited before each answer: it brings up to date what is not counted as it
+    happens."""
+
+    async def show_metrics(request: web.Request) -> web.StreamResponse:
+        await update()
+        body, content_type = render_metrics(registry, request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    return show_metrics
+
+
+@asynccontextmanager
+async def serve_routes(
+    routes: Iterable[web.AbstractRouteDef], *, host: str, port: int
+) -> AsyncIterator[int]:
+    """Serves while the body runs, and yields the port. Raises ConfigError if the port is taken."""
+    app = web.Application()
+    app.add_routes(list(routes))
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
