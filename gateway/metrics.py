@@ -53,7 +53,7 @@ class GatewayMetrics:
         self._keys_shown: set[str] = set()
         self._streams_resumed = self._counter(
             "streams_resumed",
-            "Streams that a client resumed at this gateway: their rank had kept their tokens, or not",
+            "Streams that a client resumed here: their rank had kept their tokens, or not",
             "tokens",
         )
         self._moves = self._counter("session_moves", "Placements after a session's first one")
