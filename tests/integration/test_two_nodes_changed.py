@@ -43,8 +43,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def second_node(cluster: Cluster) -> AsyncIterator[asyncio.subprocess.Process]:
     """An agent that has no ranks of its own, as on another host."""
-    state = read_state(cluster.run_dir)
-    assert state is not None
+    async with asyncio.timeout(WAIT_S):
+        while (state := read_state(cluster.run_dir)) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
     reach_etcd = ("--etcd-ca", state.etcd_ca) if state.etcd_ca else ()
     certificates = cluster.run_dir / "etcd" / "tls"
     user = certificates / f"starfish-{state.instance}-agent"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from control_plane.writes import PublishMap
-from shared.desired_state import DesiredState
+from shared.desired_state import AfterDrain, DesiredState
 from shared.expert_map import Placement
 from shared.records import SlotContents, Verdict, unpack_map, unpack_record
 from shared.store import WatchEvent
@@ -23,6 +23,8 @@ PAUSE_S = 1.0
 """A life that stands still for no longer than this must survive."""
 AFTER_CUT_S = 2.0
 """So long after the end of a cut or a stop its verdict may still come."""
+AFTER_DRAIN_S = 1.0
+"""So long after a drain was asked for a map may be written that did not know of it."""
 MAPS_PER_INCARNATION = 14
 """The map without its predecessor, the one that takes it in, and after each of them three heals of
 two maps."""
@@ -61,6 +63,7 @@ class InvariantChecker:
     num_maps: int = 0
     targets: dict[Member, SlotTargets] = field(default_factory=dict)
     declared_dead: set[Member] = field(default_factory=set)
+    _members: set[Member] = field(default_factory=set)
     causes: list[SuspicionReason] = field(default_factory=list)  # of the verdicts
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class InvariantChecker:
         elif key == keys.map:
             self.num_maps += 1
             expert_map = unpack_map(value)
+            self._check_joiners(set(expert_map.members))
             for member in expert_map.members:
                 self._targets_of(member).want(expert_map.placement[:, member.rank])
             bound = MAPS_PER_INCARNATION * len(self.cluster.processes)
@@ -125,6 +129,19 @@ class InvariantChecker:
             f"a verdict ended {member}, which lives: {verdict.cause.value} after "
             f"{waited_ms:.0f} ms; {signals}"
         )
+
+    def _check_joiners(self, members: set[Member]) -> None:
+        """Nobody joins who was drained before the map can have been decided."""
+        drained = {
+            drain.rank
+            for drain in self._desired().drains
+            if drain.after is AfterDrain.STAY
+            and self.cluster.clock.wall() - drain.requested_at > AFTER_DRAIN_S
+        }
+        for member in members - self._members:
+            if member.rank in drained:
+                self._violate(f"{member} joins, though it is drained")
+        self._members = members
 
     def _desired(self) -> DesiredState:
         found = self.cluster.etcd.values.get(self.cluster.keys.desired)
