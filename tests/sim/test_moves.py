@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import structlog
+from msgspec.structs import replace
 
 from gateway.stream_session import StreamSession
-from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.engine import scheduler
 from shared.codec import pack
 from shared.desired_state import DesiredState, Drain
 from shared.types import RankId, SamplingParams
+from shared.wire import SessionTokens
 from tests.sim.cluster import ClientSession, SimCluster, SimClusterSizes
 from tests.sim.many_schedules import be_quiet
 from tests.sim.schedules import Outcome, check_sessions, run_world
@@ -125,16 +127,14 @@ async def resume_all(cluster: SimCluster, *, kill_rank: bool) -> list[StreamSess
     return new
 
 
-def test_an_orphan_that_gives_too_few_tokens_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_over = Scheduler.take_over
+def test_an_orphan_that_leaves_a_token_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed_tokens = scheduler.missed_tokens
 
-    def forget(self: Scheduler, origin: Any, submit: Any) -> Any:
-        found = self._streams.find(submit)
-        if found is not None and len(found.tokens) > found.num_prompt + 1:
-            found.tokens.pop()
-        return take_over(self, origin, submit)
+    def forget(*taken_over: Any) -> SessionTokens:
+        reply = missed_tokens(*taken_over)
+        return replace(reply, ids=reply.ids[1:])
 
-    monkeypatch.setattr(Scheduler, "take_over", forget)
+    monkeypatch.setattr(scheduler, "missed_tokens", forget)
 
     async def scenario(cluster: SimCluster) -> None:
         await resume_all(cluster, kill_rank=False)
