@@ -171,6 +171,7 @@ class SimCluster:
         self._stores: list[tuple[str, MemoryStore]] = []
         self._kept_refs: list[Any] = []  # tasks of dead processes must not be collected half-run
         self._gateway_process = SimProcess("gateway", "host-gateway")
+        self._num_gateways_killed = 0
 
     # Hosts and their way to etcd.
 
@@ -301,7 +302,7 @@ class SimCluster:
         async with asyncio.TaskGroup() as tasks:
             leased = LeasedKeys(store, ttl_s=LEASE_TTL_S)
             self.gateway = SessionDriver(
-                caller=gateway_caller("gateway", self.seed.to_bytes(16)),
+                caller=gateway_caller("gateway", self._gateway_key()),
                 access=ACCESS,
                 clock=self.clock,
                 keys=self.keys,
@@ -315,6 +316,18 @@ class SimCluster:
             tasks.create_task(leased.run())
             tasks.create_task(watch.run())
             tasks.create_task(self.gateway.run_probes())
+
+    def _gateway_key(self) -> bytes:
+        return (self.seed + (self._num_gateways_killed << 64)).to_bytes(16)
+
+    async def replace_gateway(self) -> None:
+        """Kills the gateway. Returns when another one serves."""
+        kill(self._gateway_process)
+        self._num_gateways_killed += 1
+        self._gateway_process = SimProcess("gateway", "host-gateway")
+        del self.gateway
+        self.spawn(self._run_gateway(), self._gateway_process)
+        await self.until(self.all_live, 10.0)
 
     async def _run_agent(self, rank: int) -> None:
         host = self.host_of_rank(rank)
@@ -436,6 +449,14 @@ class SimCluster:
         )
         self.clients.append(client)
         return client
+
+    def open(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, **fields: Any
+    ) -> StreamSession:
+        """A session that is not among the `clients`. `fields` are those of `SessionDriver.open`."""
+        return in_process(self._gateway_process).run(
+            lambda: self.gateway.open(prompt, sampling, lambda *_: None, **fields)
+        )
 
     def cancel(self, client: ClientSession) -> None:
         assert client.session is not None

@@ -1,0 +1,143 @@
+"""Sessions that change their rank or their gateway while they run: those of a drained rank, and
+those whose gateway is killed. All have the oracle's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+import structlog
+from msgspec.structs import replace
+
+from gateway.stream_session import StreamSession
+from gpu_worker.engine import scheduler
+from shared.codec import pack
+from shared.desired_state import DesiredState, Drain
+from shared.types import RankId, SamplingParams
+from shared.wire import SessionTokens
+from tests.sim.cluster import ClientSession, SimCluster, SimClusterSizes
+from tests.sim.many_schedules import be_quiet
+from tests.sim.schedules import Outcome, check_sessions, run_world
+from tests.sim.sim_card import CardSizes
+from tests.sim.sim_loop import kill
+from tests.sim.sim_model import oracle
+
+SIZES = pytest.mark.parametrize(
+    "sizes", [SimClusterSizes(), SimClusterSizes(cards=CardSizes())], ids=["cpus", "cards"]
+)
+NUM_TOKENS = 120
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    be_quiet()
+    yield
+    structlog.reset_defaults()
+
+
+def run(
+    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int, sizes: SimClusterSizes
+) -> None:
+    async def whole(cluster: SimCluster) -> Outcome:
+        await cluster.start()
+        await scenario(cluster)
+        return Outcome(seed, (), 0, 0, 0)
+
+    run_world(seed, sizes, whole)
+
+
+@SIZES
+@pytest.mark.parametrize("seed", range(2))
+def test_a_drained_ranks_sessions_move_and_wait_for_nothing(
+    seed: int, sizes: SimClusterSizes
+) -> None:
+    """Each waits for two tokens of the others at most, though its prompt takes many steps."""
+
+    async def scenario(cluster: SimCluster) -> None:
+        for first in range(8):
+            cluster.send((first, *range(40)), NUM_TOKENS)
+        sessions = [session_of(client) for client in cluster.clients]
+        await cluster.until(lambda: min(len(s.emitted) for s in sessions) > 10, 20.0)
+        there = [s for s in sessions if s.member is not None and s.member.rank == 1]
+        others = [s for s in sessions if s not in there]
+        for session in sessions:
+            session.longest_gap_s = 0.0
+        desired = DesiredState(
+            drains=(Drain(rank=RankId(1), requested_at=cluster.clock.wall(), grace_s=0.05),)
+        )
+        await cluster.store("host-plane-0").put(cluster.keys.desired, pack(desired))
+        await cluster.until(cluster.all_ended, 60.0)
+        check_sessions(cluster)
+        assert there
+        assert {s.moves for s in there} == {1}
+        usual_s = max(s.longest_gap_s for s in others)
+        assert max(s.longest_gap_s for s in there) <= 2 * usual_s + 0.02
+
+    run(scenario, seed, sizes)
+
+
+def session_of(client: ClientSession) -> StreamSession:
+    assert client.session is not None
+    return client.session
+
+
+def key_of(number: int) -> bytes:
+    return bytes([number + 1]) * 16
+
+
+def send_resumable(cluster: SimCluster, number: int, home: RankId | None) -> StreamSession:
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    return cluster.open((number, *range(12)), sampling, stream_key=key_of(number), home_rank=home)
+
+
+@SIZES
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("also_a_rank", [False, True], ids=["gateway", "gateway_and_rank"])
+def test_another_gateway_goes_on_with_a_dead_ones_streams(
+    seed: int, sizes: SimClusterSizes, also_a_rank: bool
+) -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        resumed = await resume_all(cluster, kill_rank=also_a_rank)
+        assert any(s.taken_over for s in resumed)
+        assert also_a_rank or all(s.taken_over for s in resumed)
+
+    run(scenario, seed, sizes)
+
+
+async def resume_all(cluster: SimCluster, *, kill_rank: bool) -> list[StreamSession]:
+    """Kills the gateway in the middle of streams. Clients come back soon, and read all."""
+    old = [send_resumable(cluster, number, None) for number in range(8)]
+    await cluster.until(lambda: min(len(s.emitted) for s in old) > 10, 20.0)
+    seen = [(list(s.emitted), s.member) for s in old]
+    await cluster.replace_gateway()
+    if kill_rank:
+        kill(cluster.process_of(1))  # type: ignore[arg-type]
+    await asyncio.sleep(cluster.rng.uniform(0.0, 0.3))
+    new = [
+        send_resumable(cluster, number, None if member is None else member.rank)
+        for number, (_, member) in enumerate(seen)
+    ]
+    await cluster.until(lambda: all(s.ended for s in new), 120.0)
+    for (tokens, _), session in zip(seen, new, strict=True):
+        assert session.failure is None
+        assert session.emitted == list(oracle(session.prompt, NUM_TOKENS))
+        assert session.emitted[: len(tokens)] == tokens
+    return new
+
+
+def test_an_orphan_that_leaves_a_token_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed_tokens = scheduler.missed_tokens
+
+    def forget(*taken_over: Any) -> SessionTokens:
+        reply = missed_tokens(*taken_over)
+        return replace(reply, ids=reply.ids[1:])
+
+    monkeypatch.setattr(scheduler, "missed_tokens", forget)
+
+    async def scenario(cluster: SimCluster) -> None:
+        await resume_all(cluster, kill_rank=False)
+
+    with pytest.raises((AssertionError, TimeoutError)):
+        run(scenario, 0, SimClusterSizes())
