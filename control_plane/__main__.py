@@ -31,7 +31,7 @@ from shared.garbage_collector import freeze_loaded_objects
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.lifeline import watch_lifeline
-from shared.listener import inherited_listener, listen_on
+from shared.listener import ADMIN_LISTEN_FLAGS, inherited_listener, listen_on
 from shared.logs import configure_logs
 from shared.model_spec import read_model_spec
 from shared.secret import read_secret
@@ -148,7 +148,7 @@ def open_admin_api(config: ControlPlaneConfig) -> AdminSockets | None:
     if config.admin_port < 0 or config.admin_token_file is None:
         return None
     token = read_admin_token(config.admin_token_file)
-    own = listen_on(config.admin_host, config.admin_port)
+    own = listen_on(config.admin_host, config.admin_port, flags=ADMIN_LISTEN_FLAGS)
     fd = config.admin_listen_fd
     shared = () if fd < 0 else (inherited_listener(fd, flag="--admin-listen-fd"),)
     url = config.admin_url(own.getsockname()[1])

@@ -6,13 +6,16 @@ import socket
 
 from shared.errors import ConfigError
 
+ADMIN_LISTEN_FLAGS = "--admin-port or --admin-host"
 _BACKLOG = 1024
 
 
-def listen_on(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+def listen_on(
+    host: str, port: int, *, reuse_port: bool = False, flags: str = "--port or --host"
+) -> socket.socket:
     """`reuse_port`: other sockets of this user that say so, too, may listen there at the same time,
     and the kernel gives each new connection to one of them. Raises ConfigError if this address is
-    taken or is not ours."""
+    taken or is not ours; it names the `flags` that choose another one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server(
@@ -20,8 +23,7 @@ def listen_on(host: str, port: int, *, reuse_port: bool = False) -> socket.socke
         )
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); pass another --port or "
-            "--host"
+            f"cannot listen on {host}:{port} ({error.strerror or error}); pass another {flags}"
         ) from error
 
 

@@ -49,7 +49,7 @@ from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.exit_codes import describe_exit
 from shared.keys import Keys
-from shared.listener import listen_on
+from shared.listener import ADMIN_LISTEN_FLAGS, listen_on
 
 
 async def run_up(options: UpOptions, console: Console) -> int:
@@ -306,7 +306,9 @@ class InstanceDriver:
 
     async def _start_services(self, model: Path) -> None:
         options, stores = self._options, self._stores
-        self._admin_listener = listen_on(options.admin_host, options.admin_port)
+        self._admin_listener = listen_on(
+            options.admin_host, options.admin_port, flags=ADMIN_LISTEN_FLAGS
+        )
         admin_fd = self._admin_listener.fileno()
         planned = [
             *(

@@ -11,6 +11,8 @@ FORWARDED = "X-Starfish-Forwarded-For"
 """The address of who asked, set by the control plane that passes a request on. It is believed,
 because it comes with the token."""
 _CONNECT_S = 2.0
+_KEPT = ("Retry-After", "Allow")
+"""Headers of the leader's answer that say what to do next."""
 
 
 class Forwarder:
@@ -37,10 +39,12 @@ class Forwarder:
                 headers=headers,
                 allow_redirects=False,
             ) as answer:
+                kept = {name: answer.headers[name] for name in _KEPT if name in answer.headers}
                 return web.Response(
                     status=answer.status,
                     body=await answer.read(),
                     content_type=answer.content_type,
+                    headers=kept,
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(

@@ -97,7 +97,7 @@ def pairs(service: Service) -> set[tuple[str, str]]:
 def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> None:
     model = Path("/m")
     for service in (
-        control_plane(options, ETCD, model, 0),
+        control_plane(options, ETCD, model, 0, 6),
         *gateways(options, ETCD, [5]),
         agent(options, ETCD, OF_RANKS, model, Path("/logs")),
     ):
@@ -227,7 +227,7 @@ def test_an_environment_for_the_ranks_is_given_to_their_agent(options: UpOptions
 
 
 def test_redundancy_is_the_control_planes_choice_unless_given(options: UpOptions) -> None:
-    given = control_plane(options, ETCD, Path("/m"), 0).argv
+    given = control_plane(options, ETCD, Path("/m"), 0, 6).argv
     assert given[given.index("--redundant-experts") + 1] == "16"
     default = dataclasses.replace(options, redundant_experts=-1)
-    assert "--redundant-experts" not in control_plane(default, ETCD, Path("/m"), 0).argv
+    assert "--redundant-experts" not in control_plane(default, ETCD, Path("/m"), 0, 6).argv

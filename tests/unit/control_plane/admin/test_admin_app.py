@@ -290,6 +290,11 @@ async def test_a_standby_passes_on_to_the_leader_and_nobody_in_a_circle(
         assert standby.state.desired.drain_of(RankId(1)) is None
         refused = await other.post("/v1/drain", {"rank": 9})
         assert (refused.status, refused.message) == (409, "rank 9 does not exist")
+        control.errors = [StoreUnavailable("etcd did not answer")]
+        later = await other.post("/v1/drain", {"rank": 0})
+        assert (later.status, later.headers["Retry-After"]) == (503, "1")
+        wrong = await other.get("/v1/drain")
+        assert (wrong.status, wrong.headers["Allow"]) == (405, "POST")
         # Each believes that the other leads.
         control.leads = False
         back = replace(leader, admin_url=other.url)
