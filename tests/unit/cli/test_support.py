@@ -34,7 +34,7 @@ def clean(text: str, *secrets: bytes) -> str:
         "https://root:hunter2hunter2@etcd-1:2379/x",
         "OTEL_EXPORTER_OTLP_HEADERS=x-auth-token=hunter2hunter2",
         "hf_hunter2hunter2hunter2",
-        f"key {new_api_key()} is wrong",
+        pytest.param(f"key {new_api_key()} is wrong", id="api_key"),
         f"hash = '{spelt_hash('x')}'",
         PEM + "-----END EC PRIVATE KEY-----",
         PEM,  # cut off
