@@ -16,6 +16,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ]
 PYTEST := $(BIN)/python -m pytest -q
 # Tests that share no machine resource run side by side, a file in one process.
 SIDE_BY_SIDE := -n auto --dist loadfile
+# Whole instances, which wait for most of their time.
+TWO_AT_ONCE := -n 2 --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 UP_FLAGS ?=
 # Beside the virtual environment: the pins of other people's clients clash.
@@ -64,7 +66,7 @@ unit: install ## Pure logic, in milliseconds
 
 security: install ## Attacks that must fail, and hostile inputs for some seconds
 	$(call say,attacks)
-	$(PYTEST) tests/security
+	$(PYTEST) $(TWO_AT_ONCE) tests/security
 	$(call say,hostile inputs)
 	$(PYTEST) tests/fuzz
 
@@ -85,7 +87,7 @@ sim-long: install ## Thousands of fresh schedules (SCHEDULES=20000 FIRST_SEED=10
 
 integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)
-	$(PYTEST) tests/integration
+	$(PYTEST) $(TWO_AT_ONCE) tests/integration
 
 clients: install $(CLIENT_ENVIRONMENTS) $(CLIENTS)/.node ## Other people's clients, unchanged, each in an environment of its own
 	$(call say,clients)

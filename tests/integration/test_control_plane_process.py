@@ -239,7 +239,7 @@ async def test_the_standby_takes_over_from_a_killed_leader_and_publishes(
         await alive[3].kill()
         after = await map_with(store, keys, *members[:3])
         assert (await leader(store, keys, "second")).term > term
-        assert after.epoch == before.epoch + 1
+        assert after.epoch > before.epoch
 
 
 async def test_a_leader_that_is_told_to_stop_hands_over_at_once(
@@ -308,7 +308,8 @@ async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
             await asyncio.sleep(3.0)  # longer than the leader's lease
             await server.start()
             after = await map_with(store, keys, members[0], members[2], members[3])
-            assert after.epoch == 2
+            # Before, the leader gave it to the ranks itself, which these do not understand.
+            assert after.cause.startswith("published again")
         await store.close()
 
 

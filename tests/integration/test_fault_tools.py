@@ -120,8 +120,8 @@ async def run(
             assert response.status == 200, await response.text()
             answer.rank = int(response.headers["x-starfish-rank"])
             async for line in response.content:
-                data = line.decode().removeprefix("data: ").strip()
-                if data and data != "[DONE]":
+                name, _, data = line.decode().strip().partition(": ")
+                if name == "data" and data != "[DONE]":
                     answer.take(json.loads(data))
                     on_event(answer)
         return answer
