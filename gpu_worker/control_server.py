@@ -15,6 +15,7 @@ import structlog
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import StepTokens
 from gpu_worker.engine.sequence import Origin
+from gpu_worker.exchange.expert_counter import ExpertCounter
 from gpu_worker.membership.link_keeper import DataEndpoint
 from shared.errors import WireError
 from shared.handshake import Access, Caller, admit
@@ -24,6 +25,8 @@ from shared.wire import (
     AnnouncedOperation,
     Cancel,
     DropKvReplicas,
+    ExpertCounts,
+    ExpertCountsQuery,
     GraphBarrierUpdate,
     KvReplicaRegionOpened,
     KvReplicasDropped,
@@ -69,8 +72,8 @@ MAY_SEND: Mapping[Role, tuple[type[Message], ...]] = {
         DropKvReplicas,
         Ping,
     ),
-    Role.CONTROL_PLANE: (Ping,),
-    Role.CLI: (Ping, StatusQuery),
+    Role.CONTROL_PLANE: (Ping, ExpertCountsQuery),
+    Role.CLI: (Ping, StatusQuery, ExpertCountsQuery),
 }
 FRAME_BYTES_MAX_OF = {
     Role.GATEWAY: FRAME_BYTES_MAX,
@@ -110,6 +113,7 @@ class ControlServer:
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         replication: KvReplicaHost | None = None,
+        expert_counter: ExpertCounter | None = None,
     ) -> None:
         self._member = member
         self._access = access
@@ -118,6 +122,7 @@ class ControlServer:
         self._endpoint = endpoint
         self._announced = announced
         self._replication = replication
+        self._expert_counter = expert_counter
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
         self._control_planes: set[Origin] = set()  # among these
@@ -246,6 +251,8 @@ class ControlServer:
             require_allowed(caller, message)
             if isinstance(message, OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas):
                 reply = await self._answer_on_kv_replicas(message)
+            elif isinstance(message, ExpertCountsQuery):
+                reply = await self._count_experts(message)
             else:
                 reply = self._answer(origin, message)
             if reply is not None:
@@ -273,6 +280,19 @@ class ControlServer:
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
+
+    async def _count_experts(self, query: ExpertCountsQuery) -> ExpertCounts:
+        source = self._expert_counter
+        reading = None if source is None else await source.read()
+        return ExpertCounts(
+            nonce=query.nonce,
+            rank=self._member.rank,
+            incarnation=self._member.incarnation,
+            spread=source is not None and source.spread,
+            num_experts=0 if reading is None else reading.chosen_LE.shape[1],
+            chosen=b"" if reading is None else reading.chosen_LE.astype("<u4").tobytes(),
+            computed=b"" if reading is None else reading.computed_L.astype("<u4").tobytes(),
+        )
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
         try:

@@ -20,6 +20,7 @@ from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.scheduler_limits import NO_LIMIT, SchedulerLimits
 from gpu_worker.engine.step_runner import MakeRunner
+from gpu_worker.exchange.expert_counter import ExpertCounter
 from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint
 from gpu_worker.membership.membership_driver import MembershipDriver, SlotLoader
@@ -69,6 +70,7 @@ class Hardware:
     exchange: ExchangeKind
     blocks: BlockCache | None = None  # the KV cache's contents, if they are replicated
     handles: ExchangeHandles | None = None  # for the peers, if the exchange has any
+    expert_counter: ExpertCounter | None = None  # of this incarnation; None: nobody counts
     renew: Callable[[Member], Hardware] | None = None
     """Makes what the process's next incarnation computes with: the same weights, but no link to a
     peer and no region of this incarnation. May block. Not while the engine or a load still runs.
@@ -122,6 +124,7 @@ class Rank:
             endpoint=hardware.endpoint,
             announced=announcements.current,
             replication=replicas,
+            expert_counter=hardware.expert_counter,
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id

@@ -353,6 +353,29 @@ class StatusReply:
     blocks_restored: int = 0  # KV blocks that were filled from KV replicas
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCountsQuery:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCounts:
+    """The answer: what the rank has counted since its incarnation began. Little-endian uint32,
+    modulo 2³²; empty if nobody counts.
+
+    `chosen` is `[L, E]`, with `num_experts` E: pairs of a token of this rank and an expert.
+    `computed` is `[L]`: pairs that this rank's slots computed. `spread` says whether the replicas
+    of an expert share its tokens."""
+
+    nonce: int
+    rank: RankId
+    incarnation: Incarnation
+    spread: bool
+    num_experts: int
+    chosen: bytes
+    computed: bytes
+
+
 Message = (
     Hello
     | Challenge
@@ -374,6 +397,8 @@ Message = (
     | KvReplicasDropped
     | StatusQuery
     | StatusReply
+    | ExpertCountsQuery
+    | ExpertCounts
 )
 
 _KINDS: dict[str, type[Message]] = {
@@ -399,6 +424,8 @@ _KINDS: dict[str, type[Message]] = {
         KvReplicasDropped,
         StatusQuery,
         StatusReply,
+        ExpertCountsQuery,
+        ExpertCounts,
     )
 }
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gpu_worker.exchange import packing
 from gpu_worker.exchange.backoff import Backoff, reduce_timer_slack
+from gpu_worker.exchange.expert_counter import HostExpertCounter
 from gpu_worker.exchange.interface import Dispatched, StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import (
@@ -46,14 +47,16 @@ class TransferExchange:
         monitor: StepMonitor,
         clock: Clock,
         exchange_deadline_ms: float,
+        counter: HostExpertCounter | None = None,
     ) -> None:
-        """At most one for each endpoint."""
+        """At most one for each endpoint. It adds to `counter`, which has the map's sizes."""
         layout = endpoint.layout
         self._endpoint = endpoint
         self._member = member
         self._layout = layout
         self._wait_policy = WaitPolicy(monitor, clock, exchange_deadline_ms)
         self._clock = clock
+        self._expert_counter = counter
         self._peers: dict[Member, Peer] = {}
         self._order: list[Peer | None] = []  # all members by rank; None is this rank
         self._choice: ReplicaChoice | None = None
@@ -88,6 +91,9 @@ class TransferExchange:
         self._order = [peers.get(m) for m in sorted(expert_map.members)]
         self._choice = choose_replicas(expert_map, self._member.rank, self._endpoint.replica_policy)
         self._num_slots = expert_map.slots_per_rank
+        if self._expert_counter is None:
+            sizes = (expert_map.num_layers, expert_map.num_experts)
+            self._expert_counter = HostExpertCounter(*sizes, spread=False)
         limits = self._layout
         self._routes = packing.Routes(expert_map.num_ranks, limits.step_tokens_max, limits.top_k)
         self._ordinal = -1
@@ -118,7 +124,10 @@ class TransferExchange:
         for peer in self._peers.values():
             self._send_dispatch(peer, index, stamp, x_TH)
         self._receive(list(self._peers.values()), lambda peer: peer.find_dispatch(index, stamp))
-        return self._gather(x_TH)
+        dispatched = self._gather(x_TH)
+        assert self._expert_counter is not None, "dispatch before adopt"
+        self._expert_counter.computed_L[layer] += dispatched.slots_N.shape[0]
+        return dispatched
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
         self._wait_policy.check_epoch()
@@ -147,12 +156,14 @@ class TransferExchange:
 
     def _route(self, layer: int, experts_TK: NDArray[np.int32]) -> None:
         assert self._choice is not None, "dispatch before adopt"
+        assert self._expert_counter is not None, "dispatch before adopt"
         assert experts_TK.shape == (self._num_tokens, self._layout.top_k), "not the step's tokens"
         r = self._routes
         if not packing.route(
             experts_TK,
-            self._choice.rank_LE[layer],
-            self._choice.slot_LE[layer],
+            self._choice.rank_LUE[layer],
+            self._choice.slot_LUE[layer],
+            self._expert_counter.chosen_LE[layer],
             r.flat_RN,
             r.row_RN,
             r.slot_RN,
