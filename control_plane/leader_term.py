@@ -6,11 +6,18 @@ from __future__ import annotations
 from control_plane.cluster_state import ClusterState
 from control_plane.detector_timings import DetectorTimings
 from control_plane.failure_detector import FailureDetector
-from control_plane.judgements import Alarm, Judgement, Standstill, VerdictCancelled
+from control_plane.judgements import (
+    Alarm,
+    BadCounts,
+    Judgement,
+    Standstill,
+    VerdictCancelled,
+)
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
     ProbeConnected,
+    ProbeCounts,
     ProbeEvent,
     ProbePong,
     ProbeRefused,
@@ -43,7 +50,7 @@ class LeaderTerm:
         self._decided_on: object = None
         self._decided_at = now
         self._dead: list[Verdict] = []
-        self._news: list[Alarm | Standstill | VerdictCancelled] = []
+        self._news: list[Alarm | Standstill | VerdictCancelled | BadCounts] = []
         self._stopped: set[Member] = set()  # as their node agents say
         self._judged_while_stopped: set[Member] = set()
         for record in state.records.values():
@@ -90,6 +97,10 @@ class LeaderTerm:
                 self._take(detector.on_pong(event.member, event.pong, now))
                 self.membership.on_adopted(event.member, event.pong.epoch)
                 self.membership.on_out_of_step(event.member, event.pong.out_of_step)
+            case ProbeCounts():
+                detail = self.membership.rebalancer.on_counts(event.member, event.counts, now)
+                if detail is not None:
+                    self._news.append(BadCounts(detail=detail))
 
     def on_tick(self, state: ClusterState, now: float) -> None:
         steps_paused = bool(self.membership.dead_in_map(state))

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -52,8 +52,9 @@ from control_plane.formation import (
 )
 from control_plane.judgements import Alarm, AlarmKind
 from control_plane.map_adoption import MapAdoption
-from control_plane.placement import HealStep
+from control_plane.placement import HealPlan
 from control_plane.plans import plan_join, plan_shrink
+from control_plane.rebalancer import RebalancePolicy, Rebalancer
 from control_plane.residency import Residency
 from control_plane.writes import (
     Assign,
@@ -82,6 +83,7 @@ class MembershipPolicy:
     joiner_timeout_s: float = 30.0  # a newcomer delays heals for this long at most
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
     adoption_timeout_s: float = 10.0  # a member under an old map delays the next for this long
+    rebalance: RebalancePolicy = field(default_factory=RebalancePolicy)
 
 
 class Membership:
@@ -91,6 +93,7 @@ class Membership:
     def __init__(self, policy: MembershipPolicy) -> None:
         self._policy = policy
         self._adoption = MapAdoption(policy.adoption_timeout_s)
+        self.rebalancer = Rebalancer(policy.rebalance)
         self._formation = Formation(
             FormationPolicy(
                 grace_s=policy.formation_grace_s,
@@ -105,7 +108,7 @@ class Membership:
         self._quiet_since = 0.0
         self._quiet_state: object = None
         self._planning_revision = -1
-        self._planned: tuple[int, HealStep | None] | None = None
+        self._planned: tuple[int, HealPlan] | None = None
         self._alarms: list[Alarm] = []
         self._alarmed: set[AlarmKind] = set()
 
@@ -144,14 +147,14 @@ class Membership:
         """No step moves under the present map, though all members live."""
         self._adoption.on_standstill()
 
-    def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
-        """`step` is None if nothing is worth a move under that map."""
+    def on_heal_planned(self, request: PlanHeal, plan: HealPlan, now: float) -> None:
         self._planning_revision = -1
-        self._planned = (plan.map_revision, step)
+        self._planned = (request.map_revision, plan)
+        self.rebalancer.on_planned(request.goal, plan, now)
 
     def take_alarms(self) -> list[Alarm]:
         alarms, self._alarms = self._alarms, []
-        return alarms
+        return alarms + self.rebalancer.take_alarms()
 
     def decide(self, state: ClusterState, now: float, *, frozen: bool = False) -> Decision | None:
         """The next write that `state` calls for. If `frozen`, only deaths may change the map."""
@@ -213,7 +216,8 @@ class Membership:
             names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
             return self._publish(residency, rows, f"dead: {names}", now)
         unproven = self._adoption.unproven
-        result = plan_shrink(residency, expert_map, survivors, dead, unproven)
+        loads = self.rebalancer.loads
+        result = plan_shrink(residency, expert_map, survivors, dead, unproven, loads)
         if result.uncoverable:
             return self._declare_dead(residency, dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
@@ -248,7 +252,8 @@ class Membership:
         unassigned = [m for m in newcomers if residency.assigned(m) is None]
         if unassigned:
             known = [m for m in newcomers if m not in unassigned]
-            result = plan_join(residency, expert_map, [*members, *known], unassigned)
+            loads = self.rebalancer.loads
+            result = plan_join(residency, expert_map, [*members, *known], unassigned, loads)
             wanted = {m: result.placement[:, m.rank] for m in unassigned}
             return self._assign(residency, wanted, force=True)
         admitted: list[Member] = []
@@ -282,11 +287,11 @@ class Membership:
         if not self._is_quiet(residency, expert_map, now) or self._planning_revision == revision:
             return None
         if self._planned is None or self._planned[0] != revision:
-            self._planning_revision = revision
-            return self._plan_heal(residency, expert_map, revision)
-        step = self._planned[1]
+            return self._plan_heal(residency, expert_map, revision, now)
+        step = self._planned[1].step
         if step is None:
-            return None
+            is_due = self.rebalancer.is_due(expert_map, now)
+            return self._plan_heal(residency, expert_map, revision, now) if is_due else None
         wanted = {m: step.placement[:, m.rank] for m in expert_map.members}
         if np.array_equal(step.emptied, expert_map.placement):
             return self._assign(residency, wanted)
@@ -294,7 +299,10 @@ class Membership:
         assignments = residency.assignments(wanted, epoch=expert_map.epoch + 1)
         return self._publish(residency, emptied, f"healing: {step.reason}", now, assignments)
 
-    def _plan_heal(self, residency: Residency, expert_map: ExpertMap, revision: int) -> PlanHeal:
+    def _plan_heal(
+        self, residency: Residency, expert_map: ExpertMap, revision: int, now: float
+    ) -> PlanHeal:
+        self._planning_revision = revision
         return PlanHeal(
             expert_map=expert_map,
             map_revision=revision,
@@ -303,6 +311,7 @@ class Membership:
             bytes_per_expert=self._policy.bytes_per_expert,
             redundant=residency.spec.redundant_experts,
             survive=self._policy.survive,
+            goal=self.rebalancer.goal(now),
         )
 
     def _is_quiet(self, residency: Residency, expert_map: ExpertMap, now: float) -> bool:
@@ -389,6 +398,8 @@ class Membership:
         self._first_seen = {m: t for m, t in self._first_seen.items() if m in kept}
         self._dead = {m: d for m, d in self._dead.items() if m in kept}
         self._adoption.on_map(expert_map, kept, now)
+        if state.spec is not None:
+            self.rebalancer.on_state(state.spec, _map_revision(state), frozenset(kept), now)
 
     def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
         return [m for m in residency.newcomers(members) if m not in self._dead]

@@ -31,6 +31,25 @@ class Metrics:
             "rank failures that the last map without a death survives without a reload",
             registry=self.registry,
         )
+        self.rank_load = Gauge(
+            "starfish_rank_expert_load",
+            "work of the rank's experts lately, over the mean of all ranks",
+            ["rank"],
+            registry=self.registry,
+        )
+        self.layer_imbalance = Gauge(
+            "starfish_layer_imbalance",
+            "the busiest rank's work over the mean, lately: of the median and of the worst layer",
+            ["layer"],
+            registry=self.registry,
+        )
+        self.expert_replicas = Gauge(
+            "starfish_expert_replicas",
+            "replicas of an expert: the fewest, the mean and the most",
+            ["of"],
+            registry=self.registry,
+        )
+        self.rebalances = Counter("starfish_rebalances", "rebalances begun", registry=self.registry)
         self.verdicts = Counter(
             "starfish_verdicts", "members declared dead", ["cause"], registry=self.registry
         )
