@@ -9,8 +9,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from cli.observe.expert_status import expert_status, render_experts
 from cli.observe.instance_view import InstanceView
-from cli.observe.rank_query import query_ranks
+from cli.observe.rank_query import query_expert_counts, query_ranks
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.errors import ConfigError
@@ -23,8 +24,9 @@ from shared.wire import StatusReply
 STATE_STYLES = {"live": "green", "silent": "yellow", "ready": "cyan", "starting": "cyan"}
 
 
-async def read_status(target: Target) -> dict[str, Any]:
-    """Raises StoreUnavailable, or ConfigError if etcd has no such instance."""
+async def read_status(target: Target, *, experts: bool = False) -> dict[str, Any]:
+    """With an entry "experts" if they are asked for. Raises StoreUnavailable, or ConfigError if
+    etcd has no such instance."""
     keys = Keys(target.instance)
     store = await connect_store(target.store)
     try:
@@ -39,7 +41,11 @@ async def read_status(target: Target) -> dict[str, Any]:
     ranks = sorted({*range(num_ranks), *(record.rank for record in view.ranks)})
     records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
     replies = await query_ranks(records.values(), target.access())
-    return status_of(target, view, [RankId(r) for r in ranks], records, replies)
+    status = status_of(target, view, [RankId(r) for r in ranks], records, replies)
+    if experts:
+        counts = await query_expert_counts(records.values(), target.access())
+        status["experts"] = expert_status(view.expert_map, counts)
+    return status
 
 
 def status_of(
@@ -126,6 +132,8 @@ def render_status(status: dict[str, Any], console: Console) -> None:
     console.print(_table(status["ranks"]))
     if status["survives"]:
         console.print(status["survives"]["summary"])
+    if "experts" in status:
+        render_experts(status["experts"], console)
 
 
 def _table(ranks: list[dict[str, Any]]) -> Table:

@@ -284,7 +284,8 @@ def _choose_slots(
     tl.store(slots_ptr + row * TOP_K + index, slot, mask=is_chosen)
     tl.store(weights_ptr + row * TOP_K + index, weight, mask=is_chosen)
     if COUNTED:
-        tl.atomic_add(chosen_ptr + e, 1, mask=is_chosen & is_token, sem="relaxed")
+        one = tl.where(is_chosen & is_token, 1, 0)
+        tl.atomic_add(chosen_ptr + e, one, mask=is_chosen, sem="relaxed")
 
 
 @triton.jit
