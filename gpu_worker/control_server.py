@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import structlog
@@ -15,7 +15,6 @@ import structlog
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import StepTokens
 from gpu_worker.engine.sequence import Origin
-from gpu_worker.exchange.expert_counter import ExpertCounter
 from gpu_worker.membership.link_keeper import DataEndpoint
 from shared.errors import WireError
 from shared.handshake import Access, Caller, admit
@@ -75,6 +74,7 @@ MAY_SEND: Mapping[Role, tuple[type[Message], ...]] = {
     Role.CONTROL_PLANE: (Ping, ExpertCountsQuery),
     Role.CLI: (Ping, StatusQuery, ExpertCountsQuery),
 }
+CountExperts = Callable[[ExpertCountsQuery], Awaitable[ExpertCounts]]
 FRAME_BYTES_MAX_OF = {
     Role.GATEWAY: FRAME_BYTES_MAX,
     Role.RANK: 4 << 20,  # the names of all blocks that a peer keeps here
@@ -113,7 +113,7 @@ class ControlServer:
         endpoint: DataEndpoint,
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         replication: KvReplicaHost | None = None,
-        expert_counter: ExpertCounter | None = None,
+        count_experts: CountExperts | None = None,
     ) -> None:
         self._member = member
         self._access = access
@@ -122,7 +122,7 @@ class ControlServer:
         self._endpoint = endpoint
         self._announced = announced
         self._replication = replication
-        self._expert_counter = expert_counter
+        self._count_experts = count_experts
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
         self._control_planes: set[Origin] = set()  # among these
@@ -251,7 +251,7 @@ class ControlServer:
             require_allowed(caller, message)
             if isinstance(message, OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas):
                 reply = await self._answer_on_kv_replicas(message)
-            elif isinstance(message, ExpertCountsQuery):
+            elif isinstance(message, ExpertCountsQuery) and self._count_experts is not None:
                 reply = await self._count_experts(message)
             else:
                 reply = self._answer(origin, message)
@@ -280,19 +280,6 @@ class ControlServer:
             case _:
                 raise WireError(f"{type(message).__name__} is not for a rank")
         return None
-
-    async def _count_experts(self, query: ExpertCountsQuery) -> ExpertCounts:
-        source = self._expert_counter
-        reading = None if source is None else await source.read()
-        return ExpertCounts(
-            nonce=query.nonce,
-            rank=self._member.rank,
-            incarnation=self._member.incarnation,
-            spread=source is not None and source.spread,
-            num_experts=0 if reading is None else reading.chosen_LE.shape[1],
-            chosen=b"" if reading is None else reading.chosen_LE.astype("<u4").tobytes(),
-            computed=b"" if reading is None else reading.computed_L.astype("<u4").tobytes(),
-        )
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
         try:

@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -20,7 +21,7 @@ from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.scheduler_limits import NO_LIMIT, SchedulerLimits
 from gpu_worker.engine.step_runner import MakeRunner
-from gpu_worker.exchange.expert_counter import ExpertCounter
+from gpu_worker.exchange.expert_counter import ExpertCounter, count_experts
 from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint
 from gpu_worker.membership.membership_driver import MembershipDriver, SlotLoader
@@ -124,7 +125,7 @@ class Rank:
             endpoint=hardware.endpoint,
             announced=announcements.current,
             replication=replicas,
-            expert_counter=hardware.expert_counter,
+            count_experts=partial(count_experts, hardware.expert_counter, parts.member),
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id

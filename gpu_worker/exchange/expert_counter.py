@@ -8,6 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.types import Member
+from shared.wire import ExpertCounts, ExpertCountsQuery
+
 
 class ExpertReading(NamedTuple):
     """`chosen_LE`: pairs of a token of this rank and an expert. `computed_L`: pairs that this
@@ -39,3 +42,19 @@ class HostExpertCounter:
     async def read(self) -> ExpertReading:
         computed_L = np.array(self.computed_L, dtype=np.int64)
         return ExpertReading(self.chosen_LE.astype(np.uint32), computed_L.astype(np.uint32))
+
+
+async def count_experts(
+    counter: ExpertCounter | None, member: Member, query: ExpertCountsQuery
+) -> ExpertCounts:
+    """The answer of a rank, whose `counter` is None if nobody counts."""
+    reading = None if counter is None else await counter.read()
+    return ExpertCounts(
+        nonce=query.nonce,
+        rank=member.rank,
+        incarnation=member.incarnation,
+        spread=counter is not None and counter.spread,
+        num_experts=0 if reading is None else reading.chosen_LE.shape[1],
+        chosen=b"" if reading is None else reading.chosen_LE.astype("<u4").tobytes(),
+        computed=b"" if reading is None else reading.computed_L.astype("<u4").tobytes(),
+    )
