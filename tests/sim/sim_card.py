@@ -511,13 +511,20 @@ class SimSlots:
             for layer, slot in np.argwhere(differs_LS & (wanted_LS >= 0)).tolist()
         ]
 
-    def load(self, uploads: Sequence[SlotUpload]) -> None:
+    def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]:
         self.counts.num_experts += len(uploads)
         for upload in uploads:
             self.ledger.set(upload.layer, upload.slot, EMPTY_SLOT)
         for upload in uploads:
             self._pause(self.fabric.sizes.expert_s)
             self.ledger.set(upload.layer, upload.slot, upload.expert)
+        return []
+
+    def checksum(self, layer: int, expert: int) -> int:
+        return 0
+
+    def reject(self, layer: int, expert: int) -> None:
+        raise AssertionError("a simulated copy is never damaged")
 
     def cached_values(self, layer: int, expert: int) -> Tensor | None:
         return _VALUES if self._is_cached[layer * 32 + expert % 32] else None
@@ -541,7 +548,7 @@ class SimSlots:
         pause_in_driver(self.process, loop, lambda end: _as_handle(loop.call_later(seconds, end)))
 
 
-_VALUES = torch.zeros(1)
+_VALUES = torch.zeros(3)
 
 
 def _as_handle(_: object) -> None:
