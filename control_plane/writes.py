@@ -17,7 +17,7 @@ from shared.types import NodeId, ProcessState, RankId, SuspicionReason
 
 TOLERANCE = 0.05
 """Of a layer's busiest rank, above the mean load."""
-FORESEEN_LOADS_MAX = 512
+FORESEEN_LOADS_MAX = 256
 """A rebalance is foreseen for so many loads of experts: more would take too long to plan."""
 
 
