@@ -15,6 +15,7 @@ class AlarmKind(Enum):
     OWN_LINK = "own_link"
     STANDSTILL = "standstill"
     TOO_FEW_SLOTS = "too_few_slots"
+    BELOW_CAPACITY = "below_capacity"
     REBALANCE_STUCK = "rebalance_stuck"
 
 

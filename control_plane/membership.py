@@ -16,8 +16,10 @@ from that.
                                                | survivors (joiners that have not stepped yet
                                                | come last), with the verdict; the line above
                                                | applies once they are resident
-    a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
-                                               | joiners together
+    a dead member, too few slots for orphans   | PublishMap without it, in which experts without
+                                               | a slot are on demand; where a survivor cannot do
+                                               | that, DeclareDead it; then forming, with
+                                               | survivors and joiners together
     etcd has lost the map that ranks run       | PublishMap of the same
     a member has lost count, or a standstill   | PublishMap of the same, all of them joiners
     a newcomer without assignment              | Assign what `grow` wants
@@ -27,11 +29,12 @@ from that.
                                                | emptied, together with the assignment
     keys of incarnations that are gone         | DeleteKeys
 
-A published map names all experts, and only where they are resident. Its transaction compares the
-map before it, and it leaves out only members with a verdict. A map that removes nobody waits until
-all members run under the map before it: ranks that meet by counting CUDA graph launches admit a
-joiner together, and a rank that missed a map does not know with whom its peers count. A map after a
-death does not wait, and therefore lists the joiners that may not yet have been admitted by all.
+A published map names all experts, and only where they are resident, or as computed on demand. Its
+transaction compares the map before it, and it leaves out only members with a verdict. A map that
+removes nobody waits until all members run under the map before it: ranks that meet by counting CUDA
+graph launches admit a joiner together, and a rank that missed a map does not know with whom its
+peers count. A map after a death does not wait, and therefore lists the joiners that may not yet
+have been admitted by all.
 """
 
 from __future__ import annotations
@@ -218,6 +221,9 @@ class Membership:
         unproven = self._adoption.unproven
         loads = self.rebalancer.loads
         result = plan_shrink(residency, expert_map, survivors, dead, unproven, loads)
+        if result.uncoverable and residency.can_compute_on_demand(survivors):
+            names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
+            return self._publish(residency, rows, f"dead: {names}; below capacity", now)
         if result.uncoverable:
             return self._declare_dead(residency, dead) or self._form(residency, survivors, now)
         wanted = {m: result.refilled[:, m.rank] for m in survivors}
@@ -265,7 +271,7 @@ class Membership:
             return None
         rows = residency.available_rows([*members, *admitted])
         cause = "joined: " + ", ".join(str(m) for m in admitted)
-        return self._publish(residency, rows, cause, now) if residency.covers(rows) else None
+        return self._publish(residency, rows, cause, now) if residency.serves(rows) else None
 
     # Heals.
 
@@ -277,7 +283,7 @@ class Membership:
             return None
         changed = residency.placement(rows) != expert_map.placement
         held = [m for m in expert_map.members if changed[:, m.rank].any()]
-        if not held or not residency.covers(rows):
+        if not held or not residency.serves(rows):
             return None
         cause = "healed: " + ", ".join(str(m) for m in held)
         return self._publish(residency, rows, cause, now)
@@ -362,6 +368,7 @@ class Membership:
             cause=cause,
             published_at=now,
         )
+        self._alarm_on_demand(expert_map)
         return PublishMap(
             expert_map=expert_map,
             verdicts=tuple(replace(self._dead[m], epoch=epoch) for m in leavers),
@@ -403,6 +410,15 @@ class Membership:
 
     def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
         return [m for m in residency.newcomers(members) if m not in self._dead]
+
+    def _alarm_on_demand(self, expert_map: ExpertMap) -> None:
+        num_experts = int((expert_map.on_demand >= 0).sum())
+        if not num_experts:
+            self._alarmed.discard(AlarmKind.BELOW_CAPACITY)
+        elif AlarmKind.BELOW_CAPACITY not in self._alarmed:
+            self._alarmed.add(AlarmKind.BELOW_CAPACITY)
+            detail = f"{num_experts} experts have no slot; their weights are read for every step"
+            self._alarms.append(Alarm(kind=AlarmKind.BELOW_CAPACITY, detail=detail))
 
     def _alarm_slots(self, step: TooFewSlots) -> None:
         if AlarmKind.TOO_FEW_SLOTS not in self._alarmed:

@@ -72,6 +72,7 @@ class Hardware:
     blocks: BlockCache | None = None  # the KV cache's contents, if they are replicated
     handles: ExchangeHandles | None = None  # for the peers, if the exchange has any
     expert_counter: ExpertCounter | None = None  # of this incarnation; None: nobody counts
+    computes_on_demand: bool = False  # see `ExpertMap.on_demand`
     renew: Callable[[Member], Hardware] | None = None
     """Makes what the process's next incarnation computes with: the same weights, but no link to a
     peer and no region of this incarnation. May block. Not while the engine or a load still runs.
@@ -261,6 +262,7 @@ def _first_record(parts: RankParts) -> RankRecord:
         kv_block_tokens=config.kv_block_tokens,
         exchange=parts.hardware.exchange.value,
         exchange_handles=parts.hardware.handles,
+        computes_on_demand=parts.hardware.computes_on_demand,
         started_at=parts.clock.wall(),
     )
 

@@ -81,6 +81,7 @@ class RankRecord:
     links: tuple[Member, ...] = ()  # peers to which this rank has an open link; not the way back
     started_at: float = 0.0  # Unix seconds
     exchange_handles: ExchangeHandles | None = None  # only with "ep" and "ep-fp8"
+    computes_on_demand: bool = False  # experts without a slot: see `ExpertMap.on_demand`
 
     @property
     def member(self) -> Member:

@@ -12,8 +12,9 @@ from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.cpu.block_cache import CpuBlockCache
 from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.registry import load_model
+from gpu_worker.cpu.runner import CpuRunner
 from gpu_worker.cpu.slot_loader import ExpertSlotLoader
-from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
+from gpu_worker.engine.step_runner import RunnerParts
 from gpu_worker.exchange.expert_counter import HostExpertCounter
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from gpu_worker.exchange.interface import StepMonitor
@@ -84,7 +85,7 @@ class CpuHardware:
                 endpoint, member, monitor, self._clock, deadline_ms, counter
             )
             exchanges.append(exchange)
-            return RunnerParts(ModelRunner(model, exchange))
+            return RunnerParts(CpuRunner(model, exchange, member.rank))
 
         def renew(next_member: Member) -> Hardware:
             while exchanges:
@@ -99,6 +100,7 @@ class CpuHardware:
             exchange=ExchangeKind.TRANSFER,
             blocks=blocks,
             expert_counter=counter,
+            computes_on_demand=True,
             renew=renew,
         )
 

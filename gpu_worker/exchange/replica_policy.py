@@ -94,11 +94,12 @@ def _spread(
 
 def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:
     """`[L, R, E]`: the rank's lowest slot that holds the expert, or -1."""
-    layers, ranks, slots = expert_map.placement.shape
+    computed = expert_map.computed
+    layers, ranks, slots = computed.shape
     result = np.full((layers, ranks, expert_map.num_experts), -1, dtype=np.int32)
     for slot in reversed(range(slots)):
-        layer_N, rank_N = np.nonzero(expert_map.placement[:, :, slot] >= 0)
-        result[layer_N, rank_N, expert_map.placement[layer_N, rank_N, slot]] = slot
+        layer_N, rank_N = np.nonzero(computed[:, :, slot] >= 0)
+        result[layer_N, rank_N, computed[layer_N, rank_N, slot]] = slot
     return result
 
 

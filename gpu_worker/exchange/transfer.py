@@ -90,7 +90,7 @@ class TransferExchange:
         self._wait(list(peers.values()), Peer.drain)
         self._order = [peers.get(m) for m in sorted(expert_map.members)]
         self._choice = choose_replicas(expert_map, self._member.rank, self._endpoint.replica_policy)
-        self._num_slots = expert_map.slots_per_rank
+        self._num_slots = expert_map.computed.shape[2]
         if self._expert_counter is None:
             sizes = (expert_map.num_layers, expert_map.num_experts)
             self._expert_counter = HostExpertCounter(*sizes, spread=False)
