@@ -16,6 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ]
 PYTEST := $(BIN)/python -m pytest -q
 # Tests that share no machine resource run side by side, a file in one process.
 SIDE_BY_SIDE := -n auto --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 UP_FLAGS ?=
 # Beside the virtual environment: the pins of other people's clients clash.
 CLIENTS := .venv-clients
@@ -73,7 +74,7 @@ fuzz: install ## Fresh hostile inputs, for MINUTES (60) in all; what finds a fau
 
 sim: install ## All services on a fake clock, under seeded faults
 	$(call say,simulator)
-	$(PYTEST) tests/sim
+	$(ONE_THREAD) $(PYTEST) -n auto --dist worksteal tests/sim
 
 sim-long: install ## Thousands of fresh schedules (SCHEDULES=20000 FIRST_SEED=100000 JOBS=cores)
 	$(call say,simulator: $(or $(SCHEDULES),20000) schedules and half as many on cards)

@@ -1,6 +1,5 @@
 """`python -m tests.sim.many_schedules`: thousands of fresh schedules in several processes, with
-progress and the command that replays each one that failed. CI's tests run theirs through `run_many`
-too."""
+progress and the command that replays each one that failed."""
 
 from __future__ import annotations
 
