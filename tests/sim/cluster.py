@@ -70,7 +70,7 @@ class SimClusterSizes:
     heal_after_s: float = 0.3
     suspicion_window_s: float = 0.0  # 0: learnt
     cards: CardSizes | None = None  # None: ranks on CPUs
-    has_loads: bool = False  # tokens prefer some experts, and from time to time others
+    has_loads: bool = False  # tokens prefer some experts, and CPU ranks compute on demand
 
 
 @dataclass(slots=True)
@@ -388,7 +388,13 @@ class SimCluster:
             return self._watched(replace(context, member=member), renewed)
 
         counter = None if self.loads is None else SimExpertCounter(self.loads, context.clock)
-        return replace(hardware, loader=loader, renew=renew, expert_counter=counter)
+        return replace(
+            hardware,
+            loader=loader,
+            renew=renew,
+            expert_counter=counter,
+            computes_on_demand=self.loads is not None and self.cards is None,
+        )
 
     def _build_cards(self) -> SimCards | None:
         if self.sizes.cards is None:
