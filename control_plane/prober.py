@@ -44,7 +44,7 @@ class Prober:
         report: Report,
         interval_s: float,
         urgent_interval_s: float,
-        counts_interval_s: float,
+        counts_interval_s: float = 0.0,
     ) -> None:
         """`counts_interval_s` is the least time between two questions for counts of experts; 0: it
         asks none."""
