@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from control_plane.desired_changes import DrainRanks, Rebalance
 from control_plane.judgements import AlarmKind
 from control_plane.load_meter import PAIRS_MIN, LoadMeter
 from control_plane.placement import rank_loads
@@ -139,6 +140,36 @@ def test_where_one_replica_computes_for_all_nothing_is_rebalanced(counting: Coun
     maps = num_maps(counting.harness)
     counting.pass_time(zipf(1), 3 * TAU_S)
     assert num_maps(counting.harness) == maps
+
+
+def test_a_rebalance_that_is_asked_for_compares_at_once(counting: Counting) -> None:
+    harness, rebalancer = counting.harness, counting.harness.leader_term.membership.rebalancer
+    counting.pass_time(zipf(1), 1.5 * TAU_S)
+    counting.count(zipf(3), 5 * TAU_S)
+    counting.tell()
+    in_use, settled = rebalancer.loads, num_maps(harness)
+    harness.pass_time(1.0)
+    assert rebalancer.loads is in_use
+    harness.ask(Rebalance())
+    harness.pass_time(0.5)
+    assert rebalancer.loads is not in_use
+    harness.settle()
+    assert num_maps(harness) > settled
+    assert slowness_of(harness, zipf(3)) < 1.12
+
+
+def test_a_drained_rank_leaves_an_instance_that_was_balanced(counting: Counting) -> None:
+    harness, shares = counting.harness, zipf(1)
+    counting.pass_time(shares, 2 * TAU_S)
+    harness.ask(DrainRanks(ranks=(RankId(1),)))
+    counting.pass_time(shares, TAU_S)
+    found = harness.expert_map
+    assert found is not None
+    assert [m.rank for m in found.members] == [0, 2, 3]
+    assert found.uncovered() == []
+    settled = num_maps(harness)
+    counting.pass_time(shares, 2 * TAU_S)
+    assert num_maps(harness) == settled
 
 
 def test_a_new_leader_does_not_undo_a_rebalance(counting: Counting) -> None:
