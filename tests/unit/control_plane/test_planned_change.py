@@ -15,6 +15,7 @@ from control_plane.desired_changes import (
     Scale,
     Undrain,
 )
+from control_plane.residency import Residency
 from control_plane.writes import PublishMap
 from shared.desired_state import AfterDrain, DesiredState
 from shared.records import AgentRecord, Verdict, pack_record
@@ -299,6 +300,10 @@ def test_below_capacity_an_instance_can_be_made_larger() -> None:
     assert below.on_demand.size
     put_agent(harness, "n4")
     harness.ask(Scale(num_ranks=5))
+    wider = Residency(harness.cluster.state, harness.spec).expert_map
+    assert wider is not None
+    assert wider.computed.shape[1] == 5
+    assert wider.uncovered() == []
     harness.settle()
     harness.start(4).write_record(computes_on_demand=True)
     harness.link()
