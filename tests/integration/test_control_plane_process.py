@@ -239,7 +239,7 @@ async def test_the_standby_takes_over_from_a_killed_leader_and_publishes(
         await alive[3].kill()
         after = await map_with(store, keys, *members[:3])
         assert (await leader(store, keys, "second")).term > term
-        assert after.epoch == before.epoch + 1
+        assert after.epoch > before.epoch
 
 
 async def test_a_leader_that_is_told_to_stop_hands_over_at_once(
