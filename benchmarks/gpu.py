@@ -75,7 +75,7 @@ class GpuBench:
         moe = LocalMoe(self.slots, top_k=self.sizes.top_k, step_tokens_max=prefill_tokens)
         decoder = Decoder(self.sizes, self.weights, moe, settings)
         table = np.arange(self.sizes.num_experts, dtype=np.int32)
-        decoder.use_slots(np.tile(table, (self.sizes.num_moe_layers, 1)))
+        decoder.use_slots(np.tile(table, (self.sizes.num_moe_layers, 1, 1)))
         for cache in decoder.attention.cache():
             cache.normal_()
         decoder.capture()

@@ -50,14 +50,20 @@ def up(options: UpOptions) -> None:
 
 @app.command()
 @flags_from_dataclasses
-def status(target: TargetFlags, as_json: JsonFlag = False) -> None:
+def status(
+    target: TargetFlags,
+    as_json: JsonFlag = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Also show which experts tokens choose most.")
+    ] = False,
+) -> None:
     """Show the epoch, the leader, every rank, and how many failures the map survives."""
     import json
 
     from cli.observe.status import read_status, render_status
 
     async def work() -> int:
-        found = await read_status(target.target(), SystemClock())
+        found = await read_status(target.target(), SystemClock(), experts=experts)
         if as_json:
             print(json.dumps(found, indent=2))
         else:

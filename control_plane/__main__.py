@@ -23,6 +23,7 @@ from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
 from control_plane.etcd_health_watch import EtcdHealthWatch
 from control_plane.membership import MembershipPolicy
+from control_plane.rebalancer import RebalancePolicy
 from control_plane.telemetry import Metrics, http_endpoint
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
@@ -110,6 +111,11 @@ async def serve(config: ControlPlaneConfig) -> None:
                 formation_window_s=config.formation_window_s,
                 heal_after_s=config.heal_after_s,
                 heal_budget_bytes=config.heal_budget_mb << 20,
+                rebalance=RebalancePolicy(
+                    enabled=config.rebalance,
+                    time_constant_s=config.load_time_constant_s,
+                    threshold=config.rebalance_threshold,
+                ),
             ),
             timings=DetectorTimings(
                 silence=config.silence,
@@ -120,6 +126,7 @@ async def serve(config: ControlPlaneConfig) -> None:
             leader_ttl_s=config.leader_ttl_s,
             probe_interval_s=config.probe_interval_ms / 1000,
             urgent_probe_interval_s=config.urgent_probe_interval_ms / 1000,
+            counts_interval_s=config.load_interval_s,
             metrics=metrics,
             admin_url=admin.url if admin is not None else "",
         )

@@ -61,6 +61,22 @@ class ControlPlaneConfig:
     )
     heal_after_s: float = option(5.0, "time without a change before experts are moved")
     heal_budget_mb: int = option(256, "weights that one step of healing may move")
+    rebalance: bool = option(
+        True,
+        "move experts when tokens prefer other ones than before; only where replicas share their "
+        "tokens (--replicas spread of the ranks)",
+    )
+    rebalance_threshold: float = option(
+        0.1, "a rebalance begins if the layers' busiest ranks are relieved by more than this part"
+    )
+    load_time_constant_s: float = option(
+        60.0, "tokens count less the longer ago they were: 37 % after this time"
+    )
+    load_interval_s: float = option(
+        1.0,
+        "how often ranks are asked what their tokens chose; longer with more than 100 ranks, "
+        "0: never",
+    )
     probe_interval_ms: float = option(500.0, "how often every rank is probed")
     urgent_probe_interval_ms: float = option(20.0, "the same, while any rank is suspected")
     host: str = option("127.0.0.1", "address of /health and /metrics")
@@ -119,6 +135,13 @@ class ControlPlaneConfig:
                 "--formation-grace-s and --first-formation-grace-s must lie between 0 and "
                 f"--formation-window-s ({self.formation_window_s} s)"
             )
+        if self.rebalance_threshold <= 0 or self.load_time_constant_s <= 0:
+            raise ConfigError(
+                "--rebalance-threshold and --load-time-constant-s must be positive: every noise "
+                "would move experts"
+            )
+        if self.load_interval_s < 0:
+            raise ConfigError("--load-interval-s must not be negative")
         window_ms = self.timings.suspicion_window_ms or LEARNT_WINDOW_MIN_MS
         if not 0 < self.urgent_probe_interval_ms < window_ms / 2:
             raise ConfigError(

@@ -19,7 +19,7 @@ from control_plane.election import Election, ElectionState
 from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
-from control_plane.placement import HealStep
+from control_plane.placement import HealPlan
 from control_plane.probe_events import ProbeEvent
 from control_plane.probe_targets import ProbeTargets
 from control_plane.prober import Prober
@@ -71,8 +71,8 @@ class Planned:
     """The next step of a heal, for the leader term that asked for it."""
 
     leader_term: LeaderTerm
-    plan: PlanHeal
-    step: HealStep | None
+    request: PlanHeal
+    plan: HealPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +105,7 @@ class Driver:
         leader_ttl_s: float,
         probe_interval_s: float,
         urgent_probe_interval_s: float,
+        counts_interval_s: float,
         metrics: Metrics,
         admin_url: str = "",
     ) -> None:
@@ -136,6 +137,7 @@ class Driver:
             report=self._inbox.put,
             interval_s=probe_interval_s,
             urgent_interval_s=urgent_probe_interval_s,
+            counts_interval_s=counts_interval_s,
         )
         self._publisher = Publisher(store, keys, clock)
         self._suspicions = SuspicionPublisher(store, keys, lease_ttl_s=leader_ttl_s)
@@ -236,7 +238,7 @@ class Driver:
                 self._leader_term.on_tick(self._cluster.state, now)
                 self._reporter.report_judgements(self._leader_term.take_judgements())
                 self._act(group, self._leader_term, now)
-            self._reporter.update_gauges(self._cluster.state, self._leader_term)
+            self._reporter.update_gauges(self._cluster.state, self._leader_term, now)
 
     async def _next_events(self) -> list[Event]:
         urgent = self._leader_term is not None and self._leader_term.detector.urgent
@@ -262,7 +264,8 @@ class Driver:
                 self._write_under_way = self._write_delayed = False
                 self._handle_written(event, now)
             case Planned():
-                event.leader_term.membership.on_heal_planned(event.plan, event.step)
+                event.leader_term.membership.on_heal_planned(event.request, event.plan, now)
+                self._reporter.report_plan(event.plan)
             case WriteDelayed():
                 self._write_delayed = self._write_under_way
             case ElectionChanged():
@@ -349,9 +352,9 @@ class Driver:
             self._handle_changes(self._cluster.keep_map(expert_map), now)
             self._reporter.report_offer(offered)
 
-    async def _plan(self, leader_term: LeaderTerm, plan: PlanHeal) -> None:
-        step = await asyncio.to_thread(plan.first_step)
-        await self._inbox.put(Planned(leader_term=leader_term, plan=plan, step=step))
+    async def _plan(self, leader_term: LeaderTerm, request: PlanHeal) -> None:
+        plan = await asyncio.to_thread(request.compute)
+        await self._inbox.put(Planned(leader_term=leader_term, request=request, plan=plan))
 
     async def _write(self, write: Write, leader_revision: int) -> None:
         loop = asyncio.get_running_loop()

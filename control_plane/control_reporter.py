@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import structlog
 
 from control_plane.cluster_state import ClusterState
-from control_plane.judgements import Judgement, Standstill, VerdictCancelled
+from control_plane.judgements import BadCounts, Judgement, Standstill, VerdictCancelled
 from control_plane.leader_term import LeaderTerm
-from control_plane.placement import advise, compute_fault_tolerance, describe
+from control_plane.placement import HealPlan, advise, compute_fault_tolerance, describe
 from control_plane.telemetry import Metrics
 from control_plane.writes import Assign, DeclareDead, PublishDesired, PublishMap, Write
 from shared.errors import StoreError
@@ -19,10 +20,14 @@ from shared.types import SuspicionReason
 
 log = structlog.get_logger()
 
+LOADS_INTERVAL_S = 2.0
+"""Between two updates of what is shown of experts' loads."""
+
 
 class ControlReporter:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._loads_updated_at = -LOADS_INTERVAL_S
 
     def report_judgements(self, judgements: Iterable[Judgement]) -> None:
         for item in judgements:
@@ -34,6 +39,8 @@ class ControlReporter:
             elif isinstance(item, VerdictCancelled):
                 self._metrics.verdicts_cancelled.inc()
                 log.warning("verdict_cancelled", member=str(item.member), detail="it goes on")
+            elif isinstance(item, BadCounts):
+                log.warning("expert_counts_refused", detail=item.detail)
             else:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)
@@ -81,7 +88,15 @@ class ControlReporter:
         elif isinstance(write, PublishDesired):
             log.info("desired_state_changed", change=write.desired.change, cause=write.cause)
 
-    def update_gauges(self, state: ClusterState, leader_term: LeaderTerm | None) -> None:
+    def report_plan(self, plan: HealPlan) -> None:
+        if plan.takes_candidate:
+            self._metrics.rebalances.inc()
+            before, after = plan.slowness
+            log.info("rebalance_begun", imbalance=round(before, 3), foreseen=round(after, 3))
+
+    def update_gauges(
+        self, state: ClusterState, leader_term: LeaderTerm | None, now: float
+    ) -> None:
         expert_map = state.expert_map
         self._metrics.epoch.set(expert_map.epoch if expert_map else 0)
         self._metrics.members.set(len(expert_map.members) if expert_map else 0)
@@ -95,6 +110,34 @@ class ControlReporter:
         dead = leader_term.membership.dead_in_map(state) if leader_term else ()
         self._metrics.dead_members.set(len(dead))
         self._metrics.tolerance.on_state(expert_map, state.records)
+        if leader_term is not None and now - self._loads_updated_at >= LOADS_INTERVAL_S:
+            self._loads_updated_at = now
+            self._update_loads(expert_map, leader_term, now)
+
+    def _update_loads(
+        self, expert_map: ExpertMap | None, leader_term: LeaderTerm, now: float
+    ) -> None:
+        if expert_map is None:
+            return
+        counts = expert_map.replica_counts()
+        metrics, meter = self._metrics, leader_term.membership.rebalancer.meter
+        for name, value in (("min", counts.min()), ("mean", counts.mean()), ("max", counts.max())):
+            metrics.expert_replicas.labels(name).set(value)
+        loads = {} if meter is None else meter.rank_loads(now)
+        members = [m for m in expert_map.members if m in loads]
+        if not members:
+            return
+        load_RL = np.stack([loads[m] for m in members])
+        mean_L = load_RL.mean(axis=0)
+        if not mean_L.all():
+            return
+        imbalance_L = load_RL.max(axis=0) / mean_L
+        metrics.layer_imbalance.labels("median").set(np.median(imbalance_L))
+        metrics.layer_imbalance.labels("worst").set(imbalance_L.max())
+        metrics.rank_load.clear()  # of those who have left
+        share_R = load_RL.sum(axis=1) / mean_L.sum()
+        for member, share in zip(members, share_R, strict=True):
+            metrics.rank_load.labels(str(member.rank)).set(share)
 
     def _report_verdict(self, verdict: Verdict) -> None:
         took_s = verdict.decided_at - verdict.first_signal_at

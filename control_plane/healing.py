@@ -1,6 +1,6 @@
 """When experts are moved without a death, and which step comes next: once nothing has changed for a
-while, or at once if somebody asked for it. Pure; the planner's long computation runs elsewhere, and
-`Membership` turns a step into writes."""
+while, or at once if somebody asked for it. `Rebalancer` says for which loads. Pure; the planner's
+long computation runs elsewhere, and `Membership` turns a step into writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from control_plane.cluster_state import ClusterState
-from control_plane.placement import HealStep
+from control_plane.placement import HealPlan, HealStep
+from control_plane.rebalancer import Rebalancer
 from control_plane.residency import Residency
 from control_plane.writes import PlanHeal
 from shared.expert_map import ExpertMap
@@ -27,13 +28,15 @@ class HealPolicy:
 
 
 class Healing:
-    def __init__(self, policy: HealPolicy) -> None:
+    def __init__(self, policy: HealPolicy, rebalancer: Rebalancer) -> None:
         self._policy = policy
+        self._rebalancer = rebalancer
         self._first_seen: dict[Member, float] = {}
         self._quiet_since = 0.0
         self._quiet_state: object = None
         self._planning_revision = -1
-        self._planned: tuple[int, HealStep | None] | None = None
+        self._planned: tuple[int, HealPlan] | None = None
+        self._planned_for: int | None = None  # the `rebalances` that the newest plan knew of
         self._rebalances_done: int | None = None  # None: this term has not begun
 
     def note(self, state: ClusterState, now: float) -> None:
@@ -48,15 +51,18 @@ class Healing:
             self._quiet_state, self._quiet_since = quiet_state, now
         if self._rebalances_done is None:
             self._rebalances_done = state.desired.rebalances  # the usual heal does them, later
+        if state.spec is not None:
+            self._rebalancer.on_state(state.spec, _map_revision(state), frozenset(kept), now)
 
-    def on_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
-        """`step` is None if nothing is worth a move under that map."""
+    def on_planned(self, request: PlanHeal, plan: HealPlan, now: float) -> None:
         self._planning_revision = -1
-        self._planned = (plan.map_revision, step)
+        self._planned = (request.map_revision, plan)
+        self._rebalancer.on_planned(request.goal, plan, now)
 
     def nothing_to_move(self, state: ClusterState) -> bool:
         """Whether that is known of the present map."""
-        return self._planned == (_map_revision(state), None)
+        plan = self._plan_under(_map_revision(state))
+        return plan is not None and plan.step is None
 
     def next_step(
         self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member], now: float
@@ -67,12 +73,18 @@ class Healing:
             residency, expert_map, newcomers, now
         ):
             return None
-        if self._planned is None or self._planned[0] != revision:
-            self._planning_revision = revision
-            return self._plan(residency, expert_map, revision)
-        if self._planned[1] is None:
+        plan = self._plan_under(revision)
+        if plan is not None and plan.step is not None:
+            return plan.step
+        if plan is not None and self._planned_for == state.desired.rebalances:
             self._rebalances_done = state.desired.rebalances
-        return self._planned[1]
+            if not self._rebalancer.is_due(expert_map, now):
+                return None
+        self._planning_revision, self._planned_for = revision, state.desired.rebalances
+        return self._request(residency, expert_map, revision, now)
+
+    def _plan_under(self, revision: int) -> HealPlan | None:
+        return self._planned[1] if self._planned and self._planned[0] == revision else None
 
     def _may_move(
         self, residency: Residency, expert_map: ExpertMap, newcomers: Sequence[Member], now: float
@@ -86,7 +98,9 @@ class Healing:
             and all(residency.is_settled(m) for m in expert_map.members)
         )
 
-    def _plan(self, residency: Residency, expert_map: ExpertMap, revision: int) -> PlanHeal:
+    def _request(
+        self, residency: Residency, expert_map: ExpertMap, revision: int, now: float
+    ) -> PlanHeal:
         return PlanHeal(
             expert_map=expert_map,
             map_revision=revision,
@@ -95,6 +109,7 @@ class Healing:
             bytes_per_expert=self._policy.bytes_per_expert,
             redundant=residency.spec.redundant_experts,
             survive=self._policy.survive,
+            goal=self._rebalancer.goal(now),
         )
 
 

@@ -15,6 +15,8 @@ class AlarmKind(Enum):
     OWN_LINK = "own_link"
     STANDSTILL = "standstill"
     TOO_FEW_SLOTS = "too_few_slots"
+    BELOW_CAPACITY = "below_capacity"
+    REBALANCE_STUCK = "rebalance_stuck"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,4 +42,11 @@ class VerdictCancelled:
     member: Member
 
 
-Judgement = Verdict | Alarm | Standstill | VerdictCancelled
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadCounts:
+    """A member has counted experts that this instance does not have; it is not believed."""
+
+    detail: str
+
+
+Judgement = Verdict | Alarm | Standstill | VerdictCancelled | BadCounts

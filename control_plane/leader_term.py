@@ -6,12 +6,19 @@ from __future__ import annotations
 from control_plane.cluster_state import ClusterState
 from control_plane.detector_timings import DetectorTimings
 from control_plane.failure_detector import FailureDetector
-from control_plane.judgements import Alarm, Judgement, Standstill, VerdictCancelled
+from control_plane.judgements import (
+    Alarm,
+    BadCounts,
+    Judgement,
+    Standstill,
+    VerdictCancelled,
+)
 from control_plane.map_offers import MapOffers
 from control_plane.membership import Membership, MembershipPolicy
 from control_plane.probe_events import (
     ProbeBroken,
     ProbeConnected,
+    ProbeCounts,
     ProbeEvent,
     ProbePong,
     ProbeRefused,
@@ -47,7 +54,7 @@ class LeaderTerm:
         self._decided_on: object = None
         self._decided_at = now
         self._dead: list[Verdict] = []
-        self._news: list[Alarm | Standstill | VerdictCancelled] = []
+        self._news: list[Alarm | Standstill | VerdictCancelled | BadCounts] = []
         self._stopped: set[Member] = set()  # as their node agents say
         self._judged_while_stopped: set[Member] = set()
         for record in state.records.values():
@@ -102,6 +109,10 @@ class LeaderTerm:
                 self.membership.on_out_of_step(event.member, event.pong.out_of_step)
                 self.membership.on_load(event.member, event.pong.load)
                 self._on_left_out(event.pong.left_out, now)
+            case ProbeCounts():
+                detail = self.membership.rebalancer.on_counts(event.member, event.counts, now)
+                if detail is not None:
+                    self._news.append(BadCounts(detail=detail))
 
     def _on_left_out(self, members: tuple[Member, ...], now: float) -> None:
         """Their peers run maps without them that another leader gave them, or this process in an

@@ -16,8 +16,10 @@ from that.
                                                | survivors (joiners that have not stepped yet
                                                | come last), with the verdict; the line above
                                                | applies once they are resident
-    a dead member, too few slots for orphans   | DeclareDead it; then forming, with survivors and
-                                               | joiners together
+    a dead member, too few slots for orphans   | PublishMap without it, in which experts without
+                                               | a slot are on demand; where a survivor cannot do
+                                               | that, DeclareDead it; then forming, with
+                                               | survivors and joiners together
     etcd has lost the map that ranks run       | PublishMap of the same
     a member has lost count, or a standstill   | PublishMap of the same, all of them joiners
     a newcomer without assignment              | Assign what `grow` wants
@@ -31,21 +33,23 @@ from that.
     a part of a change on purpose is done      | PublishDesired (`planned_change`)
     keys of incarnations that are gone         | DeleteKeys
 
-A published map names all experts, and only where they are resident. Its transaction compares the
-map before it, and it leaves out only members with a verdict. A map that removes nobody waits until
-all members run under the map before it: ranks that meet by counting CUDA graph launches admit a
-joiner together, and a rank that missed a map does not know with whom its peers count. A map after a
-death does not wait, and therefore lists the joiners that may not yet have been admitted by all.
+A published map names all experts, and only where they are resident, or as computed on demand. Its
+transaction compares the map before it, and it leaves out only members with a verdict. A map that
+removes nobody waits until all members run under the map before it: ranks that meet by counting CUDA
+graph launches admit a joiner together, and a rank that missed a map does not know with whom its
+peers count. A map after a death does not wait, and therefore lists the joiners that may not yet
+have been admitted by all.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from control_plane.capacity_alarms import CapacityAlarms
 from control_plane.cluster_state import ClusterState
 from control_plane.formation import (
     AssignRows,
@@ -55,11 +59,12 @@ from control_plane.formation import (
     TooFewSlots,
 )
 from control_plane.healing import Healing, HealPolicy
-from control_plane.judgements import Alarm, AlarmKind
+from control_plane.judgements import Alarm
 from control_plane.map_adoption import MapAdoption
-from control_plane.placement import HealStep
+from control_plane.placement import HealPlan
 from control_plane.planned_change import DrainPolicy, PlannedChange
 from control_plane.plans import emptied_for, plan_join, plan_leave, plan_shrink
+from control_plane.rebalancer import RebalancePolicy, Rebalancer
 from control_plane.residency import Residency
 from control_plane.write_builder import WriteBuilder
 from control_plane.writes import Decision, DeleteKeys, PlanHeal, Write
@@ -84,6 +89,7 @@ class MembershipPolicy:
     heal_budget_bytes: int = 256 << 20  # weights moved by one step
     adoption_timeout_s: float = 10.0  # a member under an old map delays the next for this long
     drains: DrainPolicy = DrainPolicy()
+    rebalance: RebalancePolicy = field(default_factory=RebalancePolicy)
 
 
 class Membership:
@@ -94,6 +100,7 @@ class Membership:
         """No map gets a lower epoch than `first_epoch`."""
         self._policy = policy
         self._adoption = MapAdoption(policy.adoption_timeout_s)
+        self.rebalancer = Rebalancer(policy.rebalance)
         self._formation = Formation(
             FormationPolicy(
                 grace_s=policy.formation_grace_s,
@@ -111,11 +118,11 @@ class Membership:
                 after_s=policy.heal_after_s,
                 joiner_timeout_s=policy.joiner_timeout_s,
                 budget_bytes=policy.heal_budget_bytes,
-            )
+            ),
+            self.rebalancer,
         )
         self._planned_change = PlannedChange(policy.drains)
-        self._alarms: list[Alarm] = []
-        self._alarmed: set[AlarmKind] = set()
+        self._capacity_alarms = CapacityAlarms()
 
     @property
     def dead(self) -> frozenset[Member]:
@@ -156,17 +163,15 @@ class Membership:
         """No step moves under the present map, though all members live."""
         self._adoption.on_standstill()
 
-    def on_heal_planned(self, plan: PlanHeal, step: HealStep | None) -> None:
-        """`step` is None if nothing is worth a move under that map."""
-        self._healing.on_planned(plan, step)
+    def on_heal_planned(self, request: PlanHeal, plan: HealPlan, now: float) -> None:
+        self._healing.on_planned(request, plan, now)
 
     def on_load(self, member: Member, load: Load) -> None:
         """A Pong says how many sessions a member has."""
         self._planned_change.on_load(member, load)
 
     def take_alarms(self) -> list[Alarm]:
-        alarms, self._alarms = self._alarms, []
-        return alarms
+        return self._capacity_alarms.take() + self.rebalancer.take_alarms()
 
     def decide(
         self, state: ClusterState, now: float, *, unix_now: float = 0.0, frozen: bool = False
@@ -224,9 +229,9 @@ class Membership:
         step = self._formation.next_step(residency, survivors, newcomers, now)
         match step:
             case TooFewSlots():
-                self._alarm_slots(step)
+                self._capacity_alarms.on_too_few_slots(step)
             case AssignRows():
-                self._alarmed.discard(AlarmKind.TOO_FEW_SLOTS)
+                self._capacity_alarms.on_enough_slots()
                 return self._writes.assign(residency, step.by_member, force=True)
             case PublishRows():
                 cause = f"formed by {len(step.by_member)} of {residency.num_awaited} ranks"
@@ -240,11 +245,13 @@ class Membership:
     ) -> Write | None:
         rows = residency.available_rows(survivors)
         dead = [m for m in expert_map.members if m in self._dead]
+        cause = "dead: " + ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
         if residency.covers(rows):
-            names = ", ".join(f"{m} ({self._dead[m].cause.value})" for m in dead)
-            return self._writes.publish(residency, rows, f"dead: {names}", now)
-        unproven = self._adoption.unproven
-        result = plan_shrink(residency, expert_map, survivors, dead, unproven)
+            return self._writes.publish(residency, rows, cause, now)
+        unproven, loads = self._adoption.unproven, self.rebalancer.loads
+        result = plan_shrink(residency, expert_map, survivors, dead, unproven, loads)
+        if result.uncoverable and residency.can_compute_on_demand(survivors):
+            return self._writes.publish(residency, rows, f"{cause}; below capacity", now)
         if result.uncoverable:
             return self._writes.declare_dead(residency, dead) or self._form(
                 residency, survivors, now
@@ -272,7 +279,8 @@ class Membership:
         unassigned = [m for m in newcomers if residency.assigned(m) is None]
         if unassigned:
             known = [m for m in newcomers if m not in unassigned]
-            result = plan_join(residency, expert_map, [*members, *known], unassigned)
+            loads = self.rebalancer.loads
+            result = plan_join(residency, expert_map, [*members, *known], unassigned, loads)
             wanted = {m: result.placement[:, m.rank] for m in unassigned}
             return self._writes.assign(residency, wanted, force=True)
         admitted: list[Member] = []
@@ -284,7 +292,7 @@ class Membership:
             return None
         rows = residency.available_rows([*members, *admitted])
         cause = "joined: " + ", ".join(str(m) for m in admitted)
-        return self._writes.publish(residency, rows, cause, now) if residency.covers(rows) else None
+        return self._writes.publish(residency, rows, cause, now) if residency.serves(rows) else None
 
     # Drained members.
 
@@ -305,8 +313,8 @@ class Membership:
                 return self._writes.publish(residency, rows, cause, now, drained=leaving)
             if residency.covers(residency.intended_rows(rest)):
                 return None  # it is being loaded
-            unproven = self._adoption.unproven
-            wanted = plan_leave(residency, expert_map, rest, leaving, unproven)
+            unproven, loads = self._adoption.unproven, self.rebalancer.loads
+            wanted = plan_leave(residency, expert_map, rest, leaving, unproven, loads)
             if wanted is not None:
                 return self._move(residency, expert_map, wanted, f"replacing: {names}", now)
         return None
@@ -333,7 +341,7 @@ class Membership:
             return None
         changed = residency.placement(rows) != expert_map.placement
         held = [m for m in expert_map.members if changed[:, m.rank].any()]
-        if not held or not residency.covers(rows):
+        if not held or not residency.serves(rows):
             return None
         cause = "healed: " + ", ".join(str(m) for m in held)
         return self._writes.publish(residency, rows, cause, now)
@@ -386,15 +394,7 @@ class Membership:
         for member in [m for m in self._dead if m not in kept]:
             del self._dead[member]
         self._adoption.on_map(expert_map, kept, now)
+        self._capacity_alarms.on_map(expert_map)
 
     def _newcomers(self, residency: Residency, members: Iterable[Member]) -> list[Member]:
         return [m for m in residency.newcomers(members) if m not in self._dead]
-
-    def _alarm_slots(self, step: TooFewSlots) -> None:
-        if AlarmKind.TOO_FEW_SLOTS not in self._alarmed:
-            self._alarmed.add(AlarmKind.TOO_FEW_SLOTS)
-            detail = (
-                f"{step.num_ranks} ranks have too few slots: {step.num_unplaced} experts find no "
-                "place; serving waits for more ranks"
-            )
-            self._alarms.append(Alarm(kind=AlarmKind.TOO_FEW_SLOTS, detail=detail))

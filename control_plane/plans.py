@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from control_plane.placement import GrowResult, PlacementPlan, ShrinkResult, grow, place, shrink
+from control_plane.placement import (
+    GrowResult,
+    Loads,
+    PlacementPlan,
+    ShrinkResult,
+    grow,
+    place,
+    shrink,
+)
 from control_plane.residency import Residency
 from shared.expert_map import ExpertMap, Placement
 from shared.types import EMPTY_SLOT, Member, RankId
@@ -63,13 +71,14 @@ def plan_shrink(
     survivors: Sequence[Member],
     dead: Sequence[Member],
     unproven: Collection[RankId],
+    loads: Loads | None,
 ) -> ShrinkResult:
     """Starts from what the survivors are meant to hold, so that orphans that are being loaded stay
     where they are. `unproven`: see `shrink`."""
     rows = residency.intended_rows(survivors)
     rows |= {m: expert_map.placement[:, m.rank] for m in dead}
     base = residency.map_of(rows, epoch=expert_map.epoch)
-    return shrink(base, [m.rank for m in dead], unproven=unproven)
+    return shrink(base, [m.rank for m in dead], loads, unproven=unproven)
 
 
 def plan_leave(
@@ -78,12 +87,13 @@ def plan_leave(
     rest: Sequence[Member],
     leaving: Sequence[Member],
     unproven: Collection[RankId],
+    loads: Loads | None,
 ) -> dict[Member, Placement] | None:
     """Rows for `rest`, so that they hold every expert without `leaving`, who live. What is being
     loaded is waited for. None: not now, or `rest` have too few slots."""
     if not rest or not all(residency.is_settled(m) for m in rest):
         return None
-    result = plan_shrink(residency, expert_map, rest, leaving, unproven)
+    result = plan_shrink(residency, expert_map, rest, leaving, unproven, loads)
     if result.uncoverable:
         return None
     return {m: result.refilled[:, m.rank] for m in rest}
@@ -105,6 +115,7 @@ def plan_join(
     expert_map: ExpertMap,
     known: Sequence[Member],
     joiners: Sequence[Member],
+    loads: Loads | None,
 ) -> GrowResult:
     """Assumes that `known` hold what they are meant to hold. `joiners` have what they report: they
     may have come back in their process."""
@@ -114,6 +125,7 @@ def plan_join(
         [m.rank for m in joiners],
         residency.nodes(everybody),
         residency.slots(everybody),
+        loads,
         redundant=residency.spec.redundant_experts,
         resident={m.rank: row for m in joiners if (row := residency.resident(m)) is not None},
     )

@@ -1,11 +1,11 @@
-"""What the prober reports about a rank to the failure detector."""
+"""What the prober reports about a rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from shared.types import Member
-from shared.wire import Pong
+from shared.wire import ExpertCounts, Pong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,4 +35,12 @@ class ProbePong:
     pong: Pong
 
 
-ProbeEvent = ProbeConnected | ProbeBroken | ProbeRefused | ProbePong
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeCounts:
+    """What the member has counted of its experts."""
+
+    member: Member
+    counts: ExpertCounts
+
+
+ProbeEvent = ProbeConnected | ProbeBroken | ProbeRefused | ProbePong | ProbeCounts

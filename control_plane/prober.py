@@ -1,6 +1,7 @@
 """Keeps a connection to every rank's control port and pings it: at a long interval normally, at a
-short one while any member is suspected. It reports what it sees and judges nothing. While etcd
-cannot be written, the leader hands maps to the ranks on these connections."""
+short one while any member is suspected. Now and then it asks what the rank has counted of its
+experts. It reports what it sees and judges nothing. While etcd cannot be written, the leader hands
+maps to the ranks on these connections."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from control_plane.probe_events import (
     ProbeBroken,
     ProbeConnected,
+    ProbeCounts,
     ProbeEvent,
     ProbePong,
     ProbeRefused,
@@ -20,13 +22,23 @@ from shared.expert_map import ExpertMap
 from shared.handshake import Access, Caller, introduce
 from shared.records import RankRecord, pack_map
 from shared.types import Member, Role
-from shared.wire import OfferMap, Ping, Pong, encode, read_message
+from shared.wire import (
+    ExpertCounts,
+    ExpertCountsQuery,
+    OfferMap,
+    Ping,
+    Pong,
+    encode,
+    read_message,
+)
 
 _CONNECT_TIMEOUT_S = 1.0
 _WELCOME_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.05, 0.15)
 _QUICK_RETRIES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
 _UNSENT_BYTES_MAX = 64 << 10
+_COUNTS_INTERVAL_OF_RANK_S = 0.01
+"""With many ranks each is asked less often, so that the answers remain a few MB a second."""
 
 Report = Callable[[ProbeEvent], Awaitable[None]]
 
@@ -42,11 +54,15 @@ class Prober:
         report: Report,
         interval_s: float,
         urgent_interval_s: float,
+        counts_interval_s: float = 0.0,
     ) -> None:
+        """`counts_interval_s` is the least time between two questions for counts of experts; 0: it
+        asks none."""
         self._caller = Caller(role=Role.CONTROL_PLANE, name=name)
         self._access = access
         self._report = report
         self._intervals_s = (interval_s, urgent_interval_s)
+        self._counts_interval_s = counts_interval_s
         self._urgent = False
         self._urgent_event = asyncio.Event()
         self._wanted: dict[Member, RankRecord] = {}
@@ -134,16 +150,23 @@ class Prober:
                 if isinstance(message, Pong):
                     answered = True
                     await self._report(ProbePong(member=member, pong=message))
+                elif isinstance(message, ExpertCounts):
+                    await self._report(ProbeCounts(member=member, counts=message))
         except (ConnectionError, WireError):
             return answered
         return answered
 
     async def _ping(self, writer: asyncio.StreamWriter) -> None:
-        nonce = 0
+        nonce, loop = 0, asyncio.get_running_loop()
+        counts_at = loop.time()
         while True:
             if writer.transport.get_write_buffer_size() < _UNSENT_BYTES_MAX:
                 nonce += 1
                 writer.write(encode(Ping(nonce=nonce)))
+                if self._counts_interval_s and not self._urgent and loop.time() >= counts_at:
+                    writer.write(encode(ExpertCountsQuery(nonce=nonce)))
+                    least_s = _COUNTS_INTERVAL_OF_RANK_S * len(self._wanted)
+                    counts_at = loop.time() + max(self._counts_interval_s, least_s)
             await self._wait_for_next_ping()
 
     async def _wait_for_next_ping(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from control_plane.cluster_state import ClusterState
 from shared.desired_state import AfterDrain
@@ -45,7 +46,8 @@ class Residency:
         if expert_map.num_ranks == self.num_ranks:
             return expert_map
         rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
-        return replace(expert_map, placement=self.placement(rows))
+        on_demand = _with_rows(expert_map.on_demand, expert_map.members, self.num_ranks)
+        return replace(expert_map, placement=self.placement(rows), on_demand=on_demand)
 
     def widen(self, row: Placement) -> Placement:
         """`row` with ABSENT_SLOT appended up to the spec's slots per rank."""
@@ -115,6 +117,7 @@ class Residency:
         cause: str = "",
         published_at: float = 0,
     ) -> ExpertMap:
+        """What no row holds is computed on demand, if all members can do that."""
         return ExpertMap(
             epoch=Epoch(epoch),
             num_experts=self.spec.num_experts,
@@ -123,6 +126,7 @@ class Residency:
             joiners=joiners,
             cause=cause,
             published_at=published_at,
+            **self._on_demand(rows),
         )
 
     def available_rows(self, members: Iterable[Member]) -> dict[Member, Placement]:
@@ -133,13 +137,42 @@ class Residency:
 
     def covers(self, rows: Mapping[Member, Placement]) -> bool:
         """Whether every expert of every layer is in one of the rows."""
-        if not rows:
-            return False
-        held = np.concatenate(list(rows.values()), axis=1).astype(np.int64)
+        return bool(rows) and bool(self._held(rows).all())
+
+    def serves(self, rows: Mapping[Member, Placement]) -> bool:
+        """Whether these members can compute every expert, if need be on demand."""
+        return self.covers(rows) or self.can_compute_on_demand(rows)
+
+    def can_compute_on_demand(self, members: Iterable[Member]) -> bool:
+        """Whether all of these can. False if there are none."""
+        known = [self.state.records.get(member) for member in members]
+        return bool(known) and all(r is not None and r.computes_on_demand for r in known)
+
+    def _held(self, rows: Mapping[Member, Placement]) -> NDArray[np.bool_]:
+        """`[num_layers, num_experts]`: whether an expert is in one of the rows."""
         num_experts = self.spec.num_experts
         seen = np.zeros((self._shape[0], num_experts + 1), dtype=bool)
-        np.put_along_axis(seen, np.where(held >= 0, held, num_experts), True, axis=1)
-        return bool(seen[:, :num_experts].all())
+        for row in rows.values():
+            held = row.astype(np.int64)
+            np.put_along_axis(seen, np.where(held >= 0, held, num_experts), True, axis=1)
+        return seen[:, :num_experts]
+
+    def _on_demand(self, rows: Mapping[Member, Placement]) -> dict[str, Placement]:
+        """The map's field of this name, if it has one: what is in no row, dealt to the members in
+        turn, in each layer beginning with another one."""
+        missing = ~self._held(rows)
+        if not missing.any() or not self.can_compute_on_demand(rows):
+            return {}
+        members = sorted(rows)
+        width = -(-int(missing.sum(axis=1).max()) // len(members))
+        shape = (self._shape[0], self.num_ranks, width)
+        result = np.full(shape, EMPTY_SLOT, dtype=np.int16)
+        for layer, lacking in enumerate(missing):
+            for index, expert in enumerate(np.flatnonzero(lacking).tolist()):
+                turn, of = divmod(index, len(members))
+                member = members[(of + layer) % len(members)]
+                result[layer, member.rank, turn] = expert
+        return {"on_demand": result}
 
     def nodes(self, members: Iterable[Member]) -> dict[RankId, NodeId]:
         records = self.state.records
@@ -216,3 +249,13 @@ def _num_rows(state: ClusterState, spec: InstanceSpec, desired: Collection[RankI
     members = state.expert_map.members if state.expert_map is not None else ()
     highest = max((*desired, *(m.rank for m in members)), default=0)
     return max(spec.capacity, highest + 1)
+
+
+def _with_rows(on_demand: Placement, members: Iterable[Member], num_ranks: int) -> Placement:
+    """A map's `on_demand`, with a row for each of so many ranks."""
+    if not on_demand.size:
+        return on_demand
+    result = np.full((on_demand.shape[0], num_ranks, on_demand.shape[2]), EMPTY_SLOT, np.int16)
+    ranks = [m.rank for m in members]
+    result[:, ranks] = on_demand[:, ranks]
+    return result

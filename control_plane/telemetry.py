@@ -39,6 +39,25 @@ class Metrics:
             "map_frozen", "1 while only deaths may change the map, as after a mass expiry of leases"
         )
         self.tolerance = ToleranceGauges(self.registry)
+        self.rank_load = Gauge(
+            "starfish_rank_expert_load",
+            "work of the rank's experts lately, over the mean of all ranks",
+            ["rank"],
+            registry=self.registry,
+        )
+        self.layer_imbalance = Gauge(
+            "starfish_layer_imbalance",
+            "the busiest rank's work over the mean, lately: of the median and of the worst layer",
+            ["layer"],
+            registry=self.registry,
+        )
+        self.expert_replicas = Gauge(
+            "starfish_expert_replicas",
+            "replicas of an expert: the fewest, the mean and the most",
+            ["of"],
+            registry=self.registry,
+        )
+        self.rebalances = Counter("starfish_rebalances", "rebalances begun", registry=self.registry)
         self.verdicts = Counter(
             "starfish_verdicts", "members declared dead", ["cause"], registry=self.registry
         )

@@ -3,14 +3,23 @@ event loop. `publisher` turns a write into a transaction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from control_plane.cluster_state import ClusterState
-from control_plane.placement import HealStep, heal
+from control_plane.placement import HealPlan, HealStep, heal
+from control_plane.placement.topology import Floats
+from control_plane.rebalancer import HealGoal, slowness
 from shared.desired_state import DesiredState
 from shared.expert_map import ExpertMap
 from shared.records import SlotContents, Verdict
 from shared.types import NodeId, ProcessState, RankId, SuspicionReason
+
+TOLERANCE = 0.05
+"""Of a layer's busiest rank, above the mean load."""
+FORESEEN_LOADS_MAX = 256
+"""A rebalance is foreseen for so many loads of experts: more would take too long to plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,18 +75,40 @@ class PlanHeal:
     bytes_per_expert: int
     redundant: int
     survive: int
+    goal: HealGoal
 
-    def first_step(self) -> HealStep | None:
-        steps = heal(
+    def compute(self) -> HealPlan:
+        tolerance = TOLERANCE if self.goal.balances else math.inf
+        step = next(self._steps(self.goal.loads, tolerance), None)
+        if step is not None or self.goal.candidate is None:
+            return HealPlan(step)
+        return self._rebalance(self.goal.candidate)
+
+    def _rebalance(self, loads: Floats) -> HealPlan:
+        """The first step, if all of them together gain enough."""
+        before = slowness(self.expert_map, loads)
+        first, after, num_loads = None, before, 0
+        for step in self._steps(loads, TOLERANCE):
+            first = first or step
+            after = slowness(replace(self.expert_map, placement=step.placement), loads)
+            num_loads += len(step.slot_fills)
+            if num_loads >= FORESEEN_LOADS_MAX:
+                break
+        if first is None or before <= after * (1 + self.goal.threshold):
+            return HealPlan(None)
+        return HealPlan(first, takes_candidate=True, slowness=(before, after))
+
+    def _steps(self, loads: Floats | None, tolerance: float) -> Iterator[HealStep]:
+        return heal(
             self.expert_map,
-            None,
+            loads,
             self.nodes,
             budget_bytes=self.budget_bytes,
             bytes_per_expert=self.bytes_per_expert,
             redundant=self.redundant,
             survive=self.survive,
+            tolerance=tolerance,
         )
-        return next(iter(steps), None)
 
 
 Write = PublishMap | DeclareDead | Assign | DeleteKeys | PublishDesired

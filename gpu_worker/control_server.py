@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,6 +26,8 @@ from shared.wire import (
     AnnouncedOperation,
     Cancel,
     DropKvReplicas,
+    ExpertCounts,
+    ExpertCountsQuery,
     GraphBarrierUpdate,
     KvReplicaRegionOpened,
     KvReplicasDropped,
@@ -74,9 +76,10 @@ MAY_SEND: Mapping[Role, tuple[type[Message], ...]] = {
         DropKvReplicas,
         Ping,
     ),
-    Role.CONTROL_PLANE: (Ping, OfferMap),
-    Role.CLI: (Ping, StatusQuery),
+    Role.CONTROL_PLANE: (Ping, OfferMap, ExpertCountsQuery),
+    Role.CLI: (Ping, StatusQuery, ExpertCountsQuery),
 }
+CountExperts = Callable[[ExpertCountsQuery], Awaitable[ExpertCounts]]
 FRAME_BYTES_MAX_OF = {
     Role.GATEWAY: FRAME_BYTES_MAX,
     Role.RANK: 4 << 20,  # the names of all blocks that a peer keeps here
@@ -123,6 +126,7 @@ class ControlServer:
         replication: KvReplicaHost | None = None,
         orphan_s: float = 0.0,
         reports: AttemptReports | None = None,
+        count_experts: CountExperts | None = None,
     ) -> None:
         self._member = member
         self._access = access
@@ -136,6 +140,7 @@ class ControlServer:
         self._replication = replication
         self._orphan_s = orphan_s
         self._reports = reports
+        self._count_experts = count_experts
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
         self._control_planes: set[Origin] = set()  # among these
@@ -268,6 +273,8 @@ class ControlServer:
             require_allowed(caller, message)
             if isinstance(message, OpenKvReplicaRegion | KvReplicasStored | DropKvReplicas):
                 reply = await self._answer_on_kv_replicas(message)
+            elif isinstance(message, ExpertCountsQuery) and self._count_experts is not None:
+                reply = await self._count_experts(message)
             else:
                 reply = self._answer(origin, message)
             if reply is not None:

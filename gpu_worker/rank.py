@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -21,6 +22,7 @@ from gpu_worker.engine.no_kv_replication import NoKvReplication
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.scheduler_limits import NO_LIMIT, SchedulerLimits
 from gpu_worker.engine.step_runner import MakeRunner
+from gpu_worker.exchange.expert_counter import ExpertCounter, count_experts
 from gpu_worker.membership.announcements import Announcements
 from gpu_worker.membership.link_keeper import DataEndpoint
 from gpu_worker.membership.membership_driver import MembershipDriver, SlotLoader
@@ -72,6 +74,8 @@ class Hardware:
     exchange: ExchangeKind
     blocks: BlockCache | None = None  # the KV cache's contents, if they are replicated
     handles: ExchangeHandles | None = None  # for the peers, if the exchange has any
+    expert_counter: ExpertCounter | None = None  # of this incarnation; None: nobody counts
+    computes_on_demand: bool = False  # see `ExpertMap.on_demand`
     renew: Callable[[Member], Hardware] | None = None
     """Makes what the process's next incarnation computes with: the same weights, but no link to a
     peer and no region of this incarnation. May block. Not while the engine or a load still runs.
@@ -133,6 +137,7 @@ class Rank:
             replication=replicas,
             orphan_s=config.orphan_s,
             reports=self._reports,
+            count_experts=partial(count_experts, hardware.expert_counter, parts.member),
         )
         self._leased = LeasedKeys(
             parts.store, ttl_s=config.timings.lease_ttl_s, lease_id=parts.lease_id
@@ -286,6 +291,7 @@ def _first_record(parts: RankParts) -> RankRecord:
         kv_block_tokens=config.kv_block_tokens,
         exchange=parts.hardware.exchange.value,
         exchange_handles=parts.hardware.handles,
+        computes_on_demand=parts.hardware.computes_on_demand,
         started_at=parts.clock.wall(),
         first_incarnation=parts.first_incarnation or parts.member.incarnation,
     )

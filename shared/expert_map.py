@@ -22,6 +22,9 @@ class ExpertMap:
     """An immutable snapshot of who takes part in steps, and of what their slots hold.
 
     `placement` is int16; rows of ranks that are not in `members` are EMPTY_SLOT or ABSENT_SLOT.
+    `on_demand` is `[num_layers, num_ranks, P]` int16: experts that no slot has room for, which the
+    rank computes with weights that it reads for the step. In a message they follow the rank's
+    slots. P is 0 unless there are fewer slots than experts.
     `joiners` are the members that have not yet been seen to step under an earlier map. Ranks that
     meet by counting CUDA graph launches restart their count with them.
     `cause` says in words why this epoch follows the last one.
@@ -35,6 +38,7 @@ class ExpertMap:
     joiners: tuple[RankId, ...] = ()
     cause: str = ""
     published_at: float = 0.0
+    on_demand: Placement = field(default_factory=lambda: np.zeros((0, 0, 1), dtype=np.int16))
     _incarnations: dict[RankId, Incarnation] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +57,18 @@ class ExpertMap:
     def slots_per_rank(self) -> int:
         return int(self.placement.shape[2])
 
+    @property
+    def computed(self) -> Placement:
+        """`[num_layers, num_ranks, slots_per_rank + P]`: what each rank computes, in its slots and
+        then on demand."""
+        if not self.on_demand.size:
+            return self.placement
+        return np.concatenate((self.placement, self.on_demand), axis=2)
+
+    def on_demand_of(self, rank: RankId) -> Placement:
+        """`[num_layers, P]`; without any, it is empty."""
+        return self.on_demand[:, rank] if self.on_demand.size else self.on_demand[:, :, 0]
+
     def incarnation_of(self, rank: RankId) -> Incarnation | None:
         """The incarnation that takes part, or None if the rank is not a member."""
         return self._incarnations.get(rank)
@@ -69,15 +85,18 @@ class ExpertMap:
         return counts[:, -ABSENT_SLOT:]
 
     def num_uncovered(self, ranks: Collection[RankId]) -> int:
-        """`(layer, expert)` pairs that no slot of these ranks holds."""
+        """`(layer, expert)` pairs that none of these ranks computes."""
         live = [rank for rank in ranks if rank < self.num_ranks]
-        held = self.placement[:, live].reshape(self.num_layers, -1)
+        held = self.computed[:, live].reshape(self.num_layers, -1)
         covered = sum(np.unique(row[row >= 0]).size for row in held)
         return self.num_layers * self.num_experts - int(covered)
 
     def uncovered(self) -> list[tuple[int, int]]:
-        """`(layer, expert)` pairs that no member's slot holds. A published map has none."""
-        return [(int(a), int(b)) for a, b in np.argwhere(self.replica_counts() == 0)]
+        """`(layer, expert)` pairs that no member computes. A published map has none."""
+        is_open = self.replica_counts() == 0
+        layer, rank, place = np.nonzero(self.on_demand >= 0)
+        is_open[layer, self.on_demand[layer, rank, place]] = False
+        return [(int(a), int(b)) for a, b in np.argwhere(is_open)]
 
     def to_wire(self) -> dict[str, object]:
         return {
@@ -89,6 +108,7 @@ class ExpertMap:
             "joiners": list(self.joiners),
             "cause": self.cause,
             "published_at": self.published_at,
+            "on_demand": np.ascontiguousarray(self.on_demand, dtype="<i2").tobytes(),
         }
 
     @classmethod
@@ -97,6 +117,8 @@ class ExpertMap:
         try:
             shape = tuple(int(n) for n in raw["shape"])  # type: ignore[attr-defined]
             placement = np.frombuffer(raw["placement"], dtype="<i2").reshape(shape)  # type: ignore[call-overload]
+            on_demand = np.frombuffer(raw.get("on_demand", b""), dtype="<i2")  # type: ignore[call-overload]
+            width = (*shape[:2], -1) if on_demand.size else (0, 0, 1)
             members = tuple(
                 Member(rank=RankId(int(r)), incarnation=Incarnation(int(i)))
                 for r, i in raw["members"]  # type: ignore[attr-defined]
@@ -109,11 +131,14 @@ class ExpertMap:
                 joiners=tuple(RankId(int(r)) for r in raw.get("joiners", ())),  # type: ignore[attr-defined]
                 cause=str(raw["cause"]),
                 published_at=float(raw["published_at"]),  # type: ignore[arg-type]
+                on_demand=on_demand.reshape(width).astype(np.int16),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"malformed expert map: {error}") from error
         if placement.ndim != 3 or int(placement.max(initial=EMPTY_SLOT)) >= result.num_experts:
             raise WireError("malformed expert map: placement and num_experts disagree")
+        if int(on_demand.max(initial=EMPTY_SLOT)) >= result.num_experts:
+            raise WireError("malformed expert map: on_demand and num_experts disagree")
         if any(result.incarnation_of(rank) is None for rank in result.joiners):
             raise WireError("malformed expert map: a joiner is no member")
         return result

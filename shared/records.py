@@ -89,6 +89,7 @@ class RankRecord:
     exchange_handles: ExchangeHandles | None = None  # only with "ep" and "ep-fp8"
     leaving: bool = False  # it was told to end, and waits until it has been drained
     first_incarnation: Incarnation = Incarnation(0)  # of its process; 0: an older release
+    computes_on_demand: bool = False  # experts without a slot: see `ExpertMap.on_demand`
 
     @property
     def member(self) -> Member:

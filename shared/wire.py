@@ -394,6 +394,29 @@ class StatusReply:
     memory_links: tuple[Member, ...] = ()  # peers to which it writes through shared memory
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCountsQuery:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCounts:
+    """The answer: what the rank has counted since its incarnation began. Little-endian uint32,
+    modulo 2³²; empty if nobody counts.
+
+    `chosen` is `[L, E]`, with `num_experts` E: pairs of a token of this rank and an expert.
+    `computed` is `[L]`: pairs that this rank's slots computed. `spread` says whether the replicas
+    of an expert share its tokens."""
+
+    nonce: int
+    rank: RankId
+    incarnation: Incarnation
+    spread: bool
+    num_experts: int
+    chosen: bytes
+    computed: bytes
+
+
 Message = (
     Hello
     | Challenge
@@ -416,6 +439,8 @@ Message = (
     | OfferMap
     | StatusQuery
     | StatusReply
+    | ExpertCountsQuery
+    | ExpertCounts
 )
 
 _KINDS: dict[str, type[Message]] = {
@@ -442,6 +467,8 @@ _KINDS: dict[str, type[Message]] = {
         OfferMap,
         StatusQuery,
         StatusReply,
+        ExpertCountsQuery,
+        ExpertCounts,
     )
 }
 

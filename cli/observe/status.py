@@ -9,6 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from cli.observe.expert_status import expert_status, render_experts
 from cli.observe.instance_view import InstanceView
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
@@ -19,7 +20,7 @@ from shared.errors import ConfigError
 from shared.etcd_health import describe_alarm
 from shared.etcd_store import connect_store
 from shared.keys import Keys
-from shared.rank_query import query_ranks
+from shared.rank_query import query_expert_counts, query_ranks
 from shared.records import RankRecord
 from shared.stragglers import lateness_ms, stragglers
 from shared.types import EMPTY_SLOT, Member, NodeId, RankId
@@ -35,8 +36,9 @@ STATE_STYLES = {
 }
 
 
-async def read_status(target: Target, clock: Clock) -> dict[str, Any]:
-    """Raises StoreUnavailable, or ConfigError if etcd has no such instance."""
+async def read_status(target: Target, clock: Clock, *, experts: bool = False) -> dict[str, Any]:
+    """With an entry "experts" if they are asked for. Raises StoreUnavailable, or ConfigError if
+    etcd has no such instance."""
     keys = Keys(target.instance)
     store = await connect_store(target.store)
     try:
@@ -54,6 +56,9 @@ async def read_status(target: Target, clock: Clock) -> dict[str, Any]:
     records = {RankId(r): record for r in ranks if (record := view.record_of(r)) is not None}
     replies = await query_ranks(records.values(), target.access())
     status = status_of(target, view, [RankId(r) for r in ranks], records, replies, clock.wall())
+    if experts:
+        counts = await query_expert_counts(records.values(), target.access())
+        status["experts"] = expert_status(view.expert_map, counts)
     return status | {"etcd_health": msgspec.to_builtins(etcd)}
 
 
@@ -173,6 +178,8 @@ def render_status(status: dict[str, Any], console: Console) -> None:
     console.print(_table(status["ranks"]))
     if status["survives"]:
         console.print(status["survives"]["summary"])
+    if "experts" in status:
+        render_experts(status["experts"], console)
 
 
 def _table(ranks: list[dict[str, Any]]) -> Table:

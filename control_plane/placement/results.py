@@ -84,6 +84,16 @@ class HealStep(NamedTuple):
     reason: HealReason  # of the step's most urgent change
 
 
+class HealPlan(NamedTuple):
+    """The next step of a heal, None if nothing is worth a move. `takes_candidate`: it is the first
+    step of a rebalance, for loads seen lately. `slowness` is then that of the map (see
+    `rebalancer.slowness`) and that after all steps of the rebalance."""
+
+    step: HealStep | None
+    takes_candidate: bool = False
+    slowness: tuple[float, float] = (1.0, 1.0)
+
+
 class FaultTolerance(NamedTuple):
     """Which failures a map survives, whichever ranks or nodes they hit.
 

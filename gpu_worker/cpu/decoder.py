@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.checkpoint.checkpoint import OnRead, open_checkpoint
-from gpu_worker.cpu.expert_slots import ExpertSlots, MlpWeights
+from gpu_worker.cpu.expert_slots import ExpertSlots, MlpSlot, MlpWeights
 from gpu_worker.cpu.family import DenseLayer, Family, Floats, KvShape, MoeLayer
 from gpu_worker.cpu.kernels import experts as expert_kernels
 from gpu_worker.cpu.kernels import linear as kernels
 from gpu_worker.cpu.mlp import MlpRunner
+from gpu_worker.cpu.on_demand import OnDemandExperts
 from gpu_worker.cpu.step_scratch import TokenScratch
 from gpu_worker.cpu.weights import read_panels, read_vector, weights_dtype
 from gpu_worker.engine.step_batch import Forward, StepBatch
@@ -41,17 +42,26 @@ class Decoder:
         self.context_tokens_max = min(spec.context_tokens_max, kv.num_tokens)
         """Positions must be below this: the model's limit, or the size of the KV cache."""
         self.weights_dtype = weights_dtype(checkpoint)
+
+        def read_expert(layer: int, expert: int, slot: MlpSlot) -> None:
+            if spec.moe_layers:  # a dense model has no experts to read
+                family.read_expert(checkpoint, spec.moe_layers[layer], expert, slot)
+
         self.slots = ExpertSlots(
             num_layers=spec.num_moe_layers,
             slots_per_rank=slots_per_rank,
             hidden_size=spec.hidden_size,
             inner_size=spec.moe_intermediate_size,
-            read_expert=lambda layer, expert, slot: (
-                family.read_expert(checkpoint, spec.moe_layers[layer], expert, slot)
-                if spec.moe_layers
-                else None  # a dense model has no experts to read
-            ),
+            read_expert=read_expert,
             dtype=self.weights_dtype,
+        )
+        self.on_demand = OnDemandExperts(
+            first_slot=slots_per_rank,
+            hidden_size=spec.hidden_size,
+            inner_size=spec.moe_intermediate_size,
+            dtype=self.weights_dtype,
+            activation=family.expert_activation,
+            read_expert=read_expert,
         )
         self._embedding_VH = read_vector(checkpoint, family.embedding_name)
         self._final_norm_H = read_vector(checkpoint, family.final_norm_name)
@@ -123,6 +133,18 @@ class Decoder:
             moe_layer, tokens.h_TH[:num_tokens], tokens.experts_TK[:num_tokens]
         )
 
+    def _computed(self, moe_layer: int, dispatched: Dispatched) -> Floats:
+        x_MH, weights = dispatched.x_MH, self.slots.weights(moe_layer)
+        if not self.on_demand.is_used:
+            return self._experts.run(x_MH, dispatched.rows_N, dispatched.slots_N, weights)
+        return self.on_demand.run(
+            moe_layer,
+            x_MH,
+            dispatched.rows_N,
+            dispatched.slots_N,
+            lambda rows_N, slots_N: self._experts.run(x_MH, rows_N, slots_N, weights),
+        )
+
     def _run_experts(
         self,
         mlp: MoeLayer,
@@ -131,9 +153,7 @@ class Decoder:
         num_tokens: int,
         exchange: Exchange,
     ) -> None:
-        y_NH = self._experts.run(
-            dispatched.x_MH, dispatched.rows_N, dispatched.slots_N, self.slots.weights(moe_layer)
-        )
+        y_NH = self._computed(moe_layer, dispatched)
         y_TKH = exchange.combine(moe_layer, y_NH)
         if num_tokens:
             tokens = self._tokens

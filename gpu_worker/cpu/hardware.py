@@ -12,13 +12,16 @@ from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.cpu.block_cache import CpuBlockCache
 from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.cpu.registry import load_model
+from gpu_worker.cpu.runner import CpuRunner
 from gpu_worker.cpu.slot_loader import ExpertSlotLoader
-from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
+from gpu_worker.engine.step_runner import RunnerParts
+from gpu_worker.exchange.expert_counter import HostExpertCounter
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
 from gpu_worker.exchange.interface import StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
 from gpu_worker.exchange.mooncake_engine import Protocols
+from gpu_worker.exchange.replica_policy import ReplicaPolicy
 from gpu_worker.exchange.transfer import TransferExchange
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
@@ -71,11 +74,19 @@ class CpuHardware:
         config = self._config
         deadline_ms = 1e12 if config.static else config.timings.exchange_deadline_ms
         exchanges: list[TransferExchange] = []
+        spec = model.spec
+        counter = HostExpertCounter(
+            spec.num_moe_layers,
+            spec.num_experts,
+            spread=config.replicas is ReplicaPolicy.SPREAD,
+        )
 
         def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
-            exchange = TransferExchange(endpoint, member, monitor, self._clock, deadline_ms)
+            exchange = TransferExchange(
+                endpoint, member, monitor, self._clock, deadline_ms, counter
+            )
             exchanges.append(exchange)
-            return RunnerParts(ModelRunner(model, exchange))
+            return RunnerParts(CpuRunner(model, exchange, member.rank))
 
         def renew(next_member: Member) -> Hardware:
             while exchanges:
@@ -89,6 +100,8 @@ class CpuHardware:
             endpoint=endpoint,
             exchange=ExchangeKind.TRANSFER,
             blocks=blocks,
+            expert_counter=counter,
+            computes_on_demand=True,
             renew=renew,
         )
 

@@ -41,7 +41,7 @@ class DecoderOptions:
     """Sizes of the KV cache and of steps. A step with prefill has up to `prefill_tokens` tokens of
     up to `prefill_sequences` sequences and as many wanted rows. With `invariant`, dense GEMMs are
     computed in fixed parts, so that the bits of a row do not depend on its batch; without it, torch
-    computes them."""
+    computes them. `replica_turns` is the number of turns in the table of slots."""
 
     kv_blocks: int
     block_tokens: int = 16
@@ -50,6 +50,7 @@ class DecoderOptions:
     prefill_tokens: int = 512
     prefill_sequences: int = 64
     invariant: bool = True
+    replica_turns: int = 1
 
     @property
     def positions_max(self) -> int:
@@ -116,9 +117,10 @@ class PendingStep:
 
 
 class Decoder:
-    """For the engine thread only. `moe` computes the experts. `slot_of_LE` holds, per MoE layer and
-    expert, the physical slot that this rank's tokens go to. `mask_R`, int32 on the device, is the
-    exchange's mask of ranks: each step copies it to the host with the sampled ids."""
+    """For the engine thread only. `moe` computes the experts. `slot_of_LUE` holds, per MoE
+    layer, turn and expert, the physical slot that this rank's tokens go to. `mask_R`, int32 on the
+    device, is the exchange's mask of ranks: each step copies it to the host with the sampled ids.
+    """
 
     def __init__(
         self,
@@ -135,7 +137,9 @@ class Decoder:
         self._weights = weights
         self._mask_R = mask_R
         device = weights.device
-        self.slot_of_LE = slot_table(sizes.num_moe_layers, sizes.num_experts, device)
+        self.slot_of_LUE = slot_table(
+            sizes.num_moe_layers, options.replica_turns, sizes.num_experts, device
+        )
         decode_sizes = options.decode_sizes()
         prefill_sizes = options.prefill_sizes(_tile_tokens(sizes))
         step_sizes = (*decode_sizes, *prefill_sizes)
@@ -149,7 +153,7 @@ class Decoder:
         num_ranks = 0 if mask_R is None else mask_R.shape[0]
         self._buffers = StepBuffers(sizes, allocator, rows_max=rows_max, num_ranks=num_ranks)
         self.attention = _attention_stage(sizes, weights, options, allocator)
-        self._feed_forward = FeedForward(sizes, self._buffers, self.slot_of_LE, moe, allocator)
+        self._feed_forward = FeedForward(sizes, self._buffers, self.slot_of_LUE, moe, allocator)
         hidden = sizes.hidden_size
         self._output = Gemm(allocator, inner=sizes.heads_size, columns=hidden)
         self._logits = Gemm(
@@ -161,9 +165,14 @@ class Decoder:
         self._graphs: dict[StepSize, torch.cuda.CUDAGraph] = {}
         self._buffer_index = 0
 
-    def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None:
+    @property
+    def expert_counts(self) -> Tensor:
+        """`[L, E]`: how often each expert was chosen, int32 on the device, modulo 2³²."""
+        return self._buffers.chosen_LE
+
+    def use_slots(self, slot_of_LUE: NDArray[np.int32]) -> None:
         """Takes effect from the next step on. No step may be in flight. Graphs stay valid."""
-        self.slot_of_LE.copy_(torch.from_numpy(slot_of_LE))
+        self.slot_of_LUE.copy_(torch.from_numpy(slot_of_LUE))
 
     def capture(self) -> None:
         """Captures a graph for every size of step. Compiles kernels that are not compiled yet.

@@ -19,12 +19,15 @@ from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
 from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.ep.rank_mask import RankMask
+from gpu_worker.cuda.expert_counter import CudaExpertCounter
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.streams import on_stream
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.step_runner import MakeRunner, RunnerParts
+from gpu_worker.exchange.expert_counter import ExpertCounter
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
+from gpu_worker.exchange.replica_policy import ReplicaPolicy, num_turns
 from gpu_worker.exchange.worker_thread import WorkerThread
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
@@ -52,6 +55,7 @@ class _ProcessParts:
     loaded: CudaModel
     decoder: Decoder
     blocks: CudaBlockCache | None
+    counter: ExpertCounter | None
     stream: torch.cuda.Stream
     release_worker: WorkerThread
 
@@ -88,10 +92,11 @@ class CudaHardware:
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with on_stream(stream):
+            moe = self._moe_stage(model, spec, loaded, exchange)
             decoder = Decoder(
                 loaded.sizes,
                 loaded.weights,
-                self._moe_stage(model, spec, loaded, exchange),
+                moe,
                 self._decoder_options(spec),
                 mask_R=None if exchange is None else exchange.mask_R,
             )
@@ -110,6 +115,7 @@ class CudaHardware:
             loaded=loaded,
             decoder=decoder,
             blocks=blocks,
+            counter=self._counter(decoder, moe),
             stream=stream,
             release_worker=WorkerThread("release", lambda: torch.cuda.set_device(self._device)),
         )
@@ -148,6 +154,7 @@ class CudaHardware:
             endpoint=EpEndpoint(member, mask, kind, step_tokens_max=exchange.step_tokens_max),
             exchange=kind,
             blocks=parts.blocks,
+            expert_counter=parts.counter,
             handles=exchange.handles(),
             renew=renew,
             end_waits=mask.end,
@@ -231,6 +238,15 @@ class CudaHardware:
         rows = self._ep_shape(model, spec).received_rows_max
         return ExchangedMoe(loaded.slots, exchange, rows_of_slot=rows)
 
+    def _counter(self, decoder: Decoder, moe: MoeStage) -> ExpertCounter | None:
+        """None in an instance of one rank, which has no choice of places."""
+        from gpu_worker.cuda.stages.moe_stage import ExchangedMoe
+
+        if not isinstance(moe, ExchangedMoe):
+            return None
+        spread = self._config.replicas is ReplicaPolicy.SPREAD
+        return CudaExpertCounter(decoder.expert_counts, moe.computed_L, spread=spread)
+
     def _decoder_options(self, spec: InstanceSpec) -> DecoderOptions:
         from gpu_worker.cuda.decoder import DecoderOptions
 
@@ -245,4 +261,5 @@ class CudaHardware:
             ),
             prefill_tokens=config.step_tokens_max,
             prefill_sequences=config.step_sequences_max,
+            replica_turns=num_turns(config.replicas),
         )

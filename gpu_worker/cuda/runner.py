@@ -59,7 +59,7 @@ class LaunchedStep(Protocol):
 class GraphDecoder(Protocol):
     """See `decoder.Decoder`."""
 
-    def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
+    def use_slots(self, slot_of_LUE: NDArray[np.int32]) -> None: ...
 
     def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> LaunchedStep: ...
 
@@ -243,9 +243,10 @@ class CudaRunner:
 def physical_slots(
     expert_map: ExpertMap, own_rank: RankId, policy: ReplicaPolicy
 ) -> NDArray[np.int32]:
-    """`[L, E]`: the slot, counted over all ranks, to which this rank sends an expert's tokens."""
+    """`[L, U, E]`: the slot, counted over all ranks, to which this rank sends an expert's tokens in
+    each turn."""
     choice = choose_replicas(expert_map, own_rank, policy)
-    return choice.rank_LE * np.int32(expert_map.slots_per_rank) + choice.slot_LE
+    return choice.rank_LUE * np.int32(expert_map.slots_per_rank) + choice.slot_LUE
 
 
 def reads_logits(plan: StepPlan) -> bool:

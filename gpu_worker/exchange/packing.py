@@ -28,25 +28,30 @@ class Routes:
 @njit(nogil=True, cache=True)
 def route(
     experts_TK: _Ints,
-    rank_E: _Ints,
-    slot_E: _Ints,
+    rank_UE: _Ints,
+    slot_UE: _Ints,
+    chosen_E: NDArray[np.int64],
     flat_RN: NDArray[np.int64],
     row_RN: _Ints,
     slot_RN: _Ints,
     token_RM: _Ints,
     counts_R2: _Ints,
 ) -> bool:
-    """Fills the routes in the order of tokens, then k. False if an expert has no replica."""
+    """Fills the routes in the order of tokens, then k, and adds each pair to `chosen_E`. False if
+    an expert has no replica."""
     counts_R2[:] = 0
     num_tokens, top_k = experts_TK.shape
+    num_turns, num_experts = rank_UE.shape
+    turn = 0
     for t in range(num_tokens):
         for k in range(top_k):
             expert = experts_TK[t, k]
-            if expert < 0 or expert >= rank_E.shape[0]:
+            if expert < 0 or expert >= num_experts:
                 return False
-            rank = rank_E[expert]
+            rank = rank_UE[turn, expert]
             if rank < 0:
                 return False
+            chosen_E[expert] += 1
             rows, pairs = counts_R2[rank, 0], counts_R2[rank, 1]
             if rows == 0 or token_RM[rank, rows - 1] != t:
                 token_RM[rank, rows] = t
@@ -54,8 +59,9 @@ def route(
                 counts_R2[rank, 0] = rows
             flat_RN[rank, pairs] = t * top_k + k
             row_RN[rank, pairs] = rows - 1
-            slot_RN[rank, pairs] = slot_E[expert]
+            slot_RN[rank, pairs] = slot_UE[turn, expert]
             counts_R2[rank, 1] = pairs + 1
+        turn = turn + 1 if turn + 1 < num_turns else 0
     return True
 
 
@@ -138,5 +144,7 @@ def compile_route(top_k: int) -> None:
     """Compiles `route`, or loads it from the cache."""
     r = Routes(1, 1, top_k)
     experts_TK = np.zeros((1, top_k), dtype=np.int32)
-    zero_E = np.zeros(1, dtype=np.int32)
-    route(experts_TK, zero_E, zero_E, r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
+    zero_UE = np.zeros((1, 1), dtype=np.int32)
+    chosen_E = np.zeros(1, dtype=np.int64)
+    buffers = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
+    route(experts_TK, zero_UE, zero_UE, chosen_E, *buffers)

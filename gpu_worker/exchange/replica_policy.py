@@ -13,25 +13,31 @@ from shared.expert_map import ExpertMap
 from shared.types import RankId
 
 UNCOVERED = -1
+SPREAD_TURNS = 12
+"""So many tokens in a row may go to different replicas. Divisible by most numbers of holders."""
 _LAYER_STRIDE = 31
 
 
 class ReplicaPolicy(Enum):
     """GATHER: all ranks send an expert's tokens to one replica, so that its weights are read once a
     step; the other replicas are spare. Best if reading weights limits the step: on CPUs, and with
-    few tokens for each expert. SPREAD: the ranks use all replicas, each rank its own or a fair
-    share. Best if arithmetic limits the step."""
+    few tokens for each expert. SPREAD: a rank uses its own replica, or else all replicas in turn,
+    token by token. Best if arithmetic limits the step."""
 
     GATHER = "gather"
     SPREAD = "spread"
 
 
 class ReplicaChoice(NamedTuple):
-    """For every layer L and expert E the rank and its local slot; UNCOVERED if no member holds the
-    expert."""
+    """For every layer L, turn U and expert E the rank and its local slot; UNCOVERED if no member
+    holds the expert. Token t of a step takes turn t modulo U."""
 
-    rank_LE: NDArray[np.int32]
-    slot_LE: NDArray[np.int32]
+    rank_LUE: NDArray[np.int32]
+    slot_LUE: NDArray[np.int32]
+
+
+def num_turns(policy: ReplicaPolicy) -> int:
+    return SPREAD_TURNS if policy is ReplicaPolicy.SPREAD else 1
 
 
 def choose_replicas(
@@ -42,13 +48,13 @@ def choose_replicas(
     is_member_R[[m.rank for m in expert_map.members]] = True
     holds_LRE = (slot_LRE >= 0) & is_member_R[None, :, None]
     if policy is ReplicaPolicy.GATHER:
-        rank_LE = _gather(holds_LRE)
+        rank_LUE = _gather(holds_LRE)[:, None, :]
     else:
-        rank_LE = _spread(holds_LRE, is_member_R, own_rank)
-    slot_LE = np.take_along_axis(slot_LRE, np.maximum(rank_LE, 0)[:, None, :], axis=1)[:, 0, :]
-    slot_LE = np.where(rank_LE == UNCOVERED, UNCOVERED, slot_LE).astype(np.int32)
+        rank_LUE = _spread(holds_LRE, is_member_R, own_rank)
+    slot_LUE = np.take_along_axis(slot_LRE, np.maximum(rank_LUE, 0), axis=1)
+    slot_LUE = np.where(rank_LUE == UNCOVERED, UNCOVERED, slot_LUE).astype(np.int32)
     return ReplicaChoice(
-        np.ascontiguousarray(rank_LE, dtype=np.int32), np.ascontiguousarray(slot_LE)
+        np.ascontiguousarray(rank_LUE, dtype=np.int32), np.ascontiguousarray(slot_LUE)
     )
 
 
@@ -72,33 +78,39 @@ def _gather(holds_LRE: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _spread(
     holds_LRE: NDArray[np.bool_], is_member_R: NDArray[np.bool_], own_rank: RankId
 ) -> NDArray[np.int64]:
-    """`[L, E]`: the rank itself if it holds the expert, because that costs no message. The ranks
-    without the expert are assigned to its holders in turn, starting at a different holder for each
-    expert, so that holders are loaded evenly."""
-    turn_LE = _turns(holds_LRE, is_member_R, own_rank)
-    order_LRE = np.cumsum(holds_LRE, axis=1) - 1
-    chosen_LRE = holds_LRE & (order_LRE == turn_LE[:, None, :])
-    rank_LE = np.where(chosen_LRE.any(axis=1), chosen_LRE.argmax(axis=1), UNCOVERED)
-    return np.where(holds_LRE[:, own_rank, :], own_rank, rank_LE)
+    """`[L, U, E]`: the rank itself if it holds the expert, because that costs no message. The turns
+    of all ranks without the expert are dealt to its holders, starting at a different holder for
+    each expert, so that holders are loaded evenly."""
+    layers, _, experts = holds_LRE.shape
+    layer_N, expert_N, holder_N = np.nonzero(holds_LRE.transpose(0, 2, 1))
+    num_holders_LE = np.bincount(layer_N * experts + expert_N, minlength=layers * experts)
+    first_LE = (np.cumsum(num_holders_LE) - num_holders_LE).reshape(layers, 1, experts)
+    num_holders_LE = num_holders_LE.reshape(layers, 1, experts)
+    turn_LUE = _turns(holds_LRE, is_member_R, own_rank) % np.maximum(num_holders_LE, 1)
+    holder_N = np.append(holder_N, UNCOVERED)  # for the index of an expert without holders
+    rank_LUE = np.where(num_holders_LE > 0, holder_N[first_LE + turn_LUE], UNCOVERED)
+    return np.where(holds_LRE[:, None, own_rank, :], own_rank, rank_LUE)
 
 
 def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:
     """`[L, R, E]`: the rank's lowest slot that holds the expert, or -1."""
-    layers, ranks, slots = expert_map.placement.shape
+    computed = expert_map.computed
+    layers, ranks, slots = computed.shape
     result = np.full((layers, ranks, expert_map.num_experts), -1, dtype=np.int32)
     for slot in reversed(range(slots)):
-        layer_N, rank_N = np.nonzero(expert_map.placement[:, :, slot] >= 0)
-        result[layer_N, rank_N, expert_map.placement[layer_N, rank_N, slot]] = slot
+        layer_N, rank_N = np.nonzero(computed[:, :, slot] >= 0)
+        result[layer_N, rank_N, computed[layer_N, rank_N, slot]] = slot
     return result
 
 
 def _turns(
     holds_LRE: NDArray[np.bool_], is_member_R: NDArray[np.bool_], own_rank: RankId
 ) -> NDArray[np.int64]:
-    """`[L, E]`: the index, in the order of ranks, of the holder that serves `own_rank`."""
+    """`[L, U, E]`: the numbers of `own_rank`'s turns among those of all ranks without the expert.
+    To deal them, take the remainder by the number of holders."""
     layers, _, experts = holds_LRE.shape
     lacking_before_LE = (~holds_LRE & is_member_R[None, :, None])[:, :own_rank].sum(axis=1)
     start_LE = _LAYER_STRIDE * np.arange(layers)[:, None] + np.arange(experts)[None, :]
-    num_holders_LE = np.maximum(holds_LRE.sum(axis=1), 1)
-    turn_LE: NDArray[np.int64] = (lacking_before_LE + start_LE) % num_holders_LE
-    return turn_LE
+    first_LE = SPREAD_TURNS * lacking_before_LE + start_LE
+    turn_LUE: NDArray[np.int64] = first_LE[:, None, :] + np.arange(SPREAD_TURNS)[None, :, None]
+    return turn_LUE

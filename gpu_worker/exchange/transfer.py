@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gpu_worker.exchange import packing, traffic
 from gpu_worker.exchange.backoff import Backoff, reduce_timer_slack
+from gpu_worker.exchange.expert_counter import HostExpertCounter
 from gpu_worker.exchange.header import own_record
 from gpu_worker.exchange.interface import Dispatched, StepMonitor
 from gpu_worker.exchange.links import TransferEndpoint
@@ -46,14 +47,16 @@ class TransferExchange:
         monitor: StepMonitor,
         clock: Clock,
         exchange_deadline_ms: float,
+        counter: HostExpertCounter | None = None,
     ) -> None:
-        """At most one for each endpoint."""
+        """At most one for each endpoint. It adds to `counter`, which has the map's sizes."""
         layout = endpoint.layout
         self._endpoint = endpoint
         self._member = member
         self._layout = layout
         self._wait_policy = WaitPolicy(monitor, clock, exchange_deadline_ms)
         self._clock = clock
+        self._expert_counter = counter
         self._peers: dict[Member, Peer] = {}
         self._choice: ReplicaChoice | None = None
         self._routes = packing.Routes(1, 0, 1)
@@ -85,7 +88,10 @@ class TransferExchange:
         self._wait(list(peers.values()), Peer.drain)
         self._table = PeerTable(list(peers.values()))
         self._choice = choose_replicas(expert_map, self._member.rank, self._endpoint.replica_policy)
-        self._own_1[0]["num_slots"] = expert_map.slots_per_rank
+        self._own_1[0]["num_slots"] = expert_map.computed.shape[2]
+        if self._expert_counter is None:
+            sizes = (expert_map.num_layers, expert_map.num_experts)
+            self._expert_counter = HostExpertCounter(*sizes, spread=False)
         limits = self._layout
         self._routes = packing.Routes(expert_map.num_ranks, limits.step_tokens_max, limits.top_k)
         self._ordinal = -1
@@ -128,6 +134,8 @@ class TransferExchange:
         self._require_intact(
             traffic.read_dispatches(self._own_1, table.peer_P, message.stamp, *routes, *arrived)
         )
+        assert self._expert_counter is not None, "dispatch before adopt"
+        self._expert_counter.computed_L[layer] += num_pairs
         return Dispatched(
             x_MH=self._x_MH[:num_rows],
             rows_N=self._rows_N[:num_pairs],
@@ -173,12 +181,14 @@ class TransferExchange:
 
     def _route(self, layer: int, experts_TK: NDArray[np.int32]) -> None:
         assert self._choice is not None, "dispatch before adopt"
+        assert self._expert_counter is not None, "dispatch before adopt"
         assert experts_TK.shape == (self._num_tokens, self._layout.top_k), "not the step's tokens"
         r = self._routes
         if not packing.route(
             experts_TK,
-            self._choice.rank_LE[layer],
-            self._choice.slot_LE[layer],
+            self._choice.rank_LUE[layer],
+            self._choice.slot_LUE[layer],
+            self._expert_counter.chosen_LE[layer],
             r.flat_RN,
             r.row_RN,
             r.slot_RN,

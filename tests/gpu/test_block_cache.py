@@ -88,7 +88,7 @@ def make_decoders(attention: GqaShape | MlaShape) -> list[Decoder]:
     decoders = []
     for _ in range(2):
         decoder = Decoder(sizes, weights, LocalMoe(slots, top_k=2, step_tokens_max=64), options)
-        decoder.use_slots(np.tile(np.arange(8, dtype=np.int32), (2, 1)))
+        decoder.use_slots(np.tile(np.arange(8, dtype=np.int32), (2, 1, 1)))
         if ON_CUDA:
             decoder.capture()
         decoders.append(decoder)

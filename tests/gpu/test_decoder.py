@@ -97,7 +97,7 @@ def make_decoder(weights, moe, mask_R: torch.Tensor | None = None) -> Decoder:
     )
     decoder = Decoder(SIZES, weights, moe, options, mask_R=mask_R)
     decoder.use_slots(
-        np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1))
+        np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1, 1))
     )
     if ON_CUDA:
         decoder.capture()
@@ -216,8 +216,8 @@ def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
     parts.slots.load([SlotUpload(layer, slot, expert, values)])
     assert parts.slots.contents[layer, slot] == expert
     parts.slots.w_gate_up_LSJH[layer, expert].fill_(float("nan"))
-    table = np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1))
-    table[layer, expert] = slot
+    table = np.tile(np.arange(SIZES.num_experts, dtype=np.int32), (SIZES.num_moe_layers, 1, 1))
+    table[layer, 0, expert] = slot
     parts.decoder.use_slots(table)
 
 

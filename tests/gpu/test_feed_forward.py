@@ -59,8 +59,8 @@ class Halves:
 
     def __init__(self, moe: MoeStage) -> None:
         self.buffers = StepBuffers(SIZES, ROOM, rows_max=TOKENS, num_ranks=0)
-        slot_of_LE = torch.arange(EXPERTS, dtype=torch.int32, device=DEVICE).repeat(2, 1)
-        self.forward = FeedForward(SIZES, self.buffers, slot_of_LE, moe, ROOM)
+        slot_of_LUE = torch.arange(EXPERTS, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
+        self.forward = FeedForward(SIZES, self.buffers, slot_of_LUE, moe, ROOM)
         self.h_TH = poison(TOKENS, HIDDEN)
         self.x_TH = [poison(TOKENS, HIDDEN, dtype=torch.float32) for _ in range(3)]
 

@@ -304,7 +304,7 @@ def decoder_of(model: CudaModel, *, top_k: int | None = SPARSE_TOP_K) -> Decoder
     moe = LocalMoe(model.slots, top_k=sizes.top_k, step_tokens_max=24)
     decoder = Decoder(sizes, model.weights, moe, options)
     table = np.arange(sizes.num_experts, dtype=np.int32)
-    decoder.use_slots(np.tile(table, (sizes.num_moe_layers, 1)))
+    decoder.use_slots(np.tile(table, (sizes.num_moe_layers, 1, 1)))
     if ON_CUDA:
         decoder.capture()
     return decoder

@@ -139,6 +139,31 @@ def test_router_chooses_the_top_k_and_masks_padding_rows(normalise: bool) -> Non
     assert slots[2].tolist() == [routing.NO_SLOT] * TOP_K
 
 
+def test_rows_take_the_turns_of_the_replica_choice_and_are_counted() -> None:
+    scores = random(5, EXPERTS, dtype=torch.float32)
+    slot_of = torch.arange(3 * EXPERTS, device=DEVICE, dtype=torch.int32).view(3, EXPERTS)
+    slots = torch.full((5, TOP_K), 99, dtype=torch.int64, device=DEVICE)
+    weights, positions = poison(5, TOP_K, dtype=torch.float32), ints([4, 0, 3, -1, 2])
+    counted = torch.zeros(EXPERTS, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        routing.choose_slots(
+            scores, scores, slot_of, positions, slots, weights, normalise=True, chosen_E=counted
+        )
+    chosen = scores.topk(TOP_K).indices
+    for row in (0, 1, 2, 4):
+        assert torch.equal(slots[row], slot_of[row % 3][chosen[row]].long())
+    of_tokens = chosen[[0, 1, 2, 4]].flatten()
+    assert torch.equal(counted.long(), 2 * torch.bincount(of_tokens, minlength=EXPERTS))
+
+
+def test_rows_that_lie_padded_by_slot_are_counted() -> None:
+    counts, counted = ints([0, 3, 20, 0, 1, *[0] * (EXPERTS - 5)]), ints([5])
+    tiles = routing.new_slot_tiles(EXPERTS * 24, EXPERTS, 16, DEVICE)
+    for _ in range(2):
+        routing.fill_padded_tiles(counts, 24, tiles, counted)
+    assert counted.tolist() == [5 + 2 * 24]
+
+
 def random_slots(rows: int) -> torch.Tensor:
     slots = torch.stack([torch.randperm(EXPERTS, device=DEVICE)[:TOP_K] for _ in range(rows)])
     slots[-1] = routing.NO_SLOT

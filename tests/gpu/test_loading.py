@@ -102,11 +102,11 @@ def spread(num_layers: int, num_experts: int) -> NDArray[np.int16]:
 
 
 def table_of(contents_LS: NDArray[np.int16], num_experts: int) -> NDArray[np.int32]:
-    """`[L, E]`: the last slot that holds each expert."""
-    slot_of_LE = np.full((contents_LS.shape[0], num_experts), -1, dtype=np.int32)
+    """`[L, 1, E]`: the last slot that holds each expert."""
+    slot_of_LUE = np.full((contents_LS.shape[0], 1, num_experts), -1, dtype=np.int32)
     for layer, slot in np.argwhere(contents_LS >= 0):
-        slot_of_LE[layer, contents_LS[layer, slot]] = slot
-    return slot_of_LE
+        slot_of_LUE[layer, 0, contents_LS[layer, slot]] = slot
+    return slot_of_LUE
 
 
 def decoder_of(model: CudaModel, contents_LS: NDArray[np.int16]) -> Decoder:

@@ -117,7 +117,7 @@ def make_decoder(sizes: DecoderSizes, weights: DecoderWeights, moe: MoeStage) ->
     )
     decoder = Decoder(sizes, weights, moe, options)
     table = np.arange(sizes.num_experts, dtype=np.int32)
-    decoder.use_slots(np.tile(table, (sizes.num_moe_layers, 1)))
+    decoder.use_slots(np.tile(table, (sizes.num_moe_layers, 1, 1)))
     return decoder
 
 

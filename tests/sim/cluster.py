@@ -14,6 +14,7 @@ from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
 from control_plane.membership import MembershipPolicy
 from control_plane.planned_change import DrainPolicy
+from control_plane.rebalancer import RebalancePolicy
 from control_plane.silence import SilenceTimings
 from control_plane.telemetry import Metrics
 from control_plane.writes import PublishMap
@@ -37,6 +38,7 @@ from shared.types import DEFAULT_SCHEDULING, Member, RankId, SamplingParams, Sch
 from tests.sim.sim_agent import SimAgent
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_kv_replication import KvReplicaHub
+from tests.sim.sim_loads import SimExpertCounter, SimLoads
 from tests.sim.sim_loop import EXECUTOR_SLOW_S, SimLoop, SimProcess, in_process, kill
 from tests.sim.sim_model import HIDDEN, NUM_EXPERTS, NUM_LAYERS, TOP_K, VOCAB, oracle
 from tests.sim.sim_network import SimNetwork
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 ETCD = "etcd"
 ACCESS = Access("sim", b"a secret of thirty-two characters")
 LEASE_TTL_S = 5.0
+LOAD_TIME_CONSTANT_S = 2.0
 SEEDS_PER_TENANTS = 4
 """In one schedule of so many, on CPUs, clients are of two tenants."""
 
@@ -71,6 +74,7 @@ class SimClusterSizes:
     heal_after_s: float = 0.3
     suspicion_window_s: float = 0.0  # 0: learnt
     cards: CardSizes | None = None  # None: ranks on CPUs
+    has_loads: bool = False  # tokens prefer some experts, and CPU ranks compute on demand
 
     @property
     def num_hosts(self) -> int:
@@ -141,6 +145,9 @@ class SimCluster:
         self.cards = self._build_cards()
         self.etcd = MemoryEtcd(self.clock)
         self.keys = Keys(ACCESS.instance)
+        self.loads: SimLoads | None = None
+        if self.sizes.has_loads:
+            self.loads = SimLoads(self.clock, self.seed, NUM_LAYERS, NUM_EXPERTS)
         self.spec = InstanceSpec(
             model_name="sim",
             model_path="",
@@ -264,6 +271,7 @@ class SimCluster:
                     formation_window_s=5.0,
                     heal_after_s=self.sizes.heal_after_s,
                     drains=DrainPolicy(settle_s=1.0, overdue_s=1.0, leaving_grace_s=1.0),
+                    rebalance=RebalancePolicy(time_constant_s=LOAD_TIME_CONSTANT_S),
                 ),
                 timings=DetectorTimings(
                     silence=SilenceTimings(override_s=self.sizes.suspicion_window_s),
@@ -274,6 +282,7 @@ class SimCluster:
                 leader_ttl_s=2.0,
                 probe_interval_s=0.5,
                 urgent_probe_interval_s=0.02,
+                counts_interval_s=0.5 if self.loads is not None else 0.0,
                 metrics=Metrics(),
             )
         )
@@ -418,7 +427,14 @@ class SimCluster:
             self.ranks[member] = self.ranks[context.member]
             return self._watched(replace(context, member=member), renewed)
 
-        return replace(hardware, loader=loader, renew=renew)
+        counter = None if self.loads is None else SimExpertCounter(self.loads, context.clock)
+        return replace(
+            hardware,
+            loader=loader,
+            renew=renew,
+            expert_counter=counter,
+            computes_on_demand=self.loads is not None and self.cards is None,
+        )
 
     def _build_cards(self) -> SimCards | None:
         if self.sizes.cards is None:

@@ -28,6 +28,8 @@ AFTER_DRAIN_S = 1.0
 MAPS_PER_INCARNATION = 14
 """The map without its predecessor, the one that takes it in, and after each of them three heals of
 two maps."""
+MAPS_PER_LOAD = 8
+"""What a load that experts have not had before may cost: two rebalances of two steps."""
 
 
 class SlotTargets:
@@ -95,6 +97,8 @@ class InvariantChecker:
             for member in expert_map.members:
                 self._targets_of(member).want(expert_map.placement[:, member.rank])
             bound = MAPS_PER_INCARNATION * len(self.cluster.processes)
+            if self.cluster.loads is not None:
+                bound += MAPS_PER_LOAD * self.cluster.loads.num_changes
             if self.num_maps > bound:
                 self._violate(f"{self.num_maps} maps for {len(self.cluster.processes)} lives")
 

@@ -154,6 +154,7 @@ def sizes_of(seed: int) -> SimClusterSizes:
         redundant_experts=redundant,
         slow=rng.random() < 0.2,
         heal_after_s=rng.choice([0.05, 0.3]),
+        has_loads=seed % 8 == 1,
     )
 
 
@@ -180,6 +181,7 @@ def card_sizes_of(seed: int) -> SimClusterSizes:
             map_s=rng.choice([(0.001, 0.01), (0.3, 1.0)]) if has_pauses else (0.001, 0.01),
             load_stalls=rng.choice([(), (0.0, 0.1, 0.41)]) if has_pauses else (),
         ),
+        has_loads=seed % 16 == 9,
     )
 
 

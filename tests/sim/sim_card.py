@@ -161,7 +161,7 @@ class SimDevice:
         self.mask_R = np.zeros(num_ranks, dtype=np.int32)
         self.mask_R[member.rank] = 1
         self.mapped: dict[int, Member] = {}
-        self.slot_of_LE: NDArray[np.int32] = np.zeros((NUM_LAYERS, 0), dtype=np.int32)
+        self.slot_of_LUE: NDArray[np.int32] = np.zeros((NUM_LAYERS, 1, 0), dtype=np.int32)
         self.boxes: dict[tuple[int, int], deque[Message]] = {}  # by source rank and phase
         self.queue: deque[SimGraph] = deque()  # launched and not ended; the first one runs
         self.former_ids: list[int] = []
@@ -174,9 +174,9 @@ class SimDevice:
 
     # GraphDecoder --------------------------------------------------------------------------------
 
-    def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None:
+    def use_slots(self, slot_of_LUE: NDArray[np.int32]) -> None:
         self._check_driver()
-        self.slot_of_LE = slot_of_LE.copy()
+        self.slot_of_LUE = slot_of_LUE.copy()
 
     def launch(self, batch: StepBatch, draws: Sequence[RowDraw] = ()) -> SimGraph:
         self._check_driver()
@@ -378,8 +378,9 @@ class SimGraph:
         slots = device.slots.num_slots
         rows: dict[int, list[Row]] = {rank: [] for rank in range(len(device.mask_R))}
         for token, value in enumerate(self._values_T.tolist()):
+            turn = token % device.slot_of_LUE.shape[1]
             for choice, expert in enumerate(experts_of(value, layer)):
-                rank, slot = divmod(int(device.slot_of_LE[layer, expert]), slots)
+                rank, slot = divmod(int(device.slot_of_LUE[layer, turn, expert]), slots)
                 rows[rank].append(Row(token, choice, layer, slot, value))
         self._own_rows = rows[device.member.rank]
         self._outputs_TK = np.full((len(self._values_T), TOP_K), _GARBAGE, dtype=np.int64)
@@ -510,13 +511,20 @@ class SimSlots:
             for layer, slot in np.argwhere(differs_LS & (wanted_LS >= 0)).tolist()
         ]
 
-    def load(self, uploads: Sequence[SlotUpload]) -> None:
+    def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]:
         self.counts.num_experts += len(uploads)
         for upload in uploads:
             self.ledger.set(upload.layer, upload.slot, EMPTY_SLOT)
         for upload in uploads:
             self._pause(self.fabric.sizes.expert_s)
             self.ledger.set(upload.layer, upload.slot, upload.expert)
+        return []
+
+    def checksum(self, layer: int, expert: int) -> int:
+        return 0
+
+    def reject(self, layer: int, expert: int) -> None:
+        raise AssertionError("a simulated copy is never damaged")
 
     def cached_values(self, layer: int, expert: int) -> Tensor | None:
         return _VALUES if self._is_cached[layer * 32 + expert % 32] else None
@@ -540,7 +548,7 @@ class SimSlots:
         pause_in_driver(self.process, loop, lambda end: _as_handle(loop.call_later(seconds, end)))
 
 
-_VALUES = torch.zeros(1)
+_VALUES = torch.zeros(3)
 
 
 def _as_handle(_: object) -> None:

@@ -59,6 +59,7 @@ class SimModel:
         self.keys = np.full(kv_blocks * block_tokens, -1, dtype=np.int64)
         self._block_tokens = block_tokens
         self.contents: Placement = np.full((NUM_LAYERS, slots_per_rank), EMPTY_SLOT, np.int16)
+        self.on_demand: Placement = np.zeros((NUM_LAYERS, 0), np.int16)
 
     @property
     def num_moe_layers(self) -> int:
@@ -123,7 +124,7 @@ class SimModel:
         rows_N: NDArray[np.int32],
         slots_N: NDArray[np.int32],
     ) -> NDArray[np.float32]:
-        experts_N = self.contents[layer][slots_N]
+        experts_N = np.append(self.contents[layer], self.on_demand[layer])[slots_N]
         assert (experts_N >= 0).all(), "asked for an expert that is not resident"
         outputs = [
             expert_output(int(x_MH[row, 0]), layer, int(expert))

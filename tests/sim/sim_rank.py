@@ -9,23 +9,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import greenlet
+import numpy as np
 
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks
-from gpu_worker.exchange.interface import StepMonitor
+from gpu_worker.exchange.interface import Exchange, StepMonitor
 from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, RankParts
 from gpu_worker.rejoin import RejoiningRank
+from shared.expert_map import ExpertMap
 from shared.handshake import Access
 from shared.records import InstanceSpec, RankRecord
 from shared.store import Store
-from shared.types import GivenRegion, Member
+from shared.types import GivenRegion, Member, RankId, Step
 from shared.wire import RegionOpened
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_kv_replication import KvReplicaHub, SimBlockCache
 from tests.sim.sim_loop import SimLoop, SimProcess, in_process
-from tests.sim.sim_model import EOS, SimModel
+from tests.sim.sim_model import EOS, NUM_LAYERS, SimModel
 
 
 class SimClock:
@@ -160,6 +162,21 @@ class SimEndpoint:
     def sweep(self) -> None: ...
 
 
+class SimRunner(ModelRunner):
+    """As `cpu.runner.CpuRunner`."""
+
+    def __init__(self, model: SimModel, exchange: Exchange, rank: RankId) -> None:
+        super().__init__(model, exchange)
+        self._sim_model = model
+        self._rank = rank
+
+    def adopt(self, expert_map: ExpertMap) -> Step:
+        first = super().adopt(expert_map)
+        row = expert_map.on_demand_of(self._rank)
+        self._sim_model.on_demand = row if row.size else np.zeros((NUM_LAYERS, 0), np.int16)
+        return first
+
+
 def build_cpu_hardware(hub: SimHub, context: HardwareContext) -> Hardware:
     member, config, model = context.member, context.config, context.model
     hub.attach(member, context.process, context.host)
@@ -167,7 +184,7 @@ def build_cpu_hardware(hub: SimHub, context: HardwareContext) -> Hardware:
     def make_runner(monitor: StepMonitor, _: GraphBarrierCallbacks) -> RunnerParts:
         deadline_ms = config.timings.exchange_deadline_ms
         exchange = hub.exchange(member, monitor, context.clock, deadline_ms)
-        return RunnerParts(ModelRunner(model, exchange))
+        return RunnerParts(SimRunner(model, exchange, member.rank))
 
     return Hardware(
         make_runner=make_runner,

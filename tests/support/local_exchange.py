@@ -116,8 +116,9 @@ class LocalExchange:
         assert self._choice is not None, "dispatch before adopt"
         self._wait_policy.check_epoch()
         self._place = self._place._replace(layer=layer, is_combine=False)
-        rank_TK = self._choice.rank_LE[layer][experts_TK]
-        slot_TK = self._choice.slot_LE[layer][experts_TK]
+        turn_T1 = np.arange(len(experts_TK))[:, None] % self._choice.rank_LUE.shape[1]
+        rank_TK = self._choice.rank_LUE[layer][turn_T1, experts_TK]
+        slot_TK = self._choice.slot_LUE[layer][turn_T1, experts_TK]
         for member in self._members:
             token_N, k_N = np.nonzero(rank_TK == member.rank)
             self._pairs_of[member.rank] = (token_N, k_N)

@@ -1,12 +1,13 @@
 """Copies of experts in memory that a host's ranks share: the layout of the memory, which copies
 are complete, and who fills which. Reads no checkpoint.
 
-The memory holds a header, one byte per entry, and the entries. The first rank writes the header,
-once; a rank whose header differs does not use the memory. The byte of an entry says that its copy
-is complete, and from then on neither is written again. Whoever fills an entry holds a lock on that
-byte. The kernel releases the lock if the process ends for any reason, and then another process
-fills the entry. The header determines which expert an entry is for, so it is the same for all. If
-there are fewer entries than experts, every layer gets its share.
+The memory holds a header, one byte per entry, the entries' checksums, and the entries. The first
+rank writes the header, once; a rank whose header differs does not use the memory. The byte of an
+entry says that its copy is complete, and from then on nobody writes the copy again. Whoever fills
+an entry holds a lock on that byte. The kernel releases the lock if the process ends for any reason,
+and then another process fills the entry. A copy that has turned out to be damaged is rejected, and
+nobody uses its entry any more. The header determines which expert an entry is for, so it is the
+same for all. If there are fewer entries than experts, every layer gets its share.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.cuda.experts.checksum import checksum_of
 from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages, pin, touch_pages, unpin
 from shared.expert_cache_memory import ExpertCacheMemory
 
@@ -36,6 +38,8 @@ _PIECE_BYTES = 2**30
 _LENGTH = struct.Struct("<I")
 _FLOCK = struct.Struct("hhqqi4x")
 _COMPLETE = 1
+_REJECTED = 2
+_CHECKSUM = np.dtype("<i8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class ExpertCacheHeader:
     num_values: int
     num_layers: int
     num_experts: int
-    form: int = 1
+    form: int = 2
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
         """How another header differs from this one; None if it does not."""
@@ -73,7 +77,9 @@ class ExpertCache:
         self._expert_bytes = header.num_values * dtype.itemsize
         self._pinned: list[tuple[Tensor, torch.device]] = []
         usable_bytes = min(memory.bytes_max, os.fstat(self._fd).st_size)
-        first = _round_up(_STATES_AT + num_pairs, _ENTRIES_ALIGN)
+        self._checksums_at = _round_up(_STATES_AT + num_pairs, _CHECKSUM.itemsize)
+        checksums_end = self._checksums_at + num_pairs * _CHECKSUM.itemsize
+        first = _round_up(checksums_end, _ENTRIES_ALIGN)
         each = _round_up(self._expert_bytes, mmap.PAGESIZE)
         self.num_entries = max(0, min(num_pairs, (usable_bytes - first) // each))
         if self.num_entries:
@@ -98,14 +104,23 @@ class ExpertCache:
         """The entry's memory, flat as `SlotUpload.values`. Valid until `close`."""
         return self._entries_PB[entry, : self._expert_bytes].view(self._dtype)
 
+    def checksum(self, entry: int) -> int:
+        """Of a complete entry, as it was when it was filled."""
+        return int(self._checksums_P[entry])
+
+    def reject(self, entry: int) -> None:
+        """The copy is damaged: nobody uses the entry any more."""
+        self._states_P[entry] = _REJECTED
+
     def fill(self, entry: int, write: Callable[[Tensor], None], *, wait: bool) -> bool:
-        """Calls `write` for the entry, unless it is complete. If another process or thread is
-        filling it, returns False; with `wait`, waits until that one finishes or ends."""
-        if self.is_complete(entry):
+        """Calls `write` for the entry, unless it is complete or rejected. If another process or
+        thread is filling it, returns False; with `wait`, waits until that one finishes or ends."""
+        if self._states_P[entry]:
             return True
         with _locked(self._fd, _STATES_AT + entry, wait=wait) as is_ours:
-            if is_ours and not self.is_complete(entry):
+            if is_ours and not self._states_P[entry]:
                 write(self.entry_values(entry))
+                self._checksums_P[entry] = checksum_of(self.entry_values(entry))
                 self._states_P[entry] = _COMPLETE
         return is_ours
 
@@ -147,6 +162,7 @@ class ExpertCache:
         mapped = mmap.mmap(self._fd, first + self.num_entries * each, flags=mmap.MAP_SHARED)
         advise_huge_pages(mapped)
         self._states_P = np.frombuffer(mapped, np.uint8, self.num_entries, _STATES_AT)
+        self._checksums_P = np.frombuffer(mapped, _CHECKSUM, self.num_entries, self._checksums_at)
         entries_B = torch.frombuffer(mapped, dtype=torch.uint8, offset=first)
         self._entries_PB = entries_B.view(self.num_entries, each)
 

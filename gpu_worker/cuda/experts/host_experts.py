@@ -46,15 +46,25 @@ class HostExperts:
             return None
         return self._cache.entry_values(entry)
 
+    def checksum(self, layer: int, expert: int) -> int:
+        """Of a copy that the methods here have returned, as it was when it was made."""
+        cache, entry = self._entry_of_copy(layer, expert)
+        return cache.checksum(entry)
+
+    def reject(self, layer: int, expert: int) -> None:
+        """The copy is damaged: no rank of the host gets it any more."""
+        cache, entry = self._entry_of_copy(layer, expert)
+        cache.reject(entry)
+
     def cache_expert(self, layer: int, expert: int) -> Tensor | None:
-        """Reads the expert from the checkpoint into its cache entry. None if it has no entry or
-        another process or thread is filling it. Raises CheckpointError."""
+        """Reads the expert from the checkpoint into its cache entry. None if it has no entry,
+        another process or thread is filling it, or it was rejected. Raises CheckpointError."""
         if self._cache is None:
             return None
         entry = self._cache.entry_of(layer, expert)
         if entry is None or not self._fill_entry(self._cache, entry, wait=False):
             return None
-        return self._cache.entry_values(entry)
+        return self.cached_values(layer, expert)
 
     def fill_in_background(self) -> None:
         """Starts filling, or continues after `pause`."""
@@ -83,6 +93,12 @@ class HostExperts:
         self.wait_until_filled(timeout_s=60)
         if self._cache is not None:
             self._cache.close()
+
+    def _entry_of_copy(self, layer: int, expert: int) -> tuple[ExpertCache, int]:
+        assert self._cache is not None, "there are no copies"
+        entry = self._cache.entry_of(layer, expert)
+        assert entry is not None, f"expert {expert} of layer {layer} has no copy"
+        return self._cache, entry
 
     def _fill_and_log(self, cache: ExpertCache) -> None:
         """Copies are optional, so an error is only logged. It occurs again if the expert is

@@ -1,6 +1,10 @@
 """Loads assigned experts into a CUDA rank's slots, off the event loop and beside decode. An expert
 comes from the host's pinned copies if it is there, and from the checkpoint otherwise; then a copy
-is made of it."""
+is made of it.
+
+What has arrived in a slot is compared with the checksum of what was read from the checkpoint. If a
+copy was damaged since, or on its way, the expert is read from the checkpoint again; the slot is
+told to hold it only when all is right."""
 
 from __future__ import annotations
 
@@ -17,9 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.cuda.experts.checksum import checksum_of
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
+from shared.errors import CheckpointError
 from shared.expert_map import Placement
 
 log = structlog.get_logger()
@@ -38,7 +44,7 @@ class LoadableSlots(Protocol):
 
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]: ...
 
-    def load(self, uploads: Sequence[SlotUpload]) -> None: ...
+    def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]: ...
 
 
 class ExpertSource(Protocol):
@@ -56,6 +62,10 @@ class ExpertCopies(Protocol):
     def cached_values(self, layer: int, expert: int) -> Tensor | None: ...
 
     def cache_expert(self, layer: int, expert: int) -> Tensor | None: ...
+
+    def checksum(self, layer: int, expert: int) -> int: ...
+
+    def reject(self, layer: int, expert: int) -> None: ...
 
     def fill_in_background(self) -> None: ...
 
@@ -88,6 +98,7 @@ class CudaSlotLoader:
         self._host_experts = host_experts
         self._progress = progress
         self._open_readers = open_readers
+        self._num_rejected = 0
         self._free: SimpleQueue[Tensor] = SimpleQueue()
         for buffer in staging:
             self._free.put(buffer)
@@ -126,16 +137,18 @@ class CudaSlotLoader:
             if values is None:
                 elsewhere.append(assignment)
             else:
-                here.append(SlotUpload(*assignment, values))
+                here.append(self._upload_of_copy(assignment, values))
         return here, elsewhere
 
     def _load_cached(self, uploads: Sequence[SlotUpload]) -> Iterator[_Loaded]:
         for first in range(0, len(uploads), PROGRESS_EVERY):
             batch = uploads[first : first + PROGRESS_EVERY]
-            self._slots.load(batch)
-            for _ in batch:
+            damaged = self._slots.load(batch)
+            for upload in damaged:
+                self._replace_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
+            for _ in batch[len(damaged) :]:
                 self._progress.count(self._reader.num_bytes)
-            yield _Loaded(len(batch), len(batch))
+            yield _Loaded(len(batch), len(batch) - len(damaged))
 
     def _load_missing(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
         """Raises CheckpointError; experts loaded before stay."""
@@ -158,17 +171,42 @@ class CudaSlotLoader:
             made = self._host_experts.cache_expert(assignment.layer, assignment.expert)
         if made is None:
             self._load_through_staging(assignment)
-        else:
-            self._slots.load([SlotUpload(*assignment, made)])
+        elif self._slots.load([self._upload_of_copy(assignment, made)]):
+            self._replace_damaged(assignment)
+            from_host = False
         return _Loaded(1, int(from_host))
 
+    def _upload_of_copy(self, assignment: SlotAssignment, values: Tensor) -> SlotUpload:
+        known = self._host_experts.checksum(assignment.layer, assignment.expert)
+        return SlotUpload(*assignment, values, known)
+
+    def _replace_damaged(self, assignment: SlotAssignment) -> None:
+        self._num_rejected += 1
+        log.error(
+            "expert_copy_damaged",
+            layer=assignment.layer,
+            expert=assignment.expert,
+            so_far=self._num_rejected,
+        )
+        self._host_experts.reject(assignment.layer, assignment.expert)
+        self._load_through_staging(assignment)
+
     def _load_through_staging(self, assignment: SlotAssignment) -> None:
+        """Raises CheckpointError, also if twice something else has arrived in the slot than what
+        was read."""
         staging = self._free.get()
         try:
-            self._reader.read(assignment.layer, assignment.expert, staging)
-            self._slots.load([SlotUpload(*assignment, staging)])
+            for _ in range(2):
+                self._reader.read(assignment.layer, assignment.expert, staging)
+                upload = SlotUpload(*assignment, staging, checksum_of(staging))
+                if not self._slots.load([upload]):
+                    return
         finally:
             self._free.put(staging)
+        raise CheckpointError(
+            f"expert {assignment.expert} of MoE layer {assignment.layer} was damaged twice on its "
+            "way into its slot: this machine's memory, link or card is at fault"
+        )
 
 
 def open_slot_loader(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
+from gpu_worker.cuda.experts.checksum import checksum
 from gpu_worker.cuda.streams import on_stream
 from shared.types import EMPTY_SLOT
 
@@ -26,12 +27,14 @@ class SlotAssignment(NamedTuple):
 
 class SlotUpload(NamedTuple):
     """`values` holds one expert, flat: gate and up `[2I, H]`, then down `[H, I]`. It should be
-    pinned; otherwise the copy blocks."""
+    pinned; otherwise the copy blocks. `checksum` is that of `checksum.checksum_of`; without it
+    nobody looks at what has arrived."""
 
     layer: int
     slot: int
     expert: int
     values: Tensor
+    checksum: int | None = None
 
 
 class CudaSlots:
@@ -80,21 +83,25 @@ class CudaSlots:
             for layer, slot in np.argwhere(differs_LS & (wanted_LS >= 0)).tolist()
         ]
 
-    def load(self, uploads: Sequence[SlotUpload]) -> None:
-        """Returns when all slots are loaded. They are EMPTY until then. This does not wait for the
-        steps' stream, which does not wait for this either."""
+    def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]:
+        """Returns when all slots are loaded, which are EMPTY until then: the uploads of which
+        something else has arrived than what their checksum is of. Their slots remain EMPTY. This
+        does not wait for the steps' stream, which does not wait for this either."""
         for upload in uploads:
             self._ledger.set(upload.layer, upload.slot, EMPTY_SLOT)
         if self._side_stream is None:
-            for upload in uploads:
-                self._copy(upload)
+            arrived = [self._copy(upload) for upload in uploads]
         else:
             with on_stream(self._side_stream):
-                for upload in uploads:
-                    self._copy(upload)
+                arrived = [self._copy(upload) for upload in uploads]
                 self._side_stream.synchronize()
-        for upload in uploads:
-            self._ledger.set(upload.layer, upload.slot, upload.expert)
+        damaged = []
+        for upload, found in zip(uploads, arrived, strict=True):
+            if found is not None and int(found) != upload.checksum:
+                damaged.append(upload)
+            else:
+                self._ledger.set(upload.layer, upload.slot, upload.expert)
+        return damaged
 
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Puts a random expert e into slot e of every layer, for measurements and tests."""
@@ -104,8 +111,10 @@ class CudaSlots:
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
-    def _copy(self, upload: SlotUpload) -> None:
+    def _copy(self, upload: SlotUpload) -> Tensor | None:
+        """The checksum of what the slot then holds, if it is to be compared."""
         gate_up_JH = self.w_gate_up_LSJH[upload.layer, upload.slot]
         down_HI = self.w_down_LSHI[upload.layer, upload.slot]
         gate_up_JH.view(-1).copy_(upload.values[: gate_up_JH.numel()], non_blocking=True)
         down_HI.view(-1).copy_(upload.values[gate_up_JH.numel() :], non_blocking=True)
+        return None if upload.checksum is None else checksum(gate_up_JH, down_HI)

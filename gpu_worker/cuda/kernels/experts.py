@@ -189,7 +189,7 @@ def _choice_arguments(chosen: FusedChoice | None, rows: Rows) -> tuple[torch.Ten
     if chosen is None:
         return (*(rows.slots_TK,) * 4, 1.0)
     choice = chosen.choice
-    inputs = (choice.scores_TE, choice.slot_of_E, choice.position_T)
+    inputs = (choice.scores_TE, choice.slot_of_UE, choice.position_T)
     return (*inputs, chosen.weights_TK, choice.factor)
 
 

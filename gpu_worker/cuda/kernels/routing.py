@@ -27,10 +27,11 @@ class SlotTiles(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The inputs of a choice by softmax among all experts. `slot_of_E` holds each expert's slot."""
+    """The inputs of a choice by softmax among all experts. `slot_of_UE` holds each expert's slot;
+    only the first turn counts."""
 
     scores_TE: torch.Tensor
-    slot_of_E: torch.Tensor
+    slot_of_UE: torch.Tensor
     position_T: torch.Tensor
     normalise: bool
     factor: float
@@ -81,7 +82,7 @@ def score_choices(
 def choose_slots(
     scores_TE: torch.Tensor,
     choices_TE: torch.Tensor,
-    slot_of_E: torch.Tensor,
+    slot_of_UE: torch.Tensor,
     position_T: torch.Tensor,
     slots_TK: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -89,21 +90,26 @@ def choose_slots(
     normalise: bool,
     sigmoid: bool = False,
     factor: float = 1.0,
+    chosen_E: torch.Tensor | None = None,
 ) -> None:
     """Chooses the k experts with the largest choices; of equal ones, those with the lowest ids.
 
-    Writes their slots by `slot_of_E`, and their weights: `factor` times the softmax over all
-    experts, or with `sigmoid` the sigmoid of the scores. With `normalise`, the chosen weights sum
-    to one before `factor`. Rows without a token (position -1) get NO_SLOT."""
+    Writes their slots by `slot_of_UE`, in which row t takes turn t modulo U, and their weights:
+    `factor` times the softmax over all experts, or with `sigmoid` the sigmoid of the scores. With
+    `normalise`, the chosen weights sum to one before `factor`. Rows without a token (position -1)
+    get NO_SLOT; the others are added to `chosen_E` (int32), if it is given."""
     rows, experts = scores_TE.shape
     _choose_slots[(rows,)](
         scores_TE,
         choices_TE,
-        slot_of_E,
+        slot_of_UE,
         position_T,
         slots_TK,
         weights_TK,
+        position_T if chosen_E is None else chosen_E,
         factor,
+        TURNS=slot_of_UE.numel() // experts,
+        COUNTED=chosen_E is not None,
         EXPERTS=experts,
         BLOCK_E=triton.next_power_of_2(experts),
         CHUNK=comparisons_at_once(experts),
@@ -139,14 +145,21 @@ def group_by_slot(slots_TK: torch.Tensor, num_slots: int, tiles: SlotTiles) -> N
     )
 
 
-def fill_padded_tiles(counts_S: torch.Tensor, rows_of_slot: int, tiles: SlotTiles) -> None:
+def fill_padded_tiles(
+    counts_S: torch.Tensor,
+    rows_of_slot: int,
+    tiles: SlotTiles,
+    computed_1: torch.Tensor | None = None,
+) -> None:
     """Fills `tiles` for rows padded by slot: slot s has `counts_S[s]` rows from `s · rows_of_slot`
-    on."""
+    on. Adds their number to `computed_1` (int32), if it is given."""
     num_slots = counts_S.shape[0]
     _fill_padded_tiles[(1,)](
         counts_S,
         tiles.tiles_C3,
         tiles.num_tiles_1,
+        counts_S if computed_1 is None else computed_1,
+        COUNTED=computed_1 is not None,
         SLOTS=num_slots,
         BLOCK_S=triton.next_power_of_2(num_slots),
         ROWS_OF_SLOT=rows_of_slot,
@@ -238,7 +251,10 @@ def _choose_slots(
     position_ptr,
     slots_ptr,
     weights_ptr,
+    chosen_ptr,
     factor,
+    TURNS: tl.constexpr,
+    COUNTED: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -249,7 +265,7 @@ def _choose_slots(
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     is_expert = e < EXPERTS
-    slot = tl.load(slot_of_ptr + e, mask=is_expert, other=-1)
+    slot = tl.load(slot_of_ptr + (row % TURNS) * EXPERTS + e, mask=is_expert, other=-1)
     row_ptr = choices_ptr + row * EXPERTS
     choice = tl.load(row_ptr + e, mask=is_expert, other=float("-inf"))
     scores = tl.load(scores_ptr + row * EXPERTS + e, mask=is_expert, other=float("-inf"))
@@ -267,6 +283,9 @@ def _choose_slots(
     slot = tl.where(is_token, slot, -1).to(slots_ptr.dtype.element_ty)
     tl.store(slots_ptr + row * TOP_K + index, slot, mask=is_chosen)
     tl.store(weights_ptr + row * TOP_K + index, weight, mask=is_chosen)
+    if COUNTED:
+        one = tl.where(is_chosen & is_token, 1, 0)
+        tl.atomic_add(chosen_ptr + e, one, mask=is_chosen, sem="relaxed")
 
 
 @triton.jit
@@ -340,6 +359,8 @@ def _fill_padded_tiles(
     counts_ptr,
     tiles_ptr,
     num_tiles_ptr,
+    computed_ptr,
+    COUNTED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     ROWS_OF_SLOT: tl.constexpr,
@@ -347,6 +368,8 @@ def _fill_padded_tiles(
 ):
     s = tl.arange(0, BLOCK_S)
     counts = tl.load(counts_ptr + s, mask=s < SLOTS, other=0).to(tl.int32)
+    if COUNTED:
+        tl.store(computed_ptr, tl.load(computed_ptr) + tl.sum(counts, axis=0))
     write_tiles(
         counts,
         s * ROWS_OF_SLOT,

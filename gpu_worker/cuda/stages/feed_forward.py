@@ -17,20 +17,21 @@ from gpu_worker.cuda.weights.decoder_weights import MlpWeights, MoeWeights
 
 
 class FeedForward:
-    """For all layers. `slot_of_LE`, `slots_LTK` and `moe` count only the MoE layers."""
+    """For all layers. `slot_of_LUE`, `slots_LTK` and `moe` count only the MoE
+    layers."""
 
     def __init__(
         self,
         sizes: DecoderSizes,
         buffers: StepBuffers,
-        slot_of_LE: Tensor,
+        slot_of_LUE: Tensor,
         moe: MoeStage,
         allocator: StepAllocator,
     ) -> None:
         self.moe = moe
         self._routing = sizes.routing
         self._buffers = buffers
-        self._slot_of_LE = slot_of_LE
+        self._slot_of_LUE = slot_of_LUE
         self._moe_index = {layer: index for index, layer in enumerate(sizes.moe_layers)}
         self._shared = _mlp(allocator, sizes.hidden_size, sizes.shared_size)
         self._dense = _mlp(allocator, sizes.hidden_size, sizes.dense_size)
@@ -73,7 +74,7 @@ class FeedForward:
             slots_TK=buffers.slots_LTK[index, :tokens],
             weights_TK=buffers.weights_TK[:tokens],
         )
-        slot_of_E = self._slot_of_LE[index]
+        slot_of_UE = self._slot_of_LUE[index]
         if how.sigmoid or how.topk_group < how.num_groups:
             choices_TE = buffers.choices_TE[:tokens]
             routing.score_choices(
@@ -85,18 +86,19 @@ class FeedForward:
                 topk_group=how.topk_group,
             )
         elif self.moe.fuses_routing(tokens):
-            choice = routing.Choice(scores_TE, slot_of_E, position_T, how.normalise, how.factor)
+            choice = routing.Choice(scores_TE, slot_of_UE, position_T, how.normalise, how.factor)
             return replace(routed, choice=choice)
         routing.choose_slots(
             scores_TE,
             choices_TE,
-            slot_of_E,
+            slot_of_UE,
             position_T,
             routed.slots_TK,
             routed.weights_TK,
             normalise=how.normalise,
             sigmoid=how.sigmoid,
             factor=how.factor,
+            chosen_E=buffers.chosen_LE[index],
         )
         return routed
 

@@ -175,6 +175,8 @@ class ExchangedMoe:
         self._inner_NI = like.new_empty(num_slots * rows_of_slot, inner)
         self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
         self._tiles = routing.new_slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
+        self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=like.device)
+        """Rows that each layer's slots have computed, modulo 2³²."""
         self._side_stream = SideStream(like.device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
@@ -192,7 +194,8 @@ class ExchangedMoe:
         x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
         if overlapped_work is not None:
             self._side_stream.run(overlapped_work)
-        routing.fill_padded_tiles(counts_S, self._rows_of_slot, self._tiles)
+        computed_1 = self.computed_L[layer : layer + 1]
+        routing.fill_padded_tiles(counts_S, self._rows_of_slot, self._tiles, computed_1)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         x_NH = self._in_own_type(x_SMH, counts_S)
         w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
@@ -214,7 +217,9 @@ class ExchangedMoe:
         return self._y_NH
 
 
-def slot_table(num_layers: int, num_experts: int, device: torch.device) -> Tensor:
-    """`[L, E]` int32: the physical slot of the replica of each expert that this rank uses; NO_SLOT
-    if none is live. It is written in place between steps, so graphs stay valid with every map."""
-    return torch.full((num_layers, num_experts), routing.NO_SLOT, dtype=torch.int32, device=device)
+def slot_table(num_layers: int, num_turns: int, num_experts: int, device: torch.device) -> Tensor:
+    """`[L, U, E]` int32: the physical slot of the replica of each expert that this rank uses in
+    each turn (see `ReplicaChoice`); NO_SLOT if none is live. It is written in place between steps,
+    so graphs stay valid with every map."""
+    sizes = (num_layers, num_turns, num_experts)
+    return torch.full(sizes, routing.NO_SLOT, dtype=torch.int32, device=device)

@@ -11,7 +11,8 @@ from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 class StepBuffers:
     """Shape letters as in `kernels`. `report_N` (int32) is what the host reads of a step: the mask
-    of ranks, then the sampled ids."""
+    of ranks, then the sampled ids. `chosen_LE` counts how often each expert was chosen, modulo
+    2³², except where the choice is fused into the experts' kernel."""
 
     def __init__(
         self, sizes: DecoderSizes, allocator: StepAllocator, *, rows_max: int, num_ranks: int
@@ -23,6 +24,7 @@ class StepBuffers:
         self.scores_TE = allocator.zeros(tokens, sizes.num_experts, of=single)
         self.choices_TE = allocator.zeros(tokens, sizes.num_experts, of=single)
         self.slots_LTK = allocator.zeros(sizes.num_moe_layers, tokens, sizes.top_k, of=torch.int64)
+        self.chosen_LE = allocator.zeros(sizes.num_moe_layers, sizes.num_experts, of=torch.int32)
         self.weights_TK = allocator.zeros(tokens, sizes.top_k, of=single)
         self.report_N = allocator.zeros(num_ranks + rows_max, of=torch.int32)
         self.mask_R = self.report_N[:num_ranks]

@@ -14,6 +14,7 @@ from control_plane.leader_term import LeaderTerm
 from control_plane.membership import MembershipPolicy
 from control_plane.probe_events import ProbeConnected, ProbePong, ProbeRefused
 from control_plane.publisher import Publisher
+from control_plane.rebalancer import RebalancePolicy
 from control_plane.state_applier import StateApplier, StateChange
 from control_plane.writes import (
     Assign,
@@ -67,6 +68,7 @@ POLICY = MembershipPolicy(
     joiner_timeout_s=3.0,
     heal_budget_bytes=3,
     adoption_timeout_s=3.0,
+    rebalance=RebalancePolicy(time_constant_s=20.0, stuck_s=15.0),
 )
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
 
@@ -224,7 +226,8 @@ class ControlPlaneHarness:
                 return
             if isinstance(write, PlanHeal):
                 self.plans.append(write)
-                self.leader_term.membership.on_heal_planned(write, write.first_step())
+                plan, now = write.compute(), self.clock.now()
+                self.leader_term.membership.on_heal_planned(write, plan, now)
                 self.clock.advance(0.06)
                 continue
             self.perform(write, self.leader_revision, reply_lost=reply_lost)

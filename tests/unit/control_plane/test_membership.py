@@ -623,3 +623,51 @@ def test_a_death_and_a_lost_count_take_one_map() -> None:
     harness.run()
     assert members(harness) == ["0.1", "1.1", "2.1"]
     assert joiners(harness) == (0, 1, 2)
+
+
+# Below capacity.
+
+
+def start_all_that_compute_on_demand(harness: ControlPlaneHarness, *, but: int = -1) -> None:
+    for rank in range(harness.spec.num_ranks):
+        harness.start(rank).write_record(computes_on_demand=rank != but)
+    harness.settle()
+
+
+def test_below_capacity_serving_goes_on_with_experts_on_demand_until_there_is_room_again() -> None:
+    harness = ControlPlaneHarness(spec(ranks=4, experts=6, slots=2, redundant=2))
+    start_all_that_compute_on_demand(harness)
+    harness.kill(0)
+    harness.settle()
+    harness.kill(1)
+    harness.settle()
+    found = harness.expert_map
+    assert found is not None
+    assert {m.rank for m in found.members} == {2, 3}
+    assert found.uncovered() == []
+    assert (found.on_demand >= 0).sum() == 2 * harness.spec.num_moe_layers
+    assert (found.placement[:, [2, 3]] >= 0).all(), "a slot is left empty"
+    alarms = harness.leader_term.membership.take_alarms()
+    assert [alarm.kind for alarm in alarms] == [AlarmKind.BELOW_CAPACITY]
+    settled = len(harness.published)
+    harness.pass_time(30.0)
+    assert len(harness.published) == settled
+    harness.start(0).write_record(computes_on_demand=True)
+    harness.link()
+    harness.settle()
+    found = harness.expert_map
+    assert found is not None
+    assert found.on_demand.size == 0
+    assert found.uncovered() == []
+
+
+def test_nothing_is_on_demand_where_a_survivor_cannot_compute_so() -> None:
+    harness = ControlPlaneHarness(spec(ranks=4, experts=6, slots=2, redundant=2))
+    start_all_that_compute_on_demand(harness, but=3)
+    harness.kill(0)
+    harness.settle()
+    before = len(harness.published)
+    harness.kill(1)
+    harness.settle()
+    assert len(harness.published) == before
+    assert all(not published.on_demand.size for published in harness.published)

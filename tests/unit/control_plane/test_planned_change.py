@@ -15,6 +15,7 @@ from control_plane.desired_changes import (
     Scale,
     Undrain,
 )
+from control_plane.residency import Residency
 from control_plane.writes import PublishMap
 from shared.desired_state import AfterDrain, DesiredState
 from shared.records import AgentRecord, Verdict, pack_record
@@ -284,3 +285,31 @@ def test_verdicts_on_leavers_name_the_map_that_leaves_them_out() -> None:
     assert {v.epoch for v in verdicts(harness)} == {harness.published[-1].epoch}
     member = Member(rank=RankId(1), incarnation=Incarnation(1))
     assert member in harness.cluster.state.verdicts
+
+
+def test_below_capacity_an_instance_can_be_made_larger() -> None:
+    harness = ControlPlaneHarness(spec(ranks=4, experts=6, slots=2, redundant=2))
+    for rank in range(4):
+        harness.start(rank).write_record(computes_on_demand=True)
+    harness.settle()
+    for rank in (0, 1):
+        harness.kill(rank)
+        harness.settle()
+    below = harness.expert_map
+    assert below is not None
+    assert below.on_demand.size
+    put_agent(harness, "n4")
+    harness.ask(Scale(num_ranks=5))
+    wider = Residency(harness.cluster.state, harness.spec).expert_map
+    assert wider is not None
+    assert wider.computed.shape[1] == 5
+    assert wider.uncovered() == []
+    harness.settle()
+    harness.start(4).write_record(computes_on_demand=True)
+    harness.link()
+    harness.settle()
+    found = harness.expert_map
+    assert found is not None
+    assert [m.rank for m in found.members] == [2, 3, 4]
+    assert found.on_demand.size == 0
+    assert found.uncovered() == []

@@ -65,6 +65,7 @@ async def control_plane(etcd: MemoryEtcd, name: str) -> AsyncIterator[ControlPla
         leader_ttl_s=1.0,
         probe_interval_s=0.1,
         urgent_probe_interval_s=0.02,
+        counts_interval_s=0.0,
         metrics=Metrics(),
         admin_url=url,
     )

@@ -142,7 +142,7 @@ class Device:
             if lost := self.who.lost_ranks(mask_R):
                 raise StepAbandoned(f"ranks {lost} left")
 
-    def use_slots(self, slot_of_LE: NDArray[np.int32]) -> None: ...
+    def use_slots(self, slot_of_LUE: NDArray[np.int32]) -> None: ...
 
     def launch(self, batch: StepBatch, draws: object = ()) -> Graph:
         if self.dies.is_set():

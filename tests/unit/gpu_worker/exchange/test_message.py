@@ -80,11 +80,13 @@ def body_of(
 def routed(num_tokens: int, seed: int) -> tuple[packing.Routes, NDArray[np.int32]]:
     rng = np.random.default_rng(seed)
     experts_TK = rng.integers(0, NUM_EXPERTS, size=(num_tokens, LAYOUT.top_k)).astype(np.int32)
-    rank_E = (np.arange(NUM_EXPERTS, dtype=np.int32) * 7 + seed % 5) % NUM_RANKS
-    slot_E = np.arange(NUM_EXPERTS, dtype=np.int32)
+    rank_UE = (np.arange(NUM_EXPERTS, dtype=np.int32)[None] * 7 + seed % 5) % NUM_RANKS
+    slot_UE = np.arange(NUM_EXPERTS, dtype=np.int32)[None]
+    chosen_E = np.zeros(NUM_EXPERTS, dtype=np.int64)
     r = packing.Routes(NUM_RANKS, LAYOUT.step_tokens_max, LAYOUT.top_k)
     args = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
-    assert packing.route(experts_TK, rank_E.astype(np.int32), slot_E, *args)
+    assert packing.route(experts_TK, rank_UE.astype(np.int32), slot_UE, chosen_E, *args)
+    assert (chosen_E == np.bincount(experts_TK.ravel(), minlength=NUM_EXPERTS)).all()
     return r, experts_TK
 
 
@@ -162,11 +164,26 @@ def test_every_pair_goes_to_exactly_one_rank(num_tokens: int, seed: int) -> None
 @pytest.mark.parametrize("expert", [-1, NUM_EXPERTS, 3])
 def test_an_expert_that_no_rank_holds_is_refused(expert: int) -> None:
     r = packing.Routes(NUM_RANKS, LAYOUT.step_tokens_max, LAYOUT.top_k)
-    rank_E = np.zeros(NUM_EXPERTS, dtype=np.int32)
-    rank_E[3] = -1
+    rank_UE = np.zeros((1, NUM_EXPERTS), dtype=np.int32)
+    rank_UE[0, 3] = -1
+    chosen_E = np.zeros(NUM_EXPERTS, dtype=np.int64)
     experts_TK = np.array([[0, 1, expert]], dtype=np.int32)
     args = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
-    assert not packing.route(experts_TK, rank_E, np.zeros_like(rank_E), *args)
+    assert not packing.route(experts_TK, rank_UE, np.zeros_like(rank_UE), chosen_E, *args)
+
+
+def test_tokens_take_the_turns_of_the_replica_choice_one_after_the_other() -> None:
+    r = packing.Routes(NUM_RANKS, LAYOUT.step_tokens_max, LAYOUT.top_k)
+    rank_UE = np.array([[0, 1], [2, 1]], dtype=np.int32)
+    slot_UE = np.array([[4, 5], [6, 5]], dtype=np.int32)
+    experts_TK = np.array([[0, 1]] * 3, dtype=np.int32)
+    chosen_E = np.zeros(2, dtype=np.int64)
+    args = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
+    assert packing.route(experts_TK, rank_UE, slot_UE, chosen_E, *args)
+    assert r.counts_R2[:, 1].tolist() == [2, 3, 1, 0]
+    assert (r.slot_RN[0, :2].tolist(), r.slot_RN[2, :1].tolist()) == ([4, 4], [6])
+    assert r.token_RM[2, 0] == 1
+    assert chosen_E.tolist() == [3, 3]
 
 
 @UNTIMED

@@ -56,10 +56,11 @@ class End:
         self.peer_P[0]["rank"], self.peer_P[0]["incarnation"] = peer.rank, peer.incarnation
         self.routes = packing.Routes(2, LAYOUT.step_tokens_max, LAYOUT.top_k)
         experts_TK = np.tile(np.array([[0, 1]], dtype=np.int32), (NUM_TOKENS, 1))
-        ranks_E, slots_E = np.array([0, 1], dtype=np.int32), np.zeros(2, dtype=np.int32)
+        ranks_UE, slots_UE = np.array([[0, 1]], dtype=np.int32), np.zeros((1, 2), dtype=np.int32)
+        chosen_E = np.zeros(2, dtype=np.int64)
         r = self.routes
         arrays = (r.flat_RN, r.row_RN, r.slot_RN, r.token_RM, r.counts_R2)
-        assert packing.route(experts_TK, ranks_E, slots_E, *arrays)
+        assert packing.route(experts_TK, ranks_UE, slots_UE, chosen_E, *arrays)
         self.x_TH = np.full((NUM_TOKENS, LAYOUT.hidden_size), self.rank + 1, dtype=np.float32)
 
     @property

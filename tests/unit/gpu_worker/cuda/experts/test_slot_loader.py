@@ -14,9 +14,9 @@ from structlog.testing import capture_logs
 from gpu_worker.checkpoint.checkpoint import SINGLE_FILE
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.checkpoint.manifest import write_manifest
-from gpu_worker.cuda.experts.host_experts import open_host_experts
+from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import open_slot_loader
-from gpu_worker.cuda.experts.slots import CudaSlots
+from gpu_worker.cuda.experts.slots import CudaSlots, SlotUpload
 from shared.errors import CheckpointError
 from shared.types import ABSENT_SLOT, EMPTY_SLOT
 from tests.support.fake_clock import FakeClock
@@ -181,4 +181,57 @@ def test_an_assignment_for_other_slots_is_no_load(tmp_path: Path) -> None:
     rank = Rank(save_experts(tmp_path))
     with pytest.raises(AssertionError, match="other slots"):
         rank.loader.load(np.zeros((NUM_LAYERS, SLOTS + 1), dtype=np.int16))
+    assert (rank.slots.contents == EMPTY_SLOT).all()
+
+
+def flip_a_bit_of_copy(copies: HostExperts, layer: int, expert: int) -> None:
+    values = copies.cached_values(layer, expert)
+    assert values is not None
+    values.view(torch.uint8)[11] ^= 4
+
+
+def test_a_copy_that_is_damaged_is_replaced_from_the_checkpoint_and_never_used_again(
+    tmp_path: Path,
+) -> None:
+    rank = Rank(save_experts(tmp_path), staging_buffer=100)
+    rank.loader.load(FIRST)
+    assert rank.copies.wait_until_filled(timeout_s=60)
+    flip_a_bit_of_copy(rank.copies, 0, 1)
+    with capture_logs() as logs:
+        rank.loader.load(SECOND)
+    rank.check(SECOND)
+    told = [entry for entry in logs if entry["event"] == "expert_copy_damaged"]
+    assert [(e["layer"], e["expert"], e["so_far"]) for e in told] == [(0, 1, 1)]
+    assert rank.copies.cached_values(0, 1) is None
+    with capture_logs() as logs:
+        rank.loader.load(FIRST)
+        rank.loader.load(SECOND)
+    rank.check(SECOND)
+    assert not [entry for entry in logs if entry["event"] == "expert_copy_damaged"]
+
+
+def test_another_rank_of_the_host_does_not_get_a_rejected_copy(tmp_path: Path) -> None:
+    memory = memory_for(100)
+    reader = open_experts(save_experts(tmp_path), torch.float32)
+    one, other = (open_host_experts(reader, memory, header_of(tmp_path, reader), CPU) for _ in "ab")
+    assert one.cache_expert(1, 2) is not None
+    one.reject(1, 2)
+    assert other.cached_values(1, 2) is None
+    assert other.cache_expert(1, 2) is None
+
+
+def test_damage_on_every_way_into_a_slot_is_an_error_and_the_slot_stays_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(save_experts(tmp_path))
+    copy = rank.slots._copy
+
+    def copy_badly(upload: SlotUpload) -> torch.Tensor | None:
+        values = upload.values.clone()
+        values.view(torch.uint8)[3] ^= 1
+        return copy(upload._replace(values=values))
+
+    monkeypatch.setattr(rank.slots, "_copy", copy_badly)
+    with pytest.raises(CheckpointError, match="damaged twice"):
+        rank.loader.load(FIRST)
     assert (rank.slots.contents == EMPTY_SLOT).all()
