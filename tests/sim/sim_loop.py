@@ -176,7 +176,10 @@ def in_process(process: SimProcess) -> contextvars.Context:
 
 
 def kill(process: SimProcess) -> None:
-    """SIGKILL: not one more callback of it runs; the kernel closes what it had open."""
+    """SIGKILL: not one more callback of it runs; the kernel closes what it had open. Nothing
+    happens to one that has died before its agent heard of it."""
+    if process.dead:
+        return
     process.dead = True
     process.parked.clear()
     for hook in process.on_death:
