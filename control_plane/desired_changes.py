@@ -221,16 +221,22 @@ class _Changer:
             return Refusal(
                 reason=f"no agent runs on node {node!r}", needed="start a node agent there"
             )
-        ranks = list(self._explicit_ranks())
+        ranks, records = list(self._explicit_ranks()), self._state.newest_records()
+        base = self._desired
         for rank in new:
-            where = choice.take(rank, node)
+            runs_on = records[rank].node if rank in records else None
+            if runs_on in choice.nodes and node in ("", runs_on):
+                where: NodeId | None = runs_on  # it was about to leave, and stays
+            else:
+                where = choice.take(rank, node)
             if where is None:
                 return Refusal(
                     reason=f"no node has room for rank {rank}", needed=choice.what_is_needed
                 )
             ranks.append(DesiredRank(rank=rank, node=where))
-        drains = tuple(drain for drain in self._desired.drains if drain.rank not in new)
-        return replace(self._desired, ranks=_sorted(ranks), drains=drains)
+            if runs_on in (None, where):
+                base = base.without_drain(rank)  # else its process leaves first
+        return replace(base, ranks=_sorted(ranks))
 
     def _shrink(self, leaving: Collection[RankId], grace_s: float) -> DesiredState | Refusal:
         if refusal := self._capacity.refuse_without(leaving):

@@ -109,6 +109,20 @@ def test_growing_again_keeps_the_ranks_that_were_about_to_leave() -> None:
     assert sorted(nodes(again)) == [0, 1, 2, 3]
 
 
+def test_a_rank_that_was_about_to_leave_stays_where_it_runs_or_moves_by_leaving_there() -> None:
+    agents = agent("a", 0, 1, ranks_max=2), agent("b", 2, 3, ranks_max=2), agent("c")
+    state = changed(state_of(*agents), Scale(num_ranks=3))
+    again = changed(state, Scale(num_ranks=4))
+    assert (nodes(again)[3], drains(again)) == ("b", {})
+    there = changed(state, Scale(num_ranks=4, node=NodeId("b")))
+    assert (nodes(there)[3], drains(there)) == ("b", {})
+    elsewhere = changed(state, Scale(num_ranks=4, node=NodeId("c")))
+    assert (nodes(elsewhere)[3], drains(elsewhere)) == ("c", {3: AfterDrain.LEAVE})
+    agents = agent("a", 0, 1), agent("b", 2, 3, leaving=True)
+    ending = changed(changed(state_of(*agents), Scale(num_ranks=3)), Scale(num_ranks=4))
+    assert (nodes(ending)[3], drains(ending)) == ("a", {3: AfterDrain.LEAVE})
+
+
 def test_drain_and_undrain_of_ranks_and_nodes() -> None:
     state = state_of(agent("a", 0, 1), agent("b", 2, 3))
     drained = changed(state, DrainNode(node=NodeId("b")))
