@@ -22,6 +22,7 @@ from tests.sim.schedules import (
     sizes_of,
     traffic,
 )
+from tests.sim.sim_model import NUM_EXPERTS
 
 NUM_SPARE_HOSTS = 2
 PEACEFUL = 3
@@ -83,8 +84,14 @@ def _is_as_asked(cluster: SimCluster, changes: Changes) -> bool:
     nodes = {m.rank: cluster.host_of_rank(host) for m, host in running.items()}
     return (
         not lingering
-        and desired.restart is None
+        and (desired.restart is None or not _can_spare_one(cluster, len(wanted)))
         and {m.rank for m in members} == wanted
         and set(running) == members
         and all(desired.node_of(rank) in ("", node) for rank, node in nodes.items())
     )
+
+
+def _can_spare_one(cluster: SimCluster, num_ranks: int) -> bool:
+    """Whether the others hold every expert while one is restarted. Else a restart that was asked
+    for before the instance shrank waits until it grows."""
+    return num_ranks > 1 and (num_ranks - 1) * cluster.sizes.slots_per_rank >= NUM_EXPERTS

@@ -208,6 +208,22 @@ def test_a_rolling_restart_takes_one_rank_after_the_other() -> None:
     assert {v.cause for v in verdicts(harness)} == {SuspicionReason.DRAINED}
 
 
+def test_a_restart_that_a_smaller_instance_cannot_do_waits_until_it_has_grown() -> None:
+    harness = serving(slots=2, redundant=2)
+    put_agent(harness, "node-0", 0, 1, 2, 3)
+    harness.ask(RestartRanks(ranks=ids(1)))
+    harness.ask(Scale(num_ranks=3, leaving=ids(3)))
+    harness.settle()
+    harness.etcd.revoke(harness.ranks.pop(3).lease_id)
+    harness.settle(12.0)
+    assert members(harness) == [0, 1, 2]
+    assert desired(harness).restart is not None
+    harness.ask(Scale(num_ranks=4))
+    harness.start(3)
+    harness.settle(12.0)
+    assert members(harness) == [0, 2, 3], "its turn has come"
+
+
 def test_a_rank_that_was_told_to_end_is_drained_and_comes_back_as_a_new_process() -> None:
     harness = serving()
     harness.ranks[2].write_record(leaving=True)
