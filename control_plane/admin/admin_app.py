@@ -43,6 +43,8 @@ from control_plane.admin.orchestrators import (
     fault_tolerance_of,
     is_scaling_of,
 )
+from control_plane.admin.page import PATH as PAGE_PATH
+from control_plane.admin.page import page_response
 from control_plane.admin.status import StatusAnswer, Survival, status_of, survival_of
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal
@@ -181,7 +183,10 @@ class AdminApp:
 
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The token comes first: without it, nothing is read, and nothing told."""
+        """The token comes first: without it, nothing is read, and nothing told but the page, in
+        which is nothing of the instance."""
+        if request.path == PAGE_PATH and request.method in ("GET", "HEAD"):
+            return page_response()
         require_token(request, self._token)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):

@@ -31,10 +31,24 @@ class DrainStatus(msgspec.Struct, kw_only=True):
     grace_s: float
 
 
+class LoadStatus(msgspec.Struct, kw_only=True):
+    """`tokens` are those of running and waiting sessions. `kv_blocks_free` counts cached blocks
+    that no session uses. `step_ms` is an average step, of which the rank waits `waited_ms` for
+    peers; 0: not known."""
+
+    running: int
+    waiting: int
+    tokens: int
+    kv_blocks: int
+    kv_blocks_free: int
+    step_ms: float
+    waited_ms: float
+
+
 class RankStatus(msgspec.Struct, kw_only=True):
     """`state` is "live" for a member of the map and "draining" for one that is to leave it; outside
     of the map "drained", "starting", "ready", or "absent" if no process has registered. `desired`:
-    the rank shall exist. `sessions_left` is null if it is not known."""
+    the rank shall exist. `sessions_left` and `load` are null if they are not known."""
 
     rank: int
     state: str
@@ -45,6 +59,18 @@ class RankStatus(msgspec.Struct, kw_only=True):
     drain: DrainStatus | None
     sessions_left: int | None
     safe_to_terminate: bool
+    load: LoadStatus | None
+
+
+class VerdictStatus(msgspec.Struct, kw_only=True):
+    """`cause` is that of the first signal, or "drained"; `epoch` that of the map without the rank;
+    `decided_ms` the time from the first signal to the verdict."""
+
+    rank: int
+    incarnation: int
+    cause: str
+    epoch: int
+    decided_ms: float
 
 
 class ChangeStatus(msgspec.Struct, kw_only=True):
@@ -68,7 +94,8 @@ class Survival(msgspec.Struct, kw_only=True):
 
 class StatusAnswer(msgspec.Struct, kw_only=True):
     """`leader` is null if nobody leads: serving goes on, but nothing changes. `verdicts_paused`:
-    somebody has asked for it; `frozen`: most leases have expired at once."""
+    somebody has asked for it; `frozen`: most leases have expired at once. `verdicts` are those of
+    about the last ten minutes, by epoch, at most 64 of them."""
 
     instance: str
     epoch: int
@@ -77,10 +104,12 @@ class StatusAnswer(msgspec.Struct, kw_only=True):
     verdicts_paused: bool
     frozen: bool
     ranks: tuple[RankStatus, ...]
+    verdicts: tuple[VerdictStatus, ...]
     change: ChangeStatus
     survives: Survival | None
 
 
+_VERDICTS_MAX = 64
 LoadOf = Callable[[Member], Load | None]
 
 
@@ -110,7 +139,8 @@ def status_of(
         else None,
         verdicts_paused=state.desired.verdicts_paused,
         frozen=frozen,
-        ranks=_Ranks(state, seen).all(),
+        ranks=_Ranks(state, seen, load_of).all(),
+        verdicts=_verdicts(state),
         change=ChangeStatus(
             number=state.desired.change,
             in_progress=is_in_progress(left),
@@ -156,9 +186,10 @@ def _seen(state: ClusterState, load_of: LoadOf) -> Seen:
 
 
 class _Ranks:
-    def __init__(self, state: ClusterState, seen: Seen) -> None:
+    def __init__(self, state: ClusterState, seen: Seen, load_of: LoadOf) -> None:
         self._state = state
         self._seen = seen
+        self._load_of = load_of
         self._records = state.newest_records()
         self._desired = state.desired.rank_ids(state.spec.num_ranks if state.spec else 0)
 
@@ -189,6 +220,7 @@ class _Ranks:
             drain=None if drain is None else _drain_status(drain),
             sessions_left=self._seen.sessions_left(rank),
             safe_to_terminate=self._seen.is_safe_to_terminate(rank),
+            load=None if member is None else _load_status(self._load_of(member)),
         )
 
 
@@ -203,4 +235,32 @@ def _word(record: RankRecord | None, *, is_member: bool, is_drained: bool) -> st
 def _drain_status(drain: Drain) -> DrainStatus:
     return DrainStatus(
         after=drain.after.value, requested_at=drain.requested_at, grace_s=drain.grace_s
+    )
+
+
+def _load_status(load: Load | None) -> LoadStatus | None:
+    if load is None:
+        return None
+    return LoadStatus(
+        running=load.running,
+        waiting=load.waiting,
+        tokens=load.tokens,
+        kv_blocks=load.kv_blocks,
+        kv_blocks_free=load.kv_blocks_free,
+        step_ms=load.step_ms,
+        waited_ms=load.waited_ms,
+    )
+
+
+def _verdicts(state: ClusterState) -> tuple[VerdictStatus, ...]:
+    ordered = sorted(state.verdicts.values(), key=lambda verdict: (verdict.epoch, verdict.rank))
+    return tuple(
+        VerdictStatus(
+            rank=verdict.rank,
+            incarnation=verdict.incarnation,
+            cause=verdict.cause.value,
+            epoch=verdict.epoch,
+            decided_ms=(verdict.decided_at - verdict.first_signal_at) * 1000,
+        )
+        for verdict in ordered[-_VERDICTS_MAX:]
     )

@@ -71,6 +71,9 @@ async def test_without_the_token_nothing_is_told_and_nothing_changed(
         ("GET", "/is_scaling_elastic_ep"),
         ("GET", "/openapi.json"),
         ("GET", "/nowhere"),
+        ("GET", "//"),
+        ("GET", "/page.html"),
+        ("POST", "/"),
         ("POST", "/v1/drain"),
         ("POST", "/v1/pause"),
         ("POST", "/scale_elastic_ep"),
@@ -82,6 +85,38 @@ async def test_without_the_token_nothing_is_told_and_nothing_changed(
         assert answer.headers["WWW-Authenticate"].startswith("Bearer ")
         assert set(answer.body) == {"error"}
     assert control.state.desired == DesiredState()
+
+
+async def test_the_page_for_people_is_the_same_for_everybody_and_has_nothing_of_the_instance(
+    client: AdminClient, control: FakeControl
+) -> None:
+    texts = []
+    for headers in ({}, HEADERS, {"Authorization": "Bearer wrong"}):
+        async with client.http.get(client.url + "/?token=x", headers=headers) as response:
+            texts.append((response.status, await response.text(), dict(response.headers)))
+        control.leave_map(len(texts))
+    for _, _, found in texts:
+        found.pop("Date")
+    assert texts[0][0] == 200
+    assert texts[0] == texts[1] == texts[2]
+    told = str(texts[0])
+    assert not [secret for secret in (*SECRETS, client.url) if secret in told]
+
+
+async def test_another_site_may_not_show_the_page_or_read_the_api(client: AdminClient) -> None:
+    origin = {**HEADERS, "Origin": "http://elsewhere.test"}
+    for path in ("/", "/v1/status"):
+        async with client.http.get(client.url + path, headers=origin) as response:
+            assert "Access-Control-Allow-Origin" not in response.headers
+    preflight = {
+        "Origin": "http://elsewhere.test",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    assert (await client.ask("OPTIONS", "/v1/drain", headers=preflight)).status == 401
+    async with client.http.get(client.url + "/") as response:
+        assert response.headers["X-Frame-Options"] == "DENY"
+        assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"]
 
 
 async def test_a_token_in_the_address_is_none(client: AdminClient) -> None:
