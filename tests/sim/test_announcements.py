@@ -4,13 +4,10 @@ otherwise: nobody loses its incarnation, and that is so because of what ranks an
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
-import structlog
 
 from control_plane.silence import SilenceEvidence, SilenceTimings, patience_s
 from gpu_worker.cuda.runner import CudaRunner
@@ -35,13 +32,6 @@ SLOW_MAPPING = SimClusterSizes(
 MANY = (0, 2, 4, 6, 7)
 SEEDS = range(3)
 """Of `SLOW_UNMAPPING`. In most the longest unmapping is long enough to end a rank unannounced."""
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 def run(sizes: SimClusterSizes, seed: int, *killed: int) -> None:

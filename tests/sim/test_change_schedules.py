@@ -6,15 +6,13 @@ STARFISH_SIM_SCHEDULES sets how many are run, one for six others."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from control_plane.membership import Membership
 from control_plane.residency import Residency
 from tests.sim.change_schedules import run_change_schedule
-from tests.sim.many_schedules import ManyOutcomes, be_quiet, outcome_of
+from tests.sim.many_schedules import ManyOutcomes, outcome_of
 from tests.sim.schedules import CARD_FIRST_SEED
 
 NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "360")) // 6
@@ -22,13 +20,6 @@ FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
 PART = 15
 TIMEOUT_S = int(os.environ.get("STARFISH_SIM_TIMEOUT_S", "1800"))
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.mark.timeout(TIMEOUT_S)

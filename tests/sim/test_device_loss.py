@@ -4,11 +4,8 @@ doing when its card failed. What a peer's memory does is not held against the ow
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from shared.exit_codes import EXIT_DEVICE_LOST
 from shared.types import Incarnation, RankId
@@ -17,13 +14,6 @@ from tests.sim.schedules import Outcome, check_sessions, run_world
 from tests.sim.sim_card import CardSizes
 
 SIZES = SimClusterSizes(cards=CardSizes(ranks_per_card=4, map_s=(0.1, 0.2)))
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 async def fail_while_starting(cluster: SimCluster) -> Outcome:

@@ -3,18 +3,16 @@ process stays or goes as was asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-import structlog
 
 from control_plane.desired_changes import DrainRanks, Replace, RestartRanks, Undrain
 from shared.types import NodeId, RankId, SuspicionReason
 from tests.sim.changes import Changes
 from tests.sim.cluster import SimCluster, SimClusterSizes
 from tests.sim.invariants import InvariantChecker
-from tests.sim.many_schedules import be_quiet
 from tests.sim.schedules import MapChecker, Outcome, check_sessions, run_world
 from tests.sim.sim_card import CardSizes
 
@@ -24,13 +22,6 @@ ON_CARDS = SimClusterSizes(num_spare_hosts=1, cards=CardSizes(graph_timeout_s=2.
 
 pytestmark = pytest.mark.parametrize("sizes", [ON_CPUS, ON_CARDS], ids=["cpus", "cards"])
 Scenario = Callable[[SimCluster, Changes], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    structlog.reset_defaults()
 
 
 def run(scenario: Scenario, sizes: SimClusterSizes) -> None:

@@ -3,26 +3,15 @@ must fall."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import structlog
 
 from control_plane.leadership import Leadership
 from shared.revisions import Revisions
 from shared.watch_position import WatchPosition
 from tests.sim.etcd_schedules import run_etcd_schedule
-from tests.sim.test_schedules import be_quiet
 
 NUM_SCHEDULES = 30
 PART = 10
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    structlog.reset_defaults()
 
 
 def failure_of(seed: int) -> str | None:

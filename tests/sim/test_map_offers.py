@@ -4,12 +4,10 @@ itself, and etcd has it later."""
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-import structlog
 
 from control_plane.prober import Prober
 from tests.sim.cluster import SimCluster, SimClusterSizes
@@ -21,13 +19,6 @@ SOON_S = 5.0
 SIZES = pytest.mark.parametrize(
     "sizes", [SimClusterSizes(), SimClusterSizes(cards=CardSizes())], ids=["cpus", "cards"]
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 def run(

@@ -4,11 +4,10 @@ those whose gateway is killed. All have the oracle's tokens."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-import structlog
 from msgspec.structs import replace
 
 from gateway.stream_session import StreamSession
@@ -18,7 +17,6 @@ from shared.desired_state import DesiredState, Drain
 from shared.types import RankId, SamplingParams
 from shared.wire import SessionTokens
 from tests.sim.cluster import ClientSession, SimCluster, SimClusterSizes
-from tests.sim.many_schedules import be_quiet
 from tests.sim.schedules import Outcome, check_sessions, run_world
 from tests.sim.sim_card import CardSizes
 from tests.sim.sim_loop import kill
@@ -28,13 +26,6 @@ SIZES = pytest.mark.parametrize(
     "sizes", [SimClusterSizes(), SimClusterSizes(cards=CardSizes())], ids=["cpus", "cards"]
 )
 NUM_TOKENS = 120
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    structlog.reset_defaults()
 
 
 def run(

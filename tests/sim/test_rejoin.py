@@ -4,13 +4,11 @@ it left behind changes nobody's tokens."""
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import structlog
 
 from gpu_worker import rejoin
 from gpu_worker.rank import Rank
@@ -22,13 +20,6 @@ from tests.sim.sim_loop import SimProcess, resume
 
 STOPPED_S = 1.0
 BACK_S = 2.0  # of virtual time, in which a load or a first contact may take 0.3 s
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 ON_CPUS = SimClusterSizes()

@@ -8,10 +8,8 @@ STARFISH_SIM_SCHEDULES sets how many are run; a failing seed is run alone by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.engine import sequence
@@ -20,7 +18,7 @@ from gpu_worker.exchange.wait_policy import WaitPolicy
 from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
 from gpu_worker.membership.rank_membership import RankMembership
 from node_agent.rank_supervisor import RankSupervisor
-from tests.sim.many_schedules import ManyOutcomes, be_quiet, outcome_of
+from tests.sim.many_schedules import ManyOutcomes, outcome_of
 from tests.sim.schedules import (
     CARD_FIRST_SEED,
     run_control_plane_outage,
@@ -75,13 +73,6 @@ CARD_REGRESSION_SEEDS = {
     438: "all ranks die one after another while maps follow each other, and no map forms again",
 }
 """Counted from CARD_FIRST_SEED."""
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.mark.timeout(TIMEOUT_S)
