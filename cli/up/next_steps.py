@@ -16,6 +16,6 @@ def next_steps(options: UpOptions, folder: RunFolder, url: str, admin_url: str) 
         f"  starfish watch{name}{run}      deaths, verdicts and maps as they happen",
         f"  starfish kill 2{name}{run}     kill -9 rank 2, then watch it come back",
         f"  starfish drain 2{name}{run}    take rank 2 out of service, unnoticed by clients",
-        f"  admin API: {admin_url} (token: {options.admin_token_file})",
+        f"  in a browser: {admin_url} (the admin API; token: {options.admin_token_file})",
         f"  logs: {folder.log_dir}",
     )

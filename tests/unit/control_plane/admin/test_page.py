@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import tomllib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 import control_plane.admin
+from shared.desired_state import AfterDrain
 from shared.records import Verdict
 from shared.types import Epoch, Incarnation, RankId, SuspicionReason
 from shared.wire import Load
@@ -86,6 +88,18 @@ def test_it_has_both_colour_schemes_and_fits_a_phone() -> None:
     light, dark = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
     names = [set(re.findall(r"(--\w+):", part)) for part in (light, dark)]
     assert names[0] == names[1] >= set(re.findall(r"var\((--\w+)\)", STYLE))
+
+
+def test_it_says_what_comes_after_every_kind_of_drain() -> None:
+    said = re.findall(r"AFTER_DRAIN = \{(.*?)\}", SCRIPT, re.DOTALL)[0]
+    assert set(re.findall(r"(\w+): \"", said)) == {after.value for after in AfterDrain}
+
+
+def test_it_is_installed_with_the_package() -> None:
+    project = tomllib.loads(
+        (Path(control_plane.admin.__file__).parents[2] / "pyproject.toml").read_text()
+    )
+    assert "*.html" in project["tool"]["setuptools"]["package-data"]["*"]
 
 
 async def test_it_is_served_with_a_policy_that_allows_its_own_code_alone(
