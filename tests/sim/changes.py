@@ -155,5 +155,5 @@ class Changes:
         if process is None or rank is None:
             return
         self._log(f"SIGTERM to {rank.member}")
-        self._cluster.told_to_leave.add(process)
+        self._cluster.told_to_leave[process] = self._cluster.clock.now() + LEAVE_GRACE_S
         self._cluster.run_in(process, lambda: rank.leave(LEAVE_GRACE_S))

@@ -163,7 +163,7 @@ class SimCluster:
         self.agents: dict[int, SimAgent] = {}
         self.control_planes: list[SimProcess | None] = [None] * self.sizes.num_control_planes
         self.drivers: dict[SimProcess, Driver] = {}
-        self.told_to_leave: set[SimProcess] = set()
+        self.told_to_leave: dict[SimProcess, float] = {}  # until when each may wait
         self.gateway: SessionDriver
         self.clients: list[ClientSession] = []
         self.crashes: list[BaseException] = []

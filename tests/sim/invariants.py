@@ -167,13 +167,17 @@ class InvariantChecker:
 
     def _on_exit(self, member: Member) -> None:
         """By itself: a verdict or a map without it must have told it to, unless it has taken part
-        in no step."""
+        in no step, or was told to end and serves alone or has waited for its drain long enough."""
         etcd, keys = self.cluster.etcd, self.cluster.keys
         if keys.verdict(member.rank, member.incarnation) in etcd.values:
             return
         found = etcd.values.get(keys.map)
         expert_map = unpack_map(found.value) if found is not None else None
         if expert_map is None or not expert_map.has(member):
+            return
+        waits_until = self.cluster.told_to_leave.get(self.cluster.processes[member])
+        is_alone = expert_map.members == (member,)
+        if waits_until is not None and (is_alone or self.cluster.clock.now() >= waits_until):
             return
         if self.cluster.ranks[member]._rank._engine.status(StatusQuery(nonce=0)).steps_committed:
             self._violate(f"{member}, a member, left though nobody had declared it dead")

@@ -11,6 +11,7 @@ import pytest
 
 from control_plane.membership import Membership
 from control_plane.residency import Residency
+from gpu_worker.membership.membership_driver import MembershipDriver
 from tests.sim.change_schedules import run_change_schedule
 from tests.sim.many_schedules import ManyOutcomes, outcome_of
 from tests.sim.schedules import CARD_FIRST_SEED
@@ -19,6 +20,10 @@ NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "360")) // 6
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
 PART = 15
+CARD_REGRESSION_SEEDS = {
+    52: "the checker blamed the last member, which was told to end and could wait for nobody",
+}
+"""Counted from CARD_FIRST_SEED."""
 TIMEOUT_S = int(os.environ.get("STARFISH_SIM_TIMEOUT_S", "1800"))
 
 
@@ -41,6 +46,11 @@ def check_schedules(seeds: range, first_seed: int) -> None:
         found.add(outcome_of(first_seed + seed, run_change_schedule))
     assert not found.broken, "\n".join(found.broken)
     assert found.moves, "leavers should have moved sessions"
+
+
+@pytest.mark.parametrize("seed", CARD_REGRESSION_SEEDS)
+def test_a_schedule_on_cards_that_once_failed_passes(seed: int) -> None:
+    run_change_schedule(CARD_FIRST_SEED + seed)
 
 
 def some_schedule_fails(num_seeds: int = 30) -> bool:
@@ -72,4 +82,11 @@ def test_a_change_that_ends_with_its_leader_is_noticed(monkeypatch: pytest.Monke
         return decide(self, state, now, **more)
 
     monkeypatch.setattr(Membership, "decide", forget)
+    assert some_schedule_fails()
+
+
+def test_a_rank_that_is_told_to_end_and_waits_for_no_drain_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(MembershipDriver, "ask_to_leave", lambda self: False)
     assert some_schedule_fails()
