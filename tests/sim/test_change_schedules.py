@@ -16,7 +16,7 @@ from tests.sim.change_schedules import run_change_schedule
 from tests.sim.many_schedules import ManyOutcomes, outcome_of
 from tests.sim.schedules import CARD_FIRST_SEED
 
-NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "360")) // 6
+NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "240")) // 6
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
 PART = 15
