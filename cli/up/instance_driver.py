@@ -43,7 +43,7 @@ from cli.up.stages import Stages
 from cli.up.supervisor import Supervisor
 from shared.clock import Clock, SystemClock
 from shared.embedded_etcd import EmbeddedEtcd
-from shared.errors import ConfigError, StoreUnavailable, Unavailable
+from shared.errors import ConfigError, StarfishError, StoreUnavailable, Unavailable
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
@@ -422,8 +422,8 @@ class InstanceDriver:
             instance=self._options.instance,
             secret_file=self._options.secret_file,
         )
-        survived = (await read_status(target, self._clock))["survives"]
-        if survived:
-            self._console.print(survived["summary"], highlight=False)
+        with contextlib.suppress(StarfishError):  # etcd may be away: serving goes on without it
+            if survived := (await read_status(target, self._clock))["survives"]:
+                self._console.print(survived["summary"], highlight=False)
         for text in next_steps(self._options, self._folder, self._url, self._admin_url()):
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -437,8 +437,8 @@ def etcd_of(run_dir: Path) -> int:
 
 async def says(process: Process, text: str) -> None:
     assert process.stdout is not None
-    while text.encode() not in await process.stdout.readline():
-        assert process.returncode is None
+    while text.encode() not in (line := await process.stdout.readline()):
+        assert line, "it has ended"
 
 
 async def rejoins(run_dir: Path, rank: int) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         moe_intermediate_size=32,
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def commands_hear_ctrl_c() -> Iterator[None]:
+    """Whatever runs the tests may ignore SIGINT, and what it starts would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Command:
