@@ -341,8 +341,10 @@ class Driver:
 
     def _offer_map(self, leader_term: LeaderTerm, now: float) -> None:
         """etcd has the map later: until then it is kept as one that etcd has lost."""
+        if now < self._next_offer_at:
+            return
         offered = leader_term.map_to_offer(self._cluster.state, now)
-        if offered is None or now < self._next_offer_at:
+        if offered is None:
             return
         self._next_offer_at = now + _OFFER_INTERVAL_S
         expert_map = offered.expert_map

@@ -3,11 +3,12 @@ become of a verdict."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from shared.records import Verdict
-from shared.types import Member
+from shared.types import Epoch, Member, SuspicionReason
 
 
 class AlarmKind(Enum):
@@ -50,3 +51,21 @@ class BadCounts:
 
 
 Judgement = Verdict | Alarm | Standstill | VerdictCancelled | BadCounts
+
+
+def verdicts_on(
+    members: Iterable[Member], cause: SuspicionReason, *, epoch: int, now: float
+) -> tuple[Verdict, ...]:
+    """Nothing speaks against them: somebody asked that they leave, or maps have left them out."""
+    return tuple(
+        Verdict(
+            rank=member.rank,
+            incarnation=member.incarnation,
+            cause=cause,
+            signals=(),
+            epoch=Epoch(epoch),
+            first_signal_at=now,
+            decided_at=now,
+        )
+        for member in members
+    )

@@ -12,6 +12,7 @@ from control_plane.judgements import (
     Judgement,
     Standstill,
     VerdictCancelled,
+    verdicts_on,
 )
 from control_plane.map_offers import MapOffers
 from control_plane.membership import Membership, MembershipPolicy
@@ -117,18 +118,8 @@ class LeaderTerm:
     def _on_left_out(self, members: tuple[Member, ...], now: float) -> None:
         """Their peers run maps without them that another leader gave them, or this process in an
         earlier term. They may be registered still, and alive."""
-        for member in members:
-            if member not in self.membership.dead:
-                verdict = Verdict(
-                    rank=member.rank,
-                    incarnation=member.incarnation,
-                    cause=SuspicionReason.OFFERED,
-                    signals=(),
-                    epoch=Epoch(0),
-                    first_signal_at=now,
-                    decided_at=now,
-                )
-                self._take([verdict])
+        unknown = [member for member in members if member not in self.membership.dead]
+        self._take([*verdicts_on(unknown, SuspicionReason.OFFERED, epoch=0, now=now)])
 
     def on_tick(self, state: ClusterState, now: float) -> None:
         steps_paused = bool(self.membership.dead_in_map(state))

@@ -54,17 +54,17 @@ class MapOffers:
 
     def has_majority(self, newest: ExpertMap, now: float) -> bool:
         """Whether most members answer, none of them under a newer map."""
-        epochs = [
-            heard[1]
-            for member in newest.members
-            if (heard := self._heard.get(member)) is not None and now - heard[0] <= _HEARD_WITHIN_S
-        ]
+        epochs = self._epochs_heard(newest, now)
         return 2 * len(epochs) > len(newest.members) and max(epochs) <= newest.epoch
 
     def lag(self, newest: ExpertMap, now: float) -> bool:
         """Whether a member that answers runs under an older map than the newest."""
-        return any(
-            heard[1] < newest.epoch and now - heard[0] <= _HEARD_WITHIN_S
+        return any(epoch < newest.epoch for epoch in self._epochs_heard(newest, now))
+
+    def _epochs_heard(self, newest: ExpertMap, now: float) -> list[Epoch]:
+        """Under which maps those members run that have answered lately."""
+        return [
+            heard[1]
             for member in newest.members
-            if (heard := self._heard.get(member)) is not None
-        )
+            if (heard := self._heard.get(member)) is not None and now - heard[0] <= _HEARD_WITHIN_S
+        ]

@@ -28,8 +28,7 @@ from control_plane.desired_changes import new_drain
 from control_plane.residency import is_to_leave
 from control_plane.writes import PublishDesired
 from shared.desired_state import AfterDrain, DesiredState, Drain
-from shared.records import Verdict
-from shared.types import Epoch, Member, RankId, SuspicionReason
+from shared.types import Member, RankId
 from shared.wire import Load
 
 _IDLE_PONGS = 2
@@ -113,22 +112,6 @@ class PlannedChange:
             drain = new_drain(state, rank, unix_now, grace_s, AfterDrain.RESTART)
             desired = desired.with_drain(drain)
         return desired, tuple(f"rank {rank} was told to end" for rank in ranks)
-
-
-def verdicts_on(leavers: Iterable[Member], *, epoch: int, now: float) -> tuple[Verdict, ...]:
-    """Nothing speaks against them: they leave because somebody asked for it."""
-    return tuple(
-        Verdict(
-            rank=member.rank,
-            incarnation=member.incarnation,
-            cause=SuspicionReason.DRAINED,
-            signals=(),
-            epoch=Epoch(epoch),
-            first_signal_at=now,
-            decided_at=now,
-        )
-        for member in leavers
-    )
 
 
 def _without_done(state: ClusterState) -> tuple[DesiredState, tuple[str, ...]]:

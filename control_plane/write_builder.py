@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from control_plane.cluster_state import ClusterState
+from control_plane.judgements import verdicts_on
 from control_plane.map_adoption import MapAdoption
-from control_plane.planned_change import verdicts_on
 from control_plane.residency import Residency
 from control_plane.writes import Assign, DeclareDead, PublishMap
 from shared.expert_map import Placement
 from shared.records import SlotContents, Verdict
-from shared.types import Epoch, Member
+from shared.types import Epoch, Member, SuspicionReason
 
 
 class WriteBuilder:
@@ -69,7 +69,7 @@ class WriteBuilder:
             expert_map=expert_map,
             verdicts=(
                 *(replace(self._dead[m], epoch=epoch) for m in dead),
-                *verdicts_on(drained, epoch=epoch, now=now),
+                *verdicts_on(drained, SuspicionReason.DRAINED, epoch=epoch, now=now),
             ),
             assignments=assignments,
         )

@@ -312,9 +312,7 @@ class ControlServer:
         return None
 
     def _pong(self, ping: Ping) -> Pong:
-        pong = self._engine.pong(ping, self._announced(), self._unheard())
-        left_out = self._left_out()
-        return replace(pong, left_out=left_out) if left_out else pong
+        return self._engine.pong(ping, self._announced(), self._unheard(), self._left_out())
 
     def _open_region(self, request: OpenRegion) -> RegionOpened:
         try:

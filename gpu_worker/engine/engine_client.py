@@ -253,6 +253,7 @@ class EngineClient:
         ping: Ping,
         announced: tuple[AnnouncedOperation, ...],
         unheard: tuple[UnheardPeer, ...],
+        left_out: tuple[Member, ...],
     ) -> Pong:
         now = self._engine.snapshot()
         return Pong(
@@ -267,6 +268,7 @@ class EngineClient:
             out_of_step=now.out_of_step,
             announced=announced,
             unheard=unheard,
+            left_out=left_out,
         )
 
     def status(self, query: StatusQuery) -> StatusReply:

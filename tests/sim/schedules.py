@@ -139,6 +139,19 @@ async def _run_control_plane_outage(cluster: SimCluster) -> Outcome:
     return Outcome(cluster.seed, alone, 1, 0, cluster.copies.num_found)
 
 
+def run_scenario(
+    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int, sizes: SimClusterSizes
+) -> None:
+    """`scenario` finds an instance that serves."""
+
+    async def whole(cluster: SimCluster) -> Outcome:
+        await cluster.start()
+        await scenario(cluster)
+        return Outcome(seed, (), 0, 0, 0)
+
+    run_world(seed, sizes, whole)
+
+
 def sizes_of(seed: int) -> SimClusterSizes:
     """Mostly the common instance; some small, large, tight and slow ones. From CARD_FIRST_SEED on
     the ranks are on cards."""

@@ -4,14 +4,12 @@ itself, and etcd has it later."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
 from control_plane.prober import Prober
 from tests.sim.cluster import SimCluster, SimClusterSizes
-from tests.sim.schedules import ETCD, LEASE_TTL_S, Outcome, check_sessions, run_world
+from tests.sim.schedules import ETCD, LEASE_TTL_S, check_sessions, run_scenario
 from tests.sim.sim_card import CardSizes
 
 SOON_S = 5.0
@@ -19,17 +17,6 @@ SOON_S = 5.0
 SIZES = pytest.mark.parametrize(
     "sizes", [SimClusterSizes(), SimClusterSizes(cards=CardSizes())], ids=["cpus", "cards"]
 )
-
-
-def run(
-    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int, sizes: SimClusterSizes
-) -> None:
-    async def whole(cluster: SimCluster) -> Outcome:
-        await cluster.start()
-        await scenario(cluster)
-        return Outcome(seed, (), 0, 0, 0)
-
-    run_world(seed, sizes, whole)
 
 
 def take_etcd_away(cluster: SimCluster) -> None:
@@ -63,7 +50,7 @@ def test_a_death_without_etcd_stops_nobody(
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, seed, sizes)
+    run_scenario(scenario, seed, sizes)
 
 
 def test_without_offers_all_wait_for_etcd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +65,4 @@ def test_without_offers_all_wait_for_etcd(monkeypatch: pytest.MonkeyPatch) -> No
         await cluster.until(cluster.all_ended, 60.0)
         check_sessions(cluster)
 
-    run(scenario, 0, SimClusterSizes())
+    run_scenario(scenario, 0, SimClusterSizes())

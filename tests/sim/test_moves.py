@@ -4,7 +4,6 @@ those whose gateway is killed. All have the oracle's tokens."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from shared.desired_state import DesiredState, Drain
 from shared.types import RankId, SamplingParams
 from shared.wire import SessionTokens
 from tests.sim.cluster import ClientSession, SimCluster, SimClusterSizes
-from tests.sim.schedules import Outcome, check_sessions, run_world
+from tests.sim.schedules import check_sessions, run_scenario
 from tests.sim.sim_card import CardSizes
 from tests.sim.sim_loop import kill
 from tests.sim.sim_model import oracle
@@ -26,17 +25,6 @@ SIZES = pytest.mark.parametrize(
     "sizes", [SimClusterSizes(), SimClusterSizes(cards=CardSizes())], ids=["cpus", "cards"]
 )
 NUM_TOKENS = 120
-
-
-def run(
-    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]], seed: int, sizes: SimClusterSizes
-) -> None:
-    async def whole(cluster: SimCluster) -> Outcome:
-        await cluster.start()
-        await scenario(cluster)
-        return Outcome(seed, (), 0, 0, 0)
-
-    run_world(seed, sizes, whole)
 
 
 @SIZES
@@ -66,7 +54,7 @@ def test_a_drained_ranks_sessions_move_and_wait_for_nothing(
         usual_s = max(s.longest_gap_s for s in others)
         assert max(s.longest_gap_s for s in there) <= 2 * usual_s + 0.02
 
-    run(scenario, seed, sizes)
+    run_scenario(scenario, seed, sizes)
 
 
 def session_of(client: ClientSession) -> StreamSession:
@@ -94,7 +82,7 @@ def test_another_gateway_goes_on_with_a_dead_ones_streams(
         assert any(s.taken_over for s in resumed)
         assert also_a_rank or all(s.taken_over for s in resumed)
 
-    run(scenario, seed, sizes)
+    run_scenario(scenario, seed, sizes)
 
 
 async def resume_all(cluster: SimCluster, *, kill_rank: bool) -> list[StreamSession]:
@@ -131,4 +119,4 @@ def test_an_orphan_that_leaves_a_token_out_is_noticed(monkeypatch: pytest.Monkey
         await resume_all(cluster, kill_rank=False)
 
     with pytest.raises((AssertionError, TimeoutError)):
-        run(scenario, 0, SimClusterSizes())
+        run_scenario(scenario, 0, SimClusterSizes())

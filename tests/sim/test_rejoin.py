@@ -4,9 +4,7 @@ it left behind changes nobody's tokens."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -14,7 +12,7 @@ from gpu_worker import rejoin
 from gpu_worker.rank import Rank
 from shared.types import Incarnation, RankId
 from tests.sim.cluster import SimCluster, SimClusterSizes
-from tests.sim.schedules import Outcome, check_sessions, run_world
+from tests.sim.schedules import check_sessions, run_scenario
 from tests.sim.sim_card import CardSizes
 from tests.sim.sim_loop import SimProcess, resume
 
@@ -28,19 +26,6 @@ ON_ONE_CARD = SimClusterSizes(cards=CardSizes(ranks_per_card=4, time_sliced=True
 SIZES = pytest.mark.parametrize(
     "sizes", [ON_CPUS, ON_CARDS, ON_ONE_CARD], ids=["cpus", "cards", "one_card"]
 )
-
-
-def run(
-    scenario: Callable[[SimCluster], Coroutine[Any, Any, None]],
-    seed: int,
-    sizes: SimClusterSizes = ON_CPUS,
-) -> None:
-    async def whole(cluster: SimCluster) -> Outcome:
-        await cluster.start()
-        await scenario(cluster)
-        return Outcome(seed, (), 0, 0, 0)
-
-    run_world(seed, sizes, whole)
 
 
 async def stop_with_streams(cluster: SimCluster, rank: int) -> SimProcess:
@@ -69,7 +54,7 @@ def test_a_stopped_rank_is_back_in_place(seed: int, sizes: SimClusterSizes) -> N
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, seed, sizes)
+    run_scenario(scenario, seed, sizes)
 
 
 @SIZES
@@ -89,7 +74,7 @@ def test_two_ranks_that_were_stopped_are_back_in_place(sizes: SimClusterSizes) -
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, 4, replace(sizes, slots_per_rank=6, redundant_experts=12))
+    run_scenario(scenario, 4, replace(sizes, slots_per_rank=6, redundant_experts=12))
 
 
 def test_a_rank_whose_card_fails_while_it_is_fenced_is_replaced() -> None:
@@ -102,7 +87,7 @@ def test_a_rank_whose_card_fails_while_it_is_fenced_is_replaced() -> None:
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, 5, ON_CARDS)
+    run_scenario(scenario, 5, ON_CARDS)
 
 
 def test_a_rank_that_dies_in_its_second_incarnation_is_noticed_at_once() -> None:
@@ -120,7 +105,7 @@ def test_a_rank_that_dies_in_its_second_incarnation_is_noticed_at_once() -> None
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, 1)
+    run_scenario(scenario, 1, ON_CPUS)
 
 
 def test_a_process_whose_threads_do_not_end_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +122,7 @@ def test_a_process_whose_threads_do_not_end_is_replaced(monkeypatch: pytest.Monk
         await cluster.until(cluster.all_ended, 20.0)
         check_sessions(cluster)
 
-    run(scenario, 2)
+    run_scenario(scenario, 2, ON_CPUS)
 
 
 def test_a_process_that_is_fenced_again_and_again_is_replaced(
@@ -154,7 +139,7 @@ def test_a_process_that_is_fenced_again_and_again_is_replaced(
         await cluster.until(lambda: process.dead, 5.0)
         await cluster.until(cluster.all_live, 20.0)
 
-    run(scenario, 3)
+    run_scenario(scenario, 3, ON_CPUS)
 
 
 def _incarnation_in_map(cluster: SimCluster, rank: int) -> Incarnation | None:
