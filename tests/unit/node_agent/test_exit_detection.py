@@ -16,10 +16,12 @@ from node_agent.rank_process import RankProcess, spawn
 
 LARGE = """
 import os, signal
-signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))
+# Not pause(): a signal that comes just before it would be waited for without end.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 held = bytearray(b"x") * (500 << 20)
 print("there", flush=True)
-signal.pause()
+signal.sigwait({signal.SIGTERM})
+os._exit(75)
 """
 
 
