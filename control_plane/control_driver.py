@@ -319,6 +319,7 @@ class Driver:
         self._suspicions.update(leader_term.detector.doubts, now)
         if self._write_delayed or not self._election.may_act(now):
             self._offer_map(leader_term, now)
+        self._repeat_map(leader_term, now)
         if self._write_under_way or not self._spec_published or not self._election.may_act(now):
             return
         decision = leader_term.decide(self._cluster.state, now, unix_now=self._clock.wall())
@@ -353,6 +354,13 @@ class Driver:
         if known is None or expert_map.epoch > known.epoch:
             self._handle_changes(self._cluster.keep_map(expert_map), now)
             self._reporter.report_offer(offered)
+
+    def _repeat_map(self, leader_term: LeaderTerm, now: float) -> None:
+        """Ranks that are cut off from etcd alone hear of a stored map from here."""
+        unread = leader_term.map_to_repeat(self._cluster.state, now)
+        if unread is not None:
+            log.info("map_repeated", epoch=unread.epoch)
+            self._prober.offer_map(unread)
 
     async def _plan(self, leader_term: LeaderTerm, request: PlanHeal) -> None:
         plan = await asyncio.to_thread(request.compute)

@@ -149,6 +149,14 @@ class LeaderTerm:
                 return decision if self.offers.may_offer(following.epoch) else None
         return PublishMap(expert_map=newest) if self.offers.lag(newest, now) else None
 
+    def map_to_repeat(self, state: ClusterState, now: float) -> ExpertMap | None:
+        """The newest map, if etcd has it and a member that answers seems not to have read it. It
+        stands still in an older one, and its peers wait for it. To be asked at each tick."""
+        newest = state.expert_map
+        if newest is None or not self.offers.is_unread(newest, now):
+            return None
+        return newest if state.is_map_stored else None
+
     def take_judgements(self) -> list[Judgement]:
         """The judgements since the last call, for the log."""
         judgements: list[Judgement] = [*self._dead, *self._news]

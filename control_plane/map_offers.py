@@ -8,8 +8,11 @@ its successor publishes or offers others. Therefore each term begins EPOCHS_PER_
 all that etcd knew of at the election, and a leader offers no epoch so far above what it has
 written.
 
-More than half of the members of the newest map must have answered lately, none of them under a
-newer map: a leader that is cut off itself gives up nobody.
+Ranks that are cut off from etcd alone are told of the newest map in the same way, though it is
+written: it is what they would have read.
+
+For a map that is not written, more than half of the members of the newest must have answered
+lately, none of them under a newer map: a leader that is cut off itself gives up nobody.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from shared.types import Epoch, Member
 
 EPOCHS_PER_TERM = 64
 _HEARD_WITHIN_S = 1.0
+_UNREAD_AFTER_S = 0.5
 
 
 def first_epoch_of_next_term(state: ClusterState) -> int:
@@ -36,6 +40,7 @@ class MapOffers:
     def __init__(self, first_epoch: int) -> None:
         self._written_epoch = first_epoch
         self._heard: dict[Member, tuple[float, Epoch]] = {}
+        self._lag_since: float | None = None
 
     def on_pong(self, member: Member, epoch: Epoch, now: float) -> None:
         self._heard[member] = (now, epoch)
@@ -60,6 +65,19 @@ class MapOffers:
     def lag(self, newest: ExpertMap, now: float) -> bool:
         """Whether a member that answers runs under an older map than the newest."""
         return any(epoch < newest.epoch for epoch in self._epochs_heard(newest, now))
+
+    def is_unread(self, newest: ExpertMap, now: float) -> bool:
+        """Whether a member that answers has run under an older map for so long that etcd may be out
+        of its reach alone: once in _UNREAD_AFTER_S. To be asked at each tick."""
+        if not self.lag(newest, now):
+            self._lag_since = None
+            return False
+        if self._lag_since is None:
+            self._lag_since = now
+        if now - self._lag_since < _UNREAD_AFTER_S:
+            return False
+        self._lag_since = now
+        return True
 
     def _epochs_heard(self, newest: ExpertMap, now: float) -> list[Epoch]:
         """Under which maps those members run that have answered lately."""

@@ -136,8 +136,8 @@ class MembershipDriver:
         return self._membership.left_out
 
     def on_offered_map(self, packed: bytes) -> None:
-        """A control plane gives the next map itself, because etcd cannot be written. Raises
-        WireError if it is none."""
+        """A control plane gives the next map itself, because etcd cannot be written or is out of
+        this rank's reach. Raises WireError if it is none."""
         expert_map = unpack_map(packed)
         log.info("map_offered", epoch=expert_map.epoch, cause=expert_map.cause)
         self._perform(self._membership.on_map(expert_map))

@@ -35,6 +35,17 @@ async def kill_without_etcd(cluster: SimCluster, away_for_s: float) -> None:
     cluster.kill_rank(1)
 
 
+async def kill_with_hosts_cut_off_from_etcd(cluster: SimCluster) -> None:
+    """Kills a rank that serves, while two others are cut off from etcd. The control plane and
+    everybody else reach it."""
+    for first in range(8):
+        cluster.send((first, *range(10)), 40)
+    await asyncio.sleep(0.05)
+    for rank in (0, 2):
+        cluster.sever(f"host-{rank}", ETCD)
+    cluster.kill_rank(1)
+
+
 @SIZES
 @pytest.mark.parametrize("away_for_s", [0.1, 3 * LEASE_TTL_S], ids=["just_now", "for_long"])
 @pytest.mark.parametrize("seed", range(3))
@@ -51,6 +62,35 @@ def test_a_death_without_etcd_stops_nobody(
         check_sessions(cluster)
 
     run_scenario(scenario, seed, sizes)
+
+
+@SIZES
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_that_are_cut_off_from_etcd_alone_hear_of_a_written_map(
+    seed: int, sizes: SimClusterSizes
+) -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        await kill_with_hosts_cut_off_from_etcd(cluster)
+        await cluster.until(cluster.all_ended, SOON_S)
+        cluster.heal()
+        await cluster.until(cluster.all_live, 60.0)
+        check_sessions(cluster)
+
+    run_scenario(scenario, seed, sizes)
+
+
+def test_without_offers_ranks_that_are_cut_off_from_etcd_alone_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The planted bug: the test above would notice."""
+    monkeypatch.setattr(Prober, "offer_map", lambda self, expert_map: None)
+
+    async def scenario(cluster: SimCluster) -> None:
+        await kill_with_hosts_cut_off_from_etcd(cluster)
+        await asyncio.sleep(SOON_S)
+        assert not cluster.all_ended()
+
+    run_scenario(scenario, 0, SimClusterSizes())
 
 
 def test_without_offers_all_wait_for_etcd(monkeypatch: pytest.MonkeyPatch) -> None:

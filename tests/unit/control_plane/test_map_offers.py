@@ -62,6 +62,17 @@ def test_a_member_under_an_older_map_is_told_of_the_newest() -> None:
     assert not offers(7, 7, 7).lag(map_of(NEWEST), 10.5)
 
 
+def test_a_member_is_told_again_only_after_it_had_time_to_read() -> None:
+    it = offers(7, 6, 7)
+    asked = [it.is_unread(map_of(NEWEST), 10.0 + tenths / 10) for tenths in range(10)]
+    assert asked == [False] * 5 + [True] + [False] * 4  # and the next time at 11.0
+
+    it.on_pong(member(1), Epoch(7), 10.9)
+    assert not it.is_unread(map_of(NEWEST), 10.95)
+    it.on_pong(member(1), Epoch(6), 10.96)
+    assert not it.is_unread(map_of(NEWEST), 11.0)
+
+
 def test_no_two_terms_may_use_the_same_epoch() -> None:
     state = ClusterState(keys=Keys("test"), term=1, expert_map=map_of(NEWEST))
     first = offers()
