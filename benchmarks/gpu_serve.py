@@ -8,7 +8,8 @@ an undisturbed instance without prefix cache. Prints a table at the end; `--out`
         --config num_hidden_layers=12 hidden_size=2048 num_experts=32 --redundant-experts 32 \\
         --faults KILL:1 KILL:2 KILL:4 KILL:8 KILL:16 STOP:1
 
-Ranks that share a card do so under CUDA MPS; docs/gpu.md says how many slots fit on one.
+Ranks that share a card do so under CUDA MPS, without --no-cuda-mps; docs/gpu.md says how many slots
+fit on one.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _PAUSE_S = 1.0  # longer than a rank that others outlive may be stopped
 _FORM_TIMEOUT_S = 60.0
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,6 +73,9 @@ def parse() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="options of the ranks, such as kv_tokens=65536",
     )
+    parser.add_argument(
+        "--no-cuda-mps", action="store_true", help="ranks that share a card take turns on it"
+    )
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -91,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--unchecked", action="store_true", help="compare no tokens: gaps alone")
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def faults_of(texts: Sequence[str], num_ranks: int) -> list[Fault]:
@@ -120,6 +124,7 @@ def own_options(args: argparse.Namespace, model: Path | None) -> TemporaryInstan
         redundant_experts=args.redundant_experts,
         slots_per_rank=args.slots_per_rank,
         rank_options=args.rank_option,
+        cuda_mps=not args.no_cuda_mps,
     )
 
 

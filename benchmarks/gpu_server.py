@@ -59,7 +59,7 @@ _STEP_TOKENS_OF_PEERS = 192
 """What a step of a rank with peers holds by itself; one that is alone on its card holds more."""
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(*args.ranks, *args.batches, args.prompt_tokens, args.new_tokens - 1, args.rounds) < 1:
         parser.error("ranks, batches, prompts and rounds are at least 1, new tokens 2")
     if (args.model is None) == (args.seeded_dir is None):

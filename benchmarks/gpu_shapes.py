@@ -87,13 +87,27 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
         "intermediate_size": 6144,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "qwen3-235b": {
+        "num_hidden_layers": 12,
+        "hidden_size": 4096,
+        "vocab_size": 151_936,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1536,
+        "intermediate_size": 12_288,
+        "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
     "reference": {},
 }
-"""Entries of the config.json of a random Qwen3-MoE checkpoint: Qwen3-30B-A3B, and the reference
-size as it is."""
+"""Entries of the config.json of a random Qwen3-MoE checkpoint: Qwen3-30B-A3B, an eighth of the
+layers of Qwen3-235B-A22B, and the reference size as it is."""
 
 
 def sizes_of(folder: Path) -> DecoderSizes | None:

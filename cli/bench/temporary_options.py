@@ -46,6 +46,8 @@ class TemporaryInstanceOptions:
         ),
     ] = 600.0
     static: bool = False
+    cuda_mps: bool = True
+    """False: ranks that share a card take turns on it."""
 
     def check(self) -> None:
         """Raises ConfigError if a rank option is malformed."""
@@ -63,6 +65,7 @@ class TemporaryInstanceOptions:
             *("--slots-per-rank", str(self.slots_per_rank)),
             *(("--model", str(self.model)) if self.model is not None else ("--seeded",)),
             *(("--static",) if self.static else ()),
+            *(() if self.cuda_mps else ("--no-cuda-mps",)),
         ]
 
     def environment(self) -> dict[str, str]:
