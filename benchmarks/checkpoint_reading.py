@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from gpu_worker.checkpoint.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
-from gpu_worker.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from gpu_worker.checkpoint.manifest import write_manifest
 from gpu_worker.checkpoint.shards import Shape, read_tensors
+from shared.weights_identity import MANIFEST_FILE
 
 ROWS, COLUMNS = 2048, 7168  # a projection of DeepSeek V3's experts
 BLOCK = 128

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -351,9 +352,9 @@ def _measure_decode(report: Report, bench: GpuBench, copy: float, link: float) -
     decoder = bench.decoder(BATCHES)
     report.run("capture_s", lambda: time.perf_counter() - began)
     for batch in BATCHES:
-        report.run(f"decode_{batch}", lambda n=batch: decode_rates(bench, decoder, n, copy))
+        report.run(f"decode_{batch}", partial(decode_rates, bench, decoder, batch, copy))
     for batch in (1, 8, 128):
-        report.run(f"profile_{batch}", lambda n=batch: profile(decoder, n))
+        report.run(f"profile_{batch}", partial(profile, decoder, batch))
     report.run("invariance", lambda: invariance(decoder))
     report.run("refill", lambda: refill(bench, decoder, link))
 
@@ -370,7 +371,7 @@ def _measure_free(report: Report, bench: GpuBench, copy: float) -> None:
     """Decode rates with the library's dense products, to show the cost of batch invariance."""
     decoder = bench.decoder(BATCHES, invariant=False)
     for batch in BATCHES:
-        report.run(f"decode_free_{batch}", lambda n=batch: decode_rates(bench, decoder, n, copy))
+        report.run(f"decode_free_{batch}", partial(decode_rates, bench, decoder, batch, copy))
     report.run("invariance_free", lambda: invariance(decoder))
 
 
@@ -379,10 +380,10 @@ def _measure_kernels(report: Report, bench: GpuBench) -> None:
 
     sweep = KernelSweep(bench.sizes, bench.weights, bench.slots)
     for tokens in (1, 8, 32, 128):
-        report.run(f"attention_{tokens}", lambda n=tokens: sweep.attention(n))
-        report.run(f"experts_{tokens}", lambda n=tokens: sweep.experts(n))
-        report.run(f"grouped_mm_{tokens}", lambda n=tokens: sweep.grouped_mm(n))
-        report.run(f"dense_{tokens}", lambda n=tokens: sweep.dense(n))
+        report.run(f"attention_{tokens}", partial(sweep.attention, tokens))
+        report.run(f"experts_{tokens}", partial(sweep.experts, tokens))
+        report.run(f"grouped_mm_{tokens}", partial(sweep.grouped_mm, tokens))
+        report.run(f"dense_{tokens}", partial(sweep.dense, tokens))
 
 
 def _measure_latent_kernels(report: Report, bench: GpuBench) -> None:
@@ -390,8 +391,8 @@ def _measure_latent_kernels(report: Report, bench: GpuBench) -> None:
 
     sweep = LatentSweep(bench.sizes, bench.weights)
     for tokens in (1, 8, 32, 128):
-        report.run(f"attention_{tokens}", lambda n=tokens: sweep.attention(n))
-        report.run(f"heads_{tokens}", lambda n=tokens: sweep.heads(n))
+        report.run(f"attention_{tokens}", partial(sweep.attention, tokens))
+        report.run(f"heads_{tokens}", partial(sweep.heads, tokens))
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def run_rank(shape: Shape, rank: int, pipe: Connection) -> None:
     from gpu_worker.cuda.streams import on_stream
 
     torch.cuda.set_device(rank % torch.cuda.device_count())
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     with on_stream(stream):
         for fp8 in (False, True):
             pipe.send(("answer", ExchangeRank(shape, rank, pipe, stream, fp8=fp8).run()))
@@ -261,8 +261,8 @@ class ExchangeRank:
 
         spent = np.zeros(_REPLAYS)
         for index in range(-5, _REPLAYS):
-            began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            began = torch.cuda.Event(enable_timing=True)
+            ended = torch.cuda.Event(enable_timing=True)
             began.record(self.stream)
             graph.replay()
             ended.record(self.stream)

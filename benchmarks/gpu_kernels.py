@@ -4,6 +4,7 @@ large model, so that no weight is in the card's cache. Part of `benchmarks.gpu`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import attention, experts, linear, routing
+from gpu_worker.cuda.kernels.experts import Rows
+from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.splits import Partials
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, GqaWeights
@@ -130,7 +133,7 @@ class KernelSweep:
         q = torch.randn(tokens, shape.num_heads, shape.head_dim, device=device).bfloat16()
         rows = torch.arange(tokens, dtype=torch.int32, device=device)
         tables = torch.arange(tokens * blocks, dtype=torch.int32, device=device)
-        where = attention.Paging(
+        where = Paging(
             torch.full_like(rows, context - 1), rows, tables.view(tokens, blocks), None, 1
         )
         splits = (tokens, shape.num_heads, -(-context // attention.SPLIT_TOKENS))
@@ -148,20 +151,20 @@ class KernelSweep:
         nbytes = sizes.num_layers * tokens * context * shape.kv_size * 4
         return self._sweep(run, attention_tiles(), nbytes)
 
-    def _rows(self, slots_TK: Tensor) -> experts.Rows:
+    def _rows(self, slots_TK: Tensor) -> Rows:
         slots_TK = slots_TK.contiguous()
         if slots_TK.shape[0] <= 4:
-            return experts.Rows(slots_TK, None)
+            return Rows(slots_TK, None)
         num_slots = self.slots.slots_per_rank
         tiles = routing.new_slot_tiles(slots_TK.numel(), num_slots, 16, self.device)
         routing.group_by_slot(slots_TK, num_slots, tiles)
-        return experts.Rows(slots_TK, tiles)
+        return Rows(slots_TK, tiles)
 
     @staticmethod
     def _sweep(run: Callable[[Any], None], tiles: Iterator[Any], nbytes: int) -> dict[str, float]:
         rates = {}
         for tile in tiles:
-            milliseconds = graph_ms(lambda tile=tile: run(tile))
+            milliseconds = graph_ms(partial(run, tile))
             rates["x".join(map(str, tile))] = nbytes / milliseconds / 1e9
         return dict(sorted(rates.items(), key=lambda item: -item[1]))
 

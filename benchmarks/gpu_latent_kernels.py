@@ -4,6 +4,7 @@ so that neither KV cache nor weights are in the card's cache. Part of `benchmark
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -58,7 +59,7 @@ class LatentSweep:
 
         nbytes = num_layers * tokens * context * (shape.rank + shape.qk_rope_head_dim) * 2
         rates = {
-            "x".join(map(str, tile)): nbytes / graph_ms(lambda tile=tile: run(tile)) / 1e9
+            "x".join(map(str, tile)): nbytes / graph_ms(partial(run, tile)) / 1e9
             for tile in latent_tiles()
         }
         return dict(sorted(rates.items(), key=lambda item: -item[1]))

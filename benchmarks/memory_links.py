@@ -62,7 +62,7 @@ async def start(stack: AsyncExitStack, title: str, ranks: int, options: list[str
             [*own.flags(), "--instance", f"{name}-{os.getpid()}"], environment=own.environment()
         )
     )
-    status = await read_status(target)
+    status = await read_status(target, SystemClock())
     return Instance(title=title, target=target, pids=tuple(rank["pid"] for rank in status["ranks"]))
 
 

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -107,7 +108,7 @@ def measure(case: Case) -> Iterator[dict[str, object]]:
         planners.append(
             (
                 f"EPLB {grouping.value}",
-                lambda grouping=grouping: eplb(loads, case.ranks, case.nodes, filled, grouping),
+                partial(eplb, loads, case.ranks, case.nodes, filled, grouping),
             )
         )
     for name, planner in planners:
