@@ -80,10 +80,10 @@ sim: install ## All services on a fake clock, under seeded faults
 	$(call say,simulator)
 	$(ONE_THREAD) $(PYTEST) -n auto --dist worksteal tests/sim
 
-sim-long: install ## Thousands of fresh schedules (SCHEDULES=20000 FIRST_SEED=100000 JOBS=cores)
+sim-long: install ## Thousands of fresh schedules (KIND=faults|changes|etcd SCHEDULES=20000 FIRST_SEED=100000 JOBS=cores)
 	$(call say,simulator: $(or $(SCHEDULES),20000) schedules and half as many on cards)
 	$(BIN)/python -m tests.sim.many_schedules --schedules $(or $(SCHEDULES),20000) \
-	--first-seed $(or $(FIRST_SEED),100000) $(if $(JOBS),--jobs $(JOBS))
+	--kind $(or $(KIND),faults) --first-seed $(or $(FIRST_SEED),100000) $(if $(JOBS),--jobs $(JOBS))
 
 integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)

@@ -17,8 +17,14 @@ from dataclasses import dataclass, field
 import structlog
 
 from tests.sim.change_schedules import run_change_schedule
+from tests.sim.etcd_schedules import run_etcd_schedule
 from tests.sim.schedules import CARD_FIRST_SEED, Outcome, run_schedule
 
+KINDS: dict[str, Callable[[int], Outcome]] = {
+    "faults": run_schedule,
+    "changes": run_change_schedule,
+    "etcd": run_etcd_schedule,
+}
 BROKEN_MAX = 20
 """So many are told; the rest is not run."""
 _CHUNK = 4
@@ -91,15 +97,16 @@ def run_many(
 class _ProgressLines:
     """A line every few seconds, and one at once for each schedule that failed."""
 
-    def __init__(self, num_seeds: int) -> None:
-        self._num_seeds = num_seeds
+    def __init__(self, num_seeds: int, kind: str) -> None:
+        self._num_seeds, self._kind = num_seeds, kind
         self._began = self._told_at = time.monotonic()
         self._num_told = 0
 
     def tell(self, found: ManyOutcomes) -> None:
         for text in found.broken[self._num_told :]:
             seed = text.split(":")[0].removeprefix("seed ")
-            print(f"FAILED {text}\n  replay: python -m tests.sim.replay {seed}", flush=True)
+            replay = f"python -m tests.sim.replay --kind {self._kind} {seed}"
+            print(f"FAILED {text}\n  replay: {replay}", flush=True)
         self._num_told = len(found.broken)
         now = time.monotonic()
         if now - self._told_at >= _PROGRESS_S or found.num_done == self._num_seeds:
@@ -119,7 +126,11 @@ def main() -> int:
     parser.add_argument("--card-schedules", type=int, help="on cards (default: half as many)")
     parser.add_argument("--first-seed", type=int, default=100000)
     parser.add_argument(
-        "--changes", action="store_true", help="those in which people change the instance"
+        "--kind",
+        choices=KINDS,
+        default="faults",
+        help="of schedule: with faults alone (default), in which people change the instance, or "
+        "in which etcd misbehaves",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     flags = parser.parse_args()
@@ -131,9 +142,8 @@ def main() -> int:
     ]
     random.Random(flags.first_seed).shuffle(seeds)  # the cost of the rest is that of the first
     began = time.monotonic()
-    lines = _ProgressLines(len(seeds))
-    run = run_change_schedule if flags.changes else run_schedule
-    found = run_many(seeds, jobs=flags.jobs, run=run, on_progress=lines.tell)
+    lines = _ProgressLines(len(seeds), flags.kind)
+    found = run_many(seeds, jobs=flags.jobs, run=KINDS[flags.kind], on_progress=lines.tell)
     each_ms = (time.monotonic() - began) * flags.jobs / max(1, found.num_done) * 1000
     print(
         f"{found.num_done} schedules from seed {first} on, {len(found.broken)} failed; "

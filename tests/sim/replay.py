@@ -1,17 +1,22 @@
 """`python -m tests.sim.replay SEED`: one schedule with its log on virtual time, for a failing
-seed; with `--changes` the one in which people change the instance on purpose."""
+seed."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import structlog
 
-from tests.sim import change_schedules, schedules
+from tests.sim import schedules
+from tests.sim.many_schedules import KINDS
 from tests.sim.sim_loop import SimLoop
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.replay", description=__doc__)
+    parser.add_argument("--kind", choices=KINDS, default="faults")
+    parser.add_argument("seed", type=int)
+    flags = parser.parse_args()
     loops: list[SimLoop] = []
 
     class WatchedLoop(SimLoop):
@@ -32,9 +37,7 @@ def main() -> None:
         ]
     )
     schedules.SimLoop = WatchedLoop  # type: ignore[misc]
-    *flags, seed = sys.argv[1:]
-    run = change_schedules.run_change_schedule if flags else schedules.run_schedule
-    print(run(int(seed)))
+    print(KINDS[flags.kind](flags.seed))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,15 @@ from control_plane.leadership import Leadership
 from shared.revisions import Revisions
 from shared.watch_position import WatchPosition
 from tests.sim.etcd_schedules import run_etcd_schedule
+from tests.sim.many_schedules import outcome_of
 
 NUM_SCHEDULES = 30
 PART = 10
 
 
 def failure_of(seed: int) -> str | None:
-    try:
-        run_etcd_schedule(seed)
-    except BaseException as error:  # noqa: BLE001 - all failures are reported together
-        notes = "; ".join(getattr(error, "__notes__", []))
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        return f"seed {seed}: {type(error).__name__}: {error} [{notes}]"
-    return None
+    outcome = outcome_of(seed, run_etcd_schedule)
+    return outcome if isinstance(outcome, str) else None
 
 
 @pytest.mark.timeout(600)
