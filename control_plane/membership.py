@@ -67,7 +67,7 @@ from control_plane.plans import emptied_for, plan_join, plan_leave, plan_shrink
 from control_plane.rebalancer import RebalancePolicy, Rebalancer
 from control_plane.residency import Residency
 from control_plane.write_builder import WriteBuilder
-from control_plane.writes import Decision, DeleteKeys, PlanHeal, Write
+from control_plane.writes import Assign, Decision, DeleteKeys, PlanHeal, Write
 from shared.expert_map import ExpertMap, Placement
 from shared.records import Verdict
 from shared.types import Epoch, Member
@@ -183,6 +183,26 @@ class Membership:
             return None
         self._note_time(state, now)
         residency = Residency(state, spec)
+        decision = self._next_write(state, residency, now, unix_now=unix_now, frozen=frozen)
+        expert_map = residency.expert_map
+        if (
+            expert_map is None
+            or not isinstance(decision, Assign)
+            or self._writes.is_newest_map_stored(state)
+        ):
+            return decision
+        # Ranks wait for the map that an assignment refers to.
+        return self._republish(residency, expert_map, "published again: etcd lacks it", now)
+
+    def _next_write(
+        self,
+        state: ClusterState,
+        residency: Residency,
+        now: float,
+        *,
+        unix_now: float,
+        frozen: bool,
+    ) -> Decision | None:
         expert_map = residency.expert_map
         members = expert_map.members if expert_map is not None else ()
         survivors = [m for m in members if m not in self._dead]

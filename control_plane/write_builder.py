@@ -97,6 +97,12 @@ class WriteBuilder:
         """Above that of every map that somebody may run, also if etcd has lost it."""
         return Epoch(max(self._newest_epoch(state) + 1, self._first_epoch))
 
+    def is_newest_map_stored(self, state: ClusterState) -> bool:
+        """Whether etcd has the newest map that a member may run under."""
+        current = state.expert_map
+        epoch = current.epoch if current is not None else Epoch(0)
+        return state.is_map_stored and epoch >= self._running_epoch
+
     def _newest_epoch(self, state: ClusterState) -> Epoch:
         current = state.expert_map
         known = current.epoch if current is not None else Epoch(0)

@@ -86,6 +86,10 @@ class FaultObserver:
         spec = self._records.get(self._keys.spec)
         return isinstance(spec, InstanceSpec) and len(self.members()) == spec.num_ranks
 
+    def verdicts(self) -> frozenset[Member]:
+        """Who has been declared dead so far."""
+        return frozenset(self._verdicts)
+
     def maps(self) -> list[ExpertMap]:
         """All maps seen so far, by epoch."""
         return [self._maps[epoch] for epoch in sorted(self._maps)]

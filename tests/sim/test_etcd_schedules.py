@@ -13,6 +13,8 @@ from tests.sim.many_schedules import outcome_of
 
 NUM_SCHEDULES = 30
 PART = 10
+REGRESSIONS = [87]
+"""Beyond NUM_SCHEDULES. 87: assignments that refer to a map that etcd never had."""
 
 
 def failure_of(seed: int) -> str | None:
@@ -26,6 +28,11 @@ def test_no_schedule_breaks_an_invariant(first: int) -> None:
     seeds = range(first, min(first + PART, NUM_SCHEDULES))
     broken = [text for seed in seeds if (text := failure_of(seed)) is not None]
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_no_schedule_that_once_failed_does_again(seed: int) -> None:
+    assert failure_of(seed) is None
 
 
 @pytest.fixture

@@ -35,6 +35,28 @@ async def kill_without_etcd(cluster: SimCluster, away_for_s: float) -> None:
     cluster.kill_rank(1)
 
 
+@SIZES
+@pytest.mark.parametrize("survivors", [0, 1])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_left_after_an_offered_map_forms_again(
+    seed: int, survivors: int, sizes: SimClusterSizes
+) -> None:
+    """etcd never had the map that the rest runs, or ran."""
+
+    async def scenario(cluster: SimCluster) -> None:
+        await kill_without_etcd(cluster, 0.1)
+        await asyncio.sleep(1.0)
+        for rank in (0, 2, 3)[survivors:]:
+            cluster.kill_rank(rank)
+        await asyncio.sleep(1.0)
+        cluster.heal()
+        await cluster.until(cluster.all_live, 60.0)
+        cluster.send((1, 2, 3), 20)
+        await cluster.until(cluster.all_ended, 60.0)
+
+    run_scenario(scenario, seed, sizes)
+
+
 async def kill_with_hosts_cut_off_from_etcd(cluster: SimCluster) -> None:
     """Kills a rank that serves, while two others are cut off from etcd. The control plane and
     everybody else reach it."""
