@@ -31,7 +31,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration clients test-compose clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration clients test-compose release-wheel clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -96,6 +96,10 @@ clients: install $(CLIENT_ENVIRONMENTS) $(CLIENTS)/.node ## Other people's clien
 test-compose: install ## The containers on a real engine of its own (root; needs dockerd, mmdebstrap)
 	$(call say,containers)
 	tests/compose/run.sh
+
+release-wheel: install ## The wheel of this commit into tests/releases/, in place of the last release's
+	rm -f tests/releases/*.whl
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps --wheel-dir tests/releases .
 
 clean: ## Remove what the targets above have made here
 	rm -rf $(VENV) $(CLIENTS) $(NODE_CLIENTS)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,6 +29,7 @@ class ClusterState:
     `synced` says whether the first snapshot of the watch is in it. `revisions` holds the mod
     revisions of the keys that transactions compare: leader, term, spec, desired, map, views. If
     etcd lost its data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
+    `refused` are registered ranks with which this process cannot serve: `records` lacks them.
     """
 
     keys: Keys
@@ -42,6 +43,7 @@ class ClusterState:
     first_epoch: int = 0  # of the present term
     revisions: Mapping[str, int] = field(default_factory=dict)
     records: Mapping[Member, RankRecord] = field(default_factory=dict)
+    refused: Mapping[Member, RankRecord] = field(default_factory=dict)
     residents: Mapping[Member, SlotContents] = field(default_factory=dict)
     assignments: Mapping[Member, SlotContents] = field(default_factory=dict)
     verdicts: Mapping[Member, Verdict] = field(default_factory=dict)

@@ -30,6 +30,7 @@ from control_plane.state_applier import (
     LeaderDeleted,
     LeaderPut,
     MalformedValue,
+    RankRefused,
     StateApplier,
     StateChange,
 )
@@ -285,6 +286,8 @@ class Driver:
         for change in changes:
             if isinstance(change, MalformedValue):
                 log.error("malformed_value", key=change.key, error=change.error)
+            if isinstance(change, RankRefused):
+                self._reporter.report_refused(change.record)
             self._probe_targets.on_change(change, self._cluster.state)
             self._rank_loads.on_change(change)
             if self._leader_term is not None:

@@ -15,8 +15,9 @@ from control_plane.telemetry import Metrics
 from control_plane.writes import Assign, DeclareDead, PublishDesired, PublishMap, Write
 from shared.errors import StoreError
 from shared.expert_map import ExpertMap
-from shared.records import Verdict
-from shared.types import SuspicionReason
+from shared.records import RankRecord, Verdict
+from shared.release import refusal
+from shared.types import Member, RankId, SuspicionReason
 
 log = structlog.get_logger()
 
@@ -28,6 +29,7 @@ class ControlReporter:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._loads_updated_at = -LOADS_INTERVAL_S
+        self._refused: dict[RankId, Member] = {}  # those logged last
 
     def report_judgements(self, judgements: Iterable[Judgement]) -> None:
         for item in judgements:
@@ -44,6 +46,13 @@ class ControlReporter:
             else:
                 self._metrics.alarms.labels(item.kind.value).inc()
                 log.error("alarm", kind=item.kind.value, detail=item.detail)
+
+    def report_refused(self, record: RankRecord) -> None:
+        """It may write its record many times."""
+        if record.member != self._refused.get(record.rank):
+            detail = refusal("this control plane", f"rank {record.member}", record.release)
+            log.error("rank_refused", member=str(record.member), detail=detail)
+        self._refused[record.rank] = record.member
 
     def report_offer(self, offered: PublishMap) -> None:
         """The ranks have got a map that etcd does not hold yet."""

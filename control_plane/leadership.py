@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
+from control_plane.cluster_state import ClusterState
 from control_plane.election import (
     Action,
     Campaign,
@@ -21,11 +22,22 @@ from control_plane.state_applier import StateApplier
 from shared.clock import Clock
 from shared.errors import LeaseLost, StoreUnavailable, TxnConflict
 from shared.records import LeaderRecord, pack_record
+from shared.release import own_release, refusal
 from shared.store import Compare, Put, Store, WatchEvent
 
 log = structlog.get_logger()
 
 _RETRY_S = (0.1, 0.5)
+
+
+def cannot_lead(state: ClusterState) -> str | None:
+    """Why this release must leave the instance to a control plane of another one; None if it may
+    lead. A newcomer alone of another release keeps nobody from leading."""
+    expert_map = state.expert_map
+    for member, record in sorted(state.refused.items()):
+        if not state.records or (expert_map is not None and expert_map.has(member)):
+            return refusal("this control plane", f"rank {member}", record.release)
+    return None
 
 
 class Leadership:
@@ -57,6 +69,7 @@ class Leadership:
         self._on_change = on_change
         self._admin_url = admin_url
         self._notified = asyncio.Event()
+        self._obstacle: str | None = None
 
     def notify(self) -> None:
         state = self._cluster.state
@@ -134,6 +147,13 @@ class Leadership:
     async def _campaign(self, lease_id: int) -> None:
         state = self._cluster.state
         keys = state.keys
+        if (obstacle := cannot_lead(state)) is not None:
+            self._election.on_not_won(self._clock.now())
+            if obstacle != self._obstacle:
+                log.error("cannot_lead", detail=obstacle)
+            self._obstacle = obstacle
+            return
+        self._obstacle = None
         record = LeaderRecord(
             control_plane=self._name,
             pid=self._pid,
@@ -141,6 +161,7 @@ class Leadership:
             since=self._clock.wall(),
             host=self._host,
             admin_url=self._admin_url,
+            release=own_release(),
         )
         value, term = pack_record(record), pack_record(record.term)
         # The map is compared, because the first epoch must be beyond all that a former leader may

@@ -23,6 +23,7 @@ from shared.records import (
     unpack_map,
     unpack_record,
 )
+from shared.release import own_release
 from shared.revisions import Revisions
 from shared.store import Snapshot, WatchEvent
 from shared.types import ACCUSERS, Member, NodeId
@@ -30,6 +31,13 @@ from shared.types import ACCUSERS, Member, NodeId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordPut:
+    record: RankRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRefused:
+    """A rank has registered whose release and ours cannot serve together."""
+
     record: RankRecord
 
 
@@ -89,6 +97,7 @@ class MalformedValue:
 
 StateChange = (
     RecordPut
+    | RankRefused
     | RecordDeleted
     | SuspicionRaised
     | ViewPut
@@ -241,6 +250,10 @@ class StateApplier:
                 _check_accuser(self.state.keys, key, value)
         except WireError as error:
             return [MalformedValue(key=key, error=str(error))]
+        if isinstance(value, RankRecord) and not value.release.speaks_with(own_release()):
+            self._entries[key] = entry = _Entry(kind._replace(field="refused"), value)
+            update.put(key, entry, event.mod_revision)
+            return [RankRefused(record=value)]
         entry = self._entries[key] = _Entry(kind, value)
         update.put(key, entry, event.mod_revision)
         return _changes_of_put(value)
@@ -251,7 +264,7 @@ class StateApplier:
             return []
         update.remove(key, entry)
         match entry.value:
-            case RankRecord() as record:
+            case RankRecord() as record if entry.kind.field == "records":
                 return [RecordDeleted(member=record.member)]
             case LeaderRecord():
                 return [LeaderDeleted()]

@@ -11,10 +11,10 @@ import structlog
 from shared.changes import changes
 from shared.codec import unpack
 from shared.desired_state import DesiredState
-from shared.errors import WireError
+from shared.errors import OtherRelease, WireError
 from shared.expert_map import ExpertMap
 from shared.keys import Keys
-from shared.records import InstanceSpec, RankRecord, unpack_map
+from shared.records import InstanceSpec, RankRecord, unpack_map, unpack_rank
 from shared.store import Store, WatchEvent
 from shared.types import Epoch, Member
 
@@ -60,7 +60,8 @@ class ClusterView:
         return self.expert_map.num_uncovered({member.rank for member in live})
 
     def with_value(self, keys: Keys, key: str, value: bytes) -> ClusterView:
-        """Raises WireError if the value is malformed."""
+        """Raises WireError if the value is malformed, OtherRelease for a rank that this gateway
+        must leave to others."""
         if key == keys.map:
             return self.with_map(unpack_map(value))
         if key == keys.spec:
@@ -68,7 +69,7 @@ class ClusterView:
         if key == keys.desired:
             return replace(self, desired=unpack(value, DesiredState))
         if key.startswith(keys.ranks):
-            return replace(self, ranks={**self.ranks, key: unpack(value, RankRecord)})
+            return replace(self, ranks={**self.ranks, key: unpack_rank(value, "this gateway")})
         return self
 
     def without(self, key: str) -> ClusterView:
@@ -110,6 +111,9 @@ def _with_valid(view: ClusterView, keys: Keys, key: str, value: bytes) -> Cluste
     """A malformed value is logged and changes nothing."""
     try:
         return view.with_value(keys, key, value)
+    except OtherRelease as error:
+        log.error("rank_refused", key=key, detail=str(error))
+        return view
     except WireError as error:
         log.error("malformed_value", key=key, detail=str(error))
         return view

@@ -16,7 +16,7 @@ from shared.clock import Clock
 from shared.errors import CheckpointError
 from shared.model_spec import read_json
 from shared.records import InstanceSpec
-from shared.version import starfish_version
+from shared.version import ANSWERS_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +59,8 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`. With the same one, the same request gives the same answer:
-        it stands for the weights and for the version that computes with them."""
-        system = f"{self.spec.weights}/{starfish_version()}"
+        it stands for the weights and for the arithmetic of the release."""
+        system = f"{self.spec.weights}/{ANSWERS_VERSION}"
         return "fp_" + hashlib.sha256(system.encode()).hexdigest()[:16]
 
     def limits(self, view: ClusterView) -> ModelLimits:

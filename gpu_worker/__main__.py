@@ -18,7 +18,7 @@ from gpu_worker.device_choice import uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.identity import acquire_identity
+from gpu_worker.identity import acquire_identity, require_same_protocol
 from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
 from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
@@ -86,6 +86,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     member, lease_id = await acquire_identity(config, store, keys)
     timer.end_stage("etcd")
     spec = await wait_for_spec(store, keys)
+    await require_same_protocol(store, keys, config.rank)
     timer.end_stage("spec")
     tracer = open_tracer(
         config.otlp_endpoint,

@@ -35,6 +35,7 @@ from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import ExchangeHandles, InstanceSpec, RankRecord
+from shared.release import own_release
 from shared.store import Store
 from shared.tracing import Tracer
 from shared.types import Incarnation, Member, NodeId, RankState
@@ -294,6 +295,7 @@ def _first_record(parts: RankParts) -> RankRecord:
         computes_on_demand=parts.hardware.computes_on_demand,
         started_at=parts.clock.wall(),
         first_incarnation=parts.first_incarnation or parts.member.incarnation,
+        release=own_release(),
     )
 
 

@@ -17,12 +17,14 @@ from pathlib import Path
 import structlog
 
 from node_agent.agent_driver import AgentDriver, RankSetup
+from node_agent.cards import Cards, count_cards
 from node_agent.config import AgentConfig
 from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter
 from node_agent.expert_cache import with_expert_cache
 from node_agent.fork_client import ForkClient, ForkServerCommand
 from node_agent.metrics import AgentMetrics
+from node_agent.own_record import OwnRecord
 from node_agent.rank_list import parse_ranks
 from node_agent.rank_process import RankCommand
 from node_agent.rank_supervisor import RankSupervisor
@@ -39,7 +41,8 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.lifeline import watch_lifeline
 from shared.logs import configure_logs
-from shared.records import AgentRecord, pack_record
+from shared.records import AgentRecord
+from shared.release import own_release
 from shared.secret import read_secret, require_secret
 from shared.types import NodeId, RankId
 
@@ -183,7 +186,13 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
     supervisor = RankSupervisor(
         (), RestartPolicy(), random.Random(), clock.now(), stop_grace_s=config.stop_grace_s
     )
-    record = AgentRecord(node=node, pid=os.getpid(), ranks=ranks, ranks_max=config.ranks_max)
+    record = AgentRecord(
+        node=node,
+        pid=os.getpid(),
+        ranks=ranks,
+        ranks_max=config.ranks_max,
+        release=own_release(),
+    )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
         if config.metrics_port >= 0:
@@ -196,13 +205,14 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
             port = await stack.enter_async_context(endpoint)
             record = replace(record, host=host, metrics_port=port)
             log.info("listening", host=host, port=port)
-        leased.put(keys.agent(node), pack_record(record))
+        own_record = OwnRecord(record=record, leased=leased, keys=keys, clock=clock)
+        own_record.put()
         driver = AgentDriver(
             store=store,
             keys=keys,
             supervisor=supervisor,
             desired_ranks=DesiredRanks(node=node, flag_ranks=ranks),
-            record=record,
+            own_record=own_record,
             leased=leased,
             exit_reporter=ExitReporter(store, keys, node, clock),
             view_reporter=ViewReporter(
@@ -212,6 +222,7 @@ async def run_agent(config: AgentConfig, setup: RankSetup) -> None:
             clock=clock,
             fork_client=fork_client_of(setup, clock),
             metrics=metrics,
+            cards=Cards(count_cards(config.device, setup.command.extra_flags, os.environ)),
         )
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, driver.stop)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, driver.leave)

@@ -6,22 +6,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
-from node_agent.cpu_share import share_cpus
+from node_agent.cards import Cards
+from node_agent.cpu_pinning import CpuPinning
 from node_agent.desired_ranks import DesiredRanks
 from node_agent.exit_report import ExitReporter, retry_until_done
 from node_agent.fork_client import ForkClient, ForkUnavailable
 from node_agent.lease_keeper import keep_lease_until_registered
 from node_agent.metrics import AgentMetrics
+from node_agent.own_record import OwnRecord, why_it_ended
 from node_agent.rank_process import (
     RankCommand,
     RankProcess,
     adopt_fork,
+    command_line_of,
     find_running,
     reap_orphans,
     spawn,
@@ -44,7 +47,7 @@ from shared.exit_codes import END_AT_ONCE, EXIT_FENCED, describe_exit
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import AgentRecord, RankRecord, Verdict, pack_record, unpack_record
+from shared.records import RankRecord, Verdict, unpack_record
 from shared.store import Store
 from shared.types import Member, RankId
 
@@ -79,7 +82,7 @@ class AgentDriver:
     keys: Keys
     supervisor: RankSupervisor
     desired_ranks: DesiredRanks
-    record: AgentRecord
+    own_record: OwnRecord
     leased: LeasedKeys
     exit_reporter: ExitReporter
     view_reporter: ViewReporter
@@ -87,11 +90,12 @@ class AgentDriver:
     clock: Clock
     fork_client: ForkClient | None  # None: every rank is started by `exec`
     metrics: AgentMetrics
+    cards: Cards
     _processes: dict[RankId, RankProcess] = field(default_factory=dict)
     _lease_tasks: dict[RankId, asyncio.Task[None]] = field(default_factory=dict)
     _crashed_forks: set[RankId] = field(default_factory=set)
     _revocations: set[asyncio.Task[None]] = field(default_factory=set)
-    _cpus: dict[RankId, frozenset[int]] = field(default_factory=dict)  # of pinned ranks
+    _pinning: CpuPinning = field(init=False)
     _view: ServingView = field(init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
@@ -99,6 +103,7 @@ class AgentDriver:
 
     def __post_init__(self) -> None:
         self._view = ServingView(keys=self.keys)
+        self._pinning = CpuPinning(cpus=self.setup.cpus, processes=self._processes)
 
     async def run(self) -> None:
         async with self._tasks:
@@ -141,9 +146,7 @@ class AgentDriver:
             return
         log.info("leaving", ranks=len(self.supervisor.running()), grace_s=grace_s)
         desired.is_leaving = True
-        self.leased.put(
-            self.keys.agent(self.record.node), pack_record(replace(self.record, leaving=True))
-        )
+        self.own_record.leave()
         asyncio.get_running_loop().call_later(grace_s, self.stop)
         self._follow_orders()
 
@@ -178,6 +181,7 @@ class AgentDriver:
             self.supervisor.want([rank], self.clock.now())
             log.info("process_adopted", member=str(running_rank.member), pid=running_rank.pid)
             self._keep_lease(running_rank.member, running_rank.lease_id)
+            self.cards.adopt(rank, command_line_of(running_rank.pid))
             self._track(running_rank, process)
             self._perform(self.supervisor.on_adopted(running_rank, self.clock.now()))
 
@@ -205,6 +209,7 @@ class AgentDriver:
                     self._perform(self.supervisor.on_declared_dead(each.member, self.clock.now()))
                 elif self._owns(each):
                     self.metrics.on_record(each)
+                    self.own_record.on_gone(each.rank)
                     registered = RunningRank(
                         member=each.member, lease_id=each.lease_id, pid=each.pid
                     )
@@ -223,18 +228,13 @@ class AgentDriver:
             return
         now = self.clock.now()
         self.supervisor.want(orders.wanted, now)
+        self.own_record.on_wanted(orders.wanted)
         self._perform(self.supervisor.stop_unwanted(orders.wanted, orders.ended, now))
         for rank in orders.restarted:
             self._perform(self.supervisor.replace(rank, now))
         if self.desired_ranks.is_leaving and self.supervisor.all_stopped:
             self.stop()
-        self._share_cpus(orders.wanted)
-
-    def _share_cpus(self, ranks: Collection[RankId]) -> None:
-        if self.setup.cpus and self._cpus.keys() != ranks:
-            self._cpus = share_cpus(self.setup.cpus, sorted(ranks)) if ranks else {}
-            if self._processes.keys() == self._cpus.keys():
-                self._pin(self._cpus)
+        self._pinning.share(orders.wanted)
 
     async def _poll_for_exits(self) -> None:
         """Finds exits early: a pidfd fires only after the kernel has torn the process down, which
@@ -309,6 +309,8 @@ class AgentDriver:
                 with contextlib.suppress(StoreUnavailable):
                     await self.store.revoke_lease(lease_id)
             self._perform(self.supervisor.on_spawn_failed(rank, self.clock.now()))
+            why = f"no process could be started: {error}"
+            self.own_record.on_waits(rank, self.supervisor.waits_until(rank), why)
             self._changed.set()
             return
         running_rank = RunningRank(member=member, lease_id=lease_id, pid=process.pid)
@@ -318,10 +320,9 @@ class AgentDriver:
         self._perform(self.supervisor.on_spawned(running_rank, self.clock.now()))
 
     async def _start(self, member: Member, lease_id: int) -> RankProcess:
-        log_dir, command = self.setup.log_dir, self.setup.command
-        argv = command.argv(member, lease_id)
-        log_path = None if log_dir is None else log_dir / f"rank-{member.rank}.log"
-        cpus = self._cpus.get(member.rank, frozenset())
+        command, log_path = self.setup.command, self._log_of(member.rank)
+        argv = command.argv(member, lease_id, self.cards.take(member.rank))
+        cpus = self._pinning.of(member.rank)
         if self.fork_client is not None and member.rank not in self._crashed_forks:
             try:
                 pid = await self.fork_client.fork(argv, log_path)
@@ -336,6 +337,10 @@ class AgentDriver:
             log_path=log_path,
             cpus=cpus,
         )
+
+    def _log_of(self, rank: RankId) -> Path | None:
+        log_dir = self.setup.log_dir
+        return None if log_dir is None else log_dir / f"rank-{rank}.log"
 
     def _track(self, running_rank: RunningRank, process: RankProcess) -> None:
         rank = running_rank.member.rank
@@ -352,30 +357,21 @@ class AgentDriver:
         await keep_lease_until_registered(
             self.store, self.keys, member, lease_id, self.setup.lease_ttl_s
         )
-        if self._processes.keys() == self._cpus.keys():
-            self._pin(self._cpus)
-
-    def _pin(self, cpus: Mapping[RankId, frozenset[int]]) -> None:
-        for rank, process in self._processes.items():
-            with contextlib.suppress(FileNotFoundError):
-                process.set_cpu_affinity(cpus[rank])
-
-    def _unpin(self) -> None:
-        """While a rank is missing all CPUs serve all ranks, because survivors do its work as
-        well."""
-        self._pin(dict.fromkeys(self._processes, frozenset(self.setup.cpus)))
+        self._pinning.pin_if_all_run()
 
     def _on_exited(self, rank: RankId) -> None:
         """On a pidfd: sends the revocation before anything else."""
         process = self._processes.pop(rank)
+        self.cards.free(rank)
         asyncio.get_running_loop().remove_reader(process.fileno())
         exit_code = process.exit_code()
         process.close()
         self._perform(self.supervisor.on_exited(rank, exit_code, self.clock.now()))
         log.info("rank_exited", rank=rank, pid=process.pid, detail=describe_exit(exit_code))
+        why = why_it_ended(exit_code, self._log_of(rank))
+        self.own_record.on_waits(rank, self.supervisor.waits_until(rank), why)
         self.metrics.on_exit(exit_code)
-        if self.setup.cpus:
-            self._unpin()
+        self._pinning.unpin()
         lease_task = self._lease_tasks.pop(rank)
         if process.is_forked and not lease_task.done() and exit_code not in _ENDED_FROM_OUTSIDE:
             self._crashed_forks.add(rank)  # perhaps only a new process can do what it could not

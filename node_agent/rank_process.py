@@ -35,13 +35,14 @@ class RankCommand:
     control_ports: Mapping[RankId, int] = field(default_factory=dict)  # of others: a free one
     program: tuple[str, ...] = (sys.executable, "-m", _MODULE)
 
-    def argv(self, member: Member, lease_id: int) -> list[str]:
+    def argv(self, member: Member, lease_id: int, card_flags: Sequence[str] = ()) -> list[str]:
         port = self.control_ports.get(member.rank)
         return [
             *self.program,
             *("--rank", str(member.rank), "--incarnation", str(member.incarnation)),
             *("--lease-id", str(lease_id)),
             *(("--control-port", str(port)) if port else ()),
+            *card_flags,
             *self.common_flags,
         ]
 

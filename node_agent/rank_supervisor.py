@@ -215,6 +215,11 @@ class RankSupervisor:
         declared_dead = (r.kill_at for r in self._ranks.values() if r.kill_at is not None)
         return min((*waiting, *declared_dead), default=None)
 
+    def waits_until(self, rank: RankId) -> float | None:
+        """When its next process starts; None if it does not wait for that."""
+        found = self._ranks[rank]
+        return found.due_at if found.phase is RankPhase.WAITING else None
+
     def take_due(self, now: float) -> list[SupervisorAction]:
         actions: list[SupervisorAction] = []
         for rank_id, rank in self._ranks.items():

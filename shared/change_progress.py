@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,8 +10,8 @@ import msgspec
 
 from shared.desired_state import AfterDrain, DesiredState, Drain
 from shared.expert_map import ExpertMap
-from shared.records import RankRecord, Verdict
-from shared.types import Member, RankId, RankState, SuspicionReason
+from shared.records import AgentRecord, RankRecord, Verdict
+from shared.types import ABSENT_SLOT, Member, RankId, RankState, SuspicionReason
 
 
 class StepKind(Enum):
@@ -43,6 +43,7 @@ class Seen:
     records: Mapping[Member, RankRecord]
     verdicts: Collection[Verdict]
     sessions_of: Callable[[Member], int | None]
+    agents: Collection[AgentRecord] = ()
 
     def member_of(self, rank: RankId) -> Member | None:
         """The incarnation of the rank that the map names."""
@@ -80,17 +81,44 @@ class _Progress:
         seen, desired = self._seen, self._seen.desired
         found = [step for drain in desired.drains if (step := self._of_drain(drain))]
         drained = {drain.rank for drain in desired.drains}
-        found += [
-            Step(kind=StepKind.RESTART, rank=rank, text=f"rank {rank} waits for its restart")
-            for rank in (desired.restart.ranks if desired.restart is not None else ())
-            if rank not in drained
-        ]
-        found += [
-            self._of_absent(rank)
+        absent = [
+            rank
             for rank in desired.rank_ids(seen.num_ranks)
             if rank not in drained and seen.member_of(rank) is None
         ]
+        found += self._of_restart(absent)
+        found += [self._of_absent(rank) for rank in absent]
         return tuple(sorted(found, key=lambda step: step.rank))
+
+    def _of_restart(self, absent: Sequence[RankId]) -> list[Step]:
+        """Of the ranks that wait for their turn in a rolling restart."""
+        restart, drains = self._seen.desired.restart, self._seen.desired.drains
+        drained = {drain.rank for drain in drains}
+        left = [r for r in (restart.ranks if restart is not None else ()) if r not in drained]
+        under_way = [drain.rank for drain in drains if drain.after is not AfterDrain.STAY]
+        before = [*under_way, *absent]
+        steps = []
+        for rank in left:
+            others = [other for other in before if other != rank]
+            why = f"after rank {others[-1]}" if others else self._why_not_now(rank)
+            text = f"rank {rank} waits for its restart: {why}"
+            steps.append(Step(kind=StepKind.RESTART, rank=rank, text=text))
+            before.append(rank)
+        return steps
+
+    def _why_not_now(self, rank: RankId) -> str:
+        """Of the next one, if all ranks serve."""
+        expert_map = self._seen.expert_map
+        if expert_map is not None:
+            drained = {drain.rank for drain in self._seen.desired.drains}
+            others = [m.rank for m in expert_map.members if m.rank not in {rank, *drained}]
+            slots = int((expert_map.placement[0, others] != ABSENT_SLOT).sum())
+            if slots < expert_map.num_experts:
+                return (
+                    f"the others have {slots} slots in each layer for {expert_map.num_experts} "
+                    "experts; add a rank, or `starfish restart --stop`"
+                )
+        return "its turn is next, once no expert moves"
 
     def _of_drain(self, drain: Drain) -> Step | None:
         rank, is_member = drain.rank, self._seen.member_of(drain.rank) is not None
@@ -129,11 +157,26 @@ class _Progress:
 
     def _coming(self, rank: RankId, record: RankRecord | None) -> str:
         if record is None:
-            node = self._seen.desired.node_of(rank)
-            return f"has not registered yet{f' (on {node})' if node else ''}"
+            return self._without_process(rank)
         if record.state is RankState.STARTING:
             return "loads its experts"
         return "has loaded its experts and waits for its links and the next map"
+
+    def _without_process(self, rank: RankId) -> str:
+        node, agents = self._seen.desired.node_of(rank), self._seen.agents
+        hosts = [a for a in agents if (a.node == node if node else rank in a.ranks)]
+        if not hosts:
+            where = f"on {node}" if node else f"with {rank} in its --ranks"
+            return f"has no process: no node agent runs {where}; start one"
+        if all(agent.leaving for agent in hosts):
+            return f"has no process: the node agent on {hosts[0].node} was told to end"
+        for agent in hosts:
+            for waiting in agent.waiting:
+                if waiting.rank == rank:
+                    left_s = waiting.until - self._now
+                    again = f"starts again in {left_s:.0f} s" if left_s > 0 else "starts again"
+                    return f"{again} on {agent.node}: {waiting.why}"
+        return f"has not registered yet (on {hosts[0].node})"
 
     def _has_died(self, rank: RankId) -> bool:
         verdicts = [verdict for verdict in self._seen.verdicts if verdict.rank == rank]

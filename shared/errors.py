@@ -13,7 +13,9 @@
     │   └── LeaseLost          the lease is gone: definitely not done
     ├── GrammarError           a grammar is malformed, or does not allow what was generated
     ├── WireError              a frame or message is malformed, or its sender may not send it
-    │   └── AddressReused      somebody else listens at a rank's address: the rank does not
+    │   ├── AddressReused      somebody else listens at a rank's address: the rank does not
+    │   ├── UnknownKind        a message is of a kind that this release does not know
+    │   └── OtherRelease       its release and ours cannot serve together
     ├── StepAbandoned          a lockstep step will not complete in this epoch
     └── DeviceLost             this process can use its accelerator no more
 
@@ -92,6 +94,14 @@ class WireError(StarfishError):
 
 
 class AddressReused(WireError):
+    pass
+
+
+class UnknownKind(WireError):
+    pass
+
+
+class OtherRelease(WireError):
     pass
 
 

@@ -9,7 +9,10 @@ caller says what it is, which decides what it may send.
 
 Challenge tells a caller that somebody else has taken over the address, before any proof. An
 instance without a secret has an empty one: then the handshake only keeps instances apart. What
-follows the handshake is neither encrypted nor signed."""
+follows the handshake is neither encrypted nor signed.
+
+Hello and Challenge say of which release the sender is. Whoever learns that the two cannot serve
+together ends the connection, with both named in its error."""
 
 from __future__ import annotations
 
@@ -18,13 +21,15 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shared.codec import pack_plain, to_plain
-from shared.errors import AddressReused, WireError
+from shared.errors import AddressReused, OtherRelease, WireError
 from shared.records import RankRecord
+from shared.release import Release, own_release, refusal
 from shared.types import Member, Role
 from shared.wire import (
+    LENGTH_BYTES,
     Challenge,
     Hello,
     Message,
@@ -32,7 +37,9 @@ from shared.wire import (
     Pong,
     Proof,
     Welcome,
+    decode,
     encode,
+    read_frame,
     read_message,
 )
 
@@ -43,6 +50,8 @@ HANDSHAKE_FRAME_BYTES_MAX = 1024
 NONCE_BYTES = 16
 NAME_KEY_BYTES = 16
 _CALLER, _RANK = "caller", "rank"
+_PROOF_OF_FRAMES = 2
+"""The protocol since which a proof covers frames. Before, it covered the fields that both knew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,8 @@ async def introduce(
     writer: asyncio.StreamWriter,
 ) -> None:
     """The caller's side: returns when the rank of this record has let it in. Takes as long as the
-    rank does. Raises AddressReused if somebody else answers, WireError, ConnectionError."""
+    rank does. Raises AddressReused if somebody else answers, OtherRelease, WireError,
+    ConnectionError."""
     where = f"{peer.control_host}:{peer.control_port}"
     hello = Hello(
         role=caller.role,
@@ -95,17 +105,25 @@ async def introduce(
         nonce=secrets.token_bytes(NONCE_BYTES),
         name_key=caller.name_key,
         member=caller.member,
+        release=own_release(),
     )
-    writer.write(encode(hello))
-    challenge = await _expect(reader, Challenge, where)
+    frame = encode(hello)
+    writer.write(frame)
+    body = await _read_answer(reader, Challenge, where)
+    challenge = _decode_answer(body, Challenge, where)
+    said = _Said(hello, frame[LENGTH_BYTES:], challenge, body, challenge.release)
     if (challenge.instance, challenge.member) != (access.instance, peer.member):
         raise AddressReused(
             f"{where} is not rank {peer.member} of {access.instance!r}, but rank "
             f"{challenge.member} of {challenge.instance[:64]!r}"
         )
-    writer.write(encode(Proof(proof=_proof(access, _CALLER, hello, challenge))))
-    welcome = await _expect(reader, Welcome, where)
-    if not hmac.compare_digest(welcome.proof, _proof(access, _RANK, hello, challenge)):
+    if not challenge.release.speaks_with(hello.release):
+        raise OtherRelease(
+            refusal(f"this {caller.role.value}", f"rank {peer.member}", challenge.release)
+        )
+    writer.write(encode(Proof(proof=said.proof(access, _CALLER))))
+    welcome = _decode_answer(await _read_answer(reader, Welcome, where), Welcome, where)
+    if not hmac.compare_digest(welcome.proof, said.proof(access, _RANK)):
         raise WireError(f"{where} does not know this instance's secret")
 
 
@@ -128,31 +146,39 @@ async def admit(
     member: Member, access: Access, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> tuple[Caller, Welcome]:
     """The rank's side, up to the Welcome, which the caller of this function sends. Reads small
-    frames only. Raises WireError if the caller does not belong to the instance, ConnectionError."""
-    hello = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
-    if not isinstance(hello, Hello):
+    frames only. Raises WireError if the caller does not belong to the instance, OtherRelease,
+    ConnectionError."""
+    body = await read_frame(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+    hello = None if body is None else decode(body)
+    if body is None or not isinstance(hello, Hello):
         raise WireError("the first frame must be Hello")
     challenge = Challenge(
         instance=access.instance,
         rank=member.rank,
         incarnation=member.incarnation,
         nonce=secrets.token_bytes(NONCE_BYTES),
+        release=own_release(),
     )
-    writer.write(encode(challenge))
-    proof = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
-    if proof is None:
+    frame = encode(challenge)
+    writer.write(frame)
+    said = _Said(hello, body, challenge, frame[LENGTH_BYTES:], hello.release)
+    answer = await read_frame(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+    if not hello.release.speaks_with(challenge.release):
+        raise OtherRelease(refusal(f"rank {member}", f"a {hello.role.value}", hello.release))
+    if answer is None:
         raise ConnectionError("it has gone after Challenge")
+    proof = decode(answer)
     if not isinstance(proof, Proof):
         raise WireError("the second frame must be Proof")
     if hello.instance != access.instance:
         raise WireError(f"it belongs to the instance {hello.instance!r}")
-    if not hmac.compare_digest(proof.proof, _proof(access, _CALLER, hello, challenge)):
+    if not hmac.compare_digest(proof.proof, said.proof(access, _CALLER)):
         raise WireError("it does not know this instance's secret")
     welcome = Welcome(
         instance=access.instance,
         rank=member.rank,
         incarnation=member.incarnation,
-        proof=_proof(access, _RANK, hello, challenge),
+        proof=said.proof(access, _RANK),
     )
     return _caller_of(hello), welcome
 
@@ -173,19 +199,43 @@ def _name_ending(name_key: bytes) -> str:
     return hashlib.sha256(name_key).hexdigest()[:24]
 
 
-def _proof(access: Access, side: str, hello: Hello, challenge: Challenge) -> bytes:
-    """Covers all that both have said, and which of them says this."""
-    said = pack_plain([side, to_plain(hello), to_plain(challenge)])
-    return hmac.digest(access.secret, said, "sha256")
+class _Said(NamedTuple):
+    """What both have said before they prove anything, and the bodies of the frames in which they
+    did. `other` is the release of the other side."""
+
+    hello: Hello
+    hello_body: bytes
+    challenge: Challenge
+    challenge_body: bytes
+    other: Release
+
+    def proof(self, access: Access, side: str) -> bytes:
+        """Covers all that was said, and which of them says this."""
+        if self.other.protocol >= _PROOF_OF_FRAMES:
+            said = pack_plain([side, self.hello_body, self.challenge_body])
+        else:
+            said = pack_plain([side, _first_fields(self.hello), _first_fields(self.challenge)])
+        return hmac.digest(access.secret, said, "sha256")
 
 
-async def _expect(reader: asyncio.StreamReader, kind: type[M], where: str) -> M:
-    message = await read_message(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
-    if message is None:
+def _first_fields(message: Hello | Challenge) -> dict[str, Any]:
+    """Those that a release of protocol 1 knows: it does not see the others."""
+    plain: dict[str, Any] = to_plain(message)
+    return {name: value for name, value in plain.items() if name != "release"}
+
+
+async def _read_answer(reader: asyncio.StreamReader, kind: type[Message], where: str) -> bytes:
+    body = await read_frame(reader, bytes_max=HANDSHAKE_FRAME_BYTES_MAX)
+    if body is None:
         raise WireError(
             f"{where} closed the connection before {kind.__name__}: it knows why, and if the "
-            "secrets differ, its log says so"
+            "secrets or the releases differ, its log says so"
         )
+    return body
+
+
+def _decode_answer(body: bytes, kind: type[M], where: str) -> M:
+    message = decode(body)
     if not isinstance(message, kind):
         raise WireError(f"{where} answered {type(message).__name__}, not {kind.__name__}")
     return message

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.codec import pack, pack_plain, unpack, unpack_plain
-from shared.errors import WireError
+from shared.errors import OtherRelease, WireError
 from shared.expert_map import ExpertMap, Placement
+from shared.release import FIRST_RELEASE, Release, own_release, refusal
 from shared.types import (
     Epoch,
     Incarnation,
@@ -90,6 +91,7 @@ class RankRecord:
     leaving: bool = False  # it was told to end, and waits until it has been drained
     first_incarnation: Incarnation = Incarnation(0)  # of its process; 0: an older release
     computes_on_demand: bool = False  # experts without a slot: see `ExpertMap.on_demand`
+    release: Release = FIRST_RELEASE
 
     @property
     def member(self) -> Member:
@@ -207,6 +209,7 @@ class LeaderRecord:
     since: float  # Unix seconds
     host: str = ""  # on which `pid` is
     admin_url: str = ""  # of its admin API, without a path; empty: it has none
+    release: Release = FIRST_RELEASE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,11 +227,22 @@ class OwnerRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingRank:
+    """A rank that shall run on an agent's node and has no process: one starts at `until`, in Unix
+    seconds. `why` says how the last one ended, or why none could be started."""
+
+    rank: RankId
+    until: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
     """A node agent, and the ranks that its flags name: it starts and watches these, unless the
     desired state says where each rank runs. `ranks_max` is the number of ranks for which the node
     has room, 0 if nobody has said. `leaving`: it was told to end, and waits until its ranks have
-    been drained. `metrics_port`: of its `/metrics` at `host`; 0: it serves none."""
+    been drained. `metrics_port`: of its `/metrics` at `host`; 0: it serves none. `waiting` has the
+    ranks whose next start is some time away."""
 
     node: NodeId
     pid: int
@@ -237,6 +251,8 @@ class AgentRecord:
     leaving: bool = False
     host: str = ""
     metrics_port: int = 0
+    release: Release = FIRST_RELEASE
+    waiting: tuple[WaitingRank, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +266,7 @@ class GatewayRecord:
     port: int
     scheme: str = "http"
     own_port: int = 0
+    release: Release = FIRST_RELEASE
 
     @property
     def own_url(self) -> str:
@@ -268,6 +285,15 @@ def unpack_map(data: bytes) -> ExpertMap:
     if not isinstance(plain, dict):
         raise WireError("malformed expert map: not a table")
     return ExpertMap.from_wire(plain)
+
+
+def unpack_rank(data: bytes, reader: str) -> RankRecord:
+    """For `reader`, which names a process that takes part in the instance. Raises WireError, and
+    OtherRelease if that rank and this process cannot serve together."""
+    record = unpack(data, RankRecord)
+    if not record.release.speaks_with(own_release()):
+        raise OtherRelease(refusal(reader, f"rank {record.member}", record.release))
+    return record
 
 
 pack_record = pack

@@ -119,6 +119,11 @@ class SuspicionReason(Enum):
     SILENCE = "silence"  # it does not answer the gateway's or the control plane's probes
     OFFERED = "offered"  # of verdicts alone: maps given to ranks while etcd was away left it out
     DRAINED = "drained"  # of verdicts alone: it lives, and leaves because somebody asked for it
+    OTHER = "other"  # one that a newer release knows
+
+    @classmethod
+    def _missing_(cls, value: object) -> SuspicionReason:
+        return cls.OTHER  # or a verdict would not be seen
 
 
 class Accuser(Enum):
@@ -142,6 +147,7 @@ ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
         SuspicionReason.SILENCE: frozenset({Accuser.GATEWAY, Accuser.CONTROL_PLANE}),
         SuspicionReason.OFFERED: frozenset(),
         SuspicionReason.DRAINED: frozenset(),
+        SuspicionReason.OTHER: frozenset(),
     }
 )
 """Who may raise a suspicion for which reason. The control plane repeats those of ranks, so that
@@ -252,6 +258,11 @@ class Operation(Enum):
 
     LOAD = "load"  # experts into slots
     MAP = "map"  # a peer's memory into this process, and that of its predecessor out of it
+    OTHER = "other"  # one that a newer release knows
+
+    @classmethod
+    def _missing_(cls, value: object) -> Operation:
+        return cls.OTHER  # its duration is what counts
 
 
 class ProcessState(Enum):

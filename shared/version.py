@@ -1,15 +1,11 @@
-"""The version of this Starfish."""
+"""The version of this Starfish. The package's metadata have it from here."""
 
-from __future__ import annotations
+VERSION = "0.2.0.dev0"
 
-from importlib import metadata
-
-_UNKNOWN = "0+unknown"
+ANSWERS_VERSION = "0.1.0"
+"""The release since which the same request gives the same answer to the bit. Streams can be resumed
+among releases that have the same one."""
 
 
 def starfish_version() -> str:
-    """Of the installed package; a source tree that is not installed has none."""
-    try:
-        return metadata.version("starfish-moe")
-    except metadata.PackageNotFoundError:
-        return _UNKNOWN
+    return VERSION

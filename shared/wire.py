@@ -1,12 +1,14 @@
 """Messages between gateway, ranks and control plane, and their framing over TCP.
 
 A frame is a 4-byte big-endian length and a msgpack array `[kind, fields]`. The only place that
-packs messages. Every message carries the ids that make a late copy harmless.
+packs messages. Every message carries the ids that make a late copy harmless. What a newer release
+may change is said in `shared.release`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,7 +17,8 @@ import msgspec
 from msgspec import Meta
 
 from shared.codec import pack_plain, to_plain
-from shared.errors import WireError
+from shared.errors import UnknownKind, WireError
+from shared.release import FIRST_RELEASE, Release
 from shared.types import (
     DEFAULT_SCHEDULING,
     Attempt,
@@ -37,6 +40,7 @@ from shared.types import (
 
 FRAME_BYTES_MAX = 16 << 20
 _LENGTH = struct.Struct(">I")
+LENGTH_BYTES = _LENGTH.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,7 @@ class Hello:
     nonce: bytes
     name_key: bytes = b""
     member: Member | None = None
+    release: Release = FIRST_RELEASE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,7 @@ class Challenge:
     rank: RankId
     incarnation: Incarnation
     nonce: bytes
+    release: Release = FIRST_RELEASE
 
     @property
     def member(self) -> Member:
@@ -485,13 +491,14 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | memoryview) -> Message:
-    """The message in a frame's body. Raises WireError if it is malformed. Nothing is built that the
-    kind's fields do not ask for: a small frame of other things would become large objects."""
+    """The message in a frame's body. Raises UnknownKind, or WireError if it is malformed. Nothing
+    is built that the kind's fields do not ask for: a small frame of other things would become large
+    objects."""
     try:
         name, fields = _FRAME.decode(body)
         kind = _KINDS.get(name)
         if kind is None:
-            raise WireError(f"unknown message kind {name[:64]!r}")
+            raise UnknownKind(f"unknown message kind {name[:64]!r}")
         return _DECODERS[kind].decode(fields)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(f"malformed frame: {error}") from error
@@ -500,13 +507,22 @@ def decode(body: bytes | memoryview) -> Message:
 async def read_message(
     reader: asyncio.StreamReader, *, bytes_max: int = FRAME_BYTES_MAX
 ) -> Message | None:
-    """The next message, or None at a clean end of the stream. Raises WireError, also for a frame
-    of more than `bytes_max` bytes, whose body is not read, and ConnectionError."""
+    """The next message of a kind that is known, or None at a clean end of the stream. A newer
+    release may send others. Raises as `read_frame`."""
+    while (body := await read_frame(reader, bytes_max=bytes_max)) is not None:
+        with contextlib.suppress(UnknownKind):
+            return decode(body)
+    return None
+
+
+async def read_frame(reader: asyncio.StreamReader, *, bytes_max: int) -> bytes | None:
+    """The body of the next frame, or None at a clean end of the stream. Raises WireError, also for
+    a frame of more than `bytes_max` bytes, whose body is not read, and ConnectionError."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
         if length > bytes_max:
             raise WireError(f"frame of {length} bytes exceeds the limit of {bytes_max}")
-        return decode(await reader.readexactly(length))
+        return await reader.readexactly(length)
     except asyncio.IncompleteReadError as error:
         if error.partial:
             raise WireError("the stream ended inside a frame") from error

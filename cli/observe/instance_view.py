@@ -78,6 +78,7 @@ class InstanceView:
             records={record.member: record for record in self.ranks},
             verdicts=self.verdicts,
             sessions_of=sessions_of,
+            agents=self.agents,
         )
 
     def _add(self, record: Record | None) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cli.observe.expert_status import expert_status, render_experts
 from cli.observe.instance_view import InstanceView
+from cli.observe.release_status import releases_of
 from cli.run_dir import Target
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.change_progress import is_in_progress
@@ -97,6 +98,7 @@ def status_of(
         "survives": _survives(view),
         "gateways": [msgspec.to_builtins(g) for g in view.gateways],
         "agents": [msgspec.to_builtins(a) for a in view.agents],
+        "releases": releases_of(view),
     }
 
 
@@ -114,9 +116,12 @@ def rank_status(
     in_map = view.expert_map is not None and view.expert_map.has(record.member)
     status: dict[str, Any] = {
         "rank": rank,
-        "state": _state(record, in_map, drain, reply),
+        "state": "refused"
+        if not in_map and is_refused(view, record)
+        else _state(record, in_map, drain, reply),
         "pid": record.pid,
         "incarnation": record.incarnation,
+        "release": msgspec.to_builtins(record.release),
         "node": record.node,
         "address": f"{record.control_host}:{record.control_port}",
         "transfer": record.transfer_name,
@@ -171,6 +176,9 @@ def render_status(status: dict[str, Any], console: Console) -> None:
         console.print(f"[blue]safe to terminate[/]  rank {', '.join(safe)}")
     for kind in status.get("etcd_health", {}).get("alarms", ()):
         console.print(f"[red]{kind}: {describe_alarm(kind)}[/]")
+    if len(status["releases"]) > 1:
+        for release, names in status["releases"].items():
+            console.print(f"[cyan]{release}[/]  {', '.join(names)}")
     for gateway in status["gateways"]:
         url = f"{gateway['scheme']}://{gateway['host']}:{gateway['port']}"
         alone = f", alone at port {gateway['own_port']}" if gateway["own_port"] else ""
@@ -231,6 +239,12 @@ def _state(record: RankRecord, in_map: bool, drain: Drain | None, reply: StatusR
     if reply is None:
         return "silent"
     return "live" if drain is None else "draining"
+
+
+def is_refused(view: InstanceView, record: RankRecord) -> bool:
+    """The leader can have no rank of this release."""
+    leader = view.leader
+    return leader is not None and not leader.release.speaks_with(record.release)
 
 
 def _sessions(reply: StatusReply | None, member: Member) -> int | None:

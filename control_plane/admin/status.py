@@ -47,8 +47,10 @@ class LoadStatus(msgspec.Struct, kw_only=True):
 
 class RankStatus(msgspec.Struct, kw_only=True):
     """`state` is "live" for a member of the map and "draining" for one that is to leave it; outside
-    of the map "drained", "starting", "ready", or "absent" if no process has registered. `desired`:
-    the rank shall exist. `sessions_left` and `load` are null if they are not known."""
+    of the map "drained", "starting", "ready", "refused" if its release and the leader's cannot
+    serve together, or "absent" if no process has registered. `desired`: the rank shall exist.
+    `sessions_left` and `load` are null if they are not known, `version` (of Starfish) if no process
+    has registered."""
 
     rank: int
     state: str
@@ -60,6 +62,7 @@ class RankStatus(msgspec.Struct, kw_only=True):
     sessions_left: int | None
     safe_to_terminate: bool
     load: LoadStatus | None
+    version: str | None
 
 
 class VerdictStatus(msgspec.Struct, kw_only=True):
@@ -182,6 +185,7 @@ def _seen(state: ClusterState, load_of: LoadOf) -> Seen:
         records=state.records,
         verdicts=tuple(state.verdicts.values()),
         sessions_of=sessions_of,
+        agents=tuple(state.agents.values()),
     )
 
 
@@ -190,7 +194,8 @@ class _Ranks:
         self._state = state
         self._seen = seen
         self._load_of = load_of
-        self._records = state.newest_records()
+        self._refused = {member.rank: record for member, record in sorted(state.refused.items())}
+        self._records = self._refused | dict(state.newest_records())
         self._desired = state.desired.rank_ids(state.spec.num_ranks if state.spec else 0)
 
     def all(self) -> tuple[RankStatus, ...]:
@@ -199,7 +204,7 @@ class _Ranks:
         known = {
             *self._desired,
             *(drain.rank for drain in state.desired.drains),
-            *(member.rank for member in (*state.records, *members)),
+            *(member.rank for member in (*state.records, *state.refused, *members)),
         }
         return tuple(self._one(rank) for rank in sorted(known))
 
@@ -212,7 +217,9 @@ class _Ranks:
             incarnation = record.incarnation
         return RankStatus(
             rank=rank,
-            state=_word(record, is_member=member is not None, is_drained=drain is not None),
+            state="refused"
+            if record is not None and record is self._refused.get(rank)
+            else _word(record, is_member=member is not None, is_drained=drain is not None),
             node=record.node if record is not None else node_of(state, rank),
             incarnation=incarnation,
             in_map=member is not None,
@@ -221,6 +228,7 @@ class _Ranks:
             sessions_left=self._seen.sessions_left(rank),
             safe_to_terminate=self._seen.is_safe_to_terminate(rank),
             load=None if member is None else _load_status(self._load_of(member)),
+            version=record.release.version if record is not None else None,
         )
 
 

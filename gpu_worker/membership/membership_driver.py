@@ -35,12 +35,12 @@ from gpu_worker.membership.rank_membership import (
 from shared.changes import changes
 from shared.clock import Clock
 from shared.codec import pack, unpack
-from shared.errors import CheckpointError, WireError
+from shared.errors import CheckpointError, OtherRelease, WireError
 from shared.expert_map import ExpertMap, Placement
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map
+from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map, unpack_rank
 from shared.store import Store, WatchEvent
 from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReason
 from shared.wire import GraphBarrierUpdate, Ping, UnheardPeer
@@ -373,6 +373,8 @@ class MembershipDriver:
     def _on_value(self, key: str, value: bytes) -> None:
         try:
             self._perform(self._feed_membership(key, value))
+        except OtherRelease as error:
+            log.error("rank_refused", key=key, detail=str(error))
         except WireError as error:
             log.error("malformed_value", key=key, detail=str(error))
 
@@ -381,7 +383,7 @@ class MembershipDriver:
         if key == keys.map:
             return membership.on_map(unpack_map(value))
         if key.startswith(keys.ranks):
-            return membership.on_peer_record(unpack(value, RankRecord))
+            return membership.on_peer_record(unpack_rank(value, f"rank {membership.record.rank}"))
         if key.startswith(keys.assignments):
             return membership.on_assignment(unpack(value, SlotContents))
         if key.startswith(keys.verdicts):

@@ -3,6 +3,8 @@ handled."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from control_plane.state_applier import (
     LeaderDeleted,
     LeaderPut,
     MalformedValue,
+    RankRefused,
     RecordDeleted,
     RecordPut,
     StateApplier,
@@ -29,6 +32,7 @@ from shared.records import (
     pack_map,
     pack_record,
 )
+from shared.release import Release
 from shared.store import KeyValue, Snapshot, WatchEvent
 from shared.types import (
     ACCUSERS,
@@ -337,3 +341,16 @@ def test_the_desired_state_and_agents(cluster: StateApplier) -> None:
     cluster.apply(WatchEvent(key=KEYS.agent(agent.node), value=None, mod_revision=8))
     assert cluster.state.desired == DesiredState()
     assert cluster.state.agents == {}
+
+
+def test_a_rank_of_another_release_is_known_and_no_rank_of_ours() -> None:
+    """Nobody probes it, assigns it anything, or declares it dead."""
+    applier = StateApplier(KEYS)
+    stranger = replace(record(1), release=Release(version="9.0", protocol=90, protocol_min=80))
+    key = KEYS.rank(1, 1)
+    put = WatchEvent(key=key, value=pack_record(stranger), mod_revision=2)
+    assert applier.apply(put) == [RankRefused(record=stranger)]
+    assert not applier.state.records
+    assert applier.state.refused == {stranger.member: stranger}
+    assert applier.apply(WatchEvent(key=key, value=None, mod_revision=3)) == []
+    assert not applier.state.refused

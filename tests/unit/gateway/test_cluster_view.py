@@ -4,12 +4,17 @@ serving."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from gateway.cluster_view import ClusterView, ClusterWatch
 from shared.codec import pack
+from shared.errors import OtherRelease
 from shared.keys import Keys
 from shared.records import pack_map
+from shared.release import Release
 from shared.types import Incarnation, Member, RankId
 from tests.support.fake_clock import FakeClock
 from tests.support.gateway_harness import toy_map, toy_spec
@@ -89,3 +94,11 @@ async def test_an_empty_instance_is_told_from_one_that_is_not_read_yet() -> None
         assert await seen.get() == ClusterView(is_read=True)
     await store.close()
     await running
+
+
+def test_a_rank_of_another_release_is_left_to_other_gateways() -> None:
+    stranger = replace(
+        ToyRank(0).record(), release=Release(version="9.0", protocol=90, protocol_min=80)
+    )
+    with pytest.raises(OtherRelease, match=r"Starfish 9\.0"):
+        ClusterView().with_value(KEYS, KEYS.rank(M0.rank, M0.incarnation), pack(stranger))
