@@ -41,6 +41,7 @@ class RunState:
     etcd_password_file: str = ""
     admin_url: str = ""  # of the admin API, whichever control plane leads
     admin_token_file: str = ""
+    admin_ca: str = ""  # whose certificates are believed of the admin API
 
     def target(self) -> Target:
         return Target(
@@ -50,6 +51,7 @@ class RunState:
             secret_file=_path(self.secret_file),
             admin_url=self.admin_url or None,
             admin_token_file=_path(self.admin_token_file),
+            admin_ca=_path(self.admin_ca),
         )
 
     def _store(self) -> EtcdOptions:
@@ -84,6 +86,7 @@ class Target:
     secret_file: Path | None = None
     admin_url: str | None = None  # None: only etcd knows it
     admin_token_file: Path | None = None
+    admin_ca: Path | None = None  # None: the system's authorities are believed
 
     @property
     def etcd(self) -> str:

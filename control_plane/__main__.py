@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -37,6 +38,7 @@ from shared.listener import ADMIN_LISTEN_FLAGS, inherited_listener, listen_on
 from shared.logs import configure_logs
 from shared.model_spec import read_model_spec
 from shared.secret import read_secret
+from shared.server_certificate import ServerCertificate, trusting
 
 log = structlog.get_logger()
 
@@ -131,8 +133,11 @@ async def serve(config: ControlPlaneConfig) -> None:
             admin_url=admin.url if admin is not None else "",
         )
         if admin is not None:
-            app = AdminApp(driver, token=admin.token, url=admin.url, clock=clock)
-            await stack.enter_async_context(serving(app, admin.listeners))
+            app = AdminApp(
+                driver, token=admin.token, url=admin.url, clock=clock, peer_tls=admin.peer_tls
+            )
+            tls = admin.certificate.context if admin.certificate is not None else None
+            await stack.enter_async_context(serving(app, admin.listeners, tls))
             log.info("admin_api_listening", url=admin.url)
         etcd_watch = EtcdHealthWatch(store, metrics)
         if config.port >= 0:
@@ -145,9 +150,12 @@ async def serve(config: ControlPlaneConfig) -> None:
             log.info("listening", host=config.host, port=port)
         freeze_loaded_objects()
         async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(etcd_watch.run())
+            background = [tasks.create_task(etcd_watch.run())]
+            if admin is not None and admin.certificate is not None:
+                background.append(tasks.create_task(admin.certificate.follow_files()))
             await driver.run(stop)
-            watching.cancel()
+            for task in background:
+                task.cancel()
         log.info("stopped")
 
 
@@ -156,6 +164,8 @@ class AdminSockets:
     url: str
     token: bytes
     listeners: tuple[socket.socket, ...]
+    certificate: ServerCertificate | None
+    peer_tls: ssl.SSLContext | None
 
 
 def open_admin_api(config: ControlPlaneConfig) -> AdminSockets | None:
@@ -164,11 +174,23 @@ def open_admin_api(config: ControlPlaneConfig) -> AdminSockets | None:
     if config.admin_port < 0 or config.admin_token_file is None:
         return None
     token = read_admin_token(config.admin_token_file)
+    peer_tls = None if config.admin_ca is None else trusting(config.admin_ca, flag="--admin-ca")
+    certificate = None
+    if config.admin_tls_cert is not None and config.admin_tls_key is not None:
+        certificate = ServerCertificate(
+            config.admin_tls_cert, config.admin_tls_key, flag="--admin-tls"
+        )
     own = listen_on(config.admin_host, config.admin_port, flags=ADMIN_LISTEN_FLAGS)
     fd = config.admin_listen_fd
     shared = () if fd < 0 else (inherited_listener(fd, flag="--admin-listen-fd"),)
     url = config.admin_url(own.getsockname()[1])
-    return AdminSockets(url=url, token=token, listeners=(own, *shared))
+    return AdminSockets(
+        url=url,
+        token=token,
+        listeners=(own, *shared),
+        certificate=certificate,
+        peer_tls=peer_tls,
+    )
 
 
 def stop_event(lifeline_fd: int) -> asyncio.Event:

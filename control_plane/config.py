@@ -95,6 +95,15 @@ class ControlPlaneConfig:
         "host name or address at which other hosts reach the admin API; default: --admin-host, or "
         "this host's name if that stands for all addresses",
     )
+    admin_tls_cert: Path | None = option(
+        None, "PEM file with the certificate chain of the admin API: it is served over TLS then"
+    )
+    admin_tls_key: Path | None = option(None, "PEM file with the key of --admin-tls-cert")
+    admin_ca: Path | None = option(
+        None,
+        "PEM file with the authority of the other control planes' admin API, to which requests "
+        "are passed on; default: those of the system",
+    )
     admin_listen_fd: int = option(
         -1, "inherited listening socket on which the admin API is served as well"
     )
@@ -127,6 +136,10 @@ class ControlPlaneConfig:
                 "--admin-port: the admin API needs --admin-token-file; make the file with "
                 "`openssl rand -hex 32` and chmod 600"
             )
+        if (self.admin_tls_cert is None) != (self.admin_tls_key is None):
+            raise ConfigError("--admin-tls-cert and --admin-tls-key go together: pass both")
+        if self.admin_tls_cert is not None and self.admin_port < 0:
+            raise ConfigError("--admin-tls-cert: there is no admin API without --admin-port")
         if not (
             0 <= self.formation_grace_s <= self.formation_window_s
             and 0 <= self.first_formation_grace_s <= self.formation_window_s
@@ -163,7 +176,8 @@ class ControlPlaneConfig:
         host = self.admin_address or self.admin_host
         if host in ("0.0.0.0", "::", ""):
             host = socket.gethostname()
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self.admin_tls_cert is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def unique_name(self, pid: int) -> str:
         return self.name or f"{socket.gethostname()}-{pid}"

@@ -19,12 +19,13 @@ DEFAULT_GRACE_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """`num_ranks` ranks shall exist. Fewer: those in `leaving` go, or else the highest; more: the
-    lowest free numbers come, on `node` or where there is most room."""
+    """`num_ranks` ranks shall exist. Fewer: those in `leaving` go, or else the highest; more: those
+    in `coming`, or else the lowest free numbers, on `node` or where there is most room."""
 
     num_ranks: int
     grace_s: float = DEFAULT_GRACE_S
     leaving: tuple[RankId, ...] = ()
+    coming: tuple[RankId, ...] = ()
     node: NodeId = NodeId("")
 
 
@@ -203,24 +204,18 @@ class _Changer:
         if num_leaving > 0:
             highest = sorted(known)[-num_leaving:]
             return self._shrink(leaving or highest, change.grace_s)
-        return self._grow(-num_leaving, change.node)
+        return self._grow(-num_leaving, change)
 
-    def _grow(self, num_new: int, node: NodeId) -> DesiredState | Refusal:
+    def _grow(self, num_new: int, change: Scale) -> DesiredState | Refusal:
         if num_new == 0:
             return self._desired
-        limit = rank_limit(self._state)
-        free = [RankId(rank) for rank in range(limit) if rank not in self._ranks]
-        if len(free) < num_new:
-            return Refusal(
-                reason=f"the instance was started with room for {limit} ranks",
-                needed="start it with a higher --ranks-max",
-            )
-        new = free[:num_new]
+        new = self._numbers(num_new, change.coming)
+        if isinstance(new, Refusal):
+            return new
+        node = change.node
         choice = NodeChoice(self._state)
         if node and node not in choice.nodes:
-            return Refusal(
-                reason=f"no agent runs on node {node!r}", needed="start a node agent there"
-            )
+            return _no_agent(node, choice)
         ranks, records = list(self._explicit_ranks()), self._state.newest_records()
         base = self._desired
         for rank in new:
@@ -231,12 +226,29 @@ class _Changer:
                 where = choice.take(rank, node)
             if where is None:
                 return Refusal(
-                    reason=f"no node has room for rank {rank}", needed=choice.what_is_needed
+                    reason=f"{f'node {node!r}' if node else 'no node'} has "
+                    f"{'no ' if node else ''}room for rank {rank}",
+                    needed=choice.what_is_needed,
                 )
             ranks.append(DesiredRank(rank=rank, node=where))
             if runs_on in (None, where):
                 base = base.without_drain(rank)  # else its process leaves first
         return replace(base, ranks=_sorted(ranks))
+
+    def _numbers(self, num_new: int, coming: Collection[RankId]) -> Collection[RankId] | Refusal:
+        limit = rank_limit(self._state)
+        free = [RankId(rank) for rank in range(limit) if rank not in self._ranks]
+        if len(free) < num_new or any(rank >= limit for rank in coming):
+            return Refusal(
+                reason=f"the instance was started with room for {limit} ranks, 0 to {limit - 1}",
+                needed="start it with a higher --ranks-max",
+            )
+        if taken := sorted(set(coming) & set(self._ranks)):
+            return Refusal(
+                reason=f"{_names(taken)} exists already",
+                needed=f"name another, such as {free[0]}; `starfish replace` moves a rank",
+            )
+        return sorted(set(coming)) or free[:num_new]
 
     def _shrink(self, leaving: Collection[RankId], grace_s: float) -> DesiredState | Refusal:
         if refusal := self._capacity.refuse_without(leaving):
@@ -288,9 +300,7 @@ class _Changer:
             return Refusal(reason=f"{_names([rank])} does not exist")
         choice = NodeChoice(self._state)
         if change.node not in choice.nodes:
-            return Refusal(
-                reason=f"no agent runs on node {change.node!r}", needed="start a node agent there"
-            )
+            return _no_agent(change.node, choice)
         if change.node == node_of(self._state, rank):
             return self._drain((rank,), change.grace_s, AfterDrain.RESTART)
         if refusal := self._capacity.refuse_without((rank,)):
@@ -361,6 +371,14 @@ def new_drain(
         requested_at=now,
         grace_s=grace_s,
         after=after,
+    )
+
+
+def _no_agent(node: NodeId, choice: NodeChoice) -> Refusal:
+    known = ", ".join(choice.nodes) or "no node"
+    return Refusal(
+        reason=f"no agent runs on node {node!r}",
+        needed=f"start a node agent there (agents run on {known})",
     )
 
 

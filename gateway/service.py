@@ -38,7 +38,6 @@ from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
 from gateway.session_state import SessionPolicy
 from gateway.stream_names import StreamNames
-from gateway.tls import ServerCertificate
 from gateway.tokenizer_loader import TokenizerOptions
 from gateway.vllm_metrics import VllmSources
 from shared.clock import Clock
@@ -48,6 +47,7 @@ from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
+from shared.server_certificate import ServerCertificate
 from shared.store import Store
 from shared.tracing import Tracer
 from shared.version import starfish_version

@@ -20,6 +20,7 @@ from shared.etcd_store import connect_store
 from shared.keys import Keys
 from shared.records import LeaderRecord, unpack_record
 from shared.secret import read_private_file
+from shared.server_certificate import trusting
 
 _RETRY_S = 0.25
 _ASK_TIMEOUT_S = 10.0
@@ -36,7 +37,7 @@ class AdminClient:
     """Call `close` at the end."""
 
     def __init__(self, target: Target, clock: Clock) -> None:
-        """Raises ConfigError if no token is known."""
+        """Raises ConfigError if no token is known, or the authority cannot be read."""
         file = target.admin_token_file
         if file is None:
             raise ConfigError(
@@ -46,7 +47,13 @@ class AdminClient:
         token = read_private_file(file, flag="--admin-token-file").decode(errors="replace")
         timeout = aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
         headers = {"Authorization": f"Bearer {token}"}
-        self._http = aiohttp.ClientSession(timeout=timeout, headers=headers, trust_env=False)
+        ca = target.admin_ca
+        connector = aiohttp.TCPConnector(
+            ssl=True if ca is None else trusting(ca, flag="--admin-ca")
+        )
+        self._http = aiohttp.ClientSession(
+            timeout=timeout, headers=headers, connector=connector, trust_env=False
+        )
         self._target = target
         self._clock = clock
 
@@ -77,6 +84,11 @@ class AdminClient:
                 method, url + path, json=body, allow_redirects=False
             ) as response:
                 raw, status = await response.read(), response.status
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ConfigError(
+                f"the certificate of {url} is not believed ({error.certificate_error}); pass "
+                "--admin-ca with its authority"
+            ) from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(
                 f"no control plane answers at {url} ({type(error).__name__}); serving goes on, "

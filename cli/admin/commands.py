@@ -52,6 +52,15 @@ class AdminFlags:
             help="File with its token (default: the one in the run folder).",
         ),
     ] = None
+    admin_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-ca",
+            envvar="STARFISH_ADMIN_CA",
+            help="PEM file with the authority of its certificate, if it has TLS (default: those "
+            "of the system).",
+        ),
+    ] = None
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Return once the change is accepted.")
     ] = False
@@ -72,6 +81,7 @@ class AdminFlags:
             target,
             admin_url=self.admin_url or target.admin_url,
             admin_token_file=self.admin_token_file or target.admin_token_file,
+            admin_ca=self.admin_ca or target.admin_ca,
         )
 
 
@@ -86,6 +96,10 @@ def scale(
     admin: AdminFlags,
     ranks: Annotated[int | None, typer.Argument(help="How many ranks there shall be.")] = None,
     add: Annotated[int, typer.Option(help="So many more, instead.")] = 0,
+    add_rank: Annotated[
+        list[int] | None,
+        typer.Option(help="A rank of this number more, instead; may be repeated."),
+    ] = None,
     remove: Annotated[
         list[int] | None, typer.Option(help="Without this rank, instead; may be repeated.")
     ] = None,
@@ -96,13 +110,15 @@ def scale(
     """Have more or fewer ranks. Those that go are drained first; clients notice nothing.
 
     Ranks keep their numbers: the lowest free ones come, the highest go
-    unless --remove names others. Refused if the ranks that stay could not
-    hold every expert."""
+    unless --add-rank or --remove names others. Refused if the ranks that
+    stay could not hold every expert."""
     fields: dict[str, Any] = {"grace_s": grace}
     if ranks is not None:
         fields["ranks"] = ranks
     if add:
         fields["add"] = add
+    if add_rank:
+        fields["add_ranks"] = add_rank
     if remove:
         fields["remove"] = remove
     if node:

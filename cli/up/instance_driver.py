@@ -190,6 +190,7 @@ class InstanceDriver:
                 secret_file=str(options.secret_file),
                 admin_url=self._admin_url(),
                 admin_token_file=str(options.admin_token_file),
+                admin_ca=str(options.admin_authority or ""),
                 metrics_ports=options.metrics_ports,
                 **state_of_store(self._stores[EtcdService.READER]),
             ),
@@ -352,7 +353,8 @@ class InstanceDriver:
     def _admin_url(self) -> str:
         assert self._admin_listener is not None, "the control planes come first"
         host, port = self._admin_listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._options.admin_tls_cert else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     async def _wait_until_serving(self) -> None:
         num_ranks = self._options.ranks

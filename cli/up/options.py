@@ -147,6 +147,23 @@ class UpOptions:
             "folder).",
         ),
     ] = None
+    admin_tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-tls-cert",
+            help="PEM file with a certificate chain: the admin API has TLS then.",
+        ),
+    ] = None
+    admin_tls_key: Annotated[
+        Path | None, typer.Option("--admin-tls-key", help="PEM file with its key.")
+    ] = None
+    admin_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-ca",
+            help="PEM file with the authority of --admin-tls-cert (default: that certificate).",
+        ),
+    ] = None
     demo: Annotated[
         bool,
         typer.Option(
@@ -258,6 +275,12 @@ class UpOptions:
         return self.chosen_secret_file.absolute()
 
     @property
+    def admin_authority(self) -> Path | None:
+        """Whose certificate the admin API has; None without TLS."""
+        found = self.admin_ca or self.admin_tls_cert
+        return None if found is None or self.admin_tls_cert is None else found.absolute()
+
+    @property
     def admin_token_file(self) -> Path:
         if self.chosen_admin_token_file is None:
             return self.run_dir / ADMIN_TOKEN_FILE
@@ -345,6 +368,8 @@ class UpOptions:
             read_private_file(self.api_key_file, flag="--api-key-file", bytes_max=1)
         if self.chosen_admin_token_file is not None:
             read_private_file(self.chosen_admin_token_file, flag="--admin-token-file")
+        if (self.admin_tls_cert is None) != (self.admin_tls_key is None):
+            raise ConfigError("--admin-tls-cert and --admin-tls-key go together: pass both")
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port {self.port}: pass a port between 1 and 65535")
         if not 0 <= self.admin_port < 65536:

@@ -4,6 +4,7 @@ it. What may be asked, `bodies` and `orchestrators` say; what becomes of it, `de
 from __future__ import annotations
 
 import asyncio
+import ssl
 import uuid
 from functools import partial
 from typing import Protocol, TypeVar
@@ -97,14 +98,23 @@ class AdminControl(Protocol):
 
 
 class AdminApp:
-    """`url` is where this process is reached alone, as its leader record has it."""
+    """`url` is where this process is reached alone, as its leader record has it. `peer_tls` says
+    whose certificates are believed of other control planes."""
 
-    def __init__(self, control: AdminControl, *, token: bytes, url: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        control: AdminControl,
+        *,
+        token: bytes,
+        url: str,
+        clock: Clock,
+        peer_tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._control = control
         self._token = token
         self._url = url
         self._clock = clock
-        self._forwarder = Forwarder()
+        self._forwarder = Forwarder(peer_tls)
         self._endpoints: list[Endpoint] = []
         self._survival: tuple[tuple[int, int], Survival | None] | None = None
 

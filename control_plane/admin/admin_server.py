@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from control_plane.admin.admin_app import AdminApp
+from shared.server_certificate import HANDSHAKE_TIMEOUT_S
 
 log = structlog.get_logger()
 
@@ -22,7 +24,9 @@ HEADER_TIMEOUT_S = 10.0
 
 
 @asynccontextmanager
-async def serving(app: AdminApp, listeners: Iterable[socket.socket]) -> AsyncIterator[None]:
+async def serving(
+    app: AdminApp, listeners: Iterable[socket.socket], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[None]:
     """While the body runs. The sockets are closed at the end."""
     connections = _Connections()
     built = app.build(connections.on_request)
@@ -31,7 +35,7 @@ async def serving(app: AdminApp, listeners: Iterable[socket.socket]) -> AsyncIte
     servers: list[asyncio.Server] = []
     try:
         for listener in listeners:
-            servers.append(await connections.serve(runner, listener))
+            servers.append(await connections.serve(runner, listener, tls))
         yield
     finally:
         for server in servers:
@@ -43,7 +47,9 @@ class _Connections:
     def __init__(self) -> None:
         self._silent: set[web.RequestHandler] = set()  # no request has come on it yet
 
-    async def serve(self, runner: web.AppRunner, listener: socket.socket) -> asyncio.Server:
+    async def serve(
+        self, runner: web.AppRunner, listener: socket.socket, tls: ssl.SSLContext | None
+    ) -> asyncio.Server:
         http_server = runner.server
         assert http_server is not None, "`runner.setup` comes first"
         loop = asyncio.get_running_loop()
@@ -56,7 +62,12 @@ class _Connections:
             loop.call_later(HEADER_TIMEOUT_S, self._close_if_silent, handler)
             return handler
 
-        return await loop.create_server(accept, sock=listener)
+        return await loop.create_server(
+            accept,
+            sock=listener,
+            ssl=tls,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls is not None else None,
+        )
 
     @web.middleware
     async def on_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -56,28 +56,33 @@ class ChangeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ScaleBody(ChangeBody, kw_only=True):
-    """`ranks`: how many there shall be. Or `add` of them more, or without those in `remove`."""
+    """`ranks`: how many there shall be. Or `add` of them more, or those in `add_ranks`, or without
+    those in `remove`. `node`: where the new ones run."""
 
     ranks: Annotated[int, Meta(ge=1, le=RANKS_MAX)] | None = None
     add: Annotated[int, Meta(ge=1, le=RANKS_MAX)] | None = None
+    add_ranks: Ranks = ()
     remove: Ranks = ()
     node: Node = ""
     grace_s: GraceS = DEFAULT_GRACE_S
 
     def change(self, state: ClusterState) -> Change:
-        if sum((self.ranks is not None, self.add is not None)) + bool(self.remove) != 1:
-            raise RequestError("pass one of ranks, add and remove", param="ranks")
+        given = (self.ranks is not None, self.add is not None, self.add_ranks, self.remove)
+        if sum(map(bool, given)) != 1:
+            raise RequestError("pass one of ranks, add, add_ranks and remove", param="ranks")
         if self.remove:
             if self.node:
                 raise RequestError("node is for ranks that come, not for remove", param="node")
             return DrainRanks(
                 ranks=_ranks(self.remove), grace_s=self.grace_s, after=AfterDrain.LEAVE
             )
-        num_ranks = self.ranks
+        coming, num_ranks = _ranks(self.add_ranks), self.ranks
         if num_ranks is None:
             now = state.desired.rank_ids(state.spec.num_ranks if state.spec else 0)
-            num_ranks = len(now) + (self.add or 0)
-        return Scale(num_ranks=num_ranks, grace_s=self.grace_s, node=NodeId(self.node))
+            num_ranks = len(now) + (self.add or len(coming))
+        return Scale(
+            num_ranks=num_ranks, grace_s=self.grace_s, coming=coming, node=NodeId(self.node)
+        )
 
 
 class DrainBody(ChangeBody, kw_only=True):

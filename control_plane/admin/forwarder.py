@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+
 import aiohttp
 from aiohttp import web
 
@@ -16,16 +18,20 @@ _KEPT = ("Retry-After", "Allow")
 
 
 class Forwarder:
-    """Call `close` at the end."""
+    """Call `close` at the end. `tls` says whose certificates are believed."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._http: aiohttp.ClientSession | None = None
 
     async def forward(self, request: web.Request, body: bytes, leader_url: str) -> web.Response:
         """The leader's answer. Raises Unavailable if it does not answer."""
         if self._http is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-            self._http = aiohttp.ClientSession(timeout=timeout, trust_env=False)
+            connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True)
+            self._http = aiohttp.ClientSession(
+                timeout=timeout, connector=connector, trust_env=False
+            )
         headers = {
             "Authorization": request.headers.get("Authorization", ""),
             "Content-Type": "application/json",

@@ -17,9 +17,9 @@ from aiohttp import web
 from gateway.api.errors import http_error
 from gateway.connection_table import ConnectionId, ConnectionLimits, ConnectionTable, Refusal
 from gateway.metrics import GatewayMetrics
-from gateway.tls import HANDSHAKE_TIMEOUT_S
 from shared.clock import Clock
 from shared.errors import Overloaded, Unavailable
+from shared.server_certificate import HANDSHAKE_TIMEOUT_S
 
 log = structlog.get_logger()
 

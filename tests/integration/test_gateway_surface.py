@@ -243,7 +243,7 @@ async def test_https_and_a_renewed_certificate(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_certificate(tmp_path, "first")
-    monkeypatch.setattr("gateway.tls.RELOAD_S", 0.05)
+    monkeypatch.setattr("shared.server_certificate.RELOAD_S", 0.05)
     files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
     async with running_gateway(model, num_ranks=1, scheme="https", **files) as harness:
         assert "first" in await asyncio.to_thread(served_subject, harness.url)

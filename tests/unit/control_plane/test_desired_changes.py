@@ -67,6 +67,20 @@ def test_scale_up_honours_room_flags_and_the_wish_for_a_node() -> None:
     assert nodes(changed(leaving, Scale(num_ranks=5)))[4] == "a"
 
 
+def test_scale_up_by_number_on_a_named_node() -> None:
+    state = state_of(agent("a", 0, 1, 2, ranks_max=4), agent("b", 3))
+    by_number = Scale(num_ranks=6, coming=ids(9, 7), node=NodeId("b"))
+    assert nodes(changed(state, by_number)) == {0: "a", 1: "a", 2: "a", 3: "b", 7: "b", 9: "b"}
+    text = refused(state, Scale(num_ranks=5, coming=ids(3), node=NodeId("b")))
+    assert "rank 3 exists already" in text
+    assert "such as 4" in text
+    text = refused(state, Scale(num_ranks=6, coming=ids(7, 9), node=NodeId("a")))
+    assert "node 'a' has no room for rank 9" in text
+    assert "agents run on a, b" in refused(state, Scale(num_ranks=5, node=NodeId("c")))
+    on_cards = state_of(agent("a", 0, 1, 2, 3), exchange="ep")
+    assert "room for 4 ranks, 0 to 3" in refused(on_cards, Scale(num_ranks=5, coming=ids(12)))
+
+
 def test_cards_have_room_for_the_ranks_that_they_were_started_for() -> None:
     on_cards = state_of(agent("a", 0, 1, 2, 3), exchange="ep")
     assert "--ranks-max" in refused(on_cards, Scale(num_ranks=5))

@@ -136,8 +136,8 @@ async def test_what_cannot_be_is_refused_and_says_what_would_be_needed(
         ("/v1/drain", {"rank": 1, "grace": 1}, "unknown field `grace`"),
         ("/v1/drain", b"{", "truncated"),
         ("/v1/drain", [], "object"),
-        ("/v1/scale", {}, "one of ranks, add and remove"),
-        ("/v1/scale", {"ranks": 3, "add": 1}, "one of ranks, add and remove"),
+        ("/v1/scale", {}, "one of ranks, add, add_ranks and remove"),
+        ("/v1/scale", {"ranks": 3, "add": 1}, "one of ranks, add, add_ranks and remove"),
         ("/v1/scale", {"remove": [1], "node": "a"}, "node is for ranks that come"),
         ("/v1/scale", {"ranks": 0}, "`$.ranks`"),
         ("/v1/restart", {"rolling": False}, "rolling"),
@@ -326,7 +326,8 @@ async def test_the_description_names_every_path_and_the_types_of_its_bodies(
     assert {"202", "400", "401", "409", "503"} < set(scale["responses"])
     name = scale["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
     fields = document["components"]["schemas"][name]["properties"]
-    assert {"ranks", "add", "remove", "node", "grace_s", "request_id"} == set(fields)
+    wanted = {"ranks", "add", "add_ranks", "remove", "node", "grace_s", "request_id"}
+    assert wanted == set(fields)
     status = paths["/v1/status"]["get"]["responses"]["200"]["content"]["application/json"]
     assert status["schema"]["$ref"].endswith("StatusAnswer")
 

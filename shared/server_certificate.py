@@ -1,4 +1,4 @@
-"""TLS of the gateway's port: the certificate, and its renewal without a restart."""
+"""The certificate of a server's port, and its renewal without a restart."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class ServerCertificate:
     """`context` always has the newest pair of files that could be read. Connections that are open
     keep theirs."""
 
-    def __init__(self, certificate: Path, key: Path) -> None:
-        """Raises ConfigError if the files are no certificate chain with its key, in PEM."""
+    def __init__(self, certificate: Path, key: Path, *, flag: str = "--tls") -> None:
+        """Raises ConfigError if the files are no certificate chain with its key, in PEM. `flag` is
+        what the names of their flags begin with."""
         self._certificate = certificate
         self._key = key
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -32,7 +33,7 @@ class ServerCertificate:
             self._load()
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
-                f"--tls-cert {certificate} and --tls-key {key}: {error}; "
+                f"{flag}-cert {certificate} and {flag}-key {key}: {error}; "
                 "pass a PEM chain and its unencrypted key"
             ) from error
 
@@ -67,3 +68,12 @@ class ServerCertificate:
 def _no_password() -> str:
     """Instead of OpenSSL's question on the terminal."""
     return ""
+
+
+def trusting(authority: Path, *, flag: str) -> ssl.SSLContext:
+    """For a client that believes the certificates of this authority alone. Raises ConfigError,
+    which names the `flag`, if the file has none."""
+    try:
+        return ssl.create_default_context(cafile=str(authority))
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{flag} {authority}: {error}; pass certificates in PEM") from error
