@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import uvloop
 from gateway.api_key_watch import ENVIRONMENT, ApiKeyWatch
 from gateway.config import GatewayConfig
 from gateway.descriptor_limit import allowed_connections
-from gateway.service import GatewayDependencies, run_gateway
+from gateway.service import GatewayDependencies, Listeners, run_gateway
 from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import StarfishError
@@ -26,17 +27,12 @@ from shared.etcd_store import connect_store
 from shared.garbage_collector import freeze_loaded_objects
 from shared.handshake import Access
 from shared.lifeline import watch_lifeline
-from shared.listener import inherited_listener, listen_on
+from shared.listener import inherited_listener, listen_alone, listen_on
 from shared.logs import configure_logs
-from shared.secret import is_loopback, read_secret
+from shared.secret import read_secret
 from shared.tracing import open_tracer
 
 log = structlog.get_logger()
-
-_OPEN_HINT = (
-    "whoever reaches this address is served, and the prefix cache tells what others have sent: "
-    "pass --api-key-file (`starfish keys new NAME` makes a key), or --host 127.0.0.1"
-)
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that renders a huge chat may keep the event loop from running. Python's own
@@ -55,6 +51,23 @@ _EXAMPLE = """example, one of several behind a balancer that asks /health/ready:
 
 
 def main() -> None:
+    config = parse(sys.argv[1:])
+
+    async def listeners() -> Listeners:
+        return opened
+
+    try:
+        opened = _listen(config)
+    except StarfishError as error:
+        sys.exit(f"gateway: {error}")
+    with contextlib.ExitStack() as sockets:
+        for listener in opened.sockets():
+            sockets.enter_context(listener)
+        serve(config, listeners)
+
+
+def parse(arguments: Sequence[str]) -> GatewayConfig:
+    """Exits if the configuration is impossible."""
     parser = argparse.ArgumentParser(
         prog="starfish gateway",
         description=_ABOUT,
@@ -65,7 +78,7 @@ def main() -> None:
         "--config", type=Path, metavar="FILE", help="TOML file with a [gateway] section"
     )
     add_flags(parser, GatewayConfig)
-    flags = vars(parser.parse_args())
+    flags = vars(parser.parse_args(list(arguments)))
     try:
         config = load_config(
             GatewayConfig,
@@ -75,23 +88,25 @@ def main() -> None:
             flags=flags,
         )
         config.check()
-        configure_logs(service="gateway", level=config.log_level, json=config.log_json)
-        config = replace(config, connections_max=allowed_connections(config.connections_max))
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        with contextlib.ExitStack() as sockets:
-            listener = sockets.enter_context(_listen(config))
-            own = _listen_alone(config, listener)
-            own_listener = None if own is None else sockets.enter_context(own)
-            uvloop.run(_run(config, listener, own_listener))
+    except StarfishError as error:
+        sys.exit(f"gateway: {error}")
+    configure_logs(service="gateway", level=config.log_level, json=config.log_json)
+    return replace(config, connections_max=allowed_connections(config.connections_max))
+
+
+def serve(config: GatewayConfig, listeners: Callable[[], Awaitable[Listeners | None]]) -> None:
+    """Runs the gateway, which asks for its `listeners` once all else is ready; None ends it. Exits
+    if it fails."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        uvloop.run(_run(config, listeners))
     except* StarfishError as group:
         sys.exit(f"gateway: {_first(group)}")
     except* KeyboardInterrupt:
         sys.exit(130)
 
 
-async def _run(
-    config: GatewayConfig, listener: socket.socket, own_listener: socket.socket | None
-) -> None:
+async def _run(config: GatewayConfig, listeners: Callable[[], Awaitable[Listeners | None]]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,7 +115,6 @@ async def _run(
     access = Access(config.instance, read_secret(config.secret_file))
     api_keys = ApiKeyWatch(config.api_key_file, os.environ.get(ENVIRONMENT, ""))
     loop.add_signal_handler(signal.SIGHUP, api_keys.reload_now)
-    _warn_if_open(listener, api_keys)
     clock = SystemClock()
     attributes = {"starfish.instance": config.instance, "host.name": socket.gethostname()}
     tracer = open_tracer(
@@ -114,8 +128,7 @@ async def _run(
             GatewayDependencies(
                 store=store,
                 clock=clock,
-                listener=listener,
-                own_listener=own_listener,
+                listeners=listeners,
                 stop=stop,
                 access=access,
                 api_keys=api_keys,
@@ -128,24 +141,13 @@ async def _run(
             await asyncio.to_thread(tracer.close)
 
 
-def _listen(config: GatewayConfig) -> socket.socket:
+def _listen(config: GatewayConfig) -> Listeners:
     """Raises ConfigError."""
     if config.listen_fd >= 0:
-        return inherited_listener(config.listen_fd)
-    return listen_on(config.host, config.port, reuse_port=config.reuse_port)
-
-
-def _listen_alone(config: GatewayConfig, shared: socket.socket) -> socket.socket | None:
-    """At the same address. Raises ConfigError."""
-    if config.own_port < 0:
-        return None
-    return listen_on(str(shared.getsockname()[0]), config.own_port)
-
-
-def _warn_if_open(listener: socket.socket, api_keys: ApiKeyWatch) -> None:
-    host, port = listener.getsockname()[:2]
-    if not len(api_keys.keys) and not is_loopback(str(host)):
-        log.warning("gateway_open_to_all", host=host, port=port, do=_OPEN_HINT)
+        shared = inherited_listener(config.listen_fd)
+    else:
+        shared = listen_on(config.host, config.port, reuse_port=config.reuse_port)
+    return Listeners(shared, listen_alone(shared, config.own_port))
 
 
 def _first(group: BaseExceptionGroup[StarfishError]) -> BaseException:

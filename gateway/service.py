@@ -9,7 +9,9 @@ import random
 import secrets
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 from aiohttp import web
@@ -47,6 +49,8 @@ from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
+from shared.release import own_release
+from shared.secret import is_loopback
 from shared.server_certificate import ServerCertificate
 from shared.store import Store
 from shared.tracing import Tracer
@@ -55,27 +59,40 @@ from shared.version import starfish_version
 log = structlog.get_logger()
 
 CLOSE_TIMEOUT_S = 2.0
+_OPEN_HINT = (
+    "whoever reaches this address is served, and the prefix cache tells what others have sent: "
+    "pass --api-key-file (`starfish keys new NAME` makes a key), or --host 127.0.0.1"
+)
+
+
+class Listeners(NamedTuple):
+    """`shared` may be other gateways' too, `own` is of this one alone."""
+
+    shared: socket.socket
+    own: socket.socket | None = None
+
+    def sockets(self) -> list[socket.socket]:
+        return [self.shared] if self.own is None else [self.shared, self.own]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayDependencies:
-    """What a gateway gets from outside. Set `stop` to make it drain and end."""
+    """What a gateway gets from outside. `listeners` may take as long as it likes, and gives None if
+    there will never be any. Set `stop` to make it drain and end."""
 
     store: Store
     clock: Clock
-    listener: socket.socket
-    own_listener: socket.socket | None = None
+    listeners: Callable[[], Awaitable[Listeners | None]]
     stop: asyncio.Event
     access: Access
     api_keys: ApiKeyWatch
     tracer: Tracer | None = None
 
-    def listeners(self) -> list[socket.socket]:
-        return [s for s in (self.listener, self.own_listener) if s is not None]
-
 
 async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) -> None:
-    """Raises CheckpointError if the tokenizer of the instance's model cannot be read."""
+    """Follows the instance from the beginning, and serves clients once it has its listeners. Raises
+    CheckpointError if the tokenizer of the instance's model cannot be read, and what `listeners`
+    raises."""
     name_key = secrets.token_bytes(NAME_KEY_BYTES)
     caller = gateway_caller(f"gateway-{socket.gethostname()}", name_key)
     name = caller.name
@@ -192,7 +209,6 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             "Requests that wait to be tokenised",
             lambda: preparation.num_waiting,
         )
-        leased.put(keys.gateway(name), pack(_record(name, dependencies, config)))
         background = [
             tasks.create_task(watch.run()),
             tasks.create_task(leased.run()),
@@ -211,21 +227,41 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         )
         await runner.setup()
         certificate = _certificate(config)
-        await http_listener.start(
-            runner, dependencies.listeners(), certificate.context if certificate else None
-        )
         if certificate is not None:
             background.append(tasks.create_task(certificate.follow_files()))
-        host, port = dependencies.listener.getsockname()[:2]
-        log.info("gateway_listening", host=host, port=port, instance=config.instance)
-        await dependencies.stop.wait()
-        await _drain(config, http_listener, health, driver)
+        listeners = await _until_needed(dependencies)
+        if listeners is not None:
+            tls = certificate.context if certificate else None
+            await http_listener.start(runner, listeners.sockets(), tls)
+            leased.put(keys.gateway(name), pack(_record(name, listeners, config)))
+            host, port = listeners.shared.getsockname()[:2]
+            log.info("gateway_listening", host=host, port=port, instance=config.instance)
+            if not len(dependencies.api_keys.keys) and not is_loopback(str(host)):
+                log.warning("gateway_open_to_all", host=host, port=port, do=_OPEN_HINT)
+            await dependencies.stop.wait()
+            await _drain(config, http_listener, health, driver)
         await runner.cleanup()
         await leased.release()
         driver.close()
         grammars.close()
         for task in background:
             task.cancel()
+
+
+async def _until_needed(dependencies: GatewayDependencies) -> Listeners | None:
+    """None if it is told to end before."""
+    async with asyncio.TaskGroup() as tasks:
+        needed = tasks.create_task(_listeners_of(dependencies))
+        stopped = tasks.create_task(dependencies.stop.wait())
+        await asyncio.wait({needed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        found = needed.result() if needed.done() else None
+        for task in (needed, stopped):
+            task.cancel()
+    return found
+
+
+async def _listeners_of(dependencies: GatewayDependencies) -> Listeners | None:
+    return await dependencies.listeners()
 
 
 async def _drain(
@@ -261,9 +297,9 @@ def _kv_usage(driver: SessionDriver) -> float:
     return 1.0 - num_free / num_blocks if num_blocks else 0.0
 
 
-def _record(name: str, dependencies: GatewayDependencies, config: GatewayConfig) -> GatewayRecord:
-    host, port = dependencies.listener.getsockname()[:2]
-    own = dependencies.own_listener
+def _record(name: str, listeners: Listeners, config: GatewayConfig) -> GatewayRecord:
+    host, port = listeners.shared.getsockname()[:2]
+    own = listeners.own
     return GatewayRecord(
         gateway=name,
         pid=os.getpid(),
@@ -271,6 +307,7 @@ def _record(name: str, dependencies: GatewayDependencies, config: GatewayConfig)
         port=int(port),
         scheme="https" if config.tls_cert is not None else "http",
         own_port=0 if own is None else int(own.getsockname()[1]),
+        release=own_release(),
     )
 
 

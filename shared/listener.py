@@ -27,6 +27,12 @@ def listen_on(
         ) from error
 
 
+def listen_alone(shared: socket.socket, port: int) -> socket.socket | None:
+    """At the same address as `shared`, for this process alone; None if `port` is negative. Raises
+    ConfigError."""
+    return None if port < 0 else listen_on(str(shared.getsockname()[0]), port)
+
+
 def inherited_listener(fd: int, *, flag: str = "--listen-fd") -> socket.socket:
     """Raises ConfigError, which names the `flag`, if `fd` is not a listening socket."""
     try:

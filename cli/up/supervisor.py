@@ -119,11 +119,17 @@ class Supervisor:
             started_at = self._clock.now()
             child = self._children[service.name]
             await child.wait()
+            if self._stopping:
+                return
+            why = self.exit_message(service.name)
+            if self._take_over(service):  # at once: who waits for its successor are clients
+                self._warn(f"{why}; its standby is {service.name} now")
+                continue
             lived_s = self._clock.now() - started_at
             led = await self._revoke_leadership(child.pid)
             if self._stopping:
                 return
-            self._warn(f"{self.exit_message(service.name)}; restarting {service.name}")
+            self._warn(f"{why}; restarting {service.name}")
             await self._restart(service, backoff, backoff.on_exit(lived_s, led=led))
 
     async def _restart(self, service: Service, backoff: RestartBackoff, wait_s: float) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gateway.api_key_watch import ApiKeyWatch
 from gateway.config import GatewayConfig
-from gateway.service import GatewayDependencies, run_gateway
+from gateway.service import GatewayDependencies, Listeners, run_gateway
 from shared.clock import SystemClock
 from shared.codec import pack
 from shared.expert_map import ExpertMap
@@ -134,10 +134,14 @@ async def running_gateway(
                 await harness.add_rank(ToyRank(number))
             if num_ranks:
                 await harness.publish(harness.ranks)
+
+            async def listeners() -> Listeners:
+                return Listeners(listener)
+
             dependencies = GatewayDependencies(
                 store=harness.gateway_store,
                 clock=SystemClock(),
-                listener=listener,
+                listeners=listeners,
                 stop=harness.stop,
                 access=Access(config.instance),
                 api_keys=ApiKeyWatch(config.api_key_file, "", poll_s=0.05),

@@ -6,19 +6,19 @@ import os
 
 import pytest
 
-from shared.standby import begin, wait_to_begin
+from shared.standby import begin, until_told_to_begin
 
 
-def test_it_hears_what_it_shall_do() -> None:
+async def test_it_hears_what_it_shall_do() -> None:
     hears, says = os.pipe()
     begin(says, ["7", "/var/log/a gateway.log"])
-    assert wait_to_begin(hears) == ["7", "/var/log/a gateway.log"]
+    assert await until_told_to_begin(hears) == ["7", "/var/log/a gateway.log"]
 
 
-def test_a_pipe_that_ends_says_that_it_never_will() -> None:
+async def test_a_pipe_that_ends_says_that_it_never_will() -> None:
     hears, says = os.pipe()
     os.close(says)
-    assert wait_to_begin(hears) == []
+    assert await until_told_to_begin(hears) == []
 
 
 def test_one_that_has_exited_is_told_nothing() -> None:
