@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from signal import SIGKILL, SIGSTOP, SIGTERM
 from typing import Protocol
 
+from cli.admin.goals import at_once, drained, replaced, restarted, scaled, serving
 from cli.bench.chaos.host_faults import BadLink, LinkDown, Partition, PowerLoss
-from cli.bench.chaos.planned_changes import PlannedChange
+from cli.bench.chaos.planned_changes import Ask, PlannedChange
 from cli.bench.chaos.process_faults import DiskFull, SignalFault, SlowFault, StoreAway
 from cli.bench.chaos.processes import ProcessKind, ServiceProcess
 from cli.bench.chaos.site import Site, choose
 from shared.errors import ConfigError
+from shared.records import RankRecord
 
 KILL_TARGET_MS = 100.0
 HANG_TARGET_MS = 300.0
@@ -206,24 +208,55 @@ def _planned_changes() -> list[Fault]:
         PlannedChange(
             name="drain",
             summary="a rank is drained, then undrained",
-            begin=lambda site, rank: ("drain", rank),
-            end=lambda site, rank: ("undrain", rank),
+            begin=_drain,
+            end=_undrain,
             target_ms=PLANNED_TARGET_MS,
         ),
         PlannedChange(
             name="scale",
             summary="one rank less, then one more",
-            begin=lambda site, rank: ("scale", str(len(site.ranks()) - 1)),
-            end=lambda site, rank: ("scale", str(len(site.ranks()) + 1)),
+            begin=lambda site, rank: _scale(len(site.ranks()) - 1),
+            end=lambda site, rank: _scale(len(site.ranks()) + 1),
+            target_ms=PLANNED_TARGET_MS,
+        ),
+        PlannedChange(
+            name="replace",
+            summary="a rank gets a new process where it is",
+            begin=lambda site, rank: Ask(
+                name="replace",
+                fields={"rank": rank.rank, "node": rank.node},
+                goal=replaced(rank.rank, rank.node),
+            ),
             target_ms=PLANNED_TARGET_MS,
         ),
         PlannedChange(
             name="rolling-restart",
             summary="every rank gets a new process, one after the other",
-            begin=lambda site, rank: ("restart",),
+            begin=lambda site, rank: Ask(name="restart", fields={}, goal=restarted),
+            target_ms=PLANNED_TARGET_MS,
+        ),
+        PlannedChange(
+            name="rebalance",
+            summary="experts move to where they are worth most now",
+            begin=lambda site, rank: Ask(name="rebalance", fields={}, goal=at_once("asked")),
+            hold_s=3.0,
             target_ms=PLANNED_TARGET_MS,
         ),
     ]
+
+
+def _drain(site: Site, rank: RankRecord) -> Ask:
+    goal = drained(lambda each: each.rank == rank.rank, f"rank {rank.rank}")
+    return Ask(name="drain", fields={"rank": rank.rank}, goal=goal)
+
+
+def _undrain(site: Site, rank: RankRecord) -> Ask:
+    goal = serving(lambda each: each.rank == rank.rank, f"rank {rank.rank}")
+    return Ask(name="undrain", fields={"rank": rank.rank}, goal=goal)
+
+
+def _scale(num_ranks: int) -> Ask:
+    return Ask(name="scale", fields={"ranks": num_ranks}, goal=scaled)
 
 
 def _host_faults() -> list[Fault]:

@@ -1,67 +1,90 @@
-"""Changes on purpose, by the commands that people use: clients should not notice them."""
+"""Changes on purpose, asked of the admin API as the commands ask it: clients should not notice
+them. Asked from this process, because on a small machine the start of a command is a disturbance
+by itself."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from cli.admin.client import AdminClient
+from cli.admin.goals import Goal
 from cli.bench.chaos.site import Site, choose
+from cli.run_dir import read_state
+from shared.clock import SystemClock
 from shared.errors import Unavailable
+from shared.records import RankRecord
+from shared.types import RankId
 
 _TIMEOUT_S = 180.0
+_POLL_S = 0.25
+_PATIENCE_S = 15.0
 
-Words = Callable[[Site, str], tuple[str, ...]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request of the admin API, `/v1/{name}` with these fields, and when it is done."""
+
+    name: str
+    fields: Mapping[str, Any]
+    goal: Goal
+
+
+AskOf = Callable[[Site, RankRecord], Ask]
 
 
 @dataclass(slots=True, kw_only=True)
 class PlannedChange:
-    """`begin` and `end` make the words of a command, for the rank that was chosen. The change lasts
-    until the first command has returned and, after `hold_s`, the second one has."""
+    """`begin` and `end` make the requests, for the rank that was chosen. The change lasts until the
+    first is done and, after `hold_s`, the second one is."""
 
     name: str
     summary: str
-    begin: Words
-    end: Words | None = None
+    begin: AskOf
+    end: AskOf | None = None
     hold_s: float = 1.0
     target_ms: float | None = None
-    _rank: str = ""
+    _rank: RankRecord | None = None
 
     def missing(self, site: Site) -> str | None:
         return None if site.run_dir is not None else "needs an instance of `starfish up`"
 
     async def inject(self, site: Site, rng: random.Random) -> str:
         (victim,) = choose(rng, site.ranks(), 1)
-        self._rank = str(victim.rank)
-        words = self.begin(site, self._rank)
-        await _run(site.run_dir, words)
-        return " ".join(words)
+        members = {record.rank: record for record in site.observer.members()}
+        self._rank = members[RankId(victim.rank)]
+        ask = self.begin(site, self._rank)
+        await _carry_out(site, ask)
+        return f"{ask.name} {' '.join(f'{name}={value}' for name, value in ask.fields.items())}"
 
     async def heal(self, site: Site) -> None:
-        rank, self._rank = self._rank, ""
-        if rank and self.end is not None:
-            await _run(site.run_dir, self.end(site, rank))
+        rank, self._rank = self._rank, None
+        if rank is not None and self.end is not None:
+            await _carry_out(site, self.end(site, rank))
 
 
-async def _run(run_dir: Path | None, words: tuple[str, ...]) -> None:
-    """Raises Unavailable with the command's own message if it fails."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cli", *words, "--run-dir", str(run_dir)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
+async def _carry_out(site: Site, ask: Ask) -> None:
+    """Returns when it is done. Raises Refused, and Unavailable if it takes too long or fails."""
+    state = None if site.run_dir is None else read_state(site.run_dir)
+    if state is None:
+        raise Unavailable(f"there is no instance in {site.run_dir}")
+    client = AdminClient(state.target(), SystemClock())
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            _, said = await process.communicate()
+            accepted = await client.change(ask.name, ask.fields, patience_s=_PATIENCE_S)
+            while True:
+                status = await client.status()
+                if status.change.number >= accepted.change:
+                    progress = ask.goal(status)
+                    if progress.failed:
+                        raise Unavailable(f"{ask.name}: {progress.result}")
+                    if not progress.waits_for:
+                        return
+                await asyncio.sleep(_POLL_S)
     except TimeoutError:
-        raise Unavailable(f"`starfish {' '.join(words)}` took over {_TIMEOUT_S:.0f} s") from None
+        raise Unavailable(f"{ask.name} took over {_TIMEOUT_S:.0f} s") from None
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        raise Unavailable(f"`starfish {' '.join(words)}`: {said.decode(errors='replace').strip()}")
+        await client.close()
