@@ -29,10 +29,15 @@ from shared.handshake import Access
 from shared.lifeline import watch_lifeline
 from shared.listener import inherited_listener, listen_alone, listen_on
 from shared.logs import configure_logs
-from shared.secret import read_secret
+from shared.secret import is_loopback, read_secret
 from shared.tracing import open_tracer
 
 log = structlog.get_logger()
+
+_OPEN_HINT = (
+    "whoever reaches this address is served, and the prefix cache tells what others have sent: "
+    "pass --api-key-file (`starfish keys new NAME` makes a key), or --host 127.0.0.1"
+)
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that renders a huge chat may keep the event loop from running. Python's own
@@ -57,13 +62,15 @@ def main() -> None:
         return opened
 
     try:
+        api_keys = read_api_keys(config)
         opened = _listen(config)
     except StarfishError as error:
         sys.exit(f"gateway: {error}")
+    warn_if_open(opened, api_keys)
     with contextlib.ExitStack() as sockets:
         for listener in opened.sockets():
             sockets.enter_context(listener)
-        serve(config, listeners)
+        serve(config, api_keys, listeners)
 
 
 def parse(arguments: Sequence[str]) -> GatewayConfig:
@@ -94,26 +101,44 @@ def parse(arguments: Sequence[str]) -> GatewayConfig:
     return replace(config, connections_max=allowed_connections(config.connections_max))
 
 
-def serve(config: GatewayConfig, listeners: Callable[[], Awaitable[Listeners | None]]) -> None:
+def read_api_keys(config: GatewayConfig) -> ApiKeyWatch:
+    """Raises ConfigError."""
+    return ApiKeyWatch(config.api_key_file, os.environ.get(ENVIRONMENT, ""))
+
+
+def warn_if_open(listeners: Listeners, api_keys: ApiKeyWatch) -> None:
+    host, port = listeners.shared.getsockname()[:2]
+    if not len(api_keys.keys) and not is_loopback(str(host)):
+        log.warning("gateway_open_to_all", host=host, port=port, do=_OPEN_HINT)
+
+
+def serve(
+    config: GatewayConfig,
+    api_keys: ApiKeyWatch,
+    listeners: Callable[[], Awaitable[Listeners | None]],
+) -> None:
     """Runs the gateway, which asks for its `listeners` once all else is ready; None ends it. Exits
     if it fails."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        uvloop.run(_run(config, listeners))
+        uvloop.run(_run(config, api_keys, listeners))
     except* StarfishError as group:
         sys.exit(f"gateway: {_first(group)}")
     except* KeyboardInterrupt:
         sys.exit(130)
 
 
-async def _run(config: GatewayConfig, listeners: Callable[[], Awaitable[Listeners | None]]) -> None:
+async def _run(
+    config: GatewayConfig,
+    api_keys: ApiKeyWatch,
+    listeners: Callable[[], Awaitable[Listeners | None]],
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     watch_lifeline(config.lifeline_fd, stop.set)
     access = Access(config.instance, read_secret(config.secret_file))
-    api_keys = ApiKeyWatch(config.api_key_file, os.environ.get(ENVIRONMENT, ""))
     loop.add_signal_handler(signal.SIGHUP, api_keys.reload_now)
     clock = SystemClock()
     attributes = {"starfish.instance": config.instance, "host.name": socket.gethostname()}

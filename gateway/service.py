@@ -50,7 +50,6 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
 from shared.release import own_release
-from shared.secret import is_loopback
 from shared.server_certificate import ServerCertificate
 from shared.store import Store
 from shared.tracing import Tracer
@@ -59,10 +58,6 @@ from shared.version import starfish_version
 log = structlog.get_logger()
 
 CLOSE_TIMEOUT_S = 2.0
-_OPEN_HINT = (
-    "whoever reaches this address is served, and the prefix cache tells what others have sent: "
-    "pass --api-key-file (`starfish keys new NAME` makes a key), or --host 127.0.0.1"
-)
 
 
 class Listeners(NamedTuple):
@@ -236,8 +231,6 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             leased.put(keys.gateway(name), pack(_record(name, listeners, config)))
             host, port = listeners.shared.getsockname()[:2]
             log.info("gateway_listening", host=host, port=port, instance=config.instance)
-            if not len(dependencies.api_keys.keys) and not is_loopback(str(host)):
-                log.warning("gateway_open_to_all", host=host, port=port, do=_OPEN_HINT)
             await dependencies.stop.wait()
             await _drain(config, http_listener, health, driver)
         await runner.cleanup()

@@ -9,9 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-from gateway.__main__ import parse, serve
+from gateway.__main__ import parse, read_api_keys, serve, warn_if_open
 from gateway.config import GatewayConfig
 from gateway.service import Listeners
+from shared.errors import StarfishError
 from shared.fork_server import set_command_line
 from shared.listener import inherited_listener, listen_alone
 from shared.logs import open_log
@@ -21,6 +22,10 @@ from shared.standby import until_told_to_begin
 def main() -> None:
     begin_fd, option, listen_fds, *flags = sys.argv[1:]
     config = parse(flags)
+    try:
+        api_keys = read_api_keys(config)
+    except StarfishError as error:
+        sys.exit(f"gateway: {error}")
 
     async def take_over() -> Listeners | None:
         """None: nobody will need it. Raises ConfigError."""
@@ -34,9 +39,11 @@ def main() -> None:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(log.fileno(), stream.fileno())
         set_command_line([sys.executable, "-m", "gateway", option, listen_fd, *flags])
-        return _listeners(config, int(listen_fd))
+        listeners = _listeners(config, int(listen_fd))
+        warn_if_open(listeners, api_keys)
+        return listeners
 
-    serve(config, take_over)
+    serve(config, api_keys, take_over)
 
 
 def _listeners(config: GatewayConfig, fd: int) -> Listeners:
