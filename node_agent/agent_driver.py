@@ -310,7 +310,7 @@ class AgentDriver:
                     await self.store.revoke_lease(lease_id)
             self._perform(self.supervisor.on_spawn_failed(rank, self.clock.now()))
             why = f"no process could be started: {error}"
-            self.own_record.on_waits(rank, self.supervisor.waits_until(rank), why)
+            self.own_record.on_waits(rank, self.supervisor.wait_of(rank), why)
             self._changed.set()
             return
         running_rank = RunningRank(member=member, lease_id=lease_id, pid=process.pid)
@@ -369,7 +369,7 @@ class AgentDriver:
         self._perform(self.supervisor.on_exited(rank, exit_code, self.clock.now()))
         log.info("rank_exited", rank=rank, pid=process.pid, detail=describe_exit(exit_code))
         why = why_it_ended(exit_code, self._log_of(rank))
-        self.own_record.on_waits(rank, self.supervisor.waits_until(rank), why)
+        self.own_record.on_waits(rank, self.supervisor.wait_of(rank), why)
         self.metrics.on_exit(exit_code)
         self._pinning.unpin()
         lease_task = self._lease_tasks.pop(rank)

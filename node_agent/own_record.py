@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from node_agent.rank_supervisor import RankWait
 from shared.clock import Clock
 from shared.exit_codes import describe_exit
 from shared.keys import Keys
@@ -16,8 +17,8 @@ from shared.leased_keys import LeasedKeys
 from shared.records import AgentRecord, WaitingRank, pack_record
 from shared.types import NodeId, RankId
 
-TOLD_FROM_S = 1.0
-"""A shorter wait is over before anybody has read of it."""
+TOLD_FROM_FAILURES = 2
+"""A single death is over before anybody has read of it."""
 _WHY_CHARS_MAX = 300
 _LOG_TAIL_BYTES = 8 << 10
 _SAID = "starfish rank: "
@@ -43,14 +44,13 @@ class OwnRecord:
         self.record = replace(self.record, leaving=True)
         self.put()
 
-    def on_waits(self, rank: RankId, until: float | None, why: str) -> None:
-        """Its next process starts at `until`, by the clock's `now`; None: it waits for none."""
-        wait_s = 0.0 if until is None else until - self.clock.now()
-        if wait_s < TOLD_FROM_S:
+    def on_waits(self, rank: RankId, wait: RankWait | None, why: str) -> None:
+        """`wait` is in the clock's `now`; None: it waits for no process."""
+        if wait is None or wait.failures < TOLD_FROM_FAILURES:
             self.on_gone(rank)
             return
-        at = round(self.clock.wall() + wait_s, 1)
-        waiting = WaitingRank(rank=rank, until=at, why=why[:_WHY_CHARS_MAX])
+        until = round(self.clock.wall() + wait.until - self.clock.now(), 1)
+        waiting = WaitingRank(rank=rank, until=until, why=why[:_WHY_CHARS_MAX])
         self._set_waiting((*self._others(rank), waiting))
 
     def on_gone(self, rank: RankId) -> None:

@@ -81,6 +81,14 @@ class RunningRank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankWait:
+    """For a rank's next process, until this time, after so many short runs in a row."""
+
+    until: float
+    failures: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spawn:
     rank: RankId
 
@@ -215,10 +223,12 @@ class RankSupervisor:
         declared_dead = (r.kill_at for r in self._ranks.values() if r.kill_at is not None)
         return min((*waiting, *declared_dead), default=None)
 
-    def waits_until(self, rank: RankId) -> float | None:
-        """When its next process starts; None if it does not wait for that."""
+    def wait_of(self, rank: RankId) -> RankWait | None:
+        """None if it does not wait for its next process."""
         found = self._ranks[rank]
-        return found.due_at if found.phase is RankPhase.WAITING else None
+        if found.phase is not RankPhase.WAITING:
+            return None
+        return RankWait(until=found.due_at, failures=found.failures)
 
     def take_due(self, now: float) -> list[SupervisorAction]:
         actions: list[SupervisorAction] = []

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -344,6 +345,24 @@ async def test_a_fenced_rank_is_restarted_again_and_again_without_backoff(node: 
         return known is not None and int(known.value) >= 4
 
     await until(has_many_incarnations)
+    agent.send_signal(signal.SIGTERM)
+    assert await ended(agent) == 0
+
+
+async def test_an_agent_tells_why_a_rank_does_not_come_and_when_it_starts_again(
+    node: Node,
+) -> None:
+    agent = await node.start("--ranks", "3", "--no-fork-ranks", toy="complain")
+
+    async def told() -> bool:
+        found = await node.store.get(node.keys.agent(NodeId("n")))
+        if found is None:
+            return False
+        waiting = unpack_record(found.value, AgentRecord).waiting
+        assert all(each.rank == 3 and each.until > time.time() - 60 for each in waiting)
+        return [each.why for each in waiting] == ["model.safetensors is truncated"]
+
+    await until(told)
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 

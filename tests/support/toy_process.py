@@ -1,6 +1,6 @@
 """Stands in for a rank's process: registers with the lease that it was given, then waits. `--toy`
-says whether it obeys its agent's signal to end, ignores it, exits at once with a code, or has a
-child of its own."""
+says whether it obeys its agent's signal to end, ignores it, exits at once with a code or with a
+complaint, or has a child of its own."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def main() -> None:
         signal.signal(END_AT_ONCE, signal.SIG_IGN)
     if flags.toy.startswith("exit-"):
         sys.exit(int(flags.toy.removeprefix("exit-")))
+    if flags.toy == "complain":
+        sys.exit("starfish rank: model.safetensors is truncated")
     if flags.toy == "parent":
         subprocess.Popen(["sleep", "0.5"])
     asyncio.run(register(flags))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from cli.up.services import Service
+from cli.up.services import Service, Standby
 from cli.up.supervisor import Supervisor
 from shared.errors import Unavailable
 from tests.support.fake_clock import FakeClock
@@ -72,4 +73,58 @@ async def test_how_a_child_ended(tmp_path: Path, last_act: str, message: str) ->
     with pytest.raises(Unavailable) as raised:
         supervisor.require_alive(service)
     assert str(raised.value) == message
+    supervisor.close_lifeline()
+
+
+_STANDBY = """
+import os, sys, time
+words = os.read(int(sys.argv[1]), 100)
+open(words.decode().split(chr(0))[0], "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+_SERVICE = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+
+
+async def pid_in(file: Path) -> int:
+    async with asyncio.timeout(30):
+        while not (file.exists() and file.read_text().strip()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return int(file.read_text())
+
+
+async def test_a_standby_takes_over_before_etcd_is_asked_who_led(tmp_path: Path) -> None:
+    """etcd may be away, and clients wait."""
+
+    async def never(pid: int) -> bool:
+        await asyncio.Event().wait()
+        return False
+
+    warnings: list[str] = []
+    supervisor = Supervisor(
+        tmp_path, FakeClock(), run="", warn=warnings.append, revoke_leadership=never
+    )
+    took_over = tmp_path / "took-over"
+    standby = Standby(
+        name="s", program=(sys.executable, "-c", _STANDBY), arguments=(), inherited_fds=()
+    )
+    service = Service(
+        name="gateway",
+        argv=(sys.executable, "-c", _SERVICE),
+        stop_timeout_s=1.0,
+        standby="s",
+        standby_word=str(took_over),
+    )
+    await supervisor.start_standby(standby)
+    await supervisor.start(service)
+    supervising = asyncio.create_task(supervisor.supervise(service))
+    os.kill(await pid_in(tmp_path / "gateway.log"), signal.SIGKILL)
+    successor = await pid_in(took_over)
+    assert warnings == ["gateway was killed by SIGKILL; its standby is gateway now"]
+    assert not supervisor.has_exited(service)
+    supervising.cancel()
+    await asyncio.gather(supervising, return_exceptions=True)
+    os.kill(successor, signal.SIGKILL)
+    await supervisor.stop(service)
     supervisor.close_lifeline()

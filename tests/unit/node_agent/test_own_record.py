@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from node_agent.own_record import OwnRecord, why_it_ended
+from node_agent.rank_supervisor import RankWait
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import AgentRecord
@@ -32,9 +33,13 @@ def told(own: OwnRecord) -> dict[int, tuple[float, str]]:
     return {each.rank: (each.until - wall, each.why) for each in own.record.waiting}
 
 
+def wait(own: OwnRecord, seconds: float, failures: int = 2) -> RankWait:
+    return RankWait(until=own.clock.now() + seconds, failures=failures)
+
+
 def test_a_rank_that_waits_is_told_until_it_has_registered(own: OwnRecord) -> None:
-    own.on_waits(RankId(3), own.clock.now() + 8.0, "no memory")
-    own.on_waits(RankId(4), own.clock.now() + 0.2, "a single death")
+    own.on_waits(RankId(3), wait(own, 8.0), "no memory")
+    own.on_waits(RankId(4), wait(own, 0.1, failures=1), "a single death")
     assert told(own) == {3: (pytest.approx(8.0, abs=0.1), "no memory")}
     own.on_gone(RankId(3))
     assert told(own) == {}
@@ -42,7 +47,7 @@ def test_a_rank_that_waits_is_told_until_it_has_registered(own: OwnRecord) -> No
 
 def test_a_rank_that_shall_not_run_here_any_more_waits_for_nothing(own: OwnRecord) -> None:
     for rank in (3, 4):
-        own.on_waits(RankId(rank), own.clock.now() + 8.0, "x" * 1000)
+        own.on_waits(RankId(rank), wait(own, 8.0), "x" * 1000)
     own.on_wanted({RankId(4)})
     assert list(told(own)) == [4]
     assert len(told(own)[4][1]) == 300
