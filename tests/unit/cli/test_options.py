@@ -231,3 +231,19 @@ def test_redundancy_is_the_control_planes_choice_unless_given(options: UpOptions
     assert given[given.index("--redundant-experts") + 1] == "16"
     default = dataclasses.replace(options, redundant_experts=-1)
     assert "--redundant-experts" not in control_plane(default, ETCD, Path("/m"), 0, 6).argv
+
+
+def test_control_planes_get_the_admin_apis_certificate_and_whom_to_believe(
+    options: UpOptions, tmp_path: Path
+) -> None:
+    assert "--admin-ca" not in control_plane(options, ETCD, tmp_path, 0, 7).argv
+    certificate, key, authority = (tmp_path / name for name in ("c.pem", "k.pem", "ca.pem"))
+    half = dataclasses.replace(options, admin_tls_cert=certificate)
+    with pytest.raises(ConfigError, match="--admin-tls-key"):
+        half.check()
+    tls = dataclasses.replace(half, admin_tls_key=key)
+    given = {("--admin-tls-cert", str(certificate)), ("--admin-tls-key", str(key))}
+    own = pairs(control_plane(tls, ETCD, tmp_path, 0, 7))
+    assert given | {("--admin-ca", str(certificate))} <= own  # it may have signed itself
+    signed = dataclasses.replace(tls, admin_ca=authority)
+    assert ("--admin-ca", str(authority)) in pairs(control_plane(signed, ETCD, tmp_path, 0, 7))
