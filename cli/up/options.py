@@ -148,21 +148,11 @@ class UpOptions:
         ),
     ] = None
     admin_tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            "--admin-tls-cert",
-            help="PEM file with a certificate chain: the admin API has TLS then.",
-        ),
+        Path | None, typer.Option(help="PEM certificate chain: the admin API has TLS then.")
     ] = None
-    admin_tls_key: Annotated[
-        Path | None, typer.Option("--admin-tls-key", help="PEM file with its key.")
-    ] = None
+    admin_tls_key: Annotated[Path | None, typer.Option(help="PEM file with its key.")] = None
     admin_ca: Annotated[
-        Path | None,
-        typer.Option(
-            "--admin-ca",
-            help="PEM file with the authority of --admin-tls-cert (default: that certificate).",
-        ),
+        Path | None, typer.Option(help="PEM file with its authority (default: itself).")
     ] = None
     demo: Annotated[
         bool,
