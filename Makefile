@@ -20,6 +20,7 @@ SIDE_BY_SIDE := -n auto --dist loadfile
 TWO_AT_ONCE := -n 2 --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 UP_FLAGS ?=
+SOAK_FLAGS ?=
 # Beside the virtual environment: the pins of other people's clients clash.
 CLIENTS := .venv-clients
 CLIENT_PINS := tests/clients/requirements
@@ -31,7 +32,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration clients test-compose clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration clients soak test-compose clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -92,6 +93,11 @@ integration: install ## Real processes, real etcd, real signals
 clients: install $(CLIENT_ENVIRONMENTS) $(CLIENTS)/.node ## Other people's clients, unchanged, each in an environment of its own
 	$(call say,clients)
 	$(BIN)/python -m tests.clients.run $(CLIENT_ENVIRONMENTS:/.installed=)
+
+soak: install ## Mixed load and a fault every 20 s for MINUTES (10; the long form has 120): nothing may grow
+	$(call say,soak of $(or $(MINUTES),10) minutes)
+	mkdir -p build
+	exec $(BIN)/starfish bench soak --minutes $(or $(MINUTES),10) --report build/soak.json $(SOAK_FLAGS)
 
 test-compose: install ## The containers on a real engine of its own (root; needs dockerd, mmdebstrap)
 	$(call say,containers)

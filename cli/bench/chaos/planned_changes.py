@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli.bench.chaos.processes import ProcessKind
 from cli.bench.chaos.site import Site, choose
 from shared.errors import Unavailable
 
@@ -34,7 +35,7 @@ class PlannedChange:
         return None if site.run_dir is not None else "needs an instance of `starfish up`"
 
     async def inject(self, site: Site, rng: random.Random) -> str:
-        (victim,) = choose(rng, site.ranks(), 1)
+        (victim,) = choose(rng, site.victims(ProcessKind.RANK), 1)
         self._rank = str(victim.rank)
         words = self.begin(site, self._rank)
         await _run(site.run_dir, words)

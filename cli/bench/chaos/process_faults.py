@@ -56,7 +56,7 @@ class StoreAway:
         return None if site.processes(ProcessKind.ETCD) else "its etcd is not ours to stop"
 
     async def inject(self, site: Site, rng: random.Random) -> str:
-        victims = choose(rng, site.ranks(), 1)
+        victims = choose(rng, site.victims(ProcessKind.RANK), 1)
         site.send(site.processes(ProcessKind.ETCD), signal.SIGSTOP)
         site.send(victims, signal.SIGKILL)
         return ", ".join(map(str, victims))
@@ -113,7 +113,7 @@ class DiskFull:
         assert site.folder is not None, "`missing` comes first"
         self._filler = site.folder / "filler"
         await asyncio.to_thread(_fill, self._filler)
-        victims = choose(rng, site.ranks(), 1)
+        victims = choose(rng, site.victims(ProcessKind.RANK), 1)
         site.send(victims, signal.SIGKILL)
         return f"the run folder is full, {', '.join(map(str, victims))} killed"
 
