@@ -220,7 +220,7 @@ def _planned_changes() -> list[Fault]:
         PlannedChange(
             name="rolling-restart",
             summary="every rank gets a new process, one after the other",
-            begin=lambda site, rank: ("restart",),
+            begin=lambda site, rank: ("restart", "--rolling"),
             target_ms=PLANNED_TARGET_MS,
         ),
     ]

@@ -24,7 +24,7 @@ _SHOWN_ERRORS = 5
 
 @dataclass(slots=True, kw_only=True)
 class FaultCount:
-    """`whole_s` has one entry per try, `failed` the messages of changes that were refused."""
+    """`whole_s` has one entry per try, `failed` says why some could not be injected."""
 
     whole_s: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)

@@ -115,7 +115,7 @@ async def _inject(
         began_at = clock.now()
         try:
             victim = await inject_and_heal(site, fault, rng)
-        except Unavailable as error:
+        except (Unavailable, OSError) as error:
             count.failed.append(str(error))
             victim = f"{fault.name} failed"
             console.print(f"{fault.name}: {error}", highlight=False, soft_wrap=True)
