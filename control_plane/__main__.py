@@ -18,6 +18,7 @@ import structlog
 from control_plane.admin.admin_app import AdminApp
 from control_plane.admin.admin_server import serving
 from control_plane.admin.authentication import read_admin_token
+from control_plane.admin.client_figures import ClientFigures, gateways_of
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
@@ -131,7 +132,14 @@ async def serve(config: ControlPlaneConfig) -> None:
             admin_url=admin.url if admin is not None else "",
         )
         if admin is not None:
-            app = AdminApp(driver, token=admin.token, url=admin.url, clock=clock)
+            app = AdminApp(
+                driver,
+                token=admin.token,
+                url=admin.url,
+                clock=clock,
+                figures=ClientFigures(gateways_of(store, Keys(config.instance), clock.now)),
+                can_kill=config.allow_kill,
+            )
             await stack.enter_async_context(serving(app, admin.listeners))
             log.info("admin_api_listening", url=admin.url)
         etcd_watch = EtcdHealthWatch(store, metrics)

@@ -147,6 +147,14 @@ class UpOptions:
             "folder).",
         ),
     ] = None
+    allow_kill: Annotated[
+        bool,
+        typer.Option(
+            "--allow-kill",
+            help="The page at the admin API's address has a button that kills a rank, for "
+            "demonstrations.",
+        ),
+    ] = False
     demo: Annotated[
         bool,
         typer.Option(

@@ -66,6 +66,7 @@ def control_plane(
             *("--admin-host", options.admin_host, "--admin-port", "0"),
             *("--admin-token-file", str(options.admin_token_file)),
             *("--admin-listen-fd", str(admin_fd)),
+            *(("--allow-kill",) if options.allow_kill else ()),
             *(("--port", str(options.metrics_ports[number])) if options.metrics_port else ()),
             *log_flags(options),
         ),
