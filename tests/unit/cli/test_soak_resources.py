@@ -97,7 +97,10 @@ def test_the_role_of_a_process() -> None:
 
 
 def test_files_of_a_run_folder(tmp_path: Path) -> None:
-    for name in ("logs/agent.log.1", "etcd/etcd.log", "etcd/data/member/wal/0.wal", "secret"):
+    data = "etcd/data/member"
+    for name in (
+        *("logs/agent.log.1", "etcd/etcd.log", f"{data}/snap/db", f"{data}/wal/0.wal", "secret"),
+    ):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(os.urandom(64 << 10))
