@@ -1,50 +1,17 @@
-# One image for every service of Starfish; docker-compose.yml says which one a container runs. Its
-# user can change nothing in it: root may be read-only, and any uid may run it.
+# The image of every service of Starfish; what a container runs, its command says. Two kinds:
+#
+#   docker build --target cpu  -t starfish-moe:latest .
+#   docker build --target cuda -t starfish-moe:cuda .
+#
+# Its user can change nothing in it: root may be read-only, and any uid may run it.
 #
 # A tag can be pointed elsewhere, a digest cannot: for production, build with
 # --build-arg BASE_IMAGE=python@sha256:…
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
+# What every container needs at run time: the libraries that Mooncake loads, the user, its folders.
 # hadolint ignore=DL3006
-FROM ${BASE_IMAGE} AS build
-
-# The compiler is for the shim that confines Mooncake's listeners; the others are Mooncake's.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev libcurl4 libibverbs1 libnuma1 \
-    && rm -rf /var/lib/apt/lists/*
-
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_NO_CACHE_DIR=1 \
-    PATH=/opt/venv/bin:$PATH
-WORKDIR /opt/starfish
-RUN python -m venv /opt/venv
-
-# Dependencies in layers of their own, that changes of ours leave alone. torch has a build for each
-# kind of card, so its version is pinned and not its hash; all others are pinned by hash.
-COPY requirements.lock ./
-RUN grep '^setuptools==' requirements.lock >/tmp/build.lock \
-    && pip install --require-hashes --no-deps -r /tmp/build.lock \
-    && pip install --require-hashes --no-deps --no-build-isolation -r requirements.lock \
-    && pip install torch==2.13.0
-
-COPY pyproject.toml README.md ./
-COPY shared shared
-COPY control_plane control_plane
-COPY gateway gateway
-COPY gpu_worker gpu_worker
-COPY node_agent node_agent
-COPY cli cli
-COPY benchmarks benchmarks
-COPY models models
-# In place: the shim and numba's compiled kernels lie beside their source.
-RUN pip install --no-deps --no-build-isolation -e . \
-    && python -m shared.confinement \
-    && python -m gpu_worker.model_tools warm-up \
-    && chmod -R go-w /opt/starfish /opt/venv
-
-# hadolint ignore=DL3006
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS runtime
 
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -54,13 +21,90 @@ RUN apt-get update \
     && install -d -o starfish -g starfish /models /run/starfish /var/lib/starfish \
     && for name in authority etcd control-plane gateway rank; do \
          install -d -m 0700 -o starfish -g starfish "/run/starfish/$name"; done
-COPY --from=build /opt/venv /opt/venv
-COPY --from=build /opt/starfish /opt/starfish
-
 WORKDIR /opt/starfish
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
-USER 1000:1000
 
+# Nothing of this stage is in an image but what is copied out of it. The compiler is for the shim
+# that confines Mooncake's listeners.
+FROM runtime AS build
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+# The list of what an image holds is written by a tool that the image does not hold.
+COPY requirements/sbom.lock requirements/
+RUN python -m venv /opt/venv && python -m venv /opt/sbom \
+    && /opt/sbom/bin/pip install --require-hashes --no-deps -r requirements/sbom.lock
+
+FROM build AS build-cpu
+
+# Dependencies in layers of their own, that changes of ours leave alone. torch's build for CPUs is
+# in an index of its own: --build-arg TORCH_INDEX=… names it, if pip's default index is another.
+ARG TORCH_INDEX=
+COPY requirements/cpu.lock requirements/torch-cpu.lock requirements/
+RUN grep '^setuptools==' requirements/cpu.lock >/tmp/build.lock \
+    && pip install --require-hashes --no-deps -r /tmp/build.lock \
+    && pip install --require-hashes --no-deps --no-build-isolation -r requirements/cpu.lock \
+    && pip install --require-hashes --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+         -r requirements/torch-cpu.lock
+
+COPY . .
+# In place: the shim and numba's compiled kernels lie beside their source. pip is not needed again.
+RUN pip install --no-deps --no-build-isolation -e . \
+    && python -m shared.confinement \
+    && python -m gpu_worker.model_tools warm-up \
+    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
+         --output-reproducible --of JSON -o /opt/starfish/sbom.cdx.json /opt/venv \
+    && pip uninstall -y pip \
+    && chmod -R go-w /opt/starfish /opt/venv
+
+FROM runtime AS cpu
+
+COPY --from=build-cpu /opt/venv /opt/venv
+COPY --from=build-cpu /opt/starfish /opt/starfish
+USER 1000:1000
+CMD ["starfish", "--help"]
+
+FROM build AS build-cuda
+
+COPY requirements/cuda.lock requirements/
+RUN grep '^setuptools==' requirements/cuda.lock >/tmp/build.lock \
+    && pip install --require-hashes --no-deps -r /tmp/build.lock \
+    && pip install --require-hashes --no-deps --no-build-isolation -r requirements/cuda.lock
+
+COPY . .
+RUN pip install --no-deps --no-build-isolation -e . \
+    && python -m shared.confinement \
+    && python -m gpu_worker.model_tools warm-up \
+    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
+         --output-reproducible --of JSON -o /opt/starfish/sbom.cdx.json /opt/venv \
+    && pip uninstall -y pip \
+    && chmod -R go-w /opt/starfish /opt/venv
+
+# Mooncake's kernels depend on the card and on the model's sizes, Triton's on the card: both are
+# compiled when a rank first needs them, and kept in the volume /var/lib/starfish. So this image,
+# unlike the other one, has a compiler: nvcc as a Python package, and the host's.
+FROM runtime AS cuda
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends \
+         g++ ibverbs-providers libc6-dev libibverbs-dev librdmacm1 \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build-cuda /opt/venv /opt/venv
+COPY --from=build-cuda /opt/starfish /opt/starfish
+ENV CUDA_HOME=/opt/venv/lib/python3.11/site-packages/nvidia/cu13
+ENV LD_LIBRARY_PATH=$CUDA_HOME/lib \
+    MOONCAKE_EP_JIT_NVCC=$CUDA_HOME/bin/nvcc \
+    MOONCAKE_EP_JIT_CACHE_DIR=/var/lib/starfish/mooncake \
+    TRITON_CACHE_DIR=/var/lib/starfish/triton \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000:1000
+VOLUME /var/lib/starfish
 CMD ["starfish", "--help"]

@@ -11,6 +11,7 @@ STAMPS := $(VENV)/.stamps
 # Mooncake's libraries; a C compiler for the shim that confines its listeners.
 APT_PACKAGES := libibverbs1 libnuma1 libcurl4 gcc libc6-dev
 TORCH := torch==2.13.0
+PLAYWRIGHT := 1.65.2
 # A person sees pip's progress; a log only what went wrong.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -qq)
 PYTEST := $(BIN)/python -m pytest -q
@@ -20,6 +21,7 @@ SIDE_BY_SIDE := -n auto --dist loadfile
 TWO_AT_ONCE := -n 2 --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 UP_FLAGS ?=
+SOAK_FLAGS ?=
 # Beside the virtual environment: the pins of other people's clients clash.
 CLIENTS := .venv-clients
 CLIENT_PINS := tests/clients/requirements
@@ -31,7 +33,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration clients test-compose release-wheel clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration clients soak test-page lock test-compose release-wheel clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -62,7 +64,7 @@ lint: install $(STAMPS)/helm ## Format, lint, types, documentation, container fi
 
 unit: install ## Pure logic, in milliseconds
 	$(call say,unit tests)
-	$(PYTEST) $(SIDE_BY_SIDE) tests/unit tests/test_architecture.py
+	$(PYTEST) $(SIDE_BY_SIDE) tests/unit tests/test_architecture.py tests/browser
 
 security: install ## Attacks that must fail, and hostile inputs for some seconds
 	$(call say,attacks)
@@ -92,6 +94,23 @@ integration: install ## Real processes, real etcd, real signals
 clients: install $(CLIENT_ENVIRONMENTS) $(CLIENTS)/.node ## Other people's clients, unchanged, each in an environment of its own
 	$(call say,clients)
 	$(BIN)/python -m tests.clients.run $(CLIENT_ENVIRONMENTS:/.installed=)
+
+soak: install ## Mixed load and a fault every 20 s for MINUTES (10; the long form has 120): nothing may grow
+	$(call say,soak of $(or $(MINUTES),10) minutes)
+	mkdir -p build
+	exec $(BIN)/starfish bench soak --minutes $(or $(MINUTES),10) --report build/soak.json $(SOAK_FLAGS)
+
+test-page: install ## The page in a headless Chromium, which it installs (as root; 400 MB)
+	$(call say,page)
+	@command -v chromium >/dev/null || { \
+	  [ "$$(id -u)" -eq 0 ] || { echo "test-page: run: sudo apt-get install -y chromium" >&2; exit 1; }; \
+	  apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
+	$(PIP) playwright==$(PLAYWRIGHT)
+	$(PYTEST) tests/browser
+
+lock: install ## Renew requirements/*.lock, from which the images install
+	$(call say,locks)
+	$(BIN)/python tests/compose/write_locks.py
 
 test-compose: install ## The containers on a real engine of its own (root; needs dockerd, mmdebstrap)
 	$(call say,containers)

@@ -23,10 +23,10 @@ from benchmarks.gpu_serve_gaps import (
 from benchmarks.gpu_serve_load import SteadyLoad, Turn
 from cli.bench.fault_observer import FaultObserver, FaultPhases
 from cli.bench.stats import Spread, percentile
-from cli.observe.kill import send_to_rank
 from shared.clock import Clock
 from shared.errors import ConfigError, Unavailable
 from shared.expert_map import ExpertMap
+from shared.rank_signal import send_to_rank
 from shared.records import RankRecord
 
 _BEFORE_JOIN_S = 0.2

@@ -19,6 +19,7 @@ import structlog
 from control_plane.admin.admin_app import AdminApp
 from control_plane.admin.admin_server import serving
 from control_plane.admin.authentication import read_admin_token
+from control_plane.admin.client_figures import ClientFigures, gateways_of
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
@@ -134,7 +135,13 @@ async def serve(config: ControlPlaneConfig) -> None:
         )
         if admin is not None:
             app = AdminApp(
-                driver, token=admin.token, url=admin.url, clock=clock, peer_tls=admin.peer_tls
+                driver,
+                token=admin.token,
+                url=admin.url,
+                clock=clock,
+                figures=ClientFigures(gateways_of(store, Keys(config.instance), clock.now)),
+                can_kill=config.allow_kill,
+                peer_tls=admin.peer_tls,
             )
             tls = admin.certificate.context if admin.certificate is not None else None
             await stack.enter_async_context(serving(app, admin.listeners, tls))

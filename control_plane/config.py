@@ -107,6 +107,11 @@ class ControlPlaneConfig:
     admin_listen_fd: int = option(
         -1, "inherited listening socket on which the admin API is served as well"
     )
+    allow_kill: bool = option(
+        False,
+        "whoever has the admin token may kill ranks that run on this host: the page has a button "
+        "for it, for demonstrations",
+    )
     lifeline_fd: int = option(-1, "inherited pipe whose end of file means: stop")
     log_level: str = option("info", "debug, info, warning or error")
     log_json: bool = option(False, "one JSON object a line in place of text")

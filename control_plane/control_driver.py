@@ -20,6 +20,7 @@ from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
 from control_plane.placement import HealPlan
+from control_plane.placement.topology import Floats
 from control_plane.probe_events import ProbeEvent
 from control_plane.probe_targets import ProbeTargets
 from control_plane.prober import Prober
@@ -185,6 +186,12 @@ class Driver:
     def load_of(self, member: Member) -> Load | None:
         """Its newest, if this process leads and has probed it."""
         return self._rank_loads.of(member)
+
+    def expert_loads(self) -> Floats | None:
+        """[num_layers, num_experts], what tokens have chosen lately. None if it is not known: too
+        few have come, or this process does not lead."""
+        meter = self._leader_term.membership.rebalancer.meter if self._leader_term else None
+        return None if meter is None else meter.loads(self._clock.now())
 
     async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal:
         """Puts a change on purpose into the desired state, or refuses it before anything moves.

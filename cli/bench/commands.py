@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cli.bench.chaos.options import ChaosOptions
 from cli.bench.loads import FaultLoad, PrefixLoad, ServeLoad
+from cli.bench.soak.options import SoakOptions
 from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.flags import flags_from_dataclasses
 from cli.outcome import run_command
@@ -193,6 +194,42 @@ def chaos(
         if load.png is not None:
             save_picture(load.png, reports)
         return 0 if is_exact(reports) else 1
+
+    run_command(work(), cleans_up_on_term=True)
+
+
+@bench.command()
+@flags_from_dataclasses
+def soak(
+    *,
+    options: TemporaryInstanceOptions,
+    load: SoakOptions,
+    as_json: JsonFlag = False,
+) -> None:
+    """Mixed load with a fault every 20 s on an instance of its own: does anything grow?
+
+    Fails if memory, descriptors, sockets, threads, etcd's keys or files grow, or if a token differs
+    from the undisturbed answer."""
+    from cli.bench.chaos.faults import chosen_faults
+    from cli.bench.chaos.single_host import own_site
+    from cli.bench.soak.report import print_report, to_json
+    from cli.bench.soak.run import UP_FLAGS, run_soak
+
+    async def work() -> int:
+        load.check()
+        options.check()
+        console, clock = Console(stderr=as_json), SystemClock()
+        faults = chosen_faults(load.faults)
+        instance = options.with_shipped_model()
+        async with own_site(instance, console, load.keep_logs, UP_FLAGS) as site:
+            report = await run_soak(site, faults, load, clock, console)
+        print_report(report, console)
+        text = json.dumps(to_json(report))
+        if load.report is not None:
+            load.report.write_text(text + "\n")
+        if as_json:
+            print(text)
+        return 1 if report.reasons() else 0
 
     run_command(work(), cleans_up_on_term=True)
 

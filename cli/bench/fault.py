@@ -22,10 +22,10 @@ from cli.bench.stream_client import (
     run_all,
     stream_client,
 )
-from cli.observe.kill import send_to_rank
 from cli.run_dir import Target
 from shared.clock import Clock
 from shared.errors import ConfigError, Unavailable
+from shared.rank_signal import send_to_rank
 from shared.records import RankRecord
 
 _RECOVERY_TIMEOUT_S = 90.0

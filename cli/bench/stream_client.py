@@ -73,25 +73,43 @@ class StreamClient:
         """A failure of the server goes into the record and is never raised. The record grows while
         the stream runs. `bypass_cache`: ranks do not use their prefix caches. `fields` are added to
         the request's, or replace them. `resumes`: a stream whose connection breaks is resumed."""
+        body = self._body(prompt, max_tokens, bypass_cache) | dict(fields or {})
+        return await self.post("/v1/completions", body, on_chunk, on_start, resumes=resumes)
+
+    async def post(
+        self,
+        path: str,
+        fields: Mapping[str, object],
+        on_chunk: Callable[[int], None] = lambda num_tokens: None,
+        on_start: Callable[[StreamRecord], None] = lambda record: None,
+        *,
+        resumes: bool = False,
+    ) -> StreamRecord:
+        """As `run`, with a body of one's own; the model and what makes it a stream of token ids are
+        added."""
         record = StreamRecord(sent_at=self._clock.now())
         on_start(record)
-        body = self._body(prompt, max_tokens, bypass_cache) | dict(fields or {})
-        await self._read_stream(body, record, on_chunk)
+        body = {**fields, "model": self._model, "stream": True, "return_token_ids": True}
+        await self._read_stream(path, body, record, on_chunk)
         while resumes and record.is_broken and record.event_id and record.resumed < _RESUMES_MAX:
             record.error, record.resumed = None, record.resumed + 1
             await asyncio.sleep(_RESUME_AFTER_S)
-            await self._read_stream(body, record, on_chunk)
+            await self._read_stream(path, body, record, on_chunk)
         return record
 
     async def _read_stream(
-        self, body: Mapping[str, object], record: StreamRecord, on_chunk: Callable[[int], None]
+        self,
+        path: str,
+        body: Mapping[str, object],
+        record: StreamRecord,
+        on_chunk: Callable[[int], None],
     ) -> None:
         """One connection. What it was given before, it does not get again."""
         headers = {LAST_EVENT_ID: record.event_id} if record.event_id else {}
         record.is_broken = False
         try:
             async with self._http.post(
-                f"{self._url}/v1/completions", json=body, headers=headers
+                f"{self._url}{path}", json=body, headers=headers
             ) as response:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
@@ -135,13 +153,10 @@ class StreamClient:
         scores = {"echo": True, "logprobs": 0} if bypass_cache else {}
         return {
             **scores,
-            "model": self._model,
             "prompt": list(prompt),
             "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
-            "return_token_ids": True,
         }
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cli.up.model import shipped_model
 from shared.errors import ConfigError
 
 _RANK_PREFIX = "STARFISH_RANK_"
@@ -56,6 +57,16 @@ class TemporaryInstanceOptions:
     def without_cache(self) -> TemporaryInstanceOptions:
         """The same instance with no prefix cache: it computes every answer whole."""
         return replace(self, rank_options=[*self.rank_options, "prefix_cache=false"])
+
+    def with_shipped_model(self) -> TemporaryInstanceOptions:
+        """If none was given: it chats, which the one of the reference size does not. Raises
+        ConfigError if the installation has none."""
+        if self.model is not None:
+            return self
+        model = shipped_model()
+        if model is None:
+            raise ConfigError("no model came with this installation: pass --model FOLDER")
+        return replace(self, model=model)
 
     def flags(self) -> list[str]:
         """For `starfish up`."""

@@ -16,9 +16,9 @@ from cli.bench.fault_observer import FaultObserver
 from cli.evaluate.documents import Document
 from cli.evaluate.dropped import score_without_rank
 from cli.evaluate.scoring import Score, Scorer, open_scorer
-from cli.observe.kill import send_to_rank
 from cli.run_dir import Target
 from shared.errors import ConfigError, Unavailable
+from shared.rank_signal import send_to_rank
 from shared.records import RankRecord
 
 _COMPLETE_TIMEOUT_S = 120.0

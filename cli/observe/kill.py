@@ -3,17 +3,13 @@ host."""
 
 from __future__ import annotations
 
-import os
-import signal
-from pathlib import Path
-
 from cli.observe.instance_view import InstanceView
 from cli.observe.signals import SIGNALS
 from cli.run_dir import Target
 from shared.errors import ConfigError
 from shared.etcd_store import connect_store
 from shared.keys import Keys
-from shared.records import RankRecord
+from shared.rank_signal import send_to_rank
 
 
 async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
@@ -36,28 +32,3 @@ async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
     send_to_rank(record, number)
     print(f"sent {number.name} to rank {record.member} (pid {record.pid})")
     return 0
-
-
-def send_to_rank(record: RankRecord, number: signal.Signals) -> None:
-    """Signals the process only if its command line names this rank, and this incarnation or one
-    before it, after which the process went on. Raises ConfigError."""
-    try:
-        pidfd = os.pidfd_open(record.pid)
-    except OSError as error:
-        raise ConfigError(
-            f"pid {record.pid} of rank {record.rank} is not on this host: {error.strerror}"
-        ) from error
-    try:
-        command = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
-        rank, first_incarnation = (
-            int(command[command.index(flag) + 1]) for flag in (b"--rank", b"--incarnation")
-        )
-        if rank != record.rank or first_incarnation > record.incarnation:
-            raise ValueError
-        signal.pidfd_send_signal(pidfd, number)
-    except (ValueError, IndexError, OSError) as error:
-        raise ConfigError(
-            f"pid {record.pid} on this host is not rank {record.member}; run this on {record.node}"
-        ) from error
-    finally:
-        os.close(pidfd)

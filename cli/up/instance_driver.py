@@ -31,6 +31,7 @@ from cli.up.device import count_gpus, num_visible_gpus, plan_device
 from cli.up.instance_claim import InstanceClaim, owner_record
 from cli.up.leader_lease import revoke_leader_lease
 from cli.up.leftovers import kill_leftovers
+from cli.up.log_limit import keep_logs_small
 from cli.up.model import check_model, seeded_model, shipped_model
 from cli.up.mps import CudaMps
 from cli.up.name_lock import lock_name
@@ -217,6 +218,8 @@ class InstanceDriver:
                 tasks.create_task(self._supervisor.keep_standby(standby))
             if self._etcd is not None:
                 tasks.create_task(self._restart_etcd_on_exit(self._etcd))
+            logs = (self._folder.log_dir, self._options.run_dir / "etcd")
+            tasks.create_task(keep_logs_small(logs, int(self._options.log_mb_max * 1e6)))
 
     async def stop(self, *, keep_logs: bool) -> None:
         """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""

@@ -154,6 +154,14 @@ class UpOptions:
     admin_ca: Annotated[
         Path | None, typer.Option(help="PEM file with its authority (default: itself).")
     ] = None
+    allow_kill: Annotated[
+        bool,
+        typer.Option(
+            "--allow-kill",
+            help="The page at the admin API's address has a button that kills a rank, for "
+            "demonstrations.",
+        ),
+    ] = False
     demo: Annotated[
         bool,
         typer.Option(
@@ -245,6 +253,13 @@ class UpOptions:
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Services log a JSON object per line.")
     ] = False
+    log_mb_max: Annotated[
+        float,
+        typer.Option(
+            help="Size in MB at which a log in the run folder begins anew; one older part is kept. "
+            "0: never."
+        ),
+    ] = 64.0
     timeout_s: Annotated[
         float, typer.Option(help="Give up if the instance does not serve within this time.")
     ] = 300.0
@@ -330,6 +345,8 @@ class UpOptions:
             )
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
+        if self.log_mb_max < 0:
+            raise ConfigError(f"--log-mb-max {self.log_mb_max:g}: pass 0 or more")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
         if self.chat_template is not None and not self.chat_template.is_file():

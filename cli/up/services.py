@@ -69,6 +69,7 @@ def control_plane(
             *_given("--admin-tls-key", options.admin_tls_key),
             *_given("--admin-ca", options.admin_authority),
             *("--admin-listen-fd", str(admin_fd)),
+            *(("--allow-kill",) if options.allow_kill else ()),
             *(("--port", str(options.metrics_ports[number])) if options.metrics_port else ()),
             *log_flags(options),
         ),

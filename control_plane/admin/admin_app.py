@@ -4,6 +4,7 @@ it. What may be asked, `bodies` and `orchestrators` say; what becomes of it, `de
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
 import uuid
 from functools import partial
@@ -18,6 +19,7 @@ from control_plane.admin.authentication import require_token
 from control_plane.admin.bodies import (
     ChangeBody,
     DrainBody,
+    KillBody,
     PauseBody,
     RebalanceBody,
     ReplaceBody,
@@ -26,6 +28,7 @@ from control_plane.admin.bodies import (
     ScaleBody,
     UndrainBody,
 )
+from control_plane.admin.client_figures import ClientFigures, ClientsAnswer
 from control_plane.admin.description import ADMIN_API
 from control_plane.admin.errors import (
     ChangeRefused,
@@ -33,6 +36,7 @@ from control_plane.admin.errors import (
     error_response,
     http_error_response,
 )
+from control_plane.admin.experts import ExpertsAnswer, experts_of
 from control_plane.admin.forwarder import FORWARDED, Forwarder
 from control_plane.admin.orchestrators import (
     ApplyAnswer,
@@ -49,10 +53,12 @@ from control_plane.admin.page import page_response
 from control_plane.admin.status import StatusAnswer, Survival, status_of, survival_of
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal
+from control_plane.placement.topology import Floats
 from shared.clock import Clock
 from shared.desired_state import DesiredState
-from shared.errors import RequestError, StarfishError, Unavailable
+from shared.errors import ConfigError, RequestError, StarfishError, Unavailable
 from shared.openapi import Endpoint, openapi_document
+from shared.rank_signal import send_to_rank
 from shared.types import Member
 from shared.wire import Load
 
@@ -80,6 +86,14 @@ class ChangeAnswer(msgspec.Struct, kw_only=True):
     message: str
 
 
+class KillAnswer(msgspec.Struct, kw_only=True):
+    """The process that got SIGKILL."""
+
+    rank: int
+    incarnation: int
+    pid: int
+
+
 class AdminControl(Protocol):
     """What the API needs of a control plane (`Driver`)."""
 
@@ -94,12 +108,15 @@ class AdminControl(Protocol):
 
     def load_of(self, member: Member) -> Load | None: ...
 
+    def expert_loads(self) -> Floats | None: ...
+
     async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal: ...
 
 
 class AdminApp:
-    """`url` is where this process is reached alone, as its leader record has it. `peer_tls` says
-    whose certificates are believed of other control planes."""
+    """`url` is where this process is reached alone, as its leader record has it. `can_kill`:
+    whoever has the token may end a rank's process on this host. `peer_tls` says whose certificates
+    are believed of other control planes."""
 
     def __init__(
         self,
@@ -108,12 +125,16 @@ class AdminApp:
         token: bytes,
         url: str,
         clock: Clock,
+        figures: ClientFigures,
+        can_kill: bool = False,
         peer_tls: ssl.SSLContext | None = None,
     ) -> None:
         self._control = control
         self._token = token
         self._url = url
         self._clock = clock
+        self._figures = figures
+        self._can_kill = can_kill
         self._forwarder = Forwarder(peer_tls)
         self._endpoints: list[Endpoint] = []
         self._survival: tuple[tuple[int, int], Survival | None] | None = None
@@ -127,6 +148,9 @@ class AdminApp:
         app.on_cleanup.append(self._close)
         get, post = partial(self._add, app, "GET"), partial(self._add, app, "POST")
         get("/v1/status", self._status, "what runs, and what is being changed", StatusAnswer)
+        get("/v1/experts", self._experts, "where experts are, and their load", ExpertsAnswer)
+        get("/v1/clients", self._clients, "what clients get", ClientsAnswer)
+        post("/v1/kill", self._kill, "kill -9 of a rank, for a demo", KillAnswer, body=KillBody)
         for name, body, summary in _CHANGES:
             handler = partial(self._change, name, body)
             post(f"/v1/{name}", handler, summary, ChangeAnswer, body=body, status=202)
@@ -176,6 +200,7 @@ class AdminApp:
 
     async def _close(self, app: web.Application) -> None:
         await self._forwarder.close()
+        await self._figures.close()
 
     # Around every request.
 
@@ -212,7 +237,7 @@ class AdminApp:
             return await handler(request)
         leader = self._control.state.leader
         is_other = leader is not None and leader.admin_url not in ("", self._url)
-        is_shown_only = request.path == "/v1/status"
+        is_shown_only = request.path in _SHOWN
         if leader is not None and is_other and FORWARDED not in request.headers:
             try:
                 return await self._forwarder.forward(request, request[_RAW_BODY], leader.admin_url)
@@ -239,7 +264,36 @@ class AdminApp:
             self._clock.wall(),
             frozen=control.frozen,
             survives=await self._survives(),
+            can_kill=self._can_kill,
         )
+
+    async def _experts(self, request: web.Request) -> web.Response:
+        """Computed away from the event loop, as what the map survives is."""
+        expert_map, loads = self._control.state.expert_map, self._control.expert_loads()
+        return _answer(await asyncio.to_thread(experts_of, expert_map, loads))
+
+    async def _clients(self, request: web.Request) -> web.Response:
+        return _answer(await self._figures.read())
+
+    async def _kill(self, request: web.Request) -> web.Response:
+        body = _decode(request, KillBody)
+        if not self._can_kill:
+            raise ChangeRefused(
+                "nobody may kill ranks here: start the control planes with --allow-kill, or use "
+                "`starfish kill` on the rank's host"
+            )
+        record = self._control.state.newest_records().get(body.rank)
+        if record is None or record.incarnation != body.incarnation:
+            raise ChangeRefused(
+                f"incarnation {body.incarnation} of rank {body.rank} does not run any more"
+            )
+        try:
+            send_to_rank(record, signal.SIGKILL)
+        except ConfigError as error:
+            raise ChangeRefused(str(error)) from error
+        peer = request.headers.get(FORWARDED) or request.remote
+        log.warning("admin_killed", rank=record.rank, incarnation=record.incarnation, peer=peer)
+        return _answer(KillAnswer(rank=record.rank, incarnation=record.incarnation, pid=record.pid))
 
     async def _survives(self) -> Survival | None:
         """Computed once for each map, away from the event loop: a death must not wait for it."""
@@ -353,6 +407,8 @@ class AdminApp:
     async def _openapi(self, request: web.Request) -> web.Response:
         return web.json_response(openapi_document(ADMIN_API, self._endpoints))
 
+
+_SHOWN = ("/v1/status", "/v1/experts", "/v1/clients")
 
 _CHANGES: tuple[tuple[str, type[ChangeBody], str], ...] = (
     ("scale", ScaleBody, "more or fewer ranks"),

@@ -112,6 +112,13 @@ class UndrainBody(ChangeBody, kw_only=True):
         return Undrain(ranks=_named(self.rank, self.ranks))
 
 
+class KillBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`incarnation` says which life is meant: asked for again, this does not hit the next one."""
+
+    rank: Rank
+    incarnation: Annotated[int, Meta(ge=1)]
+
+
 class ReplaceBody(ChangeBody, kw_only=True):
     """`rank` moves to `node`; with the node that it has, to a new process."""
 

@@ -98,7 +98,7 @@ class Survival(msgspec.Struct, kw_only=True):
 class StatusAnswer(msgspec.Struct, kw_only=True):
     """`leader` is null if nobody leads: serving goes on, but nothing changes. `verdicts_paused`:
     somebody has asked for it; `frozen`: most leases have expired at once. `verdicts` are those of
-    about the last ten minutes, by epoch, at most 64 of them."""
+    about the last ten minutes, by epoch, at most 64 of them. `can_kill`: `/v1/kill` is allowed."""
 
     instance: str
     epoch: int
@@ -110,6 +110,7 @@ class StatusAnswer(msgspec.Struct, kw_only=True):
     verdicts: tuple[VerdictStatus, ...]
     change: ChangeStatus
     survives: Survival | None
+    can_kill: bool
 
 
 _VERDICTS_MAX = 64
@@ -123,6 +124,7 @@ def status_of(
     *,
     frozen: bool,
     survives: Survival | None,
+    can_kill: bool,
 ) -> StatusAnswer:
     """`now` is in Unix seconds."""
     expert_map, leader = state.expert_map, state.leader
@@ -150,6 +152,7 @@ def status_of(
             steps=left,
         ),
         survives=survives,
+        can_kill=can_kill,
     )
 
 

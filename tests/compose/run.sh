@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Brings docker-compose.yml up on a real engine of its own, streams a completion through it, kills
-# the process of a rank's container in the middle, and wants every token. Fails where the engine
-# cannot start. Needs root; leaves nothing behind.
+# Brings the compose files up on a real engine of its own. On the one host of docker-compose.yml it
+# streams completions, kills the process of a rank's container in the middle, and wants every token;
+# on docker-compose.cluster.yml it kills each part in turn, under load. Fails where the engine cannot
+# start. Needs root; leaves nothing behind. FORMS="host cluster" says which of them.
 #
 # The engine runs twice on one data root: without a bridge on the host's network to build (pip needs
 # the network), then inside a network namespace of its own, where it may do with bridges and
@@ -10,8 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
 bin=$root/.venv/bin
+forms=${FORMS:-host cluster}
 work=
 engine_pid=
+compose=
 namespace=starfish-compose-$$
 
 fail() { echo "test-compose: $*" >&2; exit 1; }
@@ -28,7 +31,7 @@ stop_engine() {
 
 clean_up() {
   set +e
-  if [ -n "$engine_pid" ]; then timeout 60 "${compose[@]}" down --volumes --timeout 3 >/dev/null 2>&1; fi
+  if [ -n "$engine_pid" ] && [ -n "$compose" ]; then take_down; fi
   stop_engine
   ip netns delete "$namespace" 2>/dev/null
   if [ -n "$work" ]; then
@@ -70,7 +73,11 @@ start_engine() { # arguments: a command to run it under, then flags
   fail "the container engine does not start"
 }
 
-make_base() { # stands in for the image that FROM names, which cannot be pulled everywhere
+take_down() { timeout 90 "${compose[@]}" down --volumes --timeout 3 >/dev/null 2>&1 || true; compose=; }
+
+# Two images that the project takes from elsewhere, which cannot be pulled everywhere.
+
+make_base() { # stands in for the image that FROM names
   say "making the base image"
   mmdebstrap --quiet --variant=minbase \
     --include=python3,python3-pip,python3-venv,ca-certificates bookworm "$work/base.tar"
@@ -88,6 +95,46 @@ make_base() { # stands in for the image that FROM names, which cannot be pulled 
   rm -rf "$work/base"
 }
 
+make_balancer() { # Debian's haproxy
+  say "making the balancer's image"
+  mmdebstrap --quiet --variant=minbase --include=haproxy bookworm "$work/balancer.tar"
+  docker import "$work/balancer.tar" haproxy:3.2 >/dev/null
+  rm "$work/balancer.tar"
+}
+
+bring_up() { # argument: the compose file
+  say "starting $1 in a network namespace of its own"
+  compose=("$bin/docker-compose" -f "$root/$1" -f "$root/tests/compose/override.yml")
+  "${compose[@]}" up --no-build --detach --wait --wait-timeout 300 >"$work/up.log" 2>&1 \
+    || { tail -20 "$work/up.log" >&2; "${compose[@]}" ps --all >&2; "${compose[@]}" logs --tail 15 >&2; fail "$1 does not become healthy"; }
+}
+
+try_host() {
+  bring_up docker-compose.yml
+  say "streaming, with a kill in the middle"
+  local victim victim_pid state
+  victim=$("${compose[@]}" ps -q rank-2)
+  victim_pid=$(docker inspect --format '{{.State.Pid}}' "$victim")
+  nsenter --net="/run/netns/$namespace" "$bin/python" "$root/tests/compose/stream_through_death.py" \
+    http://127.0.0.1:8000 "$victim_pid"
+  say "waiting until the rank's container is back"
+  for _ in $(seq 120); do
+    state=$(docker inspect --format '{{.State.Pid}} {{.State.Health.Status}}' "$victim")
+    if [ "${state% *}" != "$victim_pid" ] && [ "${state#* }" = healthy ]; then take_down; return 0; fi
+    sleep 0.5
+  done
+  fail "the killed rank's container did not become healthy again ($state)"
+}
+
+try_cluster() {
+  bring_up docker-compose.cluster.yml
+  say "killing each part under load"
+  nsenter --net="/run/netns/$namespace" "$bin/python" -m tests.compose.kill_each_part \
+    http://127.0.0.1:8000 starfish-cluster \
+    || { "${compose[@]}" ps --all >&2; "${compose[@]}" logs --tail 30 >&2; fail "a part was not survived"; }
+  take_down
+}
+
 require_tools
 work=$(mktemp -d /tmp/starfish-compose.XXXXXX)
 mount -t tmpfs -o size=8g starfish-compose "$work"
@@ -95,35 +142,18 @@ export DOCKER_HOST=unix://$work/docker.sock DOCKER_CONFIG=$work/config DOCKER_BU
 export COMPOSE_BAKE=false STARFISH_IMAGE=starfish-moe:test
 mkdir -p "$DOCKER_CONFIG/cli-plugins"
 ln -s "$bin/docker-compose" "$DOCKER_CONFIG/cli-plugins/docker-compose"
-compose=("$bin/docker-compose" -f "$root/docker-compose.yml" -f "$root/tests/compose/override.yml")
 
 start_engine "" --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false --bridge=none
 make_base
+[[ $forms != *cluster* ]] || make_balancer
 say "building the image"
-docker build --network host -q -t "$STARFISH_IMAGE" "$root" >"$work/build.log" 2>&1 \
+docker build --network host -q --target cpu -t "$STARFISH_IMAGE" "$root" >"$work/build.log" 2>&1 \
   || { tail -30 "$work/build.log" >&2; fail "the image does not build"; }
+say "the image has $(($(docker image inspect --format '{{.Size}}' "$STARFISH_IMAGE") / 1000000)) MB"
 stop_engine
 
-say "starting the stack in a network namespace of its own"
 ip netns add "$namespace"
 nsenter --net="/run/netns/$namespace" ip link set lo up
 start_engine "nsenter --net=/run/netns/$namespace"
-"${compose[@]}" up --no-build --detach --wait --wait-timeout 180 >"$work/up.log" 2>&1 \
-  || { tail -20 "$work/up.log" >&2; "${compose[@]}" ps --all >&2; "${compose[@]}" logs --tail 15 >&2; fail "the stack does not become healthy"; }
-
-say "streaming, with a kill in the middle"
-victim=$("${compose[@]}" ps -q rank-2)
-victim_pid=$(docker inspect --format '{{.State.Pid}}' "$victim")
-nsenter --net="/run/netns/$namespace" "$bin/python" "$root/tests/compose/stream_through_death.py" \
-  http://127.0.0.1:8000 "$victim_pid"
-
-say "waiting until the rank's container is back"
-for _ in $(seq 120); do
-  state=$(docker inspect --format '{{.State.Pid}} {{.State.Health.Status}}' "$victim")
-  if [ "${state% *}" != "$victim_pid" ] && [ "${state#* }" = healthy ]; then
-    echo "test-compose: passed"
-    exit 0
-  fi
-  sleep 0.5
-done
-fail "the killed rank's container did not become healthy again ($state)"
+for form in $forms; do "try_$form"; done
+echo "test-compose: passed"

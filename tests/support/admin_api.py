@@ -4,7 +4,7 @@ test makes, behind real sockets."""
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +13,15 @@ import aiohttp
 
 from control_plane.admin.admin_app import AdminApp
 from control_plane.admin.admin_server import serving
+from control_plane.admin.client_figures import ClientFigures
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal, change_desired
+from control_plane.placement.topology import Floats
 from shared.desired_state import DesiredState
 from shared.errors import StarfishError
 from shared.expert_map import ExpertMap
 from shared.listener import listen_on
+from shared.records import GatewayRecord
 from shared.types import Member
 from shared.wire import Load
 from tests.support.fake_clock import FakeClock
@@ -35,8 +38,12 @@ class FakeControl:
         self.leads = True
         self.frozen = False
         self.loads: dict[Member, Load] = {}
+        self.loads_LE: Floats | None = None
         self.errors: list[StarfishError] = []
         self._clock = clock
+
+    def expert_loads(self) -> Floats | None:
+        return self.loads_LE
 
     def load_of(self, member: Member) -> Load | None:
         return self.loads.get(member)
@@ -100,9 +107,19 @@ class AdminClient:
 
 
 @asynccontextmanager
-async def admin_api(control: FakeControl, clock: FakeClock) -> AsyncIterator[AdminClient]:
+async def admin_api(
+    control: FakeControl,
+    clock: FakeClock,
+    gateways: Sequence[GatewayRecord] = (),
+    *,
+    can_kill: bool = False,
+) -> AsyncIterator[AdminClient]:
+    async def known() -> list[GatewayRecord]:
+        return list(gateways)
+
     listener = listen_on("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    app = AdminApp(control, token=TOKEN, url=url, clock=clock)
+    figures = ClientFigures(known)
+    app = AdminApp(control, token=TOKEN, url=url, clock=clock, figures=figures, can_kill=can_kill)
     async with serving(app, [listener]), aiohttp.ClientSession() as http:
         yield AdminClient(url, http)

@@ -52,9 +52,9 @@ def _some(kind: ProcessKind, count: int = 1) -> Callable[..., list[ServiceProces
     """So many of a kind; none if there are too few. Of ranks others must remain."""
 
     def chosen(site: Site, rng: random.Random) -> list[ServiceProcess]:
-        found = site.processes(kind)
-        needed = count + 1 if kind is ProcessKind.RANK else count
-        return choose(rng, found, count) if len(found) >= needed else []
+        found = site.victims(kind)
+        others = kind is ProcessKind.RANK and not site.spared
+        return choose(rng, found, count) if len(found) >= count + others else []
 
     return chosen
 

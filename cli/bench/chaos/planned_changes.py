@@ -12,6 +12,7 @@ from typing import Any
 
 from cli.admin.client import AdminClient
 from cli.admin.goals import Goal
+from cli.bench.chaos.processes import ProcessKind
 from cli.bench.chaos.site import Site, choose
 from cli.run_dir import read_state
 from shared.clock import SystemClock
@@ -53,7 +54,7 @@ class PlannedChange:
         return None if site.run_dir is not None else "needs an instance of `starfish up`"
 
     async def inject(self, site: Site, rng: random.Random) -> str:
-        (victim,) = choose(rng, site.ranks(), 1)
+        (victim,) = choose(rng, site.victims(ProcessKind.RANK), 1)
         members = {record.rank: record for record in site.observer.members()}
         self._rank = members[RankId(victim.rank)]
         ask = self.begin(site, self._rank)

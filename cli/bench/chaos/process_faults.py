@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from pathlib import Path
 from cli.bench.chaos.cpu_limit import CpuLimit, limits_are_possible
 from cli.bench.chaos.processes import ProcessKind, ServiceProcess
 from cli.bench.chaos.site import Site, choose
+
+_FILL_BYTES = (1 << 20, 4 << 10)
 
 Choice = Callable[[Site, random.Random], list[ServiceProcess]]
 
@@ -56,7 +57,7 @@ class StoreAway:
         return None if site.processes(ProcessKind.ETCD) else "its etcd is not ours to stop"
 
     async def inject(self, site: Site, rng: random.Random) -> str:
-        victims = choose(rng, site.ranks(), 1)
+        victims = choose(rng, site.victims(ProcessKind.RANK), 1)
         site.send(site.processes(ProcessKind.ETCD), signal.SIGSTOP)
         site.send(victims, signal.SIGKILL)
         return ", ".join(map(str, victims))
@@ -113,7 +114,7 @@ class DiskFull:
         assert site.folder is not None, "`missing` comes first"
         self._filler = site.folder / "filler"
         await asyncio.to_thread(_fill, self._filler)
-        victims = choose(rng, site.ranks(), 1)
+        victims = choose(rng, site.victims(ProcessKind.RANK), 1)
         site.send(victims, signal.SIGKILL)
         return f"the run folder is full, {', '.join(map(str, victims))} killed"
 
@@ -124,10 +125,10 @@ class DiskFull:
 
 
 def _fill(file: Path) -> None:
-    """Raises OSError, except that the disk is full."""
-    with file.open("wb") as filler:
-        free = os.statvfs(file.parent)
-        os.posix_fallocate(filler.fileno(), 0, free.f_bavail * free.f_frsize)
-    with contextlib.suppress(OSError), file.open("ab") as filler:  # what was freed meanwhile
-        while filler.write(b"\0" * 4096):
-            filler.flush()
+    """While others write and remove as well: so it takes what there is, in ever smaller parts.
+    Raises OSError, except that the disk is full."""
+    with file.open("wb", buffering=0) as filler:
+        for size in _FILL_BYTES:
+            with contextlib.suppress(OSError):
+                while filler.write(b"\0" * size):
+                    pass

@@ -63,21 +63,41 @@ def processes_of(mark: str, parent: int = 0) -> list[ServiceProcess]:
 
 
 def _found(mark: str, parent: int) -> Iterator[ServiceProcess]:
+    for pid in _own_pids():
+        with contextlib.suppress(OSError):
+            process = _read(pid, mark, parent)
+            if process is not None:
+                yield process
+
+
+def pids_of(mark: str, owner: int) -> Iterator[int]:
+    """Of every process whose mark begins with `mark`, of `owner` and of its children: services,
+    those that prepare to become one, and their helpers. `mark` is not empty."""
+    for pid in _own_pids():
+        with contextlib.suppress(OSError):
+            entry = Path(f"/proc/{pid}")
+            if pid == owner or _mark_of(entry).startswith(mark) or _parent_of(entry) == owner:
+                yield pid
+
+
+def command_of(pid: int) -> list[str]:
+    """Its command line. Raises OSError if it has exited."""
+    raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return raw.decode(errors="replace").rstrip("\0").split("\0")
+
+
+def _own_pids() -> Iterator[int]:
+    """Of all processes of this user."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                process = _read(int(entry.name), mark, parent)
-                if process is not None:
-                    yield process
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == os.geteuid():
+                yield int(entry.name)
 
 
 def _read(pid: int, mark: str, parent: int) -> ServiceProcess | None:
     """Raises OSError if it has exited."""
     entry = Path(f"/proc/{pid}")
-    if entry.stat().st_uid != os.geteuid():
-        return None
-    argv = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-    found = kind_of(argv)
+    found = kind_of(command_of(pid))
     if found is None:
         return None
     kind, rank = found

@@ -151,15 +151,10 @@ async def _try(
     calm_from: float,
 ) -> tuple[str, Moments]:
     injected_at = healed_at = clock.now()
-    try:
-        victim = await fault.inject(site, rng)
-        if fault.hold_s:
-            await asyncio.sleep(fault.hold_s)
-    finally:
-        await fault.heal(site)
+    victim = await inject_and_heal(site, fault, rng)
     if fault.hold_s:
         healed_at = clock.now()
-    whole_at = await _wait_until_whole(site, census, options.whole_timeout_s, clock)
+    whole_at = await wait_until_whole(site, census, options.whole_timeout_s, clock)
     await asyncio.sleep(_CALM_AFTER_S)
     return victim, Moments(
         calm_from=calm_from,
@@ -170,18 +165,27 @@ async def _try(
     )
 
 
-async def _wait_until_whole(
+async def inject_and_heal(site: Site, fault: Fault, rng: random.Random) -> str:
+    """From its begin to its end. Returns whom it hit. Raises OSError, Unavailable."""
+    try:
+        victim = await fault.inject(site, rng)
+        if fault.hold_s:
+            await asyncio.sleep(fault.hold_s)
+    finally:
+        await fault.heal(site)
+    return victim
+
+
+async def wait_until_whole(
     site: Site, census: dict[ProcessKind, int], timeout_s: float, clock: Clock
 ) -> float | None:
-    """The moment since which every rank has been in the map and no process was missing, if that
-    lasted for a while; None if it did not come in time."""
+    """The moment since which the instance has been whole, if that lasted for a while; None if it
+    did not come in time."""
     since: float | None = None
     give_up_at = clock.now() + timeout_s
     while clock.now() < give_up_at:
         asked_at = clock.now()
-        is_whole = site.observer.are_all_ranks_in_map() and site.observer.leader_pid is not None
-        found = await asyncio.to_thread(site.census)
-        if not is_whole or any(found[kind] < number for kind, number in census.items()):
+        if not await asyncio.to_thread(site.is_whole, census):
             since = None
         elif since is None:
             since = asked_at

@@ -3,7 +3,7 @@ that runs already."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,10 +25,13 @@ _GATEWAYS = 2
 
 @asynccontextmanager
 async def own_site(
-    options: TemporaryInstanceOptions, console: Console, keep_logs: Path | None
+    options: TemporaryInstanceOptions,
+    console: Console,
+    keep_logs: Path | None,
+    flags: Sequence[str] = (),
 ) -> AsyncIterator[Site]:
-    """Raises Unavailable if it does not start."""
-    flags = ("--gateways", str(_GATEWAYS))
+    """`flags` are more of `starfish up`. Raises Unavailable if it does not start."""
+    flags = ("--gateways", str(_GATEWAYS), *flags)
     with private_disk() as disk:
         async with (
             temporary_instance_with_progress(

@@ -19,7 +19,8 @@ class Site:
     """`mark` and `owner` find its processes (`processes_of`). `urls` are its gateways'. `folder` is
     a folder that its services write to, on a file system of its own; None if there is none.
     `cluster`: its hosts, if it has several here. `run_dir`: that of `starfish up`, if that runs
-    it."""
+    it. No fault chooses one of the ranks `spared` (what hits all ranks hits these as well): a soak
+    needs some that live long."""
 
     urls: tuple[str, ...]
     mark: str
@@ -28,6 +29,7 @@ class Site:
     folder: Path | None = None
     cluster: Cluster | None = None
     run_dir: Path | None = None
+    spared: frozenset[int] = frozenset()
     stopped: set[ServiceProcess] = field(default_factory=set)
 
     def processes(self, *kinds: ProcessKind) -> list[ServiceProcess]:
@@ -42,6 +44,10 @@ class Site:
 
     def ranks(self) -> list[ServiceProcess]:
         return self.processes(ProcessKind.RANK)
+
+    def victims(self, kind: ProcessKind) -> list[ServiceProcess]:
+        """Those of a kind among which a fault may choose."""
+        return [process for process in self.processes(kind) if process.rank not in self.spared]
 
     def leader(self) -> list[ServiceProcess]:
         """The control plane that leads; none while nobody does."""
@@ -63,6 +69,13 @@ class Site:
         """How many processes of each kind there are."""
         found = processes_of(self.mark, self.owner)
         return {kind: sum(p.kind is kind for p in found) for kind in ProcessKind}
+
+    def is_whole(self, census: dict[ProcessKind, int]) -> bool:
+        """Whether every rank is in the map, somebody leads, and no process is missing."""
+        if not self.observer.are_all_ranks_in_map() or self.observer.leader_pid is None:
+            return False
+        found = self.census()
+        return all(found[kind] >= number for kind, number in census.items())
 
 
 def choose(rng: random.Random, victims: list[ServiceProcess], count: int) -> list[ServiceProcess]:

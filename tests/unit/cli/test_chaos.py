@@ -15,6 +15,7 @@ import pytest
 from cli.bench.chaos.faults import all_faults, chosen_faults
 from cli.bench.chaos.options import ChaosOptions
 from cli.bench.chaos.picture import save_picture
+from cli.bench.chaos.planned_changes import PlannedChange
 from cli.bench.chaos.processes import ProcessKind, kind_of, processes_of, send
 from cli.bench.chaos.report import FaultReport, is_exact, to_json
 from cli.bench.chaos.statistics import Damage, TryResult
@@ -158,3 +159,22 @@ def test_options_that_cannot_be() -> None:
     for wrong in (ChaosOptions(tries=0), ChaosOptions(streams=0), ChaosOptions(calm_s=0.0)):
         with pytest.raises(ConfigError, match="--"):
             wrong.check()
+
+
+class FourRanks:
+    """What a planned change asks of a site."""
+
+    def ranks(self) -> list[int]:
+        return [0, 1, 2, 3]
+
+
+def test_what_a_planned_change_asks_for_is_a_command_line(tmp_path: Path) -> None:
+    """An unknown flag would be refused before the run folder is looked for."""
+    changes = [fault for fault in all_faults() if isinstance(fault, PlannedChange)]
+    asked = [words for each in changes for words in (each.begin, each.end) if words is not None]
+    assert len(asked) == 5
+    for words in asked:
+        said = words(FourRanks(), "1")  # type: ignore[arg-type]
+        command = [sys.executable, "-m", "cli", *said, "--run-dir", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "no instance runs from" in done.stderr) == (1, True), done.stderr

@@ -36,6 +36,9 @@ TYPE_OF = {
     "survives": "Survival",
     "verdict": "VerdictStatus",
     "step": "Step",
+    "clients": "ClientsAnswer",
+    "experts": "ExpertsAnswer",
+    "killed": "KillAnswer",
 }
 """What the script's variables hold."""
 INNER = {"leader": "LeaderStatus", "change": "ChangeStatus", "survives": "Survival"}
@@ -76,9 +79,10 @@ def test_every_field_has_a_label_and_every_id_that_is_used_is_there() -> None:
     ids = re.findall(r"\sid=\"([^\"]+)", PAGE)
     assert len(ids) == len(set(ids))
     used = re.findall(r"\$\(\"([^\"]+)\"\)", SCRIPT)
-    used += re.findall(r"aria-labelledby=\"([^\"]+)", PAGE)
+    for named in re.findall(r"aria-(?:labelledby|describedby)=\"([^\"]+)", PAGE):
+        used += named.split()
     assert set(used) - set(ids) == set()
-    fields = set(re.findall(r"<input id=\"([^\"]+)", PAGE))
+    fields = set(re.findall(r"<(?:input|select) id=\"([^\"]+)", PAGE))
     assert fields
     assert fields - set(re.findall(r"<label for=\"([^\"]+)", PAGE)) == set()
 
@@ -146,7 +150,8 @@ async def test_whatever_it_reads_and_asks_for_is_in_the_api(client: AdminClient)
     assert unknown == []
     asked = set(re.findall(r"\"(/v1/\w+)\"", SCRIPT))
     changes = {"drain", "undrain", "pause", "resume", "rebalance", "scale"}
-    assert asked == {"/v1/status", *(f"/v1/{name}" for name in changes)}
+    shown, demo = {"status", "clients", "experts"}, {"kill"}
+    assert asked == {f"/v1/{name}" for name in shown | changes | demo}
     assert asked - set(document["paths"]) == set()
     for path, fields in re.findall(r"change\(\"(/v1/\w+)\", \{([^}]*)\}", SCRIPT):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]

@@ -13,6 +13,7 @@ import pytest
 
 from control_plane.admin.admin_app import AdminApp
 from control_plane.admin.admin_server import serving
+from control_plane.admin.client_figures import ClientFigures, gateways_of
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
 from control_plane.membership import MembershipPolicy
@@ -69,7 +70,13 @@ async def control_plane(etcd: MemoryEtcd, name: str) -> AsyncIterator[ControlPla
         metrics=Metrics(),
         admin_url=url,
     )
-    app = AdminApp(driver, token=TOKEN, url=url, clock=clock)
+    app = AdminApp(
+        driver,
+        token=TOKEN,
+        url=url,
+        clock=clock,
+        figures=ClientFigures(gateways_of(store, KEYS, clock.now)),
+    )
     async with serving(app, [listener]), aiohttp.ClientSession() as http:
         task = asyncio.create_task(driver.run(asyncio.Event()))
         found = ControlPlane(driver=driver, store=store, api=AdminClient(url, http), task=task)

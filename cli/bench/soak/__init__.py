@@ -1,0 +1,1 @@
+"""`starfish bench soak`: mixed load with a fault every few seconds, and nothing may grow."""
