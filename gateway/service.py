@@ -35,6 +35,7 @@ from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
+from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
@@ -146,6 +147,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             authenticator=Authenticator(
                 lambda: dependencies.api_keys.keys,
                 metrics,
+                RequestPacer(),
                 metrics_need_key=config.metrics_need_key,
             ),
             request_log=RequestLog(dependencies.clock, access_log=config.access_log),
@@ -175,7 +177,9 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             metrics=metrics,
         )
         watch = ClusterWatch(
-            store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
+            store=dependencies.store,
+            keys=keys,
+            listeners=(models.on_view, driver.on_view, admission.on_view),
         )
         _add_gauges(metrics, driver, admission, http_listener)
         metrics.vllm.sources = VllmSources(

@@ -22,6 +22,7 @@ from gateway.session_state import SessionPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.session_trace import trace_end, trace_placement
 from gateway.stream_session import SendToRank, StreamSession
+from gateway.tenants_in_flight import TenantsInFlight
 from gateway.vllm_metrics import RankGauges, gauges_of
 from shared.clock import Clock
 from shared.codec import pack
@@ -86,12 +87,15 @@ class SessionDriver:
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
         self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
         self._numbers = itertools.count(1)
+        self._tenants = TenantsInFlight()
         self._progress = ProgressWatch()
         self._stall_timeout_s = policy.no_rank_timeout_s
         self._lost_at: dict[Member, float] = {}  # members of the map whose link is broken
         self._late: set[Member] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
+        self._will_set_timer = False
+        self._closed = False
         self._ended = asyncio.Event()
 
     @property
@@ -174,6 +178,8 @@ class SessionDriver:
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
         self._metrics.on_session_begin(len(prompt))
+        if self._tenants.begin(scheduling.tenant):
+            self._tell_tenants()
         session, actions = self._table.open(
             session_id,
             prompt,
@@ -203,6 +209,7 @@ class SessionDriver:
         for _, task in self._links.values():
             task.cancel()
         self._links.clear()
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
 
@@ -227,6 +234,8 @@ class SessionDriver:
             before = self._clock.now()
             await asyncio.sleep(interval_s)
             self._vacate_due()
+            if self._tenants.forget_gone():
+                self._tell_tenants()
             if self._clock.now() - before > interval_s + SILENCE_S / 2:
                 continue  # this process was paused: answers may be unread
             for link, _ in list(self._links.values()):
@@ -235,6 +244,10 @@ class SessionDriver:
             self._log_stragglers()
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))
+
+    def _tell_tenants(self) -> None:
+        for link, _ in self._links.values():
+            link.tell_tenants(self._tenants.named)
 
     def _vacate_due(self) -> None:
         """Called often enough for grace times of seconds."""
@@ -279,6 +292,7 @@ class SessionDriver:
             events=events,
             clock=self._clock,
         )
+        link.tell_tenants(self._tenants.named)
         self._links[record.member] = (link, self._tasks.create_task(link.run()))
 
     def _close_link(self, member: Member) -> None:
@@ -375,8 +389,11 @@ class SessionDriver:
                 moved.append(action)
         if moved:
             log_moves(moved)
-        if self._table.needs_time or self._timer is not None:
-            self._set_timer()
+        if not self._will_set_timer and (self._table.needs_time or self._timer is not None):
+            # Once for all that this turn of the loop brings: it looks at every session that waits,
+            # and a client that leaves may end hundreds.
+            self._will_set_timer = True
+            asyncio.get_running_loop().call_soon(self._set_timer)
 
     def _report_placement(self, member: Member, submit: Submit) -> bool:
         """Whether the session was on another rank, which is lost."""
@@ -391,6 +408,7 @@ class SessionDriver:
 
     def _report_end(self, session: StreamSession) -> None:
         self._metrics.on_session_end(session)
+        self._tenants.end(session.scheduling.tenant)
         if session.tag.span is not None:
             trace_end(session.tag.span, session)
         if session.failure is not None:
@@ -415,6 +433,9 @@ class SessionDriver:
         wake(session)
 
     def _set_timer(self) -> None:
+        self._will_set_timer = False
+        if self._closed:
+            return
         wake_at = self._table.wake_at()
         if wake_at == self._timer_at:
             return
