@@ -42,6 +42,7 @@ from cli.keys import add_entry, key_entry
 from cli.run_dir import Target
 from shared.api_key import new_api_key
 from shared.clock import SystemClock
+from shared.errors import Unavailable
 
 SETTLE_S = 1.0
 """After an attack, before peace is measured: what it asked for ends."""
@@ -201,10 +202,12 @@ async def _run_at(
 ) -> None:
     if key:
         os.environ[VARIABLE] = key
-    clock = SystemClock()
-    async with stream_client(target.url, clock) as client:
-        model = await served_name(client._http, target.url)
-        async with hostile_client(target.url, model, hostile_key) as hostile:
+    clock, url = SystemClock(), target.url
+    if url is None:
+        raise Unavailable("the instance has no gateway")
+    async with stream_client(url, clock) as client:
+        model = await served_name(client._http, url)
+        async with hostile_client(url, model, hostile_key) as hostile:
             streams = Streams(client, clock)
             readers = [
                 asyncio.create_task(streams.run(n, options.prompt_tokens, options.tokens))
