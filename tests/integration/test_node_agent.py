@@ -23,6 +23,7 @@ from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.records import AgentRecord, ProcessView, RankRecord, Suspicion, unpack_record
+from shared.release import own_release
 from shared.types import NodeId, ProcessState, RankId, SuspicionReason
 from tests.support.etcd import flags_of
 
@@ -163,7 +164,10 @@ async def test_each_rank_is_started_and_a_stop_leaves_nothing(node: Node, flag: 
     told = await node.store.get(node.keys.agent(NodeId("n")))
     assert told is not None
     assert unpack_record(told.value, AgentRecord) == AgentRecord(
-        node=NodeId("n"), pid=agent.pid, ranks=(RankId(0), RankId(1))
+        node=NodeId("n"),
+        pid=agent.pid,
+        ranks=(RankId(0), RankId(1)),
+        release=own_release(),
     )
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
