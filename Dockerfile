@@ -51,7 +51,9 @@ RUN grep '^setuptools==' requirements/cpu.lock >/tmp/build.lock \
     && pip install --require-hashes --no-deps -r /tmp/build.lock \
     && pip install --require-hashes --no-deps --no-build-isolation -r requirements/cpu.lock \
     && pip install --require-hashes --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-         -r requirements/torch-cpu.lock
+         -r requirements/torch-cpu.lock \
+    && for unused in bin include test; do \
+         rm -rf "/opt/venv/lib/python3.11/site-packages/torch/$unused"; done
 
 COPY . .
 # In place: the shim and numba's compiled kernels lie beside their source. pip is not needed again.
