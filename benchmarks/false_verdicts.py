@@ -28,9 +28,9 @@ from cli.bench.stats import Spread
 from cli.bench.stream_client import run_all, stream_client
 from cli.bench.temporary_instance import temporary_instance
 from cli.bench.temporary_options import TemporaryInstanceOptions
-from cli.observe.kill import send_to_rank
 from shared.clock import SystemClock
 from shared.errors import StarfishError, Unavailable
+from shared.rank_signal import send_to_rank
 from shared.types import Member
 
 _SAMPLE = 320
