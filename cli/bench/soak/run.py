@@ -33,8 +33,9 @@ from shared.errors import StoreUnavailable, Unavailable
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 
-UP_FLAGS = ("--log-mb-max", "0.25")
-"""Small enough to be reached: what is bounded must not look like growth, nor be so only later."""
+UP_FLAGS = ("--log-mb-max", "0.25", "--kv-tokens", "6144")
+"""So small that logs and KV caches are full within the warm-up: what has a bound must not look like
+growth until it gets there."""
 
 _PROGRESS_S = 60.0
 _SPARED = frozenset({0})

@@ -84,12 +84,12 @@ def test_growth_is_found_in_a_life_and_in_the_sum() -> None:
 
 
 def test_each_life_is_judged_after_a_warm_up_of_its_own() -> None:
-    lives = {(each.where, each.quantity): each for each in history(120).lives()}
+    lives = {(each.where, each.quantity): each for each in history(200).lives()}
     first = lives["gpu_worker (pid 10)", Quantity.MEMORY]
     second = lives["gpu_worker (pid 11)", Quantity.MEMORY]
-    assert first.lasted_s == second.lasted_s == 60 * EVERY_S - EVERY_S - 60.0
-    assert history(60).lives() != []
-    assert all("gateway" in each.where for each in history(60).lives())  # ranks lived too short
+    assert first.lasted_s == second.lasted_s == 100 * EVERY_S - EVERY_S - 60.0
+    assert history(100).lives() != []
+    assert all("gateway" in each.where for each in history(100).lives())  # ranks lived too short
 
 
 def test_sums_count_processes_and_leave_out_moments_of_faults() -> None:
