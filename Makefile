@@ -31,10 +31,10 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration clients test-compose clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration integration-authenticated clients test-compose clean system-packages
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
 
 install: $(STAMPS)/warm ## Everything that is missing, into .venv (and Debian's libraries, as root)
 
@@ -88,6 +88,10 @@ sim-long: install ## Thousands of fresh schedules (KIND=faults|changes|etcd SCHE
 integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)
 	$(PYTEST) $(TWO_AT_ONCE) tests/integration
+
+integration-authenticated: install ## The same with API keys and the instance's secret everywhere
+	$(call say,integration tests with all authentication on)
+	STARFISH_TEST_AUTHENTICATED=1 $(PYTEST) $(TWO_AT_ONCE) tests/integration
 
 clients: install $(CLIENT_ENVIRONMENTS) $(CLIENTS)/.node ## Other people's clients, unchanged, each in an environment of its own
 	$(call say,clients)

@@ -13,7 +13,7 @@ from shared.clock import Clock
 from shared.errors import WireError
 from shared.handshake import Access, Caller, introduce
 from shared.records import RankRecord
-from shared.types import Member, SuspicionReason
+from shared.types import Member, SuspicionReason, TenantName
 from shared.wire import Cancel, Ping, Pong, Submit, Tokens, encode, read_message
 
 CONNECT_TIMEOUT_S = 1.0
@@ -52,6 +52,7 @@ class RankLink:
         self._clock = clock
         self._writer: asyncio.StreamWriter | None = None
         self._nonces = itertools.count(1)
+        self._tenants: tuple[TenantName, ...] = ()
         self.heard_at = clock.now()  # the last message
         self._probed_at: float | None = None  # time of the probe that has no answer yet
 
@@ -75,9 +76,20 @@ class RankLink:
         if self._writer.transport.is_closing():
             return 0.0
         if self._probed_at is None:
-            self._probed_at = now
-            self._writer.write(encode(Ping(nonce=next(self._nonces))))
+            self._ping(self._writer, now)
+            return 0.0
         return now - self._probed_at
+
+    def tell_tenants(self, tenants: tuple[TenantName, ...]) -> None:
+        """Told again whenever the link opens."""
+        self._tenants = tenants
+        if self._writer is not None and not self._writer.transport.is_closing():
+            self._ping(self._writer, self._clock.now())
+
+    def _ping(self, writer: asyncio.StreamWriter, now: float) -> None:
+        if self._probed_at is None:
+            self._probed_at = now
+        writer.write(encode(Ping(nonce=next(self._nonces), tenants=self._tenants)))
 
     def abort(self) -> None:
         """Breaks the connection, if there is one; then another is opened."""
@@ -113,6 +125,7 @@ class RankLink:
                 await introduce(self._caller, record, self._access, reader, writer)
             self._writer, self._probed_at = writer, None
             self.heard_at = self._clock.now()
+            self._ping(writer, self.heard_at)
             self._events.opened(record)
             await self._read(reader)
         finally:

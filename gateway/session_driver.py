@@ -22,6 +22,7 @@ from gateway.session_state import SessionPolicy
 from gateway.session_table import Action, NotifyReader, SessionTable
 from gateway.session_trace import trace_end, trace_placement
 from gateway.stream_session import SendToRank, StreamSession
+from gateway.tenants_in_flight import TenantsInFlight
 from gateway.vllm_metrics import RankGauges, gauges_of
 from shared.clock import Clock
 from shared.codec import pack
@@ -86,6 +87,7 @@ class SessionDriver:
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
         self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
         self._numbers = itertools.count(1)
+        self._tenants = TenantsInFlight()
         self._progress = ProgressWatch()
         self._stall_timeout_s = policy.no_rank_timeout_s
         self._lost_at: dict[Member, float] = {}  # members of the map whose link is broken
@@ -174,6 +176,8 @@ class SessionDriver:
         session_id = SessionId(f"{self._name}/{next(self._numbers)}")
         self._wakers[session_id] = wake
         self._metrics.on_session_begin(len(prompt))
+        if self._tenants.begin(scheduling.tenant):
+            self._tell_tenants()
         session, actions = self._table.open(
             session_id,
             prompt,
@@ -227,6 +231,8 @@ class SessionDriver:
             before = self._clock.now()
             await asyncio.sleep(interval_s)
             self._vacate_due()
+            if self._tenants.forget_gone():
+                self._tell_tenants()
             if self._clock.now() - before > interval_s + SILENCE_S / 2:
                 continue  # this process was paused: answers may be unread
             for link, _ in list(self._links.values()):
@@ -235,6 +241,10 @@ class SessionDriver:
             self._log_stragglers()
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))
+
+    def _tell_tenants(self) -> None:
+        for link, _ in self._links.values():
+            link.tell_tenants(self._tenants.named)
 
     def _vacate_due(self) -> None:
         """Called often enough for grace times of seconds."""
@@ -279,6 +289,7 @@ class SessionDriver:
             events=events,
             clock=self._clock,
         )
+        link.tell_tenants(self._tenants.named)
         self._links[record.member] = (link, self._tasks.create_task(link.run()))
 
     def _close_link(self, member: Member) -> None:
@@ -391,6 +402,7 @@ class SessionDriver:
 
     def _report_end(self, session: StreamSession) -> None:
         self._metrics.on_session_end(session)
+        self._tenants.end(session.scheduling.tenant)
         if session.tag.span is not None:
             trace_end(session.tag.span, session)
         if session.failure is not None:

@@ -127,6 +127,12 @@ class RankConfig:
         "most prompt tokens in a step in which others decode, fewer the longer the prompt already "
         "is; 0: 512 on a card that is the only rank, else no limit of its own",
     )
+    tenant_step_tokens: int = option(
+        0,
+        "most tokens of one API key in a step while other keys have requests, for its weight, or "
+        "as many as the other that decodes least: so one client's requests lengthen the steps of "
+        "others by so much; 0: 8 on CPUs, no limit on cards; -1: no limit",
+    )
     running_max: int = option(
         64, "most sequences that decode at once; sessions moved from a dead rank may exceed it"
     )

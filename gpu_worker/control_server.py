@@ -298,6 +298,8 @@ class ControlServer:
             case GraphBarrierUpdate():
                 self._engine.on_graph_update(message)
             case Ping():
+                if message.tenants is not None:
+                    self._engine.on_tenants(origin, message.tenants)
                 return self._pong(message)
             case OpenRegion():
                 return self._open_region(message)
@@ -383,6 +385,8 @@ def require_allowed(caller: Caller, message: Message) -> None:
     match message:
         case Submit(session=session) | Cancel(session=session):
             _require_own_session(caller, session)
+        case Ping(tenants=tenants) if tenants is not None and caller.role is not Role.GATEWAY:
+            raise WireError(f"a {caller.role.value} has no tenants")
         case Wake(rank=rank, incarnation=incarnation):
             _require_own_member(caller, Member(rank=rank, incarnation=incarnation))
         case GraphBarrierUpdate(member=member):

@@ -307,6 +307,9 @@ def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
         step_sequences_max=config.step_sequences_max,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         mixed_prefill_tokens=config.mixed_prefill_tokens or NO_LIMIT,
+        tenant_step_tokens=(
+            NO_LIMIT if config.tenant_step_tokens < 0 else config.tenant_step_tokens
+        ),
         running_max=config.running_max,
         waiting_max=config.waiting_max,
         prefix_cache=config.prefix_cache,

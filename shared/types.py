@@ -78,6 +78,9 @@ TRACEPARENT_PATTERN = r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"
 Traceparent = Annotated[str, Meta(pattern=rf"^({TRACEPARENT_PATTERN})?\Z")]
 """W3C's header of that name."""
 
+TenantName = Annotated[str, Meta(max_length=64)]
+"""The name of an API key; empty if there are none, for then there is one tenant."""
+
 
 class RankState(Enum):
     """How far an incarnation has come, according to its own record."""
@@ -231,7 +234,7 @@ class SchedulingParams:
     it, and the gateway ends those that are late. Sessions share KV blocks only if they have the
     same `cache_salt`."""
 
-    tenant: Annotated[str, Meta(max_length=64)] = ""
+    tenant: TenantName = ""
     weight: Annotated[float, Meta(ge=WEIGHT_MIN, le=WEIGHT_MAX)] = 1.0
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] = 0
     deadline_at: Annotated[float, Meta(ge=0.0)] = 0.0

@@ -32,6 +32,7 @@ from shared.types import (
     SchedulingParams,
     SessionId,
     Step,
+    TenantName,
     Traceparent,
 )
 
@@ -200,7 +201,13 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
+    """Gateways also tell whose sessions they have in flight, on whichever rank: all ranks step
+    together, so each must know of tenants that only others serve. Two names tell any tenant whether
+    there is another, so no more are sent. They hold until the next Ping that has some; None says
+    nothing."""
+
     nonce: int
+    tenants: Annotated[tuple[TenantName, ...], Meta(max_length=2)] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

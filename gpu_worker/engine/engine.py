@@ -269,6 +269,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         has_work = self._scheduler.has_work
+        self._scheduler.tenants_elsewhere = self._inbox.tenants
         plan = self._scheduler.plan(self._clock.now())
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)

@@ -114,6 +114,7 @@ class EngineClient:
         if grammars is not None:
             grammars.renew(self._inbox.notify)
         self._stopped = False
+        self._tenants: dict[Origin, frozenset[str]] = {}  # that have sessions in flight
         self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
         self._broken_links: set[Member] = set()
         self._known_epoch = Epoch(0)  # of the newest map or verdict that etcd has shown
@@ -165,9 +166,16 @@ class EngineClient:
         """False if the engine's inbox is full."""
         return self._inbox.put(cancel)
 
+    def on_tenants(self, origin: Origin, tenants: Iterable[str]) -> None:
+        """This connection's gateway has sessions of these in flight; of no others, or of more than
+        it names."""
+        self._tenants[origin] = frozenset(tenants)
+        self._inbox.tenants = frozenset().union(*self._tenants.values())
+
     def orphan_origin(self, origin: Origin, orphan_s: float) -> None:
         """This connection is gone. What another gateway may take over goes on for `orphan_s`
         seconds, the rest ends."""
+        self._forget_tenants(origin)
         if orphan_s <= 0:
             self.drop_origin(origin)
             return
@@ -176,6 +184,10 @@ class EngineClient:
 
     def drop_origin(self, origin: Origin) -> None:
         self._inbox.put(DropOrigin(origin=origin))
+
+    def _forget_tenants(self, origin: Origin) -> None:
+        if self._tenants.pop(origin, None):
+            self._inbox.tenants = frozenset().union(*self._tenants.values())
 
     def wake(self, wake: Wake) -> None:
         here = self._engine.snapshot()

@@ -107,6 +107,8 @@ class Inbox:
         self.may_run_ahead = True
         """Read without the lock. False while the link to a member of the map is broken: if it has
         died, every step in flight is thrown away and must first end, so one more is time lost."""
+        self.tenants: frozenset[str] = frozenset()
+        """Read without the lock: tenants that have sessions in flight, here or on other ranks."""
         self._waiter = waiter
         self._arrivals_max = arrivals_max
         self._arrival_tokens_max = arrival_tokens_max

@@ -48,14 +48,15 @@ wait for KV blocks while a sequence runs whose client has seen nothing; that one
 A sequence whose gateway is gone, or whose client has come back through another, goes on and may be
 taken over: `resumable_streams`.
 
-Who is next among several tenants: `tenant_shares`, `waiting_queue`. What a sequence begins with,
-and for whose blocks it waits: `sequence_blocks`.
+Who is next among several tenants: `tenant_shares`, `waiting_queue`; how much of a step each of them
+may have: `step_shares`. What a sequence begins with, and for whose blocks it waits:
+`sequence_blocks`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -81,6 +82,7 @@ from gpu_worker.engine.step_plan import (
     depends_on_tokens,
     projected_after,
 )
+from gpu_worker.engine.step_shares import StepShares
 from gpu_worker.engine.tenant_shares import TenantShares
 from gpu_worker.engine.waiting_queue import WaitingQueue
 from shared.errors import GrammarError
@@ -119,6 +121,9 @@ class Scheduler:
         self._sequences: dict[SessionId, Sequence] = {}
         self._streams = ResumableStreams(limits.orphans_max)
         self._shares = TenantShares()
+        self._step_shares = StepShares(limits.tenant_step_tokens)
+        self.tenants_elsewhere: Collection[str] = ()
+        """Tenants that have sessions in flight, on this rank or others; set before `plan`."""
         self._waiting = WaitingQueue(self._shares)
         self._running: list[Sequence] = []  # sorted when a plan begins: the last is preempted first
         self._num_tokens = 0
@@ -300,21 +305,19 @@ class Scheduler:
         """`projected` are the running sequences, in order of priority."""
         for sequence in growing:
             self._kv.extend(sequence.row, 1)
-        budget = StepBudget(self._limits)
-        for sequence, state in projected.items():
-            if state.num_pending == 1 and not self._guided.holds(sequence):
-                budget.add_decode(sequence, state)
-        prefilling = deque(
-            self._shares.in_order(
-                sequence
-                for sequence, state in projected.items()
-                if state.num_pending > 1 and not self._guided.holds(sequence)
-            )
-        )
+        able = [each for each in projected.items() if not self._guided.holds(each[0])]
+        decoding = [(s, state) for s, state in able if state.num_pending == 1]
+        prefilling = deque(self._shares.in_order(s for s, state in able if state.num_pending > 1))
+        self._step_shares.begin((s for s, _ in decoding), self.tenants_elsewhere)
+        budget = StepBudget(self._limits, self._step_shares)
+        prompts = [*prefilling, *self._waiting.heads()]
+        budget.add_decodes(decoding, {s.scheduling.tenant for s in prompts})
         admitted: list[Sequence] = []
         restored_max = self.num_restored + self._limits.restored_blocks_enough
         while not budget.is_spent:
-            found = self._next_admissible() if self.num_restored < restored_max else None
+            while prefilling and not budget.has_left(prefilling[0]):
+                prefilling.popleft()
+            found = self._next_admissible(budget) if self.num_restored < restored_max else None
             if prefilling and (found is None or not self._shares.is_ahead(found, prefilling[0])):
                 sequence = prefilling.popleft()
                 budget.add_prefill(sequence, projected[sequence])
@@ -386,12 +389,14 @@ class Scheduler:
         error = "the waiting queue of this rank is full"
         return replace(sequence.reply(index=sequence.next_index, error=error), retryable=True)
 
-    def _next_admissible(self) -> Sequence | None:
+    def _next_admissible(self, budget: StepBudget) -> Sequence | None:
         """The first waiting sequence, except those that wait for a block of another, and those of
-        tenants that run enough. Besides blocks for all its known tokens, one must be free for each
-        running sequence to grow: else it would soon be preempted."""
+        tenants that run enough, or have enough of this step. Besides blocks for all its known
+        tokens, one must be free for each running sequence to grow: else it would soon be
+        preempted."""
         num_reserved = len(self._running)
-        have_enough: set[str] = set()
+        heads = self._waiting.heads()
+        have_enough = {s.scheduling.tenant for s in heads if not budget.has_left(s)}
         for sequence in self._waiting.in_order(have_enough):
             if not self._may_run_one_more(sequence):
                 have_enough.add(sequence.scheduling.tenant)

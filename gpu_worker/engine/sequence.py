@@ -36,6 +36,7 @@ class Sequence:
         "arrived_at",
         "attempt",
         "block_names",
+        "decoded_in",
         "is_charged",
         "matcher",
         "num_cached",
@@ -98,6 +99,7 @@ class Sequence:
         self.num_offered = 0  # of these, how many were offered to the replicator
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
         self.num_charged = 0  # tokens of its prompt that its tenant was charged
+        self.decoded_in = 0  # the last step in which it did, as `StepShares` counts those it limits
         self.is_charged = False  # and that cannot be taken back any more
         self.reported_backup: RankId | None = None  # the backup rank that its client knows
         self.state = SequenceState.WAITING

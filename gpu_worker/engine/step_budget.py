@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from collections.abc import Sequence as Items
+
 from gpu_worker.engine.projected_state import ProjectedState
-from gpu_worker.engine.scheduler_limits import SchedulerLimits
+from gpu_worker.engine.scheduler_limits import NO_LIMIT, SchedulerLimits
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_plan import Chunk
+from gpu_worker.engine.step_shares import Decode, StepShares
 
 _CONTEXT_TOKENS = 4096
 """After so many positions, attention takes as long as the rest of a prompt token's arithmetic."""
 
 
 class StepBudget:
-    """For one plan. All decodes are added before the first prefill.
+    """For one plan. All decodes are added before the first prefill. `shares` has begun this step.
 
     A step with decodes takes only so much prefill that they do not wait much longer than usual:
     `mixed_prefill_tokens` of the beginning of a prompt, or fewer of a later part.
     """
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, shares: StepShares) -> None:
+        self._shares = shares
         self.chunks: list[Chunk] = []
         self._prefill_chunk_tokens = limits.prefill_chunk_tokens
         self._tokens_left = limits.step_tokens_max
@@ -33,20 +38,33 @@ class StepBudget:
         is_mixed_spent = self._has_decodes and self._mixed_left <= 0
         return self._tokens_left <= 0 or self._rows_left <= 0 or is_mixed_spent
 
-    def add_decode(self, sequence: Sequence, projected: ProjectedState) -> None:
-        self._has_decodes = True
-        self._add(Chunk(sequence, 1, projected))
+    def has_left(self, sequence: Sequence) -> bool:
+        """Whether its tenant may have more of this step."""
+        return self._prefill_left(sequence) > 0
+
+    def add_decodes(self, wanted: Items[Decode], also_prefill: Collection[str]) -> None:
+        """As many as each tenant may have. Tenants of `also_prefill` have prompts to compute."""
+        for sequence, projected in self._shares.decodes(wanted, also_prefill):
+            self._has_decodes = True
+            self._add(Chunk(sequence, 1, projected))
 
     def add_prefill(self, sequence: Sequence, projected: ProjectedState) -> None:
         """Adds as many of its pending tokens as fit, which may be none."""
         num_tokens = min(projected.num_pending, self._prefill_chunk_tokens, self._tokens_left)
         if self._has_decodes:
             num_tokens = min(num_tokens, self._mixed_tokens(projected))
+        num_tokens = min(num_tokens, self._prefill_left(sequence))
         if sequence.wants_prompt_logits:
             num_tokens = min(num_tokens, self._scored_rows_left, self._rows_left)
         if num_tokens > 0 and self._rows_left > 0:
             self._add(Chunk(sequence, num_tokens, projected))
+            if not sequence.num_emitted:
+                self._shares.take(sequence, num_tokens)
             self._mixed_left -= num_tokens * _cost(projected) // _CONTEXT_TOKENS
+
+    def _prefill_left(self, sequence: Sequence) -> int:
+        """What a death makes this rank compute again is not the tenant's doing."""
+        return NO_LIMIT if sequence.num_emitted else self._shares.left(sequence)
 
     def _mixed_tokens(self, projected: ProjectedState) -> int:
         """How many of the sequence's next tokens fit beside decodes."""

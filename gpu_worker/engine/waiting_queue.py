@@ -39,6 +39,10 @@ class WaitingQueue:
         if not line:
             del self._lines[tenant]
 
+    def heads(self) -> list[Sequence]:
+        """The first of each tenant."""
+        return [line[0] for line in self._lines.values()]
+
     def first(self) -> Sequence | None:
         return next(self.in_order(), None)
 

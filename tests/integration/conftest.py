@@ -1,4 +1,5 @@
-"""One real etcd per test session, and a namespace of its own for every test."""
+"""One real etcd per test session, and a namespace of its own for every test. All authentication is
+on if STARFISH_TEST_AUTHENTICATED is set."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ import pytest_asyncio
 from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
+from tests.support.authentication import switch_on_if_wanted
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(switch_on_if_wanted())
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -29,6 +29,7 @@ from shared.expert_map import ExpertMap
 from shared.keys import Keys
 from shared.records import LeaderRecord, unpack_map, unpack_record
 from shared.types import RankId
+from tests.support.authentication import client_session
 from tests.support.cluster import free_port
 
 pytestmark = pytest.mark.timeout(240)
@@ -240,7 +241,7 @@ async def test_the_standby_takes_over_from_a_killed_gateway(run_dir: Path, model
         except aiohttp.ClientError:
             return False
 
-    async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
+    async with client_session() as http, asyncio.timeout(WAIT_S):
         while not await serves():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert pids_of(run_dir, "gateway") == standby
@@ -275,7 +276,7 @@ async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
 
     async def stream() -> bool:
         """Whether it came to its end."""
-        async with aiohttp.ClientSession() as http, http.post(url, json=body) as response:
+        async with client_session() as http, http.post(url, json=body) as response:
             await response.content.readany()
             begun.release()
             with contextlib.suppress(aiohttp.ClientPayloadError):
@@ -290,7 +291,7 @@ async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
         gateways = await gateways_of(run_dir)
         assert {g["pid"] for g in gateways} == set(pids_of(run_dir, "gateway"))
         assert {g["port"] for g in gateways} == {port}
-        async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as tasks:
+        async with client_session() as http, asyncio.TaskGroup() as tasks:
             streams = [tasks.create_task(stream()) for _ in range(num_streams)]
             for _ in streams:
                 await begun.acquire()
@@ -299,7 +300,7 @@ async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
             os.kill(killed["pid"], signal.SIGKILL)
             for _ in range(num_streams):  # the killed one's clients wait for its successor
                 short = {**body, "max_tokens": 1, "stream": False}
-                async with aiohttp.ClientSession() as new, new.post(url, json=short) as response:
+                async with client_session() as new, new.post(url, json=short) as response:
                     assert response.status == 200
         assert 0 < num_other < num_streams
         assert [task.result() for task in streams].count(True) == num_other
@@ -325,7 +326,7 @@ async def test_a_death_while_etcd_is_stopped_holds_nobody_up(run_dir: Path, mode
 
     async def answer(first: int) -> list[str]:
         body = {"prompt": [first, 4], "max_tokens": num_tokens, "ignore_eos": True, "seed": 1}
-        async with aiohttp.ClientSession() as http, http.post(url, json=body) as response:
+        async with client_session() as http, http.post(url, json=body) as response:
             assert response.status == 200, await response.text()
             return [choice["text"] for choice in (await response.json())["choices"]]
 
@@ -393,7 +394,7 @@ async def test_only_one_instance_of_a_name_on_an_etcd(
 async def answers(port: int) -> bool:
     """Whether a completion comes to its end."""
     body = {"model": "model", "prompt": "Hello", "max_tokens": 4}
-    async with aiohttp.ClientSession() as http:
+    async with client_session() as http:
         models = await (await http.get(f"http://127.0.0.1:{port}/v1/models")).json()
         body["model"] = models["data"][0]["id"]
         async with http.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:

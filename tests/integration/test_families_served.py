@@ -11,11 +11,11 @@ import random
 import signal
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
+from tests.support.authentication import client_session
 from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
 
 NUM_RANKS = 3
@@ -65,7 +65,7 @@ async def guided_answers(url: str) -> list[str]:
         "max_tokens": 960,
         "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
     }
-    async with aiohttp.ClientSession() as http, http.post(f"{url}/v1/completions", json=body) as r:
+    async with client_session() as http, http.post(f"{url}/v1/completions", json=body) as r:
         answer = await r.json()
         assert r.status == 200, answer
     return [choice["text"] for choice in answer["choices"]]

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from tests.support.authentication import client_session
 from tests.support.cluster import Cluster, running_cluster, stream_events
 
 NUM_RANKS = 3
@@ -53,7 +54,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+    async with client_session(timeout=aiohttp.ClientTimeout(total=120)) as session:
         yield session
 
 

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.support.authentication import client_session
 from tests.support.cluster import Cluster, running_cluster
 
 MODEL = Path(__file__).parents[2] / "models" / "starling-14m"
@@ -112,7 +113,7 @@ async def run(
     async def one(seed: int) -> Answer:
         answer = Answer()
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http,
+            client_session(timeout=aiohttp.ClientTimeout(total=120)) as http,
             http.post(
                 f"{cluster.url}/v1/chat/completions", json={**body, "seed": seed}
             ) as response,

@@ -22,6 +22,7 @@ from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
 from shared.records import GatewayRecord, unpack_record
+from tests.support.authentication import client_session
 from tests.support.cluster import free_port
 from tests.support.etcd import flags_of
 from tests.support.gateway_harness import GatewayHarness, toy_spec
@@ -63,7 +64,7 @@ async def harness_of(
 ) -> AsyncIterator[tuple[GatewayHarness, asyncio.subprocess.Process]]:
     port = free_port()
     options = (*flags_of(etcd, keys, EtcdService.GATEWAY), "--port", str(port), *flags)
-    async with aiohttp.ClientSession() as http, gateway(*options) as process:
+    async with client_session() as http, gateway(*options) as process:
         harness = GatewayHarness(store, keys, http, port)
         try:
             yield harness, process
@@ -126,7 +127,7 @@ async def test_requests_wait_while_a_killed_gateway_is_replaced(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fd = listener.fileno()
         flags = (*flags_of(etcd, keys, EtcdService.GATEWAY), "--listen-fd", str(fd))
-        async with aiohttp.ClientSession() as http:
+        async with client_session() as http:
             harness = GatewayHarness(store, keys, http, listener.getsockname()[1])
             await harness.publish([await harness.add_rank(ToyRank(0))])
             async with gateway(*flags, inherited_fds=[fd]) as killed:

@@ -19,6 +19,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.support.authentication import client_session
+
 UP_TIMEOUT_S = 90.0
 DOWN_TIMEOUT_S = 30.0
 
@@ -162,7 +164,7 @@ async def stream_events(
 
 @asynccontextmanager
 async def running_cluster(
-    run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = (), api_key: str = "none"
+    run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = (), api_key: str = ""
 ) -> AsyncIterator[Cluster]:
     """Starts `starfish up`, waits until it serves, stops it by SIGINT and checks that it ended
     well. Its output is in `run_dir/up.log`. The cluster's requests are made with `api_key`."""
@@ -178,8 +180,9 @@ async def running_cluster(
             stderr=output,
         )
     try:
-        timeout, headers = aiohttp.ClientTimeout(total=120), {"x-api-key": api_key}
-        async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
+        timeout = aiohttp.ClientTimeout(total=120)
+        headers = {"x-api-key": api_key} if api_key else {}
+        async with client_session(timeout=timeout, headers=headers) as http:
             cluster = Cluster(run_dir, port, http)
             await _wait_ready(cluster, process, http)
             yield cluster

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from shared.errors import LeaseLost, StoreUnavailable, WireError
 from shared.expert_map import ExpertMap
-from shared.handshake import Access, admit
+from shared.handshake import admit
 from shared.keys import Keys
 from shared.records import (
     RankRecord,
@@ -22,6 +22,7 @@ from shared.records import (
 from shared.store import Snapshot, Store
 from shared.types import Accuser, Epoch, Incarnation, Member, NodeId, RankId, RankState, Step
 from shared.wire import Load, Ping, Pong, encode, read_message
+from tests.support.authentication import access_to
 
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=8, kv_blocks=8)
 
@@ -170,7 +171,7 @@ class FakeRank:
             if not self.answering:
                 await reader.read()
                 return
-            _, welcome = await admit(self.member, Access(self._keys.instance), reader, writer)
+            _, welcome = await admit(self.member, access_to(self._keys.instance), reader, writer)
             writer.write(encode(welcome))
             while (message := await read_message(reader)) is not None:
                 if self.answering and isinstance(message, Ping):

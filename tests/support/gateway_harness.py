@@ -18,12 +18,13 @@ from gateway.service import GatewayDependencies, run_gateway
 from shared.clock import SystemClock
 from shared.codec import pack
 from shared.expert_map import ExpertMap
-from shared.handshake import Access
 from shared.keys import Keys
 from shared.records import InstanceSpec, pack_map
 from shared.store import Store
 from shared.tracing import Tracer
 from shared.types import Epoch, Member
+from tests.support import authentication
+from tests.support.authentication import access_to, client_session
 from tests.support.memory_store import MemoryEtcd, MemoryStore
 from tests.support.toy_rank import VOCAB, ToyRank
 
@@ -65,9 +66,9 @@ class GatewayHarness:
         port: int,
         *,
         scheme: str = "http",
-        api_key: str = "none",
+        api_key: str = "",
     ) -> None:
-        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._headers = {"Authorization": f"Bearer {api_key or authentication.api_key()}"}
         self.store = store
         self.keys = keys
         self.http = http
@@ -78,7 +79,7 @@ class GatewayHarness:
         self.epoch = 0
 
     async def add_rank(self, rank: ToyRank) -> ToyRank:
-        rank.access = Access(self.keys.instance)
+        rank.access = access_to(self.keys.instance)
         record = await rank.start()
         self.ranks.append(rank)
         await self.store.put(self.keys.rank(record.rank, record.incarnation), pack(record))
@@ -112,18 +113,19 @@ async def running_gateway(
     num_ranks: int = 2,
     context_tokens_max: int = 2048,
     scheme: str = "http",
-    api_key: str = "none",
+    api_key: str = "",
     tracer: Tracer | None = None,
     **options: object,
 ) -> AsyncIterator[GatewayHarness]:
     """`options` are fields of GatewayConfig. The gateway is ready when the body begins; if it wants
     an API key, `api_key` is used to find that out."""
     etcd = MemoryEtcd(SystemClock())
+    options = {"api_key_file": authentication.api_key_file(), **options}
     config = dataclasses.replace(GatewayConfig(), drain_s=1.0, **options)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         connector = aiohttp.TCPConnector(ssl=False)  # certificates of tests are their own
-        async with aiohttp.ClientSession(connector=connector) as http:
+        async with client_session(connector=connector) as http:
             harness = GatewayHarness(
                 etcd.client(), Keys(config.instance), http, port, scheme=scheme, api_key=api_key
             )
@@ -139,7 +141,7 @@ async def running_gateway(
                 clock=SystemClock(),
                 listener=listener,
                 stop=harness.stop,
-                access=Access(config.instance),
+                access=access_to(config.instance),
                 api_keys=ApiKeyWatch(config.api_key_file, "", poll_s=0.05),
                 tracer=tracer,
             )

@@ -27,6 +27,17 @@ def test_what_the_user_says_holds() -> None:
     assert sizes(on_card=True, mixed_prefill_tokens=64)[2] == 64
 
 
+def test_only_steps_of_cpus_are_so_short_that_one_client_must_not_fill_them() -> None:
+    def of(*, on_card: bool, **given: int) -> int:
+        config = RankConfig(**given)  # type: ignore[arg-type]
+        return with_step_sizes(config, on_card=on_card, num_ranks=2).tenant_step_tokens
+
+    assert of(on_card=True) == -1
+    assert of(on_card=False) == 8
+    assert of(on_card=True, tenant_step_tokens=64) == 64
+    assert of(on_card=False, tenant_step_tokens=-1) == -1
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from gpu_worker.engine.projected_state import ProjectedState, current_state
+from gpu_worker.engine.scheduler_limits import NO_LIMIT
 from gpu_worker.engine.sequence import Origin, Sequence
 from gpu_worker.engine.step_budget import StepBudget
+from gpu_worker.engine.step_shares import StepShares
 from tests.unit.gpu_worker.engine.toy import EOS, limits, submit
 
 LONG = 40_000
@@ -22,7 +24,7 @@ def sequence_of(tokens: tuple[int, ...], **sampling: object) -> Sequence:
 
 def budget(**changes: int) -> StepBudget:
     sizes = {"step_tokens_max": 4096, "prefill_chunk_tokens": 4096, "mixed_prefill_tokens": 512}
-    return StepBudget(limits(**(sizes | changes)))
+    return StepBudget(limits(**(sizes | changes)), StepShares(NO_LIMIT))
 
 
 def tokens(of: StepBudget) -> list[int]:
@@ -48,7 +50,7 @@ def test_beside_decodes_a_prompt_takes_less_the_longer_it_is() -> None:
     taken = []
     for num_computed in (0, 4096, 32_768):
         mixed = budget()
-        mixed.add_decode(*decode())
+        mixed.add_decodes([decode()], ())
         mixed.add_prefill(*prefill(num_computed))
         taken.append(tokens(mixed)[1])
     assert taken == [512, 256, 56]
@@ -56,12 +58,12 @@ def test_beside_decodes_a_prompt_takes_less_the_longer_it_is() -> None:
 
 def test_prompts_beside_decodes_share_their_part_and_the_first_gets_on_always() -> None:
     mixed = budget(mixed_prefill_tokens=1)
-    mixed.add_decode(*decode())
+    mixed.add_decodes([decode()], ())
     assert not mixed.is_spent
     mixed.add_prefill(*prefill(32_768))
     assert tokens(mixed) == [1, 1]
     mixed = budget(prefill_chunk_tokens=300)
-    mixed.add_decode(*decode())
+    mixed.add_decodes([decode()], ())
     for _ in range(3):
         mixed.add_prefill(*prefill())
     assert tokens(mixed) == [1, 300, 212]
@@ -79,6 +81,6 @@ def test_a_step_has_so_many_sequences_at_most() -> None:
 def test_rows_that_are_scored_count_as_sequences_do() -> None:
     scored = sequence_of(tuple(range(1, 9)), prompt_logprobs=1)
     full = budget(step_sequences_max=5)
-    full.add_decode(*decode())
+    full.add_decodes([decode()], ())
     full.add_prefill(scored, current_state(scored))
     assert tokens(full) == [1, 4]
