@@ -21,10 +21,13 @@ WAITING_BYTES_MAX = 64 << 20
 
 
 class Preparation:
-    def __init__(self, running_max: int = RUNNING_MAX) -> None:
+    """If it `rests`, so many times what a turn has taken passes before the next one."""
+
+    def __init__(self, running_max: int = RUNNING_MAX, *, rests: float = 0.0) -> None:
         self._queue = TurnQueue(
             running_max=running_max, waiting_max=WAITING_MAX, waiting_cost_max=WAITING_BYTES_MAX
         )
+        self._rests = rests
         self._wakers: dict[Turn, asyncio.Event] = {}
 
     @property
@@ -37,13 +40,22 @@ class Preparation:
     ) -> AsyncIterator[None]:
         """`cost` is in bytes of the request's body. Raises Overloaded, and SessionFailed if its
         turn does not come in time."""
+        loop = asyncio.get_running_loop()
         turn = self._queue.ask(key, cost)
+        began = loop.time()
         try:
             if not turn.is_granted:
                 await self._wait(turn, timeout_s)
+            began = loop.time()
             yield
         finally:
-            self._wake(self._queue.give_up(turn))
+            if self._rests and turn.is_granted:
+                loop.call_later(self._rests * (loop.time() - began), self._end, turn)
+            else:
+                self._end(turn)
+
+    def _end(self, turn: Turn) -> None:
+        self._wake(self._queue.give_up(turn))
 
     async def _wait(self, turn: Turn, timeout_s: float | None) -> None:
         waker = self._wakers[turn] = asyncio.Event()

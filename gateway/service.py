@@ -33,6 +33,7 @@ from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
+from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
 from gateway.session_driver import SessionDriver
@@ -134,6 +135,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             authenticator=Authenticator(
                 lambda: dependencies.api_keys.keys,
                 metrics,
+                RequestPacer(),
                 metrics_need_key=config.metrics_need_key,
             ),
             request_log=RequestLog(dependencies.clock, access_log=config.access_log),

@@ -8,7 +8,9 @@ from aiohttp import web
 
 from gateway.api.request_context import require_context
 from gateway.api_keys import ANYBODY, ApiKey, KeySet
+from gateway.connection_table import client_of
 from gateway.metrics import GatewayMetrics
+from gateway.request_pacer import RequestPacer
 from shared.errors import RequestError, Unauthenticated
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
@@ -22,24 +24,39 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 class Authenticator:
     """`keys` gives the present ones: they may change at any time. A request goes on with the key
-    that it came with."""
+    that it came with. Requests begin as `pacer` lets them, also those that are refused."""
 
     def __init__(
-        self, keys: Callable[[], KeySet], metrics: GatewayMetrics, *, metrics_need_key: bool
+        self,
+        keys: Callable[[], KeySet],
+        metrics: GatewayMetrics,
+        pacer: RequestPacer,
+        *,
+        metrics_need_key: bool,
     ) -> None:
         self._keys = keys
         self._metrics = metrics
+        self._pacer = pacer
         self._metrics_need_key = metrics_need_key
 
     @web.middleware
     async def authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Before a route is looked for, so that strangers do not learn which there are. A
         browser's preflight (OPTIONS) never has a key, so it gets one answer for every path."""
+        await self._pacer.begin(self._line_of(request))
         if request.method == "OPTIONS" and len(self._keys()):
             return web.Response(status=204, headers={"Allow": _METHODS})
         if self._needs_key(request):
             require_context(request).key = self._key_of(request)
         return await handler(request)
+
+    def _line_of(self, request: web.Request) -> str:
+        """Who waits in one line for requests to begin: a key's, or an address's without a right
+        one. No key's name begins with a space."""
+        for text in _sent_keys(request):
+            if (key := self._keys().find(text)) is not None:
+                return key.name
+        return f" {client_of(request.remote or '')}"
 
     def _needs_key(self, request: web.Request) -> bool:
         path = request.path.rstrip("/")

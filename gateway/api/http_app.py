@@ -20,9 +20,8 @@ from gateway.api.bodies import (
     ChatBody,
     CompletionBody,
     GenerationBody,
-    decode_body,
-    ignored_fields,
 )
+from gateway.api.body_decoder import BodyDecoder
 from gateway.api.chat_request import plan_answer, read_chat
 from gateway.api.cross_origin import CrossOrigin
 from gateway.api.dialect import Dialect
@@ -35,7 +34,6 @@ from gateway.api.guided import DemandedForm
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.job_builder import JobBuilder
-from gateway.api.json_bounds import check_num_values
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission, num_choices
@@ -45,7 +43,7 @@ from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
 from gateway.api.request_trace import RequestTraces
 from gateway.api.requests import read_options, read_prompts
-from gateway.api.resumption import Resumption, Stream, body_digest, check_not_resumed
+from gateway.api.resumption import Resumption, Stream, check_not_resumed
 from gateway.api.routes import Handler, Routes, endpoint_of
 from gateway.api.scheduling import RequestScheduling
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
@@ -103,6 +101,7 @@ class HttpApp:
         self._grammars = grammars
         self._resumption = resumption
         self._jobs = JobBuilder(clock=clock, logprobs_max=logprobs_max)
+        self._decoder = BodyDecoder()
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
         self._traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
@@ -320,14 +319,12 @@ class HttpApp:
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         raw = await read_body(request, self._body_bytes_max)
-        await check_num_values(raw)
-        body = decode_body(raw, cls)
         context = require_context(request)
         context.body_bytes = len(raw)
-        if getattr(body, "stream", False):
-            context.body_digest = body_digest(raw)
-        request[IGNORED_FIELDS] = ignored_fields(raw, cls)
-        return body
+        decoded = await self._decoder.decode(context.key, raw, cls)
+        context.body_digest = decoded.digest
+        request[IGNORED_FIELDS] = decoded.ignored
+        return decoded.body
 
     async def _grammar(
         self,
