@@ -89,12 +89,12 @@ class ChoiceReader:
         self._text = text
         self._task = task
         self._is_first = True
-        self._is_behind = task.read != ChoicePosition(rank=task.read.rank)
+        self.is_behind = task.read != ChoicePosition(rank=task.read.rank)
 
     def take_delta(self) -> Delta | None:
         session = self.session
         finish = session.finish if session.state is SessionState.FINISHED else None
-        if self._is_behind:
+        if self.is_behind:
             return self._take_again(finish)
         ids = session.emitted[self.num_read :]
         if not (ids or finish):
@@ -124,13 +124,13 @@ class ChoiceReader:
         emitted, end = self.session.emitted, self.num_read + then.num_tokens
         if finish is None and (len(emitted) < end or then.is_last):
             return None
-        self._is_behind = False
+        self.is_behind = False
         is_last = then.is_last and len(emitted) <= end
         ids = emitted[self.num_read : end]
         return self._delta(ids, finish if is_last else None, then.num_events)
 
     def _catch_up(self) -> Delta | None:
-        self._is_behind = False
+        self.is_behind = False
         return self.take_delta()
 
     def _delta(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from operator import attrgetter
 from types import TracebackType
 
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
 from gateway.detokenizer import TokenBytes
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_driver import SessionDriver
-from gateway.session_state import SessionFailed
+from gateway.session_state import Failure, SessionFailed
 from gateway.stream_session import StreamSession
 from gateway.text_stream import TextStream
+from shared.types import SessionId
 
 
 class Generation:
@@ -35,7 +37,9 @@ class Generation:
         self._eager = streaming or any(task.stops for task in tasks)
         self._changed = asyncio.Event()
         self._readers: list[ChoiceReader] = []
-        self._open: list[ChoiceReader] = []  # those that are not done
+        self._open: dict[SessionId, ChoiceReader] = {}  # those that are not done
+        self._woken: dict[SessionId, ChoiceReader] = {}  # those of which there may be more to read
+        self._failures: list[Failure] = []
 
     @property
     def done(self) -> bool:
@@ -84,7 +88,8 @@ class Generation:
                 include_stop=task.include_stop,
             )
             self._readers.append(ChoiceReader(index, session, text, task))
-        self._open = list(self._readers)
+        self._open = {reader.session.id: reader for reader in self._readers}
+        self._woken = dict(self._open)
         return self
 
     def __exit__(
@@ -98,6 +103,8 @@ class Generation:
 
     def _wake(self, session: StreamSession) -> None:
         if self._eager or session.ended:
+            if (reader := self._open.get(session.id)) is not None:
+                self._woken[session.id] = reader
             self._changed.set()
 
     async def next_deltas(self) -> list[Delta]:
@@ -105,17 +112,31 @@ class Generation:
         token from before the failure has been returned."""
         while True:
             self._changed.clear()
-            deltas = [d for reader in self._open if (d := reader.take_delta()) is not None]
+            deltas = self._read_woken()
             for delta in deltas:
                 if delta.finish is not None:
                     self._end(self._readers[delta.choice])
             if deltas:
                 return deltas
-            for reader in self._open:
-                if reader.session.failure is not None:
-                    raise SessionFailed(reader.session.failure)
+            if self._failures:
+                raise SessionFailed(self._failures[0])
             await self._changed.wait()
 
+    def _read_woken(self) -> list[Delta]:
+        """Only these: a step may bring tokens of few choices among many."""
+        woken, self._woken = self._woken, {}
+        deltas: list[Delta] = []
+        for reader in sorted(woken.values(), key=attrgetter("index")):
+            was_behind = reader.is_behind
+            if (delta := reader.take_delta()) is not None:
+                deltas.append(delta)
+                if was_behind:
+                    self._woken[reader.session.id] = reader  # there may be more
+            if reader.session.failure is not None:
+                self._failures.append(reader.session.failure)
+        return deltas
+
     def _end(self, reader: ChoiceReader) -> None:
+        del self._open[reader.session.id]
+        self._woken.pop(reader.session.id, None)
         self._driver.stop(reader.session)
-        self._open.remove(reader)

@@ -94,6 +94,8 @@ class SessionDriver:
         self._late: set[Member] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
+        self._will_set_timer = False
+        self._closed = False
         self._ended = asyncio.Event()
 
     @property
@@ -207,6 +209,7 @@ class SessionDriver:
         for _, task in self._links.values():
             task.cancel()
         self._links.clear()
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
 
@@ -386,8 +389,11 @@ class SessionDriver:
                 moved.append(action)
         if moved:
             log_moves(moved)
-        if self._table.needs_time or self._timer is not None:
-            self._set_timer()
+        if not self._will_set_timer and (self._table.needs_time or self._timer is not None):
+            # Once for all that this turn of the loop brings: it looks at every session that waits,
+            # and a client that leaves may end hundreds.
+            self._will_set_timer = True
+            asyncio.get_running_loop().call_soon(self._set_timer)
 
     def _report_placement(self, member: Member, submit: Submit) -> bool:
         """Whether the session was on another rank, which is lost."""
@@ -427,6 +433,9 @@ class SessionDriver:
         wake(session)
 
     def _set_timer(self) -> None:
+        self._will_set_timer = False
+        if self._closed:
+            return
         wake_at = self._table.wake_at()
         if wake_at == self._timer_at:
             return
