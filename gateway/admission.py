@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gateway.api_keys import ApiKey
+from gateway.cluster_view import ClusterView
 from gateway.tenant_account import TenantAccount
 from shared.errors import Overloaded
 from shared.fair_share import fits_share
@@ -91,6 +92,17 @@ class Admission:
         self._accounts: dict[str, TenantAccount] = {}
         self.tokens = 0
         self.sessions = 0
+        self._ranks_sessions_max: int | None = None
+
+    @property
+    def sessions_max(self) -> int:
+        """Never more than the ranks can hold, if they tell: what is more would be refused there,
+        again and again."""
+        most = self._limits.sessions_max
+        return most if self._ranks_sessions_max is None else min(most, self._ranks_sessions_max)
+
+    def on_view(self, view: ClusterView) -> None:
+        self._ranks_sessions_max = view.sessions_max
 
     def account_of(self, key: ApiKey, now: float) -> TenantAccount:
         account = self._accounts.get(key.name)
@@ -113,10 +125,10 @@ class Admission:
         account.check_work(tokens=tokens, choices=choices, now=now)
         limits = self._limits
         if self.sessions:
-            self._check("requests", self.sessions, choices, limits.sessions_max)
+            self._check("requests", self.sessions, choices, self.sessions_max)
             self._check("tokens", self.tokens, tokens, limits.tokens_max)
         if account.key.name and not (
-            self._fits(account, account.choices, choices, limits.sessions_max - self.sessions)
+            self._fits(account, account.choices, choices, self.sessions_max - self.sessions)
             and self._fits(account, account.tokens, tokens, limits.tokens_max - self.tokens)
         ):
             raise Overloaded(

@@ -45,6 +45,14 @@ class ClusterView:
         ]
         return min(sizes, default=_UNKNOWN_TOKENS)
 
+    @property
+    def sessions_max(self) -> int | None:
+        """Sessions that all members together can hold; None if there is one that does not tell, or
+        no member."""
+        members = set(self.members)
+        sizes = [r.sessions_max for r in self.ranks.values() if r.member in members]
+        return sum(sizes) if sizes and all(sizes) else None
+
     def with_map(self, expert_map: ExpertMap) -> ClusterView:
         """A map of the same or an older epoch changes nothing."""
         if expert_map.epoch <= self.epoch:

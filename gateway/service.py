@@ -165,7 +165,9 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             metrics=metrics,
         )
         watch = ClusterWatch(
-            store=dependencies.store, keys=keys, listeners=(models.on_view, driver.on_view)
+            store=dependencies.store,
+            keys=keys,
+            listeners=(models.on_view, driver.on_view, admission.on_view),
         )
         _add_gauges(metrics, driver, admission, http_listener)
         metrics.vllm.sources = VllmSources(

@@ -294,6 +294,7 @@ def _first_record(parts: RankParts) -> RankRecord:
         computes_on_demand=parts.hardware.computes_on_demand,
         started_at=parts.clock.wall(),
         first_incarnation=parts.first_incarnation or parts.member.incarnation,
+        sessions_max=config.running_max + config.waiting_max,
     )
 
 

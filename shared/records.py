@@ -90,6 +90,7 @@ class RankRecord:
     leaving: bool = False  # it was told to end, and waits until it has been drained
     first_incarnation: Incarnation = Incarnation(0)  # of its process; 0: an older release
     computes_on_demand: bool = False  # experts without a slot: see `ExpertMap.on_demand`
+    sessions_max: int = 0  # that run and wait here; 0: an older release
 
     @property
     def member(self) -> Member:

@@ -1,5 +1,6 @@
-"""Decodes the bodies of requests: short ones at once, long ones in a thread, one after the other
-and with pauses, so that whoever sends many of them does not take the event loop from others."""
+"""Decodes the bodies of requests: short ones at once, long and coded ones in a thread, one after
+the other and with pauses, so that who sends many of them does not take the event loop from others.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Generic, NamedTuple
 
 from gateway.api.bodies import B, decode_body, ignored_fields
 from gateway.api.json_bounds import UNCOUNTED_BYTES_MAX, check_num_values
+from gateway.api.request_body import RawBody, decompress
 from gateway.api.resumption import body_digest
 from gateway.api_keys import ApiKey
 from gateway.preparation import Preparation
@@ -21,24 +23,36 @@ class DecodedBody(NamedTuple, Generic[B]):
     """`ignored` as `ignored_fields` has it. `digest` names the body if it asks for a stream."""
 
     body: B
+    num_bytes: int  # uncoded
     ignored: list[str]
     digest: bytes
 
 
 class BodyDecoder:
-    def __init__(self) -> None:
+    """`bytes_max` is the limit on an uncoded body."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
         self._turns = Preparation(running_max=1, rests=RESTS)
 
-    async def decode(self, key: ApiKey, raw: bytes, cls: type[B]) -> DecodedBody[B]:
+    async def decode(self, key: ApiKey, raw: RawBody, cls: type[B]) -> DecodedBody[B]:
         """Raises RequestError, and Overloaded if too many long ones wait."""
-        if len(raw) <= UNCOUNTED_BYTES_MAX:
-            return _decode(raw, cls)
-        async with self._turns.turn(key, cost=float(len(raw)), timeout_s=None):
-            return await asyncio.to_thread(_decode, raw, cls)
+        if raw.coding is None and len(raw.data) <= UNCOUNTED_BYTES_MAX:
+            return _decode(raw.data, cls)
+        num_bytes = len(raw.data) if raw.coding is None else self._bytes_max
+        async with self._turns.turn(key, cost=float(num_bytes), timeout_s=None):
+            return await asyncio.to_thread(_decode_long, raw, cls, self._bytes_max)
 
 
-def _decode(raw: bytes, cls: type[B]) -> DecodedBody[B]:
-    check_num_values(raw)
-    body = decode_body(raw, cls)
-    digest = body_digest(raw) if getattr(body, "stream", False) else b""
-    return DecodedBody(body, ignored_fields(raw, cls), digest)
+def _decode_long(raw: RawBody, cls: type[B], bytes_max: int) -> DecodedBody[B]:
+    data = raw.data
+    if raw.coding is not None:
+        data = decompress(data, raw.coding, bytes_max)
+    check_num_values(data)
+    return _decode(data, cls)
+
+
+def _decode(data: bytes, cls: type[B]) -> DecodedBody[B]:
+    body = decode_body(data, cls)
+    digest = body_digest(data) if getattr(body, "stream", False) else b""
+    return DecodedBody(body, len(data), ignored_fields(data, cls), digest)

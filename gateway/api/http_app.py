@@ -101,7 +101,7 @@ class HttpApp:
         self._grammars = grammars
         self._resumption = resumption
         self._jobs = JobBuilder(clock=clock, logprobs_max=logprobs_max)
-        self._decoder = BodyDecoder()
+        self._decoder = BodyDecoder(body_bytes_max)
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
         self._traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
@@ -320,8 +320,8 @@ class HttpApp:
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         raw = await read_body(request, self._body_bytes_max)
         context = require_context(request)
-        context.body_bytes = len(raw)
         decoded = await self._decoder.decode(context.key, raw, cls)
+        context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
         request[IGNORED_FIELDS] = decoded.ignored
         return decoded.body

@@ -1,11 +1,12 @@
-"""Reads a request's body: plain, gzip or deflate, in time, and never larger than the limit, however
-small it came."""
+"""Reads a request's body in time; and undoes gzip and deflate, never to more than the limit,
+however small the body came."""
 
 from __future__ import annotations
 
 import asyncio
 import zlib
 from enum import Enum
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -22,19 +23,23 @@ class ContentCoding(Enum):
     DEFLATE = "deflate"
 
 
-async def read_body(request: web.Request, bytes_max: int) -> bytes:
-    """Uncoded. Raises RequestError: 408, 413, 415, or 400."""
+class RawBody(NamedTuple):
+    """As it came; `coding` is None if it is not coded."""
+
+    data: bytes
+    coding: ContentCoding | None
+
+
+async def read_body(request: web.Request, bytes_max: int) -> RawBody:
+    """Raises RequestError: 408, 413, 415, or 400."""
     if (request.content_length or 0) > bytes_max:
         raise body_too_large(bytes_max)
     coding = content_coding(request.headers.get("Content-Encoding", ""))
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await request.read()
+            return RawBody(await request.read(), coding)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", code="request_timeout") from error
-    if coding is None:
-        return raw
-    return await asyncio.to_thread(decompress, raw, coding, bytes_max)
 
 
 def content_coding(header: str) -> ContentCoding | None:

@@ -4,6 +4,7 @@ refused with the right time to retry; and no client takes all."""
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from gateway.admission import Admission, AdmissionLimits, Ticket
 from gateway.api_keys import ANYBODY, ApiKey, KeyLimits
+from gateway.cluster_view import ClusterView
 from shared.errors import Overloaded
+from tests.support.toy_rank import ToyRank
 
 
 def admission(tokens_max: int = 100, sessions_max: int = 3) -> Admission:
@@ -28,6 +31,16 @@ def admit(
         ticket.release(now)
         raise
     return ticket
+
+
+def view_of(*sessions_max: int) -> ClusterView:
+    """Of one rank for each of these."""
+    records = [
+        replace(ToyRank(rank).record(), sessions_max=number)
+        for rank, number in enumerate(sessions_max)
+    ]
+    members = tuple(record.member for record in records)
+    return ClusterView(members=members, ranks={str(r.rank): r for r in records})
 
 
 def key(name: str = "k", weight: float = 1.0, **limits: int) -> ApiKey:
@@ -51,6 +64,20 @@ def test_the_number_of_sessions_is_bounded() -> None:
     with pytest.raises(Overloaded):
         admit(door, tokens=1, choices=2)
     admit(door, tokens=1)
+
+
+def test_no_more_sessions_than_the_ranks_can_hold_if_they_tell() -> None:
+    door = admission(tokens_max=1000, sessions_max=8)
+    door.on_view(view_of(2, 2))
+    for _ in range(4):
+        admit(door, tokens=1)
+    with pytest.raises(Overloaded):
+        admit(door, tokens=1)
+    door.on_view(view_of(2, 0))
+    for _ in range(4):
+        admit(door, tokens=1)
+    with pytest.raises(Overloaded):
+        admit(door, tokens=1)
 
 
 def test_what_exceeds_the_whole_budget_may_have_it_alone() -> None:
