@@ -17,6 +17,7 @@ import pytest_asyncio
 from anthropic.types import MessageParam, ToolParam
 from tokenizers import Tokenizer
 
+from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, VOCAB
@@ -53,7 +54,7 @@ async def harness(model: Path, tokenizer: Tokenizer) -> AsyncIterator[GatewayHar
 @pytest_asyncio.fixture
 async def claude(harness: GatewayHarness) -> AsyncIterator[anthropic.AsyncAnthropic]:
     async with anthropic.AsyncAnthropic(
-        base_url=harness.url, api_key="none", max_retries=0
+        base_url=harness.url, api_key=api_key(), max_retries=0
     ) as client:
         yield client
 
@@ -61,7 +62,7 @@ async def claude(harness: GatewayHarness) -> AsyncIterator[anthropic.AsyncAnthro
 @pytest_asyncio.fixture
 async def gpt(harness: GatewayHarness) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        base_url=harness.url + "/v1", api_key="none", max_retries=0
+        base_url=harness.url + "/v1", api_key=api_key(), max_retries=0
     ) as client:
         yield client
 
@@ -201,7 +202,7 @@ async def test_a_streamed_response_goes_on_after_a_death(
 async def test_a_stream_whose_rank_is_lost_for_good_fails_with_a_reason(model: Path) -> None:
     async with running_gateway(model, num_ranks=1, no_rank_timeout_s=0.5) as harness:
         harness.ranks[0].hold_at = 3
-        async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none") as client:
+        async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key=api_key()) as client:
             stream = await client.responses.create(model=MODEL, input="x", stream=True)
             events = []
             async for event in stream:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from shared.codec import unpack
 from shared.records import GatewayRecord, Suspicion
 from shared.types import Accuser, SuspicionReason
+from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, ToyRank, toy_tokens
@@ -297,7 +298,7 @@ async def test_usage_tells_how_much_of_the_prompt_was_cached(harness: GatewayHar
 async def test_the_openai_client_chats_unchanged(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
-    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none") as client:
+    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key=api_key()) as client:
         models = await client.models.list()
         assert [m.id for m in models.data] == [MODEL]
         messages: Any = [
@@ -336,7 +337,7 @@ async def test_the_blocking_openai_client_streams(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
     def read() -> str:
-        with openai.OpenAI(base_url=harness.url + "/v1", api_key="none") as client:
+        with openai.OpenAI(base_url=harness.url + "/v1", api_key=api_key()) as client:
             stream = client.completions.create(
                 model=MODEL, prompt="The starfish", max_tokens=9, temperature=0, stream=True
             )
@@ -348,7 +349,7 @@ async def test_the_blocking_openai_client_streams(
 
 async def test_the_openai_client_meets_its_own_error_classes(harness: GatewayHarness) -> None:
     async with openai.AsyncOpenAI(
-        base_url=harness.url + "/v1", api_key="none", max_retries=0
+        base_url=harness.url + "/v1", api_key=api_key(), max_retries=0
     ) as client:
         with pytest.raises(openai.NotFoundError):
             await client.completions.create(model="other", prompt="x")

@@ -14,6 +14,7 @@ import pytest_asyncio
 from tokenizers import Tokenizer
 
 from gateway.detokenizer import TokenBytes
+from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, toy_logprob, toy_tokens
@@ -50,7 +51,7 @@ def no_script(harness: GatewayHarness) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(harness: GatewayHarness) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="none") as opened:
+    async with openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key=api_key()) as opened:
         yield opened
 
 

@@ -14,6 +14,7 @@ import pytest_asyncio
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from tokenizers import Tokenizer
 
+from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS
@@ -70,7 +71,7 @@ def say(harness: GatewayHarness, tokenizer: Tokenizer, text: str) -> int:
 
 
 def client(harness: GatewayHarness) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key="x", max_retries=0)
+    return openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key=api_key(), max_retries=0)
 
 
 async def post(harness: GatewayHarness, **fields: Any) -> tuple[int, dict[str, Any], Any]:
