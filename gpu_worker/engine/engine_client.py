@@ -166,6 +166,11 @@ class EngineClient:
         """False if the engine's inbox is full."""
         return self._inbox.put(cancel)
 
+    @property
+    def tenants(self) -> frozenset[str]:
+        """That have sessions in flight, on whatever rank."""
+        return self._inbox.tenants
+
     def on_tenants(self, origin: Origin, tenants: Iterable[str]) -> None:
         """This connection's gateway has sessions of these in flight; of no others, or of more than
         it names."""

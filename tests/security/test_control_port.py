@@ -45,6 +45,7 @@ from shared.wire import (
     OpenKvReplicaRegion,
     OpenRegion,
     Ping,
+    Pong,
     Proof,
     RegionOpened,
     StatusQuery,
@@ -300,6 +301,26 @@ async def test_impossible_numbers_end_the_connection(forged: Message) -> None:
 
 
 # Sizes, times and numbers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("caller", [rank_caller(PEER), Caller(role=Role.CLI, name="x")])
+async def test_only_gateways_tell_whose_sessions_are_in_flight(caller: Caller) -> None:
+    """Who could invent a client would take steps from the others."""
+    with pytest.raises(WireError, match="has no tenants"):
+        require_allowed(caller, Ping(nonce=1, tenants=("invented",)))
+    require_allowed(caller, Ping(nonce=1))
+
+
+async def test_a_gateway_that_is_gone_has_no_client_in_flight() -> None:
+    async with control_port() as port:
+        connection = await port.enter(GATEWAY)
+        connection.send(Ping(nonce=1, tenants=("a", "b")))
+        assert isinstance(await connection.next(), Pong)
+        assert port.tenants == {"a", "b"}
+        connection.writer.transport.abort()
+        async with asyncio.timeout(10):
+            while port.tenants:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_a_stranger_sends_small_frames_or_none() -> None:

@@ -416,6 +416,30 @@ async def test_where_a_prompt_goes_tells_nothing_of_other_clients(harness: Gatew
     await held
 
 
+async def test_each_rank_is_told_of_clients_that_only_others_serve(
+    harness: GatewayHarness,
+) -> None:
+    """Ranks step together: one that serves a single client must not fill its steps with it while
+    another rank serves another."""
+    for rank in harness.ranks:
+        rank.hold_at = 1
+    held = [asyncio.create_task(ask(harness, bearer(key))) for key in (ALICE, BOB)]
+    await submits_of(harness, 2)
+    async with asyncio.timeout(20):
+        for rank in harness.ranks:
+            while set(rank.tenants) != {"alice", "bob"}:
+                rank.told_tenants.clear()
+                await rank.told_tenants.wait()
+    for rank in harness.ranks:
+        rank.go()
+    await asyncio.gather(*held)
+    async with asyncio.timeout(20):
+        for rank in harness.ranks:
+            while rank.tenants:
+                rank.told_tenants.clear()
+                await rank.told_tenants.wait()
+
+
 # Ids and logs.
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from gpu_worker.control_server import ControlServer
+from gpu_worker.engine.engine_client import EngineClient
 from shared.handshake import Access, Caller, introduce, rank_caller
 from shared.records import RankRecord
 from shared.types import GivenRegion, Incarnation, Member, NodeId, RankId, RankState
@@ -72,9 +73,17 @@ class Connection:
 
 
 class ControlPort:
-    def __init__(self, port: int, endpoint: CountingEndpoint, known: set[Member]) -> None:
+    def __init__(
+        self, port: int, endpoint: CountingEndpoint, known: set[Member], engine: EngineClient
+    ) -> None:
         self.port, self.endpoint, self.known = port, endpoint, known
+        self._engine = engine
         self._writers: list[asyncio.StreamWriter] = []
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Those that gateways have in flight, as the engine reads it."""
+        return self._engine.tenants
 
     @property
     def record(self) -> RankRecord:
@@ -106,15 +115,15 @@ class ControlPort:
 async def control_port(
     access: Access = ACCESS, known: Iterable[Member] = (PEER,)
 ) -> AsyncIterator[ControlPort]:
-    endpoint, members = CountingEndpoint(), set(known)
+    endpoint, members, engine = CountingEndpoint(), set(known), idle_engine(RANK)
     server = ControlServer(
         member=RANK,
         access=access,
         knows=members.__contains__,
-        engine=idle_engine(RANK),
+        engine=engine,
         endpoint=endpoint,
     )
-    port = ControlPort(await server.start(HOST, 0), endpoint, members)
+    port = ControlPort(await server.start(HOST, 0), endpoint, members, engine)
     try:
         yield port
     finally:

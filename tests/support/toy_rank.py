@@ -70,6 +70,8 @@ class ToyRank:
         self.submits: list[Submit] = []
         self.cancels: list[Cancel] = []
         self.gateways: list[str] = []
+        self.tenants: tuple[str, ...] = ()  # as the last Ping has told
+        self.told_tenants = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.submitted = asyncio.Event()
         self._open: dict[SessionId, Submit] = {}
@@ -156,6 +158,9 @@ class ToyRank:
                 self.cancelled.set()
                 self._open.pop(message.session, None)
             case Ping() if not self.mute:
+                if message.tenants is not None:
+                    self.tenants = message.tenants
+                    self.told_tenants.set()
                 pong = Pong(
                     nonce=message.nonce,
                     rank=self.member.rank,
