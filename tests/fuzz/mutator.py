@@ -73,6 +73,8 @@ class Mutator:
             return self.rng.choice(fitting)
         if hint in (str, bytes):
             return self._sample_plain(hint)[: bounds.max_length]
+        if typing.get_origin(hint) is tuple:
+            return self.sample(hint)[: bounds.max_length]
         least = -math.inf if bounds.ge is None else bounds.ge
         most = math.inf if bounds.le is None else bounds.le
         values = INTEGERS if hint is int else FLOATS
