@@ -4,7 +4,7 @@ under each attack, in one run.
     python -m benchmarks.hostile --rounds 5 --seconds 4
 
 `starfish up` with two API keys. The one client reads a few streams all the time. The hostile one is
-a process of its own (`benchmarks.hostile_client`), at the lowest priority of the system: a real one
+a process of its own (`benchmarks.hostile_client`), at a low priority: a real one
 has a machine of its own, but here its work is done on the same cores. In each round every attack
 has its turn, with peace before it; the order changes. Each attack is compared with the peace of its
 own turns, so that other load on the machine matters little.
@@ -112,7 +112,7 @@ class Hostile:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{name}\n".encode())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             return Counter(json.loads(await self._process.stdout.readline()))
 
 

@@ -43,11 +43,13 @@ class Authenticator:
     async def authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Before a route is looked for, so that strangers do not learn which there are. A
         browser's preflight (OPTIONS) never has a key, so it gets one answer for every path."""
-        await self._pacer.begin(self._line_of(request))
+        context = require_context(request)
+        context.line = self._line_of(request)
+        await self._pacer.begin(context.line)
         if request.method == "OPTIONS" and len(self._keys()):
             return web.Response(status=204, headers={"Allow": _METHODS})
         if self._needs_key(request):
-            require_context(request).key = self._key_of(request)
+            context.key = self._key_of(request)
         return await handler(request)
 
     def _line_of(self, request: web.Request) -> str:

@@ -320,7 +320,9 @@ class HttpApp:
     async def _read(self, request: web.Request, cls: type[B]) -> B:
         raw = await read_body(request, self._body_bytes_max)
         context = require_context(request)
-        decoded = await self._decoder.decode(context.key, raw, cls)
+        # Without keys, addresses take turns.
+        waits_as = replace(context.key, name=context.line)
+        decoded = await self._decoder.decode(waits_as, raw, cls)
         context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
         request[IGNORED_FIELDS] = decoded.ignored

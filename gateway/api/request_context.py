@@ -24,6 +24,7 @@ class RequestContext:
     id: str
     began_at: float
     key: ApiKey = ANYBODY
+    line: str = ""  # in which it waits, if it must: of its key, or of its address without one
     account: TenantAccount | None = None
     ticket: Ticket | None = None
     body_bytes: int = 0

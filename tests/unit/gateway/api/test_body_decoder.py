@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,17 @@ async def test_short_bodies_wait_for_no_long_one() -> None:
     assert not all(each.done() for each in long)
     async with asyncio.timeout(30):
         await asyncio.gather(*long)
+
+
+async def test_of_two_clients_one_does_not_wait_for_all_that_the_other_has_sent() -> None:
+    decoder = BodyDecoder(LIMIT)
+    many, few = (replace(ANYBODY, name=name) for name in ("many", "few"))
+    sent = [asyncio.ensure_future(decoder.decode(many, LONG, CompletionBody)) for _ in range(20)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        await decoder.decode(few, LONG, CompletionBody)
+        assert sum(each.done() for each in sent) <= 3
+        await asyncio.gather(*sent)
 
 
 async def test_no_more_long_ones_wait_than_there_are_places() -> None:
