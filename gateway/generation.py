@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
@@ -13,6 +13,9 @@ from gateway.session_driver import SessionDriver
 from gateway.session_state import SessionFailed
 from gateway.stream_session import StreamSession
 from gateway.text_stream import TextStream
+
+PassOn = Callable[[Delta], bool]
+"""Gets a delta as soon as its tokens have come, and returns whether that was all to do with it."""
 
 
 class Generation:
@@ -36,6 +39,9 @@ class Generation:
         self._changed = asyncio.Event()
         self._readers: list[ChoiceReader] = []
         self._open: list[ChoiceReader] = []  # those that are not done
+        self._pass_on: PassOn | None = None  # while a reader waits that has given one
+        self._left: list[Delta] = []  # what it did not deal with
+        self._crash: Exception | None = None  # of it
 
     @property
     def done(self) -> bool:
@@ -96,16 +102,16 @@ class Generation:
         for reader in self._readers:
             self._driver.cancel(reader.session)
 
-    def _wake(self, session: StreamSession) -> None:
-        if self._eager or session.ended:
-            self._changed.set()
-
-    async def next_deltas(self) -> list[Delta]:
+    async def next_deltas(self, pass_on: PassOn | None = None) -> list[Delta]:
         """Waits for at least one delta and returns all new ones. Raises SessionFailed, after every
-        token from before the failure has been returned."""
+        token from before the failure has been returned.
+
+        Meanwhile `pass_on` gets the deltas of a request that has one choice, in the driver's call,
+        which saves a task switch for every token. This returns with the first one that it leaves,
+        and with the last."""
         while True:
             self._changed.clear()
-            deltas = [d for reader in self._open if (d := reader.take_delta()) is not None]
+            deltas = self._take_deltas()
             for delta in deltas:
                 if delta.finish is not None:
                     self._end(self._readers[delta.choice])
@@ -114,7 +120,40 @@ class Generation:
             for reader in self._open:
                 if reader.session.failure is not None:
                     raise SessionFailed(reader.session.failure)
-            await self._changed.wait()
+            if len(self._readers) == 1:
+                self._pass_on = pass_on
+            try:
+                await self._changed.wait()
+            finally:
+                self._pass_on = None
+
+    def _take_deltas(self) -> list[Delta]:
+        if self._crash is not None:
+            raise self._crash
+        if self._left:
+            left, self._left = self._left, []
+            return left
+        return [d for reader in self._open if (d := reader.take_delta()) is not None]
+
+    def _wake(self, session: StreamSession) -> None:
+        if self._pass_on is not None and not session.ended:
+            if self._passes_on(self._pass_on):
+                return
+            self._pass_on = None
+        if self._eager or session.ended:
+            self._changed.set()
+
+    def _passes_on(self, pass_on: PassOn) -> bool:
+        """Whether the waiting reader need not be woken."""
+        try:
+            delta = self._readers[0].take_delta()
+            if delta is None or (delta.finish is None and pass_on(delta)):
+                return True
+        except Exception as error:  # noqa: BLE001 - it is this request's, and raised in its task
+            self._crash = error
+            return False
+        self._left.append(delta)
+        return False
 
     def _end(self, reader: ChoiceReader) -> None:
         self._driver.stop(reader.session)
