@@ -6,7 +6,7 @@ One gateway process serves toy ranks that give every stream one token a step, wi
 between them. The floor is a process of aiohttp alone, on uvloop as the gateway is: its handler
 decodes nothing and writes as many events of the same size in the same rhythm. Both are measured in
 turn in one run, by the CPU time of their processes, so that other load on the machine matters
-little.
+little. With `--against FOLDER` so is the gateway of another checkout, which has the same ranks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import uvloop
@@ -44,21 +45,21 @@ EVENT = (
 
 async def serve_floor(port: int, step_s: float) -> None:
     """aiohttp alone, on uvloop as the gateway is. Its streams wake together, as a step's do."""
-    changed = asyncio.Condition()
+    stepped = asyncio.Event()
 
     async def tick() -> None:
+        nonlocal stepped
         while True:
             await asyncio.sleep(step_s)
-            async with changed:
-                changed.notify_all()
+            before, stepped = stepped, asyncio.Event()
+            before.set()
 
     async def stream(request: web.Request) -> web.StreamResponse:
         count = json.loads(await request.read())["max_tokens"]
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for _ in range(count):
-            async with changed:
-                await changed.wait()
+            await stepped.wait()
             await response.write(EVENT)
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -78,9 +79,11 @@ def cpu_s(pid: int) -> float:
 
 
 @asynccontextmanager
-async def child(*command: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def child(
+    *command: str, folder: Path | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *command, stderr=asyncio.subprocess.DEVNULL
+        sys.executable, *command, stderr=asyncio.subprocess.DEVNULL, cwd=folder
     )
     try:
         yield process
@@ -121,64 +124,81 @@ async def wait_for(http: aiohttp.ClientSession, url: str) -> None:
                 await asyncio.sleep(0.1)
 
 
+class Side(NamedTuple):
+    """A process that is measured."""
+
+    name: str
+    url: str
+    pid: int
+
+
 async def run(options: argparse.Namespace) -> None:
     keys = Keys("bench")
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
-        async with embedded_etcd(Path(folder) / "etcd") as etcd:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with (
+            embedded_etcd(Path(folder) / "etcd") as etcd,
+            aiohttp.ClientSession(connector=connector) as http,
+            AsyncExitStack() as children,
+        ):
             store = await connect_store(etcd.root)
-            port, floor_port = free_port(), free_port()
             await etcd.admit(keys)
             reach = etcd.options(keys, EtcdService.GATEWAY).flags()
             gateway = ("-m", "gateway", *reach, "--instance", keys.instance)
-            floor = ("-m", "benchmarks.gateway", "--floor-port", str(floor_port))
-            connector = aiohttp.TCPConnector(limit=0)
-            async with (
-                aiohttp.ClientSession(connector=connector) as http,
-                child(*gateway, "--port", str(port), *options.gateway_flags) as process,
-                child(*floor, "--step-ms", str(options.step_ms)) as floor_process,
-            ):
-                harness = GatewayHarness(store, keys, http, port)
-                await store.put(keys.spec, pack(toy_spec(Path(folder), num_ranks=options.ranks)))
-                ranks = [
-                    await harness.add_rank(ToyRank(n, step_s=options.step_ms / 1e3))
-                    for n in range(options.ranks)
-                ]
-                await harness.publish(ranks)
-                floor_url = f"http://127.0.0.1:{floor_port}"
-                await wait_for(http, harness.url)
-                await wait_for(http, floor_url)
-                await report(
-                    http, options, (harness.url, process.pid), (floor_url, floor_process.pid)
+            floor = ("-m", "benchmarks.gateway", "--step-ms", str(options.step_ms), "--floor-port")
+
+            async def start(name: str, *command: str, root: Path | None = None) -> Side:
+                port = free_port()
+                process = await children.enter_async_context(
+                    child(*command, str(port), folder=root)
                 )
-                for rank in ranks:
-                    await rank.kill()
+                return Side(name, f"http://127.0.0.1:{port}", process.pid)
+
+            flags = (*gateway, *options.gateway_flags, "--port")
+            sides = [await start("gateway", *flags)]
+            if options.against is not None:
+                sides.append(await start("the other", *flags, root=options.against))
+            sides.append(await start("aiohttp alone", *floor))
+            await store.put(keys.spec, pack(toy_spec(Path(folder), num_ranks=options.ranks)))
+            harness = GatewayHarness(store, keys, http, port=0)
+            ranks = [
+                await harness.add_rank(ToyRank(n, step_s=options.step_ms / 1e3))
+                for n in range(options.ranks)
+            ]
+            await harness.publish(ranks)
+            for side in sides:
+                await wait_for(http, side.url)
+            await report(http, options, sides)
+            for rank in ranks:
+                await rank.kill()
             await store.close()
 
 
 async def report(
-    http: aiohttp.ClientSession,
-    options: argparse.Namespace,
-    gateway: tuple[str, int],
-    floor: tuple[str, int],
+    http: aiohttp.ClientSession, options: argparse.Namespace, sides: Sequence[Side]
 ) -> None:
     """A line per side: microseconds per streamed token, and milliseconds per request of one token
-    and of `--tokens`."""
+    and of `--tokens`; in brackets, times that of aiohttp alone."""
     streams, tokens = options.streams, options.tokens
-    costs: dict[str, list[tuple[float, float]]] = {"gateway": [], "aiohttp alone": []}
+    costs: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     for _ in range(options.rounds):
-        for name, (url, pid) in (("gateway", gateway), ("aiohttp alone", floor)):
+        for name, url, pid in sides:
             short = await measure(http, url, pid, streams, 1)
             long = await measure(http, url, pid, streams, tokens)
             costs[name].append((short / streams, (long - short) / streams / (tokens - 1)))
+    shown: dict[str, tuple[float, float, float]] = {}
     for name, pairs in costs.items():
         request_ms = statistics.median(short for short, _ in pairs) * 1e3
         token_us = statistics.median(token for _, token in pairs) * 1e6
-        whole_ms = request_ms + token_us * (tokens - 1) / 1e3
-        print(
-            f"{name:14} request of 1 token {request_ms:6.2f} ms   streamed token {token_us:6.1f} us"
-            f"   request of {tokens} tokens {whole_ms:6.2f} ms"
+        shown[name] = request_ms, token_us, request_ms + token_us * (tokens - 1) / 1e3
+    floor = shown[sides[-1].name]
+    for name, values in shown.items():
+        request, token, whole = (
+            f"{value:7.2f} {unit} ({value / least:4.2f})"
+            for value, unit, least in zip(values, ("ms", "us", "ms"), floor, strict=True)
         )
+        print(f"{name:14} one token {request}   streamed token {token}   {tokens} tokens {whole}")
 
 
 def main() -> None:
@@ -190,6 +210,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="toy ranks")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn")
     parser.add_argument("--step-ms", type=float, default=20.0, help="a step of the toy ranks")
+    parser.add_argument("--against", type=Path, help="measure the gateway of this checkout as well")
     parser.add_argument("--floor-port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("gateway_flags", nargs="*", help="after --: more flags of the gateway")
     options = parser.parse_args()

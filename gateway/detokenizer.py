@@ -81,6 +81,7 @@ class Detokenizer:
     def __init__(self, token_bytes: TokenBytes, *, follows: Sequence[int] = ()) -> None:
         self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_split = False  # the last bytes may be the beginning of a character
         self._fallback = token_bytes.decoder.byte_fallback
         self._byte_run = bytearray()
         strips = self._fallback and not token_bytes.join(follows)
@@ -90,7 +91,12 @@ class Detokenizer:
         """The characters that these ids complete."""
         if self._fallback:
             return self._stripped("".join([self._feed_one(token) for token in ids]))
-        return self._utf8.decode(self._token_bytes.join(ids))
+        raw = self._token_bytes.join(ids)
+        if not self._is_split and raw.isascii():
+            return raw.decode()  # most text is, and the incremental decoder takes much longer
+        text = self._utf8.decode(raw)
+        self._is_split = bool(self._utf8.getstate()[0])
+        return text
 
     def end_before(self, token: int) -> str:
         """The characters that are complete because `token` is the next one. `feed` does not return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import TracebackType
 
@@ -15,6 +15,9 @@ from gateway.session_state import Failure, SessionFailed
 from gateway.stream_session import StreamSession
 from gateway.text_stream import TextStream
 from shared.types import SessionId
+
+PassOn = Callable[[Delta], bool]
+"""Gets a delta as soon as its tokens have come, and returns whether that was all to do with it."""
 
 
 class Generation:
@@ -40,6 +43,9 @@ class Generation:
         self._open: dict[SessionId, ChoiceReader] = {}  # those that are not done
         self._woken: dict[SessionId, ChoiceReader] = {}  # those of which there may be more to read
         self._failures: list[Failure] = []
+        self._pass_on: PassOn | None = None  # while a reader waits that has given one
+        self._left: list[Delta] = []  # what it did not deal with
+        self._crash: Exception | None = None  # of it
 
     @property
     def done(self) -> bool:
@@ -101,18 +107,16 @@ class Generation:
         for reader in self._readers:
             self._driver.cancel(reader.session)
 
-    def _wake(self, session: StreamSession) -> None:
-        if self._eager or session.ended:
-            if (reader := self._open.get(session.id)) is not None:
-                self._woken[session.id] = reader
-            self._changed.set()
-
-    async def next_deltas(self) -> list[Delta]:
+    async def next_deltas(self, pass_on: PassOn | None = None) -> list[Delta]:
         """Waits for at least one delta and returns all new ones. Raises SessionFailed, after every
-        token from before the failure has been returned."""
+        token from before the failure has been returned.
+
+        Meanwhile `pass_on` gets the deltas of a request that has one choice, in the driver's call,
+        which saves a task switch for every token. This returns with the first one that it leaves,
+        and with the last."""
         while True:
             self._changed.clear()
-            deltas = self._read_woken()
+            deltas = self._take_deltas()
             for delta in deltas:
                 if delta.finish is not None:
                     self._end(self._readers[delta.choice])
@@ -120,7 +124,20 @@ class Generation:
                 return deltas
             if self._failures:
                 raise SessionFailed(self._failures[0])
-            await self._changed.wait()
+            if len(self._readers) == 1:
+                self._pass_on = pass_on
+            try:
+                await self._changed.wait()
+            finally:
+                self._pass_on = None
+
+    def _take_deltas(self) -> list[Delta]:
+        if self._crash is not None:
+            raise self._crash
+        if self._left:
+            left, self._left = self._left, []
+            return left
+        return self._read_woken()
 
     def _read_woken(self) -> list[Delta]:
         """Only these: a step may bring tokens of few choices among many."""
@@ -135,6 +152,31 @@ class Generation:
             if reader.session.failure is not None:
                 self._failures.append(reader.session.failure)
         return deltas
+
+    def _wake(self, session: StreamSession) -> None:
+        if self._pass_on is not None and not session.ended:
+            if self._passes_on(self._pass_on):
+                return
+            self._pass_on = None
+        if self._eager or session.ended:
+            if (reader := self._open.get(session.id)) is not None:
+                self._woken[session.id] = reader
+            self._changed.set()
+
+    def _passes_on(self, pass_on: PassOn) -> bool:
+        """Whether the waiting reader need not be woken."""
+        reader = self._readers[0]
+        if reader.is_behind:
+            return False  # of a resumed stream: there may be more than one delta
+        try:
+            delta = reader.take_delta()
+            if delta is None or (delta.finish is None and pass_on(delta)):
+                return True
+        except Exception as error:  # noqa: BLE001 - it is this request's, and raised in its task
+            self._crash = error
+            return False
+        self._left.append(delta)
+        return False
 
     def _end(self, reader: ChoiceReader) -> None:
         del self._open[reader.session.id]

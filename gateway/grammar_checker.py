@@ -15,6 +15,7 @@ import structlog
 
 from shared.errors import GrammarError, Overloaded, Unavailable
 from shared.grammars.child import ChildEnd, TokenizerFile
+from shared.grammars.closed_schema import JSON_SPACE
 from shared.grammars.messages import Check, Checked, GrammarBudget, GrammarKind, Refused, Reply
 from shared.grammars.supervisor import TOO_LARGE, TOO_LONG, UNAVAILABLE, GrammarSupervisor
 
@@ -27,7 +28,7 @@ DEATHS_MAX = 2
 """A grammar that was being compiled when so many children died is taken to be the reason."""
 
 T = TypeVar("T")
-_Key = tuple[GrammarKind, str]
+_Key = tuple[GrammarKind, str, str]  # what Check asks
 
 
 @dataclass(slots=True, eq=False)
@@ -61,10 +62,10 @@ class GrammarChecker:
     def child_pid(self) -> int | None:
         return self._supervisor.pid
 
-    async def check(self, kind: GrammarKind, text: str) -> str:
-        """The grammar that ranks follow. Raises GrammarError, with a few words for the client,
-        Overloaded and Unavailable."""
-        key = (kind, text)
+    async def check(self, kind: GrammarKind, text: str, *, json_space: str = JSON_SPACE) -> str:
+        """The grammar that ranks follow. `json_space` as `grammar_of` has it. Raises GrammarError,
+        with a few words for the client, Overloaded and Unavailable."""
+        key = (kind, text, json_space)
         known = self._cache.get(key)
         if isinstance(known, GrammarError):
             raise GrammarError(str(known))
@@ -96,8 +97,9 @@ class GrammarChecker:
         return job
 
     def _send(self, job: _Job) -> None:
-        kind, text = job.key
-        self._supervisor.send(Check(job=job.number, kind=kind, text=text))
+        kind, text, json_space = job.key
+        check = Check(job=job.number, kind=kind, text=text, json_space=json_space)
+        self._supervisor.send(check)
 
     def _call(self, method: Callable[[T], None], argument: T) -> None:
         """From the child's threads to the event loop."""
@@ -166,4 +168,4 @@ class _AnswerCache:
 
 
 def _size(key: _Key, answer: str | GrammarError) -> int:
-    return len(key[1]) + len(str(answer))
+    return len(key[1]) + len(key[2]) + len(str(answer))

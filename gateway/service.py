@@ -45,6 +45,7 @@ from gateway.tokenizer_loader import TokenizerOptions
 from gateway.vllm_metrics import VllmSources
 from shared.clock import Clock
 from shared.codec import pack
+from shared.grammars.closed_schema import JSON_SPACE, NO_SPACE
 from shared.grammars.messages import GrammarBudget
 from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
 from shared.keys import Keys
@@ -134,6 +135,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
                 step_s=0.0,  # it only compiles
                 memory_mb=config.grammar_memory_mb,
             ),
+            json_space=NO_SPACE if config.guided_decoding_disable_any_whitespace else JSON_SPACE,
         )
         app = HttpApp(
             driver=driver,

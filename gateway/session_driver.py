@@ -86,6 +86,7 @@ class SessionDriver:
         self._fenced: set[Member] = set()
         self._suspected: set[tuple[Member, SuspicionReason]] = set()
         self._wakers: dict[SessionId, Callable[[StreamSession], None]] = {}
+        self._grown: dict[SessionId, StreamSession] = {}  # whose readers do not know it yet
         self._numbers = itertools.count(1)
         self._tenants = TenantsInFlight()
         self._progress = ProgressWatch()
@@ -379,7 +380,10 @@ class SessionDriver:
         moved: list[SendToRank] = []
         for action in actions:
             if isinstance(action, NotifyReader):
-                self._notify_reader(action.session)
+                if action.session.ended:
+                    self._report_end(action.session)
+                else:
+                    self._on_grown(action.session)
                 continue
             if (entry := self._links.get(action.member)) is not None:
                 entry[0].send(action.message)
@@ -406,7 +410,22 @@ class SessionDriver:
             trace_placement(session.tag.span, member.rank, submit)
         return session.has_lost_rank
 
+    def _on_grown(self, session: StreamSession) -> None:
+        self._metrics.on_tokens(session)
+        if not self._grown:
+            asyncio.get_running_loop().call_soon(self._wake_grown)
+        self._grown[session.id] = session
+
+    def _wake_grown(self) -> None:
+        """Once for all frames that have arrived by now: of a gateway that is late, its clients get
+        the tokens of several steps in one write."""
+        grown, self._grown = self._grown, {}
+        for name, session in grown.items():
+            if (wake := self._wakers.get(name)) is not None:
+                wake(session)
+
     def _report_end(self, session: StreamSession) -> None:
+        wake = self._wakers.pop(session.id)
         self._metrics.on_session_end(session)
         self._tenants.end(session.scheduling.tenant)
         if session.tag.span is not None:
@@ -421,15 +440,7 @@ class SessionDriver:
                 attempt=session.attempt,
                 generated_tokens=len(session.emitted),
             )
-
-    def _notify_reader(self, session: StreamSession) -> None:
-        if session.ended:
-            wake = self._wakers.pop(session.id)
-            self._report_end(session)
-            self._ended.set()
-        else:
-            wake = self._wakers[session.id]
-            self._metrics.on_tokens(session)
+        self._ended.set()
         wake(session)
 
     def _set_timer(self) -> None:

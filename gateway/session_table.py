@@ -176,6 +176,11 @@ class SessionTable:
             session = self._sessions.get(message.session)
             if session is None:
                 continue
+            if session.extend(member, message, now):
+                num_added += len(message.ids)
+                num_generated += len(message.ids)
+                actions.append(NotifyReader(session))
+                continue
             num_generated -= len(session.emitted)
             if message.error is None and message.finish is None:
                 num_added += self._apply_tokens(session, member, message, now, actions)
@@ -224,8 +229,8 @@ class SessionTable:
         now: float,
         actions: list[Action],
     ) -> int:
-        """`_apply` for the one frequent event, which nearly always only adds tokens. Adds to
-        `actions`. Returns the number of tokens by which a running session has grown."""
+        """`_apply` for tokens that do not end the attempt. Adds to `actions`. Returns the number of
+        tokens by which a running session has grown."""
         before, attempt = len(session.emitted), session.attempt
         was_there = session.member if session.state is SessionState.RUNNING else None
         sent = session.on_tokens(member, message, now)

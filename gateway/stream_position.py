@@ -104,8 +104,9 @@ class PositionWriter:
 
     def advance(self, choice: int, num_tokens: int, *, ended: bool, rank: int) -> None:
         """Choice number `choice` is read up to here from now on. `rank` below 0: it has none."""
-        spelt = b"%de" % num_tokens if ended else b"%d" % num_tokens
-        self._choices[choice] = spelt if rank < 0 else b"%br%d" % (spelt, rank)
+        end = b"e" if ended else b""
+        spelt = b"%d%b" % (num_tokens, end) if rank < 0 else b"%d%br%d" % (num_tokens, end, rank)
+        self._choices[choice] = spelt
         self._join()
 
     def line(self) -> bytes:
@@ -118,7 +119,7 @@ class PositionWriter:
         return self._line[:-1] + spelt + (b"f\n" if part.is_last else b"\n")
 
     def _join(self) -> None:
-        self._line = b"%b%b\n" % (self._begin, b"-".join(self._choices))
+        self._line = self._begin + b"-".join(self._choices) + b"\n"
 
 
 def position_in(event_id: str) -> tuple[str, StreamPosition] | None:

@@ -81,6 +81,7 @@ class StreamSession:
     and `failure`."""
 
     __slots__ = (
+        "_extends_below",
         "_last_attempt",
         "_losses",
         "_lost_at",
@@ -165,6 +166,7 @@ class StreamSession:
         self.last_gap_s = 0.0
         self.longest_gap_s = 0.0
         self.moves = 0
+        self._extends_below = sampling.max_tokens if sampling.logprobs is None else 0
         self._policy = policy
         self._last_attempt = self.attempt
         self._stalled_since = now
@@ -245,22 +247,47 @@ class StreamSession:
         )
         return SendToRank(member=member, message=submit)
 
+    def extend(self, member: Member, message: SessionTokens, now: float) -> bool:
+        """Nearly every message of a stream is the next tokens from its rank and nothing else. Takes
+        it then; else nothing has happened, and it is for `on_tokens`."""
+        emitted, ids = self.emitted, message.ids
+        num_known = len(emitted)
+        if (
+            member is not self.member
+            or message.attempt != self.attempt
+            or message.index != num_known
+            or not ids
+            or num_known + len(ids) >= self._extends_below
+            or self.state is not SessionState.RUNNING
+            or self.first_token_at is None
+            or message.finish is not None
+            or message.error is not None
+            or message.backup_rank >= 0
+            or message.taken_over
+            or message.prompt_logprobs
+            or self._losses
+            or self._refusals
+        ):
+            return False
+        emitted += ids
+        self.last_gap_s = gap_s = now - self.last_token_at
+        if gap_s > self.longest_gap_s:
+            self.longest_gap_s = gap_s
+        self.last_token_at = now
+        return True
+
     def on_tokens(self, member: Member, message: SessionTokens, now: float) -> list[SendToRank]:
         if self.state is not SessionState.RUNNING:
             return []
         if message.attempt != self.attempt:
             return self._on_next_attempt(member, message, now)
-        if member is not self.member:  # comparing values takes longer, and this is every token
-            if member != self.member:
-                return []
-            self.member = member
+        if member != self.member:
+            return []
+        self.member = member  # the same object, so that `extend` need not compare values
         if message.taken_over:
             self.taken_over = True
         if message.backup_rank >= 0:
             self.backup_rank = RankId(message.backup_rank)
-        if self._only_adds_tokens(message):
-            self._append_tokens(message.ids, message.logprobs, now)
-            return []
         if message.error is not None:
             if message.invalid:
                 return self._fail(SessionEvent.REJECTED, FailureKind.INVALID, message.error)
@@ -361,18 +388,6 @@ class StreamSession:
             return []
         cancel = Cancel(session=self.id, attempt=following.attempt)
         return [SendToRank(member=following.member, message=cancel)]
-
-    def _only_adds_tokens(self, message: SessionTokens) -> bool:
-        """Nearly every message of a stream does, and needs no other look."""
-        num_known = len(self.emitted)
-        return (
-            message.index == num_known > 0
-            and message.finish is None
-            and message.error is None
-            and not message.prompt_logprobs
-            and self.sampling.logprobs is None
-            and num_known + len(message.ids) < self.sampling.max_tokens
-        )
 
     def _is_inconsistent(self, message: SessionTokens) -> bool:
         """Whether the message skips tokens, has others than those that the client has, or lacks

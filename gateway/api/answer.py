@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -13,14 +12,12 @@ from gateway.api.chunk_events import ChunkEvents
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
 from gateway.api.responses import DONE, response_body
+from gateway.api.stream_body import StreamBody
 from gateway.choice_reader import Delta
 from gateway.generation import Generation
 from gateway.session_state import SessionFailed
 
 log = structlog.get_logger()
-
-WRITE_TIMEOUT_S = 60.0
-"""A client that reads nothing for this long counts as gone."""
 
 RANK_HEADER = "x-starfish-rank"
 """Header of a stream: the ranks on which its choices began, so that a client can tell which streams
@@ -70,16 +67,27 @@ async def answer_stream(
 async def answer_read(request: web.Request) -> web.StreamResponse:
     """The end of a stream of which the client has everything else."""
     response = web.StreamResponse(headers=_EVENT_STREAM_HEADERS)
+    body = StreamBody(request, response)
     await response.prepare(request)
-    await _write(request, response, DONE, last=True)
+    await body.write(DONE, last=True)
     return response
 
 
 class EventWriter(Protocol):
     """How the events of one stream are spelt."""
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether `quick_events` serves the stream; if not, its events take so long to make that
+        others are served in between."""
+        ...
+
     async def events(self, deltas: Sequence[Delta]) -> bytes:
         """For a batch of tokens; the first time with what a stream begins with."""
+        ...
+
+    def quick_events(self, delta: Delta) -> bytes:
+        """The same as `events` after the first time."""
         ...
 
     def end(self) -> bytes: ...
@@ -97,16 +105,24 @@ async def stream_events(
     deltas = await generation.next_deltas()
     ranks = ",".join(str(rank) for rank in generation.ranks)
     response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
+    body = StreamBody(request, response)
+
+    def pass_on(delta: Delta) -> bool:
+        if not body.takes_more:
+            return False
+        body.write_now(writer.quick_events(delta))
+        return True
+
     try:
         await response.prepare(request)
         while True:
             data = await writer.events(deltas)
             if generation.done:
-                await _write(request, response, data + writer.end(), last=True)
+                await body.write(data + writer.end(), last=True)
                 break
             if data:
-                await _write(request, response, data)
-            deltas = await generation.next_deltas()
+                await body.write(data)
+            deltas = await generation.next_deltas(pass_on if writer.is_quick else None)
     except SessionFailed as error:
         await response.write(writer.failed(error))
     except (ConnectionError, TimeoutError):
@@ -114,17 +130,3 @@ async def stream_events(
         if request.transport is not None:
             request.transport.abort()
     return response
-
-
-async def _write(
-    request: web.Request, response: web.StreamResponse, data: bytes, *, last: bool = False
-) -> None:
-    """With the `last` ones the body ends, in the same write. Raises TimeoutError if the client
-    reads nothing for WRITE_TIMEOUT_S."""
-    write = response.write_eof if last else response.write
-    transport = request.transport
-    if transport is not None and transport.get_write_buffer_size() == 0:
-        await write(data)  # cannot wait long, and a timeout costs more than the write
-        return
-    async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await write(data)

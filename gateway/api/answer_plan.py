@@ -13,6 +13,7 @@ from gateway.parsers.call_grammar import CallGrammar, TokenOf, around, joined
 from gateway.parsers.formats import TOOL_FORMATS, OutputFormats, ToolFormat, output_parser
 from gateway.parsers.output_parser import OutputParser
 from shared.errors import RequestError
+from shared.grammars.closed_schema import JSON_SPACE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +81,20 @@ class AnswerPlan:
             calls_max=self.tools.calls_max,
         )
 
-    def calls_grammar(self, token_of: TokenOf) -> str:
-        """The grammar of the calls alone; empty if they are not guided."""
+    def calls_grammar(self, token_of: TokenOf, *, json_space: str = JSON_SPACE) -> str:
+        """The grammar of the calls alone; empty if they are not guided. `json_space` is the white
+        space in their arguments, as a regular expression."""
         if not self.guides_calls:
             return ""
-        calls = self._calls(self._rules(token_of))
+        calls = self._calls(self._rules(token_of, json_space))
         return joined("calls", calls) if calls else ""
 
-    def grammar(self, own: str, token_of: TokenOf) -> str:
+    def grammar(self, own: str, token_of: TokenOf, *, json_space: str = JSON_SPACE) -> str:
         """The grammar of the whole answer; empty if nothing guides it. `own` is that of the form
-        that the request demands. It holds for what comes after the reasoning, and not for calls.
-        Raises RequestError if calls leave no room for it."""
-        rules, reasoning = self._rules(token_of), self.formats.reasoning
+        that the request demands. It holds for what comes after the reasoning, and not for calls,
+        in whose arguments there is `json_space`. Raises RequestError if calls leave no room for
+        it."""
+        rules, reasoning = self._rules(token_of, json_space), self.formats.reasoning
         before = rules.reasoning(reasoning, opened=self.opened)
         calls = self._calls(rules)
         if self.must_call:
@@ -118,6 +121,6 @@ class AnswerPlan:
         calls_max = self.tools.calls_max or CALLS_MAX
         return rules.calls(form, self.tools.schemas, calls_max=calls_max)
 
-    def _rules(self, token_of: TokenOf) -> CallGrammar:
+    def _rules(self, token_of: TokenOf, json_space: str) -> CallGrammar:
         formats = OutputFormats(tools=self.call_format, reasoning=self.formats.reasoning)
-        return CallGrammar(token_of, formats.markers())
+        return CallGrammar(token_of, formats.markers(), json_space=json_space)

@@ -90,27 +90,39 @@ class ChoiceWriter:
             prompt_logprobs=None if self._of_prompt is None else await self._of_prompt.shaped(),
         )
 
-    async def chunks(self, delta: Delta, writer: ChunkWriter) -> list[bytes]:
+    @property
+    def has_logprobs(self) -> bool:
+        return self._num_top is not None
+
+    async def logprobs(self, delta: Delta) -> msgspec.Raw | None:
+        """Those of a stream's delta, for `chunks`. None if the request asks for none."""
+        return await self._shape(self._scored_of(delta))
+
+    def chunks(
+        self, delta: Delta, writer: ChunkWriter, logprobs: msgspec.Raw | None
+    ) -> list[bytes]:
         """The events of a stream. None for a delta without text (half a character, a held-back stop
         string), unless the delta has something else to say."""
         if self._answer is not None:
-            return await self._parsed_chunks(self._answer, delta, writer)
-        if not (delta.text or delta.finish or writer.with_token_ids or self._num_top is not None):
+            return self._parsed_chunks(self._answer, delta, writer, logprobs)
+        if not (delta.text or delta.finish or writer.with_token_ids or logprobs is not None):
             return []
-        logprobs = await self._shape(self._scored_of(delta))
         return [
             writer.delta_chunk(
                 delta.choice, delta.text, delta.token_ids, delta.finish, logprobs, stop=delta.stop
             )
         ]
 
-    async def _parsed_chunks(
-        self, answer: AnswerReader, delta: Delta, writer: ChunkWriter
+    def _parsed_chunks(
+        self,
+        answer: AnswerReader,
+        delta: Delta,
+        writer: ChunkWriter,
+        logprobs: msgspec.Raw | None,
     ) -> list[bytes]:
         """A chunk for each kind of text, the first with what belongs to the tokens, and one for the
         end."""
         deltas = answer.feed(delta.text, delta.token_ids, delta.finish)
-        logprobs = await self._shape(self._scored_of(delta))
         ids: Sequence[int] = delta.token_ids
         if ids and not deltas and (writer.with_token_ids or logprobs is not None):
             deltas = [{}]

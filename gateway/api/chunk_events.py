@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from gateway.api.errors import http_error
 from gateway.api.job import Job
 from gateway.api.responses import DONE, ChunkWriter, Usage, error_event
@@ -29,6 +31,7 @@ class ChunkEvents:
         self._writers = job.choice_writers()
         self._ids = None if job.stream is None else job.stream.position_writer()
         self._is_first = True
+        self._tells_usage = job.options.continuous_usage
         self._chunks = ChunkWriter(
             job.header,
             with_token_ids=job.options.return_token_ids,
@@ -36,20 +39,25 @@ class ChunkEvents:
             seed=job.named_seed,
         )
 
+    @property
+    def is_quick(self) -> bool:
+        return not any(writer.has_logprobs for writer in self._writers)
+
     async def events(self, deltas: Sequence[Delta]) -> bytes:
         data = b""
-        if self._job.options.continuous_usage:
+        if self._tells_usage:
             self._chunks.set_usage(self._usage())
         if self._is_first:
             data = b"".join(self._opening())
             self._is_first = False
         for delta in deltas:
-            events = await self._writers[delta.choice].chunks(delta, self._chunks)
-            if self._ids is None:
-                data += b"".join(events)
-            else:
-                data += _with_ids(self._ids, delta, events)
+            data += self._spelt(delta, await self._writers[delta.choice].logprobs(delta))
         return data
+
+    def quick_events(self, delta: Delta) -> bytes:
+        if self._tells_usage:
+            self._chunks.set_usage(self._usage())
+        return self._spelt(delta, None)
 
     def end(self) -> bytes:
         if not self._job.options.include_usage:
@@ -59,6 +67,12 @@ class ChunkEvents:
 
     def failed(self, error: SessionFailed) -> bytes:
         return failure_event(error, self._request_id)
+
+    def _spelt(self, delta: Delta, logprobs: msgspec.Raw | None) -> bytes:
+        events = self._writers[delta.choice].chunks(delta, self._chunks, logprobs)
+        if self._ids is None:
+            return b"".join(events)
+        return _with_ids(self._ids, delta, events)
 
     def _usage(self) -> Usage:
         return self._job.usage(self._generation, self._writers)

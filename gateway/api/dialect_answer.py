@@ -65,6 +65,8 @@ async def answer_job_in(
 class _DialectEvents:
     """Implements `answer.EventWriter`."""
 
+    is_quick = True
+
     def __init__(self, dialect: Dialect, choice: _OneChoice) -> None:
         self._dialect = dialect
         self._choice = choice
@@ -75,9 +77,10 @@ class _DialectEvents:
         if self._is_first:
             data = self._dialect.begin(self._choice.usage())
             self._is_first = False
-        for delta in deltas:
-            data += self._dialect.deltas(self._choice.take(delta))
-        return data
+        return data + b"".join(map(self.quick_events, deltas))
+
+    def quick_events(self, delta: Delta) -> bytes:
+        return self._dialect.deltas(self._choice.take(delta))
 
     def end(self) -> bytes:
         return self._dialect.end(self._choice.ending())

@@ -24,12 +24,13 @@ async def answer_grammar(
     own = grammar = "" if form is None else await reader.check(form, served)
     if plan is not None:
         token_of = served.tokenizer.added_ids.get
+        space = reader.json_space_of(body)
         if plan.guides_calls:
             reader.check_schemas("tools", list(plan.tools.schemas.values()))
-        calls = plan.calls_grammar(token_of)
+        calls = plan.calls_grammar(token_of, json_space=space)
         if calls:
             await reader.check(_built("tools", calls), served)
-        grammar = plan.grammar(own, token_of)
+        grammar = plan.grammar(own, token_of, json_space=space)
         if grammar not in ("", own, calls):
             # Its parts are sound, but ranks compile it as a whole.
             param = "tools" if form is None or calls else form.param

@@ -11,6 +11,7 @@ import msgspec
 
 from gateway.api.bodies import GenerationBody
 from shared.errors import RequestError
+from shared.grammars.closed_schema import JSON_SPACE, NO_SPACE
 from shared.grammars.messages import GrammarKind
 
 SCHEMA_DEPTH_MAX = 64
@@ -23,6 +24,12 @@ _STRUCTURED = {
     "grammar": "guided_grammar",
 }
 """Field of `structured_outputs` → the request's own field with the same meaning."""
+_STRUCTURED_OPTIONS = (
+    "whitespace_pattern",
+    "disable_any_whitespace",
+    "disable_additional_properties",  # as it is: objects are closed
+    "disable_fallback",  # there is one backend
+)
 
 FIELDS = ("response_format", "structured_outputs", *_STRUCTURED.values())
 
@@ -38,16 +45,20 @@ class GrammarLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemandedForm:
-    """`param` is the field that demands it."""
+    """`param` is the field that demands it. `json_space` is the white space that JSON of a schema
+    may have, as a regular expression."""
 
     param: str
     kind: GrammarKind
     text: str
+    json_space: str = JSON_SPACE
 
 
-def read_form(body: GenerationBody, limits: GrammarLimits) -> DemandedForm | None:
+def read_form(
+    body: GenerationBody, limits: GrammarLimits, *, json_space: str = JSON_SPACE
+) -> DemandedForm | None:
     """None if the request demands no form. Whether the form can be followed is not known then.
-    Raises RequestError."""
+    `json_space` is what holds if the request does not say it. Raises RequestError."""
     constraints = _constraints(body)
     if not constraints:
         return None
@@ -55,7 +66,30 @@ def read_form(body: GenerationBody, limits: GrammarLimits) -> DemandedForm | Non
         names = " and ".join(param for param, _, _ in constraints)
         raise RequestError(f"{names} exclude each other; pass only one", param=constraints[1][0])
     param, kind, value = constraints[0]
-    return DemandedForm(param=param, kind=GrammarKind(kind), text=_text(param, kind, value, limits))
+    return DemandedForm(
+        param=param,
+        kind=GrammarKind(kind),
+        text=_text(param, kind, value, limits),
+        json_space=read_json_space(body, limits, json_space),
+    )
+
+
+def read_json_space(body: GenerationBody, limits: GrammarLimits, default: str) -> str:
+    """The white space between the tokens of guided JSON, as a regular expression; `default` if the
+    request does not say it. Raises RequestError."""
+    param, space = "guided_whitespace_pattern", body.guided_whitespace_pattern
+    if isinstance(body.structured_outputs, dict):
+        options = body.structured_outputs
+        if options.get("disable_any_whitespace"):
+            return NO_SPACE
+        if options.get("whitespace_pattern") is not None:
+            param, space = "structured_outputs", options["whitespace_pattern"]
+    if space is None:
+        return default
+    if not isinstance(space, str):
+        raise RequestError(f"{param}: a white space pattern is a regular expression", param=param)
+    _check_bytes(param, space, limits)
+    return space
 
 
 def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:
@@ -77,7 +111,9 @@ def _structured_outputs(value: Any) -> list[tuple[str, str, Any]]:
     if not isinstance(value, dict):
         raise RequestError(f"{param} must be an object", param=param)
     wanted = {
-        kind: constraint for kind, constraint in value.items() if constraint not in (None, False)
+        kind: constraint
+        for kind, constraint in value.items()
+        if constraint not in (None, False) and kind not in _STRUCTURED_OPTIONS
     }
     constraints: list[tuple[str, str, Any]] = []
     for kind, constraint in wanted.items():

@@ -97,6 +97,12 @@ _COMMON = [
         ("guided_regex", "v", "older name of structured_outputs.regex"),
         ("guided_choice", "v", "older name of structured_outputs.choice"),
         ("guided_grammar", "v", "older name of structured_outputs.grammar"),
+        (
+            "guided_whitespace_pattern",
+            "v",
+            "older name of structured_outputs.whitespace_pattern: what may stand between the "
+            "tokens of guided JSON",
+        ),
     ),
     *_fields(
         Support.HARMLESS,
@@ -147,7 +153,6 @@ _COMMON = [
         ("no_stop_trim", "s", "use include_stop_str_in_output", False),
         ("regex", "s", "use structured_outputs.regex"),
         ("ebnf", "s", "use structured_outputs.grammar"),
-        ("guided_whitespace_pattern", "v", ""),
         ("bootstrap_host", "s", _ROUTING),
         ("bootstrap_port", "s", _ROUTING),
         ("bootstrap_room", "s", _ROUTING),
@@ -167,7 +172,7 @@ CHAT_FIELDS: dict[str, RequestField] = {
             ("max_completion_tokens", "ovs", "comes before max_tokens"),
             ("top_logprobs", "ovs", ""),
             ("tools", "ovs", "functions"),
-            ("tool_choice", "ovs", "none, auto, required, or a function by name"),
+            ("tool_choice", "ovs", "none, auto, required, a function by name, or allowed_tools"),
             ("parallel_tool_calls", "ovs", "false: one call at most"),
             ("reasoning_effort", "ovs", "for the chat template; refused if it reads none"),
             ("thinking_token_budget", "v", "ends the reasoning after so many tokens"),

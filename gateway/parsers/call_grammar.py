@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gateway.parsers import harmony, json_formats
 from gateway.parsers.formats import HARMONY, ReasoningFormat, ToolFormat
 from gateway.parsers.typed_arguments import Schema
-from shared.grammars.closed_schema import JSON_SPACE, close_objects
+from shared.grammars.closed_schema import JSON_SPACE, close_objects, space_options
 
 TokenOf = Callable[[str], int | None]
 """The id of the added token with this text, if the tokenizer has one."""
@@ -78,8 +78,12 @@ _CALL_TEXTS: Mapping[str, _CallText] = {
 class CallGrammar:
     """Writes the rules for one model."""
 
-    def __init__(self, token_of: TokenOf, markers: frozenset[str]) -> None:
+    def __init__(
+        self, token_of: TokenOf, markers: frozenset[str], *, json_space: str = JSON_SPACE
+    ) -> None:
+        """`json_space` is the white space in arguments, as a regular expression."""
         self._token_of = token_of
+        self._json_space = json_space
         present = sorted((m for m in markers if token_of(m) is not None), key=len, reverse=True)
         self._markers = re.compile("(" + ("|".join(map(re.escape, present)) or "(?!)") + ")")
 
@@ -97,7 +101,7 @@ class CallGrammar:
             before = self._text(text.before_name + name + text.after_name)
             after = self._text(text.after_arguments)
             rules.append(f"call{number}: {before} arguments{number} {after}")
-            rules.append(f"arguments{number}: %json {_with_space(schema)}")
+            rules.append(f"arguments{number}: %json {self._json(schema)}")
         return "\n".join(rules)
 
     def reasoning(self, form: ReasoningFormat | None, *, opened: bool | None) -> str:
@@ -122,6 +126,11 @@ class CallGrammar:
             return self._text(harmony.CHANNEL + "final" + harmony.MESSAGE)
         return ""
 
+    def _json(self, schema: Schema) -> str:
+        """As a demanded schema."""
+        options = space_options(self._json_space)
+        return json.dumps({**close_objects(schema), "x-guidance": options})
+
     def _text(self, text: str) -> str:
         """A text as Lark, in which the model's own tokens are tokens."""
         parts = [part for part in self._markers.split(text) if part]
@@ -142,9 +151,3 @@ def around(lark: str, own: str) -> str:
     first, *others = json.loads(own)["grammars"] if is_json else [{"lark_grammar": own}]
     named = {**first, "name": ANSWER}
     return json.dumps({"grammars": [{"lark_grammar": lark}, named, *others]})
-
-
-def _with_space(schema: Schema) -> str:
-    """As a demanded schema: closed objects, and little white space."""
-    options = {"whitespace_pattern": JSON_SPACE}
-    return json.dumps({**close_objects(schema), "x-guidance": options})

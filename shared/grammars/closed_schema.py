@@ -1,20 +1,27 @@
-"""Closes the objects of a JSON schema: one that names its properties has no others, unless the
-schema opens it. JSON Schema's own default, open, makes a model invent keys until it is cut off.
-Pure."""
+"""What a client's JSON schema leaves open is closed: an object that names its properties has no
+others, unless the schema opens it, and there is little white space. JSON Schema's own defaults make
+a model invent keys, or leave lines empty, until it is cut off. Pure."""
 
 from __future__ import annotations
 
 from typing import Any
 
 JSON_SPACE = r"(\n[ \t]{0,32}| )?"
-"""Allowed between the tokens of JSON: a space, or a new line with an indent. A weak model may never
-leave unlimited white space."""
+"""Allowed between the tokens of JSON unless the client or the gateway's flags say something else: a
+space, or a new line with an indent. A weak model may never leave unlimited white space."""
+NO_SPACE = ""
 
 _OPENERS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 _ONE_SCHEMA = ("items", "additionalItems", "contains", "not", "if", "then", "else")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _COMBINES = ("allOf", "anyOf", "oneOf", "if", "$ref")
+
+
+def space_options(space: str) -> dict[str, Any]:
+    """Options of llguidance. `space` is the regular expression of the white space between the
+    tokens of JSON."""
+    return {"whitespace_pattern": space} if space else {"whitespace_flexible": False}
 
 
 def close_objects(schema: Any) -> Any:

@@ -8,6 +8,8 @@ from enum import Enum
 
 import msgspec
 
+from shared.grammars.closed_schema import JSON_SPACE
+
 COMPILE_S_DEFAULT = 2.0
 STEP_S_DEFAULT = 1.0
 MEMORY_MB_DEFAULT = 1024
@@ -40,6 +42,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     job: int
     kind: GrammarKind
     text: str
+    json_space: str = JSON_SPACE
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):

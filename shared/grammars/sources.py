@@ -8,19 +8,20 @@ import json
 from llguidance import LLMatcher, grammar_from
 
 from shared.errors import GrammarError
-from shared.grammars.closed_schema import JSON_SPACE, close_objects
+from shared.grammars.closed_schema import JSON_SPACE, close_objects, space_options
 from shared.grammars.compiler import client_words
 from shared.grammars.messages import GrammarKind
 
 
-def grammar_of(kind: GrammarKind, text: str) -> str:
-    """Raises GrammarError if the text cannot be read. Whether it can be followed, only the compiler
+def grammar_of(kind: GrammarKind, text: str, *, json_space: str = JSON_SPACE) -> str:
+    """`json_space` is the white space that JSON of a schema may have, as a regular expression.
+    Raises GrammarError if the text cannot be read. Whether it can be followed, only the compiler
     knows."""
     try:
         match kind:
             case GrammarKind.JSON_SCHEMA:
                 schema = close_objects(json.loads(text))
-                options = {"whitespace_pattern": JSON_SPACE}
+                options = space_options(json_space)
                 return LLMatcher.grammar_from_json_schema(json.dumps(schema), options)  # type: ignore[arg-type]
             case GrammarKind.CHOICE:
                 # As one lexeme: alternatives of the grammar itself would cost an item each.

@@ -31,8 +31,9 @@ def chat_fields(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> di
         chat["truncate_prompt_tokens"] = -1
     if body.tools:
         chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
-        chat["tool_choice"] = _tool_choice(body.tool_choice)
         chat["parallel_tool_calls"] = body.parallel_tool_calls
+    if body.tool_choice is not None:
+        chat["tool_choice"] = _tool_choice(body.tool_choice)
     if body.reasoning is not None:
         chat["reasoning_effort"] = body.reasoning.effort
     if body.text is not None and body.text.format is not None:
@@ -142,8 +143,18 @@ def _tool(index: int, tool: Any) -> dict[str, Any]:
 
 
 def _tool_choice(choice: Any) -> Any:
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
+    """Here names and lists are beside the type."""
+    if not isinstance(choice, dict):
+        return choice
+    match choice.get("type"):
+        case "function":
+            return {"type": "function", "function": {"name": choice.get("name")}}
+        case "allowed_tools":
+            tools = choice.get("tools")
+            if isinstance(tools, list):
+                tools = [_tool_choice(tool) for tool in tools]
+            allowed = {"mode": choice.get("mode"), "tools": tools}
+            return {"type": "allowed_tools", "allowed_tools": allowed}
     return choice
 
 

@@ -85,6 +85,8 @@ class GenerateAnswer:
 class _TextEvents:
     """Implements `answer.EventWriter`."""
 
+    is_quick = True
+
     def __init__(
         self,
         texts: Sequence[GeneratedText],
@@ -99,15 +101,15 @@ class _TextEvents:
         self._request_id = request_id
 
     async def events(self, deltas: Sequence[Delta]) -> bytes:
-        events = b""
-        for delta in deltas:
-            text = self._texts[delta.choice]
-            text.take(delta)
-            plain = text.plain(cached_tokens=self._generation.cached_tokens(delta.choice))
-            if self._is_batch:
-                plain["index"] = delta.choice
-            events += b"data: %b\n\n" % msgspec.json.encode(plain)
-        return events
+        return b"".join(map(self.quick_events, deltas))
+
+    def quick_events(self, delta: Delta) -> bytes:
+        text = self._texts[delta.choice]
+        text.take(delta)
+        plain = text.plain(cached_tokens=self._generation.cached_tokens(delta.choice))
+        if self._is_batch:
+            plain["index"] = delta.choice
+        return b"data: %b\n\n" % msgspec.json.encode(plain)
 
     def end(self) -> bytes:
         return DONE

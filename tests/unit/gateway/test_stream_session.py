@@ -289,6 +289,82 @@ def test_it_knows_its_first_token_and_its_longest_gap() -> None:
     assert (session.first_token_at, session.longest_gap_s) == (2.0, 1.5)
 
 
+# the frequent message
+
+
+def running(*ids: int) -> StreamSession:
+    session = new_session()
+    session.place(A, 0.0)
+    session.on_tokens(A, tokens(0, *ids), 1.0)
+    return session
+
+
+def facts(session: StreamSession) -> dict[str, object]:
+    return {name: getattr(session, name) for name in StreamSession.__slots__ if name != "next"} | {
+        "emitted": list(session.emitted)
+    }
+
+
+def test_tokens_that_are_only_the_next_ones_are_taken_at_once() -> None:
+    quick, careful = running(1, 2), running(1, 2)
+    for index, at in ((2, 1.5), (3, 4.0), (4, 4.5)):
+        assert quick.extend(A, tokens(index, index), at)
+        assert careful.on_tokens(A, tokens(index, index), at) == []
+    assert quick.emitted == [1, 2, 2, 3, 4]
+    assert facts(quick) == facts(careful)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (B, tokens(2, 5)),
+        (A, tokens(2, 5, attempt=1)),
+        (A, tokens(1, 2, 5)),  # one of them is known
+        (A, tokens(3, 5)),  # one is missing
+        (A, tokens(2)),
+        (A, tokens(2, 3, 4, 5, 6, 7, 8)),  # up to max_tokens
+        (A, tokens(2, 5, finish=FinishReason.STOP)),
+        (A, tokens(2, error="full", retryable=True)),
+        (A, replace(tokens(2, 5), backup_rank=1)),
+        (A, replace(tokens(2, 5), taken_over=True)),
+        (A, replace(tokens(2, 5), prompt_logprobs=(TokenLogprob(logprob=-1.0, rank=1),))),
+    ],
+)
+def test_a_message_that_says_more_is_left_to_the_whole_of_the_rules(
+    member: Member, message: SessionTokens
+) -> None:
+    session = running(1, 2)
+    before = facts(session)
+    assert not session.extend(member, message, 2.0)
+    assert facts(session) == before
+
+
+def test_so_are_a_first_token_and_what_comes_after_a_loss_or_an_end() -> None:
+    begun = new_session()
+    begun.place(A, 0.0)
+    assert not begun.extend(A, tokens(0, 1), 1.0)
+    moved = running(1)
+    moved.on_rank_lost(A, 1.0)
+    assert not moved.extend(A, tokens(1, 2), 1.5)
+    moved.place(B, 2.0)
+    assert not moved.extend(B, tokens(1, 2, attempt=1), 2.5)
+    moved.on_tokens(B, tokens(1, 2, attempt=1), 2.5)
+    assert moved.extend(B, tokens(2, 3, attempt=1), 2.6)
+    moved.cancel()
+    assert not moved.extend(B, tokens(3, 4, attempt=1), 2.7)
+    scored = StreamSession(
+        session=SessionId("g/1"),
+        prompt=(7,),
+        sampling=SamplingParams(max_tokens=8, logprobs=1),
+        policy=POLICY,
+        now=0.0,
+    )
+    scored.place(A, 0.0)
+    first = replace(tokens(0, 1), logprobs=(TokenLogprob(logprob=-1.0, rank=1),))
+    scored.on_tokens(A, first, 1.0)
+    assert not scored.extend(A, tokens(1, 2), 2.0)
+
+
 # log-probabilities
 
 

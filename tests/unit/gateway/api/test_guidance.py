@@ -39,7 +39,7 @@ class RecordingReader(GrammarReader):
         self.asked: list[tuple[str, str]] = []
 
     async def check(self, form: DemandedForm, served: ServedModel) -> str:
-        grammar = grammar_of(form.kind, form.text)
+        grammar = grammar_of(form.kind, form.text, json_space=form.json_space)
         self._compiler.try_out(grammar)
         self.asked.append((form.param, grammar))
         return grammar
@@ -103,6 +103,19 @@ async def test_calls_are_checked_alone_and_with_what_comes_before_them(
     grammar = await answer_grammar(body, None, forced, await served(folder), reader)
     assert [param for param, _ in reader.asked] == ["tools", "tools"]
     assert reader.asked[-1][1] == grammar
+
+
+async def test_arguments_of_calls_have_the_white_space_that_the_request_says(
+    folder: Path, reader: RecordingReader
+) -> None:
+    forced, served_model = plan(ToolMode.REQUIRED), await served(folder)
+    spaces = {}
+    for pattern in (None, "[ ]{0,7}", ""):
+        body = ChatBody(messages=[], guided_whitespace_pattern=pattern)
+        spaces[pattern] = await answer_grammar(body, None, forced, served_model, reader)
+    assert "[ ]{0,7}" in spaces["[ ]{0,7}"]
+    assert '"whitespace_flexible": false' in spaces[""]
+    assert len(set(spaces.values())) == 3
 
 
 async def test_a_form_after_reasoning_is_checked_as_a_whole_for_the_field_that_demands_it(

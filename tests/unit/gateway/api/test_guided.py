@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gateway.api.bodies import ChatBody
-from gateway.api.guided import DemandedForm, GrammarLimits, read_form
+from gateway.api.guided import DemandedForm, GrammarLimits, read_form, read_json_space
 from shared.errors import RequestError
+from shared.grammars.closed_schema import NO_SPACE
 from shared.grammars.messages import GrammarKind
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -81,8 +82,36 @@ def test_every_field_has_its_kind(fields: dict[str, Any], kind: str, text: str) 
 
 
 @pytest.mark.parametrize(
+    ("fields", "space"),
+    [
+        ({"guided_json": SCHEMA}, " ?"),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": "[ ]{0,2}"}, "[ ]{0,2}"),
+        ({"response_format": {"type": "json_object"}, "guided_whitespace_pattern": ""}, NO_SPACE),
+        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": "\\n?"}}, "\\n?"),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, NO_SPACE),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": False}}, " ?"),
+        ({"structured_outputs": {"json": SCHEMA, "disable_fallback": True}}, " ?"),
+    ],
+)
+def test_a_request_says_what_white_space_its_json_has(fields: dict[str, Any], space: str) -> None:
+    form = read_form(body(**fields), LIMITS, json_space=" ?")
+    assert form is not None
+    assert form.json_space == space
+    assert read_json_space(body(**fields), LIMITS, " ?") == space
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": 3}, "guided_whitespace_pattern"),
+        (
+            {"guided_json": SCHEMA, "guided_whitespace_pattern": " " * 70_000},
+            "guided_whitespace_pattern",
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": [" "]}},
+            "structured_outputs",
+        ),
         ({"guided_regex": 5}, "guided_regex"),
         ({"guided_json": "{not json"}, "guided_json"),
         ({"guided_json": 3}, "guided_json"),

@@ -22,6 +22,11 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    fields = {"mode": mode, "tools": [named(name) for name in names]}
+    return {"type": "allowed_tools", "allowed_tools": fields}
+
+
 def read(**fields: Any) -> ToolRequest:
     body = {"messages": [{"role": "user", "content": "hi"}], **fields}
     return read_tools(decode_body(json.dumps(body).encode(), ChatBody))
@@ -76,6 +81,37 @@ def test_choices(
     assert list(request.tools) == tools
 
 
+@pytest.mark.parametrize(
+    ("choice", "more", "mode", "callable_tools", "shown", "calls_max"),
+    [
+        (allowed("auto", "a", "c"), {}, ToolMode.AUTO, {"a", "c"}, ["a", "c"], None),
+        (allowed("auto", "b"), {"parallel_tool_calls": False}, ToolMode.AUTO, {"b"}, ["b"], 1),
+        (allowed("required", "c", "a"), {}, ToolMode.REQUIRED, {"a", "c"}, ["a", "b", "c"], 1),
+        (
+            allowed("required", "b"),
+            {"parallel_tool_calls": True},
+            ToolMode.REQUIRED,
+            {"b"},
+            ["a", "b", "c"],
+            CALLS_MAX,
+        ),
+    ],
+)
+def test_some_of_the_tools_are_allowed(
+    choice: dict[str, Any],
+    more: dict[str, Any],
+    mode: ToolMode,
+    callable_tools: set[str],
+    shown: list[str],
+    calls_max: int | None,
+) -> None:
+    """A grammar keeps a forced call to them; a model that may choose sees no others."""
+    request = read(tools=[tool("a"), tool("b"), tool("c")], tool_choice=choice, **more)
+    assert (request.mode, set(request.schemas)) == (mode, callable_tools)
+    assert [each["function"]["name"] for each in request.tools] == shown
+    assert request.calls_max == calls_max
+
+
 def test_parameters_are_schemas_of_objects() -> None:
     request = read(tools=[tool("a", None), tool("b", {}), tool("c", {"properties": {}}), tool("d")])
     assert all(schema["type"] == "object" for schema in request.schemas.values())
@@ -103,6 +139,11 @@ def test_parameters_are_schemas_of_objects() -> None:
         ({"tools": [tool("a")], "tool_choice": {**named("a"), "type": "custom"}}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": {"name": "a"}}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": ["a"]}, "tool_choice"),
+        ({"tools": [tool("a")], "tool_choice": allowed("auto", "b")}, "tool_choice"),
+        ({"tools": [tool("a")], "tool_choice": allowed("none", "a")}, "tool_choice"),
+        ({"tools": [tool("a")], "tool_choice": allowed("required")}, "tool_choice"),
+        ({"tools": [tool("a")], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tool_choice": allowed("auto", "a")}, "tool_choice"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], param: str) -> None:

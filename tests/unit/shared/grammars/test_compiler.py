@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from shared.errors import CheckpointError, GrammarError
+from shared.grammars.closed_schema import JSON_SPACE, NO_SPACE
 from shared.grammars.compiler import GrammarCompiler, client_words
 from shared.grammars.messages import GrammarKind
 from shared.grammars.sources import grammar_of
@@ -82,6 +83,44 @@ def test_any_draws_give_json_of_the_schema_and_a_cut_changes_nothing(
     assert 0 <= value["age"] <= 150
     assert value["kind"] in ("cat", "dog")
     assert generate(grammars, grammar, seed, cut=cut) == ids
+
+
+def most_space(grammars: GrammarCompiler, tokenizer: Tokenizer, grammar: str) -> str:
+    """The text of a model that leaves space wherever it may."""
+    matcher = grammars.open(grammar, ())
+    ids: list[int] = []
+    while len(ids) < 2000:
+        spaces, others = [], []
+        for token in allowed(matcher.bits()):
+            text = tokenizer.decode([token])
+            (others if text.strip() or token in EOS else spaces).append((len(text), -token))
+        token = -max(spaces)[1] if spaces else -max(others)[1]
+        if token in EOS:
+            break
+        matcher.accept((token,))
+        ids.append(token)
+    return text_of(tokenizer, ids)
+
+
+@pytest.mark.parametrize(
+    ("space", "longest"),
+    [(JSON_SPACE, 33), (NO_SPACE, 0), ("[ ]{0,3}", 3)],
+)
+def test_json_has_as_much_white_space_as_is_said(
+    grammars: GrammarCompiler, tokenizer: Tokenizer, space: str, longest: int
+) -> None:
+    """Strings apart, in which space is text."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1]}, "b": {"type": "array", "items": {"enum": [True]}}},
+        "required": ["a", "b"],
+    }
+    schema["properties"]["b"] |= {"minItems": 2, "maxItems": 2}  # type: ignore[index]
+    grammar = grammar_of(GrammarKind.JSON_SCHEMA, json.dumps(schema), json_space=space)
+    text = most_space(grammars, tokenizer, grammar)
+    assert json.loads(text) == {"a": 1, "b": [True, True]}
+    runs = [len(run) for run in re.findall(r"\s+", text)]
+    assert max(runs, default=0) == longest
 
 
 def test_a_regular_expression_is_matched_to_its_end(

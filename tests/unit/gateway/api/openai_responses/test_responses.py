@@ -9,6 +9,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from gateway.api.bodies import ChatBody
 from gateway.api.dialect import Ending
 from gateway.api.errors import http_error
 from gateway.api.openai_responses.answer import ResponseAnswer
@@ -16,6 +17,7 @@ from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupporte
 from gateway.api.openai_responses.chat import chat_fields, input_messages
 from gateway.api.openai_responses.store import ResponseStore, StoredResponse
 from gateway.api.responses import Usage
+from gateway.api.tools import ToolMode, read_tools
 from shared.errors import RequestError, Unavailable
 
 USAGE = Usage(prompt_tokens=10, cached_tokens=4, completion_tokens=7)
@@ -81,6 +83,17 @@ def test_a_text_with_instructions_and_options() -> None:
     assert chat["response_format"] == {"type": "json_schema", "json_schema": form}
     assert chat["tools"][0]["function"] == {"name": "f", "parameters": SCHEMA, "strict": True}
     assert chat["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+
+
+def test_a_choice_of_tools_is_the_same_in_a_chat() -> None:
+    tools = [{"type": "function", "name": name, "parameters": SCHEMA} for name in ("f", "g")]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{**tools[1]}]}
+    chat = chat_fields(body_of(tools=tools, tool_choice=choice), [])
+    request = read_tools(msgspec.convert(chat, ChatBody))
+    assert request.mode is ToolMode.REQUIRED
+    assert set(request.schemas) == {"g"}
+    with pytest.raises(RequestError, match="needs tools"):
+        read_tools(msgspec.convert(chat_fields(body_of(tool_choice="required"), []), ChatBody))
 
 
 def test_items_become_turns() -> None:
