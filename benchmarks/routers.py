@@ -35,7 +35,6 @@ from cli.bench.stats import percentile
 from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
 from cli.bench.temporary_instance import temporary_instance
 from cli.observe.instance_view import InstanceView
-from cli.observe.kill import send_to_rank
 from shared.clock import SystemClock
 from shared.codec import pack
 from shared.embedded_etcd import embedded_etcd
@@ -43,6 +42,7 @@ from shared.errors import StarfishError
 from shared.etcd_permissions import EtcdService
 from shared.etcd_store import connect_store
 from shared.keys import Keys
+from shared.rank_signal import send_to_rank
 from shared.records import pack_map
 from shared.types import ROUTING_POLICIES
 from tests.support.cluster import free_port
