@@ -33,6 +33,10 @@ class Refused(StarfishError):
     definitely_not_done = True
 
 
+class Malformed(ConfigError):
+    """The control plane does not understand what is asked, such as a number out of bounds."""
+
+
 class AdminClient:
     """Call `close` at the end."""
 
@@ -131,6 +135,8 @@ def _error(status: int, raw: bytes) -> StarfishError:
         message = f"the admin API answers with status {status}"
     if status == 409:
         return Refused(message)
+    if status == 400:
+        return Malformed(message)
     if status in (502, 503, 504):
         return Unavailable(message)
     return ConfigError(message)

@@ -116,10 +116,6 @@ def plain_http_error(status: int, reason: str, *, code: str | None = None) -> Ht
     )
 
 
-def body_too_large(bytes_max: int) -> RequestError:
-    return RequestError(f"the body is larger than {bytes_max} bytes", code="request_too_large")
-
-
 def not_allowed(method: str, path: str, allowed: Sequence[str]) -> HttpError:
     """405, with the methods that the path has."""
     error = plain_http_error(
