@@ -16,7 +16,8 @@ GATEWAY_STANDBY = "gateway-standby"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """`argv` lacks the lifeline, whose descriptor is known only at the start. `standby` names the
-    `Standby` that takes over, if there is one, and `standby_word` tells it what."""
+    `Standby` that takes over, if there is one, and `standby_word` tells it what: also when the
+    service says by `handover_fd` that it is about to end."""
 
     name: str
     argv: tuple[str, ...]
@@ -27,8 +28,9 @@ class Service:
     standby: str = ""
     standby_word: str = ""
 
-    def command(self, lifeline_fd: int) -> list[str]:
-        return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
+    def command(self, lifeline_fd: int, handover_fd: int) -> list[str]:
+        handover = ("--handover-fd", str(handover_fd)) if self.standby else ()
+        return [*self.argv, "--lifeline-fd", str(lifeline_fd), *handover, *self.tail]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,8 @@ class Standby:
     arguments: tuple[str, ...]
     inherited_fds: tuple[int, ...]
 
-    def command(self, lifeline_fd: int, begin_fd: int) -> list[str]:
-        flags = ("--lifeline-fd", str(lifeline_fd))
+    def command(self, lifeline_fd: int, handover_fd: int, begin_fd: int) -> list[str]:
+        flags = ("--lifeline-fd", str(lifeline_fd), "--handover-fd", str(handover_fd))
         return [*self.program, str(begin_fd), *self.arguments, *flags]
 
 

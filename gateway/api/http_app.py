@@ -310,7 +310,7 @@ class HttpApp:
     async def _require_served_model(self) -> ServedModel:
         """Raises Unavailable with what is being waited for. A gateway that has just started needs
         a moment to read etcd and the tokenizer, which its clients need not notice."""
-        if self._health.draining:
+        if self._health.refuses:
             raise Unavailable("the gateway is shutting down")
         served = await self._models.wait(MODEL_WAIT_S)
         if served is None:
@@ -347,10 +347,8 @@ class HttpApp:
         self, request: web.Request, body: GenerationBody, served: ServedModel, *, has_ids: bool
     ) -> Stream | None:
         """None if the answer is not streamed, or its events have no ids. Raises RequestError."""
-        if not body.stream:
-            return None
-        if not has_ids:
-            check_not_resumed(request)
+        if not (body.stream and has_ids):
+            check_not_resumed(request, streams=bool(body.stream))
             return None
         return self._resumption.open(
             request, fingerprint=served.fingerprint, num_choices=num_choices(body)
