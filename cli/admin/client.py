@@ -81,6 +81,15 @@ class AdminClient:
         """Raises Unavailable if no control plane answers."""
         return await self._ask("GET", "/v1/status", None, Status)
 
+    async def processes(self) -> dict[int, int]:
+        """The process of each rank. None are known if nobody answers now: what is new is then not
+        told from what was there."""
+        try:
+            status = await self.status()
+        except Unavailable:
+            return {}
+        return {rank.rank: rank.process for rank in status.ranks if rank.process is not None}
+
     async def _ask(self, method: str, path: str, body: Any, kind: type[_T]) -> _T:
         url = await self._url()
         try:

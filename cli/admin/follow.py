@@ -56,7 +56,7 @@ async def carry_out(target: Target, wish: Wish, manner: Manner, clock: Clock) ->
     console = Console(stderr=True, highlight=False)
     accepted: Accepted | None = None
     try:
-        processes = await _processes(client) if manner.waits else {}
+        processes = await client.processes() if manner.waits else {}
         accepted = await client.change(wish.name, wish.fields, patience_s=_PATIENCE_S)
         if not manner.waits:
             _tell(manner, accepted, None, Progress(result=accepted.message))
@@ -78,16 +78,6 @@ async def carry_out(target: Target, wish: Wish, manner: Manner, clock: Clock) ->
         raise
     finally:
         await client.close()
-
-
-async def _processes(client: AdminClient) -> dict[int, int]:
-    """The process of each rank. None are known if nobody answers now: what was new is then not
-    told from what was there."""
-    try:
-        status = await client.status()
-    except Unavailable:
-        return {}
-    return {rank.rank: rank.process for rank in status.ranks if rank.process is not None}
 
 
 async def _follow(
