@@ -28,8 +28,8 @@ class Service:
     standby: str = ""
     standby_word: str = ""
 
-    def command(self, lifeline_fd: int, handover_fd: int) -> list[str]:
-        handover = ("--handover-fd", str(handover_fd)) if self.standby else ()
+    def command(self, lifeline_fd: int, handover_fd: int = -1) -> list[str]:
+        handover = _handover(handover_fd) if self.standby else ()
         return [*self.argv, "--lifeline-fd", str(lifeline_fd), *handover, *self.tail]
 
 
@@ -43,8 +43,8 @@ class Standby:
     arguments: tuple[str, ...]
     inherited_fds: tuple[int, ...]
 
-    def command(self, lifeline_fd: int, handover_fd: int, begin_fd: int) -> list[str]:
-        flags = ("--lifeline-fd", str(lifeline_fd), "--handover-fd", str(handover_fd))
+    def command(self, lifeline_fd: int, begin_fd: int, handover_fd: int = -1) -> list[str]:
+        flags = ("--lifeline-fd", str(lifeline_fd), *_handover(handover_fd))
         return [*self.program, str(begin_fd), *self.arguments, *flags]
 
 
@@ -135,6 +135,10 @@ def _gateway_flags(options: UpOptions, etcd: EtcdOptions) -> tuple[str, ...]:
 
 def log_flags(options: UpOptions) -> tuple[str, ...]:
     return ("--log-level", options.log_level, *(("--log-json",) if options.log_json else ()))
+
+
+def _handover(fd: int) -> tuple[str, ...]:
+    return ("--handover-fd", str(fd)) if fd >= 0 else ()
 
 
 def _given(flag: str, value: object) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ class Supervisor:
 
         async def spawn(begin_fd: int) -> asyncio.subprocess.Process:
             handover_fd = self._handovers.write_fd
-            command = planned.command(self._lifeline_read, handover_fd, begin_fd)
+            command = planned.command(self._lifeline_read, begin_fd, handover_fd)
             fds = (*planned.inherited_fds, handover_fd, begin_fd)
             return await self._spawn(log_file, command, {}, fds)
 
