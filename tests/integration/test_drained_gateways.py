@@ -92,7 +92,7 @@ async def test_sigterm_of_gateways_refuses_no_new_connection(
     stop.set()
     await asyncio.gather(*asking)
     assert set(answers) == {200}
-    broken = [text[-400:] for text in texts if '"error"' in text or not text.endswith(END)]
+    broken = [text[-400:] for text in texts if '"error":' in text or not text.endswith(END)]
     assert broken == []
     async with asyncio.timeout(60):
         while True:
