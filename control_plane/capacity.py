@@ -26,7 +26,12 @@ class Capacity:
             return "the instance has not been described yet", ""
         remaining = self._remaining(leaving)
         if not remaining:
-            return "no other rank serves", "add ranks first, or undrain some"
+            least = -(-spec.num_experts // spec.slots_per_rank)
+            return (
+                "no other rank serves",
+                f"add ranks first, undrain some, or let {least} of these stay "
+                f"({spec.num_experts} experts need so many ranks of {spec.slots_per_rank} slots)",
+            )
         slots = sum(remaining.values())
         if slots >= spec.num_experts:
             return None

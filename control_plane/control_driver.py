@@ -16,6 +16,7 @@ from control_plane.control_reporter import ControlReporter
 from control_plane.desired_changes import Change, Refusal, change_desired
 from control_plane.detector_timings import DetectorTimings
 from control_plane.election import Election, ElectionState
+from control_plane.healing import RebalanceProgress
 from control_plane.leader_term import LeaderTerm
 from control_plane.leadership import Leadership
 from control_plane.membership import MembershipPolicy
@@ -183,6 +184,12 @@ class Driver:
         """Whether the leader holds verdicts back because most leases have expired at once."""
         return self._leader_term is not None and self._leader_term.detector.frozen
 
+    @property
+    def rebalance(self) -> RebalanceProgress:
+        """As far as this process knows: nothing if it does not lead."""
+        term = self._leader_term
+        return RebalanceProgress() if term is None else term.membership.rebalance
+
     def load_of(self, member: Member) -> Load | None:
         """Its newest, if this process leads and has probed it."""
         return self._rank_loads.of(member)
@@ -193,15 +200,20 @@ class Driver:
         meter = self._leader_term.membership.rebalancer.meter if self._leader_term else None
         return None if meter is None else meter.loads(self._clock.now())
 
-    async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal:
+    async def change(
+        self, change: Change, *, request_id: str = "", digest: str = ""
+    ) -> DesiredState | Refusal:
         """Puts a change on purpose into the desired state, or refuses it before anything moves.
-        The same `request_id` again changes nothing. Raises Unavailable if this process does not
-        lead, and StoreUnavailable if etcd did not answer: ask again then, with the same id."""
+        The same `request_id` again changes nothing, with another `digest` it is refused. Raises
+        Unavailable if this process does not lead, and StoreUnavailable if etcd did not answer: ask
+        again then, with the same id."""
         for _ in range(_CHANGE_TRIES_MAX):
             state, election = self._cluster.state, self._election
             if not (state.synced and self.leads):
                 raise Unavailable("this control plane does not lead; ask the one that does")
-            desired = change_desired(state, change, self._clock.wall(), request_id=request_id)
+            desired = change_desired(
+                state, change, self._clock.wall(), request_id=request_id, digest=digest
+            )
             if isinstance(desired, Refusal) or desired == state.desired:
                 return desired
             write = PublishDesired(desired=desired, cause=type(change).__name__)

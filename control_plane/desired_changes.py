@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from control_plane.capacity import Capacity, rank_limit
 from control_plane.cluster_state import ClusterState
+from control_plane.known_requests import why_reused, with_request
 from control_plane.node_choice import NodeChoice, node_of
 from shared.desired_state import AfterDrain, DesiredRank, DesiredState, Drain, RollingRestart
+from shared.rank_names import names_of
 from shared.types import Incarnation, NodeId, RankId
 
-REQUESTS_MAX = 64
 DEFAULT_GRACE_S = 30.0
 
 
@@ -126,11 +127,14 @@ class Refusal:
 
 
 def change_desired(
-    state: ClusterState, change: Change, now: float, *, request_id: str = ""
+    state: ClusterState, change: Change, now: float, *, request_id: str = "", digest: str = ""
 ) -> DesiredState | Refusal:
     """The desired state with `change`. `now` is in Unix seconds. If `request_id` was seen before,
-    or there is nothing to change, the result equals `state.desired` and needs no write."""
+    or there is nothing to change, the result equals `state.desired` and needs no write. `digest` is
+    of all that the request asks for: one that has asked for something else is no repetition."""
     desired = state.desired
+    if reused := why_reused(desired, request_id, digest):
+        return Refusal(reason=reused, needed="pass another one; only the same may be repeated")
     if request_id and request_id in desired.requests:
         return desired
     if state.spec is None:
@@ -144,8 +148,10 @@ def change_desired(
     changed = result != desired
     if not changed and not request_id:
         return desired
-    requests = (*desired.requests, *((request_id,) if request_id else ()))[-REQUESTS_MAX:]
-    return replace(result, change=desired.change + changed, requests=requests)
+    result = replace(result, change=desired.change + changed)
+    if not request_id:
+        return result
+    return with_request(result, request_id, digest, num_ranks=state.spec.num_ranks)
 
 
 class _Changer:
@@ -167,7 +173,7 @@ class _Changer:
             case DrainNode():
                 ranks = self._ranks_of(change.node)
                 if not ranks:
-                    return Refusal(reason=f"no rank runs on node {change.node!r}")
+                    return self._no_node(change.node)
                 return self._drain(ranks, change.grace_s, AfterDrain.STAY)
             case Undrain():
                 return self._undrain(change.ranks)
@@ -193,7 +199,7 @@ class _Changer:
             return Refusal(reason="an instance has at least one rank")
         known = set(self._ranks)
         if unknown := sorted(set(change.leaving) - known):
-            return Refusal(reason=f"{_names(unknown)} does not exist")
+            return self._no_rank(unknown)
         leaving = sorted(set(change.leaving))
         num_leaving = len(known) - change.num_ranks
         if leaving and len(leaving) != num_leaving:
@@ -245,7 +251,7 @@ class _Changer:
             )
         if taken := sorted(set(coming) & set(self._ranks)):
             return Refusal(
-                reason=f"{_names(taken)} exists already",
+                reason=f"{names_of(taken)} {'exists' if len(taken) == 1 else 'exist'} already",
                 needed=f"name another, such as {free[0]}; `starfish replace` moves a rank",
             )
         return sorted(set(coming)) or free[:num_new]
@@ -263,7 +269,7 @@ class _Changer:
         self, ranks: Collection[RankId], grace_s: float, after: AfterDrain
     ) -> DesiredState | Refusal:
         if unknown := sorted(set(ranks) - set(self._ranks)):
-            return Refusal(reason=f"{_names(unknown)} does not exist")
+            return self._no_rank(unknown)
         if refusal := self._capacity.refuse_without(ranks):
             return Refusal(reason=refusal[0], needed=refusal[1])
         base = self._desired
@@ -275,7 +281,7 @@ class _Changer:
     def _undrain(self, ranks: Collection[RankId]) -> DesiredState | Refusal:
         drained = {drain.rank for drain in self._desired.drains}
         if unknown := sorted(set(ranks) - drained - set(self._ranks)):
-            return Refusal(reason=f"{_names(unknown)} does not exist")
+            return self._no_rank(unknown)
         drains = tuple(drain for drain in self._desired.drains if drain.rank not in ranks)
         if not self._desired.ranks:
             return replace(self._desired, drains=drains)
@@ -291,13 +297,13 @@ class _Changer:
     def _undrain_node(self, node: NodeId) -> DesiredState | Refusal:
         ranks = self._ranks_of(node)
         if not ranks:
-            return Refusal(reason=f"no rank runs on node {node!r}")
+            return self._no_node(node)
         return self._undrain(ranks)
 
     def _replace(self, change: Replace) -> DesiredState | Refusal:
         rank = change.rank
         if rank not in self._ranks:
-            return Refusal(reason=f"{_names([rank])} does not exist")
+            return self._no_rank([rank])
         choice = NodeChoice(self._state)
         if change.node not in choice.nodes:
             return _no_agent(change.node, choice)
@@ -331,7 +337,7 @@ class _Changer:
     def _restart(self, change: RestartRanks) -> DesiredState | Refusal:
         ranks = change.ranks or self._ranks
         if unknown := sorted(set(ranks) - set(self._ranks)):
-            return Refusal(reason=f"{_names(unknown)} does not exist")
+            return self._no_rank(unknown)
         for rank in ranks:
             if refusal := self._capacity.refuse_without((rank,)):
                 return Refusal(reason=refusal[0], needed=refusal[1])
@@ -346,6 +352,18 @@ class _Changer:
         return replace(restart, ranks=left) if left else None
 
     # What is there.
+
+    def _no_rank(self, unknown: Collection[int]) -> Refusal:
+        verb = "does" if len(unknown) == 1 else "do"
+        return Refusal(
+            reason=f"{names_of(unknown)} {verb} not exist",
+            needed=f"this instance has {names_of(self._ranks)}",
+        )
+
+    def _no_node(self, node: NodeId) -> Refusal:
+        nodes = sorted({node_of(self._state, rank) for rank in self._ranks} - {NodeId("")})
+        known = f"ranks run on {', '.join(nodes)}" if nodes else "no node has any"
+        return Refusal(reason=f"no rank runs on node {node!r}", needed=known)
 
     def _explicit_ranks(self) -> tuple[DesiredRank, ...]:
         """All ranks by name, with the node that each runs on or shall run on."""
@@ -384,7 +402,3 @@ def _no_agent(node: NodeId, choice: NodeChoice) -> Refusal:
 
 def _sorted(ranks: Iterable[DesiredRank]) -> tuple[DesiredRank, ...]:
     return tuple(sorted(ranks, key=lambda each: each.rank))
-
-
-def _names(ranks: Collection[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "one of ranks ") + ", ".join(map(str, ranks))

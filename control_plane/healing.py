@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from control_plane.cluster_state import ClusterState
 from control_plane.placement import HealPlan, HealStep
@@ -27,6 +28,14 @@ class HealPolicy:
     budget_bytes: int
 
 
+class RebalanceProgress(NamedTuple):
+    """`done` is the count of `DesiredState.rebalances` for which no step is left, 0 if this term
+    does not know yet. `num_steps` have been planned for the newest one that it has planned."""
+
+    done: int = 0
+    num_steps: int = 0
+
+
 class Healing:
     def __init__(self, policy: HealPolicy, rebalancer: Rebalancer) -> None:
         self._policy = policy
@@ -38,6 +47,8 @@ class Healing:
         self._planned: tuple[int, HealPlan] | None = None
         self._planned_for: int | None = None  # the `rebalances` that the newest plan knew of
         self._rebalances_done: int | None = None  # None: this term has not begun
+        self._counted_for: int | None = None
+        self.rebalance = RebalanceProgress()
 
     def note(self, state: ClusterState, now: float) -> None:
         """Before each `next_step`."""
@@ -57,7 +68,18 @@ class Healing:
     def on_planned(self, request: PlanHeal, plan: HealPlan, now: float) -> None:
         self._planning_revision = -1
         self._planned = (request.map_revision, plan)
+        if self._planned_for is not None:
+            self._note_rebalance(self._planned_for, plan)
         self._rebalancer.on_planned(request.goal, plan, now)
+
+    def _note_rebalance(self, planned_for: int, plan: HealPlan) -> None:
+        if planned_for != self._counted_for:
+            self._counted_for = planned_for
+            self.rebalance = self.rebalance._replace(num_steps=0)
+        if plan.step is None:
+            self.rebalance = self.rebalance._replace(done=planned_for)
+        elif self.rebalance.done != planned_for:  # else the step comes for another reason
+            self.rebalance = self.rebalance._replace(num_steps=self.rebalance.num_steps + 1)
 
     def nothing_to_move(self, state: ClusterState) -> bool:
         """Whether that is known of the present map."""

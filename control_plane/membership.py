@@ -58,7 +58,7 @@ from control_plane.formation import (
     PublishRows,
     TooFewSlots,
 )
-from control_plane.healing import Healing, HealPolicy
+from control_plane.healing import Healing, HealPolicy, RebalanceProgress
 from control_plane.judgements import Alarm
 from control_plane.map_adoption import MapAdoption
 from control_plane.placement import HealPlan
@@ -165,6 +165,10 @@ class Membership:
 
     def on_heal_planned(self, request: PlanHeal, plan: HealPlan, now: float) -> None:
         self._healing.on_planned(request, plan, now)
+
+    @property
+    def rebalance(self) -> RebalanceProgress:
+        return self._healing.rebalance
 
     def on_load(self, member: Member, load: Load) -> None:
         """A Pong says how many sessions a member has."""

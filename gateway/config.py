@@ -161,6 +161,11 @@ class GatewayConfig:
         "gateway keeps it open, so that clients wait while a crashed gateway is replaced",
     )
     lifeline_fd: int = option(-1, "inherited pipe; its end of file stops the gateway")
+    handover_fd: int = option(
+        -1,
+        "inherited pipe; a gateway that was told to end and accepts no more writes its process id "
+        "there, so that a successor takes over the socket of --listen-fd while its streams finish",
+    )
     otlp_endpoint: str = option(
         "",
         "collector of OpenTelemetry traces over HTTP, such as http://collector:4318; needs the "

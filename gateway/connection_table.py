@@ -43,6 +43,7 @@ class _Connection:
     client: str
     state: _State
     deadline: float
+    opened_at: float
     unsent_bytes: int = 0
 
 
@@ -68,7 +69,7 @@ class ConnectionTable:
         self._last_id += 1
         connection = ConnectionId(self._last_id)
         self._connections[connection] = _Connection(
-            client, _State.RECEIVES, now + self._limits.header_timeout_s
+            client, _State.RECEIVES, now + self._limits.header_timeout_s, now
         )
         return connection
 
@@ -89,6 +90,15 @@ class ConnectionTable:
             known.state = _State.IDLES
             known.deadline = now + self._limits.idle_timeout_s
             known.unsent_bytes = 0
+
+    def num_to_answer(self, now: float, *, silent_s: float) -> int:
+        """Connections with a request that is not answered yet, or on which one may be on its way:
+        they are receiving one, or have been open for less than `silent_s` without any."""
+        return sum(
+            known.state is _State.SERVES
+            or (known.state is _State.RECEIVES and now < known.opened_at + silent_s)
+            for known in self._connections.values()
+        )
 
     def expired(self, now: float) -> list[ConnectionId]:
         return [

@@ -33,12 +33,14 @@ class Health:
         self._driver = driver
         self._models = models
         self._clock = clock
+        self._gone_at: dict[Member, float] = {}
         self.draining = False
+        self.refuses = False  # who asks now cannot reach another gateway by asking again
 
     def report(self) -> dict[str, Any]:
         """The body of `/health`. `since_s`: for how long a recovery has gone on."""
         reasons = self.reasons_not_ready()
-        lost = self._driver.lost_ranks()
+        lost = self._lost_ranks()
         joining = _joining(self._driver.view)
         draining = sorted(member.rank for member in self._driver.draining_ranks())
         if reasons and not lost:
@@ -89,7 +91,7 @@ class Health:
                 f"{uncovered} experts have no replica on a live rank: survivors load them, or a "
                 "lost rank returns"
             )
-        lost = self._driver.lost_ranks()
+        lost = self._lost_ranks()
         if lost and self._age_s(lost.values()) > RECOVERY_MAX_S:
             reasons.append(
                 f"recovering for {self._age_s(lost.values()):.0f} s: no map without rank "
@@ -102,6 +104,15 @@ class Health:
                 f"{self._age_s(stalled.values()):.0f} s"
             )
         return reasons
+
+    def _lost_ranks(self) -> dict[Member, float]:
+        """Members of the map whose link is broken, or that have neither a link nor a record, with
+        the time since when: so a gateway that has just started, and never had the link, says the
+        same as the others."""
+        now, view = self._clock.now(), self._driver.view
+        known = {*(record.member for record in view.ranks.values()), *self._driver.live_ranks()}
+        self._gone_at = {m: self._gone_at.get(m, now) for m in view.members if m not in known}
+        return {**self._gone_at, **self._driver.lost_ranks()}
 
     def _age_s(self, times: Iterable[float]) -> float:
         return self._clock.now() - min(times)

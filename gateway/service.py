@@ -31,6 +31,7 @@ from gateway.cache_salt import CacheSalts
 from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.connection_table import ConnectionLimits
+from gateway.handover import hand_over
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
@@ -238,7 +239,8 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             host, port = listeners.shared.getsockname()[:2]
             log.info("gateway_listening", host=host, port=port, instance=config.instance)
             await dependencies.stop.wait()
-            await _drain(config, http_listener, health, driver)
+            shares = hand_over(config, listeners.shared)
+            await _drain(config, http_listener, health, driver, shares=shares)
         await runner.cleanup()
         await leased.release()
         driver.close()
@@ -264,13 +266,25 @@ async def _listeners_of(dependencies: GatewayDependencies) -> Listeners | None:
 
 
 async def _drain(
-    config: GatewayConfig, http_listener: HttpListener, health: Health, driver: SessionDriver
+    config: GatewayConfig,
+    http_listener: HttpListener,
+    health: Health,
+    driver: SessionDriver,
+    *,
+    shares: bool,
 ) -> None:
-    """New requests get 503 meanwhile."""
-    health.draining = True
-    log.info("gateway_draining", sessions=driver.num_sessions, drain_s=config.drain_s)
+    """If it `shares` its port with a gateway that goes on, it accepts no more, and still answers
+    one request of each connection that it has, which is then closed. Else new requests get 503."""
+    health.draining, health.refuses = True, not shares
+    if shares:
+        http_listener.stop_sharing()
+    log.info(
+        "gateway_draining", sessions=driver.num_sessions, drain_s=config.drain_s, accepts=not shares
+    )
     try:
         async with asyncio.timeout(config.drain_s):
+            if shares:
+                await http_listener.wait_until_answered()
             await driver.wait_until_idle()
     except TimeoutError:
         log.warning("drain_incomplete", sessions=driver.num_sessions)

@@ -14,6 +14,7 @@ from shared.types import Incarnation, NodeId, RankId
 
 RANKS_MAX = 4096
 GRACE_S_MAX = 24 * 3600.0
+NODE_CHARACTERS_MAX = 253
 
 
 class AfterDrain(Enum):
@@ -59,13 +60,25 @@ class RollingRestart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KnownRequest:
+    """A request for a change that was answered. `digest` is of what it asked for, `change` the
+    number of the newest change after it, `num_ranks` how many ranks were to exist then."""
+
+    request_id: str
+    digest: str
+    change: int
+    num_ranks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
     """The leading control plane writes it, in a transaction that compares the leader and this key's
     revision, when somebody asks for a change and when a part of one is done.
 
     `ranks` empty: the ranks of the spec, wherever agents run them. `change` grows with every
     change that somebody asked for. `rebalances` counts the rebalancings asked for. `requests` are
-    the newest request ids, oldest first: the same one again changes nothing."""
+    the newest request ids, oldest first: the same one again changes nothing. `known` has what is
+    known of them; of one that an older release took, nothing is."""
 
     change: int = 0
     ranks: tuple[DesiredRank, ...] = ()
@@ -74,6 +87,10 @@ class DesiredState:
     verdicts_paused: bool = False
     rebalances: int = 0
     requests: tuple[str, ...] = ()
+    known: tuple[KnownRequest, ...] = ()
+
+    def known_request(self, request_id: str) -> KnownRequest | None:
+        return next((each for each in self.known if each.request_id == request_id), None)
 
     def drain_of(self, rank: RankId) -> Drain | None:
         return next((drain for drain in self.drains if drain.rank == rank), None)

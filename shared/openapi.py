@@ -46,7 +46,8 @@ class ApiInfo:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """`path` as aiohttp writes it. `summary` is a phrase. `body`: what decodes a POST's body.
-    `status` and `content_type` are those of the answer; with 503 as well if `reports`. `answer`:
+    `needs_body`: an empty one is refused, though no field of it alone is required. `status` and
+    `content_type` are those of the answer; with 503 as well if `reports`. `answer`:
     the type that an answer in JSON has."""
 
     method: str
@@ -58,6 +59,7 @@ class Endpoint:
     reports: bool = False
     answer: type[msgspec.Struct] | None = None
     status: int = 200
+    needs_body: bool = True
 
     @property
     def plain_path(self) -> str:
@@ -104,8 +106,13 @@ def _operation(
         ]
     if endpoint.body is not None:
         content = {JSON: {"schema": schema_of[endpoint.body]}}
-        operation["requestBody"] = {"required": True, "content": content}
+        required = endpoint.needs_body or _has_required_field(endpoint.body)
+        operation["requestBody"] = {"required": required, "content": content}
     return operation
+
+
+def _has_required_field(body: type[msgspec.Struct]) -> bool:
+    return any(each.required for each in msgspec.structs.fields(body))
 
 
 def _responses(

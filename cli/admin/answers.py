@@ -18,6 +18,11 @@ class ChangeStatus(msgspec.Struct, kw_only=True):
     number: int
     in_progress: bool
     steps: tuple[Step, ...]
+    restart: tuple[int, ...] = ()
+
+
+class Drain(msgspec.Struct, kw_only=True):
+    after: str
 
 
 class RankStatus(msgspec.Struct, kw_only=True):
@@ -27,19 +32,35 @@ class RankStatus(msgspec.Struct, kw_only=True):
     in_map: bool
     desired: bool
     safe_to_terminate: bool
-    drain: dict[str, object] | None = None
+    drain: Drain | None = None
+    desired_node: str = ""
+    process: int | None = None
+
+    @property
+    def after(self) -> str:
+        """What becomes of it once it is drained; empty if it is not to be."""
+        return "" if self.drain is None else self.drain.after
+
+
+class Rebalance(msgspec.Struct, kw_only=True):
+    asked: int
+    done: int
+    num_steps: int
 
 
 class Status(msgspec.Struct, kw_only=True):
     ranks: tuple[RankStatus, ...]
     change: ChangeStatus
     verdicts_paused: bool
+    rebalance: Rebalance | None = None
 
 
 class Accepted(msgspec.Struct, kw_only=True):
-    """`change` is the number of the newest change; `changed`: whether this request made it."""
+    """`change` is the number of the newest change; `changed`: whether this request made it.
+    `ranks`: how many ranks shall exist after it; None: an older control plane does not tell."""
 
     request_id: str
     change: int
     changed: bool
     message: str
+    ranks: int | None = None

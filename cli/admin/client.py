@@ -33,6 +33,10 @@ class Refused(StarfishError):
     definitely_not_done = True
 
 
+class Malformed(ConfigError):
+    """The control plane does not understand what is asked, such as a number out of bounds."""
+
+
 class AdminClient:
     """Call `close` at the end."""
 
@@ -76,6 +80,15 @@ class AdminClient:
     async def status(self) -> Status:
         """Raises Unavailable if no control plane answers."""
         return await self._ask("GET", "/v1/status", None, Status)
+
+    async def processes(self) -> dict[int, int]:
+        """The process of each rank. None are known if nobody answers now: what is new is then not
+        told from what was there."""
+        try:
+            status = await self.status()
+        except Unavailable:
+            return {}
+        return {rank.rank: rank.process for rank in status.ranks if rank.process is not None}
 
     async def _ask(self, method: str, path: str, body: Any, kind: type[_T]) -> _T:
         url = await self._url()
@@ -131,6 +144,8 @@ def _error(status: int, raw: bytes) -> StarfishError:
         message = f"the admin API answers with status {status}"
     if status == 409:
         return Refused(message)
+    if status == 400:
+        return Malformed(message)
     if status in (502, 503, 504):
         return Unavailable(message)
     return ConfigError(message)

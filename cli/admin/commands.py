@@ -11,18 +11,31 @@ from typing import Annotated, Any
 import typer
 
 from cli.admin.answers import RankStatus
-from cli.admin.goals import Goal, at_once, drained, replaced, restarted, scaled, serving
+from cli.admin.goals import (
+    Goal,
+    drained,
+    rebalanced,
+    replaced,
+    restart_stopped,
+    restarted,
+    scaled,
+    serving,
+    verdicts,
+)
 from cli.flags import flags_from_dataclasses
 from cli.outcome import run_command
 from cli.run_dir import Target
 from cli.target_flags import JsonFlag, TargetFlags
 from shared.clock import SystemClock
+from shared.desired_state import GRACE_S_MAX, NODE_CHARACTERS_MAX, RANKS_MAX
 from shared.etcd_options import EtcdOptions
 
 GraceFlag = Annotated[
     float,
     typer.Option(
         "--grace",
+        min=0.0,
+        max=GRACE_S_MAX,
         help="Seconds in which sessions may finish where they are; then they move on.",
     ),
 ]
@@ -67,7 +80,9 @@ class AdminFlags:
     timeout_s: Annotated[
         float,
         typer.Option(
-            "--timeout", help="Seconds to wait for it; it goes on all the same. 0: no limit."
+            "--timeout",
+            min=0.0,
+            help="Seconds to wait for it; it goes on all the same. 0: no limit.",
         ),
     ] = 0.0
 
@@ -94,14 +109,22 @@ def add_admin_commands(app: typer.Typer) -> None:
 def scale(
     target: TargetFlags,
     admin: AdminFlags,
-    ranks: Annotated[int | None, typer.Argument(help="How many ranks there shall be.")] = None,
-    add: Annotated[int, typer.Option(help="So many more, instead.")] = 0,
+    ranks: Annotated[
+        int | None,
+        typer.Argument(min=1, max=RANKS_MAX, help="How many ranks there shall be."),
+    ] = None,
+    add: Annotated[
+        int | None, typer.Option(min=1, max=RANKS_MAX, help="So many more, instead.")
+    ] = None,
     add_rank: Annotated[
         list[int] | None,
-        typer.Option(help="A rank of this number more, instead; may be repeated."),
+        typer.Option(
+            min=0, max=RANKS_MAX - 1, help="A rank of this number more, instead; may be repeated."
+        ),
     ] = None,
     remove: Annotated[
-        list[int] | None, typer.Option(help="Without this rank, instead; may be repeated.")
+        list[int] | None,
+        typer.Option(min=0, max=RANKS_MAX - 1, help="Without this rank, instead; may be repeated."),
     ] = None,
     node: Annotated[str, typer.Option(help="Node of the new ranks (default: the emptiest).")] = "",
     grace: GraceFlag = _GRACE_S,
@@ -112,10 +135,15 @@ def scale(
     Ranks keep their numbers: the lowest free ones come, the highest go
     unless --add-rank or --remove names others. Refused if the ranks that
     stay could not hold every expert."""
+    given = [ranks is not None, add is not None, bool(add_rank), bool(remove)]
+    if sum(given) != 1:
+        raise typer.BadParameter("pass one of: a number of ranks, --add, --add-rank, --remove")
+    if node and remove:
+        raise typer.BadParameter("--node is for ranks that come, not for --remove")
     fields: dict[str, Any] = {"grace_s": grace}
     if ranks is not None:
         fields["ranks"] = ranks
-    if add:
+    if add is not None:
         fields["add"] = add
     if add_rank:
         fields["add_ranks"] = add_rank
@@ -123,7 +151,8 @@ def scale(
         fields["remove"] = remove
     if node:
         fields["node"] = node
-    _run(target, admin, as_json, "scale", fields, scaled)
+    goal = scaled(ranks, with_=add_rank or (), without=remove or ())
+    _run(target, admin, as_json, "scale", fields, goal)
 
 
 @flags_from_dataclasses
@@ -155,7 +184,7 @@ def undrain(
 
 @flags_from_dataclasses
 def replace_rank(
-    rank: Annotated[int, typer.Argument(help="Number of the rank.")],
+    rank: Annotated[int, typer.Argument(min=0, max=RANKS_MAX - 1, help="Number of the rank.")],
     target: TargetFlags,
     admin: AdminFlags,
     node: Annotated[str, typer.Option(help="Node on which it shall run.")],
@@ -174,7 +203,10 @@ def restart(
     rolling: Annotated[
         bool, typer.Option("--rolling", help="One after the other: there is no other way.")
     ] = False,
-    rank: Annotated[list[int] | None, typer.Option(help="Only this rank; may be repeated.")] = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=RANKS_MAX - 1, help="Only this rank; may be repeated."),
+    ] = None,
     stop: Annotated[
         bool, typer.Option("--stop", help="Stop a rolling restart after the rank it is at.")
     ] = False,
@@ -184,13 +216,13 @@ def restart(
     """Give every rank a new process, one after the other, as an upgrade needs it.
 
     Each is drained, restarted, and back in the map before the next one's turn."""
-    if not (rolling or stop):
+    if rolling is stop:
         raise typer.BadParameter("pass --rolling, or --stop")
     fields: dict[str, Any] = {"rolling": True, "ranks": rank or [], "grace_s": grace}
     if stop:
-        _run(target, admin, as_json, "restart", {"stop": True}, at_once("no further restarts"))
+        _run(target, admin, as_json, "restart", {"stop": True}, restart_stopped)
     else:
-        _run(target, admin, as_json, "restart", fields, restarted, "restart --stop")
+        _run(target, admin, as_json, "restart", fields, restarted(rank or ()), "restart --stop")
 
 
 @flags_from_dataclasses
@@ -198,21 +230,19 @@ def pause(target: TargetFlags, admin: AdminFlags, as_json: JsonFlag = False) -> 
     """Let no verdict end a rank that still runs, as before work on the network.
 
     Ranks whose processes end are replaced all the same. `starfish resume` ends the pause."""
-    goal = at_once("verdicts are paused until `starfish resume`")
-    _run(target, admin, as_json, "pause", {}, goal, "resume")
+    _run(target, admin, as_json, "pause", {}, verdicts(paused=True), "resume")
 
 
 @flags_from_dataclasses
 def resume(target: TargetFlags, admin: AdminFlags, as_json: JsonFlag = False) -> None:
     """End the pause of verdicts."""
-    _run(target, admin, as_json, "resume", {}, at_once("verdicts are given again"))
+    _run(target, admin, as_json, "resume", {}, verdicts(paused=False))
 
 
 @flags_from_dataclasses
 def rebalance(target: TargetFlags, admin: AdminFlags, as_json: JsonFlag = False) -> None:
     """Move experts to where they are worth most now, without waiting for a quiet time."""
-    goal = at_once("the leader plans it now; `starfish watch` shows the maps that follow")
-    _run(target, admin, as_json, "rebalance", {}, goal)
+    _run(target, admin, as_json, "rebalance", {}, rebalanced)
 
 
 def _run(
@@ -238,9 +268,13 @@ def _selected(what: str) -> tuple[dict[str, Any], str, Any]:
     """The request's fields, a name for people, and which ranks are meant."""
     if what.isdecimal():
         number = int(what)
+        if number >= RANKS_MAX:
+            raise typer.BadParameter(f"ranks are numbered 0 to {RANKS_MAX - 1}")
         return {"rank": number}, f"rank {number}", lambda rank: rank.rank == number
-    if not what:
+    if not what or what[0] == "-":
         raise typer.BadParameter("pass the number of a rank, or the name of a node")
+    if len(what) > NODE_CHARACTERS_MAX:
+        raise typer.BadParameter(f"the name of a node has {NODE_CHARACTERS_MAX} characters at most")
     return {"node": what}, f"node {what}", lambda rank: _is_on(rank, what)
 
 

@@ -14,13 +14,14 @@ import msgspec
 from rich.console import Console
 
 from cli.admin.answers import Accepted, Status
-from cli.admin.client import AdminClient, Refused
-from cli.admin.goals import Goal, Progress
+from cli.admin.client import AdminClient, Malformed, Refused
+from cli.admin.goals import Asked, Goal, Progress
 from cli.run_dir import Target
 from shared.clock import Clock
 from shared.errors import Unavailable
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_REFUSED = 3
 EXIT_TIMEOUT = 4
 _POLL_S = 0.25
@@ -55,16 +56,21 @@ async def carry_out(target: Target, wish: Wish, manner: Manner, clock: Clock) ->
     console = Console(stderr=True, highlight=False)
     accepted: Accepted | None = None
     try:
+        processes = await client.processes() if manner.waits else {}
         accepted = await client.change(wish.name, wish.fields, patience_s=_PATIENCE_S)
         if not manner.waits:
             _tell(manner, accepted, None, Progress(result=accepted.message))
             return 0
-        return await _follow(client, wish, manner, accepted, console, clock)
+        asked = Asked(accepted=accepted, processes=processes)
+        return await _follow(client, wish, manner, asked, console, clock)
     except Refused as error:
         if manner.as_json:
             print(json.dumps({"refused": str(error)}))
         print(f"starfish: refused: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except Malformed as error:
+        print(f"starfish: {error}", file=sys.stderr)
+        return EXIT_USAGE
     except asyncio.CancelledError:
         what = "the change goes on without this command" if accepted else "it may be asked for"
         undo = f"; `{wish.undo}` takes it back" if wish.undo else ""
@@ -78,10 +84,11 @@ async def _follow(
     client: AdminClient,
     wish: Wish,
     manner: Manner,
-    accepted: Accepted,
+    asked: Asked,
     console: Console,
     clock: Clock,
 ) -> int:
+    accepted = asked.accepted
     deadline = clock.now() + manner.timeout_s if manner.timeout_s else float("inf")
     shown = _Shown(console)
     with shown:
@@ -90,7 +97,7 @@ async def _follow(
             progress = (
                 Progress(waits_for=("a control plane that leads",))
                 if status is None
-                else wish.goal(status)
+                else wish.goal(status, asked)
             )
             if not progress.waits_for:
                 break

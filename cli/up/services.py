@@ -16,7 +16,8 @@ GATEWAY_STANDBY = "gateway-standby"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """`argv` lacks the lifeline, whose descriptor is known only at the start. `standby` names the
-    `Standby` that takes over, if there is one, and `standby_word` tells it what."""
+    `Standby` that takes over, if there is one, and `standby_word` tells it what: also when the
+    service says by `handover_fd` that it is about to end."""
 
     name: str
     argv: tuple[str, ...]
@@ -27,8 +28,9 @@ class Service:
     standby: str = ""
     standby_word: str = ""
 
-    def command(self, lifeline_fd: int) -> list[str]:
-        return [*self.argv, "--lifeline-fd", str(lifeline_fd), *self.tail]
+    def command(self, lifeline_fd: int, handover_fd: int = -1) -> list[str]:
+        handover = _handover(handover_fd) if self.standby else ()
+        return [*self.argv, "--lifeline-fd", str(lifeline_fd), *handover, *self.tail]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,8 @@ class Standby:
     arguments: tuple[str, ...]
     inherited_fds: tuple[int, ...]
 
-    def command(self, lifeline_fd: int, begin_fd: int) -> list[str]:
-        flags = ("--lifeline-fd", str(lifeline_fd))
+    def command(self, lifeline_fd: int, begin_fd: int, handover_fd: int = -1) -> list[str]:
+        flags = ("--lifeline-fd", str(lifeline_fd), *_handover(handover_fd))
         return [*self.program, str(begin_fd), *self.arguments, *flags]
 
 
@@ -133,6 +135,10 @@ def _gateway_flags(options: UpOptions, etcd: EtcdOptions) -> tuple[str, ...]:
 
 def log_flags(options: UpOptions) -> tuple[str, ...]:
     return ("--log-level", options.log_level, *(("--log-json",) if options.log_json else ()))
+
+
+def _handover(fd: int) -> tuple[str, ...]:
+    return ("--handover-fd", str(fd)) if fd >= 0 else ()
 
 
 def _given(flag: str, value: object) -> tuple[str, ...]:

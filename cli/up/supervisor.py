@@ -12,6 +12,7 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+from cli.up.handovers import Handovers
 from cli.up.leftovers import RUN_VARIABLE
 from cli.up.restart_backoff import RestartBackoff
 from cli.up.services import Service, Standby
@@ -49,7 +50,9 @@ class Supervisor:
         self._warn = warn
         self._revoke_leadership = revoke_leadership
         self._lifeline_read, self._lifeline_write = os.pipe()
+        self._handovers = Handovers()
         self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._draining: dict[str, list[asyncio.subprocess.Process]] = {}  # that have a successor
         self._standbys: dict[str, WarmStandby] = {}
         self._stopping = False
 
@@ -59,8 +62,11 @@ class Supervisor:
 
     async def start(self, service: Service) -> None:
         """Raises OSError."""
-        command = service.command(self._lifeline_read)
+        handover_fd = self._handovers.write_fd
+        command = service.command(self._lifeline_read, handover_fd)
         environment, fds = service.environment, service.inherited_fds
+        if service.standby:
+            fds = (*fds, handover_fd)
         child = await self._spawn(self._log_file(service.name), command, environment, fds)
         self._children[service.name] = child
 
@@ -90,8 +96,10 @@ class Supervisor:
         log_file = self._log_file(planned.name)
 
         async def spawn(begin_fd: int) -> asyncio.subprocess.Process:
-            command = planned.command(self._lifeline_read, begin_fd)
-            return await self._spawn(log_file, command, {}, (*planned.inherited_fds, begin_fd))
+            handover_fd = self._handovers.write_fd
+            command = planned.command(self._lifeline_read, begin_fd, handover_fd)
+            fds = (*planned.inherited_fds, handover_fd, begin_fd)
+            return await self._spawn(log_file, command, {}, fds)
 
         standby = self._standbys[planned.name] = WarmStandby(spawn)
         with contextlib.suppress(OSError):  # `keep_standby` tries again
@@ -113,17 +121,25 @@ class Supervisor:
         return self._children[service.name].returncode is not None
 
     async def supervise(self, service: Service) -> None:
-        """Restarts the service whenever it exits, until `stop`."""
+        """Restarts the service whenever it exits, or hands over, until `stop`."""
         backoff = RestartBackoff()
         while not self._stopping:
             started_at = self._clock.now()
             child = self._children[service.name]
-            await child.wait()
+            await self._handovers.until(child)
             if self._stopping:
                 return
-            why = self.exit_message(service.name)
+            if child.returncode is None:
+                why = f"{service.name} was told to end, and its streams finish"
+                self._draining[service.name] = self._processes_of(service.name)
+            else:
+                why = self.exit_message(service.name)
             if self._take_over(service):  # at once: who waits for its successor are clients
                 self._warn(f"{why}; its standby is {service.name} now")
+                continue
+            if child.returncode is None:  # it is no crash: clients wait in its socket's queue
+                self._warn(f"{why}; starting its successor")
+                await self._restart(service, backoff, 0.0)
                 continue
             lived_s = self._clock.now() - started_at
             led = await self._revoke_leadership(child.pid)
@@ -208,26 +224,37 @@ class Supervisor:
         self._stopping = True
         if (standby := self._standbys.get(service.standby)) is not None:
             await standby.stop()
-        child = self._children.get(service.name)
-        if child is None or child.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            child.terminate()
-        try:
-            await asyncio.wait_for(child.wait(), service.stop_timeout_s)
-        except TimeoutError:
-            child.kill()
-            await child.wait()
+        async with asyncio.TaskGroup() as tasks:
+            for child in self._processes_of(service.name):
+                tasks.create_task(_end(child, service.stop_timeout_s))
+
+    def _processes_of(self, name: str) -> list[asyncio.subprocess.Process]:
+        """Those that run: the service's, and others before it that it has taken over from."""
+        newest = self._children.get(name)
+        found = [*self._draining.get(name, ()), *([] if newest is None else [newest])]
+        return [child for child in found if child.returncode is None]
 
     def kill_all(self) -> None:
         """Kills the children without waiting. The end of the lifeline stops their own children."""
         for standby in self._standbys.values():
             standby.kill()
-        for child in self._children.values():
-            if child.returncode is None:
+        for name in self._children:
+            for child in self._processes_of(name):
                 with contextlib.suppress(ProcessLookupError):
                     child.send_signal(signal.SIGKILL)
 
     def close_lifeline(self) -> None:
         for fd in (self._lifeline_read, self._lifeline_write):
             os.close(fd)
+        self._handovers.close()
+
+
+async def _end(child: asyncio.subprocess.Process, timeout_s: float) -> None:
+    """Sends SIGTERM, then SIGKILL. Returns when it has exited."""
+    with contextlib.suppress(ProcessLookupError):
+        child.terminate()
+    try:
+        await asyncio.wait_for(child.wait(), timeout_s)
+    except TimeoutError:
+        child.kill()
+        await child.wait()

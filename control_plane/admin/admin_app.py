@@ -16,18 +16,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from control_plane.admin.authentication import require_token
-from control_plane.admin.bodies import (
-    ChangeBody,
-    DrainBody,
-    KillBody,
-    PauseBody,
-    RebalanceBody,
-    ReplaceBody,
-    RestartBody,
-    ResumeBody,
-    ScaleBody,
-    UndrainBody,
-)
+from control_plane.admin.bodies import ChangeBody, KillBody, digest_of
+from control_plane.admin.change_answer import CHANGES, WITHOUT_BODY, ChangeAnswer, answer_of
 from control_plane.admin.client_figures import ClientFigures, ClientsAnswer
 from control_plane.admin.description import ADMIN_API
 from control_plane.admin.errors import (
@@ -46,6 +36,7 @@ from control_plane.admin.orchestrators import (
     ScaledAnswer,
     ScaleElasticEpBody,
     fault_tolerance_of,
+    is_scaled,
     is_scaling_of,
 )
 from control_plane.admin.page import PATH as PAGE_PATH
@@ -53,12 +44,15 @@ from control_plane.admin.page import page_response
 from control_plane.admin.status import StatusAnswer, Survival, status_of, survival_of
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal
+from control_plane.healing import RebalanceProgress
+from control_plane.known_requests import why_reused
 from control_plane.placement.topology import Floats
 from shared.clock import Clock
 from shared.desired_state import DesiredState
 from shared.errors import ConfigError, RequestError, StarfishError, Unavailable
 from shared.openapi import Endpoint, openapi_document
 from shared.rank_signal import send_to_rank
+from shared.request_body import read_body, uncoded
 from shared.types import Member
 from shared.wire import Load
 
@@ -74,16 +68,6 @@ _WAIT_BEYOND_DRAIN_S = 60.0
 
 _B = TypeVar("_B", bound=msgspec.Struct)
 _RAW_BODY = web.RequestKey("raw_body", bytes)
-
-
-class ChangeAnswer(msgspec.Struct, kw_only=True):
-    """`change` is its number; `changed` is false if everything was so already, or the request id
-    was known."""
-
-    request_id: str
-    change: int
-    changed: bool
-    message: str
 
 
 class KillAnswer(msgspec.Struct, kw_only=True):
@@ -110,7 +94,12 @@ class AdminControl(Protocol):
 
     def expert_loads(self) -> Floats | None: ...
 
-    async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal: ...
+    @property
+    def rebalance(self) -> RebalanceProgress: ...
+
+    async def change(
+        self, change: Change, *, request_id: str = "", digest: str = ""
+    ) -> DesiredState | Refusal: ...
 
 
 class AdminApp:
@@ -151,9 +140,17 @@ class AdminApp:
         get("/v1/experts", self._experts, "where experts are, and their load", ExpertsAnswer)
         get("/v1/clients", self._clients, "what clients get", ClientsAnswer)
         post("/v1/kill", self._kill, "kill -9 of a rank, for a demo", KillAnswer, body=KillBody)
-        for name, body, summary in _CHANGES:
+        for name, body, summary in CHANGES:
             handler = partial(self._change, name, body)
-            post(f"/v1/{name}", handler, summary, ChangeAnswer, body=body, status=202)
+            post(
+                f"/v1/{name}",
+                handler,
+                summary,
+                ChangeAnswer,
+                body=body,
+                status=202,
+                needs_body=body not in WITHOUT_BODY,
+            )
         get("/v1/fault_tolerance/status", self._ft_status, "as vLLM has it", FaultToleranceAnswer)
         post(
             "/v1/fault_tolerance/apply",
@@ -191,9 +188,16 @@ class AdminApp:
         *,
         body: type[msgspec.Struct] | None = None,
         status: int = 200,
+        needs_body: bool = True,
     ) -> None:
         endpoint = Endpoint(
-            method=method, path=path, summary=summary, body=body, answer=answer, status=status
+            method=method,
+            path=path,
+            summary=summary,
+            body=body,
+            answer=answer,
+            status=status,
+            needs_body=needs_body,
         )
         self._endpoints.append(endpoint)
         app.router.add_route(method, path, handler)
@@ -223,11 +227,8 @@ class AdminApp:
         if request.path == PAGE_PATH and request.method in ("GET", "HEAD"):
             return page_response()
         require_token(request, self._token)
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                request[_RAW_BODY] = await request.read()
-        except TimeoutError:
-            raise RequestError("the body did not arrive in time") from None
+        raw = await read_body(request, BODY_BYTES_MAX, timeout_s=BODY_TIMEOUT_S)
+        request[_RAW_BODY] = await uncoded(raw, BODY_BYTES_MAX)
         return await handler(request)
 
     @web.middleware
@@ -265,6 +266,7 @@ class AdminApp:
             frozen=control.frozen,
             survives=await self._survives(),
             can_kill=self._can_kill,
+            rebalance=control.rebalance,
         )
 
     async def _experts(self, request: web.Request) -> web.Response:
@@ -309,16 +311,19 @@ class AdminApp:
     ) -> web.Response:
         body = _decode(request, body_type)
         change = body.change(self._control.state)
-        answer = await self._ask(request, name, change, body.request_id)
+        answer = await self._ask(
+            request, name, change, body.request_id, digest_of(name, request[_RAW_BODY])
+        )
         return _answer(answer, status=202)
 
     async def _ask(
-        self, request: web.Request, name: str, change: Change, request_id: str
+        self, request: web.Request, name: str, change: Change, request_id: str, digest: str
     ) -> ChangeAnswer:
         """Raises ChangeRefused, and what `AdminControl.change` raises."""
         request_id = request_id or uuid.uuid4().hex
         before = self._control.state.desired
-        result = await self._control.change(change, request_id=request_id)
+        repeated = request_id in before.requests
+        result = await self._control.change(change, request_id=request_id, digest=digest)
         peer = request.headers.get(FORWARDED) or request.remote
         if isinstance(result, Refusal):
             log.info("admin_refused", action=name, peer=peer, reason=result.text)
@@ -333,14 +338,9 @@ class AdminApp:
             change=result.change,
             changed=changed,
         )
-        return ChangeAnswer(
-            request_id=request_id,
-            change=result.change,
-            changed=changed,
-            message="accepted; /v1/status says how far it is"
-            if changed
-            else "nothing to change: it is so already, or this request_id was seen before",
-        )
+        spec = self._control.state.spec
+        num_ranks = spec.num_ranks if spec is not None else 0
+        return answer_of(result, request_id, num_ranks, changed=changed, repeated=repeated)
 
     async def _wait_until_known(self, desired: DesiredState) -> None:
         """Who asks for the status next must find the change in it."""
@@ -361,12 +361,13 @@ class AdminApp:
 
     async def _ft_apply(self, request: web.Request) -> web.Response:
         body = _decode(request, ApplyBody)
-        change = body.change()
+        name, change = f"fault_tolerance {body.instruction}", body.change()
+        digest = digest_of(name, request[_RAW_BODY])
+        if reused := why_reused(self._control.state.desired, body.request_id, digest):
+            raise ChangeRefused(reused)
         message = "nothing to do: ranks come back by themselves"
         if change is not None:
-            answer = await self._ask(
-                request, f"fault_tolerance {body.instruction}", change, body.request_id
-            )
+            answer = await self._ask(request, name, change, body.request_id, digest)
             message = answer.message.replace("/v1/status", "/v1/fault_tolerance/status")
         return _answer(ApplyAnswer(message=message, request_id=body.request_id), status=202)
 
@@ -381,13 +382,13 @@ class AdminApp:
         body = _decode(request, ScaleElasticEpBody)
         size, change = body.size, body.change()
         old = (await self._read_is_scaling()).effective_ep_size
-        await self._ask(request, "scale_elastic_ep", change, "")
+        asked = await self._ask(request, "scale_elastic_ep", change, "", "")
         if not body.waits:
             message = f"scales from {old} to {size} ranks; /is_scaling_elastic_ep says how far"
             return _answer(ScaledAnswer(message=message, old_ep_size=old, new_ep_size=size))
         try:
             async with asyncio.timeout(body.drain_timeout + _WAIT_BEYOND_DRAIN_S):
-                await self._wait_until_scaled()
+                await self._wait_until_scaled(size, asked.change)
         except TimeoutError:
             raise TookTooLong(
                 f"{size} ranks were not there in time; the change goes on, and "
@@ -395,13 +396,21 @@ class AdminApp:
             ) from None
         return _answer(ScaledAnswer(message=f"Scaled to {size} data parallel engines"))
 
-    async def _wait_until_scaled(self) -> None:
-        """Raises Unavailable if another control plane leads from now on."""
+    async def _wait_until_scaled(self, size: int, change: int) -> None:
+        """Raises Unavailable if another control plane leads from now on, and ChangeRefused if
+        somebody has asked for another size after `change`."""
         while True:
             await asyncio.sleep(_POLL_S)
             if not self._control.leads:
                 raise Unavailable("this control plane leads no more; the change goes on")
-            if not (await self._read_is_scaling()).is_scaling_elastic_ep:
+            status = await self._read_status()
+            num_desired = sum(rank.desired for rank in status.ranks)
+            if num_desired != size:
+                raise ChangeRefused(
+                    f"not scaled to {size} ranks: somebody has changed the plan meanwhile (change "
+                    f"{status.change.number} after {change}), and {num_desired} ranks shall exist"
+                )
+            if is_scaled(status):
                 return
 
     async def _openapi(self, request: web.Request) -> web.Response:
@@ -409,17 +418,6 @@ class AdminApp:
 
 
 _SHOWN = ("/v1/status", "/v1/experts", "/v1/clients")
-
-_CHANGES: tuple[tuple[str, type[ChangeBody], str], ...] = (
-    ("scale", ScaleBody, "more or fewer ranks"),
-    ("drain", DrainBody, "take ranks, or a node, out of service"),
-    ("undrain", UndrainBody, "take them back into service"),
-    ("replace", ReplaceBody, "move a rank to another node"),
-    ("restart", RestartBody, "a new process for every rank, one after the other"),
-    ("pause", PauseBody, "no verdicts, but on processes that have ended"),
-    ("resume", ResumeBody, "verdicts again"),
-    ("rebalance", RebalanceBody, "move experts to where they are worth most, now"),
-)
 
 
 def _decode(request: web.Request, kind: type[_B]) -> _B:

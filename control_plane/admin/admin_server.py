@@ -30,7 +30,13 @@ async def serving(
     """While the body runs. The sockets are closed at the end."""
     connections = _Connections()
     built = app.build(connections.on_request)
-    runner = web.AppRunner(built, access_log=None, logger=_silent_logger(), shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        built,
+        access_log=None,
+        logger=_silent_logger(),
+        auto_decompress=False,  # `request_body` does it, within limits
+        shutdown_timeout=1.0,
+    )
     await runner.setup()
     servers: list[asyncio.Server] = []
     try:

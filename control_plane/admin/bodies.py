@@ -3,6 +3,7 @@ is refused: a misspelt one would have no effect."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 import msgspec
@@ -24,13 +25,13 @@ from control_plane.desired_changes import (
     Undrain,
     UndrainNode,
 )
-from shared.desired_state import GRACE_S_MAX, RANKS_MAX, AfterDrain
+from shared.desired_state import GRACE_S_MAX, NODE_CHARACTERS_MAX, RANKS_MAX, AfterDrain
 from shared.errors import RequestError
 from shared.types import NodeId, RankId
 
 Rank = Annotated[int, Meta(ge=0, lt=RANKS_MAX)]
 Ranks = Annotated[tuple[Rank, ...], Meta(max_length=RANKS_MAX)]
-Node = Annotated[str, Meta(max_length=253)]
+Node = Annotated[str, Meta(max_length=NODE_CHARACTERS_MAX)]
 GraceS = Annotated[
     float,
     Meta(ge=0.0, le=GRACE_S_MAX, description="for how long sessions may finish where they are"),
@@ -123,7 +124,7 @@ class ReplaceBody(ChangeBody, kw_only=True):
     """`rank` moves to `node`; with the node that it has, to a new process."""
 
     rank: Rank
-    node: Annotated[str, Meta(min_length=1, max_length=253)]
+    node: Annotated[str, Meta(min_length=1, max_length=NODE_CHARACTERS_MAX)]
     grace_s: GraceS = DEFAULT_GRACE_S
 
     def change(self, state: ClusterState) -> Change:
@@ -161,6 +162,13 @@ class ResumeBody(ChangeBody, kw_only=True):
 class RebalanceBody(ChangeBody, kw_only=True):
     def change(self, state: ClusterState) -> Change:
         return Rebalance()
+
+
+def digest_of(name: str, raw: bytes) -> str:
+    """Of all that a request asks for, its id apart. `raw` is a JSON object, or empty."""
+    plain = {k: v for k, v in msgspec.json.decode(raw or b"{}").items() if k != "request_id"}
+    text = name.encode() + b" " + msgspec.json.encode(plain, order="deterministic")
+    return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
 def _ranks(numbers: tuple[int, ...]) -> tuple[RankId, ...]:

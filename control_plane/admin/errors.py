@@ -14,6 +14,12 @@ from shared.errors import (
     Unavailable,
 )
 
+_STATUS_BY_CODE = {
+    "request_timeout": 408,
+    "request_too_large": 413,
+    "unsupported_content_encoding": 415,
+}
+
 
 class ChangeRefused(StarfishError):
     """What was asked for cannot be, or not now; nothing was changed."""
@@ -28,7 +34,9 @@ class TookTooLong(StarfishError):
 def error_response(error: StarfishError) -> web.Response:
     match error:
         case RequestError():
-            return _response(400, str(error), kind="invalid_request_error", code="invalid_request")
+            status = _STATUS_BY_CODE.get(error.code or "", 400)
+            code = error.code or "invalid_request"
+            return _response(status, str(error), kind="invalid_request_error", code=code)
         case Unauthenticated():
             response = _response(401, str(error), kind="invalid_request_error", code="no_token")
             response.headers["WWW-Authenticate"] = 'Bearer realm="starfish admin"'

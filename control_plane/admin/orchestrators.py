@@ -5,8 +5,7 @@ theirs are ranks of ours. Fields that we do not know are ignored, as they do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -130,12 +129,22 @@ def fault_tolerance_of(status: StatusAnswer) -> FaultToleranceAnswer:
 
 
 def _engine(rank: RankStatus) -> EngineStatus:
-    words: Mapping[str, Any] = {"live": "healthy", "draining": "healthy", "absent": "dead"}
+    words = {"live": "healthy", "draining": "healthy", "absent": "dead", "dead": "dead"}
     return EngineStatus(
         id=rank.rank,
         status=words.get(rank.state, "unhealthy"),
         draining=rank.drain is not None,
         safe_to_terminate=rank.safe_to_terminate,
+    )
+
+
+def is_scaled(status: StatusAnswer) -> bool:
+    """Every rank that shall exist serves, or is drained on purpose, and the others are gone."""
+    return all(
+        (rank.state == "live" or (rank.drain is not None and rank.drain.after == "stay"))
+        if rank.desired
+        else not rank.in_map and rank.drain is None
+        for rank in status.ranks
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from control_plane.cluster_state import ClusterState
+from control_plane.healing import RebalanceProgress
 from control_plane.node_choice import node_of
 from control_plane.placement import advise, compute_fault_tolerance, describe
 from shared.change_progress import Seen, Step, is_in_progress
@@ -46,11 +47,13 @@ class LoadStatus(msgspec.Struct, kw_only=True):
 
 
 class RankStatus(msgspec.Struct, kw_only=True):
-    """`state` is "live" for a member of the map and "draining" for one that is to leave it; outside
-    of the map "drained", "starting", "ready", "refused" if its release and the leader's cannot
-    serve together, or "absent" if no process has registered. `desired`: the rank shall exist.
-    `sessions_left` and `load` are null if they are not known, `version` (of Starfish) if no process
-    has registered."""
+    """`state` is "live" for a member of the map and "draining" for one that is to leave it, or
+    "dead" for one whose process is not registered, or that a verdict has ended; outside of the map
+    "drained", "starting", "ready", "refused" if its release and the leader's cannot serve together,
+    or "absent" if no process has registered. `desired`: the rank shall exist, on `desired_node` if
+    one is named. `process` is the first incarnation of the process that is registered: it lasts as
+    long as the process. `sessions_left` and `load` are null if they are not known, `process` and
+    `version` (of Starfish) if no process has registered."""
 
     rank: int
     state: str
@@ -58,6 +61,8 @@ class RankStatus(msgspec.Struct, kw_only=True):
     incarnation: int | None
     in_map: bool
     desired: bool
+    desired_node: str
+    process: int | None
     drain: DrainStatus | None
     sessions_left: int | None
     safe_to_terminate: bool
@@ -78,11 +83,23 @@ class VerdictStatus(msgspec.Struct, kw_only=True):
 
 class ChangeStatus(msgspec.Struct, kw_only=True):
     """`number` grows with every change that somebody asked for. `steps` are what is not done yet.
-    A step of the kind "recover" is no part of a change."""
+    A step of the kind "recover" is no part of a change. `restart` are the ranks to which a rolling
+    restart is still to come."""
 
     number: int
     in_progress: bool
     steps: tuple[Step, ...]
+    restart: tuple[int, ...]
+
+
+class RebalanceStatus(msgspec.Struct, kw_only=True):
+    """`asked` counts the rebalances that were asked for, `done` those after which nothing is worth
+    a move, as far as the leader knows. `num_steps`: how many steps it has planned for the newest
+    one of them."""
+
+    asked: int
+    done: int
+    num_steps: int
 
 
 class Survival(msgspec.Struct, kw_only=True):
@@ -109,6 +126,7 @@ class StatusAnswer(msgspec.Struct, kw_only=True):
     ranks: tuple[RankStatus, ...]
     verdicts: tuple[VerdictStatus, ...]
     change: ChangeStatus
+    rebalance: RebalanceStatus
     survives: Survival | None
     can_kill: bool
 
@@ -125,6 +143,7 @@ def status_of(
     frozen: bool,
     survives: Survival | None,
     can_kill: bool,
+    rebalance: RebalanceProgress,
 ) -> StatusAnswer:
     """`now` is in Unix seconds."""
     expert_map, leader = state.expert_map, state.leader
@@ -150,6 +169,10 @@ def status_of(
             number=state.desired.change,
             in_progress=is_in_progress(left),
             steps=left,
+            restart=state.desired.restart.ranks if state.desired.restart is not None else (),
+        ),
+        rebalance=RebalanceStatus(
+            asked=state.desired.rebalances, done=rebalance.done, num_steps=rebalance.num_steps
         ),
         survives=survives,
         can_kill=can_kill,
@@ -220,13 +243,13 @@ class _Ranks:
             incarnation = record.incarnation
         return RankStatus(
             rank=rank,
-            state="refused"
-            if record is not None and record is self._refused.get(rank)
-            else _word(record, is_member=member is not None, is_drained=drain is not None),
+            state=self._word(rank, member, record, is_drained=drain is not None),
             node=record.node if record is not None else node_of(state, rank),
             incarnation=incarnation,
             in_map=member is not None,
             desired=rank in self._desired,
+            desired_node=state.desired.node_of(rank),
+            process=None if record is None else record.first_incarnation or record.incarnation,
             drain=None if drain is None else _drain_status(drain),
             sessions_left=self._seen.sessions_left(rank),
             safe_to_terminate=self._seen.is_safe_to_terminate(rank),
@@ -234,13 +257,18 @@ class _Ranks:
             version=record.release.version if record is not None else None,
         )
 
-
-def _word(record: RankRecord | None, *, is_member: bool, is_drained: bool) -> str:
-    if is_member:
-        return "draining" if is_drained else "live"
-    if is_drained:
-        return "drained"
-    return "absent" if record is None else record.state.value
+    def _word(
+        self, rank: RankId, member: Member | None, record: RankRecord | None, *, is_drained: bool
+    ) -> str:
+        if member is not None:
+            if member not in self._state.records or member in self._state.verdicts:
+                return "dead"
+            return "draining" if is_drained else "live"
+        if record is not None and record is self._refused.get(rank):
+            return "refused"
+        if is_drained:
+            return "drained"
+        return "absent" if record is None else record.state.value
 
 
 def _drain_status(drain: Drain) -> DrainStatus:

@@ -9,10 +9,10 @@ from typing import Generic, NamedTuple
 
 from gateway.api.bodies import B, decode_body, ignored_fields
 from gateway.api.json_bounds import UNCOUNTED_BYTES_MAX, check_num_values
-from gateway.api.request_body import RawBody, decompress
 from gateway.api.resumption import body_digest
 from gateway.api_keys import ApiKey
 from gateway.preparation import Preparation
+from shared.request_body import RawBody, decompress
 
 RESTS = 3.0
 """Between two long bodies so many times the time that the first has taken. Decoding holds Python's

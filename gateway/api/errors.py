@@ -50,9 +50,14 @@ _NOT_SERVED = {
     "images": _NO_SOUND_OR_PICTURES,
     "moderations": ": this instance judges no texts",
     "files": ": requests carry their input themselves",
-    "scale_elastic_ep": _BY_CONTROL_PLANE,
-    "is_scaling_elastic_ep": _BY_CONTROL_PLANE,
-    "fault_tolerance": _BY_CONTROL_PLANE,
+    **dict.fromkeys(
+        (
+            *("scale_elastic_ep", "is_scaling_elastic_ep", "fault_tolerance"),
+            *("status", "scale", "drain", "undrain", "replace", "restart"),
+            *("pause", "resume", "rebalance"),
+        ),
+        _BY_CONTROL_PLANE,
+    ),
     "batches": ": send requests at once; a gateway runs many side by side",
 }
 """A word of a path that other servers have → why it is missing here."""
@@ -114,10 +119,6 @@ def plain_http_error(status: int, reason: str, *, code: str | None = None) -> Ht
     return HttpError(
         status=status, body=error_body(reason, kind="invalid_request_error", code=code)
     )
-
-
-def body_too_large(bytes_max: int) -> RequestError:
-    return RequestError(f"the body is larger than {bytes_max} bytes", code="request_too_large")
 
 
 def not_allowed(method: str, path: str, allowed: Sequence[str]) -> HttpError:

@@ -27,7 +27,7 @@ from gateway.api.cross_origin import CrossOrigin
 from gateway.api.dialect import Dialect
 from gateway.api.dialect_answer import answer_job_in
 from gateway.api.dialect_routes import MESSAGES_PATH, DialectRoutes
-from gateway.api.errors import HttpError, body_too_large, http_error
+from gateway.api.errors import HttpError, http_error
 from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
 from gateway.api.guided import DemandedForm
@@ -37,7 +37,6 @@ from gateway.api.job_builder import JobBuilder
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
 from gateway.api.request_admission import RequestAdmission, num_choices
-from gateway.api.request_body import read_body
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
@@ -57,6 +56,7 @@ from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
 from shared.errors import RequestError, StarfishError, Unavailable
+from shared.request_body import body_too_large, read_body
 from shared.tracing import Tracer
 
 log = structlog.get_logger()
@@ -310,7 +310,7 @@ class HttpApp:
     async def _require_served_model(self) -> ServedModel:
         """Raises Unavailable with what is being waited for. A gateway that has just started needs
         a moment to read etcd and the tokenizer, which its clients need not notice."""
-        if self._health.draining:
+        if self._health.refuses:
             raise Unavailable("the gateway is shutting down")
         served = await self._models.wait(MODEL_WAIT_S)
         if served is None:
@@ -347,10 +347,8 @@ class HttpApp:
         self, request: web.Request, body: GenerationBody, served: ServedModel, *, has_ids: bool
     ) -> Stream | None:
         """None if the answer is not streamed, or its events have no ids. Raises RequestError."""
-        if not body.stream:
-            return None
-        if not has_ids:
-            check_not_resumed(request)
+        if not (body.stream and has_ids):
+            check_not_resumed(request, streams=bool(body.stream))
             return None
         return self._resumption.open(
             request, fingerprint=served.fingerprint, num_choices=num_choices(body)

@@ -25,6 +25,8 @@ log = structlog.get_logger()
 
 BACKLOG = 1024
 _SWEEP_S = 0.25
+_FIRST_REQUEST_S = 1.0
+_ANSWERED_POLL_S = 0.02
 _REFUSALS = {
     Refusal.FULL: Unavailable("the gateway has as many connections as it takes; retry"),
     Refusal.ADDRESS_FULL: Overloaded(
@@ -70,10 +72,20 @@ class HttpListener:
             )
             self._servers.append(server)
 
+    def stop_sharing(self) -> None:
+        """Accepts no more at the first of the listeners. Open connections go on. Those that wait in
+        the queue of its socket are for whoever else has it."""
+        self._servers[0].close()
+
     def stop(self) -> None:
         """Accepts no more. Open connections go on."""
         for server in self._servers:
             server.close()
+
+    async def wait_until_answered(self) -> None:
+        """Until no connection has a request, or is new enough to be about to send its first."""
+        while self._table.num_to_answer(self._clock.now(), silent_s=_FIRST_REQUEST_S):  # noqa: ASYNC110
+            await asyncio.sleep(_ANSWERED_POLL_S)
 
     async def run(self) -> None:
         """Closes connections whose time is over, until cancelled."""

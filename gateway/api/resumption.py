@@ -98,10 +98,11 @@ def body_digest(raw: bytes) -> bytes:
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
-def check_not_resumed(request: web.Request) -> None:
-    """For streams that have no ids. Raises RequestError."""
+def check_not_resumed(request: web.Request, *, streams: bool) -> None:
+    """For answers without ids of events. Raises RequestError."""
     if request.headers.get(LAST_EVENT_ID):
-        raise not_resumable(f"a stream of {endpoint_of(request)}")
+        path = endpoint_of(request)
+        raise not_resumable(f"{'a stream' if streams else 'an answer without `stream`'} of {path}")
 
 
 def not_resumable(what: str) -> RequestError:

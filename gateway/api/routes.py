@@ -11,13 +11,13 @@ from aiohttp import web
 
 from gateway.api.errors import (
     HttpError,
-    body_too_large,
     http_error,
     not_allowed,
     not_found,
     plain_http_error,
 )
 from shared.openapi import JSON, Endpoint
+from shared.request_body import body_too_large
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -166,6 +166,51 @@ async def test_gateways_share_a_port_if_all_say_so_and_have_one_each(
                 assert await complete(own) == toy_tokens([3, 4], 20)
 
 
+async def test_one_of_those_that_share_a_port_accepts_no_more_once_it_is_told_to_end(
+    etcd: EmbeddedEtcd, keys: Keys, store: EtcdStore, tmp_path: Path
+) -> None:
+    """The other one does: nobody gets a 503 as long as it lives."""
+    write_tokenizer(tmp_path)
+    await store.put(keys.spec, pack(toy_spec(tmp_path, num_ranks=1)))
+    async with harness_of(etcd, keys, store, "--reuse-port") as (harness, first):
+        port = int(harness.url.rpartition(":")[2])
+        reach = (*flags_of(etcd, keys, EtcdService.GATEWAY), "--port", str(port), "--reuse-port")
+        rank = await harness.add_rank(ToyRank(0))
+        rank.hold_at = 3
+        await harness.publish([rank])
+        await health(harness, 200)
+        held = asyncio.create_task(complete(harness))
+        await asyncio.wait_for(rank.submitted.wait(), 30)
+        async with gateway(*reach) as second:
+            async with asyncio.timeout(60):
+                while len((await store.get_prefix(keys.gateways)).values) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            first.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(30):
+                assert first.stderr is not None
+                while b"gateway_draining" not in await first.stderr.readline():
+                    pass
+            rank.hold_at = None
+            for _ in range(30):
+                async with client_session() as http:
+                    url = harness.url + "/health/ready"
+                    async with http.get(url) as response:
+                        assert response.status == 200
+            rank.go()
+            assert await held == toy_tokens([3, 4], 20)
+            async with asyncio.timeout(30):
+                await first.communicate()
+            # The last one of a port has nobody to leave it to.
+            rank.hold_at = 3
+            rank.submitted.clear()
+            held = asyncio.create_task(complete(harness))
+            await asyncio.wait_for(rank.submitted.wait(), 30)
+            second.send_signal(signal.SIGTERM)
+            await health(harness, 503, "shutting down")
+            rank.go()
+            await held
+
+
 async def test_a_descriptor_that_is_no_listening_socket() -> None:
     said = await fails_to_start("--listen-fd", "0")
     assert "no listening socket" in said

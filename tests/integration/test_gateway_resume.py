@@ -174,6 +174,7 @@ async def test_an_id_is_of_one_request_alone(harness: GatewayHarness) -> None:
         (CHAT, {"model": MODEL, "messages": MESSAGES, "stream": True}, last),
         ("/generate", {"text": "x", "stream": True}, last),
         (COMPLETIONS, {**body, "n": 17}, last),
+        (COMPLETIONS, {**body, "stream": False}, last),
     ]
     num_submits = sum(len(rank.submits) for rank in harness.ranks)
     for path, other, sent in others:

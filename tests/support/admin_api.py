@@ -16,6 +16,7 @@ from control_plane.admin.admin_server import serving
 from control_plane.admin.client_figures import ClientFigures
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal, change_desired
+from control_plane.healing import RebalanceProgress
 from control_plane.placement.topology import Floats
 from shared.desired_state import DesiredState
 from shared.errors import StarfishError
@@ -39,6 +40,7 @@ class FakeControl:
         self.frozen = False
         self.loads: dict[Member, Load] = {}
         self.loads_LE: Floats | None = None
+        self.rebalance = RebalanceProgress()
         self.errors: list[StarfishError] = []
         self._clock = clock
 
@@ -48,10 +50,14 @@ class FakeControl:
     def load_of(self, member: Member) -> Load | None:
         return self.loads.get(member)
 
-    async def change(self, change: Change, *, request_id: str = "") -> DesiredState | Refusal:
+    async def change(
+        self, change: Change, *, request_id: str = "", digest: str = ""
+    ) -> DesiredState | Refusal:
         if self.errors:
             raise self.errors.pop(0)
-        result = change_desired(self.state, change, self._clock.wall(), request_id=request_id)
+        result = change_desired(
+            self.state, change, self._clock.wall(), request_id=request_id, digest=digest
+        )
         if isinstance(result, DesiredState):
             self.state = replace(self.state, desired=result)
         return result

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from signal import SIGKILL, SIGSTOP, SIGTERM
 from typing import Protocol
 
-from cli.admin.goals import at_once, drained, replaced, restarted, scaled, serving
+from cli.admin.goals import drained, rebalanced, replaced, restarted, scaled, serving
 from cli.bench.chaos.host_faults import BadLink, LinkDown, Partition, PowerLoss
 from cli.bench.chaos.planned_changes import Ask, PlannedChange
 from cli.bench.chaos.process_faults import DiskFull, SignalFault, SlowFault, StoreAway
@@ -232,13 +232,13 @@ def _planned_changes() -> list[Fault]:
         PlannedChange(
             name="rolling-restart",
             summary="every rank gets a new process, one after the other",
-            begin=lambda site, rank: Ask(name="restart", fields={}, goal=restarted),
+            begin=lambda site, rank: Ask(name="restart", fields={}, goal=restarted()),
             target_ms=PLANNED_TARGET_MS,
         ),
         PlannedChange(
             name="rebalance",
             summary="experts move to where they are worth most now",
-            begin=lambda site, rank: Ask(name="rebalance", fields={}, goal=at_once("asked")),
+            begin=lambda site, rank: Ask(name="rebalance", fields={}, goal=rebalanced),
             hold_s=3.0,
             target_ms=PLANNED_TARGET_MS,
         ),
@@ -256,7 +256,7 @@ def _undrain(site: Site, rank: RankRecord) -> Ask:
 
 
 def _scale(num_ranks: int) -> Ask:
-    return Ask(name="scale", fields={"ranks": num_ranks}, goal=scaled)
+    return Ask(name="scale", fields={"ranks": num_ranks}, goal=scaled(num_ranks))
 
 
 def _host_faults() -> list[Fault]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.admin.client import AdminClient
-from cli.admin.goals import Goal
+from cli.admin.goals import Asked, Goal
 from cli.bench.chaos.processes import ProcessKind
 from cli.bench.chaos.site import Site, choose
 from cli.run_dir import read_state
@@ -75,11 +75,13 @@ async def _carry_out(site: Site, ask: Ask) -> None:
     client = AdminClient(state.target(), SystemClock())
     try:
         async with asyncio.timeout(_TIMEOUT_S):
+            processes = await client.processes()
             accepted = await client.change(ask.name, ask.fields, patience_s=_PATIENCE_S)
+            asked = Asked(accepted=accepted, processes=processes)
             while True:
                 status = await client.status()
                 if status.change.number >= accepted.change:
-                    progress = ask.goal(status)
+                    progress = ask.goal(status, asked)
                     if progress.failed:
                         raise Unavailable(f"{ask.name}: {progress.result}")
                     if not progress.waits_for:

@@ -159,6 +159,32 @@ def test_loads_are_compared_at_once_if_a_rebalance_is_asked_for(
     assert (slowness_of(harness, zipf(3)) < 1.12) == is_asked
 
 
+def test_whoever_asks_for_a_rebalance_learns_when_it_is_done_and_whether_it_moved_anything(
+    counting: Counting,
+) -> None:
+    harness = counting.harness
+    counting.pass_time(zipf(1), 1.6 * TAU_S)
+    counting.count(zipf(3), 5 * TAU_S)
+    counting.tell()
+    harness.ask(Rebalance())
+    done, maps, seen = [], num_maps(harness), harness.leader_term.membership
+    while seen.rebalance.done < 1:
+        done.append(seen.rebalance.num_steps)
+        harness.pass_time(0.25, tick_s=0.25)
+        harness.load_all()
+        assert len(done) < 200
+    assert done[0] == 0
+    assert num_maps(harness) > maps
+    assert seen.rebalance.num_steps > 0
+    harness.ask(Rebalance())
+    harness.settle(2.0)
+    assert seen.rebalance == (2, 0)
+    harness.begin_term()  # which does not know yet, and finds out by its usual healing
+    assert harness.leader_term.membership.rebalance == (0, 0)
+    counting.pass_time(zipf(3), 20)
+    assert harness.leader_term.membership.rebalance == (2, 0)
+
+
 def test_a_drained_rank_leaves_an_instance_that_was_balanced(counting: Counting) -> None:
     harness, shares = counting.harness, zipf(1)
     counting.pass_time(shares, 2 * TAU_S)

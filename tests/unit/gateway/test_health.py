@@ -179,3 +179,21 @@ def test_ranks_that_are_gone_from_the_map_are_said_until_they_register(
     assert health.report()["missing_ranks"] == [2, 3]
     driver.view = replace(driver.view, ranks={"a": ToyRank(2).record()})
     assert health.report()["missing_ranks"] == [3]
+
+
+def test_a_gateway_that_never_had_a_link_says_the_same_as_one_whose_link_broke(
+    driver: Driver, health: Health, clock: FakeClock, tmp_path: Path
+) -> None:
+    """Such as the successor of one that was killed together with its ranks."""
+    first, second = serving(driver, tmp_path)
+    driver.view = replace(driver.view, ranks={"a": ToyRank(0).record()})
+    driver.live = [first]
+    driver.lost = {second: clock.now()}
+    had_it = health.report()
+    driver.lost = {}
+    assert health.report() == had_it
+    assert (had_it["state"], had_it["lost_ranks"]) == ("recovering", [1])
+    clock.advance(4)
+    assert health.report()["since_s"] == 4
+    driver.live = [first, second]  # its lease alone is gone: it serves
+    assert (health.report()["lost_ranks"], of_model(health)) == ([], [])

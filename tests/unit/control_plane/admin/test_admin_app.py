@@ -65,7 +65,7 @@ async def test_a_drain_is_written_and_shown_until_the_rank_has_left(
     status = (await client.get("/v1/status")).body
     rank = status["ranks"][2]
     assert (rank["state"], rank["safe_to_terminate"]) == ("drained", True)
-    assert status["change"] == {"number": 1, "in_progress": False, "steps": []}
+    assert status["change"] == {"number": 1, "in_progress": False, "steps": [], "restart": []}
     assert [r["state"] for r in status["ranks"]] == ["live", "live", "drained", "live"]
 
     assert (await client.post("/v1/undrain", {"rank": 2})).status == 202
@@ -98,7 +98,9 @@ async def test_without_a_request_id_the_answer_has_one(client: AdminClient) -> N
     [
         ("/v1/drain", {"ranks": [0, 1, 2, 3]}, "no other rank serves; add ranks first"),
         ("/v1/drain", {"ranks": [0, 1, 2]}, "1 more rank of 3 slots must serve"),
-        ("/v1/drain", {"rank": 9}, "rank 9 does not exist"),
+        ("/v1/drain", {"ranks": [0, 1, 2, 3]}, "let 2 of these stay"),
+        ("/v1/drain", {"rank": 9}, "rank 9 does not exist; this instance has ranks 0-3"),
+        ("/v1/drain", {"ranks": [1, 7, 9]}, "ranks 7, 9 do not exist"),
         ("/v1/drain", {"node": "c"}, "no rank runs on node 'c'"),
         ("/v1/scale", {"ranks": 1}, "1 more rank of 3 slots must serve"),
         ("/v1/replace", {"rank": 1, "node": "c"}, "start a node agent there"),
@@ -289,7 +291,10 @@ async def test_a_standby_passes_on_to_the_leader_and_nobody_in_a_circle(
         assert control.state.desired.drain_of(RankId(1)) is not None
         assert standby.state.desired.drain_of(RankId(1)) is None
         refused = await other.post("/v1/drain", {"rank": 9})
-        assert (refused.status, refused.message) == (409, "rank 9 does not exist")
+        assert (refused.status, refused.message) == (
+            409,
+            "rank 9 does not exist; this instance has ranks 0-3",
+        )
         control.errors = [StoreUnavailable("etcd did not answer")]
         later = await other.post("/v1/drain", {"rank": 0})
         assert (later.status, later.headers["Retry-After"]) == (503, "1")

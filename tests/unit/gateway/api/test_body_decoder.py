@@ -12,11 +12,11 @@ import pytest
 from gateway.api.bodies import CompletionBody
 from gateway.api.body_decoder import BodyDecoder
 from gateway.api.json_bounds import OBJECTS_MAX, UNCOUNTED_BYTES_MAX
-from gateway.api.request_body import ContentCoding, RawBody
 from gateway.api.resumption import body_digest
 from gateway.api_keys import ANYBODY
 from gateway.preparation import WAITING_MAX
 from shared.errors import Overloaded, RequestError
+from shared.request_body import ContentCoding, RawBody
 
 LIMIT = 1 << 20
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from control_plane.admin.change_answer import CHANGES
 from gateway.api.errors import not_found
 
 
@@ -17,7 +18,11 @@ from gateway.api.errors import not_found
         ("GET", "/v1/fault_tolerance/status", "the control plane's admin API serves it"),
         ("POST", "/v1/embeddings", "has no embeddings"),
         ("POST", "/v1/audio/speech", "reads and writes text only"),
-        ("GET", "/v1/scale", "/v1/scale is not served. Served: /v1/models"),
+        *(
+            ("POST", f"/v1/{name}", "the control plane's admin API serves it")
+            for name in ("status", *(each[0] for each in CHANGES))
+        ),
+        ("GET", "/v1/nothing", "/v1/nothing is not served. Served: /v1/models"),
     ],
 )
 def test_a_path_of_another_server_says_why_it_is_not_here(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from gateway.api.errors import body_too_large
 from shared.errors import RequestError
 
 BODY_TIMEOUT_S = 60.0
@@ -30,16 +29,28 @@ class RawBody(NamedTuple):
     coding: ContentCoding | None
 
 
-async def read_body(request: web.Request, bytes_max: int) -> RawBody:
-    """Raises RequestError: 408, 413, 415, or 400."""
+async def read_body(
+    request: web.Request, bytes_max: int, *, timeout_s: float = BODY_TIMEOUT_S
+) -> RawBody:
+    """The application must not uncode bodies by itself. Raises RequestError: 408, 413, 415, or
+    400."""
     if (request.content_length or 0) > bytes_max:
         raise body_too_large(bytes_max)
     coding = content_coding(request.headers.get("Content-Encoding", ""))
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return RawBody(await request.read(), coding)
+    except web.HTTPRequestEntityTooLarge as error:
+        raise body_too_large(bytes_max) from error
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", code="request_timeout") from error
+
+
+async def uncoded(body: RawBody, bytes_max: int) -> bytes:
+    """In a thread, if there is something to undo. Raises RequestError: 413 or 400."""
+    if body.coding is None:
+        return body.data
+    return await asyncio.to_thread(decompress, body.data, body.coding, bytes_max)
 
 
 def content_coding(header: str) -> ContentCoding | None:
@@ -74,3 +85,7 @@ def decompress(raw: bytes, coding: ContentCoding, bytes_max: int) -> bytes:
         if decoder.eof and not decoder.unused_data:
             return body
     raise RequestError(f"the body is not {coding.value}, as Content-Encoding says")
+
+
+def body_too_large(bytes_max: int) -> RequestError:
+    return RequestError(f"the body is larger than {bytes_max} bytes", code="request_too_large")

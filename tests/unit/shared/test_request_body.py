@@ -9,8 +9,8 @@ import zlib
 import pytest
 
 from gateway.api.errors import http_error
-from gateway.api.request_body import ContentCoding, content_coding, decompress
 from shared.errors import RequestError
+from shared.request_body import ContentCoding, content_coding, decompress
 
 BODY = json.dumps({"prompt": "x" * 1000}).encode()
 LIMIT = 4096

@@ -1,0 +1,102 @@
+"""A gateway that is told to end while others could serve: no new connection is refused, and its
+streams finish."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from tests.support.cluster import Cluster, running_cluster
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+LONG = {"prompt": [3, 4, 5], "max_tokens": 200, "ignore_eos": True, "stream": True}
+END = "data: [DONE]\n\n"
+SHORT = {"prompt": [7, 8], "max_tokens": 2, "ignore_eos": True}
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    folder = tmp_path_factory.mktemp("drained")
+    create_seeded_checkpoint(
+        folder / "model",
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    flags = ("--gateways", "2")
+    async with running_cluster(folder / "run", folder / "model", ranks=2, flags=flags) as running:
+        yield running
+
+
+async def stream(cluster: Cluster, model: str, begun: asyncio.Event) -> str:
+    """The text of a whole answer, with the errors in it."""
+    async with aiohttp.ClientSession() as http:
+        url = cluster.url + "/v1/completions"
+        async with http.post(url, json={**LONG, "model": model}) as response:
+            assert response.status == 200, await response.text()
+            text = ""
+            async for line in response.content:
+                begun.set()
+                text += line.decode()
+            return text
+
+
+async def ask_anew(cluster: Cluster, model: str, answers: list[Any], stop: asyncio.Event) -> None:
+    """Each request on a connection of its own, until `stop`."""
+    while not stop.is_set():
+        async with aiohttp.ClientSession() as http:
+            url = cluster.url + "/v1/completions"
+            try:
+                async with http.post(url, json={**SHORT, "model": model}) as response:
+                    await response.read()
+                    answers.append(response.status)
+            except aiohttp.ClientError as error:
+                answers.append(repr(error))
+
+
+@pytest.mark.parametrize("num_ended", [1, 2])
+async def test_sigterm_of_gateways_refuses_no_new_connection(
+    cluster: Cluster, num_ended: int
+) -> None:
+    """Of two the second one's successor takes a whole start: connections wait for it."""
+    model = await cluster.model_name()
+    gateways = [gateway["pid"] for gateway in (await cluster.status())["gateways"]]
+    begun = [asyncio.Event() for _ in range(8)]
+    streams = [asyncio.ensure_future(stream(cluster, model, each)) for each in begun]
+    for each in begun:
+        await each.wait()
+    answers: list[Any] = []
+    stop = asyncio.Event()
+    asking = [asyncio.ensure_future(ask_anew(cluster, model, answers, stop)) for _ in range(6)]
+    ended = gateways[:num_ended]
+    for pid in ended:
+        os.kill(pid, signal.SIGTERM)
+    texts = await asyncio.gather(*streams)
+    async with asyncio.timeout(60):
+        while any(Path(f"/proc/{pid}").exists() for pid in ended):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        seen = len(answers)
+        while len(answers) < seen + 50:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    stop.set()
+    await asyncio.gather(*asking)
+    assert set(answers) == {200}
+    broken = [text[-400:] for text in texts if '"error":' in text or not text.endswith(END)]
+    assert broken == []
+    async with asyncio.timeout(60):
+        while True:
+            now = {gateway["pid"] for gateway in (await cluster.status())["gateways"]}
+            if len(now) == 2 and not now & set(ended):
+                return
+            await asyncio.sleep(0.2)
