@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cli.bench.chaos.faults import all_faults, chosen_faults
@@ -20,7 +21,9 @@ from cli.bench.chaos.processes import ProcessKind, kind_of, processes_of, send
 from cli.bench.chaos.report import FaultReport, is_exact, to_json
 from cli.bench.chaos.statistics import Damage, TryResult
 from cli.up.leftovers import RUN_VARIABLE
+from control_plane.admin.change_answer import CHANGES
 from shared.errors import ConfigError
+from tests.unit.control_plane.desired import record
 
 ROOT = Path(__file__).parents[3]
 
@@ -168,13 +171,17 @@ class FourRanks:
         return [0, 1, 2, 3]
 
 
-def test_what_a_planned_change_asks_for_is_a_command_line(tmp_path: Path) -> None:
-    """An unknown flag would be refused before the run folder is looked for."""
+def test_the_admin_api_understands_what_a_planned_change_asks_for() -> None:
+    bodies = {name: body for name, body, _ in CHANGES}
     changes = [fault for fault in all_faults() if isinstance(fault, PlannedChange)]
-    asked = [words for each in changes for words in (each.begin, each.end) if words is not None]
-    assert len(asked) == 5
-    for words in asked:
-        said = words(FourRanks(), "1")  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "cli", *said, "--run-dir", str(tmp_path)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.returncode, "no instance runs from" in done.stderr) == (1, True), done.stderr
+    asks = [
+        ask(FourRanks(), record(1, "host"))  # type: ignore[arg-type]
+        for each in changes
+        for ask in (each.begin, each.end)
+        if ask is not None
+    ]
+    assert {ask.name for ask in asks} == {
+        *("drain", "undrain", "scale", "replace", "restart", "rebalance")
+    }
+    for ask in asks:
+        msgspec.convert(ask.fields, bodies[ask.name])  # unknown fields are refused

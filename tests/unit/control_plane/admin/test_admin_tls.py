@@ -15,13 +15,14 @@ from cli.admin.client import AdminClient as CommandClient
 from cli.run_dir import Target
 from control_plane.admin.admin_app import AdminApp
 from control_plane.admin.admin_server import serving
+from control_plane.admin.client_figures import ClientFigures
 from control_plane.config import ControlPlaneConfig
 from shared.clock import SystemClock
 from shared.errors import ConfigError
 from shared.etcd_certificates import CertificateAuthority
 from shared.etcd_options import EtcdOptions
 from shared.listener import listen_on
-from shared.records import LeaderRecord
+from shared.records import GatewayRecord, LeaderRecord
 from shared.server_certificate import ServerCertificate, trusting
 from tests.support.admin_api import TOKEN, AdminClient, FakeControl
 from tests.support.fake_clock import FakeClock
@@ -49,9 +50,20 @@ async def api(
     tls = ServerCertificate(*certificate).context
     listener = listen_on("127.0.0.1", 0)
     url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-    app = AdminApp(control, token=TOKEN, url=url, clock=FakeClock(), peer_tls=believed)
+    app = AdminApp(
+        control,
+        token=TOKEN,
+        url=url,
+        clock=FakeClock(),
+        figures=ClientFigures(no_gateways),
+        peer_tls=believed,
+    )
     async with serving(app, [listener], tls):
         yield url
+
+
+async def no_gateways() -> list[GatewayRecord]:
+    return []
 
 
 async def asked(url: str, folder: Path, admin_ca: Path | None) -> int:
