@@ -89,7 +89,7 @@ sim-long: install ## Thousands of fresh schedules (KIND=faults|changes|etcd SCHE
 
 integration: install ## Real processes, real etcd, real signals
 	$(call say,integration tests)
-	$(PYTEST) $(TWO_AT_ONCE) tests/integration
+	$(PYTEST) $(TWO_AT_ONCE) --no-loadscope-reorder tests/integration
 
 integration-authenticated: install ## The same with API keys and the instance's secret everywhere
 	$(call say,integration tests with all authentication on)

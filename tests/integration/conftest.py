@@ -4,6 +4,7 @@ on if STARFISH_TEST_AUTHENTICATED is set."""
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
@@ -17,6 +18,16 @@ from tests.support.authentication import switch_on_if_wanted
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(switch_on_if_wanted())
+
+
+LONG_FILES = ("test_releases.py",)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that no process is left alone with one of them."""
+    num_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG_FILES, -num_tests[item.path]))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
