@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from node_agent.expert_cache import with_expert_cache
-from node_agent.rank_process import RankCommand, spawn
+from node_agent.rank_process import RankCommand, command_line_of, spawn
 from shared.etcd_options import EtcdOptions
 from shared.types import Incarnation, Member, NodeId, RankId
 
@@ -67,6 +67,8 @@ def test_a_later_agent_goes_on_with_the_memory_of_ranks_that_run(tmp_path: Path)
         log_path=tmp_path / "log",
     )
     os.close(first.host_experts_fd)  # as at the agent's exit
+    while not command_line_of(rank.pid):  # for a moment the kernel has not written it yet
+        pass
     try:
         second = with_expert_cache(COMMAND, 0.5)
         assert os.pread(second.host_experts_fd, 6, 4096) == b"copies"
