@@ -43,22 +43,21 @@ class Authenticator:
     async def authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Before a route is looked for, so that strangers do not learn which there are. A
         browser's preflight (OPTIONS) never has a key, so it gets one answer for every path."""
-        context = require_context(request)
-        context.line = self._line_of(request)
+        context, key = require_context(request), self._sent_key(request)
+        # No key's name begins with a space.
+        context.line = f" {client_of(request.remote or '')}" if key is None else key.name
         await self._pacer.begin(context.line)
         if request.method == "OPTIONS" and len(self._keys()):
             return web.Response(status=204, headers={"Allow": _METHODS})
         if self._needs_key(request):
-            context.key = self._key_of(request)
+            context.key = self._checked(request, key)
         return await handler(request)
 
-    def _line_of(self, request: web.Request) -> str:
-        """Who waits in one line for requests to begin: a key's, or an address's without a right
-        one. No key's name begins with a space."""
-        for text in _sent_keys(request):
-            if (key := self._keys().find(text)) is not None:
-                return key.name
-        return f" {client_of(request.remote or '')}"
+    def _sent_key(self, request: web.Request) -> ApiKey | None:
+        """The first of those sent that is right."""
+        keys = self._keys()
+        found = (keys.find(text) for text in _sent_keys(request))
+        return next((key for key in found if key is not None), None)
 
     def _needs_key(self, request: web.Request) -> bool:
         path = request.path.rstrip("/")
@@ -66,22 +65,18 @@ class Authenticator:
             return False
         return path != METRICS_PATH or self._metrics_need_key
 
-    def _key_of(self, request: web.Request) -> ApiKey:
+    def _checked(self, request: web.Request, key: ApiKey | None) -> ApiKey:
         """Raises Unauthenticated, and RequestError if the key may not have this page."""
-        keys = self._keys()
-        if not len(keys):
+        if not len(self._keys()):
             return ANYBODY
-        sent = list(_sent_keys(request))
-        for text in sent:
-            key = keys.find(text)
-            if key is None:
-                continue
-            if request.path.rstrip("/") == METRICS_PATH and not key.reads_metrics:
-                raise RequestError("this key may not read metrics", code="forbidden")
-            return key
-        self._metrics.on_unauthenticated()
-        problem = "Incorrect API key provided." if sent else "You didn't provide an API key."
-        raise Unauthenticated(f"{problem} {_HINT}")
+        if key is None:
+            self._metrics.on_unauthenticated()
+            sent = any(_sent_keys(request))
+            problem = "Incorrect API key provided." if sent else "You didn't provide an API key."
+            raise Unauthenticated(f"{problem} {_HINT}")
+        if request.path.rstrip("/") == METRICS_PATH and not key.reads_metrics:
+            raise RequestError("this key may not read metrics", code="forbidden")
+        return key
 
 
 def _sent_keys(request: web.Request) -> Iterator[str]:
