@@ -6,10 +6,12 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.embedded_etcd import EmbeddedEtcd, embedded_etcd
 from shared.etcd_store import EtcdStore, connect_store
 from shared.keys import Keys
@@ -34,6 +36,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 async def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedEtcd]:
     async with embedded_etcd(tmp_path_factory.mktemp("etcd")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two layers with eight experts."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    create_seeded_checkpoint(
+        folder,
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, running_cluster
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -24,18 +23,12 @@ SHORT = {"prompt": [7, 8], "max_tokens": 2, "ignore_eos": True}
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    folder = tmp_path_factory.mktemp("drained")
-    create_seeded_checkpoint(
-        folder / "model",
-        num_hidden_layers=2,
-        hidden_size=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-    )
+async def cluster(
+    small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Cluster]:
+    run_dir = tmp_path_factory.mktemp("drained") / "run"
     flags = ("--gateways", "2")
-    async with running_cluster(folder / "run", folder / "model", ranks=2, flags=flags) as running:
+    async with running_cluster(run_dir, small_model, ranks=2, flags=flags) as running:
         yield running
 
 

@@ -17,27 +17,12 @@ import pytest
 
 from cli.admin.follow import EXIT_REFUSED
 from cli.run_dir import read_state
-from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, running_cluster
 
 pytestmark = pytest.mark.timeout(300)
 WAIT_S = 120.0
 PROMPT = [5, 6, 7, 8]
 NUM_TOKENS = 400
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    create_seeded_checkpoint(
-        folder,
-        num_hidden_layers=2,
-        hidden_size=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-    )
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +99,11 @@ def num_live(status: dict[str, Any]) -> int:
     return sum(rank["state"] == "live" for rank in status["ranks"])
 
 
-async def test_drain_undrain_and_scale_while_an_answer_streams(tmp_path: Path, model: Path) -> None:
+async def test_drain_undrain_and_scale_while_an_answer_streams(
+    tmp_path: Path, small_model: Path
+) -> None:
     flags = ("--slots-per-rank", "5", "--redundant-experts", "4")
-    async with running_cluster(tmp_path / "run", model, ranks=3, flags=flags) as cluster:
+    async with running_cluster(tmp_path / "run", small_model, ranks=3, flags=flags) as cluster:
         expected = await cluster.stream(PROMPT, max_tokens=NUM_TOKENS)
         streaming = asyncio.create_task(repeated(cluster))
 

@@ -15,7 +15,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.embedded_etcd import EmbeddedEtcd
 from shared.keys import Keys
 from shared.release import own_release
@@ -35,18 +34,9 @@ FUTURE = TREE / "tests" / "support" / "future_release"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    create_seeded_checkpoint(
-        folder,
-        num_hidden_layers=2,
-        hidden_size=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-    )
-    compile_kernels(TREE, folder)
-    return folder
+def model(small_model: Path) -> Path:
+    compile_kernels(TREE, small_model)
+    return small_model
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from cli.run_dir import read_state
-from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, StreamResult, running_cluster
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,20 +23,6 @@ WAIT_S = 120.0
 ROOT = Path(__file__).parents[2]
 PROMPTS = ([5, 6, 7, 8], [9, 3, 1], [30, 2, 2, 2, 7])
 NUM_TOKENS = 200
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    create_seeded_checkpoint(
-        folder,
-        num_hidden_layers=2,
-        hidden_size=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-    )
-    return folder
 
 
 @asynccontextmanager
@@ -99,10 +84,10 @@ def causes_of_verdicts(run_dir: Path) -> set[str]:
     return {entry["cause"] for entry in entries if entry["event"] == "rank_declared_dead"}
 
 
-async def test_two_nodes(tmp_path: Path, model: Path) -> None:
+async def test_two_nodes(tmp_path: Path, small_model: Path) -> None:
     flags = ("--slots-per-rank", "5", "--redundant-experts", "4", "--log-json")
     async with (
-        running_cluster(tmp_path / "run", model, ranks=3, flags=flags) as cluster,
+        running_cluster(tmp_path / "run", small_model, ranks=3, flags=flags) as cluster,
         second_node(cluster) as agent,
     ):
         expected = [await cluster.stream(p, max_tokens=NUM_TOKENS) for p in PROMPTS]
