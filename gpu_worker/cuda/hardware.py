@@ -100,6 +100,8 @@ class CudaHardware:
                 self._decoder_options(spec),
                 mask_R=None if exchange is None else exchange.mask_R,
             )
+            if exchange is not None:
+                exchange.watch_slot_table(decoder.slot_of_LUE)
             decoder.capture()
             blocks = (
                 CudaBlockCache(decoder.attention.cache(), architecture=model.architecture)

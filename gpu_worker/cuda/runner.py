@@ -127,11 +127,13 @@ class CudaRunner:
             if is_joiner and self._mask is not None and self._has_met_others:
                 self._mask.isolate()
                 self._wait_alone(self._decoder.launch(_EMPTY))
-            self._decoder.use_slots(physical_slots(expert_map, self._member.rank, self._replicas))
+            slots_LUE = physical_slots(expert_map, self._member.rank, self._replicas)
             if self._mask is not None:
                 mapping = self._mask.map_members(expert_map)
                 self._wait_until_mapped(mapping, num_joiners=len(expert_map.joiners))
                 self._mask.adopt(expert_map)
+            # After the mask: from then on a verdict of this map's epoch clears no table of slots.
+            self._decoder.use_slots(slots_LUE)
 
         first = self._barrier_driver.adopt(expert_map, apply_map)
         self._peers = tuple(m.rank for m in expert_map.members if m != self._member)

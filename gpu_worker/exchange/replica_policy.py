@@ -13,6 +13,8 @@ from shared.expert_map import ExpertMap
 from shared.types import RankId
 
 UNCOVERED = -1
+NO_SLOT = -1
+"""In a table of physical slots: tokens go to no expert."""
 SPREAD_TURNS = 12
 """So many tokens in a row may go to different replicas. Divisible by most numbers of holders."""
 _LAYER_STRIDE = 31
@@ -60,18 +62,28 @@ def choose_replicas(
 
 def _gather(holds_LRE: NDArray[np.bool_]) -> NDArray[np.int64]:
     """`[L, E]`: one holder for each expert, the same on every rank. Experts with the fewest holders
-    are assigned first, each to the holder that has the fewest experts so far."""
+    are assigned first, each to the holder that has the fewest experts so far.
+
+    Everybody waits for this after a death, so experts that leave no choice are assigned at once."""
     layers, num_ranks, experts = holds_LRE.shape
-    order_LE = np.argsort(holds_LRE.sum(axis=1), axis=1, kind="stable")
-    taken_LR = np.zeros((layers, num_ranks), dtype=np.int64)
-    rank_LE = np.full((layers, experts), UNCOVERED, dtype=np.int64)
+    num_holders_LE = holds_LRE.sum(axis=1)
+    order_LE = np.argsort(num_holders_LE, axis=1, kind="stable")
     layer_L = np.arange(layers)
-    for expert_L in order_LE.T:
-        holds_LR = holds_LRE[layer_L, :, expert_L]
-        chosen_L = np.where(holds_LR, taken_LR, np.iinfo(np.int64).max).argmin(axis=1)
-        covered_L = holds_LR.any(axis=1)
-        rank_LE[layer_L, expert_L] = np.where(covered_L, chosen_L, UNCOVERED)
-        taken_LR[layer_L, chosen_L] += covered_L
+    holds_ELR = np.ascontiguousarray(
+        holds_LRE[layer_L[:, None], :, order_LE].transpose(1, 0, 2)
+    )
+    no_choice = int((num_holders_LE <= 1).sum(axis=1).min())  # for the first so many of each layer
+    taken_LR = holds_ELR[:no_choice].sum(axis=0)
+    taken_N, first_L = taken_LR.reshape(-1), layer_L * num_ranks  # a view, for cheap additions
+    chosen_EL = holds_ELR.argmax(axis=2)
+    excluded_ELR = np.where(holds_ELR, 0, experts + 1)
+    covered_EL = holds_ELR.any(axis=2)
+    for turn in range(no_choice, experts):
+        chosen_L = (taken_LR + excluded_ELR[turn]).argmin(axis=1)
+        chosen_EL[turn] = chosen_L
+        taken_N[first_L + chosen_L] += covered_EL[turn]
+    rank_LE = np.empty((layers, experts), dtype=np.int64)
+    rank_LE[layer_L, order_LE.T] = np.where(covered_EL, chosen_EL, UNCOVERED)
     return rank_LE
 
 
@@ -95,11 +107,11 @@ def _spread(
 def _first_slots(expert_map: ExpertMap) -> NDArray[np.int32]:
     """`[L, R, E]`: the rank's lowest slot that holds the expert, or -1."""
     computed = expert_map.computed
-    layers, ranks, slots = computed.shape
+    layers, ranks, _ = computed.shape
     result = np.full((layers, ranks, expert_map.num_experts), -1, dtype=np.int32)
-    for slot in reversed(range(slots)):
-        layer_N, rank_N = np.nonzero(computed[:, :, slot] >= 0)
-        result[layer_N, rank_N, computed[layer_N, rank_N, slot]] = slot
+    layer_N, rank_N, slot_N = (index_N[::-1] for index_N in np.nonzero(computed >= 0))
+    # Of a slot that comes twice the last one written stays, which is the lowest.
+    result[layer_N, rank_N, computed[layer_N, rank_N, slot_N]] = slot_N
     return result
 
 

@@ -30,6 +30,7 @@ from gpu_worker.cuda.ep.members import MaskChange
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.sampling_inputs import RowDraw
 from gpu_worker.engine.step_batch import StepBatch
+from gpu_worker.exchange.replica_policy import NO_SLOT
 from shared.types import EMPTY_SLOT, Incarnation, Member, RankId
 from tests.sim.sim_loop import SimLoop, SimProcess, outside_processes, pause, pause_in_driver
 from tests.sim.sim_model import NUM_LAYERS, PRIME, TOP_K, SimModel, expert_output, experts_of
@@ -192,6 +193,10 @@ class SimDevice:
         self._check_driver()
         self.mask_R[list(ranks)] = 0
         self.look_soon()
+
+    def skip_experts(self) -> None:
+        self._check_driver()
+        self.slot_of_LUE = np.full_like(self.slot_of_LUE, NO_SLOT)
 
     def set(self, change: MaskChange) -> None:
         self._check_driver()
@@ -380,8 +385,10 @@ class SimGraph:
         for token, value in enumerate(self._values_T.tolist()):
             turn = token % device.slot_of_LUE.shape[1]
             for choice, expert in enumerate(experts_of(value, layer)):
-                rank, slot = divmod(int(device.slot_of_LUE[layer, turn, expert]), slots)
-                rows[rank].append(Row(token, choice, layer, slot, value))
+                physical = int(device.slot_of_LUE[layer, turn, expert])
+                if physical != NO_SLOT:
+                    rank, slot = divmod(physical, slots)
+                    rows[rank].append(Row(token, choice, layer, slot, value))
         self._own_rows = rows[device.member.rank]
         self._outputs_TK = np.full((len(self._values_T), TOP_K), _GARBAGE, dtype=np.int64)
         for rank, _ in device.peers():

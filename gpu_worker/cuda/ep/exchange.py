@@ -31,6 +31,7 @@ from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import MaskChange
 from gpu_worker.cuda.ep.rank_mask import RankMask
 from gpu_worker.cuda.streams import on_stream
+from gpu_worker.exchange.replica_policy import NO_SLOT
 from gpu_worker.exchange.worker_thread import WorkerThread
 from shared.clock import Clock
 from shared.records import ExchangeHandles
@@ -78,6 +79,21 @@ class CudaMask:
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(num_ranks, dtype=torch.int32).pin_memory()
         self._checked = torch.zeros(1, dtype=torch.int32, device=device)
+        self._slot_table: Tensor | None = None
+        self._no_slots: Tensor | None = None
+
+    def watch_slot_table(self, slot_of_LUE: Tensor) -> None:
+        """The table from which running kernels take each token's slots."""
+        self._slot_table = slot_of_LUE
+        no_slots = torch.full(slot_of_LUE.shape, NO_SLOT, dtype=slot_of_LUE.dtype)
+        self._no_slots = no_slots.pin_memory()
+
+    def skip_experts(self) -> None:
+        if self._slot_table is None or self._no_slots is None:
+            return
+        with on_stream(self._side_stream):
+            self._slot_table.copy_(self._no_slots, non_blocking=True)
+            self._side_stream.synchronize()
 
     def clear(self, ranks: Sequence[RankId]) -> None:
         with on_stream(self._side_stream):
@@ -125,7 +141,7 @@ class EpExchange:
         handle_store = HandleStore()
         self._buffer_id = uuid.uuid4().hex
         self._buffer = _open_buffer(member.rank, shape, handle_store, timeout_ms, device)
-        cuda_mask = CudaMask(self._buffer, device, shape.num_ranks)
+        self._cuda_mask = cuda_mask = CudaMask(self._buffer, device, shape.num_ranks)
         self.mask_R = cuda_mask.mask_R
         self.mask = RankMask(
             member,
@@ -137,6 +153,11 @@ class EpExchange:
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / 128]`
+
+    def watch_slot_table(self, slot_of_LUE: Tensor) -> None:
+        """`[L, U, E]` int32 on the device, the table that the decoder's kernels read. With it steps
+        that nobody will deliver send nothing to experts."""
+        self._cuda_mask.watch_slot_table(slot_of_LUE)
 
     @property
     def step_tokens_max(self) -> int:

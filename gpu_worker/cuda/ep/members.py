@@ -107,6 +107,12 @@ class EpMembers:
             self._given_up[rank] = max(epoch, self._given_up.get(rank, epoch))
         return met
 
+    def delivers_no_more(self) -> bool:
+        """Whether no step of the adopted map that has not ended by now can be delivered: a member
+        has been given up."""
+        gone = self._given_up_ranks(self.epoch)
+        return any(m.rank in gone for m in self.members)
+
     def adopt(self, expert_map: ExpertMap) -> MaskChange:
         """A member that a newer map than this one has given up stays masked, and so does one that
         is not mapped. Then the next step is abandoned at once and does not wait for the dead."""

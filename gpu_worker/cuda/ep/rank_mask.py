@@ -6,7 +6,8 @@ on the device, and reads that mask while it waits. A bit goes from 1 to 0 in two
 clears it as soon as a verdict is known, and the kernel's own timeout clears it as a backstop. In
 both cases the kernels of the step go on, and its result lacks something. The mask travels to the
 host in the copy that brings the sampled tokens, so looking at it costs nothing. A step that lost a
-bit raises StepAbandoned and is never delivered.
+bit raises StepAbandoned and is never delivered. So once a member of the adopted map is given up,
+the steps in flight send no more tokens to experts: they only have to end.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class MaskDevice(Protocol):
 
     def clear(self, ranks: Sequence[RankId]) -> None:
         """Returns when running kernels see that these bits are 0. Any thread may call it."""
+        ...
+
+    def skip_experts(self) -> None:
+        """No token that is routed from now on reaches an expert, until the table of slots is
+        written again. Returns when running kernels see that. Any thread may call it."""
         ...
 
     def set(self, change: MaskChange) -> None:
@@ -143,9 +149,13 @@ class RankMask:
         """Map `epoch` is without these members: kernels wait for them no longer. Safe at any
         moment. It returns when the running kernel can see it, and no step that has not completed
         by then will be delivered. Members that this rank has not met, or whose successors it has
-        met already, change nothing."""
+        met already, change nothing. Of a step that will not be delivered the experts are skipped:
+        write the table of slots after `adopt`, never before it."""
         with self._lock:
-            self._device.clear(self._members.give_up(dead, epoch))
+            given_up = self._members.give_up(dead, epoch)
+            self._device.clear(given_up)
+            if self._members.delivers_no_more():
+                self._device.skip_experts()
 
     def map_members(self, expert_map: ExpertMap) -> Future[None]:
         """Before `adopt` of the same map: with nothing in flight, and for a map with joiners with

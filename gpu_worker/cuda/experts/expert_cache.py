@@ -53,7 +53,7 @@ class ExpertCacheHeader:
     num_values: int
     num_layers: int
     num_experts: int
-    form: int = 2
+    form: int = 3
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
         """How another header differs from this one; None if it does not."""

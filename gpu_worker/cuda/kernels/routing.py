@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.exchange.replica_policy import NO_SLOT as NO_SLOT
+
 _CHUNK = 256
 _FIXED_POINT = tl.constexpr(2.0**40)
 _COMPARISONS = 4_096  # per block, over 8 warps: the fastest as measured
-NO_SLOT = -1
 
 
 class SlotTiles(NamedTuple):

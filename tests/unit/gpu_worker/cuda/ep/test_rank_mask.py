@@ -47,6 +47,10 @@ class Device:
         self.calls.append("clear")
         self.active -= set(ranks)
 
+    def skip_experts(self) -> None:
+        self._check()
+        self.calls.append("skip")
+
     def set(self, change: MaskChange) -> None:
         self._check()
         self.calls.append("set")
@@ -160,3 +164,27 @@ def test_a_card_that_is_lost_has_no_next_incarnation(mask: RankMask, device: Dev
         mask.end()
     with pytest.raises(DeviceLost, match="context"):
         mask.renew(life(0, 2))
+
+
+def test_a_step_that_nobody_will_deliver_skips_its_experts(mask: RankMask, device: Device) -> None:
+    mask.release([life(1)], Epoch(2))
+    assert device.calls == ["clear", "skip"]
+
+
+def test_the_death_of_a_newcomer_changes_nothing_for_running_steps(
+    mask: RankMask, device: Device
+) -> None:
+    mask.release([life(2)], Epoch(2))
+    mask.adopt(map_of(2, life(0), life(1)))
+    connect(mask, life(2, 2))
+    device.calls.clear()
+    mask.release([life(2, 2)], Epoch(3))
+    assert "skip" not in device.calls
+    assert device.active == {0, 1}
+
+
+def test_a_verdict_that_comes_after_its_map_skips_nothing(mask: RankMask, device: Device) -> None:
+    mask.adopt(map_of(2, life(0), life(2)))
+    device.calls.clear()
+    mask.release([life(1)], Epoch(2))
+    assert "skip" not in device.calls

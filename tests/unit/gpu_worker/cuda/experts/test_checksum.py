@@ -39,3 +39,23 @@ def test_a_slot_has_the_checksum_of_what_was_put_into_it(dtype: torch.dtype) -> 
     values, split = weights(dtype), NUM_VALUES // 3 * 2
     gate_up, down = values[:split].clone().view(80, 24), values[split:].clone().view(24, 40)
     assert int(checksum(gate_up, down)) == checksum_of(values)
+
+
+@pytest.mark.parametrize("num_bytes", [3, 6, 12, 24])
+def test_weights_of_any_size_have_one(num_bytes: int) -> None:
+    values = torch.arange(num_bytes, dtype=torch.uint8)
+    known = checksum_of(values)
+    for byte in range(num_bytes):
+        changed = values.clone()
+        changed[byte] ^= 128
+        assert checksum_of(changed) != known
+
+
+def test_values_exchanged_at_the_distance_of_a_power_of_two_are_noticed() -> None:
+    values = torch.zeros(3 * 2**18, dtype=torch.int16)
+    values[3] = -(2**15)
+    known = checksum_of(values)
+    for bit in range(2, 17):
+        exchanged = values.clone()
+        exchanged[[3, 3 + 2**bit]] = exchanged[[3 + 2**bit, 3]]
+        assert checksum_of(exchanged) != known

@@ -169,7 +169,7 @@ def test_copies_of_another_checkpoint_are_left_alone_and_it_is_said_why(tmp_path
     [
         ({"dtype": "torch.float16"}, "dtype is torch.float32"),
         ({"num_experts": NUM_EXPERTS + 1}, f"num_experts is {NUM_EXPERTS}"),
-        ({"form": 1}, "form is 2"),
+        ({"form": 1}, "form is 3"),
     ],
 )
 def test_another_layout_is_no_expert_cache_of_ours(
