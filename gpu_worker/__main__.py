@@ -103,7 +103,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware
 
-        cuda = CudaHardware(config, member, clock)
+        cuda = CudaHardware(config, member, clock, timer.end_stage)
         timer.end_stage("device")
         hardware = await asyncio.to_thread(cuda.load, model_spec, spec, folder)
     else:
@@ -116,6 +116,9 @@ async def run_rank(config: RankConfig) -> NoReturn:
     replication = await asyncio.to_thread(
         _make_replication, transport, hardware, member, access, spec, config
     )
+    timer.end_stage("replicas")
+    grammars = start_grammars(config, folder, model_spec)
+    timer.end_stage("grammars")
     rank = RejoiningRank(
         RankParts(
             member=member,
@@ -128,7 +131,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
             clock=clock,
             hardware=hardware,
             engine_executor=EngineThread(),
-            grammars=start_grammars(config, folder, model_spec),
+            grammars=grammars,
             replication=replication,
             tracer=tracer,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +64,14 @@ class _ProcessParts:
 class CudaHardware:
     """`load` blocks while weights are read and kernels compiled."""
 
-    def __init__(self, config: RankConfig, member: Member, clock: Clock) -> None:
-        """Raises ConfigError."""
+    def __init__(
+        self,
+        config: RankConfig,
+        member: Member,
+        clock: Clock,
+        end_stage: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`end_stage` hears of each stage of the start. Raises ConfigError."""
         cards = torch.cuda.device_count()
         card = config.cuda_device if config.cuda_device >= 0 else member.rank % cards
         if card >= cards:
@@ -72,6 +79,7 @@ class CudaHardware:
         self._config = config
         self._member = member
         self._clock = clock
+        self._end_stage = end_stage
         self._device = torch.device("cuda", card)
         self._loop = asyncio.get_running_loop()
 
@@ -83,12 +91,16 @@ class CudaHardware:
         if spec.capacity > 1:
             check_dispatch(self._ep_shape(model, spec))
         torch.cuda.set_device(self._device)
+        torch.zeros(1, device=self._device)
+        self._end_stage("context")
         progress = LoadProgress(self._clock)
         loaded = self._load_model(model, spec, folder, progress)
         log.info(
             "model_loaded", folder=str(folder), card=self._device.index, **progress.log_fields()
         )
+        self._end_stage("weights")
         exchange = self._open_exchange(model, spec) if spec.capacity > 1 else None
+        self._end_stage("exchange")
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with on_stream(stream):
@@ -102,7 +114,9 @@ class CudaHardware:
             )
             if exchange is not None:
                 exchange.watch_slot_table(decoder.slot_of_LUE)
+            self._end_stage("decoder")
             decoder.capture()
+            self._end_stage("graphs")
             blocks = (
                 CudaBlockCache(decoder.attention.cache(), architecture=model.architecture)
                 if uses_kv_replication(self._config, spec)
@@ -121,6 +135,8 @@ class CudaHardware:
             stream=stream,
             release_worker=WorkerThread("release", lambda: torch.cuda.set_device(self._device)),
         )
+        self._end_stage("kv_blocks")
+        _ = loaded.loader  # pinning is over before any step
         if exchange is None:
             return self._alone(parts)
         return self._of_incarnation(self._member, parts, exchange, exchange.mask)

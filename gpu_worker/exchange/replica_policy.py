@@ -69,15 +69,13 @@ def _gather(holds_LRE: NDArray[np.bool_]) -> NDArray[np.int64]:
     num_holders_LE = holds_LRE.sum(axis=1)
     order_LE = np.argsort(num_holders_LE, axis=1, kind="stable")
     layer_L = np.arange(layers)
-    holds_ELR = np.ascontiguousarray(
-        holds_LRE[layer_L[:, None], :, order_LE].transpose(1, 0, 2)
-    )
+    holds_ELR = np.ascontiguousarray(holds_LRE[layer_L[:, None], :, order_LE].transpose(1, 0, 2))
     no_choice = int((num_holders_LE <= 1).sum(axis=1).min())  # for the first so many of each layer
     taken_LR = holds_ELR[:no_choice].sum(axis=0)
     taken_N, first_L = taken_LR.reshape(-1), layer_L * num_ranks  # a view, for cheap additions
     chosen_EL = holds_ELR.argmax(axis=2)
     excluded_ELR = np.where(holds_ELR, 0, experts + 1)
-    covered_EL = holds_ELR.any(axis=2)
+    covered_EL: NDArray[np.bool_] = num_holders_LE[layer_L, order_LE.T] > 0
     for turn in range(no_choice, experts):
         chosen_L = (taken_LR + excluded_ELR[turn]).argmin(axis=1)
         chosen_EL[turn] = chosen_L

@@ -63,6 +63,7 @@ class SimCards:
             handle_store=handle_store,
             clock=context.clock,
             mapping_worker=self._worker(context),
+            peer_memory=device,
         )
         loader = CudaSlotLoader(
             slots=slots,
@@ -135,7 +136,7 @@ def _handles(member: Member) -> ExchangeHandles:
     return ExchangeHandles(
         host="sim",
         address=0,
-        remote_key=0,
+        remote_key=int(member.rank),
         subnet_prefix=0,
         interface_id=0,
         queue_pairs=(),

@@ -45,7 +45,8 @@ class EpEndpoint:
         return self._mask.is_connected(target)
 
     def forget(self, member: Member) -> None:
-        """Nothing yet: the engine may still run a map that names it."""
+        """What is mapped stays so: the engine may still run a map that names it."""
+        self._mask.forget(member)
 
     def sweep(self) -> None:
         """Nothing: a buffer is unmapped when the next incarnation of its rank is adopted."""
