@@ -36,7 +36,8 @@ HOST_STEPS = 40
 
 
 class GpuBench:
-    def __init__(self, sizes: DecoderSizes) -> None:
+    def __init__(self, sizes: DecoderSizes, *, scaled: bool = False) -> None:
+        """With `scaled`, experts are in block-scaled FP8."""
         from gpu_worker.cuda.experts.slots import CudaSlots
         from gpu_worker.cuda.weights.random_weights import random_weights
 
@@ -50,6 +51,7 @@ class GpuBench:
             hidden_size=self.sizes.hidden_size,
             inner_size=self.sizes.inner_size,
             device=self.device,
+            scaled=scaled,
         )
         self.slots.fill_randomly(self.sizes.num_experts, std=0.02)
 
@@ -156,10 +158,8 @@ def decode_rates(bench: GpuBench, decoder: Any, batch: int, copy_tb_per_s: float
     from benchmarks.gpu_kernels import replay_ms
 
     graph_ms = replay_ms(graph_of(decoder, batch), 9)
-    nbytes = 2 * (
-        np.mean(distinct) * sizes.num_expert_weights
-        + sizes.num_shared_weights
-        + batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
+    nbytes = np.mean(distinct) * bench.slots.form.num_bytes + 2 * (
+        sizes.num_shared_weights + batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
     )
     floor_ms = float(nbytes / copy_tb_per_s / 1e9)
     return {

@@ -14,13 +14,14 @@ import torch
 from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertReader, are_scaled
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader, open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
+from gpu_worker.cuda.weights.scaled_blocks import multiplies_fp8
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
@@ -64,7 +65,13 @@ def load_cuda_model(
     before it reads anything."""
     layout = checkpoint_layout_of(spec)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
-    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype)
+    prefixes = (
+        layout.expert_prefix(layer, expert)
+        for layer in range(spec.num_moe_layers)
+        for expert in range(spec.num_experts)
+    )
+    scaled = multiplies_fp8(device) and are_scaled(checkpoint, prefixes)
+    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype, scaled=scaled)
     header = expert_cache_header(checkpoint, reader, spec)
     opener = ThreadPoolExecutor(1, "host-experts")
     copies = opener.submit(open_host_experts, reader, cache_memory, header, device)
@@ -77,6 +84,7 @@ def load_cuda_model(
         inner_size=spec.moe_intermediate_size,
         device=device,
         dtype=dtype,
+        scaled=scaled,
     )
 
     def open_loader(host_experts: HostExperts) -> CudaSlotLoader:

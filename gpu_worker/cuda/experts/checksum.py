@@ -3,29 +3,34 @@ slot. It finds damage, not forgery."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 
 _WORDS = (torch.int32, torch.int16, torch.uint8)
 _MIX_1, _MIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 """The multipliers of splitmix64's finaliser (Steele, Lea, Flood 2014), as signed numbers."""
 
 
-def checksum(gate_up: Tensor, down: Tensor) -> Tensor:
-    """A 64-bit number, as a tensor on the weights' device. The weights are contiguous, of any
-    shape. Every single changed bit changes it, and so does an exchange of two values, unless the
-    factors of their words happen to cancel it out.
+def checksum(parts: Sequence[Tensor]) -> Tensor:
+    """A 64-bit number, as a tensor on the weights' device. The parts are contiguous, of any shape.
+    Every single changed bit changes it, and so does an exchange of two values, unless the factors
+    of their words happen to cancel it out.
 
     It is few operations on the device, because many experts are checked while everybody waits."""
-    return _fold(gate_up) * 3 + _fold(down)
+    total = _fold(parts[-1])
+    for place, part in enumerate(reversed(parts[:-1]), start=1):
+        total = total + _fold(part) * (2 * place + 1)
+    return total
 
 
-def checksum_of(values_N: Tensor) -> int:
+def checksum_of(values_N: Tensor, form: ExpertForm) -> int:
     """Of one expert, flat as `SlotUpload.values`."""
-    split = values_N.numel() // 3 * 2
-    return int(checksum(values_N[:split], values_N[split:]))
+    return int(checksum(form.split(values_N)))
 
 
 def _fold(values: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def open_host_experts(
         return HostExperts(reader, None)
     cache = None
     try:
-        cache = ExpertCache(memory, header, reader.dtype)
+        cache = ExpertCache(memory, header, reader.form)
         cache.pin(device)
     except (OSError, ValueError) as error:
         log.warning("host_experts_unused", detail=str(error))

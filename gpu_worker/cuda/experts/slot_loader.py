@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.checksum import checksum_of
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.experts.expert_reader import ExpertReader
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
@@ -49,6 +50,9 @@ class LoadableSlots(Protocol):
 
 class ExpertSource(Protocol):
     """See `expert_reader.ExpertReader`."""
+
+    @property
+    def form(self) -> ExpertForm: ...
 
     @property
     def num_bytes(self) -> int: ...
@@ -198,7 +202,7 @@ class CudaSlotLoader:
         try:
             for _ in range(2):
                 self._reader.read(assignment.layer, assignment.expert, staging)
-                upload = SlotUpload(*assignment, staging, checksum_of(staging))
+                upload = SlotUpload(*assignment, staging, checksum_of(staging, self._reader.form))
                 if not self._slots.load([upload]):
                     return
         finally:

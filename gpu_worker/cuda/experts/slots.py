@@ -13,8 +13,12 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.experts.checksum import checksum
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.streams import on_stream
+from gpu_worker.cuda.weights.scaled_blocks import CODES, ScaledBlocks
 from shared.types import EMPTY_SLOT
+
+_CODES_STD, _CODE_MAX = 64.0, 448.0  # of random codes: seven deviations
 
 
 class SlotAssignment(NamedTuple):
@@ -26,9 +30,9 @@ class SlotAssignment(NamedTuple):
 
 
 class SlotUpload(NamedTuple):
-    """`values` holds one expert, flat: gate and up `[2I, H]`, then down `[H, I]`. It should be
-    pinned; otherwise the copy blocks. `checksum` is that of `checksum.checksum_of`; without it
-    nobody looks at what has arrived."""
+    """`values` holds one expert, flat: the parts of an `ExpertForm`. It should be pinned; otherwise
+    the copy blocks. `checksum` is that of `checksum.checksum_of`; without it nobody looks at what
+    has arrived."""
 
     layer: int
     slot: int
@@ -38,7 +42,8 @@ class SlotUpload(NamedTuple):
 
 
 class CudaSlots:
-    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up).
+    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If `form.scaled`, the
+    weights are codes, and have scales `[L, S, …]` as in `ScaledBlocks`; otherwise those are None.
 
     No table that a running step reads may name a slot that an upload writes. The planner ensures
     this: it names a slot only after `contents` shows its expert.
@@ -53,14 +58,19 @@ class CudaSlots:
         inner_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        scaled: bool = False,
     ) -> None:
         leading = (num_layers, slots_per_rank)
-        self.w_gate_up_LSJH = torch.zeros(
-            (*leading, 2 * inner_size, hidden_size), device=device, dtype=dtype
+        self.form = form = ExpertForm(
+            hidden_size=hidden_size, inner_size=inner_size, dtype=dtype, scaled=scaled
         )
-        self.w_down_LSHI = torch.zeros(
-            (*leading, hidden_size, inner_size), device=device, dtype=dtype
-        )
+        self.device = device
+        self.parts = [  # of `form`, each with all layers and slots
+            torch.zeros((*leading, *part.shape), device=device, dtype=part.dtype)
+            for part in form.parts
+        ]
+        self.w_gate_up_LSJH, self.w_down_LSHI = self.parts[:2]
+        self.gate_up_scales, self.down_scales = self.parts[2:] if form.scaled else (None, None)
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -69,6 +79,14 @@ class CudaSlots:
     def contents(self) -> NDArray[np.int16]:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         return self._ledger.contents
+
+    def gate_up(self, layer: int) -> Tensor | ScaledBlocks:
+        """`[S, 2I, H]`, for the kernels."""
+        return _weights(self.w_gate_up_LSJH[layer], self.gate_up_scales, layer)
+
+    def down(self, layer: int) -> Tensor | ScaledBlocks:
+        """`[S, H, I]`, for the kernels."""
+        return _weights(self.w_down_LSHI[layer], self.down_scales, layer)
 
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]:
         """Marks slots that are wanted EMPTY as empty. Returns the wanted assignments that are
@@ -106,15 +124,33 @@ class CudaSlots:
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Puts a random expert e into slot e of every layer, for measurements and tests."""
         for layer in range(self.num_layers):
-            self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
-            self.w_down_LSHI[layer, :num_experts].normal_(std=std)
+            for weights, scales in (
+                (self.w_gate_up_LSJH, self.gate_up_scales),
+                (self.w_down_LSHI, self.down_scales),
+            ):
+                _fill_randomly(weights[layer, :num_experts], std)
+                if scales is not None:
+                    scales[layer, :num_experts] = std / _CODES_STD
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
     def _copy(self, upload: SlotUpload) -> Tensor | None:
         """The checksum of what the slot then holds, if it is to be compared."""
-        gate_up_JH = self.w_gate_up_LSJH[upload.layer, upload.slot]
-        down_HI = self.w_down_LSHI[upload.layer, upload.slot]
-        gate_up_JH.view(-1).copy_(upload.values[: gate_up_JH.numel()], non_blocking=True)
-        down_HI.view(-1).copy_(upload.values[gate_up_JH.numel() :], non_blocking=True)
-        return None if upload.checksum is None else checksum(gate_up_JH, down_HI)
+        parts = [part[upload.layer, upload.slot] for part in self.parts]
+        for part, given in zip(parts, self.form.split(upload.values), strict=True):
+            part.copy_(given, non_blocking=True)
+        return None if upload.checksum is None else checksum(parts)
+
+
+def _weights(weights: Tensor, scales: Tensor | None, layer: int) -> Tensor | ScaledBlocks:
+    return weights if scales is None else ScaledBlocks(weights, scales[layer])
+
+
+def _fill_randomly(weights: Tensor, std: float) -> None:
+    """Codes get a deviation of their own: their scales make it `std`."""
+    if weights.dtype != CODES:
+        weights.normal_(std=std)
+        return
+    for expert in weights:
+        drawn = torch.empty(expert.shape, device=expert.device, dtype=torch.bfloat16)
+        expert.copy_(drawn.normal_(std=_CODES_STD).clamp_(-_CODE_MAX, _CODE_MAX))

@@ -101,13 +101,9 @@ class LocalMoe:
         self._slots = slots
         self._top_k = top_k
         pairs_max = step_tokens_max * top_k
-        _, _, hidden, inner = slots.w_down_LSHI.shape
-        like = slots.w_down_LSHI
-        self._inner_NI = like.new_empty(pairs_max, inner)
-        self._y_NH = like.new_empty(pairs_max, hidden)
+        self._inner_NI, self._y_NH = _row_buffers(slots, pairs_max)
         self._tiles: dict[int, routing.SlotTiles] = {}
-        num_slots, device = slots.slots_per_rank, like.device
-        self._counts_BS = pair_order.new_block_counts(pairs_max, num_slots, device)
+        self._counts_BS = pair_order.new_block_counts(pairs_max, slots.slots_per_rank, slots.device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
         return num_tokens <= _UNGROUPED_TOKENS_MAX
@@ -125,7 +121,7 @@ class LocalMoe:
         pairs = tokens * self._top_k
         rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
         inner_NI, y_NH = self._inner_NI[:pairs], self._y_NH[:pairs]
-        w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
+        w_gate_up, w_down = self._slots.gate_up(layer), self._slots.down(layer)
         chosen = None
         if routed.choice is not None:
             chosen = experts.FusedChoice(routed.choice, routed.weights_TK)
@@ -170,14 +166,12 @@ class ExchangedMoe:
         self._exchange = exchange
         self._rows_of_slot = rows_of_slot
         num_slots = slots.slots_per_rank
-        _, _, hidden, inner = slots.w_down_LSHI.shape
-        like = slots.w_down_LSHI
-        self._inner_NI = like.new_empty(num_slots * rows_of_slot, inner)
-        self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
-        self._tiles = routing.new_slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
-        self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=like.device)
+        rows, device = num_slots * rows_of_slot, slots.device
+        self._inner_NI, self._y_NH = _row_buffers(slots, rows)
+        self._tiles = routing.new_slot_tiles(rows, num_slots, 16, device)
+        self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=device)
         """Rows that each layer's slots have computed, modulo 2³²."""
-        self._side_stream = SideStream(like.device)
+        self._side_stream = SideStream(device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
         """Never, because dispatch needs the slots."""
@@ -198,7 +192,7 @@ class ExchangedMoe:
         routing.fill_padded_tiles(counts_S, self._rows_of_slot, self._tiles, computed_1)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         x_NH = self._in_own_type(x_SMH, counts_S)
-        w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
+        w_gate_up, w_down = self._slots.gate_up(layer), self._slots.down(layer)
         experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI)
         experts.down(self._inner_NI, w_down, rows, self._y_NH)
         y_SMH = self._y_NH.view(x_SMH.shape)
@@ -215,6 +209,13 @@ class ExchangedMoe:
             return x_SMH.view(-1, x_SMH.shape[-1])
         scaled_rows.dequantise(x_SMH, scales_SMG, counts_S, self._y_NH)
         return self._y_NH
+
+
+def _row_buffers(slots: CudaSlots, rows: int) -> tuple[Tensor, Tensor]:
+    """Of what gate and up, and down, give for so many rows."""
+    form = slots.form
+    inner_NI = torch.empty((rows, form.inner_size), device=slots.device, dtype=form.dtype)
+    return inner_NI, inner_NI.new_empty(rows, form.hidden_size)
 
 
 def slot_table(num_layers: int, num_turns: int, num_experts: int, device: torch.device) -> Tensor:
