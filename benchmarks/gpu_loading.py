@@ -3,10 +3,9 @@
     python -m benchmarks.gpu_loading --out FOLDER
 
 Random bf16 experts of Qwen3-30B-A3B's size are in files (by default in memory, as if they were in
-the page cache). The rank's own loader loads them: from the checkpoint, and from pinned copies that
-its background thread has made. Pinning is measured twice: with new pages, and as another rank of
-the host would do it, for pages that exist already. A step is a captured graph of some milliseconds;
-the host waits for its result.
+the page cache). The rank's own loader loads them: from the checkpoint, and from the copies on the
+host that its background thread has made. A step is a captured graph of some milliseconds; the host
+waits for its result.
 """
 
 from __future__ import annotations
@@ -92,11 +91,9 @@ class Rank:
         assert np.array_equal(held_LS, wanted_LS)
         return wanted_LS.size * self.reader.num_bytes / GB / took_s
 
-    def pin(self) -> tuple[HostExperts, float]:
-        """An expert cache without complete experts, and the GB/s of pinning its memory."""
-        began = time.perf_counter()
-        host_experts = open_host_experts(self.reader, self._memory, self._header, self._device)
-        return host_experts, self.num_bytes / GB / (time.perf_counter() - began)
+    def open_copies(self) -> HostExperts:
+        """None is complete."""
+        return open_host_experts(self.reader, self._memory, self._header)
 
     def fill(self, host_experts: HostExperts) -> float:
         """GB/s of the background thread that fills the cache."""
@@ -182,14 +179,10 @@ def measure(rank: Rank, device: torch.device) -> dict[str, Any]:
 
     steps, none = Steps(device), HostExperts(rank.reader, None)
     link = link_rate()
-    host_experts, pinned = rank.pin()
-    others, pinned_again = rank.pin()
-    others.close()
+    host_experts = rank.open_copies()
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(device),
         "link_gb_per_s": round(link, 2),
-        "pinned_gb_per_s": round(pinned, 2),
-        "pinned_again_gb_per_s": round(pinned_again, 2),
         "steps_alone": steps.measure_during(idle),
         "from_checkpoint": rank.load(none, 0),
         "from_checkpoint_beside_steps": steps.measure_during(lambda: rank.load(none, 1)),

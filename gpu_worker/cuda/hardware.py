@@ -136,7 +136,6 @@ class CudaHardware:
             release_worker=WorkerThread("release", lambda: torch.cuda.set_device(self._device)),
         )
         self._end_stage("kv_blocks")
-        _ = loaded.loader  # pinning is over before any step
         if exchange is None:
             return self._alone(parts)
         return self._of_incarnation(self._member, parts, exchange, exchange.mask)

@@ -3,10 +3,7 @@ expert slots and their loader. Imports neither numba nor Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,26 +24,15 @@ from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CudaModel:
-    """A loaded model. `slots` are empty until `loader` fills them. `copies` is done when the host's
-    copies of experts are pinned."""
+    """A loaded model. `slots` are empty until `loader` fills them."""
 
     sizes: DecoderSizes
     weights: DecoderWeights
     slots: CudaSlots
-    copies: Future[HostExperts]
-    open_loader: Callable[[HostExperts], CudaSlotLoader]
-
-    @cached_property
-    def loader(self) -> CudaSlotLoader:
-        """Waits for the copies."""
-        return self.open_loader(self.host_experts)
-
-    @property
-    def host_experts(self) -> HostExperts:
-        """Waits for them."""
-        return self.copies.result()
+    loader: CudaSlotLoader
+    host_experts: HostExperts
 
 
 def load_cuda_model(
@@ -59,24 +45,17 @@ def load_cuda_model(
     progress: LoadProgress,
     cache_memory: ExpertCacheMemory | None = None,
 ) -> CudaModel:
-    """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`,
-    which a thread pins meanwhile, and still does when this returns: no step may run before
-    `CudaModel.loader` is there. Raises CheckpointError; if the architecture or the files are wrong,
-    before it reads anything."""
+    """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`.
+    Raises CheckpointError; if the architecture or the files are wrong, before it reads anything."""
     layout = checkpoint_layout_of(spec)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
+    weights = layout.read(WeightReader(checkpoint, device, dtype))
     prefixes = (
         layout.expert_prefix(layer, expert)
         for layer in range(spec.num_moe_layers)
         for expert in range(spec.num_experts)
     )
     scaled = multiplies_fp8(device) and are_scaled(checkpoint, prefixes)
-    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype, scaled=scaled)
-    header = expert_cache_header(checkpoint, reader, spec)
-    opener = ThreadPoolExecutor(1, "host-experts")
-    copies = opener.submit(open_host_experts, reader, cache_memory, header, device)
-    opener.shutdown(wait=False)
-    weights = layout.read(WeightReader(checkpoint, device, dtype))
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
         slots_per_rank=slots_per_rank,
@@ -86,22 +65,18 @@ def load_cuda_model(
         dtype=dtype,
         scaled=scaled,
     )
-
-    def open_loader(host_experts: HostExperts) -> CudaSlotLoader:
-        return open_slot_loader(
-            slots=slots,
-            reader=reader,
-            host_experts=host_experts,
-            progress=progress,
-            device=device,
-        )
-
-    return CudaModel(
-        sizes=layout.sizes,
-        weights=weights,
+    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype, scaled=scaled)
+    header = expert_cache_header(checkpoint, reader, spec)
+    host_experts = open_host_experts(reader, cache_memory, header)
+    loader = open_slot_loader(
         slots=slots,
-        copies=copies,
-        open_loader=open_loader,
+        reader=reader,
+        host_experts=host_experts,
+        progress=progress,
+        device=device,
+    )
+    return CudaModel(
+        sizes=layout.sizes, weights=weights, slots=slots, loader=loader, host_experts=host_experts
     )
 
 

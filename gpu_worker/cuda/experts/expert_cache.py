@@ -29,13 +29,12 @@ from torch import Tensor
 
 from gpu_worker.cuda.experts.checksum import checksum_of
 from gpu_worker.cuda.experts.expert_form import ExpertForm
-from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages, pin, touch_pages, unpin
+from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages
 from shared.expert_cache_memory import ExpertCacheMemory
 
 _HEADER_BYTES = 2**16
 _STATES_AT = _HEADER_BYTES
 _ENTRIES_ALIGN = 2 * 2**20  # a huge page
-_PIECE_BYTES = 2**30
 _LENGTH = struct.Struct("<I")
 _FLOCK = struct.Struct("hhqqi4x")
 _COMPLETE = 1
@@ -77,7 +76,6 @@ class ExpertCache:
         self._form = form
         self._num_layers, num_pairs = header.num_layers, header.num_layers * header.num_experts
         self._expert_bytes = form.num_bytes
-        self._pinned: list[tuple[Tensor, torch.device]] = []
         usable_bytes = min(memory.bytes_max, os.fstat(self._fd).st_size)
         self._checksums_at = _round_up(_STATES_AT + num_pairs, _CHECKSUM.itemsize)
         checksums_end = self._checksums_at + num_pairs * _CHECKSUM.itemsize
@@ -126,25 +124,8 @@ class ExpertCache:
                 self._states_P[entry] = _COMPLETE
         return is_ours
 
-    def pin(self, device: torch.device) -> None:
-        """Pins all entries, in pieces of whole experts. This takes long and holds a lock of the
-        driver that steps need. Raises OSError if the host refuses."""
-        if device.type != "cuda" or not self.num_entries:
-            return
-        pieces = torch.split(self._entries_PB, max(1, _PIECE_BYTES // self._entries_PB.shape[1]))
-        # Ranks that start together begin at different entries, so pages are created in parallel.
-        first = os.getpid() % len(pieces)
-        for piece_PB in (*pieces[first:], *pieces[:first]):
-            piece_B = piece_PB.view(-1)
-            touch_pages(piece_B)
-            pin(piece_B, device)
-            self._pinned.append((piece_B, device))
-
     def close(self) -> None:
         """No copy may be in use any more."""
-        for piece_B, device in self._pinned:
-            unpin(piece_B, device)
-        self._pinned.clear()
         self.num_entries = 0
 
     def _check(self, header: ExpertCacheHeader) -> None:

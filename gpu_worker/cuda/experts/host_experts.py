@@ -1,5 +1,5 @@
-"""Pinned copies of experts in host memory. With them an orphan is loaded into a slot at the speed
-of the link: no file is read, and nothing is converted.
+"""Copies of experts in host memory. With them an orphan is soon in a slot: no file is read, and
+nothing is converted.
 
 What a rank reads for its own slots stays as a copy. Once the rank has its own experts, a thread
 fills in the others, together with the host's other ranks, and they stay. That thread does not run
@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from functools import partial
 
 import structlog
-import torch
 from torch import Tensor
 
 from gpu_worker.cuda.experts.expert_cache import ExpertCache, ExpertCacheHeader
@@ -136,20 +135,15 @@ def open_host_experts(
     reader: ExpertReader,
     memory: ExpertCacheMemory | None,
     header: ExpertCacheHeader,
-    device: torch.device,
 ) -> HostExperts:
-    """Pins the memory, so call this before steps run: pinning would delay them. If the memory holds
-    other experts or the host refuses, no copies are used, and the log says why."""
+    """If the memory holds other experts or the host refuses, no copies are used, and the log says
+    why."""
     if memory is None:
         return HostExperts(reader, None)
-    cache = None
     try:
         cache = ExpertCache(memory, header, reader.form)
-        cache.pin(device)
     except (OSError, ValueError) as error:
         log.warning("host_experts_unused", detail=str(error))
-        if cache is not None:
-            cache.close()
         return HostExperts(reader, None)
     log.info("host_experts_ready", entries=cache.num_entries, **_log_fields(cache, reader))
     return HostExperts(reader, cache)

@@ -1,6 +1,8 @@
 """Loads assigned experts into a CUDA rank's slots, off the event loop and beside decode. An expert
-comes from the host's pinned copies if it is there, and from the checkpoint otherwise; then a copy
-is made of it.
+comes from the host's copies if it is there, and from the checkpoint otherwise; then a copy is made
+of it. Either way it goes through a little pinned memory, from which the card reads at the full
+speed of the link: to pin all copies would cost a rank a second for each ten gigabytes, when it
+starts and when it ends.
 
 What has arrived in a slot is compared with the checksum of what was read from the checkpoint. If a
 copy was damaged since, or on its way, the expert is read from the checkpoint again; the slot is
@@ -8,7 +10,6 @@ told to hold it only when all is right."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
@@ -33,8 +34,10 @@ log = structlog.get_logger()
 
 PROGRESS_EVERY = 64
 NUM_READERS = 4
-"""Threads that read the checkpoint, each into pinned memory for one expert. One alone is slower
-than the link."""
+"""Threads that read the checkpoint or the copies, each into pinned memory of its own. One alone is
+slower than the link."""
+STAGING_BYTES = 2**25
+"""Of each reader, or one expert if that is more."""
 
 
 class LoadableSlots(Protocol):
@@ -95,14 +98,15 @@ class CudaSlotLoader:
         staging: Sequence[Tensor],
         open_readers: Callable[[], Executor],
     ) -> None:
-        """`staging`: for each reader flat memory for one expert, pinned or the copy blocks.
-        `open_readers` gives an executor with as many threads, for one load."""
+        """`staging`: for each reader memory for as many experts B, `[B, num_values]`, pinned or the
+        copy blocks. `open_readers` gives an executor with as many threads, for one load."""
         self._slots = slots
         self._reader = reader
         self._host_experts = host_experts
         self._progress = progress
         self._open_readers = open_readers
         self._num_rejected = 0
+        self._num_readers, self._staged_max = len(staging), staging[0].shape[0]
         self._free: SimpleQueue[Tensor] = SimpleQueue()
         for buffer in staging:
             self._free.put(buffer)
@@ -117,9 +121,9 @@ class CudaSlotLoader:
         return self._slots.contents
 
     def _fill(self, assignments: Sequence[SlotAssignment]) -> None:
-        here, elsewhere = self._find_cached(assignments)
+        """Raises CheckpointError; experts loaded before stay."""
         loaded = said = from_host = 0
-        for part in itertools.chain(self._load_cached(here), self._load_missing(elsewhere)):
+        for part in self._load_parts(assignments):
             loaded += part.num
             from_host += part.from_host
             if loaded == len(assignments) or loaded - said >= PROGRESS_EVERY:
@@ -132,57 +136,60 @@ class CudaSlotLoader:
                     **self._progress.log_fields(),
                 )
 
-    def _find_cached(
-        self, assignments: Sequence[SlotAssignment]
-    ) -> tuple[list[SlotUpload], list[SlotAssignment]]:
+    def _load_parts(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
+        """First what has a copy, in batches."""
         here, elsewhere = [], []
         for assignment in assignments:
-            values = self._host_experts.cached_values(assignment.layer, assignment.expert)
-            if values is None:
-                elsewhere.append(assignment)
-            else:
-                here.append(self._upload_of_copy(assignment, values))
-        return here, elsewhere
-
-    def _load_cached(self, uploads: Sequence[SlotUpload]) -> Iterator[_Loaded]:
-        for first in range(0, len(uploads), PROGRESS_EVERY):
-            batch = uploads[first : first + PROGRESS_EVERY]
-            damaged = self._slots.load(batch)
-            for upload in damaged:
-                self._replace_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
-            for _ in batch[len(damaged) :]:
-                self._progress.count(self._reader.num_bytes)
-            yield _Loaded(len(batch), len(batch) - len(damaged))
-
-    def _load_missing(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
-        """Raises CheckpointError; experts loaded before stay."""
+            copy = self._host_experts.cached_values(assignment.layer, assignment.expert)
+            (elsewhere if copy is None else here).append(assignment)
+        size = min(self._staged_max, max(1, -(-len(here) // self._num_readers)))
         with self._open_readers() as pool:
-            futures = [pool.submit(self._load_one, assignment) for assignment in assignments]
+            futures = [
+                pool.submit(self._load_copies, here[first : first + size])
+                for first in range(0, len(here), size)
+            ]
+            futures += [pool.submit(self._load_missing, assignment) for assignment in elsewhere]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _load_one(self, assignment: SlotAssignment) -> _Loaded:
+    def _load_copies(self, assignments: Sequence[SlotAssignment]) -> _Loaded:
+        """All have a complete copy."""
+        staging_BN = self._free.get()
+        try:
+            uploads = [
+                self._stage_copy(assignment, staging_N)
+                for assignment, staging_N in zip(assignments, staging_BN, strict=False)
+            ]
+            damaged = self._slots.load(uploads)
+        finally:
+            self._free.put(staging_BN)
+        for upload in damaged:
+            self._replace_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
+        num, from_host = len(uploads), len(uploads) - len(damaged)
+        self._progress.count(from_host * self._reader.num_bytes)
+        return _Loaded(num, from_host)
+
+    def _stage_copy(self, assignment: SlotAssignment, staging_N: Tensor) -> SlotUpload:
+        copy = self._host_experts.cached_values(assignment.layer, assignment.expert)
+        assert copy is not None, "a complete copy stays as long as the host's memory does"
+        staging_N.copy_(copy)
+        known = self._host_experts.checksum(assignment.layer, assignment.expert)
+        return SlotUpload(*assignment, staging_N, known)
+
+    def _load_missing(self, assignment: SlotAssignment) -> _Loaded:
         """From a copy that another rank has made meanwhile, or from one that is made now for all
         ranks of the host."""
-        made = self._host_experts.cached_values(assignment.layer, assignment.expert)
-        from_host = made is not None
-        if from_host:
-            self._progress.count(self._reader.num_bytes)
-        else:
-            made = self._host_experts.cache_expert(assignment.layer, assignment.expert)
-        if made is None:
+        layer, expert = assignment.layer, assignment.expert
+        if self._host_experts.cached_values(layer, expert) is not None:
+            return self._load_copies([assignment])
+        if self._host_experts.cache_expert(layer, expert) is None:
             self._load_through_staging(assignment)
-        elif self._slots.load([self._upload_of_copy(assignment, made)]):
-            self._replace_damaged(assignment)
-            from_host = False
-        return _Loaded(1, int(from_host))
-
-    def _upload_of_copy(self, assignment: SlotAssignment, values: Tensor) -> SlotUpload:
-        known = self._host_experts.checksum(assignment.layer, assignment.expert)
-        return SlotUpload(*assignment, values, known)
+            return _Loaded(1, 0)
+        self._load_copies([assignment])
+        return _Loaded(1, 0)
 
     def _replace_damaged(self, assignment: SlotAssignment) -> None:
         self._num_rejected += 1
@@ -198,15 +205,16 @@ class CudaSlotLoader:
     def _load_through_staging(self, assignment: SlotAssignment) -> None:
         """Raises CheckpointError, also if twice something else has arrived in the slot than what
         was read."""
-        staging = self._free.get()
+        staging_BN = self._free.get()
+        staging_N = staging_BN[0]
         try:
             for _ in range(2):
-                self._reader.read(assignment.layer, assignment.expert, staging)
-                upload = SlotUpload(*assignment, staging, checksum_of(staging, self._reader.form))
-                if not self._slots.load([upload]):
+                self._reader.read(assignment.layer, assignment.expert, staging_N)
+                known = checksum_of(staging_N, self._reader.form)
+                if not self._slots.load([SlotUpload(*assignment, staging_N, known)]):
                     return
         finally:
-            self._free.put(staging)
+            self._free.put(staging_BN)
         raise CheckpointError(
             f"expert {assignment.expert} of MoE layer {assignment.layer} was damaged twice on its "
             "way into its slot: this machine's memory, link or card is at fault"
@@ -222,12 +230,16 @@ def open_slot_loader(
     device: torch.device,
     num_readers: int = NUM_READERS,
 ) -> CudaSlotLoader:
-    """Pins memory for `num_readers` experts, for copies to `device`."""
+    """Pins memory for each reader, for copies to `device`."""
+    num_experts = max(1, STAGING_BYTES // reader.num_bytes)
     return CudaSlotLoader(
         slots=slots,
         reader=reader,
         host_experts=host_experts,
         progress=progress,
-        staging=[pinned(reader.num_values, reader.dtype, device) for _ in range(num_readers)],
+        staging=[
+            pinned(num_experts * reader.num_values, reader.dtype, device).view(num_experts, -1)
+            for _ in range(num_readers)
+        ],
         open_readers=lambda: ThreadPoolExecutor(num_readers),
     )

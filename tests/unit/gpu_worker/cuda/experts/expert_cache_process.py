@@ -39,7 +39,7 @@ def main() -> None:
     fd, folder, stuck_at = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     reader = StuckReader(open_experts(folder, torch.float32), stuck_at)
     memory = ExpertCacheMemory(fd=fd, bytes_max=os.fstat(fd).st_size)
-    copies = open_host_experts(reader, memory, header_of(folder, reader), torch.device("cpu"))
+    copies = open_host_experts(reader, memory, header_of(folder, reader))
     copies.fill_in_background()
     copies.wait_until_filled(timeout_s=60)
     print("read", reader.num_reads, flush=True)

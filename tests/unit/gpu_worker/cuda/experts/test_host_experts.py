@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[5]
 
 
 def opened(folder: Path, memory: ExpertCacheMemory | None, reader: ExpertReader) -> HostExperts:
-    return open_host_experts(reader, memory, header_of(folder, reader), CPU)
+    return open_host_experts(reader, memory, header_of(folder, reader))
 
 
 def filled(

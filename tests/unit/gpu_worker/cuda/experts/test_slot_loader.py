@@ -55,7 +55,7 @@ class Rank:
         self.expert_bytes = reader.num_bytes
         self.folder = folder
         self.copies = open_host_experts(
-            reader, memory_for(staging_buffer), header_of(folder, reader), CPU
+            reader, memory_for(staging_buffer), header_of(folder, reader)
         )
         self.slots = CudaSlots(
             num_layers=NUM_LAYERS,
@@ -213,7 +213,7 @@ def test_a_copy_that_is_damaged_is_replaced_from_the_checkpoint_and_never_used_a
 def test_another_rank_of_the_host_does_not_get_a_rejected_copy(tmp_path: Path) -> None:
     memory = memory_for(100)
     reader = open_experts(save_experts(tmp_path), torch.float32)
-    one, other = (open_host_experts(reader, memory, header_of(tmp_path, reader), CPU) for _ in "ab")
+    one, other = (open_host_experts(reader, memory, header_of(tmp_path, reader)) for _ in "ab")
     assert one.cache_expert(1, 2) is not None
     one.reject(1, 2)
     assert other.cached_values(1, 2) is None
