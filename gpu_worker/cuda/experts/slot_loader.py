@@ -138,7 +138,8 @@ class CudaSlotLoader:
 
     def _load_parts(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
         """First what has a copy, in batches."""
-        here, elsewhere = [], []
+        here: list[SlotAssignment] = []
+        elsewhere: list[SlotAssignment] = []
         for assignment in assignments:
             copy = self._host_experts.cached_values(assignment.layer, assignment.expert)
             (elsewhere if copy is None else here).append(assignment)
