@@ -36,15 +36,18 @@ HOST_STEPS = 40
 
 
 class GpuBench:
-    def __init__(self, sizes: DecoderSizes, *, scaled: bool = False) -> None:
-        """With `scaled`, experts are in block-scaled FP8."""
+    def __init__(
+        self, sizes: DecoderSizes, *, scaled: bool = False, scaled_shared: bool = False
+    ) -> None:
+        """With `scaled`, experts are in block-scaled FP8; with `scaled_shared`, the shared weights
+        that checkpoints quantise are, too."""
         from gpu_worker.cuda.experts.slots import CudaSlots
         from gpu_worker.cuda.weights.random_weights import random_weights
 
         self.device = torch.device("cuda")
         torch.manual_seed(0)
         self.sizes = sizes
-        self.weights = random_weights(self.sizes, self.device, torch.bfloat16)
+        self.weights = random_weights(self.sizes, self.device, torch.bfloat16, scaled=scaled_shared)
         self.slots = CudaSlots(
             num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
@@ -158,9 +161,9 @@ def decode_rates(bench: GpuBench, decoder: Any, batch: int, copy_tb_per_s: float
     from benchmarks.gpu_kernels import replay_ms
 
     graph_ms = replay_ms(graph_of(decoder, batch), 9)
-    nbytes = np.mean(distinct) * bench.slots.form.num_bytes + 2 * (
-        sizes.num_shared_weights + batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
-    )
+    kv_bytes = 2 * batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
+    shared_bytes = bench.weights.num_bytes - bench.weights.embedding_VH.nbytes
+    nbytes = np.mean(distinct) * bench.slots.form.num_bytes + shared_bytes + kv_bytes
     floor_ms = float(nbytes / copy_tb_per_s / 1e9)
     return {
         "batch": batch,

@@ -14,7 +14,7 @@ from benchmarks.gpu_kernels import graph_ms, random_slots
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import pair_order, routing, scaled_experts
 from gpu_worker.cuda.kernels.experts import Rows
-from gpu_worker.cuda.kernels.scaled_experts import ScaledTile
+from gpu_worker.cuda.kernels.scaled_operands import ScaledTile
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks

@@ -6,10 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.cuda.card_memory import CardMemory, shared_weight_bytes
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertReader, are_scaled
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
@@ -22,6 +24,8 @@ from gpu_worker.cuda.weights.scaled_blocks import multiplies_fp8
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +48,32 @@ def load_cuda_model(
     dtype: torch.dtype,
     progress: LoadProgress,
     cache_memory: ExpertCacheMemory | None = None,
+    kv_tokens: int = 0,
 ) -> CudaModel:
     """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`.
-    Raises CheckpointError; if the architecture or the files are wrong, before it reads anything."""
+    Before it reads anything, raises CheckpointError if the architecture or the files are wrong, and
+    ConfigError if the card has no room for all of it and a KV cache of `kv_tokens`."""
     layout = checkpoint_layout_of(spec)
-    checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
-    weights = layout.read(WeightReader(checkpoint, device, dtype))
-    prefixes = (
+    shapes = layout.tensor_shapes()
+    checkpoint = open_checkpoint(folder, shapes, progress.count)
+    prefixes = {
         layout.expert_prefix(layer, expert)
         for layer in range(spec.num_moe_layers)
         for expert in range(spec.num_experts)
-    )
+    }
     scaled = multiplies_fp8(device) and are_scaled(checkpoint, prefixes)
+    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype, scaled=scaled)
+    needed = CardMemory(
+        form=reader.form,
+        num_layers=spec.num_moe_layers,
+        num_experts=spec.num_experts,
+        slots_per_rank=slots_per_rank,
+        shared_bytes=shared_weight_bytes(checkpoint, list(shapes), prefixes, dtype.itemsize),
+        kv_bytes_per_token=layout.sizes.kv_values_per_token * dtype.itemsize,
+        kv_tokens=kv_tokens,
+    )
+    _check_card(needed, device)
+    weights = layout.read(WeightReader(checkpoint, device, dtype))
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
         slots_per_rank=slots_per_rank,
@@ -65,7 +83,6 @@ def load_cuda_model(
         dtype=dtype,
         scaled=scaled,
     )
-    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype, scaled=scaled)
     header = expert_cache_header(checkpoint, reader, spec)
     host_experts = open_host_experts(reader, cache_memory, header)
     loader = open_slot_loader(
@@ -78,6 +95,15 @@ def load_cuda_model(
     return CudaModel(
         sizes=layout.sizes, weights=weights, slots=slots, loader=loader, host_experts=host_experts
     )
+
+
+def _check_card(needed: CardMemory, device: torch.device) -> None:
+    """Raises ConfigError."""
+    if device.type != "cuda":
+        return
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    log.info("card_memory", **needed.log_fields(), free_gb=round(free_bytes / 1e9, 2))
+    needed.check(free_bytes)
 
 
 def expert_cache_header(

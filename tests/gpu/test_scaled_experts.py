@@ -5,6 +5,7 @@ in float32, if Triton is installed and TRITON_INTERPRET=1 is set."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from gpu_worker.cuda.kernels import experts, routing, scaled_experts
+from gpu_worker.cuda.kernels.scaled_operands import ScaledTile
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
 
@@ -89,12 +91,12 @@ def test_each_pair_is_computed_alike_alone_and_in_any_tile(
 @pytest.mark.parametrize(
     "tile",
     [
-        scaled_experts.ScaledTile(64, 4, 3),
-        scaled_experts.ScaledTile(128, 4, 3),
-        scaled_experts.ScaledTile(128, 8, 2),
+        ScaledTile(64, 4, 3),
+        ScaledTile(128, 4, 3),
+        ScaledTile(128, 8, 2),
     ],
 )
-def test_a_tiles_shape_changes_no_bit(tile: scaled_experts.ScaledTile) -> None:
+def test_a_tiles_shape_changes_no_bit(tile: ScaledTile) -> None:
     rows, hidden, inner = 20, 384, 160
     x, (w1, w2) = random(rows, hidden), weights(hidden, inner)
     lone = experts.Rows(some_slots(rows), None)
@@ -171,7 +173,7 @@ def test_scales_beyond_the_range_of_other_formats_keep_their_place() -> None:
     hidden, inner = 256, 128
     w1, w2 = weights(hidden, inner)
     odd = torch.tensor([1 + 2.0**-12, 2.0**-30], device=DEVICE)
-    w2 = w2._replace(scales=w2.scales * odd.view(1, 2, 1))
+    w2 = replace(w2, scales=w2.scales * odd.view(1, 2, 1))
     x = random(4, hidden)
     rows = experts.Rows(torch.ones(4, 1, dtype=torch.int64, device=DEVICE), None)
     y = run(x, w1, w2, rows, 4)

@@ -49,6 +49,11 @@ class ExpertForm:
         )
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return "block-scaled FP8" if self.scaled else str(self.dtype).removeprefix("torch.")
+
+    @property
     def flat_dtype(self) -> torch.dtype:
         """Of an expert in one flat piece of memory."""
         return torch.uint8 if self.scaled else self.dtype

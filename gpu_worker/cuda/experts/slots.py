@@ -15,10 +15,14 @@ from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.experts.checksum import checksum
 from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.streams import on_stream
-from gpu_worker.cuda.weights.scaled_blocks import CODES, ScaledBlocks
+from gpu_worker.cuda.weights.scaled_blocks import (
+    CODES,
+    CODES_STD,
+    Matrix,
+    ScaledBlocks,
+    fill_codes,
+)
 from shared.types import EMPTY_SLOT
-
-_CODES_STD, _CODE_MAX = 64.0, 448.0  # of random codes: seven deviations
 
 
 class SlotAssignment(NamedTuple):
@@ -80,11 +84,11 @@ class CudaSlots:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         return self._ledger.contents
 
-    def gate_up(self, layer: int) -> Tensor | ScaledBlocks:
+    def gate_up(self, layer: int) -> Matrix:
         """`[S, 2I, H]`, for the kernels."""
         return _weights(self.w_gate_up_LSJH[layer], self.gate_up_scales, layer)
 
-    def down(self, layer: int) -> Tensor | ScaledBlocks:
+    def down(self, layer: int) -> Matrix:
         """`[S, H, I]`, for the kernels."""
         return _weights(self.w_down_LSHI[layer], self.down_scales, layer)
 
@@ -130,7 +134,7 @@ class CudaSlots:
             ):
                 _fill_randomly(weights[layer, :num_experts], std)
                 if scales is not None:
-                    scales[layer, :num_experts] = std / _CODES_STD
+                    scales[layer, :num_experts] = std / CODES_STD
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
@@ -142,7 +146,7 @@ class CudaSlots:
         return None if upload.checksum is None else checksum(parts)
 
 
-def _weights(weights: Tensor, scales: Tensor | None, layer: int) -> Tensor | ScaledBlocks:
+def _weights(weights: Tensor, scales: Tensor | None, layer: int) -> Matrix:
     return weights if scales is None else ScaledBlocks(weights, scales[layer])
 
 
@@ -152,5 +156,4 @@ def _fill_randomly(weights: Tensor, std: float) -> None:
         weights.normal_(std=std)
         return
     for expert in weights:
-        drawn = torch.empty(expert.shape, device=expert.device, dtype=torch.bfloat16)
-        expert.copy_(drawn.normal_(std=_CODES_STD).clamp_(-_CODE_MAX, _CODE_MAX))
+        fill_codes(expert)

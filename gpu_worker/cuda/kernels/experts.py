@@ -24,7 +24,7 @@ from gpu_worker.cuda.kernels.expert_rows import (
     ungrouped_row,
 )
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS, down_tall, gate_up_tall
-from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
+from gpu_worker.cuda.weights.scaled_blocks import Matrix, ScaledBlocks
 
 __all__ = ["ExpertTile", "FusedChoice", "Rows", "dense_mlp_tile", "down", "gate_up"]
 
@@ -60,7 +60,7 @@ def dense_mlp_tile(rows: int, inner: int) -> ExpertTile:
 
 def gate_up(
     x: torch.Tensor,
-    w_gate_up_SJH: torch.Tensor | ScaledBlocks,
+    w_gate_up_SJH: Matrix,
     rows: Rows,
     inner_NI: torch.Tensor,
     *,
@@ -100,7 +100,7 @@ def gate_up(
 
 def down(
     inner_NI: torch.Tensor,
-    w_down_SHI: torch.Tensor | ScaledBlocks,
+    w_down_SHI: Matrix,
     rows: Rows,
     y_NH: torch.Tensor,
     *,

@@ -9,8 +9,6 @@ row do not depend on its tile.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -27,30 +25,8 @@ from gpu_worker.cuda.kernels.expert_rows import (
     tiles_end,
     ungrouped_row,
 )
+from gpu_worker.cuda.kernels.scaled_operands import ScaledTile, load_rows, widen, widens_in_pairs
 from gpu_worker.cuda.weights.scaled_blocks import BLOCK, ScaledBlocks
-
-_WIDEN_PAIR = tl.constexpr("""{
-.reg .b16 first, second;
-.reg .b32 pair;
-.reg .f32 first_wide, second_wide;
-cvt.rn.f16x2.e4m3x2 pair, $1;
-mov.b32 {first, second}, pair;
-cvt.f32.f16 first_wide, first;
-cvt.f32.f16 second_wide, second;
-cvt.rn.bf16x2.f32 $0, second_wide, first_wide;
-}""")
-"""Two codes to two bfloat16. The compiler's own conversion rounds one value at a time, by an
-instruction that takes four times as long."""
-
-
-class ScaledTile(NamedTuple):
-    """Launch parameters. `columns` are the rows of the weights that a program multiplies at once,
-    64 for each four warps: those of gate and up count both. None of them changes a bit."""
-
-    columns: int
-    warps: int
-    stages: int
-
 
 _GATE_UP = ScaledTile(columns=64, warps=4, stages=5)
 _DOWN = ScaledTile(columns=64, warps=4, stages=4)
@@ -127,35 +103,10 @@ def _launch_options(rows: Rows, tile: ScaledTile, x: torch.Tensor) -> dict[str, 
         "GROUPED": rows.tiles is not None,
         "PADDED": rows.padded,
         "HALVED": block_rows >= _TALL_ROWS,
-        "IN_PAIRS": x.dtype == torch.bfloat16 and x.is_cuda,
+        "IN_PAIRS": widens_in_pairs(x),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-@triton.jit
-def _widen(codes, x, IN_PAIRS: tl.constexpr):
-    """The codes in the type of `x`."""
-    if IN_PAIRS:
-        wide = tl.inline_asm_elementwise(
-            _WIDEN_PAIR, "=r,h", [codes], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        wide = codes.to(x.dtype)
-    return wide
-
-
-@triton.jit
-def _load(pointers, is_row, k_left, ALL_ROWS: tl.constexpr, ALL_K: tl.constexpr):
-    """`[rows, K]`, zero where there is no row and from position `k_left` on."""
-    k = tl.arange(0, pointers.shape[1])
-    if ALL_ROWS and ALL_K:
-        values = tl.load(pointers)
-    elif ALL_K:
-        values = tl.load(pointers, mask=is_row[:, None], other=0.0)
-    else:
-        values = tl.load(pointers, mask=is_row[:, None] & (k[None, :] < k_left), other=0.0)
-    return values
 
 
 @triton.jit
@@ -253,15 +204,15 @@ def _gate_up_rows(
     sums = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
     for block in range(K_BLOCKS):
         start = block * BLOCK_K
-        x = _load(x_ptrs + start, is_row, HIDDEN - start, False, HIDDEN % BLOCK_K == 0)
-        w = _load(
+        x = load_rows(x_ptrs + start, is_row, HIDDEN - start, False, HIDDEN % BLOCK_K == 0)
+        w = load_rows(
             w_ptrs + start, column < INNER, HIDDEN - start, ALL_COLUMNS, HIDDEN % BLOCK_K == 0
         )
         scale = tl.where(is_up == 0, gate_scale, up_scale)
         following = tl.minimum(block + 1, K_BLOCKS - 1)
         gate_scale = tl.load(scale_ptr + following)
         up_scale = tl.load(scale_ptr + SCALES + following)
-        sums = tl.fma(tl.dot(_widen(w, x, IN_PAIRS), x.T), scale[:, None], sums)
+        sums = tl.fma(tl.dot(widen(w, x, IN_PAIRS), x.T), scale[:, None], sums)
     both = tl.reshape(sums, [BLOCK_C // 16, 2, 8, BLOCK_T])
     gate, up = tl.split(tl.permute(both, [0, 2, 3, 1]))
     inner = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [COLUMNS, BLOCK_T])
@@ -339,12 +290,12 @@ def _down_rows(
     y = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
     for block in range(K_BLOCKS):
         start = block * BLOCK_K
-        x = _load(x_ptrs + start, is_row, INNER - start, False, INNER % BLOCK_K == 0)
-        w = _load(
+        x = load_rows(x_ptrs + start, is_row, INNER - start, False, INNER % BLOCK_K == 0)
+        w = load_rows(
             w_ptrs + start, n < HIDDEN, INNER - start, HIDDEN % BLOCK_C == 0, INNER % BLOCK_K == 0
         )
         following = tl.load(scale_ptr + tl.minimum(block + 1, K_BLOCKS - 1))
-        y = tl.fma(tl.dot(_widen(w, x, IN_PAIRS), x.T), scale, y)
+        y = tl.fma(tl.dot(widen(w, x, IN_PAIRS), x.T), scale, y)
         scale = following
     out = y_ptr + rows[None, :] * HIDDEN + n[:, None]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[None, :] & (n[:, None] < HIDDEN))

@@ -73,7 +73,7 @@ class Qwen3MoeCheckpoint:
     def _read_layer(self, reader: WeightReader, layer: int) -> LayerWeights:
         prefix = f"model.layers.{layer}.self_attn"
         attention = GqaWeights(
-            w_qkv_CH=reader.read(*(f"{prefix}.{n}_proj.weight" for n in "qkv")),
+            w_qkv_CH=reader.read_matrix(*(f"{prefix}.{n}_proj.weight" for n in "qkv")),
             q_norm_D=reader.read(f"{prefix}.q_norm.weight"),
             k_norm_D=reader.read(f"{prefix}.k_norm.weight"),
         )

@@ -17,14 +17,27 @@ from gpu_worker.cuda.weights.decoder_weights import (
     MlpWeights,
     MoeWeights,
 )
+from gpu_worker.cuda.weights.scaled_blocks import (
+    CODES,
+    CODES_STD,
+    Matrix,
+    ScaledBlocks,
+    fill_codes,
+    num_blocks,
+)
 
 
 def random_weights(
-    sizes: DecoderSizes, device: torch.device, dtype: torch.dtype, *, std: float = 0.02
+    sizes: DecoderSizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    std: float = 0.02,
+    scaled: bool = False,
 ) -> DecoderWeights:
     """Uses the device's default generator. The embedding has unit variance, so that tokens choose
-    different experts."""
-    source = _Source(device, dtype, std)
+    different experts. With `scaled`, what checkpoints quantise is in block-scaled FP8."""
+    source = _Source(device, dtype, std, scaled=scaled)
     hidden = sizes.hidden_size
     return DecoderWeights(
         embedding_VH=source.normal(sizes.vocab_size, hidden, std=1.0),
@@ -35,12 +48,22 @@ def random_weights(
 
 
 class _Source:
-    def __init__(self, device: torch.device, dtype: torch.dtype, std: float) -> None:
-        self._device, self._dtype, self._std = device, dtype, std
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, std: float, *, scaled: bool
+    ) -> None:
+        self._device, self._dtype, self._std, self._scaled = device, dtype, std, scaled
 
     def normal(self, *shape: int, std: float | None = None) -> Tensor:
         empty = torch.empty(shape, device=self._device, dtype=self._dtype)
         return empty.normal_(std=self._std if std is None else std)
+
+    def matrix(self, rows: int, columns: int) -> Matrix:
+        if not self._scaled:
+            return self.normal(rows, columns)
+        codes = torch.empty((rows, columns), device=self._device, dtype=CODES)
+        grid = (num_blocks(rows), num_blocks(columns))
+        fill_codes(codes)
+        return ScaledBlocks(codes, torch.full(grid, self._std / CODES_STD, device=self._device))
 
     def norm(self, size: int) -> Tensor:
         return torch.empty(size, device=self._device, dtype=self._dtype).uniform_(0.5, 1.5)
@@ -51,14 +74,14 @@ class _Source:
         return LayerWeights(
             input_norm_H=self.norm(hidden),
             attention=self._mla(shape) if isinstance(shape, MlaShape) else self._gqa(shape, hidden),
-            w_o_HO=self.normal(hidden, sizes.heads_size),
+            w_o_HO=self.matrix(hidden, sizes.heads_size),
             mlp_norm_H=self.norm(hidden),
             mlp=self._moe(sizes) if has_experts else self._mlp(hidden, sizes.dense_size),
         )
 
     def _gqa(self, shape: GqaShape, hidden: int) -> GqaWeights:
         return GqaWeights(
-            w_qkv_CH=self.normal(shape.q_size + 2 * shape.kv_size, hidden),
+            w_qkv_CH=self.matrix(shape.q_size + 2 * shape.kv_size, hidden),
             q_norm_D=self.norm(shape.head_dim),
             k_norm_D=self.norm(shape.head_dim),
         )
@@ -66,9 +89,9 @@ class _Source:
     def _mla(self, shape: MlaShape) -> MlaWeights:
         columns = (shape.q_lora_rank or shape.q_size) + shape.rank + shape.qk_rope_head_dim
         return MlaWeights(
-            w_in_CH=self.normal(columns, shape.hidden_size),
+            w_in_CH=self.matrix(columns, shape.hidden_size),
             q_norm_M=self.norm(shape.q_lora_rank) if shape.q_lora_rank else None,
-            w_q_NM=self.normal(shape.q_size, shape.q_lora_rank) if shape.q_lora_rank else None,
+            w_q_NM=self.matrix(shape.q_size, shape.q_lora_rank) if shape.q_lora_rank else None,
             kv_norm_R=self.norm(shape.rank),
             w_uk_ARF=self.normal(shape.num_heads, shape.rank, shape.qk_nope_head_dim),
             w_uv_AGR=self.normal(shape.num_heads, shape.v_head_dim, shape.rank),
@@ -79,7 +102,7 @@ class _Source:
         heads, size = shape.num_index_heads, shape.index_head_dim
         return IndexerWeights(
             w_in_CH=self.normal(size + heads, shape.hidden_size),
-            w_q_NM=self.normal(heads * size, shape.q_lora_rank),
+            w_q_NM=self.matrix(heads * size, shape.q_lora_rank),
             k_norm_Z=torch.empty(size, device=self._device).uniform_(0.5, 1.5),
             k_bias_Z=torch.empty(size, device=self._device).uniform_(-0.5, 0.5),
         )
@@ -95,5 +118,5 @@ class _Source:
 
     def _mlp(self, hidden: int, inner: int) -> MlpWeights:
         return MlpWeights(
-            w_gate_up_JH=self.normal(2 * inner, hidden), w_down_HI=self.normal(hidden, inner)
+            w_gate_up_JH=self.matrix(2 * inner, hidden), w_down_HI=self.matrix(hidden, inner)
         )
