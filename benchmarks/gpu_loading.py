@@ -92,8 +92,11 @@ class Rank:
         return wanted_LS.size * self.reader.num_bytes / GB / took_s
 
     def open_copies(self) -> HostExperts:
-        """None is complete."""
-        return open_host_experts(self.reader, self._memory, self._header)
+        """None is complete; all are pinned."""
+        copies = open_host_experts(self.reader, self._memory, self._header)
+        copies.start_pinning(self._device)
+        copies.wait_until_pinned()
+        return copies
 
     def fill(self, host_experts: HostExperts) -> float:
         """GB/s of the background thread that fills the cache."""

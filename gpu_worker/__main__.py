@@ -18,7 +18,7 @@ from gpu_worker.device_choice import uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.identity import acquire_identity, require_same_protocol
+from gpu_worker.identity import acquire_identity, read_peers, step_tokens_of
 from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
 from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
@@ -86,7 +86,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     member, lease_id = await acquire_identity(config, store, keys)
     timer.end_stage("etcd")
     spec = await wait_for_spec(store, keys)
-    await require_same_protocol(store, keys, config.rank)
+    peers = await read_peers(store, keys, config.rank)
     timer.end_stage("spec")
     tracer = open_tracer(
         config.otlp_endpoint,
@@ -99,16 +99,19 @@ async def run_rank(config: RankConfig) -> NoReturn:
     transport = _open_replication_transport(config, spec, clock)
     timer.end_stage("kv_replication")
     on_card = uses_cuda(config, model_spec)
-    config = with_step_sizes(config, on_card=on_card, num_ranks=spec.capacity)
+    num_ranks = spec.capacity
     if on_card:
-        from gpu_worker.cuda.hardware import CudaHardware
+        from gpu_worker.cuda.hardware import CudaHardware, step_tokens_with_peers
 
+        tokens_max = step_tokens_of(peers) or step_tokens_with_peers(config, model_spec, spec)
+        config = with_step_sizes(config, on_card=True, num_ranks=num_ranks, tokens_max=tokens_max)
         cuda = CudaHardware(config, member, clock, timer.end_stage)
         timer.end_stage("device")
         hardware = await asyncio.to_thread(cuda.load, model_spec, spec, folder)
     else:
         from gpu_worker.cpu.hardware import CpuHardware  # a host with a card may lack numba
 
+        config = with_step_sizes(config, on_card=False, num_ranks=num_ranks)
         cpu = CpuHardware(config, member, model_spec, clock)
         timer.end_stage("device")
         hardware = await asyncio.to_thread(cpu.load, spec, folder)

@@ -115,17 +115,18 @@ class RankConfig:
     step_tokens_max: int = option(
         0,
         "most tokens that this rank runs in one step; 0: 4,096 on a card that is the only rank, "
-        "else 192",
+        "512 or 256 on cards with room for the exchange's buffers, else 192",
     )
     prefill_chunk_tokens: int = option(
         0,
-        "most prompt tokens of one sequence in one step; 0: 4,096 on a card that is the only rank, "
-        "else 128",
+        "most prompt tokens of one sequence in one step; 0: as many as a step has on cards whose "
+        "steps are larger than 192, else 128",
     )
     mixed_prefill_tokens: int = option(
         0,
         "most prompt tokens in a step in which others decode, fewer the longer the prompt already "
-        "is; 0: 512 on a card that is the only rank, else no limit of its own",
+        "is; 0: 512 on a card that is the only rank, 128 with peers if steps are larger than 192, "
+        "else no limit of its own",
     )
     tenant_step_tokens: int = option(
         0,

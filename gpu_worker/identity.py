@@ -3,26 +3,39 @@ started by hand; and whether the instance can have a rank of this release."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gpu_worker.config import RankConfig
 from shared.errors import ConfigError
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
-from shared.records import unpack_map, unpack_rank
+from shared.records import RankRecord, unpack_map, unpack_rank
 from shared.store import Store
 from shared.types import Incarnation, Member, RankId
 
 
-async def require_same_protocol(store: Store, keys: Keys, rank: int) -> None:
-    """Raises OtherRelease if a member of the newest map and this process cannot serve together:
-    nothing can come of starting, before they have ended. Raises StoreError."""
+async def read_peers(store: Store, keys: Keys, rank: int) -> list[RankRecord]:
+    """The other members of the newest map. Raises OtherRelease if one of them and this process
+    cannot serve together: nothing can come of starting, before they have ended. Raises
+    StoreError."""
     values = (await store.get_prefix(keys.serving)).values
     packed = {kv.key: kv.value for kv in values}
     if keys.map not in packed:
-        return
-    for member in unpack_map(packed[keys.map]).members:
-        record = packed.get(keys.rank(member.rank, member.incarnation))
-        if record is not None and member.rank != rank:
-            unpack_rank(record, f"this process of rank {rank}")
+        return []
+    records = [
+        packed.get(keys.rank(member.rank, member.incarnation))
+        for member in unpack_map(packed[keys.map]).members
+        if member.rank != rank
+    ]
+    reader = f"this process of rank {rank}"
+    return [unpack_rank(record, reader) for record in records if record is not None]
+
+
+def step_tokens_of(peers: Sequence[RankRecord]) -> int:
+    """How many tokens a step of theirs has at most, if they exchange on cards; otherwise 0. Their
+    buffers are laid out for it, and so this rank's must be."""
+    handles = (peer.exchange_handles for peer in peers)
+    return next((h.step_tokens_max for h in handles if h is not None), 0)
 
 
 async def acquire_identity(config: RankConfig, store: Store, keys: Keys) -> tuple[Member, int]:

@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from gpu_worker.config import RankConfig
 
-_TOKENS_MAX = 192
+TOKENS_MAX = 192
 _PREFILL_CHUNK_TOKENS = 128
 _TOKENS_MAX_OF_LONE_CARD = 4096
-"""A card is as fast as it can be from some 2,000 tokens on. With peers, the exchange's buffers grow
-with the steps of all, so that steps stay small there."""
+"""A card is as fast as it can be from some 2,000 tokens on."""
+_TOKENS_MAX_WITH_PEERS = (512, 256)
+"""Of cards. The exchange's buffers grow with the steps of all ranks."""
+_EXCHANGE_BYTES_PER_VALUE = 12
+"""Of a value that may arrive: bf16, in the buffers of Mooncake's dispatch and combine, and ours."""
+_EXCHANGE_SHARE_MAX = 0.08
+"""Of a card's memory."""
+_MIXED_PREFILL_TOKENS_WITH_PEERS = 128
 _MIXED_PREFILL_TOKENS_OF_LONE_CARD = 512
 """With Qwen3-30B's shape on an H200, such a step takes 1.2 times as long as 32 decodes alone."""
 
@@ -18,20 +24,35 @@ _TENANT_TOKENS_OF_CPU = 8
 """A step of a CPU rank takes twice as long with some ten tokens more; on a card it does not."""
 
 
-def with_step_sizes(config: RankConfig, *, on_card: bool, num_ranks: int) -> RankConfig:
+def tokens_max_of_exchange(
+    hidden_size: int, num_slots: int, card_bytes: int, ranks_per_card: int
+) -> int:
+    """The most tokens in a step of cards that exchange: as many as leave the buffers a small part
+    of each rank's memory. `num_slots` are those of the whole instance."""
+    bytes_per_token = num_slots * hidden_size * _EXCHANGE_BYTES_PER_VALUE
+    room = _EXCHANGE_SHARE_MAX * card_bytes / ranks_per_card
+    fitting = (n for n in _TOKENS_MAX_WITH_PEERS if n * bytes_per_token <= room)
+    return next(fitting, TOKENS_MAX)
+
+
+def with_step_sizes(
+    config: RankConfig, *, on_card: bool, num_ranks: int, tokens_max: int = TOKENS_MAX
+) -> RankConfig:
     """The configuration with the sizes of a step; that of prefill beside decodes stays 0 where it
-    has no limit. Raises ConfigError if they contradict each
-    other."""
-    is_lone_card = on_card and num_ranks == 1
-    tokens_max = config.step_tokens_max or (
-        max(_TOKENS_MAX_OF_LONE_CARD, config.prefill_chunk_tokens) if is_lone_card else _TOKENS_MAX
-    )
-    chunk = _TOKENS_MAX_OF_LONE_CARD if is_lone_card else _PREFILL_CHUNK_TOKENS
-    mixed = _MIXED_PREFILL_TOKENS_OF_LONE_CARD if is_lone_card else 0
+    has no limit. `tokens_max` is the default of cards with peers. Raises ConfigError if they
+    contradict each other."""
+    default, chunk, mixed = TOKENS_MAX, _PREFILL_CHUNK_TOKENS, 0
+    if on_card and num_ranks == 1:
+        default = max(_TOKENS_MAX_OF_LONE_CARD, config.prefill_chunk_tokens)
+        chunk, mixed = _TOKENS_MAX_OF_LONE_CARD, _MIXED_PREFILL_TOKENS_OF_LONE_CARD
+    elif on_card and max(config.step_tokens_max, tokens_max) > TOKENS_MAX:
+        default = tokens_max
+        chunk, mixed = config.step_tokens_max or default, _MIXED_PREFILL_TOKENS_WITH_PEERS
+    step_tokens_max = config.step_tokens_max or default
     sized = replace(
         config,
-        step_tokens_max=tokens_max,
-        prefill_chunk_tokens=config.prefill_chunk_tokens or min(chunk, tokens_max),
+        step_tokens_max=step_tokens_max,
+        prefill_chunk_tokens=config.prefill_chunk_tokens or min(chunk, step_tokens_max),
         mixed_prefill_tokens=config.mixed_prefill_tokens or mixed,
         tenant_step_tokens=config.tenant_step_tokens or (-1 if on_card else _TENANT_TOKENS_OF_CPU),
     )

@@ -10,6 +10,7 @@ makes the host wait only if all staging buffers hold loads that have not begun.
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ from gpu_worker.engine.kv_replication import Bytes
 
 NUM_STAGING_BUFFERS = 8
 """Blocks in flight in each direction."""
+PINNED_AT_ONCE = 20
+"""Staging buffers. Each time takes some ten milliseconds, however little it is."""
 
 
 class CudaBlockCache:
@@ -43,7 +46,8 @@ class CudaBlockCache:
         self._block_bytes = sum(cache[:, 0].nbytes for cache in caches)
         block_shapes = [f"{cache.dtype} {list(cache[:, 0].shape)}" for cache in caches]
         self._layout = f"cuda {architecture} {', '.join(block_shapes)}"
-        self._staging_buffers: list[PinnedBlock] = []
+        self._pinned_blocks: list[PinnedBlock] = []
+        self._free_staging: deque[Tensor] = deque()
         self._savers = deque(_DeviceStaging(caches) for _ in range(num_staging_buffers))
         self._loaders = deque(
             _HostStaging(self._new_staging_buffer()) for _ in range(num_staging_buffers)
@@ -106,9 +110,12 @@ class CudaBlockCache:
         torch.cuda.synchronize(self._device)
 
     def _new_staging_buffer(self) -> Tensor:
-        staging_buffer = PinnedBlock(self._block_bytes, self._device)
-        self._staging_buffers.append(staging_buffer)
-        return staging_buffer.bytes_B
+        if not self._free_staging:
+            in_pages = -(-self._block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            pinned = PinnedBlock(in_pages * PINNED_AT_ONCE, self._device)
+            self._pinned_blocks.append(pinned)
+            self._free_staging.extend(torch.split(pinned.bytes_B, in_pages))
+        return self._free_staging.popleft()[: self._block_bytes]
 
 
 class _DeviceStaging:

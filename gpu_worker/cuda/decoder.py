@@ -182,7 +182,8 @@ class Decoder:
             self._enqueue(inputs)  # compiles; the inputs hold no token
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Of this thread alone: another one pins memory meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._enqueue(inputs)
             pool = pool or graph.pool()
             self._graphs[inputs.size] = graph

@@ -16,6 +16,7 @@ import torch
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
 from gpu_worker.cuda.block_cache import CudaBlockCache
+from gpu_worker.cuda.driver import card_bytes
 from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
 from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
@@ -32,6 +33,7 @@ from gpu_worker.exchange.replica_policy import ReplicaPolicy, num_turns
 from gpu_worker.exchange.worker_thread import WorkerThread
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
+from gpu_worker.step_sizes import tokens_max_of_exchange
 from shared.clock import Clock
 from shared.errors import ConfigError
 from shared.expert_cache_memory import expert_cache_memory_of_rank
@@ -61,6 +63,27 @@ class _ProcessParts:
     release_worker: WorkerThread
 
 
+def card_of(config: RankConfig) -> int:
+    """Which of this host's cards a rank computes on. Raises ConfigError."""
+    cards = torch.cuda.device_count()
+    card = config.cuda_device if config.cuda_device >= 0 else config.rank % cards
+    if card >= cards:
+        raise ConfigError(f"--cuda-device {card}: this host has {cards}, counted from 0")
+    return card
+
+
+def step_tokens_with_peers(config: RankConfig, model: ModelSpec, spec: InstanceSpec) -> int:
+    """How many tokens a step has at most by default, where ranks exchange. The same on all ranks
+    whose hosts and cards are alike. Raises ConfigError."""
+    card = card_of(config)
+    return tokens_max_of_exchange(
+        model.hidden_size,
+        spec.capacity * spec.slots_per_rank,
+        card_bytes(card),
+        -(-spec.capacity // torch.cuda.device_count()),
+    )
+
+
 class CudaHardware:
     """`load` blocks while weights are read and kernels compiled."""
 
@@ -72,10 +95,7 @@ class CudaHardware:
         end_stage: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`end_stage` hears of each stage of the start. Raises ConfigError."""
-        cards = torch.cuda.device_count()
-        card = config.cuda_device if config.cuda_device >= 0 else member.rank % cards
-        if card >= cards:
-            raise ConfigError(f"--cuda-device {card}: this host has {cards}, counted from 0")
+        card = card_of(config)
         self._config = config
         self._member = member
         self._clock = clock
@@ -136,6 +156,8 @@ class CudaHardware:
             release_worker=WorkerThread("release", lambda: torch.cuda.set_device(self._device)),
         )
         self._end_stage("kv_blocks")
+        loaded.host_experts.end_pinning()
+        self._end_stage("pinning")
         if exchange is None:
             return self._alone(parts)
         return self._of_incarnation(self._member, parts, exchange, exchange.mask)

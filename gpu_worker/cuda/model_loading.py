@@ -50,7 +50,9 @@ def load_cuda_model(
     cache_memory: ExpertCacheMemory | None = None,
     kv_tokens: int = 0,
 ) -> CudaModel:
-    """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`.
+    """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`,
+    which a thread pins until `HostExperts.end_pinning`: call that before a step runs.
+
     Before it reads anything, raises CheckpointError if the architecture or the files are wrong, and
     ConfigError if the card has no room for all of it and a KV cache of `kv_tokens`."""
     layout = checkpoint_layout_of(spec)
@@ -73,6 +75,9 @@ def load_cuda_model(
         kv_tokens=kv_tokens,
     )
     _check_card(needed, device)
+    header = expert_cache_header(checkpoint, reader, spec)
+    host_experts = open_host_experts(reader, cache_memory, header)
+    host_experts.start_pinning(device)
     weights = layout.read(WeightReader(checkpoint, device, dtype))
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
@@ -83,8 +88,6 @@ def load_cuda_model(
         dtype=dtype,
         scaled=scaled,
     )
-    header = expert_cache_header(checkpoint, reader, spec)
-    host_experts = open_host_experts(reader, cache_memory, header)
     loader = open_slot_loader(
         slots=slots,
         reader=reader,

@@ -19,7 +19,8 @@ class StepBudget:
     """For one plan. All decodes are added before the first prefill. `shares` has begun this step.
 
     A step with decodes takes only so much prefill that they do not wait much longer than usual:
-    `mixed_prefill_tokens` of the beginning of a prompt, or fewer of a later part.
+    `mixed_prefill_tokens` of the beginning of a prompt, or fewer of a later part. What a death made
+    this rank compute again may take all of it: its clients have waited already.
     """
 
     def __init__(self, limits: SchedulerLimits, shares: StepShares) -> None:
@@ -51,7 +52,7 @@ class StepBudget:
     def add_prefill(self, sequence: Sequence, projected: ProjectedState) -> None:
         """Adds as many of its pending tokens as fit, which may be none."""
         num_tokens = min(projected.num_pending, self._prefill_chunk_tokens, self._tokens_left)
-        if self._has_decodes:
+        if self._has_decodes and not sequence.num_emitted:
             num_tokens = min(num_tokens, self._mixed_tokens(projected))
         num_tokens = min(num_tokens, self._prefill_left(sequence))
         if sequence.wants_prompt_logits:

@@ -27,6 +27,7 @@ from torch import Tensor
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import MaskChange
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.sampling_inputs import RowDraw
 from gpu_worker.engine.step_batch import StepBatch
@@ -530,6 +531,7 @@ class SimSlots:
     ledger: SlotLedger = field(init=False)
     counts: LoadCounts = field(default_factory=LoadCounts)
     num_bytes: int = 1000
+    form: ExpertForm = field(default_factory=lambda: _FORM)
 
     def __post_init__(self) -> None:
         self.ledger = SlotLedger(NUM_LAYERS, self.num_slots)
@@ -568,6 +570,9 @@ class SimSlots:
     def reject(self, layer: int, expert: int) -> None:
         raise AssertionError("a simulated copy is never damaged")
 
+    def is_pinned(self, layer: int, expert: int) -> bool:
+        return bool(expert % 2)
+
     def cached_values(self, layer: int, expert: int) -> Tensor | None:
         return _VALUES if self._is_cached[layer * 32 + expert % 32] else None
 
@@ -590,7 +595,8 @@ class SimSlots:
         pause_in_driver(self.process, loop, lambda end: _as_handle(loop.call_later(seconds, end)))
 
 
-_VALUES = torch.zeros(3)
+_FORM = ExpertForm(hidden_size=1, inner_size=1, dtype=torch.float32)
+_VALUES = torch.zeros(_FORM.num_values)
 
 
 def _as_handle(_: object) -> None:

@@ -9,30 +9,39 @@ from __future__ import annotations
 
 import ctypes
 import socket
-import struct
 
+from gpu_worker.cuda.driver import driver
 from shared.records import ExchangeHandles
 
 _HANDLE_WORDS = 16
 _LAZY_ENABLE_PEER_ACCESS = 1
 
 
-class _IpcHandle(ctypes.Structure):
-    _fields_ = (("reserved", ctypes.c_char * (4 * _HANDLE_WORDS)),)
+class IpcHandle(ctypes.Structure):
+    """CUipcMemHandle."""
+
+    _fields_ = (("reserved", ctypes.c_int32 * _HANDLE_WORDS),)
+
+
+def ipc_handle_of(handles: ExchangeHandles) -> IpcHandle | None:
+    """None if the buffer is another host's, or is shared in another way."""
+    if handles.host != socket.gethostname() or len(handles.ipc_handle) != _HANDLE_WORDS:
+        return None
+    return IpcHandle((ctypes.c_int32 * _HANDLE_WORDS)(*handles.ipc_handle))
 
 
 class CudaPeerMemory:
     """Implements `mappings.PeerMemory`. For threads whose current context is the rank's."""
 
     def __init__(self) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver = driver()
         self._opened: dict[str, list[ctypes.c_uint64]] = {}  # as often as it was opened
 
     def open(self, handles: ExchangeHandles) -> None:
         """Nothing for a buffer of another host, which is not mapped. Raises RuntimeError."""
-        if handles.host != socket.gethostname() or len(handles.ipc_handle) != _HANDLE_WORDS:
+        handle = ipc_handle_of(handles)
+        if handle is None:
             return
-        handle = _IpcHandle(struct.pack(f"{_HANDLE_WORDS}i", *handles.ipc_handle))
         address = ctypes.c_uint64()
         self._check(
             "opened",

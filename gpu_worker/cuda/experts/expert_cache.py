@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ from torch import Tensor
 
 from gpu_worker.cuda.experts.checksum import checksum_of
 from gpu_worker.cuda.experts.expert_form import ExpertForm
-from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages
+from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages, pin, touch_pages, unpin
 from shared.expert_cache_memory import ExpertCacheMemory
 
 _HEADER_BYTES = 2**16
 _STATES_AT = _HEADER_BYTES
 _ENTRIES_ALIGN = 2 * 2**20  # a huge page
+_PIECE_BYTES = 2**28
 _LENGTH = struct.Struct("<I")
 _FLOCK = struct.Struct("hhqqi4x")
 _COMPLETE = 1
@@ -77,11 +79,13 @@ class ExpertCache:
         self._num_layers, num_pairs = header.num_layers, header.num_layers * header.num_experts
         self._expert_bytes = form.num_bytes
         usable_bytes = min(memory.bytes_max, os.fstat(self._fd).st_size)
+        self._pinned: list[tuple[Tensor, torch.device]] = []
         self._checksums_at = _round_up(_STATES_AT + num_pairs, _CHECKSUM.itemsize)
         checksums_end = self._checksums_at + num_pairs * _CHECKSUM.itemsize
         first = _round_up(checksums_end, _ENTRIES_ALIGN)
         each = _round_up(self._expert_bytes, mmap.PAGESIZE)
         self.num_entries = max(0, min(num_pairs, (usable_bytes - first) // each))
+        self._is_pinned_P = np.zeros(self.num_entries, dtype=bool)
         if self.num_entries:
             self._check(header)
             self._map(first, each)
@@ -124,8 +128,32 @@ class ExpertCache:
                 self._states_P[entry] = _COMPLETE
         return is_ours
 
+    def is_pinned(self, entry: int) -> bool:
+        return bool(self._is_pinned_P[entry])
+
+    def pin(self, device: torch.device, may_go_on: Callable[[], bool]) -> None:
+        """Pins the entries, piece after piece, as long as that may go on. It holds a lock of the
+        driver that steps need. Raises OSError if the host refuses."""
+        if device.type != "cuda" or not self.num_entries:
+            return
+        size = max(1, _PIECE_BYTES // self._entries_PB.shape[1])
+        # Ranks that start together begin at different entries, so pages are created in parallel.
+        starts = deque(range(0, self.num_entries, size))
+        starts.rotate(os.getpid() % len(starts))
+        for start in starts:
+            if not may_go_on():
+                return
+            piece_B = self._entries_PB[start : start + size].view(-1)
+            touch_pages(piece_B)
+            pin(piece_B, device)
+            self._pinned.append((piece_B, device))
+            self._is_pinned_P[start : start + size] = True
+
     def close(self) -> None:
         """No copy may be in use any more."""
+        for piece_B, device in self._pinned:
+            unpin(piece_B, device)
+        self._pinned.clear()
         self.num_entries = 0
 
     def _check(self, header: ExpertCacheHeader) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import structlog
+import torch
 from torch import Tensor
 
 from gpu_worker.cuda.experts.expert_cache import ExpertCache, ExpertCacheHeader
@@ -35,6 +36,8 @@ class HostExperts:
         self._thread: threading.Thread | None = None
         self._may_fill = threading.Event()
         self._closed = False
+        self._pinning: threading.Thread | None = None
+        self._may_pin = True
 
     def cached_values(self, layer: int, expert: int) -> Tensor | None:
         """The copy, flat as `SlotUpload.values`; None if it is not complete."""
@@ -44,6 +47,29 @@ class HostExperts:
         if entry is None or not self._cache.is_complete(entry):
             return None
         return self._cache.entry_values(entry)
+
+    def is_pinned(self, layer: int, expert: int) -> bool:
+        """Whether the card can read the copy at the full speed of the link."""
+        entry = None if self._cache is None else self._cache.entry_of(layer, expert)
+        return entry is not None and self._cache is not None and self._cache.is_pinned(entry)
+
+    def start_pinning(self, device: torch.device) -> None:
+        """Pins copies while the rank starts, on a thread."""
+        if self._cache is not None:
+            self._pinning = threading.Thread(
+                target=self._pin, args=(self._cache, device), name="pin-experts", daemon=True
+            )
+            self._pinning.start()
+
+    def end_pinning(self) -> None:
+        """Before any step, which pinning would delay. The rest stays as it is."""
+        self._may_pin = False
+        self.wait_until_pinned()
+
+    def wait_until_pinned(self) -> None:
+        if self._pinning is not None:
+            self._pinning.join()
+            self._pinning = None
 
     def checksum(self, layer: int, expert: int) -> int:
         """Of a copy that the methods here have returned, as it was when it was made."""
@@ -88,6 +114,7 @@ class HostExperts:
     def close(self) -> None:
         """No copy may be in use any more."""
         self._closed = True
+        self.end_pinning()
         self._may_fill.set()
         self.wait_until_filled(timeout_s=60)
         if self._cache is not None:
@@ -98,6 +125,12 @@ class HostExperts:
         entry = self._cache.entry_of(layer, expert)
         assert entry is not None, f"expert {expert} of layer {layer} has no copy"
         return self._cache, entry
+
+    def _pin(self, cache: ExpertCache, device: torch.device) -> None:
+        try:
+            cache.pin(device, lambda: self._may_pin)
+        except OSError as error:
+            log.warning("host_experts_not_pinned", detail=str(error))
 
     def _fill_and_log(self, cache: ExpertCache) -> None:
         """Copies are optional, so an error is only logged. It occurs again if the expert is

@@ -1,8 +1,7 @@
 """Loads assigned experts into a CUDA rank's slots, off the event loop and beside decode. An expert
 comes from the host's copies if it is there, and from the checkpoint otherwise; then a copy is made
-of it. Either way it goes through a little pinned memory, from which the card reads at the full
-speed of the link: to pin all copies would cost a rank a second for each ten gigabytes, when it
-starts and when it ends.
+of it. From a pinned copy the card reads at the full speed of the link; what is not pinned goes
+through a little memory that is.
 
 What has arrived in a slot is compared with the checksum of what was read from the checkpoint. If a
 copy was damaged since, or on its way, the expert is read from the checkpoint again; the slot is
@@ -72,6 +71,8 @@ class ExpertCopies(Protocol):
 
     def checksum(self, layer: int, expert: int) -> int: ...
 
+    def is_pinned(self, layer: int, expert: int) -> bool: ...
+
     def reject(self, layer: int, expert: int) -> None: ...
 
     def fill_in_background(self) -> None: ...
@@ -138,61 +139,74 @@ class CudaSlotLoader:
 
     def _load_parts(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
         """First what has a copy, in batches."""
-        here: list[SlotAssignment] = []
-        elsewhere: list[SlotAssignment] = []
+        pinned: list[SlotAssignment] = []
+        staged: list[SlotAssignment] = []
+        missing: list[SlotAssignment] = []
         for assignment in assignments:
-            copy = self._host_experts.cached_values(assignment.layer, assignment.expert)
-            (elsewhere if copy is None else here).append(assignment)
-        size = min(self._staged_max, max(1, -(-len(here) // self._num_readers)))
+            layer, expert = assignment.layer, assignment.expert
+            if self._host_experts.cached_values(layer, expert) is None:
+                missing.append(assignment)
+            elif self._host_experts.is_pinned(layer, expert):
+                pinned.append(assignment)
+            else:
+                staged.append(assignment)
+        for batch in _batches(pinned, PROGRESS_EVERY):
+            yield self._load_copies(batch, None)
+        size = min(self._staged_max, max(1, -(-len(staged) // self._num_readers)))
         with self._open_readers() as pool:
-            futures = [
-                pool.submit(self._load_copies, here[first : first + size])
-                for first in range(0, len(here), size)
-            ]
-            futures += [pool.submit(self._load_missing, assignment) for assignment in elsewhere]
+            futures = [pool.submit(self._load_staged, batch) for batch in _batches(staged, size)]
+            futures += [pool.submit(self._load_missing, assignment) for assignment in missing]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _load_copies(self, assignments: Sequence[SlotAssignment]) -> _Loaded:
-        """All have a complete copy."""
+    def _load_staged(self, assignments: Sequence[SlotAssignment]) -> _Loaded:
         staging_BN = self._free.get()
         try:
-            uploads = [
-                self._stage_copy(assignment, staging_N)
-                for assignment, staging_N in zip(assignments, staging_BN, strict=False)
-            ]
-            damaged = self._slots.load(uploads)
+            return self._load_copies(assignments, staging_BN)
         finally:
             self._free.put(staging_BN)
-        for upload in damaged:
-            self._replace_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
-        num, from_host = len(uploads), len(uploads) - len(damaged)
-        self._progress.count(from_host * self._reader.num_bytes)
-        return _Loaded(num, from_host)
 
-    def _stage_copy(self, assignment: SlotAssignment, staging_N: Tensor) -> SlotUpload:
-        copy = self._host_experts.cached_values(assignment.layer, assignment.expert)
-        assert copy is not None, "a complete copy stays as long as the host's memory does"
-        staging_N.copy_(copy)
-        known = self._host_experts.checksum(assignment.layer, assignment.expert)
-        return SlotUpload(*assignment, staging_N, known)
+    def _load_copies(
+        self, assignments: Sequence[SlotAssignment], staging_BN: Tensor | None
+    ) -> _Loaded:
+        """From copies, by way of `staging_BN` if it is given."""
+        uploads: list[SlotUpload] = []
+        rejected: list[SlotAssignment] = []  # by another rank of the host, meanwhile
+        for assignment in assignments:
+            copy = self._host_experts.cached_values(assignment.layer, assignment.expert)
+            if copy is None:
+                rejected.append(assignment)
+                continue
+            if staging_BN is not None:
+                copy = staging_BN[len(uploads)].copy_(copy)
+            known = self._host_experts.checksum(assignment.layer, assignment.expert)
+            uploads.append(SlotUpload(*assignment, copy, known))
+        damaged = self._slots.load(uploads)
+        for upload in damaged:
+            self._note_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
+        from_host = len(uploads) - len(damaged)
+        self._progress.count(from_host * self._reader.num_bytes)
+        again = [SlotAssignment(u.layer, u.slot, u.expert) for u in damaged] + rejected
+        for assignment in again:
+            self._load_through(assignment, staging_BN)
+        return _Loaded(len(assignments), from_host)
 
     def _load_missing(self, assignment: SlotAssignment) -> _Loaded:
         """From a copy that another rank has made meanwhile, or from one that is made now for all
         ranks of the host."""
         layer, expert = assignment.layer, assignment.expert
         if self._host_experts.cached_values(layer, expert) is not None:
-            return self._load_copies([assignment])
+            return self._load_staged([assignment])
         if self._host_experts.cache_expert(layer, expert) is None:
-            self._load_through_staging(assignment)
-            return _Loaded(1, 0)
-        self._load_copies([assignment])
+            self._load_through(assignment, None)
+        else:
+            self._load_staged([assignment])
         return _Loaded(1, 0)
 
-    def _replace_damaged(self, assignment: SlotAssignment) -> None:
+    def _note_damaged(self, assignment: SlotAssignment) -> None:
         self._num_rejected += 1
         log.error(
             "expert_copy_damaged",
@@ -201,25 +215,35 @@ class CudaSlotLoader:
             so_far=self._num_rejected,
         )
         self._host_experts.reject(assignment.layer, assignment.expert)
-        self._load_through_staging(assignment)
 
-    def _load_through_staging(self, assignment: SlotAssignment) -> None:
-        """Raises CheckpointError, also if twice something else has arrived in the slot than what
-        was read."""
-        staging_BN = self._free.get()
+    def _load_through(self, assignment: SlotAssignment, staging_BN: Tensor | None) -> None:
+        """From the checkpoint, through this staging memory or the next that is free. Raises
+        CheckpointError, also if twice something else has arrived in the slot than what was
+        read."""
+        if staging_BN is None:
+            staging_BN = self._free.get()
+            try:
+                self._load_through(assignment, staging_BN)
+            finally:
+                self._free.put(staging_BN)
+            return
         staging_N = staging_BN[0]
-        try:
-            for _ in range(2):
-                self._reader.read(assignment.layer, assignment.expert, staging_N)
-                known = checksum_of(staging_N, self._reader.form)
-                if not self._slots.load([SlotUpload(*assignment, staging_N, known)]):
-                    return
-        finally:
-            self._free.put(staging_BN)
+        for _ in range(2):
+            self._reader.read(assignment.layer, assignment.expert, staging_N)
+            known = checksum_of(staging_N, self._reader.form)
+            if not self._slots.load([SlotUpload(*assignment, staging_N, known)]):
+                return
         raise CheckpointError(
             f"expert {assignment.expert} of MoE layer {assignment.layer} was damaged twice on its "
             "way into its slot: this machine's memory, link or card is at fault"
         )
+
+
+def _batches(
+    assignments: Sequence[SlotAssignment], size: int
+) -> Iterator[Sequence[SlotAssignment]]:
+    for first in range(0, len(assignments), size):
+        yield assignments[first : first + size]
 
 
 def open_slot_loader(

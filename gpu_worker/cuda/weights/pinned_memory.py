@@ -57,6 +57,11 @@ def advise_huge_pages(pages: mmap.mmap) -> None:
         pages.madvise(mmap.MADV_HUGEPAGE)
 
 
+def touch_pages(bytes_B: Tensor) -> None:
+    """Makes every page exist, without changing its content."""
+    bytes_B[:: mmap.PAGESIZE].sum()
+
+
 def _runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 

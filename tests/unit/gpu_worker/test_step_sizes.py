@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpu_worker.config import RankConfig
-from gpu_worker.step_sizes import with_step_sizes
+from gpu_worker.step_sizes import tokens_max_of_exchange, with_step_sizes
 from shared.errors import ConfigError
 
 
@@ -54,3 +54,21 @@ def test_sequences_of_a_step_grow_with_what_may_run_and_not_with_its_tokens() ->
     config = with_step_sizes(RankConfig(), on_card=True, num_ranks=1)
     assert config.step_sequences_max == 192
     assert RankConfig(running_max=512, step_tokens_max=1024).step_sequences_max == 512
+
+
+def test_cards_with_peers_take_the_steps_that_their_buffers_have_room_for() -> None:
+    h200, qwen3_30b, v32 = 150 * 10**9, (2048, 256), (7168, 512)
+    assert tokens_max_of_exchange(*qwen3_30b, h200, 1) == 512
+    assert tokens_max_of_exchange(*v32, h200, 1) == 256
+    assert tokens_max_of_exchange(*v32, 80 * 10**9, 1) == 192
+    assert tokens_max_of_exchange(*v32, h200, 4) == 192
+
+
+def test_large_steps_of_cards_with_peers_have_few_tokens_of_prompts_beside_decodes() -> None:
+    def of(**given: int) -> tuple[int, int, int]:
+        config = with_step_sizes(RankConfig(**given), on_card=True, num_ranks=2, tokens_max=512)  # type: ignore[arg-type]
+        return config.step_tokens_max, config.prefill_chunk_tokens, config.mixed_prefill_tokens
+
+    assert of() == (512, 512, 128)
+    assert of(step_tokens_max=256) == (256, 256, 128)
+    assert of(prefill_chunk_tokens=128, mixed_prefill_tokens=64) == (512, 128, 64)
