@@ -74,7 +74,8 @@ class CudaSlots:
             for part in form.parts
         ]
         self.w_gate_up_LSJH, self.w_down_LSHI = self.parts[:2]
-        self.gate_up_scales, self.down_scales = self.parts[2:] if form.scaled else (None, None)
+        self.gate_up_scales = self.parts[2] if form.scaled else None
+        self.down_scales = self.parts[3] if form.scaled else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
