@@ -23,12 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_worker.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
+from gpu_worker.checkpoint.common_tensors import EMBEDDING_NAME, head_name
+from gpu_worker.checkpoint.draft_tensors import draft_names, draft_shapes
 from gpu_worker.checkpoint.safetensors_file import SafetensorsFile
 from gpu_worker.cpu.registry import family_class
 from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
 from gpu_worker.model_tools.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from shared.errors import CheckpointError
-from shared.model_spec import read_model_spec
+from shared.model_spec import NUM_DRAFT_LAYERS, read_model_spec, with_drafts
 
 # Found by trial: of 96 greedy tokens after a prompt 94 to 96 are distinct, and float32 rounding is
 # amplified so little that logits agree with other implementations to 6e-5.
@@ -48,8 +50,9 @@ def create_seeded_checkpoint(
     **changes: Any,
 ) -> None:
     """Writes a temporary folder and renames it to `folder`. If another process makes `folder`
-    meanwhile, that one stays. `changes` are entries of config.json. Raises CheckpointError if
-    `folder` has a checkpoint of another family."""
+    meanwhile, that one stays. `changes` are entries of config.json; with `NUM_DRAFT_LAYERS` 1 it
+    has a layer of multi-token prediction, whose guesses are as good as random. Raises
+    CheckpointError if `folder` has a checkpoint of another family."""
     config = SEEDED_CONFIGS[family] | changes
     if (folder / "config.json").exists():
         there = read_model_spec(folder).architecture
@@ -97,8 +100,12 @@ def _write_weights(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    spec = read_model_spec(folder)
-    shapes = family_class(spec.architecture)(spec).tensor_shapes()
+    plain = read_model_spec(folder)
+    spec = with_drafts(plain, int(plain.raw.get(NUM_DRAFT_LAYERS) or 0))
+    shapes = family_class(spec.architecture)(spec).tensor_shapes() | draft_shapes(spec)
+    copies = {}
+    if (names := draft_names(spec)) is not None:
+        copies = {names.embedding: EMBEDDING_NAME, names.head: head_name(spec)}
     shards = _split(shapes, num_shards)
     dtypes = {
         name: torch.float32 if name.endswith("correction_bias") else dtype  # as published
@@ -115,7 +122,7 @@ def _write_weights(
             weight_map |= dict.fromkeys(names, file_name)
 
         def write(name: str) -> int:
-            values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
+            values = torch.from_numpy(_random_tensor(copies.get(name, name), shapes[name], seed))
             return files[name].write(name, values.to(dtypes[name]))
 
         total_bytes = 0
