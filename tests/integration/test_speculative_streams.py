@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from gpu_worker.model_tools.seeded_drafts import Guesses
 from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
-from tests.support.draft_checkpoints import let_guesses_be_good, save_with_draft_layer
+from tests.support.draft_checkpoints import save_with_drafts
 
 NEW_TOKENS = 400
 SAMPLINGS: tuple[dict[str, Any], ...] = (
@@ -60,7 +61,7 @@ async def drafts(cluster: Cluster) -> tuple[int, int]:
 
 @pytest.mark.timeout(180)
 async def test_tokens_are_those_without_drafts_though_a_rank_dies(tmp_path: Path) -> None:
-    model = let_guesses_be_good(save_with_draft_layer(tmp_path / "model"))
+    model = save_with_drafts(tmp_path / "model", guesses=Guesses.GOOD)
     async with running_cluster(tmp_path / "plain", model, ranks=1) as plain:
         expected = await run_streams(plain)
         assert await drafts(plain) == (0, 0)

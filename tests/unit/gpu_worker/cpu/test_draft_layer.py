@@ -26,7 +26,7 @@ from tests.support.draft_checkpoints import (
     FAMILIES,
     Tensors,
     edit_tensors,
-    save_with_draft_layer,
+    save_with_drafts,
 )
 from tests.unit.gpu_worker.cpu.reference import VOCAB, save_checkpoint
 from tests.unit.gpu_worker.cpu.runs import Chunk, RankRun, make_batch, open_ranks, step_together
@@ -43,7 +43,7 @@ def tokens_of(seed: int) -> NDArray[np.int32]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_draft_layer(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    return save_with_drafts(tmp_path_factory.mktemp(request.param) / "model", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_the_layer_computes_its_definition(run: RankRun, folder: Path, tmp_path:
 
 
 def test_an_embedding_and_a_head_of_its_own_are_used(tmp_path: Path) -> None:
-    folder = save_with_draft_layer(tmp_path / "model")
+    folder = save_with_drafts(tmp_path / "model")
 
     def edit(tensors: Tensors, layer: str) -> Tensors:
         names = (f"{layer}.embed_tokens.weight", f"{layer}.shared_head.head.weight")
@@ -138,7 +138,7 @@ def test_an_embedding_and_a_head_of_its_own_are_used(tmp_path: Path) -> None:
 
 
 def test_without_copies_the_decoders_are_used(tmp_path: Path) -> None:
-    folder = save_with_draft_layer(tmp_path / "model")
+    folder = save_with_drafts(tmp_path / "model")
     tokens = tokens_of(3)
     (run,) = open_ranks(folder, 1, speculative_tokens=1)
     expected = drafts(run, tokens, 0, LENGTH)

@@ -14,13 +14,13 @@ from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.scheduler_limits import SchedulerLimits
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_runner import ModelRunner
+from gpu_worker.model_tools.seeded_drafts import Guesses
 from shared.types import Attempt, SamplingParams, SessionId, Step
 from shared.wire import Submit
 from tests.support.draft_checkpoints import (
     FAMILIES,
-    let_guesses_be_good,
     let_guesses_be_wrong,
-    save_with_draft_layer,
+    save_with_drafts,
 )
 from tests.unit.gpu_worker.cpu.reference import VOCAB, random_tokens
 from tests.unit.gpu_worker.cpu.runs import EPOCH, RankRun, open_ranks
@@ -140,7 +140,7 @@ def assert_same(with_drafts: Sequence[Answers], without: Sequence[Answers]) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_guesses_change_nothing(tmp_path: Path, family: str) -> None:
-    folder = save_with_draft_layer(tmp_path / "model", family)
+    folder = save_with_drafts(tmp_path / "model", family)
     ours = serve(folder, 1, 1)
     assert_same(ours, serve(folder, 1, 0))
     assert ours[0].num_drafted > 50
@@ -148,7 +148,7 @@ def test_random_guesses_change_nothing(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_good_guesses_save_steps_and_change_nothing(tmp_path: Path, family: str) -> None:
-    folder = let_guesses_be_good(save_with_draft_layer(tmp_path / "model", family))
+    folder = save_with_drafts(tmp_path / "model", family, guesses=Guesses.GOOD)
     ours, without = serve(folder, 1, 1), serve(folder, 1, 0)
     assert_same(ours, without)
     assert 0.7 * ours[0].num_drafted < ours[0].num_accepted < ours[0].num_drafted
@@ -156,7 +156,7 @@ def test_good_guesses_save_steps_and_change_nothing(tmp_path: Path, family: str)
 
 
 def test_several_ranks_and_one_without_requests(tmp_path: Path) -> None:
-    folder = let_guesses_be_good(save_with_draft_layer(tmp_path / "model"))
+    folder = save_with_drafts(tmp_path / "model", guesses=Guesses.GOOD)
     ours = serve(folder, 3, 1)
     assert_same(ours, serve(folder, 3, 0))
     assert ours[0].num_accepted
@@ -165,14 +165,14 @@ def test_several_ranks_and_one_without_requests(tmp_path: Path) -> None:
 
 
 def test_without_a_prefix_cache(tmp_path: Path) -> None:
-    folder = let_guesses_be_good(save_with_draft_layer(tmp_path / "model"))
+    folder = save_with_drafts(tmp_path / "model", guesses=Guesses.GOOD)
     ours = serve(folder, 1, 1, prefix_cache=False)
     assert_same(ours, serve(folder, 1, 0))
     assert ours[0].num_accepted
 
 
 def test_guesses_that_are_always_wrong(tmp_path: Path) -> None:
-    folder = let_guesses_be_good(save_with_draft_layer(tmp_path / "model"))
+    folder = save_with_drafts(tmp_path / "model", guesses=Guesses.GOOD)
     let_guesses_be_wrong(folder)
     ours, without = serve(folder, 1, 1), serve(folder, 1, 0)
     assert_same(ours, without)
