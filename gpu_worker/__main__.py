@@ -14,7 +14,7 @@ from typing import NoReturn
 import structlog
 
 from gpu_worker.config import RankConfig
-from gpu_worker.device_choice import uses_cuda
+from gpu_worker.device_choice import require_drafts, uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
@@ -31,7 +31,7 @@ from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
 from shared.confinement import require_confined, require_internal
-from shared.errors import ConfigError, StarfishError
+from shared.errors import StarfishError
 from shared.etcd_store import connect_store
 from shared.exit_codes import END_AT_ONCE
 from shared.garbage_collector import freeze_loaded_objects
@@ -100,11 +100,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     timer.end_stage("kv_replication")
     on_card = uses_cuda(config, model_spec)
     config = with_step_sizes(config, on_card=on_card, num_ranks=spec.capacity)
-    if on_card and spec.speculative_tokens:
-        raise ConfigError(
-            "this instance drafts tokens (--speculative-tokens), which ranks on cards cannot do "
-            "yet: pass --device cpu to them, or start the instance without it"
-        )
+    require_drafts(spec, on_card=on_card)
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware
 

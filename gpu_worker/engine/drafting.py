@@ -35,6 +35,10 @@ from gpu_worker.engine.step_budget import StepBudget
 from gpu_worker.engine.step_plan import NO_DRAFT, Chunk, StepPlan
 from gpu_worker.exchange.interface import Exchange
 
+SEQUENCES_MAX = 16
+"""If more of a rank's sequences get tokens in a step, none gets a draft: a row more takes about as
+long then as a step for it alone, so even right guesses would save nothing."""
+
 
 def add_drafts(budget: StepBudget, kv: KvBlocks, *, num_running: int) -> list[Sequence]:
     """Has those that decode verify their drafts, if the step has room. Returns those that got a
@@ -93,6 +97,8 @@ def _rows_to_draft(plan: StepPlan, ids: Items[int]) -> list[int]:
     for row, is_counted in enumerate(counted_rows(plan, ids)):
         if is_counted:
             last[plan.sampled[row]] = row
+    if len(last) > SEQUENCES_MAX:
+        return []
     return [
         row
         for sequence, row in last.items()

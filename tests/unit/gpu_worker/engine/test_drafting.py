@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gpu_worker.engine.drafting import SEQUENCES_MAX
 from gpu_worker.engine.scheduler import Committed, Scheduler
 from gpu_worker.engine.step_batch import StepBatch
 from gpu_worker.engine.step_plan import NO_DRAFT, StepPlan
@@ -35,8 +36,10 @@ PROMPT = (3, 4, 5)
 class Guesser(ToyModel):
     """Its guesses are what `guess` makes of the right logits."""
 
-    def __init__(self, guess: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> None:
-        super().__init__()
+    def __init__(
+        self, guess: Callable[[NDArray[np.float32]], NDArray[np.float32]], *, kv_blocks: int = 32
+    ) -> None:
+        super().__init__(kv_blocks)
         self._guess = guess
         self.num_guesses = 0
 
@@ -298,6 +301,17 @@ def test_drafts_have_at_most_half_of_what_decodes_leave() -> None:
     assert sorted(chunk.num_tokens for chunk in plan.chunks) == [1, 1, 2, 2, 2]
     assert sum(draft != NO_DRAFT for draft in plan.follows) == (11 - 5) // 2
     assert plan.batch.num_tokens == len(plan.draws) == 8
+
+
+def test_a_crowded_rank_drafts_nothing() -> None:
+    sizes = {"step_tokens_max": 64, "running_max": 40, "waiting_max": 40, "kv_blocks": 200}
+    for number, drafts in ((SEQUENCES_MAX, True), (SEQUENCES_MAX + 1, False)):
+        run = Run(Guesser(right, kv_blocks=200), sizes)
+        run.submit(*(submit(f"s{n}", (n + 1,), max_tokens=6) for n in range(number)))
+        run.finish()
+        assert (run.num_drafted > 0) is drafts
+        for n in range(number):
+            assert run.answer(f"s{n}") == alone((n + 1,), submit(max_tokens=6).sampling)
 
 
 def test_a_draft_counts_as_a_token_of_its_tenants_part() -> None:
