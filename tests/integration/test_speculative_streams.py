@@ -24,7 +24,7 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.2, "seed": 4, "top_p": 0.9, "top_k": 40},
     {"repetition_penalty": 1.1},
     {"temperature": 0.7, "seed": 5, "stop": ["qz", "xj"]},
-    {"max_tokens": 151},
+    {"max_tokens": 151, "logprobs": 2},
 )
 
 pytestmark = pytest.mark.slow
