@@ -14,7 +14,7 @@ from typing import NoReturn
 import structlog
 
 from gpu_worker.config import RankConfig
-from gpu_worker.device_choice import uses_cuda
+from gpu_worker.device_choice import require_drafts, uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
@@ -100,6 +100,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     timer.end_stage("kv_replication")
     on_card = uses_cuda(config, model_spec)
     num_ranks = spec.capacity
+    require_drafts(spec, on_card=on_card)
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware, step_tokens_with_peers
 

@@ -37,6 +37,7 @@ class Sequence:
         "attempt",
         "block_names",
         "decoded_in",
+        "drafts",
         "is_charged",
         "matcher",
         "num_cached",
@@ -95,6 +96,7 @@ class Sequence:
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as requested
+        self.drafts: tuple[int, ...] = ()  # guesses of the tokens after `tokens`; see `drafting`
         self.num_published = 0  # blocks of its row that are named, so never written again
         self.num_offered = 0  # of these, how many were offered to the replicator
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
@@ -160,6 +162,11 @@ class Sequence:
             or self.token_counts is not None
             or (self.token_limits is not None and self.token_limits.depends_on_tokens)
         )
+
+    def may_have_drafts_at(self, num_tokens: int) -> bool:
+        """Whether, once it has so many tokens, a guess of the next one is of use: it generates more
+        than one, and they depend on nothing but logits and seed."""
+        return not self.depends_on_tokens and not self.is_full_at(num_tokens + 1)
 
     @property
     def wants_prompt_logits(self) -> bool:
