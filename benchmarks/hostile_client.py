@@ -109,6 +109,29 @@ class Attacker:
         for body in CODED:
             await self.post("/v1/completions", body, **{"Content-Encoding": "gzip"})
 
+    async def small_chunks(self) -> None:
+        """A body in chunks of one byte."""
+        host, port = self._url.removeprefix("http://").split(":")
+        key = self._http.headers.get("Authorization", "")
+        header = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        try:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(header.encode() + SMALL_CHUNKS)
+                self.answers[(await reader.readline()).decode()[9:12]] += 1
+            finally:
+                writer.transport.abort()
+        except OSError as error:
+            self.answers[type(error).__name__] += 1
+
+    async def metrics(self) -> None:
+        async with self._http.get(self._url + "/metrics") as response:
+            await response.read()
+            self.answers[str(response.status)] += 1
+
     async def small_requests(self) -> None:
         await self.complete(prompt=[5], max_tokens=1)
 
@@ -152,6 +175,7 @@ CHATS = [
     json.dumps({"max_tokens": 4, "messages": [{"role": "user", "content": ""}] * number}).encode()
     for number in (4_000, 100_000)
 ]
+SMALL_CHUNKS = b"1\r\n \r\n" * 300_000 + b"0\r\n\r\n"
 CODED = [gzip.compress(bytes(64 << 20)), *(gzip.compress(body) for body in JUNK[1:4])]
 
 ATTACKS: dict[str, list[tuple[Callable[[Attacker], Awaitable[None]], int]]] = {
@@ -163,6 +187,8 @@ ATTACKS: dict[str, list[tuple[Callable[[Attacker], Awaitable[None]], int]]] = {
     "templates": [(Attacker.templates, 8)],
     "4 MB bodies": [(Attacker.junk, 8)],
     "4 MB bodies elsewhere": [(Attacker.junk_elsewhere, 8)],
+    "small chunks": [(Attacker.small_chunks, 8)],
+    "metrics": [(Attacker.metrics, 16)],
     "coded bodies": [(Attacker.coded, 8)],
     "small requests": [(Attacker.small_requests, 64)],
     "refused requests": [(Attacker.refused_requests, 64)],

@@ -27,9 +27,13 @@ class OpeningPace:
         """Returns when the next few choices of this client may be opened. The first come with the
         turn in which their request begins."""
         if not is_first:
-            await self._pacer.begin(client)
+            await self.next_turn(client)
         if self._is_congested():
             await self._wait_for_room()
+
+    async def next_turn(self, client: str) -> None:
+        """Of the event loop, in this client's line."""
+        await self._pacer.begin(client)
 
     async def _wait_for_room(self) -> None:
         loop = asyncio.get_running_loop()

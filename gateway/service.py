@@ -55,6 +55,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
 from shared.release import own_release
+from shared.request_body import READ_BYTES
 from shared.server_certificate import ServerCertificate
 from shared.store import Store
 from shared.tracing import Tracer
@@ -231,6 +232,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             auto_decompress=False,  # `request_body` does it, within limits
             shutdown_timeout=CLOSE_TIMEOUT_S,
             lingering_time=0.0,  # `UnreadBodies` does it
+            read_bufsize=READ_BYTES,
         )
         await runner.setup()
         certificate = _certificate(config)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from shared.errors import ConfigError
+from shared.request_body import READ_BYTES
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -50,7 +51,8 @@ async def serve_routes(
     """Serves while the body runs, and yields the port. Raises ConfigError if the port is taken."""
     app = web.Application()
     app.add_routes(list(routes))
-    runner = web.AppRunner(app, access_log=None)
+    # Nobody reads a body here: it is not taken either.
+    runner = web.AppRunner(app, access_log=None, read_bufsize=READ_BYTES, lingering_time=0.0)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port)

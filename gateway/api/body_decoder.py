@@ -5,6 +5,7 @@ from others."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Generic, NamedTuple
 
 from aiohttp import web
@@ -39,13 +40,20 @@ class BodyDecoder:
         self._turns = Preparation(running_max=1, rests=RESTS)
         self._room = BodyRoom()
 
-    async def read(self, request: web.Request, key: ApiKey, cls: type[B]) -> DecodedBody[B]:
-        """Of whom it counts is `key`. Raises RequestError, and Overloaded if too many long ones are
-        on their way, or wait."""
+    async def read(
+        self,
+        request: web.Request,
+        key: ApiKey,
+        cls: type[B],
+        *,
+        turn: Callable[[], Awaitable[None]],
+    ) -> DecodedBody[B]:
+        """Of whom it counts is `key`. `turn` as in `read_body`. Raises RequestError, and Overloaded
+        if too many long ones are on their way, or wait."""
         length = request.content_length
         num_bytes = self._bytes_max if length is None and request.can_read_body else length or 0
         with self._room.taken(key, min(num_bytes, self._bytes_max)):
-            raw = await read_body(request, self._bytes_max)
+            raw = await read_body(request, self._bytes_max, turn=turn)
             return await self.decode(key, raw, cls)
 
     async def decode(self, key: ApiKey, raw: RawBody, cls: type[B]) -> DecodedBody[B]:

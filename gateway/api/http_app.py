@@ -324,7 +324,8 @@ class HttpApp:
         context = require_context(request)
         # Without keys, addresses take turns.
         waits_as = replace(context.key, name=context.line)
-        decoded = await self._decoder.read(request, waits_as, cls)
+        turn = partial(self._pace.next_turn, context.line)
+        decoded = await self._decoder.read(request, waits_as, cls, turn=turn)
         context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
         request[IGNORED_FIELDS] = decoded.ignored
