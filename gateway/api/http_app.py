@@ -31,6 +31,7 @@ from gateway.api.errors import HttpError, http_error
 from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
 from gateway.api.guided import DemandedForm
+from gateway.api.ignored_fields import IGNORED_FIELDS, name_ignored_fields
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.job_builder import JobBuilder
@@ -50,13 +51,14 @@ from gateway.generation import Generation
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.opening_pace import OpeningPace
 from gateway.prompt import Prompt
 from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
 from shared.errors import RequestError, StarfishError, Unavailable
-from shared.request_body import body_too_large, read_body
+from shared.request_body import body_too_large
 from shared.tracing import Tracer
 
 log = structlog.get_logger()
@@ -66,10 +68,6 @@ RESPONSES_BYTES_MAX = 64 << 20
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
 
-IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
-IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
-"""Header of an answer: the fields of the request that no API has."""
-
 
 class HttpApp:
     def __init__(
@@ -78,6 +76,7 @@ class HttpApp:
         driver: SessionDriver,
         admission: RequestAdmission,
         authenticator: Authenticator,
+        pace: OpeningPace,
         request_log: RequestLog,
         clock: Clock,
         metrics: GatewayMetrics,
@@ -93,6 +92,7 @@ class HttpApp:
         self._driver = driver
         self._admission = admission
         self._authenticator = authenticator
+        self._pace = pace
         self._request_log = request_log
         self._clock = clock
         self._metrics = metrics
@@ -120,7 +120,7 @@ class HttpApp:
             client_max_size=self._body_bytes_max,
         )
         app.on_response_prepare.append(self._cross_origin.on_prepare)
-        app.on_response_prepare.append(_name_ignored_fields)
+        app.on_response_prepare.append(name_ignored_fields)
         app.on_response_prepare.append(name_request)
         app.on_response_prepare.append(RateHeaders(self._clock).add)
         self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
@@ -160,6 +160,9 @@ class HttpApp:
             response = await handler(request)
         except (StarfishError, web.HTTPException) as error:
             response = _shaped(request, self._problem(request, error)).response()
+        except RecursionError:  # in what was made of its body
+            deep = RequestError("the body is nested too deeply", code="invalid_json")
+            response = _shaped(request, http_error(deep)).response()
         except Exception:  # the outermost loop of a request
             log.exception("request_crashed", path=request.path)
             problem = http_error(StarfishError("the gateway failed; its log has the details"))
@@ -214,7 +217,7 @@ class HttpApp:
                     raise RequestError("the prompt has no tokens", param="messages")
                 prompt = options.fitted(Prompt(ids=ids), limits)
                 plan = plan_answer(body, chat, served, prompt.ids, demands_form=form is not None)
-                options = with_tokens(body, options, served, plan)
+                options = await with_tokens(body, options, served, plan)
             grammar = await self._grammar(request, body, form, plan, served, scheduling)
             job = self._jobs.build(
                 served,
@@ -269,7 +272,7 @@ class HttpApp:
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 form = self._grammars.form_of(body)
                 options = read_options(body, limits).of_stream(stream, body.seed)
-                options = with_tokens(body, options, served)
+                options = await with_tokens(body, options, served)
                 prompts = [
                     options.fitted(await encoded_prompt(served, prompt, options, limits), limits)
                     for prompt in read_prompts(body, limits.vocab_size)
@@ -318,11 +321,11 @@ class HttpApp:
         return served
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
-        raw = await read_body(request, self._body_bytes_max)
         context = require_context(request)
         # Without keys, addresses take turns.
         waits_as = replace(context.key, name=context.line)
-        decoded = await self._decoder.decode(waits_as, raw, cls)
+        turn = partial(self._pace.next_turn, context.line)
+        decoded = await self._decoder.read(request, waits_as, cls, turn=turn)
         context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
         request[IGNORED_FIELDS] = decoded.ignored
@@ -375,10 +378,11 @@ class HttpApp:
             tasks=job.tasks,
             # What is parsed is read as it comes: at its end it would hold up the event loop.
             streaming=job.options.stream or job.is_parsed,
+            turn=partial(self._pace.turn, context.line),
             tag=RequestTag(request_id=context.id, endpoint=endpoint_of(request), span=context.span),
         )
         try:
-            with generation:
+            async with generation:
                 return await answer(request, generation, job)
         finally:
             context.num_generated = generation.num_generated
@@ -392,9 +396,3 @@ def _shaped(request: web.Request, error: HttpError) -> HttpError:
     if request.path.startswith(MESSAGES_PATH):
         return replace(error, body=messages_error(error, request_id))
     return error.of_request(request_id)
-
-
-async def _name_ignored_fields(request: web.Request, response: web.StreamResponse) -> None:
-    """A field that no API has may be misspelt; its client should know that it had no effect."""
-    if names := request.get(IGNORED_FIELDS):
-        response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)

@@ -128,7 +128,7 @@ class Scheduler:
         self._sequences: dict[SessionId, Sequence] = {}
         self._streams = ResumableStreams(limits.orphans_max)
         self._shares = TenantShares()
-        self._step_shares = StepShares(limits.tenant_step_tokens)
+        self._step_shares = StepShares(limits.tenant_step_tokens, host_rows=limits.tenant_host_rows)
         self.tenants_elsewhere: Collection[str] = ()
         """Tenants that have sessions in flight, on this rank or others; set before `plan`."""
         self._waiting = WaitingQueue(self._shares)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NewType
 
-from gpu_worker.engine.draw import count_tokens
+from gpu_worker.engine.draw import count_tokens, logit_bias_of
 from gpu_worker.engine.grammar_matcher import GrammarMatcher, TokenBitmask
 from gpu_worker.engine.token_limits import token_limits
 from shared.types import FinishReason, RankId
@@ -39,6 +39,7 @@ class Sequence:
         "decoded_in",
         "drafts",
         "is_charged",
+        "logit_bias",
         "matcher",
         "num_cached",
         "num_charged",
@@ -92,6 +93,7 @@ class Sequence:
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
+        self.logit_bias = logit_bias_of(submit.sampling)
         self.token_limits = token_limits(submit.sampling, self.tokens[self.num_prompt :])
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0

@@ -82,11 +82,16 @@ class StepBudget:
             self._add(Chunk(sequence, num_tokens, projected))
             if not sequence.num_emitted:
                 self._shares.take(sequence, num_tokens)
+            if num_tokens == projected.num_pending and sequence.samples:
+                self._shares.take_draw(sequence)
             self._mixed_left -= num_tokens * _cost(projected) // _CONTEXT_TOKENS
 
     def _prefill_left(self, sequence: Sequence) -> int:
         """What a death makes this rank compute again is not the tenant's doing."""
-        return NO_LIMIT if sequence.num_emitted else self._shares.left(sequence)
+        if sequence.num_emitted:
+            return NO_LIMIT
+        # Which chunk is its last is not known before its blocks are.
+        return self._shares.left(sequence) if self._shares.may_draw(sequence) else 0
 
     def _mixed_tokens(self, projected: ProjectedState) -> int:
         """How many of the sequence's next tokens fit beside decodes."""

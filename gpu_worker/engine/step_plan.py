@@ -142,6 +142,7 @@ def _draw(sequence: Sequence, num_tokens: int) -> Draw:
         sequence.banned_ids_at(num_tokens),
         sequence.token_counts,
         sequence.allowed,
+        sequence.logit_bias,
     )
 
 

@@ -369,6 +369,7 @@ class SimCluster:
             prefill_chunk_tokens=8,
             mixed_prefill_tokens=6,
             tenant_step_tokens=-1 if self.sizes.cards else 4,
+            tenant_host_rows=2 if self.sizes.cards else -1,
             running_max=8,
             waiting_max=64,
             timings=Timings(lease_ttl_s=LEASE_TTL_S),

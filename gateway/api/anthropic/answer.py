@@ -138,7 +138,7 @@ def read_arguments(text: str) -> dict[str, Any]:
     """The arguments of a call as an object. Those that were cut off are kept as text."""
     try:
         arguments = msgspec.json.decode(text or "{}")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return {UNPARSED: text}
     return arguments if isinstance(arguments, dict) else {UNPARSED: text}
 

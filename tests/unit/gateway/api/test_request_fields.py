@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
@@ -27,6 +28,7 @@ from gateway.api.request_fields import (
     RequestField,
     Support,
 )
+from gateway.api.token_routes import TokenizeBody
 from shared.errors import RequestError
 
 BODIES = [(ChatBody, CHAT_FIELDS), (CompletionBody, COMPLETION_FIELDS)]
@@ -177,6 +179,22 @@ def test_unknown_fields_are_named_fit_for_a_header() -> None:
 def test_many_unknown_fields_are_not_all_named() -> None:
     raw = json.dumps({**LEAST[ChatBody], **{f"x{n}": n for n in range(100)}}).encode()
     assert len(ignored_fields(raw, ChatBody)) == 32
+
+
+@pytest.mark.parametrize(
+    ("cls", "field"),
+    [
+        (TokenizeBody, b'"\xc1": 1'),
+        (ChatBody, b'"a\xff": {}'),
+        (ChatBody, b'"stream_options": {"\xed\xa0\x80": 1}'),
+    ],
+)
+def test_a_name_that_is_no_text_is_refused(cls: type[msgspec.Struct], field: bytes) -> None:
+    """The decoder skips what it does not know, and the error comes with the names."""
+    raw = b'{"messages": [], "stream": true, ' + field + b"}"
+    with pytest.raises(RequestError) as caught:
+        ignored_fields(raw, type(decode_body(raw, cls)))
+    assert caught.value.code == "invalid_json"
 
 
 def test_every_refusal_and_every_harmless_field_has_its_reason() -> None:
