@@ -53,12 +53,14 @@ class GrammarReader:
         try:
             return await self._checker.check(form.kind, form.text, json_space=form.json_space)
         except GrammarError as error:
-            raise RequestError(
-                f"{form.param} is not a usable grammar: {error}",
-                param=form.param,
-                code="invalid_grammar",
-            ) from error
+            raise unusable_grammar(form.param, error) from error
 
     def close(self) -> None:
         if self._checker is not None:
             self._checker.close()
+
+
+def unusable_grammar(param: str, error: GrammarError) -> RequestError:
+    return RequestError(
+        f"{param} is not a usable grammar: {error}", param=param, code="invalid_grammar"
+    )
