@@ -401,6 +401,17 @@ async def test_hostile_schemas_are_refused(harness: GatewayHarness, schema: Any)
     assert (status, answer["error"]["param"]) == (400, "tools")
 
 
+async def test_what_is_wrong_with_a_schema_is_said_without_our_grammar(
+    harness: GatewayHarness,
+) -> None:
+    function = {"name": "f", "parameters": {"type": "object", "required": 5}}
+    tools = [{"type": "function", "function": function}]
+    _, answer, _ = await post(harness, tools=tools, tool_choice="required")
+    assert answer["error"]["message"] == (
+        "tools is not a usable grammar: Expected array for 'required', got 5"
+    )
+
+
 async def test_unknown_fields_are_named_in_a_header(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
