@@ -140,7 +140,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
                 step_s=0.0,  # it only compiles
                 memory_mb=config.grammar_memory_mb,
             ),
-            json_space=NO_SPACE if config.guided_decoding_disable_any_whitespace else JSON_SPACE,
+            json_space=NO_SPACE if config.structured_outputs_disable_any_whitespace else JSON_SPACE,
         )
         app = HttpApp(
             driver=driver,

@@ -161,7 +161,12 @@ class DialectRoutes:
         return response
 
     async def _show_response(self, request: web.Request) -> web.Response:
-        return web.json_response(self._require_stored(request).response)
+        stored = self._require_stored(request)
+        if request.query.get("stream", "false").lower() not in ("false", "0"):
+            raise RequestError(
+                "stream: a response that is remembered comes as a whole", param="stream"
+            )
+        return web.json_response(stored.response)
 
     async def _forget_response(self, request: web.Request) -> web.Response:
         response_id = str(self._require_stored(request).response["id"])

@@ -40,7 +40,7 @@ def check_range(name: str, value: Any, default: Any, low: Any, high: Any) -> Any
     if value is None:
         return default
     if not low <= value <= high:
-        upper = f" and at most {high}" if high != INT64_MAX else ""
+        upper = f" and at most {high}" if high != INT64_MAX or value > high else ""
         raise RequestError(f"{name} must be at least {low}{upper}, but it is {value}", param=name)
     return value
 

@@ -15,12 +15,7 @@ from gateway.api.answer import AnswerJob, answer_job, answer_read
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.anthropic.answer import error_body as messages_error
 from gateway.api.authentication import Authenticator
-from gateway.api.bodies import (
-    B,
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-)
+from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody
 from gateway.api.body_decoder import BodyDecoder
 from gateway.api.chat_request import plan_answer, read_chat
 from gateway.api.cross_origin import CrossOrigin
@@ -44,7 +39,7 @@ from gateway.api.request_tokens import encoded_prompt, with_tokens
 from gateway.api.request_trace import RequestTraces
 from gateway.api.requests import read_options, read_prompts
 from gateway.api.resumption import Resumption, Stream, check_not_resumed
-from gateway.api.routes import Handler, Routes, endpoint_of
+from gateway.api.routes import Handler, Routes, ask_for_body, awaits_body, endpoint_of
 from gateway.api.scheduling import RequestScheduling
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from gateway.generation import Generation
@@ -123,7 +118,7 @@ class HttpApp:
         app.on_response_prepare.append(name_ignored_fields)
         app.on_response_prepare.append(name_request)
         app.on_response_prepare.append(RateHeaders(self._clock).add)
-        self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
+        self._routes = routes = Routes(app.router)
         routes.post(
             "/v1/chat/completions", self._chat, "answers a chat", body=ChatBody, streams=True
         )
@@ -167,7 +162,7 @@ class HttpApp:
             log.exception("request_crashed", path=request.path)
             problem = http_error(StarfishError("the gateway failed; its log has the details"))
             response = _shaped(request, problem).response()
-        if self._health.draining:
+        if self._health.draining or awaits_body(request):
             response.force_close()
         self._metrics.on_request(endpoint_of(request), response.status)
         if context.account is not None:
@@ -321,6 +316,7 @@ class HttpApp:
         return served
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
+        ask_for_body(request, self._body_bytes_max)
         context = require_context(request)
         # Without keys, addresses take turns.
         waits_as = replace(context.key, name=context.line)
