@@ -31,6 +31,7 @@ from gateway.api.errors import HttpError, http_error
 from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
 from gateway.api.guided import DemandedForm
+from gateway.api.ignored_fields import IGNORED_FIELDS, name_ignored_fields
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.job_builder import JobBuilder
@@ -42,6 +43,7 @@ from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
 from gateway.api.request_trace import RequestTraces
 from gateway.api.requests import read_options, read_prompts
+from gateway.api.responses import DONE
 from gateway.api.resumption import Resumption, Stream, check_not_resumed
 from gateway.api.routes import Handler, Routes, endpoint_of
 from gateway.api.scheduling import RequestScheduling
@@ -65,10 +67,6 @@ RESPONSES_BYTES_MAX = 64 << 20
 """Size of what the Responses API remembers."""
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
-
-IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
-IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
-"""Header of an answer: the fields of the request that no API has."""
 
 
 class HttpApp:
@@ -120,7 +118,7 @@ class HttpApp:
             client_max_size=self._body_bytes_max,
         )
         app.on_response_prepare.append(self._cross_origin.on_prepare)
-        app.on_response_prepare.append(_name_ignored_fields)
+        app.on_response_prepare.append(name_ignored_fields)
         app.on_response_prepare.append(name_request)
         app.on_response_prepare.append(RateHeaders(self._clock).add)
         self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
@@ -200,7 +198,7 @@ class HttpApp:
             body = chat_of(await self._read(request, cls))
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
-            stream = self._stream(request, body, served, has_ids=dialect_of is None)
+            stream = self._stream(request, body, served)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 options = read_options(body, limits).of_stream(stream, body.seed)
                 form = self._grammars.form_of(body)
@@ -344,7 +342,12 @@ class HttpApp:
             return await answer_grammar(body, form, plan, served, self._grammars)
 
     def _stream(
-        self, request: web.Request, body: GenerationBody, served: ServedModel, *, has_ids: bool
+        self,
+        request: web.Request,
+        body: GenerationBody,
+        served: ServedModel,
+        *,
+        has_ids: bool = True,
     ) -> Stream | None:
         """None if the answer is not streamed, or its events have no ids. Raises RequestError."""
         if not (body.stream and has_ids):
@@ -367,7 +370,7 @@ class HttpApp:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
         if job.is_all_read:
-            return await answer_read(request)
+            return await answer_read(request, DONE if answer is answer_job else b"")
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
         generation = Generation(
             driver=self._driver,
@@ -392,9 +395,3 @@ def _shaped(request: web.Request, error: HttpError) -> HttpError:
     if request.path.startswith(MESSAGES_PATH):
         return replace(error, body=messages_error(error, request_id))
     return error.of_request(request_id)
-
-
-async def _name_ignored_fields(request: web.Request, response: web.StreamResponse) -> None:
-    """A field that no API has may be misspelt; its client should know that it had no effect."""
-    if names := request.get(IGNORED_FIELDS):
-        response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)
