@@ -129,7 +129,7 @@ class DialectRoutes:
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         def dialect_of(job: Job) -> Dialect:
-            return MessagesAnswer(id=job.header.id, model=job.header.model)
+            return MessagesAnswer(id=job.header.id, model=job.header.model, seed=job.named_seed)
 
         with naming_fields(MESSAGES_NAMES):
             return await self._answer_chat(
@@ -204,7 +204,11 @@ class _Answering:
         assert self._body is not None, "the chat is made first"
         header = job.header
         self._answer = ResponseAnswer(
-            id=header.id, created=header.created, model=header.model, body=self._body
+            id=header.id,
+            created=header.created,
+            model=header.model,
+            body=self._body,
+            seed=job.named_seed,
         )
         return self._answer
 

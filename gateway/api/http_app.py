@@ -38,6 +38,7 @@ from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
 from gateway.api.request_trace import RequestTraces
 from gateway.api.requests import read_options, read_prompts
+from gateway.api.responses import DONE
 from gateway.api.resumption import Resumption, Stream, check_not_resumed
 from gateway.api.routes import Handler, Routes, ask_for_body, awaits_body, endpoint_of
 from gateway.api.scheduling import RequestScheduling
@@ -198,7 +199,7 @@ class HttpApp:
             body = chat_of(await self._read(request, cls))
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
-            stream = self._stream(request, body, served, has_ids=dialect_of is None)
+            stream = self._stream(request, body, served)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 options = read_options(body, limits).of_stream(stream, body.seed)
                 form = self._grammars.form_of(body)
@@ -343,7 +344,12 @@ class HttpApp:
             return await answer_grammar(body, form, plan, served, self._grammars)
 
     def _stream(
-        self, request: web.Request, body: GenerationBody, served: ServedModel, *, has_ids: bool
+        self,
+        request: web.Request,
+        body: GenerationBody,
+        served: ServedModel,
+        *,
+        has_ids: bool = True,
     ) -> Stream | None:
         """None if the answer is not streamed, or its events have no ids. Raises RequestError."""
         if not (body.stream and has_ids):
@@ -366,7 +372,7 @@ class HttpApp:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
         if job.is_all_read:
-            return await answer_read(request)
+            return await answer_read(request, DONE if answer is answer_job else b"")
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
         generation = Generation(
             driver=self._driver,
