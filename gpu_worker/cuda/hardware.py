@@ -233,10 +233,15 @@ class CudaHardware:
 
         if exchange is None:
             return LocalMoe(
-                loaded.slots, top_k=model.top_k, step_tokens_max=self._config.step_tokens_max
+                loaded.slots,
+                top_k=model.top_k,
+                step_tokens_max=self._config.step_tokens_max,
+                clamped=loaded.sizes.clamped_experts,
             )
         rows = self._ep_shape(model, spec).received_rows_max
-        return ExchangedMoe(loaded.slots, exchange, rows_of_slot=rows)
+        return ExchangedMoe(
+            loaded.slots, exchange, rows_of_slot=rows, clamped=loaded.sizes.clamped_experts
+        )
 
     def _counter(self, decoder: Decoder, moe: MoeStage) -> ExpertCounter | None:
         """None in an instance of one rank, which has no choice of places."""

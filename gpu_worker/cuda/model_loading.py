@@ -11,7 +11,7 @@ import torch
 from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader, open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
@@ -49,6 +49,7 @@ def load_cuda_model(
     layout = checkpoint_layout_of(spec)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
     weights = layout.read(WeightReader(checkpoint, device, dtype))
+    reader = layout.open_experts(checkpoint, dtype)
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
         slots_per_rank=slots_per_rank,
@@ -56,8 +57,8 @@ def load_cuda_model(
         inner_size=spec.moe_intermediate_size,
         device=device,
         dtype=dtype,
+        biased=reader.form.biased,
     )
-    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype)
     header = expert_cache_header(checkpoint, reader, spec)
     host_experts = open_host_experts(reader, cache_memory, header, device)
     loader = open_slot_loader(
@@ -73,13 +74,13 @@ def load_cuda_model(
 
 
 def expert_cache_header(
-    checkpoint: Checkpoint, reader: ExpertReader, spec: ModelSpec
+    checkpoint: Checkpoint, reader: ExpertSource, spec: ModelSpec
 ) -> ExpertCacheHeader:
     return ExpertCacheHeader(
         folder=str(checkpoint.folder),
         fingerprint=checkpoint.fingerprint(),
-        dtype=str(reader.dtype),
-        num_values=reader.num_values,
+        dtype=str(reader.form.dtype),
+        num_values=reader.form.num_values,
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
     )

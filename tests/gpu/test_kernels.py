@@ -28,6 +28,7 @@ from gpu_worker.cuda.kernels import (
     attention,
     experts,
     linear,
+    projected_heads,
     residual,
     routing,
     sampling,
@@ -83,7 +84,7 @@ def test_residual_norm_and_router_follow_their_formulas(rows: int) -> None:
     w_norm, w_router = random(HIDDEN), random(EXPERTS, HIDDEN)
     x_out, h = poison(rows, HIDDEN, dtype=torch.float32), poison(rows, HIDDEN)
     scores = poison(rows, EXPERTS, dtype=torch.float32)
-    residual.add_norm(x, parts, w_norm, x_out, h, eps=EPS, router=(w_router, scores))
+    residual.add_norm(x, parts, w_norm, x_out, h, eps=EPS, router=residual.Router(w_router, scores))
     total = x.double() + parts.double().sum(0)
     assert_close(x_out, total, 1e-6)
     assert_close(h, norm(total, w_norm))
@@ -97,7 +98,7 @@ def test_residual_norm_and_router_follow_their_formulas(rows: int) -> None:
         x_out[:1],
         h[:1],
         eps=EPS,
-        router=(w_router, alone),
+        router=residual.Router(w_router, alone),
     )
     assert_same(alone[0], scores[-1])
 
@@ -384,8 +385,8 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     cos, sin = rotations(64)
     q, k, v = poison(3, HEADS, HEAD_DIM), cache(2), cache(2)
     k_before = k.clone()
-    qkv_parts = attention.QkvParts(qkv, q_norm, k_norm, cos, sin, EPS)
-    attention.rotate_and_store(qkv_parts, where, q, k, v)
+    qkv_parts = projected_heads.QkvParts(qkv, q_norm, k_norm, cos, sin, EPS)
+    projected_heads.rotate_and_store(qkv_parts, where, q, k, v)
     x = qkv.double().sum(0).view(3, heads, HEAD_DIM)
 
     def rotate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -417,7 +418,9 @@ def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
     where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
     where.position_T[1] = -1
     qkv = random(4, 4, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float32)
-    qkv_parts = attention.QkvParts(qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS)
+    qkv_parts = projected_heads.QkvParts(
+        qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS
+    )
     k, v = cache(4), cache(4)
     for row in (0, 2, 3):
         at = int(where.position_T[row])

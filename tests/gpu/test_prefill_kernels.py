@@ -82,7 +82,9 @@ def test_a_row_has_the_routers_scores_of_a_decode_among_any_number_of_rows(rows:
         mine, part = x[these].contiguous(), parts[:, these].contiguous()
         x_out, h = torch.empty_like(mine), random(*mine.shape)
         scores = poison(len(mine), num_experts, dtype=torch.float32)
-        residual.add_norm(mine, part, w_norm, x_out, h, eps=1e-6, router=(w_router, scores))
+        residual.add_norm(
+            mine, part, w_norm, x_out, h, eps=1e-6, router=residual.Router(w_router, scores)
+        )
         return scores
 
     many = scores_of(slice(None))

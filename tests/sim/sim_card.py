@@ -27,6 +27,7 @@ from torch import Tensor
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import MaskChange
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.sampling_inputs import RowDraw
 from gpu_worker.engine.step_batch import StepBatch
@@ -476,6 +477,9 @@ class LoadCounts:
     num_experts: int = 0
 
 
+_FORM = ExpertForm(hidden_size=1, inner_size=1, dtype=torch.float32)
+
+
 @dataclass
 class SimSlots:
     """Implements `slot_loader.LoadableSlots`, and what the loader reads from: the host's copies
@@ -487,7 +491,7 @@ class SimSlots:
     fabric: Fabric
     ledger: SlotLedger = field(init=False)
     counts: LoadCounts = field(default_factory=LoadCounts)
-    num_bytes: int = 1000
+    form: ExpertForm = _FORM
 
     def __post_init__(self) -> None:
         self.ledger = SlotLedger(NUM_LAYERS, self.num_slots)
@@ -548,7 +552,7 @@ class SimSlots:
         pause_in_driver(self.process, loop, lambda end: _as_handle(loop.call_later(seconds, end)))
 
 
-_VALUES = torch.zeros(3)
+_VALUES = torch.zeros(_FORM.num_values)
 
 
 def _as_handle(_: object) -> None:

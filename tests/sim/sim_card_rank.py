@@ -69,7 +69,7 @@ class SimCards:
             reader=slots,
             host_experts=slots,
             progress=LoadProgress(context.clock),
-            staging=[torch.zeros(1)],
+            staging=[torch.zeros(slots.form.num_values)],
             open_readers=InlineExecutor,
         )
         return self._of_incarnation(context, device, mask, loader, self._worker(context))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.experts.checksum import checksum_of
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.weights.pinned_memory import advise_huge_pages, pin, touch_pages, unpin
 from shared.expert_cache_memory import ExpertCacheMemory
 
@@ -68,13 +69,13 @@ class ExpertCache:
     """May be used by several threads, which are to each other like other processes."""
 
     def __init__(
-        self, memory: ExpertCacheMemory, header: ExpertCacheHeader, dtype: torch.dtype
+        self, memory: ExpertCacheMemory, header: ExpertCacheHeader, form: ExpertForm
     ) -> None:
         """Raises OSError, and ValueError if the memory holds something else."""
         self._fd = memory.fd
-        self._dtype = dtype
+        self._form = form
         self._num_layers, num_pairs = header.num_layers, header.num_layers * header.num_experts
-        self._expert_bytes = header.num_values * dtype.itemsize
+        self._expert_bytes = form.num_bytes
         self._pinned: list[tuple[Tensor, torch.device]] = []
         usable_bytes = min(memory.bytes_max, os.fstat(self._fd).st_size)
         self._checksums_at = _round_up(_STATES_AT + num_pairs, _CHECKSUM.itemsize)
@@ -102,7 +103,7 @@ class ExpertCache:
 
     def entry_values(self, entry: int) -> Tensor:
         """The entry's memory, flat as `SlotUpload.values`. Valid until `close`."""
-        return self._entries_PB[entry, : self._expert_bytes].view(self._dtype)
+        return self._entries_PB[entry, : self._expert_bytes].view(self._form.dtype)
 
     def checksum(self, entry: int) -> int:
         """Of a complete entry, as it was when it was filled."""
@@ -120,7 +121,7 @@ class ExpertCache:
         with _locked(self._fd, _STATES_AT + entry, wait=wait) as is_ours:
             if is_ours and not self._states_P[entry]:
                 write(self.entry_values(entry))
-                self._checksums_P[entry] = checksum_of(self.entry_values(entry))
+                self._checksums_P[entry] = checksum_of(self.entry_values(entry), self._form)
                 self._states_P[entry] = _COMPLETE
         return is_ours
 

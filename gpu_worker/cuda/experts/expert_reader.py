@@ -3,45 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint
-from gpu_worker.checkpoint.mlp_names import USUAL_NAMES
+from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.weights.weight_reader import copy_onto_host
 
 
+class ExpertSource(Protocol):
+    """Implemented by `ExpertReader`, `fused_expert_reader.FusedExpertReader` and `NoExperts`. May
+    be used by several threads. Layers are MoE layers."""
+
+    @property
+    def form(self) -> ExpertForm: ...
+
+    def read(self, layer: int, expert: int, out_N: Tensor) -> None:
+        """Writes the parts of `form`, flat, to `out_N`. Raises CheckpointError."""
+        ...
+
+
 class ExpertReader:
-    """May be used by several threads. `prefix_of` takes a MoE layer and an expert, and returns what
-    the names of the expert's tensors begin with."""
+    """Each expert has tensors of its own. `prefix_of` takes a MoE layer and an expert, and returns
+    what their names begin with."""
 
     def __init__(
-        self, checkpoint: Checkpoint, prefix_of: Callable[[int, int], str], dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        prefix_of: Callable[[int, int], str],
+        dtype: torch.dtype,
+        *,
+        matrix_names: MlpNames = USUAL_NAMES,
     ) -> None:
         self._checkpoint = checkpoint
         self._prefix_of = prefix_of
-        self.dtype = dtype
-        names = self._names(0, 0)
-        self.num_values = sum(_size(checkpoint, name) for name in names)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_values * self.dtype.itemsize
+        self._matrix_names = matrix_names
+        inner, hidden = checkpoint.shape(self._names(0, 0)[0])
+        self.form = ExpertForm(hidden_size=hidden, inner_size=inner, dtype=dtype)
 
     def read(self, layer: int, expert: int, out_N: Tensor) -> None:
-        """Writes gate, up and down, flat, to `out_N`. Raises CheckpointError."""
-        first = 0
-        for name in self._names(layer, expert):
-            end = first + _size(self._checkpoint, name)
-            copy_onto_host(self._checkpoint, name, out_N[first:end])
-            first = end
+        gate_up_JH, down_HI = self.form.split(out_N)
+        parts = (*gate_up_JH.chunk(2), down_HI)
+        for name, out in zip(self._names(layer, expert), parts, strict=True):
+            copy_onto_host(self._checkpoint, name, out.view(-1))
 
     def _names(self, layer: int, expert: int) -> list[str]:
         prefix = self._prefix_of(layer, expert)
-        return [f"{prefix}.{name}.weight" for name in USUAL_NAMES]
+        return [f"{prefix}.{name}.weight" for name in self._matrix_names]
 
 
-def _size(checkpoint: Checkpoint, name: str) -> int:
-    rows, columns = checkpoint.shape(name)
-    return rows * columns
+class NoExperts:
+    """Of a dense model: what placement counts as its one expert has no values."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        self.form = ExpertForm(hidden_size=hidden_size, inner_size=0, dtype=dtype)
+
+    def read(self, layer: int, expert: int, out_N: Tensor) -> None:
+        pass

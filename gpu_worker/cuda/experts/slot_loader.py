@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.checksum import checksum_of
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
 from shared.errors import CheckpointError
@@ -45,15 +45,6 @@ class LoadableSlots(Protocol):
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]: ...
 
     def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]: ...
-
-
-class ExpertSource(Protocol):
-    """See `expert_reader.ExpertReader`."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def read(self, layer: int, expert: int, out_N: Tensor) -> None: ...
 
 
 class ExpertCopies(Protocol):
@@ -147,7 +138,7 @@ class CudaSlotLoader:
             for upload in damaged:
                 self._replace_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
             for _ in batch[len(damaged) :]:
-                self._progress.count(self._reader.num_bytes)
+                self._progress.count(self._reader.form.num_bytes)
             yield _Loaded(len(batch), len(batch) - len(damaged))
 
     def _load_missing(self, assignments: Sequence[SlotAssignment]) -> Iterator[_Loaded]:
@@ -166,7 +157,7 @@ class CudaSlotLoader:
         made = self._host_experts.cached_values(assignment.layer, assignment.expert)
         from_host = made is not None
         if from_host:
-            self._progress.count(self._reader.num_bytes)
+            self._progress.count(self._reader.form.num_bytes)
         else:
             made = self._host_experts.cache_expert(assignment.layer, assignment.expert)
         if made is None:
@@ -198,7 +189,7 @@ class CudaSlotLoader:
         try:
             for _ in range(2):
                 self._reader.read(assignment.layer, assignment.expert, staging)
-                upload = SlotUpload(*assignment, staging, checksum_of(staging))
+                upload = SlotUpload(*assignment, staging, checksum_of(staging, self._reader.form))
                 if not self._slots.load([upload]):
                     return
         finally:
@@ -212,18 +203,19 @@ class CudaSlotLoader:
 def open_slot_loader(
     *,
     slots: LoadableSlots,
-    reader: ExpertReader,
+    reader: ExpertSource,
     host_experts: ExpertCopies,
     progress: LoadProgress,
     device: torch.device,
     num_readers: int = NUM_READERS,
 ) -> CudaSlotLoader:
     """Pins memory for `num_readers` experts, for copies to `device`."""
+    form = reader.form
     return CudaSlotLoader(
         slots=slots,
         reader=reader,
         host_experts=host_experts,
         progress=progress,
-        staging=[pinned(reader.num_values, reader.dtype, device) for _ in range(num_readers)],
+        staging=[pinned(form.num_values, form.dtype, device) for _ in range(num_readers)],
         open_readers=lambda: ThreadPoolExecutor(num_readers),
     )

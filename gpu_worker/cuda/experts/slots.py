@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.experts.checksum import checksum
+from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.streams import on_stream
 from shared.types import EMPTY_SLOT
 
@@ -26,9 +27,9 @@ class SlotAssignment(NamedTuple):
 
 
 class SlotUpload(NamedTuple):
-    """`values` holds one expert, flat: gate and up `[2I, H]`, then down `[H, I]`. It should be
-    pinned; otherwise the copy blocks. `checksum` is that of `checksum.checksum_of`; without it
-    nobody looks at what has arrived."""
+    """`values` holds one expert, flat: the parts of an `ExpertForm`. It should be pinned; otherwise
+    the copy blocks. `checksum` is that of `checksum.checksum_of`; without it nobody looks at what
+    has arrived."""
 
     layer: int
     slot: int
@@ -38,7 +39,8 @@ class SlotUpload(NamedTuple):
 
 
 class CudaSlots:
-    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up).
+    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If experts have no biases,
+    those are None.
 
     No table that a running step reads may name a slot that an upload writes. The planner ensures
     this: it names a slot only after `contents` shows its expert.
@@ -53,14 +55,18 @@ class CudaSlots:
         inner_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        biased: bool = False,
     ) -> None:
         leading = (num_layers, slots_per_rank)
-        self.w_gate_up_LSJH = torch.zeros(
-            (*leading, 2 * inner_size, hidden_size), device=device, dtype=dtype
+        self.form = form = ExpertForm(
+            hidden_size=hidden_size, inner_size=inner_size, dtype=dtype, biased=biased
         )
-        self.w_down_LSHI = torch.zeros(
-            (*leading, hidden_size, inner_size), device=device, dtype=dtype
-        )
+        self._parts = [
+            torch.zeros((*leading, *part.shape), device=device, dtype=part.dtype)
+            for part in form.parts
+        ]
+        self.w_gate_up_LSJH, self.w_down_LSHI = self._parts[:2]
+        self.b_gate_up_LSJ, self.b_down_LSH = self._parts[2:] if biased else (None, None)
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -108,13 +114,14 @@ class CudaSlots:
         for layer in range(self.num_layers):
             self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
             self.w_down_LSHI[layer, :num_experts].normal_(std=std)
+            for bias in self._parts[2:]:
+                bias[layer, :num_experts].normal_(std=std)
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
     def _copy(self, upload: SlotUpload) -> Tensor | None:
         """The checksum of what the slot then holds, if it is to be compared."""
-        gate_up_JH = self.w_gate_up_LSJH[upload.layer, upload.slot]
-        down_HI = self.w_down_LSHI[upload.layer, upload.slot]
-        gate_up_JH.view(-1).copy_(upload.values[: gate_up_JH.numel()], non_blocking=True)
-        down_HI.view(-1).copy_(upload.values[gate_up_JH.numel() :], non_blocking=True)
-        return None if upload.checksum is None else checksum(gate_up_JH, down_HI)
+        parts = [part[upload.layer, upload.slot] for part in self._parts]
+        for part, given in zip(parts, self.form.split(upload.values), strict=True):
+            part.copy_(given, non_blocking=True)
+        return None if upload.checksum is None else checksum(parts)

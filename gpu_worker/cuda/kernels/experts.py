@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.activation import SILU_GATED, Epilogue, gated, with_bias
 from gpu_worker.cuda.kernels.routing import (
     Choice,
     SlotTiles,
@@ -80,15 +81,17 @@ def gate_up(
     inner_NI: torch.Tensor,
     *,
     chosen: FusedChoice | None = None,
+    epilogue: Epilogue = SILU_GATED,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`inner = silu(gate x) · (up x)`. `w_gate_up_SJH` holds gate, then up.
+    """`inner = silu(gate x) · (up x)`, if `epilogue` says nothing else. `w_gate_up_SJH` holds gate,
+    then up.
 
     If each pair is its own tile, `chosen` lets this kernel choose the slots itself. The choice has
     the same bits as that of `routing.choose_slots`, and saves its launch.
     """
     if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
-        gate_up_tall(x, w_gate_up_SJH, rows.tiles, inner_NI, divisor=_divisor(rows))
+        gate_up_tall(x, w_gate_up_SJH, rows.tiles, inner_NI, epilogue, divisor=_divisor(rows))
         return
     assert chosen is None or rows.tiles is None, "only pairs without tiles choose their slots here"
     _, double_inner, hidden = w_gate_up_SJH.shape
@@ -101,10 +104,13 @@ def gate_up(
         *_row_pointers(rows),
         inner_NI,
         *_choice_arguments(chosen, rows),
+        x if epilogue.b_gate_up_SJ is None else epilogue.b_gate_up_SJ,
         HIDDEN=hidden,
         INNER=inner,
         DIVISOR=rows.slots_TK.shape[-1],
         **_choice_sizes(chosen),
+        BIASED=epilogue.b_gate_up_SJ is not None,
+        CLAMPED=epilogue.clamped,
         **_launch_options(rows, columns, depth, tile),
     )
 
@@ -115,11 +121,12 @@ def down(
     rows: Rows,
     y_NH: torch.Tensor,
     *,
+    epilogue: Epilogue = SILU_GATED,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`y = w_down inner`, per row in the weights of its slot."""
+    """`y = w_down inner`, per row in the weights of its slot, plus the bias of `epilogue`."""
     if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
-        down_tall(inner_NI, w_down_SHI, rows.tiles, y_NH, padded=rows.padded)
+        down_tall(inner_NI, w_down_SHI, rows.tiles, y_NH, epilogue, padded=rows.padded)
         return
     _, hidden, inner = w_down_SHI.shape
     tile = tile or _tile_for(rows, _DOWN_UNGROUPED, _DOWN_GROUPED, _DOWN_MANY)
@@ -129,8 +136,10 @@ def down(
         w_down_SHI,
         *_row_pointers(rows),
         y_NH,
+        inner_NI if epilogue.b_down_SH is None else epilogue.b_down_SH,
         HIDDEN=hidden,
         INNER=inner,
+        BIASED=epilogue.b_down_SH is not None,
         **_launch_options(rows, columns, depth, tile),
     )
 
@@ -298,6 +307,7 @@ def _gate_up(
     position_ptr,
     weights_ptr,
     factor,
+    bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     DIVISOR: tl.constexpr,
@@ -305,6 +315,8 @@ def _gate_up(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
     NORMALISE: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -344,7 +356,7 @@ def _gate_up(
                 x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
                 gate = tl.dot(x, tl.load(gate_ptrs + start).T, gate)
                 up = tl.dot(x, tl.load(gate_ptrs + INNER * HIDDEN + start).T, up)
-            inner = gate / (1.0 + tl.exp(-gate)) * up
+            inner = gated(gate, up, bias_ptr + slot * (2 * INNER), n, INNER, BIASED, CLAMPED)
             out = inner_ptr + rows[:, None] * INNER + n[None, :]
             tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=is_row[:, None])
 
@@ -358,8 +370,10 @@ def _down(
     tiles_ptr,
     num_tiles_ptr,
     y_ptr,
+    bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -379,5 +393,6 @@ def _down(
             for start in range(0, INNER, BLOCK_K):
                 inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
                 y = tl.dot(inner, tl.load(w_ptrs + start).T, y)
+            y = with_bias(y, bias_ptr + slot * HIDDEN, n, BIASED)
             out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
             tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])

@@ -59,8 +59,8 @@ class _Source:
     def _gqa(self, shape: GqaShape, hidden: int) -> GqaWeights:
         return GqaWeights(
             w_qkv_CH=self.normal(shape.q_size + 2 * shape.kv_size, hidden),
-            q_norm_D=self.norm(shape.head_dim),
-            k_norm_D=self.norm(shape.head_dim),
+            q_norm=self.norm(shape.head_dim),
+            k_norm=self.norm(shape.head_dim),
         )
 
     def _mla(self, shape: MlaShape) -> MlaWeights:

@@ -37,9 +37,11 @@ class WeightReader:
             self._copy(name, part.view(-1))
         return out
 
-    def read_exact(self, name: str) -> Tensor:
-        """A small tensor in float32."""
-        return torch.from_numpy(self._checkpoint.read(name)).to(self._device)
+    def read_exact(self, *names: str) -> Tensor:
+        """Small tensors in float32, concatenated along the first axis."""
+        return torch.cat([torch.from_numpy(self._checkpoint.read(n)) for n in names]).to(
+            self._device
+        )
 
     def _copy(self, name: str, out_N: Tensor) -> None:
         staging_size = self._staging_N.numel()

@@ -180,10 +180,10 @@ def test_another_layout_is_no_expert_cache_of_ours(
     save_experts(tmp_path)
     reader = open_experts(tmp_path, torch.float32)
     header = header_of(tmp_path, reader)
-    ExpertCache(memory, header, torch.float32).close()
-    ExpertCache(memory, header, torch.float32).close()
+    ExpertCache(memory, header, reader.form).close()
+    ExpertCache(memory, header, reader.form).close()
     with pytest.raises(ValueError, match=words):
-        ExpertCache(memory, replace(header, **change), torch.float32)  # type: ignore[arg-type]
+        ExpertCache(memory, replace(header, **change), reader.form)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_that_was_written_again_is_another(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_copy_that_another_is_about_waits_for_its_end(tmp_path: Path) -> None:
     assert memory is not None
     save_experts(tmp_path)
     reader = open_experts(tmp_path, torch.float32)
-    cache = ExpertCache(memory, header_of(tmp_path, reader), torch.float32)
+    cache = ExpertCache(memory, header_of(tmp_path, reader), reader.form)
     with process_of(memory, tmp_path, stuck_at=1) as busy:
         said_by(busy)
         written = [
