@@ -324,15 +324,23 @@ def partials(rows: int, parts_max: int = 16 * BLOCK_TOKENS // SPLIT) -> splits.P
 
 
 def run_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: attention.Paging
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    where: attention.Paging,
+    kind: splits.WindowAndSinks = splits.SEES_ALL,
 ) -> torch.Tensor:
     out = poison(q.shape[0], HEADS * HEAD_DIM)
-    attention.attend(q, k, v, where, partials(q.shape[0]), out)
+    attention.attend(q, k, v, where, partials(q.shape[0]), out, kind=kind)
     return out
 
 
 def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: attention.Paging
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    where: attention.Paging,
+    kind: splits.WindowAndSinks = splits.SEES_ALL,
 ) -> torch.Tensor:
     out = []
     for row in range(q.shape[0]):
@@ -341,10 +349,14 @@ def attention_reference(
         heads = []
         for head in range(HEADS):
             kv_head = head * KV_HEADS // HEADS
-            keys = k[blocks, kv_head].reshape(-1, HEAD_DIM)[:length].double()
-            values = v[blocks, kv_head].reshape(-1, HEAD_DIM)[:length].double()
-            weights = (keys @ q[row, head].double() * HEAD_DIM**-0.5).softmax(0)
-            heads.append(weights @ values)
+            seen = slice(max(0, length - (kind.window or length)), length)
+            keys = k[blocks, kv_head].reshape(-1, HEAD_DIM)[seen].double()
+            values = v[blocks, kv_head].reshape(-1, HEAD_DIM)[seen].double()
+            scores = keys @ q[row, head].double() * HEAD_DIM**-0.5
+            if kind.sinks_Q is not None:
+                sink = kind.sinks_Q[head].double() / attention.LOG2_E
+                scores = torch.cat([scores, sink[None]])
+            heads.append(scores.softmax(0)[: len(values)] @ values)
         out.append(torch.cat(heads))
     return torch.stack(out)
 
@@ -358,6 +370,21 @@ def test_decode_attention_follows_its_formula_and_padding_rows_give_zero() -> No
     again = run_attention(q, k, v, where)
     assert torch.equal(again[[0, 2, 3]], out[[0, 2, 3]])
     assert not again[1].any()
+
+
+@pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 130])
+def test_a_row_sees_its_window_and_sinks_take_a_share(window: int) -> None:
+    """What lies before the window is never merged: its splits are not computed, though other rows
+    of a tile may be."""
+    where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
+    q, k, v = random(4, HEADS, HEAD_DIM), cache(4), cache(4)
+    kind = splits.WindowAndSinks(window, 3.0 * random(HEADS, dtype=torch.float32))
+    out = run_attention(q, k, v, where, kind)
+    assert_close(out, attention_reference(q, k, v, where, kind))
+    without = splits.WindowAndSinks(window)
+    assert_close(
+        run_attention(q, k, v, where, without), attention_reference(q, k, v, where, without)
+    )
 
 
 def test_prefill_attention_gives_the_bits_of_decode() -> None:
@@ -404,10 +431,11 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     assert int((k != k_before).any(-1).sum()) == 3 * KV_HEADS
 
 
-@pytest.mark.parametrize("programs", [2048, 1])
-@pytest.mark.parametrize("span", [16, 2])
+@pytest.mark.parametrize(
+    ("span", "programs", "window"), [(16, 2048, 0), (16, 1, 0), (2, 2048, 0), (2, 1, 0), (2, 1, 70)]
+)
 def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
-    span: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    span: int, programs: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if one program computes several splits and spans are merged. The old content of a new
     token's cache row is never seen. The counts of arrivals are zero again."""
@@ -421,6 +449,7 @@ def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
     qkv_parts = projected_heads.QkvParts(
         qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS
     )
+    kind = splits.WindowAndSinks(window, random(HEADS, dtype=torch.float32) if window else None)
     k, v = cache(4), cache(4)
     for row in (0, 2, 3):
         at = int(where.position_T[row])
@@ -433,7 +462,7 @@ def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
         monkeypatch.setattr(attention, "FUSED_ATTENTION_ROWS_MAX", rows_max)
         keys, values, out = k.clone(), v.clone(), poison(4, HEADS * HEAD_DIM)
         q, room = poison(4, HEADS, HEAD_DIM), partials(4)
-        attention.attend_projected(qkv_parts, where, q, keys, values, room, merging, out)
+        attention.attend_projected(qkv_parts, where, q, keys, values, room, merging, out, kind=kind)
         assert bool(q.isnan().all()) == (rows_max == 4)
         assert not arrivals.any()
         splits_of_rows = (of_split[[0, 2, 3]].nan_to_num() for of_split in room)
