@@ -71,7 +71,7 @@ def test_heads_get_bias_norm_bound_and_rotation_in_this_order(form: HeadForm) ->
         form.rotated // 2, device=DEVICE
     )
     sizes = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM}
-    shared = {} if form.norm == QK_NORM_WHOLE else {name: HEAD_DIM for name in sizes}
+    shared = {} if form.norm == QK_NORM_WHOLE else dict.fromkeys(sizes, HEAD_DIM)
     norms = {name: random(shared.get(name, size)) for name, size in sizes.items()}
     if form.norm == QK_NORM_NONE:
         norms = {}
