@@ -16,7 +16,7 @@ from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
 from gpu_worker.cuda.block_cache import CudaBlockCache
 from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
-from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
+from gpu_worker.cuda.ep.endpoint import EpEndpoint, NoExchangeEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.ep.rank_mask import RankMask
 from gpu_worker.cuda.expert_counter import CudaExpertCounter
@@ -80,7 +80,9 @@ class CudaHardware:
         # Triton is installed only on machines with a card.
         from gpu_worker.cuda.decoder import Decoder
 
-        if spec.capacity > 1:
+        # A dense model's ranks exchange nothing.
+        exchanges = spec.capacity > 1 and bool(model.moe_layers)
+        if exchanges:
             check_dispatch(self._ep_shape(model, spec))
         torch.cuda.set_device(self._device)
         progress = LoadProgress(self._clock)
@@ -88,7 +90,7 @@ class CudaHardware:
         log.info(
             "model_loaded", folder=str(folder), card=self._device.index, **progress.log_fields()
         )
-        exchange = self._open_exchange(model, spec) if spec.capacity > 1 else None
+        exchange = self._open_exchange(model, spec) if exchanges else None
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with on_stream(stream):
@@ -120,18 +122,23 @@ class CudaHardware:
             release_worker=WorkerThread("release", lambda: torch.cuda.set_device(self._device)),
         )
         if exchange is None:
-            return self._alone(parts)
+            return self._alone(self._member, parts, has_peers=spec.capacity > 1)
         return self._of_incarnation(self._member, parts, exchange, exchange.mask)
 
-    def _alone(self, parts: _ProcessParts) -> Hardware:
-        """In an instance of one rank."""
+    def _alone(self, member: Member, parts: _ProcessParts, *, has_peers: bool) -> Hardware:
+        """Of a rank that exchanges nothing. Without peers, nobody ends its life."""
+
+        def renew(next_member: Member) -> Hardware:
+            return self._alone(next_member, parts, has_peers=True)
+
         return Hardware(
-            make_runner=self._runner_maker(self._member, parts, None, is_renewed=False),
+            make_runner=self._runner_maker(member, parts, None, is_renewed=False),
             loader=parts.loaded.loader,
             residents=parts.loaded.slots.contents,
-            endpoint=SingleRankEndpoint(self._member),
+            endpoint=NoExchangeEndpoint(member, has_peers=has_peers),
             exchange=ExchangeKind.NONE,
             blocks=parts.blocks,
+            renew=renew if has_peers else None,
         )
 
     def _of_incarnation(
@@ -173,7 +180,12 @@ class CudaHardware:
 
         def make_runner(monitor: EngineMonitor, callbacks: GraphBarrierCallbacks) -> RunnerParts:
             barrier_driver = GraphBarrierDriver(
-                member, release, self._loop, parts.release_worker, callbacks
+                member,
+                release,
+                self._loop,
+                parts.release_worker,
+                callbacks,
+                meets_peers=mask is not None,
             )
             runner = CudaRunner(
                 member=member,

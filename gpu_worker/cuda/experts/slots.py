@@ -66,7 +66,8 @@ class CudaSlots:
             for part in form.parts
         ]
         self.w_gate_up_LSJH, self.w_down_LSHI = self._parts[:2]
-        self.b_gate_up_LSJ, self.b_down_LSH = self._parts[2:] if biased else (None, None)
+        self.b_gate_up_LSJ: Tensor | None = self._parts[2] if biased else None
+        self.b_down_LSH: Tensor | None = self._parts[3] if biased else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
