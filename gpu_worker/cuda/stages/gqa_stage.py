@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,9 @@ from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.kernels.projected_heads import QkvParts, norm_scales, rotate_and_store
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import GqaWeights
+
+_CACHE_VALUES_MAX = 2**31 - 1
+"""Of one layer's keys: `paging.cache_rows` counts in 32 bits."""
 
 
 class GqaStage:
@@ -34,7 +38,7 @@ class GqaStage:
         windows: Sequence[int],
     ) -> None:
         """Steps that are not in tiles have at most `decode_rows_max` rows. `windows` are those of
-        the layers; 0: none."""
+        the layers; 0: none. Raises ValueError for a cache that kernels cannot address."""
         self._shape = shape
         self._weights = weights
         self._kinds = [
@@ -43,6 +47,11 @@ class GqaStage:
         ]
         self._eps = norm_eps
         cache = (len(weights), kv_blocks, shape.num_kv_heads, block_tokens, shape.head_dim)
+        if math.prod(cache[1:]) > _CACHE_VALUES_MAX:
+            raise ValueError(
+                f"a layer's keys of {kv_blocks * block_tokens:,} tokens are more than "
+                f"{_CACHE_VALUES_MAX:,} values; a rank holds fewer tokens (--kv-tokens)"
+            )
         self.k_LBJUD = allocator.zeros(*cache)
         self.v_LBJUD = allocator.zeros(*cache)
         rotated = int(shape.head_dim * rope.rotated_share)
