@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.gqa_shape import (
+    QK_NORM_HEAD,
+    QK_NORM_NONE,
+    QK_NORM_WHOLE,
+    GqaShape,
+)
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import (
@@ -20,11 +25,17 @@ from gpu_worker.cuda.weights.decoder_weights import (
 
 
 def random_weights(
-    sizes: DecoderSizes, device: torch.device, dtype: torch.dtype, *, std: float = 0.02
+    sizes: DecoderSizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    std: float = 0.02,
+    biased: bool = False,
 ) -> DecoderWeights:
     """Uses the device's default generator. The embedding has unit variance, so that tokens choose
-    different experts."""
-    source = _Source(device, dtype, std)
+    different experts. `biased`: grouped-query attention and routers have biases, and attention has
+    sinks."""
+    source = _Source(device, dtype, std, biased)
     hidden = sizes.hidden_size
     return DecoderWeights(
         embedding_VH=source.normal(sizes.vocab_size, hidden, std=1.0),
@@ -35,12 +46,18 @@ def random_weights(
 
 
 class _Source:
-    def __init__(self, device: torch.device, dtype: torch.dtype, std: float) -> None:
-        self._device, self._dtype, self._std = device, dtype, std
+    def __init__(self, device: torch.device, dtype: torch.dtype, std: float, biased: bool) -> None:
+        self._device, self._dtype, self._std, self._biased = device, dtype, std, biased
 
     def normal(self, *shape: int, std: float | None = None) -> Tensor:
         empty = torch.empty(shape, device=self._device, dtype=self._dtype)
         return empty.normal_(std=self._std if std is None else std)
+
+    def bias(self, size: int) -> Tensor | None:
+        """In float32; None if there are none."""
+        if not self._biased:
+            return None
+        return torch.empty(size, device=self._device).normal_(std=self._std)
 
     def norm(self, size: int) -> Tensor:
         return torch.empty(size, device=self._device, dtype=self._dtype).uniform_(0.5, 1.5)
@@ -57,10 +74,20 @@ class _Source:
         )
 
     def _gqa(self, shape: GqaShape, hidden: int) -> GqaWeights:
+        columns = shape.q_size + 2 * shape.kv_size
+        normed = {
+            QK_NORM_NONE: (0, 0),
+            QK_NORM_HEAD: (shape.head_dim, shape.head_dim),
+            QK_NORM_WHOLE: (shape.q_size, shape.kv_size),
+        }[shape.qk_norm]
+        q_norm, k_norm = (self.norm(size) if size else None for size in normed)
         return GqaWeights(
-            w_qkv_CH=self.normal(shape.q_size + 2 * shape.kv_size, hidden),
-            q_norm=self.norm(shape.head_dim),
-            k_norm=self.norm(shape.head_dim),
+            w_qkv_CH=self.normal(columns, hidden),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            b_qkv_C=self.bias(columns),
+            b_o_H=self.bias(hidden),
+            sinks_Q=self.bias(shape.num_heads),
         )
 
     def _mla(self, shape: MlaShape) -> MlaWeights:
@@ -89,6 +116,7 @@ class _Source:
         correction_E = torch.empty(experts, device=self._device).uniform_(-0.1, 0.1)
         return MoeWeights(
             w_router_EH=self.normal(experts, hidden, std=hidden**-0.5),
+            b_router_E=self.bias(experts),
             correction_E=correction_E if sizes.routing.sigmoid else None,
             shared=self._mlp(hidden, sizes.shared_size) if sizes.shared_size else None,
         )
