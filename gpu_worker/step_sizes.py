@@ -20,8 +20,8 @@ _TENANT_TOKENS_OF_CPU = 8
 
 def with_step_sizes(config: RankConfig, *, on_card: bool, num_ranks: int) -> RankConfig:
     """The configuration with the sizes of a step; that of prefill beside decodes stays 0 where it
-    has no limit. Raises ConfigError if they contradict each
-    other."""
+    has no limit. `num_ranks` are those that exchange with each other. Raises ConfigError if sizes
+    contradict each other."""
     is_lone_card = on_card and num_ranks == 1
     tokens_max = config.step_tokens_max or (
         max(_TOKENS_MAX_OF_LONE_CARD, config.prefill_chunk_tokens) if is_lone_card else _TOKENS_MAX
