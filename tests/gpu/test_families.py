@@ -24,12 +24,13 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 from gpu_worker.checkpoint.load_progress import LoadProgress  # noqa: E402
 from gpu_worker.cuda.decoder import Decoder, DecoderOptions  # noqa: E402
 from gpu_worker.cuda.model_loading import load_cuda_model  # noqa: E402
-from gpu_worker.cuda.stages.moe_stage import LocalMoe  # noqa: E402
+from gpu_worker.cuda.stages.moe_stage import ExchangedMoe, LocalMoe, MoeStage  # noqa: E402
 from gpu_worker.cuda.weights.checkpoint_layouts import CHECKPOINT_LAYOUTS  # noqa: E402
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint  # noqa: E402
 from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS  # noqa: E402
 from shared.clock import SystemClock  # noqa: E402
 from shared.model_spec import read_model_spec  # noqa: E402
+from tests.support.cuda_steps import LoopbackExchange  # noqa: E402
 from tests.unit.gpu_worker.cpu.reference import reference_logits  # noqa: E402
 from tests.unit.gpu_worker.cpu.runs import Chunk, make_batch, open_ranks  # noqa: E402
 
@@ -78,6 +79,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def decoder(folder: Path) -> Decoder:
+    return decoder_of(folder)
+
+
+def decoder_of(folder: Path, *, exchanges: bool = False) -> Decoder:
+    """`exchanges`: what one rank computes, it gets through an exchange that pads rows by slot."""
     spec = read_model_spec(folder)
     model = load_cuda_model(
         folder,
@@ -97,12 +103,13 @@ def decoder(folder: Path) -> Decoder:
         prefill_tokens=2 * LENGTH,
         prefill_sequences=2,
     )
-    moe = LocalMoe(
-        model.slots,
-        top_k=model.sizes.top_k,
-        step_tokens_max=2 * LENGTH,
-        clamped=model.sizes.clamped_experts,
+    clamped, tokens = model.sizes.clamped_experts, options.prefill_tokens
+    moe: MoeStage = LocalMoe(
+        model.slots, top_k=model.sizes.top_k, step_tokens_max=tokens, clamped=clamped
     )
+    if exchanges:
+        exchange = LoopbackExchange(model.slots.slots_per_rank, tokens)
+        moe = ExchangedMoe(model.slots, exchange, rows_of_slot=tokens, clamped=clamped)
     decoder = Decoder(model.sizes, model.weights, moe, options)
     decoder.use_slots(np.argsort(held, axis=1).astype(np.int32)[:, None])
     if ON_CUDA:
@@ -145,6 +152,14 @@ def test_logits_are_those_of_the_cpu_twin(folder: Path, decoder: Decoder) -> Non
     (run,) = open_ranks(folder, 1, block_tokens=BLOCK_TOKENS)
     twin = run.logits(Chunk(tokens_of(1), 0, TABLE))
     assert distance(logits_of(decoder, CHUNKS_AND_DECODE), twin[ENDS]) < TOLERANCE
+
+
+def test_biased_experts_compute_alike_around_an_exchange(folder: Path, decoder: Decoder) -> None:
+    if folder.name != "gpt_oss":
+        pytest.skip("its experts have no biases: tests/gpu/test_decoder.py")
+    logits = logits_of(decoder_of(folder, exchanges=True), (0, 36, 37))
+    local = logits_of(decoder, (0, 36, 37))
+    assert distance(logits, local.numpy()) < TOLERANCE
 
 
 def test_a_token_has_the_same_bits_in_any_chunks_and_beside_others(decoder: Decoder) -> None:
