@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --out FOLDER
 
-It has random bf16 weights of Qwen3-30B-A3B's shape, or of DeepSeek-V3's with small experts
-(`--shape`). It measures decode tokens/s by batch size as a share of the roofline, the cost of batch
-invariance, prefill, loads of slots beside decode, and tiles of kernels; for Qwen3 also
-transformers' generate on the same weights. Correctness is tested in tests/gpu.
+It has random bf16 weights of Qwen3-30B-A3B's shape, of gpt-oss-20b's, or of DeepSeek-V3's with
+small experts (`--shape`). It measures decode tokens/s by batch size as a share of the roofline, the
+cost of batch invariance, prefill, loads of slots beside decode, and tiles of kernels; for Qwen3
+also transformers' generate on the same weights. Correctness is tested in tests/gpu.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_shapes import SHAPES
-from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 CONTEXT = 512
@@ -47,7 +47,10 @@ class GpuBench:
         self.device = torch.device("cuda")
         torch.manual_seed(0)
         self.sizes = sizes
-        self.weights = random_weights(self.sizes, self.device, torch.bfloat16, scaled=scaled_shared)
+        is_gpt_oss = sizes.clamped_experts
+        self.weights = random_weights(
+            self.sizes, self.device, torch.bfloat16, scaled=scaled_shared, biased=is_gpt_oss
+        )
         self.slots = CudaSlots(
             num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
@@ -55,6 +58,7 @@ class GpuBench:
             inner_size=self.sizes.inner_size,
             device=self.device,
             scaled=scaled,
+            biased=is_gpt_oss,
         )
         self.slots.fill_randomly(self.sizes.num_experts, std=0.02)
 
@@ -78,7 +82,12 @@ class GpuBench:
             prefill_sequences=1,
             **options,
         )
-        moe = LocalMoe(self.slots, top_k=self.sizes.top_k, step_tokens_max=prefill_tokens)
+        moe = LocalMoe(
+            self.slots,
+            top_k=self.sizes.top_k,
+            step_tokens_max=prefill_tokens,
+            clamped=self.sizes.clamped_experts,
+        )
         decoder = Decoder(self.sizes, self.weights, moe, settings)
         table = np.arange(self.sizes.num_experts, dtype=np.int32)
         decoder.use_slots(np.tile(table, (self.sizes.num_moe_layers, 1, 1)))
@@ -208,7 +217,7 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
     from gpu_worker.cuda.experts.slots import SlotUpload
 
     values = (
-        torch.empty(16, bench.sizes.num_expert_weights, dtype=torch.bfloat16).normal_().pin_memory()
+        torch.empty(16, bench.slots.form.num_values, dtype=torch.bfloat16).normal_().pin_memory()
     )
     uploads = [
         SlotUpload(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
@@ -343,9 +352,10 @@ def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
         _measure_prefill(report, bench)
     if "free" in sections:
         _measure_free(report, bench, copy)
-    is_qwen = isinstance(sizes.attention, GqaShape)
+    is_latent = isinstance(sizes.attention, MlaShape)
+    is_qwen = not is_latent and not sizes.clamped_experts
     if "kernels" in sections:
-        (_measure_kernels if is_qwen else _measure_latent_kernels)(report, bench)
+        (_measure_latent_kernels if is_latent else _measure_kernels)(report, bench)
     if "transformers" in sections and is_qwen:
         report.run("transformers_32", lambda: transformers_rate(bench, 32))
 

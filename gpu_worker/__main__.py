@@ -99,7 +99,8 @@ async def run_rank(config: RankConfig) -> NoReturn:
     transport = _open_replication_transport(config, spec, clock)
     timer.end_stage("kv_replication")
     on_card = uses_cuda(config, model_spec)
-    num_ranks = spec.capacity
+    # Ranks of a dense model exchange nothing, so each is as if alone.
+    num_ranks = spec.capacity if model_spec.moe_layers else 1
     require_drafts(spec, on_card=on_card)
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware, step_tokens_with_peers

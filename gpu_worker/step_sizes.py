@@ -44,8 +44,8 @@ def with_step_sizes(
     config: RankConfig, *, on_card: bool, num_ranks: int, tokens_max: int = TOKENS_MAX
 ) -> RankConfig:
     """The configuration with the sizes of a step; that of prefill beside decodes stays 0 where it
-    has no limit. `tokens_max` is the default of cards with peers. Raises ConfigError if they
-    contradict each other."""
+    has no limit. `num_ranks` are those that exchange with each other. `tokens_max` is the default
+    of cards with peers. Raises ConfigError if sizes contradict each other."""
     default, chunk, mixed = TOKENS_MAX, _PREFILL_CHUNK_TOKENS, 0
     if on_card and num_ranks == 1:
         default = max(_TOKENS_MAX_OF_LONE_CARD, config.prefill_chunk_tokens)

@@ -77,13 +77,13 @@ class CardMemory:
 
 
 def shared_weight_bytes(
-    checkpoint: Checkpoint, names: list[str], expert_prefixes: set[str], value_bytes: int
+    checkpoint: Checkpoint, names: list[str], expert_tensors: set[str], value_bytes: int
 ) -> int:
     """What the tensors `names` take on a card at least, without those of experts: a byte a value if
     they are FP8 in the checkpoint, and else `value_bytes`."""
     total = 0
     for name in names:
-        if name.rsplit(".", 2)[0] in expert_prefixes:
+        if name in expert_tensors:
             continue
         values = 1
         for size in checkpoint.shape(name):

@@ -519,6 +519,9 @@ class LoadCounts:
     num_experts: int = 0
 
 
+_FORM = ExpertForm(hidden_size=1, inner_size=1, dtype=torch.float32)
+
+
 @dataclass
 class SimSlots:
     """Implements `slot_loader.LoadableSlots`, and what the loader reads from: the host's copies
@@ -530,8 +533,7 @@ class SimSlots:
     fabric: Fabric
     ledger: SlotLedger = field(init=False)
     counts: LoadCounts = field(default_factory=LoadCounts)
-    num_bytes: int = 1000
-    form: ExpertForm = field(default_factory=lambda: _FORM)
+    form: ExpertForm = _FORM
 
     def __post_init__(self) -> None:
         self.ledger = SlotLedger(NUM_LAYERS, self.num_slots)
@@ -595,7 +597,6 @@ class SimSlots:
         pause_in_driver(self.process, loop, lambda end: _as_handle(loop.call_later(seconds, end)))
 
 
-_FORM = ExpertForm(hidden_size=1, inner_size=1, dtype=torch.float32)
 _VALUES = torch.zeros(_FORM.num_values)
 
 

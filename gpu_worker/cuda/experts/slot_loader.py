@@ -22,8 +22,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.checksum import checksum_of
-from gpu_worker.cuda.experts.expert_form import ExpertForm
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
 from shared.errors import CheckpointError
@@ -48,18 +47,6 @@ class LoadableSlots(Protocol):
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]: ...
 
     def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]: ...
-
-
-class ExpertSource(Protocol):
-    """See `expert_reader.ExpertReader`."""
-
-    @property
-    def form(self) -> ExpertForm: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def read(self, layer: int, expert: int, out_N: Tensor) -> None: ...
 
 
 class ExpertCopies(Protocol):
@@ -188,7 +175,7 @@ class CudaSlotLoader:
         for upload in damaged:
             self._note_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
         from_host = len(uploads) - len(damaged)
-        self._progress.count(from_host * self._reader.num_bytes)
+        self._progress.count(from_host * self._reader.form.num_bytes)
         again = [SlotAssignment(u.layer, u.slot, u.expert) for u in damaged] + rejected
         for assignment in again:
             self._load_through(assignment, staging_BN)
@@ -249,21 +236,24 @@ def _batches(
 def open_slot_loader(
     *,
     slots: LoadableSlots,
-    reader: ExpertReader,
+    reader: ExpertSource,
     host_experts: ExpertCopies,
     progress: LoadProgress,
     device: torch.device,
     num_readers: int = NUM_READERS,
 ) -> CudaSlotLoader:
     """Pins memory for each reader, for copies to `device`."""
-    num_experts = max(1, STAGING_BYTES // reader.num_bytes)
+    form = reader.form
+    num_experts = max(1, STAGING_BYTES // form.num_bytes) if form.num_bytes else 1
     return CudaSlotLoader(
         slots=slots,
         reader=reader,
         host_experts=host_experts,
         progress=progress,
         staging=[
-            pinned(num_experts * reader.num_values, reader.dtype, device).view(num_experts, -1)
+            pinned(num_experts * form.num_values, form.flat_dtype, device).view(
+                num_experts, form.num_values
+            )
             for _ in range(num_readers)
         ],
         open_readers=lambda: ThreadPoolExecutor(num_readers),

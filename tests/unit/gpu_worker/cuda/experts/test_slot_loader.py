@@ -52,7 +52,7 @@ class Rank:
             progress.count(num_bytes)
 
         reader = open_experts(folder, dtype, on_read)
-        self.expert_bytes = reader.num_bytes
+        self.expert_bytes = reader.form.num_bytes
         self.folder = folder
         self.copies = open_host_experts(
             reader, memory_for(staging_buffer), header_of(folder, reader)
