@@ -211,11 +211,11 @@ def test_scaled_experts_are_left_to_warp_groups_and_widened_in_pairs(
     if not grouped:
         choice = {"EXPERTS": 256, "BLOCK_E": 256, "CHUNK": 32, "NORMALISE": True}
     for kernel, kinds, tile, more in (
-        (scaled_experts._gate_up, [*SCALED, *CHOICE], scaled_experts._GATE_UP, choice),
-        (scaled_experts._down, SCALED, scaled_experts._DOWN, {}),
+        (scaled_experts._gate_up, [*SCALED, *CHOICE], scaled_experts._GATE_UP_GROUPED, choice),
+        (scaled_experts._down, SCALED, scaled_experts._DOWN_GROUPED, {}),
     ):
         tile = scaled_experts._TALL if halved else tile
-        constants = shape | {"BLOCK_C": tile.columns} | more
+        constants = shape | {"BLOCK_C": tile.columns, "UNROLL": tile.unroll} | more
         if "EXPERTS" in more:
             constants["DIVISOR"] = 8
         text = compiled(kernel, kinds, constants, tile.warps, tile.stages)
