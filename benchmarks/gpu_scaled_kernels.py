@@ -32,7 +32,8 @@ TALL_TILES = (
     ScaledTile(64, 4, 2),
     ScaledTile(64, 4, 3),
     ScaledTile(64, 4, 4),
-    ScaledTile(128, 4, 3),
+    ScaledTile(64, 8, 2),
+    ScaledTile(64, 8, 3),
     ScaledTile(128, 8, 3),
 )
 _UNGROUPED_TOKENS_MAX = 4
