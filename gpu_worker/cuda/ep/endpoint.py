@@ -45,8 +45,7 @@ class EpEndpoint:
         return self._mask.is_connected(target)
 
     def forget(self, member: Member) -> None:
-        """What is mapped stays so: the engine may still run a map that names it."""
-        self._mask.forget(member)
+        """Nothing yet: the engine may still run a map that names it."""
 
     def sweep(self) -> None:
         """Nothing: a buffer is unmapped when the next incarnation of its rank is adopted."""

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import MaskChange
-from gpu_worker.cuda.ep.peer_memory import CudaPeerMemory
 from gpu_worker.cuda.ep.rank_mask import RankMask
 from gpu_worker.cuda.streams import on_stream
 from gpu_worker.exchange.replica_policy import NO_SLOT
@@ -151,7 +150,6 @@ class EpExchange:
             handle_store=handle_store,
             clock=clock,
             mapping_worker=WorkerThread("mappings", lambda: torch.cuda.set_device(device)),
-            peer_memory=CudaPeerMemory(),
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / 128]`
