@@ -36,7 +36,11 @@ HOST_STEPS = 40
 
 
 class GpuBench:
-    def __init__(self, sizes: DecoderSizes) -> None:
+    def __init__(
+        self, sizes: DecoderSizes, *, scaled: bool = False, scaled_shared: bool = False
+    ) -> None:
+        """With `scaled`, experts are in block-scaled FP8; with `scaled_shared`, the shared weights
+        that checkpoints quantise are, too."""
         from gpu_worker.cuda.experts.slots import CudaSlots
         from gpu_worker.cuda.weights.random_weights import random_weights
 
@@ -44,13 +48,16 @@ class GpuBench:
         torch.manual_seed(0)
         self.sizes = sizes
         is_gpt_oss = sizes.clamped_experts
-        self.weights = random_weights(self.sizes, self.device, torch.bfloat16, biased=is_gpt_oss)
+        self.weights = random_weights(
+            self.sizes, self.device, torch.bfloat16, scaled=scaled_shared, biased=is_gpt_oss
+        )
         self.slots = CudaSlots(
             num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
             hidden_size=self.sizes.hidden_size,
             inner_size=self.sizes.inner_size,
             device=self.device,
+            scaled=scaled,
             biased=is_gpt_oss,
         )
         self.slots.fill_randomly(self.sizes.num_experts, std=0.02)
@@ -163,11 +170,9 @@ def decode_rates(bench: GpuBench, decoder: Any, batch: int, copy_tb_per_s: float
     from benchmarks.gpu_kernels import replay_ms
 
     graph_ms = replay_ms(graph_of(decoder, batch), 9)
-    nbytes = 2 * (
-        np.mean(distinct) * sizes.num_expert_weights
-        + sizes.num_shared_weights
-        + batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
-    )
+    kv_bytes = 2 * batch * (CONTEXT + HOST_STEPS / 2) * sizes.kv_values_per_token
+    shared_bytes = bench.weights.num_bytes - bench.weights.embedding_VH.nbytes
+    nbytes = np.mean(distinct) * bench.slots.form.num_bytes + shared_bytes + kv_bytes
     floor_ms = float(nbytes / copy_tb_per_s / 1e9)
     return {
         "batch": batch,
@@ -211,15 +216,15 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
 
     from gpu_worker.cuda.experts.slots import SlotUpload
 
-    values = (
-        torch.empty(16, bench.slots.form.num_values, dtype=torch.bfloat16).normal_().pin_memory()
-    )
+    num_values = bench.slots.form.num_bytes // 2
+    values = torch.empty(16, num_values, dtype=torch.bfloat16).normal_().pin_memory()
+    values = values.view(bench.slots.form.flat_dtype)
     uploads = [
         SlotUpload(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
         for layer in range(bench.sizes.num_moe_layers)
         for spare in range(SPARE_SLOTS)
     ]
-    gigabytes = len(uploads) * bench.sizes.num_expert_weights * 2 / 1e9
+    gigabytes = len(uploads) * bench.slots.form.num_bytes / 1e9
 
     def rate() -> float:
         began = time.perf_counter()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cli.flags import flags_from_dataclasses
+from cli.plan.expert_bytes import check_cards, expert_bytes
 from cli.plan.loads import Skew, generate_loads, read_loads
 from cli.plan.picture import save_picture
 from cli.plan.report import PlanSizes, print_report, report_of
@@ -23,8 +24,6 @@ from shared.errors import ConfigError, StarfishError
 from shared.expert_map import ExpertMap, Placement
 from shared.model_spec import read_model_spec
 from shared.types import Epoch, Incarnation, Member, RankId
-
-WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +67,13 @@ class PlanOptions:
     expert_mib: Annotated[
         float, typer.Option(min=0, help="Without --model: MiB of one expert's weights.")
     ] = 42.0
+    card_gib: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="With --model: GiB of a card's memory. Refuses slots and weights that do not fit.",
+        ),
+    ] = 0.0
     png: Annotated[
         Path | None,
         typer.Option(help="Picture file to write: one layer before and after a death."),
@@ -89,6 +95,8 @@ def plan(options: PlanOptions, as_json: JsonFlag = False) -> None:
         else:
             loads = generate_loads(options.skew, options.skew_by, options.seed, layers, experts)
         sizes = _sizes(options, loads, bytes_per_expert)
+        if options.model is not None and options.card_gib:
+            check_cards(options.model, sizes, round(options.card_gib * 2**30))
         expert_map = _place_experts(loads, sizes)
         report = report_of(expert_map, loads, sizes)
         if options.png is not None:
@@ -145,9 +153,7 @@ def _sizes(options: PlanOptions, loads: NDArray[np.float64], bytes_per_expert: i
 def _from_model(folder: Path) -> tuple[int, int, int]:
     """Layers, experts and bytes of one expert. Raises CheckpointError."""
     spec = read_model_spec(folder)
-    dtype = str(spec.raw.get("dtype") or spec.raw.get("torch_dtype") or "bfloat16")
-    weights = 3 * spec.hidden_size * spec.moe_intermediate_size
-    return spec.num_moe_layers, spec.num_experts, int(weights * WEIGHT_BYTES.get(dtype, 2.0))
+    return spec.num_moe_layers, spec.num_experts, expert_bytes(spec)
 
 
 def _draw_death(

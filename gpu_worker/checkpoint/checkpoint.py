@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.checkpoint.manifest import Manifest, check_listed, has_parts, read_manifest, verify
-from gpu_worker.checkpoint.quantisation import Codes
+from gpu_worker.checkpoint.quantisation import Codes, Floats
 from gpu_worker.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -27,7 +28,7 @@ from shared.model_spec import read_json
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "OnRead", "Shape", "open_checkpoint"]
 
-_Values = TypeVar("_Values", NDArray[np.float32], NDArray[np.uint16])
+_Result = TypeVar("_Result")
 
 ALWAYS_FLOAT32 = ("bias", ".gate.weight", ".router.weight", ".weights_proj.weight")
 """Name endings of small tensors that are always read with `read`, as tensors of one axis are:
@@ -100,12 +101,24 @@ class Checkpoint:
         with ExitStack() as views:
             out_N[:] = self._view(form.values, None, views).view(np.uint16)
 
+    def fp8_block(self, name: str) -> tuple[int, int] | None:
+        """Rows and columns of the blocks that have a scale each; None if the tensor is not FP8."""
+        form = self._forms[name]
+        return form.block if form.dtype == "F8_E4M3" else None
+
+    def copy_codes(self, name: str, codes: Codes, scales: Floats) -> None:
+        """Copies a matrix stored in FP8 as it is: E4M3 codes, and the scales of blocks as float32,
+        to the caller's memory of their shapes."""
+        form = self._forms[name]
+        assert form.dtype == "F8_E4M3", f"{form.values.name} is {form.dtype}"
+        self._decode(form, None, partial(StoredForm.copy_codes, codes=codes, scales=scales))
+
     def _decode(
         self,
         form: StoredForm,
         index: int | None,
-        decode: Callable[[StoredForm, Codes, Codes | None, int], _Values],
-    ) -> _Values:
+        decode: Callable[[StoredForm, Codes, Codes | None, int], _Result],
+    ) -> _Result:
         with ExitStack() as views:
             values, *scales = (self._view(part, index, views) for part in form.parts)
             try:

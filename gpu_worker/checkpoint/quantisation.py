@@ -42,6 +42,14 @@ _FLOAT_PAIRS = _mxfp4_pairs().view(np.uint64).reshape(-1)
 _BFLOAT_PAIRS = (_mxfp4_pairs().view(np.uint32) >> 16).astype(np.uint16).view(np.uint32).reshape(-1)
 
 
+def check_fp8(codes: Codes, scales: NDArray[Any]) -> None:
+    """Raises ValueError if a code is NaN or a scale is not finite."""
+    if not np.isfinite(scales).all():
+        raise ValueError("has a scale that is not finite")
+    if (codes & 0x7F).max(initial=0) == _E4M3_NAN:
+        raise ValueError("holds NaN")
+
+
 def decode_fp8_blocks(codes: Codes, scales: NDArray[Any], block: tuple[int, int]) -> Floats:
     """`codes` are uint8 `[..., N, K]`; `scales` are `[..., ceil(N/n), ceil(K/k)]` for blocks `[n,
     k]`, of which the last in a row or column may be partial. Each value is that of its code times

@@ -14,7 +14,12 @@ import torch
 
 from gpu_worker.checkpoint.checkpoint import Shape
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 _ALIGNMENT = 8
 
 

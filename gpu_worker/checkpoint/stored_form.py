@@ -16,6 +16,7 @@ from gpu_worker.checkpoint.quantisation import (
     MXFP4_GROUP_BYTES,
     Codes,
     Floats,
+    check_fp8,
     decode_fp8_blocks,
     decode_mxfp4,
     decode_mxfp4_bits,
@@ -74,6 +75,21 @@ class StoredForm:
         if self.dtype == MXFP4:
             return np.swapaxes(decode_mxfp4(values, scales), -1, -2)
         return decode_fp8_blocks(values, _as_floats(self.scales.dtype, scales), self.block)
+
+    def copy_codes(
+        self,
+        raw_values: Codes,
+        raw_scales: Codes | None,
+        leading: int,
+        codes: Codes,
+        scales: Floats,
+    ) -> None:
+        """Copies the parts of a tensor in FP8. Raises ValueError if the bytes are invalid."""
+        assert self.scales is not None, f"{self.values.name} has no scales"
+        assert raw_scales is not None, f"{self.values.name} has no scales"
+        codes[...] = _view(self.values, raw_values, leading)
+        scales[...] = _as_floats(self.scales.dtype, _view(self.scales, raw_scales, leading))
+        check_fp8(codes, scales)
 
     def decode_bits(
         self, raw_values: Codes, raw_scales: Codes | None, leading: int

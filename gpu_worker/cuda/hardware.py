@@ -215,6 +215,7 @@ class CudaHardware:
             device=self._device,
             dtype=torch.bfloat16,
             progress=progress,
+            kv_tokens=config.kv_tokens,
             cache_memory=expert_cache_memory_of_rank(
                 config.host_experts_fd, config.host_experts_gb
             ),

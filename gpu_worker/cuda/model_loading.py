@@ -6,10 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.cuda.card_memory import CardMemory, shared_weight_bytes
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
 from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
@@ -21,6 +23,8 @@ from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +47,27 @@ def load_cuda_model(
     dtype: torch.dtype,
     progress: LoadProgress,
     cache_memory: ExpertCacheMemory | None = None,
+    kv_tokens: int = 0,
 ) -> CudaModel:
     """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`.
-    Raises CheckpointError; if the architecture or the files are wrong, before it reads anything."""
+    Before it reads anything, raises CheckpointError if the architecture or the files are wrong, and
+    ConfigError if the card has no room for all of it and a KV cache of `kv_tokens`."""
     layout = checkpoint_layout_of(spec)
-    checkpoint = open_checkpoint(folder, layout.tensor_shapes(), progress.count)
+    shapes = layout.tensor_shapes()
+    checkpoint = open_checkpoint(folder, shapes, progress.count)
+    prefixes = layout.expert_prefixes
+    reader = layout.open_experts(checkpoint, dtype, device)
+    needed = CardMemory(
+        form=reader.form,
+        num_layers=spec.num_moe_layers,
+        num_experts=spec.num_experts,
+        slots_per_rank=slots_per_rank,
+        shared_bytes=shared_weight_bytes(checkpoint, list(shapes), prefixes, dtype.itemsize),
+        kv_bytes_per_token=layout.sizes.kv_values_per_token * dtype.itemsize,
+        kv_tokens=kv_tokens,
+    )
+    _check_card(needed, device)
     weights = layout.read(WeightReader(checkpoint, device, dtype))
-    reader = layout.open_experts(checkpoint, dtype)
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
         slots_per_rank=slots_per_rank,
@@ -57,6 +75,7 @@ def load_cuda_model(
         inner_size=spec.moe_intermediate_size,
         device=device,
         dtype=dtype,
+        scaled=reader.form.scaled,
         biased=reader.form.biased,
     )
     header = expert_cache_header(checkpoint, reader, spec)
@@ -73,13 +92,22 @@ def load_cuda_model(
     )
 
 
+def _check_card(needed: CardMemory, device: torch.device) -> None:
+    """Raises ConfigError."""
+    if device.type != "cuda":
+        return
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    log.info("card_memory", **needed.log_fields(), free_gb=round(free_bytes / 1e9, 2))
+    needed.check(free_bytes)
+
+
 def expert_cache_header(
     checkpoint: Checkpoint, reader: ExpertSource, spec: ModelSpec
 ) -> ExpertCacheHeader:
     return ExpertCacheHeader(
         folder=str(checkpoint.folder),
         fingerprint=checkpoint.fingerprint(),
-        dtype=str(reader.form.dtype),
+        dtype=str(reader.form.flat_dtype),
         num_values=reader.form.num_values,
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,

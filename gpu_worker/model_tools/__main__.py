@@ -23,6 +23,8 @@ from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS
 from shared.errors import StarfishError
 from shared.model_spec import read_model_spec
 
+_SEED_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = commands.add_parser("seed", help="write a checkpoint of random weights")
     seed.add_argument("--out", type=Path, required=True, help="the folder to create")
     seed.add_argument("--family", choices=sorted(SEEDED_CONFIGS), default=DEFAULT_FAMILY)
-    seed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    seed.add_argument("--dtype", choices=_SEED_DTYPES, default="float32")
     seed.add_argument("--seed", type=int, default=0)
     score = commands.add_parser("score", help="print negative log-likelihoods of given tokens")
     score.add_argument("folder", type=Path)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from gpu_worker.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
 from gpu_worker.checkpoint.safetensors_file import SafetensorsFile
 from gpu_worker.cpu.registry import family_class
+from gpu_worker.model_tools import fp8_blocks
 from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
 from gpu_worker.model_tools.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from shared.errors import CheckpointError
@@ -48,8 +49,9 @@ def create_seeded_checkpoint(
     **changes: Any,
 ) -> None:
     """Writes a temporary folder and renames it to `folder`. If another process makes `folder`
-    meanwhile, that one stays. `changes` are entries of config.json. Raises CheckpointError if
-    `folder` has a checkpoint of another family."""
+    meanwhile, that one stays. `changes` are entries of config.json. With `dtype` float8_e4m3fn,
+    projections are block-scaled FP8, as DeepSeek publishes them, and the rest is bfloat16. Raises
+    CheckpointError if `folder` has a checkpoint of another family."""
     config = SEEDED_CONFIGS[family] | changes
     if (folder / "config.json").exists():
         there = read_model_spec(folder).architecture
@@ -59,7 +61,7 @@ def create_seeded_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_config(aside, config | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_config(aside, config | _dtype_entries(dtype))
         _write_weights(aside, seed, num_shards, dtype, on_progress)
         try:
             aside.rename(folder)
@@ -68,6 +70,13 @@ def create_seeded_checkpoint(
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _dtype_entries(dtype: torch.dtype) -> Config:
+    """Of config.json."""
+    if dtype is not fp8_blocks.CODES:
+        return {"dtype": str(dtype).removeprefix("torch.")}
+    return {"dtype": "bfloat16", "quantization_config": fp8_blocks.CONFIG}
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -100,26 +109,36 @@ def _write_weights(
     spec = read_model_spec(folder)
     shapes = family_class(spec.architecture)(spec).tensor_shapes()
     shards = _split(shapes, num_shards)
-    dtypes = {
-        name: torch.float32 if name.endswith("correction_bias") else dtype  # as published
-        for name in shapes
+    dtypes = {name: _dtype_of(name, shape, dtype) for name, shape in shapes.items()}
+    scale_shapes = {
+        fp8_blocks.scales_name(name): fp8_blocks.scales_shape(shapes[name])
+        for name, of_tensor in dtypes.items()
+        if of_tensor is fp8_blocks.CODES
     }
+    dtypes |= dict.fromkeys(scale_shapes, torch.float32)
     weight_map: dict[str, str] = {}
     with ExitStack() as stack:
         files: dict[str, SafetensorsFile] = {}
         for index, names in enumerate(shards):
             file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
             path = folder / (file_name if len(shards) > 1 else SINGLE_FILE)
-            file = SafetensorsFile(path, {name: shapes[name] for name in names}, dtypes)
-            files |= dict.fromkeys(names, stack.enter_context(file))
-            weight_map |= dict.fromkeys(names, file_name)
+            scales = [s for s in map(fp8_blocks.scales_name, names) if s in scale_shapes]
+            of_file = {name: shapes[name] for name in names}
+            of_file |= {name: scale_shapes[name] for name in scales}
+            file = SafetensorsFile(path, of_file, dtypes)
+            files |= dict.fromkeys(of_file, stack.enter_context(file))
+            weight_map |= dict.fromkeys(of_file, file_name)
 
         def write(name: str) -> int:
             values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
-            return files[name].write(name, values.to(dtypes[name]))
+            if dtypes[name] is not fp8_blocks.CODES:
+                return files[name].write(name, values.to(dtypes[name]))
+            codes, scales = fp8_blocks.quantise(values)
+            scales_name = fp8_blocks.scales_name(name)
+            return files[name].write(name, codes) + files[name].write(scales_name, scales)
 
         total_bytes = 0
-        writing = stack.enter_context(closing(_on_all_cores(write, list(weight_map))))
+        writing = stack.enter_context(closing(_on_all_cores(write, list(shapes))))
         for done, nbytes in enumerate(writing, start=1):
             total_bytes += nbytes
             if on_progress is not None:
@@ -127,6 +146,15 @@ def _write_weights(
     if len(shards) > 1:
         index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / INDEX_FILE, index_json)
+
+
+def _dtype_of(name: str, shape: Shape, dtype: torch.dtype) -> torch.dtype:
+    """As published."""
+    if name.endswith("correction_bias"):
+        return torch.float32
+    if dtype is fp8_blocks.CODES and not fp8_blocks.is_quantised(name, shape):
+        return torch.bfloat16
+    return dtype
 
 
 def _on_all_cores(write: Callable[[str], int], names: list[str]) -> Generator[int, None, None]:

@@ -33,6 +33,7 @@ from gpu_worker.cuda.kernels import (  # noqa: E402
     linear,
     projected_heads,
     residual,
+    scaled_experts,
     scaled_rows,
     tall_experts,
 )
@@ -220,6 +221,40 @@ def test_experts_with_biases_and_another_activation_take_the_same_instructions()
     ):
         found = instructions(kernel, kinds, tall | of_kernel, tall_experts._WARPS, 4)
         assert_of_warp_groups(found)
+
+
+SCALED = ["*bf16", "*fp8e4nv", "*fp32", "*i64", "*i32", "*i32", "*i32", "*bf16"]
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, scaled_experts._TALL_ROWS])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_scaled_experts_are_left_to_warp_groups_and_widened_in_pairs(
+    rows: int, grouped: bool
+) -> None:
+    """All tiles alike: those of one row, too. The rate of the compiler's own conversion to bfloat16
+    would set the pace."""
+    if not grouped and rows > 16:
+        return
+    sizes = {"HIDDEN": HIDDEN, "INNER": INNER, "BLOCK_T": rows, "BLOCK_K": 128, "IN_PAIRS": True}
+    halved = rows >= scaled_experts._TALL_ROWS
+    shape = sizes | {"GROUPED": grouped, "PADDED": False, "HALVED": halved}
+    choice = {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
+    if not grouped:
+        choice = {"EXPERTS": 256, "BLOCK_E": 256, "CHUNK": 32, "NORMALISE": True}
+    for kernel, kinds, tile, more in (
+        (scaled_experts._gate_up, [*SCALED, *CHOICE], scaled_experts._GATE_UP, choice),
+        (scaled_experts._down, SCALED, scaled_experts._DOWN, {}),
+    ):
+        tile = scaled_experts._TALL if halved else tile
+        constants = shape | {"BLOCK_C": tile.columns} | more
+        if "EXPERTS" in more:
+            constants["DIVISOR"] = 8
+        text = compiled(kernel, kinds, constants, tile.warps, tile.stages)
+        found = set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", text))
+        assert_of_warp_groups(found)
+        assert "cvt.rn.f16x2.e4m3x2" in text
+        assert "cvt.rn.bf16x2.f32" in text
+        assert "cvt.rn.bf16.f32" not in text
 
 
 @pytest.mark.parametrize("rows", [16, 32])

@@ -26,6 +26,7 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from gpu_worker.cuda.kernels import (
     attention,
+    expert_rows,
     experts,
     linear,
     projected_heads,
@@ -256,7 +257,7 @@ def test_experts_take_rows_that_lie_padded_by_slot(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any number of programs that share the tiles."""
-    monkeypatch.setattr(experts, "_PADDED_PROGRAMS", programs)
+    monkeypatch.setattr(expert_rows, "_PADDED_PROGRAMS", programs)
     counts, width = ints([0, 3, 20, 0, 1, *[0] * (EXPERTS - 5)]), 24
     x = random(EXPERTS * width, HIDDEN)
     w1, w2 = random(EXPERTS, 2 * INNER, HIDDEN, scale=0.1), random(EXPERTS, HIDDEN, INNER)

@@ -13,7 +13,8 @@ from gpu_worker.cuda.experts.expert_form import ExpertForm
 
 _COLUMNS_MAX = 1024
 _OTHER_AXIS = 0x1E3779B97F4A7C15  # odd: no bit of a factor is lost
-_INTEGERS = {2: torch.int16, 4: torch.int32}
+_INTEGERS = {1: torch.int32, 2: torch.int16, 4: torch.int32}
+"""By the bytes of a value. Codes of one byte are read four at a time: there are a multiple."""
 
 
 def checksum(parts: Sequence[Tensor]) -> Tensor:

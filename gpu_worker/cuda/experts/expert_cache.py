@@ -45,7 +45,8 @@ _CHECKSUM = np.dtype("<i8")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCacheHeader:
-    """What a cache holds. An expert has `num_values` values of `dtype`. Layers are MoE layers.
+    """What a cache holds. An expert has `num_values` values of `dtype`, which are bytes if it is
+    block-scaled FP8. Layers are MoE layers.
     `form` is the version of the cache's own layout. `folder` is only for error messages."""
 
     folder: str
@@ -103,7 +104,7 @@ class ExpertCache:
 
     def entry_values(self, entry: int) -> Tensor:
         """The entry's memory, flat as `SlotUpload.values`. Valid until `close`."""
-        return self._entries_PB[entry, : self._expert_bytes].view(self._form.dtype)
+        return self._entries_PB[entry, : self._expert_bytes].view(self._form.flat_dtype)
 
     def checksum(self, entry: int) -> int:
         """Of a complete entry, as it was when it was filled."""

@@ -216,6 +216,6 @@ def open_slot_loader(
         reader=reader,
         host_experts=host_experts,
         progress=progress,
-        staging=[pinned(form.num_values, form.dtype, device) for _ in range(num_readers)],
+        staging=[pinned(form.num_values, form.flat_dtype, device) for _ in range(num_readers)],
         open_readers=lambda: ThreadPoolExecutor(num_readers),
     )

@@ -15,6 +15,13 @@ from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.experts.checksum import checksum
 from gpu_worker.cuda.experts.expert_form import ExpertForm
 from gpu_worker.cuda.streams import on_stream
+from gpu_worker.cuda.weights.scaled_blocks import (
+    CODES,
+    CODES_STD,
+    Matrix,
+    ScaledBlocks,
+    fill_codes,
+)
 from shared.types import EMPTY_SLOT
 
 
@@ -39,8 +46,9 @@ class SlotUpload(NamedTuple):
 
 
 class CudaSlots:
-    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If experts have no biases,
-    those are None.
+    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If `form.scaled`, the
+    weights are codes, and have scales `[L, S, …]` as in `ScaledBlocks`; otherwise those are None,
+    as biases are without `form.biased`.
 
     No table that a running step reads may name a slot that an upload writes. The planner ensures
     this: it names a slot only after `contents` shows its expert.
@@ -55,19 +63,27 @@ class CudaSlots:
         inner_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        scaled: bool = False,
         biased: bool = False,
     ) -> None:
         leading = (num_layers, slots_per_rank)
         self.form = form = ExpertForm(
-            hidden_size=hidden_size, inner_size=inner_size, dtype=dtype, biased=biased
+            hidden_size=hidden_size,
+            inner_size=inner_size,
+            dtype=dtype,
+            scaled=scaled,
+            biased=biased,
         )
-        self._parts = [
+        self.device = device
+        self.parts = [  # of `form`, each with all layers and slots
             torch.zeros((*leading, *part.shape), device=device, dtype=part.dtype)
             for part in form.parts
         ]
-        self.w_gate_up_LSJH, self.w_down_LSHI = self._parts[:2]
-        self.b_gate_up_LSJ: Tensor | None = self._parts[2] if biased else None
-        self.b_down_LSH: Tensor | None = self._parts[3] if biased else None
+        self.w_gate_up_LSJH, self.w_down_LSHI = self.parts[:2]
+        self.gate_up_scales = self.parts[2] if form.scaled else None
+        self.down_scales = self.parts[3] if form.scaled else None
+        self.b_gate_up_LSJ = self.parts[2] if form.biased else None
+        self.b_down_LSH = self.parts[3] if form.biased else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -76,6 +92,14 @@ class CudaSlots:
     def contents(self) -> NDArray[np.int16]:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         return self._ledger.contents
+
+    def gate_up(self, layer: int) -> Matrix:
+        """`[S, 2I, H]`, for the kernels."""
+        return _weights(self.w_gate_up_LSJH[layer], self.gate_up_scales, layer)
+
+    def down(self, layer: int) -> Matrix:
+        """`[S, H, I]`, for the kernels."""
+        return _weights(self.w_down_LSHI[layer], self.down_scales, layer)
 
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]:
         """Marks slots that are wanted EMPTY as empty. Returns the wanted assignments that are
@@ -113,16 +137,34 @@ class CudaSlots:
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Puts a random expert e into slot e of every layer, for measurements and tests."""
         for layer in range(self.num_layers):
-            self.w_gate_up_LSJH[layer, :num_experts].normal_(std=std)
-            self.w_down_LSHI[layer, :num_experts].normal_(std=std)
-            for bias in self._parts[2:]:
+            for weights, scales in (
+                (self.w_gate_up_LSJH, self.gate_up_scales),
+                (self.w_down_LSHI, self.down_scales),
+            ):
+                _fill_randomly(weights[layer, :num_experts], std)
+                if scales is not None:
+                    scales[layer, :num_experts] = std / CODES_STD
+            for bias in self.parts[2:] if self.form.biased else ():
                 bias[layer, :num_experts].normal_(std=std)
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
     def _copy(self, upload: SlotUpload) -> Tensor | None:
         """The checksum of what the slot then holds, if it is to be compared."""
-        parts = [part[upload.layer, upload.slot] for part in self._parts]
+        parts = [part[upload.layer, upload.slot] for part in self.parts]
         for part, given in zip(parts, self.form.split(upload.values), strict=True):
             part.copy_(given, non_blocking=True)
         return None if upload.checksum is None else checksum(parts)
+
+
+def _weights(weights: Tensor, scales: Tensor | None, layer: int) -> Matrix:
+    return weights if scales is None else ScaledBlocks(weights, scales[layer])
+
+
+def _fill_randomly(weights: Tensor, std: float) -> None:
+    """Codes get a deviation of their own: their scales make it `std`."""
+    if weights.dtype != CODES:
+        weights.normal_(std=std)
+        return
+    for expert in weights:
+        fill_codes(expert)

@@ -1,7 +1,7 @@
 """Triton kernels of the decoder, one file per stage, each with the function that launches it.
 
 All kernels are batch-invariant: the bits of a row do not depend on the other rows, on their number,
-or on the tile that the row is in. This rests on four things:
+or on the tile that the row is in. This rests on five things:
 
 - Reductions run over ranges that the model fixes (split-K parts, attention splits by position), in
   rising order.
@@ -11,6 +11,8 @@ or on the tile that the row is in. This rests on four things:
   rate. On Hopper both round alike, for either operand on either side: tests/gpu compares the bits
   on the card. Which positions are added together depends on how the compiler lays operands out;
   tests/gpu/test_instructions.py compares that.
+- Products with block-scaled FP8 weights are all left to warp groups, whatever the tile: see
+  `scaled_experts`. A block's sum is scaled and added by itself, in the order of blocks.
 - What a small step does in several programs, and a large one in one, is added in the same order:
   split-K parts, splits of attention.
 - Row-wise sums always have the same block shape and number of warps. Latent attention and its

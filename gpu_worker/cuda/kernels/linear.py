@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gpu_worker.cuda.kernels import scaled_linear
+from gpu_worker.cuda.weights.scaled_blocks import Matrix, ScaledBlocks
+
 _PARTS = 4
 _STEPS_MIN = 2
 """Steps of a part. Of a single one, the compiler would add the product to the sum of the parts
@@ -71,12 +74,16 @@ def num_parts(inner: int) -> int:
 
 def linear_parts(
     x_TK: torch.Tensor,
-    w_NK: torch.Tensor,
+    w_NK: Matrix,
     out_PTN: torch.Tensor,
     *,
     tile: LinearTile | None = None,
 ) -> None:
-    """Part p of `out_PTN` (float32) covers the p-th of P equal ranges of the inner dimension."""
+    """Part p of `out_PTN` (float32) covers the p-th of P equal ranges of the inner dimension.
+    Scaled weights have tiles of their own."""
+    if isinstance(w_NK, ScaledBlocks):
+        scaled_linear.linear_parts(x_TK, w_NK, out_PTN)
+        return
     num_rows, inner = x_TK.shape
     parts, _, columns = out_PTN.shape
     tile = tile or _tile_for(num_rows)
@@ -103,13 +110,16 @@ def linear_parts(
 
 def linear_whole(
     x_TK: torch.Tensor,
-    w_NK: torch.Tensor,
+    w_NK: Matrix,
     out_TN: torch.Tensor,
     *,
     parts: int,
     tile: LinearTile | None = None,
 ) -> None:
     """`out_TN` (float32) is the sum of what `linear_parts` computes in so many parts."""
+    if isinstance(w_NK, ScaledBlocks):
+        scaled_linear.linear_whole(x_TK, w_NK, out_TN, parts=parts)
+        return
     num_rows, inner = x_TK.shape
     columns = out_TN.shape[1]
     tile = tile or _whole_tile_for(num_rows, columns)

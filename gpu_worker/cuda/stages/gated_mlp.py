@@ -11,6 +11,7 @@ from gpu_worker.cuda.kernels.routing import SlotTiles
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.stages.gemm import Gemm, StepAllocator
 from gpu_worker.cuda.weights.decoder_weights import MlpWeights
+from gpu_worker.cuda.weights.scaled_blocks import in_one_slot
 
 
 class GatedMlp:
@@ -30,7 +31,7 @@ class GatedMlp:
         rows, inner_TI = self._rows[tokens], self._inner_TI[:tokens]
         size = _tile_rows(tokens)
         tile = None if size == TALL_ROWS else experts.dense_mlp_tile(size, inner_TI.shape[1])
-        experts.gate_up(h_TH, weights.w_gate_up_JH[None], rows, inner_TI, tile=tile)
+        experts.gate_up(h_TH, in_one_slot(weights.w_gate_up_JH), rows, inner_TI, tile=tile)
         return self._down.run(inner_TI, weights.w_down_HI)
 
     def _rows_for(self, tokens: int) -> experts.Rows:

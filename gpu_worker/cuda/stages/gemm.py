@@ -14,6 +14,7 @@ from gpu_worker.cuda.kernels.linear import (
     linear_whole,
     num_parts,
 )
+from gpu_worker.cuda.weights.scaled_blocks import Matrix, ScaledBlocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +54,16 @@ class Gemm:
         rows = max(self._parts * min(rows_max, PARTS_ROWS_MAX), rows_max)
         self._out = allocator.zeros(rows * columns, of=dtype)
 
-    def run(self, x_TK: Tensor, w_NK: Tensor) -> Tensor:
-        """`[P, T, N]`, valid until the next call."""
+    def run(self, x_TK: Tensor, w_NK: Matrix) -> Tensor:
+        """`[P, T, N]`, valid until the next call. The library's product takes no scaled weights:
+        those are always computed batch-invariantly."""
         out_PTN = self.result_view(x_TK.shape[0])
         if self._invariant and x_TK.shape[0] > PARTS_ROWS_MAX:
             linear_whole(x_TK, w_NK, out_PTN[0], parts=self._parts)
         elif self._invariant:
             linear_parts(x_TK, w_NK, out_PTN)
+        elif isinstance(w_NK, ScaledBlocks):
+            linear_whole(x_TK, w_NK, out_PTN[0], parts=1)
         else:
             torch.mm(x_TK, w_NK.T, out=out_PTN[0])
         return out_PTN

@@ -106,13 +106,9 @@ class LocalMoe:
         self._clamped = clamped
         self._top_k = top_k
         pairs_max = step_tokens_max * top_k
-        _, _, hidden, inner = slots.w_down_LSHI.shape
-        like = slots.w_down_LSHI
-        self._inner_NI = like.new_empty(pairs_max, inner)
-        self._y_NH = like.new_empty(pairs_max, hidden)
+        self._inner_NI, self._y_NH = _row_buffers(slots, pairs_max)
         self._tiles: dict[int, routing.SlotTiles] = {}
-        num_slots, device = slots.slots_per_rank, like.device
-        self._counts_BS = pair_order.new_block_counts(pairs_max, num_slots, device)
+        self._counts_BS = pair_order.new_block_counts(pairs_max, slots.slots_per_rank, slots.device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
         return num_tokens <= _UNGROUPED_TOKENS_MAX
@@ -130,7 +126,7 @@ class LocalMoe:
         pairs = tokens * self._top_k
         rows = experts.Rows(routed.slots_TK, self._group(routed.slots_TK))
         inner_NI, y_NH = self._inner_NI[:pairs], self._y_NH[:pairs]
-        w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
+        w_gate_up, w_down = self._slots.gate_up(layer), self._slots.down(layer)
         chosen = None
         if routed.choice is not None:
             chosen = experts.FusedChoice(routed.choice, routed.weights_TK)
@@ -185,14 +181,12 @@ class ExchangedMoe:
         self._exchange = exchange
         self._rows_of_slot = rows_of_slot
         num_slots = slots.slots_per_rank
-        _, _, hidden, inner = slots.w_down_LSHI.shape
-        like = slots.w_down_LSHI
-        self._inner_NI = like.new_empty(num_slots * rows_of_slot, inner)
-        self._y_NH = like.new_empty(num_slots * rows_of_slot, hidden)
-        self._tiles = routing.new_slot_tiles(num_slots * rows_of_slot, num_slots, 16, like.device)
-        self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=like.device)
+        rows, device = num_slots * rows_of_slot, slots.device
+        self._inner_NI, self._y_NH = _row_buffers(slots, rows)
+        self._tiles = routing.new_slot_tiles(rows, num_slots, 16, device)
+        self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=device)
         """Rows that each layer's slots have computed, modulo 2³²."""
-        self._side_stream = SideStream(like.device)
+        self._side_stream = SideStream(device)
 
     def fuses_routing(self, num_tokens: int) -> bool:
         """Never, because dispatch needs the slots."""
@@ -213,7 +207,7 @@ class ExchangedMoe:
         routing.fill_padded_tiles(counts_S, self._rows_of_slot, self._tiles, computed_1)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         x_NH = self._in_own_type(x_SMH, counts_S)
-        w_gate_up, w_down = self._slots.w_gate_up_LSJH[layer], self._slots.w_down_LSHI[layer]
+        w_gate_up, w_down = self._slots.gate_up(layer), self._slots.down(layer)
         epilogue = _epilogue(self._slots, layer, clamped=self._clamped)
         experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI, epilogue=epilogue)
         experts.down(self._inner_NI, w_down, rows, self._y_NH, epilogue=epilogue)
@@ -240,6 +234,13 @@ def _epilogue(slots: CudaSlots, layer: int, *, clamped: bool) -> Epilogue:
         b_gate_up_SJ=None if b_gate_up is None else b_gate_up[layer],
         b_down_SH=None if b_down is None else b_down[layer],
     )
+
+
+def _row_buffers(slots: CudaSlots, rows: int) -> tuple[Tensor, Tensor]:
+    """Of what gate and up, and down, give for so many rows."""
+    form = slots.form
+    inner_NI = torch.empty((rows, form.inner_size), device=slots.device, dtype=form.dtype)
+    return inner_NI, inner_NI.new_empty(rows, form.hidden_size)
 
 
 def slot_table(num_layers: int, num_turns: int, num_experts: int, device: torch.device) -> Tensor:

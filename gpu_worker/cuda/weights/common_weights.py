@@ -55,7 +55,7 @@ def read_layer(
     return LayerWeights(
         input_norm_H=reader.read(f"{prefix}.input_layernorm.weight"),
         attention=attention,
-        w_o_HO=reader.read(f"{prefix}.self_attn.o_proj.weight"),
+        w_o_HO=reader.read_matrix(f"{prefix}.self_attn.o_proj.weight"),
         mlp_norm_H=reader.read(f"{prefix}.post_attention_layernorm.weight"),
         mlp=mlp,
     )
@@ -97,8 +97,10 @@ def decoder_sizes(
 
 def read_mlp(reader: WeightReader, prefix: str) -> MlpWeights:
     return MlpWeights(
-        w_gate_up_JH=reader.read(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
-        w_down_HI=reader.read(f"{prefix}.down_proj.weight"),
+        w_gate_up_JH=reader.read_matrix(
+            f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", in_parts=False
+        ),
+        w_down_HI=reader.read_matrix(f"{prefix}.down_proj.weight"),
     )
 
 

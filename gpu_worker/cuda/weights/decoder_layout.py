@@ -3,7 +3,6 @@ after it. A family's file says which, and reads what its config says about them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
@@ -36,7 +35,17 @@ class LayerPart(Protocol[_Weights_co]):
         ...
 
 
-OpenExperts = Callable[[Checkpoint, torch.dtype], ExpertSource]
+class MlpPart(LayerPart[MoeWeights | MlpWeights], Protocol):
+    @property
+    def expert_prefixes(self) -> frozenset[str]:
+        """What the names of experts' tensors begin with, without the last one or two words."""
+        ...
+
+    def open_experts(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> ExpertSource:
+        """For slots on `device`: in a form that its kernels take."""
+        ...
 
 
 class DecoderLayout:
@@ -48,11 +57,11 @@ class DecoderLayout:
         sizes: DecoderSizes,
         *,
         attention: LayerPart[GqaWeights | MlaWeights],
-        mlps: LayerPart[MoeWeights | MlpWeights],
-        open_experts: OpenExperts,
+        mlps: MlpPart,
     ) -> None:
         self.sizes = sizes
-        self.open_experts = open_experts
+        self.expert_prefixes = mlps.expert_prefixes
+        self.open_experts = mlps.open_experts
         self._spec = spec
         self._attention = attention
         self._mlps = mlps

@@ -9,10 +9,12 @@ For its indexer: Y heads, Z the size of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor
+
+from gpu_worker.cuda.weights.scaled_blocks import Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,7 @@ class GqaWeights:
     in its softmax; `b_o_H` is the bias of the output projection. Biases and sinks are float32. What
     a model lacks is None."""
 
-    w_qkv_CH: Tensor
+    w_qkv_CH: Matrix
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     b_qkv_C: Tensor | None = None
@@ -36,8 +38,8 @@ class IndexerWeights:
     """`w_in_CH` multiplies the hidden state: wk, then weights_proj along the first axis (C = Z +
     Y). `w_q_NM` (wq_b, N = Y·Z) multiplies the queries' latent. The norm of keys is float32."""
 
-    w_in_CH: Tensor
-    w_q_NM: Tensor
+    w_in_CH: Matrix
+    w_q_NM: Matrix
     k_norm_Z: Tensor
     k_bias_Z: Tensor
 
@@ -52,9 +54,9 @@ class MlaWeights:
     transposed, and `w_uv_AGR` is the other G. All are contiguous. There are no biases.
     """
 
-    w_in_CH: Tensor
+    w_in_CH: Matrix
     q_norm_M: Tensor | None
-    w_q_NM: Tensor | None
+    w_q_NM: Matrix | None
     kv_norm_R: Tensor
     w_uk_ARF: Tensor
     w_uv_AGR: Tensor
@@ -65,8 +67,8 @@ class MlaWeights:
 class MlpWeights:
     """A gated MLP that every token goes through: gate_proj, then up_proj; and down_proj."""
 
-    w_gate_up_JH: Tensor
-    w_down_HI: Tensor
+    w_gate_up_JH: Matrix
+    w_down_HI: Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ class LayerWeights:
 
     input_norm_H: Tensor
     attention: GqaWeights | MlaWeights
-    w_o_HO: Tensor
+    w_o_HO: Matrix
     mlp_norm_H: Tensor
     mlp: MoeWeights | MlpWeights
 
@@ -98,12 +100,18 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderWeights:
-    """All matrices and norms have the model's dtype."""
+    """All matrices and norms have the model's dtype, except those that stay block-scaled FP8."""
 
     embedding_VH: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm_H: Tensor
     w_head_VH: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """On the device."""
+        tied = self.w_head_VH is self.embedding_VH
+        return _num_bytes(self) - (self.embedding_VH.nbytes if tied else 0)
 
     @property
     def device(self) -> torch.device:
@@ -112,3 +120,13 @@ class DecoderWeights:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding_VH.dtype
+
+
+def _num_bytes(weights: object) -> int:
+    if isinstance(weights, Tensor):
+        return weights.nbytes
+    if isinstance(weights, tuple):
+        return sum(map(_num_bytes, weights))
+    if is_dataclass(weights):
+        return sum(_num_bytes(getattr(weights, field.name)) for field in fields(weights))
+    return 0

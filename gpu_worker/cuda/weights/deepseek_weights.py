@@ -31,7 +31,6 @@ def deepseek_layout(spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> Dec
         decoder_sizes(spec, attention=shape, routing=moe.routing, shared_size=moe.shared_size),
         attention=MlaAttention(shape),
         mlps=moe,
-        open_experts=moe.open_experts,
     )
 
 
@@ -55,12 +54,12 @@ class MlaAttention:
             shape.num_heads, shape.qk_nope_head_dim + shape.v_head_dim, shape.rank
         )
         return MlaWeights(
-            w_in_CH=reader.read(
+            w_in_CH=reader.read_matrix(
                 f"{prefix}.{'q_a_proj' if has_latent else 'q_proj'}.weight",
                 f"{prefix}.kv_a_proj_with_mqa.weight",
             ),
             q_norm_M=reader.read(f"{prefix}.q_a_layernorm.weight") if has_latent else None,
-            w_q_NM=reader.read(f"{prefix}.q_b_proj.weight") if has_latent else None,
+            w_q_NM=reader.read_matrix(f"{prefix}.q_b_proj.weight") if has_latent else None,
             kv_norm_R=reader.read(f"{prefix}.kv_a_layernorm.weight"),
             w_uk_ARF=up_AER[:, : shape.qk_nope_head_dim].transpose(1, 2).contiguous(),
             w_uv_AGR=up_AER[:, shape.qk_nope_head_dim :].contiguous(),
@@ -75,7 +74,7 @@ def _prefix(layer: int) -> str:
 def _read_indexer(reader: WeightReader, prefix: str) -> IndexerWeights:
     return IndexerWeights(
         w_in_CH=reader.read(f"{prefix}.wk.weight", f"{prefix}.weights_proj.weight"),
-        w_q_NM=reader.read(f"{prefix}.wq_b.weight"),
+        w_q_NM=reader.read_matrix(f"{prefix}.wq_b.weight"),
         k_norm_Z=reader.read_exact(f"{prefix}.k_norm.weight"),
         k_bias_Z=reader.read_exact(f"{prefix}.k_norm.bias"),
     )

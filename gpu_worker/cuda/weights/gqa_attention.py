@@ -46,7 +46,7 @@ class GqaAttention:
 
         biases = [f"{prefix}.{n}_proj.bias" for n in "qkv"]
         return GqaWeights(
-            w_qkv_CH=reader.read(*(f"{prefix}.{n}_proj.weight" for n in "qkv")),
+            w_qkv_CH=reader.read_matrix(*(f"{prefix}.{n}_proj.weight" for n in "qkv")),
             q_norm=norm("q"),
             k_norm=norm("k"),
             b_qkv_C=reader.read_exact(*biases) if self._qkv_bias else None,

@@ -22,6 +22,14 @@ from gpu_worker.cuda.weights.decoder_weights import (
     MlpWeights,
     MoeWeights,
 )
+from gpu_worker.cuda.weights.scaled_blocks import (
+    CODES,
+    CODES_STD,
+    Matrix,
+    ScaledBlocks,
+    fill_codes,
+    num_blocks,
+)
 
 
 def random_weights(
@@ -30,12 +38,13 @@ def random_weights(
     dtype: torch.dtype,
     *,
     std: float = 0.02,
+    scaled: bool = False,
     biased: bool = False,
 ) -> DecoderWeights:
     """Uses the device's default generator. The embedding has unit variance, so that tokens choose
-    different experts. `biased`: grouped-query attention and routers have biases, and attention has
-    sinks."""
-    source = _Source(device, dtype, std, biased)
+    different experts. With `scaled`, what checkpoints quantise is in block-scaled FP8. `biased`:
+    grouped-query attention and routers have biases, and attention has sinks."""
+    source = _Source(device, dtype, std, scaled=scaled, biased=biased)
     hidden = sizes.hidden_size
     return DecoderWeights(
         embedding_VH=source.normal(sizes.vocab_size, hidden, std=1.0),
@@ -46,12 +55,29 @@ def random_weights(
 
 
 class _Source:
-    def __init__(self, device: torch.device, dtype: torch.dtype, std: float, biased: bool) -> None:
-        self._device, self._dtype, self._std, self._biased = device, dtype, std, biased
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        std: float,
+        *,
+        scaled: bool,
+        biased: bool,
+    ) -> None:
+        self._device, self._dtype, self._std = device, dtype, std
+        self._scaled, self._biased = scaled, biased
 
     def normal(self, *shape: int, std: float | None = None) -> Tensor:
         empty = torch.empty(shape, device=self._device, dtype=self._dtype)
         return empty.normal_(std=self._std if std is None else std)
+
+    def matrix(self, rows: int, columns: int) -> Matrix:
+        if not self._scaled:
+            return self.normal(rows, columns)
+        codes = torch.empty((rows, columns), device=self._device, dtype=CODES)
+        grid = (num_blocks(rows), num_blocks(columns))
+        fill_codes(codes)
+        return ScaledBlocks(codes, torch.full(grid, self._std / CODES_STD, device=self._device))
 
     def bias(self, size: int) -> Tensor | None:
         """In float32; None if there are none."""
@@ -68,7 +94,7 @@ class _Source:
         return LayerWeights(
             input_norm_H=self.norm(hidden),
             attention=self._mla(shape) if isinstance(shape, MlaShape) else self._gqa(shape, hidden),
-            w_o_HO=self.normal(hidden, sizes.heads_size),
+            w_o_HO=self.matrix(hidden, sizes.heads_size),
             mlp_norm_H=self.norm(hidden),
             mlp=self._moe(sizes) if has_experts else self._mlp(hidden, sizes.dense_size),
         )
@@ -82,7 +108,7 @@ class _Source:
         }[shape.qk_norm]
         q_norm, k_norm = (self.norm(size) if size else None for size in normed)
         return GqaWeights(
-            w_qkv_CH=self.normal(columns, hidden),
+            w_qkv_CH=self.matrix(columns, hidden),
             q_norm=q_norm,
             k_norm=k_norm,
             b_qkv_C=self.bias(columns),
@@ -93,9 +119,9 @@ class _Source:
     def _mla(self, shape: MlaShape) -> MlaWeights:
         columns = (shape.q_lora_rank or shape.q_size) + shape.rank + shape.qk_rope_head_dim
         return MlaWeights(
-            w_in_CH=self.normal(columns, shape.hidden_size),
+            w_in_CH=self.matrix(columns, shape.hidden_size),
             q_norm_M=self.norm(shape.q_lora_rank) if shape.q_lora_rank else None,
-            w_q_NM=self.normal(shape.q_size, shape.q_lora_rank) if shape.q_lora_rank else None,
+            w_q_NM=self.matrix(shape.q_size, shape.q_lora_rank) if shape.q_lora_rank else None,
             kv_norm_R=self.norm(shape.rank),
             w_uk_ARF=self.normal(shape.num_heads, shape.rank, shape.qk_nope_head_dim),
             w_uv_AGR=self.normal(shape.num_heads, shape.v_head_dim, shape.rank),
@@ -106,7 +132,7 @@ class _Source:
         heads, size = shape.num_index_heads, shape.index_head_dim
         return IndexerWeights(
             w_in_CH=self.normal(size + heads, shape.hidden_size),
-            w_q_NM=self.normal(heads * size, shape.q_lora_rank),
+            w_q_NM=self.matrix(heads * size, shape.q_lora_rank),
             k_norm_Z=torch.empty(size, device=self._device).uniform_(0.5, 1.5),
             k_bias_Z=torch.empty(size, device=self._device).uniform_(-0.5, 0.5),
         )
@@ -123,5 +149,5 @@ class _Source:
 
     def _mlp(self, hidden: int, inner: int) -> MlpWeights:
         return MlpWeights(
-            w_gate_up_JH=self.normal(2 * inner, hidden), w_down_HI=self.normal(hidden, inner)
+            w_gate_up_JH=self.matrix(2 * inner, hidden), w_down_HI=self.matrix(hidden, inner)
         )

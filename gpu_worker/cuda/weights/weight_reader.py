@@ -3,13 +3,25 @@ and at most one tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gpu_worker.checkpoint.checkpoint import Checkpoint
+from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.cuda.weights.pinned_memory import pinned
+from gpu_worker.cuda.weights.scaled_blocks import (
+    BLOCK,
+    CODES,
+    Matrix,
+    ScaledBlocks,
+    multiplies_fp8,
+    num_blocks,
+)
 
 STAGING_VALUES = 2**25
+_PARTS_MAX = 4
+"""Of `kernels.linear`, which divides an inner size that is a multiple of BLOCK."""
 
 
 class WeightReader:
@@ -37,11 +49,40 @@ class WeightReader:
             self._copy(name, part.view(-1))
         return out
 
+    def read_matrix(self, *names: str, in_parts: bool = True) -> Matrix:
+        """Matrices of the same width, concatenated along the first axis: in block-scaled FP8 if the
+        checkpoint has all of them so and the kernels take them, and else in the model's dtype. With
+        `in_parts` they are multiplied by `kernels.linear` as one, which takes parts of whole
+        blocks, and blocks that go through all rows; otherwise by that of experts."""
+        if not self._stays_scaled(names, in_parts):
+            return self.read(*names)
+        shapes = [self._checkpoint.shape(name) for name in names]
+        parts = [self._read_codes(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        codes, scales = zip(*parts, strict=True)
+        return ScaledBlocks(torch.cat(codes), torch.cat(scales))
+
     def read_exact(self, *names: str) -> Tensor:
         """Small tensors in float32, concatenated along the first axis."""
-        return torch.cat([torch.from_numpy(self._checkpoint.read(n)) for n in names]).to(
-            self._device
-        )
+        parts = [torch.from_numpy(self._checkpoint.read(name)) for name in names]
+        return torch.cat(parts).to(self._device)
+
+    def _stays_scaled(self, names: Sequence[str], in_parts: bool) -> bool:
+        if not multiplies_fp8(self._device):
+            return False
+        if any(self._checkpoint.fp8_block(name) != (BLOCK, BLOCK) for name in names):
+            return False
+        shapes = [self._checkpoint.shape(name) for name in names]
+        if not in_parts:
+            return len({rows for rows, _ in shapes}) == 1
+        inner = shapes[0][1]
+        has_whole_parts = inner % (_PARTS_MAX * BLOCK) == 0 or inner % BLOCK > 0
+        return has_whole_parts and all(rows % BLOCK == 0 for rows, _ in shapes[:-1])
+
+    def _read_codes(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(shape, dtype=CODES)
+        scales = torch.empty([num_blocks(size) for size in shape])
+        self._checkpoint.copy_codes(name, codes.view(torch.uint8).numpy(), scales.numpy())
+        return codes.to(self._device), scales.to(self._device)
 
     def _copy(self, name: str, out_N: Tensor) -> None:
         staging_size = self._staging_N.numel()

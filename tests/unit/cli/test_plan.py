@@ -12,6 +12,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cli.plan.command import plan
+from cli.plan.expert_bytes import expert_bytes
+from shared.model_spec import read_model_spec
 
 SMALL = ["--ranks", "4", "--nodes", "2", "--layers", "3", "--experts", "16", "--redundant", "16"]
 
@@ -112,3 +114,62 @@ def test_impossible_loads_are_refused(tmp_path: Path) -> None:
     result = run("--loads", str(file), "--ranks", "2", "--nodes", "1", "--redundant", "0")
     assert result.exit_code == 1
     assert "must be finite and not negative" in result.stderr
+
+
+def checkpoint(folder: Path, other_bytes: int = 0, **entries: object) -> Path:
+    """DeepSeek-V3's sizes in Qwen3's names, with 8 layers: bytes are all that counts here."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_hidden_layers": 8,
+        "hidden_size": 7168,
+        "vocab_size": 1000,
+        "num_attention_heads": 8,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 1,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    num_bytes = bytes_per_expert(folder) * 8 * 256 + other_bytes
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(num_bytes)
+    return folder
+
+
+def bytes_per_expert(folder: Path) -> int:
+    return expert_bytes(read_model_spec(folder))
+
+
+def fp8(edge: int) -> dict[str, object]:
+    return {"quantization_config": {"quant_method": "fp8", "weight_block_size": [edge, edge]}}
+
+
+def test_the_bytes_of_an_expert_follow_from_the_format_of_the_checkpoint(tmp_path: Path) -> None:
+    codes, scales = 3 * 7168 * 2048, 3 * 56 * 16
+    assert bytes_per_expert(checkpoint(tmp_path)) == 2 * codes
+    assert bytes_per_expert(checkpoint(tmp_path, **fp8(128))) == codes + 4 * scales
+    assert bytes_per_expert(checkpoint(tmp_path, **fp8(64))) == 2 * codes, "widened on load"
+    answer = report("--model", str(tmp_path), "--ranks", "16", "--nodes", "2", "--redundant", "0")
+    assert answer["memory"]["bytes_per_expert"] == 2 * codes  # type: ignore[index]
+
+
+def test_cards_that_are_too_small_are_refused_with_the_ranks_that_would_do(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, other_bytes=10 * 2**30)
+    flags = ("--model", str(folder), "--nodes", "1", "--redundant", "0", "--card-gib", "20")
+    refused = run(*flags, "--ranks", "8")
+    assert refused.exit_code == 1
+    assert "32 slots on each rank take 21.0 GiB, and the other weights 10.0 GiB" in refused.stderr
+    assert "15 slots fit, which takes --ranks 18 for 256 slots" in refused.stderr
+    assert run(*flags, "--ranks", "17").exit_code == 1
+    assert run(*flags, "--ranks", "18").exit_code == 0
+    checkpoint(tmp_path, other_bytes=10 * 2**30, **fp8(128))
+    assert run(*flags, "--ranks", "9").exit_code == 0
+
+
+def test_cards_that_do_not_even_hold_the_other_weights_are_told_so(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, other_bytes=30 * 2**30)
+    refused = run("--model", str(folder), "--ranks", "8", "--nodes", "1", "--card-gib", "20")
+    assert refused.exit_code == 1
+    assert "take larger cards" in refused.stderr

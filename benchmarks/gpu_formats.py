@@ -1,0 +1,130 @@
+"""Compares number formats on one CUDA card, of the same shape and in turn in one run: bfloat16,
+experts in block-scaled FP8, and all in it that checkpoints quantise.
+
+    python -m benchmarks.gpu_formats --out FOLDER
+    python -m benchmarks.gpu_formats --out FOLDER --sections decode,prefill,tiles --layers 24
+
+Decode is measured at batches 1, 8, 32 and 128 with a context of 512, prefill with a prompt of 4,096
+tokens in one step; decode as the median of several rounds that alternate between the formats. The
+experts are random, so tokens spread over them evenly. `tiles` compares tiles of the FP8 kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu import BLOCK_TOKENS, GpuBench, Report, copy_rate, decode_rates, invariance
+from benchmarks.gpu import median_ms as card_median_ms
+from benchmarks.gpu_shapes import SHAPES
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
+
+BATCHES = (1, 8, 32, 128)
+ROUNDS = 3
+PREFILL_ROUNDS = 1
+FORMATS = {
+    "bf16": {},
+    "fp8_experts": {"scaled": True},
+    "fp8": {"scaled": True, "scaled_shared": True},
+}
+
+
+def decode_by_format(
+    benches: dict[str, GpuBench], decoders: dict[str, Any], batch: int, copy: float
+) -> dict[str, Any]:
+    """The median round of each format, and how many times faster than bfloat16 it is."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in benches}
+    for _ in range(ROUNDS):
+        for name, bench in benches.items():
+            rounds[name].append(decode_rates(bench, decoders[name], batch, copy))
+    result: dict[str, Any] = {}
+    for name, of_format in rounds.items():
+        row = sorted(of_format, key=lambda row: row["step_ms"])[ROUNDS // 2]
+        kept = ("tokens_per_s", "step_ms", "graph_ms", "floor_ms", "share_of_roofline", "gigabytes")
+        result[name] = {key: round(row[key], 4) for key in kept}
+    for row in result.values():
+        row["speed_up"] = round(result["bf16"]["step_ms"] / row["step_ms"], 3)
+        row["speed_up_by_bytes"] = round(result["bf16"]["gigabytes"] / row["gigabytes"], 3)
+    return result
+
+
+def prefill_by_format(decoders: dict[str, Any]) -> dict[str, Any]:
+    """Of one prompt in one step. `bits_equal`: the logits of the last token are those after chunks,
+    and those of a decode."""
+    from benchmarks.gpu_prefill import prefill_rates
+
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in decoders}
+    for _ in range(PREFILL_ROUNDS):
+        for name, decoder in decoders.items():
+            rounds[name].append(prefill_rates(decoder, BLOCK_TOKENS, card_median_ms))
+    result: dict[str, Any] = {}
+    for name, of_format in rounds.items():
+        tokens = [key for key in of_format[0] if key != "bits_equal"]
+        result[name] = {
+            "bits_equal": all(row["bits_equal"] for row in of_format),
+            "ms": {n: round(float(np.median([r[n]["ms"] for r in of_format])), 2) for n in tokens},
+        }
+    return result
+
+
+def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
+    from benchmarks.gpu_prefill import LENGTHS
+
+    properties = torch.cuda.get_device_properties(0)
+    report.run("card", lambda: {"name": properties.name, "torch": torch.__version__})
+    copy = report.run("copy_tb_per_s", copy_rate)
+    torch.cuda.empty_cache()
+    benches = {name: GpuBench(sizes, **options) for name, options in FORMATS.items()}
+    if "tiles" in sections:
+        _measure_tiles(report, benches["fp8"])
+    if "decode" in sections:
+        decoders = {name: bench.decoder(BATCHES) for name, bench in benches.items()}
+        for batch in BATCHES:
+            report.run(f"decode_{batch}", partial(decode_by_format, benches, decoders, batch, copy))
+        for name, decoder in decoders.items():
+            report.run(f"invariance_{name}", partial(invariance, decoder))
+        del decoders
+    if "prefill" in sections:
+        context = LENGTHS[-1] + BLOCK_TOKENS
+        decoders = {
+            name: bench.decoder((1,), prefill_tokens=LENGTHS[-1], context=context)
+            for name, bench in benches.items()
+        }
+        report.run("prefill", partial(prefill_by_format, decoders))
+
+
+def _measure_tiles(report: Report, bench: GpuBench) -> None:
+    from benchmarks.gpu_scaled_kernels import ScaledSweep
+
+    sweep = ScaledSweep(bench.sizes, bench.slots)
+    for tokens in (*BATCHES, 4096):
+        report.run(f"tiles_{tokens}", partial(sweep.tiles, tokens))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("var/bench"))
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--sections", default="decode,prefill", help="comma-separated")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench.gpu_formats: no CUDA device here; this measures one")
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.out)
+    measure(report, SHAPES[options.shape](options.layers), set(options.sections.split(",")))
+    for name, result in report.results.items():
+        if name.startswith("decode_") and "error" not in result:
+            print(name, {form: row["speed_up"] for form, row in result.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Compares tiles of the kernels of block-scaled FP8 experts, over all layers of a model, so that no
+weight is in the card's cache. Part of `benchmarks.gpu_formats`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_kernels import graph_ms, random_slots
+from gpu_worker.cuda.experts.slots import CudaSlots
+from gpu_worker.cuda.kernels import pair_order, routing, scaled_experts
+from gpu_worker.cuda.kernels.experts import Rows
+from gpu_worker.cuda.kernels.scaled_operands import ScaledTile
+from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
+from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
+from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
+
+SHORT_TILES = (
+    ScaledTile(64, 4, 3),
+    ScaledTile(64, 4, 5),
+    ScaledTile(64, 4, 7),
+    ScaledTile(128, 8, 4),
+    ScaledTile(128, 4, 4),
+)
+TALL_TILES = (ScaledTile(128, 8, 3), ScaledTile(128, 8, 4), ScaledTile(64, 4, 3))
+_UNGROUPED_TOKENS_MAX = 4
+
+
+class ScaledSweep:
+    """Rates: bytes of the distinct weights that are read, in TB/s, and TFLOP/s."""
+
+    def __init__(self, sizes: DecoderSizes, slots: CudaSlots) -> None:
+        self._sizes, self._slots = sizes, slots
+        self._device = slots.device
+
+    def tiles(self, tokens: int) -> dict[str, Any]:
+        sizes = self._sizes
+        slots_LTK = random_slots(tokens, sizes, self._device)[: sizes.num_moe_layers]
+        rows = [self._rows(slots_TK.contiguous()) for slots_TK in slots_LTK]
+        distinct = sum(len(s.unique()) for s in slots_LTK)
+        pairs = tokens * sizes.top_k
+        x = torch.randn(tokens, sizes.hidden_size, device=self._device).bfloat16()
+        inner = x.new_zeros(pairs, sizes.inner_size)
+        y = x.new_zeros(pairs, sizes.hidden_size)
+
+        def up(tile: ScaledTile) -> None:
+            for layer, row in enumerate(rows):
+                scaled_experts.gate_up(x, self._weights(layer)[0], row, inner, tile=tile)
+
+        def down(tile: ScaledTile) -> None:
+            for layer, row in enumerate(rows):
+                scaled_experts.down(inner, self._weights(layer)[1], row, y, tile=tile)
+
+        nbytes = distinct * sizes.num_expert_weights
+        work = 2 * pairs * sizes.num_expert_weights * len(rows)
+        tall = rows[0].tiles is not None and rows[0].tiles.rows >= TALL_ROWS
+        tiles = TALL_TILES if tall else SHORT_TILES
+        return {
+            "gate_up": self._sweep(up, tiles, 2 * nbytes / 3, 2 * work / 3),
+            "down": self._sweep(down, tiles, nbytes / 3, work / 3),
+        }
+
+    def _weights(self, layer: int) -> tuple[ScaledBlocks, ScaledBlocks]:
+        gate_up, down = self._slots.gate_up(layer), self._slots.down(layer)
+        assert isinstance(gate_up, ScaledBlocks), "the slots hold no FP8"
+        assert isinstance(down, ScaledBlocks), "the slots hold no FP8"
+        return gate_up, down
+
+    def _rows(self, slots_TK: Tensor) -> Rows:
+        tokens = slots_TK.shape[0]
+        if tokens <= _UNGROUPED_TOKENS_MAX:
+            return Rows(slots_TK, None)
+        num_slots = self._slots.slots_per_rank
+        height = 16 if tokens <= 256 else TALL_ROWS
+        tiles = routing.new_slot_tiles(slots_TK.numel(), num_slots, height, self._device)
+        room = pair_order.new_block_counts(slots_TK.numel(), num_slots, self._device)
+        pair_order.order_by_slot(slots_TK, num_slots, room, tiles)
+        return Rows(slots_TK, tiles)
+
+    @staticmethod
+    def _sweep(
+        run: Callable[[ScaledTile], None], tiles: tuple[ScaledTile, ...], nbytes: float, work: float
+    ) -> dict[str, Any]:
+        rates: dict[str, Any] = {}
+        for tile in tiles:
+            try:
+                milliseconds = graph_ms(partial(run, tile))
+            except Exception as error:  # noqa: BLE001 — the other tiles are worth their device time
+                rates["x".join(map(str, tile))] = repr(error)[:120]
+                continue
+            rates["x".join(map(str, tile))] = {
+                "ms": round(milliseconds, 3),
+                "tb_per_s": round(nbytes / milliseconds / 1e9, 3),
+                "tflop_per_s": round(work / milliseconds / 1e9, 1),
+            }
+        return rates
