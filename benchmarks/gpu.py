@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.gpu_shapes import SHAPES
 from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 CONTEXT = 512
@@ -37,11 +38,15 @@ HOST_STEPS = 40
 
 class GpuBench:
     def __init__(
-        self, sizes: DecoderSizes, *, scaled: bool = False, scaled_shared: bool = False
+        self,
+        sizes: DecoderSizes,
+        *,
+        slots: CudaSlots | None = None,
+        scaled: bool = False,
+        scaled_shared: bool = False,
     ) -> None:
-        """With `scaled`, experts are in block-scaled FP8; with `scaled_shared`, the shared weights
-        that checkpoints quantise are, too."""
-        from gpu_worker.cuda.experts.slots import CudaSlots
+        """With `scaled`, experts are in block-scaled FP8, unless `slots` has them already; with
+        `scaled_shared`, the shared weights that checkpoints quantise are, too."""
         from gpu_worker.cuda.weights.random_weights import random_weights
 
         self.device = torch.device("cuda")
@@ -51,6 +56,9 @@ class GpuBench:
         self.weights = random_weights(
             self.sizes, self.device, torch.bfloat16, scaled=scaled_shared, biased=is_gpt_oss
         )
+        if slots is not None:
+            self.slots = slots
+            return
         self.slots = CudaSlots(
             num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
