@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.gpu_shapes import SHAPES
 from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 CONTEXT = 512
@@ -37,11 +38,15 @@ HOST_STEPS = 40
 
 class GpuBench:
     def __init__(
-        self, sizes: DecoderSizes, *, scaled: bool = False, scaled_shared: bool = False
+        self,
+        sizes: DecoderSizes,
+        *,
+        slots: CudaSlots | None = None,
+        scaled: bool = False,
+        scaled_shared: bool = False,
     ) -> None:
-        """With `scaled`, experts are in block-scaled FP8; with `scaled_shared`, the shared weights
-        that checkpoints quantise are, too."""
-        from gpu_worker.cuda.experts.slots import CudaSlots
+        """With `scaled`, experts are in block-scaled FP8, unless `slots` has them already; with
+        `scaled_shared`, the shared weights that checkpoints quantise are, too."""
         from gpu_worker.cuda.weights.random_weights import random_weights
 
         self.device = torch.device("cuda")
@@ -51,6 +56,9 @@ class GpuBench:
         self.weights = random_weights(
             self.sizes, self.device, torch.bfloat16, scaled=scaled_shared, biased=is_gpt_oss
         )
+        if slots is not None:
+            self.slots = slots
+            return
         self.slots = CudaSlots(
             num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
@@ -216,15 +224,15 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
 
     from gpu_worker.cuda.experts.slots import SlotUpload
 
-    values = (
-        torch.empty(16, bench.slots.form.num_values, dtype=torch.bfloat16).normal_().pin_memory()
-    )
+    num_values = bench.slots.form.num_bytes // 2
+    values = torch.empty(16, num_values, dtype=torch.bfloat16).normal_().pin_memory()
+    values = values.view(bench.slots.form.flat_dtype)
     uploads = [
         SlotUpload(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
         for layer in range(bench.sizes.num_moe_layers)
         for spare in range(SPARE_SLOTS)
     ]
-    gigabytes = len(uploads) * bench.sizes.num_expert_weights * 2 / 1e9
+    gigabytes = len(uploads) * bench.slots.form.num_bytes / 1e9
 
     def rate() -> float:
         began = time.perf_counter()
